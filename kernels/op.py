@@ -1,0 +1,76 @@
+"""Op: the decorated plain-PyTorch function IS the reference; exact faster implementations register beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+log = logging.getLogger("mm.kernels")
+
+
+class KernelUnavailable(RuntimeError):
+    """An implementation was forced that cannot run this call."""
+
+
+class Op:
+    """A kernel with one signature and several implementations.
+
+    `@Op` decorates the reference (fp32 or wider inside). `@op.register(name, why_not)` adds an exact implementation;
+    ``why_not(*args, **kw)`` returns the reason why it cannot run this call, or None. Later registrations are preferred.
+    The choice is logged once. `op.using(name)` or the environment variable ``MM_<OP>=name`` forces one.
+    """
+
+    every: dict[str, Op] = {}
+
+    def __init__(self, reference: Callable):
+        functools.update_wrapper(self, reference)
+        self.name = reference.__name__
+        self.implementations: dict[str, tuple[Callable, Callable[..., str | None]]] = {
+            "reference": (reference, lambda *a, **k: None)
+        }
+        self._forced: str | None = os.environ.get(f"MM_{self.name.upper()}")
+        self._logged: set[str] = set()
+        Op.every[self.name] = self
+
+    def register(self, name: str, why_not: Callable[..., str | None]) -> Callable[[Callable], Callable]:
+        def bind(f: Callable) -> Callable:
+            self.implementations[name] = (f, why_not)
+            return f
+
+        return bind
+
+    def pick(self, *args: Any, **kw: Any) -> str:
+        """Name of the implementation that runs this call. Raises KernelUnavailable when the forced one cannot."""
+        if self._forced is not None:
+            if self._forced not in self.implementations:
+                raise KernelUnavailable(f"{self.name}: no implementation '{self._forced}', only {list(self.implementations)}")
+            reason = self.implementations[self._forced][1](*args, **kw)
+            if reason:
+                raise KernelUnavailable(f"{self.name}: {self._forced}: {reason}")
+            return self._forced
+        for name in reversed(self.implementations):
+            if self.implementations[name][1](*args, **kw) is None:
+                return name
+        raise AssertionError("the reference runs everything")
+
+    def __call__(self, *args: Any, **kw: Any) -> Any:
+        name = self.pick(*args, **kw)
+        if name not in self._logged:
+            self._logged.add(name)
+            others = {n: w(*args, **kw) for n, (_, w) in self.implementations.items() if n != name}
+            reasons = ", ".join(f"{n}: {r}" for n, r in others.items() if r)
+            log.info("%s: using %s%s", self.name, name, f" ({reasons})" if reasons else "")
+        return self.implementations[name][0](*args, **kw)
+
+    @contextlib.contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        """Force an implementation inside a with-block."""
+        before, self._forced = self._forced, name
+        try:
+            yield
+        finally:
+            self._forced = before

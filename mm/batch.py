@@ -1,0 +1,92 @@
+"""Batch: the only type that data and model share; and Sum, the only form in which a loss or statistic travels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mm.layout import Layout
+
+
+class Sum(NamedTuple):
+    """A total and its count, summed over micro-batches and ranks, divided once."""
+
+    total: Tensor  # () float32, with gradient; a statistic (EMA sums) may have any shape
+    count: Tensor  # () float32, detached
+
+    def __add__(self, other: Sum) -> Sum:  # type: ignore[override]
+        return Sum(self.total + other.total, self.count + other.count)
+
+    def detach(self) -> Sum:
+        return Sum(self.total.detach(), self.count.detach())
+
+    def mean(self) -> Tensor:
+        """Total over count; 0 where nothing was counted."""
+        return self.total / self.count.clamp_min(1e-12)
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """Continuous data of G items and their RESERVED places; an item may turn out shorter than its ``room``.
+
+    Never empty: a rank without this modality carries one zero item with room 0, so that the module runs on all ranks.
+    """
+
+    data: Tensor  # (G, L, ...)
+    length: Tensor  # (G,) int32: valid part of L
+    place: Tensor  # (G,) int32 first flat place
+    room: Tensor  # (G,) int32 reserved places; unfilled ones become padding
+
+    def to(self, device: Any) -> Values:
+        return Values(*(t.to(device, non_blocking=True) for t in (self.data, self.length, self.place, self.room)))
+
+    @staticmethod
+    def items(data: Tensor, length: Tensor | None = None) -> Values:
+        """Raw items that take no places of a sequence (tokenizer training). ``data`` (G, L, ...)."""
+        G, L = data.shape[0], data.shape[1]
+        zero = torch.zeros(G, dtype=torch.int32)
+        return Values(data, torch.full((G,), L, dtype=torch.int32) if length is None else length.to(torch.int32), zero, zero)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch of one rank. B rows, T tokens, S streams, P places."""
+
+    layout: Layout
+    ids: Tensor  # (B, T, S) int32, -1 = no id in this stream
+    targets: Tensor  # (B, T, S) int32: what place t predicts, -1 = none
+    weight: Tensor  # (B, T) float32 weight of that prediction
+    places: Mapping[str, Tensor] = field(default_factory=dict)  # head -> (P,) int32 flat places, computed on the host
+    values: Mapping[str, Values] = field(default_factory=dict)
+    labels: Mapping[str, Tensor] = field(default_factory=dict)  # per document, item or place: "target_modality" (B, T) int32, ...
+    parts: Mapping[str, Batch] = field(default_factory=dict)
+    keys: tuple[str, ...] = ()
+
+    def to(self, device: Any) -> Batch:
+        """Copy every tensor to a device."""
+        move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
+        return replace(
+            self, layout=self.layout.to(device), ids=move(self.ids), targets=move(self.targets), weight=move(self.weight),
+            places={k: move(v) for k, v in self.places.items()}, values={k: v.to(device) for k, v in self.values.items()},
+            labels={k: move(v) for k, v in self.labels.items()}, parts={k: v.to(device) for k, v in self.parts.items()},
+        )
+
+    @staticmethod
+    def of_ids(ids_BTS: Tensor, layout: Layout | None = None) -> Batch:
+        """A batch to run forward only: no targets, no losses. ``ids_BTS`` (B, T, S) or (B, T) int."""
+        if ids_BTS.dim() == 2:
+            ids_BTS = ids_BTS[..., None]
+        B, T, _ = ids_BTS.shape
+        ids = ids_BTS.to(torch.int32)
+        return Batch(layout or Layout.plain(B, T).to(ids.device), ids, torch.full_like(ids, -1), torch.zeros(B, T, device=ids.device))
+
+    @staticmethod
+    def of_values(values: Mapping[str, Values], keys: tuple[str, ...] = (), labels: Mapping[str, Tensor] | None = None) -> Batch:
+        """A batch of raw items without a sequence (tokenizer training)."""
+        empty = torch.zeros(0, 0, 1, dtype=torch.int32)
+        layout = Layout.from_rows([], 0)
+        return Batch(layout, empty, empty, torch.zeros(0, 0), values=dict(values), labels=dict(labels or {}), keys=keys)

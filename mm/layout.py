@@ -1,0 +1,122 @@
+"""Where things stand in a batch: Fields of every place, and the Layout of documents. B rows, T tokens, A axes, M documents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NONE: Mapping[str, Any] = {}
+
+
+class Fields(NamedTuple):
+    """ALL that a Mask or Position may know of a place. Queries have one, keys have one, a cache stores its own."""
+
+    position: Tensor  # (B, T, A) int32; axis 0 time, then row, column, frame, level; restarts per document
+    document: Tensor  # (B, T) int32, 1..M over the whole batch; 0 = padding
+    modality: Tensor  # (B, T) int32; 0 = none
+    extra: Mapping[str, Tensor] = NONE  # (B, T) int32, declared by name
+
+    def map(self, f: Any) -> Fields:
+        """Apply ``f`` to every tensor."""
+        return Fields(f(self.position), f(self.document), f(self.modality), {k: f(v) for k, v in self.extra.items()})
+
+
+class Doc(NamedTuple):
+    """One document's places, for `Layout.from_rows`. Arrays are numpy; None takes the default."""
+
+    length: int
+    position: Any = None  # (length, A); default 0, 1, 2, ... from `start`
+    modality: Any = None  # (length,)
+    extra: Mapping[str, Any] = NONE
+    slot: int = -1
+    fresh: bool = True
+    start: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Documents of a batch, made on the host.
+
+    Document i + 1 begins at flat place ``cu_seqlens[i]`` of the row-major (B * T) places; the padding at the end of its
+    row, if any, follows it and has ``fields.document == 0``. Entries after the last document hold B * T.
+    """
+
+    fields: Fields
+    cu_seqlens: Tensor  # (M + 1,) int32
+    slot: Tensor  # (M,) int32: State slot this document reads and writes; -1 = neither
+    fresh: Tensor  # (M,) bool: begins from the initial state. The last document naming a slot wins the write
+    max_seqlen: int  # host int: longest document
+    aligned: bool = False  # host: row i holds document i + 1 alone, with slot i or none: decoding's common case
+    grids: Mapping[tuple[int, ...], Tensor] = field(default_factory=dict)  # (rows, cols, ..) -> (G, cells) flat places
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.fields.document.shape[0], self.fields.document.shape[1]
+
+    def to(self, device: Any) -> Layout:
+        """Copy to a device."""
+        move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
+        return replace(
+            self, fields=self.fields.map(move), cu_seqlens=move(self.cu_seqlens), slot=move(self.slot),
+            fresh=move(self.fresh), grids={k: move(v) for k, v in self.grids.items()},
+        )
+
+    @staticmethod
+    def from_rows(rows: Sequence[Sequence[Doc]], seq_len: int | None = None, max_documents: int | None = None) -> Layout:
+        """Lay documents out, row by row, left to right, padding at the right of each row.
+
+        Args:
+            rows: documents of each of the B rows.
+            seq_len: T; default the longest row.
+            max_documents: static M, so that shapes do not change between batches; default the number of documents.
+        Raises:
+            ValueError: a row is longer than ``seq_len`` or there are more than ``max_documents``.
+        """
+        used = [sum(d.length for d in row) for row in rows]
+        T = seq_len if seq_len is not None else max(used, default=0)
+        docs = [d for row in rows for d in row]
+        M = max_documents if max_documents is not None else len(docs)
+        if max(used, default=0) > T:
+            raise ValueError(f"a row of {max(used)} tokens does not fit seq_len {T}")
+        if len(docs) > M:
+            raise ValueError(f"{len(docs)} documents do not fit max_documents {M}")
+        B = len(rows)
+        A = next((np.asarray(d.position).shape[1] for d in docs if d.position is not None), 1)
+        names = sorted({name for d in docs for name in d.extra})
+        position = np.zeros((B, T, A), np.int32)
+        document, modality = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
+        extra = {name: np.zeros((B, T), np.int32) for name in names}
+        starts = np.full(M + 1, B * T, np.int32)
+        slot, fresh = np.full(M, -1, np.int32), np.ones(M, bool)
+        number = 0
+        for b, row in enumerate(rows):
+            at = 0
+            for d in row:
+                here = slice(at, at + d.length)
+                if d.position is not None:
+                    position[b, here] = d.position
+                else:
+                    position[b, here] = (d.start + np.arange(d.length))[:, None]
+                document[b, here] = number + 1
+                if d.modality is not None:
+                    modality[b, here] = d.modality
+                for name, values in d.extra.items():
+                    extra[name][b, here] = values
+                starts[number], slot[number], fresh[number] = b * T + at, d.slot, d.fresh
+                number += 1
+                at += d.length
+        aligned = len(docs) == B and all(len(row) == 1 for row in rows) and all(d.slot in (-1, i) for i, d in enumerate(docs))
+        t = torch.from_numpy
+        fields = Fields(t(position), t(document), t(modality), {k: t(v) for k, v in extra.items()})
+        longest = max((d.length for d in docs), default=0)
+        return Layout(fields, t(starts), t(slot), t(fresh), longest, aligned)
+
+    @staticmethod
+    def plain(B: int, T: int) -> Layout:
+        """B rows of one document of T tokens each, without state."""
+        return Layout.from_rows([[Doc(T)] for _ in range(B)], T)

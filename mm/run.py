@@ -1,0 +1,110 @@
+"""The YAML root: one Run is data, networks and stages, from which everything else is derived."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from mm.config import Config
+from mm.registry import CALLBACKS, NETWORKS, OBJECTIVES, OPTIMIZERS, STREAMS, TASKS
+
+
+class Budget(Config):
+    """How long a stage lasts."""
+
+    steps: Annotated[int, Field(gt=0, description="optimizer steps")] = 1000
+
+
+class Schedule(Config):
+    """Learning-rate multiplier as a pure function of the step."""
+
+    shape: Literal["constant", "cosine", "linear", "wsd"] = "wsd"
+    warmup: Annotated[int, Field(ge=0, description="steps of linear warm-up from 0")] = 50
+    decay: Annotated[float, Field(ge=0, le=1, description="wsd: last share of the run over which the rate falls to `floor`")] = 0.5
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    def __call__(self, step: int, steps: int) -> float:
+        """Multiplier of update number ``step`` (from 0) of ``steps``."""
+        import math
+
+        up = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        if self.shape == "constant":
+            return up
+        if self.shape == "wsd":
+            tail = max(1, round(self.decay * steps))
+            share = min(1.0, max(0.0, (steps - step) / tail))
+        else:
+            t = min(1.0, max(0.0, (step - self.warmup) / max(1, steps - self.warmup)))
+            share = 0.5 * (1 + math.cos(math.pi * t)) if self.shape == "cosine" else 1 - t
+        return up * (self.floor + (1 - self.floor) * share)
+
+
+class Stage(Config):
+    """The only place where parameters, networks or the optimizer change."""
+
+    data: STREAMS.field  # type: ignore[valid-type]
+    objective: OBJECTIVES.field  # type: ignore[valid-type]
+    optimizer: OPTIMIZERS.field = Field(default="adamw", validate_default=True)  # type: ignore[valid-type]
+    schedule: Schedule = Schedule()
+    budget: Budget = Budget()
+    tasks: tuple[TASKS.field, ...] = ()  # type: ignore[valid-type]
+
+
+class Engine(Config):
+    """DeepSpeed settings; its JSON is derived from these (mm/trainer/engine.py)."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["auto", "fp32", "autocast_bf16", "bf16"] = "auto"
+    grad_clip: Annotated[float, Field(ge=0, description="global gradient norm; 0 = off")] = 1.0
+    max_skips: Annotated[int, Field(ge=0, description="non-finite steps tolerated in a row")] = 3
+    threads: int | None = None  # CPU threads a process; default: cores / processes on this machine
+
+
+class Checkpoints(Config):
+    """When to save and what to keep."""
+
+    every: Annotated[int, Field(ge=0, description="steps; 0 = only at the end")] = 500
+    keep_last: Annotated[int, Field(ge=1)] = 2
+
+
+class Tracking(Config):
+    """Weights & Biases mirror of metrics.jsonl. WANDB_MODE wins over `mode`; without a key the default is offline."""
+
+    project: str = "mm"
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    tags: tuple[str, ...] = ()
+
+
+class Run(Config):
+    """Everything that `mm train` needs."""
+
+    name: str
+    out: Path = Path("runs")
+    seed: int = 0
+    imports: tuple[str, ...] = ()
+    vocabulary: Path | None = None  # vocabulary.json of the token shards; tokenizer training has none
+    tokenizers: dict[str, Path] = {}  # modality -> folder, for samples, generation and `save_pretrained`
+    model: NETWORKS.field  # type: ignore[valid-type]
+    stages: tuple[Stage, ...]
+    engine: Engine = Engine()
+    checkpoints: Checkpoints = Checkpoints()
+    tracking: Tracking = Tracking()
+    callbacks: tuple[CALLBACKS.field, ...] = ()  # type: ignore[valid-type]
+
+    @property
+    def folder(self) -> Path:
+        return self.out / self.name
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Any = ()) -> Run:
+        """Read a run YAML; `imports:` are imported first, so that their kinds are known. Raises UserError."""
+        import importlib
+
+        from mm import config
+
+        values = config.override(config.read(path), overrides)
+        for name in values.get("imports", ()):
+            importlib.import_module(name)
+        return config.validate(cls, values, str(path))

@@ -1,0 +1,107 @@
+"""Raw data and tokens before torch: Sample, Segment, TokenSpec, Encoded, and the two plug points that make them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+NONE: Mapping[str, Any] = {}
+
+
+class Sample(NamedTuple):
+    """One raw item: modality -> raw value (str, bytes, uint8 (H, W, C) image, or a `Waveform`)."""
+
+    key: str
+    source: str
+    values: Mapping[str, Any]
+
+
+class Waveform(NamedTuple):
+    """Mono audio: ``samples`` (N,) float32 in [-1, 1] at ``sample_rate`` Hz."""
+
+    samples: Any
+    sample_rate: int
+
+
+class TokenSpec(NamedTuple):
+    """What a tokenizer promises, without importing it. ``vocab_size`` is that of ONE codebook."""
+
+    modality: str
+    vocab_size: int
+    n_codebooks: int = 1
+    tokens_per_second: float | None = None
+    grid: tuple[int, ...] | None = None
+    continuous: bool = False
+    fingerprint: str = ""
+
+    @property
+    def n_ids(self) -> int:
+        """Ids that the modality takes in a flattened stream."""
+        return self.vocab_size * self.n_codebooks
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> TokenSpec:
+        grid = raw.get("grid")
+        return cls(**{**raw, "grid": tuple(grid) if grid else None})
+
+
+class Encoded(NamedTuple):
+    """Tokens of one item. ``ids`` (L,) int32 codes that start at 0, flattened book by book within a frame
+    (book q adds q * vocab_size); ``side``: what decode needs besides (length, size, scale)."""
+
+    ids: Any = None
+    values: Any = None
+    side: Mapping[str, Any] = NONE
+
+
+class Segment(NamedTuple):
+    """One modality's run in a sequence. ``ids`` are local codes (from 0); packing adds the vocabulary range, begin and end.
+
+    ``role`` is "target" (has loss) or "condition" (has none); a condition with ids None is the null condition.
+    ``part`` "" is the main sequence; ``room`` reserves places for continuous ``values``.
+    """
+
+    modality: str
+    ids: Any = None
+    values: Any = None
+    room: int = 0
+    position: Any = None
+    role: str = "target"
+    weight: float = 1.0
+    targets: Any = None
+    fields: Mapping[str, Any] = NONE
+    part: str = ""
+    grid: tuple[int, ...] = ()
+
+
+class Transform(ABC):
+    """Plug point of the data workers; the only thing that may change lengths. Pure in (segments, rng)."""
+
+    @abstractmethod
+    def __call__(self, segments: list[Segment], rng: Any) -> list[Segment] | None:
+        """Return the new segments, or None to filter the sample out. ``rng`` is a numpy Generator of this sample alone."""
+
+
+class ModalityTokenizer(ABC):
+    """Plug point: raw values to tokens and back. Saved as a folder; its fingerprint covers config and weights."""
+
+    spec: TokenSpec
+
+    @abstractmethod
+    def encode(self, raws: Sequence[Any]) -> list[Encoded]:
+        """Tokens of each raw value; ids in [0, spec.n_ids). A batch equals a loop."""
+
+    @abstractmethod
+    def decode(self, codes: Sequence[Encoded]) -> list[Any]:
+        """Raw values of each code; never raises on ids in range, whatever their length (generated ids are not perfect)."""
+
+    @abstractmethod
+    def save(self, folder: str | Path) -> None:
+        """Write ``tokenizer.yaml`` (config with kind and modality) and the data files, atomically."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: str | Path) -> ModalityTokenizer:
+        """Read what `save` wrote. Raises UserError when a file is missing or fails its fingerprint."""

@@ -1,0 +1,91 @@
+"""What is carried between calls. Dim 0 of every leaf is N slots: sequences, not rows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+class State(ABC):
+    """Tree of tensors over slots. A forward consumes it; `fork` to keep it. States are differentiable inputs."""
+
+    @abstractmethod
+    def map(self, f: Callable[..., Tensor], *others: Self) -> Self:
+        """Apply ``f`` leaf by leaf (to the same leaf of every tree)."""
+
+    @abstractmethod
+    def accept(self, n_N: Tensor) -> Self:
+        """After a draft call: the state as if only ``n_N[i]`` tokens of slot i had come. `(N,)` int."""
+
+    def leaves(self) -> Iterator[Tensor]:
+        """Every tensor, in a fixed order."""
+        found: list[Tensor] = []
+        self.map(lambda t: (found.append(t), t)[1])
+        return iter(found)
+
+    def select(self, slots_n: Tensor) -> Self:
+        """Keep (repeat, reorder) slots: beams, batch joins and leaves, tree paths."""
+        return self.map(lambda t: t.index_select(0, slots_n))
+
+    def fork(self) -> Self:
+        return self.map(torch.clone)
+
+    def detach(self) -> Self:
+        """Truncate back-propagation through time here; the caller's choice."""
+        return self.map(torch.detach)
+
+    def cat(self, *others: Self) -> Self:
+        return self.map(lambda *t: torch.cat(t), *others)
+
+    def n_bytes(self) -> int:
+        """Live bytes of all leaves."""
+        return sum(t.numel() * t.element_size() for t in self.leaves())
+
+
+def map_tree(f: Callable[..., Tensor], *trees: Any) -> Any:
+    """Apply ``f`` over tensors, States, tuples and mappings of the same shape; None and host values stay."""
+    first = trees[0]
+    if isinstance(first, Tensor):
+        return f(*trees)
+    if isinstance(first, State):
+        return first.map(f, *trees[1:])
+    if isinstance(first, Mapping):
+        return {k: map_tree(f, *(t[k] for t in trees)) for k in first}
+    if isinstance(first, tuple):
+        mapped = [map_tree(f, *each) for each in zip(*trees, strict=True)]
+        return type(first)(*mapped) if hasattr(first, "_fields") else tuple(mapped)
+    return first
+
+
+class Struct(State):
+    """A State that is a frozen dataclass: `map` goes over its fields. Subclasses write `accept`."""
+
+    def map(self, f: Callable[..., Tensor], *others: Self) -> Self:
+        return type(self)(**{
+            d.name: map_tree(f, getattr(self, d.name), *(getattr(o, d.name) for o in others))
+            for d in fields(self)  # type: ignore[arg-type]
+        })
+
+
+class Many(State):
+    """States of several layers (or visits), in order; None where a layer has none."""
+
+    def __init__(self, *parts: State | None):
+        self.parts = parts
+
+    def __getitem__(self, i: int) -> State | None:
+        return self.parts[i]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def map(self, f: Callable[..., Tensor], *others: Self) -> Self:
+        return type(self)(*(map_tree(f, p, *(o.parts[i] for o in others)) for i, p in enumerate(self.parts)))
+
+    def accept(self, n_N: Tensor) -> Self:
+        return type(self)(*(p.accept(n_N) if p is not None else None for p in self.parts))
