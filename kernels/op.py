@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 log = logging.getLogger("mm.kernels")
 
 
@@ -59,7 +61,7 @@ class Op:
 
     def __call__(self, *args: Any, **kw: Any) -> Any:
         name = self.pick(*args, **kw)
-        if name not in self._logged:
+        if name not in self._logged and not torch.compiler.is_compiling():
             self._logged.add(name)
             others = {n: w(*args, **kw) for n, (_, w) in self.implementations.items() if n != name}
             reasons = ", ".join(f"{n}: {r}" for n, r in others.items() if r)

@@ -34,6 +34,11 @@ class Config(BaseModel):
         """Make the thing that this config describes."""
         raise NotImplementedError(f"{type(self).__qualname__} does not build anything")
 
+    @classmethod
+    def smallest(cls: type[T]) -> T:
+        """The smallest useful instance: the laws of tests/test_contract*.py run over it. Default: all defaults."""
+        return cls()
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values, defaults included, with every `kind`."""
         return self.model_dump(mode="json")

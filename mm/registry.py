@@ -147,6 +147,7 @@ SOURCES = Registry("source", {
     "csv": "mm.data.sources.table",
     "parquet": "mm.data.sources.table",
     "shards": "mm.data.sources.shards",
+    "text": "mm.data.sources.text",
 })
 STREAMS = Registry("data", {"packed": "mm.data.packed", "items": "mm.data.items"})
 TRANSFORMS = Registry("transform", {

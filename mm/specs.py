@@ -97,6 +97,10 @@ class ModalityTokenizer(ABC):
     def decode(self, codes: Sequence[Encoded]) -> list[Any]:
         """Raw values of each code; never raises on ids in range, whatever their length (generated ids are not perfect)."""
 
+    def code_vectors(self) -> Any:
+        """`(spec.n_ids, C)` float32 vectors that say which codes are alike (a codebook), or None: they may seed embeddings."""
+        return None
+
     @abstractmethod
     def save(self, folder: str | Path) -> None:
         """Write ``tokenizer.yaml`` (config with kind and modality) and the data files, atomically."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -36,7 +36,7 @@ class Ctx:
     mask: Mask
     ids: Tensor | None = None  # (B, T, S), for mixers that look at tokens
     memories: Mapping[str, Memory] = field(default_factory=dict)
-    shared: Mapping[str, Tensor] = field(default_factory=dict)
+    shared: Mapping[str, Any] = field(default_factory=dict)  # from `Layer.shares`, Providers or earlier layers
     knobs: Mapping[str, float] = field(default_factory=dict)  # host values equal on all ranks
     want: frozenset[str] = frozenset()  # taps and statistics asked for; nothing is paid when empty
     seed: Tensor | int = 0  # counter-based noise from (seed, visit, name): recomputation draws the same
@@ -83,6 +83,13 @@ class Layer(nn.Module):
         """Declared bytes of `initial_state(n, max_len)` (law 4). A layer with a State states its formula."""
         return 0
 
+    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
+        """What all layers of a pass can share, by name: a backbone makes each once, before layer 0, into `Ctx.shared`.
+
+        A layer called without a backbone makes its own. ``serving``: the pass has a State.
+        """
+        return NONE
+
     def init_weights(self) -> None:
         """Fill every own parameter and buffer (children do theirs); ``__init__`` only allocates."""
 
@@ -119,6 +126,16 @@ class Provider(nn.Module):
 
 class Position:
     """Plug point; every hook optional."""
+
+    key: str = ""  # non-empty: `prepare` is worth sharing over the layers of a pass under this name
+
+    def prepare(self, f: Fields) -> Any:
+        """What `apply` needs to know of the places."""
+        return None
+
+    def apply(self, x: Tensor, prepared: Any) -> Tensor:
+        """`(B, T, H, K)` queries or keys to rotated ones: `rotate` with a prepared table."""
+        return x
 
     def ids(self, f: Fields, ctx: Ctx) -> Tensor:
         return f.position

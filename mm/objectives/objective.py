@@ -67,6 +67,10 @@ class Objective(ABC):
     def counts(self, b: Batch) -> dict[str, Tensor]:
         """Denominator of every named loss, from the batch alone: reduced over micro-batches and ranks before any backward."""
 
+    def scales(self, n: Mapping[str, Tensor]) -> Mapping[str, Tensor | float]:
+        """Factor of each loss's global mean in the total, from the global counts ``n``. Default: ``weights``."""
+        return {name: self.weights.get(name, 1.0) for name in n}
+
     @abstractmethod
     def terms(self, micros: Sequence[Batch], nets: Mapping[str, Callable[..., ModelOut]], env: Env) -> Iterator[Term]:
         """All passes of one step over all micro-batches. Same yields in the same order on all ranks."""

@@ -1,0 +1,162 @@
+"""Segments to ids: the one place where local codes become vocabulary ids and rows a `Batch`.
+
+The token stream of a document is, for each segment in order, ``begin, codes + first, end``. A null
+condition is the single id ``NULL``. Place t predicts stream[t + 1]; only the codes and the ``end``
+of a target segment cost loss.
+
+B rows, T tokens, M documents, L tokens of one document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from mm.batch import Batch
+from mm.layout import Doc, Layout
+from mm.specs import Segment
+from mm.vocabulary import NULL, Range, Vocabulary
+
+
+class DocumentTokens(NamedTuple):
+    """The stream of one document, L places long."""
+
+    ids: np.ndarray  # (L,) int32
+    targets: np.ndarray  # (L,) int32: what each place predicts; -1 = nothing (the last place)
+    weights: np.ndarray  # (L,) float32: weight of that prediction
+    modality: np.ndarray  # (L,) int32: range index of the input token; 0 = control token
+
+
+@lru_cache(maxsize=32)
+def ranges(vocabulary: Vocabulary) -> Mapping[str, Range]:
+    """Every modality's `Range`, computed once a vocabulary."""
+    return {modality: vocabulary.range(modality) for modality in vocabulary.modalities}
+
+
+def document_length(segments: Sequence[Segment]) -> int:
+    """Places that the document takes.
+
+    Two more than its codes for each segment, one for a null condition.
+    """
+    return sum(1 if s.ids is None else len(s.ids) + 2 for s in segments)
+
+
+def document_tokens(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTokens:
+    """Write one document's segments as ids of ``vocabulary``.
+
+    Args:
+        segments: in order; ``ids`` are local codes in [0, spec.n_ids). A condition without ids is
+            the null condition. ``targets`` (codes, -1 = none) may replace what is predicted at each
+            code; one entry more, -1, says that the segment was cut there, so that its ``end`` is no
+            target.
+        vocabulary: gives every modality its range.
+    Raises:
+        UserError: the vocabulary lacks a modality.
+        ValueError: a code lies outside its range (it would be read as another modality), a target
+            has no ids, or a segment uses continuous values, parts, own positions or fields, which a
+            token stream cannot carry.
+    """
+    table = ranges(vocabulary)
+    n = document_length(segments)
+    stream, goal = np.empty(n, np.int32), np.empty(n, np.int32)
+    weight, modality = np.zeros(n, np.float32), np.zeros(n, np.int32)
+    at = 0
+    for s in segments:
+        if s.values is not None or s.part or s.room or s.position is not None or s.fields:
+            raise ValueError(
+                f"segment '{s.modality}': values, room, part, position and fields are no plain "
+                "tokens"
+            )
+        if s.ids is None:
+            if s.role != "condition":
+                raise ValueError(f"segment '{s.modality}': a target needs ids")
+            stream[at] = goal[at] = NULL
+            at += 1
+            continue
+        r = table.get(s.modality) or vocabulary.range(s.modality)
+        codes = np.asarray(s.ids)
+        stop = at + len(codes) + 2
+        if len(codes):
+            if codes.min() < 0 or codes.max() >= r.stop - r.first:
+                raise ValueError(
+                    f"segment '{s.modality}': code {int(codes.min())}..{int(codes.max())} outside "
+                    f"0..{r.stop - r.first - 1}"
+                )
+            stream[at + 1 : stop - 1] = codes
+            stream[at + 1 : stop - 1] += r.first
+        stream[at], stream[stop - 1] = r.begin, r.end
+        goal[at:stop] = stream[at:stop]
+        modality[at:stop] = r.index
+        if s.role == "target":
+            weight[at + 1 : stop] = s.weight
+        if s.targets is not None:
+            other = np.asarray(s.targets)
+            own = other[: len(codes)]
+            goal[at + 1 : stop - 1] = np.where(own < 0, -1, own + r.first)
+            weight[at + 1 : stop - 1] *= own >= 0
+            if (
+                len(other) > len(codes) and other[-1] < 0
+            ):  # cut short: `end` stands here, but not because the item ends
+                weight[stop - 1] = 0.0
+        at = stop
+    targets, weights = np.empty(n, np.int32), np.empty(n, np.float32)
+    if n:
+        targets[:-1], targets[-1] = goal[1:], -1
+        weights[:-1], weights[-1] = weight[1:], 0.0
+    return DocumentTokens(stream, targets, weights, modality)
+
+
+def to_batch(
+    rows: Sequence[Sequence[Sequence[Segment]]],
+    vocabulary: Vocabulary,
+    seq_len: int | None = None,
+    max_documents: int | None = None,
+    keys: Sequence[str] = (),
+) -> Batch:
+    """Lay rows of documents of segments out as one micro-batch on the host.
+
+    Args:
+        rows: ``rows[b][m]`` is the list of segments of the m-th document of row b.
+        vocabulary: id space of the model.
+        seq_len: T; default the longest row.
+        max_documents: static M of the whole batch; default the number of documents.
+        keys: sample keys, for error messages and quarantine.
+    Returns:
+        ``ids`` and ``targets`` (B, T, 1) int32, ``weight`` (B, T) float32, ``places["tokens"]``
+        (P,) int32, ``labels["target_modality"]`` (B, T) int32: the range index of the target, 0 =
+        none.
+    Raises:
+        ValueError: a row does not fit ``seq_len``, or more documents than ``max_documents``.
+    """
+    documents = [[document_tokens(segments, vocabulary) for segments in row] for row in rows]
+    layout = Layout.from_rows(
+        [[Doc(len(d.ids), modality=d.modality) for d in row] for row in documents],
+        seq_len,
+        max_documents,
+    )
+    B, T = layout.shape
+    ids, targets = np.full((B, T), -1, np.int32), np.full((B, T), -1, np.int32)
+    weight, goal = np.zeros((B, T), np.float32), np.zeros((B, T), np.int32)
+    for b, row in enumerate(documents):
+        at = 0
+        for d in row:
+            n = len(d.ids)
+            ids[b, at : at + n] = d.ids
+            targets[b, at : at + n] = d.targets
+            weight[b, at : at + n] = d.weights
+            goal[b, at : at + n - 1] = d.modality[1:]
+            at += n
+    places = np.flatnonzero(weight > 0).astype(np.int32)
+    return Batch(
+        layout,
+        torch.from_numpy(ids)[..., None],
+        torch.from_numpy(targets)[..., None],
+        torch.from_numpy(weight),
+        places={"tokens": torch.from_numpy(places)},
+        labels={"target_modality": torch.from_numpy(goal)},
+        keys=tuple(keys),
+    )

@@ -1,0 +1,271 @@
+"""Bytes to raw values, one function a modality. Headers are checked before anything is decoded.
+
+Every fault of the input is a `BadSample`, which packing writes to the quarantine; nothing else may
+come out of here.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mm.specs import Waveform
+
+# Extension of a shard member -> modality. Nothing else may stand in a shard; pickles least of all.
+IMAGE_FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "BMP": "bmp", "GIF": "gif"}
+AUDIO_FORMATS = {
+    "WAV": "wav",
+    "WAVEX": "wav",
+    "FLAC": "flac",
+    "OGG": "ogg",
+    "MP3": "mp3",
+    "AIFF": "aiff",
+}
+EXTENSIONS = {
+    "txt": "text",
+    "png": "image",
+    "jpg": "image",
+    "jpeg": "image",
+    "webp": "image",
+    "bmp": "image",
+    "gif": "image",
+    "wav": "audio",
+    "flac": "audio",
+    "ogg": "audio",
+    "mp3": "audio",
+    "aiff": "audio",
+}
+NATIVE = frozenset(EXTENSIONS.values())
+
+
+class BadSample(ValueError):
+    """This sample cannot be used; the message is the reason."""
+
+
+class Limits(NamedTuple):
+    """What a single sample may cost, decided from its header."""
+
+    max_pixels: int = 50_000_000
+    max_seconds: float = 1800.0
+    max_text_bytes: int = 16_000_000
+
+
+LIMITS = Limits()
+
+
+def decode_text(data: bytes, limits: Limits = LIMITS) -> str:
+    """Decode strict UTF-8; a byte-order mark is dropped. Raises BadSample."""
+    if len(data) > limits.max_text_bytes:
+        raise BadSample(f"text: {len(data)} bytes, more than the cap of {limits.max_text_bytes}")
+    try:
+        return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadSample(f"text: no valid UTF-8 at byte {error.start}") from error
+
+
+def image_header(data: bytes, limits: Limits = LIMITS) -> tuple[str, int, int]:
+    """Read (extension, height, width) without decoding a pixel.
+
+    Raises BadSample over the cap or off the allow-list.
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own bomb warning: the cap below is stricter
+            with Image.open(io.BytesIO(data), formats=tuple(IMAGE_FORMATS)) as image:
+                width, height = image.size
+                kind = IMAGE_FORMATS[str(image.format)]
+    except (
+        Exception
+    ) as error:  # Pillow raises many types on hostile files; all of them mean "unreadable"
+        raise BadSample(f"image: unreadable header ({_line(error)})") from error
+    if width < 1 or height < 1 or width * height > limits.max_pixels:
+        raise BadSample(
+            f"image: header says {width}x{height} pixels, the cap is {limits.max_pixels}"
+        )
+    return kind, height, width
+
+
+def decode_image(data: bytes, limits: Limits = LIMITS) -> np.ndarray:
+    """Decode to uint8 (H, W, 3) RGB.
+
+    EXIF rotation is applied, alpha is laid over white, 16 bit is scaled, of an animation the first
+    frame is taken. Raises BadSample.
+    """
+    from PIL import Image, ImageOps
+
+    image_header(data, limits)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=tuple(IMAGE_FORMATS)) as image:
+                image.load()
+                frame = ImageOps.exif_transpose(image)
+                if (
+                    frame.mode.startswith("I") or frame.mode == "F"
+                ):  # Pillow's convert would clip 16 bit to white
+                    wide = np.asarray(frame, dtype=np.float64)
+                    gray = np.clip(wide / 257.0 + 0.5, 0, 255).astype(np.uint8)
+                    return np.repeat(gray[..., None], 3, axis=2)
+                if frame.mode in ("RGBA", "LA", "PA") or "transparency" in frame.info:
+                    frame = frame.convert("RGBA")
+                    below = Image.new("RGBA", frame.size, (255, 255, 255, 255))
+                    frame = Image.alpha_composite(below, frame)
+                return np.array(frame.convert("RGB"))
+    except Exception as error:
+        raise BadSample(f"image: {_line(error)}") from error
+
+
+def audio_header(data: bytes, limits: Limits = LIMITS) -> tuple[str, int, int]:
+    """Read (extension, frames, sample rate) without decoding.
+
+    Raises BadSample when the header is absurd or over the cap.
+    """
+    import soundfile
+
+    try:
+        info = soundfile.info(io.BytesIO(data))
+    except Exception as error:
+        raise BadSample(f"audio: unreadable header ({_line(error)})") from error
+    if info.format not in AUDIO_FORMATS:
+        raise BadSample(
+            f"audio: format {info.format} is not one of "
+            f"{', '.join(sorted(set(AUDIO_FORMATS.values())))}"
+        )
+    rate, frames, channels = int(info.samplerate), int(info.frames), int(info.channels)
+    if not 1000 <= rate <= 768_000:
+        raise BadSample(f"audio: header says {rate} Hz")
+    if not 1 <= channels <= 64:
+        raise BadSample(f"audio: header says {channels} channels")
+    if frames < 1:
+        raise BadSample("audio: no frames")
+    if frames > limits.max_seconds * rate:
+        raise BadSample(
+            f"audio: header says {frames / rate:.0f} s, the cap is {limits.max_seconds:.0f} s"
+        )
+    return AUDIO_FORMATS[info.format], frames, rate
+
+
+def decode_audio(data: bytes, limits: Limits = LIMITS) -> Waveform:
+    """Decode to mono float32 in [-1, 1] at its own sample rate.
+
+    Channels are averaged. Raises BadSample.
+    """
+    import soundfile
+
+    _, frames, rate = audio_header(data, limits)
+    try:
+        samples, _ = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+    except Exception as error:
+        raise BadSample(f"audio: {_line(error)}") from error
+    if len(samples) == 0:
+        raise BadSample(f"audio: header says {frames} frames, there are none")
+    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+    if not np.isfinite(mono).all():
+        raise BadSample("audio: samples are not finite")
+    return Waveform(np.ascontiguousarray(np.clip(mono, -1.0, 1.0)), rate)
+
+
+def resample(wave: Waveform, sample_rate: int) -> Waveform:
+    """Change the sample rate by windowed-sinc interpolation.
+
+    Returns ``wave`` itself when it has that rate.
+    """
+    if wave.sample_rate == sample_rate:
+        return wave
+    import torch
+    from torchaudio.functional import resample as convert
+
+    with torch.no_grad():
+        out = convert(
+            torch.from_numpy(np.ascontiguousarray(wave.samples)), wave.sample_rate, sample_rate
+        )
+    return Waveform(out.numpy(), sample_rate)
+
+
+def decode(modality: str, data: bytes, limits: Limits = LIMITS) -> Any:
+    """Decode by modality: str, uint8 (H, W, 3) or `Waveform`. Raises BadSample."""
+    return {"text": decode_text, "image": decode_image, "audio": decode_audio}[modality](
+        data, limits
+    )
+
+
+def check(modality: str, data: bytes, limits: Limits = LIMITS) -> tuple[str, int]:
+    """Decode once to prove that it can be, and return (true extension, length).
+
+    Bytes, pixels or audio frames.
+    """
+    if not data:
+        raise BadSample(f"{modality}: empty file")
+    if modality == "image":
+        kind, _, _ = image_header(data, limits)
+        pixels = decode_image(data, limits)
+        return kind, pixels.shape[0] * pixels.shape[1]
+    if modality == "audio":
+        kind, _, _ = audio_header(data, limits)
+        return kind, len(decode_audio(data, limits).samples)
+    decode_text(data, limits)
+    return "txt", len(data)
+
+
+def decode_json(data: bytes) -> dict[str, Any]:
+    """Decode a metadata member. Raises BadSample."""
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise BadSample(f"json: {_line(error)}") from error
+    if not isinstance(value, dict):
+        raise BadSample("json: the metadata member must be an object")
+    return value
+
+
+def decode_tokens(data: bytes) -> np.ndarray:
+    """Decode a token member.
+
+    Returns int32 (L,). Raises BadSample on another type or shape, and on pickles.
+    """
+    offset, count = tokens_header(data[:256], len(data))
+    return np.frombuffer(data, "<i4", count, offset)
+
+
+def tokens_header(head: bytes, size: int) -> tuple[int, int]:
+    """Read (byte offset of the codes, number of codes) from the start of an .npy member.
+
+    Raises BadSample.
+    """
+    stream = io.BytesIO(head)
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            raise ValueError(f"npy version {version}")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    except Exception as error:
+        raise BadSample(f"tokens: not an .npy file ({_line(error)})") from error
+    if (
+        dtype != np.dtype("<i4")
+        or len(shape) != 1
+        or fortran
+        or stream.tell() + 4 * shape[0] != size
+    ):
+        raise BadSample(f"tokens: expected int32 of one axis, found {dtype} {shape}")
+    return stream.tell(), shape[0]
+
+
+def encode_tokens(ids: np.ndarray) -> bytes:
+    """Write codes as an .npy member without pickle. ``ids`` (L,) int."""
+    out = io.BytesIO()
+    np.lib.format.write_array(
+        out, np.ascontiguousarray(ids, dtype="<i4"), version=(1, 0), allow_pickle=False
+    )
+    return out.getvalue()
+
+
+def _line(error: Exception) -> str:
+    text = re.sub(r"<_io\.BytesIO[^>]*>", "this file", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {text[:160]}"

@@ -1,0 +1,262 @@
+"""Look into packed shards.
+
+What is there, what one sample looks like, and whether every byte is as it was packed.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mm.data import index
+from mm.data.encode import open_tokenizers
+from mm.data.shards import VOCABULARY, ShardSet, read_manifest
+from mm.errors import UserError
+from mm.specs import Encoded, Waveform
+from mm.vocabulary import Vocabulary
+
+PREVIEW = 200  # characters of text
+
+
+def inspect(
+    root: str | Path,
+    *,
+    out: str | Path | None = None,
+    tokenizers: str | Path | dict[str, Any] | None = None,
+    split: str | None = None,
+    sample: int = 0,
+) -> dict[str, Any]:
+    """Describe packed shards.
+
+    Args:
+        root: folder with manifest.json.
+        out: folder that takes one decoded sample of each modality (PNG, WAV, TXT); None writes
+            none.
+        tokenizers: as for `pack`; needed to decode token shards.
+        split: take the decoded sample from this one; default the first.
+        sample: the decoded sample is the ``sample``-th that has the modality.
+    Returns:
+        JSON-able: kind, source, license, quarantined, splits (samples, shards, bytes, and of each
+        modality count, total, min, mean, max and unit), vocabulary (ranges, fingerprints), examples
+        (modality -> key, description, file).
+    Raises:
+        UserError: no packed data, no such split, or tokenizers of another vocabulary.
+    """
+    root = Path(root)
+    manifest = read_manifest(root)
+    tokenized = manifest["kind"] == "tokens"
+    units = {"text": "bytes", "image": "pixels", "audio": "frames"}
+    splits = {}
+    for name, entry in manifest["splits"].items():
+        splits[name] = {
+            "samples": entry["samples"],
+            "shards": len(entry["shards"]),
+            "bytes": entry["bytes"],
+            "modalities": {
+                m: s
+                | {
+                    "mean": s["total"] / s["count"] if s["count"] else math.nan,
+                    "unit": "tokens" if tokenized else units[m],
+                }
+                for m, s in entry["lengths"].items()
+            },
+        }
+    result: dict[str, Any] = {
+        "path": str(root),
+        "kind": manifest["kind"],
+        "source": manifest["source"],
+        "license": manifest["license"],
+        "modalities": manifest["modalities"],
+        "quarantined": manifest["quarantined"],
+        "splits": splits,
+        "examples": {},
+    }
+    if tokenized:
+        vocabulary = Vocabulary.load(root / VOCABULARY)
+        result["vocabulary"] = {
+            "size": vocabulary.size,
+            "fingerprint": vocabulary.fingerprint,
+            "ranges": {
+                s.modality: {
+                    "ids": list(vocabulary.range(s.modality)[1:]),
+                    "codes": s.n_ids,
+                    "fingerprint": s.fingerprint,
+                }
+                for s in vocabulary.ranges
+            },
+        }
+    name = split or next(iter(manifest["splits"]))
+    shards = ShardSet.open(root, name)
+    opened = open_tokenizers(tokenizers) if tokenizers is not None and tokenized else {}
+    if opened and shards.vocabulary:
+        shards.vocabulary.require(
+            [t.spec for t in opened.values() if t.spec.modality in shards.vocabulary.modalities],
+            "tokenizers",
+        )
+    for modality in manifest["modalities"]:
+        having = shards.having(modality)
+        if not len(having):
+            continue
+        i = int(having[sample % len(having)])
+        example: dict[str, Any] = {"key": shards.key(i), "metadata": shards.meta(i)}
+        if tokenized:
+            code = shards.encoded(i)[modality]
+            example["tokens"] = code.ids[:16].tolist()
+            if modality not in opened:
+                result["examples"][modality] = example | {
+                    "what": f"{len(code.ids)} tokens; decode them with --tokenizers DIR"
+                }
+                continue
+            value = opened[modality].decode([Encoded(np.array(code.ids), side=code.side)])[0]
+        else:
+            value = shards[i].values[modality]
+        example["what"] = describe(value)
+        if out is not None:
+            example["file"] = str(save_raw(value, Path(out) / f"{modality}-{name}-{i:06d}"))
+        result["examples"][modality] = example
+    shards.close()
+    return result
+
+
+def describe(value: Any) -> str:
+    """One line about a raw value."""
+    if isinstance(value, str):
+        short = value[:PREVIEW].replace("\n", "\\n")
+        return f"{len(value)} characters: {short}{'…' if len(value) > PREVIEW else ''}"
+    if isinstance(value, (bytes, bytearray)):
+        return f"{len(value)} bytes: {bytes(value[:PREVIEW])!r}"
+    if isinstance(value, Waveform):
+        samples = np.asarray(value.samples)
+        peak = float(np.abs(samples).max(initial=0.0))
+        return (
+            f"{len(samples) / value.sample_rate:.3f} s at {value.sample_rate} Hz, peak {peak:.3f}"
+        )
+    image = np.asarray(value)
+    return f"{image.shape[1]}x{image.shape[0]} pixels, mean {image.mean():.0f}"
+
+
+def save_raw(value: Any, stem: Path) -> Path:
+    """Write a raw value as ``stem``.txt, .bin, .png or .wav."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    name = lambda suffix: stem.with_name(stem.name + suffix)  # noqa: E731  with_suffix would cut at a dot
+    if isinstance(value, str):
+        path = name(".txt")
+        path.write_text(value, encoding="utf-8")
+    elif isinstance(value, (bytes, bytearray)):
+        path = name(".bin")
+        path.write_bytes(value)
+    elif isinstance(value, Waveform):
+        import soundfile
+
+        path = name(".wav")
+        soundfile.write(
+            path, np.asarray(value.samples, np.float32), value.sample_rate, subtype="PCM_16"
+        )
+    else:
+        from PIL import Image
+
+        path = name(".png")
+        Image.fromarray(np.asarray(value, np.uint8)).save(path)
+    return path
+
+
+def verify(root: str | Path) -> dict[str, Any]:
+    """Compare every file with the manifest.
+
+    Returns:
+        JSON-able: ok, shards, samples, bytes, and problems (one line each, naming the file).
+    Raises:
+        UserError: there is no manifest to compare with.
+    """
+    root = Path(root)
+    manifest = read_manifest(root)
+    problems: list[str] = []
+    shards = samples = size = 0
+    keys: dict[str, str] = {}
+    for split, entry in manifest["splits"].items():
+        count = 0
+        for shard in entry["shards"]:
+            path = root / split / shard["name"]
+            shards += 1
+            if not path.is_file():
+                problems.append(f"{path}: missing")
+                continue
+            have = path.stat().st_size
+            size += have
+            if have != shard["bytes"]:
+                problems.append(f"{path}: {have} bytes, the manifest says {shard['bytes']}")
+            elif index.sha256(path) != shard["sha256"]:
+                problems.append(
+                    f"{path}: its SHA-256 is not that of the manifest: a byte was changed"
+                )
+            try:
+                built = index.build([path])
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            if len(built) != shard["samples"]:
+                problems.append(
+                    f"{path}: {len(built)} samples, the manifest says {shard['samples']}"
+                )
+            count += len(built)
+            for i in range(len(built)):
+                key = built.key(i)
+                if key in keys:
+                    problems.append(f"{path}: key '{key}' is also in {keys[key]}")
+                keys[key] = f"{split}/{shard['name']}"
+        if count != entry["samples"]:
+            problems.append(
+                f"{root / split}: {count} samples, the manifest says {entry['samples']}"
+            )
+        samples += count
+        path = root / split / entry["index"]["name"]
+        if not path.is_file() or index.sha256(path) != entry["index"]["sha256"]:
+            problems.append(f"{path}: missing or changed (training rebuilds it in memory)")
+        listed = {shard["name"] for shard in entry["shards"]}
+        problems += [
+            f"{p}: not in the manifest"
+            for p in sorted((root / split).glob("*.tar"))
+            if p.name not in listed
+        ]
+    if manifest["kind"] == "tokens":
+        try:
+            vocabulary = Vocabulary.load(root / VOCABULARY)
+            if vocabulary.fingerprint != manifest["vocabulary"]["fingerprint"]:
+                problems.append(f"{root / VOCABULARY}: not the vocabulary of these shards")
+            else:
+                problems += _ids_in_range(root, manifest)
+        except (UserError, ValueError) as error:
+            problems.append(str(error))
+    return {
+        "path": str(root),
+        "ok": not problems,
+        "shards": shards,
+        "samples": samples,
+        "bytes": size,
+        "problems": list(dict.fromkeys(problems)),
+    }
+
+
+def _ids_in_range(root: Path, manifest: dict[str, Any]) -> list[str]:
+    """Codes outside their tokenizer's range, sample by sample.
+
+    They would be read as another modality.
+    """
+    problems = []
+    for split in manifest["splits"]:
+        try:
+            shards = ShardSet.open(root, split)
+        except UserError:
+            continue  # reported already
+        limits = {spec.modality: spec.n_ids for spec in shards.specs}
+        for i in range(len(shards)):
+            for modality, ids in shards.tokens(i).items():
+                if len(ids) and (ids.min() < 0 or ids.max() >= limits[modality]):
+                    problems.append(
+                        f"{root / split}: sample '{shards.key(i)}': {modality} ids outside "
+                        f"0..{limits[modality] - 1}"
+                    )
+    return problems

@@ -1,0 +1,262 @@
+"""ShardSet: one split of packed shards, with O(1) access to any sample. N samples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mm.data import decode, index
+from mm.data.decode import NATIVE, BadSample
+from mm.data.index import Index
+from mm.errors import UserError, did_you_mean
+from mm.specs import Encoded, Sample, TokenSpec
+from mm.vocabulary import Vocabulary
+
+FORMAT, VERSION = "mm-shards", 1
+MANIFEST, VOCABULARY, INDEX, QUARANTINE = (
+    "manifest.json",
+    "vocabulary.json",
+    "index.npz",
+    "quarantine.jsonl",
+)
+log = logging.getLogger(__name__)
+
+
+def read_manifest(root: str | Path) -> dict[str, Any]:
+    """Read ``root/manifest.json``.
+
+    Raises UserError with the mending command when there is none or it is no manifest.
+    """
+    root = Path(root)
+    path = root / MANIFEST
+    if not path.is_file():
+        if not root.is_dir():
+            raise UserError(
+                f"no packed data at {root}; make it with: mm data pack SRC --out {root}"
+            )
+        foreign = " (there are tar files: foreign shards)" if any(root.rglob("*.tar")) else ""
+        raise UserError(
+            f"{root}: no {MANIFEST}{foreign}; pack it with: mm data pack {root} --out "
+            f"{root.name}-packed"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT or manifest["version"] > VERSION:
+            raise ValueError(f"format {manifest['format']} {manifest['version']}")
+        return manifest
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: not a shard manifest of this version ({error}); pack again with: mm data pack"
+        ) from error
+
+
+class ShardSet:
+    """Random access to one split. Small sets are held in memory, larger ones are memory-mapped."""
+
+    def __init__(self, root: Path, split: str, manifest: dict[str, Any], cache_mb: float):
+        self.root, self.split, self.manifest = root, split, manifest
+        entry = manifest["splits"][split]
+        self.paths = [root / split / shard["name"] for shard in entry["shards"]]
+        total = 0
+        for path, shard in zip(self.paths, entry["shards"], strict=True):
+            have = path.stat().st_size if path.is_file() else None
+            if have != shard["bytes"]:
+                what = (
+                    "is missing"
+                    if have is None
+                    else f"has {have} bytes, the manifest says {shard['bytes']}"
+                )
+                raise UserError(
+                    f"{path}: {what}; restore it or pack again with: mm data pack SRC --out "
+                    f"{root} --overwrite"
+                )
+            total += shard["bytes"]
+        self._in_memory = total <= cache_mb * 1e6
+        self._buffers: list[np.ndarray | None] = [None] * len(self.paths)
+        self.index = self._load_index(entry)
+        if len(self.index) != entry["samples"]:
+            raise UserError(
+                f"{root}/{split}: index has {len(self.index)} samples, the manifest "
+                f"{entry['samples']}; run: mm data verify {root}"
+            )
+        self.modalities: tuple[str, ...] = tuple(manifest["modalities"])
+        self.tokenized: bool = manifest["kind"] == "tokens"
+        self.vocabulary: Vocabulary | None = None
+        if self.tokenized:
+            self.vocabulary = Vocabulary.load(root / VOCABULARY)
+            if self.vocabulary.fingerprint != manifest["vocabulary"]["fingerprint"]:
+                raise UserError(
+                    f"{root / VOCABULARY}: is not the vocabulary these shards were made with; "
+                    "restore it or pack again"
+                )
+        self._columns = {str(kind): self._column(k) for k, kind in enumerate(self.index.kinds)}
+        self._raw = {
+            m: [(k, c) for k, c in self._columns.items() if decode.EXTENSIONS.get(k) == m]
+            for m in NATIVE
+        }
+
+    @classmethod
+    def open(cls, root: str | Path, split: str = "train", cache_mb: float = 512) -> ShardSet:
+        """Open one split.
+
+        Args:
+            root: folder with manifest.json.
+            split: "train", "val", "test" or another that the manifest names.
+            cache_mb: a split up to this size is read into memory once; a larger one is mapped.
+        Raises:
+            UserError: no manifest, no such split, a shard that is missing or has another size.
+        """
+        root = Path(root)
+        manifest = read_manifest(root)
+        if split not in manifest["splits"]:
+            raise UserError(f"{root}: no split '{split}'{did_you_mean(split, manifest['splits'])}")
+        return cls(root, split, manifest, cache_mb)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def specs(self) -> tuple[TokenSpec, ...]:
+        """Token ranges that the shards use (none for raw shards)."""
+        return self.vocabulary.ranges if self.vocabulary else ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of the split's content: the SHA-256 of all its shards."""
+        parts = "".join(shard["sha256"] for shard in self.manifest["splits"][self.split]["shards"])
+        return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+    def key(self, i: int) -> str:
+        return self.index.key(self._number(i))
+
+    def lengths(self, modality: str) -> np.ndarray:
+        """Length of that modality in each sample: (N,) int64; -1 = absent.
+
+        Tokens in token shards, else bytes, pixels or frames.
+        """
+        found = self.index.lengths.get(modality)
+        return np.full(len(self), -1, np.int64) if found is None else found
+
+    def having(self, modality: str) -> np.ndarray:
+        """Numbers of the samples that have a modality, ascending int64."""
+        return np.flatnonzero(self.lengths(modality) >= 0)
+
+    def __getitem__(self, i: int) -> Sample:
+        """Decode sample i: text str, image uint8 (H, W, 3), audio `Waveform`.
+
+        Raises UserError naming shard and key.
+        """
+        i = self._number(i)
+        values = {}
+        for modality in NATIVE:
+            found = self.raw(i, modality)
+            if found is not None:
+                try:
+                    values[modality] = decode.decode(modality, found[1])
+                except BadSample as error:
+                    raise UserError(
+                        f"{self._where(i)}: {error}; run: mm data verify {self.root}"
+                    ) from error
+        return Sample(
+            self.index.key(i), self._where(i), {m: values[m] for m in sorted(values, key=_rank)}
+        )
+
+    def raw(self, i: int, modality: str) -> tuple[str, bytes] | None:
+        """(extension, undecoded bytes) of one modality of sample i, or None where it is absent."""
+        for kind, column in self._raw.get(modality, ()):
+            if column[i] >= 0:
+                return kind, bytes(self._member(column[i]))
+        return None
+
+    def meta(self, i: int) -> dict[str, Any]:
+        """Metadata of sample i: labels and whatever else the source had."""
+        return self._json(self._number(i), "json")
+
+    def tokens(self, i: int) -> dict[str, np.ndarray]:
+        """Codes of sample i by modality, in vocabulary order: (L,) int32 views, ids from 0."""
+        out = {}
+        for spec in self.specs:
+            column = self._columns.get(f"{spec.modality}.npy")
+            if column is not None and (e := column[i]) >= 0:
+                n = int(self.index.lengths[spec.modality][i])
+                data = self._member(e)
+                out[spec.modality] = data[len(data) - 4 * n :].view("<i4")
+        return out
+
+    def encoded(self, i: int) -> dict[str, Encoded]:
+        """Tokens of sample i with the side information that decoding needs.
+
+        Raises UserError on raw shards.
+        """
+        if not self.tokenized:
+            raise UserError(
+                f"{self.root}: raw shards have no tokens; make them with: mm data pack "
+                f"{self.root} --out DIR --tokenizers DIR"
+            )
+        i = self._number(i)
+        side = self._json(i, "side.json")
+        return {
+            modality: Encoded(ids, side=side.get(modality, {}))
+            for modality, ids in self.tokens(i).items()
+        }
+
+    def close(self) -> None:
+        """Drop buffers and maps."""
+        self._buffers = [None] * len(self.paths)
+
+    # ---- inside ----
+
+    def _load_index(self, entry: Mapping[str, Any]) -> Index:
+        path = self.root / self.split / entry["index"]["name"]
+        if path.is_file() and index.sha256(path) == entry["index"]["sha256"]:
+            return Index.load(path)
+        log.warning("%s is missing or damaged: reading all shards of '%s' again", path, self.split)
+        return index.build(self.paths)
+
+    def _column(self, kind: int) -> np.ndarray:
+        """Member number of that kind in each sample, -1 where it has none. (N,) int64."""
+        column = np.full(len(self.index), -1, np.int64)
+        here = np.flatnonzero(self.index.kind == kind)
+        column[np.searchsorted(self.index.start, here, side="right") - 1] = here
+        return column
+
+    def _number(self, i: int) -> int:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        return int(i) % len(self)
+
+    def _member(self, e: int) -> np.ndarray:
+        s = int(self.index.shard[e])
+        buffer = self._buffers[s]
+        if buffer is None:
+            read = (
+                np.fromfile
+                if self._in_memory
+                else lambda path, dtype: np.memmap(path, dtype, mode="r")
+            )
+            buffer = self._buffers[s] = read(self.paths[s], np.uint8)
+        at = int(self.index.offset[e])
+        return buffer[at : at + int(self.index.size[e])]
+
+    def _json(self, i: int, kind: str) -> dict[str, Any]:
+        column = self._columns.get(kind)
+        return (
+            json.loads(bytes(self._member(column[i])))
+            if column is not None and column[i] >= 0
+            else {}
+        )
+
+    def _where(self, i: int) -> str:
+        shard = self.paths[self.index.shard[self.index.start[i]]].name
+        return f"{self.root.name}/{self.split}/{shard}:{self.index.key(i)}"
+
+
+def _rank(modality: str) -> tuple[int, str]:
+    order = ("text", "bytes", "image", "audio")
+    return (order.index(modality) if modality in order else len(order), modality)

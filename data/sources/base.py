@@ -1,0 +1,229 @@
+"""Source: where raw samples come from, before anything is decoded."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mm.config import Config
+from mm.data.decode import NATIVE, BadSample
+from mm.errors import UserError, did_you_mean
+
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
+SAFE_SPLIT = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+# Formats that run code when they are read. Their presence beside data is worth a word, not just a
+# skip.
+PICKLES = frozenset({"pkl", "pickle", "pyd", "pth", "pt", "joblib", "dill"})
+
+
+class Record(NamedTuple):
+    """One sample as found.
+
+    ``values``: modality -> function that reads its bytes (it may raise BadSample).
+    """
+
+    key: str
+    where: str  # file and line or offset, for the quarantine
+    values: Mapping[str, Callable[[], bytes]]
+    split: str | None = None
+    meta: Mapping[str, Any] = {}
+    bad: str = ""  # why it cannot be used; the values are then not read
+
+
+class Source(ABC):
+    """Plug point: iterates over records in a fixed order.
+
+    Built by a config that has at least ``path``.
+    """
+
+    ignored: dict[str, int] = {}  # extension -> number of files that no modality claims
+    splits_itself: bool = False  # the source has its own rule for `val_share`
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Record]:
+        """Every record, readable or not."""
+
+    def count(self) -> int | None:
+        """Number of records, for progress bars; None = unknown."""
+        return None
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Changes when the content does."""
+
+
+class SourceConfig(Config):
+    """What every source has."""
+
+    path: Path
+
+    def build(self) -> Source:
+        raise NotImplementedError
+
+
+class TableConfig(SourceConfig):
+    """What every table (JSONL, CSV, Parquet) has."""
+
+    columns: dict[
+        str, str
+    ] = {}  # modality -> column; default: the columns called text, image, audio
+    root: Path | None = None  # folder of relative paths; default that of the table
+
+    @classmethod
+    def smallest(cls) -> TableConfig:
+        return cls(path=Path("table"))
+
+
+class TableSource(Source):
+    """Rows of named columns.
+
+    A value is inline text, a relative path, bytes, or {"path": ..} or {"bytes": ..}.
+    """
+
+    def __init__(self, config: TableConfig):
+        self.path, self.root = config.path, config.root or config.path.parent
+        self.columns = dict(config.columns)
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Column names. Raises UserError on an unreadable or empty table."""
+
+    @abstractmethod
+    def rows(self) -> Iterator[tuple[str, dict[str, Any] | str]]:
+        """(where, row), or (where, reason) for a row that is unreadable."""
+
+    def mapping(self) -> dict[str, str]:
+        """Modality -> column. Raises UserError naming a missing column and those that there are."""
+        names = self.names()
+        have = ", ".join(names)
+        for modality, column in self.columns.items():
+            if modality not in NATIVE:
+                raise UserError(
+                    f"--column {modality}={column}: unknown "
+                    f"modality{did_you_mean(modality, NATIVE)}"
+                )
+            if column not in names:
+                raise UserError(
+                    f"{self.path}: no column '{column}' for modality '{modality}'; columns: {have}"
+                )
+        found = self.columns or {name: name for name in names if name in NATIVE}
+        if not found:
+            raise UserError(
+                f"{self.path}: no column called text, image or audio; columns: {have}; map one: "
+                f"--column image={names[0]}"
+            )
+        return dict(found)
+
+    def __iter__(self) -> Iterator[Record]:
+        mapping = self.mapping()
+        used = {*mapping.values(), "key", "split"}
+        for number, (where, row) in enumerate(self.rows()):
+            if isinstance(row, str):
+                yield Record(f"{self.path.stem}-{number:08d}", where, {}, bad=row)
+                continue
+            given = row.get("key")
+            key = str(given) if given not in (None, "") else f"{self.path.stem}-{number:08d}"
+            split = row.get("split")
+            values = {
+                m: self._reader(m, row[c])
+                for m, c in mapping.items()
+                if row.get(c) is not None and row[c] != ""
+            }
+            meta = {k: v for k, v in row.items() if k not in used and _plain(v)}
+            bad = "" if values else f"no value in {', '.join(mapping.values())}"
+            yield Record(key, where, values, None if split in (None, "") else str(split), meta, bad)
+
+    def fingerprint(self) -> str:
+        """Hash of the table, and of size and time of every file that it names."""
+        digest = hashlib.sha256(self.path.read_bytes())
+        mapping = self.mapping()
+        for _, row in self.rows():
+            for modality, column in mapping.items():
+                value = row.get(column) if isinstance(row, dict) else None
+                path = (
+                    value.get("path")
+                    if isinstance(value, dict)
+                    else value
+                    if modality != "text"
+                    else None
+                )
+                if isinstance(path, str) and (self.root / path).is_file():
+                    stat = (self.root / path).stat()
+                    digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+    def _reader(self, modality: str, value: Any) -> Callable[[], bytes]:
+        if isinstance(value, dict):
+            if value.get("bytes") is not None:
+                value = value["bytes"]
+            elif isinstance(value.get("path"), str):
+                return lambda path=value["path"]: read_inside(self.root, path)
+            else:
+                return raising(f"{modality}: neither 'path' nor 'bytes' in {sorted(value)}")
+        if isinstance(value, (bytes, bytearray)):
+            return lambda data=bytes(value): data
+        if not isinstance(value, str):
+            return raising(
+                f"{modality}: expected {'text' if modality == 'text' else 'a path'}, found "
+                f"{type(value).__name__}"
+            )
+        if modality == "text":
+            try:
+                return lambda data=value.encode(): data
+            except UnicodeEncodeError:
+                return raising("text: lone surrogates are no valid Unicode")
+        return lambda: read_inside(self.root, value)
+
+
+def read_inside(root: Path, relative: str) -> bytes:
+    """Read a file below ``root``.
+
+    Raises BadSample when it is missing or the path leads out of ``root``.
+    """
+    path = root / relative
+    try:
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise BadSample(
+                f"'{relative}' leads out of {root}; give the folder of the files with --root"
+            )
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        if isinstance(error, BadSample):
+            raise
+        reason = "no such file" if isinstance(error, FileNotFoundError) else type(error).__name__
+        raise BadSample(f"'{relative}': {reason}") from error
+
+
+def raising(reason: str) -> Callable[[], bytes]:
+    """A reader that can only say why it cannot read."""
+
+    def read() -> bytes:
+        raise BadSample(reason)
+
+    return read
+
+
+def split_of(parts: Iterable[str]) -> str | None:
+    """The split that a path component names: train, val or test; None without one."""
+    return next((SPLITS[p.lower()] for p in parts if p.lower() in SPLITS), None)
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return len(value) <= 64 and all(map(_plain, value))
+    if isinstance(value, dict):
+        return len(value) <= 64 and all(isinstance(k, str) and _plain(v) for k, v in value.items())
+    return value is None or isinstance(value, (str, int, float, bool))

@@ -1,0 +1,81 @@
+"""Find out what a path is, and build the source that reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mm.config import validate
+from mm.data.decode import EXTENSIONS
+from mm.data.shards import MANIFEST
+from mm.data.sources.base import Source
+from mm.errors import UserError
+from mm.registry import SOURCES
+
+TABLES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
+
+
+def open_source(
+    src: Path, kind: str | None, given: Mapping[str, Any], val_share: float = 0.0
+) -> Source:
+    """Find out what ``src`` is and build its `Source`.
+
+    Raises UserError when it is nothing that can be packed.
+    """
+    if not src.exists():
+        raise UserError(f"no such file or folder: {src}")
+    path = src
+    if kind is None:
+        if src.is_dir():
+            manifests = [
+                src / f"{name}{suffix}" for name in ("manifest", "metadata") for suffix in TABLES
+            ]
+            table = next((m for m in manifests if m.is_file()), None)
+            if (src / MANIFEST).is_file() or _only_tars(src):
+                kind = "shards"
+            elif table is not None:
+                kind, path = TABLES[table.suffix], table
+            else:
+                kind = "folder"
+        elif src.suffix.lower() in TABLES:
+            kind = TABLES[src.suffix.lower()]
+        elif src.suffix.lower() == ".tar":
+            kind = "folder"
+        elif src.suffix.lower() in (".txt", ".text", ".md"):
+            kind = "text"
+        else:
+            raise UserError(
+                f"{src}: '{src.suffix}' is no source; give a folder, .tar, .jsonl, .csv, .parquet "
+                "or .txt, or say which with --source"
+            )
+    cls = SOURCES.get(kind)
+    values = {k: v for k, v in given.items() if v is not None}
+    flags = {k: "--" + k.replace("_", "-").replace("columns", "column") for k in values}
+    wrong = [flags[k] for k in values if k not in cls.model_fields]
+    if wrong:
+        raise UserError(f"{src}: {', '.join(wrong)} means nothing for a source of kind '{kind}'")
+    if kind == "text" and val_share:
+        values["val_share"] = val_share
+    config = validate(
+        cls,
+        {"kind": kind, "path": path, **values} if "kind" in cls.model_fields else values,
+        str(src),
+    )
+    return config.build()
+
+
+def _only_tars(folder: Path) -> bool:
+    """True for a folder of foreign shards: tars and nothing else that could be data."""
+    suffixes = {
+        p.suffix.lower().lstrip(".")
+        for p in folder.rglob("*")
+        if p.is_file() and not p.name.startswith(".")
+    }
+    return "tar" in suffixes and not suffixes & set(EXTENSIONS)

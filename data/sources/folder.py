@@ -1,0 +1,262 @@
+"""A folder, or a tar of plain files: files that differ only in their extension are one sample."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple
+
+from pydantic import field_validator
+
+from mm.data import index
+from mm.data.decode import EXTENSIONS, BadSample, decode_json
+from mm.data.sources.base import (
+    PICKLES,
+    Record,
+    Source,
+    SourceConfig,
+    raising,
+    read_inside,
+    split_of,
+)
+from mm.errors import UserError
+from mm.registry import SOURCES
+
+_HASH_UP_TO = (
+    256_000_000  # bytes of a folder that are hashed by content; above, size and time must do
+)
+
+
+class File(NamedTuple):
+    """One file below the root: POSIX path and how to read it."""
+
+    path: str
+    size: int
+    stamp: int
+    read: Callable[[], bytes]
+
+
+@SOURCES.register("folder")
+class FolderConfig(SourceConfig):
+    """`cat.jpg`, `cat.txt` and `cat.json` (metadata) are one sample.
+
+    A component `train`, `val` or `test` is its split.
+    """
+
+    kind: Literal["folder"] = "folder"
+    caption_from: Literal["parent"] | None = None  # text = name of the folder that the file lies in
+    caption_regex: str | None = (
+        None  # text = group `text` (or the first) in the file's name; other groups: metadata
+    )
+    caption_map: dict[str, str] = {}  # then this replaces the text, such as {"0": "zero"}
+    incomplete: Literal["reject", "keep"] = (
+        "reject"  # a caption without its image, where the other samples have both
+    )
+
+    @field_validator("caption_map", mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        return (
+            {str(k): str(v) for k, v in value.items()} if isinstance(value, dict) else value
+        )  # YAML reads 0: as int
+
+    @field_validator("caption_regex")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                groups = re.compile(value).groups
+            except re.error as error:
+                raise ValueError(f"caption_regex '{value}': {error}") from error
+            if not groups:
+                raise ValueError(f"caption_regex '{value}' has no group: write (?P<text>...)")
+        return value
+
+    @classmethod
+    def smallest(cls) -> FolderConfig:
+        return cls(path=Path("folder"))
+
+    def build(self) -> FolderSource:
+        return FolderSource(self)
+
+
+class FolderSource(Source):
+    """See `FolderConfig`."""
+
+    def __init__(self, config: FolderConfig):
+        self.config = config
+        self._groups: dict[str, dict[str, list[File]]] | None = None
+        self.ignored = {}
+
+    def count(self) -> int:
+        return len(self.groups())
+
+    def groups(self) -> dict[str, dict[str, list[File]]]:
+        """Stem -> extension -> files, sorted; only stems with at least one file that counts."""
+        if self._groups is None:
+            found: dict[str, dict[str, list[File]]] = {}
+            ignored: Counter[str] = Counter()
+            for file in sorted(self._files(), key=lambda f: f.path):
+                stem, extension = _split(file.path)
+                if extension in EXTENSIONS or extension in PICKLES or extension in ("json", "link"):
+                    found.setdefault(stem, {}).setdefault(extension, []).append(file)
+                else:
+                    ignored[extension or "(none)"] += 1
+            self.ignored = dict(ignored)
+            self._groups = {s: g for s, g in found.items() if set(g) - {"json"}}
+            if not self._groups:
+                seen = (
+                    f"; it has: {', '.join(f'{n} x .{e}' for e, n in ignored.most_common(5))}"
+                    if ignored
+                    else " (it is empty)"
+                )
+                raise UserError(f"{self.config.path}: no text, image or audio file{seen}")
+        return self._groups
+
+    def fingerprint(self) -> str:
+        files = [f for group in self.groups().values() for same in group.values() for f in same]
+        small = sum(f.size for f in files) <= _HASH_UP_TO
+        digest = hashlib.sha256()
+        for f in files:
+            digest.update(f"{f.path}\0{f.size}\0".encode("utf-8", "surrogateescape"))
+            try:
+                digest.update(hashlib.sha256(f.read()).digest() if small else str(f.stamp).encode())
+            except BadSample:
+                digest.update(b"unreadable")
+        return digest.hexdigest()
+
+    def __iter__(self) -> Iterator[Record]:
+        groups = self.groups()
+        usual = self._usual(groups)
+        for stem, group in groups.items():
+            yield self._record(stem, group, usual)
+
+    def _files(self) -> Iterator[File]:
+        root = self.config.path
+        if root.is_file():
+            for m in index.members(root):
+                if not any(
+                    part.startswith(".") for part in m.name.split("/") if part not in (".", "")
+                ):
+                    yield File(
+                        m.name.removeprefix("./"), m.size, 0, _member(root, m.offset, m.size)
+                    )
+            return
+        for folder, folders, names in os.walk(root):
+            folders[:] = sorted(f for f in folders if not f.startswith("."))
+            for name in names:
+                path = Path(folder, name)
+                relative = path.relative_to(root).as_posix()
+                if name.startswith("."):
+                    continue
+                if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
+                    yield File(
+                        f"{relative}.link",
+                        0,
+                        0,
+                        raising("a link that leads out of the folder: refused"),
+                    )
+                elif path.is_file():
+                    stat = path.stat()
+                    yield File(
+                        relative,
+                        stat.st_size,
+                        stat.st_mtime_ns,
+                        lambda r=relative: read_inside(root, r),
+                    )
+
+    def _usual(self, groups: dict[str, dict[str, list[File]]]) -> frozenset[str]:
+        """The modalities that most samples have, if samples of fewer are to be rejected."""
+        if self.config.incomplete == "keep":
+            return frozenset()
+        kinds = Counter(
+            frozenset(EXTENSIONS[e] for e in g if e in EXTENSIONS) for g in groups.values()
+        )
+        return kinds.most_common(1)[0][0]
+
+    def _record(self, stem: str, group: dict[str, list[File]], usual: frozenset[str]) -> Record:
+        path = PurePosixPath(stem)
+        split = split_of(path.parts[:-1])
+        names = ",".join(sorted(group))
+        where = f"{self.config.path.name}/{stem}.{names if len(group) == 1 else '{' + names + '}'}"
+        values: dict[str, Callable[[], bytes]] = {}
+        meta: dict[str, Any] = {}
+
+        def bad(reason: str) -> Record:
+            return Record(stem, where, {}, split, meta, reason)
+
+        for extension, files in group.items():
+            if extension in PICKLES:
+                return bad(f"'.{extension}' files can run code when they are read: refused")
+            if extension == "link":
+                return bad("a link that leads out of the folder: refused")
+            if extension == "json":
+                try:
+                    meta |= decode_json(files[0].read())
+                except BadSample as error:
+                    return bad(str(error))
+                continue
+            modality = EXTENSIONS[extension]
+            if modality in values or len(files) > 1:
+                return bad(f"two {modality} files of one name")
+            values[modality] = files[0].read
+        if set(values) < usual:
+            return bad(
+                f"incomplete: has {'+'.join(sorted(values))}, the other samples have "
+                f"{'+'.join(sorted(usual))}"
+            )
+        try:
+            label = self._caption(path, meta)
+        except BadSample as error:
+            return bad(str(error))
+        if label is not None:
+            meta.setdefault("label", label)
+            values.setdefault("text", lambda data=label.encode("utf-8", "surrogateescape"): data)
+        return Record(stem, where, values, split, meta)
+
+    def _caption(self, path: PurePosixPath, meta: dict[str, Any]) -> str | None:
+        label = None
+        if self.config.caption_regex is not None:
+            match = re.search(self.config.caption_regex, path.name)
+            if match is None:
+                raise BadSample(
+                    f"'{path.name}' does not match caption_regex {self.config.caption_regex}"
+                )
+            named = match.groupdict()
+            label = named.pop("text", None) or match.group(1)
+            meta |= {k: v for k, v in named.items() if v is not None}
+        elif self.config.caption_from == "parent":
+            label = path.parent.name.replace("_", " ")
+            if not label:
+                raise BadSample("lies in no sub-folder that could name it")
+        if label is not None and self.config.caption_map:
+            if label not in self.config.caption_map:
+                raise BadSample(
+                    f"caption '{label}' is not in caption_map: {', '.join(self.config.caption_map)}"
+                )
+            label = self.config.caption_map[label]
+        return label
+
+
+def _split(path: str) -> tuple[str, str]:
+    stem, dot, extension = path.rpartition(".")
+    return (stem, extension.lower()) if dot and "/" not in extension else (path, "")
+
+
+def _member(tar: Path, offset: int, size: int) -> Callable[[], bytes]:
+    def read() -> bytes:
+        with open(tar, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    return read
+
+
+def metadata(values: dict[str, Any]) -> bytes:
+    """JSON of a sample's metadata, in a fixed order."""
+    return json.dumps(values, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogateescape")

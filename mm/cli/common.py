@@ -1,0 +1,171 @@
+"""What the commands share: output as a table and as JSON, overrides, reading prompts. No torch
+here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mm.errors import UserError
+
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", metavar="FILE", help="Also write what is printed as JSON.", dir_okay=False
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Overrides: a.b=c or --a.b c.", show_default=False),
+]
+PASS_OVERRIDES = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
+
+
+def console() -> Console:
+    """A console on stdout that looks up the stream when called, so that a captured one is used."""
+    return Console(highlight=False, soft_wrap=True)
+
+
+def is_main() -> bool:
+    """True on the process that may print (rank 0 under torchrun, or a single process)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def overrides(words: Iterable[str] | None) -> list[str]:
+    """Normalise ``a.b=c``, ``--a.b=c`` and ``--a.b c`` to ``a.b=c``. Raises UserError on a lone
+    word.
+    """
+    out: list[str] = []
+    pending: str | None = None
+    for word in words or ():
+        if pending is not None:
+            out.append(f"{pending}={word}")
+            pending = None
+        elif "=" in word:
+            out.append(word.removeprefix("--"))
+        elif word.startswith("--") and len(word) > 2:
+            pending = word[2:]
+        else:
+            raise UserError(f"'{word}' is neither an option nor an override key.sub=value")
+    if pending is not None:
+        raise UserError(
+            f"'--{pending}' has no value: write {pending}=VALUE, or see --help for the options"
+        )
+    return out
+
+
+def plain(value: Any) -> Any:
+    """Convert to what JSON can hold: NumPy and torch scalars, arrays, paths, tuples; a non-finite
+    number becomes null.
+    """
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, bool) or value is None or isinstance(value, (int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value)
+
+
+def write_json(file: Path | None, value: Any) -> None:
+    """Write ``value`` to ``file`` (nothing when None), whole or not at all. Raises UserError when
+    it cannot be written.
+    """
+    if file is None or not is_main():
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(file.name + ".part")
+        part.write_text(
+            json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        part.replace(file)
+    except OSError as error:
+        raise UserError(f"--json {file}: {error.strerror}") from error
+
+
+def number(value: Any) -> str:
+    """Format a figure for people: four significant digits, no trailing zeros."""
+    value = plain(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
+    if value is None:
+        return "–"
+    if isinstance(value, list):
+        return ", ".join(map(number, value))
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, left: int = 1
+) -> None:
+    """Print one table on the main process; its first ``left`` columns are text, then numbers."""
+    if not is_main():
+        return
+    out = Table(title=title, title_justify="left", title_style="bold")
+    for i, name in enumerate(columns):
+        out.add_column(name, overflow="fold", justify="left" if i < left else "right")
+    for row in rows:
+        # As Text: a caption or path that holds [brackets] is no markup.
+        out.add_row(*(cell if isinstance(cell, Text) else Text(number(cell)) for cell in row))
+    console().print(out)
+
+
+def flatten(figures: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings to ``{"a.b": value}``; other values stay as they are."""
+    out: dict[str, Any] = {}
+    for key, value in figures.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            out |= flatten(value, f"{name}.")
+        else:
+            out[name] = value
+    return out
+
+
+def figures(title: str, values: Mapping[str, Any]) -> None:
+    """Print ``{name: value}``, nested or not, as a table of two columns."""
+    rows = [(name, value) for name, value in flatten(plain(values)).items() if not _long(value)]
+    table(title, ("figure", "value"), rows)
+
+
+def _long(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 8  # curves and histograms: --json has them
+
+
+def existing(path: Path, what: str, mend: str) -> Path:
+    """Return ``path`` if it is there. Raises UserError with the command that makes it."""
+    if not path.exists():
+        raise UserError(f"{path}: no such {what}; {mend}")
+    return path
+
+
+def run_config(folder: Path) -> Path:
+    """The resolved config of a run folder. Raises UserError when it is not one."""
+    existing(folder, "run folder", "make one with: mm train CONFIG")
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise UserError(
+            f"{folder}: no config.yaml, so not a run folder; make one with: mm train CONFIG"
+        )
+    return file

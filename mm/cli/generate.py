@@ -1,0 +1,119 @@
+"""`mm generate`: any modality from any other, with a trained run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mm.cli.common import JsonFile, console, existing, table, write_json
+from mm.errors import UserError
+
+app = typer.Typer()
+
+
+@app.command(help="Generate text, an image or audio from any mix of text, image and audio.")
+def generate(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Run folder, or the folder of a saved model.")
+    ],
+    to: Annotated[
+        str, typer.Option("--to", metavar="text|image|audio", help="Modality to generate.")
+    ],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Text; with --to text it is continued.")
+    ] = None,
+    image: Annotated[Path | None, typer.Option(metavar="FILE", help="Image condition.")] = None,
+    audio: Annotated[Path | None, typer.Option(metavar="FILE", help="Audio condition.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="File to write; suffix optional."),
+    ] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0, help="0 = greedy.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0 = off.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    cfg_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 = off.")] = 1.0,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="New ids at most, where the length is free.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    json: JsonFile = None,
+) -> None:
+    if out is None and to != "text":
+        raise UserError(f"--to {to} writes a file: name it with -o FILE")
+    existing(run, "run folder", "make one with: mm train CONFIG")
+    raws = read_prompt({"text": prompt, "image": image, "audio": audio}, to)
+    from mm.decoders.generate import Generator, save_media
+
+    generator = Generator.from_pretrained(run)
+    values = generator.generate(
+        [raws] * n,
+        to,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        cfg_scale=cfg_scale,
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+    rows = []
+    for i, value in enumerate(values):
+        text = (
+            value.decode("utf-8", "replace")
+            if isinstance(value, bytes)
+            else value
+            if isinstance(value, str)
+            else None
+        )
+        file = save_media(value, numbered(out, i, n)) if out else None
+        rows.append({"file": file, "text": text, "what": describe(value)})
+        if text is not None and out is None:
+            console().print(text, markup=False)
+    if out:
+        table(
+            f"Generated {to}", ("file", "what"), [(str(row["file"]), row["what"]) for row in rows]
+        )
+    write_json(json, {"run": run, "to": to, "seed": seed, "outputs": rows})
+
+
+def read_prompt(given: dict[str, Any], to: str) -> dict[str, Any]:
+    """Raw values of the given conditions; one of the modality that is generated comes last, because
+    it is continued.
+
+    Raises:
+        UserError: a file is missing or cannot be decoded.
+    """
+    from mm.data.decode import BadSample, decode
+
+    raws: dict[str, Any] = {}
+    for modality, value in sorted(given.items(), key=lambda item: item[0] == to):
+        if value is None:
+            continue
+        if isinstance(value, Path):
+            if not value.is_file():
+                raise UserError(f"--{modality} {value}: no such file")
+            try:
+                value = decode(modality, value.read_bytes())
+            except BadSample as error:
+                raise UserError(f"--{modality} {given[modality]}: {error}") from error
+        raws[modality] = value
+    return raws
+
+
+def numbered(out: Path | None, i: int, n: int) -> Path:
+    """File of output ``i`` of ``n``: ``out`` itself, or ``out_00``, ``out_01`` ... before its
+    suffix.
+    """
+    assert out is not None
+    return out if n == 1 else out.with_name(f"{out.stem}_{i:02d}{out.suffix}")
+
+
+def describe(value: Any) -> str:
+    """Size of a raw value in its own unit."""
+    if hasattr(value, "sample_rate"):
+        return f"{len(value.samples) / value.sample_rate:.2f} s at {value.sample_rate} Hz"
+    if hasattr(value, "shape"):
+        return f"{value.shape[1]}x{value.shape[0]} pixels"
+    return f"{len(value)} characters"

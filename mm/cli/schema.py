@@ -1,0 +1,102 @@
+"""JSON Schema of a Run with all registered kinds, and resolving any YAML of the project."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import create_model
+from pydantic.json_schema import GenerateJsonSchema
+
+from mm import config
+from mm.config import Config
+from mm.errors import UserError
+from mm.registry import TOKENIZERS, Registry, load_plugins
+from mm.run import Run
+
+
+class _Schema(GenerateJsonSchema):
+    """Fields that JSON cannot express (an arbitrary object) accept anything instead of failing the
+    whole schema.
+    """
+
+    def handle_invalid_for_json_schema(self, schema: Any, error_info: str) -> dict[str, Any]:
+        return {}
+
+
+def run_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a Run YAML.
+
+    Every plug point is one entry of ``$defs`` (``$defs/mixer`` and so on): ``oneOf`` a bare kind
+    and the configs of all
+    registered kinds, whose definitions stand beside it as ``mixer.attention``. A file with
+    ``base:`` may leave keys out.
+    """
+    load_plugins()
+    definitions: dict[str, Any] = {}
+    run = _definition(Run, "Run", definitions)
+    for registry in Registry.every.values():
+        branches: list[dict[str, Any]] = [{"type": "string", "enum": list(registry)}]
+        for kind in registry:
+            name = f"{registry.name}.{kind}"
+            body = _definition(registry.get(kind), name, definitions)
+            body["properties"]["kind"] = {"const": kind, "type": "string"}
+            body["required"] = ["kind", *(key for key in body.get("required", ()) if key != "kind")]
+            definitions[name] = body
+            branches.append({"$ref": f"#/$defs/{name}"})
+        definitions[registry.name] = {"title": registry.name, "oneOf": branches}
+    run["properties"]["base"] = {
+        "type": "string",
+        "description": "another YAML that this one is merged over",
+    }
+    definitions["Run"] = run
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "mm Run",
+        "anyOf": [{"$ref": "#/$defs/Run"}, {"type": "object", "required": ["base"]}],
+        "$defs": definitions,
+    }
+
+
+def _definition(cls: type[Config], name: str, definitions: dict[str, Any]) -> dict[str, Any]:
+    """Schema of one Config; its own nested models join ``definitions`` under ``<name>.<model>``."""
+    body = cls.model_json_schema(schema_generator=_Schema)
+    nested = body.pop("$defs", {})
+    renamed = {old: f"{name}.{old}" for old in nested}
+    for old, schema in nested.items():
+        definitions[renamed[old]] = _link(schema, renamed)
+    return _link(body, renamed)
+
+
+def _link(node: Any, renamed: dict[str, str]) -> Any:
+    """Point every field of a plug point at its entry of ``$defs``, and nested models at their new
+    names.
+    """
+    if isinstance(node, list):
+        return [_link(item, renamed) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if node.get("title") in Registry.every and "anyOf" in node:
+        rest = {key: value for key, value in node.items() if key not in ("title", "anyOf")}
+        return {"$ref": f"#/$defs/{node['title']}", **rest}
+    reference = str(node.get("$ref", ""))
+    out = {key: _link(value, renamed) for key, value in node.items()}
+    if reference.startswith("#/$defs/") and (old := reference.removeprefix("#/$defs/")) in renamed:
+        out["$ref"] = f"#/$defs/{renamed[old]}"
+    return out
+
+
+def resolve(path: str, assignments: Sequence[str] = ()) -> Config:
+    """Read any YAML of the project: a Run, or a file with `tokenizer:`. Raises UserError."""
+    values = config.override(config.read(path), assignments)
+    if "tokenizer" in values and "stages" not in values:
+        model = create_model("TokenizerFile", __base__=Config, tokenizer=(TOKENIZERS.field, ...))
+        return config.validate(model, values, path)
+    if "stages" not in values and "kind" in values:
+        fitting = [r for r in Registry.every.values() if values["kind"] in r]
+        if not fitting:
+            raise UserError(
+                f"{path}: kind '{values['kind']}' is of no plug point; see: mm config schema"
+            )
+        return config.validate(fitting[0].get(values["kind"]), values, path)
+    return Run.load(path, assignments)

@@ -1,0 +1,176 @@
+"""`mm tokenizer`: train one on packed data, and measure one on held-out data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mm.cli.common import (
+    PASS_OVERRIDES,
+    JsonFile,
+    Overrides,
+    console,
+    existing,
+    figures,
+    is_main,
+    overrides,
+    write_json,
+)
+from mm.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True, help="Train a tokenizer on packed data, or measure one on held-out data."
+)
+
+
+@app.command(
+    help="Train the tokenizer of CONFIG on the train split of SHARDS.\n\nA YAML with `tokenizer:` "
+    "(bpe, bytes) is fitted on "
+    "the text; a Run YAML (image_vq, audio_codec) goes through the trainer, and the same "
+    "command again resumes it.",
+    context_settings=PASS_OVERRIDES,
+)
+def train(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="YAML, or the name of a shipped one.")
+    ],
+    changes: Overrides = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="SHARDS", help="Packed raw data (mm data pack)."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="Run folder; its model/ is the tokenizer."),
+    ] = None,
+    json: JsonFile = None,
+) -> None:
+    from mm import config as configs
+    from mm.cli.schema import resolve
+
+    assignments = overrides(changes)
+    if data is not None:
+        existing(data, "packed data", f"make it with: mm data pack SRC --out {data}")
+    if "tokenizer" in configs.read(config):
+        if data is None or out is None:
+            raise UserError(f"{config}: fitting needs --data SHARDS and --out DIR")
+        chosen: Any = resolve(config, assignments)
+        result = fit(chosen.tokenizer, data, out, configs.dump(chosen))
+    else:
+        if data is not None:
+            assignments.append(f"stages.0.data.path={data}")
+        if out is not None:
+            assignments += [f"name={out.name}", f"out={out.parent}"]
+        from mm.trainer import trainer
+
+        result = trainer.train(config, assignments)
+    if is_main():
+        figures(f"Tokenizer {out or config}", result)
+        if out:
+            console().print(f"next: mm tokenizer eval {out} --data {data or 'SHARDS'}")
+    write_json(json, result)
+
+
+def fit(chosen: Any, data: Path, out: Path, text: str) -> dict[str, Any]:
+    """Fit a tokenizer that needs no gradient on the train split's text, and save it as
+    ``out/model``.
+
+    Raises:
+        UserError: the kind cannot be fitted, or the split has no text.
+    """
+    from mm.data.shards import ShardSet
+
+    if not hasattr(chosen, "fit"):
+        raise UserError(
+            f"tokenizer '{chosen.kind}' is trained, not fitted: give a Run YAML, such as "
+            "configs/tokenizer/image.yaml"
+        )
+    shards = ShardSet.open(data, split="train")
+    found = [int(i) for i in shards.having("text")]
+    if not found:
+        raise UserError(
+            f"{data}: no text in split 'train'; see what it has with: mm data inspect {data}"
+        )
+
+    def texts() -> Iterator[str]:
+        from mm.data.decode import decode_text
+
+        for i in found:
+            raw = shards.raw(i, "text")  # alone: decoding the pictures beside it would cost minutes
+            if raw is not None:
+                yield decode_text(raw[1])
+
+    tokenizer = chosen.fit(texts())
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(out / "model")
+    (out / "config.yaml").write_text(text, encoding="utf-8")
+    spec = tokenizer.spec
+    return {
+        "modality": spec.modality,
+        "vocab_size": spec.vocab_size,
+        "texts": len(found),
+        "fingerprint": spec.fingerprint[:12],
+        "folder": out,
+    }
+
+
+@app.command(
+    name="eval",
+    help="Measure a tokenizer on held-out data: length, distortion, rate, codebook "
+    "usage.\n\nAlerts when under half the codes are used.",
+)
+def evaluate(
+    tokenizer: Annotated[
+        Path, typer.Argument(metavar="TOKENIZER", help="Tokenizer folder, or its run folder.")
+    ],
+    data: Annotated[
+        Path, typer.Option("--data", metavar="SHARDS", help="Packed raw data (mm data pack).")
+    ],
+    split: Annotated[str, typer.Option(help="Split to measure on.")] = "test",
+    limit: Annotated[int, typer.Option(min=1, help="Samples at most, evenly spread.")] = 2000,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="DIR", help="Also write originals and reconstructions here."
+        ),
+    ] = None,
+    json: JsonFile = None,
+) -> None:
+    existing(
+        tokenizer, "tokenizer", "make one with: mm tokenizer train CONFIG --data SHARDS --out DIR"
+    )
+    existing(data, "packed data", f"make it with: mm data pack SRC --out {data}")
+    from mm.tokenizers.evaluate import evaluate as measure
+    from mm.tokenizers.load import load_tokenizer
+
+    loaded = load_tokenizer(tokenizer)
+    raws = read_raws(data, split, loaded.spec.modality, limit)
+    result = measure(loaded, raws, out)
+    figures(
+        f"{tokenizer}: {split} split of {data}", {k: v for k, v in result.items() if k != "alerts"}
+    )
+    for alert in result["alerts"]:
+        console().print(f"alert: {alert}", style="yellow", markup=False)
+    write_json(json, {"tokenizer": tokenizer, "data": data, "split": split, **result})
+
+
+def read_raws(data: Path, split: str, modality: str, limit: int) -> list[Any]:
+    """At most ``limit`` raw values of a modality, evenly spread over a split. Raises UserError when
+    it has none.
+    """
+    from mm.data.decode import decode
+    from mm.data.shards import ShardSet
+
+    shards = ShardSet.open(data, split=split)
+    raw = "text" if modality == "bytes" else modality
+    having = shards.having(raw)
+    if not len(having):
+        raise UserError(
+            f"{data}: no {raw} in split '{split}'; see what it has with: mm data inspect {data}"
+        )
+    n = min(limit, len(having))
+    found = (shards.raw(int(having[i * len(having) // n]), raw) for i in range(n))
+    return [decode(raw, member[1]) for member in found if member is not None]

@@ -1,0 +1,47 @@
+"""`mm train`: run the stages of a Run YAML; the same command again resumes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mm.cli.common import (
+    PASS_OVERRIDES,
+    JsonFile,
+    Overrides,
+    console,
+    figures,
+    is_main,
+    overrides,
+    run_config,
+    write_json,
+)
+
+app = typer.Typer()
+
+
+@app.command(
+    help="Train what CONFIG describes.\n\nRun the same command again to resume. Several processes: "
+    "torchrun --nproc_per_node 2 -m mm train CONFIG",
+    context_settings=PASS_OVERRIDES,
+)
+def train(
+    config: Annotated[
+        str,
+        typer.Argument(metavar="CONFIG", help="Run YAML (or the folder of a run to go on with)."),
+    ],
+    changes: Overrides = None,
+    json: JsonFile = None,
+) -> None:
+    path = run_config(Path(config)) if Path(config).is_dir() else config
+    assignments = overrides(changes)
+    from mm.trainer import trainer
+
+    result = trainer.train(path, assignments)
+    if is_main():
+        figures(f"Trained {config}", result)
+        if folder := result.get("folder"):
+            console().print(f"run folder: {folder}; next: mm eval {folder} · mm report {folder}")
+    write_json(json, result)

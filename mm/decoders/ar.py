@@ -1,0 +1,155 @@
+"""Autoregressive decoding of many sequences at once over KV and recurrent states.
+
+N sequences, n of them running, U distinct prompts, V ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mm.batch import Batch
+from mm.config import Config
+from mm.decoders.base import Ask, Decoder, Rule, Session, draw, noise
+from mm.errors import UserError
+from mm.layout import Fields, Layout
+from mm.model.layer import ModelOut
+from mm.registry import DECODERS
+from mm.state import State
+
+
+@DECODERS.register("ar")
+class ARConfig(Config):
+    """Settings of the autoregressive decoder."""
+
+    kind: Literal["ar"] = "ar"
+    precision: Literal["fp32", "autocast_bf16"] = "fp32"
+    drop_share: Annotated[
+        float,
+        Field(gt=0, le=1, description="give up the slots of finished sequences at this share"),
+    ] = 0.25
+
+    def build(self) -> ARDecoder:
+        return ARDecoder(self)
+
+
+class ARDecoder(Decoder):
+    """Prefill each distinct prompt once, copy its state to its sequences, step token by token."""
+
+    def __init__(self, config: ARConfig):
+        self.config = config
+
+    @torch.no_grad()
+    def run(
+        self,
+        nets: Mapping[str, Callable[..., ModelOut]],
+        prompt: Batch,
+        ask: Ask,
+        rules: Sequence[Rule],
+    ) -> Iterator[Tensor]:
+        """See `Decoder.run`.
+
+        Raises:
+            UserError: the model's logits hold NaN or +inf; names the step, because sampling would
+                draw noise silently.
+        """
+        model: Any = nets["model"]
+        device = prompt.ids.device
+        N = len(ask.row)
+        null_row = ask.null_row if ask.cfg_scale != 1.0 else None
+        guided = null_row is not None
+        end = ask.vocabulary.range(ask.to).end
+        steps = int((ask.limit - ask.have).max())
+        starts = prompt.layout.cu_seqlens.long()
+        prompt_length_U = prompt.places["tokens"].long() - starts[:-1] + 1
+        max_len = prompt.layout.shape[1] + steps
+
+        state = model.initial_state(prompt.layout.shape[0], max_len)
+        logits, state = self._forward(model, prompt, state)
+        slots = ask.row if null_row is None else np.concatenate([ask.row, null_row])
+        slots = torch.from_numpy(slots).long().to(device)
+        state, logits, position = state.select(slots), logits[slots], prompt_length_U[slots]
+
+        uniform = None
+        if not ask.greedy:
+            indices = range(N) if ask.indices is None else ask.indices
+            uniform = noise(ask.seed, indices, steps).to(device)
+        to = lambda a: torch.from_numpy(np.asarray(a, np.int64)).to(device)
+        session = Session(ask.vocabulary, ask.to, to(ask.have), to(ask.limit))
+        alive = torch.arange(N, device=device)  # sequence of each running slot
+        done = torch.zeros(N, dtype=torch.bool, device=device)
+        produced = torch.zeros(N, 0, dtype=torch.int64, device=device)
+
+        for step in range(steps):
+            n = len(alive)
+            if guided:
+                logits = logits[n:] + ask.cfg_scale * (logits[:n] - logits[n:])
+            if not (logits < torch.inf).all():
+                raise UserError(
+                    f"generation to '{ask.to}', step {step}: the model's logits are not finite; "
+                    "its weights are damaged: generate from an earlier checkpoint"
+                )
+            session.step, session.ids = step, produced
+            for rule in rules:
+                logits = rule(logits, session)
+            ids = logits.argmax(-1) if uniform is None else draw(logits, uniform[alive, step])
+
+            shown = torch.full((N,), -1, dtype=torch.int64)
+            shown[alive[~done].cpu()] = ids[~done].cpu()
+            yield shown
+
+            produced = torch.cat([produced, ids[:, None]], 1)
+            done = done | (ids == end)
+            session.length = session.length + 1
+            # At the limit the end is the only choice: no forward is spent on it.
+            done = done | (session.length >= session.limit)
+            finished = int(done.sum())
+            if finished == n:
+                return
+            if finished >= self.config.drop_share * n:
+                keep = (~done).nonzero()[:, 0]
+                both = torch.cat([keep, keep + n]) if guided else keep
+                state, position = state.select(both), position[both]
+                alive, done, ids, produced = alive[keep], done[keep], ids[keep], produced[keep]
+                session.length, session.limit = session.length[keep], session.limit[keep]
+            batch = _step_batch(
+                torch.cat([ids, ids]) if guided else ids, position, ask, prompt.layout.fields
+            )
+            logits, state = self._forward(model, batch, state)
+            position = position + 1
+
+    def _forward(self, model: Any, batch: Batch, state: State) -> tuple[Tensor, State]:
+        """Logits `(P, V)` float32 at the batch's places, and the next state."""
+        mixed = self.config.precision == "autocast_bf16"
+        with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=mixed):
+            out = model(batch, state=state, heads=("tokens",), loss=False)
+        logits = out.heads["tokens"].dist.logits
+        return logits if logits.dtype == torch.float64 else logits.float(), out.state
+
+
+def _step_batch(ids_n: Tensor, position_n: Tensor, ask: Ask, like: Fields) -> Batch:
+    """One token for each running slot: row i is document i + 1, slot i. Made on the device."""
+    n, device = len(ids_n), ids_n.device
+    number = torch.arange(n, dtype=torch.int32, device=device)
+    position = torch.zeros(n, 1, like.position.shape[-1], dtype=torch.int32, device=device)
+    position[:, 0, 0] = position_n
+    modality = torch.full(
+        (n, 1), ask.vocabulary.range(ask.to).index, dtype=torch.int32, device=device
+    )
+    extra = {name: torch.zeros(n, 1, dtype=torch.int32, device=device) for name in like.extra}
+    layout = Layout(
+        Fields(position, number[:, None] + 1, modality, extra),
+        torch.arange(n + 1, dtype=torch.int32, device=device),
+        number,
+        torch.zeros(n, dtype=torch.bool, device=device),
+        max_seqlen=1,
+        aligned=True,
+    )
+    ids = ids_n.to(torch.int32)[:, None, None]
+    weight = torch.zeros(n, 1, device=device)
+    return Batch(layout, ids, torch.full_like(ids, -1), weight, places={"tokens": number})

@@ -1,0 +1,84 @@
+"""Where a model is found: a saved folder, or a run's `model/`, else its newest good checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from torch import nn
+
+from mm.errors import UserError
+from mm.registry import NETWORKS
+from mm.vocabulary import Vocabulary
+
+
+class Loaded(NamedTuple):
+    """A model ready to generate, and where its tokenizers are."""
+
+    model: nn.Module
+    vocabulary: Vocabulary
+    tokenizers: dict[str, Path]
+
+
+def load(folder: str | Path) -> Loaded:
+    """Load the model of ``folder``.
+
+    Raises:
+        UserError: no model there, or its vocabulary is missing; names the command that makes one.
+    """
+    folder = Path(folder)
+    for where in (folder, folder / "model"):
+        if (where / "config.json").is_file() and (where / "model.safetensors").is_file():
+            return _saved(where)
+    if not folder.exists():
+        raise UserError(f"no such folder: {folder}")
+    step = _newest(folder / "checkpoints")
+    if step is None or not (folder / "config.yaml").is_file():
+        raise UserError(
+            f"{folder}: no trained model (no model/, no complete checkpoint); make one with: "
+            "mm train CONFIG.yaml"
+        )
+    return _checkpoint(folder, step)
+
+
+def _saved(where: Path) -> Loaded:
+    from mm.model.model import Model
+
+    vocabulary = Vocabulary.load(where / "vocabulary.json")
+    beside = {p.name: p for p in sorted((where / "tokenizers").glob("*")) if p.is_dir()}
+    return Loaded(Model.from_pretrained(where), vocabulary, beside)
+
+
+def _checkpoint(run: Path, step: Path) -> Loaded:
+    """Rebuild the model of an unfinished run: its resolved config, the weights of one step."""
+    from mm.model.folder import load_into
+
+    values: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text()) or {}
+    for name in values.get("imports") or ():
+        importlib.import_module(name)
+    if not values.get("vocabulary"):
+        raise UserError(
+            f"{run}/config.yaml: names no vocabulary; this run trains no language model"
+        )
+    vocabulary = Vocabulary.load(values["vocabulary"])
+    config = NETWORKS.parse(values["model"])
+    model = load_into(lambda: config.build(vocabulary), step / "model.safetensors")
+    named = {modality: Path(path) for modality, path in (values.get("tokenizers") or {}).items()}
+    return Loaded(model, vocabulary, named)
+
+
+def _newest(checkpoints: Path) -> Path | None:
+    """The newest checkpoint whose weights match the hash that was written with them."""
+    steps = [p for p in checkpoints.glob("step_*") if p.name[5:].isdigit()]
+    for step in sorted(steps, key=lambda p: int(p.name[5:]), reverse=True):
+        weights, mark = step / "model.safetensors", step / "COMPLETE"
+        if weights.is_file() and mark.is_file():
+            with weights.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if json.loads(mark.read_text()).get(weights.name) == found:
+                return step
+    return None

@@ -1,0 +1,350 @@
+"""Any modality from any other: tokens (`generate_tokens`), raw values (`Generator`, `generate`)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mm.data.collate import document_length, to_batch
+from mm.decoders import rules as rule_kinds
+from mm.decoders.base import Ask, Rule, is_fixed
+from mm.decoders.folder import load
+from mm.decoders.media import save_media
+from mm.decoders.prompts import batch, check, continues, distinct, prepare
+from mm.errors import UserError, did_you_mean
+from mm.registry import DECODERS
+from mm.specs import Encoded, ModalityTokenizer, Segment
+from mm.vocabulary import Vocabulary
+
+__all__ = [
+    "Generator",
+    "generate",
+    "generate_tokens",
+    "save_media",
+    "sequence_nll",
+    "stream_tokens",
+]
+
+MAX_SLOTS = 512  # sequences decoded together
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
+def _ask_rules(temperature: float, top_k: int, top_p: float, extra: Sequence[Rule]) -> list[Rule]:
+    if temperature < 0:
+        raise UserError(f"temperature must be 0 (greedy) or more, not {temperature}")
+    if top_k < 0:
+        raise UserError(f"top_k must be 0 (off) or more, not {top_k}")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p must be in (0, 1], not {top_p}")
+    rules: list[Rule] = [rule_kinds.span_grammar, *extra]
+    if temperature > 0:
+        rules.append(rule_kinds.temperature(temperature))
+        if top_k:
+            rules.append(rule_kinds.top_k(top_k))
+        if top_p < 1:
+            rules.append(rule_kinds.top_p(top_p))
+    return rules
+
+
+def stream_tokens(
+    model: nn.Module,
+    vocabulary: Vocabulary,
+    prompts: Sequence[Sequence[Segment]],
+    to: str,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    cfg_scale: float = 1.0,
+    max_tokens: int | None = None,
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+    rules: Sequence[Rule] = (),
+    decoder: Any = "ar",
+) -> Iterator[Tensor]:
+    """Generate one span of modality ``to`` for each prompt, step by step.
+
+    Arguments as for `generate_tokens`. Yields `(N,)` int64 CPU tensors of vocabulary ids (the
+    span's end included); -1 where a sequence is done.
+    """
+    ask_rules = _ask_rules(temperature, top_k, top_p, rules)
+    ready = [prepare(p, to, vocabulary, max_tokens, f"prompt {i}") for i, p in enumerate(prompts)]
+    if not ready:
+        return
+    N = len(ready)
+    streams, rows = distinct(
+        [p.ids for p in ready] + [p.null_ids for p in ready] * (cfg_scale != 1)
+    )
+    ask = Ask(
+        vocabulary,
+        to,
+        rows[:N],
+        np.array([p.have for p in ready]),
+        np.array([p.limit for p in ready]),
+        rows[N:] if cfg_scale != 1 else None,
+        cfg_scale,
+        temperature == 0,
+        seed,
+        indices,
+    )
+    device = next(model.parameters()).device
+    run = DECODERS.parse(decoder).build().run
+    with _evaluating(model):
+        yield from run({"model": model}, batch(streams, vocabulary).to(device), ask, ask_rules)
+
+
+def generate_tokens(
+    model: nn.Module,
+    vocabulary: Vocabulary,
+    prompts: Sequence[Sequence[Segment]],
+    to: str,
+    *,
+    indices: Sequence[int] | None = None,
+    max_slots: int = MAX_SLOTS,
+    **settings: Any,
+) -> list[np.ndarray]:
+    """Generate one span of modality ``to`` for each prompt.
+
+    Args:
+        model: a language model of ``vocabulary``.
+        prompts: segments of each sequence. A last segment of modality ``to`` with role "target" is
+            continued; all others are conditions; none at all asks unconditionally.
+        indices: number of each sequence in the noise; default 0, 1, 2, ... A sequence depends on
+            (seed, its index, its prompt) alone, not on what shares its batch.
+        max_slots: sequences decoded together; bounds memory.
+        **settings: `temperature` (0 = greedy), `top_k` (0 = off), `top_p`, `cfg_scale` (1 = no
+            guidance; uncond + scale * (cond - uncond) on the logits), `max_tokens` (new ids of a
+            span without a grid), `seed`, `rules` (applied after the span grammar), `decoder` (kind
+            or config of the DECODERS registry).
+    Returns:
+        Local ids `(L,)` int32 of each span, a continued prefix included.
+    Raises:
+        UserError: an unfinished or impossible prompt, a bad setting, or a model whose logits are
+            not finite.
+    Source: guidance: Ho & Salimans 2022 (arXiv:2207.12598), eq. 6, on logits.
+    """
+    numbers = list(range(len(prompts))) if indices is None else list(indices)
+    target = vocabulary.range(to)
+    spans: list[np.ndarray] = []
+    for at in range(0, len(prompts), max_slots):
+        some = prompts[at : at + max_slots]
+        steps = list(
+            stream_tokens(
+                model, vocabulary, some, to, indices=numbers[at : at + max_slots], **settings
+            )
+        )
+        ids = torch.stack(steps, 1).numpy()
+        for segments, row in zip(some, ids, strict=True):
+            continued = segments[-1].ids if continues(segments, to) else ()
+            codes = row[(row >= target.first) & (row < target.stop)] - target.first
+            spans.append(np.concatenate([np.asarray(continued, np.int64), codes]).astype(np.int32))
+    return spans
+
+
+@torch.no_grad()
+def sequence_nll(
+    model: nn.Module,
+    vocabulary: Vocabulary,
+    documents: Sequence[Sequence[Segment]],
+    *,
+    max_places: int = 16384,
+) -> list[dict[str, tuple[float, int]]]:
+    """Score documents: for each, modality -> (nats summed over its targets, number of targets).
+
+    Args:
+        documents: segments with the roles of training; only targets are scored, their ends
+            included.
+        max_places: places of one forward, padding included; bounds memory.
+    """
+    device = next(model.parameters()).device
+    lengths = np.array([document_length(d) for d in documents])
+    names = ("", *vocabulary.modalities)
+    scores: list[dict[str, tuple[float, int]]] = [{} for _ in documents]
+    order = list(np.argsort(lengths, kind="stable"))
+    while order:
+        longest = int(lengths[order[-1]])
+        some = [order.pop() for _ in range(min(len(order), max(1, max_places // max(longest, 1))))]
+        b = to_batch([[documents[i]] for i in some], vocabulary)
+        places = b.places["tokens"].long()
+        if len(places) == 0:
+            continue
+        with _evaluating(model):
+            out = model(b.to(device), heads=("tokens",))
+        nll = out.heads["tokens"].nll.double().cpu().numpy()
+        row = (places // b.layout.shape[1]).numpy()
+        modality = b.labels["target_modality"].flatten()[places].numpy()
+        for r, i in enumerate(some):
+            for m in np.unique(modality[row == r]):
+                mine = nll[(row == r) & (modality == m)]
+                scores[i][names[m]] = (float(mine.sum()), len(mine))
+    return scores
+
+
+class _Tokenizers(Mapping[str, ModalityTokenizer]):
+    """Tokenizers by modality, loaded on first use: text to text needs no audio codec."""
+
+    def __init__(self, folders: Mapping[str, Path], vocabulary: Vocabulary):
+        self._folders, self._vocabulary = dict(folders), vocabulary
+        self._loaded: dict[str, ModalityTokenizer] = {}
+
+    def __getitem__(self, modality: str) -> ModalityTokenizer:
+        if modality not in self._loaded:
+            from mm.tokenizers.load import load_tokenizer
+
+            folder = self._folders[modality]
+            tokenizer = load_tokenizer(folder)
+            self._vocabulary.require([tokenizer.spec], str(folder))
+            self._loaded[modality] = tokenizer
+        return self._loaded[modality]
+
+    def __contains__(self, modality: object) -> bool:  # the inherited one would load it
+        return modality in self._folders
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._folders)
+
+    def __len__(self) -> int:
+        return len(self._folders)
+
+
+class Generator:
+    """A model with its vocabulary and tokenizers: raw values in, raw values out."""
+
+    def __init__(
+        self, model: nn.Module, vocabulary: Vocabulary, tokenizers: Mapping[str, ModalityTokenizer]
+    ):
+        self.model, self.vocabulary, self.tokenizers = model, vocabulary, tokenizers
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Generator:
+        """Load a saved model, or a run folder's `model/`, else its newest good checkpoint.
+
+        Raises:
+            UserError: nothing there, or the folder lacks its vocabulary.
+        """
+        loaded = load(folder)
+        tokenizers = _Tokenizers(loaded.tokenizers, loaded.vocabulary)
+        return cls(loaded.model.to(device).eval(), loaded.vocabulary, tokenizers)
+
+    def tokenizer(self, modality: str) -> ModalityTokenizer:
+        """Tokenizer of a modality. Raises UserError when the vocabulary or the folder has none."""
+        self.vocabulary.spec(modality)
+        if modality not in self.tokenizers:
+            raise UserError(
+                f"no tokenizer for '{modality}' beside the model"
+                f"{did_you_mean(modality, self.tokenizers)}"
+            )
+        return self.tokenizers[modality]
+
+    def encode(
+        self, modality: str, raws: Sequence[Any], *, max_items: int = 256
+    ) -> list[np.ndarray]:
+        """Local ids `(L,)` of raw values of one modality; every distinct str is encoded once."""
+        tokenizer = self.tokenizer(modality)
+        strings = all(isinstance(raw, str) for raw in raws)
+        todo = list(dict.fromkeys(raws)) if strings else list(raws)
+        ids: list[np.ndarray] = []
+        for at in range(0, len(todo), max_items):
+            ids += [
+                np.asarray(e.ids, np.int32) for e in tokenizer.encode(todo[at : at + max_items])
+            ]
+        if not strings:
+            return ids
+        known = dict(zip(todo, ids, strict=True))
+        return [known[raw] for raw in raws]
+
+    def decode(
+        self, modality: str, spans: Sequence[np.ndarray], *, max_items: int = 256
+    ) -> list[Any]:
+        """Raw values of local ids."""
+        tokenizer, out = self.tokenizer(modality), []
+        for at in range(0, len(spans), max_items):
+            out += tokenizer.decode([Encoded(ids) for ids in spans[at : at + max_items]])
+        return out
+
+    def segments(self, prompts: Sequence[Mapping[str, Any]], to: str) -> list[list[Segment]]:
+        """Raw prompts to segments; a last value of modality ``to`` without a grid is continued."""
+        self.vocabulary.spec(to)
+        raws: dict[str, list[Any]] = {}
+        for prompt in prompts:
+            for modality, raw in prompt.items():
+                raws.setdefault(modality, []).append(raw)
+        ids = {modality: iter(self.encode(modality, values)) for modality, values in raws.items()}
+        free = is_fixed(self.vocabulary.spec(to)) is None
+        out = []
+        for prompt in prompts:
+            line = [Segment(modality, next(ids[modality]), role="condition") for modality in prompt]
+            if line and line[-1].modality == to and free:
+                line[-1] = line[-1]._replace(role="target")
+            out.append(line)
+        return out
+
+    def generate(self, prompts: Sequence[Mapping[str, Any]], to: str, **settings: Any) -> list[Any]:
+        """Generate one raw value of modality ``to`` for each prompt.
+
+        Args:
+            prompts: modality -> raw value (str, uint8 image `(H, W, 3)`, Waveform), conditions in
+                the given order; an empty one asks unconditionally. A last text prompt with
+                ``to="text"`` is continued (and comes back with its continuation).
+            **settings: see `generate_tokens`.
+        Raises:
+            UserError: an unknown modality, a missing tokenizer, or what `generate_tokens` refuses.
+        """
+        if isinstance(prompts, Mapping):
+            raise UserError("prompts must be a list of prompts: generate([{'text': ...}], to=...)")
+        spans = generate_tokens(
+            self.model, self.vocabulary, self.segments(prompts, to), to, **settings
+        )
+        return self.decode(to, spans)
+
+    def nll(
+        self, documents: Sequence[Sequence[Segment]], **kw: Any
+    ) -> list[dict[str, tuple[float, int]]]:
+        """See `sequence_nll`. Raises UserError on an unfinished span."""
+        for i, document in enumerate(documents):
+            for segment in document:
+                if segment.ids is not None:
+                    check(segment, self.vocabulary, whole=True, origin=f"document {i}")
+        return sequence_nll(self.model, self.vocabulary, documents, **kw)
+
+
+def generate(
+    source: str | Path | Generator,
+    prompt: str | Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    *,
+    to: str,
+    **settings: Any,
+) -> Any:
+    """Generate from a run folder, a saved model or a ready `Generator`.
+
+    Args:
+        source: folder or Generator; loading takes longer than generating, so keep a Generator for
+            many calls.
+        prompt: a str (text), one prompt (modality -> raw value), a list of prompts, or None
+            (unconditional).
+        to: modality to generate.
+        **settings: see `generate_tokens`.
+    Returns:
+        One raw value, or a list of them for a list of prompts.
+    """
+    generator = source if isinstance(source, Generator) else Generator.from_pretrained(source)
+    if prompt is None or isinstance(prompt, str):
+        prompt = {"text": prompt} if prompt else {}
+    many = not isinstance(prompt, Mapping)
+    values = generator.generate(list(prompt) if many else [prompt], to, **settings)
+    return values if many else values[0]

@@ -1,0 +1,154 @@
+"""Segments to prompt batches: what may be generated from, checked by name. T tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from mm.batch import Batch
+from mm.data.collate import document_tokens
+from mm.decoders.base import is_fixed
+from mm.errors import UserError
+from mm.layout import Doc, Layout
+from mm.specs import Segment
+from mm.vocabulary import Vocabulary
+
+DEFAULT_MAX_TOKENS = 512  # of a span whose length is free
+
+
+class Prompt(NamedTuple):
+    """One sequence to go on with."""
+
+    ids: np.ndarray  # (T,) int32
+    null_ids: np.ndarray  # (T',) int32
+    have: int  # local ids of the unfinished span
+    limit: int  # most ids of that span
+
+
+def check(
+    segment: Segment, vocabulary: Vocabulary, *, whole: bool, origin: str = "prompt"
+) -> np.ndarray:
+    """Local ids of a segment `(L,)` int64.
+
+    Args:
+        whole: the span must be finished; otherwise it must be able to go on.
+    Raises:
+        UserError: ids out of range, a span that breaks off inside a frame or a grid, or one with
+            nothing left to add; the model would read it as something it never saw and answer noise.
+    """
+    spec = vocabulary.spec(segment.modality)
+    ids = np.asarray([] if segment.ids is None else segment.ids, np.int64).reshape(-1)
+    where = f"{origin}: {segment.modality} span"
+    if len(ids) and (ids.min() < 0 or ids.max() >= spec.n_ids):
+        raise UserError(
+            f"{where}: ids must be in 0..{spec.n_ids - 1}, found {ids.min()}..{ids.max()}"
+        )
+    total = is_fixed(spec)
+    if whole and total is not None and len(ids) != total:
+        raise UserError(
+            f"{where} is unfinished: it has {len(ids)} ids and needs {total}; give all of them, or "
+            f"make it the last segment, with role 'target', and generate to '{segment.modality}'"
+        )
+    if whole and total is None and len(ids) == 0:
+        raise UserError(f"{where} is empty: it has 0 ids and needs at least {spec.n_codebooks}")
+    if not whole and total is not None and len(ids) >= total:
+        raise UserError(
+            f"{where} is complete ({len(ids)} of {total} ids): there is nothing to continue"
+        )
+    if len(ids) % spec.n_codebooks and (whole or total is None):
+        raise UserError(
+            f"{where} breaks off inside a frame: it has {len(ids)} ids and needs a multiple of "
+            f"{spec.n_codebooks} (one id of each codebook)"
+        )
+    books = ids // spec.vocab_size
+    if (books != np.arange(len(ids)) % spec.n_codebooks).any():
+        raise UserError(
+            f"{where}: codebooks are out of order; id i must belong to book i % {spec.n_codebooks}"
+        )
+    return ids
+
+
+def continues(segments: Sequence[Segment], to: str) -> bool:
+    """True where the last segment is an unfinished span of ``to`` to go on with."""
+    return bool(segments) and segments[-1].modality == to and segments[-1].role == "target"
+
+
+def prepare(
+    segments: Sequence[Segment],
+    to: str,
+    vocabulary: Vocabulary,
+    max_tokens: int | None,
+    origin: str,
+) -> Prompt:
+    """Check one prompt and write its token stream up to where generation begins.
+
+    A last segment of modality ``to`` and role "target" is the unfinished span to go on with; all
+    others are conditions. Without any segment the model is asked unconditionally (null condition).
+
+    Raises:
+        UserError: see `check`; or ``max_tokens`` leaves no room for a span.
+    """
+    spec, target = vocabulary.spec(to), vocabulary.range(to)
+    conditions, prefix = list(segments), np.zeros(0, np.int64)
+    if continues(segments, to):
+        prefix = check(conditions.pop(), vocabulary, whole=False, origin=origin)
+    for segment in conditions:
+        if segment.ids is not None:
+            check(segment, vocabulary, whole=True, origin=origin)
+    if not conditions and len(prefix) == 0:
+        conditions = [Segment(to)]
+    # As condition dropout in training: every condition becomes a null condition, all together.
+    null = [Segment(segment.modality, role="condition") for segment in conditions]
+    given = [segment._replace(role="condition") for segment in conditions]
+    opening = np.concatenate([[target.begin], target.first + prefix]).astype(np.int32)
+    stream = lambda parts: np.concatenate([document_tokens(parts, vocabulary).ids, opening])
+
+    total = is_fixed(spec)
+    if total is not None:
+        if max_tokens is not None and max_tokens < total:
+            raise UserError(
+                f"max_tokens={max_tokens} cuts the '{to}' span short: it always has {total} ids; "
+                "leave it out"
+            )
+        limit = total
+    else:
+        room = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
+        room -= room % spec.n_codebooks
+        if room < 1:
+            raise UserError(
+                f"max_tokens={max_tokens}: one frame of '{to}' takes {spec.n_codebooks} ids"
+            )
+        limit = len(prefix) + room
+    return Prompt(stream(given), stream(null), len(prefix), limit)
+
+
+def batch(streams: Sequence[np.ndarray], vocabulary: Vocabulary) -> Batch:
+    """Lay one stream a row, slot i, padded at the right; the head is asked at each last place."""
+    T = max(map(len, streams))
+    ids = np.full((len(streams), T), -1, np.int32)
+    rows = []
+    for i, stream in enumerate(streams):
+        ids[i, : len(stream)] = stream
+        rows.append([Doc(len(stream), modality=vocabulary.modality_of(stream), slot=i)])
+    layout = Layout.from_rows(rows, T)
+    lengths = torch.tensor([len(stream) for stream in streams], dtype=torch.int32)
+    tokens = torch.from_numpy(ids)[..., None]
+    return Batch(
+        layout,
+        tokens,
+        torch.full_like(tokens, -1),
+        torch.zeros(len(streams), T),
+        places={"tokens": layout.cu_seqlens[:-1] + lengths - 1},
+    )
+
+
+def distinct(streams: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
+    """The different streams, and which of them each one is `(N,)`."""
+    number: dict[bytes, int] = {}
+    rows = np.array(
+        [number.setdefault(stream.tobytes(), len(number)) for stream in streams], np.int64
+    )
+    return [np.frombuffer(key, np.int32) for key in number], rows

@@ -1,0 +1,83 @@
+"""Rules on logits `(N, V)`: span grammar, temperature, top-k, top-p. Forbidden = -inf."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mm.decoders.base import Rule, Session, is_fixed
+
+NEVER = float("-inf")
+
+
+def span_grammar(logits: Tensor, session: Session) -> Tensor:
+    """Keep what may stand next in a span of ``session.to``; the rest has probability exactly 0.
+
+    - only ids of that modality, and its end;
+    - several codebooks: place p takes ids of book p % n_codebooks, the end stands at frame borders
+      only;
+    - a grid: the end stands after exactly prod(grid) * n_codebooks ids;
+    - no grid: at least one frame, and from ``session.limit`` on the end is the only choice.
+    """
+    tables = session.memo.get("span_grammar")
+    if tables is None:
+        tables = session.memo["span_grammar"] = _book_tables(session, logits)
+    spec, ids = session.spec, session.range
+    total = is_fixed(spec)
+    phase_N = session.length % spec.n_codebooks
+    must_end_N = (phase_N == 0) & (session.length >= (session.limit if total is None else total))
+    may_end_N = (phase_N == 0) & (session.length >= (1 if total is None else total))
+    allowed_NV = tables[phase_N] & ~must_end_N[:, None]
+    allowed_NV[:, ids.end] = may_end_N | must_end_N
+    return logits.masked_fill(~allowed_NV, NEVER)
+
+
+def _book_tables(session: Session, like: Tensor) -> Tensor:
+    """`(n_codebooks, V)` bool: ids that may stand at each place of a frame."""
+    spec, ids = session.spec, session.range
+    tables = torch.zeros(spec.n_codebooks, like.shape[-1], dtype=torch.bool, device=like.device)
+    for book in range(spec.n_codebooks):
+        first = ids.first + book * spec.vocab_size
+        tables[book, first : first + spec.vocab_size] = True
+    return tables
+
+
+def temperature(t: float) -> Rule:
+    """Divide logits by ``t``. Raises ValueError unless t > 0 (0: the decoder takes the argmax)."""
+    if not t > 0:
+        raise ValueError(f"temperature must be above 0, not {t}")
+    return lambda logits, session: logits / t
+
+
+def top_k(k: int) -> Rule:
+    """Keep the ``k`` largest logits of a row (and any that equal the k-th)."""
+    if k < 1:
+        raise ValueError(f"top_k must be at least 1, not {k}")
+
+    def rule(logits: Tensor, session: Session) -> Tensor:
+        if k >= logits.shape[-1]:
+            return logits
+        least = logits.topk(k, dim=-1).values[:, -1:]
+        return logits.masked_fill(logits < least, NEVER)
+
+    return rule
+
+
+def top_p(p: float) -> Rule:
+    """Keep the smallest set of most likely ids whose probability reaches ``p``, at least one.
+
+    Source: Holtzman et al. 2020 (arXiv:1904.09751), section 3.1.
+    """
+    if not 0 < p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], not {p}")
+
+    def rule(logits: Tensor, session: Session) -> Tensor:
+        if p == 1:
+            return logits
+        ordered, place = logits.sort(dim=-1, descending=True)
+        prob = torch.softmax(ordered.double(), -1)
+        # The mass BEFORE an id decides: the one that crosses p is kept, and the first one always.
+        drop = prob.cumsum(-1) - prob >= p
+        return logits.masked_fill(torch.zeros_like(drop).scatter(-1, place, drop), NEVER)
+
+    return rule

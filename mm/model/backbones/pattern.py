@@ -1,0 +1,60 @@
+"""The pattern language: `2*rg_lru local_attention`, groups `2*(a b) c`, repeated to the depth of the stack."""
+
+from __future__ import annotations
+
+import re
+
+from mm.errors import UserError
+
+_TOKEN = re.compile(r"\s*(?:(\d+)\s*\*|([A-Za-z_][\w\-./]*)|(\()|(\)))")
+
+
+def parse(pattern: str) -> list[str]:
+    """Expand a pattern to its words, left to right. Raises UserError pointing at the fault."""
+    words, at = _sequence(pattern, 0, nested=False)
+    if not words:
+        raise UserError(f"pattern '{pattern}' names no mixer")
+    return words
+
+
+def _sequence(text: str, at: int, nested: bool) -> tuple[list[str], int]:
+    words: list[str] = []
+    times: int | None = None
+    while text[at:].strip():
+        match = _TOKEN.match(text, at)
+        if not match:
+            raise _fault(text, at, "expected a word, a number with *, or a parenthesis")
+        number, word, opened, closed = match.groups()
+        if number:
+            if times is not None or int(number) < 1:
+                raise _fault(text, at, "a repeat count is a positive number before a word or group")
+            times, at = int(number), match.end()
+            continue
+        if closed:
+            if not nested or times is not None:
+                raise _fault(text, at, "nothing to close here")
+            return words, match.end()
+        group, at = _sequence(text, match.end(), nested=True) if opened else ([word], match.end())
+        words += group * (times or 1)
+        times = None
+    if nested:
+        raise _fault(text, at, "a group is not closed")
+    if times is not None:
+        raise _fault(text, at, "a repeat count is a positive number before a word or group")
+    return words, at
+
+
+def _fault(text: str, at: int, why: str) -> UserError:
+    return UserError(f"pattern '{text}', character {min(at, len(text)) + 1}: {why}")
+
+
+def tile(words: list[str], depth: int | None) -> list[str]:
+    """Repeat ``words`` to ``depth`` layers, the last round cut where needed; None takes them once.
+
+    Raises UserError when the pattern alone is longer than ``depth``: part of it would never be built.
+    """
+    if depth is None:
+        return words
+    if len(words) > depth:
+        raise UserError(f"the pattern has {len(words)} layers, depth is {depth}; shorten it or raise depth")
+    return [words[i % len(words)] for i in range(depth)]

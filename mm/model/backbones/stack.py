@@ -1,0 +1,172 @@
+"""A stack of blocks whose mixers a pattern names. B rows, T tokens, D model, N slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mm import config as yaml_config
+from mm.batch import Sum
+from mm.config import Config
+from mm.errors import UserError, did_you_mean
+from mm.model.backbones.pattern import parse, tile
+from mm.model.layer import Backbone, Block, Ctx, Linear, Out
+from mm.model.linears.dense import DenseConfig
+from mm.model.norm import RMSNorm
+from mm.registry import BACKBONES, BLOCKS, CHANNELS, MIXERS
+from mm.state import Many, State
+
+TAP = "tap."
+
+
+class Stack(Backbone):
+    """Blocks one after another, then a norm.
+
+    ``path`` runs other layers or another order; every VISIT has its own State. Taps `hidden.i` (input of visit i) and
+    `hidden` (what the heads read) go into the successor Ctx as shared values named `tap.hidden.i`.
+    """
+
+    def __init__(self, layers: Sequence[Block], d_model: int, eps: float, recompute: bool):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = RMSNorm(d_model, eps=eps)
+        self.recompute = recompute
+
+    def init_weights(self) -> None:
+        # Runs after the children: residual branches shrink with depth. Source: Radford et al. 2019 (GPT-2), section 2.3.
+        factor = (2 * len(self.layers)) ** -0.5
+        for module in self.layers.modules():
+            if isinstance(module, Linear) and getattr(module, "name", "") == "out" and hasattr(module, "rescale"):
+                module.rescale(factor)
+
+    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None, path: Sequence[int] | None = None) -> Out:
+        visits = list(path) if path is not None else list(range(len(self.layers)))
+        parts: list[State | None] = [None] * len(visits)
+        if state is not None:
+            if not isinstance(state, Many) or len(state) != len(visits):
+                raise ValueError(f"a State of this path has {len(visits)} parts; make it with initial_state(..., path=path)")
+            parts = list(state.parts)
+        shared: dict[str, Any] = dict(ctx.shared)
+        for i in visits:
+            for name, make in self.layers[i].shares(state is not None).items():  # type: ignore[operator]
+                if name not in shared:
+                    shared[name] = make(ctx)
+        ctx = replace(ctx, shared=shared)
+        x, aux, taps = x_BTD, {}, {}
+        recompute = self.recompute and self.training and torch.is_grad_enabled()
+        for visit, i in enumerate(visits):
+            if f"hidden.{visit}" in ctx.want:
+                taps[f"{TAP}hidden.{visit}"] = x
+            here = replace(ctx, visit=visit)
+            layer = self.layers[i]
+            if recompute:
+                # Reentrant checkpointing would lose gradients of returned States silently: never here.
+                out = checkpoint(layer, x, here, parts[visit], use_reentrant=False, preserve_rng_state=False)
+            else:
+                out = layer(x, here, parts[visit])
+            x, parts[visit] = out.y, out.state
+            ctx = out.ctx or ctx
+            for name, value in out.aux.items():
+                key = f"layers.{i}.{name}"
+                aux[key] = aux[key] + value if key in aux else value
+        y = self.norm(x)
+        if taps or "hidden" in ctx.want:
+            taps |= {f"{TAP}hidden": y} if "hidden" in ctx.want else {}
+            ctx = replace(ctx, shared={**ctx.shared, **taps})
+        return Out(y, Many(*parts) if state is not None else None, ctx, aux)
+
+    def initial_state(self, n: int, max_len: int, path: Sequence[int] | None = None) -> Many:
+        visits = path if path is not None else range(len(self.layers))
+        return Many(*(self.layers[i].initial_state(n, max_len) for i in visits))  # type: ignore[operator]
+
+    def state_bytes(self, n: int, max_len: int) -> int:
+        return sum(layer.state_bytes(n, max_len) for layer in self.layers)  # type: ignore[operator]
+
+    def after_step(self, stats: Mapping[str, Sum]) -> None:
+        for i, layer in enumerate(self.layers):
+            head = f"layers.{i}."
+            layer.after_step({k.removeprefix(head): v for k, v in stats.items() if k.startswith(head)})  # type: ignore[operator]
+
+
+@BACKBONES.register("stack")
+class StackConfig(Config):
+    """``depth`` layers whose mixers follow ``pattern``.
+
+    A word means, in this order: an entry of ``mixers``, a preset `configs/mixer/<word>.yaml`, a registered mixer kind. An
+    entry of ``mixers`` without `kind` changes the preset or kind of its own name: `mixers: {attention: {kv_heads: 2}}`.
+    """
+
+    kind: Literal["stack"] = "stack"
+    depth: Annotated[int, Field(gt=0)] | None = None
+    pattern: str = "attention"
+    mixers: dict[str, MIXERS.field] = {}  # type: ignore[valid-type]
+    channel: CHANNELS.field | None = Field(default="swiglu", validate_default=True)  # type: ignore[valid-type]
+    block: BLOCKS.field = Field(default="prenorm", validate_default=True)  # type: ignore[valid-type]
+    eps: float = 1e-6
+    recompute: bool = Field(default=False, description="activation checkpointing of every layer (non-reentrant)")
+
+    @field_validator("mixers", mode="before")
+    @classmethod
+    def _extend_presets(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {
+            word: yaml_config.merge(_raw(word), entry) if isinstance(entry, Mapping) and "kind" not in entry else entry
+            for word, entry in value.items()
+        }
+
+    @model_validator(mode="after")
+    def _known_words(self) -> StackConfig:
+        try:
+            for word in self.words():
+                self.mixer(word)
+        except UserError as error:  # pydantic reports it with its path in the file
+            raise ValueError(str(error)) from error
+        return self
+
+    def words(self) -> list[str]:
+        """The mixer word of every layer."""
+        return tile(parse(self.pattern), self.depth)
+
+    def mixer(self, word: str) -> Config:
+        """Config of the mixer that ``word`` names. Raises UserError with a suggestion."""
+        if word in self.mixers:
+            return self.mixers[word]
+        try:
+            return MIXERS.parse(_raw(word))
+        except UserError:
+            known = {*self.mixers, *presets(), *MIXERS}
+            raise UserError(f"pattern: no mixer '{word}'{did_you_mean(word, known)}") from None
+
+    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> Stack:
+        linear = linear or DenseConfig().build
+        layers = [
+            self.block.build(
+                d_model, self.mixer(word).build(d_model, linear), self.channel.build(d_model, linear) if self.channel else None
+            )
+            for word in self.words()
+        ]
+        return Stack(layers, d_model, self.eps, self.recompute)
+
+    @classmethod
+    def smallest(cls) -> StackConfig:
+        return cls(pattern="attention rg_lru", mixers={"attention": {"heads": 2, "kv_heads": 1}})  # type: ignore[dict-item]
+
+
+def presets() -> list[str]:
+    """Names of the shipped mixer presets."""
+    return sorted(path.stem for path in (yaml_config.SHIPPED / "mixer").glob("*.yaml"))
+
+
+def _raw(word: str) -> dict[str, Any]:
+    if word in presets():
+        return yaml_config.read(f"mixer/{word}")
+    if word in MIXERS:
+        return {"kind": word}
+    raise UserError(f"no mixer preset or kind '{word}'{did_you_mean(word, {*presets(), *MIXERS})}")

@@ -1,0 +1,61 @@
+"""Pre-norm residual wiring. B rows, T tokens, D model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+
+from mm.config import Config
+from mm.model.layer import Block, Channel, Ctx, Mixer, Out
+from mm.model.norm import RMSNorm
+from mm.registry import BLOCKS
+from mm.state import Many, State
+
+
+class PreNorm(Block):
+    """``x + mixer(norm(x))``, then ``x + channel(norm(x))``. Source: Xiong et al. 2020 (arXiv:2002.04745), fig. 1b."""
+
+    def __init__(self, d_model: int, mixer: Mixer, channel: Channel | None, eps: float):
+        super().__init__()
+        self.mixer_norm = RMSNorm(d_model, eps=eps)
+        self.mixer = mixer
+        self.channel_norm = RMSNorm(d_model, eps=eps) if channel is not None else None
+        self.channel = channel
+
+    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
+        assert state is None or isinstance(state, Many)
+        mixed = self.mixer(self.mixer_norm(x_BTD), ctx, state[0] if state is not None else None)
+        x = x_BTD + mixed.y
+        ctx_after = mixed.ctx or ctx
+        aux = {f"mixer.{k}": v for k, v in mixed.aux.items()}
+        channel_state = None
+        if self.channel is not None and self.channel_norm is not None:
+            fed = self.channel(self.channel_norm(x), ctx_after, state[1] if state is not None else None)
+            x = x + fed.y
+            ctx_after = fed.ctx or ctx_after
+            channel_state = fed.state
+            aux |= {f"channel.{k}": v for k, v in fed.aux.items()}
+        after = Many(mixed.state, channel_state) if state is not None else None
+        return Out(x, after, ctx_after if ctx_after is not ctx else None, aux)
+
+    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
+        return {**self.mixer.shares(serving), **(self.channel.shares(serving) if self.channel is not None else {})}
+
+    def initial_state(self, n: int, max_len: int) -> Many:
+        return Many(self.mixer.initial_state(n, max_len), self.channel.initial_state(n, max_len) if self.channel else None)
+
+    def state_bytes(self, n: int, max_len: int) -> int:
+        return self.mixer.state_bytes(n, max_len) + (self.channel.state_bytes(n, max_len) if self.channel else 0)
+
+
+@BLOCKS.register("prenorm")
+class PreNormConfig(Config):
+    """Pre-norm block with RMSNorm."""
+
+    kind: Literal["prenorm"] = "prenorm"
+    eps: float = 1e-6
+
+    def build(self, d_model: int, mixer: Mixer, channel: Channel | None = None) -> PreNorm:
+        return PreNorm(d_model, mixer, channel, self.eps)

@@ -1,0 +1,41 @@
+"""Gated feed-forward layer. B rows, T tokens, D model, F hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from mm.config import Config
+from mm.model.layer import Channel, Ctx, Linear, Out
+from mm.model.linears.dense import DenseConfig
+from mm.registry import CHANNELS
+from mm.state import State
+
+
+class SwiGLU(Channel):
+    """``out(silu(gate(x)) * up(x))``. Source: Shazeer 2020 (arXiv:2002.05202), eq. 6."""
+
+    def __init__(self, d_model: int, d_hidden: int, linear: Callable[..., Linear]):
+        super().__init__()
+        self.gate_up = linear(d_model, 2 * d_hidden, "gate_up")
+        self.out = linear(d_hidden, d_model, "out")
+
+    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
+        gate, up = self.gate_up(x_BTD, ctx).chunk(2, dim=-1)
+        return Out(self.out(F.silu(gate) * up, ctx))
+
+
+@CHANNELS.register("swiglu")
+class SwiGLUConfig(Config):
+    """SwiGLU; ``hidden`` None takes 8/3 of d_model, rounded up to a multiple of 32."""
+
+    kind: Literal["swiglu"] = "swiglu"
+    hidden: Annotated[int, Field(gt=0)] | None = None
+
+    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> SwiGLU:
+        hidden = self.hidden or -(-8 * d_model // 96) * 32
+        return SwiGLU(d_model, hidden, linear or DenseConfig().build)

@@ -1,0 +1,43 @@
+"""Sum of the embeddings of all streams of a place, from ONE table. B rows, T tokens, S streams, D model, N ids."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mm.config import Config
+from mm.model.layer import Ctx, Embedder
+from mm.registry import EMBEDDERS
+
+
+class SumEmbedder(Embedder):
+    """``sqrt(D) * sum_s table[ids[..., s]]``; id -1 adds nothing."""
+
+    def __init__(self, n_ids: int, d_model: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_ids, d_model))
+
+    def init_weights(self) -> None:
+        # Unit variance after the factor sqrt(D), and logits of unit variance where a head shares the table.
+        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+
+    def forward(self, ids_BTS: Tensor, ctx: Ctx) -> Tensor:
+        scale = self.weight.shape[1] ** 0.5
+        weight = self.weight
+        parts = []
+        for ids in ids_BTS.unbind(-1):
+            x = nn.functional.embedding(ids.clamp_min(0), weight)
+            parts.append(x * ((ids >= 0).to(x.dtype) * scale)[..., None])
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+
+@EMBEDDERS.register("sum")
+class SumEmbedderConfig(Config):
+    """One table for all modalities; the streams of a place are summed."""
+
+    kind: Literal["sum"] = "sum"
+
+    def build(self, n_ids: int, d_model: int) -> SumEmbedder:
+        return SumEmbedder(n_ids, d_model)

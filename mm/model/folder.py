@@ -1,0 +1,101 @@
+"""A model as a folder: `config.json` and `model.safetensors`, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mm.errors import UserError
+
+ALIASES = "aliases"  # metadata key: JSON of {name: name of the tensor that it is}
+
+
+@contextmanager
+def whole(folder: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``folder`` that takes its place when the block ends without an error."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.part-{os.getpid()}")
+    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write safetensors; a tensor under several names is stored once, the other names become aliases."""
+    first: dict[tuple[Any, ...], str] = {}
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, t in tensors.items():
+        t = t.detach()
+        key = (t.data_ptr(), t.shape, t.stride(), t.dtype) if t.numel() else (name,)
+        if key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+            stored[name] = t.cpu().contiguous()
+    save_file(stored, path, metadata={ALIASES: json.dumps(aliases), "format": "pt"})
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Read what `save_tensors` wrote, aliases included. Raises UserError on a missing or damaged file."""
+    if not Path(path).is_file():
+        raise UserError(f"no weights at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            aliases = json.loads((file.metadata() or {}).get(ALIASES, "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error}); copy or save it again") from error
+    return tensors | {alias: tensors[name] for alias, name in aliases.items()}
+
+
+def write_config(folder: Path, values: Mapping[str, Any]) -> None:
+    """Write `config.json`."""
+    (folder / "config.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Read `config.json` of a saved model. Raises UserError when it is missing or not JSON."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"no saved model at {folder} (it has no config.json); a run keeps its own in <run folder>/model")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+
+
+def load_into(build: Callable[[], nn.Module], path: str | Path) -> nn.Module:
+    """Build on the meta device, then give every tensor its saved value. Raises UserError naming what does not fit."""
+    tensors = load_tensors(path)
+    with torch.device("meta"):
+        module = build()
+    have = module.state_dict()
+    wrong = [n for n in have if n in tensors and tensors[n].shape != have[n].shape]
+    missing, extra = sorted(have.keys() - tensors.keys()), sorted(tensors.keys() - have.keys())
+    if missing or extra or wrong:
+        faults = [f"{what} {names[0]} and {len(names) - 1} more" if len(names) > 1 else f"{what} {names[0]}" for what, names
+                  in (("missing", missing), ("unknown", extra), ("other shape of", wrong)) if names]
+        raise UserError(f"{path}: not the weights of this config.json: {'; '.join(faults)}")
+    module.to_empty(device="cpu")
+    module.load_state_dict(tensors)
+    return module

@@ -1,0 +1,70 @@
+"""Softmax over the whole vocabulary. P places, D model, N ids, B rows, T tokens, S streams."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mm.config import Config
+from mm.kernels.cross_entropy import linear_cross_entropy
+from mm.model.layer import Ctx, Embedder, Head, HeadOut
+from mm.registry import HEADS
+from mm.state import State
+
+
+class Categorical:
+    """Parameter-free distribution over ids. ``logits`` `(P, N)` float32."""
+
+    def __init__(self, logits: Tensor):
+        self.logits = logits
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """`(P,)` log-probability of ids `(P,)`."""
+        return self.logits.log_softmax(-1).gather(-1, value.long()[..., None])[..., 0]
+
+    def sample(self, generator: torch.Generator, temperature: float = 1.0) -> Tensor:
+        """`(P,)` int64 ids; temperature 0 takes the most likely."""
+        if temperature == 0:
+            return self.logits.argmax(-1)
+        return torch.multinomial((self.logits / temperature).softmax(-1), 1, generator=generator)[..., 0]
+
+
+class Softmax(Head):
+    """Linear layer and softmax. The loss never holds all logits at once; the distribution is built only when asked for."""
+
+    def __init__(self, d_model: int, n_ids: int, tap: str, stream: int, tied: bool):
+        super().__init__()
+        self.tap, self.stream, self.tied = tap, stream, tied
+        self.weight = nn.Parameter(torch.empty(n_ids, d_model))
+
+    def tie(self, embedder: Embedder) -> None:
+        """Own the embedder's very Parameter: this module's own forward uses it, so ZeRO-3 gathers it here too."""
+        self.weight = embedder.weight  # type: ignore[assignment]
+
+    def init_weights(self) -> None:
+        if not self.tied:
+            nn.init.normal_(self.weight, std=0.25 * self.weight.shape[1] ** -0.5)
+
+    def forward(self, h_BTD: Tensor, ctx: Ctx, places_P: Tensor, target: Any = None, state: State | None = None) -> HeadOut:
+        """``target`` `(P,)` or `(P, S)` int ids, or None for the distribution."""
+        h = h_BTD.flatten(0, 1).index_select(0, places_P.long())
+        if target is None:
+            logits = nn.functional.linear(h, self.weight.to(h.dtype))
+            return HeadOut(None, Categorical(logits.to(torch.promote_types(logits.dtype, torch.float32))))
+        ids = target[:, self.stream] if target.dim() == 2 else target
+        return HeadOut(linear_cross_entropy(h, self.weight, ids), None)
+
+
+@HEADS.register("softmax")
+class SoftmaxConfig(Config):
+    """Softmax over the vocabulary; ``tap`` names the hidden states it reads, ``stream`` the targets."""
+
+    kind: Literal["softmax"] = "softmax"
+    tap: str = "hidden"
+    stream: int = 0
+    tied: bool = False
+
+    def build(self, d_model: int, n_ids: int) -> Softmax:
+        return Softmax(d_model, n_ids, self.tap, self.stream, self.tied)

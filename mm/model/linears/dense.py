@@ -1,0 +1,47 @@
+"""The plain matrix."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mm.config import Config
+from mm.model.layer import Ctx, Linear
+from mm.registry import LINEARS
+
+
+class Dense(Linear):
+    """``x @ weight.T``, normally initialised with standard deviation ``d_in ** -0.5``."""
+
+    def __init__(self, d_in: int, d_out: int, name: str = "", bias: bool = False):
+        super().__init__()
+        self.name = name
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
+
+    def init_weights(self) -> None:
+        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def rescale(self, factor: float) -> None:
+        """Multiply the map by ``factor`` (residual branches of deep stacks)."""
+        with torch.no_grad():
+            self.weight.mul_(factor)
+
+    def forward(self, x: Tensor, ctx: Ctx | None = None) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+@LINEARS.register("dense")
+class DenseConfig(Config):
+    """A matrix without bias."""
+
+    kind: Literal["dense"] = "dense"
+    bias: bool = False
+
+    def build(self, d_in: int, d_out: int, name: str = "") -> Dense:
+        return Dense(d_in, d_out, name, self.bias)

@@ -1,0 +1,228 @@
+"""Documents of a packed call as rows of their own, and what a State's slots read and write.
+
+B rows, T tokens, M documents, N slots, R regrouped rows, L their length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mm.layout import Fields, Layout
+from mm.mask import Causal, Mask, Window
+
+
+def narrowed(mask: Mask, window: int | None) -> Mask:
+    """``mask`` and a layer's own window, in the simplest form that says both."""
+    if window is None:
+        return mask
+    if isinstance(mask, Causal):
+        return Window(window)
+    if isinstance(mask, Window):
+        return Window(min(window, mask.size))
+    return mask & Window(window)
+
+
+class _Regroup(torch.autograd.Function):
+    """Row gather whose backward is a row gather: every place that counts occurs once on either side.
+
+    The other places (copies that pad a group) get exactly zero gradient, because what is read of them is masked or dropped.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(index, inverse)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        index, inverse = ctx.saved_tensors
+        return _Regroup.apply(grad, inverse, index), None, None
+
+
+class Group(NamedTuple):
+    """Documents of similar length, one a row. ``allowed`` None and ``causal`` say what the mask amounts to here."""
+
+    rows: int
+    length: int
+    allowed: Tensor | None  # (R or 1, L, L) bool
+    causal: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """A stateless packed call as groups of one-document rows (`Groups.of`). With ``index`` None the rows are that already."""
+
+    groups: tuple[Group, ...]
+    index: Tensor | None = None  # (sum of R * L,) flat places
+    inverse: Tensor | None = None  # (B * T,) where each place went
+    padding: Tensor | None = None  # (B * T, 1) bool: document 0, whose outputs are zero; None = no padding
+
+    def split(self, *x_BT: Tensor) -> Iterator[tuple[Group, list[Tensor]]]:
+        """Yield each group with `(R, L, ...)` views of each `(B, T, ...)` tensor."""
+        if self.index is None:
+            yield self.groups[0], list(x_BT)
+            return
+        flat = [_Regroup.apply(x.reshape(x.shape[0] * x.shape[1], -1), self.index, self.inverse) for x in x_BT]
+        at = 0
+        for group in self.groups:
+            stop = at + group.rows * group.length
+            yield group, [f[at:stop].view(group.rows, group.length, *x.shape[2:]) for f, x in zip(flat, x_BT, strict=True)]
+            at = stop
+
+    def join(self, y: list[Tensor], B: int, T: int) -> Tensor:
+        """Inverse of `split` for one tensor: `(R, L, ...)` of every group to `(B, T, ...)`."""
+        if self.index is None:
+            return y[0]
+        flat = torch.cat([part.reshape(part.shape[0] * part.shape[1], -1) for part in y])
+        out = _Regroup.apply(flat, self.inverse, self.index)
+        if self.padding is not None:
+            out = out.masked_fill(self.padding, 0)
+        return out.view(B, T, *y[0].shape[2:])
+
+    @staticmethod
+    def of(layout: Layout, mask: Mask, split_above: int = 16) -> Groups:
+        """Group the documents of ``layout`` by length (powers of two from ``split_above``).
+
+        Runs on the host, once per pass: on an accelerator it costs one synchronisation.
+        """
+        B, T = layout.shape
+        f = layout.fields
+        document = f.document.reshape(-1).cpu().numpy()
+        time = f.position[..., 0].reshape(-1).cpu().numpy()
+        starts = layout.cu_seqlens[:-1].cpu().numpy()
+        lengths = np.bincount(document, minlength=len(starts) + 1)[1:]
+        same = (document[1:] == document[:-1]) & (document[1:] > 0)
+        ordered = not (same & (time[1:] <= time[:-1])).any()
+        real = lengths > 0
+        first, last = starts[real], starts[real] + lengths[real] - 1
+        span = int((time[last] - time[first]).max(initial=0)) + 1
+        causal = ordered and (mask.hint == "causal" or (mask.hint == "window" and span <= (mask.reach or 0)))
+        if layout.aligned or not real.any() or (real.sum() == B and (first % T == 0).all()):
+            full = mask.hint == "full" and bool((document > 0).all())
+            allowed = None if causal or full else mask.dense(f, f)
+            return Groups((Group(B, T, allowed, causal),))
+        size = np.full(len(first), split_above)
+        while (short := size < lengths[real]).any():
+            size[short] *= 2
+        groups, indices, at = [], [], 0
+        inverse = np.zeros(B * T, np.int64)
+        for width in np.unique(size):
+            chosen = size == width
+            start, count = first[chosen], lengths[real][chosen]
+            L = int(count.max())
+            # Padding repeats the document's own last place: never a neighbour's, which might be inf.
+            index = start[:, None] + np.minimum(np.arange(L), count[:, None] - 1)
+            valid = np.arange(L) < count[:, None]
+            inverse[index[valid]] = at + np.flatnonzero(valid.reshape(-1))
+            allowed = None
+            if not causal and not (mask.hint == "full" and valid.all()):
+                gathered = f.map(lambda t, i=torch.from_numpy(index).to(f.document.device): t.flatten(0, 1)[i])
+                inside = torch.from_numpy(valid).to(f.document.device)
+                allowed = mask.dense(gathered._replace(document=gathered.document * inside), gathered._replace(
+                    document=gathered.document * inside))
+            groups.append(Group(len(start), L, allowed, causal))
+            indices.append(index.reshape(-1))
+            at += index.size
+        device = f.document.device
+        padding = document == 0
+        return Groups(
+            tuple(groups), torch.from_numpy(np.concatenate(indices)).to(device), torch.from_numpy(inverse).to(device),
+            torch.from_numpy(padding[:, None]).to(device) if padding.any() else None,
+        )
+
+
+class Docs(NamedTuple):
+    """Documents of a call with a State, as R rows of length L: row r is document r + 1."""
+
+    index: Tensor | None  # (R, L) flat places, None when row r of the call is document r + 1 already
+    valid: Tensor  # (R, L) bool
+    length: Tensor  # (R,) int64
+    slot: Tensor  # (R,) int64, -1 = none
+    fresh: Tensor  # (R,) bool
+    direct: bool  # row r has slot r or none, and there are R slots: states need no gather
+
+    @staticmethod
+    def of(layout: Layout, n_slots: int) -> Docs:
+        """Rows of ``layout`` for a State of ``n_slots``. No synchronisation: L is `Layout.max_seqlen`."""
+        B, T = layout.shape
+        document = layout.fields.document
+        if layout.aligned:
+            valid = document > 0
+            return Docs(None, valid, valid.sum(1), layout.slot[:B].long(), layout.fresh[:B], n_slots == B)
+        M = layout.slot.shape[0]
+        flat = document.reshape(-1).long()
+        count = flat.new_zeros(M + 1).index_add_(0, flat, torch.ones_like(flat))[1:]
+        places = torch.arange(layout.max_seqlen, device=flat.device)
+        valid = places < count[:, None]
+        start = layout.cu_seqlens[:-1].long()
+        last = (start + count - 1).clamp_min(0)
+        index = torch.minimum(start[:, None] + places, last[:, None]).clamp_max(B * T - 1)
+        return Docs(index, valid, count, layout.slot.long(), layout.fresh, False)
+
+    def unpack(self, x_BT: Tensor) -> Tensor:
+        """`(B, T, ...)` to `(R, L, ...)`; places past a document's end repeat its own last one."""
+        return x_BT if self.index is None else x_BT.flatten(0, 1)[self.index]
+
+    def pack(self, y_RL: Tensor, B: int, T: int) -> Tensor:
+        """Inverse of `unpack`; padding gets zeros."""
+        if self.index is None:
+            return y_RL
+        # Invalid places write into one place past the end, which is cut off.
+        index = torch.where(self.valid, self.index, B * T).reshape(-1)
+        out = y_RL.new_zeros(B * T + 1, *y_RL.shape[2:]).index_copy(0, index, y_RL.flatten(0, 1))
+        return out[:-1].view(B, T, *y_RL.shape[2:])
+
+    def fields(self, f: Fields) -> Fields:
+        """Fields of the rows; ``document`` is 1 at valid places, 0 elsewhere (a row holds one document)."""
+        return f.map(self.unpack)._replace(document=self.valid.to(torch.int32))
+
+    def read(self, leaf_N: Tensor, initial: Tensor | float = 0.0) -> Tensor:
+        """`(N, ...)` state to what each row begins from: `(R, ...)`, ``initial`` for fresh rows and rows without a slot."""
+        shape = (-1, *[1] * (leaf_N.dim() - 1))
+        keep = ((self.slot >= 0) & ~self.fresh).view(shape)
+        rows = leaf_N if self.direct else leaf_N.index_select(0, self.slot.clamp_min(0))
+        # Selected, not multiplied: a stale slot may hold inf.
+        return torch.where(keep, rows, initial)
+
+    def written(self, n_slots: int) -> Written:
+        """Which row each slot takes over."""
+        if self.direct:
+            length = torch.where(self.slot >= 0, self.length, 0)
+            return Written(None, self.slot >= 0, length, self.fresh & (self.slot >= 0))
+        rows = torch.arange(self.slot.shape[0], device=self.slot.device)
+        target = torch.where(self.slot >= 0, self.slot, n_slots)
+        row = torch.full((n_slots + 1,), -1, dtype=torch.long, device=target.device)
+        row = row.scatter_reduce(0, target, rows, "amax")[:n_slots]  # the last document naming a slot wins
+        hit = row >= 0
+        row = row.clamp_min(0)
+        if rows.shape[0] == 0:
+            return Written(row, hit, torch.zeros_like(row), hit)
+        return Written(row, hit, torch.where(hit, self.length[row], 0), self.fresh[row] & hit)
+
+
+class Written(NamedTuple):
+    """For every slot: the row that writes it (None = row n), whether any does, its length, whether it began fresh."""
+
+    row: Tensor | None  # (N,) int64
+    hit: Tensor  # (N,) bool
+    length: Tensor  # (N,) int64
+    fresh: Tensor  # (N,) bool
+
+    def take(self, rows: Tensor) -> Tensor:
+        """`(R, ...)` to `(N, ...)`: each slot's row (any row where no document names the slot)."""
+        if self.row is None:
+            return rows
+        if rows.shape[0] == 0:
+            return rows.new_zeros(self.row.shape[0], *rows.shape[1:])
+        return rows.index_select(0, self.row)
+
+    def write(self, old_N: Tensor, rows: Tensor) -> Tensor:
+        """`(N, ...)` new state: the row's value where a document named the slot, else the old one, bit for bit."""
+        return torch.where(self.hit.view(-1, *[1] * (old_N.dim() - 1)), self.take(rows).to(old_N.dtype), old_N)
+

@@ -1,0 +1,80 @@
+"""Next-token prediction over interleaved modalities; one named loss a modality."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mm.batch import Batch
+from mm.config import Config
+from mm.errors import UserError
+from mm.model.layer import ModelOut
+from mm.objectives.objective import Env, Objective, Term
+from mm.registry import OBJECTIVES, TRANSFORMS
+from mm.vocabulary import Vocabulary
+
+
+@OBJECTIVES.register("next_token")
+class NextTokenConfig(Config):
+    """Cross-entropy of the next token, summed per modality of the target."""
+
+    kind: Literal["next_token"] = "next_token"
+    transform: TRANSFORMS.field | None = None  # type: ignore[valid-type]
+    balance: Annotated[
+        Literal["tokens", "modalities"],
+        Field(description="tokens: every target counts the same; modalities: every modality's mean does"),
+    ] = "tokens"
+    weights: Annotated[dict[str, float], Field(description="factor of a modality's loss; default 1")] = {}
+    head: str = "tokens"
+
+    def build(self, vocabulary: Vocabulary | None = None) -> NextToken:
+        """Make the objective. Raises UserError without a vocabulary: its modalities name the losses."""
+        if vocabulary is None or not vocabulary.ranges:
+            raise UserError("objective 'next_token' needs token shards: set vocabulary: DIR/vocabulary.json")
+        unknown = set(self.weights) - set(vocabulary.modalities)
+        if unknown:
+            raise UserError(
+                f"objective.weights: the vocabulary has no modality '{min(unknown)}', only "
+                f"{', '.join(vocabulary.modalities)}"
+            )
+        return NextToken(self, vocabulary)
+
+
+class NextToken(Objective):
+    """Sums of ``weight * nll`` over the targets of each modality, without a sync: names come from the vocabulary."""
+
+    def __init__(self, config: NextTokenConfig, vocabulary: Vocabulary):
+        self.config = config
+        self.transform = config.transform
+        self.weights = dict(config.weights)
+        self.names = vocabulary.modalities
+
+    def _split(self, b: Batch, value_P: Tensor, places_P: Tensor) -> dict[str, Tensor]:
+        """Sum ``value_P`` (P,) float32 by the modality of the target."""
+        index = b.labels["target_modality"].flatten()[places_P].long()
+        sums = value_P.new_zeros(len(self.names) + 1).index_add(0, index, value_P)
+        return {name: sums[i] for i, name in enumerate(self.names, start=1)}
+
+    def counts(self, b: Batch) -> dict[str, Tensor]:
+        places = b.places[self.config.head]
+        return self._split(b, b.weight.flatten()[places].float(), places)
+
+    def scales(self, n: Mapping[str, Tensor]) -> Mapping[str, Tensor | float]:
+        factors: dict[str, Tensor | float] = {k: self.weights.get(k, 1.0) for k in n}
+        if self.config.balance == "tokens":
+            total = torch.stack([n[k] for k in self.names]).sum().clamp_min(1.0)
+            factors |= {k: factors[k] * n[k] / total for k in self.names}
+        return factors
+
+    def terms(
+        self, micros: Sequence[Batch], nets: Mapping[str, Callable[..., ModelOut]], env: Env
+    ) -> Iterator[Term]:
+        for i, b in enumerate(micros):
+            head = nets["model"](b).heads[self.config.head]
+            places = b.places[self.config.head]
+            weight = b.weight.flatten()[places]
+            yield Term(self._split(b, head.nll.float() * weight, places), step=i == len(micros) - 1)

@@ -1,0 +1,204 @@
+"""The quickstart: the ordinary commands in order, each echoed so that it can be copied, timed, and safe to re-run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mm.errors import UserError
+
+DEFAULT_OUT = Path("runs/quickstart")
+
+
+class Steps:
+    """Runs commands, echoes them, and keeps `commands.json` up to date."""
+
+    def __init__(self, out: Path):
+        self.out, self.console = out, Console(highlight=False, soft_wrap=True)
+        self.done: list[dict[str, Any]] = []
+
+    def record(self, command: str, seconds: float) -> None:
+        self.done.append({"command": command, "seconds": round(seconds, 1)})
+        (self.out / "commands.json").write_text(json.dumps(self.done, indent=1))
+
+    def echo(self, command: str) -> None:
+        self.console.print(f"\n[bold cyan]$ {command}[/]", markup=True)
+
+    def run(self, *words: str | Path) -> None:
+        """Run ``mm WORDS`` in this process: importing torch anew for each would take longer than the work.
+
+        Raises:
+            UserError: the command failed; what it said stands above.
+        """
+        from mm.cli.main import run
+
+        arguments = [str(w) for w in words]
+        command = shlex.join(["mm", *arguments])
+        self.echo(command)
+        start = time.monotonic()
+        code = run(arguments)
+        if code != 0:
+            raise UserError(f"quickstart stopped at: {command} (exit code {code}); mend it and run mm quickstart again")
+        self.record(command, time.monotonic() - start)
+
+    def together(self, commands: list[tuple[list[str], Path, int]]) -> None:
+        """Run independent trainings side by side, one process and an equal share of the cores each.
+
+        Args:
+            commands: words after ``mm``, run folder (its metrics.jsonl drives the bar), number of steps.
+        Raises:
+            UserError: one failed; its last lines are in the message.
+        """
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = str(max(1, cores // len(commands)))
+        environment = os.environ | {"OMP_NUM_THREADS": threads}
+        running = []
+        for words, folder, steps in commands:
+            command = shlex.join(["mm", *words])
+            self.echo(command)
+            log = (self.out / f"{folder.name}.log").open("wb")
+            process = subprocess.Popen(
+                [sys.executable, "-m", "mm", *words], stdout=log, stderr=subprocess.STDOUT, env=environment
+            )
+            running.append((process, log, command, folder, steps, time.monotonic()))
+        columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        try:
+            with Progress(*columns, console=self.console) as bars:
+                rows = {r[3]: bars.add_task(r[3].name, total=r[4]) for r in running}
+                waiting = list(running)
+                while waiting:
+                    time.sleep(0.5)
+                    for one in list(waiting):
+                        process, log, command, folder, steps, start = one
+                        bars.update(rows[folder], completed=_last_step(folder / "metrics.jsonl"))
+                        if process.poll() is None:
+                            continue
+                        waiting.remove(one)
+                        log.close()
+                        if process.returncode != 0:
+                            tail = " | ".join(Path(log.name).read_text(errors="replace").splitlines()[-3:])
+                            raise UserError(f"quickstart stopped at: {command}: {tail} (all of it: {log.name})")
+                        self.record(command, time.monotonic() - start)
+        finally:
+            for process, log, *_ in running:
+                if process.poll() is None:
+                    process.terminate()
+                    process.wait()
+                log.close()
+
+
+def _last_step(file: Path) -> int:
+    """The newest step in a metrics.jsonl that is being written; 0 before the first."""
+    try:
+        with file.open("rb") as f:
+            f.seek(max(0, file.stat().st_size - 4096))
+            lines = f.read().splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return 0
+
+
+def quickstart(
+    out: str | Path = DEFAULT_OUT, *, config: str = "configs/quickstart/backbone.yaml", seed: int = 0, scale: float = 1.0
+) -> dict[str, Any]:
+    """Build data, train tokenizers and backbone, evaluate and report.
+
+    Args:
+        out: run folder; everything is written below it.
+        config: the backbone's run YAML; ``configs/quickstart/hybrid.yaml`` is the recurrent hybrid.
+        seed: of all trainings; the data split does not depend on it.
+        scale: share of every training budget (CI runs a fraction; figures then mean little).
+    Returns:
+        the content of ``results.json``.
+    Raises:
+        UserError: a step failed; running the same command again goes on there.
+    """
+    from mm import config as configs
+    from mm.quickstart.source import make_source
+
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    steps, start = Steps(out), time.monotonic()
+    data, tokens, tokenizers = out / "data", out / "tokens", out / "tokenizers"
+
+    source = f"python -c \"from mm.quickstart.source import make_source; make_source('{out / 'source'}')\""
+    steps.echo(source)
+    before = time.monotonic()
+    counts = make_source(out / "source")
+    steps.console.print("  ".join(f"{s}: {c['triples']} image+audio+caption, {c['texts']} texts" for s, c in counts.items()))
+    steps.record(source, time.monotonic() - before)
+
+    steps.run("data", "pack", out / "source" / "manifest.jsonl", "--out", data / "digits")
+    steps.run("data", "pack", out / "source" / "text.jsonl", "--out", data / "text")
+    steps.run(
+        "tokenizer", "train", "configs/quickstart/text.yaml", "--data", data / "text", "--out", tokenizers / "text"
+    )
+    side_by_side = []
+    for modality in ("image", "audio"):
+        file = f"configs/quickstart/{modality}.yaml"
+        budget = configs.read(file)["stages"][0]["budget"]["steps"]
+        n = max(2, round(budget * scale))
+        words = ["tokenizer", "train", file, "--data", str(data / "digits"), "--out", str(tokenizers / modality)]
+        words += [f"seed={seed}"] * (seed != 0) + [f"stages.0.budget.steps={n}"] * (n != budget)
+        side_by_side.append((words, tokenizers / modality, n))
+    steps.together(side_by_side)
+    for modality, shards in (("text", "text"), ("image", "digits"), ("audio", "digits")):
+        folder = tokenizers / modality
+        steps.run(
+            "tokenizer", "eval", folder, "--data", data / shards, "--split", "test", "--out", folder / "eval",
+            "--json", folder / "eval.json",
+        )  # fmt: skip
+    steps.run("data", "pack", data / "digits", "--tokenizers", tokenizers, "--out", tokens / "digits")
+    steps.run(
+        "data", "pack", data / "text", "--tokenizers", tokenizers, "--vocabulary", tokens / "digits" / "vocabulary.json",
+        "--out", tokens / "text",
+    )  # fmt: skip
+    changes = _backbone_changes(configs.read(config), out, seed, scale)
+    steps.run("train", config, *changes)
+    steps.run("eval", out, "--json", out / "results.json")
+    results = json.loads((out / "results.json").read_text())
+    results["seconds"] = {"total": round(time.monotonic() - start, 1)}
+    (out / "results.json").write_text(json.dumps(results, indent=1))
+    steps.run("report", out)
+    steps.console.print(f"\ndone in {time.monotonic() - start:.0f} s; open {out / 'report' / 'index.html'}")
+    return results
+
+
+def _backbone_changes(values: dict[str, Any], out: Path, seed: int, scale: float) -> list[str]:
+    """Overrides that move the YAML's paths from its own folder to ``out``, and set seed and budget."""
+    home = str(Path(values.get("out", "runs")) / values["name"])
+    changes = []
+
+    def move(node: Any, path: str) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                move(value, f"{path}.{key}" if path else str(key))
+        elif isinstance(node, list):
+            for i, value in enumerate(node):
+                move(value, f"{path}.{i}")
+        elif isinstance(node, str) and node.startswith(home + "/"):
+            changes.append(f"{path}={out}{node[len(home):]}")
+
+    if str(out) != home:
+        move(values, "")
+        changes += [f"name={out.name}", f"out={out.parent}"]
+    if seed:
+        changes.append(f"seed={seed}")
+    budget = values["stages"][0]["budget"]["steps"]
+    if scale != 1.0:
+        changes.append(f"stages.0.budget.steps={max(2, round(budget * scale))}")
+    return changes

@@ -1,0 +1,129 @@
+"""Files of a run as data URIs: pictures, audio with a spectrogram, text."""
+
+from __future__ import annotations
+
+import base64
+import io
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mm.report.read import IMAGES, SOUNDS
+
+MAX_PIXELS = 1600  # of the longer side: a report stays mailable
+MAX_SOUND_BYTES = 3_000_000
+FFT = 512
+# Anchors of the "magma" colour map (perceptually even, dark to light).
+MAGMA = np.array(
+    [
+        [0, 0, 4],
+        [28, 16, 68],
+        [79, 18, 123],
+        [129, 37, 129],
+        [181, 54, 122],
+        [229, 80, 100],
+        [251, 135, 97],
+        [254, 194, 135],
+        [252, 253, 191],
+    ]
+)
+
+
+def figure(file: Path, caption: str = "", *, small: bool = False) -> str:
+    """Return the HTML of one media file (picture, playable audio over its spectrogram, or text)
+    with a caption.
+    """
+    try:
+        body = _body(file, small)
+    except (
+        Exception
+    ) as error:  # a damaged sample must not cost the report: it is named in its place
+        body = (
+            f'<p class="broken">{escape(file.name)}: cannot be shown '
+            f"({escape(type(error).__name__)})</p>"
+        )
+    label = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return f'<figure class="media">{body}{label}</figure>'
+
+
+def _body(file: Path, small: bool) -> str:
+    suffix = file.suffix.lower()
+    if suffix in IMAGES:
+        uri, width, height = picture(file)
+        # Small pictures are shown enlarged with visible pixels, at a whole factor.
+        factor = max(1, min(8, (96 if small else 160) // max(width, height)))
+        style = f'width="{width * factor}" height="{height * factor}"' if factor > 1 else ""
+        kind = "pixels" if factor > 1 else ""
+        return f'<img class="{kind}" src="{uri}" alt="{escape(file.stem, quote=True)}" {style}>'
+    if suffix in SOUNDS:
+        samples, rate = load_audio(file)
+        size = file.stat().st_size
+        seconds = len(samples) / rate
+        spectrum = (
+            f'<img class="spectrogram" src="{spectrogram(samples)}" alt="spectrogram of '
+            f'{escape(file.stem, quote=True)}">'
+        )
+        if size > MAX_SOUND_BYTES:
+            return f"{spectrum}<p>{escape(file.name)}: {seconds:.1f} s, too long to embed</p>"
+        kind = "audio/wav" if suffix == ".wav" else "audio/flac"
+        return (
+            f'{spectrum}<audio controls preload="metadata" '
+            f'src="{_uri(file.read_bytes(), kind)}"></audio>'
+        )
+    text = file.read_text(encoding="utf-8", errors="replace")
+    return f"<blockquote>{escape(text[:600])}{'…' if len(text) > 600 else ''}</blockquote>"
+
+
+def picture(file: Path) -> tuple[str, int, int]:
+    """Return ``(data URI, width, height)`` in pixels; a large picture is scaled down."""
+    from PIL import Image
+
+    with Image.open(file) as image:
+        image.load()
+        width, height = image.size
+        if max(width, height) <= MAX_PIXELS and file.suffix.lower() == ".png":
+            return _uri(file.read_bytes(), "image/png"), width, height
+        copy = image.convert("RGB")
+        copy.thumbnail((MAX_PIXELS, MAX_PIXELS))
+        return _uri(_png(copy), "image/png"), *copy.size
+
+
+def load_audio(file: Path) -> tuple[np.ndarray, int]:
+    """Return mono ``samples`` (N,) float32 and the sample rate in Hz."""
+    import soundfile
+
+    samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
+    return samples.mean(axis=1), int(rate)
+
+
+def spectrogram(samples: np.ndarray, *, columns: int = 320) -> str:
+    """Return a log-magnitude spectrogram (low frequencies below) of ``samples`` (N,) as a PNG data
+    URI.
+    """
+    from PIL import Image
+
+    samples = np.nan_to_num(np.asarray(samples, dtype=np.float32))
+    if len(samples) < FFT:
+        samples = np.pad(samples, (0, FFT - len(samples)))
+    hop = max(32, -(-(len(samples) - FFT) // columns))
+    starts = np.arange(0, len(samples) - FFT + 1, hop)
+    frames = samples[starts[:, None] + np.arange(FFT)] * np.hanning(FFT)
+    power = 20 * np.log10(np.abs(np.fft.rfft(frames, axis=1)) + 1e-6)
+    level = np.clip((power - power.max() + 70) / 70, 0, 1)[:, ::-1].T  # 70 dB of range
+    place = level * (len(MAGMA) - 1)
+    below = np.minimum(place.astype(int), len(MAGMA) - 2)
+    share = (place - below)[..., None]
+    colours = MAGMA[below] * (1 - share) + MAGMA[below + 1] * share
+    return _uri(_png(Image.fromarray(colours.astype(np.uint8)).resize((columns, 96))), "image/png")
+
+
+def _png(image: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "PNG", optimize=True)
+    return out.getvalue()
+
+
+def _uri(data: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

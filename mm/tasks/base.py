@@ -1,0 +1,163 @@
+"""Task: a figure on held-out data with its chance level beside it; and what the tasks share (items,
+labels, settings)."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mm.config import Config
+from mm.decoders.generate import Generator
+from mm.errors import UserError
+from mm.specs import Sample
+
+Figures = dict[str, Any]
+
+
+class Task(Config):
+    """Plug point: evaluation. A Config that names its shards and split; `build` returns itself,
+    ready to evaluate."""
+
+    def build(self) -> Task:
+        return self
+
+    @abstractmethod
+    def evaluate(self, generator: Generator, *, seed: int = 0) -> Figures:
+        """Measure. Every accuracy or rate stands beside its ``..._chance``.
+
+        Args:
+            generator: model, vocabulary and tokenizers.
+            seed: of whatever is sampled; the same seed gives the same figures.
+        """
+
+
+class Settings(Config):
+    """Sampling settings that may be chosen on a validation split."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    cfg_scale: float = 1.0
+
+
+class Item(NamedTuple):
+    """One raw sample and its class."""
+
+    sample: Sample
+    label: str
+
+
+def open_split(data: Path, split: str) -> Any:
+    """Open the shards of one split. Raises UserError when it is absent."""
+    from mm.data.shards import ShardSet
+
+    return ShardSet.open(data, split=split)
+
+
+def spread(n: int, limit: int | None) -> list[int]:
+    """At most ``limit`` of 0..n-1, evenly spread (so that shards sorted by class stay balanced)."""
+    if limit is None or n <= limit:
+        return list(range(n))
+    return [int(i) for i in np.linspace(0, n - 1, limit).round()]
+
+
+def read_items(
+    data: Path,
+    split: str,
+    modalities: Sequence[str],
+    *,
+    classes: Sequence[str] = (),
+    label: str = "label",
+    limit: int | None = None,
+) -> list[Item]:
+    """Labelled samples of a split that hold all of ``modalities``.
+
+    The class is the metadata value ``label`` (a number is a place in ``classes``), else the class
+    word of the caption.
+
+    Raises:
+        UserError: no sample of this split has these modalities and a class.
+    """
+    shards = open_split(data, split)
+    found = []
+    for i in shards.having(modalities[0]):
+        if all(shards.lengths(m)[i] >= 0 for m in modalities):
+            name = label_of(shards, int(i), classes, label)
+            if name is not None:
+                found.append((int(i), name))
+    if not found:
+        raise UserError(
+            f"{data}: no sample of split '{split}' has {' and '.join(modalities)} and a class; "
+            f"give the class words in 'classes' or a column '{label}' to: mm data pack"
+        )
+    # Only what is kept is decoded.
+    return [Item(shards[found[k][0]], found[k][1]) for k in spread(len(found), limit)]
+
+
+def label_of(shards: Any, i: int, classes: Sequence[str], label: str = "label") -> str | None:
+    """Class of sample ``i``: its metadata, else the first class word in its caption, else None."""
+    value = shards.meta(i).get(label)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return classes[value] if 0 <= value < len(classes) else str(value)
+    if isinstance(value, str):
+        return value
+    caption = shards.raw(i, "text") if classes else None
+    return first_class(caption[1].decode("utf-8", "replace"), classes) if caption else None
+
+
+def first_class(text: str, classes: Sequence[str]) -> str | None:
+    """The class that occurs first as a whole word in ``text``, whatever its case; the longer one of
+    two at one place."""
+    if not classes:
+        return None
+    words = sorted(classes, key=len, reverse=True)
+    match = re.search(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)", text, re.IGNORECASE)
+    if match is None:
+        return None
+    return next(word for word in words if word.lower() == match.group(0).lower())
+
+
+def chance(labels: Sequence[str], n_classes: int) -> float:
+    """Accuracy of the best answer that looks at nothing: the share of the commonest class, at least
+    1 / n_classes."""
+    return max(max(Counter(labels).values()) / len(labels), 1 / n_classes)
+
+
+def confusion(
+    truth: Sequence[str], answer: Sequence[str | None], classes: Sequence[str]
+) -> list[list[int]]:
+    """Counts `(C, C + 1)`: row = true class, column = answered class, the last column = none of
+    them."""
+    place = {name: i for i, name in enumerate(classes)}
+    table = np.zeros((len(classes), len(classes) + 1), int)
+    for t, a in zip(truth, answer, strict=True):
+        table[place[t], place.get(a, len(classes)) if a is not None else len(classes)] += 1
+    return table.tolist()
+
+
+def choose(grid: Sequence[Settings], score: Any) -> tuple[Settings, list[Figures]]:
+    """The settings with the best score; the earlier one of two equals.
+
+    Args:
+        grid: candidates.
+        score: Settings -> accuracy, measured on a VALIDATION split (never on the one that is
+            reported).
+    Returns:
+        The chosen settings, and every candidate with its score.
+    """
+    if len(grid) == 1:
+        return grid[0], []
+    tried = [{**settings.to_dict(), "accuracy": float(score(settings))} for settings in grid]
+    best = max(range(len(grid)), key=lambda i: (tried[i]["accuracy"], -i))
+    return grid[best], tried
+
+
+def conditions(item: Item, sources: Sequence[str]) -> Mapping[str, Any]:
+    """The prompt of an item: its raw values of ``sources``, in that order."""
+    return {modality: item.sample.values[modality] for modality in sources}

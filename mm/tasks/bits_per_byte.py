@@ -1,0 +1,184 @@
+"""Bits per byte: how many bits the model needs for each raw byte of held-out data, by modality."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from mm.data.transforms.chunk import window
+from mm.decoders.base import is_fixed
+from mm.decoders.generate import Generator
+from mm.errors import UserError
+from mm.registry import TASKS
+from mm.specs import Segment, TokenSpec, Waveform
+from mm.tasks.base import Figures, Task, open_split, spread
+
+RAW = {"bytes": "text"}  # modality of the tokens -> modality of the raw value, where they differ
+
+
+@TASKS.register("bits_per_byte")
+class BitsPerByte(Task):
+    """Nats of the code stream, summed, over ln 2 x raw bytes.
+
+    Text: UTF-8 bytes, the span's end included. Image and audio: bits of the CODE stream (the
+        tokenizer is lossy, so this
+    is no lossless compression rate) for each raw byte: pixels x channels, or 16-bit PCM samples.
+    Chance: every code of the modality equally likely (of the codebook whose turn it is), ends of
+        free length likewise.
+    """
+
+    kind: Literal["bits_per_byte"] = "bits_per_byte"
+    data: Path
+    split: str = "test"
+    modalities: Annotated[
+        tuple[str, ...], Field(description="default: all of the vocabulary that the split has")
+    ] = ()
+    given: Annotated[
+        dict[str, str],
+        Field(
+            description="modality -> what stands before its span: `null` (the null condition), "
+            "`none` (nothing), or a modality; default: none for text and bytes, else null"
+        ),
+    ] = {}
+    limit: Annotated[
+        int | None, Field(ge=1, description="samples of each modality at most, evenly spread")
+    ] = None
+    max_tokens: Annotated[
+        int,
+        Field(
+            ge=8, description="a longer span is scored in windows of this many ids; as in training"
+        ),
+    ] = 254
+    overlap: Annotated[
+        float, Field(ge=0, lt=1, description="share of a window that is context of the next one")
+    ] = 0.5
+
+    @classmethod
+    def smallest(cls) -> BitsPerByte:
+        return cls(data=Path("data"))
+
+    def evaluate(self, generator: Generator, *, seed: int = 0) -> Figures:
+        """Bits per byte, nats per token, chance and counts of each modality; ``seed`` is not used:
+        nothing is sampled."""
+        shards = open_split(self.data, self.split)
+        wanted = self.modalities or generator.vocabulary.modalities
+        figures: Figures = {}
+        for modality in wanted:
+            if modality not in generator.tokenizers and not self.modalities:
+                continue
+            where = shards.having(RAW.get(modality, modality))
+            if len(where) == 0:
+                if self.modalities:
+                    raise UserError(
+                        f"{self.data}: no sample of split '{self.split}' has '{modality}'"
+                    )
+                continue
+            samples = [shards[int(where[k])] for k in spread(len(where), self.limit)]
+            figures |= self._measure(generator, modality, [s.values for s in samples])
+        return figures
+
+    def _measure(self, generator: Generator, modality: str, values: Sequence[Any]) -> Figures:
+        before = self.given.get(modality, "none" if modality in ("text", "bytes") else "null")
+        raw = RAW.get(modality, modality)
+        values = [
+            v for v in values if raw_bytes(v[raw]) and (before in ("none", "null") or before in v)
+        ]
+        if not values:
+            raise UserError(
+                f"{self.data}: no sample of split '{self.split}' has '{modality}' after '{before}'"
+            )
+        spec = generator.vocabulary.spec(modality)
+        spans = generator.encode(modality, [v[raw] for v in values])
+        conditions: list[list[Segment]]
+        if before == "none":
+            conditions = [[] for _ in values]
+        elif before == "null":
+            conditions = [[Segment(modality, role="condition")] for _ in values]
+        else:
+            codes = generator.encode(before, [v[RAW.get(before, before)] for v in values])
+            conditions = [[Segment(before, ids, role="condition")] for ids in codes]
+        documents = [
+            [*condition, piece]
+            for condition, span in zip(conditions, spans, strict=True)
+            for piece in windows(Segment(modality, span), spec, self.max_tokens, self.overlap)
+        ]
+        scores = [score[modality] for score in generator.nll(documents)]
+        nats, places = sum(s[0] for s in scores), sum(s[1] for s in scores)
+        n_bytes = input_bytes(generator, modality, [v[raw] for v in values], spans)
+        uniform = sum(uniform_nats(len(span), spec) for span in spans)
+        return {
+            f"{modality}_bits_per_byte": nats / math.log(2) / n_bytes,
+            f"{modality}_bits_per_byte_chance": uniform / math.log(2) / n_bytes,
+            f"{modality}_nats_per_token": nats / places,
+            f"{modality}_tokens": places,
+            f"{modality}_bytes": n_bytes,
+            f"{modality}_n": len(values),
+        }
+
+
+def raw_bytes(value: Any) -> int:
+    """Bytes of a raw value: UTF-8, pixels x channels, or 16-bit PCM."""
+    if isinstance(value, str):
+        return len(value.encode())
+    if isinstance(value, bytes):
+        return len(value)
+    if isinstance(value, Waveform):
+        return 2 * len(value.samples)
+    return int(np.asarray(value).size)
+
+
+def input_bytes(
+    generator: Generator, modality: str, raws: Sequence[Any], spans: Sequence[np.ndarray]
+) -> int:
+    """Bytes of what the tokenizer read: an image scaled to its grid, a recording at its rate."""
+    tokenizer = generator.tokenizer(modality)
+    if isinstance(raws[0], Waveform):
+        rates = [
+            getattr(tokenizer, "sample_rate", raw.sample_rate) / raw.sample_rate for raw in raws
+        ]
+        return sum(round(raw_bytes(raw) * rate) for raw, rate in zip(raws, rates, strict=True))
+    if is_fixed(tokenizer.spec) and isinstance(raws[0], np.ndarray):
+        return raw_bytes(generator.decode(modality, spans[:1])[0]) * len(raws)
+    return sum(map(raw_bytes, raws))
+
+
+def windows(span: Segment, spec: TokenSpec, max_tokens: int, overlap: float) -> list[Segment]:
+    """Cut a span of free length at frame borders, so that every id, and the end once, is scored
+    exactly once.
+
+    A window begins with the last ``overlap`` share of the one before: context that is not scored
+    again.
+    """
+    n = len(span.ids)
+    if is_fixed(spec) or n <= max_tokens:
+        return [span]
+    frame = spec.n_codebooks
+    size = max(1, max_tokens // frame) * frame
+    stride = max(1, round(size * (1 - overlap) / frame)) * frame
+    out, scored = [], 0
+    for start in range(0, n, stride):
+        piece = window(span, start, min(n, start + size))
+        known = scored - start
+        targets = np.array(piece.ids if piece.targets is None else piece.targets)
+        targets[:known] = -1
+        out.append(piece._replace(targets=targets))
+        scored = min(n, start + size)
+        if scored == n:
+            break
+    return out
+
+
+def uniform_nats(n: int, spec: TokenSpec) -> float:
+    """Nats of a span of ``n`` ids when all that the grammar allows is equally likely; a grid's end
+    is certain."""
+    K = spec.vocab_size
+    if is_fixed(spec):
+        return n * math.log(K)
+    frames = n // spec.n_codebooks
+    # The first id cannot be the end; later frame borders and the last one offer K codes or the end.
+    return (n - frames + 1) * math.log(K) + frames * math.log(K + 1)

@@ -1,0 +1,132 @@
+"""Recognition: does the model, shown a held-out image or recording, write the right class word?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from mm.decoders.generate import Generator
+from mm.registry import TASKS
+from mm.tasks.base import (
+    Figures,
+    Item,
+    Settings,
+    Task,
+    chance,
+    choose,
+    conditions,
+    confusion,
+    first_class,
+    read_items,
+)
+
+
+@TASKS.register("recognition")
+class Recognition(Task):
+    """X to text: accuracy of the first class word that the model writes; an answer without one is
+    wrong."""
+
+    kind: Literal["recognition"] = "recognition"
+    data: Path
+    sources: Annotated[tuple[str, ...], Field(min_length=1)] = ("image",)
+    to: str = "text"
+    split: str = "test"
+    val_split: str = "val"
+    train_split: str = "train"
+    classes: Annotated[
+        tuple[str, ...], Field(description="class words; default: the labels of the split")
+    ] = ()
+    label: Annotated[
+        str, Field(description="metadata column of the class; else the caption's class word")
+    ] = "label"
+    limit: Annotated[int | None, Field(ge=1, description="items at most, evenly spread")] = None
+    settings: Annotated[
+        tuple[Settings, ...], Field(min_length=1, description="more than one: chosen on val_split")
+    ] = (Settings(temperature=0.0),)
+    max_tokens: Annotated[int, Field(ge=1)] = 32
+    linear_probe: Annotated[
+        bool, Field(description="also print logistic regression on raw pixels")
+    ] = False
+    probe_limit: Annotated[int | None, Field(ge=1)] = 5000
+
+    @classmethod
+    def smallest(cls) -> Recognition:
+        return cls(data=Path("data"))
+
+    @property
+    def name(self) -> str:
+        return f"{'_'.join(self.sources)}_to_{self.to}"
+
+    def evaluate(self, generator: Generator, *, seed: int = 0) -> Figures:
+        """Accuracy, chance (share of the commonest class), number of items and confusion matrix.
+        See `Task.evaluate`."""
+        items = self._items(self.split)
+        classes = self.classes or tuple(sorted({item.label for item in items}))
+        settings = self.settings[0]
+        tried: list[Figures] = []
+        if len(self.settings) > 1:
+            held_in = self._items(self.val_split)
+            score = lambda s: self._accuracy(
+                held_in, self._answers(generator, held_in, classes, s, seed)
+            )
+            settings, tried = choose(self.settings, score)
+        answers = self._answers(generator, items, classes, settings, seed)
+        truth = [item.label for item in items]
+        figures: Figures = {
+            f"{self.name}_accuracy": self._accuracy(items, answers),
+            f"{self.name}_chance": chance(truth, len(classes)),
+            f"{self.name}_n": len(items),
+            f"{self.name}_classes": list(classes),
+            f"{self.name}_confusion": confusion(truth, answers, classes),
+            f"{self.name}_settings": settings.to_dict(),
+        }
+        if tried:
+            figures[f"{self.name}_tried_on_{self.val_split}"] = tried
+        if self.linear_probe:
+            from mm.tasks.judges import linear_probe
+
+            train = read_items(
+                self.data,
+                self.train_split,
+                ("image",),
+                classes=self.classes,
+                label=self.label,
+                limit=self.probe_limit,
+            )
+            figures[f"{self.name}_linear_probe_accuracy"] = linear_probe(
+                [item.sample.values["image"] for item in train],
+                [item.label for item in train],
+                [item.sample.values["image"] for item in items],
+                truth,
+            )
+        return figures
+
+    def _items(self, split: str) -> list[Item]:
+        return read_items(
+            self.data, split, self.sources, classes=self.classes, label=self.label, limit=self.limit
+        )
+
+    def _answers(
+        self,
+        generator: Generator,
+        items: Sequence[Item],
+        classes: Sequence[str],
+        settings: Settings,
+        seed: int,
+    ) -> list[str | None]:
+        texts: list[Any] = generator.generate(
+            [conditions(item, self.sources) for item in items],
+            self.to,
+            max_tokens=self.max_tokens,
+            seed=seed,
+            **settings.to_dict(),
+        )
+        as_text = lambda raw: raw.decode("utf-8", "replace") if isinstance(raw, bytes) else raw
+        return [first_class(as_text(raw), classes) for raw in texts]
+
+    @staticmethod
+    def _accuracy(items: Sequence[Item], answers: Sequence[str | None]) -> float:
+        return sum(a == item.label for item, a in zip(items, answers, strict=True)) / len(items)

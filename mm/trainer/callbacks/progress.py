@@ -1,0 +1,92 @@
+"""Progress: a rich bar on a terminal, else a line every ten seconds and one at the end."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from mm.config import Config
+from mm.registry import CALLBACKS
+from mm.trainer.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from mm.trainer.trainer import Trainer
+
+
+@CALLBACKS.register("progress")
+class ProgressConfig(Config):
+    """Always on; name it in a run only to change it."""
+
+    kind: Literal["progress"] = "progress"
+    every_s: Annotated[float, Field(gt=0, description="seconds between lines without a terminal")] = 10.0
+
+    def build(self) -> Progress:
+        return Progress(self)
+
+
+class Progress(Callback):
+    """Shows step, loss, speed and ETA on standard error."""
+
+    def __init__(self, config: ProgressConfig):
+        self.config = config
+        self._bar: Any = None
+        self._metrics: dict[str, Any] = {}
+
+    def on_start(self, trainer: Trainer) -> None:
+        if not trainer.is_main:
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self._console = Console(stderr=True, highlight=False)
+        self._begun = self._told = time.monotonic()
+        self._first = trainer.step
+        if self._console.is_terminal:
+            self._bar = Bar(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[tail]}"),
+                console=self._console, transient=True,
+            )
+            self._task = self._bar.add_task(trainer.run.name, total=trainer.steps, completed=trainer.step, tail="")
+            self._bar.start()
+
+    def on_step(self, trainer: Trainer, step: int, metrics: dict[str, Any]) -> None:
+        if not trainer.is_main:
+            return
+        self._metrics = metrics
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, tail=_tail(metrics))
+        elif now - self._told >= self.config.every_s:
+            self._told = now
+            pace = (now - self._begun) / max(1, step - self._first)
+            left = _clock(pace * (trainer.steps - step))
+            self._say(f"{trainer.run.name} {step}/{trainer.steps} {_tail(metrics)} ETA {left}")
+
+    def on_end(self, trainer: Trainer) -> None:
+        if not trainer.is_main:
+            return
+        if self._bar is not None:
+            self._bar.stop()
+        seconds = _clock(time.monotonic() - self._begun)
+        self._say(f"{trainer.run.name} {trainer.step}/{trainer.steps} {_tail(self._metrics)} in {seconds}")
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False, soft_wrap=True)
+
+
+def _tail(metrics: dict[str, Any]) -> str:
+    parts = [f"loss {metrics['loss/total']:.4f}"] if "loss/total" in metrics else []
+    for unit in ("tokens", "items"):
+        if f"perf/{unit}_per_second" in metrics:
+            parts.append(f"{metrics[f'perf/{unit}_per_second']:,.0f} {unit}/s")
+    return " ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

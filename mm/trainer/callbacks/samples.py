@@ -1,0 +1,177 @@
+"""Samples: the same prompts (or reconstructions of the same items) every N steps, as files and tracker media."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from mm.batch import Batch, Values
+from mm.config import Config
+from mm.errors import UserError
+from mm.registry import CALLBACKS
+from mm.specs import Waveform
+from mm.trainer.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from mm.trainer.trainer import Trainer
+
+log = logging.getLogger("mm.trainer")
+
+
+@CALLBACKS.register("samples")
+class SamplesConfig(Config):
+    """``prompts: [{text: "seven", to: image}, {image: digit.png, to: text}]``; tokenizer runs need none."""
+
+    kind: Literal["samples"] = "samples"
+    every: Annotated[int, Field(gt=0, description="steps")] = 250
+    prompts: Annotated[
+        tuple[dict[str, str], ...],
+        Field(description="modality: value (text as it is, else a file) in order, and `to`"),
+    ] = ()
+    items: Annotated[int, Field(gt=0, description="reconstructions of a tokenizer run")] = 4
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    top_k: Annotated[int, Field(ge=0)] = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    cfg_scale: Annotated[float, Field(ge=0)] = 1.0
+    max_tokens: Annotated[int, Field(gt=0)] = 64
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _each_says_where_to(self) -> SamplesConfig:
+        for prompt in self.prompts:
+            if "to" not in prompt:
+                raise ValueError(f"prompt {prompt} needs 'to': the modality to generate")
+        return self
+
+    def build(self) -> Samples:
+        return Samples(self)
+
+
+class Samples(Callback):
+    """Writes ``samples/step_NNNNNN/NN_<name>.{png,wav,txt}``."""
+
+    def __init__(self, config: SamplesConfig):
+        self.config = config
+        self._kept: dict[str, torch.Tensor] | None = None
+        self._done = -1
+
+    def on_start(self, trainer: Trainer) -> None:
+        known = trainer.vocabulary.modalities if trainer.vocabulary is not None else ()
+        for prompt in self.config.prompts:
+            for modality in {*prompt} - {"to"} | {prompt["to"]}:
+                if modality not in known:
+                    raise UserError(
+                        f"callbacks.samples: prompt {prompt} names '{modality}'; the vocabulary has "
+                        f"{', '.join(known) or 'none (set vocabulary:)'}"
+                    )
+
+    def on_step(self, trainer: Trainer, step: int, metrics: dict[str, Any]) -> None:
+        if self._kept is None and not self.config.prompts:
+            self._kept = _items(trainer.batches, self.config.items)
+        if step % self.config.every == 0 or step == trainer.steps:
+            self._sample(trainer, step)
+
+    def _sample(self, trainer: Trainer, step: int) -> None:
+        self._done = step
+        with trainer.whole() as module:
+            if not trainer.is_main:
+                return
+            if self.config.prompts:
+                made = self._generate(trainer, module)
+            else:
+                made = _reconstruct(module, self._kept or {}, trainer.device)
+        folder = trainer.folder / "samples" / f"step_{step:06d}"
+        for i, (name, value) in enumerate(made):
+            _write(trainer, folder, i, name, value, step)
+
+    def _generate(self, trainer: Trainer, module: nn.Module) -> list[tuple[str, Any]]:
+        from mm.decoders.generate import Generator
+
+        c = self.config
+        assert trainer.vocabulary is not None  # on_start checked it
+        generator = Generator(module, trainer.vocabulary, trainer.tokenizers)
+        out: list[tuple[int, str, Any]] = []
+        for to in dict.fromkeys(p["to"] for p in c.prompts):
+            at = [i for i, p in enumerate(c.prompts) if p["to"] == to]
+            raw = [{m: _raw(m, v) for m, v in c.prompts[i].items() if m != "to"} for i in at]
+            try:
+                values = generator.generate(
+                    raw, to=to, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, seed=c.seed,
+                    cfg_scale=c.cfg_scale, max_tokens=c.max_tokens,
+                )
+            except UserError as error:  # samples never end a run; the next step may do better
+                log.warning("samples to %s: %s", to, error)
+                continue
+            out += [(i, _name(c.prompts[i]), v) for i, v in zip(at, values, strict=True)]
+        return [(name, value) for _, name, value in sorted(out, key=lambda each: each[0])]
+
+
+def _name(prompt: dict[str, str]) -> str:
+    given = "_".join(f"{m}-{Path(v).stem if m != 'text' else v}" for m, v in prompt.items() if m != "to")
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", f"{given or 'nothing'}_to_{prompt['to']}")[:60].strip("-")
+
+
+def _raw(modality: str, value: str) -> Any:
+    """A prompt's value: text as it is, bytes as UTF-8, anything else decoded from the file it names."""
+    if modality == "text":
+        return value
+    if modality == "bytes":
+        return value.encode()
+    from mm.data.decode import BadSample, decode
+
+    try:
+        return decode(modality, Path(value).read_bytes())
+    except (OSError, BadSample) as error:
+        raise UserError(f"callbacks.samples: prompt file {value}: {error}") from error
+
+
+def _items(batches: list[Batch], n: int) -> dict[str, torch.Tensor]:
+    """The first items of a tokenizer run's batch: modality -> (n, ...) data, and ``modality.length``."""
+    for modality, values in batches[0].values.items() if batches else ():
+        return {modality: values.data[:n].clone(), "length": values.length[:n].clone()}
+    return {}
+
+
+def _reconstruct(module: nn.Module, kept: dict[str, torch.Tensor], device: torch.device) -> list[tuple[str, Any]]:
+    """What a tokenizer network makes of the kept items, the originals beside them."""
+    tap = {"image": "image", "audio": "wave"}
+    for modality, data in kept.items():
+        if modality not in tap:
+            continue
+        batch = Batch.of_values({modality: Values.items(data, kept["length"])}).to(device)
+        with torch.no_grad():
+            again = module(batch, want=frozenset({tap[modality]})).taps[tap[modality]].float().cpu()
+        rate = getattr(module, "sample_rate", getattr(getattr(module, "config", None), "sample_rate", 16000))
+        out = []
+        for i, (a, b, n) in enumerate(zip(data, again, kept["length"].tolist(), strict=True)):
+            for what, x in (("original", a), ("reconstruction", b)):
+                value = _image(x) if modality == "image" else Waveform(x[:n].numpy().clip(-1, 1), int(rate))
+                out.append((f"{modality}{i}_{what}", value))
+        return out
+    return []
+
+
+def _image(x_CHW: torch.Tensor) -> Any:
+    """(C, H, W) float in [0, 1] to (H, W, 3) uint8."""
+    x = x_CHW.clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0)
+    return x.expand(-1, -1, 3).contiguous().numpy()
+
+
+def _write(trainer: Trainer, folder: Path, i: int, name: str, value: Any, step: int) -> None:
+    from mm.decoders.media import media_kind, save_media
+
+    save_media(value, folder / f"{i:02d}_{name}")
+    kind = media_kind(value)
+    if kind == "audio":
+        trainer.tracker.media(name, "audio", value.samples, step, sample_rate=value.sample_rate)
+    elif kind == "image":
+        trainer.tracker.media(name, "image", value, step)
+    else:
+        text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+        trainer.tracker.media(name, "text", text, step)

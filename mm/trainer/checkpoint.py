@@ -1,0 +1,172 @@
+"""Checkpoints without pickle and without a ZeRO stage or world size: safetensors per parameter, and one JSON.
+
+    checkpoints/step_000100/state.json               step, data state, config, fingerprints
+                            <network>.safetensors    fp32 parameters and buffers by `state_dict` name
+                            <network>.optimizer.safetensors   elementwise states as "<state>/<parameter>"
+                            COMPLETE                 SHA-256 of every file; written last
+    checkpoints/latest                               name of the newest complete one
+
+A save is made in a temporary folder, synced, marked and renamed: a kill at any moment leaves the previous one good.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from mm.errors import UserError
+
+log = logging.getLogger("mm.trainer")
+
+SCHEMA = 1
+STATE, MARK, LATEST = "state.json", "COMPLETE", "latest"
+
+
+class Saved(NamedTuple):
+    """A checkpoint that passed its hashes."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    def tensors(self, network: str) -> dict[str, Tensor]:
+        """Weights and buffers of a network; {} when it was not part of the run."""
+        return _load(self.folder / f"{network}.safetensors")
+
+    def optimizer(self, network: str) -> dict[str, Tensor]:
+        """Elementwise optimizer states of a network, ``state/parameter``."""
+        return _load(self.folder / f"{network}.optimizer.safetensors")
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(str(path)) if path.is_file() else {}
+
+
+def save(
+    root: Path, step: int, state: Mapping[str, Any], networks: Mapping[str, tuple[dict[str, Tensor], dict[str, Tensor]]],
+    keep_last: int,
+) -> Path:
+    """Write ``root/step_NNNNNN`` and move ``latest`` to it; then remove what is older than ``keep_last``.
+
+    Args:
+        root: the run's ``checkpoints`` folder.
+        step: optimizer steps done.
+        state: JSON-able values.
+        networks: name -> (weights and buffers, optimizer states), full CPU tensors.
+        keep_last: complete checkpoints to keep.
+    Raises:
+        UserError: the disk has no room; the message names how much is needed.
+    """
+    from safetensors.torch import save_file
+
+    root.mkdir(parents=True, exist_ok=True)
+    need = sum(t.numel() * t.element_size() for pair in networks.values() for part in pair for t in part.values())
+    require_space(root, need)
+    final = root / f"step_{step:06d}"
+    part = root / f".part_step_{step:06d}_{os.getpid()}"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        for name, (weights, moments) in networks.items():
+            save_file({k: t.contiguous() for k, t in weights.items()}, str(part / f"{name}.safetensors"))
+            if moments:
+                save_file({k: t.contiguous() for k, t in moments.items()}, str(part / f"{name}.optimizer.safetensors"))
+        (part / STATE).write_text(json.dumps({"schema": SCHEMA, "step": step, **state}, indent=1))
+        hashes = {file.name: _sha256(file) for file in sorted(part.iterdir())}
+        for file in part.iterdir():
+            _sync(file)
+        (part / MARK).write_text(json.dumps(hashes, indent=1))
+        _sync(part / MARK)
+        _sync(part)
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step: it was passed over at the start
+        part.rename(final)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    pointer = root / f".{LATEST}.part"
+    pointer.write_text(final.name)
+    _sync(pointer)
+    pointer.replace(root / LATEST)
+    _sync(root)
+    complete = [folder for folder in _newest_first(root) if (folder / MARK).is_file()]
+    for folder in complete[keep_last:]:
+        shutil.rmtree(folder, ignore_errors=True)
+    return final
+
+
+def require_space(root: Path, n_bytes: int) -> None:
+    """Raise UserError when the disk of ``root`` has no room for ``n_bytes`` and a little."""
+    free = shutil.disk_usage(root).free
+    if free < 1.05 * n_bytes:
+        raise UserError(
+            f"{root}: a checkpoint needs {n_bytes / 2**20:.0f} MiB, the disk has {free / 2**20:.0f} MiB free; "
+            "make room or set out: to another disk"
+        )
+
+
+def newest(root: Path) -> Saved | None:
+    """The newest checkpoint whose files match their hashes; a damaged one is named in the log and passed over."""
+    for folder in _newest_first(root):
+        fault = verify(folder)
+        if fault is None:
+            return Saved(folder, json.loads((folder / STATE).read_text()))
+        log.warning("checkpoint %s is not used: %s", folder.name, fault)
+    return None
+
+
+def verify(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint, or None."""
+    mark = folder / MARK
+    if not mark.is_file():
+        return "its save did not finish"
+    try:
+        hashes = json.loads(mark.read_text())
+    except ValueError:
+        return f"{MARK} is not readable"
+    for name, expected in hashes.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _sha256(folder / name) != expected:
+            return f"{name} does not match its SHA-256"
+    return None
+
+
+def _newest_first(root: Path) -> Iterator[Path]:
+    found = [p for p in root.glob("step_*") if p.is_dir() and p.name[5:].isdigit()] if root.is_dir() else []
+    return iter(sorted(found, key=lambda p: int(p.name[5:]), reverse=True))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ between two nested configs, with both values (None = absent)."""
+    a, b = dict(_flat(old)), dict(_flat(new))
+    return {k: (a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)}
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        yield prefix, value
+        return
+    for key, item in items:
+        yield from _flat(item, f"{prefix}.{key}" if prefix else str(key))

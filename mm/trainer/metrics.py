@@ -1,0 +1,180 @@
+"""metrics.jsonl (flushed each step, the truth), and the sums of one step on the device."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mm.batch import Batch, Sum
+from mm.specs import Encoded
+from mm.tasks.bits_per_byte import raw_bytes
+from mm.vocabulary import Vocabulary
+
+USAGE_DECAY, USAGE_SEEN = 0.97, 0.05  # a code counts as used for 100 steps after it was seen: 0.97 ** 100 = 0.048
+
+
+class MetricsFile:
+    """Append-only metrics.jsonl. On resume, lines of steps after the checkpoint are cut: they will be made again."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        if path.is_file():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            temporary = path.with_name(path.name + ".part")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one line and flush it. Non-finite numbers are written as null, which every JSON reader takes."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All rows of a metrics.jsonl; a last line cut by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def all_reduce(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Sum tensors of any shapes over the ranks in one collective of float32; as they are when there is one rank."""
+    if not tensors or not dist.is_initialized() or dist.get_world_size() == 1:
+        return list(tensors)
+    flat = torch.cat([t.detach().reshape(-1).float() for t in tensors])
+    dist.all_reduce(flat)
+    return [part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+
+
+class Tally:
+    """Losses and aux of one network in one step: added up over micro-batches, then once over ranks."""
+
+    def __init__(self) -> None:
+        self.losses: dict[str, Tensor] = {}
+        self.aux: dict[str, Sum] = {}
+
+    def add_losses(self, losses: Mapping[str, Tensor]) -> None:
+        for name, total in losses.items():
+            total = total.detach().float()
+            self.losses[name] = self.losses[name] + total if name in self.losses else total
+
+    def add_aux(self, aux: Mapping[str, Sum]) -> None:
+        for name, each in aux.items():
+            each = each.detach()
+            self.aux[name] = self.aux[name] + each if name in self.aux else each
+
+    def reduce(self) -> None:
+        """Sum over ranks, in place. The names are the same on all ranks: the same modules ran."""
+        names, stats = sorted(self.losses), sorted(self.aux)
+        parts = [self.losses[k] for k in names] + [t for k in stats for t in self.aux[k]]
+        parts = all_reduce(parts)
+        self.losses = dict(zip(names, parts, strict=False))
+        rest = parts[len(names):]
+        self.aux = {k: Sum(rest[2 * i], rest[2 * i + 1]) for i, k in enumerate(stats)}
+
+
+class Usage:
+    """Codebook usage and perplexity over about the last 100 steps, from the histograms in aux."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, Tensor] = {}
+
+    def update(self, aux: Mapping[str, Sum]) -> dict[str, Tensor]:
+        """Fold in this step's ``usage`` histograms, (Q, K) each; return 0-d metrics on the device."""
+        out: dict[str, Tensor] = {}
+        for name, each in aux.items():
+            if name.rpartition(".")[2].rpartition("/")[2] != "usage":
+                continue
+            old = self._seen.get(name)
+            seen = each.total if old is None else USAGE_DECAY * old + each.total
+            self._seen[name] = seen
+            p = seen / seen.sum(-1, keepdim=True).clamp_min(1e-12)
+            prefix = "codebook" if name == "usage" else f"codebook/{name[:-6]}"
+            out[f"{prefix}/usage"] = (seen > USAGE_SEEN).float().mean()
+            out[f"{prefix}/perplexity"] = torch.special.entr(p).sum(-1).exp().mean()
+        return out
+
+
+class BytesPerToken:
+    """Raw bytes behind one target token of each modality, from decoding the first documents of a run.
+
+    An estimate for the training curve (a constant factor on it); the task `bits_per_byte` is exact. Bytes are UTF-8 of
+    text, pixels x channels of images, 16-bit samples of audio; a span's end counts as a token.
+    """
+
+    DOCUMENTS = 256  # of text, enough for a few per cent; images and audio: a few, their ratio hardly varies
+    FEW = 8
+
+    def __init__(self, totals: Mapping[str, Sequence[float]] | None = None):
+        self.totals = {k: list(v) for k, v in (totals or {}).items()}  # modality -> [documents, tokens, bytes]
+
+    def observe(self, batches: Sequence[Batch], vocabulary: Vocabulary, tokenizers: Mapping[str, Any]) -> None:
+        """Add what the targets of these host batches hold, until enough was seen."""
+        for modality in vocabulary.modalities:
+            seen = self.totals.setdefault(modality, [0, 0, 0])
+            limit = self.DOCUMENTS if modality in ("text", "bytes") else self.FEW
+            if modality not in tokenizers or seen[0] >= limit:
+                continue
+            span = vocabulary.range(modality)
+            codes = [c for b in batches for c in _spans(b, span.begin, span.end)][: limit - int(seen[0])]
+            if not codes:
+                continue
+            raws = tokenizers[modality].decode([Encoded((ids - span.first).astype(np.int32)) for ids in codes])
+            seen[0] += len(codes)
+            seen[1] += sum(len(ids) + 1 for ids in codes)
+            seen[2] += sum(raw_bytes(raw) for raw in raws)
+
+    def ratio(self) -> dict[str, float]:
+        """Bytes per token of every modality seen."""
+        return {m: size / tokens for m, (_, tokens, size) in self.totals.items() if tokens}
+
+
+def _spans(b: Batch, begin: int, end: int) -> list[np.ndarray]:
+    """Codes of the whole spans ``begin .. end`` of a host batch, whatever their role."""
+    out = []
+    for row in b.ids[..., 0].numpy():
+        stops = np.flatnonzero(row == end)
+        for start in np.flatnonzero(row == begin):
+            stop = stops[np.searchsorted(stops, start) :][:1]
+            if len(stop):
+                out.append(row[start + 1 : stop[0]])
+    return out
+
+
+def tokens_by_modality(batches: Sequence[Batch], n_modalities: int) -> Tensor:
+    """Places that hold a token, (n_modalities + 1,) float32; entry 0 counts control tokens. Host batches: no sync."""
+    total = torch.zeros(n_modalities + 1)
+    for b in batches:
+        fields = b.layout.fields
+        real = fields.modality[fields.document > 0].long().flatten()
+        total += torch.bincount(real, minlength=n_modalities + 1)[: n_modalities + 1]
+    return total
+
+
+def n_items(batches: Sequence[Batch]) -> int:
+    """Raw items (images, clips) in host batches."""
+    return sum(len(values.length) for b in batches for values in list(b.values.values())[:1])

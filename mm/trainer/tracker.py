@@ -1,0 +1,141 @@
+"""The ONE module that imports wandb: a mirror of metrics.jsonl that may be down, offline or killed without harm.
+
+It never asks, never blocks for longer than `INIT_TIMEOUT_S` and never ends a run: any exception becomes one warning and
+the tracker falls silent. WANDB_MODE wins over the config; without a key the mode is offline.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from mm.run import Run
+
+log = logging.getLogger("mm.trainer")
+
+INIT_TIMEOUT_S = 20.0
+FINISH_TIMEOUT_S = 30.0
+Media = Literal["image", "audio", "text"]
+
+
+def has_key() -> bool:
+    """True when wandb would find credentials without asking (WANDB_API_KEY or a netrc entry)."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    try:
+        return "wandb" in netrc.read_text()
+    except OSError:
+        return False
+
+
+def resolve_mode(asked: str) -> str:
+    """WANDB_MODE, else what the config asks for, else online with a key and offline without."""
+    given = os.environ.get("WANDB_MODE", "").strip().lower()
+    if given in ("online", "offline", "disabled", "dryrun"):
+        return "offline" if given == "dryrun" else given
+    if asked != "auto":
+        return asked
+    return "online" if has_key() else "offline"
+
+
+class Tracker:
+    """Guarded wandb run. `none` makes one that does nothing (other ranks, disabled)."""
+
+    def __init__(self, run: Any = None):
+        self._run = run
+        self.id: str | None = run.id if run is not None else None
+
+    @classmethod
+    def none(cls) -> Tracker:
+        return cls()
+
+    @classmethod
+    def start(cls, run: Run, folder: Path, environment: Mapping[str, Any], run_id: str | None = None) -> Tracker:
+        """Open (or, with the id of an earlier part, continue) the wandb run of a training run."""
+        mode = resolve_mode(run.tracking.mode)
+        if mode == "disabled":
+            return cls.none()
+
+        def init() -> Any:
+            import wandb
+
+            settings = wandb.Settings(
+                init_timeout=INIT_TIMEOUT_S - 5, silent=True, disable_git=True, disable_code=True,
+                x_disable_stats=True, console="off", quiet=True,
+            )
+            made = wandb.init(
+                project=run.tracking.project, name=run.name, tags=list(run.tracking.tags), dir=str(folder), mode=mode,
+                id=run_id, resume="allow" if run_id else None, settings=settings,
+                config={**run.to_dict(), "environment": dict(environment)},
+            )
+            made.define_metric("step")
+            made.define_metric("*", step_metric="step")
+            return made
+
+        made = _guarded("start", init, INIT_TIMEOUT_S)
+        return cls(made)
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Mirror the metrics of ``step``."""
+        self._try("log", lambda run: run.log({**metrics, "step": step}))
+
+    def media(self, name: str, kind: Media, value: Any, step: int, *, sample_rate: int = 16000) -> None:
+        """Log a sample: image (H, W, C) uint8, audio (N,) float32 in [-1, 1], or text str."""
+        def send(run: Any) -> None:
+            import wandb
+
+            if kind == "image":
+                item: Any = wandb.Image(value)
+            elif kind == "audio":
+                item = wandb.Audio(value, sample_rate=sample_rate)
+            else:
+                item = wandb.Html(f"<pre>{_escape(str(value))}</pre>", inject=False)
+            run.log({f"samples/{name}": item, "step": step})
+
+        self._try("media", send)
+
+    def finish(self) -> None:
+        """Close the run; waits at most `FINISH_TIMEOUT_S` for an upload."""
+        run, self._run = self._run, None
+        if run is not None:
+            _guarded("finish", lambda: run.finish(), FINISH_TIMEOUT_S)
+
+    def _try(self, what: str, action: Callable[[Any], None]) -> None:
+        if self._run is None:
+            return
+        try:
+            action(self._run)
+        except Exception as error:  # whatever wandb raises: training goes on without it
+            self._run = None
+            log.warning("wandb %s failed, tracking is off for this run (metrics.jsonl goes on): %s", what, error)
+
+
+def _escape(text: str) -> str:
+    import html
+
+    return html.escape(text)
+
+
+def _guarded(what: str, action: Callable[[], Any], timeout_s: float) -> Any:
+    """Run ``action`` in a daemon thread for at most ``timeout_s``; None and one warning when it fails or hangs."""
+    box: dict[str, Any] = {}
+
+    def work() -> None:
+        try:
+            box["value"] = action()
+        except BaseException as error:  # noqa: BLE001  wandb raises SystemExit-like errors of its own
+            box["error"] = error
+
+    thread = threading.Thread(target=work, daemon=True, name=f"wandb-{what}")
+    thread.start()
+    thread.join(timeout_s)
+    if "value" in box or ("error" not in box and not thread.is_alive()):
+        return box.get("value")
+    reason = box.get("error", f"no answer in {timeout_s:.0f} s")
+    log.warning("wandb %s failed, tracking is off for this run (metrics.jsonl goes on): %s", what, reason)
+    return None

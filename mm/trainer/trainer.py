@@ -1,0 +1,431 @@
+"""THE trainer: language models, tokenizers and whatever comes train in this one loop."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mm.batch import Batch, Sum
+from mm.errors import UserError
+from mm.launch import environment
+from mm.objectives.objective import Objective, Term
+from mm.registry import CALLBACKS
+from mm.run import Run, Stage
+from mm.trainer import checkpoint, folder, networks
+from mm.trainer.callbacks.base import Callback
+from mm.trainer.engine import Engine, join, resolve_precision
+from mm.trainer.metrics import (
+    BytesPerToken,
+    MetricsFile,
+    Tally,
+    Usage,
+    all_reduce,
+    n_items,
+    tokens_by_modality,
+)
+from mm.trainer.tracker import Tracker
+from mm.vocabulary import Vocabulary
+
+log = logging.getLogger("mm.trainer")
+
+INTERRUPTED = 75  # EX_TEMPFAIL: saved, run the same command to go on
+LN2 = 0.6931471805599453
+
+
+class Trainer:
+    """Train a `Run` to its end, from its newest checkpoint when it has one.
+
+    Attributes that callbacks may use: ``run, folder, nets, vocabulary, tokenizers, tracker, is_main, step, steps``
+    and `whole`.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.folder = run.folder
+        self.vocabulary = Vocabulary.load(run.vocabulary) if run.vocabulary is not None else None
+        self.is_main = environment.ranks().is_main
+        self.world = environment.ranks().world
+        self.steps = sum(stage.budget.steps for stage in run.stages)
+        self.step = 0  # optimizer steps done, over all stages
+        self.skipped = 0
+        self.engines: dict[str, Engine] = {}
+        self.frozen: dict[str, nn.Module] = {}
+        self.tracker = Tracker.none()
+        self.metrics: dict[str, Any] = {}  # of the last step
+        self._skips_in_row = 0
+        self._usage = Usage()
+        self._stop: int | None = None  # the signal that asked for it
+        self.batches: list[Batch] = []  # host micro-batches of the last step
+        self._bytes = BytesPerToken()
+        self._tokenizers: dict[str, Any] | None = None
+
+    # ---- the loop ------------------------------------------------------------------------------------------------
+
+    def fit(self) -> dict[str, Any]:
+        """Train, save ``<run folder>/model`` and return the last metrics.
+
+        Raises:
+            UserError: something the user can mend (config, data, disk, a diverged run).
+            SystemExit: code 75 after a SIGTERM or SIGINT; a checkpoint was saved.
+        """
+        begun = time.monotonic()
+        with contextlib.ExitStack() as stack:
+            if self.is_main:
+                stack.enter_context(folder.locked(self.folder))
+            stack.enter_context(self._signals())
+            self.device = join(self.run.engine.threads)
+            saved = self._find_checkpoint()
+            first = self.step
+            if first >= self.steps and (self.folder / "model" / "config.json").is_file():
+                log.info("%s: nothing to do, all %d steps are done", self.folder, self.steps)
+                return {"step": first, "new_steps": 0, "resumed_from": first, "folder": str(self.folder)}
+            self._open(saved, stack)
+            weights: dict[str, dict[str, Tensor]] = {}
+            end, last = 0, len(self.run.stages) - 1
+            for self.index, stage in enumerate(self.run.stages):
+                begin, end = end, end + stage.budget.steps
+                if self.step < end or self.index == last:
+                    self._enter(stage, begin, saved, weights)
+                    self._train(end)
+                    weights = {name: engine.weights() for name, engine in self.engines.items()}
+                    self._leave()
+                    saved = None
+            self._export(weights["model"])
+            evaluated = self._evaluate()
+            dist.barrier()
+            return {
+                **self.metrics, **evaluated, "step": self.step, "new_steps": self.step - first,
+                "resumed_from": first, "seconds": time.monotonic() - begun, "folder": str(self.folder),
+            }
+
+    def _train(self, end: int) -> None:
+        """Fetch, step, report, save, until ``end``."""
+        every = self.run.checkpoints.every
+        while self.step < end:
+            begun = time.monotonic()
+            batches = self.stream.next()
+            waited = time.monotonic() - begun
+            metrics = self._optimizer_step(batches)
+            self.step += 1
+            stop = metrics.pop("stop") > 0
+            self._report(metrics, time.monotonic() - begun, waited)
+            if stop or self.step == end or (every and self.step % every == 0):
+                self._save()
+            if stop:
+                log.warning("stopped by a signal at step %d; run the same command to go on", self.step)
+                raise SystemExit(INTERRUPTED)
+
+    def _optimizer_step(self, batches: Sequence[Batch]) -> dict[str, Any]:
+        """One optimizer step of every network that the objective steps. Returns host metrics."""
+        objective, env = self.objective, self.env
+        self.batches = list(batches)
+        knobs = objective.knobs(self.step, np.random.default_rng((self.run.seed, self.step)))
+        env.begin(self.step, knobs)
+        micros = [objective.corrupt(b.to(self.device), env.rng, knobs) for b in batches]
+        env.know(micros)
+        n, facts = self._global_counts(batches, micros)
+        scales = objective.scales(n)
+        factors = {k: scales[k] / n[k].clamp_min(1e-12) for k in n}
+        metrics: dict[str, Any] = {}
+        sums: dict[str, Tally] = {}
+        for term in objective.terms(micros, self.nets, env):
+            engine = self.engines[term.network]
+            tally = sums.setdefault(term.network, Tally())
+            tally.add_losses(term.losses)
+            loss = self.world * torch.stack([factors[k] * s for k, s in term.losses.items()]).sum()
+            if not term.step:
+                engine.backward(loss)
+                continue
+            # Losses are reduced BEFORE the last backward: if their global sum is not finite, this backward makes every
+            # gradient NaN on every rank, so that all of them skip the step, at each ZeRO stage, without asking the host.
+            tally.aux = self.nets.take(term.network).aux
+            tally.reduce()
+            total = torch.stack([factors[k] * s for k, s in tally.losses.items()]).sum()
+            engine.backward(loss * torch.where(torch.isfinite(total), 1.0, float("nan")))
+            metrics |= self._update(term, engine, tally, total, facts, n)
+            del sums[term.network]
+        return metrics
+
+    def _update(
+        self, term: Term, engine: Engine, tally: Tally, total: Tensor, facts: dict[str, Tensor], n: dict[str, Tensor]
+    ) -> dict[str, Any]:
+        """Step one network. The only device-to-host copy of the step is the one `tolist` here."""
+        norm = engine.reduce()
+        device = {f"loss/{k}": s / n[k].clamp_min(1e-12) for k, s in tally.losses.items()}
+        device |= {"loss/total" if term.network == "model" else f"loss/{term.network}_total": total}
+        device |= {f"aux/{k}": s.mean() for k, s in tally.aux.items() if s.total.dim() == 0}
+        device |= self._usage.update(tally.aux) | facts
+        if norm is not None:
+            device["norm"] = norm
+        host = dict(zip(device, torch.stack([t.detach().float() for t in device.values()]).tolist(), strict=True))
+        lr = engine.set_lr(self.stage.schedule(self.step - self.begin, self.stage.budget.steps))
+        applied, norm_before = engine.step(host.pop("norm", None))
+        self._count_skip(applied, term, host)
+        after = getattr(engine.raw, "after_step", None)
+        if applied and tally.aux and after is not None:
+            with torch.no_grad():
+                after({k: Sum(s.total, s.count) for k, s in tally.aux.items()})
+        prefix = "optim" if term.network == "model" else f"optim/{term.network}"
+        return host | {f"{prefix}/lr": lr, f"{prefix}/grad_norm": norm_before}
+
+    def _global_counts(
+        self, batches: Sequence[Batch], micros: Sequence[Batch]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Denominators of all losses, and facts for the log, over micro-batches and ranks; one collective."""
+        each = [self.objective.counts(b) for b in micros]
+        names = sorted({k for counts in each for k in counts})
+        mine = [torch.stack([c[k].float() for c in each if k in c]).sum() for k in names]
+        modalities = self.vocabulary.modalities if self.vocabulary is not None else ()
+        host = torch.cat([
+            tokens_by_modality(batches, len(modalities)),
+            torch.tensor([float(n_items(batches)), float(self._stop is not None)]),
+        ]).to(self.device, non_blocking=True)
+        *reduced, seen = all_reduce([*mine, host])
+        tokens, facts = seen[:-2].sum(), {"stop": seen[-1]}
+        if self.vocabulary is not None:
+            facts |= {f"tokens/{m}_share": seen[i] / tokens.clamp_min(1) for i, m in enumerate(modalities, start=1)}
+            facts["tokens/step"] = tokens
+        else:
+            facts["items/step"] = seen[-2]
+        return dict(zip(names, reduced, strict=True)), facts
+
+    def _count_skip(self, applied: bool, term: Term, host: Mapping[str, float]) -> None:
+        """Count a step that was not applied. Raises UserError when too many came in a row."""
+        if applied:
+            self._skips_in_row = 0
+            return
+        self.skipped += 1
+        self._skips_in_row += 1
+        losses = {k: v for k, v in host.items() if k.startswith("loss/")}
+        log.warning("step %d: loss or gradient of '%s' is not finite; not applied (%s)", self.step, term.network, losses)
+        if self.is_main:
+            with (self.folder / "skipped.jsonl").open("a") as file:
+                row = {"step": self.step, "network": term.network, "losses": {k: str(v) for k, v in losses.items()}}
+                file.write(json.dumps(row | {"keys": [key for b in self.batches for key in b.keys]}) + "\n")
+        if self._skips_in_row > self.run.engine.max_skips:
+            raise UserError(
+                f"{self.folder}: {self._skips_in_row} steps in a row were not finite (up to step {self.step}); their "
+                "samples are in skipped.jsonl. Lower stages.0.optimizer.lr and run again: it goes on from the last checkpoint"
+            )
+
+    # ---- before, between and after -------------------------------------------------------------------------------
+
+    def _find_checkpoint(self) -> checkpoint.Saved | None:
+        """The newest good checkpoint, checked against this config. Raises UserError when it cannot go on from it."""
+        saved = checkpoint.newest(self.folder / "checkpoints")
+        if saved is None:
+            return None
+        mine = self.vocabulary.fingerprint if self.vocabulary is not None else None
+        if saved.state["vocabulary"] != mine:
+            raise UserError(
+                f"{saved.folder}: was trained with vocabulary {str(saved.state['vocabulary'])[:12]}, this run has "
+                f"{str(mine)[:12]}; use that vocabulary, or another run name: name=..."
+            )
+        changed = checkpoint.differences(saved.state["config"], self.run.to_dict())
+        for key, (old, new) in changed.items():
+            if key.split(".")[0] in ("model", "vocabulary", "seed") and key != "vocabulary":
+                raise UserError(
+                    f"{self.folder}: '{key}' was {old} and is {new} now; a checkpoint cannot change it: set it back, "
+                    "or use another run name: name=..."
+                )
+            log.info("config changed since step %d: %s: %s -> %s", saved.state["step"], key, old, new)
+        self.step, self.skipped = saved.state["step"], saved.state["skipped"]
+        self._bytes = BytesPerToken(saved.state["bytes_per_token"])
+        return saved
+
+    def _open(self, saved: checkpoint.Saved | None, stack: contextlib.ExitStack) -> None:
+        """Write the run's description, start tracker and callbacks; ``stack`` ends them."""
+        self.precision = resolve_precision(self.run.engine.precision, self.device)
+        self.env = networks.TrainerEnv(self.run.seed, self.device, self.precision)
+        facts = {
+            "device": str(self.device), "world": self.world, "precision": self.precision, "threads": torch.get_num_threads()
+        }
+        described = folder.describe(self.run, facts)
+        if self.is_main:
+            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            folder.write(self.folder, self.run, described)
+            self.file = MetricsFile(self.folder / "metrics.jsonl", self.step)
+            stack.callback(self.file.close)
+            self.tracker = Tracker.start(self.run, self.folder, described, saved.state.get("tracker") if saved else None)
+            stack.callback(self.tracker.finish)
+        if saved is not None:
+            log.info("resumed %s from step %d of %d", self.folder, self.step, self.steps)
+        kinds = {config.kind for config in self.run.callbacks}
+        defaults = [] if "progress" in kinds else [CALLBACKS.parse("progress")]
+        self.callbacks: list[Callback] = [config.build() for config in (*self.run.callbacks, *defaults)]
+        self._started = False
+        stack.push(self._end_callbacks)
+
+    def _enter(
+        self, stage: Stage, begin: int, saved: checkpoint.Saved | None, weights: Mapping[str, Mapping[str, Tensor]]
+    ) -> None:
+        """Build a stage: objective, stream, networks (from ``saved``, else ``weights``, else fresh), engines."""
+        self.stage, self.begin = stage, begin
+        self.objective: Objective = networks.build(stage.objective, vocabulary=self.vocabulary)
+        self.engines, self.frozen = {}, {}
+        same_stage = saved is not None and saved.state["stage"] == self.index
+        for name, network in networks.all_networks(self.run, self.objective).items():
+            module = networks.make_module(network.config, self.vocabulary, self.run.seed, self.device)
+            have = saved.tensors(name) if saved is not None else weights.get(name, {})
+            if have:
+                networks.load_weights(module, have, str(saved.folder) if saved is not None else "the stage before")
+            elif name == "model" and self.run.tokenizers and hasattr(network.config, "prepare"):
+                vectors = {m: t.code_vectors() for m, t in self.tokenizers.items()}
+                network.config.prepare(module, {m: v for m, v in vectors.items() if v is not None})
+            if network.mode == "frozen":
+                self.frozen[name] = module.eval().requires_grad_(False)
+                continue
+            engine = Engine(module.train(), stage.optimizer.build(module), self.run.engine, self.precision)
+            if saved is not None and same_stage:
+                engine.load_masters(have)
+                engine.load_optimizer_state(saved.optimizer(name), saved.state["optimizers"][name])
+            self.engines[name] = engine
+        self.env.lend(self.engines, self.frozen)
+        self.nets = networks.Nets(self.engines, self.frozen, self.env)
+        self.stream = networks.build(
+            stage.data, vocabulary=self.vocabulary, transform=self.objective.transform, seed=self.run.seed,
+            rank=environment.ranks().rank, world=self.world,
+        )
+        if saved is not None and same_stage:
+            self.stream.load_state_dict(saved.state["data"])
+        if not self._started:
+            self._started = True
+            for callback in self.callbacks:
+                callback.on_start(self)
+
+    def _leave(self) -> None:
+        self.stream.close()
+
+    def _report(self, metrics: dict[str, Any], seconds: float, waited: float) -> None:
+        """One line of metrics.jsonl, the tracker, the callbacks."""
+        for unit in ("tokens", "items"):
+            if f"{unit}/step" in metrics:
+                metrics[f"perf/{unit}_per_second"] = metrics.pop(f"{unit}/step") / seconds
+        for name, size in self._bytes_per_token().items():
+            if f"loss/{name}" in metrics and size:
+                metrics[f"bits_per_byte/{name}"] = metrics[f"loss/{name}"] / LN2 / size
+        metrics |= {"perf/step_seconds": seconds, "data/wait_seconds": waited, "skipped": self.skipped}
+        self.metrics = metrics
+        if self.is_main:
+            self.file.write({"step": self.step, **metrics})
+            self.tracker.log(metrics, self.step)
+        for callback in self.callbacks:
+            callback.on_step(self, self.step, metrics)
+
+    def _bytes_per_token(self) -> Mapping[str, float]:
+        """Raw bytes that one target token stands for: the stream's own figure, else an estimate of the first steps."""
+        known = getattr(self.stream, "bytes_per_token", None)
+        if known is not None or self.vocabulary is None or not self.run.tokenizers or not self.is_main:
+            return known or {}
+        self._bytes.observe(self.batches, self.vocabulary, self.tokenizers)
+        return self._bytes.ratio()
+
+    def _save(self) -> None:
+        """Write a checkpoint: all ranks gather, the main one writes."""
+        full, scalars = {}, {}
+        for name, engine in self.engines.items():
+            moments, scalars[name] = engine.optimizer_state()
+            full[name] = (engine.weights(), moments)
+        data = self.stream.state_dict()
+        if self.is_main:
+            state = {
+                "stage": self.index, "skipped": self.skipped, "data": data, "optimizers": scalars, "world": self.world,
+                "vocabulary": self.vocabulary.fingerprint if self.vocabulary is not None else None,
+                "config": self.run.to_dict(), "tracker": self.tracker.id,
+                "bytes_per_token": self._bytes.totals,
+                "rng": {"seed": self.run.seed, "rule": "every generator is seeded by (seed, step, rank)"},
+            }
+            checkpoint.save(
+                self.folder / "checkpoints", self.step, state, full, self.run.checkpoints.keep_last
+            )
+        dist.barrier()
+
+    def _export(self, weights: Mapping[str, Tensor]) -> None:
+        """Save the model from its full fp32 weights as ``<run folder>/model``."""
+        if self.is_main:
+            module = networks.make_module(self.run.model, self.vocabulary, self.run.seed, torch.device("cpu"))
+            networks.load_weights(module, weights, "the trained model")
+            part = self.folder / "model.part"
+            shutil.rmtree(part, ignore_errors=True)
+            module.eval().save_pretrained(part, vocabulary=self.vocabulary, tokenizers=dict(self.run.tokenizers))
+            shutil.rmtree(self.folder / "model", ignore_errors=True)
+            part.rename(self.folder / "model")
+        dist.barrier()
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Run the last stage's tasks on the saved model; one ``eval/...`` line in metrics.jsonl."""
+        tasks = self.run.stages[-1].tasks
+        if not tasks or not self.is_main:
+            return {}
+        from mm.decoders.generate import Generator
+
+        generator = Generator.from_pretrained(self.folder / "model")
+        out: dict[str, Any] = {}
+        for config in tasks:
+            figures = config.build().evaluate(generator, seed=self.run.seed)
+            out |= {f"eval/{config.kind}/{k}": v for k, v in figures.items()}
+        self.file.write({"step": self.step, **out})
+        self.tracker.log(out, self.step)
+        return out
+
+    # ---- for callbacks -------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizers(self) -> dict[str, Any]:
+        """The run's tokenizers by modality, loaded on first use."""
+        if self._tokenizers is None:
+            from mm.tokenizers.load import load_tokenizer
+
+            self._tokenizers = {m: load_tokenizer(path) for m, path in self.run.tokenizers.items()}
+        return self._tokenizers
+
+    @contextlib.contextmanager
+    def whole(self, name: str = "model") -> Iterator[nn.Module]:
+        """A network's raw module in eval mode with all weights present; enter and leave it on ALL ranks."""
+        with self.engines[name].whole() as module:
+            module.eval()
+            try:
+                yield module
+            finally:
+                module.train()
+
+    def _end_callbacks(self, *error: Any) -> None:
+        for callback in self.callbacks if self._started else ():
+            callback.on_end(self)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT ask for a checkpoint after the step; a second SIGINT interrupts at once."""
+        def ask(number: int, frame: Any) -> None:
+            if self._stop is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._stop = number
+
+        try:
+            before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not the main thread (a notebook's worker): whoever runs it keeps its own handlers
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def train(run: Run | str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Train a `Run` or a run YAML to its end, resuming when its folder has a checkpoint. Returns the last metrics."""
+    if not isinstance(run, Run):
+        run = Run.load(run, overrides)
+    return Trainer(run).fit()

@@ -1,0 +1,39 @@
+"""What all tests share: quiet environment before torch, Chromium, a report's run folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+# Before any test imports torch or wandb: the same defaults as the command line, and never a
+# network.
+for _name, _value in {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WDS_SECURE": "1",
+    "MPLBACKEND": "Agg",
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Debian's Chromium; `.ci/run` installs it, elsewhere the tests that need it skip by name."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    if path is None:
+        pytest.skip("needs Debian's chromium (apt-get install chromium)")
+    return path

@@ -1,0 +1,222 @@
+"""Law 7, over every registered tokenizer: whatever is added to TOKENIZERS is covered the day it is registered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from mm.errors import UserError
+from mm.registry import TOKENIZERS
+from mm.specs import Encoded, ModalityTokenizer, Waveform
+from mm.tokenizers.load import fingerprint, load_tokenizer
+from mm.vocabulary import RESERVED, merged
+
+KINDS = list(TOKENIZERS)
+EXACT = {"bpe", "bytes"}  # the others lose information, but not shape
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def tokenizer(kind: str) -> ModalityTokenizer:
+    return TOKENIZERS.get(kind).smallest_tokenizer()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def examples(kind: str) -> list[Any]:
+    return TOKENIZERS.get(kind).examples()  # type: ignore[attr-defined]
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Waveform):
+        return a.sample_rate == b.sample_rate and np.array_equal(a.samples, b.samples)
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and np.array_equal(a, b)
+    return a == b
+
+
+def test_the_registry_has_all_modalities() -> None:
+    assert {"bpe", "bytes", "image_vq", "audio_codec"} <= set(KINDS)
+
+
+def test_ids_are_flat_int32_in_range(tokenizer: ModalityTokenizer, examples: list[Any]) -> None:
+    codes = tokenizer.encode(examples)
+    assert len(codes) == len(examples) >= 4
+    for code in codes:
+        assert code.ids.dtype == np.int32 and code.ids.ndim == 1
+        assert len(code.ids) % tokenizer.spec.n_codebooks == 0
+        assert ((code.ids >= 0) & (code.ids < tokenizer.spec.n_ids)).all()
+
+
+def test_books_interleave_within_a_frame(tokenizer: ModalityTokenizer, examples: list[Any]) -> None:
+    spec = tokenizer.spec
+    for code in tokenizer.encode(examples):
+        books = code.ids.reshape(-1, spec.n_codebooks) // spec.vocab_size
+        assert (books == np.arange(spec.n_codebooks)).all()
+
+
+def test_a_batch_equals_a_loop(tokenizer: ModalityTokenizer, examples: list[Any]) -> None:
+    batch = tokenizer.encode(examples)
+    loop = [tokenizer.encode([raw])[0] for raw in examples]
+    for one, other in zip(batch, loop, strict=True):
+        assert np.array_equal(one.ids, other.ids)
+        assert dict(one.side) == dict(other.side)
+    back = tokenizer.decode(batch)
+    for one, code in zip(back, loop, strict=True):
+        assert same(one, tokenizer.decode([code])[0])
+    reverse = tokenizer.encode(examples[::-1])[::-1]
+    assert all(np.array_equal(a.ids, b.ids) for a, b in zip(batch, reverse, strict=True))
+
+
+def test_round_trip(kind: str, tokenizer: ModalityTokenizer, examples: list[Any]) -> None:
+    codes = tokenizer.encode(examples)
+    back = tokenizer.decode(codes)
+    assert len(back) == len(examples)
+    for raw, out in zip(examples, back, strict=True):
+        if kind in EXACT:
+            assert out == raw
+        elif isinstance(raw, Waveform):
+            assert isinstance(out, Waveform)
+            samples = np.asarray(out.samples)
+            assert samples.dtype == np.float32 and samples.ndim == 1 and np.isfinite(samples).all()
+            seconds = len(raw.samples) / raw.sample_rate
+            assert abs(len(samples) / out.sample_rate - seconds) < 1.5 / out.sample_rate
+        else:
+            assert out.dtype == np.uint8 and out.ndim == 3 and out.shape[2] == 3
+            assert out.shape == back[0].shape
+
+
+def test_encoding_is_repeatable(tokenizer: ModalityTokenizer, examples: list[Any]) -> None:
+    one, two = tokenizer.encode(examples), tokenizer.encode(examples)
+    assert all(np.array_equal(a.ids, b.ids) for a, b in zip(one, two, strict=True))
+
+
+def test_nothing_in_gives_nothing(tokenizer: ModalityTokenizer) -> None:
+    assert tokenizer.encode([]) == [] and tokenizer.decode([]) == []
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 7, 1000])
+def test_decode_takes_any_ids_in_range_of_any_length(kind: str, tokenizer: ModalityTokenizer, n: int) -> None:
+    rng = np.random.default_rng(n)
+    for dtype in (np.int32, np.int64):
+        ids = rng.integers(0, tokenizer.spec.n_ids, n).astype(dtype)
+        (out,) = tokenizer.decode([Encoded(ids)])
+        expected = {"bpe": str, "bytes": bytes, "image_vq": np.ndarray, "audio_codec": Waveform}
+        if kind in expected:
+            assert isinstance(out, expected[kind])
+
+
+def test_saved_and_loaded_gives_the_same(tokenizer: ModalityTokenizer, examples: list[Any], tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "model")
+    for path in (tmp_path / "model", tmp_path, str(tmp_path)):  # its own folder, or the run folder around it
+        loaded = load_tokenizer(path)
+        assert loaded.spec == tokenizer.spec
+    assert type(tokenizer).load(tmp_path / "model").spec == tokenizer.spec
+    assert len(tokenizer.spec.fingerprint) == 64 and fingerprint(tmp_path / "model") == tokenizer.spec.fingerprint
+    for a, b in zip(tokenizer.encode(examples), loaded.encode(examples), strict=True):
+        assert np.array_equal(a.ids, b.ids)
+    assert not list((tmp_path / "model").glob("*.part"))
+    again = tmp_path / "again"
+    loaded.save(again)
+    assert fingerprint(again) == tokenizer.spec.fingerprint
+
+
+def test_every_single_change_changes_the_fingerprint(tokenizer: ModalityTokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    before = fingerprint(tmp_path)
+    card = yaml.safe_load((tmp_path / "tokenizer.yaml").read_text())
+    (tmp_path / "tokenizer.yaml").write_text(yaml.safe_dump(card | {"modality": "other"}))
+    assert fingerprint(tmp_path) != before
+    with pytest.raises(UserError, match="fingerprint .* a file was changed or damaged"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.yaml").write_text(yaml.safe_dump(card))
+    assert fingerprint(tmp_path) == before
+    weights = tmp_path / "model.safetensors"
+    if weights.is_file():
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(weights)
+        name = next(n for n, t in tensors.items() if t.is_floating_point() and t.numel())
+        tensors[name].view(-1)[0] += 1e-3
+        save_file(tensors, weights)
+        assert fingerprint(tmp_path) != before
+        with pytest.raises(UserError, match="fingerprint"):
+            load_tokenizer(tmp_path)
+    for data in (tmp_path / "tokenizer.json", tmp_path / "config.json"):
+        if data.is_file():
+            tokenizer.save(tmp_path)
+            data.write_bytes(data.read_bytes() + b" ")
+            with pytest.raises(UserError, match="fingerprint"):
+                load_tokenizer(tmp_path)
+
+
+def test_missing_and_damaged_folders_say_what_to_do(tokenizer: ModalityTokenizer, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no tokenizer at .*mm tokenizer train"):
+        load_tokenizer(tmp_path / "nowhere")
+    tokenizer.save(tmp_path)
+    for file in sorted(tmp_path.iterdir()):
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+        with pytest.raises(UserError):
+            load_tokenizer(tmp_path)
+        file.unlink()
+        with pytest.raises(UserError):
+            load_tokenizer(tmp_path)
+        file.write_bytes(content)
+    assert load_tokenizer(tmp_path).spec == tokenizer.spec
+
+
+def test_an_unknown_kind_is_named(tmp_path: Path) -> None:
+    TOKENIZERS.get("bytes").smallest_tokenizer().save(tmp_path)  # type: ignore[attr-defined]
+    card = yaml.safe_load((tmp_path / "tokenizer.yaml").read_text())
+    from mm.tokenizers.load import fingerprint_of
+
+    values = {**card, "kind": "byte"}
+    values.pop("fingerprint")
+    (tmp_path / "tokenizer.yaml").write_text(yaml.safe_dump(values | {"fingerprint": fingerprint_of(values)}))
+    with pytest.raises(UserError, match="unknown tokenizer kind 'byte'; did you mean 'bytes'"):
+        load_tokenizer(tmp_path)
+
+
+def test_code_vectors_have_one_row_an_id(tokenizer: ModalityTokenizer) -> None:
+    vectors = tokenizer.code_vectors()
+    if vectors is not None:
+        assert vectors.shape[0] == tokenizer.spec.n_ids and vectors.dtype == np.float32
+        assert np.isfinite(vectors).all() and len(np.unique(vectors, axis=0)) > 1
+
+
+def test_wrong_raw_values_are_refused_by_name(tokenizer: ModalityTokenizer) -> None:
+    with pytest.raises(UserError):
+        tokenizer.encode([object()])
+
+
+@pytest.mark.parametrize("kind", sorted(EXACT))
+def test_text_never_becomes_a_control_token(kind: str) -> None:
+    """Ids of text, shifted into the vocabulary, stay inside their range; the letters come back as letters."""
+    tokenizer = TOKENIZERS.get(kind).smallest_tokenizer()  # type: ignore[attr-defined]
+    hostile = ["<|image|>", "<|pad|><|null|><|document|>", "<s></s>[PAD]<|endoftext|><unk>"]
+    vocabulary = merged([tokenizer.spec])
+    place = vocabulary.range(tokenizer.spec.modality)
+    for raw, code in zip(hostile, tokenizer.encode(hostile), strict=True):
+        ids = code.ids + place.first
+        assert len(ids) > 1
+        assert ((ids >= place.first) & (ids < place.stop)).all() and ids.min() >= RESERVED
+        back = tokenizer.decode([code])[0]
+        assert (back if isinstance(back, str) else back.decode()) == raw
+
+
+def test_the_same_network_has_the_same_fingerprint_in_any_process_precision() -> None:
+    config = TOKENIZERS.get("image_vq")
+    one, two = config.smallest_tokenizer(), config.smallest_tokenizer()  # type: ignore[attr-defined]
+    assert one.spec.fingerprint == two.spec.fingerprint
+    with torch.no_grad():
+        next(two.net.parameters()).view(-1)[0] += 1e-4
+    assert two.net.fingerprint(two.config) != one.spec.fingerprint

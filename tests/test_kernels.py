@@ -1,0 +1,308 @@
+"""Every exact implementation of an Op equals its reference: outputs and all gradients, over awkward shapes (law 6)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mm.kernels.cross_entropy as cross_entropy
+from mm.kernels import compiler
+from mm.kernels.attention import attention
+from mm.kernels.cross_entropy import linear_cross_entropy
+from mm.kernels.linear_scan import linear_scan
+from mm.kernels.op import KernelUnavailable, Op
+from mm.kernels.rms_norm import rms_norm
+
+TOL = {torch.float64: {"rtol": 1e-10, "atol": 1e-11}, torch.float32: {"rtol": 2e-5, "atol": 2e-5}}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """`torch.empty` gives NaN: a place that a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
+
+
+def check(op: Op, name: str, arguments: tuple[Any, ...], dtype: torch.dtype, **kw: Any) -> None:
+    """Compare outputs and the gradients of a random weighting of all outputs with the float64 reference."""
+    reason = op.implementations[name][1](*arguments, **kw)
+    if reason:
+        pytest.skip(f"{name}: {reason}")
+
+    def run(implementation: str, wide: bool) -> tuple[list[Tensor], list[Tensor]]:
+        args = [a.detach().clone().to(torch.float64 if wide and a.is_floating_point() else a.dtype) if isinstance(a, Tensor) else a
+                for a in arguments]
+        leaves = [a.requires_grad_() for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+        with op.using(implementation):
+            out = op(*args, **kw)
+        outs = list(out) if isinstance(out, tuple) else [out]
+        loss = sum((o.double() * randn(*o.shape, seed=9 + i).detach()).sum() for i, o in enumerate(outs))
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            return outs, []
+        return outs, [g if g is not None else torch.zeros_like(a) for g, a in
+                      zip(torch.autograd.grad(loss, leaves, allow_unused=True), leaves, strict=True)]
+
+    got, expected = run(name, wide=False), run("reference", wide=True)
+    for a, b in zip([*got[0], *got[1]], [*expected[0], *expected[1]], strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a.double(), b.double(), **TOL[dtype])
+
+
+def others(op: Op) -> list[str]:
+    return [name for name in op.implementations if name != "reference"]
+
+
+dtypes = pytest.mark.parametrize("dtype", TOL, ids=["fp64", "fp32"])
+
+
+@dtypes
+@pytest.mark.parametrize("name", others(linear_scan))
+@pytest.mark.parametrize("B,T,D", [(1, 1, 1), (2, 3, 5), (1, 63, 60), (2, 64, 16), (3, 65, 7), (1, 130, 100), (2, 0, 3), (0, 4, 3)])
+@pytest.mark.parametrize("reset", ["never", "some", "always"])
+@pytest.mark.parametrize("initial", [False, True])
+def test_linear_scan(name: str, dtype: torch.dtype, B: int, T: int, D: int, reset: str, initial: bool) -> None:
+    a = randn(B, T, D).sigmoid().to(dtype)
+    resets = {"never": None, "some": torch.rand(B, T, generator=torch.Generator().manual_seed(1)) < 0.2,
+              "always": torch.ones(B, T, dtype=torch.bool)}[reset]
+    check(linear_scan, name, (a, randn(B, T, D, dtype=dtype), resets, randn(B, D, dtype=dtype, seed=3) if initial else None), dtype)
+
+
+@pytest.mark.parametrize("name", linear_scan.implementations)
+def test_linear_scan_takes_any_strides_and_narrow_types(name: str) -> None:
+    a, b = randn(2, 5, 8).sigmoid(), randn(2, 5, 8, seed=1)
+    with linear_scan.using("reference"):
+        expected = linear_scan(a, b)[0]
+    with linear_scan.using(name):
+        strided = linear_scan(a.transpose(0, 1).contiguous().transpose(0, 1), torch.cat((b, b), -1)[..., :8])[0]
+        narrow, last = linear_scan(a.bfloat16(), b.bfloat16())
+    torch.testing.assert_close(strided, expected)
+    assert narrow.dtype == torch.float32 and torch.equal(last, narrow[:, -1])
+    torch.testing.assert_close(narrow.double(), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("name", linear_scan.implementations)
+def test_linear_scan_resets_select_and_do_not_multiply(name: str) -> None:
+    """The state before a reset may be inf: neither the value nor the gradient of what follows may turn NaN."""
+    a, b = randn(1, 4, 2).sigmoid().detach(), randn(1, 4, 2).detach()
+    b[0, 1] = float("inf")
+    a.requires_grad_(), b.requires_grad_()
+    with linear_scan.using(name):
+        h, _ = linear_scan(a, b, torch.tensor([[True, False, True, False]]))
+    assert h[0, 2:].isfinite().all()
+    da, db = torch.autograd.grad(h[0, 2:].sum(), [a, b])
+    assert da.isfinite().all() and db.isfinite().all()
+
+
+def test_linear_scan_grows_linearly() -> None:
+    """Both ways: an index loop's backward is quadratic. Best of several, because the machine may be shared."""
+
+    def seconds(name: str, T: int) -> float:
+        a, b = torch.rand(1, T, 64, requires_grad=True), torch.randn(1, T, 64, requires_grad=True)
+        times = []
+        with linear_scan.using(name):
+            for _ in range(4):
+                begin = time.perf_counter()
+                linear_scan(a, b)[0].sum().backward()
+                times.append(time.perf_counter() - begin)
+        return min(times)
+
+    ratio = seconds("reference", 1024) / seconds("reference", 256)
+    assert ratio < 10, f"4 times the tokens took {ratio:.1f} times as long (quadratic would be 16)"
+
+
+@dtypes
+@pytest.mark.parametrize("name", others(attention))
+@pytest.mark.parametrize("R,T,S,H,G", [(1, 1, 1, 1, 1), (2, 3, 3, 4, 2), (1, 65, 65, 2, 1), (2, 5, 9, 4, 4), (1, 1, 33, 6, 2)])
+@pytest.mark.parametrize("mask", ["none", "causal", "some", "some and causal", "nothing for a query"])
+def test_attention(name: str, dtype: torch.dtype, R: int, T: int, S: int, H: int, G: int, mask: str) -> None:
+    allowed = None
+    if "some" in mask or "nothing" in mask:
+        allowed = torch.rand(R, T, S, generator=torch.Generator().manual_seed(2)) < 0.6
+        allowed[:, :, 0] = True
+    if "nothing" in mask:
+        allowed[:, 0] = False
+    arguments = (randn(R, T, H, 6, dtype=dtype), randn(R, S, G, 6, dtype=dtype, seed=1), randn(R, S, G, 10, dtype=dtype, seed=2), allowed)
+    check(attention, name, arguments, dtype, causal="causal" in mask)
+
+
+def test_attention_reference_is_softmax_attention() -> None:
+    """The reference itself, against the formula written out for one head and one query."""
+    q, k, v = randn(1, 3, 2, 4), randn(1, 3, 1, 4, seed=1), randn(1, 3, 1, 5, seed=2)
+    with attention.using("reference"):
+        y = attention(q, k, v, causal=True)
+    weights = torch.stack([(q[0, 1, 1] * k[0, s, 0]).sum() / 2 for s in range(2)]).softmax(0)
+    torch.testing.assert_close(y[0, 1, 1], weights[0] * v[0, 0, 0] + weights[1] * v[0, 1, 0])
+    assert torch.equal(y[0, 0, 0], v[0, 0, 0])
+
+
+def test_attention_bias_and_gain() -> None:
+    q, k, v = randn(1, 3, 2, 4), randn(1, 3, 2, 4, seed=1), randn(1, 3, 2, 5, seed=2)
+    bias, gain = randn(1, 2, 3, 3, seed=3), randn(1, 2, 3, 3, seed=4)
+    p = (torch.einsum("rthk,rshk->rhts", q, k) / 2 + bias).softmax(-1) * gain
+    torch.testing.assert_close(attention(q, k, v, bias_RHTS=bias, gain_RHTS=gain), torch.einsum("rhts,rshv->rthv", p, v))
+
+
+@dtypes
+@pytest.mark.parametrize("name", others(rms_norm))
+@pytest.mark.parametrize("shape,weight", [((3, 7), (7,)), ((2, 1, 60), (60,)), ((2, 5, 3, 8), (8,)), ((1, 1), None), ((0, 4), (4,))])
+def test_rms_norm(name: str, dtype: torch.dtype, shape: tuple[int, ...], weight: tuple[int, ...] | None) -> None:
+    check(rms_norm, name, (randn(*shape, dtype=dtype), randn(*weight, dtype=dtype, seed=1) if weight else None, 1e-5), dtype)
+
+
+def test_rms_norm_reference_is_torch_s() -> None:
+    x, w = randn(3, 4, 6), randn(6, seed=1)
+    with rms_norm.using("reference"):
+        torch.testing.assert_close(rms_norm(x, w, 1e-5), F.rms_norm(x, (6,), w, 1e-5))
+
+
+@dtypes
+@pytest.mark.parametrize("name", others(linear_cross_entropy))
+@pytest.mark.parametrize("P,D,N", [(1, 1, 2), (0, 3, 5), (5, 4, 7), (65, 16, 33), (130, 8, 100)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1024, 32], ids=["one chunk", "chunks of 32"])
+def test_linear_cross_entropy(
+    name: str, dtype: torch.dtype, P: int, D: int, N: int, bias: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy, "chunk_rows", lambda n: rows)
+    target = torch.randint(N, (P,), generator=torch.Generator().manual_seed(0))
+    arguments = (randn(P, D, dtype=dtype), randn(N, D, dtype=dtype, seed=1), target, randn(N, dtype=dtype, seed=2) if bias else None)
+    check(linear_cross_entropy, name, arguments, dtype)
+
+
+def test_linear_cross_entropy_reference_is_torch_s() -> None:
+    h, w, target = randn(5, 4), randn(7, 4, seed=1), torch.tensor([0, 6, 3, 3, 1])
+    with linear_cross_entropy.using("reference"):
+        torch.testing.assert_close(linear_cross_entropy(h, w, target).mean(), F.cross_entropy(h @ w.T, target))
+
+
+class _Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(t, Tensor):
+                self.bytes = max(self.bytes, t.numel() * t.element_size())
+        return out
+
+
+def test_linear_cross_entropy_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peak memory of the chunked path follows the chunk, not the number of places."""
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 1 << 20)
+    N, D, rows = 200, 4, cross_entropy.chunk_rows(200)
+    assert rows == (1 << 20) // 800
+    largest = {}
+    for name in ("reference", "chunked"):
+        for P in (rows, 3 * rows):
+            h, w = torch.randn(P, D, requires_grad=True), torch.randn(N, D, requires_grad=True)
+            with linear_cross_entropy.using(name), _Largest() as seen:
+                linear_cross_entropy(h, w, torch.zeros(P, dtype=torch.long)).sum().backward()
+            largest[name, P] = seen.bytes
+    assert largest["chunked", 3 * rows] == largest["chunked", rows] == rows * N * 4
+    assert largest["reference", 3 * rows] == 3 * rows * N * 4
+
+
+def test_autocast_decides_the_dtype_of_the_logits() -> None:
+    h, w, target = torch.randn(9, 32, requires_grad=True), torch.randn(20, 32, requires_grad=True), torch.arange(9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        results = []
+        for name in linear_cross_entropy.implementations:
+            with linear_cross_entropy.using(name):
+                nll = linear_cross_entropy(h, w, target)
+            assert nll.dtype == torch.float32
+            results.append((nll, *torch.autograd.grad(nll.sum(), [h, w])))
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0.03, atol=0.03)
+
+
+# ---- choosing an implementation --------------------------------------------------------------------------------------
+
+
+def test_the_choice_is_logged_once_with_the_reasons(caplog: pytest.LogCaptureFixture) -> None:
+    @Op
+    def doubled(x: int) -> int:
+        return 2 * x
+
+    @doubled.register("fast", lambda x: "x is odd" if x % 2 else None)
+    def _(x: int) -> int:
+        return x << 1
+
+    with caplog.at_level("INFO", "mm.kernels"):
+        assert [doubled(2), doubled(3), doubled(4), doubled(5)] == [4, 6, 8, 10]
+    assert [r.getMessage() for r in caplog.records] == ["doubled: using fast", "doubled: using reference (fast: x is odd)"]
+    with pytest.raises(KernelUnavailable, match="doubled: fast: x is odd"), doubled.using("fast"):
+        doubled(3)
+    with pytest.raises(KernelUnavailable, match="no implementation 'slow'"), doubled.using("slow"):
+        doubled(3)
+
+
+def test_without_a_compiler_the_reference_runs_and_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
+    compiler.load.cache_clear()
+    try:
+        a, b = randn(1, 3, 2).sigmoid(), randn(1, 3, 2)
+        assert linear_scan.pick(a, b) == "reference"
+        with pytest.raises(KernelUnavailable, match="no C\\+\\+ compiler"), linear_scan.using("cpp"):
+            linear_scan(a, b)
+    finally:
+        compiler.load.cache_clear()
+
+
+def test_a_source_that_does_not_compile_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MM_KERNEL_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "broken.cpp"
+    source.write_text("this is not C++")
+    library, reason = compiler.load(source)
+    assert library is None
+    if compiler.shutil.which("c++"):
+        assert reason and "failed" in reason
+    assert not list((tmp_path / "cache").glob("*")), "no half-made file stays"
+
+
+def test_concurrent_processes_share_one_compiled_file(tmp_path: Path) -> None:
+    if compiler.load(Path(linear_scan_source()))[0] is None:
+        pytest.skip("no C++ compiler")
+    code = (
+        "import json, torch; from mm.kernels.linear_scan import linear_scan; a = torch.full((1, 3, 1), .5)\n"
+        "with linear_scan.using('cpp'): print(json.dumps(linear_scan(a, a)[0].flatten().tolist()))"
+    )
+    env = {**os.environ, "MM_KERNEL_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    children = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for child in children:
+        out, _ = child.communicate(timeout=120)
+        assert child.returncode == 0 and json.loads(out) == [0.5, 0.75, 0.875]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def linear_scan_source() -> str:
+    import mm.kernels.linear_scan as module
+
+    return str(Path(module.__file__).with_name("scan.cpp"))
+
+
+def test_every_op_documents_its_shapes() -> None:
+    for op in (attention, linear_scan, linear_cross_entropy, rms_norm):
+        assert isinstance(op, Callable) and "Returns:" in (op.__doc__ or "") and "`(" in (op.__doc__ or "")

@@ -1,0 +1,410 @@
+"""The layout of DESIGN §1, the import tiers of §4, the registries and the YAML files, checked over
+whatever is there.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mm import config as configs
+from mm.cli.schema import resolve
+from mm.registry import Registry
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("tokenizers", "data", "kernels", "launch")
+LINKS = (*FOLDERS, "configs")
+# Names that shadow a module of the standard library or of a dependency when a script beside them is
+# run.
+FORBIDDEN = {"triton.py", "torch.py", "types.py", "logging.py", "random.py"}
+
+# First part of the module's path below `mm` -> tier (DESIGN §4). A longer prefix wins.
+TIERS = {
+    "": 0,
+    "config": 0,
+    "registry": 0,
+    "vocabulary": 0,
+    "specs": 0,
+    "errors": 0,
+    "run": 0,
+    "kernels": 1,
+    "batch": 1,
+    "mask": 1,
+    "state": 1,
+    "layout": 1,
+    "model": 2,
+    "tokenizers": 3,
+    "data": 3,
+    "decoders": 4,
+    "objectives": 5,
+    "tasks": 5,
+    "surgery": 5,
+    "trainer": 6,
+    "cli": 7,
+    "report": 7,
+    "quickstart": 7,
+    "__main__": 7,
+    "launch": -1,  # tier 0 only: it starts before torch
+}
+# Upward imports that are part of the design, by (importing module, imported module).
+ALLOWED = {("objectives.objective", "model.layer")}
+
+
+def sources() -> list[Path]:
+    """Every Python file of the package, by its real path (the links would name the four folders
+    twice).
+    """
+    roots = [ROOT / "mm", *(ROOT / name for name in FOLDERS)]
+    return sorted(p for root in roots for p in real_files(root) if p.suffix == ".py")
+
+
+def real_files(root: Path) -> Iterator[Path]:
+    for here, folders, files in os.walk(root, followlinks=False):
+        folders[:] = [
+            f for f in folders if f != "__pycache__" and not (Path(here) / f).is_symlink()
+        ]
+        yield from (Path(here) / name for name in files)
+
+
+def module(file: Path) -> str:
+    """Path below ``mm`` in dots: ``kernels.op`` for both mm/kernels/op.py and kernels/op.py."""
+    parts = list(file.relative_to(ROOT).with_suffix("").parts)
+    parts = parts[1:] if parts[0] == "mm" else parts
+    return ".".join(parts[:-1] if parts and parts[-1] == "__init__" else parts)
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:
+    """Every imported module of a file, wherever in it; `from mm import x` counts as mm.x."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node, alias.name
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            if node.module == "mm":
+                for alias in node.names:
+                    yield node, f"mm.{alias.name}"
+            else:
+                yield node, node.module
+
+
+def at_top(tree: ast.Module) -> Iterator[str]:
+    """Modules that importing the file imports: not inside a function, not under TYPE_CHECKING."""
+
+    def visit(body: list[ast.stmt]) -> Iterator[str]:
+        for node in body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                yield from (name for _, name in imports(ast.Module([node], [])))
+            elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                yield from visit(node.orelse)
+            elif isinstance(node, (ast.If, ast.Try, ast.With, ast.ClassDef)):
+                for part in ("body", "orelse", "finalbody"):
+                    yield from visit(getattr(node, part, []))
+                for handler in getattr(node, "handlers", []):
+                    yield from visit(handler.body)
+
+    yield from visit(tree.body)
+
+
+def type_only(tree: ast.Module) -> set[int]:
+    """Lines of imports under TYPE_CHECKING: they bind nothing at run time."""
+    lines: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            lines |= {
+                inner.lineno
+                for part in node.body
+                for inner in ast.walk(part)
+                if hasattr(inner, "lineno")
+            }
+    return lines
+
+
+def tier(name: str) -> int:
+    first = name.split(".")[0]
+    assert first in TIERS, f"mm.{name}: no tier for '{first}'; add it to TIERS (DESIGN §4)"
+    return TIERS[first]
+
+
+TREES = {file: ast.parse(file.read_text(encoding="utf-8"), str(file)) for file in sources()}
+
+
+def test_the_four_folders_are_no_packages_of_their_own() -> None:
+    for name in FOLDERS:
+        assert not (ROOT / name / "__init__.py").exists(), (
+            f"{name}/__init__.py would shadow Hugging Face's {name}"
+        )
+        assert list((ROOT / name).rglob("*.py")), (
+            f"{name}/ holds no module: git keeps no empty folder"
+        )
+
+
+def test_links_are_relative_links() -> None:
+    for name in LINKS:
+        link = ROOT / "mm" / name
+        assert link.is_symlink(), f"mm/{name} must be a symbolic link"
+        assert os.readlink(link) == f"../{name}"
+
+
+def test_import_tokenizers_finds_hugging_faces() -> None:
+    """From the repository's root too: `python -m` and DeepSpeed's launcher put it on the path."""
+    code = "import tokenizers, sys; print(tokenizers.__file__); import mm.tokenizers.load"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "-packages" in done.stdout
+    found = importlib.util.find_spec("tokenizers")
+    assert found is not None and found.origin and "-packages" in found.origin
+
+
+def test_the_wheel_holds_mm_and_nothing_else_at_its_top(tmp_path: Path) -> None:
+    import shutil
+
+    # Built from a copy of what git would carry: setuptools leaves build/ behind, and reads what
+    # lies about.
+    copy = tmp_path / "source"
+    ignore = shutil.ignore_patterns(
+        ".git",
+        ".venv*",
+        "runs",
+        "build",
+        "dist",
+        "*.egg-info",
+        "__pycache__",
+        "wandb",
+        ".*_cache",
+        "shared",
+    )
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=ignore)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        ".",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(tmp_path / "wheel"),
+    ]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (wheel,) = (tmp_path / "wheel").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"mm"}
+    for file in TREES:
+        inside = "mm/" + str(file.relative_to(ROOT)).removeprefix("mm/")
+        assert inside in names, f"{inside} is missing from the wheel"
+    for folder in ("configs", *FOLDERS, "mm"):
+        for file in real_files(ROOT / folder):
+            if file.suffix in {".yaml", ".cpp", ".css", ".js", ".html"}:
+                inside = "mm/" + str(file.relative_to(ROOT)).removeprefix("mm/")
+                assert inside in names, f"{inside} is missing from the wheel"
+
+
+@pytest.mark.parametrize("file", sorted(TREES), ids=lambda f: str(f.relative_to(ROOT)))
+def test_a_module_imports_only_its_own_tier_and_below(file: Path) -> None:
+    name = module(file)
+    own, tree = tier(name), TREES[file]
+    hints = type_only(tree)
+    for node, imported in imports(tree):
+        if imported.split(".")[0] != "mm" or node.lineno in hints:
+            continue
+        target = imported.removeprefix("mm").removeprefix(".")
+        if target and target.split(".")[0] not in TIERS:
+            continue  # `from mm import __version__`: a name, not a module
+        if own == -1:
+            assert tier(target) in (-1, 0), (
+                f"{file}:{node.lineno}: launch may import tier 0 only, not mm.{target}"
+            )
+        elif own < 7:
+            assert tier(target) <= own or (name, target) in ALLOWED, (
+                f"{file}:{node.lineno}: tier {own} imports mm.{target} of tier {tier(target)}"
+            )
+        if target.startswith("model") and name.startswith("data"):
+            raise AssertionError(
+                f"{file}:{node.lineno}: data reaches the model through the registry only"
+            )
+
+
+def test_tier_0_and_launch_and_the_cli_load_without_torch() -> None:
+    heavy = {
+        "torch",
+        "deepspeed",
+        "wandb",
+        "torchvision",
+        "torchaudio",
+        "matplotlib",
+        "sklearn",
+        "webdataset",
+        "safetensors",
+    }
+    for file, tree in TREES.items():
+        if tier(module(file)) in (-1, 0) or module(file).startswith(("cli", "report")):
+            loaded = {name.split(".")[0] for name in at_top(tree)}
+            assert not loaded & heavy, f"{file}: imports {sorted(loaded & heavy)} when it is loaded"
+
+
+@pytest.mark.parametrize("package", ["deepspeed", "wandb"])
+def test_a_big_dependency_is_imported_in_one_module(package: str) -> None:
+    users = {
+        module(f)
+        for f, tree in TREES.items()
+        if any(n.split(".")[0] == package for _, n in imports(tree))
+    }
+    assert len(users) <= 1, f"{package} is imported in {sorted(users)}"
+    assert all(user.startswith("trainer") for user in users)
+
+
+def test_slow_or_fragile_packages_are_imported_inside_functions() -> None:
+    for file, tree in TREES.items():
+        for name in at_top(tree):
+            lazy = {"torchvision", "torchaudio", "matplotlib", "sklearn", "deepspeed", "wandb"}
+            assert name.split(".")[0] not in lazy, (
+                f"{file}: {name} must be imported inside the function that needs it"
+            )
+
+
+def test_triton_is_imported_in_triton_files_only() -> None:
+    for file, tree in TREES.items():
+        if any(name.split(".")[0] == "triton" for _, name in imports(tree)):
+            assert module(file).startswith("kernels.") and "triton" in file.name, (
+                f"{file} imports triton"
+            )
+
+
+def test_no_file_shadows_a_library() -> None:
+    bad = [
+        str(f.relative_to(ROOT))
+        for f in real_files(ROOT)
+        if f.name in FORBIDDEN and ".venv" not in str(f)
+    ]
+    assert not bad
+
+
+def test_reentrant_checkpointing_is_banned() -> None:
+    """It loses gradients silently at ZeRO-0 and asserts at ZeRO-3; DeepSpeed's own is always
+    reentrant.
+    """
+    for file, tree in TREES.items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            for word in node.keywords:
+                reentrant = word.arg == "use_reentrant" and not (
+                    isinstance(word.value, ast.Constant) and word.value.value is False
+                )
+                assert not reentrant, f"{file}:{node.lineno}: use_reentrant must be False"
+            if (
+                called.split(".")[-1] in {"checkpoint", "checkpoint_sequential"}
+                and "checkpoint" in called
+                and _is_torchs(tree, called)
+            ):
+                assert any(w.arg == "use_reentrant" for w in node.keywords), (
+                    f"{file}:{node.lineno}: say use_reentrant=False"
+                )
+            assert not called.startswith("deepspeed.checkpointing"), f"{file}:{node.lineno}"
+        assert all(
+            not n.startswith("deepspeed.runtime.activation_checkpointing") for _, n in imports(tree)
+        ), file
+
+
+def _is_torchs(tree: ast.Module, called: str) -> bool:
+    return called.startswith("torch.utils.checkpoint") or any(
+        n == "torch.utils.checkpoint" for _, n in imports(tree)
+    )
+
+
+def test_no_print_no_stub_and_no_import_that_hides_its_absence() -> None:
+    for file, tree in TREES.items():
+        where = file.relative_to(ROOT)
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and not module(file).startswith("cli")
+            ):
+                assert node.func.id != "print", f"{where}:{node.lineno}: print in library code"
+            if isinstance(node, ast.ExceptHandler) and "ImportError" in ast.unparse(
+                node.type or ast.Constant("")
+            ):
+                hides = any(
+                    isinstance(s, ast.Assign)
+                    and isinstance(s.value, ast.Constant)
+                    and s.value.value is None
+                    for s in node.body
+                )
+                assert not hides, (
+                    f"{where}:{node.lineno}: `except ImportError: x = None` fails later and "
+                    "elsewhere"
+                )
+        lines = file.read_text(encoding="utf-8").count("\n")
+        assert lines <= (900 if module(file).startswith("kernels") else 500), (
+            f"{where}: {lines} lines; split it"
+        )
+
+
+ENTRIES = [(r.name, kind) for r in Registry.every.values() for kind in r]
+
+
+@pytest.mark.parametrize(("registry", "kind"), ENTRIES, ids=lambda v: v)
+def test_every_registry_entry_registers_its_kind(registry: str, kind: str) -> None:
+    table = Registry.every[registry]
+    cls = table.get(kind)
+    assert cls.model_fields["kind"].default == kind
+    assert cls.__doc__ and "build" in dir(cls)
+    place = table._modules[kind]
+    assert importlib.util.find_spec(place) is not None, place
+    smallest = cls.smallest()
+    again = table.parse(smallest.to_dict())
+    assert (
+        again == smallest and type(again) is cls
+    )  # what is written into a run folder reads back as it was
+
+
+YAMLS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", YAMLS, ids=lambda f: str(f.relative_to(ROOT / "configs")))
+def test_every_yaml_is_valid(file: Path) -> None:
+    values = configs.read(file)
+    if "stages" not in values and "tokenizer" not in values and "kind" not in values:
+        pytest.fail(f"{file.name} is no Run, no tokenizer and no plug point")
+    resolved = resolve(str(file))
+    assert yaml.safe_load(configs.dump(resolved)) == resolved.to_dict()
+    assert file.read_text().startswith("#"), (
+        "a config opens with what it is and the command that runs it"
+    )
+
+
+def test_addresses_of_this_machine_and_registries_are_not_written() -> None:
+    words = re.compile(r"/work/|/home/\w+/|pypi\.org|pythonhosted|download\.pytorch\.org")
+    files = [
+        *TREES,
+        ROOT / "Makefile",
+        ROOT / ".ci" / "run",
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *YAMLS,
+    ]
+    for file in files:
+        found = words.search(file.read_text(encoding="utf-8"))
+        assert found is None, f"{file.relative_to(ROOT)}: {found.group() if found else ''}"

@@ -1,0 +1,405 @@
+"""Tasks: hand-counted figures, judges on real data, a small model that knows three classes."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from mm.data.collate import document_tokens, to_batch
+from mm.data.pack import pack
+from mm.data.shards import ShardSet
+from mm.decoders.generate import Generator, generate, save_media
+from mm.errors import UserError
+from mm.model.layer import init_weights
+from mm.registry import NETWORKS, TASKS
+from mm.specs import Encoded, ModalityTokenizer, Segment, TokenSpec, Waveform
+from mm.tasks.base import Settings, chance, choose, confusion, first_class, label_of, spread
+from mm.tasks.bits_per_byte import raw_bytes, uniform_nats, windows
+from mm.tasks.judges import Judge, audio_features, image_features, linear_probe
+from mm.tokenizers.text.bytes import BytesConfig
+from mm.vocabulary import merged
+
+
+def test_first_class_takes_whole_words_in_order_and_the_longer_of_two():
+    classes = ("cat", "dog", "hot dog")
+    assert first_class("a Dog and a cat", classes) == "dog"
+    assert first_class("the hot dog", classes) == "hot dog"
+    assert first_class("concatenate dogs", classes) is None
+    assert first_class("cat", ()) is None
+
+
+def test_label_comes_from_metadata_then_from_the_caption():
+    shards = lambda meta, text: SimpleNamespace(
+        meta=lambda i: meta, raw=lambda i, m: ("txt", text.encode()) if text else None
+    )
+    classes = ("zero", "one")
+    assert label_of(shards({"label": "one"}, "zero"), 0, classes) == "one"
+    assert label_of(shards({"label": 1}, ""), 0, classes) == "one"
+    assert label_of(shards({"label": 7}, ""), 0, ()) == "7"
+    assert label_of(shards({}, "the digit zero"), 0, classes) == "zero"
+    assert label_of(shards({}, "prose"), 0, classes) is None
+
+
+def test_chance_is_the_commonest_class():
+    assert chance(["a", "a", "b", "c"], 3) == 0.5
+    assert chance(["a", "b"], 2) == 0.5
+    assert chance(["a", "b", "c", "d"], 4) == 0.25
+
+
+def test_confusion_counts_answers_outside_the_classes():
+    assert confusion(["a", "a", "b"], ["a", "b", None], ["a", "b"]) == [[1, 1, 0], [0, 0, 1]]
+
+
+def test_choose_takes_the_best_and_the_earlier_of_equals():
+    grid = (Settings(temperature=1.0), Settings(temperature=0.7), Settings(temperature=0.5))
+    scores = {1.0: 0.2, 0.7: 0.9, 0.5: 0.9}
+    best, tried = choose(grid, lambda s: scores[s.temperature])
+    assert best.temperature == 0.7
+    assert [t["accuracy"] for t in tried] == [0.2, 0.9, 0.9]
+    assert choose(grid[:1], lambda s: pytest.fail("one candidate needs no run")) == (grid[0], [])
+
+
+def test_spread_is_even_and_complete():
+    assert spread(3, None) == [0, 1, 2]
+    assert spread(101, 3) == [0, 50, 100]
+    assert len(set(spread(1000, 300))) == 300
+
+
+def test_raw_bytes():
+    assert raw_bytes("é") == 2
+    assert raw_bytes(b"abc") == 3
+    assert raw_bytes(np.zeros((4, 5, 3), np.uint8)) == 60
+    assert raw_bytes(Waveform(np.zeros(10, np.float32), 16000)) == 20
+
+
+def test_uniform_nats_counts_every_choice_of_the_grammar():
+    assert uniform_nats(4, TokenSpec("image", 8, grid=(2, 2))) == pytest.approx(4 * math.log(8))
+    # 8 choices for the first id; then 9 (8 codes or the end), the end included
+    assert uniform_nats(3, TokenSpec("text", 8)) == pytest.approx(math.log(8) + 3 * math.log(9))
+    assert uniform_nats(4, TokenSpec("audio", 8, n_codebooks=2)) == pytest.approx(
+        3 * math.log(8) + 2 * math.log(9)
+    )
+
+
+@pytest.mark.parametrize("n", [8, 9, 14, 15, 16, 33])
+@pytest.mark.parametrize("overlap", [0.0, 0.5, 0.9])
+def test_windows_score_every_id_and_the_end_exactly_once(n, overlap):
+    spec = TokenSpec("text", 50)
+    vocabulary = merged([spec])
+    span = Segment("text", np.arange(n))
+    pieces = windows(span, spec, 8, overlap)
+    scored = []
+    for i, piece in enumerate(pieces):
+        assert len(piece.ids) <= 8
+        tokens = document_tokens([piece], vocabulary)
+        scored += tokens.targets[tokens.weights > 0].tolist()
+        if i and overlap == 0.5:  # context before the first scored id
+            assert tokens.weights[:3].sum() == 0
+    r = vocabulary.range("text")
+    assert scored == [*range(r.first, r.first + n), r.end]
+
+
+def test_windows_cut_at_frame_borders_and_never_cut_a_grid():
+    pieces = windows(
+        Segment("audio", np.arange(12) % 9), TokenSpec("audio", 9, n_codebooks=2), 9, 0.4
+    )
+    assert all(len(p.ids) % 2 == 0 for p in pieces) and len(pieces) > 1
+    grid = Segment("image", np.arange(70))
+    assert windows(grid, TokenSpec("image", 99, grid=(70,)), 8, 0.5) == [grid]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    enlarge = lambda x: np.asarray(
+        Image.fromarray((x * 15.9).astype(np.uint8)).resize((32, 32)).convert("RGB")
+    )
+    return [enlarge(x) for x in data.images[:900]], [str(y) for y in data.target[:900]]
+
+
+def test_image_judge_and_linear_probe_on_real_scans(digits):
+    images, labels = digits
+    judge = Judge("image").fit(images[:700], labels[:700])
+    assert judge.accuracy(images[700:], labels[700:]) > 0.9
+    assert linear_probe(images[:700], labels[:700], images[700:], labels[700:]) > 0.8
+    assert image_features(images[:2]).shape == (2, 256)
+    wrong = [str((int(y) + 1) % 10) for y in labels[700:]]
+    assert judge.accuracy(images[700:], wrong) < 0.1
+
+
+def test_audio_features_ignore_level_and_silence_around():
+    rng = np.random.default_rng(0)
+    sweep = lambda f: np.sin(2 * np.pi * np.cumsum(np.linspace(f, 2 * f, 8000)) / 16000).astype(
+        np.float32
+    )
+    clip = Waveform(sweep(300) * 0.5, 16000)
+    quiet = Waveform(np.pad(clip.samples * 0.3, (1600, 3200)), 16000)
+    other = Waveform(sweep(900) * 0.5, 16000)
+    a, b, c = audio_features([clip, quiet, other])
+    assert np.abs(a - b).mean() < 0.2 * np.abs(a - c).mean()
+    silent = audio_features(
+        [Waveform(np.zeros(10, np.float32), 16000), Waveform(np.zeros(0, np.float32), 8000)]
+    )
+    assert np.isfinite(silent).all()
+    voice = lambda f: (
+        sweep(f * (0.8 + 0.4 * rng.random())) + 0.02 * rng.standard_normal(8000).astype(np.float32)
+    )
+    clips = [Waveform(voice(f), 16000) for f in (300, 900) for _ in range(8)]
+    names = ["low"] * 8 + ["high"] * 8
+    held_out = [Waveform(0.3 * voice(f), 16000) for f in (300, 900)]
+    assert Judge("audio").fit(clips, names).accuracy(held_out, ["low", "high"]) == 1.0
+
+
+def test_judge_refuses_one_class_and_text():
+    with pytest.raises(UserError, match="two classes"):
+        Judge("image").fit([np.zeros((8, 8, 3), np.uint8)] * 2, ["a", "a"])
+    with pytest.raises(UserError, match="no judge for 'text'"):
+        Judge("text")
+
+
+# ---- a small model that has learned three classes in three modalities -------------------------
+
+WORDS = ("rows", "columns", "checks")
+RATE, FRAME = 16000, 800
+TONES = np.array([300, 450, 700, 1000, 1500, 2200, 3200, 4600])  # Hz
+
+
+class Palette(ModalityTokenizer):
+    """16 x 16 gray images as a 4 x 4 grid of 4 levels."""
+
+    spec = TokenSpec("image", 4, grid=(4, 4), fingerprint="palette")
+
+    def encode(self, raws):
+        cells = [np.asarray(raw)[..., 0].reshape(4, 4, 4, 4).mean((1, 3)) for raw in raws]
+        return [Encoded((c / 64).astype(np.int32).clip(0, 3).ravel()) for c in cells]
+
+    def decode(self, codes):
+        grids = [np.asarray(c.ids).reshape(4, 4) * 64 + 32 for c in codes]
+        return [
+            np.repeat(g.repeat(4, 0).repeat(4, 1)[..., None], 3, 2).astype(np.uint8) for g in grids
+        ]
+
+    def save(self, folder):
+        raise NotImplementedError
+
+    load = save
+
+
+class Tones(Palette):
+    """Frames of 50 ms as (pitch, loudness): two codebooks."""
+
+    spec = TokenSpec("audio", 8, n_codebooks=2, tokens_per_second=40, fingerprint="tones")
+
+    def encode(self, raws):
+        out = []
+        for raw in raws:
+            frames = np.asarray(raw.samples)[: len(raw.samples) // FRAME * FRAME].reshape(-1, FRAME)
+            t = np.arange(FRAME) / RATE
+            power = np.abs(frames @ np.exp(-2j * np.pi * TONES[:, None] * t).T)
+            loud = (np.sqrt((frames**2).mean(1)) * 11).astype(int).clip(0, 7)
+            out.append(Encoded(np.stack([power.argmax(1), 8 + loud], 1).ravel().astype(np.int32)))
+        return out
+
+    def decode(self, codes):
+        t = np.arange(FRAME) / RATE
+        pairs = [np.asarray(c.ids).reshape(-1, 2) for c in codes]
+        wave = [
+            [(q - 7.5) / 8 * np.sin(2 * np.pi * TONES[p] * t) for p, q in pair] for pair in pairs
+        ]
+        return [Waveform(np.concatenate(w).astype(np.float32), RATE) for w in wave]
+
+
+def make_image(label: int, rng) -> np.ndarray:
+    y, x = np.mgrid[:4, :4]
+    on = (y % 2, x % 2, (x + y) % 2)[label]
+    cells = on * 170 + 40 + rng.integers(-30, 30, (4, 4))
+    return np.repeat(cells.repeat(4, 0).repeat(4, 1)[..., None], 3, 2).astype(np.uint8)
+
+
+def make_audio(label: int, rng) -> Waveform:
+    pitch = TONES[np.clip(3 * label + rng.integers(0, 2, rng.integers(3, 6)), 0, 7)]
+    t = np.arange(FRAME) / RATE
+    tones = [(0.2 + 0.5 * rng.random()) * np.sin(2 * np.pi * f * t) for f in pitch]
+    return Waveform(np.concatenate(tones).astype(np.float32), RATE)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Packed shards of 240 / 30 / 45 triples (image, audio, caption with its label)."""
+    root, rng = tmp_path_factory.mktemp("tasks"), np.random.default_rng(0)
+    rows = []
+    for split, n in (("train", 240), ("val", 30), ("test", 45)):
+        for i in range(n):
+            key = f"{split}-{i:03d}"
+            save_media(make_image(i % 3, rng), root / "source" / f"{key}.png")
+            save_media(make_audio(i % 3, rng), root / "source" / f"{key}.wav")
+            rows.append({
+                "key": key, "image": f"{key}.png", "audio": f"{key}.wav", "split": split,
+                "text": f"{'some ' * (i % 2)}{WORDS[i % 3]}", "label": WORDS[i % 3],
+            })  # fmt: skip
+    manifest = root / "source" / "manifest.jsonl"
+    manifest.write_text("\n".join(map(json.dumps, rows)))
+    pack(manifest, root / "packed", progress=False)
+    return root / "packed"
+
+
+@pytest.fixture(scope="module")
+def generator(data):
+    """A two-layer model after some seconds of training on all six directions."""
+    tokenizers = {
+        "text": BytesConfig(modality="text").build(),
+        "image": Palette(),
+        "audio": Tones(),
+    }
+    vocabulary = merged([t.spec for t in tokenizers.values()])
+    torch.manual_seed(0)
+    backbone = {"kind": "stack", "depth": 2}
+    model = NETWORKS.parse({"kind": "lm", "d_model": 48, "backbone": backbone}).build(vocabulary)
+    init_weights(model)
+    generator = Generator(model, vocabulary, tokenizers)
+    shards = ShardSet.open(data, split="train")
+    samples = [shards[i].values for i in range(len(shards))]
+    ids = {m: generator.encode(m, [s[m] for s in samples]) for m in tokenizers}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98))
+    rng, steps = np.random.default_rng(0), 220
+    model.train()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 4e-3 * min(1, (step + 1) / 20, 2 * (1 - step / steps))
+        documents = []
+        for i in rng.integers(len(samples), size=24):
+            a, b = rng.choice(list(tokenizers), 2, replace=False)
+            given = Segment(a, None if rng.random() < 0.15 else ids[a][i], role="condition")
+            documents.append(
+                [[given] * (rng.random() < 0.9 or b != "text") + [Segment(b, ids[b][i])]]
+            )
+        b = to_batch(documents, vocabulary)
+        loss = model(b).heads["tokens"].nll.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    model.eval()
+    return generator
+
+
+def parse(**values):
+    return TASKS.parse(values).build()
+
+
+@pytest.mark.parametrize("source", ["image", "audio"])
+def test_recognition_of_what_was_learned(generator, data, source):
+    task = parse(kind="recognition", data=data, sources=(source,), linear_probe=source == "image")
+    figures = task.evaluate(generator)
+    name = f"{source}_to_text"
+    assert figures[f"{name}_chance"] == pytest.approx(1 / 3)
+    assert figures[f"{name}_n"] == 45
+    assert figures[f"{name}_accuracy"] > 0.9
+    table = np.array(figures[f"{name}_confusion"])
+    assert table.shape == (3, 4) and table.sum() == 45
+    assert np.trace(table) / 45 == pytest.approx(figures[f"{name}_accuracy"])
+    if source == "image":
+        assert figures["image_to_text_linear_probe_accuracy"] > 0.9
+    assert json.dumps(figures)
+
+
+@pytest.mark.parametrize(
+    "source, to", [("text", "image"), ("text", "audio"), ("image", "audio"), ("audio", "image")]
+)
+def test_judged_generation_of_what_was_learned(generator, data, source, to):
+    task = parse(
+        kind="judged_generation", data=data, sources=(source,), to=to,
+        settings=[{"temperature": 0.7, "cfg_scale": 2.0}], max_tokens=12 if to == "audio" else None,
+    )  # fmt: skip
+    figures = task.evaluate(generator, seed=1)
+    name = f"{source}_to_{to}"
+    assert figures[f"{name}_chance"] == pytest.approx(1 / 3)
+    assert figures[f"{name}_judge_on_real_accuracy"] > 0.95
+    assert figures[f"{name}_judge_on_reconstruction_accuracy"] > 0.9
+    assert figures[f"{name}_accuracy"] > 0.8
+    assert task.evaluate(generator, seed=1) == figures
+    assert json.dumps(figures)
+
+
+def test_figures_of_an_untrained_model_are_near_chance(generator, data):
+    torch.manual_seed(1)
+    model = generator.model.config.build(generator.vocabulary)
+    init_weights(model)
+    untrained = Generator(model, generator.vocabulary, generator.tokenizers)
+    recognised = parse(kind="recognition", data=data).evaluate(untrained)
+    assert recognised["image_to_text_accuracy"] < 0.2
+    drawn = parse(kind="judged_generation", data=data).evaluate(untrained)
+    assert drawn["text_to_image_accuracy"] < 0.7
+    figures = parse(kind="bits_per_byte", data=data).evaluate(untrained)
+    for m in ("text", "image", "audio"):
+        assert figures[f"{m}_bits_per_byte"] > figures[f"{m}_bits_per_byte_chance"]
+
+
+def test_settings_are_chosen_on_the_validation_split_only(generator, data):
+    grid = [{"temperature": 50.0}, {"temperature": 0.5}]
+    figures = parse(
+        kind="judged_generation", data=data, settings=grid, reconstruction=False
+    ).evaluate(generator)
+    assert figures["text_to_image_settings"]["temperature"] == 0.5
+    tried = figures["text_to_image_tried_on_val"]
+    assert [t["temperature"] for t in tried] == [50.0, 0.5]
+    assert tried[0]["accuracy"] < tried[1]["accuracy"]
+    for kind in ("judged_generation", "recognition"):
+        with pytest.raises(UserError, match="no split 'held_in'"):
+            parse(kind=kind, data=data, settings=grid, val_split="held_in").evaluate(generator)
+
+
+def test_bits_per_byte_of_what_was_learned(generator, data):
+    figures = parse(kind="bits_per_byte", data=data, given={"image": "text"}).evaluate(generator)
+    for m, n_bytes in (("image", 45 * 16 * 16 * 3), ("audio", None), ("text", None)):
+        assert 0 < figures[f"{m}_bits_per_byte"] < 0.8 * figures[f"{m}_bits_per_byte_chance"]
+        assert figures[f"{m}_n"] == 45
+        assert n_bytes is None or figures[f"{m}_bytes"] == n_bytes
+    assert figures["image_tokens"] == 45 * 17
+    total = (
+        figures["text_nats_per_token"]
+        * figures["text_tokens"]
+        / math.log(2)
+        / figures["text_bytes"]
+    )
+    assert figures["text_bits_per_byte"] == pytest.approx(total)
+    blind = parse(kind="bits_per_byte", data=data, modalities=("image",)).evaluate(generator)
+    assert (
+        figures["image_bits_per_byte"] < blind["image_bits_per_byte"]
+    )  # the caption tells something
+
+
+def test_missing_modality_and_missing_classes_are_named(generator, data):
+    with pytest.raises(UserError, match="no sample of split 'test' has 'video'"):
+        parse(kind="bits_per_byte", data=data, modalities=("video",)).evaluate(generator)
+    with pytest.raises(UserError, match="a column 'genre'"):
+        parse(kind="recognition", data=data, label="genre").evaluate(generator)
+    by_caption = parse(kind="recognition", data=data, label="genre", classes=WORDS).evaluate(
+        generator
+    )
+    assert by_caption["image_to_text_n"] == 45
+
+
+def test_raw_generation_takes_prompts_of_all_kinds(generator):
+    rng = np.random.default_rng(5)
+    image, audio = make_image(1, rng), make_audio(1, rng)
+    words = generator.generate([{"image": image}, {"audio": audio}], "text", temperature=0)
+    assert all(first_class(w.decode(), WORDS) == "columns" for w in words)
+    (drawn,) = generator.generate([{}], "image", seed=3)
+    assert drawn.shape == (16, 16, 3) and drawn.dtype == np.uint8
+    (continued,) = generator.generate([{"text": "colum"}], "text", temperature=0, max_tokens=10)
+    assert continued == b"columns"
+    assert generate(generator, {"image": image}, to="text", temperature=0) == words[0]
+    assert len(generate(generator, [{}, {}], to="audio", max_tokens=6)) == 2
+    with pytest.raises(UserError, match="must be a list"):
+        generator.generate({"text": "rows"}, "image")
+    with pytest.raises(UserError, match="no modality 'vidio'"):
+        generator.generate([{"vidio": 1}], "text")

@@ -1,0 +1,16 @@
+"""Child of test_contract_training.py, under torchrun: train every run YAML named on the command line, in turn."""
+
+import sys
+
+from mm.launch import environment
+
+environment.prepare()
+
+if __name__ == "__main__":
+    from mm.trainer.trainer import INTERRUPTED, train
+
+    for path in sys.argv[1:]:
+        try:
+            train(path)
+        except SystemExit as stop:
+            assert stop.code == INTERRUPTED, stop.code
