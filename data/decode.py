@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import json
 import re
-import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,28 +69,34 @@ def decode_text(data: bytes, limits: Limits = LIMITS) -> str:
         raise BadSample(f"text: no valid UTF-8 at byte {error.start}") from error
 
 
+@contextmanager
+def _open_image(data: bytes, limits: Limits) -> Iterator[tuple[str, Any]]:
+    """Yield (extension, Pillow image) with nothing but the header read and checked."""
+    from PIL import Image
+
+    with ExitStack() as stack:
+        try:
+            image = stack.enter_context(Image.open(io.BytesIO(data), formats=tuple(IMAGE_FORMATS)))
+            width, height = image.size
+            kind = IMAGE_FORMATS[str(image.format)]
+        except (
+            Exception
+        ) as error:  # Pillow raises many types on hostile files: all are "unreadable"
+            raise BadSample(f"image: unreadable header ({_line(error)})") from error
+        if width < 1 or height < 1 or width * height > limits.max_pixels:
+            raise BadSample(
+                f"image: header says {width}x{height} pixels, the cap is {limits.max_pixels}"
+            )
+        yield kind, image
+
+
 def image_header(data: bytes, limits: Limits = LIMITS) -> tuple[str, int, int]:
     """Read (extension, height, width) without decoding a pixel.
 
     Raises BadSample over the cap or off the allow-list.
     """
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own bomb warning: the cap below is stricter
-            with Image.open(io.BytesIO(data), formats=tuple(IMAGE_FORMATS)) as image:
-                width, height = image.size
-                kind = IMAGE_FORMATS[str(image.format)]
-    except (
-        Exception
-    ) as error:  # Pillow raises many types on hostile files; all of them mean "unreadable"
-        raise BadSample(f"image: unreadable header ({_line(error)})") from error
-    if width < 1 or height < 1 or width * height > limits.max_pixels:
-        raise BadSample(
-            f"image: header says {width}x{height} pixels, the cap is {limits.max_pixels}"
-        )
-    return kind, height, width
+    with _open_image(data, limits) as (kind, image):
+        return kind, image.height, image.width
 
 
 def decode_image(data: bytes, limits: Limits = LIMITS) -> np.ndarray:
@@ -98,26 +105,26 @@ def decode_image(data: bytes, limits: Limits = LIMITS) -> np.ndarray:
     EXIF rotation is applied, alpha is laid over white, 16 bit is scaled, of an animation the first
     frame is taken. Raises BadSample.
     """
+    with _open_image(data, limits) as (_, image):
+        return _pixels(image)
+
+
+def _pixels(image: Any) -> np.ndarray:
     from PIL import Image, ImageOps
 
-    image_header(data, limits)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=tuple(IMAGE_FORMATS)) as image:
-                image.load()
-                frame = ImageOps.exif_transpose(image)
-                if (
-                    frame.mode.startswith("I") or frame.mode == "F"
-                ):  # Pillow's convert would clip 16 bit to white
-                    wide = np.asarray(frame, dtype=np.float64)
-                    gray = np.clip(wide / 257.0 + 0.5, 0, 255).astype(np.uint8)
-                    return np.repeat(gray[..., None], 3, axis=2)
-                if frame.mode in ("RGBA", "LA", "PA") or "transparency" in frame.info:
-                    frame = frame.convert("RGBA")
-                    below = Image.new("RGBA", frame.size, (255, 255, 255, 255))
-                    frame = Image.alpha_composite(below, frame)
-                return np.array(frame.convert("RGB"))
+        image.load()
+        frame = ImageOps.exif_transpose(image)
+        if frame.mode.startswith("I") or frame.mode == "F":
+            # Pillow's own conversion would clip 16 bit to white.
+            wide = np.asarray(frame, dtype=np.float64)
+            gray = np.clip(wide / 257.0 + 0.5, 0, 255).astype(np.uint8)
+            return np.repeat(gray[..., None], 3, axis=2)
+        if frame.mode in ("RGBA", "LA", "PA") or "transparency" in frame.info:
+            frame = frame.convert("RGBA")
+            below = Image.new("RGBA", frame.size, (255, 255, 255, 255))
+            frame = Image.alpha_composite(below, frame)
+        return np.array(frame.convert("RGB"))
     except Exception as error:
         raise BadSample(f"image: {_line(error)}") from error
 
@@ -204,9 +211,9 @@ def check(modality: str, data: bytes, limits: Limits = LIMITS) -> tuple[str, int
     if not data:
         raise BadSample(f"{modality}: empty file")
     if modality == "image":
-        kind, _, _ = image_header(data, limits)
-        pixels = decode_image(data, limits)
-        return kind, pixels.shape[0] * pixels.shape[1]
+        with _open_image(data, limits) as (kind, image):
+            height, width, _ = _pixels(image).shape
+        return kind, height * width
     if modality == "audio":
         kind, _, _ = audio_header(data, limits)
         return kind, len(decode_audio(data, limits).samples)

@@ -1,4 +1,4 @@
-"""Compile one C++ file with the machine's own compiler, once, and load it with ctypes."""
+"""CPU kernels: compile one C++ file with the machine's own compiler, once, and call it through ctypes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-std=c++17")
+import torch
+from torch import Tensor
+
+FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-std=c++17")
 
 
 def cache_folder() -> Path:
@@ -36,7 +39,7 @@ def _machine() -> str:
 def load(source: Path) -> tuple[ctypes.CDLL | None, str | None]:
     """Return the library compiled from ``source``, or None and the reason why there is none.
 
-    The file name is a hash of source, flags, compiler and processor; it appears by rename, so that concurrent processes
+    The file name is a hash of source, headers, flags, compiler and processor; it appears by rename, so that concurrent processes
     never load half a file.
     """
     compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
@@ -44,7 +47,8 @@ def load(source: Path) -> tuple[ctypes.CDLL | None, str | None]:
         return None, "no C++ compiler (install g++)"
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
-        key = hashlib.sha256("\0".join((source.read_text(), *FLAGS, version, _machine())).encode()).hexdigest()[:24]
+        headers = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.h"))]
+        key = hashlib.sha256("\0".join((source.read_text(), *headers, *FLAGS, version, _machine())).encode()).hexdigest()[:24]
         folder = cache_folder()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -67,3 +71,33 @@ def load(source: Path) -> tuple[ctypes.CDLL | None, str | None]:
         return ctypes.CDLL(str(library)), None
     except (OSError, subprocess.SubprocessError) as error:
         return None, f"{compiler}: {error}"
+
+
+SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
+
+
+def why_not(source: Path, *tensors: Tensor | None) -> str | None:
+    """Reason why the library of ``source`` cannot take these tensors (None entries are skipped), or None."""
+    for t in tensors:
+        if t is not None and t.device.type != "cpu":
+            return f"tensors are on {t.device.type}"
+        if t is not None and t.dtype not in SUFFIX:
+            return f"no {t.dtype}"
+    # A compiler cannot be started inside a trace: what is traced has run, or runs, eagerly with the same answer.
+    return None if torch.compiler.is_compiling() else load(source)[1]
+
+
+def call(source: Path, function: str, *arguments: Tensor | int | float | None) -> None:
+    """Call an ``extern "C"`` function: tensors become pointers, ints int64, floats double, None a null pointer."""
+    library, reason = load(source)
+    if library is None:
+        raise RuntimeError(f"{source.name}: {reason}")
+    getattr(library, function)(*map(_argument, arguments))
+
+
+def _argument(value: Tensor | int | float | None) -> object:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, int):
+        return ctypes.c_int64(value)
+    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_void_p(None)

@@ -1,6 +1,9 @@
-"""What the process was given: ranks, threads, ports, bf16 hardware. Reads the environment, imports no torch.
+"""What the process was given: ranks, threads, ports, bf16 hardware.
 
-`prepare` must run before the first `import torch`: OpenMP reads its settings once, when it is loaded.
+Reads the environment, imports no torch.
+
+`prepare` must run before the first `import torch`: OpenMP reads its settings once, when it is
+loaded.
 """
 
 from __future__ import annotations
@@ -33,9 +36,10 @@ def ranks() -> Ranks:
 
 
 def prepare(environ: MutableMapping[str, str] | None = None) -> None:
-    """Set what must stand before torch and DeepSpeed are imported; a variable that is set already wins.
+    """Set what must stand before torch and DeepSpeed are imported; what is set already wins.
 
-    - OpenMP threads that wait sleep instead of spinning: beside a busy neighbour spinning made steps 20 times slower.
+    - OpenMP threads that wait sleep instead of spinning: beside a busy neighbour spinning made
+      steps 20 times slower.
     - DeepSpeed's C++ builds go to a folder of this project: a stale lock in the shared one hangs
       `deepspeed.init_distributed` for ever.
     """
@@ -74,10 +78,14 @@ def free_port() -> int:
 
 
 def cpu_has_bf16() -> bool:
-    """True when the CPU multiplies bf16 matrices in hardware (AVX512-BF16 or AMX); emulation is slower than fp32."""
+    """True when the CPU multiplies bf16 matrices in hardware (AVX512-BF16 or AMX); emulation is
+    slower than fp32.
+    """
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
-    flags = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "").split()
+    flags = next(
+        (line for line in text.splitlines() if line.startswith(("flags", "Features"))), ""
+    ).split()
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))

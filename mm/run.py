@@ -92,6 +92,7 @@ class Run(Config):
     checkpoints: Checkpoints = Checkpoints()
     tracking: Tracking = Tracking()
     callbacks: tuple[CALLBACKS.field, ...] = ()  # type: ignore[valid-type]
+    evaluate: Annotated[bool, Field(description="run the last stage's tasks at the end of training")] = True
 
     @property
     def folder(self) -> Path:

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from mm.batch import Batch, Values
 from mm.config import override, read, validate
@@ -472,3 +474,60 @@ def test_shipped_configs_build_and_fill(path):
     assert all(torch.isfinite(t).all() for t in (*net.parameters(), *net.buffers()))
     assert run.model.frames_per_second == 25
     assert run.stages[0].objective.build().weights["mel"] == 1.0
+
+
+def test_the_trainer_trains_codec_and_critic_into_a_tokenizer_folder(tmp_path):
+    import soundfile
+
+    from mm.data.pack import pack
+    from mm.trainer.trainer import train
+
+    (tmp_path / "wav").mkdir()
+    for i in range(8):
+        soundfile.write(tmp_path / "wav" / f"{i}.wav", speech_like(6400, i), 16000)
+    pack(tmp_path / "wav", tmp_path / "data", progress=False)
+    small = AudioCodecConfig.smallest()
+    critic = {"kind": "ms_stft_critic", "windows": [128], "width": 4}
+    run = {
+        "name": "codec",
+        "out": str(tmp_path),
+        "model": small.to_dict(),
+        "stages": [
+            {
+                "data": {
+                    "kind": "items",
+                    "path": str(tmp_path / "data"),
+                    "modality": "audio",
+                    "batch_size": 4,
+                    "micro_batch_size": 2,
+                    "crop_seconds": 0.2,
+                },
+                "objective": {
+                    "kind": "codec",
+                    "bypass_steps": 1,
+                    "quantizer_dropout": 0.5,
+                    "adversarial": {"critic": critic, "start_step": 3},
+                },
+                "budget": {"steps": 5},
+            }
+        ],
+        "engine": {"zero_stage": 1, "precision": "fp32", "threads": 1},
+        "tracking": {"mode": "disabled"},
+    }
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(run))
+    train(config)
+    lines = (tmp_path / "codec" / "metrics.jsonl").read_text().splitlines()
+    rows = {row["step"]: row for row in map(json.loads, lines) if "loss/total" in row}
+    assert (
+        "loss/critic" not in rows[3] and rows[4]["loss/critic"] > 0 and rows[5]["loss/feature"] > 0
+    )
+    assert rows[1]["loss/commitment"] == 0 < rows[2]["loss/commitment"]
+    assert {"codebook/usage", "codebook/perplexity", "loss/mel", "loss/wave"} <= rows[5].keys()
+    made = load_tokenizer(tmp_path / "codec")
+    assert (
+        made.spec.n_ids == 16
+        and len(made.encode([Waveform(speech_like(6400), 16000)])[0].ids) == 20
+    )
+    updates = [int(book.updates) for book in made.net.quantizer.books]
+    assert updates == [5, 5]  # codebooks moved once a step, two micro-batches together

@@ -567,13 +567,16 @@ def example(op: str) -> tuple[Tensor, ...]:
         "linear_scan": (r(2, 5, 3).sigmoid().detach().requires_grad_(), r(2, 5, 3), torch.rand(2, 5) < 0.3, r(2, 3)),
         "linear_cross_entropy": (r(5, 4), r(7, 4), torch.randint(7, (5,)), r(7)),
         "rms_norm": (r(2, 5, 6), r(6)),
+        "glu": (r(2, 5, 6), r(2, 5, 6)),
+        "causal_conv": (r(2, 5, 3), r(4, 3), r(3), torch.tensor([[1, 1, 2, 2, 2], [3, 3, 3, 3, 0]], dtype=torch.int32)),
+        "rg_lru_gates": (r(2, 5, 6), r(2, 6), r(6).exp().detach().requires_grad_(), r(5, 6)),
     }
     assert op in arguments, f"give the Op '{op}' an example call here, so that the laws cover it"
     return arguments[op]
 
 
 def test_law12_there_are_ops() -> None:
-    assert len(ops()) >= 4
+    assert len(ops()) >= 7
 
 
 @pytest.mark.parametrize("name,implementation", [(n, i) for n, op in ops().items() for i in op.implementations])
@@ -583,13 +586,13 @@ def test_law12_every_op_compiles_with_its_gradient(name: str, implementation: st
     if reason:
         pytest.skip(f"{implementation}: {reason}")
     torch._dynamo.reset()
-    first = lambda out: out[0] if isinstance(out, tuple) else out
+    total = lambda out: sum(o.sum() for o in out) if isinstance(out, tuple) else out.sum()
     leaves = [a for a in arguments if a.is_floating_point()]
     with op.using(implementation):
-        compiled = torch.compile(lambda *a: first(op(*a)), fullgraph=True, backend="aot_eager")
-        y, expected = compiled(*arguments), first(op(*arguments))
-        torch.testing.assert_close(y, expected, **TOL)
-        for a, b in zip(torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True):
+        compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")
+        got, expected = compiled(*arguments), op(*arguments)
+        torch.testing.assert_close(got, expected, **TOL)
+        for a, b in zip(torch.autograd.grad(total(got), leaves), torch.autograd.grad(total(expected), leaves), strict=True):
             torch.testing.assert_close(a, b, **TOL)
 
 

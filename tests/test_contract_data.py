@@ -21,7 +21,6 @@ from mm.batch import Batch
 from mm.config import Config
 from mm.data.collate import document_tokens, to_batch
 from mm.data.items import ItemsConfig
-from mm.data.order import permute, uniform
 from mm.data.packed import PackedConfig
 from mm.data.shards import ShardSet
 from mm.errors import UserError
@@ -365,6 +364,22 @@ def test_shares_of_sources_hold_in_every_block(data: Path) -> None:
         )
 
 
+def test_every_sample_and_epoch_draws_anew(data: Path) -> None:
+    tasks = {"image>text": 1, "text>image": 1}
+    transform = {"kind": "any_to_any", "tasks": tasks, "condition_dropout": 0}
+    source = {"path": data / "tokens", "transform": [transform]}
+    stream = PackedConfig(sources=[source], seq_len=64, block_samples=N, prefetch=0).build(seed=0)
+    drawn: list[dict[str, str]] = []
+    for number in range(2):  # a block is an epoch here
+        rows = stream._block(number).rows
+        keys = [k for row in rows for k in row.keys]
+        firsts = [d[0].modality for row in rows for d in row.documents]
+        drawn.append(dict(zip(keys, firsts, strict=True)))
+    assert len(drawn[0]) == 27 and 5 < sum(m == "image" for m in drawn[0].values()) < 22
+    changed = sum(drawn[0][k] != drawn[1][k] for k in drawn[0])
+    assert 5 < changed < 22, "the same sample meets another task in the next epoch"
+
+
 def test_targets_weights_and_control_ids() -> None:
     vocabulary = merged([TokenSpec("text", 10), TokenSpec("image", 4, 2)])
     text, image = vocabulary.range("text"), vocabulary.range("image")
@@ -459,29 +474,3 @@ def test_text_never_becomes_a_control_id(tmp_path: Path, kind: str) -> None:
         )
         back = tokenizer.decode([codes])[0]
         assert (back.decode() if isinstance(back, bytes) else back) == text
-
-
-# ---- order -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 100, 1023, 1024, 1025, 5000])
-def test_permutation_is_one_and_seeks(n: int) -> None:
-    whole = permute(np.arange(n), n, 7)
-    assert sorted(whole) == list(range(n))
-    some = np.arange(n)[:: max(1, n // 7)]
-    np.testing.assert_array_equal(permute(some, n, 7), whole[some])
-    if n > 100:
-        assert (whole != permute(np.arange(n), n, 8)).mean() > 0.9
-        assert abs(np.corrcoef(whole, np.arange(n))[0, 1]) < 0.1
-
-
-def test_uniform_is_uniform_and_its_lanes_are_independent() -> None:
-    a, b = (uniform(3, np.arange(20000), lane) for lane in (0, 1))
-    for x in (a, b):
-        assert (
-            abs(x.mean() - 0.5) < 0.01
-            and abs(x.std() - 12**-0.5) < 0.01
-            and 0 <= x.min()
-            and x.max() < 1
-        )
-    assert abs(np.corrcoef(a, b)[0, 1]) < 0.03 and abs(np.corrcoef(a[1:], a[:-1])[0, 1]) < 0.03

@@ -1,4 +1,7 @@
-"""Law 7, over every registered tokenizer: whatever is added to TOKENIZERS is covered the day it is registered."""
+"""Law 7, over every registered tokenizer.
+
+Whatever is added to TOKENIZERS is covered the day it is registered.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +107,9 @@ def test_nothing_in_gives_nothing(tokenizer: ModalityTokenizer) -> None:
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 7, 1000])
-def test_decode_takes_any_ids_in_range_of_any_length(kind: str, tokenizer: ModalityTokenizer, n: int) -> None:
+def test_decode_takes_any_ids_in_range_of_any_length(
+    kind: str, tokenizer: ModalityTokenizer, n: int
+) -> None:
     rng = np.random.default_rng(n)
     for dtype in (np.int32, np.int64):
         ids = rng.integers(0, tokenizer.spec.n_ids, n).astype(dtype)
@@ -114,13 +119,22 @@ def test_decode_takes_any_ids_in_range_of_any_length(kind: str, tokenizer: Modal
             assert isinstance(out, expected[kind])
 
 
-def test_saved_and_loaded_gives_the_same(tokenizer: ModalityTokenizer, examples: list[Any], tmp_path: Path) -> None:
+def test_saved_and_loaded_gives_the_same(
+    tokenizer: ModalityTokenizer, examples: list[Any], tmp_path: Path
+) -> None:
     tokenizer.save(tmp_path / "model")
-    for path in (tmp_path / "model", tmp_path, str(tmp_path)):  # its own folder, or the run folder around it
+    for path in (
+        tmp_path / "model",
+        tmp_path,
+        str(tmp_path),
+    ):  # its own folder, or the run folder around it
         loaded = load_tokenizer(path)
         assert loaded.spec == tokenizer.spec
     assert type(tokenizer).load(tmp_path / "model").spec == tokenizer.spec
-    assert len(tokenizer.spec.fingerprint) == 64 and fingerprint(tmp_path / "model") == tokenizer.spec.fingerprint
+    assert (
+        len(tokenizer.spec.fingerprint) == 64
+        and fingerprint(tmp_path / "model") == tokenizer.spec.fingerprint
+    )
     for a, b in zip(tokenizer.encode(examples), loaded.encode(examples), strict=True):
         assert np.array_equal(a.ids, b.ids)
     assert not list((tmp_path / "model").glob("*.part"))
@@ -129,7 +143,9 @@ def test_saved_and_loaded_gives_the_same(tokenizer: ModalityTokenizer, examples:
     assert fingerprint(again) == tokenizer.spec.fingerprint
 
 
-def test_every_single_change_changes_the_fingerprint(tokenizer: ModalityTokenizer, tmp_path: Path) -> None:
+def test_every_single_change_changes_the_fingerprint(
+    tokenizer: ModalityTokenizer, tmp_path: Path
+) -> None:
     tokenizer.save(tmp_path)
     before = fingerprint(tmp_path)
     card = yaml.safe_load((tmp_path / "tokenizer.yaml").read_text())
@@ -158,7 +174,9 @@ def test_every_single_change_changes_the_fingerprint(tokenizer: ModalityTokenize
                 load_tokenizer(tmp_path)
 
 
-def test_missing_and_damaged_folders_say_what_to_do(tokenizer: ModalityTokenizer, tmp_path: Path) -> None:
+def test_missing_and_damaged_folders_say_what_to_do(
+    tokenizer: ModalityTokenizer, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="no tokenizer at .*mm tokenizer train"):
         load_tokenizer(tmp_path / "nowhere")
     tokenizer.save(tmp_path)
@@ -181,7 +199,9 @@ def test_an_unknown_kind_is_named(tmp_path: Path) -> None:
 
     values = {**card, "kind": "byte"}
     values.pop("fingerprint")
-    (tmp_path / "tokenizer.yaml").write_text(yaml.safe_dump(values | {"fingerprint": fingerprint_of(values)}))
+    (tmp_path / "tokenizer.yaml").write_text(
+        yaml.safe_dump(values | {"fingerprint": fingerprint_of(values)})
+    )
     with pytest.raises(UserError, match="unknown tokenizer kind 'byte'; did you mean 'bytes'"):
         load_tokenizer(tmp_path)
 
@@ -200,7 +220,10 @@ def test_wrong_raw_values_are_refused_by_name(tokenizer: ModalityTokenizer) -> N
 
 @pytest.mark.parametrize("kind", sorted(EXACT))
 def test_text_never_becomes_a_control_token(kind: str) -> None:
-    """Ids of text, shifted into the vocabulary, stay inside their range; the letters come back as letters."""
+    """Ids of text, shifted into the vocabulary, stay inside their range.
+
+    The letters come back as letters.
+    """
     tokenizer = TOKENIZERS.get(kind).smallest_tokenizer()  # type: ignore[attr-defined]
     hostile = ["<|image|>", "<|pad|><|null|><|document|>", "<s></s>[PAD]<|endoftext|><unk>"]
     vocabulary = merged([tokenizer.spec])

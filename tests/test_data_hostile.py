@@ -142,6 +142,19 @@ def test_hostile_tars_are_refused_by_name(tmp_path: Path, bad: tarfile.TarInfo) 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.tar"]
 
 
+def test_a_sparse_member_is_refused(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("huge.txt")
+    info.pax_headers = {
+        "GNU.sparse.major": "1",
+        "GNU.sparse.minor": "0",
+        "GNU.sparse.realsize": str(10**10),
+        "GNU.sparse.name": "huge.txt",
+    }
+    tar_of(tmp_path / "in.tar", [(info, b"0\n".ljust(512, b"\0"))])
+    with pytest.raises(UserError, match="'huge.txt' is no plain file .*sparse.*: refused"):
+        pack(tmp_path / "in.tar", tmp_path / "out", progress=False)
+
+
 @pytest.mark.parametrize("cut", ["inside", "zero", "random", "gzip"])
 def test_damaged_tars(tmp_path: Path, cut: str) -> None:
     import gzip

@@ -12,7 +12,7 @@ import torch
 from data_toys import ToyTokenizer, folder, token_shards
 
 from mm.data.items import Augment, ItemsConfig, affine, fit_image, loudness
-from mm.data.order import generator
+from mm.data.order import generator, permute, uniform
 from mm.data.pack import pack
 from mm.data.packed import PackedConfig, first_fit, shares
 from mm.data.shards import ShardSet
@@ -377,3 +377,29 @@ def test_damaged_shards_stop_training_with_a_name(tmp_path: Path) -> None:
         UserError, match=r"out/train/shard-000000.tar:train/item00\d: image: .*run: mm data verify"
     ):
         stream.next()
+
+
+# ---- order -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 100, 1023, 1024, 1025, 5000])
+def test_permutation_is_one_and_seeks(n: int) -> None:
+    whole = permute(np.arange(n), n, 7)
+    assert sorted(whole) == list(range(n))
+    some = np.arange(n)[:: max(1, n // 7)]
+    np.testing.assert_array_equal(permute(some, n, 7), whole[some])
+    if n > 100:
+        assert (whole != permute(np.arange(n), n, 8)).mean() > 0.9
+        assert abs(np.corrcoef(whole, np.arange(n))[0, 1]) < 0.1
+
+
+def test_uniform_is_uniform_and_its_lanes_are_independent() -> None:
+    a, b = (uniform(3, np.arange(20000), lane) for lane in (0, 1))
+    for x in (a, b):
+        assert (
+            abs(x.mean() - 0.5) < 0.01
+            and abs(x.std() - 12**-0.5) < 0.01
+            and 0 <= x.min()
+            and x.max() < 1
+        )
+    assert abs(np.corrcoef(a, b)[0, 1]) < 0.03 and abs(np.corrcoef(a[1:], a[:-1])[0, 1]) < 0.03

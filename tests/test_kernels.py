@@ -20,9 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mm.kernels.cross_entropy as cross_entropy
 from mm.kernels import compiler
 from mm.kernels.attention import attention
+from mm.kernels.causal_conv import causal_conv
 from mm.kernels.cross_entropy import linear_cross_entropy
+from mm.kernels.glu import glu
 from mm.kernels.linear_scan import linear_scan
 from mm.kernels.op import KernelUnavailable, Op
+from mm.kernels.rg_lru import rg_lru_gates
 from mm.kernels.rms_norm import rms_norm
 
 TOL = {torch.float64: {"rtol": 1e-10, "atol": 1e-11}, torch.float32: {"rtol": 2e-5, "atol": 2e-5}}
@@ -167,6 +170,75 @@ def test_rms_norm(name: str, dtype: torch.dtype, shape: tuple[int, ...], weight:
     check(rms_norm, name, (randn(*shape, dtype=dtype), randn(*weight, dtype=dtype, seed=1) if weight else None, 1e-5), dtype)
 
 
+@dtypes
+@pytest.mark.parametrize("name", others(glu))
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3, 7), (5, 64), (0, 4), (3, 33)])
+def test_glu(name: str, dtype: torch.dtype, activation: str, shape: tuple[int, ...]) -> None:
+    gate = (randn(*shape) * 4).to(dtype)
+    check(glu, name, (gate, randn(*shape, dtype=dtype, seed=1)), dtype, activation=activation)
+
+
+@dtypes
+@pytest.mark.parametrize("name", others(causal_conv))
+@pytest.mark.parametrize("B,T,D,C", [(1, 1, 1, 4), (2, 9, 5, 4), (1, 33, 16, 2), (3, 2, 7, 4), (1, 0, 3, 4), (0, 3, 3, 4)])
+def test_causal_conv(name: str, dtype: torch.dtype, B: int, T: int, D: int, C: int) -> None:
+    document = torch.randint(0, 2, (B, T), generator=torch.Generator().manual_seed(0)).cumsum(1).to(torch.int32)
+    arguments = (randn(B, T, D, dtype=dtype), randn(C, D, dtype=dtype, seed=1), randn(D, dtype=dtype, seed=2), document)
+    check(causal_conv, name, arguments, dtype)
+    wide = torch.cat((arguments[0], arguments[0] + 1), -1)  # a half of a projection: rows with a stride
+    check(causal_conv, name, (wide[..., D:].detach(), *arguments[1:]), dtype)
+
+
+def test_causal_conv_reference_is_a_convolution() -> None:
+    u, w, bias = randn(2, 7, 3), randn(4, 3, seed=1), randn(3, seed=2)
+    with causal_conv.using("reference"):
+        y = causal_conv(u, w, bias, torch.ones(2, 7, dtype=torch.int32))
+    expected = F.conv1d(F.pad(u.transpose(1, 2), (3, 0)), w.T[:, None], bias, groups=3).transpose(1, 2)
+    torch.testing.assert_close(y, expected)
+
+
+@dtypes
+@pytest.mark.parametrize("name", others(rg_lru_gates))
+@pytest.mark.parametrize("H,R,K", [(1, 1, 1), (2, 5, 3), (4, 33, 16), (1, 0, 4)])
+@pytest.mark.parametrize("rate", [1e-4, 0.05, 1.0, 20.0], ids=["a near 1", "usual", "fast", "a near 0"])
+def test_rg_lru_gates(name: str, dtype: torch.dtype, H: int, R: int, K: int, rate: float) -> None:
+    rates = (randn(H * K, seed=2).abs() * rate + rate / 10).to(dtype).detach().requires_grad_()
+    arguments = (randn(H, R, 2 * K, dtype=dtype), randn(H, 2 * K, dtype=dtype, seed=1), rates, randn(R, H * K, dtype=dtype, seed=3))
+    if rate == 1e-4 and dtype == torch.float32:  # d b / d rate grows like rate ** -0.5: compare it on its own scale
+        arguments = (*arguments[:3], arguments[3].detach() * 0.05)
+    check(rg_lru_gates, name, arguments, dtype)
+
+
+@pytest.mark.parametrize("op,kernel", [(rms_norm, "cpp"), (glu, "cpp")], ids=["rms_norm", "glu"])
+def test_slices_and_narrow_types(op: Op, kernel: str) -> None:
+    """Heads cut out of a wider projection, halves of a gated one, bf16 with fp32 beside it; extreme values stay what they are."""
+    x = randn(2, 3, 5, 8)
+    heads, half = x[:, :, 1:3], x[..., :4]
+    second = randn(4, seed=1) if op is rms_norm else x[..., 4:]
+    calls = [(half, second), (heads, randn(8, seed=1) if op is rms_norm else x[:, :, 3:]), (half.transpose(0, 1), second if op is rms_norm
+             else x[..., 4:].transpose(0, 1))]
+    for arguments in calls:
+        if reason := op.implementations[kernel][1](*arguments):
+            pytest.skip(reason)
+        check(op, kernel, tuple(a.detach() for a in arguments), torch.float64)
+        results = []
+        for name in ("reference", kernel):
+            with op.using(name):
+                y = op(*arguments)
+                results.append((y, *torch.autograd.grad(y.square().sum(), [x])))
+                narrow = op(arguments[0].bfloat16(), arguments[1].float())
+            assert narrow.dtype == torch.bfloat16
+            torch.testing.assert_close(narrow.double(), y, rtol=0.03, atol=0.03)
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+    edge = torch.tensor([[-200.0, -90.0, -0.0, 90.0, 200.0, float("nan")]], dtype=torch.bfloat16)
+    with op.using("reference"):
+        expected = op(edge, torch.ones(6) if op is rms_norm else torch.ones(1, 6))
+    with op.using(kernel):
+        torch.testing.assert_close(op(edge, torch.ones(6) if op is rms_norm else torch.ones(1, 6)), expected, equal_nan=True)
+
+
 def test_rms_norm_reference_is_torch_s() -> None:
     x, w = randn(3, 4, 6), randn(6, seed=1)
     with rms_norm.using("reference"):
@@ -304,5 +376,5 @@ def linear_scan_source() -> str:
 
 
 def test_every_op_documents_its_shapes() -> None:
-    for op in (attention, linear_scan, linear_cross_entropy, rms_norm):
+    for op in (attention, causal_conv, glu, linear_scan, linear_cross_entropy, rg_lru_gates, rms_norm):
         assert isinstance(op, Callable) and "Returns:" in (op.__doc__ or "") and "`(" in (op.__doc__ or "")

@@ -32,7 +32,7 @@ def latents(quantizer: Quantizer, *shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, quantizer.d, generator=generator)
 
 
-# ---- every quantizer ---------------------------------------------------------------------------------------------------
+# ---- every quantizer -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,7 +130,7 @@ def test_state_round_trip_gives_the_same_ids(kind: str) -> None:
     assert torch.equal(one.eval()(z).ids, two.eval()(z).ids)
 
 
-# ---- figures -------------------------------------------------------------------------------------------------------------
+# ---- figures -------------------------------------------------------------------------------------
 
 
 def test_usage_counts_by_book_and_mask() -> None:
@@ -146,7 +146,7 @@ def test_share_and_perplexity_of_known_histograms() -> None:
     np.testing.assert_allclose(perplexity(h), [4, 1, 2, 1])
 
 
-# ---- VQ --------------------------------------------------------------------------------------------------------------------
+# ---- VQ ------------------------------------------------------------------------------------------
 
 
 def clusters(n: int, step: int, k: int = 32, d: int = 8) -> torch.Tensor:
@@ -278,7 +278,7 @@ def test_evaluation_emits_no_codebook_statistics() -> None:
     assert set(quantizer(latents(quantizer, 4)).aux) == {"usage", "commitment"}
 
 
-# ---- FSQ -------------------------------------------------------------------------------------------------------------------
+# ---- FSQ -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("levels", [(2,), (3,), (4, 4, 4), (8, 5, 5, 5), (7, 2, 6)])
@@ -290,9 +290,12 @@ def test_fsq_has_exactly_its_levels_and_every_code_maps_to_itself(levels: tuple[
     assert [len(torch.unique(values[:, i])) for i in range(len(levels))] == list(levels)
     assert values.abs().max() <= 1
     codes = quantizer.code_vectors()
-    back = torch.atanh((codes * (quantizer.levels // 2) + torch.where(quantizer.levels % 2 == 0, 0.5, 0.0)) / (
-        (quantizer.levels - 1) * 1.001 / 2
-    )) - torch.atanh(torch.where(quantizer.levels % 2 == 0, 0.5, 0.0) / ((quantizer.levels - 1) * 1.001 / 2))
+    back = torch.atanh(
+        (codes * (quantizer.levels // 2) + torch.where(quantizer.levels % 2 == 0, 0.5, 0.0))
+        / ((quantizer.levels - 1) * 1.001 / 2)
+    ) - torch.atanh(
+        torch.where(quantizer.levels % 2 == 0, 0.5, 0.0) / ((quantizer.levels - 1) * 1.001 / 2)
+    )
     assert torch.equal(quantizer(back).ids[:, 0], torch.arange(quantizer.codebook_size))
 
 
@@ -305,7 +308,7 @@ def test_fsq_gradient_is_that_of_the_bound() -> None:
     torch.testing.assert_close(z.grad, expected)
 
 
-# ---- LFQ -------------------------------------------------------------------------------------------------------------------
+# ---- LFQ -----------------------------------------------------------------------------------------
 
 
 def test_lfq_ids_are_sign_bits() -> None:

@@ -113,6 +113,17 @@ def test_equal_images_have_a_finite_psnr_and_small_ones_no_ssim():
     assert figures["psnr_db"] == 100.0 and "ssim" not in figures
 
 
+def test_a_gray_or_larger_original_is_compared_as_the_tokenizer_saw_it():
+    from mm.registry import TOKENIZERS
+
+    tokenizer = TOKENIZERS.get("image_vq").smallest_tokenizer()
+    rng = np.random.default_rng(0)
+    wide = rng.integers(0, 255, (24, 40, 3), np.uint8)
+    figures = evaluate(tokenizer, [wide, wide[:, :, 0], wide[:, :, :1]])
+    assert 3 < figures["psnr_db"] < 40 and figures["items"] == 3
+    assert figures["tokens_per_item"] == np.prod(tokenizer.spec.grid)
+
+
 def test_audio_figures_and_files(tmp_path):
     raws = voices()
     figures = evaluate(Pcm(), raws, tmp_path)

@@ -1,4 +1,7 @@
-"""Byte-level BPE and bytes: exact on any text, no control tokens, the right `tokenizers` package."""
+"""Byte-level BPE and bytes.
+
+Exact on any text, no control tokens, the right `tokenizers` package.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mm.config import load as load_config
 from mm.config import Config
+from mm.config import load as load_config
 from mm.errors import UserError
 from mm.registry import TOKENIZERS
 from mm.specs import Encoded
@@ -34,7 +37,9 @@ def bpe() -> BpeTokenizer:
 
 
 def random_text(seed: int) -> str:
-    """Code points of every plane, unassigned and private ones too, but no halves of surrogate pairs."""
+    """Code points of every plane, unassigned and private ones too, but no halves of surrogate
+    pairs.
+    """
     rng = random.Random(seed)
     planes = [(0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)]
     return "".join(chr(rng.randint(*rng.choice(planes))) for _ in range(rng.randint(0, 60)))
@@ -48,8 +53,23 @@ def test_any_text_comes_back_exactly(bpe: BpeTokenizer, seed: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "\x00", "\x00\x00a\x00", "\r\n\r\n", "\ufeffbom", "e\u0301 \u00e9", "\u202eright to left", "a" * 5000,
-     "  leading", "trailing  ", "\t\tif x:\n\t\t\tpass", "<|image|>", "\U0010ffff\ufffe", "👨‍👩‍👧‍👦"],
+    [
+        "",
+        " ",
+        "\x00",
+        "\x00\x00a\x00",
+        "\r\n\r\n",
+        "\ufeffbom",
+        "e\u0301 \u00e9",
+        "\u202eright to left",
+        "a" * 5000,
+        "  leading",
+        "trailing  ",
+        "\t\tif x:\n\t\t\tpass",
+        "<|image|>",
+        "\U0010ffff\ufffe",
+        "👨‍👩‍👧‍👦",
+    ],
 )
 def test_awkward_text_comes_back_exactly(bpe: BpeTokenizer, text: str) -> None:
     (back,) = bpe.decode(bpe.encode([text]))
@@ -58,7 +78,11 @@ def test_awkward_text_comes_back_exactly(bpe: BpeTokenizer, text: str) -> None:
 
 
 def test_halves_of_surrogate_pairs_are_replaced_and_pairs_joined(bpe: BpeTokenizer) -> None:
-    assert bpe.decode(bpe.encode(["a\ud800b", "\udc00", "\ud83d\ude42"])) == ["a\ufffdb", "\ufffd", "🙂"]
+    assert bpe.decode(bpe.encode(["a\ud800b", "\udc00", "\ud83d\ude42"])) == [
+        "a\ufffdb",
+        "\ufffd",
+        "🙂",
+    ]
 
 
 def test_bpe_merges_what_it_has_seen(bpe: BpeTokenizer) -> None:
@@ -142,5 +166,7 @@ def test_hugging_faces_tokenizers_is_the_one_imported() -> None:
     """Our folder of the same name must not shadow it, even from the repository's root."""
     root = Path(__file__).parents[1]
     code = "import tokenizers; print(tokenizers.__file__)"
-    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60
+    )
     assert "site-packages" in run.stdout, run.stderr

@@ -1,4 +1,7 @@
-"""The trainer in one process: resume, skips, stops, refusals. Real engines on tiny networks (tests/trainer_toys.py)."""
+"""The trainer in one process: resume, skips, stops, refusals.
+
+Real engines on tiny networks (tests/trainer_toys.py).
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,17 @@ from typing import Any
 import pytest
 import torch
 import trainer_toys as toys
+from trainer_toys import toys_registered  # noqa: F401
 
 from mm.errors import UserError
-from mm.registry import CALLBACKS
+from mm.registry import CALLBACKS, NETWORKS
 from mm.run import Run
 from mm.specs import TokenSpec
 from mm.trainer import checkpoint, metrics
 from mm.trainer.folder import locked
 from mm.trainer.trainer import INTERRUPTED, Trainer, train
+
+toys.forget()  # at collection: other files parametrize over the registries
 
 
 @pytest.fixture(autouse=True)
@@ -25,19 +31,30 @@ def _no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_run(out: Path, name: str = "run", *, steps: int = 6, stage: int = 1, **change: Any) -> Run:
-    """A run of the toy model; ``change`` merges into data, model, objective, engine, checkpoints or optimizer."""
+    """A run of the toy model; ``change`` merges into data, model, objective, engine, checkpoints or
+    optimizer.
+    """
     toys.vocabulary().save(out / "vocabulary.json")
     part = {"kind": "toy"} | change.get("data", {})
-    return Run.model_validate({
-        "name": name, "out": out, "vocabulary": out / "vocabulary.json",
-        "model": {"kind": "toy_lm"} | change.get("model", {}),
-        "stages": [{
-            "data": part, "objective": change.get("objective", "next_token"), "budget": {"steps": steps},
-            "schedule": {"warmup": 2}, "optimizer": {"kind": "adamw", "lr": 1e-2},
-        }],
-        "engine": {"zero_stage": stage, "precision": "fp32"} | change.get("engine", {}),
-        "checkpoints": {"every": 3} | change.get("checkpoints", {}),
-    })
+    return Run.model_validate(
+        {
+            "name": name,
+            "out": out,
+            "vocabulary": out / "vocabulary.json",
+            "model": {"kind": "toy_lm"} | change.get("model", {}),
+            "stages": [
+                {
+                    "data": part,
+                    "objective": change.get("objective", "next_token"),
+                    "budget": {"steps": steps},
+                    "schedule": {"warmup": 2},
+                    "optimizer": {"kind": "adamw", "lr": 1e-2},
+                }
+            ],
+            "engine": {"zero_stage": stage, "precision": "fp32"} | change.get("engine", {}),
+            "checkpoints": {"every": 3} | change.get("checkpoints", {}),
+        }
+    )
 
 
 def rows(run: Run) -> list[dict[str, Any]]:
@@ -51,8 +68,14 @@ def losses(run: Run) -> list[float]:
 @pytest.mark.parametrize("precision", ["fp32", "autocast_bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_resume_is_bit_exact(tmp_path: Path, stage: int, precision: str) -> None:
-    """Train 6 = train 3 + resume 3: losses, weights, optimizer states and EMA buffers, with dropout."""
-    change: dict[str, Any] = {"stage": stage, "model": {"dropout": 0.1}, "engine": {"precision": precision}}
+    """Train 6 = train 3 + resume 3: losses, weights, optimizer states and EMA buffers, with
+    dropout.
+    """
+    change: dict[str, Any] = {
+        "stage": stage,
+        "model": {"dropout": 0.1},
+        "engine": {"precision": precision},
+    }
     whole = make_run(tmp_path, "whole", **change)
     train(whole)
     halves = make_run(tmp_path, "halves", data={"signal_at": 2}, **change)
@@ -64,7 +87,10 @@ def test_resume_is_bit_exact(tmp_path: Path, stage: int, precision: str) -> None
     assert again["resumed_from"] == 3 and again["new_steps"] == 3
     assert losses(whole) == losses(halves)
     for kind in ("model", "model.optimizer"):
-        a, b = (toys.load_file(str(r.folder / "checkpoints" / "step_000006" / f"{kind}.safetensors")) for r in (whole, halves))
+        a, b = (
+            toys.load_file(str(r.folder / "checkpoints" / "step_000006" / f"{kind}.safetensors"))
+            for r in (whole, halves)
+        )
         assert a.keys() == b.keys() and len(a) > 5
         for key in a:
             assert torch.equal(a[key], b[key]), key
@@ -75,13 +101,31 @@ def test_run_folder_and_metric_names(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     summary = train(run)
     assert summary["step"] == 6
-    for name in ("config.yaml", "environment.json", "metrics.jsonl", "checkpoints/latest", "model/config.json"):
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "checkpoints/latest",
+        "model/config.json",
+    ):
         assert (run.folder / name).is_file(), name
     row = rows(run)[-1]
     wanted = {
-        "step", "loss/total", "loss/text", "loss/image", "tokens/text_share", "tokens/image_share", "bits_per_byte/text",
-        "optim/lr", "optim/grad_norm", "perf/tokens_per_second", "perf/step_seconds", "data/wait_seconds",
-        "codebook/usage", "codebook/perplexity", "skipped",
+        "step",
+        "loss/total",
+        "loss/text",
+        "loss/image",
+        "tokens/text_share",
+        "tokens/image_share",
+        "bits_per_byte/text",
+        "optim/lr",
+        "optim/grad_norm",
+        "perf/tokens_per_second",
+        "perf/step_seconds",
+        "data/wait_seconds",
+        "codebook/usage",
+        "codebook/perplexity",
+        "skipped",
     }
     assert wanted <= row.keys()
     assert row["tokens/text_share"] + row["tokens/image_share"] == pytest.approx(1)
@@ -121,12 +165,23 @@ def test_changed_settings_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_non_finite_step_is_skipped_at_every_stage(tmp_path: Path, stage: int) -> None:
-    """One bad step changes nothing but the count; the weights stay finite and the samples are written out."""
-    run = make_run(tmp_path, stage=stage, data={"spikes": (2,)}, model={"spike_at": 17}, checkpoints={"every": 1, "keep_last": 9})
+    """One bad step changes nothing but the count; the weights stay finite and the samples are
+    written out.
+    """
+    run = make_run(
+        tmp_path,
+        stage=stage,
+        data={"spikes": (2,)},
+        model={"spike_at": 17},
+        checkpoints={"every": 1, "keep_last": 9},
+    )
     train(run)
     row = rows(run)[2]
     assert row["skipped"] == 1 and row["loss/total"] is None and rows(run)[-1]["skipped"] == 1
-    before, after = (toys.load_file(str(run.folder / f"checkpoints/step_00000{s}/model.safetensors")) for s in (2, 3))
+    before, after = (
+        toys.load_file(str(run.folder / f"checkpoints/step_00000{s}/model.safetensors"))
+        for s in (2, 3)
+    )
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert all(t.isfinite().all() for t in toys.load_toy(run.folder).values())
     bad = json.loads((run.folder / "skipped.jsonl").read_text())
@@ -134,13 +189,17 @@ def test_non_finite_step_is_skipped_at_every_stage(tmp_path: Path, stage: int) -
 
 
 def test_too_many_skips_stop_the_run(tmp_path: Path) -> None:
-    run = make_run(tmp_path, data={"spikes": (3, 4)}, model={"spike_at": 17}, engine={"max_skips": 1})
+    run = make_run(
+        tmp_path, data={"spikes": (3, 4)}, model={"spike_at": 17}, engine={"max_skips": 1}
+    )
     with pytest.raises(UserError, match="2 steps in a row were not finite"):
         train(run)
     assert checkpoint.newest(run.folder / "checkpoints").state["step"] == 3  # the last good one
 
 
-def test_damaged_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_checkpoint_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = make_run(tmp_path)
     train(run)
     root = run.folder / "checkpoints"
@@ -151,13 +210,18 @@ def test_damaged_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCap
     assert saved is not None and saved.state["step"] == 3
     assert "does not match its SHA-256" in caplog.text and "did not finish" in caplog.text
     assert train(make_run(tmp_path, steps=7))["resumed_from"] == 3
-    assert [row["step"] for row in rows(run)] == list(range(1, 8))  # lines after the checkpoint were cut
+    assert [row["step"] for row in rows(run)] == list(
+        range(1, 8)
+    )  # lines after the checkpoint were cut
 
 
 def test_keeps_the_last_checkpoints(tmp_path: Path) -> None:
     run = make_run(tmp_path, checkpoints={"every": 1, "keep_last": 2})
     train(run)
-    assert sorted(p.name for p in (run.folder / "checkpoints").iterdir() if p.is_dir()) == ["step_000005", "step_000006"]
+    assert sorted(p.name for p in (run.folder / "checkpoints").iterdir() if p.is_dir()) == [
+        "step_000005",
+        "step_000006",
+    ]
     assert (run.folder / "checkpoints" / "latest").read_text() == "step_000006"
 
 
@@ -174,7 +238,9 @@ def test_one_process_a_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_an_objective_with_two_networks(tmp_path: Path, stage: int) -> None:
-    """Generator and critic, two micro-batches, a frozen block: the same losses at every stage, and resumable."""
+    """Generator and critic, two micro-batches, a frozen block: the same losses at every stage, and
+    resumable.
+    """
     run = make_run(tmp_path, stage=stage, objective="toy_gan", data={"micro": 4})
     train(run)
     reference = make_run(tmp_path, "reference", stage=0, objective="toy_gan", data={"micro": 8})
@@ -184,7 +250,12 @@ def test_an_objective_with_two_networks(tmp_path: Path, stage: int) -> None:
         assert a == pytest.approx(b, rel=2e-5), name
     saved = checkpoint.newest(run.folder / "checkpoints")
     assert saved.tensors("critic") and saved.optimizer("critic")
-    assert train(make_run(tmp_path, stage=stage, objective="toy_gan", data={"micro": 4}, steps=7))["new_steps"] == 1
+    assert (
+        train(make_run(tmp_path, stage=stage, objective="toy_gan", data={"micro": 4}, steps=7))[
+            "new_steps"
+        ]
+        == 1
+    )
 
 
 def test_stages_hand_the_weights_on(tmp_path: Path) -> None:
@@ -194,7 +265,9 @@ def test_stages_hand_the_weights_on(tmp_path: Path) -> None:
     train(two)
     assert [row["step"] for row in rows(two)] == list(range(1, 7))
     assert losses(two)[:3] == losses(one)
-    assert rows(two)[3]["loss/total"] < rows(two)[0]["loss/total"]  # same data again, from trained weights
+    assert (
+        rows(two)[3]["loss/total"] < rows(two)[0]["loss/total"]
+    )  # same data again, from trained weights
 
 
 def test_callbacks_see_every_step_on_the_host(tmp_path: Path) -> None:
@@ -208,9 +281,40 @@ def test_callbacks_see_every_step_on_the_host(tmp_path: Path) -> None:
 
     trainer = Trainer(make_run(tmp_path, steps=2, stage=3))
     opened = trainer._open
+
     def open_with_spy(*args: Any) -> None:
         opened(*args)
         trainer.callbacks = [Spy(CALLBACKS.parse("progress"))]
+
     trainer._open = open_with_spy  # type: ignore[method-assign]
     trainer.fit()
     assert [s for s, _ in seen] == [1, 2] and all(isinstance(v, float) for _, v in seen)
+
+
+def test_a_tokenizer_trains_in_the_same_loop_and_shows_reconstructions(tmp_path: Path) -> None:
+    """image_vq + vq: loss falls, usage is reported, fixed items are reconstructed as files."""
+    run = Run.model_validate(
+        {
+            "name": "vq",
+            "out": tmp_path,
+            "model": NETWORKS.get("image_vq").smallest(),
+            "stages": [
+                {
+                    "data": "toy_images",
+                    "objective": "vq",
+                    "budget": {"steps": 8},
+                    "schedule": {"warmup": 0},
+                }
+            ],
+            "callbacks": [{"kind": "samples", "every": 4, "items": 2}],
+            "engine": {"precision": "fp32"},
+        }
+    )
+    train(run)
+    assert losses(run)[-1] < losses(run)[0]
+    row = rows(run)[-1]
+    assert 0 < row["codebook/usage"] <= 1 and row["perf/items_per_second"] > 0
+    for step in (4, 8):
+        names = sorted(p.name for p in (run.folder / "samples" / f"step_{step:06d}").iterdir())
+        assert len(names) == 4 and names[0].endswith("original.png"), names
+    assert (run.folder / "model" / "model.safetensors").is_file()

@@ -1,4 +1,6 @@
-"""Child of test_contract_training.py, under torchrun: train every run YAML named on the command line, in turn."""
+"""Child of test_contract_training.py, under torchrun: train every run YAML named on the command
+line, in turn.
+"""
 
 import sys
 

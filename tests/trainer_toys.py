@@ -1,4 +1,6 @@
-"""A tiny language model, a stream and a two-network objective for the trainer's tests; `imports: [trainer_toys]`."""
+"""A tiny language model, a stream and a two-network objective for the trainer's tests; `imports:
+[trainer_toys]`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -17,7 +20,7 @@ from mm.config import Config
 from mm.layout import Doc, Layout
 from mm.model.layer import HeadOut, ModelOut
 from mm.objectives.objective import Network, Objective, Term
-from mm.registry import NETWORKS, OBJECTIVES, STREAMS
+from mm.registry import NETWORKS, OBJECTIVES, STREAMS, Registry
 from mm.specs import TokenSpec
 from mm.vocabulary import Vocabulary, merged
 
@@ -38,7 +41,9 @@ class ToyConfig(Config):
 
 
 class ToyLM(nn.Module):
-    """Embedding, a decayed sum over the past, an MLP, a tied output; an image-only matrix and an EMA buffer."""
+    """Embedding, a decayed sum over the past, an MLP, a tied output; an image-only matrix and an
+    EMA buffer.
+    """
 
     def __init__(self, config: ToyConfig, n: int):
         super().__init__()
@@ -63,7 +68,9 @@ class ToyLM(nn.Module):
         same = batch.layout.fields.document[:, :, None] == batch.layout.fields.document[:, None]
         T = ids.shape[1]
         past = torch.arange(T, device=ids.device)
-        decay = torch.where(past[:, None] >= past, 0.5 ** (past[:, None] - past).float(), 0.0) * same
+        decay = (
+            torch.where(past[:, None] >= past, 0.5 ** (past[:, None] - past).float(), 0.0) * same
+        )
         h = x + self.down(torch.nn.functional.gelu(self.up(self.norm(decay @ x.float()))))
         if self.config.dropout:
             h = torch.nn.functional.dropout(h, self.config.dropout, self.training)
@@ -73,14 +80,18 @@ class ToyLM(nn.Module):
         target = batch.targets[..., 0].flatten()[places].long()
         logits = torch.nn.functional.linear(h.flatten(0, 1)[places], self.embed.weight)
         nll = torch.nn.functional.cross_entropy(logits.float(), target, reduction="none")
-        hist = torch.zeros(1, self.n, device=ids.device).index_add(1, target, torch.ones_like(nll)[None])
+        hist = torch.zeros(1, self.n, device=ids.device).index_add(
+            1, target, torch.ones_like(nll)[None]
+        )
         aux = {"usage": Sum(hist, hist.sum(1, keepdim=True))}
         return ModelOut(h, {"tokens": HeadOut(nll, None)}, None, {}, aux)
 
     def after_step(self, stats: Any) -> None:
         self.seen.mul_(0.9).add_(stats["usage"].total)
 
-    def save_pretrained(self, folder: Path, *, vocabulary: Any = None, tokenizers: Any = None) -> None:
+    def save_pretrained(
+        self, folder: Path, *, vocabulary: Any = None, tokenizers: Any = None
+    ) -> None:
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(self.config.to_dict()))
         save_file(self.state_dict(), str(folder / "model.safetensors"))
@@ -98,7 +109,9 @@ class ToyStreamConfig(Config):
     rows: int = 8
     micro: int = 8  # rows a micro-batch of one rank
     seq_len: int = 12
-    by_rank: bool = False  # first half of the rows text only, second half image only: a rank lacks a modality
+    by_rank: bool = (
+        False  # first half of the rows text only, second half image only: a rank lacks a modality
+    )
     spikes: tuple[int, ...] = ()  # steps whose first id is 17
     signal_at: int = -1  # this step's data come with a SIGTERM
 
@@ -107,7 +120,9 @@ class ToyStreamConfig(Config):
 
 
 class ToyStream:
-    def __init__(self, config: ToyStreamConfig, vocabulary: Vocabulary, seed: int, rank: int, world: int):
+    def __init__(
+        self, config: ToyStreamConfig, vocabulary: Vocabulary, seed: int, rank: int, world: int
+    ):
         self.config, self.vocabulary = config, vocabulary
         self.seed, self.rank, self.world, self.step = seed, rank, world, 0
         self.bytes_per_token = {"text": 2.0}
@@ -148,9 +163,16 @@ class ToyStream:
         t = torch.from_numpy
         places = np.flatnonzero(weight).astype(np.int32)
         return Batch(
-            layout, t(ids)[..., None], t(np.where(weight > 0, targets, -1))[..., None].int(), t(weight),
+            layout,
+            t(ids)[..., None],
+            t(np.where(weight > 0, targets, -1))[..., None].int(),
+            t(weight),
             {"tokens": t(places)},
-            labels={"target_modality": t(np.where(weight > 0, self.vocabulary.modality_of(targets), 0)).int()},
+            labels={
+                "target_modality": t(
+                    np.where(weight > 0, self.vocabulary.modality_of(targets), 0)
+                ).int()
+            },
             keys=tuple(f"row{r}" for r in rows),
         )
 
@@ -191,7 +213,9 @@ class ToyGanConfig(Config):
 
 
 class ToyGan(Objective):
-    """Next token plus a critic on the hidden states: two networks, two micro-batch passes, a frozen block."""
+    """Next token plus a critic on the hidden states: two networks, two micro-batch passes, a frozen
+    block.
+    """
 
     networks = {"critic": Network(ToyCriticConfig())}
 
@@ -217,5 +241,69 @@ class ToyGan(Objective):
             for i, b in enumerate(micros):
                 out = nets["model"](b)
                 w = b.weight.flatten()[b.places["tokens"].long()]
-                losses = {"nll": (out.heads["tokens"].nll * w).sum(), "fool": self._scored(critic, b, out.hidden)}
+                losses = {
+                    "nll": (out.heads["tokens"].nll * w).sum(),
+                    "fool": self._scored(critic, b, out.hidden),
+                }
                 yield Term(losses, step=i == last)
+
+
+@STREAMS.register("toy_images")
+class ToyImagesConfig(Config):
+    """Smooth random images, (G, 3, 32, 32)."""
+
+    kind: Literal["toy_images"] = "toy_images"
+
+    def build(self, *, seed: int) -> ToyImages:
+        return ToyImages(seed)
+
+
+class ToyImages:
+    def __init__(self, seed: int):
+        self.seed, self.step = seed, 0
+
+    def next(self) -> list[Batch]:
+        g = torch.Generator().manual_seed(1000 * self.seed + self.step)
+        self.step += 1
+        small = torch.rand(8, 3, 4, 4, generator=g)
+        data = torch.nn.functional.interpolate(small, (32, 32), mode="bilinear")
+        return [Batch.of_values({"image": Values.items(data)})]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+
+    def close(self) -> None:
+        pass
+
+
+KINDS: tuple[tuple[Registry, type[Config]], ...] = (
+    (NETWORKS, ToyConfig),
+    (NETWORKS, ToyCriticConfig),
+    (STREAMS, ToyStreamConfig),
+    (STREAMS, ToyImagesConfig),
+    (OBJECTIVES, ToyGanConfig),
+)
+
+
+def register() -> None:
+    """Put the toys (back) into the registries."""
+    for registry, cls in KINDS:
+        registry.register(cls.model_fields["kind"].default)(cls)
+
+
+def forget() -> None:
+    """Take the toys out, so that the laws of other test files do not run over them."""
+    for registry, cls in KINDS:
+        registry._modules.pop(cls.model_fields["kind"].default, None)
+        registry._classes.pop(cls.model_fields["kind"].default, None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def toys_registered() -> Iterator[None]:
+    """Import this name into a test module that trains toys."""
+    register()
+    yield
+    forget()

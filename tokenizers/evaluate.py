@@ -106,8 +106,8 @@ def usage_alerts(counts: np.ndarray) -> list[str]:
         possible = min(1.0, row.sum() / len(row))
         if possible and share < USAGE_ALERT * possible:
             alerts.append(
-                f"codebook {book} uses {share:.0%} of its {len(row)} codes; train longer, lower codebook_size, "
-                f"or lengthen the warm-up without quantizer"
+                f"codebook {book} uses {share:.0%} of its {len(row)} codes; train longer, lower "
+                "codebook_size, or lengthen the warm-up without quantizer"
             )
     return alerts
 
@@ -120,10 +120,10 @@ def _kind_of(raw: Any) -> Measure:
         return _text
     if isinstance(raw, Waveform) or hasattr(raw, "sample_rate"):
         return _audio
-    if np.ndim(raw) == 3:
+    if np.ndim(raw) in (2, 3):
         return _image
     raise UserError(
-        f"cannot evaluate on a {type(raw).__name__}: expected text, an (H, W, 3) image or a Waveform"
+        f"cannot evaluate on a {type(raw).__name__}: expected text, an image or a Waveform"
     )
 
 
@@ -164,7 +164,7 @@ def _image(
     pairs = []
     for raw, new in zip(raws, decoded, strict=True):
         new = np.asarray(new)
-        old = _resized(np.asarray(raw), new.shape[:2])
+        old = _as_seen(raw, new.shape[:2])
         pairs.append((old, new))
         a, b = (
             torch.from_numpy(np.ascontiguousarray(x)).double().permute(2, 0, 1)[None] / 255
@@ -185,17 +185,20 @@ def _image(
     return figures | ({"ssim": float(np.mean(similarity))} if similarity else {})
 
 
-def _resized(image: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """The image at (H, W) of ``size``: a tokenizer of one fixed size is measured at that size."""
-    if image.shape[:2] == tuple(size):
-        return image
-    from PIL import Image
+def _as_seen(raw: Any, size: tuple[int, ...]) -> np.ndarray:
+    """The original as uint8 (H, W, 3), brought to the square that the tokenizer sees."""
+    from mm.tokenizers.image.tokenizer import fit
 
-    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+    raw = np.asarray(raw)
+    if raw.ndim == 3 and raw.shape == (*size, 3):
+        return raw
+    if size[0] != size[1]:
+        raise UserError(f"cannot compare an image of {raw.shape} with a decoded one of {size}")
+    return (fit(raw, size[0]) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
 def _image_grid(pairs: list[tuple[np.ndarray, np.ndarray]], file: Path) -> None:
-    """Originals above, reconstructions below, each enlarged to 64 pixels or more without smoothing."""
+    """Originals above, reconstructions below, each enlarged to 64 pixels without smoothing."""
     from PIL import Image
 
     height = max(p[0].shape[0] for p in pairs)

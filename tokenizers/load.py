@@ -1,4 +1,8 @@
-"""Tokenizer folders: `tokenizer.yaml` (config and fingerprint) beside its data files; written atomically, checked at load."""
+"""Tokenizer folders.
+
+`tokenizer.yaml` (config and fingerprint) beside its data files; written atomically, checked at
+load.
+"""
 
 from __future__ import annotations
 
@@ -26,23 +30,28 @@ def load_tokenizer(path: str | Path) -> ModalityTokenizer:
     """Load a tokenizer folder, or the one in ``model/`` of a run folder.
 
     Raises:
-        UserError: nothing is there, its kind is unknown, or its files do not match their fingerprint: ids of a changed
-            tokenizer mean something else, and a model trained on the old ones would go on without any error.
+        UserError: nothing is there, its kind is unknown, or its files do not match their
+            fingerprint: ids of a changed tokenizer mean something else, and a model trained on the
+            old ones would go on without any error.
     """
     folder = tokenizer_folder(path)
     card = _read_card(folder)
     claimed, found = card.pop("fingerprint", None), fingerprint(folder)
     if claimed != found:
         raise UserError(
-            f"{folder}: fingerprint {found[:12]} is not the {str(claimed)[:12]} that {CARD} promises: a file was "
-            f"changed or damaged; restore it, or train it again with: mm tokenizer train CONFIG"
+            f"{folder}: fingerprint {found[:12]} is not the {str(claimed)[:12]} that {CARD} "
+            "promises: a file was changed or damaged; restore it, or train it again with: "
+            "mm tokenizer train CONFIG"
         )
     cls = TOKENIZERS.get(str(card.get("kind")))
     return validate(cls, card, str(folder / CARD)).build(folder)
 
 
 def tokenizer_folder(path: str | Path) -> Path:
-    """The folder that holds ``tokenizer.yaml``: ``path`` or ``path/model``. Raises UserError when neither does."""
+    """The folder that holds ``tokenizer.yaml``: ``path`` or ``path/model``.
+
+    Raises UserError when neither does.
+    """
     path = Path(path)
     for folder in (path, path / "model"):
         if (folder / CARD).is_file():
@@ -52,7 +61,10 @@ def tokenizer_folder(path: str | Path) -> Path:
 
 
 def fingerprint(folder: str | Path) -> str:
-    """sha256 over config, data files and weights of a tokenizer folder. Raises UserError when it is unreadable."""
+    """sha256 over config, data files and weights of a tokenizer folder.
+
+    Raises UserError when it is unreadable.
+    """
     folder = Path(folder)
     card = _read_card(folder)
     card.pop("fingerprint", None)
@@ -65,7 +77,9 @@ def fingerprint(folder: str | Path) -> str:
         try:
             tensors = load_file(folder / WEIGHTS)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{folder / WEIGHTS}: not readable ({error}); restore it from a backup") from error
+            raise UserError(
+                f"{folder / WEIGHTS}: not readable ({error}); restore it from a backup"
+            ) from error
     return fingerprint_of(card, files, tensors)
 
 
@@ -74,7 +88,10 @@ def fingerprint_of(
     files: Mapping[str, bytes] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> str:
-    """What `fingerprint` gives of a folder that `write_folder` makes of the same things. Tensors count by content."""
+    """What `fingerprint` gives of a folder that `write_folder` makes of the same things.
+
+    Tensors count by content.
+    """
     values = config.to_dict() if isinstance(config, Config) else dict(config)
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for name, content in sorted((files or {}).items()):
@@ -107,7 +124,9 @@ def write_folder(
     folder.mkdir(parents=True, exist_ok=True)
     unknown = set(files or {}) - set(DATA_FILES)
     if unknown:
-        raise ValueError(f"{sorted(unknown)} would not be covered by the fingerprint; known: {DATA_FILES}")
+        raise ValueError(
+            f"{sorted(unknown)} would not be covered by the fingerprint; known: {DATA_FILES}"
+        )
     contents = dict(files or {})
     if tensors is not None:
         from safetensors.torch import save

@@ -72,7 +72,8 @@ class TokenizerNetwork(nn.Module):
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             what = " ".join(str(error).split())[:300]
             raise UserError(
-                f"{folder}: no usable {cls.kind} network ({what}); train one with: mm tokenizer train CONFIG"
+                f"{folder}: no usable {cls.kind} network ({what}); train one with: "
+                "mm tokenizer train CONFIG"
             ) from error
         return net.eval()
 

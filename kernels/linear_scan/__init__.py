@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +46,7 @@ def linear_scan(
 
 
 def _why_not(a_BTD: Tensor, b_BTD: Tensor, reset_BT: Tensor | None = None, initial_BD: Tensor | None = None) -> str | None:
-    if a_BTD.device.type != "cpu":
-        return f"tensors are on {a_BTD.device.type}"
-    if torch.compiler.is_compiling():
-        return None  # decided when the graph was first run eagerly; the compiler must not be started inside a trace
-    return compiler.load(_SOURCE)[1]
+    return compiler.why_not(_SOURCE, a_BTD, b_BTD, initial_BD)
 
 
 @linear_scan.register("cpp", _why_not)
@@ -69,16 +64,8 @@ def _cpp(
     return h, h[:, -1]
 
 
-def _pointer(t: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(t.data_ptr() if t is not None else None)
-
-
 def _call(name: str, like: Tensor, *tensors: Tensor | None) -> None:
-    library, reason = compiler.load(_SOURCE)
-    if library is None:
-        raise RuntimeError(f"linear_scan: cpp: {reason}")
-    function = getattr(library, f"scan_{'f64' if like.dtype == torch.float64 else 'f32'}_{name}")
-    function(*map(_pointer, tensors), *map(ctypes.c_int64, like.shape))
+    compiler.call(_SOURCE, f"scan_{compiler.SUFFIX[like.dtype]}_{name}", *tensors, *like.shape)
 
 
 def _forward(a: Tensor, b: Tensor, reset: Tensor | None, initial: Tensor | None) -> Tensor:

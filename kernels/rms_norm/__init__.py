@@ -1,21 +1,27 @@
-"""Root-mean-square norm. D model width."""
+"""Root-mean-square norm. D width of what is normed, R its rows."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mm.kernels import compiler
 from mm.kernels.op import Op
+
+_SOURCE = Path(__file__).with_name("norm.cpp")
 
 
 @Op
-def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+def rms_norm(x: Tensor, weight_D: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """Divide by the root mean square over the last dimension, then scale.
 
     Args:
         x: `(..., D)` any float dtype; accumulated in float32 or wider.
-        weight: `(D,)` or broadcasting against the last dimensions of ``x``; None = ones.
+        weight_D: `(D,)`; None = ones.
         eps: added to the mean square.
     Returns:
         `(..., D)` in the dtype of ``x``.
@@ -24,17 +30,80 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     wide = torch.promote_types(x.dtype, torch.float32)
     h = x.to(wide)
     y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-    return (y if weight is None else y * weight.to(wide)).to(x.dtype)
+    return (y if weight_D is None else y * weight_D.to(wide)).to(x.dtype)
 
 
-def _fused_why_not(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> str | None:
-    if not x.is_cuda:
-        return "it is fused on CUDA only"
-    if weight is not None and weight.dim() != 1:
-        return "its weight is one vector"
-    return None
+def _fused_why_not(x: Tensor, weight_D: Tensor | None = None, eps: float = 1e-6) -> str | None:
+    return None if x.is_cuda else "it is fused on CUDA only"
 
 
 @rms_norm.register("torch", _fused_why_not)
-def _fused(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.to(x.dtype), eps)
+def _fused(x: Tensor, weight_D: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], None if weight_D is None else weight_D.to(x.dtype), eps)
+
+
+def _cpp_why_not(x: Tensor, weight_D: Tensor | None = None, eps: float = 1e-6) -> str | None:
+    return compiler.why_not(_SOURCE, x, weight_D)
+
+
+@rms_norm.register("cpp", _cpp_why_not)
+def _cpp(x: Tensor, weight_D: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weight = x.new_ones(x.shape[-1], dtype=wide) if weight_D is None else weight_D.to(wide).contiguous()
+    return torch.ops.mm.rms_norm(x, weight, eps)[0]
+
+
+def _strided(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int]]:
+    """``x`` as (outer, inner, D) with two row strides: a slice of heads `(B, T, H, K)` needs no copy."""
+    D = x.shape[-1]
+    if not x.is_contiguous():
+        B, T, H, _ = x.shape if x.dim() == 4 else (0, 0, 0, 0)
+        if B and x.stride(3) == 1 and x.stride(0) == T * x.stride(1):
+            return x, (B * T, H, D, x.stride(1), x.stride(2))
+        x = x.contiguous()
+    return x, (x.numel() // D if D else 0, 1, D, D, 0)
+
+
+def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y = torch.empty(x.shape, dtype=x.dtype)
+    scale = torch.empty(x.shape[:-1], dtype=weight.dtype)
+    rows, sizes = _strided(x)
+    compiler.call(_SOURCE, f"norm_{compiler.SUFFIX[x.dtype]}_forward", rows, weight, y, scale, eps, *sizes)
+    return y, scale
+
+
+def _backward(x: Tensor, weight: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    dx, dw = torch.empty(x.shape, dtype=x.dtype), torch.empty_like(weight)
+    rows, sizes = _strided(x)
+    name = f"norm_{compiler.SUFFIX[x.dtype]}_backward"
+    compiler.call(_SOURCE, name, rows, weight, scale, grad.contiguous(), dx, dw, *sizes)
+    return dx, dw
+
+
+_forward_op = torch.library.custom_op(
+    "mm::rms_norm", _forward, mutates_args=(), schema="(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)"
+)
+_backward_op = torch.library.custom_op(
+    "mm::rms_norm_backward", _backward, mutates_args=(), schema="(Tensor x, Tensor weight, Tensor scale, Tensor grad) -> (Tensor, Tensor)"
+)
+
+
+@_forward_op.register_fake
+def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(x.shape[:-1])
+
+
+@_backward_op.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), torch.empty_like(weight)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+
+
+def _grads(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *torch.ops.mm.rms_norm_backward(*ctx.saved_tensors, grad), None
+
+
+_forward_op.register_autograd(_grads, setup_context=_setup)

@@ -77,23 +77,7 @@ def evaluate(
         mine = figure_rows(found)
         rows += mine
         seconds[mine[0]["name"] if mine else task.to_dict()["kind"]] = taken
-    beside = [
-        column
-        for column in ("bar", "chance", "judge", "probe", "n")
-        if any(column in row for row in rows)
-    ]
-    table(
-        f"{run}: {split or 'held-out'} split",
-        ("figure", "value", *beside),
-        [
-            (
-                row["name"],
-                amount(row["value"], row["unit"]),
-                *(amount(row.get(c), row["unit"] if c != "n" else "") for c in beside),
-            )
-            for row in rows
-        ],
-    )
+    figure_table(f"{run}: {split or 'held-out'} split", rows)
     write_json(
         json,
         {
@@ -107,6 +91,16 @@ def evaluate(
     )
 
 
+def figure_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows of `figure_rows`: each figure beside its bar, chance level and judge."""
+    beside = [c for c in ("bar", "chance", "judge", "probe", "n") if any(c in row for row in rows)]
+    cells = []
+    for row in rows:
+        others = (amount(row.get(c), row["unit"] if c != "n" else "") for c in beside)
+        cells.append((row["name"], amount(row["value"], row["unit"]), *others))
+    table(title, ("figure", "value", *beside), cells)
+
+
 def figure_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Turn a task's flat figures into rows: ``x_accuracy`` takes ``x_chance``, ``x_n``,
     ``x_judge_on_real_accuracy`` along.
@@ -114,13 +108,14 @@ def figure_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for name, value in figures.items():
         counted = name.endswith(
-            (*BESIDE, "_tokens", "_bytes")
+            (*BESIDE, "_tokens", "_bytes", "_nats_per_token")
         )  # counts of what was measured: the JSON has them
         if counted or isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         row = {"name": name, "value": value, "unit": unit(name)}
         for ending, column in BESIDE.items():
-            for stem in stems(name):
+            # A bar is one figure's own; chance, judge and count are shared by all figures of a task.
+            for stem in [name.removesuffix("_accuracy")] if column == "bar" else stems(name):
                 if f"{stem}{ending}" in figures and column not in row:
                     row[column] = figures[f"{stem}{ending}"]
         rows.append(row)

@@ -18,6 +18,7 @@ from mm.cli.common import (
     run_config,
     write_json,
 )
+from mm.cli.eval import figure_rows, figure_table
 
 app = typer.Typer()
 
@@ -41,7 +42,11 @@ def train(
 
     result = trainer.train(path, assignments)
     if is_main():
-        figures(f"Trained {config}", result)
+        training = {k: v for k, v in result.items() if not k.startswith("eval/")}
+        figures(f"Trained {config}", training)
+        measured = {k.split("/")[-1]: v for k, v in result.items() if k.startswith("eval/")}
+        if rows := figure_rows(measured):
+            figure_table("Evaluated at the end", rows)
         if folder := result.get("folder"):
             console().print(f"run folder: {folder}; next: mm eval {folder} · mm report {folder}")
     write_json(json, result)

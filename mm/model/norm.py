@@ -9,11 +9,11 @@ from mm.kernels.rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """Norm over the last dimension. ``shape`` of the scale: `(D,)`, or `(H, K)` for a scale of each head."""
+    """Norm over the last dimension, of width ``d``."""
 
-    def __init__(self, *shape: int, eps: float = 1e-6):
+    def __init__(self, d: int, eps: float = 1e-6):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape))
+        self.weight = nn.Parameter(torch.empty(d))
         self.eps = eps
 
     def init_weights(self) -> None:

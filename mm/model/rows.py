@@ -59,30 +59,27 @@ class Groups:
     """A stateless packed call as groups of one-document rows (`Groups.of`). With ``index`` None the rows are that already."""
 
     groups: tuple[Group, ...]
-    index: Tensor | None = None  # (sum of R * L,) flat places
+    index: Tensor | None = None  # (sum of R * L + 1,) flat places; the last row stands for all padding
     inverse: Tensor | None = None  # (B * T,) where each place went
-    padding: Tensor | None = None  # (B * T, 1) bool: document 0, whose outputs are zero; None = no padding
 
     def split(self, *x_BT: Tensor) -> Iterator[tuple[Group, list[Tensor]]]:
         """Yield each group with `(R, L, ...)` views of each `(B, T, ...)` tensor."""
         if self.index is None:
             yield self.groups[0], list(x_BT)
             return
-        flat = [_Regroup.apply(x.reshape(x.shape[0] * x.shape[1], -1), self.index, self.inverse) for x in x_BT]
-        at = 0
-        for group in self.groups:
-            stop = at + group.rows * group.length
-            yield group, [f[at:stop].view(group.rows, group.length, *x.shape[2:]) for f, x in zip(flat, x_BT, strict=True)]
-            at = stop
+        sizes = [group.rows * group.length for group in self.groups]
+        # The last row is no place's: padding gets its gradient, which is zero.
+        flat = [_Regroup.apply(x.reshape(x.shape[0] * x.shape[1], -1), self.index, self.inverse).split([*sizes, 1]) for x in x_BT]
+        for i, group in enumerate(self.groups):
+            yield group, [f[i].view(group.rows, group.length, *x.shape[2:]) for f, x in zip(flat, x_BT, strict=True)]
 
     def join(self, y: list[Tensor], B: int, T: int) -> Tensor:
         """Inverse of `split` for one tensor: `(R, L, ...)` of every group to `(B, T, ...)`."""
         if self.index is None:
             return y[0]
-        flat = torch.cat([part.reshape(part.shape[0] * part.shape[1], -1) for part in y])
-        out = _Regroup.apply(flat, self.inverse, self.index)
-        if self.padding is not None:
-            out = out.masked_fill(self.padding, 0)
+        parts = [part.reshape(part.shape[0] * part.shape[1], -1) for part in y]
+        # The last row is what padding reads.
+        out = _Regroup.apply(torch.cat((*parts, parts[0].new_zeros(1, parts[0].shape[1]))), self.inverse, self.index)
         return out.view(B, T, *y[0].shape[2:])
 
     @staticmethod
@@ -130,11 +127,9 @@ class Groups:
             indices.append(index.reshape(-1))
             at += index.size
         device = f.document.device
-        padding = document == 0
-        return Groups(
-            tuple(groups), torch.from_numpy(np.concatenate(indices)).to(device), torch.from_numpy(inverse).to(device),
-            torch.from_numpy(padding[:, None]).to(device) if padding.any() else None,
-        )
+        inverse[document == 0] = at
+        index = torch.from_numpy(np.concatenate([*indices, [0]])).to(device)
+        return Groups(tuple(groups), index, torch.from_numpy(inverse).to(device))
 
 
 class Docs(NamedTuple):

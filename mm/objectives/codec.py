@@ -56,8 +56,7 @@ class CodecConfig(Config):
 
 
 class CodecObjective(Objective):
-    """Reconstruction of ``batch.values[modality]`` by the network "model", judged by "critic" when
-    there is one.
+    """Reconstruction of ``batch.values[modality]`` by "model", judged by "critic" if there is one.
 
     Source: Defossez et al. 2022, arXiv:2210.13438, section 3.4; without its loss balancer: weights
     are plain factors.
@@ -71,9 +70,7 @@ class CodecObjective(Objective):
             self.weights |= config.adversarial.weights
 
     def knobs(self, step: int, rng: Any) -> dict[str, float]:
-        """ "bypass": 1 during the warm-up; "books": share of the codebooks in use, the same on all
-        ranks.
-        """
+        """Warm-up ("bypass" 1) and the share of codebooks in use ("books"), equal on all ranks."""
         books = 1.0
         if rng.random() < self.config.quantizer_dropout:
             books = 1.0 - rng.random()  # in (0, 1]: at least the first book

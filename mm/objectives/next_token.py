@@ -26,15 +26,24 @@ class NextTokenConfig(Config):
     transform: TRANSFORMS.field | None = None  # type: ignore[valid-type]
     balance: Annotated[
         Literal["tokens", "modalities"],
-        Field(description="tokens: every target counts the same; modalities: every modality's mean does"),
+        Field(
+            description="tokens: every target counts alike; modalities: every modality's mean does"
+        ),
     ] = "tokens"
-    weights: Annotated[dict[str, float], Field(description="factor of a modality's loss; default 1")] = {}
+    weights: Annotated[
+        dict[str, float], Field(description="factor of a modality's loss; default 1")
+    ] = {}
     head: str = "tokens"
 
     def build(self, vocabulary: Vocabulary | None = None) -> NextToken:
-        """Make the objective. Raises UserError without a vocabulary: its modalities name the losses."""
+        """Make the objective.
+
+        Raises UserError without a vocabulary: its modalities name the losses.
+        """
         if vocabulary is None or not vocabulary.ranges:
-            raise UserError("objective 'next_token' needs token shards: set vocabulary: DIR/vocabulary.json")
+            raise UserError(
+                "objective 'next_token' needs token shards: set vocabulary: DIR/vocabulary.json"
+            )
         unknown = set(self.weights) - set(vocabulary.modalities)
         if unknown:
             raise UserError(
@@ -45,7 +54,9 @@ class NextTokenConfig(Config):
 
 
 class NextToken(Objective):
-    """Sums of ``weight * nll`` over the targets of each modality, without a sync: names come from the vocabulary."""
+    """Sums of ``weight * nll`` over the targets of each modality, without a sync: names come from
+    the vocabulary.
+    """
 
     def __init__(self, config: NextTokenConfig, vocabulary: Vocabulary):
         self.config = config
@@ -74,7 +85,8 @@ class NextToken(Objective):
         self, micros: Sequence[Batch], nets: Mapping[str, Callable[..., ModelOut]], env: Env
     ) -> Iterator[Term]:
         for i, b in enumerate(micros):
-            head = nets["model"](b).heads[self.config.head]
+            nll = nets["model"](b).heads[self.config.head].nll
+            assert nll is not None  # targets were given
             places = b.places[self.config.head]
             weight = b.weight.flatten()[places]
-            yield Term(self._split(b, head.nll.float() * weight, places), step=i == len(micros) - 1)
+            yield Term(self._split(b, nll.float() * weight, places), step=i == len(micros) - 1)

@@ -1,4 +1,7 @@
-"""Objective: what is learned. Three places, three times: transform (data workers), corrupt (device), terms (the loop)."""
+"""Objective: what is learned.
+
+Three places, three times: transform (data workers), corrupt (device), terms (the loop).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ NONE: Mapping[str, Any] = {}
 
 
 class Network(NamedTuple):
-    """A further network of an objective: "train" has its own engine and optimizer, "ema" follows ``of``, "frozen" has none."""
+    """A further network of an objective: "train" has its own engine and optimizer, "ema" follows
+    ``of``, "frozen" has none.
+    """
 
     config: Any  # a network Config
     mode: Literal["train", "frozen", "ema"] = "train"
@@ -27,7 +32,9 @@ class Network(NamedTuple):
 class Term(NamedTuple):
     """One backward."""
 
-    losses: Mapping[str, Tensor]  # SUMS; the trainer divides by the global counts of the same names and weights them
+    losses: Mapping[
+        str, Tensor
+    ]  # SUMS; the trainer divides by the global counts of the same names and weights them
     network: str = "model"
     step: bool = False  # then step this network's optimizer
 
@@ -40,7 +47,9 @@ class Env(Protocol):
     rng: torch.Generator
 
     def frozen(self, name: str) -> AbstractContextManager[nn.Module]:
-        """The RAW module of another network, ``requires_grad`` off inside the block: gradients flow through, not into it."""
+        """The RAW module of another network, ``requires_grad`` off inside the block: gradients flow
+        through, not into it.
+        """
         ...
 
     def gather(self, x: Tensor) -> Tensor:
@@ -56,7 +65,7 @@ class Objective(ABC):
     weights: Mapping[str, float] = NONE  # of each named loss; default 1
 
     def knobs(self, step: int, rng: Any) -> dict[str, float]:
-        """Host values of this step, equal on all ranks (``rng``: numpy Generator of (seed, step))."""
+        """Host values of a step, equal on all ranks (``rng``: numpy Generator of (seed, step))."""
         return {}
 
     def corrupt(self, b: Batch, rng: Any, knobs: Mapping[str, float]) -> Batch:
@@ -65,12 +74,22 @@ class Objective(ABC):
 
     @abstractmethod
     def counts(self, b: Batch) -> dict[str, Tensor]:
-        """Denominator of every named loss, from the batch alone: reduced over micro-batches and ranks before any backward."""
+        """Denominator of every named loss, from the batch alone: reduced over micro-batches and
+        ranks before any backward.
+        """
 
     def scales(self, n: Mapping[str, Tensor]) -> Mapping[str, Tensor | float]:
-        """Factor of each loss's global mean in the total, from the global counts ``n``. Default: ``weights``."""
+        """Factor of each loss's global mean in the total, from the global counts ``n``.
+
+        Default: ``weights``.
+        """
         return {name: self.weights.get(name, 1.0) for name in n}
 
     @abstractmethod
-    def terms(self, micros: Sequence[Batch], nets: Mapping[str, Callable[..., ModelOut]], env: Env) -> Iterator[Term]:
-        """All passes of one step over all micro-batches. Same yields in the same order on all ranks."""
+    def terms(
+        self, micros: Sequence[Batch], nets: Mapping[str, Callable[..., ModelOut]], env: Env
+    ) -> Iterator[Term]:
+        """All passes of one step over all micro-batches.
+
+        Same yields in the same order on all ranks.
+        """

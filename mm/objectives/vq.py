@@ -1,4 +1,5 @@
-"""What an image tokenizer learns from: pixels it must give back, its quantizer's own losses, and a critic, if wanted.
+"""What an image tokenizer learns from: pixels it must give back, its quantizer's own losses, and a
+critic, if wanted.
 
 G items, C colours, H and W pixels.
 """
@@ -24,13 +25,25 @@ from mm.tokenizers.image.vq import colours
 
 @OBJECTIVES.register("vq")
 class VqObjectiveConfig(Config):
-    """Reconstruction, commitment and entropy, and optional adversarial losses. Every loss is a mean over images."""
+    """Reconstruction, commitment and entropy, and optional adversarial losses.
+
+    Every loss is a mean over images.
+    """
 
     kind: Literal["vq"] = "vq"
     modality: str = "image"
-    l1: Annotated[float, Field(ge=0, le=1, description="share of L1 in the reconstruction; the rest is MSE")] = 0.0
-    commitment: Annotated[float, Field(ge=0, description="factor of the quantizer's commitment loss")] = 0.25
-    entropy: Annotated[float, Field(ge=0, description="factor of the quantizer's entropy penalty")] = 0.02
+    l1: Annotated[
+        float, Field(ge=0, le=1, description="share of L1 in the reconstruction; the rest is MSE")
+    ] = 0.0
+    commitment: Annotated[
+        float,
+        Field(
+            ge=0, description="factor of the quantizer's commitment loss; 0.25 suits vq, 0.01 lfq"
+        ),
+    ] = 0.25
+    entropy: Annotated[
+        float, Field(ge=0, description="factor of the quantizer's entropy penalty")
+    ] = 0.01
     bypass_steps: Annotated[int, Field(ge=0, description="first steps without the quantizer")] = 0
     adversarial: gan.Adversarial | None = None
 
@@ -40,15 +53,22 @@ class VqObjectiveConfig(Config):
 
 
 class VqObjective(Objective):
-    """Reconstruction of ``batch.values[modality]`` by the network "model", judged by "critic" when there is one.
+    """Reconstruction of ``batch.values[modality]`` by the network "model", judged by "critic" when
+    there is one.
 
-    Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 3 (the codebook term is the EMA of the quantizer); with a
-    critic: Esser et al. 2020, arXiv:2012.09841, eq. 5-6, with a fixed factor in place of the adaptive one of eq. 7.
+    Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 3 (the codebook term is the EMA of the
+    quantizer); with a
+    critic: Esser et al. 2020, arXiv:2012.09841, eq. 5-6, with a fixed factor in place of the
+    adaptive one of eq. 7.
     """
 
     def __init__(self, config: VqObjectiveConfig):
         self.config = config
-        self.weights = {"reconstruction": 1.0, "commitment": config.commitment, "entropy": config.entropy}
+        self.weights = {
+            "reconstruction": 1.0,
+            "commitment": config.commitment,
+            "entropy": config.entropy,
+        }
         if config.adversarial is not None:
             self.networks = config.adversarial.networks
             self.weights |= config.adversarial.weights
@@ -74,7 +94,9 @@ class VqObjective(Objective):
             return
         with torch.no_grad():
             fakes = [self._with_image(b, nets["model"](b).taps["image"]) for b in micros]
-        yield from gan.critic_terms(nets[gan.CRITIC], micros, fakes, [self._valid(b) for b in micros])
+        yield from gan.critic_terms(
+            nets[gan.CRITIC], micros, fakes, [self._valid(b) for b in micros]
+        )
         with env.frozen(gan.CRITIC) as critic:
             for i, b in enumerate(micros):
                 out = nets["model"](b)
@@ -101,4 +123,6 @@ class VqObjective(Objective):
     def _with_image(self, b: Batch, image: Tensor) -> Batch:
         """The batch with other images."""
         name = self.config.modality
-        return dataclasses.replace(b, values={**b.values, name: dataclasses.replace(b.values[name], data=image)})
+        return dataclasses.replace(
+            b, values={**b.values, name: dataclasses.replace(b.values[name], data=image)}
+        )

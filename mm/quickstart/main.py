@@ -171,11 +171,36 @@ def quickstart(
     steps.run("train", config, *changes)
     steps.run("eval", out, "--json", out / "results.json")
     results = json.loads((out / "results.json").read_text())
-    results["seconds"] = {"total": round(time.monotonic() - start, 1)}
+    results["figures"] += _tokenizer_figures(tokenizers)
+    results["seconds"]["total"] = round(time.monotonic() - start, 1)
     (out / "results.json").write_text(json.dumps(results, indent=1))
     steps.run("report", out)
     steps.console.print(f"\ndone in {time.monotonic() - start:.0f} s; open {out / 'report' / 'index.html'}")
     return results
+
+
+def _tokenizer_figures(tokenizers: Path) -> list[dict[str, Any]]:
+    """Rows for results.json from what `mm tokenizer eval` wrote, beside their bars."""
+    rows: list[dict[str, Any]] = []
+
+    def add(modality: str, name: str, value: float, unit: str, bar: float | None = None, **beside: Any) -> None:
+        rows.append({"name": f"{modality}_tokenizer_{name}", "value": value, "unit": unit, "bar": bar, **beside})
+
+    for modality in ("text", "image", "audio"):
+        found = json.loads((tokenizers / modality / "eval.json").read_text())
+        if modality == "text":
+            add(modality, "bytes_per_token", found["bytes_per_token"], "bytes", n=found["items"])
+            continue
+        usage = found["codebook_usage_share"]
+        lowest = min(usage) if isinstance(usage, list) else usage
+        if modality == "image":
+            add(modality, "psnr_db", found["psnr_db"], "dB", 24.0, n=found["items"])
+            add(modality, "codebook_usage_share", lowest, "share", 0.9)
+        else:
+            add(modality, "mel_distance_ratio", found["mel_distance_ratio"], "ratio", 0.5, n=found["items"],
+                lower_is_better=True)  # fmt: skip
+            add(modality, "codebook_usage_share", lowest, "share", 0.5)
+    return rows
 
 
 def _backbone_changes(values: dict[str, Any], out: Path, seed: int, scale: float) -> list[str]:

@@ -27,7 +27,7 @@ WORDS = {
 }
 BEFORE = ("original", "source", "input", "real", "before", "target", "reference")
 AFTER = ("reconstructed", "reconstruction", "decoded", "output", "after", "recon", "rec")
-MAX_STEPS, MAX_PROMPTS, MAX_PAIRS = 6, 16, 12
+MAX_STEPS, MAX_PROMPTS, MAX_PAIRS = 6, 16, 6
 
 
 def pretty(name: str) -> str:
@@ -118,7 +118,7 @@ def samples(run: RunData) -> str:
     for name in sorted(rows)[:MAX_PROMPTS]:
         shown = [[media.figure(f, small=True) for f in rows[name].get(step, ())] for step in steps]
         cells = "".join(f"<td>{''.join(cell) or '–'}</td>" for cell in shown)
-        body.append(f"<tr><th>{escape(pretty(re.sub(r'^[0-9]+_', '', name)))}</th>{cells}</tr>")
+        body.append(f"<tr><th>{escape(_prompt(name))}</th>{cells}</tr>")
     left_out = (
         f"<p>{len(rows) - MAX_PROMPTS} more prompts in the folder samples/.</p>"
         if len(rows) > MAX_PROMPTS
@@ -128,6 +128,12 @@ def samples(run: RunData) -> str:
         '<div class="scroll"><table '
         f'class="samples"><thead><tr><th>prompt</th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>{left_out}'
     )
+
+
+def _prompt(stem: str) -> str:
+    """``00_text-seven_to_image`` to ``Text: seven → image``."""
+    words = re.sub(r"^(text|image|audio|bytes)-", r"\1: ", re.sub(r"^\d+_", "", stem))
+    return pretty(re.sub(r"_(text|image|audio|bytes)-", r" + \1: ", words))
 
 
 def _stem(file: Path) -> str:
@@ -182,7 +188,7 @@ def curves(run: RunData) -> str:
             low=0,
         ),
         line_chart("Learning rate", pick("optim/lr", "optim/"), log=False, low=0),
-        line_chart("Gradient norm", pick("optim/grad_norm", "optim/")),
+        line_chart("Gradient norm", pick("optim/grad_norm", "optim/"), low=0),
         line_chart("Codebook usage", _usage(run), log=False, low=0),
         line_chart(
             "Codebook perplexity",

@@ -78,6 +78,8 @@ class JudgedGeneration(Task):
     settings: Annotated[
         tuple[Settings, ...], Field(min_length=1, description="more than one: chosen on val_split")
     ] = (Settings(temperature=0.7, cfg_scale=2.0),)
+    bar: Annotated[float | None, Field(description="accuracy to reach; printed beside")] = None
+    reconstruction_bar: float | None = None
     max_tokens: Annotated[
         int | None, Field(ge=1, description="of audio; an image has its grid")
     ] = None
@@ -124,6 +126,8 @@ class JudgedGeneration(Task):
             f"{self.name}_confusion": confusion(truth, answers, classes),
             f"{self.name}_settings": settings.to_dict(),
         }
+        if self.bar is not None:
+            figures[f"{self.name}_bar"] = self.bar
         if tried:
             figures[f"{self.name}_tried_on_{self.val_split}"] = tried
         if self.reconstruction:
@@ -131,6 +135,8 @@ class JudgedGeneration(Task):
             figures[f"{self.name}_judge_on_reconstruction_accuracy"] = _right(
                 real, judge.predict(again)
             )
+            if self.reconstruction_bar is not None:
+                figures[f"{self.name}_judge_on_reconstruction_bar"] = self.reconstruction_bar
         return figures
 
     def _items(self, split: str) -> list[Item]:

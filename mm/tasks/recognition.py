@@ -46,6 +46,7 @@ class Recognition(Task):
     settings: Annotated[
         tuple[Settings, ...], Field(min_length=1, description="more than one: chosen on val_split")
     ] = (Settings(temperature=0.0),)
+    bar: Annotated[float | None, Field(description="accuracy to reach; printed beside")] = None
     max_tokens: Annotated[int, Field(ge=1)] = 32
     linear_probe: Annotated[
         bool, Field(description="also print logistic regression on raw pixels")
@@ -83,6 +84,8 @@ class Recognition(Task):
             f"{self.name}_confusion": confusion(truth, answers, classes),
             f"{self.name}_settings": settings.to_dict(),
         }
+        if self.bar is not None:
+            figures[f"{self.name}_bar"] = self.bar
         if tried:
             figures[f"{self.name}_tried_on_{self.val_split}"] = tried
         if self.linear_probe:

@@ -1,12 +1,15 @@
-"""Checkpoints without pickle and without a ZeRO stage or world size: safetensors per parameter, and one JSON.
+"""Checkpoints without pickle and without a ZeRO stage or world size: safetensors per parameter, and
+one JSON.
 
     checkpoints/step_000100/state.json               step, data state, config, fingerprints
-                            <network>.safetensors    fp32 parameters and buffers by `state_dict` name
-                            <network>.optimizer.safetensors   elementwise states as "<state>/<parameter>"
-                            COMPLETE                 SHA-256 of every file; written last
+                            <network>.safetensors    fp32 parameters and buffers by `state_dict`
+                            name <network>.optimizer.safetensors   elementwise states as
+                            "<state>/<parameter>" COMPLETE                 SHA-256 of every file;
+                            written last
     checkpoints/latest                               name of the newest complete one
 
-A save is made in a temporary folder, synced, marked and renamed: a kill at any moment leaves the previous one good.
+A save is made in a temporary folder, synced, marked and renamed: a kill at any moment leaves the
+previous one good.
 """
 
 from __future__ import annotations
@@ -44,6 +47,26 @@ class Saved(NamedTuple):
         """Elementwise optimizer states of a network, ``state/parameter``."""
         return _load(self.folder / f"{network}.optimizer.safetensors")
 
+    def require(self, config: Mapping[str, Any], vocabulary: str | None) -> None:
+        """Check that a run of this config and vocabulary fingerprint can go on from here.
+
+        Safe differences are logged. Raises UserError on another vocabulary, model or seed.
+        """
+        if self.state["vocabulary"] != vocabulary:
+            raise UserError(
+                f"{self.folder}: was trained with vocabulary {str(self.state['vocabulary'])[:12]}, "
+                f"this run has {str(vocabulary)[:12]}; use that one, or another run name: name=..."
+            )
+        for key, (old, new) in differences(self.state["config"], config).items():
+            if key.split(".")[0] in ("model", "seed"):
+                raise UserError(
+                    f"{self.folder}: '{key}' was {old} and is {new} now; it cannot change: "
+                    "set it back, or use another run name: name=..."
+                )
+            log.info(
+                "config changed since step %d: %s: %s -> %s", self.state["step"], key, old, new
+            )
+
 
 def _load(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
@@ -52,10 +75,14 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 
 def save(
-    root: Path, step: int, state: Mapping[str, Any], networks: Mapping[str, tuple[dict[str, Tensor], dict[str, Tensor]]],
+    root: Path,
+    step: int,
+    state: Mapping[str, Any],
+    networks: Mapping[str, tuple[dict[str, Tensor], dict[str, Tensor]]],
     keep_last: int,
 ) -> Path:
-    """Write ``root/step_NNNNNN`` and move ``latest`` to it; then remove what is older than ``keep_last``.
+    """Write ``root/step_NNNNNN`` and move ``latest`` to it; then remove what is older than
+    ``keep_last``.
 
     Args:
         root: the run's ``checkpoints`` folder.
@@ -69,7 +96,12 @@ def save(
     from safetensors.torch import save_file
 
     root.mkdir(parents=True, exist_ok=True)
-    need = sum(t.numel() * t.element_size() for pair in networks.values() for part in pair for t in part.values())
+    need = sum(
+        t.numel() * t.element_size()
+        for pair in networks.values()
+        for part in pair
+        for t in part.values()
+    )
     require_space(root, need)
     final = root / f"step_{step:06d}"
     part = root / f".part_step_{step:06d}_{os.getpid()}"
@@ -77,9 +109,14 @@ def save(
     part.mkdir()
     try:
         for name, (weights, moments) in networks.items():
-            save_file({k: t.contiguous() for k, t in weights.items()}, str(part / f"{name}.safetensors"))
+            save_file(
+                {k: t.contiguous() for k, t in weights.items()}, str(part / f"{name}.safetensors")
+            )
             if moments:
-                save_file({k: t.contiguous() for k, t in moments.items()}, str(part / f"{name}.optimizer.safetensors"))
+                save_file(
+                    {k: t.contiguous() for k, t in moments.items()},
+                    str(part / f"{name}.optimizer.safetensors"),
+                )
         (part / STATE).write_text(json.dumps({"schema": SCHEMA, "step": step, **state}, indent=1))
         hashes = {file.name: _sha256(file) for file in sorted(part.iterdir())}
         for file in part.iterdir():
@@ -87,7 +124,9 @@ def save(
         (part / MARK).write_text(json.dumps(hashes, indent=1))
         _sync(part / MARK)
         _sync(part)
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step: it was passed over at the start
+        shutil.rmtree(
+            final, ignore_errors=True
+        )  # a damaged one of the same step: it was passed over at the start
         part.rename(final)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -107,13 +146,16 @@ def require_space(root: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(root).free
     if free < 1.05 * n_bytes:
         raise UserError(
-            f"{root}: a checkpoint needs {n_bytes / 2**20:.0f} MiB, the disk has {free / 2**20:.0f} MiB free; "
+            f"{root}: a checkpoint needs {n_bytes / 2**20:.0f} MiB, "
+            f"the disk has {free / 2**20:.0f} MiB free; "
             "make room or set out: to another disk"
         )
 
 
 def newest(root: Path) -> Saved | None:
-    """The newest checkpoint whose files match their hashes; a damaged one is named in the log and passed over."""
+    """The newest checkpoint whose files match their hashes; a damaged one is named in the log and
+    passed over.
+    """
     for folder in _newest_first(root):
         fault = verify(folder)
         if fault is None:
@@ -140,7 +182,11 @@ def verify(folder: Path) -> str | None:
 
 
 def _newest_first(root: Path) -> Iterator[Path]:
-    found = [p for p in root.glob("step_*") if p.is_dir() and p.name[5:].isdigit()] if root.is_dir() else []
+    found = (
+        [p for p in root.glob("step_*") if p.is_dir() and p.name[5:].isdigit()]
+        if root.is_dir()
+        else []
+    )
     return iter(sorted(found, key=lambda p: int(p.name[5:]), reverse=True))
 
 
@@ -158,13 +204,19 @@ def _sync(path: Path) -> None:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ between two nested configs, with both values (None = absent)."""
+    """Dotted keys that differ between two nested configs, with both values (None = absent)."""
     a, b = dict(_flat(old)), dict(_flat(new))
     return {k: (a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)}
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
+    items = (
+        value.items()
+        if isinstance(value, Mapping)
+        else enumerate(value)
+        if isinstance(value, list)
+        else None
+    )
     if items is None:
         yield prefix, value
         return

@@ -1,12 +1,15 @@
-"""The ONE module that imports deepspeed: typed engine config to its JSON, one engine per trainable network.
+"""The ONE module that imports deepspeed: typed engine config to its JSON, one engine per trainable
+network.
 
 What was found out about DeepSpeed 0.19.8 and is relied on here:
 
-- fp32 + AdamW gives equal losses at stages 0-3. Under autocast, stages 1-3 are equal as long as gradients travel in
-  fp32 (``lower_precision_safe_modules`` names a module without parameters).
+- fp32 + AdamW gives equal losses at stages 0-3. Under autocast, stages 1-3 are equal as long as
+  gradients travel in fp32 (``lower_precision_safe_modules`` names a module without parameters).
 - With `managed_gradient_accumulation: false` the caller's `step` is the accumulation boundary.
-- Stage 0 applies non-finite gradients, stages 1-3 skip the step: stage 0 is clipped and checked here.
-- Its shared-memory all-reduce is compiled at the first start (39 s here, and a stale lock hangs it): switched off.
+- Stage 0 applies non-finite gradients, stages 1-3 skip the step: stage 0 is clipped and checked
+  here.
+- Its shared-memory all-reduce is compiled at the first start (39 s here, and a stale lock hangs
+  it): switched off.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ log = logging.getLogger("mm.trainer")
 
 
 def resolve_precision(asked: str, device: torch.device) -> str:
-    """Replace "auto" by what the hardware multiplies fast: autocast_bf16 where it has bf16 matrices, else fp32."""
+    """Replace "auto" by what the hardware multiplies fast: autocast_bf16 where it has bf16
+    matrices, else fp32.
+    """
     if asked != "auto":
         return asked
     fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else environment.cpu_has_bf16()
@@ -45,18 +50,24 @@ def deepspeed_json(config: EngineConfig, precision: str, n_params: int) -> dict[
     # DeepSpeed allocates a whole bucket each step: its default of 2 GB costs fresh pages every time
     bucket = min(n_params + n_params % 2, 200_000_000)  # DeepSpeed wants it even
     out: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: micro-batches and boundaries are ours
+        # bookkeeping only: micro-batches and boundaries are ours
+        "train_micro_batch_size_per_gpu": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": config.grad_clip if stage else 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
-            "stage": stage, "overlap_comm": False, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket,
+            "stage": stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
         },
         "steps_per_print": 10**12,
     }
     if precision == "autocast_bf16":
         out["torch_autocast"] = {
-            "enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": ["torch.nn.Identity"],
+            "enabled": True,
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": ["torch.nn.Identity"],
         }
     elif precision == "bf16":
         out["bf16"] = {"enabled": True}
@@ -71,7 +82,9 @@ def _deepspeed() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of every skipped step; the trainer does too
+    logging.getLogger("DeepSpeed").setLevel(
+        logging.ERROR
+    )  # it warns of every skipped step; the trainer does too
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
@@ -79,9 +92,10 @@ def _deepspeed() -> Any:
 def join(threads: int | None = None) -> torch.device:
     """Enter the process group of all ranks (once a process) and return this rank's device.
 
-    Alone it needs no port and no variables; under torchrun it takes them. The group lives until the process ends,
-    because DeepSpeed keeps handles of its subgroups for good; then it is destroyed, whatever ended the process:
-    without that 3 of 10 DeepSpeed CPU runs abort at exit. A group that the caller made is used and left alone.
+    Alone it needs no port and no variables; under torchrun it takes them. The group lives until the
+    process ends, because DeepSpeed keeps handles of its subgroups for good; then it is destroyed,
+    whatever ended the process: without that 3 of 10 DeepSpeed CPU runs abort at exit. A group that
+    the caller made is used and left alone.
     """
     me = environment.ranks()
     if torch.cuda.is_available():
@@ -91,10 +105,12 @@ def join(threads: int | None = None) -> torch.device:
         device = torch.device("cpu")
         torch.set_num_threads(environment.cpu_threads(threads))
     if not dist.is_initialized():
+        from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
+
         backend = "nccl" if device.type == "cuda" else "gloo"
         os.environ.setdefault("LOCAL_RANK", str(me.local_rank))  # DeepSpeed asserts on it
         if me.world == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         else:
             dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
         atexit.register(_leave)
@@ -107,14 +123,23 @@ def _leave() -> None:
 
 
 class Engine:
-    """One trainable network: forward, backward, step, and its full fp32 tensors whatever the ZeRO stage."""
+    """One trainable network: forward, backward, step, and its full fp32 tensors whatever the ZeRO
+    stage.
+    """
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, config: EngineConfig, precision: str):
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: EngineConfig,
+        precision: str,
+    ):
         deepspeed = _deepspeed()
         self.raw = module
         self.stage = config.zero_stage
         self.grad_clip = config.grad_clip
-        # ZeRO replaces the groups' parameters by flat shards: remember which group each parameter is in
+        # ZeRO replaces the groups' parameters by flat shards: remember which group each parameter
+        # is in
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         if not any(p.requires_grad for p in module.parameters()):
@@ -126,13 +151,19 @@ class Engine:
                 backend = dist.get_backend()
                 deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
             self.ds, self.optimizer, *_ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=deepspeed_json(config, precision, n_params),
+                model=module,
+                optimizer=optimizer,
+                config=deepspeed_json(config, precision, n_params),
                 dist_init_required=False,
             )
         # torch 2.14 deprecates two collectives that DeepSpeed calls in every stage 3 step
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+        warnings.filterwarnings(
+            "ignore", category=FutureWarning, module="torch.distributed.c10d_logger"
+        )
         if self.stage == 0:
-            self.ds.enable_backward_allreduce = False  # `reduce` below does it, so that the norm is known before the step
+            self.ds.enable_backward_allreduce = (
+                False  # `reduce` below does it, so that the norm is known before the step
+            )
 
     def __call__(self, *args: Any, **kw: Any) -> Any:
         return self.ds(*args, **kw)
@@ -153,18 +184,21 @@ class Engine:
         return self.ds.basic_optimizer
 
     def reduce(self) -> Tensor | None:
-        """At stage 0 average the gradients over ranks and return their global norm, () float32; else None."""
+        """At stage 0 average the gradients over ranks and return their global norm, () float32;
+        else None.
+        """
         if self.stage:
             return None
         self.ds.buffered_allreduce_fallback()
         grads = [p.grad for p in self.raw.parameters() if p.grad is not None]
-        return torch.stack(torch._foreach_norm(grads)).square().sum().sqrt().float()
+        return torch.nn.utils.get_total_norm(grads).float()
 
     def step(self, norm: float | None) -> tuple[bool, float]:
         """Clip and update. ``norm``: what `reduce` gave, on the host (stage 0).
 
         Returns:
-            Whether the update was applied, and the gradient norm before clipping (inf when it was not).
+            Whether the update was applied, and the gradient norm before clipping (inf when it was
+            not).
         """
         if norm is not None:
             if not norm < float("inf"):  # NaN too
@@ -172,7 +206,8 @@ class Engine:
                 return False, float("inf")
             if self.grad_clip and norm > self.grad_clip:
                 grads = [p.grad for p in self.raw.parameters() if p.grad is not None]
-                torch._foreach_mul_(grads, self.grad_clip / (norm + 1e-6))
+                for grad in grads:
+                    grad.mul_(self.grad_clip / (norm + 1e-6))
         self.ds.step()
         applied = self.ds.was_step_applied()
         if norm is None:
@@ -180,14 +215,17 @@ class Engine:
             norm = float(found) if found is not None else 0.0
         return applied, norm if applied else float("inf")
 
-    # ---- full tensors, for checkpoints and export: collectives, call them on all ranks -------------------------
+    # ---- full tensors, for checkpoints and export: collectives, call them on all ranks
+    # -------------------------
 
     def named(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Trainable parameters once each (tied ones under their first name)."""
         return ((name, p) for name, p in self.raw.named_parameters() if p.requires_grad)
 
     def weights(self) -> dict[str, Tensor]:
-        """Full tensors of parameters (fp32 masters) and persistent buffers, on the CPU, by `state_dict` name."""
+        """Full tensors of parameters (fp32 masters) and persistent buffers, on the CPU, by
+        `state_dict` name.
+        """
         from deepspeed.utils import safe_get_full_fp32_param
 
         out = {}
@@ -198,11 +236,17 @@ class Engine:
                     full = p.detach()
             out[name] = full.detach().to("cpu", copy=True)
         kept = self.raw.state_dict().keys()  # without the non-persistent buffers
-        out |= {name: b.detach().to("cpu", copy=True) for name, b in self.raw.named_buffers() if name in kept}
+        out |= {
+            name: b.detach().to("cpu", copy=True)
+            for name, b in self.raw.named_buffers()
+            if name in kept
+        }
         return out
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Full elementwise states as ``key/parameter name`` on the CPU, and the scalar ones (Adam's step)."""
+        """Full elementwise states as ``key/parameter name`` on the CPU, and the scalar ones (Adam's
+        step).
+        """
         from deepspeed.utils import safe_get_full_optimizer_state
 
         self._link()
@@ -210,12 +254,22 @@ class Engine:
         tensors = {}
         for name, p in self.named():
             for key in keys:
-                full = self.base.state[p][key] if self.stage == 0 else safe_get_full_optimizer_state(p, key)
+                full = (
+                    self.base.state[p][key]
+                    if self.stage == 0
+                    else safe_get_full_optimizer_state(p, key)
+                )
+                assert full is not None  # a trainable parameter has its states
                 tensors[f"{key}/{name}"] = full.detach().to("cpu", copy=True)
         return tensors, scalars
 
-    def load_optimizer_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, float]) -> None:
-        """Put back what `optimizer_state` gave, at any stage and world size. Call before the first step."""
+    def load_optimizer_state(
+        self, tensors: Mapping[str, Tensor], scalars: Mapping[str, float]
+    ) -> None:
+        """Put back what `optimizer_state` gave, at any stage and world size.
+
+        Call before the first step.
+        """
         from deepspeed.utils import safe_set_full_optimizer_state
 
         if not tensors and not scalars:
@@ -238,7 +292,7 @@ class Engine:
                         state[key] = value
 
     def load_masters(self, weights: Mapping[str, Tensor]) -> None:
-        """Set the fp32 masters (they differ from the weights only where the parameters are bf16)."""
+        """Set the fp32 masters (they differ from the weights only where these are bf16)."""
         from deepspeed.utils import safe_set_full_fp32_param
 
         if self.stage:
@@ -247,7 +301,9 @@ class Engine:
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[nn.Module]:
-        """The raw module with all its weights present on every rank (ZeRO-3 gathers them for the block)."""
+        """The raw module with all its weights present on every rank (ZeRO-3 gathers them for the
+        block).
+        """
         with self._gathered(list(self.raw.parameters())):
             yield self.raw
 
@@ -257,20 +313,26 @@ class Engine:
         return _deepspeed().zero.GatheredParameters(params)
 
     def _flats(self) -> list[Tensor]:
-        """What the torch optimizer really updates: the parameters, or this rank's flat fp32 shards."""
+        """What torch's optimizer really updates: the parameters, or this rank's flat shards."""
         if self.stage == 0:
             return [p for _, p in self.named()]
-        name = "single_partition_of_fp32_groups" if self.stage < 3 else "fp32_partitioned_groups_flat"
+        name = (
+            "single_partition_of_fp32_groups" if self.stage < 3 else "fp32_partitioned_groups_flat"
+        )
         return [flat for flat in getattr(self.optimizer, name) if flat is not None]
 
     def _state_keys(self) -> tuple[list[str], dict[str, float]]:
         for tensor, state in self.base.state.items():
-            keys = [k for k, v in state.items() if isinstance(v, Tensor) and v.shape == tensor.shape]
+            keys = [
+                k for k, v in state.items() if isinstance(v, Tensor) and v.shape == tensor.shape
+            ]
             return keys, {k: float(v) for k, v in state.items() if k not in keys}
         return [], {}
 
     def _materialise(self) -> None:
-        """Create the optimizer's states as its first step would, by a step of rate 0 on zero gradients."""
+        """Create the optimizer's states as its first step would, by a step of rate 0 on zero
+        gradients.
+        """
         base, groups = self.base, self.base.param_groups
         flats = self._flats()
         hyper = {k: v for k, v in groups[0].items() if k != "params"} | {"lr": 0.0}
@@ -289,8 +351,10 @@ class Engine:
         self._link()
 
     def _link(self) -> None:
-        """Let DeepSpeed's accessors find the states of EVERY group: it links once, after the first group's first step,
-        when the others have none yet."""
+        """Let DeepSpeed's accessors find the states of EVERY group: it links once, after the first
+        group's first step,
+        when the others have none yet.
+        """
         if 0 < self.stage < 3:
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()

@@ -19,12 +19,24 @@ from mm.errors import UserError
 from mm.launch import environment
 from mm.run import Run
 
-PACKAGES = ("mm-stack", "torch", "deepspeed", "numpy", "wandb", "webdataset", "tokenizers", "safetensors")
+PACKAGES = (
+    "mm-stack",
+    "torch",
+    "deepspeed",
+    "numpy",
+    "wandb",
+    "webdataset",
+    "tokenizers",
+    "safetensors",
+)
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this job. Raises UserError when another one trains there; a killed one holds nothing."""
+    """Hold the folder for this job.
+
+    Raises UserError when another one trains there; a killed one holds nothing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as file:
         try:
@@ -32,8 +44,8 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             file.seek(0)
             raise UserError(
-                f"{folder}: process {file.read().strip() or '?'} trains here already; wait for it, or give this run "
-                "another name: name=..."
+                f"{folder}: process {file.read().strip() or '?'} trains here already; wait for it, "
+                "or give this run another name: name=..."
             ) from error
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -42,32 +54,47 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def describe(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
-    """What a run was made with: versions, machine size, command, commit, and the trainer's own ``facts``."""
+    """What a run was made with: versions, machine size, command, commit, and the trainer's own
+    ``facts``.
+    """
     packages = {}
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             packages[name] = version(name)
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "python": platform.python_version(),
-        "platform": platform.platform(), "cpu_cores": environment.cores(), "packages": packages, "commit": _commit(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_cores": environment.cores(),
+        "packages": packages,
+        "commit": _commit(),
         **facts,
     }
 
 
 def write(folder: Path, run: Run, environment_: dict[str, Any]) -> None:
     """Write config.yaml (resolved) and environment.json."""
-    for name, text in (("config.yaml", configs.dump(run)), ("environment.json", json.dumps(environment_, indent=1))):
+    for name, text in (
+        ("config.yaml", configs.dump(run)),
+        ("environment.json", json.dumps(environment_, indent=1)),
+    ):
         temporary = folder / f"{name}.part"
         temporary.write_text(text)
         temporary.replace(folder / name)
 
 
 def _commit() -> str | None:
-    """Git commit of the source tree that mm was imported from, with + when it has changes; None outside one."""
+    """Git commit of the source tree that mm was imported from, with + when it has changes; None
+    outside one.
+    """
+
     def git(*args: str) -> str | None:
         try:
             done = subprocess.run(
-                ["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True, timeout=10
+                ["git", "-C", str(Path(__file__).parent), *args],
+                capture_output=True,
+                text=True,
+                timeout=10,
             )
         except (OSError, subprocess.TimeoutExpired):
             return None

@@ -18,11 +18,17 @@ from mm.specs import Encoded
 from mm.tasks.bits_per_byte import raw_bytes
 from mm.vocabulary import Vocabulary
 
-USAGE_DECAY, USAGE_SEEN = 0.97, 0.05  # a code counts as used for 100 steps after it was seen: 0.97 ** 100 = 0.048
+USAGE_DECAY, USAGE_SEEN = (
+    0.97,
+    0.05,
+)  # a code counts as used for 100 steps after it was seen: 0.97 ** 100 = 0.048
 
 
 class MetricsFile:
-    """Append-only metrics.jsonl. On resume, lines of steps after the checkpoint are cut: they will be made again."""
+    """Append-only metrics.jsonl.
+
+    On resume, lines of steps after the checkpoint are cut: they will be made again.
+    """
 
     def __init__(self, path: Path, step: int):
         self.path = path
@@ -34,8 +40,13 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one line and flush it. Non-finite numbers are written as null, which every JSON reader takes."""
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        """Append one line and flush it.
+
+        Non-finite numbers are written as null, which every JSON reader takes.
+        """
+        clean = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+        }
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
 
@@ -62,16 +73,21 @@ def _step_of(line: str) -> float:
 
 
 def all_reduce(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Sum tensors of any shapes over the ranks in one collective of float32; as they are when there is one rank."""
+    """Sum tensors of any shapes over the ranks in one collective of float32; as they are when there
+    is one rank.
+    """
     if not tensors or not dist.is_initialized() or dist.get_world_size() == 1:
         return list(tensors)
     flat = torch.cat([t.detach().reshape(-1).float() for t in tensors])
     dist.all_reduce(flat)
-    return [part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+    return [
+        part.view(t.shape)
+        for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)
+    ]
 
 
 class Tally:
-    """Losses and aux of one network in one step: added up over micro-batches, then once over ranks."""
+    """Losses and aux of one network in one step: summed over micro-batches, then over ranks."""
 
     def __init__(self) -> None:
         self.losses: dict[str, Tensor] = {}
@@ -93,7 +109,7 @@ class Tally:
         parts = [self.losses[k] for k in names] + [t for k in stats for t in self.aux[k]]
         parts = all_reduce(parts)
         self.losses = dict(zip(names, parts, strict=False))
-        rest = parts[len(names):]
+        rest = parts[len(names) :]
         self.aux = {k: Sum(rest[2 * i], rest[2 * i + 1]) for i, k in enumerate(stats)}
 
 
@@ -104,7 +120,7 @@ class Usage:
         self._seen: dict[str, Tensor] = {}
 
     def update(self, aux: Mapping[str, Sum]) -> dict[str, Tensor]:
-        """Fold in this step's ``usage`` histograms, (Q, K) each; return 0-d metrics on the device."""
+        """Fold in this step's ``usage`` histograms, (Q, K) each; return 0-d device metrics."""
         out: dict[str, Tensor] = {}
         for name, each in aux.items():
             if name.rpartition(".")[2].rpartition("/")[2] != "usage":
@@ -120,19 +136,26 @@ class Usage:
 
 
 class BytesPerToken:
-    """Raw bytes behind one target token of each modality, from decoding the first documents of a run.
+    """Raw bytes behind one target token of each modality, from decoding the first documents of a
+    run.
 
-    An estimate for the training curve (a constant factor on it); the task `bits_per_byte` is exact. Bytes are UTF-8 of
-    text, pixels x channels of images, 16-bit samples of audio; a span's end counts as a token.
+    An estimate for the training curve (a constant factor on it); the task `bits_per_byte` is exact.
+    Bytes are UTF-8 of text, pixels x channels of images, 16-bit samples of audio; a span's end
+    counts as a token.
     """
 
-    DOCUMENTS = 256  # of text, enough for a few per cent; images and audio: a few, their ratio hardly varies
+    # of text, enough for a few per cent; images and audio: a few, their ratio hardly varies
+    DOCUMENTS = 256
     FEW = 8
 
     def __init__(self, totals: Mapping[str, Sequence[float]] | None = None):
-        self.totals = {k: list(v) for k, v in (totals or {}).items()}  # modality -> [documents, tokens, bytes]
+        self.totals = {
+            k: list(v) for k, v in (totals or {}).items()
+        }  # modality -> [documents, tokens, bytes]
 
-    def observe(self, batches: Sequence[Batch], vocabulary: Vocabulary, tokenizers: Mapping[str, Any]) -> None:
+    def observe(
+        self, batches: Sequence[Batch], vocabulary: Vocabulary, tokenizers: Mapping[str, Any]
+    ) -> None:
         """Add what the targets of these host batches hold, until enough was seen."""
         for modality in vocabulary.modalities:
             seen = self.totals.setdefault(modality, [0, 0, 0])
@@ -140,10 +163,14 @@ class BytesPerToken:
             if modality not in tokenizers or seen[0] >= limit:
                 continue
             span = vocabulary.range(modality)
-            codes = [c for b in batches for c in _spans(b, span.begin, span.end)][: limit - int(seen[0])]
+            codes = [c for b in batches for c in _spans(b, span.begin, span.end)][
+                : limit - int(seen[0])
+            ]
             if not codes:
                 continue
-            raws = tokenizers[modality].decode([Encoded((ids - span.first).astype(np.int32)) for ids in codes])
+            raws = tokenizers[modality].decode(
+                [Encoded((ids - span.first).astype(np.int32)) for ids in codes]
+            )
             seen[0] += len(codes)
             seen[1] += sum(len(ids) + 1 for ids in codes)
             seen[2] += sum(raw_bytes(raw) for raw in raws)
@@ -166,7 +193,10 @@ def _spans(b: Batch, begin: int, end: int) -> list[np.ndarray]:
 
 
 def tokens_by_modality(batches: Sequence[Batch], n_modalities: int) -> Tensor:
-    """Places that hold a token, (n_modalities + 1,) float32; entry 0 counts control tokens. Host batches: no sync."""
+    """Places that hold a token, (n_modalities + 1,) float32; entry 0 counts control tokens.
+
+    Host batches: no sync.
+    """
     total = torch.zeros(n_modalities + 1)
     for b in batches:
         fields = b.layout.fields

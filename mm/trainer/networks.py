@@ -22,18 +22,25 @@ from mm.trainer.metrics import Tally
 
 
 def build(config: Config, **offered: Any) -> Any:
-    """Call ``config.build`` with those of ``offered`` that it names: a build declares only what it needs."""
+    """Call ``config.build`` with those of ``offered`` that it names: a build declares only what it
+    needs.
+    """
     known = inspect.signature(config.build).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
     return config.build(**{k: v for k, v in offered.items() if takes_all or k in known})
 
 
 def all_networks(run: Run, objective: Objective) -> dict[str, Network]:
-    """The model and the objective's own networks. Raises UserError on a kind that does not exist yet."""
+    """The model and the objective's own networks.
+
+    Raises UserError on a kind that does not exist yet.
+    """
     networks = {"model": Network(run.model), **objective.networks}
     for name, network in networks.items():
         if network.mode == "ema":
-            raise UserError(f"objective: network '{name}' has mode 'ema', which the trainer does not run yet")
+            raise UserError(
+                f"objective: network '{name}' has mode 'ema', which the trainer does not run yet"
+            )
     return networks
 
 
@@ -47,27 +54,38 @@ def make_module(config: Config, vocabulary: Any, seed: int, device: torch.device
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
-    """Copy full tensors into parameters and buffers. Raises UserError when a name or shape does not fit."""
+    """Copy full tensors into parameters and buffers.
+
+    Raises UserError when a name or shape does not fit.
+    """
     own = module.state_dict(keep_vars=True)
     for name, tensor in weights.items():
         if name not in own or own[name].shape != tensor.shape:
             have = tuple(own[name].shape) if name in own else "absent"
             raise UserError(
-                f"{origin}: '{name}' is {tuple(tensor.shape)} there and {have} in the model; it was made by another "
-                "model config: use another run name"
+                f"{origin}: '{name}' is {tuple(tensor.shape)} there and {have} in the model; "
+                "it was made by another model config: use another run name"
             )
     with torch.no_grad():
         for name, tensor in weights.items():
             own[name].copy_(tensor)
     unset = {n for n, _ in module.named_parameters()} - set(weights)
     if unset:
-        raise UserError(f"{origin}: has no '{min(unset)}'; it was made by another model config: use another run name")
+        raise UserError(
+            f"{origin}: has no '{min(unset)}'; it was made by another model config: "
+            "use another run name"
+        )
 
 
 class Nets(Mapping[str, Callable[..., ModelOut]]):
-    """Networks by name. A trainable one runs through its engine and its grad-mode forwards leave their aux behind."""
+    """Networks by name.
 
-    def __init__(self, engines: Mapping[str, Engine], frozen: Mapping[str, nn.Module], env: TrainerEnv):
+    A trainable one runs through its engine and its grad-mode forwards leave their aux behind.
+    """
+
+    def __init__(
+        self, engines: Mapping[str, Engine], frozen: Mapping[str, nn.Module], env: TrainerEnv
+    ):
         self.engines, self.frozen, self.env = engines, frozen, env
         self.tallies: dict[str, Tally] = {}
 
@@ -101,7 +119,10 @@ class Nets(Mapping[str, Callable[..., ModelOut]]):
 
 
 class TrainerEnv:
-    """Env of objective.py. Everything random is a pure function of (seed, step, rank): a resume needs no saved state."""
+    """Env of objective.py.
+
+    Everything random is a pure function of (seed, step, rank): a resume needs no saved state.
+    """
 
     def __init__(self, seed: int, device: torch.device, precision: str):
         self.device = device
@@ -124,7 +145,8 @@ class TrainerEnv:
         self.step, self.knobs = step, knobs
         seed = mix(self._seed, step, self._rank)
         self.rng.manual_seed(seed)
-        # Not torch.manual_seed: in a CUDA build without a GPU it queues a call with its traceback, every time.
+        # Not torch.manual_seed: in a CUDA build without a GPU it queues a call with its traceback,
+        # every time.
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -134,7 +156,9 @@ class TrainerEnv:
         self._micros = {id(b): i for i, b in enumerate(micros)}
 
     def seed_of(self, batch: Batch) -> int:
-        """Seed of Ctx for a micro-batch; a batch derived from one (`dataclasses.replace`) shares number -1."""
+        """Seed of Ctx for a micro-batch; a batch derived from one (`dataclasses.replace`) shares
+        number -1.
+        """
         return mix(self._seed, self.step, self._rank, self._micros.get(id(batch), -1))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -144,13 +168,16 @@ class TrainerEnv:
 
     @contextlib.contextmanager
     def frozen(self, name: str) -> Iterator[nn.Module]:
-        """The RAW module of another network with requires_grad off: through its engine ZeRO-0 refuses the backward."""
+        """The RAW module of another network with requires_grad off: through its engine ZeRO-0
+        refuses the backward.
+        """
         module = self._engines[name].raw if name in self._engines else self._frozen[name]
         was = [p for p in module.parameters() if p.requires_grad]
         for p in was:
             p.requires_grad_(False)
         if self._precision == "autocast_bf16":
-            # around its forward alone: a with-block here would span the objective's yields, so the trainer's backwards
+            # around its forward alone: a with-block here would span the objective's yields, so the
+            # trainer's backwards
             module.forward = torch.autocast(self.device.type, torch.bfloat16)(module.forward)
         try:
             yield module

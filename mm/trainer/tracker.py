@@ -1,7 +1,9 @@
-"""The ONE module that imports wandb: a mirror of metrics.jsonl that may be down, offline or killed without harm.
+"""The ONE module that imports wandb: a mirror of metrics.jsonl that may be down, offline or killed
+without harm.
 
-It never asks, never blocks for longer than `INIT_TIMEOUT_S` and never ends a run: any exception becomes one warning and
-the tracker falls silent. WANDB_MODE wins over the config; without a key the mode is offline.
+It never asks, never blocks for longer than `INIT_TIMEOUT_S` and never ends a run: any exception
+becomes one warning and the tracker falls silent. WANDB_MODE wins over the config; without a key the
+mode is offline.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ def has_key() -> bool:
         return False
 
 
-def resolve_mode(asked: str) -> str:
+def resolve_mode(asked: str) -> Any:
     """WANDB_MODE, else what the config asks for, else online with a key and offline without."""
     given = os.environ.get("WANDB_MODE", "").strip().lower()
     if given in ("online", "offline", "disabled", "dryrun"):
@@ -55,7 +57,9 @@ class Tracker:
         return cls()
 
     @classmethod
-    def start(cls, run: Run, folder: Path, environment: Mapping[str, Any], run_id: str | None = None) -> Tracker:
+    def start(
+        cls, run: Run, folder: Path, environment: Mapping[str, Any], run_id: str | None = None
+    ) -> Tracker:
         """Open (or, with the id of an earlier part, continue) the wandb run of a training run."""
         mode = resolve_mode(run.tracking.mode)
         if mode == "disabled":
@@ -65,12 +69,23 @@ class Tracker:
             import wandb
 
             settings = wandb.Settings(
-                init_timeout=INIT_TIMEOUT_S - 5, silent=True, disable_git=True, disable_code=True,
-                x_disable_stats=True, console="off", quiet=True,
+                init_timeout=INIT_TIMEOUT_S - 5,
+                silent=True,
+                disable_git=True,
+                disable_code=True,
+                x_disable_stats=True,
+                console="off",
+                quiet=True,
             )
             made = wandb.init(
-                project=run.tracking.project, name=run.name, tags=list(run.tracking.tags), dir=str(folder), mode=mode,
-                id=run_id, resume="allow" if run_id else None, settings=settings,
+                project=run.tracking.project,
+                name=run.name,
+                tags=list(run.tracking.tags),
+                dir=str(folder),
+                mode=mode,
+                id=run_id,
+                resume="allow" if run_id else None,
+                settings=settings,
                 config={**run.to_dict(), "environment": dict(environment)},
             )
             made.define_metric("step")
@@ -84,8 +99,11 @@ class Tracker:
         """Mirror the metrics of ``step``."""
         self._try("log", lambda run: run.log({**metrics, "step": step}))
 
-    def media(self, name: str, kind: Media, value: Any, step: int, *, sample_rate: int = 16000) -> None:
+    def media(
+        self, name: str, kind: Media, value: Any, step: int, *, sample_rate: int = 16000
+    ) -> None:
         """Log a sample: image (H, W, C) uint8, audio (N,) float32 in [-1, 1], or text str."""
+
         def send(run: Any) -> None:
             import wandb
 
@@ -112,7 +130,11 @@ class Tracker:
             action(self._run)
         except Exception as error:  # whatever wandb raises: training goes on without it
             self._run = None
-            log.warning("wandb %s failed, tracking is off for this run (metrics.jsonl goes on): %s", what, error)
+            log.warning(
+                "wandb %s failed, tracking is off for this run (metrics.jsonl goes on): %s",
+                what,
+                error,
+            )
 
 
 def _escape(text: str) -> str:
@@ -122,7 +144,9 @@ def _escape(text: str) -> str:
 
 
 def _guarded(what: str, action: Callable[[], Any], timeout_s: float) -> Any:
-    """Run ``action`` in a daemon thread for at most ``timeout_s``; None and one warning when it fails or hangs."""
+    """Run ``action`` in a daemon thread for at most ``timeout_s``; None and one warning when it
+    fails or hangs.
+    """
     box: dict[str, Any] = {}
 
     def work() -> None:
@@ -137,5 +161,7 @@ def _guarded(what: str, action: Callable[[], Any], timeout_s: float) -> Any:
     if "value" in box or ("error" not in box and not thread.is_alive()):
         return box.get("value")
     reason = box.get("error", f"no answer in {timeout_s:.0f} s")
-    log.warning("wandb %s failed, tracking is off for this run (metrics.jsonl goes on): %s", what, reason)
+    log.warning(
+        "wandb %s failed, tracking is off for this run (metrics.jsonl goes on): %s", what, reason
+    )
     return None

@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import shutil
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +34,7 @@ from mm.trainer.metrics import (
     n_items,
     tokens_by_modality,
 )
+from mm.trainer.signals import Stop
 from mm.trainer.tracker import Tracker
 from mm.vocabulary import Vocabulary
 
@@ -47,8 +47,8 @@ LN2 = 0.6931471805599453
 class Trainer:
     """Train a `Run` to its end, from its newest checkpoint when it has one.
 
-    Attributes that callbacks may use: ``run, folder, nets, vocabulary, tokenizers, tracker, is_main, step, steps``
-    and `whole`.
+    Attributes that callbacks may use: ``run, folder, nets, vocabulary, tokenizers, tracker,
+    is_main, step, steps`` and `whole`.
     """
 
     def __init__(self, run: Run):
@@ -66,12 +66,13 @@ class Trainer:
         self.metrics: dict[str, Any] = {}  # of the last step
         self._skips_in_row = 0
         self._usage = Usage()
-        self._stop: int | None = None  # the signal that asked for it
+        self._stop = Stop()
         self.batches: list[Batch] = []  # host micro-batches of the last step
         self._bytes = BytesPerToken()
         self._tokenizers: dict[str, Any] | None = None
 
-    # ---- the loop ------------------------------------------------------------------------------------------------
+    # ---- the loop --------------------------------------------------------------------------------
+    # ----------------
 
     def fit(self) -> dict[str, Any]:
         """Train, save ``<run folder>/model`` and return the last metrics.
@@ -84,30 +85,38 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             if self.is_main:
                 stack.enter_context(folder.locked(self.folder))
-            stack.enter_context(self._signals())
+            stack.enter_context(self._stop)
             self.device = join(self.run.engine.threads)
             saved = self._find_checkpoint()
             first = self.step
             if first >= self.steps and (self.folder / "model" / "config.json").is_file():
                 log.info("%s: nothing to do, all %d steps are done", self.folder, self.steps)
-                return {"step": first, "new_steps": 0, "resumed_from": first, "folder": str(self.folder)}
+                place = str(self.folder)
+                return {"step": first, "new_steps": 0, "resumed_from": first, "folder": place}
             self._open(saved, stack)
             weights: dict[str, dict[str, Tensor]] = {}
             end, last = 0, len(self.run.stages) - 1
-            for self.index, stage in enumerate(self.run.stages):
+            for index, stage in enumerate(self.run.stages):
                 begin, end = end, end + stage.budget.steps
-                if self.step < end or self.index == last:
-                    self._enter(stage, begin, saved, weights)
-                    self._train(end)
+                if self.step < end or index == last:
+                    self._enter(index, stage, begin, saved, weights)
+                    try:
+                        self._train(end)
+                    finally:
+                        self.stream.close()
                     weights = {name: engine.weights() for name, engine in self.engines.items()}
-                    self._leave()
                     saved = None
             self._export(weights["model"])
             evaluated = self._evaluate()
             dist.barrier()
             return {
-                **self.metrics, **evaluated, "step": self.step, "new_steps": self.step - first,
-                "resumed_from": first, "seconds": time.monotonic() - begun, "folder": str(self.folder),
+                **self.metrics,
+                **evaluated,
+                "step": self.step,
+                "new_steps": self.step - first,
+                "resumed_from": first,
+                "seconds": time.monotonic() - begun,
+                "folder": str(self.folder),
             }
 
     def _train(self, end: int) -> None:
@@ -124,7 +133,9 @@ class Trainer:
             if stop or self.step == end or (every and self.step % every == 0):
                 self._save()
             if stop:
-                log.warning("stopped by a signal at step %d; run the same command to go on", self.step)
+                log.warning(
+                    "stopped by a signal at step %d; run the same command to go on", self.step
+                )
                 raise SystemExit(INTERRUPTED)
 
     def _optimizer_step(self, batches: Sequence[Batch]) -> dict[str, Any]:
@@ -148,8 +159,9 @@ class Trainer:
             if not term.step:
                 engine.backward(loss)
                 continue
-            # Losses are reduced BEFORE the last backward: if their global sum is not finite, this backward makes every
-            # gradient NaN on every rank, so that all of them skip the step, at each ZeRO stage, without asking the host.
+            # Losses are reduced BEFORE the last backward: if their global sum is not finite, this
+            # backward makes every gradient NaN on every rank, so that all of them skip the step, at
+            # each ZeRO stage, without asking the host.
             tally.aux = self.nets.take(term.network).aux
             tally.reduce()
             total = torch.stack([factors[k] * s for k, s in tally.losses.items()]).sum()
@@ -159,7 +171,13 @@ class Trainer:
         return metrics
 
     def _update(
-        self, term: Term, engine: Engine, tally: Tally, total: Tensor, facts: dict[str, Tensor], n: dict[str, Tensor]
+        self,
+        term: Term,
+        engine: Engine,
+        tally: Tally,
+        total: Tensor,
+        facts: dict[str, Tensor],
+        n: dict[str, Tensor],
     ) -> dict[str, Any]:
         """Step one network. The only device-to-host copy of the step is the one `tolist` here."""
         norm = engine.reduce()
@@ -169,7 +187,13 @@ class Trainer:
         device |= self._usage.update(tally.aux) | facts
         if norm is not None:
             device["norm"] = norm
-        host = dict(zip(device, torch.stack([t.detach().float() for t in device.values()]).tolist(), strict=True))
+        host = dict(
+            zip(
+                device,
+                torch.stack([t.detach().float() for t in device.values()]).tolist(),
+                strict=True,
+            )
+        )
         lr = engine.set_lr(self.stage.schedule(self.step - self.begin, self.stage.budget.steps))
         applied, norm_before = engine.step(host.pop("norm", None))
         self._count_skip(applied, term, host)
@@ -183,19 +207,26 @@ class Trainer:
     def _global_counts(
         self, batches: Sequence[Batch], micros: Sequence[Batch]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Denominators of all losses, and facts for the log, over micro-batches and ranks; one collective."""
+        """Denominators of all losses, and facts for the log, over micro-batches and ranks; one
+        collective.
+        """
         each = [self.objective.counts(b) for b in micros]
         names = sorted({k for counts in each for k in counts})
         mine = [torch.stack([c[k].float() for c in each if k in c]).sum() for k in names]
         modalities = self.vocabulary.modalities if self.vocabulary is not None else ()
-        host = torch.cat([
-            tokens_by_modality(batches, len(modalities)),
-            torch.tensor([float(n_items(batches)), float(self._stop is not None)]),
-        ]).to(self.device, non_blocking=True)
+        host = torch.cat(
+            [
+                tokens_by_modality(batches, len(modalities)),
+                torch.tensor([float(n_items(batches)), float(self._stop.asked)]),
+            ]
+        ).to(self.device, non_blocking=True)
         *reduced, seen = all_reduce([*mine, host])
         tokens, facts = seen[:-2].sum(), {"stop": seen[-1]}
         if self.vocabulary is not None:
-            facts |= {f"tokens/{m}_share": seen[i] / tokens.clamp_min(1) for i, m in enumerate(modalities, start=1)}
+            facts |= {
+                f"tokens/{m}_share": seen[i] / tokens.clamp_min(1)
+                for i, m in enumerate(modalities, start=1)
+            }
             facts["tokens/step"] = tokens
         else:
             facts["items/step"] = seen[-2]
@@ -209,38 +240,42 @@ class Trainer:
         self.skipped += 1
         self._skips_in_row += 1
         losses = {k: v for k, v in host.items() if k.startswith("loss/")}
-        log.warning("step %d: loss or gradient of '%s' is not finite; not applied (%s)", self.step, term.network, losses)
+        log.warning(
+            "step %d: loss or gradient of '%s' is not finite; not applied (%s)",
+            self.step,
+            term.network,
+            losses,
+        )
         if self.is_main:
             with (self.folder / "skipped.jsonl").open("a") as file:
-                row = {"step": self.step, "network": term.network, "losses": {k: str(v) for k, v in losses.items()}}
-                file.write(json.dumps(row | {"keys": [key for b in self.batches for key in b.keys]}) + "\n")
+                row = {
+                    "step": self.step,
+                    "network": term.network,
+                    "losses": {k: str(v) for k, v in losses.items()},
+                }
+                file.write(
+                    json.dumps(row | {"keys": [key for b in self.batches for key in b.keys]}) + "\n"
+                )
         if self._skips_in_row > self.run.engine.max_skips:
             raise UserError(
-                f"{self.folder}: {self._skips_in_row} steps in a row were not finite (up to step {self.step}); their "
-                "samples are in skipped.jsonl. Lower stages.0.optimizer.lr and run again: it goes on from the last checkpoint"
+                f"{self.folder}: {self._skips_in_row} steps in a row were not finite "
+                f"(up to step {self.step}); their samples are in skipped.jsonl. Lower "
+                "stages.0.optimizer.lr and run again: it goes on from the last checkpoint"
             )
 
-    # ---- before, between and after -------------------------------------------------------------------------------
+    # ---- before, between and after
+    # -------------------------------------------------------------------------------
 
     def _find_checkpoint(self) -> checkpoint.Saved | None:
-        """The newest good checkpoint, checked against this config. Raises UserError when it cannot go on from it."""
+        """The newest good checkpoint, checked against this config.
+
+        Raises UserError when it cannot go on from it.
+        """
         saved = checkpoint.newest(self.folder / "checkpoints")
         if saved is None:
             return None
         mine = self.vocabulary.fingerprint if self.vocabulary is not None else None
-        if saved.state["vocabulary"] != mine:
-            raise UserError(
-                f"{saved.folder}: was trained with vocabulary {str(saved.state['vocabulary'])[:12]}, this run has "
-                f"{str(mine)[:12]}; use that vocabulary, or another run name: name=..."
-            )
-        changed = checkpoint.differences(saved.state["config"], self.run.to_dict())
-        for key, (old, new) in changed.items():
-            if key.split(".")[0] in ("model", "vocabulary", "seed") and key != "vocabulary":
-                raise UserError(
-                    f"{self.folder}: '{key}' was {old} and is {new} now; a checkpoint cannot change it: set it back, "
-                    "or use another run name: name=..."
-                )
-            log.info("config changed since step %d: %s: %s -> %s", saved.state["step"], key, old, new)
+        saved.require(self.run.to_dict(), mine)
         self.step, self.skipped = saved.state["step"], saved.state["skipped"]
         self._bytes = BytesPerToken(saved.state["bytes_per_token"])
         return saved
@@ -250,7 +285,10 @@ class Trainer:
         self.precision = resolve_precision(self.run.engine.precision, self.device)
         self.env = networks.TrainerEnv(self.run.seed, self.device, self.precision)
         facts = {
-            "device": str(self.device), "world": self.world, "precision": self.precision, "threads": torch.get_num_threads()
+            "device": str(self.device),
+            "world": self.world,
+            "precision": self.precision,
+            "threads": torch.get_num_threads(),
         }
         described = folder.describe(self.run, facts)
         if self.is_main:
@@ -258,36 +296,53 @@ class Trainer:
             folder.write(self.folder, self.run, described)
             self.file = MetricsFile(self.folder / "metrics.jsonl", self.step)
             stack.callback(self.file.close)
-            self.tracker = Tracker.start(self.run, self.folder, described, saved.state.get("tracker") if saved else None)
+            self.tracker = Tracker.start(
+                self.run, self.folder, described, saved.state.get("tracker") if saved else None
+            )
             stack.callback(self.tracker.finish)
         if saved is not None:
             log.info("resumed %s from step %d of %d", self.folder, self.step, self.steps)
         kinds = {config.kind for config in self.run.callbacks}
         defaults = [] if "progress" in kinds else [CALLBACKS.parse("progress")]
-        self.callbacks: list[Callback] = [config.build() for config in (*self.run.callbacks, *defaults)]
+        self.callbacks: list[Callback] = [
+            config.build() for config in (*self.run.callbacks, *defaults)
+        ]
         self._started = False
         stack.push(self._end_callbacks)
 
     def _enter(
-        self, stage: Stage, begin: int, saved: checkpoint.Saved | None, weights: Mapping[str, Mapping[str, Tensor]]
+        self,
+        index: int,
+        stage: Stage,
+        begin: int,
+        saved: checkpoint.Saved | None,
+        weights: Mapping[str, Mapping[str, Tensor]],
     ) -> None:
-        """Build a stage: objective, stream, networks (from ``saved``, else ``weights``, else fresh), engines."""
-        self.stage, self.begin = stage, begin
+        """Build a stage: objective, stream, networks (from ``saved``, else ``weights``, else
+        fresh), engines.
+        """
+        self.index, self.stage, self.begin = index, stage, begin
         self.objective: Objective = networks.build(stage.objective, vocabulary=self.vocabulary)
         self.engines, self.frozen = {}, {}
         same_stage = saved is not None and saved.state["stage"] == self.index
         for name, network in networks.all_networks(self.run, self.objective).items():
-            module = networks.make_module(network.config, self.vocabulary, self.run.seed, self.device)
+            module = networks.make_module(
+                network.config, self.vocabulary, self.run.seed, self.device
+            )
             have = saved.tensors(name) if saved is not None else weights.get(name, {})
             if have:
-                networks.load_weights(module, have, str(saved.folder) if saved is not None else "the stage before")
+                networks.load_weights(
+                    module, have, str(saved.folder) if saved is not None else "the stage before"
+                )
             elif name == "model" and self.run.tokenizers and hasattr(network.config, "prepare"):
                 vectors = {m: t.code_vectors() for m, t in self.tokenizers.items()}
                 network.config.prepare(module, {m: v for m, v in vectors.items() if v is not None})
             if network.mode == "frozen":
                 self.frozen[name] = module.eval().requires_grad_(False)
                 continue
-            engine = Engine(module.train(), stage.optimizer.build(module), self.run.engine, self.precision)
+            engine = Engine(
+                module.train(), stage.optimizer.build(module), self.run.engine, self.precision
+            )
             if saved is not None and same_stage:
                 engine.load_masters(have)
                 engine.load_optimizer_state(saved.optimizer(name), saved.state["optimizers"][name])
@@ -295,8 +350,12 @@ class Trainer:
         self.env.lend(self.engines, self.frozen)
         self.nets = networks.Nets(self.engines, self.frozen, self.env)
         self.stream = networks.build(
-            stage.data, vocabulary=self.vocabulary, transform=self.objective.transform, seed=self.run.seed,
-            rank=environment.ranks().rank, world=self.world,
+            stage.data,
+            vocabulary=self.vocabulary,
+            transform=self.objective.transform,
+            seed=self.run.seed,
+            rank=environment.ranks().rank,
+            world=self.world,
         )
         if saved is not None and same_stage:
             self.stream.load_state_dict(saved.state["data"])
@@ -304,9 +363,6 @@ class Trainer:
             self._started = True
             for callback in self.callbacks:
                 callback.on_start(self)
-
-    def _leave(self) -> None:
-        self.stream.close()
 
     def _report(self, metrics: dict[str, Any], seconds: float, waited: float) -> None:
         """One line of metrics.jsonl, the tracker, the callbacks."""
@@ -316,7 +372,11 @@ class Trainer:
         for name, size in self._bytes_per_token().items():
             if f"loss/{name}" in metrics and size:
                 metrics[f"bits_per_byte/{name}"] = metrics[f"loss/{name}"] / LN2 / size
-        metrics |= {"perf/step_seconds": seconds, "data/wait_seconds": waited, "skipped": self.skipped}
+        metrics |= {
+            "perf/step_seconds": seconds,
+            "data/wait_seconds": waited,
+            "skipped": self.skipped,
+        }
         self.metrics = metrics
         if self.is_main:
             self.file.write({"step": self.step, **metrics})
@@ -325,9 +385,16 @@ class Trainer:
             callback.on_step(self, self.step, metrics)
 
     def _bytes_per_token(self) -> Mapping[str, float]:
-        """Raw bytes that one target token stands for: the stream's own figure, else an estimate of the first steps."""
+        """Raw bytes that one target token stands for: the stream's own figure, else an estimate of
+        the first steps.
+        """
         known = getattr(self.stream, "bytes_per_token", None)
-        if known is not None or self.vocabulary is None or not self.run.tokenizers or not self.is_main:
+        if (
+            known is not None
+            or self.vocabulary is None
+            or not self.run.tokenizers
+            or not self.is_main
+        ):
             return known or {}
         self._bytes.observe(self.batches, self.vocabulary, self.tokenizers)
         return self._bytes.ratio()
@@ -341,11 +408,19 @@ class Trainer:
         data = self.stream.state_dict()
         if self.is_main:
             state = {
-                "stage": self.index, "skipped": self.skipped, "data": data, "optimizers": scalars, "world": self.world,
+                "stage": self.index,
+                "skipped": self.skipped,
+                "data": data,
+                "optimizers": scalars,
+                "world": self.world,
                 "vocabulary": self.vocabulary.fingerprint if self.vocabulary is not None else None,
-                "config": self.run.to_dict(), "tracker": self.tracker.id,
+                "config": self.run.to_dict(),
+                "tracker": self.tracker.id,
                 "bytes_per_token": self._bytes.totals,
-                "rng": {"seed": self.run.seed, "rule": "every generator is seeded by (seed, step, rank)"},
+                "rng": {
+                    "seed": self.run.seed,
+                    "rule": "every generator is seeded by (seed, step, rank)",
+                },
             }
             checkpoint.save(
                 self.folder / "checkpoints", self.step, state, full, self.run.checkpoints.keep_last
@@ -355,11 +430,16 @@ class Trainer:
     def _export(self, weights: Mapping[str, Tensor]) -> None:
         """Save the model from its full fp32 weights as ``<run folder>/model``."""
         if self.is_main:
-            module = networks.make_module(self.run.model, self.vocabulary, self.run.seed, torch.device("cpu"))
+            module = networks.make_module(
+                self.run.model, self.vocabulary, self.run.seed, torch.device("cpu")
+            )
             networks.load_weights(module, weights, "the trained model")
             part = self.folder / "model.part"
             shutil.rmtree(part, ignore_errors=True)
-            module.eval().save_pretrained(part, vocabulary=self.vocabulary, tokenizers=dict(self.run.tokenizers))
+            saving: Any = module.eval()
+            saving.save_pretrained(
+                part, vocabulary=self.vocabulary, tokenizers=dict(self.run.tokenizers)
+            )
             shutil.rmtree(self.folder / "model", ignore_errors=True)
             part.rename(self.folder / "model")
         dist.barrier()
@@ -367,7 +447,7 @@ class Trainer:
     def _evaluate(self) -> dict[str, Any]:
         """Run the last stage's tasks on the saved model; one ``eval/...`` line in metrics.jsonl."""
         tasks = self.run.stages[-1].tasks
-        if not tasks or not self.is_main:
+        if not tasks or not self.run.evaluate or not self.is_main:
             return {}
         from mm.decoders.generate import Generator
 
@@ -380,7 +460,8 @@ class Trainer:
         self.tracker.log(out, self.step)
         return out
 
-    # ---- for callbacks -------------------------------------------------------------------------------------------
+    # ---- for callbacks
+    # -------------------------------------------------------------------------------------------
 
     @property
     def tokenizers(self) -> dict[str, Any]:
@@ -393,7 +474,9 @@ class Trainer:
 
     @contextlib.contextmanager
     def whole(self, name: str = "model") -> Iterator[nn.Module]:
-        """A network's raw module in eval mode with all weights present; enter and leave it on ALL ranks."""
+        """A network's raw module in eval mode with all weights present; enter and leave it on ALL
+        ranks.
+        """
         with self.engines[name].whole() as module:
             module.eval()
             try:
@@ -405,27 +488,12 @@ class Trainer:
         for callback in self.callbacks if self._started else ():
             callback.on_end(self)
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT ask for a checkpoint after the step; a second SIGINT interrupts at once."""
-        def ask(number: int, frame: Any) -> None:
-            if self._stop is not None and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._stop = number
-
-        try:
-            before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not the main thread (a notebook's worker): whoever runs it keeps its own handlers
-            before = {}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
 
 def train(run: Run | str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Train a `Run` or a run YAML to its end, resuming when its folder has a checkpoint. Returns the last metrics."""
+    """Train a `Run` or a run YAML to its end, resuming when its folder has a checkpoint.
+
+    Returns the last metrics.
+    """
     if not isinstance(run, Run):
         run = Run.load(run, overrides)
     return Trainer(run).fit()

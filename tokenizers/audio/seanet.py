@@ -115,6 +115,10 @@ class SeanetFrontEnd(nn.Module):
             )
         self.last = CausalConv1d(width, 1, c.kernel)
 
+    def init_weights(self) -> None:
+        with torch.no_grad():  # start quiet: a loud start teaches silence first
+            self.last.weight.mul_(0.1)
+
     def encode(self, wave_GN: Tensor, stream: Stream | None = None) -> Tensor:
         """(G, N) with N a multiple of `samples_per_frame` -> (G, F, d_code)."""
         h = self.first(wave_GN[:, None], stream)

@@ -143,8 +143,8 @@ class AudioCodecTokenizer(ModalityTokenizer):
             ) from error
         if samples.dim() != 1 or rate <= 0:
             raise UserError(
-                f"{self.config.modality} tokenizer: expected mono samples (N,) at a positive rate, got "
-                f"{tuple(samples.shape)} at {rate} Hz; mix the channels down first"
+                f"{self.config.modality} tokenizer: expected mono samples (N,) at a positive rate, "
+                f"got {tuple(samples.shape)} at {rate} Hz; mix the channels down first"
             )
         if not bool(torch.isfinite(samples).all()):
             raise UserError(

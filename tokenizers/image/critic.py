@@ -1,4 +1,7 @@
-"""Patch critic: a small fully convolutional network that says of every patch whether it is real. G items, C colours."""
+"""Patch critic: a small fully convolutional network that says of every patch whether it is real.
+
+G items, C colours.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ NONE: Mapping[str, Any] = {}
 class PatchCritic(nn.Module):
     """Strided convolutions to a map of scores, one a patch.
 
-    Source: Isola et al. 2017, arXiv:1611.07004, section 3.2.2, without batch norm: it would tie the items of a
-    micro-batch together.
+    Source: Isola et al. 2017, arXiv:1611.07004, section 3.2.2, without batch norm: it would tie the
+    items of a micro-batch together.
     """
 
     def __init__(self, config: PatchCriticConfig):
@@ -67,7 +70,9 @@ class PatchCriticConfig(Config):
     kind: Literal["patch_critic"] = "patch_critic"
     modality: str = "image"
     channels: Annotated[Literal[1, 3], Field(description="1: gray, 3: RGB")] = 3
-    width: Annotated[int, Field(gt=0, description="channels of the first layer; doubled up to 8 times")] = 32
+    width: Annotated[
+        int, Field(gt=0, description="channels of the first layer; doubled up to 8 times")
+    ] = 32
     depth: Annotated[int, Field(ge=1, description="strided layers")] = 3
 
     def build(self, vocabulary: Any = None) -> PatchCritic:

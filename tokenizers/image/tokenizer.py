@@ -18,13 +18,15 @@ from mm.specs import Encoded, ModalityTokenizer, TokenSpec
 from mm.tokenizers.image.vq import ImageVq, ImageVqConfig
 from mm.tokenizers.load import load_tokenizer
 
-# Every pass has exactly this many images: kernels choose their order of summation by shape, and a last-bit difference
-# next to a decision boundary would make a batch and a loop disagree.
+# Every pass has exactly this many images: kernels choose their order of summation by shape, and a
+# last-bit difference next to a decision boundary would make a batch and a loop disagree.
 CHUNK = 16
 
 
 class ImageVqTokenizer(ModalityTokenizer):
-    """uint8 images of any size to ``h * w`` ids in reading order, and back to ``(size, size, 3)`` uint8."""
+    """uint8 images of any size to ``h * w`` ids in reading order, and back to ``(size, size, 3)``
+    uint8.
+    """
 
     def __init__(self, config: ImageVqTokenizerConfig, net: ImageVq):
         self.config, self.net = config, net.eval()
@@ -39,7 +41,8 @@ class ImageVqTokenizer(ModalityTokenizer):
 
     @torch.no_grad()
     def encode(self, raws: Sequence[Any]) -> list[Encoded]:
-        """Ids of each image, ``(H, W)`` or ``(H, W, 1, 3 or 4)`` uint8; short side resized to ``size``, middle kept.
+        """Ids of each image, ``(H, W)`` or ``(H, W, 1, 3 or 4)`` uint8; short side resized to
+        ``size``, middle kept.
 
         Raises:
             UserError: something is no uint8 image.
@@ -55,7 +58,10 @@ class ImageVqTokenizer(ModalityTokenizer):
 
     @torch.no_grad()
     def decode(self, codes: Sequence[Encoded]) -> list[np.ndarray]:
-        """Images ``(size, size, 3)`` uint8. Missing ids are filled with code 0, surplus ones are dropped."""
+        """Images ``(size, size, 3)`` uint8.
+
+        Missing ids are filled with code 0, surplus ones are dropped.
+        """
         h, w = self.net.config.grid
         Q, K = self.spec.n_codebooks, self.spec.vocab_size
         out: list[np.ndarray] = []
@@ -66,7 +72,9 @@ class ImageVqTokenizer(ModalityTokenizer):
                 # an id of another book means its code: a generated frame may come in disorder
                 row[: len(given)] = given % K
             padded = self._padded(torch.from_numpy(ids))
-            image = self.net.decode(self.net.quantizer.decode(padded.view(-1, h, w, Q)))[: len(some)]
+            image = self.net.decode(self.net.quantizer.decode(padded.view(-1, h, w, Q)))[
+                : len(some)
+            ]
             pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
             out += list(pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy())
         return out
@@ -88,7 +96,8 @@ class ImageVqTokenizer(ModalityTokenizer):
 
 
 def fit(raw: Any, size: int) -> Tensor:
-    """A uint8 image as ``(3, size, size)`` float32 in [0, 1]: alpha over white, short side resized, middle kept.
+    """A uint8 image as ``(3, size, size)`` float32 in [0, 1]: alpha over white, short side resized,
+    middle kept.
 
     Raises:
         UserError: no uint8 array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
@@ -120,13 +129,19 @@ def _chunks(rows: Sequence[Any]) -> list[Sequence[Any]]:
 
 @TOKENIZERS.register("image_vq")
 class ImageVqTokenizerConfig(Config):
-    """A trained `image_vq` network as a tokenizer; its settings are in the network's own config.json."""
+    """A trained `image_vq` network as a tokenizer.
+
+    Its settings are in the network's own config.json.
+    """
 
     kind: Literal["image_vq"] = "image_vq"
     modality: str = "image"
 
     def build(self, folder: str | Path) -> ImageVqTokenizer:
-        """Load the network of a tokenizer folder. Raises UserError when its files are missing or do not fit."""
+        """Load the network of a tokenizer folder.
+
+        Raises UserError when its files are missing or do not fit.
+        """
         return ImageVqTokenizer(self, ImageVq.from_pretrained(folder))
 
     @classmethod

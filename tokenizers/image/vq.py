@@ -1,4 +1,5 @@
-"""Image VQ network: patches and convolutions down to a small grid, a quantizer, and the mirror image back up.
+"""Image VQ network: patches and convolutions down to a small grid, a quantizer, and the mirror
+image back up.
 
 G items, C colours, H and W pixels, h and w grid cells, D latent, Q codebooks.
 """
@@ -40,8 +41,9 @@ class Residual(nn.Module):
 class ImageVq(TokenizerNetwork):
     """Images to a grid of codes and back; sides are multiples of the total stride.
 
-    Source: van den Oord et al. 2017, arXiv:1711.00937. The strides are space-to-depth and pixel shuffle (Shi et al.
-    2016, arXiv:1609.05158): on a CPU they cost far less than convolutions at full resolution.
+    Source: van den Oord et al. 2017, arXiv:1711.00937. The strides are space-to-depth and pixel
+    shuffle (Shi et al. 2016, arXiv:1609.05158): on a CPU they cost far less than convolutions at
+    full resolution.
     """
 
     kind = "image_vq"
@@ -57,7 +59,12 @@ class ImageVq(TokenizerNetwork):
             down += [nn.PixelUnshuffle(stride), nn.Conv2d(c * stride**2, width, 3, padding=1)]
             down += [Residual(width) for _ in range(blocks)]
             back = [Residual(width) for _ in range(blocks)]
-            up = [*back, nn.Conv2d(width, c * stride**2, 3, padding=1), nn.PixelShuffle(stride), *up]
+            up = [
+                *back,
+                nn.Conv2d(width, c * stride**2, 3, padding=1),
+                nn.PixelShuffle(stride),
+                *up,
+            ]
             c = width
         d = self.quantizer.d
         self.encoder = nn.Sequential(*down, nn.GroupNorm(1, c), nn.Conv2d(c, d, 1))
@@ -88,8 +95,8 @@ class ImageVq(TokenizerNetwork):
         stride = math.prod(self.config.down)
         if image.shape[-2] % stride or image.shape[-1] % stride:
             raise UserError(
-                f"image_vq: images of {image.shape[-2]}x{image.shape[-1]} do not divide into cells of {stride}; set the "
-                f"stream's size to a multiple of {stride}"
+                f"image_vq: images of {image.shape[-2]}x{image.shape[-1]} do not divide into cells "
+                f"of {stride}; set the stream's size to a multiple of {stride}"
             )
         return self.encoder(2 * colours(image, self.config.channels) - 1).permute(0, 2, 3, 1)
 
@@ -108,11 +115,12 @@ class ImageVq(TokenizerNetwork):
     ) -> ModelOut:
         """Reconstruct ``batch.values["image"]``, data ``(G, 1 or 3, H, W)`` float in [0, 1].
 
-        An item of length 0 is the zero item of a rank without images: it runs, and counts nowhere. Knob "bypass" 1
-        skips the quantizer (warm-up).
+        An item of length 0 is the zero item of a rank without images: it runs, and counts nowhere.
+        Knob "bypass" 1 skips the quantizer (warm-up).
 
         Returns:
-            hidden: (G, h, w, D) latents. taps: "image" (G, C, H, W), C the network's colours; "ids" (G, h, w, Q)
+            hidden: (G, h, w, D) latents. taps: "image" (G, C, H, W), C the network's colours; "ids"
+                (G, h, w, Q)
             int64. aux: the quantizer's.
         """
         values = batch.values[self.config.modality]
@@ -126,21 +134,31 @@ def colours(image: Tensor, channels: int) -> Tensor:
     """``(G, 1 or 3, H, W)`` as gray or RGB: the mean of the colours, or three equal ones."""
     if image.shape[1] == channels:
         return image
-    return image.mean(1, keepdim=True) if channels == 1 else image[:, :1].expand(-1, channels, -1, -1)
+    return (
+        image.mean(1, keepdim=True) if channels == 1 else image[:, :1].expand(-1, channels, -1, -1)
+    )
 
 
 @NETWORKS.register("image_vq")
 class ImageVqConfig(Config):
-    """Convolutional image tokenizer. A ``size`` of 32 and strides 4, 2 give a grid of 4 x 4 tokens."""
+    """Convolutional image tokenizer.
+
+    A ``size`` of 32 and strides 4, 2 give a grid of 4 x 4 tokens.
+    """
 
     kind: Literal["image_vq"] = "image_vq"
     modality: str = "image"
     size: Annotated[int, Field(gt=0, description="side in pixels of what is encoded")] = 32
     channels: Annotated[Literal[1, 3], Field(description="1: gray, 3: RGB")] = 3
-    down: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1, description="strides")] = (4, 2)
-    widths: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(description="of each level")] = (32, 64)
+    down: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1, description="strides")
+    ] = (4, 2)
+    widths: Annotated[
+        tuple[Annotated[int, Field(gt=0)], ...], Field(description="of each level")
+    ] = (32, 64)
     blocks: Annotated[
-        tuple[Annotated[int, Field(ge=0)], ...], Field(description="residual blocks of each level, each way")
+        tuple[Annotated[int, Field(ge=0)], ...],
+        Field(description="residual blocks of each level, each way"),
     ] = (0, 2)
     quantizer: QUANTIZERS.field = Field(default="fsq", validate_default=True)  # type: ignore[valid-type]
 
@@ -148,8 +166,8 @@ class ImageVqConfig(Config):
     def _fits(self) -> Self:
         if not len(self.down) == len(self.widths) == len(self.blocks):
             raise ValueError(
-                f"down, widths and blocks name the same levels, but have {len(self.down)}, {len(self.widths)} and "
-                f"{len(self.blocks)} entries"
+                "down, widths and blocks name the same levels, but have "
+                f"{len(self.down)}, {len(self.widths)} and {len(self.blocks)} entries"
             )
         stride = math.prod(self.down)
         if self.size % stride:
@@ -168,4 +186,10 @@ class ImageVqConfig(Config):
 
     @classmethod
     def smallest(cls) -> ImageVqConfig:
-        return cls(size=8, down=(2, 2), widths=(8, 8), blocks=(0, 1), quantizer={"kind": "fsq", "levels": (4, 3)})
+        return cls(
+            size=8,
+            down=(2, 2),
+            widths=(8, 8),
+            blocks=(0, 1),
+            quantizer={"kind": "fsq", "levels": (4, 3)},
+        )

@@ -1,7 +1,9 @@
-"""The one interface of all quantizers, and the figures that are read off their histograms. Q books, K codes, D latent.
+"""The one interface of all quantizers, and the figures that are read off their histograms. Q books,
+K codes, D latent.
 
-A forward mutates no buffer. What training needs besides the loss (histograms, EMA sums, restart candidates) leaves as
-`Sum`s in ``aux``, is summed over micro-batches and ranks by the trainer, and comes back through `after_step`.
+A forward mutates no buffer. What training needs besides the loss (histograms, EMA sums, restart
+candidates) leaves as `Sum`s in ``aux``, is summed over micro-batches and ranks by the trainer, and
+comes back through `after_step`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ class Quantized(NamedTuple):
 
     z: Tensor  # (..., D) quantised, gradient passes straight through; in the dtype of the input
     ids: Tensor  # (..., Q) int64 in [0, K)
-    aux: dict[str, Sum]  # "usage" always; "commitment" or "entropy" with gradient; EMA statistics while training
+    # "usage" always; "commitment" or "entropy" with gradient; EMA statistics while training
+    aux: dict[str, Sum]
 
 
 class Quantizer(nn.Module):
@@ -49,11 +52,14 @@ class Quantizer(nn.Module):
         """Quantise.
 
         Args:
-            z: (..., d) latents of any float dtype; the arithmetic is fp32 or wider, under autocast too.
+            z: (..., d) latents of any float dtype; the arithmetic is fp32 or wider, under autocast
+                too.
             valid: (...) bool; False is padding, which gets ids but enters no statistic and no loss.
-            n_books: use the first ``n_books`` codebooks only (quantizer dropout); others do as if they were absent.
-            bypass: return the latents as the decoder would see them, but not quantised (warm-up); ids and
-                statistics are computed as always, so that codebooks are ready when the warm-up ends.
+            n_books: use the first ``n_books`` codebooks only (quantizer dropout); others do as if
+                they were absent.
+            bypass: return the latents as the decoder would see them, but not quantised (warm-up);
+                ids and statistics are computed as always, so that codebooks are ready when the
+                warm-up ends.
             seed: of counter-based noise, so that recomputation draws the same.
         """
         raise NotImplementedError
@@ -73,7 +79,10 @@ class Quantizer(nn.Module):
 
 @contextlib.contextmanager
 def full_precision(z: Tensor) -> Iterator[Tensor]:
-    """Yield ``z`` as fp32 (fp64 stays) with autocast off: nearest-code search in bf16 collapses codebooks."""
+    """Yield ``z`` as fp32 (fp64 stays) with autocast off.
+
+    Nearest-code search in bf16 collapses codebooks.
+    """
     with torch.autocast(device_type=z.device.type, enabled=False):
         yield z if z.dtype == torch.float64 else z.float()
 
@@ -109,7 +118,10 @@ def usage_share(histogram: Tensor | np.ndarray) -> np.ndarray:
 
 
 def perplexity(histogram: Tensor | np.ndarray) -> np.ndarray:
-    """exp(entropy) of each book, ``(Q,)`` in [1, K], of a ``(Q, K)`` histogram; 1 where nothing was counted."""
+    """exp(entropy) of each book, ``(Q,)`` in [1, K], of a ``(Q, K)`` histogram.
+
+    1 where nothing was counted.
+    """
     h = np.atleast_2d(np.asarray(histogram, np.float64))
     p = h / np.maximum(h.sum(1, keepdims=True), 1e-12)
     return np.exp(-(p * np.log(np.maximum(p, 1e-300))).sum(1))

@@ -1,4 +1,7 @@
-"""Finite scalar quantisation: every latent channel is rounded to one of a few levels; there is no codebook to collapse."""
+"""Finite scalar quantisation.
+
+Every latent channel is rounded to one of a few levels; there is no codebook to collapse.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,21 @@ from torch import Tensor
 
 from mm.config import Config
 from mm.registry import QUANTIZERS
-from mm.tokenizers.quantizers.base import Quantized, Quantizer, full_precision, straight_through, usage
+from mm.tokenizers.quantizers.base import (
+    Quantized,
+    Quantizer,
+    full_precision,
+    straight_through,
+    usage,
+)
 
 
 class FiniteScalarQuantizer(Quantizer):
-    """Implicit codebook of ``prod(levels)`` codes on a grid in [-1, 1]; channel i has ``levels[i]`` values.
+    """Implicit codebook of ``prod(levels)`` codes on a grid in [-1, 1]; channel i has ``levels[i]``
+    values.
 
-    Source: Mentzer et al. 2023, arXiv:2309.15505, eq. 2-4 and appendix A.1 (bound for even numbers of levels).
+    Source: Mentzer et al. 2023, arXiv:2309.15505, eq. 2-4 and appendix A.1 (bound for even numbers
+    of levels).
     """
 
     levels: Tensor
@@ -28,7 +39,9 @@ class FiniteScalarQuantizer(Quantizer):
         super().__init__()
         self.n_codebooks, self.codebook_size, self.d = 1, math.prod(levels), len(levels)
         self._levels, self.slack = levels, slack
-        self.register_buffer("levels", torch.empty(len(levels), dtype=torch.int64), persistent=False)
+        self.register_buffer(
+            "levels", torch.empty(len(levels), dtype=torch.int64), persistent=False
+        )
         self.register_buffer("basis", torch.empty(len(levels), dtype=torch.int64), persistent=False)
 
     def init_weights(self) -> None:

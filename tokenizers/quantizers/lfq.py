@@ -1,4 +1,7 @@
-"""Lookup-free quantisation: the signs of the latents are the bits of the id. C channels, G groups."""
+"""Lookup-free quantisation: the signs of the latents are the bits of the id.
+
+C channels, G groups.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,21 @@ from torch.nn import functional as F
 from mm.batch import Sum
 from mm.config import Config
 from mm.registry import QUANTIZERS
-from mm.tokenizers.quantizers.base import Quantized, Quantizer, full_precision, straight_through, usage
+from mm.tokenizers.quantizers.base import (
+    Quantized,
+    Quantizer,
+    full_precision,
+    straight_through,
+    usage,
+)
 
 
 class LookupFreeQuantizer(Quantizer):
     """Codes are the corners of {-1, 1}^bits; an entropy penalty keeps them in use.
 
-    Source: Yu et al. 2023 (MAGVIT-v2), arXiv:2310.05737, eq. 3-5. The batch entropy of eq. 5 needs the joint
-    distribution over all codes; above ``group`` bits it is summed over groups of bits, as in arXiv:2409.04410.
+    Source: Yu et al. 2023 (MAGVIT-v2), arXiv:2310.05737, eq. 3-5. The batch entropy of eq. 5 needs
+    the joint distribution over all codes; above ``group`` bits it is summed over groups of bits, as
+    in arXiv:2409.04410.
     """
 
     place: Tensor
@@ -37,8 +47,9 @@ class LookupFreeQuantizer(Quantizer):
     def entropy_penalty(self, flat: Tensor, weight: Tensor) -> Sum:
         """Eq. 5, ``E[H(q(z))] - H(E[q(z)])`` in nats, of ``(N, C)`` latents.
 
-        The second part is no sum over vectors: it is taken over the vectors of this call, so cutting a batch into
-        micro-batches changes it (the objective is exempt from law 13 with this quantizer).
+        The second part is no sum over vectors: it is taken over the vectors of this call, so
+        cutting a batch into micro-batches changes it (the objective is exempt from law 13 with this
+        quantizer).
         """
         n = weight.sum()
         logit = 4 * flat / self.config.temperature  # -|z - c|^2 / t of +1 less that of -1
@@ -63,7 +74,10 @@ class LookupFreeQuantizer(Quantizer):
         bypass: bool = False,
         seed: Tensor | int = 0,
     ) -> Quantized:
-        """See `Quantizer.forward`. aux: usage, entropy, commitment (mean over bits, summed over vectors)."""
+        """See `Quantizer.forward`. aux.
+
+        Usage, entropy, commitment (mean over bits, summed over vectors).
+        """
         with full_precision(z) as full:
             bits = full > 0
             hard = bits.to(full.dtype) * 2 - 1
@@ -89,9 +103,15 @@ class LfqConfig(Config):
 
     kind: Literal["lfq"] = "lfq"
     bits: Annotated[int, Field(ge=1, le=20, description="the codebook has 2**bits codes")] = 10
-    temperature: Annotated[float, Field(gt=0, description="of the soft assignment in the penalty")] = 1.0
-    diversity: Annotated[float, Field(ge=0, description="weight of the batch entropy in the penalty")] = 1.0
-    group: Annotated[int, Field(ge=1, le=12, description="bits whose joint distribution is formed")] = 10
+    temperature: Annotated[
+        float, Field(gt=0, description="of the soft assignment in the penalty")
+    ] = 1.0
+    diversity: Annotated[
+        float, Field(ge=0, description="weight of the batch entropy in the penalty")
+    ] = 1.0
+    group: Annotated[
+        int, Field(ge=1, le=12, description="bits whose joint distribution is formed")
+    ] = 10
 
     def build(self) -> LookupFreeQuantizer:
         """Allocate the quantizer; `mm.model.layer.init_weights` fills it."""

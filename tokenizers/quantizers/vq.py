@@ -1,13 +1,15 @@
 """Vector quantisation with an EMA codebook. N vectors, K codes, D latent.
 
-Everything that changes the codebook is a sum over vectors, so it may come from any number of micro-batches and ranks:
+Everything that changes the codebook is a sum over vectors, so it may come from any number of
+micro-batches and ranks:
 
 - ``ema``: sum of the vectors of each code, and their number.
-- ``candidates``: one drawn vector a code, for the first filling and for restarts. A draw is not a sum, but a mean under
-  heavy-tailed weights is one: with ``w = u**-p`` of uniform ``u`` the largest of any number of weights holds on
-  average ``1 - 1/p`` of their total (max share of an alpha-stable sum, alpha = 1/p), so total/count is one vector with
-  a pinch of others, and no contributor needs to know how many there are. ``u`` is a continuous pseudo-random function
-  of the vector itself, the code and the update number, hence it does not matter how a batch was cut.
+- ``candidates``: one drawn vector a code, for the first filling and for restarts. A draw is not a
+  sum, but a mean under heavy-tailed weights is one: with ``w = u**-p`` of uniform ``u`` the largest
+  of any number of weights holds on average ``1 - 1/p`` of their total (max share of an alpha-stable
+  sum, alpha = 1/p), so total/count is one vector with a pinch of others, and no contributor needs
+  to know how many there are. ``u`` is a continuous pseudo-random function of the vector itself, the
+  code and the update number, hence it does not matter how a batch was cut.
 """
 
 from __future__ import annotations
@@ -23,16 +25,26 @@ from torch.nn import functional as F
 from mm.batch import Sum
 from mm.config import Config
 from mm.registry import QUANTIZERS
-from mm.tokenizers.quantizers.base import Quantized, Quantizer, full_precision, straight_through, usage
+from mm.tokenizers.quantizers.base import (
+    Quantized,
+    Quantizer,
+    full_precision,
+    straight_through,
+    usage,
+)
 
-POWER, FLOOR = 5.0, 1e-6  # weights up to 1e30: sums of thousands of them times a latent stay inside fp32
+POWER, FLOOR = (
+    5.0,
+    1e-6,
+)  # weights up to 1e30: sums of thousands of them times a latent stay inside fp32
 
 
 class EmaCodebook(nn.Module):
     """K code vectors that follow the mean of what is assigned to them. One level of VQ and of RVQ.
 
-    Source: van den Oord et al. 2017, arXiv:1711.00937, appendix A.1 (EMA); Dhariwal et al. 2020, arXiv:2005.00341 and
-    Zeghidour et al. 2021, arXiv:2107.03312 (k-means start, restart of dead codes).
+    Source: van den Oord et al. 2017, arXiv:1711.00937, appendix A.1 (EMA); Dhariwal et al. 2020,
+    arXiv:2005.00341 and Zeghidour et al. 2021, arXiv:2107.03312 (k-means start, restart of dead
+    codes).
     """
 
     codes: Tensor
@@ -55,8 +67,8 @@ class EmaCodebook(nn.Module):
         Args:
             decay: of the moving averages, once the k-means start is over.
             kmeans_steps: first updates that are Lloyd iterations, each on its own step's vectors.
-            restart_below: a code whose share falls below this part of the even share 1/K is dead and moves to a
-                drawn vector; 0 switches restarts off.
+            restart_below: a code whose share falls below this part of the even share 1/K is dead
+                and moves to a drawn vector; 0 switches restarts off.
             unit: codes live on the unit sphere (inputs must be normalised too).
         """
         super().__init__()
@@ -79,8 +91,15 @@ class EmaCodebook(nn.Module):
         self.updates.zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move like any module, but never below fp32: `engine.precision: bf16` converts whole modules."""
-        kept = {name: b for name, b in self._buffers.items() if b is not None and b.dtype == torch.float32}
+        """Move like any module, but never below fp32.
+
+        `engine.precision: bf16` converts whole modules.
+        """
+        kept = {
+            name: b
+            for name, b in self._buffers.items()
+            if b is not None and b.dtype == torch.float32
+        }
         super()._apply(fn, recurse)
         for name, old in kept.items():
             new = self._buffers[name]
@@ -99,8 +118,13 @@ class EmaCodebook(nn.Module):
         return F.embedding(ids, self.codes)
 
     @torch.no_grad()
-    def statistics(self, x_ND: Tensor, ids_N: Tensor, weight_N: Tensor | None = None) -> dict[str, Sum]:
-        """Sums that `update` wants, of vectors ``(N, D)`` assigned to ``(N,)`` ids; weight 0 leaves a vector out."""
+    def statistics(
+        self, x_ND: Tensor, ids_N: Tensor, weight_N: Tensor | None = None
+    ) -> dict[str, Sum]:
+        """Sums that `update` wants, of vectors ``(N, D)`` assigned to ``(N,)`` ids.
+
+        Weight 0 leaves a vector out.
+        """
         x = x_ND.detach().float()
         w = torch.ones(len(x), device=x.device) if weight_N is None else weight_N.float()
         K, D = self.codes.shape
@@ -117,7 +141,10 @@ class EmaCodebook(nn.Module):
 
     @torch.no_grad()
     def update(self, stats: Mapping[str, Sum], prefix: str = "") -> None:
-        """Move the codes by globally summed `statistics` (named ``prefix + name``); nothing happens without any."""
+        """Move the codes by globally summed `statistics` (named ``prefix + name``).
+
+        Nothing happens without any.
+        """
         if f"{prefix}ema" not in stats:
             return
         total, count = (t.to(self.codes) for t in stats[f"{prefix}ema"])
@@ -153,7 +180,8 @@ class EmaCodebook(nn.Module):
 class VectorQuantizer(Quantizer):
     """One EMA codebook behind a normalisation of the latents.
 
-    Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 1-3; l2 variant: Yu et al. 2021, arXiv:2110.04627, sec. 3.2.
+    Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 1-3; l2 variant: Yu et al. 2021,
+    arXiv:2110.04627, sec. 3.2.
     """
 
     def __init__(self, config: VqConfig):
@@ -178,7 +206,10 @@ class VectorQuantizer(Quantizer):
         bypass: bool = False,
         seed: Tensor | int = 0,
     ) -> Quantized:
-        """See `Quantizer.forward`. aux: usage, commitment (mean over D, summed over vectors), ema, candidates."""
+        """See `Quantizer.forward`. aux.
+
+        Usage, commitment (mean over D, summed over vectors), ema, candidates.
+        """
         with full_precision(z) as full:
             x = normalized(full, self.normalize)
             flat = x.reshape(-1, self.d)
@@ -203,9 +234,11 @@ class VectorQuantizer(Quantizer):
 
 
 def normalized(x: Tensor, how: str) -> Tensor:
-    """``(..., D)`` latents on a fixed scale: "layer" (zero mean, unit variance), "l2" (unit length) or "none".
+    """``(..., D)`` latents on a fixed scale: "layer" (zero mean, unit variance), "l2" (unit length)
+    or "none".
 
-    Without it commitment and reconstruction can agree on ever smaller latents, and the codebook collapses.
+    Without it commitment and reconstruction can agree on ever smaller latents, and the codebook
+    collapses.
     """
     if how == "layer":
         return F.layer_norm(x, x.shape[-1:])
@@ -221,7 +254,9 @@ class VqConfig(Config):
     d: Annotated[int, Field(gt=0, description="width of a code")] = 16
     normalize: Literal["layer", "l2", "none"] = "layer"
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    kmeans_steps: Annotated[int, Field(ge=0, description="first updates that are Lloyd iterations")] = 10
+    kmeans_steps: Annotated[
+        int, Field(ge=0, description="first updates that are Lloyd iterations")
+    ] = 10
     restart_below: Annotated[float, Field(ge=0, lt=0.5, description="part of the even share")] = 0.1
 
     def build(self) -> VectorQuantizer:

@@ -1,4 +1,7 @@
-"""Byte-level byte-pair encoding (Hugging Face `tokenizers`). It has no special tokens: control lives outside the text."""
+"""Byte-level byte-pair encoding (Hugging Face `tokenizers`).
+
+It has no special tokens: control lives outside the text.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,18 @@ from mm.tokenizers.load import fingerprint_of, load_tokenizer, write_folder
 class BpeTokenizer(ModalityTokenizer):
     """Text to merged byte pairs and back, exactly.
 
-    Nothing is normalised and no token is "added", so ``<|image|>`` in a text is eight characters of text. Half a
-    surrogate pair, which no file can hold, becomes U+FFFD; two halves become their character.
+    Nothing is normalised and no token is "added", so ``<|image|>`` in a text is eight characters of
+    text. Half a surrogate pair, which no file can hold, becomes U+FFFD; two halves become their
+    character.
     """
 
     def __init__(self, config: BpeConfig, inner: Tokenizer):
         self.config, self.inner = config, inner
         if inner.get_added_tokens_decoder():
-            raise UserError(f"{config.modality}: the BPE holds added tokens; they would be parsed inside user text")
+            raise UserError(
+                f"{config.modality}: the BPE holds added tokens, which would be parsed inside user "
+                "text; fit it again with: mm tokenizer train"
+            )
         mark = fingerprint_of(config, self._files())
         self.spec = TokenSpec(config.modality, inner.get_vocab_size(), fingerprint=mark)
 
@@ -37,7 +44,9 @@ class BpeTokenizer(ModalityTokenizer):
         for raw in raws:
             if not isinstance(raw, str):
                 raise UserError(f"text tokenizer: expected str, got {type(raw).__name__}")
-        found = self.inner.encode_batch([well_formed(raw) for raw in raws], add_special_tokens=False)
+        found = self.inner.encode_batch(
+            [well_formed(raw) for raw in raws], add_special_tokens=False
+        )
         return [Encoded(np.asarray(one.ids, np.int32)) for one in found]
 
     def decode(self, codes: Sequence[Encoded]) -> list[str]:
@@ -71,15 +80,21 @@ class BpeConfig(Config):
 
     kind: Literal["bpe"] = "bpe"
     modality: str = "text"
-    vocab_size: Annotated[int, Field(ge=256, description="at most; fewer when the text has fewer pairs")] = 4096
-    min_frequency: Annotated[int, Field(ge=1, description="a pair seen less often is not merged")] = 2
+    vocab_size: Annotated[
+        int, Field(ge=256, description="at most; fewer when the text has fewer pairs")
+    ] = 4096
+    min_frequency: Annotated[
+        int, Field(ge=1, description="a pair seen less often is not merged")
+    ] = 2
 
     def fit(self, texts: Iterable[str]) -> BpeTokenizer:
         """Learn the merges. Raises UserError when there is no text at all."""
         rows = iter(texts)
         first = next(rows, None)
         if first is None:
-            raise UserError("no text to fit a BPE on; check the data path and split of the tokenizer's YAML")
+            raise UserError(
+                "no text to fit a BPE on; check the data path and split of the tokenizer's YAML"
+            )
         inner = _empty()
         trainer = trainers.BpeTrainer(
             vocab_size=self.vocab_size,
@@ -97,7 +112,9 @@ class BpeConfig(Config):
         try:
             inner = Tokenizer.from_str(file.read_text(encoding="utf-8"))
         except Exception as error:  # the Rust side raises bare Exception
-            raise UserError(f"{file}: not a BPE file ({error}); fit it again with: mm tokenizer train") from error
+            raise UserError(
+                f"{file}: not a BPE file ({error}); fit it again with: mm tokenizer train"
+            ) from error
         return BpeTokenizer(self, inner)
 
     @classmethod
@@ -108,7 +125,14 @@ class BpeConfig(Config):
     @classmethod
     def examples(cls) -> list[Any]:
         """Raw values for the laws."""
-        return ["the cat", "", "\x00 a\r\n\ttab", "naïve 漢字 🙂 e\u0301", "say <|image|> and <|pad|>", " the  cat " * 40]
+        return [
+            "the cat",
+            "",
+            "\x00 a\r\n\ttab",
+            "naïve 漢字 🙂 e\u0301",
+            "say <|image|> and <|pad|>",
+            " the  cat " * 40,
+        ]
 
 
 def _empty() -> Tokenizer:

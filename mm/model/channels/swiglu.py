@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Literal
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from mm.config import Config
+from mm.kernels.glu import glu
 from mm.model.layer import Channel, Ctx, Linear, Out
 from mm.model.linears.dense import DenseConfig
 from mm.registry import CHANNELS
@@ -26,7 +26,7 @@ class SwiGLU(Channel):
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         gate, up = self.gate_up(x_BTD, ctx).chunk(2, dim=-1)
-        return Out(self.out(F.silu(gate) * up, ctx))
+        return Out(self.out(glu(gate, up), ctx))
 
 
 @CHANNELS.register("swiglu")

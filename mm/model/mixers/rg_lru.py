@@ -12,7 +12,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
+from mm.kernels.causal_conv import causal_conv
+from mm.kernels.glu import glu
 from mm.kernels.linear_scan import linear_scan
+from mm.kernels.rg_lru import rg_lru_gates
 from mm.layout import Layout
 from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
 from mm.model.linears.dense import DenseConfig
@@ -98,18 +101,13 @@ class RGLRU(Mixer):
         else:
             assert isinstance(state, Recurrent | DraftRecurrent)
             h, after = self._continued(u, ctx, state.settled())
-        return Out(self.out(F.gelu(gate, approximate="tanh") * h.to(gate.dtype), ctx), after)
+        return Out(self.out(glu(gate, h, "gelu_tanh"), ctx), after)
 
     def _whole(self, u: Tensor, layout: Layout) -> Tensor:
         """States of documents that all begin here."""
         document = layout.fields.document
-        same = [document[:, j:] == document[:, :-j] for j in range(1, self.taps)]
-        y = u * self.conv_weight[-1].to(u.dtype) + self.conv_bias.to(u.dtype)
-        for j in range(1, min(self.taps, u.shape[1])):
-            # Selected, not multiplied: the neighbour document may hold inf.
-            shifted = torch.where(same[j - 1][..., None], u[:, :-j], 0)
-            y = y + F.pad(shifted, (0, 0, j, 0)) * self.conv_weight[-1 - j].to(u.dtype)
-        reset = F.pad(~same[0], (1, 0), value=True) if u.shape[1] else None
+        y = causal_conv(u, self.conv_weight, self.conv_bias, document)
+        reset = F.pad(document[:, 1:] != document[:, :-1], (1, 0), value=True) if u.shape[1] else None
         a, b = self._gates(y)
         return linear_scan(a, b, reset)[0]
 
@@ -120,10 +118,9 @@ class RGLRU(Mixer):
         rows = docs.unpack(u)
         L = rows.shape[1]
         inputs = torch.cat((docs.read(state.tail).to(rows.dtype), rows), dim=1)
-        y = self.conv_bias.to(u.dtype)
-        for j in range(self.taps):
-            y = y + inputs[:, self.taps - 1 - j : self.taps - 1 - j + L] * self.conv_weight[-1 - j].to(u.dtype)
-        a, b = self._gates(y)
+        # The tail is the document's own past here: the convolution needs no borders, and its first outputs are the tail's.
+        y = causal_conv(inputs, self.conv_weight, self.conv_bias, torch.ones_like(inputs[..., 0], dtype=torch.int32))
+        a, b = self._gates(y[:, self.taps - 1 :])
         before = docs.read(state.h)
         h, _ = linear_scan(a, b, None, before)
         w = docs.written(state.h.shape[0])
@@ -137,15 +134,11 @@ class RGLRU(Mixer):
     def _gates(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Decay and input of the recurrence, float32 or wider. ``u`` `(R, L, W)`."""
         R, L, W = u.shape
-        wide = torch.promote_types(u.dtype, torch.float32)
         heads = u.reshape(R * L, self.heads, W // self.heads).transpose(0, 1)
-        gates = torch.bmm(heads, self.gate_weight.to(u.dtype)).to(wide) + self.gate_bias.to(wide)[:, None]
-        r, i = gates.sigmoid().transpose(0, 1).reshape(R, L, self.heads, 2, W // self.heads).unbind(3)
-        r, i = r.reshape(R, L, W), i.reshape(R, L, W)
-        log_a = r * (-SHARPNESS * F.softplus(self.decay.to(wide)))
-        # -expm1(2 log a), not 1 - a * a: exact where a is close to 1.
-        b = (-torch.expm1(2 * log_a)).clamp_min(1e-12).sqrt() * (i * u.to(wide))
-        return log_a.exp(), b
+        gates = torch.bmm(heads, self.gate_weight.to(u.dtype))
+        rate = SHARPNESS * F.softplus(self.decay.to(torch.promote_types(u.dtype, torch.float32)))
+        a, b = rg_lru_gates(gates, self.gate_bias, rate, u.reshape(R * L, W).to(gates.dtype))
+        return a.view(R, L, W), b.view(R, L, W)
 
     def initial_state(self, n: int, max_len: int) -> Recurrent:
         like = self.decay.detach()

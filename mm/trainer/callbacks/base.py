@@ -9,7 +9,10 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Plug point; every hook optional. Hooks run on ALL ranks, in step: ask ``trainer.is_main`` before writing."""
+    """Plug point; every hook optional.
+
+    Hooks run on ALL ranks, in step: ask ``trainer.is_main`` before writing.
+    """
 
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step of this process (a resumed one too)."""

@@ -20,7 +20,9 @@ class ProgressConfig(Config):
     """Always on; name it in a run only to change it."""
 
     kind: Literal["progress"] = "progress"
-    every_s: Annotated[float, Field(gt=0, description="seconds between lines without a terminal")] = 10.0
+    every_s: Annotated[
+        float, Field(gt=0, description="seconds between lines without a terminal")
+    ] = 10.0
 
     def build(self) -> Progress:
         return Progress(self)
@@ -38,7 +40,13 @@ class Progress(Callback):
         if not trainer.is_main:
             return
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
         from rich.progress import Progress as Bar
 
         self._console = Console(stderr=True, highlight=False)
@@ -46,11 +54,19 @@ class Progress(Callback):
         self._first = trainer.step
         if self._console.is_terminal:
             self._bar = Bar(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[tail]}"),
-                console=self._console, transient=True,
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[tail]}"),
+                console=self._console,
+                transient=True,
             )
-            self._task = self._bar.add_task(trainer.run.name, total=trainer.steps, completed=trainer.step, tail="")
+            self._task = self._bar.add_task(
+                trainer.run.name, total=trainer.steps, completed=trainer.step, tail=""
+            )
             self._bar.start()
 
     def on_step(self, trainer: Trainer, step: int, metrics: dict[str, Any]) -> None:
@@ -72,7 +88,9 @@ class Progress(Callback):
         if self._bar is not None:
             self._bar.stop()
         seconds = _clock(time.monotonic() - self._begun)
-        self._say(f"{trainer.run.name} {trainer.step}/{trainer.steps} {_tail(self._metrics)} in {seconds}")
+        self._say(
+            f"{trainer.run.name} {trainer.step}/{trainer.steps} {_tail(self._metrics)} in {seconds}"
+        )
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False, soft_wrap=True)

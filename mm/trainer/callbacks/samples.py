@@ -1,4 +1,6 @@
-"""Samples: the same prompts (or reconstructions of the same items) every N steps, as files and tracker media."""
+"""Samples: the same prompts (or reconstructions of the same items) every N steps, as files and
+tracker media.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ log = logging.getLogger("mm.trainer")
 
 @CALLBACKS.register("samples")
 class SamplesConfig(Config):
-    """``prompts: [{text: "seven", to: image}, {image: digit.png, to: text}]``; tokenizer runs need none."""
+    """``prompts: [{text: "seven", to: image}, {image: digit.png, to: text}]``; tokenizer runs need
+    none.
+    """
 
     kind: Literal["samples"] = "samples"
     every: Annotated[int, Field(gt=0, description="steps")] = 250
@@ -67,7 +71,7 @@ class Samples(Callback):
             for modality in {*prompt} - {"to"} | {prompt["to"]}:
                 if modality not in known:
                     raise UserError(
-                        f"callbacks.samples: prompt {prompt} names '{modality}'; the vocabulary has "
+                        f"callbacks.samples: prompt {prompt} names '{modality}'; there is only "
                         f"{', '.join(known) or 'none (set vocabulary:)'}"
                     )
 
@@ -102,8 +106,14 @@ class Samples(Callback):
             raw = [{m: _raw(m, v) for m, v in c.prompts[i].items() if m != "to"} for i in at]
             try:
                 values = generator.generate(
-                    raw, to=to, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, seed=c.seed,
-                    cfg_scale=c.cfg_scale, max_tokens=c.max_tokens,
+                    raw,
+                    to=to,
+                    temperature=c.temperature,
+                    top_k=c.top_k,
+                    top_p=c.top_p,
+                    seed=c.seed,
+                    cfg_scale=c.cfg_scale,
+                    max_tokens=c.max_tokens,
                 )
             except UserError as error:  # samples never end a run; the next step may do better
                 log.warning("samples to %s: %s", to, error)
@@ -113,12 +123,18 @@ class Samples(Callback):
 
 
 def _name(prompt: dict[str, str]) -> str:
-    given = "_".join(f"{m}-{Path(v).stem if m != 'text' else v}" for m, v in prompt.items() if m != "to")
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", f"{given or 'nothing'}_to_{prompt['to']}")[:60].strip("-")
+    given = "_".join(
+        f"{m}-{Path(v).stem if m != 'text' else v}" for m, v in prompt.items() if m != "to"
+    )
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", f"{given or 'nothing'}_to_{prompt['to']}")[:60].strip(
+        "-"
+    )
 
 
 def _raw(modality: str, value: str) -> Any:
-    """A prompt's value: text as it is, bytes as UTF-8, anything else decoded from the file it names."""
+    """A prompt's value: text as it is, bytes as UTF-8, anything else decoded from the file it
+    names.
+    """
     if modality == "text":
         return value
     if modality == "bytes":
@@ -132,13 +148,17 @@ def _raw(modality: str, value: str) -> Any:
 
 
 def _items(batches: list[Batch], n: int) -> dict[str, torch.Tensor]:
-    """The first items of a tokenizer run's batch: modality -> (n, ...) data, and ``modality.length``."""
+    """The first items of a tokenizer run's batch: modality -> (n, ...) data, and
+    ``modality.length``.
+    """
     for modality, values in batches[0].values.items() if batches else ():
         return {modality: values.data[:n].clone(), "length": values.length[:n].clone()}
     return {}
 
 
-def _reconstruct(module: nn.Module, kept: dict[str, torch.Tensor], device: torch.device) -> list[tuple[str, Any]]:
+def _reconstruct(
+    module: nn.Module, kept: dict[str, torch.Tensor], device: torch.device
+) -> list[tuple[str, Any]]:
     """What a tokenizer network makes of the kept items, the originals beside them."""
     tap = {"image": "image", "audio": "wave"}
     for modality, data in kept.items():
@@ -147,11 +167,17 @@ def _reconstruct(module: nn.Module, kept: dict[str, torch.Tensor], device: torch
         batch = Batch.of_values({modality: Values.items(data, kept["length"])}).to(device)
         with torch.no_grad():
             again = module(batch, want=frozenset({tap[modality]})).taps[tap[modality]].float().cpu()
-        rate = getattr(module, "sample_rate", getattr(getattr(module, "config", None), "sample_rate", 16000))
+        rate = getattr(
+            module, "sample_rate", getattr(getattr(module, "config", None), "sample_rate", 16000)
+        )
         out = []
         for i, (a, b, n) in enumerate(zip(data, again, kept["length"].tolist(), strict=True)):
             for what, x in (("original", a), ("reconstruction", b)):
-                value = _image(x) if modality == "image" else Waveform(x[:n].numpy().clip(-1, 1), int(rate))
+                value = (
+                    _image(x)
+                    if modality == "image"
+                    else Waveform(x[:n].numpy().clip(-1, 1), int(rate))
+                )
                 out.append((f"{modality}{i}_{what}", value))
         return out
     return []

@@ -20,10 +20,14 @@ class AdamWConfig(Config):
     """
 
     kind: Literal["adamw"] = "adamw"
-    lr: Annotated[float, Field(gt=0, description="peak learning rate; the schedule multiplies it")] = 3e-3
+    lr: Annotated[
+        float, Field(gt=0, description="peak learning rate; the schedule multiplies it")
+    ] = 3e-3
     betas: tuple[float, float] = (0.9, 0.98)
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0, description="on matrices only: no norm, bias, embedding")] = 0.1
+    weight_decay: Annotated[
+        float, Field(ge=0, description="on matrices only: no norm, bias, embedding")
+    ] = 0.1
 
     def build(self, module: nn.Module) -> torch.optim.Optimizer:
         """Make the optimizer over the trainable parameters of ``module`` in two groups."""
@@ -34,7 +38,8 @@ class AdamWConfig(Config):
                 (decayed if p.dim() > 1 and "embed" not in name.lower() else plain).append(p)
         groups = [
             {"params": group, "weight_decay": decay}
-            for group, decay in ((decayed, self.weight_decay), (plain, 0.0)) if group
+            for group, decay in ((decayed, self.weight_decay), (plain, 0.0))
+            if group
         ]
         # fused: one pass over memory; the same rounding on single tensors and on flat shards
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
