@@ -98,17 +98,21 @@ class Attention(Mixer):
         mask = narrowed(ctx.mask, self.window)
         f = docs.fields(ctx.layout.fields)
         q, k, v = docs.unpack(q), docs.unpack(k), docs.unpack(v)
-        past_k, past_v, past_f = state.past(docs, f)
-        allowed = torch.cat((mask.dense(f, past_f), mask.dense(f, f)), dim=-1)
-        keys = torch.cat((past_k.transpose(1, 2).to(k.dtype), k), dim=1)
-        values = torch.cat((past_v.transpose(1, 2).to(v.dtype), v), dim=1)
-        scores: dict[str, Tensor | None] = {}
-        if self.scored:
-            both = zip(past_f[:3], f[:3], strict=True)
+        if not ctx.draft and state.holds_call(docs, q.shape[1]):
+            # Decoding's common case: store first, then attend to the cache where it lies, without copying it.
+            after = advance(state, k, v, f, docs, draft=False)
+            assert isinstance(after, KV)
+            keys, values, stored = after.seen()
+        else:
+            after = None
+            past_k, past_v, past_f = state.past(docs, f)
+            keys = torch.cat((past_k.transpose(1, 2).to(k.dtype), k), dim=1)
+            values = torch.cat((past_v.transpose(1, 2).to(v.dtype), v), dim=1)
             extra = {name: torch.cat((past_f.extra[name], f.extra[name]), dim=1) for name in f.extra}
-            scores = self._scores(q, f, Fields(*(torch.cat(pair, dim=1) for pair in both), extra))
-        y = attention(q, keys, values, allowed, **scores)
-        return docs.pack(y, B, T), advance(state, k, v, f, docs, ctx.draft)
+            stored = Fields(*(torch.cat(pair, dim=1) for pair in zip(past_f[:3], f[:3], strict=True)), extra)
+        scores = self._scores(q, f, stored) if self.scored else {}
+        y = attention(q, keys.to(q.dtype), values.to(v.dtype), mask.dense(f, stored), **scores)
+        return docs.pack(y, B, T), after if after is not None else advance(state, k, v, f, docs, ctx.draft)
 
     def _scores(self, q: Tensor, fq: Fields, fk: Fields) -> dict[str, Tensor | None]:
         return {"bias_RHTS": self.position.score(q, fq, fk), "gain_RHTS": self.position.gain(fq, fk)}

@@ -47,13 +47,21 @@ class KV(Struct):
         """The state itself: nothing is pending."""
         return self
 
+    def holds_call(self, docs: Docs, L: int) -> bool:
+        """True when the rows may read the cache with this call already in it: each its own slot, and nothing they still
+        see is overwritten (a ring loses, to one token, only what is out of reach)."""
+        return docs.direct and (L == 1 or not self.ring) and bool((docs.slot >= 0).all())
+
+    def seen(self) -> tuple[Tensor, Tensor, Fields]:
+        """Keys `(N, C, G, K)`, values and Fields of all slots, cut to the fullest one."""
+        C = self.k.shape[2]
+        if self.k.device.type == "cpu":  # elsewhere the longest count would cost a synchronisation
+            C = min(C, int(self.count.max()))
+        return self.k[:, :, :C].transpose(1, 2), self.v[:, :, :C].transpose(1, 2), self.fields.map(lambda t: t[:, :C])
+
     def past(self, docs: Docs, f: Fields) -> tuple[Tensor, Tensor, Fields]:
         """Keys `(R, G, C, K)`, values and Fields `(R, C)` that each row of a call may look back at."""
-        stored = self._shaped_like(f).fields.map(docs.read)
-        if docs.direct and not bool((docs.fresh | (docs.slot < 0)).any()):
-            # Decoding's common case: no copy of the cache.
-            return self.k, self.v, stored
-        return docs.read(self.k), docs.read(self.v), stored
+        return docs.read(self.k), docs.read(self.v), self._shaped_like(f).fields.map(docs.read)
 
     def append(self, k_NLGK: Tensor, v_NLGV: Tensor, f: Fields, length_N: Tensor, fresh_N: Tensor, hit_N: Tensor) -> KV:
         """Store the first ``length_N`` places of each slot's row; a fresh slot is emptied first.
@@ -67,7 +75,7 @@ class KV(Struct):
         count = torch.where(fresh_N, 0, base.count)
         if not self.ring and bool((count + length_N > C).any()):
             raise ValueError(f"a document outgrew its State of {C} tokens; give initial_state a larger max_len")
-        if bool(fresh_N.any()):
+        if bool((fresh_N & (base.count > 0)).any()):
             base = base.map(lambda t: t.masked_fill(fresh_N.view(-1, *[1] * (t.dim() - 1)), 0))
         if L == 0:
             return replace(base, count=count)
@@ -153,5 +161,7 @@ def _scatter(old: Tensor, x: Tensor, to: Tensor, valid: Tensor, in_place: bool) 
     dim = 2 if old.dim() == 4 else 1
     index = _expand(to, old)
     # Invalid places write back what is there: their targets are distinct from all valid ones, since L <= C.
-    value = torch.where(_expand(valid, old), x.to(old.dtype), old.gather(dim, index))
+    value = x.to(old.dtype)
+    if not bool(valid.all()):
+        value = torch.where(_expand(valid, old), value, old.gather(dim, index))
     return old.scatter_(dim, index, value) if in_place else old.scatter(dim, index, value)
