@@ -1,4 +1,6 @@
-"""CPU kernels: compile one C++ file with the machine's own compiler, once, and call it through ctypes."""
+"""CPU kernels: compile one C++ file with the machine's own compiler, once, and call it through
+ctypes.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-std=c++17")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-fopenmp-simd",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fPIC",
+    "-shared",
+    "-std=c++17",
+)
 
 
 def cache_folder() -> Path:
@@ -30,7 +42,9 @@ def _machine() -> str:
     """What `-march=native` means here: a cache shared by unlike nodes must not mix their code."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+        return next(
+            (line for line in lines if line.startswith(("flags", "Features"))), platform.processor()
+        )
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
 
@@ -39,16 +53,23 @@ def _machine() -> str:
 def load(source: Path) -> tuple[ctypes.CDLL | None, str | None]:
     """Return the library compiled from ``source``, or None and the reason why there is none.
 
-    The file name is a hash of source, headers, flags, compiler and processor; it appears by rename, so that concurrent processes
+    The file name is a hash of source, headers, flags, compiler and processor; it appears by rename,
+    so that concurrent processes
     never load half a file.
     """
-    compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
+    compiler = next(
+        (c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None
+    )
     if compiler is None:
         return None, "no C++ compiler (install g++)"
     try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+        version = subprocess.run(
+            [compiler, "--version"], capture_output=True, text=True, timeout=60, check=True
+        ).stdout
         headers = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.h"))]
-        key = hashlib.sha256("\0".join((source.read_text(), *headers, *FLAGS, version, _machine())).encode()).hexdigest()[:24]
+        key = hashlib.sha256(
+            "\0".join((source.read_text(), *headers, *FLAGS, version, _machine())).encode()
+        ).hexdigest()[:24]
         folder = cache_folder()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +84,8 @@ def load(source: Path) -> tuple[ctypes.CDLL | None, str | None]:
                 command = [compiler, *FLAGS, "-o", str(temporary), str(source)]
                 done = subprocess.run(command, capture_output=True, text=True, timeout=300)
                 if done.returncode:
-                    return None, f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+                    said = done.stderr.strip().splitlines() or ["no message"]
+                    return None, f"{compiler} failed: {said[-1]}"
                 temporary.chmod(0o755)
                 temporary.replace(library)
             finally:
@@ -77,18 +99,23 @@ SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 
 
 def why_not(source: Path, *tensors: Tensor | None) -> str | None:
-    """Reason why the library of ``source`` cannot take these tensors (None entries are skipped), or None."""
+    """Reason why the library of ``source`` cannot take these tensors (None entries are skipped), or
+    None.
+    """
     for t in tensors:
         if t is not None and t.device.type != "cpu":
             return f"tensors are on {t.device.type}"
         if t is not None and t.dtype not in SUFFIX:
             return f"no {t.dtype}"
-    # A compiler cannot be started inside a trace: what is traced has run, or runs, eagerly with the same answer.
+    # A compiler cannot be started inside a trace: what is traced has run, or runs, eagerly with the
+    # same answer.
     return None if torch.compiler.is_compiling() else load(source)[1]
 
 
 def call(source: Path, function: str, *arguments: Tensor | int | float | None) -> None:
-    """Call an ``extern "C"`` function: tensors become pointers, ints int64, floats double, None a null pointer."""
+    """Call an ``extern "C"`` function: tensors become pointers, ints int64, floats double, None a
+    null pointer.
+    """
     library, reason = load(source)
     if library is None:
         raise RuntimeError(f"{source.name}: {reason}")

@@ -1,4 +1,6 @@
-"""Op: the decorated plain-PyTorch function IS the reference; exact faster implementations register beside it."""
+"""Op: the decorated plain-PyTorch function IS the reference; exact faster implementations register
+beside it.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,12 @@ class KernelUnavailable(RuntimeError):
 class Op:
     """A kernel with one signature and several implementations.
 
-    `@Op` decorates the reference (fp32 or wider inside). `@op.register(name, why_not)` adds an exact implementation;
-    ``why_not(*args, **kw)`` returns the reason why it cannot run this call, or None. Later registrations are preferred.
-    The choice is logged once. `op.using(name)` or the environment variable ``MM_<OP>=name`` forces one.
+    `@Op` decorates the reference (fp32 or wider inside). `@op.register(name, why_not)` adds an
+    exact implementation;
+    ``why_not(*args, **kw)`` returns the reason why it cannot run this call, or None. Later
+    registrations are preferred.
+    The choice is logged once. `op.using(name)` or the environment variable ``MM_<OP>=name`` forces
+    one.
     """
 
     every: dict[str, Op] = {}
@@ -38,7 +43,9 @@ class Op:
         self._logged: set[str] = set()
         Op.every[self.name] = self
 
-    def register(self, name: str, why_not: Callable[..., str | None]) -> Callable[[Callable], Callable]:
+    def register(
+        self, name: str, why_not: Callable[..., str | None]
+    ) -> Callable[[Callable], Callable]:
         def bind(f: Callable) -> Callable:
             self.implementations[name] = (f, why_not)
             return f
@@ -46,10 +53,15 @@ class Op:
         return bind
 
     def pick(self, *args: Any, **kw: Any) -> str:
-        """Name of the implementation that runs this call. Raises KernelUnavailable when the forced one cannot."""
+        """Name of the implementation that runs this call. Raises KernelUnavailable when the forced
+        one cannot.
+        """
         if self._forced is not None:
             if self._forced not in self.implementations:
-                raise KernelUnavailable(f"{self.name}: no implementation '{self._forced}', only {list(self.implementations)}")
+                have = ", ".join(self.implementations)
+                raise KernelUnavailable(
+                    f"{self.name}: no implementation '{self._forced}' ({have})"
+                )
             reason = self.implementations[self._forced][1](*args, **kw)
             if reason:
                 raise KernelUnavailable(f"{self.name}: {self._forced}: {reason}")

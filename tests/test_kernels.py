@@ -1,4 +1,6 @@
-"""Every exact implementation of an Op equals its reference: outputs and all gradients, over awkward shapes (law 6)."""
+"""Every exact implementation of an Op equals its reference: outputs and all gradients, over awkward
+shapes (law 6).
+"""
 
 from __future__ import annotations
 
@@ -41,27 +43,45 @@ def _poisoned_memory() -> Iterator[None]:
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
+    return (
+        torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        .to(dtype)
+        .requires_grad_()
+    )
 
 
 def check(op: Op, name: str, arguments: tuple[Any, ...], dtype: torch.dtype, **kw: Any) -> None:
-    """Compare outputs and the gradients of a random weighting of all outputs with the float64 reference."""
+    """Compare outputs and the gradients of a random weighting of all outputs with the float64
+    reference.
+    """
     reason = op.implementations[name][1](*arguments, **kw)
     if reason:
         pytest.skip(f"{name}: {reason}")
 
     def run(implementation: str, wide: bool) -> tuple[list[Tensor], list[Tensor]]:
-        args = [a.detach().clone().to(torch.float64 if wide and a.is_floating_point() else a.dtype) if isinstance(a, Tensor) else a
-                for a in arguments]
-        leaves = [a.requires_grad_() for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+        args = [
+            a.detach().clone().to(torch.float64 if wide and a.is_floating_point() else a.dtype)
+            if isinstance(a, Tensor)
+            else a
+            for a in arguments
+        ]
+        leaves = [
+            a.requires_grad_() for a in args if isinstance(a, Tensor) and a.is_floating_point()
+        ]
         with op.using(implementation):
             out = op(*args, **kw)
         outs = list(out) if isinstance(out, tuple) else [out]
-        loss = sum((o.double() * randn(*o.shape, seed=9 + i).detach()).sum() for i, o in enumerate(outs))
+        loss = sum(
+            (o.double() * randn(*o.shape, seed=9 + i).detach()).sum() for i, o in enumerate(outs)
+        )
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             return outs, []
-        return outs, [g if g is not None else torch.zeros_like(a) for g, a in
-                      zip(torch.autograd.grad(loss, leaves, allow_unused=True), leaves, strict=True)]
+        return outs, [
+            g if g is not None else torch.zeros_like(a)
+            for g, a in zip(
+                torch.autograd.grad(loss, leaves, allow_unused=True), leaves, strict=True
+            )
+        ]
 
     got, expected = run(name, wide=False), run("reference", wide=True)
     for a, b in zip([*got[0], *got[1]], [*expected[0], *expected[1]], strict=True):
@@ -78,14 +98,41 @@ dtypes = pytest.mark.parametrize("dtype", TOL, ids=["fp64", "fp32"])
 
 @dtypes
 @pytest.mark.parametrize("name", others(linear_scan))
-@pytest.mark.parametrize("B,T,D", [(1, 1, 1), (2, 3, 5), (1, 63, 60), (2, 64, 16), (3, 65, 7), (1, 130, 100), (2, 0, 3), (0, 4, 3)])
+@pytest.mark.parametrize(
+    "B,T,D",
+    [
+        (1, 1, 1),
+        (2, 3, 5),
+        (1, 63, 60),
+        (2, 64, 16),
+        (3, 65, 7),
+        (1, 130, 100),
+        (2, 0, 3),
+        (0, 4, 3),
+    ],
+)
 @pytest.mark.parametrize("reset", ["never", "some", "always"])
 @pytest.mark.parametrize("initial", [False, True])
-def test_linear_scan(name: str, dtype: torch.dtype, B: int, T: int, D: int, reset: str, initial: bool) -> None:
+def test_linear_scan(
+    name: str, dtype: torch.dtype, B: int, T: int, D: int, reset: str, initial: bool
+) -> None:
     a = randn(B, T, D).sigmoid().to(dtype)
-    resets = {"never": None, "some": torch.rand(B, T, generator=torch.Generator().manual_seed(1)) < 0.2,
-              "always": torch.ones(B, T, dtype=torch.bool)}[reset]
-    check(linear_scan, name, (a, randn(B, T, D, dtype=dtype), resets, randn(B, D, dtype=dtype, seed=3) if initial else None), dtype)
+    resets = {
+        "never": None,
+        "some": torch.rand(B, T, generator=torch.Generator().manual_seed(1)) < 0.2,
+        "always": torch.ones(B, T, dtype=torch.bool),
+    }[reset]
+    check(
+        linear_scan,
+        name,
+        (
+            a,
+            randn(B, T, D, dtype=dtype),
+            resets,
+            randn(B, D, dtype=dtype, seed=3) if initial else None,
+        ),
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("name", linear_scan.implementations)
@@ -94,7 +141,9 @@ def test_linear_scan_takes_any_strides_and_narrow_types(name: str) -> None:
     with linear_scan.using("reference"):
         expected = linear_scan(a, b)[0]
     with linear_scan.using(name):
-        strided = linear_scan(a.transpose(0, 1).contiguous().transpose(0, 1), torch.cat((b, b), -1)[..., :8])[0]
+        strided = linear_scan(
+            a.transpose(0, 1).contiguous().transpose(0, 1), torch.cat((b, b), -1)[..., :8]
+        )[0]
         narrow, last = linear_scan(a.bfloat16(), b.bfloat16())
     torch.testing.assert_close(strided, expected)
     assert narrow.dtype == torch.float32 and torch.equal(last, narrow[:, -1])
@@ -103,7 +152,9 @@ def test_linear_scan_takes_any_strides_and_narrow_types(name: str) -> None:
 
 @pytest.mark.parametrize("name", linear_scan.implementations)
 def test_linear_scan_resets_select_and_do_not_multiply(name: str) -> None:
-    """The state before a reset may be inf: neither the value nor the gradient of what follows may turn NaN."""
+    """The state before a reset may be inf: neither the value nor the gradient of what follows may
+    turn NaN.
+    """
     a, b = randn(1, 4, 2).sigmoid().detach(), randn(1, 4, 2).detach()
     b[0, 1] = float("inf")
     a.requires_grad_(), b.requires_grad_()
@@ -115,7 +166,9 @@ def test_linear_scan_resets_select_and_do_not_multiply(name: str) -> None:
 
 
 def test_linear_scan_grows_linearly() -> None:
-    """Both ways: an index loop's backward is quadratic. Best of several, because the machine may be shared."""
+    """Both ways: an index loop's backward is quadratic. Best of several, because the machine may be
+    shared.
+    """
 
     def seconds(name: str, T: int) -> float:
         a, b = torch.rand(1, T, 64, requires_grad=True), torch.randn(1, T, 64, requires_grad=True)
@@ -133,16 +186,28 @@ def test_linear_scan_grows_linearly() -> None:
 
 @dtypes
 @pytest.mark.parametrize("name", others(attention))
-@pytest.mark.parametrize("R,T,S,H,G", [(1, 1, 1, 1, 1), (2, 3, 3, 4, 2), (1, 65, 65, 2, 1), (2, 5, 9, 4, 4), (1, 1, 33, 6, 2)])
-@pytest.mark.parametrize("mask", ["none", "causal", "some", "some and causal", "nothing for a query"])
-def test_attention(name: str, dtype: torch.dtype, R: int, T: int, S: int, H: int, G: int, mask: str) -> None:
+@pytest.mark.parametrize(
+    "R,T,S,H,G",
+    [(1, 1, 1, 1, 1), (2, 3, 3, 4, 2), (1, 65, 65, 2, 1), (2, 5, 9, 4, 4), (1, 1, 33, 6, 2)],
+)
+@pytest.mark.parametrize(
+    "mask", ["none", "causal", "some", "some and causal", "nothing for a query"]
+)
+def test_attention(
+    name: str, dtype: torch.dtype, R: int, T: int, S: int, H: int, G: int, mask: str
+) -> None:
     allowed = None
     if "some" in mask or "nothing" in mask:
         allowed = torch.rand(R, T, S, generator=torch.Generator().manual_seed(2)) < 0.6
         allowed[:, :, 0] = True
     if "nothing" in mask:
         allowed[:, 0] = False
-    arguments = (randn(R, T, H, 6, dtype=dtype), randn(R, S, G, 6, dtype=dtype, seed=1), randn(R, S, G, 10, dtype=dtype, seed=2), allowed)
+    arguments = (
+        randn(R, T, H, 6, dtype=dtype),
+        randn(R, S, G, 6, dtype=dtype, seed=1),
+        randn(R, S, G, 10, dtype=dtype, seed=2),
+        allowed,
+    )
     check(attention, name, arguments, dtype, causal="causal" in mask)
 
 
@@ -160,14 +225,26 @@ def test_attention_bias_and_gain() -> None:
     q, k, v = randn(1, 3, 2, 4), randn(1, 3, 2, 4, seed=1), randn(1, 3, 2, 5, seed=2)
     bias, gain = randn(1, 2, 3, 3, seed=3), randn(1, 2, 3, 3, seed=4)
     p = (torch.einsum("rthk,rshk->rhts", q, k) / 2 + bias).softmax(-1) * gain
-    torch.testing.assert_close(attention(q, k, v, bias_RHTS=bias, gain_RHTS=gain), torch.einsum("rhts,rshv->rthv", p, v))
+    torch.testing.assert_close(
+        attention(q, k, v, bias_RHTS=bias, gain_RHTS=gain), torch.einsum("rhts,rshv->rthv", p, v)
+    )
 
 
 @dtypes
 @pytest.mark.parametrize("name", others(rms_norm))
-@pytest.mark.parametrize("shape,weight", [((3, 7), (7,)), ((2, 1, 60), (60,)), ((2, 5, 3, 8), (8,)), ((1, 1), None), ((0, 4), (4,))])
-def test_rms_norm(name: str, dtype: torch.dtype, shape: tuple[int, ...], weight: tuple[int, ...] | None) -> None:
-    check(rms_norm, name, (randn(*shape, dtype=dtype), randn(*weight, dtype=dtype, seed=1) if weight else None, 1e-5), dtype)
+@pytest.mark.parametrize(
+    "shape,weight",
+    [((3, 7), (7,)), ((2, 1, 60), (60,)), ((2, 5, 3, 8), (8,)), ((1, 1), None), ((0, 4), (4,))],
+)
+def test_rms_norm(
+    name: str, dtype: torch.dtype, shape: tuple[int, ...], weight: tuple[int, ...] | None
+) -> None:
+    check(
+        rms_norm,
+        name,
+        (randn(*shape, dtype=dtype), randn(*weight, dtype=dtype, seed=1) if weight else None, 1e-5),
+        dtype,
+    )
 
 
 @dtypes
@@ -181,12 +258,26 @@ def test_glu(name: str, dtype: torch.dtype, activation: str, shape: tuple[int, .
 
 @dtypes
 @pytest.mark.parametrize("name", others(causal_conv))
-@pytest.mark.parametrize("B,T,D,C", [(1, 1, 1, 4), (2, 9, 5, 4), (1, 33, 16, 2), (3, 2, 7, 4), (1, 0, 3, 4), (0, 3, 3, 4)])
+@pytest.mark.parametrize(
+    "B,T,D,C",
+    [(1, 1, 1, 4), (2, 9, 5, 4), (1, 33, 16, 2), (3, 2, 7, 4), (1, 0, 3, 4), (0, 3, 3, 4)],
+)
 def test_causal_conv(name: str, dtype: torch.dtype, B: int, T: int, D: int, C: int) -> None:
-    document = torch.randint(0, 2, (B, T), generator=torch.Generator().manual_seed(0)).cumsum(1).to(torch.int32)
-    arguments = (randn(B, T, D, dtype=dtype), randn(C, D, dtype=dtype, seed=1), randn(D, dtype=dtype, seed=2), document)
+    document = (
+        torch.randint(0, 2, (B, T), generator=torch.Generator().manual_seed(0))
+        .cumsum(1)
+        .to(torch.int32)
+    )
+    arguments = (
+        randn(B, T, D, dtype=dtype),
+        randn(C, D, dtype=dtype, seed=1),
+        randn(D, dtype=dtype, seed=2),
+        document,
+    )
     check(causal_conv, name, arguments, dtype)
-    wide = torch.cat((arguments[0], arguments[0] + 1), -1)  # a half of a projection: rows with a stride
+    wide = torch.cat(
+        (arguments[0], arguments[0] + 1), -1
+    )  # a half of a projection: rows with a stride
     check(causal_conv, name, (wide[..., D:].detach(), *arguments[1:]), dtype)
 
 
@@ -194,30 +285,46 @@ def test_causal_conv_reference_is_a_convolution() -> None:
     u, w, bias = randn(2, 7, 3), randn(4, 3, seed=1), randn(3, seed=2)
     with causal_conv.using("reference"):
         y = causal_conv(u, w, bias, torch.ones(2, 7, dtype=torch.int32))
-    expected = F.conv1d(F.pad(u.transpose(1, 2), (3, 0)), w.T[:, None], bias, groups=3).transpose(1, 2)
+    expected = F.conv1d(F.pad(u.transpose(1, 2), (3, 0)), w.T[:, None], bias, groups=3).transpose(
+        1, 2
+    )
     torch.testing.assert_close(y, expected)
 
 
 @dtypes
 @pytest.mark.parametrize("name", others(rg_lru_gates))
 @pytest.mark.parametrize("H,R,K", [(1, 1, 1), (2, 5, 3), (4, 33, 16), (1, 0, 4)])
-@pytest.mark.parametrize("rate", [1e-4, 0.05, 1.0, 20.0], ids=["a near 1", "usual", "fast", "a near 0"])
+@pytest.mark.parametrize(
+    "rate", [1e-4, 0.05, 1.0, 20.0], ids=["a near 1", "usual", "fast", "a near 0"]
+)
 def test_rg_lru_gates(name: str, dtype: torch.dtype, H: int, R: int, K: int, rate: float) -> None:
     rates = (randn(H * K, seed=2).abs() * rate + rate / 10).to(dtype).detach().requires_grad_()
-    arguments = (randn(H, R, 2 * K, dtype=dtype), randn(H, 2 * K, dtype=dtype, seed=1), rates, randn(R, H * K, dtype=dtype, seed=3))
-    if rate == 1e-4 and dtype == torch.float32:  # d b / d rate grows like rate ** -0.5: compare it on its own scale
+    arguments = (
+        randn(H, R, 2 * K, dtype=dtype),
+        randn(H, 2 * K, dtype=dtype, seed=1),
+        rates,
+        randn(R, H * K, dtype=dtype, seed=3),
+    )
+    if (
+        rate == 1e-4 and dtype == torch.float32
+    ):  # d b / d rate grows like rate ** -0.5: compare it on its own scale
         arguments = (*arguments[:3], arguments[3].detach() * 0.05)
     check(rg_lru_gates, name, arguments, dtype)
 
 
 @pytest.mark.parametrize("op,kernel", [(rms_norm, "cpp"), (glu, "cpp")], ids=["rms_norm", "glu"])
 def test_slices_and_narrow_types(op: Op, kernel: str) -> None:
-    """Heads cut out of a wider projection, halves of a gated one, bf16 with fp32 beside it; extreme values stay what they are."""
+    """Heads cut out of a wider projection, halves of a gated one, bf16 with fp32 beside it; extreme
+    values stay what they are.
+    """
     x = randn(2, 3, 5, 8)
     heads, half = x[:, :, 1:3], x[..., :4]
     second = randn(4, seed=1) if op is rms_norm else x[..., 4:]
-    calls = [(half, second), (heads, randn(8, seed=1) if op is rms_norm else x[:, :, 3:]), (half.transpose(0, 1), second if op is rms_norm
-             else x[..., 4:].transpose(0, 1))]
+    calls = [
+        (half, second),
+        (heads, randn(8, seed=1) if op is rms_norm else x[:, :, 3:]),
+        (half.transpose(0, 1), second if op is rms_norm else x[..., 4:].transpose(0, 1)),
+    ]
     for arguments in calls:
         if reason := op.implementations[kernel][1](*arguments):
             pytest.skip(reason)
@@ -236,7 +343,11 @@ def test_slices_and_narrow_types(op: Op, kernel: str) -> None:
     with op.using("reference"):
         expected = op(edge, torch.ones(6) if op is rms_norm else torch.ones(1, 6))
     with op.using(kernel):
-        torch.testing.assert_close(op(edge, torch.ones(6) if op is rms_norm else torch.ones(1, 6)), expected, equal_nan=True)
+        torch.testing.assert_close(
+            op(edge, torch.ones(6) if op is rms_norm else torch.ones(1, 6)),
+            expected,
+            equal_nan=True,
+        )
 
 
 def test_rms_norm_reference_is_torch_s() -> None:
@@ -251,18 +362,32 @@ def test_rms_norm_reference_is_torch_s() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1024, 32], ids=["one chunk", "chunks of 32"])
 def test_linear_cross_entropy(
-    name: str, dtype: torch.dtype, P: int, D: int, N: int, bias: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    dtype: torch.dtype,
+    P: int,
+    D: int,
+    N: int,
+    bias: bool,
+    rows: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cross_entropy, "chunk_rows", lambda n: rows)
     target = torch.randint(N, (P,), generator=torch.Generator().manual_seed(0))
-    arguments = (randn(P, D, dtype=dtype), randn(N, D, dtype=dtype, seed=1), target, randn(N, dtype=dtype, seed=2) if bias else None)
+    arguments = (
+        randn(P, D, dtype=dtype),
+        randn(N, D, dtype=dtype, seed=1),
+        target,
+        randn(N, dtype=dtype, seed=2) if bias else None,
+    )
     check(linear_cross_entropy, name, arguments, dtype)
 
 
 def test_linear_cross_entropy_reference_is_torch_s() -> None:
     h, w, target = randn(5, 4), randn(7, 4, seed=1), torch.tensor([0, 6, 3, 3, 1])
     with linear_cross_entropy.using("reference"):
-        torch.testing.assert_close(linear_cross_entropy(h, w, target).mean(), F.cross_entropy(h @ w.T, target))
+        torch.testing.assert_close(
+            linear_cross_entropy(h, w, target).mean(), F.cross_entropy(h @ w.T, target)
+        )
 
 
 class _Largest(TorchDispatchMode):
@@ -297,7 +422,11 @@ def test_linear_cross_entropy_never_holds_all_logits(monkeypatch: pytest.MonkeyP
 
 
 def test_autocast_decides_the_dtype_of_the_logits() -> None:
-    h, w, target = torch.randn(9, 32, requires_grad=True), torch.randn(20, 32, requires_grad=True), torch.arange(9)
+    h, w, target = (
+        torch.randn(9, 32, requires_grad=True),
+        torch.randn(20, 32, requires_grad=True),
+        torch.arange(9),
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         results = []
         for name in linear_cross_entropy.implementations:
@@ -310,7 +439,7 @@ def test_autocast_decides_the_dtype_of_the_logits() -> None:
         torch.testing.assert_close(a, b, rtol=0.03, atol=0.03)
 
 
-# ---- choosing an implementation --------------------------------------------------------------------------------------
+# ---- choosing an implementation ----
 
 
 def test_the_choice_is_logged_once_with_the_reasons(caplog: pytest.LogCaptureFixture) -> None:
@@ -324,26 +453,36 @@ def test_the_choice_is_logged_once_with_the_reasons(caplog: pytest.LogCaptureFix
 
     with caplog.at_level("INFO", "mm.kernels"):
         assert [doubled(2), doubled(3), doubled(4), doubled(5)] == [4, 6, 8, 10]
-    assert [r.getMessage() for r in caplog.records] == ["doubled: using fast", "doubled: using reference (fast: x is odd)"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "doubled: using fast",
+        "doubled: using reference (fast: x is odd)",
+    ]
     with pytest.raises(KernelUnavailable, match="doubled: fast: x is odd"), doubled.using("fast"):
         doubled(3)
     with pytest.raises(KernelUnavailable, match="no implementation 'slow'"), doubled.using("slow"):
         doubled(3)
 
 
-def test_without_a_compiler_the_reference_runs_and_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_compiler_the_reference_runs_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
     compiler.load.cache_clear()
     try:
         a, b = randn(1, 3, 2).sigmoid(), randn(1, 3, 2)
         assert linear_scan.pick(a, b) == "reference"
-        with pytest.raises(KernelUnavailable, match="no C\\+\\+ compiler"), linear_scan.using("cpp"):
+        with (
+            pytest.raises(KernelUnavailable, match="no C\\+\\+ compiler"),
+            linear_scan.using("cpp"),
+        ):
             linear_scan(a, b)
     finally:
         compiler.load.cache_clear()
 
 
-def test_a_source_that_does_not_compile_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_source_that_does_not_compile_is_a_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("MM_KERNEL_CACHE", str(tmp_path / "cache"))
     source = tmp_path / "broken.cpp"
     source.write_text("this is not C++")
@@ -358,11 +497,15 @@ def test_concurrent_processes_share_one_compiled_file(tmp_path: Path) -> None:
     if compiler.load(Path(linear_scan_source()))[0] is None:
         pytest.skip("no C++ compiler")
     code = (
-        "import json, torch; from mm.kernels.linear_scan import linear_scan; a = torch.full((1, 3, 1), .5)\n"
+        "import json, torch; from mm.kernels.linear_scan import linear_scan\n"
+        "a = torch.full((1, 3, 1), .5)\n"
         "with linear_scan.using('cpp'): print(json.dumps(linear_scan(a, a)[0].flatten().tolist()))"
     )
     env = {**os.environ, "MM_KERNEL_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    children = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    children = [
+        subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     for child in children:
         out, _ = child.communicate(timeout=120)
         assert child.returncode == 0 and json.loads(out) == [0.5, 0.75, 0.875]
@@ -376,5 +519,17 @@ def linear_scan_source() -> str:
 
 
 def test_every_op_documents_its_shapes() -> None:
-    for op in (attention, causal_conv, glu, linear_scan, linear_cross_entropy, rg_lru_gates, rms_norm):
-        assert isinstance(op, Callable) and "Returns:" in (op.__doc__ or "") and "`(" in (op.__doc__ or "")
+    for op in (
+        attention,
+        causal_conv,
+        glu,
+        linear_scan,
+        linear_cross_entropy,
+        rg_lru_gates,
+        rms_norm,
+    ):
+        assert (
+            isinstance(op, Callable)
+            and "Returns:" in (op.__doc__ or "")
+            and "`(" in (op.__doc__ or "")
+        )

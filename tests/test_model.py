@@ -27,15 +27,27 @@ from mm.model.rows import Groups
 from mm.specs import TokenSpec
 from mm.vocabulary import Vocabulary
 
-VOCABULARY = Vocabulary().add(TokenSpec("text", 11)).add(TokenSpec("image", 7)).add(TokenSpec("audio", 5, 2))
+VOCABULARY = (
+    Vocabulary().add(TokenSpec("text", 11)).add(TokenSpec("image", 7)).add(TokenSpec("audio", 5, 2))
+)
 N = VOCABULARY.size
 
 
 def make(seed: int = 0, **settings: object) -> Model:
-    config = validate(LmConfig, {
-        "d_model": 16, "backbone": {"kind": "stack", "pattern": "attention", "depth": 2, "mixers": {"attention": {"heads": 2}}},
-        **settings,
-    }, "test")
+    config = validate(
+        LmConfig,
+        {
+            "d_model": 16,
+            "backbone": {
+                "kind": "stack",
+                "pattern": "attention",
+                "depth": 2,
+                "mixers": {"attention": {"heads": 2}},
+            },
+            **settings,
+        },
+        "test",
+    )
     torch.manual_seed(seed)
     model = config.build(VOCABULARY)
     init_weights(model)
@@ -46,7 +58,7 @@ def ids(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(N, shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- forward ---------------------------------------------------------------------------------------------------------
+# ---- forward ----
 
 
 def test_loss_is_the_nll_of_the_targets_at_the_places() -> None:
@@ -68,14 +80,20 @@ def test_places_without_a_target_are_harmless_and_no_places_give_an_empty_loss()
     nll = model(empty).heads["tokens"].nll
     assert nll.shape == (0,)
     nll.sum().backward()
-    assert all(p.grad is not None for p in model.parameters()), "every rank must run every module: ZeRO-3 waits for it"
+    assert all(p.grad is not None for p in model.parameters()), (
+        "every rank must run every module: ZeRO-3 waits for it"
+    )
 
 
 def test_streams_of_a_place_are_summed_and_minus_one_adds_nothing() -> None:
     model, x = make(), ids(1, 4)
     one = model(Batch.of_ids(x[..., None]), want=frozenset({"hidden.0"})).taps["hidden.0"]
-    padded = model(Batch.of_ids(torch.stack((x, torch.full_like(x, -1)), -1)), want=frozenset({"hidden.0"})).taps["hidden.0"]
-    twice = model(Batch.of_ids(torch.stack((x, x), -1)), want=frozenset({"hidden.0"})).taps["hidden.0"]
+    padded = model(
+        Batch.of_ids(torch.stack((x, torch.full_like(x, -1)), -1)), want=frozenset({"hidden.0"})
+    ).taps["hidden.0"]
+    twice = model(Batch.of_ids(torch.stack((x, x), -1)), want=frozenset({"hidden.0"})).taps[
+        "hidden.0"
+    ]
     torch.testing.assert_close(padded, one)
     torch.testing.assert_close(twice, 2 * one)
     torch.testing.assert_close(one[0, 0], model.embedder.weight[x[0, 0]] * 4.0)  # sqrt(16)
@@ -87,11 +105,15 @@ def test_taps_are_given_only_when_asked_for() -> None:
     out = model(batch, want=frozenset({"hidden.0", "hidden.1", "hidden"}))
     assert set(out.taps) == {"hidden.0", "hidden.1", "hidden"}
     assert torch.equal(out.taps["hidden"], out.hidden)
-    early = make(heads={"tokens": {"kind": "softmax"}, "early": {"kind": "softmax", "tap": "hidden.1"}})
+    early = make(
+        heads={"tokens": {"kind": "softmax"}, "early": {"kind": "softmax", "tap": "hidden.1"}}
+    )
     out = early(batch, loss=False)
     assert out.taps == {}
     tap = early(batch, want=frozenset({"hidden.1"})).taps["hidden.1"]
-    torch.testing.assert_close(out.heads["early"].dist.logits, tap[0] @ early.heads["early"].weight.T)
+    torch.testing.assert_close(
+        out.heads["early"].dist.logits, tap[0] @ early.heads["early"].weight.T
+    )
 
 
 def test_path_runs_other_layers_in_order() -> None:
@@ -107,7 +129,16 @@ def test_path_runs_other_layers_in_order() -> None:
 
 def test_masks_are_what_they_say() -> None:
     """A place moves exactly those outputs that the mask lets see it."""
-    model, x = make(backbone={"kind": "stack", "pattern": "attention", "mixers": {"attention": {"heads": 2}}}), ids(1, 6)
+    model, x = (
+        make(
+            backbone={
+                "kind": "stack",
+                "pattern": "attention",
+                "mixers": {"attention": {"heads": 2}},
+            }
+        ),
+        ids(1, 6),
+    )
     prefix = torch.tensor([[1, 1, 1, 0, 0, 0]], dtype=torch.int32)
     layout = Layout.plain(1, 6)
     layout = replace(layout, fields=layout.fields._replace(extra={"prefix": prefix}))
@@ -117,7 +148,9 @@ def test_masks_are_what_they_say() -> None:
             for s in range(6):
                 y = x.clone()
                 y[0, s] = (y[0, s] + 1) % N
-                moved = (model(Batch.of_ids(y, layout), mask=mask).hidden - before).abs().sum(-1)[0] > 0
+                moved = (model(Batch.of_ids(y, layout), mask=mask).hidden - before).abs().sum(-1)[
+                    0
+                ] > 0
                 f = layout.fields
                 sees = mask.dense(f, f)[0, :, s].clone()
                 sees[s] = True  # the residual stream
@@ -136,22 +169,32 @@ def test_grouping_by_length_covers_every_place_once() -> None:
     assert torch.equal(grad, torch.arange(100.0) * (layout.fields.document.flatten() > 0))
     shuffled = layout.fields.position.flip(1)
     reversed_time = replace(layout, fields=layout.fields._replace(position=shuffled))
-    assert not any(g.causal for g in Groups.of(reversed_time, Causal()).groups), "times that do not rise need a real mask"
+    assert not any(g.causal for g in Groups.of(reversed_time, Causal()).groups), (
+        "times that do not rise need a real mask"
+    )
 
 
 def test_a_document_that_outgrows_its_state_is_an_error() -> None:
     model = make()
     with torch.no_grad():
-        state = model(Batch.of_ids(ids(1, 4), Layout.from_rows([[Doc(4, slot=0)]])), state=model.initial_state(1, 5)).state
+        state = model(
+            Batch.of_ids(ids(1, 4), Layout.from_rows([[Doc(4, slot=0)]])),
+            state=model.initial_state(1, 5),
+        ).state
         with pytest.raises(ValueError, match="larger max_len"):
-            model(Batch.of_ids(ids(1, 2), Layout.from_rows([[Doc(2, slot=0, fresh=False, start=4)]])), state=state)
+            model(
+                Batch.of_ids(ids(1, 2), Layout.from_rows([[Doc(2, slot=0, fresh=False, start=4)]])),
+                state=state,
+            )
 
 
-# ---- adapters --------------------------------------------------------------------------------------------------------
+# ---- adapters ----
 
 
 def test_values_fill_their_places_and_unfilled_places_become_padding() -> None:
-    """Four reserved places of which the item fills two: as if the document had been shorter, wherever the hole is."""
+    """Four reserved places of which the item fills two: as if the document had been shorter,
+    wherever the hole is.
+    """
     model = make(adapters={"image": {"kind": "linear", "d_in": 3}}).double()
     data = torch.randn(1, 2, 3, dtype=torch.float64)
     number = lambda *n: torch.tensor(n, dtype=torch.int32)
@@ -167,7 +210,9 @@ def test_values_fill_their_places_and_unfilled_places_become_padding() -> None:
 
     exact, loose = run(2), run(4)
     torch.testing.assert_close(torch.cat((loose[:4], loose[6:])), exact)
-    short = run(1)  # the second feature vector has no room: it goes nowhere, not into the next place
+    short = run(
+        1
+    )  # the second feature vector has no room: it goes nowhere, not into the next place
     torch.testing.assert_close(short[:3], exact[:3])
     assert not torch.allclose(short[3], exact[4])
 
@@ -177,14 +222,18 @@ def test_a_batch_without_the_modality_runs_its_adapter_on_a_zero_item() -> None:
     layout = Layout.from_rows([[Doc(3), Doc(2)], [Doc(4)]], 6)
     batch = Batch.of_ids(ids(2, 6), layout)
     plain = make()
-    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("adapters")})
+    plain.load_state_dict(
+        {k: v for k, v in model.state_dict().items() if not k.startswith("adapters")}
+    )
     torch.testing.assert_close(model(batch).hidden, plain(batch).hidden)
     model(batch).hidden.sum().backward()
     grads = [p.grad for p in model.adapters.parameters()]
-    assert all(g is not None and not g.any() for g in grads), "the module must be in the graph, without effect"
+    assert all(g is not None and not g.any() for g in grads), (
+        "the module must be in the graph, without effect"
+    )
 
 
-# ---- heads and embeddings --------------------------------------------------------------------------------------------
+# ---- heads and embeddings ----
 
 
 def test_categorical() -> None:
@@ -196,7 +245,9 @@ def test_categorical() -> None:
     shares = torch.stack([(drawn == i).float().mean(0) for i in range(3)], -1)
     torch.testing.assert_close(shares, logits.softmax(-1), atol=0.04, rtol=0)
     assert dist.sample(g, temperature=0).tolist() == [1, 0]
-    torch.testing.assert_close(dist.log_prob(torch.tensor([1, 0])).exp(), logits.softmax(-1)[[0, 1], [1, 0]])
+    torch.testing.assert_close(
+        dist.log_prob(torch.tensor([1, 0])).exp(), logits.softmax(-1)[[0, 1], [1, 0]]
+    )
 
 
 def test_a_tied_head_shares_the_very_parameter_everywhere(tmp_path: Path) -> None:
@@ -208,14 +259,16 @@ def test_a_tied_head_shares_the_very_parameter_everywhere(tmp_path: Path) -> Non
     untied = make().double()
     untied.load_state_dict(model.state_dict())
     untied(Batch.of_ids(ids(1, 4))).heads["tokens"].nll.sum().backward()
-    torch.testing.assert_close(both, untied.embedder.weight.grad + untied.heads["tokens"].weight.grad)
+    torch.testing.assert_close(
+        both, untied.embedder.weight.grad + untied.heads["tokens"].weight.grad
+    )
     model.float().save_pretrained(tmp_path / "m")
     loaded = Model.from_pretrained(tmp_path / "m")
     assert loaded.heads["tokens"].weight is loaded.embedder.weight
     from safetensors import safe_open
 
     with safe_open(tmp_path / "m" / "model.safetensors", framework="pt") as file:
-        assert "heads.tokens.weight" not in file.keys() and "embedder.weight" in file.keys()  # noqa: SIM118
+        assert "heads.tokens.weight" not in file.keys() and "embedder.weight" in file.keys()
 
 
 def test_code_vectors_seed_their_rows_and_no_others() -> None:
@@ -226,10 +279,14 @@ def test_code_vectors_seed_their_rows_and_no_others() -> None:
     model.config.prepare(model, {"image": vectors})
     after = model.embedder.weight.detach()
     r = VOCABULARY.range("image")
-    assert torch.equal(after[: r.first], before[: r.first]) and torch.equal(after[r.stop :], before[r.stop :])
+    assert torch.equal(after[: r.first], before[: r.first]) and torch.equal(
+        after[r.stop :], before[r.stop :]
+    )
     rows = torch.nn.functional.normalize(after[r.first : r.stop], dim=1)
     alike = rows @ rows.T
-    assert alike[0, 1] > 0.5 and alike[0, 1] < 0.999, "alike codes begin alike, but can be told apart"
+    assert alike[0, 1] > 0.5 and alike[0, 1] < 0.999, (
+        "alike codes begin alike, but can be told apart"
+    )
     assert alike[0, 1] > alike[0, 2:].max()
     assert abs(after[r.first : r.stop].std() * 4 - 1) < 0.35
     again = make()
@@ -240,7 +297,37 @@ def test_code_vectors_seed_their_rows_and_no_others() -> None:
     assert torch.equal(off.embedder.weight, before)
 
 
-# ---- folder ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_used_inside_their_own_module_s_forward_only(tied: bool) -> None:
+    """What ZeRO-3 does: outside the forward of the module that owns it, a parameter is empty."""
+    model = make(
+        heads={"tokens": {"kind": "softmax", "tied": tied}},
+        adapters={"image": {"kind": "linear", "d_in": 3}},
+        backbone={"kind": "stack", "pattern": "rg_lru attention"},
+    )
+    batch = Batch.of_ids(ids(2, 5), Layout.from_rows([[Doc(5, slot=0)], [Doc(5, slot=1)]]))
+    expected = model(batch).heads["tokens"].nll.detach()
+    whole = {id(p): p.data for p in model.parameters()}
+
+    def gather(module: torch.nn.Module, *_: object) -> None:
+        for p in module.parameters(recurse=False):
+            p.data = whole[id(p)]
+
+    def release(module: torch.nn.Module, *_: object) -> None:
+        for p in module.parameters(recurse=False):
+            p.data = torch.empty(0)
+
+    for module in model.modules():
+        module.register_forward_pre_hook(gather)
+        module.register_forward_hook(release)
+        release(module)
+    with torch.no_grad():
+        assert torch.equal(model(batch).heads["tokens"].nll, expected)
+        served = model(batch, state=model.initial_state(2, 8)).heads["tokens"].nll
+        torch.testing.assert_close(served, expected)
+
+
+# ---- folder ----
 
 
 def test_a_saved_model_is_complete_and_computes_the_same(tmp_path: Path) -> None:
@@ -249,7 +336,9 @@ def test_a_saved_model_is_complete_and_computes_the_same(tmp_path: Path) -> None
     (tmp_path / "tok" / "tokenizer.yaml").write_text("kind: bytes\n")
     for _ in range(2):  # the second replaces the first
         model.save_pretrained(tmp_path / "out" / "m", tokenizers={"text": tmp_path / "tok"})
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["m"], "no temporary folder stays"
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["m"], (
+        "no temporary folder stays"
+    )
     assert (tmp_path / "out" / "m" / "tokenizers" / "text" / "tokenizer.yaml").is_file()
     loaded = Model.from_pretrained(tmp_path / "out" / "m")
     assert loaded.vocabulary == VOCABULARY and loaded.config == model.config and not loaded.training
@@ -263,7 +352,9 @@ def test_a_failed_save_leaves_the_old_folder(tmp_path: Path) -> None:
     old = (tmp_path / "m" / "config.json").read_text()
     with pytest.raises(FileNotFoundError):
         model.save_pretrained(tmp_path / "m", tokenizers={"text": tmp_path / "missing"})
-    assert (tmp_path / "m" / "config.json").read_text() == old and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "m" / "config.json").read_text() == old and len(
+        list(tmp_path.iterdir())
+    ) == 1
 
 
 def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
@@ -288,24 +379,38 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
         Model.from_pretrained(tmp_path / "m")
 
 
-# ---- patterns --------------------------------------------------------------------------------------------------------
+# ---- patterns ----
 
 
-@pytest.mark.parametrize("pattern,words", [
-    ("attention", ["attention"]),
-    ("2*rg_lru local_attention", ["rg_lru", "rg_lru", "local_attention"]),
-    ("2*(a b) c", ["a", "b", "a", "b", "c"]),
-    ("2*(a 2*(b c)) d", ["a", "b", "c", "b", "c", "a", "b", "c", "b", "c", "d"]),
-    (" 1 * a(b)3* c ", ["a", "b", "c", "c", "c"]),
-])
+@pytest.mark.parametrize(
+    "pattern,words",
+    [
+        ("attention", ["attention"]),
+        ("2*rg_lru local_attention", ["rg_lru", "rg_lru", "local_attention"]),
+        ("2*(a b) c", ["a", "b", "a", "b", "c"]),
+        ("2*(a 2*(b c)) d", ["a", "b", "c", "b", "c", "a", "b", "c", "b", "c", "d"]),
+        (" 1 * a(b)3* c ", ["a", "b", "c", "c", "c"]),
+    ],
+)
 def test_patterns(pattern: str, words: list[str]) -> None:
     assert parse(pattern) == words
 
 
-@pytest.mark.parametrize("pattern,fault", [
-    ("", "names no mixer"), ("2*", "repeat count"), ("2 a", "expected a word"), ("(a", "not closed"), ("a)", "nothing to close"),
-    ("0*a", "repeat count"), ("a, b", "expected a word"), ("2*3*a", "repeat count"), ("2*(a 2*)", "nothing to close"), ("()", "names no mixer"),
-])
+@pytest.mark.parametrize(
+    "pattern,fault",
+    [
+        ("", "names no mixer"),
+        ("2*", "repeat count"),
+        ("2 a", "expected a word"),
+        ("(a", "not closed"),
+        ("a)", "nothing to close"),
+        ("0*a", "repeat count"),
+        ("a, b", "expected a word"),
+        ("2*3*a", "repeat count"),
+        ("2*(a 2*)", "nothing to close"),
+        ("()", "names no mixer"),
+    ],
+)
 def test_wrong_patterns_point_at_the_fault(pattern: str, fault: str) -> None:
     with pytest.raises(UserError, match=fault):
         parse(pattern)
@@ -320,46 +425,67 @@ def test_a_pattern_is_repeated_to_the_depth() -> None:
 
 def test_words_are_entries_presets_or_kinds() -> None:
     config = StackConfig(
-        pattern="rg_lru local_attention attention mine", mixers={
-            "local_attention": {"heads": 2}, "attention": {"kv_heads": 2}, "mine": {"kind": "attention", "heads": 8, "window": 5}},
+        pattern="rg_lru local_attention attention mine",
+        mixers={
+            "local_attention": {"heads": 2},
+            "attention": {"kv_heads": 2},
+            "mine": {"kind": "attention", "heads": 8, "window": 5},
+        },
     )
     stack = config.build(32)
     mixers = [layer.mixer for layer in stack.layers]
     assert isinstance(mixers[0], RGLRU) and all(isinstance(m, Attention) for m in mixers[1:])
-    assert [(m.heads, m.kv_heads, m.window) for m in mixers[1:]] == [(2, 2, 128), (4, 2, None), (8, 8, 5)]
-    assert validate(StackConfig, config.to_dict(), "again") == config, "a resolved config means the same"
+    assert [(m.heads, m.kv_heads, m.window) for m in mixers[1:]] == [
+        (2, 2, 128),
+        (4, 2, None),
+        (8, 8, 5),
+    ]
+    assert validate(StackConfig, config.to_dict(), "again") == config, (
+        "a resolved config means the same"
+    )
 
 
-@pytest.mark.parametrize("values,message", [
-    ({"pattern": "atention"}, "did you mean 'attention'"),
-    ({"pattern": "local_atention"}, "did you mean 'local_attention'"),
-    ({"mixers": {"nothing_like_it": {"heads": 2}}}, "no mixer preset or kind"),
-    ({"mixers": {"attention": {"kv_head": 2}}}, "did you mean 'kv_heads'"),
-    ({"depht": 3}, "did you mean 'depth'"),
-])
+@pytest.mark.parametrize(
+    "values,message",
+    [
+        ({"pattern": "atention"}, "did you mean 'attention'"),
+        ({"pattern": "local_atention"}, "did you mean 'local_attention'"),
+        ({"mixers": {"nothing_like_it": {"heads": 2}}}, "no mixer preset or kind"),
+        ({"mixers": {"attention": {"kv_head": 2}}}, "did you mean 'kv_heads'"),
+        ({"depht": 3}, "did you mean 'depth'"),
+    ],
+)
 def test_wrong_words_suggest_the_right_one(values: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         validate(StackConfig, values, "test.yaml")
 
 
-@pytest.mark.parametrize("mixer,message", [
-    ({"kind": "attention", "heads": 3}, "d_model 16 is not a multiple of heads 3"),
-    ({"kind": "attention", "heads": 4, "kv_heads": 3}, "not a multiple of kv_heads"),
-    ({"kind": "attention", "heads": 2, "head_dim": 5}, "odd"),
-    ({"kind": "rg_lru", "width": 10}, "not a multiple of heads"),
-])
+@pytest.mark.parametrize(
+    "mixer,message",
+    [
+        ({"kind": "attention", "heads": 3}, "d_model 16 is not a multiple of heads 3"),
+        ({"kind": "attention", "heads": 4, "kv_heads": 3}, "not a multiple of kv_heads"),
+        ({"kind": "attention", "heads": 2, "head_dim": 5}, "odd"),
+        ({"kind": "rg_lru", "width": 10}, "not a multiple of heads"),
+    ],
+)
 def test_sizes_that_do_not_fit_are_named(mixer: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StackConfig(pattern="m", mixers={"m": mixer}).build(16)
 
 
-# ---- learning --------------------------------------------------------------------------------------------------------
+# ---- learning ----
 
 
 @pytest.mark.parametrize("pattern", ["attention", "2*rg_lru local_attention"])
 def test_it_learns_to_copy(pattern: str) -> None:
-    """A sequence and the same again: the second half is certain. A model that mixes positions wrongly stays at ln 8."""
-    model = make(d_model=32, backbone={"kind": "stack", "pattern": pattern, "depth": 3 if "rg" in pattern else 2})
+    """A sequence and the same again: the second half is certain. A model that mixes positions
+    wrongly stays at ln 8.
+    """
+    model = make(
+        d_model=32,
+        backbone={"kind": "stack", "pattern": pattern, "depth": 3 if "rg" in pattern else 2},
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     g = torch.Generator().manual_seed(0)
     last = []
@@ -368,9 +494,34 @@ def test_it_learns_to_copy(pattern: str) -> None:
         x = torch.cat((half, half), 1)
         targets = torch.cat((x[:, 1:], torch.full((16, 1), -1)), 1)[..., None].int()
         places = (torch.arange(16)[:, None] * 12 + torch.arange(6, 11)).flatten().int()
-        nll = model(replace(Batch.of_ids(x), targets=targets, places={"tokens": places})).heads["tokens"].nll.mean()
+        nll = (
+            model(replace(Batch.of_ids(x), targets=targets, places={"tokens": places}))
+            .heads["tokens"]
+            .nll.mean()
+        )
         optimizer.zero_grad()
         nll.backward()
         optimizer.step()
         last.append(nll.item())
     assert last[0] > 1.9 and sum(last[-10:]) / 10 < 0.6, (last[0], last[-10:])
+
+
+def test_a_field_that_only_the_prompt_has_may_be_left_out_later() -> None:
+    """The prompt is an image block that sees itself both ways; the continuation names no block."""
+    model = make().double()
+    text = ids(1, 7)
+    block = np.array([1, 1, 1, 0, 0, 0, 0], np.int32)
+    whole = Layout.from_rows([[Doc(7, extra={"prefix": block})]])
+    mask = Causal() | Prefix()
+    expected = model(Batch.of_ids(text, whole), mask=Prefix()).hidden
+    torch.testing.assert_close(model(Batch.of_ids(text, whole), mask=mask).hidden, expected)
+    with torch.no_grad():
+        first = Layout.from_rows([[Doc(4, slot=0, extra={"prefix": block[:4]})]])
+        out = model(
+            Batch.of_ids(text[:, :4], first), mask=Prefix(), state=model.initial_state(1, 8)
+        )
+        torch.testing.assert_close(out.hidden, expected[:, :4])
+        for t in range(4, 7):
+            step = Layout.from_rows([[Doc(1, slot=0, fresh=False, start=t)]])
+            out = model(Batch.of_ids(text[:, t : t + 1], step), state=out.state)
+            torch.testing.assert_close(out.hidden, expected[:, t : t + 1])

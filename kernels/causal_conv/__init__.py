@@ -26,7 +26,8 @@ def causal_conv(u_BTD: Tensor, weight_CD: Tensor, bias_D: Tensor, document_BT: T
         document_BT: `(B, T)` int32; taps stop where it changes.
     Returns:
         `(B, T, D)` in the dtype of ``u``.
-    Source: Dauphin et al. 2017 (arXiv:1612.08083), section 2; per document as in De et al. 2024 (arXiv:2402.19427).
+    Source: Dauphin et al. 2017 (arXiv:1612.08083), section 2; per document as in De et al. 2024
+    (arXiv:2402.19427).
     """
     wide = torch.promote_types(u_BTD.dtype, torch.float32)
     u, w = u_BTD.to(wide), weight_CD.to(wide)
@@ -66,19 +67,43 @@ def _forward(u: Tensor, weight: Tensor, bias: Tensor, document: Tensor) -> Tenso
     return y
 
 
-def _backward(u: Tensor, weight: Tensor, document: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    du, dw, db = torch.empty(u.shape, dtype=u.dtype), torch.empty_like(weight), weight.new_empty(u.shape[2])
+def _backward(
+    u: Tensor, weight: Tensor, document: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    du, dw, db = (
+        torch.empty(u.shape, dtype=u.dtype),
+        torch.empty_like(weight),
+        weight.new_empty(u.shape[2]),
+    )
     rows, stride = _rows(u)
     name = f"conv_{compiler.SUFFIX[u.dtype]}_backward"
-    compiler.call(_SOURCE, name, rows, weight, document, grad.contiguous(), du, dw, db, *u.shape, weight.shape[0], stride)
+    compiler.call(
+        _SOURCE,
+        name,
+        rows,
+        weight,
+        document,
+        grad.contiguous(),
+        du,
+        dw,
+        db,
+        *u.shape,
+        weight.shape[0],
+        stride,
+    )
     return du, dw, db
 
 
 _forward_op = torch.library.custom_op(
-    "mm::causal_conv", _forward, mutates_args=(), schema="(Tensor u, Tensor weight, Tensor bias, Tensor document) -> Tensor"
+    "mm::causal_conv",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor u, Tensor weight, Tensor bias, Tensor document) -> Tensor",
 )
 _backward_op = torch.library.custom_op(
-    "mm::causal_conv_backward", _backward, mutates_args=(),
+    "mm::causal_conv_backward",
+    _backward,
+    mutates_args=(),
     schema="(Tensor u, Tensor weight, Tensor document, Tensor grad) -> (Tensor, Tensor, Tensor)",
 )
 

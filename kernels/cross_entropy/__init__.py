@@ -1,4 +1,6 @@
-"""Cross-entropy of a linear layer without all its logits in memory. P places, D width, N classes."""
+"""Cross-entropy of a linear layer without all its logits in memory. P places, D width, N
+classes.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +16,32 @@ CHUNK_BYTES = 64 << 20  # float32 logits held at once
 
 
 def chunk_rows(n_classes: int) -> int:
-    """Places whose logits fit CHUNK_BYTES; at least 1024, below which bf16 products lose a third of their speed."""
+    """Places whose logits fit CHUNK_BYTES; at least 1024, below which bf16 products lose a third of
+    their speed.
+    """
     return max(1024, CHUNK_BYTES // (4 * n_classes))
 
 
 def _compute_dtype(h: Tensor) -> torch.dtype:
     """What matrix products run in: autocast decides, as it would for `F.linear`."""
     device = h.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and h.dtype != torch.float64 else h.dtype
+    return (
+        torch.get_autocast_dtype(device)
+        if torch.is_autocast_enabled(device) and h.dtype != torch.float64
+        else h.dtype
+    )
 
 
 @Op
-def linear_cross_entropy(h_PD: Tensor, weight_ND: Tensor, target_P: Tensor, bias_N: Tensor | None = None) -> Tensor:
+def linear_cross_entropy(
+    h_PD: Tensor, weight_ND: Tensor, target_P: Tensor, bias_N: Tensor | None = None
+) -> Tensor:
     """Negative log-likelihood of each place's target under ``softmax(h @ weight.T + bias)``.
 
     Args:
         h_PD: `(P, D)` float hidden states; P may be 0.
-        weight_ND: `(N, D)` float; products run in the autocast dtype when that is on, the softmax in float32 or wider.
+        weight_ND: `(N, D)` float; products run in the autocast dtype when that is on, the softmax
+            in float32 or wider.
         target_P: `(P,)` int in [0, N).
         bias_N: `(N,)` float or None.
     Returns:
@@ -46,10 +57,20 @@ def linear_cross_entropy(h_PD: Tensor, weight_ND: Tensor, target_P: Tensor, bias
 
 
 class _Chunked(torch.autograd.Function):
-    """Logits live for one chunk of places only; the backward makes them again, or keeps them when one chunk is all."""
+    """Logits live for one chunk of places only; the backward makes them again, or keeps them when
+    one chunk is all.
+    """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, dtype: torch.dtype, rows: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        rows: int,
+    ) -> Tensor:
         w = weight.to(dtype)
         wide = torch.promote_types(dtype, torch.float32)
         nll = h.new_empty(h.shape[0], dtype=wide)
@@ -78,7 +99,11 @@ class _Chunked(torch.autograd.Function):
         db = torch.zeros(weight.shape[0], dtype=wide, device=w.device)
         for at in range(0, h.shape[0], rows):
             here = slice(at, at + rows)
-            p = kept.clone() if kept is not None else (_logits(h[here], w, bias, wide) - lse[here, None]).exp_()
+            p = (
+                kept.clone()
+                if kept is not None
+                else (_logits(h[here], w, bias, wide) - lse[here, None]).exp_()
+            )
             p.scatter_add_(1, target[here, None], torch.full_like(lse[here, None], -1.0))
             p *= grad[here, None]
             if bias is not None:
@@ -86,7 +111,14 @@ class _Chunked(torch.autograd.Function):
             g = p.to(dtype)
             dh[here] = g @ w
             dw += g.T @ h[here].to(dtype)
-        return dh, dw.to(weight.dtype), None, db.to(bias.dtype) if bias is not None else None, None, None
+        return (
+            dh,
+            dw.to(weight.dtype),
+            None,
+            db.to(bias.dtype) if bias is not None else None,
+            None,
+            None,
+        )
 
 
 def _logits(h: Tensor, w: Tensor, bias: Tensor | None, wide: torch.dtype) -> Tensor:
@@ -95,7 +127,11 @@ def _logits(h: Tensor, w: Tensor, bias: Tensor | None, wide: torch.dtype) -> Ten
 
 
 @linear_cross_entropy.register("chunked", lambda *a, **k: None)
-def _chunked(h_PD: Tensor, weight_ND: Tensor, target_P: Tensor, bias_N: Tensor | None = None) -> Tensor:
+def _chunked(
+    h_PD: Tensor, weight_ND: Tensor, target_P: Tensor, bias_N: Tensor | None = None
+) -> Tensor:
     dtype = _compute_dtype(h_PD)
     with torch.autocast(h_PD.device.type, enabled=False):
-        return _Chunked.apply(h_PD, weight_ND, target_P.long(), bias_N, dtype, chunk_rows(weight_ND.shape[0]))
+        return _Chunked.apply(
+            h_PD, weight_ND, target_P.long(), bias_N, dtype, chunk_rows(weight_ND.shape[0])
+        )

@@ -51,7 +51,11 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
     D = x.shape[-1]
     if x.is_contiguous():
         return x, D
-    flat = x.dim() >= 2 and x.stride(-1) == 1 and all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in range(x.dim() - 2))
+    flat = (
+        x.dim() >= 2
+        and x.stride(-1) == 1
+        and all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in range(x.dim() - 2))
+    )
     return (x, x.stride(-2)) if flat else (x.contiguous(), D)
 
 
@@ -63,7 +67,9 @@ def _forward(gate: Tensor, up: Tensor, kind: int) -> Tensor:
     y = torch.empty(gate.shape, dtype=gate.dtype)
     (g, s_g), (u, s_u) = _rows(gate), _rows(up)
     D = gate.shape[-1]
-    compiler.call(_SOURCE, _name(gate, up, "forward"), kind, g, u, y, gate.numel() // max(D, 1), D, s_g, s_u)
+    compiler.call(
+        _SOURCE, _name(gate, up, "forward"), kind, g, u, y, gate.numel() // max(D, 1), D, s_g, s_u
+    )
     return y
 
 
@@ -72,13 +78,20 @@ def _backward(gate: Tensor, up: Tensor, grad: Tensor, kind: int) -> tuple[Tensor
     (g, s_g), (u, s_u) = _rows(gate), _rows(up)
     D = gate.shape[-1]
     name = _name(gate, up, "backward")
-    compiler.call(_SOURCE, name, kind, g, u, grad.contiguous(), dg, du, gate.numel() // max(D, 1), D, s_g, s_u)
+    compiler.call(
+        _SOURCE, name, kind, g, u, grad.contiguous(), dg, du, gate.numel() // max(D, 1), D, s_g, s_u
+    )
     return dg, du
 
 
-_forward_op = torch.library.custom_op("mm::glu", _forward, mutates_args=(), schema="(Tensor gate, Tensor up, int kind) -> Tensor")
+_forward_op = torch.library.custom_op(
+    "mm::glu", _forward, mutates_args=(), schema="(Tensor gate, Tensor up, int kind) -> Tensor"
+)
 _backward_op = torch.library.custom_op(
-    "mm::glu_backward", _backward, mutates_args=(), schema="(Tensor gate, Tensor up, Tensor grad, int kind) -> (Tensor, Tensor)"
+    "mm::glu_backward",
+    _backward,
+    mutates_args=(),
+    schema="(Tensor gate, Tensor up, Tensor grad, int kind) -> (Tensor, Tensor)",
 )
 
 

@@ -23,7 +23,8 @@ def linear_scan(
     Args:
         a_BTD: `(B, T, D)` decays, any float dtype; accumulated in float32 or wider.
         b_BTD: `(B, T, D)` inputs.
-        reset_BT: `(B, T)` bool: here ``h_t = b_t``, whatever came before (a document begins); None = nowhere.
+        reset_BT: `(B, T)` bool: here ``h_t = b_t``, whatever came before (a document begins); None
+            = nowhere.
         initial_BD: `(B, D)` state before the first token; None = zeros.
     Returns:
         all states `(B, T, D)` and the last one `(B, D)`, both in float32 or wider.
@@ -34,7 +35,8 @@ def linear_scan(
     h = initial_BD.to(wide) if initial_BD is not None else b_BTD.new_zeros(B, D, dtype=wide)
     if T == 0:
         return b_BTD.to(wide), h
-    # unbind, not [:, t]: the backward of an index writes a whole zero tensor a step, which makes the loop quadratic.
+    # unbind, not [:, t]: the backward of an index writes a whole zero tensor a step, which makes
+    # the loop quadratic.
     resets = reset_BT.unbind(1) if reset_BT is not None else [None] * T
     states = []
     for a, b, reset in zip(a_BTD.to(wide).unbind(1), b_BTD.to(wide).unbind(1), resets, strict=True):
@@ -45,7 +47,9 @@ def linear_scan(
     return torch.stack(states, 1), h
 
 
-def _why_not(a_BTD: Tensor, b_BTD: Tensor, reset_BT: Tensor | None = None, initial_BD: Tensor | None = None) -> str | None:
+def _why_not(
+    a_BTD: Tensor, b_BTD: Tensor, reset_BT: Tensor | None = None, initial_BD: Tensor | None = None
+) -> str | None:
     return compiler.why_not(_SOURCE, a_BTD, b_BTD, initial_BD)
 
 
@@ -60,7 +64,9 @@ def _cpp(
         return b_BTD.to(wide), zero if initial_BD is None else initial_BD.to(wide)
     initial = initial_BD.to(wide).contiguous() if initial_BD is not None else None
     reset = reset_BT.contiguous() if reset_BT is not None else None
-    h = torch.ops.mm.linear_scan(a_BTD.to(wide).contiguous(), b_BTD.to(wide).contiguous(), reset, initial)
+    h = torch.ops.mm.linear_scan(
+        a_BTD.to(wide).contiguous(), b_BTD.to(wide).contiguous(), reset, initial
+    )
     return h, h[:, -1]
 
 
@@ -74,20 +80,30 @@ def _forward(a: Tensor, b: Tensor, reset: Tensor | None, initial: Tensor | None)
     return h
 
 
-def _backward(a: Tensor, h: Tensor, reset: Tensor | None, initial: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    a: Tensor, h: Tensor, reset: Tensor | None, initial: Tensor | None, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     grad = grad.contiguous()
     da, db = torch.empty_like(a), torch.empty_like(a)
     dinitial = a.new_empty(a.shape[0], a.shape[2] if initial is not None else 0)
-    _call("backward", h, a, h, reset, initial, grad, da, db, dinitial if initial is not None else None)
+    _call(
+        "backward", h, a, h, reset, initial, grad, da, db, dinitial if initial is not None else None
+    )
     return da, db, dinitial
 
 
 _forward_op = torch.library.custom_op(
-    "mm::linear_scan", _forward, mutates_args=(), schema="(Tensor a, Tensor b, Tensor? reset, Tensor? initial) -> Tensor"
+    "mm::linear_scan",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor a, Tensor b, Tensor? reset, Tensor? initial) -> Tensor",
 )
 _backward_op = torch.library.custom_op(
-    "mm::linear_scan_backward", _backward, mutates_args=(),
-    schema="(Tensor a, Tensor h, Tensor? reset, Tensor? initial, Tensor grad) -> (Tensor, Tensor, Tensor)",
+    "mm::linear_scan_backward",
+    _backward,
+    mutates_args=(),
+    schema="(Tensor a, Tensor h, Tensor? reset, Tensor? initial, Tensor grad)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -97,7 +113,9 @@ def _(a: Tensor, b: Tensor, reset: Tensor | None, initial: Tensor | None) -> Ten
 
 
 @_backward_op.register_fake
-def _(a: Tensor, h: Tensor, reset: Tensor | None, initial: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    a: Tensor, h: Tensor, reset: Tensor | None, initial: Tensor | None, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     rest = a.new_empty(a.shape[0], a.shape[2] if initial is not None else 0)
     return torch.empty_like(a), torch.empty_like(a), rest
 

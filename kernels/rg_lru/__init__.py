@@ -1,4 +1,6 @@
-"""Gates of the real-gated linear recurrent unit. R tokens, H gate heads, K width of one, W = H * K."""
+"""Gates of the real-gated linear recurrent unit. R tokens, H gate heads, K width of one, W = H *
+K.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,14 @@ _SOURCE = Path(__file__).with_name("gates.cpp")
 
 
 @Op
-def rg_lru_gates(gates_HRG: Tensor, bias_HG: Tensor, rate_W: Tensor, u_RW: Tensor) -> tuple[Tensor, Tensor]:
+def rg_lru_gates(
+    gates_HRG: Tensor, bias_HG: Tensor, rate_W: Tensor, u_RW: Tensor
+) -> tuple[Tensor, Tensor]:
     """Turn gate activations into decay and input of the recurrence ``h_t = a_t * h_{t-1} + b_t``.
 
     Args:
-        gates_HRG: `(H, R, 2K)` activations before the sigmoid: K recurrence gates, then K input gates; any float dtype.
+        gates_HRG: `(H, R, 2K)` activations before the sigmoid: K recurrence gates, then K input
+            gates; any float dtype.
         bias_HG: `(H, 2K)` added to them.
         rate_W: `(W,)` positive: ``a = exp(-rate * sigmoid(recurrence gate))``.
         u_RW: `(R, W)` input, in the dtype of the gates.
@@ -61,18 +66,31 @@ def _forward(gates: Tensor, bias: Tensor, rate: Tensor, u: Tensor) -> tuple[Tens
     return a, b
 
 
-def _backward(gates: Tensor, bias: Tensor, rate: Tensor, u: Tensor, da: Tensor, db: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out = torch.empty_like(gates), torch.empty_like(bias), torch.empty_like(rate), torch.empty_like(u)
+def _backward(
+    gates: Tensor, bias: Tensor, rate: Tensor, u: Tensor, da: Tensor, db: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out = (
+        torch.empty_like(gates),
+        torch.empty_like(bias),
+        torch.empty_like(rate),
+        torch.empty_like(u),
+    )
     _call(gates, "backward", gates, bias, rate, u, da.contiguous(), db.contiguous(), *out)
     return out
 
 
 _forward_op = torch.library.custom_op(
-    "mm::rg_lru_gates", _forward, mutates_args=(), schema="(Tensor gates, Tensor bias, Tensor rate, Tensor u) -> (Tensor, Tensor)"
+    "mm::rg_lru_gates",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor gates, Tensor bias, Tensor rate, Tensor u) -> (Tensor, Tensor)",
 )
 _backward_op = torch.library.custom_op(
-    "mm::rg_lru_gates_backward", _backward, mutates_args=(),
-    schema="(Tensor gates, Tensor bias, Tensor rate, Tensor u, Tensor da, Tensor db) -> (Tensor, Tensor, Tensor, Tensor)",
+    "mm::rg_lru_gates_backward",
+    _backward,
+    mutates_args=(),
+    schema="(Tensor gates, Tensor bias, Tensor rate, Tensor u, Tensor da, Tensor db)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -82,8 +100,15 @@ def _(gates: Tensor, bias: Tensor, rate: Tensor, u: Tensor) -> tuple[Tensor, Ten
 
 
 @_backward_op.register_fake
-def _(gates: Tensor, bias: Tensor, rate: Tensor, u: Tensor, da: Tensor, db: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(gates), torch.empty_like(bias), torch.empty_like(rate), torch.empty_like(u)
+def _(
+    gates: Tensor, bias: Tensor, rate: Tensor, u: Tensor, da: Tensor, db: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(gates),
+        torch.empty_like(bias),
+        torch.empty_like(rate),
+        torch.empty_like(u),
+    )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -49,12 +49,16 @@ def _cpp_why_not(x: Tensor, weight_D: Tensor | None = None, eps: float = 1e-6) -
 @rms_norm.register("cpp", _cpp_why_not)
 def _cpp(x: Tensor, weight_D: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    weight = x.new_ones(x.shape[-1], dtype=wide) if weight_D is None else weight_D.to(wide).contiguous()
+    weight = (
+        x.new_ones(x.shape[-1], dtype=wide) if weight_D is None else weight_D.to(wide).contiguous()
+    )
     return torch.ops.mm.rms_norm(x, weight, eps)[0]
 
 
 def _strided(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int]]:
-    """``x`` as (outer, inner, D) with two row strides: a slice of heads `(B, T, H, K)` needs no copy."""
+    """``x`` as (outer, inner, D) with two row strides: a slice of heads `(B, T, H, K)` needs no
+    copy.
+    """
     D = x.shape[-1]
     if not x.is_contiguous():
         B, T, H, _ = x.shape if x.dim() == 4 else (0, 0, 0, 0)
@@ -68,7 +72,9 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y = torch.empty(x.shape, dtype=x.dtype)
     scale = torch.empty(x.shape[:-1], dtype=weight.dtype)
     rows, sizes = _strided(x)
-    compiler.call(_SOURCE, f"norm_{compiler.SUFFIX[x.dtype]}_forward", rows, weight, y, scale, eps, *sizes)
+    compiler.call(
+        _SOURCE, f"norm_{compiler.SUFFIX[x.dtype]}_forward", rows, weight, y, scale, eps, *sizes
+    )
     return y, scale
 
 
@@ -81,10 +87,16 @@ def _backward(x: Tensor, weight: Tensor, scale: Tensor, grad: Tensor) -> tuple[T
 
 
 _forward_op = torch.library.custom_op(
-    "mm::rms_norm", _forward, mutates_args=(), schema="(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)"
+    "mm::rms_norm",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
 )
 _backward_op = torch.library.custom_op(
-    "mm::rms_norm_backward", _backward, mutates_args=(), schema="(Tensor x, Tensor weight, Tensor scale, Tensor grad) -> (Tensor, Tensor)"
+    "mm::rms_norm_backward",
+    _backward,
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor scale, Tensor grad) -> (Tensor, Tensor)",
 )
 
 

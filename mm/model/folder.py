@@ -22,7 +22,9 @@ ALIASES = "aliases"  # metadata key: JSON of {name: name of the tensor that it i
 
 @contextmanager
 def whole(folder: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``folder`` that takes its place when the block ends without an error."""
+    """Yield a temporary folder beside ``folder`` that takes its place when the block ends without
+    an error.
+    """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.part-{os.getpid()}")
@@ -40,7 +42,9 @@ def whole(folder: str | Path) -> Iterator[Path]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write safetensors; a tensor under several names is stored once, the other names become aliases."""
+    """Write safetensors; a tensor under several names is stored once, the other names become
+    aliases.
+    """
     first: dict[tuple[Any, ...], str] = {}
     stored: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -56,7 +60,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Read what `save_tensors` wrote, aliases included. Raises UserError on a missing or damaged file."""
+    """Read what `save_tensors` wrote, aliases included. Raises UserError on a missing or damaged
+    file.
+    """
     if not Path(path).is_file():
         raise UserError(f"no weights at {path}")
     try:
@@ -77,7 +83,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """Read `config.json` of a saved model. Raises UserError when it is missing or not JSON."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise UserError(f"no saved model at {folder} (it has no config.json); a run keeps its own in <run folder>/model")
+        raise UserError(
+            f"no saved model at {folder} (it has no config.json); a run keeps its own in "
+            "<run folder>/model"
+        )
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -85,7 +94,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def load_into(build: Callable[[], nn.Module], path: str | Path) -> nn.Module:
-    """Build on the meta device, then give every tensor its saved value. Raises UserError naming what does not fit."""
+    """Build on the meta device, then give every tensor its saved value. Raises UserError naming
+    what does not fit.
+    """
     tensors = load_tensors(path)
     with torch.device("meta"):
         module = build()
@@ -93,8 +104,13 @@ def load_into(build: Callable[[], nn.Module], path: str | Path) -> nn.Module:
     wrong = [n for n in have if n in tensors and tensors[n].shape != have[n].shape]
     missing, extra = sorted(have.keys() - tensors.keys()), sorted(tensors.keys() - have.keys())
     if missing or extra or wrong:
-        faults = [f"{what} {names[0]} and {len(names) - 1} more" if len(names) > 1 else f"{what} {names[0]}" for what, names
-                  in (("missing", missing), ("unknown", extra), ("other shape of", wrong)) if names]
+        faults = [
+            f"{what} {names[0]} and {len(names) - 1} more"
+            if len(names) > 1
+            else f"{what} {names[0]}"
+            for what, names in (("missing", missing), ("unknown", extra), ("other shape of", wrong))
+            if names
+        ]
         raise UserError(f"{path}: not the weights of this config.json: {'; '.join(faults)}")
     module.to_empty(device="cpu")
     module.load_state_dict(tensors)

@@ -1,4 +1,6 @@
-"""The one shape of everything between embedding and head. B rows, T tokens, D model, S streams, N slots, P places."""
+"""The one shape of everything between embedding and head. B rows, T tokens, D model, S streams, N
+slots, P places.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ NONE: Mapping[str, Any] = {}
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Something else to attend to: encoder states, neighbours, compressed context; several coexist."""
+    """Something else to attend to: encoder states, neighbours, compressed context; several
+    coexist.
+    """
 
     layout: Layout  # its `document` holds the READER's document ids: that is the link
     mask: Mask
@@ -30,16 +34,22 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Ctx:
-    """Immutable context of one pass. A layer that publishes something returns a successor (`dataclasses.replace`)."""
+    """Immutable context of one pass. A layer that publishes something returns a successor
+    (`dataclasses.replace`).
+    """
 
     layout: Layout
     mask: Mask
     ids: Tensor | None = None  # (B, T, S), for mixers that look at tokens
     memories: Mapping[str, Memory] = field(default_factory=dict)
-    shared: Mapping[str, Any] = field(default_factory=dict)  # from `Layer.shares`, Providers or earlier layers
+    shared: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # from `Layer.shares`, Providers or earlier layers
     knobs: Mapping[str, float] = field(default_factory=dict)  # host values equal on all ranks
     want: frozenset[str] = frozenset()  # taps and statistics asked for; nothing is paid when empty
-    seed: Tensor | int = 0  # counter-based noise from (seed, visit, name): recomputation draws the same
+    seed: Tensor | int = (
+        0  # counter-based noise from (seed, visit, name): recomputation draws the same
+    )
     visit: int = 0
     draft: bool = False  # the returned State must be able to accept() a prefix of this call
     shard: Any = None
@@ -68,7 +78,9 @@ class Out(NamedTuple):
 
 
 class Layer(nn.Module):
-    """Mixer, Channel, Block, wrapper and Backbone are all this. The SAME call trains, prefills, continues and steps."""
+    """Mixer, Channel, Block, wrapper and Backbone are all this. The SAME call trains, prefills,
+    continues and steps.
+    """
 
     caps: ClassVar[Caps] = Caps()
 
@@ -76,15 +88,20 @@ class Layer(nn.Module):
         raise NotImplementedError
 
     def initial_state(self, n: int, max_len: int) -> State | None:
-        """State of ``n`` fresh slots that will hold at most ``max_len`` tokens; None for a layer without state."""
+        """State of ``n`` fresh slots that will hold at most ``max_len`` tokens; None for a layer
+        without state.
+        """
         return None
 
     def state_bytes(self, n: int, max_len: int) -> int:
-        """Declared bytes of `initial_state(n, max_len)` (law 4). A layer with a State states its formula."""
+        """Declared bytes of `initial_state(n, max_len)` (law 4). A layer with a State states its
+        formula.
+        """
         return 0
 
     def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        """What all layers of a pass can share, by name: a backbone makes each once, before layer 0, into `Ctx.shared`.
+        """What all layers of a pass can share, by name: a backbone makes each once, before layer 0,
+        into `Ctx.shared`.
 
         A layer called without a backbone makes its own. ``serving``: the pass has a State.
         """
@@ -94,7 +111,9 @@ class Layer(nn.Module):
         """Fill every own parameter and buffer (children do theirs); ``__init__`` only allocates."""
 
     def after_step(self, stats: Mapping[str, Sum]) -> None:
-        """Apply globally summed aux statistics (EMA codebooks, balance): a forward mutates no buffer."""
+        """Apply globally summed aux statistics (EMA codebooks, balance): a forward mutates no
+        buffer.
+        """
 
 
 class Mixer(Layer):
@@ -102,7 +121,9 @@ class Mixer(Layer):
 
 
 class Channel(Layer):
-    """Plug point; needs ctx and state too (token shift, routing). Experts are ONE module with stacked weights."""
+    """Plug point; needs ctx and state too (token shift, routing). Experts are ONE module with
+    stacked weights.
+    """
 
 
 class Block(Layer):
@@ -112,13 +133,17 @@ class Block(Layer):
 class Backbone(Layer):
     """Plug point: stack, hierarchy, encoder-decoder, segments, looped."""
 
-    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None, path: Sequence[int] | None = None) -> Out:
+    def forward(
+        self, x_BTD: Tensor, ctx: Ctx, state: State | None = None, path: Sequence[int] | None = None
+    ) -> Out:
         """``path``: layers to run, in order (exit, loop, skip); equal on all ranks in training."""
         raise NotImplementedError
 
 
 class Provider(nn.Module):
-    """One per distinct name its layers read; run once before layer 0, its result enters Ctx.shared."""
+    """One per distinct name its layers read; run once before layer 0, its result enters
+    Ctx.shared.
+    """
 
     def forward(self, ctx: Ctx) -> Tensor:
         raise NotImplementedError
@@ -188,7 +213,10 @@ class Adapter(nn.Module):
 class Distribution(Protocol):
     """Parameter-free result of a head."""
 
-    logits: Tensor | None  # (P, N) where finite
+    @property
+    def logits(self) -> Tensor | None:
+        """`(P, N)` where the support is finite."""
+        ...
 
     def log_prob(self, value: Tensor) -> Tensor: ...
     def sample(self, generator: torch.Generator, temperature: float = 1.0) -> Tensor: ...
@@ -204,7 +232,14 @@ class HeadOut(NamedTuple):
 class Head(nn.Module):
     """Plug point: hidden states to unreduced nll per place, or a Distribution."""
 
-    def forward(self, h_BTD: Tensor, ctx: Ctx, places_P: Tensor, target: Any = None, state: State | None = None) -> HeadOut:
+    def forward(
+        self,
+        h_BTD: Tensor,
+        ctx: Ctx,
+        places_P: Tensor,
+        target: Any = None,
+        state: State | None = None,
+    ) -> HeadOut:
         raise NotImplementedError
 
 
@@ -219,7 +254,9 @@ class ModelOut(NamedTuple):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Run `init_weights` of every submodule that has one, parents after children (so a parent may rescale)."""
+    """Run `init_weights` of every submodule that has one, parents after children (so a parent may
+    rescale).
+    """
     for child in module.children():
         init_weights(child)
     own = getattr(module, "init_weights", None)

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 import numpy as np
 import torch
@@ -30,11 +30,18 @@ from mm.vocabulary import RESERVED, Vocabulary
 
 
 class Model(nn.Module):
-    """Embedder and adapters, backbone, heads. Every parameter is used inside its own module's forward (ZeRO-3)."""
+    """Embedder and adapters, backbone, heads. Every parameter is used inside its own module's
+    forward (ZeRO-3).
+    """
 
     def __init__(
-        self, config: LmConfig, vocabulary: Vocabulary, embedder: Embedder, adapters: Mapping[str, nn.Module],
-        backbone: Backbone, heads: Mapping[str, Head],
+        self,
+        config: LmConfig,
+        vocabulary: Vocabulary,
+        embedder: Embedder,
+        adapters: Mapping[str, nn.Module],
+        backbone: Backbone,
+        heads: Mapping[str, Head],
     ):
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
@@ -50,23 +57,37 @@ class Model(nn.Module):
                 head.tie(self.embedder)  # type: ignore[operator]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        # to_empty and moves off the meta device make a new Parameter for every module that holds one.
+        # to_empty and moves off the meta device make a new Parameter for every module that holds
+        # one.
         super()._apply(fn, recurse)
         self._tie()
         return self
 
     def forward(
-        self, batch: Batch, *, state: State | None = None, mask: Mask | None = None, memories: Mapping[str, Memory] = NONE,
-        knobs: Mapping[str, float] = NONE, want: frozenset[str] = frozenset(), seed: Tensor | int = 0, draft: bool = False,
-        path: Sequence[int] | None = None, heads: Sequence[str] | None = None, loss: bool = True,
+        self,
+        batch: Batch,
+        *,
+        state: State | None = None,
+        mask: Mask | None = None,
+        memories: Mapping[str, Memory] = NONE,
+        knobs: Mapping[str, float] = NONE,
+        want: frozenset[str] = frozenset(),
+        seed: Tensor | int = 0,
+        draft: bool = False,
+        path: Sequence[int] | None = None,
+        heads: Sequence[str] | None = None,
+        loss: bool = True,
     ) -> ModelOut:
         """Run the model.
 
         Args:
-            batch: ids `(B, T, S)`; ``batch.places[head]`` `(P,)` says where each head predicts (default every place).
-            state: of `initial_state`; consumed, the successor is in the result. None = whole documents, no State.
+            batch: ids `(B, T, S)`; ``batch.places[head]`` `(P,)` says where each head predicts
+                (default every place).
+            state: of `initial_state`; consumed, the successor is in the result. None = whole
+                documents, no State.
             mask: who sees whom; default the config's.
-            memories: further things to attend to; every part of the batch enters as one under its own name.
+            memories: further things to attend to; every part of the batch enters as one under its
+                own name.
             want: taps, e.g. "hidden", "hidden.3" (input of layer 3).
             draft: the returned State must be able to `accept` a prefix.
             path: layers to run, in order.
@@ -79,11 +100,20 @@ class Model(nn.Module):
         taps_read = {str(self.heads[h].tap) for h in tapped} - {"hidden"}
         layout = batch.layout
         ctx = Ctx(
-            layout, mask or self.config.default_mask(), batch.ids, knobs=knobs, want=want | frozenset(taps_read), seed=seed,
+            layout,
+            mask or self.config.default_mask(),
+            batch.ids,
+            knobs=knobs,
+            want=want | frozenset(taps_read),
+            seed=seed,
             draft=draft,
         )
         parts = {
-            name: Memory(part.layout, Full(), self.embedder(part.ids, replace(ctx, layout=part.layout, ids=part.ids)))
+            name: Memory(
+                part.layout,
+                Full(),
+                self.embedder(part.ids, replace(ctx, layout=part.layout, ids=part.ids)),
+            )
             for name, part in batch.parts.items()
         }
         ctx = replace(ctx, memories={**parts, **memories})
@@ -105,7 +135,9 @@ class Model(nn.Module):
             head = self.heads[name]
             places = batch.places.get(name)
             if places is None:
-                places = torch.arange(batch.ids.shape[0] * batch.ids.shape[1], device=batch.ids.device)
+                places = torch.arange(
+                    batch.ids.shape[0] * batch.ids.shape[1], device=batch.ids.device
+                )
             target = batch.targets.flatten(0, 1).index_select(0, places.long()) if loss else None
             if target is not None and name not in batch.places:
                 target = target.clamp_min(0)  # -1 = none: its weight is 0
@@ -114,18 +146,25 @@ class Model(nn.Module):
             aux |= {f"heads.{name}.{k}": v for k, v in found[name].aux.items()}
         return ModelOut(hidden, found, out.state, {k: v for k, v in taps.items() if k in want}, aux)
 
-    def _fill(self, x: Tensor, batch: Batch, ctx: Ctx, aux: dict[str, Sum]) -> tuple[Tensor, Layout, Tensor]:
-        """Put the adapters' embeddings into their places; unfilled places become padding, moved to the end of their row.
+    def _fill(
+        self, x: Tensor, batch: Batch, ctx: Ctx, aux: dict[str, Sum]
+    ) -> tuple[Tensor, Layout, Tensor]:
+        """Put the adapters' embeddings into their places; unfilled places become padding, moved to
+        the end of their row.
 
-        Returns the embeddings, the new Layout, and for each place `(B, T)` where it went in its row.
+        Returns the embeddings, the new Layout, and for each place `(B, T)` where it went in its
+        row.
         """
         B, T, D = x.shape
         flat = torch.cat((x.reshape(B * T, D), x.new_zeros(1, D)))
-        document = torch.cat((batch.layout.fields.document.reshape(-1), batch.layout.fields.document.new_zeros(1)))
+        document = torch.cat(
+            (batch.layout.fields.document.reshape(-1), batch.layout.fields.document.new_zeros(1))
+        )
         for name, adapter in self.adapters.items():
             values = batch.values.get(name)
             if values is None:
-                # Same modules on every rank: one zero item with no room, so that ZeRO-3 gathers here too.
+                # Same modules on every rank: one zero item with no room, so that ZeRO-3 gathers
+                # here too.
                 one = torch.zeros(1, dtype=torch.int32, device=x.device)
                 values = Values(adapter.zero(x.device), one + 1, one, one)  # type: ignore[operator]
             filled = adapter(values, ctx)
@@ -136,12 +175,18 @@ class Model(nn.Module):
             place = values.place[:, None].long() + at
             used = at < torch.minimum(filled.length, values.room)[:, None]
             unused = (at < values.room[:, None]) & ~used
-            target = torch.where(used, place, B * T)[:, : embedded.shape[1]]  # what has no room goes past the end
+            target = torch.where(used, place, B * T)[
+                :, : embedded.shape[1]
+            ]  # what has no room goes past the end
             flat = flat.index_put((target.reshape(-1),), embedded.to(flat.dtype).flatten(0, 1))
-            document = document.index_put((torch.where(unused, place, B * T).reshape(-1),), document.new_zeros(()))
+            document = document.index_put(
+                (torch.where(unused, place, B * T).reshape(-1),), document.new_zeros(())
+            )
         document = document[:-1].view(B, T)
         order = (document == 0).to(torch.int8).argsort(dim=1, stable=True)
-        move = lambda t: t.gather(1, order if t.dim() == 2 else order[..., None].expand(-1, -1, t.shape[2]))
+        move = lambda t: t.gather(
+            1, order if t.dim() == 2 else order[..., None].expand(-1, -1, t.shape[2])
+        )
         fields = batch.layout.fields._replace(document=document).map(move)
         M = batch.layout.slot.shape[0]
         starts = torch.full((M + 1,), B * T, dtype=torch.long, device=x.device)
@@ -163,7 +208,9 @@ class Model(nn.Module):
 
     def after_step(self, stats: Mapping[str, Sum]) -> None:
         """Hand globally summed statistics to the module that asked for them."""
-        self.backbone.after_step({k.removeprefix("backbone."): v for k, v in stats.items() if k.startswith("backbone.")})
+        self.backbone.after_step(
+            {k.removeprefix("backbone."): v for k, v in stats.items() if k.startswith("backbone.")}
+        )
         for group, modules in (("adapters", self.adapters), ("heads", self.heads)):
             for name, module in modules.items():
                 head = f"{group}.{name}."
@@ -172,27 +219,37 @@ class Model(nn.Module):
                     module.after_step(mine)  # type: ignore[operator]
 
     def save_pretrained(
-        self, folder: str | Path, *, vocabulary: Vocabulary | None = None, tokenizers: Mapping[str, str | Path] = NONE,
+        self,
+        folder: str | Path,
+        *,
+        vocabulary: Vocabulary | None = None,
+        tokenizers: Mapping[str, str | Path] = NONE,
         tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write a folder that needs nothing else: config, weights, vocabulary and copies of the tokenizers.
+        """Write a folder that needs nothing else: config, weights, vocabulary and copies of the
+        tokenizers.
 
         Args:
             folder: replaced as a whole by one rename.
             vocabulary: default the one that the model was built with.
             tokenizers: modality -> folder of a saved tokenizer.
-            tensors: the state dict to store; default this module's own (a ZeRO-3 engine passes gathered ones).
+            tensors: the state dict to store; default this module's own (a ZeRO-3 engine passes
+                gathered ones).
         """
         with files.whole(folder) as temporary:
             files.write_config(temporary, self.config.to_dict())
-            files.save_tensors(temporary / "model.safetensors", self.state_dict() if tensors is None else tensors)
+            files.save_tensors(
+                temporary / "model.safetensors", self.state_dict() if tensors is None else tensors
+            )
             (vocabulary or self.vocabulary).save(temporary / "vocabulary.json")
             for modality, source in tokenizers.items():
                 shutil.copytree(source, temporary / "tokenizers" / modality)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Model:
-        """Read what `save_pretrained` wrote, on the CPU, in eval mode. Raises UserError naming the file that is wrong."""
+        """Read what `save_pretrained` wrote, on the CPU, in eval mode. Raises UserError naming the
+        file that is wrong.
+        """
         folder = Path(folder)
         if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
             folder = folder / "model"
@@ -216,42 +273,59 @@ class LmConfig(Config):
 
     kind: Literal["lm"] = "lm"
     d_model: Annotated[int, Field(gt=0)] = 128
-    backbone: BACKBONES.field = Field(default="stack", validate_default=True)  # type: ignore[valid-type]
-    embedder: EMBEDDERS.field = Field(default="sum", validate_default=True)  # type: ignore[valid-type]
+    backbone: BACKBONES.field = Field(  # type: ignore[valid-type]
+        default="stack", validate_default=True
+    )
+    embedder: EMBEDDERS.field = Field(  # type: ignore[valid-type]
+        default="sum", validate_default=True
+    )
     adapters: dict[str, ADAPTERS.field] = {}  # type: ignore[valid-type]
-    heads: dict[str, HEADS.field] = Field(default={"tokens": "softmax"}, validate_default=True)  # type: ignore[valid-type]
-    linear: LINEARS.field = Field(default="dense", validate_default=True)  # type: ignore[valid-type]
+    heads: dict[str, HEADS.field] = Field(  # type: ignore[valid-type]
+        default={"tokens": "softmax"}, validate_default=True
+    )
+    linear: LINEARS.field = Field(  # type: ignore[valid-type]
+        default="dense", validate_default=True
+    )
     mask: Literal["causal", "full"] = "causal"
-    code_init: bool = Field(default=True, description="start embedding rows from the tokenizers' code vectors")
+    code_init: bool = Field(
+        default=True, description="start embedding rows from the tokenizers' code vectors"
+    )
 
     def default_mask(self) -> Mask:
         """The Mask of a pass that names none."""
         return Causal() if self.mask == "causal" else Full()
 
     def build(self, vocabulary: Vocabulary | None = None) -> Model:
-        """Allocate the model; `mm.model.layer.init_weights` fills it. Without a vocabulary: 256 byte ids."""
+        """Allocate the model; `mm.model.layer.init_weights` fills it. Without a vocabulary: 256
+        byte ids.
+        """
         n_ids = vocabulary.size if vocabulary is not None else RESERVED + 256
         return Model(
-            self, vocabulary or Vocabulary(), self.embedder.build(n_ids, self.d_model),
+            self,
+            vocabulary or Vocabulary(),
+            self.embedder.build(n_ids, self.d_model),
             {name: adapter.build(self.d_model) for name, adapter in self.adapters.items()},
             self.backbone.build(self.d_model, self.linear.build),
             {name: head.build(self.d_model, n_ids) for name, head in self.heads.items()},
         )
 
     def prepare(self, module: nn.Module, code_vectors: Mapping[str, np.ndarray]) -> None:
-        """Seed embedding rows so that alike codes begin alike (called once on a fresh start, all ranks alike).
+        """Seed embedding rows so that alike codes begin alike (called once on a fresh start, all
+        ranks alike).
 
-        Rows are a fixed random projection of the standardised code vectors, plus a quarter of variance of their own, so that
+        Rows are a fixed random projection of the standardised code vectors, plus a quarter of
+        variance of their own, so that
         equal vectors (dead codes, codes of other books) can still be told apart.
 
         Args:
             module: the built and initialised `Model`.
-            code_vectors: modality -> `(n_ids, C)` float array, as `ModalityTokenizer.code_vectors` gives.
+            code_vectors: modality -> `(n_ids, C)` float array, as `ModalityTokenizer.code_vectors`
+                gives.
         """
         if not self.code_init:
             return
         assert isinstance(module, Model)
-        weight = module.embedder.weight
+        weight = cast(Tensor, module.embedder.weight)
         for modality, vectors in code_vectors.items():
             span = module.vocabulary.range(modality)
             spec = module.vocabulary.spec(modality)
@@ -261,7 +335,11 @@ class LmConfig(Config):
             flat = books.reshape(spec.n_ids, -1)
             C = flat.shape[1]
             rng = np.random.default_rng([17, span.index])
-            rows = flat @ rng.standard_normal((C, self.d_model)).astype(np.float32) / np.sqrt(C * self.d_model)
+            rows = (
+                flat
+                @ rng.standard_normal((C, self.d_model)).astype(np.float32)
+                / np.sqrt(C * self.d_model)
+            )
             with torch.no_grad():
                 new = torch.from_numpy(rows).to(weight)
                 own = weight[span.first : span.stop]

@@ -5,7 +5,7 @@ B rows, T tokens, M documents, N slots, R regrouped rows, L their length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,10 +28,29 @@ def narrowed(mask: Mask, window: int | None) -> Mask:
     return mask & Window(window)
 
 
-class _Regroup(torch.autograd.Function):
-    """Row gather whose backward is a row gather: every place that counts occurs once on either side.
+def paired(f: Callable[[Tensor, Tensor], Tensor], a: Fields, b: Fields) -> Fields:
+    """Apply ``f`` to each field of both sides; a side that lacks a named field has zeros there."""
+    names = dict.fromkeys((*a.extra, *b.extra))
+    return Fields(
+        f(a.position, b.position),
+        f(a.document, b.document),
+        f(a.modality, b.modality),
+        {
+            n: f(
+                a.extra.get(n, torch.zeros_like(a.document)),
+                b.extra.get(n, torch.zeros_like(b.document)),
+            )
+            for n in names
+        },
+    )
 
-    The other places (copies that pad a group) get exactly zero gradient, because what is read of them is masked or dropped.
+
+class _Regroup(torch.autograd.Function):
+    """Row gather whose backward is a row gather: every place that counts occurs once on either
+    side.
+
+    The other places (copies that pad a group) get exactly zero gradient, because what is read of
+    them is masked or dropped.
     """
 
     @staticmethod
@@ -46,7 +65,9 @@ class _Regroup(torch.autograd.Function):
 
 
 class Group(NamedTuple):
-    """Documents of similar length, one a row. ``allowed`` None and ``causal`` say what the mask amounts to here."""
+    """Documents of similar length, one a row. ``allowed`` None and ``causal`` say what the mask
+    amounts to here.
+    """
 
     rows: int
     length: int
@@ -56,10 +77,14 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """A stateless packed call as groups of one-document rows (`Groups.of`). With ``index`` None the rows are that already."""
+    """A stateless packed call as groups of one-document rows (`Groups.of`). With ``index`` None the
+    rows are that already.
+    """
 
     groups: tuple[Group, ...]
-    index: Tensor | None = None  # (sum of R * L + 1,) flat places; the last row stands for all padding
+    index: Tensor | None = (
+        None  # (sum of R * L + 1,) flat places; the last row stands for all padding
+    )
     inverse: Tensor | None = None  # (B * T,) where each place went
 
     def split(self, *x_BT: Tensor) -> Iterator[tuple[Group, list[Tensor]]]:
@@ -69,9 +94,20 @@ class Groups:
             return
         sizes = [group.rows * group.length for group in self.groups]
         # The last row is no place's: padding gets its gradient, which is zero.
-        flat = [_Regroup.apply(x.reshape(x.shape[0] * x.shape[1], -1), self.index, self.inverse).split([*sizes, 1]) for x in x_BT]
+        flat = [
+            _Regroup.apply(x.reshape(x.shape[0] * x.shape[1], -1), self.index, self.inverse).split(
+                [*sizes, 1]
+            )
+            for x in x_BT
+        ]
         for i, group in enumerate(self.groups):
-            yield group, [f[i].view(group.rows, group.length, *x.shape[2:]) for f, x in zip(flat, x_BT, strict=True)]
+            yield (
+                group,
+                [
+                    f[i].view(group.rows, group.length, *x.shape[2:])
+                    for f, x in zip(flat, x_BT, strict=True)
+                ],
+            )
 
     def join(self, y: list[Tensor], B: int, T: int) -> Tensor:
         """Inverse of `split` for one tensor: `(R, L, ...)` of every group to `(B, T, ...)`."""
@@ -79,7 +115,9 @@ class Groups:
             return y[0]
         parts = [part.reshape(part.shape[0] * part.shape[1], -1) for part in y]
         # The last row is what padding reads.
-        out = _Regroup.apply(torch.cat((*parts, parts[0].new_zeros(1, parts[0].shape[1]))), self.inverse, self.index)
+        out = _Regroup.apply(
+            torch.cat((*parts, parts[0].new_zeros(1, parts[0].shape[1]))), self.inverse, self.index
+        )
         return out.view(B, T, *y[0].shape[2:])
 
     @staticmethod
@@ -99,7 +137,9 @@ class Groups:
         real = lengths > 0
         first, last = starts[real], starts[real] + lengths[real] - 1
         span = int((time[last] - time[first]).max(initial=0)) + 1
-        causal = ordered and (mask.hint == "causal" or (mask.hint == "window" and span <= (mask.reach or 0)))
+        causal = ordered and (
+            mask.hint == "causal" or (mask.hint == "window" and span <= (mask.reach or 0))
+        )
         if layout.aligned or not real.any() or (real.sum() == B and (first % T == 0).all()):
             full = mask.hint == "full" and bool((document > 0).all())
             allowed = None if causal or full else mask.dense(f, f)
@@ -113,16 +153,21 @@ class Groups:
             chosen = size == width
             start, count = first[chosen], lengths[real][chosen]
             L = int(count.max())
-            # Padding repeats the document's own last place: never a neighbour's, which might be inf.
+            # Padding repeats the document's own last place: never a neighbour's, which might be
+            # inf.
             index = start[:, None] + np.minimum(np.arange(L), count[:, None] - 1)
             valid = np.arange(L) < count[:, None]
             inverse[index[valid]] = at + np.flatnonzero(valid.reshape(-1))
             allowed = None
             if not causal and not (mask.hint == "full" and valid.all()):
-                gathered = f.map(lambda t, i=torch.from_numpy(index).to(f.document.device): t.flatten(0, 1)[i])
+                gathered = f.map(
+                    lambda t, i=torch.from_numpy(index).to(f.document.device): t.flatten(0, 1)[i]
+                )
                 inside = torch.from_numpy(valid).to(f.document.device)
-                allowed = mask.dense(gathered._replace(document=gathered.document * inside), gathered._replace(
-                    document=gathered.document * inside))
+                allowed = mask.dense(
+                    gathered._replace(document=gathered.document * inside),
+                    gathered._replace(document=gathered.document * inside),
+                )
             groups.append(Group(len(start), L, allowed, causal))
             indices.append(index.reshape(-1))
             at += index.size
@@ -135,7 +180,9 @@ class Groups:
 class Docs(NamedTuple):
     """Documents of a call with a State, as R rows of length L: row r is document r + 1."""
 
-    index: Tensor | None  # (R, L) flat places, None when row r of the call is document r + 1 already
+    index: (
+        Tensor | None
+    )  # (R, L) flat places, None when row r of the call is document r + 1 already
     valid: Tensor  # (R, L) bool
     length: Tensor  # (R,) int64
     slot: Tensor  # (R,) int64, -1 = none
@@ -144,12 +191,16 @@ class Docs(NamedTuple):
 
     @staticmethod
     def of(layout: Layout, n_slots: int) -> Docs:
-        """Rows of ``layout`` for a State of ``n_slots``. No synchronisation: L is `Layout.max_seqlen`."""
+        """Rows of ``layout`` for a State of ``n_slots``. No synchronisation: L is
+        `Layout.max_seqlen`.
+        """
         B, T = layout.shape
         document = layout.fields.document
         if layout.aligned:
             valid = document > 0
-            return Docs(None, valid, valid.sum(1), layout.slot[:B].long(), layout.fresh[:B], n_slots == B)
+            return Docs(
+                None, valid, valid.sum(1), layout.slot[:B].long(), layout.fresh[:B], n_slots == B
+            )
         M = layout.slot.shape[0]
         flat = document.reshape(-1).long()
         count = flat.new_zeros(M + 1).index_add_(0, flat, torch.ones_like(flat))[1:]
@@ -174,11 +225,15 @@ class Docs(NamedTuple):
         return out[:-1].view(B, T, *y_RL.shape[2:])
 
     def fields(self, f: Fields) -> Fields:
-        """Fields of the rows; ``document`` is 1 at valid places, 0 elsewhere (a row holds one document)."""
+        """Fields of the rows; ``document`` is 1 at valid places, 0 elsewhere (a row holds one
+        document).
+        """
         return f.map(self.unpack)._replace(document=self.valid.to(torch.int32))
 
     def read(self, leaf_N: Tensor, initial: Tensor | float = 0.0) -> Tensor:
-        """`(N, ...)` state to what each row begins from: `(R, ...)`, ``initial`` for fresh rows and rows without a slot."""
+        """`(N, ...)` state to what each row begins from: `(R, ...)`, ``initial`` for fresh rows and
+        rows without a slot.
+        """
         shape = (-1, *[1] * (leaf_N.dim() - 1))
         keep = ((self.slot >= 0) & ~self.fresh).view(shape)
         rows = leaf_N if self.direct else leaf_N.index_select(0, self.slot.clamp_min(0))
@@ -193,7 +248,9 @@ class Docs(NamedTuple):
         rows = torch.arange(self.slot.shape[0], device=self.slot.device)
         target = torch.where(self.slot >= 0, self.slot, n_slots)
         row = torch.full((n_slots + 1,), -1, dtype=torch.long, device=target.device)
-        row = row.scatter_reduce(0, target, rows, "amax")[:n_slots]  # the last document naming a slot wins
+        row = row.scatter_reduce(0, target, rows, "amax")[
+            :n_slots
+        ]  # the last document naming a slot wins
         hit = row >= 0
         row = row.clamp_min(0)
         if rows.shape[0] == 0:
@@ -202,7 +259,9 @@ class Docs(NamedTuple):
 
 
 class Written(NamedTuple):
-    """For every slot: the row that writes it (None = row n), whether any does, its length, whether it began fresh."""
+    """For every slot: the row that writes it (None = row n), whether any does, its length, whether
+    it began fresh.
+    """
 
     row: Tensor | None  # (N,) int64
     hit: Tensor  # (N,) bool
@@ -218,6 +277,9 @@ class Written(NamedTuple):
         return rows.index_select(0, self.row)
 
     def write(self, old_N: Tensor, rows: Tensor) -> Tensor:
-        """`(N, ...)` new state: the row's value where a document named the slot, else the old one, bit for bit."""
-        return torch.where(self.hit.view(-1, *[1] * (old_N.dim() - 1)), self.take(rows).to(old_N.dtype), old_N)
-
+        """`(N, ...)` new state: the row's value where a document named the slot, else the old one,
+        bit for bit.
+        """
+        return torch.where(
+            self.hit.view(-1, *[1] * (old_N.dim() - 1)), self.take(rows).to(old_N.dtype), old_N
+        )

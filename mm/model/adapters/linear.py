@@ -1,4 +1,6 @@
-"""One projection of continuous features into the reserved places. G items, L their length, C features, D model."""
+"""One projection of continuous features into the reserved places. G items, L their length, C
+features, D model.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,7 @@ class LinearAdapter(Adapter):
 
     def __init__(self, d_in: int, d_model: int):
         super().__init__()
+        self.d_in = d_in
         self.weight = nn.Parameter(torch.empty(d_model, d_in))
         self.bias = nn.Parameter(torch.empty(d_model))
 
@@ -28,7 +31,7 @@ class LinearAdapter(Adapter):
 
     def zero(self, device: torch.device) -> Tensor:
         """`(1, 1, C)`: the item that a batch without this modality runs through the module."""
-        return torch.zeros(1, 1, self.weight.shape[1], device=device, dtype=self.weight.dtype)
+        return torch.zeros(1, 1, self.d_in, device=device, dtype=self.weight.dtype)
 
     def forward(self, values: Values, ctx: Ctx) -> Filled:
         x = nn.functional.linear(values.data.to(self.weight.dtype), self.weight, self.bias)

@@ -1,4 +1,6 @@
-"""The pattern language: `2*rg_lru local_attention`, groups `2*(a b) c`, repeated to the depth of the stack."""
+"""The pattern language: `2*rg_lru local_attention`, groups `2*(a b) c`, repeated to the depth of
+the stack.
+"""
 
 from __future__ import annotations
 
@@ -51,10 +53,13 @@ def _fault(text: str, at: int, why: str) -> UserError:
 def tile(words: list[str], depth: int | None) -> list[str]:
     """Repeat ``words`` to ``depth`` layers, the last round cut where needed; None takes them once.
 
-    Raises UserError when the pattern alone is longer than ``depth``: part of it would never be built.
+    Raises UserError when the pattern alone is longer than ``depth``: part of it would never be
+    built.
     """
     if depth is None:
         return words
     if len(words) > depth:
-        raise UserError(f"the pattern has {len(words)} layers, depth is {depth}; shorten it or raise depth")
+        raise UserError(
+            f"the pattern has {len(words)} layers, depth is {depth}; shorten it or raise depth"
+        )
     return [words[i % len(words)] for i in range(depth)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -28,7 +28,8 @@ TAP = "tap."
 class Stack(Backbone):
     """Blocks one after another, then a norm.
 
-    ``path`` runs other layers or another order; every VISIT has its own State. Taps `hidden.i` (input of visit i) and
+    ``path`` runs other layers or another order; every VISIT has its own State. Taps `hidden.i`
+    (input of visit i) and
     `hidden` (what the heads read) go into the successor Ctx as shared values named `tap.hidden.i`.
     """
 
@@ -38,23 +39,36 @@ class Stack(Backbone):
         self.norm = RMSNorm(d_model, eps=eps)
         self.recompute = recompute
 
+    def _layer(self, i: int) -> Block:
+        return cast(Block, self.layers[i])
+
     def init_weights(self) -> None:
-        # Runs after the children: residual branches shrink with depth. Source: Radford et al. 2019 (GPT-2), section 2.3.
+        # Runs after the children: residual branches shrink with depth. Source: Radford et al. 2019
+        # (GPT-2), section 2.3.
         factor = (2 * len(self.layers)) ** -0.5
         for module in self.layers.modules():
-            if isinstance(module, Linear) and getattr(module, "name", "") == "out" and hasattr(module, "rescale"):
-                module.rescale(factor)
+            if (
+                isinstance(module, Linear)
+                and getattr(module, "name", "") == "out"
+                and hasattr(module, "rescale")
+            ):
+                module.rescale(factor)  # type: ignore[operator]
 
-    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None, path: Sequence[int] | None = None) -> Out:
+    def forward(
+        self, x_BTD: Tensor, ctx: Ctx, state: State | None = None, path: Sequence[int] | None = None
+    ) -> Out:
         visits = list(path) if path is not None else list(range(len(self.layers)))
         parts: list[State | None] = [None] * len(visits)
         if state is not None:
             if not isinstance(state, Many) or len(state) != len(visits):
-                raise ValueError(f"a State of this path has {len(visits)} parts; make it with initial_state(..., path=path)")
+                raise ValueError(
+                    f"a State of this path has {len(visits)} parts; make it with "
+                    "initial_state(..., path=path)"
+                )
             parts = list(state.parts)
         shared: dict[str, Any] = dict(ctx.shared)
         for i in visits:
-            for name, make in self.layers[i].shares(state is not None).items():  # type: ignore[operator]
+            for name, make in self._layer(i).shares(state is not None).items():
                 if name not in shared:
                     shared[name] = make(ctx)
         ctx = replace(ctx, shared=shared)
@@ -64,10 +78,13 @@ class Stack(Backbone):
             if f"hidden.{visit}" in ctx.want:
                 taps[f"{TAP}hidden.{visit}"] = x
             here = replace(ctx, visit=visit)
-            layer = self.layers[i]
+            layer = self._layer(i)
             if recompute:
-                # Reentrant checkpointing would lose gradients of returned States silently: never here.
-                out = checkpoint(layer, x, here, parts[visit], use_reentrant=False, preserve_rng_state=False)
+                # Reentrant checkpointing would lose gradients of returned States silently: never
+                # here.
+                out = checkpoint(
+                    layer, x, here, parts[visit], use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 out = layer(x, here, parts[visit])
             x, parts[visit] = out.y, out.state
@@ -83,7 +100,7 @@ class Stack(Backbone):
 
     def initial_state(self, n: int, max_len: int, path: Sequence[int] | None = None) -> Many:
         visits = path if path is not None else range(len(self.layers))
-        return Many(*(self.layers[i].initial_state(n, max_len) for i in visits))  # type: ignore[operator]
+        return Many(*(self._layer(i).initial_state(n, max_len) for i in visits))
 
     def state_bytes(self, n: int, max_len: int) -> int:
         return sum(layer.state_bytes(n, max_len) for layer in self.layers)  # type: ignore[operator]
@@ -91,25 +108,35 @@ class Stack(Backbone):
     def after_step(self, stats: Mapping[str, Sum]) -> None:
         for i, layer in enumerate(self.layers):
             head = f"layers.{i}."
-            layer.after_step({k.removeprefix(head): v for k, v in stats.items() if k.startswith(head)})  # type: ignore[operator]
+            layer.after_step(
+                {k.removeprefix(head): v for k, v in stats.items() if k.startswith(head)}
+            )  # type: ignore[operator]
 
 
 @BACKBONES.register("stack")
 class StackConfig(Config):
     """``depth`` layers whose mixers follow ``pattern``.
 
-    A word means, in this order: an entry of ``mixers``, a preset `configs/mixer/<word>.yaml`, a registered mixer kind. An
-    entry of ``mixers`` without `kind` changes the preset or kind of its own name: `mixers: {attention: {kv_heads: 2}}`.
+    A word means, in this order: an entry of ``mixers``, a preset `configs/mixer/<word>.yaml`, a
+    registered mixer kind. An
+    entry of ``mixers`` without `kind` changes the preset or kind of its own name: `mixers:
+    {attention: {kv_heads: 2}}`.
     """
 
     kind: Literal["stack"] = "stack"
     depth: Annotated[int, Field(gt=0)] | None = None
     pattern: str = "attention"
     mixers: dict[str, MIXERS.field] = {}  # type: ignore[valid-type]
-    channel: CHANNELS.field | None = Field(default="swiglu", validate_default=True)  # type: ignore[valid-type]
-    block: BLOCKS.field = Field(default="prenorm", validate_default=True)  # type: ignore[valid-type]
+    channel: CHANNELS.field | None = Field(  # type: ignore[valid-type]
+        default="swiglu", validate_default=True
+    )
+    block: BLOCKS.field = Field(  # type: ignore[valid-type]
+        default="prenorm", validate_default=True
+    )
     eps: float = 1e-6
-    recompute: bool = Field(default=False, description="activation checkpointing of every layer (non-reentrant)")
+    recompute: bool = Field(
+        default=False, description="activation checkpointing of every layer (non-reentrant)"
+    )
 
     @field_validator("mixers", mode="before")
     @classmethod
@@ -117,7 +144,9 @@ class StackConfig(Config):
         if not isinstance(value, Mapping):
             return value
         return {
-            word: yaml_config.merge(_raw(word), entry) if isinstance(entry, Mapping) and "kind" not in entry else entry
+            word: yaml_config.merge(_raw(word), entry)
+            if isinstance(entry, Mapping) and "kind" not in entry
+            else entry
             for word, entry in value.items()
         }
 
@@ -148,7 +177,9 @@ class StackConfig(Config):
         linear = linear or DenseConfig().build
         layers = [
             self.block.build(
-                d_model, self.mixer(word).build(d_model, linear), self.channel.build(d_model, linear) if self.channel else None
+                d_model,
+                self.mixer(word).build(d_model, linear),
+                self.channel.build(d_model, linear) if self.channel else None,
             )
             for word in self.words()
         ]
@@ -156,7 +187,8 @@ class StackConfig(Config):
 
     @classmethod
     def smallest(cls) -> StackConfig:
-        return cls(pattern="attention rg_lru", mixers={"attention": {"heads": 2, "kv_heads": 1}})  # type: ignore[dict-item]
+        small = MIXERS.get("attention").smallest()
+        return cls(pattern="attention rg_lru", mixers={"attention": small})
 
 
 def presets() -> list[str]:

@@ -15,7 +15,9 @@ from mm.state import Many, State
 
 
 class PreNorm(Block):
-    """``x + mixer(norm(x))``, then ``x + channel(norm(x))``. Source: Xiong et al. 2020 (arXiv:2002.04745), fig. 1b."""
+    """``x + mixer(norm(x))``, then ``x + channel(norm(x))``. Source: Xiong et al. 2020
+    (arXiv:2002.04745), fig. 1b.
+    """
 
     def __init__(self, d_model: int, mixer: Mixer, channel: Channel | None, eps: float):
         super().__init__()
@@ -32,7 +34,9 @@ class PreNorm(Block):
         aux = {f"mixer.{k}": v for k, v in mixed.aux.items()}
         channel_state = None
         if self.channel is not None and self.channel_norm is not None:
-            fed = self.channel(self.channel_norm(x), ctx_after, state[1] if state is not None else None)
+            fed = self.channel(
+                self.channel_norm(x), ctx_after, state[1] if state is not None else None
+            )
             x = x + fed.y
             ctx_after = fed.ctx or ctx_after
             channel_state = fed.state
@@ -41,13 +45,21 @@ class PreNorm(Block):
         return Out(x, after, ctx_after if ctx_after is not ctx else None, aux)
 
     def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return {**self.mixer.shares(serving), **(self.channel.shares(serving) if self.channel is not None else {})}
+        return {
+            **self.mixer.shares(serving),
+            **(self.channel.shares(serving) if self.channel is not None else {}),
+        }
 
     def initial_state(self, n: int, max_len: int) -> Many:
-        return Many(self.mixer.initial_state(n, max_len), self.channel.initial_state(n, max_len) if self.channel else None)
+        return Many(
+            self.mixer.initial_state(n, max_len),
+            self.channel.initial_state(n, max_len) if self.channel else None,
+        )
 
     def state_bytes(self, n: int, max_len: int) -> int:
-        return self.mixer.state_bytes(n, max_len) + (self.channel.state_bytes(n, max_len) if self.channel else 0)
+        return self.mixer.state_bytes(n, max_len) + (
+            self.channel.state_bytes(n, max_len) if self.channel else 0
+        )
 
 
 @BLOCKS.register("prenorm")

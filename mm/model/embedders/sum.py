@@ -1,4 +1,6 @@
-"""Sum of the embeddings of all streams of a place, from ONE table. B rows, T tokens, S streams, D model, N ids."""
+"""Sum of the embeddings of all streams of a place, from ONE table. B rows, T tokens, S streams, D
+model, N ids.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ class SumEmbedder(Embedder):
         self.weight = nn.Parameter(torch.empty(n_ids, d_model))
 
     def init_weights(self) -> None:
-        # Unit variance after the factor sqrt(D), and logits of unit variance where a head shares the table.
+        # Unit variance after the factor sqrt(D), and logits of unit variance where a head shares
+        # the table.
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
     def forward(self, ids_BTS: Tensor, ctx: Ctx) -> Tensor:

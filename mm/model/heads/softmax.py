@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +28,15 @@ class Categorical:
         """`(P,)` int64 ids; temperature 0 takes the most likely."""
         if temperature == 0:
             return self.logits.argmax(-1)
-        return torch.multinomial((self.logits / temperature).softmax(-1), 1, generator=generator)[..., 0]
+        return torch.multinomial((self.logits / temperature).softmax(-1), 1, generator=generator)[
+            ..., 0
+        ]
 
 
 class Softmax(Head):
-    """Linear layer and softmax. The loss never holds all logits at once; the distribution is built only when asked for."""
+    """Linear layer and softmax. The loss never holds all logits at once; the distribution is built
+    only when asked for.
+    """
 
     def __init__(self, d_model: int, n_ids: int, tap: str, stream: int, tied: bool):
         super().__init__()
@@ -40,26 +44,39 @@ class Softmax(Head):
         self.weight = nn.Parameter(torch.empty(n_ids, d_model))
 
     def tie(self, embedder: Embedder) -> None:
-        """Own the embedder's very Parameter: this module's own forward uses it, so ZeRO-3 gathers it here too."""
-        self.weight = embedder.weight  # type: ignore[assignment]
+        """Own the embedder's very Parameter: this module's own forward uses it, so ZeRO-3 gathers
+        it here too.
+        """
+        self.weight = cast(nn.Parameter, embedder.weight)
 
     def init_weights(self) -> None:
         if not self.tied:
             nn.init.normal_(self.weight, std=0.25 * self.weight.shape[1] ** -0.5)
 
-    def forward(self, h_BTD: Tensor, ctx: Ctx, places_P: Tensor, target: Any = None, state: State | None = None) -> HeadOut:
+    def forward(
+        self,
+        h_BTD: Tensor,
+        ctx: Ctx,
+        places_P: Tensor,
+        target: Any = None,
+        state: State | None = None,
+    ) -> HeadOut:
         """``target`` `(P,)` or `(P, S)` int ids, or None for the distribution."""
         h = h_BTD.flatten(0, 1).index_select(0, places_P.long())
         if target is None:
             logits = nn.functional.linear(h, self.weight.to(h.dtype))
-            return HeadOut(None, Categorical(logits.to(torch.promote_types(logits.dtype, torch.float32))))
+            return HeadOut(
+                None, Categorical(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+            )
         ids = target[:, self.stream] if target.dim() == 2 else target
         return HeadOut(linear_cross_entropy(h, self.weight, ids), None)
 
 
 @HEADS.register("softmax")
 class SoftmaxConfig(Config):
-    """Softmax over the vocabulary; ``tap`` names the hidden states it reads, ``stream`` the targets."""
+    """Softmax over the vocabulary; ``tap`` names the hidden states it reads, ``stream`` the
+    targets.
+    """
 
     kind: Literal["softmax"] = "softmax"
     tap: str = "hidden"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mm.layout import Fields
-from mm.model.rows import Docs, Written
+from mm.model.rows import Docs, Written, paired
 from mm.state import Struct
 
 
@@ -30,9 +30,11 @@ class KV(Struct):
         """``n`` fresh slots."""
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.int32, device=like.device)
         return KV(
-            like.new_zeros(n, heads, places, k), like.new_zeros(n, heads, places, v),
+            like.new_zeros(n, heads, places, k),
+            like.new_zeros(n, heads, places, v),
             Fields(zeros(n, places, 1), zeros(n, places), zeros(n, places)),
-            torch.zeros(n, dtype=torch.long, device=like.device), ring,
+            torch.zeros(n, dtype=torch.long, device=like.device),
+            ring,
         )
 
     @staticmethod
@@ -48,7 +50,8 @@ class KV(Struct):
         return self
 
     def holds_call(self, docs: Docs, L: int) -> bool:
-        """True when the rows may read the cache with this call already in it: each its own slot, and nothing they still
+        """True when the rows may read the cache with this call already in it: each its own slot,
+        and nothing they still
         see is overwritten (a ring loses, to one token, only what is out of reach)."""
         return docs.direct and (L == 1 or not self.ring) and bool((docs.slot >= 0).all())
 
@@ -57,13 +60,27 @@ class KV(Struct):
         C = self.k.shape[2]
         if self.k.device.type == "cpu":  # elsewhere the longest count would cost a synchronisation
             C = min(C, int(self.count.max()))
-        return self.k[:, :, :C].transpose(1, 2), self.v[:, :, :C].transpose(1, 2), self.fields.map(lambda t: t[:, :C])
+        return (
+            self.k[:, :, :C].transpose(1, 2),
+            self.v[:, :, :C].transpose(1, 2),
+            self.fields.map(lambda t: t[:, :C]),
+        )
 
     def past(self, docs: Docs, f: Fields) -> tuple[Tensor, Tensor, Fields]:
-        """Keys `(R, G, C, K)`, values and Fields `(R, C)` that each row of a call may look back at."""
+        """Keys `(R, G, C, K)`, values and Fields `(R, C)` that each row of a call may look back
+        at.
+        """
         return docs.read(self.k), docs.read(self.v), self._shaped_like(f).fields.map(docs.read)
 
-    def append(self, k_NLGK: Tensor, v_NLGV: Tensor, f: Fields, length_N: Tensor, fresh_N: Tensor, hit_N: Tensor) -> KV:
+    def append(
+        self,
+        k_NLGK: Tensor,
+        v_NLGV: Tensor,
+        f: Fields,
+        length_N: Tensor,
+        fresh_N: Tensor,
+        hit_N: Tensor,
+    ) -> KV:
         """Store the first ``length_N`` places of each slot's row; a fresh slot is emptied first.
 
         Raises:
@@ -74,32 +91,42 @@ class KV(Struct):
         in_place = not torch.is_grad_enabled()
         count = torch.where(fresh_N, 0, base.count)
         if not self.ring and bool((count + length_N > C).any()):
-            raise ValueError(f"a document outgrew its State of {C} tokens; give initial_state a larger max_len")
+            raise ValueError(
+                f"a document outgrew its State of {C} tokens; give initial_state a larger max_len"
+            )
         if bool((fresh_N & (base.count > 0)).any()):
             base = base.map(lambda t: t.masked_fill(fresh_N.view(-1, *[1] * (t.dim() - 1)), 0))
         if L == 0:
             return replace(base, count=count)
         if L > C or L * 4 > C:
-            # Pull: for each cache place, which of the new tokens (the latest that lands here), if any.
+            # Pull: for each cache place, which of the new tokens (the latest that lands here), if
+            # any.
             at = torch.arange(C, device=count.device)
             last = (count + length_N - 1)[:, None]
-            token = last - (last - at) % C - count[:, None]  # index among the new tokens; negative = an old one stays
+            token = (
+                last - (last - at) % C - count[:, None]
+            )  # index among the new tokens; negative = an old one stays
             new = (token >= 0) & (length_N > 0)[:, None]
             token = token.clamp(0, L - 1)
             put = lambda old, x: _blend(old, x.movedim(1, -2) if x.dim() == 4 else x, token, new)
         else:
             j = torch.arange(L, device=count.device)
             to, valid = (count[:, None] + j) % C, j < length_N[:, None]
-            put = lambda old, x: _scatter(old, x.movedim(1, -2) if x.dim() == 4 else x, to, valid, in_place)
+            put = lambda old, x: _scatter(
+                old, x.movedim(1, -2) if x.dim() == 4 else x, to, valid, in_place
+            )
         return KV(
-            put(base.k, k_NLGK), put(base.v, v_NLGV),
-            Fields(*(put(a, b) for a, b in zip(base.fields[:3], f[:3], strict=True)),
-                   {name: put(old, f.extra[name]) for name, old in base.fields.extra.items()}),
-            count + length_N, self.ring,
+            put(base.k, k_NLGK),
+            put(base.v, v_NLGV),
+            paired(put, base.fields, f),
+            count + length_N,
+            self.ring,
         )
 
     def _shaped_like(self, f: Fields) -> KV:
-        """Grow position axes and extra fields to those of the call (they are unknown when a State is made)."""
+        """Grow position axes and extra fields to those of the call (they are unknown when a State
+        is made).
+        """
         mine = self.fields
         axes = f.position.shape[-1] - mine.position.shape[-1]
         missing = [name for name in f.extra if name not in mine.extra]
@@ -133,7 +160,9 @@ class DraftKV(Struct):
         return self.accept(self.length)
 
 
-def advance(state: KV, k_RLGK: Tensor, v_RLGV: Tensor, f: Fields, docs: Docs, draft: bool) -> KV | DraftKV:
+def advance(
+    state: KV, k_RLGK: Tensor, v_RLGV: Tensor, f: Fields, docs: Docs, draft: bool
+) -> KV | DraftKV:
     """State after a call whose rows are ``docs``."""
     w: Written = docs.written(state.count.shape[0])
     k, v = w.take(k_RLGK).to(state.k.dtype), w.take(v_RLGV).to(state.v.dtype)
@@ -146,7 +175,9 @@ def advance(state: KV, k_RLGK: Tensor, v_RLGV: Tensor, f: Fields, docs: Docs, dr
 def _expand(index: Tensor, like: Tensor) -> Tensor:
     """`(N, L)` places to the shape of `(N, [G,] L, [K])`."""
     if like.dim() == 4:
-        return index[:, None, :, None].expand(like.shape[0], like.shape[1], index.shape[1], like.shape[3])
+        return index[:, None, :, None].expand(
+            like.shape[0], like.shape[1], index.shape[1], like.shape[3]
+        )
     if like.dim() == 3:
         return index[:, :, None].expand(like.shape[0], index.shape[1], like.shape[2])
     return index
@@ -160,7 +191,8 @@ def _blend(old: Tensor, x: Tensor, token: Tensor, new: Tensor) -> Tensor:
 def _scatter(old: Tensor, x: Tensor, to: Tensor, valid: Tensor, in_place: bool) -> Tensor:
     dim = 2 if old.dim() == 4 else 1
     index = _expand(to, old)
-    # Invalid places write back what is there: their targets are distinct from all valid ones, since L <= C.
+    # Invalid places write back what is there: their targets are distinct from all valid ones, since
+    # L <= C.
     value = x.to(old.dtype)
     if not bool(valid.all()):
         value = torch.where(_expand(valid, old), value, old.gather(dim, index))

@@ -1,4 +1,6 @@
-"""Griffin's recurrent block. B rows, T tokens, D model, W recurrent width, N slots, R rows, L their length, C taps."""
+"""Griffin's recurrent block. B rows, T tokens, D model, W recurrent width, N slots, R rows, L their
+length, C taps.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ class DraftRecurrent(Struct):
 
 
 def _after(h: Tensor, inputs: Tensor, n_N: Tensor) -> tuple[Tensor, Tensor]:
-    """State after ``n_N`` tokens, from all states `(N, L + 1, W)` and the tail with the inputs `(N, C - 1 + L, W)`."""
+    """State after ``n_N`` tokens, from all states `(N, L + 1, W)` and the tail with the inputs `(N,
+    C - 1 + L, W)`.
+    """
     taps = inputs.shape[1] - (h.shape[1] - 1)
     W = h.shape[-1]
     places = n_N[:, None] + torch.arange(taps, device=n_N.device)
@@ -73,7 +77,9 @@ class RGLRU(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(self, d_model: int, width: int, heads: int, taps: int, linear: Callable[..., Linear]):
+    def __init__(
+        self, d_model: int, width: int, heads: int, taps: int, linear: Callable[..., Linear]
+    ):
         super().__init__()
         self.width, self.heads, self.taps = width, heads, taps
         self.inner = linear(d_model, 2 * width, "inner")
@@ -91,7 +97,10 @@ class RGLRU(Mixer):
         nn.init.zeros_(self.gate_bias)
         with torch.no_grad():
             # a ** c uniform in [0.9, 0.999]: softplus(decay) = -log(a ** c) / c
-            rate = -torch.empty_like(self.decay, dtype=torch.float32).uniform_(0.9, 0.999).log() / SHARPNESS
+            rate = (
+                -torch.empty_like(self.decay, dtype=torch.float32).uniform_(0.9, 0.999).log()
+                / SHARPNESS
+            )
             self.decay.copy_(rate.expm1().log())
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
@@ -107,28 +116,41 @@ class RGLRU(Mixer):
         """States of documents that all begin here."""
         document = layout.fields.document
         y = causal_conv(u, self.conv_weight, self.conv_bias, document)
-        reset = F.pad(document[:, 1:] != document[:, :-1], (1, 0), value=True) if u.shape[1] else None
+        reset = (
+            F.pad(document[:, 1:] != document[:, :-1], (1, 0), value=True) if u.shape[1] else None
+        )
         a, b = self._gates(y)
         return linear_scan(a, b, reset)[0]
 
-    def _continued(self, u: Tensor, ctx: Ctx, state: Recurrent) -> tuple[Tensor, Recurrent | DraftRecurrent]:
+    def _continued(
+        self, u: Tensor, ctx: Ctx, state: Recurrent
+    ) -> tuple[Tensor, Recurrent | DraftRecurrent]:
         """States of documents that go on from their slots."""
         B, T = u.shape[:2]
         docs = Docs.of(ctx.layout, state.h.shape[0])
         rows = docs.unpack(u)
-        L = rows.shape[1]
         inputs = torch.cat((docs.read(state.tail).to(rows.dtype), rows), dim=1)
-        # The tail is the document's own past here: the convolution needs no borders, and its first outputs are the tail's.
-        y = causal_conv(inputs, self.conv_weight, self.conv_bias, torch.ones_like(inputs[..., 0], dtype=torch.int32))
+        # The tail is the document's own past here: the convolution needs no borders, and its first
+        # outputs are the tail's.
+        y = causal_conv(
+            inputs,
+            self.conv_weight,
+            self.conv_bias,
+            torch.ones_like(inputs[..., 0], dtype=torch.int32),
+        )
         a, b = self._gates(y[:, self.taps - 1 :])
         before = docs.read(state.h)
         h, _ = linear_scan(a, b, None, before)
         w = docs.written(state.h.shape[0])
         # A slot that nobody writes keeps its state, as one that a row of length 0 wrote.
-        states = torch.cat((torch.where(w.hit[:, None], w.take(before), state.h)[:, None], w.take(h)), dim=1)
+        states = torch.cat(
+            (torch.where(w.hit[:, None], w.take(before), state.h)[:, None], w.take(h)), dim=1
+        )
         tails = w.take(inputs).to(state.tail.dtype)
         old = torch.where(w.hit[:, None, None], tails[:, : self.taps - 1], state.tail)
-        drafted = DraftRecurrent(states.to(state.h.dtype), torch.cat((old, tails[:, self.taps - 1 :]), dim=1), w.length)
+        drafted = DraftRecurrent(
+            states.to(state.h.dtype), torch.cat((old, tails[:, self.taps - 1 :]), dim=1), w.length
+        )
         return docs.pack(h, B, T), drafted if ctx.draft else drafted.settled()
 
     def _gates(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,7 +166,8 @@ class RGLRU(Mixer):
         like = self.decay.detach()
         wide = torch.promote_types(like.dtype, torch.float32)
         return Recurrent(
-            like.new_zeros(n, self.width, dtype=wide), like.new_zeros(n, self.taps - 1, self.width, dtype=like.dtype)
+            like.new_zeros(n, self.width, dtype=wide),
+            like.new_zeros(n, self.taps - 1, self.width, dtype=like.dtype),
         )
 
     def state_bytes(self, n: int, max_len: int) -> int:

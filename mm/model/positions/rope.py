@@ -24,8 +24,13 @@ class Rope(Position):
         self.head_dim, self.theta = head_dim, theta
 
     def prepare(self, f: Fields) -> Tensor:
-        """`(2, B, T, 1, K/2)` float32 cosines and sines of every place (float64 angles: exact far out)."""
-        half = torch.arange(0, self.head_dim, 2, device=f.position.device, dtype=torch.float64) / self.head_dim
+        """`(2, B, T, 1, K/2)` float32 cosines and sines of every place (float64 angles: exact far
+        out).
+        """
+        half = (
+            torch.arange(0, self.head_dim, 2, device=f.position.device, dtype=torch.float64)
+            / self.head_dim
+        )
         angle = f.position[:, :, :1, None].to(torch.float64) * self.theta**-half
         return torch.stack((angle.cos(), angle.sin())).to(torch.float32)
 

@@ -1,0 +1,206 @@
+"""What the law tests share: every registered layer, and ways to feed it documents.
+
+B rows, T tokens, D model, N slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mm
+from mm.layout import Doc, Layout
+from mm.mask import Causal
+from mm.model.backbones.stack import StackConfig, presets
+from mm.model.layer import Ctx, Layer, Out, init_weights
+from mm.registry import (
+    BACKBONES,
+    BLOCKS,
+    CHANNELS,
+    LINEARS,
+    MIXERS,
+    POSITIONS,
+)
+from mm.specs import TokenSpec
+from mm.state import State
+from mm.vocabulary import Vocabulary
+
+D = 16
+MAX_LEN = 16
+TOL = {"rtol": 1e-9, "atol": 1e-10}
+ROOT = Path(mm.__file__).parent.parent
+VOCABULARY = (
+    Vocabulary().add(TokenSpec("text", 11)).add(TokenSpec("image", 7)).add(TokenSpec("audio", 5, 2))
+)
+
+
+def variants() -> dict[str, Callable[[], Layer]]:
+    """Every registered layer in its smallest form, every preset, and settings that take other paths
+    through the code.
+    """
+    made: dict[str, Callable[[], Layer]] = {}
+    for kind in MIXERS:
+        made[f"mixer:{kind}"] = lambda kind=kind: MIXERS.get(kind).smallest().build(D)
+    for word in presets():
+        made[f"preset:{word}"] = lambda word=word: StackConfig(pattern=word).mixer(word).build(D)
+    for kind in POSITIONS:
+        made[f"position:{kind}"] = lambda kind=kind: MIXERS.get("attention")(
+            heads=2, position=kind
+        ).build(D)
+    for kind in LINEARS:
+        made[f"linear:{kind}"] = lambda kind=kind: MIXERS.get("attention")(heads=2).build(
+            D, LINEARS.get(kind).smallest().build
+        )
+    for kind in CHANNELS:
+        made[f"channel:{kind}"] = lambda kind=kind: CHANNELS.get(kind).smallest().build(D)
+    mixer, channel = MIXERS.get("attention").smallest(), CHANNELS.get("swiglu")(hidden=8)
+    for kind in BLOCKS:
+        made[f"block:{kind}"] = lambda kind=kind: (
+            BLOCKS.get(kind).smallest().build(D, mixer.build(D), channel.build(D))
+        )
+    for kind in BACKBONES:
+        made[f"backbone:{kind}"] = lambda kind=kind: BACKBONES.get(kind).smallest().build(D)
+    attention, rg_lru = MIXERS.get("attention"), MIXERS.get("rg_lru")
+    made["attention, ring of 3"] = lambda: attention(heads=2, kv_heads=1, window=3).build(D)
+    made["attention, ring of 1"] = lambda: attention(heads=2, window=1).build(D)
+    made["attention, no QK-norm, wide heads"] = lambda: attention(
+        heads=2, head_dim=6, qk_norm=False
+    ).build(D)
+    made["rg_lru, other width and taps"] = lambda: rg_lru(width=12, heads=3, taps=2).build(D)
+    made["stack, recomputed hybrid"] = lambda: StackConfig(
+        depth=3,
+        pattern="rg_lru local_attention",
+        recompute=True,
+        channel={"kind": "swiglu", "hidden": 8},
+        mixers={"local_attention": {"heads": 2, "window": 3}, "rg_lru": {"heads": 2}},
+    ).build(D)
+    return made
+
+
+VARIANTS = variants()
+layers = pytest.mark.parametrize("name", VARIANTS)
+
+
+def build(name: str, dtype: torch.dtype = torch.float64) -> Layer:
+    """The layer in training mode, every parameter away from its special initial value (zeros,
+    ones).
+    """
+    torch.manual_seed(7)
+    layer = VARIANTS[name]()
+    init_weights(layer)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return layer.to(dtype)
+
+
+def apply(layer: Layer, x: Tensor, layout: Layout, state: State | None = None, **ctx: Any) -> Out:
+    return layer(x, Ctx(layout, ctx.pop("mask", Causal()), **ctx), state)
+
+
+def documents(*lengths: int, seed: int = 0) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, D, dtype=torch.float64, generator=g) for n in lengths]
+
+
+def alone(layer: Layer, x_TD: Tensor) -> Tensor:
+    """What the layer makes of one whole document in a call of its own: the meaning that all other
+    ways must match.
+    """
+    return apply(layer, x_TD[None], Layout.plain(1, len(x_TD))).y[0]
+
+
+Chunk = tuple[int, Tensor, int]  # slot, tokens, how many of its document came before
+
+
+def packed(rows: list[list[Chunk]], pad: int = 0, **doc: Any) -> tuple[Tensor, Layout]:
+    """Lay chunks of several slots out in rows, each row padded to the longest and by ``pad``;
+    padding holds large numbers.
+    """
+    T = max(sum(len(x) for _, x, _ in row) for row in rows) + pad
+    layout = Layout.from_rows(
+        [
+            [
+                Doc(len(x), slot=slot, fresh=doc.get("fresh", before == 0), start=before)
+                for slot, x, before in row
+            ]
+            for row in rows
+        ],
+        T,
+    )
+    x = torch.full((len(rows), T, D), 1e3, dtype=torch.float64)
+    for b, row in enumerate(rows):
+        at = 0
+        for _, tokens, _ in row:
+            x[b, at : at + len(tokens)] = tokens
+            at += len(tokens)
+    return x, layout
+
+
+def unpacked(y: Tensor, rows: list[list[Chunk]]) -> Iterator[tuple[int, Tensor]]:
+    for b, row in enumerate(rows):
+        at = 0
+        for slot, tokens, _ in row:
+            yield slot, y[b, at : at + len(tokens)]
+            at += len(tokens)
+
+
+def serve(
+    layer: Layer,
+    docs: list[Tensor],
+    plan: list[list[list[tuple[int, int]]]],
+    state: State | None,
+    pad: int = 1,
+) -> list[Tensor]:
+    """Feed documents (document i in slot i) by a plan of calls, of rows, of (slot, number of
+    tokens); returns all outputs.
+    """
+    done = [0] * len(docs)
+    outs: list[list[Tensor]] = [[] for _ in docs]
+    for call in plan:
+        rows: list[list[Chunk]] = []
+        for row in call:
+            rows.append([])
+            for slot, n in row:
+                rows[-1].append((slot, docs[slot][done[slot] : done[slot] + n], done[slot]))
+                done[slot] += n
+        x, layout = packed(rows, pad)
+        out = apply(layer, x, layout, state)
+        state = out.state
+        for slot, y in unpacked(out.y, rows):
+            outs[slot].append(y)
+    assert done == [len(d) for d in docs], "the plan must feed every document to its end"
+    return [torch.cat(parts) for parts in outs]
+
+
+LENGTHS = (7, 5, 1, 9)
+PLANS: dict[str, list[list[list[tuple[int, int]]]]] = {
+    "whole documents, two a row": [[[(0, 7), (1, 5)], [(2, 1), (3, 9)]]],
+    "chunks of unlike progress": [
+        [[(0, 3)], [(3, 4), (1, 1)]],
+        [[(1, 2), (0, 1), (3, 1)]],
+        [[(2, 1), (0, 3)], [(1, 2)], [(3, 4)]],
+    ],
+    "prefill beside single tokens": [
+        [[(0, 6), (3, 1)]],
+        [[(3, 7), (0, 1), (1, 1)]],
+        [[(2, 1), (3, 1), (1, 4)]],
+    ],
+    "one document after another": [[[(0, 7)]], [[(1, 5)]], [[(2, 1)]], [[(3, 2)]], [[(3, 7)]]],
+    "steps in aligned rows": [
+        [[(0, 1)], [(1, 1)], [(2, 1)], [(3, 1)]],
+        *[[[(0, 1)], [(1, 1)], [(2, 0)], [(3, 1)]]] * 4,
+        *[[[(0, 1)], [(1, 0)], [(2, 0)], [(3, 1)]]] * 2,
+        *[[[(0, 0)], [(1, 0)], [(2, 0)], [(3, 1)]]] * 2,
+    ],
+    "aligned ragged prefill, then steps": [
+        [[(0, 6)], [(1, 2)], [(2, 1)], [(3, 8)]],
+        [[(0, 1)], [(1, 1)], [(2, 0)], [(3, 1)]],
+        *[[[(0, 0)], [(1, 1)], [(2, 0)], [(3, 0)]]] * 2,
+    ],
+}

@@ -1,0 +1,219 @@
+"""Law 9 (everything builds on the meta device, initialisation is complete) and law 12
+(torch.compile), over whatever is registered.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from laws import ROOT, TOL, VARIANTS, VOCABULARY, D, build, layers
+from torch import Tensor, nn
+
+from mm import config as yaml_config
+from mm.kernels.op import Op
+from mm.layout import Layout
+from mm.mask import Causal
+from mm.model.layer import Ctx, Layer, init_weights
+from mm.registry import (
+    ADAPTERS,
+    BLOCKS,
+    CHANNELS,
+    EMBEDDERS,
+    HEADS,
+    MIXERS,
+    NETWORKS,
+    Registry,
+)
+from mm.run import Run
+
+# ---- law 9: everything builds on the meta device, initialisation is complete ----
+
+
+def assert_init_fills(module: nn.Module) -> None:
+    module.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, t in [*module.named_parameters(), *module.named_buffers()]:
+            if t.is_floating_point():
+                t.fill_(float("nan"))
+            elif t.dtype != torch.bool:
+                t.fill_(-(10**6))
+            assert t.device.type == "cpu", name
+    init_weights(module)
+    left = [
+        n
+        for n, t in [*module.named_parameters(), *module.named_buffers()]
+        if t.is_floating_point() and t.isnan().any()
+    ]
+    assert not left, f"init_weights leaves NaN in {left}"
+
+
+@layers
+def test_law9_init_weights_fills_every_tensor_of_a_layer(name: str) -> None:
+    with torch.device("meta"):
+        layer = VARIANTS[name]()
+    assert all(p.is_meta for p in layer.parameters())
+    assert_init_fills(layer)
+
+
+PLUGS = {
+    "embedder": (EMBEDDERS, lambda c: c.build(20, D)),
+    "adapter": (ADAPTERS, lambda c: c.build(D)),
+    "head": (HEADS, lambda c: c.build(D, 20)),
+    "network": (NETWORKS, lambda c: c.build(VOCABULARY)),
+}
+
+
+@pytest.mark.parametrize(
+    "plug,kind", [(plug, kind) for plug, (registry, _) in PLUGS.items() for kind in registry]
+)
+def test_law9_init_weights_fills_every_tensor_of_a_plug(plug: str, kind: str) -> None:
+    registry, make = PLUGS[plug]
+    with torch.device("meta"):
+        module = make(registry.get(kind).smallest())
+    assert_init_fills(module)
+
+
+def yaml_files() -> list[str]:
+    return sorted(str(p.relative_to(ROOT / "configs")) for p in (ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", yaml_files())
+def test_law9_every_yaml_builds_on_the_meta_device(file: str) -> None:
+    values = yaml_config.read(ROOT / "configs" / file)
+    if "stages" in values:
+        networks = [Run.load(ROOT / "configs" / file).model]
+    else:
+        # Everything else says its kind (the folder says which plug point, where several know it),
+        # or names plug points.
+        kind, folder = values.get("kind"), Path(file).parts[0]
+        named = {k: v for k, v in values.items() if k in Registry.every} if kind is None else {}
+        homes = [r for r in Registry.every.values() if kind in r]
+        homes = [r for r in homes if r.name == folder] or homes
+        assert homes or named, (
+            f"configs/{file}: neither a run (stages:), a known kind ('{kind}') nor a plug point"
+        )
+        parsed = [(Registry.every[k], v) for k, v in named.items()] or [(homes[0], values)]
+        networks = []
+        for registry, value in parsed:
+            config = registry.parse(value)
+            networks += [config] if registry is NETWORKS else []
+            if registry is MIXERS:
+                with torch.device("meta"):
+                    assert list(config.build(D).parameters())
+    for network in networks:
+        with torch.device("meta"):
+            module = network.build(VOCABULARY)
+        assert all(p.is_meta for p in module.parameters())
+
+
+def test_law9_the_configs_are_found() -> None:
+    assert any(f.startswith("mixer/") for f in yaml_files()), (
+        "the parametrisation above would be empty"
+    )
+
+
+# ---- law 12: torch.compile ----
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in VARIANTS if n.split(":")[0] in ("mixer", "preset", "channel", "block")]
+)
+def test_law12_compile_captures_a_block_as_one_graph(name: str) -> None:
+    torch._dynamo.reset()
+    if name.startswith(("mixer", "preset")):
+        torch.manual_seed(0)
+        layer: Layer = BLOCKS.get("prenorm")().build(
+            D, VARIANTS[name](), CHANNELS.get("swiglu")(hidden=8).build(D)
+        )
+        init_weights(layer)
+        layer = layer.double()
+    else:
+        layer = build(name)
+    x = torch.randn(2, 5, D, dtype=torch.float64, requires_grad=True)
+    ctx = Ctx(Layout.plain(2, 5), Causal())
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    y, expected = compiled(x, ctx).y, layer(x, ctx).y
+    torch.testing.assert_close(y, expected, **TOL)
+    for a, b in zip(
+        torch.autograd.grad(y.sum(), x), torch.autograd.grad(expected.sum(), x), strict=True
+    ):
+        torch.testing.assert_close(a, b, **TOL)
+
+
+def ops() -> dict[str, Op]:
+    import mm.kernels as kernels
+
+    for module in pkgutil.iter_modules(kernels.__path__, "mm.kernels."):
+        if module.ispkg:
+            importlib.import_module(module.name)
+    return {name: op for name, op in Op.every.items() if op.__module__.startswith("mm.kernels.")}
+
+
+def example(op: str) -> tuple[Tensor, ...]:
+    """Arguments of a small call of every Op: a new Op adds its own here."""
+    r = lambda *shape: torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    arguments = {
+        "attention": (
+            r(2, 5, 4, 6),
+            r(2, 5, 2, 6),
+            r(2, 5, 2, 3),
+            torch.ones(2, 5, 5, dtype=torch.bool).tril(),
+        ),
+        "linear_scan": (
+            r(2, 5, 3).sigmoid().detach().requires_grad_(),
+            r(2, 5, 3),
+            torch.rand(2, 5) < 0.3,
+            r(2, 3),
+        ),
+        "linear_cross_entropy": (r(5, 4), r(7, 4), torch.randint(7, (5,)), r(7)),
+        "rms_norm": (r(2, 5, 6), r(6)),
+        "glu": (r(2, 5, 6), r(2, 5, 6)),
+        "causal_conv": (
+            r(2, 5, 3),
+            r(4, 3),
+            r(3),
+            torch.tensor([[1, 1, 2, 2, 2], [3, 3, 3, 3, 0]], dtype=torch.int32),
+        ),
+        "rg_lru_gates": (r(2, 5, 6), r(2, 6), r(6).exp().detach().requires_grad_(), r(5, 6)),
+    }
+    assert op in arguments, f"give the Op '{op}' an example call here, so that the laws cover it"
+    return arguments[op]
+
+
+def test_law12_there_are_ops() -> None:
+    assert len(ops()) >= 7
+
+
+@pytest.mark.parametrize(
+    "name,implementation", [(n, i) for n, op in ops().items() for i in op.implementations]
+)
+def test_law12_every_op_compiles_with_its_gradient(name: str, implementation: str) -> None:
+    op, arguments = ops()[name], example(name)
+    reason = op.implementations[implementation][1](*arguments)
+    if reason:
+        pytest.skip(f"{implementation}: {reason}")
+    torch._dynamo.reset()
+    total = lambda out: sum(o.sum() for o in out) if isinstance(out, tuple) else out.sum()
+    leaves = [a for a in arguments if a.is_floating_point()]
+    with op.using(implementation):
+        compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")
+        got, expected = compiled(*arguments), op(*arguments)
+        torch.testing.assert_close(got, expected, **TOL)
+        for a, b in zip(
+            torch.autograd.grad(total(got), leaves),
+            torch.autograd.grad(total(expected), leaves),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, **TOL)
+
+
+def test_yaml_files_are_plain() -> None:
+    for file in yaml_files():
+        assert isinstance(
+            yaml.safe_load((ROOT / "configs" / file).read_text(encoding="utf-8")), dict
+        ), file
