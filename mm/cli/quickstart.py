@@ -25,9 +25,9 @@ def quickstart(
         str,
         typer.Option(
             metavar="CONFIG",
-            help="Backbone YAML; configs/quickstart/hybrid.yaml is the recurrent hybrid.",
+            help="Backbone YAML; configs/quickstart/backbone.yaml is attention only.",
         ),
-    ] = "configs/quickstart/backbone.yaml",
+    ] = "configs/quickstart/hybrid.yaml",
     seed: Annotated[
         int, typer.Option(min=0, help="Of all trainings; the data split does not depend on it.")
     ] = 0,

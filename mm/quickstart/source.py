@@ -42,9 +42,10 @@ def make_source(out: str | Path) -> dict[str, Any]:
         return json.loads(done.read_text())
     for name in ("images", "audio"):
         (out / name).mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(SPLIT_SEED)
-    images = _images(out, rng)
-    clips = _clips(out, rng)
+    # One generator each: changing one kind of file leaves the split of the others alone.
+    images = _images(out, np.random.default_rng((SPLIT_SEED, 0)))
+    clips = _clips(out, np.random.default_rng((SPLIT_SEED, 1)))
+    rng = np.random.default_rng((SPLIT_SEED, 2))
     rows = []
     for split in ("train", "val", "test"):
         for digit in range(10):

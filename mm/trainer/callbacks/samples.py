@@ -74,6 +74,9 @@ class Samples(Callback):
                         f"callbacks.samples: prompt {prompt} names '{modality}'; there is only "
                         f"{', '.join(known) or 'none (set vocabulary:)'}"
                     )
+            for modality, value in prompt.items():
+                if modality != "to":
+                    _raw(modality, value)  # a missing file is an error now, not at the first sample
 
     def on_step(self, trainer: Trainer, step: int, metrics: dict[str, Any]) -> None:
         if self._kept is None and not self.config.prompts:
