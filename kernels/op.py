@@ -59,9 +59,7 @@ class Op:
         if self._forced is not None:
             if self._forced not in self.implementations:
                 have = ", ".join(self.implementations)
-                raise KernelUnavailable(
-                    f"{self.name}: no implementation '{self._forced}' ({have})"
-                )
+                raise KernelUnavailable(f"{self.name}: no implementation '{self._forced}' ({have})")
             reason = self.implementations[self._forced][1](*args, **kw)
             if reason:
                 raise KernelUnavailable(f"{self.name}: {self._forced}: {reason}")

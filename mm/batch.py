@@ -1,4 +1,6 @@
-"""Batch: the only type that data and model share; and Sum, the only form in which a loss or statistic travels."""
+"""Batch: the only type that data and model share; and Sum, the only form in which a loss or
+statistic travels.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,11 @@ class Sum(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """Continuous data of G items and their RESERVED places; an item may turn out shorter than its ``room``.
+    """Continuous data of G items and their RESERVED places; an item may turn out shorter than its
+    ``room``.
 
-    Never empty: a rank without this modality carries one zero item with room 0, so that the module runs on all ranks.
+    Never empty: a rank without this modality carries one zero item with room 0, so that the module
+    runs on all ranks.
     """
 
     data: Tensor  # (G, L, ...)
@@ -42,14 +46,24 @@ class Values:
     room: Tensor  # (G,) int32 reserved places; unfilled ones become padding
 
     def to(self, device: Any) -> Values:
-        return Values(*(t.to(device, non_blocking=True) for t in (self.data, self.length, self.place, self.room)))
+        return Values(
+            *(
+                t.to(device, non_blocking=True)
+                for t in (self.data, self.length, self.place, self.room)
+            )
+        )
 
     @staticmethod
     def items(data: Tensor, length: Tensor | None = None) -> Values:
-        """Raw items that take no places of a sequence (tokenizer training). ``data`` (G, L, ...)."""
+        """Items without places in a sequence (tokenizer training). ``data`` (G, L, ...)."""
         G, L = data.shape[0], data.shape[1]
         zero = torch.zeros(G, dtype=torch.int32)
-        return Values(data, torch.full((G,), L, dtype=torch.int32) if length is None else length.to(torch.int32), zero, zero)
+        return Values(
+            data,
+            torch.full((G,), L, dtype=torch.int32) if length is None else length.to(torch.int32),
+            zero,
+            zero,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +74,13 @@ class Batch:
     ids: Tensor  # (B, T, S) int32, -1 = no id in this stream
     targets: Tensor  # (B, T, S) int32: what place t predicts, -1 = none
     weight: Tensor  # (B, T) float32 weight of that prediction
-    places: Mapping[str, Tensor] = field(default_factory=dict)  # head -> (P,) int32 flat places, computed on the host
+    places: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # head -> (P,) int32 flat places, computed on the host
     values: Mapping[str, Values] = field(default_factory=dict)
-    labels: Mapping[str, Tensor] = field(default_factory=dict)  # per document, item or place: "target_modality" (B, T) int32, ...
+    labels: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # per document, item or place: "target_modality" (B, T) int32, ...
     parts: Mapping[str, Batch] = field(default_factory=dict)
     keys: tuple[str, ...] = ()
 
@@ -70,23 +88,46 @@ class Batch:
         """Copy every tensor to a device."""
         move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
         return replace(
-            self, layout=self.layout.to(device), ids=move(self.ids), targets=move(self.targets), weight=move(self.weight),
-            places={k: move(v) for k, v in self.places.items()}, values={k: v.to(device) for k, v in self.values.items()},
-            labels={k: move(v) for k, v in self.labels.items()}, parts={k: v.to(device) for k, v in self.parts.items()},
+            self,
+            layout=self.layout.to(device),
+            ids=move(self.ids),
+            targets=move(self.targets),
+            weight=move(self.weight),
+            places={k: move(v) for k, v in self.places.items()},
+            values={k: v.to(device) for k, v in self.values.items()},
+            labels={k: move(v) for k, v in self.labels.items()},
+            parts={k: v.to(device) for k, v in self.parts.items()},
         )
 
     @staticmethod
     def of_ids(ids_BTS: Tensor, layout: Layout | None = None) -> Batch:
-        """A batch to run forward only: no targets, no losses. ``ids_BTS`` (B, T, S) or (B, T) int."""
+        """A batch to run forward only: no targets. ``ids_BTS`` (B, T, S) or (B, T) int."""
         if ids_BTS.dim() == 2:
             ids_BTS = ids_BTS[..., None]
         B, T, _ = ids_BTS.shape
         ids = ids_BTS.to(torch.int32)
-        return Batch(layout or Layout.plain(B, T).to(ids.device), ids, torch.full_like(ids, -1), torch.zeros(B, T, device=ids.device))
+        return Batch(
+            layout or Layout.plain(B, T).to(ids.device),
+            ids,
+            torch.full_like(ids, -1),
+            torch.zeros(B, T, device=ids.device),
+        )
 
     @staticmethod
-    def of_values(values: Mapping[str, Values], keys: tuple[str, ...] = (), labels: Mapping[str, Tensor] | None = None) -> Batch:
+    def of_values(
+        values: Mapping[str, Values],
+        keys: tuple[str, ...] = (),
+        labels: Mapping[str, Tensor] | None = None,
+    ) -> Batch:
         """A batch of raw items without a sequence (tokenizer training)."""
         empty = torch.zeros(0, 0, 1, dtype=torch.int32)
         layout = Layout.from_rows([], 0)
-        return Batch(layout, empty, empty, torch.zeros(0, 0), values=dict(values), labels=dict(labels or {}), keys=keys)
+        return Batch(
+            layout,
+            empty,
+            empty,
+            torch.zeros(0, 0),
+            values=dict(values),
+            labels=dict(labels or {}),
+            keys=keys,
+        )

@@ -1,4 +1,6 @@
-"""Typed configuration: frozen pydantic models, YAML with a one-parent `base:`, and `a.b=c` overrides."""
+"""Typed configuration: frozen pydantic models, YAML with a one-parent `base:`, and `a.b=c`
+overrides.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,13 @@ SHIPPED = Path(__file__).parent / "configs"
 
 
 class Config(BaseModel):
-    """Base of every config. Frozen; an unknown key is an error that suggests the known one. Subclasses own `build`."""
+    """Base of every config. Frozen; an unknown key is an error that suggests the known one.
+    Subclasses own `build`.
+    """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), arbitrary_types_allowed=True
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -27,7 +33,9 @@ class Config(BaseModel):
         if isinstance(value, Mapping):
             for key in value:
                 if key not in cls.model_fields:
-                    raise ValueError(f"unknown key '{key}'{did_you_mean(str(key), cls.model_fields)}")
+                    raise ValueError(
+                        f"unknown key '{key}'{did_you_mean(str(key), cls.model_fields)}"
+                    )
         return value
 
     def build(self, *args: Any, **kw: Any) -> Any:
@@ -36,7 +44,9 @@ class Config(BaseModel):
 
     @classmethod
     def smallest(cls: type[T]) -> T:
-        """The smallest useful instance: the laws of tests/test_contract*.py run over it. Default: all defaults."""
+        """The smallest useful instance: the laws of tests/test_contract*.py run over it. Default:
+        all defaults.
+        """
         return cls()
 
     def to_dict(self) -> dict[str, Any]:
@@ -45,7 +55,9 @@ class Config(BaseModel):
 
 
 def find(path: str | Path, beside: Path | None = None) -> Path:
-    """Locate a YAML: as given, beside the file that names it, or among the shipped configs (suffix optional)."""
+    """Locate a YAML: as given, beside the file that names it, or among the shipped configs (suffix
+    optional).
+    """
     given = Path(path)
     shipped = Path(*given.parts[1:]) if given.parts and given.parts[0] == "configs" else given
     for candidate in [given, *([beside / given] if beside else []), SHIPPED / shipped]:
@@ -56,11 +68,17 @@ def find(path: str | Path, beside: Path | None = None) -> Path:
     raise UserError(f"no config '{path}'{did_you_mean(str(shipped.with_suffix('')), everything)}")
 
 
-def read(path: str | Path, beside: Path | None = None, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a YAML and merge it over its `base:`; a null removes a key of the base. Raises UserError on bad YAML or a cycle."""
+def read(
+    path: str | Path, beside: Path | None = None, seen: tuple[Path, ...] = ()
+) -> dict[str, Any]:
+    """Read a YAML and merge it over its `base:`; a null removes a key of the base. Raises UserError
+    on bad YAML or a cycle.
+    """
     file = find(path, beside).resolve()
     if file in seen:
-        raise UserError(f"{file.name}: 'base' goes in a circle: {' -> '.join(p.name for p in (*seen, file))}")
+        raise UserError(
+            f"{file.name}: 'base' goes in a circle: {' -> '.join(p.name for p in (*seen, file))}"
+        )
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -76,7 +94,11 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     out = dict(base)
     for key, value in over.items():
         old = out.get(key)
-        same_kind = isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("kind", old.get("kind")) == old.get("kind")
+        same_kind = (
+            isinstance(old, Mapping)
+            and isinstance(value, Mapping)
+            and value.get("kind", old.get("kind")) == old.get("kind")
+        )
         if value is None and key in out:
             del out[key]
         else:
@@ -92,24 +114,30 @@ def override(values: dict[str, Any], assignments: Iterable[str]) -> dict[str, An
             raise UserError(f"override '{text}' is not of the form key.sub=value")
         node: Any = values
         *parents, last = path.lstrip("-").split(".")
-        for i, key in enumerate([*parents, last]):
+        for i, word in enumerate([*parents, last]):
+            key: Any = word
             if isinstance(node, list):
-                if not key.isdigit() or int(key) >= len(node):
-                    raise UserError(f"override '{text}': '{key}' is not a place of a list of {len(node)}")
-                key = int(key)  # type: ignore[assignment]
+                if not word.isdigit() or int(word) >= len(node):
+                    raise UserError(
+                        f"override '{text}': '{word}' is not a place of a list of {len(node)}"
+                    )
+                key = int(word)
             elif not isinstance(node, dict):
-                raise UserError(f"override '{text}': '{'.'.join(parents[:i])}' holds a plain value, no '{key}'")
+                raise UserError(
+                    f"override '{text}': '{'.'.join(parents[:i])}' holds a plain value, no '{word}'"
+                )
             if i == len(parents):
                 node[key] = yaml.safe_load(raw)
-            else:
-                if isinstance(node, dict) and isinstance(node.get(key), str):  # `mixer: attention` is short for its kind
-                    node[key] = {"kind": node[key]}
-                node = node.setdefault(key, {}) if isinstance(node, dict) else node[key]
+                break
+            below = node.get(key, {}) if isinstance(node, dict) else node[key]
+            # `mixer: attention` is short for its kind
+            node[key] = {"kind": below} if isinstance(below, str) else below
+            node = node[key]
     return values
 
 
 def validate(cls: type[T], values: Mapping[str, Any], origin: str) -> T:
-    """Build ``cls`` from plain values. Raises UserError with one line a fault: origin, path, what is wrong."""
+    """Build ``cls`` from plain values. Raises UserError: one line a fault (origin, path, why)."""
     try:
         return cls.model_validate(values)
     except ValidationError as error:

@@ -7,11 +7,13 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something in the input is wrong; the message names it and the command or key that mends it."""
+    """The input is wrong; the message names where, and the command or key that mends it."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for a close match among ``known``, else a list of what there is."""
+    """Return ``"; did you mean 'x'?"`` for a close match among ``known``, else a list of what there
+    is.
+    """
     options = sorted(map(str, known))
     close = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
     if close:

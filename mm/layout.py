@@ -1,4 +1,6 @@
-"""Where things stand in a batch: Fields of every place, and the Layout of documents. B rows, T tokens, A axes, M documents."""
+"""Where things stand in a batch: Fields of every place, and the Layout of documents. B rows, T
+tokens, A axes, M documents.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,24 @@ NONE: Mapping[str, Any] = {}
 
 
 class Fields(NamedTuple):
-    """ALL that a Mask or Position may know of a place. Queries have one, keys have one, a cache stores its own."""
+    """ALL that a Mask or Position may know of a place. Queries have one, keys have one, a cache
+    stores its own.
+    """
 
-    position: Tensor  # (B, T, A) int32; axis 0 time, then row, column, frame, level; restarts per document
+    # (B, T, A) int32; axis 0 time, then row, column, frame, level; restarts per document
+    position: Tensor
     document: Tensor  # (B, T) int32, 1..M over the whole batch; 0 = padding
     modality: Tensor  # (B, T) int32; 0 = none
     extra: Mapping[str, Tensor] = NONE  # (B, T) int32, declared by name
 
     def map(self, f: Any) -> Fields:
         """Apply ``f`` to every tensor."""
-        return Fields(f(self.position), f(self.document), f(self.modality), {k: f(v) for k, v in self.extra.items()})
+        return Fields(
+            f(self.position),
+            f(self.document),
+            f(self.modality),
+            {k: f(v) for k, v in self.extra.items()},
+        )
 
 
 class Doc(NamedTuple):
@@ -42,17 +52,24 @@ class Doc(NamedTuple):
 class Layout:
     """Documents of a batch, made on the host.
 
-    Document i + 1 begins at flat place ``cu_seqlens[i]`` of the row-major (B * T) places; the padding at the end of its
-    row, if any, follows it and has ``fields.document == 0``. Entries after the last document hold B * T.
+    Document i + 1 begins at flat place ``cu_seqlens[i]`` of the row-major (B * T) places; the
+    padding at the end of its
+    row, if any, follows it and has ``fields.document == 0``. Entries after the last document hold B
+    * T.
     """
 
     fields: Fields
     cu_seqlens: Tensor  # (M + 1,) int32
     slot: Tensor  # (M,) int32: State slot this document reads and writes; -1 = neither
-    fresh: Tensor  # (M,) bool: begins from the initial state. The last document naming a slot wins the write
+    # (M,) bool: begins from the initial state. The last document naming a slot wins the write
+    fresh: Tensor
     max_seqlen: int  # host int: longest document
-    aligned: bool = False  # host: row i holds document i + 1 alone, with slot i or none: decoding's common case
-    grids: Mapping[tuple[int, ...], Tensor] = field(default_factory=dict)  # (rows, cols, ..) -> (G, cells) flat places
+    aligned: bool = (
+        False  # host: row i holds document i + 1 alone, with slot i or none: decoding's common case
+    )
+    grids: Mapping[tuple[int, ...], Tensor] = field(
+        default_factory=dict
+    )  # (rows, cols, ..) -> (G, cells) flat places
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -62,18 +79,25 @@ class Layout:
         """Copy to a device."""
         move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
         return replace(
-            self, fields=self.fields.map(move), cu_seqlens=move(self.cu_seqlens), slot=move(self.slot),
-            fresh=move(self.fresh), grids={k: move(v) for k, v in self.grids.items()},
+            self,
+            fields=self.fields.map(move),
+            cu_seqlens=move(self.cu_seqlens),
+            slot=move(self.slot),
+            fresh=move(self.fresh),
+            grids={k: move(v) for k, v in self.grids.items()},
         )
 
     @staticmethod
-    def from_rows(rows: Sequence[Sequence[Doc]], seq_len: int | None = None, max_documents: int | None = None) -> Layout:
+    def from_rows(
+        rows: Sequence[Sequence[Doc]], seq_len: int | None = None, max_documents: int | None = None
+    ) -> Layout:
         """Lay documents out, row by row, left to right, padding at the right of each row.
 
         Args:
             rows: documents of each of the B rows.
             seq_len: T; default the longest row.
-            max_documents: static M, so that shapes do not change between batches; default the number of documents.
+            max_documents: static M, so that shapes do not change between batches; default the
+                number of documents.
         Raises:
             ValueError: a row is longer than ``seq_len`` or there are more than ``max_documents``.
         """
@@ -110,7 +134,11 @@ class Layout:
                 starts[number], slot[number], fresh[number] = b * T + at, d.slot, d.fresh
                 number += 1
                 at += d.length
-        aligned = len(docs) == B and all(len(row) == 1 for row in rows) and all(d.slot in (-1, i) for i, d in enumerate(docs))
+        aligned = (
+            len(docs) == B
+            and all(len(row) == 1 for row in rows)
+            and all(d.slot in (-1, i) for i, d in enumerate(docs))
+        )
         t = torch.from_numpy
         fields = Fields(t(position), t(document), t(modality), {k: t(v) for k, v in extra.items()})
         longest = max((d.length for d in docs), default=0)

@@ -1,4 +1,6 @@
-"""Who may see whom: pure predicates on the Fields of both sides, closed under & | ~. Every op ANDs "same document"."""
+"""Who may see whom: pure predicates on the Fields of both sides, closed under & | ~. Every op ANDs
+"same document".
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,16 @@ Hint = Literal["causal", "full", "window", "general"]
 
 
 class Mask(ABC):
-    """Predicate on (reader, read) Fields. ``hint`` is what a kernel may exploit, ``reach`` bounds the cache."""
+    """Predicate on (reader, read) Fields. ``hint`` is what a kernel may exploit, ``reach`` bounds
+    the cache.
+    """
 
     hint: ClassVar[Hint] = "general"
     reach: int | None = None
-    atomic: str | None = None  # places sharing this non-zero field see each other both ways: a chunk may not split them
+    atomic: str | None = (
+        # places sharing this non-zero field see each other both ways: a chunk may not split them
+        None
+    )
 
     @abstractmethod
     def allowed(self, q: Fields, k: Fields) -> Tensor:
@@ -84,7 +91,9 @@ class Window(Mask):
 
 @dataclass(frozen=True)
 class Prefix(Mask):
-    """Causal, and places that share a non-zero ``name`` field see each other both ways (prefix-LM, image blocks)."""
+    """Causal, and places that share a non-zero ``name`` field see each other both ways (prefix-LM,
+    image blocks).
+    """
 
     name: str = "prefix"
 

@@ -1,7 +1,9 @@
 """Every plug point of the project: a lazy table from `kind` to the module that defines it.
 
-A new idea is one new file and one line here. Modules are imported on first use, so a missing optional package
-hurts only its user and `mm --help` stays fast. Outside code joins by `imports: [my_pkg]` in a YAML (the import runs
+A new idea is one new file and one line here. Modules are imported on first use, so a missing
+optional package
+hurts only its user and `mm --help` stays fast. Outside code joins by `imports: [my_pkg]` in a YAML
+(the import runs
 its own `register` decorators) or by the entry-point group ``mm.plugins``.
 """
 
@@ -21,7 +23,9 @@ C = TypeVar("C", bound=type[Config])
 
 
 class Registry:
-    """Names of one plug point. A registered class is a `Config` whose ``kind`` is its name and which owns ``build``."""
+    """Names of one plug point. A registered class is a `Config` whose ``kind`` is its name and
+    which owns ``build``.
+    """
 
     every: dict[str, Registry] = {}
 
@@ -32,15 +36,22 @@ class Registry:
         Registry.every[name] = self
 
     def register(self, kind: str) -> Callable[[C], C]:
-        """Class decorator: bind ``kind`` to a Config class. Raises ValueError on a second class of that name."""
+        """Class decorator: bind ``kind`` to a Config class. Raises ValueError on a second class of
+        that name.
+        """
 
         def bind(cls: C) -> C:
             old = self._classes.get(kind)
             if old is not None and old.__qualname__ != cls.__qualname__:
-                raise ValueError(f"{self.name} '{kind}' is registered twice: {old.__module__} and {cls.__module__}")
+                raise ValueError(
+                    f"{self.name} '{kind}' is registered twice: {old.__module__} and "
+                    f"{cls.__module__}"
+                )
             declared = cls.model_fields.get("kind")
             if declared is None or declared.default != kind:
-                raise ValueError(f'{cls.__qualname__} must declare  kind: Literal["{kind}"] = "{kind}"')
+                raise ValueError(
+                    f'{cls.__qualname__} must declare  kind: Literal["{kind}"] = "{kind}"'
+                )
             self._classes[kind] = cls
             self._modules.setdefault(kind, cls.__module__)
             return cls
@@ -54,7 +65,9 @@ class Registry:
         return kind in self._modules
 
     def get(self, kind: str) -> type[Config]:
-        """Return the Config class of ``kind``, importing its module. Raises UserError with a suggestion."""
+        """Return the Config class of ``kind``, importing its module. Raises UserError with a
+        suggestion.
+        """
         if kind not in self._modules:
             load_plugins()
         if kind not in self._modules:
@@ -66,7 +79,8 @@ class Registry:
                 if error.name and error.name.split(".")[0] == "mm":
                     raise
                 raise UserError(
-                    f"{self.name} '{kind}' needs the package '{error.name}': pip install {error.name}"
+                    f"{self.name} '{kind}' needs the package '{error.name}': "
+                    f"pip install {error.name}"
                 ) from error
         return self._classes[kind]
 
@@ -87,8 +101,13 @@ class Registry:
     @property
     def field(self) -> Any:
         """The annotation of a config field that holds one entry of this registry."""
-        schema = {"title": self.name, "anyOf": [{"type": "string", "enum": list(self)}, {"type": "object"}]}
-        return Annotated[SerializeAsAny[Config], BeforeValidator(self.parse), WithJsonSchema(schema)]
+        schema = {
+            "title": self.name,
+            "anyOf": [{"type": "string", "enum": list(self)}, {"type": "object"}],
+        }
+        return Annotated[
+            SerializeAsAny[Config], BeforeValidator(self.parse), WithJsonSchema(schema)
+        ]
 
     def schema(self) -> dict[str, Any]:
         """JSON Schema of all kinds (imports every module; used by `mm config schema` only)."""
@@ -99,7 +118,7 @@ _plugins_loaded = False
 
 
 def load_plugins() -> None:
-    """Import what other installed packages announce in the entry-point group ``mm.plugins``, once."""
+    """Import what other packages announce in the entry-point group ``mm.plugins``, once."""
     global _plugins_loaded
     if not _plugins_loaded:
         _plugins_loaded = True
@@ -107,66 +126,96 @@ def load_plugins() -> None:
             point.load()
 
 
-NETWORKS = Registry("network", {
-    "lm": "mm.model.model",
-    "image_vq": "mm.tokenizers.image.vq",
-    "audio_codec": "mm.tokenizers.audio.codec",
-    "patch_critic": "mm.tokenizers.image.critic",
-    "ms_stft_critic": "mm.tokenizers.audio.critic",
-})
+NETWORKS = Registry(
+    "network",
+    {
+        "lm": "mm.model.model",
+        "image_vq": "mm.tokenizers.image.vq",
+        "audio_codec": "mm.tokenizers.audio.codec",
+        "patch_critic": "mm.tokenizers.image.critic",
+        "ms_stft_critic": "mm.tokenizers.audio.critic",
+    },
+)
 BACKBONES = Registry("backbone", {"stack": "mm.model.backbones.stack"})
 BLOCKS = Registry("block", {"prenorm": "mm.model.blocks.prenorm"})
-MIXERS = Registry("mixer", {
-    "attention": "mm.model.mixers.attention",
-    "rg_lru": "mm.model.mixers.rg_lru",
-})
+MIXERS = Registry(
+    "mixer",
+    {
+        "attention": "mm.model.mixers.attention",
+        "rg_lru": "mm.model.mixers.rg_lru",
+    },
+)
 CHANNELS = Registry("channel", {"swiglu": "mm.model.channels.swiglu"})
-POSITIONS = Registry("position", {
-    "none": "mm.model.positions.none",
-    "rope": "mm.model.positions.rope",
-})
+POSITIONS = Registry(
+    "position",
+    {
+        "none": "mm.model.positions.none",
+        "rope": "mm.model.positions.rope",
+    },
+)
 LINEARS = Registry("linear", {"dense": "mm.model.linears.dense"})
 EMBEDDERS = Registry("embedder", {"sum": "mm.model.embedders.sum"})
 ADAPTERS = Registry("adapter", {"linear": "mm.model.adapters.linear"})
 HEADS = Registry("head", {"softmax": "mm.model.heads.softmax"})
-TOKENIZERS = Registry("tokenizer", {
-    "bpe": "mm.tokenizers.text.bpe",
-    "bytes": "mm.tokenizers.text.bytes",
-    "image_vq": "mm.tokenizers.image.tokenizer",
-    "audio_codec": "mm.tokenizers.audio.tokenizer",
-})
-QUANTIZERS = Registry("quantizer", {
-    "vq": "mm.tokenizers.quantizers.vq",
-    "fsq": "mm.tokenizers.quantizers.fsq",
-    "lfq": "mm.tokenizers.quantizers.lfq",
-    "rvq": "mm.tokenizers.quantizers.rvq",
-})
-SOURCES = Registry("source", {
-    "folder": "mm.data.sources.folder",
-    "jsonl": "mm.data.sources.jsonl",
-    "csv": "mm.data.sources.table",
-    "parquet": "mm.data.sources.table",
-    "shards": "mm.data.sources.shards",
-    "text": "mm.data.sources.text",
-})
+TOKENIZERS = Registry(
+    "tokenizer",
+    {
+        "bpe": "mm.tokenizers.text.bpe",
+        "bytes": "mm.tokenizers.text.bytes",
+        "image_vq": "mm.tokenizers.image.tokenizer",
+        "audio_codec": "mm.tokenizers.audio.tokenizer",
+    },
+)
+QUANTIZERS = Registry(
+    "quantizer",
+    {
+        "vq": "mm.tokenizers.quantizers.vq",
+        "fsq": "mm.tokenizers.quantizers.fsq",
+        "lfq": "mm.tokenizers.quantizers.lfq",
+        "rvq": "mm.tokenizers.quantizers.rvq",
+    },
+)
+SOURCES = Registry(
+    "source",
+    {
+        "folder": "mm.data.sources.folder",
+        "jsonl": "mm.data.sources.jsonl",
+        "csv": "mm.data.sources.table",
+        "parquet": "mm.data.sources.table",
+        "shards": "mm.data.sources.shards",
+        "text": "mm.data.sources.text",
+    },
+)
 STREAMS = Registry("data", {"packed": "mm.data.packed", "items": "mm.data.items"})
-TRANSFORMS = Registry("transform", {
-    "any_to_any": "mm.data.transforms.any_to_any",
-    "chunk": "mm.data.transforms.chunk",
-})
-OBJECTIVES = Registry("objective", {
-    "next_token": "mm.objectives.next_token",
-    "vq": "mm.objectives.vq",
-    "codec": "mm.objectives.codec",
-})
+TRANSFORMS = Registry(
+    "transform",
+    {
+        "any_to_any": "mm.data.transforms.any_to_any",
+        "chunk": "mm.data.transforms.chunk",
+    },
+)
+OBJECTIVES = Registry(
+    "objective",
+    {
+        "next_token": "mm.objectives.next_token",
+        "vq": "mm.objectives.vq",
+        "codec": "mm.objectives.codec",
+    },
+)
 OPTIMIZERS = Registry("optimizer", {"adamw": "mm.trainer.optimizers.adamw"})
 DECODERS = Registry("decoder", {"ar": "mm.decoders.ar"})
-TASKS = Registry("task", {
-    "bits_per_byte": "mm.tasks.bits_per_byte",
-    "recognition": "mm.tasks.recognition",
-    "judged_generation": "mm.tasks.judged_generation",
-})
-CALLBACKS = Registry("callback", {
-    "samples": "mm.trainer.callbacks.samples",
-    "progress": "mm.trainer.callbacks.progress",
-})
+TASKS = Registry(
+    "task",
+    {
+        "bits_per_byte": "mm.tasks.bits_per_byte",
+        "recognition": "mm.tasks.recognition",
+        "judged_generation": "mm.tasks.judged_generation",
+    },
+)
+CALLBACKS = Registry(
+    "callback",
+    {
+        "samples": "mm.trainer.callbacks.samples",
+        "progress": "mm.trainer.callbacks.progress",
+    },
+)

@@ -22,7 +22,14 @@ class Schedule(Config):
 
     shape: Literal["constant", "cosine", "linear", "wsd"] = "wsd"
     warmup: Annotated[int, Field(ge=0, description="steps of linear warm-up from 0")] = 50
-    decay: Annotated[float, Field(ge=0, le=1, description="wsd: last share of the run over which the rate falls to `floor`")] = 0.5
+    decay: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="wsd: last share of the run over which the rate falls to `floor`",
+        ),
+    ] = 0.5
     floor: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     def __call__(self, step: int, steps: int) -> float:
@@ -70,7 +77,9 @@ class Checkpoints(Config):
 
 
 class Tracking(Config):
-    """Weights & Biases mirror of metrics.jsonl. WANDB_MODE wins over `mode`; without a key the default is offline."""
+    """Weights & Biases mirror of metrics.jsonl. WANDB_MODE wins over `mode`; without a key the
+    default is offline.
+    """
 
     project: str = "mm"
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
@@ -84,15 +93,21 @@ class Run(Config):
     out: Path = Path("runs")
     seed: int = 0
     imports: tuple[str, ...] = ()
-    vocabulary: Path | None = None  # vocabulary.json of the token shards; tokenizer training has none
-    tokenizers: dict[str, Path] = {}  # modality -> folder, for samples, generation and `save_pretrained`
+    vocabulary: Path | None = (
+        None  # vocabulary.json of the token shards; tokenizer training has none
+    )
+    tokenizers: dict[
+        str, Path
+    ] = {}  # modality -> folder, for samples, generation and `save_pretrained`
     model: NETWORKS.field  # type: ignore[valid-type]
     stages: tuple[Stage, ...]
     engine: Engine = Engine()
     checkpoints: Checkpoints = Checkpoints()
     tracking: Tracking = Tracking()
     callbacks: tuple[CALLBACKS.field, ...] = ()  # type: ignore[valid-type]
-    evaluate: Annotated[bool, Field(description="run the last stage's tasks at the end of training")] = True
+    evaluate: Annotated[
+        bool, Field(description="run the last stage's tasks at the end of training")
+    ] = True
 
     @property
     def folder(self) -> Path:
@@ -100,7 +115,9 @@ class Run(Config):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Any = ()) -> Run:
-        """Read a run YAML; `imports:` are imported first, so that their kinds are known. Raises UserError."""
+        """Read a run YAML; `imports:` are imported first, so that their kinds are known. Raises
+        UserError.
+        """
         import importlib
 
         from mm import config

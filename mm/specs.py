@@ -1,4 +1,6 @@
-"""Raw data and tokens before torch: Sample, Segment, TokenSpec, Encoded, and the two plug points that make them."""
+"""Raw data and tokens before torch: Sample, Segment, TokenSpec, Encoded, and the two plug points
+that make them.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ class TokenSpec(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Tokens of one item. ``ids`` (L,) int32 codes that start at 0, flattened book by book within a frame
+    """Tokens of one item. ``ids`` (L,) int32 codes that start at 0, flattened book by book within a
+    frame
     (book q adds q * vocab_size); ``side``: what decode needs besides (length, size, scale)."""
 
     ids: Any = None
@@ -57,9 +60,11 @@ class Encoded(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """One modality's run in a sequence. ``ids`` are local codes (from 0); packing adds the vocabulary range, begin and end.
+    """One modality's run in a sequence. ``ids`` are local codes (from 0); packing adds the
+    vocabulary range, begin and end.
 
-    ``role`` is "target" (has loss) or "condition" (has none); a condition with ids None is the null condition.
+    ``role`` is "target" (has loss) or "condition" (has none); a condition with ids None is the null
+    condition.
     ``part`` "" is the main sequence; ``room`` reserves places for continuous ``values``.
     """
 
@@ -77,15 +82,21 @@ class Segment(NamedTuple):
 
 
 class Transform(ABC):
-    """Plug point of the data workers; the only thing that may change lengths. Pure in (segments, rng)."""
+    """Plug point of the data workers; the only thing that may change lengths. Pure in (segments,
+    rng).
+    """
 
     @abstractmethod
     def __call__(self, segments: list[Segment], rng: Any) -> list[Segment] | None:
-        """Return the new segments, or None to filter the sample out. ``rng`` is a numpy Generator of this sample alone."""
+        """Return the new segments, or None to filter the sample out. ``rng`` is a numpy Generator
+        of this sample alone.
+        """
 
 
 class ModalityTokenizer(ABC):
-    """Plug point: raw values to tokens and back. Saved as a folder; its fingerprint covers config and weights."""
+    """Plug point: raw values to tokens and back. Saved as a folder; its fingerprint covers config
+    and weights.
+    """
 
     spec: TokenSpec
 
@@ -95,17 +106,21 @@ class ModalityTokenizer(ABC):
 
     @abstractmethod
     def decode(self, codes: Sequence[Encoded]) -> list[Any]:
-        """Raw values of each code; never raises on ids in range, whatever their length (generated ids are not perfect)."""
+        """Raw values of each code; never raises on ids in range, whatever their length (generated
+        ids are not perfect).
+        """
 
     def code_vectors(self) -> Any:
-        """`(spec.n_ids, C)` float32 vectors that say which codes are alike (a codebook), or None: they may seed embeddings."""
+        """`(spec.n_ids, C)` float32 vectors that say which codes are alike (a codebook), or None:
+        they may seed embeddings.
+        """
         return None
 
     @abstractmethod
     def save(self, folder: str | Path) -> None:
-        """Write ``tokenizer.yaml`` (config with kind and modality) and the data files, atomically."""
+        """Write ``tokenizer.yaml`` (kind, modality, config) and the data files, atomically."""
 
     @classmethod
     @abstractmethod
     def load(cls, folder: str | Path) -> ModalityTokenizer:
-        """Read what `save` wrote. Raises UserError when a file is missing or fails its fingerprint."""
+        """Read what `save` wrote. Raises UserError when a file is missing or was changed."""

@@ -12,7 +12,9 @@ from torch import Tensor
 
 
 class State(ABC):
-    """Tree of tensors over slots. A forward consumes it; `fork` to keep it. States are differentiable inputs."""
+    """Tree of tensors over slots. A forward consumes it; `fork` to keep it. States are
+    differentiable inputs.
+    """
 
     @abstractmethod
     def map(self, f: Callable[..., Tensor], *others: Self) -> Self:
@@ -20,7 +22,9 @@ class State(ABC):
 
     @abstractmethod
     def accept(self, n_N: Tensor) -> Self:
-        """After a draft call: the state as if only ``n_N[i]`` tokens of slot i had come. `(N,)` int."""
+        """After a draft call: the state as if only ``n_N[i]`` tokens of slot i had come. `(N,)`
+        int.
+        """
 
     def leaves(self) -> Iterator[Tensor]:
         """Every tensor, in a fixed order."""
@@ -48,7 +52,9 @@ class State(ABC):
 
 
 def map_tree(f: Callable[..., Tensor], *trees: Any) -> Any:
-    """Apply ``f`` over tensors, States, tuples and mappings of the same shape; None and host values stay."""
+    """Apply ``f`` over tensors, States, tuples and mappings of the same shape; None and host values
+    stay.
+    """
     first = trees[0]
     if isinstance(first, Tensor):
         return f(*trees)
@@ -66,10 +72,12 @@ class Struct(State):
     """A State that is a frozen dataclass: `map` goes over its fields. Subclasses write `accept`."""
 
     def map(self, f: Callable[..., Tensor], *others: Self) -> Self:
-        return type(self)(**{
-            d.name: map_tree(f, getattr(self, d.name), *(getattr(o, d.name) for o in others))
-            for d in fields(self)  # type: ignore[arg-type]
-        })
+        return type(self)(
+            **{
+                d.name: map_tree(f, getattr(self, d.name), *(getattr(o, d.name) for o in others))
+                for d in fields(self)  # type: ignore[arg-type]
+            }
+        )
 
 
 class Many(State):
@@ -85,7 +93,9 @@ class Many(State):
         return len(self.parts)
 
     def map(self, f: Callable[..., Tensor], *others: Self) -> Self:
-        return type(self)(*(map_tree(f, p, *(o.parts[i] for o in others)) for i, p in enumerate(self.parts)))
+        return type(self)(
+            *(map_tree(f, p, *(o.parts[i] for o in others)) for i, p in enumerate(self.parts))
+        )
 
     def accept(self, n_N: Tensor) -> Self:
         return type(self)(*(p.accept(n_N) if p is not None else None for p in self.parts))

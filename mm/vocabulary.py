@@ -1,7 +1,9 @@
 """The one id space of all modalities: append-only ranges, saved, hashed, checked at every load.
 
-Ids 0..15 are reserved for control tokens. Then every range takes `begin, end, code 0, code 1, ...`, in the order in
-which it was added; adding a range moves no old id. A tokenizer with several codebooks is flattened: code c of
+Ids 0..15 are reserved for control tokens. Then every range takes `begin, end, code 0, code 1, ...`,
+in the order in
+which it was added; adding a range moves no old id. A tokenizer with several codebooks is flattened:
+code c of
 book q is `q * vocab_size + c` inside the range.
 """
 
@@ -48,13 +50,16 @@ class Vocabulary(NamedTuple):
         return tuple(spec.modality for spec in self.ranges)
 
     def add(self, spec: TokenSpec) -> Vocabulary:
-        """Append a range. Raises UserError when the modality is there already with another fingerprint."""
+        """Append a range. Raises UserError when the modality is there already with another
+        fingerprint.
+        """
         for old in self.ranges:
             if old.modality == spec.modality:
                 if old == spec:
                     return self
                 raise UserError(
-                    f"vocabulary: modality '{spec.modality}' is taken by tokenizer {old.fingerprint[:12]}, not "
+                    f"vocabulary: modality '{spec.modality}' is taken by tokenizer "
+                    f"{old.fingerprint[:12]}, not "
                     f"{spec.fingerprint[:12]}; give the new tokenizer another modality name"
                 )
         return self._replace(ranges=(*self.ranges, spec))
@@ -63,7 +68,9 @@ class Vocabulary(NamedTuple):
         for spec in self.ranges:
             if spec.modality == modality:
                 return spec
-        raise UserError(f"vocabulary has no modality '{modality}'{did_you_mean(modality, self.modalities)}")
+        raise UserError(
+            f"vocabulary has no modality '{modality}'{did_you_mean(modality, self.modalities)}"
+        )
 
     def range(self, modality: str) -> Range:
         """The ids of a modality. Raises UserError on an unknown one."""
@@ -73,10 +80,14 @@ class Vocabulary(NamedTuple):
             if spec.modality == modality:
                 return Range(index, start, start + 1, start + 2, stop)
             start = stop
-        raise UserError(f"vocabulary has no modality '{modality}'{did_you_mean(modality, self.modalities)}")
+        raise UserError(
+            f"vocabulary has no modality '{modality}'{did_you_mean(modality, self.modalities)}"
+        )
 
     def modality_of(self, ids: np.ndarray) -> np.ndarray:
-        """Modality number of each id (begin and end included); 0 for control tokens and out-of-range ids."""
+        """Modality number of each id (begin and end included); 0 for control tokens and out-of-
+        range ids.
+        """
         borders = np.cumsum([RESERVED, *(spec.n_ids + 2 for spec in self.ranges)])
         index = np.searchsorted(borders, ids, side="right")
         return np.where((ids >= 0) & (ids < self.size), index, 0).astype(np.int32)
@@ -86,15 +97,22 @@ class Vocabulary(NamedTuple):
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
-        return json.dumps({"specials": self.specials, "ranges": [spec._asdict() for spec in self.ranges]}, indent=1)
+        return json.dumps(
+            {"specials": self.specials, "ranges": [spec._asdict() for spec in self.ranges]},
+            indent=1,
+        )
 
     @classmethod
     def from_json(cls, text: str, origin: str = "vocabulary") -> Vocabulary:
         try:
             raw = json.loads(text)
-            return cls(tuple(TokenSpec.from_dict(spec) for spec in raw["ranges"]), tuple(raw["specials"]))
+            return cls(
+                tuple(TokenSpec.from_dict(spec) for spec in raw["ranges"]), tuple(raw["specials"])
+            )
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{origin}: not a vocabulary file ({error}); re-make it with: mm tokenizer train") from error
+            raise UserError(
+                f"{origin}: not a vocabulary file ({error}); re-make it with: mm tokenizer train"
+            ) from error
 
     def save(self, path: str | Path) -> None:
         path = Path(path)
@@ -106,35 +124,52 @@ class Vocabulary(NamedTuple):
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
-        """Read a saved vocabulary. Raises UserError when it is missing, unreadable or fails its hash."""
+        """Read a saved vocabulary. Raises UserError when it is missing, unreadable or fails its
+        hash.
+        """
         path = Path(path)
         if not path.is_file():
-            raise UserError(f"no vocabulary at {path}; make one with: mm data pack SRC --out DIR --tokenizers ...")
+            raise UserError(
+                f"no vocabulary at {path}; make one with: mm data pack SRC --out DIR "
+                "--tokenizers ..."
+            )
         text = path.read_text()
         vocabulary = cls.from_json(text, str(path))
         if json.loads(text).get("sha256") != vocabulary.fingerprint:
-            raise UserError(f"{path}: does not match its own hash; it was edited or damaged: restore it from a backup")
+            raise UserError(
+                f"{path}: does not match its own hash; it was edited or damaged: restore it "
+                "from a backup"
+            )
         return vocabulary
 
     def require(self, used: Iterable[TokenSpec], origin: str) -> None:
-        """Check that every range that ``origin`` (a shard, a checkpoint) was made with is here at the same place.
+        """Check that every range that ``origin`` (a shard, a checkpoint) was made with is here at
+        the same place.
 
-        Raises UserError naming the modality and both fingerprints: wrong ids would train without any error.
+        Raises UserError naming the modality and both fingerprints: wrong ids would train without
+        any error.
         """
         mine = {spec.modality: spec for spec in self.ranges}
         for spec in used:
             have = mine.get(spec.modality)
             if have is None:
-                raise UserError(f"{origin}: uses modality '{spec.modality}' that this vocabulary lacks")
+                raise UserError(
+                    f"{origin}: uses modality '{spec.modality}' that this vocabulary lacks"
+                )
             if have.fingerprint != spec.fingerprint:
                 raise UserError(
-                    f"{origin}: modality '{spec.modality}' was tokenised by {spec.fingerprint[:12]}, this vocabulary has "
-                    f"{have.fingerprint[:12]}; pack it again with: mm data pack SRC --out DIR --tokenizers ..."
+                    f"{origin}: modality '{spec.modality}' was tokenised by "
+                    f"{spec.fingerprint[:12]}, this vocabulary has "
+                    f"{have.fingerprint[:12]}; pack it again with: mm data pack SRC --out DIR "
+                    "--tokenizers ..."
                 )
 
     def is_prefix_of(self, other: Vocabulary) -> bool:
-        """True when every id of this vocabulary means the same in ``other`` (append-only growth)."""
-        return other.ranges[: len(self.ranges)] == self.ranges and other.specials[: len(self.specials)] == self.specials
+        """True when every id of this vocabulary means the same in ``other``."""
+        return (
+            other.ranges[: len(self.ranges)] == self.ranges
+            and other.specials[: len(self.specials)] == self.specials
+        )
 
 
 def merged(specs: Sequence[TokenSpec], old: Vocabulary | None = None) -> Vocabulary:

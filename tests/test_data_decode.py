@@ -55,9 +55,6 @@ def wav_header(rate: int = 8000, channels: int = 1, claimed: int = 4, real: int 
     )
 
 
-# ---- images ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("mode", "pixel", "expected"),
     [
@@ -148,9 +145,6 @@ def test_formats_off_the_list_are_refused() -> None:
         decode_image(out.getvalue())
 
 
-# ---- audio -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -205,9 +199,6 @@ def test_audio_of_all_kinds() -> None:
     loud = io.BytesIO()
     soundfile.write(loud, np.full(100, 3.0, np.float32), 8000, format="WAV", subtype="FLOAT")
     assert np.abs(decode_audio(loud.getvalue()).samples).max() == 1.0
-
-
-# ---- text and tokens -------------------------------------------------------------------------
 
 
 def test_text() -> None:

@@ -114,7 +114,8 @@ def figure_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
             continue
         row = {"name": name, "value": value, "unit": unit(name)}
         for ending, column in BESIDE.items():
-            # A bar is one figure's own; chance, judge and count are shared by all figures of a task.
+            # A bar is one figure's own; chance, judge and count are shared by all figures of a
+            # task.
             for stem in [name.removesuffix("_accuracy")] if column == "bar" else stems(name):
                 if f"{stem}{ending}" in figures and column not in row:
                     row[column] = figures[f"{stem}{ending}"]

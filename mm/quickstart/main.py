@@ -1,4 +1,6 @@
-"""The quickstart: the ordinary commands in order, each echoed so that it can be copied, timed, and safe to re-run."""
+"""The quickstart: the ordinary commands in order, each echoed so that it can be copied, timed, and
+safe to re-run.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ class Steps:
         self.console.print(f"\n[bold cyan]$ {command}[/]", markup=True)
 
     def run(self, *words: str | Path) -> None:
-        """Run ``mm WORDS`` in this process: importing torch anew for each would take longer than the work.
+        """Run ``mm WORDS`` in this process: importing torch anew for each would take longer than
+        the work.
 
         Raises:
             UserError: the command failed; what it said stands above.
@@ -47,33 +50,51 @@ class Steps:
         start = time.monotonic()
         code = run(arguments)
         if code != 0:
-            raise UserError(f"quickstart stopped at: {command} (exit code {code}); mend it and run mm quickstart again")
+            raise UserError(
+                f"quickstart stopped at: {command} (exit code {code}); mend it and run mm "
+                "quickstart again"
+            )
         self.record(command, time.monotonic() - start)
 
     def launch(self, processes: int, *words: str | Path) -> None:
-        """Run ``mm WORDS`` in several processes that train together (gloo), or here when there is one core.
+        """Run ``mm WORDS`` in several processes that train together (gloo), or here when there is
+        one core.
 
         Raises:
             UserError: a process failed; what it said stands above.
         """
         if processes == 1:
             return self.run(*words)
-        arguments = ["--standalone", "--nproc_per_node", str(processes), "-m", "mm", *map(str, words)]
+        arguments = [
+            "--standalone",
+            "--nproc_per_node",
+            str(processes),
+            "-m",
+            "mm",
+            *map(str, words),
+        ]
         command = shlex.join(["torchrun", *arguments])
         self.echo(command)
         start = time.monotonic()
-        # One thread each: at this size two processes are 1.3 times as fast as two threads (docs/lab-notes.md).
+        # One thread each: at this size two processes are 1.3 times as fast as two threads
+        # (docs/lab-notes.md).
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        code = subprocess.run([sys.executable, "-m", "torch.distributed.run", *arguments], env=environment).returncode
+        code = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", *arguments], env=environment
+        ).returncode
         if code != 0:
-            raise UserError(f"quickstart stopped at: {command} (exit code {code}); mend it and run mm quickstart again")
+            raise UserError(
+                f"quickstart stopped at: {command} (exit code {code}); mend it and run mm "
+                "quickstart again"
+            )
         self.record(command, time.monotonic() - start)
 
     def together(self, commands: list[tuple[list[str], Path, int]]) -> None:
         """Run independent trainings side by side, one process and an equal share of the cores each.
 
         Args:
-            commands: words after ``mm``, run folder (its metrics.jsonl drives the bar), number of steps.
+            commands: words after ``mm``, run folder (its metrics.jsonl drives the bar), number of
+                steps.
         Raises:
             UserError: one failed; its last lines are in the message.
         """
@@ -85,10 +106,18 @@ class Steps:
             self.echo(command)
             log = (self.out / f"{folder.name}.log").open("wb")
             process = subprocess.Popen(
-                [sys.executable, "-m", "mm", *words], stdout=log, stderr=subprocess.STDOUT, env=environment
+                [sys.executable, "-m", "mm", *words],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
             )
             running.append((process, log, command, folder, steps, time.monotonic()))
-        columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description:>8}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         try:
             with Progress(*columns, console=self.console) as bars:
                 rows = {r[3]: bars.add_task(r[3].name, total=r[4]) for r in running}
@@ -103,8 +132,12 @@ class Steps:
                         waiting.remove(one)
                         log.close()
                         if process.returncode != 0:
-                            tail = " | ".join(Path(log.name).read_text(errors="replace").splitlines()[-3:])
-                            raise UserError(f"quickstart stopped at: {command}: {tail} (all of it: {log.name})")
+                            tail = " | ".join(
+                                Path(log.name).read_text(errors="replace").splitlines()[-3:]
+                            )
+                            raise UserError(
+                                f"quickstart stopped at: {command}: {tail} (all of it: {log.name})"
+                            )
                         self.record(command, time.monotonic() - start)
         finally:
             for process, log, *_ in running:
@@ -135,7 +168,11 @@ def _last_step(file: Path) -> int:
 
 
 def quickstart(
-    out: str | Path = DEFAULT_OUT, *, config: str = "configs/quickstart/hybrid.yaml", seed: int = 0, scale: float = 1.0
+    out: str | Path = DEFAULT_OUT,
+    *,
+    config: str = "configs/quickstart/hybrid.yaml",
+    seed: int = 0,
+    scale: float = 1.0,
 ) -> dict[str, Any]:
     """Build data, train tokenizers and backbone, evaluate and report.
 
@@ -157,36 +194,60 @@ def quickstart(
     steps, start = Steps(out), time.monotonic()
     data, tokens, tokenizers = out / "data", out / "tokens", out / "tokenizers"
 
-    source = f"python -c \"from mm.quickstart.source import make_source; make_source('{out / 'source'}')\""
+    folder = out / "source"
+    source = f"python -m mm.quickstart.source {shlex.quote(str(folder))}"
     steps.echo(source)
     before = time.monotonic()
-    counts = make_source(out / "source")
-    steps.console.print("  ".join(f"{s}: {c['triples']} image+audio+caption, {c['texts']} texts" for s, c in counts.items()))
+    counts = make_source(folder)
+    steps.console.print(
+        "  ".join(
+            f"{s}: {c['triples']} image+audio+caption, {c['texts']} texts"
+            for s, c in counts.items()
+        )
+    )
     steps.record(source, time.monotonic() - before)
 
     steps.run("data", "pack", out / "source" / "manifest.jsonl", "--out", data / "digits")
     steps.run("data", "pack", out / "source" / "text.jsonl", "--out", data / "text")
     steps.run(
-        "tokenizer", "train", "configs/quickstart/text.yaml", "--data", data / "text", "--out", tokenizers / "text"
+        "tokenizer",
+        "train",
+        "configs/quickstart/text.yaml",
+        "--data",
+        data / "text",
+        "--out",
+        tokenizers / "text",
     )
     side_by_side = []
     for modality in ("image", "audio"):
         file = f"configs/quickstart/{modality}.yaml"
         budget = configs.read(file)["stages"][0]["budget"]["steps"]
         n = max(2, round(budget * scale))
-        words = ["tokenizer", "train", file, "--data", str(data / "digits"), "--out", str(tokenizers / modality)]
+        words = [
+            "tokenizer",
+            "train",
+            file,
+            "--data",
+            str(data / "digits"),
+            "--out",
+            str(tokenizers / modality),
+        ]
         words += [f"seed={seed}"] * (seed != 0) + [f"stages.0.budget.steps={n}"] * (n != budget)
         side_by_side.append((words, tokenizers / modality, n))
     steps.together(side_by_side)
     for modality, shards in (("text", "text"), ("image", "digits"), ("audio", "digits")):
         folder = tokenizers / modality
         steps.run(
-            "tokenizer", "eval", folder, "--data", data / shards, "--split", "test", "--out", folder / "eval",
+            "tokenizer", "eval", folder, "--data", data / shards, "--split", "test",
+            "--out", folder / "eval",
             "--json", folder / "eval.json",
         )  # fmt: skip
-    steps.run("data", "pack", data / "digits", "--tokenizers", tokenizers, "--out", tokens / "digits")
     steps.run(
-        "data", "pack", data / "text", "--tokenizers", tokenizers, "--vocabulary", tokens / "digits" / "vocabulary.json",
+        "data", "pack", data / "digits", "--tokenizers", tokenizers, "--out", tokens / "digits"
+    )
+    steps.run(
+        "data", "pack", data / "text", "--tokenizers", tokenizers,
+        "--vocabulary", tokens / "digits" / "vocabulary.json",
         "--out", tokens / "text",
     )  # fmt: skip
     changes = _backbone_changes(configs.read(config), out, seed, scale)
@@ -197,7 +258,9 @@ def quickstart(
     results["seconds"]["total"] = round(time.monotonic() - start, 1)
     (out / "results.json").write_text(json.dumps(results, indent=1))
     steps.run("report", out)
-    steps.console.print(f"\ndone in {time.monotonic() - start:.0f} s; open {out / 'report' / 'index.html'}")
+    steps.console.print(
+        f"\ndone in {time.monotonic() - start:.0f} s; open {out / 'report' / 'index.html'}"
+    )
     return results
 
 
@@ -205,8 +268,18 @@ def _tokenizer_figures(tokenizers: Path) -> list[dict[str, Any]]:
     """Rows for results.json from what `mm tokenizer eval` wrote, beside their bars."""
     rows: list[dict[str, Any]] = []
 
-    def add(modality: str, name: str, value: float, unit: str, bar: float | None = None, **beside: Any) -> None:
-        rows.append({"name": f"{modality}_tokenizer_{name}", "value": value, "unit": unit, "bar": bar, **beside})
+    def add(
+        modality: str, name: str, value: float, unit: str, bar: float | None = None, **beside: Any
+    ) -> None:
+        rows.append(
+            {
+                "name": f"{modality}_tokenizer_{name}",
+                "value": value,
+                "unit": unit,
+                "bar": bar,
+                **beside,
+            }
+        )
 
     for modality in ("text", "image", "audio"):
         found = json.loads((tokenizers / modality / "eval.json").read_text())
@@ -219,14 +292,15 @@ def _tokenizer_figures(tokenizers: Path) -> list[dict[str, Any]]:
             add(modality, "psnr_db", found["psnr_db"], "dB", 24.0, n=found["items"])
             add(modality, "codebook_usage_share", lowest, "share", 0.9)
         else:
-            add(modality, "mel_distance_ratio", found["mel_distance_ratio"], "ratio", 0.5, n=found["items"],
+            ratio = found["mel_distance_ratio"]
+            add(modality, "mel_distance_ratio", ratio, "ratio", 0.5, n=found["items"],
                 lower_is_better=True)  # fmt: skip
             add(modality, "codebook_usage_share", lowest, "share", 0.5)
     return rows
 
 
 def _backbone_changes(values: dict[str, Any], out: Path, seed: int, scale: float) -> list[str]:
-    """Overrides that move the YAML's paths from its own folder to ``out``, and set seed and budget."""
+    """Overrides that move the YAML's paths to ``out`` and set seed and budget."""
     home = str(Path(values.get("out", "runs")) / values["name"])
     changes = []
 
@@ -238,7 +312,7 @@ def _backbone_changes(values: dict[str, Any], out: Path, seed: int, scale: float
             for i, value in enumerate(node):
                 move(value, f"{path}.{i}")
         elif isinstance(node, str) and node.startswith(home + "/"):
-            changes.append(f"{path}={out}{node[len(home):]}")
+            changes.append(f"{path}={out}{node[len(home) :]}")
 
     if str(out) != home:
         move(values, "")

@@ -1,8 +1,12 @@
-"""The quickstart's raw files, made from what is on the machine: real scanned digits, speech, captions, prose and code.
+"""The quickstart's raw files, made from what is on the machine: real scanned digits, speech,
+captions, prose and code.
 
-Images are scikit-learn's `load_digits` (1,797 real 8x8 scans) enlarged to 32x32, the training ones also slightly moved. Audio is the same ten digits spoken by
-espeak-ng in 12 voices x 4 rates x 5 pitches. Text is the captions plus docstrings and short functions of the Python
-standard library. The split is fixed by `SPLIT_SEED`, whatever the training seed: no image and no (voice, rate, pitch)
+Images are scikit-learn's `load_digits` (1,797 real 8x8 scans) enlarged to 32x32, the training ones
+also slightly moved. Audio is the same ten digits spoken by
+espeak-ng in 12 voices x 4 rates x 5 pitches. Text is the captions plus docstrings and short
+functions of the Python
+standard library. The split is fixed by `SPLIT_SEED`, whatever the training seed: no image and no
+(voice, rate, pitch)
 of val or test occurs in train.
 """
 
@@ -24,7 +28,8 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 SPLIT_SEED = 20261120
 SAMPLE_RATE = 16_000
 IMAGE_SIZE = 32
-VERSIONS = 3  # of each training scan: itself and slightly moved ones; 1,347 scans alone are learnt by heart
+# of each training scan: itself and slightly moved ones; 1,347 scans alone are learnt by heart
+VERSIONS = 3
 HELD_OUT = {"test": 30, "val": 15}  # images a digit, and (voice, rate, pitch) combinations
 TEXT_BYTES = 500_000  # of docstrings and functions
 PIECE_BYTES = 420  # longest text document: fits one packed row after tokenisation
@@ -50,7 +55,9 @@ def make_source(out: str | Path) -> dict[str, Any]:
     for split in ("train", "val", "test"):
         for digit in range(10):
             scans, voices = images[split, digit], clips[split, digit]
-            n = max(len(scans), len(voices))  # every scan and every clip stands in at least one triple
+            n = max(
+                len(scans), len(voices)
+            )  # every scan and every clip stands in at least one triple
             for i in range(n):
                 key = f"{split}-{digit}-{i:04d}"
                 word = WORDS[digit]
@@ -74,7 +81,9 @@ def make_source(out: str | Path) -> dict[str, Any]:
 
 
 def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
 
 
 def _images(out: Path, rng: np.random.Generator) -> dict[tuple[str, int], list[str]]:
@@ -82,12 +91,16 @@ def _images(out: Path, rng: np.random.Generator) -> dict[tuple[str, int], list[s
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    scans = load_digits()
+    scans: Any = load_digits()
     places: dict[tuple[str, int], list[str]] = {}
     for digit in range(10):
         order = rng.permutation(np.flatnonzero(scans.target == digit))
         test, val = HELD_OUT["test"], HELD_OUT["test"] + HELD_OUT["val"]
-        for split, members in (("test", order[:test]), ("val", order[test:val]), ("train", order[val:])):
+        for split, members in (
+            ("test", order[:test]),
+            ("val", order[test:val]),
+            ("train", order[val:]),
+        ):
             names = []
             for version in range(VERSIONS if split == "train" else 1):
                 for i in members:
@@ -95,7 +108,8 @@ def _images(out: Path, rng: np.random.Generator) -> dict[tuple[str, int], list[s
                     picture = small.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
                     if version:
                         picture = _moved(picture, rng)
-                    name = f"images/{split}-{digit}-{i:04d}{'abcdefgh'[version] if version else ''}.png"
+                    mark = "abcdefgh"[version] if version else ""
+                    name = f"images/{split}-{digit}-{i:04d}{mark}.png"
                     picture.save(out / name)
                     names.append(name)
             places[split, digit] = names
@@ -112,7 +126,9 @@ def _moved(picture: Any, rng: np.random.Generator) -> Any:
     a, b, d, e = cos, sin + slant, -sin, cos
     c = centre - a * (centre + dx) - b * (centre + dy)
     f = centre - d * (centre + dx) - e * (centre + dy)
-    return picture.transform(picture.size, Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BICUBIC)
+    return picture.transform(
+        picture.size, Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BICUBIC
+    )
 
 
 def _clips(out: Path, rng: np.random.Generator) -> dict[tuple[str, int], list[str]]:
@@ -124,7 +140,9 @@ def _clips(out: Path, rng: np.random.Generator) -> dict[tuple[str, int], list[st
     combos = list(itertools.product(VOICES, RATES, PITCHES))
     order = [combos[i] for i in rng.permutation(len(combos))]
     test, val = HELD_OUT["test"], HELD_OUT["test"] + HELD_OUT["val"]
-    split_of = {c: "test" if i < test else "val" if i < val else "train" for i, c in enumerate(order)}
+    split_of = {
+        c: "test" if i < test else "val" if i < val else "train" for i, c in enumerate(order)
+    }
     places: dict[tuple[str, int], list[str]] = {}
     with speaker() as one:
         resample = Resample(one.sample_rate, SAMPLE_RATE)  # keeps its kernel between clips
@@ -144,12 +162,18 @@ def _clips(out: Path, rng: np.random.Generator) -> dict[tuple[str, int], list[st
 
 
 def _texts() -> list[dict[str, Any]]:
-    """Docstrings and short functions of the standard library, deduplicated, split by the hash of the text."""
+    """Docstrings and short functions of the standard library, deduplicated, split by the hash of
+    the text.
+    """
     rows, seen, total = [], set(), 0
     library = Path(sysconfig.get_paths()["stdlib"])
     files = [*library.glob("*.py"), *library.glob("*/*.py")]
     for file in sorted(files, key=lambda f: hashlib.sha256(f.name.encode()).hexdigest()):
-        if "site-packages" in file.parts or "test" in file.parts or file.parent.name.startswith("_"):
+        if (
+            "site-packages" in file.parts
+            or "test" in file.parts
+            or file.parent.name.startswith("_")
+        ):
             continue
         try:
             source = file.read_text(encoding="utf-8")
@@ -187,3 +211,9 @@ def _pieces(text: str) -> list[str]:
         piece += line
     pieces.append(piece)
     return [p.strip("\n") for p in pieces if len(p.encode()) <= PIECE_BYTES]
+
+
+if __name__ == "__main__":
+    import sys
+
+    make_source(sys.argv[1])

@@ -15,7 +15,9 @@ from mm.errors import UserError
 _SYNCHRONOUS = 2  # AUDIO_OUTPUT_SYNCHRONOUS: 0.5 ms a clip; retrieval mode (1) takes 18 ms
 _RATE, _PITCH = 1, 3  # espeakRATE (words per minute), espeakPITCH (0-100)
 _UTF8 = 1
-_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+_CALLBACK = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
+)
 
 VOICES = (
     "en", "en-us", "en-gb-scotland", "en-gb-x-rp", "en-029", "en-gb-x-gbclan",
@@ -35,10 +37,14 @@ class Speaker:
             self._lib: Any = ctypes.CDLL(espeakng_loader.get_library_path())
             data = espeakng_loader.get_data_path()
         except (ImportError, OSError) as error:
-            raise UserError(f"espeak-ng cannot be loaded ({error}); mend with: pip install espeakng-loader") from error
+            raise UserError(
+                f"espeak-ng cannot be loaded ({error}); mend with: pip install espeakng-loader"
+            ) from error
         self.sample_rate = int(self._lib.espeak_Initialize(_SYNCHRONOUS, 0, str(data).encode(), 0))
         if self.sample_rate <= 0:
-            raise UserError("espeak-ng does not start; mend with: pip install --force-reinstall espeakng-loader")
+            raise UserError(
+                "espeak-ng does not start; mend with: pip install --force-reinstall espeakng-loader"
+            )
         self._voice = ""
         self._chunks: list[np.ndarray] = []
         self._callback = _CALLBACK(self._collect)  # kept: the library holds only a pointer
@@ -50,7 +56,9 @@ class Speaker:
         return 0
 
     def say(self, text: str, voice: str, rate_wpm: int, pitch: int) -> np.ndarray:
-        """Return `(N,)` float32 in [-1, 1] at ``sample_rate``. Raises UserError on an unknown voice."""
+        """Return `(N,)` float32 in [-1, 1] at ``sample_rate``. Raises UserError on an unknown
+        voice.
+        """
         if voice != self._voice:
             if self._lib.espeak_SetVoiceByName(voice.encode()) != 0:
                 raise UserError(f"espeak-ng has no voice '{voice}'")

@@ -215,9 +215,6 @@ class Engine:
             norm = float(found) if found is not None else 0.0
         return applied, norm if applied else float("inf")
 
-    # ---- full tensors, for checkpoints and export: collectives, call them on all ranks
-    # -------------------------
-
     def named(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Trainable parameters once each (tied ones under their first name)."""
         return ((name, p) for name, p in self.raw.named_parameters() if p.requires_grad)

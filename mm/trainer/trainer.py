@@ -71,9 +71,6 @@ class Trainer:
         self._bytes = BytesPerToken()
         self._tokenizers: dict[str, Any] | None = None
 
-    # ---- the loop --------------------------------------------------------------------------------
-    # ----------------
-
     def fit(self) -> dict[str, Any]:
         """Train, save ``<run folder>/model`` and return the last metrics.
 
@@ -262,9 +259,6 @@ class Trainer:
                 f"(up to step {self.step}); their samples are in skipped.jsonl. Lower "
                 "stages.0.optimizer.lr and run again: it goes on from the last checkpoint"
             )
-
-    # ---- before, between and after
-    # -------------------------------------------------------------------------------
 
     def _find_checkpoint(self) -> checkpoint.Saved | None:
         """The newest good checkpoint, checked against this config.
@@ -459,9 +453,6 @@ class Trainer:
         self.file.write({"step": self.step, **out})
         self.tracker.log(out, self.step)
         return out
-
-    # ---- for callbacks
-    # -------------------------------------------------------------------------------------------
 
     @property
     def tokenizers(self) -> dict[str, Any]:
