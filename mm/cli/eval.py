@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.progress import track
 
 from mm.cli.common import (
     PASS_OVERRIDES,
     JsonFile,
     Overrides,
+    console,
+    is_main,
     number,
     overrides,
     run_config,
@@ -64,7 +67,7 @@ def evaluate(
     raw: list[dict[str, Any]] = []
     seconds: dict[str, float] = {}
     sampling: dict[str, Any] = {}
-    for task in tasks:
+    for task in track(tasks, description="evaluating", console=console(), disable=not is_main()):
         if split and "split" in type(task).model_fields:
             task = task.model_copy(update={"split": split})
         start = time.monotonic()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.progress import track
 
 from mm.quickstart.speech import PITCHES, RATES, VOICES, speaker, trim
 
@@ -146,7 +147,7 @@ def _clips(out: Path, rng: np.random.Generator) -> dict[tuple[str, int], list[st
     places: dict[tuple[str, int], list[str]] = {}
     with speaker() as one:
         resample = Resample(one.sample_rate, SAMPLE_RATE)  # keeps its kernel between clips
-        for combo in order:
+        for combo in track(order, description="speaking"):
             voice, rate, pitch = combo
             for digit, word in enumerate(WORDS):
                 wave = torch.from_numpy(trim(one.say(word, voice, rate, pitch)))
