@@ -525,3 +525,29 @@ def test_a_field_that_only_the_prompt_has_may_be_left_out_later() -> None:
             step = Layout.from_rows([[Doc(1, slot=0, fresh=False, start=t)]])
             out = model(Batch.of_ids(text[:, t : t + 1], step), state=out.state)
             torch.testing.assert_close(out.hidden, expected[:, t : t + 1])
+
+
+def test_dropout_acts_in_training_only_and_is_recomputed_alike() -> None:
+    backbone = {
+        "kind": "stack",
+        "pattern": "attention",
+        "depth": 2,
+        "mixers": {"attention": {"heads": 2}},
+    }
+    plain = make(backbone=backbone)
+    dropping = make(backbone={**backbone, "block": {"kind": "prenorm", "dropout": 0.5}})
+    dropping.load_state_dict(plain.state_dict())
+    batch = Batch.of_ids(ids(2, 6))
+    assert torch.equal(dropping.eval()(batch).hidden, plain.eval()(batch).hidden)
+    again = make(
+        backbone={**backbone, "recompute": True, "block": {"kind": "prenorm", "dropout": 0.5}}
+    )
+    again.load_state_dict(plain.state_dict())
+    grads = []
+    for model in (dropping.train(), again.train()):
+        model(batch, seed=3).heads["tokens"].nll.sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    hidden = [dropping(batch, seed=s).hidden for s in (3, 4)]
+    assert not torch.equal(*hidden)
+    assert not torch.equal(hidden[0], plain.train()(batch).hidden)

@@ -45,7 +45,7 @@ def line_chart(
     # One spike of the first steps must not flatten the rest: the axis ends at the 99.5th
     # percentile.
     top, bottom = ys[min(len(ys) - 1, int(len(ys) * 0.995))], ys[0]
-    if low is not None:
+    if low is not None and not log:  # a logarithmic axis has no zero
         bottom = min(low, bottom)
     ticks = _log_ticks(bottom, top) if log else _ticks(bottom, top)
     y0, y1 = min(ticks[0], bottom), max(ticks[-1], top)

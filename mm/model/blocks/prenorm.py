@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from mm.config import Config
 from mm.model.layer import Block, Channel, Ctx, Mixer, Out
+from mm.model.noise import dropout
 from mm.model.norm import RMSNorm
 from mm.registry import BLOCKS
 from mm.state import Many, State
@@ -16,11 +18,19 @@ from mm.state import Many, State
 
 class PreNorm(Block):
     """``x + mixer(norm(x))``, then ``x + channel(norm(x))``. Source: Xiong et al. 2020
-    (arXiv:2002.04745), fig. 1b.
+    (arXiv:2002.04745), fig. 1b. In training each branch passes dropout (Srivastava et al. 2014).
     """
 
-    def __init__(self, d_model: int, mixer: Mixer, channel: Channel | None, eps: float):
+    def __init__(
+        self,
+        d_model: int,
+        mixer: Mixer,
+        channel: Channel | None,
+        eps: float,
+        dropout: float = 0.0,
+    ):
         super().__init__()
+        self.dropout = dropout
         self.mixer_norm = RMSNorm(d_model, eps=eps)
         self.mixer = mixer
         self.channel_norm = RMSNorm(d_model, eps=eps) if channel is not None else None
@@ -29,7 +39,7 @@ class PreNorm(Block):
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         assert state is None or isinstance(state, Many)
         mixed = self.mixer(self.mixer_norm(x_BTD), ctx, state[0] if state is not None else None)
-        x = x_BTD + mixed.y
+        x = x_BTD + self._drop(mixed.y, ctx, "mixer")
         ctx_after = mixed.ctx or ctx
         aux = {f"mixer.{k}": v for k, v in mixed.aux.items()}
         channel_state = None
@@ -37,12 +47,15 @@ class PreNorm(Block):
             fed = self.channel(
                 self.channel_norm(x), ctx_after, state[1] if state is not None else None
             )
-            x = x + fed.y
+            x = x + self._drop(fed.y, ctx, "channel")
             ctx_after = fed.ctx or ctx_after
             channel_state = fed.state
             aux |= {f"channel.{k}": v for k, v in fed.aux.items()}
         after = Many(mixed.state, channel_state) if state is not None else None
         return Out(x, after, ctx_after if ctx_after is not ctx else None, aux)
+
+    def _drop(self, y: Tensor, ctx: Ctx, name: str) -> Tensor:
+        return dropout(y, self.dropout, ctx, name) if self.dropout and self.training else y
 
     def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
         return {
@@ -68,6 +81,9 @@ class PreNormConfig(Config):
 
     kind: Literal["prenorm"] = "prenorm"
     eps: float = 1e-6
+    dropout: Annotated[
+        float, Field(ge=0, lt=1, description="of what mixer and channel add; for small data")
+    ] = 0.0
 
     def build(self, d_model: int, mixer: Mixer, channel: Channel | None = None) -> PreNorm:
-        return PreNorm(d_model, mixer, channel, self.eps)
+        return PreNorm(d_model, mixer, channel, self.eps, self.dropout)
