@@ -72,6 +72,25 @@ def test_law1_packed_rows_equal_separate_documents(name: str) -> None:
 
 
 @layers
+def test_law1_gradients_of_packed_rows_equal_those_of_separate_documents(name: str) -> None:
+    layer, weights = build(name), documents(*LENGTHS, seed=1)
+
+    def gradients(run: Callable[[list[Tensor]], list[Tensor]]) -> tuple[Tensor, ...]:
+        docs = [d.requires_grad_() for d in documents(*LENGTHS)]
+        loss = sum((y * w).sum() for y, w in zip(run(docs), weights, strict=True))
+        return torch.autograd.grad(loss, [*docs, *layer.parameters()])
+
+    def together(docs: list[Tensor]) -> list[Tensor]:
+        rows = [[(-1, docs[0], 0), (-1, docs[1], 0)], [(-1, docs[2], 0), (-1, docs[3], 0)]]
+        x, layout = packed(rows, pad=2)
+        return [y for _, y in unpacked(apply(layer, x, layout).y, rows)]
+
+    whole = gradients(lambda docs: [alone(layer, d) for d in docs])
+    for a, b in zip(gradients(together), whole, strict=True):
+        torch.testing.assert_close(a, b, **TOL)
+
+
+@layers
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 def test_law1_serving_equals_whole(name: str, plan: str, grad: bool) -> None:
