@@ -49,19 +49,24 @@ class _Regroup(torch.autograd.Function):
     """Row gather whose backward is a row gather: every place that counts occurs once on either
     side.
 
-    The other places (copies that pad a group) get exactly zero gradient, because what is read of
-    them is masked or dropped.
+    ``unread`` marks the rows of ``x`` that no place reads (copies that pad a group): their gradient
+    is zero, not that of the place they copy.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(index, inverse)
+    def forward(
+        ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, unread: Tensor | None = None
+    ) -> Tensor:
+        ctx.save_for_backward(index, inverse, unread)
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        index, inverse = ctx.saved_tensors
-        return _Regroup.apply(grad, inverse, index), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        index, inverse, unread = ctx.saved_tensors
+        back = _Regroup.apply(grad, inverse, index)
+        if unread is not None:
+            back = back.masked_fill(unread[:, None], 0)
+        return back, None, None, None
 
 
 class Group(NamedTuple):
@@ -86,6 +91,7 @@ class Groups:
         None  # (sum of R * L + 1,) flat places; the last row stands for all padding
     )
     inverse: Tensor | None = None  # (B * T,) where each place went
+    unread: Tensor | None = None  # (sum of R * L + 1,) bool: copies that pad a group
 
     def split(self, *x_BT: Tensor) -> Iterator[tuple[Group, list[Tensor]]]:
         """Yield each group with `(R, L, ...)` views of each `(B, T, ...)` tensor."""
@@ -116,7 +122,10 @@ class Groups:
         parts = [part.reshape(part.shape[0] * part.shape[1], -1) for part in y]
         # The last row is what padding reads.
         out = _Regroup.apply(
-            torch.cat((*parts, parts[0].new_zeros(1, parts[0].shape[1]))), self.inverse, self.index
+            torch.cat((*parts, parts[0].new_zeros(1, parts[0].shape[1]))),
+            self.inverse,
+            self.index,
+            self.unread,
         )
         return out.view(B, T, *y[0].shape[2:])
 
@@ -147,7 +156,7 @@ class Groups:
         size = np.full(len(first), split_above)
         while (short := size < lengths[real]).any():
             size[short] *= 2
-        groups, indices, at = [], [], 0
+        groups, indices, unread, at = [], [], [], 0
         inverse = np.zeros(B * T, np.int64)
         for width in np.unique(size):
             chosen = size == width
@@ -170,11 +179,13 @@ class Groups:
                 )
             groups.append(Group(len(start), L, allowed, causal))
             indices.append(index.reshape(-1))
+            unread.append(~valid.reshape(-1))
             at += index.size
         device = f.document.device
         inverse[document == 0] = at
         index = torch.from_numpy(np.concatenate([*indices, [0]])).to(device)
-        return Groups(tuple(groups), index, torch.from_numpy(inverse).to(device))
+        copies = torch.from_numpy(np.concatenate([*unread, [True]])).to(device)
+        return Groups(tuple(groups), index, torch.from_numpy(inverse).to(device), copies)
 
 
 class Docs(NamedTuple):
