@@ -142,15 +142,27 @@ MIXERS = Registry(
     "mixer",
     {
         "attention": "mm.model.mixers.attention",
+        "linear_attention": "mm.model.mixers.linear_attention",
+        "mamba": "mm.model.mixers.mamba",
         "rg_lru": "mm.model.mixers.rg_lru",
+        "delta_rule": "mm.model.mixers.delta_rule",
+        "gated_scan": "mm.model.mixers.gated_scan",
+        "lru": "mm.model.mixers.lru",
+        "s4d": "mm.model.mixers.s4d",
+        "gru": "mm.model.mixers.gru",
+        "lstm": "mm.model.mixers.lstm",
     },
 )
 CHANNELS = Registry("channel", {"swiglu": "mm.model.channels.swiglu"})
 POSITIONS = Registry(
     "position",
     {
+        "alibi": "mm.model.positions.alibi",
+        "learned": "mm.model.positions.learned",
         "none": "mm.model.positions.none",
         "rope": "mm.model.positions.rope",
+        "sinusoidal": "mm.model.positions.sinusoidal",
+        "t5_bias": "mm.model.positions.t5_bias",
     },
 )
 LINEARS = Registry("linear", {"dense": "mm.model.linears.dense"})

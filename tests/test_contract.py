@@ -1,7 +1,7 @@
 """The laws of the contract, over whatever is registered: a new file is covered on the day it is
 registered.
 
-Laws 1-4 and 10; 9 and 12 are in test_contract_build.py, 7 in test_contract_tokenizers.py, 8 in
+Laws 1-5 and 10; 9 and 12 are in test_contract_build.py, 7 in test_contract_tokenizers.py, 8 in
 test_contract_data.py, 11 and 13 in test_contract_training.py. B rows, T tokens, D model, N slots.
 """
 
@@ -39,7 +39,7 @@ from torch.utils.checkpoint import checkpoint
 from mm.batch import Batch
 from mm.layout import Doc, Layout
 from mm.mask import Causal, Full
-from mm.model.layer import Backbone, Ctx, Layer, init_weights
+from mm.model.layer import Backbone, Ctx, Layer, LinearMixer, init_weights
 from mm.registry import (
     BACKBONES,
     NETWORKS,
@@ -368,6 +368,29 @@ def test_law4_live_state_bytes_follow_the_declared_formula(name: str, dtype: tor
                 state,
             ).state
         assert after is not None and after.n_bytes() == layer.state_bytes(n, max_len)
+
+
+# ---- law 5: a linear mixer is a matrix ----
+
+
+@layers
+def test_law5_the_attention_matrix_times_the_values_is_the_core(name: str) -> None:
+    layer, docs = build(name), documents(*LENGTHS)
+    if not isinstance(layer, LinearMixer):
+        pytest.skip("not a LinearMixer")
+    rows: list[list[Chunk]] = [
+        [(-1, docs[0], 0), (-1, docs[1], 0)],
+        [(-1, docs[2], 0), (-1, docs[3], 0)],
+    ]
+    x, layout = packed(rows, pad=1)
+    ctx = Ctx(layout, Causal())
+    f = layer.features(x, ctx, None)
+    o, state = layer.core(f, ctx, None)
+    assert state is None
+    product = torch.einsum("bhts,bshv->bthv", layer.attention_matrix(f, ctx), f["v"])
+    real = layout.fields.document > 0
+    torch.testing.assert_close(product[real], o[real], **TOL)
+    assert torch.equal(layer.finish(o, x, f, ctx), apply(layer, x, layout).y)
 
 
 # ---- law 10: recomputation ----

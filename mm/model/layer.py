@@ -120,6 +120,36 @@ class Mixer(Layer):
     """Plug point; a word of the pattern."""
 
 
+class LinearMixer(Mixer):
+    """A mixer whose output is a matrix of its features times its values: wrappers compose on these.
+
+    Law 5: ``attention_matrix(f, ctx) @ f["v"]``, by head, is what `core` returns without a state.
+    """
+
+    def features(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> dict[str, Tensor]:
+        """The arguments of the Op, `(B, T, H, .)`, among them values ``v``."""
+        raise NotImplementedError
+
+    def core(
+        self, f: dict[str, Tensor], ctx: Ctx, state: State | None = None
+    ) -> tuple[Tensor, State | None]:
+        """Outputs `(B, T, H, V)` and the State after the call."""
+        raise NotImplementedError
+
+    def finish(self, o: Tensor, x_BTD: Tensor, f: dict[str, Tensor], ctx: Ctx) -> Tensor:
+        """Skip, gate, norm and output projection: `(B, T, D)`."""
+        raise NotImplementedError
+
+    def attention_matrix(self, f: dict[str, Tensor], ctx: Ctx) -> Tensor:
+        """`(B, H, T, T)`: what each place reads of each value."""
+        raise NotImplementedError
+
+    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
+        f = self.features(x_BTD, ctx, state)
+        o, after = self.core(f, ctx, state)
+        return Out(self.finish(o, x_BTD, f, ctx), after)
+
+
 class Channel(Layer):
     """Plug point; needs ctx and state too (token shift, routing). Experts are ONE module with
     stacked weights.
@@ -152,6 +182,7 @@ class Provider(nn.Module):
 class Position:
     """Plug point; every hook optional."""
 
+    length_general: bool = True  # False: there are places it does not know
     key: str = ""  # non-empty: `prepare` is worth sharing over the layers of a pass under this name
 
     def prepare(self, f: Fields) -> Any:
@@ -166,6 +197,7 @@ class Position:
         return f.position
 
     def embed(self, x_BTD: Tensor, f: Fields) -> Tensor:
+        """Vectors with their places: asked by the embedder, or by a layer with this position."""
         return x_BTD
 
     def rotate(self, q: Tensor, k: Tensor, fq: Fields, fk: Fields) -> tuple[Tensor, Tensor]:

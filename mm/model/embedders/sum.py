@@ -4,21 +4,23 @@ model, N ids.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Ctx, Embedder
-from mm.registry import EMBEDDERS
+from mm.model.layer import Ctx, Embedder, Position
+from mm.registry import EMBEDDERS, POSITIONS
 
 
 class SumEmbedder(Embedder):
     """``sqrt(D) * sum_s table[ids[..., s]]``; id -1 adds nothing."""
 
-    def __init__(self, n_ids: int, d_model: int):
+    def __init__(self, n_ids: int, d_model: int, position: Position | None = None):
         super().__init__()
+        self.position = position or Position()
         self.weight = nn.Parameter(torch.empty(n_ids, d_model))
 
     def init_weights(self) -> None:
@@ -33,7 +35,8 @@ class SumEmbedder(Embedder):
         for ids in ids_BTS.unbind(-1):
             x = nn.functional.embedding(ids.clamp_min(0), weight)
             parts.append(x * ((ids >= 0).to(x.dtype) * scale)[..., None])
-        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+        x = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+        return self.position.embed(x, ctx.layout.fields)
 
 
 @EMBEDDERS.register("sum")
@@ -41,6 +44,15 @@ class SumEmbedderConfig(Config):
     """One table for all modalities; the streams of a place are summed."""
 
     kind: Literal["sum"] = "sum"
+    position: Annotated[
+        POSITIONS.field,  # type: ignore[valid-type]
+        Field(description="absolute positions, added here: learned, sinusoidal"),
+    ] = Field(default="none", validate_default=True)
 
     def build(self, n_ids: int, d_model: int) -> SumEmbedder:
-        return SumEmbedder(n_ids, d_model)
+        position = self.position.build(d_model, d_model=d_model)
+        if self.position.kind != "none" and type(position).embed is Position.embed:
+            raise ValueError(
+                f"position '{self.position.kind}' adds nothing to embeddings: it belongs to a mixer"
+            )
+        return SumEmbedder(n_ids, d_model, position)

@@ -4,18 +4,21 @@ of one document.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm.config import Config
 from mm.kernels.attention import attention
 from mm.layout import Fields
 from mm.model.layer import Caps, Ctx, Linear, Mixer, Out, Position
 from mm.model.linears.dense import DenseConfig
+from mm.model.mixers.forget import ForgetGate, ForgetKV, faded_from, forget_bias
 from mm.model.mixers.kv import KV, DraftKV, advance
 from mm.model.norm import RMSNorm
 from mm.model.rows import Docs, Groups, narrowed, paired
@@ -29,7 +32,9 @@ class Attention(Mixer):
     Source: Vaswani et al. 2017 (arXiv:1706.03762); grouped heads: Ainslie et al. 2023
     (arXiv:2305.13245);
     QK-norm: Henry et al. 2020 (arXiv:2010.04245) with RMS norm; window: Beltagy et al. 2020
-    (arXiv:2004.05150).
+    (arXiv:2004.05150). Soft-cap: Gemma 2 (arXiv:2408.00118), section 2. Sinks: gpt-oss
+    (arXiv:2508.10925), section 2. Scale by log n: Chiang & Cholak 2022 (arXiv:2202.12172), section
+    5.3. Forget gate: `mm.model.mixers.forget`.
     """
 
     caps = Caps(causal=True, bidirectional=True, step=True, shard="ulysses")
@@ -44,12 +49,17 @@ class Attention(Mixer):
         qk_norm: bool,
         position: Position,
         linear: Callable[..., Linear],
+        softcap: float | None = None,
+        sinks: bool = False,
+        log_n: float | None = None,
+        forget: bool = False,
     ):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim, self.window = heads, kv_heads, head_dim, window
         self.position = position
-        # Positions that add to or multiply scores need the Fields of both sides: the dense path has
-        # them.
+        self.caps = replace(type(self).caps, length_general=position.length_general)
+        self.softcap, self.log_n = softcap, log_n
+        # Positions that add to or multiply scores need the Fields of both sides.
         self.scored = (
             type(position).score is not Position.score or type(position).gain is not Position.gain
         )
@@ -57,6 +67,12 @@ class Attention(Mixer):
         self.out = linear(heads * head_dim, d_model, "out")
         self.q_norm = RMSNorm(head_dim) if qk_norm else None
         self.k_norm = RMSNorm(head_dim) if qk_norm else None
+        self.sink = nn.Parameter(torch.empty(heads)) if sinks else None
+        self.forget = ForgetGate(d_model, heads, linear) if forget else None
+
+    def init_weights(self) -> None:
+        if self.sink is not None:
+            nn.init.zeros_(self.sink)
 
     def _groups_key(self) -> str:
         return f"attention.groups.{self.window}"
@@ -65,7 +81,7 @@ class Attention(Mixer):
         made: dict[str, Callable[[Ctx], Any]] = {}
         if self.position.key:
             made[self.position.key] = lambda ctx: self.position.prepare(ctx.layout.fields)
-        if not serving and not self.scored:
+        if not serving:
             made[self._groups_key()] = lambda ctx: Groups.of(
                 ctx.layout, narrowed(ctx.mask, self.window)
             )
@@ -74,94 +90,151 @@ class Attention(Mixer):
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         H, G, K = self.heads, self.kv_heads, self.head_dim
         B, T = x_BTD.shape[:2]
+        f = ctx.layout.fields
+        x_BTD = self.position.embed(x_BTD, f)
         qkv = self.qkv(x_BTD, ctx).view(B, T, H + 2 * G, K)
         q, k, v = qkv.split((H, G, G), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        f = ctx.layout.fields
-        prepared = ctx.shared.get(self.position.key)
+        prepared = ctx.shared.get(self.position.key) if self.position.key else None
         if prepared is None:
             q, k = self.position.rotate(q, k, f, f)
         else:
             q, k = self.position.apply(q, prepared), self.position.apply(k, prepared)
+        if self.log_n is not None:
+            q = self._stretched(q, f)
+        kept = self.forget(x_BTD, ctx) if self.forget is not None else None
         if state is None:
-            y, after = self._whole(q, k, v, ctx), None
+            y, after = self._whole(q, k, v, kept, ctx), None
         else:
-            assert isinstance(state, KV | DraftKV)
-            y, after = self._continued(q, k, v, ctx, state.settled())
+            assert isinstance(state, KV | DraftKV | ForgetKV)
+            y, after = self._continued(q, k, v, kept, ctx, state.settled())
         return Out(self.out(y.reshape(B, T, H * K), ctx), after)
 
-    def _whole(self, q: Tensor, k: Tensor, v: Tensor, ctx: Ctx) -> Tensor:
+    def _stretched(self, q: Tensor, f: Fields) -> Tensor:
+        """Queries times ``log n / log log_n``; n = how many tokens there are up to the query."""
+        assert self.log_n is not None
+        n = f.position[..., 0] + 1
+        n = n if self.window is None else n.clamp_max(self.window)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        return (q * (n.to(wide).log() / math.log(self.log_n))[:, :, None, None]).to(q.dtype)
+
+    def _whole(self, q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, ctx: Ctx) -> Tensor:
         """Attention inside the call's documents."""
         B, T = q.shape[:2]
+        f = ctx.layout.fields
         groups = ctx.shared.get(self._groups_key())
         if groups is None:
             mask = narrowed(ctx.mask, self.window)
             # Grouping looks at values, which a graph cannot: a backbone shares it from outside the
             # graph.
-            if self.scored or torch.compiler.is_compiling():
-                f = ctx.layout.fields
-                return attention(q, k, v, mask.dense(f, f), **self._scores(q, f, f))
+            if torch.compiler.is_compiling():
+                faded = kept.cumsum(1) if kept is not None else None
+                scores = self._scores(q, f, f, faded, faded)
+                return attention(q, k, v, mask.dense(f, f), **scores)
             groups = Groups.of(ctx.layout, mask)
+        parts = [q, k, v]
+        if kept is not None:
+            parts.append(kept)
+        if self.scored:
+            parts += [f.position, f.document, f.modality, *f.extra.values()]
         done = []
-        for group, (gq, gk, gv) in groups.split(q, k, v):
-            done.append(attention(gq, gk, gv, group.allowed, causal=group.causal))
+        for group, (gq, gk, gv, *rest) in groups.split(*parts):
+            faded = rest.pop(0).cumsum(1) if kept is not None else None
+            gf = Fields(*rest[:3], dict(zip(f.extra, rest[3:], strict=True))) if rest else f
+            scores = self._scores(gq, gf, gf, faded, faded)
+            done.append(attention(gq, gk, gv, group.allowed, causal=group.causal, **scores))
         return groups.join(done, B, T)
 
     def _continued(
-        self, q: Tensor, k: Tensor, v: Tensor, ctx: Ctx, state: KV
-    ) -> tuple[Tensor, KV | DraftKV]:
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kept: Tensor | None,
+        ctx: Ctx,
+        state: KV | ForgetKV,
+    ) -> tuple[Tensor, State]:
         """Attention of each document to what its slot holds and to itself."""
         B, T = q.shape[:2]
-        docs = Docs.of(ctx.layout, state.count.shape[0])
+        cache, gates = (state.kv, state.gate) if isinstance(state, ForgetKV) else (state, None)
+        docs = Docs.of(ctx.layout, cache.count.shape[0])
         mask = narrowed(ctx.mask, self.window)
         f = docs.fields(ctx.layout.fields)
         q, k, v = docs.unpack(q), docs.unpack(k), docs.unpack(v)
-        if not ctx.draft and state.holds_call(docs, q.shape[1]):
-            # Decoding's common case: store first, then attend to the cache where it lies, without
-            # copying it.
-            after = advance(state, k, v, f, docs, draft=False)
-            assert isinstance(after, KV)
-            keys, values, stored = after.seen()
-        else:
-            after = None
-            past_k, past_v, past_f = state.past(docs, f)
-            keys = torch.cat((past_k.transpose(1, 2).to(k.dtype), k), dim=1)
-            values = torch.cat((past_v.transpose(1, 2).to(v.dtype), v), dim=1)
-            stored = paired(lambda old, new: torch.cat((old, new), dim=1), past_f, f)
-        scores = self._scores(q, f, stored) if self.scored else {}
-        y = attention(q, keys.to(q.dtype), values.to(v.dtype), mask.dense(f, stored), **scores)
-        return docs.pack(y, B, T), after if after is not None else advance(
-            state, k, v, f, docs, ctx.draft
-        )
+        parts = [(cache, k, v)]
+        faded = None
+        if gates is not None:
+            assert kept is not None
+            faded = faded_from(gates, docs.unpack(kept), docs)
+            parts.append((gates, faded[..., None], faded.new_empty(*faded.shape, 0)))
+        in_place = not ctx.draft and cache.holds_call(docs, q.shape[1])
+        after = [advance(s, a, b, f, docs, ctx.draft) for s, a, b in parts] if in_place else []
+        seen = []
+        for i, (part, a, b) in enumerate(parts):
+            if in_place:
+                # Decoding's common case: stored first, then attended to where it lies, without
+                # copying the cache.
+                stored = after[i]
+                assert isinstance(stored, KV)
+                seen.append(stored.seen())
+                continue
+            past_a, past_b, past_f = part.past(docs, f)
+            seen.append(
+                (
+                    torch.cat((past_a.transpose(1, 2).to(a.dtype), a), dim=1),
+                    torch.cat((past_b.transpose(1, 2).to(b.dtype), b), dim=1),
+                    paired(lambda old, new: torch.cat((old, new), dim=1), past_f, f),
+                )
+            )
+        keys, values, known = seen[0]
+        scores = self._scores(q, f, known, faded, seen[1][0][..., 0] if gates is not None else None)
+        y = attention(q, keys.to(q.dtype), values.to(v.dtype), mask.dense(f, known), **scores)
+        if not in_place:
+            after = [advance(s, a, b, f, docs, ctx.draft) for s, a, b in parts]
+        return docs.pack(y, B, T), after[0] if gates is None else ForgetKV(*after)
 
-    def _scores(self, q: Tensor, fq: Fields, fk: Fields) -> dict[str, Tensor | None]:
-        return {
-            "bias_RHTS": self.position.score(q, fq, fk),
-            "gain_RHTS": self.position.gain(fq, fk),
-        }
+    def _scores(
+        self, q: Tensor, fq: Fields, fk: Fields, faded_q: Tensor | None, faded_k: Tensor | None
+    ) -> dict[str, Any]:
+        """What changes the scores, as arguments of `attention`; only those that are set."""
+        made: dict[str, Any] = {}
+        if self.scored:
+            made = {
+                "bias_RHTS": self.position.score(q, fq, fk),
+                "gain_RHTS": self.position.gain(fq, fk),
+            }
+        if faded_q is not None and faded_k is not None:
+            bias, other = forget_bias(faded_q, faded_k), made.get("bias_RHTS")
+            made["bias_RHTS"] = bias if other is None else bias + other
+        if self.softcap is not None:
+            made["softcap"] = self.softcap
+        if self.sink is not None:
+            made["sink_H"] = self.sink
+        return made
 
     def _places(self, max_len: int) -> int:
         return max_len if self.window is None else min(max_len, self.window)
 
-    def initial_state(self, n: int, max_len: int) -> KV:
-        like = next(self.parameters())
+    def initial_state(self, n: int, max_len: int) -> KV | ForgetKV:
+        like = self._like()
         if torch.is_autocast_enabled(like.device.type):
             like = like.new_empty(0, dtype=torch.get_autocast_dtype(like.device.type))
         ring = self.window is not None and self.window < max_len
-        return KV.empty(
-            n,
-            self.kv_heads,
-            self._places(max_len),
-            self.head_dim,
-            self.head_dim,
-            ring,
-            like.detach(),
-        )
+        C, like = self._places(max_len), like.detach()
+        kv = KV.empty(n, self.kv_heads, C, self.head_dim, self.head_dim, ring, like)
+        if self.forget is None:
+            return kv
+        wide = torch.promote_types(like.dtype, torch.float32)
+        return ForgetKV(kv, KV.empty(n, self.heads, C, 1, 0, ring, like.to(wide)))
 
     def state_bytes(self, n: int, max_len: int) -> int:
-        item = next(self.parameters()).element_size()
-        return KV.bytes(n, self.kv_heads, self._places(max_len), self.head_dim, self.head_dim, item)
+        item, C = self._like().element_size(), self._places(max_len)
+        kept = KV.bytes(n, self.heads, C, 1, 0, max(item, 4)) if self.forget is not None else 0
+        return kept + KV.bytes(n, self.kv_heads, C, self.head_dim, self.head_dim, item)
+
+    def _like(self) -> Tensor:
+        return next(self.parameters())
 
 
 @MIXERS.register("attention")
@@ -178,6 +251,16 @@ class AttentionConfig(Config):
         Annotated[int, Field(gt=0, description="tokens a query sees, itself included")] | None
     ) = None
     qk_norm: bool = True
+    softcap: Annotated[float, Field(gt=0, description="bound of the logits")] | None = None
+    sinks: Annotated[bool, Field(description="a learned logit a head that attends to nothing")] = (
+        False
+    )
+    log_n: (
+        Annotated[float, Field(gt=1, description="length at which scaling by log n is 1")] | None
+    ) = None
+    forget_gate: Annotated[bool, Field(description="FoX: what lies behind closed gates fades")] = (
+        False
+    )
     position: POSITIONS.field = Field(  # type: ignore[valid-type]
         default="rope", validate_default=True
     )
@@ -198,8 +281,12 @@ class AttentionConfig(Config):
             head_dim,
             self.window,
             self.qk_norm,
-            self.position.build(head_dim),
+            self.position.build(head_dim, heads=self.heads, d_model=d_model),
             linear or DenseConfig().build,
+            self.softcap,
+            self.sinks,
+            self.log_n,
+            self.forget_gate,
         )
 
     @classmethod

@@ -15,5 +15,5 @@ class NoPositionConfig(Config):
 
     kind: Literal["none"] = "none"
 
-    def build(self, head_dim: int) -> Position:
+    def build(self, head_dim: int, heads: int = 1, d_model: int = 0) -> Position:
         return Position()

@@ -1,10 +1,12 @@
-"""Rotary positions. B rows, T tokens, H heads, K head width."""
+"""Rotary positions and their scaling rules. B rows, T tokens, H heads, K head width."""
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from mm.config import Config
@@ -16,12 +18,14 @@ from mm.registry import POSITIONS
 class Rope(Position):
     """Rotate pairs (i, i + K/2) of a head by ``position * theta ** (-2i / K)``.
 
-    Source: Su et al. 2021 (arXiv:2104.09864), eq. 34, in the half-split order of GPT-NeoX.
+    Source: Su et al. 2021 (arXiv:2104.09864), eq. 34, in the half-split order of GPT-NeoX; scaling
+    rules: `frequencies`.
     """
 
-    def __init__(self, head_dim: int, theta: float):
-        self.key = f"rope.{theta}.{head_dim}"
-        self.head_dim, self.theta = head_dim, theta
+    def __init__(self, head_dim: int, theta: float, scaling: RopeScaling | None = None):
+        rule = f".{scaling.model_dump_json()}" if scaling is not None else ""
+        self.key = f"rope.{theta}.{head_dim}{rule}"
+        self.head_dim, self.theta, self.scaling = head_dim, theta, scaling
 
     def prepare(self, f: Fields) -> Tensor:
         """`(2, B, T, 1, K/2)` float32 cosines and sines of every place (float64 angles: exact far
@@ -31,8 +35,11 @@ class Rope(Position):
             torch.arange(0, self.head_dim, 2, device=f.position.device, dtype=torch.float64)
             / self.head_dim
         )
-        angle = f.position[:, :, :1, None].to(torch.float64) * self.theta**-half
-        return torch.stack((angle.cos(), angle.sin())).to(torch.float32)
+        speed, length = self.theta**-half, 1.0
+        if self.scaling is not None:
+            speed, length = frequencies(self.scaling, self.theta, half)
+        angle = f.position[:, :, :1, None].to(torch.float64) * speed
+        return (length * torch.stack((angle.cos(), angle.sin()))).to(torch.float32)
 
     def apply(self, x: Tensor, prepared: Tensor) -> Tensor:
         cos, sin = prepared.to(torch.promote_types(x.dtype, torch.float32))
@@ -43,14 +50,60 @@ class Rope(Position):
         return self.apply(q, self.prepare(fq)), self.apply(k, self.prepare(fk))
 
 
+class RopeScaling(Config):
+    """How a model trained on ``original`` tokens is made to read ``factor`` times as many."""
+
+    rule: Literal["linear", "ntk", "yarn", "llama3"]
+    factor: Annotated[float, Field(ge=1)]
+    original: Annotated[int, Field(gt=0, description="tokens of the first training")] = 2048
+    # Turns within `original` tokens: pairs with fewer than `low` are slowed by `factor`, with more
+    # than `high` left alone.
+    low: Annotated[float, Field(gt=0, description="yarn and llama3")] = 1.0
+    high: (
+        Annotated[float, Field(gt=0, description="yarn (32 there) and llama3 (4 there)")] | None
+    ) = None
+
+
+def frequencies(rule: RopeScaling, theta: float, half: Tensor) -> tuple[Tensor, float]:
+    """`(K/2,)` float64 angles a place, and the length of rotated queries and keys (1 but in YaRN).
+
+    ``half`` = ``2i / K``. Source: linear: Chen et al. 2023 (arXiv:2306.15595), eq. 4; ntk: the
+    fixed "NTK-aware" base, Peng et al. 2023 (arXiv:2309.00071), definition 1; yarn: there, eq. 22
+    to 25, with the corner indices rounded as in its code; llama3: Dubey et al. 2024
+    (arXiv:2407.21783), as in its code.
+    """
+    speed = theta**-half
+    pairs = half.shape[0]
+    if rule.rule == "linear":
+        return speed / rule.factor, 1.0
+    if rule.rule == "ntk":
+        K = 2 * pairs
+        return (theta * rule.factor ** (K / max(K - 2, 1))) ** -half, 1.0
+    if rule.rule == "llama3":
+        turns, high = rule.original * speed / (2 * math.pi), rule.high or 4.0
+        keep = ((turns - rule.low) / (high - rule.low)).clamp(0, 1)
+        return keep * speed + (1 - keep) * speed / rule.factor, 1.0
+    # The pair that makes `turns` turns, as a real index.
+    index = lambda turns: pairs * math.log(rule.original / (turns * 2 * math.pi)) / math.log(theta)
+    begin = max(math.floor(index(rule.high or 32.0)), 0)
+    end = min(math.ceil(index(rule.low)), 2 * pairs - 1)
+    at = torch.arange(pairs, device=half.device, dtype=half.dtype)
+    slowed = ((at - begin) / max(end - begin, 1e-3)).clamp(0, 1)
+    return (1 - slowed) * speed + slowed * speed / rule.factor, 0.1 * math.log(rule.factor) + 1.0
+
+
 @POSITIONS.register("rope")
 class RopeConfig(Config):
     """Rotary positions on axis 0 (time)."""
 
     kind: Literal["rope"] = "rope"
     theta: float = 10000.0
+    scaling: RopeScaling | None = None
 
-    def build(self, head_dim: int) -> Rope:
+    def build(self, head_dim: int, heads: int = 1, d_model: int = 0) -> Rope:
         if head_dim % 2:
             raise ValueError(f"rope rotates pairs: head_dim {head_dim} is odd")
-        return Rope(head_dim, self.theta)
+        rule: Any = self.scaling
+        if rule is not None and rule.high is not None and rule.high <= rule.low:
+            raise ValueError(f"rope scaling: high {rule.high} must exceed low {rule.low}")
+        return Rope(head_dim, self.theta, rule)

@@ -1,0 +1,397 @@
+"""(Gated) delta rule over time. B rows, T tokens, H heads, K key width, V value width; in the chunk
+form n chunks of C tokens and N = B * H.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mm.kernels.op import Op
+
+CHUNK = 64  # tokens; the matrices of a chunk are as large as a head's state of 64 x 64
+LEAF = 16  # tokens; CHUNK is this times a power of two
+
+
+@Op
+def delta_rule(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    beta_BTH: Tensor,
+    g_BTH: Tensor | None = None,
+    initial_BHKV: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Run ``S_t = (I - beta_t k_t k_t^T) exp(g_t) S_{t-1} + beta_t k_t v_t^T``, ``o_t = scale S_t^T
+    q_t`` over each row and head: erase what ``k_t`` reads, then write ``v_t`` there.
+
+    Keys are taken as they are. With ``|k| <= 1`` and beta in [0, 2] the state cannot grow by
+    itself; beta above 1 makes the eigenvalue along ``k_t`` negative.
+
+    Args:
+        q_BTHK: `(B, T, H, K)` queries, any float dtype; accumulated in float32 or wider.
+        k_BTHK: `(B, T, H, K)` keys.
+        v_BTHV: `(B, T, H, V)` values.
+        beta_BTH: `(B, T, H)` strengths of writing; a place with beta = 0 and g = 0 changes nothing.
+        g_BTH: `(B, T, H)` natural logarithm of the decay, finite and <= 0; None = no decay.
+        initial_BHKV: `(B, H, K, V)` state before the first token; None = zeros.
+        scale: factor of the output.
+    Returns:
+        outputs `(B, T, H, V)` in the dtype of ``q`` and the last state `(B, H, K, V)` in float32 or
+        wider.
+    Source: Yang et al. 2024, Gated Delta Networks (arXiv:2412.06464), eq. 10; g = None: Schlag et
+    al. 2021 (arXiv:2102.11174), eq. 24-25, as in Yang et al. 2024 (arXiv:2406.06484), section 2.2.
+    """
+    wide = _wide(q_BTHK)
+    B, T, H, K = q_BTHK.shape
+    V = v_BTHV.shape[-1]
+    if initial_BHKV is not None:
+        S = initial_BHKV.to(wide)
+    else:
+        S = q_BTHK.new_zeros(B, H, K, V, dtype=wide)
+    if T == 0:
+        return q_BTHK.new_zeros(B, 0, H, V), S
+    # unbind, not [:, t]: the backward of an index writes a whole zero tensor a step, which makes
+    # the loop quadratic.
+    over_time = lambda x: x.to(wide).unbind(1)
+    decays = over_time(g_BTH) if g_BTH is not None else [None] * T
+    outputs = []
+    for q, k, v, beta, g in zip(
+        *map(over_time, (q_BTHK, k_BTHK, v_BTHV, beta_BTH)), decays, strict=True
+    ):
+        if g is not None:
+            S = S * g.exp()[..., None, None]
+        read = (k[..., None, :] @ S)[..., 0, :]
+        S = S + k[..., None] * (beta[..., None] * (v - read))[..., None, :]
+        outputs.append((q[..., None, :] @ S)[..., 0, :])
+    return (scale * torch.stack(outputs, 1)).to(q_BTHK.dtype), S
+
+
+@delta_rule.register("chunk", lambda *_, **__: None)
+def _chunk(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    beta_BTH: Tensor,
+    g_BTH: Tensor | None = None,
+    initial_BHKV: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The WY form: within a chunk the rows ``u`` that are truly written solve one unitriangular
+    system.
+
+    Source: Yang et al. 2024 (arXiv:2406.06484), section 3; with decay: arXiv:2412.06464, section
+    3.3.
+    """
+    if q_BTHK.shape[1] <= 1 or q_BTHK.shape[0] == 0:  # a single step is the fastest as it is
+        step = delta_rule.implementations["reference"][0]
+        return step(q_BTHK, k_BTHK, v_BTHV, beta_BTH, g_BTH, initial_BHKV, scale)
+    o, last, *_ = torch.ops.mm.delta_rule(
+        q_BTHK, k_BTHK, v_BTHV, beta_BTH, g_BTH, initial_BHKV, scale
+    )
+    return o, last
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _sizes(T: int) -> tuple[int, int]:
+    """Number of chunks and their length: alike, to pad little, and fit for `_inverse`."""
+    n = -(-T // CHUNK)
+    C = -(-T // n)
+    return n, C if C <= LEAF else -(-C // (CHUNK // LEAF)) * (CHUNK // LEAF)
+
+
+def _split(x: Tensor, wide: torch.dtype) -> Tensor:
+    """`(B, T, H, ...)` to contiguous `(n, N, C, ...)`; padding is zero."""
+    B, T, H = x.shape[:3]
+    n, C = _sizes(T)
+    if n * C > T:
+        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, n * C - T))
+    x = x.view(B, n, C, *x.shape[2:]) if x.is_contiguous() else x.unflatten(1, (n, C))
+    x = x.movedim((1, 0, 3), (0, 1, 2))
+    return x.to(wide, memory_format=torch.contiguous_format, copy=True).view(
+        n, B * H, C, *x.shape[4:]
+    )
+
+
+def _inverse(L: Tensor) -> Tensor:
+    """``(I + L)^-1`` of strictly lower `(..., C, C)`: blocks of at most LEAF by substitution,
+    merged by ``-T22 L21 T11``. Its entries are no larger than beta while keys are no longer than 1.
+    In float32 that is also ten times as exact as one substitution where beta is near 2.
+    """
+    C = L.shape[-1]
+    if C <= LEAF:
+        one = torch.eye(C, dtype=L.dtype, device=L.device).expand_as(L)
+        return torch.linalg.solve_triangular(L, one, upper=False, unitriangular=True)
+    h = C // 2
+    t11, t22 = _inverse(torch.stack((L[..., :h, :h], L[..., h:, h:]))).unbind(0)
+    out = torch.zeros_like(L)
+    out[..., :h, :h], out[..., h:, h:] = t11, t22
+    out[..., h:, :h] = (t22 @ L[..., h:, :h] @ t11).neg_()
+    return out
+
+
+def _join(x: Tensor, B: int, T: int, dtype: torch.dtype) -> Tensor:
+    """Inverse of `_split`."""
+    n, N, C = x.shape[:3]
+    x = x.unflatten(1, (B, N // B)).movedim((0, 1, 2), (1, 0, 3))
+    return x.flatten(1, 2)[:, :T].to(dtype).contiguous()
+
+
+class _Parts(NamedTuple):
+    """What both directions need of the chunks `(n, N, C, ...)`. Without decay every factor is
+    None.
+    """
+
+    q: Tensor  # times scale
+    k: Tensor
+    v: Tensor
+    beta: Tensor  # (n, N, C, 1)
+    since: Tensor | None  # (n, N, C, 1) decay from the chunk's begin to each token
+    until: Tensor | None  # (n, N, C, 1) decay from each token to the chunk's end
+    whole: Tensor | None  # (n, N, 1, 1) decay over the chunk
+    between: Tensor | None  # (n, N, C, C) decay from token j to token i, 0 for i < j
+    kk: Tensor  # (n, N, C, C) products of keys, decayed, strictly lower
+    qk: Tensor  # (n, N, C, C) products of queries and keys, decayed, lower
+
+    @staticmethod
+    def of(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, scale: float) -> _Parts:
+        wide = _wide(q)
+        q, k, v = _split(q, wide).mul_(scale), _split(k, wide), _split(v, wide)
+        beta = _split(beta, wide)[..., None]
+        kk, qk = k @ k.mT, q @ k.mT
+        if g is None:
+            return _Parts(q, k, v, beta, None, None, None, None, kk.tril_(-1), qk.tril_())
+        # Sums in float64: after strong decay small differences would lose their bits in float32.
+        G = _split(g, torch.float64).cumsum(-1)
+        C = G.shape[-1]
+        future = torch.ones(C, C, dtype=torch.bool, device=G.device).triu_(1)
+        apart = (G[..., :, None] - G[..., None, :]).to(wide)
+        between = apart.masked_fill_(future, -torch.inf).exp_()
+        narrow = lambda x: x.to(wide).exp()[..., None]
+        return _Parts(
+            q,
+            k,
+            v,
+            beta,
+            narrow(G),
+            narrow(G[..., -1:] - G),
+            narrow(G[..., -1:]),
+            between,
+            kk.mul_(between).tril_(-1),
+            qk.mul_(between),
+        )
+
+    def inner(self) -> tuple[Tensor, Tensor]:
+        """Queries and keys as the chunk's first and last state see them."""
+        if self.since is None or self.until is None:
+            return self.q, self.k
+        return self.q * self.since, self.k * self.until
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Outputs, last state, and for the backward: every chunk's inverse `(n, N, C, C)`, ``[U W]``
+    `(n, N, C, V + K)`, first state `(n, N, K, V)` and written rows `(n, N, C, V)`.
+    """
+    p = _Parts.of(q, k, v, beta, g, scale)
+    B, T, H, K = q.shape
+    n, N, C, V = p.v.shape
+    begun = p.k if p.since is None else p.k * p.since
+    solve = _inverse(p.kk * p.beta)
+    uw = solve @ torch.cat((p.v, begun), -1).mul_(p.beta)
+    qs, ks = p.inner()
+    readers = torch.cat((uw[..., V:], qs), -2)
+    states = uw.new_empty(n, N, K, V)
+    written, o = torch.empty_like(p.v), torch.empty_like(p.v)
+    S = uw.new_zeros(N, K, V) if initial is None else initial.to(uw.dtype).reshape(N, K, V)
+    for c in range(n):
+        states[c] = S
+        read = torch.bmm(readers[c], S)
+        torch.sub(uw[c, ..., :V], read[:, :C], out=written[c])
+        o[c] = read[:, C:]
+        S = S if p.whole is None else S * p.whole[c]
+        S = torch.baddbmm(S, ks[c].mT, written[c])
+    flat = lambda x: x.flatten(0, 1)
+    flat(o).baddbmm_(flat(p.qk), flat(written))
+    last = S.view(B, H, K, V)
+    if n == 0 or (initial is not None and last.data_ptr() == initial.data_ptr()):
+        last = last.clone()
+    return _join(o, B, T, q.dtype), last, solve, uw, states, written
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    solve: Tensor,
+    uw: Tensor,
+    states: Tensor,
+    written: Tensor,
+    grad_o: Tensor,
+    grad_last: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, beta, g (empty without decay) and of the initial state."""
+    p = _Parts.of(q, k, v, beta, g, scale)
+    B, T, H, K = q.shape
+    n, N, C, V = p.v.shape
+    do = _split(grad_o, uw.dtype)
+    qs, ks = p.inner()
+    w = uw[..., V:]
+    # Through time: gradients of the written rows and of every chunk's last state.
+    minus = torch.matmul(p.qk.mT, do).neg_()
+    after = torch.empty_like(states)
+    readers = torch.cat((qs, w), -2)
+    if grad_last is None:
+        dS = uw.new_zeros(N, K, V)
+    else:
+        dS = grad_last.to(uw.dtype).reshape(N, K, V)
+    for c in reversed(range(n)):
+        after[c] = dS
+        minus[c].baddbmm_(ks[c], dS, alpha=-1)
+        both = torch.cat((do[c], minus[c]), -2)
+        dS = torch.baddbmm(dS if p.whole is None else dS * p.whole[c], readers[c].mT, both)
+    dinitial = dS.reshape(B, H, K, V).clone()
+    # Inside the chunks, all at once.
+    dqs, dw = torch.matmul(torch.cat((do, minus), -2), states.mT).split(C, -2)
+    dks = torch.matmul(written, after.mT)
+    dqk = torch.matmul(do, written.mT)
+    drhs = solve.mT @ torch.cat((-minus, dw), -1)
+    dkk = torch.matmul(drhs, uw.mT).neg_().tril_(-1)  # of kk times beta
+    dv, dbegun = drhs[..., :V], drhs[..., V:]
+    begun = p.k if p.since is None else p.k * p.since
+    dbeta = (dkk * p.kk).sum(-1) + (dv * p.v).sum(-1) + (dbegun * begun).sum(-1)
+    dkk = dkk * p.beta
+    dbegun = dbegun * p.beta
+    dg = q.new_empty(0)
+    if p.since is None or p.until is None or p.whole is None or p.between is None:
+        dqk = dqk.tril_()
+        dq, dk = dqs, dbegun + dks
+    else:
+        # exp(G_i - G_j) appears in kk and qk, exp(G_i) in qs and begun, exp(G_C - G_i) in ks. What
+        # is exp(0) is left out, or its large gradients would cancel but for their rounding.
+        moved = (dkk * p.kk).add_((dqk * p.qk).tril_(-1))
+        dG = moved.sum(-1) - moved.sum(-2)
+        dG += (dqs * qs).sum(-1) + (dbegun * begun).sum(-1)
+        dG[..., -1] += (after * states).sum((-2, -1)) * p.whole[..., 0, 0]
+        rate = dG.flip(-1).cumsum(-1).flip(-1)
+        rate[..., 1:] += (dks * ks).sum(-1)[..., :-1].cumsum(-1)
+        assert g is not None
+        dg = _join(rate, B, T, g.dtype)
+        dkk, dqk = dkk * p.between, dqk * p.between
+        dq, dk = dqs * p.since, dbegun * p.since + dks * p.until
+    dq = dq + dqk @ p.k
+    dk = dk + dqk.mT @ p.q + (dkk + dkk.mT) @ p.k
+    return (
+        _join(dq.mul_(scale), B, T, q.dtype),
+        _join(dk, B, T, k.dtype),
+        _join(dv * p.beta, B, T, v.dtype),
+        _join(dbeta, B, T, beta.dtype),
+        dg,
+        dinitial,
+    )
+
+
+_forward_op = torch.library.custom_op(
+    "mm::delta_rule",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? initial, float scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+_backward_op = torch.library.custom_op(
+    "mm::delta_rule_backward",
+    _backward,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor solve, Tensor uw,"
+    " Tensor states, Tensor written, Tensor grad_o, Tensor? grad_last, float scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_forward_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    (B, T, H, K), V, wide = q.shape, v.shape[-1], _wide(q)
+    n, C = _sizes(T)
+    return (
+        q.new_empty(B, T, H, V),
+        q.new_empty(B, H, K, V, dtype=wide),
+        q.new_empty(n, B * H, C, C, dtype=wide),
+        q.new_empty(n, B * H, C, V + K, dtype=wide),
+        q.new_empty(n, B * H, K, V, dtype=wide),
+        q.new_empty(n, B * H, C, V, dtype=wide),
+    )
+
+
+@_backward_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    solve: Tensor,
+    uw: Tensor,
+    states: Tensor,
+    written: Tensor,
+    grad_o: Tensor,
+    grad_last: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    B, _, H, K = q.shape
+    like = lambda x: x.new_empty(x.shape)
+    return (
+        like(q),
+        like(k),
+        like(v),
+        like(beta),
+        q.new_empty(0) if g is None else like(g),
+        states.new_empty(B, H, K, v.shape[-1]),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, beta, g, initial, ctx.scale = inputs
+    ctx.initial_dtype = None if initial is None else initial.dtype
+    ctx.save_for_backward(q, k, v, beta, g, *output[2:])
+    ctx.set_materialize_grads(False)  # nothing is asked of the other outputs
+
+
+def _grads(
+    ctx: Any, grad_o: Tensor | None, grad_last: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    q, k, v, beta, g, solve, uw, states, written = ctx.saved_tensors
+    if grad_o is None:
+        grad_o = torch.zeros_like(v, dtype=q.dtype)
+    *grads, dg, dinitial = torch.ops.mm.delta_rule_backward(
+        q, k, v, beta, g, solve, uw, states, written, grad_o, grad_last, ctx.scale
+    )
+    dinitial = None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype)
+    return *grads, dg if g is not None else None, dinitial, None
+
+
+_forward_op.register_autograd(_grads, setup_context=_setup)

@@ -1,0 +1,189 @@
+"""Diagonal state space over time, fused with its readout. B rows, T tokens, D channels, N complex
+states of each.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm.kernels import compiler
+from mm.kernels.op import Op
+
+_SOURCE = Path(__file__).with_name("ssm.cpp")
+
+
+@Op
+def diagonal_ssm(
+    u_BTD: Tensor,
+    a_PDN: Tensor,
+    c_PDN: Tensor,
+    reset_BT: Tensor | None = None,
+    initial_BPDN: Tensor | None = None,
+    length_B: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run ``h_t = a * h_{t-1} + u_t`` and read ``y_t = sum_n Re(c * h_t)``, without storing states.
+
+    Complex numbers are pairs P = (real, imaginary).
+
+    Args:
+        u_BTD: `(B, T, D)` input, any float dtype; accumulated in float32 or wider.
+        a_PDN: `(2, D, N)` decays.
+        c_PDN: `(2, D, N)` readout.
+        reset_BT: `(B, T)` bool: here the state begins at zero; None = nowhere.
+        initial_BPDN: `(B, 2, D, N)` state before the first token; None = zeros.
+        length_B: `(B,)` int64 tokens of each row; later outputs are 0; None = T.
+    Returns:
+        outputs `(B, T, D)` and states after each row's last token `(B, 2, D, N)`, both in float32
+        or wider.
+    Source: Gu et al. 2022, S4D (arXiv:2206.11893), eq. 2 (discretised, B folded into C).
+    """
+    wide = torch.promote_types(u_BTD.dtype, torch.float32)
+    B, T, D = u_BTD.shape
+    (ar, ai), (cr, ci) = a_PDN.to(wide), c_PDN.to(wide)
+    if initial_BPDN is None:
+        hr = hi = u_BTD.new_zeros(B, D, a_PDN.shape[2], dtype=wide)
+    else:
+        hr, hi = initial_BPDN.to(wide).unbind(1)
+    ys = []
+    # unbind, not [:, t]: the backward of an index writes a whole zero tensor a step.
+    for t, u in enumerate(u_BTD.to(wide).unbind(1)):
+        old = hr, hi
+        if reset_BT is not None:
+            cut = reset_BT[:, t, None, None]
+            hr, hi = hr.masked_fill(cut, 0), hi.masked_fill(cut, 0)
+        hr, hi = ar * hr - ai * hi + u[..., None], ar * hi + ai * hr
+        y = (cr * hr - ci * hi).sum(-1)
+        if length_B is not None:
+            live = t < length_B
+            y = torch.where(live[:, None], y, 0)
+            hr = torch.where(live[:, None, None], hr, old[0])
+            hi = torch.where(live[:, None, None], hi, old[1])
+        ys.append(y)
+    y = torch.stack(ys, 1) if ys else u_BTD.to(wide)
+    return y, torch.stack((hr, hi), 1)
+
+
+def _why_not(
+    u_BTD: Tensor,
+    a_PDN: Tensor,
+    c_PDN: Tensor,
+    reset_BT: Tensor | None = None,
+    initial_BPDN: Tensor | None = None,
+    length_B: Tensor | None = None,
+) -> str | None:
+    return compiler.why_not(_SOURCE, u_BTD, a_PDN, c_PDN, initial_BPDN)
+
+
+@diagonal_ssm.register("cpp", _why_not)
+def _cpp(
+    u_BTD: Tensor,
+    a_PDN: Tensor,
+    c_PDN: Tensor,
+    reset_BT: Tensor | None = None,
+    initial_BPDN: Tensor | None = None,
+    length_B: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(u_BTD.dtype, torch.float32)
+    return torch.ops.mm.diagonal_ssm(
+        u_BTD.to(wide).contiguous(),
+        a_PDN.to(wide).contiguous(),
+        c_PDN.to(wide).contiguous(),
+        reset_BT.contiguous() if reset_BT is not None else None,
+        initial_BPDN.to(wide).contiguous() if initial_BPDN is not None else None,
+        length_B.long().contiguous() if length_B is not None else None,
+    )
+
+
+def _call(name: str, u: Tensor, a: Tensor, *tensors: Tensor | None) -> None:
+    function = f"ssm_{compiler.SUFFIX[u.dtype]}_{name}"
+    compiler.call(_SOURCE, function, u, a, *tensors, *u.shape, a.shape[2])
+
+
+def _forward(
+    u: Tensor,
+    a: Tensor,
+    c: Tensor,
+    reset: Tensor | None,
+    initial: Tensor | None,
+    length: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    y, last = torch.empty_like(u), u.new_empty(u.shape[0], *a.shape)
+    _call("forward", u, a, c, reset, initial, length, y, last)
+    return y, last
+
+
+def _backward(
+    u: Tensor,
+    a: Tensor,
+    c: Tensor,
+    reset: Tensor | None,
+    initial: Tensor | None,
+    length: Tensor | None,
+    dy: Tensor,
+    dlast: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    du, da, dc = torch.empty_like(u), torch.empty_like(a), torch.empty_like(c)
+    first = u.new_empty(u.shape[0] if initial is not None else 0, *a.shape)
+    given = first if initial is not None else None
+    dy, dlast = dy.contiguous(), dlast.contiguous()
+    _call("backward", u, a, c, reset, initial, length, dy, dlast, du, da, dc, given)
+    return du, da, dc, first
+
+
+_ARGUMENTS = "Tensor u, Tensor a, Tensor c, Tensor? reset, Tensor? initial, Tensor? length"
+_forward_op = torch.library.custom_op(
+    "mm::diagonal_ssm",
+    _forward,
+    mutates_args=(),
+    schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)",
+)
+_backward_op = torch.library.custom_op(
+    "mm::diagonal_ssm_backward",
+    _backward,
+    mutates_args=(),
+    schema=f"({_ARGUMENTS}, Tensor dy, Tensor dlast) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_forward_op.register_fake
+def _(
+    u: Tensor,
+    a: Tensor,
+    c: Tensor,
+    reset: Tensor | None,
+    initial: Tensor | None,
+    length: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(u), u.new_empty(u.shape[0], *a.shape)
+
+
+@_backward_op.register_fake
+def _(
+    u: Tensor,
+    a: Tensor,
+    c: Tensor,
+    reset: Tensor | None,
+    initial: Tensor | None,
+    length: Tensor | None,
+    dy: Tensor,
+    dlast: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    first = u.new_empty(u.shape[0] if initial is not None else 0, *a.shape)
+    return torch.empty_like(u), torch.empty_like(a), torch.empty_like(c), first
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grads(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    du, da, dc, first = torch.ops.mm.diagonal_ssm_backward(*saved, dy, dlast)
+    return du, da, dc, None, first if saved[4] is not None else None, None
+
+
+_forward_op.register_autograd(_grads, setup_context=_setup)

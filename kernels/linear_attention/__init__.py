@@ -1,0 +1,348 @@
+"""Chunkwise linear attention with decay. B rows, T tokens, H heads, K key width, V value width.
+
+Inside: C places of a chunk, N chunks, M of them in hand at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mm.kernels.op import Op
+
+CHUNK = 64
+IN_HAND = 1 << 18  # elements of a working tensor: what a core's cache holds
+
+
+@Op
+def linear_attention(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    log_decay: Tensor | None = None,
+    initial_BHKV: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run ``S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T`` and read ``o_t = S_t^T q_t``.
+
+    Args:
+        q_BTHK: `(B, T, H, K)` queries, already scaled; accumulated in float32 or wider.
+        k_BTHK: `(B, T, H, K)` keys.
+        v_BTHV: `(B, T, H, V)` values.
+        log_decay: finite and <= 0: None = no decay, `(H,)` constant, `(B, T, H)` by head and token,
+            `(B, T, H, K)` by channel.
+        initial_BHKV: `(B, H, K, V)` state before the first token; None = zeros.
+    Returns:
+        outputs `(B, T, H, V)` and the last state `(B, H, K, V)`, both in float32 or wider.
+    Source: Katharopoulos et al. 2020 (arXiv:2006.16236), eq. 18-20; decay by channel: Yang et al.
+    2023 (arXiv:2312.06635), eq. 3.
+    """
+    q, k, v, g, state = _widened(q_BTHK, k_BTHK, v_BTHV, log_decay, initial_BHKV)
+    B, T, H, K = q.shape
+    if state is None:
+        state = q.new_zeros(B, H, K, v.shape[-1])
+    if T == 0:
+        return v, state
+    decays: list[Tensor | None] = [None] * T
+    if g is not None:
+        full = g.expand(B, T, H) if g.dim() == 1 else g
+        decays = list((full if g.dim() == 4 else full[..., None]).exp().unbind(1))
+    outputs = []
+    # unbind, not [:, t]: the backward of an index writes a whole zero tensor a step.
+    for qt, kt, vt, at in zip(q.unbind(1), k.unbind(1), v.unbind(1), decays, strict=True):
+        before = state if at is None else at[..., None] * state
+        state = before + kt[..., None] * vt[..., None, :]
+        outputs.append((qt[..., None] * state).sum(-2))
+    return torch.stack(outputs, 1), state
+
+
+def _widened(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    wide = torch.promote_types(v.dtype, torch.float32)
+    return (
+        q.to(wide),
+        k.to(wide),
+        v.to(wide),
+        g.to(wide) if g is not None else None,
+        initial.to(wide) if initial is not None else None,
+    )
+
+
+def _why_not(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    log_decay: Tensor | None = None,
+    initial_BHKV: Tensor | None = None,
+) -> str | None:
+    return None
+
+
+@linear_attention.register("chunked", _why_not)
+def _chunked(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    log_decay: Tensor | None = None,
+    initial_BHKV: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Matrix products inside chunks, one state a chunk between them; a hand-written backward."""
+    q, k, v, g, initial = _widened(q_BTHK, k_BTHK, v_BTHV, log_decay, initial_BHKV)
+    if q.shape[1] == 0:
+        B, _, H, K = q.shape
+        return v, initial if initial is not None else q.new_zeros(B, H, K, v.shape[-1])
+    o, final, _ = torch.ops.mm.linear_attention(q, k, v, g, initial)
+    return o, final
+
+
+def _blocks(B: int, T: int, H: int, K: int, V: int) -> Iterator[tuple[int, int, int]]:
+    """First place, number of chunks and their size, of as many chunks as a cache holds."""
+    whole = T // CHUNK
+    most = max(1, IN_HAND // max(1, B * H * CHUNK * max(K, V, CHUNK)))
+    for first in range(0, whole, most):
+        yield first * CHUNK, min(most, whole - first), CHUNK
+    if T % CHUNK:
+        yield whole * CHUNK, 1, T % CHUNK
+
+
+class _Block:
+    """The chunks in hand, `(M, B, H, C, .)`, and the factors that their decay amounts to."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: int, m: int, size: int
+    ):
+        self.start, self.m, self.size = start, m, size
+        self.by_channel = g is not None and g.dim() == 4
+        # Halving needs a power of two; places of zeros without decay change nothing.
+        self.pad = (1 << (size - 1).bit_length()) - size if self.by_channel else 0
+        self.q, self.k, self.v = self.load(q), self.load(k), self.load(v)
+        self.into = self.out = self.total = self.between = None
+        self.halves: list[tuple[int, Tensor, Tensor]] = []
+        if g is None:
+            return
+        if self.by_channel:
+            before, after = self._halved(self.load(g))
+        else:
+            # float64: a difference of long sums keeps the short one that it stands for.
+            if g.dim() == 1:
+                steps = torch.arange(1, size + 1, device=g.device)
+                log = (g.double()[:, None] * steps)[None, None, ..., None]
+            else:
+                log = self.load(g[..., None]).double().cumsum(-2)
+            before, after = log.to(g.dtype), (log[..., -1:, :] - log).to(g.dtype)
+            future = torch.ones(size, size, dtype=torch.bool, device=g.device).triu(1)
+            between = (log - log.transpose(-1, -2)).to(g.dtype)
+            self.between = between.masked_fill_(future, -torch.inf).exp_()
+        self.total = before[..., -1:, :].exp().transpose(-1, -2).expand(m, *[-1] * 4)
+        self.into = before.exp_()  # from the state before the chunk to each place
+        self.out = after.exp_()  # from each place to the state after the chunk
+
+    def _halved(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Log decays from the chunk's start to each place, and from each place to its end.
+
+        Grown from blocks of 1, 2, .. C/2 places, by adding only. Every pair of places is divided by
+        exactly one border between two of those blocks, and `self.halves` keeps the decays from each
+        border and to it: their exponents are <= 0, so no decay is strong enough to overflow.
+        """
+        before, after, half = g.clone(), torch.zeros_like(g), 1
+        while half < g.shape[-2]:
+            early, late = self.of(before, half, 0), self.of(before, half, 1)
+            rest = self.of(after, half, 0)
+            self.halves.append((half, late.exp(), rest.exp()))
+            rest += late[..., -1:, :]
+            late += early[..., -1:, :]
+            half *= 2
+        return before, after
+
+    def load(self, x: Tensor) -> Tensor:
+        """`(B, T, H, W)` to this block's `(M, B, H, C, W)`."""
+        rows = x[:, self.start : self.start + self.m * self.size].unflatten(1, (self.m, self.size))
+        chunks = rows.permute(1, 0, 3, 2, 4)
+        return F.pad(chunks, (0, 0, 0, self.pad)) if self.pad else chunks.contiguous()
+
+    def store(self, to: Tensor, chunks: Tensor) -> None:
+        """Inverse of `load`, into ``to`` `(B, T, H, W)`."""
+        rows = to[:, self.start : self.start + self.m * self.size].unflatten(1, (self.m, self.size))
+        rows.copy_(chunks[..., : self.size, :].permute(1, 0, 3, 2, 4))
+
+    def scores(self) -> Tensor:
+        """`(M, B, H, C, C)`: how much of each place's value each place reads."""
+        if not self.by_channel:
+            a = self.q @ self.k.transpose(-1, -2)
+            return a.tril_() if self.between is None else a.mul_(self.between)
+        C = self.q.shape[-2]
+        a = self.q.new_zeros(*self.q.shape[:-1], C)
+        a.diagonal(dim1=-2, dim2=-1).copy_((self.q * self.k).sum(-1))
+        for half, late, early in self.halves:
+            q, k = self.of(self.q, half, 1) * late, self.of(self.k, half, 0) * early
+            _corner(a, half).copy_(q @ k.transpose(-1, -2))
+        return a
+
+    def scores_backward(self, da: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of queries and keys from those of the scores (whose upper half is ignored)."""
+        if not self.by_channel:
+            da = da.tril_() if self.between is None else da.mul_(self.between)
+            return da @ self.k, da.transpose(-1, -2) @ self.q
+        own = da.diagonal(dim1=-2, dim2=-1)[..., None]
+        dq, dk = own * self.k, own * self.q
+        for half, late, early in self.halves:
+            d = _corner(da, half).contiguous()
+            q, k = self.of(self.q, half, 1) * late, self.of(self.k, half, 0) * early
+            self.of(dq, half, 1).add_((d @ k).mul_(late))
+            self.of(dk, half, 0).add_((d.transpose(-1, -2) @ q).mul_(early))
+        return dq, dk
+
+    @staticmethod
+    def of(x: Tensor, half: int, which: int) -> Tensor:
+        """The first or second halves of blocks of two halves, `(..., C / 2 / half, half, W)`."""
+        return x.unflatten(-2, (x.shape[-2] // (2 * half), 2, half)).select(-3, which)
+
+
+def _corner(a: Tensor, half: int) -> Tensor:
+    """View of scores `(..., C, C)`: those of second halves with first ones, `(..., n, half,
+    half)`.
+    """
+    n = a.shape[-1] // (2 * half)
+    blocks = a.unflatten(-1, (n, 2, half)).unflatten(-4, (n, 2, half))
+    return blocks.select(-5, 1).select(-2, 0).diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+def _times(x: Tensor, factor: Tensor | None) -> Tensor:
+    return x if factor is None else x * factor
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    (B, T, H, K), V = q.shape, v.shape[-1]
+    blocks = list(_blocks(B, T, H, K, V))
+    o = v.new_empty(B, T, H, V)
+    states = v.new_empty(1 + sum(m for _, m, _ in blocks), B, H, K, V)
+    states[0] = 0 if initial is None else initial
+    at = 0
+    for start, m, size in blocks:
+        b = _Block(q, k, v, g, start, m, size)
+        gain = _times(b.k, b.out).transpose(-1, -2) @ b.v
+        for i in range(m):
+            if b.total is None:
+                torch.add(gain[i], states[at + i], out=states[at + i + 1])
+            else:
+                torch.addcmul(gain[i], b.total[i], states[at + i], out=states[at + i + 1])
+        y = b.scores() @ b.v
+        y += _times(b.q, b.into) @ states[at : at + m]
+        b.store(o, y)
+        at += m
+    return o, states[-1].clone(), states
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    states: Tensor,
+    do: Tensor,
+    dfinal: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (B, T, H, K), V = q.shape, v.shape[-1]
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dg = q.new_zeros(0 if g is None else g.shape)
+    dstate, at = dfinal.clone(memory_format=torch.contiguous_format), states.shape[0] - 1
+    for start, m, size in reversed(list(_blocks(B, T, H, K, V))):
+        at -= m
+        b = _Block(q, k, v, g, start, m, size)
+        dy = b.load(do)
+        read = _times(b.q, b.into).transpose(-1, -2) @ dy
+        after = v.new_empty(m, B, H, K, V)  # gradients of the states after each chunk
+        for i in reversed(range(m)):
+            after[i] = dstate
+            dstate = read[i] + _times(dstate, None if b.total is None else b.total[i])
+        chunk_dv = b.scores().transpose(-1, -2) @ dy
+        chunk_dv += _times(b.k, b.out) @ after
+        chunk_dq, chunk_dk = b.scores_backward(dy @ b.v.transpose(-1, -2))
+        chunk_dq += _times(dy @ states[at : at + m].transpose(-1, -2), b.into)
+        chunk_dk += _times(b.v @ after.transpose(-1, -2), b.out)
+        if g is not None:
+            # A place's cumulative decay multiplies its query and divides its key; the last one's
+            # multiplies the state after the chunk. Each decay is in all cumulative ones after it.
+            d = b.q * chunk_dq - b.k * chunk_dk
+            ends = (states[at + 1 : at + m + 1] * after).sum(-1)[..., None, :]
+            if not b.by_channel:
+                d, ends = d.sum(-1, keepdim=True), ends.sum(-1, keepdim=True)
+            d = d.flip(-2).cumsum(-2).flip(-2) + ends
+            if g.dim() == 1:
+                dg += d.sum((0, 1, 3, 4))
+            else:
+                b.store(dg if b.by_channel else dg[..., None], d)
+        b.store(dq, chunk_dq)
+        b.store(dk, chunk_dk)
+        b.store(dv, chunk_dv)
+    return dq, dk, dv, dg, dstate
+
+
+_forward_op = torch.library.custom_op(
+    "mm::linear_attention",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? initial) -> (Tensor, Tensor, Tensor)",
+)
+_backward_op = torch.library.custom_op(
+    "mm::linear_attention_backward",
+    _backward,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor states, Tensor do, Tensor dfinal)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_forward_op.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    (B, T, H, K), V = q.shape, v.shape[-1]
+    chunks = (T + CHUNK - 1) // CHUNK
+    return (
+        v.new_empty(B, T, H, V),
+        v.new_empty(B, H, K, V),
+        v.new_empty(1 + chunks, B, H, K, V),
+    )
+
+
+@_backward_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    states: Tensor,
+    do: Tensor,
+    dfinal: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        q.new_empty(0 if g is None else g.shape),
+        dfinal.new_empty(dfinal.shape),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, g, initial = inputs
+    ctx.begun = initial is not None
+    ctx.save_for_backward(q, k, v, g, output[2])
+
+
+def _grads(ctx: Any, do: Tensor, dfinal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, g, states = ctx.saved_tensors
+    dq, dk, dv, dg, dinitial = torch.ops.mm.linear_attention_backward(
+        q, k, v, g, states, do, dfinal
+    )
+    return dq, dk, dv, dg if g is not None else None, dinitial if ctx.begun else None
+
+
+_forward_op.register_autograd(_grads, setup_context=_setup)
