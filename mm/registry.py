@@ -142,9 +142,9 @@ MIXERS = Registry(
     "mixer",
     {
         "attention": "mm.model.mixers.attention",
+        "rg_lru": "mm.model.mixers.rg_lru",
         "linear_attention": "mm.model.mixers.linear_attention",
         "mamba": "mm.model.mixers.mamba",
-        "rg_lru": "mm.model.mixers.rg_lru",
         "delta_rule": "mm.model.mixers.delta_rule",
         "gated_scan": "mm.model.mixers.gated_scan",
         "lru": "mm.model.mixers.lru",

@@ -292,6 +292,5 @@ def test_the_quickstart_command(tmp_path: Path) -> None:
     suffixes = {p.suffix for p in (out / "samples").rglob("*") if p.is_file()}
     assert {".png", ".wav", ".txt"} <= suffixes
     recorded = [entry["command"] for entry in json.loads((out / "commands.json").read_text())]
-    assert any(c.startswith("mm data pack") for c in recorded) and any(
-        c.startswith("mm train") for c in recorded
-    )
+    assert any(c.startswith("mm data pack") for c in recorded)
+    assert any("mm train" in c for c in recorded)
