@@ -163,6 +163,29 @@ def test_changed_settings_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert "resumed" in caplog.text
 
 
+def test_a_key_that_the_program_learnt_since_the_save_is_no_change(tmp_path: Path) -> None:
+    train(make_run(tmp_path, steps=2))
+    run = make_run(tmp_path, steps=3)
+    saved = checkpoint.newest(run.folder / "checkpoints")
+    assert saved is not None
+    older = {**saved.state["config"], "model": dict(saved.state["config"]["model"])}
+    del older["evaluate"], older["model"]["kind"]
+    with pytest.raises(
+        UserError, match="model.kind"
+    ):  # without its kind it cannot be read: refused
+        saved._replace(state={**saved.state, "config": older}).require(
+            run.to_dict(), saved.state["vocabulary"]
+        )
+    older["model"]["kind"] = run.model.kind
+    extra = next(
+        k for k, f in type(run.model).model_fields.items() if k != "kind" and not f.is_required()
+    )
+    older["model"].pop(extra)
+    saved._replace(state={**saved.state, "config": older}).require(
+        run.to_dict(), saved.state["vocabulary"]
+    )
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_non_finite_step_is_skipped_at_every_stage(tmp_path: Path, stage: int) -> None:
     """One bad step changes nothing but the count; the weights stay finite and the samples are

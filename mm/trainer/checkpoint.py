@@ -1,12 +1,12 @@
 """Checkpoints without pickle and without a ZeRO stage or world size: safetensors per parameter, and
 one JSON.
 
-    checkpoints/step_000100/state.json               step, data state, config, fingerprints
-                            <network>.safetensors    fp32 parameters and buffers by `state_dict`
-                            name <network>.optimizer.safetensors   elementwise states as
-                            "<state>/<parameter>" COMPLETE                 SHA-256 of every file;
-                            written last
-    checkpoints/latest                               name of the newest complete one
+    checkpoints/step_000100/
+        state.json                       step, data state, config, fingerprints
+        <network>.safetensors            fp32 parameters and buffers, by `state_dict` name
+        <network>.optimizer.safetensors  elementwise states, as "<state>/<parameter>"
+        COMPLETE                         SHA-256 of every file; written last
+    checkpoints/latest                   name of the newest complete one
 
 A save is made in a temporary folder, synced, marked and renamed: a kill at any moment leaves the
 previous one good.
@@ -14,6 +14,7 @@ previous one good.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -23,9 +24,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from mm.errors import UserError
+from mm.run import Run
 
 log = logging.getLogger("mm.trainer")
 
@@ -57,7 +60,11 @@ class Saved(NamedTuple):
                 f"{self.folder}: was trained with vocabulary {str(self.state['vocabulary'])[:12]}, "
                 f"this run has {str(vocabulary)[:12]}; use that one, or another run name: name=..."
             )
-        for key, (old, new) in differences(self.state["config"], config).items():
+        saved = self.state["config"]
+        # A key that was added to the program since then has its default on both sides.
+        with contextlib.suppress(ValidationError):
+            saved = Run.model_validate(saved).to_dict()
+        for key, (old, new) in differences(saved, config).items():
             if key.split(".")[0] in ("model", "seed"):
                 raise UserError(
                     f"{self.folder}: '{key}' was {old} and is {new} now; it cannot change: "
