@@ -30,7 +30,7 @@ SPLIT_SEED = 20261120
 SAMPLE_RATE = 16_000
 IMAGE_SIZE = 32
 # of each training scan: itself and slightly moved ones; 1,347 scans alone are learnt by heart
-VERSIONS = 3
+VERSIONS = 6
 HELD_OUT = {"test": 30, "val": 15}  # images a digit, and (voice, rate, pitch) combinations
 TEXT_BYTES = 500_000  # of docstrings and functions
 PIECE_BYTES = 420  # longest text document: fits one packed row after tokenisation
@@ -49,11 +49,11 @@ def make_source(out: str | Path) -> dict[str, Any]:
     for name in ("images", "audio"):
         (out / name).mkdir(parents=True, exist_ok=True)
     # One generator each: changing one kind of file leaves the split of the others alone.
-    images = _images(out, np.random.default_rng((SPLIT_SEED, 0)))
+    images = _images(out, *(np.random.default_rng((SPLIT_SEED, i)) for i in (0, 3)))
     clips = _clips(out, np.random.default_rng((SPLIT_SEED, 1)))
-    rng = np.random.default_rng((SPLIT_SEED, 2))
     rows = []
-    for split in ("train", "val", "test"):
+    for number, split in enumerate(("train", "val", "test")):
+        rng = np.random.default_rng((SPLIT_SEED, 2, number))
         for digit in range(10):
             scans, voices = images[split, digit], clips[split, digit]
             n = max(
@@ -87,8 +87,12 @@ def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     )
 
 
-def _images(out: Path, rng: np.random.Generator) -> dict[tuple[str, int], list[str]]:
-    """Enlarge the scans and split them, the same number of each digit held out."""
+def _images(
+    out: Path, rng: np.random.Generator, moves: np.random.Generator
+) -> dict[tuple[str, int], list[str]]:
+    """Enlarge the scans and split them by ``rng``, the same number of each digit held out; move
+    copies of the training ones by ``moves``.
+    """
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -97,6 +101,9 @@ def _images(out: Path, rng: np.random.Generator) -> dict[tuple[str, int], list[s
     for digit in range(10):
         order = rng.permutation(np.flatnonzero(scans.target == digit))
         test, val = HELD_OUT["test"], HELD_OUT["test"] + HELD_OUT["val"]
+        # Keeps the split of the first measured release, whose two moved copies of each training
+        # scan took five draws each from this generator.
+        rng.random(2 * 5 * len(order[val:]))
         for split, members in (
             ("test", order[:test]),
             ("val", order[test:val]),
@@ -108,7 +115,7 @@ def _images(out: Path, rng: np.random.Generator) -> dict[tuple[str, int], list[s
                     small = Image.fromarray((scans.images[i] * (255 / 16)).round().astype(np.uint8))
                     picture = small.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
                     if version:
-                        picture = _moved(picture, rng)
+                        picture = _moved(picture, moves)
                     mark = "abcdefgh"[version] if version else ""
                     name = f"images/{split}-{digit}-{i:04d}{mark}.png"
                     picture.save(out / name)

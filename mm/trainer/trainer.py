@@ -301,7 +301,7 @@ class Trainer:
         self.callbacks: list[Callback] = [
             config.build() for config in (*self.run.callbacks, *defaults)
         ]
-        self._started = False
+        self._started: list[Callback] = []
         stack.push(self._end_callbacks)
 
     def _enter(
@@ -354,9 +354,9 @@ class Trainer:
         if saved is not None and same_stage:
             self.stream.load_state_dict(saved.state["data"])
         if not self._started:
-            self._started = True
             for callback in self.callbacks:
                 callback.on_start(self)
+                self._started.append(callback)
 
     def _report(self, metrics: dict[str, Any], seconds: float, waited: float) -> None:
         """One line of metrics.jsonl, the tracker, the callbacks."""
@@ -476,7 +476,7 @@ class Trainer:
                 module.train()
 
     def _end_callbacks(self, *error: Any) -> None:
-        for callback in self.callbacks if self._started else ():
+        for callback in self._started:  # one that failed to start has nothing to end
             callback.on_end(self)
 
 
