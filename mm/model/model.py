@@ -313,7 +313,7 @@ class LmConfig(Config):
         """Seed embedding rows so that alike codes begin alike (called once on a fresh start, all
         ranks alike).
 
-        Rows are a fixed random projection of the standardised code vectors, plus a quarter of
+        Rows are a fixed random projection of the standardised code vectors, plus 3 % of
         variance of their own, so that
         equal vectors (dead codes, codes of other books) can still be told apart.
 
@@ -343,7 +343,7 @@ class LmConfig(Config):
             with torch.no_grad():
                 new = torch.from_numpy(rows).to(weight)
                 own = weight[span.first : span.stop]
-                weight[span.first : span.stop] = 0.75**0.5 * new + 0.5 * own
+                weight[span.first : span.stop] = 0.97**0.5 * new + 0.03**0.5 * own
 
     @classmethod
     def smallest(cls) -> LmConfig:
