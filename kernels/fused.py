@@ -1,4 +1,4 @@
-"""Fused kernels as differentiable `torch.library` ops: one shape rule, a C++ and a Triton filler."""
+"""Fused kernels as differentiable `torch.library` ops: one shape rule, filled by C++ and Triton."""
 
 from __future__ import annotations
 
