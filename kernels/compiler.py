@@ -99,8 +99,9 @@ SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 
 
 def why_not(source: Path, *args: object, **kw: object) -> str | None:
-    """Reason why the library of ``source`` cannot take these arguments, or None; what is no tensor is
-    skipped.
+    """Reason why the library of ``source`` cannot take these arguments, or None.
+
+    What is no tensor is skipped.
     """
     for t in (*args, *kw.values()):
         if isinstance(t, Tensor) and t.device.type != "cpu":

@@ -21,7 +21,10 @@ KIND = "cuda"  # the tests' interpreter says "cpu"
 
 
 def why_not(*args: Any, **kw: Any) -> str | None:
-    """Reason why no Triton kernel can take these arguments, or None; what is no tensor is skipped."""
+    """Reason why no Triton kernel can take these arguments, or None.
+
+    What is no tensor is skipped.
+    """
     for t in (*args, *kw.values()):
         if isinstance(t, Tensor) and t.device.type != KIND:
             return f"tensors are on {t.device.type}"

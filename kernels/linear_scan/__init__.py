@@ -77,7 +77,7 @@ _OPS = fused(
 
 
 def _run(
-    kind: str,
+    way: str,
     a_BTD: Tensor,
     b_BTD: Tensor,
     reset_BT: Tensor | None = None,
@@ -90,8 +90,8 @@ def _run(
         return b_BTD.to(wide), zero if initial_BD is None else initial_BD.to(wide)
     initial = initial_BD.to(wide).contiguous() if initial_BD is not None else None
     reset = reset_BT.contiguous() if reset_BT is not None else None
-    a, b = (x.to(wide) if kind == "cpp" else x for x in (a_BTD, b_BTD))
-    h = _OPS[kind](a.contiguous(), b.contiguous(), reset, initial)
+    a, b = (x.to(wide) if way == "cpp" else x for x in (a_BTD, b_BTD))
+    h = _OPS[way](a.contiguous(), b.contiguous(), reset, initial)
     return h, h[:, -1]
 
 

@@ -16,9 +16,7 @@ def compose(a, b, c, d):
 
 
 @triton.jit
-def _forward(
-    a_ptr, b_ptr, reset_ptr, initial_ptr, h_ptr, T, D, BT: tl.constexpr, BD: tl.constexpr
-):
+def _forward(a_ptr, b_ptr, reset_ptr, initial_ptr, h_ptr, T, D, BT: tl.constexpr, BD: tl.constexpr):
     blocks = tl.cdiv(D, BD)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
