@@ -22,17 +22,25 @@ from mm.kernels.tiles_triton import (
     CHANNEL,
     CHUNK,
     CONSTANT,
+    LEVELS,
     NONE,
     SCALAR,
+    C,
+    after,
     block,
     decay_between,
+    halves,
     load_log_decay,
     load_tile,
     log_into,
     log_out,
     narrow,
+    not_after,
+    own_decays,
+    split,
     store_tile,
     sum_before,
+    sum_where,
 )
 
 
@@ -48,65 +56,38 @@ def _of_head(g, head, h, K: tl.constexpr, DECAY: tl.constexpr):
 
 
 @triton.jit
-def _channel_out(g, t, kc, T, K, stride, C: tl.constexpr):
-    """Log decay `(C, BK)` from each token to the chunk's end, by channel."""
-    later = load_tile(g, t + 1, kc, T, K, stride).to(tl.float32)
-    return tl.cumsum(tl.where(tl.arange(0, C)[:, None] < C - 1, later, 0.0), 0, reverse=True)
-
-
-@triton.jit
-def _halves(own, later, HALF: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
-    """Decays `(C, BK)` to each token from the begin of its block of HALF tokens, and to that
-    block's end; ``later`` are the log decays ``own`` of the next tokens.
-
-    Every pair of tokens is divided by exactly one border between two such blocks, for HALF = 1, 2,
-    .. C / 2: a product of a factor to that border and one from it, neither of which overflows.
-    """
-    shape: tl.constexpr = (C // HALF, HALF, BK)
-    inner = tl.where((tl.arange(0, C)[:, None] + 1) % HALF > 0, later, 0.0)
-    late = tl.cumsum(tl.reshape(own, shape), 1)
-    early = tl.cumsum(tl.reshape(inner, shape), 1, reverse=True)
-    return tl.exp(tl.reshape(late, (C, BK))), tl.exp(tl.reshape(early, (C, BK)))
-
-
-@triton.jit
-def _divided(HALF: tl.constexpr, C: tl.constexpr):
-    """`(C, C)`: where i is in the second and j in the first half of one block of 2 HALF tokens."""
-    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    return (i // (2 * HALF) == j // (2 * HALF)) & (i // HALF % 2 == 1) & (j // HALF % 2 == 0)
-
-
-@triton.jit
 def _channel_scores(
-    q,
-    k,
-    own,
-    later,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    LEVELS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """`(C, C)` scores of a tile of channels, each with its own decay."""
+    q, k, g, scores, T, H,
+    K: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores `(C, C)` of one chunk whose channels each have their decay, 0 for i < j."""
+    c = tl.program_id(0).to(tl.int64)
+    bh = tl.program_id(1).to(tl.int64)
+    head = (bh // H * T * H + bh % H) * K
     place = tl.arange(0, C)
-    wide_q, wide_k = q.to(tl.float32), k.to(tl.float32)
-    scores = tl.where(place[:, None] == place[None, :], tl.sum(wide_q * wide_k, 1)[:, None], 0.0)
-    for level in tl.static_range(LEVELS):
-        late, early = _halves(own, later, 1 << level, C, BK)
-        part = tl.dot(
-            (wide_q * late).to(q.dtype),
-            tl.trans((wide_k * early).to(q.dtype)),
-            input_precision=PRECISION,
-        )
-        scores += tl.where(_divided(1 << level, C), part, 0.0)
-    return scores
+    t = c * C + place
+    a = tl.zeros((C, C), tl.float32)
+    for first in range(0, K, BK):
+        kc = first + tl.arange(0, BK)
+        qt = load_tile(q + head, t, kc, T, K, H * K).to(tl.float32)
+        kt = load_tile(k + head, t, kc, T, K, H * K).to(tl.float32)
+        own = own_decays(g + head, t, kc, T, K, H * K)
+        a += tl.where(place[:, None] == place[None, :], tl.sum(qt * kt, 1)[:, None], 0.0)
+        for level in range(LEVELS):
+            second, divided, between = halves(1 << level)
+            mixed = tl.where(second, qt, kt) * tl.exp(sum_where(between, own))
+            mixed = mixed.to(q.dtype.element_ty)
+            part = tl.dot(mixed, tl.trans(mixed), input_precision=PRECISION)
+            a += tl.where(divided & second, part, 0.0)
+    scores += (bh * tl.cdiv(T, C) + c) * C * C
+    store_tile(scores, a, place, place, C, C, C)
 
 
 @triton.jit
 def _states(
     k, v, g, initial, states, final, T, H,
     K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, BEGUN: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """State `(K, V)` before every chunk, and after the last one."""
     kc = tl.program_id(0) * BK + tl.arange(0, BK)
@@ -127,47 +108,50 @@ def _states(
         vt = load_tile(v, t, vc, T, V, H * V)
         if DECAY == CHANNEL:
             S *= tl.exp(tl.sum(load_tile(g, t, kc, T, K, H * K).to(tl.float32), 0))[:, None]
-            kt = (kt * tl.exp(_channel_out(g, t, kc, T, K, H * K, C))).to(kt.dtype)
+            out = sum_where(after(), own_decays(g, t, kc, T, K, H * K))
+            kt = (kt * tl.exp(out)).to(kt.dtype)
         elif DECAY != NONE:
             S *= tl.exp(tl.sum(load_log_decay(g, t, T, H, DECAY), 0))
-            vt = (vt * tl.exp(log_out(g, t, T, H, DECAY, C))[:, None]).to(vt.dtype)
+            vt = (vt * tl.exp(log_out(g, t, T, H, DECAY))[:, None]).to(vt.dtype)
         S = tl.dot(tl.trans(kt), vt, S, input_precision=PRECISION)
     store_tile(final + bh * K * V, S, kc, vc, K, V, V)
 
 
 @triton.jit
 def _outputs(
-    q, k, v, g, states, o, T, H,
-    K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, g, given, states, o, T, H,
+    K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Outputs `(C, BV)` of one chunk."""
+    """Outputs `(C, BV)` of one chunk; scores by channel are ``given``."""
     vc = tl.program_id(0) * BV + tl.arange(0, BV)
     c = tl.program_id(1).to(tl.int64)
     bh = tl.program_id(2).to(tl.int64)
     head = bh // H * T * H + bh % H
     g = _of_head(g, head, bh % H, K, DECAY)
-    states += (bh * tl.cdiv(T, C) + c) * K * V
-    t = c * C + tl.arange(0, C)
+    chunk = bh * tl.cdiv(T, C) + c
+    states += chunk * K * V
+    place = tl.arange(0, C)
+    t = c * C + place
     scores = tl.zeros((C, C), tl.float32)
     y = tl.zeros((C, BV), tl.float32)
     for first in range(0, K, BK):
         kc = first + tl.arange(0, BK)
         qt = load_tile(q + head * K, t, kc, T, K, H * K)
-        kt = load_tile(k + head * K, t, kc, T, K, H * K)
         S = load_tile(states, kc, vc, K, V, V).to(qt.dtype)
         if DECAY == CHANNEL:
-            own = load_tile(g, t, kc, T, K, H * K).to(tl.float32)
-            later = load_tile(g, t + 1, kc, T, K, H * K).to(tl.float32)
-            scores += _channel_scores(qt, kt, own, later, C, BK, LEVELS, PRECISION)
-            qt = (qt * tl.exp(tl.cumsum(own, 0))).to(qt.dtype)
+            into = sum_where(not_after(), own_decays(g, t, kc, T, K, H * K))
+            qt = (qt * tl.exp(into)).to(qt.dtype)
         else:
+            kt = load_tile(k + head * K, t, kc, T, K, H * K)
             scores = tl.dot(qt, tl.trans(kt), scores, input_precision=PRECISION)
         y = tl.dot(qt, S, y, input_precision=PRECISION)
     if DECAY == CONSTANT or DECAY == SCALAR:
         y *= tl.exp(log_into(g, t, T, H, DECAY))[:, None]
-    if DECAY != CHANNEL:
-        scores *= decay_between(g, t, T, H, DECAY, C)
+    if DECAY == CHANNEL:
+        scores += load_tile(given + chunk * C * C, place, place, C, C, C)
+    else:
+        scores *= decay_between(g, t, T, H, DECAY)
     vt = load_tile(v + head * V, t, vc, T, V, H * V)
     y = tl.dot(scores.to(vt.dtype), vt, y, input_precision=PRECISION)
     store_tile(o + head * V, y, t, vc, T, V, H * V)
@@ -176,7 +160,7 @@ def _outputs(
 @triton.jit
 def _states_backward(
     q, g, do, dfinal, dstates, dinitial, T, H,
-    K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient `(K, V)` of the state after every chunk, and of the initial one."""
@@ -195,7 +179,7 @@ def _states_backward(
         qt = load_tile(q, t, kc, T, K, H * K)
         dy = load_tile(do, t, vc, T, V, H * V)
         if DECAY == CHANNEL:
-            into = tl.cumsum(load_tile(g, t, kc, T, K, H * K).to(tl.float32), 0)
+            into = sum_where(not_after(), own_decays(g, t, kc, T, K, H * K))
             dS *= tl.exp(tl.min(into, 0))[:, None]
             qt = (qt * tl.exp(into)).to(qt.dtype)
         elif DECAY != NONE:
@@ -209,8 +193,8 @@ def _states_backward(
 @triton.jit
 def _queries_keys_backward(
     q, k, v, g, states, dstates, do, dq, dk, dg, T, H,
-    K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients `(C, BK)` of one chunk's queries and keys, and of its log decays: those by channel,
     or this tile's share of the others.
@@ -248,35 +232,38 @@ def _queries_keys_backward(
     later_q = tl.zeros((C, BK), tl.float32)  # of queries, through the scores of earlier keys
     earlier_k = tl.zeros((C, BK), tl.float32)  # of keys, through the scores of later queries
     if DECAY == CHANNEL:
-        own = load_tile(g, t, kc, T, K, H * K).to(tl.float32)
-        later = load_tile(g, t + 1, kc, T, K, H * K).to(tl.float32)
-        for level in tl.static_range(LEVELS):
-            late, early = _halves(own, later, 1 << level, C, BK)
-            d = tl.where(_divided(1 << level, C), dscores, 0.0).to(qt.dtype)
-            part_k, part_q = (wide_k * early).to(qt.dtype), (wide_q * late).to(qt.dtype)
-            later_q += tl.dot(d, part_k, input_precision=PRECISION) * late
-            earlier_k += tl.dot(tl.trans(d), part_q, input_precision=PRECISION) * early
-        into = tl.cumsum(own, 0)
+        own = own_decays(g, t, kc, T, K, H * K)
+        into = sum_where(not_after(), own)
         whole *= tl.exp(tl.min(into, 0))
         read *= tl.exp(into)
-        kept *= tl.exp(_channel_out(g, t, kc, T, K, H * K, C))
-        before = (place[None, :] < place[:, None]).to(tl.float32)
-        rate = tl.cumsum(wide_q * (later_q + read) - wide_k * earlier_k, 0, reverse=True)
-        rate += tl.dot(before, wide_k * kept, input_precision="tf32x3") + whole[None, :]
+        kept *= tl.exp(sum_where(after(), own))
+        rate = sum_where(tl.trans(after()), split(wide_k * kept)) + whole[None, :]
+        dscores = tl.where(after(), 0.0, dscores)
+        both_ways = (dscores + tl.trans(dscores)).to(qt.dtype)
+        for level in range(LEVELS):
+            second, divided, between = halves(1 << level)
+            factor = tl.exp(sum_where(between, own))
+            mixed = (tl.where(second, wide_q, wide_k) * factor).to(qt.dtype)
+            d = tl.where(divided, both_ways, 0.0).to(qt.dtype)
+            part = tl.dot(d, mixed, input_precision=PRECISION) * factor
+            later_q += tl.where(second, part, 0.0)
+            earlier_k += tl.where(second, 0.0, part)
+        moved = split(wide_q * (later_q + read) - wide_k * earlier_k)
+        rate += sum_where(tl.trans(not_after()), moved)
         store_tile(dg + head * K, rate, t, kc, T, K, H * K)
     else:
         strict = tl.where(place[:, None] > place[None, :], dscores, 0.0)
         if DECAY != NONE:
             into = log_into(g, t, T, H, DECAY)
-            strict *= decay_between(g, t, T, H, DECAY, C)
+            strict *= decay_between(g, t, T, H, DECAY)
             read *= tl.exp(into)[:, None]
-            kept *= tl.exp(log_out(g, t, T, H, DECAY, C))[:, None]
+            kept *= tl.exp(log_out(g, t, T, H, DECAY))[:, None]
         d = strict.to(qt.dtype)
         later_q = tl.dot(d, kt, later_q, input_precision=PRECISION)
         earlier_k = tl.dot(tl.trans(d), qt, earlier_k, input_precision=PRECISION)
         if DECAY != NONE:
             rate = tl.sum(wide_q * (later_q + read) - wide_k * earlier_k, 1)
-            rate = tl.cumsum(rate, 0, reverse=True) + sum_before(tl.sum(wide_k * kept, 1), C)
+            rate = tl.cumsum(rate, 0, reverse=True) + sum_before(tl.sum(wide_k * kept, 1))
             rate += tl.sum(whole, 0) * tl.exp(tl.min(into, 0))
             share = dg + tl.program_id(0).to(tl.int64) * (tl.num_programs(2) * T)
             tl.store(share + head + t * H, rate, mask=t < T)
@@ -286,9 +273,9 @@ def _queries_keys_backward(
 
 @triton.jit
 def _values_backward(
-    q, k, g, dstates, do, dv, T, H,
-    K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, g, given, dstates, do, dv, T, H,
+    K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients `(C, BV)` of one chunk's values."""
     vc = tl.program_id(0) * BV + tl.arange(0, BV)
@@ -296,27 +283,29 @@ def _values_backward(
     bh = tl.program_id(2).to(tl.int64)
     head = bh // H * T * H + bh % H
     g = _of_head(g, head, bh % H, K, DECAY)
-    dstates += (bh * tl.cdiv(T, C) + c) * K * V
-    t = c * C + tl.arange(0, C)
+    chunk = bh * tl.cdiv(T, C) + c
+    dstates += chunk * K * V
+    place = tl.arange(0, C)
+    t = c * C + place
     scores = tl.zeros((C, C), tl.float32)
     d = tl.zeros((C, BV), tl.float32)
     for first in range(0, K, BK):
         kc = first + tl.arange(0, BK)
-        qt = load_tile(q + head * K, t, kc, T, K, H * K)
         kt = load_tile(k + head * K, t, kc, T, K, H * K)
-        dS = load_tile(dstates, kc, vc, K, V, V).to(qt.dtype)
+        dS = load_tile(dstates, kc, vc, K, V, V).to(kt.dtype)
         if DECAY == CHANNEL:
-            own = load_tile(g, t, kc, T, K, H * K).to(tl.float32)
-            later = load_tile(g, t + 1, kc, T, K, H * K).to(tl.float32)
-            scores += _channel_scores(qt, kt, own, later, C, BK, LEVELS, PRECISION)
-            kt = (kt * tl.exp(_channel_out(g, t, kc, T, K, H * K, C))).to(kt.dtype)
+            out = sum_where(after(), own_decays(g, t, kc, T, K, H * K))
+            kt = (kt * tl.exp(out)).to(kt.dtype)
         else:
+            qt = load_tile(q + head * K, t, kc, T, K, H * K)
             scores = tl.dot(qt, tl.trans(kt), scores, input_precision=PRECISION)
         d = tl.dot(kt, dS, d, input_precision=PRECISION)
     if DECAY == CONSTANT or DECAY == SCALAR:
-        d *= tl.exp(log_out(g, t, T, H, DECAY, C))[:, None]
-    if DECAY != CHANNEL:
-        scores *= decay_between(g, t, T, H, DECAY, C)
+        d *= tl.exp(log_out(g, t, T, H, DECAY))[:, None]
+    if DECAY == CHANNEL:
+        scores += load_tile(given + chunk * C * C, place, place, C, C, C)
+    else:
+        scores *= decay_between(g, t, T, H, DECAY)
     dy = load_tile(do + head * V, t, vc, T, V, H * V).to(q.dtype.element_ty)
     d = tl.dot(tl.trans(scores.to(dy.dtype)), dy, d, input_precision=PRECISION)
     store_tile(dv + head * V, d, t, vc, T, V, H * V)
@@ -325,37 +314,46 @@ def _values_backward(
 _KINDS = {None: NONE, 1: CONSTANT, 3: SCALAR, 4: CHANNEL}
 
 
-def _settings(q: Tensor, v: Tensor, g: Tensor | None) -> tuple[dict[str, Any], ...]:
-    """Compile-time arguments: those of the passes over time, and those of the chunks at once."""
+def _settings(q: Tensor, v: Tensor, g: Tensor | None) -> dict[str, Any]:
+    """Compile-time arguments of all kernels."""
     K, V = q.shape[-1], v.shape[-1]
-    by_channel = g is not None and g.dim() == 4
-    passes = {
+    return {
         "K": K,
         "V": V,
         "DECAY": _KINDS[None if g is None else g.dim()].value,
-        "C": CHUNK,
         "BK": block(K, 64),
         "BV": block(V, 64),
         # Three products of the leading and remaining bits: as exact as float32, on matrix units.
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else None,
         "num_warps": 4,
     }
-    return passes, {**passes, "LEVELS": CHUNK.bit_length() - 1 if by_channel else 0}
+
+
+def _run_scores(q: Tensor, k: Tensor, g: Tensor | None, with_: dict[str, Any]) -> Tensor:
+    """Scores by channel `(B, H, n, C, C)` in the dtype of ``q``; not used with another decay."""
+    if g is None or g.dim() < 4:
+        return q
+    B, T, H, _ = q.shape
+    n = triton.cdiv(T, CHUNK)
+    scores = q.new_empty(B, H, n, CHUNK, CHUNK)
+    settings = {name: with_[name] for name in ("K", "BK", "PRECISION")}
+    _channel_scores[(n, B * H)](q, k, g, scores, T, H, **settings, num_warps=8)
+    return scores
 
 
 def _run_states(
-    k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None, passes: dict[str, Any]
+    k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None, with_: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """States `(B, H, n, K, V)` before each chunk and the last one `(B, H, K, V)`, float32."""
     (B, T, H, K), V = k.shape, v.shape[-1]
     states = k.new_empty(B, H, triton.cdiv(T, CHUNK), K, V, dtype=torch.float32)
     final = states.new_empty(B, H, K, V)
     begun = initial is not None
-    grid = triton.cdiv(K, passes["BK"]), triton.cdiv(V, passes["BV"]), B * H
+    grid = triton.cdiv(K, with_["BK"]), triton.cdiv(V, with_["BV"]), B * H
     # What is not there has a pointer all the same, unused.
     _states[grid](
         k, v, k if g is None else g, initial if begun else final, states, final, T, H,
-        BEGUN=begun, **passes,
+        BEGUN=begun, **with_,
     )  # fmt: skip
     return states, final
 
@@ -367,11 +365,13 @@ def _forward(
     empty.
     """
     (B, T, H, _), V = q.shape, v.shape[-1]
-    passes, chunks = _settings(q, v, g)
-    states, final = _run_states(k, v, g, initial, passes)
+    with_ = _settings(q, v, g)
+    states, final = _run_states(k, v, g, initial, with_)
     o = final.new_empty(B, T, H, V)
-    grid = triton.cdiv(V, chunks["BV"]), states.shape[2], B * H
-    _outputs[grid](q, k, v, q if g is None else g, states, o, T, H, **chunks)
+    grid = triton.cdiv(V, with_["BV"]), states.shape[2], B * H
+    some = q if g is None else g
+    scores = _run_scores(q, k, g, with_)
+    _outputs[grid](q, k, v, some, scores, states, o, T, H, **with_)
     return o, final
 
 
@@ -386,24 +386,25 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g (empty without decay) and of the initial state."""
     (B, T, H, K), V = q.shape, v.shape[-1]
-    passes, chunks = _settings(q, v, g)
+    with_ = _settings(q, v, g)
     do, dfinal = do.contiguous(), dfinal.contiguous()
-    states, _ = _run_states(k, v, g, initial, passes)
+    states, _ = _run_states(k, v, g, initial, with_)
     dstates, dinitial = torch.empty_like(states), torch.empty_like(dfinal)
-    k_tiles, v_tiles = triton.cdiv(K, passes["BK"]), triton.cdiv(V, passes["BV"])
+    k_tiles, v_tiles = triton.cdiv(K, with_["BK"]), triton.cdiv(V, with_["BV"])
     some = q if g is None else g
     _states_backward[(k_tiles, v_tiles, B * H)](
-        q, some, do, dfinal, dstates, dinitial, T, H, **passes
+        q, some, do, dfinal, dstates, dinitial, T, H, **with_
     )
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     shape = () if g is None else (B, T, H, K) if g.dim() == 4 else (k_tiles, B, T, H)
     dg = do.new_empty(shape)
-    grid = k_tiles, states.shape[2], B * H
-    _queries_keys_backward[grid](
-        q, k, v, some, states, dstates, do, dq, dk, dg, T, H, **chunks
-    )  # fmt: skip
+    wide = {**with_, "num_warps": 8}  # or its tiles would not fit into the registers
+    if with_["DECAY"] == CHANNEL.value:
+        wide["BK"] = block(K, 32)
+    grid = triton.cdiv(K, wide["BK"]), states.shape[2], B * H
+    _queries_keys_backward[grid](q, k, v, some, states, dstates, do, dq, dk, dg, T, H, **wide)
     grid = v_tiles, states.shape[2], B * H
-    _values_backward[grid](q, k, some, dstates, do, dv, T, H, **chunks)
+    _values_backward[grid](q, k, some, _run_scores(q, k, g, with_), dstates, do, dv, T, H, **with_)
     if g is None:
         dg = q.new_empty(0)
     else:
