@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mm.kernels import gpu
 from mm.kernels.op import Op
 
 CHUNK = 64
@@ -346,3 +347,28 @@ def _grads(ctx: Any, do: Tensor, dfinal: Tensor, _: Tensor) -> tuple[Tensor | No
 
 
 _forward_op.register_autograd(_grads, setup_context=_setup)
+
+
+def _no_triton(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    log_decay: Tensor | None = None,
+    initial_BHKV: Tensor | None = None,
+) -> str | None:
+    reason = gpu.why_not(q_BTHK, k_BTHK, v_BTHV, log_decay, initial_BHKV)
+    return reason or ("nothing to launch" if 0 in (*q_BTHK.shape, v_BTHV.shape[-1]) else None)
+
+
+@linear_attention.register("triton", _no_triton)
+def _triton(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    log_decay: Tensor | None = None,
+    initial_BHKV: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The chunk form on a GPU; states are computed again in the backward."""
+    from mm.kernels.linear_attention.chunk_triton import linear_attention as run
+
+    return run(q_BTHK, k_BTHK, v_BTHV, log_decay, initial_BHKV)
