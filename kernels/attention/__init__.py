@@ -5,13 +5,13 @@ document into its own row (`mm.model.rows`), because a masked place still meets 
 ``0 * value``, which is NaN when the value is inf.
 
 R rows, T queries, S keys, H query heads, G key heads (G divides H), K key width, V value width,
-N distances. ``Sides`` is what is known of the queries `(R, T, ...)` and of the keys `(R, S, ...)`.
+N distances. ``Sides``: what is known of the queries `(R, T, ...)` and of the keys `(R, S, ...)`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from mm.kernels.attention import blocks
 from mm.kernels.op import Op
 
-Sides = tuple[Tensor, Tensor]
+Sides = tuple[Tensor | None, Tensor | None]
 
 
 def _allowed(
@@ -31,41 +31,47 @@ def _allowed(
     S: int,
     device: torch.device,
     window: int | None = None,
-    document: Sides | None = None,
-    prefix: Sides | None = None,
+    document: Sides = (None, None),
+    prefix: Sides = (None, None),
 ) -> Tensor | None:
     """`(R or 1, T, S)` bool of all conditions, or None when everything is allowed."""
     seen = allowed
     if causal:
         late = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)[None]
-        if prefix is not None:
-            q, k = prefix[0][:, :, None], prefix[1][:, None, :]
-            late = late | ((q == k) & (k != 0))
+        together = _together(prefix)
+        late = late if together is None else late | together
         seen = late if seen is None else seen & late
     if window is not None:
         near = torch.ones(T, S, dtype=torch.bool, device=device).triu(S - T - window + 1)[None]
         seen = near if seen is None else seen & near
-    if document is not None:
-        q, k = document[0][:, :, None], document[1][:, None, :]
-        same = (q == k) & (k != 0)
-        seen = same if seen is None else seen & same
-    return seen
+    same = _together(document)
+    if same is None:
+        return seen
+    return same if seen is None else seen & same
+
+
+def _together(sides: Sides) -> Tensor | None:
+    """`(R, T, S)`: the same number that is not zero."""
+    q, k = sides
+    if q is None or k is None:
+        return None
+    return (q[:, :, None] == k[:, None, :]) & (k != 0)[:, None, :]
 
 
 def _added(
-    bias: Tensor | None, fade: Sides | None, relative: Tensor | None, place: Sides | None
+    bias: Tensor | None, fade: Sides, relative: Tensor | None, place: Sides
 ) -> Tensor | None:
     """What is added to the logits; broadcasts to `(R, H, T, S)`."""
     made = bias
-    if fade is not None:
-        q, k = (x.transpose(1, 2) for x in fade)
-        faded = -(q[..., :, None] - k[..., None, :]).abs()
+    q, k = fade
+    if q is not None and k is not None:
+        faded = -(q.mT[..., :, None] - k.mT[..., None, :]).abs()
         made = faded if made is None else made + faded
     if relative is not None:
-        assert place is not None, "relative_NH needs place"
+        assert place[0] is not None and place[1] is not None, "relative_NH needs places"
         far = relative.shape[0] // 2
-        distance = (place[0][:, :, None].long() - place[1][:, None, :]).clamp(-far, far)
-        near = F.embedding(distance + far, relative).movedim(-1, 1)
+        distance = place[0][:, :, None].long() - place[1][:, None, :].long()
+        near = F.embedding(distance.clamp(-far, far) + far, relative).movedim(-1, 1)
         made = near if made is None else made + near
     return made
 
@@ -79,17 +85,21 @@ def attention(
     *,
     causal: bool = False,
     window: int | None = None,
-    document: Sides | None = None,
-    prefix: Sides | None = None,
+    document_RT: Tensor | None = None,
+    document_RS: Tensor | None = None,
+    prefix_RT: Tensor | None = None,
+    prefix_RS: Tensor | None = None,
     bias_RHTS: Tensor | None = None,
     gain_RHTS: Tensor | None = None,
-    fade: Sides | None = None,
+    fade_RTH: Tensor | None = None,
+    fade_RSH: Tensor | None = None,
     relative_NH: Tensor | None = None,
-    place: Sides | None = None,
+    place_RT: Tensor | None = None,
+    place_RS: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sink_H: Tensor | None = None,
-    want: Collection[str] = (),
+    want: Sequence[str] = (),
 ) -> Any:
     """Attend within rows; a query that may see nothing gets zeros.
 
@@ -100,23 +110,29 @@ def attention(
         allowed_RTS: `(R or 1, T, S)` bool, True where the query may see the key; None = everywhere.
         causal: query t sees keys up to ``S - T + t`` (the last query sees all).
         window: query t sees no key before ``S - T + t - window + 1``.
-        document: `(R, T)` and `(R, S)` int: a query sees keys of its own document; 0 is padding.
-        prefix: `(R, T)` and `(R, S)` int: places that share a non-zero number see each other even
-            where ``causal`` would not let them.
+        document_RT: `(R, T)` int, with ``document_RS`` `(R, S)`: a query sees keys of its own
+            document; 0 is padding.
+        document_RS: of the keys.
+        prefix_RT: `(R, T)` int, with ``prefix_RS`` `(R, S)`: places that share a non-zero number
+            see each other even where ``causal`` would not let them.
+        prefix_RS: of the keys.
         bias_RHTS: broadcasts to `(R, H, T, S)`, added to the logits.
         gain_RHTS: broadcasts to `(R, H, T, S)`, multiplied after the softmax (URPE).
-        fade: `(R, T, H)` and `(R, S, H)`; minus their distance is added to the logits (ALiBi, FoX).
-        relative_NH: `(N, H)`, N odd: entry ``N // 2 + place[0] - place[1]``, clamped to the ends,
+        fade_RTH: `(R, T, H)`, with ``fade_RSH`` `(R, S, H)`: minus their distance is added to the
+            logits (ALiBi, forget gates).
+        fade_RSH: of the keys.
+        relative_NH: `(N, H)`, N odd: entry ``N // 2 + place_RT - place_RS``, clamped to the ends,
             is added to the logits.
-        place: `(R, T)` and `(R, S)` int, for ``relative_NH``.
+        place_RT: `(R, T)` int, for ``relative_NH``.
+        place_RS: `(R, S)` int.
         scale: of the logits; default ``K ** -0.5``.
         softcap: logits become ``softcap * tanh(logits / softcap)`` before anything is added.
         sink_H: `(H,)` logit of a key that every query sees and whose value is zero.
         want: statistics to return besides, without gradient: "key_mass" `(R, H, S)`, what each key
             receives from all queries; "entropy" `(R, H, T)` of each query's weights, in nats.
     Returns:
-        `(R, T, H, V)` in the dtype of the values; with ``want`` a pair of it and the named
-        statistics.
+        `(R, T, H, V)` in the dtype of the values; with ``want`` a tuple of it and the statistics
+        asked for, in that order.
     Source: Vaswani et al. 2017 (arXiv:1706.03762), eq. 1; grouped heads: Ainslie et al. 2023
     (arXiv:2305.13245); soft-cap: Gemma 2 (arXiv:2408.00118), section 2; sink: gpt-oss
     (arXiv:2508.10925), section 2; fade: Press et al. 2021 (arXiv:2108.12409), section 3, and Lin
@@ -130,10 +146,13 @@ def attention(
         logits = torch.einsum("rtghk,rsgk->rghts", q, k_RSGK.to(wide)) * (scale or 1 / math.sqrt(K))
         if softcap is not None:
             logits = softcap * (logits / softcap).tanh()
-        bias = _added(bias_RHTS, fade, relative_NH, place)
+        bias = _added(
+            bias_RHTS, (fade_RTH, fade_RSH), relative_NH, (place_RT, place_RS)
+        )
         if bias is not None:
             logits = logits + bias.to(wide).expand(R, H, T, S).reshape(logits.shape)
-        seen = _allowed(allowed_RTS, causal, T, S, q.device, window, document, prefix)
+        documents, prefixes = (document_RT, document_RS), (prefix_RT, prefix_RS)
+        seen = _allowed(allowed_RTS, causal, T, S, q.device, window, documents, prefixes)
         hidden = ~seen[:, None, None] if seen is not None else None
         if hidden is not None:
             logits = logits.masked_fill(hidden, -math.inf)
@@ -156,7 +175,7 @@ def attention(
             p = p * gain_RHTS.to(wide).expand(R, H, T, S).reshape(p.shape)
         y = torch.einsum("rghts,rsgv->rtghv", p, v_RSGV.to(wide))
         y = y.reshape(R, T, H, v_RSGV.shape[-1]).to(v_RSGV.dtype)
-        return (y, stats) if want else y
+        return (y, *(stats[name] for name in want)) if want else y
 
 
 def _blocks_why_not(
@@ -171,15 +190,18 @@ def _blocks_why_not(
 
 def _flat(q: Tensor, allowed: Tensor | None, how: dict[str, Any]) -> tuple[Any, ...]:
     """The keywords of `attention` as `blocks.Setting` has them."""
-    pair = lambda name: how.get(name) or (None, None)
     return (
         allowed,
         how.get("bias_RHTS"),
-        *pair("fade"),
+        how.get("fade_RTH"),
+        how.get("fade_RSH"),
         how.get("relative_NH"),
-        *pair("place"),
-        *pair("document"),
-        *pair("prefix"),
+        how.get("place_RT"),
+        how.get("place_RS"),
+        how.get("document_RT"),
+        how.get("document_RS"),
+        how.get("prefix_RT"),
+        how.get("prefix_RS"),
         how.get("sink_H"),
         how.get("causal", False),
         how.get("window") or 0,
@@ -199,7 +221,7 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, **ho
         q.detach(), k.detach(), v.detach(), lse.detach(), *detached
     )
     made = {"key_mass": mass, "entropy": entropy}
-    return y, {name: made[name] for name in how["want"]}
+    return (y, *(made[name] for name in how["want"]))
 
 
 SMALL = 1 << 16  # places of a mask up to which a dense one costs nothing that can be seen
@@ -208,19 +230,20 @@ SMALL = 1 << 16  # places of a mask up to which a dense one costs nothing that c
 def _sdpa_why_not(
     q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, **how: Any
 ) -> str | None:
-    for name, what in (
-        ("gain_RHTS", "gain after the softmax"),
-        ("softcap", "soft-cap"),
-        ("want", "statistics"),
-    ):
-        if how.get(name):
-            return f"it has no {what}"
-    if any(how.get(name) is not None for name in ("bias_RHTS", "fade", "relative_NH")):
+    if how.get("gain_RHTS") is not None:
+        return "it has no gain after the softmax"
+    if how.get("softcap") is not None:
+        return "it has no soft-cap"
+    if how.get("want"):
+        return "it keeps no statistics"
+    if any(how.get(name) is not None for name in ("bias_RHTS", "fade_RTH", "relative_NH")):
         return "it rounds the bias to the dtype of the queries"
     if how.get("sink_H") is not None and q.device.type != "cpu":
         return "it rounds the sink to the dtype of the queries"
     T, S, causal, sink = q.shape[1], k.shape[1], how.get("causal", False), how.get("sink_H")
-    masked = allowed is not None or any(how.get(n) for n in ("window", "document", "prefix"))
+    masked = allowed is not None or any(
+        how.get(name) is not None for name in ("window", "document_RT", "prefix_RT")
+    )
     if causal and not masked and sink is None and T != S:
         return "its causal mask is aligned to the first key, not the last"
     if T == 0 or q.shape[0] == 0:
@@ -234,9 +257,13 @@ def _sdpa_why_not(
 @attention.register("sdpa", _sdpa_why_not)
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, **how: Any) -> Tensor:
     causal, scale, sink_H = how.get("causal", False), how.get("scale"), how.get("sink_H")
-    masks = {name: how.get(name) for name in ("window", "document", "prefix")}
-    if allowed is not None or any(m is not None for m in masks.values()):
-        allowed = _allowed(allowed, causal, q.shape[1], k.shape[1], q.device, **masks)
+    window, names = how.get("window"), ("document_RT", "document_RS", "prefix_RT", "prefix_RS")
+    sides = [how.get(name) for name in names]
+    if allowed is not None or window or sides[0] is not None or sides[2] is not None:
+        documents, prefixes = (sides[0], sides[1]), (sides[2], sides[3])
+        allowed = _allowed(
+            allowed, causal, q.shape[1], k.shape[1], q.device, window, documents, prefixes
+        )
         causal = False
     dtype = v.dtype
     if q.device.type == "cpu":

@@ -207,7 +207,7 @@ class _Tiles:
         how = self.how
         assert how.place_q is not None and how.place_k is not None and self.relative is not None
         far = self.relative.shape[1] // 2
-        d = how.place_q[tile.r, tile.t, None].long() - how.place_k[tile.r, None, tile.s]
+        d = how.place_q[tile.r, tile.t, None].long() - how.place_k[tile.r, None, tile.s].long()
         return d.clamp_(-far, far).add_(far)
 
     def _of_relative(self, tile: _Tile) -> Tensor:
