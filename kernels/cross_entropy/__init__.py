@@ -1,25 +1,28 @@
-"""Cross-entropy of a linear layer without all its logits in memory. P places, D width, N
-classes.
+"""Cross-entropy of a linear layer without all its logits in memory. P places, D width, N classes,
+C classes of a chunk.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mm.kernels import device
 from mm.kernels.op import Op
 
-CHUNK_BYTES = 64 << 20  # float32 logits held at once
+KEPT_BYTES = 64 << 20  # float32 probabilities that are kept for the backward when they are all
+CHUNK_BYTES = 16 << 20  # float32 logits held at once otherwise
 
 
-def chunk_rows(n_classes: int) -> int:
-    """Places whose logits fit CHUNK_BYTES; at least 1024, below which bf16 products lose a third of
-    their speed.
-    """
-    return max(1024, CHUNK_BYTES // (4 * n_classes))
+def chunk_classes(places: int, classes: int) -> int:
+    """Classes whose logits are held at once; at least 512, below which products lose speed."""
+    if 4 * places * classes <= KEPT_BYTES:
+        return classes
+    return min(classes, max(512, CHUNK_BYTES // (4 * places)))
 
 
 def _compute_dtype(h: Tensor) -> torch.dtype:
@@ -34,7 +37,15 @@ def _compute_dtype(h: Tensor) -> torch.dtype:
 
 @Op
 def linear_cross_entropy(
-    h_PD: Tensor, weight_ND: Tensor, target_P: Tensor, bias_N: Tensor | None = None
+    h_PD: Tensor,
+    weight_ND: Tensor,
+    target_P: Tensor,
+    bias_N: Tensor | None = None,
+    *,
+    factor_P: Tensor | None = None,
+    ignore_index: int | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """Negative log-likelihood of each place's target under ``softmax(h @ weight.T + bias)``.
 
@@ -42,96 +53,304 @@ def linear_cross_entropy(
         h_PD: `(P, D)` float hidden states; P may be 0.
         weight_ND: `(N, D)` float; products run in the autocast dtype when that is on, the softmax
             in float32 or wider.
-        target_P: `(P,)` int in [0, N).
+        target_P: `(P,)` int in [0, N), or ``ignore_index``.
         bias_N: `(N,)` float or None.
+        factor_P: `(P,)` float, multiplies each place's loss.
+        ignore_index: places with this target have loss and gradient 0.
+        z_loss: ``z_loss * log(Z) ** 2`` is added, Z the sum of the exponentials of the logits.
+        softcap: logits become ``softcap * tanh(logits / softcap)``.
     Returns:
         `(P,)` float32 (float64 for float64 input), unreduced.
+    Source: z-loss: Chowdhery et al. 2022 (arXiv:2204.02311), section 5; soft-cap: Gemma 2
+    (arXiv:2408.00118), section 2.
     """
     dtype = _compute_dtype(h_PD)
+    target, ignored = _target(target_P, ignore_index)
     with torch.autocast(h_PD.device.type, enabled=False):
         logits = h_PD.to(dtype) @ weight_ND.to(dtype).T
         logits = logits.to(torch.promote_types(dtype, torch.float32))
         if bias_N is not None:
             logits = logits + bias_N.to(logits.dtype)
-        return F.cross_entropy(logits, target_P.long(), reduction="none")
+        if softcap is not None:
+            logits = softcap * (logits / softcap).tanh()
+        nll = F.cross_entropy(logits, target, reduction="none")
+        lse = logits.logsumexp(-1) if z_loss else nll
+        return _finished(nll, lse, ignored, factor_P, z_loss)
 
 
-class _Chunked(torch.autograd.Function):
-    """Logits live for one chunk of places only; the backward makes them again, or keeps them when
-    one chunk is all.
-    """
+def _target(target: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor | None]:
+    target = target.long()
+    if ignore_index is None:
+        return target, None
+    ignored = target == ignore_index
+    return target.masked_fill(ignored, 0), ignored
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        h: Tensor,
-        weight: Tensor,
+
+def _finished(
+    nll: Tensor, lse: Tensor, ignored: Tensor | None, factor: Tensor | None, z_loss: float
+) -> Tensor:
+    loss = nll + z_loss * lse.square() if z_loss else nll
+    if factor is not None:
+        loss = loss * factor.to(loss.dtype)
+    return loss if ignored is None else loss.masked_fill(ignored, 0)
+
+
+class Passes(Protocol):
+    """The two passes over a chunk of logits `(P, C)` of classes ``at`` .. ``at + C``."""
+
+    def absorb(self, logits: Tensor, at: int, softcap: float, run: Running, keep: bool) -> None:
+        """Take the chunk into ``run``. ``keep``: it becomes the capped logits; else its content is
+        lost.
+        """
+
+    def gradient(
+        self,
+        logits: Tensor,
+        at: int,
+        softcap: float,
         target: Tensor,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-        rows: int,
+        lse: Tensor,
+        all_P: Tensor,
+        own_P: Tensor,
     ) -> Tensor:
-        w = weight.to(dtype)
-        wide = torch.promote_types(dtype, torch.float32)
-        nll = h.new_empty(h.shape[0], dtype=wide)
-        lse = torch.empty_like(nll)
-        kept = None
-        for at in range(0, h.shape[0], rows):
-            here = slice(at, at + rows)
-            logits = _logits(h[here], w, bias, wide)
-            torch.logsumexp(logits, -1, out=lse[here])
-            nll[here] = lse[here] - logits.gather(1, target[here, None])[:, 0]
-            if h.shape[0] <= rows and (h.requires_grad or weight.requires_grad):
-                kept = logits.sub_(lse[here, None]).exp_()
-        ctx.save_for_backward(h, weight, target, bias, lse, kept)
-        ctx.dtype, ctx.rows = dtype, rows
-        return nll
+        """``all_P * softmax - own_P * one_hot``, through the soft-cap; may overwrite the chunk."""
+
+
+class Running:
+    """Log-sum-exp and the target's logit of the chunks seen so far, `(P,)` each."""
+
+    def __init__(self, target: Tensor, wide: torch.dtype):
+        self.target = target
+        self.lse = torch.full(target.shape, -torch.inf, dtype=wide, device=target.device)
+        self.own = torch.zeros_like(self.lse)
+
+
+class _Plain:
+    @staticmethod
+    def absorb(logits: Tensor, at: int, softcap: float, run: Running, keep: bool) -> None:
+        if softcap:
+            logits.div_(softcap).tanh_().mul_(softcap)
+        C = logits.shape[1]
+        inside = (run.target >= at) & (run.target < at + C)
+        here = logits.gather(1, (run.target - at).clamp_(0, C - 1)[:, None])[:, 0]
+        run.own = torch.where(inside, here, run.own)
+        if keep:
+            run.lse = torch.logsumexp(logits, -1)
+            return
+        top = logits.amax(-1, keepdim=True)
+        total = logits.sub_(top).exp_().sum(-1)
+        run.lse = torch.logaddexp(run.lse, total.log_().add_(top[:, 0]))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        h, weight, target, bias, lse, kept = ctx.saved_tensors
-        dtype, rows = ctx.dtype, ctx.rows
-        w = weight.to(dtype)
-        wide = lse.dtype
-        dh = torch.empty_like(h)
-        dw = torch.zeros(weight.shape, dtype=wide, device=w.device)
-        db = torch.zeros(weight.shape[0], dtype=wide, device=w.device)
-        for at in range(0, h.shape[0], rows):
-            here = slice(at, at + rows)
-            p = (
-                kept.clone()
-                if kept is not None
-                else (_logits(h[here], w, bias, wide) - lse[here, None]).exp_()
-            )
-            p.scatter_add_(1, target[here, None], torch.full_like(lse[here, None], -1.0))
-            p *= grad[here, None]
+    def gradient(
+        logits: Tensor,
+        at: int,
+        softcap: float,
+        target: Tensor,
+        lse: Tensor,
+        all_P: Tensor,
+        own_P: Tensor,
+    ) -> Tensor:
+        slope = None
+        if softcap:
+            bent = logits.div_(softcap).tanh_()
+            slope = 1 - bent.square()
+            logits = bent.mul_(softcap)
+        p = logits.sub_(lse[:, None]).exp_().mul_(all_P[:, None])
+        _subtract(p, at, target, own_P)
+        return p if slope is None else p.mul_(slope)
+
+
+def _subtract(p: Tensor, at: int, target: Tensor, own_P: Tensor) -> None:
+    C = p.shape[1]
+    inside = (target >= at) & (target < at + C)
+    p.scatter_add_(
+        1,
+        (target - at).clamp_(0, C - 1)[:, None],
+        torch.where(inside, -own_P, 0).to(p.dtype)[:, None],
+    )
+
+
+def _passes(name: str) -> Passes:
+    if name == "plain":
+        return _Plain()
+    return importlib.import_module("mm.kernels.cross_entropy.gpu")
+
+
+def _logits(h: Tensor, w: Tensor, bias: Tensor | None, wide: torch.dtype, C: slice) -> Tensor:
+    logits = (h @ w[C].to(h.dtype).T).to(wide)
+    return logits if bias is None else logits.add_(bias[C].to(wide))
+
+
+def _forward(
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    softcap: float,
+    keep: bool,
+    passes: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """nll, log Z, and the logits themselves when one chunk is all and ``keep`` says so."""
+    with torch.autocast(h.device.type, enabled=False):
+        h = h.to(dtype)
+        (P, _), N = h.shape, weight.shape[0]
+        wide = torch.promote_types(dtype, torch.float32)
+        run, step = Running(target, wide), max(1, chunk_classes(P, N))
+        keep = keep and step == N
+        kept = torch.empty(0, dtype=wide, device=h.device)
+        for at in range(0, N, step):
+            logits = _logits(h, weight, bias, wide, slice(at, at + step))
+            _passes(passes).absorb(logits, at, softcap, run, keep)
+            if keep:
+                kept = logits
+        return run.lse - run.own, run.lse, kept
+
+
+def _backward(
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    softcap: float,
+    passes: str,
+    lse: Tensor,
+    kept: Tensor,
+    dnll: Tensor,
+    dlse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(h.device.type, enabled=False):
+        x = h.to(dtype)
+        (P, _), N, wide = h.shape, weight.shape[0], lse.dtype
+        step = max(1, chunk_classes(P, N))
+        dh = torch.zeros(h.shape, dtype=wide, device=h.device)
+        dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        db = torch.empty(0 if bias is None else N, dtype=wide, device=h.device)
+        all_P = (dnll + dlse).to(wide)
+        for at in range(0, N, step):
+            C = slice(at, at + step)
+            if kept.numel() and not softcap:
+                # Kept, and so never overwritten: a graph may be walked twice.
+                g = (kept - lse[:, None]).exp_().mul_(all_P[:, None])
+                _subtract(g, at, target, dnll)
+            else:
+                logits = _logits(x, weight, bias, wide, C)
+                g = _passes(passes).gradient(logits, at, softcap, target, lse, all_P, dnll)
             if bias is not None:
-                db += p.sum(0)
-            g = p.to(dtype)
-            dh[here] = g @ w
-            dw += g.T @ h[here].to(dtype)
-        return (
-            dh,
-            dw.to(weight.dtype),
-            None,
-            db.to(bias.dtype) if bias is not None else None,
-            None,
-            None,
-        )
+                db[C] = g.sum(0)
+            g = g.to(dtype)
+            if dw.dtype == dtype:
+                torch.mm(g.T, x, out=dw[C])
+            else:
+                dw[C] = g.T @ x
+            dh += g @ weight[C].to(dtype)
+        return dh.to(h.dtype), dw, db if bias is None else db.to(bias.dtype)
 
 
-def _logits(h: Tensor, w: Tensor, bias: Tensor | None, wide: torch.dtype) -> Tensor:
-    logits = (h.to(w.dtype) @ w.T).to(wide)
-    return logits if bias is None else logits + bias.to(wide)
+_op = torch.library.custom_op(
+    "mm::linear_cross_entropy",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor h, Tensor weight, Tensor target, Tensor? bias, ScalarType dtype,"
+    " float softcap, bool keep, str passes) -> (Tensor, Tensor, Tensor)",
+)
+_backward_op = torch.library.custom_op(
+    "mm::linear_cross_entropy_backward",
+    _backward,
+    mutates_args=(),
+    schema="(Tensor h, Tensor weight, Tensor target, Tensor? bias, ScalarType dtype,"
+    " float softcap, str passes, Tensor lse, Tensor kept, Tensor dnll, Tensor dlse)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+
+
+@_op.register_fake
+def _(
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    softcap: float,
+    keep: bool,
+    passes: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    P, N = h.shape[0], weight.shape[0]
+    made = h.new_empty(P, dtype=torch.promote_types(dtype, torch.float32))
+    keep = keep and max(1, chunk_classes(P, N)) == N
+    return made, torch.empty_like(made), made.new_empty((P, N) if keep else (0,))
+
+
+@_backward_op.register_fake
+def _(
+    h: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    db = h.new_empty(0) if bias is None else torch.empty_like(bias)
+    return h.new_empty(h.shape), weight.new_empty(weight.shape), db
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    h, weight, target, bias, *ctx.rest = inputs
+    _, lse, kept = output
+    ctx.save_for_backward(h, weight, target, bias, lse, kept)
+
+
+def _grads(ctx: Any, dnll: Tensor, dlse: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    h, weight, target, bias, lse, kept = ctx.saved_tensors
+    dtype, softcap, _, passes = ctx.rest
+    dh, dw, db = torch.ops.mm.linear_cross_entropy_backward(
+        h, weight, target, bias, dtype, softcap, passes, lse, kept, dnll, dlse
+    )
+    return dh, dw, None, None if bias is None else db, None, None, None, None
+
+
+_op.register_autograd(_grads, setup_context=_setup)
+
+
+def _run(
+    passes: str,
+    h_PD: Tensor,
+    weight_ND: Tensor,
+    target_P: Tensor,
+    bias_N: Tensor | None,
+    factor_P: Tensor | None = None,
+    ignore_index: int | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    target, ignored = _target(target_P, ignore_index)
+    keep = torch.is_grad_enabled() and (h_PD.requires_grad or weight_ND.requires_grad)
+    keep = keep and not softcap
+    nll, lse, _ = torch.ops.mm.linear_cross_entropy(
+        h_PD, weight_ND, target, bias_N, _compute_dtype(h_PD), softcap or 0.0, keep, passes
+    )
+    with torch.autocast(h_PD.device.type, enabled=False):
+        return _finished(nll, lse, ignored, factor_P, z_loss)
 
 
 @linear_cross_entropy.register("chunked", lambda *a, **k: None)
 def _chunked(
-    h_PD: Tensor, weight_ND: Tensor, target_P: Tensor, bias_N: Tensor | None = None
+    h_PD: Tensor,
+    weight_ND: Tensor,
+    target_P: Tensor,
+    bias_N: Tensor | None = None,
+    **settings: Any,
 ) -> Tensor:
-    dtype = _compute_dtype(h_PD)
-    with torch.autocast(h_PD.device.type, enabled=False):
-        return _Chunked.apply(
-            h_PD, weight_ND, target_P.long(), bias_N, dtype, chunk_rows(weight_ND.shape[0])
-        )
+    return _run("plain", h_PD, weight_ND, target_P, bias_N, **settings)
+
+
+def _triton_why_not(h: Tensor, w: Tensor, target: Tensor, *rest: Any, **settings: Any) -> str | None:
+    return device.why_not(h, w, target)
+
+
+@linear_cross_entropy.register("triton", _triton_why_not)
+def _triton(
+    h_PD: Tensor,
+    weight_ND: Tensor,
+    target_P: Tensor,
+    bias_N: Tensor | None = None,
+    **settings: Any,
+) -> Tensor:
+    return _run("triton", h_PD, weight_ND, target_P, bias_N, **settings)

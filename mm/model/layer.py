@@ -210,6 +210,12 @@ class Position:
     def gain(self, fq: Fields, fk: Fields) -> Tensor | None:
         return None
 
+    def scores(self, q: Tensor, fq: Fields, fk: Fields) -> Mapping[str, Any]:
+        """`score` and `gain` as keywords of the Op `attention`; overridden where vectors say as
+        much as a score of every pair.
+        """
+        return {"bias_RHTS": self.score(q, fq, fk), "gain_RHTS": self.gain(fq, fk)}
+
 
 class Linear(nn.Module):
     """Plug point: every matrix of a mixer or channel is ``linear(d_in, d_out, name)``."""

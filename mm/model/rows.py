@@ -5,7 +5,7 @@ B rows, T tokens, M documents, N slots, R regrouped rows, L their length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mm.layout import Fields, Layout
-from mm.mask import Causal, Mask, Window
+from mm.mask import Causal, Mask, Prefix, Window
 
 
 def narrowed(mask: Mask, window: int | None) -> Mask:
@@ -71,13 +71,32 @@ class _Regroup(torch.autograd.Function):
 
 class Group(NamedTuple):
     """Documents of similar length, one a row. ``allowed`` None and ``causal`` say what the mask
-    amounts to here.
+    amounts to here; groups made ``by_vectors`` say it in ``how`` alone.
     """
 
     rows: int
     length: int
     allowed: Tensor | None  # (R or 1, L, L) bool
     causal: bool
+    how: Mapping[str, Any] | None = None  # keywords of the Op `attention`
+
+
+def _how(
+    mask: Mask, f: Fields, causal: bool, ordered: bool, steady: bool, filled: bool
+) -> dict[str, Any]:
+    """What ``mask`` amounts to in rows of one document, its padding last, as keywords of the Op
+    `attention`. ``ordered``: times grow; ``steady``: by one; ``filled``: there is no padding.
+    """
+    if causal:
+        return {"causal": True}
+    if isinstance(mask, Window) and steady:
+        return {"causal": True, "window": mask.size}
+    if isinstance(mask, Prefix) and ordered:
+        group = f.extra[mask.name] * (f.document != 0)
+        return {"causal": True, "prefix_RT": group, "prefix_RS": group}
+    if mask.hint == "full":
+        return {} if filled else {"document_RT": f.document, "document_RS": f.document}
+    return {"allowed_RTS": mask.dense(f, f)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +149,13 @@ class Groups:
         return out.view(B, T, *y[0].shape[2:])
 
     @staticmethod
-    def of(layout: Layout, mask: Mask, split_above: int = 16) -> Groups:
+    def of(
+        layout: Layout, mask: Mask, split_above: int = 16, by_vectors: bool = False
+    ) -> Groups:
         """Group the documents of ``layout`` by length (powers of two from ``split_above``).
+
+        ``by_vectors``: give `Group.how`, which has a bool of all pairs only where nothing smaller
+        says the same.
 
         Runs on the host, once per pass: on an accelerator it costs one synchronisation.
         """
@@ -142,7 +166,8 @@ class Groups:
         starts = layout.cu_seqlens[:-1].cpu().numpy()
         lengths = np.bincount(document, minlength=len(starts) + 1)[1:]
         same = (document[1:] == document[:-1]) & (document[1:] > 0)
-        ordered = not (same & (time[1:] <= time[:-1])).any()
+        apart = (time[1:] - time[:-1])[same]
+        ordered, steady = not (apart <= 0).any(), not (apart != 1).any()
         real = lengths > 0
         first, last = starts[real], starts[real] + lengths[real] - 1
         span = int((time[last] - time[first]).max(initial=0)) + 1
@@ -151,6 +176,9 @@ class Groups:
         )
         if layout.aligned or not real.any() or (real.sum() == B and (first % T == 0).all()):
             full = mask.hint == "full" and bool((document > 0).all())
+            if by_vectors:
+                how = _how(mask, f, causal, ordered, steady, bool((document > 0).all()))
+                return Groups((Group(B, T, None, False, how),))
             allowed = None if causal or full else mask.dense(f, f)
             return Groups((Group(B, T, allowed, causal),))
         size = np.full(len(first), split_above)
@@ -167,17 +195,18 @@ class Groups:
             index = start[:, None] + np.minimum(np.arange(L), count[:, None] - 1)
             valid = np.arange(L) < count[:, None]
             inverse[index[valid]] = at + np.flatnonzero(valid.reshape(-1))
-            allowed = None
-            if not causal and not (mask.hint == "full" and valid.all()):
+            allowed = how = None
+            if by_vectors or not (causal or (mask.hint == "full" and valid.all())):
                 gathered = f.map(
                     lambda t, i=torch.from_numpy(index).to(f.document.device): t.flatten(0, 1)[i]
                 )
                 inside = torch.from_numpy(valid).to(f.document.device)
-                allowed = mask.dense(
-                    gathered._replace(document=gathered.document * inside),
-                    gathered._replace(document=gathered.document * inside),
-                )
-            groups.append(Group(len(start), L, allowed, causal))
+                gathered = gathered._replace(document=gathered.document * inside)
+                if by_vectors:
+                    how = _how(mask, gathered, causal, ordered, steady, bool(valid.all()))
+                else:
+                    allowed = mask.dense(gathered, gathered)
+            groups.append(Group(len(start), L, allowed, causal and not by_vectors, how))
             indices.append(index.reshape(-1))
             unread.append(~valid.reshape(-1))
             at += index.size

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
@@ -38,8 +39,18 @@ class Softmax(Head):
     only when asked for.
     """
 
-    def __init__(self, d_model: int, n_ids: int, tap: str, stream: int, tied: bool):
+    def __init__(
+        self,
+        d_model: int,
+        n_ids: int,
+        tap: str,
+        stream: int,
+        tied: bool,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+    ):
         super().__init__()
+        self.z_loss, self.softcap = z_loss, softcap
         self.tap, self.stream, self.tied = tap, stream, tied
         self.weight = nn.Parameter(torch.empty(n_ids, d_model))
 
@@ -65,11 +76,15 @@ class Softmax(Head):
         h = h_BTD.flatten(0, 1).index_select(0, places_P.long())
         if target is None:
             logits = nn.functional.linear(h, self.weight.to(h.dtype))
-            return HeadOut(
-                None, Categorical(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-            )
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if self.softcap is not None:
+                logits = self.softcap * (logits / self.softcap).tanh()
+            return HeadOut(None, Categorical(logits))
         ids = target[:, self.stream] if target.dim() == 2 else target
-        return HeadOut(linear_cross_entropy(h, self.weight, ids), None)
+        # The z-loss is no likelihood: what is judged does without it.
+        z_loss = self.z_loss if self.training else 0.0
+        nll = linear_cross_entropy(h, self.weight, ids, z_loss=z_loss, softcap=self.softcap)
+        return HeadOut(nll, None)
 
 
 @HEADS.register("softmax")
@@ -82,6 +97,10 @@ class SoftmaxConfig(Config):
     tap: str = "hidden"
     stream: int = 0
     tied: bool = False
+    z_loss: Annotated[
+        float, Field(ge=0, description="times log(Z) squared, added to the loss in training")
+    ] = 0.0
+    softcap: Annotated[float, Field(gt=0, description="bound of the logits")] | None = None
 
     def build(self, d_model: int, n_ids: int) -> Softmax:
-        return Softmax(d_model, n_ids, self.tap, self.stream, self.tied)
+        return Softmax(d_model, n_ids, self.tap, self.stream, self.tied, self.z_loss, self.softcap)

@@ -60,8 +60,9 @@ class Attention(Mixer):
         self.caps = replace(type(self).caps, length_general=position.length_general)
         self.softcap, self.log_n = softcap, log_n
         # Positions that add to or multiply scores need the Fields of both sides.
-        self.scored = (
-            type(position).score is not Position.score or type(position).gain is not Position.gain
+        self.scored = any(
+            getattr(type(position), hook) is not getattr(Position, hook)
+            for hook in ("score", "gain", "scores")
         )
         self.qkv = linear(d_model, (heads + 2 * kv_heads) * head_dim, "qkv")
         self.out = linear(heads * head_dim, d_model, "out")
@@ -83,7 +84,7 @@ class Attention(Mixer):
             made[self.position.key] = lambda ctx: self.position.prepare(ctx.layout.fields)
         if not serving:
             made[self._groups_key()] = lambda ctx: Groups.of(
-                ctx.layout, narrowed(ctx.mask, self.window)
+                ctx.layout, narrowed(ctx.mask, self.window), by_vectors=True
             )
         return made
 
@@ -132,7 +133,7 @@ class Attention(Mixer):
                 faded = kept.cumsum(1) if kept is not None else None
                 scores = self._scores(q, f, f, faded, faded)
                 return attention(q, k, v, mask.dense(f, f), **scores)
-            groups = Groups.of(ctx.layout, mask)
+            groups = Groups.of(ctx.layout, mask, by_vectors=True)
         parts = [q, k, v]
         if kept is not None:
             parts.append(kept)
@@ -143,7 +144,8 @@ class Attention(Mixer):
             faded = rest.pop(0).cumsum(1) if kept is not None else None
             gf = Fields(*rest[:3], dict(zip(f.extra, rest[3:], strict=True))) if rest else f
             scores = self._scores(gq, gf, gf, faded, faded)
-            done.append(attention(gq, gk, gv, group.allowed, causal=group.causal, **scores))
+            assert group.how is not None
+            done.append(attention(gq, gk, gv, **group.how, **scores))
         return groups.join(done, B, T)
 
     def _continued(
@@ -200,13 +202,13 @@ class Attention(Mixer):
         """What changes the scores, as arguments of `attention`; only those that are set."""
         made: dict[str, Any] = {}
         if self.scored:
-            made = {
-                "bias_RHTS": self.position.score(q, fq, fk),
-                "gain_RHTS": self.position.gain(fq, fk),
-            }
+            made = dict(self.position.scores(q, fq, fk))
         if faded_q is not None and faded_k is not None:
-            bias, other = forget_bias(faded_q, faded_k), made.get("bias_RHTS")
-            made["bias_RHTS"] = bias if other is None else bias + other
+            if "fade_RTH" in made:  # two distances do not add up to one
+                bias, other = forget_bias(faded_q, faded_k), made.get("bias_RHTS")
+                made["bias_RHTS"] = bias if other is None else bias + other
+            else:
+                made |= {"fade_RTH": faded_q, "fade_RSH": faded_k}
         if self.softcap is not None:
             made["softcap"] = self.softcap
         if self.sink is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +37,15 @@ class Alibi(Position):
         slope = torch.tensor(slopes(q.shape[2]), dtype=wide, device=q.device)
         distance = (fq.position[:, :, None, 0] - fk.position[:, None, :, 0]).abs()
         return -slope[:, None, None] * distance[:, None].to(wide)
+
+    def scores(self, q: Tensor, fq: Fields, fk: Fields) -> dict[str, Any]:
+        """`score` as the distance of two vectors."""
+        # float64: a difference of long distances keeps the short one that it stands for.
+        slope = torch.tensor(slopes(q.shape[2]), dtype=torch.float64, device=q.device)
+        return {
+            "fade_RTH": slope * fq.position[..., :1],
+            "fade_RSH": slope * fk.position[..., :1],
+        }
 
 
 @POSITIONS.register("alibi")

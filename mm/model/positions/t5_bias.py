@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -56,6 +56,16 @@ class T5Bias(nn.Module, Position):
         distance = fq.position[:, :, None, 0] - fk.position[:, None, :, 0]
         index = bucket(distance.long(), self.buckets, self.max_distance, self.both_ways)
         return nn.functional.embedding(index, self.table).movedim(-1, 1)
+
+    def scores(self, q: Tensor, fq: Fields, fk: Fields) -> dict[str, Any]:
+        """`score` as a table of distances: those past the last are one."""
+        reach = torch.arange(-self.max_distance, self.max_distance + 1, device=self.table.device)
+        index = bucket(reach, self.buckets, self.max_distance, self.both_ways)
+        return {
+            "relative_NH": nn.functional.embedding(index, self.table),
+            "place_RT": fq.position[..., 0],
+            "place_RS": fk.position[..., 0],
+        }
 
 
 @POSITIONS.register("t5_bias")
