@@ -1,4 +1,4 @@
-"""Our recurrent and hybrid models against Hugging Face `transformers`, same weights: logits to 1e-4.
+"""Our recurrent and hybrid models against `transformers`, same weights: logits to 1e-4.
 
 Model by model where our stack can be wired as theirs, else the layer.
 """
