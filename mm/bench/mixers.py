@@ -94,7 +94,7 @@ class Bench:
             notes[n] = self._too_much(n, seconds, peaks)
             if not notes[n]:
                 try:
-                    seconds[n], peaks[n] = self._cell(layer, n, warm=not seconds)
+                    seconds[n], peaks[n] = self.cell(layer, n, warm=not seconds)
                 except (ValueError, RuntimeError, NotImplementedError) as error:
                     notes[n] = f"fails: {_line(error)}"
             done()
@@ -120,7 +120,7 @@ class Bench:
             return f"skipped: predicted to take {mib / 1024:.1f} GiB"
         return ""
 
-    def _cell(self, layer: Layer, n: int, warm: bool) -> tuple[float, float | None]:
+    def cell(self, layer: Layer, n: int, warm: bool) -> tuple[float, float | None]:
         """Seconds (median of up to five) and peak MiB of forward and backward."""
         x = torch.randn(1, n, self.d_model, device=self.device, requires_grad=True)
         dy = torch.randn_like(x)
