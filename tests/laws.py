@@ -71,6 +71,12 @@ def variants() -> dict[str, Callable[[], Layer]]:
     made["attention, no QK-norm, wide heads"] = lambda: attention(
         heads=2, head_dim=6, qk_norm=False
     ).build(D)
+    made["attention, output gate, half rotated"] = lambda: attention(
+        heads=2, gate=True, position={"kind": "rope", "fraction": 0.5}
+    ).build(D)
+    made["block, post-norms, GEGLU"] = lambda: BLOCKS.get("prenorm")(post_norms=True).build(
+        D, mixer.build(D), CHANNELS.get("swiglu")(hidden=8, activation="gelu_tanh").build(D)
+    )
     made["rg_lru, other width and taps"] = lambda: rg_lru(width=12, heads=3, taps=2).build(D)
     made["stack, recomputed hybrid"] = lambda: StackConfig(
         depth=3,

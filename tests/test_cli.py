@@ -103,6 +103,7 @@ def test_help_takes_under_a_second_and_no_torch() -> None:
         "data verify",
         "config show",
         "config schema",
+        "bench mixers",
     ],
 )
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ COMMANDS = (
     "generate",
     "eval",
     "report",
+    "bench",
     "doctor",
     "config",
 )

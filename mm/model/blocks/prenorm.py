@@ -19,6 +19,8 @@ from mm.state import Many, State
 class PreNorm(Block):
     """``x + mixer(norm(x))``, then ``x + channel(norm(x))``. Source: Xiong et al. 2020
     (arXiv:2002.04745), fig. 1b. In training each branch passes dropout (Srivastava et al. 2014).
+    With ``post_norms`` what mixer and channel return is normed, too: Gemma 2 (arXiv:2408.00118),
+    section 2.
     """
 
     def __init__(
@@ -28,6 +30,7 @@ class PreNorm(Block):
         channel: Channel | None,
         eps: float,
         dropout: float = 0.0,
+        post_norms: bool = False,
     ):
         super().__init__()
         self.dropout = dropout
@@ -35,11 +38,15 @@ class PreNorm(Block):
         self.mixer = mixer
         self.channel_norm = RMSNorm(d_model, eps=eps) if channel is not None else None
         self.channel = channel
+        self.mixer_post_norm = RMSNorm(d_model, eps=eps) if post_norms else None
+        both = post_norms and channel is not None
+        self.channel_post_norm = RMSNorm(d_model, eps=eps) if both else None
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         assert state is None or isinstance(state, Many)
         mixed = self.mixer(self.mixer_norm(x_BTD), ctx, state[0] if state is not None else None)
-        x = x_BTD + self._drop(mixed.y, ctx, "mixer")
+        y = mixed.y if self.mixer_post_norm is None else self.mixer_post_norm(mixed.y)
+        x = x_BTD + self._drop(y, ctx, "mixer")
         ctx_after = mixed.ctx or ctx
         aux = {f"mixer.{k}": v for k, v in mixed.aux.items()}
         channel_state = None
@@ -47,7 +54,8 @@ class PreNorm(Block):
             fed = self.channel(
                 self.channel_norm(x), ctx_after, state[1] if state is not None else None
             )
-            x = x + self._drop(fed.y, ctx, "channel")
+            y = fed.y if self.channel_post_norm is None else self.channel_post_norm(fed.y)
+            x = x + self._drop(y, ctx, "channel")
             ctx_after = fed.ctx or ctx_after
             channel_state = fed.state
             aux |= {f"channel.{k}": v for k, v in fed.aux.items()}
@@ -84,6 +92,9 @@ class PreNormConfig(Config):
     dropout: Annotated[
         float, Field(ge=0, lt=1, description="of what mixer and channel add; for small data")
     ] = 0.0
+    post_norms: Annotated[bool, Field(description="also norm what mixer and channel return")] = (
+        False
+    )
 
     def build(self, d_model: int, mixer: Mixer, channel: Channel | None = None) -> PreNorm:
-        return PreNorm(d_model, mixer, channel, self.eps, self.dropout)
+        return PreNorm(d_model, mixer, channel, self.eps, self.dropout, self.post_norms)

@@ -17,16 +17,26 @@ from mm.state import State
 
 
 class SwiGLU(Channel):
-    """``out(silu(gate(x)) * up(x))``. Source: Shazeer 2020 (arXiv:2002.05202), eq. 6."""
+    """``out(silu(gate(x)) * up(x))``, or GELU in SiLU's place (GEGLU).
 
-    def __init__(self, d_model: int, d_hidden: int, linear: Callable[..., Linear]):
+    Source: Shazeer 2020 (arXiv:2002.05202), eq. 6.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_hidden: int,
+        linear: Callable[..., Linear],
+        activation: Literal["silu", "gelu_tanh"] = "silu",
+    ):
         super().__init__()
+        self.activation: Literal["silu", "gelu_tanh"] = activation
         self.gate_up = linear(d_model, 2 * d_hidden, "gate_up")
         self.out = linear(d_hidden, d_model, "out")
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         gate, up = self.gate_up(x_BTD, ctx).chunk(2, dim=-1)
-        return Out(self.out(glu(gate, up), ctx))
+        return Out(self.out(glu(gate, up, self.activation), ctx))
 
 
 @CHANNELS.register("swiglu")
@@ -35,7 +45,10 @@ class SwiGLUConfig(Config):
 
     kind: Literal["swiglu"] = "swiglu"
     hidden: Annotated[int, Field(gt=0)] | None = None
+    activation: Annotated[
+        Literal["silu", "gelu_tanh"], Field(description="gelu_tanh: GEGLU, in the tanh form")
+    ] = "silu"
 
     def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> SwiGLU:
         hidden = self.hidden or -(-8 * d_model // 96) * 32
-        return SwiGLU(d_model, hidden, linear or DenseConfig().build)
+        return SwiGLU(d_model, hidden, linear or DenseConfig().build, self.activation)

@@ -34,7 +34,7 @@ class Attention(Mixer):
     QK-norm: Henry et al. 2020 (arXiv:2010.04245) with RMS norm; window: Beltagy et al. 2020
     (arXiv:2004.05150). Soft-cap: Gemma 2 (arXiv:2408.00118), section 2. Sinks: gpt-oss
     (arXiv:2508.10925), section 2. Scale by log n: Chiang & Cholak 2022 (arXiv:2202.12172), section
-    5.3. Forget gate: `mm.model.mixers.forget`.
+    5.3. Forget gate: `mm.model.mixers.forget`. Output gate: Qiu et al. 2025 (arXiv:2505.06708).
     """
 
     caps = Caps(causal=True, bidirectional=True, step=True, shard="ulysses")
@@ -53,6 +53,7 @@ class Attention(Mixer):
         sinks: bool = False,
         log_n: float | None = None,
         forget: bool = False,
+        gate: bool = False,
     ):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim, self.window = heads, kv_heads, head_dim, window
@@ -70,6 +71,7 @@ class Attention(Mixer):
         self.k_norm = RMSNorm(head_dim) if qk_norm else None
         self.sink = nn.Parameter(torch.empty(heads)) if sinks else None
         self.forget = ForgetGate(d_model, heads, linear) if forget else None
+        self.gate = linear(d_model, heads * head_dim, "gate") if gate else None
 
     def init_weights(self) -> None:
         if self.sink is not None:
@@ -110,7 +112,10 @@ class Attention(Mixer):
         else:
             assert isinstance(state, KV | DraftKV | ForgetKV)
             y, after = self._continued(q, k, v, kept, ctx, state.settled())
-        return Out(self.out(y.reshape(B, T, H * K), ctx), after)
+        y = y.reshape(B, T, H * K)
+        if self.gate is not None:
+            y = y * self.gate(x_BTD, ctx).sigmoid().to(y.dtype)
+        return Out(self.out(y, ctx), after)
 
     def _stretched(self, q: Tensor, f: Fields) -> Tensor:
         """Queries times ``log n / log log_n``; n = how many tokens there are up to the query."""
@@ -263,6 +268,7 @@ class AttentionConfig(Config):
     forget_gate: Annotated[bool, Field(description="FoX: what lies behind closed gates fades")] = (
         False
     )
+    gate: Annotated[bool, Field(description="sigmoid gate before the output projection")] = False
     position: POSITIONS.field = Field(  # type: ignore[valid-type]
         default="rope", validate_default=True
     )
@@ -289,6 +295,7 @@ class AttentionConfig(Config):
             self.sinks,
             self.log_n,
             self.forget_gate,
+            self.gate,
         )
 
     @classmethod

@@ -22,9 +22,16 @@ class Rope(Position):
     rules: `frequencies`.
     """
 
-    def __init__(self, head_dim: int, theta: float, scaling: RopeScaling | None = None):
+    def __init__(
+        self,
+        head_dim: int,
+        theta: float,
+        scaling: RopeScaling | None = None,
+        rotated: int | None = None,
+    ):
         rule = f".{scaling.model_dump_json()}" if scaling is not None else ""
-        self.key = f"rope.{theta}.{head_dim}{rule}"
+        self.rotated = head_dim if rotated is None else rotated
+        self.key = f"rope.{theta}.{self.rotated}{rule}"
         self.head_dim, self.theta, self.scaling = head_dim, theta, scaling
 
     def prepare(self, f: Fields) -> Tensor:
@@ -32,8 +39,8 @@ class Rope(Position):
         out).
         """
         half = (
-            torch.arange(0, self.head_dim, 2, device=f.position.device, dtype=torch.float64)
-            / self.head_dim
+            torch.arange(0, self.rotated, 2, device=f.position.device, dtype=torch.float64)
+            / self.rotated
         )
         speed, length = self.theta**-half, 1.0
         if self.scaling is not None:
@@ -43,8 +50,10 @@ class Rope(Position):
 
     def apply(self, x: Tensor, prepared: Tensor) -> Tensor:
         cos, sin = prepared.to(torch.promote_types(x.dtype, torch.float32))
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+        turned, rest = x[..., : self.rotated], x[..., self.rotated :]
+        a, b = turned.chunk(2, dim=-1)
+        y = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+        return torch.cat((y, rest), dim=-1) if self.rotated < self.head_dim else y
 
     def rotate(self, q: Tensor, k: Tensor, fq: Fields, fk: Fields) -> tuple[Tensor, Tensor]:
         return self.apply(q, self.prepare(fq)), self.apply(k, self.prepare(fk))
@@ -99,11 +108,15 @@ class RopeConfig(Config):
     kind: Literal["rope"] = "rope"
     theta: float = 10000.0
     scaling: RopeScaling | None = None
+    fraction: Annotated[
+        float, Field(gt=0, le=1, description="of a head's width that is rotated, its first part")
+    ] = 1.0
 
     def build(self, head_dim: int, heads: int = 1, d_model: int = 0) -> Rope:
-        if head_dim % 2:
-            raise ValueError(f"rope rotates pairs: head_dim {head_dim} is odd")
+        rotated = int(head_dim * self.fraction)
+        if rotated % 2 or not rotated:
+            raise ValueError(f"rope rotates pairs: {rotated} of head_dim {head_dim}")
         rule: Any = self.scaling
         if rule is not None and rule.high is not None and rule.high <= rule.low:
             raise ValueError(f"rope scaling: high {rule.high} must exceed low {rule.low}")
-        return Rope(head_dim, self.theta, rule)
+        return Rope(head_dim, self.theta, rule, rotated)
