@@ -151,6 +151,12 @@ MIXERS = Registry(
         "s4d": "mm.model.mixers.s4d",
         "gru": "mm.model.mixers.gru",
         "lstm": "mm.model.mixers.lstm",
+        "latent_attention": "mm.model.mixers.latent_attention",
+        "kv_shift": "mm.model.mixers.kv_shift",
+        "differential_attention": "mm.model.mixers.differential_attention",
+        "path_attention": "mm.model.mixers.path_attention",
+        "selective_attention": "mm.model.mixers.selective_attention",
+        "cog_attention": "mm.model.mixers.cog_attention",
     },
 )
 CHANNELS = Registry("channel", {"swiglu": "mm.model.channels.swiglu"})
