@@ -157,6 +157,7 @@ MIXERS = Registry(
         "path_attention": "mm.model.mixers.path_attention",
         "selective_attention": "mm.model.mixers.selective_attention",
         "cog_attention": "mm.model.mixers.cog_attention",
+        "kv_only": "mm.model.mixers.kv_only",
     },
 )
 CHANNELS = Registry("channel", {"swiglu": "mm.model.channels.swiglu"})
@@ -167,6 +168,7 @@ POSITIONS = Registry(
         "learned": "mm.model.positions.learned",
         "none": "mm.model.positions.none",
         "rope": "mm.model.positions.rope",
+        "rope_axes": "mm.model.positions.rope_axes",
         "sinusoidal": "mm.model.positions.sinusoidal",
         "t5_bias": "mm.model.positions.t5_bias",
     },

@@ -13,12 +13,16 @@ from laws import TOL, D, alone, apply, documents, packed
 from torch import Tensor
 from torch.nn import functional as F
 
+from mm import config as yaml_config
+from mm.errors import UserError
 from mm.kernels.path_attention import moved_keys, path_attention
-from mm.layout import Doc, Layout
+from mm.layout import Doc, Fields, Layout
 from mm.mask import Causal, Full
+from mm.model.backbones.stack import StackConfig
 from mm.model.layer import Ctx, Layer, init_weights
 from mm.model.mixers.cog_attention import signed_softmax
-from mm.registry import MIXERS
+from mm.model.mixers.pool_heads import mean_pooled
+from mm.registry import BACKBONES, MIXERS, POSITIONS
 
 
 def build(kind: str, **settings: Any) -> Layer:
@@ -332,3 +336,145 @@ def test_mixers_that_read_backwards_only_stay_causal_under_a_full_mask(kind: str
     if kind == "path_attention":
         full = layer(x[None], Ctx(Layout.plain(1, 6), Full())).y[0]
         torch.testing.assert_close(full, alone(layer, x), **TOL)
+
+
+# ---- keys that are their own queries ----
+
+
+def test_kv_only_is_attention_with_tied_projections() -> None:
+    layer, tied, (x,) = build("kv_only"), build("attention", qk_norm=False), documents(9)
+    k, v = layer.kv.weight.chunk(2)
+    with torch.no_grad():
+        tied.qkv.weight.copy_(torch.cat((k, k, v)))
+        tied.out.weight.copy_(layer.out.weight)
+    torch.testing.assert_close(alone(layer, x), alone(tied, x), **TOL)
+    count = lambda m: sum(p.numel() for p in m.parameters())
+    assert count(layer) * 4 == count(tied) * 3
+
+
+# ---- fewer key heads for a trained model ----
+
+
+def test_mean_pooled_key_heads_are_the_means_and_the_rest_stays() -> None:
+    layer, (x,) = build("attention", heads=4, head_dim=4, qk_norm=False), documents(9)
+    small = build("attention", heads=4, kv_heads=2, head_dim=4, qk_norm=False)
+    small.load_state_dict(mean_pooled(layer, 2))
+    q, k, v = heads(x @ layer.qkv.weight.T, 4, 4, 4)
+    pool = lambda t: torch.stack((t[:2].mean(0), t[2:].mean(0))).repeat_interleave(2, 0)
+    o = causal_softmax(q @ pool(k).mT / 2) @ pool(v)
+    torch.testing.assert_close(alone(small, x), merged(o) @ layer.out.weight.T, **TOL)
+    same = mean_pooled(layer, 4)  # as many heads as before: bit for bit
+    assert all(torch.equal(t, same[n]) for n, t in layer.state_dict().items())
+    assert small.state_bytes(1, 9) - 12 * 9 - 8 == (layer.state_bytes(1, 9) - 12 * 9 - 8) // 2
+
+
+def test_equal_heads_pool_to_the_same_model_of_a_stack() -> None:
+    stack = lambda kv: StackConfig(
+        pattern="attention rg_lru", channel=None,
+        mixers={"attention": {"heads": 4, "kv_heads": kv}, "rg_lru": {"heads": 2}},
+    ).build(D)  # fmt: skip
+    large, small, (x,) = stack(4), stack(1), documents(6)
+    init_weights(large.double())
+    with torch.no_grad():  # every key head the same, every value head the same
+        w = large.layers[0].mixer.qkv.weight.view(12, 4, D)
+        w[4:8], w[8:] = w[4].clone(), w[8].clone()
+    small.double().load_state_dict(mean_pooled(large, 1))
+    torch.testing.assert_close(alone(small, x), alone(large, x), **TOL)
+    with pytest.raises(UserError, match="4 key heads do not make 3 groups"):
+        mean_pooled(large, 3)
+    with pytest.raises(UserError, match="no attention layer"):
+        mean_pooled(build("kv_only"), 1)
+
+
+# ---- temperatures, spans ----
+
+
+def test_head_temperatures_scale_the_logits_and_begin_at_one() -> None:
+    none = {"kind": "none", "temperature": True}
+    layer, (x,) = build("attention", qk_norm=False, position=none), documents(9)
+    q, k, v = heads(x @ layer.qkv.weight.T, 2, 2, 2)
+    logits = q @ k.mT * 8**-0.5 * layer.position.temperature[:, None, None]
+    expected = merged(causal_softmax(logits) @ v) @ layer.out.weight.T
+    torch.testing.assert_close(alone(layer, x), expected, **TOL)
+    plain = build("attention", qk_norm=False)
+    init_weights(layer.position)
+    plain.load_state_dict({n: layer.state_dict()[n] for n in plain.state_dict()})
+    torch.testing.assert_close(alone(layer, x), alone(plain, x), **TOL)
+
+
+def test_logits_grow_with_log_n_beyond_the_trained_length_only() -> None:
+    none = {"kind": "none", "trained": 4}
+    layer, (x,) = build("attention", qk_norm=False, position=none), documents(9)
+    q, k, v = heads(x @ layer.qkv.weight.T, 2, 2, 2)
+    n = torch.arange(1, 10).double()[:, None]
+    logits = q @ k.mT * 8**-0.5 * (n.log() / math.log(4)).clamp_min(1)
+    expected = merged(causal_softmax(logits) @ v) @ layer.out.weight.T
+    torch.testing.assert_close(alone(layer, x), expected, **TOL)
+
+
+@pytest.mark.parametrize("name", ["swan", "masformer"])
+def test_layers_of_a_backbone_have_their_own_spans(name: str) -> None:
+    config = BACKBONES.parse(yaml_config.read(f"backbone/{name}"))
+    words = config.words()
+    window = {"swan_local": 512, "local_attention": 1024}
+    with torch.device("meta"):
+        stack = config.build(D)
+    for word, block in zip(words, stack.layers, strict=True):
+        reach = window.get(word)
+        assert block.mixer.window == reach
+        kept = min(5000, reach or 5000)
+        assert block.mixer.state_bytes(1, 5000) == kept * (2 * D * 4 + 12) + 8
+    assert {w in window for w in words} == {True, False}
+
+
+def test_a_window_as_long_as_the_document_is_full_attention() -> None:
+    wide, full, (x,) = build("attention", window=9), build("attention"), documents(9)
+    full.load_state_dict(wide.state_dict())
+    torch.testing.assert_close(alone(wide, x), alone(full, x), **TOL)
+
+
+# ---- rotary positions on several axes ----
+
+
+def places(*axes: list[int]) -> Fields:
+    position = torch.tensor(axes, dtype=torch.int32).T[None]
+    zero = torch.zeros_like(position[..., 0])
+    return Fields(position, zero + 1, zero)
+
+
+@pytest.mark.parametrize("ladder", ["joint", "own"])
+def test_rope_axes_rotates_each_section_by_its_axis(ladder: str) -> None:
+    rope = POSITIONS.get("rope_axes")(axes=[1, 2], pairs=[2, 2], ladder=ladder).build(8)
+    f = places([0, 1, 2], [5, 0, 3], [0, 7, 2])
+    x = torch.randn(1, 3, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    got = rope.apply(x, rope.prepare(f))
+    speed = [1.0, 10.0**-1, 10.0**-2, 10.0**-3] if ladder == "joint" else [1.0, 10.0**-2] * 2
+    for t in range(3):
+        for i in range(4):
+            turn = torch.tensor(float(f.position[0, t, 1 + i // 2]) * speed[i]).double()
+            z = torch.complex(x[0, t, 0, i], x[0, t, 0, i + 4]) * torch.exp(1j * turn)
+            pair = torch.stack((z.real, z.imag))
+            torch.testing.assert_close(got[0, t, 0, [i, i + 4]], pair, rtol=1e-6, atol=1e-6)
+
+
+def test_rope_axes_with_one_axis_or_missing_ones_is_rope() -> None:
+    f, x = places([0, 4, 9]), torch.randn(1, 3, 2, 8, dtype=torch.float64)
+    rope = POSITIONS.get("rope")().build(8)
+    for axes in ([0], [0, 1, 2], [1, 2]):
+        other = POSITIONS.get("rope_axes")(axes=axes).build(8)
+        torch.testing.assert_close(other.apply(x, other.prepare(f)), rope.apply(x, rope.prepare(f)))
+    with pytest.raises(ValueError, match="must sum to head_dim / 2"):
+        POSITIONS.get("rope_axes")(axes=[0, 1], pairs=[1, 1]).build(8)
+
+
+def test_a_hierarchy_of_places_never_turns_further_than_its_longest_level() -> None:
+    """HiRoPE: 16 functions of 8 tokens turn no pair by more than 16 places, rope by 128."""
+    inside, outer = list(range(8)) * 16, [i // 8 for i in range(128)]
+    f = places(list(range(128)), inside, outer)
+    rope = POSITIONS.get("rope_axes")(axes=[1, 2]).build(8)
+    cos, sin = rope.prepare(f)[:, 0, :, 0]
+    speed = 10000.0 ** -(torch.arange(4) / 4)
+    far = torch.stack([torch.tensor(inside)] * 2 + [torch.tensor(outer)] * 2, -1)
+    torch.testing.assert_close(torch.atan2(sin, cos), torch.remainder(
+        far * speed + math.pi, 2 * math.pi) - math.pi, rtol=1e-4, atol=1e-4)  # fmt: skip
+    assert int(far.max()) < 16

@@ -23,7 +23,7 @@ from mm.model.rows import Docs, Groups, paired
 from mm.registry import POSITIONS
 from mm.state import Struct
 
-GROUPS = "attention.groups.None"  # the name under which attention without a window shares them
+GROUPS = "cached.groups"
 
 
 class HeadsConfig(Config):
