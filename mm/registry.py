@@ -151,6 +151,13 @@ MIXERS = Registry(
         "s4d": "mm.model.mixers.s4d",
         "gru": "mm.model.mixers.gru",
         "lstm": "mm.model.mixers.lstm",
+        "latent_attention": "mm.model.mixers.latent_attention",
+        "kv_shift": "mm.model.mixers.kv_shift",
+        "differential_attention": "mm.model.mixers.differential_attention",
+        "path_attention": "mm.model.mixers.path_attention",
+        "selective_attention": "mm.model.mixers.selective_attention",
+        "cog_attention": "mm.model.mixers.cog_attention",
+        "kv_only": "mm.model.mixers.kv_only",
     },
 )
 CHANNELS = Registry("channel", {"swiglu": "mm.model.channels.swiglu"})
@@ -161,6 +168,7 @@ POSITIONS = Registry(
         "learned": "mm.model.positions.learned",
         "none": "mm.model.positions.none",
         "rope": "mm.model.positions.rope",
+        "rope_axes": "mm.model.positions.rope_axes",
         "sinusoidal": "mm.model.positions.sinusoidal",
         "t5_bias": "mm.model.positions.t5_bias",
     },

@@ -213,6 +213,18 @@ def example(op: str) -> tuple[Tensor, ...]:
             (-r(2, 5, 2).exp()).detach().requires_grad_(),
             r(2, 2, 3, 4),
         ),
+        "path_attention": (
+            r(2, 5, 4, 3),
+            r(2, 7, 2, 3),
+            r(2, 7, 2, 4),
+            torch.nn.functional.normalize(r(2, 5, 2, 3).detach(), dim=-1).requires_grad_(),
+            (2 * r(2, 5, 2).sigmoid()).detach().requires_grad_(),
+        ),
+        "moved_keys": (
+            r(2, 7, 2, 3),
+            torch.nn.functional.normalize(r(2, 5, 2, 3).detach(), dim=-1).requires_grad_(),
+            (2 * r(2, 5, 2).sigmoid()).detach().requires_grad_(),
+        ),
         "rg_lru_gates": (r(2, 5, 6), r(2, 6), r(6).exp().detach().requires_grad_(), r(5, 6)),
     }
     assert op in arguments, f"give the Op '{op}' an example call here, so that the laws cover it"

@@ -1,0 +1,206 @@
+"""PaTH attention. B rows, T tokens, D model, H heads, G key heads, K head width, N slots, L places
+of a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from mm.kernels.path_attention import moved_keys, path_attention
+from mm.model.layer import Caps, Ctx, Linear, Out, Position
+from mm.model.linears.dense import DenseConfig
+from mm.model.mixers.cached import (
+    CachedAttention,
+    HeadsConfig,
+    Sizes,
+    Tail,
+    TailedKV,
+    convolved,
+)
+from mm.model.mixers.kv import KV, DraftKV, advance
+from mm.model.norm import RMSNorm
+from mm.model.rows import Docs, paired
+from mm.registry import MIXERS
+from mm.state import State, Struct
+
+TAPS = 3  # of the convolution of the directions
+
+
+@dataclass(frozen=True)
+class DraftPath(Struct):
+    """The State before a draft call, the call's keys and values, and how its tokens move keys."""
+
+    kv: DraftKV
+    w: Tensor  # (N, L, G, K)
+    beta: Tensor  # (N, L, G)
+    tail: Tail
+
+    def accept(self, n_N: Tensor) -> TailedKV:
+        n = torch.minimum(n_N.to(self.kv.length), self.kv.length)
+        L, base = self.w.shape[1], self.kv.base
+        kept = torch.arange(L, device=n.device) < n[:, None]
+        # Places that do not count move nothing.
+        w = self.w.masked_fill(~kept[..., None, None], 0)
+        beta = self.beta.masked_fill(~kept[..., None], 0)
+        keys = torch.cat((base.k.transpose(1, 2).to(self.kv.k.dtype), self.kv.k), dim=1)
+        if L:
+            keys = moved_keys(keys, w, beta)
+        old, new = keys.split((base.k.shape[2], L), dim=1)
+        moved = replace(base, k=old.transpose(1, 2).to(base.k.dtype).contiguous())
+        kv = replace(self.kv, base=moved, k=new.to(self.kv.k.dtype))
+        # A tail that is cut already holds nothing to cut.
+        tail = self.tail if self.tail.inputs.shape[1] < TAPS else self.tail.cut(n, TAPS)
+        return TailedKV(kv.accept(n), tail, TAPS)
+
+    def settled(self) -> TailedKV:
+        """Everything drafted counts."""
+        return self.accept(self.kv.length)
+
+
+class PathAttention(CachedAttention):
+    """Attention between ``q_i`` and ``k_j`` through the product of one Householder-like matrix a
+    token between them, ``I - beta w w^T``, which the tokens choose.
+
+    ``w`` is a low-rank projection, convolved over three tokens, of length 1; ``beta = 2
+    sigmoid(.)``. It knows no other positions; the cached keys are moved by every token.
+
+    Source: Yang et al. 2025, PaTH Attention (arXiv:2505.16381), section 3.
+    """
+
+    caps = Caps(causal=True, step=True)
+
+    def __init__(
+        self,
+        d_model: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        rank: int,
+        qk_norm: bool,
+        linear: Callable[..., Linear],
+    ):
+        super().__init__(Sizes(kv_heads, head_dim, head_dim), Position())
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        width = kv_heads * head_dim
+        self.qkv = linear(d_model, heads * head_dim + 2 * width, "qkv")
+        self.out = linear(heads * head_dim, d_model, "out")
+        self.w_down = linear(d_model, rank, "w_down")
+        self.w_up = linear(rank, width, "w_up")
+        self.conv_weight = nn.Parameter(torch.empty(TAPS, width))
+        self.beta = linear(d_model, kv_heads, "beta")
+        self.beta_bias = nn.Parameter(torch.empty(kv_heads))
+        self.q_norm = RMSNorm(head_dim) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim) if qk_norm else None
+
+    def init_weights(self) -> None:
+        nn.init.normal_(self.conv_weight, std=TAPS**-0.5)
+        nn.init.zeros_(self.beta_bias)
+
+    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
+        assert state is None or isinstance(state, TailedKV | DraftPath)
+        H, G, K = self.heads, self.kv_heads, self.head_dim
+        B, T = x_BTD.shape[:2]
+        past = state.settled() if state is not None else None
+        q, k, v = self.qkv(x_BTD, ctx).view(B, T, H + 2 * G, K).split((H, G, G), dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        u, tail = convolved(
+            self.w_up(self.w_down(x_BTD, ctx), ctx),
+            self.conv_weight,
+            torch.zeros_like(self.conv_weight[0]),
+            ctx,
+            past.tail if past is not None else None,
+        )
+        wide = torch.promote_types(u.dtype, torch.float32)
+        w = F.normalize(F.silu(u.to(wide)).view(B, T, G, K), dim=-1, eps=1e-6)
+        beta = 2 * torch.sigmoid(self.beta(x_BTD, ctx).to(wide) + self.beta_bias.to(wide))
+        after: State | None = None
+        if past is None or tail is None:
+            y = self.whole((q, k, v, w, beta), ctx)
+        else:
+            y, after = self._continued(q, k, v, w, beta, ctx, past, tail)
+        return Out(self.out(y.reshape(B, T, H * K), ctx), after)
+
+    def attend(  # type: ignore[override]
+        self,
+        q_RTHK: Tensor,
+        k_RTGK: Tensor,
+        v_RTGV: Tensor,
+        w_RTGK: Tensor,
+        beta_RTG: Tensor,
+        allowed_RTS: Tensor | None,
+        causal: bool,
+        bias_RHTS: Tensor | None,
+        cached: bool,
+    ) -> Tensor:
+        return path_attention(q_RTHK, k_RTGK, v_RTGV, w_RTGK, beta_RTG, allowed_RTS)
+
+    def _continued(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        w: Tensor,
+        beta: Tensor,
+        ctx: Ctx,
+        past: TailedKV,
+        tail: Tail,
+    ) -> tuple[Tensor, State]:
+        (B, T), cache = q.shape[:2], past.kv
+        assert isinstance(cache, KV)
+        docs = Docs.of(ctx.layout, cache.count.shape[0])
+        f = docs.fields(ctx.layout.fields)
+        q, k, v, w, beta = map(docs.unpack, (q, k, v, w, beta))
+        past_k, past_v, past_f = cache.past(docs, f)
+        keys = torch.cat((past_k.transpose(1, 2).to(k.dtype), k), dim=1)
+        values = torch.cat((past_v.transpose(1, 2).to(v.dtype), v), dim=1)
+        known = paired(lambda old, new: torch.cat((old, new), dim=1), past_f, f)
+        y = path_attention(q, keys, values, w, beta, ctx.mask.dense(f, known))
+        drafted = advance(cache, k, v, f, docs, True)
+        assert isinstance(drafted, DraftKV)
+        taken = docs.written(cache.count.shape[0]).take
+        after = DraftPath(drafted, taken(w), taken(beta), tail)
+        return docs.pack(y, B, T), after if ctx.draft else after.settled()
+
+    def initial_state(self, n: int, max_len: int) -> TailedKV:
+        width = self.kv_heads * self.head_dim
+        return TailedKV(
+            super().initial_state(n, max_len), Tail.empty(n, TAPS, width, self.stored_as()), TAPS
+        )
+
+    def state_bytes(self, n: int, max_len: int) -> int:
+        width = (TAPS - 1) * self.kv_heads * self.head_dim
+        return super().state_bytes(n, max_len) + n * (width * self._like().element_size() + 8)
+
+
+@MIXERS.register("path_attention")
+class PathAttentionConfig(HeadsConfig):
+    """PaTH attention: positions are accumulated Householder products (ledger 174)."""
+
+    kind: Literal["path_attention"] = "path_attention"
+    rank: Annotated[int, Field(gt=0, description="of the directions' projection")] = 32
+    qk_norm: bool = False
+    position: Literal["none"] = "none"  # type: ignore[assignment]
+
+    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> PathAttention:
+        heads, kv_heads, head_dim = self.sizes(d_model)
+        return PathAttention(
+            d_model,
+            heads,
+            kv_heads,
+            head_dim,
+            self.rank,
+            self.qk_norm,
+            linear or DenseConfig().build,
+        )
+
+    @classmethod
+    def smallest(cls) -> PathAttentionConfig:
+        return cls(heads=2, kv_heads=1, rank=3)
