@@ -148,6 +148,8 @@ MIXERS = Registry(
         "delta_rule": "mm.model.mixers.delta_rule",
         "gated_scan": "mm.model.mixers.gated_scan",
         "lru": "mm.model.mixers.lru",
+        "s4": "mm.model.mixers.s4",
+        "hippo": "mm.model.mixers.hippo",
         "s4d": "mm.model.mixers.s4d",
         "gru": "mm.model.mixers.gru",
         "lstm": "mm.model.mixers.lstm",

@@ -213,6 +213,14 @@ def example(op: str) -> tuple[Tensor, ...]:
             (-r(2, 5, 2).exp()).detach().requires_grad_(),
             r(2, 2, 3, 4),
         ),
+        "dense_ssm": (
+            r(2, 5, 3),
+            (0.3 * r(3, 4, 4)).detach().requires_grad_(),
+            r(3, 4),
+            r(3, 2, 4),
+            r(2, 3, 4),
+            torch.tensor([5, 3]),
+        ),
         "rg_lru_gates": (r(2, 5, 6), r(2, 6), r(6).exp().detach().requires_grad_(), r(5, 6)),
     }
     assert op in arguments, f"give the Op '{op}' an example call here, so that the laws cover it"
