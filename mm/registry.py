@@ -149,6 +149,8 @@ MIXERS = Registry(
         "gated_scan": "mm.model.mixers.gated_scan",
         "lru": "mm.model.mixers.lru",
         "s4": "mm.model.mixers.s4",
+        "rwkv6": "mm.model.mixers.rwkv6",
+        "aaren": "mm.model.mixers.aaren",
         "hippo": "mm.model.mixers.hippo",
         "s4d": "mm.model.mixers.s4d",
         "gru": "mm.model.mixers.gru",
