@@ -225,6 +225,14 @@ def example(op: str) -> tuple[Tensor, ...]:
             torch.nn.functional.normalize(r(2, 5, 2, 3).detach(), dim=-1).requires_grad_(),
             (2 * r(2, 5, 2).sigmoid()).detach().requires_grad_(),
         ),
+        "dense_ssm": (
+            r(2, 5, 3),
+            (0.3 * r(3, 4, 4)).detach().requires_grad_(),
+            r(3, 4),
+            r(3, 2, 4),
+            r(2, 3, 4),
+            torch.tensor([5, 3]),
+        ),
         "rg_lru_gates": (r(2, 5, 6), r(2, 6), r(6).exp().detach().requires_grad_(), r(5, 6)),
     }
     assert op in arguments, f"give the Op '{op}' an example call here, so that the laws cover it"

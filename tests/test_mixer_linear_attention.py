@@ -118,7 +118,7 @@ def simple_gla(layer: Any, x: Tensor) -> Tensor:
 
 def hgrn2(layer: Any, x: Tensor) -> Tensor:
     q, _, v = split(layer, x)
-    bound = layer.bound.sigmoid()
+    bound = 0.0 if layer.bound is None else layer.bound.sigmoid()  # of the first layer: 0
     a = bound + (1 - bound) * torch.sigmoid(layer.decay(x) + layer.decay_bias)
     o = recurrence(*(heads(t, 4) for t in (F.silu(q), 1 - a, v, a)))
     return rms(joined(o), layer.norm.weight)

@@ -103,7 +103,7 @@ def test_min_lstm(T: int) -> None:
 
 @pytest.mark.parametrize("T", LENGTHS)
 def test_hgrn(T: int) -> None:
-    layer = made("hgrn")
+    layer = made("hgrn", lower_bound=0.5)
     assert isinstance(layer, GatedScan)
 
     def naive(x: Tensor) -> Tensor:

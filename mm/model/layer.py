@@ -83,9 +83,19 @@ class Layer(nn.Module):
     """
 
     caps: ClassVar[Caps] = Caps()
+    place: int = 0  # which of the readers of its Provider this layer is; the backbone says
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         raise NotImplementedError
+
+    def provider(self) -> tuple[str, Callable[[int], Provider]] | None:
+        """Name of the Provider this layer reads from `Ctx.shared`, and how to make it for a number
+        of readers; None = none.
+
+        A backbone makes one for each name. A layer called without a backbone is its only reader
+        and finds nothing.
+        """
+        return None
 
     def initial_state(self, n: int, max_len: int) -> State | None:
         """State of ``n`` fresh slots that will hold at most ``max_len`` tokens; None for a layer

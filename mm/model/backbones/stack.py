@@ -16,7 +16,7 @@ from mm.batch import Sum
 from mm.config import Config
 from mm.errors import UserError, did_you_mean
 from mm.model.backbones.pattern import parse, tile
-from mm.model.layer import Backbone, Block, Ctx, Linear, Out
+from mm.model.layer import Backbone, Block, Ctx, Layer, Linear, Out, Provider
 from mm.model.linears.dense import DenseConfig
 from mm.model.norm import RMSNorm
 from mm.registry import BACKBONES, BLOCKS, CHANNELS, MIXERS
@@ -38,6 +38,16 @@ class Stack(Backbone):
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(d_model, eps=eps)
         self.recompute = recompute
+        self.providers = nn.ModuleDict()
+        readers: dict[str, list[Layer]] = {}
+        makers: dict[str, Callable[[int], Provider]] = {}
+        for module in self.layers.modules():
+            if isinstance(module, Layer) and (wanted := module.provider()) is not None:
+                name, makers[wanted[0]] = wanted
+                module.place = len(readers.setdefault(name, []))
+                readers[name].append(module)
+        for name, make in makers.items():
+            self.providers[name] = make(len(readers[name]))
 
     def _layer(self, i: int) -> Block:
         return cast(Block, self.layers[i])
@@ -67,6 +77,8 @@ class Stack(Backbone):
                 )
             parts = list(state.parts)
         shared: dict[str, Any] = dict(ctx.shared)
+        for name, provider in self.providers.items():
+            shared[name] = provider(ctx)
         for i in visits:
             for name, make in self._layer(i).shares(state is not None).items():
                 if name not in shared:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from mm.config import Config
 from mm.kernels.complex_scan import complex_scan
 from mm.kernels.linear_scan import linear_scan
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
+from mm.model.bounds import shared_bound, shared_bounds
+from mm.model.layer import Caps, Ctx, Linear, Mixer, Out, Provider
 from mm.model.linears.dense import DenseConfig
 from mm.model.norm import RMSNorm
 from mm.model.scan_state import Hidden, scanned
@@ -55,7 +56,8 @@ class GatedScan(Mixer):
     * ``normalised``: ``a = f / (f + i)``, ``b = i / (f + i) c``, ``f, i = sigmoid(p_f, p_i)``
     * ``free``: ``a = g + (1 - g) sigmoid(p)``, ``b = c``
 
-    The lower bound ``g`` is learned per channel (0 without one). Source: ``update`` and
+    The lower bound ``g`` is learned per channel, by each layer or in one table for all layers (0
+    without one). Source: ``update`` and
     ``normalised``: Feng et al. 2024 (arXiv:2410.01201), sections 3.1 and 3.2; ``forget`` with bound
     and phase: Qin et al. 2023, HGRN (arXiv:2311.04823), section 3; ``free`` with the token's phase:
     Katsch 2023, GateLoop (arXiv:2311.01927), section 3, with heads of width 1.
@@ -82,7 +84,8 @@ class GatedScan(Mixer):
         self.inner = linear(d_model, sum(self.sizes.values()), "inner")
         self.out = linear(values * width, d_model, "out")
         self.gate_bias = nn.Parameter(torch.empty(self.gates * width))
-        self.bound = nn.Parameter(torch.empty(width)) if config.lower_bound is not None else None
+        own = isinstance(config.lower_bound, float)
+        self.bound = nn.Parameter(torch.empty(width)) if own else None
         self.theta = nn.Parameter(torch.empty(width)) if config.phase == "fixed" else None
         self.norm = RMSNorm(values * width) if config.norm else None
 
@@ -93,13 +96,23 @@ class GatedScan(Mixer):
             bias = torch.full((self.gates, self.width), -c.remember)
             bias[0] = -c.remember if c.gate == "update" else c.remember
             self.gate_bias.copy_(bias.flatten())
-            if self.bound is not None and c.lower_bound is not None:
+            if self.bound is not None and isinstance(c.lower_bound, float):
                 self.bound.fill_(torch.logit(torch.tensor(c.lower_bound)).item())
             if self.theta is not None:
                 places = torch.arange(self.width) / self.width
                 self.theta.copy_(10000.0**-places)  # as rotary positions
 
-    def _gated(self, p: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    def provider(self) -> tuple[str, Callable[[int], Provider]] | None:
+        return shared_bounds(self.width) if self.config.lower_bound == "shared" else None
+
+    def _room(self, ctx: Ctx | None) -> Tensor | None:
+        """`(W,)` what the lower bound leaves of decays: 1 - g. None for a bound of 0."""
+        if self.bound is not None:
+            return torch.sigmoid(-self.bound)
+        bound = shared_bound(self, ctx) if ctx is not None else None
+        return None if bound is None else 1 - bound
+
+    def _gated(self, p: Tensor, c: Tensor, ctx: Ctx | None = None) -> tuple[Tensor, Tensor]:
         """Size of the decay and input of the recurrence. ``c`` holds one or two parts a channel."""
         kind = self.config.gate
         if kind == "normalised":
@@ -111,8 +124,9 @@ class GatedScan(Mixer):
             a, rest = torch.sigmoid(-p), torch.sigmoid(p)
         else:
             a, rest = torch.sigmoid(p), torch.sigmoid(-p)
-            if self.bound is not None:
-                room = torch.sigmoid(-self.bound.to(p.dtype))  # 1 - g
+            room = self._room(ctx)
+            if room is not None:
+                room = room.to(p.dtype)
                 a, rest = 1 - room * rest, room * rest
         if kind == "free":
             return a, c
@@ -131,7 +145,7 @@ class GatedScan(Mixer):
         c = ACTIVATIONS[cfg.candidate](parts["candidate"].to(wide))
         if cfg.keyed:
             c = c * parts["key"].to(wide)
-        a, b = self._gated(parts["gate"].to(wide) + self.gate_bias.to(wide), c)
+        a, b = self._gated(parts["gate"].to(wide) + self.gate_bias.to(wide), c, ctx)
         if self.complex:
             phase = self.theta.to(wide) if self.theta is not None else parts["phase"].to(wide)
             a = torch.cat((a * phase.cos(), a * phase.sin()), -1)
@@ -181,6 +195,7 @@ class GatedScanConfig(Config):
         Annotated[
             float, Field(gt=0, lt=1, description="initial value of the learned bound of decays")
         ]
+        | Literal["shared"]  # with all layers: 0 in the first, growing with depth
         | None
     ) = None
     remember: Annotated[

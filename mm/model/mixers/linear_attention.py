@@ -21,7 +21,8 @@ from mm.kernels.causal_conv import causal_conv
 from mm.kernels.glu import glu
 from mm.kernels.linear_attention import linear_attention
 from mm.mask import Causal
-from mm.model.layer import Caps, Ctx, Linear, LinearMixer, Position
+from mm.model.bounds import shared_bound, shared_bounds
+from mm.model.layer import Caps, Ctx, Linear, LinearMixer, Position, Provider
 from mm.model.linears.dense import DenseConfig
 from mm.model.norm import RMSNorm
 from mm.model.rows import Docs, Groups
@@ -124,8 +125,9 @@ class LinearAttention(LinearMixer):
             self.decay_in = linear(d_model, low, "decay_in") if low else None
             self.decay = linear(low or d_model, width, "decay")
             self.decay_bias = nn.Parameter(torch.empty(width))
-        bounded = width is not None and c.lower_bound is not None
-        self.bound = nn.Parameter(torch.empty(width)) if bounded else None
+        own = width is not None and isinstance(c.lower_bound, float)
+        self.bound = nn.Parameter(torch.empty(width)) if own else None
+        self.decay_width = width or 0
         if c.decay == "step":
             self.log_rate = nn.Parameter(torch.empty(H))
         if c.skip:
@@ -140,7 +142,7 @@ class LinearAttention(LinearMixer):
             nn.init.zeros_(self.conv_bias)
         if c.decay in ("scalar", "channel"):
             nn.init.zeros_(self.decay_bias)
-        if self.bound is not None and c.lower_bound is not None:
+        if self.bound is not None and isinstance(c.lower_bound, float):
             nn.init.constant_(self.bound, math.log(c.lower_bound / (1 - c.lower_bound)))
         if c.decay == "step":
             with torch.no_grad():
@@ -185,7 +187,7 @@ class LinearAttention(LinearMixer):
                 v = v * step[..., None]
                 found["g"] = -step * self.log_rate.to(v).exp()
             else:
-                found["g"] = self._bounded(F.logsigmoid(raw)) / c.temperature
+                found["g"] = self._bounded(F.logsigmoid(raw), ctx) / c.temperature
         heads = lambda t: t.view(B, T, self.key_heads, self.key_dim)
         if c.decay == "channel":
             found["g"] = self._spread(heads(found["g"]))
@@ -223,12 +225,18 @@ class LinearAttention(LinearMixer):
             return torch.log1p(-torch.exp2(-5 - h)) * self.config.rate
         return -torch.exp2(-8 * (h + 1) / self.heads) * self.config.rate
 
-    def _bounded(self, g: Tensor) -> Tensor:
+    def provider(self) -> tuple[str, Callable[[int], Provider]] | None:
+        return shared_bounds(self.decay_width) if self.config.lower_bound == "shared" else None
+
+    def _bounded(self, g: Tensor, ctx: Ctx) -> Tensor:
         """``log(b + (1 - b) exp(g))`` for the layer's bound b."""
-        if self.bound is None:
-            return g
-        bound = self.bound.to(g)
-        return torch.logaddexp(F.logsigmoid(bound), g + F.logsigmoid(-bound))
+        if self.bound is not None:
+            bound = self.bound.to(g)
+            return torch.logaddexp(F.logsigmoid(bound), g + F.logsigmoid(-bound))
+        bound = shared_bound(self, ctx)
+        return (
+            g if bound is None else torch.logaddexp(bound.log().to(g), g + (-bound.to(g)).log1p())
+        )
 
     def _rotated(self, q: Tensor, k: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor]:
         prepared = ctx.shared.get(self.position.key)
@@ -421,6 +429,7 @@ class LinearAttentionConfig(Config):
     temperature: Annotated[float, Field(gt=0, description="log decays are divided by it")] = 1.0
     lower_bound: (
         Annotated[float, Field(gt=0, lt=1, description="what a learned bound of decays begins as")]
+        | Literal["shared"]  # with all layers: 0 in the first, growing with depth
         | None
     ) = None
     decay_rank: (
