@@ -151,6 +151,7 @@ MIXERS = Registry(
         "s4d": "mm.model.mixers.s4d",
         "gru": "mm.model.mixers.gru",
         "lstm": "mm.model.mixers.lstm",
+        "mlstm": "mm.model.mixers.mlstm",
     },
 )
 CHANNELS = Registry("channel", {"swiglu": "mm.model.channels.swiglu"})
