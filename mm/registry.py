@@ -152,6 +152,11 @@ MIXERS = Registry(
         "gru": "mm.model.mixers.gru",
         "lstm": "mm.model.mixers.lstm",
         "mlstm": "mm.model.mixers.mlstm",
+        "slstm": "mm.model.mixers.slstm",
+        "scrn": "mm.model.mixers.scrn",
+        "lem": "mm.model.mixers.lem",
+        "unitary": "mm.model.mixers.unitary",
+        "echo_state": "mm.model.mixers.echo_state",
     },
 )
 CHANNELS = Registry("channel", {"swiglu": "mm.model.channels.swiglu"})
