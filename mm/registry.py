@@ -157,6 +157,11 @@ MIXERS = Registry(
         "lem": "mm.model.mixers.lem",
         "unitary": "mm.model.mixers.unitary",
         "echo_state": "mm.model.mixers.echo_state",
+        "gated_cnn": "mm.model.mixers.gated_cnn",
+        "short_conv": "mm.model.mixers.short_conv",
+        "hyena": "mm.model.mixers.hyena",
+        "trellis": "mm.model.mixers.trellis",
+        "mixed_heads": "mm.model.mixers.mixed_heads",
     },
 )
 CHANNELS = Registry("channel", {"swiglu": "mm.model.channels.swiglu"})
