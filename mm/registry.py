@@ -151,6 +151,7 @@ MIXERS = Registry(
         "s4d": "mm.model.mixers.s4d",
         "gru": "mm.model.mixers.gru",
         "lstm": "mm.model.mixers.lstm",
+        "mega": "mm.model.mixers.mega",
         "mlstm": "mm.model.mixers.mlstm",
         "slstm": "mm.model.mixers.slstm",
         "scrn": "mm.model.mixers.scrn",

@@ -1,5 +1,6 @@
-"""Convolutions over time, mixed heads and the hybrid patterns equal what their papers say. T tokens,
-D model, W width.
+"""Convolutions over time, mixed heads and the hybrid patterns equal what their papers say.
+
+T tokens, D model, W width.
 """
 
 from __future__ import annotations

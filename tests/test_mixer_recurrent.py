@@ -28,7 +28,7 @@ LENGTHS = (1, 3, 63, 64, 65, 130)
 TOL = {"rtol": 1e-9, "atol": 1e-10}
 
 
-def made(config, **tensors: float) -> Layer:  # noqa: ANN001
+def made(config) -> Layer:  # noqa: ANN001
     """The layer, float64, every parameter away from its special value."""
     torch.manual_seed(3)
     layer = config.build(D)
@@ -239,8 +239,8 @@ def test_a_reservoir_is_untrained_and_fades(residual: str) -> None:
     layer = made(EchoStateConfig(width=8, residual=residual))
     assert isinstance(layer, EchoState)
     assert [n for n, _ in layer.named_parameters()] == ["out.weight"]
-    O, c = layer.orthogonal, layer.config
-    torch.testing.assert_close(O @ O.T, torch.eye(8, dtype=O.dtype), atol=1e-6, rtol=0)
+    turn, c = layer.orthogonal, layer.config
+    torch.testing.assert_close(turn @ turn.T, torch.eye(8, dtype=turn.dtype), atol=1e-6, rtol=0)
     radius = torch.linalg.eigvals(layer.recurrent).abs().max()
     assert math.isclose(float(radius), c.spectral_radius, rel_tol=1e-5)
 
@@ -248,7 +248,7 @@ def test_a_reservoir_is_untrained_and_fades(residual: str) -> None:
         h, out = x.new_zeros(8), []
         for token in x:
             moved = (layer.recurrent @ h + layer.inner @ token + layer.bias).tanh()
-            h = c.alpha * (O @ h) + c.beta * moved
+            h = c.alpha * (turn @ h) + c.beta * moved
             out.append(h)
         return layer.out(torch.stack(out))
 

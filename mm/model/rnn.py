@@ -25,7 +25,8 @@ GROUPS = "rnn.groups"
 class Recurrence(Mixer):
     """``out(y)`` of a recurrence that sees one document a row and begins each at zeros.
 
-    Inputs come in the dtype of the parameters, states are in `wide()`. Subclasses set ``width`` of the outputs, ``size`` of the state and ``out``, and write `states`.
+    Inputs come in the dtype of the parameters, states are in `wide()`. Subclasses set ``width`` of
+    the outputs, ``size`` of the state and ``out``, and write `states`.
     """
 
     caps = Caps(causal=True, step=True, shard=None, sequential=True)

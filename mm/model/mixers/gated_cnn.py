@@ -57,9 +57,7 @@ class GatedCNNConfig(Config):
     taps: Annotated[int, Field(gt=1, description="width of the convolution")] = 4
 
     def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> GatedCNN:
-        return GatedCNN(
-            d_model, self.width or d_model, self.taps, linear or DenseConfig().build
-        )
+        return GatedCNN(d_model, self.width or d_model, self.taps, linear or DenseConfig().build)
 
     @classmethod
     def smallest(cls) -> GatedCNNConfig:

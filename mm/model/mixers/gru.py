@@ -42,9 +42,9 @@ class GRUConfig(Config):
 
     kind: Literal["gru"] = "gru"
     width: Annotated[int, Field(gt=0, description="default d_model")] | None = None
-    rank: Annotated[int, Field(gt=0, description="of the state's matrices; default full")] | None = (
-        None
-    )
+    rank: (
+        Annotated[int, Field(gt=0, description="of the state's matrices; default full")] | None
+    ) = None
     diagonal: Annotated[bool, Field(description="a low rank is beside a diagonal")] = False
 
     def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> GRU:

@@ -82,9 +82,9 @@ def long_conv(u_RLW: Tensor, filter_FW: Tensor) -> Tensor:
         toeplitz = h[lag.clamp_min(0)].masked_fill((lag < 0)[..., None], 0)
         return torch.einsum("tsw,rsw->rtw", toeplitz, u_RLW)
     n = 2 * L
-    return torch.fft.irfft(
-        torch.fft.rfft(u_RLW, n, dim=1) * torch.fft.rfft(h, n, dim=0), n, dim=1
-    )[:, :L]
+    return torch.fft.irfft(torch.fft.rfft(u_RLW, n, dim=1) * torch.fft.rfft(h, n, dim=0), n, dim=1)[
+        :, :L
+    ]
 
 
 class Hyena(Mixer):
@@ -209,9 +209,7 @@ class Hyena(Mixer):
                 base, w.take(rows).to(old.u.dtype), w.length
             )
         assert isinstance(tail, Tail)
-        after = History(
-            w.write(old.u, every[:, :P]), w.write(old.count, count + docs.length), tail
-        )
+        after = History(w.write(old.u, every[:, :P]), w.write(old.count, count + docs.length), tail)
         return docs.pack(y, *u.shape[:2]), after
 
     def initial_state(self, n: int, max_len: int) -> History:
@@ -232,7 +230,9 @@ class HyenaConfig(Config):
     kind: Literal["hyena"] = "hyena"
     width: Annotated[int, Field(gt=0, description="default d_model")] | None = None
     taps: Annotated[int, Field(gt=1, description="of the short convolution")] = 3
-    filter_length: Annotated[int, Field(gt=0, description="tokens; unit of the filter's lag")] = 1024
+    filter_length: Annotated[int, Field(gt=0, description="tokens; unit of the filter's lag")] = (
+        1024
+    )
     filter_width: Annotated[int, Field(gt=0, description="of the filter's network")] = 64
     bands: Annotated[int, Field(gt=0, description="sines and cosines of the lag")] = 8
 

@@ -18,8 +18,8 @@ from mm.state import State
 
 
 class ShortConv(Mixer):
-    """``out(c * conv(b * u))`` with ``b, c, u = inner(x)``, or ``out(conv(inner(x)))`` without gates;
-    the convolution is causal and by channel.
+    """``out(c * conv(b * u))`` with ``b, c, u = inner(x)``, or ``out(conv(inner(x)))`` without
+    gates; the convolution is causal and by channel.
 
     Source: LFM2 (Liquid AI 2025, arXiv:2511.23404), the gated short convolution block.
     """

@@ -22,7 +22,7 @@ EPS = 1e-6  # of the norm
 
 
 class SLSTM(Cell):
-    """``c_t = f c_{t-1} + i z``, ``n_t = f n_{t-1} + i``, ``h_t = o c_t / n_t`` with ``i = e^{~i}``,
+    """``c_t = f c_{t-1} + i z``, ``n_t = f n_{t-1} + i``, ``h_t = o c_t / n_t``, ``i = e^{~i}``,
     ``f = sigmoid(~f)``, ``z = tanh(~z)``, ``o = sigmoid(~o)``; each ``~`` reads ``x_t`` and, within
     its head, ``h_{t-1}``. Then a layer norm by head. Sequential.
 

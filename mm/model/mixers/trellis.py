@@ -18,11 +18,12 @@ from mm.state import Many, State
 
 
 class Trellis(Mixer):
-    """``depth`` convolutions of two taps with the SAME weights, the input injected into each, and an
-    LSTM's gates as their non-linearity: depth i of token t reads depth i - 1 of tokens t and t - 1.
+    """``depth`` convolutions of two taps with the SAME weights, the input injected into each, and
+    an LSTM's gates as their non-linearity: depth i of token t reads depth i - 1 of tokens t and
+    t - 1.
 
-    It sees ``depth + 1`` tokens, and with block-sparse weights it is an LSTM over the last ``depth``
-    of them. All tokens run beside one another; the State keeps one token of each depth.
+    It sees ``depth + 1`` tokens, and with block-sparse weights it is an LSTM over the last
+    ``depth`` of them. All tokens run beside one another; the State keeps one token of each depth.
 
     Source: Bai et al. 2019 (arXiv:1810.06682), eq. 1-2 and the gated activation of section 5.
     """

@@ -22,8 +22,8 @@ from mm.registry import MIXERS
 
 
 class Unitary(Recurrence):
-    """``s_t = Q(x_t) s_{t-1}`` in each head, ``Q = expm(A - A^T)`` a rotation that the token chooses,
-    ``s_0`` the first unit vector; no non-linearity, so nothing is ever forgotten.
+    """``s_t = Q(x_t) s_{t-1}`` in each head, ``Q = expm(A - A^T)`` a rotation that the token
+    chooses, ``s_0`` the first unit vector; no non-linearity, so nothing is ever forgotten.
 
     Products of rotations are associative: chunks of about sqrt(L) places run beside one another.
     The State holds ``s - s_0``, so that a fresh slot is zeros.
