@@ -162,6 +162,18 @@ MIXERS = Registry(
         "selective_attention": "mm.model.mixers.selective_attention",
         "cog_attention": "mm.model.mixers.cog_attention",
         "kv_only": "mm.model.mixers.kv_only",
+        "mega": "mm.model.mixers.mega",
+        "mlstm": "mm.model.mixers.mlstm",
+        "slstm": "mm.model.mixers.slstm",
+        "scrn": "mm.model.mixers.scrn",
+        "lem": "mm.model.mixers.lem",
+        "unitary": "mm.model.mixers.unitary",
+        "echo_state": "mm.model.mixers.echo_state",
+        "gated_cnn": "mm.model.mixers.gated_cnn",
+        "short_conv": "mm.model.mixers.short_conv",
+        "hyena": "mm.model.mixers.hyena",
+        "trellis": "mm.model.mixers.trellis",
+        "mixed_heads": "mm.model.mixers.mixed_heads",
     },
 )
 CHANNELS = Registry("channel", {"swiglu": "mm.model.channels.swiglu"})

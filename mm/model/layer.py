@@ -65,6 +65,7 @@ class Caps:
     length_general: bool = True
     lookahead: int = 0
     exact: bool = True
+    sequential: bool = False  # token t waits for token t - 1: its paper has no parallel form
     shard: Literal["ulysses", "carry", "halo", None] = None
     reads: frozenset[str] = frozenset()
     publishes: frozenset[str] = frozenset()

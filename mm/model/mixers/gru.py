@@ -42,9 +42,15 @@ class GRUConfig(Config):
 
     kind: Literal["gru"] = "gru"
     width: Annotated[int, Field(gt=0, description="default d_model")] | None = None
+    rank: (
+        Annotated[int, Field(gt=0, description="of the state's matrices; default full")] | None
+    ) = None
+    diagonal: Annotated[bool, Field(description="a low rank is beside a diagonal")] = False
 
     def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> GRU:
-        return GRU(d_model, self.width or d_model, linear or DenseConfig().build)
+        return GRU(
+            d_model, self.width or d_model, linear or DenseConfig().build, self.rank, self.diagonal
+        )
 
     @classmethod
     def smallest(cls) -> GRUConfig:

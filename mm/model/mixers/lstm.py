@@ -52,7 +52,7 @@ class LSTM(RNN):
         h, c = before_RS.chunk(2, -1)
         previous = torch.cat((h[:, None], y[:, :-1]), 1)
         gates = F.linear(x_RLD, self.weight_ih, self.bias_ih)
-        gates = gates + F.linear(previous, self.weight_hh, self.bias_hh)
+        gates = gates + F.linear(previous, self.recurrent(), self.bias_hh)
         i, f, g, _ = gates.chunk(4, -1)
         cells, _ = linear_scan(f.sigmoid(), i.sigmoid() * g.tanh(), None, c)
         return y, torch.cat((y, cells.to(y.dtype)), -1)
@@ -64,9 +64,15 @@ class LSTMConfig(Config):
 
     kind: Literal["lstm"] = "lstm"
     width: Annotated[int, Field(gt=0, description="default d_model")] | None = None
+    rank: (
+        Annotated[int, Field(gt=0, description="of the state's matrices; default full")] | None
+    ) = None
+    diagonal: Annotated[bool, Field(description="a low rank is beside a diagonal")] = False
 
     def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> LSTM:
-        return LSTM(d_model, self.width or d_model, linear or DenseConfig().build)
+        return LSTM(
+            d_model, self.width or d_model, linear or DenseConfig().build, self.rank, self.diagonal
+        )
 
     @classmethod
     def smallest(cls) -> LSTMConfig:
