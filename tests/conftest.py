@@ -11,6 +11,7 @@ import pytest
 # Before any test imports torch or wandb: the same defaults as the command line, and never a
 # network.
 for _name, _value in {
+    "OMP_NUM_THREADS": "1",  # one worker a core (make test); small tests gain nothing from more
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "0",
     "TOKENIZERS_PARALLELISM": "false",

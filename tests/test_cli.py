@@ -16,6 +16,7 @@ from PIL import Image
 from mm.cli import main as cli
 from mm.cli.common import overrides, plain
 from mm.cli.eval import figure_rows
+from mm.cli.generate import chosen_sampling
 from mm.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -449,3 +450,17 @@ def test_report_command(packed: Path, capsys: pytest.CaptureFixture[str], tmp_pa
     code, out, _ = said(capsys, "report", str(tmp_path), "--json", str(tmp_path / "r.json"))
     page = Path(json.loads((tmp_path / "r.json").read_text())["report"])
     assert code == 0 and page.is_file() and str(page) in out.replace("\n", "")
+
+
+# ---- generate ----
+
+
+def test_generate_takes_what_eval_chose_for_the_direction(tmp_path: Path) -> None:
+    chosen = {"temperature": 0.5, "top_k": 0, "top_p": 1.0, "cfg_scale": 2.0}
+    assert chosen_sampling(tmp_path, ["text"], "image") == {}  # not evaluated yet
+    (tmp_path / "results.json").write_text(json.dumps({"sampling": {"text_to_image": chosen}}))
+    assert chosen_sampling(tmp_path, ["text"], "image") == chosen
+    assert chosen_sampling(tmp_path, ["text", "image"], "image") == chosen  # image is continued
+    assert chosen_sampling(tmp_path, ["audio"], "image") == {}
+    (tmp_path / "results.json").write_text("half a fi")
+    assert chosen_sampling(tmp_path, ["text"], "image") == {}

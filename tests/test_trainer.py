@@ -341,3 +341,11 @@ def test_a_tokenizer_trains_in_the_same_loop_and_shows_reconstructions(tmp_path:
         names = sorted(p.name for p in (run.folder / "samples" / f"step_{step:06d}").iterdir())
         assert len(names) == 4 and names[0].endswith("original.png"), names
     assert (run.folder / "model" / "model.safetensors").is_file()
+
+
+def test_a_callback_that_cannot_start_is_the_error_that_is_told(tmp_path: Path) -> None:
+    """Those before it are ended, it and those after it are not."""
+    callbacks = [{"kind": "samples", "prompts": [{"image": "no.png", "to": "text"}]}]
+    run = Run.model_validate(make_run(tmp_path).to_dict() | {"callbacks": callbacks})
+    with pytest.raises(UserError, match="no.png"):
+        train(run)

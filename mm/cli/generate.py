@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from json import loads
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,33 +33,33 @@ def generate(
         typer.Option("--out", "-o", metavar="FILE", help="File to write; suffix optional."),
     ] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 1,
-    temperature: Annotated[float, typer.Option(min=0, help="0 = greedy.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="0 = off.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
-    cfg_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 = off.")] = 1.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, help="0 = greedy. Default: what mm eval chose for the run, else 1."),
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="0 = off. Default: likewise.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Default: likewise.")] = None,
+    cfg_scale: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance; 1 = off. Default: likewise.")
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="New ids at most, where the length is free.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     json: JsonFile = None,
 ) -> None:
-    if out is None and to != "text":
-        raise UserError(f"--to {to} writes a file: name it with -o FILE")
     existing(run, "run folder", "make one with: mm train CONFIG")
     raws = read_prompt({"text": prompt, "image": image, "audio": audio}, to)
     from mm.decoders.generate import Generator, save_media
 
     generator = Generator.from_pretrained(run)
-    values = generator.generate(
-        [raws] * n,
-        to,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        cfg_scale=cfg_scale,
-        max_tokens=max_tokens,
-        seed=seed,
-    )
+    generator.tokenizer(to)  # a modality that the run does not know is said before a missing -o
+    if out is None and to != "text":
+        raise UserError(f"--to {to} writes a file: name it with -o FILE")
+    named = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "cfg_scale": cfg_scale}
+    chosen = chosen_sampling(run, raws, to)
+    sampling = chosen | {k: v for k, v in named.items() if v is not None}
+    values = generator.generate([raws] * n, to, max_tokens=max_tokens, seed=seed, **sampling)
     rows = []
     for i, value in enumerate(values):
         text = (
@@ -75,7 +77,17 @@ def generate(
         table(
             f"Generated {to}", ("file", "what"), [(str(row["file"]), row["what"]) for row in rows]
         )
-    write_json(json, {"run": run, "to": to, "seed": seed, "outputs": rows})
+    write_json(json, {"run": run, "to": to, "seed": seed, "sampling": sampling, "outputs": rows})
+
+
+def chosen_sampling(run: Path, conditions: Iterable[str], to: str) -> dict[str, Any]:
+    """Settings that `mm eval RUN --json RUN/results.json` chose for this direction, or none."""
+    try:
+        every = loads((run / "results.json").read_text())["sampling"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    settings = every.get(f"{'_'.join(m for m in conditions if m != to)}_to_{to}", {})
+    return {k: settings[k] for k in ("temperature", "top_k", "top_p", "cfg_scale") if k in settings}
 
 
 def read_prompt(given: dict[str, Any], to: str) -> dict[str, Any]:

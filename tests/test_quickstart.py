@@ -1,0 +1,35 @@
+"""The quickstart's raw files: which scans are held out never changes."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mm.quickstart import source
+
+
+@pytest.mark.parametrize("versions", [1, 2])
+def test_the_split_of_the_scans_is_fixed(
+    versions: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every figure in docs/results.md is on these 300 scans, however many copies are trained on."""
+    monkeypatch.setattr(source, "VERSIONS", versions)
+    monkeypatch.setattr(source, "IMAGE_SIZE", 8)
+    (tmp_path / "images").mkdir()
+    made = source._images(
+        tmp_path, *(np.random.default_rng((source.SPLIT_SEED, i)) for i in (0, 3))
+    )
+    numbers = lambda split: {
+        re.findall(r"\d{4}", name)[0]
+        for (kind, _), names in made.items()
+        for name in names
+        if kind == split
+    }
+    held = sorted(n for (kind, _), names in made.items() if kind == "test" for n in names)
+    assert hashlib.sha256("\n".join(held).encode()).hexdigest()[:16] == "a5c211f703103f90"
+    assert [len(numbers(split)) for split in ("train", "val", "test")] == [1347, 150, 300]
+    assert len(set.union(*map(numbers, ("train", "val", "test")))) == 1797
