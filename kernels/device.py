@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from typing import Any
 
@@ -12,11 +11,7 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@functools.cache
-def _missing() -> str | None:
-    return None if importlib.util.find_spec("triton") else "triton is not installed"
-
-
+_MISSING = None if importlib.util.find_spec("triton") else "triton is not installed"
 KIND = "cuda"  # the tests' interpreter says "cpu"
 
 
@@ -30,4 +25,4 @@ def why_not(*args: Any, **kw: Any) -> str | None:
             return f"tensors are on {t.device.type}"
         if isinstance(t, Tensor) and t.is_floating_point() and t.dtype not in DTYPES:
             return f"no {t.dtype}"
-    return _missing()
+    return _MISSING

@@ -111,7 +111,7 @@ def backward(
     if u.numel():
         grid = (tiles * triton.cdiv(D, CHANNELS),)
         tensors = (wide, weight, document, grad, du, parts)
-        _backward[grid](*tensors, T, D, stride, taps, PLACES, CHANNELS, num_warps=4)
+        _backward[grid](*tensors, T, D, stride, taps, PLACES, CHANNELS, num_warps=8)
     total = parts.sum(0)
     dweight.copy_(total[:taps])
     dbias.copy_(total[taps])

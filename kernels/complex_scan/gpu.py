@@ -159,6 +159,6 @@ def backward(
     constant = a.dim() == 1
     part = h.new_empty(B, D) if constant else da
     tensors = (a, h, reset, initial, grad, part, db, dinitial)
-    _backward[grid](*tensors, T, D // 2, constant, PLACES, CHANNELS, num_warps=4)
+    _backward[grid](*tensors, T, D // 2, constant, PLACES, CHANNELS, num_warps=8)
     if constant:
         da.copy_(part.sum(0))

@@ -108,4 +108,4 @@ def backward(
     B, T, D = h.shape
     grid = (B * triton.cdiv(D, CHANNELS),)
     tensors = (a, h, reset, initial, grad, da, db, dinitial)
-    _backward[grid](*tensors, T, D, PLACES, CHANNELS, num_warps=4)
+    _backward[grid](*tensors, T, D, PLACES, CHANNELS, num_warps=8)

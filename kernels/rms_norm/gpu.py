@@ -79,7 +79,7 @@ def _tile(D: int) -> tuple[dict[str, int], int]:
     """Tile of rows by width, with its warps, and its rows."""
     wide = triton.next_power_of_2(D)
     rows = max(ELEMENTS // wide, 1)
-    return {"BR": rows, "BD": wide, "num_warps": min(max(wide * rows // 512, 4), 16)}, rows
+    return {"BR": rows, "BD": wide, "num_warps": min(max(wide * rows // 512, 4), 32)}, rows
 
 
 def forward(x: Tensor, weight: Tensor, eps: float, y: Tensor, scale: Tensor) -> None:

@@ -235,7 +235,7 @@ def backward(
         tensors = (u, dt, a, b, c, skip, reset, kept, grad_y)
         outs = (du, ddt, rows_a, parts_b, parts_c, rows_skip, dh)
         stretch = _stretch(T, kept)
-        _backward[(R * blocks,)](*tensors, *outs, T, D, N, stretch, CHANNELS, num_warps=4)
+        _backward[(R * blocks,)](*tensors, *outs, T, D, N, stretch, CHANNELS, num_warps=8)
     da.copy_(rows_a.sum(0))
     dskip.copy_(rows_skip.sum(0))
     db.copy_(parts_b.sum(0))
