@@ -140,8 +140,7 @@ def hopper(D: int, gated: bool) -> None:
     with recorded() as launches, delta_rule.using("triton"):
         o, _ = delta_rule(q, k, v, beta, beta if gated else None, torch.empty(B, H, D, D))
         o.backward(torch.empty_like(o))
-    # The backward's `_solve` reads what the forward's has computed.
-    kernels = {(x.kernel.__name__, x.options.get("KNOWN")): x for x in launches}
+    kernels = {x.kernel.__name__: x for x in launches}  # some run in both directions
     assert len(kernels) == 9
     for launch in kernels.values():
         binary = built(launch).check(dot=True)

@@ -39,10 +39,11 @@ from mm.kernels.tiles_triton import (
 
 LEAF = tl.constexpr(16)  # tokens of a block that substitution inverts
 LEAVES = tl.constexpr(CHUNK // 16)
+MERGES = tl.constexpr((CHUNK // 16).bit_length() - 1)
 
 
 @triton.jit
-def _inverse(L, PRECISION: tl.constexpr):
+def _inverse(L):
     """``(I + L)^-1`` of a strictly lower `(C, C)`: blocks of LEAF tokens by substitution, all at
     once, then merged by ``-T22 L21 T11``.
     """
@@ -60,39 +61,49 @@ def _inverse(L, PRECISION: tl.constexpr):
     T = tl.where(i == j, T[:, :, None, :], 0.0)
     T = tl.reshape(T, (C, C))
     r, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    for level in range(LEAVES // 2):
+    for level in range(MERGES):
         half = LEAF << level
         corner = (r // (2 * half) == s // (2 * half)) & (r // half > s // half)
         L21 = tl.where(corner, L, 0.0)
-        T -= tl.dot(tl.dot(T, L21, input_precision=PRECISION), T, input_precision=PRECISION)
+        T -= tl.dot(tl.dot(T, L21, input_precision="tf32x3"), T, input_precision="tf32x3")
     return T
+
+
+@triton.jit
+def _inverses(
+    k, beta, g, solved, T, H,
+    K: tl.constexpr, DECAY: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Inverse `(C, C)` of one chunk's system."""
+    c = tl.program_id(0).to(tl.int64)
+    bh = tl.program_id(1).to(tl.int64)
+    head = bh // H * T * H + bh % H
+    place = tl.arange(0, C)
+    t = c * C + place
+    kk = tl.zeros((C, C), tl.float32)
+    for first in range(0, K, BK):
+        kt = load_tile(k + head * K, t, first + tl.arange(0, BK), T, K, H * K)
+        kk = tl.dot(kt, tl.trans(kt), kk, input_precision=PRECISION)
+    strength = tl.load(beta + head + t * H, mask=t < T, other=0.0).to(tl.float32)
+    kk *= decay_between(g + head, t, T, H, DECAY) * strength[:, None]
+    inverse = _inverse(tl.where(tl.trans(after()), kk, 0.0))
+    store_tile(solved + (bh * tl.cdiv(T, C) + c) * C * C, inverse, place, place, C, C, C)
 
 
 @triton.jit
 def _solve(
     k, v, beta, g, solved, u, w, T, H,
-    K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, KNOWN: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk's inverse `(C, C)` (unless KNOWN), and what it makes of values and keys."""
+    """U and W: what one chunk's inverse makes of its values and of its decayed keys."""
     c = tl.program_id(0).to(tl.int64)
     bh = tl.program_id(1).to(tl.int64)
     head = bh // H * T * H + bh % H
-    solved += (bh * tl.cdiv(T, C) + c) * C * C
     place = tl.arange(0, C)
     t = c * C + place
+    inverse = load_tile(solved + (bh * tl.cdiv(T, C) + c) * C * C, place, place, C, C, C)
     strength = tl.load(beta + head + t * H, mask=t < T, other=0.0).to(tl.float32)
-    if KNOWN:
-        inverse = load_tile(solved, place, place, C, C, C)
-    else:
-        kk = tl.zeros((C, C), tl.float32)
-        for first in range(0, K, BK):
-            kt = load_tile(k + head * K, t, first + tl.arange(0, BK), T, K, H * K)
-            kk = tl.dot(kt, tl.trans(kt), kk, input_precision=PRECISION)
-        kk *= decay_between(g + head, t, T, H, DECAY) * strength[:, None]
-        kk = tl.where(tl.trans(after()), kk, 0.0)
-        inverse = _inverse(kk, "tf32x3").to(k.dtype.element_ty)
-        store_tile(solved, inverse, place, place, C, C, C)
     for first in range(0, V, BV):
         vc = first + tl.arange(0, BV)
         vt = load_tile(v + head * V, t, vc, T, V, H * V)
@@ -300,14 +311,15 @@ def _run_states(
     (B, T, H, K), V = k.shape, v.shape[-1]
     n = triton.cdiv(T, CHUNK)
     passes, chunks = settings
-    known, begun = solved is not None, initial is not None
+    begun, some = initial is not None, k if g is None else g
     if solved is None:
         solved = k.new_empty(B, H, n, CHUNK, CHUNK)
+        names = ("K", "DECAY", "BK", "PRECISION")
+        _inverses[(n, B * H)](k, beta, some, solved, T, H, **{x: chunks[x] for x in names})
     u, w, written = torch.empty_like(v), torch.empty_like(k), torch.empty_like(v)
     states = k.new_empty(B, H, n, K, V, dtype=torch.float32)
     final = states.new_empty(B, H, K, V)
-    some = k if g is None else g
-    _solve[(n, B * H)](k, v, beta, some, solved, u, w, T, H, KNOWN=known, **chunks)
+    _solve[(n, B * H)](k, v, beta, some, solved, u, w, T, H, **chunks)
     _states[(triton.cdiv(V, passes["BV"]), B * H)](
         k, u, w, some, initial if begun else final, states, written, final, T, H,
         BEGUN=begun, **passes,
@@ -373,10 +385,10 @@ def _backward(
         **{**chunks, "num_warps": 8},
     )  # fmt: skip
     dbegun = torch.empty_like(k)
-    settings_ = {name: x for name, x in chunks.items() if name != "DECAY"}
+    names = ("K", "V", "BK", "BV", "PRECISION")
     _erasers_backward[(k_tiles, n, B * H)](
-        solved, states, dwritten, dbegun, T, H, **settings_
-    )  # fmt: skip
+        solved, states, dwritten, dbegun, T, H, **{x: chunks[x] for x in names}
+    )
     _solve_backward[(n, B * H)](
         k, v, beta, some, solved, u, w, dwritten, dbegun, dk_read, dk, dv, dbeta,
         rates if g is None else rates[-1], T, H, **chunks,
