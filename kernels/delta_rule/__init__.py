@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mm.kernels import gpu
 from mm.kernels.op import Op
 
 CHUNK = 64  # tokens; the matrices of a chunk are as large as a head's state of 64 x 64
@@ -395,3 +396,34 @@ def _grads(
 
 
 _forward_op.register_autograd(_grads, setup_context=_setup)
+
+
+def _no_triton(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    beta_BTH: Tensor,
+    g_BTH: Tensor | None = None,
+    initial_BHKV: Tensor | None = None,
+    scale: float = 1.0,
+) -> str | None:
+    if q_BTHK.shape[-1] > 256:
+        return "keys are wider than 256"
+    reason = gpu.why_not(q_BTHK, k_BTHK, v_BTHV, beta_BTH, g_BTH, initial_BHKV)
+    return reason or ("nothing to launch" if 0 in (*q_BTHK.shape, v_BTHV.shape[-1]) else None)
+
+
+@delta_rule.register("triton", _no_triton)
+def _triton(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    beta_BTH: Tensor,
+    g_BTH: Tensor | None = None,
+    initial_BHKV: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The chunk form on a GPU; all but the chunks' inverses is computed again in the backward."""
+    from mm.kernels.delta_rule.chunk_triton import delta_rule as run
+
+    return run(q_BTHK, k_BTHK, v_BTHV, beta_BTH, g_BTH, initial_BHKV, scale)

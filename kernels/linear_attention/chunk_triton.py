@@ -118,8 +118,8 @@ def _states(
 
 
 @triton.jit
-def _outputs(
-    q, k, v, g, given, states, o, T, H,
+def outputs(
+    q, k, v, g, given, states, o, scale, T, H,
     K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -154,7 +154,7 @@ def _outputs(
         scores *= decay_between(g, t, T, H, DECAY)
     vt = load_tile(v + head * V, t, vc, T, V, H * V)
     y = tl.dot(scores.to(vt.dtype), vt, y, input_precision=PRECISION)
-    store_tile(o + head * V, y, t, vc, T, V, H * V)
+    store_tile(o + head * V, y * scale, t, vc, T, V, H * V)
 
 
 @triton.jit
@@ -191,7 +191,7 @@ def _states_backward(
 
 
 @triton.jit
-def _queries_keys_backward(
+def queries_keys_backward(
     q, k, v, g, states, dstates, do, dq, dk, dg, T, H,
     K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, PRECISION: tl.constexpr,
@@ -272,12 +272,12 @@ def _queries_keys_backward(
 
 
 @triton.jit
-def _values_backward(
+def values_backward(
     q, k, g, given, dstates, do, dv, T, H,
     K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, PRECISION: tl.constexpr,
+    BV: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients `(C, BV)` of one chunk's values."""
+    """Gradients `(C, BV)` of one chunk's values: through outputs and, if KEPT, the state after."""
     vc = tl.program_id(0) * BV + tl.arange(0, BV)
     c = tl.program_id(1).to(tl.int64)
     bh = tl.program_id(2).to(tl.int64)
@@ -292,14 +292,15 @@ def _values_backward(
     for first in range(0, K, BK):
         kc = first + tl.arange(0, BK)
         kt = load_tile(k + head * K, t, kc, T, K, H * K)
-        dS = load_tile(dstates, kc, vc, K, V, V).to(kt.dtype)
         if DECAY == CHANNEL:
             out = sum_where(after(), own_decays(g, t, kc, T, K, H * K))
             kt = (kt * tl.exp(out)).to(kt.dtype)
         else:
             qt = load_tile(q + head * K, t, kc, T, K, H * K)
             scores = tl.dot(qt, tl.trans(kt), scores, input_precision=PRECISION)
-        d = tl.dot(kt, dS, d, input_precision=PRECISION)
+        if KEPT:
+            dS = load_tile(dstates, kc, vc, K, V, V).to(kt.dtype)
+            d = tl.dot(kt, dS, d, input_precision=PRECISION)
     if DECAY == CONSTANT or DECAY == SCALAR:
         d *= tl.exp(log_out(g, t, T, H, DECAY))[:, None]
     if DECAY == CHANNEL:
@@ -371,7 +372,7 @@ def _forward(
     grid = triton.cdiv(V, with_["BV"]), states.shape[2], B * H
     some = q if g is None else g
     scores = _run_scores(q, k, g, with_)
-    _outputs[grid](q, k, v, some, scores, states, o, T, H, **with_)
+    outputs[grid](q, k, v, some, scores, states, o, 1.0, T, H, **with_)
     return o, final
 
 
@@ -402,9 +403,11 @@ def _backward(
     if with_["DECAY"] == CHANNEL.value:
         wide["BK"] = block(K, 32)
     grid = triton.cdiv(K, wide["BK"]), states.shape[2], B * H
-    _queries_keys_backward[grid](q, k, v, some, states, dstates, do, dq, dk, dg, T, H, **wide)
+    queries_keys_backward[grid](q, k, v, some, states, dstates, do, dq, dk, dg, T, H, **wide)
     grid = v_tiles, states.shape[2], B * H
-    _values_backward[grid](q, k, some, _run_scores(q, k, g, with_), dstates, do, dv, T, H, **with_)
+    values_backward[grid](
+        q, k, some, _run_scores(q, k, g, with_), dstates, do, dv, T, H, KEPT=True, **with_
+    )  # fmt: skip
     if g is None:
         dg = q.new_empty(0)
     else:

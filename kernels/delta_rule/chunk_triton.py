@@ -1,0 +1,489 @@
+"""The chunk form of the (gated) delta rule on the GPU. B rows, T tokens, H heads, K key width, V
+value width; n chunks of C tokens; BK, BV columns of a tile.
+
+What is written in a chunk, ``written = U - W S``, solves a unitriangular system of its keys; with
+``written`` for values the rest is linear attention, whose kernels run here too.
+
+Source: Yang et al. 2024 (arXiv:2406.06484), section 3; with decay: arXiv:2412.06464, section 3.3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mm.kernels.linear_attention.chunk_triton import (
+    outputs,
+    queries_keys_backward,
+    values_backward,
+)
+from mm.kernels.tiles_triton import (
+    CHUNK,
+    NONE,
+    SCALAR,
+    C,
+    after,
+    block,
+    decay_between,
+    load_log_decay,
+    load_tile,
+    log_into,
+    log_out,
+    narrow,
+    store_tile,
+)
+
+LEAF = tl.constexpr(16)  # tokens of a block that substitution inverts
+LEAVES = tl.constexpr(CHUNK // 16)
+MERGES = tl.constexpr((CHUNK // 16).bit_length() - 1)
+
+
+@triton.jit
+def _inverse(L):
+    """``(I + L)^-1`` of a strictly lower `(C, C)`: blocks of LEAF tokens by substitution, all at
+    once, then merged by ``-T22 L21 T11``.
+    """
+    i = tl.arange(0, LEAVES)[:, None, None, None]
+    j = tl.arange(0, LEAVES)[None, None, :, None]
+    leaves = tl.reshape(L, (LEAVES, LEAF, LEAVES, LEAF))
+    leaves = tl.sum(tl.where(i == j, leaves, 0.0), 2)
+    place = tl.arange(0, LEAF)[None, :, None]
+    T = tl.where(place == tl.arange(0, LEAF)[None, None, :], 1.0, 0.0)
+    T = tl.broadcast_to(T, (LEAVES, LEAF, LEAF))
+    for row in range(1, LEAF):
+        factors = tl.sum(tl.where(place == row, leaves, 0.0), 1)
+        above = tl.sum(factors[:, :, None] * T, 1)
+        T -= tl.where(place == row, above[:, None, :], 0.0)
+    T = tl.where(i == j, T[:, :, None, :], 0.0)
+    T = tl.reshape(T, (C, C))
+    r, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    for level in range(MERGES):
+        half = LEAF << level
+        corner = (r // (2 * half) == s // (2 * half)) & (r // half > s // half)
+        L21 = tl.where(corner, L, 0.0)
+        T -= tl.dot(tl.dot(T, L21, input_precision="tf32x3"), T, input_precision="tf32x3")
+    return T
+
+
+@triton.jit
+def _inverses(
+    k, beta, g, solved, T, H,
+    K: tl.constexpr, DECAY: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Inverse `(C, C)` of one chunk's system."""
+    c = tl.program_id(0).to(tl.int64)
+    bh = tl.program_id(1).to(tl.int64)
+    head = bh // H * T * H + bh % H
+    place = tl.arange(0, C)
+    t = c * C + place
+    kk = tl.zeros((C, C), tl.float32)
+    for first in range(0, K, BK):
+        kt = load_tile(k + head * K, t, first + tl.arange(0, BK), T, K, H * K)
+        kk = tl.dot(kt, tl.trans(kt), kk, input_precision=PRECISION)
+    strength = tl.load(beta + head + t * H, mask=t < T, other=0.0).to(tl.float32)
+    kk *= decay_between(g + head, t, T, H, DECAY) * strength[:, None]
+    inverse = _inverse(tl.where(tl.trans(after()), kk, 0.0))
+    store_tile(solved + (bh * tl.cdiv(T, C) + c) * C * C, inverse, place, place, C, C, C)
+
+
+@triton.jit
+def _solve(
+    k, v, beta, g, solved, u, w, T, H,
+    K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """U and W: what one chunk's inverse makes of its values and of its decayed keys."""
+    c = tl.program_id(0).to(tl.int64)
+    bh = tl.program_id(1).to(tl.int64)
+    head = bh // H * T * H + bh % H
+    place = tl.arange(0, C)
+    t = c * C + place
+    inverse = load_tile(solved + (bh * tl.cdiv(T, C) + c) * C * C, place, place, C, C, C)
+    strength = tl.load(beta + head + t * H, mask=t < T, other=0.0).to(tl.float32)
+    for first in range(0, V, BV):
+        vc = first + tl.arange(0, BV)
+        vt = load_tile(v + head * V, t, vc, T, V, H * V)
+        vt = (vt * strength[:, None]).to(vt.dtype)
+        made = tl.dot(inverse, vt, input_precision=PRECISION)
+        store_tile(u + head * V, made, t, vc, T, V, H * V)
+    if DECAY != NONE:
+        strength *= tl.exp(log_into(g + head, t, T, H, DECAY))
+    for first in range(0, K, BK):
+        kc = first + tl.arange(0, BK)
+        kt = load_tile(k + head * K, t, kc, T, K, H * K)
+        kt = (kt * strength[:, None]).to(kt.dtype)
+        made = tl.dot(inverse, kt, input_precision=PRECISION)
+        store_tile(w + head * K, made, t, kc, T, K, H * K)
+
+
+@triton.jit
+def _states(
+    k, u, w, g, initial, states, written, final, T, H,
+    K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, BEGUN: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """State `(K, BV)` before every chunk and after the last one, and what each chunk writes."""
+    kc = tl.arange(0, BK)
+    vc = tl.program_id(0) * BV + tl.arange(0, BV)
+    bh = tl.program_id(1).to(tl.int64)
+    head = bh // H * T * H + bh % H
+    n = tl.cdiv(T, C)
+    k, w, g = k + head * K, w + head * K, g + head
+    u, written = u + head * V, written + head * V
+    states += bh * n * K * V
+    S = tl.zeros((BK, BV), tl.float32)
+    if BEGUN:
+        S += load_tile(initial + bh * K * V, kc, vc, K, V, V)
+    for c in range(n):
+        store_tile(states, S, kc, vc, K, V, V)
+        states += K * V
+        t = c * C + tl.arange(0, C)
+        wt = load_tile(w, t, kc, T, K, H * K)
+        x = load_tile(u, t, vc, T, V, H * V).to(tl.float32)
+        x -= tl.dot(wt, S.to(wt.dtype), input_precision=PRECISION)
+        store_tile(written, x, t, vc, T, V, H * V)
+        if DECAY != NONE:
+            S *= tl.exp(tl.sum(load_log_decay(g, t, T, H, DECAY), 0))
+            x *= tl.exp(log_out(g, t, T, H, DECAY))[:, None]
+        kt = load_tile(k, t, kc, T, K, H * K)
+        S = tl.dot(tl.trans(kt), x.to(kt.dtype), S, input_precision=PRECISION)
+    store_tile(final + bh * K * V, S, kc, vc, K, V, V)
+
+
+@triton.jit
+def _states_backward(
+    q, k, w, g, do, dfinal, dstates, dwritten, dinitial, T, H,
+    K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient `(K, BV)` of the state after every chunk and of the initial one; completes
+    ``dwritten``, which comes with what outputs ask.
+    """
+    kc = tl.arange(0, BK)
+    vc = tl.program_id(0) * BV + tl.arange(0, BV)
+    bh = tl.program_id(1).to(tl.int64)
+    head = bh // H * T * H + bh % H
+    n = tl.cdiv(T, C)
+    q, k, w, g = q + head * K, k + head * K, w + head * K, g + head
+    do, dwritten = do + head * V, dwritten + head * V
+    dstates += (bh + 1) * n * K * V
+    dS = tl.zeros((BK, BV), tl.float32) + load_tile(dfinal + bh * K * V, kc, vc, K, V, V)
+    for c in range(n):
+        dstates -= K * V
+        store_tile(dstates, dS, kc, vc, K, V, V)
+        t = (n - 1 - c) * C + tl.arange(0, C)
+        kt = load_tile(k, t, kc, T, K, H * K)
+        dy = load_tile(do, t, vc, T, V, H * V)
+        x = tl.dot(kt, dS.to(kt.dtype), input_precision=PRECISION)
+        if DECAY != NONE:
+            x *= tl.exp(log_out(g, t, T, H, DECAY))[:, None]
+            into = log_into(g, t, T, H, DECAY)
+            dS *= tl.exp(tl.min(into, 0))
+            dy *= tl.exp(into)[:, None]
+        x += load_tile(dwritten, t, vc, T, V, H * V).to(tl.float32)
+        store_tile(dwritten, x, t, vc, T, V, H * V)
+        qt = load_tile(q, t, kc, T, K, H * K)
+        wt = load_tile(w, t, kc, T, K, H * K)
+        dS = tl.dot(tl.trans(qt), dy.to(qt.dtype), dS, input_precision=PRECISION)
+        dS = tl.dot(tl.trans(wt), (-x).to(wt.dtype), dS, input_precision=PRECISION)
+    store_tile(dinitial + bh * K * V, dS, kc, vc, K, V, V)
+
+
+@triton.jit
+def _erasers_backward(
+    solved, states, dwritten, dbegun, T, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient `(C, BK)` of one chunk's decayed keys times beta, through W."""
+    kc = tl.program_id(0) * BK + tl.arange(0, BK)
+    c = tl.program_id(1).to(tl.int64)
+    bh = tl.program_id(2).to(tl.int64)
+    head = bh // H * T * H + bh % H
+    chunk = bh * tl.cdiv(T, C) + c
+    place = tl.arange(0, C)
+    t = c * C + place
+    dw = tl.zeros((C, BK), tl.float32)
+    for first in range(0, V, BV):
+        vc = first + tl.arange(0, BV)
+        x = load_tile(dwritten + head * V, t, vc, T, V, H * V)
+        S = load_tile(states + chunk * K * V, kc, vc, K, V, V).to(x.dtype)
+        dw = tl.dot(x, tl.trans(S), dw, input_precision=PRECISION)
+    inverse = load_tile(solved + chunk * C * C, place, place, C, C, C)
+    d = tl.dot(tl.trans(inverse), (-dw).to(inverse.dtype), input_precision=PRECISION)
+    store_tile(dbegun + head * K, d, t, kc, T, K, H * K)
+
+
+@triton.jit
+def _solve_backward(
+    k, v, beta, g, solved, u, w, dwritten, dbegun, dk_read, dk, dv, dbeta, dg, T, H,
+    K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one chunk's values, strengths, keys (with ``dk_read`` of their other uses), and
+    of its log decays through the system that it solves.
+    """
+    c = tl.program_id(0).to(tl.int64)
+    bh = tl.program_id(1).to(tl.int64)
+    head = bh // H * T * H + bh % H
+    g += head
+    place = tl.arange(0, C)
+    t = c * C + place
+    strength = tl.load(beta + head + t * H, mask=t < T, other=0.0).to(tl.float32)
+    into = tl.zeros((C,), tl.float32)
+    if DECAY != NONE:
+        into += log_into(g, t, T, H, DECAY)
+    into = tl.exp(into)
+    inverse = load_tile(solved + (bh * tl.cdiv(T, C) + c) * C * C, place, place, C, C, C)
+    dsystem = tl.zeros((C, C), tl.float32)
+    ds = tl.zeros((C,), tl.float32)
+    for first in range(0, V, BV):
+        vc = first + tl.arange(0, BV)
+        x = load_tile(dwritten + head * V, t, vc, T, V, H * V)
+        d = tl.dot(tl.trans(inverse), x, input_precision=PRECISION)
+        ut = load_tile(u + head * V, t, vc, T, V, H * V)
+        dsystem = tl.dot(d.to(ut.dtype), tl.trans(ut), dsystem, input_precision=PRECISION)
+        ds += tl.sum(d * load_tile(v + head * V, t, vc, T, V, H * V), 1)
+        store_tile(dv + head * V, d * strength[:, None], t, vc, T, V, H * V)
+    kk = tl.zeros((C, C), tl.float32)
+    erased = tl.zeros((C,), tl.float32)
+    for first in range(0, K, BK):
+        kc = first + tl.arange(0, BK)
+        d = load_tile(dbegun + head * K, t, kc, T, K, H * K)
+        wt = load_tile(w + head * K, t, kc, T, K, H * K)
+        kt = load_tile(k + head * K, t, kc, T, K, H * K)
+        dsystem = tl.dot(d, tl.trans(wt), dsystem, input_precision=PRECISION)
+        kk = tl.dot(kt, tl.trans(kt), kk, input_precision=PRECISION)
+        erased += tl.sum(d.to(tl.float32) * kt.to(tl.float32), 1)
+    erased *= into
+    between = decay_between(g, t, T, H, DECAY)
+    dsystem = tl.where(tl.trans(after()), -dsystem * between, 0.0)
+    moved = dsystem * kk
+    ds += erased + tl.sum(moved, 1)
+    tl.store(dbeta + head + t * H, ds.to(dbeta.dtype.element_ty), mask=t < T)
+    if DECAY != NONE:
+        moved *= strength[:, None]
+        rate = tl.sum(moved, 1) - tl.sum(moved, 0) + erased * strength
+        tl.store(dg + head + t * H, tl.cumsum(rate, 0, reverse=True), mask=t < T)
+    dsystem *= strength[:, None]
+    both_ways = (dsystem + tl.trans(dsystem)).to(k.dtype.element_ty)
+    for first in range(0, K, BK):
+        kc = first + tl.arange(0, BK)
+        kt = load_tile(k + head * K, t, kc, T, K, H * K)
+        d = load_tile(dbegun + head * K, t, kc, T, K, H * K) * (strength * into)[:, None]
+        d += load_tile(dk_read + head * K, t, kc, T, K, H * K)
+        d = tl.dot(both_ways, kt, d, input_precision=PRECISION)
+        store_tile(dk + head * K, d, t, kc, T, K, H * K)
+
+
+WIDEST = 256  # key width: a program holds all rows of the state's columns that it carries
+
+
+def _settings(q: Tensor, v: Tensor, g: Tensor | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Compile-time arguments: those of the passes over time, and those of all chunks at once."""
+    K, V = q.shape[-1], v.shape[-1]
+    shared = {
+        "K": K,
+        "V": V,
+        "DECAY": (NONE if g is None else SCALAR).value,
+        "PRECISION": "tf32x3" if q.dtype == torch.float32 else None,
+    }
+    passes = {**shared, "BK": block(K, WIDEST), "BV": block(V, 32), "num_warps": 4}
+    return passes, {**shared, "BK": block(K, 64), "BV": block(V, 64), "num_warps": 4}
+
+
+def _run_states(
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    solved: Tensor | None,
+    settings: tuple[dict[str, Any], dict[str, Any]],
+) -> tuple[Tensor, ...]:
+    """Inverses `(B, H, n, C, C)`, U, W, written `(B, T, H, .)`, states `(B, H, n, K, V)`, the last
+    state.
+    """
+    (B, T, H, K), V = k.shape, v.shape[-1]
+    n = triton.cdiv(T, CHUNK)
+    passes, chunks = settings
+    begun, some = initial is not None, k if g is None else g
+    if solved is None:
+        solved = k.new_empty(B, H, n, CHUNK, CHUNK)
+        names = ("K", "DECAY", "BK", "PRECISION")
+        _inverses[(n, B * H)](k, beta, some, solved, T, H, **{x: chunks[x] for x in names})
+    u, w, written = torch.empty_like(v), torch.empty_like(k), torch.empty_like(v)
+    states = k.new_empty(B, H, n, K, V, dtype=torch.float32)
+    final = states.new_empty(B, H, K, V)
+    _solve[(n, B * H)](k, v, beta, some, solved, u, w, T, H, **chunks)
+    _states[(triton.cdiv(V, passes["BV"]), B * H)](
+        k, u, w, some, initial if begun else final, states, written, final, T, H,
+        BEGUN=begun, **passes,
+    )  # fmt: skip
+    return solved, u, w, written, states, final
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs, last state, and the chunks' inverses for the backward. Takes contiguous tensors, q,
+    k, v of one dtype, none empty.
+    """
+    settings = _settings(q, v, g)
+    solved, _, _, written, states, final = _run_states(k, v, beta, g, initial, None, settings)
+    (B, T, H, _), V = q.shape, v.shape[-1]
+    o = torch.empty_like(v)
+    grid = triton.cdiv(V, settings[1]["BV"]), states.shape[2], B * H
+    some = k if g is None else g
+    outputs[grid](q, k, written, some, q, states, o, scale, T, H, **settings[1])
+    return o, final, solved
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    solved: Tensor,
+    do: Tensor,
+    dfinal: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, beta, g (empty without decay) and of the initial state."""
+    (B, T, H, K), V = q.shape, v.shape[-1]
+    settings = _settings(q, v, g)
+    passes, chunks = settings
+    _, u, w, written, states, final = _run_states(k, v, beta, g, initial, solved, settings)
+    do = (do.float() * scale).contiguous()
+    dfinal = torch.zeros_like(final) if dfinal is None else dfinal.float().contiguous()
+    n, some = states.shape[2], k if g is None else g
+    k_tiles, v_tiles = triton.cdiv(K, chunks["BK"]), triton.cdiv(V, chunks["BV"])
+    dwritten, dstates, dinitial = (torch.empty_like(x) for x in (v, states, final))
+    values_backward[(v_tiles, n, B * H)](
+        q, k, some, q, states, do, dwritten, T, H, KEPT=False, **chunks
+    )  # fmt: skip
+    _states_backward[(triton.cdiv(V, passes["BV"]), B * H)](
+        q, k, w, some, do, dfinal, dstates, dwritten, dinitial, T, H, **passes
+    )
+    dq, dk, dv, dbeta = (torch.empty_like(x) for x in (q, k, v, beta))
+    dk_read = torch.empty_like(k, dtype=torch.float32)
+    rates = do.new_empty(0 if g is None else (1 + k_tiles, B, T, H))
+    queries_keys_backward[(k_tiles, n, B * H)](
+        q, k, written, some, states, dstates, do, dq, dk_read, rates, T, H,
+        **{**chunks, "num_warps": 8},
+    )  # fmt: skip
+    dbegun = torch.empty_like(k)
+    names = ("K", "V", "BK", "BV", "PRECISION")
+    _erasers_backward[(k_tiles, n, B * H)](
+        solved, states, dwritten, dbegun, T, H, **{x: chunks[x] for x in names}
+    )
+    _solve_backward[(n, B * H)](
+        k, v, beta, some, solved, u, w, dwritten, dbegun, dk_read, dk, dv, dbeta,
+        rates if g is None else rates[-1], T, H, **chunks,
+    )  # fmt: skip
+    dg = q.new_empty(0) if g is None else rates.sum(0).to(g.dtype)
+    return dq, dk, dv, dbeta, dg, dinitial
+
+
+_forward_op = torch.library.custom_op(
+    "mm::delta_rule_triton",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? initial, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+_backward_op = torch.library.custom_op(
+    "mm::delta_rule_triton_backward",
+    _backward,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? initial, Tensor solved,"
+    " Tensor do, Tensor? dfinal, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_forward_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (B, T, H, K), V = q.shape, v.shape[-1]
+    n = (T + CHUNK - 1) // CHUNK
+    final = q.new_empty(B, H, K, V, dtype=torch.float32)
+    return torch.empty_like(v), final, k.new_empty(B, H, n, CHUNK, CHUNK)
+
+
+@_backward_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    solved: Tensor,
+    do: Tensor,
+    dfinal: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    (B, _, H, K), V = q.shape, v.shape[-1]
+    dg = q.new_empty(0) if g is None else torch.empty_like(g)
+    dinitial = q.new_empty(B, H, K, V, dtype=torch.float32)
+    return (*(torch.empty_like(x) for x in (q, k, v, beta)), dg, dinitial)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.set_materialize_grads(False)  # nothing is asked of the inverses
+
+
+def _grads(
+    ctx: Any, do: Tensor | None, dfinal: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    v, g, initial = ctx.saved_tensors[2], ctx.saved_tensors[4], ctx.saved_tensors[5]
+    do = torch.zeros_like(v) if do is None else do
+    *grads, dg, dinitial = torch.ops.mm.delta_rule_triton_backward(
+        *ctx.saved_tensors, do, dfinal, ctx.scale
+    )
+    return *grads, None if g is None else dg, None if initial is None else dinitial, None
+
+
+_forward_op.register_autograd(_grads, setup_context=_setup)
+
+
+def delta_rule(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    beta_BTH: Tensor,
+    g_BTH: Tensor | None = None,
+    initial_BHKV: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Run the kernels; arguments and results as those of `mm.kernels.delta_rule`.
+
+    Products of float32 are tf32x3, those of bfloat16 and float16 have float32 sums; each chunk's
+    inverse is formed in float32.
+    """
+    q, k, v = narrow(q_BTHK, k_BTHK, v_BTHV)
+    g = None if g_BTH is None else g_BTH.contiguous()
+    initial = None if initial_BHKV is None else initial_BHKV.float().contiguous()
+    o, last, _ = torch.ops.mm.delta_rule_triton(q, k, v, beta_BTH.contiguous(), g, initial, scale)
+    return o.to(q_BTHK.dtype), last
