@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.kernels.attention import blocks
+from mm.kernels import device
+from mm.kernels.attention import ops
 from mm.kernels.op import Op
 
 Sides = tuple[Tensor | None, Tensor | None]
@@ -188,7 +189,9 @@ def _blocks_why_not(
     return None
 
 
-def _flat(q: Tensor, allowed: Tensor | None, how: dict[str, Any]) -> tuple[Any, ...]:
+def _setting(
+    q: Tensor, allowed: Tensor | None, how: dict[str, Any], way: str
+) -> tuple[Any, ...]:
     """The keywords of `attention` as `blocks.Setting` has them."""
     return (
         allowed,
@@ -207,21 +210,43 @@ def _flat(q: Tensor, allowed: Tensor | None, how: dict[str, Any]) -> tuple[Any, 
         how.get("window") or 0,
         how.get("scale") or 1 / math.sqrt(q.shape[-1]),
         how.get("softcap") or 0.0,
+        way,
     )
+
+
+def _by(
+    way: str, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, how: dict[str, Any]
+) -> Any:
+    setting = _setting(q, allowed, how, way)
+    y, lse = ops.run(q, k, v, *setting)
+    if not how.get("want"):
+        return y
+    mass, entropy = ops.measured(q, k, v, lse, *setting)
+    made = {"key_mass": mass, "entropy": entropy}
+    return (y, *(made[name] for name in how["want"]))
 
 
 @attention.register("blocks", _blocks_why_not)
 def _blocks(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, **how: Any) -> Any:
-    setting = _flat(q, allowed, how)
-    y, lse = blocks.run(q, k, v, *setting)
-    if not how.get("want"):
-        return y
-    detached = (t.detach() if isinstance(t, Tensor) else t for t in setting)
-    mass, entropy = torch.ops.mm.attention_statistics(
-        q.detach(), k.detach(), v.detach(), lse.detach(), *detached
-    )
-    made = {"key_mass": mass, "entropy": entropy}
-    return (y, *(made[name] for name in how["want"]))
+    return _by("blocks", q, k, v, allowed, how)
+
+
+def _triton_why_not(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, **how: Any
+) -> str | None:
+    for name in ("bias_RHTS", "gain_RHTS", "relative_NH", "prefix_RT"):
+        if how.get(name) is not None:
+            return f"it has no {name}"
+    if allowed is not None:
+        return "it has no allowed_RTS"
+    if q.shape[-1] > 256 or v.shape[-1] > 256:
+        return "heads wider than 256"
+    return _blocks_why_not(q, k, v) or device.why_not(q, k, v)
+
+
+@attention.register("triton", _triton_why_not)
+def _triton(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, **how: Any) -> Any:
+    return _by("gpu", q, k, v, allowed, how)
 
 
 SMALL = 1 << 16  # places of a mask up to which a dense one costs nothing that can be seen
@@ -248,9 +273,10 @@ def _sdpa_why_not(
         return "its causal mask is aligned to the first key, not the last"
     if T == 0 or q.shape[0] == 0:
         return "no queries"
-    dense = masked or (sink is not None)
-    if dense and q.device.type == "cpu" and T * S > SMALL and _blocks_why_not(q, k, v) is None:
-        return "it would make a float mask of all scores"
+    if (masked or sink is not None) and T * S > SMALL:
+        other = _blocks_why_not if q.device.type == "cpu" else _triton_why_not
+        if other(q, k, v, allowed, **how) is None:
+            return "it would make a mask of all scores"
     return None
 
 

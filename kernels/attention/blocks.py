@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +52,7 @@ class Setting:
     window: int  # 0 = none
     scale: float
     softcap: float  # 0 = none
+    way: str  # which module runs it: blocks or gpu
 
 
 @dataclass(frozen=True)
@@ -374,112 +374,3 @@ def statistics(
                 entropy[n, :, t] -= (s.exp() * s).view(s.shape[0], tiles.M, -1)
         shape = (tiles.R, tiles.H, -1)
         return mass.view(shape), entropy.view(shape)
-
-
-GRADS = ("bias", "fade_q", "fade_k", "relative", "sink")
-
-
-def _forward(q: Tensor, k: Tensor, v: Tensor, *setting: Any) -> tuple[Tensor, Tensor]:
-    return forward(q, k, v, Setting(*setting))
-
-
-def _backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    y: Tensor,
-    lse: Tensor,
-    dy: Tensor,
-    need: list[bool],
-    *setting: Any,
-) -> list[Tensor]:
-    """Gradients of q, k, v and of all that ``need`` (one flag a name of GRADS) asks for."""
-    names = [name for name, needed in zip(GRADS, need, strict=True) if needed]
-    made = backward(q, k, v, Setting(*setting), y, lse, dy, names)
-    return [made[name] for name in ("q", "k", "v", *names)]
-
-
-def _statistics(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *setting: Any
-) -> tuple[Tensor, Tensor]:
-    return statistics(q, k, v, Setting(*setting), lse)
-
-
-_QKV = "Tensor q, Tensor k, Tensor v"
-_SETTING = ", ".join(f"Tensor? {name}" for name in TENSORS)
-_SETTING += ", bool causal, int window, float scale, float softcap"
-
-
-def _define(name: str, f: Any, first: str, returns: str) -> Any:
-    schema = f"({first}, {_SETTING}) -> {returns}"
-    return torch.library.custom_op(f"mm::{name}", f, mutates_args=(), schema=schema)
-
-
-_op = _define("attention_blocks", _forward, _QKV, "(Tensor, Tensor)")
-_backward_op = _define(
-    "attention_blocks_backward",
-    _backward,
-    f"{_QKV}, Tensor y, Tensor lse, Tensor dy, bool[] need",
-    "Tensor[]",
-)
-_statistics_op = _define(
-    "attention_statistics", _statistics, f"{_QKV}, Tensor lse", "(Tensor, Tensor)"
-)
-
-
-@_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *setting: Any) -> tuple[Tensor, Tensor]:
-    (R, T, H, _), G = q.shape, k.shape[2]
-    wide = torch.promote_types(v.dtype, torch.float32)
-    y = v.new_empty(R, T, H, v.shape[-1])
-    return y, v.new_empty(R * G, H // G, T, 1, dtype=wide)
-
-
-@_backward_op.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    y: Tensor,
-    lse: Tensor,
-    dy: Tensor,
-    need: list[bool],
-    *setting: Any,
-) -> list[Tensor]:
-    given = [getattr(Setting(*setting), n) for n, needed in zip(GRADS, need, strict=True) if needed]
-    return [x.new_empty(x.shape) for x in (q, k, v, *given)]
-
-
-@_statistics_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *setting: Any) -> tuple[Tensor, Tensor]:
-    R, T, H, _ = q.shape
-    return lse.new_empty(R, H, k.shape[1]), lse.new_empty(R, H, T)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    n = 3 + len(TENSORS)
-    ctx.save_for_backward(*inputs[:n], *output)
-    ctx.rest = inputs[n:]
-
-
-def _grads(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, *tensors, y, lse = ctx.saved_tensors
-    asked = dict(zip(TENSORS, ctx.needs_input_grad[3:], strict=False))
-    # Both sides of the fade come together.
-    asked["fade_q"] = asked["fade_k"] = asked["fade_q"] or asked["fade_k"]
-    made = iter(
-        torch.ops.mm.attention_blocks_backward(
-            q, k, v, y, lse, dy, [asked[name] for name in GRADS], *tensors, *ctx.rest
-        )
-    )
-    first = [next(made), next(made), next(made)]
-    by_name = {name: next(made) for name in GRADS if asked[name]}
-    return *first, *(by_name.get(name) for name in TENSORS), *(None for _ in ctx.rest)
-
-
-_op.register_autograd(_grads, setup_context=_setup)
-
-
-def run(q: Tensor, k: Tensor, v: Tensor, *setting: Any) -> tuple[Tensor, Tensor]:
-    """`forward` as an op with a gradient."""
-    return torch.ops.mm.attention_blocks(q, k, v, *setting)
