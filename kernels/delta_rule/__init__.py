@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.kernels.op import Op
+from mm.kernels.op import Op, exact
 
 CHUNK = 64  # tokens; the matrices of a chunk are as large as a head's state of 64 x 64
 LEAF = 16  # tokens; CHUNK is this times a power of two
 
 
 @Op
+@exact
 def delta_rule(
     q_BTHK: Tensor,
     k_BTHK: Tensor,
@@ -195,6 +196,7 @@ class _Parts(NamedTuple):
         return self.q * self.since, self.k * self.until
 
 
+@exact
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -233,6 +235,7 @@ def _forward(
     return _join(o, B, T, q.dtype), last, solve, uw, states, written
 
 
+@exact
 def _backward(
     q: Tensor,
     k: Tensor,
