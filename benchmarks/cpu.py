@@ -5,7 +5,7 @@ python benchmarks/cpu.py [--only P4 --only P7] [--seconds 60] [--json FILE]
 Times are processor time of this process, so that other jobs on the machine matter little; each
 figure is the ratio of two medians of interleaved repeats. Peers (transformers, litgpt, mambapy,
 flash-linear-attention's plain PyTorch) are optional: a goal says which one it lacks.
-B rows, T tokens, D model, H heads, K key width, V value width.
+B rows, T tokens, D model, H heads, K key width.
 """
 
 from __future__ import annotations

@@ -18,6 +18,18 @@ from mm.kernels import check
 log = logging.getLogger("mm.kernels")
 
 
+def exact(f: Callable) -> Callable:
+    """Decorator: run ``f`` outside autocast, which would round the operands of its products."""
+
+    @functools.wraps(f)
+    def run(*args: Any, **kw: Any) -> Any:
+        device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+        with torch.autocast(device, enabled=False):
+            return f(*args, **kw)
+
+    return run
+
+
 class KernelUnavailable(RuntimeError):
     """An implementation was forced that cannot run this call."""
 

@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.kernels import gpu
-from mm.kernels.op import Op
+from mm.kernels import device
+from mm.kernels.op import Op, exact
 
 CHUNK = 64  # tokens; the matrices of a chunk are as large as a head's state of 64 x 64
 LEAF = 16  # tokens; CHUNK is this times a power of two
 
 
 @Op
+@exact
 def delta_rule(
     q_BTHK: Tensor,
     k_BTHK: Tensor,
@@ -196,6 +197,7 @@ class _Parts(NamedTuple):
         return self.q * self.since, self.k * self.until
 
 
+@exact
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -234,6 +236,7 @@ def _forward(
     return _join(o, B, T, q.dtype), last, solve, uw, states, written
 
 
+@exact
 def _backward(
     q: Tensor,
     k: Tensor,
@@ -409,7 +412,7 @@ def _no_triton(
 ) -> str | None:
     if q_BTHK.shape[-1] > 256:
         return "keys are wider than 256"
-    reason = gpu.why_not(q_BTHK, k_BTHK, v_BTHV, beta_BTH, g_BTH, initial_BHKV)
+    reason = device.why_not(q_BTHK, k_BTHK, v_BTHV, beta_BTH, g_BTH, initial_BHKV)
     return reason or ("nothing to launch" if 0 in (*q_BTHK.shape, v_BTHV.shape[-1]) else None)
 
 

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm.kernels import device
-from mm.kernels.op import Op
+from mm.kernels.op import Op, exact
 
 CHUNK = 64
 IN_HAND = 1 << 18  # elements of a working tensor: what a core's cache holds
 
 
 @Op
+@exact
 def linear_attention(
     q_BTHK: Tensor,
     k_BTHK: Tensor,
@@ -216,6 +217,7 @@ def _times(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else x * factor
 
 
+@exact
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,6 +242,7 @@ def _forward(
     return o, states[-1].clone(), states
 
 
+@exact
 def _backward(
     q: Tensor,
     k: Tensor,
