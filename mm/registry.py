@@ -136,7 +136,13 @@ NETWORKS = Registry(
         "ms_stft_critic": "mm.tokenizers.audio.critic",
     },
 )
-BACKBONES = Registry("backbone", {"stack": "mm.model.backbones.stack"})
+BACKBONES = Registry(
+    "backbone",
+    {
+        "stack": "mm.model.backbones.stack",
+        "decoder_decoder": "mm.model.backbones.decoder_decoder",
+    },
+)
 BLOCKS = Registry("block", {"prenorm": "mm.model.blocks.prenorm"})
 MIXERS = Registry(
     "mixer",
@@ -158,6 +164,7 @@ MIXERS = Registry(
         "selective_attention": "mm.model.mixers.selective_attention",
         "cog_attention": "mm.model.mixers.cog_attention",
         "kv_only": "mm.model.mixers.kv_only",
+        "ngram_head": "mm.model.mixers.ngram_head",
     },
 )
 CHANNELS = Registry("channel", {"swiglu": "mm.model.channels.swiglu"})
