@@ -136,7 +136,13 @@ NETWORKS = Registry(
         "ms_stft_critic": "mm.tokenizers.audio.critic",
     },
 )
-BACKBONES = Registry("backbone", {"stack": "mm.model.backbones.stack"})
+BACKBONES = Registry(
+    "backbone",
+    {
+        "stack": "mm.model.backbones.stack",
+        "decoder_decoder": "mm.model.backbones.decoder_decoder",
+    },
+)
 BLOCKS = Registry("block", {"prenorm": "mm.model.blocks.prenorm"})
 MIXERS = Registry(
     "mixer",
@@ -174,6 +180,7 @@ MIXERS = Registry(
         "hyena": "mm.model.mixers.hyena",
         "trellis": "mm.model.mixers.trellis",
         "mixed_heads": "mm.model.mixers.mixed_heads",
+        "ngram_head": "mm.model.mixers.ngram_head",
     },
 )
 CHANNELS = Registry("channel", {"swiglu": "mm.model.channels.swiglu"})

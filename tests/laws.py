@@ -106,6 +106,8 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> Layer:
 
 
 def apply(layer: Layer, x: Tensor, layout: Layout, state: State | None = None, **ctx: Any) -> Out:
+    # Mixers that look at tokens need some: the same for the same vector, few, so that they recur.
+    ctx.setdefault("ids", (x[..., :1].detach() > 0).int())
     return layer(x, Ctx(layout, ctx.pop("mask", Causal()), **ctx), state)
 
 

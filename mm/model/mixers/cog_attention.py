@@ -109,7 +109,7 @@ class CogAttention(CachedAttention):
                     hidden = late if hidden is None else hidden | late
                 weights = signed_softmax(logits, hidden)
                 outs.append(torch.einsum("rghts,rsgv->rtghv", weights, v[:, :seen]))
-        return torch.cat(outs, dim=1).reshape(R, T, H, -1).to(v_RSGV.dtype)
+        return torch.cat(outs, dim=1).reshape(R, T, H, v.shape[-1]).to(v_RSGV.dtype)
 
 
 @MIXERS.register("cog_attention")
