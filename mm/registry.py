@@ -151,6 +151,16 @@ MIXERS = Registry(
         "s4d": "mm.model.mixers.s4d",
         "gru": "mm.model.mixers.gru",
         "lstm": "mm.model.mixers.lstm",
+        "sparse_attention": "mm.model.mixers.sparse_attention",
+        "combiner": "mm.model.mixers.combiner",
+        "topk_attention": "mm.model.mixers.topk_attention",
+        "aft": "mm.model.mixers.aft",
+        "memory_compressed": "mm.model.mixers.memory_compressed",
+        "transformer_vq": "mm.model.mixers.transformer_vq",
+        "ecoformer": "mm.model.mixers.ecoformer",
+        "fnet": "mm.model.mixers.fnet",
+        "linformer": "mm.model.mixers.linformer",
+        "nystromformer": "mm.model.mixers.nystromformer",
     },
 )
 CHANNELS = Registry("channel", {"swiglu": "mm.model.channels.swiglu"})
