@@ -168,11 +168,13 @@ POSITIONS = Registry(
     "position",
     {
         "alibi": "mm.model.positions.alibi",
+        "irpe": "mm.model.positions.irpe",
         "learned": "mm.model.positions.learned",
         "none": "mm.model.positions.none",
         "rope": "mm.model.positions.rope",
         "sinusoidal": "mm.model.positions.sinusoidal",
         "t5_bias": "mm.model.positions.t5_bias",
+        "urpe": "mm.model.positions.urpe",
     },
 )
 LINEARS = Registry("linear", {"dense": "mm.model.linears.dense"})

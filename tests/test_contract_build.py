@@ -163,6 +163,7 @@ def example(op: str) -> tuple[Tensor, ...]:
             r(2, 5, 2, 3),
             torch.ones(2, 5, 5, dtype=torch.bool).tril(),
         ),
+        "decode_attention": (r(2, 4, 6), r(2, 5, 2, 6), r(2, 5, 2, 3), torch.tensor([5, 2])),
         "linear_scan": (
             r(2, 5, 3).sigmoid().detach().requires_grad_(),
             r(2, 5, 3),

@@ -19,9 +19,9 @@ from mm.registry import MIXERS
 
 def build(**settings: Any) -> TransformerVQ:
     torch.manual_seed(4)
-    layer = MIXERS.get("transformer_vq")(
-        **{"heads": 2, "codes": 6, "block": 8, **settings}
-    ).build(D)
+    layer = MIXERS.get("transformer_vq")(**{"heads": 2, "codes": 6, "block": 8, **settings}).build(
+        D
+    )
     init_weights(layer)
     with torch.no_grad():
         for p in layer.parameters():
