@@ -5,13 +5,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mm.layout import Fields
+from mm.layout import Doc, Fields
 
 Hint = Literal["causal", "full", "window", "general"]
 
@@ -105,6 +107,37 @@ class Prefix(Mask):
         tq, tk = _times(q, k)
         gq, gk = q.extra[self.name][:, :, None], k.extra[self.name][:, None, :]
         return (tq >= tk) | ((gq == gk) & (gk != 0))
+
+
+@dataclass(frozen=True)
+class ParallelBlocks(Mask):
+    """Pieces of context that do not see each other, a prefix that all see, and a question that sees
+    all; each is causal in itself. `parallel_blocks` lays them out.
+
+    The prefix is the sink that keeps the pieces' attention from spreading. Source: Zhang et al.
+    2024 (arXiv:2412.16545), sections 2 (parallel encoding) and 4.1 (shared sink); layout: Ratner et
+    al. 2022 (arXiv:2212.10947), section 2.
+    """
+
+    name: str = "block"  # field: 0 = prefix, 1.. = pieces, -1 = question
+
+    def allowed(self, q: Fields, k: Fields) -> Tensor:
+        tq, tk = _times(q, k)
+        bq, bk = q.extra[self.name][:, :, None], k.extra[self.name][:, None, :]
+        return ((tq >= tk) & ((bq == bk) | (bk == 0))) | ((bq == -1) & (bk != -1))
+
+
+def parallel_blocks(
+    prefix: int, pieces: Sequence[int], question: int, name: str = "block", slot: int = -1
+) -> Doc:
+    """One document of ``prefix`` tokens, ``pieces`` that reuse the same positions behind it, and a
+    ``question`` behind the longest.
+    """
+    sizes = (prefix, *pieces, question)
+    begins = (0, *[prefix] * len(pieces), prefix + max(pieces, default=0))
+    position = np.concatenate([at + np.arange(n) for at, n in zip(begins, sizes, strict=True)])
+    blocks = np.repeat([0, *range(1, len(pieces) + 1), -1], sizes)
+    return Doc(sum(sizes), position[:, None], extra={name: blocks.astype(np.int32)}, slot=slot)
 
 
 @dataclass(frozen=True)

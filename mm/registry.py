@@ -181,6 +181,16 @@ MIXERS = Registry(
         "trellis": "mm.model.mixers.trellis",
         "mixed_heads": "mm.model.mixers.mixed_heads",
         "ngram_head": "mm.model.mixers.ngram_head",
+        "sparse_attention": "mm.model.mixers.sparse_attention",
+        "combiner": "mm.model.mixers.combiner",
+        "topk_attention": "mm.model.mixers.topk_attention",
+        "aft": "mm.model.mixers.aft",
+        "memory_compressed": "mm.model.mixers.memory_compressed",
+        "transformer_vq": "mm.model.mixers.transformer_vq",
+        "ecoformer": "mm.model.mixers.ecoformer",
+        "fnet": "mm.model.mixers.fnet",
+        "linformer": "mm.model.mixers.linformer",
+        "nystromformer": "mm.model.mixers.nystromformer",
     },
 )
 CHANNELS = Registry("channel", {"swiglu": "mm.model.channels.swiglu"})
@@ -188,12 +198,14 @@ POSITIONS = Registry(
     "position",
     {
         "alibi": "mm.model.positions.alibi",
+        "irpe": "mm.model.positions.irpe",
         "learned": "mm.model.positions.learned",
         "none": "mm.model.positions.none",
         "rope": "mm.model.positions.rope",
         "rope_axes": "mm.model.positions.rope_axes",
         "sinusoidal": "mm.model.positions.sinusoidal",
         "t5_bias": "mm.model.positions.t5_bias",
+        "urpe": "mm.model.positions.urpe",
     },
 )
 LINEARS = Registry("linear", {"dense": "mm.model.linears.dense"})

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import mm
 from mm.layout import Doc, Layout
-from mm.mask import Causal
+from mm.mask import Causal, Full, Mask
 from mm.model.backbones.stack import StackConfig, presets
 from mm.model.layer import Ctx, Layer, Out, init_weights
 from mm.registry import (
@@ -102,13 +102,20 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> Layer:
     with torch.no_grad():
         for p in layer.parameters():
             p.add_(0.1 * torch.randn_like(p))
+    if not layer.caps.step:  # it refuses to make a State: laws about States say nothing of it
+        layer.initial_state = lambda n, max_len: pytest.skip("this layer has no State")
     return layer.to(dtype)
+
+
+def mask_of(layer: Layer) -> Mask:
+    """The mask that a layer (or the mixer of a block) is made for."""
+    return Causal() if getattr(layer, "mixer", layer).caps.causal else Full()
 
 
 def apply(layer: Layer, x: Tensor, layout: Layout, state: State | None = None, **ctx: Any) -> Out:
     # Mixers that look at tokens need some: the same for the same vector, few, so that they recur.
     ctx.setdefault("ids", (x[..., :1].detach() > 0).int())
-    return layer(x, Ctx(layout, ctx.pop("mask", Causal()), **ctx), state)
+    return layer(x, Ctx(layout, ctx.pop("mask", mask_of(layer)), **ctx), state)
 
 
 def documents(*lengths: int, seed: int = 0) -> list[Tensor]:

@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from laws import ROOT, TOL, VARIANTS, VOCABULARY, D, build, layers
+from laws import ROOT, TOL, VARIANTS, VOCABULARY, D, build, layers, mask_of
 from torch import Tensor, nn
 
 from mm import config as yaml_config
 from mm.kernels.op import Op
 from mm.layout import Layout
-from mm.mask import Causal
 from mm.model.layer import Ctx, Layer, init_weights
 from mm.registry import (
     ADAPTERS,
@@ -135,7 +134,7 @@ def test_law12_compile_captures_a_block_as_one_graph(name: str) -> None:
     else:
         layer = build(name)
     x = torch.randn(2, 5, D, dtype=torch.float64, requires_grad=True)
-    ctx = Ctx(Layout.plain(2, 5), Causal())
+    ctx = Ctx(Layout.plain(2, 5), mask_of(layer))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     y, expected = compiled(x, ctx).y, layer(x, ctx).y
     torch.testing.assert_close(y, expected, **TOL)
@@ -164,6 +163,7 @@ def example(op: str) -> tuple[Tensor, ...]:
             r(2, 5, 2, 3),
             torch.ones(2, 5, 5, dtype=torch.bool).tril(),
         ),
+        "decode_attention": (r(2, 4, 6), r(2, 5, 2, 6), r(2, 5, 2, 3), torch.tensor([5, 2])),
         "linear_scan": (
             r(2, 5, 3).sigmoid().detach().requires_grad_(),
             r(2, 5, 3),
