@@ -156,7 +156,9 @@ def test_differential_subtracts_the_second_branch_before_the_norm(kind: str) -> 
     (x,) = documents(7)
     ctx = Ctx(Layout.plain(1, 7), Causal(), visit=3)
     one, two = (m(x[None], ctx).y for m in (layer.first, layer.second))
-    share = layer.share.sigmoid() + 0.8 - 0.6 * math.exp(-0.9)
-    expected = layer.norm(one - share * two)
+    constant = 0.8 - 0.6 * math.exp(-0.9)
+    share = layer.share.sigmoid() + constant
+    expected = (1 - constant) * layer.norm(one - share * two)
     torch.testing.assert_close(layer(x[None], ctx).y, expected)
-    assert layer.share_at(0) < layer.share_at(5) < layer.share_at(50) < 2
+    lambdas = [layer.share_at(n)[0] for n in (0, 5, 50)]
+    assert lambdas[0] < lambdas[1] < lambdas[2] < 2

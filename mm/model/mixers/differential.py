@@ -19,9 +19,10 @@ from mm.state import Many, State
 
 
 class Differential(Mixer):
-    """``norm(m1(x) - lambda * m2(x))`` with ``lambda = sigmoid(l) + 0.8 - 0.6 exp(-0.3 layer)``.
+    """``(1 - c) norm(m1(x) - lambda * m2(x))`` with ``lambda = sigmoid(l) + c`` and ``c = 0.8 - 0.6
+    exp(-0.3 layer)``.
 
-    What both find is noise and cancels. ``l`` is one learned number, the rest grows with depth.
+    What both find is noise and cancels. ``l`` is one learned number, c grows with depth.
 
     Source: Schneider et al. 2025, Differential Mamba (arXiv:2507.06204), section 3: the difference
     of whole blocks, normalised; the term of the layer: Ye et al. 2024, Differential Transformer
@@ -39,10 +40,11 @@ class Differential(Mixer):
     def init_weights(self) -> None:
         nn.init.constant_(self.share, self.begin)
 
-    def share_at(self, layer: int) -> Tensor:
-        """Lambda of a layer (counted from 0), float32 or wider."""
+    def share_at(self, layer: int) -> tuple[Tensor, float]:
+        """Lambda of a layer (counted from 0), float32 or wider, and its constant part c."""
         wide = torch.promote_types(self.share.dtype, torch.float32)
-        return self.share.to(wide).sigmoid() + 0.8 - 0.6 * math.exp(-0.3 * layer)
+        constant = 0.8 - 0.6 * math.exp(-0.3 * layer)
+        return self.share.to(wide).sigmoid() + constant, constant
 
     def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
         return self.first.shares(serving)
@@ -51,7 +53,8 @@ class Differential(Mixer):
         assert state is None or isinstance(state, Many)
         one = self.first(x_BTD, ctx, state[0] if state is not None else None)
         two = self.second(x_BTD, ctx, state[1] if state is not None else None)
-        y = self.norm(one.y - self.share_at(ctx.visit).to(one.y.dtype) * two.y)
+        share, constant = self.share_at(ctx.visit)
+        y = (1 - constant) * self.norm(one.y - share.to(one.y.dtype) * two.y)
         after = Many(one.state, two.state) if state is not None else None
         aux = {f"first.{k}": v for k, v in one.aux.items()}
         return Out(y, after, None, aux | {f"second.{k}": v for k, v in two.aux.items()})
