@@ -15,6 +15,7 @@ from mm.model.hippo import Measure, discretised, hippo, nplr_legs
 from mm.model.layer import init_weights
 from mm.model.mixers.hippo import HiPPOConfig, HiPPOMemory
 from mm.model.mixers.s4 import S4, S4Config
+from mm.model.mixers.s5 import S5Config
 from mm.registry import MIXERS
 
 
@@ -239,3 +240,28 @@ def test_settings_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(ValueError):
             MIXERS.get(kind)(**bad)
+
+
+def test_s5_is_the_state_space_in_full_matrices() -> None:
+    """Real 2W x 2W dynamics of (Re h, Im h) by the exact zoh of `discretised`, which has no complex
+    numbers in it.
+    """
+    torch.manual_seed(0)
+    layer = S5Config(states=4, blocks=2).build(D).double()
+    init_weights(layer)
+    (x,), W = documents(30), 4
+    re, im = -layer.log_rate.exp(), layer.frequency
+    dynamics = torch.zeros(2 * W, 2 * W, dtype=torch.float64)
+    at = torch.arange(W)
+    dynamics[at, at] = dynamics[at + W, at + W] = re.detach()
+    dynamics[at, at + W], dynamics[at + W, at] = -im.detach(), im.detach()
+    dynamics = layer.log_step.detach().exp().repeat(2)[:, None] * dynamics
+    drive = layer.log_step.detach().exp().repeat(2)[:, None] * layer.inner.weight.detach()
+    h, ys = torch.zeros(2 * W, dtype=torch.float64), []
+    for u in x:
+        whole = torch.zeros(2 * W + 1, 2 * W + 1, dtype=torch.float64)
+        whole[:-1, :-1], whole[:-1, -1] = dynamics, drive @ u
+        moved = torch.linalg.matrix_exp(whole)
+        h = moved[:-1, :-1] @ h + moved[:-1, -1]
+        ys.append(torch.nn.functional.gelu(layer.out(h) + layer.skip * u))
+    torch.testing.assert_close(alone(layer, x), torch.stack(ys))

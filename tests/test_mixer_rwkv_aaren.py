@@ -15,7 +15,7 @@ from mm.model.mixers.rwkv6 import RWKV6
 def rwkv6_by_steps(layer: RWKV6, x_TD: Tensor) -> Tensor:
     """Eq. 14-19 of the paper, token by token, one head at a time."""
     H, K = layer.heads, D // layer.heads
-    S = torch.zeros(H, K, K, dtype=x_TD.dtype)
+    S = [torch.zeros(K, K, dtype=x_TD.dtype) for _ in range(H)]
     last, out = torch.zeros(D, dtype=x_TD.dtype), []
     names = ("receptance", "key", "value", "gate", "decay")
     for x in x_TD:
@@ -33,7 +33,6 @@ def rwkv6_by_steps(layer: RWKV6, x_TD: Tensor) -> Tensor:
             at = slice(h * K, (h + 1) * K)
             kv = torch.outer(k[at], v[at])
             heads.append(r[at] @ (S[h] + layer.bonus[at, None] * kv))
-            S = S.clone()
             S[h] = w[at, None] * S[h] + kv
         o = F.group_norm(torch.cat(heads)[None], H, layer.norm_weight, layer.norm_bias, 1e-5 * H)
         out.append(layer.out(F.silu(gate) * o[0]))

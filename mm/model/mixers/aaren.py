@@ -86,7 +86,7 @@ class Aaren(Mixer):
         self, score: Tensor, v: Tensor, before: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Outputs `(R, L, D)` and states `(R, L, H + H + D)` of rows of one document."""
-        (R, L), H = score.shape[:2], self.heads
+        R, H = score.shape[0], self.heads
         if before is None:
             before = self._fresh(score).expand(R, -1)
         # Outputs do not depend on the unit m: no gradient goes through it.

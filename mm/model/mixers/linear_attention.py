@@ -64,7 +64,7 @@ class DraftMatrix(Struct):
         k, v, g = _kept(torch.arange(L, device=n.device) < n[:, None], self.k, self.v, self.g)
         assert k is not None and v is not None
         _, S = linear_attention(torch.zeros_like(k), k, v, g, self.S)
-        return Matrix(S, _tail(self.inputs, self.inputs.shape[1] - L, n))
+        return Matrix(S, tail_of(self.inputs, self.inputs.shape[1] - L, n))
 
     def settled(self) -> Matrix:
         return self.accept(self.length)
@@ -80,7 +80,7 @@ def _kept(valid_RL: Tensor, *x: Tensor | None) -> list[Tensor | None]:
     ]
 
 
-def _tail(inputs: Tensor, size: int, n_N: Tensor) -> Tensor:
+def tail_of(inputs: Tensor, size: int, n_N: Tensor) -> Tensor:
     """The ``size`` inputs before place ``n`` of each row. ``inputs`` `(N, size + L, W)`."""
     places = n_N[:, None] + torch.arange(size, device=n_N.device)
     return inputs.gather(1, places[..., None].expand(-1, -1, inputs.shape[-1]))
@@ -322,7 +322,7 @@ class LinearAttention(LinearMixer):
             inputs = state.tail.new_zeros(rq.shape[0], rq.shape[1], 0)
         size = state.tail.shape[1]
         if not ctx.draft:
-            tail = _tail(inputs, size, docs.length)
+            tail = tail_of(inputs, size, docs.length)
             after = Matrix(w.write(state.S, S), w.write(state.tail, tail))
             return docs.pack(o, B, T), after
         taken = w.take(inputs).to(state.tail.dtype)

@@ -168,7 +168,9 @@ class RWKV6(Mixer):
         """Receptance, key, value and log decay `(R, L, H, K)`, float32 or wider, and the gate."""
         R, L, D = x.shape
         gap = previous - x
-        low = torch.tanh(self.mix_in(x + gap * self.mix_base, ctx)).view(R, L, 5, -1)
+        low = torch.tanh(self.mix_in(x + gap * self.mix_base, ctx)).unflatten(
+            -1, (5, self.config.mix_rank)
+        )
         share = torch.einsum("rlpi,pid->prld", low, self.mix_out) + self.mix[:, None, None]
         mixed = (x + gap * share).unbind(0)
         r, k, v, gate = (
@@ -197,9 +199,7 @@ class RWKV6(Mixer):
     def initial_state(self, n: int, max_len: int) -> Receptance:
         like, (_, D) = self.bonus.detach(), self._sizes()
         wide, K = torch.promote_types(like.dtype, torch.float32), D // self.heads
-        return Receptance(
-            like.new_zeros(n, self.heads, K, K, dtype=wide), like.new_zeros(n, D)
-        )
+        return Receptance(like.new_zeros(n, self.heads, K, K, dtype=wide), like.new_zeros(n, D))
 
     def state_bytes(self, n: int, max_len: int) -> int:
         item, (matrix, last) = self.bonus.element_size(), self._sizes()
