@@ -153,6 +153,8 @@ MIXERS = Registry(
         "lstm": "mm.model.mixers.lstm",
         "mega": "mm.model.mixers.mega",
         "mlstm": "mm.model.mixers.mlstm",
+        "ttt": "mm.model.mixers.ttt",
+        "atlas": "mm.model.mixers.atlas",
         "slstm": "mm.model.mixers.slstm",
         "scrn": "mm.model.mixers.scrn",
         "lem": "mm.model.mixers.lem",
