@@ -176,6 +176,8 @@ MIXERS = Registry(
         "kv_only": "mm.model.mixers.kv_only",
         "mega": "mm.model.mixers.mega",
         "mlstm": "mm.model.mixers.mlstm",
+        "ttt": "mm.model.mixers.ttt",
+        "atlas": "mm.model.mixers.atlas",
         "slstm": "mm.model.mixers.slstm",
         "scrn": "mm.model.mixers.scrn",
         "lem": "mm.model.mixers.lem",

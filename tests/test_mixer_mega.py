@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from laws import D, alone, apply, documents, packed, serve, unpacked
 from torch import Tensor
 
+from mm.layout import Layout
+from mm.model.backbones.stack import StackConfig
 from mm.model.layer import init_weights
 from mm.model.mixers.mega import Mega, MegaConfig
 
@@ -81,3 +83,28 @@ def test_a_chunk_bounds_the_cache_and_the_average_still_crosses_it() -> None:
     x = docs[0].clone().requires_grad_()
     (grad,) = torch.autograd.grad(alone(layer, x)[8].sum(), x)
     assert grad[:8].abs().sum(1).gt(0).all(), "only the average can carry these"
+
+
+def test_it_runs_in_mixed_precision() -> None:
+    layer = made(chunk=4).float()
+    x = documents(9)[0].float()[None].requires_grad_()
+    expected = apply(layer, x, Layout.plain(1, 9)).y
+    with torch.autocast("cpu", torch.bfloat16):
+        got = apply(layer, x, Layout.plain(1, 9)).y
+    torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05)
+    assert torch.autograd.grad(got.sum(), x)[0].isfinite().all()
+
+
+def test_a_backbone_shares_what_its_layers_know_of_the_documents() -> None:
+    """Groups of documents, chunks and rows made once a pass, for layers that split them unlike."""
+    pattern = "mega_chunk mega hyena ttt atlas slstm trellis mlstm"
+    mixers = {"mega_chunk": {"chunk": 4}, "mlstm": {"heads": 2}}
+    layer = StackConfig(pattern=pattern, mixers=mixers, channel=None).build(D)
+    init_weights(layer)
+    layer.double()
+    docs = documents(9, 1, 6, 20)
+    rows = [[(-1, docs[0], 0)], [(-1, docs[1], 0), (-1, docs[2], 0)], [(-1, docs[3], 0)]]
+    x, layout = packed(rows, pad=1)  # type: ignore[arg-type]
+    got = [y for _, y in unpacked(apply(layer, x, layout).y, rows)]  # type: ignore[arg-type]
+    for y, doc in zip(got, docs, strict=True):
+        torch.testing.assert_close(y, alone(layer, doc), rtol=1e-7, atol=1e-8)

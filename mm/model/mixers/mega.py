@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -119,7 +119,8 @@ class Mega(Attention):
         position: Position,
         linear: Callable[..., Linear],
     ):
-        nothing = lambda d_in, d_out, name: nn.Identity()  # Mega has projections of its own
+        # Mega has projections of its own.
+        nothing = cast(Callable[..., Linear], lambda d_in, d_out, name: nn.Identity())
         super().__init__(d_model, 1, 1, config.key_dim, config.chunk, False, position, nothing)
         self.chunk, self.value_dim, K, V = config.chunk, value_dim, config.key_dim, value_dim
         self.sizes = (K, V, d_model, d_model)
@@ -174,10 +175,12 @@ class Mega(Attention):
                 ctx = replace(ctx, shared={**ctx.shared, self._groups_key(): self._grouped(ctx)})
             o = self._whole(q, k, v, None, self._within(ctx))
         else:
+            assert isinstance(old.kv, KV) and isinstance(average, Hidden | DraftHidden)
             o, kv = self._continued(q, k, v, None, self._within(ctx), old.kv)
+            assert isinstance(kv, KV | DraftKV)
             after = Averaged(average, kv)
         moved = F.silu(h + self.mix(F.silu(gamma) * o.reshape(B, T, -1), ctx))
-        return Out(torch.lerp(x_BTD, moved, phi.sigmoid()), after)
+        return Out(torch.lerp(x_BTD, moved.to(x_BTD.dtype), phi.sigmoid().to(x_BTD.dtype)), after)
 
     def _within(self, ctx: Ctx) -> Ctx:
         return ctx if self.chunk is None else replace(ctx, mask=ctx.mask & SameChunk(self.chunk))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mm.batch import Sum
 from mm.config import Config
-from mm.model.layer import Ctx, Linear, Mixer, Out
+from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
 from mm.registry import MIXERS
 from mm.state import Many, State
 
@@ -26,12 +26,14 @@ class MixedHeads(Mixer):
     become recurrent ones.
     """
 
+    caps = Caps()  # of the class; each layer's are those that all its parts have
+
     def __init__(self, parts: Sequence[Mixer]):
         super().__init__()
         self.parts = nn.ModuleList(parts)
         caps = [part.caps for part in parts]
         shards = {c.shard for c in caps}
-        self.caps = replace(
+        self.caps = replace(  # type: ignore[misc]
             caps[0],
             causal=all(c.causal for c in caps),
             bidirectional=all(c.bidirectional for c in caps),
