@@ -369,7 +369,7 @@ class _Call:
         BM, BN, warps, stages = tile(max(BK, BV), self.q.element_size(), way)
         bounds = None
         if self.document[0] is not None and self.document[1] is not None:
-            sides = ((*self.document[::-1], BN, BM) if way == "keys" else (*self.document, BM, BN))
+            sides = (*self.document[::-1], BN, BM) if way == "keys" else (*self.document, BM, BN)
             bounds = _bounds(*sides)
         own = (self.S, BN, self.G) if way == "keys" else (self.T, BM, self.H)
         kernel[(triton.cdiv(own[0], own[1]) * self.R * own[2],)](
