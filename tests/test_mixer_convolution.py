@@ -82,7 +82,7 @@ def test_short_conv_without_gates_is_linear() -> None:
 
 
 def test_trellis_with_sparse_weights_is_an_lstm() -> None:
-    """Section 4.2 of the paper: zeros in the right blocks leave a recurrent network."""
+    """The paper's special case: zeros in the right blocks leave a recurrent network."""
     W, depth = 6, 12
     layer = made(TrellisConfig(width=W, depth=depth))
     assert isinstance(layer, Trellis)

@@ -41,7 +41,7 @@ def same(layer: Layer, naive: Tensor, x: Tensor) -> None:
 
 
 def primal(layer: TTT, x: Tensor) -> Tensor:
-    """Eq. 1-6 of the paper: every W_t is made, every gradient is autograd's."""
+    """The paper without its dual form: every W_t is made, every gradient is autograd's."""
     n, C = len(layer.matrices), layer.batch
     q, k, v = layer.qkv(x).view(len(x), 3, layer.heads, -1).unbind(1)
     eta = (layer.rate(x) + layer.rate_bias).sigmoid() * layer.config.rate / layer.head_dim

@@ -27,7 +27,7 @@ def made(**settings: object) -> Mega:
 
 
 def steps(layer: Mega, x: Tensor) -> Tensor:
-    """Sections 3.1 to 3.4 of the paper: the average a token at a time, then dense attention."""
+    """Section 3 of the paper: the average a token at a time, then dense attention."""
     a = layer.average
     alpha, delta = a.alpha.sigmoid(), a.delta.sigmoid()
     h, seen = torch.zeros_like(alpha), []

@@ -127,7 +127,7 @@ class RNN(Recurrence):
     costs width squared parameters; the kernels are given the product.
 
     Source of the low rank: Miceli Barone 2016, Low-rank passthrough neural networks
-    (arXiv:1603.03116), section 3.
+    (arXiv:1603.03116).
     """
 
     gates: ClassVar[int]

@@ -31,8 +31,8 @@ class Atlas(Learner):
     M is a matrix, phi is ``(x, x x^T)`` with learned coefficients (degree 2), the four gates are
     sigmoids of the token, and gradients are taken at the last border of mini-batches.
 
-    Source: Behrouz et al. 2025, Atlas (arXiv:2505.23735), sections 3.1 (feature map), 3.2 (Omega
-    rule) and 5 (Muon, chunks); Newton-Schulz: Jordan et al. 2024.
+    Source: Behrouz et al. 2025, Atlas (arXiv:2505.23735), section 3 (feature map, Omega rule) and
+    section 5 (Muon, chunks); Newton-Schulz: Jordan et al. 2024.
     """
 
     def __init__(self, d_model: int, config: AtlasConfig, linear: Callable[..., Linear]):

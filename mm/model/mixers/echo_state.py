@@ -21,7 +21,7 @@ class EchoState(Cell):
     """``h_t = alpha O h_{t-1} + beta tanh(W_h h_{t-1} + W_x x_t + b)``, none of which is trained:
     only ``out`` is. Sequential.
 
-    Source: Pinna et al. 2025, DeepResESN (arXiv:2508.21172), section 3; stacking layers is the
+    Source: Pinna et al. 2025, DeepResESN (arXiv:2508.21172); stacking layers is the
     backbone's. The readout is a matrix that is trained like any other here, not a ridge regression.
     """
 

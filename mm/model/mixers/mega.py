@@ -107,7 +107,7 @@ class Mega(Attention):
     With ``chunk`` each token attends within its own chunk of so many tokens and only the average
     crosses the borders (Mega-chunk): linear in the length, and so is the cache.
 
-    Source: Ma et al. 2022 (arXiv:2209.10655), sections 3.2 and 3.3, with softmax as the attention
+    Source: Ma et al. 2022 (arXiv:2209.10655), section 3, with softmax as the attention
     function.
     """
 

@@ -22,7 +22,7 @@ class MixedHeads(Mixer):
     Each part has an output projection of its own; their sum is the one projection of all heads
     side by side, so this is a layer some of whose heads attend while others recur.
 
-    Source: Yan et al. 2024, RecurFormer (arXiv:2410.12850), section 3: heads with local attention
+    Source: Yan et al. 2024, RecurFormer (arXiv:2410.12850): heads with local attention
     become recurrent ones.
     """
 

@@ -23,7 +23,7 @@ class SCRN(Recurrence):
     """``s_t = (1 - a) B x_t + a s_{t-1}``, ``h_t = sigmoid(P s_t + A x_t + R h_{t-1})``, output
     ``U h_t + V s_t``. Sequential.
 
-    Source: Mikolov et al. 2015 (arXiv:1412.7753), eq. 4-6; a by unit: section 3.3 (adaptive).
+    Source: Mikolov et al. 2015 (arXiv:1412.7753), section 3; a by unit: its adaptive form.
     """
 
     def __init__(

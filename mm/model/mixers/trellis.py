@@ -25,7 +25,7 @@ class Trellis(Mixer):
     It sees ``depth + 1`` tokens, and with block-sparse weights it is an LSTM over the last
     ``depth`` of them. All tokens run beside one another; the State keeps one token of each depth.
 
-    Source: Bai et al. 2019 (arXiv:1810.06682), eq. 1-2 and the gated activation of section 5.
+    Source: Bai et al. 2019 (arXiv:1810.06682), sections 3 and 5 (gated activation).
     """
 
     caps = Caps(causal=True, step=True, shard="halo")

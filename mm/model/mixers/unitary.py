@@ -28,8 +28,8 @@ class Unitary(Recurrence):
     Products of rotations are associative: chunks of about sqrt(L) places run beside one another.
     The State holds ``s - s_0``, so that a fresh slot is zeros.
 
-    Source: Bernardy & Lappin 2022 (arXiv:2208.05719), section 3 (unitary-evolution recurrent
-    network); heads are blocks of the paper's one rotation.
+    Source: Bernardy & Lappin 2022 (arXiv:2208.05719), the unitary-evolution recurrent
+    network; heads are blocks of the paper's one rotation.
     """
 
     caps = replace(Recurrence.caps, sequential=False)
