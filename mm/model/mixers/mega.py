@@ -143,8 +143,8 @@ class Mega(Attention):
 
     def _grouped(self, ctx: Ctx) -> Groups:
         if self.chunk is None:
-            return Groups.of(ctx.layout, ctx.mask)
-        return Groups.of(cut(ctx.layout, self.chunk), ctx.mask)
+            return Groups.of(ctx.layout, ctx.mask, by_vectors=True)
+        return Groups.of(cut(ctx.layout, self.chunk), ctx.mask, by_vectors=True)
 
     def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
         made = dict(super().shares(serving))

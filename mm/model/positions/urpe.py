@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -39,6 +40,9 @@ class URPE(T5Bias):
         if self.both_ways:
             index = torch.where(distance < 0, index + self.max_distance, index)
         return nn.functional.embedding(index, self.toeplitz).movedim(-1, 1)
+
+    def scores(self, q: Tensor, fq: Fields, fk: Fields) -> Mapping[str, Any]:
+        return {**super().scores(q, fq, fk), "gain_RHTS": self.gain(fq, fk)}
 
 
 @POSITIONS.register("urpe")
