@@ -52,16 +52,19 @@ def problem(
         reference's, per output and per gradient, and finite wherever that is.
     """
     part = _part(reference, args, kw)
-    try:
-        got = _results(f, part)
-    except Exception as error:  # a kernel that does not compile or launch is as wrong as any
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+    # Hooks of our own keep those of activation checkpointing away: it counts what is saved.
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        try:
+            names, got = _results(f, part)
+        except Exception as error:  # a kernel that does not compile or launch is as wrong as any
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        expected = _results(reference, part)[1]
     floats = [v for v in part.arguments.values() if isinstance(v, Tensor) and v.is_floating_point()]
     narrowest = min((v.dtype for v in floats), key=lambda d: d.itemsize, default=torch.float32)
     autocast = any(torch.is_autocast_enabled(v.device.type) for v in floats)
     allowed = 3e-2 if autocast else TOLERANCE.get(narrowest, 3e-2)
-    for name, value, expected in zip(*got, _results(reference, part)[1], strict=True):
-        error = _distance(value, expected)
+    for name, value, right in zip(names, got, expected, strict=True):
+        error = _distance(value, right)
         if not error <= allowed:
             return f"{name} differs from the reference's by {error:.2g} (allowed {allowed:.0e})"
     return None
@@ -104,9 +107,7 @@ def _results(f: Callable, part: inspect.BoundArguments) -> tuple[list[str], list
             call.arguments[name] = value.detach()
             if track and value.requires_grad:
                 leaves[name] = call.arguments[name] = value.detach().requires_grad_()
-    # Hooks of our own keep those of activation checkpointing away: it counts what is saved.
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-        out = f(*call.args, **call.kwargs)
+    out = f(*call.args, **call.kwargs)
     outs = list(out) if isinstance(out, tuple) else [out]
     names = [f"output {i}" for i in range(len(outs))]
     # A fixed weighting: the check draws nothing from anyone's random numbers.
