@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from mm.kernels import check
@@ -105,6 +106,25 @@ def test_the_check_draws_no_random_numbers_and_can_be_off(monkeypatch: pytest.Mo
     assert torch.equal(state, torch.random.get_rng_state())
     monkeypatch.setenv("MM_SELF_CHECK", "0")
     assert not check.wanted((x,))
+
+
+def test_a_check_inside_a_checkpointed_block_is_not_seen_by_it() -> None:
+    op = toy()
+    op.register("other", lambda *a: None)(lambda x_BTD, w_D: w_D * x_BTD)
+    x, w = torch.randn(2, 3, 4, requires_grad=True), torch.randn(4, requires_grad=True)
+    y = torch.utils.checkpoint.checkpoint(lambda x, w: op(x, w), x, w, use_reentrant=False)
+    assert op._checked
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), w)[0], x.sum((0, 1)))
+
+
+def test_settings_by_keyword_and_other_names() -> None:
+    op = Op(lambda x_BTD, scale=1.0, *, shift=0.0: x_BTD * scale + shift)
+    op.register("other", lambda *a, **k: None)(
+        lambda q, factor=1.0, *, shift=0.0: q * factor + shift
+    )
+    x = torch.randn(2, 3, 4)
+    assert torch.equal(op(x, 2.0, shift=1.0), 2 * x + 1)
+    assert list(op._checked.values()) == ["other"]
 
 
 def test_lengths_fit_the_part() -> None:

@@ -18,19 +18,19 @@ from triton_oracle import built, interpreted, recorded  # noqa: E402
 
 import mm.kernels.selective_scan as selective  # noqa: E402
 from mm.kernels.causal_conv import causal_conv  # noqa: E402
-from mm.kernels.causal_conv import gpu as conv_gpu  # noqa: E402
+from mm.kernels.causal_conv import conv_triton as conv_gpu  # noqa: E402
 from mm.kernels.complex_scan import complex_scan  # noqa: E402
-from mm.kernels.complex_scan import gpu as complex_gpu  # noqa: E402
+from mm.kernels.complex_scan import scan_triton as complex_gpu  # noqa: E402
 from mm.kernels.glu import glu  # noqa: E402
-from mm.kernels.glu import gpu as glu_gpu  # noqa: E402
-from mm.kernels.linear_scan import gpu as linear_gpu  # noqa: E402
+from mm.kernels.glu import glu_triton as glu_gpu  # noqa: E402
 from mm.kernels.linear_scan import linear_scan  # noqa: E402
+from mm.kernels.linear_scan import scan_triton as linear_gpu  # noqa: E402
 from mm.kernels.op import Op  # noqa: E402
-from mm.kernels.rg_lru import gpu as gates_gpu  # noqa: E402
+from mm.kernels.rg_lru import gates_triton as gates_gpu  # noqa: E402
 from mm.kernels.rg_lru import rg_lru_gates  # noqa: E402
-from mm.kernels.rms_norm import gpu as norm_gpu  # noqa: E402
+from mm.kernels.rms_norm import norm_triton as norm_gpu  # noqa: E402
 from mm.kernels.rms_norm import rms_norm  # noqa: E402
-from mm.kernels.selective_scan import gpu as selective_gpu  # noqa: E402
+from mm.kernels.selective_scan import scan_triton as selective_gpu  # noqa: E402
 from mm.kernels.selective_scan import selective_scan  # noqa: E402
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

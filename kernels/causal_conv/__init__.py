@@ -83,7 +83,7 @@ _OPS = fused(
     saved=lambda u, weight, bias, document, y: (u, weight, document),
     wrt=("u", "weight", "bias"),
     cpp=(partial(_call, "forward"), partial(_call, "backward")),
-    triton=f"{__name__}.gpu",
+    triton=f"{__name__}.conv_triton",
 )
 
 

@@ -81,7 +81,7 @@ _OPS = fused(
     saved=lambda gate, up, kind, y: (gate, up, kind),
     wrt=("gate", "up"),
     cpp=(partial(_call, "forward"), partial(_call, "backward")),
-    triton=f"{__name__}.gpu",
+    triton=f"{__name__}.glu_triton",
 )
 
 

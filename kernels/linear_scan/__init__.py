@@ -72,7 +72,7 @@ _OPS = fused(
     saved=lambda a, b, reset, initial, h: (a, h, reset, initial),
     wrt=("a", "b", "initial"),
     cpp=(partial(_call, "forward"), partial(_call, "backward")),
-    triton=f"{__name__}.gpu",
+    triton=f"{__name__}.scan_triton",
 )
 
 

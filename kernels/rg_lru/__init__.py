@@ -76,7 +76,7 @@ _OPS = fused(
     saved=lambda *tensors: tensors[:4],
     wrt=("gates", "bias", "rate", "u"),
     cpp=(partial(_call, "forward"), partial(_call, "backward")),
-    triton=f"{__name__}.gpu",
+    triton=f"{__name__}.gates_triton",
 )
 
 

@@ -82,7 +82,7 @@ _OPS = fused(
     saved=lambda x, weight, eps, y, scale: (x, weight, scale),
     wrt=("x", "weight"),
     cpp=(_cpp_forward, _cpp_backward),
-    triton=f"{__name__}.gpu",
+    triton=f"{__name__}.norm_triton",
 )
 
 

@@ -120,7 +120,7 @@ _OPS = fused(
     ),
     wrt=("u", "dt", "a", "b", "c", "skip", "initial"),
     cpp=(_cpp_forward, _cpp_backward),
-    triton=f"{__name__}.gpu",
+    triton=f"{__name__}.scan_triton",
     dense=False,
 )
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mm.kernels.linear_scan.gpu import compose
+from mm.kernels.linear_scan.scan_triton import compose
 
 CHANNELS = 32  # of a tile
 
