@@ -98,14 +98,15 @@ def load(source: Path) -> tuple[ctypes.CDLL | None, str | None]:
 SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 
 
-def why_not(source: Path, *tensors: Tensor | None) -> str | None:
-    """Reason why the library of ``source`` cannot take these tensors (None entries are skipped), or
-    None.
+def why_not(source: Path, *args: object, **kw: object) -> str | None:
+    """Reason why the library of ``source`` cannot take these arguments, or None.
+
+    What is no tensor is skipped.
     """
-    for t in tensors:
-        if t is not None and t.device.type != "cpu":
+    for t in (*args, *kw.values()):
+        if isinstance(t, Tensor) and t.device.type != "cpu":
             return f"tensors are on {t.device.type}"
-        if t is not None and t.dtype not in SUFFIX:
+        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype not in SUFFIX:
             return f"no {t.dtype}"
     # A compiler cannot be started inside a trace: what is traced has run, or runs, eagerly with the
     # same answer.

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from mm.kernels import check
+
 log = logging.getLogger("mm.kernels")
 
 
@@ -28,7 +30,8 @@ class Op:
     ``why_not(*args, **kw)`` returns the reason why it cannot run this call, or None. Later
     registrations are preferred.
     The choice is logged once. `op.using(name)` or the environment variable ``MM_<OP>=name`` forces
-    one.
+    one. One that is not forced is compared with the reference when it first meets a kind of call
+    (`mm.kernels.check`); where it is wrong, the next one runs, and a warning says so.
     """
 
     every: dict[str, Op] = {}
@@ -41,6 +44,7 @@ class Op:
         }
         self._forced: str | None = os.environ.get(f"MM_{self.name.upper()}")
         self._logged: set[str] = set()
+        self._checked: dict[tuple[Any, ...], str] = {}
         Op.every[self.name] = self
 
     def register(
@@ -76,7 +80,29 @@ class Op:
             others = {n: w(*args, **kw) for n, (_, w) in self.implementations.items() if n != name}
             reasons = ", ".join(f"{n}: {r}" for n, r in others.items() if r)
             log.info("%s: using %s%s", self.name, name, f" ({reasons})" if reasons else "")
+        if self._forced is None and name != "reference" and check.wanted(args):
+            name = self._trusted(name, args, kw)
         return self.implementations[name][0](*args, **kw)
+
+    def _trusted(self, name: str, args: tuple[Any, ...], kw: dict[str, Any]) -> str:
+        """``name``, or the first one after it that equals the reference on calls of this kind."""
+        kind = (name, *check.kind(args, kw))
+        if kind not in self._checked:
+            order = list(reversed(self.implementations))
+            for candidate in order[order.index(name) :]:
+                f, why_not = self.implementations[candidate]
+                if candidate == "reference" or why_not(*args, **kw):
+                    continue
+                problem = check.problem(self.implementations["reference"][0], f, args, kw)
+                if problem is None:
+                    break
+                log.warning(
+                    "%s: %s IS WRONG HERE AND IS NOT USED: %s", self.name, candidate, problem
+                )
+            else:
+                candidate = "reference"
+            self._checked[kind] = candidate
+        return self._checked[kind]
 
     @contextlib.contextmanager
     def using(self, name: str) -> Iterator[None]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_kernels import check, dtypes, others, randn
+from test_kernels import check, dtypes, here, others, randn
 from torch import Tensor
 
 from mm.kernels.complex_scan import complex_scan
@@ -60,7 +60,7 @@ def test_complex_scan(
     check(complex_scan, name, (a, b, resets(B, T, reset), before), dtype)
 
 
-@pytest.mark.parametrize("name", complex_scan.implementations)
+@pytest.mark.parametrize("name", here(complex_scan))
 @pytest.mark.parametrize("constant", [False, True])
 def test_complex_scan_is_the_recurrence_of_complex_numbers(name: str, constant: bool) -> None:
     W = 3

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from test_kernels import TOL, check, dtypes, others, randn
+from test_kernels import TOL, check, dtypes, here, others, randn
 from torch import Tensor
 
 from mm.kernels.selective_scan import selective_scan
@@ -100,7 +100,7 @@ def test_gradient_of_one_output_alone(name: str, part: int) -> None:
         torch.testing.assert_close(got, expected, **TOL[torch.float64])
 
 
-@pytest.mark.parametrize("name", selective_scan.implementations)
+@pytest.mark.parametrize("name", here(selective_scan))
 def test_halves_equal_the_whole(name: str) -> None:
     u, dt, a, b, c, skip, _, initial = arguments(2, 90, 5, 4, initial=True)
     with selective_scan.using(name):
@@ -115,7 +115,7 @@ def test_halves_equal_the_whole(name: str) -> None:
     torch.testing.assert_close(last, end, **TOL[torch.float64])
 
 
-@pytest.mark.parametrize("name", selective_scan.implementations)
+@pytest.mark.parametrize("name", here(selective_scan))
 def test_an_empty_place_keeps_the_state_bit_for_bit(name: str) -> None:
     u, dt, a, b, c, skip, _, initial = arguments(2, 3, 5, 4, initial=True)
     with selective_scan.using(name):
@@ -123,7 +123,7 @@ def test_an_empty_place_keeps_the_state_bit_for_bit(name: str) -> None:
     assert torch.equal(last, initial)
 
 
-@pytest.mark.parametrize("name", selective_scan.implementations)
+@pytest.mark.parametrize("name", here(selective_scan))
 def test_resets_select_and_do_not_multiply(name: str) -> None:
     u, dt, a, b, c, skip, *_ = (
         x.detach() if x is not None else None for x in arguments(1, 6, 3, 2)
@@ -138,7 +138,7 @@ def test_resets_select_and_do_not_multiply(name: str) -> None:
         assert g[0, 3:].isfinite().all()
 
 
-@pytest.mark.parametrize("name", selective_scan.implementations)
+@pytest.mark.parametrize("name", here(selective_scan))
 def test_narrow_types_and_any_strides(name: str) -> None:
     args = arguments(2, 9, 8, 4)
     with selective_scan.using("reference"):

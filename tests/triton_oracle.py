@@ -12,8 +12,8 @@
         built(launch).check(dot=False)        # no spills, shared memory, matrix instructions
 
 Both work in any process and in any order (never one inside the other): kernels stay ordinary
-``triton.jit`` functions, whose launch is replaced inside the block. ``TRITON_INTERPRET`` must not be
-set. What `interpreted` mends in Triton 3.8's interpreter, each of them silently wrong or useless as
+``triton.jit`` functions, whose launch is replaced inside the block. ``TRITON_INTERPRET`` must not
+be set. What `interpreted` mends in Triton 3.8, each of it silently wrong or useless as
 shipped: bf16 (kept there as raw 16-bit integers) in arithmetic, comparison, ``tl.dot``, constants
 and rounding; ``tl.dot``'s tf32 operands (there exact: here rounded, so that a kernel needs
 ``input_precision="ieee"`` or ``"tf32x3"`` where a GPU does); scans and reductions by a Python call
@@ -29,6 +29,7 @@ import functools
 import re
 import subprocess
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ from triton.runtime import interpreter
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from mm.kernels import gpu
+from mm.kernels import device
 
 Handle = interpreter.TensorHandle
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -184,9 +185,7 @@ def _scan(self: Any, inputs: Any) -> list[Any]:
 def _reduce(self: Any, inputs: Any) -> list[Any]:
     dims = inputs[0].handle.data.ndim
     flat, axis = self.unravel(inputs, self.axis)
-    last: tuple[np.ndarray, ...] = ()
-    for last in _steps(self, flat, axis):
-        pass
+    (last,) = deque(_steps(self, flat, axis), maxlen=1)
     if self.keep_dims:
         last = tuple(
             np.expand_dims(x, tuple(range(dims)) if self.axis is None else axis) for x in last
@@ -236,7 +235,7 @@ def interpreted() -> Iterator[None]:
         (JITFunction, "run", _launch),
         (JITFunction, "__call__", lambda self, *a, **k: _python(self.fn)(*a, **k)),
         (Autotuner, "run", _first),
-        (gpu, "why_not", lambda *tensors: None),
+        (device, "KIND", "cpu"),
     ]
     with contextlib.ExitStack() as stack:
         for owner, name, value in swaps:
@@ -264,7 +263,7 @@ class Launch:
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Collect launches in place of running them. An autotuned kernel counts once a configuration."""
+    """Collect launches in place of running them; of an autotuned kernel, one a configuration."""
     launches: list[Launch] = []
 
     def record(
@@ -281,7 +280,7 @@ def recorded() -> Iterator[list[Launch]]:
     with (
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(Autotuner, "run", every),
-        mock.patch.object(gpu, "why_not", lambda *tensors: None),
+        mock.patch.object(device, "KIND", "cpu"),
     ):
         yield launches
 

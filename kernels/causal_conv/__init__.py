@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.kernels import compiler
+from mm.kernels import compiler, device
+from mm.kernels.fused import fused
 from mm.kernels.op import Op
 
 _SOURCE = Path(__file__).with_name("conv.cpp")
@@ -39,92 +41,59 @@ def causal_conv(u_BTD: Tensor, weight_CD: Tensor, bias_D: Tensor, document_BT: T
     return y.to(u_BTD.dtype)
 
 
-def _why_not(u_BTD: Tensor, weight_CD: Tensor, bias_D: Tensor, document_BT: Tensor) -> str | None:
+def _why_not(
+    has: Callable[..., str | None],
+    u_BTD: Tensor,
+    weight_CD: Tensor,
+    bias_D: Tensor,
+    document_BT: Tensor,
+) -> str | None:
     if document_BT.dtype != torch.int32:
         return f"documents are {document_BT.dtype}, not int32"
-    return compiler.why_not(_SOURCE, u_BTD, weight_CD, bias_D)
+    return has(u_BTD, weight_CD, bias_D, document_BT)
 
 
-@causal_conv.register("cpp", _why_not)
-def _cpp(u_BTD: Tensor, weight_CD: Tensor, bias_D: Tensor, document_BT: Tensor) -> Tensor:
-    wide = torch.promote_types(u_BTD.dtype, torch.float32)
-    weight, bias = weight_CD.to(wide).contiguous(), bias_D.to(wide).contiguous()
-    return torch.ops.mm.causal_conv(u_BTD, weight, bias, document_BT.contiguous())
-
-
-def _rows(u: Tensor) -> tuple[Tensor, int]:
+def rows(u: Tensor) -> tuple[Tensor, int]:
     """``u`` and its row stride; a half of a wider projection needs no copy."""
     if u.stride(2) == 1 and u.stride(0) == u.shape[1] * u.stride(1):
         return u, u.stride(1)
     return u.contiguous(), u.shape[2]
 
 
-def _forward(u: Tensor, weight: Tensor, bias: Tensor, document: Tensor) -> Tensor:
-    y = torch.empty(u.shape, dtype=u.dtype)
-    rows, stride = _rows(u)
-    name = f"conv_{compiler.SUFFIX[u.dtype]}_forward"
-    compiler.call(_SOURCE, name, rows, weight, bias, document, y, *u.shape, weight.shape[0], stride)
-    return y
-
-
-def _backward(
-    u: Tensor, weight: Tensor, document: Tensor, grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    du, dw, db = (
-        torch.empty(u.shape, dtype=u.dtype),
-        torch.empty_like(weight),
-        weight.new_empty(u.shape[2]),
-    )
-    rows, stride = _rows(u)
-    name = f"conv_{compiler.SUFFIX[u.dtype]}_backward"
-    compiler.call(
-        _SOURCE,
-        name,
-        rows,
-        weight,
-        document,
-        grad.contiguous(),
-        du,
-        dw,
-        db,
-        *u.shape,
-        weight.shape[0],
-        stride,
-    )
-    return du, dw, db
-
-
-_forward_op = torch.library.custom_op(
-    "mm::causal_conv",
-    _forward,
-    mutates_args=(),
-    schema="(Tensor u, Tensor weight, Tensor bias, Tensor document) -> Tensor",
-)
-_backward_op = torch.library.custom_op(
-    "mm::causal_conv_backward",
-    _backward,
-    mutates_args=(),
-    schema="(Tensor u, Tensor weight, Tensor document, Tensor grad) -> (Tensor, Tensor, Tensor)",
-)
-
-
-@_forward_op.register_fake
-def _(u: Tensor, weight: Tensor, bias: Tensor, document: Tensor) -> Tensor:
+def _outputs(u: Tensor, weight: Tensor, bias: Tensor, document: Tensor) -> Tensor:
     return u.new_empty(u.shape)
 
 
-@_backward_op.register_fake
-def _(u: Tensor, weight: Tensor, document: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(
+    u: Tensor, weight: Tensor, document: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     return u.new_empty(u.shape), torch.empty_like(weight), weight.new_empty(u.shape[2])
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    u, weight, _, document = inputs
-    ctx.save_for_backward(u, weight, document)
+def _call(way: str, u: Tensor, weight: Tensor, *tensors: Tensor) -> None:
+    wide, stride = rows(u)
+    name = f"conv_{compiler.SUFFIX[u.dtype]}_{way}"
+    compiler.call(_SOURCE, name, wide, weight, *tensors, *u.shape, weight.shape[0], stride)
 
 
-def _grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *torch.ops.mm.causal_conv_backward(*ctx.saved_tensors, grad), None
+_OPS = fused(
+    "causal_conv",
+    _outputs,
+    _gradients,
+    saved=lambda u, weight, bias, document, y: (u, weight, document),
+    wrt=("u", "weight", "bias"),
+    cpp=(partial(_call, "forward"), partial(_call, "backward")),
+    triton=f"{__name__}.gpu",
+)
 
 
-_forward_op.register_autograd(_grads, setup_context=_setup)
+def _run(way: str, u_BTD: Tensor, weight_CD: Tensor, bias_D: Tensor, document_BT: Tensor) -> Tensor:
+    wide = torch.promote_types(u_BTD.dtype, torch.float32)
+    weight, bias = weight_CD.to(wide).contiguous(), bias_D.to(wide).contiguous()
+    return _OPS[way](u_BTD, weight, bias, document_BT.contiguous())
+
+
+causal_conv.register("cpp", partial(_why_not, partial(compiler.why_not, _SOURCE)))(
+    partial(_run, "cpp")
+)
+causal_conv.register("triton", partial(_why_not, device.why_not))(partial(_run, "triton"))

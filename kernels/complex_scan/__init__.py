@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mm.kernels import compiler
+from mm.kernels import compiler, device
+from mm.kernels.fused import fused
 from mm.kernels.op import Op
 
 _SOURCE = Path(__file__).with_name("scan.cpp")
@@ -57,15 +58,41 @@ def complex_scan(
     return torch.stack(states, 1), h
 
 
-def _why_not(
-    a: Tensor, b_BTD: Tensor, reset_BT: Tensor | None = None, initial_BD: Tensor | None = None
-) -> str | None:
-    return compiler.why_not(_SOURCE, a, b_BTD, initial_BD)
+def _states(a: Tensor, b: Tensor, reset: Tensor | None, initial: Tensor | None) -> Tensor:
+    return torch.empty_like(b, dtype=torch.promote_types(b.dtype, torch.float32))
 
 
-@complex_scan.register("cpp", _why_not)
-def _cpp(
-    a: Tensor, b_BTD: Tensor, reset_BT: Tensor | None = None, initial_BD: Tensor | None = None
+def _gradients(
+    a: Tensor, h: Tensor, reset: Tensor | None, initial: Tensor | None, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    first = h.new_empty(h.shape[0], h.shape[2] if initial is not None else 0)
+    return torch.empty_like(a), torch.empty_like(h), first
+
+
+def _call(way: str, a: Tensor, *tensors: Tensor | None) -> None:
+    like = tensors[0]
+    assert like is not None
+    function = f"complex_{compiler.SUFFIX[like.dtype]}_{way}"
+    compiler.call(_SOURCE, function, a, *tensors, int(a.dim() == 1), *like.shape)
+
+
+_OPS = fused(
+    "complex_scan",
+    _states,
+    _gradients,
+    saved=lambda a, b, reset, initial, h: (a, h, reset, initial),
+    wrt=("a", "b", "initial"),
+    cpp=(partial(_call, "forward"), partial(_call, "backward")),
+    triton=f"{__name__}.gpu",
+)
+
+
+def _run(
+    way: str,
+    a: Tensor,
+    b_BTD: Tensor,
+    reset_BT: Tensor | None = None,
+    initial_BD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(b_BTD.dtype, torch.float32)
     B, T, D = b_BTD.shape
@@ -74,70 +101,10 @@ def _cpp(
         return b_BTD.to(wide), zero if initial_BD is None else initial_BD.to(wide)
     initial = initial_BD.to(wide).contiguous() if initial_BD is not None else None
     reset = reset_BT.contiguous() if reset_BT is not None else None
-    h = torch.ops.mm.complex_scan(
-        a.to(wide).contiguous(), b_BTD.to(wide).contiguous(), reset, initial
-    )
+    decay, b = (x.to(wide) if way == "cpp" else x for x in (a, b_BTD))
+    h = _OPS[way](decay.contiguous(), b.contiguous(), reset, initial)
     return h, h[:, -1]
 
 
-def _call(name: str, like: Tensor, a: Tensor, *tensors: Tensor | None) -> None:
-    function = f"complex_{compiler.SUFFIX[like.dtype]}_{name}"
-    compiler.call(_SOURCE, function, a, *tensors, int(a.dim() == 1), *like.shape)
-
-
-def _forward(a: Tensor, b: Tensor, reset: Tensor | None, initial: Tensor | None) -> Tensor:
-    h = torch.empty_like(b)
-    _call("forward", b, a, b, reset, initial, h)
-    return h
-
-
-def _backward(
-    a: Tensor, h: Tensor, reset: Tensor | None, initial: Tensor | None, grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    da, db = torch.empty_like(a), torch.empty_like(h)
-    dinitial = a.new_empty(h.shape[0], h.shape[2] if initial is not None else 0)
-    last = dinitial if initial is not None else None
-    _call("backward", h, a, h, reset, initial, grad.contiguous(), da, db, last)
-    return da, db, dinitial
-
-
-_forward_op = torch.library.custom_op(
-    "mm::complex_scan",
-    _forward,
-    mutates_args=(),
-    schema="(Tensor a, Tensor b, Tensor? reset, Tensor? initial) -> Tensor",
-)
-_backward_op = torch.library.custom_op(
-    "mm::complex_scan_backward",
-    _backward,
-    mutates_args=(),
-    schema="(Tensor a, Tensor h, Tensor? reset, Tensor? initial, Tensor grad)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-
-
-@_forward_op.register_fake
-def _(a: Tensor, b: Tensor, reset: Tensor | None, initial: Tensor | None) -> Tensor:
-    return torch.empty_like(b)
-
-
-@_backward_op.register_fake
-def _(
-    a: Tensor, h: Tensor, reset: Tensor | None, initial: Tensor | None, grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    rest = a.new_empty(h.shape[0], h.shape[2] if initial is not None else 0)
-    return torch.empty_like(a), torch.empty_like(h), rest
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    a, _, reset, initial = inputs
-    ctx.save_for_backward(a, output, reset, initial)
-
-
-def _grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    a, h, reset, initial = ctx.saved_tensors
-    da, db, dinitial = torch.ops.mm.complex_scan_backward(a, h, reset, initial, grad)
-    return da, db, None, dinitial if initial is not None else None
-
-
-_forward_op.register_autograd(_grads, setup_context=_setup)
+complex_scan.register("cpp", partial(compiler.why_not, _SOURCE))(partial(_run, "cpp"))
+complex_scan.register("triton", device.why_not)(partial(_run, "triton"))

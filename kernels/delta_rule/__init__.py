@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.kernels import gpu
+from mm.kernels import device
 from mm.kernels.op import Op
 
 CHUNK = 64  # tokens; the matrices of a chunk are as large as a head's state of 64 x 64
@@ -409,7 +409,7 @@ def _no_triton(
 ) -> str | None:
     if q_BTHK.shape[-1] > 256:
         return "keys are wider than 256"
-    reason = gpu.why_not(q_BTHK, k_BTHK, v_BTHV, beta_BTH, g_BTH, initial_BHKV)
+    reason = device.why_not(q_BTHK, k_BTHK, v_BTHV, beta_BTH, g_BTH, initial_BHKV)
     return reason or ("nothing to launch" if 0 in (*q_BTHK.shape, v_BTHV.shape[-1]) else None)
 
 

@@ -4,13 +4,14 @@ states of each.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mm.kernels import compiler
+from mm.kernels.fused import fused
 from mm.kernels.op import Op
 
 _SOURCE = Path(__file__).with_name("ssm.cpp")
@@ -67,90 +68,7 @@ def diagonal_ssm(
     return y, torch.stack((hr, hi), 1)
 
 
-def _why_not(
-    u_BTD: Tensor,
-    a_PDN: Tensor,
-    c_PDN: Tensor,
-    reset_BT: Tensor | None = None,
-    initial_BPDN: Tensor | None = None,
-    length_B: Tensor | None = None,
-) -> str | None:
-    return compiler.why_not(_SOURCE, u_BTD, a_PDN, c_PDN, initial_BPDN)
-
-
-@diagonal_ssm.register("cpp", _why_not)
-def _cpp(
-    u_BTD: Tensor,
-    a_PDN: Tensor,
-    c_PDN: Tensor,
-    reset_BT: Tensor | None = None,
-    initial_BPDN: Tensor | None = None,
-    length_B: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(u_BTD.dtype, torch.float32)
-    return torch.ops.mm.diagonal_ssm(
-        u_BTD.to(wide).contiguous(),
-        a_PDN.to(wide).contiguous(),
-        c_PDN.to(wide).contiguous(),
-        reset_BT.contiguous() if reset_BT is not None else None,
-        initial_BPDN.to(wide).contiguous() if initial_BPDN is not None else None,
-        length_B.long().contiguous() if length_B is not None else None,
-    )
-
-
-def _call(name: str, u: Tensor, a: Tensor, *tensors: Tensor | None) -> None:
-    function = f"ssm_{compiler.SUFFIX[u.dtype]}_{name}"
-    compiler.call(_SOURCE, function, u, a, *tensors, *u.shape, a.shape[2])
-
-
-def _forward(
-    u: Tensor,
-    a: Tensor,
-    c: Tensor,
-    reset: Tensor | None,
-    initial: Tensor | None,
-    length: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    y, last = torch.empty_like(u), u.new_empty(u.shape[0], *a.shape)
-    _call("forward", u, a, c, reset, initial, length, y, last)
-    return y, last
-
-
-def _backward(
-    u: Tensor,
-    a: Tensor,
-    c: Tensor,
-    reset: Tensor | None,
-    initial: Tensor | None,
-    length: Tensor | None,
-    dy: Tensor,
-    dlast: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    du, da, dc = torch.empty_like(u), torch.empty_like(a), torch.empty_like(c)
-    first = u.new_empty(u.shape[0] if initial is not None else 0, *a.shape)
-    given = first if initial is not None else None
-    dy, dlast = dy.contiguous(), dlast.contiguous()
-    _call("backward", u, a, c, reset, initial, length, dy, dlast, du, da, dc, given)
-    return du, da, dc, first
-
-
-_ARGUMENTS = "Tensor u, Tensor a, Tensor c, Tensor? reset, Tensor? initial, Tensor? length"
-_forward_op = torch.library.custom_op(
-    "mm::diagonal_ssm",
-    _forward,
-    mutates_args=(),
-    schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)",
-)
-_backward_op = torch.library.custom_op(
-    "mm::diagonal_ssm_backward",
-    _backward,
-    mutates_args=(),
-    schema=f"({_ARGUMENTS}, Tensor dy, Tensor dlast) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@_forward_op.register_fake
-def _(
+def _outputs(
     u: Tensor,
     a: Tensor,
     c: Tensor,
@@ -161,8 +79,7 @@ def _(
     return torch.empty_like(u), u.new_empty(u.shape[0], *a.shape)
 
 
-@_backward_op.register_fake
-def _(
+def _gradients(
     u: Tensor,
     a: Tensor,
     c: Tensor,
@@ -176,14 +93,36 @@ def _(
     return torch.empty_like(u), torch.empty_like(a), torch.empty_like(c), first
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
+def _call(way: str, u: Tensor, a: Tensor, *tensors: Tensor | None) -> None:
+    function = f"ssm_{compiler.SUFFIX[u.dtype]}_{way}"
+    compiler.call(_SOURCE, function, u, a, *tensors, *u.shape, a.shape[2])
 
 
-def _grads(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    du, da, dc, first = torch.ops.mm.diagonal_ssm_backward(*saved, dy, dlast)
-    return du, da, dc, None, first if saved[4] is not None else None, None
+_OPS = fused(
+    "diagonal_ssm",
+    _outputs,
+    _gradients,
+    saved=lambda *tensors: tensors[:6],
+    wrt=("u", "a", "c", "initial"),
+    cpp=(partial(_call, "forward"), partial(_call, "backward")),
+)
 
 
-_forward_op.register_autograd(_grads, setup_context=_setup)
+@diagonal_ssm.register("cpp", partial(compiler.why_not, _SOURCE))
+def _cpp(
+    u_BTD: Tensor,
+    a_PDN: Tensor,
+    c_PDN: Tensor,
+    reset_BT: Tensor | None = None,
+    initial_BPDN: Tensor | None = None,
+    length_B: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(u_BTD.dtype, torch.float32)
+    return _OPS["cpp"](
+        u_BTD.to(wide).contiguous(),
+        a_PDN.to(wide).contiguous(),
+        c_PDN.to(wide).contiguous(),
+        reset_BT.contiguous() if reset_BT is not None else None,
+        initial_BPDN.to(wide).contiguous() if initial_BPDN is not None else None,
+        length_B.long().contiguous() if length_B is not None else None,
+    )

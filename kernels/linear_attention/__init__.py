@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.kernels import gpu
+from mm.kernels import device
 from mm.kernels.op import Op
 
 CHUNK = 64
@@ -356,7 +356,7 @@ def _no_triton(
     log_decay: Tensor | None = None,
     initial_BHKV: Tensor | None = None,
 ) -> str | None:
-    reason = gpu.why_not(q_BTHK, k_BTHK, v_BTHV, log_decay, initial_BHKV)
+    reason = device.why_not(q_BTHK, k_BTHK, v_BTHV, log_decay, initial_BHKV)
     return reason or ("nothing to launch" if 0 in (*q_BTHK.shape, v_BTHV.shape[-1]) else None)
 
 

@@ -4,13 +4,15 @@ K.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mm.kernels import compiler
+from mm.kernels import compiler, device
+from mm.kernels.fused import fused
 from mm.kernels.op import Op
 
 _SOURCE = Path(__file__).with_name("gates.cpp")
@@ -42,81 +44,51 @@ def rg_lru_gates(
     return log_a.exp(), rest * i.reshape(R, rate_W.shape[0]) * u_RW.to(wide)
 
 
-def _why_not(gates_HRG: Tensor, bias_HG: Tensor, rate_W: Tensor, u_RW: Tensor) -> str | None:
+def _why_not(
+    has: Callable[..., str | None], gates_HRG: Tensor, bias_HG: Tensor, rate_W: Tensor, u_RW: Tensor
+) -> str | None:
     if gates_HRG.dtype != u_RW.dtype:
         return f"gates are {gates_HRG.dtype}, the input {u_RW.dtype}"
-    return compiler.why_not(_SOURCE, gates_HRG, bias_HG, rate_W, u_RW)
+    return has(gates_HRG, bias_HG, rate_W, u_RW)
 
 
-@rg_lru_gates.register("cpp", _why_not)
-def _cpp(gates_HRG: Tensor, bias_HG: Tensor, rate_W: Tensor, u_RW: Tensor) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(gates_HRG.dtype, torch.float32)
-    bias, rate = bias_HG.to(wide).contiguous(), rate_W.to(wide).contiguous()
-    return torch.ops.mm.rg_lru_gates(gates_HRG.contiguous(), bias, rate, u_RW.contiguous())
-
-
-def _call(gates: Tensor, way: str, *arguments: Tensor) -> None:
-    H, R, G = gates.shape
-    compiler.call(_SOURCE, f"gates_{compiler.SUFFIX[gates.dtype]}_{way}", *arguments, R, H, G // 2)
-
-
-def _forward(gates: Tensor, bias: Tensor, rate: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    a, b = rate.new_empty(u.shape), rate.new_empty(u.shape)
-    _call(gates, "forward", gates, bias, rate, u, a, b)
-    return a, b
-
-
-def _backward(
-    gates: Tensor, bias: Tensor, rate: Tensor, u: Tensor, da: Tensor, db: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out = (
-        torch.empty_like(gates),
-        torch.empty_like(bias),
-        torch.empty_like(rate),
-        torch.empty_like(u),
-    )
-    _call(gates, "backward", gates, bias, rate, u, da.contiguous(), db.contiguous(), *out)
-    return out
-
-
-_forward_op = torch.library.custom_op(
-    "mm::rg_lru_gates",
-    _forward,
-    mutates_args=(),
-    schema="(Tensor gates, Tensor bias, Tensor rate, Tensor u) -> (Tensor, Tensor)",
-)
-_backward_op = torch.library.custom_op(
-    "mm::rg_lru_gates_backward",
-    _backward,
-    mutates_args=(),
-    schema="(Tensor gates, Tensor bias, Tensor rate, Tensor u, Tensor da, Tensor db)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@_forward_op.register_fake
-def _(gates: Tensor, bias: Tensor, rate: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+def _outputs(gates: Tensor, bias: Tensor, rate: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return rate.new_empty(u.shape), rate.new_empty(u.shape)
 
 
-@_backward_op.register_fake
-def _(
+def _gradients(
     gates: Tensor, bias: Tensor, rate: Tensor, u: Tensor, da: Tensor, db: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(gates),
-        torch.empty_like(bias),
-        torch.empty_like(rate),
-        torch.empty_like(u),
-    )
+    gates_, bias_, rate_, u_ = (torch.empty_like(x) for x in (gates, bias, rate, u))
+    return gates_, bias_, rate_, u_
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
+def _call(way: str, gates: Tensor, *tensors: Tensor) -> None:
+    H, R, G = gates.shape
+    name = f"gates_{compiler.SUFFIX[gates.dtype]}_{way}"
+    compiler.call(_SOURCE, name, gates, *tensors, R, H, G // 2)
 
 
-def _grads(ctx: Any, da: Tensor, db: Tensor) -> tuple[Tensor, ...]:
-    return torch.ops.mm.rg_lru_gates_backward(*ctx.saved_tensors, da, db)
+_OPS = fused(
+    "rg_lru_gates",
+    _outputs,
+    _gradients,
+    saved=lambda *tensors: tensors[:4],
+    wrt=("gates", "bias", "rate", "u"),
+    cpp=(partial(_call, "forward"), partial(_call, "backward")),
+    triton=f"{__name__}.gpu",
+)
 
 
-_forward_op.register_autograd(_grads, setup_context=_setup)
+def _run(
+    way: str, gates_HRG: Tensor, bias_HG: Tensor, rate_W: Tensor, u_RW: Tensor
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(gates_HRG.dtype, torch.float32)
+    bias, rate = bias_HG.to(wide).contiguous(), rate_W.to(wide).contiguous()
+    return _OPS[way](gates_HRG.contiguous(), bias, rate, u_RW.contiguous())
+
+
+rg_lru_gates.register("cpp", partial(_why_not, partial(compiler.why_not, _SOURCE)))(
+    partial(_run, "cpp")
+)
+rg_lru_gates.register("triton", partial(_why_not, device.why_not))(partial(_run, "triton"))

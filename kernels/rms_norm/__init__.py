@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.kernels import compiler
+from mm.kernels import compiler, device
+from mm.kernels.fused import fused
 from mm.kernels.op import Op
 
 _SOURCE = Path(__file__).with_name("norm.cpp")
@@ -42,20 +43,7 @@ def _fused(x: Tensor, weight_D: Tensor | None = None, eps: float = 1e-6) -> Tens
     return F.rms_norm(x, x.shape[-1:], None if weight_D is None else weight_D.to(x.dtype), eps)
 
 
-def _cpp_why_not(x: Tensor, weight_D: Tensor | None = None, eps: float = 1e-6) -> str | None:
-    return compiler.why_not(_SOURCE, x, weight_D)
-
-
-@rms_norm.register("cpp", _cpp_why_not)
-def _cpp(x: Tensor, weight_D: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    weight = (
-        x.new_ones(x.shape[-1], dtype=wide) if weight_D is None else weight_D.to(wide).contiguous()
-    )
-    return torch.ops.mm.rms_norm(x, weight, eps)[0]
-
-
-def _strided(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int]]:
+def strided(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int]]:
     """``x`` as (outer, inner, D) with two row strides: a slice of heads `(B, T, H, K)` needs no
     copy.
     """
@@ -68,54 +56,43 @@ def _strided(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int]]:
     return x, (x.numel() // D if D else 0, 1, D, D, 0)
 
 
-def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    y = torch.empty(x.shape, dtype=x.dtype)
-    scale = torch.empty(x.shape[:-1], dtype=weight.dtype)
-    rows, sizes = _strided(x)
-    compiler.call(
-        _SOURCE, f"norm_{compiler.SUFFIX[x.dtype]}_forward", rows, weight, y, scale, eps, *sizes
-    )
-    return y, scale
-
-
-def _backward(x: Tensor, weight: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    dx, dw = torch.empty(x.shape, dtype=x.dtype), torch.empty_like(weight)
-    rows, sizes = _strided(x)
-    name = f"norm_{compiler.SUFFIX[x.dtype]}_backward"
-    compiler.call(_SOURCE, name, rows, weight, scale, grad.contiguous(), dx, dw, *sizes)
-    return dx, dw
-
-
-_forward_op = torch.library.custom_op(
-    "mm::rms_norm",
-    _forward,
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
-)
-_backward_op = torch.library.custom_op(
-    "mm::rms_norm_backward",
-    _backward,
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor scale, Tensor grad) -> (Tensor, Tensor)",
-)
-
-
-@_forward_op.register_fake
-def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _outputs(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(x.shape[:-1])
 
 
-@_backward_op.register_fake
-def _(x: Tensor, weight: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _gradients(x: Tensor, weight: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), torch.empty_like(weight)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+def _cpp_forward(x: Tensor, weight: Tensor, eps: float, y: Tensor, scale: Tensor) -> None:
+    wide, sizes = strided(x)
+    name = f"norm_{compiler.SUFFIX[x.dtype]}_forward"
+    compiler.call(_SOURCE, name, wide, weight, y, scale, eps, *sizes)
 
 
-def _grads(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return *torch.ops.mm.rms_norm_backward(*ctx.saved_tensors, grad), None
+def _cpp_backward(x: Tensor, *tensors: Tensor) -> None:
+    wide, sizes = strided(x)
+    compiler.call(_SOURCE, f"norm_{compiler.SUFFIX[x.dtype]}_backward", wide, *tensors, *sizes)
 
 
-_forward_op.register_autograd(_grads, setup_context=_setup)
+_OPS = fused(
+    "rms_norm",
+    _outputs,
+    _gradients,
+    saved=lambda x, weight, eps, y, scale: (x, weight, scale),
+    wrt=("x", "weight"),
+    cpp=(_cpp_forward, _cpp_backward),
+    triton=f"{__name__}.gpu",
+)
+
+
+def _run(way: str, x: Tensor, weight_D: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weight = (
+        x.new_ones(x.shape[-1], dtype=wide) if weight_D is None else weight_D.to(wide).contiguous()
+    )
+    return _OPS[way](x, weight, eps)[0]
+
+
+rms_norm.register("cpp", partial(compiler.why_not, _SOURCE))(partial(_run, "cpp"))
+rms_norm.register("triton", device.why_not)(partial(_run, "triton"))

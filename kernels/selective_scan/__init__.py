@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mm.kernels import compiler
+from mm.kernels import compiler, device
+from mm.kernels.fused import fused
 from mm.kernels.op import Op
 
 _SOURCE = Path(__file__).with_name("scan.cpp")
@@ -67,21 +68,65 @@ def selective_scan(
     return y.to(u_RTD.dtype), h
 
 
-def _why_not(
-    u_RTD: Tensor,
-    dt_RTD: Tensor,
-    a_ND: Tensor,
-    b_RTN: Tensor,
-    c_RTN: Tensor,
-    skip_D: Tensor,
-    reset_RT: Tensor | None = None,
-    initial_RND: Tensor | None = None,
-) -> str | None:
-    return compiler.why_not(_SOURCE, u_RTD, dt_RTD, a_ND, b_RTN, c_RTN, skip_D, initial_RND)
+def _outputs(
+    u: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    skip: Tensor,
+    reset: Tensor | None,
+    initial: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    R, T, _ = u.shape
+    return torch.empty_like(u), a.new_empty(R, *a.shape), a.new_empty(R, -(-T // _EVERY), *a.shape)
 
 
-@selective_scan.register("cpp", _why_not)
-def _cpp(
+def _gradients(
+    u: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    skip: Tensor,
+    reset: Tensor | None,
+    kept: Tensor,
+    with_initial: bool,
+    grad_y: Tensor | None,
+    grad_last: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    u_, dt_, a_, b_, c_, skip_ = (torch.empty_like(x) for x in (u, dt, a, b, c, skip))
+    return u_, dt_, a_, b_, c_, skip_, a.new_empty(u.shape[0] if with_initial else 0, *a.shape)
+
+
+def _cpp_forward(u: Tensor, dt: Tensor, a: Tensor, *tensors: Tensor | None) -> None:
+    name = f"selective_{compiler.SUFFIX[u.dtype]}_forward"
+    compiler.call(_SOURCE, name, u, dt, a, *tensors, *u.shape, a.shape[0])
+
+
+def _cpp_backward(u: Tensor, dt: Tensor, a: Tensor, *rest: Tensor | bool | None) -> None:
+    name = f"selective_{compiler.SUFFIX[u.dtype]}_backward"
+    tensors = (x for x in rest if not isinstance(x, bool))
+    compiler.call(_SOURCE, name, u, dt, a, *tensors, *u.shape, a.shape[0])
+
+
+_OPS = fused(
+    "selective_scan",
+    _outputs,
+    _gradients,
+    saved=lambda u, dt, a, b, c, skip, reset, initial, y, last, kept: (
+        *(u, dt, a, b, c, skip, reset, kept),
+        initial is not None,
+    ),
+    wrt=("u", "dt", "a", "b", "c", "skip", "initial"),
+    cpp=(_cpp_forward, _cpp_backward),
+    triton=f"{__name__}.gpu",
+    dense=False,
+)
+
+
+def _run(
+    way: str,
     u_RTD: Tensor,
     dt_RTD: Tensor,
     a_ND: Tensor,
@@ -92,125 +137,13 @@ def _cpp(
     initial_RND: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(u_RTD.dtype, torch.float32)
-    tensors = (x.to(wide).contiguous() for x in (u_RTD, dt_RTD, a_ND, b_RTN, c_RTN, skip_D))
+    u, dt, b, c = (x.to(wide) if way == "cpp" else x for x in (u_RTD, dt_RTD, b_RTN, c_RTN))
+    tensors = (x.contiguous() for x in (u, dt, a_ND.to(wide), b, c, skip_D.to(wide)))
     reset = reset_RT.contiguous() if reset_RT is not None else None
     initial = initial_RND.to(wide).contiguous() if initial_RND is not None else None
-    y, last, _ = torch.ops.mm.selective_scan(*tensors, reset, initial)
+    y, last, _ = _OPS[way](*tensors, reset, initial)
     return y.to(u_RTD.dtype), last
 
 
-def _outputs(u: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    R, T, D = u.shape
-    stretches = -(-T // _EVERY)
-    shape = (a.shape[0], D)
-    return torch.empty_like(u), u.new_empty(R, *shape), u.new_empty(R, stretches, *shape)
-
-
-def _forward(
-    u: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    skip: Tensor,
-    reset: Tensor | None,
-    initial: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y, last, kept = _outputs(u, a)
-    name = f"selective_{compiler.SUFFIX[u.dtype]}_forward"
-    tensors = (u, dt, a, b, c, skip, reset, initial, y, last, kept)
-    compiler.call(_SOURCE, name, *tensors, *u.shape, a.shape[0])
-    return y, last, kept
-
-
-def _gradients(
-    u: Tensor, a: Tensor, b: Tensor, skip: Tensor, with_initial: bool
-) -> tuple[Tensor, ...]:
-    initial = u.new_empty(u.shape[0] if with_initial else 0, *a.shape)
-    like = (u, u, a, b, b, skip)
-    return *(torch.empty_like(x) for x in like), initial
-
-
-def _backward(
-    u: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    skip: Tensor,
-    reset: Tensor | None,
-    kept: Tensor,
-    grad_y: Tensor | None,
-    grad_last: Tensor | None,
-    with_initial: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grads = _gradients(u, a, b, skip, with_initial)
-    gy, glast = (g.contiguous() if g is not None else None for g in (grad_y, grad_last))
-    outs = (*grads[:6], grads[6] if with_initial else None)
-    name = f"selective_{compiler.SUFFIX[u.dtype]}_backward"
-    tensors = (u, dt, a, b, c, skip, reset, kept, gy, glast, *outs)
-    compiler.call(_SOURCE, name, *tensors, *u.shape, a.shape[0])
-    return grads  # type: ignore[return-value]
-
-
-_forward_op = torch.library.custom_op(
-    "mm::selective_scan",
-    _forward,
-    mutates_args=(),
-    schema="(Tensor u, Tensor dt, Tensor a, Tensor b, Tensor c, Tensor skip, Tensor? reset,"
-    " Tensor? initial) -> (Tensor, Tensor, Tensor)",
-)
-_backward_op = torch.library.custom_op(
-    "mm::selective_scan_backward",
-    _backward,
-    mutates_args=(),
-    schema="(Tensor u, Tensor dt, Tensor a, Tensor b, Tensor c, Tensor skip, Tensor? reset,"
-    " Tensor kept, Tensor? grad_y, Tensor? grad_last, bool with_initial)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@_forward_op.register_fake
-def _(
-    u: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    skip: Tensor,
-    reset: Tensor | None,
-    initial: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(u, a)
-
-
-@_backward_op.register_fake
-def _(
-    u: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    skip: Tensor,
-    reset: Tensor | None,
-    kept: Tensor,
-    grad_y: Tensor | None,
-    grad_last: Tensor | None,
-    with_initial: bool,
-) -> tuple[Tensor, ...]:
-    return _gradients(u, a, b, skip, with_initial)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    u, dt, a, b, c, skip, reset, initial = inputs
-    ctx.save_for_backward(u, dt, a, b, c, skip, reset, output[2])
-    ctx.with_initial = initial is not None
-    ctx.set_materialize_grads(False)
-
-
-def _grads(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    out = torch.ops.mm.selective_scan_backward(*ctx.saved_tensors, *grads[:2], ctx.with_initial)
-    return *out[:6], None, out[6] if ctx.with_initial else None
-
-
-_forward_op.register_autograd(_grads, setup_context=_setup)
+selective_scan.register("cpp", partial(compiler.why_not, _SOURCE))(partial(_run, "cpp"))
+selective_scan.register("triton", device.why_not)(partial(_run, "triton"))

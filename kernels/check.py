@@ -1,0 +1,128 @@
+"""The self-check of kernels: an implementation against its reference on a part of a real call."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What is taken of each dimension, by the letter that names it in the signature (``q_BTHK``): all of
+# the widths, a prefix of rows and places, so that a reference that holds every state stays small.
+PREFIX = {"B": 2, "R": 2, "T": 256, "S": 256, "P": 512}
+PLACES = 512  # of R where the signature has no T: it then counts tokens
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the root mean square; narrower: 3e-2
+
+
+def wanted(args: tuple[Any, ...]) -> bool:
+    """Whether this call may be checked: ``MM_SELF_CHECK=0`` says no, a trace cannot be."""
+    if torch.compiler.is_compiling() or os.environ.get("MM_SELF_CHECK", "1") == "0":
+        return False
+    fake = torch._subclasses.FakeTensor
+    return not any(isinstance(a, Tensor) and (a.is_meta or isinstance(a, fake)) for a in args)
+
+
+def kind(args: tuple[Any, ...], kw: dict[str, Any]) -> tuple[Any, ...]:
+    """What calls have in common that one check stands for: types, devices, sizes to the next power
+    of two (1 apart), settings, and whether there is a gradient.
+    """
+    grad = torch.is_grad_enabled()
+    out: list[Any] = []
+    for value in (*args, *kw, *kw.values()):
+        if isinstance(value, Tensor):
+            sizes = tuple((size - 1).bit_length() if size else -1 for size in value.shape)
+            out.append((value.dtype, value.device.type, sizes, grad and value.requires_grad))
+        else:
+            out.append(value)
+    return tuple(out)
+
+
+def problem(
+    reference: Callable, f: Callable, args: tuple[Any, ...], kw: dict[str, Any]
+) -> str | None:
+    """Say how ``f`` differs from the reference in outputs or gradients on a part of this call.
+
+    Returns:
+        None where they agree: root mean square of the difference within `TOLERANCE` of the
+        reference's, per output and per gradient, and finite wherever that is.
+    """
+    part = _part(reference, args, kw)
+    try:
+        got = _results(f, part)
+    except Exception as error:  # a kernel that does not compile or launch is as wrong as any
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    for name, value, expected in zip(*got, _results(reference, part)[1], strict=True):
+        error = _distance(value, expected)
+        allowed = TOLERANCE.get(min(value.dtype, expected.dtype, key=lambda d: d.itemsize), 3e-2)
+        if not error <= allowed:
+            return f"{name} differs from the reference's by {error:.2g} (allowed {allowed:.0e})"
+    return None
+
+
+def _part(reference: Callable, args: tuple[Any, ...], kw: dict[str, Any]) -> dict[str, Any]:
+    """The call's arguments by name, cut to `PREFIX`."""
+    bound = inspect.signature(reference).bind(*args, **kw).arguments
+    letters = {name: name.rpartition("_")[2] for name in bound}
+    dims = {
+        name: letters[name]
+        for name, value in bound.items()
+        if isinstance(value, Tensor) and letters[name].isupper()
+    }
+    named = {n: d for n, d in dims.items() if len(d) == bound[n].dim()}
+    sizes = {letter: bound[n].shape[i] for n, d in named.items() for i, letter in enumerate(d)}
+    caps = dict(PREFIX, **({} if "T" in sizes else {"R": PLACES}))
+    leading = tuple(sizes[x] for x in "BT" if x in sizes)
+    out = {}
+    for name, value in bound.items():
+        if isinstance(value, Tensor):
+            place = named.get(name, "")
+            if not place and len(leading) == 2 and value.shape[:2] == leading:
+                place = "BT"  # an argument of several forms, as a decay by token or one for all
+            for i, letter in enumerate(place):
+                value = value.narrow(i, 0, min(value.shape[i], caps.get(letter, value.shape[i])))
+            if place == "B" and value.dtype in (torch.int32, torch.int64) and "T" in sizes:
+                value = value.clamp_max(min(sizes["T"], caps["T"]))  # a row's length
+        out[name] = value
+    return out
+
+
+def _results(f: Callable, part: dict[str, Any]) -> tuple[list[str], list[Tensor]]:
+    """Names and values of the outputs and, where the call has them, of all gradients."""
+    track = torch.is_grad_enabled()
+    call = {
+        name: value.detach().requires_grad_(track and value.requires_grad)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in part.items()
+    }
+    leaves = {n: v for n, v in call.items() if isinstance(v, Tensor) and v.requires_grad}
+    out = f(**call)
+    outs = list(out) if isinstance(out, tuple) else [out]
+    names = [f"output {i}" for i in range(len(outs))]
+    # A fixed weighting: the check draws nothing from anyone's random numbers.
+    loss = [
+        (o * torch.arange(o.numel(), device=o.device).cos().view(o.shape).to(o.dtype)).sum()
+        for o in outs
+        if o.requires_grad
+    ]
+    if not leaves or not loss:
+        return names, [o.detach() for o in outs]
+    grads = torch.autograd.grad(
+        sum(loss[1:], loss[0]), list(leaves.values()), allow_unused=True, materialize_grads=True
+    )
+    values = [*(o.detach() for o in outs), *grads]
+    return [*names, *(f"gradient of {name}" for name in leaves)], values
+
+
+def _distance(value: Tensor, expected: Tensor) -> float:
+    """Root mean square of the difference over that of the reference, where that one is finite."""
+    if value.shape != expected.shape:
+        return float("inf")
+    finite = expected.isfinite()
+    a, b = (torch.where(finite, x.double(), 0) for x in (value, expected))
+    scale = b.square().mean().sqrt() if b.numel() else b.new_zeros(())
+    difference = (a - b).square().mean().sqrt() if b.numel() else scale
+    return float(difference / (scale + 1e-6))

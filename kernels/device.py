@@ -1,0 +1,33 @@
+"""Which tensors Triton kernels take."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _missing() -> str | None:
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+KIND = "cuda"  # the tests' interpreter says "cpu"
+
+
+def why_not(*args: Any, **kw: Any) -> str | None:
+    """Reason why no Triton kernel can take these arguments, or None.
+
+    What is no tensor is skipped.
+    """
+    for t in (*args, *kw.values()):
+        if isinstance(t, Tensor) and t.device.type != KIND:
+            return f"tensors are on {t.device.type}"
+        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype not in DTYPES:
+            return f"no {t.dtype}"
+    return _missing()

@@ -1,0 +1,108 @@
+"""Fused kernels as differentiable `torch.library` ops: one shape rule, filled by C++ and Triton."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Fill = Callable[..., None]
+
+
+def fused(
+    name: str,
+    outputs: Callable,
+    gradients: Callable,
+    *,
+    saved: Callable[..., Sequence[Any]],
+    wrt: Sequence[str],
+    cpp: tuple[Fill, Fill] | None = None,
+    triton: str | None = None,
+    dense: bool = True,
+) -> dict[str, Callable]:
+    """Register ``mm::<name>`` and ``mm::<name>_triton`` with backward, tracing and autograd.
+
+    Args:
+        name: of the op.
+        outputs: takes the inputs and returns empty outputs. It is the op's schema (by annotation)
+            and its shape rule under `torch.compile`.
+        gradients: takes what ``saved`` returns, then a gradient of each output that has one, and
+            returns empty gradients: one for each name of ``wrt``, of size 0 where that input is
+            None.
+        saved: takes the inputs and the outputs and returns what the backward needs.
+        wrt: parameter names of ``outputs`` that have gradients.
+        cpp: functions that write the outputs and the gradients on the CPU: they take the inputs,
+            then the outputs.
+        triton: module with functions ``forward`` and ``backward`` that do the same in Triton. It is
+            imported by the first call and must not be before: Triton may be absent.
+        dense: gradients that nothing gives are zeros, else None.
+    Returns:
+        the op by the name of its implementation.
+    """
+    fills: dict[str, tuple[str, tuple[Fill, Fill]]] = {}
+    if cpp:
+        fills["cpp"] = (name, cpp)
+    if triton:
+        lazily = lambda way: lambda *a: getattr(importlib.import_module(triton), way)(*a)
+        fills["triton"] = (f"{name}_triton", (lazily("forward"), lazily("backward")))
+    return {
+        kind: _differentiable(full, outputs, gradients, pair, saved, wrt, dense)
+        for kind, (full, pair) in fills.items()
+    }
+
+
+def _op(name: str, empties: Callable, fill: Fill) -> tuple[Any, Callable]:
+    def run(*args: Any) -> Any:
+        outs = empties(*args)
+        fill(*args, *(outs if isinstance(outs, tuple) else (outs,)))
+        return outs
+
+    schema = torch.library.infer_schema(empties, mutates_args=())
+    made = torch.library.custom_op(f"mm::{name}", run, mutates_args=(), schema=schema)
+    made.register_fake(empties)
+    return made, getattr(torch.ops.mm, name)
+
+
+def _differentiable(
+    name: str,
+    outputs: Callable,
+    gradients: Callable,
+    fills: tuple[Fill, Fill],
+    saved: Callable[..., Sequence[Any]],
+    wrt: Sequence[str],
+    dense: bool,
+) -> Callable:
+    made, forward = _op(name, outputs, fills[0])
+    _, backward = _op(f"{name}_backward", gradients, fills[1])
+    parameters = [a.name for a in forward.default._schema.arguments]
+    taken = len(backward.default._schema.arguments)
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        kept = saved(*inputs, *(output if isinstance(output, tuple) else (output,)))
+        tensor = [isinstance(x, Tensor) or x is None for x in kept]
+        ctx.save_for_backward(*(x for x, is_tensor in zip(kept, tensor, strict=True) if is_tensor))
+        ctx.settings = [
+            (is_tensor, None if is_tensor else x) for x, is_tensor in zip(kept, tensor, strict=True)
+        ]
+        ctx.given = [x is not None for x in inputs]
+        if not dense:
+            ctx.set_materialize_grads(False)
+
+    def grads(ctx: Any, *from_above: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors = iter(ctx.saved_tensors)
+        kept = [next(tensors) if is_tensor else value for is_tensor, value in ctx.settings]
+        above = [g.contiguous() if g is not None else None for g in from_above]
+        found = backward(*kept, *above[: taken - len(kept)])
+        by_name = dict(
+            zip(wrt, found if isinstance(found, (tuple, list)) else (found,), strict=True)
+        )
+        return tuple(
+            by_name.get(p) if given else None
+            for p, given in zip(parameters, ctx.given, strict=True)
+        )
+
+    made.register_autograd(grads, setup_context=setup)
+    return forward

@@ -1,0 +1,204 @@
+"""Triton kernels of the scan family: equal to their references in the interpreter, built for sm_90.
+
+Small tiles stand for the real ones where a test says so: a carry crosses tiles after a few places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from triton_oracle import built, interpreted, recorded  # noqa: E402
+
+import mm.kernels.selective_scan as selective  # noqa: E402
+from mm.kernels.causal_conv import causal_conv  # noqa: E402
+from mm.kernels.causal_conv import gpu as conv_gpu  # noqa: E402
+from mm.kernels.complex_scan import complex_scan  # noqa: E402
+from mm.kernels.complex_scan import gpu as complex_gpu  # noqa: E402
+from mm.kernels.glu import glu  # noqa: E402
+from mm.kernels.glu import gpu as glu_gpu  # noqa: E402
+from mm.kernels.linear_scan import gpu as linear_gpu  # noqa: E402
+from mm.kernels.linear_scan import linear_scan  # noqa: E402
+from mm.kernels.op import Op  # noqa: E402
+from mm.kernels.rg_lru import gpu as gates_gpu  # noqa: E402
+from mm.kernels.rg_lru import rg_lru_gates  # noqa: E402
+from mm.kernels.rms_norm import gpu as norm_gpu  # noqa: E402
+from mm.kernels.rms_norm import rms_norm  # noqa: E402
+from mm.kernels.selective_scan import gpu as selective_gpu  # noqa: E402
+from mm.kernels.selective_scan import selective_scan  # noqa: E402
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def compare(op: Op, arguments: tuple[Any, ...], dtype: torch.dtype, **kw: Any) -> None:
+    """Outputs and all gradients of Triton and the reference, on the same narrow values."""
+    narrow = tuple(
+        a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments
+    )
+    found = []
+    for name in ("reference", "triton"):
+        wide = torch.float64 if name == "reference" else dtype
+        args = [
+            a.detach().to(wide).requires_grad_()
+            if isinstance(a, Tensor) and a.is_floating_point()
+            else a
+            for a in narrow
+        ]
+        with interpreted(), op.using(name):
+            out = op(*args, **kw)
+            outs = out if isinstance(out, tuple) else (out,)
+            loss = sum(
+                (o.double() * torch.arange(o.numel()).sin().view(o.shape)).sum() for o in outs
+            )
+            leaves = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+            found.append((*outs, *torch.autograd.grad(loss, leaves)))
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-2
+    for i, (expected, got) in enumerate(zip(*found, strict=True)):
+        scale = expected.square().mean().sqrt()
+        error = (got.double() - expected).square().mean().sqrt() / (scale + 1e-6)
+        assert error < tolerance, f"result {i}: {error:.1e}"
+        assert got.isfinite().all()
+
+
+def resets(B: int, T: int) -> Tensor:
+    """Ragged documents, one of them a single token; the second row is one document."""
+    out = torch.zeros(B, T, dtype=torch.bool)
+    for t in (0, 3, 4, T - 1):
+        out[0, min(t, T - 1)] = True
+    return out
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 16: a few places and channels cross their borders."""
+    for module in (linear_gpu, complex_gpu, conv_gpu):
+        monkeypatch.setattr(module, "PLACES", 16)
+    for module in (linear_gpu, complex_gpu, conv_gpu, selective_gpu, gates_gpu):
+        monkeypatch.setattr(module, "CHANNELS", 16)
+    monkeypatch.setattr(selective, "_EVERY", 16)
+    monkeypatch.setattr(gates_gpu, "TOKENS", 16)
+    monkeypatch.setattr(glu_gpu, "BLOCK", 64)
+    monkeypatch.setattr(norm_gpu, "ELEMENTS", 64)
+    monkeypatch.setattr(norm_gpu, "PROGRAMS", 3)
+
+
+lengths = pytest.mark.parametrize("T", [1, 3, 37])
+
+
+@dtypes
+@lengths
+def test_linear_scan(T: int, dtype: torch.dtype, small: None) -> None:
+    torch.manual_seed(T)
+    a, b = torch.rand(2, T, 20), torch.randn(2, T, 20)
+    compare(linear_scan, (a, b), dtype)
+    compare(linear_scan, (a, b, resets(2, T), torch.randn(2, 20)), dtype)
+
+
+def test_linear_scan_forgets_an_infinite_document() -> None:
+    a, b = torch.full((1, 6, 2), 0.5), torch.ones(1, 6, 2)
+    b[0, 1] = torch.inf
+    with interpreted(), linear_scan.using("triton"):
+        h, last = linear_scan(a, b, torch.tensor([[1, 0, 0, 1, 0, 0]]).bool())
+    assert last.isfinite().all() and torch.equal(h[0, 3], torch.ones(2))
+
+
+@dtypes
+@lengths
+def test_complex_scan(T: int, dtype: torch.dtype, small: None) -> None:
+    torch.manual_seed(T)
+    a, b = torch.randn(2, T, 36) / 2, torch.randn(2, T, 36)
+    compare(complex_scan, (a, b, resets(2, T), torch.randn(2, 36)), dtype)
+    compare(complex_scan, (torch.randn(36) / 3, b, resets(2, T), torch.randn(2, 36)), dtype)
+    compare(complex_scan, (torch.randn(36) / 3, b), dtype)
+
+
+@dtypes
+@lengths
+def test_selective_scan(T: int, dtype: torch.dtype, small: None) -> None:
+    torch.manual_seed(T)
+    u, dt = torch.randn(2, T, 20), torch.rand(2, T, 20)
+    a, skip = -torch.rand(3, 20) * 4, torch.randn(20)
+    b, c = torch.randn(2, 2, T, 3)
+    compare(selective_scan, (u, dt, a, b, c, skip), dtype)
+    compare(selective_scan, (u, dt, a, b, c, skip, resets(2, T), torch.randn(2, 3, 20)), dtype)
+
+
+@dtypes
+@lengths
+def test_causal_conv(T: int, dtype: torch.dtype, small: None) -> None:
+    torch.manual_seed(T)
+    document = resets(2, T).cumsum(1).int()
+    compare(
+        causal_conv, (torch.randn(2, T, 20), torch.randn(4, 20), torch.randn(20), document), dtype
+    )
+
+
+@dtypes
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_glu(activation: str, dtype: torch.dtype, small: None) -> None:
+    x = 3 * torch.randn(3, 5, 14)
+    compare(glu, (x[..., :7], x[..., 7:], activation), dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("D", [1, 24, 100])
+def test_rms_norm(D: int, dtype: torch.dtype, small: None) -> None:
+    x = torch.randn(2, 5, 4, D)
+    compare(rms_norm, (x, torch.randn(D)), dtype)
+    compare(rms_norm, (x[:, :, 1:3],), dtype, eps=1e-2)
+
+
+@dtypes
+@pytest.mark.parametrize("R", [1, 37])
+def test_rg_lru_gates(R: int, dtype: torch.dtype, small: None) -> None:
+    gates, bias, u = torch.randn(2, R, 36), torch.randn(2, 36), torch.randn(R, 36)
+    rate = torch.logspace(-3, 1, 36)  # a from 1 - 1e-4 to 1e-4
+    compare(rg_lru_gates, (gates, bias, rate, u), dtype)
+
+
+def launches(call: Callable[[], Any]) -> list[str]:
+    """Names of the kernels that a call with its backward launches, each built and checked."""
+    with recorded() as asked:
+        out = call()
+        outs = out if isinstance(out, tuple) else (out,)
+        sum(o.float().sum() for o in outs).backward()
+    return [built(launch).check().name for launch in asked]
+
+
+def _calls(dtype: torch.dtype) -> dict[str, tuple[Op, tuple[Any, ...]]]:
+    """A call of every op at sizes of a real model."""
+    wide = lambda *shape: torch.empty(*shape, dtype=dtype, requires_grad=True)
+    full = lambda *shape: torch.empty(*shape, requires_grad=True)
+    reset, document = torch.empty(2, 2048).bool(), torch.empty(2, 2048).int()
+    x, state = wide(2, 2048, 1024), full(2, 1024)
+    selective = (x, x, full(16, 1024), *[wide(2, 2048, 16) for _ in "bc"], full(1024))
+    return {
+        "linear_scan": (linear_scan, (x, x, reset, state)),
+        "complex_scan": (complex_scan, (x, x, reset, state)),
+        "constant_scan": (complex_scan, (full(1024), x, reset, state)),
+        "selective_scan": (selective_scan, (*selective, reset, full(2, 16, 1024))),
+        "causal_conv": (causal_conv, (x, full(4, 1024), full(1024), document)),
+        "silu": (glu, (x, x)),
+        "gelu": (glu, (x, x, "gelu_tanh")),
+        "rms_norm": (rms_norm, (x, full(1024))),
+        "rms_norm_heads": (rms_norm, (wide(2, 2048, 8, 128), full(128))),
+        "rms_norm_wide": (rms_norm, (wide(2, 64, 16384), full(16384))),
+        "rg_lru_gates": (
+            rg_lru_gates,
+            (wide(8, 4096, 256), full(8, 256), full(1024), wide(4096, 1024)),
+        ),
+    }
+
+
+@dtypes
+@pytest.mark.parametrize("name", _calls(torch.float32))
+def test_kernels_are_built_for_hopper(name: str, dtype: torch.dtype) -> None:
+    op, arguments = _calls(dtype)[name]
+    with op.using("triton"):
+        assert launches(lambda: op(*arguments)) == ["_forward", "_backward"]
