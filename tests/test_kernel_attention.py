@@ -90,7 +90,9 @@ def test_tiles_equal_the_reference(
     monkeypatch.setattr(blocks, "QUERIES", 16)
     monkeypatch.setattr(blocks, "KEYS", 24)
     monkeypatch.setattr(blocks, "IN_HAND", 16 * 24 * 2)
-    qkv = [randn(R, n, h, w, seed=i) for i, (n, h, w) in enumerate(((T, H, 6), (S, G, 6), (S, G, 9)))]
+    qkv = [
+        randn(R, n, h, w, seed=i) for i, (n, h, w) in enumerate(((T, H, 6), (S, G, 6), (S, G, 9)))
+    ]
     for kind, (leaves, rest) in scores(R, T, S, H).items():
         how = {**masks(R, T, S)[mask], **rest}
         expected = results("reference", qkv, how, leaves, torch.float64)
@@ -152,9 +154,7 @@ def test_memory_grows_with_the_length_not_its_square() -> None:
             "place_k": place,
             "sink": torch.zeros(2),
         }
-        setting = blocks.Setting(
-            **how, causal=True, window=0, scale=0.5, softcap=3.0, way="blocks"
-        )
+        setting = blocks.Setting(**how, causal=True, window=0, scale=0.5, softcap=3.0, way="blocks")
         with _Largest() as seen:
             y, lse = blocks.forward(q, q, q, setting)
             blocks.backward(q, q, q, setting, y, lse, y, ["fade_q", "relative", "sink"])
@@ -182,7 +182,9 @@ TRITON = ["causal", "window", "documents", "documents and window", "none"]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("sizes", [(2, 3, 3, 4, 2), (2, 35, 35, 4, 2), (1, 9, 40, 2, 1)], ids=str)
-@pytest.mark.parametrize("mask,kind", zip(TRITON, ["plain", "sinks and soft-cap", "fade"] * 2, strict=False))
+@pytest.mark.parametrize(
+    "mask,kind", zip(TRITON, ["plain", "sinks and soft-cap", "fade"] * 2, strict=False)
+)
 def test_triton(
     mask: str,
     kind: str,

@@ -147,9 +147,7 @@ def attention(
         logits = torch.einsum("rtghk,rsgk->rghts", q, k_RSGK.to(wide)) * (scale or 1 / math.sqrt(K))
         if softcap is not None:
             logits = softcap * (logits / softcap).tanh()
-        bias = _added(
-            bias_RHTS, (fade_RTH, fade_RSH), relative_NH, (place_RT, place_RS)
-        )
+        bias = _added(bias_RHTS, (fade_RTH, fade_RSH), relative_NH, (place_RT, place_RS))
         if bias is not None:
             logits = logits + bias.to(wide).expand(R, H, T, S).reshape(logits.shape)
         documents, prefixes = (document_RT, document_RS), (prefix_RT, prefix_RS)
@@ -189,9 +187,7 @@ def _blocks_why_not(
     return None
 
 
-def _setting(
-    q: Tensor, allowed: Tensor | None, how: dict[str, Any], way: str
-) -> tuple[Any, ...]:
+def _setting(q: Tensor, allowed: Tensor | None, how: dict[str, Any], way: str) -> tuple[Any, ...]:
     """The keywords of `attention` as `blocks.Setting` has them."""
     return (
         allowed,
@@ -241,6 +237,8 @@ def _triton_why_not(
         return "it has no allowed_RTS"
     if q.shape[-1] > 256 or v.shape[-1] > 256:
         return "heads wider than 256"
+    if max(x.shape[1:].numel() for x in (q, k, v)) >= 1 << 31:
+        return "a row of 2^31 numbers or more"
     return _blocks_why_not(q, k, v) or device.why_not(q, k, v)
 
 

@@ -352,9 +352,7 @@ def backward(
         return {name: g.to(like[name].dtype).contiguous() for name, g in made.items()}
 
 
-def statistics(
-    q: Tensor, k: Tensor, v: Tensor, how: Setting, lse: Tensor
-) -> tuple[Tensor, Tensor]:
+def statistics(q: Tensor, k: Tensor, v: Tensor, how: Setting, lse: Tensor) -> tuple[Tensor, Tensor]:
     """`(R, H, S)` mass each key receives from all queries, `(R, H, T)` entropy of each query."""
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         tiles = _Tiles(q, k, v, how)

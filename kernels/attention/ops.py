@@ -127,9 +127,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, *setting: Any) -> tuple[Tensor, Tensor]
     return torch.ops.mm.attention_blocks(q, k, v, *setting)
 
 
-def measured(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *setting: Any
-) -> tuple[Tensor, Tensor]:
+def measured(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *setting: Any) -> tuple[Tensor, Tensor]:
     """`blocks.statistics`, without gradient."""
     given = (t.detach() if isinstance(t, Tensor) else t for t in (q, k, v, lse, *setting))
     return torch.ops.mm.attention_statistics(*given)

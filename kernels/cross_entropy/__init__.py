@@ -341,7 +341,9 @@ def _chunked(
     return _run("plain", h_PD, weight_ND, target_P, bias_N, **settings)
 
 
-def _triton_why_not(h: Tensor, w: Tensor, target: Tensor, *rest: Any, **settings: Any) -> str | None:
+def _triton_why_not(
+    h: Tensor, w: Tensor, target: Tensor, *rest: Any, **settings: Any
+) -> str | None:
     return device.why_not(h, w, target)
 
 

@@ -93,7 +93,5 @@ def gradient(
     P, C = logits.shape
     if P:
         rows = (all_P.to(torch.float32).contiguous(), own_P.to(torch.float32).contiguous())
-        _gradient_kernel[(P,)](
-            logits, target, lse, *rows, at, C, softcap, softcap > 0, BLOCK
-        )
+        _gradient_kernel[(P,)](logits, target, lse, *rows, at, C, softcap, softcap > 0, BLOCK)
     return logits

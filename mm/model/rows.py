@@ -149,9 +149,7 @@ class Groups:
         return out.view(B, T, *y[0].shape[2:])
 
     @staticmethod
-    def of(
-        layout: Layout, mask: Mask, split_above: int = 16, by_vectors: bool = False
-    ) -> Groups:
+    def of(layout: Layout, mask: Mask, split_above: int = 16, by_vectors: bool = False) -> Groups:
         """Group the documents of ``layout`` by length (powers of two from ``split_above``).
 
         ``by_vectors``: give `Group.how`, which has a bool of all pairs only where nothing smaller
