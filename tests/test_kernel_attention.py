@@ -1,4 +1,4 @@
-"""Attention by tiles (plain torch, and Triton) against the reference, its memory, its statistics."""
+"""Attention by tiles (plain torch, and Triton) against the reference, memory, statistics."""
 
 from __future__ import annotations
 
@@ -172,6 +172,9 @@ def test_what_runs_where() -> None:
     assert attention.pick(q, q, q, causal=True, softcap=4.0) == "blocks"
     assert attention.pick(q, q, q, causal=True, sink_H=torch.zeros(2)) == "blocks"
     assert attention.pick(q, q, q, torch.ones(1, 512, 512, dtype=torch.bool)) == "blocks"
+    assert attention.pick(q, q, q, allowed_RTS=torch.ones(1, 512, 512).bool()) == "blocks"
+    with pytest.raises(TypeError, match="windows"):
+        attention(q, q, q, windows=4)
     assert attention.pick(q, q, q, gain_RHTS=torch.ones(1, 1, 1, 512)) == "reference"
 
 
@@ -211,17 +214,10 @@ def test_triton(
         assert error < {torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype], (i, error)
 
 
-@pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_triton_is_built_for_hopper(width: int, dtype: torch.dtype) -> None:
-    pytest.importorskip("triton")
-    from triton_oracle import built, recorded
-
-    q = torch.empty(1, 64, 8, width, dtype=dtype, requires_grad=True)
-    k = torch.empty(1, 64, 2, width, dtype=dtype, requires_grad=True)
+def everything() -> dict[str, Any]:
     fade = torch.empty(1, 64, 8, requires_grad=True)
     document = torch.ones(1, 64, dtype=torch.int32)
-    everything = {
+    return {
         "window": 32,
         "softcap": 30.0,
         "sink_H": torch.empty(8, requires_grad=True),
@@ -230,13 +226,18 @@ def test_triton_is_built_for_hopper(width: int, dtype: torch.dtype) -> None:
         "document_RT": document,
         "document_RS": document,
     }
+
+
+@pytest.mark.parametrize("width", [64, pytest.param(128, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", [pytest.param({}, marks=pytest.mark.slow), everything()], ids=len)
+def test_triton_is_built_for_hopper(width: int, how: dict[str, Any]) -> None:
+    pytest.importorskip("triton")
+    from triton_oracle import built, recorded
+
+    q = torch.empty(1, 64, 8, width, dtype=torch.bfloat16, requires_grad=True)
+    k = torch.empty(1, 64, 2, width, dtype=torch.bfloat16, requires_grad=True)
     with recorded() as launches, attention.using("triton"):
-        for how in ({}, everything)[: 2 if dtype == torch.bfloat16 else 1]:
-            attention(q, k, k, causal=True, **how).float().sum().backward()
-    names = []
-    for launch in launches:
-        made = built(launch).check(dot=dtype == torch.bfloat16)
-        if dtype == torch.bfloat16:
-            assert made.wgmma > 0, made
-        names.append(made.name)
-    assert names == ["_forward", "_by_queries", "_by_keys"] * (len(names) // 3)
+        attention(q, k, k, causal=True, **how).float().sum().backward()
+    made = [built(launch).check(dot=True) for launch in launches]
+    assert [one.name for one in made] == ["_forward", "_by_queries", "_by_keys"]
+    assert all(one.wgmma > 0 for one in made), made

@@ -177,14 +177,22 @@ def attention(
         return (y, *(stats[name] for name in want)) if want else y
 
 
+_KEYWORDS = frozenset(attention.implementations["reference"][0].__kwdefaults__ or ())
+
+
+def _unknown(how: dict[str, Any]) -> str | None:
+    """The reference raises on a keyword that does not exist; what takes ``**how`` would not."""
+    return next((f"it has no {name}" for name in how if name not in _KEYWORDS), None)
+
+
 def _blocks_why_not(
-    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, **how: Any
+    q: Tensor, k: Tensor, v: Tensor, allowed_RTS: Tensor | None = None, **how: Any
 ) -> str | None:
     if how.get("gain_RHTS") is not None:
         return "it has no gain after the softmax"
     if 0 in q.shape or 0 in k.shape or 0 in v.shape:
         return "nothing to attend to"
-    return None
+    return _unknown(how)
 
 
 def _setting(q: Tensor, allowed: Tensor | None, how: dict[str, Any], way: str) -> tuple[Any, ...]:
@@ -223,33 +231,35 @@ def _by(
 
 
 @attention.register("blocks", _blocks_why_not)
-def _blocks(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, **how: Any) -> Any:
-    return _by("blocks", q, k, v, allowed, how)
+def _blocks(q: Tensor, k: Tensor, v: Tensor, allowed_RTS: Tensor | None = None, **how: Any) -> Any:
+    return _by("blocks", q, k, v, allowed_RTS, how)
 
 
 def _triton_why_not(
-    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, **how: Any
+    q: Tensor, k: Tensor, v: Tensor, allowed_RTS: Tensor | None = None, **how: Any
 ) -> str | None:
     for name in ("bias_RHTS", "gain_RHTS", "relative_NH", "prefix_RT"):
         if how.get(name) is not None:
             return f"it has no {name}"
-    if allowed is not None:
+    if allowed_RTS is not None:
         return "it has no allowed_RTS"
     if q.shape[-1] > 256 or v.shape[-1] > 256:
         return "heads wider than 256"
+    if max(x.shape[1:].numel() for x in (q, k, v)) >= 1 << 31:
+        return "a row of 2^31 numbers or more"
     return _blocks_why_not(q, k, v) or device.why_not(q, k, v)
 
 
 @attention.register("triton", _triton_why_not)
-def _triton(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, **how: Any) -> Any:
-    return _by("gpu", q, k, v, allowed, how)
+def _triton(q: Tensor, k: Tensor, v: Tensor, allowed_RTS: Tensor | None = None, **how: Any) -> Any:
+    return _by("gpu", q, k, v, allowed_RTS, how)
 
 
 SMALL = 1 << 16  # places of a mask up to which a dense one costs nothing that can be seen
 
 
 def _sdpa_why_not(
-    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, **how: Any
+    q: Tensor, k: Tensor, v: Tensor, allowed_RTS: Tensor | None = None, **how: Any
 ) -> str | None:
     if how.get("gain_RHTS") is not None:
         return "it has no gain after the softmax"
@@ -262,7 +272,7 @@ def _sdpa_why_not(
     if how.get("sink_H") is not None and q.device.type != "cpu":
         return "it rounds the sink to the dtype of the queries"
     T, S, causal, sink = q.shape[1], k.shape[1], how.get("causal", False), how.get("sink_H")
-    masked = allowed is not None or any(
+    masked = allowed_RTS is not None or any(
         how.get(name) is not None for name in ("window", "document_RT", "prefix_RT")
     )
     if causal and not masked and sink is None and T != S:
@@ -271,14 +281,15 @@ def _sdpa_why_not(
         return "no queries"
     if (masked or sink is not None) and T * S > SMALL:
         other = _blocks_why_not if q.device.type == "cpu" else _triton_why_not
-        if other(q, k, v, allowed, **how) is None:
+        if other(q, k, v, allowed_RTS, **how) is None:
             return "it would make a mask of all scores"
-    return None
+    return _unknown(how)
 
 
 @attention.register("sdpa", _sdpa_why_not)
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, **how: Any) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, allowed_RTS: Tensor | None = None, **how: Any) -> Tensor:
     causal, scale, sink_H = how.get("causal", False), how.get("scale"), how.get("sink_H")
+    allowed = allowed_RTS
     window, names = how.get("window"), ("document_RT", "document_RS", "prefix_RT", "prefix_RS")
     sides = [how.get(name) for name in names]
     if allowed is not None or window or sides[0] is not None or sides[2] is not None:
