@@ -114,12 +114,8 @@ def transformers() -> Any:
 
 
 def ours(pattern: str, mixers: dict[str, Any]) -> nn.Module:
-    stack = {
-        "kind": "stack",
-        "pattern": pattern,
-        "mixers": mixers,
-        "channel": {"kind": "swiglu", "hidden": HIDDEN},
-    }
+    channel = {"kind": "swiglu", "hidden": HIDDEN}
+    stack = {"kind": "stack", "pattern": pattern, "mixers": mixers, "channel": channel}
     vocabulary = Vocabulary().add(TokenSpec("text", IDS - RESERVED - 2))
     model = LmConfig(d_model=D, backbone=stack).build(vocabulary)
     torch.manual_seed(0)
@@ -323,7 +319,8 @@ def p6() -> Iterator[Figure]:
         if layer.state_bytes(1, 4096) > layer.state_bytes(1, 2048):
             continue
         short, _ = bench.cell(layer, 1024, warm=True)
-        if short * 16 > PATIENCE[0]:
+        if short * 16 > PATIENCE[0]:  # not said to be sequential, and yet too slow to be measured
+            yield at_most("P6", f"growth 1k-16k: {name}, too slow", 1.10, "1.03-1.07", math.inf)
             continue
         long, _ = bench.cell(layer, 16384, warm=False)
         bar = 1.15 if getattr(layer, "window", None) else 1.10
@@ -448,7 +445,7 @@ def p11() -> Iterator[Figure]:
 
 
 def suite(goal: str, what: str, words: tuple[str, ...], bar: float) -> Iterator[Figure]:
-    """Wall seconds of the tests that hold a goal; they must pass."""
+    """Wall seconds of the tests of a goal; infinite when one fails."""
     files = [
         f for f in sorted((ROOT / "tests").glob("test_*.py")) if any(w in f.name for w in words)
     ]
@@ -485,11 +482,10 @@ def main() -> None:
     found = []
     for goal in asked.only or GOALS:
         try:
-            for figure in GOALS[goal]():
-                found.append(figure._asdict())
-                mark = "met   " if figure.met else "MISSED"
-                line = f"{figure.goal:4} {mark} {figure.figure:8.3f}  goal {figure.bar:7}"
-                print(f"{line} anchor {figure.anchor:12} {figure.what}", flush=True)
+            for f in GOALS[goal]():
+                found.append(f._asdict())
+                line = f"{f.goal:4} {'met   ' if f.met else 'MISSED'} {f.figure:8.3f}"
+                print(f"{line}  goal {f.bar:7} anchor {f.anchor:12} {f.what}", flush=True)
         except Missing as error:
             print(f"{goal:4} skipped: needs {error}", flush=True)
     if asked.json is not None:

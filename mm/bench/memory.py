@@ -41,14 +41,17 @@ def available_mib(device: torch.device) -> float:
     """What a further piece of work may take; infinity where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info()[0] / MIB
+    free = float("inf")
     try:
         found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        free = int(found[1]) / 1024 if found else float("inf")
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text()) / MIB
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        return min(free, int(limit) / MIB - used) if limit.isdigit() else free
+        free = int(found[1]) / 1024 if found else free
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        # Not memory.current: that counts file pages, which the system gives up when asked.
+        used = re.search(r"^anon (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+        return min(free, (int(limit) - int(used[1])) / MIB) if limit.isdigit() and used else free
     except OSError:
-        return float("inf") if "free" not in locals() else free
+        return free
 
 
 def _trim() -> None:
