@@ -48,7 +48,7 @@ def path_attention(
     (R, T, H, K), G = q_RTHK.shape, k_RSGK.shape[2]
     P = k_RSGK.shape[1] - T
     wide = torch.promote_types(v_RSGV.dtype, torch.float32)
-    scale = K**-0.5 if scale is None else scale
+    factor: float = K**-0.5 if scale is None else scale
     q = q_RTHK.to(wide).reshape(R, T, G, H // G, K)
     past, *own = k_RSGK.to(wide).split((P, *[1] * T), dim=1)
     keys, outs, v = past, [], v_RSGV.to(wide)
@@ -57,7 +57,7 @@ def path_attention(
     for t, (q_t, k_t, (w, beta)) in enumerate(steps):
         read = torch.einsum("rsgk,rgk->rsg", keys, w) * beta[:, None]
         keys = torch.cat((keys - read[..., None] * w[:, None], k_t), dim=1)
-        logits = scale * torch.einsum("rgek,rsgk->rges", q_t, keys)
+        logits = factor * torch.einsum("rgek,rsgk->rges", q_t, keys)
         hidden = None
         if allowed_RTS is not None:
             hidden = ~allowed_RTS[:, t, : P + t + 1][:, None, None]
@@ -141,7 +141,7 @@ def _by_blocks(
     (R, T, H, K), G, V = q_RTHK.shape, k_RSGK.shape[2], v_RSGV.shape[-1]
     P, E = k_RSGK.shape[1] - T, H // G
     wide = torch.promote_types(v_RSGV.dtype, torch.float32)
-    scale = K**-0.5 if scale is None else scale
+    factor: float = K**-0.5 if scale is None else scale
     n = -(-T // BLOCK)
     C = -(-T // n)
     with torch.autocast(q_RTHK.device.type, enabled=False):
@@ -159,21 +159,20 @@ def _by_blocks(
         at_start = q - qw @ mw[:, :, :, None]  # queries moved back to the start of their block
         at_end = k - wk.mT @ w  # keys moved to the end of their block
         logits: list[list[Tensor]] = [[] for _ in range(n)]
-        later: Tensor | None = None  # (R, G, E, rows, K) queries of later blocks
+        later = q.new_empty(0)  # (R, G, E, rows, K) queries of later blocks, once there are some
         unroll = lambda x: x.unbind(0)
         for j, (a, start, end, w_j, mw_j) in reversed(
             list(enumerate(zip(*map(unroll, (inside, at_start, at_end, w, mw)), strict=True)))
         ):
             logits[j].insert(0, a)
-            if later is None:
+            if j == n - 1:
                 later = start
                 continue
             across = later @ end.mT[:, :, None]
             for i, part in enumerate(across.split(C, dim=-2), j + 1):
                 logits[i].insert(0, part)
-            later = later - (later @ w_j.mT[:, :, None]) @ mw_j[:, :, None]
-            later = torch.cat((start, later), dim=-2)
-        assert later is not None
+            moved = later - (later @ w_j.mT[:, :, None]) @ mw_j[:, :, None]
+            later = torch.cat((start, moved), dim=-2)
         if P:
             for i, part in enumerate((later @ past.mT[:, :, None]).split(C, dim=-2)):
                 logits[i].insert(0, part)
@@ -185,7 +184,7 @@ def _by_blocks(
             hidden = torch.ones(rows, seen, dtype=torch.bool, device=q.device).triu(P + at + 1)
             if allowed_RTS is not None:
                 hidden = hidden | ~allowed_RTS[:, None, None, at:stop, :seen]
-            scores = scale * torch.cat(parts, -1)[..., :rows, :seen]
+            scores = factor * torch.cat(parts, -1)[..., :rows, :seen]
             outs.append(_softmax(scores, hidden) @ v[..., :seen, :])
         return torch.cat(outs, -2).movedim(3, 1).reshape(R, T, H, V).to(v_RSGV.dtype)
 

@@ -217,8 +217,8 @@ class DecoderDecoderConfig(HeadsConfig):
         place = lambda: self.placed(K, d_model)
         if type(place()).embed is not Position.embed:
             raise ValueError(
-                f"decoder_decoder: position '{self.position.kind}' is added to a layer's input, but "
-                "these layers share keys: use rope, alibi, t5_bias or none"
+                f"decoder_decoder: position '{self.position.kind}' is added to a layer's input, "
+                "but these layers share keys: use rope, alibi, t5_bias or none"
             )
         lower = list(self.lower.build(d_model, linear).layers) if self.lower else []
         memory = SharedMemory(d_model, (G, K), self.own_keys, self.eps, place(), linear)

@@ -80,7 +80,8 @@ class CachedAttention(Mixer):
             )
         self.cached, self.position = cached, position
         self.scored = type(position).score is not Position.score
-        self.caps = replace(type(self).caps, length_general=position.length_general)
+        caps = replace(type(self).caps, length_general=position.length_general)
+        self.caps = caps  # type: ignore[misc]
 
     def attend(
         self,
@@ -150,6 +151,7 @@ class CachedAttention(Mixer):
 
     def whole(self, parts: tuple[Tensor, ...], ctx: Ctx) -> Tensor:
         """`attend` inside the call's documents: ``parts`` are its first arguments."""
+        attend: Callable[..., Tensor] = self.attend  # some take more than queries, keys and values
         B, T = parts[0].shape[:2]
         f = ctx.layout.fields
         groups = ctx.shared.get(GROUPS)
@@ -160,7 +162,7 @@ class CachedAttention(Mixer):
             q = docs.unpack(parts[0][:, :, : self.heads])
             bias = self.position.score(q, rows, rows) if self.scored else None
             allowed = ctx.mask.dense(rows, rows)
-            y = self.attend(*map(docs.unpack, parts), allowed, False, bias, False)
+            y = attend(*map(docs.unpack, parts), allowed, False, bias, False)
             return docs.pack(y, B, T)
         groups = groups if groups is not None else Groups.of(ctx.layout, ctx.mask)
         known = [f.position, f.document, f.modality, *f.extra.values()] if self.scored else []
@@ -168,9 +170,11 @@ class CachedAttention(Mixer):
         for group, taken in groups.split(*parts, *known):
             parted, rest, bias = taken[: len(parts)], taken[len(parts) :], None
             if self.scored:
-                gf = Fields(*rest[:3], dict(zip(f.extra, rest[3:], strict=True)))
+                position, document, modality, *extra = rest
+                named = dict(zip(f.extra, extra, strict=True))
+                gf = Fields(position, document, modality, named)
                 bias = self.position.score(parted[0][:, :, : self.heads], gf, gf)
-            done.append(self.attend(*parted, group.allowed, group.causal, bias, False))
+            done.append(attend(*parted, group.allowed, group.causal, bias, False))
         return groups.join(done, B, T)
 
     # ---- the State ----

@@ -88,8 +88,8 @@ class DifferentialAttention(CachedAttention):
     ) -> Tensor:
         (R, T), (S, G, V) = q_RTHK.shape[:2], v_RSGV.shape[1:]
         if bias_RHTS is not None:  # by head, whose queries have two parts in each key head
-            bias_RHTS = bias_RHTS.unflatten(1, (G, 1, -1)).expand(-1, -1, 2, -1, -1, -1)
-            bias_RHTS = bias_RHTS.flatten(1, 3)
+            by_part = bias_RHTS.unflatten(1, (G, 1, -1)).expand(-1, -1, 2, -1, -1, -1)
+            bias_RHTS = by_part.flatten(1, 3)
         o = attention(
             q_RTHK,
             k_RSGK.reshape(R, S, 2 * G, self.width),
