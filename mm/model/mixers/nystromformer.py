@@ -39,7 +39,7 @@ class Nystromformer(BothWays):
     """``softmax(Q k~^T) softmax(q~ k~^T)^+ softmax(q~ K^T) V + conv(V)``; landmarks ``q~, k~`` are
     means of m even segments of the document (each token its own where there are fewer).
 
-    Source: Xiong et al. 2021 (arXiv:2102.03902), section 3 and fig. 2 (the skip: one filter a head).
+    Source: Xiong et al. 2021 (arXiv:2102.03902), section 3 (the skip: one filter a head).
     """
 
     kind = "nystromformer"
