@@ -115,8 +115,7 @@ class ParallelBlocks(Mask):
     all; each is causal in itself. `parallel_blocks` lays them out.
 
     The prefix is the sink that keeps the pieces' attention from spreading. Source: Zhang et al.
-    2024 (arXiv:2412.16545), sections 2 (parallel encoding) and 4.1 (shared sink); layout: Ratner et
-    al. 2022 (arXiv:2212.10947), section 2.
+    2024 (arXiv:2412.16545); layout: Ratner et al. 2022 (arXiv:2212.10947).
     """
 
     name: str = "block"  # field: 0 = prefix, 1.. = pieces, -1 = question

@@ -45,8 +45,9 @@ def test_urpe_is_a_toeplitz_matrix_times_the_softmax() -> None:
     p = logits.masked_fill(at[:, None] < at, -math.inf).softmax(-1)
     table = position.toeplitz.T.tolist()
     gain = torch.tensor(
-        [[[row[min(abs(i - j), 19)] for j in range(30)] for i in range(30)] for row in table]
-    ).double()
+        [[[row[min(abs(i - j), 19)] for j in range(30)] for i in range(30)] for row in table],
+        dtype=torch.float64,
+    )
     y = ((p * gain) @ v).transpose(0, 1).flatten(1) @ layer.out.weight.T
     torch.testing.assert_close(alone(layer, x), y, **TOL)
 

@@ -53,7 +53,7 @@ def plan(lengths: list[int], heads: int, tile: int, workers: int) -> list[list[P
     """Give every worker an equal number of tiles (to one), across the borders of rows and heads.
 
     Every place of every row and head is in exactly one piece. Source: Sanovar et al. 2024, Lean
-    Attention (arXiv:2405.10480), section IV (stream-K).
+    Attention (arXiv:2405.10480), stream-K.
     """
     tiles = [-(-n // tile) for n in lengths]
     total = sum(tiles) * heads

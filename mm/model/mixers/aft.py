@@ -158,7 +158,7 @@ class AFT(Mixer):
         elif self.max_len is not None:
             self.reader = nn.Parameter(torch.empty(self.max_len, config.rank))
             self.read = nn.Parameter(torch.empty(self.max_len, config.rank))
-            self.caps = replace(type(self).caps, length_general=False)
+            self.caps = replace(type(self).caps, length_general=False)  # type: ignore[misc]
 
     def init_weights(self) -> None:
         if self.form == "conv":
@@ -228,7 +228,7 @@ class AFT(Mixer):
             return v
         sums, tail = (t.expand(R, *t.shape) for t in self._before(k))
         inputs = torch.cat((tail, torch.stack((k, v), 2)), 1)
-        passed = running(*inputs[:, :L].unbind(2), sums)
+        passed = running(inputs[:, :L, 0], inputs[:, :L, 1], sums)
         return self._average(inputs, passed, torch.arange(L, device=k.device)[None])
 
     def _whole(self, k: Tensor, v: Tensor, ctx: Ctx) -> Tensor:
@@ -253,7 +253,7 @@ class AFT(Mixer):
         L = rows.shape[1]
         inputs = torch.cat((tail, rows), 1)
         passed = (
-            running(*inputs[:, :L].unbind(2), before.to(k))
+            running(inputs[:, :L, 0], inputs[:, :L, 1], before.to(k))
             if L
             else inputs.new_zeros(len(before), 0, 3, self.width)
         )

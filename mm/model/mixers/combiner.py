@@ -26,7 +26,7 @@ class Combiner(PlacedAttention):
     moves. Every place before is read with some weight, by ``L * (c + L / c)`` scores. The cache
     keeps queries beside keys: a region is pooled when it is full.
 
-    Source: Ren et al. 2021 (arXiv:2107.05768), section 4.1 (Combiner-Fixed, causal), section 3.
+    Source: Ren et al. 2021 (arXiv:2107.05768), Combiner-Fixed, causal.
     """
 
     keeps_queries = True

@@ -34,7 +34,7 @@ class EcoFormer(LinearAttention):
     need additions only. Here all parameters learn end to end, straight through the signs; the
     authors fit a and c to pairs of high and low attention first (`hash_loss`).
 
-    Source: Liu et al. 2022 (arXiv:2209.09004), sections 4.1 (hash functions) and 4.2 (linear form).
+    Source: Liu et al. 2022 (arXiv:2209.09004), section 4.
     """
 
     def __init__(
@@ -84,8 +84,8 @@ def hash_loss(codes_q: Tensor, codes_k: Tensor, attention: Tensor, pairs: int) -
         pairs: how many of each kind, at most S / 2.
     Returns:
         scalar.
-    Source: Liu et al. 2022 (arXiv:2209.09004), section 4.1 (self-supervised labels of top and
-    bottom pairs).
+    Source: Liu et al. 2022 (arXiv:2209.09004), section 4 (self-supervised labels of top and bottom
+    pairs).
     """
     similar = codes_q @ codes_k.transpose(-1, -2) / codes_q.shape[-1]
     top = similar.gather(-1, attention.topk(pairs, -1).indices)

@@ -23,7 +23,7 @@ from mm.registry import MIXERS
 def pseudo_inverse(a: Tensor, iterations: int) -> Tensor:
     """Moore-Penrose inverse of `(..., m, m)` by iteration; zero rows and columns stay zero.
 
-    Source: Xiong et al. 2021 (arXiv:2102.03902), eq. 11 (iteration of Razavi et al. 2014); the
+    Source: Xiong et al. 2021 (arXiv:2102.03902), the iteration of Razavi et al. 2014; the
     start is scaled by each matrix's own norms, so that rows do not depend on each other.
     """
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
@@ -39,8 +39,7 @@ class Nystromformer(BothWays):
     """``softmax(Q k~^T) softmax(q~ k~^T)^+ softmax(q~ K^T) V + conv(V)``; landmarks ``q~, k~`` are
     means of m even segments of the document (each token its own where there are fewer).
 
-    Source: Xiong et al. 2021 (arXiv:2102.03902), eq. 10 and 13, section 3.3, fig. 2 (the skip: one
-    filter a head).
+    Source: Xiong et al. 2021 (arXiv:2102.03902), section 3 (the skip: one filter a head).
     """
 
     kind = "nystromformer"

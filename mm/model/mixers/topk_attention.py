@@ -26,7 +26,7 @@ def lifted(q: Tensor, k: Tensor, longest: Tensor | None = None) -> tuple[Tensor,
     neighbours of the lifted are the keys of largest inner product, so that any index for
     neighbours finds them.
 
-    Source: Mao et al. 2024 (IceFormer), section 4.
+    Source: Mao et al. 2024 (IceFormer, ICLR 2024), section 4.
     """
     longest = k.norm(dim=-1, keepdim=True).amax(-2, keepdim=True) if longest is None else longest
     k = k / longest
@@ -41,8 +41,8 @@ class TopKAttention(PlacedAttention):
     trained model needs no retraining.
 
     The search is exact and blockwise (scores of a few queries at a time, none kept): memory is
-    ``L * topk``. Source: Mao et al. 2024, IceFormer (ICLR 2024), sections 3 and 4, with exact
-    search for its index; with training: Gupta et al. 2021 (arXiv:2106.06899), section 2.
+    ``L * topk``. Source: Mao et al. 2024, IceFormer (ICLR 2024), section 4, with exact
+    search for its index; with training: Gupta et al. 2021 (arXiv:2106.06899).
     """
 
     def __init__(self, d_model: int, config: TopKAttentionConfig, linear: Callable[..., Linear]):

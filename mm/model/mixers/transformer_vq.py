@@ -114,8 +114,7 @@ class TransformerVQ(Mixer):
     moving averages of the keys they stand for (`after_step`), and ``commitment`` in ``aux`` is the
     mean squared distance that a loss may add. The output is gated as in GAU.
 
-    Source: Lingle 2023 (arXiv:2309.16354), sections 3.1 (quantised keys), 3.2 (linear-time form),
-    3.3 (learning).
+    Source: Lingle 2023 (arXiv:2309.16354), section 3.
     """
 
     caps = Caps(causal=True, step=True)

@@ -36,8 +36,8 @@ class IRPE(nn.Module, Position):
     columns by tables of their own, whose terms add up, ``product`` pairs of buckets. The contextual
     form multiplies queries with the N vectors and gathers: ``T N K`` products, not ``T S K``.
 
-    Source: Wu et al. 2021, iRPE (arXiv:2107.14222), section 3.3 (methods), eq. 18 to 26, and
-    section 3.4 (gathering). Contextual form on keys only.
+    Source: Wu et al. 2021, iRPE (arXiv:2107.14222), the four methods and both modes, index
+    function eq. 18. Contextual form on keys only.
     """
 
     def __init__(self, heads: int, head_dim: int, config: IRPEConfig):

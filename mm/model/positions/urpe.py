@@ -21,7 +21,7 @@ class URPE(T5Bias):
     Rows of A need not sum to one, so that even equal tokens can tell their places apart; no biases
     alone can. Distances from ``max_distance`` on share one gain.
 
-    Source: Luo et al. 2022 (arXiv:2205.13401), eq. 6, with the bucketed biases of Raffel et al.
+    Source: Luo et al. 2022 (arXiv:2205.13401), with the bucketed biases of Raffel et al.
     2019 (arXiv:1910.10683) for B.
     """
 
