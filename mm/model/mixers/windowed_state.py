@@ -63,11 +63,11 @@ class DraftWindowed(Struct):
     def accept(self, n_N: Tensor) -> Windowed:
         n = torch.minimum(n_N.to(self.length), self.length)
         b, L = self.before, self.k.shape[1]
-        both = [torch.cat(x, 1) for x in ((b.k, self.k), (b.v, self.v), (b.g, self.g))]
-        S = summed(None, *both, L, b.S, n)[1]
-        held = (_last(t, b.k.shape[1], n) for t in both)
+        k, v, g = (torch.cat(x, 1) for x in ((b.k, self.k), (b.v, self.v), (b.g, self.g)))
+        S = summed(None, k, v, g, L, b.S, n)[1]
+        k, v, g = (_last(t, b.k.shape[1], n) for t in (k, v, g))
         inputs = torch.cat((b.tail, self.inputs), 1)
-        return Windowed(S, *held, tail_of(inputs, b.tail.shape[1], n))
+        return Windowed(S, k, v, g, tail_of(inputs, b.tail.shape[1], n))
 
     def settled(self) -> Windowed:
         return self.accept(self.length)
@@ -168,25 +168,28 @@ class WindowedState(Mixer):
     ) -> tuple[Tensor, Windowed | DraftWindowed]:
         """Outputs of documents that go on from their slots."""
         (B, T), N = q.shape[:2], state.S.shape[0]
-        docs, held = Docs.of(ctx.layout, N), (state.k, state.v, state.g)
-        rows = [docs.unpack(t) for t in (k, v, g)]
-        both = [torch.cat((docs.read(h), t), 1) for h, t in zip(held, rows, strict=True)]
-        before, L = docs.read(state.S), rows[0].shape[1]
-        o, S = summed(docs.unpack(q), *both, L, before, docs.length)
+        docs, P = Docs.of(ctx.layout, N), self.window
+        rk, rv, rg = (docs.unpack(t) for t in (k, v, g))
+        held = ((state.k, rk), (state.v, rv), (state.g, rg))
+        ak, av, ag = (torch.cat((docs.read(h), t), 1) for h, t in held)
+        before, L = docs.read(state.S), rk.shape[1]
+        o, S = summed(docs.unpack(q), ak, av, ag, L, before, docs.length)
         y, w = docs.pack(o, B, T), docs.written(N)
         if inputs is None:
-            inputs = state.tail.new_zeros(len(rows[0]), L, 0)
+            inputs = state.tail.new_zeros(len(rk), L, 0)
         size = state.tail.shape[1]
+        ends = torch.zeros_like(docs.length) if ctx.draft else docs.length
+        at = Windowed(
+            w.write(state.S, before if ctx.draft else S),
+            w.write(state.k, _last(ak, P, ends)),
+            w.write(state.v, _last(av, P, ends)),
+            w.write(state.g, _last(ag, P, ends)),
+            w.write(state.tail, tail_of(inputs, size, ends)),
+        )
         if not ctx.draft:
-            last = (_last(t, self.window, docs.length) for t in both)
-            kept = (w.write(h, t) for h, t in zip(held, last, strict=True))
-            tail = w.write(state.tail, tail_of(inputs, size, docs.length))
-            return y, Windowed(w.write(state.S, S), *kept, tail)
-        began = (w.write(h, t[:, : self.window]) for h, t in zip(held, both, strict=True))
-        tail = w.write(state.tail, inputs[:, :size])
+            return y, at
         fed = w.take(inputs[:, size:]).to(state.tail.dtype)
-        start = Windowed(w.write(state.S, before), *began, tail)
-        return y, DraftWindowed(start, *(w.take(t) for t in rows), fed, w.length)
+        return y, DraftWindowed(at, w.take(rk), w.take(rv), w.take(rg), fed, w.length)
 
     def initial_state(self, n: int, max_len: int) -> Windowed:
         inner = self.inner.initial_state(n, max_len)
