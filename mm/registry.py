@@ -160,6 +160,7 @@ MIXERS = Registry(
         "scan_order": "mm.model.mixers.scan_order",
         "differential": "mm.model.mixers.differential",
         "prefix_linear_attention": "mm.model.mixers.jrt",
+        "windowed_state": "mm.model.mixers.windowed_state",
         "rwkv6": "mm.model.mixers.rwkv6",
         "aaren": "mm.model.mixers.aaren",
         "hippo": "mm.model.mixers.hippo",

@@ -230,10 +230,11 @@ class LogLinear(Mixer):
         if length is None:
             length = torch.full_like(place, L)
         done = []
-        for parts in zip(*(t.split(CHUNK, 1) for t in (q, k, v, g, gain)), strict=True):
-            done.append(read(*parts, S, place))
-            here = length.clamp(max=parts[0].shape[1])
-            S = advance(S, place, *parts[1:4], here)
+        chunks = (t.split(CHUNK, 1) for t in (q, k, v, g, gain))
+        for qc, kc, vc, gc, gains in zip(*chunks, strict=True):
+            done.append(read(qc, kc, vc, gc, gains, S, place))
+            here = length.clamp(max=qc.shape[1])
+            S = advance(S, place, kc, vc, gc, here)
             place, length = place + here, length - here
         return torch.cat(done, 1) if L else torch.zeros_like(v), S
 
@@ -251,12 +252,12 @@ class LogLinear(Mixer):
         """Outputs of documents that go on from their slots."""
         (B, T), N = q.shape[:2], state.S.shape[0]
         docs = Docs.of(ctx.layout, N)
-        rows = [docs.unpack(t) for t in (q, k, v, g, gain)]
+        rq, rk, rv, rg, gains = (docs.unpack(t) for t in (q, k, v, g, gain))
         before, place = docs.read(state.S), docs.read(state.place, 0).long()
-        o, S = self._chunks(*rows, before, place, docs.length)
+        o, S = self._chunks(rq, rk, rv, rg, gains, before, place, docs.length)
         y, w = docs.pack(o, B, T), docs.written(N)
         if inputs is None:
-            inputs = state.tail.new_zeros(rows[0].shape[0], rows[0].shape[1], 0)
+            inputs = state.tail.new_zeros(rq.shape[0], rq.shape[1], 0)
         size = state.tail.shape[1]
         if not ctx.draft:
             tail = tail_of(inputs, size, docs.length)
@@ -270,7 +271,9 @@ class LogLinear(Mixer):
         return y, DraftFenwick(
             w.write(state.S, before),
             w.write(state.place, place),
-            *(w.take(t) for t in rows[1:4]),
+            w.take(rk),
+            w.take(rv),
+            w.take(rg),
             torch.cat((old, taken[:, size:]), dim=1),
             w.length,
         )

@@ -158,9 +158,10 @@ class RWKV6(Mixer):
         taken = w.take(inputs).to(state.last.dtype)
         old = torch.where(w.hit[:, None], taken[:, 0], state.last)
         if ctx.draft:
-            kept = (w.take(t) for t in (k, v, g))
             inputs = torch.cat((old[:, None], taken[:, 1:]), 1)
-            return y, DraftReceptance(w.write(state.S, before), *kept, inputs, w.length)
+            return y, DraftReceptance(
+                w.write(state.S, before), w.take(k), w.take(v), w.take(g), inputs, w.length
+            )
         last = inputs.gather(1, docs.length[:, None, None].expand(-1, 1, inputs.shape[-1]))[:, 0]
         return y, Receptance(w.write(state.S, S), w.write(state.last, last))
 
