@@ -7,6 +7,9 @@ backward makes a stretch again. A place of ``dt = u = b = 0`` leaves the state a
 rounding of a scan that associates otherwise.
 """
 
+# Triton's stubs know neither launch options nor indexing by None.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import triton
