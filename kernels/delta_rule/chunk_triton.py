@@ -7,6 +7,8 @@ What is written in a chunk, ``written = U - W S``, solves a unitriangular system
 Source: Yang et al. 2024 (arXiv:2406.06484), section 3; with decay: arXiv:2412.06464, section 3.3.
 """
 
+# Triton's types are those of Python, not of its language.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
 from __future__ import annotations
 
 from typing import Any

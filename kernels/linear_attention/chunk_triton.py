@@ -9,6 +9,8 @@ Source of the chunk form: Yang et al. 2023 (arXiv:2312.06635), section 4; Dao an
 (arXiv:2405.21060), section 6.
 """
 
+# Triton's types are those of Python, not of its language.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
 from __future__ import annotations
 
 from typing import Any
