@@ -1,5 +1,5 @@
 """Attention a tile of queries and keys at a time: matrix products, an online softmax, a backward
-written by hand, no `(T, S)` tensor. What hides keys or changes scores is known of a tile from vectors.
+written by hand, no `(T, S)` tensor. Vectors say of a tile what hides keys and changes scores.
 
 N = rows times key heads, M query heads of a key head, a tile has C queries and E keys.
 """
