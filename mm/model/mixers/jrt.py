@@ -4,7 +4,7 @@ width, V value width, N slots, R rows of one document, L their length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -86,14 +86,14 @@ class PrefixLinearAttention(Mixer):
         if groups is None and torch.compiler.is_compiling():
             # Grouping looks at values, which a graph cannot; a backbone shares it from outside.
             docs = Docs.of(ctx.layout, 0)
-            return docs.pack(self._rows(*self._valid(parts, docs))[0], B, T)
+            return docs.pack(self._rows(self._valid(parts, docs))[0], B, T)
         groups = groups if groups is not None else Groups.of(ctx.layout, Causal())
         done = []
         time = ctx.layout.fields.position[..., :1].to(parts[0])
         for _, (*rows, inside, t) in groups.split(*parts, time):
             # Rows are padded with copies of their last place, at its time: it counts once.
             moved = F.pad(t[:, 1:] != t[:, :-1], (0, 0, 1, 0), value=True)
-            done.append(self._rows(*rows, inside * moved)[0])
+            done.append(self._rows([*rows, inside * moved])[0])
         return groups.join(done, B, T)
 
     @staticmethod
@@ -105,18 +105,12 @@ class PrefixLinearAttention(Mixer):
         ]
 
     def _rows(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        ke: Tensor,
-        ve: Tensor,
-        inside: Tensor,
-        before: Tensor | None = None,
+        self, parts: Sequence[Tensor], before: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Outputs `(R, L, H, V)`, the last state and the first one, which holds the prefix's own
-        keys and values. ``inside`` `(R, L, 1)` is 1 in the prefix.
+        keys and values. The last part `(R, L, 1)` is 1 in the prefix.
         """
+        q, k, v, ke, ve, inside = parts
         share = inside[..., None]
         first = torch.einsum("rlhk,rlhv->rhkv", ke * share, ve)
         if before is not None:
@@ -132,7 +126,7 @@ class PrefixLinearAttention(Mixer):
         (B, T), N = parts[0].shape[:2], state.S.shape[0]
         docs = Docs.of(ctx.layout, N)
         rows = self._valid(parts, docs)
-        o, S, first = self._rows(*rows, docs.read(state.S))
+        o, S, first = self._rows(rows, docs.read(state.S))
         y, w = docs.pack(o, B, T), docs.written(N)
         if not ctx.draft:
             return y, Matrix(w.write(state.S, S), state.tail)

@@ -125,9 +125,9 @@ class LinearAttention(LinearMixer):
             self.decay_in = linear(d_model, low, "decay_in") if low else None
             self.decay = linear(low or d_model, width, "decay")
             self.decay_bias = nn.Parameter(torch.empty(width))
-        own = width is not None and isinstance(c.lower_bound, float)
-        self.bound = nn.Parameter(torch.empty(width)) if own else None
         self.decay_width = width or 0
+        own = width is not None and isinstance(c.lower_bound, float)
+        self.bound = nn.Parameter(torch.empty(self.decay_width)) if own else None
         if c.decay == "step":
             self.log_rate = nn.Parameter(torch.empty(H))
         if c.skip:
