@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from laws import VARIANTS, D, build
+from laws import VARIANTS, D, build, mask_of
 
 from mm.kernels.delta_rule import delta_rule
 from mm.kernels.linear_attention import linear_attention
 from mm.kernels.op import Op
 from mm.layout import Layout
-from mm.mask import Causal
 from mm.model.layer import Ctx
 
 
@@ -19,7 +18,7 @@ def test_a_mixer_trains_under_autocast(name: str) -> None:
     """Close to float32, and with a gradient for every parameter that has one there."""
     layer = build(name, torch.float32)
     x = torch.randn(2, 70, D, generator=torch.Generator().manual_seed(1))
-    ctx = Ctx(Layout.plain(2, 70), Causal())
+    ctx = Ctx(Layout.plain(2, 70), mask_of(layer))
     found = []
     for enabled in (False, True):
         leaf = x.clone().requires_grad_()
@@ -28,8 +27,13 @@ def test_a_mixer_trains_under_autocast(name: str) -> None:
         grads = torch.autograd.grad(y.float().square().mean(), [leaf, *layer.parameters()])
         found.append([y.detach().float(), *grads])
     assert all(narrow.isfinite().all() for narrow in found[1])
+    if name == "mixer:topk_attention":
+        return  # rounding changes which keys are the largest, and so what is read at all
     wide, narrow = found[0][0], found[1][0]
     assert (wide - narrow).norm() < 0.1 * wide.norm()
+
+
+FAST = {"delta_rule": "chunk", "linear_attention": "chunked"}
 
 
 @pytest.mark.parametrize("op", [delta_rule, linear_attention], ids=lambda op: op.name)
@@ -44,7 +48,7 @@ def test_products_of_float32_stay_float32(op: Op, fast: bool) -> None:
     for enabled in (False, True):
         with (
             torch.autocast("cpu", torch.bfloat16, enabled=enabled),
-            op.using(list(op.implementations)[-1] if fast else "reference"),
+            op.using(FAST[op.name] if fast else "reference"),
         ):
             o, last = op(q * 0.3, k * 0.3, v, *more)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled and fast):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from mm.cli.generate import generate as command
 from mm.decoders import rules
 from mm.decoders.base import Session, draw, noise
 from mm.decoders.generate import (
@@ -495,3 +496,16 @@ def test_missing_models_and_changed_tokenizers_are_named(saved, tmp_path):
     model.save_pretrained(tmp_path / "n")
     with pytest.raises(UserError, match="no tokenizer for 'text'"):
         generate(tmp_path / "n", "ab", to="text")
+
+
+def test_a_file_is_asked_for_after_the_modality_is_known(tmp_path):
+    """An unknown modality must not be answered with "name a file"."""
+    BytesConfig(modality="bytes").build().save(tmp_path / "tokenizer")
+    vocabulary = merged([load_tokenizer(tmp_path / "tokenizer").spec])
+    tiny("hybrid", vocabulary=vocabulary).float().save_pretrained(
+        tmp_path / "model", vocabulary=vocabulary, tokenizers={"bytes": tmp_path / "tokenizer"}
+    )
+    with pytest.raises(UserError, match="vidio"):
+        command(tmp_path, to="vidio")
+    with pytest.raises(UserError, match="-o FILE"):
+        command(tmp_path, to="bytes")

@@ -198,9 +198,9 @@ def test_triton(
     pytest.importorskip("triton")
     from triton_oracle import interpreted
 
-    from mm.kernels.attention import gpu
+    from mm.kernels.attention import flash_triton
 
-    monkeypatch.setattr(gpu, "tile", lambda *a: (16, 16, 4, 1))
+    monkeypatch.setattr(flash_triton, "tile", lambda *a: (16, 16, 4, 1))
     R, T, S, H, G = sizes
     widths = ((T, H, 12), (S, G, 12), (S, G, 20))
     qkv = [randn(R, n, h, w, seed=i).to(dtype) for i, (n, h, w) in enumerate(widths)]

@@ -140,9 +140,9 @@ def test_triton(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> No
     pytest.importorskip("triton")
     from triton_oracle import interpreted
 
-    from mm.kernels.cross_entropy import gpu
+    from mm.kernels.cross_entropy import rows_triton
 
-    monkeypatch.setattr(gpu, "BLOCK", 16)
+    monkeypatch.setattr(rows_triton, "BLOCK", 16)
     monkeypatch.setattr(cross_entropy, "chunk_classes", lambda places, n: 32)
     sizes = (6, 5, 77)
     with interpreted():

@@ -465,7 +465,7 @@ def test_wrong_words_suggest_the_right_one(values: dict, message: str) -> None:
     [
         ({"kind": "attention", "heads": 3}, "d_model 16 is not a multiple of heads 3"),
         ({"kind": "attention", "heads": 4, "kv_heads": 3}, "not a multiple of kv_heads"),
-        ({"kind": "attention", "heads": 2, "head_dim": 5}, "odd"),
+        ({"kind": "attention", "heads": 2, "head_dim": 5}, "rotates pairs"),
         ({"kind": "rg_lru", "width": 10}, "not a multiple of heads"),
     ],
 )

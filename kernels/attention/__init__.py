@@ -252,7 +252,7 @@ def _triton_why_not(
 
 @attention.register("triton", _triton_why_not)
 def _triton(q: Tensor, k: Tensor, v: Tensor, allowed_RTS: Tensor | None = None, **how: Any) -> Any:
-    return _by("gpu", q, k, v, allowed_RTS, how)
+    return _by("flash_triton", q, k, v, allowed_RTS, how)
 
 
 SMALL = 1 << 16  # places of a mask up to which a dense one costs nothing that can be seen

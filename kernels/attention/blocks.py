@@ -52,7 +52,7 @@ class Setting:
     window: int  # 0 = none
     scale: float
     softcap: float  # 0 = none
-    way: str  # which module runs it: blocks or gpu
+    way: str  # which module runs it: blocks or flash_triton
 
 
 @dataclass(frozen=True)

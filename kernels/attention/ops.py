@@ -1,4 +1,4 @@
-"""Attention by `mm.kernels.attention.blocks` or ``.gpu`` as a differentiable `torch.library` op."""
+"""Attention in tiles (``.blocks``, ``.flash_triton``) as a differentiable `torch.library` op."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ def _subtract(p: Tensor, at: int, target: Tensor, own_P: Tensor) -> None:
 def _passes(name: str) -> Passes:
     if name == "plain":
         return _Plain()
-    return importlib.import_module("mm.kernels.cross_entropy.gpu")
+    return importlib.import_module("mm.kernels.cross_entropy.rows_triton")
 
 
 def _logits(h: Tensor, w: Tensor, bias: Tensor | None, wide: torch.dtype, C: slice) -> Tensor:
