@@ -403,7 +403,7 @@ def _backward(
     dg = do.new_empty(shape)
     wide = {**with_, "num_warps": 8}  # or its tiles would not fit into the registers
     if with_["DECAY"] == CHANNEL.value:
-        wide["BK"] = block(K, 32)
+        wide.update(BK=block(K, 32), BV=block(V, 64 if V > 64 else 32))
     grid = triton.cdiv(K, wide["BK"]), states.shape[2], B * H
     queries_keys_backward[grid](q, k, v, some, states, dstates, do, dq, dk, dg, T, H, **wide)
     grid = v_tiles, states.shape[2], B * H
