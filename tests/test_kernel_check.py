@@ -135,3 +135,15 @@ def test_lengths_fit_the_part() -> None:
     )
     op(torch.randn(3, 400, 4), torch.randn(4), torch.tensor([400, 7, 1]))
     assert seen[0].tolist() == [256, 7]
+
+
+def test_rounding_of_a_gradient_that_is_zero_is_no_fault() -> None:
+    """One key takes all the weight, so that the query has no gradient but rounding."""
+
+    def reference(q: Tensor, v: Tensor) -> Tensor:
+        return (q - q + v).sin()
+
+    q, v = (torch.randn(4, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    arguments = (q.requires_grad_(), v)
+    assert check.problem(reference, lambda q, v: (q * 1e-7 + v).sin(), arguments, {}) is None
+    assert check.problem(reference, lambda q, v: (q * 1e-2 + v).sin(), arguments, {})
