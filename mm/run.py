@@ -49,7 +49,7 @@ class Schedule(Config):
 
 
 class Ema(Config):
-    """Exponential moving average of a network's parameters, cut over the ranks as ZeRO cuts them."""
+    """Exponential moving average of every network's parameters, cut as ZeRO cuts them."""
 
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
     export: Annotated[

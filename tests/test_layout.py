@@ -50,6 +50,7 @@ TIERS = {
     "tasks": 5,
     "surgery": 5,
     "trainer": 6,
+    "bench": 7,
     "cli": 7,
     "report": 7,
     "quickstart": 7,

@@ -267,13 +267,15 @@ class Engine:
                 value = self.base.average(x.detach(), state)
             else:
                 value = None
-            for span in spans if value is not None else ():
+            if value is None:
+                continue
+            for span in spans:
                 out[span.name] = self.shards.full(x, value, span).to("cpu", copy=True)
         return out
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Full elementwise states as ``key/parameter name`` on the CPU (the EMA among them), and the
-        scalar ones (Adam's step).
+        """Full elementwise states as ``key/parameter name`` on the CPU (the EMA among them), and
+        the scalar ones (Adam's step).
         """
         tensors: dict[str, Tensor] = {}
         scalars: dict[str, float] = {}
@@ -359,7 +361,7 @@ class Engine:
 
     def _shards(self) -> Shards:
         """What the optimizer's tensors hold, from DeepSpeed's own lists."""
-        names = {p: name for name, p in self.named()}
+        names: dict[Tensor, str] = {p: name for name, p in self.named()}
         if self.stage == 0:
             return Shards.whole(self.base.param_groups, names)
         optimizer: Any = self.optimizer

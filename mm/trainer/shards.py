@@ -61,6 +61,7 @@ class Shards:
         self, spans: Mapping[Tensor, Sequence[Span]], groups: Mapping[Tensor, int], split: bool
     ):
         self.spans, self.groups = spans, groups
+        self._sizes: dict[Tensor, Tensor] = {}
         self.rank, self.world = 0, 1
         if split and dist.is_initialized():
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -111,11 +112,18 @@ class Shards:
         return cls(spans, where, split=True)
 
     def mine(self, x: Tensor) -> Iterator[tuple[int, Span, Slice]]:
-        """Number in ``spans[x]``, span and slice of every parameter that this rank has a part of."""
+        """Number in ``spans[x]``, span and slice of each parameter this rank has a part of."""
         for i, span in enumerate(self.spans[x]):
             part = span.on(self.rank)
             if part.n:
                 yield i, span, part
+
+    def sizes(self, x: Tensor) -> Tensor:
+        """Elements of every parameter in ``spans[x]``, `(spans,)` float32."""
+        if x not in self._sizes:
+            numels = [float(span.numel) for span in self.spans[x]]
+            self._sizes[x] = torch.tensor(numels, device=x.device)
+        return self._sizes[x]
 
     def sums(self, x: Tensor, *values: Tensor) -> Tensor:
         """Sum tensors of the shape of ``x`` over each parameter: `(len(values), spans)` float32 on

@@ -39,7 +39,7 @@ class Adafactor(ShardOptimizer):
             v = state["exp_avg_sq"].lerp_(square, 1 - keep)
         u = g * v.rsqrt()
         of_u, of_x = self.shards.sums(x, u.square(), x.square())
-        n = torch.tensor([span.numel for span in self.shards.spans[x]], device=x.device)
+        n = self.shards.sizes(x)
         factor = 1 / ((of_u / n).sqrt() / group["clip"]).clamp_min(1.0)
         if group["relative"]:
             factor = factor * (of_x / n).sqrt().clamp_min(1e-3)

@@ -13,8 +13,8 @@ from mm.trainer.optimizers.base import OptimizerConfig, ShardOptimizer
 
 
 class SgdSai(ShardOptimizer):
-    """``m = b m + (1 - b) g``, ``x -= lr (rate m + decay x)``; rate = ``|g| / (std(g) + eps)`` of the
-    parameter's first gradient, kept for good. One state tensor a parameter.
+    """``m = b m + (1 - b) g``, ``x -= lr (rate m + decay x)``; rate = ``|g| / (std(g) + eps)`` of
+    the parameter's first gradient, kept for good. One state tensor a parameter.
 
     A gradient without spread (one element, all zero) takes the square root of its size, the ratio
     of a gradient of mean 0.
@@ -44,7 +44,7 @@ class SgdSai(ShardOptimizer):
     def _rates(self, x: Tensor, g: Tensor, eps: float) -> Tensor:
         """Signal-to-noise ratio of every parameter's gradient, `(spans,)`."""
         total, squares = self.shards.sums(x, g, g.double().square()).double()
-        n = torch.tensor([span.numel for span in self.shards.spans[x]], device=x.device).double()
+        n = self.shards.sizes(x).double()
         variance = ((squares - total.square() / n) / (n - 1).clamp_min(1)).clamp_min(0)
         ratio = squares.sqrt() / (variance.sqrt() + eps)
         return torch.where(variance > 1e-12 * squares, ratio, n.sqrt()).float()
