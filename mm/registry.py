@@ -266,7 +266,17 @@ OBJECTIVES = Registry(
         "codec": "mm.objectives.codec",
     },
 )
-OPTIMIZERS = Registry("optimizer", {"adamw": "mm.trainer.optimizers.adamw"})
+OPTIMIZERS = Registry(
+    "optimizer",
+    {
+        "adamw": "mm.trainer.optimizers.adamw",
+        "lion": "mm.trainer.optimizers.lion",
+        "muon": "mm.trainer.optimizers.muon",
+        "adafactor": "mm.trainer.optimizers.adafactor",
+        "sgd_sai": "mm.trainer.optimizers.sgd_sai",
+        "schedule_free_adamw": "mm.trainer.optimizers.schedule_free",
+    },
+)
 DECODERS = Registry("decoder", {"ar": "mm.decoders.ar"})
 TASKS = Registry(
     "task",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mm.config import Config
 from mm.registry import CALLBACKS, NETWORKS, OBJECTIVES, OPTIMIZERS, STREAMS, TASKS
@@ -48,6 +48,19 @@ class Schedule(Config):
         return up * (self.floor + (1 - self.floor) * share)
 
 
+class Ema(Config):
+    """Exponential moving average of every network's parameters, cut as ZeRO cuts them."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    export: Annotated[
+        bool, Field(description="it is what the stage leaves: saved model, next stage")
+    ] = True
+
+    def keep(self, updates: int) -> float:
+        """Share of the old average after ``updates`` updates: rises to ``decay`` from 0.1."""
+        return min(self.decay, (1 + updates) / (10 + updates))
+
+
 class Stage(Config):
     """The only place where parameters, networks or the optimizer change."""
 
@@ -56,6 +69,7 @@ class Stage(Config):
     optimizer: OPTIMIZERS.field = Field(default="adamw", validate_default=True)  # type: ignore[valid-type]
     schedule: Schedule = Schedule()
     budget: Budget = Budget()
+    ema: Ema | None = None
     tasks: tuple[TASKS.field, ...] = ()  # type: ignore[valid-type]
 
 
@@ -108,6 +122,15 @@ class Run(Config):
     evaluate: Annotated[
         bool, Field(description="run the last stage's tasks at the end of training")
     ] = True
+
+    @model_validator(mode="after")
+    def _optimizers_fit(self) -> Run:
+        for i, stage in enumerate(self.stages):
+            refusal = getattr(stage.optimizer, "refusal", None)
+            why = refusal(self.engine.zero_stage, stage.schedule.shape) if refusal else None
+            if why:
+                raise ValueError(f"stages.{i}: {why}")
+        return self
 
     @property
     def folder(self) -> Path:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self, cast
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mm.batch import Batch, Sum, Values
@@ -22,6 +22,7 @@ from mm.errors import UserError
 from mm.layout import Layout
 from mm.mask import Causal, Full, Mask
 from mm.model import folder as files
+from mm.model import mup
 from mm.model.backbones.stack import TAP
 from mm.model.layer import NONE, Backbone, Ctx, Embedder, Head, HeadOut, Memory, ModelOut
 from mm.registry import ADAPTERS, BACKBONES, EMBEDDERS, HEADS, LINEARS, NETWORKS
@@ -50,6 +51,16 @@ class Model(nn.Module):
         self.backbone = backbone
         self.heads = nn.ModuleDict(heads)
         self._tie()
+
+    def init_weights(self) -> None:
+        if self.config.mup_base is not None:
+            mup.rescale(self, self.config.mup_base, self.config.d_model)
+
+    def rates(self) -> dict[str, float]:
+        """Multiple of the learning rate of each parameter; {}: the same for all."""
+        if self.config.mup_base is None:
+            return {}
+        return mup.rates(self, self.config.mup_base, self.config.d_model)
 
     def _tie(self) -> None:
         for head in self.heads.values():
@@ -287,9 +298,28 @@ class LmConfig(Config):
         default="dense", validate_default=True
     )
     mask: Literal["causal", "full"] = "causal"
+    mup_base: (
+        Annotated[
+            int,
+            Field(
+                gt=0,
+                description="muP: width whose learning rate serves all; widen by more heads, "
+                "not wider ones",
+            ),
+        ]
+        | None
+    ) = None
     code_init: bool = Field(
         default=True, description="start embedding rows from the tokenizers' code vectors"
     )
+
+    @model_validator(mode="after")
+    def _mup_reads_out_alone(self) -> LmConfig:
+        if self.mup_base is not None and any(
+            getattr(h, "tied", False) for h in self.heads.values()
+        ):
+            raise ValueError("mup_base needs heads of their own: set heads.*.tied to false")
+        return self
 
     def default_mask(self) -> Mask:
         """The Mask of a pass that names none."""

@@ -29,7 +29,10 @@ from torch import Tensor, nn
 
 from mm.errors import UserError
 from mm.launch import environment
+from mm.run import Ema
 from mm.run import Engine as EngineConfig
+from mm.trainer.optimizers.base import ShardOptimizer
+from mm.trainer.shards import Shards
 
 log = logging.getLogger("mm.trainer")
 
@@ -133,6 +136,7 @@ class Engine:
         optimizer: torch.optim.Optimizer,
         config: EngineConfig,
         precision: str,
+        ema: Ema | None = None,
     ):
         deepspeed = _deepspeed()
         self.raw = module
@@ -160,6 +164,13 @@ class Engine:
         warnings.filterwarnings(
             "ignore", category=FutureWarning, module="torch.distributed.c10d_logger"
         )
+        self.shards = self._shards()
+        if isinstance(self.base, ShardOptimizer):
+            self.base.shards = self.shards
+        self.ema = ema
+        self.updates = 0  # applied
+        self._averages: dict[Tensor, Tensor] = {}
+        self._restart_averages()
         if self.stage == 0:
             self.ds.enable_backward_allreduce = (
                 False  # `reduce` below does it, so that the norm is known before the step
@@ -210,6 +221,9 @@ class Engine:
                     grad.mul_(self.grad_clip / (norm + 1e-6))
         self.ds.step()
         applied = self.ds.was_step_applied()
+        if applied:
+            self._average(self.updates)
+            self.updates += 1
         if norm is None:
             found = self.ds.get_global_grad_norm()
             norm = float(found) if found is not None else 0.0
@@ -240,24 +254,47 @@ class Engine:
         }
         return out
 
-    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Full elementwise states as ``key/parameter name`` on the CPU, and the scalar ones (Adam's
-        step).
+    def result(self) -> dict[str, Tensor]:
+        """What a stage leaves: `weights`, with the EMA or the optimizer's own average in their
+        place where there is one.
         """
-        from deepspeed.utils import safe_get_full_optimizer_state
+        out = self.weights()
+        for x, spans in self.shards.spans.items():
+            state = self.base.state[x]
+            if self.ema is not None and self.ema.export:
+                value = self._averages[x]
+            elif isinstance(self.base, ShardOptimizer) and state:
+                value = self.base.average(x.detach(), state)
+            else:
+                value = None
+            if value is None:
+                continue
+            for span in spans:
+                out[span.name] = self.shards.full(x, value, span).to("cpu", copy=True)
+        return out
 
-        self._link()
-        keys, scalars = self._state_keys()
-        tensors = {}
-        for name, p in self.named():
-            for key in keys:
-                full = (
-                    self.base.state[p][key]
-                    if self.stage == 0
-                    else safe_get_full_optimizer_state(p, key)
-                )
-                assert full is not None  # a trainable parameter has its states
-                tensors[f"{key}/{name}"] = full.detach().to("cpu", copy=True)
+    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Full elementwise states as ``key/parameter name`` on the CPU (the EMA among them), and
+        the scalar ones (Adam's step).
+        """
+        tensors: dict[str, Tensor] = {}
+        scalars: dict[str, float] = {}
+        listed = getattr(self.base, "per_parameter", ())
+        for x, spans in self.shards.spans.items():
+            for key, value in self._states(x).items():
+                if not isinstance(value, Tensor) or value.dim() == 0:
+                    scalars[key] = float(value)
+                    continue
+                for i, span in enumerate(spans):
+                    if key in listed:
+                        full = value[i]
+                    elif value.shape == x.shape:
+                        full = self.shards.full(x, value, span)
+                    else:
+                        full = value  # of whole tensors: stage 0
+                    tensors[f"{key}/{span.name}"] = full.detach().to("cpu", copy=True)
+        if self.ema is not None:
+            scalars["ema_updates"] = self.updates
         return tensors, scalars
 
     def load_optimizer_state(
@@ -265,28 +302,41 @@ class Engine:
     ) -> None:
         """Put back what `optimizer_state` gave, at any stage and world size.
 
-        Call before the first step.
+        Call before the first step. Raises UserError when it was made by another optimizer.
         """
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         if not tensors and not scalars:
             return
         self._materialise()
-        keys, _ = self._state_keys()
-        with torch.no_grad():
-            for name, p in self.named():
-                for key in keys:
-                    value = tensors[f"{key}/{name}"].to(self.ds.device)
-                    if self.stage == 0:
-                        self.base.state[p][key].copy_(value)
-                    else:
-                        safe_set_full_optimizer_state(p, value, key)
-            for state in self.base.state.values():
-                for key, value in scalars.items():
-                    if isinstance(state[key], Tensor):
-                        state[key].fill_(value)
-                    else:
-                        state[key] = value
+        listed = getattr(self.base, "per_parameter", ())
+        self.updates = int(scalars.get("ema_updates", 0))
+        if self.ema is not None and "ema_updates" not in scalars:
+            log.info("the checkpoint has no EMA: it starts from its weights")
+            self._restart_averages()
+        try:
+            with torch.no_grad():
+                for x, spans in self.shards.spans.items():
+                    for key, value in self._states(x).items():
+                        if key == "ema" and "ema_updates" not in scalars:
+                            continue
+                        if not isinstance(value, Tensor):
+                            kind = type(value)
+                            self.base.state[x][key] = kind(scalars[key])
+                        elif value.dim() == 0:
+                            value.fill_(scalars[key])
+                        else:
+                            for i, span in enumerate(spans):
+                                full = tensors[f"{key}/{span.name}"].to(value.device)
+                                if key in listed:
+                                    value[i] = full
+                                elif value.shape == x.shape:
+                                    self.shards.put(x, value, span, full)
+                                else:
+                                    value.copy_(full)
+        except KeyError as error:
+            raise UserError(
+                f"the checkpoint has no optimizer state {error}: it was made with another "
+                "optimizer; set stages.N.optimizer back, or use another run name: name=..."
+            ) from error
 
     def load_masters(self, weights: Mapping[str, Tensor]) -> None:
         """Set the fp32 masters (they differ from the weights only where these are bf16)."""
@@ -309,29 +359,44 @@ class Engine:
             return contextlib.nullcontext()
         return _deepspeed().zero.GatheredParameters(params)
 
-    def _flats(self) -> list[Tensor]:
-        """What torch's optimizer really updates: the parameters, or this rank's flat shards."""
+    def _shards(self) -> Shards:
+        """What the optimizer's tensors hold, from DeepSpeed's own lists."""
+        names: dict[Tensor, str] = {p: name for name, p in self.named()}
         if self.stage == 0:
-            return [p for _, p in self.named()]
-        name = (
-            "single_partition_of_fp32_groups" if self.stage < 3 else "fp32_partitioned_groups_flat"
-        )
-        return [flat for flat in getattr(self.optimizer, name) if flat is not None]
+            return Shards.whole(self.base.param_groups, names)
+        optimizer: Any = self.optimizer
+        if self.stage < 3:
+            flats = optimizer.single_partition_of_fp32_groups
+            return Shards.contiguous(flats, optimizer.round_robin_bit16_groups, names)
+        flats, groups = optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups
+        return Shards.sliced(flats, groups, names, optimizer.sub_group_to_group_id)
 
-    def _state_keys(self) -> tuple[list[str], dict[str, float]]:
-        for tensor, state in self.base.state.items():
-            keys = [
-                k for k, v in state.items() if isinstance(v, Tensor) and v.shape == tensor.shape
-            ]
-            return keys, {k: float(v) for k, v in state.items() if k not in keys}
-        return [], {}
+    def _states(self, x: Tensor) -> dict[str, Any]:
+        """All states of one of the optimizer's tensors, the EMA among them."""
+        out = dict(self.base.state[x])
+        return out | ({"ema": self._averages[x]} if self.ema is not None else {})
+
+    def _restart_averages(self) -> None:
+        if self.ema is not None:
+            self._averages = {x: x.detach().clone() for x in self.shards.spans}
+
+    @torch.no_grad()
+    def _average(self, updates: int) -> None:
+        """Move the EMA towards the weights; ``updates``: applied before this one."""
+        if self.ema is not None:
+            keep = self.ema.keep(updates)
+            for x, average in self._averages.items():
+                average.lerp_(x, 1 - keep)
 
     def _materialise(self) -> None:
-        """Create the optimizer's states as its first step would, by a step of rate 0 on zero
-        gradients.
-        """
+        """Create the optimizer's states as its first step would."""
         base, groups = self.base, self.base.param_groups
-        flats = self._flats()
+        flats = list(self.shards.spans)
+        if isinstance(base, ShardOptimizer):
+            for flat in flats:
+                base.prepare(flat, groups[self.shards.groups[flat]])
+            return
+        # a step of rate 0 on zero gradients
         hyper = {k: v for k, v in groups[0].items() if k != "params"} | {"lr": 0.0}
         before = [flat.detach().clone() for flat in flats]
         base.param_groups = [{**hyper, "params": flats}]
@@ -345,13 +410,3 @@ class Engine:
             for flat, old in zip(flats, before, strict=True):
                 flat.grad = None
                 flat.copy_(old)  # -0.0 became 0.0
-        self._link()
-
-    def _link(self) -> None:
-        """Let DeepSpeed's accessors find the states of EVERY group: it links once, after the first
-        group's first step,
-        when the others have none yet.
-        """
-        if 0 < self.stage < 3:
-            self.optimizer._hp_optimizer_states_linked = False
-            self.optimizer._lazy_init_hp_params_optimizer_state()

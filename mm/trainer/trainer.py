@@ -101,7 +101,7 @@ class Trainer:
                         self._train(end)
                     finally:
                         self.stream.close()
-                    weights = {name: engine.weights() for name, engine in self.engines.items()}
+                    weights = {name: engine.result() for name, engine in self.engines.items()}
                     saved = None
             self._export(weights["model"])
             evaluated = self._evaluate()
@@ -335,7 +335,11 @@ class Trainer:
                 self.frozen[name] = module.eval().requires_grad_(False)
                 continue
             engine = Engine(
-                module.train(), stage.optimizer.build(module), self.run.engine, self.precision
+                module.train(),
+                stage.optimizer.build(module),
+                self.run.engine,
+                self.precision,
+                stage.ema,
             )
             if saved is not None and same_stage:
                 engine.load_masters(have)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from mm.config import Config
 from mm.registry import OPTIMIZERS
+from mm.trainer.optimizers.base import OptimizerConfig
 
 
 @OPTIMIZERS.register("adamw")
-class AdamWConfig(Config):
+class AdamWConfig(OptimizerConfig):
     """Decoupled weight decay; elementwise, so it is legal on ZeRO's flat shards.
 
     Source: Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2.
@@ -25,21 +25,12 @@ class AdamWConfig(Config):
     ] = 3e-3
     betas: tuple[float, float] = (0.9, 0.98)
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[
-        float, Field(ge=0, description="on matrices only: no norm, bias, embedding")
-    ] = 0.1
+
+    mup: ClassVar[bool] = True
 
     def build(self, module: nn.Module) -> torch.optim.Optimizer:
-        """Make the optimizer over the trainable parameters of ``module`` in two groups."""
-        decayed: list[nn.Parameter] = []
-        plain: list[nn.Parameter] = []
-        for name, p in module.named_parameters():
-            if p.requires_grad:
-                (decayed if p.dim() > 1 and "embed" not in name.lower() else plain).append(p)
-        groups = [
-            {"params": group, "weight_decay": decay}
-            for group, decay in ((decayed, self.weight_decay), (plain, 0.0))
-            if group
-        ]
+        """Make the optimizer over the trainable parameters of ``module``."""
         # fused: one pass over memory; the same rounding on single tensors and on flat shards
-        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+        return torch.optim.AdamW(
+            self.groups(module), lr=self.lr, betas=self.betas, eps=self.eps, fused=True
+        )

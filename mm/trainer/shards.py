@@ -1,0 +1,170 @@
+"""What the tensors that an optimizer updates hold: whole parameters at ZeRO stage 0, flat slices of
+many at stages 1-3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Slice(NamedTuple):
+    """Elements ``start : start + n`` of a flattened parameter, at ``at`` of a rank's shard."""
+
+    start: int
+    at: int
+    n: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """One parameter in the shards of all ranks.
+
+    Stages 1 and 2 cut the concatenation of a group's parameters into equal shards of ``size``, and
+    ``first`` is the parameter's place in it. Stage 3 cuts every parameter into slices of ``size``
+    (``each``), and ``first`` is their place in a shard.
+    """
+
+    name: str
+    shape: torch.Size
+    first: int
+    size: int
+    each: bool
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def on(self, rank: int) -> Slice:
+        """The slice that ``rank`` holds; n = 0 when it holds none."""
+        start = rank * self.size if self.each else max(0, rank * self.size - self.first)
+        stop = (rank + 1) * self.size - (0 if self.each else self.first)
+        n = max(0, min(self.numel, stop) - start)
+        return Slice(start, self.first + (0 if self.each else start - rank * self.size), n)
+
+
+class Shards:
+    """All tensors that the optimizer updates, with their spans, in the same order on all ranks.
+
+    Attributes:
+        spans: tensor -> the parameters of its group, held by this rank or not.
+        groups: tensor -> index of its parameter group.
+    """
+
+    def __init__(
+        self, spans: Mapping[Tensor, Sequence[Span]], groups: Mapping[Tensor, int], split: bool
+    ):
+        self.spans, self.groups = spans, groups
+        self._sizes: dict[Tensor, Tensor] = {}
+        self.rank, self.world = 0, 1
+        if split and dist.is_initialized():
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+
+    @classmethod
+    def whole(cls, groups: Sequence[Mapping], names: Mapping[Tensor, str]) -> Shards:
+        """Stage 0: every parameter is its own shard, the same on all ranks."""
+        spans, where = {}, {}
+        for i, group in enumerate(groups):
+            for p in group["params"]:
+                spans[p] = [Span(names[p], p.shape, 0, p.numel(), True)]
+                where[p] = i
+        return cls(spans, where, split=False)
+
+    @classmethod
+    def contiguous(
+        cls,
+        flats: Sequence[Tensor],
+        groups: Sequence[Sequence[Tensor]],
+        names: Mapping[Tensor, str],
+    ) -> Shards:
+        """Stages 1 and 2: ``flats[i]`` is this rank's part of the parameters ``groups[i]``."""
+        spans, where = {}, {}
+        for i, (flat, group) in enumerate(zip(flats, groups, strict=True)):
+            first, spans[flat], where[flat] = 0, [], i
+            for p in group:
+                spans[flat].append(Span(names[p], p.shape, first, flat.numel(), False))
+                first += p.numel()
+        return cls(spans, where, split=True)
+
+    @classmethod
+    def sliced(
+        cls,
+        flats: Sequence[Tensor],
+        groups: Sequence[Sequence[Tensor]],
+        names: Mapping[Tensor, str],
+        group_of: Mapping[int, int],
+    ) -> Shards:
+        """Stage 3: ``flats[i]`` holds this rank's slice of every parameter of ``groups[i]``."""
+        spans, where = {}, {}
+        for i, (flat, group) in enumerate(zip(flats, groups, strict=True)):
+            first, spans[flat], where[flat] = 0, [], group_of[i]
+            for p in group:
+                size = p.partition_numel()  # type: ignore[attr-defined]
+                shape = torch.Size(p.ds_shape)  # type: ignore[attr-defined]
+                spans[flat].append(Span(names[p], shape, first, size, True))
+                first += size
+        return cls(spans, where, split=True)
+
+    def mine(self, x: Tensor) -> Iterator[tuple[int, Span, Slice]]:
+        """Number in ``spans[x]``, span and slice of each parameter this rank has a part of."""
+        for i, span in enumerate(self.spans[x]):
+            part = span.on(self.rank)
+            if part.n:
+                yield i, span, part
+
+    def sizes(self, x: Tensor) -> Tensor:
+        """Elements of every parameter in ``spans[x]``, `(spans,)` float32."""
+        if x not in self._sizes:
+            numels = [float(span.numel) for span in self.spans[x]]
+            self._sizes[x] = torch.tensor(numels, device=x.device)
+        return self._sizes[x]
+
+    def sums(self, x: Tensor, *values: Tensor) -> Tensor:
+        """Sum tensors of the shape of ``x`` over each parameter: `(len(values), spans)` float32 on
+        all ranks. Accumulated in float64, so that it hardly depends on where a shard ends.
+        """
+        out = torch.zeros(len(values), len(self.spans[x]), dtype=torch.float64, device=x.device)
+        for i, _, part in self.mine(x):
+            for row, value in zip(out, values, strict=True):
+                row[i] = value.reshape(-1)[part.at : part.at + part.n].sum(dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(out)
+        return out.float()
+
+    def gather(self, x: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Slice]]:
+        """Whole tensors of the parameters that this rank has a part of, with its slice.
+
+        One collective; for its time every rank holds ``value`` of the whole group.
+        """
+        if self.world == 1:
+            parts = value.reshape(1, -1)
+        else:
+            parts = value.new_empty(self.world, value.numel())
+            dist.all_gather_into_tensor(parts.view(-1), value.reshape(-1))
+        for _, span, part in self.mine(x):
+            pieces = [span.on(rank) for rank in range(self.world)]
+            rows = [parts[r, s.at : s.at + s.n] for r, s in enumerate(pieces) if s.n]
+            yield (rows[0] if len(rows) == 1 else torch.cat(rows)).view(span.shape), part
+
+    def full(self, x: Tensor, value: Tensor, span: Span) -> Tensor:
+        """``value`` of one parameter, whole, on all ranks (one collective)."""
+        part = span.on(self.rank)
+        if self.world == 1:
+            return value.reshape(-1)[part.at : part.at + part.n].view(span.shape)
+        out = value.new_zeros(span.numel)
+        out[part.start : part.start + part.n] = value[part.at : part.at + part.n]
+        dist.all_reduce(out)
+        return out.view(span.shape)
+
+    def put(self, x: Tensor, value: Tensor, span: Span, full: Tensor) -> None:
+        """Copy this rank's slice of the whole tensor ``full`` into ``value``."""
+        part = span.on(self.rank)
+        value.view(-1)[part.at : part.at + part.n].copy_(
+            full.reshape(-1)[part.start : part.start + part.n]
+        )
