@@ -422,8 +422,9 @@ def p10() -> Iterator[Figure]:
 
 
 def p11() -> Iterator[Figure]:
-    N = 131072
-    rows = 2048 if available_mib(torch.device("cpu")) > 8192 else 512
+    """Rows of width 64: the products are small beside the logits, which is the harder case."""
+    N, D = 131072, 64
+    rows = 4096 if available_mib(torch.device("cpu")) > 12288 else 512
     g = torch.Generator().manual_seed(0)
     h = torch.randn(rows, D, generator=g).requires_grad_()
     w = (torch.randn(N, D, generator=g) * D**-0.5).requires_grad_()
@@ -444,26 +445,25 @@ def p11() -> Iterator[Figure]:
 # ---- GPU code without a GPU: P14, P15 ----
 
 
-def suite(goal: str, what: str, words: tuple[str, ...], bar: float) -> Iterator[Figure]:
-    """Wall seconds of the tests of a goal; infinite when one fails."""
-    files = [
-        f for f in sorted((ROOT / "tests").glob("test_*.py")) if any(w in f.name for w in words)
-    ]
-    if not files:
-        raise Missing(f"tests/test_*{words[0]}*.py: this tree has no Triton kernels")
+def suite(goal: str, what: str, chosen: str, bar: float) -> Iterator[Figure]:
+    """Wall seconds of the tests that pytest's ``-k`` chooses; infinite when one fails."""
+    if importlib.util.find_spec("triton") is None:
+        raise Missing("triton")
+    folder = ROOT / "tests"
+    files = sorted({*folder.glob("test_triton_*.py"), *folder.glob("test_kernel_*.py")})
     start = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", *map(str, files)]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", chosen, *map(str, files)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     taken = time.perf_counter() - start if done.returncode == 0 else math.inf
     yield at_most(goal, f"{what}, seconds of wall time", bar, "-", taken)
 
 
 def p14() -> Iterator[Figure]:
-    yield from suite("P14", "ahead-of-time compilation for sm_90", ("aot", "compiles"), 60)
+    yield from suite("P14", "ahead-of-time compilation for sm_90", "hopper", 60)
 
 
 def p15() -> Iterator[Figure]:
-    yield from suite("P15", "Triton kernels in the interpreter", ("triton", "interpreter"), 90)
+    yield from suite("P15", "Triton kernels in the interpreter", "triton and not hopper", 90)
 
 
 GOALS = {f.__name__.upper(): f for f in (p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p14, p15)}

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 Fill = Callable[..., None]
 
@@ -24,6 +26,9 @@ def fused(
     dense: bool = True,
 ) -> dict[str, Callable]:
     """Register ``mm::<name>`` and ``mm::<name>_triton`` with backward, tracing and autograd.
+
+    A call that nothing traces goes past `torch.library`, whose dispatch in Python costs a small
+    model more than its kernels do.
 
     Args:
         name: of the op.
@@ -54,7 +59,7 @@ def fused(
     }
 
 
-def _op(name: str, empties: Callable, fill: Fill) -> tuple[Any, Callable]:
+def _op(name: str, empties: Callable, fill: Fill) -> tuple[Any, Callable, Callable]:
     def run(*args: Any) -> Any:
         outs = empties(*args)
         fill(*args, *(outs if isinstance(outs, tuple) else (outs,)))
@@ -63,7 +68,22 @@ def _op(name: str, empties: Callable, fill: Fill) -> tuple[Any, Callable]:
     schema = torch.library.infer_schema(empties, mutates_args=())
     made = torch.library.custom_op(f"mm::{name}", run, mutates_args=(), schema=schema)
     made.register_fake(empties)
-    return made, getattr(torch.ops.mm, name)
+    return made, getattr(torch.ops.mm, name), run
+
+
+def _traced(args: tuple[Any, ...]) -> bool:
+    """Whether anything but plain autograd looks at a call: a compiler, a mode, a transform or a
+    tensor of a class of its own.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or _get_current_dispatch_mode() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
+        or any(
+            isinstance(x, Tensor) and type(x) is not Tensor and type(x) is not torch.nn.Parameter
+            for x in args
+        )
+    )
 
 
 def _differentiable(
@@ -75,8 +95,8 @@ def _differentiable(
     wrt: Sequence[str],
     dense: bool,
 ) -> Callable:
-    made, forward = _op(name, outputs, fills[0])
-    _, backward = _op(f"{name}_backward", gradients, fills[1])
+    made, forward, run = _op(name, outputs, fills[0])
+    _, backward, run_backward = _op(f"{name}_backward", gradients, fills[1])
     parameters = [a.name for a in forward.default._schema.arguments]
     taken = len(backward.default._schema.arguments)
 
@@ -91,11 +111,13 @@ def _differentiable(
         if not dense:
             ctx.set_materialize_grads(False)
 
-    def grads(ctx: Any, *from_above: Tensor | None) -> tuple[Tensor | None, ...]:
+    def grads(
+        ctx: Any, *from_above: Tensor | None, by: Callable = backward
+    ) -> tuple[Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)
         kept = [next(tensors) if is_tensor else value for is_tensor, value in ctx.settings]
         above = [g.contiguous() if g is not None else None for g in from_above]
-        found = backward(*kept, *above[: taken - len(kept)])
+        found = by(*kept, *above[: taken - len(kept)])
         by_name = dict(
             zip(wrt, found if isinstance(found, (tuple, list)) else (found,), strict=True)
         )
@@ -105,4 +127,22 @@ def _differentiable(
         )
 
     made.register_autograd(grads, setup_context=setup)
-    return forward
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            outs = run(*args)
+            setup(ctx, args, outs)
+            return outs
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *from_above: Tensor | None) -> Any:
+            return grads(ctx, *from_above, by=run_backward)
+
+    def call(*args: Any) -> Any:
+        if len(args) < len(parameters) or _traced(args):
+            return forward(*args)
+        return Direct.apply(*args)
+
+    return call

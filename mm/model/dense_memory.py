@@ -11,13 +11,10 @@ import torch
 from torch import Tensor
 
 from mm.kernels.dense_ssm import dense_ssm
-from mm.mask import Causal
 from mm.model.layer import Caps, Ctx, Mixer
-from mm.model.rows import Docs, Groups
+from mm.model.rows import Docs, by_document, share_groups
 from mm.model.scan_state import Hidden, advanced, settled
 from mm.state import State
-
-GROUPS = "dense_memory.groups"
 
 
 class DenseMemory(Mixer):
@@ -30,7 +27,7 @@ class DenseMemory(Mixer):
         self.channels, self.states = channels, states
 
     def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return {} if serving else {GROUPS: lambda ctx: Groups.of(ctx.layout, Causal())}
+        return share_groups(serving)
 
     def remembered(
         self, u: Tensor, a: Tensor, b: Tensor, c: Tensor, ctx: Ctx, state: State | None
@@ -40,14 +37,7 @@ class DenseMemory(Mixer):
         """
         B, T = u.shape[:2]
         if state is None:
-            groups = ctx.shared.get(GROUPS)
-            if groups is None and torch.compiler.is_compiling():
-                # Grouping looks at values, which a graph cannot; a backbone shares it from outside.
-                docs = Docs.of(ctx.layout, 0)
-                return docs.pack(dense_ssm(docs.unpack(u), a, b, c)[0], B, T), None
-            groups = groups if groups is not None else Groups.of(ctx.layout, Causal())
-            done = [dense_ssm(part, a, b, c)[0] for _, (part,) in groups.split(u)]
-            return groups.join(done, B, T), None
+            return by_document(lambda rows: dense_ssm(rows, a, b, c)[0], ctx, u), None
         old = settled(state)
         docs = Docs.of(ctx.layout, old.h.shape[0])
         rows, before = docs.unpack(u), docs.read(old.h)

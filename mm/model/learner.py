@@ -14,12 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.mask import Causal
 from mm.model.layer import Caps, Ctx, Mixer
-from mm.model.rows import Docs, Groups
+from mm.model.rows import Docs, by_document, share_groups
 from mm.state import State, Struct
 
-GROUPS = "learner.groups"
 Tensors = tuple[Tensor, ...]
 
 
@@ -99,7 +97,7 @@ class Learner(Mixer):
         raise NotImplementedError
 
     def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return {} if serving else {GROUPS: lambda ctx: Groups.of(ctx.layout, Causal())}
+        return share_groups(serving)
 
     def learned(
         self, features: Tensors, ctx: Ctx, state: State | None
@@ -109,14 +107,7 @@ class Learner(Mixer):
         if state is not None:
             assert isinstance(state, Learnt | DraftLearnt)
             return self._continued(features, ctx, state.settled())
-        groups = ctx.shared.get(GROUPS)
-        if groups is not None or not torch.compiler.is_compiling():
-            groups = groups or Groups.of(ctx.layout, Causal())
-            done = [self._fresh(tuple(parts)) for _, parts in groups.split(*features)]
-            return groups.join(done, B, T), None
-        # Grouping looks at values, which a graph cannot.
-        docs = Docs.of(ctx.layout, 0)
-        return docs.pack(self._fresh(tuple(docs.unpack(f) for f in features)), B, T), None
+        return by_document(lambda *x: self._fresh(x), ctx, *features), None
 
     def _fresh(self, features: Tensors) -> Tensor:
         R = features[0].shape[0]

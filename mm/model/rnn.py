@@ -13,13 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mm.mask import Causal
 from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
-from mm.model.rows import Docs, Groups
+from mm.model.rows import Docs, by_document, share_groups
 from mm.model.scan_state import Hidden, advanced, settled
 from mm.state import State
-
-GROUPS = "rnn.groups"
 
 
 class Recurrence(Mixer):
@@ -43,7 +40,7 @@ class Recurrence(Mixer):
         raise NotImplementedError
 
     def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return {} if serving else {GROUPS: lambda ctx: Groups.of(ctx.layout, Causal())}
+        return share_groups(serving)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         x = x_BTD.to(next(self.parameters()).dtype)
@@ -62,16 +59,7 @@ class Recurrence(Mixer):
 
     def _whole(self, x: Tensor, ctx: Ctx) -> Tensor:
         """Outputs of documents that all begin here."""
-        B, T = x.shape[:2]
-        groups = ctx.shared.get(GROUPS)
-        if groups is not None or not torch.compiler.is_compiling():
-            groups = groups or Groups.of(ctx.layout, Causal())
-            done = [self._run(part, self._begin(group.rows)) for group, (part,) in groups.split(x)]
-            return groups.join(done, B, T)
-        # Grouping looks at values, which a graph cannot.
-        docs = Docs.of(ctx.layout, 0)
-        rows = docs.unpack(x)
-        return docs.pack(self._run(rows, self._begin(rows.shape[0])), B, T)
+        return by_document(lambda rows: self._run(rows, self._begin(rows.shape[0])), ctx, x)
 
     def _run(self, rows: Tensor, before: Tensor) -> Tensor:
         return self.outputs(rows, before) if rows.shape[:2].numel() else self._nothing(rows)[0]

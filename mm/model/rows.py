@@ -15,6 +15,9 @@ from torch import Tensor
 
 from mm.layout import Fields, Layout
 from mm.mask import Causal, Mask, Prefix, Window
+from mm.model.layer import Ctx
+
+GROUPS = "rows.causal_groups"  # key in Ctx.shared
 
 
 def narrowed(mask: Mask, window: int | None) -> Mask:
@@ -213,6 +216,30 @@ class Groups:
         index = torch.from_numpy(np.concatenate([*indices, [0]])).to(device)
         copies = torch.from_numpy(np.concatenate([*unread, [True]])).to(device)
         return Groups(tuple(groups), index, torch.from_numpy(inverse).to(device), copies)
+
+
+def share_groups(serving: bool) -> dict[str, Callable[[Ctx], Any]]:
+    """`Layer.shares` of a mixer that runs `by_document`: one grouping for all of a pass."""
+    return {} if serving else {GROUPS: lambda ctx: Groups.of(ctx.layout, Causal())}
+
+
+def by_document(f: Callable[..., Tensor], ctx: Ctx, *x_BT: Tensor) -> Tensor:
+    """Run a causal ``f`` on documents that all begin in this call.
+
+    ``f`` takes rows of one document `(R, L, ...)`, one for each tensor `(B, T, ...)`, and returns
+    their outputs `(R, L, ...)`; rows may end in copies of the document's last place.
+
+    Returns:
+        Outputs `(B, T, ...)`.
+    """
+    B, T = x_BT[0].shape[:2]
+    groups = ctx.shared.get(GROUPS)
+    if groups is None and torch.compiler.is_compiling():
+        # Grouping looks at values, which a graph cannot; a backbone shares it from outside.
+        docs = Docs.of(ctx.layout, 0)
+        return docs.pack(f(*map(docs.unpack, x_BT)), B, T)
+    groups = groups if groups is not None else Groups.of(ctx.layout, Causal())
+    return groups.join([f(*parts) for _, parts in groups.split(*x_BT)], B, T)
 
 
 class Docs(NamedTuple):

@@ -13,15 +13,12 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.kernels.linear_scan import linear_scan
-from mm.mask import Causal
 from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
 from mm.model.linears.dense import DenseConfig
-from mm.model.rows import Docs, Groups
+from mm.model.rows import Docs, by_document, share_groups
 from mm.model.scan_state import Hidden, advanced, settled
 from mm.registry import MIXERS
 from mm.state import State
-
-GROUPS = "aaren.groups"
 
 
 class Aaren(Mixer):
@@ -47,7 +44,7 @@ class Aaren(Mixer):
         nn.init.normal_(self.query)
 
     def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return {} if serving else {GROUPS: lambda ctx: Groups.of(ctx.layout, Causal())}
+        return share_groups(serving)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         (B, T), H, V = x_BTD.shape[:2], self.heads, self.width
@@ -66,15 +63,7 @@ class Aaren(Mixer):
         return Out(self.out(o.to(x_BTD.dtype), ctx), after)
 
     def _whole(self, score: Tensor, v: Tensor, ctx: Ctx) -> Tensor:
-        B, T = v.shape[:2]
-        groups = ctx.shared.get(GROUPS)
-        if groups is None and torch.compiler.is_compiling():
-            # Grouping looks at values, which a graph cannot; a backbone shares it from outside.
-            docs = Docs.of(ctx.layout, 0)
-            return docs.pack(self._scanned(docs.unpack(score), docs.unpack(v))[0], B, T)
-        groups = groups if groups is not None else Groups.of(ctx.layout, Causal())
-        done = [self._scanned(*parts)[0] for _, parts in groups.split(score, v)]
-        return groups.join(done, B, T)
+        return by_document(lambda *x: self._scanned(*x)[0], ctx, score, v)
 
     def _fresh(self, like: Tensor) -> Tensor:
         """State before the first token: no score at all, and nothing summed up."""

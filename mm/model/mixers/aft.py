@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from mm.config import Config
 from mm.errors import UserError
 from mm.kernels.linear_scan import linear_scan
-from mm.mask import Causal
 from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
 from mm.model.linears.dense import DenseConfig
-from mm.model.rows import Docs, Groups
+from mm.model.rows import Docs, by_document, share_groups
 from mm.registry import MIXERS
 from mm.state import State, Struct
 
-GROUPS = "aft.groups"
 FLOOR = -1e30  # a maximum over nothing: finite, so that differences stay numbers
 
 
@@ -168,7 +166,7 @@ class AFT(Mixer):
             nn.init.normal_(self.read, std=0.1)
 
     def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return {} if serving else {GROUPS: lambda ctx: Groups.of(ctx.layout, Causal())}
+        return share_groups(serving)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         D, H = self.width, self.heads
@@ -232,13 +230,7 @@ class AFT(Mixer):
         return self._average(inputs, passed, torch.arange(L, device=k.device)[None])
 
     def _whole(self, k: Tensor, v: Tensor, ctx: Ctx) -> Tensor:
-        B, T = k.shape[:2]
-        groups = ctx.shared.get(GROUPS)
-        if groups is None and torch.compiler.is_compiling():
-            docs = Docs.of(ctx.layout, 0)
-            return docs.pack(self._rows(docs.unpack(k), docs.unpack(v)), B, T)
-        groups = groups if groups is not None else Groups.of(ctx.layout, Causal())
-        return groups.join([self._rows(*parts) for _, parts in groups.split(k, v)], B, T)
+        return by_document(self._rows, ctx, k, v)
 
     def _continued(
         self, k: Tensor, v: Tensor, ctx: Ctx, state: Averages

@@ -18,15 +18,13 @@ from mm.kernels.causal_conv import causal_conv
 from mm.kernels.delta_rule import delta_rule
 from mm.kernels.glu import glu
 from mm.kernels.rms_norm import rms_norm
-from mm.mask import Causal
 from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
 from mm.model.linears.dense import DenseConfig
 from mm.model.norm import RMSNorm
-from mm.model.rows import Docs, Groups
+from mm.model.rows import Docs, by_document, share_groups
 from mm.registry import MIXERS
 from mm.state import State, Struct
 
-GROUPS = "rows.causal_groups"  # key in Ctx.shared
 EPS = 1e-6  # added to the squared length of queries and keys
 
 
@@ -124,7 +122,7 @@ class DeltaRule(Mixer):
             self.rate_bias.copy_(rate.expm1().log())
 
     def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return {} if serving else {GROUPS: lambda ctx: Groups.of(ctx.layout, Causal())}
+        return share_groups(serving)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         B, T = x_BTD.shape[:2]
@@ -141,18 +139,8 @@ class DeltaRule(Mixer):
 
     def _whole(self, u: Tensor, rates: Tensor, ctx: Ctx) -> Tensor:
         """Outputs `(B, T, H, V)` of documents that all begin here."""
-        B, T = u.shape[:2]
-        document = ctx.layout.fields.document
-        u = self._convolved(u, document)
-        groups = ctx.shared.get(GROUPS)
-        # Grouping looks at values, which a graph cannot: a backbone shares it from outside.
-        if groups is None and torch.compiler.is_compiling():
-            docs = Docs.of(ctx.layout, 0)
-            rows = self._arguments(docs.unpack(u), docs.unpack(rates), docs.valid)
-            return docs.pack(self._mixed(*rows)[0], B, T)
-        groups = groups if groups is not None else Groups.of(ctx.layout, Causal())
-        done = [self._mixed(*self._arguments(*parts))[0] for _, parts in groups.split(u, rates)]
-        return groups.join(done, B, T)
+        u = self._convolved(u, ctx.layout.fields.document)
+        return by_document(lambda *x: self._mixed(*self._arguments(*x))[0], ctx, u, rates)
 
     def _continued(
         self, u: Tensor, rates: Tensor, ctx: Ctx, state: Associations

@@ -14,15 +14,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.mask import Causal
 from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
 from mm.model.linears.dense import DenseConfig
-from mm.model.rows import Docs, Groups
+from mm.model.rows import Docs, by_document, share_groups
 from mm.model.tail_state import DraftTail, Tail, convolved
 from mm.registry import MIXERS
 from mm.state import State, Struct
 
-GROUPS = "hyena.groups"
 DIRECT = 64  # rows up to this length are a product with a Toeplitz matrix, longer ones use the FFT
 FEW = 8  # tokens of a call that are read off the cache one by one
 
@@ -143,7 +141,7 @@ class Hyena(Mixer):
         return z @ self.last.to(wide) * window * self.config.filter_length**-0.5
 
     def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return {} if serving else {GROUPS: lambda ctx: Groups.of(ctx.layout, Causal())}
+        return share_groups(serving)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         assert state is None or isinstance(state, History | DraftHistory)
@@ -167,15 +165,8 @@ class Hyena(Mixer):
 
     def _whole(self, u: Tensor, ctx: Ctx) -> Tensor:
         """The long convolution of documents that all begin here."""
-        B, T = u.shape[:2]
-        groups = ctx.shared.get(GROUPS)
-        h = self.filter(T)
-        if groups is not None or not torch.compiler.is_compiling():
-            groups = groups or Groups.of(ctx.layout, Causal())
-            return groups.join([long_conv(part, h) for _, (part,) in groups.split(u)], B, T)
-        # Grouping looks at values, which a graph cannot.
-        docs = Docs.of(ctx.layout, 0)
-        return docs.pack(long_conv(docs.unpack(u), h), B, T)
+        h = self.filter(u.shape[1])
+        return by_document(lambda part: long_conv(part, h), ctx, u)
 
     def _continued(
         self, u: Tensor, tail: Tail | DraftTail, ctx: Ctx, old: History

@@ -15,19 +15,17 @@ from torch import Tensor
 from mm.config import Config
 from mm.errors import UserError
 from mm.kernels.linear_attention import linear_attention
-from mm.mask import Causal
 from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
 from mm.model.linears.dense import DenseConfig
 from mm.model.mirror import both_ways, refuse_state, unused
 from mm.model.mixers.linear_attention import (
     EPS,
-    GROUPS,
     DraftMatrix,
     LinearAttention,
     LinearAttentionConfig,
     Matrix,
 )
-from mm.model.rows import Docs, Groups
+from mm.model.rows import Docs, by_document
 from mm.registry import MIXERS
 from mm.state import State
 
@@ -81,20 +79,14 @@ class PrefixLinearAttention(Mixer):
 
     def _whole(self, parts: list[Tensor], ctx: Ctx) -> Tensor:
         """Outputs of documents that all begin here."""
-        B, T = parts[0].shape[:2]
-        groups = ctx.shared.get(GROUPS)
-        if groups is None and torch.compiler.is_compiling():
-            # Grouping looks at values, which a graph cannot; a backbone shares it from outside.
-            docs = Docs.of(ctx.layout, 0)
-            return docs.pack(self._rows(self._valid(parts, docs))[0], B, T)
-        groups = groups if groups is not None else Groups.of(ctx.layout, Causal())
-        done = []
-        time = ctx.layout.fields.position[..., :1].to(parts[0])
-        for _, (*rows, inside, t) in groups.split(*parts, time):
+
+        def run(*rows: Tensor) -> Tensor:
+            *rest, inside, t = rows
             # Rows are padded with copies of their last place, at its time: it counts once.
             moved = F.pad(t[:, 1:] != t[:, :-1], (0, 0, 1, 0), value=True)
-            done.append(self._rows([*rows, inside * moved])[0])
-        return groups.join(done, B, T)
+            return self._rows([*rest, inside * moved])[0]
+
+        return by_document(run, ctx, *parts, ctx.layout.fields.position[..., :1].to(parts[0]))
 
     @staticmethod
     def _valid(parts: list[Tensor], docs: Docs) -> list[Tensor]:

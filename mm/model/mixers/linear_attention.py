@@ -20,17 +20,15 @@ from mm.config import Config
 from mm.kernels.causal_conv import causal_conv
 from mm.kernels.glu import glu
 from mm.kernels.linear_attention import linear_attention
-from mm.mask import Causal
 from mm.model.bounds import shared_bound, shared_bounds
 from mm.model.layer import Caps, Ctx, Linear, LinearMixer, Position, Provider
 from mm.model.linears.dense import DenseConfig
 from mm.model.norm import RMSNorm
-from mm.model.rows import Docs, Groups
+from mm.model.rows import Docs, by_document, share_groups
 from mm.registry import MIXERS, POSITIONS
 from mm.state import State, Struct
 
 EPS = 1e-6  # of the normaliser: a query that no key answers reads zeros
-GROUPS = "linear_attention.groups"
 
 
 @dataclass(frozen=True)
@@ -157,9 +155,7 @@ class LinearAttention(LinearMixer):
         made: dict[str, Callable[[Ctx], Any]] = {}
         if self.position.key:
             made[self.position.key] = lambda ctx: self.position.prepare(ctx.layout.fields)
-        if not serving:
-            made[GROUPS] = lambda ctx: Groups.of(ctx.layout, Causal())
-        return made
+        return {**made, **share_groups(serving)}
 
     # ---- what the recurrence is given ----
 
@@ -282,20 +278,9 @@ class LinearAttention(LinearMixer):
 
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, ctx: Ctx) -> Tensor:
         """Outputs of documents that all begin here."""
-        B, T = q.shape[:2]
-        fixed = g is None or g.dim() == 1
-        groups = ctx.shared.get(GROUPS)
-        if groups is None and torch.compiler.is_compiling():
-            # Grouping looks at values, which a graph cannot; a backbone shares it from outside.
-            docs = Docs.of(ctx.layout, 0)
-            rows = [docs.unpack(t) for t in (q, k, v)]
-            o, _ = linear_attention(*rows, g if fixed else docs.unpack(g))
-            return docs.pack(o, B, T)
-        groups = groups if groups is not None else Groups.of(ctx.layout, Causal())
-        done = []
-        for _, parts in groups.split(q, k, v, *(() if fixed else (g,))):
-            done.append(linear_attention(*parts, *((g,) if fixed else ()))[0])
-        return groups.join(done, B, T)
+        if g is None or g.dim() == 1:
+            return by_document(lambda *x: linear_attention(*x, g)[0], ctx, q, k, v)
+        return by_document(lambda *x: linear_attention(*x)[0], ctx, q, k, v, g)
 
     def _continued(
         self,

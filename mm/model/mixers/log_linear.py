@@ -17,17 +17,15 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.errors import UserError
-from mm.mask import Causal
 from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
 from mm.model.linears.dense import DenseConfig
 from mm.model.mixers.linear_attention import (
-    GROUPS,
     LinearAttention,
     LinearAttentionConfig,
     Matrix,
     tail_of,
 )
-from mm.model.rows import Docs, Groups
+from mm.model.rows import Docs, by_document
 from mm.registry import MIXERS
 from mm.state import State, Struct
 
@@ -200,15 +198,7 @@ class LogLinear(Mixer):
         return Out(self.inner.finish(o, x_BTD, f, ctx), after)
 
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, gain: Tensor, ctx: Ctx) -> Tensor:
-        B, T = q.shape[:2]
-        groups = ctx.shared.get(GROUPS)
-        if groups is None and torch.compiler.is_compiling():
-            # Grouping looks at values, which a graph cannot; a backbone shares it from outside.
-            docs = Docs.of(ctx.layout, 0)
-            return docs.pack(self._chunks(*(docs.unpack(t) for t in (q, k, v, g, gain)))[0], B, T)
-        groups = groups if groups is not None else Groups.of(ctx.layout, Causal())
-        done = [self._chunks(*parts)[0] for _, parts in groups.split(q, k, v, g, gain)]
-        return groups.join(done, B, T)
+        return by_document(lambda *x: self._chunks(*x)[0], ctx, q, k, v, g, gain)
 
     def _chunks(
         self,

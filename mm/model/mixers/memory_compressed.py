@@ -17,15 +17,12 @@ from torch import Tensor, nn
 from mm.config import Config
 from mm.errors import UserError
 from mm.layout import Fields
-from mm.mask import Causal
 from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
 from mm.model.linears.dense import DenseConfig
 from mm.model.mixers.kv import KV
-from mm.model.rows import Docs, Groups
+from mm.model.rows import Docs, by_document, share_groups
 from mm.registry import MIXERS
 from mm.state import State, Struct
-
-GROUPS = "memory_compressed.groups"
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ class MemoryCompressedAttention(Mixer):
         nn.init.normal_(self.taps, std=(self.stride * self.taps.shape[-1]) ** -0.5)
 
     def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return {} if serving else {GROUPS: lambda ctx: Groups.of(ctx.layout, Causal())}
+        return share_groups(serving)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         if ctx.mask.hint != "causal":
@@ -174,13 +171,7 @@ class MemoryCompressedAttention(Mixer):
         return self._attend(q, k, v, (groups < at[:, None] // s)[None], sums)
 
     def _whole(self, q: Tensor, kv: Tensor, ctx: Ctx) -> Tensor:
-        B, T = q.shape[:2]
-        groups = ctx.shared.get(GROUPS)
-        if groups is None and torch.compiler.is_compiling():
-            docs = Docs.of(ctx.layout, 0)
-            return docs.pack(self._rows(docs.unpack(q), docs.unpack(kv)), B, T)
-        groups = groups if groups is not None else Groups.of(ctx.layout, Causal())
-        return groups.join([self._rows(*parts) for _, parts in groups.split(q, kv)], B, T)
+        return by_document(self._rows, ctx, q, kv)
 
     def _continued(
         self, q: Tensor, kv: Tensor, ctx: Ctx, state: Compressed

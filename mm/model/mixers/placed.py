@@ -15,16 +15,13 @@ from torch import Tensor
 
 from mm.config import Config
 from mm.errors import UserError
-from mm.mask import Causal
 from mm.model.layer import Caps, Ctx, Linear, Mixer, Out, Position
 from mm.model.linears.dense import DenseConfig
 from mm.model.mixers.kv import KV, DraftKV, advance
 from mm.model.norm import RMSNorm
-from mm.model.rows import Docs, Groups
+from mm.model.rows import Docs, by_document, share_groups
 from mm.registry import POSITIONS
 from mm.state import State
-
-GROUPS = "placed.groups"
 
 
 class PlacedAttention(Mixer):
@@ -75,9 +72,7 @@ class PlacedAttention(Mixer):
         made: dict[str, Callable[[Ctx], Any]] = {}
         if self.position.key:
             made[self.position.key] = lambda ctx: self.position.prepare(ctx.layout.fields)
-        if not serving:
-            made[GROUPS] = lambda ctx: Groups.of(ctx.layout, Causal())
-        return made
+        return {**made, **share_groups(serving)}
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         if ctx.mask.hint != "causal":
@@ -104,14 +99,7 @@ class PlacedAttention(Mixer):
         return Out(self.out(y.reshape(B, T, H * K), ctx), after)
 
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, ctx: Ctx) -> Tensor:
-        B, T = q.shape[:2]
-        groups = ctx.shared.get(GROUPS)
-        if groups is None and torch.compiler.is_compiling():
-            # Grouping looks at values, which a graph cannot; a backbone shares it from outside.
-            docs = Docs.of(ctx.layout, 0)
-            return docs.pack(self.rows(*(docs.unpack(t) for t in (q, k, v))), B, T)
-        groups = groups if groups is not None else Groups.of(ctx.layout, Causal())
-        return groups.join([self.rows(*parts) for _, parts in groups.split(q, k, v)], B, T)
+        return by_document(self.rows, ctx, q, k, v)
 
     def _continued(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Ctx, cache: KV

@@ -15,14 +15,12 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.kernels.linear_attention import linear_attention
-from mm.mask import Causal
 from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
 from mm.model.linears.dense import DenseConfig
-from mm.model.rows import Docs, Groups
+from mm.model.rows import Docs, by_document, share_groups
 from mm.registry import MIXERS
 from mm.state import State, Struct
 
-GROUPS = "rwkv6.groups"
 RECEPTANCE, KEY, VALUE, GATE, DECAY = range(5)
 
 
@@ -110,7 +108,7 @@ class RWKV6(Mixer):
         nn.init.zeros_(self.norm_bias)
 
     def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return {} if serving else {GROUPS: lambda ctx: Groups.of(ctx.layout, Causal())}
+        return share_groups(serving)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         if state is None:
@@ -122,15 +120,7 @@ class RWKV6(Mixer):
 
     def _whole(self, x: Tensor, ctx: Ctx) -> Tensor:
         """What the output projection reads, of documents that all begin here."""
-        B, T = x.shape[:2]
-        groups = ctx.shared.get(GROUPS)
-        if groups is None and torch.compiler.is_compiling():
-            # Grouping looks at values, which a graph cannot; a backbone shares it from outside.
-            docs = Docs.of(ctx.layout, 0)
-            return docs.pack(self._rows(docs.unpack(x), ctx), B, T)
-        groups = groups if groups is not None else Groups.of(ctx.layout, Causal())
-        done = [self._rows(part, ctx) for _, (part,) in groups.split(x)]
-        return groups.join(done, B, T)
+        return by_document(lambda rows: self._rows(rows, ctx), ctx, x)
 
     def _rows(self, x: Tensor, ctx: Ctx) -> Tensor:
         r, k, v, g, gate = self._features(x, F.pad(x, (0, 0, 1, 0))[:, :-1], ctx)

@@ -17,15 +17,12 @@ from torch import Tensor, nn
 from mm.batch import Sum
 from mm.config import Config
 from mm.errors import UserError
-from mm.mask import Causal
 from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
 from mm.model.linears.dense import DenseConfig
 from mm.model.norm import RMSNorm
-from mm.model.rows import Docs, Groups
+from mm.model.rows import Docs, by_document, share_groups
 from mm.registry import MIXERS
 from mm.state import State, Struct
-
-GROUPS = "transformer_vq.groups"
 
 
 @dataclass(frozen=True)
@@ -165,7 +162,7 @@ class TransformerVQ(Mixer):
             self.codes.copy_(torch.where(used, self.total / self.size[..., None], self.codes))
 
     def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return {} if serving else {GROUPS: lambda ctx: Groups.of(ctx.layout, Causal())}
+        return share_groups(serving)
 
     def quantised(self, k: Tensor) -> tuple[Tensor, Tensor]:
         """Keys `(..., G, K)` to codes `(..., G)` and to their vectors with the keys' gradient."""
@@ -268,13 +265,7 @@ class TransformerVQ(Mixer):
         return self._blocks(q, k, v, F.pad(code, (0, 0, 0, pad)), valid, None, None)[:, :L]
 
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, code: Tensor, ctx: Ctx) -> Tensor:
-        B, T = q.shape[:2]
-        groups = ctx.shared.get(GROUPS)
-        if groups is None and torch.compiler.is_compiling():
-            docs = Docs.of(ctx.layout, 0)
-            return docs.pack(self._rows(*(docs.unpack(t) for t in (q, k, v, code))), B, T)
-        groups = groups if groups is not None else Groups.of(ctx.layout, Causal())
-        return groups.join([self._rows(*each) for _, each in groups.split(q, k, v, code)], B, T)
+        return by_document(self._rows, ctx, q, k, v, code)
 
     def _continued(
         self, q: Tensor, k: Tensor, v: Tensor, code: Tensor, ctx: Ctx, state: Codes

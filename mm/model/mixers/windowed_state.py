@@ -17,17 +17,15 @@ from torch import Tensor
 from mm.config import Config
 from mm.errors import UserError
 from mm.kernels.linear_attention import linear_attention
-from mm.mask import Causal
 from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
 from mm.model.linears.dense import DenseConfig
 from mm.model.mixers.linear_attention import (
-    GROUPS,
     LinearAttention,
     LinearAttentionConfig,
     Matrix,
     tail_of,
 )
-from mm.model.rows import Docs, Groups
+from mm.model.rows import Docs, by_document
 from mm.registry import MIXERS
 from mm.state import State, Struct
 
@@ -141,15 +139,7 @@ class WindowedState(Mixer):
         return Out(self.inner.finish(o, x_BTD, f, ctx), after)
 
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, ctx: Ctx) -> Tensor:
-        B, T = q.shape[:2]
-        groups = ctx.shared.get(GROUPS)
-        if groups is None and torch.compiler.is_compiling():
-            # Grouping looks at values, which a graph cannot; a backbone shares it from outside.
-            docs = Docs.of(ctx.layout, 0)
-            return docs.pack(self._fresh(*(docs.unpack(t) for t in (q, k, v, g))), B, T)
-        groups = groups if groups is not None else Groups.of(ctx.layout, Causal())
-        done = [self._fresh(*parts) for _, parts in groups.split(q, k, v, g)]
-        return groups.join(done, B, T)
+        return by_document(self._fresh, ctx, q, k, v, g)
 
     def _fresh(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
         before = (0, 0, 0, 0, self.window, 0)
