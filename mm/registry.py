@@ -197,6 +197,7 @@ MIXERS = Registry(
         "memory_compressed": "mm.model.mixers.memory_compressed",
         "transformer_vq": "mm.model.mixers.transformer_vq",
         "ecoformer": "mm.model.mixers.ecoformer",
+        "plstm": "mm.model.mixers.plstm",
         "fnet": "mm.model.mixers.fnet",
         "linformer": "mm.model.mixers.linformer",
         "nystromformer": "mm.model.mixers.nystromformer",
