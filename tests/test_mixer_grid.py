@@ -107,3 +107,26 @@ def test_what_plstm_propagates_neither_grows_nor_vanishes_along_its_direction() 
     torch.testing.assert_close(torch.stack(by_diagonal[1:]), one[0, 0, : n - 1])
     spread = gating(Gates(one, one, one, one, None, one, one, one))[0, :, :, 0]
     torch.testing.assert_close(spread.flatten()[1:], one.flatten()[1:])
+
+
+# ---- PEG ----
+
+
+def test_peg_is_a_depthwise_convolution_with_zeros_around_the_grid() -> None:
+    layer, (Y, X) = build("peg"), (4, 5)
+    x = drawn(Y * X + 3, D).requires_grad_()
+    y = layer(x[None], Ctx(image(Y, X, 2, 1), Full())).y[0]
+    assert torch.equal(y[:2], torch.zeros_like(y[:2])), "words pass by"
+    cells = x[2:-1].view(Y, X, D)
+    for r in range(Y):
+        for c in range(X):
+            seen = layer.bias + sum(
+                layer.weight[i + 1, j + 1] * cells[r + i, c + j]
+                for i in (-1, 0, 1)
+                for j in (-1, 0, 1)
+                if 0 <= r + i < Y and 0 <= c + j < X
+            )
+            torch.testing.assert_close(y[2 + r * X + c], seen, **TOL)
+    even = layer(torch.ones_like(x)[None], Ctx(image(Y, X, 2, 1), Full())).y[0, 2:-1].view(Y, X, D)
+    torch.testing.assert_close(even[1:-1, 1:-1], even[1:2, 1:2].expand(Y - 2, X - 2, D))
+    assert (even[0, 0] - even[1, 1]).abs().max() > 1e-3, "a border tells where a cell is"
