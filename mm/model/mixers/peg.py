@@ -15,22 +15,23 @@ from torch import Tensor, nn
 from mm.config import Config
 from mm.errors import UserError
 from mm.model.layer import Caps, Ctx, Linear, Out
-from mm.model.mirror import unused
 from mm.model.mixers.both_ways import BothWays
-from mm.model.mixers.plstm import grid_places
+from mm.model.mixers.plstm import grid_places, in_grids
+from mm.model.rows import Docs
 from mm.registry import MIXERS
 from mm.state import State
 
 
 class PEG(BothWays):
     """Depthwise convolution of each grid of `Layout.grids` over rows and columns, zeros around it;
-    other places get zeros. The block adds it to its input.
+    the other places of a document are a line, with zeros where its grids are. The block adds it to
+    its input.
 
     What a border looks like tells cells where they are, so a grid may be larger than any in
     training. As the second mixer of an encoder it takes the place of absolute positions.
 
-    Source: Chu et al. 2021, Conditional positional encodings (arXiv:2102.10882), section 3.3 (PEG);
-    the class token passes by, as there.
+    Source: Chu et al. 2021, Conditional positional encodings (arXiv:2102.10882), section 3.3 (PEG); a
+    line for what is no grid is a choice of this file (there, the class token passes by).
     """
 
     kind = "peg"
@@ -47,23 +48,24 @@ class PEG(BothWays):
         nn.init.zeros_(self.bias)
 
     def mix(self, x_RLD: Tensor, length_R: Tensor, ctx: Ctx) -> Tensor:
-        # What no grid reads has zero gradients, not missing ones.
-        nothing = unused(self.parameters(), x_RLD) + x_RLD.flatten()[:0].sum()
-        return torch.zeros_like(x_RLD) + nothing
+        passed = Docs.of(ctx.layout, 0).unpack(in_grids(ctx.layout, x_RLD.device))
+        return self._convolved(x_RLD.masked_fill(passed[..., None], 0), 1, x_RLD.shape[1])
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         out = super().forward(x_BTD, ctx, state)
         flat, y = x_BTD.flatten(0, 1), out.y.flatten(0, 1)
-        D = flat.shape[1]
-        weight = self.weight.permute(2, 0, 1)[:, None].to(flat.dtype)
         for Y, X, index in grid_places(ctx.layout):
-            cells = flat[index].view(-1, Y, X, D).permute(0, 3, 1, 2)
-            made = F.conv2d(
-                cells, weight, self.bias.to(flat.dtype), padding=self.taps // 2, groups=D
-            )
-            made = made.permute(0, 2, 3, 1).reshape(-1, D)
+            made = self._convolved(flat[index], Y, X).flatten(0, 1)
             y = y.index_copy(0, index.flatten(), made.to(y.dtype))
         return Out(y.view_as(out.y))
+
+    def _convolved(self, x: Tensor, Y: int, X: int) -> Tensor:
+        """`(G, N, D)` cells to as many."""
+        D = x.shape[-1]
+        weight = self.weight.permute(2, 0, 1)[:, None].to(x.dtype)
+        cells = x.unflatten(1, (Y, X)).permute(0, 3, 1, 2)
+        y = F.conv2d(cells, weight, self.bias.to(x.dtype), padding=self.taps // 2, groups=D)
+        return y.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 @MIXERS.register("peg")

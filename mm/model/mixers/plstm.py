@@ -89,6 +89,14 @@ def grid_places(layout: Layout) -> list[tuple[int, int, Tensor]]:
     ]
 
 
+def in_grids(layout: Layout, device: torch.device) -> Tensor:
+    """`(B, T)` bool: a cell of some grid."""
+    inside = torch.zeros(layout.shape, dtype=torch.bool, device=device).flatten()
+    for _, _, index in grid_places(layout):
+        inside = inside.index_fill(0, index.flatten(), True)
+    return inside.view(layout.shape)
+
+
 class PLSTM(BothWays):
     """``y_i = sum_j G_ij (q_i . k_j) v_j``: G sums, over the four directions of a grid, the
     products of gates along every path from cell j to cell i (`gating`).
@@ -141,10 +149,7 @@ class PLSTM(BothWays):
 
     def mix(self, x_RLD: Tensor, length_R: Tensor, ctx: Ctx) -> Tensor:
         L = x_RLD.shape[1]
-        inside = torch.zeros(ctx.layout.shape, dtype=torch.bool, device=x_RLD.device)
-        for _, _, index in grid_places(ctx.layout):
-            inside = inside.flatten().index_fill(0, index.flatten(), True).view_as(inside)
-        passed = Docs.of(ctx.layout, 0).unpack(inside)
+        passed = Docs.of(ctx.layout, 0).unpack(in_grids(ctx.layout, x_RLD.device))
         return self._mixed(x_RLD, 1, L, valid_of(length_R, L) & ~passed, passed, ctx)
 
     def _mixed(
