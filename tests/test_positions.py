@@ -13,6 +13,7 @@ from laws import VOCABULARY, D, alone, documents
 from torch import Tensor
 
 from mm.batch import Batch
+from mm.errors import UserError
 from mm.layout import Doc, Fields, Layout
 from mm.mask import Causal, Full
 from mm.model.layer import Ctx, init_weights
@@ -256,3 +257,56 @@ def test_scaled_and_plain_layers_share_no_table() -> None:
     assert len(keys) == 3
     with pytest.raises(ValueError, match="must exceed low"):
         POSITIONS.get("rope")(scaling={"rule": "yarn", "factor": 2, "low": 4, "high": 2}).build(8)
+
+
+# ---- randomised positions ----
+
+
+def test_randomised_positions_are_sorted_distinct_shared_and_of_training_only() -> None:
+    layout = Layout.from_rows([[Doc(5), Doc(3)], [Doc(7)]])
+    position = POSITIONS.get("randomised")(length=20).build(8)
+    draw = lambda seed: position.ids(layout.fields, Ctx(layout, Causal(), seed=seed))[..., 0]
+    long, short = draw(3)[1, :7], draw(3)[0]
+    assert (long[1:] > long[:-1]).all() and 0 <= long.min() and long.max() < 20
+    assert torch.equal(short[:5], long[:5]) and torch.equal(short[5:8], long[:3])
+    assert not torch.equal(draw(3), draw(4))
+    assert torch.equal(draw(0), layout.fields.position[..., 0])
+    with pytest.raises(UserError, match="raise length"):
+        POSITIONS.get("randomised")(length=6).build(8).ids(
+            layout.fields, Ctx(layout, Causal(), seed=1)
+        )
+
+
+@pytest.mark.parametrize("inner", ["rope", "alibi", "learned"])
+def test_attention_with_randomised_positions_reads_the_drawn_ones(inner: str) -> None:
+    """It equals the inner position on a layout that holds them; a window stays one of tokens."""
+    torch.manual_seed(0)
+    settings = {"heads": 2, "window": 4}
+    drawn = MIXERS.get("attention")(position={"kind": "randomised", "inner": inner}, **settings)
+    layer = drawn.build(16)
+    init_weights(layer)
+    plain = MIXERS.get("attention")(position=inner, **settings).build(16)
+    plain.load_state_dict({k.replace("inner.", ""): v for k, v in layer.state_dict().items()})
+    x = torch.randn(2, 9, 16)
+    layout = Layout.plain(2, 9)
+    ctx = Ctx(layout, Causal(), seed=5)
+    ids = layer.position.ids(layout.fields, ctx)
+    assert ids.max() > 100
+    f = layout.fields._replace(position=ids)
+    window = (torch.arange(9)[:, None] - torch.arange(9)).clamp_min(0) < 4
+    allowed = window & torch.ones(9, 9, dtype=torch.bool).tril()
+    q, k, v = plain.qkv(plain.position.embed(x, f), ctx).view(2, 9, 6, 8).split(2, 2)
+    q, k = plain.position.rotate(plain.q_norm(q), plain.k_norm(k), f, f)
+    scores = torch.einsum("bthk,bshk->bhts", q, k) * 8**-0.5
+    bias = plain.position.score(q, f, f)
+    scores = scores if bias is None else scores + bias
+    shares = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+    expected = plain.out(torch.einsum("bhts,bshk->bthk", shares, v).flatten(2), ctx)
+    torch.testing.assert_close(layer(x, ctx).y, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.eval()(x, ctx).y, plain(x, ctx).y)
+
+
+@pytest.mark.parametrize("kind", ["linear_attention", "kv_shift", "mega", "combiner"])
+def test_mixers_that_would_not_draw_refuse_randomised_positions(kind: str) -> None:
+    with pytest.raises(UserError, match="drawn"):
+        MIXERS.get(kind)(position="randomised").build(16)

@@ -36,7 +36,10 @@ class SumEmbedder(Embedder):
             x = nn.functional.embedding(ids.clamp_min(0), weight)
             parts.append(x * ((ids >= 0).to(x.dtype) * scale)[..., None])
         x = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
-        return self.position.embed(x, ctx.layout.fields)
+        f = ctx.layout.fields
+        if self.training:
+            f = f._replace(position=self.position.ids(f, ctx))
+        return self.position.embed(x, f)
 
 
 @EMBEDDERS.register("sum")

@@ -96,12 +96,12 @@ class Atlas(Learner):
         behind = t[:, None] + P - torch.arange(P + C, device=q.device)
         window = ((behind >= 0) & (behind <= P)).to(M)
         if self.config.momentum:
-            held, fade = _decays(theta)
+            held, fade = decays(theta)
             S = torch.einsum("rhti,rhik,rhiv->rhtkv", fade @ window, fk, error)
             S = S + held[..., None, None] * weights[1][:, :, None]
         else:
             S = torch.einsum("ti,rhik,rhiv->rhtkv", window, fk, error)
-        held, fade = _decays(alpha)
+        held, fade = decays(alpha)
         step = (fade * eta[..., None, :]) @ newton_schulz(S, self.config.steps).flatten(-2)
         memory = held[..., None, None] * M[:, :, None] - step.view_as(S)
         y = (fq[..., None, :] @ memory)[..., 0, :]
@@ -109,7 +109,7 @@ class Atlas(Learner):
         return y.transpose(1, 2), last
 
 
-def _decays(gate_RHC: Tensor) -> tuple[Tensor, Tensor]:
+def decays(gate_RHC: Tensor) -> tuple[Tensor, Tensor]:
     """Products of a gate up to each place, and from place to place `(R, H, C, C)`, 1 on the
     diagonal, 0 above it.
     """

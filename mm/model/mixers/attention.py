@@ -83,7 +83,7 @@ class Attention(Mixer):
     def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
         made: dict[str, Callable[[Ctx], Any]] = {}
         if self.position.key:
-            made[self.position.key] = lambda ctx: self.position.prepare(ctx.layout.fields)
+            made[self.position.key] = lambda ctx: self.position.prepare(self._placed(ctx, serving))
         if not serving:
             made[self._groups_key()] = lambda ctx: Groups.of(
                 ctx.layout, narrowed(ctx.mask, self.window), by_vectors=True
@@ -93,7 +93,7 @@ class Attention(Mixer):
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         H, G, K = self.heads, self.kv_heads, self.head_dim
         B, T = x_BTD.shape[:2]
-        f = ctx.layout.fields
+        f = self._placed(ctx, state is not None)
         x_BTD = self.position.embed(x_BTD, f)
         qkv = self.qkv(x_BTD, ctx).view(B, T, H + 2 * G, K)
         q, k, v = qkv.split((H, G, G), dim=2)
@@ -105,7 +105,7 @@ class Attention(Mixer):
         else:
             q, k = self.position.apply(q, prepared), self.position.apply(k, prepared)
         if self.log_n is not None:
-            q = self._stretched(q, f)
+            q = self._stretched(q, ctx.layout.fields)
         kept = self.forget(x_BTD, ctx) if self.forget is not None else None
         if state is None:
             y, after = self._whole(q, k, v, kept, ctx), None
@@ -116,6 +116,15 @@ class Attention(Mixer):
         if self.gate is not None:
             y = y * self.gate(x_BTD, ctx).sigmoid().to(y.dtype)
         return Out(self.out(y, ctx), after)
+
+    def _placed(self, ctx: Ctx, serving: bool) -> Fields:
+        """Fields with the ids that the position gives places in training; masks go by the true
+        ones.
+        """
+        f = ctx.layout.fields
+        if serving or not self.training:
+            return f
+        return f._replace(position=self.position.ids(f, ctx))
 
     def _stretched(self, q: Tensor, f: Fields) -> Tensor:
         """Queries times ``log n / log log_n``; n = how many tokens there are up to the query."""
@@ -128,7 +137,7 @@ class Attention(Mixer):
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, ctx: Ctx) -> Tensor:
         """Attention inside the call's documents."""
         B, T = q.shape[:2]
-        f = ctx.layout.fields
+        f = self._placed(ctx, False) if self.scored else ctx.layout.fields
         groups = ctx.shared.get(self._groups_key())
         if groups is None:
             mask = narrowed(ctx.mask, self.window)
@@ -137,7 +146,8 @@ class Attention(Mixer):
             if torch.compiler.is_compiling():
                 faded = kept.cumsum(1) if kept is not None else None
                 scores = self._scores(q, f, f, faded, faded)
-                return attention(q, k, v, mask.dense(f, f), **scores)
+                true = ctx.layout.fields
+                return attention(q, k, v, mask.dense(true, true), **scores)
             groups = Groups.of(ctx.layout, mask, by_vectors=True)
         parts = [q, k, v]
         if kept is not None:

@@ -19,6 +19,7 @@ from mm.kernels.causal_conv import causal_conv
 from mm.layout import Fields
 from mm.model.layer import Caps, Ctx, Mixer, Position
 from mm.model.mixers.kv import KV, DraftKV, advance
+from mm.model.positions.randomised import refuse_drawn
 from mm.model.rows import Docs, Groups, paired
 from mm.registry import POSITIONS
 from mm.state import Struct
@@ -78,6 +79,7 @@ class CachedAttention(Mixer):
             raise ValueError(
                 f"{type(self).__name__} knows no positions with a gain after the softmax"
             )
+        refuse_drawn(position, type(self).__name__)
         self.cached, self.position = cached, position
         self.scored = type(position).score is not Position.score
         caps = replace(type(self).caps, length_general=position.length_general)

@@ -24,6 +24,7 @@ from mm.model.bounds import shared_bound, shared_bounds
 from mm.model.layer import Caps, Ctx, Linear, LinearMixer, Position, Provider
 from mm.model.linears.dense import DenseConfig
 from mm.model.norm import RMSNorm
+from mm.model.positions.randomised import refuse_drawn
 from mm.model.rows import Docs, by_document, share_groups
 from mm.registry import MIXERS, POSITIONS
 from mm.state import State, Struct
@@ -106,6 +107,7 @@ class LinearAttention(LinearMixer):
     ):
         super().__init__()
         c, H = config, config.heads
+        refuse_drawn(position, "linear_attention")
         self.config, self.position = config, position
         self.heads, self.key_heads = H, c.key_heads or H
         self.key_dim, self.value_dim = key_dim, value_dim

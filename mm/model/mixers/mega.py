@@ -22,6 +22,7 @@ from mm.model.layer import Ctx, Linear, Out, Position
 from mm.model.linears.dense import DenseConfig
 from mm.model.mixers.attention import Attention
 from mm.model.mixers.kv import KV, DraftKV
+from mm.model.positions.randomised import refuse_drawn
 from mm.model.rows import Groups
 from mm.model.scan_state import DraftHidden, Hidden, begins, scanned
 from mm.registry import MIXERS, POSITIONS
@@ -121,6 +122,7 @@ class Mega(Attention):
     ):
         # Mega has projections of its own.
         nothing = cast(Callable[..., Linear], lambda d_in, d_out, name: nn.Identity())
+        refuse_drawn(position, "mega")
         super().__init__(d_model, 1, 1, config.key_dim, config.chunk, False, position, nothing)
         self.chunk, self.value_dim, K, V = config.chunk, value_dim, config.key_dim, value_dim
         self.sizes = (K, V, d_model, d_model)

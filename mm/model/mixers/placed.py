@@ -19,6 +19,7 @@ from mm.model.layer import Caps, Ctx, Linear, Mixer, Out, Position
 from mm.model.linears.dense import DenseConfig
 from mm.model.mixers.kv import KV, DraftKV, advance
 from mm.model.norm import RMSNorm
+from mm.model.positions.randomised import refuse_drawn
 from mm.model.rows import Docs, by_document, share_groups
 from mm.registry import POSITIONS
 from mm.state import State
@@ -45,6 +46,7 @@ class PlacedAttention(Mixer):
         self.heads, self.kv_heads, self.head_dim = H, G, K
         self.kind: str = config.kind  # type: ignore[attr-defined]
         self.position = config.position.build(K, heads=H, d_model=d_model)
+        refuse_drawn(self.position, self.kind)
         cls = type(self.position)
         if cls.score is not Position.score or cls.gain is not Position.gain:
             raise ValueError(

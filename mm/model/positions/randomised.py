@@ -1,0 +1,106 @@
+"""Positions drawn anew for each pass of training. B rows, T tokens, A axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mm.config import Config
+from mm.errors import UserError
+from mm.layout import Fields
+from mm.model.layer import Ctx, Position
+from mm.model.noise import generator
+from mm.registry import POSITIONS
+
+
+class Randomised(nn.Module, Position):
+    """Another position whose times are distinct ones of a longer range, drawn and sorted once a
+    pass and shared by its documents and layers; a training pass without a seed, and inference, keep
+    the true ones.
+
+    Masks, windows and caches go by the true times. (The paper draws at test time too.)
+
+    Source: Ruoss et al. 2023 (arXiv:2305.16843), section 3.
+    """
+
+    def __init__(self, inner: Position, length: int):
+        super().__init__()
+        self.inner, self.length = inner, length
+        self.length_general = inner.length_general
+        self.key = inner.key and f"randomised.{length}.{inner.key}"
+
+    def ids(self, f: Fields, ctx: Ctx) -> Tensor:
+        """`(B, T, A)` positions with drawn times.
+
+        Raises:
+            UserError: a document is longer than the range.
+        """
+        n = ctx.layout.max_seqlen
+        if isinstance(ctx.seed, int) and ctx.seed == 0 or not n:
+            return f.position
+        if n > self.length:
+            raise UserError(
+                f"randomised positions: a document of {n} tokens in a range of {self.length}; "
+                "raise length"
+            )
+        device = f.position.device
+        # The same of every layer: neither its name nor its visit counts.
+        drawn = generator(replace(ctx, visit=0), "positions", device)
+        times = torch.randperm(self.length, generator=drawn, device=device)[:n].sort().values
+        time = times[f.position[..., 0].long().clamp(0, n - 1)].to(f.position.dtype)
+        return torch.cat((time[..., None], f.position[..., 1:]), -1)
+
+    def prepare(self, f: Fields) -> Any:
+        return self.inner.prepare(f)
+
+    def apply(self, x: Tensor, prepared: Any) -> Tensor:
+        return self.inner.apply(x, prepared)
+
+    def embed(self, x_BTD: Tensor, f: Fields) -> Tensor:
+        return self.inner.embed(x_BTD, f)
+
+    def rotate(self, q: Tensor, k: Tensor, fq: Fields, fk: Fields) -> tuple[Tensor, Tensor]:
+        return self.inner.rotate(q, k, fq, fk)
+
+
+class RandomisedScores(Randomised):
+    """With an inner position that changes scores: only then does attention ask for them."""
+
+    def score(self, q: Tensor, fq: Fields, fk: Fields) -> Tensor | None:
+        return self.inner.score(q, fq, fk)
+
+    def gain(self, fq: Fields, fk: Fields) -> Tensor | None:
+        return self.inner.gain(fq, fk)
+
+    def scores(self, q: Tensor, fq: Fields, fk: Fields) -> Mapping[str, Any]:
+        return self.inner.scores(q, fq, fk)
+
+
+def refuse_drawn(position: Position, mixer: str) -> None:
+    """Raise UserError where a mixer would not ask a position for its drawn ids."""
+    if type(position).ids is not Position.ids:
+        raise UserError(f"{mixer} knows no positions that are drawn: use them in attention")
+
+
+@POSITIONS.register("randomised")
+class RandomisedConfig(Config):
+    """Random, ordered positions in training for any other position (ledger 119)."""
+
+    kind: Literal["randomised"] = "randomised"
+    inner: POSITIONS.field = Field(  # type: ignore[valid-type]
+        default="rope", validate_default=True
+    )
+    length: Annotated[int, Field(gt=0, description="range that positions are drawn from")] = 2048
+
+    def build(self, head_dim: int, heads: int = 1, d_model: int = 0) -> Randomised:
+        inner = self.inner.build(head_dim, heads=heads, d_model=d_model)
+        scored = any(
+            getattr(type(inner), hook) is not getattr(Position, hook)
+            for hook in ("score", "gain", "scores")
+        )
+        return (RandomisedScores if scored else Randomised)(inner, self.length)
