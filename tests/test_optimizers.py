@@ -340,3 +340,30 @@ def test_schedules_are_pure_functions_of_the_step() -> None:
     for shape in ("cosine", "linear", "wsd"):
         falls = [at(shape, s) for s in range(10, 111)]
         assert falls == sorted(falls, reverse=True) and falls[-1] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_network_that_follows_another(tmp_path: Path, stage: int) -> None:
+    """mode "ema": the same losses at every stage; saved and resumed; the average it says it is."""
+    change: dict[str, Any] = {"stage": stage, "objective": "toy_teacher", "steps": 4}
+    whole = make_run(tmp_path, "whole", checkpoints={"every": 1, "keep_last": 9}, **change)
+    train(whole)
+    reference = make_run(tmp_path, "reference", **{**change, "stage": 0})
+    train(reference)
+    for name in ("loss/nll", "loss/near"):
+        a, b = ([row[name] for row in rows(run)] for run in (whole, reference))
+        assert a == pytest.approx(b, rel=2e-5, abs=1e-9), name
+    assert rows(whole)[0]["loss/near"] == 0 < rows(whole)[1]["loss/near"]
+    for step in (2, 3, 4):
+        before, after = saved(whole, step - 1, "teacher"), saved(whole, step, "teacher")
+        model = saved(whole, step, "model")
+        wanted = 0.8 * before["up.weight"] + 0.2 * model["up.weight"]
+        assert torch.allclose(after["up.weight"], wanted, atol=1e-6)
+        assert torch.equal(after["seen"], model["seen"])
+    halves = make_run(tmp_path, "halves", data={"signal_at": 1}, **change)
+    with pytest.raises(SystemExit):
+        train(halves)
+    assert train(halves)["resumed_from"] == 2
+    assert losses(halves) == losses(whole)
+    a, b = saved(whole, 4, "teacher"), saved(halves, 4, "teacher")
+    assert all(torch.equal(a[k], b[k]) for k in a)

@@ -248,6 +248,33 @@ class ToyGan(Objective):
                 yield Term(losses, step=i == last)
 
 
+@OBJECTIVES.register("toy_teacher")
+class ToyTeacherConfig(Config):
+    kind: Literal["toy_teacher"] = "toy_teacher"
+
+    def build(self, vocabulary: Vocabulary) -> ToyTeacher:
+        return ToyTeacher()
+
+
+class ToyTeacher(Objective):
+    """Next token plus the squared distance to the hidden states of an average of the model."""
+
+    networks = {"teacher": Network(None, "ema", of="model", decay=0.8)}
+
+    def counts(self, b: Batch) -> dict[str, torch.Tensor]:
+        return {"nll": b.weight.sum(), "near": b.weight.sum()}
+
+    def terms(self, micros: Any, nets: Any, env: Any) -> Iterator[Term]:
+        for i, b in enumerate(micros):
+            with torch.no_grad():
+                wanted = nets["teacher"](b).hidden
+            out = nets["model"](b)
+            w = b.weight.flatten()[b.places["tokens"].long()]
+            near = ((out.hidden - wanted) ** 2).mean(-1)
+            losses = {"nll": (out.heads["tokens"].nll * w).sum(), "near": (near * b.weight).sum()}
+            yield Term(losses, step=i == len(micros) - 1)
+
+
 @STREAMS.register("toy_images")
 class ToyImagesConfig(Config):
     """Smooth random images, (G, 3, 32, 32)."""
@@ -285,6 +312,7 @@ KINDS: tuple[tuple[Registry, type[Config]], ...] = (
     (STREAMS, ToyStreamConfig),
     (STREAMS, ToyImagesConfig),
     (OBJECTIVES, ToyGanConfig),
+    (OBJECTIVES, ToyTeacherConfig),
 )
 
 

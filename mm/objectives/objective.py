@@ -24,9 +24,10 @@ class Network(NamedTuple):
     ``of``, "frozen" has none.
     """
 
-    config: Any  # a network Config
+    config: Any  # a network Config; None: that of ``of``
     mode: Literal["train", "frozen", "ema"] = "train"
-    of: str | None = None
+    of: str | None = None  # a trained network
+    decay: float = 0.999  # of the average, after each applied step of ``of``
 
 
 class Term(NamedTuple):

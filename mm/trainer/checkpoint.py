@@ -42,6 +42,10 @@ class Saved(NamedTuple):
     folder: Path
     state: dict[str, Any]
 
+    def has(self, network: str) -> bool:
+        """Whether a network was part of the run."""
+        return (self.folder / f"{network}.safetensors").is_file()
+
     def tensors(self, network: str) -> dict[str, Tensor]:
         """Weights and buffers of a network; {} when it was not part of the run."""
         return _load(self.folder / f"{network}.safetensors")

@@ -17,6 +17,7 @@ from mm.errors import UserError
 from mm.model.layer import ModelOut, init_weights
 from mm.objectives.objective import Network, Objective
 from mm.run import Run
+from mm.trainer.checkpoint import Saved
 from mm.trainer.engine import Engine
 from mm.trainer.metrics import Tally
 
@@ -33,14 +34,18 @@ def build(config: Config, **offered: Any) -> Any:
 def all_networks(run: Run, objective: Objective) -> dict[str, Network]:
     """The model and the objective's own networks.
 
-    Raises UserError on a kind that does not exist yet.
+    An average takes the config of what it follows where it has none. Raises UserError when that is
+    not a trained network.
     """
     networks = {"model": Network(run.model), **objective.networks}
     for name, network in networks.items():
         if network.mode == "ema":
-            raise UserError(
-                f"objective: network '{name}' has mode 'ema', which the trainer does not run yet"
-            )
+            of = networks.get(network.of or "")
+            if of is None or of.mode != "train":
+                raise UserError(
+                    f"objective: network '{name}' follows '{network.of}', which is not trained"
+                )
+            networks[name] = network._replace(config=network.config or of.config)
     return networks
 
 
@@ -75,6 +80,57 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], origin: str) 
             f"{origin}: has no '{min(unset)}'; it was made by another model config: "
             "use another run name"
         )
+
+
+class Averages:
+    """The networks of mode "ema": whole on every rank, without gradients, after each applied step
+    of what they follow ``average = decay average + (1 - decay) weights``; buffers are copied.
+
+    Args:
+        networks: all of the stage.
+        engines: those that train.
+        frozen: raw modules, the averages among them.
+        saved: the checkpoint, if any; an average that is not in it begins as what it follows.
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[str, Network],
+        engines: Mapping[str, Engine],
+        frozen: Mapping[str, nn.Module],
+        saved: Saved | None,
+    ):
+        self._networks = {k: n for k, n in networks.items() if n.mode == "ema"}
+        self._engines, self._frozen = engines, frozen
+        for name, network in self._networks.items():
+            if saved is None or not saved.has(name):
+                self._move(name, str(network.of), 0.0)
+
+    def follow(self, source: str) -> None:
+        """Move the averages of ``source``. Call on all ranks."""
+        for name, network in self._networks.items():
+            if network.of == source:
+                self._move(name, source, network.decay)
+
+    @torch.no_grad()
+    def _move(self, name: str, source: str, decay: float) -> None:
+        mine = self._frozen[name]
+        learned = {n for n, _ in mine.named_parameters()}
+        with self._engines[source].whole() as module:
+            theirs = module.state_dict()
+            for key, value in mine.state_dict().items():
+                if key in learned:
+                    value.lerp_(theirs[key].to(value), 1 - decay)
+                else:
+                    value.copy_(theirs[key])
+
+    def saved(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """What a checkpoint keeps of them: weights and buffers on the CPU, no optimizer states."""
+        out = {}
+        for name in self._networks:
+            state = self._frozen[name].state_dict()
+            out[name] = ({k: v.to("cpu", copy=True) for k, v in state.items()}, {})
+        return out
 
 
 class Nets(Mapping[str, Callable[..., ModelOut]]):

@@ -198,6 +198,8 @@ class Trainer:
         if applied and tally.aux and after is not None:
             with torch.no_grad():
                 after({k: Sum(s.total, s.count) for k, s in tally.aux.items()})
+        if applied:
+            self.averages.follow(term.network)
         prefix = "optim" if term.network == "model" else f"optim/{term.network}"
         return host | {f"{prefix}/lr": lr, f"{prefix}/grad_norm": norm_before}
 
@@ -319,7 +321,8 @@ class Trainer:
         self.objective: Objective = networks.build(stage.objective, vocabulary=self.vocabulary)
         self.engines, self.frozen = {}, {}
         same_stage = saved is not None and saved.state["stage"] == self.index
-        for name, network in networks.all_networks(self.run, self.objective).items():
+        wanted = networks.all_networks(self.run, self.objective)
+        for name, network in wanted.items():
             module = networks.make_module(
                 network.config, self.vocabulary, self.run.seed, self.device
             )
@@ -331,7 +334,7 @@ class Trainer:
             elif name == "model" and self.run.tokenizers and hasattr(network.config, "prepare"):
                 vectors = {m: t.code_vectors() for m, t in self.tokenizers.items()}
                 network.config.prepare(module, {m: v for m, v in vectors.items() if v is not None})
-            if network.mode == "frozen":
+            if network.mode != "train":
                 self.frozen[name] = module.eval().requires_grad_(False)
                 continue
             engine = Engine(
@@ -345,6 +348,7 @@ class Trainer:
                 engine.load_masters(have)
                 engine.load_optimizer_state(saved.optimizer(name), saved.state["optimizers"][name])
             self.engines[name] = engine
+        self.averages = networks.Averages(wanted, self.engines, self.frozen, saved)
         self.env.lend(self.engines, self.frozen)
         self.nets = networks.Nets(self.engines, self.frozen, self.env)
         self.stream = networks.build(
@@ -403,6 +407,7 @@ class Trainer:
         for name, engine in self.engines.items():
             moments, scalars[name] = engine.optimizer_state()
             full[name] = (engine.weights(), moments)
+        full |= self.averages.saved()
         data = self.stream.state_dict()
         if self.is_main:
             state = {
