@@ -48,7 +48,7 @@ def events(run: Run) -> list[dict[str, Any]]:
 def test_too_many_bad_steps_go_back_to_the_checkpoint_and_past_the_batches(
     tmp_path: Path, stage: int
 ) -> None:
-    """Weights and optimizer of step 3, data from step 5 on: as a run that never saw rows 3 and 4."""
+    """Weights and optimizer of step 3, data from step 5 on: as a run without steps 4 and 5."""
     change: dict[str, Any] = {"stage": stage, "model": {"spike_at": 17}, "steps": 8}
     change["engine"] = {"max_skips": 1}
     run = make_run(tmp_path, data={"spikes": (3, 4)}, **change)

@@ -25,6 +25,7 @@ COMMANDS = (
     "eval",
     "report",
     "doctor",
+    "faults",
     "config",
 )
 

@@ -70,7 +70,7 @@ class Bench:
         environment.prepare()
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(
-            ["deepspeed", "mm.faults.child", "mm.trainer.trainer", "mm.data.packed"]
+            ["mm.faults.warm", "mm.faults.child", "mm.trainer.trainer", "mm.data.packed"]
         )
         self._wholes: dict[str, Path] = {}
         self._n = 0
@@ -124,7 +124,6 @@ class Bench:
         **change: Any,
     ) -> dict[str, Any]:
         """Config of a run; ``change`` merges into its top-level keys."""
-        words = PATTERNS[pattern].split()
         base: dict[str, Any] = {
             "name": name,
             "out": str(self.root / "runs"),
@@ -153,7 +152,6 @@ class Bench:
             "engine": {"zero_stage": zero, "precision": "fp32", "threads": 1},
             "checkpoints": {"every": 2, "keep_last": 9},
         }
-        assert words
         for key, value in change.items():
             base[key] = {**base.get(key, {}), **value} if isinstance(value, dict) else value
         return base
@@ -185,7 +183,11 @@ class Bench:
         return self._wait([(child.call, (spec, name, *args))], spec, TIMEOUT_S)
 
     def _spec(
-        self, config: Mapping[str, Any], world: int, faults: Mapping[str, Any], env: Mapping[str, str]
+        self,
+        config: Mapping[str, Any],
+        world: int,
+        faults: Mapping[str, Any],
+        env: Mapping[str, str],
     ) -> dict[str, Any]:
         self._n += 1
         (self.root / "said").mkdir(exist_ok=True)

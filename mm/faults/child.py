@@ -93,9 +93,6 @@ def _before(trainer: Any, phase: str, step: int, act: Callable[[], None]) -> Non
         evaluate = finish.evaluate
 
         def evaluated(*args: Any) -> Any:
-            if trainer.is_main:
-                with args[1].at_once() if trainer.run.evaluate else contextlib.nullcontext():
-                    pass
             once()
             return evaluate(*args)
 
@@ -116,9 +113,7 @@ def _before(trainer: Any, phase: str, step: int, act: Callable[[], None]) -> Non
 
 def _signal(trainer: Any, options: Mapping[str, Any]) -> None:
     number = getattr(signal, options["signal"])
-    _before(
-        trainer, options["phase"], options["step"], lambda: os.kill(os.getpid(), number)
-    )
+    _before(trainer, options["phase"], options["step"], lambda: os.kill(os.getpid(), number))
 
 
 def _sleep(trainer: Any, options: Mapping[str, Any]) -> None:
@@ -177,13 +172,11 @@ def _nan(trainer: Any, options: Mapping[str, Any]) -> None:
 def _memory(trainer: Any, options: Mapping[str, Any]) -> None:
     import torch
 
-    # the allocator itself refuses: 2 ** 60 bytes
-    _before(trainer, "step", options["step"], lambda: None)
     real = trainer._optimizer_step
 
     def greedy(batches: Sequence[Any]) -> Any:
         if trainer.step + 1 == options["step"]:
-            torch.empty(2**60, dtype=torch.uint8)
+            torch.empty(2**60, dtype=torch.uint8)  # the allocator itself refuses
         return real(batches)
 
     trainer._optimizer_step = greedy
