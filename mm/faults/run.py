@@ -73,6 +73,15 @@ def markdown(rows: Sequence[Row], quick: bool) -> str:
         "| fault | must happen | tries | survived | lost |",
         "|---|---|---:|---:|---|",
     ]
+    tried = {row["fault"] for row in rows}
+    rows = [
+        *rows,
+        *(
+            {"fault": c.name, "outcome": c.outcome, "tries": 0, "survived": 0, "lost": "not tried"}
+            for c in CASES
+            if c.name not in tried
+        ),
+    ]
     cell = lambda text: " ".join(str(text).split()).replace("|", "/")[:300]
     for row in rows:
         lines.append(

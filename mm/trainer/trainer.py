@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -106,7 +105,8 @@ class Trainer:
                         self.stream.close()
                     weights = {name: engine.weights() for name, engine in self.engines.items()}
                     saved = None
-            self._export(weights["model"])
+            finish.export(self, weights["model"])
+            dist.barrier()
             self.heart.phase("evaluate", self.step)
             evaluated = finish.evaluate(self, self._stop)
             if self._any(self._stop.asked):
@@ -448,24 +448,6 @@ class Trainer:
         total = torch.tensor(float(flag), device=self.device)
         dist.all_reduce(total)
         return bool(total > 0)
-
-    def _export(self, weights: Mapping[str, Tensor]) -> None:
-        """Save the model from its full fp32 weights as ``<run folder>/model``."""
-        if self.is_main:
-            module = networks.make_module(
-                self.run.model, self.vocabulary, self.run.seed, torch.device("cpu")
-            )
-            networks.load_weights(module, weights, "the trained model")
-            part = self.folder / "model.part"
-            shutil.rmtree(part, ignore_errors=True)
-            saving: Any = module.eval()
-            saving.save_pretrained(
-                part, vocabulary=self.vocabulary, tokenizers=dict(self.run.tokenizers)
-            )
-            shutil.rmtree(self.folder / "model", ignore_errors=True)
-            part.rename(self.folder / "model")
-            (self.folder / "model.step").write_text(str(self.step))
-        dist.barrier()
 
     @property
     def tokenizers(self) -> dict[str, Any]:
