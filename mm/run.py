@@ -79,7 +79,9 @@ class Engine(Config):
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["auto", "fp32", "autocast_bf16", "bf16"] = "auto"
     grad_clip: Annotated[float, Field(ge=0, description="global gradient norm; 0 = off")] = 1.0
-    max_skips: Annotated[int, Field(ge=0, description="non-finite steps tolerated in a row")] = 3
+    max_skips: Annotated[
+        int, Field(ge=0, description="non-finite steps tolerated in `guard.window`")
+    ] = 3
     threads: int | None = None  # CPU threads a process; default: cores / processes on this machine
 
 
@@ -88,6 +90,38 @@ class Checkpoints(Config):
 
     every: Annotated[int, Field(ge=0, description="steps; 0 = only at the end")] = 500
     keep_last: Annotated[int, Field(ge=1)] = 2
+    keep_every: Annotated[int, Field(ge=0, description="steps kept for good; 0 = none")] = 0
+    background: Annotated[
+        bool, Field(description="write while training goes on; needs memory for one more copy")
+    ] = False
+
+
+class Guard(Config):
+    """What to do when a run goes wrong: skip a step, go back to a checkpoint, stop; and hangs."""
+
+    window: Annotated[
+        int, Field(gt=0, description="steps that `engine.max_skips` and spikes look back on")
+    ] = 100
+    max_rollbacks: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="returns to the newest checkpoint, past the bad batches, before the run "
+            "is stopped",
+        ),
+    ] = 2
+    spike: Literal["off", "warn", "rollback"] = "warn"
+    spike_sigma: Annotated[
+        float,
+        Field(gt=0, description="a loss this many deviations over the median is a spike"),
+    ] = 12.0
+    spike_steps: Annotated[
+        int, Field(gt=0, description="spikes in a row before `spike: rollback` goes back")
+    ] = 3
+    hang_s: Annotated[
+        float,
+        Field(ge=0, description="seconds in one phase of a step that count as a hang; 0 = never"),
+    ] = 1500.0
 
 
 class Tracking(Config):
@@ -117,6 +151,7 @@ class Run(Config):
     stages: tuple[Stage, ...]
     engine: Engine = Engine()
     checkpoints: Checkpoints = Checkpoints()
+    guard: Guard = Guard()
     tracking: Tracking = Tracking()
     callbacks: tuple[CALLBACKS.field, ...] = ()  # type: ignore[valid-type]
     evaluate: Annotated[

@@ -26,6 +26,7 @@ COMMANDS = (
     "report",
     "bench",
     "doctor",
+    "faults",
     "config",
 )
 

@@ -20,7 +20,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +36,8 @@ log = logging.getLogger("mm.trainer")
 
 SCHEMA = 1
 STATE, MARK, LATEST = "state.json", "COMPLETE", "latest"
+PART = ".part_"
+RETRY_S = (0.2, 1.0, 5.0)  # pauses before another try, when the folder cannot be written
 
 
 class Saved(NamedTuple):
@@ -91,9 +95,11 @@ def save(
     state: Mapping[str, Any],
     networks: Mapping[str, tuple[dict[str, Tensor], dict[str, Tensor]]],
     keep_last: int,
+    keep_every: int = 0,
 ) -> Path:
-    """Write ``root/step_NNNNNN`` and move ``latest`` to it; then remove what is older than
-    ``keep_last``.
+    """Write ``root/step_NNNNNN`` and move ``latest`` to it; then remove what need not be kept.
+
+    A folder that cannot be written (a network disk that went away) is tried again, then given up.
 
     Args:
         root: the run's ``checkpoints`` folder.
@@ -101,33 +107,53 @@ def save(
         state: JSON-able values.
         networks: name -> (weights and buffers, optimizer states), full CPU tensors.
         keep_last: complete checkpoints to keep.
+        keep_every: those of steps that it divides stay for good; 0 = none.
     Raises:
-        UserError: the disk has no room; the message names how much is needed.
+        UserError: the disk is full or cannot be written; the checkpoints before are intact.
     """
-    from safetensors.torch import save_file
-
-    root.mkdir(parents=True, exist_ok=True)
     need = sum(
         t.numel() * t.element_size()
         for pair in networks.values()
         for part in pair
         for t in part.values()
     )
-    require_space(root, need)
+    for pause in (*RETRY_S, None):
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            require_space(root, need)
+            final = _write(root, step, state, networks)
+            break
+        except Exception as error:
+            reason = _disk_error(error)
+            if reason is None:
+                raise
+            full = "No space left" in reason or "too large" in reason
+            if pause is None or full:
+                raise UserError(
+                    f"{root}: step {step} could not be saved ({need / 2**20:.0f} MiB): {reason}; "
+                    "the checkpoints before it are intact. Mend the disk and run again"
+                ) from error
+            log.warning("%s: %s; trying again in %.1f s", root, reason, pause)
+            time.sleep(pause)
+    _retain(root, keep_last, keep_every)
+    return final
+
+
+def _write(
+    root: Path,
+    step: int,
+    state: Mapping[str, Any],
+    networks: Mapping[str, tuple[dict[str, Tensor], dict[str, Tensor]]],
+) -> Path:
     final = root / f"step_{step:06d}"
-    part = root / f".part_step_{step:06d}_{os.getpid()}"
+    part = root / f"{PART}step_{step:06d}_{os.getpid()}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
         for name, (weights, moments) in networks.items():
-            save_file(
-                {k: t.contiguous() for k, t in weights.items()}, str(part / f"{name}.safetensors")
-            )
+            _write_tensors(part / f"{name}.safetensors", weights)
             if moments:
-                save_file(
-                    {k: t.contiguous() for k, t in moments.items()},
-                    str(part / f"{name}.optimizer.safetensors"),
-                )
+                _write_tensors(part / f"{name}.optimizer.safetensors", moments)
         (part / STATE).write_text(json.dumps({"schema": SCHEMA, "step": step, **state}, indent=1))
         hashes = {file.name: _sha256(file) for file in sorted(part.iterdir())}
         for file in part.iterdir():
@@ -141,15 +167,122 @@ def save(
         part.rename(final)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+    _point(root, final.name)
+    return final
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    save_file({k: t.contiguous() for k, t in tensors.items()}, str(path))
+
+
+def _point(root: Path, name: str) -> None:
+    """Move ``latest``; only people read it: a resume looks at the folders themselves."""
     pointer = root / f".{LATEST}.part"
-    pointer.write_text(final.name)
+    pointer.write_text(name)
     _sync(pointer)
     pointer.replace(root / LATEST)
     _sync(root)
+
+
+def _retain(root: Path, keep_last: int, keep_every: int) -> None:
     complete = [folder for folder in _newest_first(root) if (folder / MARK).is_file()]
     for folder in complete[keep_last:]:
+        if not keep_every or int(folder.name[5:]) % keep_every:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _disk_error(error: Exception) -> str | None:
+    """What the disk said, for an error of its own or of safetensors; None for any other error."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return str(error) if type(error).__name__ == "SafetensorError" else None
+
+
+class Writer:
+    """Saves in the background, one at a time.
+
+    The caller stalls for the save before, if that is still being written, and for nothing else.
+    A save is crash-safe wherever it runs: until its rename it is not there.
+    """
+
+    def __init__(self, background: bool):
+        self.background = background
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def __call__(self, write: Callable[[], Any]) -> None:
+        """Run ``write`` (which owns all that it needs) now or in the background.
+
+        Raises what this or the save before raised.
+        """
+        self.wait()
+        if not self.background:
+            write()
+            return
+
+        def work() -> None:
+            try:
+                write()
+            except BaseException as error:  # noqa: BLE001  raised in `wait`
+                self._error = error
+
+        # not a daemon: the interpreter waits for it before it ends
+        self._thread = threading.Thread(target=work, name="mm-checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the save under way. Raises what it raised."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
+def clean(root: Path) -> list[str]:
+    """Remove what saves that were killed left behind; their names. Call with the run locked."""
+    left = sorted(root.glob(f"{PART}*")) if root.is_dir() else []
+    for folder in left:
+        log.warning("%s: a save that was killed is removed", folder)
         shutil.rmtree(folder, ignore_errors=True)
-    return final
+    return [folder.name for folder in left]
+
+
+def rehearse(root: Path, n_bytes: int) -> None:
+    """Before the first step: is there room for a save, and can one be made?
+
+    A small file goes the whole way: written, synced, renamed, read back, removed.
+
+    Raises:
+        UserError: it cannot be saved here; better now than after a day.
+    """
+    import torch
+
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        require_space(root, n_bytes)
+        part, final = root / f"{PART}rehearsal", root / f"{PART}rehearsed"
+        for folder in (part, final):
+            shutil.rmtree(folder, ignore_errors=True)
+        part.mkdir()
+        wrote = torch.arange(1024)
+        _write_tensors(part / "x.safetensors", {"x": wrote})
+        _sync(part / "x.safetensors")
+        part.rename(final)
+        same = torch.equal(_load(final / "x.safetensors")["x"], wrote)
+        shutil.rmtree(final)
+    except Exception as error:
+        reason = _disk_error(error)
+        if reason is None:
+            raise
+        raise UserError(
+            f"{root}: nothing can be saved here: {reason}; mend the folder or set out: elsewhere"
+        ) from error
+    if not same:
+        raise UserError(f"{root}: a file read back differs from what was written; use another disk")
 
 
 def require_space(root: Path, n_bytes: int) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import copy
 import logging
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,10 @@ from mm.launch import environment
 from mm.objectives.objective import Objective, Term
 from mm.registry import CALLBACKS
 from mm.run import Run, Stage
-from mm.trainer import checkpoint, folder, networks
+from mm.trainer import checkpoint, finish, folder, heartbeat, networks
 from mm.trainer.callbacks.base import Callback
 from mm.trainer.engine import Engine, join, resolve_precision
+from mm.trainer.guard import Guard, RollBack, out_of_memory
 from mm.trainer.metrics import (
     BytesPerToken,
     MetricsFile,
@@ -59,14 +59,14 @@ class Trainer:
         self.world = environment.ranks().world
         self.steps = sum(stage.budget.steps for stage in run.stages)
         self.step = 0  # optimizer steps done, over all stages
-        self.skipped = 0
+        self.guard = Guard(run, self.is_main)
         self.engines: dict[str, Engine] = {}
         self.frozen: dict[str, nn.Module] = {}
         self.tracker = Tracker.none()
         self.metrics: dict[str, Any] = {}  # of the last step
-        self._skips_in_row = 0
         self._usage = Usage()
         self._stop = Stop()
+        self._writer = checkpoint.Writer(run.checkpoints.background)
         self.batches: list[Batch] = []  # host micro-batches of the last step
         self._bytes = BytesPerToken()
         self._tokenizers: dict[str, Any] | None = None
@@ -76,17 +76,19 @@ class Trainer:
 
         Raises:
             UserError: something the user can mend (config, data, disk, a diverged run).
-            SystemExit: code 75 after a SIGTERM or SIGINT; a checkpoint was saved.
+            SystemExit: code 75 after a SIGTERM, SIGUSR1 or SIGINT; a checkpoint was saved.
         """
         begun = time.monotonic()
         with contextlib.ExitStack() as stack:
             if self.is_main:
                 stack.enter_context(folder.locked(self.folder))
+                checkpoint.clean(self.folder / "checkpoints")
+                heartbeat.clear(self.folder / "health")
             stack.enter_context(self._stop)
             self.device = join(self.run.engine.threads)
             saved = self._find_checkpoint()
             first = self.step
-            if first >= self.steps and (self.folder / "model" / "config.json").is_file():
+            if finish.is_done(self.run, self.step):
                 log.info("%s: nothing to do, all %d steps are done", self.folder, self.steps)
                 place = str(self.folder)
                 return {"step": first, "new_steps": 0, "resumed_from": first, "folder": place}
@@ -103,9 +105,12 @@ class Trainer:
                         self.stream.close()
                     weights = {name: engine.result() for name, engine in self.engines.items()}
                     saved = None
-            self._export(weights["model"])
-            evaluated = self._evaluate()
+            finish.export(self, weights["model"])
             dist.barrier()
+            self.heart.phase("evaluate", self.step)
+            evaluated = finish.evaluate(self, self._stop)
+            if self._any(self._stop.asked):
+                raise SystemExit(INTERRUPTED)
             return {
                 **self.metrics,
                 **evaluated,
@@ -117,23 +122,49 @@ class Trainer:
             }
 
     def _train(self, end: int) -> None:
-        """Fetch, step, report, save, until ``end``."""
+        """Fetch, step, report, save, until ``end``; go back where the guard says so."""
         every = self.run.checkpoints.every
         while self.step < end:
             begun = time.monotonic()
+            self.heart.phase("data", self.step + 1)
             batches = self.stream.next()
             waited = time.monotonic() - begun
-            metrics = self._optimizer_step(batches)
+            self.heart.phase("step", self.step + 1, [key for b in batches for key in b.keys])
+            try:
+                row = self._optimizer_step(batches)
+                self.guard.loss(self.step, row["loss/total"], batches)
+            except RollBack as why:
+                self._roll_back(why)
+                continue
+            except Exception as error:
+                raise out_of_memory(error, batches, self.vocabulary, self.step) or error from error
             self.step += 1
-            stop = metrics.pop("stop") > 0
-            self._report(metrics, time.monotonic() - begun, waited)
+            stop = row.pop("stop") > 0
+            self._report(row, time.monotonic() - begun, waited)
             if stop or self.step == end or (every and self.step % every == 0):
                 self._save()
             if stop:
+                self._on_main(self._writer.wait)
                 log.warning(
                     "stopped by a signal at step %d; run the same command to go on", self.step
                 )
                 raise SystemExit(INTERRUPTED)
+        self._on_main(self._writer.wait)
+
+    def _roll_back(self, why: RollBack) -> None:
+        """Take weights and optimizer from the newest checkpoint; the data go on where they are."""
+        self._on_main(self._writer.wait)
+        saved = checkpoint.newest(self.folder / "checkpoints")
+        to = saved.state["step"] if saved is not None else -1
+        self.guard.roll_back(why, self.step, to if to >= self.begin else None)
+        data = self.stream.state_dict()
+        self.stream.close()
+        self.step = to
+        self._enter(self.index, self.stage, self.begin, saved, {})
+        self.stream.load_state_dict(data)
+        if self.is_main:
+            self.file.close()
+            self.file = MetricsFile(self.folder / "metrics.jsonl", self.step)
 
     def _optimizer_step(self, batches: Sequence[Batch]) -> dict[str, Any]:
         """One optimizer step of every network that the objective steps. Returns host metrics."""
@@ -146,7 +177,7 @@ class Trainer:
         n, facts = self._global_counts(batches, micros)
         scales = objective.scales(n)
         factors = {k: scales[k] / n[k].clamp_min(1e-12) for k in n}
-        metrics: dict[str, Any] = {}
+        row: dict[str, Any] = {}
         sums: dict[str, Tally] = {}
         for term in objective.terms(micros, self.nets, env):
             engine = self.engines[term.network]
@@ -163,9 +194,9 @@ class Trainer:
             tally.reduce()
             total = torch.stack([factors[k] * s for k, s in tally.losses.items()]).sum()
             engine.backward(loss * torch.where(torch.isfinite(total), 1.0, float("nan")))
-            metrics |= self._update(term, engine, tally, total, facts, n)
+            row |= self._update(term, engine, tally, total, facts, n)
             del sums[term.network]
-        return metrics
+        return row
 
     def _update(
         self,
@@ -193,7 +224,8 @@ class Trainer:
         )
         lr = engine.set_lr(self.stage.schedule(self.step - self.begin, self.stage.budget.steps))
         applied, norm_before = engine.step(host.pop("norm", None))
-        self._count_skip(applied, term, host)
+        if not applied:
+            self.guard.skip(self.step, term.network, host, self.batches)
         after = getattr(engine.raw, "after_step", None)
         if applied and tally.aux and after is not None:
             with torch.no_grad():
@@ -231,37 +263,6 @@ class Trainer:
             facts["items/step"] = seen[-2]
         return dict(zip(names, reduced, strict=True)), facts
 
-    def _count_skip(self, applied: bool, term: Term, host: Mapping[str, float]) -> None:
-        """Count a step that was not applied. Raises UserError when too many came in a row."""
-        if applied:
-            self._skips_in_row = 0
-            return
-        self.skipped += 1
-        self._skips_in_row += 1
-        losses = {k: v for k, v in host.items() if k.startswith("loss/")}
-        log.warning(
-            "step %d: loss or gradient of '%s' is not finite; not applied (%s)",
-            self.step,
-            term.network,
-            losses,
-        )
-        if self.is_main:
-            with (self.folder / "skipped.jsonl").open("a") as file:
-                row = {
-                    "step": self.step,
-                    "network": term.network,
-                    "losses": {k: str(v) for k, v in losses.items()},
-                }
-                file.write(
-                    json.dumps(row | {"keys": [key for b in self.batches for key in b.keys]}) + "\n"
-                )
-        if self._skips_in_row > self.run.engine.max_skips:
-            raise UserError(
-                f"{self.folder}: {self._skips_in_row} steps in a row were not finite "
-                f"(up to step {self.step}); their samples are in skipped.jsonl. Lower "
-                "stages.0.optimizer.lr and run again: it goes on from the last checkpoint"
-            )
-
     def _find_checkpoint(self) -> checkpoint.Saved | None:
         """The newest good checkpoint, checked against this config.
 
@@ -272,7 +273,9 @@ class Trainer:
             return None
         mine = self.vocabulary.fingerprint if self.vocabulary is not None else None
         saved.require(self.run.to_dict(), mine)
-        self.step, self.skipped = saved.state["step"], saved.state["skipped"]
+        self.step = saved.state["step"]
+        if "guard" in saved.state:
+            self.guard.load_state_dict(saved.state["guard"])
         self._bytes = BytesPerToken(saved.state["bytes_per_token"])
         return saved
 
@@ -287,11 +290,14 @@ class Trainer:
             "threads": torch.get_num_threads(),
         }
         described = folder.describe(self.run, facts)
+        rank = environment.ranks().rank
+        self.heart = heartbeat.Heartbeat(self.folder / "health", rank, self.run.guard.hang_s)
+        stack.enter_context(self.heart)
         if self.is_main:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             folder.write(self.folder, self.run, described)
             self.file = MetricsFile(self.folder / "metrics.jsonl", self.step)
-            stack.callback(self.file.close)
+            stack.callback(lambda: self.file.close())  # a return to a checkpoint opens another
             self.tracker = Tracker.start(
                 self.run, self.folder, described, saved.state.get("tracker") if saved else None
             )
@@ -320,6 +326,7 @@ class Trainer:
         self.index, self.stage, self.begin = index, stage, begin
         self.objective: Objective = networks.build(stage.objective, vocabulary=self.vocabulary)
         self.engines, self.frozen = {}, {}
+        size = 0
         same_stage = saved is not None and saved.state["stage"] == self.index
         wanted = networks.all_networks(self.run, self.objective)
         for name, network in wanted.items():
@@ -337,6 +344,7 @@ class Trainer:
             if network.mode != "train":
                 self.frozen[name] = module.eval().requires_grad_(False)
                 continue
+            size += 12 * sum(p.numel() for p in module.parameters())  # fp32, two states
             engine = Engine(
                 module.train(),
                 stage.optimizer.build(module),
@@ -362,6 +370,8 @@ class Trainer:
         if saved is not None and same_stage:
             self.stream.load_state_dict(saved.state["data"])
         if not self._started:
+            if self.step < self.steps:
+                self._on_main(lambda: checkpoint.rehearse(self.folder / "checkpoints", size))
             for callback in self.callbacks:
                 callback.on_start(self)
                 self._started.append(callback)
@@ -377,7 +387,7 @@ class Trainer:
         metrics |= {
             "perf/step_seconds": seconds,
             "data/wait_seconds": waited,
-            "skipped": self.skipped,
+            "skipped": self.guard.skipped,
         }
         self.metrics = metrics
         if self.is_main:
@@ -402,66 +412,51 @@ class Trainer:
         return self._bytes.ratio()
 
     def _save(self) -> None:
-        """Write a checkpoint: all ranks gather, the main one writes."""
+        """Write a checkpoint: all ranks gather, the main one writes (perhaps in the background)."""
+        self.heart.phase("save", self.step)
         full, scalars = {}, {}
         for name, engine in self.engines.items():
             moments, scalars[name] = engine.optimizer_state()
             full[name] = (engine.weights(), moments)
         full |= self.averages.saved()
         data = self.stream.state_dict()
+        state = {
+            "stage": self.index,
+            "skipped": self.guard.skipped,
+            "guard": self.guard.state_dict(),
+            "data": data,
+            "optimizers": scalars,
+            "world": self.world,
+            "vocabulary": self.vocabulary.fingerprint if self.vocabulary is not None else None,
+            "config": self.run.to_dict(),
+            "tracker": self.tracker.id,
+            "bytes_per_token": self._bytes.totals,
+            "rng": {
+                "seed": self.run.seed,
+                "rule": "every generator is seeded by (seed, step, rank)",
+            },
+        }
+        root, step, keep = self.folder / "checkpoints", self.step, self.run.checkpoints
+        state = copy.deepcopy(state)  # training goes on under a background save
+        write = lambda: checkpoint.save(root, step, state, full, keep.keep_last, keep.keep_every)
+        self._on_main(lambda: self._writer(write))
+
+    def _on_main(self, work: Callable[[], Any]) -> None:
+        """Run ``work`` on the main rank while the others wait; if it fails, all raise UserError."""
+        failed: UserError | None = None
         if self.is_main:
-            state = {
-                "stage": self.index,
-                "skipped": self.skipped,
-                "data": data,
-                "optimizers": scalars,
-                "world": self.world,
-                "vocabulary": self.vocabulary.fingerprint if self.vocabulary is not None else None,
-                "config": self.run.to_dict(),
-                "tracker": self.tracker.id,
-                "bytes_per_token": self._bytes.totals,
-                "rng": {
-                    "seed": self.run.seed,
-                    "rule": "every generator is seeded by (seed, step, rank)",
-                },
-            }
-            checkpoint.save(
-                self.folder / "checkpoints", self.step, state, full, self.run.checkpoints.keep_last
-            )
-        dist.barrier()
+            try:
+                work()
+            except UserError as error:
+                failed = error
+        if self._any(failed is not None):
+            raise failed or UserError(f"{self.folder}: the main process stopped, and says why")
 
-    def _export(self, weights: Mapping[str, Tensor]) -> None:
-        """Save the model from its full fp32 weights as ``<run folder>/model``."""
-        if self.is_main:
-            module = networks.make_module(
-                self.run.model, self.vocabulary, self.run.seed, torch.device("cpu")
-            )
-            networks.load_weights(module, weights, "the trained model")
-            part = self.folder / "model.part"
-            shutil.rmtree(part, ignore_errors=True)
-            saving: Any = module.eval()
-            saving.save_pretrained(
-                part, vocabulary=self.vocabulary, tokenizers=dict(self.run.tokenizers)
-            )
-            shutil.rmtree(self.folder / "model", ignore_errors=True)
-            part.rename(self.folder / "model")
-        dist.barrier()
-
-    def _evaluate(self) -> dict[str, Any]:
-        """Run the last stage's tasks on the saved model; one ``eval/...`` line in metrics.jsonl."""
-        tasks = self.run.stages[-1].tasks
-        if not tasks or not self.run.evaluate or not self.is_main:
-            return {}
-        from mm.decoders.generate import Generator
-
-        generator = Generator.from_pretrained(self.folder / "model")
-        out: dict[str, Any] = {}
-        for config in tasks:
-            figures = config.build().evaluate(generator, seed=self.run.seed)
-            out |= {f"eval/{config.kind}/{k}": v for k, v in figures.items()}
-        self.file.write({"step": self.step, **out})
-        self.tracker.log(out, self.step)
-        return out
+    def _any(self, flag: bool) -> bool:
+        """True on all ranks when it is on one."""
+        total = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(total)
+        return bool(total > 0)
 
     @property
     def tokenizers(self) -> dict[str, Any]:

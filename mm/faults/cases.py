@@ -1,0 +1,419 @@
+"""The faults: what is injected, and what must be left afterwards.
+
+A case is a generator of tries. A try is "" when the fault was survived with nothing lost (the run
+afterwards is bitwise the unbroken one, unless the case says otherwise), else what was lost.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mm.faults.bench import Bench, Ended, differences
+from mm.trainer import checkpoint
+from mm.trainer.heartbeat import HUNG
+from mm.trainer.trainer import INTERRUPTED
+
+KILLED, USER_ERROR = -9, 2
+
+
+class Case(NamedTuple):
+    """One row of the result."""
+
+    name: str
+    outcome: str  # what must happen
+    tries: Callable[[Bench, bool], Iterator[str]]  # (bench, quick) -> what each try lost
+
+
+def _resumed(
+    bench: Bench, config: Mapping[str, Any], ended: Ended, code: int, world: int = 1, **kw: Any
+) -> str:
+    """Check how the broken run ended, run the same command again, compare with the unbroken run."""
+    if code not in ended.codes:
+        return f"exit codes {ended.codes} instead of {code}: {ended.said[-300:]}"
+    whole = bench.whole(config, world=world, **kw)
+    again = bench.train(config, world=world, **kw)
+    if again.codes != [0] * world:
+        return f"the next start ended with {again.codes}: {again.said[-300:]}"
+    lost = differences(whole, bench.folder(config))
+    if not lost:
+        bench.drop(config)
+    return lost
+
+
+def _kills_in_save(bench: Bench, quick: bool) -> Iterator[str]:
+    for share in (0.1, 0.5, 0.9):
+        for _ in range(1 if quick else 20):
+            config = bench.config(bench.fresh("kill"))
+            ended = bench.train(config, faults={"kill_in_save": {"step": 4, "share": share}})
+            saved = checkpoint.newest(bench.folder(config) / "checkpoints")
+            if saved is None or saved.state["step"] != 2:
+                yield f"killed at {share:.0%}: the checkpoint before is lost"
+                continue
+            yield _resumed(bench, config, ended, KILLED)
+
+
+def _kills_in_background(bench: Bench, quick: bool) -> Iterator[str]:
+    for share in (0.5,) if quick else (0.1, 0.5, 0.9):
+        keep = {"every": 2, "keep_last": 9, "background": True}
+        config = bench.config(bench.fresh("background"), checkpoints=keep)
+        ended = bench.train(config, faults={"kill_in_save": {"step": 4, "share": share}})
+        yield _resumed(bench, config, ended, KILLED)
+
+
+def _kill_before_pointer(bench: Bench, quick: bool) -> Iterator[str]:
+    for _ in range(1 if quick else 5):
+        config = bench.config(bench.fresh("pointer"))
+        ended = bench.train(config, faults={"kill_before_pointer": {"step": 4}})
+        saved = checkpoint.newest(bench.folder(config) / "checkpoints")
+        if saved is None or saved.state["step"] != 4:
+            yield "the renamed checkpoint is not found"
+        else:
+            yield _resumed(bench, config, ended, KILLED)
+
+
+def _kills_in_step(bench: Bench, quick: bool) -> Iterator[str]:
+    """Every ZeRO stage, both mixers, with gradient accumulation."""
+    for zero in (0, 3) if quick else (0, 1, 2, 3):
+        for pattern in ("hybrid",) if quick else ("attention", "hybrid"):
+            for micro in (2,) if quick else (None, 2):
+                config = bench.config(bench.fresh("step"), zero=zero, pattern=pattern, micro=micro)
+                fault = {"signal": "SIGKILL", "phase": "step", "step": 4}
+                yield _resumed(bench, config, bench.train(config, faults={"signal": fault}), KILLED)
+
+
+def _kill_in_evaluation(bench: Bench, quick: bool) -> Iterator[str]:
+    config = bench.config(bench.fresh("evaluation"))
+    fault = {"signal": "SIGKILL", "phase": "evaluate", "step": 0}
+    yield _resumed(bench, config, bench.train(config, faults={"signal": fault}), KILLED)
+
+
+def _signals(bench: Bench, quick: bool) -> Iterator[str]:
+    """To rank 1 of 2 only."""
+    phases = ("data", "save") if quick else ("data", "step", "save", "report", "evaluate")
+    for phase in phases:
+        for name in ("SIGTERM",) if quick else ("SIGTERM", "SIGUSR1"):
+            config = bench.config(bench.fresh(f"signal-{phase}"))
+            fault = {"signal": name, "phase": phase, "step": 4, "rank": 1}
+            ended = bench.train(config, world=2, faults={"signal": fault})
+            if ended.codes != [INTERRUPTED] * 2:
+                yield f"{name} in {phase}: exit codes {ended.codes}: {ended.said[-300:]}"
+            else:
+                yield _resumed(bench, config, ended, INTERRUPTED, world=2)
+
+
+def _disk(fault: str) -> Callable[[Bench, bool], Iterator[str]]:
+    def tries(bench: Bench, quick: bool) -> Iterator[str]:
+        for _ in range(1 if quick else 3):
+            config = bench.config(bench.fresh(fault))
+            whole = bench.whole(config)
+            config["out"] = str(bench.root / f"disk-{config['name']}")
+            ended = bench.call(config, "disk", fault, str(whole))
+            yield "" if ended.codes == [0] else f"exit code {ended.codes}: {ended.said[-300:]}"
+
+    return tries
+
+
+def _folder_gone(bench: Bench, quick: bool) -> Iterator[str]:
+    config = bench.config(bench.fresh("gone"))
+    ended = bench.train(config, faults={"gone": {"step": 4}})
+    root = bench.folder(config) / "checkpoints"
+    root.unlink()
+    root.with_name("away").rename(root)
+    yield _resumed(bench, config, ended, USER_ERROR)
+
+
+def _damage(bench: Bench, quick: bool) -> Iterator[str]:
+    """Of the newest checkpoint: the one before is used."""
+
+    def flip(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+    damages: list[Callable[[Path], None]] = [flip, Path.unlink, lambda p: p.write_bytes(b"")]
+    files = ("model.safetensors", "model.optimizer.safetensors", "state.json", "COMPLETE")
+    for damage in damages[:2] if quick else damages:
+        for name in files[1:2] if quick else files:
+            config = bench.config(bench.fresh("damage"))
+            fault = {"signal": "SIGKILL", "phase": "step", "step": 6}
+            ended = bench.train(config, faults={"signal": fault})
+            damage(bench.folder(config) / "checkpoints" / "step_000004" / name)
+            yield _resumed(bench, config, ended, KILLED)
+
+
+def _shards(bench: Bench, quick: bool) -> Iterator[str]:
+    """A tar of the data cut while the run was stopped: refused by name; then restored."""
+    for size in (700,) if quick else (0, 700, 2048):
+        config = bench.config(bench.fresh("tar"))
+        fault = {"signal": "SIGTERM", "phase": "step", "step": 3}
+        bench.whole(config)
+        ended = bench.train(config, faults={"signal": fault})
+        shard = next(iter(sorted(bench.tokens["both"].rglob("*.tar"))))
+        good = shard.read_bytes()
+        shard.write_bytes(good[:size])
+        try:
+            refused = bench.train(config)
+        finally:
+            shard.write_bytes(good)
+        if refused.codes != [USER_ERROR] or shard.name not in refused.said:
+            yield f"a tar of {size} bytes: exit codes {refused.codes}: {refused.said[-300:]}"
+        else:
+            yield _resumed(bench, config, ended, INTERRUPTED)
+
+
+def _bombs(bench: Bench, quick: bool) -> Iterator[str]:
+    """Headers that claim what no machine has: quarantined by name, the rest is packed."""
+    import struct
+    import zlib
+
+    from PIL import Image
+
+    from mm.data.pack import pack
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = lambda w, h: (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
+    wav = b"RIFF\xff\xff\xff\xffWAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, 2**32 - 1, 0, 2, 16)
+    bombs = {
+        "big.png": header(13000, 13000),
+        "huge.png": header(2**31 - 1, 2**31 - 1),
+        "cut.png": header(16, 16)[:40],
+        "loud.wav": wav + b"data\xff\xff\xff\xff" + b"\0" * 100,
+    }
+    for name, data in bombs.items():
+        raw = bench.root / bench.fresh("bomb")
+        raw.mkdir()
+        suffix = name[-3:]
+        for i in range(5):
+            (raw / f"good{i}.txt").write_text(f"text {i}")
+            if suffix == "png":
+                Image.new("RGB", (8, 8)).save(raw / f"good{i}.png")
+            else:
+                import soundfile
+
+                soundfile.write(raw / f"good{i}.wav", [0.0] * 400, 8000)
+        (raw / f"bad.{suffix}").write_bytes(data)
+        (raw / "bad.txt").write_text("beside a bomb")
+        out = raw.with_name(raw.name + "-out")
+        report = pack(raw, out, max_bad=0.5, progress=False)
+        good = report.quarantined == 1 and sum(report.samples.values()) == 5
+        yield "" if good else f"{name}: {report.quarantined} quarantined, {report.samples} packed"
+
+
+def _nan(bench: Bench, quick: bool) -> Iterator[str]:
+    """One step is left out on all ranks; with it the weights of the checkpoint before it."""
+    for zero in (0, 3) if quick else (0, 1, 2, 3):
+        keep = {"every": 1, "keep_last": 9}
+        config = bench.config(bench.fresh("nan"), zero=zero, checkpoints=keep)
+        ended = bench.train(config, world=2, faults={"nan": {"step": 3, "rank": 1}})
+        root = bench.folder(config) / "checkpoints"
+        if ended.codes != [0, 0]:
+            yield f"stage {zero}: exit codes {ended.codes}: {ended.said[-300:]}"
+            continue
+        name = "model.safetensors"
+        same = (root / "step_000002" / name).read_bytes() == (
+            root / "step_000003" / name
+        ).read_bytes()
+        row = json.loads((bench.folder(config) / "skipped.jsonl").read_text().splitlines()[0])
+        last = json.loads((bench.folder(config) / "metrics.jsonl").read_text().splitlines()[-1])
+        good = same and row["step"] == 2 and last["skipped"] == 1 and last["loss/total"] is not None
+        yield "" if good else f"stage {zero}: weights changed, or the skip was not counted"
+
+
+def _dead_rank(bench: Bench, quick: bool) -> Iterator[str]:
+    for phase in ("step",) if quick else ("data", "step", "save"):
+        config = bench.config(bench.fresh("dead"))
+        fault = {"signal": "SIGKILL", "phase": phase, "step": 4, "rank": 1}
+        ended = bench.train(config, world=2, faults={"signal": fault}, timeout_s=120)
+        told = "rank 1 (" in ended.said and "is dead" in ended.said
+        if ended.codes[0] in (0, KILLED) or not told:
+            yield f"killed in {phase}: the other rank ended with {ended.codes[0]}, verdict: {told}"
+        else:
+            yield _resumed(bench, config, ended, KILLED, world=2)
+
+
+def _hung_rank(bench: Bench, quick: bool) -> Iterator[str]:
+    for phase in ("data",) if quick else ("data", "step"):
+        config = bench.config(bench.fresh("hung"), guard={"hang_s": 15.0})
+        fault = {"phase": phase, "step": 4, "rank": 1}
+        ended = bench.train(config, world=2, faults={"sleep": fault}, timeout_s=180)
+        if HUNG not in ended.codes or "hang: rank 1 (" not in ended.said or 0 in ended.codes:
+            yield f"asleep in {phase}: exit codes {ended.codes}: {ended.said[-400:]}"
+        else:
+            yield _resumed(bench, config, ended, HUNG, world=2)
+
+
+def _two_modalities(bench: Bench, quick: bool) -> Iterator[str]:
+    """Losses as of one process that sees both, to rounding."""
+    half = {name: bench.data(name, rows=4) for name in ("text", "image")}
+    for zero in (0, 3) if quick else (0, 1, 2, 3):
+        model = bench.config("")["model"]
+        model["backbone"]["block"]["dropout"] = 0.0  # noise is drawn by rank
+        config = bench.config(bench.fresh("halves"), zero=zero, model=model)
+        whole = bench.whole(
+            {**config, "engine": {**config["engine"], "zero_stage": 0}}, faults={"halves": half}
+        )
+        ended = bench.train(config, world=2, faults={"halves": half})
+        if ended.codes != [0, 0]:
+            yield f"stage {zero}: exit codes {ended.codes}: {ended.said[-300:]}"
+        else:
+            yield differences(whole, bench.folder(config), rel=1e-5)
+
+
+def _worlds(bench: Bench, quick: bool) -> Iterator[str]:
+    """Losses as of the unbroken run on one process, to rounding; indivisible sizes are refused."""
+    pairs = ((2, 1), (1, 2)) if quick else ((2, 1), (1, 2), (2, 4), (4, 2))
+    for zero in (3,) if quick else (0, 1, 2, 3):
+        for old, new in pairs:
+            model = bench.config("")["model"]
+            model["backbone"]["block"]["dropout"] = 0.0
+            config = bench.config(bench.fresh("world"), zero=zero, model=model)
+            whole = bench.whole(config)
+            fault = {"signal": "SIGTERM", "phase": "step", "step": 3}
+            ended = bench.train(config, world=old, faults={"signal": fault})
+            again = bench.train(config, world=new)
+            if set(ended.codes) != {INTERRUPTED} or set(again.codes) != {0}:
+                yield f"{old} to {new}: {ended.codes}, {again.codes}: {again.said[-300:]}"
+            else:
+                yield differences(whole, bench.folder(config), rel=1e-5)
+    config = bench.config(bench.fresh("three"))
+    ended = bench.train(config, world=3)
+    told = "does not divide over 3 processes; possible: [1, 2, 4, 8]" in ended.said
+    yield (
+        "" if told and set(ended.codes) == {USER_ERROR} else f"3: {ended.codes} {ended.said[-300:]}"
+    )
+
+
+def _wandb(bench: Bench, quick: bool) -> Iterator[str]:
+    down = {
+        "WANDB_MODE": "online",
+        "WANDB_API_KEY": "x" * 40,
+        "WANDB_BASE_URL": "http://127.0.0.1:9",  # the discard port: nothing listens
+    }
+    situations: tuple[tuple[dict[str, str], dict[str, Any]], ...] = (
+        (down, {}),
+        ({"WANDB_MODE": "offline"}, {"wandb_killed": {"step": 3}}),
+    )
+    for env, faults in situations:
+        config = bench.config(bench.fresh("wandb"))
+        ended = bench.train(config, faults=faults, env=env)
+        if ended.codes != [0]:
+            yield f"exit codes {ended.codes}: {ended.said[-300:]}"
+        else:
+            yield differences(bench.whole(config), bench.folder(config))
+
+
+def _two_jobs(bench: Bench, quick: bool) -> Iterator[str]:
+    from mm.trainer.folder import locked
+
+    config = bench.config(bench.fresh("two"))
+    with locked(bench.folder(config)):
+        ended = bench.train(config)
+    if "trains here already" not in ended.said:
+        yield f"the second job was not refused: {ended.codes} {ended.said[-300:]}"
+    else:
+        yield _resumed(bench, config, ended, USER_ERROR)
+
+
+class _Bomb:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
+
+
+def _pickles(bench: Bench, quick: bool) -> Iterator[str]:
+    """As a checkpoint file: not read. As a member of a tar: refused. No code runs."""
+    trap = bench.root / bench.fresh("trap")
+    payload = pickle.dumps(_Bomb(trap))
+    config = bench.config(bench.fresh("pickle"))
+    fault = {"signal": "SIGKILL", "phase": "step", "step": 6}
+    ended = bench.train(config, faults={"signal": fault})
+    last = bench.folder(config) / "checkpoints" / "step_000004"
+    (last / "model.pt").write_bytes(payload)
+    (last / "model.optimizer.safetensors").write_bytes(payload)
+    lost = _resumed(bench, config, ended, KILLED)
+    yield "code of the pickle ran" if trap.exists() else lost
+
+    from mm.data.pack import pack
+
+    raw = bench.root / bench.fresh("pickles.tar")
+    with tarfile.open(raw, "w") as tar:
+        for name, data in {"a.txt": b"fine", "b.txt": b"fine", "b.pyd": payload}.items():
+            path = bench.root / "member"
+            path.write_bytes(data)
+            tar.add(path, name)
+    tarred = raw.with_suffix(".tar")
+    shutil.move(raw, tarred)
+    out = tarred.with_name(tarred.stem + "-out")
+    report = pack(tarred, out, max_bad=1.0, progress=False)
+    yield "" if report.quarantined == 1 and not trap.exists() else "the member was not refused"
+
+
+def _memory(bench: Bench, quick: bool) -> Iterator[str]:
+    config = bench.config(bench.fresh("memory"))
+    ended = bench.train(config, faults={"memory": {"step": 4}})
+    if "ran out of memory" not in ended.said or "longest: " not in ended.said:
+        yield f"not told: {ended.codes} {ended.said[-300:]}"
+    else:
+        yield _resumed(bench, config, ended, USER_ERROR)
+
+
+def _soak(bench: Bench, quick: bool) -> Iterator[str]:
+    """Resident memory within 2 % of itself, files and threads equal, after the first quarter."""
+    steps = 200 if quick else 1000
+    file = bench.root / bench.fresh("meter")
+    config = bench.config(bench.fresh("soak"), steps=steps, checkpoints={"every": 50})
+    meter = {"file": str(file), "every": steps // 20}
+    ended = bench.train(config, faults={"meter": meter}, timeout_s=590)
+    if ended.codes != [0]:
+        yield f"exit codes {ended.codes}: {ended.said[-300:]}"
+        return
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    first, later = rows[len(rows) // 4], rows[len(rows) // 4 :]
+    grown = max(row["rss_kb"] for row in later) / first["rss_kb"] - 1
+    files = max(row["files"] for row in later) - first["files"]
+    threads = max(row["threads"] for row in later) - first["threads"]
+    flat = grown <= 0.02 and files <= 0 and threads <= 0
+    yield "" if flat else f"memory {grown:+.1%}, open files {files:+d}, threads {threads:+d}"
+
+
+CASES = (
+    Case("kill -9 at 10, 50, 90 % of a save", "same bits after a resume", _kills_in_save),
+    Case("kill -9 in a background save", "same bits after a resume", _kills_in_background),
+    Case("kill -9 between rename and pointer", "the new checkpoint is used", _kill_before_pointer),
+    Case("kill -9 in a step, ZeRO 0-3", "same bits after a resume", _kills_in_step),
+    Case("kill -9 before the evaluation", "same bits, then evaluated", _kill_in_evaluation),
+    Case("signal to one rank of two, every phase", "all ranks exit 75, same bits", _signals),
+    Case("disk full in a save", "told; the one before intact; same bits", _disk("full")),
+    Case("checkpoint folder read-only", "told after retries; same bits", _disk("readonly")),
+    Case("checkpoint folder vanishes", "told after retries; same bits", _folder_gone),
+    Case("flipped byte, deleted or empty file", "the checkpoint before; same bits", _damage),
+    Case("truncated tar of the data", "refused by name; same bits once restored", _shards),
+    Case("image and audio bombs", "quarantined, the rest is packed", _bombs),
+    Case("NaN batch on one rank, ZeRO 0-3", "step left out on all ranks, counted", _nan),
+    Case("dead rank", "the other ends and names it; same bits", _dead_rank),
+    Case("rank that hangs", "stacks, verdict, exit 76; same bits", _hung_rank),
+    Case("text-only beside image-only rank", "losses as of one process", _two_modalities),
+    Case("another number of processes", "losses as unbroken; 3 is refused", _worlds),
+    Case("W&B down at the start, or killed", "same bits", _wandb),
+    Case("two jobs in one folder", "the second is refused; same bits", _two_jobs),
+    Case("hostile pickles", "not read, refused; no code runs", _pickles),
+    Case("out of memory in a step", "lengths are told; same bits", _memory),
+    Case("soak of 1,000 steps (quick: 200)", "memory, files, threads flat", _soak),
+)

@@ -1,0 +1,7 @@
+"""Imported by the process that `mm faults` forks its children from, and by nothing else: all that
+is slow to start is started here once (DeepSpeed looks for compilers for seconds).
+"""
+
+from mm.trainer import engine
+
+engine._deepspeed()

@@ -1,0 +1,75 @@
+"""`mm faults` at reduced count: every fault that CPU and gloo allow, in real processes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mm.cli import main as cli
+from mm.errors import UserError
+from mm.faults import run as faults
+from mm.faults.bench import Bench, differences
+from mm.faults.cases import CASES
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    yield Bench(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_fault_is_survived_with_nothing_lost(bench: Bench, case: object) -> None:
+    lost = list(case.tries(bench, True))  # type: ignore[attr-defined]
+    assert lost and not any(lost), lost
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("pattern", ["attention", "hybrid"])
+def test_kill_and_resume_are_bitwise_with_gradient_accumulation(
+    bench: Bench, pattern: str, zero: int
+) -> None:
+    """6 steps = 3 + kill -9 + 3, text and images, two micro-batches, dropout."""
+    config = bench.config(bench.fresh("resume"), zero=zero, pattern=pattern, micro=4)
+    fault = {"signal": "SIGKILL", "phase": "step", "step": 4}
+    assert bench.train(config, faults={"signal": fault}).codes == [-9]
+    assert bench.train(config).codes == [0]
+    assert differences(bench.whole(config), bench.folder(config)) == ""
+
+
+@pytest.mark.slow
+def test_micro_batches_are_equal_to_rounding_by_modality(bench: Bench) -> None:
+    """1x8 = 2x4 = 8x1: the losses of text and of images, each."""
+    model = bench.config("")["model"]
+    model["backbone"]["block"]["dropout"] = 0.0  # noise is drawn by micro-batch
+    whole = bench.whole(bench.config("", model=model))
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert {"loss/text", "loss/image"} <= rows[0].keys()
+    for micro in (4, 1):
+        config = bench.config(bench.fresh("micro"), micro=micro, model=model)
+        assert bench.train(config).codes == [0]
+        assert differences(whole, bench.folder(config), rel=1e-5) == ""
+
+
+def test_the_page_is_made_of_the_rows_and_an_unknown_fault_is_named() -> None:
+    row = {"fault": "a | b", "outcome": "c", "tries": 2, "survived": 1, "lost": "x | y"}
+    page = faults.markdown([row | {"seconds": 1.0}], quick=True)
+    assert "1 of 2 tries survived" in page and "| 2 | 1 | x / y |" in page
+    with pytest.raises(UserError, match="no fault 'flod'"):
+        faults.chosen(["flod"])
+    assert [c.name for c in faults.chosen(["soak"])] == [CASES[-1].name]
+    assert "faults" in cli.COMMANDS
+
+
+def test_the_page_in_docs_names_every_fault() -> None:
+    """It is generated; a new case asks for a new run of `mm faults`."""
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    for case in CASES:
+        assert f"| {case.name} | {case.outcome} |" in page, case.name
