@@ -109,7 +109,11 @@ class SplitWriter:
             "bytes": sum(shard["bytes"] for shard in self.shards),
             "lengths": summary,
             "shards": self.shards,
-            "index": {"name": INDEX, "sha256": index.sha256(self.folder / INDEX)},
+            "index": {
+                "name": INDEX,
+                "bytes": (self.folder / INDEX).stat().st_size,
+                "sha256": index.sha256(self.folder / INDEX),
+            },
         }
 
     def abort(self) -> None:

@@ -63,6 +63,19 @@ CASES: dict[str, Callable[[Path], Config]] = {
         block_samples=8,
         cut=True,
     ),
+    "packed-mixed": lambda d: PackedConfig(
+        sources=[
+            {"path": d / "tokens", "weight": {0: 1, 200: 4}},
+            {"path": d / "tokens", "transform": [{"kind": "chunk", "tokens": 5}]},
+        ],
+        seq_len=48,
+        batch_size=4,
+        max_documents=4,
+        block_samples=16,
+        weights="tokens",
+        shuffle="window",
+        window_samples=8,
+    ),
     "items": lambda d: ItemsConfig(
         path=d / "shards",
         batch_size=8,
