@@ -2,10 +2,10 @@
 
 The order is a pure function of (seed, sample number), each block of (seed, block).
 
-A block takes samples of every source (by weight, see `mm.data.mixing`), in the order of that source's
-own counter-based permutation, transforms each with a generator of its own, and packs the documents
-first-fit into rows. Every rank plans all rows and makes batches of its own ones. N samples, B rows
-of one micro-batch.
+A block takes samples of every source (by weight, see `mm.data.mixing`), in the order of that
+source's own counter-based permutation, transforms each with a generator of its own, and packs the
+documents first-fit into rows. Every rank plans all rows and makes batches of its own ones. N
+samples, B rows of one micro-batch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from mm.errors import UserError
 from mm.registry import STREAMS, TRANSFORMS
 from mm.specs import Segment
 from mm.vocabulary import Vocabulary
-
 
 Positive = Annotated[float, Field(gt=0)]
 Weight = Positive | dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)]]

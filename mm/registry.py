@@ -194,6 +194,7 @@ SOURCES = Registry(
         "jsonl": "mm.data.sources.jsonl",
         "csv": "mm.data.sources.table",
         "parquet": "mm.data.sources.table",
+        "hf": "mm.data.sources.hf",
         "shards": "mm.data.sources.shards",
         "text": "mm.data.sources.text",
     },
