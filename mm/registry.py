@@ -199,7 +199,14 @@ SOURCES = Registry(
         "text": "mm.data.sources.text",
     },
 )
-STREAMS = Registry("data", {"packed": "mm.data.packed", "items": "mm.data.items"})
+STREAMS = Registry(
+    "data",
+    {
+        "packed": "mm.data.packed",
+        "bucketed": "mm.data.bucketed",
+        "items": "mm.data.items",
+    },
+)
 TRANSFORMS = Registry(
     "transform",
     {

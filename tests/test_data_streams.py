@@ -12,9 +12,9 @@ import torch
 from data_toys import ToyTokenizer, folder, token_shards
 
 from mm.data.items import Augment, ItemsConfig, affine, fit_image, loudness
+from mm.data.mixing import shares
 from mm.data.order import generator, permute, uniform
 from mm.data.pack import pack
-from mm.data.mixing import shares
 from mm.data.packed import Document, PackedConfig, first_fit
 from mm.data.shards import ShardSet
 from mm.data.stream import Step, Stream
