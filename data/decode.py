@@ -114,7 +114,8 @@ def _pixels(image: Any) -> np.ndarray:
 
     try:
         image.load()
-        frame = ImageOps.exif_transpose(image)
+        turned = image.getexif().get(0x0112, 1) != 1  # else it would only copy
+        frame = ImageOps.exif_transpose(image) if turned else image
         if frame.mode.startswith("I") or frame.mode == "F":
             # Pillow's own conversion would clip 16 bit to white.
             wide = np.asarray(frame, dtype=np.float64)
@@ -124,9 +125,39 @@ def _pixels(image: Any) -> np.ndarray:
             frame = frame.convert("RGBA")
             below = Image.new("RGBA", frame.size, (255, 255, 255, 255))
             frame = Image.alpha_composite(below, frame)
-        return np.array(frame.convert("RGB"))
+        return np.array(frame if frame.mode == "RGB" else frame.convert("RGB"))
     except Exception as error:
         raise BadSample(f"image: {_line(error)}") from error
+
+
+@contextmanager
+def _open_audio(data: bytes, limits: Limits) -> Iterator[Any]:
+    """Yield an open `SoundFile` with nothing but the header read and checked."""
+    import soundfile
+
+    with ExitStack() as stack:
+        try:
+            info = stack.enter_context(soundfile.SoundFile(io.BytesIO(data)))
+            kind, rate = str(info.format), int(info.samplerate)
+            frames, channels = int(info.frames), int(info.channels)
+        except Exception as error:
+            raise BadSample(f"audio: unreadable header ({_line(error)})") from error
+        if kind not in AUDIO_FORMATS:
+            raise BadSample(
+                f"audio: format {kind} is not one of "
+                f"{', '.join(sorted(set(AUDIO_FORMATS.values())))}"
+            )
+        if not 1000 <= rate <= 768_000:
+            raise BadSample(f"audio: header says {rate} Hz")
+        if not 1 <= channels <= 64:
+            raise BadSample(f"audio: header says {channels} channels")
+        if frames < 1:
+            raise BadSample("audio: no frames")
+        if frames > limits.max_seconds * rate:
+            raise BadSample(
+                f"audio: header says {frames / rate:.0f} s, the cap is {limits.max_seconds:.0f} s"
+            )
+        yield info
 
 
 def audio_header(data: bytes, limits: Limits = LIMITS) -> tuple[str, int, int]:
@@ -134,29 +165,8 @@ def audio_header(data: bytes, limits: Limits = LIMITS) -> tuple[str, int, int]:
 
     Raises BadSample when the header is absurd or over the cap.
     """
-    import soundfile
-
-    try:
-        info = soundfile.info(io.BytesIO(data))
-    except Exception as error:
-        raise BadSample(f"audio: unreadable header ({_line(error)})") from error
-    if info.format not in AUDIO_FORMATS:
-        raise BadSample(
-            f"audio: format {info.format} is not one of "
-            f"{', '.join(sorted(set(AUDIO_FORMATS.values())))}"
-        )
-    rate, frames, channels = int(info.samplerate), int(info.frames), int(info.channels)
-    if not 1000 <= rate <= 768_000:
-        raise BadSample(f"audio: header says {rate} Hz")
-    if not 1 <= channels <= 64:
-        raise BadSample(f"audio: header says {channels} channels")
-    if frames < 1:
-        raise BadSample("audio: no frames")
-    if frames > limits.max_seconds * rate:
-        raise BadSample(
-            f"audio: header says {frames / rate:.0f} s, the cap is {limits.max_seconds:.0f} s"
-        )
-    return AUDIO_FORMATS[info.format], frames, rate
+    with _open_audio(data, limits) as info:
+        return AUDIO_FORMATS[str(info.format)], int(info.frames), int(info.samplerate)
 
 
 def decode_audio(data: bytes, limits: Limits = LIMITS) -> Waveform:
@@ -164,13 +174,12 @@ def decode_audio(data: bytes, limits: Limits = LIMITS) -> Waveform:
 
     Channels are averaged. Raises BadSample.
     """
-    import soundfile
-
-    _, frames, rate = audio_header(data, limits)
-    try:
-        samples, _ = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
-    except Exception as error:
-        raise BadSample(f"audio: {_line(error)}") from error
+    with _open_audio(data, limits) as info:
+        frames, rate = int(info.frames), int(info.samplerate)
+        try:
+            samples = info.read(dtype="float32", always_2d=True)
+        except Exception as error:
+            raise BadSample(f"audio: {_line(error)}") from error
     if len(samples) == 0:
         raise BadSample(f"audio: header says {frames} frames, there are none")
     mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)

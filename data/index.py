@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tarfile
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -62,12 +63,41 @@ class Index(NamedTuple):
 
     @classmethod
     def load(cls, path: Path) -> Index:
-        with np.load(path, allow_pickle=False) as file:
-            lengths = {
-                n.removeprefix("length_"): file[n] for n in file.files if n.startswith("length_")
-            }
-            arrays = {name: file[name] for name in cls._fields if name != "lengths"}
-            return cls(**arrays, lengths=lengths)
+        """Open without reading: arrays are views of the mapped file, so size costs nothing."""
+        found = mapped(path)
+        lengths = {n.removeprefix("length_"): a for n, a in found.items() if n[:7] == "length_"}
+        return cls(
+            **{name: found[name] for name in cls._fields if name != "lengths"}, lengths=lengths
+        )
+
+
+def mapped(path: Path) -> dict[str, np.ndarray]:
+    """Arrays of an uncompressed .npz as read-only views of one memory map.
+
+    Raises ValueError on a compressed or foreign member.
+    """
+    whole = np.memmap(path, np.uint8, mode="r")
+    out: dict[str, np.ndarray] = {}
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{path}: {entry.filename} is compressed")
+            with archive.open(entry) as file:
+                version = np.lib.format.read_magic(file)
+                if version != (1, 0):
+                    raise ValueError(f"{path}: npy version {version}")
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                skip = file.tell()
+            if dtype.hasobject:
+                raise ValueError(f"{path}: {entry.filename} holds objects")
+            # Local header: 30 bytes, then name and extra field, whose lengths stand at 26 and 28.
+            head = bytes(whole[entry.header_offset : entry.header_offset + 30])
+            names = int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
+            start = entry.header_offset + 30 + names + skip
+            count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+            view = whole[start : start + count].view(np.ndarray)
+            out[entry.filename.removesuffix(".npy")] = view.view(dtype).reshape(shape)
+    return out
 
 
 def members(path: str | Path) -> Iterator[Member]:

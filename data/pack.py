@@ -8,29 +8,27 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from mm.data.decode import BadSample, Limits, check, encode_tokens
-from mm.data.encode import Encoder, Item, open_tokenizers, vocabulary_of
-from mm.data.order import key_of
-from mm.data.shards import FORMAT, MANIFEST, QUARANTINE, VERSION, VOCABULARY, read_manifest
-from mm.data.sources.base import SAFE_SPLIT, SPLITS, Record
+from mm.data.decode import NATIVE, Limits
+from mm.data.encode import Encoder, open_tokenizers, vocabulary_of
+from mm.data.pack_run import Prepared, Run, prepared
+from mm.data.shards import FORMAT, MANIFEST, VERSION, VOCABULARY, read_manifest
+from mm.data.sources.base import SAFE_SPLIT, SPLITS
 from mm.data.sources.detect import open_source
-from mm.data.sources.folder import metadata
-from mm.data.writer import SplitWriter, replacing, safe_key, write_manifest
-from mm.errors import UserError
+from mm.data.writer import replacing, write_manifest
+from mm.errors import UserError, did_you_mean
 from mm.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 BATCH = 256  # samples encoded together
-EARLY = 1000  # samples after which the budget may stop a pack before its end
+REASONS = 50  # that the manifest lists
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,10 @@ class PackReport:
         default_factory=dict
     )  # extension -> files that no modality claims
     left_out: tuple[str, ...] = ()  # raw modalities without a tokenizer
+    rejected: dict[str, int] = field(default_factory=dict)  # reason -> samples, commonest first
+    duplicates: int = 0  # samples left out because an earlier one has the same content
+    # split -> modality -> "64": samples of length 64..127
+    histograms: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -77,10 +79,14 @@ def pack(
     document_bytes: int | None = None,
     license: str = "",
     limits: Limits | None = None,
+    dedupe: str | None = None,
     workers: int = 4,
     progress: bool = True,
 ) -> PackReport:
     """Pack ``src`` into the folder ``out``.
+
+    A pack that was killed goes on where it was when the same call is made again; its bytes are
+    those of a pack in one go.
 
     Args:
         src: a folder or tar of files paired by stem, a JSONL, CSV, TSV or Parquet manifest, one
@@ -103,6 +109,8 @@ def pack(
         document_bytes: of one text file, see `TextConfig`.
         license: goes into the manifest.
         limits: largest image, recording and text.
+        dedupe: leave out samples whose content came before: "sample" compares all modalities, a
+            modality's name that one alone.
         workers: threads that check files.
         progress: show a bar.
     Raises:
@@ -122,6 +130,8 @@ def pack(
     }
     origin = open_source(src, source, given, val_share)
     _check_settings(split, val_share, max_bad, shard_mb)
+    if dedupe is not None and dedupe not in (known := ("sample", *sorted(NATIVE))):
+        raise UserError(f"--dedupe {dedupe}: unknown{did_you_mean(dedupe, known)}")
     if src.resolve() in (out.resolve(), *(out.resolve().parents if src.is_dir() else ())):
         raise UserError(f"--out {out} lies in the source {src}; choose another folder")
     limits = limits or Limits()
@@ -139,6 +149,8 @@ def pack(
         "vocabulary": words.fingerprint if words else None,
         "tokenizers": sorted(encoder.tokenizers) if encoder else None,
     }
+    if dedupe is not None:
+        settings["dedupe"] = dedupe
     settings = json.loads(json.dumps(settings))
     identity = hashlib.sha256(
         json.dumps([VERSION, origin.fingerprint(), settings], sort_keys=True).encode()
@@ -147,13 +159,19 @@ def pack(
     if done is not None:
         return done
 
-    with replacing(out) as part:
-        run = _Run(part, split, 0.0 if origin.splits_itself else val_share, shard_mb, max_bad)
+    with replacing(out, identity) as part:
+        run = Run(
+            part, split, 0.0 if origin.splits_itself else val_share, shard_mb, max_bad, identity
+        )
         try:
-            prepared = _prepared(origin, limits, encoder is None, workers)
-            bar = _bar(prepared, origin.count(), f"packing {src.name}") if progress else prepared
-            for batch in _batches(bar, BATCH if encoder else 1):
+            # A batch is the same after a restart: the journal is written between two of them.
+            rest = islice(origin, run.records, None)
+            ready = prepared(rest, limits, encoder is None, workers, dedupe)
+            if progress:
+                ready = _bar(ready, origin.count(), f"packing {src.name}", run.records)
+            for batch in _batches(ready, BATCH if encoder else 1):
                 run.add(batch, encoder)
+                run.save(encoder)
             run.check_budget(final=True)
         except UserError:
             run.abort(out)
@@ -175,12 +193,14 @@ def pack(
             "identity": identity,
             "settings": settings,
             "quarantined": run.bad,
+            "rejected": dict(run.kinds.most_common(REASONS)),
+            "duplicates": run.duplicates,
             "ignored": origin.ignored,
             "splits": entries,
         }
         if encoder and words:
             words.save(part / VOCABULARY)
-            manifest["left_out"] = sorted(encoder.left_out)
+            manifest["left_out"] = sorted(encoder.left_out | run.left_out)
             manifest["vocabulary"] = {
                 "fingerprint": words.fingerprint,
                 "size": words.size,
@@ -190,168 +210,6 @@ def pack(
             }
         write_manifest(part, manifest)
     return _report(out, manifest, time.monotonic() - started)
-
-
-class Prepared(NamedTuple):
-    """A record whose bytes were read and, for raw shards, proved to be decodable."""
-
-    record: Record
-    raws: dict[str, bytes]
-    kinds: dict[str, str]  # modality -> true extension
-    lengths: dict[str, int]
-    bad: str
-
-
-def _prepare(record: Record, limits: Limits, decode_now: bool) -> Prepared:
-    raws: dict[str, bytes] = {}
-    kinds: dict[str, str] = {}
-    lengths: dict[str, int] = {}
-    try:
-        if record.bad:
-            raise BadSample(record.bad)
-        for modality, read in record.values.items():
-            raws[modality] = read()
-            if decode_now:
-                kinds[modality], lengths[modality] = check(modality, raws[modality], limits)
-    except BadSample as error:
-        return Prepared(record, {}, {}, {}, str(error))
-    return Prepared(record, raws, kinds, lengths, "")
-
-
-def _prepared(
-    source: Iterable[Record], limits: Limits, decode_now: bool, workers: int
-) -> Iterator[Prepared]:
-    """Read and check records in threads, a bounded number ahead, in order."""
-    if workers <= 1:
-        yield from (_prepare(record, limits, decode_now) for record in source)
-        return
-    waiting: deque[Future[Prepared]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for record in source:
-            waiting.append(pool.submit(_prepare, record, limits, decode_now))
-            if len(waiting) >= 8 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-class _Run:
-    """State of one pack: writers by split, keys seen, quarantine."""
-
-    def __init__(
-        self, part: Path, split: str | None, val_share: float, shard_mb: float, max_bad: float
-    ):
-        self.part, self.split, self.val_share, self.shard_mb, self.max_bad = (
-            part,
-            split,
-            val_share,
-            shard_mb,
-            max_bad,
-        )
-        self.writers: dict[str, SplitWriter] = {}
-        self.seen: dict[str, str] = {}  # key -> where
-        self.good = self.bad = 0
-        self._kinds: Counter[str] = Counter()
-        self._first: dict[str, str] = {}
-        self._quarantine = open(part / QUARANTINE, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
-
-    def add(self, batch: list[Prepared], encoder: Encoder | None) -> None:
-        """Write a batch of samples, encoded when there is an encoder."""
-        fine = []
-        for p in batch:
-            reason = p.bad or self._name(p.record)
-            if reason:
-                self._reject(p.record, reason)
-            else:
-                fine.append(p)
-        if encoder is None:
-            for p in fine:
-                self._write(p.record, {p.kinds[m]: data for m, data in p.raws.items()}, p.lengths)
-            return
-        for p, encoded, bad in encoder.encode([Item(p.raws, p) for p in fine]):
-            if bad:
-                self._reject(p.record, bad)
-                continue
-            files = {f"{m}.npy": encode_tokens(code.ids) for m, code in encoded.items()}
-            side = {m: code.side for m, code in encoded.items() if code.side}
-            if side:
-                files["side.json"] = metadata(side)
-            self._write(p.record, files, {m: len(code.ids) for m, code in encoded.items()})
-
-    def _name(self, record: Record) -> str:
-        """Claim the sample's key; returns why it cannot have it."""
-        key = safe_key(record.key)
-        if key in self.seen:
-            return f"duplicate key '{record.key}', first at {self.seen[key]}"
-        split = self.split or record.split
-        if split is not None and not SAFE_SPLIT.fullmatch(SPLITS.get(split.lower(), split)):
-            return f"split '{split}' is no plain lower-case word"
-        self.seen[key] = record.where
-        return ""
-
-    def _write(self, record: Record, files: dict[str, bytes], lengths: dict[str, int]) -> None:
-        key = safe_key(record.key)
-        split = self.split or record.split or "train"
-        split = SPLITS.get(split.lower(), split)
-        if (
-            split == "train"
-            and self.val_share
-            and not self.split
-            and key_of("val", key) < self.val_share * 2**64
-        ):
-            split = "val"
-        if record.meta:
-            files = {**files, "json": metadata(dict(record.meta))}
-        if split not in self.writers:
-            self.writers[split] = SplitWriter(self.part / split, self.shard_mb)
-        self.writers[split].write(key, files, lengths)
-        self.good += 1
-
-    def _reject(self, record: Record, reason: str) -> None:
-        self.bad += 1
-        kind = re.sub(r"'[^']*'|\d+", "*", reason)
-        self._kinds[kind] += 1
-        self._first.setdefault(kind, f"{reason} ({record.where})")
-        self._quarantine.write(
-            json.dumps(
-                {"source": record.where, "key": record.key, "reason": reason}, ensure_ascii=False
-            )
-            + "\n"
-        )
-        self.check_budget(final=False)
-
-    def check_budget(self, final: bool) -> None:
-        """Stop when too much is bad. Raises UserError with the commonest reasons."""
-        total = self.good + self.bad
-        if self.bad > max(1, self.max_bad * total) and (final or total >= EARLY):
-            raise UserError(
-                f"{self.bad} of {total} samples are unreadable, more than --max-bad "
-                f"{self.max_bad:g}: {self.reasons()}"
-            )
-
-    def reasons(self, n: int = 10) -> str:
-        """The commonest reasons, each with its first sample."""
-        return "; ".join(
-            f"{count} x {self._first[kind]}" for kind, count in self._kinds.most_common(n)
-        )
-
-    def abort(self, out: Path) -> None:
-        """Keep the quarantine beside ``out``, where it survives the temporary folder."""
-        for writer in self.writers.values():
-            writer.abort()
-        self._quarantine.close()
-        if self.bad:
-            (self.part / QUARANTINE).replace(out.parent / f"{out.name}.{QUARANTINE}")
-
-    def finish(self) -> dict[str, Any]:
-        self._quarantine.close()
-        if not self.bad:
-            (self.part / QUARANTINE).unlink()
-        order = {"train": 0, "val": 1, "test": 2}
-        return {
-            s: self.writers[s].finish()
-            for s in sorted(self.writers, key=lambda s: (order.get(s, 3), s))
-        }
 
 
 def _already(out: Path, identity: str, overwrite: bool) -> PackReport | None:
@@ -395,6 +253,9 @@ def _report(
         already,
         dict(manifest["ignored"]),
         tuple(manifest.get("left_out", ())),
+        dict(manifest.get("rejected", {})),
+        manifest.get("duplicates", 0),
+        {s: e.get("histograms", {}) for s, e in manifest["splits"].items()},
     )
 
 
@@ -429,7 +290,7 @@ def _batches(items: Iterable[Prepared], size: int) -> Iterator[list[Prepared]]:
         yield batch
 
 
-def _bar(items: Iterable[Prepared], total: int | None, title: str) -> Iterator[Prepared]:
+def _bar(items: Iterable[Prepared], total: int | None, title: str, done: int) -> Iterator[Prepared]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -446,7 +307,7 @@ def _bar(items: Iterable[Prepared], total: int | None, title: str) -> Iterator[P
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bars:
-        row = bars.add_task(title, total=total)
+        row = bars.add_task(title, total=total, completed=done)
         for item in items:
             yield item
             bars.advance(row)

@@ -2,10 +2,10 @@
 
 The order is a pure function of (seed, sample number), each block of (seed, block).
 
-A block takes a fixed number of samples of every source (by weight), in the order of that source's
-own counter-based permutation, transforms each with a generator of its own, and packs the documents
-first-fit into rows. Every rank plans all rows and makes batches of its own ones. N samples, B rows
-of one micro-batch.
+A block takes samples of every source (by weight, see `mm.data.mixing`), in the order of that
+source's own counter-based permutation, transforms each with a generator of its own, and packs the
+documents first-fit into rows. Every rank plans all rows and makes batches of its own ones. N
+samples, B rows of one micro-batch.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import numpy as np
 from pydantic import Field
 
 from mm.config import Config
+from mm.data import mixing
 from mm.data.collate import document_length, to_batch
 from mm.data.order import generator, key_of, permute
+from mm.data.remote import Location, is_url
 from mm.data.shards import ShardSet
 from mm.data.stream import Step, Stream, rank_rows
 from mm.data.transforms.chunk import window
@@ -30,15 +32,18 @@ from mm.registry import STREAMS, TRANSFORMS
 from mm.specs import Segment
 from mm.vocabulary import Vocabulary
 
+Positive = Annotated[float, Field(gt=0)]
+Weight = Positive | dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)]]
+PROBE = 256  # samples of a source that tell its mean tokens after the transforms
+
 
 class PackedSource(Config):
-    """One folder of token shards."""
+    """One folder of token shards, or its URL."""
 
-    path: Path
+    path: Location
     split: str = "train"
-    weight: Annotated[
-        float, Field(gt=0, description="share of the samples, relative to the other sources")
-    ] = 1.0
+    # Relative to the other sources; {samples drawn: weight} is linear between its points:
+    weight: Weight = 1.0
     # Instead of the stage's own:
     transform: tuple[TRANSFORMS.field, ...] | None = None  # type: ignore[valid-type]
 
@@ -71,6 +76,13 @@ class PackedConfig(Config):
         int, Field(gt=0, description="documents of one row; shapes depend on it")
     ] = 32
     block_samples: Annotated[int, Field(gt=0, description="samples packed together")] = 1024
+    weights: Literal["samples", "tokens"] = "samples"  # what the sources' weights are shares of
+    # Wanted shares of the tokens by modality; the sources are then mixed to reach them:
+    modality_tokens: dict[str, Weight] | None = None
+    # full: over the whole source; window: shard after shard, then within a window, so that few
+    # shards are open; default: window where the source is a URL
+    shuffle: Literal["full", "window"] | None = None
+    window_samples: Annotated[int, Field(gt=0, description="of shuffle: window")] = 8192
     # a single-segment document over seq_len becomes several; otherwise it is left out and counted
     cut: bool = False
     # Before the objective's own:
@@ -109,11 +121,20 @@ class PackedConfig(Config):
         return PackedStream(self, vocabulary, transform, seed, rank, world)
 
 
+class Document(NamedTuple):
+    """One document and the number of its source."""
+
+    key: str
+    segments: list[Segment]
+    source: int = 0
+
+
 class Row(NamedTuple):
     """Documents of one row."""
 
     documents: list[list[Segment]]
     keys: list[str]
+    sources: list[int]
     length: int
 
 
@@ -128,7 +149,9 @@ class Block(NamedTuple):
 class PackedStream(Stream):
     """See `PackedConfig`.
 
-    ``stats`` of the last step: padding_share, documents, tokens by modality, filtered, too_long.
+    ``stats`` of the last step: padding_share, documents, tokens by modality, filtered, too_long;
+    and of the run so far: tokens_seen by modality, source_tokens by number of the source, and their
+    token_shares and source_shares.
     """
 
     def __init__(
@@ -158,7 +181,15 @@ class PackedStream(Stream):
             )
             for s in config.sources
         ]
-        self.counts = shares([s.weight for s in config.sources], config.block_samples)
+        weights = [s.weight for s in config.sources]
+        probe = config.weights == "tokens" or bool(config.modality_tokens)
+        self.mix = mixing.plan(
+            weights,
+            config.block_samples,
+            config.weights,
+            config.modality_tokens,
+            [self._mean_tokens(s) for s in range(len(self.sources))] if probe else (),
+        )
         self._blocks: OrderedDict[int, Block] = OrderedDict()
         self._order: dict[tuple[int, int], np.ndarray] = {}
         plan = {
@@ -182,16 +213,27 @@ class PackedStream(Stream):
                 for s in config.sources
             ],
         }
+        if self.mix.counts is None:
+            plan["mix"] = key_of(self.mix.at.tolist(), self.mix.shares.tolist()) % 2**32
+        if any(map(self._windowed, range(len(self.sources)))):
+            plan["window"] = [
+                config.window_samples * self._windowed(s) for s in range(len(self.sources))
+            ]
         super().__init__(plan, config.prefetch)
 
     def start(self) -> dict[str, int]:
         return {"step": 0, "block": 0, "row": 0}
 
     @property
+    def counts(self) -> list[int]:
+        """Samples that the first block takes of each source."""
+        return self.mix.first(1)
+
+    @property
     def epoch(self) -> float:
         """Passes over the source that was seen least, up to the last consumed step's block."""
-        block = self._cursor["block"]
-        return min(block * n / len(s) for s, n in zip(self.sources, self.counts, strict=True))
+        seen = self.mix.first(self._cursor["block"])
+        return min(n / len(s) for s, n in zip(self.sources, seen, strict=True))
 
     def advance(self, cursor: Mapping[str, int]) -> Step:
         block, row = cursor["block"], cursor["row"]
@@ -230,19 +272,34 @@ class PackedStream(Stream):
             )
         used = sum(r.length for r in rows)
         tokens: dict[str, int] = {}
+        by_source = dict.fromkeys(range(len(self.sources)), 0)
         for r in rows:
-            for document in r.documents:
+            for source, document in zip(r.sources, r.documents, strict=True):
                 for s in document:
                     if s.ids is not None:
                         tokens[s.modality] = tokens.get(s.modality, 0) + len(s.ids) + 2
+                        by_source[source] += len(s.ids) + 2
+        # Sums over the run ride in the cursor: a resumed run reports what an unbroken one does.
+        seen = {k: v for k, v in cursor.items() if k.startswith(("tokens/", "source/"))}
+        for name, n in (
+            *((f"tokens/{m}", n) for m, n in tokens.items()),
+            *((f"source/{i}", n) for i, n in by_source.items()),
+        ):
+            seen[name] = seen.get(name, 0) + n
+        tokens_seen = {k[7:]: n for k, n in sorted(seen.items()) if k.startswith("tokens/")}
+        source_seen = {k[7:]: n for k, n in sorted(seen.items()) if k.startswith("source/")}
         stats = {
             "padding_share": 1 - used / (self.config.batch_size * self.config.seq_len),
             "tokens": tokens,
             "documents": sum(len(r.documents) for r in rows),
             "filtered": filtered,
             "too_long": too_long,
+            "tokens_seen": tokens_seen,
+            "source_tokens": source_seen,
+            "token_shares": of_total(tokens_seen),
+            "source_shares": of_total(source_seen),
         }
-        return Step(micros, {"step": cursor["step"] + 1, "block": block, "row": row}, stats)
+        return Step(micros, {"step": cursor["step"] + 1, "block": block, "row": row, **seen}, stats)
 
     def _block(self, number: int) -> Block:
         if number not in self._blocks:
@@ -253,25 +310,21 @@ class PackedStream(Stream):
 
     def _plan(self, block: int) -> Block:
         """Draw, transform and pack one block; depends on the seed and the number alone."""
-        documents: list[tuple[str, list[Segment]]] = []
+        documents: list[Document] = []
         filtered = too_long = 0
-        for s, (shards, n) in enumerate(zip(self.sources, self.counts, strict=True)):
-            transform = self.transforms[s]
-            for count in range(block * n, (block + 1) * n):
+        begin, end = self.mix.first(block), self.mix.first(block + 1)
+        for s, shards in enumerate(self.sources):
+            for count in range(begin[s], end[s]):
                 epoch, place = divmod(count, len(shards))
                 i = int(self._epoch_order(s, epoch)[place])
-                segments: list[Segment] | None = [
-                    Segment(m, ids) for m, ids in shards.tokens(i).items()
-                ]
-                if transform.parts:
-                    segments = transform(segments, generator(self.seed, s, epoch, i))
+                segments = self._segments(s, epoch, i)
                 if not segments:
                     filtered += 1
                 elif document_length(segments) <= self.config.seq_len:
-                    documents.append((shards.key(i), segments))
+                    documents.append(Document(shards.key(i), segments, s))
                 elif self.config.cut and len(segments) == 1:
                     documents += [
-                        (shards.key(i), piece)
+                        Document(shards.key(i), piece, s)
                         for piece in pieces(segments[0], self.config.seq_len - 2)
                     ]
                 else:
@@ -287,24 +340,61 @@ class PackedStream(Stream):
         order = permute(np.arange(len(rows)), len(rows), key_of(self.seed, "rows", block))
         return Block([rows[i] for i in order], filtered, too_long)
 
+    def _segments(self, source: int, epoch: int, i: int) -> list[Segment] | None:
+        """Sample ``i`` after the transforms; None where they filter it out."""
+        segments = [Segment(m, ids) for m, ids in self.sources[source].tokens(i).items()]
+        transform = self.transforms[source]
+        if not transform.parts:
+            return segments
+        return transform(segments, generator(self.seed, source, epoch, i))
+
+    def _mean_tokens(self, source: int) -> dict[str, float]:
+        """Mean tokens of one sample by modality, as they will stand in a row.
+
+        From the index where nothing changes them, else from the first samples of the order.
+        """
+        shards, n = self.sources[source], len(self.sources[source])
+        if not self.transforms[source].parts and self.config.cut:
+            have = {s.modality: shards.lengths(s.modality) for s in shards.specs}
+            return {m: float((v + 2).sum(where=v >= 0)) / n for m, v in have.items()}
+        total: dict[str, float] = {}
+        picked = permute(np.arange(min(n, PROBE)), n, key_of("probe", source))
+        for i in picked:
+            segments = self._segments(source, 0, int(i)) or []
+            if document_length(segments) > self.config.seq_len and not (
+                self.config.cut and len(segments) == 1
+            ):
+                continue
+            for s in segments:
+                if s.ids is not None:
+                    total[s.modality] = total.get(s.modality, 0.0) + len(s.ids) + 2
+        return {m: t / len(picked) for m, t in total.items()}
+
+    def _windowed(self, source: int) -> bool:
+        mode = self.config.shuffle
+        return mode == "window" or (mode is None and is_url(self.config.sources[source].path))
+
     def _epoch_order(self, source: int, epoch: int) -> np.ndarray:
         key = (source, epoch)
         if key not in self._order:
             n = len(self.sources[source])
             for old in [k for k in self._order if k[0] == source and k[1] < epoch - 1]:
                 del self._order[old]
-            self._order[key] = permute(np.arange(n), n, key_of(self.seed, "source", source, epoch))
+            own = key_of(self.seed, "source", source, epoch)
+            self._order[key] = (
+                mixing.window_order(
+                    self.sources[source].shard_of(), self.config.window_samples, own, permute
+                )
+                if self._windowed(source)
+                else permute(np.arange(n), n, own)
+            )
         return self._order[key]
 
 
-def shares(weights: Sequence[float], total: int) -> list[int]:
-    """Split ``total`` by weight, by largest remainder, at least one each."""
-    exact = [w / sum(weights) * total for w in weights]
-    out = [max(1, int(x)) for x in exact]
-    for i in sorted(range(len(exact)), key=lambda i: exact[i] - int(exact[i]), reverse=True):
-        if sum(out) < total:
-            out[i] += 1
-    return out
+def of_total(counts: Mapping[str, int]) -> dict[str, float]:
+    """Counts as shares of their sum."""
+    total = max(1, sum(counts.values()))
+    return {name: n / total for name, n in counts.items()}
 
 
 def pieces(s: Segment, tokens: int) -> list[list[Segment]]:
@@ -318,22 +408,21 @@ def pieces(s: Segment, tokens: int) -> list[list[Segment]]:
     ]
 
 
-def first_fit(
-    documents: Sequence[tuple[str, list[Segment]]], seq_len: int, max_documents: int
-) -> list[Row]:
+def first_fit(documents: Sequence[Document], seq_len: int, max_documents: int) -> list[Row]:
     """Put each document into the first row that has room for it, opening rows as needed."""
     free = np.zeros(max(1, len(documents)), np.int64)
     rows: list[Row] = []
-    for key, segments in documents:
+    for key, segments, source in documents:
         n = document_length(segments)
         at = int(np.argmax(free[: len(rows)] >= n)) if rows else 0
         if not rows or free[at] < n:
             at = len(rows)
             free[at] = seq_len
-            rows.append(Row([], [], 0))
+            rows.append(Row([], [], [], 0))
         row = rows[at]
         row.documents.append(segments)
         row.keys.append(key)
+        row.sources.append(source)
         rows[at] = row._replace(length=row.length + n)
         free[at] = 0 if len(row.documents) >= max_documents else free[at] - n
     return rows

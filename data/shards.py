@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from mm.data import decode, index
 from mm.data.decode import NATIVE, BadSample
 from mm.data.index import Index
+from mm.data.remote import cache_folder, cached, is_url, join, read_small
 from mm.errors import UserError, did_you_mean
 from mm.specs import Encoded, Sample, TokenSpec
 from mm.vocabulary import Vocabulary
@@ -33,6 +35,8 @@ def read_manifest(root: str | Path) -> dict[str, Any]:
 
     Raises UserError with the mending command when there is none or it is no manifest.
     """
+    if is_url(root):
+        return _parse(join(str(root), MANIFEST), read_small(join(str(root), MANIFEST)))
     root = Path(root)
     path = root / MANIFEST
     if not path.is_file():
@@ -45,8 +49,12 @@ def read_manifest(root: str | Path) -> dict[str, Any]:
             f"{root}: no {MANIFEST}{foreign}; pack it with: mm data pack {root} --out "
             f"{root.name}-packed"
         )
+    return _parse(path, path.read_bytes())
+
+
+def _parse(path: str | Path, data: bytes) -> dict[str, Any]:
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(data.decode("utf-8"))
         if manifest["format"] != FORMAT or manifest["version"] > VERSION:
             raise ValueError(f"format {manifest['format']} {manifest['version']}")
         return manifest
@@ -57,15 +65,21 @@ def read_manifest(root: str | Path) -> dict[str, Any]:
 
 
 class ShardSet:
-    """Random access to one split. Small sets are held in memory, larger ones are memory-mapped."""
+    """Random access to one split. Small sets are held in memory, larger ones are memory-mapped.
 
-    def __init__(self, root: Path, split: str, manifest: dict[str, Any], cache_mb: float):
-        self.root, self.split, self.manifest = root, split, manifest
+    Shards behind a URL are fetched when they are first read.
+    """
+
+    def __init__(self, root: Path, split: str, manifest: dict[str, Any], cache_mb: float, url: str):
+        self.root, self.split, self.manifest, self.url = root, split, manifest, url
         entry = manifest["splits"][split]
+        self._entry = entry
         self.paths = [root / split / shard["name"] for shard in entry["shards"]]
         total = 0
         for path, shard in zip(self.paths, entry["shards"], strict=True):
             have = path.stat().st_size if path.is_file() else None
+            if url:
+                have = shard["bytes"]
             if have != shard["bytes"]:
                 what = (
                     "is missing"
@@ -89,34 +103,33 @@ class ShardSet:
         self.tokenized: bool = manifest["kind"] == "tokens"
         self.vocabulary: Vocabulary | None = None
         if self.tokenized:
-            self.vocabulary = Vocabulary.load(root / VOCABULARY)
+            self.vocabulary = Vocabulary.load(self._small(VOCABULARY))
             if self.vocabulary.fingerprint != manifest["vocabulary"]["fingerprint"]:
                 raise UserError(
                     f"{root / VOCABULARY}: is not the vocabulary these shards were made with; "
                     "restore it or pack again"
                 )
-        self._columns = {str(kind): self._column(k) for k, kind in enumerate(self.index.kinds)}
-        self._raw = {
-            m: [(k, c) for k, c in self._columns.items() if decode.EXTENSIONS.get(k) == m]
-            for m in NATIVE
-        }
+        self._kinds = [str(kind) for kind in self.index.kinds]
+        self._raw = {m: [k for k in self._kinds if decode.EXTENSIONS.get(k) == m] for m in NATIVE}
 
     @classmethod
     def open(cls, root: str | Path, split: str = "train", cache_mb: float = 512) -> ShardSet:
         """Open one split.
 
         Args:
-            root: folder with manifest.json.
+            root: folder with manifest.json, or its URL.
             split: "train", "val", "test" or another that the manifest names.
             cache_mb: a split up to this size is read into memory once; a larger one is mapped.
         Raises:
             UserError: no manifest, no such split, a shard that is missing or has another size.
         """
-        root = Path(root)
         manifest = read_manifest(root)
         if split not in manifest["splits"]:
             raise UserError(f"{root}: no split '{split}'{did_you_mean(split, manifest['splits'])}")
-        return cls(root, split, manifest, cache_mb)
+        if not is_url(root):
+            return cls(Path(root), split, manifest, cache_mb, "")
+        own = hashlib.sha256(str(root).encode()).hexdigest()[:16]
+        return cls(cache_folder() / "sets" / own, split, manifest, cache_mb, str(root))
 
     def __len__(self) -> int:
         return len(self.index)
@@ -169,9 +182,10 @@ class ShardSet:
 
     def raw(self, i: int, modality: str) -> tuple[str, bytes] | None:
         """(extension, undecoded bytes) of one modality of sample i, or None where it is absent."""
-        for kind, column in self._raw.get(modality, ()):
-            if column[i] >= 0:
-                return kind, bytes(self._member(column[i]))
+        found = self._members(i)
+        for kind in self._raw.get(modality, ()):
+            if kind in found:
+                return kind, bytes(self._member(found[kind]))
         return None
 
     def meta(self, i: int) -> dict[str, Any]:
@@ -180,10 +194,10 @@ class ShardSet:
 
     def tokens(self, i: int) -> dict[str, np.ndarray]:
         """Codes of sample i by modality, in vocabulary order: (L,) int32 views, ids from 0."""
-        out = {}
+        out, found = {}, self._members(i)
         for spec in self.specs:
-            column = self._columns.get(f"{spec.modality}.npy")
-            if column is not None and (e := column[i]) >= 0:
+            e = found.get(f"{spec.modality}.npy")
+            if e is not None:
                 n = int(self.index.lengths[spec.modality][i])
                 data = self._member(e)
                 out[spec.modality] = data[len(data) - 4 * n :].view("<i4")
@@ -206,6 +220,10 @@ class ShardSet:
             for modality, ids in self.tokens(i).items()
         }
 
+    def shard_of(self) -> np.ndarray:
+        """Number of the shard that each sample stands in: (N,) int32, ascending."""
+        return np.asarray(self.index.shard[np.asarray(self.index.start[:-1])])
+
     def close(self) -> None:
         """Drop buffers and maps."""
         self._buffers = [None] * len(self.paths)
@@ -213,18 +231,39 @@ class ShardSet:
     # ---- inside ----
 
     def _load_index(self, entry: Mapping[str, Any]) -> Index:
+        if self.url:
+            where = join(self.url, self.split, entry["index"]["name"])
+            return Index.load(cached(where, entry["index"]["sha256"], entry["index"].get("bytes")))
         path = self.root / self.split / entry["index"]["name"]
         if path.is_file() and index.sha256(path) == entry["index"]["sha256"]:
             return Index.load(path)
         log.warning("%s is missing or damaged: reading all shards of '%s' again", path, self.split)
         return index.build(self.paths)
 
-    def _column(self, kind: int) -> np.ndarray:
-        """Member number of that kind in each sample, -1 where it has none. (N,) int64."""
-        column = np.full(len(self.index), -1, np.int64)
-        here = np.flatnonzero(self.index.kind == kind)
-        column[np.searchsorted(self.index.start, here, side="right") - 1] = here
-        return column
+    def _members(self, i: int) -> dict[str, int]:
+        """Kind -> member number of sample i."""
+        first, stop = int(self.index.start[i]), int(self.index.start[i + 1])
+        return {
+            self._kinds[k]: first + n for n, k in enumerate(self.index.kind[first:stop].tolist())
+        }
+
+    def _small(self, *parts: str) -> Path:
+        """Path of a file that is no shard; fetched where the set is behind a URL."""
+        path = self.root.joinpath(*parts)
+        if self.url:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f"{path.name}.part-{os.getpid()}")
+            part.write_bytes(read_small(join(self.url, *parts)))
+            part.replace(path)
+        return path
+
+    def _path(self, shard: int) -> Path:
+        """Local path of a shard; fetched where the set is behind a URL."""
+        if not self.url:
+            return self.paths[shard]
+        entry = self._entry["shards"][shard]
+        url = join(self.url, self.split, entry["name"])
+        return cached(url, entry["sha256"], entry["bytes"])
 
     def _number(self, i: int) -> int:
         if not -len(self) <= i < len(self):
@@ -240,17 +279,13 @@ class ShardSet:
                 if self._in_memory
                 else lambda path, dtype: np.memmap(path, dtype, mode="r")
             )
-            buffer = self._buffers[s] = read(self.paths[s], np.uint8)
+            buffer = self._buffers[s] = read(self._path(s), np.uint8)
         at = int(self.index.offset[e])
         return buffer[at : at + int(self.index.size[e])]
 
     def _json(self, i: int, kind: str) -> dict[str, Any]:
-        column = self._columns.get(kind)
-        return (
-            json.loads(bytes(self._member(column[i])))
-            if column is not None and column[i] >= 0
-            else {}
-        )
+        e = self._members(i).get(kind)
+        return {} if e is None else json.loads(bytes(self._member(e)))
 
     def _where(self, i: int) -> str:
         shard = self.paths[self.index.shard[self.index.start[i]]].name

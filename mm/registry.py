@@ -250,11 +250,19 @@ SOURCES = Registry(
         "jsonl": "mm.data.sources.jsonl",
         "csv": "mm.data.sources.table",
         "parquet": "mm.data.sources.table",
+        "hf": "mm.data.sources.hf",
         "shards": "mm.data.sources.shards",
         "text": "mm.data.sources.text",
     },
 )
-STREAMS = Registry("data", {"packed": "mm.data.packed", "items": "mm.data.items"})
+STREAMS = Registry(
+    "data",
+    {
+        "packed": "mm.data.packed",
+        "bucketed": "mm.data.bucketed",
+        "items": "mm.data.items",
+    },
+)
 TRANSFORMS = Registry(
     "transform",
     {

@@ -19,6 +19,7 @@ from data_toys import token_shards
 
 from mm.batch import Batch
 from mm.config import Config
+from mm.data.bucketed import BucketedConfig
 from mm.data.collate import document_tokens, to_batch
 from mm.data.items import ItemsConfig
 from mm.data.packed import PackedConfig
@@ -34,6 +35,7 @@ TASKS = {
     "condition_dropout": 0.3,
     "tasks": {"image>text": 1, "text>image": 1, "audio>text": 1, "image+text>audio": 1, "text": 1},
 }
+DROP = {"kind": "any_to_any", "tasks": {"audio>text": 1, "text": 1}, "condition_dropout": 0.5}
 CASES: dict[str, Callable[[Path], Config]] = {
     "packed": lambda d: PackedConfig(
         sources=[
@@ -62,6 +64,22 @@ CASES: dict[str, Callable[[Path], Config]] = {
         max_documents=4,
         block_samples=8,
         cut=True,
+    ),
+    "packed-mixed": lambda d: PackedConfig(
+        sources=[
+            {"path": d / "tokens", "weight": {0: 1, 200: 4}},
+            {"path": d / "tokens", "transform": [{"kind": "chunk", "tokens": 5}]},
+        ],
+        seq_len=48,
+        batch_size=4,
+        max_documents=4,
+        block_samples=16,
+        weights="tokens",
+        shuffle="window",
+        window_samples=8,
+    ),
+    "bucketed": lambda d: BucketedConfig(
+        source={"path": d / "tokens"}, buckets=(2, 3), batch_size=4, tokens=400, transform=[DROP]
     ),
     "items": lambda d: ItemsConfig(
         path=d / "shards",

@@ -12,9 +12,10 @@ import torch
 from data_toys import ToyTokenizer, folder, token_shards
 
 from mm.data.items import Augment, ItemsConfig, affine, fit_image, loudness
+from mm.data.mixing import shares
 from mm.data.order import generator, permute, uniform
 from mm.data.pack import pack
-from mm.data.packed import PackedConfig, first_fit, shares
+from mm.data.packed import Document, PackedConfig, first_fit
 from mm.data.shards import ShardSet
 from mm.data.stream import Step, Stream
 from mm.data.transforms.any_to_any import AnyToAnyConfig, parse_task
@@ -117,7 +118,7 @@ def test_chain_of_configs_and_objects() -> None:
 
 
 def test_first_fit() -> None:
-    document = lambda n: (f"d{n}", [Segment("text", np.zeros(n - 2))])
+    document = lambda n: Document(f"d{n}", [Segment("text", np.zeros(n - 2))])
     rows = first_fit([document(n) for n in (6, 5, 4, 3, 2, 2)], 10, 3)
     assert [r.keys for r in rows] == [["d6", "d4"], ["d5", "d3", "d2"], ["d2"]]
     assert [r.length for r in rows] == [10, 10, 2]

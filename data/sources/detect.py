@@ -10,6 +10,7 @@ from mm.config import validate
 from mm.data.decode import EXTENSIONS
 from mm.data.shards import MANIFEST
 from mm.data.sources.base import Source
+from mm.data.sources.hf import is_saved
 from mm.errors import UserError
 from mm.registry import SOURCES
 
@@ -38,7 +39,9 @@ def open_source(
                 src / f"{name}{suffix}" for name in ("manifest", "metadata") for suffix in TABLES
             ]
             table = next((m for m in manifests if m.is_file()), None)
-            if (src / MANIFEST).is_file() or _only_tars(src):
+            if is_saved(src):
+                kind = "hf"
+            elif (src / MANIFEST).is_file() or _only_tars(src):
                 kind = "shards"
             elif table is not None:
                 kind, path = TABLES[table.suffix], table

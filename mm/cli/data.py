@@ -34,8 +34,8 @@ def pairs(option: str, words: Iterable[str] | None) -> dict[str, str] | None:
 @app.command(
     help="Pack SRC into checked shards in DIR.\n\nSRC is a folder or tar of files paired by stem "
     "(a.png, a.wav, a.txt), a JSONL, CSV, "
-    "TSV or Parquet manifest, one text file, or packed shards. With --tokenizers the shards "
-    "hold tokens. Unreadable samples "
+    "TSV or Parquet manifest, a Hugging Face dataset on disk, one text file, or packed shards. "
+    "With --tokenizers the shards hold tokens. Unreadable samples "
     "go to quarantine.jsonl and are counted."
 )
 def pack(
@@ -56,7 +56,7 @@ def pack(
         str | None,
         typer.Option(
             metavar="KIND",
-            help="folder, jsonl, csv, parquet, text or shards, where SRC's name does not tell.",
+            help="folder, jsonl, csv, parquet, hf, text or shards, where SRC's name does not tell.",
         ),
     ] = None,
     column: Annotated[
@@ -105,6 +105,13 @@ def pack(
         bool, typer.Option("--overwrite", help="Replace a pack of other content.")
     ] = False,
     license: Annotated[str, typer.Option(metavar="TEXT", help="Goes into the manifest.")] = "",
+    dedupe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="sample|MODALITY",
+            help="Leave out samples whose content (or that modality) came before.",
+        ),
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Threads that check files.")] = 4,
     json: JsonFile = None,
 ) -> None:
@@ -129,6 +136,7 @@ def pack(
         incomplete=incomplete,
         document_bytes=document_bytes,
         license=license,
+        dedupe=dedupe,
         workers=workers,
         progress=is_main(),
     )
@@ -139,7 +147,7 @@ def pack(
         {
             name: value
             for name, value in values.items()
-            if value not in ({}, [], False) and name != "already"
+            if value not in ({}, [], False) and name not in ("already", "histograms")
         },
     )
     if report.quarantined:
