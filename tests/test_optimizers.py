@@ -24,6 +24,7 @@ from mm.trainer.trainer import INTERRUPTED, train
 
 KINDS = sorted(OPTIMIZERS)
 STAGES = [0, 1, 2, 3]
+SOME = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
 RATES = {"lion": 2e-3, "sgd_sai": 5e-3}
 
 
@@ -48,7 +49,7 @@ def saved(run: Run, step: int, kind: str) -> dict[str, torch.Tensor]:
     return toys.load_file(str(run.folder / f"checkpoints/step_{step:06d}/{kind}.safetensors"))
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", SOME)
 @pytest.mark.parametrize("kind", KINDS)
 def test_law_resume_is_bitwise(tmp_path: Path, kind: str, stage: int) -> None:
     """Train 10 = train 5, stop, train 5: losses, weights, every state, EMA and exported model."""
@@ -73,12 +74,9 @@ def test_law_resume_is_bitwise(tmp_path: Path, kind: str, stage: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_law_stages_are_equal_and_another_stage_goes_on(tmp_path: Path, kind: str) -> None:
-    """Losses of stages 0-3 agree, and a run that changes its stage at step 3 agrees too."""
-    runs = [optimizer_run(tmp_path, f"s{s}", kind, steps=6, stage=s) for s in STAGES]
-    for run in runs:
-        train(run)
-    for other in runs[1:]:
-        assert losses(other) == pytest.approx(losses(runs[0]), rel=5e-6)
+    """Runs that change their ZeRO stage at step 3 have the losses of one that stays at stage 0."""
+    whole = optimizer_run(tmp_path, "whole", kind, steps=6, stage=0)
+    train(whole)
     for first, then in ((0, 2), (3, 0), (1, 3)):
         name = f"from{first}"
         half = optimizer_run(tmp_path, name, kind, steps=6, stage=first, data={"signal_at": 2})
@@ -86,7 +84,7 @@ def test_law_stages_are_equal_and_another_stage_goes_on(tmp_path: Path, kind: st
             train(half)
         on = optimizer_run(tmp_path, name, kind, steps=6, stage=then)
         assert train(on)["resumed_from"] == 3
-        assert losses(on) == pytest.approx(losses(runs[0]), rel=5e-6), (first, then)
+        assert losses(on) == pytest.approx(losses(whole), rel=5e-6), (first, then)
 
 
 @pytest.mark.slow
@@ -342,7 +340,7 @@ def test_schedules_are_pure_functions_of_the_step() -> None:
         assert falls == sorted(falls, reverse=True) and falls[-1] == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", SOME)
 def test_a_network_that_follows_another(tmp_path: Path, stage: int) -> None:
     """mode "ema": the same losses at every stage; saved and resumed; the average it says it is."""
     change: dict[str, Any] = {"stage": stage, "objective": "toy_teacher", "steps": 4}
