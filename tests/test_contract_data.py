@@ -79,7 +79,7 @@ CASES: dict[str, Callable[[Path], Config]] = {
         window_samples=8,
     ),
     "bucketed": lambda d: BucketedConfig(
-        source={"path": d / "tokens"}, buckets=(2, 3), batch_size=4, tokens=400, transform=[DROP]
+        source={"path": d / "tokens"}, buckets=(2, 3), batch_size=4, tokens=800, transform=[DROP]
     ),
     "items": lambda d: ItemsConfig(
         path=d / "shards",
