@@ -164,6 +164,7 @@ MIXERS = Registry(
         "rwkv6": "mm.model.mixers.rwkv6",
         "aaren": "mm.model.mixers.aaren",
         "hippo": "mm.model.mixers.hippo",
+        "hippo_rnn": "mm.model.mixers.hippo_rnn",
         "s4d": "mm.model.mixers.s4d",
         "s5": "mm.model.mixers.s5",
         "gru": "mm.model.mixers.gru",

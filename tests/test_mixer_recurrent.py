@@ -23,6 +23,7 @@ from mm.model.mixers.mlstm import MLSTM, MLSTMConfig
 from mm.model.mixers.scrn import SCRN, SCRNConfig
 from mm.model.mixers.slstm import SLSTM, SLSTMConfig
 from mm.model.mixers.unitary import Unitary, UnitaryConfig
+from mm.registry import MIXERS
 
 LENGTHS = (1, 3, 63, 64, 65, 130)
 TOL = {"rtol": 1e-9, "atol": 1e-10}
@@ -258,3 +259,31 @@ def test_a_reservoir_is_untrained_and_fades(residual: str) -> None:
     other = torch.cat((x[:1] + 5, x[1:]))
     gap = (alone(layer, x) - alone(layer, other)).abs().amax(-1)
     assert gap[0] > 1e-2 and gap[-1] < 1e-3 * gap[0]
+
+
+# ---- HiPPO-RNN ----
+
+
+def test_the_memory_of_a_hippo_rnn_is_the_legendre_projection_of_its_signal() -> None:
+    torch.manual_seed(3)
+    layer = MIXERS.get("hippo_rnn")(width=5, states=6).build(D)
+    init_weights(layer)
+    layer.double()
+    T = 400
+    time = torch.linspace(0, 6, T, dtype=torch.float64)
+    x = (time[:, None] + torch.arange(D)).sin()[None]
+    with torch.no_grad():
+        y, states = layer.states(x, torch.zeros(1, layer.size, dtype=torch.float64))
+        f = y[0] @ layer.signal + layer.signal_bias
+    # sqrt(2n + 1) times the integral over the past, in units of its length, of f P_n.
+    for t in (100, 400):
+        place = (2 * torch.arange(t, dtype=torch.float64) + 1) / t - 1
+        direct = torch.stack(
+            [
+                (2 * n + 1) ** 0.5 * (f[:t] * torch.special.legendre_polynomial_p(place, n)).mean()
+                for n in range(6)
+            ]
+        )
+        kept = states[0, t - 1, 5:11]
+        assert (kept - direct).abs().max() < 0.02 < direct.abs().max()
+        assert states[0, t - 1, -1] == t

@@ -30,8 +30,8 @@ class PEG(BothWays):
     What a border looks like tells cells where they are, so a grid may be larger than any in
     training. As the second mixer of an encoder it takes the place of absolute positions.
 
-    Source: Chu et al. 2021, Conditional positional encodings (arXiv:2102.10882), section 3.3 (PEG); a
-    line for what is no grid is a choice of this file (there, the class token passes by).
+    Source: Chu et al. 2021, Conditional positional encodings (arXiv:2102.10882), section 3.3 (PEG);
+    a line for what is no grid is a choice of this file (there, the class token passes by).
     """
 
     kind = "peg"
