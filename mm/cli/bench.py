@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from mm.cli.bench_mup import mup
 from mm.cli.common import JsonFile, console, is_main, number, table, write_json
 from mm.errors import UserError, did_you_mean
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from mm.bench.mixers import Row
 
 app = typer.Typer(no_args_is_help=True, help="Measure parts of the project on this machine.")
+
+
+app.command()(mup)
 
 
 @app.callback()
