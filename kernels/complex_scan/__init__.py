@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mm.kernels import compiler, device
 from mm.kernels.fused import fused
+from mm.kernels.linear_scan import run
 from mm.kernels.op import Op
 
 _SOURCE = Path(__file__).with_name("scan.cpp")
@@ -87,24 +88,5 @@ _OPS = fused(
 )
 
 
-def _run(
-    way: str,
-    a: Tensor,
-    b_BTD: Tensor,
-    reset_BT: Tensor | None = None,
-    initial_BD: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(b_BTD.dtype, torch.float32)
-    B, T, D = b_BTD.shape
-    if T == 0:
-        zero = b_BTD.new_zeros(B, D, dtype=wide)
-        return b_BTD.to(wide), zero if initial_BD is None else initial_BD.to(wide)
-    initial = initial_BD.to(wide).contiguous() if initial_BD is not None else None
-    reset = reset_BT.contiguous() if reset_BT is not None else None
-    decay, b = (x.to(wide) if way == "cpp" else x for x in (a, b_BTD))
-    h = _OPS[way](decay.contiguous(), b.contiguous(), reset, initial)
-    return h, h[:, -1]
-
-
-complex_scan.register("cpp", partial(compiler.why_not, _SOURCE))(partial(_run, "cpp"))
-complex_scan.register("triton", device.why_not)(partial(_run, "triton"))
+complex_scan.register("cpp", partial(compiler.why_not, _SOURCE))(partial(run, _OPS, "cpp"))
+complex_scan.register("triton", device.why_not)(partial(run, _OPS, "triton"))

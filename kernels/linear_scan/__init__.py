@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -76,13 +77,15 @@ _OPS = fused(
 )
 
 
-def _run(
+def run(
+    ops: dict[str, Callable],
     way: str,
-    a_BTD: Tensor,
+    a: Tensor,
     b_BTD: Tensor,
     reset_BT: Tensor | None = None,
     initial_BD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """Call a fused scan, real or complex, as its kernels ask: wide, contiguous, T above 0."""
     wide = torch.promote_types(b_BTD.dtype, torch.float32)
     B, T, D = b_BTD.shape
     if T == 0:
@@ -90,10 +93,10 @@ def _run(
         return b_BTD.to(wide), zero if initial_BD is None else initial_BD.to(wide)
     initial = initial_BD.to(wide).contiguous() if initial_BD is not None else None
     reset = reset_BT.contiguous() if reset_BT is not None else None
-    a, b = (x.to(wide) if way == "cpp" else x for x in (a_BTD, b_BTD))
-    h = _OPS[way](a.contiguous(), b.contiguous(), reset, initial)
+    a, b = (x.to(wide) if way == "cpp" else x for x in (a, b_BTD))
+    h = ops[way](a.contiguous(), b.contiguous(), reset, initial)
     return h, h[:, -1]
 
 
-linear_scan.register("cpp", partial(compiler.why_not, _SOURCE))(partial(_run, "cpp"))
-linear_scan.register("triton", device.why_not)(partial(_run, "triton"))
+linear_scan.register("cpp", partial(compiler.why_not, _SOURCE))(partial(run, _OPS, "cpp"))
+linear_scan.register("triton", device.why_not)(partial(run, _OPS, "triton"))
