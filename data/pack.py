@@ -80,7 +80,7 @@ def pack(
     license: str = "",
     limits: Limits | None = None,
     dedupe: str | None = None,
-    workers: int = 4,
+    workers: int = 1,
     progress: bool = True,
 ) -> PackReport:
     """Pack ``src`` into the folder ``out``.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +17,7 @@ from mm.cli.common import (
     is_main,
     number,
     overrides,
+    plain,
     run_config,
     table,
     write_json,
@@ -39,7 +39,7 @@ BESIDE = {
 @app.command(
     name="eval",
     help="Run the tasks that the config of RUN names, and print every figure beside its chance "
-    "level.",
+    "level.\n\nUnder torchrun the processes share the tasks; the figures stay the same.",
     context_settings=PASS_OVERRIDES,
 )
 def evaluate(
@@ -61,23 +61,37 @@ def evaluate(
             f"eval {run} --data SHARDS"
         )
     from mm.decoders.generate import Generator
+    from mm.tasks.run import measure
 
+    if split:
+        tasks = [
+            t.model_copy(update={"split": split}) if "split" in type(t).model_fields else t
+            for t in tasks
+        ]
     generator = Generator.from_pretrained(run)
+    found: dict[int, dict[str, Any]] = {}
+    each = measure(tasks, lambda task: plain(task.build().evaluate(generator, seed=seed)))
+    for n, one in track(
+        each,
+        description="evaluating",
+        total=len(tasks),
+        console=console(),
+        disable=not is_main(),
+    ):
+        found[n] = one
+    if not is_main():
+        return
     rows: list[dict[str, Any]] = []
     raw: list[dict[str, Any]] = []
     seconds: dict[str, float] = {}
     sampling: dict[str, Any] = {}
-    for task in track(tasks, description="evaluating", console=console(), disable=not is_main()):
-        if split and "split" in type(task).model_fields:
-            task = task.model_copy(update={"split": split})
-        start = time.monotonic()
-        found = task.build().evaluate(generator, seed=seed)
-        taken = round(time.monotonic() - start, 2)
-        raw.append({"task": task.to_dict(), "figures": found, "seconds": taken})
+    for n, task in enumerate(tasks):
+        figures, taken = found[n]["figures"], found[n]["seconds"]
+        raw.append({"task": task.to_dict(), "figures": figures, "seconds": taken})
         sampling |= {
-            k.removesuffix("_settings"): v for k, v in found.items() if k.endswith("_settings")
+            k.removesuffix("_settings"): v for k, v in figures.items() if k.endswith("_settings")
         }
-        mine = figure_rows(found)
+        mine = figure_rows(figures)
         rows += mine
         seconds[mine[0]["name"] if mine else task.to_dict()["kind"]] = taken
     figure_table(f"{run}: {split or 'held-out'} split", rows)

@@ -15,10 +15,22 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from mm.errors import UserError
+from mm.launch.environment import cores
 
 DEFAULT_OUT = Path("runs/quickstart")
+
+# Several command lines in one process: each start of torch takes seconds.
+LANE = """
+import json, shlex, sys
+from mm.cli.main import run
+for words in json.loads(sys.argv[1]):
+    print("$", shlex.join(["mm", *words]), flush=True)
+    if code := run(words):
+        sys.exit(code)
+"""
 
 
 class Steps:
@@ -57,7 +69,7 @@ class Steps:
         self.record(command, time.monotonic() - start)
 
     def launch(self, processes: int, *words: str | Path) -> None:
-        """Run ``mm WORDS`` in several processes that train together (gloo), or here when there is
+        """Run ``mm WORDS`` in several processes that work together (gloo), or here when there is
         one core.
 
         Raises:
@@ -65,53 +77,56 @@ class Steps:
         """
         if processes == 1:
             return self.run(*words)
-        arguments = [
-            "--standalone",
-            "--nproc_per_node",
-            str(processes),
-            "-m",
-            "mm",
-            *map(str, words),
-        ]
+        from torch.distributed import run as torchrun  # here: another start of torch takes seconds
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+        arguments = ["--standalone", f"--nproc_per_node={processes}", "-m", "mm"]
+        arguments += map(str, words)
         command = shlex.join(["torchrun", *arguments])
         self.echo(command)
         start = time.monotonic()
         # One thread each: at this size two processes are 1.3 times as fast as two threads
         # (docs/lab-notes.md).
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        code = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", *arguments], env=environment
-        ).returncode
-        if code != 0:
+        before = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"
+        try:
+            torchrun.main(arguments)
+        except ChildFailedError as error:
+            code = error.get_first_failure()[1].exitcode
             raise UserError(
                 f"quickstart stopped at: {command} (exit code {code}); mend it and run mm "
                 "quickstart again"
-            )
+            ) from error
+        finally:
+            del os.environ["OMP_NUM_THREADS"]
+            if before is not None:
+                os.environ["OMP_NUM_THREADS"] = before
         self.record(command, time.monotonic() - start)
 
-    def together(self, commands: list[tuple[list[str], Path, int]]) -> None:
+    def together(self, lanes: list[tuple[list[list[str]], Path, int]]) -> None:
         """Run independent trainings side by side, one process and an equal share of the cores each.
 
         Args:
-            commands: words after ``mm``, run folder (its metrics.jsonl drives the bar), number of
-                steps.
+            lanes: commands one after the other (words after ``mm``), run folder of the first one
+                (its metrics.jsonl drives the bar), its number of steps.
         Raises:
             UserError: one failed; its last lines are in the message.
         """
-        threads = str(max(1, _cores() // len(commands)))
+        threads = str(max(1, cores() // len(lanes)))
         environment = os.environ | {"OMP_NUM_THREADS": threads}
         running = []
-        for words, folder, steps in commands:
-            command = shlex.join(["mm", *words])
-            self.echo(command)
+        for commands, folder, steps in lanes:
+            lines = [shlex.join(["mm", *words]) for words in commands]
+            for line in lines:
+                self.echo(line)
             log = (self.out / f"{folder.name}.log").open("wb")
             process = subprocess.Popen(
-                [sys.executable, "-m", "mm", *words],
+                [sys.executable, "-c", LANE, json.dumps(commands)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
             )
-            running.append((process, log, command, folder, steps, time.monotonic()))
+            running.append((process, log, " && ".join(lines), folder, steps, time.monotonic()))
         columns = (
             TextColumn("{task.description:>8}"),
             BarColumn(),
@@ -123,7 +138,7 @@ class Steps:
                 rows = {r[3]: bars.add_task(r[3].name, total=r[4]) for r in running}
                 waiting = list(running)
                 while waiting:
-                    time.sleep(0.5)
+                    time.sleep(0.1)
                     for one in list(waiting):
                         process, log, command, folder, steps, start = one
                         bars.update(rows[folder], completed=_last_step(folder / "metrics.jsonl"))
@@ -131,24 +146,21 @@ class Steps:
                             continue
                         waiting.remove(one)
                         log.close()
+                        said = Path(log.name).read_text(errors="replace").splitlines()
                         if process.returncode != 0:
-                            tail = " | ".join(
-                                Path(log.name).read_text(errors="replace").splitlines()[-3:]
-                            )
                             raise UserError(
-                                f"quickstart stopped at: {command}: {tail} (all of it: {log.name})"
+                                f"quickstart stopped at: {command}: {' | '.join(said[-3:])} (all "
+                                f"of it: {log.name})"
                             )
                         self.record(command, time.monotonic() - start)
+                        begins = [n for n, line in enumerate(said) if line.startswith("$ mm ")]
+                        self.console.print(Text("\n".join(said[begins[-1] :])))
         finally:
             for process, log, *_ in running:
                 if process.poll() is None:
                     process.terminate()
                     process.wait()
                 log.close()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _last_step(file: Path) -> int:
@@ -218,30 +230,16 @@ def quickstart(
         "--out",
         tokenizers / "text",
     )
-    side_by_side = []
+    lanes = []
     for modality in ("image", "audio"):
-        file = f"configs/quickstart/{modality}.yaml"
+        file, folder = f"configs/quickstart/{modality}.yaml", tokenizers / modality
         budget = configs.read(file)["stages"][0]["budget"]["steps"]
         n = max(2, round(budget * scale))
-        words = [
-            "tokenizer",
-            "train",
-            file,
-            "--data",
-            str(data / "digits"),
-            "--out",
-            str(tokenizers / modality),
-        ]
+        words = ["tokenizer", "train", file, "--data", str(data / "digits"), "--out", str(folder)]
         words += [f"seed={seed}"] * (seed != 0) + [f"stages.0.budget.steps={n}"] * (n != budget)
-        side_by_side.append((words, tokenizers / modality, n))
-    steps.together(side_by_side)
-    for modality, shards in (("text", "text"), ("image", "digits"), ("audio", "digits")):
-        folder = tokenizers / modality
-        steps.run(
-            "tokenizer", "eval", folder, "--data", data / shards, "--split", "test",
-            "--out", folder / "eval",
-            "--json", folder / "eval.json",
-        )  # fmt: skip
+        lanes.append(([words, _report(folder, data / "digits")], folder, n))
+    steps.together(lanes)
+    steps.run(*_report(tokenizers / "text", data / "text"))
     steps.run(
         "data", "pack", data / "digits", "--tokenizers", tokenizers, "--out", tokens / "digits"
     )
@@ -251,8 +249,8 @@ def quickstart(
         "--out", tokens / "text",
     )  # fmt: skip
     changes = _backbone_changes(configs.read(config), out, seed, scale)
-    steps.launch(min(2, _cores()), "train", config, *changes)
-    steps.run("eval", out, "--json", out / "results.json")
+    steps.launch(min(2, cores()), "train", config, *changes)
+    steps.launch(min(2, cores()), "eval", out, "--json", out / "results.json")
     results = json.loads((out / "results.json").read_text())
     results["figures"] += _tokenizer_figures(tokenizers)
     results["seconds"]["total"] = round(time.monotonic() - start, 1)
@@ -262,6 +260,14 @@ def quickstart(
         f"\ndone in {time.monotonic() - start:.0f} s; open {out / 'report' / 'index.html'}"
     )
     return results
+
+
+def _report(tokenizer: Path, shards: Path) -> list[str]:
+    """Words of the command that measures a tokenizer on held-out data."""
+    return [
+        "tokenizer", "eval", str(tokenizer), "--data", str(shards), "--split", "test",
+        "--out", str(tokenizer / "eval"), "--json", str(tokenizer / "eval.json"),
+    ]  # fmt: skip
 
 
 def _tokenizer_figures(tokenizers: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,9 @@ import ast
 import hashlib
 import itertools
 import json
+import multiprocessing
 import sysconfig
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +51,13 @@ def make_source(out: str | Path) -> dict[str, Any]:
     for name in ("images", "audio"):
         (out / name).mkdir(parents=True, exist_ok=True)
     # One generator each: changing one kind of file leaves the split of the others alone.
-    images = _images(out, *(np.random.default_rng((SPLIT_SEED, i)) for i in (0, 3)))
-    clips = _clips(out, np.random.default_rng((SPLIT_SEED, 1)))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as beside:
+        drawing = beside.submit(
+            _images, out, *(np.random.default_rng((SPLIT_SEED, i)) for i in (0, 3))
+        )
+        clips = _clips(out, np.random.default_rng((SPLIT_SEED, 1)))
+        texts = _texts()
+        images = drawing.result()
     rows = []
     for number, split in enumerate(("train", "val", "test")):
         rng = np.random.default_rng((SPLIT_SEED, 2, number))
@@ -68,7 +75,6 @@ def make_source(out: str | Path) -> dict[str, Any]:
                     "text": caption, "label": word, "split": split,
                 })  # fmt: skip
     _write_jsonl(out / "manifest.jsonl", rows)
-    texts = _texts()
     _write_jsonl(out / "text.jsonl", texts)
     counts: dict[str, Any] = {
         split: {

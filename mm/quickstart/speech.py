@@ -45,6 +45,9 @@ class Speaker:
             raise UserError(
                 "espeak-ng does not start; mend with: pip install --force-reinstall espeakng-loader"
             )
+        # The breath of a voice is noise that the library seeds by the clock: without this the files
+        # of two runs differ.
+        self._lib.espeak_ng_SetRandSeed(1)
         self._voice = ""
         self._chunks: list[np.ndarray] = []
         self._callback = _CALLBACK(self._collect)  # kept: the library holds only a pointer
