@@ -7,6 +7,7 @@ import zlib
 import torch
 from torch import Tensor
 
+from mm.kernels import dropout as kernel
 from mm.model.layer import Ctx
 
 
@@ -18,15 +19,9 @@ def generator(ctx: Ctx, name: str, device: torch.device) -> torch.Generator:
 
 
 def dropout(x: Tensor, p: float, ctx: Ctx, name: str) -> Tensor:
-    """Zero a share ``p`` of ``x`` and scale the rest by 1 / (1 - p).
-
-    Source: Srivastava et al. 2014, Dropout: a simple way to prevent neural networks from
-    overfitting, sec. 4 (inverted form).
-    """
-    # Four 16-bit draws from each 64-bit word: a quarter of the generator's work, p to 1 / 65,536.
+    """Zero a share ``p`` of ``x``, to 1 / 65,536, and scale the rest by 1 / (1 - p)."""
+    # Four 16-bit draws from each 64-bit word: a quarter of the generator's work.
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
     words.random_(-(2**63), None, generator=generator(ctx, name, x.device))
-    drawn = words.view(torch.int16)[: x.numel()].view(x.shape)
-    lost = min(round(p * 65536), 65535)
-    kept = (drawn >= lost - 32768).to(x.dtype) * (65536 / (65536 - lost))
-    return x * kept
+    lost = min(round(p * kernel.LEVELS), kernel.LEVELS - 1)
+    return kernel.dropout(x, words.view(torch.int16), lost)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 @functools.lru_cache(maxsize=128)
@@ -51,13 +53,37 @@ def frames(wave: Tensor, n_fft: int, hop: int, left: int) -> Tensor:
     return nnf.pad(wave, (left, right)).unfold(-1, n_fft, hop)[:, :n]
 
 
+class Power(torch.autograd.Function):
+    """Power spectrum ``|rfft(x)|^2``, (..., n) real to (..., n // 2 + 1), n even.
+
+    Its gradient is one inverse transform of real values; autograd's own takes a complex one of
+    twice the size. With p_k = |S_k|^2: dp_k / dx_m = 2 Re(S_k exp(2 pi i k m / n)), and irfft
+    doubles every bin but the first and the last.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(x)
+        ctx.save_for_backward(spectrum)
+        return torch.addcmul(spectrum.real.square(), spectrum.imag, spectrum.imag)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        parts = torch.view_as_real(*ctx.saved_tensors)
+        n = 2 * (parts.shape[-2] - 1)
+        weighted = parts * (grad * n)[..., None]
+        weighted[..., 0, :] *= 2
+        weighted[..., -1, :] *= 2
+        return torch.fft.irfft(torch.view_as_complex(weighted), n)
+
+
 def magnitude(wave: Tensor, n_fft: int, hop: int, left: int) -> Tensor:
     """Hann-windowed magnitudes (G, F, n_fft // 2 + 1) of (G, N); a full-scale sine peaks near 1."""
     window = hann_window(n_fft, wave.dtype, wave.device)
-    spectrum = torch.fft.rfft(frames(wave, n_fft, hop, left) * window)
     # sqrt has no gradient at 0, and padding is exactly 0: the floor is far below every log-mel
     # floor
-    power = spectrum.real.square() + spectrum.imag.square()
+    power = Power.apply(frames(wave, n_fft, hop, left) * window)
     return (power + 1e-14).sqrt() * (2 / n_fft)
 
 
