@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from mm.config import Config
+from mm.data.account import carried, running
 from mm.data.collate import document_length, to_batch
 from mm.data.order import generator, key_of, permute
 from mm.data.packed import PackedSource
@@ -131,7 +132,8 @@ class BucketedStream(Stream):
     """See `BucketedConfig`.
 
     ``stats`` of the last step: padding_share, rows, length, tokens by modality, filtered,
-    left_out (samples of the whole split that are too long or empty).
+    left_out (samples of the whole split that are too long or empty); and those of the run so far
+    that `mm.data.account.running` names.
     """
 
     def __init__(
@@ -248,6 +250,12 @@ class BucketedStream(Stream):
                 if s.ids is not None:
                     tokens[s.modality] = tokens.get(s.modality, 0) + len(s.ids) + 2
         used = sum(document_length(d) for d in documents[:real])
+        seen = carried(
+            cursor,
+            tokens=tokens,
+            samples={0: real - filtered},
+            rejects={"filtered": filtered},
+        )
         stats = {
             "padding_share": 1 - used / (len(documents) * step.length),
             "rows": len(documents),
@@ -255,10 +263,11 @@ class BucketedStream(Stream):
             "tokens": tokens,
             "filtered": filtered,
             "left_out": self.left_out,
+            **running(seen),
         }
         last = batch + 1 == len(plan)
         after = {"epoch": epoch + last, "batch": 0 if last else batch + 1}
-        return Step(micros, {"step": cursor["step"] + 1, **after}, stats)
+        return Step(micros, {"step": cursor["step"] + 1, **after, **seen}, stats)
 
     def _plan(self, epoch: int) -> list[Planned]:
         """Steps of one epoch. What does not fill a step goes on to the next longer bucket."""

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from mm.config import Config
 from mm.data import mixing
+from mm.data.account import carried, running
 from mm.data.collate import document_length, to_batch
 from mm.data.order import generator, key_of, permute
 from mm.data.remote import Location, is_url
@@ -150,8 +151,7 @@ class PackedStream(Stream):
     """See `PackedConfig`.
 
     ``stats`` of the last step: padding_share, documents, tokens by modality, filtered, too_long;
-    and of the run so far: tokens_seen by modality, source_tokens by number of the source, and their
-    token_shares and source_shares.
+    and those of the run so far that `mm.data.account.running` names (a sample is a document here).
     """
 
     def __init__(
@@ -273,31 +273,28 @@ class PackedStream(Stream):
         used = sum(r.length for r in rows)
         tokens: dict[str, int] = {}
         by_source = dict.fromkeys(range(len(self.sources)), 0)
+        by_samples = dict.fromkeys(range(len(self.sources)), 0)
         for r in rows:
             for source, document in zip(r.sources, r.documents, strict=True):
+                by_samples[source] += 1
                 for s in document:
                     if s.ids is not None:
                         tokens[s.modality] = tokens.get(s.modality, 0) + len(s.ids) + 2
                         by_source[source] += len(s.ids) + 2
-        # Sums over the run ride in the cursor: a resumed run reports what an unbroken one does.
-        seen = {k: v for k, v in cursor.items() if k.startswith(("tokens/", "source/"))}
-        for name, n in (
-            *((f"tokens/{m}", n) for m, n in tokens.items()),
-            *((f"source/{i}", n) for i, n in by_source.items()),
-        ):
-            seen[name] = seen.get(name, 0) + n
-        tokens_seen = {k[7:]: n for k, n in sorted(seen.items()) if k.startswith("tokens/")}
-        source_seen = {k[7:]: n for k, n in sorted(seen.items()) if k.startswith("source/")}
+        seen = carried(
+            cursor,
+            tokens=tokens,
+            source=by_source,
+            samples=by_samples,
+            rejects={"filtered": filtered, "too_long": too_long},
+        )
         stats = {
             "padding_share": 1 - used / (self.config.batch_size * self.config.seq_len),
             "tokens": tokens,
             "documents": sum(len(r.documents) for r in rows),
             "filtered": filtered,
             "too_long": too_long,
-            "tokens_seen": tokens_seen,
-            "source_tokens": source_seen,
-            "token_shares": of_total(tokens_seen),
-            "source_shares": of_total(source_seen),
+            **running(seen),
         }
         return Step(micros, {"step": cursor["step"] + 1, "block": block, "row": row, **seen}, stats)
 
@@ -389,12 +386,6 @@ class PackedStream(Stream):
                 else permute(np.arange(n), n, own)
             )
         return self._order[key]
-
-
-def of_total(counts: Mapping[str, int]) -> dict[str, float]:
-    """Counts as shares of their sum."""
-    total = max(1, sum(counts.values()))
-    return {name: n / total for name, n in counts.items()}
 
 
 def pieces(s: Segment, tokens: int) -> list[list[Segment]]:
