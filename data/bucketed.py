@@ -22,6 +22,7 @@ from mm.data.account import carried, running
 from mm.data.collate import document_length, to_batch
 from mm.data.order import generator, key_of, permute
 from mm.data.packed import PackedSource
+from mm.data.slots import modality_in
 from mm.data.stream import Step, Stream, rank_rows
 from mm.data.transforms.compose import chain
 from mm.errors import UserError
@@ -154,8 +155,8 @@ class BucketedStream(Stream):
         own = config.source.transform
         self.transform = chain(config.transform if own is None else own, transform)
         axes = np.stack([np.maximum(shards.lengths(m), 0) for m in config.axes], 1)
-        whole = sum(
-            np.where(shards.lengths(s.modality) >= 0, shards.lengths(s.modality) + 2, 0)
+        whole = sum(  # a begin and an end for each segment
+            np.maximum(shards.lengths(s.modality), 0) + 2 * shards.segments(s.modality)
             for s in shards.specs
         )
         self.lengths = np.asarray(whole, np.int64)
@@ -218,7 +219,9 @@ class BucketedStream(Stream):
         filtered = 0
         real = len(step.samples) - step.fillers
         for n, i in enumerate(step.samples):
-            segments = [Segment(m, ids) for m, ids in self.shards.tokens(int(i)).items()]
+            segments = [
+                Segment(modality_in(slot), ids) for slot, ids in self.shards.tokens(int(i)).items()
+            ]
             made: list[Segment] | None = segments if n < real else None
             if made is not None and self.transform.parts:
                 made = self.transform(segments, generator(self.seed, "bucketed", epoch, int(i)))

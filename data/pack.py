@@ -77,6 +77,7 @@ def pack(
     caption_map: Mapping[str, str] | None = None,
     incomplete: str | None = None,
     document_bytes: int | None = None,
+    segments: bool = False,
     license: str = "",
     limits: Limits | None = None,
     dedupe: str | None = None,
@@ -94,7 +95,8 @@ def pack(
         out: new folder: manifest.json and <split>/shard-000000.tar. It appears only when it is
             complete.
         source: kind of ``src`` where its name does not tell.
-        columns: modality -> column of a manifest; default the columns called text, image, audio.
+        columns: modality -> column of a manifest; default the columns called text, image, audio,
+            else the one called segments: lists of {modality: value}, interleaved samples.
         root: folder that a manifest's relative paths start from; default its own.
         tokenizers: folder of one tokenizer a modality, or modality -> folder; the shards then hold
             tokens.
@@ -107,6 +109,8 @@ def pack(
         overwrite: replace a pack of other content or settings.
         caption_from, caption_regex, caption_map, incomplete: of folders, see `FolderConfig`.
         document_bytes: of one text file, see `TextConfig`.
+        segments: of a folder: `a.000.txt`, `a.001.png`, ... are one interleaved sample. A table
+            has a column for that, see ``columns``.
         license: goes into the manifest.
         limits: largest image, recording and text.
         dedupe: leave out samples whose content came before: "sample" compares all modalities, a
@@ -127,6 +131,7 @@ def pack(
         "caption_map": dict(caption_map) if caption_map else None,
         "incomplete": incomplete,
         "document_bytes": document_bytes,
+        "segments": segments or None,
     }
     origin = open_source(src, source, given, val_share)
     _check_settings(split, val_share, max_bad, shard_mb)

@@ -20,6 +20,7 @@ from mm.data.decode import BadSample, Limits, check, encode_tokens
 from mm.data.encode import Encoder, Item
 from mm.data.order import key_of
 from mm.data.shards import QUARANTINE
+from mm.data.slots import modality_in, parse, place, summed
 from mm.data.sources.base import SAFE_SPLIT, SPLITS, Record
 from mm.data.sources.folder import metadata
 from mm.data.writer import PROGRESS, SAMPLES, SplitWriter, safe_key
@@ -34,9 +35,9 @@ class Prepared(NamedTuple):
     """A record whose bytes were read and, for raw shards, proved to be decodable."""
 
     record: Record
-    raws: dict[str, bytes]
-    kinds: dict[str, str]  # modality -> true extension
-    lengths: dict[str, int]
+    raws: dict[str, bytes]  # by slot
+    kinds: dict[str, str]  # slot -> what its member is called: the true extension
+    lengths: dict[str, int]  # by slot
     bad: str
     digest: bytes = b""  # of the content that makes a duplicate
 
@@ -48,10 +49,15 @@ def _prepare(record: Record, limits: Limits, decode_now: bool, dedupe: str | Non
     try:
         if record.bad:
             raise BadSample(record.bad)
-        for modality, read in record.values.items():
-            raws[modality] = read()
-            if decode_now:
-                kinds[modality], lengths[modality] = check(modality, raws[modality], limits)
+        for slot, read in record.values.items():
+            ordinal, modality = parse(slot)
+            try:
+                raws[slot] = read()
+                if decode_now:
+                    kind, lengths[slot] = check(modality, raws[slot], limits)
+                    kinds[slot] = ordinal + kind
+            except BadSample as error:
+                raise BadSample(f"{place(slot)}{error}") from error
     except BadSample as error:
         return Prepared(record, {}, {}, {}, str(error))
     return Prepared(record, raws, kinds, lengths, "", content(raws, dedupe))
@@ -59,12 +65,13 @@ def _prepare(record: Record, limits: Limits, decode_now: bool, dedupe: str | Non
 
 def content(raws: Mapping[str, bytes], dedupe: str | None) -> bytes:
     """Hash of what makes a duplicate: all modalities, or one; b"" where that one is absent."""
-    if dedupe is None or (dedupe != "sample" and dedupe not in raws):
+    chosen = [s for s in sorted(raws) if dedupe == "sample" or modality_in(s) == dedupe]
+    if dedupe is None or not chosen:
         return b""
     digest = hashlib.blake2b(digest_size=16)
-    for modality in sorted(raws) if dedupe == "sample" else [dedupe]:
-        digest.update(f"{modality}\0{len(raws[modality])}\0".encode())
-        digest.update(raws[modality])
+    for slot in chosen:
+        digest.update(f"{slot}\0{len(raws[slot])}\0".encode())
+        digest.update(raws[slot])
     return digest.digest()
 
 
@@ -245,6 +252,7 @@ class Run:
             files = {**files, "json": metadata(dict(record.meta))}
         if split not in self.writers:
             self.writers[split] = SplitWriter(self.part / split, self.shard_mb)
+        lengths = summed(lengths)
         self.writers[split].write(key, files, lengths)
         self._log([key, record.where, split, lengths, p.digest.hex()])
         self.good += 1

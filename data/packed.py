@@ -25,6 +25,7 @@ from mm.data.collate import document_length, to_batch
 from mm.data.order import generator, key_of, permute
 from mm.data.remote import Location, is_url
 from mm.data.shards import ShardSet
+from mm.data.slots import modality_in
 from mm.data.stream import Step, Stream, rank_rows
 from mm.data.transforms.chunk import window
 from mm.data.transforms.compose import Chain, chain
@@ -339,7 +340,8 @@ class PackedStream(Stream):
 
     def _segments(self, source: int, epoch: int, i: int) -> list[Segment] | None:
         """Sample ``i`` after the transforms; None where they filter it out."""
-        segments = [Segment(m, ids) for m, ids in self.sources[source].tokens(i).items()]
+        found = self.sources[source].tokens(i)
+        segments = [Segment(modality_in(slot), ids) for slot, ids in found.items()]
         transform = self.transforms[source]
         if not transform.parts:
             return segments
@@ -351,7 +353,7 @@ class PackedStream(Stream):
         From the index where nothing changes them, else from the first samples of the order.
         """
         shards, n = self.sources[source], len(self.sources[source])
-        if not self.transforms[source].parts and self.config.cut:
+        if not self.transforms[source].parts and self.config.cut and not shards.interleaved:
             have = {s.modality: shards.lengths(s.modality) for s in shards.specs}
             return {m: float((v + 2).sum(where=v >= 0)) / n for m, v in have.items()}
         total: dict[str, float] = {}

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from mm.config import Config
 from mm.data.decode import NATIVE, BadSample
+from mm.data.slots import MAX_SEGMENTS, slot_of
 from mm.errors import UserError, did_you_mean
 
 SPLITS = {
@@ -29,10 +30,14 @@ SAFE_SPLIT = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 PICKLES = frozenset({"pkl", "pickle", "pyd", "pth", "pt", "joblib", "dill"})
 
 
+SEGMENTS = "segments"  # the column of interleaved samples
+
+
 class Record(NamedTuple):
     """One sample as found.
 
-    ``values``: modality -> function that reads its bytes (it may raise BadSample).
+    ``values``: slot (a modality; of an interleaved sample see `mm.data.slots`) -> function that
+    reads its bytes (it may raise BadSample).
     """
 
     key: str
@@ -77,9 +82,9 @@ class SourceConfig(Config):
 class TableConfig(SourceConfig):
     """What every table (JSONL, CSV, Parquet) has."""
 
-    columns: dict[
-        str, str
-    ] = {}  # modality -> column; default: the columns called text, image, audio
+    # modality -> column; default: the columns called text, image, audio, without any of them the
+    # column "segments": a list of {modality: value}, an interleaved sample in its order
+    columns: dict[str, str] = {}
     root: Path | None = None  # folder of relative paths; default that of the table
 
     @classmethod
@@ -110,20 +115,25 @@ class TableSource(Source):
         names = self.names()
         have = ", ".join(names)
         for modality, column in self.columns.items():
-            if modality not in NATIVE:
+            if modality not in (known := {*NATIVE, SEGMENTS}):
                 raise UserError(
-                    f"--column {modality}={column}: unknown "
-                    f"modality{did_you_mean(modality, NATIVE)}"
+                    f"--column {modality}={column}: unknown modality{did_you_mean(modality, known)}"
+                )
+            if modality == SEGMENTS and len(self.columns) > 1:
+                raise UserError(
+                    f"--column {SEGMENTS}={column} holds whole samples; give no other column"
                 )
             if column not in names:
                 raise UserError(
                     f"{self.path}: no column '{column}' for modality '{modality}'; columns: {have}"
                 )
         found = self.columns or {name: name for name in names if name in NATIVE}
+        if not found and SEGMENTS in names:
+            found = {SEGMENTS: SEGMENTS}
         if not found:
             raise UserError(
                 f"{self.path}: no column called text, image or audio; columns: {have}; map one: "
-                f"--column image={names[0]}"
+                f"--column image={names[0]}, or a list of segments: --column segments={names[0]}"
             )
         return dict(found)
 
@@ -137,13 +147,13 @@ class TableSource(Source):
             given = row.get("key")
             key = str(given) if given not in (None, "") else f"{self.path.stem}-{number:08d}"
             split = row.get("split")
-            values = {
-                m: self._reader(m, row[c])
-                for m, c in mapping.items()
-                if row.get(c) is not None and row[c] != ""
-            }
+            bad = ""
+            try:
+                values = {slot: self._reader(m, v) for slot, m, v in self._found(row, mapping)}
+            except BadSample as error:
+                values, bad = {}, str(error)
             meta = {k: v for k, v in row.items() if k not in used and _plain(v)}
-            bad = "" if values else f"no value in {', '.join(mapping.values())}"
+            bad = bad or ("" if values else f"no value in {', '.join(mapping.values())}")
             yield Record(key, where, values, None if split in (None, "") else str(split), meta, bad)
 
     def fingerprint(self) -> str:
@@ -151,8 +161,11 @@ class TableSource(Source):
         digest = hashlib.sha256(self.path.read_bytes())
         mapping = self.mapping()
         for _, row in self.rows():
-            for modality, column in mapping.items():
-                value = row.get(column) if isinstance(row, dict) else None
+            try:
+                found = self._found(row, mapping) if isinstance(row, dict) else []
+            except BadSample:
+                continue  # it has no files that are read
+            for _, modality, value in found:
                 path = (
                     value.get("path")
                     if isinstance(value, dict)
@@ -164,6 +177,16 @@ class TableSource(Source):
                     stat = (self.root / path).stat()
                     digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
         return digest.hexdigest()
+
+    def _found(
+        self, row: Mapping[str, Any], mapping: Mapping[str, str]
+    ) -> list[tuple[str, str, Any]]:
+        """(slot, modality, value) of everything in a row. Raises BadSample on bad segments."""
+        if SEGMENTS in mapping:
+            return segments(row.get(mapping[SEGMENTS]))
+        return [
+            (m, m, row[c]) for m, c in mapping.items() if row.get(c) is not None and row[c] != ""
+        ]
 
     def _reader(self, modality: str, value: Any) -> Callable[[], bytes]:
         if isinstance(value, dict):
@@ -186,6 +209,28 @@ class TableSource(Source):
             except UnicodeEncodeError:
                 return raising("text: lone surrogates are no valid Unicode")
         return lambda: read_inside(self.root, value)
+
+
+def segments(given: Any) -> list[tuple[str, str, Any]]:
+    """(slot, modality, value) of each segment of a list of ``{modality: value}``.
+
+    Keys without a value (as tables fill them in) do not count. Raises BadSample naming the segment.
+    """
+    if not isinstance(given, (list, tuple)) or not given:
+        raise BadSample(f"segments: expected a list of {{modality: value}}, found {given!r:.60}")
+    if len(given) > MAX_SEGMENTS:
+        raise BadSample(f"segments: {len(given)} of them, the cap is {MAX_SEGMENTS}")
+    out = []
+    for number, each in enumerate(given):
+        have = {k: v for k, v in each.items() if v not in (None, "")} if type(each) is dict else {}
+        if len(have) != 1 or not have.keys() <= NATIVE:
+            raise BadSample(
+                f"segment {number}: expected one of {', '.join(sorted(NATIVE))} with a value, "
+                f"found {', '.join(map(str, have)) or repr(each)[:60]}"
+            )
+        ((modality, value),) = have.items()
+        out.append((slot_of(number, modality), modality, value))
+    return out
 
 
 def read_inside(root: Path, relative: str) -> bytes:

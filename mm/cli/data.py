@@ -62,7 +62,9 @@ def pack(
     column: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="MODALITY=COLUMN", help="Of a manifest, such as image=img_path; repeatable."
+            metavar="MODALITY=COLUMN",
+            help="Of a manifest, such as image=img_path; repeatable. segments=COLUMN: lists of "
+            "{modality: value}, interleaved samples.",
         ),
     ] = None,
     root: Annotated[
@@ -104,6 +106,13 @@ def pack(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a pack of other content.")
     ] = False,
+    segments: Annotated[
+        bool,
+        typer.Option(
+            "--segments",
+            help="a.000.txt, a.001.png, a.002.txt of a folder are one interleaved sample.",
+        ),
+    ] = False,
     license: Annotated[str, typer.Option(metavar="TEXT", help="Goes into the manifest.")] = "",
     dedupe: Annotated[
         str | None,
@@ -135,6 +144,7 @@ def pack(
         caption_map=pairs("--caption-map", caption_map),
         incomplete=incomplete,
         document_bytes=document_bytes,
+        segments=segments,
         license=license,
         dedupe=dedupe,
         workers=workers,
@@ -188,6 +198,8 @@ def inspect(
     for modality, example in found["examples"].items():
         where = f" -> {example['file']}" if "file" in example else ""
         console().print(f"{modality} {example['key']}: {example['what']}{where}", markup=False)
+        if "segments" in example:
+            console().print(f"  segments: {example['segments']}", markup=False)
         if example["metadata"]:
             console().print(f"  {example['metadata']}", markup=False)
     if found["quarantined"]:
