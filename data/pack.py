@@ -19,12 +19,13 @@ from typing import Any
 from mm.data.decode import NATIVE, Limits
 from mm.data.encode import Encoder, open_tokenizers, vocabulary_of
 from mm.data.pack_run import Prepared, Run, prepared
+from mm.data.pretokenized import TokenIds, token_specs
 from mm.data.shards import FORMAT, MANIFEST, VERSION, VOCABULARY, read_manifest
-from mm.data.sources.base import SAFE_SPLIT, SPLITS
+from mm.data.sources.base import SAFE_SPLIT, SEGMENTS, SPLITS
 from mm.data.sources.detect import open_source
 from mm.data.writer import replacing, write_manifest
 from mm.errors import UserError, did_you_mean
-from mm.vocabulary import Vocabulary
+from mm.vocabulary import Vocabulary, merged
 
 log = logging.getLogger(__name__)
 BATCH = 256  # samples encoded together
@@ -78,6 +79,7 @@ def pack(
     incomplete: str | None = None,
     document_bytes: int | None = None,
     segments: bool = False,
+    tokenized: bool = False,
     license: str = "",
     limits: Limits | None = None,
     dedupe: str | None = None,
@@ -111,6 +113,9 @@ def pack(
         document_bytes: of one text file, see `TextConfig`.
         segments: of a folder: `a.000.txt`, `a.001.png`, ... are one interleaved sample. A table
             has a column for that, see ``columns``.
+        tokenized: the columns of the table hold lists of token ids that ``tokenizers`` made (here
+            also a ``tokenizer.json``; default the one beside ``src``), whose fingerprint goes into
+            the shards.
         license: goes into the manifest.
         limits: largest image, recording and text.
         dedupe: leave out samples whose content came before: "sample" compares all modalities, a
@@ -133,6 +138,11 @@ def pack(
         "document_bytes": document_bytes,
         "segments": segments or None,
     }
+    specs = []
+    if tokenized:
+        named = [m for m in columns or () if m != SEGMENTS]
+        specs = token_specs(tokenizers, src, named)
+        given["tokenized"] = [spec.modality for spec in specs]
     origin = open_source(src, source, given, val_share)
     _check_settings(split, val_share, max_bad, shard_mb)
     if dedupe is not None and dedupe not in (known := ("sample", *sorted(NATIVE))):
@@ -140,12 +150,14 @@ def pack(
     if src.resolve() in (out.resolve(), *(out.resolve().parents if src.is_dir() else ())):
         raise UserError(f"--out {out} lies in the source {src}; choose another folder")
     limits = limits or Limits()
-    encoder = words = None
-    if tokenizers is not None:
+    encoder: Encoder | TokenIds | None = None
+    words: Vocabulary | None = None
+    old = Vocabulary.load(vocabulary) if isinstance(vocabulary, (str, Path)) else vocabulary
+    if tokenized:
+        words, encoder = merged(specs, old), TokenIds(specs)
+    elif tokenizers is not None:
         opened = open_tokenizers(tokenizers)
-        old = Vocabulary.load(vocabulary) if isinstance(vocabulary, (str, Path)) else vocabulary
-        words = vocabulary_of(opened, old)
-        encoder = Encoder(opened, limits)
+        words, encoder = vocabulary_of(opened, old), Encoder(opened, limits)
     settings = {k: v for k, v in given.items() if v is not None and k != "root"} | {
         "split": split,
         "val_share": val_share,

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from mm.data.decode import BadSample, Limits, check, encode_tokens
 from mm.data.encode import Encoder, Item
 from mm.data.order import key_of
+from mm.data.pretokenized import TokenIds
 from mm.data.shards import QUARANTINE
 from mm.data.slots import modality_in, parse, place, summed
 from mm.data.sources.base import SAFE_SPLIT, SPLITS, Record
@@ -155,7 +156,7 @@ class Run:
             self.writers[split].restore(entry, lengths.get(split, {}))
         return state
 
-    def save(self, encoder: Encoder | None, seconds: float | None = None) -> None:
+    def save(self, encoder: Encoder | TokenIds | None, seconds: float | None = None) -> None:
         """Write the journal when the last one is old enough, after all that it names."""
         if seconds is None:
             seconds = JOURNAL_SECONDS
@@ -185,7 +186,7 @@ class Run:
         new.replace(path)
         self._saved = time.monotonic()
 
-    def add(self, batch: list[Prepared], encoder: Encoder | None) -> None:
+    def add(self, batch: list[Prepared], encoder: Encoder | TokenIds | None) -> None:
         """Write a batch of samples, encoded when there is an encoder."""
         self.records += len(batch)
         fine = []

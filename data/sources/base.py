@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from mm.config import Config
 from mm.data.decode import NATIVE, BadSample
@@ -31,6 +33,7 @@ PICKLES = frozenset({"pkl", "pickle", "pyd", "pth", "pt", "joblib", "dill"})
 
 
 SEGMENTS = "segments"  # the column of interleaved samples
+IDS = ("input_ids", "token_ids", "tokens", "ids")  # what a column of token ids is called elsewhere
 
 
 class Record(NamedTuple):
@@ -85,6 +88,7 @@ class TableConfig(SourceConfig):
     # modality -> column; default: the columns called text, image, audio, without any of them the
     # column "segments": a list of {modality: value}, an interleaved sample in its order
     columns: dict[str, str] = {}
+    tokenized: tuple[str, ...] = ()  # modalities; the columns then hold lists of token ids
     root: Path | None = None  # folder of relative paths; default that of the table
 
     @classmethod
@@ -100,7 +104,8 @@ class TableSource(Source):
 
     def __init__(self, config: TableConfig):
         self.path, self.root = config.path, config.root or config.path.parent
-        self.columns = dict(config.columns)
+        self.columns, self.tokenized = dict(config.columns), config.tokenized
+        self.known = frozenset(config.tokenized) or NATIVE
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -115,7 +120,7 @@ class TableSource(Source):
         names = self.names()
         have = ", ".join(names)
         for modality, column in self.columns.items():
-            if modality not in (known := {*NATIVE, SEGMENTS}):
+            if modality not in (known := {*self.known, SEGMENTS}):
                 raise UserError(
                     f"--column {modality}={column}: unknown modality{did_you_mean(modality, known)}"
                 )
@@ -127,15 +132,21 @@ class TableSource(Source):
                 raise UserError(
                     f"{self.path}: no column '{column}' for modality '{modality}'; columns: {have}"
                 )
-        found = self.columns or {name: name for name in names if name in NATIVE}
+        found = self.columns or {name: name for name in names if name in self.known}
+        usual = [name for name in IDS if name in names]
+        if not found and usual and len(self.tokenized) == 1:
+            found = {self.tokenized[0]: usual[0]}
         if not found and SEGMENTS in names:
             found = {SEGMENTS: SEGMENTS}
         if not found:
             raise UserError(
-                f"{self.path}: no column called text, image or audio; columns: {have}; map one: "
+                f"{self.path}: no column called {self._usual()}; columns: {have}; map one: "
                 f"--column image={names[0]}, or a list of segments: --column segments={names[0]}"
             )
         return dict(found)
+
+    def _usual(self) -> str:
+        return ", ".join((*self.tokenized, *IDS)) if self.tokenized else "text, image or audio"
 
     def __iter__(self) -> Iterator[Record]:
         mapping = self.mapping()
@@ -183,12 +194,14 @@ class TableSource(Source):
     ) -> list[tuple[str, str, Any]]:
         """(slot, modality, value) of everything in a row. Raises BadSample on bad segments."""
         if SEGMENTS in mapping:
-            return segments(row.get(mapping[SEGMENTS]))
+            return segments(row.get(mapping[SEGMENTS]), self.known)
         return [
             (m, m, row[c]) for m, c in mapping.items() if row.get(c) is not None and row[c] != ""
         ]
 
     def _reader(self, modality: str, value: Any) -> Callable[[], bytes]:
+        if self.tokenized:
+            return token_ids(modality, value)
         if isinstance(value, dict):
             if value.get("bytes") is not None:
                 value = value["bytes"]
@@ -211,7 +224,19 @@ class TableSource(Source):
         return lambda: read_inside(self.root, value)
 
 
-def segments(given: Any) -> list[tuple[str, str, Any]]:
+def token_ids(modality: str, value: Any) -> Callable[[], bytes]:
+    """A reader of a list of ids: int32 codes, little-endian."""
+    ids = value
+    if isinstance(value, (list, tuple)):
+        ids = np.asarray(value) if value else np.empty(0, np.int32)
+    if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
+        return raising(f"{modality}: expected a list of token ids, found {value!r:.60}")
+    if len(ids) and (ids.min() < 0 or ids.max() >= 2**31):
+        return raising(f"{modality}: ids {ids.min()}..{ids.max()} are no token ids")
+    return lambda data=ids.astype("<i4").tobytes(): data
+
+
+def segments(given: Any, known: Collection[str] = NATIVE) -> list[tuple[str, str, Any]]:
     """(slot, modality, value) of each segment of a list of ``{modality: value}``.
 
     Keys without a value (as tables fill them in) do not count. Raises BadSample naming the segment.
@@ -222,10 +247,11 @@ def segments(given: Any) -> list[tuple[str, str, Any]]:
         raise BadSample(f"segments: {len(given)} of them, the cap is {MAX_SEGMENTS}")
     out = []
     for number, each in enumerate(given):
-        have = {k: v for k, v in each.items() if v not in (None, "")} if type(each) is dict else {}
-        if len(have) != 1 or not have.keys() <= NATIVE:
+        given_here = each.items() if isinstance(each, dict) else ()
+        have = {k: v for k, v in given_here if v is not None and not _empty(v)}
+        if len(have) != 1 or not have.keys() <= set(known):
             raise BadSample(
-                f"segment {number}: expected one of {', '.join(sorted(NATIVE))} with a value, "
+                f"segment {number}: expected one of {', '.join(sorted(known))} with a value, "
                 f"found {', '.join(map(str, have)) or repr(each)[:60]}"
             )
         ((modality, value),) = have.items()
@@ -264,6 +290,10 @@ def raising(reason: str) -> Callable[[], bytes]:
 def split_of(parts: Iterable[str]) -> str | None:
     """The split that a path component names: train, val or test; None without one."""
     return next((SPLITS[p.lower()] for p in parts if p.lower() in SPLITS), None)
+
+
+def _empty(value: Any) -> bool:
+    return isinstance(value, (str, bytes, list)) and not value
 
 
 def _plain(value: Any) -> bool:

@@ -113,6 +113,14 @@ def pack(
             help="a.000.txt, a.001.png, a.002.txt of a folder are one interleaved sample.",
         ),
     ] = False,
+    tokenized: Annotated[
+        bool,
+        typer.Option(
+            "--tokenized",
+            help="The columns hold lists of token ids, made by --tokenizers (also a tokenizer.json;"
+            " default the one beside SRC).",
+        ),
+    ] = False,
     license: Annotated[str, typer.Option(metavar="TEXT", help="Goes into the manifest.")] = "",
     dedupe: Annotated[
         str | None,
@@ -145,6 +153,7 @@ def pack(
         incomplete=incomplete,
         document_bytes=document_bytes,
         segments=segments,
+        tokenized=tokenized,
         license=license,
         dedupe=dedupe,
         workers=workers,
