@@ -105,12 +105,20 @@ class Encoder:
         self._cache: OrderedDict[tuple[str, bytes], Encoded] = OrderedDict()
         self._held = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was encoded: a worker process begins with none."""
+        return {**self.__dict__, "_cache": OrderedDict(), "_held": 0, "left_out": set()}
+
+    def note(self, items: Sequence[Item]) -> None:
+        """Remember the modalities of these items that no tokenizer reads."""
+        for item in items:
+            self.left_out |= set(map(modality_in, item.raws)) - set(self.reads.values())
+
     def encode(self, items: Sequence[Item]) -> list[Result]:
         """Encode a batch; one bad item does not touch the others."""
         bad: dict[int, str] = {}
         encoded: list[dict[str, Encoded]] = [{} for _ in items]
-        for item in items:
-            self.left_out |= set(map(modality_in, item.raws)) - set(self.reads.values())
+        self.note(items)
         slots = [(n, s, *parse(s)) for n, item in enumerate(items) for s in item.raws]
         for modality, raw in self.reads.items():
             wanted: dict[bytes, list[tuple[int, str]]] = {}

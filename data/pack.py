@@ -5,6 +5,7 @@ Atomic, repeatable, and nothing is lost silently.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -18,11 +19,13 @@ from typing import Any
 
 from mm.data.decode import NATIVE, Limits
 from mm.data.encode import Encoder, open_tokenizers, vocabulary_of
-from mm.data.pack_run import Prepared, Run, prepared
+from mm.data.pack_run import Run
+from mm.data.prepare import Done, Work
 from mm.data.pretokenized import TokenIds, token_specs
 from mm.data.shards import FORMAT, MANIFEST, VERSION, VOCABULARY, read_manifest
 from mm.data.sources.base import SAFE_SPLIT, SEGMENTS, SPLITS
 from mm.data.sources.detect import open_source
+from mm.data.workers import batches, cores
 from mm.data.writer import replacing, write_manifest
 from mm.errors import UserError, did_you_mean
 from mm.vocabulary import Vocabulary, merged
@@ -83,7 +86,7 @@ def pack(
     license: str = "",
     limits: Limits | None = None,
     dedupe: str | None = None,
-    workers: int = 4,
+    workers: int | None = None,
     progress: bool = True,
 ) -> PackReport:
     """Pack ``src`` into the folder ``out``.
@@ -120,7 +123,8 @@ def pack(
         limits: largest image, recording and text.
         dedupe: leave out samples whose content came before: "sample" compares all modalities, a
             modality's name that one alone.
-        workers: threads that check files.
+        workers: processes that read, check and encode samples; they join a pack that takes longer
+            than two seconds, and change no byte of it. None: one a core.
         progress: show a bar.
     Raises:
         UserError: nothing to pack, a missing column, more bad samples than ``max_bad``, or ``out``
@@ -183,12 +187,21 @@ def pack(
         try:
             # A batch is the same after a restart: the journal is written between two of them.
             rest = islice(origin, run.records, None)
-            ready = prepared(rest, limits, encoder is None, workers, dedupe)
-            if progress:
-                ready = _bar(ready, origin.count(), f"packing {src.name}", run.records)
-            for batch in _batches(ready, BATCH if encoder else 1):
-                run.add(batch, encoder)
-                run.save(encoder)
+            ready = batches(
+                rest, Work(limits, dedupe, encoder), BATCH if encoder else 1, workers or cores()
+            )
+            with contextlib.closing(ready):  # ends the workers whatever happens here
+                shown = ready
+                if progress:
+                    shown = _bar(ready, origin.count(), f"packing {src.name}", run.records)
+                for items, results in shown:
+                    if encoder:
+                        run.add(items, encoder, results)
+                        run.save(encoder)
+                        continue
+                    for p in items:
+                        run.add([p], None)
+                        run.save(None)
             run.check_budget(final=True)
         except UserError:
             run.abort(out)
@@ -296,18 +309,7 @@ def _rank(modality: str) -> tuple[int, str]:
     return (order.index(modality) if modality in order else len(order), modality)
 
 
-def _batches(items: Iterable[Prepared], size: int) -> Iterator[list[Prepared]]:
-    batch: list[Prepared] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) >= size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _bar(items: Iterable[Prepared], total: int | None, title: str, done: int) -> Iterator[Prepared]:
+def _bar(ready: Iterable[Done], total: int | None, title: str, done: int) -> Iterator[Done]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -325,6 +327,6 @@ def _bar(items: Iterable[Prepared], total: int | None, title: str, done: int) ->
     )
     with Progress(*columns, console=Console(stderr=True)) as bars:
         row = bars.add_task(title, total=total, completed=done)
-        for item in items:
-            yield item
-            bars.advance(row)
+        for batch in ready:
+            yield batch
+            bars.advance(row, len(batch.items))

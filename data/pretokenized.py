@@ -102,6 +102,9 @@ class TokenIds:
         self.tokenizers = {spec.modality: spec for spec in specs}
         self.left_out: set[str] = set()  # never any: other columns are refused
 
+    def note(self, items: Sequence[Item]) -> None:
+        """Nothing is left out; see `Encoder.note`."""
+
     def encode(self, items: Sequence[Item]) -> list[Result]:
         """``raws`` of an item are int32 codes, little-endian; see `mm.data.sources.base`."""
         return [self._one(item) for item in items]

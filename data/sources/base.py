@@ -6,6 +6,8 @@ import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,11 +208,11 @@ class TableSource(Source):
             if value.get("bytes") is not None:
                 value = value["bytes"]
             elif isinstance(value.get("path"), str):
-                return lambda path=value["path"]: read_inside(self.root, path)
+                return partial(read_inside, self.root, value["path"])
             else:
                 return raising(f"{modality}: neither 'path' nor 'bytes' in {sorted(value)}")
         if isinstance(value, (bytes, bytearray)):
-            return lambda data=bytes(value): data
+            return Given(bytes(value))
         if not isinstance(value, str):
             return raising(
                 f"{modality}: expected {'text' if modality == 'text' else 'a path'}, found "
@@ -218,10 +220,10 @@ class TableSource(Source):
             )
         if modality == "text":
             try:
-                return lambda data=value.encode(): data
+                return Given(value.encode())
             except UnicodeEncodeError:
                 return raising("text: lone surrogates are no valid Unicode")
-        return lambda: read_inside(self.root, value)
+        return partial(read_inside, self.root, value)
 
 
 def token_ids(modality: str, value: Any) -> Callable[[], bytes]:
@@ -233,7 +235,7 @@ def token_ids(modality: str, value: Any) -> Callable[[], bytes]:
         return raising(f"{modality}: expected a list of token ids, found {value!r:.60}")
     if len(ids) and (ids.min() < 0 or ids.max() >= 2**31):
         return raising(f"{modality}: ids {ids.min()}..{ids.max()} are no token ids")
-    return lambda data=ids.astype("<i4").tobytes(): data
+    return Given(ids.astype("<i4").tobytes())
 
 
 def segments(given: Any, known: Collection[str] = NATIVE) -> list[tuple[str, str, Any]]:
@@ -278,13 +280,26 @@ def read_inside(root: Path, relative: str) -> bytes:
         raise BadSample(f"'{relative}': {reason}") from error
 
 
-def raising(reason: str) -> Callable[[], bytes]:
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A reader of bytes that are here already. A reader that can be pickled is called in a worker
+    process, another one in the main process.
+    """
+
+    data: bytes
+
+    def __call__(self) -> bytes:
+        return self.data
+
+
+@dataclass(frozen=True, slots=True)
+class raising:  # noqa: N801  used as a function
     """A reader that can only say why it cannot read."""
 
-    def read() -> bytes:
-        raise BadSample(reason)
+    reason: str
 
-    return read
+    def __call__(self) -> bytes:
+        raise BadSample(self.reason)
 
 
 def split_of(parts: Iterable[str]) -> str | None:

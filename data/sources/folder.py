@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +19,7 @@ from mm.data.decode import EXTENSIONS, BadSample, decode_json
 from mm.data.slots import parse
 from mm.data.sources.base import (
     PICKLES,
+    Given,
     Record,
     Source,
     SourceConfig,
@@ -156,9 +158,8 @@ class FolderSource(Source):
                 if not any(
                     part.startswith(".") for part in m.name.split("/") if part not in (".", "")
                 ):
-                    yield File(
-                        m.name.removeprefix("./"), m.size, 0, _member(root, m.offset, m.size)
-                    )
+                    read = partial(_member, root, m.offset, m.size)
+                    yield File(m.name.removeprefix("./"), m.size, 0, read)
             return
         for folder, folders, names in os.walk(root):
             folders[:] = sorted(f for f in folders if not f.startswith("."))
@@ -180,7 +181,7 @@ class FolderSource(Source):
                         relative,
                         stat.st_size,
                         stat.st_mtime_ns,
-                        lambda r=relative: read_inside(root, r),
+                        partial(read_inside, root, relative),
                     )
 
     def _usual(self, groups: dict[str, dict[str, list[File]]]) -> frozenset[str]:
@@ -234,7 +235,7 @@ class FolderSource(Source):
             return bad(str(error))
         if label is not None:
             meta.setdefault("label", label)
-            values.setdefault("text", lambda data=label.encode("utf-8", "surrogateescape"): data)
+            values.setdefault("text", Given(label.encode("utf-8", "surrogateescape")))
         return Record(stem, where, values, split, meta)
 
     def _caption(self, path: PurePosixPath, meta: dict[str, Any]) -> str | None:
@@ -266,13 +267,10 @@ def _split(path: str) -> tuple[str, str]:
     return (stem, extension.lower()) if dot and "/" not in extension else (path, "")
 
 
-def _member(tar: Path, offset: int, size: int) -> Callable[[], bytes]:
-    def read() -> bytes:
-        with open(tar, "rb") as file:
-            file.seek(offset)
-            return file.read(size)
-
-    return read
+def _member(tar: Path, offset: int, size: int) -> bytes:
+    with open(tar, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
 
 
 def metadata(values: dict[str, Any]) -> bytes:

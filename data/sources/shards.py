@@ -8,7 +8,7 @@ from typing import Literal
 
 from mm.data.index import sha256
 from mm.data.shards import MANIFEST, ShardSet, read_manifest
-from mm.data.sources.base import Record, Source, SourceConfig, split_of
+from mm.data.sources.base import Given, Record, Source, SourceConfig, split_of
 from mm.data.sources.folder import FolderConfig, FolderSource
 from mm.errors import UserError
 from mm.registry import SOURCES
@@ -57,7 +57,7 @@ class PackedShards(Source):
                 for slot in shards.slots(i):
                     found = shards.raw(i, slot)
                     if found is not None:
-                        values[slot] = lambda data=found[1]: data
+                        values[slot] = Given(found[1])
                 yield Record(
                     shards.key(i), f"{split}:{shards.key(i)}", values, split, shards.meta(i)
                 )

@@ -129,7 +129,12 @@ def pack(
             help="Leave out samples whose content (or that modality) came before.",
         ),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Threads that check files.")] = 4,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes that read, check and encode samples; default one a core."
+        ),
+    ] = None,
     json: JsonFile = None,
 ) -> None:
     from mm.data import pack as packing
