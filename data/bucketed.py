@@ -18,9 +18,11 @@ import numpy as np
 from pydantic import Field
 
 from mm.config import Config
+from mm.data.account import carried, running
 from mm.data.collate import document_length, to_batch
 from mm.data.order import generator, key_of, permute
 from mm.data.packed import PackedSource
+from mm.data.slots import modality_in
 from mm.data.stream import Step, Stream, rank_rows
 from mm.data.transforms.compose import chain
 from mm.errors import UserError
@@ -131,7 +133,8 @@ class BucketedStream(Stream):
     """See `BucketedConfig`.
 
     ``stats`` of the last step: padding_share, rows, length, tokens by modality, filtered,
-    left_out (samples of the whole split that are too long or empty).
+    left_out (samples of the whole split that are too long or empty); and those of the run so far
+    that `mm.data.account.running` names.
     """
 
     def __init__(
@@ -152,8 +155,8 @@ class BucketedStream(Stream):
         own = config.source.transform
         self.transform = chain(config.transform if own is None else own, transform)
         axes = np.stack([np.maximum(shards.lengths(m), 0) for m in config.axes], 1)
-        whole = sum(
-            np.where(shards.lengths(s.modality) >= 0, shards.lengths(s.modality) + 2, 0)
+        whole = sum(  # a begin and an end for each segment
+            np.maximum(shards.lengths(s.modality), 0) + 2 * shards.segments(s.modality)
             for s in shards.specs
         )
         self.lengths = np.asarray(whole, np.int64)
@@ -216,7 +219,9 @@ class BucketedStream(Stream):
         filtered = 0
         real = len(step.samples) - step.fillers
         for n, i in enumerate(step.samples):
-            segments = [Segment(m, ids) for m, ids in self.shards.tokens(int(i)).items()]
+            segments = [
+                Segment(modality_in(slot), ids) for slot, ids in self.shards.tokens(int(i)).items()
+            ]
             made: list[Segment] | None = segments if n < real else None
             if made is not None and self.transform.parts:
                 made = self.transform(segments, generator(self.seed, "bucketed", epoch, int(i)))
@@ -248,6 +253,12 @@ class BucketedStream(Stream):
                 if s.ids is not None:
                     tokens[s.modality] = tokens.get(s.modality, 0) + len(s.ids) + 2
         used = sum(document_length(d) for d in documents[:real])
+        seen = carried(
+            cursor,
+            tokens=tokens,
+            samples={0: real - filtered},
+            rejects={"filtered": filtered},
+        )
         stats = {
             "padding_share": 1 - used / (len(documents) * step.length),
             "rows": len(documents),
@@ -255,10 +266,11 @@ class BucketedStream(Stream):
             "tokens": tokens,
             "filtered": filtered,
             "left_out": self.left_out,
+            **running(seen),
         }
         last = batch + 1 == len(plan)
         after = {"epoch": epoch + last, "batch": 0 if last else batch + 1}
-        return Step(micros, {"step": cursor["step"] + 1, **after}, stats)
+        return Step(micros, {"step": cursor["step"] + 1, **after, **seen}, stats)
 
     def _plan(self, epoch: int) -> list[Planned]:
         """Steps of one epoch. What does not fill a step goes on to the next longer bucket."""

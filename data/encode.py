@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mm.data.decode import LIMITS, NATIVE, BadSample, Limits, decode
+from mm.data.slots import modality_in, parse, place
 from mm.errors import UserError, did_you_mean
 from mm.specs import Encoded, ModalityTokenizer
 from mm.vocabulary import Vocabulary, merged
@@ -71,14 +72,14 @@ def vocabulary_of(
 
 
 class Item(NamedTuple):
-    """One sample on its way through the encoders. ``raws``: raw modality -> undecoded bytes."""
+    """One sample on its way through the encoders. ``raws``: slot -> undecoded bytes."""
 
     raws: Mapping[str, bytes]
     rest: Any  # whatever the caller needs again
 
 
 class Result(NamedTuple):
-    """``bad`` is the reason where the sample could not be encoded."""
+    """``encoded``: slot -> codes; ``bad`` is the reason where it could not be encoded."""
 
     rest: Any
     encoded: dict[str, Encoded]
@@ -104,25 +105,35 @@ class Encoder:
         self._cache: OrderedDict[tuple[str, bytes], Encoded] = OrderedDict()
         self._held = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was encoded: a worker process begins with none."""
+        return {**self.__dict__, "_cache": OrderedDict(), "_held": 0, "left_out": set()}
+
+    def note(self, items: Sequence[Item]) -> None:
+        """Remember the modalities of these items that no tokenizer reads."""
+        for item in items:
+            self.left_out |= set(map(modality_in, item.raws)) - set(self.reads.values())
+
     def encode(self, items: Sequence[Item]) -> list[Result]:
         """Encode a batch; one bad item does not touch the others."""
         bad: dict[int, str] = {}
         encoded: list[dict[str, Encoded]] = [{} for _ in items]
-        for item in items:
-            self.left_out |= set(item.raws) - set(self.reads.values())
+        self.note(items)
+        slots = [(n, s, *parse(s)) for n, item in enumerate(items) for s in item.raws]
         for modality, raw in self.reads.items():
-            wanted: dict[bytes, list[int]] = {}
+            wanted: dict[bytes, list[tuple[int, str]]] = {}
             values: dict[bytes, Any] = {}
-            for n, item in enumerate(items):
-                if raw not in item.raws or n in bad:
+            for n, slot, ordinal, found in slots:
+                if found != raw or n in bad:
                     continue
-                digest = hashlib.blake2b(item.raws[raw], digest_size=16).digest()
-                wanted.setdefault(digest, []).append(n)
+                data = items[n].raws[slot]
+                digest = hashlib.blake2b(data, digest_size=16).digest()
+                wanted.setdefault(digest, []).append((n, ordinal + modality))
                 if digest not in values and (modality, digest) not in self._cache:
                     try:
-                        values[digest] = decode(raw, item.raws[raw], self.limits)
+                        values[digest] = decode(raw, data, self.limits)
                     except BadSample as error:
-                        bad[n] = str(error)
+                        bad[n] = f"{place(slot)}{error}"
                         wanted[digest].pop()
             if values:
                 n_ids = self.tokenizers[modality].spec.n_ids
@@ -137,9 +148,9 @@ class Encoder:
                         )
                     self._cache[modality, digest] = Encoded(ids, side=plain(code.side))
                     self._held += ids.nbytes + 200
-            for digest, numbers in wanted.items():
-                for n in numbers:
-                    encoded[n][modality] = self._cache[modality, digest]
+            for digest, places in wanted.items():
+                for n, slot in places:
+                    encoded[n][slot] = self._cache[modality, digest]
         while self._held > CACHE_BYTES and self._cache:
             _, old = self._cache.popitem(last=False)
             self._held -= old.ids.nbytes + 200

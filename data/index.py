@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mm.data.decode import EXTENSIONS, BadSample, audio_header, image_header, tokens_header
+from mm.data.slots import parse
 from mm.errors import UserError
 
 SAFE_MODALITY = re.compile(r"[a-z][a-z0-9_]{0,31}")
@@ -153,6 +154,7 @@ def modality_of(kind: str) -> str | None:
     """
     if kind in ("json", "side.json"):
         return None
+    kind = parse(kind)[1]
     if kind in EXTENSIONS:
         return EXTENSIONS[kind]
     modality, _, suffix = kind.rpartition(".")
@@ -162,7 +164,8 @@ def modality_of(kind: str) -> str | None:
 
 
 @lru_cache(maxsize=4096)
-def _codes(head: bytes, size: int) -> int:
+def n_codes(head: bytes, size: int) -> int:
+    """Codes of a token member. Raises BadSample."""
     return tokens_header(head, size)[1]
 
 
@@ -175,7 +178,7 @@ def build(paths: Sequence[Path], known: Mapping[str, Mapping[str, int]] | None =
     Raises:
         UserError: a member that no shard may hold, a key that occurs twice, a damaged token member.
     """
-    kinds: list[str] = []
+    kinds: dict[str, int] = {}
     start, kind, shard, offset, size, keys = [0], [], [], [], [], []
     lengths: dict[str, dict[int, int]] = {}
     seen: set[str] = set()
@@ -200,15 +203,14 @@ def build(paths: Sequence[Path], known: Mapping[str, Mapping[str, int]] | None =
                     keys.append(key.encode())
                     start.append(start[-1])
                     key_now = key
-                if what not in kinds:
-                    kinds.append(what)
                 start[-1] += 1
-                kind.append(kinds.index(what))
+                kind.append(kinds.setdefault(what, len(kinds)))
                 shard.append(number)
                 offset.append(m.offset)
                 size.append(m.size)
                 if modality is None:
                     continue
+                values = lengths.setdefault(modality, {})
                 length = (known or {}).get(key, {}).get(modality)
                 if length is None or what.endswith(".npy"):
                     file.seek(m.offset)
@@ -221,14 +223,16 @@ def build(paths: Sequence[Path], known: Mapping[str, Mapping[str, int]] | None =
                         )
                     except BadSample as error:
                         raise UserError(f"{path}: member '{m.name}': {error}") from error
-                lengths.setdefault(modality, {})[len(keys) - 1] = length
+                    if parse(what)[0]:  # of an interleaved sample: the sum of its segments
+                        length += values.get(len(keys) - 1, 0)
+                values[len(keys) - 1] = length
     n = len(keys)
     columns = {}
     for modality, values in lengths.items():
         columns[modality] = np.full(n, -1, np.int64)
         columns[modality][list(values)] = list(values.values())
     return Index(
-        np.array(kinds, dtype=np.str_),
+        np.array(list(kinds), dtype=np.str_),
         np.array(start, np.int64),
         np.array(kind, np.int16),
         np.array(shard, np.int32),
@@ -242,7 +246,7 @@ def build(paths: Sequence[Path], known: Mapping[str, Mapping[str, int]] | None =
 
 def _length(kind: str, modality: str, data: bytes, size: int) -> int:
     if kind.endswith(".npy"):
-        return _codes(data[:128], size)
+        return n_codes(data[:128], size)
     if modality == "image":
         _, height, width = image_header(data)
         return height * width

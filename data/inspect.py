@@ -14,6 +14,7 @@ import numpy as np
 from mm.data import index
 from mm.data.encode import open_tokenizers
 from mm.data.shards import VOCABULARY, ShardSet, read_manifest
+from mm.data.slots import modality_in, of_modality
 from mm.errors import UserError
 from mm.specs import Encoded, Waveform
 from mm.vocabulary import Vocabulary
@@ -102,8 +103,11 @@ def inspect(
             continue
         i = int(having[sample % len(having)])
         example: dict[str, Any] = {"key": shards.key(i), "metadata": shards.meta(i)}
+        slot = of_modality(shards.slots(i), modality)[0]
+        if shards.interleaved:
+            example["segments"] = layout(shards, i)
         if tokenized:
-            code = shards.encoded(i)[modality]
+            code = shards.encoded(i)[slot]
             example["tokens"] = code.ids[:16].tolist()
             if modality not in opened:
                 result["examples"][modality] = example | {
@@ -112,13 +116,22 @@ def inspect(
                 continue
             value = opened[modality].decode([Encoded(np.array(code.ids), side=code.side)])[0]
         else:
-            value = shards[i].values[modality]
+            value = shards.value(i, slot)
         example["what"] = describe(value)
         if out is not None:
             example["file"] = str(save_raw(value, Path(out) / f"{modality}-{name}-{i:06d}"))
         result["examples"][modality] = example
     shards.close()
     return result
+
+
+def layout(shards: ShardSet, i: int) -> str:
+    """What an interleaved sample is made of: ``text 12, image 64, text 3``; tokens, else bytes."""
+    if shards.tokenized:
+        sizes = {slot: len(ids) for slot, ids in shards.tokens(i).items()}
+    else:
+        sizes = {slot: int(shards.index.size[e]) for slot, e in shards.slots(i).items()}
+    return ", ".join(f"{modality_in(slot)} {n}" for slot, n in sizes.items())
 
 
 def describe(value: Any) -> str:
@@ -253,10 +266,10 @@ def _ids_in_range(root: Path, manifest: dict[str, Any]) -> list[str]:
             continue  # reported already
         limits = {spec.modality: spec.n_ids for spec in shards.specs}
         for i in range(len(shards)):
-            for modality, ids in shards.tokens(i).items():
-                if len(ids) and (ids.min() < 0 or ids.max() >= limits[modality]):
+            for slot, ids in shards.tokens(i).items():
+                top = limits[modality_in(slot)]
+                if len(ids) and (ids.min() < 0 or ids.max() >= top):
                     problems.append(
-                        f"{root / split}: sample '{shards.key(i)}': {modality} ids outside "
-                        f"0..{limits[modality] - 1}"
+                        f"{root / split}: sample '{shards.key(i)}': {slot} ids outside 0..{top - 1}"
                     )
     return problems

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -118,10 +118,15 @@ class ItemsStream(Stream):
                 f"{config.path}: split '{config.split}' has no raw '{config.modality}'; it has: "
                 f"{', '.join(have) or 'nothing'}"
             )
+        # Which of the values of its sample each item is; None: the only one
+        self.slots: list[str] | None = None
+        if self.shards.interleaved:
+            each = self.shards.each(config.modality)
+            self.numbers, self.slots = np.array([i for i, _ in each]), [slot for _, slot in each]
         if config.repeat == "unique":
-            self.numbers = self._unique()
+            self._unique()
         self.reader: _Reader = (_Images if config.modality == "image" else _Sounds)(
-            config, self.shards, self.numbers
+            config, self.shards, self.numbers, self.slots
         )
         plan = {
             "seed": seed,
@@ -169,27 +174,38 @@ class ItemsStream(Stream):
             out[here] = permute(places[here], n, key_of(self.seed, "items", int(epoch)))
         return out
 
-    def _unique(self) -> np.ndarray:
+    def _unique(self) -> None:
+        """Keep the first of identical files."""
         seen: dict[bytes, int] = {}
-        for i in self.numbers:
-            found = self.shards.raw(int(i), self.config.modality)
+        for n, i in enumerate(self.numbers):
+            slot = self.slots[n] if self.slots else self.config.modality
+            found = self.shards.raw(int(i), slot)
             assert found is not None
-            seen.setdefault(hashlib.sha256(found[1]).digest(), int(i))
-        return np.array(sorted(seen.values()), np.int64)
+            seen.setdefault(hashlib.sha256(found[1]).digest(), n)
+        kept = sorted(seen.values())
+        self.numbers = self.numbers[kept]
+        self.slots = [self.slots[n] for n in kept] if self.slots else None
 
 
 class _Reader(ABC):
     """Decoded items, kept while they fit ``cache_mb``."""
 
-    def __init__(self, config: ItemsConfig, shards: ShardSet, numbers: np.ndarray):
-        self.config, self.shards, self.numbers = config, shards, numbers
+    def __init__(
+        self,
+        config: ItemsConfig,
+        shards: ShardSet,
+        numbers: np.ndarray,
+        slots: Sequence[str] | None = None,
+    ):
+        self.config, self.shards, self.numbers, self.slots = config, shards, numbers, slots
         self._kept: dict[int, Any] = {}
         self._room = int(config.cache_mb * 1e6)
 
     def item(self, i: int) -> Any:
         found = self._kept.get(i)
         if found is None:
-            found = self.read(self.shards[int(self.numbers[i])].values[self.config.modality])
+            slot = self.slots[i] if self.slots else self.config.modality
+            found = self.read(self.shards.value(int(self.numbers[i]), slot))
             if found.nbytes <= self._room:
                 self._room -= found.nbytes
                 self._kept[i] = found

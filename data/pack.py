@@ -5,6 +5,7 @@ Atomic, repeatable, and nothing is lost silently.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -18,13 +19,16 @@ from typing import Any
 
 from mm.data.decode import NATIVE, Limits
 from mm.data.encode import Encoder, open_tokenizers, vocabulary_of
-from mm.data.pack_run import Prepared, Run, prepared
+from mm.data.pack_run import Run
+from mm.data.prepare import Done, Work
+from mm.data.pretokenized import TokenIds, token_specs
 from mm.data.shards import FORMAT, MANIFEST, VERSION, VOCABULARY, read_manifest
-from mm.data.sources.base import SAFE_SPLIT, SPLITS
+from mm.data.sources.base import SAFE_SPLIT, SEGMENTS, SPLITS
 from mm.data.sources.detect import open_source
+from mm.data.workers import batches, cores
 from mm.data.writer import replacing, write_manifest
 from mm.errors import UserError, did_you_mean
-from mm.vocabulary import Vocabulary
+from mm.vocabulary import Vocabulary, merged
 
 log = logging.getLogger(__name__)
 BATCH = 256  # samples encoded together
@@ -77,10 +81,12 @@ def pack(
     caption_map: Mapping[str, str] | None = None,
     incomplete: str | None = None,
     document_bytes: int | None = None,
+    segments: bool = False,
+    tokenized: bool = False,
     license: str = "",
     limits: Limits | None = None,
     dedupe: str | None = None,
-    workers: int = 1,
+    workers: int | None = None,
     progress: bool = True,
 ) -> PackReport:
     """Pack ``src`` into the folder ``out``.
@@ -94,7 +100,8 @@ def pack(
         out: new folder: manifest.json and <split>/shard-000000.tar. It appears only when it is
             complete.
         source: kind of ``src`` where its name does not tell.
-        columns: modality -> column of a manifest; default the columns called text, image, audio.
+        columns: modality -> column of a manifest; default the columns called text, image, audio,
+            else the one called segments: lists of {modality: value}, interleaved samples.
         root: folder that a manifest's relative paths start from; default its own.
         tokenizers: folder of one tokenizer a modality, or modality -> folder; the shards then hold
             tokens.
@@ -107,11 +114,17 @@ def pack(
         overwrite: replace a pack of other content or settings.
         caption_from, caption_regex, caption_map, incomplete: of folders, see `FolderConfig`.
         document_bytes: of one text file, see `TextConfig`.
+        segments: of a folder: `a.000.txt`, `a.001.png`, ... are one interleaved sample. A table
+            has a column for that, see ``columns``.
+        tokenized: the columns of the table hold lists of token ids that ``tokenizers`` made (here
+            also a ``tokenizer.json``; default the one beside ``src``), whose fingerprint goes into
+            the shards.
         license: goes into the manifest.
         limits: largest image, recording and text.
         dedupe: leave out samples whose content came before: "sample" compares all modalities, a
             modality's name that one alone.
-        workers: threads that check files.
+        workers: processes that read, check and encode samples; they join a pack that takes longer
+            than two seconds, and change no byte of it. None: one a core.
         progress: show a bar.
     Raises:
         UserError: nothing to pack, a missing column, more bad samples than ``max_bad``, or ``out``
@@ -127,7 +140,13 @@ def pack(
         "caption_map": dict(caption_map) if caption_map else None,
         "incomplete": incomplete,
         "document_bytes": document_bytes,
+        "segments": segments or None,
     }
+    specs = []
+    if tokenized:
+        named = [m for m in columns or () if m != SEGMENTS]
+        specs = token_specs(tokenizers, src, named)
+        given["tokenized"] = [spec.modality for spec in specs]
     origin = open_source(src, source, given, val_share)
     _check_settings(split, val_share, max_bad, shard_mb)
     if dedupe is not None and dedupe not in (known := ("sample", *sorted(NATIVE))):
@@ -135,12 +154,14 @@ def pack(
     if src.resolve() in (out.resolve(), *(out.resolve().parents if src.is_dir() else ())):
         raise UserError(f"--out {out} lies in the source {src}; choose another folder")
     limits = limits or Limits()
-    encoder = words = None
-    if tokenizers is not None:
+    encoder: Encoder | TokenIds | None = None
+    words: Vocabulary | None = None
+    old = Vocabulary.load(vocabulary) if isinstance(vocabulary, (str, Path)) else vocabulary
+    if tokenized:
+        words, encoder = merged(specs, old), TokenIds(specs)
+    elif tokenizers is not None:
         opened = open_tokenizers(tokenizers)
-        old = Vocabulary.load(vocabulary) if isinstance(vocabulary, (str, Path)) else vocabulary
-        words = vocabulary_of(opened, old)
-        encoder = Encoder(opened, limits)
+        words, encoder = vocabulary_of(opened, old), Encoder(opened, limits)
     settings = {k: v for k, v in given.items() if v is not None and k != "root"} | {
         "split": split,
         "val_share": val_share,
@@ -166,12 +187,21 @@ def pack(
         try:
             # A batch is the same after a restart: the journal is written between two of them.
             rest = islice(origin, run.records, None)
-            ready = prepared(rest, limits, encoder is None, workers, dedupe)
-            if progress:
-                ready = _bar(ready, origin.count(), f"packing {src.name}", run.records)
-            for batch in _batches(ready, BATCH if encoder else 1):
-                run.add(batch, encoder)
-                run.save(encoder)
+            ready = batches(
+                rest, Work(limits, dedupe, encoder), BATCH if encoder else 1, workers or cores()
+            )
+            with contextlib.closing(ready):  # ends the workers whatever happens here
+                shown = ready
+                if progress:
+                    shown = _bar(ready, origin.count(), f"packing {src.name}", run.records)
+                for items, results in shown:
+                    if encoder:
+                        run.add(items, encoder, results)
+                        run.save(encoder)
+                        continue
+                    for p in items:
+                        run.add([p], None)
+                        run.save(None)
             run.check_budget(final=True)
         except UserError:
             run.abort(out)
@@ -279,18 +309,7 @@ def _rank(modality: str) -> tuple[int, str]:
     return (order.index(modality) if modality in order else len(order), modality)
 
 
-def _batches(items: Iterable[Prepared], size: int) -> Iterator[list[Prepared]]:
-    batch: list[Prepared] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) >= size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _bar(items: Iterable[Prepared], total: int | None, title: str, done: int) -> Iterator[Prepared]:
+def _bar(ready: Iterable[Done], total: int | None, title: str, done: int) -> Iterator[Done]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -308,6 +327,6 @@ def _bar(items: Iterable[Prepared], total: int | None, title: str, done: int) ->
     )
     with Progress(*columns, console=Console(stderr=True)) as bars:
         row = bars.add_task(title, total=total, completed=done)
-        for item in items:
-            yield item
-            bars.advance(row)
+        for batch in ready:
+            yield batch
+            bars.advance(row, len(batch.items))

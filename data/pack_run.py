@@ -5,21 +5,22 @@ With the journal a pack that was killed goes on where it was.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import time
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from mm.data.decode import BadSample, Limits, check, encode_tokens
-from mm.data.encode import Encoder, Item
+from mm.data.decode import encode_tokens
+from mm.data.encode import Encoder, Item, Result
 from mm.data.order import key_of
+from mm.data.prepare import Prepared
+from mm.data.pretokenized import TokenIds
 from mm.data.shards import QUARANTINE
+from mm.data.slots import summed
 from mm.data.sources.base import SAFE_SPLIT, SPLITS, Record
 from mm.data.sources.folder import metadata
 from mm.data.writer import PROGRESS, SAMPLES, SplitWriter, safe_key
@@ -28,65 +29,6 @@ from mm.errors import UserError
 EARLY = 1000  # samples after which the budget may stop a pack before its end
 JOURNAL_SECONDS = 10.0  # work that a kill may cost
 DUPLICATES = "duplicates.jsonl"
-
-
-class Prepared(NamedTuple):
-    """A record whose bytes were read and, for raw shards, proved to be decodable."""
-
-    record: Record
-    raws: dict[str, bytes]
-    kinds: dict[str, str]  # modality -> true extension
-    lengths: dict[str, int]
-    bad: str
-    digest: bytes = b""  # of the content that makes a duplicate
-
-
-def _prepare(record: Record, limits: Limits, decode_now: bool, dedupe: str | None) -> Prepared:
-    raws: dict[str, bytes] = {}
-    kinds: dict[str, str] = {}
-    lengths: dict[str, int] = {}
-    try:
-        if record.bad:
-            raise BadSample(record.bad)
-        for modality, read in record.values.items():
-            raws[modality] = read()
-            if decode_now:
-                kinds[modality], lengths[modality] = check(modality, raws[modality], limits)
-    except BadSample as error:
-        return Prepared(record, {}, {}, {}, str(error))
-    return Prepared(record, raws, kinds, lengths, "", content(raws, dedupe))
-
-
-def content(raws: Mapping[str, bytes], dedupe: str | None) -> bytes:
-    """Hash of what makes a duplicate: all modalities, or one; b"" where that one is absent."""
-    if dedupe is None or (dedupe != "sample" and dedupe not in raws):
-        return b""
-    digest = hashlib.blake2b(digest_size=16)
-    for modality in sorted(raws) if dedupe == "sample" else [dedupe]:
-        digest.update(f"{modality}\0{len(raws[modality])}\0".encode())
-        digest.update(raws[modality])
-    return digest.digest()
-
-
-def prepared(
-    source: Iterable[Record],
-    limits: Limits,
-    decode_now: bool,
-    workers: int,
-    dedupe: str | None = None,
-) -> Iterator[Prepared]:
-    """Read and check records in threads, a bounded number ahead, in order."""
-    if workers <= 1:
-        yield from (_prepare(record, limits, decode_now, dedupe) for record in source)
-        return
-    waiting: deque[Future[Prepared]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for record in source:
-            waiting.append(pool.submit(_prepare, record, limits, decode_now, dedupe))
-            if len(waiting) >= 8 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 class Run:
@@ -148,7 +90,7 @@ class Run:
             self.writers[split].restore(entry, lengths.get(split, {}))
         return state
 
-    def save(self, encoder: Encoder | None, seconds: float | None = None) -> None:
+    def save(self, encoder: Encoder | TokenIds | None, seconds: float | None = None) -> None:
         """Write the journal when the last one is old enough, after all that it names."""
         if seconds is None:
             seconds = JOURNAL_SECONDS
@@ -178,11 +120,20 @@ class Run:
         new.replace(path)
         self._saved = time.monotonic()
 
-    def add(self, batch: list[Prepared], encoder: Encoder | None) -> None:
-        """Write a batch of samples, encoded when there is an encoder."""
+    def add(
+        self,
+        batch: Sequence[Prepared],
+        encoder: Encoder | TokenIds | None,
+        results: Sequence[Result] | None = None,
+    ) -> None:
+        """Write a batch of samples, encoded when there is an encoder, or by it already.
+
+        ``results[n].rest`` is then the place in ``batch``; those of samples that are left out do
+        not count.
+        """
         self.records += len(batch)
-        fine = []
-        for p in batch:
+        fine: list[int] = []
+        for n, p in enumerate(batch):
             if p.digest in self.contents and not p.bad:
                 self._duplicate(p)
                 continue
@@ -192,12 +143,20 @@ class Run:
                 continue
             if p.digest:
                 self.contents[p.digest] = p.record.key
-            fine.append(p)
+            fine.append(n)
         if encoder is None:
-            for p in fine:
+            for p in (batch[n] for n in fine):
                 self._write(p, {p.kinds[m]: data for m, data in p.raws.items()}, p.lengths)
             return
-        for p, encoded, bad in encoder.encode([Item(p.raws, p) for p in fine]):
+        items = [Item(batch[n].raws, n) for n in fine]
+        if results is None:
+            results = _encoded(encoder, items, batch)
+        else:
+            encoder.note(items)
+            kept = set(fine)
+            results = [r for r in results if r.rest in kept]
+        for n, encoded, bad in results:
+            p = batch[n]
             if bad:
                 self.contents.pop(p.digest, None)
                 self._log([safe_key(p.record.key), p.record.where, None, None, ""])
@@ -245,6 +204,7 @@ class Run:
             files = {**files, "json": metadata(dict(record.meta))}
         if split not in self.writers:
             self.writers[split] = SplitWriter(self.part / split, self.shard_mb)
+        lengths = summed(lengths)
         self.writers[split].write(key, files, lengths)
         self._log([key, record.where, split, lengths, p.digest.hex()])
         self.good += 1
@@ -298,6 +258,23 @@ class Run:
     def _close(self) -> None:
         for file in self._files.values():
             file.close()
+
+
+def _encoded(
+    encoder: Encoder | TokenIds, items: Sequence[Item], batch: Sequence[Prepared]
+) -> list[Result]:
+    """Codes of the items; what a tokenizer raises gets the name of the sample."""
+    try:
+        return encoder.encode(items)
+    except Exception:
+        for item in items:
+            try:
+                encoder.encode([item])
+            except Exception as error:
+                record = batch[item.rest].record
+                error.add_note(f"at sample '{record.key}' ({record.where})")
+                raise
+        raise
 
 
 def _open_at(path: Path, size: int) -> Any:

@@ -20,10 +20,12 @@ from pydantic import Field
 
 from mm.config import Config
 from mm.data import mixing
+from mm.data.account import carried, running
 from mm.data.collate import document_length, to_batch
 from mm.data.order import generator, key_of, permute
 from mm.data.remote import Location, is_url
 from mm.data.shards import ShardSet
+from mm.data.slots import modality_in
 from mm.data.stream import Step, Stream, rank_rows
 from mm.data.transforms.chunk import window
 from mm.data.transforms.compose import Chain, chain
@@ -150,8 +152,7 @@ class PackedStream(Stream):
     """See `PackedConfig`.
 
     ``stats`` of the last step: padding_share, documents, tokens by modality, filtered, too_long;
-    and of the run so far: tokens_seen by modality, source_tokens by number of the source, and their
-    token_shares and source_shares.
+    and those of the run so far that `mm.data.account.running` names (a sample is a document here).
     """
 
     def __init__(
@@ -273,31 +274,28 @@ class PackedStream(Stream):
         used = sum(r.length for r in rows)
         tokens: dict[str, int] = {}
         by_source = dict.fromkeys(range(len(self.sources)), 0)
+        by_samples = dict.fromkeys(range(len(self.sources)), 0)
         for r in rows:
             for source, document in zip(r.sources, r.documents, strict=True):
+                by_samples[source] += 1
                 for s in document:
                     if s.ids is not None:
                         tokens[s.modality] = tokens.get(s.modality, 0) + len(s.ids) + 2
                         by_source[source] += len(s.ids) + 2
-        # Sums over the run ride in the cursor: a resumed run reports what an unbroken one does.
-        seen = {k: v for k, v in cursor.items() if k.startswith(("tokens/", "source/"))}
-        for name, n in (
-            *((f"tokens/{m}", n) for m, n in tokens.items()),
-            *((f"source/{i}", n) for i, n in by_source.items()),
-        ):
-            seen[name] = seen.get(name, 0) + n
-        tokens_seen = {k[7:]: n for k, n in sorted(seen.items()) if k.startswith("tokens/")}
-        source_seen = {k[7:]: n for k, n in sorted(seen.items()) if k.startswith("source/")}
+        seen = carried(
+            cursor,
+            tokens=tokens,
+            source=by_source,
+            samples=by_samples,
+            rejects={"filtered": filtered, "too_long": too_long},
+        )
         stats = {
             "padding_share": 1 - used / (self.config.batch_size * self.config.seq_len),
             "tokens": tokens,
             "documents": sum(len(r.documents) for r in rows),
             "filtered": filtered,
             "too_long": too_long,
-            "tokens_seen": tokens_seen,
-            "source_tokens": source_seen,
-            "token_shares": of_total(tokens_seen),
-            "source_shares": of_total(source_seen),
+            **running(seen),
         }
         return Step(micros, {"step": cursor["step"] + 1, "block": block, "row": row, **seen}, stats)
 
@@ -342,7 +340,8 @@ class PackedStream(Stream):
 
     def _segments(self, source: int, epoch: int, i: int) -> list[Segment] | None:
         """Sample ``i`` after the transforms; None where they filter it out."""
-        segments = [Segment(m, ids) for m, ids in self.sources[source].tokens(i).items()]
+        found = self.sources[source].tokens(i)
+        segments = [Segment(modality_in(slot), ids) for slot, ids in found.items()]
         transform = self.transforms[source]
         if not transform.parts:
             return segments
@@ -354,7 +353,7 @@ class PackedStream(Stream):
         From the index where nothing changes them, else from the first samples of the order.
         """
         shards, n = self.sources[source], len(self.sources[source])
-        if not self.transforms[source].parts and self.config.cut:
+        if not self.transforms[source].parts and self.config.cut and not shards.interleaved:
             have = {s.modality: shards.lengths(s.modality) for s in shards.specs}
             return {m: float((v + 2).sum(where=v >= 0)) / n for m, v in have.items()}
         total: dict[str, float] = {}
@@ -389,12 +388,6 @@ class PackedStream(Stream):
                 else permute(np.arange(n), n, own)
             )
         return self._order[key]
-
-
-def of_total(counts: Mapping[str, int]) -> dict[str, float]:
-    """Counts as shares of their sum."""
-    total = max(1, sum(counts.values()))
-    return {name: n / total for name, n in counts.items()}
 
 
 def pieces(s: Segment, tokens: int) -> list[list[Segment]]:

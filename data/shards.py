@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from mm.data import decode, index
-from mm.data.decode import NATIVE, BadSample
+from mm.data.decode import BadSample
 from mm.data.index import Index
 from mm.data.remote import cache_folder, cached, is_url, join, read_small
+from mm.data.slots import modality_in, of_modality, parse, place
 from mm.errors import UserError, did_you_mean
 from mm.specs import Encoded, Sample, TokenSpec
 from mm.vocabulary import Vocabulary
@@ -27,6 +28,7 @@ MANIFEST, VOCABULARY, INDEX, QUARANTINE = (
     "index.npz",
     "quarantine.jsonl",
 )
+RANK = {"text": 0, "image": 1, "audio": 2}  # order of the values of a raw sample
 log = logging.getLogger(__name__)
 
 
@@ -110,7 +112,14 @@ class ShardSet:
                     "restore it or pack again"
                 )
         self._kinds = [str(kind) for kind in self.index.kinds]
-        self._raw = {m: [k for k in self._kinds if decode.EXTENSIONS.get(k) == m] for m in NATIVE}
+        self._slots = {  # kind -> slot
+            kind: parse(kind)[0] + str(index.modality_of(kind))
+            for kind in self._kinds
+            if index.modality_of(kind) is not None and kind.endswith(".npy") == self.tokenized
+        }
+        # True where a sample may have several segments of one modality
+        self.interleaved = any(parse(slot)[0] for slot in self._slots.values())
+        self._order = {s.modality: n for n, s in enumerate(self.specs)} or RANK
 
     @classmethod
     def open(cls, root: str | Path, split: str = "train", cache_mb: float = 512) -> ShardSet:
@@ -166,35 +175,76 @@ class ShardSet:
         Raises UserError naming shard and key.
         """
         i = self._number(i)
-        values = {}
-        for modality in NATIVE:
-            found = self.raw(i, modality)
-            if found is not None:
-                try:
-                    values[modality] = decode.decode(modality, found[1])
-                except BadSample as error:
-                    raise UserError(
-                        f"{self._where(i)}: {error}; run: mm data verify {self.root}"
-                    ) from error
-        return Sample(
-            self.index.key(i), self._where(i), {m: values[m] for m in sorted(values, key=_rank)}
-        )
+        values = {slot: self._decoded(i, slot, e) for slot, e in self.slots(i).items()}
+        return Sample(self.index.key(i), self._where(i), values)
 
-    def raw(self, i: int, modality: str) -> tuple[str, bytes] | None:
-        """(extension, undecoded bytes) of one modality of sample i, or None where it is absent."""
-        found = self._members(i)
-        for kind in self._raw.get(modality, ()):
-            if kind in found:
-                return kind, bytes(self._member(found[kind]))
+    def slots(self, i: int) -> dict[str, int]:
+        """Slot -> member number of sample i, segment by segment, else in a fixed order."""
+        found = []
+        for kind, e in self._members(i).items():
+            if kind in self._slots:
+                ordinal, modality = parse(self._slots[kind])
+                found.append((ordinal, self._order.get(modality, len(self._order)), modality, e))
+        return {ordinal + modality: e for ordinal, _, modality, e in sorted(found)}
+
+    def value(self, i: int, slot: str) -> Any:
+        """Decode one value of sample i. Raises UserError naming shard and key; KeyError when it has
+        no such slot.
+        """
+        i = self._number(i)
+        return self._decoded(i, slot, self.slots(i)[slot])
+
+    def _decoded(self, i: int, slot: str, e: int) -> Any:
+        try:
+            return decode.decode(modality_in(slot), bytes(self._member(e)))
+        except BadSample as error:
+            raise UserError(
+                f"{self._where(i)}: {place(slot)}{error}; run: mm data verify {self.root}"
+            ) from error
+
+    def raw(self, i: int, slot: str) -> tuple[str, bytes] | None:
+        """(extension, undecoded bytes) of a slot of sample i, or None where it is absent.
+
+        A modality names the first segment that has it.
+        """
+        for kind, e in self._members(self._number(i)).items():
+            have = self._slots.get(kind)
+            if have == slot or (have and modality_in(have) == slot):
+                return parse(kind)[1], bytes(self._member(e))
         return None
+
+    def each(self, modality: str) -> list[tuple[int, str]]:
+        """(sample, slot) of every value of a modality, in order."""
+        having = self.having(modality).tolist()
+        if not self.interleaved:
+            return [(i, modality) for i in having]
+        return [(i, slot) for i in having for slot in of_modality(self.slots(i), modality)]
+
+    def segments(self, modality: str) -> np.ndarray:
+        """Segments of that modality in each sample: (N,) int64; 0 or 1 if not interleaved."""
+        if not self.interleaved:
+            return (self.lengths(modality) >= 0).astype(np.int64)
+        mine = [modality_in(self._slots.get(kind, "")) == modality for kind in self._kinds]
+        hits = np.concatenate([[0], np.cumsum(np.array(mine, np.int64)[self.index.kind])])
+        return hits[self.index.start[1:]] - hits[self.index.start[:-1]]
 
     def meta(self, i: int) -> dict[str, Any]:
         """Metadata of sample i: labels and whatever else the source had."""
         return self._json(self._number(i), "json")
 
     def tokens(self, i: int) -> dict[str, np.ndarray]:
-        """Codes of sample i by modality, in vocabulary order: (L,) int32 views, ids from 0."""
-        out, found = {}, self._members(i)
+        """Codes of sample i by slot: (L,) int32 views, ids from 0.
+
+        In vocabulary order; of an interleaved sample segment by segment.
+        """
+        out: dict[str, np.ndarray] = {}
+        if self.interleaved:
+            for slot, e in self.slots(self._number(i)).items():
+                data = self._member(e)
+                n = index.n_codes(bytes(data[:128]), len(data))
+                out[slot] = data[len(data) - 4 * n :].view("<i4")
+            return out
+        found = self._members(i)
         for spec in self.specs:
             e = found.get(f"{spec.modality}.npy")
             if e is not None:
@@ -215,10 +265,7 @@ class ShardSet:
             )
         i = self._number(i)
         side = self._json(i, "side.json")
-        return {
-            modality: Encoded(ids, side=side.get(modality, {}))
-            for modality, ids in self.tokens(i).items()
-        }
+        return {slot: Encoded(ids, side=side.get(slot, {})) for slot, ids in self.tokens(i).items()}
 
     def shard_of(self) -> np.ndarray:
         """Number of the shard that each sample stands in: (N,) int32, ascending."""
@@ -290,8 +337,3 @@ class ShardSet:
     def _where(self, i: int) -> str:
         shard = self.paths[self.index.shard[self.index.start[i]]].name
         return f"{self.root.name}/{self.split}/{shard}:{self.index.key(i)}"
-
-
-def _rank(modality: str) -> tuple[int, str]:
-    order = ("text", "bytes", "image", "audio")
-    return (order.index(modality) if modality in order else len(order), modality)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from mm.config import Config
 from mm.data.decode import NATIVE, BadSample
+from mm.data.slots import MAX_SEGMENTS, slot_of
 from mm.errors import UserError, did_you_mean
 
 SPLITS = {
@@ -29,10 +34,15 @@ SAFE_SPLIT = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 PICKLES = frozenset({"pkl", "pickle", "pyd", "pth", "pt", "joblib", "dill"})
 
 
+SEGMENTS = "segments"  # the column of interleaved samples
+IDS = ("input_ids", "token_ids", "tokens", "ids")  # what a column of token ids is called elsewhere
+
+
 class Record(NamedTuple):
     """One sample as found.
 
-    ``values``: modality -> function that reads its bytes (it may raise BadSample).
+    ``values``: slot (a modality; of an interleaved sample see `mm.data.slots`) -> function that
+    reads its bytes (it may raise BadSample).
     """
 
     key: str
@@ -77,9 +87,10 @@ class SourceConfig(Config):
 class TableConfig(SourceConfig):
     """What every table (JSONL, CSV, Parquet) has."""
 
-    columns: dict[
-        str, str
-    ] = {}  # modality -> column; default: the columns called text, image, audio
+    # modality -> column; default: the columns called text, image, audio, without any of them the
+    # column "segments": a list of {modality: value}, an interleaved sample in its order
+    columns: dict[str, str] = {}
+    tokenized: tuple[str, ...] = ()  # modalities; the columns then hold lists of token ids
     root: Path | None = None  # folder of relative paths; default that of the table
 
     @classmethod
@@ -95,7 +106,8 @@ class TableSource(Source):
 
     def __init__(self, config: TableConfig):
         self.path, self.root = config.path, config.root or config.path.parent
-        self.columns = dict(config.columns)
+        self.columns, self.tokenized = dict(config.columns), config.tokenized
+        self.known = frozenset(config.tokenized) or NATIVE
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -110,22 +122,33 @@ class TableSource(Source):
         names = self.names()
         have = ", ".join(names)
         for modality, column in self.columns.items():
-            if modality not in NATIVE:
+            if modality not in (known := {*self.known, SEGMENTS}):
                 raise UserError(
-                    f"--column {modality}={column}: unknown "
-                    f"modality{did_you_mean(modality, NATIVE)}"
+                    f"--column {modality}={column}: unknown modality{did_you_mean(modality, known)}"
+                )
+            if modality == SEGMENTS and len(self.columns) > 1:
+                raise UserError(
+                    f"--column {SEGMENTS}={column} holds whole samples; give no other column"
                 )
             if column not in names:
                 raise UserError(
                     f"{self.path}: no column '{column}' for modality '{modality}'; columns: {have}"
                 )
-        found = self.columns or {name: name for name in names if name in NATIVE}
+        found = self.columns or {name: name for name in names if name in self.known}
+        usual = [name for name in IDS if name in names]
+        if not found and usual and len(self.tokenized) == 1:
+            found = {self.tokenized[0]: usual[0]}
+        if not found and SEGMENTS in names:
+            found = {SEGMENTS: SEGMENTS}
         if not found:
             raise UserError(
-                f"{self.path}: no column called text, image or audio; columns: {have}; map one: "
-                f"--column image={names[0]}"
+                f"{self.path}: no column called {self._usual()}; columns: {have}; map one: "
+                f"--column image={names[0]}, or a list of segments: --column segments={names[0]}"
             )
         return dict(found)
+
+    def _usual(self) -> str:
+        return ", ".join((*self.tokenized, *IDS)) if self.tokenized else "text, image or audio"
 
     def __iter__(self) -> Iterator[Record]:
         mapping = self.mapping()
@@ -137,13 +160,13 @@ class TableSource(Source):
             given = row.get("key")
             key = str(given) if given not in (None, "") else f"{self.path.stem}-{number:08d}"
             split = row.get("split")
-            values = {
-                m: self._reader(m, row[c])
-                for m, c in mapping.items()
-                if row.get(c) is not None and row[c] != ""
-            }
+            bad = ""
+            try:
+                values = {slot: self._reader(m, v) for slot, m, v in self._found(row, mapping)}
+            except BadSample as error:
+                values, bad = {}, str(error)
             meta = {k: v for k, v in row.items() if k not in used and _plain(v)}
-            bad = "" if values else f"no value in {', '.join(mapping.values())}"
+            bad = bad or ("" if values else f"no value in {', '.join(mapping.values())}")
             yield Record(key, where, values, None if split in (None, "") else str(split), meta, bad)
 
     def fingerprint(self) -> str:
@@ -151,8 +174,11 @@ class TableSource(Source):
         digest = hashlib.sha256(self.path.read_bytes())
         mapping = self.mapping()
         for _, row in self.rows():
-            for modality, column in mapping.items():
-                value = row.get(column) if isinstance(row, dict) else None
+            try:
+                found = self._found(row, mapping) if isinstance(row, dict) else []
+            except BadSample:
+                continue  # it has no files that are read
+            for _, modality, value in found:
                 path = (
                     value.get("path")
                     if isinstance(value, dict)
@@ -165,16 +191,28 @@ class TableSource(Source):
                     digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
         return digest.hexdigest()
 
+    def _found(
+        self, row: Mapping[str, Any], mapping: Mapping[str, str]
+    ) -> list[tuple[str, str, Any]]:
+        """(slot, modality, value) of everything in a row. Raises BadSample on bad segments."""
+        if SEGMENTS in mapping:
+            return segments(row.get(mapping[SEGMENTS]), self.known)
+        return [
+            (m, m, row[c]) for m, c in mapping.items() if row.get(c) is not None and row[c] != ""
+        ]
+
     def _reader(self, modality: str, value: Any) -> Callable[[], bytes]:
+        if self.tokenized:
+            return token_ids(modality, value)
         if isinstance(value, dict):
             if value.get("bytes") is not None:
                 value = value["bytes"]
             elif isinstance(value.get("path"), str):
-                return lambda path=value["path"]: read_inside(self.root, path)
+                return partial(read_inside, self.root, value["path"])
             else:
                 return raising(f"{modality}: neither 'path' nor 'bytes' in {sorted(value)}")
         if isinstance(value, (bytes, bytearray)):
-            return lambda data=bytes(value): data
+            return Given(bytes(value))
         if not isinstance(value, str):
             return raising(
                 f"{modality}: expected {'text' if modality == 'text' else 'a path'}, found "
@@ -182,10 +220,45 @@ class TableSource(Source):
             )
         if modality == "text":
             try:
-                return lambda data=value.encode(): data
+                return Given(value.encode())
             except UnicodeEncodeError:
                 return raising("text: lone surrogates are no valid Unicode")
-        return lambda: read_inside(self.root, value)
+        return partial(read_inside, self.root, value)
+
+
+def token_ids(modality: str, value: Any) -> Callable[[], bytes]:
+    """A reader of a list of ids: int32 codes, little-endian."""
+    ids = value
+    if isinstance(value, (list, tuple)):
+        ids = np.asarray(value) if value else np.empty(0, np.int32)
+    if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
+        return raising(f"{modality}: expected a list of token ids, found {value!r:.60}")
+    if len(ids) and (ids.min() < 0 or ids.max() >= 2**31):
+        return raising(f"{modality}: ids {ids.min()}..{ids.max()} are no token ids")
+    return Given(ids.astype("<i4").tobytes())
+
+
+def segments(given: Any, known: Collection[str] = NATIVE) -> list[tuple[str, str, Any]]:
+    """(slot, modality, value) of each segment of a list of ``{modality: value}``.
+
+    Keys without a value (as tables fill them in) do not count. Raises BadSample naming the segment.
+    """
+    if not isinstance(given, (list, tuple)) or not given:
+        raise BadSample(f"segments: expected a list of {{modality: value}}, found {given!r:.60}")
+    if len(given) > MAX_SEGMENTS:
+        raise BadSample(f"segments: {len(given)} of them, the cap is {MAX_SEGMENTS}")
+    out = []
+    for number, each in enumerate(given):
+        given_here = each.items() if isinstance(each, dict) else ()
+        have = {k: v for k, v in given_here if v is not None and not _empty(v)}
+        if len(have) != 1 or not have.keys() <= set(known):
+            raise BadSample(
+                f"segment {number}: expected one of {', '.join(sorted(known))} with a value, "
+                f"found {', '.join(map(str, have)) or repr(each)[:60]}"
+            )
+        ((modality, value),) = have.items()
+        out.append((slot_of(number, modality), modality, value))
+    return out
 
 
 def read_inside(root: Path, relative: str) -> bytes:
@@ -207,18 +280,35 @@ def read_inside(root: Path, relative: str) -> bytes:
         raise BadSample(f"'{relative}': {reason}") from error
 
 
-def raising(reason: str) -> Callable[[], bytes]:
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A reader of bytes that are here already. A reader that can be pickled is called in a worker
+    process, another one in the main process.
+    """
+
+    data: bytes
+
+    def __call__(self) -> bytes:
+        return self.data
+
+
+@dataclass(frozen=True, slots=True)
+class raising:  # noqa: N801  used as a function
     """A reader that can only say why it cannot read."""
 
-    def read() -> bytes:
-        raise BadSample(reason)
+    reason: str
 
-    return read
+    def __call__(self) -> bytes:
+        raise BadSample(self.reason)
 
 
 def split_of(parts: Iterable[str]) -> str | None:
     """The split that a path component names: train, val or test; None without one."""
     return next((SPLITS[p.lower()] for p in parts if p.lower() in SPLITS), None)
+
+
+def _empty(value: Any) -> bool:
+    return isinstance(value, (str, bytes, list)) and not value
 
 
 def _plain(value: Any) -> bool:

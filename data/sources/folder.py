@@ -8,15 +8,18 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from mm.data import index
 from mm.data.decode import EXTENSIONS, BadSample, decode_json
+from mm.data.slots import parse
 from mm.data.sources.base import (
     PICKLES,
+    Given,
     Record,
     Source,
     SourceConfig,
@@ -57,6 +60,15 @@ class FolderConfig(SourceConfig):
     incomplete: Literal["reject", "keep"] = (
         "reject"  # a caption without its image, where the other samples have both
     )
+
+    # `cat.000.txt`, `cat.001.png`, `cat.002.txt` are the segments of one interleaved sample
+    segments: bool = False
+
+    @model_validator(mode="after")
+    def _no_caption(self) -> FolderConfig:
+        if self.segments and (self.caption_from or self.caption_regex):
+            raise ValueError("segments: an interleaved sample has its text in it; drop caption_*")
+        return self
 
     @field_validator("caption_map", mode="before")
     @classmethod
@@ -104,6 +116,9 @@ class FolderSource(Source):
             for file in sorted(self._files(), key=lambda f: f.path):
                 stem, extension = _split(file.path)
                 if extension in EXTENSIONS or extension in PICKLES or extension in ("json", "link"):
+                    numbered = self.config.segments and re.fullmatch(r"(.+)\.(\d{3})", stem)
+                    if numbered and extension != "json":
+                        stem, extension = numbered[1], f"{numbered[2]}.{extension}"
                     found.setdefault(stem, {}).setdefault(extension, []).append(file)
                 else:
                     ignored[extension or "(none)"] += 1
@@ -143,9 +158,8 @@ class FolderSource(Source):
                 if not any(
                     part.startswith(".") for part in m.name.split("/") if part not in (".", "")
                 ):
-                    yield File(
-                        m.name.removeprefix("./"), m.size, 0, _member(root, m.offset, m.size)
-                    )
+                    read = partial(_member, root, m.offset, m.size)
+                    yield File(m.name.removeprefix("./"), m.size, 0, read)
             return
         for folder, folders, names in os.walk(root):
             folders[:] = sorted(f for f in folders if not f.startswith("."))
@@ -167,7 +181,7 @@ class FolderSource(Source):
                         relative,
                         stat.st_size,
                         stat.st_mtime_ns,
-                        lambda r=relative: read_inside(root, r),
+                        partial(read_inside, root, relative),
                     )
 
     def _usual(self, groups: dict[str, dict[str, list[File]]]) -> frozenset[str]:
@@ -190,7 +204,8 @@ class FolderSource(Source):
         def bad(reason: str) -> Record:
             return Record(stem, where, {}, split, meta, reason)
 
-        for extension, files in group.items():
+        for name, files in group.items():
+            ordinal, extension = parse(name)
             if extension in PICKLES:
                 return bad(f"'.{extension}' files can run code when they are read: refused")
             if extension == "link":
@@ -202,9 +217,13 @@ class FolderSource(Source):
                     return bad(str(error))
                 continue
             modality = EXTENSIONS[extension]
+            if ordinal and any(parse(slot)[0] == ordinal for slot in values):
+                return bad(f"two files of segment {int(ordinal[:3])}")
             if modality in values or len(files) > 1:
                 return bad(f"two {modality} files of one name")
-            values[modality] = files[0].read
+            if values and bool(ordinal) != bool(parse(next(iter(values)))[0]):
+                return bad(f"'{name}' stands beside files with other names than segments have")
+            values[ordinal + modality] = files[0].read
         if set(values) < usual:
             return bad(
                 f"incomplete: has {'+'.join(sorted(values))}, the other samples have "
@@ -216,7 +235,7 @@ class FolderSource(Source):
             return bad(str(error))
         if label is not None:
             meta.setdefault("label", label)
-            values.setdefault("text", lambda data=label.encode("utf-8", "surrogateescape"): data)
+            values.setdefault("text", Given(label.encode("utf-8", "surrogateescape")))
         return Record(stem, where, values, split, meta)
 
     def _caption(self, path: PurePosixPath, meta: dict[str, Any]) -> str | None:
@@ -248,13 +267,10 @@ def _split(path: str) -> tuple[str, str]:
     return (stem, extension.lower()) if dot and "/" not in extension else (path, "")
 
 
-def _member(tar: Path, offset: int, size: int) -> Callable[[], bytes]:
-    def read() -> bytes:
-        with open(tar, "rb") as file:
-            file.seek(offset)
-            return file.read(size)
-
-    return read
+def _member(tar: Path, offset: int, size: int) -> bytes:
+    with open(tar, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
 
 
 def metadata(values: dict[str, Any]) -> bytes:

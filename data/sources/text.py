@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mm.data.index import sha256
-from mm.data.sources.base import Record, Source, SourceConfig
+from mm.data.sources.base import Given, Record, Source, SourceConfig
 from mm.errors import UserError
 from mm.registry import SOURCES
 
@@ -66,9 +66,7 @@ class TextSource(Source):
                 share = at / self.size
                 split = "train" if share < borders[0] else "test" if share < borders[1] else "val"
                 key = f"{self.config.path.stem}-{at:012d}"
-                yield Record(
-                    key, f"{self.config.path.name}@{at}", {"text": lambda data=piece: data}, split
-                )
+                yield Record(key, f"{self.config.path.name}@{at}", {"text": Given(piece)}, split)
                 at += len(piece)
 
 

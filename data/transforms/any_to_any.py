@@ -38,7 +38,8 @@ def parse_task(text: str) -> Task:
 class AnyToAnyConfig(Config):
     """Draw a task by weight among those that the sample has the modalities for.
 
-    Without one the sample is filtered.
+    Without one the sample is filtered. A sample of several segments of one modality has an order of
+    its own: it stays as it is.
     """
 
     kind: Literal["any_to_any"] = "any_to_any"
@@ -82,6 +83,8 @@ class AnyToAny(Transform):
 
     def __call__(self, segments: list[Segment], rng: Any) -> list[Segment] | None:
         have = {s.modality: s for s in segments}
+        if len(have) < len(segments):
+            return segments
         tasks, borders = self._choices(frozenset(have))
         if not tasks:
             return None

@@ -62,7 +62,9 @@ def pack(
     column: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="MODALITY=COLUMN", help="Of a manifest, such as image=img_path; repeatable."
+            metavar="MODALITY=COLUMN",
+            help="Of a manifest, such as image=img_path; repeatable. segments=COLUMN: lists of "
+            "{modality: value}, interleaved samples.",
         ),
     ] = None,
     root: Annotated[
@@ -104,6 +106,21 @@ def pack(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a pack of other content.")
     ] = False,
+    segments: Annotated[
+        bool,
+        typer.Option(
+            "--segments",
+            help="a.000.txt, a.001.png, a.002.txt of a folder are one interleaved sample.",
+        ),
+    ] = False,
+    tokenized: Annotated[
+        bool,
+        typer.Option(
+            "--tokenized",
+            help="The columns hold lists of token ids, made by --tokenizers (also a tokenizer.json;"
+            " default the one beside SRC).",
+        ),
+    ] = False,
     license: Annotated[str, typer.Option(metavar="TEXT", help="Goes into the manifest.")] = "",
     dedupe: Annotated[
         str | None,
@@ -112,7 +129,12 @@ def pack(
             help="Leave out samples whose content (or that modality) came before.",
         ),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Threads that check files.")] = 4,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes that read, check and encode samples; default one a core."
+        ),
+    ] = None,
     json: JsonFile = None,
 ) -> None:
     from mm.data import pack as packing
@@ -135,6 +157,8 @@ def pack(
         caption_map=pairs("--caption-map", caption_map),
         incomplete=incomplete,
         document_bytes=document_bytes,
+        segments=segments,
+        tokenized=tokenized,
         license=license,
         dedupe=dedupe,
         workers=workers,
@@ -188,6 +212,8 @@ def inspect(
     for modality, example in found["examples"].items():
         where = f" -> {example['file']}" if "file" in example else ""
         console().print(f"{modality} {example['key']}: {example['what']}{where}", markup=False)
+        if "segments" in example:
+            console().print(f"  segments: {example['segments']}", markup=False)
         if example["metadata"]:
             console().print(f"  {example['metadata']}", markup=False)
     if found["quarantined"]:

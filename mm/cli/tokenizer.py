@@ -89,7 +89,7 @@ def fit(chosen: Any, data: Path, out: Path, text: str) -> dict[str, Any]:
             "configs/tokenizer/image.yaml"
         )
     shards = ShardSet.open(data, split="train")
-    found = [int(i) for i in shards.having("text")]
+    found = shards.each("text")
     if not found:
         raise UserError(
             f"{data}: no text in split 'train'; see what it has with: mm data inspect {data}"
@@ -98,8 +98,8 @@ def fit(chosen: Any, data: Path, out: Path, text: str) -> dict[str, Any]:
     def texts() -> Iterator[str]:
         from mm.data.decode import decode_text
 
-        for i in found:
-            raw = shards.raw(i, "text")  # alone: decoding the pictures beside it would cost minutes
+        for i, slot in found:
+            raw = shards.raw(i, slot)  # alone: decoding the pictures beside it would cost minutes
             if raw is not None:
                 yield decode_text(raw[1])
 
@@ -166,11 +166,11 @@ def read_raws(data: Path, split: str, modality: str, limit: int) -> list[Any]:
 
     shards = ShardSet.open(data, split=split)
     raw = "text" if modality == "bytes" else modality
-    having = shards.having(raw)
-    if not len(having):
+    having = shards.each(raw)
+    if not having:
         raise UserError(
             f"{data}: no {raw} in split '{split}'; see what it has with: mm data inspect {data}"
         )
     n = min(limit, len(having))
-    found = (shards.raw(int(having[i * len(having) // n]), raw) for i in range(n))
+    found = (shards.raw(*having[i * len(having) // n]) for i in range(n))
     return [decode(raw, member[1]) for member in found if member is not None]

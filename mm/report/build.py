@@ -12,6 +12,7 @@ from typing import Any
 from mm.errors import UserError
 from mm.report import sections
 from mm.report.charts import short
+from mm.report.data import data
 from mm.report.read import RunData, read_run
 
 HERE = Path(__file__).parent
@@ -25,6 +26,7 @@ SECTIONS = (
     ("figures", "Results on the held-out split", sections.figures),
     ("samples", "Samples over time", sections.samples),
     ("curves", "Training", sections.curves),
+    ("data", "Data", data),
     ("tokenizers", "Tokenizers", sections.tokenizers),
     ("sampling", "Sampling and time", sections.sampling),
     ("commands", "Commands", sections.commands),

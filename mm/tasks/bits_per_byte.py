@@ -71,15 +71,20 @@ class BitsPerByte(Task):
         for modality in wanted:
             if modality not in generator.tokenizers and not self.modalities:
                 continue
-            where = shards.having(RAW.get(modality, modality))
-            if len(where) == 0:
+            raw = RAW.get(modality, modality)
+            where = shards.each(raw)
+            if not where:
                 if self.modalities:
                     raise UserError(
                         f"{self.data}: no sample of split '{self.split}' has '{modality}'"
                     )
                 continue
-            samples = [shards[int(where[k])] for k in spread(len(where), self.limit)]
-            figures |= self._measure(generator, modality, [s.values for s in samples])
+            chosen = [where[k] for k in spread(len(where), self.limit)]
+            values = [  # a segment of an interleaved sample is measured alone
+                shards[i].values if slot == raw else {raw: shards.value(i, slot)}
+                for i, slot in chosen
+            ]
+            figures |= self._measure(generator, modality, values)
         return figures
 
     def _measure(self, generator: Generator, modality: str, values: Sequence[Any]) -> Figures:

@@ -205,6 +205,23 @@ def tokens_by_modality(batches: Sequence[Batch], n_modalities: int) -> Tensor:
     return total
 
 
+def of_stream(stats: Mapping[str, Any]) -> dict[str, float]:
+    """What a stream's ``stats`` add to a line of metrics.jsonl.
+
+    Figures of the step become ``data/<name>`` (such as ``data/padding_share``); shares and rejects
+    of the run so far ``data/<name>/<key>``, such as ``data/token_shares/text`` (by modality),
+    ``data/sample_shares/0`` and ``data/source_shares/0`` (samples and tokens by number of the
+    source) and ``data/rejects/too_long``.
+    """
+    row: dict[str, float] = {}
+    for name, value in stats.items():
+        if isinstance(value, (int, float)):
+            row[f"data/{name}"] = value
+        elif isinstance(value, Mapping) and (name.endswith("_shares") or name == "rejects"):
+            row |= {f"data/{name}/{key}": n for key, n in value.items()}
+    return row
+
+
 def n_items(batches: Sequence[Batch]) -> int:
     """Raw items (images, clips) in host batches."""
     return sum(len(values.length) for b in batches for values in list(b.values.values())[:1])

@@ -32,6 +32,7 @@ from mm.trainer.metrics import (
     Usage,
     all_reduce,
     n_items,
+    of_stream,
     tokens_by_modality,
 )
 from mm.trainer.signals import Stop
@@ -388,7 +389,7 @@ class Trainer:
             "perf/step_seconds": seconds,
             "data/wait_seconds": waited,
             "skipped": self.guard.skipped,
-        }
+        } | of_stream(getattr(self.stream, "stats", {}))
         self.metrics = metrics
         if self.is_main:
             self.file.write({"step": self.step, **metrics})
