@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import io
 import json
 import os
 import re
@@ -84,7 +83,10 @@ class SplitWriter:
             info = tarfile.TarInfo(f"{key}.{kind}")
             info.size, info.mtime, info.mode = len(files[kind]), 0, 0o444
             info.uname, info.gname = "bigdata", "bigdata"
-            self._tar.addfile(info, io.BytesIO(files[kind]))
+            data = files[kind]
+            block = _header(info) + data + b"\0" * (-len(data) % tarfile.BLOCKSIZE)
+            self._file.write(block)
+            self._tar.offset += len(block)
         self._bytes += need
         self.samples += 1
         self.shards[-1]["samples"] += 1
@@ -166,6 +168,13 @@ class SplitWriter:
     def abort(self) -> None:
         """Close what is open; the folder is about to be removed."""
         self._finish_shard()
+
+
+def _header(info: tarfile.TarInfo) -> bytes:
+    """What `TarFile.addfile` writes, without its search for values that a plain header lacks."""
+    if len(info.name) <= tarfile.LENGTH_NAME and info.name.isascii():
+        return info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+    return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
 
 
 def histogram(lengths: np.ndarray) -> dict[str, int]:

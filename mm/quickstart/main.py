@@ -240,13 +240,15 @@ def quickstart(
         lanes.append(([words, _report(folder, data / "digits")], folder, n))
     steps.together(lanes)
     steps.run(*_report(tokenizers / "text", data / "text"))
+    # Workers would start torch anew, which takes longer than they save here.
     steps.run(
-        "data", "pack", data / "digits", "--tokenizers", tokenizers, "--out", tokens / "digits"
-    )
+        "data", "pack", data / "digits", "--tokenizers", tokenizers, "--out", tokens / "digits",
+        "--workers", "1",
+    )  # fmt: skip
     steps.run(
         "data", "pack", data / "text", "--tokenizers", tokenizers,
         "--vocabulary", tokens / "digits" / "vocabulary.json",
-        "--out", tokens / "text",
+        "--out", tokens / "text", "--workers", "1",
     )  # fmt: skip
     changes = _backbone_changes(configs.read(config), out, seed, scale)
     steps.launch(min(2, cores()), "train", config, *changes)
