@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from mm.launch import environment
 from mm.objectives.objective import Objective, Term
 from mm.registry import CALLBACKS
 from mm.run import Run, Stage
-from mm.trainer import checkpoint, finish, folder, heartbeat, networks
+from mm.trainer import checkpoint, finish, folder, heartbeat, networks, probe, saving
 from mm.trainer.callbacks.base import Callback
 from mm.trainer.engine import Engine, join, resolve_precision
 from mm.trainer.guard import Guard, RollBack, out_of_memory
@@ -68,7 +67,7 @@ class Trainer:
         self._stop = Stop()
         self._writer = checkpoint.Writer(run.checkpoints.background)
         self.batches: list[Batch] = []  # host micro-batches of the last step
-        self._bytes = BytesPerToken()
+        self.bytes_per_token = BytesPerToken()
         self._tokenizers: dict[str, Any] | None = None
 
     def fit(self) -> dict[str, Any]:
@@ -276,7 +275,7 @@ class Trainer:
         self.step = saved.state["step"]
         if "guard" in saved.state:
             self.guard.load_state_dict(saved.state["guard"])
-        self._bytes = BytesPerToken(saved.state["bytes_per_token"])
+        self.bytes_per_token = BytesPerToken(saved.state["bytes_per_token"])
         return saved
 
     def _open(self, saved: checkpoint.Saved | None, stack: contextlib.ExitStack) -> None:
@@ -369,6 +368,7 @@ class Trainer:
         )
         if saved is not None and same_stage:
             self.stream.load_state_dict(saved.state["data"])
+            probe.check(self, saved)
         if not self._started:
             if self.step < self.steps:
                 self._on_main(lambda: checkpoint.rehearse(self.folder / "checkpoints", size))
@@ -408,36 +408,14 @@ class Trainer:
             or not self.is_main
         ):
             return known or {}
-        self._bytes.observe(self.batches, self.vocabulary, self.tokenizers)
-        return self._bytes.ratio()
+        self.bytes_per_token.observe(self.batches, self.vocabulary, self.tokenizers)
+        return self.bytes_per_token.ratio()
 
     def _save(self) -> None:
         """Write a checkpoint: all ranks gather, the main one writes (perhaps in the background)."""
         self.heart.phase("save", self.step)
-        full, scalars = {}, {}
-        for name, engine in self.engines.items():
-            moments, scalars[name] = engine.optimizer_state()
-            full[name] = (engine.weights(), moments)
-        full |= self.averages.saved()
-        data = self.stream.state_dict()
-        state = {
-            "stage": self.index,
-            "skipped": self.guard.skipped,
-            "guard": self.guard.state_dict(),
-            "data": data,
-            "optimizers": scalars,
-            "world": self.world,
-            "vocabulary": self.vocabulary.fingerprint if self.vocabulary is not None else None,
-            "config": self.run.to_dict(),
-            "tracker": self.tracker.id,
-            "bytes_per_token": self._bytes.totals,
-            "rng": {
-                "seed": self.run.seed,
-                "rule": "every generator is seeded by (seed, step, rank)",
-            },
-        }
+        state, full = saving.collect(self)
         root, step, keep = self.folder / "checkpoints", self.step, self.run.checkpoints
-        state = copy.deepcopy(state)  # training goes on under a background save
         write = lambda: checkpoint.save(root, step, state, full, keep.keep_last, keep.keep_every)
         self._on_main(lambda: self._writer(write))
 
