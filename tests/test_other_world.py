@@ -1,4 +1,4 @@
-"""Another number of processes: every optimizer at every ZeRO stage goes on, and the probe says so."""
+"""Another number of processes: every optimizer and ZeRO stage goes on, and the probe says so."""
 
 from __future__ import annotations
 

@@ -23,10 +23,15 @@ def dropout(x: Tensor, p: float, ctx: Ctx, name: str) -> Tensor:
     Source: Srivastava et al. 2014, Dropout: a simple way to prevent neural networks from
     overfitting, sec. 4 (inverted form).
     """
+    lost = min(round(p * 65536), 65535)
+    kept = (_drawn(x, ctx, name) >= lost - 32768).to(x.dtype) * (65536 / (65536 - lost))
+    return x * kept
+
+
+@torch.compiler.disable  # a graph holds no generator
+def _drawn(x: Tensor, ctx: Ctx, name: str) -> Tensor:
+    """Uniform int16 of the shape of ``x``."""
     # Four 16-bit draws from each 64-bit word: a quarter of the generator's work, p to 1 / 65,536.
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
     words.random_(-(2**63), None, generator=generator(ctx, name, x.device))
-    drawn = words.view(torch.int16)[: x.numel()].view(x.shape)
-    lost = min(round(p * 65536), 65535)
-    kept = (drawn >= lost - 32768).to(x.dtype) * (65536 / (65536 - lost))
-    return x * kept
+    return words.view(torch.int16)[: x.numel()].view(x.shape)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mm.batch import Batch
 from mm.config import Config
 from mm.errors import UserError
-from mm.model.layer import ModelOut, init_weights
+from mm.model.layer import Block, ModelOut, init_weights
 from mm.objectives.objective import Network, Objective
 from mm.run import Run
 from mm.trainer.checkpoint import Saved
@@ -56,6 +56,22 @@ def make_module(config: Config, vocabulary: Any, seed: int, device: torch.device
         module = build(config, vocabulary=vocabulary)
         init_weights(module)
     return module
+
+
+def compile_blocks(module: nn.Module) -> None:
+    """Let torch.compile make code of every block of a network (of all of it, if it has none), in
+    place: names and parameters stay.
+
+    Blocks of one config share their code. A block whose documents have a new shape is compiled
+    once more, then for all shapes.
+    """
+    import torch._dynamo.config as dynamo
+
+    parts = [m for m in module.modules() if isinstance(m, Block)] or [module]
+    # each kind of block twice or more, all under the one `forward` of their class
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(parts))
+    for part in parts:
+        part.compile()
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:

@@ -343,6 +343,8 @@ class Trainer:
             if network.mode != "train":
                 self.frozen[name] = module.eval().requires_grad_(False)
                 continue
+            if self.run.engine.compile:
+                networks.compile_blocks(module)
             size += 12 * sum(p.numel() for p in module.parameters())  # fp32, two states
             engine = Engine(
                 module.train(),
