@@ -45,8 +45,7 @@ def test_law10_selective_recomputation_is_bit_exact(name: str) -> None:
 def _run(out: Path, name: str, **engine: Any) -> Run:
     toys.vocabulary().save(out / "vocabulary.json")
     backbone = {
-        "depth": 2,
-        "pattern": "rg_lru attention",
+        "pattern": engine.pop("pattern", "rg_lru attention"),
         "mixers": {"attention": {"heads": 2}, "rg_lru": {"heads": 2}},
         "channel": {"kind": "swiglu", "hidden": 32},
         "block": {"kind": "prenorm", "dropout": 0.1},
@@ -90,16 +89,21 @@ def test_a_recomputed_run_is_the_plain_run(tmp_path: Path, stage: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("mode", ["none", "selective"])
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
 def test_a_compiled_run_is_the_plain_run_to_rounding(tmp_path: Path, mode: str) -> None:
+    """Attention under all three; the graphs are there."""
+    from torch._dynamo import reset
     from torch._dynamo.utils import counters
 
-    plain = _run(tmp_path, "plain", zero_stage=1)
+    plain = _run(tmp_path, "plain", zero_stage=1, pattern="attention")
     train(plain)
+    reset()
     counters.clear()
-    run = _run(tmp_path, "compiled", zero_stage=1, recompute=mode, compile=True)
+    run = _run(
+        tmp_path, "compiled", zero_stage=1, pattern="attention", recompute=mode, compile=True
+    )
     train(run)
-    assert counters["stats"]["unique_graphs"] >= 2
+    assert counters["stats"]["unique_graphs"] >= 1
     assert losses(run) == pytest.approx(losses(plain), rel=1e-5)
     norms = [[row["optim/grad_norm"] for row in rows(r)] for r in (run, plain)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
