@@ -19,6 +19,7 @@ from mm.objectives.objective import Network, Objective
 from mm.run import Run
 from mm.trainer.checkpoint import Saved
 from mm.trainer.engine import Engine
+from mm.trainer.lanes import Lanes
 from mm.trainer.metrics import Tally
 
 
@@ -159,6 +160,7 @@ class Nets(Mapping[str, Callable[..., ModelOut]]):
         self, engines: Mapping[str, Engine], frozen: Mapping[str, nn.Module], env: TrainerEnv
     ):
         self.engines, self.frozen, self.env = engines, frozen, env
+        self.lanes: Lanes | None = None
         self.tallies: dict[str, Tally] = {}
 
     def __iter__(self) -> Iterator[str]:
@@ -175,12 +177,17 @@ class Nets(Mapping[str, Callable[..., ModelOut]]):
         def call(batch: Batch, **kw: Any) -> ModelOut:
             kw.setdefault("knobs", self.env.knobs)
             kw.setdefault("seed", self.env.seed_of(batch))
+            lanes = self.lanes if name == "model" else None
+            if lanes is not None:
+                kw.setdefault("state", lanes.before(self.env.number(batch)))
             if name in self.frozen:
                 with self.env.autocast():
                     return run(batch, **kw)
             out = run(batch, **kw)
             if torch.is_grad_enabled():
                 self.tallies.setdefault(name, Tally()).add_aux(out.aux)
+                if lanes is not None:
+                    lanes.after(self.env.number(batch), out)
             return out
 
         return call
@@ -231,7 +238,11 @@ class TrainerEnv:
         """Seed of Ctx for a micro-batch; a batch derived from one (`dataclasses.replace`) shares
         number -1.
         """
-        return mix(self._seed, self.step, self._rank, self._micros.get(id(batch), -1))
+        return mix(self._seed, self.step, self._rank, self.number(batch))
+
+    def number(self, batch: Batch) -> int:
+        """Number of a micro-batch in its step; -1: of a batch derived from one."""
+        return self._micros.get(id(batch), -1)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The run's autocast, for a raw module; engines enter it themselves."""

@@ -4,6 +4,7 @@ another number of processes or ZeRO stage, where it must be what it was.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -41,23 +42,31 @@ def keep(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 @torch.no_grad()
 def losses(trainer: Trainer, batch: Batch) -> dict[str, float]:
-    """Mean of every named loss over one micro-batch, in eval mode. Call on all ranks."""
+    """Mean of every named loss over one micro-batch, in eval mode. Call on all ranks.
+
+    Documents begin at its rows: lanes lend no State.
+    """
     objective, env = trainer.objective, trainer.env
     knobs = objective.knobs(trainer.step, np.random.default_rng((trainer.run.seed, trainer.step)))
     env.begin(trainer.step, knobs)
     modules = [engine.raw for engine in trainer.engines.values()]
     for module in modules:
         module.eval()
+    lanes, trainer.nets.lanes = trainer.nets.lanes, None
+    compiled = trainer.run.engine.compile
+    eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     try:
         micro = objective.corrupt(batch.to(trainer.device), env.rng, knobs)
         env.know([micro])
         n = objective.counts(micro)
         sums: dict[str, Tensor] = {}
-        for term in objective.terms([micro], trainer.nets, env):
-            for name, value in term.losses.items():
-                sums[name] = sums[name] + value if name in sums else value
+        with eager:
+            for term in objective.terms([micro], trainer.nets, env):
+                for name, value in term.losses.items():
+                    sums[name] = sums[name] + value if name in sums else value
         return {k: float(s.float() / n[k].float().clamp_min(1e-12)) for k, s in sums.items()}
     finally:
+        trainer.nets.lanes = lanes
         for module in modules:
             module.train()
 

@@ -1,4 +1,4 @@
-"""What a checkpoint of a trainer holds."""
+"""What a checkpoint of a trainer holds, and how it goes on from one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from mm.trainer import probe
+from mm.trainer import checkpoint, lanes, probe
+from mm.trainer.metrics import BytesPerToken
 
 if TYPE_CHECKING:
     from mm.trainer.trainer import Trainer
@@ -26,6 +27,7 @@ def collect(trainer: Trainer) -> tuple[dict[str, Any], Networks]:
         moments, scalars[name] = engine.optimizer_state()
         full[name] = (engine.weights(), moments)
     full |= trainer.averages.saved()
+    full |= lanes.kept(trainer.nets.lanes)
     kept, tensors = probe.keep(trainer)
     full[probe.FILE] = (tensors, {})
     state = {
@@ -46,3 +48,20 @@ def collect(trainer: Trainer) -> tuple[dict[str, Any], Networks]:
         probe.FILE: kept,
     }
     return copy.deepcopy(state), full
+
+
+def resume(trainer: Trainer) -> checkpoint.Saved | None:
+    """The newest good checkpoint, checked against the run; step, guard and counts are set to it.
+
+    Raises UserError when the run cannot go on from it.
+    """
+    saved = checkpoint.newest(trainer.folder / "checkpoints")
+    if saved is None:
+        return None
+    mine = trainer.vocabulary.fingerprint if trainer.vocabulary is not None else None
+    saved.require(trainer.run.to_dict(), mine)
+    trainer.step = saved.state["step"]
+    if "guard" in saved.state:
+        trainer.guard.load_state_dict(saved.state["guard"])
+    trainer.bytes_per_token = BytesPerToken(saved.state["bytes_per_token"])
+    return saved

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from mm.trainer import checkpoint, finish, folder, heartbeat, networks, probe, s
 from mm.trainer.callbacks.base import Callback
 from mm.trainer.engine import Engine, join, resolve_precision
 from mm.trainer.guard import Guard, RollBack, out_of_memory
+from mm.trainer.lanes import Lanes
 from mm.trainer.metrics import (
     BytesPerToken,
     MetricsFile,
@@ -33,13 +35,12 @@ from mm.trainer.metrics import (
     n_items,
     tokens_by_modality,
 )
-from mm.trainer.signals import Stop
+from mm.trainer.signals import INTERRUPTED, Interrupted, Stop
 from mm.trainer.tracker import Tracker
 from mm.vocabulary import Vocabulary
 
 log = logging.getLogger("mm.trainer")
 
-INTERRUPTED = 75  # EX_TEMPFAIL: saved, run the same command to go on
 LN2 = 0.6931471805599453
 
 
@@ -85,19 +86,21 @@ class Trainer:
                 heartbeat.clear(self.folder / "health")
             stack.enter_context(self._stop)
             self.device = join(self.run.engine.threads)
-            saved = self._find_checkpoint()
-            first = self.step
-            if finish.is_done(self.run, self.step):
-                log.info("%s: nothing to do, all %d steps are done", self.folder, self.steps)
-                place = str(self.folder)
-                return {"step": first, "new_steps": 0, "resumed_from": first, "folder": place}
-            self._open(saved, stack)
+            with self._starting():
+                saved = saving.resume(self)
+                first = self.step
+                if finish.is_done(self.run, self.step):
+                    log.info("%s: nothing to do, all %d steps are done", self.folder, self.steps)
+                    place = str(self.folder)
+                    return {"step": first, "new_steps": 0, "resumed_from": first, "folder": place}
+                self._open(saved, stack)
             weights: dict[str, dict[str, Tensor]] = {}
             end, last = 0, len(self.run.stages) - 1
             for index, stage in enumerate(self.run.stages):
                 begin, end = end, end + stage.budget.steps
                 if self.step < end or index == last:
-                    self._enter(index, stage, begin, saved, weights)
+                    with self._starting():
+                        self._enter(index, stage, begin, saved, weights)
                     try:
                         self._train(end)
                     finally:
@@ -119,6 +122,22 @@ class Trainer:
                 "seconds": time.monotonic() - begun,
                 "folder": str(self.folder),
             }
+
+    @contextlib.contextmanager
+    def _starting(self) -> Iterator[None]:
+        """Exit with 75 when a signal comes before a stage's first step: all before it is saved.
+
+        At once when alone; several processes finish the block first, so that none waits in vain.
+        """
+        try:
+            with self._stop.at_once() if self.world == 1 else contextlib.nullcontext():
+                yield
+            if not self._any(self._stop.asked):
+                return
+        except Interrupted:
+            pass
+        log.warning("stopped by a signal before step %d; run the same command", self.step + 1)
+        raise SystemExit(INTERRUPTED)
 
     def _train(self, end: int) -> None:
         """Fetch, step, report, save, until ``end``; go back where the guard says so."""
@@ -156,11 +175,12 @@ class Trainer:
         saved = checkpoint.newest(self.folder / "checkpoints")
         to = saved.state["step"] if saved is not None else -1
         self.guard.roll_back(why, self.step, to if to >= self.begin else None)
-        data = self.stream.state_dict()
+        data, lanes = self.stream.state_dict(), self.nets.lanes
         self.stream.close()
         self.step = to
         self._enter(self.index, self.stage, self.begin, saved, {})
         self.stream.load_state_dict(data)
+        self.nets.lanes = lanes
         if self.is_main:
             self.file.close()
             self.file = MetricsFile(self.folder / "metrics.jsonl", self.step)
@@ -195,6 +215,8 @@ class Trainer:
             engine.backward(loss * torch.where(torch.isfinite(total), 1.0, float("nan")))
             row |= self._update(term, engine, tally, total, facts, n)
             del sums[term.network]
+        if self.nets.lanes is not None:
+            self.nets.lanes.commit(applied=math.isfinite(row.get("optim/grad_norm", 0.0)))
         return row
 
     def _update(
@@ -261,22 +283,6 @@ class Trainer:
         else:
             facts["items/step"] = seen[-2]
         return dict(zip(names, reduced, strict=True)), facts
-
-    def _find_checkpoint(self) -> checkpoint.Saved | None:
-        """The newest good checkpoint, checked against this config.
-
-        Raises UserError when it cannot go on from it.
-        """
-        saved = checkpoint.newest(self.folder / "checkpoints")
-        if saved is None:
-            return None
-        mine = self.vocabulary.fingerprint if self.vocabulary is not None else None
-        saved.require(self.run.to_dict(), mine)
-        self.step = saved.state["step"]
-        if "guard" in saved.state:
-            self.guard.load_state_dict(saved.state["guard"])
-        self.bytes_per_token = BytesPerToken(saved.state["bytes_per_token"])
-        return saved
 
     def _open(self, saved: checkpoint.Saved | None, stack: contextlib.ExitStack) -> None:
         """Write the run's description, start tracker and callbacks; ``stack`` ends them."""
@@ -368,8 +374,11 @@ class Trainer:
             rank=environment.ranks().rank,
             world=self.world,
         )
+        self.nets.lanes = Lanes.of(self.stream, self.engines["model"], self.env)
         if saved is not None and same_stage:
             self.stream.load_state_dict(saved.state["data"])
+            if self.nets.lanes is not None:
+                self.nets.lanes.load(saved)
             probe.check(self, saved)
         if not self._started:
             if self.step < self.steps:
