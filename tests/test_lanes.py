@@ -209,12 +209,13 @@ def test_a_model_without_state_is_refused_by_name(data: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_lanes_go_on_with_another_number_of_processes(data: Path, tmp_path: Path) -> None:
     """Two steps each by 1, 2, 4, 2 and 1 processes, at stages 0 and 3: as one process all along."""
     whole = make_run(data, tmp_path, "whole", steps=10)
     train(whole)
     for i, world in enumerate((1, 2, 4, 2, 1)):
         runs = [make_run(data, tmp_path, f"chain{s}", steps=2 * i + 2, stage=s) for s in (0, 3)]
-        torchrun(world, runs, timeout_s=200)
+        torchrun(world, runs, timeout_s=600)
     for run in runs:
         assert losses(run) == pytest.approx(losses(whole), rel=2e-5), run.name

@@ -88,10 +88,10 @@ def test_a_recomputed_run_is_the_plain_run(tmp_path: Path, stage: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("mode", ["none", "selective"])
 def test_a_compiled_run_is_the_plain_run_to_rounding(tmp_path: Path, mode: str) -> None:
-    """Attention under all three; the graphs are there."""
+    """Attention, plain and recomputed; the graphs are there."""
     from torch._dynamo import reset
     from torch._dynamo.utils import counters
 
