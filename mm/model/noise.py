@@ -24,7 +24,8 @@ def dropout(x: Tensor, p: float, ctx: Ctx, name: str) -> Tensor:
     overfitting, sec. 4 (inverted form).
     """
     lost = min(round(p * 65536), 65535)
-    kept = (_drawn(x, ctx, name) >= lost - 32768).to(x.dtype) * (65536 / (65536 - lost))
+    drawn = _drawn(x, ctx, name)  # type: ignore[reportCallIssue]  the decorator has no types
+    kept = (drawn >= lost - 32768).to(x.dtype) * (65536 / (65536 - lost))
     return x * kept
 
 
