@@ -30,6 +30,25 @@ class DocumentTokens(NamedTuple):
     weights: np.ndarray  # (L,) float32: weight of that prediction
     modality: np.ndarray  # (L,) int32: range index of the input token; 0 = control token
 
+    def part(self, start: int, stop: int) -> DocumentTokens:
+        """Places ``start`` to ``stop`` alone; the last still predicts what comes after it."""
+        return DocumentTokens(*(each[start:stop] for each in self))
+
+    @property
+    def target_modality(self) -> np.ndarray:
+        """Range index of each target, (L,) int32; 0 = none. Of a whole document."""
+        return np.append(self.modality[1:], np.int32(0))[: len(self.modality)].astype(np.int32)
+
+
+class Piece(NamedTuple):
+    """Consecutive places of one document in one row."""
+
+    tokens: DocumentTokens
+    target_modality: np.ndarray  # (L,) int32
+    start: int = 0  # place in its document
+    slot: int = -1  # State slot that it reads and writes; -1 = neither
+    fresh: bool = True  # it begins its document
+
 
 @lru_cache(maxsize=32)
 def ranges(vocabulary: Vocabulary) -> Mapping[str, Range]:
@@ -132,24 +151,47 @@ def to_batch(
     Raises:
         ValueError: a row does not fit ``seq_len``, or more documents than ``max_documents``.
     """
-    documents = [[document_tokens(segments, vocabulary) for segments in row] for row in rows]
+    pieces = []
+    for row in rows:
+        tokens = [document_tokens(segments, vocabulary) for segments in row]
+        pieces.append([Piece(d, d.target_modality) for d in tokens])
+    return of_pieces(pieces, seq_len, max_documents, keys)
+
+
+def of_pieces(
+    rows: Sequence[Sequence[Piece]],
+    seq_len: int | None = None,
+    max_documents: int | None = None,
+    keys: Sequence[str] = (),
+) -> Batch:
+    """Lay rows of pieces of documents out; the rest as of `to_batch`."""
     layout = Layout.from_rows(
-        [[Doc(len(d.ids), modality=d.modality) for d in row] for row in documents],
+        [
+            [
+                Doc(
+                    len(p.tokens.ids),
+                    modality=p.tokens.modality,
+                    slot=p.slot,
+                    fresh=p.fresh,
+                    start=p.start,
+                )
+                for p in row
+            ]
+            for row in rows
+        ],
         seq_len,
         max_documents,
     )
     B, T = layout.shape
     ids, targets = np.full((B, T), -1, np.int32), np.full((B, T), -1, np.int32)
     weight, goal = np.zeros((B, T), np.float32), np.zeros((B, T), np.int32)
-    for b, row in enumerate(documents):
+    for b, row in enumerate(rows):
         at = 0
-        for d in row:
-            n = len(d.ids)
-            ids[b, at : at + n] = d.ids
-            targets[b, at : at + n] = d.targets
-            weight[b, at : at + n] = d.weights
-            goal[b, at : at + n - 1] = d.modality[1:]
-            at += n
+        for d, of_target, *_ in row:
+            here = slice(at, at + len(d.ids))
+            ids[b, here], targets[b, here] = d.ids, d.targets
+            weight[b, here], goal[b, here] = d.weights, of_target
+            at = here.stop
     places = np.flatnonzero(weight > 0).astype(np.int32)
     return Batch(
         layout,

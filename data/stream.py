@@ -151,9 +151,10 @@ def rank_rows(batch_size: int, micro: int | None, rank: int, world: int) -> list
     mine = batch_size // world
     size = min(micro or mine, mine)
     if mine % size:
+        fits = [m for m in range(1, mine + 1) if mine % m == 0]
         raise UserError(
             f"data.micro_batch_size {size} does not divide the {mine} rows of a process "
-            f"(batch_size {batch_size} / {world})"
+            f"(batch_size {batch_size} / {world}); possible: {fits}"
         )
     first = rank * mine
     return [range(first + i, first + i + size) for i in range(0, mine, size)]

@@ -262,6 +262,7 @@ STREAMS = Registry(
         "packed": "mm.data.packed",
         "bucketed": "mm.data.bucketed",
         "items": "mm.data.items",
+        "lanes": "mm.data.lanes",
     },
 )
 TRANSFORMS = Registry(

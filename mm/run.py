@@ -83,6 +83,9 @@ class Engine(Config):
         int, Field(ge=0, description="non-finite steps tolerated in `guard.window`")
     ] = 3
     threads: int | None = None  # CPU threads a process; default: cores / processes on this machine
+    compile: Annotated[
+        bool, Field(description="torch.compile of every block; a minute or more at the start")
+    ] = False
 
 
 class Checkpoints(Config):
@@ -159,12 +162,17 @@ class Run(Config):
     ] = True
 
     @model_validator(mode="after")
-    def _optimizers_fit(self) -> Run:
+    def _parts_fit(self) -> Run:
         for i, stage in enumerate(self.stages):
             refusal = getattr(stage.optimizer, "refusal", None)
             why = refusal(self.engine.zero_stage, stage.schedule.shape) if refusal else None
             if why:
                 raise ValueError(f"stages.{i}: {why}")
+        if self.engine.compile and self.engine.zero_stage == 3:
+            raise ValueError(
+                "engine.compile: ZeRO stage 3 gathers weights inside every module, which cuts "
+                "the graphs to pieces; set engine.zero_stage to 0, 1 or 2"
+            )
         return self
 
     @property

@@ -81,7 +81,7 @@ def variants() -> dict[str, Callable[[], Layer]]:
     made["stack, recomputed hybrid"] = lambda: StackConfig(
         depth=3,
         pattern="rg_lru local_attention",
-        recompute=True,
+        recompute="full",
         channel={"kind": "swiglu", "hidden": 8},
         mixers={"local_attention": {"heads": 2, "window": 3}, "rg_lru": {"heads": 2}},
     ).build(D)

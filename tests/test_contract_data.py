@@ -22,6 +22,7 @@ from mm.config import Config
 from mm.data.bucketed import BucketedConfig
 from mm.data.collate import document_tokens, to_batch
 from mm.data.items import ItemsConfig
+from mm.data.lanes import LanesConfig
 from mm.data.packed import PackedConfig
 from mm.data.shards import ShardSet
 from mm.errors import UserError
@@ -80,6 +81,9 @@ CASES: dict[str, Callable[[Path], Config]] = {
     ),
     "bucketed": lambda d: BucketedConfig(
         source={"path": d / "tokens"}, buckets=(2, 3), batch_size=4, tokens=800, transform=[DROP]
+    ),
+    "lanes": lambda d: LanesConfig(
+        source={"path": d / "tokens"}, seq_len=11, batch_size=4, max_documents=3, max_length=80
     ),
     "items": lambda d: ItemsConfig(
         path=d / "shards",

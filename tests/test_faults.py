@@ -58,7 +58,12 @@ def test_micro_batches_are_equal_to_rounding_by_modality(bench: Bench) -> None:
 def test_the_page_is_made_of_the_rows_and_an_unknown_fault_is_named() -> None:
     row = {"fault": "a | b", "outcome": "c", "tries": 2, "survived": 1, "lost": "x | y"}
     page = faults.markdown([row | {"seconds": 1.0}], quick=True)
-    assert "1 of 2 tries survived" in page and "| 2 | 1 | x / y |" in page
+    assert "1 of 2 tries survived; not: a | b." in page and "reduced count" in page
+    assert (
+        "torch " in page
+        and "mm faults --quick --write docs/reliability.md" in page
+        and "| 2 | 1 | x / y |" in page
+    )
     with pytest.raises(UserError, match="no fault 'flod'"):
         faults.chosen(["flod"])
     assert [c.name for c in faults.chosen(["soak"])] == [CASES[-1].name]

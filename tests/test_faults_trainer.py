@@ -289,6 +289,46 @@ def test_a_signal_in_every_phase_saves_and_exits_75(
     assert losses(run) == losses(whole)
 
 
+@pytest.mark.parametrize("phase", ["open", "enter"])
+def test_a_signal_at_the_start_exits_75_at_once(tmp_path: Path, phase: str) -> None:
+    """While the run is opened, or networks are built and data indexed: no step is taken."""
+    run = make_run(tmp_path, steps=4, checkpoints={"every": 2})
+    for steps in (0, 2):
+        trainer = Trainer(run)
+        real, fired = getattr(trainer, f"_{phase}"), []
+
+        def started(*args: Any, real: Any = real, fired: list[int] = fired) -> None:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            fired.append(1)
+            real(*args)
+
+        setattr(trainer, f"_{phase}", started)
+        with pytest.raises(SystemExit) as stopped:
+            trainer.fit()
+        assert stopped.value.code == INTERRUPTED and not fired
+        if steps == 0:
+            assert not (run.folder / "metrics.jsonl").is_file() or not rows(run)
+            train(make_run(tmp_path, steps=2, checkpoints={"every": 2}))
+    assert train(run)["resumed_from"] == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_there_is_a_trainer_exits_75(
+    tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mm.cli import main as cli
+
+    (tmp_path / "early_signal.py").write_text(
+        f"import os\nos.kill(os.getpid(), {int(number)})\nraise RuntimeError('went on')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = tmp_path / "run.yaml"
+    config.write_text("name: early\nimports: [early_signal]\nmodel: {kind: toy_lm}\nstages: []\n")
+    before = signal.getsignal(number)
+    assert cli.run(["train", str(config)]) == INTERRUPTED
+    assert signal.getsignal(number) == before
+
+
 def test_a_signal_in_the_evaluation_leaves_it_and_the_next_start_does_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

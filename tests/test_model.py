@@ -527,7 +527,8 @@ def test_a_field_that_only_the_prompt_has_may_be_left_out_later() -> None:
             torch.testing.assert_close(out.hidden, expected[:, t : t + 1])
 
 
-def test_dropout_acts_in_training_only_and_is_recomputed_alike() -> None:
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_dropout_acts_in_training_only_and_is_recomputed_alike(recompute: str) -> None:
     backbone = {
         "kind": "stack",
         "pattern": "attention",
@@ -540,7 +541,7 @@ def test_dropout_acts_in_training_only_and_is_recomputed_alike() -> None:
     batch = Batch.of_ids(ids(2, 6))
     assert torch.equal(dropping.eval()(batch).hidden, plain.eval()(batch).hidden)
     again = make(
-        backbone={**backbone, "recompute": True, "block": {"kind": "prenorm", "dropout": 0.5}}
+        backbone={**backbone, "recompute": recompute, "block": {"kind": "prenorm", "dropout": 0.5}}
     )
     again.load_state_dict(plain.state_dict())
     grads = []

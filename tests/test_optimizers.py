@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 import trainer_toys as toys
 from pydantic import ValidationError
-from test_contract_training import torchrun
 from test_trainer import losses, make_run, rows
 from torch import nn
 from trainer_toys import toys_registered  # noqa: F401
@@ -85,32 +83,6 @@ def test_law_stages_are_equal_and_another_stage_goes_on(tmp_path: Path, kind: st
         on = optimizer_run(tmp_path, name, kind, steps=6, stage=then)
         assert train(on)["resumed_from"] == 3
         assert losses(on) == pytest.approx(losses(whole), rel=5e-6), (first, then)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_law_other_world_sizes_go_on(tmp_path: Path, kind: str) -> None:
-    """1, 2, 4, 2 and 1 processes, two steps each, at every stage, are as one process all along."""
-    whole = optimizer_run(tmp_path, "whole", kind, steps=10)
-    train(whole)
-    for i, world in enumerate((1, 2, 4, 2, 1)):
-        data = {"micro": 2, "signal_at": 2 * i + 1 if i < 4 else -1}
-        runs = [
-            optimizer_run(tmp_path, f"chain{s}", kind, steps=10, stage=s, data=data) for s in STAGES
-        ]
-        if world > 1:
-            torchrun(world, runs, timeout_s=280)
-            continue
-        for run in runs:
-            with contextlib.ExitStack() as stack:
-                if i < 4:
-                    stack.enter_context(pytest.raises(SystemExit))
-                train(run)
-    for run in runs:
-        assert losses(run) == pytest.approx(losses(whole), rel=2e-5), run.name
-    averages = [saved(run, 10, "model.optimizer")["ema/embed.weight"] for run in (whole, *runs)]
-    for other in averages[1:]:
-        assert torch.allclose(other, averages[0], rtol=1e-4, atol=1e-5)
 
 
 # ---- each against something that is not the same code

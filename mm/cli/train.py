@@ -19,6 +19,7 @@ from mm.cli.common import (
     write_json,
 )
 from mm.cli.eval import figure_rows, figure_table
+from mm.trainer.signals import starting
 
 app = typer.Typer()
 
@@ -38,9 +39,10 @@ def train(
 ) -> None:
     path = run_config(Path(config)) if Path(config).is_dir() else config
     assignments = overrides(changes)
-    from mm.trainer import trainer
+    with starting():
+        from mm.trainer import trainer
 
-    result = trainer.train(path, assignments)
+        result = trainer.train(path, assignments)
     if is_main():
         training = {k: v for k, v in result.items() if not k.startswith("eval/")}
         figures(f"Trained {config}", training)

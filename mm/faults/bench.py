@@ -98,7 +98,8 @@ class Bench:
         tokenizers = {"text": Codes("text", 64), "image": Codes("image", 16)}
         if name != "both":
             tokenizers = {name: tokenizers[name]}
-        extra = {"vocabulary": self.root / "tokens-both/vocabulary.json"} if name != "both" else {}
+        shared = {"vocabulary": self.root / "tokens-both/vocabulary.json"}
+        extra: dict[str, Any] = shared if name != "both" else {}
         pack(raw / "rows.jsonl", out, tokenizers=tokenizers, progress=False, **extra)
         return out
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from mm.faults.bench import Bench, Ended, differences
 from mm.trainer import checkpoint
 from mm.trainer.heartbeat import HUNG
@@ -95,7 +97,9 @@ def _kill_in_evaluation(bench: Bench, quick: bool) -> Iterator[str]:
 
 def _signals(bench: Bench, quick: bool) -> Iterator[str]:
     """To rank 1 of 2 only."""
-    phases = ("data", "save") if quick else ("data", "step", "save", "report", "evaluate")
+    phases = ("start", "index", "data", "step", "save", "report", "evaluate")
+    if quick:
+        phases = ("index", "data", "save", "evaluate")
     for phase in phases:
         for name in ("SIGTERM",) if quick else ("SIGTERM", "SIGUSR1"):
             config = bench.config(bench.fresh(f"signal-{phase}"))
@@ -136,7 +140,7 @@ def _damage(bench: Bench, quick: bool) -> Iterator[str]:
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
 
-    damages: list[Callable[[Path], None]] = [flip, Path.unlink, lambda p: p.write_bytes(b"")]
+    damages: list[Callable[[Path], Any]] = [flip, Path.unlink, lambda p: p.write_bytes(b"")]
     files = ("model.safetensors", "model.optimizer.safetensors", "state.json", "COMPLETE")
     for damage in damages[:2] if quick else damages:
         for name in files[1:2] if quick else files:
@@ -205,7 +209,7 @@ def _bombs(bench: Bench, quick: bool) -> Iterator[str]:
             else:
                 import soundfile
 
-                soundfile.write(raw / f"good{i}.wav", [0.0] * 400, 8000)
+                soundfile.write(raw / f"good{i}.wav", np.zeros(400), 8000)
         (raw / f"bad.{suffix}").write_bytes(data)
         (raw / "bad.txt").write_text("beside a bomb")
         out = raw.with_name(raw.name + "-out")

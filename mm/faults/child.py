@@ -87,6 +87,16 @@ def _before(trainer: Any, phase: str, step: int, act: Callable[[], None]) -> Non
 
         trainer._enter = entered
         return
+    if phase in ("start", "index"):
+        name = {"start": "_open", "index": "_enter"}[phase]
+        following = getattr(trainer, name)
+
+        def begin(*args: Any) -> None:
+            once()
+            following(*args)
+
+        setattr(trainer, name, begin)
+        return
     if phase == "evaluate":
         from mm.trainer import finish
 

@@ -20,8 +20,15 @@ def generator(ctx: Ctx, name: str, device: torch.device) -> torch.Generator:
 
 def dropout(x: Tensor, p: float, ctx: Ctx, name: str) -> Tensor:
     """Zero a share ``p`` of ``x``, to 1 / 65,536, and scale the rest by 1 / (1 - p)."""
+    lost = min(round(p * kernel.LEVELS), kernel.LEVELS - 1)
+    drawn = _drawn(x, ctx, name)  # type: ignore[reportCallIssue]  the decorator has no types
+    return kernel.dropout(x, drawn, lost)
+
+
+@torch.compiler.disable  # a graph holds no generator
+def _drawn(x: Tensor, ctx: Ctx, name: str) -> Tensor:
+    """Uniform int16, one for each element of ``x`` at least."""
     # Four 16-bit draws from each 64-bit word: a quarter of the generator's work.
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
     words.random_(-(2**63), None, generator=generator(ctx, name, x.device))
-    lost = min(round(p * kernel.LEVELS), kernel.LEVELS - 1)
-    return kernel.dropout(x, words.view(torch.int16), lost)
+    return words.view(torch.int16)

@@ -118,6 +118,7 @@ class RNN(Recurrence):
     (arXiv:1603.03116).
     """
 
+    overwrites = True
     gates: ClassVar[int]
     parts: ClassVar[int]  # vectors of width W that the state holds
 

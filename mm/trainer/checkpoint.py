@@ -73,7 +73,8 @@ class Saved(NamedTuple):
         with contextlib.suppress(ValidationError):
             saved = Run.model_validate(saved).to_dict()
         for key, (old, new) in differences(saved, config).items():
-            if key.split(".")[0] in ("model", "seed"):
+            # how activations are kept changes no number: free to change after an out-of-memory
+            if key.split(".")[0] in ("model", "seed") and not key.endswith(".recompute"):
                 raise UserError(
                     f"{self.folder}: '{key}' was {old} and is {new} now; it cannot change: "
                     "set it back, or use another run name: name=..."

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from mm.batch import Batch
 from mm.config import Config
 from mm.errors import UserError
-from mm.model.layer import ModelOut, init_weights
+from mm.model.layer import Block, ModelOut, init_weights
 from mm.objectives.objective import Network, Objective
 from mm.run import Run
 from mm.trainer.checkpoint import Saved
 from mm.trainer.engine import Engine
+from mm.trainer.lanes import Lanes
 from mm.trainer.metrics import Tally
 
 
@@ -56,6 +57,22 @@ def make_module(config: Config, vocabulary: Any, seed: int, device: torch.device
         module = build(config, vocabulary=vocabulary)
         init_weights(module)
     return module
+
+
+def compile_blocks(module: nn.Module) -> None:
+    """Let torch.compile make code of every block of a network (of all of it, if it has none), in
+    place: names and parameters stay.
+
+    Blocks of one config share their code. A block whose documents have a new shape is compiled
+    once more, then for all shapes.
+    """
+    import torch._dynamo.config as dynamo
+
+    parts = [m for m in module.modules() if isinstance(m, Block)] or [module]
+    # each kind of block twice or more, all under the one `forward` of their class
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(parts))
+    for part in parts:
+        part.compile()
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
@@ -143,6 +160,7 @@ class Nets(Mapping[str, Callable[..., ModelOut]]):
         self, engines: Mapping[str, Engine], frozen: Mapping[str, nn.Module], env: TrainerEnv
     ):
         self.engines, self.frozen, self.env = engines, frozen, env
+        self.lanes: Lanes | None = None
         self.tallies: dict[str, Tally] = {}
 
     def __iter__(self) -> Iterator[str]:
@@ -159,12 +177,17 @@ class Nets(Mapping[str, Callable[..., ModelOut]]):
         def call(batch: Batch, **kw: Any) -> ModelOut:
             kw.setdefault("knobs", self.env.knobs)
             kw.setdefault("seed", self.env.seed_of(batch))
+            lanes = self.lanes if name == "model" else None
+            if lanes is not None:
+                kw.setdefault("state", lanes.before(self.env.number(batch)))
             if name in self.frozen:
                 with self.env.autocast():
                     return run(batch, **kw)
             out = run(batch, **kw)
             if torch.is_grad_enabled():
                 self.tallies.setdefault(name, Tally()).add_aux(out.aux)
+                if lanes is not None:
+                    lanes.after(self.env.number(batch), out)
             return out
 
         return call
@@ -215,7 +238,11 @@ class TrainerEnv:
         """Seed of Ctx for a micro-batch; a batch derived from one (`dataclasses.replace`) shares
         number -1.
         """
-        return mix(self._seed, self.step, self._rank, self._micros.get(id(batch), -1))
+        return mix(self._seed, self.step, self._rank, self.number(batch))
+
+    def number(self, batch: Batch) -> int:
+        """Number of a micro-batch in its step; -1: of a batch derived from one."""
+        return self._micros.get(id(batch), -1)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The run's autocast, for a raw module; engines enter it themselves."""

@@ -7,6 +7,31 @@ import signal
 from collections.abc import Iterator
 from typing import Any, Self
 
+INTERRUPTED = 75  # exit code (EX_TEMPFAIL): run the same command to go on
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """Before there is a trainer (imports, configs): SIGTERM and SIGUSR1 exit at once with 75.
+
+    SIGUSR1 would else kill the process, and SIGTERM give another code.
+    """
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(INTERRUPTED)
+
+    before: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            before[number] = signal.signal(number, leave)
+    except ValueError:  # not the main thread: as of `Stop`
+        pass
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
 
 class Interrupted(BaseException):
     """Raised by a signal inside `Stop.at_once`."""

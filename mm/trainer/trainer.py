@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,10 +21,11 @@ from mm.launch import environment
 from mm.objectives.objective import Objective, Term
 from mm.registry import CALLBACKS
 from mm.run import Run, Stage
-from mm.trainer import checkpoint, finish, folder, heartbeat, networks
+from mm.trainer import checkpoint, finish, folder, heartbeat, networks, probe, saving
 from mm.trainer.callbacks.base import Callback
 from mm.trainer.engine import Engine, join, resolve_precision
 from mm.trainer.guard import Guard, RollBack, out_of_memory
+from mm.trainer.lanes import Lanes
 from mm.trainer.metrics import (
     BytesPerToken,
     MetricsFile,
@@ -35,13 +36,12 @@ from mm.trainer.metrics import (
     of_stream,
     tokens_by_modality,
 )
-from mm.trainer.signals import Stop
+from mm.trainer.signals import INTERRUPTED, Interrupted, Stop
 from mm.trainer.tracker import Tracker
 from mm.vocabulary import Vocabulary
 
 log = logging.getLogger("mm.trainer")
 
-INTERRUPTED = 75  # EX_TEMPFAIL: saved, run the same command to go on
 LN2 = 0.6931471805599453
 
 
@@ -69,7 +69,7 @@ class Trainer:
         self._stop = Stop()
         self._writer = checkpoint.Writer(run.checkpoints.background)
         self.batches: list[Batch] = []  # host micro-batches of the last step
-        self._bytes = BytesPerToken()
+        self.bytes_per_token = BytesPerToken()
         self._tokenizers: dict[str, Any] | None = None
 
     def fit(self) -> dict[str, Any]:
@@ -87,19 +87,21 @@ class Trainer:
                 heartbeat.clear(self.folder / "health")
             stack.enter_context(self._stop)
             self.device = join(self.run.engine.threads)
-            saved = self._find_checkpoint()
-            first = self.step
-            if finish.is_done(self.run, self.step):
-                log.info("%s: nothing to do, all %d steps are done", self.folder, self.steps)
-                place = str(self.folder)
-                return {"step": first, "new_steps": 0, "resumed_from": first, "folder": place}
-            self._open(saved, stack)
+            with self._starting():
+                saved = saving.resume(self)
+                first = self.step
+                if finish.is_done(self.run, self.step):
+                    log.info("%s: nothing to do, all %d steps are done", self.folder, self.steps)
+                    place = str(self.folder)
+                    return {"step": first, "new_steps": 0, "resumed_from": first, "folder": place}
+                self._open(saved, stack)
             weights: dict[str, dict[str, Tensor]] = {}
             end, last = 0, len(self.run.stages) - 1
             for index, stage in enumerate(self.run.stages):
                 begin, end = end, end + stage.budget.steps
                 if self.step < end or index == last:
-                    self._enter(index, stage, begin, saved, weights)
+                    with self._starting():
+                        self._enter(index, stage, begin, saved, weights)
                     try:
                         self._train(end)
                     finally:
@@ -121,6 +123,22 @@ class Trainer:
                 "seconds": time.monotonic() - begun,
                 "folder": str(self.folder),
             }
+
+    @contextlib.contextmanager
+    def _starting(self) -> Iterator[None]:
+        """Exit with 75 when a signal comes before a stage's first step: all before it is saved.
+
+        At once when alone; several processes finish the block first, so that none waits in vain.
+        """
+        try:
+            with self._stop.at_once() if self.world == 1 else contextlib.nullcontext():
+                yield
+            if not self._any(self._stop.asked):
+                return
+        except Interrupted:
+            pass
+        log.warning("stopped by a signal before step %d; run the same command", self.step + 1)
+        raise SystemExit(INTERRUPTED)
 
     def _train(self, end: int) -> None:
         """Fetch, step, report, save, until ``end``; go back where the guard says so."""
@@ -158,11 +176,12 @@ class Trainer:
         saved = checkpoint.newest(self.folder / "checkpoints")
         to = saved.state["step"] if saved is not None else -1
         self.guard.roll_back(why, self.step, to if to >= self.begin else None)
-        data = self.stream.state_dict()
+        data, lanes = self.stream.state_dict(), self.nets.lanes
         self.stream.close()
         self.step = to
         self._enter(self.index, self.stage, self.begin, saved, {})
         self.stream.load_state_dict(data)
+        self.nets.lanes = lanes
         if self.is_main:
             self.file.close()
             self.file = MetricsFile(self.folder / "metrics.jsonl", self.step)
@@ -197,6 +216,8 @@ class Trainer:
             engine.backward(loss * torch.where(torch.isfinite(total), 1.0, float("nan")))
             row |= self._update(term, engine, tally, total, facts, n)
             del sums[term.network]
+        if self.nets.lanes is not None:
+            self.nets.lanes.commit(applied=math.isfinite(row.get("optim/grad_norm", 0.0)))
         return row
 
     def _update(
@@ -264,22 +285,6 @@ class Trainer:
             facts["items/step"] = seen[-2]
         return dict(zip(names, reduced, strict=True)), facts
 
-    def _find_checkpoint(self) -> checkpoint.Saved | None:
-        """The newest good checkpoint, checked against this config.
-
-        Raises UserError when it cannot go on from it.
-        """
-        saved = checkpoint.newest(self.folder / "checkpoints")
-        if saved is None:
-            return None
-        mine = self.vocabulary.fingerprint if self.vocabulary is not None else None
-        saved.require(self.run.to_dict(), mine)
-        self.step = saved.state["step"]
-        if "guard" in saved.state:
-            self.guard.load_state_dict(saved.state["guard"])
-        self._bytes = BytesPerToken(saved.state["bytes_per_token"])
-        return saved
-
     def _open(self, saved: checkpoint.Saved | None, stack: contextlib.ExitStack) -> None:
         """Write the run's description, start tracker and callbacks; ``stack`` ends them."""
         self.precision = resolve_precision(self.run.engine.precision, self.device)
@@ -345,6 +350,8 @@ class Trainer:
             if network.mode != "train":
                 self.frozen[name] = module.eval().requires_grad_(False)
                 continue
+            if self.run.engine.compile:
+                networks.compile_blocks(module)
             size += 12 * sum(p.numel() for p in module.parameters())  # fp32, two states
             engine = Engine(
                 module.train(),
@@ -368,8 +375,12 @@ class Trainer:
             rank=environment.ranks().rank,
             world=self.world,
         )
+        self.nets.lanes = Lanes.of(self.stream, self.engines["model"], self.env)
         if saved is not None and same_stage:
             self.stream.load_state_dict(saved.state["data"])
+            if self.nets.lanes is not None:
+                self.nets.lanes.load(saved)
+            probe.check(self, saved)
         if not self._started:
             if self.step < self.steps:
                 self._on_main(lambda: checkpoint.rehearse(self.folder / "checkpoints", size))
@@ -409,36 +420,14 @@ class Trainer:
             or not self.is_main
         ):
             return known or {}
-        self._bytes.observe(self.batches, self.vocabulary, self.tokenizers)
-        return self._bytes.ratio()
+        self.bytes_per_token.observe(self.batches, self.vocabulary, self.tokenizers)
+        return self.bytes_per_token.ratio()
 
     def _save(self) -> None:
         """Write a checkpoint: all ranks gather, the main one writes (perhaps in the background)."""
         self.heart.phase("save", self.step)
-        full, scalars = {}, {}
-        for name, engine in self.engines.items():
-            moments, scalars[name] = engine.optimizer_state()
-            full[name] = (engine.weights(), moments)
-        full |= self.averages.saved()
-        data = self.stream.state_dict()
-        state = {
-            "stage": self.index,
-            "skipped": self.guard.skipped,
-            "guard": self.guard.state_dict(),
-            "data": data,
-            "optimizers": scalars,
-            "world": self.world,
-            "vocabulary": self.vocabulary.fingerprint if self.vocabulary is not None else None,
-            "config": self.run.to_dict(),
-            "tracker": self.tracker.id,
-            "bytes_per_token": self._bytes.totals,
-            "rng": {
-                "seed": self.run.seed,
-                "rule": "every generator is seeded by (seed, step, rank)",
-            },
-        }
+        state, full = saving.collect(self)
         root, step, keep = self.folder / "checkpoints", self.step, self.run.checkpoints
-        state = copy.deepcopy(state)  # training goes on under a background save
         write = lambda: checkpoint.save(root, step, state, full, keep.keep_last, keep.keep_every)
         self._on_main(lambda: self._writer(write))
 

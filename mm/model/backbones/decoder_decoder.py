@@ -20,6 +20,7 @@ from mm.model.linears.dense import DenseConfig
 from mm.model.mixers.cached import CachedAttention, HeadsConfig, Sizes
 from mm.model.mixers.kv import KV, DraftKV, advance
 from mm.model.norm import RMSNorm
+from mm.model.recompute import Recompute
 from mm.model.rows import Docs, paired
 from mm.registry import BACKBONES, BLOCKS, CHANNELS
 from mm.state import Many, State
@@ -172,7 +173,7 @@ class DecoderDecoder(Stack):
         upper: list[Block],
         d_model: int,
         eps: float,
-        recompute: bool,
+        recompute: str,
     ):
         super().__init__([*lower, memory, *upper], d_model, eps, recompute)
         self.prefix = len(lower) + 1
@@ -207,9 +208,7 @@ class DecoderDecoderConfig(HeadsConfig):
         default="prenorm", validate_default=True
     )
     eps: float = 1e-6
-    recompute: bool = Field(
-        default=False, description="activation checkpointing of every layer (non-reentrant)"
-    )
+    recompute: Recompute = "none"
 
     def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> DecoderDecoder:
         linear = linear or DenseConfig().build

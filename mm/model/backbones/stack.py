@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal, cast
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mm import config as yaml_config
 from mm.batch import Sum
 from mm.config import Config
 from mm.errors import UserError, did_you_mean
+from mm.model import recompute as recomputing
 from mm.model.backbones.pattern import parse, tile
 from mm.model.layer import Backbone, Block, Ctx, Layer, Linear, Out, Provider
 from mm.model.linears.dense import DenseConfig
@@ -33,11 +33,11 @@ class Stack(Backbone):
     `hidden` (what the heads read) go into the successor Ctx as shared values named `tap.hidden.i`.
     """
 
-    def __init__(self, layers: Sequence[Block], d_model: int, eps: float, recompute: bool):
+    def __init__(self, layers: Sequence[Block], d_model: int, eps: float, recompute: str):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(d_model, eps=eps)
-        self.recompute = recompute
+        self.recompute = [recomputing.suited(recompute, layer) for layer in layers]
         self.providers = nn.ModuleDict()
         readers: dict[str, list[Layer]] = {}
         makers: dict[str, Callable[[int], Provider]] = {}
@@ -85,18 +85,14 @@ class Stack(Backbone):
                     shared[name] = make(ctx)
         ctx = replace(ctx, shared=shared)
         x, aux, taps = x_BTD, {}, {}
-        recompute = self.recompute and self.training and torch.is_grad_enabled()
+        train = self.training and torch.is_grad_enabled()
         for visit, i in enumerate(visits):
             if f"hidden.{visit}" in ctx.want:
                 taps[f"{TAP}hidden.{visit}"] = x
             here = replace(ctx, visit=visit)
             layer = self._layer(i)
-            if recompute:
-                # Reentrant checkpointing would lose gradients of returned States silently: never
-                # here.
-                out = checkpoint(
-                    layer, x, here, parts[visit], use_reentrant=False, preserve_rng_state=False
-                )
+            if train and self.recompute[i] != "none":
+                out = recomputing.run(self.recompute[i], layer, x, here, parts[visit])
             else:
                 out = layer(x, here, parts[visit])
             x, parts[visit] = out.y, out.state
@@ -146,9 +142,7 @@ class StackConfig(Config):
         default="prenorm", validate_default=True
     )
     eps: float = 1e-6
-    recompute: bool = Field(
-        default=False, description="activation checkpointing of every layer (non-reentrant)"
-    )
+    recompute: recomputing.Recompute = "none"
 
     @field_validator("mixers", mode="before")
     @classmethod

@@ -26,6 +26,8 @@ class SCRN(Recurrence):
     Source: Mikolov et al. 2015 (arXiv:1412.7753), section 3; a by unit: its adaptive form.
     """
 
+    overwrites = True
+
     def __init__(
         self,
         d_model: int,

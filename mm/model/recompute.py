@@ -1,0 +1,75 @@
+"""Activation checkpointing: what the backward pass needs is made again instead of kept.
+
+torch's non-reentrant form only: the reentrant one loses gradients of returned States silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, Field
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+# false and true were the only values once
+Recompute = Annotated[
+    Literal["none", "full", "selective"],
+    BeforeValidator(lambda v: {False: "none", True: "full"}[v] if isinstance(v, bool) else v),
+    Field(
+        description="activation checkpointing of every layer; selective: keep the results of "
+        "matrix products with weights and of fused attention, make all others again"
+    ),
+]
+
+aten = torch.ops.aten
+# Costly to make again, and linear in the tokens. `bmm` is not among them: attention without a fused
+# kernel would keep its (T, T) scores.
+KEPT = frozenset(
+    getattr(getattr(aten, name), "default")  # noqa: B009  pyright knows no operator by name
+    for name in (
+        "mm",
+        "addmm",
+        "convolution",
+        "_scaled_mm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    )
+)
+
+
+def _policy(ctx: Any, op: Any, *args: Any, **kw: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def suited(mode: str, layer: nn.Module) -> str:
+    """``mode``, or "full" where a result that "selective" keeps would be written over."""
+    over = any(getattr(module, "overwrites", False) for module in layer.modules())
+    return "full" if mode == "selective" and over else mode
+
+
+def run(mode: str, layer: nn.Module | Callable[..., Any], *args: Any) -> Any:
+    """Call ``layer`` so that its backward pass makes again what ``mode`` does not keep.
+
+    Source: Chen et al. 2016 (arXiv:1604.06174), full; Korthikanti et al. 2022 (arXiv:2205.05198),
+    section 5, selective, by operator.
+
+    Args:
+        mode: "full": only the arguments are kept; "selective": also the results of `KEPT`;
+            what `suited` gave for the layer.
+        layer: draws nothing from global generators (they are not set back).
+    """
+    if mode == "full":
+        return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
+    contexts = partial(create_selective_checkpoint_contexts, _policy)
+    return checkpoint(
+        layer, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+    )
