@@ -6,6 +6,7 @@ Small tiles stand for the real ones where a test says so: a carry crosses tiles 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -101,13 +102,25 @@ def test_linear_scan(T: int, dtype: torch.dtype, small: None) -> None:
     a, b = torch.rand(2, T, 20), torch.randn(2, T, 20)
     compare(linear_scan, (a, b), dtype)
     compare(linear_scan, (a, b, resets(2, T), torch.randn(2, 20)), dtype)
+    compare(linear_scan, (a, b, resets(2, T), torch.randn(2, 20)), dtype, reverse=True)
 
 
-def test_linear_scan_forgets_an_infinite_document() -> None:
+@lengths
+@pytest.mark.parametrize("reverse", [False, True])
+def test_linear_scan_of_logarithms(T: int, dtype: torch.dtype, reverse: bool, small: None) -> None:
+    torch.manual_seed(T)
+    a, b = torch.rand(2, T, 20).log(), torch.randn(2, T, 20)
+    compare(linear_scan, (a, b), dtype, log=True, reverse=reverse)
+    carried = (resets(2, T), torch.randn(2, 20))
+    compare(linear_scan, (a, b, *carried), dtype, log=True, reverse=reverse)
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_linear_scan_forgets_an_infinite_document(log: bool) -> None:
     a, b = torch.full((1, 6, 2), 0.5), torch.ones(1, 6, 2)
     b[0, 1] = torch.inf
     with interpreted(), linear_scan.using("triton"):
-        h, last = linear_scan(a, b, torch.tensor([[1, 0, 0, 1, 0, 0]]).bool())
+        h, last = linear_scan(a, b, torch.tensor([[1, 0, 0, 1, 0, 0]]).bool(), log=log)
     assert last.isfinite().all() and torch.equal(h[0, 3], torch.ones(2))
 
 
@@ -118,6 +131,7 @@ def test_complex_scan(T: int, dtype: torch.dtype, small: None) -> None:
     compare(complex_scan, (a, b, resets(2, T), torch.randn(2, 36)), dtype)
     compare(complex_scan, (torch.randn(36) / 3, b, resets(2, T), torch.randn(2, 36)), dtype)
     compare(complex_scan, (torch.randn(36) / 3, b), dtype)
+    compare(complex_scan, (a, b, resets(2, T), torch.randn(2, 36)), dtype, reverse=True)
 
 
 @lengths
@@ -171,7 +185,7 @@ def launches(call: Callable[[], Any]) -> list[str]:
     return [built(launch).check().name for launch in asked]
 
 
-def _calls(dtype: torch.dtype) -> dict[str, tuple[Op, tuple[Any, ...]]]:
+def _calls(dtype: torch.dtype) -> dict[str, tuple[Callable, tuple[Any, ...]]]:
     """A call of every op at sizes of a real model."""
     wide = lambda *shape: torch.empty(*shape, dtype=dtype, requires_grad=True)
     full = lambda *shape: torch.empty(*shape, requires_grad=True)
@@ -180,7 +194,10 @@ def _calls(dtype: torch.dtype) -> dict[str, tuple[Op, tuple[Any, ...]]]:
     selective = (x, x, full(16, 1024), *[wide(2, 2048, 16) for _ in "bc"], full(1024))
     return {
         "linear_scan": (linear_scan, (x, x, reset, state)),
+        "linear_scan_reversed": (partial(linear_scan, reverse=True), (x, x, reset, state)),
+        "linear_scan_logs": (partial(linear_scan, log=True), (x, x, reset, state)),
         "complex_scan": (complex_scan, (x, x, reset, state)),
+        "complex_scan_reversed": (partial(complex_scan, reverse=True), (x, x, reset, state)),
         "constant_scan": (complex_scan, (full(1024), x, reset, state)),
         "selective_scan": (selective_scan, (*selective, reset, full(2, 16, 1024))),
         "causal_conv": (causal_conv, (x, full(4, 1024), full(1024), document)),
@@ -198,7 +215,7 @@ def _calls(dtype: torch.dtype) -> dict[str, tuple[Op, tuple[Any, ...]]]:
 
 def build(name: str, dtype: torch.dtype) -> None:
     op, arguments = _calls(dtype)[name]
-    with op.using("triton"):
+    with getattr(op, "func", op).using("triton"):
         assert launches(lambda: op(*arguments)) == ["_forward", "_backward"]
 
 
