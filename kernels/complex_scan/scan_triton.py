@@ -15,7 +15,7 @@ PLACES, CHANNELS = 64, 16  # of a tile
 
 
 @triton.jit
-def _compose(ar, ai, br, bi, cr, ci, dr, di):
+def compose(ar, ai, br, bi, cr, ci, dr, di):
     """First ``h -> a h + b``, then ``h -> c h + d``; c = 0 forgets even an infinite state."""
     cut = (cr == 0) & (ci == 0)
     real = tl.where(cut, dr, cr * br - ci * bi + dr)
@@ -24,14 +24,14 @@ def _compose(ar, ai, br, bi, cr, ci, dr, di):
 
 
 @triton.jit
-def _pair(ptr, at, W, mask):
+def pair(ptr, at, W, mask):
     """Real and imaginary parts of a tile in float32."""
     real = tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)
     return real, tl.load(ptr + at + W, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _keep(ptr, at, W, mask, real, imag):
+def keep(ptr, at, W, mask, real, imag):
     tl.store(ptr + at, real.to(ptr.dtype.element_ty), mask=mask)
     tl.store(ptr + at + W, imag.to(ptr.dtype.element_ty), mask=mask)
 
@@ -55,23 +55,23 @@ def _forward(
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
     hr, hi = tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32)
     if initial_ptr is not None:
-        hr, hi = _pair(initial_ptr, row * 2 * W + d, W, d < W)
+        hr, hi = pair(initial_ptr, row * 2 * W + d, W, d < W)
     for start in range(0, T, BT):
         s = start + tl.arange(0, BT)  # as it is read
         t = T - 1 - s if REVERSE else s
         at = (row * T + t)[:, None] * (2 * W) + d[None, :]
         mask = (s < T)[:, None] & (d < W)[None, :]
         of_a = tl.zeros_like(at) + d[None, :] if CONSTANT else at
-        ar, ai = _pair(a_ptr, of_a, W, mask)
-        br, bi = _pair(b_ptr, at, W, mask)
+        ar, ai = pair(a_ptr, of_a, W, mask)
+        br, bi = pair(b_ptr, at, W, mask)
         if reset_ptr is not None:
             reset = (tl.load(reset_ptr + row * T + t, mask=s < T, other=0) != 0)[:, None]
             ar, ai = tl.where(reset, 0.0, ar), tl.where(reset, 0.0, ai)
-        ar, ai, br, bi = tl.associative_scan((ar, ai, br, bi), 0, _compose)
+        ar, ai, br, bi = tl.associative_scan((ar, ai, br, bi), 0, compose)
         cut = (ar == 0) & (ai == 0)
         br = tl.where(cut, br, ar * hr[None, :] - ai * hi[None, :] + br)
         bi = tl.where(cut, bi, ar * hi[None, :] + ai * hr[None, :] + bi)
-        _keep(h_ptr, at, W, mask, br, bi)
+        keep(h_ptr, at, W, mask, br, bi)
         last = (tl.arange(0, BT) == BT - 1)[:, None]
         hr, hi = tl.sum(tl.where(last, br, 0.0), 0), tl.sum(tl.where(last, bi, 0.0), 0)
 
@@ -108,20 +108,20 @@ def _backward(
         at = (row * T + t)[:, None] * (2 * W) + d[None, :]
         inside, after = (s < T)[:, None] & in_d, (s + 1 < T)[:, None] & in_d
         of_a = tl.zeros_like(at) + d[None, :] if CONSTANT else at + step
-        cr, ci = _pair(a_ptr, of_a, W, after)
+        cr, ci = pair(a_ptr, of_a, W, after)
         if reset_ptr is not None:
             ahead = reset_ptr + row * T + (t - 1 if REVERSE else t + 1)
             reset = (tl.load(ahead, mask=s + 1 < T, other=0) != 0)[:, None]
             cr, ci = tl.where(reset, 0.0, cr), tl.where(reset, 0.0, ci)
-        gr, gi = _pair(grad_ptr, at, W, inside)
-        cr, ci, gr, gi = tl.associative_scan((cr, -ci, gr, gi), 0, _compose, reverse=True)
+        gr, gi = pair(grad_ptr, at, W, inside)
+        cr, ci, gr, gi = tl.associative_scan((cr, -ci, gr, gi), 0, compose, reverse=True)
         cut = (cr == 0) & (ci == 0)
         gr = tl.where(cut, gr, cr * nr[None, :] - ci * ni[None, :] + gr)
         gi = tl.where(cut, gi, cr * ni[None, :] + ci * nr[None, :] + gi)
-        _keep(db_ptr, at, W, inside, gr, gi)
-        pr, pi = _pair(h_ptr, at - step, W, inside & (s > 0)[:, None])
+        keep(db_ptr, at, W, inside, gr, gi)
+        pr, pi = pair(h_ptr, at - step, W, inside & (s > 0)[:, None])
         if initial_ptr is not None:
-            fr, fi = _pair(initial_ptr, row * 2 * W + d, W, d < W)
+            fr, fi = pair(initial_ptr, row * 2 * W + d, W, d < W)
             pr = tl.where((s == 0)[:, None], fr[None, :], pr)
             pi = tl.where((s == 0)[:, None], fi[None, :], pi)
         if reset_ptr is not None:
@@ -131,18 +131,18 @@ def _backward(
             sum_r += tl.sum(gr * pr + gi * pi, 0)
             sum_i += tl.sum(gi * pr - gr * pi, 0)
         else:
-            _keep(da_ptr, at, W, inside, gr * pr + gi * pi, gi * pr - gr * pi)
+            keep(da_ptr, at, W, inside, gr * pr + gi * pi, gi * pr - gr * pi)
         edge = (tl.arange(0, BT) == 0)[:, None]
         nr, ni = tl.sum(tl.where(edge, gr, 0.0), 0), tl.sum(tl.where(edge, gi, 0.0), 0)
     if CONSTANT:
-        _keep(da_ptr, row * 2 * W + d, W, d < W, sum_r, sum_i)
+        keep(da_ptr, row * 2 * W + d, W, d < W, sum_r, sum_i)
     if initial_ptr is not None:
         first = row * T + (T - 1 if REVERSE else 0)
-        ar, ai = _pair(a_ptr, d if CONSTANT else first * 2 * W + d, W, d < W)
+        ar, ai = pair(a_ptr, d if CONSTANT else first * 2 * W + d, W, d < W)
         if reset_ptr is not None:
             cut = tl.load(reset_ptr + first) != 0
             ar, ai = tl.where(cut, 0.0, ar), tl.where(cut, 0.0, ai)
-        _keep(dinitial_ptr, row * 2 * W + d, W, d < W, ar * nr + ai * ni, ar * ni - ai * nr)
+        keep(dinitial_ptr, row * 2 * W + d, W, d < W, ar * nr + ai * ni, ar * ni - ai * nr)
 
 
 def forward(
