@@ -1,4 +1,4 @@
-"""Which tensors Triton kernels take."""
+"""Which tensors Triton kernels take, and how."""
 
 from __future__ import annotations
 
@@ -26,3 +26,11 @@ def why_not(*args: Any, **kw: Any) -> str | None:
         if isinstance(t, Tensor) and t.is_floating_point() and t.dtype not in DTYPES:
             return f"no {t.dtype}"
     return _MISSING
+
+
+def narrow(*tensors: Tensor) -> list[Tensor]:
+    """Contiguous tensors of one dtype that the matrix instructions multiply."""
+    dtype = tensors[0].dtype
+    for x in tensors[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return [x.to(dtype).contiguous() for x in tensors]

@@ -21,9 +21,9 @@ def fused(
     *,
     saved: Callable[..., Sequence[Any]],
     wrt: Sequence[str],
-    cpp: tuple[Fill, Fill] | None = None,
-    triton: str | None = None,
     dense: bool = True,
+    triton: str | None = None,
+    **here: tuple[Fill, Fill],
 ) -> dict[str, Callable]:
     """Register ``mm::<name>`` and ``mm::<name>_triton`` with backward, tracing and autograd.
 
@@ -39,17 +39,15 @@ def fused(
             None.
         saved: takes the inputs and the outputs and returns what the backward needs.
         wrt: parameter names of ``outputs`` that have gradients.
-        cpp: functions that write the outputs and the gradients on the CPU: they take the inputs,
-            then the outputs.
-        triton: module with functions ``forward`` and ``backward`` that do the same in Triton. It is
-            imported by the first call and must not be before: Triton may be absent.
         dense: gradients that nothing gives are zeros, else None.
+        triton: module with functions ``forward`` and ``backward`` that write the outputs and the
+            gradients in Triton: they take the inputs, then the outputs. It is imported by the first
+            call and must not be before: Triton may be absent.
+        here: by the name of their implementation, two functions that do the same otherwise.
     Returns:
         the op by the name of its implementation.
     """
-    fills: dict[str, tuple[str, tuple[Fill, Fill]]] = {}
-    if cpp:
-        fills["cpp"] = (name, cpp)
+    fills = {kind: (name, pair) for kind, pair in here.items()}
     if triton:
         lazily = lambda way: lambda *a: getattr(importlib.import_module(triton), way)(*a)
         fills["triton"] = (f"{name}_triton", (lazily("forward"), lazily("backward")))

@@ -6,10 +6,8 @@ of two, need no case of their own: a missing token has key, value and log decay 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 CHUNK = 64  # tokens; also the rows of a tile that Hopper's warp-group matrix instructions start at
 C = tl.constexpr(CHUNK)
@@ -142,11 +140,3 @@ def halves(half):
 def block(width: int, most: int) -> int:
     """Width of a tile over ``width`` columns: a power of two that `tl.dot` takes."""
     return max(16, min(most, triton.next_power_of_2(width)))
-
-
-def narrow(*tensors: Tensor) -> list[Tensor]:
-    """Contiguous tensors of one dtype that the matrix instructions multiply."""
-    dtype = tensors[0].dtype
-    for x in tensors[1:]:
-        dtype = torch.promote_types(dtype, x.dtype)
-    return [x.to(dtype).contiguous() for x in tensors]

@@ -60,6 +60,22 @@ def test_complex_scan(
     check(complex_scan, name, (a, b, resets(B, T, reset), before), dtype)
 
 
+@dtypes
+@pytest.mark.parametrize("name", others(complex_scan))
+@pytest.mark.parametrize("B,T", [(1, 1), (2, 3), (3, 65)])
+@pytest.mark.parametrize("constant", [False, True])
+def test_complex_scan_reversed(
+    name: str, dtype: torch.dtype, B: int, T: int, constant: bool
+) -> None:
+    a = (inside(14) if constant else inside(B, T, 14)).to(dtype)
+    b, before = randn(B, T, 14, dtype=dtype), randn(B, 14, dtype=dtype, seed=3)
+    check(complex_scan, name, (a, b, resets(B, T, "ragged"), before), dtype, reverse=True)
+    with complex_scan.using(name):
+        back, _ = complex_scan(a, b, None, before, reverse=True)
+        h, _ = complex_scan(a if constant else a.flip(1), b.flip(1), None, before)
+    torch.testing.assert_close(back.flip(1), h)
+
+
 @pytest.mark.parametrize("name", here(complex_scan))
 @pytest.mark.parametrize("constant", [False, True])
 def test_complex_scan_is_the_recurrence_of_complex_numbers(name: str, constant: bool) -> None:

@@ -8,7 +8,13 @@ from test_kernels import _poisoned_memory, check, dtypes, randn  # noqa: F401
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mm.kernels.linear_attention import _backward, _forward, linear_attention
+from mm.kernels.linear_attention import (
+    _backward,
+    _forward,
+    _gradients,
+    _outputs,
+    linear_attention,
+)
 
 DECAYS = ("none", "constant", "scalar", "channel")
 
@@ -130,8 +136,10 @@ def test_cost_grows_linearly(decay: str) -> None:
     def flops(T: int) -> int:
         q, k, v, g, initial = inputs(decay, torch.float32, 1, T, 2, 8, 8, 0.1)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            o, final, states = _forward(q, k, v, g, initial)
-            _backward(q, k, v, g, states, o, final)
+            o, final, states = outs = _outputs(q, k, v, g, initial)
+            _forward(q, k, v, g, initial, *outs)
+            saved = (q, k, v, g, states, True, o, final)
+            _backward(*saved, *_gradients(*saved))
         return counter.get_total_flops()
 
     assert flops(4096) == 4 * flops(1024) > 0

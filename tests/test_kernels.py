@@ -139,6 +139,50 @@ def test_linear_scan(
     )
 
 
+forms = pytest.mark.parametrize(
+    "form",
+    [{"reverse": True}, {"log": True}, {"log": True, "reverse": True}],
+    ids=lambda form: "-".join(form),
+)
+
+
+@dtypes
+@forms
+@pytest.mark.parametrize("name", others(linear_scan))
+@pytest.mark.parametrize("B,T,D", [(1, 1, 1), (2, 3, 5), (2, 64, 16), (3, 65, 7), (2, 0, 3)])
+@pytest.mark.parametrize("carried", [False, True])
+def test_linear_scan_reads_either_way_and_logarithms(
+    name: str, dtype: torch.dtype, form: dict[str, bool], B: int, T: int, D: int, carried: bool
+) -> None:
+    a = randn(B, T, D).sigmoid()
+    a = a.log() if "log" in form else a
+    cut = torch.rand(B, T, generator=torch.Generator().manual_seed(1)) < 0.2
+    initial = randn(B, D, dtype=dtype, seed=3)
+    rest = (cut, initial) if carried else (None, None)
+    check(linear_scan, name, (a.to(dtype), randn(B, T, D, dtype=dtype), *rest), dtype, **form)
+
+
+@pytest.mark.parametrize("name", here(linear_scan))
+def test_linear_scan_forms_are_one_recurrence(name: str) -> None:
+    """Reversed = turned around; logarithms = the logarithm, even of what float64 cannot hold."""
+    a, b = randn(2, 9, 3).sigmoid().detach(), randn(2, 9, 3, seed=1).exp().detach()
+    before, cut = randn(2, 3).exp().detach(), torch.rand(2, 9) < 0.2
+    turned = lambda *tensors: [x.flip(1) for x in tensors]
+    with linear_scan.using(name):
+        h, last = linear_scan(a, b, cut, before)
+        back, first = linear_scan(*turned(a, b, cut), before, reverse=True)
+        logs, log_last = linear_scan(a.log(), b.log(), cut, before.log(), log=True)
+        huge, _ = linear_scan(a.log(), b.log() + 1e4, cut, before.log() + 1e4, log=True)
+        none, _ = linear_scan(a.log(), b.log(), None, torch.full_like(before, -torch.inf), log=True)
+        plain, _ = linear_scan(a, b)
+    torch.testing.assert_close(back.flip(1), h)
+    torch.testing.assert_close(first, last)
+    torch.testing.assert_close(logs.exp(), h)
+    torch.testing.assert_close(log_last.exp(), last)
+    torch.testing.assert_close(huge - 1e4, logs)
+    torch.testing.assert_close(none.exp(), plain)
+
+
 @pytest.mark.parametrize("name", here(linear_scan))
 def test_linear_scan_takes_any_strides_and_narrow_types(name: str) -> None:
     a, b = randn(2, 5, 8).sigmoid(), randn(2, 5, 8, seed=1)
@@ -154,8 +198,9 @@ def test_linear_scan_takes_any_strides_and_narrow_types(name: str) -> None:
     torch.testing.assert_close(narrow.double(), expected, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("name", here(linear_scan))
-def test_linear_scan_resets_select_and_do_not_multiply(name: str) -> None:
+def test_linear_scan_resets_select_and_do_not_multiply(name: str, log: bool) -> None:
     """The state before a reset may be inf: neither the value nor the gradient of what follows may
     turn NaN.
     """
@@ -163,7 +208,7 @@ def test_linear_scan_resets_select_and_do_not_multiply(name: str) -> None:
     b[0, 1] = float("inf")
     a.requires_grad_(), b.requires_grad_()
     with linear_scan.using(name):
-        h, _ = linear_scan(a, b, torch.tensor([[True, False, True, False]]))
+        h, _ = linear_scan(a, b, torch.tensor([[True, False, True, False]]), log=log)
     assert h[0, 2:].isfinite().all()
     da, db = torch.autograd.grad(h[0, 2:].sum(), [a, b])
     assert da.isfinite().all() and db.isfinite().all()

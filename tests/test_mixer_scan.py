@@ -17,7 +17,7 @@ from mm.kernels.linear_scan import linear_scan
 from mm.layout import Layout
 from mm.model.backbones.stack import StackConfig
 from mm.model.layer import Layer, init_weights
-from mm.model.mixers.gated_scan import GatedScan, positive
+from mm.model.mixers.gated_scan import GatedScan, GatedScanConfig, positive
 from mm.model.mixers.gru import GRU
 from mm.model.mixers.lru import LRU, LRUConfig
 from mm.model.mixers.lstm import LSTM
@@ -69,9 +69,10 @@ def parts(layer: GatedScan, x: Tensor) -> list[Tensor]:
     return p
 
 
+@pytest.mark.parametrize("word", ["min_gru", "min_gru_log_space"])
 @pytest.mark.parametrize("T", LENGTHS)
-def test_min_gru(T: int) -> None:
-    layer = made("min_gru")
+def test_min_gru(T: int, word: str) -> None:
+    layer = made(word)
     assert isinstance(layer, GatedScan)
 
     def naive(x: Tensor) -> Tensor:
@@ -82,15 +83,21 @@ def test_min_gru(T: int) -> None:
     same(layer, naive, T)
 
 
+def test_log_space_needs_positive_numbers() -> None:
+    with pytest.raises(ValueError, match="log_space needs positive numbers"):
+        GatedScanConfig(log_space=True, candidate="tanh")
+
+
 def test_min_gru_has_two_matrices_before_the_output() -> None:
     layer = made("min_gru")
     assert layer.inner.weight.numel() == 2 * D * D
     assert positive(torch.linspace(-5, 5, 100)).gt(0).all()
 
 
+@pytest.mark.parametrize("log_space", [False, True])
 @pytest.mark.parametrize("T", LENGTHS)
-def test_min_lstm(T: int) -> None:
-    layer = made("min_lstm")
+def test_min_lstm(T: int, log_space: bool) -> None:
+    layer = made("min_lstm", log_space=log_space)
     assert isinstance(layer, GatedScan)
 
     def naive(x: Tensor) -> Tensor:

@@ -16,14 +16,16 @@ from mm.config import validate
 from mm.errors import UserError
 from mm.layout import Doc, Layout
 from mm.mask import Causal, Full, Prefix, Window
+from mm.model import rows
 from mm.model.backbones.pattern import parse, tile
 from mm.model.backbones.stack import StackConfig
 from mm.model.heads.softmax import Categorical
-from mm.model.layer import init_weights
+from mm.model.layer import Ctx, init_weights
 from mm.model.mixers.attention import Attention
 from mm.model.mixers.rg_lru import RGLRU
 from mm.model.model import LmConfig, Model
 from mm.model.rows import Groups
+from mm.registry import MIXERS
 from mm.specs import TokenSpec
 from mm.vocabulary import Vocabulary
 
@@ -172,6 +174,26 @@ def test_grouping_by_length_covers_every_place_once() -> None:
     assert not any(g.causal for g in Groups.of(reversed_time, Causal()).groups), (
         "times that do not rise need a real mask"
     )
+
+
+def test_long_documents_are_taken_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout.from_rows([[Doc(130), Doc(130), Doc(200)], [Doc(300)]], 480)
+    groups = Groups.of(layout, Causal(), by_vectors=True)
+    assert [(g.rows, g.length) for g in groups.groups] == [(2, 130), (1, 200), (1, 300)]
+    assert groups.runs == ((0, 260), (260, 460), (480, 780)) and groups.index is None
+    layer = MIXERS.get("attention")(heads=2, window=150).build(8)
+    init_weights(layer)
+    x = torch.randn(2, 480, 8)
+    x[layout.fields.document == 0] = 1e3
+
+    def run(at_least: int) -> tuple[Tensor, ...]:
+        monkeypatch.setattr(rows, "LYING", at_least)
+        x.requires_grad_()
+        y = layer(x, Ctx(layout, Causal())).y[layout.fields.document > 0]
+        return y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
+
+    for lying, gathered in zip(run(128), run(10**6), strict=True):
+        torch.testing.assert_close(lying, gathered, rtol=1e-4, atol=1e-5)
 
 
 def test_a_document_that_outgrows_its_state_is_an_error() -> None:

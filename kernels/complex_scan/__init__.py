@@ -26,7 +26,12 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
 @Op
 def complex_scan(
-    a: Tensor, b_BTD: Tensor, reset_BT: Tensor | None = None, initial_BD: Tensor | None = None
+    a: Tensor,
+    b_BTD: Tensor,
+    reset_BT: Tensor | None = None,
+    initial_BD: Tensor | None = None,
+    *,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run ``h_t = a_t * h_{t-1} + b_t`` over each row and complex channel.
 
@@ -36,10 +41,12 @@ def complex_scan(
         a: `(B, T, 2W)` decays, or `(2W,)` for one decay at all places; accumulated in float32 or
             wider.
         b_BTD: `(B, T, 2W)` inputs.
-        reset_BT: `(B, T)` bool: here ``h_t = b_t``, whatever came before; None = nowhere.
-        initial_BD: `(B, 2W)` state before the first token; None = zeros.
+        reset_BT: `(B, T)` bool: here ``h_t = b_t``, whatever was read before; None = nowhere.
+        initial_BD: `(B, 2W)` state before the first token that is read; None = zeros.
+        reverse: read from the last token to the first, ``h_t = a_t * h_{t+1} + b_t``.
     Returns:
-        all states `(B, T, 2W)` and the last one `(B, 2W)`, both in float32 or wider.
+        all states `(B, T, 2W)` and the one of the token read last `(B, 2W)`, both in float32 or
+        wider.
     Source: Orvieto et al. 2023, LRU (arXiv:2303.06349), eq. 4 (constant a); Katsch 2023, GateLoop
         (arXiv:2311.01927), section 3 (a of the token).
     """
@@ -51,42 +58,48 @@ def complex_scan(
     # unbind, not [:, t]: the backward of an index writes a whole zero tensor a step.
     resets = reset_BT.unbind(1) if reset_BT is not None else [None] * T
     decays = a.to(wide).unbind(1) if a.dim() == 3 else [a.to(wide)] * T
+    steps = list(zip(decays, b_BTD.to(wide).unbind(1), resets, strict=True))
     states = []
-    for decay, b, reset in zip(decays, b_BTD.to(wide).unbind(1), resets, strict=True):
+    for decay, b, reset in reversed(steps) if reverse else steps:
         before = h if reset is None else h.masked_fill(reset[:, None], 0)
         h = multiply(decay, before) + b
         states.append(h)
-    return torch.stack(states, 1), h
+    return torch.stack(states[::-1] if reverse else states, 1), h
 
 
-def _states(a: Tensor, b: Tensor, reset: Tensor | None, initial: Tensor | None) -> Tensor:
+def _states(
+    a: Tensor, b: Tensor, reset: Tensor | None, initial: Tensor | None, reverse: bool
+) -> Tensor:
     return torch.empty_like(b, dtype=torch.promote_types(b.dtype, torch.float32))
 
 
 def _gradients(
-    a: Tensor, h: Tensor, reset: Tensor | None, initial: Tensor | None, grad: Tensor
+    a: Tensor,
+    h: Tensor,
+    reset: Tensor | None,
+    initial: Tensor | None,
+    reverse: bool,
+    grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     first = h.new_empty(h.shape[0], h.shape[2] if initial is not None else 0)
     return torch.empty_like(a), torch.empty_like(h), first
 
 
-def _call(way: str, a: Tensor, *tensors: Tensor | None) -> None:
-    like = tensors[0]
-    assert like is not None
-    function = f"complex_{compiler.SUFFIX[like.dtype]}_{way}"
-    compiler.call(_SOURCE, function, a, *tensors, int(a.dim() == 1), *like.shape)
+def _call(way: str, a: Tensor, b: Tensor, *rest: Tensor | bool | None) -> None:
+    function = f"complex_{compiler.SUFFIX[b.dtype]}_{way}"
+    compiler.call(_SOURCE, function, a, b, *rest, a.dim() == 1, *b.shape)
 
 
 _OPS = fused(
     "complex_scan",
     _states,
     _gradients,
-    saved=lambda a, b, reset, initial, h: (a, h, reset, initial),
+    saved=lambda a, b, reset, initial, reverse, h: (a, h, reset, initial, reverse),
     wrt=("a", "b", "initial"),
     cpp=(partial(_call, "forward"), partial(_call, "backward")),
     triton=f"{__name__}.scan_triton",
 )
 
 
-complex_scan.register("cpp", partial(compiler.why_not, _SOURCE))(partial(run, _OPS, "cpp"))
-complex_scan.register("triton", device.why_not)(partial(run, _OPS, "triton"))
+for _way, _why_not in (("cpp", partial(compiler.why_not, _SOURCE)), ("triton", device.why_not)):
+    complex_scan.register(_way, _why_not)(partial(run, complex_scan, _OPS, _way, reverse=False))

@@ -1,5 +1,6 @@
 // h_t = a_t * h_{t-1} + b_t in complex numbers over (B, T, 2W) row-major tensors whose last dimension holds W real
-// parts, then W imaginary ones; reset[b, t] starts again from b_t. With a constant, a is (2W) and read at every t.
+// parts, then W imaginary ones; reset[b, t] starts again from b_t. With a constant, a is (2W) and read at every t; with
+// `reverse` t - 1 is the place behind.
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -7,18 +8,18 @@
 namespace {
 
 template <class F>
-void forward(const F* a, const F* b, const uint8_t* reset, const F* initial, F* h, int64_t constant, int64_t B,
-             int64_t T, int64_t D) {
+void forward(const F* a, const F* b, const uint8_t* reset, const F* initial, int64_t reverse, F* h, int64_t constant,
+             int64_t B, int64_t T, int64_t D) {
   const int64_t W = D / 2;
   for (int64_t i = 0; i < B; ++i) {
     const F* before = initial ? initial + i * D : nullptr;
-    for (int64_t t = 0; t < T; ++t) {
-      const int64_t at = (i * T + t) * D;
+    for (int64_t s = 0; s < T; ++s) {
+      const int64_t place = i * T + (reverse ? T - 1 - s : s), at = place * D;
       F* __restrict out = h + at;
       const F* __restrict d = constant ? a : a + at;
       const F* __restrict in = b + at;
       // A branch, not a product with zero: the other document's state may be inf.
-      if (!before || (reset && reset[i * T + t])) {
+      if (!before || (reset && reset[place])) {
         std::memcpy(out, in, D * sizeof(F));
       } else {
 #pragma omp simd
@@ -35,20 +36,21 @@ void forward(const F* a, const F* b, const uint8_t* reset, const F* initial, F* 
 
 // The gradient of a real loss: dh = grad + conj(a_next) dh_next, da = dh conj(h_before).
 template <class F>
-void backward(const F* a, const F* h, const uint8_t* reset, const F* initial, const F* grad, F* da, F* db, F* dinitial,
-              int64_t constant, int64_t B, int64_t T, int64_t D) {
-  const int64_t W = D / 2;
+void backward(const F* a, const F* h, const uint8_t* reset, const F* initial, int64_t reverse, const F* grad, F* da,
+              F* db, F* dinitial, int64_t constant, int64_t B, int64_t T, int64_t D) {
+  const int64_t W = D / 2, step = reverse ? -1 : 1;
   std::vector<F> row(constant ? D : 0);
   if (constant) std::memset(da, 0, D * sizeof(F));
   for (int64_t i = 0; i < B; ++i) {
     if (constant) std::memset(row.data(), 0, D * sizeof(F));
-    for (int64_t t = T; t-- > 0;) {
-      const int64_t at = (i * T + t) * D;
+    const int64_t first = i * T + (reverse ? T - 1 : 0);
+    for (int64_t s = T; s-- > 0;) {
+      const int64_t place = first + step * s, at = place * D;
       F* __restrict dh = db + at;
       const F* __restrict g = grad + at;
-      if (t + 1 < T && !(reset && reset[i * T + t + 1])) {
-        const F* __restrict n = dh + D;
-        const F* __restrict d = constant ? a : a + at + D;
+      if (s + 1 < T && !(reset && reset[place + step])) {
+        const F* __restrict n = dh + step * D;
+        const F* __restrict d = constant ? a : a + at + step * D;
 #pragma omp simd
         for (int64_t w = 0; w < W; ++w) {
           dh[w] = g[w] + d[w] * n[w] + d[W + w] * n[W + w];
@@ -57,8 +59,8 @@ void backward(const F* a, const F* h, const uint8_t* reset, const F* initial, co
       } else {
         std::memcpy(dh, g, D * sizeof(F));
       }
-      const F* before = t ? h + at - D : (initial ? initial + i * D : nullptr);
-      const bool cut = !before || (reset && reset[i * T + t]);
+      const F* before = s ? h + at - step * D : (initial ? initial + i * D : nullptr);
+      const bool cut = !before || (reset && reset[place]);
       F* __restrict out = constant ? row.data() : da + at;
       if (cut) {
         if (!constant) std::memset(out, 0, D * sizeof(F));
@@ -80,9 +82,9 @@ void backward(const F* a, const F* h, const uint8_t* reset, const F* initial, co
       for (int64_t w = 0; w < D; ++w) da[w] += row[w];
     if (dinitial) {
       F* out = dinitial + i * D;
-      const F* dh = db + i * T * D;
-      const F* d = constant ? a : a + i * T * D;
-      if (T == 0 || (reset && reset[i * T])) {
+      const F* dh = db + first * D;
+      const F* d = constant ? a : a + first * D;
+      if (T == 0 || (reset && reset[first])) {
         std::memset(out, 0, D * sizeof(F));
       } else {
         for (int64_t w = 0; w < W; ++w) {
@@ -96,14 +98,15 @@ void backward(const F* a, const F* h, const uint8_t* reset, const F* initial, co
 
 }  // namespace
 
-#define EXPORT(NAME, F)                                                                                            \
-  extern "C" void NAME##_forward(const F* a, const F* b, const uint8_t* reset, const F* initial, F* h,             \
-                                 int64_t constant, int64_t B, int64_t T, int64_t D) {                              \
-    forward<F>(a, b, reset, initial, h, constant, B, T, D);                                                        \
-  }                                                                                                                \
-  extern "C" void NAME##_backward(const F* a, const F* h, const uint8_t* reset, const F* initial, const F* grad,   \
-                                  F* da, F* db, F* dinitial, int64_t constant, int64_t B, int64_t T, int64_t D) {  \
-    backward<F>(a, h, reset, initial, grad, da, db, dinitial, constant, B, T, D);                                  \
+#define EXPORT(NAME, F)                                                                                                 \
+  extern "C" void NAME##_forward(const F* a, const F* b, const uint8_t* reset, const F* initial, int64_t reverse,       \
+                                 F* h, int64_t constant, int64_t B, int64_t T, int64_t D) {                             \
+    forward<F>(a, b, reset, initial, reverse, h, constant, B, T, D);                                                    \
+  }                                                                                                                     \
+  extern "C" void NAME##_backward(const F* a, const F* h, const uint8_t* reset, const F* initial, int64_t reverse,      \
+                                  const F* grad, F* da, F* db, F* dinitial, int64_t constant, int64_t B, int64_t T,     \
+                                  int64_t D) {                                                                          \
+    backward<F>(a, h, reset, initial, reverse, grad, da, db, dinitial, constant, B, T, D);                              \
   }
 
 EXPORT(complex_f32, float)

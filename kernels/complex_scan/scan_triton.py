@@ -15,7 +15,7 @@ PLACES, CHANNELS = 64, 16  # of a tile
 
 
 @triton.jit
-def _compose(ar, ai, br, bi, cr, ci, dr, di):
+def compose(ar, ai, br, bi, cr, ci, dr, di):
     """First ``h -> a h + b``, then ``h -> c h + d``; c = 0 forgets even an infinite state."""
     cut = (cr == 0) & (ci == 0)
     real = tl.where(cut, dr, cr * br - ci * bi + dr)
@@ -24,14 +24,14 @@ def _compose(ar, ai, br, bi, cr, ci, dr, di):
 
 
 @triton.jit
-def _pair(ptr, at, W, mask):
+def pair(ptr, at, W, mask):
     """Real and imaginary parts of a tile in float32."""
     real = tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)
     return real, tl.load(ptr + at + W, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _keep(ptr, at, W, mask, real, imag):
+def keep(ptr, at, W, mask, real, imag):
     tl.store(ptr + at, real.to(ptr.dtype.element_ty), mask=mask)
     tl.store(ptr + at + W, imag.to(ptr.dtype.element_ty), mask=mask)
 
@@ -45,6 +45,7 @@ def _forward(
     h_ptr,
     T,
     W,
+    REVERSE: tl.constexpr,
     CONSTANT: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
@@ -54,22 +55,23 @@ def _forward(
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
     hr, hi = tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32)
     if initial_ptr is not None:
-        hr, hi = _pair(initial_ptr, row * 2 * W + d, W, d < W)
+        hr, hi = pair(initial_ptr, row * 2 * W + d, W, d < W)
     for start in range(0, T, BT):
-        t = start + tl.arange(0, BT)
+        s = start + tl.arange(0, BT)  # as it is read
+        t = T - 1 - s if REVERSE else s
         at = (row * T + t)[:, None] * (2 * W) + d[None, :]
-        mask = (t < T)[:, None] & (d < W)[None, :]
+        mask = (s < T)[:, None] & (d < W)[None, :]
         of_a = tl.zeros_like(at) + d[None, :] if CONSTANT else at
-        ar, ai = _pair(a_ptr, of_a, W, mask)
-        br, bi = _pair(b_ptr, at, W, mask)
+        ar, ai = pair(a_ptr, of_a, W, mask)
+        br, bi = pair(b_ptr, at, W, mask)
         if reset_ptr is not None:
-            reset = (tl.load(reset_ptr + row * T + t, mask=t < T, other=0) != 0)[:, None]
+            reset = (tl.load(reset_ptr + row * T + t, mask=s < T, other=0) != 0)[:, None]
             ar, ai = tl.where(reset, 0.0, ar), tl.where(reset, 0.0, ai)
-        ar, ai, br, bi = tl.associative_scan((ar, ai, br, bi), 0, _compose)
+        ar, ai, br, bi = tl.associative_scan((ar, ai, br, bi), 0, compose)
         cut = (ar == 0) & (ai == 0)
         br = tl.where(cut, br, ar * hr[None, :] - ai * hi[None, :] + br)
         bi = tl.where(cut, bi, ar * hi[None, :] + ai * hr[None, :] + bi)
-        _keep(h_ptr, at, W, mask, br, bi)
+        keep(h_ptr, at, W, mask, br, bi)
         last = (tl.arange(0, BT) == BT - 1)[:, None]
         hr, hi = tl.sum(tl.where(last, br, 0.0), 0), tl.sum(tl.where(last, bi, 0.0), 0)
 
@@ -86,6 +88,7 @@ def _backward(
     dinitial_ptr,
     T,
     W,
+    REVERSE: tl.constexpr,
     CONSTANT: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
@@ -94,55 +97,66 @@ def _backward(
     row = (tl.program_id(0) // blocks).to(tl.int64)
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
     in_d = (d < W)[None, :]
+    step = -2 * W if REVERSE else 2 * W  # to the place that is read next
     # Gradient of the first state of the tile to the right, and the sums for a constant decay.
     nr, ni = tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32)
     sum_r, sum_i = tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32)
     tiles = tl.cdiv(T, BT)
     for i in range(0, tiles):
-        t = (tiles - 1 - i) * BT + tl.arange(0, BT)
+        s = (tiles - 1 - i) * BT + tl.arange(0, BT)
+        t = T - 1 - s if REVERSE else s
         at = (row * T + t)[:, None] * (2 * W) + d[None, :]
-        inside, after = (t < T)[:, None] & in_d, (t + 1 < T)[:, None] & in_d
-        of_a = tl.zeros_like(at) + d[None, :] if CONSTANT else at + 2 * W
-        cr, ci = _pair(a_ptr, of_a, W, after)
+        inside, after = (s < T)[:, None] & in_d, (s + 1 < T)[:, None] & in_d
+        of_a = tl.zeros_like(at) + d[None, :] if CONSTANT else at + step
+        cr, ci = pair(a_ptr, of_a, W, after)
         if reset_ptr is not None:
-            reset = (tl.load(reset_ptr + row * T + t + 1, mask=t + 1 < T, other=0) != 0)[:, None]
+            ahead = reset_ptr + row * T + (t - 1 if REVERSE else t + 1)
+            reset = (tl.load(ahead, mask=s + 1 < T, other=0) != 0)[:, None]
             cr, ci = tl.where(reset, 0.0, cr), tl.where(reset, 0.0, ci)
-        gr, gi = _pair(grad_ptr, at, W, inside)
-        cr, ci, gr, gi = tl.associative_scan((cr, -ci, gr, gi), 0, _compose, reverse=True)
+        gr, gi = pair(grad_ptr, at, W, inside)
+        cr, ci, gr, gi = tl.associative_scan((cr, -ci, gr, gi), 0, compose, reverse=True)
         cut = (cr == 0) & (ci == 0)
         gr = tl.where(cut, gr, cr * nr[None, :] - ci * ni[None, :] + gr)
         gi = tl.where(cut, gi, cr * ni[None, :] + ci * nr[None, :] + gi)
-        _keep(db_ptr, at, W, inside, gr, gi)
-        pr, pi = _pair(h_ptr, at - 2 * W, W, inside & (t > 0)[:, None])
+        keep(db_ptr, at, W, inside, gr, gi)
+        pr, pi = pair(h_ptr, at - step, W, inside & (s > 0)[:, None])
         if initial_ptr is not None:
-            fr, fi = _pair(initial_ptr, row * 2 * W + d, W, d < W)
-            pr = tl.where((t == 0)[:, None], fr[None, :], pr)
-            pi = tl.where((t == 0)[:, None], fi[None, :], pi)
+            fr, fi = pair(initial_ptr, row * 2 * W + d, W, d < W)
+            pr = tl.where((s == 0)[:, None], fr[None, :], pr)
+            pi = tl.where((s == 0)[:, None], fi[None, :], pi)
         if reset_ptr is not None:
-            reset = (tl.load(reset_ptr + row * T + t, mask=t < T, other=0) != 0)[:, None]
+            reset = (tl.load(reset_ptr + row * T + t, mask=s < T, other=0) != 0)[:, None]
             pr, pi = tl.where(reset, 0.0, pr), tl.where(reset, 0.0, pi)
         if CONSTANT:
             sum_r += tl.sum(gr * pr + gi * pi, 0)
             sum_i += tl.sum(gi * pr - gr * pi, 0)
         else:
-            _keep(da_ptr, at, W, inside, gr * pr + gi * pi, gi * pr - gr * pi)
-        first = (tl.arange(0, BT) == 0)[:, None]
-        nr, ni = tl.sum(tl.where(first, gr, 0.0), 0), tl.sum(tl.where(first, gi, 0.0), 0)
+            keep(da_ptr, at, W, inside, gr * pr + gi * pi, gi * pr - gr * pi)
+        edge = (tl.arange(0, BT) == 0)[:, None]
+        nr, ni = tl.sum(tl.where(edge, gr, 0.0), 0), tl.sum(tl.where(edge, gi, 0.0), 0)
     if CONSTANT:
-        _keep(da_ptr, row * 2 * W + d, W, d < W, sum_r, sum_i)
+        keep(da_ptr, row * 2 * W + d, W, d < W, sum_r, sum_i)
     if initial_ptr is not None:
-        ar, ai = _pair(a_ptr, d if CONSTANT else row * T * 2 * W + d, W, d < W)
+        first = row * T + (T - 1 if REVERSE else 0)
+        ar, ai = pair(a_ptr, d if CONSTANT else first * 2 * W + d, W, d < W)
         if reset_ptr is not None:
-            cut = tl.load(reset_ptr + row * T) != 0
+            cut = tl.load(reset_ptr + first) != 0
             ar, ai = tl.where(cut, 0.0, ar), tl.where(cut, 0.0, ai)
-        _keep(dinitial_ptr, row * 2 * W + d, W, d < W, ar * nr + ai * ni, ar * ni - ai * nr)
+        keep(dinitial_ptr, row * 2 * W + d, W, d < W, ar * nr + ai * ni, ar * ni - ai * nr)
 
 
-def forward(a: Tensor, b: Tensor, reset: Tensor | None, initial: Tensor | None, h: Tensor) -> None:
+def forward(
+    a: Tensor,
+    b: Tensor,
+    reset: Tensor | None,
+    initial: Tensor | None,
+    reverse: bool,
+    h: Tensor,
+) -> None:
     """Write all states."""
     B, T, D = h.shape
     grid = (B * triton.cdiv(D // 2, CHANNELS),)
-    tile = (a.dim() == 1, PLACES, CHANNELS)
+    tile = (reverse, a.dim() == 1, PLACES, CHANNELS)
     _forward[grid](a, b, reset, initial, h, T, D // 2, *tile, num_warps=4)
 
 
@@ -151,6 +165,7 @@ def backward(
     h: Tensor,
     reset: Tensor | None,
     initial: Tensor | None,
+    reverse: bool,
     grad: Tensor,
     da: Tensor,
     db: Tensor,
@@ -162,6 +177,6 @@ def backward(
     constant = a.dim() == 1
     part = h.new_empty(B, D) if constant else da
     tensors = (a, h, reset, initial, grad, part, db, dinitial)
-    _backward[grid](*tensors, T, D // 2, constant, PLACES, CHANNELS, num_warps=8)
+    _backward[grid](*tensors, T, D // 2, reverse, constant, PLACES, CHANNELS, num_warps=8)
     if constant:
         da.copy_(part.sum(0))

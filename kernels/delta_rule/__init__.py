@@ -4,13 +4,14 @@ form n chunks of C tokens and N = B * H.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mm.kernels import device
+from mm.kernels.fused import fused
 from mm.kernels.op import Op, exact
 
 CHUNK = 64  # tokens; the matrices of a chunk are as large as a head's state of 64 x 64
@@ -92,9 +93,8 @@ def _chunk(
     if q_BTHK.shape[1] <= 1 or q_BTHK.shape[0] == 0:  # a single step is the fastest as it is
         step = delta_rule.implementations["reference"][0]
         return step(q_BTHK, k_BTHK, v_BTHV, beta_BTH, g_BTH, initial_BHKV, scale)
-    o, last, *_ = torch.ops.mm.delta_rule(
-        q_BTHK, k_BTHK, v_BTHV, beta_BTH, g_BTH, initial_BHKV, scale
-    )
+    initial = None if initial_BHKV is None else initial_BHKV.to(_wide(q_BTHK))
+    o, last, *_ = _CHUNKED(q_BTHK, k_BTHK, v_BTHV, beta_BTH, g_BTH, initial, scale)
     return o, last
 
 
@@ -122,28 +122,34 @@ def _split(x: Tensor, wide: torch.dtype) -> Tensor:
     )
 
 
-def _inverse(L: Tensor) -> Tensor:
-    """``(I + L)^-1`` of strictly lower `(..., C, C)`: blocks of at most LEAF by substitution,
-    merged by ``-T22 L21 T11``. Its entries are no larger than beta while keys are no longer than 1.
-    In float32 that is also ten times as exact as one substitution where beta is near 2.
+def _inverse(L: Tensor, out: Tensor | None = None) -> Tensor:
+    """``(I + L)^-1`` of strictly lower `(..., C, C)`, in ``out`` if given: blocks of at most LEAF
+    by substitution, merged by ``-T22 L21 T11``. Its entries are no larger than beta while keys are
+    no longer than 1. In float32 that is also ten times as exact as one substitution where beta is
+    near 2.
     """
     C = L.shape[-1]
     if C <= LEAF:
         one = torch.eye(C, dtype=L.dtype, device=L.device).expand_as(L)
-        return torch.linalg.solve_triangular(L, one, upper=False, unitriangular=True)
+        made = torch.linalg.solve_triangular(L, one, upper=False, unitriangular=True)
+        return made if out is None else out.copy_(made)
     h = C // 2
     t11, t22 = _inverse(torch.stack((L[..., :h, :h], L[..., h:, h:]))).unbind(0)
-    out = torch.zeros_like(L)
+    out = torch.zeros_like(L) if out is None else out.zero_()
     out[..., :h, :h], out[..., h:, h:] = t11, t22
     out[..., h:, :h] = (t22 @ L[..., h:, :h] @ t11).neg_()
     return out
 
 
-def _join(x: Tensor, B: int, T: int, dtype: torch.dtype) -> Tensor:
-    """Inverse of `_split`."""
+def _join(x: Tensor, to: Tensor) -> None:
+    """Inverse of `_split`, into contiguous ``to`` `(B, T, H, ...)`."""
     n, N, C = x.shape[:3]
+    B, T = to.shape[:2]
     x = x.unflatten(1, (B, N // B)).movedim((0, 1, 2), (1, 0, 3))
-    return x.flatten(1, 2)[:, :T].to(dtype).contiguous()
+    if n * C == T:
+        to.view(x.shape).copy_(x)
+    else:
+        to.copy_(x.flatten(1, 2)[:, :T])
 
 
 class _Parts(NamedTuple):
@@ -206,21 +212,24 @@ def _forward(
     g: Tensor | None,
     initial: Tensor | None,
     scale: float,
-) -> tuple[Tensor, ...]:
-    """Outputs, last state, and for the backward: every chunk's inverse `(n, N, C, C)`, ``[U W]``
-    `(n, N, C, V + K)`, first state `(n, N, K, V)` and written rows `(n, N, C, V)`.
-    """
+    out: Tensor,
+    last: Tensor,
+    solve: Tensor,
+    uw: Tensor,
+    states: Tensor,
+    written: Tensor,
+) -> None:
+    """Write what `_outputs` makes."""
     p = _Parts.of(q, k, v, beta, g, scale)
     B, T, H, K = q.shape
     n, N, C, V = p.v.shape
     begun = p.k if p.since is None else p.k * p.since
-    solve = _inverse(p.kk * p.beta)
-    uw = solve @ torch.cat((p.v, begun), -1).mul_(p.beta)
+    _inverse(p.kk * p.beta, solve)
+    torch.matmul(solve, torch.cat((p.v, begun), -1).mul_(p.beta), out=uw)
     qs, ks = p.inner()
     readers = torch.cat((uw[..., V:], qs), -2)
-    states = uw.new_empty(n, N, K, V)
-    written, o = torch.empty_like(p.v), torch.empty_like(p.v)
-    S = uw.new_zeros(N, K, V) if initial is None else initial.to(uw.dtype).reshape(N, K, V)
+    o = torch.empty_like(p.v)
+    S = uw.new_zeros(N, K, V) if initial is None else initial.reshape(N, K, V)
     for c in range(n):
         states[c] = S
         read = torch.bmm(readers[c], S)
@@ -230,10 +239,8 @@ def _forward(
         S = torch.baddbmm(S, ks[c].mT, written[c])
     flat = lambda x: x.flatten(0, 1)
     flat(o).baddbmm_(flat(p.qk), flat(written))
-    last = S.view(B, H, K, V)
-    if n == 0 or (initial is not None and last.data_ptr() == initial.data_ptr()):
-        last = last.clone()
-    return _join(o, B, T, q.dtype), last, solve, uw, states, written
+    last.copy_(S.view(B, H, K, V))
+    _join(o, out)
 
 
 @exact
@@ -247,15 +254,22 @@ def _backward(
     uw: Tensor,
     states: Tensor,
     written: Tensor,
-    grad_o: Tensor,
-    grad_last: Tensor | None,
+    begun: bool,
     scale: float,
-) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, beta, g (empty without decay) and of the initial state."""
+    grad_o: Tensor | None,
+    grad_last: Tensor | None,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    grad_beta: Tensor,
+    grad_g: Tensor,
+    grad_initial: Tensor,
+) -> None:
+    """Write the gradients of q, k, v, beta, of g if there is decay and of an initial state."""
     p = _Parts.of(q, k, v, beta, g, scale)
     B, T, H, K = q.shape
     n, N, C, V = p.v.shape
-    do = _split(grad_o, uw.dtype)
+    do = torch.zeros_like(p.v) if grad_o is None else _split(grad_o, uw.dtype)
     qs, ks = p.inner()
     w = uw[..., V:]
     # Through time: gradients of the written rows and of every chunk's last state.
@@ -271,7 +285,8 @@ def _backward(
         minus[c].baddbmm_(ks[c], dS, alpha=-1)
         both = torch.cat((do[c], minus[c]), -2)
         dS = torch.baddbmm(dS if p.whole is None else dS * p.whole[c], readers[c].mT, both)
-    dinitial = dS.reshape(B, H, K, V).clone()
+    if begun:
+        grad_initial.copy_(dS.reshape(B, H, K, V))
     # Inside the chunks, all at once.
     dqs, dw = torch.matmul(torch.cat((do, minus), -2), states.mT).split(C, -2)
     dks = torch.matmul(written, after.mT)
@@ -279,11 +294,10 @@ def _backward(
     drhs = solve.mT @ torch.cat((-minus, dw), -1)
     dkk = torch.matmul(drhs, uw.mT).neg_().tril_(-1)  # of kk times beta
     dv, dbegun = drhs[..., :V], drhs[..., V:]
-    begun = p.k if p.since is None else p.k * p.since
-    dbeta = (dkk * p.kk).sum(-1) + (dv * p.v).sum(-1) + (dbegun * begun).sum(-1)
+    faded = p.k if p.since is None else p.k * p.since
+    dbeta = (dkk * p.kk).sum(-1) + (dv * p.v).sum(-1) + (dbegun * faded).sum(-1)
     dkk = dkk * p.beta
     dbegun = dbegun * p.beta
-    dg = q.new_empty(0)
     if p.since is None or p.until is None or p.whole is None or p.between is None:
         dqk = dqk.tril_()
         dq, dk = dqs, dbegun + dks
@@ -292,45 +306,22 @@ def _backward(
         # is exp(0) is left out, or its large gradients would cancel but for their rounding.
         moved = (dkk * p.kk).add_((dqk * p.qk).tril_(-1))
         dG = moved.sum(-1) - moved.sum(-2)
-        dG += (dqs * qs).sum(-1) + (dbegun * begun).sum(-1)
+        dG += (dqs * qs).sum(-1) + (dbegun * faded).sum(-1)
         dG[..., -1] += (after * states).sum((-2, -1)) * p.whole[..., 0, 0]
         rate = dG.flip(-1).cumsum(-1).flip(-1)
         rate[..., 1:] += (dks * ks).sum(-1)[..., :-1].cumsum(-1)
-        assert g is not None
-        dg = _join(rate, B, T, g.dtype)
+        _join(rate, grad_g)
         dkk, dqk = dkk * p.between, dqk * p.between
         dq, dk = dqs * p.since, dbegun * p.since + dks * p.until
     dq = dq + dqk @ p.k
     dk = dk + dqk.mT @ p.q + (dkk + dkk.mT) @ p.k
-    return (
-        _join(dq.mul_(scale), B, T, q.dtype),
-        _join(dk, B, T, k.dtype),
-        _join(dv * p.beta, B, T, v.dtype),
-        _join(dbeta, B, T, beta.dtype),
-        dg,
-        dinitial,
-    )
+    _join(dq.mul_(scale), grad_q)
+    _join(dk, grad_k)
+    _join(dv * p.beta, grad_v)
+    _join(dbeta, grad_beta)
 
 
-_forward_op = torch.library.custom_op(
-    "mm::delta_rule",
-    _forward,
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? initial, float scale)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-_backward_op = torch.library.custom_op(
-    "mm::delta_rule_backward",
-    _backward,
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor solve, Tensor uw,"
-    " Tensor states, Tensor written, Tensor grad_o, Tensor? grad_last, float scale)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@_forward_op.register_fake
-def _(
+def _outputs(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -338,7 +329,10 @@ def _(
     g: Tensor | None,
     initial: Tensor | None,
     scale: float,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Outputs, last state, and for the backward: every chunk's inverse `(n, N, C, C)`, ``[U W]``
+    `(n, N, C, V + K)`, first state `(n, N, K, V)` and written rows `(n, N, C, V)`.
+    """
     (B, T, H, K), V, wide = q.shape, v.shape[-1], _wide(q)
     n, C = _sizes(T)
     return (
@@ -351,8 +345,7 @@ def _(
     )
 
 
-@_backward_op.register_fake
-def _(
+def _gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -362,43 +355,77 @@ def _(
     uw: Tensor,
     states: Tensor,
     written: Tensor,
-    grad_o: Tensor,
-    grad_last: Tensor | None,
+    begun: bool,
     scale: float,
-) -> tuple[Tensor, ...]:
+    grad_o: Tensor | None,
+    grad_last: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, _, H, K = q.shape
-    like = lambda x: x.new_empty(x.shape)
-    return (
-        like(q),
-        like(k),
-        like(v),
-        like(beta),
-        q.new_empty(0) if g is None else like(g),
-        states.new_empty(B, H, K, v.shape[-1]),
-    )
+    dq, dk, dv, dbeta = (x.new_empty(x.shape) for x in (q, k, v, beta))
+    dg = q.new_empty(0) if g is None else g.new_empty(g.shape)
+    return dq, dk, dv, dbeta, dg, states.new_empty(B if begun else 0, H, K, v.shape[-1])
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, beta, g, initial, ctx.scale = inputs
-    ctx.initial_dtype = None if initial is None else initial.dtype
-    ctx.save_for_backward(q, k, v, beta, g, *output[2:])
-    ctx.set_materialize_grads(False)  # nothing is asked of the other outputs
+_WRT = ("q", "k", "v", "beta", "g", "initial")
+_CHUNKED = fused(
+    "delta_rule",
+    _outputs,
+    _gradients,
+    saved=lambda q, k, v, beta, g, initial, scale, o, last, *made: (
+        *(q, k, v, beta, g, *made),
+        *(initial is not None, scale),
+    ),
+    wrt=_WRT,
+    dense=False,
+    chunk=(_forward, _backward),
+)["chunk"]
 
 
-def _grads(
-    ctx: Any, grad_o: Tensor | None, grad_last: Tensor | None, *_: Any
-) -> tuple[Tensor | None, ...]:
-    q, k, v, beta, g, solve, uw, states, written = ctx.saved_tensors
-    if grad_o is None:
-        grad_o = torch.zeros_like(v, dtype=q.dtype)
-    *grads, dg, dinitial = torch.ops.mm.delta_rule_backward(
-        q, k, v, beta, g, solve, uw, states, written, grad_o, grad_last, ctx.scale
-    )
-    dinitial = None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype)
-    return *grads, dg if g is not None else None, dinitial, None
+def _triton_outputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs, last state, and the chunks' inverses for the backward."""
+    (B, T, H, K), V = q.shape, v.shape[-1]
+    solved = k.new_empty(B, H, (T + CHUNK - 1) // CHUNK, CHUNK, CHUNK)
+    return torch.empty_like(v), q.new_empty(B, H, K, V, dtype=torch.float32), solved
 
 
-_forward_op.register_autograd(_grads, setup_context=_setup)
+def _triton_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    solved: Tensor,
+    scale: float,
+    do: Tensor | None,
+    dfinal: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (B, _, H, K), V = q.shape, v.shape[-1]
+    dq, dk, dv, dbeta = (torch.empty_like(x) for x in (q, k, v, beta))
+    dg = q.new_empty(0) if g is None else torch.empty_like(g)
+    return dq, dk, dv, dbeta, dg, q.new_empty(B, H, K, V, dtype=torch.float32)
+
+
+_TRITON = fused(
+    "delta_rule",
+    _triton_outputs,
+    _triton_gradients,
+    saved=lambda q, k, v, beta, g, initial, scale, o, last, solved: (
+        *(q, k, v, beta, g, initial),
+        *(solved, scale),
+    ),
+    wrt=_WRT,
+    dense=False,
+    triton=f"{__name__}.chunk_triton",
+)["triton"]
 
 
 def _no_triton(
@@ -426,7 +453,13 @@ def _triton(
     initial_BHKV: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The chunk form on a GPU; all but the chunks' inverses is computed again in the backward."""
-    from mm.kernels.delta_rule.chunk_triton import delta_rule as run
+    """The chunk form on a GPU; all but the chunks' inverses is computed again in the backward.
 
-    return run(q_BTHK, k_BTHK, v_BTHV, beta_BTH, g_BTH, initial_BHKV, scale)
+    Products of float32 are tf32x3, those of bfloat16 and float16 have float32 sums; each chunk's
+    inverse is formed in float32.
+    """
+    q, k, v = device.narrow(q_BTHK, k_BTHK, v_BTHV)
+    g = None if g_BTH is None else g_BTH.contiguous()
+    initial = None if initial_BHKV is None else initial_BHKV.float().contiguous()
+    o, last, _ = _TRITON(q, k, v, beta_BTH.contiguous(), g, initial, scale)
+    return o.to(q_BTHK.dtype), last

@@ -35,7 +35,6 @@ from mm.kernels.tiles_triton import (
     load_tile,
     log_into,
     log_out,
-    narrow,
     store_tile,
 )
 
@@ -304,32 +303,26 @@ def _run_states(
     beta: Tensor,
     g: Tensor | None,
     initial: Tensor | None,
-    solved: Tensor | None,
+    solved: Tensor,
+    final: Tensor,
     settings: tuple[dict[str, Any], dict[str, Any]],
-) -> tuple[Tensor, ...]:
-    """Inverses `(B, H, n, C, C)`, U, W, written `(B, T, H, .)`, states `(B, H, n, K, V)`, the last
-    state.
-    """
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Write the last state; return U, W, written `(B, T, H, .)` and states `(B, H, n, K, V)`."""
     (B, T, H, K), V = k.shape, v.shape[-1]
     n = triton.cdiv(T, CHUNK)
     passes, chunks = settings
     begun, some = initial is not None, k if g is None else g
-    if solved is None:
-        solved = k.new_empty(B, H, n, CHUNK, CHUNK)
-        names = ("K", "DECAY", "BK", "PRECISION")
-        _inverses[(n, B * H)](k, beta, some, solved, T, H, **{x: chunks[x] for x in names})
     u, w, written = torch.empty_like(v), torch.empty_like(k), torch.empty_like(v)
-    states = k.new_empty(B, H, n, K, V, dtype=torch.float32)
-    final = states.new_empty(B, H, K, V)
+    states = final.new_empty(B, H, n, K, V)
     _solve[(n, B * H)](k, v, beta, some, solved, u, w, T, H, **chunks)
     _states[(triton.cdiv(V, passes["BV"]), B * H)](
         k, u, w, some, initial if begun else final, states, written, final, T, H,
         BEGUN=begun, **passes,
     )  # fmt: skip
-    return solved, u, w, written, states, final
+    return u, w, written, states
 
 
-def _forward(
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -337,21 +330,26 @@ def _forward(
     g: Tensor | None,
     initial: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs, last state, and the chunks' inverses for the backward. Takes contiguous tensors, q,
-    k, v of one dtype, none empty.
+    o: Tensor,
+    final: Tensor,
+    solved: Tensor,
+) -> None:
+    """Write outputs, last state, and the chunks' inverses. Takes contiguous tensors, q, k, v of one
+    dtype, none empty.
     """
-    settings = _settings(q, v, g)
-    solved, _, _, written, states, final = _run_states(k, v, beta, g, initial, None, settings)
     (B, T, H, _), V = q.shape, v.shape[-1]
-    o = torch.empty_like(v)
-    grid = triton.cdiv(V, settings[1]["BV"]), states.shape[2], B * H
-    some = k if g is None else g
-    outputs[grid](q, k, written, some, q, states, o, scale, T, H, **settings[1])
-    return o, final, solved
+    settings = _settings(q, v, g)
+    chunks, some = settings[1], k if g is None else g
+    names = ("K", "DECAY", "BK", "PRECISION")
+    _inverses[(solved.shape[2], B * H)](
+        k, beta, some, solved, T, H, **{x: chunks[x] for x in names}
+    )
+    _, _, written, states = _run_states(k, v, beta, g, initial, solved, final, settings)
+    grid = triton.cdiv(V, chunks["BV"]), states.shape[2], B * H
+    outputs[grid](q, k, written, some, q, states, o, scale, T, H, **chunks)
 
 
-def _backward(
+def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -359,27 +357,33 @@ def _backward(
     g: Tensor | None,
     initial: Tensor | None,
     solved: Tensor,
-    do: Tensor,
-    dfinal: Tensor | None,
     scale: float,
-) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, beta, g (empty without decay) and of the initial state."""
+    do: Tensor | None,
+    dfinal: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dbeta: Tensor,
+    dg: Tensor,
+    dinitial: Tensor,
+) -> None:
+    """Write the gradients of q, k, v, beta, g (if there is decay) and of the initial state."""
     (B, T, H, K), V = q.shape, v.shape[-1]
     settings = _settings(q, v, g)
     passes, chunks = settings
-    _, u, w, written, states, final = _run_states(k, v, beta, g, initial, solved, settings)
-    do = (do.float() * scale).contiguous()
-    dfinal = torch.zeros_like(final) if dfinal is None else dfinal.float().contiguous()
+    final = torch.empty_like(dinitial)
+    u, w, written, states = _run_states(k, v, beta, g, initial, solved, final, settings)
+    do = final.new_zeros(B, T, H, V) if do is None else (do.float() * scale).contiguous()
+    dfinal = torch.zeros_like(final) if dfinal is None else dfinal
     n, some = states.shape[2], k if g is None else g
     k_tiles, v_tiles = triton.cdiv(K, chunks["BK"]), triton.cdiv(V, chunks["BV"])
-    dwritten, dstates, dinitial = (torch.empty_like(x) for x in (v, states, final))
+    dwritten, dstates = torch.empty_like(v), torch.empty_like(states)
     values_backward[(v_tiles, n, B * H)](
         q, k, some, q, states, do, dwritten, T, H, KEPT=False, **chunks
     )  # fmt: skip
     _states_backward[(triton.cdiv(V, passes["BV"]), B * H)](
         q, k, w, some, do, dfinal, dstates, dwritten, dinitial, T, H, **passes
     )
-    dq, dk, dv, dbeta = (torch.empty_like(x) for x in (q, k, v, beta))
     dk_read = torch.empty_like(k, dtype=torch.float32)
     rates = do.new_empty(0 if g is None else (1 + k_tiles, B, T, H))
     queries_keys_backward[(k_tiles, n, B * H)](
@@ -395,97 +399,5 @@ def _backward(
         k, v, beta, some, solved, u, w, dwritten, dbegun, dk_read, dk, dv, dbeta,
         rates if g is None else rates[-1], T, H, **chunks,
     )  # fmt: skip
-    dg = q.new_empty(0) if g is None else rates.sum(0).to(g.dtype)
-    return dq, dk, dv, dbeta, dg, dinitial
-
-
-_forward_op = torch.library.custom_op(
-    "mm::delta_rule_triton",
-    _forward,
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? initial, float scale)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-_backward_op = torch.library.custom_op(
-    "mm::delta_rule_triton_backward",
-    _backward,
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? initial, Tensor solved,"
-    " Tensor do, Tensor? dfinal, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@_forward_op.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    initial: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    (B, T, H, K), V = q.shape, v.shape[-1]
-    n = (T + CHUNK - 1) // CHUNK
-    final = q.new_empty(B, H, K, V, dtype=torch.float32)
-    return torch.empty_like(v), final, k.new_empty(B, H, n, CHUNK, CHUNK)
-
-
-@_backward_op.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    initial: Tensor | None,
-    solved: Tensor,
-    do: Tensor,
-    dfinal: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, ...]:
-    (B, _, H, K), V = q.shape, v.shape[-1]
-    dg = q.new_empty(0) if g is None else torch.empty_like(g)
-    dinitial = q.new_empty(B, H, K, V, dtype=torch.float32)
-    return (*(torch.empty_like(x) for x in (q, k, v, beta)), dg, dinitial)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.set_materialize_grads(False)  # nothing is asked of the inverses
-
-
-def _grads(
-    ctx: Any, do: Tensor | None, dfinal: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    v, g, initial = ctx.saved_tensors[2], ctx.saved_tensors[4], ctx.saved_tensors[5]
-    do = torch.zeros_like(v) if do is None else do
-    *grads, dg, dinitial = torch.ops.mm.delta_rule_triton_backward(
-        *ctx.saved_tensors, do, dfinal, ctx.scale
-    )
-    return *grads, None if g is None else dg, None if initial is None else dinitial, None
-
-
-_forward_op.register_autograd(_grads, setup_context=_setup)
-
-
-def delta_rule(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHV: Tensor,
-    beta_BTH: Tensor,
-    g_BTH: Tensor | None = None,
-    initial_BHKV: Tensor | None = None,
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """Run the kernels; arguments and results as those of `mm.kernels.delta_rule`.
-
-    Products of float32 are tf32x3, those of bfloat16 and float16 have float32 sums; each chunk's
-    inverse is formed in float32.
-    """
-    q, k, v = narrow(q_BTHK, k_BTHK, v_BTHV)
-    g = None if g_BTH is None else g_BTH.contiguous()
-    initial = None if initial_BHKV is None else initial_BHKV.float().contiguous()
-    o, last, _ = torch.ops.mm.delta_rule_triton(q, k, v, beta_BTH.contiguous(), g, initial, scale)
-    return o.to(q_BTHK.dtype), last
+    if g is not None:
+        dg.copy_(rates.sum(0))

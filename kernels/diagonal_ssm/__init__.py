@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mm.kernels import compiler
+from mm.kernels import compiler, device
 from mm.kernels.fused import fused
 from mm.kernels.op import Op
 
@@ -76,7 +76,7 @@ def _outputs(
     initial: Tensor | None,
     length: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(u), u.new_empty(u.shape[0], *a.shape)
+    return torch.empty_like(u, dtype=a.dtype), a.new_empty(u.shape[0], *a.shape)
 
 
 def _gradients(
@@ -89,7 +89,7 @@ def _gradients(
     dy: Tensor,
     dlast: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    first = u.new_empty(u.shape[0] if initial is not None else 0, *a.shape)
+    first = a.new_empty(u.shape[0] if initial is not None else 0, *a.shape)
     return torch.empty_like(u), torch.empty_like(a), torch.empty_like(c), first
 
 
@@ -105,11 +105,12 @@ _OPS = fused(
     saved=lambda *tensors: tensors[:6],
     wrt=("u", "a", "c", "initial"),
     cpp=(partial(_call, "forward"), partial(_call, "backward")),
+    triton=f"{__name__}.ssm_triton",
 )
 
 
-@diagonal_ssm.register("cpp", partial(compiler.why_not, _SOURCE))
-def _cpp(
+def _run(
+    way: str,
     u_BTD: Tensor,
     a_PDN: Tensor,
     c_PDN: Tensor,
@@ -118,11 +119,15 @@ def _cpp(
     length_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(u_BTD.dtype, torch.float32)
-    return _OPS["cpp"](
-        u_BTD.to(wide).contiguous(),
+    return _OPS[way](
+        (u_BTD.to(wide) if way == "cpp" else u_BTD).contiguous(),
         a_PDN.to(wide).contiguous(),
         c_PDN.to(wide).contiguous(),
         reset_BT.contiguous() if reset_BT is not None else None,
         initial_BPDN.to(wide).contiguous() if initial_BPDN is not None else None,
         length_B.long().contiguous() if length_B is not None else None,
     )
+
+
+for _way, _why_not in (("cpp", partial(compiler.why_not, _SOURCE)), ("triton", device.why_not)):
+    diagonal_ssm.register(_way, _why_not)(partial(_run, _way))

@@ -6,13 +6,13 @@ Inside: C places of a chunk, N chunks, M of them in hand at once.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mm.kernels import device
+from mm.kernels.fused import fused
 from mm.kernels.op import Op, exact
 
 CHUNK = 64
@@ -97,7 +97,7 @@ def _chunked(
     if q.shape[1] == 0:
         B, _, H, K = q.shape
         return v, initial if initial is not None else q.new_zeros(B, H, K, v.shape[-1])
-    o, final, _ = torch.ops.mm.linear_attention(q, k, v, g, initial)
+    o, final, _ = _CHUNKED(q, k, v, g, initial)
     return o, final
 
 
@@ -219,15 +219,19 @@ def _times(x: Tensor, factor: Tensor | None) -> Tensor:
 
 @exact
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    o: Tensor,
+    final: Tensor,
+    states: Tensor,
+) -> None:
     (B, T, H, K), V = q.shape, v.shape[-1]
-    blocks = list(_blocks(B, T, H, K, V))
-    o = v.new_empty(B, T, H, V)
-    states = v.new_empty(1 + sum(m for _, m, _ in blocks), B, H, K, V)
     states[0] = 0 if initial is None else initial
     at = 0
-    for start, m, size in blocks:
+    for start, m, size in _blocks(B, T, H, K, V):
         b = _Block(q, k, v, g, start, m, size)
         gain = _times(b.k, b.out).transpose(-1, -2) @ b.v
         for i in range(m):
@@ -239,7 +243,7 @@ def _forward(
         y += _times(b.q, b.into) @ states[at : at + m]
         b.store(o, y)
         at += m
-    return o, states[-1].clone(), states
+    final.copy_(states[-1])
 
 
 @exact
@@ -249,13 +253,21 @@ def _backward(
     v: Tensor,
     g: Tensor | None,
     states: Tensor,
-    do: Tensor,
-    dfinal: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    begun: bool,
+    do: Tensor | None,
+    dfinal: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dg: Tensor,
+    dinitial: Tensor,
+) -> None:
     (B, T, H, K), V = q.shape, v.shape[-1]
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    dg = q.new_zeros(0 if g is None else g.shape)
-    dstate, at = dfinal.clone(memory_format=torch.contiguous_format), states.shape[0] - 1
+    do = v.new_zeros(B, T, H, V) if do is None else do
+    dstate = v.new_zeros(B, H, K, V) if dfinal is None else dfinal
+    at = states.shape[0] - 1
+    if g is not None and g.dim() == 1:
+        dg.zero_()
     for start, m, size in reversed(list(_blocks(B, T, H, K, V))):
         at -= m
         b = _Block(q, k, v, g, start, m, size)
@@ -285,71 +297,76 @@ def _backward(
         b.store(dq, chunk_dq)
         b.store(dk, chunk_dk)
         b.store(dv, chunk_dv)
-    return dq, dk, dv, dg, dstate
+    if begun:
+        dinitial.copy_(dstate)
 
 
-_forward_op = torch.library.custom_op(
-    "mm::linear_attention",
-    _forward,
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? initial) -> (Tensor, Tensor, Tensor)",
-)
-_backward_op = torch.library.custom_op(
-    "mm::linear_attention_backward",
-    _backward,
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor states, Tensor do, Tensor dfinal)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@_forward_op.register_fake
-def _(
+def _outputs(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     (B, T, H, K), V = q.shape, v.shape[-1]
     chunks = (T + CHUNK - 1) // CHUNK
-    return (
-        v.new_empty(B, T, H, V),
-        v.new_empty(B, H, K, V),
-        v.new_empty(1 + chunks, B, H, K, V),
-    )
+    states = v.new_empty(1 + chunks, B, H, K, V)
+    return v.new_empty(B, T, H, V), v.new_empty(B, H, K, V), states
 
 
-@_backward_op.register_fake
-def _(
+def _gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
     states: Tensor,
+    begun: bool,
+    do: Tensor | None,
+    dfinal: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dg = q.new_empty(0 if g is None else g.shape)
+    return dq, dk, dv, dg, states.new_empty(*states.shape[1:] if begun else (0,))
+
+
+_WRT = ("q", "k", "v", "g", "initial")
+_CHUNKED = fused(
+    "linear_attention",
+    _outputs,
+    _gradients,
+    saved=lambda q, k, v, g, initial, o, final, states: (q, k, v, g, states, initial is not None),
+    wrt=_WRT,
+    dense=False,
+    chunked=(_forward, _backward),
+)["chunked"]
+
+
+def _triton_outputs(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    (B, T, H, K), V = q.shape, v.shape[-1]
+    o = q.new_empty(B, T, H, V, dtype=torch.float32)
+    return o, o.new_empty(B, H, K, V)
+
+
+def _triton_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
     do: Tensor,
     dfinal: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
-        q.new_empty(0 if g is None else g.shape),
-        dfinal.new_empty(dfinal.shape),
-    )
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    dg = q.new_empty(0) if g is None else torch.empty_like(g)
+    return dq, dk, dv, dg, dfinal.new_empty(dfinal.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, g, initial = inputs
-    ctx.begun = initial is not None
-    ctx.save_for_backward(q, k, v, g, output[2])
-
-
-def _grads(ctx: Any, do: Tensor, dfinal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, g, states = ctx.saved_tensors
-    dq, dk, dv, dg, dinitial = torch.ops.mm.linear_attention_backward(
-        q, k, v, g, states, do, dfinal
-    )
-    return dq, dk, dv, dg if g is not None else None, dinitial if ctx.begun else None
-
-
-_forward_op.register_autograd(_grads, setup_context=_setup)
+_TRITON = fused(
+    "linear_attention",
+    _triton_outputs,
+    _triton_gradients,
+    saved=lambda *tensors: tensors[:5],
+    wrt=_WRT,
+    triton=f"{__name__}.chunk_triton",
+)["triton"]
 
 
 def _no_triton(
@@ -371,7 +388,10 @@ def _triton(
     log_decay: Tensor | None = None,
     initial_BHKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The chunk form on a GPU; states are computed again in the backward."""
-    from mm.kernels.linear_attention.chunk_triton import linear_attention as run
-
-    return run(q_BTHK, k_BTHK, v_BTHV, log_decay, initial_BHKV)
+    """The chunk form on a GPU; states are computed again in the backward. Products of float32 are
+    tf32x3, those of bfloat16 and float16 have float32 sums.
+    """
+    q, k, v = device.narrow(q_BTHK, k_BTHK, v_BTHV)
+    g = None if log_decay is None else log_decay.contiguous()
+    initial = None if initial_BHKV is None else initial_BHKV.float().contiguous()
+    return _TRITON(q, k, v, g, initial)

@@ -36,7 +36,6 @@ from mm.kernels.tiles_triton import (
     load_tile,
     log_into,
     log_out,
-    narrow,
     not_after,
     own_decays,
     split,
@@ -345,12 +344,16 @@ def _run_scores(q: Tensor, k: Tensor, g: Tensor | None, with_: dict[str, Any]) -
 
 
 def _run_states(
-    k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None, with_: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """States `(B, H, n, K, V)` before each chunk and the last one `(B, H, K, V)`, float32."""
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    final: Tensor,
+    with_: dict[str, Any],
+) -> Tensor:
+    """Write the last state `(B, H, K, V)` and return those before each chunk `(B, H, n, K, V)`."""
     (B, T, H, K), V = k.shape, v.shape[-1]
-    states = k.new_empty(B, H, triton.cdiv(T, CHUNK), K, V, dtype=torch.float32)
-    final = states.new_empty(B, H, K, V)
+    states = final.new_empty(B, H, triton.cdiv(T, CHUNK), K, V)
     begun = initial is not None
     grid = triton.cdiv(K, with_["BK"]), triton.cdiv(V, with_["BV"]), B * H
     # What is not there has a pointer all the same, unused.
@@ -358,27 +361,31 @@ def _run_states(
         k, v, k if g is None else g, initial if begun else final, states, final, T, H,
         BEGUN=begun, **with_,
     )  # fmt: skip
-    return states, final
+    return states
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Outputs and last state in float32. Takes contiguous tensors, q, k, v of one dtype, none
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    o: Tensor,
+    final: Tensor,
+) -> None:
+    """Write outputs and last state in float32. Takes contiguous tensors, q, k, v of one dtype, none
     empty.
     """
     (B, T, H, _), V = q.shape, v.shape[-1]
     with_ = _settings(q, v, g)
-    states, final = _run_states(k, v, g, initial, with_)
-    o = final.new_empty(B, T, H, V)
+    states = _run_states(k, v, g, initial, final, with_)
     grid = triton.cdiv(V, with_["BV"]), states.shape[2], B * H
     some = q if g is None else g
     scores = _run_scores(q, k, g, with_)
     outputs[grid](q, k, v, some, scores, states, o, 1.0, T, H, **with_)
-    return o, final
 
 
-def _backward(
+def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -386,110 +393,32 @@ def _backward(
     initial: Tensor | None,
     do: Tensor,
     dfinal: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, g (empty without decay) and of the initial state."""
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dg: Tensor,
+    dinitial: Tensor,
+) -> None:
+    """Write the gradients of q, k, v, g (if there is decay) and of the initial state."""
     (B, T, H, K), V = q.shape, v.shape[-1]
     with_ = _settings(q, v, g)
-    do, dfinal = do.contiguous(), dfinal.contiguous()
-    states, _ = _run_states(k, v, g, initial, with_)
-    dstates, dinitial = torch.empty_like(states), torch.empty_like(dfinal)
+    states = _run_states(k, v, g, initial, torch.empty_like(dfinal), with_)
+    dstates = torch.empty_like(states)
     k_tiles, v_tiles = triton.cdiv(K, with_["BK"]), triton.cdiv(V, with_["BV"])
     some = q if g is None else g
     _states_backward[(k_tiles, v_tiles, B * H)](
         q, some, do, dfinal, dstates, dinitial, T, H, **with_
     )
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    shape = () if g is None else (B, T, H, K) if g.dim() == 4 else (k_tiles, B, T, H)
-    dg = do.new_empty(shape)
+    by_channel = g is None or g.dim() == 4
+    rates = dg if by_channel else do.new_empty(k_tiles, B, T, H)
     wide = {**with_, "num_warps": 8}  # or its tiles would not fit into the registers
     if with_["DECAY"] == CHANNEL.value:
         wide.update(BK=block(K, 32), BV=block(V, 64 if V > 64 else 32))
     grid = triton.cdiv(K, wide["BK"]), states.shape[2], B * H
-    queries_keys_backward[grid](q, k, v, some, states, dstates, do, dq, dk, dg, T, H, **wide)
+    queries_keys_backward[grid](q, k, v, some, states, dstates, do, dq, dk, rates, T, H, **wide)
     grid = v_tiles, states.shape[2], B * H
     values_backward[grid](
         q, k, some, _run_scores(q, k, g, with_), dstates, do, dv, T, H, KEPT=True, **with_
     )  # fmt: skip
-    if g is None:
-        dg = q.new_empty(0)
-    else:
-        dg = (dg.sum((0, 1, 2)) if g.dim() == 1 else dg.sum(0) if g.dim() == 3 else dg).to(g.dtype)
-    return dq, dk, dv, dg, dinitial
-
-
-_forward_op = torch.library.custom_op(
-    "mm::linear_attention_triton",
-    _forward,
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? initial) -> (Tensor, Tensor)",
-)
-_backward_op = torch.library.custom_op(
-    "mm::linear_attention_triton_backward",
-    _backward,
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? initial, Tensor do, Tensor dfinal)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@_forward_op.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    (B, T, H, K), V = q.shape, v.shape[-1]
-    o = q.new_empty(B, T, H, V, dtype=torch.float32)
-    return o, o.new_empty(B, H, K, V)
-
-
-@_backward_op.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    initial: Tensor | None,
-    do: Tensor,
-    dfinal: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dg = q.new_empty(0) if g is None else torch.empty_like(g)
-    return (
-        torch.empty_like(q),
-        torch.empty_like(k),
-        torch.empty_like(v),
-        dg,
-        dfinal.new_empty(dfinal.shape),
-    )
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _grads(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-    *_, g, initial = ctx.saved_tensors
-    dq, dk, dv, dg, dinitial = torch.ops.mm.linear_attention_triton_backward(
-        *ctx.saved_tensors, do, dfinal
-    )
-    return dq, dk, dv, None if g is None else dg, None if initial is None else dinitial
-
-
-_forward_op.register_autograd(_grads, setup_context=_setup)
-
-
-def linear_attention(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHV: Tensor,
-    log_decay: Tensor | None = None,
-    initial_BHKV: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Run the kernels; arguments and results as those of `mm.kernels.linear_attention`.
-
-    Products of float32 are tf32x3, those of bfloat16 and float16 have float32 sums.
-    """
-    q, k, v = narrow(q_BTHK, k_BTHK, v_BTHV)
-    if log_decay is not None:
-        log_decay = log_decay.contiguous()
-    if initial_BHKV is not None:
-        initial_BHKV = initial_BHKV.float().contiguous()
-    return torch.ops.mm.linear_attention_triton(q, k, v, log_decay, initial_BHKV)
+    if not by_channel:
+        dg.copy_(rates.sum((0, 1, 2) if dg.dim() == 1 else 0))

@@ -18,59 +18,84 @@ _SOURCE = Path(__file__).with_name("scan.cpp")
 
 @Op
 def linear_scan(
-    a_BTD: Tensor, b_BTD: Tensor, reset_BT: Tensor | None = None, initial_BD: Tensor | None = None
+    a_BTD: Tensor,
+    b_BTD: Tensor,
+    reset_BT: Tensor | None = None,
+    initial_BD: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    log: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run ``h_t = a_t * h_{t-1} + b_t`` over each row and channel.
 
     Args:
         a_BTD: `(B, T, D)` decays, any float dtype; accumulated in float32 or wider.
         b_BTD: `(B, T, D)` inputs.
-        reset_BT: `(B, T)` bool: here ``h_t = b_t``, whatever came before (a document begins); None
-            = nowhere.
-        initial_BD: `(B, D)` state before the first token; None = zeros.
+        reset_BT: `(B, T)` bool: here ``h_t = b_t``, whatever was read before (a document begins,
+            or ends if reversed); None = nowhere.
+        initial_BD: `(B, D)` state before the first token that is read; None = zeros.
+        reverse: read from the last token to the first, ``h_t = a_t * h_{t+1} + b_t``.
+        log: all numbers are positive and given by their logarithms, results too: ``log h_t =
+            log(exp(log a_t + log h_{t-1}) + exp(log b_t))``, which no size of theirs overflows.
+            Only ``initial`` may hold -inf, a zero.
     Returns:
-        all states `(B, T, D)` and the last one `(B, D)`, both in float32 or wider.
-    Source: Martin & Cundy 2018 (arXiv:1709.04057), eq. 5.
+        all states `(B, T, D)` and the one of the token that is read last `(B, D)`, both in float32
+        or wider.
+    Source: Martin & Cundy 2018 (arXiv:1709.04057), eq. 5; in logarithms: Heinsen 2023
+        (arXiv:2311.06281), summed step by step, which keeps bits that its prefix sums lose.
     """
     wide = torch.promote_types(b_BTD.dtype, torch.float32)
     B, T, D = b_BTD.shape
-    h = initial_BD.to(wide) if initial_BD is not None else b_BTD.new_zeros(B, D, dtype=wide)
+    zero = -torch.inf if log else 0.0
+    h = initial_BD.to(wide) if initial_BD is not None else b_BTD.new_full((B, D), zero, dtype=wide)
     if T == 0:
         return b_BTD.to(wide), h
     # unbind, not [:, t]: the backward of an index writes a whole zero tensor a step, which makes
     # the loop quadratic.
     resets = reset_BT.unbind(1) if reset_BT is not None else [None] * T
+    steps = list(zip(a_BTD.to(wide).unbind(1), b_BTD.to(wide).unbind(1), resets, strict=True))
     states = []
-    for a, b, reset in zip(a_BTD.to(wide).unbind(1), b_BTD.to(wide).unbind(1), resets, strict=True):
-        before = h if reset is None else h.masked_fill(reset[:, None], 0)
+    for a, b, reset in reversed(steps) if reverse else steps:
+        before = h if reset is None else h.masked_fill(reset[:, None], zero)
         decay = a if reset is None else a.masked_fill(reset[:, None], 0)
-        h = decay * before + b
+        h = torch.logaddexp(decay + before, b) if log else decay * before + b
         states.append(h)
-    return torch.stack(states, 1), h
+    return torch.stack(states[::-1] if reverse else states, 1), h
 
 
-def _states(a: Tensor, b: Tensor, reset: Tensor | None, initial: Tensor | None) -> Tensor:
+def _states(
+    a: Tensor, b: Tensor, reset: Tensor | None, initial: Tensor | None, reverse: bool, log: bool
+) -> Tensor:
     return torch.empty_like(b, dtype=torch.promote_types(b.dtype, torch.float32))
 
 
 def _gradients(
-    a: Tensor, h: Tensor, reset: Tensor | None, initial: Tensor | None, grad: Tensor
+    a: Tensor,
+    b: Tensor | None,
+    h: Tensor,
+    reset: Tensor | None,
+    initial: Tensor | None,
+    reverse: bool,
+    log: bool,
+    grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     first = h.new_empty(h.shape[0], h.shape[2] if initial is not None else 0)
     return torch.empty_like(a), torch.empty_like(h), first
 
 
-def _call(way: str, *tensors: Tensor | None) -> None:
-    like = tensors[1]
-    assert like is not None
-    compiler.call(_SOURCE, f"scan_{compiler.SUFFIX[like.dtype]}_{way}", *tensors, *like.shape)
+def _call(way: str, a: Tensor, *rest: Tensor | bool | None) -> None:
+    compiler.call(_SOURCE, f"scan_{compiler.SUFFIX[a.dtype]}_{way}", a, *rest, *a.shape)
 
 
 _OPS = fused(
     "linear_scan",
     _states,
     _gradients,
-    saved=lambda a, b, reset, initial, h: (a, h, reset, initial),
+    # Only logarithms ask again how much of a state its input was.
+    saved=lambda a, b, reset, initial, reverse, log, h: (
+        *(a, b if log else None, h, reset, initial),
+        *(reverse, log),
+    ),
     wrt=("a", "b", "initial"),
     cpp=(partial(_call, "forward"), partial(_call, "backward")),
     triton=f"{__name__}.scan_triton",
@@ -78,25 +103,27 @@ _OPS = fused(
 
 
 def run(
+    op: Op,
     ops: dict[str, Callable],
     way: str,
     a: Tensor,
     b_BTD: Tensor,
     reset_BT: Tensor | None = None,
     initial_BD: Tensor | None = None,
+    **settings: bool,
 ) -> tuple[Tensor, Tensor]:
     """Call a fused scan, real or complex, as its kernels ask: wide, contiguous, T above 0."""
+    if b_BTD.shape[1] == 0:
+        return op.implementations["reference"][0](a, b_BTD, reset_BT, initial_BD, **settings)
     wide = torch.promote_types(b_BTD.dtype, torch.float32)
-    B, T, D = b_BTD.shape
-    if T == 0:
-        zero = b_BTD.new_zeros(B, D, dtype=wide)
-        return b_BTD.to(wide), zero if initial_BD is None else initial_BD.to(wide)
     initial = initial_BD.to(wide).contiguous() if initial_BD is not None else None
     reset = reset_BT.contiguous() if reset_BT is not None else None
     a, b = (x.to(wide) if way == "cpp" else x for x in (a, b_BTD))
-    h = ops[way](a.contiguous(), b.contiguous(), reset, initial)
-    return h, h[:, -1]
+    h = ops[way](a.contiguous(), b.contiguous(), reset, initial, *settings.values())
+    return h, h[:, 0] if settings["reverse"] else h[:, -1]
 
 
-linear_scan.register("cpp", partial(compiler.why_not, _SOURCE))(partial(run, _OPS, "cpp"))
-linear_scan.register("triton", device.why_not)(partial(run, _OPS, "triton"))
+for _way, _why_not in (("cpp", partial(compiler.why_not, _SOURCE)), ("triton", device.why_not)):
+    linear_scan.register(_way, _why_not)(
+        partial(run, linear_scan, _OPS, _way, reverse=False, log=False)
+    )

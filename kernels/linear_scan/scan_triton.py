@@ -19,24 +19,65 @@ def compose(a, b, c, d):
 
 
 @triton.jit
-def _forward(a_ptr, b_ptr, reset_ptr, initial_ptr, h_ptr, T, D, BT: tl.constexpr, BD: tl.constexpr):
+def log_add(x, y):
+    """``log(exp(x) + exp(y))``; of equal numbers, infinite ones too, the difference is 0."""
+    apart = tl.where(x == y, 0.0, tl.abs(x - y))
+    return tl.maximum(x, y) + tl.log(1.0 + tl.exp(-apart))
+
+
+@triton.jit
+def _compose_logs(a, b, c, d):
+    """`compose` of logarithms."""
+    none = -float("inf")
+    return tl.where((a == none) | (c == none), none, a + c), tl.where(
+        c == none, d, log_add(c + b, d)
+    )
+
+
+@triton.jit
+def _share(part, whole):
+    """``exp(part - whole)``: the share of a sum."""
+    return tl.exp(tl.where(part == whole, 0.0, part - whole))
+
+
+@triton.jit
+def _forward(
+    a_ptr,
+    b_ptr,
+    reset_ptr,
+    initial_ptr,
+    h_ptr,
+    T,
+    D,
+    REVERSE: tl.constexpr,
+    LOG: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+):
     blocks = tl.cdiv(D, BD)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
-    carry = tl.zeros((BD,), tl.float32)
+    zero = -float("inf") if LOG else 0.0
+    one = 0.0 if LOG else 1.0
+    carry = tl.full((BD,), zero, tl.float32)
     if initial_ptr is not None:
-        carry += tl.load(initial_ptr + row * D + d, mask=d < D, other=0.0)
+        carry = tl.load(initial_ptr + row * D + d, mask=d < D, other=0.0)
     for start in range(0, T, BT):
-        t = start + tl.arange(0, BT)
+        s = start + tl.arange(0, BT)  # as it is read
+        t = T - 1 - s if REVERSE else s
         at = (row * T + t)[:, None] * D + d[None, :]
-        mask = (t < T)[:, None] & (d < D)[None, :]
-        a = tl.load(a_ptr + at, mask=mask, other=1.0).to(tl.float32)
-        b = tl.load(b_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        mask = (s < T)[:, None] & (d < D)[None, :]
+        a = tl.load(a_ptr + at, mask=mask, other=one).to(tl.float32)
+        b = tl.load(b_ptr + at, mask=mask, other=zero).to(tl.float32)
         if reset_ptr is not None:
-            reset = tl.load(reset_ptr + row * T + t, mask=t < T, other=0) != 0
-            a = tl.where(reset[:, None], 0.0, a)
-        decay, h = tl.associative_scan((a, b), 0, compose)
-        h = tl.where(decay == 0, h, decay * carry[None, :] + h)
+            reset = tl.load(reset_ptr + row * T + t, mask=s < T, other=0) != 0
+            a = tl.where(reset[:, None], zero, a)
+        if LOG:
+            decay, h = tl.associative_scan((a, b), 0, _compose_logs)
+            h = tl.where(decay == zero, h, log_add(decay + carry[None, :], h))
+        else:
+            decay, h = tl.associative_scan((a, b), 0, compose)
+            h = tl.where(decay == 0, h, decay * carry[None, :] + h)
         tl.store(h_ptr + at, h, mask=mask)
         carry = tl.sum(tl.where((tl.arange(0, BT) == BT - 1)[:, None], h, 0.0), 0)
 
@@ -44,6 +85,7 @@ def _forward(a_ptr, b_ptr, reset_ptr, initial_ptr, h_ptr, T, D, BT: tl.constexpr
 @triton.jit
 def _backward(
     a_ptr,
+    b_ptr,
     h_ptr,
     reset_ptr,
     initial_ptr,
@@ -53,55 +95,91 @@ def _backward(
     dinitial_ptr,
     T,
     D,
+    REVERSE: tl.constexpr,
+    LOG: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
 ):
+    """In logarithms too the gradients are a linear scan: their decay is the share of a state in the
+    next one.
+    """
     blocks = tl.cdiv(D, BD)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
     in_d = (d < D)[None, :]
+    step = -D if REVERSE else D  # to the place that is read next
     carry = tl.zeros((BD,), tl.float32)  # gradient of the first state of the tile to the right
     tiles = tl.cdiv(T, BT)
     for i in range(0, tiles):
-        t = (tiles - 1 - i) * BT + tl.arange(0, BT)
+        s = (tiles - 1 - i) * BT + tl.arange(0, BT)
+        t = T - 1 - s if REVERSE else s
         at = (row * T + t)[:, None] * D + d[None, :]
-        inside, after = (t < T)[:, None] & in_d, (t + 1 < T)[:, None] & in_d
-        decay = tl.load(a_ptr + at + D, mask=after, other=0.0).to(tl.float32)
+        inside, after = (s < T)[:, None] & in_d, (s + 1 < T)[:, None] & in_d
+        decay = tl.load(a_ptr + at + step, mask=after, other=0.0).to(tl.float32)
+        if LOG:
+            here = tl.load(h_ptr + at, mask=inside, other=0.0)
+            decay = _share(decay + here, tl.load(h_ptr + at + step, mask=after, other=0.0))
+            decay = tl.where(after, decay, 0.0)
         if reset_ptr is not None:
-            reset = tl.load(reset_ptr + row * T + t + 1, mask=t + 1 < T, other=0) != 0
-            decay = tl.where(reset[:, None], 0.0, decay)
+            ahead = reset_ptr + row * T + (t - 1 if REVERSE else t + 1)
+            decay = tl.where((tl.load(ahead, mask=s + 1 < T, other=0) != 0)[:, None], 0.0, decay)
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0)
         decay, dh = tl.associative_scan((decay, grad), 0, compose, reverse=True)
         dh = tl.where(decay == 0, dh, decay * carry[None, :] + dh)
-        tl.store(db_ptr + at, dh, mask=inside)
-        before = tl.load(h_ptr + at - D, mask=inside & (t > 0)[:, None], other=0.0)
+        before = tl.load(h_ptr + at - step, mask=inside & (s > 0)[:, None], other=0.0)
+        if LOG:
+            before = tl.where((s == 0)[:, None], -float("inf"), before)
         if initial_ptr is not None:
             first = tl.load(initial_ptr + row * D + d, mask=d < D, other=0.0)
-            before = tl.where((t == 0)[:, None], first[None, :], before)
+            before = tl.where((s == 0)[:, None], first[None, :], before)
+        if LOG:
+            a = tl.load(a_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            b = tl.load(b_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            here = tl.load(h_ptr + at, mask=inside, other=0.0)
+            before, db = _share(a + before, here), dh * _share(b, here)
+        else:
+            db = dh
         if reset_ptr is not None:
-            reset = tl.load(reset_ptr + row * T + t, mask=t < T, other=0) != 0
+            reset = tl.load(reset_ptr + row * T + t, mask=s < T, other=0) != 0
             before = tl.where(reset[:, None], 0.0, before)
+        tl.store(db_ptr + at, db, mask=inside)
         tl.store(da_ptr + at, (dh * before).to(da_ptr.dtype.element_ty), mask=inside)
         carry = tl.sum(tl.where((tl.arange(0, BT) == 0)[:, None], dh, 0.0), 0)
     if initial_ptr is not None:
-        a = tl.load(a_ptr + row * T * D + d, mask=d < D, other=0.0).to(tl.float32)
+        first = row * T + (T - 1 if REVERSE else 0)
+        a = tl.load(a_ptr + first * D + d, mask=d < D, other=0.0).to(tl.float32)
+        if LOG:
+            before = tl.load(initial_ptr + row * D + d, mask=d < D, other=0.0)
+            a = _share(a + before, tl.load(h_ptr + first * D + d, mask=d < D, other=0.0))
         if reset_ptr is not None:
-            a = tl.where(tl.load(reset_ptr + row * T) != 0, 0.0, a)
+            a = tl.where(tl.load(reset_ptr + first) != 0, 0.0, a)
         tl.store(dinitial_ptr + row * D + d, a * carry, mask=d < D)
 
 
-def forward(a: Tensor, b: Tensor, reset: Tensor | None, initial: Tensor | None, h: Tensor) -> None:
+def forward(
+    a: Tensor,
+    b: Tensor,
+    reset: Tensor | None,
+    initial: Tensor | None,
+    reverse: bool,
+    log: bool,
+    h: Tensor,
+) -> None:
     """Write all states."""
     B, T, D = h.shape
     grid = (B * triton.cdiv(D, CHANNELS),)
-    _forward[grid](a, b, reset, initial, h, T, D, PLACES, CHANNELS, num_warps=4)
+    tile = (reverse, log, PLACES, CHANNELS)
+    _forward[grid](a, b, reset, initial, h, T, D, *tile, num_warps=4)
 
 
 def backward(
     a: Tensor,
+    b: Tensor | None,
     h: Tensor,
     reset: Tensor | None,
     initial: Tensor | None,
+    reverse: bool,
+    log: bool,
     grad: Tensor,
     da: Tensor,
     db: Tensor,
@@ -110,5 +188,6 @@ def backward(
     """Write the gradients; ``dinitial`` where there is an initial state."""
     B, T, D = h.shape
     grid = (B * triton.cdiv(D, CHANNELS),)
-    tensors = (a, h, reset, initial, grad, da, db, dinitial)
-    _backward[grid](*tensors, T, D, PLACES, CHANNELS, num_warps=8)
+    tensors = (a, b, h, reset, initial, grad, da, db, dinitial)
+    warps = 4 if log else 8  # with more, the assembler spills to fit more programs
+    _backward[grid](*tensors, T, D, reverse, log, PLACES, CHANNELS, num_warps=warps)

@@ -77,6 +77,7 @@ def scanned(
     b_BTW: Tensor,
     ctx: Ctx,
     state: State | None,
+    initial: float = 0.0,
 ) -> tuple[Tensor, State | None]:
     """States `(B, T, W)` of ``h_t = a_t h_{t-1} + b_t`` in every document, and the State after
     them.
@@ -85,12 +86,13 @@ def scanned(
         scan: `linear_scan` or `complex_scan`.
         a: `(B, T, W)`, or `(W,)` where ``scan`` takes a constant.
         b_BTW: `(B, T, W)`.
+        initial: what a document's state begins with.
     """
     B, T = b_BTW.shape[:2]
     if state is None:
         return scan(a, b_BTW, begins(ctx.layout))[0], None
     old = settled(state)
     docs = Docs.of(ctx.layout, old.h.shape[0])
-    before = docs.read(old.h)
+    before = docs.read(old.h, initial)
     h, _ = scan(docs.unpack(a) if a.dim() == 3 else a, docs.unpack(b_BTW), None, before)
     return docs.pack(h, B, T), advanced(old, docs, before, h, ctx.draft)

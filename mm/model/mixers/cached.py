@@ -1,6 +1,6 @@
 """What attention mixers with a form of their own share: documents as rows, and the cache of keys
 and values. B rows, T tokens, D model, H heads, G key heads, K key width, V value width, N slots, R
-rows of one document, L their length, S keys, C taps, W width of what is convolved.
+rows of one document, L their length, S keys.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from mm.config import Config
 from mm.kernels.attention import attention
-from mm.kernels.causal_conv import causal_conv
 from mm.layout import Fields
-from mm.model.layer import Caps, Ctx, Mixer, Position
+from mm.model.layer import Caps, Ctx, Linear, Mixer, Position
 from mm.model.mixers.kv import KV, DraftKV, advance
+from mm.model.norm import RMSNorm
 from mm.model.positions.randomised import refuse_drawn
 from mm.model.rows import Docs, Groups, paired
+from mm.model.tail_state import DraftTail, Tail
 from mm.registry import POSITIONS
 from mm.state import Struct
 
@@ -202,51 +203,35 @@ class CachedAttention(Mixer):
         return KV.bytes(n, self.cached.heads, max_len, self.cached.key, self.cached.value, item)
 
 
-@dataclass(frozen=True)
-class Tail(Struct):
-    """The last inputs of a short convolution; after a draft call, followed by the call's."""
+class GroupedAttention(CachedAttention):
+    """Base: one projection to queries, keys and values, and groups of heads that share a key."""
 
-    inputs: Tensor  # (N, C - 1, W); (N, C - 1 + L, W) after a draft call
-    length: Tensor  # (N,) places drafted
+    def __init__(
+        self,
+        d_model: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        position: Position,
+        linear: Callable[..., Linear],
+        qk_norm: bool = False,
+    ):
+        super().__init__(Sizes(kv_heads, head_dim, head_dim), position)
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.qkv = linear(d_model, (heads + 2 * kv_heads) * head_dim, "qkv")
+        self.out = linear(heads * head_dim, d_model, "out")
+        self.q_norm = RMSNorm(head_dim) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim) if qk_norm else None
 
-    @staticmethod
-    def empty(n: int, taps: int, width: int, like: Tensor) -> Tail:
-        """``n`` fresh slots."""
-        length = torch.zeros(n, dtype=torch.long, device=like.device)
-        return Tail(like.new_zeros(n, taps - 1, width), length)
-
-    def accept(self, n_N: Tensor) -> Tail:
-        return self.cut(torch.minimum(n_N.to(self.length), self.length))
-
-    def cut(self, n_N: Tensor, taps: int | None = None) -> Tail:
-        """As if ``n_N`` places of the call had come."""
-        size = self.inputs.shape[1] if taps is None else taps - 1
-        places = n_N[:, None] + torch.arange(size, device=n_N.device)
-        index = places[..., None].expand(-1, -1, self.inputs.shape[2])
-        return Tail(self.inputs.gather(1, index), torch.zeros_like(self.length))
-
-
-def convolved(
-    u_BTW: Tensor, weight_CW: Tensor, bias_W: Tensor, ctx: Ctx, tail: Tail | None
-) -> tuple[Tensor, Tail | None]:
-    """Causal convolution of every document that goes on from its slot's ``tail``, and the tail
-    after the call: with ``ctx.draft`` one that `Tail.cut` shortens.
-    """
-    if tail is None:
-        return causal_conv(u_BTW, weight_CW, bias_W, ctx.layout.fields.document), None
-    taps = weight_CW.shape[0]
-    docs = Docs.of(ctx.layout, tail.length.shape[0])
-    rows = docs.unpack(u_BTW)
-    inputs = torch.cat((docs.read(tail.inputs).to(rows.dtype), rows), dim=1)
-    # The tail is the document's own past: no borders, and the first outputs are the tail's.
-    same = torch.ones_like(inputs[..., 0], dtype=torch.int32)
-    y = causal_conv(inputs, weight_CW, bias_W, same)[:, taps - 1 :]
-    w = docs.written(tail.length.shape[0])
-    taken = w.take(inputs).to(tail.inputs.dtype)
-    old = torch.where(w.hit[:, None, None], taken[:, : taps - 1], tail.inputs)
-    drafted = Tail(torch.cat((old, taken[:, taps - 1 :]), dim=1), w.length)
-    after = drafted if ctx.draft else drafted.cut(w.length, taps)
-    return docs.pack(y, *u_BTW.shape[:2]), after
+    def projected(self, x_BTD: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `(B, T, H, K)`, keys and values `(B, T, G, K)`, with their positions."""
+        H, G, K = self.heads, self.kv_heads, self.head_dim
+        x_BTD = self.position.embed(x_BTD, ctx.layout.fields)
+        qkv = self.qkv(x_BTD, ctx).view(*x_BTD.shape[:2], H + 2 * G, K)
+        q, k, v = qkv.split((H, G, G), dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return *self.rotated(q, k, ctx), v
 
 
 @dataclass(frozen=True)
@@ -254,15 +239,11 @@ class TailedKV(Struct):
     """Cached keys and values, and the last inputs of a short convolution."""
 
     kv: KV | DraftKV
-    tail: Tail
-    taps: int
+    tail: Tail | DraftTail
 
     def accept(self, n_N: Tensor) -> TailedKV:
-        n = torch.minimum(n_N.to(self.tail.length), self.tail.length)
-        return TailedKV(self.kv.accept(n), self.tail.cut(n, self.taps), self.taps)
+        return TailedKV(self.kv.accept(n_N), self.tail.accept(n_N))
 
     def settled(self) -> TailedKV:
         """Everything drafted counts."""
-        if isinstance(self.kv, KV):
-            return self
-        return self.accept(self.tail.length)
+        return TailedKV(self.kv.settled(), self.tail.settled())

@@ -11,11 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mm.model.layer import Ctx, Linear, Out, Position
+from mm.model.layer import Ctx, Linear, Out
 from mm.model.linears.dense import DenseConfig
-from mm.model.mixers.cached import CachedAttention, HeadsConfig, Sizes
+from mm.model.mixers.cached import GroupedAttention, HeadsConfig
 from mm.model.mixers.kv import KV, DraftKV
-from mm.model.norm import RMSNorm
 from mm.registry import MIXERS
 from mm.state import State
 
@@ -40,41 +39,18 @@ def signed_softmax(logits: Tensor, hidden: Tensor | None) -> Tensor:
     return p.masked_fill(hidden, 0) if hidden is not None else p
 
 
-class CogAttention(CachedAttention):
+class CogAttention(GroupedAttention):
     """Attention whose weights have the sign of their logit and absolute sum 1 a row.
 
     Source: Lv et al. 2024 (arXiv:2411.07176), section 3; its models keep softmax in the first and
     the last layer, which a pattern says.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        qk_norm: bool,
-        position: Position,
-        linear: Callable[..., Linear],
-    ):
-        super().__init__(Sizes(kv_heads, head_dim, head_dim), position)
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.qkv = linear(d_model, (heads + 2 * kv_heads) * head_dim, "qkv")
-        self.out = linear(heads * head_dim, d_model, "out")
-        self.q_norm = RMSNorm(head_dim) if qk_norm else None
-        self.k_norm = RMSNorm(head_dim) if qk_norm else None
-
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         assert state is None or isinstance(state, KV | DraftKV)
-        H, G, K = self.heads, self.kv_heads, self.head_dim
-        B, T = x_BTD.shape[:2]
-        x_BTD = self.position.embed(x_BTD, ctx.layout.fields)
-        q, k, v = self.qkv(x_BTD, ctx).view(B, T, H + 2 * G, K).split((H, G, G), dim=2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self.rotated(q, k, ctx)
-        y, after = self.attended(q, k, v, ctx, state.settled() if state is not None else None)
-        return Out(self.out(y.reshape(B, T, H * K), ctx), after)
+        cache = state.settled() if state is not None else None
+        y, after = self.attended(*self.projected(x_BTD, ctx), ctx, cache)
+        return Out(self.out(y.flatten(2), ctx), after)
 
     def attend(
         self,
@@ -126,9 +102,9 @@ class CogAttentionConfig(HeadsConfig):
             heads,
             kv_heads,
             head_dim,
-            self.qk_norm,
             self.placed(head_dim, d_model),
             linear or DenseConfig().build,
+            self.qk_norm,
         )
 
     @classmethod

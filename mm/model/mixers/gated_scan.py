@@ -7,6 +7,7 @@ One layer, many papers: `configs/mixer/{min_gru,min_lstm,hgrn,gateloop}.yaml` ar
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -37,6 +38,11 @@ def positive(x: Tensor) -> Tensor:
     return torch.where(x >= 0, x + 0.5, torch.sigmoid(x.clamp_max(0)))
 
 
+def log_positive(x: Tensor) -> Tensor:
+    """Logarithm of `positive`. Source: Feng et al. 2024 (arXiv:2410.01201), appendix B."""
+    return torch.where(x >= 0, (x.clamp_min(0) + 0.5).log(), F.logsigmoid(x))
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "positive": positive,
@@ -57,10 +63,13 @@ class GatedScan(Mixer):
     * ``free``: ``a = g + (1 - g) sigmoid(p)``, ``b = c``
 
     The lower bound ``g`` is learned per channel, by each layer or in one table for all layers (0
-    without one). Source: ``update`` and
-    ``normalised``: Feng et al. 2024 (arXiv:2410.01201), sections 3.1 and 3.2; ``forget`` with bound
-    and phase: Qin et al. 2023, HGRN (arXiv:2311.04823), section 3; ``free`` with the token's phase:
-    Katsch 2023, GateLoop (arXiv:2311.01927), section 3, with heads of width 1.
+    without one). With ``log_space`` the first and third, of positive candidates, are computed and
+    carried as logarithms.
+
+    Source: ``update`` and ``normalised``: Feng et al. 2024 (arXiv:2410.01201), sections 3.1 and
+    3.2, in logarithms appendix B; ``forget`` with bound and phase: Qin et al. 2023, HGRN
+    (arXiv:2311.04823), section 3; ``free`` with the token's phase: Katsch 2023, GateLoop
+    (arXiv:2311.01927), section 3, with heads of width 1.
     """
 
     caps = Caps(causal=True, step=True, shard="carry")
@@ -70,6 +79,7 @@ class GatedScan(Mixer):
         width = config.width or d_model
         self.config, self.width = config, width
         self.complex = config.phase != "none"
+        self.nothing = -torch.inf if config.log_space else 0.0
         values = 2 if config.complex_values else 1
         self.gates = 2 if config.gate == "normalised" else 1
         sizes = {
@@ -132,6 +142,15 @@ class GatedScan(Mixer):
             return a, c
         return a, c * (rest if c.shape[-1] == rest.shape[-1] else rest.repeat(1, 1, 2))
 
+    def _log_gated(self, p: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Logarithms of what `_gated` gives, of a candidate before its activation."""
+        if self.config.gate == "normalised":
+            f, i = p.chunk(2, -1)
+            odds = F.logsigmoid(f) - F.logsigmoid(i)
+        else:
+            odds = -p
+        return F.logsigmoid(odds), F.logsigmoid(-odds) + log_positive(c)
+
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         cfg = self.config
         parts = dict(
@@ -142,16 +161,22 @@ class GatedScan(Mixer):
             )
         )
         wide = torch.promote_types(x_BTD.dtype, torch.float32)
-        c = ACTIVATIONS[cfg.candidate](parts["candidate"].to(wide))
-        if cfg.keyed:
-            c = c * parts["key"].to(wide)
-        a, b = self._gated(parts["gate"].to(wide) + self.gate_bias.to(wide), c, ctx)
+        c, p = parts["candidate"].to(wide), parts["gate"].to(wide) + self.gate_bias.to(wide)
+        scan = complex_scan if self.complex else linear_scan
+        if cfg.log_space:
+            scan = partial(linear_scan, log=True)
+            a, b = self._log_gated(p, c)
+        else:
+            c = ACTIVATIONS[cfg.candidate](c)
+            a, b = self._gated(p, c * parts["key"].to(wide) if cfg.keyed else c, ctx)
         if self.complex:
             phase = self.theta.to(wide) if self.theta is not None else parts["phase"].to(wide)
             a = torch.cat((a * phase.cos(), a * phase.sin()), -1)
             if b.shape[-1] < a.shape[-1]:
                 b = torch.cat((b, torch.zeros_like(b)), -1)
-        h, after = scanned(complex_scan if self.complex else linear_scan, a, b, ctx, state)
+        h, after = scanned(scan, a, b, ctx, state, self.nothing)
+        if cfg.log_space:
+            h = h.exp()
         if self.complex and not cfg.complex_values:
             h = h[..., : self.width]
         y = h.to(x_BTD.dtype)
@@ -169,7 +194,7 @@ class GatedScan(Mixer):
     def initial_state(self, n: int, max_len: int) -> Hidden:
         like = self.gate_bias.detach()
         wide = torch.promote_types(like.dtype, torch.float32)
-        return Hidden(like.new_zeros(n, self._state_width(), dtype=wide))
+        return Hidden(like.new_full((n, self._state_width()), self.nothing, dtype=wide))
 
     def state_bytes(self, n: int, max_len: int) -> int:
         return n * self._state_width() * max(self.gate_bias.element_size(), 4)
@@ -201,6 +226,9 @@ class GatedScanConfig(Config):
     remember: Annotated[
         float, Field(description="initial bias of the gates, positive: longer memory")
     ] = 0.0
+    log_space: Annotated[
+        bool, Field(description="of positive candidates: scan and carry logarithms")
+    ] = False
     output_gate: Activation | None = None
     norm: bool = False
 
@@ -212,6 +240,12 @@ class GatedScanConfig(Config):
             raise ValueError("gated_scan: keys and queries are real; unset complex_values")
         if self.lower_bound is not None and self.gate not in ("forget", "free"):
             raise ValueError(f"gated_scan: gate '{self.gate}' has no lower_bound")
+        positive_alone = self.candidate == "positive" and not self.keyed and self.phase == "none"
+        if self.log_space and not (positive_alone and self.gate in ("update", "normalised")):
+            raise ValueError(
+                "gated_scan: log_space needs positive numbers: gate update or normalised, "
+                "candidate positive, no key and no phase"
+            )
         return self
 
     def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> GatedScan:

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from mm.model.layer import Ctx, Linear, Out, Position
 from mm.model.linears.dense import DenseConfig
-from mm.model.mixers.cached import CachedAttention, HeadsConfig, Sizes, Tail, TailedKV, convolved
+from mm.model.mixers.cached import GroupedAttention, HeadsConfig, TailedKV
 from mm.model.mixers.kv import KV
+from mm.model.tail_state import DraftTail, Tail, convolved
 from mm.registry import MIXERS
 from mm.state import State
 
 
-class KVShift(CachedAttention):
+class KVShift(GroupedAttention):
     """Attention to ``a_1 k_i + a_2 k_{i-1}`` and ``b_1 v_i + b_2 v_{i-1}``, with one number a key
     head each: one layer finds what followed an earlier copy of a token.
 
@@ -33,10 +34,7 @@ class KVShift(CachedAttention):
         position: Position,
         linear: Callable[..., Linear],
     ):
-        super().__init__(Sizes(kv_heads, head_dim, head_dim), position)
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.qkv = linear(d_model, (heads + 2 * kv_heads) * head_dim, "qkv")
-        self.out = linear(heads * head_dim, d_model, "out")
+        super().__init__(d_model, heads, kv_heads, head_dim, position, linear)
         self.mix = nn.Parameter(torch.empty(2, 2, kv_heads))  # (previous, own) x (key, value)
 
     def init_weights(self) -> None:
@@ -60,19 +58,20 @@ class KVShift(CachedAttention):
         cache = past.kv if past is not None else None
         assert cache is None or isinstance(cache, KV)
         y, stored = self.attended(q, k, v, ctx, cache)
-        after = TailedKV(stored, tail, 2) if stored is not None and tail is not None else None
+        after = None
+        if stored is not None:
+            assert isinstance(tail, Tail | DraftTail)
+            after = TailedKV(stored, tail)
         return Out(self.out(y.reshape(B, T, H * K), ctx), after)
 
     def initial_state(self, n: int, max_len: int) -> TailedKV:
         width = 2 * self.kv_heads * self.head_dim
-        return TailedKV(
-            super().initial_state(n, max_len), Tail.empty(n, 2, width, self.stored_as()), 2
-        )
+        tail = Tail(self.stored_as().new_zeros(n, 1, width))
+        return TailedKV(super().initial_state(n, max_len), tail)
 
     def state_bytes(self, n: int, max_len: int) -> int:
         width = 2 * self.kv_heads * self.head_dim
-        tail = n * (width * self._like().element_size() + 8)
-        return super().state_bytes(n, max_len) + tail
+        return super().state_bytes(n, max_len) + n * width * self._like().element_size()
 
 
 @MIXERS.register("kv_shift")

@@ -17,16 +17,13 @@ from mm.kernels.path_attention import moved_keys, path_attention
 from mm.model.layer import Caps, Ctx, Linear, Out, Position
 from mm.model.linears.dense import DenseConfig
 from mm.model.mixers.cached import (
-    CachedAttention,
+    GroupedAttention,
     HeadsConfig,
-    Sizes,
-    Tail,
     TailedKV,
-    convolved,
 )
 from mm.model.mixers.kv import KV, DraftKV, advance
-from mm.model.norm import RMSNorm
 from mm.model.rows import Docs, paired
+from mm.model.tail_state import DraftTail, Tail, convolved
 from mm.registry import MIXERS
 from mm.state import State, Struct
 
@@ -40,7 +37,7 @@ class DraftPath(Struct):
     kv: DraftKV
     w: Tensor  # (N, L, G, K)
     beta: Tensor  # (N, L, G)
-    tail: Tail
+    tail: Tail | DraftTail
 
     def accept(self, n_N: Tensor) -> TailedKV:
         n = torch.minimum(n_N.to(self.kv.length), self.kv.length)
@@ -55,16 +52,16 @@ class DraftPath(Struct):
         old, new = keys.split((base.k.shape[2], L), dim=1)
         moved = replace(base, k=old.transpose(1, 2).to(base.k.dtype).contiguous())
         kv = replace(self.kv, base=moved, k=new.to(self.kv.k.dtype))
-        # A tail that is cut already holds nothing to cut.
-        tail = self.tail if self.tail.inputs.shape[1] < TAPS else self.tail.cut(n, TAPS)
-        return TailedKV(kv.accept(n), tail, TAPS)
+        # A tail that no draft call made has nothing to cut.
+        tail = self.tail.accept(n) if isinstance(self.tail, DraftTail) else self.tail
+        return TailedKV(kv.accept(n), tail)
 
     def settled(self) -> TailedKV:
         """Everything drafted counts."""
         return self.accept(self.kv.length)
 
 
-class PathAttention(CachedAttention):
+class PathAttention(GroupedAttention):
     """Attention between ``q_i`` and ``k_j`` through the product of one Householder-like matrix a
     token between them, ``I - beta w w^T``, which the tokens choose.
 
@@ -86,18 +83,13 @@ class PathAttention(CachedAttention):
         qk_norm: bool,
         linear: Callable[..., Linear],
     ):
-        super().__init__(Sizes(kv_heads, head_dim, head_dim), Position())
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        super().__init__(d_model, heads, kv_heads, head_dim, Position(), linear, qk_norm)
         width = kv_heads * head_dim
-        self.qkv = linear(d_model, heads * head_dim + 2 * width, "qkv")
-        self.out = linear(heads * head_dim, d_model, "out")
         self.w_down = linear(d_model, rank, "w_down")
         self.w_up = linear(rank, width, "w_up")
         self.conv_weight = nn.Parameter(torch.empty(TAPS, width))
         self.beta = linear(d_model, kv_heads, "beta")
         self.beta_bias = nn.Parameter(torch.empty(kv_heads))
-        self.q_norm = RMSNorm(head_dim) if qk_norm else None
-        self.k_norm = RMSNorm(head_dim) if qk_norm else None
 
     def init_weights(self) -> None:
         nn.init.normal_(self.conv_weight, std=TAPS**-0.5)
@@ -105,12 +97,8 @@ class PathAttention(CachedAttention):
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         assert state is None or isinstance(state, TailedKV | DraftPath)
-        H, G, K = self.heads, self.kv_heads, self.head_dim
-        B, T = x_BTD.shape[:2]
         past = state.settled() if state is not None else None
-        q, k, v = self.qkv(x_BTD, ctx).view(B, T, H + 2 * G, K).split((H, G, G), dim=2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.projected(x_BTD, ctx)
         u, tail = convolved(
             self.w_up(self.w_down(x_BTD, ctx), ctx),
             self.conv_weight,
@@ -119,14 +107,15 @@ class PathAttention(CachedAttention):
             past.tail if past is not None else None,
         )
         wide = torch.promote_types(u.dtype, torch.float32)
-        w = F.normalize(F.silu(u.to(wide)).view(B, T, G, K), dim=-1, eps=1e-6)
+        w = F.normalize(F.silu(u.to(wide)).view_as(k), dim=-1, eps=1e-6)
         beta = 2 * torch.sigmoid(self.beta(x_BTD, ctx).to(wide) + self.beta_bias.to(wide))
         after: State | None = None
-        if past is None or tail is None:
+        if past is None:
             y = self.whole((q, k, v, w, beta), ctx)
         else:
+            assert isinstance(tail, Tail | DraftTail)
             y, after = self._continued(q, k, v, w, beta, ctx, past, tail)
-        return Out(self.out(y.reshape(B, T, H * K), ctx), after)
+        return Out(self.out(y.flatten(2), ctx), after)
 
     def attend(  # type: ignore[override]
         self,
@@ -151,7 +140,7 @@ class PathAttention(CachedAttention):
         beta: Tensor,
         ctx: Ctx,
         past: TailedKV,
-        tail: Tail,
+        tail: Tail | DraftTail,
     ) -> tuple[Tensor, State]:
         (B, T), cache = q.shape[:2], past.kv
         assert isinstance(cache, KV)
@@ -171,13 +160,12 @@ class PathAttention(CachedAttention):
 
     def initial_state(self, n: int, max_len: int) -> TailedKV:
         width = self.kv_heads * self.head_dim
-        return TailedKV(
-            super().initial_state(n, max_len), Tail.empty(n, TAPS, width, self.stored_as()), TAPS
-        )
+        tail = Tail(self.stored_as().new_zeros(n, TAPS - 1, width))
+        return TailedKV(super().initial_state(n, max_len), tail)
 
     def state_bytes(self, n: int, max_len: int) -> int:
         width = (TAPS - 1) * self.kv_heads * self.head_dim
-        return super().state_bytes(n, max_len) + n * (width * self._like().element_size() + 8)
+        return super().state_bytes(n, max_len) + n * width * self._like().element_size()
 
 
 @MIXERS.register("path_attention")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mm.kernels.attention import attention
-from mm.model.layer import Caps, Ctx, Linear, Out, Position
+from mm.model.layer import Caps, Ctx, Linear, Out
 from mm.model.linears.dense import DenseConfig
-from mm.model.mixers.cached import CachedAttention, HeadsConfig, Sizes
+from mm.model.mixers.cached import GroupedAttention, HeadsConfig
 from mm.model.mixers.kv import KV, DraftKV, advance
 from mm.model.rows import Docs, paired
 from mm.registry import MIXERS
@@ -61,7 +61,7 @@ class DraftSelectedKV(Struct):
         return self.accept(self.kv.length)
 
 
-class SelectiveAttention(CachedAttention):
+class SelectiveAttention(GroupedAttention):
     """Attention in which a token can mask earlier ones for all later tokens and heads.
 
     ``S = relu(q k / sqrt(K))`` of head 0, zero for the token itself and for the document's first
@@ -73,33 +73,15 @@ class SelectiveAttention(CachedAttention):
 
     caps = Caps(causal=True, step=True)
 
-    def __init__(
-        self,
-        d_model: int,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        position: Position,
-        linear: Callable[..., Linear],
-    ):
-        super().__init__(Sizes(kv_heads, head_dim, head_dim), position)
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.qkv = linear(d_model, (heads + 2 * kv_heads) * head_dim, "qkv")
-        self.out = linear(heads * head_dim, d_model, "out")
-
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         assert state is None or isinstance(state, SelectedKV | DraftSelectedKV)
-        H, G, K = self.heads, self.kv_heads, self.head_dim
-        B, T = x_BTD.shape[:2]
-        x_BTD = self.position.embed(x_BTD, ctx.layout.fields)
-        q, k, v = self.qkv(x_BTD, ctx).view(B, T, H + 2 * G, K).split((H, G, G), dim=2)
-        q, k = self.rotated(q, k, ctx)
+        q, k, v = self.projected(x_BTD, ctx)
         after: State | None = None
         if state is None:
             y = self.whole((q, k, v), ctx)
         else:
             y, after = self._continued(q, k, v, ctx, state.settled())
-        return Out(self.out(y.reshape(B, T, H * K), ctx), after)
+        return Out(self.out(y.flatten(2), ctx), after)
 
     def selection(self, q_RTHK: Tensor, k_RSGK: Tensor, masks_RTS: Tensor) -> Tensor:
         """`(R, T, S)` float32 or wider: how strongly each query masks each key, where it may."""
