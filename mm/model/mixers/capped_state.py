@@ -103,7 +103,7 @@ def capped(
     """
     (R, L, H, K), V = k.shape, v.shape[-1]
     q = torch.zeros_like(k) if q is None else q
-    S = k.new_zeros(R, H, K, V) if S is None else S
+    before = k.new_zeros(R, H, K, V) if S is None else S
     real = None
     if length is not None:
         real = torch.arange(L, device=k.device) < length[:, None]
@@ -113,10 +113,11 @@ def capped(
     for at in range(0, L, CHUNK):
         here = slice(at, at + CHUNK)
         kc, vc, gc = k[:, here], v[:, here], g[:, here]
-        factor = shrinkage(kc, vc, gc, S, real[:, here] if real is not None else None, cap)
-        o, S = linear_attention(q[:, here], kc, vc * factor[..., None], gc + factor.log(), S)
+        factor = shrinkage(kc, vc, gc, before, real[:, here] if real is not None else None, cap)
+        decayed, written = gc + factor.log(), vc * factor[..., None]
+        o, before = linear_attention(q[:, here], kc, written, decayed, before)
         done.append(o)
-    return torch.cat(done, 1) if done else torch.zeros_like(v), S
+    return torch.cat(done, 1) if done else torch.zeros_like(v), before
 
 
 class CappedState(Mixer):
@@ -148,11 +149,13 @@ class CappedState(Mixer):
         q, k, v, g = f["q"], f["k"], f["v"], f.get("g")
         g = (g if g is not None else q.new_zeros(())).expand(*q.shape[:3])
         if old is None:
-            run = lambda *x: capped(*x, None, None, self.cap)[0]
-            o, after = by_document(run, ctx, q, k, v, g), None
+            o, after = by_document(self._fresh, ctx, q, k, v, g), None
         else:
             o, after = self._continued(q, k, v, g, f.get("inputs"), ctx, old)
         return Out(self.inner.finish(o, x_BTD, f, ctx), after)
+
+    def _fresh(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        return capped(q, k, v, g, None, None, self.cap)[0]
 
     def _continued(
         self,
