@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from mm.model.mixers.cached import (
     TailedKV,
     convolved,
 )
+from mm.model.mixers.forget import ForgetGate, ForgetKV, faded_from
 from mm.model.mixers.kv import KV, DraftKV, advance
 from mm.model.norm import RMSNorm
 from mm.model.rows import Docs, paired
@@ -69,9 +70,11 @@ class PathAttention(CachedAttention):
     token between them, ``I - beta w w^T``, which the tokens choose.
 
     ``w`` is a low-rank projection, convolved over three tokens, of length 1; ``beta = 2
-    sigmoid(.)``. It knows no other positions; the cached keys are moved by every token.
+    sigmoid(.)``. It knows no other positions; the cached keys are moved by every token. With a
+    forget gate (PaTH-FoX) what lies behind closed gates fades too.
 
-    Source: Yang et al. 2025, PaTH Attention (arXiv:2505.16381), section 3.
+    Source: Yang et al. 2025, PaTH Attention (arXiv:2505.16381), section 3; gate:
+    `mm.model.mixers.forget`.
     """
 
     caps = Caps(causal=True, step=True)
@@ -84,6 +87,7 @@ class PathAttention(CachedAttention):
         head_dim: int,
         rank: int,
         qk_norm: bool,
+        forget: bool,
         linear: Callable[..., Linear],
     ):
         super().__init__(Sizes(kv_heads, head_dim, head_dim), Position())
@@ -98,16 +102,19 @@ class PathAttention(CachedAttention):
         self.beta_bias = nn.Parameter(torch.empty(kv_heads))
         self.q_norm = RMSNorm(head_dim) if qk_norm else None
         self.k_norm = RMSNorm(head_dim) if qk_norm else None
+        self.forget = ForgetGate(d_model, heads, linear) if forget else None
 
     def init_weights(self) -> None:
         nn.init.normal_(self.conv_weight, std=TAPS**-0.5)
         nn.init.zeros_(self.beta_bias)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        assert state is None or isinstance(state, TailedKV | DraftPath)
+        assert state is None or isinstance(state, TailedKV | DraftPath | ForgetKV)
         H, G, K = self.heads, self.kv_heads, self.head_dim
         B, T = x_BTD.shape[:2]
-        past = state.settled() if state is not None else None
+        past, gates = state.settled() if state is not None else None, None
+        if isinstance(past, ForgetKV):
+            past, gates = past.kv, past.gate
         q, k, v = self.qkv(x_BTD, ctx).view(B, T, H + 2 * G, K).split((H, G, G), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -122,10 +129,11 @@ class PathAttention(CachedAttention):
         w = F.normalize(F.silu(u.to(wide)).view(B, T, G, K), dim=-1, eps=1e-6)
         beta = 2 * torch.sigmoid(self.beta(x_BTD, ctx).to(wide) + self.beta_bias.to(wide))
         after: State | None = None
+        parts = (q, k, v, w, beta, *([self.forget(x_BTD, ctx)] if self.forget is not None else []))
         if past is None or tail is None:
-            y = self.whole((q, k, v, w, beta), ctx)
+            y = self.whole(parts, ctx)
         else:
-            y, after = self._continued(q, k, v, w, beta, ctx, past, tail)
+            y, after = self._continued(parts, ctx, past, tail, gates)
         return Out(self.out(y.reshape(B, T, H * K), ctx), after)
 
     def attend(  # type: ignore[override]
@@ -135,49 +143,62 @@ class PathAttention(CachedAttention):
         v_RTGV: Tensor,
         w_RTGK: Tensor,
         beta_RTG: Tensor,
-        allowed_RTS: Tensor | None,
-        causal: bool,
-        bias_RHTS: Tensor | None,
-        cached: bool,
+        *rest: Any,
     ) -> Tensor:
-        return path_attention(q_RTHK, k_RTGK, v_RTGV, w_RTGK, beta_RTG, allowed_RTS)
+        """``rest``: log forget gates `(R, T, H)` if there are any, then ``allowed`` and what else
+        `CachedAttention.attend` takes.
+        """
+        *kept, allowed, _, _, _ = rest
+        faded = kept[0].cumsum(1) if kept else None
+        return path_attention(q_RTHK, k_RTGK, v_RTGV, w_RTGK, beta_RTG, allowed, None, faded, faded)
 
     def _continued(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        w: Tensor,
-        beta: Tensor,
+        parts: tuple[Tensor, ...],
         ctx: Ctx,
         past: TailedKV,
         tail: Tail,
+        gates: KV | None,
     ) -> tuple[Tensor, State]:
-        (B, T), cache = q.shape[:2], past.kv
+        (B, T), cache = parts[0].shape[:2], past.kv
         assert isinstance(cache, KV)
         docs = Docs.of(ctx.layout, cache.count.shape[0])
         f = docs.fields(ctx.layout.fields)
-        q, k, v, w, beta = map(docs.unpack, (q, k, v, w, beta))
+        q, k, v, w, beta, *kept = map(docs.unpack, parts)
         past_k, past_v, past_f = cache.past(docs, f)
         keys = torch.cat((past_k.transpose(1, 2).to(k.dtype), k), dim=1)
         values = torch.cat((past_v.transpose(1, 2).to(v.dtype), v), dim=1)
         known = paired(lambda old, new: torch.cat((old, new), dim=1), past_f, f)
-        y = path_attention(q, keys, values, w, beta, ctx.mask.dense(f, known))
+        allowed, fades = ctx.mask.dense(f, known), ()
+        drafted_gate: KV | DraftKV | None = None
+        if gates is not None:
+            faded = faded_from(gates, kept[0], docs)
+            before = gates.past(docs, f)[0][..., 0].transpose(1, 2)
+            fades = (faded, torch.cat((before.to(faded.dtype), faded), dim=1))
+            none = faded.new_empty(*faded.shape, 0)
+            drafted_gate = advance(gates, faded[..., None], none, f, docs, True)
+        y = path_attention(q, keys, values, w, beta, allowed, None, *fades)
         drafted = advance(cache, k, v, f, docs, True)
         assert isinstance(drafted, DraftKV)
         taken = docs.written(cache.count.shape[0]).take
-        after = DraftPath(drafted, taken(w), taken(beta), tail)
+        after: DraftPath | ForgetKV = DraftPath(drafted, taken(w), taken(beta), tail)
+        if drafted_gate is not None:
+            after = ForgetKV(after, drafted_gate)
         return docs.pack(y, B, T), after if ctx.draft else after.settled()
 
-    def initial_state(self, n: int, max_len: int) -> TailedKV:
-        width = self.kv_heads * self.head_dim
-        return TailedKV(
-            super().initial_state(n, max_len), Tail.empty(n, TAPS, width, self.stored_as()), TAPS
-        )
+    def initial_state(self, n: int, max_len: int) -> TailedKV | ForgetKV:
+        width, like = self.kv_heads * self.head_dim, self.stored_as()
+        kv = TailedKV(super().initial_state(n, max_len), Tail.empty(n, TAPS, width, like), TAPS)
+        if self.forget is None:
+            return kv
+        wide = like.to(torch.promote_types(like.dtype, torch.float32))
+        return ForgetKV(kv, KV.empty(n, self.heads, max_len, 1, 0, False, wide))
 
     def state_bytes(self, n: int, max_len: int) -> int:
+        item = self._like().element_size()
         width = (TAPS - 1) * self.kv_heads * self.head_dim
-        return super().state_bytes(n, max_len) + n * (width * self._like().element_size() + 8)
+        kept = KV.bytes(n, self.heads, max_len, 1, 0, max(item, 4)) if self.forget else 0
+        return super().state_bytes(n, max_len) + n * (width * item + 8) + kept
 
 
 @MIXERS.register("path_attention")
@@ -187,6 +208,9 @@ class PathAttentionConfig(HeadsConfig):
     kind: Literal["path_attention"] = "path_attention"
     rank: Annotated[int, Field(gt=0, description="of the directions' projection")] = 32
     qk_norm: bool = False
+    forget_gate: Annotated[
+        bool, Field(description="PaTH-FoX: what lies behind closed gates fades")
+    ] = False
     position: Literal["none"] = "none"  # type: ignore[assignment]
 
     def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> PathAttention:
@@ -198,6 +222,7 @@ class PathAttentionConfig(HeadsConfig):
             head_dim,
             self.rank,
             self.qk_norm,
+            self.forget_gate,
             linear or DenseConfig().build,
         )
 
