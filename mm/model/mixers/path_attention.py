@@ -115,6 +115,7 @@ class PathAttention(CachedAttention):
         past, gates = state.settled() if state is not None else None, None
         if isinstance(past, ForgetKV):
             past, gates = past.kv, past.gate
+            assert isinstance(gates, KV)
         q, k, v = self.qkv(x_BTD, ctx).view(B, T, H + 2 * G, K).split((H, G, G), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
