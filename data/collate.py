@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from mm.batch import Batch
-from mm.layout import Doc, Layout
-from mm.specs import Segment
+from mm.layout import Doc, Grid, Layout
+from mm.specs import Segment, TokenSpec
 from mm.vocabulary import NULL, Range, Vocabulary
 
 
@@ -35,6 +35,34 @@ class DocumentTokens(NamedTuple):
 def ranges(vocabulary: Vocabulary) -> Mapping[str, Range]:
     """Every modality's `Range`, computed once a vocabulary."""
     return {modality: vocabulary.range(modality) for modality in vocabulary.modalities}
+
+
+@lru_cache(maxsize=32)
+def gridded(vocabulary: Vocabulary) -> Sequence[tuple[Range, TokenSpec]]:
+    """The modalities whose codes lie on a grid of at least rows and columns."""
+    specs = [spec for spec in vocabulary.ranges if spec.grid is not None and len(spec.grid) > 1]
+    return [(vocabulary.range(spec.modality), spec) for spec in specs]
+
+
+def axes_of(vocabulary: Vocabulary) -> int:
+    """Axes of positions in every batch of a vocabulary: time, and those of its largest grid."""
+    return 1 + max((len(spec.grid or ()) for _, spec in gridded(vocabulary)), default=0)
+
+
+def grids_of(ids: np.ndarray, vocabulary: Vocabulary) -> list[Grid]:
+    """The grids of a token stream `(L,)`, which follow the ``begin`` of their modality; one that
+    breaks off is told by its length.
+    """
+    found = []
+    for r, spec in gridded(vocabulary):
+        assert spec.grid is not None
+        for begin in np.flatnonzero(ids == r.begin):
+            grid = Grid(int(begin) + 1, spec.grid, spec.n_codebooks)
+            codes = ids[grid.start : grid.start + grid.codes]
+            other = np.flatnonzero((codes < r.first) | (codes >= r.stop))
+            n = int(other[0]) if len(other) else len(codes)
+            found.append(grid._replace(length=n))
+    return found
 
 
 def document_length(segments: Sequence[Segment]) -> int:
@@ -128,15 +156,20 @@ def to_batch(
     Returns:
         ``ids`` and ``targets`` (B, T, 1) int32, ``weight`` (B, T) float32, ``places["tokens"]``
         (P,) int32, ``labels["target_modality"]`` (B, T) int32: the range index of the target, 0 =
-        none.
+        none. Codes of modalities with a grid have rows and columns on position axes 1, 2, .. and
+        stand in ``layout.grids``.
     Raises:
         ValueError: a row does not fit ``seq_len``, or more documents than ``max_documents``.
     """
     documents = [[document_tokens(segments, vocabulary) for segments in row] for row in rows]
     layout = Layout.from_rows(
-        [[Doc(len(d.ids), modality=d.modality) for d in row] for row in documents],
+        [
+            [Doc(len(d.ids), modality=d.modality, grids=grids_of(d.ids, vocabulary)) for d in row]
+            for row in documents
+        ],
         seq_len,
         max_documents,
+        axes_of(vocabulary),
     )
     B, T = layout.shape
     ids, targets = np.full((B, T), -1, np.int32), np.full((B, T), -1, np.int32)
