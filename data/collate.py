@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from mm.batch import Batch
-from mm.layout import Doc, Layout
-from mm.specs import Segment
+from mm.layout import Doc, Grid, Layout
+from mm.specs import Segment, TokenSpec
 from mm.vocabulary import NULL, Range, Vocabulary
 
 
@@ -54,6 +54,34 @@ class Piece(NamedTuple):
 def ranges(vocabulary: Vocabulary) -> Mapping[str, Range]:
     """Every modality's `Range`, computed once a vocabulary."""
     return {modality: vocabulary.range(modality) for modality in vocabulary.modalities}
+
+
+@lru_cache(maxsize=32)
+def gridded(vocabulary: Vocabulary) -> Sequence[tuple[Range, TokenSpec]]:
+    """The modalities whose codes lie on a grid of at least rows and columns."""
+    specs = [spec for spec in vocabulary.ranges if spec.grid is not None and len(spec.grid) > 1]
+    return [(vocabulary.range(spec.modality), spec) for spec in specs]
+
+
+def axes_of(vocabulary: Vocabulary) -> int:
+    """Axes of positions in every batch of a vocabulary: time, and those of its largest grid."""
+    return 1 + max((len(spec.grid or ()) for _, spec in gridded(vocabulary)), default=0)
+
+
+def grids_of(ids: np.ndarray, vocabulary: Vocabulary) -> list[Grid]:
+    """The grids of a token stream `(L,)`, which follow the ``begin`` of their modality; one that
+    breaks off is told by its length.
+    """
+    found = []
+    for r, spec in gridded(vocabulary):
+        assert spec.grid is not None
+        for begin in np.flatnonzero(ids == r.begin):
+            grid = Grid(int(begin) + 1, spec.grid, spec.n_codebooks)
+            codes = ids[grid.start : grid.start + grid.codes]
+            other = np.flatnonzero((codes < r.first) | (codes >= r.stop))
+            n = int(other[0]) if len(other) else len(codes)
+            found.append(grid._replace(length=n))
+    return found
 
 
 def document_length(segments: Sequence[Segment]) -> int:
@@ -147,7 +175,8 @@ def to_batch(
     Returns:
         ``ids`` and ``targets`` (B, T, 1) int32, ``weight`` (B, T) float32, ``places["tokens"]``
         (P,) int32, ``labels["target_modality"]`` (B, T) int32: the range index of the target, 0 =
-        none.
+        none. Codes of modalities with a grid have rows and columns on position axes 1, 2, .. and
+        stand in ``layout.grids``.
     Raises:
         ValueError: a row does not fit ``seq_len``, or more documents than ``max_documents``.
     """
@@ -155,11 +184,12 @@ def to_batch(
     for row in rows:
         tokens = [document_tokens(segments, vocabulary) for segments in row]
         pieces.append([Piece(d, d.target_modality) for d in tokens])
-    return of_pieces(pieces, seq_len, max_documents, keys)
+    return of_pieces(pieces, vocabulary, seq_len, max_documents, keys)
 
 
 def of_pieces(
     rows: Sequence[Sequence[Piece]],
+    vocabulary: Vocabulary,
     seq_len: int | None = None,
     max_documents: int | None = None,
     keys: Sequence[str] = (),
@@ -174,6 +204,7 @@ def of_pieces(
                     slot=p.slot,
                     fresh=p.fresh,
                     start=p.start,
+                    grids=grids_of(p.tokens.ids, vocabulary),
                 )
                 for p in row
             ]
@@ -181,6 +212,7 @@ def of_pieces(
         ],
         seq_len,
         max_documents,
+        axes_of(vocabulary),
     )
     B, T = layout.shape
     ids, targets = np.full((B, T), -1, np.int32), np.full((B, T), -1, np.int32)

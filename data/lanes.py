@@ -174,6 +174,7 @@ class LanesStream(Stream):
             ]
             batch = of_pieces(
                 part,
+                self.vocabulary,
                 self.config.seq_len,
                 self.config.max_documents * len(part),
                 [key for lane, key in keys if lane in numbers],

@@ -20,7 +20,9 @@ class Fields(NamedTuple):
     stores its own.
     """
 
-    # (B, T, A) int32; axis 0 time, then row, column, frame, level; restarts per document
+    # (B, T, A) int32; axis 0 time, then row, column, frame, level; restarts per document. A place
+    # outside of grids has its time on every axis; a cell of a grid has, on the axes of the grid,
+    # the time of its first cell plus its row, column, ..: text alone reads as if it had one axis
     position: Tensor
     document: Tensor  # (B, T) int32, 1..M over the whole batch; 0 = padding
     modality: Tensor  # (B, T) int32; 0 = none
@@ -36,16 +38,43 @@ class Fields(NamedTuple):
         )
 
 
+class Grid(NamedTuple):
+    """Cells of a grid of codes inside a document, in raster order."""
+
+    start: int  # its first place
+    shape: tuple[int, ...]  # rows and columns, or more axes
+    books: int = 1  # codes of a cell, one after another: each book is a grid in `Layout.grids`
+    length: int | None = None  # codes that are there; None = all. Else it is not finished yet
+
+    @property
+    def codes(self) -> int:
+        """How many there are, or will be."""
+        return int(np.prod(self.shape)) * self.books
+
+
 class Doc(NamedTuple):
     """One document's places, for `Layout.from_rows`. Arrays are numpy; None takes the default."""
 
     length: int
-    position: Any = None  # (length, A); default 0, 1, 2, ... from `start`
+    position: Any = None  # (length, A); default 0, 1, 2, ... from `start`, and the cells of `grids`
     modality: Any = None  # (length,)
     extra: Mapping[str, Any] = NONE
     slot: int = -1
     fresh: bool = True
     start: int = 0
+    grids: Sequence[Grid] = ()
+
+
+def places_of(doc: Doc, axes: int) -> np.ndarray:
+    """`(length, axes)` int32 default positions of a document (see `Fields.position`)."""
+    time = doc.start + np.arange(doc.length, dtype=np.int32)
+    position = np.repeat(time[:, None], axes, 1)
+    for grid in doc.grids:
+        n = grid.codes if grid.length is None else min(grid.length, grid.codes)
+        cells = np.unravel_index(np.arange(n) // grid.books, grid.shape)
+        for axis, cell in enumerate(cells[: axes - 1], 1):
+            position[grid.start : grid.start + n, axis] = doc.start + grid.start + cell
+    return position
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +98,7 @@ class Layout:
     )
     grids: Mapping[tuple[int, ...], Tensor] = field(
         default_factory=dict
-    )  # (rows, cols, ..) -> (G, cells) flat places
+    )  # (rows, cols, ..) -> (G, cells) int flat places of whole grids
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -89,7 +118,10 @@ class Layout:
 
     @staticmethod
     def from_rows(
-        rows: Sequence[Sequence[Doc]], seq_len: int | None = None, max_documents: int | None = None
+        rows: Sequence[Sequence[Doc]],
+        seq_len: int | None = None,
+        max_documents: int | None = None,
+        axes: int = 1,
     ) -> Layout:
         """Lay documents out, row by row, left to right, padding at the right of each row.
 
@@ -98,6 +130,7 @@ class Layout:
             seq_len: T; default the longest row.
             max_documents: static M, so that shapes do not change between batches; default the
                 number of documents.
+            axes: of positions that documents do not bring themselves.
         Raises:
             ValueError: a row is longer than ``seq_len`` or there are more than ``max_documents``.
         """
@@ -110,13 +143,14 @@ class Layout:
         if len(docs) > M:
             raise ValueError(f"{len(docs)} documents do not fit max_documents {M}")
         B = len(rows)
-        A = next((np.asarray(d.position).shape[1] for d in docs if d.position is not None), 1)
+        A = next((np.asarray(d.position).shape[1] for d in docs if d.position is not None), axes)
         names = sorted({name for d in docs for name in d.extra})
         position = np.zeros((B, T, A), np.int32)
         document, modality = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
         extra = {name: np.zeros((B, T), np.int32) for name in names}
         starts = np.full(M + 1, B * T, np.int32)
         slot, fresh = np.full(M, -1, np.int32), np.ones(M, bool)
+        cells: dict[tuple[int, ...], list[np.ndarray]] = {}
         number = 0
         for b, row in enumerate(rows):
             at = 0
@@ -125,13 +159,17 @@ class Layout:
                 if d.position is not None:
                     position[b, here] = d.position
                 else:
-                    position[b, here] = (d.start + np.arange(d.length))[:, None]
+                    position[b, here] = places_of(d, A)
                 document[b, here] = number + 1
                 if d.modality is not None:
                     modality[b, here] = d.modality
                 for name, values in d.extra.items():
                     extra[name][b, here] = values
                 starts[number], slot[number], fresh[number] = b * T + at, d.slot, d.fresh
+                for grid in d.grids:
+                    if grid.length is None or grid.length >= grid.codes:
+                        places = b * T + at + grid.start + np.arange(grid.codes, dtype=np.int32)
+                        cells.setdefault(grid.shape, []).append(places.reshape(-1, grid.books).T)
                 number += 1
                 at += d.length
         aligned = (
@@ -142,7 +180,8 @@ class Layout:
         t = torch.from_numpy
         fields = Fields(t(position), t(document), t(modality), {k: t(v) for k, v in extra.items()})
         longest = max((d.length for d in docs), default=0)
-        return Layout(fields, t(starts), t(slot), t(fresh), longest, aligned)
+        grids = {k: t(np.ascontiguousarray(np.concatenate(v))) for k, v in cells.items()}
+        return Layout(fields, t(starts), t(slot), t(fresh), longest, aligned, grids)
 
     @staticmethod
     def plain(B: int, T: int) -> Layout:

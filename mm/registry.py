@@ -161,6 +161,7 @@ MIXERS = Registry(
         "differential": "mm.model.mixers.differential",
         "prefix_linear_attention": "mm.model.mixers.jrt",
         "windowed_state": "mm.model.mixers.windowed_state",
+        "capped_state": "mm.model.mixers.capped_state",
         "rwkv6": "mm.model.mixers.rwkv6",
         "aaren": "mm.model.mixers.aaren",
         "hippo": "mm.model.mixers.hippo",

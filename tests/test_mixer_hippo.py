@@ -11,8 +11,11 @@ from numpy.polynomial import laguerre, legendre
 from torch import Tensor
 
 from mm.kernels.dense_ssm import dense_ssm
+from mm.layout import Doc, Layout
+from mm.mask import Causal
 from mm.model.hippo import Measure, discretised, hippo, nplr_legs
-from mm.model.layer import init_weights
+from mm.model.layer import Ctx, init_weights
+from mm.model.mixers import s4
 from mm.model.mixers.hippo import HiPPOConfig, HiPPOMemory
 from mm.model.mixers.s4 import S4, S4Config
 from mm.model.mixers.s5 import S5Config
@@ -265,3 +268,29 @@ def test_s5_is_the_state_space_in_full_matrices() -> None:
         h = moved[:-1, :-1] @ h + moved[:-1, -1]
         ys.append(torch.nn.functional.gelu(layer.out(h) + layer.skip * u))
     torch.testing.assert_close(alone(layer, x), torch.stack(ys))
+
+
+@pytest.mark.parametrize("T", [1, 3, 16])
+def test_s4_steps_as_it_scans_in_all_gradients_and_builds_no_matrix(
+    T: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = made(S4Config(states=64))
+    (x,) = documents(40 + T)
+    layout = lambda n, at: Layout.from_rows([[Doc(n, slot=0, fresh=at == 0, start=at)]])
+    found = []
+    for stepped in (True, False):
+        inputs = x.clone().requires_grad_()
+        state = layer(inputs[None, :40], Ctx(layout(40, 0), Causal()), layer.initial_state(1, 1))
+        rest, ctx = inputs[None, 40:], Ctx(layout(T, 40), Causal())
+        with monkeypatch.context() as patch:
+            if stepped:
+                patch.setattr(S4, "matrices", lambda self: pytest.fail("a step needs no matrix"))
+            else:
+                patch.setattr(s4, "STEPS", 0)
+            out = layer(rest, ctx, state.state)
+        assert out.state is not None
+        loss = out.y.sin().sum() + out.state.h.cos().sum()  # type: ignore[attr-defined]
+        grads = torch.autograd.grad(loss, [inputs, *layer.parameters()])
+        found.append([out.y, *out.state.leaves(), *grads])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +12,12 @@ from laws import D, build, documents
 from torch import Tensor
 
 from mm.errors import UserError
-from mm.layout import Doc, Layout
+from mm.layout import Doc, Grid, Layout
 from mm.mask import Causal, Full, Mask, Prefix
 from mm.model.layer import Ctx, Layer, init_weights
 from mm.model.mixers.bidirectional import Bidirectional, BidirectionalConfig
 from mm.model.mixers.differential import Differential, DifferentialConfig
-from mm.model.mixers.scan_order import ScanOrder, ScanOrderConfig
+from mm.model.mixers.scan_order import Order, ScanOrder, ScanOrderConfig, order_of
 from mm.registry import MIXERS
 
 
@@ -97,56 +98,114 @@ def test_a_state_under_a_full_mask_is_refused(name: str) -> None:
         layer(x, Ctx(Layout.plain(1, 2), Full()), layer.initial_state(1, 4))
 
 
-def grids() -> tuple[Layout, list[list[tuple[int, int]]]]:
-    """A row of a 2 x 3 and a 3 x 2 grid in raster order, and a place of padding."""
-    cells = [[(r, c) for r in range(a) for c in range(b)] for a, b in ((2, 3), (3, 2))]
-    docs = [
-        Doc(6, position=np.array([(t, r, c) for t, (r, c) in enumerate(grid)])) for grid in cells
-    ]
-    return Layout.from_rows([docs], 13), cells
+def grids(prefix: bool = False) -> Layout:
+    """A row of two words, a 2 x 3 and a 3 x 2 grid and a word in one document, then a 2 x 3 grid
+    as another document, then padding. With ``prefix`` the first grid alone is in it.
+    """
+    extra = {"prefix": np.arange(15) < 8} if prefix else {}
+    first = Doc(15, grids=[Grid(2, (2, 3)), Grid(8, (3, 2))], extra=extra)
+    return Layout.from_rows([[first, Doc(6, grids=[Grid(0, (2, 3))])]], 23, axes=3)
+
+
+def test_layouts_say_where_cells_are() -> None:
+    layout = grids()
+    assert layout.grids[2, 3].tolist() == [[*range(2, 8)], [*range(15, 21)]]
+    assert layout.grids[3, 2].tolist() == [[*range(8, 14)]]
+    position = layout.fields.position[0]
+    assert position[:, 0].tolist() == [*range(15), *range(6), 0, 0]
+    assert position[2:9, 1:].tolist() == [[2, 2], [2, 3], [2, 4], [3, 2], [3, 3], [3, 4], [8, 8]]
+    assert position[14].tolist() == [14] * 3
+    books = Layout.from_rows([[Doc(9, grids=[Grid(1, (2, 2), 2)])]], axes=3)
+    assert books.grids[2, 2].tolist() == [[1, 3, 5, 7], [2, 4, 6, 8]]
+    assert books.fields.position[0, 5:9, 1:].tolist() == [[2, 1], [2, 1], [2, 2], [2, 2]]
+    part = Layout.from_rows([[Doc(4, grids=[Grid(0, (2, 3), length=4)])]], axes=3)
+    assert not part.grids
+    assert part.fields.position[0, 3].tolist() == [3, 1, 0]
+
+
+RASTERS: dict[Order, list[int]] = {  # of a 2 x 3 grid
+    "row": [0, 1, 2, 3, 4, 5],
+    "column": [0, 3, 1, 4, 2, 5],
+    "snake": [0, 1, 2, 5, 4, 3],
+    "diagonal": [0, 1, 3, 2, 4, 5],
+    "hilbert": [0, 1, 4, 3, 5, 2],
+}
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("axes", [(0,), (1, 2), (2, 1)])
+@pytest.mark.parametrize("order", RASTERS)
 def test_every_order_of_a_grid_is_the_mixer_on_the_permuted_cells(
-    axes: tuple[int, ...], reverse: bool
+    order: Order, reverse: bool
 ) -> None:
     inner = MIXERS.get("gated_scan").smallest()
-    layer = made(ScanOrderConfig(inner=inner, axes=axes, reverse=reverse))
+    layer = made(ScanOrderConfig(inner=inner, orders=(order,), reverse=reverse))
     assert isinstance(layer, ScanOrder)
-    layout, cells = grids()
-    x = torch.cat(documents(6, 6, 1))
+    layout, x = grids(), torch.cat(documents(15, 6, 2))
     y = run(layer, x, layout, Full())[0]
-    for d, grid in enumerate(cells):
-        key = (lambda c: c) if axes != (2, 1) else (lambda c: c[::-1])
-        order = sorted(range(6), key=lambda i: key(grid[i]), reverse=reverse)
-        doc = x[6 * d : 6 * d + 6]
-        expected = run(layer.inner, doc[order], Layout.plain(1, 6), Causal())[0]
-        torch.testing.assert_close(y[6 * d : 6 * d + 6][order], expected)
-    # Any other mask keeps the order of time, the only one that shows no token its future.
-    ahead = run(layer, x, layout, Causal())
-    torch.testing.assert_close(ahead, run(layer.inner, x, layout, Causal()))
+    turn = RASTERS[order][::-1] if reverse else RASTERS[order]
+    assert order_of(order, (2, 3)).tolist() == RASTERS[order]
+    second = order_of(order, (3, 2)).tolist()
+    second = second[::-1] if reverse else second
+    read = [0, 1, *(2 + c for c in turn), *(8 + c for c in second), 14]
+    for at, order_read in ((0, read), (15, turn)):
+        doc = x[at : at + len(order_read)]
+        expected = run(layer.inners[0], doc[order_read], Layout.plain(1, len(doc)), Causal())[0]
+        torch.testing.assert_close(y[at : at + len(doc)][order_read], expected)
+    if order == "row" and not reverse:
+        torch.testing.assert_close(
+            run(layer, x, layout, Causal()), run(layer.inners[0], x, layout, Causal())
+        )
+    else:
+        with pytest.raises(UserError, match=f"{order} shows cells of a grid their future"):
+            run(layer, x, layout, Causal())
 
 
-def test_a_cycle_of_orders_shows_every_cell_to_every_cell() -> None:
+@pytest.mark.parametrize("order", ["snake", "hilbert"])
+@pytest.mark.parametrize("shape", [(4, 4), (8, 8), (1, 8)])
+def test_snakes_and_hilbert_curves_go_from_neighbour_to_neighbour(
+    order: Order, shape: tuple[int, int]
+) -> None:
+    cells = np.stack(np.unravel_index(order_of(order, shape), shape), 1)
+    if order == "snake" or shape[0] == shape[1]:
+        assert (np.abs(np.diff(cells, axis=0)).sum(1) == 1).all()
+    assert sorted(map(tuple, cells)) == [*np.ndindex(*shape)]
+
+
+def test_a_cross_scan_shows_every_cell_to_every_cell_and_one_order_does_not() -> None:
     inner = MIXERS.get("gated_scan").smallest()
-    orders = [((1, 2), False), ((1, 2), True), ((2, 1), False), ((2, 1), True)]
-    layers = [made(ScanOrderConfig(inner=inner, axes=a, reverse=r)) for a, r in orders]
-    layout = Layout.from_rows([[Doc(6, position=np.array([(0, i // 3, i % 3) for i in range(6)]))]])
+    cross = ("row", "row", "column", "column")
+    ways = (False, True, False, True)
+    layout = Layout.from_rows([[Doc(12, grids=[Grid(0, (3, 4))])]], axes=3)
 
-    def cycle(x: Tensor) -> Tensor:
-        for layer in layers:
-            x = x + run(layer, x, layout, Full())[0]
-        return x
+    def moved(orders: tuple[Order, ...], reverse: tuple[bool, ...]) -> Tensor:
+        layer = made(ScanOrderConfig(inner=inner, orders=orders, reverse=reverse))
+        f = lambda x: run(layer, x, layout, Full())[0]
+        return torch.autograd.functional.jacobian(f, documents(12)[0]).abs().sum((1, 3)) > 0
 
-    moved = torch.autograd.functional.jacobian(cycle, documents(6)[0]).abs().sum((1, 3))
-    assert moved.gt(0).all()
+    assert moved(cross, ways).all()
+    assert not moved(cross[:1], ways[:1]).all()
 
 
-def test_an_axis_that_is_not_there_is_refused() -> None:
-    layer = made(ScanOrderConfig(inner=MIXERS.get("gated_scan").smallest(), axes=(2,)))
-    with pytest.raises(UserError, match="axis 2"):
-        run(layer, documents(3)[0], Layout.plain(1, 3), Full())
+def test_grids_of_a_prefix_are_permuted_and_decoding_goes_on_from_them() -> None:
+    """What follows the prefix stays causal: served in pieces it equals the whole."""
+    layer, layout = made(ScanOrderConfig.smallest()), grids(prefix=True)
+    x = torch.cat(documents(15, 6, 2))
+    whole = run(layer, x, layout, Prefix())[0, :15]
+    plain = run(layer, x, replace(layout, grids={}), Prefix())[0, :15]
+    changed = (whole - plain).abs().amax(1) > 1e-9
+    assert changed[3:8].any() and changed[8:15].all() and not changed[:2].any()
+    only = replace(layout, grids={(2, 3): layout.grids[2, 3][:1]})
+    torch.testing.assert_close(whole, run(layer, x, only, Prefix())[0, :15])
+    extra, state, got = np.arange(15) < 8, layer.initial_state(1, 15), []
+    for start, stop in ((0, 9), (9, 10), (10, 15)):
+        doc = Doc(
+            stop - start, slot=0, fresh=start == 0, start=start,
+            extra={"prefix": extra[start:stop]}, grids=[Grid(2, (2, 3))] if start == 0 else [],
+        )  # fmt: skip
+        out = layer(x[None, start:stop], Ctx(Layout.from_rows([[doc]], axes=3), Prefix()), state)
+        state = out.state
+        got.append(out.y[0])
+    torch.testing.assert_close(torch.cat(got), whole)
 
 
 @pytest.mark.parametrize("kind", ["mamba", "attention"])

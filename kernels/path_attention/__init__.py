@@ -26,9 +26,11 @@ def path_attention(
     beta_RTG: Tensor,
     allowed_RTS: Tensor | None = None,
     scale: float | None = None,
+    fade_RTH: Tensor | None = None,
+    fade_RSH: Tensor | None = None,
 ) -> Tensor:
-    """Causal softmax attention with logits ``scale k_j^T (H_{j+1} ... H_i) q_i``, ``H_t = I -
-    beta_t w_t w_t^T``: as a decoder computes it, by moving the keys.
+    """Causal softmax attention with logits ``scale k_j^T (H_{j+1} ... H_i) q_i + c_i - c_j``,
+    ``H_t = I - beta_t w_t w_t^T``: as a decoder computes it, by moving the keys.
 
     Args:
         q_RTHK: `(R, T, H, K)` queries, any float dtype; accumulated in float32 or wider; query head
@@ -41,9 +43,13 @@ def path_attention(
         allowed_RTS: `(R or 1, T, S)` bool, True where the query may see the key, besides causality;
             None = everywhere. A query that may see nothing gets zeros.
         scale: of the logits; default ``K ** -0.5``.
+        fade_RTH: `(R, T, H)` sums c of the log forget gates up to each query, float32 or wider;
+            None = no gates.
+        fade_RSH: `(R, S, H)` the same sums up to each key; with ``fade_RTH`` or not at all.
     Returns:
         `(R, T, H, V)` in the dtype of the values.
-    Source: Yang et al. 2025, PaTH Attention (arXiv:2505.16381), section 3.
+    Source: Yang et al. 2025, PaTH Attention (arXiv:2505.16381), section 3; gates: there, PaTH-FoX,
+    after Lin et al. 2025 (arXiv:2503.02130), eq. 5-8.
     """
     (R, T, H, K), G = q_RTHK.shape, k_RSGK.shape[2]
     P = k_RSGK.shape[1] - T
@@ -58,6 +64,9 @@ def path_attention(
         read = torch.einsum("rsgk,rgk->rsg", keys, w) * beta[:, None]
         keys = torch.cat((keys - read[..., None] * w[:, None], k_t), dim=1)
         logits = factor * torch.einsum("rgek,rsgk->rges", q_t, keys)
+        if fade_RTH is not None and fade_RSH is not None:
+            faded = (fade_RTH[:, t, None] - fade_RSH[:, : P + t + 1]).transpose(1, 2)
+            logits = logits + faded.unflatten(1, (G, H // G)).to(wide)
         hidden = None
         if allowed_RTS is not None:
             hidden = ~allowed_RTS[:, t, : P + t + 1][:, None, None]
@@ -118,6 +127,8 @@ def _why_not(
     beta: Tensor,
     allowed: Tensor | None = None,
     scale: float | None = None,
+    fade: Tensor | None = None,
+    fade_keys: Tensor | None = None,
 ) -> str | None:
     return "no queries" if q.shape[1] == 0 or q.shape[0] == 0 else None
 
@@ -131,6 +142,8 @@ def _by_blocks(
     beta_RTG: Tensor,
     allowed_RTS: Tensor | None = None,
     scale: float | None = None,
+    fade_RTH: Tensor | None = None,
+    fade_RSH: Tensor | None = None,
 ) -> Tensor:
     """The UT form: within a block ``H_{j+1} ... H_i = I - W^T M^T W`` over its tokens, with ``M =
     (I + tril(diag(beta) W W^T, -1))^{-1} diag(beta)``; from block to block, later queries pass the
@@ -177,6 +190,7 @@ def _by_blocks(
             for i, part in enumerate((later @ past.mT[:, :, None]).split(C, dim=-2)):
                 logits[i].insert(0, part)
         v = v_RSGV.to(wide).transpose(1, 2)[:, :, None]  # (R, G, 1, S, V)
+        by_head = lambda x: x.transpose(1, 2).unflatten(1, (G, E))  # (R, G, E, T or S)
         outs = []
         for i, parts in enumerate(logits):
             at, stop = i * C, min((i + 1) * C, T)
@@ -185,6 +199,9 @@ def _by_blocks(
             if allowed_RTS is not None:
                 hidden = hidden | ~allowed_RTS[:, None, None, at:stop, :seen]
             scores = factor * torch.cat(parts, -1)[..., :rows, :seen]
+            if fade_RTH is not None and fade_RSH is not None:
+                ours, theirs = by_head(fade_RTH[:, at:stop]), by_head(fade_RSH[:, :seen])
+                scores = scores + (ours[..., None] - theirs[..., None, :]).to(wide)
             outs.append(_softmax(scores, hidden) @ v[..., :seen, :])
         return torch.cat(outs, -2).movedim(3, 1).reshape(R, T, H, V).to(v_RSGV.dtype)
 

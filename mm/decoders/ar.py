@@ -5,6 +5,7 @@ N sequences, n of them running, U distinct prompts, V ids.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -117,9 +118,11 @@ class ARDecoder(Decoder):
                 state, position = state.select(both), position[both]
                 alive, done, ids, produced = alive[keep], done[keep], ids[keep], produced[keep]
                 session.length, session.limit = session.length[keep], session.limit[keep]
-            batch = _step_batch(
-                torch.cat([ids, ids]) if guided else ids, position, ask, prompt.layout.fields
-            )
+            # Which id of the span each token is: on a grid, its cell.
+            index = session.length - 1
+            if guided:
+                ids, index = torch.cat([ids, ids]), torch.cat([index, index])
+            batch = _step_batch(ids, index, position, ask, prompt.layout.fields)
             logits, state = self._forward(model, batch, state)
             position = position + 1
 
@@ -132,12 +135,21 @@ class ARDecoder(Decoder):
         return logits if logits.dtype == torch.float64 else logits.float(), out.state
 
 
-def _step_batch(ids_n: Tensor, position_n: Tensor, ask: Ask, like: Fields) -> Batch:
-    """One token for each running slot: row i is document i + 1, slot i. Made on the device."""
+def _step_batch(
+    ids_n: Tensor, index_n: Tensor, position_n: Tensor, ask: Ask, like: Fields
+) -> Batch:
+    """One token for each running slot: row i is document i + 1, slot i; it is id ``index`` of its
+    span. Made on the device.
+    """
     n, device = len(ids_n), ids_n.device
     number = torch.arange(n, dtype=torch.int32, device=device)
-    position = torch.zeros(n, 1, like.position.shape[-1], dtype=torch.int32, device=device)
-    position[:, 0, 0] = position_n
+    # As `mm.layout.places_of` has it.
+    position = position_n.to(torch.int32)[:, None, None].repeat(1, 1, like.position.shape[-1])
+    spec = ask.vocabulary.spec(ask.to)
+    if spec.grid is not None and len(spec.grid) > 1:
+        cell = (index_n // spec.n_codebooks).clamp_max(math.prod(spec.grid) - 1)
+        for axis, at in enumerate(torch.unravel_index(cell, spec.grid), 1):
+            position[:, 0, axis] = (position_n - index_n + at).to(torch.int32)
     modality = torch.full(
         (n, 1), ask.vocabulary.range(ask.to).index, dtype=torch.int32, device=device
     )

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mm.batch import Batch
-from mm.data.collate import document_tokens
+from mm.data.collate import axes_of, document_tokens, grids_of
 from mm.decoders.base import is_fixed
 from mm.errors import UserError
 from mm.layout import Doc, Layout
@@ -132,8 +132,9 @@ def batch(streams: Sequence[np.ndarray], vocabulary: Vocabulary) -> Batch:
     rows = []
     for i, stream in enumerate(streams):
         ids[i, : len(stream)] = stream
-        rows.append([Doc(len(stream), modality=vocabulary.modality_of(stream), slot=i)])
-    layout = Layout.from_rows(rows, T)
+        modality, grids = vocabulary.modality_of(stream), grids_of(stream, vocabulary)
+        rows.append([Doc(len(stream), modality=modality, slot=i, grids=grids)])
+    layout = Layout.from_rows(rows, T, axes=axes_of(vocabulary))
     lengths = torch.tensor([len(stream) for stream in streams], dtype=torch.int32)
     tokens = torch.from_numpy(ids)[..., None]
     return Batch(

@@ -204,8 +204,14 @@ class Model(nn.Module):
         index = torch.where(fields.document > 0, fields.document.long() - 1, M).reshape(-1)
         starts = starts.scatter_reduce(0, index, torch.arange(B * T, device=x.device), "amin")
         starts[-1] = B * T
-        layout = replace(batch.layout, fields=fields, cu_seqlens=starts.to(torch.int32))
-        return move(flat[:-1].view(B, T, D)), layout, order.argsort(dim=1)
+        back = order.argsort(dim=1)
+        # Where each flat place of a grid went.
+        went = (back + T * torch.arange(B, device=x.device)[:, None]).reshape(-1)
+        grids = {k: went[v.long()] for k, v in batch.layout.grids.items()}
+        layout = replace(
+            batch.layout, fields=fields, cu_seqlens=starts.to(torch.int32), grids=grids
+        )
+        return move(flat[:-1].view(B, T, D)), layout, back
 
     def initial_state(self, n: int, max_len: int, path: Sequence[int] | None = None) -> Many:
         """State of ``n`` fresh slots for documents of at most ``max_len`` tokens."""

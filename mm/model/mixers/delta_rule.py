@@ -18,28 +18,15 @@ from mm.kernels.causal_conv import causal_conv
 from mm.kernels.delta_rule import delta_rule
 from mm.kernels.glu import glu
 from mm.kernels.rms_norm import rms_norm
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
+from mm.model.layer import Caps, Ctx, Linear, LinearMixer
 from mm.model.linears.dense import DenseConfig
+from mm.model.mixers.linear_attention import Matrix, tail_of
 from mm.model.norm import RMSNorm
 from mm.model.rows import Docs, by_document, share_groups
 from mm.registry import MIXERS
 from mm.state import State, Struct
 
 EPS = 1e-6  # added to the squared length of queries and keys
-
-
-@dataclass(frozen=True)
-class Associations(Struct):
-    """What each head has written, and the convolution's last inputs."""
-
-    S: Tensor  # (N, H, K, V) float32 or wider
-    tail: Tensor  # (N, C - 1, W)
-
-    def accept(self, n_N: Tensor) -> Associations:
-        raise ValueError("accept() takes the State of a call with draft=True")
-
-    def settled(self) -> Associations:
-        return self
 
 
 @dataclass(frozen=True)
@@ -54,7 +41,7 @@ class DraftAssociations(Struct):
     g: Tensor | None  # (N, L, H)
     length: Tensor  # (N,)
 
-    def accept(self, n_N: Tensor) -> Associations:
+    def accept(self, n_N: Tensor) -> Matrix:
         n = torch.minimum(n_N.to(self.length), self.length)
         L = self.k.shape[1]
         after = torch.arange(L, device=n.device) >= n[:, None]
@@ -63,16 +50,14 @@ class DraftAssociations(Struct):
         beta = self.beta.masked_fill(after[..., None], 0)
         g = None if self.g is None else self.g.masked_fill(after[..., None], 0)
         S = delta_rule(k, k, v, beta, g, self.S)[1]
-        taps = self.inputs.shape[1] - L
-        places = n[:, None] + torch.arange(taps, device=n.device)
-        tail = self.inputs.gather(1, places[..., None].expand(-1, -1, self.inputs.shape[-1]))
-        return Associations(torch.where((n > 0)[:, None, None, None], S, self.S), tail)
+        tail = tail_of(self.inputs, self.inputs.shape[1] - L, n)
+        return Matrix(torch.where((n > 0)[:, None, None, None], S, self.S), tail)
 
-    def settled(self) -> Associations:
+    def settled(self) -> Matrix:
         return self.accept(self.length)
 
 
-class DeltaRule(Mixer):
+class DeltaRule(LinearMixer):
     """Every head keeps a map from keys to values; a token erases what the map holds for its key and
     writes its value there.
 
@@ -124,59 +109,36 @@ class DeltaRule(Mixer):
     def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
         return share_groups(serving)
 
-    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        B, T = x_BTD.shape[:2]
+    # ---- what the recurrence is given ----
+
+    def features(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> dict[str, Tensor]:
+        """Queries, keys and values `(B, T, H, .)`, writing strengths ``beta`` and log decays ``g``
+        `(B, T, H)`, float32 or wider; with a state ``inputs``, its rows of the convolution.
+        """
+        found: dict[str, Tensor] = {}
         u, rates = self.qkv(x_BTD, ctx), self.rates(x_BTD, ctx)
         if state is None:
-            o, after = self._whole(u, rates, ctx), None
+            u = self._convolved(u, ctx.layout.fields.document)
         else:
-            assert isinstance(state, Associations | DraftAssociations)
-            o, after = self._continued(u, rates, ctx, state.settled())
-        y = self.norm(o).view(B, T, self.heads * self.value_dim)
-        if self.gate is not None:
-            y = glu(self.gate(x_BTD, ctx), y.to(x_BTD.dtype))
-        return Out(self.out(y.to(x_BTD.dtype), ctx), after)
-
-    def _whole(self, u: Tensor, rates: Tensor, ctx: Ctx) -> Tensor:
-        """Outputs `(B, T, H, V)` of documents that all begin here."""
-        u = self._convolved(u, ctx.layout.fields.document)
-        return by_document(lambda *x: self._mixed(*self._arguments(*x))[0], ctx, u, rates)
-
-    def _continued(
-        self, u: Tensor, rates: Tensor, ctx: Ctx, state: Associations
-    ) -> tuple[Tensor, Associations | DraftAssociations]:
-        """Outputs `(B, T, H, V)` of documents that go on from their slots."""
-        B, T = u.shape[:2]
-        N = state.S.shape[0]
-        docs = Docs.of(ctx.layout, N)
-        rows = docs.unpack(u).masked_fill(~docs.valid[..., None], 0)
-        inputs = torch.cat((docs.read(state.tail).to(rows.dtype), rows), dim=1)
-        # The tail is the document's own past here: the convolution needs no borders, and its first
-        # outputs are the tail's.
-        one = torch.ones_like(inputs[..., 0], dtype=torch.int32)
-        rows = self._convolved(inputs, one)[:, self.taps - 1 :]
-        q, k, v, beta, g = self._arguments(rows, docs.unpack(rates), docs.valid)
-        before = docs.read(state.S)
-        o, last = self._mixed(q, k, v, beta, g, before)
-        w = docs.written(N)
-        # A slot that nobody writes keeps its state, as one that a row of length 0 wrote.
-        tails = w.take(inputs).to(state.tail.dtype)
-        old = torch.where(w.hit[:, None, None], tails[:, : self.taps - 1], state.tail)
-        drafted = DraftAssociations(
-            w.write(state.S, before),
-            torch.cat((old, tails[:, self.taps - 1 :]), dim=1),
-            w.take(k),
-            w.take(v),
-            w.take(beta),
-            None if g is None else w.take(g),
-            w.length,
-        )
-        o = docs.pack(o, B, T)
-        if ctx.draft:
-            return o, drafted
-        places = w.length[:, None] + torch.arange(self.taps - 1, device=u.device)
-        tail = drafted.inputs.gather(1, places[..., None].expand(-1, -1, self.width))
-        return o, Associations(w.write(state.S, last), tail)
+            assert isinstance(state, Matrix | DraftAssociations)
+            tail = state.settled().tail
+            docs = Docs.of(ctx.layout, tail.shape[0])
+            rows = docs.unpack(u).masked_fill(~docs.valid[..., None], 0)
+            inputs = torch.cat((docs.read(tail).to(rows.dtype), rows), dim=1)
+            # The tail is the document's own past here: the convolution needs no borders, and its
+            # first outputs are the tail's.
+            one = torch.ones_like(inputs[..., 0], dtype=torch.int32)
+            u = docs.pack(self._convolved(inputs, one)[:, self.taps - 1 :], *u.shape[:2])
+            found["inputs"] = inputs
+        H, K, V = self.heads, self.key_dim, self.value_dim
+        wide = torch.promote_types(rates.dtype, torch.float32)
+        q, k, v = (x.unflatten(-1, (H, -1)) for x in u.split((H * K, H * K, H * V), dim=-1))
+        beta, *rest = rates.to(wide).unflatten(-1, (-1, H)).unbind(-2)
+        if self.log_decay is not None and self.rate_bias is not None:
+            step = F.softplus(rest[0] + self.rate_bias.to(wide))
+            found["g"] = -self.log_decay.to(wide).exp() * step
+        beta = self.top * beta.sigmoid()
+        return {"q": self._unit(q, K**-0.5), "k": self._unit(k), "v": v, "beta": beta, **found}
 
     def _convolved(self, u: Tensor, document: Tensor) -> Tensor:
         """Convolution inside documents, then SiLU."""
@@ -185,46 +147,86 @@ class DeltaRule(Mixer):
             u = causal_conv(u, self.conv_weight, zero, document)
         return F.silu(u)
 
-    def _arguments(
-        self, u: Tensor, rates: Tensor, valid: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Queries, keys, values `(R, L, H, ...)`, writing strengths and log decays `(R, L, H)`;
-        places that are not ``valid`` write and forget nothing.
-        """
-        H, K, V = self.heads, self.key_dim, self.value_dim
-        wide = torch.promote_types(rates.dtype, torch.float32)
-        if valid is not None:
-            u = u.masked_fill(~valid[..., None], 0)
-        q, k, v = (x.unflatten(-1, (H, -1)) for x in u.split((H * K, H * K, H * V), dim=-1))
-        beta, *rest = rates.to(wide).unflatten(-1, (-1, H)).unbind(-2)
-        beta, g = self.top * beta.sigmoid(), None
-        if self.log_decay is not None and self.rate_bias is not None:
-            g = -self.log_decay.to(wide).exp() * F.softplus(rest[0] + self.rate_bias.to(wide))
-        if valid is not None:
-            beta = beta.masked_fill(~valid[..., None], 0)
-            g = None if g is None else g.masked_fill(~valid[..., None], 0)
-        return self._unit(q), self._unit(k), v, beta, g
-
-    def _unit(self, x: Tensor) -> Tensor:
-        """``x / |x|`` over the last dimension, which is an RMS norm with one scale for all."""
+    def _unit(self, x: Tensor, length: float = 1.0) -> Tensor:
+        """``length x / |x|`` over the last dimension, an RMS norm with one scale for all."""
         K = self.key_dim
-        return rms_norm(x, x.new_full((K,), K**-0.5), EPS / K)
+        return rms_norm(x, x.new_full((K,), length * K**-0.5), EPS / K)
 
-    def _mixed(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        g: Tensor | None,
-        before: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        return delta_rule(q, k, v, beta, g, before, scale=self.key_dim**-0.5)
+    # ---- the recurrence ----
 
-    def initial_state(self, n: int, max_len: int) -> Associations:
+    def core(
+        self, f: dict[str, Tensor], ctx: Ctx, state: State | None = None
+    ) -> tuple[Tensor, State | None]:
+        parts = [f["q"], f["k"], f["v"], f["beta"], *([f["g"]] if "g" in f else [])]
+        if state is None:
+            return by_document(lambda *x: delta_rule(*x)[0], ctx, *parts), None
+        assert isinstance(state, Matrix | DraftAssociations)
+        return self._continued(parts, f["inputs"], ctx, state.settled())
+
+    def _continued(
+        self, parts: list[Tensor], inputs: Tensor, ctx: Ctx, state: Matrix
+    ) -> tuple[Tensor, Matrix | DraftAssociations]:
+        """Outputs `(B, T, H, V)` of documents that go on from their slots."""
+        (B, T), N = parts[0].shape[:2], state.S.shape[0]
+        docs = Docs.of(ctx.layout, N)
+        # Places that do not count write and forget nothing.
+        hidden = ~docs.valid
+        q, k, v, beta, *rest = (
+            x.masked_fill(hidden.view(*hidden.shape, *[1] * (x.dim() - 2)), 0)
+            for x in map(docs.unpack, parts)
+        )
+        g = rest[0] if rest else None
+        before = docs.read(state.S)
+        o, last = delta_rule(q, k, v, beta, g, before)
+        w = docs.written(N)
+        # A slot that nobody writes keeps its state, as one that a row of length 0 wrote.
+        tails = w.take(inputs).to(state.tail.dtype)
+        old = torch.where(w.hit[:, None, None], tails[:, : self.taps - 1], state.tail)
+        fed = torch.cat((old, tails[:, self.taps - 1 :]), dim=1)
+        o = docs.pack(o, B, T)
+        if not ctx.draft:
+            return o, Matrix(w.write(state.S, last), tail_of(fed, self.taps - 1, w.length))
+        return o, DraftAssociations(
+            w.write(state.S, before),
+            fed,
+            w.take(k),
+            w.take(v),
+            w.take(beta),
+            None if g is None else w.take(g),
+            w.length,
+        )
+
+    def attention_matrix(self, f: dict[str, Tensor], ctx: Ctx) -> Tensor:
+        """`(B, H, T, T)`: what each place reads of each value; quadratic, for looking and tests.
+
+        ``(Q K^T * D) (I + tril(beta K K^T * D, -1))^{-1} beta`` with decays D between places.
+        """
+        q, k, beta = f["q"], f["k"], f["beta"].transpose(1, 2)[..., None]
+        T, document = q.shape[1], ctx.layout.fields.document
+        seen = (document[:, :, None] == document[:, None]) & (document > 0)[:, :, None]
+        seen = (seen & torch.ones(T, T, dtype=torch.bool, device=q.device).tril())[:, None]
+        log = f["g"].cumsum(1).transpose(1, 2) if "g" in f else torch.zeros_like(beta[..., 0])
+        between = (log[..., None] - log[..., None, :]).masked_fill(~seen, -torch.inf).exp()
+        queries = torch.einsum("bthk,bshk->bhts", q, k) * between
+        keys = torch.einsum("bthk,bshk->bhts", k, k) * between
+        written = torch.linalg.solve_triangular(
+            (beta * keys).tril(-1), beta[..., 0].diag_embed(), upper=False, unitriangular=True
+        )
+        return queries @ written
+
+    # ---- what leaves ----
+
+    def finish(self, o: Tensor, x_BTD: Tensor, f: dict[str, Tensor], ctx: Ctx) -> Tensor:
+        """Norm by head and gate, then the output projection."""
+        y = self.norm(o).flatten(2)
+        if self.gate is not None:
+            y = glu(self.gate(x_BTD, ctx), y.to(x_BTD.dtype))
+        return self.out(y.to(x_BTD.dtype), ctx)
+
+    def initial_state(self, n: int, max_len: int) -> Matrix:
         like = self.norm.weight.detach()
         wide = torch.promote_types(like.dtype, torch.float32)
-        return Associations(
+        return Matrix(
             like.new_zeros(n, self.heads, self.key_dim, self.value_dim, dtype=wide),
             like.new_zeros(n, self.taps - 1, self.width),
         )

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,7 @@ def forget_bias(faded_RTH: Tensor, faded_RSH: Tensor) -> Tensor:
 class ForgetKV(Struct):
     """Cached keys and values, and beside them the sum of log gates up to each cached place."""
 
-    kv: KV | DraftKV
+    kv: Any  # KV, DraftKV, or another State with `settled`
     gate: KV | DraftKV  # keys (N, H, C, 1) float32 or wider, no values
 
     def accept(self, n_N: Tensor) -> ForgetKV:

@@ -183,7 +183,7 @@ class LinearAttention(LinearMixer):
             if c.decay == "step":
                 step = F.softplus(raw)
                 v = v * step[..., None]
-                found["g"] = -step * self.log_rate.to(v).exp()
+                found["g"] = -step * self.log_rate.to(v).exp() / c.temperature
             else:
                 found["g"] = self._bounded(F.logsigmoid(raw), ctx) / c.temperature
         heads = lambda t: t.view(B, T, self.key_heads, self.key_dim)
@@ -196,6 +196,7 @@ class LinearAttention(LinearMixer):
         else:
             k = -torch.expm1(found["g"])
         q = self._spread(self._map(q))
+        v = v * c.insert if c.insert != 1 else v
         return {"q": q * self.key_dim**-0.5 if c.scale else q, "k": k, "v": v, **found}
 
     def _convolved(
@@ -413,7 +414,12 @@ class LinearAttentionConfig(Config):
         Literal["retnet", "alibi"], Field(description="constant decays over the heads")
     ] = "retnet"
     rate: Annotated[float, Field(gt=0, description="factor of all constant log decays")] = 1.0
-    temperature: Annotated[float, Field(gt=0, description="log decays are divided by it")] = 1.0
+    temperature: Annotated[
+        float, Field(gt=0, description="log decays of tokens are divided by it; < 1: forget more")
+    ] = 1.0
+    insert: Annotated[
+        float, Field(gt=0, description="factor of what tokens write; < 1: remember less")
+    ] = 1.0
     lower_bound: (
         Annotated[float, Field(gt=0, lt=1, description="what a learned bound of decays begins as")]
         | Literal["shared"]  # with all layers: 0 in the first, growing with depth

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from mm.config import Config
 from mm.errors import UserError
 from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
 from mm.model.linears.dense import DenseConfig
+from mm.model.mixers.delta_rule import DeltaRule, DeltaRuleConfig
 from mm.model.mixers.linear_attention import (
     LinearAttention,
     LinearAttentionConfig,
@@ -71,12 +72,13 @@ class DraftFenwick(Struct):
     k: Tensor  # (N, L, H, K)
     v: Tensor  # (N, L, H, V)
     g: Tensor  # (N, L, H)
+    beta: Tensor | None  # (N, L, H)
     inputs: Tensor  # (N, taps - 1 + L, W)
     length: Tensor  # (N,)
 
     def accept(self, n_N: Tensor) -> Fenwick:
         n = torch.minimum(n_N.to(self.length), self.length)
-        S = advance(self.S, self.place, self.k, self.v, self.g, n)
+        S = chunks(None, self.k, self.v, self.g, self.beta, None, self.S, self.place, n)[1]
         tail = tail_of(self.inputs, self.inputs.shape[1] - self.k.shape[1], n)
         return Fenwick(S, self.place + n, tail)
 
@@ -98,74 +100,153 @@ def bucket_level(reader: Tensor, place: Tensor, levels: int) -> Tensor:
     return F.pad(found, (0, 1), value=levels - 1)
 
 
-def advance(S: Tensor, place: Tensor, k: Tensor, v: Tensor, g: Tensor, length: Tensor) -> Tensor:
+class Steps(NamedTuple):
+    """What the tokens of a chunk do to states and read from each other, before levels weigh it."""
+
+    scores: Tensor | None  # (R, H, L, L) what each place reads of each value
+    reach: Tensor | None  # (R, L, H, K) what it reads of the states before the chunk
+    keep: Tensor  # (R, L, H, K) the key under which its value is in the state after the chunk
+    begun: Tensor | None  # (R, L, H, K) delta rule: what it reads of them to erase it
+    total: Tensor  # (R, H) decay over the chunk
+
+    @staticmethod
+    def of(q: Tensor | None, k: Tensor, g: Tensor, beta: Tensor | None) -> Steps:
+        """Steps of ``S_t = exp(g_t) S_{t-1} + k_t v_t^T``, or with ``beta`` of the delta rule
+        ``S_t = (I - beta_t k_t k_t^T) exp(g_t) S_{t-1} + beta_t k_t v_t^T``.
+
+        Args:
+            q: `(R, L, H, K)`; None: nothing is read.
+            k: `(R, L, H, K)`; g, beta: `(R, L, H)`; zeros at places that do not count.
+        """
+        L = k.shape[1]
+        log = g.double().cumsum(1).transpose(1, 2)  # (R, H, L)
+        since = log.transpose(1, 2).exp().to(k)[..., None]
+        until = (log[..., -1:] - log).transpose(1, 2).exp().to(k)[..., None]
+        total = log[..., -1].exp().to(k)
+        if q is None and beta is None:
+            return Steps(None, None, k * until, None, total)
+        future = torch.ones(L, L, dtype=torch.bool, device=k.device).triu(1)
+        between = (log[..., None] - log[..., None, :]).masked_fill(future, -torch.inf).exp().to(k)
+        scores = None if q is None else torch.einsum("rlhk,rmhk->rhlm", q, k) * between
+        if beta is None:
+            assert q is not None
+            return Steps(scores, q * since, k * until, None, total)
+        strength = beta.transpose(1, 2)  # (R, H, L)
+        system = torch.einsum("rlhk,rmhk->rhlm", k, k) * between * strength[..., None]
+        # What is truly written for each value: the chunk's erasures undone.
+        written = torch.linalg.solve_triangular(
+            system.tril(-1), strength.diag_embed(), upper=False, unitriangular=True
+        )
+        begun = k * since
+        keep = torch.einsum("rhlm,rlhk->rmhk", written, k * until)
+        if scores is None or q is None:
+            return Steps(None, None, keep, begun, total)
+        scores = scores @ written
+        reach = q * since - torch.einsum("rhlm,rmhk->rlhk", scores, begun)
+        return Steps(scores, reach, keep, begun, total)
+
+
+def advance(S: Tensor, place: Tensor, steps: Steps, v: Tensor, length: Tensor) -> Tensor:
     """Buckets after ``length`` more tokens: each old bucket and token goes where the last token's
     reader has it.
 
     Args:
         S: `(R, E, H, K, V)` buckets of a reader at ``place`` - 1.
         place: `(R,)` tokens before.
-        k: `(R, L, H, K)`; v: `(R, L, H, V)`; g: `(R, L, H)` log decays.
+        steps: of the chunk; places from ``length`` on do nothing.
+        v: `(R, L, H, V)`.
         length: `(R,)`; 0 leaves a row's buckets alone.
     """
-    E, L = S.shape[1], k.shape[1]
-    if L == 0:
-        return S
-    steps = torch.arange(L, device=k.device)
-    real = steps < length[:, None]
-    log = torch.where(real[..., None], g, 0).double().cumsum(1)
-    total = log[:, -1]
+    E, L = S.shape[1], v.shape[1]
     end = place + length - 1
-    moved = bucket_level(end, place, E)
-    into = F.one_hot(moved, E).to(S)  # (R, E old, E new)
+    into = F.one_hot(bucket_level(end, place, E), E).to(S)  # (R, E old, E new)
     # An empty reader's past (no token yet) is zeros: it may go anywhere.
-    kept = torch.einsum("refh,rehkv->rfhkv", into[..., None] * total.exp().to(S)[:, None, None], S)
-    to = F.one_hot(level(end[:, None], (place[:, None] + steps).clamp_max(end[:, None]), E), E)
-    weight = torch.where(real[..., None], (total[:, None] - log).exp().to(S), 0)
-    added = torch.einsum("rle,rlhk,rlhv->rehkv", to.to(S), k * weight[..., None], v)
+    moved = torch.einsum("ref,rehkv->rfhkv", into, S)
+    kept = steps.total[:, None, :, None, None] * moved
+    if steps.begun is not None:
+        read = torch.einsum("rlhk,rfhkv->rflhv", steps.begun, moved)
+        kept = kept - torch.einsum("rlhk,rflhv->rfhkv", steps.keep, read)
+    at = place[:, None] + torch.arange(L, device=v.device)
+    to = F.one_hot(level(end[:, None], torch.minimum(at, end[:, None]), E), E).to(S)
+    added = torch.einsum("rle,rlhk,rlhv->rehkv", to, steps.keep, v)
     return torch.where((length > 0).view(-1, 1, 1, 1, 1), kept + added, S)
 
 
-def read(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, gain: Tensor, S: Tensor, place: Tensor
-) -> Tensor:
+def read(steps: Steps, v: Tensor, gain: Tensor, S: Tensor, place: Tensor) -> Tensor:
     """Outputs `(R, L, H, V)` of a chunk: masked scores inside it, buckets before it.
 
     Args:
-        q: `(R, L, H, K)`; k, v, g as in `advance`.
+        steps: of the chunk, with queries.
+        v: `(R, L, H, V)`.
         gain: `(R, L, H, E)` how much each reader makes of each level.
         S: `(R, E, H, K, V)` buckets before; place: `(R,)` tokens before.
     """
-    L, E = q.shape[1], gain.shape[-1]
-    at = place[:, None] + torch.arange(L, device=q.device)
-    log = g.double().cumsum(1).transpose(1, 2)  # (R, H, L)
-    future = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1)
-    between = (log[..., None] - log[..., None, :]).masked_fill(future, -torch.inf).exp().to(q)
+    assert steps.scores is not None and steps.reach is not None
+    L, E = v.shape[1], gain.shape[-1]
+    at = place[:, None] + torch.arange(L, device=v.device)
     levels = level(at[:, :, None], torch.minimum(at[:, None], at[:, :, None]), E)  # (R, L, L)
     share = gain.transpose(1, 2).gather(3, levels[:, None].expand(-1, gain.shape[2], -1, -1))
-    scores = torch.einsum("rlhk,rmhk->rhlm", q, k) * between * share
-    inside = torch.einsum("rhlm,rmhv->rlhv", scores, v)
+    inside = torch.einsum("rhlm,rmhv->rlhv", steps.scores * share, v)
     # An old bucket is inside one bucket of every later reader.
     old = bucket_level(at, place[:, None].expand_as(at), E)  # (R, L, E)
     share = gain.gather(3, old[:, :, None].expand(-1, -1, gain.shape[2], -1))
-    share = share * log.transpose(1, 2)[..., None].exp().to(q)
-    return inside + torch.einsum("rlhk,rlhe,rehkv->rlhv", q, share, S)
+    return inside + torch.einsum("rlhk,rlhe,rehkv->rlhv", steps.reach, share, S)
+
+
+def chunks(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None,
+    gain: Tensor | None,
+    S: Tensor,
+    place: Tensor,
+    length: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Outputs `(R, L, H, V)` (zeros without queries) and the buckets after each row's last token.
+
+    Args:
+        q, k, g, beta: as in `Steps.of`; v, gain, S, place: as in `read`.
+        length: `(R,)` places of each row that count.
+    """
+    L, done = k.shape[1], []
+    real = torch.arange(L, device=k.device) < length[:, None]
+    drop = lambda x: x.masked_fill(~real.view(*real.shape, *[1] * (x.dim() - 2)), 0)
+    k, v, g = drop(k), drop(v), drop(g)
+    beta = None if beta is None else drop(beta)
+    for at in range(0, L, CHUNK):
+        here = slice(at, at + CHUNK)
+        qc, bc = (None if x is None else x[:, here] for x in (q, beta))
+        steps, vc = Steps.of(qc, k[:, here], g[:, here], bc), v[:, here]
+        if gain is not None:
+            done.append(read(steps, vc, gain[:, here], S, place))
+        fed = length.clamp(max=vc.shape[1])
+        S = advance(S, place, steps, vc, fed)
+        place, length = place + fed, length - fed
+    return torch.cat(done, 1) if done else torch.zeros_like(v), S
 
 
 class LogLinear(Mixer):
     """``o_t = sum_e l_t^e S_t^e q_t``: state e sums keys and values of the e-th bucket of the past,
     and each token weighs the levels as it likes.
 
-    Wraps a `linear_attention` whose decays are by head: Mamba-2, RetNet, simple GLA and their like.
-    With all weights 1 it is that mixer. Training costs O(T log T), a state has E matrices.
+    Wraps a `linear_attention` whose decays are by head (Mamba-2, RetNet, simple GLA and their like)
+    or a `delta_rule`, where tokens erase from the states of all levels alike. With all weights 1 it
+    is that mixer. Training costs O(T log T), a state has E matrices.
 
-    Source: Guo et al. 2025, Log-linear attention (arXiv:2506.04761), sections 3.1-3.3.
+    Source: Guo et al. 2025, Log-linear attention (arXiv:2506.04761); the delta rule: there, as
+    Log-linear Gated DeltaNet.
     """
 
     caps = Caps(causal=True, step=True, shard="carry")
 
     def __init__(
-        self, d_model: int, inner: LinearAttention, levels: int, linear: Callable[..., Linear]
+        self,
+        d_model: int,
+        inner: LinearAttention | DeltaRule,
+        levels: int,
+        linear: Callable[..., Linear],
     ):
         super().__init__()
         self.inner, self.levels = inner, levels
@@ -187,64 +268,41 @@ class LogLinear(Mixer):
         # The wrapped mixer reads the convolution's tail from a State of its own.
         f = self.inner.features(x_BTD, ctx, Matrix(old.S, old.tail) if old is not None else None)
         q, k, v = f["q"], f["k"], f["v"]
-        g = f.get("g")
+        g, beta = f.get("g"), f.get("beta")
+        wide = torch.promote_types(q.dtype, torch.float32)
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
         g = (g if g is not None else q.new_zeros(())).expand(B, T, self.inner.heads)
         raw = self.gain(x_BTD, ctx).to(q) + self.gain_bias.to(q)
         gain = F.softplus(raw).view(B, T, -1, self.levels)
-        if old is None:
-            o, after = self._whole(q, k, v, g, gain, ctx), None
-        else:
-            o, after = self._continued(q, k, v, g, gain, f.get("inputs"), ctx, old)
+        parts = (q, k, v, g, gain, *([] if beta is None else [beta]))
+        after: State | None = None
+        # Rounding by autocast would undo what sums in float32 are for.
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            if old is None:
+                o = by_document(self._fresh, ctx, *parts)
+            else:
+                o, after = self._continued(parts, f.get("inputs"), ctx, old)
         return Out(self.inner.finish(o, x_BTD, f, ctx), after)
 
-    def _whole(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, gain: Tensor, ctx: Ctx) -> Tensor:
-        return by_document(lambda *x: self._chunks(*x)[0], ctx, q, k, v, g, gain)
-
-    def _chunks(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        gain: Tensor,
-        S: Tensor | None = None,
-        place: Tensor | None = None,
-        length: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Outputs `(R, L, H, V)` and the buckets after each row's last token."""
+    def _fresh(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, gain: Tensor, beta: Tensor | None = None
+    ) -> Tensor:
+        """Outputs `(R, L, H, V)` of rows that begin here: with as many levels as L tokens have."""
         (R, L, H, K), V = q.shape, v.shape[-1]
-        if S is None:
-            S = q.new_zeros(R, self.levels, H, K, V)
-        if place is None:
-            place = torch.zeros(R, dtype=torch.long, device=q.device)
-        if length is None:
-            length = torch.full_like(place, L)
-        done = []
-        chunks = (t.split(CHUNK, 1) for t in (q, k, v, g, gain))
-        for qc, kc, vc, gc, gains in zip(*chunks, strict=True):
-            done.append(read(qc, kc, vc, gc, gains, S, place))
-            here = length.clamp(max=qc.shape[1])
-            S = advance(S, place, kc, vc, gc, here)
-            place, length = place + here, length - here
-        return torch.cat(done, 1) if L else torch.zeros_like(v), S
+        E = min(self.levels, max(2, (L - 1).bit_length() + 1))
+        S, none = q.new_zeros(R, E, H, K, V), torch.zeros(R, dtype=torch.long, device=q.device)
+        return chunks(q, k, v, g, beta, gain[..., :E], S, none, torch.full_like(none, L))[0]
 
     def _continued(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        gain: Tensor,
-        inputs: Tensor | None,
-        ctx: Ctx,
-        state: Fenwick,
+        self, parts: tuple[Tensor, ...], inputs: Tensor | None, ctx: Ctx, state: Fenwick
     ) -> tuple[Tensor, Fenwick | DraftFenwick]:
         """Outputs of documents that go on from their slots."""
-        (B, T), N = q.shape[:2], state.S.shape[0]
+        (B, T), N = parts[0].shape[:2], state.S.shape[0]
         docs = Docs.of(ctx.layout, N)
-        rq, rk, rv, rg, gains = (docs.unpack(t) for t in (q, k, v, g, gain))
+        rq, rk, rv, rg, gains, *rest = map(docs.unpack, parts)
+        beta = rest[0] if rest else None
         before, place = docs.read(state.S), docs.read(state.place, 0).long()
-        o, S = self._chunks(rq, rk, rv, rg, gains, before, place, docs.length)
+        o, S = chunks(rq, rk, rv, rg, beta, gains, before, place, docs.length)
         y, w = docs.pack(o, B, T), docs.written(N)
         if inputs is None:
             inputs = state.tail.new_zeros(rq.shape[0], rq.shape[1], 0)
@@ -264,6 +322,7 @@ class LogLinear(Mixer):
             w.take(rk),
             w.take(rv),
             w.take(rg),
+            None if beta is None else w.take(beta),
             torch.cat((old, taken[:, size:]), dim=1),
             w.length,
         )
@@ -296,10 +355,13 @@ class LogLinearConfig(Config):
     def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> LogLinear:
         linear = linear or DenseConfig().build
         c = self.inner
-        if not isinstance(c, LinearAttentionConfig) or c.normalise or c.decay == "channel":
+        linear_state = isinstance(c, LinearAttentionConfig) and not c.normalise
+        by_head = linear_state and c.decay != "channel"
+        if not by_head and not isinstance(c, DeltaRuleConfig):
             raise UserError(
-                "log_linear wraps a linear_attention with normalise: false and decays by head "
-                "(decay: none, constant, scalar or step), e.g. the settings of mamba2"
+                "log_linear wraps a delta_rule, or a linear_attention with normalise: false and "
+                "decays by head (decay: none, constant, scalar or step), e.g. the settings of "
+                "mamba2"
             )
         return LogLinear(d_model, c.build(d_model, linear), self.levels, linear)
 

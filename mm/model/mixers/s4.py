@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,39 @@ from mm.model.dense_memory import DenseMemory
 from mm.model.hippo import nplr_legs
 from mm.model.layer import Ctx, Linear, Out
 from mm.model.linears.dense import DenseConfig
+from mm.model.rows import Docs
+from mm.model.scan_state import Hidden, advanced, settled
 from mm.registry import MIXERS
 from mm.state import State
+
+STEPS = 16  # tokens of a call up to which stepping is cheaper than powers of a matrix
+
+
+class NplrStep(NamedTuple):
+    """``h' = (I - dt / 2 A)^{-1} ((I + dt / 2 A) h + dt B u)`` for ``A = diag(rate) - P P^*``,
+    without a matrix: Woodbury's identity inverts it, and both factors are diagonal plus rank one.
+
+    Source: Gu et al. 2021 (arXiv:2111.00396), appendix C.2 (the recurrence in O(N)).
+    """
+
+    rate: Tensor  # (D, N / 2) complex
+    p: Tensor  # (D, N / 2) complex
+    b: Tensor  # (D, N / 2) complex
+    read: Tensor  # (D, N) of the real states (Re h, Im h)
+    half: Tensor  # (D, 1) dt / 2
+    inverse: Tensor  # (D, N / 2) complex: of 1 - dt / 2 rate
+    room: Tensor  # (D, 1) Woodbury's denominator
+
+    def after(self, h: Tensor, u: Tensor) -> Tensor:
+        """`(..., D, N / 2)` complex states after one token. ``h`` `(..., D or 1, N / 2)`; ``u``
+        `(..., D or 1)` real.
+        """
+        # A conjugate pair reads P^* h + its conjugate: twice the real part.
+        seen = lambda x: 2 * (self.p.conj() * x).real.sum(-1, keepdim=True)
+        driven = 2 * self.half * self.b * u[..., None]
+        ahead = (1 + self.half * self.rate) * h - self.half * self.p * seen(h) + driven
+        back = self.half * self.p * (seen(self.inverse * ahead) / self.room)
+        return self.inverse * (ahead - back)
 
 
 class S4(DenseMemory):
@@ -28,7 +59,8 @@ class S4(DenseMemory):
     l, P and B begin as those of HiPPO-LegS; all are learned by channel, and the real parts of l
     stay negative, so that the system is stable. The recurrence is evaluated in chunks with powers
     of the transition matrix, which is exact, linear in the length and starts from any state; the
-    paper's Cauchy kernel and Fourier transform give the same numbers.
+    paper's Cauchy kernel and Fourier transform give the same numbers. A few tokens that go on from
+    a State are stepped in O(N) each (`NplrStep`), without any matrix.
 
     Source: Gu et al. 2021 (arXiv:2111.00396), section 3 and appendix C; ``- P P^*`` in place of
     ``- P Q^*``: Goel et al. 2022 (arXiv:2202.09729), section 4.1.
@@ -59,39 +91,52 @@ class S4(DenseMemory):
         nn.init.normal_(self.readout, std=0.5**0.5)
         nn.init.normal_(self.skip)
 
-    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Transitions `(D, N, N)`, inputs `(D, N)` and readouts `(D, 1, N)` of the real states
-        ``(Re h, Im h)``.
-
-        Woodbury's identity inverts the bilinear step: O(N^2) a channel, not O(N^3).
-        """
+    def system(self) -> NplrStep:
+        """The bilinear step as vectors: O(N) a channel."""
         wide = torch.promote_types(self.log_rate.dtype, torch.float32)
         rate = torch.complex(-self.log_rate.to(wide).exp(), self.frequency.to(wide))
         p, b, c = (torch.complex(*x.to(wide)) for x in (self.low_rank, self.drive, self.readout))
         half = self.log_step.to(wide).exp()[:, None] / 2
         inverse = 1 / (1 - half * rate)
         room = 1 + half * 2 * (p.conj() * inverse * p).real.sum(-1, keepdim=True)
+        read = torch.cat((2 * c.real, -2 * c.imag), -1)
+        return NplrStep(rate, p, b, read, half, inverse, room)
 
-        def solved(r: Tensor) -> Tensor:
-            """``(I - dt / 2 A)^-1 r`` for `(D, K, N / 2)` columns."""
-            seen = 2 * (p.conj()[:, None] * inverse[:, None] * r).real.sum(-1, keepdim=True)
-            return inverse[:, None] * (r - half[:, None] * p[:, None] * (seen / room[:, None]))
-
-        n = self.states // 2
-        eye = torch.eye(n, dtype=wide, device=p.device)
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Transitions `(D, N, N)`, inputs `(D, N)` and readouts `(D, 1, N)` of the real states
+        ``(Re h, Im h)``: `NplrStep.after` of every unit state and of the input alone.
+        """
+        system, n = self.system(), self.states // 2
+        eye = torch.eye(n, dtype=system.read.dtype, device=system.read.device)
         basis = torch.cat((torch.complex(eye, 0 * eye), torch.complex(0 * eye, eye)))
-        # A conjugate pair reads P^* h + its conjugate: twice the real part.
-        seen = 2 * (p.conj()[:, None] * basis).real.sum(-1, keepdim=True)
-        ahead = (1 + half * rate)[:, None] * basis - half[:, None] * p[:, None] * seen
-        a = solved(ahead)  # (D, N, N / 2): row j is what state j becomes
-        driven = solved((2 * half * b)[:, None])[:, 0]
-        read = torch.cat((2 * c.real, -2 * c.imag), -1)[:, None]
-        return torch.cat((a.real, a.imag), -1).mT, torch.cat((driven.real, driven.imag), -1), read
+        # (D, N, N / 2): row j is what state j becomes.
+        a = system.after(basis[:, None], basis.new_zeros(1).real).movedim(0, 1)
+        driven = system.after(basis.new_zeros(n), system.half.new_ones(1))
+        b = torch.cat((driven.real, driven.imag), -1)
+        return torch.cat((a.real, a.imag), -1).mT, b, system.read[:, None]
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        y, after = self.remembered(x_BTD, *self.matrices(), ctx, state)
-        y = y[..., 0].to(x_BTD.dtype) + self.skip * x_BTD
+        if state is not None and 0 < ctx.layout.max_seqlen <= STEPS:
+            y, after = self._stepped(x_BTD, ctx, settled(state))
+        else:
+            y, after = self.remembered(x_BTD, *self.matrices(), ctx, state)
+            y = y[..., 0]
+        y = y.to(x_BTD.dtype) + self.skip * x_BTD
         return Out(self.out(F.gelu(y), ctx), after)
+
+    def _stepped(self, x: Tensor, ctx: Ctx, old: Hidden) -> tuple[Tensor, State]:
+        """Readouts `(B, T, D)` of a few tokens, one after another, and the State after them."""
+        system, docs = self.system(), Docs.of(ctx.layout, old.h.shape[0])
+        rows, before = docs.unpack(x).to(system.read.dtype), docs.read(old.h)
+        h = torch.complex(*before.view(-1, self.channels, 2, self.states // 2).unbind(2))
+        states = []
+        for u in rows.unbind(1):
+            h = system.after(h, u)
+            states.append(torch.cat((h.real, h.imag), -1))
+        made = torch.stack(states, 1)
+        y = (made * system.read).sum(-1)
+        after = advanced(old, docs, before, made.flatten(2), ctx.draft)
+        return docs.pack(y, *x.shape[:2]), after
 
 
 @MIXERS.register("s4")

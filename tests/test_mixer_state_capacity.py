@@ -1,0 +1,105 @@
+"""What keeps the state of linear attention from growing past the lengths of training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from laws import D, alone, documents
+from torch import Tensor
+
+from mm.errors import UserError
+from mm.layout import Doc, Layout
+from mm.mask import Causal
+from mm.model.backbones.stack import StackConfig
+from mm.model.layer import Ctx, Mixer, init_weights
+from mm.model.mixers.capped_state import CappedStateConfig, capped
+from mm.model.mixers.linear_attention import LinearAttentionConfig
+from mm.model.mixers.windowed_state import WindowedStateConfig
+
+INNER = LinearAttentionConfig(heads=2, feature="silu", normalise=False, decay="scalar")
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor, cap: float) -> tuple[Tensor, ...]:
+    """The recurrence as it is written."""
+    outs = []
+    for qt, kt, vt, gt in zip(*(x.unbind(1) for x in (q, k, v, g)), strict=True):
+        S = gt.exp()[..., None, None] * S + kt[..., None] * vt[..., None, :]
+        size = S.square().sum((-1, -2), keepdim=True).sqrt()
+        S = torch.where(size > cap, S * cap / size, S)
+        outs.append(torch.einsum("rhk,rhkv->rhv", qt, S))
+    return torch.stack(outs, 1), S
+
+
+@pytest.mark.parametrize("T", [1, 3, 63, 64, 65, 130])
+@pytest.mark.parametrize("cap", [0.7, 4.0, 1e6])
+def test_the_capped_state_is_the_recurrence_in_all_gradients(T: int, cap: float) -> None:
+    g = torch.Generator().manual_seed(T)
+    r = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=g)
+    S = r(2, 2, 3, 4)
+    S = 0.6 * S / S.square().sum((-1, -2), keepdim=True).sqrt()
+    leaves = [r(2, T, 2, 3), r(2, T, 2, 3), r(2, T, 2, 4), -0.2 * r(2, T, 2).abs(), S]
+    found = []
+    for run in (lambda *x: capped(*x, None, cap), lambda *x: plain(*x, cap)):
+        inputs = [x.clone().requires_grad_() for x in leaves]
+        out = run(*inputs)
+        found.append((*out, *torch.autograd.grad(sum(o.sin().sum() for o in out), inputs)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+def norms(layer: Mixer, T: int) -> Tensor:
+    """The largest norm of a head's state after 1, 2, 4, .. ``T`` tokens of noise."""
+    torch.manual_seed(0)
+    init_weights(layer)
+    inner = getattr(layer, "inner", layer)
+    with torch.no_grad():
+        inner.decay_bias.fill_(8.0)  # type: ignore[union-attr,operator]  # nothing is forgotten
+        x, state, at, found = torch.randn(1, T, D), layer.initial_state(1, T), 0, []
+        while at < T:
+            n = max(at, 1)
+            layout = Layout.from_rows([[Doc(n, slot=0, fresh=at == 0, start=at)]])
+            state = layer(x[:, at : at + n], Ctx(layout, Causal()), state).state
+            assert state is not None
+            found.append(state.S.square().sum((-1, -2)).sqrt().max())  # type: ignore[attr-defined]
+            at += n
+    return torch.stack(found)
+
+
+def test_states_stay_as_large_as_in_training_at_64_times_its_length() -> None:
+    trained, T = 64, 4096
+    free = norms(INNER.build(D), T)
+    seen = float(free[: trained.bit_length()].max())
+    assert free[-1] > 2.5 * seen, "the state of the mixer itself grows on"
+    held = norms(CappedStateConfig(inner=INNER, cap=seen).build(D), T)
+    torch.testing.assert_close(held[: trained.bit_length()], free[: trained.bit_length()])
+    assert held.max() <= seen * (1 + 1e-5)
+    window = norms(WindowedStateConfig(inner=INNER, window=trained).build(D), T)
+    assert window.max() <= 1.5 * seen
+    more = INNER.model_copy(update={"temperature": 0.02, "insert": 0.9})
+    assert norms(more.build(D), T)[-1] < seen
+
+
+@pytest.mark.parametrize("decay", ["scalar", "step", "channel"])
+def test_temperature_and_insert_are_powers_of_decays_and_factors_of_writes(decay: str) -> None:
+    base = LinearAttentionConfig(heads=2, feature="silu", normalise=False, decay=decay)  # type: ignore[arg-type]
+    layers = [base.build(D), base.model_copy(update={"temperature": 0.5, "insert": 0.3}).build(D)]
+    init_weights(layers[0])
+    layers[1].load_state_dict(layers[0].state_dict())
+    (x,), ctx = documents(9), Ctx(Layout.plain(1, 9), Causal())
+    f, more = (layer.double().features(x[None], ctx) for layer in layers)
+    torch.testing.assert_close(more["g"], 2 * f["g"])
+    torch.testing.assert_close(more["v"], 0.3 * f["v"])
+    torch.testing.assert_close(more["q"], f["q"])
+
+
+def test_a_cap_that_is_never_reached_changes_nothing() -> None:
+    layer = CappedStateConfig(inner=INNER, cap=1e9).build(D).double()
+    init_weights(layer)
+    (x,) = documents(100)
+    torch.testing.assert_close(alone(layer, x), alone(layer.inner, x))
+
+
+def test_only_mixers_with_a_decay_by_head_are_wrapped() -> None:
+    for word in ("gla", "linear_attention", "attention"):
+        with pytest.raises(UserError, match="decays by head"):
+            CappedStateConfig(inner=StackConfig(pattern=word).mixer(word)).build(D)
