@@ -10,6 +10,8 @@ from peers import (
     SCALE,
     D,
     assert_same_logits,
+    copy_block,
+    copy_lightning,
     copy_norm,
     matrix,
     ours,
@@ -18,6 +20,10 @@ from peers import (
 )
 from torch import nn
 
+from mm import config as yaml_config
+
+LLAMA = ("input_layernorm", "post_attention_layernorm")
+LIGHTNING = yaml_config.read("mixer/lightning_attention")
 __all__ = ["plain_peers"]  # a fixture of every test here
 
 
@@ -66,3 +72,81 @@ def test_xlstm() -> None:
             matrix(block.channel.gate_up, layer.ffn.proj_up_gate, layer.ffn.proj_up)
             matrix(block.channel.out, layer.ffn.proj_down)
     assert_same_logits(theirs, model, after=lambda x: 3 * torch.tanh(x / 3))
+
+
+def test_olmo_hybrid() -> None:
+    """Gated DeltaNet layers norm before each branch, attention layers after it.
+
+    One attention head: queries and keys are normed over all heads there, head by head here.
+    """
+    theirs = peer(
+        "olmo_hybrid",
+        "OlmoHybrid",
+        num_hidden_layers=4,
+        num_attention_heads=1,
+        linear_num_key_heads=4,
+        linear_num_value_heads=4,
+        linear_key_head_dim=12,
+        linear_value_head_dim=20,
+        intermediate_size=HIDDEN,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    )
+    delta = {"heads": 4, "key_dim": 12, "value_dim": 20, "negative_eigenvalues": True}
+    position = {"kind": "rope", "theta": 500000.0}
+    model = ours(
+        "3*gated_deltanet attention",
+        {"gated_deltanet": delta, "attention": {"heads": 1, "position": position}},
+        blocks={"attention": {"kind": "prenorm", "pre_norms": False, "post_norms": True}},
+    )
+    copy_ends(model, theirs.model.embed_tokens.weight, theirs.model.norm, theirs.lm_head)
+    after = ("post_attention_layernorm", "post_feedforward_layernorm")
+    with torch.no_grad():
+        for block, layer in zip(model.backbone.layers, theirs.model.layers, strict=True):
+            copy_block(block, layer, LLAMA if hasattr(layer, "linear_attn") else after, "mlp")
+    assert_same_logits(theirs, model)
+
+
+def test_minimax() -> None:
+    """Lightning attention, whose rates fall with depth, and softmax attention; the residual begins
+    behind the norm. One expert: its weight is 1.
+    """
+    theirs = peer(
+        "minimax",
+        "MiniMax",
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=HIDDEN,
+        num_local_experts=1,
+        num_experts_per_tok=1,
+        block_size=16,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    lightning = {**LIGHTNING, "heads": 4}
+    rate = lambda i: 1 - i / (4 - 1 + 1e-5) + 1e-5
+    model = ours(
+        "first attention third attention",
+        {
+            "first": {**lightning, "rate": rate(0)},
+            "third": {**lightning, "rate": rate(2)},
+            "attention": {"heads": 4, "kv_heads": 2, "head_dim": 16, "qk_norm": False},
+        },
+        block={"kind": "prenorm", "normed_residual": True},
+    )
+    copy_ends(model, theirs.model.embed_tokens.weight, theirs.model.norm, theirs.lm_head)
+    with torch.no_grad():
+        for i, (block, layer) in enumerate(
+            zip(model.backbone.layers, theirs.model.layers, strict=True)
+        ):
+            if i % 2:
+                copy_block(block, layer, LLAMA, None)
+            else:
+                copy_norm(block.mixer_norm, layer.input_layernorm)
+                copy_norm(block.channel_norm, layer.post_attention_layernorm)
+                copy_lightning(block.mixer, layer.self_attn)
+            (gate_up,), (down,) = layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj
+            matrix(block.channel.gate_up, gate_up)
+            matrix(block.channel.out, down)
+    assert_same_logits(theirs, model)

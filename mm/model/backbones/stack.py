@@ -145,6 +145,9 @@ class StackConfig(Config):
     block: BLOCKS.field = Field(  # type: ignore[valid-type]
         default="prenorm", validate_default=True
     )
+    blocks: dict[str, BLOCKS.field] = Field(  # type: ignore[valid-type]
+        default={}, description="words of the pattern with a block of their own"
+    )
     eps: float = 1e-6
     recompute: bool = Field(
         default=False, description="activation checkpointing of every layer (non-reentrant)"
@@ -165,8 +168,11 @@ class StackConfig(Config):
     @model_validator(mode="after")
     def _known_words(self) -> StackConfig:
         try:
-            for word in self.words():
+            words = self.words()
+            for word in words:
                 self.mixer(word)
+            for word in self.blocks.keys() - {*words}:
+                raise UserError(f"blocks: '{word}' is no word of the pattern")
         except UserError as error:  # pydantic reports it with its path in the file
             raise ValueError(str(error)) from error
         return self
@@ -188,7 +194,7 @@ class StackConfig(Config):
     def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> Stack:
         linear = linear or DenseConfig().build
         layers = [
-            self.block.build(
+            self.blocks.get(word, self.block).build(
                 d_model,
                 self.mixer(word).build(d_model, linear),
                 self.channel.build(d_model, linear) if self.channel else None,
