@@ -161,6 +161,7 @@ MIXERS = Registry(
         "differential": "mm.model.mixers.differential",
         "prefix_linear_attention": "mm.model.mixers.jrt",
         "windowed_state": "mm.model.mixers.windowed_state",
+        "rwkv4": "mm.model.mixers.rwkv4",
         "rwkv6": "mm.model.mixers.rwkv6",
         "aaren": "mm.model.mixers.aaren",
         "hippo": "mm.model.mixers.hippo",
@@ -206,7 +207,13 @@ MIXERS = Registry(
         "nystromformer": "mm.model.mixers.nystromformer",
     },
 )
-CHANNELS = Registry("channel", {"swiglu": "mm.model.channels.swiglu"})
+CHANNELS = Registry(
+    "channel",
+    {
+        "swiglu": "mm.model.channels.swiglu",
+        "channel_mix": "mm.model.channels.channel_mix",
+    },
+)
 POSITIONS = Registry(
     "position",
     {

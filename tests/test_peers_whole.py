@@ -150,3 +150,45 @@ def test_minimax() -> None:
             matrix(block.channel.gate_up, gate_up)
             matrix(block.channel.out, down)
     assert_same_logits(theirs, model)
+
+
+def test_rwkv() -> None:
+    """RWKV-4. The norm behind the embeddings is a function of the token: it is put into the table,
+    and the gradient of ours is led through it.
+    """
+    theirs = peer(
+        "rwkv",
+        "Rwkv",
+        num_hidden_layers=2,
+        attention_hidden_size=D,
+        intermediate_size=HIDDEN,
+        rescale_every=0,
+    )
+    model = ours(
+        "2*rwkv4",
+        {},
+        channel={"kind": "channel_mix", "hidden": HIDDEN},
+        block={"kind": "prenorm", "norm": "layer"},
+        norm="layer",
+    )
+    base = theirs.rwkv
+    first = base.blocks[0].pre_ln
+    copy_ends(model, first(base.embeddings.weight), base.ln_out, theirs.head)
+    with torch.no_grad():
+        for block, layer in zip(model.backbone.layers, base.blocks, strict=True):
+            copy_norm(block.mixer_norm, layer.ln1)
+            copy_norm(block.channel_norm, layer.ln2)
+            mixer, source = block.mixer, layer.attention
+            names = ("receptance", "key", "value")
+            mixer.mix.copy_(torch.cat([getattr(source, f"time_mix_{n}")[0] for n in names]))
+            for target, name in zip(mixer.projections, names, strict=True):
+                matrix(target, getattr(source, name))
+            mixer.log_decay.copy_(source.time_decay)
+            mixer.bonus.copy_(source.time_first)
+            matrix(mixer.out, source.output)
+            channel, source = block.channel, layer.feed_forward
+            channel.mix.copy_(torch.cat((source.time_mix_receptance[0], source.time_mix_key[0])))
+            matrix(channel.receptance, source.receptance)
+            matrix(channel.key, source.key)
+            matrix(channel.out, source.value)
+    assert_same_logits(theirs, model, through=first)

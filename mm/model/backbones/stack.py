@@ -18,7 +18,7 @@ from mm.errors import UserError, did_you_mean
 from mm.model.backbones.pattern import parse, tile
 from mm.model.layer import Backbone, Block, Ctx, Layer, Linear, Out, Provider
 from mm.model.linears.dense import DenseConfig
-from mm.model.norm import RMSNorm
+from mm.model.norm import Kind, norm
 from mm.registry import BACKBONES, BLOCKS, CHANNELS, MIXERS
 from mm.state import Many, State
 
@@ -33,10 +33,17 @@ class Stack(Backbone):
     `hidden` (what the heads read) go into the successor Ctx as shared values named `tap.hidden.i`.
     """
 
-    def __init__(self, layers: Sequence[Block], d_model: int, eps: float, recompute: bool):
+    def __init__(
+        self,
+        layers: Sequence[Block],
+        d_model: int,
+        eps: float,
+        recompute: bool,
+        last: Kind = "rms",
+    ):
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.norm = RMSNorm(d_model, eps=eps)
+        self.norm = norm(last, d_model, eps)
         self.recompute = recompute
         self.providers = nn.ModuleDict()
         readers: dict[str, list[Layer]] = {}
@@ -149,6 +156,7 @@ class StackConfig(Config):
         default={}, description="words of the pattern with a block of their own"
     )
     eps: float = 1e-6
+    norm: Kind = Field(default="rms", description="of what the heads read")
     recompute: bool = Field(
         default=False, description="activation checkpointing of every layer (non-reentrant)"
     )
@@ -201,7 +209,7 @@ class StackConfig(Config):
             )
             for word in self.words()
         ]
-        return Stack(layers, d_model, self.eps, self.recompute)
+        return Stack(layers, d_model, self.eps, self.recompute, self.norm)
 
     @classmethod
     def smallest(cls) -> StackConfig:

@@ -13,7 +13,7 @@ from torch import Tensor
 from mm.config import Config
 from mm.model.layer import Block, Channel, Ctx, Mixer, Out
 from mm.model.noise import dropout
-from mm.model.norm import RMSNorm
+from mm.model.norm import Kind, norm
 from mm.registry import BLOCKS
 from mm.state import Many, State
 
@@ -37,17 +37,18 @@ class PreNorm(Block):
         post_norms: bool = False,
         pre_norms: bool = True,
         normed_residual: bool = False,
+        kind: Kind = "rms",
     ):
         super().__init__()
         self.dropout, self.normed_residual = dropout, normed_residual
-        self.mixer_norm = RMSNorm(d_model, eps=eps) if pre_norms else None
+        self.mixer_norm = norm(kind, d_model, eps) if pre_norms else None
         self.mixer = mixer
         before = pre_norms and channel is not None
-        self.channel_norm = RMSNorm(d_model, eps=eps) if before else None
+        self.channel_norm = norm(kind, d_model, eps) if before else None
         self.channel = channel
-        self.mixer_post_norm = RMSNorm(d_model, eps=eps) if post_norms else None
+        self.mixer_post_norm = norm(kind, d_model, eps) if post_norms else None
         both = post_norms and channel is not None
-        self.channel_post_norm = RMSNorm(d_model, eps=eps) if both else None
+        self.channel_post_norm = norm(kind, d_model, eps) if both else None
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         assert state is None or isinstance(state, Many)
@@ -92,7 +93,7 @@ class PreNorm(Block):
 
 @BLOCKS.register("prenorm")
 class PreNormConfig(Config):
-    """Residual block with RMSNorm before mixer and channel, after them, or on both sides."""
+    """Residual block with norms before mixer and channel, after them, or on both sides."""
 
     kind: Literal["prenorm"] = "prenorm"
     eps: float = 1e-6
@@ -106,6 +107,8 @@ class PreNormConfig(Config):
     normed_residual: Annotated[
         bool, Field(description="add each branch to the normed input that it read")
     ] = False
+
+    norm: Kind = "rms"
 
     @model_validator(mode="after")
     def _somewhere_normed(self) -> PreNormConfig:
@@ -123,4 +126,5 @@ class PreNormConfig(Config):
             self.post_norms,
             self.pre_norms,
             self.normed_residual,
+            self.norm,
         )
