@@ -162,6 +162,7 @@ MIXERS = Registry(
         "prefix_linear_attention": "mm.model.mixers.jrt",
         "windowed_state": "mm.model.mixers.windowed_state",
         "capped_state": "mm.model.mixers.capped_state",
+        "rwkv4": "mm.model.mixers.rwkv4",
         "rwkv6": "mm.model.mixers.rwkv6",
         "aaren": "mm.model.mixers.aaren",
         "hippo": "mm.model.mixers.hippo",
@@ -207,7 +208,13 @@ MIXERS = Registry(
         "nystromformer": "mm.model.mixers.nystromformer",
     },
 )
-CHANNELS = Registry("channel", {"swiglu": "mm.model.channels.swiglu"})
+CHANNELS = Registry(
+    "channel",
+    {
+        "swiglu": "mm.model.channels.swiglu",
+        "channel_mix": "mm.model.channels.channel_mix",
+    },
+)
 POSITIONS = Registry(
     "position",
     {

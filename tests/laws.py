@@ -85,6 +85,14 @@ def variants() -> dict[str, Callable[[], Layer]]:
         channel={"kind": "swiglu", "hidden": 8},
         mixers={"local_attention": {"heads": 2, "window": 3}, "rg_lru": {"heads": 2}},
     ).build(D)
+    made["stack, words with a block of their own"] = lambda: StackConfig(
+        pattern="rg_lru attention",
+        channel={"kind": "swiglu", "hidden": 8},
+        block={"kind": "prenorm", "normed_residual": True, "norm": "layer"},
+        norm="layer",
+        blocks={"attention": {"kind": "prenorm", "pre_norms": False, "post_norms": True}},
+        mixers={"attention": {"heads": 2}, "rg_lru": {"heads": 2}},
+    ).build(D)
     return made
 
 

@@ -88,12 +88,13 @@ def assert_same_logits(
     model: Model,
     after: Callable[[Tensor], Tensor] = lambda x: x,
     scaled: bool = False,
+    through: Callable[[Tensor], Tensor] | None = None,
     **call: Any,
 ) -> None:
     """Logits within 1e-4 of each other, gradients of the embeddings within 1e-3 of their size.
 
-    ``after``: what the peer does to logits; ``scaled``: as in `copy_model`; ``call``: further
-    arguments of the peer.
+    ``after``: what the peer does to logits; ``scaled``: as in `copy_model`; ``through``: what the
+    peer does to its table, which is in ours already; ``call``: further arguments of the peer.
     """
     assert all(p.isfinite().all() for p in model.parameters()), "a weight was not copied"
     g = torch.Generator().manual_seed(5)
@@ -111,6 +112,8 @@ def assert_same_logits(
     table = theirs.get_input_embeddings().weight
     (wanted,) = torch.autograd.grad((expected * weights).sum(), table)
     moved = moved if scaled else moved / SCALE
+    if through is not None:
+        (moved,) = torch.autograd.grad(through(table), table, moved)
     assert (moved - wanted).norm() < 1e-3 * wanted.norm()
 
 
@@ -166,6 +169,8 @@ def copy_norm(target: Any, source: Any, zero_centred: bool = False) -> None:
     """Scale and epsilon; a zero-centred peer multiplies by ``1 + weight``."""
     target.weight.copy_(source.weight + 1 if zero_centred else source.weight)
     target.eps = getattr(source, "variance_epsilon", getattr(source, "eps", None))
+    if hasattr(target, "bias"):
+        target.bias.copy_(source.bias)
 
 
 def matrix(target: Any, *sources: nn.Linear | Tensor) -> None:

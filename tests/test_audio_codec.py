@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from codec_toys import FRONT_ENDS, batch_of, codec, speech_like
 
 from mm.batch import Batch, Values
 from mm.config import override, read, validate
@@ -24,155 +25,8 @@ from mm.specs import Encoded, Waveform
 from mm.tokenizers.audio.codec import AudioCodec, AudioCodecConfig
 from mm.tokenizers.audio.critic import MsStftCriticConfig
 from mm.tokenizers.audio.losses import mel_counts, mel_loss, wave_loss
-from mm.tokenizers.audio.mel import frames, hann_window, log_mel, mel_filterbank
-from mm.tokenizers.audio.melcodec import IstftHead, MelFrontEndConfig
-from mm.tokenizers.audio.seanet import SeanetFrontEndConfig
 from mm.tokenizers.audio.tokenizer import AudioCodecTokenizer, AudioCodecTokenizerConfig
 from mm.tokenizers.load import load_tokenizer
-from mm.tokenizers.quantizers.rvq import RvqConfig
-
-FRONT_ENDS = {
-    "mel": MelFrontEndConfig(n_mels=16, width=16, hidden=32, synthesis_blocks=1),
-    "seanet": SeanetFrontEndConfig(strides=(2, 4, 5), width=4),
-    "seanet_lstm": SeanetFrontEndConfig(
-        strides=(2, 4), width=4, lstm_layers=2, residual_dilations=(1, 3)
-    ),
-}
-
-
-def codec(name: str, n_codebooks: int = 3) -> AudioCodec:
-    torch.manual_seed(0)
-    quantizer = RvqConfig(n_codebooks=n_codebooks, codebook_size=16, d=6)
-    net = AudioCodecConfig(frontend=FRONT_ENDS[name], quantizer=quantizer).build()
-    init_weights(net)
-    return net
-
-
-def speech_like(n: int, seed: int = 0) -> np.ndarray:
-    """A gliding tone with overtones and a little noise, (n,) float32 at 16 kHz."""
-    rng = np.random.default_rng(seed)
-    pitch = rng.uniform(100, 250) * (
-        1 + 0.2 * np.sin(2 * np.pi * rng.uniform(1, 4) * np.arange(n) / 16000)
-    )
-    phase = 2 * np.pi * np.cumsum(pitch) / 16000
-    wave = sum(rng.uniform(0.02, 0.15) * np.sin(k * phase) for k in range(1, 12))
-    return (wave + 0.003 * rng.standard_normal(n)).astype(np.float32)
-
-
-def batch_of(lengths: list[int], n: int | None = None, seed: int = 0) -> Batch:
-    n = n or max(lengths)
-    data = torch.zeros(len(lengths), n)
-    for g, length in enumerate(lengths):
-        data[g, :length] = torch.from_numpy(speech_like(length, seed + g))
-    return Batch.of_values({"audio": Values.items(data, torch.tensor(lengths))})
-
-
-# ---- front ends ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", FRONT_ENDS)
-def test_encoder_sees_no_sample_beyond_its_frame(name):
-    front = codec(name).double().frontend
-    hop, n = front.samples_per_frame, 12
-    x = torch.from_numpy(speech_like(n * hop)).double()[None]
-    with torch.no_grad():
-        z = front.encode(x)
-        assert z.shape == (1, n, 6) and front.encode_lookahead == 0
-        for frame in (1, 5, 11):
-            later = x.clone()
-            later[:, frame * hop :] += torch.randn(1, (n - frame) * hop)
-            assert torch.equal(front.encode(later)[:, :frame], z[:, :frame])
-            last = x.clone()
-            last[:, frame * hop - 1] += 1.0  # the last sample of frame - 1 does count
-            assert not torch.equal(front.encode(last)[:, frame - 1], z[:, frame - 1])
-
-
-@pytest.mark.parametrize("name", FRONT_ENDS)
-def test_decoder_looks_ahead_exactly_as_far_as_it_declares(name):
-    front = codec(name).double().frontend
-    hop, n = front.samples_per_frame, 12
-    z, valid = torch.randn(1, n, 6, dtype=torch.float64), torch.ones(1, n, dtype=torch.bool)
-    with torch.no_grad():
-        wave = front.decode(z, valid)
-        assert wave.shape == (1, n * hop)
-        for frame in (3, 8):
-            later = z.clone()
-            later[:, frame:] += torch.randn(1, n - frame, 6)
-            first = int((front.decode(later, valid) != wave)[0].nonzero()[0])
-            start = frame * hop - front.decode_lookahead
-            # the outermost sample of a Hann window is 0
-            assert start <= first <= start + (1 if name == "mel" else 0)
-
-
-@pytest.mark.parametrize("name", FRONT_ENDS)
-def test_chunk_by_chunk_encoding_equals_offline(name):
-    net = codec(name).double().eval()
-    hop = net.samples_per_frame
-    x = torch.from_numpy(np.stack([speech_like(14 * hop, s) for s in (1, 2)])).double()
-    with torch.no_grad():
-        z = net.frontend.encode(x)
-        stream: dict = {}
-        chunks = [
-            net.frontend.encode(part, stream)
-            for part in x.split([3 * hop, hop, 6 * hop, 4 * hop], dim=1)
-        ]
-        torch.testing.assert_close(torch.cat(chunks, dim=1), z, rtol=0, atol=1e-12)
-        stream = {}
-        ids = torch.cat(
-            [net.encode_stream(part, stream) for part in x.split(2 * hop, dim=1)], dim=1
-        )
-        assert torch.equal(ids, net.encode(x, torch.tensor([14 * hop] * 2)))
-
-
-@pytest.mark.parametrize("name", ["seanet", "seanet_lstm"])
-def test_chunk_by_chunk_decoding_equals_offline(name):
-    front = codec(name).double().frontend
-    z, valid = torch.randn(2, 11, 6, dtype=torch.float64), torch.ones(2, 11, dtype=torch.bool)
-    with torch.no_grad():
-        wave, stream = front.decode(z, valid), {}
-        chunks = [front.decode(part, valid, stream) for part in z.split([1, 4, 6], dim=1)]
-    torch.testing.assert_close(torch.cat(chunks, dim=1), wave, rtol=0, atol=1e-12)
-
-
-def test_istft_head_inverts_the_spectrum():
-    head = IstftHead(8, n_fft=640, hop=160)
-    x = torch.randn(2, 3200, dtype=torch.float64)
-    window = hann_window(640, x.dtype, x.device)
-    pieces = frames(x, 640, 160, 240) * window
-    envelope = head._overlap_add(window.square().expand_as(pieces))
-    again = head._overlap_add(pieces * window) / envelope
-    torch.testing.assert_close(again, x, rtol=0, atol=1e-10)
-    # and through magnitude and phase: the projection is replaced by its exact inverse for one known
-    # frame sequence
-    spectrum = torch.fft.rfft(pieces)
-    head = IstftHead(642, 640, 160).double()
-    with torch.no_grad():
-        head.project.weight.copy_(torch.eye(642))
-        head.project.bias.zero_()
-        parts = torch.cat([spectrum.abs().log(), spectrum.angle()], dim=-1)
-        wave = head(parts, torch.ones(2, parts.shape[1], dtype=torch.bool))
-    torch.testing.assert_close(wave, x, rtol=0, atol=1e-9)
-
-
-def test_mel_filterbank_is_torchaudios_where_no_filter_is_empty():
-    torchaudio = pytest.importorskip("torchaudio")
-    for n_fft, n_mels in ((1024, 64), (640, 40)):
-        mine = mel_filterbank(n_fft, n_mels, 16000, torch.float32, torch.device("cpu"))
-        theirs = torchaudio.functional.melscale_fbanks(
-            n_fft // 2 + 1, 0.0, 8000.0, n_mels, 16000, mel_scale="htk"
-        )
-        filled = theirs.sum(0) > 0
-        torch.testing.assert_close(mine[:, filled], theirs[:, filled], rtol=1e-3, atol=1e-4)
-        assert (mine.sum(0) > 0).all()
-
-
-def test_log_mel_of_a_sine_peaks_in_its_band_near_full_scale():
-    t = torch.arange(16000, dtype=torch.float64) / 16000
-    mel = log_mel(torch.sin(2 * torch.pi * 1000 * t)[None], sample_rate=16000)[0, 50]
-    bank = mel_filterbank(1024, 64, 16000, torch.float64, torch.device("cpu"))
-    assert int(mel.argmax()) == int(bank[round(1000 * 1024 / 16000)].argmax())
-    assert 0.4 < float(mel.max().exp()) < 1.5
-
 
 # ---- network and losses --------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from mm.model import recompute as recomputing
 from mm.model.backbones.pattern import parse, tile
 from mm.model.layer import Backbone, Block, Ctx, Layer, Linear, Out, Provider
 from mm.model.linears.dense import DenseConfig
-from mm.model.norm import RMSNorm
+from mm.model.norm import Kind, norm
 from mm.registry import BACKBONES, BLOCKS, CHANNELS, MIXERS
 from mm.state import Many, State
 
@@ -33,10 +33,17 @@ class Stack(Backbone):
     `hidden` (what the heads read) go into the successor Ctx as shared values named `tap.hidden.i`.
     """
 
-    def __init__(self, layers: Sequence[Block], d_model: int, eps: float, recompute: str):
+    def __init__(
+        self,
+        layers: Sequence[Block],
+        d_model: int,
+        eps: float,
+        recompute: str,
+        last: Kind = "rms",
+    ):
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.norm = RMSNorm(d_model, eps=eps)
+        self.norm = norm(last, d_model, eps)
         self.recompute = [recomputing.suited(recompute, layer) for layer in layers]
         self.providers = nn.ModuleDict()
         readers: dict[str, list[Layer]] = {}
@@ -141,7 +148,11 @@ class StackConfig(Config):
     block: BLOCKS.field = Field(  # type: ignore[valid-type]
         default="prenorm", validate_default=True
     )
+    blocks: dict[str, BLOCKS.field] = Field(  # type: ignore[valid-type]
+        default={}, description="words of the pattern with a block of their own"
+    )
     eps: float = 1e-6
+    norm: Kind = Field(default="rms", description="of what the heads read")
     recompute: recomputing.Recompute = "none"
 
     @field_validator("mixers", mode="before")
@@ -159,8 +170,11 @@ class StackConfig(Config):
     @model_validator(mode="after")
     def _known_words(self) -> StackConfig:
         try:
-            for word in self.words():
+            words = self.words()
+            for word in words:
                 self.mixer(word)
+            for word in self.blocks.keys() - {*words}:
+                raise UserError(f"blocks: '{word}' is no word of the pattern")
         except UserError as error:  # pydantic reports it with its path in the file
             raise ValueError(str(error)) from error
         return self
@@ -182,14 +196,14 @@ class StackConfig(Config):
     def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> Stack:
         linear = linear or DenseConfig().build
         layers = [
-            self.block.build(
+            self.blocks.get(word, self.block).build(
                 d_model,
                 self.mixer(word).build(d_model, linear),
                 self.channel.build(d_model, linear) if self.channel else None,
             )
             for word in self.words()
         ]
-        return Stack(layers, d_model, self.eps, self.recompute)
+        return Stack(layers, d_model, self.eps, self.recompute, self.norm)
 
     @classmethod
     def smallest(cls) -> StackConfig:

@@ -1,17 +1,19 @@
-"""Pre-norm residual wiring. B rows, T tokens, D model."""
+"""Residual wiring of a mixer and a channel, with norms before, after or on both sides. B rows, T
+tokens, D model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from mm.config import Config
 from mm.model.layer import Block, Channel, Ctx, Mixer, Out
 from mm.model.noise import dropout
-from mm.model.norm import RMSNorm
+from mm.model.norm import Kind, norm
 from mm.registry import BLOCKS
 from mm.state import Many, State
 
@@ -20,7 +22,9 @@ class PreNorm(Block):
     """``x + mixer(norm(x))``, then ``x + channel(norm(x))``. Source: Xiong et al. 2020
     (arXiv:2002.04745), fig. 1b. In training each branch passes dropout (Srivastava et al. 2014).
     With ``post_norms`` what mixer and channel return is normed, too: Gemma 2 (arXiv:2408.00118),
-    section 2.
+    section 2; without ``pre_norms`` that alone: OLMo 2 (arXiv:2501.00656), section 2.
+    ``normed_residual``: the branch is added to what it read, as in MiniMax-01 (arXiv:2501.08313),
+    section 2, whose residual begins behind the norm.
     """
 
     def __init__(
@@ -31,31 +35,35 @@ class PreNorm(Block):
         eps: float,
         dropout: float = 0.0,
         post_norms: bool = False,
+        pre_norms: bool = True,
+        normed_residual: bool = False,
+        kind: Kind = "rms",
     ):
         super().__init__()
-        self.dropout = dropout
-        self.mixer_norm = RMSNorm(d_model, eps=eps)
+        self.dropout, self.normed_residual = dropout, normed_residual
+        self.mixer_norm = norm(kind, d_model, eps) if pre_norms else None
         self.mixer = mixer
-        self.channel_norm = RMSNorm(d_model, eps=eps) if channel is not None else None
+        before = pre_norms and channel is not None
+        self.channel_norm = norm(kind, d_model, eps) if before else None
         self.channel = channel
-        self.mixer_post_norm = RMSNorm(d_model, eps=eps) if post_norms else None
+        self.mixer_post_norm = norm(kind, d_model, eps) if post_norms else None
         both = post_norms and channel is not None
-        self.channel_post_norm = RMSNorm(d_model, eps=eps) if both else None
+        self.channel_post_norm = norm(kind, d_model, eps) if both else None
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         assert state is None or isinstance(state, Many)
-        mixed = self.mixer(self.mixer_norm(x_BTD), ctx, state[0] if state is not None else None)
+        read = x_BTD if self.mixer_norm is None else self.mixer_norm(x_BTD)
+        mixed = self.mixer(read, ctx, state[0] if state is not None else None)
         y = mixed.y if self.mixer_post_norm is None else self.mixer_post_norm(mixed.y)
-        x = x_BTD + self._drop(y, ctx, "mixer")
+        x = (read if self.normed_residual else x_BTD) + self._drop(y, ctx, "mixer")
         ctx_after = mixed.ctx or ctx
         aux = {f"mixer.{k}": v for k, v in mixed.aux.items()}
         channel_state = None
-        if self.channel is not None and self.channel_norm is not None:
-            fed = self.channel(
-                self.channel_norm(x), ctx_after, state[1] if state is not None else None
-            )
+        if self.channel is not None:
+            read = x if self.channel_norm is None else self.channel_norm(x)
+            fed = self.channel(read, ctx_after, state[1] if state is not None else None)
             y = fed.y if self.channel_post_norm is None else self.channel_post_norm(fed.y)
-            x = x + self._drop(y, ctx, "channel")
+            x = (read if self.normed_residual else x) + self._drop(y, ctx, "channel")
             ctx_after = fed.ctx or ctx_after
             channel_state = fed.state
             aux |= {f"channel.{k}": v for k, v in fed.aux.items()}
@@ -85,7 +93,7 @@ class PreNorm(Block):
 
 @BLOCKS.register("prenorm")
 class PreNormConfig(Config):
-    """Pre-norm block with RMSNorm."""
+    """Residual block with norms before mixer and channel, after them, or on both sides."""
 
     kind: Literal["prenorm"] = "prenorm"
     eps: float = 1e-6
@@ -95,6 +103,28 @@ class PreNormConfig(Config):
     post_norms: Annotated[bool, Field(description="also norm what mixer and channel return")] = (
         False
     )
+    pre_norms: Annotated[bool, Field(description="norm what mixer and channel read")] = True
+    normed_residual: Annotated[
+        bool, Field(description="add each branch to the normed input that it read")
+    ] = False
+
+    norm: Kind = "rms"
+
+    @model_validator(mode="after")
+    def _somewhere_normed(self) -> PreNormConfig:
+        if not self.pre_norms and (self.normed_residual or not self.post_norms):
+            raise ValueError("pre_norms: false needs post_norms: true and no normed_residual")
+        return self
 
     def build(self, d_model: int, mixer: Mixer, channel: Channel | None = None) -> PreNorm:
-        return PreNorm(d_model, mixer, channel, self.eps, self.dropout, self.post_norms)
+        return PreNorm(
+            d_model,
+            mixer,
+            channel,
+            self.eps,
+            self.dropout,
+            self.post_norms,
+            self.pre_norms,
+            self.normed_residual,
+            self.norm,
+        )
