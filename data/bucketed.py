@@ -1,21 +1,24 @@
 """One document a row, batched with others of its size in two dimensions, such as audio and text.
 
 Where documents may not share a row, padding is what costs. Samples are put into buckets by the
-lengths of two modalities; a step takes its rows from one bucket, the same on all ranks, and as many
-as the token budget has room for. Every sample comes once an epoch. The plan of an epoch is a pure
-function of (seed, epoch), so a seek is O(1). Source: EMMeTT (arXiv:2409.13523) and Zelasko et al.
-2025 (arXiv:2503.05931): 2-D bucketing with a batch size of its own for each bucket.
+lengths of two modalities (or of more, or by their own); a step takes its rows from one bucket, the
+same on all ranks, and as many as the token budget has room for. Every sample comes once an epoch.
+The plan of an epoch is a pure function of (seed, epoch), so a seek is O(1). Source: EMMeTT
+(arXiv:2409.13523) and Zelasko et al. 2025 (arXiv:2503.05931): 2-D bucketing with a batch size of
+its own for each bucket.
 
 N samples, B rows of one micro-batch, K buckets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import heapq
+import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mm.config import Config
 from mm.data.account import carried, running
@@ -25,10 +28,12 @@ from mm.data.packed import PackedSource
 from mm.data.slots import modality_in
 from mm.data.stream import Step, Stream, rank_rows
 from mm.data.transforms.compose import chain
-from mm.errors import UserError
+from mm.errors import UserError, did_you_mean
 from mm.registry import STREAMS, TRANSFORMS
 from mm.specs import Segment
 from mm.vocabulary import Vocabulary
+
+TOTAL = "total"  # the axis of whole documents
 
 
 @STREAMS.register("bucketed")
@@ -37,8 +42,10 @@ class BucketedConfig(Config):
 
     kind: Literal["bucketed"] = "bucketed"
     source: PackedSource
-    axes: tuple[str, str] = ("audio", "text")  # modalities whose lengths make the buckets
-    buckets: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] = (8, 4)
+    # Modalities whose lengths make the buckets; "total" is that of the whole document, which alone
+    # pads least, but mixes long speech of short texts with the reverse:
+    axes: Annotated[tuple[str, ...], Field(min_length=1)] = ("audio", "text")
+    buckets: Annotated[int, Field(gt=0, description="at most: lengths that a step can have")] = 64
     batch_size: Annotated[
         int,
         Field(gt=0, description="rows of a step over all processes in the longest bucket; others "
@@ -56,11 +63,18 @@ class BucketedConfig(Config):
     transform: tuple[TRANSFORMS.field, ...] = ()  # type: ignore[valid-type]
     prefetch: Annotated[int, Field(ge=0, description="steps made ahead")] = 2
 
+    @field_validator("buckets", mode="before")
+    @classmethod
+    def _product(cls, value: Any) -> Any:
+        """Two numbers, as an older config has them, are a grid of so many."""
+        pair = isinstance(value, (list, tuple)) and all(isinstance(n, int) for n in value)
+        return math.prod(value) if pair else value
+
     @classmethod
     def smallest(cls) -> BucketedConfig:
         from pathlib import Path
 
-        return cls(source=PackedSource(path=Path("tokens")), buckets=(2, 2), batch_size=4)
+        return cls(source=PackedSource(path=Path("tokens")), buckets=4, batch_size=4)
 
     def build(
         self,
@@ -80,45 +94,73 @@ class BucketedConfig(Config):
 
 
 class Buckets(NamedTuple):
-    """``of`` (N,) int64: bucket of every sample, -1 = left out; ``bound`` (K, 2) int64."""
+    """``of`` (N,) int64: bucket of every sample; ``bound`` (K, A) int64: its longest lengths."""
 
     of: np.ndarray
     bound: np.ndarray
 
 
-def make_buckets(lengths: np.ndarray, counts: Sequence[int]) -> Buckets:
-    """Cut two lengths into buckets: first by the one, then each part by the other.
+def make_buckets(lengths: np.ndarray, count: int, least: int = 1) -> Buckets:
+    """Cut samples of several lengths into buckets that pad as little as may be.
 
-    Borders are quantiles by mass (a sample counts as often as it is long), which spreads the
-    padding evenly over the buckets.
+    Best first, as a decision tree is grown: of all buckets and axes, the cut that saves the most
+    padding is made next, until there are ``count``. A grid of quantiles pads half as much again.
 
     Args:
-        lengths: (N, 2) int64.
-        counts: wanted buckets of the first axis, and of the second in each.
+        lengths: (N, A) int64, one column an axis; padding is that of all axes together.
+        count: wanted buckets; there are fewer where no cut saves anything.
+        least: samples that a bucket must have.
     Returns:
-        Buckets with the longest lengths inside each as bounds; empty ones are left out.
+        Buckets with the longest lengths inside each as bounds, from short to long.
     """
-    of = np.full(len(lengths), -1, np.int64)
-    bounds: list[tuple[int, int]] = []
-    for part in _cut(np.arange(len(lengths)), lengths[:, 0], counts[0]):
-        for piece in _cut(part, lengths[part, 1], counts[1]):
-            of[piece] = len(bounds)
-            bounds.append((int(lengths[piece, 0].max()), int(lengths[piece, 1].max())))
-    return Buckets(of, np.array(bounds, np.int64).reshape(-1, 2))
+    if not len(lengths):
+        return Buckets(np.empty(0, np.int64), np.empty((0, lengths.shape[1]), np.int64))
+    heap: list[tuple[float, int, np.ndarray, tuple[np.ndarray, np.ndarray] | None]] = []
+
+    def grow(part: np.ndarray, number: int) -> None:
+        saved, halves = _cut(lengths, part, least)
+        heapq.heappush(heap, (-saved, number, part, halves))
+
+    grow(np.arange(len(lengths)), 0)
+    made = 0
+    while len(heap) < count and (halves := heap[0][3]) is not None:
+        heapq.heappop(heap)
+        for half in halves:
+            made += 1
+            grow(half, made)
+    parts = sorted(
+        (part for _, _, part, _ in heap),
+        key=lambda part: (int(lengths[part].max(0).sum()), int(part.min())),
+    )
+    of = np.empty(len(lengths), np.int64)
+    for k, part in enumerate(parts):
+        of[part] = k
+    return Buckets(of, np.stack([lengths[part].max(0) for part in parts]))
 
 
-def _cut(numbers: np.ndarray, lengths: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Split ``numbers`` by length into ``parts`` of equal mass; equal lengths stay together."""
-    order = np.argsort(lengths, kind="stable")
-    mass = np.cumsum(lengths[order] + 1.0)
-    if not len(order):
-        return []
-    edges = {int(np.searchsorted(mass, mass[-1] * i / parts)) for i in range(1, parts)}
-    ordered = lengths[order]
-    edges = {
-        int(np.searchsorted(ordered, ordered[e], side="right")) for e in edges if e < len(order)
-    }
-    return [numbers[p] for p in np.split(order, sorted(edges)) if len(p)]
+def _cut(
+    lengths: np.ndarray, part: np.ndarray, least: int
+) -> tuple[float, tuple[np.ndarray, np.ndarray] | None]:
+    """The cut of ``part`` in two that saves most places, and the places; equal lengths stay
+    together. None where nothing is saved.
+    """
+    mine = lengths[part]
+    n, best, found = len(part), 0.0, None
+    whole = n * int(mine.max(0).sum())
+    for axis in range(lengths.shape[1]):
+        order = np.argsort(mine[:, axis], kind="stable")
+        ordered = mine[order]
+        below = np.maximum.accumulate(ordered, 0).sum(1)[:-1]  # bound of the first k + 1
+        above = np.maximum.accumulate(ordered[::-1], 0)[::-1].sum(1)[1:]  # and of the rest
+        first = np.arange(1, n)
+        places = (first * below + (n - first) * above).astype(np.float64)
+        places[ordered[1:, axis] == ordered[:-1, axis]] = np.inf
+        places[: least - 1] = places[n - least :] = np.inf
+        k = int(places.argmin()) if len(places) else 0
+        if len(places) and whole - places[k] > best:
+            best = whole - float(places[k])
+            found = (np.sort(part[order[: k + 1]]), np.sort(part[order[k + 1 :]]))
+    return best, found
 
 
 class Planned(NamedTuple):
@@ -154,7 +196,7 @@ class BucketedStream(Stream):
         self.vocabulary.require(shards.specs, str(config.source.path))
         own = config.source.transform
         self.transform = chain(config.transform if own is None else own, transform)
-        axes = np.stack([np.maximum(shards.lengths(m), 0) for m in config.axes], 1)
+        self._check_axes()
         whole = sum(  # a begin and an end for each segment
             np.maximum(shards.lengths(s.modality), 0) + 2 * shards.segments(s.modality)
             for s in shards.specs
@@ -167,7 +209,9 @@ class BucketedStream(Stream):
             )
         self.left_out = int((~fits).sum())
         kept = np.flatnonzero(fits)
-        inside = make_buckets(axes[kept], config.buckets)
+        axes = [whole if m == TOTAL else np.maximum(shards.lengths(m), 0) for m in config.axes]
+        lengths = np.stack(axes, 1).astype(np.int64)[kept]
+        inside = make_buckets(lengths, config.buckets, min(config.batch_size, len(kept)))
         self.bounds = np.array(
             [self.lengths[kept[inside.of == k]].max() for k in range(len(inside.bound))]
         )
@@ -185,7 +229,7 @@ class BucketedStream(Stream):
             "batch_size": config.batch_size,
             "tokens": self.budget,
             "axes": list(config.axes),
-            "buckets": list(config.buckets),
+            "buckets": config.buckets,
             "max_length": config.max_length,
             "source": [shards.split, len(shards), shards.fingerprint],
             "transform": key_of(
@@ -196,6 +240,12 @@ class BucketedStream(Stream):
             % 2**32,
         }
         super().__init__(plan, config.prefetch)
+
+    def _check_axes(self) -> None:
+        known = (*(spec.modality for spec in self.shards.specs), TOTAL)
+        for axis in self.config.axes:
+            if axis not in known:
+                raise UserError(f"data.axes: '{axis}' is unknown{did_you_mean(axis, known)}")
 
     def start(self) -> dict[str, int]:
         return {"step": 0, "epoch": 0, "batch": 0}

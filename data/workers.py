@@ -30,7 +30,7 @@ from mm.data.sources.base import Given, Record, raising
 from mm.errors import UserError
 
 log = logging.getLogger(__name__)
-START_S = 2.0  # a shorter pack is over before worker processes have started
+START_S = 1.0  # a shorter pack is over before worker processes have started
 GROUP_BYTES, GROUP = 4_000_000, 64  # raw records that are sent together: at most so much, so many
 
 

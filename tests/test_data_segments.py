@@ -214,7 +214,7 @@ def test_one_document_a_sample_with_a_span_for_each_segment(data: Path) -> None:
             goal = b.labels["target_modality"][row, here[:-1]].numpy()
             assert np.array_equal(goal, v.modality_of(np.array(want[1:])))
     assert not keys and stream.stats["documents"] == len(b.keys) > 3
-    buckets = BucketedConfig(source={"path": data / "tokens"}, buckets=(2, 2), batch_size=4)
+    buckets = BucketedConfig(source={"path": data / "tokens"}, buckets=4, batch_size=4)
     other = buckets.build(seed=1)
     whole = [sum(len(ids) + 2 for ids in by_key[shards.key(i)].values()) for i in range(N)]
     assert other.lengths.tolist() == whole

@@ -81,7 +81,7 @@ def same(a: Path, b: Path) -> bool:
     return all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
 
 
-@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("tokens", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_any_number_of_workers_gives_the_same_bytes(
     tmp_path: Path, tokens: bool, monkeypatch: pytest.MonkeyPatch, started: list[Pool]
 ) -> None:
@@ -114,6 +114,7 @@ pack(Path({src!r}), Path({out!r}), workers=2, progress=False, max_bad=0.5, shard
 """
 
 
+@pytest.mark.slow
 def test_a_killed_pack_goes_on(tmp_path: Path) -> None:
     """Killed with workers, gone on without or with them: the bytes of a pack in one go; and no
     worker outlives its parent.
@@ -146,7 +147,9 @@ def _workers_below(folder: Path) -> list[int]:
     return out
 
 
-@pytest.mark.parametrize("how", ["exit", "raise", "user"])
+@pytest.mark.parametrize(
+    "how", ["exit", *(pytest.param(how, marks=pytest.mark.slow) for how in ("raise", "user"))]
+)
 def test_a_sample_that_ends_its_worker_is_named(tmp_path: Path, how: str) -> None:
     src = rows(tmp_path / "src", 40)
     given = {"tokenizers": {"text": Fatal("word 33 ", how)}}
@@ -166,6 +169,7 @@ def test_a_sample_that_ends_its_worker_is_named(tmp_path: Path, how: str) -> Non
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.part-*"))
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[Pool]
 ) -> None:
