@@ -12,10 +12,14 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from mm.kernels import device
+from mm.kernels.op import Op
 
 FLAGS = (
     "-O3",
@@ -111,6 +115,24 @@ def why_not(source: Path, *args: object, **kw: object) -> str | None:
     # A compiler cannot be started inside a trace: what is traced has run, or runs, eagerly with the
     # same answer.
     return None if torch.compiler.is_compiling() else load(source)[1]
+
+
+def register(
+    op: Op,
+    source: Path,
+    run: Callable,
+    refuse: Callable[..., str | None] = lambda *args, **kw: None,
+) -> None:
+    """Register ``run("cpp", ..)``, which calls ``source``, and ``run("triton", ..)``,
+    both but for arguments that ``refuse`` gives a reason against.
+    """
+
+    def bind(way: str, has: Callable[..., str | None]) -> None:
+        reason = lambda *args, **kw: refuse(*args, **kw) or has(*args, **kw)
+        op.register(way, reason)(functools.partial(run, way))
+
+    bind("cpp", functools.partial(why_not, source))
+    bind("triton", device.why_not)
 
 
 def call(source: Path, function: str, *arguments: Tensor | int | float | None) -> None:

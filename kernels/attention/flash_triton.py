@@ -367,10 +367,10 @@ class _Call:
         how = self.how
         BK, BV = (max(16, triton.next_power_of_2(n)) for n in (self.K, self.V))
         BM, BN, warps, stages = tile(max(BK, BV), self.q.element_size(), way)
-        bounds = None
-        if self.document[0] is not None and self.document[1] is not None:
-            sides = (*self.document[::-1], BN, BM) if way == "keys" else (*self.document, BM, BN)
-            bounds = _bounds(*sides)
+        bounds, (queries, keys) = None, self.document
+        if queries is not None and keys is not None:
+            by_keys = way == "keys"
+            bounds = _bounds(keys, queries, BN, BM) if by_keys else _bounds(queries, keys, BM, BN)
         own = (self.S, BN, self.G) if way == "keys" else (self.T, BM, self.H)
         kernel[(triton.cdiv(own[0], own[1]) * self.R * own[2],)](
             self.q,

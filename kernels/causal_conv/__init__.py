@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.kernels import compiler, device
+from mm.kernels import compiler
 from mm.kernels.fused import fused
 from mm.kernels.op import Op
 
@@ -41,16 +40,9 @@ def causal_conv(u_BTD: Tensor, weight_CD: Tensor, bias_D: Tensor, document_BT: T
     return y.to(u_BTD.dtype)
 
 
-def _why_not(
-    has: Callable[..., str | None],
-    u_BTD: Tensor,
-    weight_CD: Tensor,
-    bias_D: Tensor,
-    document_BT: Tensor,
-) -> str | None:
-    if document_BT.dtype != torch.int32:
-        return f"documents are {document_BT.dtype}, not int32"
-    return has(u_BTD, weight_CD, bias_D, document_BT)
+def _refused(u_BTD: Tensor, weight_CD: Tensor, bias_D: Tensor, document_BT: Tensor) -> str | None:
+    given = document_BT.dtype
+    return None if given == torch.int32 else f"documents are {given}, not int32"
 
 
 def rows(u: Tensor) -> tuple[Tensor, int]:
@@ -93,7 +85,4 @@ def _run(way: str, u_BTD: Tensor, weight_CD: Tensor, bias_D: Tensor, document_BT
     return _OPS[way](u_BTD, weight, bias, document_BT.contiguous())
 
 
-causal_conv.register("cpp", partial(_why_not, partial(compiler.why_not, _SOURCE)))(
-    partial(_run, "cpp")
-)
-causal_conv.register("triton", partial(_why_not, device.why_not))(partial(_run, "triton"))
+compiler.register(causal_conv, _SOURCE, _run, _refused)

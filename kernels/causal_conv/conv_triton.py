@@ -2,6 +2,7 @@
 
 # Triton's stubs know neither launch options nor indexing by None.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mm.kernels import compiler, device
+from mm.kernels import compiler
 from mm.kernels.fused import fused
 from mm.kernels.linear_scan import run
 from mm.kernels.op import Op
@@ -101,5 +101,4 @@ _OPS = fused(
 )
 
 
-for _way, _why_not in (("cpp", partial(compiler.why_not, _SOURCE)), ("triton", device.why_not)):
-    complex_scan.register(_way, _why_not)(partial(run, complex_scan, _OPS, _way, reverse=False))
+compiler.register(complex_scan, _SOURCE, partial(run, complex_scan, _OPS, reverse=False))

@@ -5,7 +5,7 @@ C classes of a chunk.
 from __future__ import annotations
 
 import importlib
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -114,6 +114,7 @@ class Passes(Protocol):
         own_P: Tensor,
     ) -> Tensor:
         """``all_P * softmax - own_P * one_hot``, through the soft-cap; may overwrite the chunk."""
+        ...
 
 
 class Running:
@@ -174,7 +175,7 @@ def _subtract(p: Tensor, at: int, target: Tensor, own_P: Tensor) -> None:
 def _passes(name: str) -> Passes:
     if name == "plain":
         return _Plain()
-    return importlib.import_module("mm.kernels.cross_entropy.rows_triton")
+    return cast("Passes", importlib.import_module("mm.kernels.cross_entropy.rows_triton"))
 
 
 def _logits(h: Tensor, w: Tensor, bias: Tensor | None, wide: torch.dtype, C: slice) -> Tensor:

@@ -2,6 +2,8 @@
 place, its row read once. P places, C classes of the chunk.
 """
 
+# Triton's stubs do not know that what is given is a constant.
+# pyright: reportArgumentType=false
 from __future__ import annotations
 
 from typing import TYPE_CHECKING

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mm.kernels import compiler, device
+from mm.kernels import compiler
 from mm.kernels.fused import fused
 from mm.kernels.op import Op
 
@@ -129,5 +129,4 @@ def _run(
     )
 
 
-for _way, _why_not in (("cpp", partial(compiler.why_not, _SOURCE)), ("triton", device.why_not)):
-    diagonal_ssm.register(_way, _why_not)(partial(_run, _way))
+compiler.register(diagonal_ssm, _SOURCE, _run)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mm.kernels import compiler, device
+from mm.kernels import compiler
 from mm.kernels.fused import fused
 from mm.kernels.op import Op
 
@@ -123,7 +123,4 @@ def run(
     return h, h[:, 0] if settings["reverse"] else h[:, -1]
 
 
-for _way, _why_not in (("cpp", partial(compiler.why_not, _SOURCE)), ("triton", device.why_not)):
-    linear_scan.register(_way, _why_not)(
-        partial(run, linear_scan, _OPS, _way, reverse=False, log=False)
-    )
+compiler.register(linear_scan, _SOURCE, partial(run, linear_scan, _OPS, reverse=False, log=False))

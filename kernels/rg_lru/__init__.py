@@ -4,14 +4,13 @@ K.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mm.kernels import compiler, device
+from mm.kernels import compiler
 from mm.kernels.fused import fused
 from mm.kernels.op import Op
 
@@ -44,12 +43,10 @@ def rg_lru_gates(
     return log_a.exp(), rest * i.reshape(R, rate_W.shape[0]) * u_RW.to(wide)
 
 
-def _why_not(
-    has: Callable[..., str | None], gates_HRG: Tensor, bias_HG: Tensor, rate_W: Tensor, u_RW: Tensor
-) -> str | None:
+def _refused(gates_HRG: Tensor, bias_HG: Tensor, rate_W: Tensor, u_RW: Tensor) -> str | None:
     if gates_HRG.dtype != u_RW.dtype:
         return f"gates are {gates_HRG.dtype}, the input {u_RW.dtype}"
-    return has(gates_HRG, bias_HG, rate_W, u_RW)
+    return None
 
 
 def _outputs(gates: Tensor, bias: Tensor, rate: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,7 +85,4 @@ def _run(
     return _OPS[way](gates_HRG.contiguous(), bias, rate, u_RW.contiguous())
 
 
-rg_lru_gates.register("cpp", partial(_why_not, partial(compiler.why_not, _SOURCE)))(
-    partial(_run, "cpp")
-)
-rg_lru_gates.register("triton", partial(_why_not, device.why_not))(partial(_run, "triton"))
+compiler.register(rg_lru_gates, _SOURCE, _run, _refused)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mm.kernels import compiler, device
+from mm.kernels import compiler
 from mm.kernels.fused import fused
 from mm.kernels.op import Op
 
@@ -145,5 +144,4 @@ def _run(
     return y.to(u_RTD.dtype), last
 
 
-selective_scan.register("cpp", partial(compiler.why_not, _SOURCE))(partial(_run, "cpp"))
-selective_scan.register("triton", device.why_not)(partial(_run, "triton"))
+compiler.register(selective_scan, _SOURCE, _run)
