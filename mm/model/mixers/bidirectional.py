@@ -26,8 +26,8 @@ class Bidirectional(Mixer):
     The mask says which: all places of a full one (an encoder), the leading prefix of each document
     under `Prefix` (what follows starts from the forward state at its end), none of a causal one.
 
-    Source: full: Le Bronnec et al. 2024, LOCOST (arXiv:2401.17919), section 3.2; prefix: Masuyama
-    et al. 2024, MADEON (arXiv:2411.06968), section on speech prefixing.
+    Source: full: Le Bronnec et al. 2024, LOCOST (arXiv:2401.17919), its encoder; prefix:
+    Masuyama et al. 2024, MADEON (arXiv:2411.06968), speech prefixing.
     """
 
     caps = Caps(causal=True, bidirectional=True, step=True)

@@ -37,8 +37,8 @@ class PrefixLinearAttention(Mixer):
     The prefix is what the mask lets see both ways (`Prefix`, or all of a full mask) and comes whole
     in one call; without one this is the wrapped causal mixer.
 
-    Source: Arora et al. 2024, Just read twice (arXiv:2407.05483), section 4.1, prefix linear
-    attention, eq. 4.
+    Source: Arora et al. 2024, Just read twice (arXiv:2407.05483), JRT-RNN: prefix
+    linear attention.
     """
 
     caps = Caps(causal=True, bidirectional=True, step=True)

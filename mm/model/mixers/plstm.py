@@ -53,8 +53,8 @@ def gating(g: Gates) -> Tensor:
     and above are the edges out of the neighbours; read are ``mark_left * left + mark_above *
     above``. Without ``left_down`` two scans do; else a scan a row, rows one after another.
 
-    Source: Pöppel et al. 2025, pLSTM (arXiv:2506.11997), section 3 (source, transition, mark) and
-    its 2D grids.
+    Source: Pöppel et al. 2025, pLSTM (arXiv:2506.11997): source, transition and mark gates, on
+    2D grids.
     """
     B, Y, X = g.mark_left.shape
     cells = torch.eye(Y * X, dtype=g.mark_left.dtype, device=g.mark_left.device).view(Y, X, -1)
@@ -107,7 +107,7 @@ class PLSTM(BothWays):
     document are one line, in the order of time. The paper builds G in log steps; here rows follow
     one another in P, two scans do in D.
 
-    Source: Pöppel et al. 2025 (arXiv:2506.11997), sections 3 and 4.
+    Source: Pöppel et al. 2025 (arXiv:2506.11997), its P-mode and D-mode.
     """
 
     kind = "plstm"

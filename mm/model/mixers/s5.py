@@ -29,7 +29,7 @@ class S5(Mixer):
 
     States begin as blocks of HiPPO-LegS's normal part.
 
-    Source: Smith et al. 2022 (arXiv:2208.04933), section 3 and 4.3, appendix B.1.1.
+    Source: Smith et al. 2022 (arXiv:2208.04933); init from HiPPO-LegS by blocks: there.
     """
 
     caps = Caps(causal=True, step=True, shard="carry")

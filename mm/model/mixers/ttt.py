@@ -31,8 +31,8 @@ class TTT(Learner):
     Dual form: no W_t but those at borders is ever made; within a mini-batch
     ``q_t W_t = q_t W - sum_{s <= t} eta_s (q_t k_s) d_s`` with d the gradient of g's output.
 
-    Source: Sun et al. 2024 (arXiv:2407.04620), sections 2.3 to 2.7 (dual form: 2.5, inner models
-    and learned eta: 2.7). eta = base * sigmoid(w x) / K absorbs the 2 of the paper's loss.
+    Source: Sun et al. 2024 (arXiv:2407.04620): the dual form, the inner models and the learned
+    eta are theirs. eta = base * sigmoid(w x) / K absorbs the 2 of the paper's loss.
     """
 
     def __init__(self, d_model: int, config: TTTConfig, linear: Callable[..., Linear]):
