@@ -1,4 +1,4 @@
-"""RWKV-6 and attention as a recurrence, against their papers step by step."""
+"""RWKV-4, RWKV-6 and attention as a recurrence, against their papers step by step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,38 @@ from laws import D, alone, build, documents
 from torch import Tensor
 
 from mm.model.mixers.aaren import Aaren
+from mm.model.mixers.rwkv4 import RWKV4
 from mm.model.mixers.rwkv6 import RWKV6
+
+
+def rwkv4_by_sums(layer: RWKV4, x_TD: Tensor) -> Tensor:
+    """Eq. 11 to 17 of the paper, with every token's average written out."""
+    before = F.pad(x_TD, (0, 0, 1, 0))[:-1]
+    r, k, v = (
+        project(layer.mix[i] * x_TD + (1 - layer.mix[i]) * before)
+        for i, project in enumerate(layer.projections)
+    )
+    w, out = layer.log_decay.exp(), []
+    for t in range(len(x_TD)):
+        ages = torch.arange(t - 1, -1, -1)[:, None]
+        logits = torch.cat((k[:t] - ages * w, (layer.bonus + k[t])[None]))
+        out.append((logits.softmax(0) * v[: t + 1]).sum(0))
+    return layer.out(r.sigmoid() * torch.stack(out))
+
+
+@pytest.mark.parametrize("strength", [1.0, 80.0])
+@pytest.mark.parametrize("T", [1, 3, 65])
+def test_rwkv4_equals_its_equations_in_all_gradients(T: int, strength: float) -> None:
+    layer, (x,) = build("mixer:rwkv4"), documents(T)
+    assert isinstance(layer, RWKV4)
+    with torch.no_grad():
+        layer.projections[1].weight.mul_(strength)
+    x.requires_grad_()
+    found = []
+    for y in (alone(layer, x), rwkv4_by_sums(layer, x)):
+        found.append((y, *torch.autograd.grad(y.sin().sum(), [x, *layer.parameters()])))
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9)
 
 
 def rwkv6_by_steps(layer: RWKV6, x_TD: Tensor) -> Tensor:
