@@ -16,7 +16,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.errors import UserError
 from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
 from mm.model.linears.dense import DenseConfig
 from mm.model.mixers.linear_attention import (
@@ -24,6 +23,7 @@ from mm.model.mixers.linear_attention import (
     LinearAttentionConfig,
     Matrix,
     tail_of,
+    wrapped,
 )
 from mm.model.rows import Docs, by_document
 from mm.registry import MIXERS
@@ -295,13 +295,8 @@ class LogLinearConfig(Config):
 
     def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> LogLinear:
         linear = linear or DenseConfig().build
-        c = self.inner
-        if not isinstance(c, LinearAttentionConfig) or c.normalise or c.decay == "channel":
-            raise UserError(
-                "log_linear wraps a linear_attention with normalise: false and decays by head "
-                "(decay: none, constant, scalar or step), e.g. the settings of mamba2"
-            )
-        return LogLinear(d_model, c.build(d_model, linear), self.levels, linear)
+        inner = wrapped(self.inner, "log_linear").build(d_model, linear)
+        return LogLinear(d_model, inner, self.levels, linear)
 
     @classmethod
     def smallest(cls) -> LogLinearConfig:
