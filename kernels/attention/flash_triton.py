@@ -185,6 +185,26 @@ def _forward(
 
 
 @triton.jit
+def _dscores(
+    qt, kt, vt, dyt, ends, dots_y, t, n, fade_q, fade_k, document_q, document_k, r, h, T, S, window,
+    scale, softcap, H: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Probabilities of a tile, the gradient of its scores before and after the soft-cap, and what
+    `_scores` says of the fade.
+    """
+    dots = tl.dot(qt, tl.trans(kt), input_precision=PRECISION)
+    s, slope, side = _scores(
+        dots, t, n, fade_q, fade_k, document_q, document_k, r, h, T, S, window, scale, softcap,
+        H, CAUSAL, WINDOW, CAP,
+    )  # fmt: skip
+    p = tl.exp2((s - ends[:, None]) * LOG2E)
+    dp = tl.dot(dyt, tl.trans(vt), input_precision=PRECISION)
+    capped = p * (dp - dots_y[:, None])
+    return p, capped * slope if CAP else capped, capped, side
+
+
+@triton.jit
 def _by_queries(
     q,
     k,
@@ -232,18 +252,12 @@ def _by_queries(
     for c in range(low // BN * BN, high, BN):
         n = c + tl.arange(0, BN)
         kt, vt = _load(k, r, n, h // M, S, G, K, BK), _load(v, r, n, h // M, S, G, V, BV)
-        dots = tl.dot(qt, tl.trans(kt), input_precision=PRECISION)
-        s, slope, side = _scores(
-            dots, t, n, fade_q, fade_k, document_q, document_k, r, h, T, S, window, scale, softcap,
-            H, CAUSAL, WINDOW, CAP,
+        _, ds, capped, side = _dscores(
+            qt, kt, vt, dyt, ends, dots_y, t, n, fade_q, fade_k, document_q, document_k, r, h, T, S,
+            window, scale, softcap, H, CAUSAL, WINDOW, CAP, PRECISION,
         )  # fmt: skip
-        p = tl.exp2((s - ends[:, None]) * LOG2E)
-        dp = tl.dot(dyt, tl.trans(vt), input_precision=PRECISION)
-        ds = p * (dp - dots_y[:, None])
         if fade_q is not None:
-            faded -= tl.sum(ds * side, 1)
-        if CAP:
-            ds = ds * slope
+            faded -= tl.sum(capped * side, 1)
         own = tl.dot(ds.to(kt.dtype), kt, own, input_precision=PRECISION)
     _store(dq, own * scale, r, t, h, T, H, K, BK)
     if fade_q is not None:
@@ -310,19 +324,13 @@ def _by_keys(
             qt, dyt = _load(q, r, t, h, T, H, K, BK), _load(dy, r, t, h, T, H, V, BV)
             ends = tl.load(lse + (r * H + h) * T + t, mask=t < T, other=0.0)
             dots_y = tl.load(delta + (r * H + h) * T + t, mask=t < T, other=0.0)
-            dots = tl.dot(qt, tl.trans(kt), input_precision=PRECISION)
-            s, slope, side = _scores(
-                dots, t, n, fade_q, fade_k, document_q, document_k, r, h, T, S, window, scale,
-                softcap, H, CAUSAL, WINDOW, CAP,
+            p, ds, capped, side = _dscores(
+                qt, kt, vt, dyt, ends, dots_y, t, n, fade_q, fade_k, document_q, document_k, r, h,
+                T, S, window, scale, softcap, H, CAUSAL, WINDOW, CAP, PRECISION,
             )  # fmt: skip
-            p = tl.exp2((s - ends[:, None]) * LOG2E)
             dvt = tl.dot(tl.trans(p.to(dyt.dtype)), dyt, dvt, input_precision=PRECISION)
-            dp = tl.dot(dyt, tl.trans(vt), input_precision=PRECISION)
-            ds = p * (dp - dots_y[:, None])
             if fade_q is not None:
-                faded += tl.sum(ds * side, 0)
-            if CAP:
-                ds = ds * slope
+                faded += tl.sum(capped * side, 0)
             dkt = tl.dot(tl.trans(ds.to(qt.dtype)), qt, dkt, input_precision=PRECISION)
         if fade_q is not None:
             tl.store(dfade_k + r * S * H + h + n * H, faded, mask=n < S)

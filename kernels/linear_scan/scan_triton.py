@@ -189,5 +189,5 @@ def backward(
     B, T, D = h.shape
     grid = (B * triton.cdiv(D, CHANNELS),)
     tensors = (a, b, h, reset, initial, grad, da, db, dinitial)
-    warps = 4 if log else 8  # with more, the assembler spills to fit more programs
-    _backward[grid](*tensors, T, D, reverse, log, PLACES, CHANNELS, num_warps=warps)
+    # With 8 warps the assembler spills to fit more programs.
+    _backward[grid](*tensors, T, D, reverse, log, PLACES, CHANNELS, num_warps=4)

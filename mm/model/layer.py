@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,7 @@ class Layer(nn.Module):
     continues and steps.
     """
 
-    caps: ClassVar[Caps] = Caps()
+    caps: Caps = Caps()
     place: int = 0  # which of the readers of its Provider this layer is; the backbone says
     # Writes into results of its matrix products (torch's fused cells): none may be kept for later.
     overwrites: ClassVar[bool] = False

@@ -116,7 +116,7 @@ def _runs(first: np.ndarray, count: np.ndarray) -> list[tuple[int, int, int]]:
     begins = np.flatnonzero(np.concatenate([[True], ~same]))
     if len(begins) > MOST_RUNS:
         return []
-    number = np.diff([*begins, len(count)])
+    number = np.diff(begins, append=len(count))
     return [(int(first[b]), int(n), int(count[b])) for b, n in zip(begins, number, strict=True)]
 
 

@@ -156,7 +156,7 @@ class AFT(Mixer):
         elif self.max_len is not None:
             self.reader = nn.Parameter(torch.empty(self.max_len, config.rank))
             self.read = nn.Parameter(torch.empty(self.max_len, config.rank))
-            self.caps = replace(type(self).caps, length_general=False)  # type: ignore[misc]
+            self.caps = replace(type(self).caps, length_general=False)
 
     def init_weights(self) -> None:
         if self.form == "conv":

@@ -157,7 +157,10 @@ class Attention(Mixer):
         done = []
         for group, (gq, gk, gv, *rest) in groups.split(*parts):
             faded = rest.pop(0).cumsum(1) if kept is not None else None
-            gf = Fields(*rest[:3], dict(zip(f.extra, rest[3:], strict=True))) if rest else f
+            gf = f
+            if rest:
+                position, document, modality, *extra = rest
+                gf = Fields(position, document, modality, dict(zip(f.extra, extra, strict=True)))
             scores = self._scores(gq, gf, gf, faded, faded)
             assert group.how is not None
             done.append(attention(gq, gk, gv, **group.how, **scores))
@@ -175,6 +178,7 @@ class Attention(Mixer):
         """Attention of each document to what its slot holds and to itself."""
         B, T = q.shape[:2]
         cache, gates = (state.kv, state.gate) if isinstance(state, ForgetKV) else (state, None)
+        assert isinstance(cache, KV) and not isinstance(gates, DraftKV)
         docs = Docs.of(ctx.layout, cache.count.shape[0])
         mask = narrowed(ctx.mask, self.window)
         f = docs.fields(ctx.layout.fields)

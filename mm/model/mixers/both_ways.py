@@ -33,7 +33,7 @@ class BothWays(Mixer):
     def bounded(self, max_len: int) -> None:
         """Declare that longer documents are refused."""
         self.max_len = max_len
-        self.caps = replace(type(self).caps, length_general=False)  # type: ignore[misc]
+        self.caps = replace(type(self).caps, length_general=False)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         if ctx.mask.hint != "full" or state is not None:

@@ -83,8 +83,7 @@ class CachedAttention(Mixer):
         refuse_drawn(position, type(self).__name__)
         self.cached, self.position = cached, position
         self.scored = type(position).score is not Position.score
-        caps = replace(type(self).caps, length_general=position.length_general)
-        self.caps = caps  # type: ignore[misc]
+        self.caps = replace(type(self).caps, length_general=position.length_general)
 
     def attend(
         self,

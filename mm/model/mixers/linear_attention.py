@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mm.config import Config
+from mm.errors import UserError
 from mm.kernels.causal_conv import causal_conv
 from mm.kernels.glu import glu
 from mm.kernels.linear_attention import linear_attention
@@ -486,3 +487,17 @@ class LinearAttentionConfig(Config):
     @classmethod
     def smallest(cls) -> LinearAttentionConfig:
         return cls(heads=2)
+
+
+def wrapped(config: Config, kind: str, besides: str = "") -> LinearAttentionConfig:
+    """``config`` if ``kind`` can wrap it: one whose state is a matrix that decays by head.
+
+    ``besides``: what else it wraps, for the message.
+    """
+    if isinstance(config, LinearAttentionConfig):
+        if not config.normalise and config.decay != "channel":
+            return config
+    raise UserError(
+        f"{kind} wraps {besides}a linear_attention with normalise: false and decays by head "
+        "(decay: none, constant, scalar or step), e.g. the settings of mamba2"
+    )

@@ -16,7 +16,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.errors import UserError
 from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
 from mm.model.linears.dense import DenseConfig
 from mm.model.mixers.delta_rule import DeltaRule, DeltaRuleConfig
@@ -25,6 +24,7 @@ from mm.model.mixers.linear_attention import (
     LinearAttentionConfig,
     Matrix,
     tail_of,
+    wrapped,
 )
 from mm.model.rows import Docs, by_document
 from mm.registry import MIXERS
@@ -354,16 +354,10 @@ class LogLinearConfig(Config):
 
     def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> LogLinear:
         linear = linear or DenseConfig().build
-        c = self.inner
-        linear_state = isinstance(c, LinearAttentionConfig) and not c.normalise
-        by_head = linear_state and c.decay != "channel"
-        if not by_head and not isinstance(c, DeltaRuleConfig):
-            raise UserError(
-                "log_linear wraps a delta_rule, or a linear_attention with normalise: false and "
-                "decays by head (decay: none, constant, scalar or step), e.g. the settings of "
-                "mamba2"
-            )
-        return LogLinear(d_model, c.build(d_model, linear), self.levels, linear)
+        inner = self.inner
+        if not isinstance(inner, DeltaRuleConfig):
+            inner = wrapped(inner, "log_linear", "a delta_rule, or ")
+        return LogLinear(d_model, inner.build(d_model, linear), self.levels, linear)
 
     @classmethod
     def smallest(cls) -> LogLinearConfig:

@@ -177,7 +177,9 @@ class Mamba(Mixer):
         drafted = DraftSelective(
             torch.where(w.hit[:, None, None], w.take(before), state.h).to(state.h.dtype),
             torch.cat((old, tails[:, self.taps - 1 :]), dim=1),
-            *(w.take(part) for part in (u, dt, b)),
+            w.take(u),
+            w.take(dt),
+            w.take(b),
             a.expand(n_slots, -1, -1),
             w.length,
         )

@@ -33,7 +33,7 @@ class MixedHeads(Mixer):
         self.parts = nn.ModuleList(parts)
         caps = [part.caps for part in parts]
         shards = {c.shard for c in caps}
-        self.caps = replace(  # type: ignore[misc]
+        self.caps = replace(
             caps[0],
             causal=all(c.causal for c in caps),
             bidirectional=all(c.bidirectional for c in caps),

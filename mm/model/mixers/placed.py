@@ -53,7 +53,7 @@ class PlacedAttention(Mixer):
                 f"{self.kind}: position '{config.position.kind}' changes scores of all"
                 " pairs of places: use none, rope, learned or sinusoidal"
             )
-        self.caps = replace(type(self).caps, length_general=self.position.length_general)  # type: ignore[misc]
+        self.caps = replace(type(self).caps, length_general=self.position.length_general)
         self.qkv = linear(d_model, (H + 2 * G) * K, "qkv")
         self.out = linear(H * K, d_model, "out")
         self.q_norm = RMSNorm(K) if config.qk_norm else None

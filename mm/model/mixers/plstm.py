@@ -167,7 +167,8 @@ class PLSTM(BothWays):
             # (gates, 4 directions, G, H, Y, X)
             each = torch.stack(around).view(self.gates, 4, G, Y, X, H).movedim(-1, 3)
             gates = self._gates(each, real, passed, (G, H, Y, X))
-            share = gating(Gates(*(t if t is None else t.flatten(0, 2) for t in gates)))
+            flat = {n: t.flatten(0, 2) for n, t in gates._asdict().items() if t is not None}
+            share = gating(gates._replace(**flat))
             share = share.view(4, G * H, Y, X, Y, X)
             total = sum(
                 _flipped(s, way, (1, 3), (2, 4)) for way, s in enumerate(share.unbind(0))
@@ -182,8 +183,8 @@ class PLSTM(BothWays):
         real: Tensor | None,
         passed: Tensor | None,
         shape: tuple[int, int, int, int],
-    ) -> list[Tensor | None]:
-        """Gates `(4, G, H, Y, X)` in the order of `Gates`, each direction as right and down."""
+    ) -> Gates:
+        """Gates `(4, G, H, Y, X)`, each direction as right and down."""
         G, _, Y, X = shape
         put: Tensor | float = 1.0 if real is None else real.view(G, 1, Y, X).to(each)
         if self.mode == "propagation":
@@ -197,11 +198,13 @@ class PLSTM(BothWays):
         if passed is not None:
             here = passed.view(G, 1, Y, X)
             made[2] = made[2].masked_fill(here, 1.0)
-        seen: list[Tensor | None] = [
+        seen = [
             torch.stack([_flipped(t, way, (2,), (3,)) for way, t in enumerate(gate.unbind(0))])
             for gate in made
         ]
-        return seen if self.mode == "propagation" else [*seen[:4], None, *seen[4:]]
+        left_down = seen.pop(4) if self.mode == "propagation" else None
+        s_right, s_down, across, turn, through, m_left, m_above = seen
+        return Gates(s_right, s_down, across, turn, left_down, through, m_left, m_above)
 
 
 def _flipped(t: Tensor, way: int, rows: tuple[int, ...], columns: tuple[int, ...]) -> Tensor:

@@ -71,7 +71,8 @@ class S4D(Mixer):
         linear: Callable[..., Linear],
     ):
         super().__init__()
-        self.n, self.init, self.discretisation, self.steps = states, init, discretisation, steps
+        self.n, self.discretisation, self.steps = states, discretisation, steps
+        self.init: Init = init
         self.log_rate = nn.Parameter(torch.empty(d_model, states))
         self.frequency = nn.Parameter(torch.empty(d_model, states)) if init != "real" else None
         self.log_step = nn.Parameter(torch.empty(d_model))

@@ -15,7 +15,6 @@ from pydantic import Field
 from torch import Tensor
 
 from mm.config import Config
-from mm.errors import UserError
 from mm.kernels.linear_attention import linear_attention
 from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
 from mm.model.linears.dense import DenseConfig
@@ -24,6 +23,7 @@ from mm.model.mixers.linear_attention import (
     LinearAttentionConfig,
     Matrix,
     tail_of,
+    wrapped,
 )
 from mm.model.rows import Docs, by_document
 from mm.registry import MIXERS
@@ -206,13 +206,8 @@ class WindowedStateConfig(Config):
     window: Annotated[int, Field(gt=0, description="tokens; no more than training saw")] = 1024
 
     def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> WindowedState:
-        c = self.inner
-        if not isinstance(c, LinearAttentionConfig) or c.normalise or c.decay == "channel":
-            raise UserError(
-                "windowed_state wraps a linear_attention with normalise: false and decays by head "
-                "(decay: none, constant, scalar or step), e.g. the settings of mamba2"
-            )
-        return WindowedState(c.build(d_model, linear or DenseConfig().build), self.window)
+        inner = wrapped(self.inner, "windowed_state")
+        return WindowedState(inner.build(d_model, linear or DenseConfig().build), self.window)
 
     @classmethod
     def smallest(cls) -> WindowedStateConfig:
