@@ -205,7 +205,7 @@ class LanesStream(Stream):
                 Segment(m, ids) for m, ids in self.shards.tokens(i).items()
             ]
             if self.transform.parts:
-                segments = self.transform(segments, generator(self.seed, "lanes", epoch, i))
+                segments = self.transform(segments, generator(self.seed, key_of("lanes"), epoch, i))
             if not segments:
                 found: DocumentTokens | str = "filtered"
             elif document_length(segments) > self.config.max_length:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 # What is taken of each dimension, by the letter that names it in the signature (``q_BTHK``): all of
 # the widths, a prefix of rows and places, so that a reference that holds every state stays small.
@@ -52,8 +53,12 @@ def problem(
         reference's, per output and per gradient, and finite wherever that is.
     """
     part = _part(reference, args, kw)
-    # Hooks of our own keep those of activation checkpointing away: it counts what is saved.
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+    # Hooks of our own keep those of activation checkpointing away: it counts what is saved. Its
+    # selective form counts operators, too, and no check runs when they are made again.
+    with (
+        _disable_current_modes(),
+        torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
+    ):
         try:
             names, got = _results(f, part)
         except Exception as error:  # a kernel that does not compile or launch is as wrong as any
