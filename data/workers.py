@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any, NamedTuple
@@ -50,7 +50,7 @@ class Failed(NamedTuple):
     trace: str
 
 
-def batches(source: Iterable[Record], work: Work, size: int, workers: int) -> Iterator[Done]:
+def batches(source: Iterable[Record], work: Work, size: int, workers: int) -> Generator[Done, None, None]:
     """Read, check and encode records, in order, by ``workers`` processes where it takes long.
 
     Args:
