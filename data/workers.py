@@ -50,7 +50,9 @@ class Failed(NamedTuple):
     trace: str
 
 
-def batches(source: Iterable[Record], work: Work, size: int, workers: int) -> Generator[Done, None, None]:
+def batches(
+    source: Iterable[Record], work: Work, size: int, workers: int
+) -> Generator[Done, None, None]:
     """Read, check and encode records, in order, by ``workers`` processes where it takes long.
 
     Args:
