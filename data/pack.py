@@ -124,7 +124,7 @@ def pack(
         dedupe: leave out samples whose content came before: "sample" compares all modalities, a
             modality's name that one alone.
         workers: processes that read, check and encode samples; they join a pack that takes longer
-            than a second, and change no byte of it. None: one a core.
+            than a second (tokens: eight), and change no byte of it. None: one a core.
         progress: show a bar.
     Raises:
         UserError: nothing to pack, a missing column, more bad samples than ``max_bad``, or ``out``

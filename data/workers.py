@@ -19,18 +19,20 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any, NamedTuple
 
 from mm.data.decode import BadSample
+from mm.data.encode import Encoder
 from mm.data.prepare import Done, Work
 from mm.data.sources.base import Given, Record, raising
 from mm.errors import UserError
 
 log = logging.getLogger(__name__)
 START_S = 1.0  # a shorter pack is over before worker processes have started
+WITH_TOKENIZERS = 8  # times as long: each process imports torch and what the tokenizers need
 GROUP_BYTES, GROUP = 4_000_000, 64  # raw records that are sent together: at most so much, so many
 
 
@@ -48,7 +50,9 @@ class Failed(NamedTuple):
     trace: str
 
 
-def batches(source: Iterable[Record], work: Work, size: int, workers: int) -> Iterator[Done]:
+def batches(
+    source: Iterable[Record], work: Work, size: int, workers: int
+) -> Generator[Done, None, None]:
     """Read, check and encode records, in order, by ``workers`` processes where it takes long.
 
     Args:
@@ -61,10 +65,11 @@ def batches(source: Iterable[Record], work: Work, size: int, workers: int) -> It
             sample.
     """
     records, begun = iter(source), time.monotonic()
+    wait = START_S * (WITH_TOKENIZERS if isinstance(work.encoder, Encoder) else 1)
     pool: Pool | None = None
     while pool is None and (batch := list(islice(records, size))):
         yield Done([_named(work, record) for record in batch])
-        if workers > 1 and time.monotonic() - begun >= START_S:
+        if workers > 1 and time.monotonic() - begun >= wait:
             pool = Pool.start(work, workers)
             if pool is None:
                 workers = 1
