@@ -86,7 +86,7 @@ class Layer(nn.Module):
     caps: Caps = Caps()
     place: int = 0  # which of the readers of its Provider this layer is; the backbone says
     # Writes into results of its matrix products (torch's fused cells): none may be kept for later.
-    overwrites: ClassVar[bool] = False
+    overwrites: bool = False
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         raise NotImplementedError

@@ -77,9 +77,9 @@ def measure(
 
 @functools.cache
 def _meet() -> Any:
-    from torch import distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
-    return next(dist.rendezvous("env://", timeout=PATIENCE))
+    return next(rendezvous("env://", timeout=PATIENCE))
 
 
 def _timed(task: Task, evaluate: Callable[[Task], dict[str, Any]]) -> dict[str, Any]:
