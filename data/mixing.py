@@ -8,7 +8,7 @@ modalities.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -166,7 +166,11 @@ def window_order(groups: np.ndarray, window: int, key: int, permute) -> np.ndarr
     edges = np.flatnonzero(np.diff(groups, prepend=groups[:1] - 1 if n else 0))
     stops = np.append(edges[1:], n)
     order = permute(np.arange(len(edges)), len(edges), key)
-    line = np.concatenate([np.arange(edges[s], stops[s]) for s in order]) if n else groups[:0]
+    line = (
+        np.concatenate([np.arange(int(edges[s]), int(stops[s])) for s in order])
+        if n
+        else groups[:0]
+    )
     out = np.empty(n, np.int64)
     for number, start in enumerate(range(0, n, window)):
         part = line[start : start + window]
@@ -176,7 +180,7 @@ def window_order(groups: np.ndarray, window: int, key: int, permute) -> np.ndarr
     return out
 
 
-def _varies(schedule: Schedule) -> bool:
+def _varies(schedule: Schedule) -> TypeGuard[Mapping[int, float]]:
     return isinstance(schedule, Mapping)
 
 

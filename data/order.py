@@ -65,6 +65,6 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     return x.astype(np.int64)
 
 
-def generator(*parts: int) -> np.random.Generator:
-    """A numpy Generator of its own for these integers (seed, source, epoch, index, ...)."""
+def generator(*parts: int | str) -> np.random.Generator:
+    """A numpy Generator of its own for these parts (seed, source, epoch, index, ...)."""
     return np.random.Generator(np.random.Philox(key=key_of(*parts)))

@@ -30,7 +30,7 @@ class Ranks(NamedTuple):
 
 def ranks() -> Ranks:
     """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE."""
-    read = lambda name, default: int(os.environ.get(name, default))
+    read = lambda name, default: int(os.environ.get(name) or default)
     world = read("WORLD_SIZE", 1)
     return Ranks(read("RANK", 0), world, read("LOCAL_RANK", 0), read("LOCAL_WORLD_SIZE", world))
 
