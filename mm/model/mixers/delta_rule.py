@@ -20,7 +20,7 @@ from mm.kernels.glu import glu
 from mm.kernels.rms_norm import rms_norm
 from mm.model.layer import Caps, Ctx, Linear, LinearMixer
 from mm.model.linears.dense import DenseConfig
-from mm.model.mixers.linear_attention import Matrix, tail_of
+from mm.model.matrix_state import Matrix, tail_of
 from mm.model.norm import RMSNorm
 from mm.model.rows import Docs, by_document, share_groups
 from mm.registry import MIXERS

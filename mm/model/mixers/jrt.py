@@ -17,14 +17,9 @@ from mm.errors import UserError
 from mm.kernels.linear_attention import linear_attention
 from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
 from mm.model.linears.dense import DenseConfig
+from mm.model.matrix_state import DraftMatrix, Matrix
 from mm.model.mirror import both_ways, refuse_state, unused
-from mm.model.mixers.linear_attention import (
-    EPS,
-    DraftMatrix,
-    LinearAttention,
-    LinearAttentionConfig,
-    Matrix,
-)
+from mm.model.mixers.linear_attention import EPS, LinearAttention, LinearAttentionConfig
 from mm.model.rows import Docs, by_document
 from mm.registry import MIXERS
 from mm.state import State

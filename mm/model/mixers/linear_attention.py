@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -24,66 +23,14 @@ from mm.kernels.linear_attention import linear_attention
 from mm.model.bounds import shared_bound, shared_bounds
 from mm.model.layer import Caps, Ctx, Linear, LinearMixer, Position, Provider
 from mm.model.linears.dense import DenseConfig
+from mm.model.matrix_state import DraftMatrix, Matrix, kept, tail_of
 from mm.model.norm import RMSNorm
 from mm.model.positions.randomised import refuse_drawn
 from mm.model.rows import Docs, by_document, share_groups
 from mm.registry import MIXERS, POSITIONS
-from mm.state import State, Struct
+from mm.state import State
 
 EPS = 1e-6  # of the normaliser: a query that no key answers reads zeros
-
-
-@dataclass(frozen=True)
-class Matrix(Struct):
-    """The matrix that each head has summed up, and the convolution's last inputs."""
-
-    S: Tensor  # (N, H, K, V) float32 or wider
-    tail: Tensor  # (N, C - 1, W)
-
-    def accept(self, n_N: Tensor) -> Matrix:
-        raise ValueError("accept() takes the State of a call with draft=True")
-
-    def settled(self) -> Matrix:
-        return self
-
-
-@dataclass(frozen=True)
-class DraftMatrix(Struct):
-    """The matrix before a draft call, and what the call adds: accepting replays a prefix of it."""
-
-    S: Tensor  # (N, H, K, V)
-    k: Tensor  # (N, L, H, K)
-    v: Tensor  # (N, L, H, V)
-    g: Tensor | None  # (N, L, H) or (N, L, H, K)
-    inputs: Tensor  # (N, C - 1 + L, W) the old tail, then the call's convolution inputs
-    length: Tensor  # (N,)
-
-    def accept(self, n_N: Tensor) -> Matrix:
-        n = torch.minimum(n_N.to(self.length), self.length)
-        L = self.k.shape[1]
-        k, v, g = _kept(torch.arange(L, device=n.device) < n[:, None], self.k, self.v, self.g)
-        assert k is not None and v is not None
-        _, S = linear_attention(torch.zeros_like(k), k, v, g, self.S)
-        return Matrix(S, tail_of(self.inputs, self.inputs.shape[1] - L, n))
-
-    def settled(self) -> Matrix:
-        return self.accept(self.length)
-
-
-def _kept(valid_RL: Tensor, *x: Tensor | None) -> list[Tensor | None]:
-    """Zeros at places that do not count: without key, value and decay they leave a state alone."""
-    return [
-        t.masked_fill(~valid_RL.view(*valid_RL.shape, *[1] * (t.dim() - 2)), 0)
-        if t is not None
-        else None
-        for t in x
-    ]
-
-
-def tail_of(inputs: Tensor, size: int, n_N: Tensor) -> Tensor:
-    """The ``size`` inputs before place ``n`` of each row. ``inputs`` `(N, size + L, W)`."""
-    places = n_N[:, None] + torch.arange(size, device=n_N.device)
-    return inputs.gather(1, places[..., None].expand(-1, -1, inputs.shape[-1]))
 
 
 class LinearAttention(LinearMixer):
@@ -302,7 +249,7 @@ class LinearAttention(LinearMixer):
             g = g.expand(B, T, -1)
         docs = Docs.of(ctx.layout, N)
         rows = [docs.unpack(t) if t is not None else None for t in (q, k, v, g)]
-        rq, rk, rv, rg = _kept(docs.valid, *rows)
+        rq, rk, rv, rg = kept(docs.valid, *rows)
         assert rq is not None and rk is not None and rv is not None
         before = docs.read(state.S)
         o, S = linear_attention(rq, rk, rv, rg, before)

@@ -18,14 +18,9 @@ from torch import Tensor, nn
 from mm.config import Config
 from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
 from mm.model.linears.dense import DenseConfig
+from mm.model.matrix_state import Matrix, tail_of
 from mm.model.mixers.delta_rule import DeltaRule, DeltaRuleConfig
-from mm.model.mixers.linear_attention import (
-    LinearAttention,
-    LinearAttentionConfig,
-    Matrix,
-    tail_of,
-    wrapped,
-)
+from mm.model.mixers.linear_attention import LinearAttention, LinearAttentionConfig, wrapped
 from mm.model.rows import Docs, by_document
 from mm.registry import MIXERS
 from mm.state import State, Struct

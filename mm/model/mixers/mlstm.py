@@ -16,13 +16,8 @@ from torch import Tensor, nn
 from mm.config import Config
 from mm.model.layer import Ctx, Linear
 from mm.model.linears.dense import DenseConfig
-from mm.model.mixers.linear_attention import (
-    EPS,
-    DraftMatrix,
-    LinearAttention,
-    LinearAttentionConfig,
-    Matrix,
-)
+from mm.model.matrix_state import DraftMatrix, Matrix
+from mm.model.mixers.linear_attention import EPS, LinearAttention, LinearAttentionConfig
 from mm.model.rows import Docs
 from mm.model.scan_state import DraftHidden, Hidden, advanced
 from mm.registry import MIXERS

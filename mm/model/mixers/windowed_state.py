@@ -18,13 +18,8 @@ from mm.config import Config
 from mm.kernels.linear_attention import linear_attention
 from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
 from mm.model.linears.dense import DenseConfig
-from mm.model.mixers.linear_attention import (
-    LinearAttention,
-    LinearAttentionConfig,
-    Matrix,
-    tail_of,
-    wrapped,
-)
+from mm.model.matrix_state import Matrix, tail_of
+from mm.model.mixers.linear_attention import LinearAttention, LinearAttentionConfig, wrapped
 from mm.model.rows import Docs, by_document
 from mm.registry import MIXERS
 from mm.state import State, Struct
