@@ -78,7 +78,7 @@ def test_a_source_that_does_not_compile_is_a_reason(
 
 def test_concurrent_processes_share_one_compiled_file(tmp_path: Path) -> None:
     if compiler.load(Path(linear_scan_source()))[0] is None:
-        pytest.skip("no C++ compiler")
+        pytest.skip("needs a C++ compiler (install g++)")
     code = (
         "import json, torch; from mm.kernels.linear_scan import linear_scan\n"
         "a = torch.full((1, 3, 1), .5)\n"
