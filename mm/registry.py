@@ -220,6 +220,7 @@ POSITIONS = Registry(
     {
         "alibi": "mm.model.positions.alibi",
         "irpe": "mm.model.positions.irpe",
+        "grid": "mm.model.positions.grid",
         "learned": "mm.model.positions.learned",
         "none": "mm.model.positions.none",
         "randomised": "mm.model.positions.randomised",

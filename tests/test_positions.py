@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mm.batch import Batch
 from mm.errors import UserError
-from mm.layout import Doc, Fields, Layout
+from mm.layout import Doc, Fields, Grid, Layout
 from mm.mask import Causal, Full
 from mm.model.layer import Ctx, init_weights
 from mm.model.positions.alibi import slopes
@@ -156,7 +156,7 @@ def test_a_model_with_absolute_positions_steps_as_it_reads(kind: str) -> None:
             torch.testing.assert_close(out.heads["tokens"].dist.logits[0], whole[t])
 
 
-@pytest.mark.parametrize("kind", sorted(set(POSITIONS) - {"none"}))
+@pytest.mark.parametrize("kind", sorted(set(POSITIONS) - {"none", "grid"}))  # grid: its cells alone
 def test_every_position_tells_orders_apart(kind: str) -> None:
     """Without one, attention to everything gives the last token the same, however the rest lies."""
     layer = MIXERS.get("attention")(heads=2, position=kind).build(D)
@@ -310,3 +310,22 @@ def test_attention_with_randomised_positions_reads_the_drawn_ones(inner: str) ->
 def test_mixers_that_would_not_draw_refuse_randomised_positions(kind: str) -> None:
     with pytest.raises(UserError, match="drawn"):
         MIXERS.get(kind)(position="randomised").build(16)
+
+
+def test_the_cells_of_a_grid_have_learned_places_wherever_it_stands() -> None:
+    position = POSITIONS.get("grid")(axes=2, max_cells=9).build(D)
+    init_weights(position)
+    shape = (2, 3)
+    doc = Doc(16, grids=(Grid(2, shape), Grid(9, shape)))
+    f = Layout.from_rows([[doc]], axes=3).fields
+    added = position.embed(torch.zeros(1, 16, D), f)[0]
+    torch.testing.assert_close(added[2:8], added[9:15])
+    cells = torch.cdist(added[2:8], added[2:8]) + 9 * torch.eye(6)
+    assert cells.min() > 1e-3  # no two cells alike
+    for outside in (slice(0, 2), slice(8, 9), slice(15, 16)):
+        assert not added[outside].any()
+    large = Layout.from_rows([[Doc(16, grids=(Grid(0, (4, 4)),))]], axes=3).fields
+    with pytest.raises(ValueError, match="more than the 9 cells"):
+        position.embed(torch.zeros(1, 16, D), large)
+    text = Layout.plain(1, 4).fields  # one axis: no grid anywhere
+    assert not position.embed(torch.zeros(1, 4, D), text).any()
