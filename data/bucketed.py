@@ -100,11 +100,22 @@ class Buckets(NamedTuple):
     bound: np.ndarray
 
 
+class _Part(NamedTuple):
+    """A bucket that may still be cut: its cells sorted by each axis, and the best cut of it."""
+
+    orders: list[np.ndarray]  # an axis: (C,) int64
+    saved: int  # places that the cut saves
+    axis: int
+    place: int  # the last cell on the near side of it, in the order of `axis`
+
+
 def make_buckets(lengths: np.ndarray, count: int, least: int = 1) -> Buckets:
     """Cut samples of several lengths into buckets that pad as little as may be.
 
     Best first, as a decision tree is grown: of all buckets and axes, the cut that saves the most
     padding is made next, until there are ``count``. A grid of quantiles pads half as much again.
+    Samples of equal lengths are one cell, which stays together, so the time goes with the number of
+    different lengths; each axis is sorted once.
 
     Args:
         lengths: (N, A) int64, one column an axis; padding is that of all axes together.
@@ -115,52 +126,60 @@ def make_buckets(lengths: np.ndarray, count: int, least: int = 1) -> Buckets:
     """
     if not len(lengths):
         return Buckets(np.empty(0, np.int64), np.empty((0, lengths.shape[1]), np.int64))
-    heap: list[tuple[float, int, np.ndarray, tuple[np.ndarray, np.ndarray] | None]] = []
+    cell = np.zeros(len(lengths), np.int64)
+    for column in lengths.T:
+        cell = np.unique(cell * (int(column.max()) + 1) + column, return_inverse=True)[1]
+    sizes = np.bincount(cell)
+    first = np.full(len(sizes), len(lengths))
+    np.minimum.at(first, cell, np.arange(len(lengths)))
+    axes = [np.ascontiguousarray(column) for column in lengths[first].T]
+    heap: list[tuple[int, int, _Part]] = []
 
-    def grow(part: np.ndarray, number: int) -> None:
-        saved, halves = _cut(lengths, part, least)
-        heapq.heappush(heap, (-saved, number, part, halves))
+    def grow(orders: list[np.ndarray], number: int) -> None:
+        part = _cut(axes, sizes, orders, least)
+        heapq.heappush(heap, (-part.saved, number, part))
 
-    grow(np.arange(len(lengths)), 0)
-    made = 0
-    while len(heap) < count and (halves := heap[0][3]) is not None:
-        heapq.heappop(heap)
-        for half in halves:
+    grow([np.argsort(column, kind="stable") for column in axes], 0)
+    made, near = 0, np.zeros(len(sizes), bool)
+    while len(heap) < count and heap[0][2].saved:
+        orders, _, axis, place = heapq.heappop(heap)[2]
+        near[orders[axis][: place + 1]] = True
+        near[orders[axis][place + 1 :]] = False
+        for half in (True, False):
             made += 1
-            grow(half, made)
-    parts = sorted(
-        (part for _, _, part, _ in heap),
-        key=lambda part: (int(lengths[part].max(0).sum()), int(part.min())),
-    )
-    of = np.empty(len(lengths), np.int64)
-    for k, part in enumerate(parts):
-        of[part] = k
-    return Buckets(of, np.stack([lengths[part].max(0) for part in parts]))
+            grow([order[near[order] == half] for order in orders], made)
+    found = [(part.orders[0], [int(x[part.orders[0]].max()) for x in axes]) for _, _, part in heap]
+    found.sort(key=lambda pair: (sum(pair[1]), int(first[pair[0]].min())))
+    bucket = np.empty(len(sizes), np.int64)
+    for k, (cells, _) in enumerate(found):
+        bucket[cells] = k
+    return Buckets(bucket[cell], np.array([bound for _, bound in found], np.int64))
 
 
-def _cut(
-    lengths: np.ndarray, part: np.ndarray, least: int
-) -> tuple[float, tuple[np.ndarray, np.ndarray] | None]:
-    """The cut of ``part`` in two that saves most places, and the places; equal lengths stay
-    together. None where nothing is saved.
-    """
-    mine = lengths[part]
-    n, best, found = len(part), 0.0, None
-    whole = n * int(mine.max(0).sum())
-    for axis in range(lengths.shape[1]):
-        order = np.argsort(mine[:, axis], kind="stable")
-        ordered = mine[order]
-        below = np.maximum.accumulate(ordered, 0).sum(1)[:-1]  # bound of the first k + 1
-        above = np.maximum.accumulate(ordered[::-1], 0)[::-1].sum(1)[1:]  # and of the rest
-        first = np.arange(1, n)
-        places = (first * below + (n - first) * above).astype(np.float64)
-        places[ordered[1:, axis] == ordered[:-1, axis]] = np.inf
-        places[: least - 1] = places[n - least :] = np.inf
-        k = int(places.argmin()) if len(places) else 0
-        if len(places) and whole - places[k] > best:
-            best = whole - float(places[k])
-            found = (np.sort(part[order[: k + 1]]), np.sort(part[order[k + 1 :]]))
-    return best, found
+def _cut(axes: list[np.ndarray], sizes: np.ndarray, orders: list[np.ndarray], least: int) -> _Part:
+    """The part with the cut in two that saves most places; 0 saved where there is none."""
+    best = _Part(orders, 0, 0, 0)
+    n = int(sizes[orders[0]].sum())
+    longest = [int(x[order[-1]]) for x, order in zip(axes, orders, strict=True)]
+    for axis, order in enumerate(orders):
+        own = axes[axis][order]
+        place = np.flatnonzero(own[1:] != own[:-1])
+        near = np.cumsum(sizes[order])[place]
+        fits = (near >= least) & (n - near >= least)
+        place, near = place[fits], near[fits]
+        if not len(place):
+            continue
+        below, above = own[place], np.full(len(place), longest[axis])  # longest on each side
+        for x in (x for other, x in enumerate(axes) if other != axis):
+            ordered = x[order]
+            below += np.maximum.accumulate(ordered)[place]
+            above += np.maximum.accumulate(ordered[::-1])[::-1][place + 1]
+        places = near * below + (n - near) * above
+        k = int(places.argmin())
+        saved = n * sum(longest) - int(places[k])
+        if saved > best.saved:
+            best = _Part(orders, saved, axis, int(place[k]))
+    return best
 
 
 class Planned(NamedTuple):
@@ -212,10 +231,8 @@ class BucketedStream(Stream):
         axes = [whole if m == TOTAL else np.maximum(shards.lengths(m), 0) for m in config.axes]
         lengths = np.stack(axes, 1).astype(np.int64)[kept]
         inside = make_buckets(lengths, config.buckets, min(config.batch_size, len(kept)))
-        self.bounds = np.array(
-            [self.lengths[kept[inside.of == k]].max() for k in range(len(inside.bound))]
-        )
         self.members = [kept[inside.of == k] for k in range(len(inside.bound))]
+        self.bounds = np.array([self.lengths[samples].max() for samples in self.members])
         self.budget = config.tokens or int(self.bounds.max()) * config.batch_size
         if self.budget < self.bounds.max() * config.batch_size:
             raise UserError(
