@@ -20,28 +20,24 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field, field_validator
 
-from mm.config import Config
 from mm.data.account import carried, running
 from mm.data.collate import document_length, to_batch
-from mm.data.order import generator, key_of, permute
+from mm.data.documents import DocumentsConfig, DocumentStream
+from mm.data.order import key_of, permute
 from mm.data.packed import PackedSource
-from mm.data.slots import modality_in
-from mm.data.stream import Step, Stream, rank_rows
-from mm.data.transforms.compose import chain
+from mm.data.stream import Step
 from mm.errors import UserError, did_you_mean
-from mm.registry import STREAMS, TRANSFORMS
+from mm.registry import STREAMS
 from mm.specs import Segment
-from mm.vocabulary import Vocabulary
 
 TOTAL = "total"  # the axis of whole documents
 
 
 @STREAMS.register("bucketed")
-class BucketedConfig(Config):
+class BucketedConfig(DocumentsConfig):
     """Token-budget batches of one document a row, from buckets of two lengths."""
 
     kind: Literal["bucketed"] = "bucketed"
-    source: PackedSource
     # Modalities whose lengths make the buckets; "total" is that of the whole document, which alone
     # pads least, but mixes long speech of short texts with the reverse:
     axes: Annotated[tuple[str, ...], Field(min_length=1)] = ("audio", "text")
@@ -54,14 +50,9 @@ class BucketedConfig(Config):
     tokens: Annotated[int, Field(gt=0, description="places of one step")] | None = (
         None  # default: what batch_size rows of the longest bucket take
     )
-    micro_batch_size: Annotated[int, Field(gt=0)] | None = (
-        None  # rows of one process at a time in the longest bucket; default all
-    )
     max_length: Annotated[int, Field(gt=3)] | None = (
         None  # longer documents are left out and counted; default none
     )
-    transform: tuple[TRANSFORMS.field, ...] = ()  # type: ignore[valid-type]
-    prefetch: Annotated[int, Field(ge=0, description="steps made ahead")] = 2
 
     @field_validator("buckets", mode="before")
     @classmethod
@@ -76,21 +67,9 @@ class BucketedConfig(Config):
 
         return cls(source=PackedSource(path=Path("tokens")), buckets=4, batch_size=4)
 
-    def build(
-        self,
-        *,
-        vocabulary: Vocabulary | None = None,
-        transform: Any = None,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> BucketedStream:
-        """Open the shards; arguments as of `PackedConfig.build`.
-
-        Raises:
-            UserError: shards are missing or of another vocabulary, or sizes do not divide.
-        """
-        return BucketedStream(self, vocabulary, transform, seed, rank, world)
+    @property
+    def stream(self) -> type[BucketedStream]:
+        return BucketedStream
 
 
 class Buckets(NamedTuple):
@@ -190,7 +169,7 @@ class Planned(NamedTuple):
     fillers: int
 
 
-class BucketedStream(Stream):
+class BucketedStream(DocumentStream[BucketedConfig]):
     """See `BucketedConfig`.
 
     ``stats`` of the last step: padding_share, rows, length, tokens by modality, filtered,
@@ -198,23 +177,8 @@ class BucketedStream(Stream):
     that `mm.data.account.running` names.
     """
 
-    def __init__(
-        self,
-        config: BucketedConfig,
-        vocabulary: Vocabulary | None,
-        transform: Any,
-        seed: int,
-        rank: int,
-        world: int,
-    ):
-        self.config, self.seed = config, seed
-        self.mine = rank_rows(config.batch_size, config.micro_batch_size, rank, world)
-        self.shards = shards = config.source.build()
-        assert shards.vocabulary is not None
-        self.vocabulary = vocabulary or shards.vocabulary
-        self.vocabulary.require(shards.specs, str(config.source.path))
-        own = config.source.transform
-        self.transform = chain(config.transform if own is None else own, transform)
+    def prepare(self) -> dict[str, Any]:
+        config, shards = self.config, self.shards
         self._check_axes()
         whole = sum(  # a begin and an end for each segment
             np.maximum(shards.lengths(s.modality), 0) + 2 * shards.segments(s.modality)
@@ -241,22 +205,12 @@ class BucketedStream(Stream):
                 "data.batch_size or data.max_length"
             )
         self._plans: dict[int, list[Planned]] = {}
-        plan = {
-            "seed": seed,
-            "batch_size": config.batch_size,
+        return {
             "tokens": self.budget,
             "axes": list(config.axes),
             "buckets": config.buckets,
             "max_length": config.max_length,
-            "source": [shards.split, len(shards), shards.fingerprint],
-            "transform": key_of(
-                config.transform,
-                own,
-                transform if isinstance(transform, (Config, dict, str)) else None,
-            )
-            % 2**32,
         }
-        super().__init__(plan, config.prefetch)
 
     def _check_axes(self) -> None:
         known = (*(spec.modality for spec in self.shards.specs), TOTAL)
@@ -286,12 +240,10 @@ class BucketedStream(Stream):
         filtered = 0
         real = len(step.samples) - step.fillers
         for n, i in enumerate(step.samples):
-            segments = [
-                Segment(modality_in(slot), ids) for slot, ids in self.shards.tokens(int(i)).items()
-            ]
-            made: list[Segment] | None = segments if n < real else None
-            if made is not None and self.transform.parts:
-                made = self.transform(segments, generator(self.seed, "bucketed", epoch, int(i)))
+            segments = self.segments(int(i))
+            made: list[Segment] | None = None
+            if n < real:
+                made = self.transformed(segments, "bucketed", epoch, int(i))
                 filtered += not made
             if not made:  # it keeps its place, which keeps the shape, and costs no loss
                 made = [s._replace(weight=0.0) for s in segments]

@@ -1,4 +1,4 @@
-"""What streams of whole documents of one source share: its config's fields, its shards, its plan."""
+"""What streams over the documents of one source share: fields, shards, transforms, plan."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class DocumentStream(Stream, Generic[C]):
         return [Segment(modality_in(slot), ids) for slot, ids in self.shards.tokens(i).items()]
 
     def transformed(self, segments: list[Segment], *draw: int | str) -> list[Segment] | None:
-        """After the transforms, which draw at random from ``(seed, *draw)``; None = filtered out."""
+        """After the transforms, which draw from ``(seed, *draw)``; None: they filter it out."""
         if not self.transform.parts:
             return segments
         return self.transform(segments, generator(self.seed, *draw))
