@@ -224,6 +224,10 @@ def _wandb_down(trainer: Any, options: Mapping[str, Any]) -> None:
     """The server that the run was started with goes down."""
     from urllib.request import urlopen
 
+    from mm.trainer import tracker
+
+    tracker.INIT_TIMEOUT_S = 120.0  # a slow machine is not the fault that is tried here
+
     def down() -> None:
         if trainer.tracker.id is None:
             raise RuntimeError("the run was not tracked before the server went down")
