@@ -143,8 +143,9 @@ def markdown(rows: Sequence[Row], quick: bool) -> str:
         "|---|---|---:|---:|---|",
     ]
     tried = {row["fault"] for row in rows}
+    place = {case.name: n for n, case in enumerate(CASES)}  # those of --resume came first
     rows = [
-        *rows,
+        *sorted(rows, key=lambda row: place.get(row["fault"], len(place))),
         *(
             {"fault": c.name, "outcome": c.outcome, "tries": 0, "survived": 0, "lost": "not tried"}
             for c in CASES
