@@ -20,28 +20,24 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field, field_validator
 
-from mm.config import Config
 from mm.data.account import carried, running
 from mm.data.collate import document_length, to_batch
-from mm.data.order import generator, key_of, permute
+from mm.data.documents import DocumentsConfig, DocumentStream
+from mm.data.order import key_of, permute
 from mm.data.packed import PackedSource
-from mm.data.slots import modality_in
-from mm.data.stream import Step, Stream, rank_rows
-from mm.data.transforms.compose import chain
+from mm.data.stream import Step
 from mm.errors import UserError, did_you_mean
-from mm.registry import STREAMS, TRANSFORMS
+from mm.registry import STREAMS
 from mm.specs import Segment
-from mm.vocabulary import Vocabulary
 
 TOTAL = "total"  # the axis of whole documents
 
 
 @STREAMS.register("bucketed")
-class BucketedConfig(Config):
+class BucketedConfig(DocumentsConfig):
     """Token-budget batches of one document a row, from buckets of two lengths."""
 
     kind: Literal["bucketed"] = "bucketed"
-    source: PackedSource
     # Modalities whose lengths make the buckets; "total" is that of the whole document, which alone
     # pads least, but mixes long speech of short texts with the reverse:
     axes: Annotated[tuple[str, ...], Field(min_length=1)] = ("audio", "text")
@@ -54,14 +50,9 @@ class BucketedConfig(Config):
     tokens: Annotated[int, Field(gt=0, description="places of one step")] | None = (
         None  # default: what batch_size rows of the longest bucket take
     )
-    micro_batch_size: Annotated[int, Field(gt=0)] | None = (
-        None  # rows of one process at a time in the longest bucket; default all
-    )
     max_length: Annotated[int, Field(gt=3)] | None = (
         None  # longer documents are left out and counted; default none
     )
-    transform: tuple[TRANSFORMS.field, ...] = ()  # type: ignore[valid-type]
-    prefetch: Annotated[int, Field(ge=0, description="steps made ahead")] = 2
 
     @field_validator("buckets", mode="before")
     @classmethod
@@ -76,21 +67,9 @@ class BucketedConfig(Config):
 
         return cls(source=PackedSource(path=Path("tokens")), buckets=4, batch_size=4)
 
-    def build(
-        self,
-        *,
-        vocabulary: Vocabulary | None = None,
-        transform: Any = None,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> BucketedStream:
-        """Open the shards; arguments as of `PackedConfig.build`.
-
-        Raises:
-            UserError: shards are missing or of another vocabulary, or sizes do not divide.
-        """
-        return BucketedStream(self, vocabulary, transform, seed, rank, world)
+    @property
+    def stream(self) -> type[BucketedStream]:
+        return BucketedStream
 
 
 class Buckets(NamedTuple):
@@ -100,11 +79,22 @@ class Buckets(NamedTuple):
     bound: np.ndarray
 
 
+class _Part(NamedTuple):
+    """A bucket that may still be cut: its cells sorted by each axis, and the best cut of it."""
+
+    orders: list[np.ndarray]  # an axis: (C,) int64
+    saved: int  # places that the cut saves
+    axis: int
+    place: int  # the last cell on the near side of it, in the order of `axis`
+
+
 def make_buckets(lengths: np.ndarray, count: int, least: int = 1) -> Buckets:
     """Cut samples of several lengths into buckets that pad as little as may be.
 
     Best first, as a decision tree is grown: of all buckets and axes, the cut that saves the most
     padding is made next, until there are ``count``. A grid of quantiles pads half as much again.
+    Samples of equal lengths are one cell, which stays together, so the time goes with the number of
+    different lengths; each axis is sorted once.
 
     Args:
         lengths: (N, A) int64, one column an axis; padding is that of all axes together.
@@ -115,52 +105,60 @@ def make_buckets(lengths: np.ndarray, count: int, least: int = 1) -> Buckets:
     """
     if not len(lengths):
         return Buckets(np.empty(0, np.int64), np.empty((0, lengths.shape[1]), np.int64))
-    heap: list[tuple[float, int, np.ndarray, tuple[np.ndarray, np.ndarray] | None]] = []
+    cell = np.zeros(len(lengths), np.int64)
+    for column in lengths.T:
+        cell = np.unique(cell * (int(column.max()) + 1) + column, return_inverse=True)[1]
+    sizes = np.bincount(cell)
+    first = np.full(len(sizes), len(lengths))
+    np.minimum.at(first, cell, np.arange(len(lengths)))
+    axes = [np.ascontiguousarray(column) for column in lengths[first].T]
+    heap: list[tuple[int, int, _Part]] = []
 
-    def grow(part: np.ndarray, number: int) -> None:
-        saved, halves = _cut(lengths, part, least)
-        heapq.heappush(heap, (-saved, number, part, halves))
+    def grow(orders: list[np.ndarray], number: int) -> None:
+        part = _cut(axes, sizes, orders, least)
+        heapq.heappush(heap, (-part.saved, number, part))
 
-    grow(np.arange(len(lengths)), 0)
-    made = 0
-    while len(heap) < count and (halves := heap[0][3]) is not None:
-        heapq.heappop(heap)
-        for half in halves:
+    grow([np.argsort(column, kind="stable") for column in axes], 0)
+    made, near = 0, np.zeros(len(sizes), bool)
+    while len(heap) < count and heap[0][2].saved:
+        orders, _, axis, place = heapq.heappop(heap)[2]
+        near[orders[axis][: place + 1]] = True
+        near[orders[axis][place + 1 :]] = False
+        for half in (True, False):
             made += 1
-            grow(half, made)
-    parts = sorted(
-        (part for _, _, part, _ in heap),
-        key=lambda part: (int(lengths[part].max(0).sum()), int(part.min())),
-    )
-    of = np.empty(len(lengths), np.int64)
-    for k, part in enumerate(parts):
-        of[part] = k
-    return Buckets(of, np.stack([lengths[part].max(0) for part in parts]))
+            grow([order[near[order] == half] for order in orders], made)
+    found = [(part.orders[0], [int(x[part.orders[0]].max()) for x in axes]) for _, _, part in heap]
+    found.sort(key=lambda pair: (sum(pair[1]), int(first[pair[0]].min())))
+    bucket = np.empty(len(sizes), np.int64)
+    for k, (cells, _) in enumerate(found):
+        bucket[cells] = k
+    return Buckets(bucket[cell], np.array([bound for _, bound in found], np.int64))
 
 
-def _cut(
-    lengths: np.ndarray, part: np.ndarray, least: int
-) -> tuple[float, tuple[np.ndarray, np.ndarray] | None]:
-    """The cut of ``part`` in two that saves most places, and the places; equal lengths stay
-    together. None where nothing is saved.
-    """
-    mine = lengths[part]
-    n, best, found = len(part), 0.0, None
-    whole = n * int(mine.max(0).sum())
-    for axis in range(lengths.shape[1]):
-        order = np.argsort(mine[:, axis], kind="stable")
-        ordered = mine[order]
-        below = np.maximum.accumulate(ordered, 0).sum(1)[:-1]  # bound of the first k + 1
-        above = np.maximum.accumulate(ordered[::-1], 0)[::-1].sum(1)[1:]  # and of the rest
-        first = np.arange(1, n)
-        places = (first * below + (n - first) * above).astype(np.float64)
-        places[ordered[1:, axis] == ordered[:-1, axis]] = np.inf
-        places[: least - 1] = places[n - least :] = np.inf
-        k = int(places.argmin()) if len(places) else 0
-        if len(places) and whole - places[k] > best:
-            best = whole - float(places[k])
-            found = (np.sort(part[order[: k + 1]]), np.sort(part[order[k + 1 :]]))
-    return best, found
+def _cut(axes: list[np.ndarray], sizes: np.ndarray, orders: list[np.ndarray], least: int) -> _Part:
+    """The part with the cut in two that saves most places; 0 saved where there is none."""
+    best = _Part(orders, 0, 0, 0)
+    n = int(sizes[orders[0]].sum())
+    longest = [int(x[order[-1]]) for x, order in zip(axes, orders, strict=True)]
+    for axis, order in enumerate(orders):
+        own = axes[axis][order]
+        place = np.flatnonzero(own[1:] != own[:-1])
+        near = np.cumsum(sizes[order])[place]
+        fits = (near >= least) & (n - near >= least)
+        place, near = place[fits], near[fits]
+        if not len(place):
+            continue
+        below, above = own[place], np.full(len(place), longest[axis])  # longest on each side
+        for x in (x for other, x in enumerate(axes) if other != axis):
+            ordered = x[order]
+            below += np.maximum.accumulate(ordered)[place]
+            above += np.maximum.accumulate(ordered[::-1])[::-1][place + 1]
+        places = near * below + (n - near) * above
+        k = int(places.argmin())
+        saved = n * sum(longest) - int(places[k])
+        if saved > best.saved:
+            best = _Part(orders, saved, axis, int(place[k]))
+    return best
 
 
 class Planned(NamedTuple):
@@ -171,7 +169,7 @@ class Planned(NamedTuple):
     fillers: int
 
 
-class BucketedStream(Stream):
+class BucketedStream(DocumentStream[BucketedConfig]):
     """See `BucketedConfig`.
 
     ``stats`` of the last step: padding_share, rows, length, tokens by modality, filtered,
@@ -179,23 +177,8 @@ class BucketedStream(Stream):
     that `mm.data.account.running` names.
     """
 
-    def __init__(
-        self,
-        config: BucketedConfig,
-        vocabulary: Vocabulary | None,
-        transform: Any,
-        seed: int,
-        rank: int,
-        world: int,
-    ):
-        self.config, self.seed = config, seed
-        self.mine = rank_rows(config.batch_size, config.micro_batch_size, rank, world)
-        self.shards = shards = config.source.build()
-        assert shards.vocabulary is not None
-        self.vocabulary = vocabulary or shards.vocabulary
-        self.vocabulary.require(shards.specs, str(config.source.path))
-        own = config.source.transform
-        self.transform = chain(config.transform if own is None else own, transform)
+    def prepare(self) -> dict[str, Any]:
+        config, shards = self.config, self.shards
         self._check_axes()
         whole = sum(  # a begin and an end for each segment
             np.maximum(shards.lengths(s.modality), 0) + 2 * shards.segments(s.modality)
@@ -212,10 +195,8 @@ class BucketedStream(Stream):
         axes = [whole if m == TOTAL else np.maximum(shards.lengths(m), 0) for m in config.axes]
         lengths = np.stack(axes, 1).astype(np.int64)[kept]
         inside = make_buckets(lengths, config.buckets, min(config.batch_size, len(kept)))
-        self.bounds = np.array(
-            [self.lengths[kept[inside.of == k]].max() for k in range(len(inside.bound))]
-        )
         self.members = [kept[inside.of == k] for k in range(len(inside.bound))]
+        self.bounds = np.array([self.lengths[samples].max() for samples in self.members])
         self.budget = config.tokens or int(self.bounds.max()) * config.batch_size
         if self.budget < self.bounds.max() * config.batch_size:
             raise UserError(
@@ -224,22 +205,12 @@ class BucketedStream(Stream):
                 "data.batch_size or data.max_length"
             )
         self._plans: dict[int, list[Planned]] = {}
-        plan = {
-            "seed": seed,
-            "batch_size": config.batch_size,
+        return {
             "tokens": self.budget,
             "axes": list(config.axes),
             "buckets": config.buckets,
             "max_length": config.max_length,
-            "source": [shards.split, len(shards), shards.fingerprint],
-            "transform": key_of(
-                config.transform,
-                own,
-                transform if isinstance(transform, (Config, dict, str)) else None,
-            )
-            % 2**32,
         }
-        super().__init__(plan, config.prefetch)
 
     def _check_axes(self) -> None:
         known = (*(spec.modality for spec in self.shards.specs), TOTAL)
@@ -269,12 +240,10 @@ class BucketedStream(Stream):
         filtered = 0
         real = len(step.samples) - step.fillers
         for n, i in enumerate(step.samples):
-            segments = [
-                Segment(modality_in(slot), ids) for slot, ids in self.shards.tokens(int(i)).items()
-            ]
-            made: list[Segment] | None = segments if n < real else None
-            if made is not None and self.transform.parts:
-                made = self.transform(segments, generator(self.seed, "bucketed", epoch, int(i)))
+            segments = self.segments(int(i))
+            made: list[Segment] | None = None
+            if n < real:
+                made = self.transformed(segments, "bucketed", epoch, int(i))
                 filtered += not made
             if not made:  # it keeps its place, which keeps the shape, and costs no loss
                 made = [s._replace(weight=0.0) for s in segments]

@@ -17,31 +17,24 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from mm.config import Config
 from mm.data.collate import DocumentTokens, Piece, document_length, document_tokens, of_pieces
-from mm.data.order import generator, key_of, permute
+from mm.data.documents import DocumentsConfig, DocumentStream
+from mm.data.order import key_of, permute
 from mm.data.packed import PackedSource
-from mm.data.stream import Step, Stream, rank_rows
-from mm.data.transforms.compose import chain
+from mm.data.stream import Step
 from mm.errors import UserError
-from mm.registry import STREAMS, TRANSFORMS
-from mm.specs import Segment
-from mm.vocabulary import Vocabulary
+from mm.registry import STREAMS
 
 
 @STREAMS.register("lanes")
-class LanesConfig(Config):
+class LanesConfig(DocumentsConfig):
     """Rows that go on where the same row of the step before stopped."""
 
     kind: Literal["lanes"] = "lanes"
-    source: PackedSource
     seq_len: Annotated[int, Field(gt=3, description="places of one window")] = 256
     batch_size: Annotated[
         int, Field(gt=0, description="lanes: rows of one optimizer step over all processes")
     ] = 8
-    micro_batch_size: Annotated[int, Field(gt=0)] | None = (
-        None  # rows of one process at a time; default all
-    )
     max_documents: Annotated[
         int, Field(gt=0, description="documents of one row; shapes depend on it")
     ] = 8
@@ -50,31 +43,17 @@ class LanesConfig(Config):
         Field(gt=3, description="longer documents are left out and counted; attention without a "
               "window keeps this many keys a lane"),
     ] = 2048  # fmt: skip
-    transform: tuple[TRANSFORMS.field, ...] = ()  # type: ignore[valid-type]
-    prefetch: Annotated[int, Field(ge=0, description="steps made ahead")] = 2
 
     @classmethod
     def smallest(cls) -> LanesConfig:
         return cls(source=PackedSource(path=Path("tokens")), seq_len=16, batch_size=4)
 
-    def build(
-        self,
-        *,
-        vocabulary: Vocabulary | None = None,
-        transform: Any = None,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> LanesStream:
-        """Open the shards; arguments as of `PackedConfig.build`.
-
-        Raises:
-            UserError: shards are missing or of another vocabulary, or sizes do not divide.
-        """
-        return LanesStream(self, vocabulary, transform, seed, rank, world)
+    @property
+    def stream(self) -> type[LanesStream]:
+        return LanesStream
 
 
-class LanesStream(Stream):
+class LanesStream(DocumentStream[LanesConfig]):
     """See `LanesConfig`.
 
     ``stats`` of the last step: padding_share, documents (begun), tokens by modality, filtered,
@@ -82,40 +61,15 @@ class LanesStream(Stream):
     have the row as their slot.
     """
 
-    def __init__(
-        self,
-        config: LanesConfig,
-        vocabulary: Vocabulary | None,
-        transform: Any,
-        seed: int,
-        rank: int,
-        world: int,
-    ):
-        self.config, self.seed = config, seed
-        self.mine = rank_rows(config.batch_size, config.micro_batch_size, rank, world)
+    def prepare(self) -> dict[str, Any]:
+        config = self.config
         self.lanes, self.max_length = config.batch_size, config.max_length
-        self.shards = config.source.build()
-        assert self.shards.vocabulary is not None
-        self.vocabulary = vocabulary or self.shards.vocabulary
-        self.vocabulary.require(self.shards.specs, str(config.source.path))
-        own = config.source.transform
-        self.transform = chain(config.transform if own is None else own, transform)
         self._documents: dict[int, DocumentTokens | str] = {}  # of the samples that lanes are in
-        plan = {
-            "seed": seed,
+        return {
             "seq_len": config.seq_len,
-            "batch_size": config.batch_size,
             "max_documents": config.max_documents,
             "max_length": config.max_length,
-            "source": [self.shards.split, len(self.shards), self.shards.fingerprint],
-            "transform": key_of(
-                config.transform,
-                own,
-                transform if isinstance(transform, (Config, dict, str)) else None,
-            )
-            % 2**32,
         }
-        super().__init__(plan, config.prefetch)
 
     def start(self) -> dict[str, int]:
         """``number/l``: samples that lane l is done with; ``place/l``: place in the next one."""
@@ -201,11 +155,7 @@ class LanesStream(Stream):
         """All tokens of a sample, or the reason why it is left out."""
         if sample not in self._documents:
             epoch, i = self._index(sample)
-            segments: list[Segment] | None = [
-                Segment(m, ids) for m, ids in self.shards.tokens(i).items()
-            ]
-            if self.transform.parts:
-                segments = self.transform(segments, generator(self.seed, key_of("lanes"), epoch, i))
+            segments = self.transformed(self.segments(i), key_of("lanes"), epoch, i)
             if not segments:
                 found: DocumentTokens | str = "filtered"
             elif document_length(segments) > self.config.max_length:

@@ -25,9 +25,10 @@ from mm.data.pretokenized import TokenIds, token_specs
 from mm.data.shards import FORMAT, MANIFEST, VERSION, VOCABULARY, read_manifest
 from mm.data.sources.base import SAFE_SPLIT, SEGMENTS, SPLITS
 from mm.data.sources.detect import open_source
-from mm.data.workers import batches, cores
+from mm.data.workers import batches
 from mm.data.writer import replacing, write_manifest
 from mm.errors import UserError, did_you_mean
+from mm.launch.environment import cores
 from mm.vocabulary import Vocabulary, merged
 
 log = logging.getLogger(__name__)

@@ -29,16 +29,12 @@ from mm.data.encode import Encoder
 from mm.data.prepare import Done, Work
 from mm.data.sources.base import Given, Record, raising
 from mm.errors import UserError
+from mm.launch.environment import cores
 
 log = logging.getLogger(__name__)
 START_S = 1.0  # a shorter pack is over before worker processes have started
 WITH_TOKENIZERS = 8  # times as long: each process imports torch and what the tokenizers need
 GROUP_BYTES, GROUP = 4_000_000, 64  # raw records that are sent together: at most so much, so many
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Failed(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -69,6 +70,22 @@ def test_each_cut_is_the_best_one() -> None:
         made = make_buckets(lengths, 2)
         got = sum(cells(np.flatnonzero(made.of == k)) for k in range(len(made.bound)))
         assert got == min(options)
+
+
+def test_equal_lengths_are_one_cell_and_a_million_are_fitted_at_once() -> None:
+    """Repeating every sample changes no cut; a million are fitted within a second (about 0.4 s)."""
+    rng = np.random.default_rng(5)
+    few = rng.integers(1, 40, (300, 2))
+    once, often = make_buckets(few, 16), make_buckets(np.tile(few, (7, 1)), 16)
+    np.testing.assert_array_equal(often.bound, once.bound)
+    np.testing.assert_array_equal(often.of, np.tile(once.of, 7))
+    audio = rng.lognormal(5.0, 0.7, 1_000_000)
+    text = audio * rng.lognormal(-1.0, 0.5, len(audio))
+    lengths = np.stack([audio, text], 1).astype(np.int64) + 1
+    begun = time.thread_time()
+    made = make_buckets(lengths, 64, 8)
+    assert time.thread_time() - begun < 1.0
+    assert (lengths <= made.bound[made.of]).all() and np.bincount(made.of).min() >= 8
 
 
 def test_buckets_partition_and_bound() -> None:

@@ -14,8 +14,11 @@ from data_toys import png, wav
 from PIL import Image
 
 from mm.data.decode import (
+    LIMITS,
     BadSample,
     Limits,
+    _plain_wav,
+    audio_header,
     decode_audio,
     decode_image,
     decode_text,
@@ -199,6 +202,40 @@ def test_audio_of_all_kinds() -> None:
     loud = io.BytesIO()
     soundfile.write(loud, np.full(100, 3.0, np.float32), 8000, format="WAV", subtype="FLOAT")
     assert np.abs(decode_audio(loud.getvalue()).samples).max() == 1.0
+
+
+def by_libsndfile(data: bytes) -> tuple[int, bytes] | None:
+    """What the general reader makes of it; None where it refuses."""
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            mono = file.read(dtype="float32", always_2d=True)
+            mono = mono[:, 0] if mono.shape[1] == 1 else mono.mean(axis=1)
+            return file.samplerate, mono.tobytes()
+    except soundfile.SoundFileError:
+        return None
+
+
+def test_plain_wav_is_as_libsndfile_reads_it() -> None:
+    """The same bits, with one channel and several, and with any byte of the header changed: what is
+    not plain goes to libsndfile.
+    """
+    for channels in (1, 2, 5):
+        data = bytearray(wav(channels=channels, frames=50))
+        own = decode_audio(bytes(data))
+        assert (own.sample_rate, own.samples.tobytes()) == by_libsndfile(bytes(data))
+        for place in range(44):
+            for value in (0, 1, 2, 3, 100, 255, data[place] ^ 1, data[place] ^ 128):
+                changed = bytes(data[:place]) + bytes([value]) + bytes(data[place + 1 :])
+                found = _plain_wav(changed, LIMITS)
+                if found is not None:
+                    own = decode_audio(changed)
+                    assert (own.sample_rate, own.samples.tobytes()) == by_libsndfile(changed), place
+                    assert audio_header(changed) == ("wav", len(own.samples), own.sample_rate)
+    whole = wav(frames=50)
+    for size in range(len(whole)):  # cut short
+        assert _plain_wav(whole[:size], LIMITS) is None
+    tail = decode_audio(whole + b"LIST\4\0\0\0INFO")
+    assert tail.samples.tobytes() == decode_audio(whole).samples.tobytes()
 
 
 def test_text() -> None:

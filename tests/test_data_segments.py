@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mm.data.bucketed import BucketedConfig
 from mm.data.collate import to_batch
 from mm.data.inspect import inspect, verify
 from mm.data.items import ItemsConfig
+from mm.data.lanes import LanesConfig
 from mm.data.pack import PackReport, pack
 from mm.data.packed import PackedConfig
 from mm.data.shards import QUARANTINE, VOCABULARY, ShardSet
@@ -27,6 +29,7 @@ from mm.model.model import Model
 from mm.run import Run
 from mm.trainer import metrics
 from mm.trainer.trainer import train
+from mm.vocabulary import Vocabulary
 
 # Modalities of sample i: several of one, in another order each time.
 ORDERS = (
@@ -187,6 +190,15 @@ def test_tokens_are_those_of_each_segment(data: Path) -> None:
     assert inspect(data / "shards")["examples"]["audio"]["what"].startswith("0.025 s at 8000 Hz")
 
 
+def spans(v: Vocabulary, codes: Mapping[str, np.ndarray]) -> list[int]:
+    """A document's ids: begin, codes and end of each segment."""
+    out: list[int] = []
+    for slot, ids in codes.items():
+        r = v.range(modality_in(slot))
+        out += [r.begin, *(np.asarray(ids) + r.first).tolist(), r.end]
+    return out
+
+
 def test_one_document_a_sample_with_a_span_for_each_segment(data: Path) -> None:
     config = PackedConfig(
         sources=({"path": data / "tokens"},), seq_len=96, batch_size=3, block_samples=N, prefetch=0
@@ -202,11 +214,8 @@ def test_one_document_a_sample_with_a_span_for_each_segment(data: Path) -> None:
         document = b.layout.fields.document[row].numpy()
         for m in np.unique(document[document > 0]):
             here = np.flatnonzero(document == m)
-            stream_ids, want = b.ids[row, here, 0].numpy(), []
-            for slot, ids in by_key[keys.pop(0)].items():
-                r = v.range(modality_in(slot))
-                want += [r.begin, *(np.asarray(ids) + r.first).tolist(), r.end]
-            assert stream_ids.tolist() == want
+            want = spans(v, by_key[keys.pop(0)])
+            assert b.ids[row, here, 0].tolist() == want
             # Every code and every end is a target, of its own modality; no begin is.
             weight = b.weight[row, here].numpy()
             begins = np.isin(np.array(want[1:]), [v.range(s).begin for s in v.modalities])
@@ -219,6 +228,11 @@ def test_one_document_a_sample_with_a_span_for_each_segment(data: Path) -> None:
     whole = [sum(len(ids) + 2 for ids in by_key[shards.key(i)].values()) for i in range(N)]
     assert other.lengths.tolist() == whole
     other.close()
+    lanes = LanesConfig(source={"path": data / "tokens"}, seq_len=96, batch_size=4, prefetch=0)
+    (b,) = lanes.build(seed=1).next()
+    first = b.ids[0, b.layout.fields.document[0] == 1, 0].numpy()
+    want = spans(v, by_key[b.keys[0]])
+    assert first.tolist() == want[: len(first)] and len(first) > 0
 
 
 def test_items_of_interleaved_samples(data: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,7 @@ from mm.cli import main as cli
 from mm.errors import UserError
 from mm.faults import run as faults
 from mm.faults.bench import Bench, differences
-from mm.faults.cases import CASES
+from mm.faults.cases import CASES, Case
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,37 @@ def test_micro_batches_are_equal_to_rounding_by_modality(bench: Bench) -> None:
         config = bench.config(bench.fresh("micro"), micro=micro, model=model)
         assert bench.train(config).codes == [0]
         assert differences(whole, bench.folder(config), rel=1e-5) == ""
+
+
+def test_a_run_that_was_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are written after each fault; with --resume the faults that have one are left out."""
+    tried: list[str] = []
+
+    def cut(bench: Bench, quick: bool) -> Iterator[str]:
+        tried.append("two")
+        if len(tried) == 2:
+            raise SystemExit(75)
+        yield "something"
+
+    def one(bench: Bench, quick: bool) -> Iterator[str]:
+        tried.append("one")
+        yield ""
+
+    monkeypatch.setattr(faults, "CASES", (Case("one", "fine", one), Case("two", "fine", cut)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # which a bench sets
+    file = tmp_path / "rows.json"
+    command = ["faults", "--json", str(file), "--resume"]
+    assert cli.run(command) == 75
+    assert [row["fault"] for row in json.loads(file.read_text())] == ["one"]
+    assert cli.run([*command, "--write", str(tmp_path / "page.md")]) == 1  # one was not survived
+    assert tried == ["one", "two", "two"]
+    rows = json.loads(file.read_text())
+    assert [(row["survived"], row["lost"]) for row in rows] == [(1, "nothing"), (0, "something")]
+    assert "| two | fine | 1 | 0 | something |" in (tmp_path / "page.md").read_text()
+    with pytest.raises(UserError, match="was written with all tries"):
+        faults.read(file, quick=True)
+    file.write_text("{}")
+    assert faults.read(tmp_path / "none", quick=True) == []
 
 
 def test_the_page_is_made_of_the_rows_and_an_unknown_fault_is_named() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,14 +28,24 @@ def faults(
         Path | None,
         typer.Option("--write", metavar="FILE", help="Also write the table as Markdown."),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Leave out the faults that the --json FILE has rows of."),
+    ] = False,
     json: JsonFile = None,
 ) -> None:
-    from mm.faults.run import inject, markdown
+    from mm.faults.run import inject, markdown, read
 
-    say = lambda row: console().print(
-        f"{row['survived']}/{row['tries']} {row['fault']} ({row['seconds']:.0f} s)", markup=False
-    )
-    rows = inject(quick, only or (), say)
+    def done(rows: list[dict[str, Any]]) -> None:  # after each fault: an hour may be cut short
+        row = rows[-1]
+        console().print(
+            f"{row['survived']}/{row['tries']} {row['fault']} ({row['seconds']:.0f} s)",
+            markup=False,
+        )
+        write_json(json, rows)
+
+    before = read(json, quick) if resume and json is not None else []
+    rows = inject(quick, only or (), done, before)
     columns = ("fault", "tries", "survived", "lost")
     table("mm faults", columns, [[row[c] for c in columns] for row in rows])
     write_json(json, rows)

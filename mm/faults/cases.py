@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mm.faults.bench import Bench, Ended, differences
+from mm.faults.wandb_server import DOWN, wandb_server
 from mm.trainer import checkpoint
 from mm.trainer.heartbeat import HUNG
 from mm.trainer.trainer import INTERRUPTED
@@ -303,22 +304,22 @@ def _worlds(bench: Bench, quick: bool) -> Iterator[str]:
 
 
 def _wandb(bench: Bench, quick: bool) -> Iterator[str]:
-    down = {
-        "WANDB_MODE": "online",
-        "WANDB_API_KEY": "x" * 40,
-        "WANDB_BASE_URL": "http://127.0.0.1:9",  # the discard port: nothing listens
-    }
-    situations: tuple[tuple[dict[str, str], dict[str, Any]], ...] = (
-        (down, {}),
-        ({"WANDB_MODE": "offline"}, {"wandb_killed": {"step": 3}}),
-    )
-    for env, faults in situations:
-        config = bench.config(bench.fresh("wandb"))
-        ended = bench.train(config, faults=faults, env=env)
-        if ended.codes != [0]:
-            yield f"exit codes {ended.codes}: {ended.said[-300:]}"
-        else:
-            yield differences(bench.whole(config), bench.folder(config))
+    online = {"WANDB_MODE": "online", "WANDB_API_KEY": "x" * 40}
+    down = {**online, "WANDB_BASE_URL": "http://127.0.0.1:9"}  # the discard port: nothing listens
+    with wandb_server() as server:
+        there = {**online, "WANDB_BASE_URL": server.url}
+        situations: tuple[tuple[dict[str, str], dict[str, Any]], ...] = (
+            (down, {}),
+            (there, {"wandb_down": {"step": 3, "url": server.url + DOWN}}),
+            ({"WANDB_MODE": "offline"}, {"wandb_killed": {"step": 3}}),
+        )
+        for env, faults in situations:
+            config = bench.config(bench.fresh("wandb"))
+            ended = bench.train(config, faults=faults, env=env)
+            if ended.codes != [0]:
+                yield f"exit codes {ended.codes}: {ended.said[-300:]}"
+            else:
+                yield differences(bench.whole(config), bench.folder(config))
 
 
 def _two_jobs(bench: Bench, quick: bool) -> Iterator[str]:
@@ -415,7 +416,7 @@ CASES = (
     Case("rank that hangs", "stacks, verdict, exit 76; same bits", _hung_rank),
     Case("text-only beside image-only rank", "losses as of one process", _two_modalities),
     Case("another number of processes", "losses as unbroken; 3 is refused", _worlds),
-    Case("W&B down at the start, or killed", "same bits", _wandb),
+    Case("W&B down at the start or in the run, or killed", "same bits", _wandb),
     Case("two jobs in one folder", "the second is refused; same bits", _two_jobs),
     Case("hostile pickles", "not read, refused; no code runs", _pickles),
     Case("out of memory in a step", "lengths are told; same bits", _memory),

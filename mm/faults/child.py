@@ -220,6 +220,22 @@ def _wandb_killed(trainer: Any, options: Mapping[str, Any]) -> None:
     _before(trainer, "step", options["step"], kill)
 
 
+def _wandb_down(trainer: Any, options: Mapping[str, Any]) -> None:
+    """The server that the run was started with goes down."""
+    from urllib.request import urlopen
+
+    from mm.trainer import tracker
+
+    tracker.INIT_TIMEOUT_S = 120.0  # a slow machine is not the fault that is tried here
+
+    def down() -> None:
+        if trainer.tracker.id is None:
+            raise RuntimeError("the run was not tracked before the server went down")
+        urlopen(options["url"], timeout=30).read()
+
+    _before(trainer, "step", options["step"], down)
+
+
 def _halves(trainer: Any, options: Mapping[str, Any]) -> None:
     """Rank 0 of 2 sees text only, rank 1 images only; a single process sees both."""
     from mm.data.packed import PackedConfig
@@ -278,6 +294,7 @@ INJECT: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {
     "memory": _memory,
     "gone": _gone,
     "wandb_killed": _wandb_killed,
+    "wandb_down": _wandb_down,
     "halves": _halves,
     "meter": _meter,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 import tempfile
@@ -28,15 +29,48 @@ def chosen(only: Sequence[str]) -> list[Case]:
     return [c for c in CASES if not only or any(w.lower() in c.name.lower() for w in only)]
 
 
+def read(path: Path, quick: bool) -> list[Row]:
+    """Rows that an earlier part of the same tries wrote; none where there is no such file.
+
+    Raises:
+        UserError: the file holds something else, or the other count of tries.
+    """
+    if not path.is_file():
+        return []
+    try:
+        rows: list[Row] = json.loads(path.read_text())
+        counts = {bool(row["quick"]) for row in rows if row["fault"] and "tries" in row}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: no rows of mm faults ({error}); give another --json FILE"
+        ) from error
+    if counts - {quick}:
+        had = "all tries" if quick else "--quick"
+        raise UserError(f"{path}: was written with {had}: go on like that, or give another file")
+    return rows
+
+
 def inject(
-    quick: bool, only: Sequence[str] = (), done: Callable[[Row], None] = lambda row: None
+    quick: bool,
+    only: Sequence[str] = (),
+    done: Callable[[list[Row]], None] = lambda rows: None,
+    before: Sequence[Row] = (),
 ) -> list[Row]:
-    """Inject the faults; one row each: fault, outcome, tries, survived, lost, seconds."""
-    cases = chosen(only)
+    """Inject the faults; one row each: fault, outcome, quick, tries, survived, lost, seconds.
+
+    Args:
+        quick: one or two tries of each.
+        only: words that the names of the faults must hold; default all faults.
+        done: called after each fault with all rows so far.
+        before: rows of faults that were tried before; those are not tried again.
+    """
+    cases = [c for c in chosen(only) if c.name not in {row["fault"] for row in before}]
+    rows = list(before)
+    if not cases:
+        return rows
     # In memory where there is one: a thousand small saves, each synced, would measure the disk.
     shared = Path("/dev/shm")
     root = Path(tempfile.mkdtemp(prefix="mm-faults-", dir=shared if shared.is_dir() else None))
-    rows = []
     try:
         bench = Bench(root / "bench")
         for case in cases:
@@ -48,13 +82,14 @@ def inject(
             row: Row = {
                 "fault": case.name,
                 "outcome": case.outcome,
+                "quick": quick,
                 "tries": len(lost),
                 "survived": sum(not what for what in lost),
                 "lost": "; ".join(sorted({what for what in lost if what})) or "nothing",
                 "seconds": round(time.monotonic() - begun, 1),
             }
             rows.append(row)
-            done(row)
+            done(rows)
     finally:
         shutil.rmtree(root, ignore_errors=True)
     return rows
@@ -108,8 +143,9 @@ def markdown(rows: Sequence[Row], quick: bool) -> str:
         "|---|---|---:|---:|---|",
     ]
     tried = {row["fault"] for row in rows}
+    place = {case.name: n for n, case in enumerate(CASES)}  # those of --resume came first
     rows = [
-        *rows,
+        *sorted(rows, key=lambda row: place.get(row["fault"], len(place))),
         *(
             {"fault": c.name, "outcome": c.outcome, "tries": 0, "survived": 0, "lost": "not tried"}
             for c in CASES
