@@ -80,7 +80,7 @@ def test_many_blocks_of_chunks(decay: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("decay", DECAYS[1:])
-@pytest.mark.parametrize("strength", [1e-4, 30.0, 1e4])
+@pytest.mark.parametrize("strength", [1e-4, 1.0, 4.0, 30.0, 1e4])
 def test_no_decay_is_too_strong_or_too_weak(decay: str, strength: float) -> None:
     """exp(30 * 64) is no float32: a form that divides by cumulative decays would overflow."""
     arguments = inputs(decay, torch.float64, 1, 130, 2, 4, 3, strength)

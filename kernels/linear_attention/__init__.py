@@ -17,6 +17,9 @@ from mm.kernels.op import Op, exact
 
 CHUNK = 64
 IN_HAND = 1 << 18  # elements of a working tensor: what a core's cache holds
+# Log decay of a block of places that is scored at once: exp(16) is far from both ends of float32,
+# and an exponent of 16 still has an error of 1e-6 only.
+SPAN = 32.0
 
 
 @Op
@@ -112,7 +115,11 @@ def _blocks(B: int, T: int, H: int, K: int, V: int) -> Iterator[tuple[int, int, 
 
 
 class _Block:
-    """The chunks in hand, `(M, B, H, C, .)`, and the factors that their decay amounts to."""
+    """The chunks in hand, `(M, B, H, C, .)`, and the factors that their decay amounts to.
+
+    A decay by channel scales queries and keys, so that plain products score the pairs of `base`
+    places; of `base` = C places when it is weak, and of fewer the stronger it is.
+    """
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: int, m: int, size: int
@@ -121,13 +128,14 @@ class _Block:
         self.by_channel = g is not None and g.dim() == 4
         # Halving needs a power of two; places of zeros without decay change nothing.
         self.pad = (1 << (size - 1).bit_length()) - size if self.by_channel else 0
+        self.base = size + self.pad
         self.q, self.k, self.v = self.load(q), self.load(k), self.load(v)
-        self.into = self.out = self.total = self.between = None
+        self.into = self.out = self.total = self.between = self.up = self.down = None
         self.halves: list[tuple[int, Tensor, Tensor]] = []
         if g is None:
             return
         if self.by_channel:
-            before, after = self._halved(self.load(g))
+            before, after, total = self._rescaled(self.load(g))
         else:
             # float64: a difference of long sums keeps the short one that it stands for.
             if g.dim() == 1:
@@ -136,29 +144,48 @@ class _Block:
             else:
                 log = self.load(g[..., None]).double().cumsum(-2)
             before, after = log.to(g.dtype), (log[..., -1:, :] - log).to(g.dtype)
+            total = before[..., -1:, :]
             future = torch.ones(size, size, dtype=torch.bool, device=g.device).triu(1)
             between = (log - log.transpose(-1, -2)).to(g.dtype)
             self.between = between.masked_fill_(future, -torch.inf).exp_()
-        self.total = before[..., -1:, :].exp().transpose(-1, -2).expand(m, *[-1] * 4)
-        self.into = before.exp_()  # from the state before the chunk to each place
-        self.out = after.exp_()  # from each place to the state after the chunk
+        self.total = total.exp().transpose(-1, -2).expand(m, *[-1] * 4)
+        self.into = before.exp_()  # from the state before the chunk to each block (of one place)
+        self.out = after.exp_()  # from each block to the state after the chunk
 
-    def _halved(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Log decays from the chunk's start to each place, and from each place to its end.
+    def _rescaled(self, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log decays from the chunk's start to each block, from it to the end, and of the chunk.
 
-        Grown from blocks of 1, 2, .. C/2 places, by adding only. Every pair of places is divided by
-        exactly one border between two of those blocks, and `self.halves` keeps the decays from each
-        border and to it: their exponents are <= 0, so no decay is strong enough to overflow.
+        Blocks of `base` places are measured at the middle of their decay: queries are multiplied by
+        the decay from there to their place, keys divided by it, both within exp(SPAN / 2), so that
+        a place's products with its own block need nothing else. Every pair of blocks is divided by
+        exactly one border between two groups of 1, 2, .. blocks, and `self.halves` keeps the decays
+        from each border and to it: their exponents are <= 0, so none is strong enough to overflow.
         """
-        before, after, half = g.clone(), torch.zeros_like(g), 1
-        while half < g.shape[-2]:
-            early, late = self.of(before, half, 0), self.of(before, half, 1)
-            rest = self.of(after, half, 0)
-            self.halves.append((half, late.exp(), rest.exp()))
-            rest += late[..., -1:, :]
-            late += early[..., -1:, :]
+        C, whole, self.base = g.shape[-2], g, 1
+        while self.base < C and g.numel():
+            pairs = whole[..., 0::2, :] + whole[..., 1::2, :]
+            if not pairs.amin() >= -SPAN:
+                break
+            whole, self.base = pairs, 2 * self.base
+        log, half = g.clone(), 1
+        while half < self.base:
+            self.of(log, half, 1).add_(self.of(log, half, 0)[..., -1:, :])
             half *= 2
-        return before, after
+        log = log.unflatten(-2, (-1, self.base))
+        before = 0.5 * (log[..., 0, :] + log[..., -1, :])
+        after = whole - before
+        self.up = (log - before[..., None, :]).exp_().flatten(-3, -2)
+        self.down = self.up.reciprocal()
+        self.q, self.k = self.q * self.up, self.k * self.down
+        half = 1
+        while half < before.shape[-2]:
+            first, second = whole[..., 0::2, :], whole[..., 1::2, :]
+            late, early = self.of(before, half, 1), self.of(after, half, 0)
+            self.halves.append((half * self.base, late.exp(), early.exp()))
+            late += first[..., None, :]
+            early += second[..., None, :]
+            whole, half = first + second, 2 * half
+        return before, after, whole
 
     def load(self, x: Tensor) -> Tensor:
         """`(B, T, H, W)` to this block's `(M, B, H, C, W)`."""
@@ -173,35 +200,48 @@ class _Block:
 
     def scores(self) -> Tensor:
         """`(M, B, H, C, C)`: how much of each place's value each place reads."""
-        if not self.by_channel:
+        C = self.q.shape[-2]
+        if self.base == C:
             a = self.q @ self.k.transpose(-1, -2)
             return a.tril_() if self.between is None else a.mul_(self.between)
-        C = self.q.shape[-2]
         a = self.q.new_zeros(*self.q.shape[:-1], C)
-        a.diagonal(dim1=-2, dim2=-1).copy_((self.q * self.k).sum(-1))
+        q, k = self.blocks(self.q), self.blocks(self.k)
+        _diagonal(a, self.base).copy_((q @ k.transpose(-1, -2)).tril_())
         for half, late, early in self.halves:
-            q, k = self.of(self.q, half, 1) * late, self.of(self.k, half, 0) * early
+            q, k = _times(self.of(self.q, half, 1), late), _times(self.of(self.k, half, 0), early)
             _corner(a, half).copy_(q @ k.transpose(-1, -2))
         return a
 
     def scores_backward(self, da: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of queries and keys from those of the scores (whose upper half is ignored)."""
-        if not self.by_channel:
+        """Gradients of `q` and `k` from those of the scores (whose upper half is ignored)."""
+        if self.base == da.shape[-1]:
             da = da.tril_() if self.between is None else da.mul_(self.between)
             return da @ self.k, da.transpose(-1, -2) @ self.q
-        own = da.diagonal(dim1=-2, dim2=-1)[..., None]
-        dq, dk = own * self.k, own * self.q
+        own = _diagonal(da, self.base).tril()
+        dq = (own @ self.blocks(self.k)).flatten(-3, -2)
+        dk = (own.transpose(-1, -2) @ self.blocks(self.q)).flatten(-3, -2)
         for half, late, early in self.halves:
             d = _corner(da, half).contiguous()
-            q, k = self.of(self.q, half, 1) * late, self.of(self.k, half, 0) * early
-            self.of(dq, half, 1).add_((d @ k).mul_(late))
-            self.of(dk, half, 0).add_((d.transpose(-1, -2) @ q).mul_(early))
+            q, k = _times(self.of(self.q, half, 1), late), _times(self.of(self.k, half, 0), early)
+            self.of(dq, half, 1).add_(_times(d @ k, late))
+            self.of(dk, half, 0).add_(_times(d.transpose(-1, -2) @ q, early))
         return dq, dk
+
+    def blocks(self, x: Tensor) -> Tensor:
+        """`(..., C, W)` to `(..., C / base, base, W)`."""
+        return x.unflatten(-2, (-1, self.base))
 
     @staticmethod
     def of(x: Tensor, half: int, which: int) -> Tensor:
         """The first or second halves of blocks of two halves, `(..., C / 2 / half, half, W)`."""
         return x.unflatten(-2, (x.shape[-2] // (2 * half), 2, half)).select(-3, which)
+
+
+def _diagonal(a: Tensor, size: int) -> Tensor:
+    """View of scores `(..., C, C)`: those of blocks with themselves, `(..., n, size, size)`."""
+    n = a.shape[-1] // size
+    blocks = a.unflatten(-1, (n, size)).unflatten(-3, (n, size))
+    return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
 def _corner(a: Tensor, half: int) -> Tensor:
@@ -214,7 +254,11 @@ def _corner(a: Tensor, half: int) -> Tensor:
 
 
 def _times(x: Tensor, factor: Tensor | None) -> Tensor:
-    return x if factor is None else x * factor
+    """``x`` `(..., C, W)` with a factor for each of n blocks of places, `(..., n, W or 1)`."""
+    if factor is None:
+        return x
+    blocks = x.unflatten(-2, (factor.shape[-2], x.shape[-2] // factor.shape[-2]))
+    return (blocks * factor[..., None, :]).flatten(-3, -2)
 
 
 @exact
@@ -276,7 +320,7 @@ def _backward(
         after = v.new_empty(m, B, H, K, V)  # gradients of the states after each chunk
         for i in reversed(range(m)):
             after[i] = dstate
-            dstate = read[i] + _times(dstate, None if b.total is None else b.total[i])
+            dstate = read[i] + (dstate if b.total is None else dstate * b.total[i])
         chunk_dv = b.scores().transpose(-1, -2) @ dy
         chunk_dv += _times(b.k, b.out) @ after
         chunk_dq, chunk_dk = b.scores_backward(dy @ b.v.transpose(-1, -2))
@@ -289,13 +333,14 @@ def _backward(
             ends = (states[at + 1 : at + m + 1] * after).sum(-1)[..., None, :]
             if not b.by_channel:
                 d, ends = d.sum(-1, keepdim=True), ends.sum(-1, keepdim=True)
-            d = d.flip(-2).cumsum(-2).flip(-2) + ends
+            later = d.new_ones(d.shape[-2], d.shape[-2]).triu_()
+            d = later @ d + ends
             if g.dim() == 1:
                 dg += d.sum((0, 1, 3, 4))
             else:
                 b.store(dg if b.by_channel else dg[..., None], d)
-        b.store(dq, chunk_dq)
-        b.store(dk, chunk_dk)
+        b.store(dq, chunk_dq if b.up is None else chunk_dq.mul_(b.up))
+        b.store(dk, chunk_dk if b.down is None else chunk_dk.mul_(b.down))
         b.store(dv, chunk_dv)
     if begun:
         dinitial.copy_(dstate)
