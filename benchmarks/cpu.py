@@ -215,7 +215,7 @@ def p6() -> Iterator[Figure]:
     bench = Bench([1024, 16384])
     for name in names():
         layer = bench.build(name)
-        if getattr(layer.caps, "sequential", False) or not layer.caps.causal:
+        if layer.caps.sequential or not layer.caps.causal or not layer.caps.length_general:
             continue
         if layer.state_bytes(1, 4096) > layer.state_bytes(1, 2048):
             continue
