@@ -150,6 +150,7 @@ def _jpeg(data: bytes) -> np.ndarray | None:
         )
     except RuntimeError:
         return None
+    assert isinstance(pixels, torch.Tensor)  # a list is what a list gives
     return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
 
 

@@ -25,7 +25,7 @@ def fused(
     triton: str | None = None,
     **here: tuple[Fill, Fill],
 ) -> dict[str, Callable]:
-    """Register ``mm::<name>``, and ``mm::<name>_<kind>`` for what is not the first of ``here``, with
+    """Register ``mm::<name>``, and ``mm::<name>_<kind>`` for all but the first of ``here``, with
     backward, tracing and autograd.
 
     A call that nothing traces goes past `torch.library`, whose dispatch in Python costs a small
