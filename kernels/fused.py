@@ -25,7 +25,8 @@ def fused(
     triton: str | None = None,
     **here: tuple[Fill, Fill],
 ) -> dict[str, Callable]:
-    """Register ``mm::<name>`` and ``mm::<name>_triton`` with backward, tracing and autograd.
+    """Register ``mm::<name>``, and ``mm::<name>_<kind>`` for all but the first of ``here``, with
+    backward, tracing and autograd.
 
     A call that nothing traces goes past `torch.library`, whose dispatch in Python costs a small
     model more than its kernels do.
@@ -47,7 +48,8 @@ def fused(
     Returns:
         the op by the name of its implementation.
     """
-    fills = {kind: (name, pair) for kind, pair in here.items()}
+    first = next(iter(here), None)
+    fills = {k: (name if k == first else f"{name}_{k}", pair) for k, pair in here.items()}
     if triton:
         lazily = lambda way: lambda *a: getattr(importlib.import_module(triton), way)(*a)
         fills["triton"] = (f"{name}_triton", (lazily("forward"), lazily("backward")))

@@ -62,6 +62,14 @@ def test_cells_predicted_to_take_too_long_are_skipped() -> None:
     assert second.tokens_per_second is None and "predicted" in second.note
 
 
+def test_a_mixer_of_bounded_length_is_measured_up_to_it() -> None:
+    rows = bench.Bench([1024, 4096], 16).run("aft_local")
+    assert rows[0].tokens_per_second and rows[0].decode_us and not rows[0].note
+    assert rows[1].tokens_per_second is None and "raise max_len" in rows[1].note
+    rows = bench.Bench([2048], 16).run("aft_local")  # decoding goes on behind its last place
+    assert rows[0].tokens_per_second and "decoding fails" in rows[0].note
+
+
 def test_growth_and_prediction() -> None:
     seconds = {n: 3e-9 * n**2 for n in (1024, 2048, 4096)}
     assert bench.exponent(seconds) == pytest.approx(2)

@@ -17,6 +17,8 @@ from mm.data.decode import (
     LIMITS,
     BadSample,
     Limits,
+    _jpeg,
+    _plain_jpeg,
     _plain_wav,
     audio_header,
     decode_audio,
@@ -101,6 +103,47 @@ def test_cmyk_animation_exif_and_odd_sizes() -> None:
         out = io.BytesIO()
         Image.new("RGB", size).save(out, "PNG")
         assert decode_image(out.getvalue()).shape == (size[1], size[0], 3)
+
+
+JPEGS = [
+    ("RGB", (224, 224), {"quality": 90}),
+    ("RGB", (223, 117), {"quality": 30, "progressive": True}),
+    ("RGB", (1, 1), {}),
+    ("RGB", (50, 51), {"subsampling": 0, "comment": b"plain"}),
+    ("RGB", (33, 47), {"subsampling": 1, "restart_marker_blocks": 4}),
+    ("L", (64, 48), {"icc_profile": b"x" * 40}),
+    ("CMYK", (20, 30), {}),
+]
+
+
+@pytest.mark.parametrize(("mode", "size", "how"), JPEGS)
+def test_the_fast_jpeg_path_gives_the_bytes_of_pillow(mode: str, size, how) -> None:
+    rng, out = np.random.default_rng(0), io.BytesIO()
+    small = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+    small.resize(size).convert(mode).save(out, "JPEG", **how)
+    data = out.getvalue()
+    assert _plain_jpeg(data) == ((0, 0) if mode == "CMYK" else size[::-1])
+    expected = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert (decode_image(data) == expected).all()
+    if mode != "CMYK":
+        fast = _jpeg(data)
+        assert fast is not None and fast.flags.c_contiguous and (fast == expected).all()
+
+
+def test_an_unusual_or_broken_jpeg_is_left_to_pillow() -> None:
+    out = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 24)).save(out, "JPEG", exif=exif)
+    assert _plain_jpeg(out.getvalue()) == (0, 0) and decode_image(out.getvalue()).shape[0] == 40
+    out = io.BytesIO()
+    Image.new("RGB", (40, 24)).save(out, "JPEG")
+    data = out.getvalue()
+    for n in (0, 1, 2, 3, 30, len(data) // 2, len(data) - 40):
+        with pytest.raises(BadSample, match="image: "):
+            decode_image(data[:n])
+    with pytest.raises(BadSample, match="header says 40x24 pixels, the cap is 959"):
+        decode_image(data, Limits(max_pixels=959))
 
 
 def test_image_bombs_cost_no_memory() -> None:

@@ -46,14 +46,14 @@ def test_the_choice_is_logged_once_with_the_reasons(caplog: pytest.LogCaptureFix
         doubled(3)
 
 
-def test_without_a_compiler_the_reference_runs_and_says_why(
+def test_without_a_compiler_plain_pytorch_runs_and_says_why(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
     compiler.load.cache_clear()
     try:
         a, b = torch.rand(1, 3, 2), torch.randn(1, 3, 2)
-        assert linear_scan.pick(a, b) == "reference"
+        assert linear_scan.pick(a, b) == "loop"
         with (
             pytest.raises(KernelUnavailable, match="no C\\+\\+ compiler"),
             linear_scan.using("cpp"),

@@ -80,7 +80,7 @@ def test_many_blocks_of_chunks(decay: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("decay", DECAYS[1:])
-@pytest.mark.parametrize("strength", [1e-4, 30.0, 1e4])
+@pytest.mark.parametrize("strength", [1e-4, 1.0, 4.0, 30.0, 1e4])
 def test_no_decay_is_too_strong_or_too_weak(decay: str, strength: float) -> None:
     """exp(30 * 64) is no float32: a form that divides by cumulative decays would overflow."""
     arguments = inputs(decay, torch.float64, 1, 130, 2, 4, 3, strength)
@@ -91,6 +91,29 @@ def test_no_decay_is_too_strong_or_too_weak(decay: str, strength: float) -> None
         expected, last = linear_attention(*arguments)
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(final.double(), last, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_of_strong_decay_moves_no_bit_of_another() -> None:
+    """How many places are scored at once depends on a row's own decay, gradients included."""
+    weak = inputs("channel", torch.float64, 3, 130, 2, 4, 3, 0.1)
+    check(linear_attention, "chunked", (*weak[:3], _stronger(weak[3]), weak[4]), torch.float64)
+    narrow = [a.detach().float().requires_grad_() for a in weak if a is not None]
+
+    def results(g: Tensor) -> list[Tensor]:
+        o, final = linear_attention(*narrow[:3], g, narrow[4])
+        grads = torch.autograd.grad(o.square().sum() + final.sum(), [*narrow[:3], g, narrow[4]])
+        return [x[[0, 2]] for x in (o, final, *grads)]
+
+    for a, b in zip(results(narrow[3]), results(_stronger(narrow[3])), strict=True):
+        assert torch.equal(a, b)
+
+
+def _stronger(g: Tensor | None) -> Tensor:
+    """The second row's decay, a hundredfold."""
+    assert g is not None
+    return (
+        g.detach() * torch.tensor([1, 100, 1], dtype=g.dtype)[:, None, None, None]
+    ).requires_grad_()
 
 
 @pytest.mark.parametrize("decay", DECAYS)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mm.kernels import device
 from mm.kernels.fused import fused
+from mm.kernels.linear_attention.chunks import SPAN, Block, times
 from mm.kernels.op import Op, exact
 
 CHUNK = 64
@@ -111,110 +112,24 @@ def _blocks(B: int, T: int, H: int, K: int, V: int) -> Iterator[tuple[int, int, 
         yield whole * CHUNK, 1, T % CHUNK
 
 
-class _Block:
-    """The chunks in hand, `(M, B, H, C, .)`, and the factors that their decay amounts to."""
+def _shares(g: Tensor | None) -> list[tuple[Tensor | None, int]]:
+    """Rows (None = all) and how many of their places are scored at once.
 
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: int, m: int, size: int
-    ):
-        self.start, self.m, self.size = start, m, size
-        self.by_channel = g is not None and g.dim() == 4
-        # Halving needs a power of two; places of zeros without decay change nothing.
-        self.pad = (1 << (size - 1).bit_length()) - size if self.by_channel else 0
-        self.q, self.k, self.v = self.load(q), self.load(k), self.load(v)
-        self.into = self.out = self.total = self.between = None
-        self.halves: list[tuple[int, Tensor, Tensor]] = []
-        if g is None:
-            return
-        if self.by_channel:
-            before, after = self._halved(self.load(g))
-        else:
-            # float64: a difference of long sums keeps the short one that it stands for.
-            if g.dim() == 1:
-                steps = torch.arange(1, size + 1, device=g.device)
-                log = (g.double()[:, None] * steps)[None, None, ..., None]
-            else:
-                log = self.load(g[..., None]).double().cumsum(-2)
-            before, after = log.to(g.dtype), (log[..., -1:, :] - log).to(g.dtype)
-            future = torch.ones(size, size, dtype=torch.bool, device=g.device).triu(1)
-            between = (log - log.transpose(-1, -2)).to(g.dtype)
-            self.between = between.masked_fill_(future, -torch.inf).exp_()
-        self.total = before[..., -1:, :].exp().transpose(-1, -2).expand(m, *[-1] * 4)
-        self.into = before.exp_()  # from the state before the chunk to each place
-        self.out = after.exp_()  # from each place to the state after the chunk
-
-    def _halved(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Log decays from the chunk's start to each place, and from each place to its end.
-
-        Grown from blocks of 1, 2, .. C/2 places, by adding only. Every pair of places is divided by
-        exactly one border between two of those blocks, and `self.halves` keeps the decays from each
-        border and to it: their exponents are <= 0, so no decay is strong enough to overflow.
-        """
-        before, after, half = g.clone(), torch.zeros_like(g), 1
-        while half < g.shape[-2]:
-            early, late = self.of(before, half, 0), self.of(before, half, 1)
-            rest = self.of(after, half, 0)
-            self.halves.append((half, late.exp(), rest.exp()))
-            rest += late[..., -1:, :]
-            late += early[..., -1:, :]
-            half *= 2
-        return before, after
-
-    def load(self, x: Tensor) -> Tensor:
-        """`(B, T, H, W)` to this block's `(M, B, H, C, W)`."""
-        rows = x[:, self.start : self.start + self.m * self.size].unflatten(1, (self.m, self.size))
-        chunks = rows.permute(1, 0, 3, 2, 4)
-        return F.pad(chunks, (0, 0, 0, self.pad)) if self.pad else chunks.contiguous()
-
-    def store(self, to: Tensor, chunks: Tensor) -> None:
-        """Inverse of `load`, into ``to`` `(B, T, H, W)`."""
-        rows = to[:, self.start : self.start + self.m * self.size].unflatten(1, (self.m, self.size))
-        rows.copy_(chunks[..., : self.size, :].permute(1, 0, 3, 2, 4))
-
-    def scores(self) -> Tensor:
-        """`(M, B, H, C, C)`: how much of each place's value each place reads."""
-        if not self.by_channel:
-            a = self.q @ self.k.transpose(-1, -2)
-            return a.tril_() if self.between is None else a.mul_(self.between)
-        C = self.q.shape[-2]
-        a = self.q.new_zeros(*self.q.shape[:-1], C)
-        a.diagonal(dim1=-2, dim2=-1).copy_((self.q * self.k).sum(-1))
-        for half, late, early in self.halves:
-            q, k = self.of(self.q, half, 1) * late, self.of(self.k, half, 0) * early
-            _corner(a, half).copy_(q @ k.transpose(-1, -2))
-        return a
-
-    def scores_backward(self, da: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of queries and keys from those of the scores (whose upper half is ignored)."""
-        if not self.by_channel:
-            da = da.tril_() if self.between is None else da.mul_(self.between)
-            return da @ self.k, da.transpose(-1, -2) @ self.q
-        own = da.diagonal(dim1=-2, dim2=-1)[..., None]
-        dq, dk = own * self.k, own * self.q
-        for half, late, early in self.halves:
-            d = _corner(da, half).contiguous()
-            q, k = self.of(self.q, half, 1) * late, self.of(self.k, half, 0) * early
-            self.of(dq, half, 1).add_((d @ k).mul_(late))
-            self.of(dk, half, 0).add_((d.transpose(-1, -2) @ q).mul_(early))
-        return dq, dk
-
-    @staticmethod
-    def of(x: Tensor, half: int, which: int) -> Tensor:
-        """The first or second halves of blocks of two halves, `(..., C / 2 / half, half, W)`."""
-        return x.unflatten(-2, (x.shape[-2] // (2 * half), 2, half)).select(-3, which)
-
-
-def _corner(a: Tensor, half: int) -> Tensor:
-    """View of scores `(..., C, C)`: those of second halves with first ones, `(..., n, half,
-    half)`.
+    A row's own decay alone decides that: no document moves a bit of another one's results.
     """
-    n = a.shape[-1] // (2 * half)
-    blocks = a.unflatten(-1, (n, 2, half)).unflatten(-4, (n, 2, half))
-    return blocks.select(-5, 1).select(-2, 0).diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
-
-
-def _times(x: Tensor, factor: Tensor | None) -> Tensor:
-    return x if factor is None else x * factor
+    if g is None or g.dim() < 4 or not g.numel():
+        return [(None, CHUNK)]
+    sums = F.pad(g, (0, 0, 0, 0, 0, -g.shape[1] % CHUNK))
+    base = torch.ones(g.shape[0], dtype=torch.long, device=g.device)
+    fits, size = base.bool(), 1
+    while size < CHUNK and bool(fits.any()):
+        sums, size = sums[:, 0::2] + sums[:, 1::2], 2 * size
+        fits &= sums.flatten(1).amin(1) >= -SPAN
+        base[fits] = size
+    found = [int(n) for n in base.unique()]
+    if len(found) == 1:
+        return [(None, found[0])]
+    return [((base == n).nonzero()[:, 0], n) for n in found]
 
 
 @exact
@@ -228,19 +143,40 @@ def _forward(
     final: Tensor,
     states: Tensor,
 ) -> None:
+    for rows, base in _shares(g):
+        if rows is None:
+            _forward_rows(base, q, k, v, g, initial, o, final, states)
+            continue
+        some = [None if x is None else x[rows] for x in (q, k, v, g, initial)]
+        made = _outputs(*some)  # type: ignore[arg-type]
+        _forward_rows(base, *some, *made)  # type: ignore[arg-type]
+        o[rows], final[rows], states[:, rows] = made
+
+
+def _forward_rows(
+    base: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    o: Tensor,
+    final: Tensor,
+    states: Tensor,
+) -> None:
     (B, T, H, K), V = q.shape, v.shape[-1]
     states[0] = 0 if initial is None else initial
     at = 0
     for start, m, size in _blocks(B, T, H, K, V):
-        b = _Block(q, k, v, g, start, m, size)
-        gain = _times(b.k, b.out).transpose(-1, -2) @ b.v
+        b = Block(q, k, v, g, start, m, size, base)
+        gain = times(b.k, b.out).transpose(-1, -2) @ b.v
         for i in range(m):
             if b.total is None:
                 torch.add(gain[i], states[at + i], out=states[at + i + 1])
             else:
                 torch.addcmul(gain[i], b.total[i], states[at + i], out=states[at + i + 1])
         y = b.scores() @ b.v
-        y += _times(b.q, b.into) @ states[at : at + m]
+        y += times(b.q, b.into) @ states[at : at + m]
         b.store(o, y)
         at += m
     final.copy_(states[-1])
@@ -248,6 +184,38 @@ def _forward(
 
 @exact
 def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    states: Tensor,
+    begun: bool,
+    do: Tensor | None,
+    dfinal: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dg: Tensor,
+    dinitial: Tensor,
+) -> None:
+    for rows, base in _shares(g):
+        if rows is None:
+            given = (q, k, v, g, states, begun, do, dfinal)
+            _backward_rows(base, *given, dq, dk, dv, dg, dinitial)
+            continue
+        one, two, three, four, up, last = (
+            None if x is None else x[rows] for x in (q, k, v, g, do, dfinal)
+        )
+        some = (one, two, three, four, states[:, rows], begun, up, last)
+        made = _gradients(*some)  # type: ignore[arg-type]
+        _backward_rows(base, *some, *made)  # type: ignore[arg-type]
+        dq[rows], dk[rows], dv[rows], dg[rows] = made[:4]
+        if begun:
+            dinitial[rows] = made[4]
+
+
+def _backward_rows(
+    base: int,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -270,18 +238,18 @@ def _backward(
         dg.zero_()
     for start, m, size in reversed(list(_blocks(B, T, H, K, V))):
         at -= m
-        b = _Block(q, k, v, g, start, m, size)
+        b = Block(q, k, v, g, start, m, size, base)
         dy = b.load(do)
-        read = _times(b.q, b.into).transpose(-1, -2) @ dy
+        read = times(b.q, b.into).transpose(-1, -2) @ dy
         after = v.new_empty(m, B, H, K, V)  # gradients of the states after each chunk
         for i in reversed(range(m)):
             after[i] = dstate
-            dstate = read[i] + _times(dstate, None if b.total is None else b.total[i])
+            dstate = read[i] + (dstate if b.total is None else dstate * b.total[i])
         chunk_dv = b.scores().transpose(-1, -2) @ dy
-        chunk_dv += _times(b.k, b.out) @ after
+        chunk_dv += times(b.k, b.out) @ after
         chunk_dq, chunk_dk = b.scores_backward(dy @ b.v.transpose(-1, -2))
-        chunk_dq += _times(dy @ states[at : at + m].transpose(-1, -2), b.into)
-        chunk_dk += _times(b.v @ after.transpose(-1, -2), b.out)
+        chunk_dq += times(dy @ states[at : at + m].transpose(-1, -2), b.into)
+        chunk_dk += times(b.v @ after.transpose(-1, -2), b.out)
         if g is not None:
             # A place's cumulative decay multiplies its query and divides its key; the last one's
             # multiplies the state after the chunk. Each decay is in all cumulative ones after it.
@@ -289,13 +257,14 @@ def _backward(
             ends = (states[at + 1 : at + m + 1] * after).sum(-1)[..., None, :]
             if not b.by_channel:
                 d, ends = d.sum(-1, keepdim=True), ends.sum(-1, keepdim=True)
-            d = d.flip(-2).cumsum(-2).flip(-2) + ends
+            later = d.new_ones(d.shape[-2], d.shape[-2]).triu_()
+            d = later @ d + ends
             if g.dim() == 1:
                 dg += d.sum((0, 1, 3, 4))
             else:
                 b.store(dg if b.by_channel else dg[..., None], d)
-        b.store(dq, chunk_dq)
-        b.store(dk, chunk_dk)
+        b.store(dq, chunk_dq if b.up is None else chunk_dq.mul_(b.up))
+        b.store(dk, chunk_dk if b.down is None else chunk_dk.mul_(b.down))
         b.store(dv, chunk_dv)
     if begun:
         dinitial.copy_(dstate)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -87,6 +87,86 @@ def _call(way: str, a: Tensor, *rest: Tensor | bool | None) -> None:
     compiler.call(_SOURCE, f"scan_{compiler.SUFFIX[a.dtype]}_{way}", a, *rest, *a.shape)
 
 
+def _forward(
+    a: Tensor,
+    b: Tensor,
+    reset: Tensor | None,
+    initial: Tensor | None,
+    reverse: bool,
+    log: bool,
+    h: Tensor,
+) -> None:
+    """The recurrence of the reference, written into place: nothing is kept for a backward."""
+    before = initial
+    for at, bt, out, cut in _steps(a, b, h, reset, backwards=reverse):
+        if before is None:
+            out.copy_(bt)
+        elif log:
+            torch.logaddexp(at + before, bt, out=out)
+        else:
+            torch.addcmul(bt, at, before, out=out)
+        if cut is not None:  # a choice, not a product with zero: the state before may be inf
+            torch.where(cut, bt, out, out=out)
+        before = out
+
+
+def _backward(
+    a: Tensor,
+    b: Tensor | None,
+    h: Tensor,
+    reset: Tensor | None,
+    initial: Tensor | None,
+    reverse: bool,
+    log: bool,
+    grad: Tensor,
+    da: Tensor,
+    db: Tensor,
+    dinitial: Tensor,
+) -> None:
+    """``dh_t = grad_t + (share of h_t in h_{t+1}) dh_{t+1}``, a scan the other way; ``db`` holds
+    it.
+    """
+    first, rest, before = (
+        (-1, slice(-1), slice(1, None)) if reverse else (0, slice(1, None), slice(-1))
+    )
+    da[:, rest] = h[:, before]  # the state before each place
+    da[:, first] = initial if initial is not None else (-torch.inf if log else 0.0)
+    share = _share(a + da, h) if log else a
+    dh = later = later_cut = None
+    for link, g, out, cut in _steps(share, grad, db, reset, backwards=not reverse):
+        if dh is None or later is None:
+            out.copy_(g)
+        else:
+            torch.addcmul(g, later, dh, out=out)
+        if later_cut is not None:
+            torch.where(later_cut, g, out, out=out)
+        dh, later, later_cut = out, link, cut
+    if initial is not None:
+        assert dh is not None and later is not None
+        torch.mul(dh, later, out=dinitial)
+        if later_cut is not None:
+            dinitial.masked_fill_(later_cut, 0)
+    torch.mul(share if log else da, db, out=da)
+    if reset is not None:
+        da.masked_fill_(reset[..., None], 0)
+    if b is not None:
+        db.mul_(_share(b, h))
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """exp(part - whole), the share of a sum; 1 of equal numbers, infinite ones too."""
+    return (part - whole).masked_fill_(part == whole, 0).exp_()
+
+
+def _steps(
+    x: Tensor, y: Tensor, out: Tensor, reset: Tensor | None, *, backwards: bool
+) -> Iterable[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """The places of `(B, T, D)` tensors in turn, `(B, D)` each, and where they begin again."""
+    cuts = reset[..., None].unbind(1) if reset is not None else [None] * x.shape[1]
+    steps = list(zip(x.unbind(1), y.unbind(1), out.unbind(1), cuts, strict=True))
+    return reversed(steps) if backwards else steps
+
+
 _OPS = fused(
     "linear_scan",
     _states,
@@ -98,6 +178,7 @@ _OPS = fused(
     ),
     wrt=("a", "b", "initial"),
     cpp=(partial(_call, "forward"), partial(_call, "backward")),
+    loop=(_forward, _backward),
     triton=f"{__name__}.scan_triton",
 )
 
@@ -118,9 +199,12 @@ def run(
     wide = torch.promote_types(b_BTD.dtype, torch.float32)
     initial = initial_BD.to(wide).contiguous() if initial_BD is not None else None
     reset = reset_BT.contiguous() if reset_BT is not None else None
-    a, b = (x.to(wide) if way == "cpp" else x for x in (a, b_BTD))
+    a, b = (x if way == "triton" else x.to(wide) for x in (a, b_BTD))
     h = ops[way](a.contiguous(), b.contiguous(), reset, initial, *settings.values())
     return h, h[:, 0] if settings["reverse"] else h[:, -1]
 
 
-compiler.register(linear_scan, _SOURCE, partial(run, linear_scan, _OPS, reverse=False, log=False))
+_run = partial(run, linear_scan, _OPS, reverse=False, log=False)
+# Where no compiler is: plain PyTorch, a third of the time of autograd over the reference.
+linear_scan.register("loop", lambda *args, **kw: None)(partial(_run, "loop"))
+compiler.register(linear_scan, _SOURCE, _run)
