@@ -278,6 +278,7 @@ TRANSFORMS = Registry(
     {
         "any_to_any": "mm.data.transforms.any_to_any",
         "chunk": "mm.data.transforms.chunk",
+        "mask_conditions": "mm.data.transforms.mask_conditions",
     },
 )
 OBJECTIVES = Registry(
