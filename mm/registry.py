@@ -173,6 +173,7 @@ MIXERS = Registry(
         "lstm": "mm.model.mixers.lstm",
         "latent_attention": "mm.model.mixers.latent_attention",
         "kv_shift": "mm.model.mixers.kv_shift",
+        "irpe_attention": "mm.model.mixers.irpe_attention",
         "differential_attention": "mm.model.mixers.differential_attention",
         "path_attention": "mm.model.mixers.path_attention",
         "selective_attention": "mm.model.mixers.selective_attention",
