@@ -100,7 +100,8 @@ def test_conditions_are_repeated_alike_in_training_and_generation() -> None:
     asked = prepare([PICTURE], "text", VOCABULARY, 5, "prompt", repeats=2)
     assert asked.ids.tolist() == trained[:17].tolist()
     assert asked.null_ids.tolist() == [NULL, NULL, TEXT.begin], "as dropped conditions"
-    net, settings = model("rg_lru"), {"temperature": 0, "max_tokens": 4}
+    net = model("rg_lru")
+    settings: dict[str, Any] = {"temperature": 0, "max_tokens": 4}
     spans = generate_tokens(net, VOCABULARY, [[PICTURE]], "text", repeats=2, **settings)
     written = generate_tokens(net, VOCABULARY, [[PICTURE, PICTURE]], "text", **settings)
     assert spans[0].tolist() == written[0].tolist()
