@@ -2,7 +2,8 @@
 
 The token stream of a document is, for each segment in order, ``begin, codes + first, end``. A null
 condition is the single id ``NULL``. Place t predicts stream[t + 1]; only the codes and the ``end``
-of a target segment cost loss.
+of a target segment cost loss. A masked code of a condition is the id ``MASK`` and predicts itself.
+The conditions that a document begins with are its prefix, which `mask: prefix` reads both ways.
 
 B rows, T tokens, M documents, L tokens of one document.
 """
@@ -19,7 +20,7 @@ import torch
 from mm.batch import Batch
 from mm.layout import Doc, Grid, Layout
 from mm.specs import Segment, TokenSpec
-from mm.vocabulary import NULL, Range, Vocabulary
+from mm.vocabulary import MASK, NULL, Range, Vocabulary
 
 
 class DocumentTokens(NamedTuple):
@@ -29,6 +30,7 @@ class DocumentTokens(NamedTuple):
     targets: np.ndarray  # (L,) int32: what each place predicts; -1 = nothing (the last place)
     weights: np.ndarray  # (L,) float32: weight of that prediction
     modality: np.ndarray  # (L,) int32: range index of the input token; 0 = control token
+    prefix: np.ndarray  # (L,) int32: 1 = of the leading conditions, 0 = not
 
     def part(self, start: int, stop: int) -> DocumentTokens:
         """Places ``start`` to ``stop`` alone; the last still predicts what comes after it."""
@@ -78,7 +80,8 @@ def grids_of(ids: np.ndarray, vocabulary: Vocabulary) -> list[Grid]:
         for begin in np.flatnonzero(ids == r.begin):
             grid = Grid(int(begin) + 1, spec.grid, spec.n_codebooks)
             codes = ids[grid.start : grid.start + grid.codes]
-            other = np.flatnonzero((codes < r.first) | (codes >= r.stop))
+            outside = (codes < r.first) | (codes >= r.stop)
+            other = np.flatnonzero(outside & (codes != MASK))
             n = int(other[0]) if len(other) else len(codes)
             found.append(grid._replace(length=n))
     return found
@@ -99,21 +102,23 @@ def document_tokens(segments: Sequence[Segment], vocabulary: Vocabulary) -> Docu
         segments: in order; ``ids`` are local codes in [0, spec.n_ids). A condition without ids is
             the null condition. ``targets`` (codes, -1 = none) may replace what is predicted at each
             code; one entry more, -1, says that the segment was cut there, so that its ``end`` is no
-            target.
+            target. ``fields["masked"]`` (codes, bool) of a condition says which codes are hidden.
         vocabulary: gives every modality its range.
     Raises:
         UserError: the vocabulary lacks a modality.
         ValueError: a code lies outside its range (it would be read as another modality), a target
-            has no ids, or a segment uses continuous values, parts, own positions or fields, which a
-            token stream cannot carry.
+            has no ids, or a segment uses continuous values, parts, own positions or other fields,
+            which a token stream cannot carry.
     """
     table = ranges(vocabulary)
     n = document_length(segments)
     stream, goal = np.empty(n, np.int32), np.empty(n, np.int32)
     weight, modality = np.zeros(n, np.float32), np.zeros(n, np.int32)
-    at = 0
+    prefix, hidden = np.zeros(n, np.int32), []
+    at, leading = 0, True
     for s in segments:
-        if s.values is not None or s.part or s.room or s.position is not None or s.fields:
+        other = s.fields.keys() - ({"masked"} if s.role == "condition" else set())
+        if s.values is not None or s.part or s.room or s.position is not None or other:
             raise ValueError(
                 f"segment '{s.modality}': values, room, part, position and fields are no plain "
                 "tokens"
@@ -122,6 +127,7 @@ def document_tokens(segments: Sequence[Segment], vocabulary: Vocabulary) -> Docu
             if s.role != "condition":
                 raise ValueError(f"segment '{s.modality}': a target needs ids")
             stream[at] = goal[at] = NULL
+            prefix[at] = leading
             at += 1
             continue
         r = table.get(s.modality) or vocabulary.range(s.modality)
@@ -138,8 +144,12 @@ def document_tokens(segments: Sequence[Segment], vocabulary: Vocabulary) -> Docu
         stream[at], stream[stop - 1] = r.begin, r.end
         goal[at:stop] = stream[at:stop]
         modality[at:stop] = r.index
+        leading = leading and s.role == "condition"
+        prefix[at:stop] = leading
         if s.role == "target":
             weight[at + 1 : stop] = s.weight
+        if "masked" in s.fields:
+            hidden.append((at + 1 + np.flatnonzero(s.fields["masked"]), s.weight))
         if s.targets is not None:
             other = np.asarray(s.targets)
             own = other[: len(codes)]
@@ -154,7 +164,9 @@ def document_tokens(segments: Sequence[Segment], vocabulary: Vocabulary) -> Docu
     if n:
         targets[:-1], targets[-1] = goal[1:], -1
         weights[:-1], weights[-1] = weight[1:], 0.0
-    return DocumentTokens(stream, targets, weights, modality)
+    for places, share in hidden:
+        targets[places], weights[places], stream[places] = stream[places], share, MASK
+    return DocumentTokens(stream, targets, weights, modality, prefix)
 
 
 def to_batch(
@@ -176,7 +188,7 @@ def to_batch(
         ``ids`` and ``targets`` (B, T, 1) int32, ``weight`` (B, T) float32, ``places["tokens"]``
         (P,) int32, ``labels["target_modality"]`` (B, T) int32: the range index of the target, 0 =
         none. Codes of modalities with a grid have rows and columns on position axes 1, 2, .. and
-        stand in ``layout.grids``.
+        stand in ``layout.grids``. ``layout.fields.extra["prefix"]`` marks leading conditions.
     Raises:
         ValueError: a row does not fit ``seq_len``, or more documents than ``max_documents``.
     """
@@ -201,6 +213,7 @@ def of_pieces(
                 Doc(
                     len(p.tokens.ids),
                     modality=p.tokens.modality,
+                    extra={"prefix": p.tokens.prefix},
                     slot=p.slot,
                     fresh=p.fresh,
                     start=p.start,

@@ -173,6 +173,7 @@ MIXERS = Registry(
         "lstm": "mm.model.mixers.lstm",
         "latent_attention": "mm.model.mixers.latent_attention",
         "kv_shift": "mm.model.mixers.kv_shift",
+        "irpe_attention": "mm.model.mixers.irpe_attention",
         "differential_attention": "mm.model.mixers.differential_attention",
         "path_attention": "mm.model.mixers.path_attention",
         "selective_attention": "mm.model.mixers.selective_attention",
@@ -279,6 +280,7 @@ TRANSFORMS = Registry(
     {
         "any_to_any": "mm.data.transforms.any_to_any",
         "chunk": "mm.data.transforms.chunk",
+        "mask_conditions": "mm.data.transforms.mask_conditions",
     },
 )
 OBJECTIVES = Registry(

@@ -168,6 +168,11 @@ class Run(Config):
             why = refusal(self.engine.zero_stage, stage.schedule.shape) if refusal else None
             if why:
                 raise ValueError(f"stages.{i}: {why}")
+            if getattr(self.model, "mask", None) == "prefix" and stage.data.kind == "lanes":
+                raise ValueError(
+                    f"stages.{i}.data: lanes cut documents, and a prefix is read in one piece; "
+                    "take packed or bucketed, or model.mask causal"
+                )
         if self.engine.compile and self.engine.zero_stage == 3:
             raise ValueError(
                 "engine.compile: ZeRO stage 3 gathers weights inside every module, which cuts "

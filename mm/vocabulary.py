@@ -20,9 +20,9 @@ import numpy as np
 from mm.errors import UserError, did_you_mean
 from mm.specs import TokenSpec
 
-SPECIALS = ("<|pad|>", "<|null|>", "<|document|>")
+SPECIALS = ("<|pad|>", "<|null|>", "<|document|>", "<|mask|>")
 RESERVED = 16
-PAD, NULL, DOCUMENT = range(3)
+PAD, NULL, DOCUMENT, MASK = range(4)
 
 
 class Range(NamedTuple):

@@ -182,14 +182,51 @@ def test_forget_bias_sums_what_lies_between_both_ways() -> None:
     assert layer(x, Ctx(layout, Full())).y.isfinite().all()
 
 
+PRO: dict[str, Any] = {
+    "forget_gate": True, "qk_norm": "heads", "out_norm": True, "gate": True, "token_shift": True
+}  # fmt: skip
+
+
+def test_the_pro_block_is_its_equations_token_by_token() -> None:
+    """``k_t = norm(a_t k'_{t-1} + (1 - a_t) k'_t)``, values alike without a norm, and
+    ``y = out(norm(o) sigmoid(g))``, each norm by head.
+    """
+    layer, (x,) = build(**PRO), documents(7)
+    assert layer.shift is not None and layer.gate is not None and layer.forget is not None
+    assert layer.q_norm is not None and layer.k_norm is not None and layer.out_norm is not None
+    H, K, T = layer.heads, layer.head_dim, len(x)
+    norm = lambda z, w: z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w
+    q, k, v = (x @ layer.qkv.weight.T).view(T, 3 * H, K).split(H, dim=1)
+    share = (x @ layer.shift.gates.weight.T).sigmoid()
+    f = torch.sigmoid(x @ layer.forget.gate.weight.T + layer.forget.bias)
+    outs = []
+    for t in range(T):
+        heads = []
+        for h in range(H):
+            keys, values = [], []
+            for s in range(t + 1):
+                a, b = share[s, h], share[s, H + h]
+                before = (k[s - 1, h], v[s - 1, h]) if s else (0 * k[0, h], 0 * v[0, h])
+                key = norm(a * before[0] + (1 - a) * k[s, h], layer.k_norm.weight[h])
+                keys.append(key)
+                values.append(b * before[1] + (1 - b) * v[s, h])
+            query = norm(q[t, h], layer.q_norm.weight[h])
+            fade = torch.stack([f[s + 1 : t + 1, h].prod().log() for s in range(t + 1)])
+            p = (torch.stack(keys) @ query * K**-0.5 + fade).softmax(0)
+            heads.append(norm(p @ torch.stack(values), layer.out_norm.weight[h]))
+        outs.append(torch.cat(heads) * (layer.gate.weight @ x[t]).sigmoid())
+    torch.testing.assert_close(alone(layer, x), torch.stack(outs) @ layer.out.weight.T, **TOL)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         {"forget_gate": True, "window": 3, "kv_heads": 1},
         {"forget_gate": True, "position": "t5_bias", "sinks": True, "softcap": 2.0, "log_n": 4.0},
         {"position": "rope", "sinks": True, "window": 2},
+        {**PRO, "kv_heads": 1, "window": 3},
     ],
-    ids=["fox in a ring", "all at once", "sinks in a ring"],
+    ids=["fox in a ring", "all at once", "sinks in a ring", "fox pro in a ring"],
 )
 @pytest.mark.parametrize("draft", [False, True])
 def test_settings_together_decode_as_they_read(settings: dict[str, Any], draft: bool) -> None:

@@ -11,7 +11,7 @@ import mm.mask
 from mm import config as yaml_config
 from mm.kernels.op import Op
 from mm.model.backbones.stack import presets
-from mm.registry import BACKBONES, MIXERS, POSITIONS, Registry
+from mm.registry import BACKBONES, MIXERS, OBJECTIVES, POSITIONS, TRANSFORMS, Registry
 
 TEXT = (ROOT / "docs" / "mixers.md").read_text(encoding="utf-8")
 ROWS = [
@@ -27,7 +27,8 @@ IDS = """
     511 123 83 133 252 127 156 6 163 142 34 88 149 24 41 108 173 107
 """
 KINDS: dict[str, Registry] = {
-    "mixer": MIXERS, "position": POSITIONS, "backbone_kind": BACKBONES
+    "mixer": MIXERS, "position": POSITIONS, "backbone_kind": BACKBONES,
+    "transform": TRANSFORMS, "objective": OBJECTIVES,
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from mm.layout import Layout
 from mm.mask import Full
 from mm.model.layer import Ctx, init_weights
-from mm.model.mixers.plstm import Gates, gating
+from mm.model.mixers.plstm import Gates, gating, gating_by_rows
 from mm.registry import MIXERS
 
 
@@ -107,6 +107,23 @@ def test_what_plstm_propagates_neither_grows_nor_vanishes_along_its_direction() 
     torch.testing.assert_close(torch.stack(by_diagonal[1:]), one[0, 0, : n - 1])
     spread = gating(Gates(one, one, one, one, None, one, one, one))[0, :, :, 0]
     torch.testing.assert_close(spread.flatten()[1:], one.flatten()[1:])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (5, 1), (2, 2), (3, 5), (8, 4), (7, 9)])
+@pytest.mark.parametrize("turning", [True, False])
+def test_log_steps_equal_rows_one_after_another(shape: tuple[int, int], turning: bool) -> None:
+    drawn_ = [drawn(2, *shape, seed=i).sigmoid().requires_grad_() for i in range(8)]
+    gates = Gates(*drawn_)
+    if not turning:
+        gates, drawn_ = gates._replace(left_down=None), drawn_[:4] + drawn_[5:]
+    w = drawn(2, *shape, shape[0] * shape[1], seed=9)
+    found = []
+    for run in (gating, gating_by_rows):
+        y = run(gates)
+        grads = torch.autograd.grad((y * w).sum() + 0 * sum(g.sum() for g in drawn_), drawn_)
+        found.append((y, *grads))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 # ---- PEG ----

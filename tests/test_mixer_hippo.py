@@ -184,10 +184,38 @@ def test_s4_with_half_the_step_sees_a_signal_sampled_twice_as_often() -> None:
         torch.testing.assert_close(alone(layer, fine)[::2][50:], coarse[50:], rtol=0, atol=0.08)
 
 
-def test_lssl_equals_the_step_by_step_recurrence() -> None:
-    layer, (x,) = made(HiPPOConfig(states=5, readouts=3)), documents(70)
+@pytest.mark.parametrize("measure", ["legs", "lagt"])
+def test_the_learned_transition_begins_as_hippo_and_is_learned(measure: Measure) -> None:
+    layer = HiPPOConfig(states=6, measure=measure, trainable=True).build(D).double()
+    init_weights(layer)
+    a, b = hippo(measure, 6)
+    torch.testing.assert_close(layer.transition(torch.float64), a)
+    (x,) = documents(9)
+    fixed = HiPPOConfig(states=6, measure=measure).build(D).double()
+    own = {k: v for k, v in layer.state_dict().items() if k in fixed.state_dict()}
+    fixed.load_state_dict(own)
+    torch.testing.assert_close(alone(layer, x), alone(fixed, x))
+    alone(layer, x).square().sum().backward()
+    for p in (layer.scales, layer.diagonal, layer.bands):
+        assert p.grad is not None and p.grad.abs().max() > 1e-6
+    with pytest.raises(ValueError, match="trainable"):
+        HiPPOConfig(measure="legt", trainable=True)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_lssl_equals_the_step_by_step_recurrence(trainable: bool) -> None:
+    layer, (x,) = made(HiPPOConfig(states=5, readouts=3, trainable=trainable)), documents(70)
     assert isinstance(layer, HiPPOMemory)
     a, b = hippo("legs", 5)
+    if trainable:
+        below, on, above = layer.bands
+        T = torch.zeros(5, 5, dtype=torch.float64)
+        for i in range(5):
+            T[i, i] = on[i]
+            if i < 4:
+                T[i + 1, i], T[i, i + 1] = below[i], above[i]
+        P, Q = (torch.diag(s) for s in layer.scales)
+        a = -P @ (torch.diag(layer.diagonal) + torch.linalg.inv(T)) @ Q
     dt = layer.log_step.exp()
     ys = []
     for d in range(D):

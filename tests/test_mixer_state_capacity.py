@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from laws import D, alone, documents
 from torch import Tensor
 
@@ -103,3 +106,63 @@ def test_only_mixers_with_a_decay_by_head_are_wrapped() -> None:
     for word in ("gla", "linear_attention", "attention"):
         with pytest.raises(UserError, match="decays by head"):
             CappedStateConfig(inner=StackConfig(pattern=word).mixer(word)).build(D)
+
+
+# ---- trained: texts far longer than those of training ----
+
+SYMBOLS, TRAINED = 12, 128
+
+
+def shifting(rows: int, length: int, seed: int) -> Tensor:
+    """`(rows, length)` symbols: each is followed by its successor, which is drawn anew for every
+    128 tokens. A text of 128 gives no reason to forget, a longer one does.
+    """
+    g = torch.Generator().manual_seed(seed)
+    out = torch.randint(SYMBOLS, (rows, length), generator=g)
+    row = torch.arange(rows)
+    for t in range(length - 1):
+        if t % TRAINED == 0:
+            follows = torch.rand(rows, SYMBOLS, SYMBOLS, generator=g).argsort(-1)[:, 0]
+        known = torch.rand(rows, generator=g) < 0.9
+        out[:, t + 1] = torch.where(known, follows[row, out[:, t]], out[:, t + 1])
+    return out
+
+
+def losses(parts: dict[str, Any], mixer: Mixer, x: Tensor) -> Tensor:
+    """Nats `(length - 1,)` of each place, means over rows."""
+    hidden = parts["embed"](x[:, :-1])
+    ctx = Ctx(Layout.plain(x.shape[0], x.shape[1] - 1), Causal())
+    logits = parts["head"](hidden + mixer(hidden, ctx).y)
+    return F.cross_entropy(logits.mT, x[:, 1:], reduction="none").mean(0)
+
+
+@pytest.mark.slow
+def test_a_trained_mamba2_collapses_on_long_texts_and_a_window_of_states_mends_it() -> None:
+    torch.manual_seed(0)
+    config = INNER.model_copy(
+        update={"decay": "step", "taps": 4, "value": "silu", "key_dim": 32, "norm": "full"}
+    )
+    mixer, width = config.build(32), 32
+    init_weights(mixer)
+    parts = {"embed": torch.nn.Embedding(SYMBOLS, width), "head": torch.nn.Linear(width, SYMBOLS)}
+    every = [p for m in (mixer, *parts.values()) for p in m.parameters()]
+    optimizer = torch.optim.AdamW(every, lr=5e-3)
+    for step in range(400):
+        loss = losses(parts, mixer, shifting(16, TRAINED, step)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    x = shifting(16, 2049, 10**6)
+    window = WindowedStateConfig(inner=config, window=TRAINED // 2).build(32)
+    window.inner.load_state_dict(mixer.state_dict())
+    more = config.model_copy(update={"temperature": 0.2, "insert": 0.9}).build(32)
+    more.load_state_dict(mixer.state_dict())
+    with torch.no_grad():
+        # The second half of each 128 tokens: the successors have been seen by then.
+        half = lambda m: losses(parts, m, x).view(-1, TRAINED)[:, TRAINED // 2 :].mean(-1)
+        found = {"plain": half(mixer), "window": half(window), "forget more": half(more)}
+    start, late = found["plain"][0], {n: v[8:].mean() for n, v in found.items()}
+    assert start < 1.2, "it learned to recall within its length"
+    # Seen with 500 steps: 0.59 at first, late 0.93; with a window 0.57, forgetting more 0.58.
+    assert late["plain"] > start + 0.2, "and loses it far beyond"
+    assert late["window"] < start + 0.1 and late["forget more"] < start + 0.1

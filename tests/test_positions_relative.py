@@ -131,6 +131,46 @@ def test_irpe_sees_offsets_only() -> None:
     assert index.tolist() == [naive_index(i) for i in range(-40, 41)]
 
 
+@pytest.mark.parametrize("method", ["cross", "product"])
+def test_irpe_on_queries_keys_and_values_is_its_sum_pair_by_pair(method: str) -> None:
+    layer = MIXERS.get("irpe_attention")(
+        heads=2, position={"kind": "irpe", "method": method}
+    ).build(D)
+    init_weights(layer)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    layer.double()
+    (x,), f = documents(12), grid(3, 4)
+    K = layer.head_dim
+    q, k, v = (x @ layer.qkv.weight.T).view(12, 3, 2, K).unbind(1)
+    index = [b[0] for b in layer.position.buckets(f, f)]
+    outs = []
+    for i in range(12):
+        for h in range(2):
+            logits, values = [], []
+            for j in range(12):
+                on = {n: sum(t[h, b[i, j]] for b in index) for n, t in layer.tables.items()}
+                score = q[i, h] @ k[j, h] + q[i, h] @ on["k"] + k[j, h] @ on["q"]
+                logits.append(score * K**-0.5)
+                values.append(v[j, h] + on["v"])
+            outs.append(torch.stack(logits).softmax(0) @ torch.stack(values))
+    expected = torch.cat(outs).view(12, -1) @ layer.out.weight.T
+    layout = Layout.from_rows([[Doc(12, position=f.position[0].numpy())]])
+    torch.testing.assert_close(layer(x[None], Ctx(layout, Full())).y[0], expected, **TOL)
+
+
+def test_irpe_vectors_may_be_left_out() -> None:
+    torch.manual_seed(0)
+    make = MIXERS.get("irpe_attention")
+    layer, (x,) = make(heads=2, on=["v"]).build(D).double(), documents(7)
+    init_weights(layer)
+    plain = build(position="none")
+    plain.load_state_dict({k: v for k, v in layer.state_dict().items() if "tables" not in k})
+    torch.testing.assert_close(alone(layer, x), alone(plain, x), **TOL)  # zero at first
+    assert [*layer.tables] == ["v"]
+
+
 # ---- parallel context ----
 
 

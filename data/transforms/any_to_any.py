@@ -54,6 +54,9 @@ class AnyToAnyConfig(Config):
             ),
         ),
     ] = 0.1
+    repeats: Annotated[
+        int, Field(ge=1, description="times that the conditions are written (JRT-Prompt: 2)")
+    ] = 1
 
     @field_validator("tasks")
     @classmethod
@@ -70,15 +73,17 @@ class AnyToAnyConfig(Config):
 
     def build(self) -> AnyToAny:
         return AnyToAny(
-            {parse_task(t): w for t, w in self.tasks.items() if w > 0}, self.condition_dropout
+            {parse_task(t): w for t, w in self.tasks.items() if w > 0},
+            self.condition_dropout,
+            self.repeats,
         )
 
 
 class AnyToAny(Transform):
-    """See `AnyToAnyConfig`."""
+    """See `AnyToAnyConfig`. ``repeats``: Arora et al. 2024 (arXiv:2407.05483), JRT-Prompt."""
 
-    def __init__(self, tasks: dict[Task, float], condition_dropout: float):
-        self.tasks, self.condition_dropout = tasks, condition_dropout
+    def __init__(self, tasks: dict[Task, float], condition_dropout: float, repeats: int = 1):
+        self.tasks, self.condition_dropout, self.repeats = tasks, condition_dropout, repeats
         self._possible: dict[frozenset[str], tuple[list[Task], list[float]]] = {}
 
     def __call__(self, segments: list[Segment], rng: Any) -> list[Segment] | None:
@@ -97,7 +102,7 @@ class AnyToAny(Transform):
             first = [Segment(m, None, role="condition") for m in conditions]
         else:
             first = [have[m]._replace(role="condition") for m in conditions]
-        return first + [have[m]._replace(role="target") for m in targets]
+        return first * self.repeats + [have[m]._replace(role="target") for m in targets]
 
     def _choices(self, have: frozenset[str]) -> tuple[list[Task], list[float]]:
         if have not in self._possible:

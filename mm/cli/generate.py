@@ -42,6 +42,9 @@ def generate(
     cfg_scale: Annotated[
         float | None, typer.Option(help="Classifier-free guidance; 1 = off. Default: likewise.")
     ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Times that conditions are read. Default: likewise.")
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="New ids at most, where the length is free.")
     ] = None,
@@ -56,7 +59,10 @@ def generate(
     generator.tokenizer(to)  # a modality that the run does not know is said before a missing -o
     if out is None and to != "text":
         raise UserError(f"--to {to} writes a file: name it with -o FILE")
-    named = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "cfg_scale": cfg_scale}
+    named = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "cfg_scale": cfg_scale,
+        "repeats": repeats,
+    }  # fmt: skip
     chosen = chosen_sampling(run, raws, to)
     sampling = chosen | {k: v for k, v in named.items() if v is not None}
     values = generator.generate([raws] * n, to, max_tokens=max_tokens, seed=seed, **sampling)
@@ -87,7 +93,8 @@ def chosen_sampling(run: Path, conditions: Iterable[str], to: str) -> dict[str, 
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     settings = every.get(f"{'_'.join(m for m in conditions if m != to)}_to_{to}", {})
-    return {k: settings[k] for k in ("temperature", "top_k", "top_p", "cfg_scale") if k in settings}
+    known = ("temperature", "top_k", "top_p", "cfg_scale", "repeats")
+    return {k: settings[k] for k in known if k in settings}
 
 
 def read_prompt(given: dict[str, Any], to: str) -> dict[str, Any]:

@@ -76,6 +76,7 @@ def stream_tokens(
     indices: Sequence[int] | None = None,
     rules: Sequence[Rule] = (),
     decoder: Any = "ar",
+    repeats: int = 1,
 ) -> Iterator[Tensor]:
     """Generate one span of modality ``to`` for each prompt, step by step.
 
@@ -83,7 +84,10 @@ def stream_tokens(
     span's end included); -1 where a sequence is done.
     """
     ask_rules = _ask_rules(temperature, top_k, top_p, rules)
-    ready = [prepare(p, to, vocabulary, max_tokens, f"prompt {i}") for i, p in enumerate(prompts)]
+    ready = [
+        prepare(p, to, vocabulary, max_tokens, f"prompt {i}", repeats)
+        for i, p in enumerate(prompts)
+    ]
     if not ready:
         return
     N = len(ready)
@@ -130,13 +134,14 @@ def generate_tokens(
         **settings: `temperature` (0 = greedy), `top_k` (0 = off), `top_p`, `cfg_scale` (1 = no
             guidance; uncond + scale * (cond - uncond) on the logits), `max_tokens` (new ids of a
             span without a grid), `seed`, `rules` (applied after the span grammar), `decoder` (kind
-            or config of the DECODERS registry).
+            or config of the DECODERS registry), `repeats` (2 = conditions are read twice).
     Returns:
         Local ids `(L,)` int32 of each span, a continued prefix included.
     Raises:
         UserError: an unfinished or impossible prompt, a bad setting, or a model whose logits are
             not finite.
-    Source: guidance: Ho & Salimans 2022 (arXiv:2207.12598), eq. 6, on logits.
+    Source: guidance: Ho & Salimans 2022 (arXiv:2207.12598), eq. 6, on logits; repeats: Arora et
+    al. 2024 (arXiv:2407.05483), JRT-Prompt.
     """
     numbers = list(range(len(prompts))) if indices is None else list(indices)
     target = vocabulary.range(to)

@@ -82,11 +82,13 @@ def prepare(
     vocabulary: Vocabulary,
     max_tokens: int | None,
     origin: str,
+    repeats: int = 1,
 ) -> Prompt:
     """Check one prompt and write its token stream up to where generation begins.
 
     A last segment of modality ``to`` and role "target" is the unfinished span to go on with; all
-    others are conditions. Without any segment the model is asked unconditionally (null condition).
+    others are conditions, written ``repeats`` times in a row. Without any segment the model is
+    asked unconditionally (null condition).
 
     Raises:
         UserError: see `check`; or ``max_tokens`` leaves no room for a span.
@@ -100,6 +102,9 @@ def prepare(
             check(segment, vocabulary, whole=True, origin=origin)
     if not conditions and len(prefix) == 0:
         conditions = [Segment(to)]
+    if repeats < 1:
+        raise UserError(f"repeats must be 1 or more, not {repeats}")
+    conditions *= repeats
     # As condition dropout in training: every condition becomes a null condition, all together.
     null = [Segment(segment.modality, role="condition") for segment in conditions]
     given = [segment._replace(role="condition") for segment in conditions]
@@ -126,14 +131,21 @@ def prepare(
 
 
 def batch(streams: Sequence[np.ndarray], vocabulary: Vocabulary) -> Batch:
-    """Lay one stream a row, slot i, padded at the right; the head is asked at each last place."""
+    """Lay one stream a row, slot i, padded at the right; the head is asked at each last place.
+
+    What stands before the span that is generated (the last ``begin``) is the prefix.
+    """
     T = max(map(len, streams))
+    begins = [vocabulary.range(modality).begin for modality in vocabulary.modalities]
     ids = np.full((len(streams), T), -1, np.int32)
     rows = []
     for i, stream in enumerate(streams):
         ids[i, : len(stream)] = stream
         modality, grids = vocabulary.modality_of(stream), grids_of(stream, vocabulary)
-        rows.append([Doc(len(stream), modality=modality, slot=i, grids=grids)])
+        opening = np.flatnonzero(np.isin(stream, begins))[-1:]
+        prefix = (np.arange(len(stream)) < opening.sum()).astype(np.int32)
+        extra = {"prefix": prefix}
+        rows.append([Doc(len(stream), modality=modality, extra=extra, slot=i, grids=grids)])
     layout = Layout.from_rows(rows, T, axes=axes_of(vocabulary))
     lengths = torch.tensor([len(stream) for stream in streams], dtype=torch.int32)
     tokens = torch.from_numpy(ids)[..., None]

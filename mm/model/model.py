@@ -20,7 +20,7 @@ from mm.batch import Batch, Sum, Values
 from mm.config import Config, validate
 from mm.errors import UserError
 from mm.layout import Layout
-from mm.mask import Causal, Full, Mask
+from mm.mask import Causal, Full, Mask, Prefix, Window
 from mm.model import folder as files
 from mm.model import mup
 from mm.model.backbones.stack import TAP
@@ -109,10 +109,18 @@ class Model(nn.Module):
         """
         tapped = [h for h in self.heads if heads is None or h in heads]
         taps_read = {str(self.heads[h].tap) for h in tapped} - {"hidden"}
-        layout = batch.layout
+        layout, mask = batch.layout, mask or self.config.default_mask()
+        if layout.fields.extra and isinstance(mask, Causal | Full | Window):
+            # These read no named field: none is cached, or regrouped with each layer.
+            layout = replace(layout, fields=layout.fields._replace(extra={}))
+        elif mask.atomic and mask.atomic not in layout.fields.extra:
+            none = {mask.atomic: torch.zeros_like(layout.fields.document)}  # nobody has a prefix
+            layout = replace(
+                layout, fields=layout.fields._replace(extra={**layout.fields.extra, **none})
+            )
         ctx = Ctx(
             layout,
-            mask or self.config.default_mask(),
+            mask,
             batch.ids,
             knobs=knobs,
             want=want | frozenset(taps_read),
@@ -303,7 +311,10 @@ class LmConfig(Config):
     linear: LINEARS.field = Field(  # type: ignore[valid-type]
         default="dense", validate_default=True
     )
-    mask: Literal["causal", "full"] = "causal"
+    mask: Annotated[
+        Literal["causal", "full", "prefix"],
+        Field(description="prefix: causal, but leading conditions see each other both ways"),
+    ] = "causal"
     mup_base: (
         Annotated[
             int,
@@ -329,7 +340,7 @@ class LmConfig(Config):
 
     def default_mask(self) -> Mask:
         """The Mask of a pass that names none."""
-        return Causal() if self.mask == "causal" else Full()
+        return {"causal": Causal(), "full": Full(), "prefix": Prefix()}[self.mask]
 
     def build(self, vocabulary: Vocabulary | None = None) -> Model:
         """Allocate the model; `mm.model.layer.init_weights` fills it. Without a vocabulary: 256

@@ -46,6 +46,22 @@ class LayerNorm(RMSNorm):
         return F.layer_norm(x.to(wide), weight.shape, weight, bias, self.eps).to(x.dtype)
 
 
+class HeadNorm(nn.Module):
+    """RMSNorm of each head `(..., H, K)`, with scales of its own."""
+
+    def __init__(self, heads: int, width: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, width))
+        self.eps = eps
+
+    def init_weights(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = rms_norm(x, self.weight.new_ones(x.shape[-1]), self.eps)
+        return (plain * self.weight).to(x.dtype)
+
+
 Kind = Literal["rms", "layer"]
 
 

@@ -15,7 +15,9 @@ from mm.errors import UserError
 from mm.model.layer import ModelOut
 from mm.objectives.objective import Env, Objective, Term
 from mm.registry import OBJECTIVES, TRANSFORMS
-from mm.vocabulary import Vocabulary
+from mm.vocabulary import MASK, Vocabulary
+
+MASKED = "masked"  # name of the loss of masked places
 
 
 @OBJECTIVES.register("next_token")
@@ -33,6 +35,13 @@ class NextTokenConfig(Config):
     weights: Annotated[
         dict[str, float], Field(description="factor of a modality's loss; default 1")
     ] = {}
+    masked: (
+        Annotated[
+            float,
+            Field(ge=0, description="factor of the mean loss of masked places, if a loss apart"),
+        ]
+        | None
+    ) = None
     head: str = "tokens"
 
     def build(self, vocabulary: Vocabulary | None = None) -> NextToken:
@@ -56,17 +65,24 @@ class NextTokenConfig(Config):
 class NextToken(Objective):
     """Sums of ``weight * nll`` over the targets of each modality, without a sync: names come from
     the vocabulary.
+
+    With ``masked`` the places of hidden codes (transform `mask_conditions`) are a loss of their
+    own. Source: Arora et al. 2024 (arXiv:2407.05483), JRT-RNN: the loss on the prefix.
     """
 
     def __init__(self, config: NextTokenConfig, vocabulary: Vocabulary):
         self.config = config
         self.transform = config.transform
         self.weights = dict(config.weights)
-        self.names = vocabulary.modalities
+        self.modalities = vocabulary.modalities
+        self.names = (*self.modalities, *([MASKED] if config.masked is not None else []))
 
     def _split(self, b: Batch, value_P: Tensor, places_P: Tensor) -> dict[str, Tensor]:
         """Sum ``value_P`` (P,) float32 by the modality of the target."""
         index = b.labels["target_modality"].flatten()[places_P].long()
+        if self.config.masked is not None:
+            hidden = b.ids[..., 0].flatten()[places_P.long()] == MASK
+            index = torch.where(hidden, len(self.names), index)
         sums = value_P.new_zeros(len(self.names) + 1).index_add(0, index, value_P)
         return {name: sums[i] for i, name in enumerate(self.names, start=1)}
 
@@ -77,8 +93,10 @@ class NextToken(Objective):
     def scales(self, n: Mapping[str, Tensor]) -> Mapping[str, Tensor | float]:
         factors: dict[str, Tensor | float] = {k: self.weights.get(k, 1.0) for k in n}
         if self.config.balance == "tokens":
-            total = torch.stack([n[k] for k in self.names]).sum().clamp_min(1.0)
-            factors |= {k: factors[k] * n[k] / total for k in self.names}
+            total = torch.stack([n[k] for k in self.modalities]).sum().clamp_min(1.0)
+            factors |= {k: factors[k] * n[k] / total for k in self.modalities}
+        if self.config.masked is not None:
+            factors[MASKED] = self.config.masked
         return factors
 
     def terms(

@@ -44,6 +44,7 @@ class Settings(Config):
     top_k: int = 0
     top_p: float = 1.0
     cfg_scale: float = 1.0
+    repeats: int = 1
 
 
 class Item(NamedTuple):

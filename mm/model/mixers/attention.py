@@ -18,10 +18,13 @@ from mm.kernels.attention import attention
 from mm.layout import Fields
 from mm.model.layer import Caps, Ctx, Linear, Mixer, Out, Position
 from mm.model.linears.dense import DenseConfig
+from mm.model.mixers.cached import TailedKV
 from mm.model.mixers.forget import ForgetGate, ForgetKV, faded_from, forget_bias
 from mm.model.mixers.kv import KV, DraftKV, advance
-from mm.model.norm import RMSNorm
+from mm.model.mixers.token_shift import TokenShift
+from mm.model.norm import HeadNorm, RMSNorm
 from mm.model.rows import Docs, Groups, narrowed, paired
+from mm.model.tail_state import DraftTail, Tail
 from mm.registry import MIXERS, POSITIONS
 from mm.state import State
 
@@ -35,6 +38,7 @@ class Attention(Mixer):
     (arXiv:2004.05150). Soft-cap: Gemma 2 (arXiv:2408.00118), section 2. Sinks: gpt-oss
     (arXiv:2508.10925), section 2. Scale by log n: Chiang & Cholak 2022 (arXiv:2202.12172), section
     5.3. Forget gate: `mm.model.mixers.forget`. Output gate: Qiu et al. 2025 (arXiv:2505.06708).
+    Output norm, norms by head, token shift: Lin et al. 2025 (arXiv:2503.02130), Pro block.
     """
 
     caps = Caps(causal=True, bidirectional=True, step=True, shard="ulysses")
@@ -46,7 +50,7 @@ class Attention(Mixer):
         kv_heads: int,
         head_dim: int,
         window: int | None,
-        qk_norm: bool,
+        qk_norm: bool | Literal["heads"],
         position: Position,
         linear: Callable[..., Linear],
         softcap: float | None = None,
@@ -54,6 +58,8 @@ class Attention(Mixer):
         log_n: float | None = None,
         forget: bool = False,
         gate: bool = False,
+        out_norm: bool = False,
+        shift: bool = False,
     ):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim, self.window = heads, kv_heads, head_dim, window
@@ -67,8 +73,13 @@ class Attention(Mixer):
         )
         self.qkv = linear(d_model, (heads + 2 * kv_heads) * head_dim, "qkv")
         self.out = linear(heads * head_dim, d_model, "out")
-        self.q_norm = RMSNorm(head_dim) if qk_norm else None
-        self.k_norm = RMSNorm(head_dim) if qk_norm else None
+        each: Callable[[int], nn.Module] = lambda n: (
+            HeadNorm(n, head_dim) if qk_norm == "heads" else RMSNorm(head_dim)
+        )
+        self.q_norm = each(heads) if qk_norm else None
+        self.k_norm = each(kv_heads) if qk_norm else None
+        self.out_norm = HeadNorm(heads, head_dim) if out_norm else None
+        self.shift = TokenShift(d_model, kv_heads, linear) if shift else None
         self.sink = nn.Parameter(torch.empty(heads)) if sinks else None
         self.forget = ForgetGate(d_model, heads, linear) if forget else None
         self.gate = linear(d_model, heads * head_dim, "gate") if gate else None
@@ -90,13 +101,23 @@ class Attention(Mixer):
             )
         return made
 
-    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
+    def _projected(
+        self, x_BTD: Tensor, ctx: Ctx, tail: State | None, serving: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, State | None]:
+        """Queries `(B, T, H, K)`, keys and values `(B, T, G, K)` with their positions, log forget
+        gates, and the tail that a token shift leaves.
+        """
         H, G, K = self.heads, self.kv_heads, self.head_dim
         B, T = x_BTD.shape[:2]
-        f = self._placed(ctx, state is not None)
+        f = self._placed(ctx, serving)
         x_BTD = self.position.embed(x_BTD, f)
         qkv = self.qkv(x_BTD, ctx).view(B, T, H + 2 * G, K)
-        q, k, v = qkv.split((H, G, G), dim=2)
+        if self.shift is not None:
+            q, kv = qkv.split((H, 2 * G), dim=2)
+            kv, tail = self.shift(x_BTD, kv, ctx, tail)
+            k, v = kv.split(G, dim=2)
+        else:
+            q, k, v = qkv.split((H, G, G), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         prepared = ctx.shared.get(self.position.key) if self.position.key else None
@@ -107,13 +128,36 @@ class Attention(Mixer):
         if self.log_n is not None:
             q = self._stretched(q, ctx.layout.fields)
         kept = self.forget(x_BTD, ctx) if self.forget is not None else None
-        if state is None:
-            y, after = self._whole(q, k, v, kept, ctx), None
+        return q, k, v, kept, tail
+
+    def weights(self, x_BTD: Tensor, ctx: Ctx) -> Tensor:
+        """Attention weights `(B, T, H, T)` of whole documents, to look at: O(T^2) memory."""
+        B, T = x_BTD.shape[:2]
+        q, k, _, kept, _ = self._projected(x_BTD, ctx, None, False)
+        one = torch.eye(T, dtype=q.dtype, device=q.device)[None, :, None]
+        return self._whole(q, k, one.expand(B, T, self.kv_heads, T), kept, ctx)
+
+    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
+        H, K = self.heads, self.head_dim
+        B, T = x_BTD.shape[:2]
+        past, tail = (state.settled() if state is not None else None), None  # type: ignore[attr-defined]
+        if isinstance(past, TailedKV):
+            past, tail = past.kv, past.tail
+        q, k, v, kept, tail = self._projected(x_BTD, ctx, tail, state is not None)
+        after: State | None = None
+        if past is None:
+            y = self._whole(q, k, v, kept, ctx)
         else:
-            assert isinstance(state, KV | DraftKV | ForgetKV)
-            y, after = self._continued(q, k, v, kept, ctx, state.settled())
+            assert isinstance(past, KV | ForgetKV)
+            y, after = self._continued(q, k, v, kept, ctx, past)
+            if self.shift is not None:
+                assert isinstance(tail, Tail | DraftTail)
+                after = TailedKV(after, tail)
+        if self.out_norm is not None:
+            y = self.out_norm(y)
         y = y.reshape(B, T, H * K)
         if self.gate is not None:
+            x_BTD = self.position.embed(x_BTD, self._placed(ctx, state is not None))
             y = y * self.gate(x_BTD, ctx).sigmoid().to(y.dtype)
         return Out(self.out(y, ctx), after)
 
@@ -237,21 +281,25 @@ class Attention(Mixer):
     def _places(self, max_len: int) -> int:
         return max_len if self.window is None else min(max_len, self.window)
 
-    def initial_state(self, n: int, max_len: int) -> KV | ForgetKV:
+    def initial_state(self, n: int, max_len: int) -> KV | ForgetKV | TailedKV:
         like = self._like()
         if torch.is_autocast_enabled(like.device.type):
             like = like.new_empty(0, dtype=torch.get_autocast_dtype(like.device.type))
         ring = self.window is not None and self.window < max_len
         C, like = self._places(max_len), like.detach()
-        kv = KV.empty(n, self.kv_heads, C, self.head_dim, self.head_dim, ring, like)
-        if self.forget is None:
-            return kv
-        wide = torch.promote_types(like.dtype, torch.float32)
-        return ForgetKV(kv, KV.empty(n, self.heads, C, 1, 0, ring, like.to(wide)))
+        kv: Any = KV.empty(n, self.kv_heads, C, self.head_dim, self.head_dim, ring, like)
+        if self.forget is not None:
+            wide = torch.promote_types(like.dtype, torch.float32)
+            kv = ForgetKV(kv, KV.empty(n, self.heads, C, 1, 0, ring, like.to(wide)))
+        if self.shift is not None:
+            kv = TailedKV(kv, Tail(like.new_zeros(n, 1, 2 * self.kv_heads * self.head_dim)))
+        return kv
 
     def state_bytes(self, n: int, max_len: int) -> int:
         item, C = self._like().element_size(), self._places(max_len)
         kept = KV.bytes(n, self.heads, C, 1, 0, max(item, 4)) if self.forget is not None else 0
+        if self.shift is not None:
+            kept += n * 2 * self.kv_heads * self.head_dim * item
         return kept + KV.bytes(n, self.kv_heads, C, self.head_dim, self.head_dim, item)
 
     def _like(self) -> Tensor:
@@ -271,7 +319,9 @@ class AttentionConfig(Config):
     window: (
         Annotated[int, Field(gt=0, description="tokens a query sees, itself included")] | None
     ) = None
-    qk_norm: bool = True
+    qk_norm: Annotated[
+        bool | Literal["heads"], Field(description="heads: with scales of each head's own")
+    ] = True
     softcap: Annotated[float, Field(gt=0, description="bound of the logits")] | None = None
     sinks: Annotated[bool, Field(description="a learned logit a head that attends to nothing")] = (
         False
@@ -283,6 +333,10 @@ class AttentionConfig(Config):
         False
     )
     gate: Annotated[bool, Field(description="sigmoid gate before the output projection")] = False
+    out_norm: Annotated[bool, Field(description="RMSNorm of each head's output")] = False
+    token_shift: Annotated[
+        bool, Field(description="keys and values take a gated share of the previous token's")
+    ] = False
     position: POSITIONS.field = Field(  # type: ignore[valid-type]
         default="rope", validate_default=True
     )
@@ -310,6 +364,8 @@ class AttentionConfig(Config):
             self.log_n,
             self.forget_gate,
             self.gate,
+            self.out_norm,
+            self.token_shift,
         )
 
     @classmethod

@@ -235,9 +235,9 @@ class GroupedAttention(CachedAttention):
 
 @dataclass(frozen=True)
 class TailedKV(Struct):
-    """Cached keys and values, and the last inputs of a short convolution."""
+    """Cached keys and values, and the last inputs of what looks a few tokens back."""
 
-    kv: KV | DraftKV
+    kv: Any  # KV, DraftKV, or another State with `settled`
     tail: Tail | DraftTail
 
     def accept(self, n_N: Tensor) -> TailedKV:

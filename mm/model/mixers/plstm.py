@@ -18,6 +18,7 @@ from mm.layout import Layout
 from mm.model.layer import Ctx, Linear, Out
 from mm.model.linears.dense import DenseConfig
 from mm.model.mixers.both_ways import BothWays, valid_of
+from mm.model.mixers.plstm_blocks import gating_in_blocks
 from mm.model.norm import RMSNorm
 from mm.model.rows import Docs
 from mm.registry import MIXERS
@@ -51,25 +52,40 @@ def gating(g: Gates) -> Tensor:
 
     ``right = left_right * left + above_right * above + source_right`` and so ``down``, where left
     and above are the edges out of the neighbours; read are ``mark_left * left + mark_above *
-    above``. Without ``left_down`` two scans do; else a scan a row, rows one after another.
+    above``. Without ``left_down`` two scans do; else blocks of cells merge in log steps.
 
     Source: Pöppel et al. 2025, pLSTM (arXiv:2506.11997): source, transition and mark gates, on
     2D grids.
     """
+    if g.left_down is not None:
+        right = torch.stack((g.left_right, g.above_right), -1)
+        down = torch.stack((g.left_down, g.above_down), -1)
+        return gating_in_blocks(
+            torch.stack((g.source_right, g.source_down), -1),
+            torch.stack((right, down), -2),
+            torch.stack((g.mark_left, g.mark_above), -1),
+        )
     B, Y, X = g.mark_left.shape
     cells = torch.eye(Y * X, dtype=g.mark_left.dtype, device=g.mark_left.device).view(Y, X, -1)
     wide = lambda t: t[..., None]
-    if g.left_down is None:
-        spread = lambda t: wide(t).expand(B, Y, X, Y * X)
-        turned = lambda t: t.transpose(1, 2).flatten(0, 1)  # columns are rows
-        down, _ = linear_scan(turned(spread(g.above_down)), turned(wide(g.source_down) * cells))
-        above = _before(down.view(B, X, Y, -1).transpose(1, 2), 1)
-        into = wide(g.above_right) * above + wide(g.source_right) * cells
-        right, _ = linear_scan(spread(g.left_right).flatten(0, 1), into.flatten(0, 1))
-        left = _before(right.view(B, Y, X, -1), 2)
-        return wide(g.mark_left) * left + wide(g.mark_above) * above
+    spread = lambda t: wide(t).expand(B, Y, X, Y * X)
+    turned = lambda t: t.transpose(1, 2).flatten(0, 1)  # columns are rows
+    down, _ = linear_scan(turned(spread(g.above_down)), turned(wide(g.source_down) * cells))
+    above = _before(down.view(B, X, Y, -1).transpose(1, 2), 1)
+    into = wide(g.above_right) * above + wide(g.source_right) * cells
+    right, _ = linear_scan(spread(g.left_right).flatten(0, 1), into.flatten(0, 1))
+    left = _before(right.view(B, Y, X, -1), 2)
+    return wide(g.mark_left) * left + wide(g.mark_above) * above
+
+
+def gating_by_rows(g: Gates) -> Tensor:
+    """`gating` as it is defined: a scan a row, rows one after another; the reference."""
+    B, Y, X = g.mark_left.shape
+    cells = torch.eye(Y * X, dtype=g.mark_left.dtype, device=g.mark_left.device).view(Y, X, -1)
+    wide = lambda t: t[..., None]
+    g = g._replace(left_down=torch.zeros_like(g.mark_left) if g.left_down is None else g.left_down)
     above, read = cells.new_zeros(B, X, Y * X), []
-    rows = zip(*(wide(t).unbind(1) for t in g if t is not None), cells.unbind(0), strict=True)
+    rows = zip(*(wide(t).unbind(1) for t in g), cells.unbind(0), strict=True)
     for s_right, s_down, across, turn_right, turn_down, through, m_left, m_above, own in rows:
         into = turn_right * above + s_right * own
         right, _ = linear_scan(across.expand_as(into), into)
@@ -104,8 +120,7 @@ class PLSTM(BothWays):
     Propagation (P): what enters a cell leaves in shares ``t a`` to the right and ``t (1 - a)``
     downwards, so nothing grows and some direction keeps its strength. Diffusion (D): paths go
     down, then right, all gates are free. Cells are those of `Layout.grids`; the other places of a
-    document are one line, in the order of time. The paper builds G in log steps; here rows follow
-    one another in P, two scans do in D.
+    document are one line, in the order of time. G is built in log steps.
 
     Source: Pöppel et al. 2025 (arXiv:2506.11997), its P-mode and D-mode.
     """

@@ -36,6 +36,11 @@ def mean_pooled(model: nn.Module, kv_heads: int) -> dict[str, Tensor]:
         q, kv = weights[key].unflatten(0, (H + 2 * G, K)).split((H, 2 * G))
         pooled = kv.unflatten(0, (2 * kv_heads, G // kv_heads)).mean(1)
         weights[key] = torch.cat((q, pooled)).flatten(0, 1)
+        for part, n in (("k_norm.weight", kv_heads), ("shift.gates.weight", 2 * kv_heads)):
+            own = weights.get(f"{name}.{part}".lstrip("."))
+            if own is not None and own.dim() == 2:  # one a key head
+                pooled = own.unflatten(0, (n, G // kv_heads)).mean(1)
+                weights[f"{name}.{part}".lstrip(".")] = pooled
     if not found:
         raise UserError("this model has no attention layer whose key heads could be pooled")
     return weights

@@ -37,7 +37,7 @@ class IRPE(nn.Module, Position):
     form multiplies queries with the N vectors and gathers: ``T N K`` products, not ``T S K``.
 
     Source: Wu et al. 2021, iRPE (arXiv:2107.14222), the four methods and both modes, index
-    function eq. 18. Contextual form on keys only.
+    function eq. 18. Contextual form on keys; on queries and values too: mixer `irpe_attention`.
     """
 
     def __init__(self, heads: int, head_dim: int, config: IRPEConfig):
