@@ -12,7 +12,7 @@ PYTEST_FLAGS ?=
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make quickstart   install, then train and evaluate an any-to-any model (about 6 minutes on 2 CPU cores)"
+	@echo "make quickstart   install, then train and evaluate an any-to-any model (4 to 6 minutes on 2 CPU cores)"
 	@echo "make test         install, then the test suite (up to 10 minutes on 2 CPU cores)"
 	@echo "make test-slow    the long tests: the quickstart at reduced steps, several processes, the wheel"
 	@echo "make lint         ruff and pyright"
@@ -47,7 +47,7 @@ else
 	@echo "Installing into $(VENV): about 5.5 GB (the CUDA build of torch, which runs on a CPU too), one to two minutes on a fast line."
 	@echo "Smaller, about 1 GB: make $(or $(MAKECMDGOALS),quickstart) TORCH_INDEX=<address of PyTorch's CPU index>"
 endif
-	@if [ "$(MAKECMDGOALS)" = quickstart ]; then echo "Then the quickstart runs for about 6 minutes on 2 CPU cores."; fi
+	@if [ "$(MAKECMDGOALS)" = quickstart ]; then echo "Then the quickstart runs for 4 to 6 minutes on 2 CPU cores."; fi
 	$(PIP) -e .
 	@touch $@
 
