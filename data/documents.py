@@ -3,53 +3,23 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated, Any, Generic, TypeVar
-
-from pydantic import Field
+from typing import Any, Generic, TypeVar
 
 from mm.config import Config
 from mm.data.order import generator, key_of
 from mm.data.packed import PackedSource
 from mm.data.shards import ShardSet
 from mm.data.slots import modality_in
-from mm.data.stream import Stream, rank_rows
+from mm.data.stream import Stream, TokenStreamConfig, rank_rows
 from mm.data.transforms.compose import chain
-from mm.registry import TRANSFORMS
 from mm.specs import Segment
 from mm.vocabulary import Vocabulary
 
 
-class DocumentsConfig(Config):
+class DocumentsConfig(TokenStreamConfig):
     """Base of the configs whose stream reads one source."""
 
     source: PackedSource
-    batch_size: Annotated[int, Field(gt=0)] = 8
-    micro_batch_size: Annotated[
-        int, Field(gt=0, description="rows of one process at a time, of batch_size's; default all")
-    ] | None = None  # fmt: skip
-    transform: tuple[TRANSFORMS.field, ...] = ()  # type: ignore[valid-type]
-    prefetch: Annotated[int, Field(ge=0, description="steps made ahead")] = 2
-
-    @property
-    @abstractmethod
-    def stream(self) -> type[DocumentStream[Any]]:
-        """Class of the stream, made with this config and the arguments of `build`."""
-
-    def build(
-        self,
-        *,
-        vocabulary: Vocabulary | None = None,
-        transform: Any = None,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> DocumentStream[Any]:
-        """Open the shards; arguments as of `PackedConfig.build`.
-
-        Raises:
-            UserError: shards are missing or of another vocabulary, or sizes do not divide.
-        """
-        return self.stream(self, vocabulary, transform, seed, rank, world)
 
 
 C = TypeVar("C", bound=DocumentsConfig)

@@ -26,7 +26,7 @@ from mm.data.order import generator, key_of, permute
 from mm.data.remote import Location, is_url
 from mm.data.shards import ShardSet
 from mm.data.slots import modality_in
-from mm.data.stream import Step, Stream, rank_rows
+from mm.data.stream import Step, Stream, TokenStreamConfig, rank_rows
 from mm.data.transforms.chunk import window
 from mm.data.transforms.compose import Chain, chain
 from mm.errors import UserError
@@ -62,18 +62,12 @@ class PackedSource(Config):
 
 
 @STREAMS.register("packed")
-class PackedConfig(Config):
+class PackedConfig(TokenStreamConfig):
     """Rows of ``seq_len`` places filled with whole documents."""
 
     kind: Literal["packed"] = "packed"
     sources: tuple[PackedSource, ...] = Field(min_length=1)
     seq_len: Annotated[int, Field(gt=3)] = 256
-    batch_size: Annotated[
-        int, Field(gt=0, description="rows of one optimizer step over all processes")
-    ] = 8
-    micro_batch_size: Annotated[int, Field(gt=0)] | None = (
-        None  # rows of one process at a time; default all
-    )
     max_documents: Annotated[
         int, Field(gt=0, description="documents of one row; shapes depend on it")
     ] = 32
@@ -87,9 +81,6 @@ class PackedConfig(Config):
     window_samples: Annotated[int, Field(gt=0, description="of shuffle: window")] = 8192
     # a single-segment document over seq_len becomes several; otherwise it is left out and counted
     cut: bool = False
-    # Before the objective's own:
-    transform: tuple[TRANSFORMS.field, ...] = ()  # type: ignore[valid-type]
-    prefetch: Annotated[int, Field(ge=0, description="steps made ahead")] = 2
 
     @classmethod
     def smallest(cls) -> PackedConfig:
@@ -101,26 +92,9 @@ class PackedConfig(Config):
             block_samples=16,
         )
 
-    def build(
-        self,
-        *,
-        vocabulary: Vocabulary | None = None,
-        transform: Any = None,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> PackedStream:
-        """Open the shards.
-
-        Args:
-            vocabulary: the model's; default that of the first source.
-            transform: the objective's: config, dict, kind, Transform, or a sequence of these.
-            seed: of the order.
-            rank: this process of ``world``.
-        Raises:
-            UserError: shards are missing or of another vocabulary, or sizes do not divide.
-        """
-        return PackedStream(self, vocabulary, transform, seed, rank, world)
+    @property
+    def stream(self) -> type[PackedStream]:
+        return PackedStream
 
 
 class Document(NamedTuple):
