@@ -71,7 +71,7 @@ def _op(name: str, empties: Callable, fill: Fill) -> tuple[Any, Callable, Callab
     return made, getattr(torch.ops.mm, name), run
 
 
-def _traced(args: tuple[Any, ...]) -> bool:
+def traced(args: tuple[Any, ...]) -> bool:
     """Whether anything but plain autograd looks at a call: a compiler, a mode, a transform or a
     tensor of a class of its own.
     """
@@ -141,7 +141,7 @@ def _differentiable(
             return grads(ctx, *from_above, by=run_backward)
 
     def call(*args: Any) -> Any:
-        if len(args) < len(parameters) or _traced(args):
+        if len(args) < len(parameters) or traced(args):
             return forward(*args)
         return Direct.apply(*args)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from test_kernels import randn
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mm.kernels.attention import attention, blocks
+from mm.kernels import compiler
+from mm.kernels.attention import attention, blocks, flash_cpp
 
 SIZES = [(1, 1, 1, 1, 1), (2, 3, 3, 4, 2), (1, 65, 65, 2, 1), (2, 40, 60, 4, 2), (1, 9, 5, 2, 2)]
 STATS = ("key_mass", "entropy")
@@ -103,6 +105,63 @@ def test_tiles_equal_the_reference(
                 torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=kind)
 
 
+TALL = [(2, 130, 130, 4, 2), (1, 64, 200, 2, 2), (1, 70, 33, 2, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("sizes", SIZES + TALL, ids=str)
+@pytest.mark.parametrize("mask", [name for name in masks(1, 1, 1) if name != "allowed"])
+def test_cpp_equals_the_reference(
+    sizes: tuple[int, ...], mask: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reason := compiler.why_not(flash_cpp.SOURCE):
+        pytest.skip(reason)
+    monkeypatch.setattr(sys.modules[attention.__module__], "FEW", 0)
+    R, T, S, H, G = sizes
+    for width in (6, 64):
+        widths = ((T, H, width), (S, G, width), (S, G, width + 3))
+        qkv = [randn(R, n, h, w, seed=i).to(dtype) for i, (n, h, w) in enumerate(widths)]
+        for kind in ("plain", "fade", "sinks and soft-cap"):
+            leaves, rest = scores(R, T, S, H)[kind]
+            how = {**masks(R, T, S)[mask], **rest}
+            expected = results("reference", qkv, how, leaves, torch.float64)
+            got = results("cpp", qkv, how, leaves, dtype)
+            rms = lambda x: x.square().mean().sqrt()
+            floor = 0.1 * max(map(rms, expected))  # a gradient that is zero holds rounding alone
+            for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+                error = rms(a - b) / (rms(b) + floor)
+                assert error < {torch.float32: 5e-6, torch.bfloat16: 4e-2}[dtype], (kind, i, error)
+
+
+def test_cpp_threads_slices_and_what_is_not_a_number() -> None:
+    """Slices of one projection are read in place; many threads give the bits of one; NaN and what
+    a query must not see stay where they are.
+    """
+    if reason := compiler.why_not(flash_cpp.SOURCE):
+        pytest.skip(reason)
+    qkv = torch.randn(2, 300, 6 + 2 + 2, 32, generator=torch.Generator().manual_seed(0))
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        with attention.using("cpp"):
+            y = attention(*x.split((6, 2, 2), dim=2), causal=True)
+        return y, torch.autograd.grad(y.square().sum(), x)[0]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        y, grad = run(qkv)
+        torch.set_num_threads(4)
+        assert all(torch.equal(a, b) for a, b in zip(run(qkv), (y, grad), strict=True))
+    finally:
+        torch.set_num_threads(before)
+    broken = qkv.clone()
+    broken[0, 200, 7] = math.nan  # one of the keys
+    z = run(broken)[0]
+    assert torch.equal(z[1], y[1]) and torch.equal(z[0, :200], y[0, :200])
+    assert z[0, 200:, 3:].isnan().all() and torch.equal(z[0, :, :3], y[0, :, :3])
+
+
 def test_a_query_far_below_its_first_keys_keeps_its_own() -> None:
     """Keys hidden from a query in one tile do not drown far smaller logits in the next."""
     q = torch.full((1, 1, 1, 1), 1.0)
@@ -163,14 +222,22 @@ def test_memory_grows_with_the_length_not_its_square() -> None:
 
 
 def test_what_runs_where() -> None:
-    """SDPA where it needs no mask of all scores; tiles elsewhere; small masks stay with SDPA."""
+    """On a CPU: few queries and what has no compiler stay with SDPA, the rest are done in tiles."""
     q, small = torch.empty(1, 512, 2, 8), torch.empty(1, 16, 2, 8)
-    assert attention.pick(q, q, q, causal=True) == "sdpa"
-    assert attention.pick(q, q, q) == "sdpa"
+    wide = q.double()
+    tiles = "blocks" if compiler.why_not(flash_cpp.SOURCE) else "cpp"
+    assert (
+        attention.pick(wide, wide, wide, causal=True) == attention.pick(wide, wide, wide) == "sdpa"
+    )
+    assert attention.pick(q, q, q, causal=True) == ("cpp" if tiles == "cpp" else "sdpa")
+    assert attention.pick(small, small, small, causal=True) == "sdpa"
     assert attention.pick(small, small, small, causal=True, window=4) == "sdpa"
-    assert attention.pick(q, q, q, causal=True, window=4) == "blocks"
-    assert attention.pick(q, q, q, causal=True, softcap=4.0) == "blocks"
-    assert attention.pick(q, q, q, causal=True, sink_H=torch.zeros(2)) == "blocks"
+    assert attention.pick(wide, wide, wide, causal=True, window=4) == "blocks"
+    assert attention.pick(q, q, q, causal=True, window=4) == tiles
+    assert attention.pick(wide, wide, wide, causal=True, softcap=4.0) == "blocks"
+    assert attention.pick(q, q, q, causal=True, softcap=4.0) == tiles
+    assert attention.pick(wide, wide, wide, causal=True, sink_H=torch.zeros(2)) == "blocks"
+    assert attention.pick(q, q, q, causal=True, sink_H=torch.zeros(2)) == tiles
     assert attention.pick(q, q, q, torch.ones(1, 512, 512, dtype=torch.bool)) == "blocks"
     assert attention.pick(q, q, q, allowed_RTS=torch.ones(1, 512, 512).bool()) == "blocks"
     with pytest.raises(TypeError, match="windows"):

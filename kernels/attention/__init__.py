@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.kernels import device
-from mm.kernels.attention import ops
+from mm.kernels import compiler, device
+from mm.kernels.attention import flash_cpp, ops
 from mm.kernels.op import Op
 
 Sides = tuple[Tensor | None, Tensor | None]
@@ -235,19 +235,28 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, allowed_RTS: Tensor | None = None, 
     return _by("blocks", q, k, v, allowed_RTS, how)
 
 
-def _triton_why_not(
-    q: Tensor, k: Tensor, v: Tensor, allowed_RTS: Tensor | None = None, **how: Any
+def _flash_why_not(
+    lacks: tuple[str, ...], q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, how: Any
 ) -> str | None:
-    for name in ("bias_RHTS", "gain_RHTS", "relative_NH", "prefix_RT"):
+    """What neither kernel of whole tiles can do, and what one of them ``lacks``."""
+    for name in ("bias_RHTS", "gain_RHTS", "relative_NH", *lacks):
         if how.get(name) is not None:
             return f"it has no {name}"
-    if allowed_RTS is not None:
+    if allowed is not None:
         return "it has no allowed_RTS"
     if q.shape[-1] > 256 or v.shape[-1] > 256:
         return "heads wider than 256"
+    return _blocks_why_not(q, k, v, **how)
+
+
+def _triton_why_not(
+    q: Tensor, k: Tensor, v: Tensor, allowed_RTS: Tensor | None = None, **how: Any
+) -> str | None:
+    if reason := _flash_why_not(("prefix_RT",), q, k, v, allowed_RTS, how):
+        return reason
     if max(x.shape[1:].numel() for x in (q, k, v)) >= 1 << 31:
         return "a row of 2^31 numbers or more"
-    return _blocks_why_not(q, k, v) or device.why_not(q, k, v)
+    return device.why_not(q, k, v)
 
 
 @attention.register("triton", _triton_why_not)
@@ -345,3 +354,24 @@ def _sunk(
             enable_gqa=k.shape[2] != q.shape[2],
         )
     return y.transpose(1, 2)[..., :V]
+
+
+FEW = 128  # queries below which SDPA is as fast; half as many where it would need a mask
+
+
+def _cpp_why_not(
+    q: Tensor, k: Tensor, v: Tensor, allowed_RTS: Tensor | None = None, **how: Any
+) -> str | None:
+    if reason := _flash_why_not((), q, k, v, allowed_RTS, how):
+        return reason
+    if any(x.dtype not in (torch.float32, torch.bfloat16) for x in (q, k, v)):
+        return f"no kernel for {q.dtype}"
+    masked = any(how.get(name) is not None for name in ("window", "document_RT", "prefix_RT"))
+    if q.shape[1] < (FEW // 2 if masked else FEW) and _sdpa_why_not(q, k, v, **how) is None:
+        return "SDPA is faster on so few queries"
+    return compiler.why_not(flash_cpp.SOURCE, q, k, v)
+
+
+@attention.register("cpp", _cpp_why_not)
+def _cpp(q: Tensor, k: Tensor, v: Tensor, allowed_RTS: Tensor | None = None, **how: Any) -> Any:
+    return _by("flash_cpp", q, k, v, allowed_RTS, how)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mm.kernels.attention import blocks
 from mm.kernels.attention.blocks import TENSORS, Setting
+from mm.kernels.fused import traced
 
 GRADS = ("bias", "fade_q", "fade_k", "relative", "sink")
 
@@ -104,16 +107,16 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.rest = inputs[n:]
 
 
-def _grads(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _grads(
+    ctx: Any, dy: Tensor, _: Tensor, by: Callable[..., list[Tensor]] | None = None
+) -> tuple[Tensor | None, ...]:
+    by = by or torch.ops.mm.attention_blocks_backward
     q, k, v, *tensors, y, lse = ctx.saved_tensors
     asked = dict(zip(TENSORS, ctx.needs_input_grad[3:], strict=False))
     # Both sides of the fade come together.
     asked["fade_q"] = asked["fade_k"] = asked["fade_q"] or asked["fade_k"]
-    made = iter(
-        torch.ops.mm.attention_blocks_backward(
-            q, k, v, y, lse, dy, [asked[name] for name in GRADS], *tensors, *ctx.rest
-        )
-    )
+    need = [asked[name] for name in GRADS]
+    made = iter(by(q, k, v, y, lse, dy, need, *tensors, *ctx.rest))
     first = [next(made), next(made), next(made)]
     by_name = {name: next(made) for name in GRADS if asked[name]}
     return *first, *(by_name.get(name) for name in TENSORS), *(None for _ in ctx.rest)
@@ -122,9 +125,26 @@ def _grads(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 _op.register_autograd(_grads, setup_context=_setup)
 
 
+class _Direct(torch.autograd.Function):
+    """The same without `torch.library`, as in `mm.kernels.fused`."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(*inputs)
+        _setup(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[1])
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return _grads(ctx, dy, _, by=_backward)
+
+
 def run(q: Tensor, k: Tensor, v: Tensor, *setting: Any) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp (without gradient) of ``setting``, the fields of `Setting`."""
-    return torch.ops.mm.attention_blocks(q, k, v, *setting)
+    inputs = (q, k, v, *setting)
+    return torch.ops.mm.attention_blocks(*inputs) if traced(inputs) else _Direct.apply(*inputs)
 
 
 def measured(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *setting: Any) -> tuple[Tensor, Tensor]:
