@@ -65,6 +65,7 @@ from mm.kernels.cross_entropy import linear_cross_entropy  # noqa: E402
 from mm.kernels.delta_rule import delta_rule  # noqa: E402
 from mm.kernels.linear_attention import linear_attention  # noqa: E402
 from mm.kernels.linear_scan import linear_scan  # noqa: E402
+from mm.launch.environment import keep_freed_memory  # noqa: E402
 from mm.layout import Doc, Layout  # noqa: E402
 from mm.mask import Causal  # noqa: E402
 from mm.model.layer import Ctx, init_weights  # noqa: E402
@@ -385,6 +386,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as training does; the peers have it, too
     PATIENCE[0] = asked.seconds
     load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     print(f"torch {torch.__version__}, one thread, {load}", flush=True)

@@ -8,11 +8,15 @@ loaded.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
+import sys
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import NamedTuple
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class Ranks(NamedTuple):
@@ -68,6 +72,21 @@ def cpu_threads(asked: int | None = None) -> int:
     if given.isdigit() and int(given) > 0:
         return int(given)
     return max(1, cores() // ranks().local_world)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next allocation, up to 32 MiB a piece; ``MALLOC_*`` or
+    ``GLIBC_TUNABLES`` in the environment win, other systems are left alone.
+
+    Otherwise every tensor of some 100 KiB is new pages from the system, which clears them: a third
+    of the time of a linear mixer at 16k tokens.
+    """
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def free_port() -> int:

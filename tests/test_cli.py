@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -202,6 +203,22 @@ def test_environment_stands_before_torch_and_the_user_wins() -> None:
     )
     assert run(clean).endswith("['PASSIVE', '0', 'false', '1']\n")
     assert run(clean | {"OMP_WAIT_POLICY": "ACTIVE"}).endswith("['ACTIVE', '0', 'false', '1']\n")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_freed_memory_is_kept_and_the_user_wins() -> None:
+    """Pages that the system clears for the second of two equal allocations, of 2,000."""
+    code = (
+        "import resource, sys; from mm.launch.environment import keep_freed_memory as keep\n"
+        "piece = lambda: len(bytearray(b'x') * 8_000_000)\nkeep(); piece()\n"
+        "count = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "before = count(); piece(); print(count() - before)"
+    )
+    names = ("MALLOC_", "GLIBC_TUNABLES")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(names)}
+    pages = lambda env: int(subprocess.check_output([sys.executable, "-c", code], env=env))
+    assert pages(clean) < 100
+    assert pages(clean | {"MALLOC_MMAP_THRESHOLD_": "131072"}) > 1000
 
 
 def test_overrides_in_every_form() -> None:

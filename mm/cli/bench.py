@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mm.cli.bench_mup import mup
 from mm.cli.common import JsonFile, console, is_main, number, table, write_json
 from mm.errors import UserError, did_you_mean
+from mm.launch.environment import keep_freed_memory
 
 if TYPE_CHECKING:
     from mm.bench.mixers import Row
@@ -65,6 +66,7 @@ def mixers(
         raise UserError("--device cuda: torch sees no GPU here; see: mm doctor")
     if device not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: cpu or cuda")
+    keep_freed_memory()  # as training does
     wanted = parsed(lengths) if lengths else list(measure.LENGTHS)
     run = measure.Bench(wanted, d_model, linear, cell_seconds, torch.device(device))
     rows: list[Row] = []

@@ -107,6 +107,7 @@ def join(threads: int | None = None) -> torch.device:
     else:
         device = torch.device("cpu")
         torch.set_num_threads(environment.cpu_threads(threads))
+        environment.keep_freed_memory()
     if not dist.is_initialized():
         from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
