@@ -77,7 +77,10 @@ class Engine(Config):
     """DeepSpeed settings; its JSON is derived from these (mm/trainer/engine.py)."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
-    precision: Literal["auto", "fp32", "autocast_bf16", "bf16"] = "auto"
+    precision: Annotated[
+        Literal["auto", "fp32", "autocast_bf16", "bf16"],
+        Field(description="bf16: the weights, too; ZeRO stage 0 is stage 1 then"),
+    ] = "auto"
     grad_clip: Annotated[float, Field(ge=0, description="global gradient norm; 0 = off")] = 1.0
     max_skips: Annotated[
         int, Field(ge=0, description="non-finite steps tolerated in `guard.window`")
@@ -86,6 +89,13 @@ class Engine(Config):
     compile: Annotated[
         bool, Field(description="torch.compile of every block; a minute or more at the start")
     ] = False
+
+    @property
+    def stage(self) -> int:
+        """The stage that runs. Weights in bf16 have masters in fp32, which DeepSpeed splits over
+        ranks at stage 0 as well, by other code than stage 1's: there is one way here.
+        """
+        return self.zero_stage or int(self.precision == "bf16")
 
 
 class Checkpoints(Config):
@@ -165,7 +175,7 @@ class Run(Config):
     def _parts_fit(self) -> Run:
         for i, stage in enumerate(self.stages):
             refusal = getattr(stage.optimizer, "refusal", None)
-            why = refusal(self.engine.zero_stage, stage.schedule.shape) if refusal else None
+            why = refusal(self.engine.stage, stage.schedule.shape) if refusal else None
             if why:
                 raise ValueError(f"stages.{i}: {why}")
             if getattr(self.model, "mask", None) == "prefix" and stage.data.kind == "lanes":

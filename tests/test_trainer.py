@@ -65,7 +65,7 @@ def losses(run: Run) -> list[float]:
     return [row["loss/total"] for row in rows(run)]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "autocast_bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "autocast_bf16", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_resume_is_bit_exact(tmp_path: Path, stage: int, precision: str) -> None:
     """Train 6 = train 3 + resume 3: losses, weights, optimizer states and EMA buffers, with

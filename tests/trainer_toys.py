@@ -71,14 +71,15 @@ class ToyLM(nn.Module):
         decay = (
             torch.where(past[:, None] >= past, 0.5 ** (past[:, None] - past).float(), 0.0) * same
         )
-        h = x + self.down(torch.nn.functional.gelu(self.up(self.norm(decay @ x.float()))))
+        h = x + self.down(torch.nn.functional.gelu(self.up(self.norm((decay @ x.float()).to(x.dtype)))))
         if self.config.dropout:
             h = torch.nn.functional.dropout(h, self.config.dropout, self.training)
         if self.config.spike_at >= 0:
             h = h + torch.where(ids == self.config.spike_at, float("inf"), 0.0)[..., None]
         places = batch.places["tokens"].long()
         target = batch.targets[..., 0].flatten()[places].long()
-        logits = torch.nn.functional.linear(h.flatten(0, 1)[places], self.embed.weight)
+        flat = h.flatten(0, 1)[places].to(self.embed.weight.dtype)
+        logits = torch.nn.functional.linear(flat, self.embed.weight)
         nll = torch.nn.functional.cross_entropy(logits.float(), target, reduction="none")
         hist = torch.zeros(1, self.n, device=ids.device).index_add(
             1, target, torch.ones_like(nll)[None]

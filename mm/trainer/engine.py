@@ -49,7 +49,7 @@ def resolve_precision(asked: str, device: torch.device) -> str:
 
 def deepspeed_json(config: EngineConfig, precision: str, n_params: int) -> dict[str, Any]:
     """Derive DeepSpeed's JSON from the typed config, for a network of ``n_params`` parameters."""
-    stage = config.zero_stage
+    stage = config.stage
     # DeepSpeed allocates a whole bucket each step: its default of 2 GB costs fresh pages every time
     bucket = min(n_params + n_params % 2, 200_000_000)  # DeepSpeed wants it even
     out: dict[str, Any] = {
@@ -141,7 +141,7 @@ class Engine:
     ):
         deepspeed = _deepspeed()
         self.raw = module
-        self.stage = config.zero_stage
+        self.stage = config.stage
         self.grad_clip = config.grad_clip
         # ZeRO replaces the groups' parameters by flat shards: remember which group each parameter
         # is in

@@ -47,7 +47,7 @@ class OptimizerConfig(Config):
         if self.needs == "tensors" and zero_stage:
             return (
                 f"optimizer '{kind}' as set needs whole tensors, and ZeRO stage {zero_stage} "
-                "gives it flat slices: set engine.zero_stage=0"
+                "gives it flat slices: set engine.zero_stage=0 (and no engine.precision=bf16)"
             )
         if self.own_schedule and schedule != "constant":
             return (
