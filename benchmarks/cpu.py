@@ -1,6 +1,6 @@
 """Speed and memory goals on the CPU, each a ratio within one interleaved run on one thread.
 
-python benchmarks/cpu.py [--only P4 --only P7] [--seconds 60] [--json FILE]
+python benchmarks/cpu.py [--only P4 --only P7] [--seconds 60] [--keep-memory] [--json FILE]
 
 Times are processor time of this process; a figure is the median of the ratios of neighbouring
 runs, with its 95 % interval (measure.py). Peers (transformers, litgpt, mambapy,
@@ -383,10 +383,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", action="append", choices=list(GOALS), metavar="GOAL")
     parser.add_argument("--seconds", type=float, default=60.0, help="of one comparison")
+    keep = "let the allocator keep freed memory, for us and the peers, as training does for us"
+    parser.add_argument("--keep-memory", action="store_true", help=keep)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed_memory()  # as training does; the peers have it, too
+    if asked.keep_memory:
+        keep_freed_memory()
     PATIENCE[0] = asked.seconds
     load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     print(f"torch {torch.__version__}, one thread, {load}", flush=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,7 @@ def prepare(out: Path) -> Path:
 def curve(config: Path, out: Path, precision: str, stage: int, steps: int, n: int) -> list[float]:
     """Losses of one run."""
     name = f"{precision}-{stage}-{n}"
+    shutil.rmtree(out / name, ignore_errors=True)  # a run of before may have read other text
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
     changes = [f"name={name}", f"out={out}", f"engine.precision={precision}"]
     changes += [f"engine.zero_stage={stage}", f"stages.0.budget.steps={steps}"]

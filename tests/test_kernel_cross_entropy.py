@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import mm.kernels.cross_entropy as cross_entropy
-from mm.kernels.cross_entropy import linear_cross_entropy
+from mm.kernels import compiler
+from mm.kernels.cross_entropy import linear_cross_entropy, rows_cpp
 from mm.layout import Layout
 from mm.mask import Causal
 from mm.model.layer import Ctx
@@ -56,10 +57,35 @@ def test_settings(
 ) -> None:
     monkeypatch.setattr(cross_entropy, "chunk_classes", lambda places, n: min(n, classes))
     expected = results("reference", sizes, torch.float64, more, **settings)
-    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 3e-5)):
-        got = results("chunked", sizes, dtype, more, **settings)
-        for a, b in zip(got, expected, strict=True):
-            torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+    for name in ("chunked", "cpp") if compiler.load(rows_cpp.SOURCE)[0] else ("chunked",):
+        for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 3e-5)):
+            got = results(name, sizes, dtype, more, **settings)
+            for a, b in zip(got, expected, strict=True):
+                torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("more", [False, True])
+@pytest.mark.parametrize("classes", [1000, 32], ids=["one chunk", "chunks of 32"])
+def test_cpp_in_bf16(classes: int, more: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits are read and gradients written in the dtype of the products; threads change no bit."""
+    if reason := compiler.why_not(rows_cpp.SOURCE):
+        pytest.skip(reason)
+    monkeypatch.setattr(cross_entropy, "chunk_classes", lambda places, n: min(n, classes))
+    monkeypatch.setattr(rows_cpp, "SERIAL", 0)
+    sizes, dtype = (65, 16, 133), torch.bfloat16
+    expected = results("reference", sizes, dtype, more, z_loss=0.1)
+    got = results("cpp", sizes, dtype, more, z_loss=0.1)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype
+        error = (a - b).double().square().mean().sqrt() / b.double().square().mean().sqrt()
+        assert error < 1e-2
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(5 - before)
+        again = results("cpp", sizes, dtype, more, z_loss=0.1)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
 def test_the_reference_is_the_formula() -> None:

@@ -71,7 +71,9 @@ class ToyLM(nn.Module):
         decay = (
             torch.where(past[:, None] >= past, 0.5 ** (past[:, None] - past).float(), 0.0) * same
         )
-        h = x + self.down(torch.nn.functional.gelu(self.up(self.norm((decay @ x.float()).to(x.dtype)))))
+        h = x + self.down(
+            torch.nn.functional.gelu(self.up(self.norm((decay @ x.float()).to(x.dtype))))
+        )
         if self.config.dropout:
             h = torch.nn.functional.dropout(h, self.config.dropout, self.training)
         if self.config.spike_at >= 0:

@@ -5,12 +5,7 @@
 // All products are one: C (M, N) += A (M, D) * B (D, N). A lies in rows, B with STEP rows interleaved, so that one word of
 // 32 bits of A meets a vector of such words of B: one fp32 product, or two of bf16 where the processor has them (the
 // probabilities and their gradients are rounded to bf16 then, as on a GPU). Sums are fp32.
-#include <algorithm>
-#include <atomic>
-#include <thread>
-#include <vector>
-
-#include "../simd.h"
+#include "../threads.h"
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -237,18 +232,6 @@ void round_off(float* x, i64 count, i64 lanes, E* rows, E* down) {
       }
     }
   }
-}
-
-template <class F>
-void share_out(i64 items, i64 threads, F work) {
-  std::atomic<i64> next{0};
-  const auto run = [&] {
-    for (i64 i; (i = next++) < items;) work(i);
-  };
-  std::vector<std::thread> others;
-  for (i64 i = 1; i < std::min(threads, items); ++i) others.emplace_back(run);
-  run();
-  for (auto& t : others) t.join();
 }
 
 template <class I>

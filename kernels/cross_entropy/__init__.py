@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.kernels import device
+from mm.kernels import compiler, device
+from mm.kernels.cross_entropy import rows_cpp
 from mm.kernels.op import Op
 
 KEPT_BYTES = 64 << 20  # float32 probabilities that are kept for the backward when they are all
@@ -98,6 +99,8 @@ def _finished(
 class Passes(Protocol):
     """The two passes over a chunk of logits `(P, C)` of classes ``at`` .. ``at + C``."""
 
+    NARROW: bool  # logits may come in the dtype of the products; else in float32 or wider
+
     def absorb(self, logits: Tensor, at: int, softcap: float, run: Running, keep: bool) -> None:
         """Take the chunk into ``run``. ``keep``: it becomes the capped logits; else its content is
         lost.
@@ -112,8 +115,11 @@ class Passes(Protocol):
         lse: Tensor,
         all_P: Tensor,
         own_P: Tensor,
+        kept: bool,
     ) -> Tensor:
-        """``all_P * softmax - own_P * one_hot``, through the soft-cap; may overwrite the chunk."""
+        """``all_P * softmax - own_P * one_hot``, through the soft-cap, in the dtype of the chunk,
+        which it may overwrite unless it is ``kept``.
+        """
         ...
 
 
@@ -127,6 +133,8 @@ class Running:
 
 
 class _Plain:
+    NARROW = False
+
     @staticmethod
     def absorb(logits: Tensor, at: int, softcap: float, run: Running, keep: bool) -> None:
         if softcap:
@@ -151,36 +159,42 @@ class _Plain:
         lse: Tensor,
         all_P: Tensor,
         own_P: Tensor,
+        kept: bool,
     ) -> Tensor:
         slope = None
         if softcap:
             bent = logits.div_(softcap).tanh_()
             slope = 1 - bent.square()
             logits = bent.mul_(softcap)
-        p = logits.sub_(lse[:, None]).exp_().mul_(all_P[:, None])
-        _subtract(p, at, target, own_P)
+        p = logits - lse[:, None] if kept else logits.sub_(lse[:, None])
+        p = p.exp_().mul_(all_P[:, None])
+        C = p.shape[1]
+        inside = (target >= at) & (target < at + C)
+        p.scatter_add_(
+            1,
+            (target - at).clamp_(0, C - 1)[:, None],
+            torch.where(inside, -own_P, 0).to(p.dtype)[:, None],
+        )
         return p if slope is None else p.mul_(slope)
-
-
-def _subtract(p: Tensor, at: int, target: Tensor, own_P: Tensor) -> None:
-    C = p.shape[1]
-    inside = (target >= at) & (target < at + C)
-    p.scatter_add_(
-        1,
-        (target - at).clamp_(0, C - 1)[:, None],
-        torch.where(inside, -own_P, 0).to(p.dtype)[:, None],
-    )
 
 
 def _passes(name: str) -> Passes:
     if name == "plain":
         return _Plain()
-    return cast("Passes", importlib.import_module("mm.kernels.cross_entropy.rows_triton"))
+    return cast("Passes", importlib.import_module(f"mm.kernels.cross_entropy.rows_{name}"))
 
 
-def _logits(h: Tensor, w: Tensor, bias: Tensor | None, wide: torch.dtype, C: slice) -> Tensor:
-    logits = (h @ w[C].to(h.dtype).T).to(wide)
-    return logits if bias is None else logits.add_(bias[C].to(wide))
+def _logits_dtype(
+    passes: str, dtype: torch.dtype, bias: Tensor | None, softcap: float
+) -> torch.dtype:
+    """That of the products where nothing is done to them before the softmax, else wider."""
+    narrow = bias is None and not softcap and _passes(passes).NARROW
+    return dtype if narrow else torch.promote_types(dtype, torch.float32)
+
+
+def _logits(h: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype, C: slice) -> Tensor:
+    logits = (h @ w[C].to(h.dtype).T).to(dtype)
+    return logits if bias is None else logits.add_(bias[C].to(dtype))
 
 
 def _forward(
@@ -200,9 +214,10 @@ def _forward(
         wide = torch.promote_types(dtype, torch.float32)
         run, step = Running(target, wide), max(1, chunk_classes(P, N))
         keep = keep and step == N
-        kept = torch.empty(0, dtype=wide, device=h.device)
+        made = _logits_dtype(passes, dtype, bias, softcap)
+        kept = torch.empty(0, dtype=made, device=h.device)
         for at in range(0, N, step):
-            logits = _logits(h, weight, bias, wide, slice(at, at + step))
+            logits = _logits(h, weight, bias, made, slice(at, at + step))
             _passes(passes).absorb(logits, at, softcap, run, keep)
             if keep:
                 kept = logits
@@ -230,15 +245,13 @@ def _backward(
         dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
         db = torch.empty(0 if bias is None else N, dtype=wide, device=h.device)
         all_P = (dnll + dlse).to(wide)
+        made = _logits_dtype(passes, dtype, bias, softcap)
         for at in range(0, N, step):
             C = slice(at, at + step)
-            if kept.numel() and not softcap:
-                # Kept, and so never overwritten: a graph may be walked twice.
-                g = (kept - lse[:, None]).exp_().mul_(all_P[:, None])
-                _subtract(g, at, target, dnll)
-            else:
-                logits = _logits(x, weight, bias, wide, C)
-                g = _passes(passes).gradient(logits, at, softcap, target, lse, all_P, dnll)
+            # What is kept is never overwritten: a graph may be walked twice.
+            has = kept.numel() > 0
+            logits = kept if has else _logits(x, weight, bias, made, C)
+            g = _passes(passes).gradient(logits, at, softcap, target, lse, all_P, dnll, has)
             if bias is not None:
                 db[C] = g.sum(0)
             g = g.to(dtype)
@@ -281,7 +294,8 @@ def _(
     P, N = h.shape[0], weight.shape[0]
     made = h.new_empty(P, dtype=torch.promote_types(dtype, torch.float32))
     keep = keep and max(1, chunk_classes(P, N)) == N
-    return made, torch.empty_like(made), made.new_empty((P, N) if keep else (0,))
+    kind = _logits_dtype(passes, dtype, bias, softcap)
+    return made, torch.empty_like(made), made.new_empty((P, N) if keep else (0,), dtype=kind)
 
 
 @_backward_op.register_fake
@@ -340,6 +354,24 @@ def _chunked(
     **settings: Any,
 ) -> Tensor:
     return _run("plain", h_PD, weight_ND, target_P, bias_N, **settings)
+
+
+def _cpp_why_not(h: Tensor, w: Tensor, target: Tensor, *rest: Any, **settings: Any) -> str | None:
+    kind = _compute_dtype(h)
+    if kind not in compiler.SUFFIX:
+        return f"no kernel for {kind}"
+    return compiler.why_not(rows_cpp.SOURCE, h, w, target)
+
+
+@linear_cross_entropy.register("cpp", _cpp_why_not)
+def _cpp(
+    h_PD: Tensor,
+    weight_ND: Tensor,
+    target_P: Tensor,
+    bias_N: Tensor | None = None,
+    **settings: Any,
+) -> Tensor:
+    return _run("cpp", h_PD, weight_ND, target_P, bias_N, **settings)
 
 
 def _triton_why_not(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mm.kernels.cross_entropy import Running
 
 BLOCK = 2048
+NARROW = False
 
 
 @triton.jit
@@ -90,8 +91,10 @@ def gradient(
     lse: Tensor,
     all_P: Tensor,
     own_P: Tensor,
+    kept: bool = False,
 ) -> Tensor:
-    """`mm.kernels.cross_entropy.Passes.gradient`, in place, in float32."""
+    """`mm.kernels.cross_entropy.Passes.gradient`, in float32."""
+    logits = logits.clone() if kept else logits
     P, C = logits.shape
     if P:
         rows = (all_P.to(torch.float32).contiguous(), own_P.to(torch.float32).contiguous())
