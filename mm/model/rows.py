@@ -35,6 +35,18 @@ def narrowed(mask: Mask, window: int | None) -> Mask:
     return mask & Window(window)
 
 
+def pieces(size: int, *given: Tensor | None) -> list[tuple[Any, ...]]:
+    """Pieces of ``size`` places along dimension 1 of all that is not None, in order.
+
+    Cut at once: a slice for each piece has a gradient of the whole length each, O(T^2) together.
+    """
+    length = next(x.shape[1] for x in given if x is not None)
+    n = -(-length // size)
+    return list(
+        zip(*([None] * n if x is None else x.split(size, 1)[:n] for x in given), strict=True)
+    )
+
+
 def paired(f: Callable[[Tensor, Tensor], Tensor], a: Fields, b: Fields) -> Fields:
     """Apply ``f`` to each field of both sides; a side that lacks a named field has zeros there."""
     names = dict.fromkeys((*a.extra, *b.extra))

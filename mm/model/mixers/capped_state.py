@@ -20,7 +20,7 @@ from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
 from mm.model.linears.dense import DenseConfig
 from mm.model.matrix_state import Matrix, tail_of
 from mm.model.mixers.linear_attention import LinearAttention, LinearAttentionConfig
-from mm.model.rows import Docs, by_document
+from mm.model.rows import Docs, by_document, pieces
 from mm.registry import MIXERS
 from mm.state import State, Struct
 
@@ -106,12 +106,10 @@ def capped(
         drop = lambda t: t.masked_fill(~real.view(R, L, *[1] * (t.dim() - 2)), 0)
         k, v, g = drop(k), drop(v), drop(g)
     done = []
-    for at in range(0, L, CHUNK):
-        here = slice(at, at + CHUNK)
-        kc, vc, gc = k[:, here], v[:, here], g[:, here]
-        factor = shrinkage(kc, vc, gc, before, real[:, here] if real is not None else None, cap)
+    for qc, kc, vc, gc, counts in pieces(CHUNK, q, k, v, g, real):
+        factor = shrinkage(kc, vc, gc, before, counts, cap)
         decayed, written = gc + factor.log(), vc * factor[..., None]
-        o, before = linear_attention(q[:, here], kc, written, decayed, before)
+        o, before = linear_attention(qc, kc, written, decayed, before)
         done.append(o)
     return torch.cat(done, 1) if done else torch.zeros_like(v), before
 

@@ -59,8 +59,13 @@ class EcoFormer(LinearAttention):
 
     def hashed(self, x: Tensor) -> Tensor:
         """`(B, T, H, K)` to what the signs are taken of, `(B, T, H, b)`."""
-        near = x[..., None, :] - self.anchors.to(x)
-        kernel = (-near.square().mean(-1) / 2).exp()  # (B, T, H, A)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y, anchors, K = x.to(wide), self.anchors.to(wide), x.shape[-1]
+        with torch.autocast(x.device.type, enabled=False):
+            # |x - a|^2 by its three terms: the differences would be `(B, T, H, A, K)`.
+            both = torch.einsum("bthk,hak->btha", y, anchors) * (2 / K)
+            apart = y.square().mean(-1, keepdim=True) + anchors.square().mean(-1) - both
+            kernel = (-apart / 2).exp().to(x.dtype)
         # Centred: kernel values are positive, and signs should not be all alike.
         kernel = kernel - kernel.mean(-1, keepdim=True)
         return torch.einsum("btha,har->bthr", kernel, self.mix.to(x)) + self.shift.to(x)

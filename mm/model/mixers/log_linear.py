@@ -21,7 +21,7 @@ from mm.model.linears.dense import DenseConfig
 from mm.model.matrix_state import Matrix, tail_of
 from mm.model.mixers.delta_rule import DeltaRule, DeltaRuleConfig
 from mm.model.mixers.linear_attention import LinearAttention, LinearAttentionConfig, wrapped
-from mm.model.rows import Docs, by_document
+from mm.model.rows import Docs, by_document, pieces
 from mm.registry import MIXERS
 from mm.state import State, Struct
 
@@ -210,12 +210,10 @@ def chunks(
     drop = lambda x: x.masked_fill(~real.view(*real.shape, *[1] * (x.dim() - 2)), 0)
     k, v, g = drop(k), drop(v), drop(g)
     beta = None if beta is None else drop(beta)
-    for at in range(0, L, CHUNK):
-        here = slice(at, at + CHUNK)
-        qc, bc = (None if x is None else x[:, here] for x in (q, beta))
-        steps, vc = Steps.of(qc, k[:, here], g[:, here], bc), v[:, here]
-        if gain is not None:
-            done.append(read(steps, vc, gain[:, here], S, place))
+    for qc, kc, vc, gc, bc, weights in pieces(CHUNK, q, k, v, g, beta, gain):
+        steps = Steps.of(qc, kc, gc, bc)
+        if weights is not None:
+            done.append(read(steps, vc, weights, S, place))
         fed = length.clamp(max=vc.shape[1])
         S = advance(S, place, steps, vc, fed)
         place, length = place + fed, length - fed
