@@ -52,6 +52,8 @@ def cases(T: int, heads: int, width: int, dtype: torch.dtype) -> Iterator[Case]:
     causal = torch.zeros(T, T).masked_fill(~past, -math.inf)
     yield "causal", lambda: attention(q, k, v, causal=True), lambda: sdpa(q, k, v, None, True), qkv
 
+    yield "no mask", lambda: attention(q, k, v), lambda: sdpa(q, k, v), qkv
+
     near = past.triu(-255)
     yield (
         "window of 256",

@@ -356,7 +356,9 @@ def _sunk(
     return y.transpose(1, 2)[..., :V]
 
 
-FEW = 128  # queries below which SDPA is as fast; half as many where it would need a mask
+# Queries below which SDPA is as fast; half as many where it would need a mask, 8 times as many in
+# float32 where nothing is hidden (benchmarks/attention_cpu.py).
+FEW = 128
 
 
 def _cpp_why_not(
@@ -367,7 +369,10 @@ def _cpp_why_not(
     if any(x.dtype not in (torch.float32, torch.bfloat16) for x in (q, k, v)):
         return f"no kernel for {q.dtype}"
     masked = any(how.get(name) is not None for name in ("window", "document_RT", "prefix_RT"))
-    if q.shape[1] < (FEW // 2 if masked else FEW) and _sdpa_why_not(q, k, v, **how) is None:
+    few = FEW // 2 if masked else FEW
+    if q.dtype == torch.float32 and not masked and not how.get("causal"):
+        few = 8 * FEW
+    if q.shape[1] < few and _sdpa_why_not(q, k, v, **how) is None:
         return "SDPA is faster on so few queries"
     return compiler.why_not(flash_cpp.SOURCE, q, k, v)
 
