@@ -5,7 +5,8 @@ C classes of a chunk.
 from __future__ import annotations
 
 import importlib
-from typing import Any, Protocol, cast
+from functools import partial
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +97,15 @@ def _finished(
     return loss if ignored is None else loss.masked_fill(ignored, 0)
 
 
+class Rows(NamedTuple):
+    """What the gradient needs of each place, `(P,)` each."""
+
+    target: Tensor
+    lse: Tensor
+    all: Tensor  # factor of its softmax
+    own: Tensor  # factor of its target's one-hot
+
+
 class Passes(Protocol):
     """The two passes over a chunk of logits `(P, C)` of classes ``at`` .. ``at + C``."""
 
@@ -106,19 +116,9 @@ class Passes(Protocol):
         lost.
         """
 
-    def gradient(
-        self,
-        logits: Tensor,
-        at: int,
-        softcap: float,
-        target: Tensor,
-        lse: Tensor,
-        all_P: Tensor,
-        own_P: Tensor,
-        kept: bool,
-    ) -> Tensor:
-        """``all_P * softmax - own_P * one_hot``, through the soft-cap, in the dtype of the chunk,
-        which it may overwrite unless it is ``kept``.
+    def gradient(self, logits: Tensor, at: int, softcap: float, rows: Rows, kept: bool) -> Tensor:
+        """``rows.all * softmax - rows.own * one_hot``, through the soft-cap, in the dtype of the
+        chunk, which it may overwrite unless it is ``kept``.
         """
         ...
 
@@ -151,16 +151,8 @@ class _Plain:
         run.lse = torch.logaddexp(run.lse, total.log_().add_(top[:, 0]))
 
     @staticmethod
-    def gradient(
-        logits: Tensor,
-        at: int,
-        softcap: float,
-        target: Tensor,
-        lse: Tensor,
-        all_P: Tensor,
-        own_P: Tensor,
-        kept: bool,
-    ) -> Tensor:
+    def gradient(logits: Tensor, at: int, softcap: float, rows: Rows, kept: bool) -> Tensor:
+        target, lse, all_P, own_P = rows
         slope = None
         if softcap:
             bent = logits.div_(softcap).tanh_()
@@ -244,14 +236,14 @@ def _backward(
         dh = torch.zeros(h.shape, dtype=wide, device=h.device)
         dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
         db = torch.empty(0 if bias is None else N, dtype=wide, device=h.device)
-        all_P = (dnll + dlse).to(wide)
+        rows = Rows(target, lse, (dnll + dlse).to(wide), dnll)
         made = _logits_dtype(passes, dtype, bias, softcap)
         for at in range(0, N, step):
             C = slice(at, at + step)
             # What is kept is never overwritten: a graph may be walked twice.
             has = kept.numel() > 0
             logits = kept if has else _logits(x, weight, bias, made, C)
-            g = _passes(passes).gradient(logits, at, softcap, target, lse, all_P, dnll, has)
+            g = _passes(passes).gradient(logits, at, softcap, rows, has)
             if bias is not None:
                 db[C] = g.sum(0)
             g = g.to(dtype)
@@ -329,7 +321,8 @@ def _run(
     h_PD: Tensor,
     weight_ND: Tensor,
     target_P: Tensor,
-    bias_N: Tensor | None,
+    bias_N: Tensor | None = None,
+    *,
     factor_P: Tensor | None = None,
     ignore_index: int | None = None,
     z_loss: float = 0.0,
@@ -345,33 +338,11 @@ def _run(
         return _finished(nll, lse, ignored, factor_P, z_loss)
 
 
-@linear_cross_entropy.register("chunked", lambda *a, **k: None)
-def _chunked(
-    h_PD: Tensor,
-    weight_ND: Tensor,
-    target_P: Tensor,
-    bias_N: Tensor | None = None,
-    **settings: Any,
-) -> Tensor:
-    return _run("plain", h_PD, weight_ND, target_P, bias_N, **settings)
-
-
 def _cpp_why_not(h: Tensor, w: Tensor, target: Tensor, *rest: Any, **settings: Any) -> str | None:
     kind = _compute_dtype(h)
     if kind not in compiler.SUFFIX:
         return f"no kernel for {kind}"
     return compiler.why_not(rows_cpp.SOURCE, h, w, target)
-
-
-@linear_cross_entropy.register("cpp", _cpp_why_not)
-def _cpp(
-    h_PD: Tensor,
-    weight_ND: Tensor,
-    target_P: Tensor,
-    bias_N: Tensor | None = None,
-    **settings: Any,
-) -> Tensor:
-    return _run("cpp", h_PD, weight_ND, target_P, bias_N, **settings)
 
 
 def _triton_why_not(
@@ -380,12 +351,6 @@ def _triton_why_not(
     return device.why_not(h, w, target)
 
 
-@linear_cross_entropy.register("triton", _triton_why_not)
-def _triton(
-    h_PD: Tensor,
-    weight_ND: Tensor,
-    target_P: Tensor,
-    bias_N: Tensor | None = None,
-    **settings: Any,
-) -> Tensor:
-    return _run("triton", h_PD, weight_ND, target_P, bias_N, **settings)
+linear_cross_entropy.register("chunked", lambda *a, **k: None)(partial(_run, "plain"))
+linear_cross_entropy.register("cpp", _cpp_why_not)(partial(_run, "cpp"))
+linear_cross_entropy.register("triton", _triton_why_not)(partial(_run, "triton"))

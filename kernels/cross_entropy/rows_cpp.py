@@ -13,7 +13,7 @@ from torch import Tensor
 from mm.kernels import compiler
 
 if TYPE_CHECKING:
-    from mm.kernels.cross_entropy import Running
+    from mm.kernels.cross_entropy import Rows, Running
 
 SOURCE = Path(__file__).with_name("rows.cpp")
 NARROW = True  # logits are read and gradients written as the products have them
@@ -32,19 +32,10 @@ def absorb(logits: Tensor, at: int, softcap: float, run: Running, keep: bool) ->
     compiler.call(SOURCE, name, *rows, *_shape(logits, at, softcap))
 
 
-def gradient(
-    logits: Tensor,
-    at: int,
-    softcap: float,
-    target: Tensor,
-    lse: Tensor,
-    all_P: Tensor,
-    own_P: Tensor,
-    kept: bool = False,
-) -> Tensor:
+def gradient(logits: Tensor, at: int, softcap: float, rows: Rows, kept: bool) -> Tensor:
     """`mm.kernels.cross_entropy.Passes.gradient`."""
     name = f"rows_{compiler.SUFFIX[logits.dtype]}_gradient"
     out = torch.empty_like(logits) if kept else logits
-    rows = [x.to(lse.dtype).contiguous() for x in (lse, all_P, own_P)]
-    compiler.call(SOURCE, name, logits, target, *rows, out, *_shape(logits, at, softcap))
+    wide = [x.to(rows.lse.dtype).contiguous() for x in rows[1:]]
+    compiler.call(SOURCE, name, logits, rows.target, *wide, out, *_shape(logits, at, softcap))
     return out

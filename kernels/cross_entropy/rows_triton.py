@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from mm.kernels.cross_entropy import Running
+    from mm.kernels.cross_entropy import Rows, Running
 
 BLOCK = 2048
 NARROW = False
@@ -83,20 +83,13 @@ def absorb(logits: Tensor, at: int, softcap: float, run: Running, keep: bool) ->
         )
 
 
-def gradient(
-    logits: Tensor,
-    at: int,
-    softcap: float,
-    target: Tensor,
-    lse: Tensor,
-    all_P: Tensor,
-    own_P: Tensor,
-    kept: bool = False,
-) -> Tensor:
+def gradient(logits: Tensor, at: int, softcap: float, rows: Rows, kept: bool) -> Tensor:
     """`mm.kernels.cross_entropy.Passes.gradient`, in float32."""
     logits = logits.clone() if kept else logits
     P, C = logits.shape
     if P:
-        rows = (all_P.to(torch.float32).contiguous(), own_P.to(torch.float32).contiguous())
-        _gradient_kernel[(P,)](logits, target, lse, *rows, at, C, softcap, softcap > 0, BLOCK)
+        wide = (rows.all.to(torch.float32).contiguous(), rows.own.to(torch.float32).contiguous())
+        _gradient_kernel[(P,)](
+            logits, rows.target, rows.lse, *wide, at, C, softcap, softcap > 0, BLOCK
+        )
     return logits
