@@ -22,7 +22,7 @@ def why_not(*args: Any, **kw: Any) -> str | None:
     """
     for t in (*args, *kw.values()):
         if isinstance(t, Tensor) and t.device.type != KIND:
-            return f"tensors are on {t.device.type}"
+            return f"needs a {KIND} device: tensors are on {t.device.type}"
         if isinstance(t, Tensor) and t.is_floating_point() and t.dtype not in DTYPES:
             return f"no {t.dtype}"
     return _MISSING

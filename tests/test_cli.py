@@ -205,7 +205,9 @@ def test_environment_stands_before_torch_and_the_user_wins() -> None:
     assert run(clean | {"OMP_WAIT_POLICY": "ACTIVE"}).endswith("['ACTIVE', '0', 'false', '1']\n")
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="needs glibc, whose allocator it is about"
+)
 def test_freed_memory_is_kept_and_the_user_wins() -> None:
     """Pages that the system clears for the second of two equal allocations, of 2,000."""
     code = (

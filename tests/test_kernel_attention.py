@@ -162,6 +162,26 @@ def test_cpp_threads_slices_and_what_is_not_a_number() -> None:
     assert z[0, 200:, 3:].isnan().all() and torch.equal(z[0, :, :3], y[0, :, :3])
 
 
+def test_cpp_compiles_to_one_graph_with_its_gradient() -> None:
+    """What law 12 cannot ask: its example has a mask that this kernel does not take."""
+    if reason := compiler.why_not(flash_cpp.SOURCE):
+        pytest.skip(reason)
+    torch._dynamo.reset()
+    g = torch.Generator().manual_seed(0)
+    qkv = [torch.randn(2, 130, n, 8, generator=g).requires_grad_() for n in (4, 2, 2)]
+    f = lambda q, k, v: attention(q, k, v, causal=True, window=40)
+    with attention.using("cpp"):
+        compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+        got, expected = compiled(*qkv), f(*qkv)
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(
+        torch.autograd.grad(got.square().sum(), qkv),
+        torch.autograd.grad(expected.square().sum(), qkv),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
 def test_a_query_far_below_its_first_keys_keeps_its_own() -> None:
     """Keys hidden from a query in one tile do not drown far smaller logits in the next."""
     q = torch.full((1, 1, 1, 1), 1.0)

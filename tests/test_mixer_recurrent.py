@@ -92,7 +92,7 @@ def test_mlstm_equals_the_peer() -> None:
     from transformers.models.xlstm.configuration_xlstm import xLSTMConfig
 
     if peer.external_xlstm:
-        pytest.skip("the xlstm package replaces the peer's own layer")
+        pytest.skip("needs transformers' own layer, which the xlstm package replaces")
     config = xLSTMConfig(
         hidden_size=D,
         num_heads=2,

@@ -133,7 +133,7 @@ class Running:
 
 
 class _Plain:
-    NARROW = False
+    NARROW: bool = False
 
     @staticmethod
     def absorb(logits: Tensor, at: int, softcap: float, run: Running, keep: bool) -> None:

@@ -22,7 +22,8 @@ SERIAL = 1 << 16  # logits of a chunk below which threads cost more than they sa
 
 def _shape(logits: Tensor, at: int, softcap: float) -> tuple[int, int, int, float, int]:
     threads = torch.get_num_threads() if logits.numel() > SERIAL else 1
-    return *logits.shape, at, float(softcap), threads
+    P, C = logits.shape
+    return P, C, at, float(softcap), threads
 
 
 def absorb(logits: Tensor, at: int, softcap: float, run: Running, keep: bool) -> None:
