@@ -133,7 +133,7 @@ def prepare(out: Path, size: str, steps: int) -> dict[str, Any]:
                 "depth": s["depth"],
                 "pattern": "attention",
                 "mixers": {"attention": {"heads": heads}},
-                "channel": {"kind": "swiglu", "hidden": s["d_model"] * 8 // 3 // 16 * 16},
+                "ffn": {"kind": "swiglu", "hidden": s["d_model"] * 8 // 3 // 16 * 16},
             },
         },
         "stages": [

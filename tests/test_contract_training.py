@@ -181,15 +181,16 @@ def gradients(kind: str, micro: int, rows_: int = 4) -> dict[str, torch.Tensor]:
     }
     env = TrainerEnv(0, torch.device("cpu"), "fp32")
     env.lend({name: type("Raw", (), {"raw": net}) for name, net in nets.items()}, {})  # type: ignore[misc]
-    knobs = objective.knobs(0, __import__("numpy").random.default_rng(0))
-    env.begin(0, knobs)
+    scheduled = objective.scheduled(0, __import__("numpy").random.default_rng(0))
+    env.begin(0, scheduled)
     micros = [
-        objective.corrupt(make(range(i, i + micro)), env.rng, knobs) for i in range(0, rows_, micro)
+        objective.corrupt(make(range(i, i + micro)), env.rng, scheduled)
+        for i in range(0, rows_, micro)
     ]
 
     def call(name: str) -> Any:
         def forward(batch: Batch, **kw: Any) -> ModelOut:
-            return nets[name](batch, **{"knobs": knobs, "seed": 0, **kw})
+            return nets[name](batch, **{"scheduled": scheduled, "seed": 0, **kw})
 
         return forward
 

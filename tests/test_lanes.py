@@ -45,7 +45,7 @@ def stream_of(data: Path, **kw: Any) -> LanesConfig:
 
 
 def make_run(root: Path, out: Path, name: str, *, steps: int = 6, **change: Any) -> Run:
-    backbone = {"kind": "stack", "mixers": MIXERS, "channel": {"kind": "swiglu", "hidden": 32}}
+    backbone = {"kind": "stack", "mixers": MIXERS, "ffn": {"kind": "swiglu", "hidden": 32}}
     backbone |= {"pattern": change.pop("pattern", "rg_lru attention")}
     lanes = {"kind": "lanes", "source": {"path": str(root / "tokens")}, "max_length": 64}
     sizes = {"seq_len": 11, "batch_size": 4, "max_documents": 3}

@@ -137,7 +137,7 @@ class Bench:
                     "depth": 2,
                     "pattern": PATTERNS[pattern],
                     "mixers": {"attention": {"heads": 2, "kv_heads": 1}},
-                    "channel": {"kind": "swiglu", "hidden": 64},
+                    "ffn": {"kind": "swiglu", "hidden": 64},
                     "block": {"kind": "prenorm", "dropout": 0.1},
                 },
             },

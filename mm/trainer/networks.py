@@ -175,7 +175,7 @@ class Nets(Mapping[str, Callable[..., ModelOut]]):
             raise KeyError(f"the objective declared no network '{name}', only {', '.join(self)}")
 
         def call(batch: Batch, **kw: Any) -> ModelOut:
-            kw.setdefault("knobs", self.env.knobs)
+            kw.setdefault("scheduled", self.env.scheduled)
             kw.setdefault("seed", self.env.seed_of(batch))
             lanes = self.lanes if name == "model" else None
             if lanes is not None:
@@ -207,7 +207,7 @@ class TrainerEnv:
         self.device = device
         self.step = 0
         self.rng = torch.Generator(device=device)
-        self.knobs: Mapping[str, float] = {}
+        self.scheduled: Mapping[str, float] = {}
         self._seed = seed
         self._precision = precision
         self._micros: dict[int, int] = {}
@@ -219,9 +219,9 @@ class TrainerEnv:
         """Set the networks of this stage."""
         self._engines, self._frozen = engines, frozen
 
-    def begin(self, step: int, knobs: Mapping[str, float]) -> None:
+    def begin(self, step: int, scheduled: Mapping[str, float]) -> None:
         """Start a step: reseed this rank's generators."""
-        self.step, self.knobs = step, knobs
+        self.step, self.scheduled = step, scheduled
         seed = mix(self._seed, step, self._rank)
         self.rng.manual_seed(seed)
         # Not torch.manual_seed: in a CUDA build without a GPU it queues a call with its traceback,

@@ -192,9 +192,11 @@ class Trainer:
         """One optimizer step of every network that the objective steps. Returns host metrics."""
         objective, env = self.objective, self.env
         self.batches = list(batches)
-        knobs = objective.knobs(self.step, np.random.default_rng((self.run.seed, self.step)))
-        env.begin(self.step, knobs)
-        micros = [objective.corrupt(b.to(self.device), env.rng, knobs) for b in batches]
+        scheduled = objective.scheduled(
+            self.step, np.random.default_rng((self.run.seed, self.step))
+        )
+        env.begin(self.step, scheduled)
+        micros = [objective.corrupt(b.to(self.device), env.rng, scheduled) for b in batches]
         env.know(micros)
         n, facts = self._global_counts(batches, micros)
         scales = objective.scales(n)

@@ -169,7 +169,12 @@ def _reconstruct(
             continue
         batch = Batch.of_values({modality: Values.items(data, kept["length"])}).to(device)
         with torch.no_grad():
-            again = module(batch, want=frozenset({tap[modality]})).taps[tap[modality]].float().cpu()
+            again = (
+                module(batch, return_intermediates=frozenset({tap[modality]}))
+                .intermediates[tap[modality]]
+                .float()
+                .cpu()
+            )
         rate = getattr(
             module, "sample_rate", getattr(getattr(module, "config", None), "sample_rate", 16000)
         )
