@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_trainer import make_run, rows
+from trainer_runs import make_run, rows
 from trainer_toys import toys_registered  # noqa: F401
 
-from mm.trainer import tracker
-from mm.trainer.tracker import Tracker
-from mm.trainer.trainer import train
+from mm.trainer.log import tracker
+from mm.trainer.log.tracker import Tracker
+from mm.trainer.loop import train
 
 HERE = Path(__file__).parent
 CHILD = """
@@ -28,9 +28,9 @@ import sys, numpy as np
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import trainer_toys
-from test_trainer import make_run
+from trainer_runs import make_run
 trainer_toys.register()
-from mm.trainer.trainer import Trainer
+from mm.trainer.loop import Trainer
 from mm.trainer.callbacks.base import Callback
 
 class Media(Callback):
