@@ -15,6 +15,7 @@ from mm.launch import environment
 from mm.run import Run
 from mm.trainer.log import metrics
 
+toys.forget()  # at collection: other files parametrize over the registries
 HERE = Path(__file__).parent
 
 

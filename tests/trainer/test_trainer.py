@@ -23,8 +23,6 @@ from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.folder import locked
 from mm.trainer.loop import INTERRUPTED, Trainer, train
 
-toys.forget()  # at collection: other files parametrize over the registries
-
 
 @pytest.fixture(autouse=True)
 def _no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from mm.trainer.log import tracker
 from mm.trainer.log.tracker import Tracker
 from mm.trainer.loop import train
 
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parents[1]
 CHILD = """
 import sys, numpy as np
 sys.path.insert(0, sys.argv[2])
@@ -74,7 +74,7 @@ def test_offline_run_holds_scalars_axis_media_and_config(tmp_path: Path) -> None
         "NETRC": str(tmp_path / "netrc"),
     }  # no key anywhere
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(tmp_path), str(HERE)],
+        [sys.executable, "-c", CHILD, str(tmp_path), str(HELPERS)],
         env=env,
         capture_output=True,
         text=True,
