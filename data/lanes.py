@@ -3,7 +3,7 @@ after the other, a window a step.
 
 Lane l of L takes samples l, l + L, l + 2 L, ... of the order, so it depends on the seed alone, and
 the windows of a lane concatenate to its documents. A model carries each lane's State from step to
-step (`mm.trainer.lanes`), so a document may be longer than a row. L lanes, T places of a row.
+step (`mm.trainer.stateful`), so a document may be longer than a row. L lanes, T places of a row.
 """
 
 from __future__ import annotations

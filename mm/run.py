@@ -81,7 +81,7 @@ class Stage(Config):
 
 
 class Engine(Config):
-    """DeepSpeed settings; its JSON is derived from these (mm/trainer/engine.py)."""
+    """DeepSpeed settings; its JSON is derived from these (mm/trainer/engine/deepspeed.py)."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Annotated[

@@ -345,7 +345,7 @@ def test_the_trainer_trains_codec_and_critic_into_a_tokenizer_folder(tmp_path):
     import soundfile
 
     from mm.data.pack import pack
-    from mm.trainer.trainer import train
+    from mm.trainer.loop import train
 
     (tmp_path / "wav").mkdir()
     for i in range(8):

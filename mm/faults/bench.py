@@ -70,7 +70,7 @@ class Bench:
         environment.prepare()
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(
-            ["mm.faults.warm", "mm.faults.child", "mm.trainer.trainer", "mm.data.packed"]
+            ["mm.faults.warm", "mm.faults.child", "mm.trainer.loop", "mm.data.packed"]
         )
         self._wholes: dict[str, Path] = {}
         self._n = 0
@@ -240,7 +240,8 @@ def differences(whole: Path, other: Path, rel: float = 0.0) -> str:
     ``rel`` = 0 asks for the same bits; otherwise losses may differ by that share, and tensors are
     not compared.
     """
-    from mm.trainer import checkpoint, metrics
+    from mm.trainer.checkpoint import format as checkpoint
+    from mm.trainer.log import metrics
 
     a, b = (metrics.read(folder / "metrics.jsonl") for folder in (whole, other))
     if [row["step"] for row in a] != [row["step"] for row in b]:

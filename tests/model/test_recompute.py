@@ -11,7 +11,7 @@ import torch
 import trainer_toys as toys
 from laws import build, documents, layers, mask_of, packed
 from pydantic import ValidationError
-from test_trainer import losses, rows
+from trainer_runs import losses, rows
 from trainer_toys import toys_registered  # noqa: F401
 
 from mm.kernels.op import Op
@@ -21,7 +21,7 @@ from mm.model import recompute
 from mm.model.layer import Ctx, init_weights
 from mm.registry import BLOCKS, FFNS, MIXERS
 from mm.run import Run
-from mm.trainer.trainer import train
+from mm.trainer.loop import train
 
 
 @pytest.fixture(autouse=True)

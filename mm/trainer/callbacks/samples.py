@@ -21,7 +21,7 @@ from mm.specs import Waveform
 from mm.trainer.callbacks.base import Callback
 
 if TYPE_CHECKING:
-    from mm.trainer.trainer import Trainer
+    from mm.trainer.loop import Trainer
 
 log = logging.getLogger("mm.trainer")
 

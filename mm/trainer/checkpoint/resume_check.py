@@ -19,8 +19,8 @@ from mm.errors import UserError
 from mm.layout import Fields, Layout
 
 if TYPE_CHECKING:
-    from mm.trainer.checkpoint import Saved
-    from mm.trainer.trainer import Trainer
+    from mm.trainer.checkpoint.format import Saved
+    from mm.trainer.loop import Trainer
 
 FILE = "probe"  # of the checkpoint, beside the networks' own
 CLASSES: dict[str, Any] = {c.__name__: c for c in (Batch, Layout, Fields, Values)}

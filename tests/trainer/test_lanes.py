@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from data_toys import token_shards
-from test_contract_training import torchrun
-from test_trainer import losses
+from trainer_runs import losses, torchrun
 
 from mm.data.collate import document_tokens, to_batch
 from mm.data.lanes import LanesConfig
@@ -20,9 +19,9 @@ from mm.errors import UserError
 from mm.model.model import Model
 from mm.run import Run
 from mm.specs import Segment
-from mm.trainer import checkpoint
-from mm.trainer.networks import make_module
-from mm.trainer.trainer import INTERRUPTED, Trainer, train
+from mm.trainer.checkpoint import format as checkpoint
+from mm.trainer.loop import INTERRUPTED, Trainer, train
+from mm.trainer.stage import make_module
 
 MIXERS = {"attention": {"heads": 2}, "rg_lru": {"heads": 2}}
 

@@ -3,62 +3,30 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import trainer_toys as toys
-from test_trainer import losses, make_run, rows
+from trainer_runs import losses, make_run, rows, torchrun
 from trainer_toys import toys_registered  # noqa: F401
 
-from mm import config as configs
 from mm.batch import Batch, Values
-from mm.launch import environment
 from mm.model.layer import ModelOut
 from mm.registry import NETWORKS, OBJECTIVES
 from mm.run import Run
-from mm.trainer import checkpoint
-from mm.trainer.networks import TrainerEnv, all_networks, build, make_module
-from mm.trainer.trainer import train
+from mm.trainer.checkpoint import format as checkpoint
+from mm.trainer.env import TrainerEnv
+from mm.trainer.loop import train
+from mm.trainer.stage import all_networks, build, make_module
 
-HERE = Path(__file__).parent
 SAME = {"rel": 2e-6, "abs": 1e-6}  # printed precision
 
 
 @pytest.fixture(autouse=True)
 def _no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
-
-
-def torchrun(n: int, runs: list[Run], timeout_s: float = 120) -> None:
-    """Train runs one after the other in ``n`` processes."""
-    paths = []
-    for run in runs:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        path = run.out / f"{run.name}_{n}.yaml"
-        path.write_text(configs.dump(run.model_copy(update={"imports": ("trainer_toys",)})))
-        paths.append(str(path))
-    env = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
-    }
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{env.get('PYTHONPATH', '')}"}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc_per_node={n}",
-        "--master_addr=127.0.0.1",
-        f"--master_port={environment.free_port()}",
-        str(HERE / "trainer_child.py"),
-        *paths,
-    ]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
