@@ -13,9 +13,9 @@ from data_toys import token_shards
 from test_contract_training import torchrun
 from test_trainer import losses
 
-from mm.data.collate import document_tokens, to_batch
-from mm.data.lanes import LanesConfig
-from mm.data.shards import ShardSet
+from mm.data.batching.collate import document_tokens, to_batch
+from mm.data.shards.reader import ShardSet
+from mm.data.streams.stateful import LanesConfig
 from mm.errors import UserError
 from mm.model.model import Model
 from mm.run import Run

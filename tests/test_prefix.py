@@ -14,8 +14,8 @@ from generation_toys import VOCABULARY
 from laws import ROOT
 from torch import Tensor
 
-from mm.data.collate import document_tokens, to_batch
-from mm.data.order import generator
+from mm.data.batching.collate import document_tokens, to_batch
+from mm.data.streams.shuffle import generator
 from mm.data.transforms.any_to_any import AnyToAnyConfig
 from mm.data.transforms.mask_conditions import MaskConditionsConfig
 from mm.decoders.generate import generate_tokens

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mm.config import Config
-from mm.data.decode import NATIVE, BadSample
-from mm.data.slots import MAX_SEGMENTS, slot_of
+from mm.data.modalities.decode import NATIVE, BadSample
+from mm.data.shards.members import MAX_SEGMENTS, slot_of
 from mm.errors import UserError, did_you_mean
 
 SPLITS = {
@@ -41,8 +41,8 @@ IDS = ("input_ids", "token_ids", "tokens", "ids")  # what a column of token ids 
 class Record(NamedTuple):
     """One sample as found.
 
-    ``values``: slot (a modality; of an interleaved sample see `mm.data.slots`) -> function that
-    reads its bytes (it may raise BadSample).
+    ``values``: slot (a modality; of an interleaved sample see `mm.data.shards.members`) -> function
+    that reads its bytes (it may raise BadSample).
     """
 
     key: str

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mm.config import validate
-from mm.data.decode import EXTENSIONS
-from mm.data.shards import MANIFEST
+from mm.data.modalities.decode import EXTENSIONS
+from mm.data.shards.reader import MANIFEST
 from mm.data.sources.base import Source
 from mm.data.sources.hf import is_saved
 from mm.errors import UserError

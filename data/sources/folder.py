@@ -14,9 +14,9 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import field_validator, model_validator
 
-from mm.data import index
-from mm.data.decode import EXTENSIONS, BadSample, decode_json
-from mm.data.slots import parse
+from mm.data.modalities.decode import EXTENSIONS, BadSample, decode_json
+from mm.data.shards import index
+from mm.data.shards.members import parse
 from mm.data.sources.base import (
     PICKLES,
     Given,

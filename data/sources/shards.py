@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from mm.data.index import sha256
-from mm.data.shards import MANIFEST, ShardSet, read_manifest
+from mm.data.shards.index import sha256
+from mm.data.shards.reader import MANIFEST, ShardSet, read_manifest
 from mm.data.sources.base import Given, Record, Source, SourceConfig, split_of
 from mm.data.sources.folder import FolderConfig, FolderSource
 from mm.errors import UserError

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mm.data.index import sha256
+from mm.data.shards.index import sha256
 from mm.data.sources.base import Given, Record, Source, SourceConfig
 from mm.errors import UserError
 from mm.registry import SOURCES

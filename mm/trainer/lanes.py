@@ -1,9 +1,9 @@
 """States of documents that go on in the next batch: of every lane, carried from step to step.
 
-A stream that has ``lanes`` (mm/data/lanes.py) makes the trainer call the model with the State that
-the lane's last window left. Back-propagation stops at the border of a step. Checkpoints hold the
-States of all lanes in their order, so another number of processes takes its own ones. N lanes of
-this rank.
+A stream that has ``lanes`` (`mm.data.streams.stateful`) makes the trainer call the model with the
+State that the lane's last window left. Back-propagation stops at the border of a step. Checkpoints
+hold the States of all lanes in their order, so another number of processes takes its own ones. N
+lanes of this rank.
 """
 
 from __future__ import annotations
