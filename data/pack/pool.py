@@ -17,16 +17,15 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 from mm.data.modalities.decode import BadSample
 from mm.data.pack.encode import Encoder
-from mm.data.pack.worker import Done, Work
+from mm.data.pack.worker import Done, Failed, Work, joined
 from mm.data.sources.base import Given, Record, raising
 from mm.errors import UserError
 from mm.launch.environment import cores
@@ -35,15 +34,6 @@ log = logging.getLogger(__name__)
 START_S = 1.0  # a shorter pack is over before worker processes have started
 WITH_TOKENIZERS = 8  # times as long: each process imports torch and what the tokenizers need
 GROUP_BYTES, GROUP = 4_000_000, 64  # raw records that are sent together: at most so much, so many
-
-
-class Failed(NamedTuple):
-    """What a worker could not do, and why."""
-
-    record: Record
-    reason: str
-    mendable: bool  # a UserError
-    trace: str
 
 
 def batches(
@@ -184,18 +174,6 @@ def _checked(reply: Any) -> Done:
     return reply
 
 
-def joined(parts: Sequence[Done]) -> Done:
-    """Batches one after the other as one."""
-    items = [p for part in parts for p in part.items]
-    if any(part.results is None for part in parts):
-        return Done(items)
-    out, first = [], 0
-    for part in parts:
-        out += [r._replace(rest=r.rest + first) for r in part.results or ()]
-        first += len(part.items)
-    return Done(items, out)
-
-
 def _held(record: Record) -> Record:
     """The record with its bytes read."""
 
@@ -215,7 +193,7 @@ class Worker:
         path = os.pathsep.join(p or os.getcwd() for p in sys.path)
         one = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__],
+            [sys.executable, "-P", "-m", Work.__module__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path, **one},
@@ -252,51 +230,3 @@ class Worker:
                     pipe.close()
         code = self.process.wait()
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
-
-
-def main() -> None:
-    """Serve one parent: first the `Work`, then lists of records, until the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
-    inward, outward = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not come between the answers
-
-    def answer(value: Any) -> None:
-        outward.write(pickle.dumps(value))
-        outward.flush()
-
-    def asked() -> Iterator[bytes]:
-        while len(head := inward.read(8)) == 8:
-            yield inward.read(int.from_bytes(head, "little"))
-
-    messages = asked()
-    try:
-        work: Work = pickle.loads(next(messages))
-    except Exception as error:  # such as a class of the parent's own script
-        answer(f"{type(error).__name__}: {error}")
-        return
-    answer(True)
-    with contextlib.suppress(BrokenPipeError):
-        for message in messages:
-            answer(_served(work, pickle.loads(message)))
-
-
-def _served(work: Work, records: list[Record]) -> Done | Failed:
-    try:
-        return work.all(records)
-    except Exception:  # which of them was it?
-        parts = []
-        for record in records:
-            try:
-                parts.append(work.all([record]))
-            except Exception as error:
-                plain = record._replace(values={})
-                known = isinstance(error, UserError)
-                reason = str(error) if known else f"{type(error).__name__}: {error}"
-                return Failed(plain, reason, known, traceback.format_exc())
-        return joined(parts)
-
-
-if __name__ == "__main__":
-    from mm.data.pack import pool  # the module that the parent knows its classes by
-
-    pool.main()

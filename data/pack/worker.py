@@ -1,16 +1,23 @@
-"""From a record to what is written: read, check and encode. Runs here or in a worker process."""
+"""Read, check and encode records of a pack, in this process or as a worker process of it."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import os
+import pickle
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from mm.data.modalities.decode import BadSample, Limits, check
 from mm.data.pack.encode import Encoder, Item, Result
 from mm.data.pack.pretokenized import TokenIds
 from mm.data.shards.members import modality_in, parse, place
 from mm.data.sources.base import Record
+from mm.errors import UserError
 
 
 class Prepared(NamedTuple):
@@ -29,6 +36,15 @@ class Done(NamedTuple):
 
     items: list[Prepared]
     results: list[Result] | None = None
+
+
+class Failed(NamedTuple):
+    """What a worker could not do, and why."""
+
+    record: Record
+    reason: str
+    mendable: bool  # a UserError
+    trace: str
 
 
 class Work(NamedTuple):
@@ -83,3 +99,63 @@ def content(raws: Mapping[str, bytes], dedupe: str | None) -> bytes:
         digest.update(f"{slot}\0{len(raws[slot])}\0".encode())
         digest.update(raws[slot])
     return digest.digest()
+
+
+def joined(parts: Sequence[Done]) -> Done:
+    """Batches one after the other as one."""
+    items = [p for part in parts for p in part.items]
+    if any(part.results is None for part in parts):
+        return Done(items)
+    out, first = [], 0
+    for part in parts:
+        out += [r._replace(rest=r.rest + first) for r in part.results or ()]
+        first += len(part.items)
+    return Done(items, out)
+
+
+def main() -> None:
+    """Serve one parent: first the `Work`, then lists of records, until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    inward, outward = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not come between the answers
+
+    def answer(value: Any) -> None:
+        outward.write(pickle.dumps(value))
+        outward.flush()
+
+    def asked() -> Iterator[bytes]:
+        while len(head := inward.read(8)) == 8:
+            yield inward.read(int.from_bytes(head, "little"))
+
+    messages = asked()
+    try:
+        work: Work = pickle.loads(next(messages))
+    except Exception as error:  # such as a class of the parent's own script
+        answer(f"{type(error).__name__}: {error}")
+        return
+    answer(True)
+    with contextlib.suppress(BrokenPipeError):
+        for message in messages:
+            answer(_served(work, pickle.loads(message)))
+
+
+def _served(work: Work, records: list[Record]) -> Done | Failed:
+    try:
+        return work.all(records)
+    except Exception:  # which of them was it?
+        parts = []
+        for record in records:
+            try:
+                parts.append(work.all([record]))
+            except Exception as error:
+                plain = record._replace(values={})
+                known = isinstance(error, UserError)
+                reason = str(error) if known else f"{type(error).__name__}: {error}"
+                return Failed(plain, reason, known, traceback.format_exc())
+        return joined(parts)
+
+
+if __name__ == "__main__":
+    from mm.data.pack import worker  # the module that the parent knows its classes by
+
+    worker.main()

@@ -140,7 +140,7 @@ def _workers_below(folder: Path) -> list[int]:
     for entry in Path("/proc").iterdir():
         try:
             command = (entry / "cmdline").read_bytes()
-            if b"mm.data.pack.pool" in command and (entry / "stat").read_text().split()[3] == "1":
+            if b"mm.data.pack.worker" in command and (entry / "stat").read_text().split()[3] == "1":
                 out.append(int(entry.name))
         except (OSError, ValueError):
             continue
