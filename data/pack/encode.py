@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mm.data.modalities.decode import LIMITS, NATIVE, BadSample, Limits, decode
-from mm.data.shards.members import modality_in, parse, place
+from mm.data.shards.members import member_modality, segment_words, split_ordinal
 from mm.errors import UserError, did_you_mean
 from mm.specs import Encoded, ModalityTokenizer
 from mm.vocabulary import Vocabulary, merged
@@ -72,14 +72,14 @@ def vocabulary_of(
 
 
 class Item(NamedTuple):
-    """One sample on its way through the encoders. ``raws``: slot -> undecoded bytes."""
+    """One sample on its way through the encoders. ``raws``: member -> undecoded bytes."""
 
     raws: Mapping[str, bytes]
     rest: Any  # whatever the caller needs again
 
 
 class Result(NamedTuple):
-    """``encoded``: slot -> codes; ``bad`` is the reason where it could not be encoded."""
+    """``encoded``: member -> codes; ``bad`` is the reason where it could not be encoded."""
 
     rest: Any
     encoded: dict[str, Encoded]
@@ -112,28 +112,28 @@ class Encoder:
     def note(self, items: Sequence[Item]) -> None:
         """Remember the modalities of these items that no tokenizer reads."""
         for item in items:
-            self.left_out |= set(map(modality_in, item.raws)) - set(self.reads.values())
+            self.left_out |= set(map(member_modality, item.raws)) - set(self.reads.values())
 
     def encode(self, items: Sequence[Item]) -> list[Result]:
         """Encode a batch; one bad item does not touch the others."""
         bad: dict[int, str] = {}
         encoded: list[dict[str, Encoded]] = [{} for _ in items]
         self.note(items)
-        slots = [(n, s, *parse(s)) for n, item in enumerate(items) for s in item.raws]
+        members = [(n, s, *split_ordinal(s)) for n, item in enumerate(items) for s in item.raws]
         for modality, raw in self.reads.items():
             wanted: dict[bytes, list[tuple[int, str]]] = {}
             values: dict[bytes, Any] = {}
-            for n, slot, ordinal, found in slots:
+            for n, member, ordinal, found in members:
                 if found != raw or n in bad:
                     continue
-                data = items[n].raws[slot]
+                data = items[n].raws[member]
                 digest = hashlib.blake2b(data, digest_size=16).digest()
                 wanted.setdefault(digest, []).append((n, ordinal + modality))
                 if digest not in values and (modality, digest) not in self._cache:
                     try:
                         values[digest] = decode(raw, data, self.limits)
                     except BadSample as error:
-                        bad[n] = f"{place(slot)}{error}"
+                        bad[n] = f"{segment_words(member)}{error}"
                         wanted[digest].pop()
             if values:
                 n_ids = self.tokenizers[modality].spec.n_ids
@@ -149,8 +149,8 @@ class Encoder:
                     self._cache[modality, digest] = Encoded(ids, side=plain(code.side))
                     self._held += ids.nbytes + 200
             for digest, places in wanted.items():
-                for n, slot in places:
-                    encoded[n][slot] = self._cache[modality, digest]
+                for n, member in places:
+                    encoded[n][member] = self._cache[modality, digest]
         while self._held > CACHE_BYTES and self._cache:
             _, old = self._cache.popitem(last=False)
             self._held -= old.ids.nbytes + 200

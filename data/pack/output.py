@@ -19,7 +19,7 @@ from mm.data.pack.encode import Encoder, Item, Result
 from mm.data.pack.pretokenized import TokenIds
 from mm.data.pack.worker import Prepared
 from mm.data.pack.writer import PROGRESS, SAMPLES, SplitWriter, safe_key
-from mm.data.shards.members import summed
+from mm.data.shards.members import sum_by_modality
 from mm.data.shards.reader import QUARANTINE
 from mm.data.sources.base import SAFE_SPLIT, SPLITS, Record
 from mm.data.sources.folder import metadata
@@ -204,7 +204,7 @@ class Run:
             files = {**files, "json": metadata(dict(record.meta))}
         if split not in self.writers:
             self.writers[split] = SplitWriter(self.part / split, self.shard_mb)
-        lengths = summed(lengths)
+        lengths = sum_by_modality(lengths)
         self.writers[split].write(key, files, lengths)
         self._log([key, record.where, split, lengths, p.digest.hex()])
         self.good += 1

@@ -183,7 +183,7 @@ def _held(record: Record) -> Record:
         except BadSample as error:
             return raising(str(error))
 
-    return record._replace(values={slot: reader(read) for slot, read in record.values.items()})
+    return record._replace(values={member: reader(read) for member, read in record.values.items()})
 
 
 class Worker:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mm.data.pack.encode import Item, Result, open_tokenizers
-from mm.data.shards.members import modality_in, place
+from mm.data.shards.members import member_modality, segment_words
 from mm.errors import UserError
 from mm.specs import Encoded, TokenSpec
 
@@ -111,11 +111,12 @@ class TokenIds:
 
     def _one(self, item: Item) -> Result:
         out: dict[str, Encoded] = {}
-        for slot, data in item.raws.items():
-            ids, top = np.frombuffer(data, "<i4"), self.tokenizers[modality_in(slot)].n_ids
+        for member, data in item.raws.items():
+            modality = member_modality(member)
+            ids, top = np.frombuffer(data, "<i4"), self.tokenizers[modality].n_ids
             if len(ids) and (ids.min() < 0 or ids.max() >= top):
                 bad = int(ids[(ids < 0) | (ids >= top)][0])
-                reason = f"{place(slot)}{modality_in(slot)}: id {bad} outside 0..{top - 1}"
+                reason = f"{segment_words(member)}{modality}: id {bad} outside 0..{top - 1}"
                 return Result(item.rest, {}, reason)
-            out[slot] = Encoded(ids)
+            out[member] = Encoded(ids)
         return Result(item.rest, out)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from mm.data.modalities.decode import BadSample, Limits, check
 from mm.data.pack.encode import Encoder, Item, Result
 from mm.data.pack.pretokenized import TokenIds
-from mm.data.shards.members import modality_in, parse, place
+from mm.data.shards.members import member_modality, segment_words, split_ordinal
 from mm.data.sources.base import Record
 from mm.errors import UserError
 
@@ -24,9 +24,9 @@ class Prepared(NamedTuple):
     """A record whose bytes were read and, for raw shards, proved to be decodable."""
 
     record: Record
-    raws: dict[str, bytes]  # by slot
-    kinds: dict[str, str]  # slot -> what its member is called: the true extension
-    lengths: dict[str, int]  # by slot
+    raws: dict[str, bytes]  # by member
+    kinds: dict[str, str]  # member -> what its member is called: the true extension
+    lengths: dict[str, int]  # by member
     bad: str
     digest: bytes = b""  # of the content that makes a duplicate
 
@@ -62,15 +62,15 @@ class Work(NamedTuple):
         try:
             if record.bad:
                 raise BadSample(record.bad)
-            for slot, read in record.values.items():
-                ordinal, modality = parse(slot)
+            for member, read in record.values.items():
+                ordinal, modality = split_ordinal(member)
                 try:
-                    raws[slot] = read()
+                    raws[member] = read()
                     if self.encoder is None:
-                        kind, lengths[slot] = check(modality, raws[slot], self.limits)
-                        kinds[slot] = ordinal + kind
+                        kind, lengths[member] = check(modality, raws[member], self.limits)
+                        kinds[member] = ordinal + kind
                 except BadSample as error:
-                    raise BadSample(f"{place(slot)}{error}") from error
+                    raise BadSample(f"{segment_words(member)}{error}") from error
         except BadSample as error:
             return Prepared(record, {}, {}, {}, str(error))
         return Prepared(record, raws, kinds, lengths, "", content(raws, self.dedupe))
@@ -91,13 +91,13 @@ class Work(NamedTuple):
 
 def content(raws: Mapping[str, bytes], dedupe: str | None) -> bytes:
     """Hash of what makes a duplicate: all modalities, or one; b"" where that one is absent."""
-    chosen = [s for s in sorted(raws) if dedupe == "sample" or modality_in(s) == dedupe]
+    chosen = [s for s in sorted(raws) if dedupe == "sample" or member_modality(s) == dedupe]
     if dedupe is None or not chosen:
         return b""
     digest = hashlib.blake2b(digest_size=16)
-    for slot in chosen:
-        digest.update(f"{slot}\0{len(raws[slot])}\0".encode())
-        digest.update(raws[slot])
+    for member in chosen:
+        digest.update(f"{member}\0{len(raws[member])}\0".encode())
+        digest.update(raws[member])
     return digest.digest()
 
 

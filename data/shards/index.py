@@ -23,13 +23,13 @@ from mm.data.modalities.decode import (
     image_header,
     tokens_header,
 )
-from mm.data.shards.members import parse
+from mm.data.shards.members import split_ordinal
 from mm.errors import UserError
 
 SAFE_MODALITY = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 
-class Member(NamedTuple):
+class TarEntry(NamedTuple):
     """One regular file inside a tar: ``offset`` and ``size`` in bytes of its content."""
 
     name: str
@@ -107,7 +107,7 @@ def mapped(path: Path) -> dict[str, np.ndarray]:
     return out
 
 
-def members(path: str | Path) -> Iterator[Member]:
+def tar_entries(path: str | Path) -> Iterator[TarEntry]:
     """List the regular files of an uncompressed tar, in order.
 
     Raises:
@@ -136,7 +136,7 @@ def members(path: str | Path) -> Iterator[Member]:
                         f"{path}: cut short inside member '{entry.name}'; restore the file and "
                         "try again"
                     )
-                yield Member(entry.name, entry.offset_data, entry.size)
+                yield TarEntry(entry.name, entry.offset_data, entry.size)
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         raise UserError(
             f"{path}: not a readable tar file ({error}); compressed tars must be unpacked first"
@@ -160,7 +160,7 @@ def modality_of(kind: str) -> str | None:
     """
     if kind in ("json", "side.json"):
         return None
-    kind = parse(kind)[1]
+    kind = split_ordinal(kind)[1]
     if kind in EXTENSIONS:
         return EXTENSIONS[kind]
     modality, _, suffix = kind.rpartition(".")
@@ -191,7 +191,7 @@ def build(paths: Sequence[Path], known: Mapping[str, Mapping[str, int]] | None =
     for number, path in enumerate(paths):
         key_now: str | None = None
         with open(path, "rb") as file:
-            for m in members(path):
+            for m in tar_entries(path):
                 key, what = split_name(m.name)
                 try:
                     modality = modality_of(what)
@@ -229,7 +229,7 @@ def build(paths: Sequence[Path], known: Mapping[str, Mapping[str, int]] | None =
                         )
                     except BadSample as error:
                         raise UserError(f"{path}: member '{m.name}': {error}") from error
-                    if parse(what)[0]:  # of an interleaved sample: the sum of its segments
+                    if split_ordinal(what)[0]:  # of an interleaved sample: the sum of its segments
                         length += values.get(len(keys) - 1, 0)
                 values[len(keys) - 1] = length
     n = len(keys)

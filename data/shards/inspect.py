@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mm.data.pack.encode import open_tokenizers
-from mm.data.shards.members import modality_in, of_modality
+from mm.data.shards.members import member_modality, members_of
 from mm.data.shards.reader import VOCABULARY, ShardSet, read_manifest
 from mm.specs import Encoded, Waveform
 from mm.vocabulary import Vocabulary
@@ -98,11 +98,11 @@ def inspect(
             continue
         i = int(having[sample % len(having)])
         example: dict[str, Any] = {"key": shards.key(i), "metadata": shards.meta(i)}
-        slot = of_modality(shards.slots(i), modality)[0]
+        member = members_of(shards.members(i), modality)[0]
         if shards.interleaved:
             example["segments"] = layout(shards, i)
         if tokenized:
-            code = shards.encoded(i)[slot]
+            code = shards.encoded(i)[member]
             example["tokens"] = code.ids[:16].tolist()
             if modality not in opened:
                 result["examples"][modality] = example | {
@@ -111,7 +111,7 @@ def inspect(
                 continue
             value = opened[modality].decode([Encoded(np.array(code.ids), side=code.side)])[0]
         else:
-            value = shards.value(i, slot)
+            value = shards.value(i, member)
         example["what"] = describe(value)
         if out is not None:
             example["file"] = str(save_raw(value, Path(out) / f"{modality}-{name}-{i:06d}"))
@@ -123,10 +123,10 @@ def inspect(
 def layout(shards: ShardSet, i: int) -> str:
     """What an interleaved sample is made of: ``text 12, image 64, text 3``; tokens, else bytes."""
     if shards.tokenized:
-        sizes = {slot: len(ids) for slot, ids in shards.tokens(i).items()}
+        sizes = {member: len(ids) for member, ids in shards.tokens(i).items()}
     else:
-        sizes = {slot: int(shards.index.size[e]) for slot, e in shards.slots(i).items()}
-    return ", ".join(f"{modality_in(slot)} {n}" for slot, n in sizes.items())
+        sizes = {member: int(shards.index.size[e]) for member, e in shards.members(i).items()}
+    return ", ".join(f"{member_modality(member)} {n}" for member, n in sizes.items())
 
 
 def describe(value: Any) -> str:

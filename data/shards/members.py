@@ -1,8 +1,8 @@
-"""Slots: where a value stands in its sample.
+"""Names of the members of a sample: its values, one a modality or one a segment.
 
-A sample of one value a modality has the slots ``text``, ``image``, ...; an interleaved one has a
-slot for each segment, in order: ``000.text``, ``001.image``, ``002.text``. The same names, with a
-file's extension for the modality, are the members of a shard.
+A sample of one value a modality has the members ``text``, ``image``, ...; an interleaved one has a
+member for each segment, in order: ``000.text``, ``001.image``, ``002.text``. The tar entry of a
+member has the file's extension instead of the modality: ``000.txt``.
 """
 
 from __future__ import annotations
@@ -14,49 +14,49 @@ MAX_SEGMENTS = 1000  # of one sample: three digits keep the order of names that 
 _ORDINAL = re.compile(r"\d{3}\.")
 
 
-def slot_of(number: int, modality: str) -> str:
-    """Slot of a segment.
+def member_name(number: int, modality: str) -> str:
+    """Member of one segment of an interleaved sample.
 
-    >>> slot_of(1, "image")
+    >>> member_name(1, "image")
     '001.image'
     """
     return f"{number:03d}.{modality}"
 
 
-def parse(slot: str) -> tuple[str, str]:
+def split_ordinal(member: str) -> tuple[str, str]:
     """Ordinal with its dot ("" where there is none), and what follows it.
 
-    >>> parse("001.image"), parse("image")
+    >>> split_ordinal("001.image"), split_ordinal("image")
     (('001.', 'image'), ('', 'image'))
     """
-    found = _ORDINAL.match(slot)
-    return (slot[: found.end()], slot[found.end() :]) if found else ("", slot)
+    found = _ORDINAL.match(member)
+    return (member[: found.end()], member[found.end() :]) if found else ("", member)
 
 
-def modality_in(slot: str) -> str:
-    """Modality of a slot."""
-    return parse(slot)[1]
+def member_modality(member: str) -> str:
+    """Modality of a member."""
+    return split_ordinal(member)[1]
 
 
-def place(slot: str) -> str:
+def segment_words(member: str) -> str:
     """Words that say which segment of the sample it is; "" where the sample has none.
 
-    >>> place("001.image"), place("image")
+    >>> segment_words("001.image"), segment_words("image")
     ('segment 1: ', '')
     """
-    ordinal = parse(slot)[0]
+    ordinal = split_ordinal(member)[0]
     return f"segment {int(ordinal[:3])}: " if ordinal else ""
 
 
-def of_modality(slots: Iterable[str], modality: str) -> list[str]:
-    """The slots that hold a modality, in order."""
-    return [slot for slot in slots if modality_in(slot) == modality]
+def members_of(members: Iterable[str], modality: str) -> list[str]:
+    """The members that hold a modality, in order."""
+    return [member for member in members if member_modality(member) == modality]
 
 
-def summed(lengths: Mapping[str, int]) -> dict[str, int]:
-    """Length by slot to length by modality."""
+def sum_by_modality(lengths: Mapping[str, int]) -> dict[str, int]:
+    """Length by member to length by modality."""
     out: dict[str, int] = {}
-    for slot, n in lengths.items():
-        modality = modality_in(slot)
+    for member, n in lengths.items():
+        modality = member_modality(member)
         out[modality] = out.get(modality, 0) + n
     return out

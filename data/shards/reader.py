@@ -16,7 +16,7 @@ from mm.data.modalities import decode
 from mm.data.modalities.decode import BadSample
 from mm.data.shards import index
 from mm.data.shards.index import Index
-from mm.data.shards.members import modality_in, of_modality, parse, place
+from mm.data.shards.members import member_modality, members_of, segment_words, split_ordinal
 from mm.data.shards.remote import cache_folder, cached, is_url, join, read_small
 from mm.errors import UserError, did_you_mean
 from mm.specs import Encoded, Sample, TokenSpec
@@ -113,13 +113,13 @@ class ShardSet:
                     "restore it or pack again"
                 )
         self._kinds = [str(kind) for kind in self.index.kinds]
-        self._slots = {  # kind -> slot
-            kind: parse(kind)[0] + str(index.modality_of(kind))
+        self._members = {  # kind -> member
+            kind: split_ordinal(kind)[0] + str(index.modality_of(kind))
             for kind in self._kinds
             if index.modality_of(kind) is not None and kind.endswith(".npy") == self.tokenized
         }
         # True where a sample may have several segments of one modality
-        self.interleaved = any(parse(slot)[0] for slot in self._slots.values())
+        self.interleaved = any(split_ordinal(member)[0] for member in self._members.values())
         self._order = {s.modality: n for n, s in enumerate(self.specs)} or RANK
 
     @classmethod
@@ -176,56 +176,56 @@ class ShardSet:
         Raises UserError naming shard and key.
         """
         i = self._number(i)
-        values = {slot: self._decoded(i, slot, e) for slot, e in self.slots(i).items()}
+        values = {member: self._decoded(i, member, e) for member, e in self.members(i).items()}
         return Sample(self.index.key(i), self._where(i), values)
 
-    def slots(self, i: int) -> dict[str, int]:
-        """Slot -> member number of sample i, segment by segment, else in a fixed order."""
+    def members(self, i: int) -> dict[str, int]:
+        """Member -> number of its tar entry in the index, in the order of the segments of i."""
         found = []
-        for kind, e in self._members(i).items():
-            if kind in self._slots:
-                ordinal, modality = parse(self._slots[kind])
+        for kind, e in self._entries(i).items():
+            if kind in self._members:
+                ordinal, modality = split_ordinal(self._members[kind])
                 found.append((ordinal, self._order.get(modality, len(self._order)), modality, e))
         return {ordinal + modality: e for ordinal, _, modality, e in sorted(found)}
 
-    def value(self, i: int, slot: str) -> Any:
+    def value(self, i: int, member: str) -> Any:
         """Decode one value of sample i. Raises UserError naming shard and key; KeyError when it has
-        no such slot.
+        no such member.
         """
         i = self._number(i)
-        return self._decoded(i, slot, self.slots(i)[slot])
+        return self._decoded(i, member, self.members(i)[member])
 
-    def _decoded(self, i: int, slot: str, e: int) -> Any:
+    def _decoded(self, i: int, member: str, e: int) -> Any:
         try:
-            return decode.decode(modality_in(slot), bytes(self._member(e)))
+            return decode.decode(member_modality(member), bytes(self._bytes(e)))
         except BadSample as error:
             raise UserError(
-                f"{self._where(i)}: {place(slot)}{error}; run: mm data verify {self.root}"
+                f"{self._where(i)}: {segment_words(member)}{error}; run: mm data verify {self.root}"
             ) from error
 
-    def raw(self, i: int, slot: str) -> tuple[str, bytes] | None:
-        """(extension, undecoded bytes) of a slot of sample i, or None where it is absent.
+    def raw(self, i: int, member: str) -> tuple[str, bytes] | None:
+        """(extension, undecoded bytes) of a member of sample i, or None where it is absent.
 
         A modality names the first segment that has it.
         """
-        for kind, e in self._members(self._number(i)).items():
-            have = self._slots.get(kind)
-            if have == slot or (have and modality_in(have) == slot):
-                return parse(kind)[1], bytes(self._member(e))
+        for kind, e in self._entries(self._number(i)).items():
+            have = self._members.get(kind)
+            if have == member or (have and member_modality(have) == member):
+                return split_ordinal(kind)[1], bytes(self._bytes(e))
         return None
 
     def each(self, modality: str) -> list[tuple[int, str]]:
-        """(sample, slot) of every value of a modality, in order."""
+        """(sample, member) of every value of a modality, in order."""
         having = self.having(modality).tolist()
         if not self.interleaved:
             return [(i, modality) for i in having]
-        return [(i, slot) for i in having for slot in of_modality(self.slots(i), modality)]
+        return [(i, member) for i in having for member in members_of(self.members(i), modality)]
 
     def segments(self, modality: str) -> np.ndarray:
         """Segments of that modality in each sample: (N,) int64; 0 or 1 if not interleaved."""
         if not self.interleaved:
             return (self.lengths(modality) >= 0).astype(np.int64)
-        mine = [modality_in(self._slots.get(kind, "")) == modality for kind in self._kinds]
+        mine = [member_modality(self._members.get(kind, "")) == modality for kind in self._kinds]
         hits = np.concatenate([[0], np.cumsum(np.array(mine, np.int64)[self.index.kind])])
         return hits[self.index.start[1:]] - hits[self.index.start[:-1]]
 
@@ -234,23 +234,23 @@ class ShardSet:
         return self._json(self._number(i), "json")
 
     def tokens(self, i: int) -> dict[str, np.ndarray]:
-        """Codes of sample i by slot: (L,) int32 views, ids from 0.
+        """Codes of sample i by member: (L,) int32 views, ids from 0.
 
         In vocabulary order; of an interleaved sample segment by segment.
         """
         out: dict[str, np.ndarray] = {}
         if self.interleaved:
-            for slot, e in self.slots(self._number(i)).items():
-                data = self._member(e)
+            for member, e in self.members(self._number(i)).items():
+                data = self._bytes(e)
                 n = index.n_codes(bytes(data[:128]), len(data))
-                out[slot] = data[len(data) - 4 * n :].view("<i4")
+                out[member] = data[len(data) - 4 * n :].view("<i4")
             return out
-        found = self._members(i)
+        found = self._entries(i)
         for spec in self.specs:
             e = found.get(f"{spec.modality}.npy")
             if e is not None:
                 n = int(self.index.lengths[spec.modality][i])
-                data = self._member(e)
+                data = self._bytes(e)
                 out[spec.modality] = data[len(data) - 4 * n :].view("<i4")
         return out
 
@@ -266,7 +266,7 @@ class ShardSet:
             )
         i = self._number(i)
         side = self._json(i, "side.json")
-        return {slot: Encoded(ids, side=side.get(slot, {})) for slot, ids in self.tokens(i).items()}
+        return {m: Encoded(ids, side=side.get(m, {})) for m, ids in self.tokens(i).items()}
 
     def shard_of(self) -> np.ndarray:
         """Number of the shard that each sample stands in: (N,) int32, ascending."""
@@ -288,8 +288,8 @@ class ShardSet:
         log.warning("%s is missing or damaged: reading all shards of '%s' again", path, self.split)
         return index.build(self.paths)
 
-    def _members(self, i: int) -> dict[str, int]:
-        """Kind -> member number of sample i."""
+    def _entries(self, i: int) -> dict[str, int]:
+        """Kind -> number of the tar entry of sample i."""
         first, stop = int(self.index.start[i]), int(self.index.start[i + 1])
         return {
             self._kinds[k]: first + n for n, k in enumerate(self.index.kind[first:stop].tolist())
@@ -318,7 +318,7 @@ class ShardSet:
             raise IndexError(f"sample {i} of {len(self)}")
         return int(i) % len(self)
 
-    def _member(self, e: int) -> np.ndarray:
+    def _bytes(self, e: int) -> np.ndarray:
         s = int(self.index.shard[e])
         buffer = self._buffers[s]
         if buffer is None:
@@ -332,8 +332,8 @@ class ShardSet:
         return buffer[at : at + int(self.index.size[e])]
 
     def _json(self, i: int, kind: str) -> dict[str, Any]:
-        e = self._members(i).get(kind)
-        return {} if e is None else json.loads(bytes(self._member(e)))
+        e = self._entries(i).get(kind)
+        return {} if e is None else json.loads(bytes(self._bytes(e)))
 
     def _where(self, i: int) -> str:
         shard = self.paths[self.index.shard[self.index.start[i]]].name

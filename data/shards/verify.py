@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mm.data.shards import index
-from mm.data.shards.members import modality_in
+from mm.data.shards.members import member_modality
 from mm.data.shards.reader import VOCABULARY, ShardSet, read_manifest
 from mm.errors import UserError
 from mm.vocabulary import Vocabulary
@@ -102,10 +102,9 @@ def _ids_in_range(root: Path, manifest: dict[str, Any]) -> list[str]:
             continue  # reported already
         limits = {spec.modality: spec.n_ids for spec in shards.specs}
         for i in range(len(shards)):
-            for slot, ids in shards.tokens(i).items():
-                top = limits[modality_in(slot)]
+            sample = f"{root / split}: sample '{shards.key(i)}'"
+            for member, ids in shards.tokens(i).items():
+                top = limits[member_modality(member)]
                 if len(ids) and (ids.min() < 0 or ids.max() >= top):
-                    problems.append(
-                        f"{root / split}: sample '{shards.key(i)}': {slot} ids outside 0..{top - 1}"
-                    )
+                    problems.append(f"{sample}: {member} ids outside 0..{top - 1}")
     return problems

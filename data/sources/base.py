@@ -15,7 +15,7 @@ import numpy as np
 
 from mm.config import Config
 from mm.data.modalities.decode import NATIVE, BadSample
-from mm.data.shards.members import MAX_SEGMENTS, slot_of
+from mm.data.shards.members import MAX_SEGMENTS, member_name
 from mm.errors import UserError, did_you_mean
 
 SPLITS = {
@@ -41,8 +41,8 @@ IDS = ("input_ids", "token_ids", "tokens", "ids")  # what a column of token ids 
 class Record(NamedTuple):
     """One sample as found.
 
-    ``values``: slot (a modality; of an interleaved sample see `mm.data.shards.members`) -> function
-    that reads its bytes (it may raise BadSample).
+    ``values``: member (a modality; of an interleaved sample see `mm.data.shards.members`) -> a
+    function that reads its bytes (it may raise BadSample).
     """
 
     key: str
@@ -162,7 +162,7 @@ class TableSource(Source):
             split = row.get("split")
             bad = ""
             try:
-                values = {slot: self._reader(m, v) for slot, m, v in self._found(row, mapping)}
+                values = {member: self._reader(m, v) for member, m, v in self._found(row, mapping)}
             except BadSample as error:
                 values, bad = {}, str(error)
             meta = {k: v for k, v in row.items() if k not in used and _plain(v)}
@@ -194,7 +194,7 @@ class TableSource(Source):
     def _found(
         self, row: Mapping[str, Any], mapping: Mapping[str, str]
     ) -> list[tuple[str, str, Any]]:
-        """(slot, modality, value) of everything in a row. Raises BadSample on bad segments."""
+        """(member, modality, value) of everything in a row. Raises BadSample on bad segments."""
         if SEGMENTS in mapping:
             return segments(row.get(mapping[SEGMENTS]), self.known)
         return [
@@ -239,7 +239,7 @@ def token_ids(modality: str, value: Any) -> Callable[[], bytes]:
 
 
 def segments(given: Any, known: Collection[str] = NATIVE) -> list[tuple[str, str, Any]]:
-    """(slot, modality, value) of each segment of a list of ``{modality: value}``.
+    """(member, modality, value) of each segment of a list of ``{modality: value}``.
 
     Keys without a value (as tables fill them in) do not count. Raises BadSample naming the segment.
     """
@@ -257,7 +257,7 @@ def segments(given: Any, known: Collection[str] = NATIVE) -> list[tuple[str, str
                 f"found {', '.join(map(str, have)) or repr(each)[:60]}"
             )
         ((modality, value),) = have.items()
-        out.append((slot_of(number, modality), modality, value))
+        out.append((member_name(number, modality), modality, value))
     return out
 
 

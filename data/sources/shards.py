@@ -54,10 +54,10 @@ class PackedShards(Source):
             shards = ShardSet.open(self.path, split)
             for i in range(len(shards)):
                 values = {}
-                for slot in shards.slots(i):
-                    found = shards.raw(i, slot)
+                for member in shards.members(i):
+                    found = shards.raw(i, member)
                     if found is not None:
-                        values[slot] = Given(found[1])
+                        values[member] = Given(found[1])
                 yield Record(
                     shards.key(i), f"{split}:{shards.key(i)}", values, split, shards.meta(i)
                 )

@@ -195,8 +195,8 @@ class BucketedStream(DocumentStream[BucketedConfig]):
         axes = [whole if m == TOTAL else np.maximum(shards.lengths(m), 0) for m in config.axes]
         lengths = np.stack(axes, 1).astype(np.int64)[kept]
         inside = make_buckets(lengths, config.buckets, min(config.batch_size, len(kept)))
-        self.members = [kept[inside.of == k] for k in range(len(inside.bound))]
-        self.bounds = np.array([self.lengths[samples].max() for samples in self.members])
+        self.bucket_samples = [kept[inside.of == k] for k in range(len(inside.bound))]
+        self.bounds = np.array([self.lengths[samples].max() for samples in self.bucket_samples])
         self.budget = config.tokens or int(self.bounds.max()) * config.batch_size
         if self.budget < self.bounds.max() * config.batch_size:
             raise UserError(
@@ -297,7 +297,7 @@ class BucketedStream(DocumentStream[BucketedConfig]):
             steps: list[Planned] = []
             rest = np.empty(0, np.int64)
             for k in np.argsort(self.bounds, kind="stable"):
-                own = self.members[k]
+                own = self.bucket_samples[k]
                 mixed = permute(np.arange(len(own)), len(own), key_of(self.seed, epoch, int(k)))
                 line = np.concatenate([rest, own[mixed]])
                 rows, length = self.rows(int(k)), int(self.bounds[k])

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from mm.config import Config
 from mm.data.batching.collate import document_length, to_batch
-from mm.data.shards.members import modality_in
+from mm.data.shards.members import member_modality
 from mm.data.shards.reader import ShardSet
 from mm.data.shards.remote import Location, is_url
 from mm.data.streams import mixing
@@ -316,7 +316,7 @@ class PackedStream(Stream):
     def _segments(self, source: int, epoch: int, i: int) -> list[Segment] | None:
         """Sample ``i`` after the transforms; None where they filter it out."""
         found = self.sources[source].tokens(i)
-        segments = [Segment(modality_in(slot), ids) for slot, ids in found.items()]
+        segments = [Segment(member_modality(member), ids) for member, ids in found.items()]
         transform = self.transforms[source]
         if not transform.parts:
             return segments

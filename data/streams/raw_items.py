@@ -119,14 +119,14 @@ class ItemsStream(Stream):
                 f"{', '.join(have) or 'nothing'}"
             )
         # Which of the values of its sample each item is; None: the only one
-        self.slots: list[str] | None = None
+        self.members: list[str] | None = None
         if self.shards.interleaved:
             each = self.shards.each(config.modality)
-            self.numbers, self.slots = np.array([i for i, _ in each]), [slot for _, slot in each]
+            self.numbers, self.members = np.array([i for i, _ in each]), [m for _, m in each]
         if config.repeat == "unique":
             self._unique()
         self.reader: _Reader = (_Images if config.modality == "image" else _Sounds)(
-            config, self.shards, self.numbers, self.slots
+            config, self.shards, self.numbers, self.members
         )
         plan = {
             "seed": seed,
@@ -178,13 +178,13 @@ class ItemsStream(Stream):
         """Keep the first of identical files."""
         seen: dict[bytes, int] = {}
         for n, i in enumerate(self.numbers):
-            slot = self.slots[n] if self.slots else self.config.modality
-            found = self.shards.raw(int(i), slot)
+            member = self.members[n] if self.members else self.config.modality
+            found = self.shards.raw(int(i), member)
             assert found is not None
             seen.setdefault(hashlib.sha256(found[1]).digest(), n)
         kept = sorted(seen.values())
         self.numbers = self.numbers[kept]
-        self.slots = [self.slots[n] for n in kept] if self.slots else None
+        self.members = [self.members[n] for n in kept] if self.members else None
 
 
 class _Reader(ABC):
@@ -195,17 +195,17 @@ class _Reader(ABC):
         config: ItemsConfig,
         shards: ShardSet,
         numbers: np.ndarray,
-        slots: Sequence[str] | None = None,
+        members: Sequence[str] | None = None,
     ):
-        self.config, self.shards, self.numbers, self.slots = config, shards, numbers, slots
+        self.config, self.shards, self.numbers, self.members = config, shards, numbers, members
         self._kept: dict[int, Any] = {}
         self._room = int(config.cache_mb * 1e6)
 
     def item(self, i: int) -> Any:
         found = self._kept.get(i)
         if found is None:
-            slot = self.slots[i] if self.slots else self.config.modality
-            found = self.read(self.shards.value(int(self.numbers[i]), slot))
+            member = self.members[i] if self.members else self.config.modality
+            found = self.read(self.shards.value(int(self.numbers[i]), member))
             if found.nbytes <= self._room:
                 self._room -= found.nbytes
                 self._kept[i] = found

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from typing import Any, Generic, TypeVar
 
 from mm.config import Config
-from mm.data.shards.members import modality_in
+from mm.data.shards.members import member_modality
 from mm.data.shards.reader import ShardSet
 from mm.data.streams.base import Stream, TokenStreamConfig, rank_rows
 from mm.data.streams.packed import PackedSource
@@ -61,7 +61,7 @@ class DocumentStream(Stream, Generic[C]):
 
     def segments(self, i: int) -> list[Segment]:
         """Sample ``i`` as it stands in the shards."""
-        return [Segment(modality_in(slot), ids) for slot, ids in self.shards.tokens(i).items()]
+        return [Segment(member_modality(m), ids) for m, ids in self.shards.tokens(i).items()]
 
     def transformed(self, segments: list[Segment], *draw: int | str) -> list[Segment] | None:
         """After the transforms, which draw from ``(seed, *draw)``; None: they filter it out."""

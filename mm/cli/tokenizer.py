@@ -98,8 +98,8 @@ def fit(chosen: Any, data: Path, out: Path, text: str) -> dict[str, Any]:
     def texts() -> Iterator[str]:
         from mm.data.modalities.decode import decode_text
 
-        for i, slot in found:
-            raw = shards.raw(i, slot)  # alone: decoding the pictures beside it would cost minutes
+        for i, member in found:
+            raw = shards.raw(i, member)  # alone: decoding the pictures beside it would cost minutes
             if raw is not None:
                 yield decode_text(raw[1])
 

@@ -18,7 +18,7 @@ from mm.data.batching.collate import to_batch
 from mm.data.pack.job import PackReport, pack
 from mm.data.pack.writer import secure_webdataset
 from mm.data.shards.inspect import inspect
-from mm.data.shards.members import modality_in
+from mm.data.shards.members import member_modality
 from mm.data.shards.reader import QUARANTINE, VOCABULARY, ShardSet
 from mm.data.shards.verify import verify
 from mm.data.streams.bucketed import BucketedConfig
@@ -84,13 +84,13 @@ def test_members_have_ordinal_names_in_the_order_of_the_segments(data: Path) -> 
     assert names == [f"talk00.{e}" for e in endings]
     for i in range(N):
         sample = shards[i]
-        assert [modality_in(slot) for slot in sample.values] == list(ORDERS[i % 4])
-        for k, (slot, value) in enumerate(sample.values.items()):
-            if slot.endswith("text"):
+        assert [member_modality(member) for member in sample.values] == list(ORDERS[i % 4])
+        for k, (member, value) in enumerate(sample.values.items()):
+            if member.endswith("text"):
                 assert value == f"turn {k} of {i}"
-            raw = shards.raw(i, slot)
+            raw = shards.raw(i, member)
             assert raw is not None and raw[0] in ("txt", "png", "wav")
-            if slot.endswith("image"):
+            if member.endswith("image"):
                 assert raw[1] == png(10 * i + k)
     assert shards.meta(3) == {"speaker": 1}
     assert shards.segments("image").tolist() == [ORDERS[i % 4].count("image") for i in range(N)]
@@ -112,9 +112,9 @@ def test_parquet_folder_and_jsonl_give_the_same_samples(data: Path, tmp_path: Pa
     files.mkdir()
     own = ShardSet.open(data / "shards")
     for i in range(N):
-        for slot in own.slots(i):
-            kind, content = own.raw(i, slot) or ("", b"")
-            (files / f"{own.key(i)}.{slot[:3]}.{kind}").write_bytes(content)
+        for member in own.members(i):
+            kind, content = own.raw(i, member) or ("", b"")
+            (files / f"{own.key(i)}.{member[:3]}.{kind}").write_bytes(content)
     (files / "talk90.000.txt").write_text("two")
     (files / "talk90.000.png").write_bytes(png())
     report = quiet(files, tmp_path / "b", segments=True, max_bad=0.5)
@@ -122,8 +122,8 @@ def test_parquet_folder_and_jsonl_give_the_same_samples(data: Path, tmp_path: Pa
     for other in (ShardSet.open(tmp_path / "a"), ShardSet.open(tmp_path / "b")):
         assert len(other) == N
         for i in range(N):
-            assert other.key(i) == own.key(i) and list(other.slots(i)) == list(own.slots(i))
-            assert all(other.raw(i, s) == own.raw(i, s) for s in own.slots(i))
+            assert other.key(i) == own.key(i) and list(other.members(i)) == list(own.members(i))
+            assert all(other.raw(i, s) == own.raw(i, s) for s in own.members(i))
     # Without the setting, they are files of their own.
     assert quiet(files, tmp_path / "c").samples["train"] > 2 * N
     with pytest.raises(UserError, match="--segments means nothing for a source of kind 'parquet'"):
@@ -178,13 +178,13 @@ def test_tokens_are_those_of_each_segment(data: Path) -> None:
     own: dict[str, ToyTokenizer] = toys()
     for i in range(N):
         codes = shards.encoded(i)
-        assert list(codes) == list(raw.slots(i))
-        for slot, code in codes.items():
-            want = own[modality_in(slot)].encode([raw.value(i, slot)])[0]
+        assert list(codes) == list(raw.members(i))
+        for member, code in codes.items():
+            want = own[member_modality(member)].encode([raw.value(i, member)])[0]
             assert np.array_equal(code.ids, want.ids)
             assert code.side == {} or code.side["sample_rate"] == want.side["sample_rate"]
         for modality in own:
-            mine = [len(c.ids) for s, c in codes.items() if modality_in(s) == modality]
+            mine = [len(c.ids) for s, c in codes.items() if member_modality(s) == modality]
             assert shards.lengths(modality)[i] == (sum(mine) if mine else -1)
     found = inspect(data / "tokens", sample=0)
     assert found["examples"]["image"]["segments"] == "text 11, image 4, text 11, audio 5, text 11"
@@ -194,8 +194,8 @@ def test_tokens_are_those_of_each_segment(data: Path) -> None:
 def spans(v: Vocabulary, codes: Mapping[str, np.ndarray]) -> list[int]:
     """A document's ids: begin, codes and end of each segment."""
     out: list[int] = []
-    for slot, ids in codes.items():
-        r = v.range(modality_in(slot))
+    for member, ids in codes.items():
+        r = v.range(member_modality(member))
         out += [r.begin, *(np.asarray(ids) + r.first).tolist(), r.end]
     return out
 
