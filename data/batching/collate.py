@@ -59,7 +59,7 @@ def ranges(vocabulary: Vocabulary) -> Mapping[str, Range]:
 
 
 @lru_cache(maxsize=32)
-def gridded(vocabulary: Vocabulary) -> Sequence[tuple[Range, TokenSpec]]:
+def grid_modalities(vocabulary: Vocabulary) -> Sequence[tuple[Range, TokenSpec]]:
     """The modalities whose codes lie on a grid of at least rows and columns."""
     specs = [spec for spec in vocabulary.ranges if spec.grid is not None and len(spec.grid) > 1]
     return [(vocabulary.range(spec.modality), spec) for spec in specs]
@@ -67,7 +67,7 @@ def gridded(vocabulary: Vocabulary) -> Sequence[tuple[Range, TokenSpec]]:
 
 def axes_of(vocabulary: Vocabulary) -> int:
     """Axes of positions in every batch of a vocabulary: time, and those of its largest grid."""
-    return 1 + max((len(spec.grid or ()) for _, spec in gridded(vocabulary)), default=0)
+    return 1 + max((len(spec.grid or ()) for _, spec in grid_modalities(vocabulary)), default=0)
 
 
 def grids_of(ids: np.ndarray, vocabulary: Vocabulary) -> list[Grid]:
@@ -75,7 +75,7 @@ def grids_of(ids: np.ndarray, vocabulary: Vocabulary) -> list[Grid]:
     breaks off is told by its length.
     """
     found = []
-    for r, spec in gridded(vocabulary):
+    for r, spec in grid_modalities(vocabulary):
         assert spec.grid is not None
         for begin in np.flatnonzero(ids == r.begin):
             grid = Grid(int(begin) + 1, spec.grid, spec.n_codebooks)
@@ -196,10 +196,10 @@ def to_batch(
     for row in rows:
         tokens = [document_tokens(segments, vocabulary) for segments in row]
         pieces.append([Piece(d, d.target_modality) for d in tokens])
-    return of_pieces(pieces, vocabulary, seq_len, max_documents, keys)
+    return pieces_to_batch(pieces, vocabulary, seq_len, max_documents, keys)
 
 
-def of_pieces(
+def pieces_to_batch(
     rows: Sequence[Sequence[Piece]],
     vocabulary: Vocabulary,
     seq_len: int | None = None,

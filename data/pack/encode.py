@@ -148,8 +148,8 @@ class Encoder:
                         )
                     self._cache[modality, digest] = Encoded(ids, side=plain(code.side))
                     self._held += ids.nbytes + 200
-            for digest, places in wanted.items():
-                for n, member in places:
+            for digest, found_at in wanted.items():
+                for n, member in found_at:
                     encoded[n][member] = self._cache[modality, digest]
         while self._held > CACHE_BYTES and self._cache:
             _, old = self._cache.popitem(last=False)

@@ -22,8 +22,8 @@ from mm.data.pack.encode import Encoder, open_tokenizers, vocabulary_of
 from mm.data.pack.output import Run
 from mm.data.pack.pool import batches
 from mm.data.pack.pretokenized import TokenIds, token_specs
-from mm.data.pack.worker import Done, Work
-from mm.data.pack.writer import replacing, write_manifest
+from mm.data.pack.worker import PreparedBatch, Work
+from mm.data.pack.writer import atomic_folder, write_manifest
 from mm.data.shards.reader import FORMAT, MANIFEST, VERSION, VOCABULARY, read_manifest
 from mm.data.sources.base import SAFE_SPLIT, SEGMENTS, SPLITS
 from mm.data.sources.detect import open_source
@@ -181,7 +181,7 @@ def pack(
     if done is not None:
         return done
 
-    with replacing(out, identity) as part:
+    with atomic_folder(out, identity) as part:
         run = Run(
             part, split, 0.0 if origin.splits_itself else val_share, shard_mb, max_bad, identity
         )
@@ -310,7 +310,9 @@ def _rank(modality: str) -> tuple[int, str]:
     return (order.index(modality) if modality in order else len(order), modality)
 
 
-def _bar(ready: Iterable[Done], total: int | None, title: str, done: int) -> Iterator[Done]:
+def _bar(
+    ready: Iterable[PreparedBatch], total: int | None, title: str, done: int
+) -> Iterator[PreparedBatch]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,

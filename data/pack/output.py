@@ -17,7 +17,7 @@ from typing import Any
 from mm.data.modalities.decode import encode_tokens
 from mm.data.pack.encode import Encoder, Item, Result
 from mm.data.pack.pretokenized import TokenIds
-from mm.data.pack.worker import Prepared
+from mm.data.pack.worker import PreparedRecord
 from mm.data.pack.writer import PROGRESS, SAMPLES, SplitWriter, safe_key
 from mm.data.shards.members import sum_by_modality
 from mm.data.shards.reader import QUARANTINE
@@ -122,13 +122,13 @@ class Run:
 
     def add(
         self,
-        batch: Sequence[Prepared],
+        batch: Sequence[PreparedRecord],
         encoder: Encoder | TokenIds | None,
         results: Sequence[Result] | None = None,
     ) -> None:
         """Write a batch of samples, encoded when there is an encoder, or by it already.
 
-        ``results[n].rest`` is then the place in ``batch``; those of samples that are left out do
+        ``results[n].rest`` is then the index in ``batch``; those of samples that are left out do
         not count.
         """
         self.records += len(batch)
@@ -168,7 +168,7 @@ class Run:
                 files["side.json"] = metadata(side)
             self._write(p, files, {m: len(code.ids) for m, code in encoded.items()})
 
-    def _duplicate(self, p: Prepared) -> None:
+    def _duplicate(self, p: PreparedRecord) -> None:
         self.duplicates += 1
         _line(
             self._files[DUPLICATES],
@@ -189,7 +189,7 @@ class Run:
         self.seen[key] = record.where
         return ""
 
-    def _write(self, p: Prepared, files: dict[str, bytes], lengths: dict[str, int]) -> None:
+    def _write(self, p: PreparedRecord, files: dict[str, bytes], lengths: dict[str, int]) -> None:
         record, key = p.record, safe_key(p.record.key)
         split = self.split or record.split or "train"
         split = SPLITS.get(split.lower(), split)
@@ -261,7 +261,7 @@ class Run:
 
 
 def _encoded(
-    encoder: Encoder | TokenIds, items: Sequence[Item], batch: Sequence[Prepared]
+    encoder: Encoder | TokenIds, items: Sequence[Item], batch: Sequence[PreparedRecord]
 ) -> list[Result]:
     """Codes of the items; what a tokenizer raises gets the name of the sample."""
     try:

@@ -25,8 +25,8 @@ from typing import Any
 
 from mm.data.modalities.decode import BadSample
 from mm.data.pack.encode import Encoder
-from mm.data.pack.worker import Done, Failed, Work, joined
-from mm.data.sources.base import Given, Record, raising
+from mm.data.pack.worker import Failure, PreparedBatch, Work, join_batches
+from mm.data.sources.base import InlineBytes, Record, Unreadable
 from mm.errors import UserError
 from mm.launch.environment import cores
 
@@ -38,7 +38,7 @@ GROUP_BYTES, GROUP = 4_000_000, 64  # raw records that are sent together: at mos
 
 def batches(
     source: Iterable[Record], work: Work, size: int, workers: int
-) -> Generator[Done, None, None]:
+) -> Generator[PreparedBatch, None, None]:
     """Read, check and encode records, in order, by ``workers`` processes where it takes long.
 
     Args:
@@ -54,14 +54,14 @@ def batches(
     wait = START_S * (WITH_TOKENIZERS if isinstance(work.encoder, Encoder) else 1)
     pool: Pool | None = None
     while pool is None and (batch := list(islice(records, size))):
-        yield Done([_named(work, record) for record in batch])
+        yield PreparedBatch([_prepare(work, record) for record in batch])
         if workers > 1 and time.monotonic() - begun >= wait:
             pool = Pool.start(work, workers)
             if pool is None:
                 workers = 1
     if pool is None:
         return
-    waiting: deque[Future[Done]] = deque()
+    waiting: deque[Future[PreparedBatch]] = deque()
     with pool:
         take = 16 if size == 1 else size
         while batch := list(islice(records, take)):
@@ -76,9 +76,9 @@ def batches(
             yield waiting.popleft().result()
 
 
-def _named(work: Work, record: Record) -> Any:
+def _prepare(work: Work, record: Record) -> Any:
     try:
-        return work.read(record)
+        return work.prepare(record)
     except Exception as error:
         error.add_note(f"at sample '{record.key}' ({record.where})")
         raise
@@ -117,10 +117,10 @@ class Pool:
         self.all.append(worker)
         return worker
 
-    def submit(self, records: list[Record]) -> Future[Done]:
+    def submit(self, records: list[Record]) -> Future[PreparedBatch]:
         return self.pool.submit(self._do, records)
 
-    def _do(self, records: list[Record]) -> Done:
+    def _do(self, records: list[Record]) -> PreparedBatch:
         try:
             message = pickle.dumps(records)
         except Exception:  # readers that cannot be sent: their bytes are, then
@@ -142,7 +142,7 @@ class Pool:
                             "memory"
                         )
                     parts.append(_checked(part))
-                reply = joined(parts)
+                reply = join_batches(parts)
             return _checked(reply)
         finally:
             self.idle.put(worker)
@@ -165,11 +165,11 @@ class Pool:
             worker.end()
 
 
-def _checked(reply: Any) -> Done:
-    if isinstance(reply, Failed):
+def _checked(reply: Any) -> PreparedBatch:
+    if isinstance(reply, Failure):
         said = f"sample '{reply.record.key}' ({reply.record.where}): {reply.reason}"
         raise UserError(said) if reply.mendable else RuntimeError(f"{said}\n{reply.trace}")
-    if not isinstance(reply, Done):
+    if not isinstance(reply, PreparedBatch):
         raise RuntimeError("the worker was stopped")
     return reply
 
@@ -179,9 +179,9 @@ def _held(record: Record) -> Record:
 
     def reader(read: Any) -> Any:
         try:
-            return Given(read())
+            return InlineBytes(read())
         except BadSample as error:
-            return raising(str(error))
+            return Unreadable(str(error))
 
     return record._replace(values={member: reader(read) for member, read in record.values.items()})
 

@@ -20,7 +20,7 @@ from mm.data.sources.base import Record
 from mm.errors import UserError
 
 
-class Prepared(NamedTuple):
+class PreparedRecord(NamedTuple):
     """A record whose bytes were read and, for raw shards, proved to be decodable."""
 
     record: Record
@@ -31,14 +31,14 @@ class Prepared(NamedTuple):
     digest: bytes = b""  # of the content that makes a duplicate
 
 
-class Done(NamedTuple):
+class PreparedBatch(NamedTuple):
     """A batch of records. ``results``: their codes, where they are encoded already."""
 
-    items: list[Prepared]
+    items: list[PreparedRecord]
     results: list[Result] | None = None
 
 
-class Failed(NamedTuple):
+class Failure(NamedTuple):
     """What a worker could not do, and why."""
 
     record: Record
@@ -54,7 +54,7 @@ class Work(NamedTuple):
     dedupe: str | None
     encoder: Encoder | TokenIds | None  # None: raw shards, whose values are decoded to check them
 
-    def read(self, record: Record) -> Prepared:
+    def prepare(self, record: Record) -> PreparedRecord:
         """Read one record, and check it where it will not be encoded."""
         raws: dict[str, bytes] = {}
         kinds: dict[str, str] = {}
@@ -72,21 +72,23 @@ class Work(NamedTuple):
                 except BadSample as error:
                     raise BadSample(f"{segment_words(member)}{error}") from error
         except BadSample as error:
-            return Prepared(record, {}, {}, {}, str(error))
-        return Prepared(record, raws, kinds, lengths, "", content(raws, self.dedupe))
+            return PreparedRecord(record, {}, {}, {}, str(error))
+        return PreparedRecord(record, raws, kinds, lengths, "", content(raws, self.dedupe))
 
-    def all(self, records: Sequence[Record]) -> Done:
+    def prepare_batch(self, records: Sequence[Record]) -> PreparedBatch:
         """Read and encode a batch, and drop what its writer does not need: sent between processes.
 
         ``results[n].rest`` is the number of the item.
         """
-        items = [self.read(record) for record in records]
+        items = [self.prepare(record) for record in records]
         results = None
         if self.encoder is not None:
             wanted = [Item(p.raws, n) for n, p in enumerate(items) if not p.bad]
             results = self.encoder.encode(wanted)
             items = [p._replace(raws=dict.fromkeys(p.raws, b"")) for p in items]
-        return Done([p._replace(record=p.record._replace(values={})) for p in items], results)
+        return PreparedBatch(
+            [p._replace(record=p.record._replace(values={})) for p in items], results
+        )
 
 
 def content(raws: Mapping[str, bytes], dedupe: str | None) -> bytes:
@@ -101,16 +103,16 @@ def content(raws: Mapping[str, bytes], dedupe: str | None) -> bytes:
     return digest.digest()
 
 
-def joined(parts: Sequence[Done]) -> Done:
+def join_batches(parts: Sequence[PreparedBatch]) -> PreparedBatch:
     """Batches one after the other as one."""
     items = [p for part in parts for p in part.items]
     if any(part.results is None for part in parts):
-        return Done(items)
+        return PreparedBatch(items)
     out, first = [], 0
     for part in parts:
         out += [r._replace(rest=r.rest + first) for r in part.results or ()]
         first += len(part.items)
-    return Done(items, out)
+    return PreparedBatch(items, out)
 
 
 def main() -> None:
@@ -139,20 +141,20 @@ def main() -> None:
             answer(_served(work, pickle.loads(message)))
 
 
-def _served(work: Work, records: list[Record]) -> Done | Failed:
+def _served(work: Work, records: list[Record]) -> PreparedBatch | Failure:
     try:
-        return work.all(records)
+        return work.prepare_batch(records)
     except Exception:  # which of them was it?
         parts = []
         for record in records:
             try:
-                parts.append(work.all([record]))
+                parts.append(work.prepare_batch([record]))
             except Exception as error:
                 plain = record._replace(values={})
                 known = isinstance(error, UserError)
                 reason = str(error) if known else f"{type(error).__name__}: {error}"
-                return Failed(plain, reason, known, traceback.format_exc())
-        return joined(parts)
+                return Failure(plain, reason, known, traceback.format_exc())
+        return join_batches(parts)
 
 
 if __name__ == "__main__":

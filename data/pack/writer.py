@@ -185,7 +185,7 @@ def histogram(lengths: np.ndarray) -> dict[str, int]:
 
 
 @contextmanager
-def replacing(out: Path, identity: str = "") -> Iterator[Path]:
+def atomic_folder(out: Path, identity: str = "") -> Iterator[Path]:
     """Yield a folder beside ``out`` that takes its place when the block ends well.
 
     It vanishes when the block fails with an error; an interrupted or killed block leaves it.

@@ -71,14 +71,14 @@ class Index(NamedTuple):
     @classmethod
     def load(cls, path: Path) -> Index:
         """Open without reading: arrays are views of the mapped file, so size costs nothing."""
-        found = mapped(path)
+        found = map_npz(path)
         lengths = {n.removeprefix("length_"): a for n, a in found.items() if n[:7] == "length_"}
         return cls(
             **{name: found[name] for name in cls._fields if name != "lengths"}, lengths=lengths
         )
 
 
-def mapped(path: Path) -> dict[str, np.ndarray]:
+def map_npz(path: Path) -> dict[str, np.ndarray]:
     """Arrays of an uncompressed .npz as read-only views of one memory map.
 
     Raises ValueError on a compressed or foreign member.

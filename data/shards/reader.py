@@ -17,7 +17,7 @@ from mm.data.modalities.decode import BadSample
 from mm.data.shards import index
 from mm.data.shards.index import Index
 from mm.data.shards.members import member_modality, members_of, segment_words, split_ordinal
-from mm.data.shards.remote import cache_folder, cached, is_url, join, read_small
+from mm.data.shards.remote import cache_folder, fetch, is_url, join, read_small
 from mm.errors import UserError, did_you_mean
 from mm.specs import Encoded, Sample, TokenSpec
 from mm.vocabulary import Vocabulary
@@ -281,7 +281,7 @@ class ShardSet:
     def _load_index(self, entry: Mapping[str, Any]) -> Index:
         if self.url:
             where = join(self.url, self.split, entry["index"]["name"])
-            return Index.load(cached(where, entry["index"]["sha256"], entry["index"].get("bytes")))
+            return Index.load(fetch(where, entry["index"]["sha256"], entry["index"].get("bytes")))
         path = self.root / self.split / entry["index"]["name"]
         if path.is_file() and index.sha256(path) == entry["index"]["sha256"]:
             return Index.load(path)
@@ -311,7 +311,7 @@ class ShardSet:
             return self.paths[shard]
         entry = self._entry["shards"][shard]
         url = join(self.url, self.split, entry["name"])
-        return cached(url, entry["sha256"], entry["bytes"])
+        return fetch(url, entry["sha256"], entry["bytes"])
 
     def _number(self, i: int) -> int:
         if not -len(self) <= i < len(self):

@@ -28,9 +28,9 @@ ATTEMPTS, TIMEOUT, PIECE = 4, 60.0, 1 << 20
 SMALL_BYTES = 1 << 28  # cap of a file whose size is not known before
 
 
-def is_url(place: str | Path) -> bool:
+def is_url(location: str | Path) -> bool:
     """True for "scheme://..."; a plain path is none."""
-    return "://" in str(place)
+    return "://" in str(location)
 
 
 def _location(value: Any) -> Any:
@@ -56,7 +56,7 @@ def join(url: str, *parts: str) -> str:
     return "/".join([url.rstrip("/"), *parts])
 
 
-def cached(url: str, sha256: str, size: int | None) -> Path:
+def fetch(url: str, sha256: str, size: int | None) -> Path:
     """Local copy of a file whose content is known.
 
     Raises:

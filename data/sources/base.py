@@ -196,49 +196,49 @@ class TableSource(Source):
     ) -> list[tuple[str, str, Any]]:
         """(member, modality, value) of everything in a row. Raises BadSample on bad segments."""
         if SEGMENTS in mapping:
-            return segments(row.get(mapping[SEGMENTS]), self.known)
+            return parse_segments(row.get(mapping[SEGMENTS]), self.known)
         return [
             (m, m, row[c]) for m, c in mapping.items() if row.get(c) is not None and row[c] != ""
         ]
 
     def _reader(self, modality: str, value: Any) -> Callable[[], bytes]:
         if self.tokenized:
-            return token_ids(modality, value)
+            return token_reader(modality, value)
         if isinstance(value, dict):
             if value.get("bytes") is not None:
                 value = value["bytes"]
             elif isinstance(value.get("path"), str):
                 return partial(read_inside, self.root, value["path"])
             else:
-                return raising(f"{modality}: neither 'path' nor 'bytes' in {sorted(value)}")
+                return Unreadable(f"{modality}: neither 'path' nor 'bytes' in {sorted(value)}")
         if isinstance(value, (bytes, bytearray)):
-            return Given(bytes(value))
+            return InlineBytes(bytes(value))
         if not isinstance(value, str):
-            return raising(
+            return Unreadable(
                 f"{modality}: expected {'text' if modality == 'text' else 'a path'}, found "
                 f"{type(value).__name__}"
             )
         if modality == "text":
             try:
-                return Given(value.encode())
+                return InlineBytes(value.encode())
             except UnicodeEncodeError:
-                return raising("text: lone surrogates are no valid Unicode")
+                return Unreadable("text: lone surrogates are no valid Unicode")
         return partial(read_inside, self.root, value)
 
 
-def token_ids(modality: str, value: Any) -> Callable[[], bytes]:
+def token_reader(modality: str, value: Any) -> Callable[[], bytes]:
     """A reader of a list of ids: int32 codes, little-endian."""
     ids = value
     if isinstance(value, (list, tuple)):
         ids = np.asarray(value) if value else np.empty(0, np.int32)
     if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
-        return raising(f"{modality}: expected a list of token ids, found {value!r:.60}")
+        return Unreadable(f"{modality}: expected a list of token ids, found {value!r:.60}")
     if len(ids) and (ids.min() < 0 or ids.max() >= 2**31):
-        return raising(f"{modality}: ids {ids.min()}..{ids.max()} are no token ids")
-    return Given(ids.astype("<i4").tobytes())
+        return Unreadable(f"{modality}: ids {ids.min()}..{ids.max()} are no token ids")
+    return InlineBytes(ids.astype("<i4").tobytes())
 
 
-def segments(given: Any, known: Collection[str] = NATIVE) -> list[tuple[str, str, Any]]:
+def parse_segments(given: Any, known: Collection[str] = NATIVE) -> list[tuple[str, str, Any]]:
     """(member, modality, value) of each segment of a list of ``{modality: value}``.
 
     Keys without a value (as tables fill them in) do not count. Raises BadSample naming the segment.
@@ -281,7 +281,7 @@ def read_inside(root: Path, relative: str) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class InlineBytes:
     """A reader of bytes that are here already. A reader that can be pickled is called in a worker
     process, another one in the main process.
     """
@@ -293,7 +293,7 @@ class Given:
 
 
 @dataclass(frozen=True, slots=True)
-class raising:  # noqa: N801  used as a function
+class Unreadable:
     """A reader that can only say why it cannot read."""
 
     reason: str

@@ -19,11 +19,11 @@ from mm.data.shards import index
 from mm.data.shards.members import split_ordinal
 from mm.data.sources.base import (
     PICKLES,
-    Given,
+    InlineBytes,
     Record,
     Source,
     SourceConfig,
-    raising,
+    Unreadable,
     read_inside,
     split_of,
 )
@@ -173,7 +173,7 @@ class FolderSource(Source):
                         f"{relative}.link",
                         0,
                         0,
-                        raising("a link that leads out of the folder: refused"),
+                        Unreadable("a link that leads out of the folder: refused"),
                     )
                 elif path.is_file():
                     stat = path.stat()
@@ -235,7 +235,7 @@ class FolderSource(Source):
             return bad(str(error))
         if label is not None:
             meta.setdefault("label", label)
-            values.setdefault("text", Given(label.encode("utf-8", "surrogateescape")))
+            values.setdefault("text", InlineBytes(label.encode("utf-8", "surrogateescape")))
         return Record(stem, where, values, split, meta)
 
     def _caption(self, path: PurePosixPath, meta: dict[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from mm.data.shards.index import sha256
 from mm.data.shards.reader import MANIFEST, ShardSet, read_manifest
-from mm.data.sources.base import Given, Record, Source, SourceConfig, split_of
+from mm.data.sources.base import InlineBytes, Record, Source, SourceConfig, split_of
 from mm.data.sources.folder import FolderConfig, FolderSource
 from mm.errors import UserError
 from mm.registry import SOURCES
@@ -57,7 +57,7 @@ class PackedShards(Source):
                 for member in shards.members(i):
                     found = shards.raw(i, member)
                     if found is not None:
-                        values[member] = Given(found[1])
+                        values[member] = InlineBytes(found[1])
                 yield Record(
                     shards.key(i), f"{split}:{shards.key(i)}", values, split, shards.meta(i)
                 )

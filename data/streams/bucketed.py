@@ -25,7 +25,7 @@ from mm.data.streams.base import Step
 from mm.data.streams.packed import PackedSource
 from mm.data.streams.shuffle import key_of, permute
 from mm.data.streams.single_source import DocumentsConfig, DocumentStream
-from mm.data.streams.stats import carried, running
+from mm.data.streams.stats import accumulate, summarize
 from mm.errors import UserError, did_you_mean
 from mm.registry import STREAMS
 from mm.specs import Segment
@@ -47,7 +47,7 @@ class BucketedConfig(DocumentsConfig):
         Field(gt=0, description="rows of a step over all processes in the longest bucket; others "
               "take a multiple of it"),
     ] = 8  # fmt: skip
-    tokens: Annotated[int, Field(gt=0, description="places of one step")] | None = (
+    tokens: Annotated[int, Field(gt=0, description="of one step, with padding")] | None = (
         None  # default: what batch_size rows of the longest bucket take
     )
     max_length: Annotated[int, Field(gt=3)] | None = (
@@ -83,9 +83,9 @@ class _Part(NamedTuple):
     """A bucket that may still be cut: its cells sorted by each axis, and the best cut of it."""
 
     orders: list[np.ndarray]  # an axis: (C,) int64
-    saved: int  # places that the cut saves
+    saved: int  # tokens of padding that the cut saves
     axis: int
-    place: int  # the last cell on the near side of it, in the order of `axis`
+    last: int  # index of the last cell on its near side, in the order of `axis`
 
 
 def make_buckets(lengths: np.ndarray, count: int, least: int = 1) -> Buckets:
@@ -121,9 +121,9 @@ def make_buckets(lengths: np.ndarray, count: int, least: int = 1) -> Buckets:
     grow([np.argsort(column, kind="stable") for column in axes], 0)
     made, near = 0, np.zeros(len(sizes), bool)
     while len(heap) < count and heap[0][2].saved:
-        orders, _, axis, place = heapq.heappop(heap)[2]
-        near[orders[axis][: place + 1]] = True
-        near[orders[axis][place + 1 :]] = False
+        orders, _, axis, last = heapq.heappop(heap)[2]
+        near[orders[axis][: last + 1]] = True
+        near[orders[axis][last + 1 :]] = False
         for half in (True, False):
             made += 1
             grow([order[near[order] == half] for order in orders], made)
@@ -136,32 +136,32 @@ def make_buckets(lengths: np.ndarray, count: int, least: int = 1) -> Buckets:
 
 
 def _cut(axes: list[np.ndarray], sizes: np.ndarray, orders: list[np.ndarray], least: int) -> _Part:
-    """The part with the cut in two that saves most places; 0 saved where there is none."""
+    """The part with the cut in two that saves most padding; 0 saved where there is none."""
     best = _Part(orders, 0, 0, 0)
     n = int(sizes[orders[0]].sum())
     longest = [int(x[order[-1]]) for x, order in zip(axes, orders, strict=True)]
     for axis, order in enumerate(orders):
         own = axes[axis][order]
-        place = np.flatnonzero(own[1:] != own[:-1])
-        near = np.cumsum(sizes[order])[place]
+        at = np.flatnonzero(own[1:] != own[:-1])
+        near = np.cumsum(sizes[order])[at]
         fits = (near >= least) & (n - near >= least)
-        place, near = place[fits], near[fits]
-        if not len(place):
+        at, near = at[fits], near[fits]
+        if not len(at):
             continue
-        below, above = own[place], np.full(len(place), longest[axis])  # longest on each side
+        below, above = own[at], np.full(len(at), longest[axis])  # longest on each side
         for x in (x for other, x in enumerate(axes) if other != axis):
             ordered = x[order]
-            below += np.maximum.accumulate(ordered)[place]
-            above += np.maximum.accumulate(ordered[::-1])[::-1][place + 1]
-        places = near * below + (n - near) * above
-        k = int(places.argmin())
-        saved = n * sum(longest) - int(places[k])
+            below += np.maximum.accumulate(ordered)[at]
+            above += np.maximum.accumulate(ordered[::-1])[::-1][at + 1]
+        padded = near * below + (n - near) * above
+        k = int(padded.argmin())
+        saved = n * sum(longest) - int(padded[k])
         if saved > best.saved:
-            best = _Part(orders, saved, axis, int(place[k]))
+            best = _Part(orders, saved, axis, int(at[k]))
     return best
 
 
-class Planned(NamedTuple):
+class PlannedStep(NamedTuple):
     """One step: a bucket's length, the samples, and how many rows at the end only fill it."""
 
     length: int
@@ -174,7 +174,7 @@ class BucketedStream(DocumentStream[BucketedConfig]):
 
     ``stats`` of the last step: padding_share, rows, length, tokens by modality, filtered,
     left_out (samples of the whole split that are too long or empty); and those of the run so far
-    that `mm.data.streams.stats.running` names.
+    that `mm.data.streams.stats.summarize` names.
     """
 
     def prepare(self) -> dict[str, Any]:
@@ -204,7 +204,7 @@ class BucketedStream(DocumentStream[BucketedConfig]):
                 f"{int(self.bounds.max()) * config.batch_size}: raise it, or lower "
                 "data.batch_size or data.max_length"
             )
-        self._plans: dict[int, list[Planned]] = {}
+        self._plans: dict[int, list[PlannedStep]] = {}
         return {
             "tokens": self.budget,
             "axes": list(config.axes),
@@ -243,27 +243,27 @@ class BucketedStream(DocumentStream[BucketedConfig]):
             segments = self.segments(int(i))
             made: list[Segment] | None = None
             if n < real:
-                made = self.transformed(segments, "bucketed", epoch, int(i))
+                made = self.apply_transforms(segments, "bucketed", epoch, int(i))
                 filtered += not made
-            if not made:  # it keeps its place, which keeps the shape, and costs no loss
+            if not made:  # its row stays, which keeps the shape, and costs no loss
                 made = [s._replace(weight=0.0) for s in segments]
             if document_length(made) > step.length:
                 raise UserError(
                     f"data.transform makes sample '{self.shards.key(int(i))}' "
-                    f"{document_length(made)} places long; its bucket has {step.length}"
+                    f"{document_length(made)} tokens long; its bucket has {step.length}"
                 )
             documents.append(made)
         scale = len(step.samples) // self.config.batch_size
         micros = []
-        for unit in self.mine:
-            mine = range(unit.start * scale, unit.stop * scale)
+        for unit in self.own_rows:
+            own = range(unit.start * scale, unit.stop * scale)
             micros.append(
                 to_batch(
-                    [[documents[r]] for r in mine],
+                    [[documents[r]] for r in own],
                     self.vocabulary,
                     step.length,
-                    len(mine),
-                    [self.shards.key(int(step.samples[r])) for r in mine],
+                    len(own),
+                    [self.shards.key(int(step.samples[r])) for r in own],
                 )
             )
         tokens: dict[str, int] = {}
@@ -272,7 +272,7 @@ class BucketedStream(DocumentStream[BucketedConfig]):
                 if s.ids is not None:
                     tokens[s.modality] = tokens.get(s.modality, 0) + len(s.ids) + 2
         used = sum(document_length(d) for d in documents[:real])
-        seen = carried(
+        seen = accumulate(
             cursor,
             tokens=tokens,
             samples={0: real - filtered},
@@ -285,16 +285,16 @@ class BucketedStream(DocumentStream[BucketedConfig]):
             "tokens": tokens,
             "filtered": filtered,
             "left_out": self.left_out,
-            **running(seen),
+            **summarize(seen),
         }
         last = batch + 1 == len(plan)
         after = {"epoch": epoch + last, "batch": 0 if last else batch + 1}
         return Step(micros, {"step": cursor["step"] + 1, **after, **seen}, stats)
 
-    def _plan(self, epoch: int) -> list[Planned]:
+    def _plan(self, epoch: int) -> list[PlannedStep]:
         """Steps of one epoch. What does not fill a step goes on to the next longer bucket."""
         if epoch not in self._plans:
-            steps: list[Planned] = []
+            steps: list[PlannedStep] = []
             rest = np.empty(0, np.int64)
             for k in np.argsort(self.bounds, kind="stable"):
                 own = self.bucket_samples[k]
@@ -302,12 +302,12 @@ class BucketedStream(DocumentStream[BucketedConfig]):
                 line = np.concatenate([rest, own[mixed]])
                 rows, length = self.rows(int(k)), int(self.bounds[k])
                 full = len(line) // rows * rows
-                steps += [Planned(length, line[i : i + rows], 0) for i in range(0, full, rows)]
+                steps += [PlannedStep(length, line[i : i + rows], 0) for i in range(0, full, rows)]
                 rest = line[full:]
             if len(rest):  # once an epoch: repeats without loss keep the rows divisible
                 missing = -len(rest) % self.config.batch_size
                 filled = np.concatenate([rest, np.resize(rest, missing)])
-                steps.append(Planned(int(self.bounds.max()), filled, missing))
+                steps.append(PlannedStep(int(self.bounds.max()), filled, missing))
             order = permute(np.arange(len(steps)), len(steps), key_of(self.seed, "steps", epoch))
             self._plans = {e: p for e, p in self._plans.items() if e >= epoch - 1}
             self._plans[epoch] = [steps[i] for i in order]

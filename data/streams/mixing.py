@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeGuard
 
 import numpy as np
 
+from mm.data.streams.shuffle import permute
 from mm.errors import UserError
 
 Schedule = float | Mapping[int, float]  # a constant, or samples drawn so far -> value
@@ -151,16 +152,15 @@ def shares(weights: Sequence[float], total: int) -> list[int]:
     return out
 
 
-def window_order(groups: np.ndarray, window: int, key: int, permute) -> np.ndarray:  # type: ignore[no-untyped-def]
+def window_order(groups: np.ndarray, window: int, key: int) -> np.ndarray:
     """An order that reads shard after shard: shards permuted, then samples within a window.
 
     Args:
         groups: (N,) shard of every sample, ascending.
         window: samples that are mixed with each other.
         key: of the order.
-        permute: as `mm.data.streams.shuffle.permute`.
     Returns:
-        (N,) int64: the sample at every place; a permutation.
+        (N,) int64: the sample at every position; a permutation.
     """
     n = len(groups)
     edges = np.flatnonzero(np.diff(groups, prepend=groups[:1] - 1 if n else 0))

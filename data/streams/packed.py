@@ -26,7 +26,7 @@ from mm.data.shards.remote import Location, is_url
 from mm.data.streams import mixing
 from mm.data.streams.base import Step, Stream, TokenStreamConfig, rank_rows
 from mm.data.streams.shuffle import generator, key_of, permute
-from mm.data.streams.stats import carried, running
+from mm.data.streams.stats import accumulate, summarize
 from mm.data.transforms.chunk import window
 from mm.data.transforms.compose import Chain, chain
 from mm.errors import UserError
@@ -63,7 +63,7 @@ class PackedSource(Config):
 
 @STREAMS.register("packed")
 class PackedConfig(TokenStreamConfig):
-    """Rows of ``seq_len`` places filled with whole documents."""
+    """Rows of ``seq_len`` tokens filled with whole documents."""
 
     kind: Literal["packed"] = "packed"
     sources: tuple[PackedSource, ...] = Field(min_length=1)
@@ -126,7 +126,7 @@ class PackedStream(Stream):
     """See `PackedConfig`.
 
     ``stats`` of the last step: padding_share, documents, tokens by modality, filtered, too_long;
-    and those of the run so far that `mm.data.streams.stats.running` names (a sample is a document
+    and those of the run so far that `mm.data.streams.stats.summarize` names (a sample is a document
     here).
     """
 
@@ -140,7 +140,7 @@ class PackedStream(Stream):
         world: int,
     ):
         self.config, self.seed = config, seed
-        self.mine = rank_rows(config.batch_size, config.micro_batch_size, rank, world)
+        self.own_rows = rank_rows(config.batch_size, config.micro_batch_size, rank, world)
         self.sources = [source.build() for source in config.sources]
         first = self.sources[0].vocabulary
         assert first is not None
@@ -235,7 +235,7 @@ class PackedStream(Stream):
                     )
                 block, row = block + 1, 0
         micros = []
-        for numbers in self.mine:
+        for numbers in self.own_rows:
             part = [rows[i] for i in numbers]
             micros.append(
                 to_batch(
@@ -257,7 +257,7 @@ class PackedStream(Stream):
                     if s.ids is not None:
                         tokens[s.modality] = tokens.get(s.modality, 0) + len(s.ids) + 2
                         by_source[source] += len(s.ids) + 2
-        seen = carried(
+        seen = accumulate(
             cursor,
             tokens=tokens,
             source=by_source,
@@ -270,7 +270,7 @@ class PackedStream(Stream):
             "documents": sum(len(r.documents) for r in rows),
             "filtered": filtered,
             "too_long": too_long,
-            **running(seen),
+            **summarize(seen),
         }
         return Step(micros, {"step": cursor["step"] + 1, "block": block, "row": row, **seen}, stats)
 
@@ -288,8 +288,8 @@ class PackedStream(Stream):
         begin, end = self.mix.first(block), self.mix.first(block + 1)
         for s, shards in enumerate(self.sources):
             for count in range(begin[s], end[s]):
-                epoch, place = divmod(count, len(shards))
-                i = int(self._epoch_order(s, epoch)[place])
+                epoch, position = divmod(count, len(shards))
+                i = int(self._epoch_order(s, epoch)[position])
                 segments = self._segments(s, epoch, i)
                 if not segments:
                     filtered += 1
@@ -357,7 +357,7 @@ class PackedStream(Stream):
             own = key_of(self.seed, "source", source, epoch)
             self._order[key] = (
                 mixing.window_order(
-                    self.sources[source].shard_of(), self.config.window_samples, own, permute
+                    self.sources[source].shard_of(), self.config.window_samples, own
                 )
                 if self._windowed(source)
                 else permute(np.arange(n), n, own)

@@ -107,7 +107,7 @@ class ItemsStream(Stream):
 
     def __init__(self, config: ItemsConfig, seed: int, rank: int, world: int):
         self.config, self.seed = config, seed
-        self.mine = rank_rows(config.batch_size, config.micro_batch_size, rank, world)
+        self.own_rows = rank_rows(config.batch_size, config.micro_batch_size, rank, world)
         self.shards = ShardSet.open(config.path, config.split)
         if self.shards.tokenized:
             raise UserError(f"{config.path}: token shards hold no raw items; give the raw shards")
@@ -156,7 +156,7 @@ class ItemsStream(Stream):
     def advance(self, cursor: Mapping[str, int]) -> Step:
         first = cursor["step"] * self.config.batch_size
         micros = []
-        for rows in self.mine:
+        for rows in self.own_rows:
             counts = np.array([first + r for r in rows], np.int64)
             picked = self._order(counts)
             values = self.reader.batch(picked, counts, key_of(self.seed, "augment"))
@@ -168,10 +168,10 @@ class ItemsStream(Stream):
         """Item of each global sample number. (G,) int64."""
         n = len(self.numbers)
         out = np.empty(len(counts), np.int64)
-        epochs, places = np.divmod(counts, n)
+        epochs, positions = np.divmod(counts, n)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            out[here] = permute(places[here], n, key_of(self.seed, "items", int(epoch)))
+            out[here] = permute(positions[here], n, key_of(self.seed, "items", int(epoch)))
         return out
 
     def _unique(self) -> None:
@@ -274,15 +274,15 @@ def affine(images: Tensor, augment: Augment, counts: np.ndarray, key: int) -> Te
 
     (G, C, H, W) float32 -> the same; edges are repeated.
     """
-    draw = np.stack([uniform(key, counts, lane) for lane in range(1, 6)]) * 2 - 1
-    angle = np.deg2rad(augment.rotate_deg) * draw[0]
-    scale = 1 / (1 + augment.scale * draw[1])
-    mirror = np.where((draw[2] + 1) / 2 < augment.flip, -1.0, 1.0)
+    u = np.stack([uniform(key, counts, draw) for draw in range(1, 6)]) * 2 - 1
+    angle = np.deg2rad(augment.rotate_deg) * u[0]
+    scale = 1 / (1 + augment.scale * u[1])
+    mirror = np.where((u[2] + 1) / 2 < augment.flip, -1.0, 1.0)
     cos, sin = np.cos(angle) * scale, np.sin(angle) * scale
     theta = np.stack(
         [
-            np.stack([cos * mirror, -sin, 2 * augment.shift * draw[3]], -1),
-            np.stack([sin * mirror, cos, 2 * augment.shift * draw[4]], -1),
+            np.stack([cos * mirror, -sin, 2 * augment.shift * u[3]], -1),
+            np.stack([sin * mirror, cos, 2 * augment.shift * u[4]], -1),
         ],
         1,
     )

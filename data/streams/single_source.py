@@ -38,7 +38,7 @@ class DocumentStream(Stream, Generic[C]):
         world: int,
     ):
         self.config, self.seed = config, seed
-        self.mine = rank_rows(config.batch_size, config.micro_batch_size, rank, world)
+        self.own_rows = rank_rows(config.batch_size, config.micro_batch_size, rank, world)
         self.shards: ShardSet = config.source.build()
         assert self.shards.vocabulary is not None
         self.vocabulary = vocabulary or self.shards.vocabulary
@@ -63,7 +63,7 @@ class DocumentStream(Stream, Generic[C]):
         """Sample ``i`` as it stands in the shards."""
         return [Segment(member_modality(m), ids) for m, ids in self.shards.tokens(i).items()]
 
-    def transformed(self, segments: list[Segment], *draw: int | str) -> list[Segment] | None:
+    def apply_transforms(self, segments: list[Segment], *draw: int | str) -> list[Segment] | None:
         """After the transforms, which draw from ``(seed, *draw)``; None: they filter it out."""
         if not self.transform.parts:
             return segments

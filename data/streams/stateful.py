@@ -22,7 +22,7 @@ from mm.data.batching.collate import (
     Piece,
     document_length,
     document_tokens,
-    of_pieces,
+    pieces_to_batch,
 )
 from mm.data.streams.base import Step
 from mm.data.streams.packed import PackedSource
@@ -128,11 +128,11 @@ class LanesStream(DocumentStream[LanesConfig]):
             used += self.config.seq_len - free
             after |= {f"number/{lane}": number, f"place/{lane}": place}
         micros = []
-        for numbers in self.mine:
+        for numbers in self.own_rows:
             part = [
                 [piece._replace(slot=b) for piece in rows[lane]] for b, lane in enumerate(numbers)
             ]
-            batch = of_pieces(
+            batch = pieces_to_batch(
                 part,
                 self.vocabulary,
                 self.config.seq_len,
@@ -161,7 +161,7 @@ class LanesStream(DocumentStream[LanesConfig]):
         """All tokens of a sample, or the reason why it is left out."""
         if sample not in self._documents:
             epoch, i = self._index(sample)
-            segments = self.transformed(self.segments(i), key_of("lanes"), epoch, i)
+            segments = self.apply_transforms(self.segments(i), key_of("lanes"), epoch, i)
             if not segments:
                 found: DocumentTokens | str = "filtered"
             elif document_length(segments) > self.config.max_length:

@@ -11,7 +11,7 @@ from typing import Any
 GROUPS = ("tokens", "source", "samples", "rejects")  # first parts of the names in the cursor
 
 
-def carried(cursor: Mapping[str, int], **step: Mapping[Any, int]) -> dict[str, int]:
+def accumulate(cursor: Mapping[str, int], **step: Mapping[Any, int]) -> dict[str, int]:
     """Sums up to and with this step, as entries of the next cursor.
 
     Args:
@@ -28,8 +28,8 @@ def carried(cursor: Mapping[str, int], **step: Mapping[Any, int]) -> dict[str, i
     return seen
 
 
-def running(seen: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Stats of the run so far from what `carried` gave.
+def summarize(seen: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Stats of the run so far from what `accumulate` gave.
 
     ``tokens_seen`` and ``token_shares`` by modality; ``source_tokens``, ``source_shares`` (of the
     tokens), ``source_samples`` and ``sample_shares`` by number of the source; ``rejects`` by
@@ -43,14 +43,14 @@ def running(seen: Mapping[str, int]) -> dict[str, dict[str, Any]]:
         "tokens_seen": group["tokens"],
         "source_tokens": group["source"],
         "source_samples": group["samples"],
-        "token_shares": of_total(group["tokens"]),
-        "source_shares": of_total(group["source"]),
-        "sample_shares": of_total(group["samples"]),
+        "token_shares": as_shares(group["tokens"]),
+        "source_shares": as_shares(group["source"]),
+        "sample_shares": as_shares(group["samples"]),
         "rejects": group["rejects"],
     }
 
 
-def of_total(counts: Mapping[str, int]) -> dict[str, float]:
+def as_shares(counts: Mapping[str, int]) -> dict[str, float]:
     """Counts as shares of their sum."""
     total = max(1, sum(counts.values()))
     return {name: n / total for name, n in counts.items()}

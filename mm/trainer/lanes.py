@@ -52,8 +52,8 @@ class Lanes:
         with engine.whole() as module, env.autocast():
             _require_states(module)
             make: Any = module.initial_state
-            state = make(sum(map(len, stream.mine)), stream.max_length)
-        return cls(state, stream.mine)
+            state = make(sum(map(len, stream.own_rows)), stream.max_length)
+        return cls(state, stream.own_rows)
 
     def before(self, micro: int) -> State:
         """A copy of the States that micro-batch ``micro`` of this step begins from."""

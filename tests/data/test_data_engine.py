@@ -23,7 +23,7 @@ from mm.data.pack.job import pack
 from mm.data.pack.writer import write_manifest
 from mm.data.shards.index import Index, sha256
 from mm.data.shards.reader import ShardSet, read_manifest
-from mm.data.shards.remote import cached, is_url, join
+from mm.data.shards.remote import fetch, is_url, join
 from mm.data.streams.packed import PackedConfig
 from mm.errors import UserError
 
@@ -233,7 +233,7 @@ def test_the_cache_has_a_cap(served: str, tmp_path: Path, monkeypatch) -> None:
     kept = list((tmp_path / "cache/files").glob("??/*"))
     assert len(entries) > 3 and 1 <= len(kept) <= 3
     assert keys == [shards.tokens(i)["text"].tolist() for i in range(len(shards))]
-    again = cached(join(served, "tokens/train", entries[0]["name"]), entries[0]["sha256"], None)
+    again = fetch(join(served, "tokens/train", entries[0]["name"]), entries[0]["sha256"], None)
     assert again.stat().st_size == entries[0]["bytes"]
 
 

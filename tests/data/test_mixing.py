@@ -12,7 +12,7 @@ from data_toys import ToyTokenizer, token_shards
 from mm.data.pack.job import pack
 from mm.data.streams.mixing import plan, reach, window_order
 from mm.data.streams.packed import PackedConfig
-from mm.data.streams.shuffle import key_of, permute
+from mm.data.streams.shuffle import key_of
 from mm.errors import UserError
 
 
@@ -132,12 +132,12 @@ def test_reach_changes_no_more_than_it_has_to() -> None:
 
 def test_window_order_reads_shard_after_shard() -> None:
     groups = np.repeat(np.arange(20), 50)
-    order = window_order(groups, 100, key_of(3), permute)
+    order = window_order(groups, 100, key_of(3))
     assert sorted(order) == list(range(1000))
     for start in range(0, 1000, 100):
         assert len(set(groups[order[start : start + 100]])) == 2, "two shards fill a window"
     firsts = groups[order[::100]]
     assert firsts.tolist() != sorted(firsts.tolist()), "shards are permuted"
     assert (np.diff(order[:100]) == 1).mean() < 0.1, "and samples within the window"
-    assert (window_order(groups, 100, key_of(4), permute) != order).mean() > 0.5
-    assert sorted(window_order(groups[:7], 3, 1, permute)) == list(range(7))
+    assert (window_order(groups, 100, key_of(4)) != order).mean() > 0.5
+    assert sorted(window_order(groups[:7], 3, 1)) == list(range(7))

@@ -15,7 +15,7 @@ from mm.data.pack.writer import safe_key, secure_webdataset
 from mm.data.shards.inspect import inspect
 from mm.data.shards.reader import ShardSet
 from mm.data.shards.verify import verify
-from mm.data.sources.text import documents
+from mm.data.sources.text import split_documents
 from mm.errors import UserError
 from mm.specs import Waveform
 from mm.vocabulary import Vocabulary
@@ -177,7 +177,7 @@ def test_one_text_file_is_cut_and_joins_again(tmp_path: Path) -> None:
         "cuts fall on paragraph borders"
     )
     assert 0.05 < report.samples["val"] / sum(report.samples.values()) < 0.15
-    one = list(documents(iter([b"a"]), 16))
+    one = list(split_documents(iter([b"a"]), 16))
     assert one == [b"a"], "one file of one letter works"
 
 

@@ -394,8 +394,8 @@ def test_permutation_is_one_and_seeks(n: int) -> None:
         assert abs(np.corrcoef(whole, np.arange(n))[0, 1]) < 0.1
 
 
-def test_uniform_is_uniform_and_its_lanes_are_independent() -> None:
-    a, b = (uniform(3, np.arange(20000), lane) for lane in (0, 1))
+def test_uniform_is_uniform_and_its_draws_are_independent() -> None:
+    a, b = (uniform(3, np.arange(20000), draw) for draw in (0, 1))
     for x in (a, b):
         assert (
             abs(x.mean() - 0.5) < 0.01
