@@ -29,8 +29,9 @@ class Registry:
 
     every: dict[str, Registry] = {}
 
-    def __init__(self, name: str, table: dict[str, str]):
+    def __init__(self, name: str, table: dict[str, str], renamed: dict[str, str] | None = None):
         self.name = name
+        self.renamed = renamed or {}  # kinds that had another name: {"old": "new"}
         self._modules = dict(table)
         self._classes: dict[str, type[Config]] = {}
         Registry.every[name] = self
@@ -70,6 +71,8 @@ class Registry:
         """
         if kind not in self._modules:
             load_plugins()
+        if kind not in self._modules and kind in self.renamed:
+            raise UserError(f"{self.name} kind '{kind}' is called '{self.renamed[kind]}' now")
         if kind not in self._modules:
             raise UserError(f"unknown {self.name} kind '{kind}'{did_you_mean(kind, self._modules)}")
         if kind not in self._classes:
@@ -272,8 +275,9 @@ STREAMS = Registry(
         "packed": "mm.data.streams.packed",
         "bucketed": "mm.data.streams.bucketed",
         "items": "mm.data.streams.raw_items",
-        "lanes": "mm.data.streams.stateful",
+        "stateful": "mm.data.streams.stateful",
     },
+    renamed={"lanes": "stateful"},
 )
 TRANSFORMS = Registry(
     "transform",

@@ -9,7 +9,7 @@ import queue
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import Field
 
@@ -35,7 +35,12 @@ class Stream(ABC):
 
     Subclasses write `advance`. ``prefetch`` steps are made ahead in a thread; the state reflects
     what was CONSUMED.
+
+    Attributes:
+        carried_rows: rows of a step whose documents go on in the next step; 0 = none does.
     """
+
+    carried_rows: int = 0
 
     def __init__(self, plan: Mapping[str, Any], prefetch: int = 2):
         self.plan = dict(plan)  # what the order depends on; a resume under another plan is refused
@@ -102,8 +107,15 @@ class Stream(ABC):
                 + "): restore it, or train "
                 "under another run name"
             )
+        cursor = {key: int(value) for key, value in state["cursor"].items()}
+        missing = sorted(self.start().keys() - cursor.keys())
+        if missing:
+            raise UserError(
+                f"data of this run: the checkpoint's cursor has no '{missing[0]}', so an older "
+                "version wrote it: train under another run name"
+            )
         self.close()
-        self._cursor = {key: int(value) for key, value in state["cursor"].items()}
+        self._cursor = cursor
 
     def close(self) -> None:
         """Stop the thread and drop what it made ahead.
@@ -167,6 +179,9 @@ def rank_rows(batch_size: int, micro: int | None, rank: int, world: int) -> list
 
 class TokenStreamConfig(Config):
     """Base of the configs of streams of token documents."""
+
+    # True where the rows of a step go on with documents of the step before
+    continues_documents: ClassVar[bool] = False
 
     batch_size: Annotated[
         int, Field(gt=0, description="rows of one optimizer step over all processes")

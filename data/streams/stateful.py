@@ -1,9 +1,9 @@
-"""Documents that go on in the next batch: every row of a batch is a lane, which reads one document
-after the other, a window a step.
+"""Rows that continue: row r of a batch goes on where row r of the batch before it stopped.
 
-Lane l of L takes samples l, l + L, l + 2 L, ... of the order, so it depends on the seed alone, and
-the windows of a lane concatenate to its documents. A model carries each lane's State from step to
-step (`mm.trainer.lanes`), so a document may be longer than a row. L lanes, T places of a row.
+Row r of R reads samples r, r + R, r + 2 R, ... of the order, one document after the other, a window
+of ``seq_len`` tokens a step; so its documents depend on the seed alone, and the windows of a row
+join to its documents. A model carries the State of every row from step to step
+(`mm.trainer.stateful`), so a document may be longer than a window.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -31,15 +31,19 @@ from mm.data.streams.single_source import DocumentsConfig, DocumentStream
 from mm.errors import UserError
 from mm.registry import STREAMS
 
+SALT = "lanes"  # of the order: another word would change the data of every run
 
-@STREAMS.register("lanes")
-class LanesConfig(DocumentsConfig):
+
+@STREAMS.register("stateful")
+class StatefulConfig(DocumentsConfig):
     """Rows that go on where the same row of the step before stopped."""
 
-    kind: Literal["lanes"] = "lanes"
-    seq_len: Annotated[int, Field(gt=3, description="places of one window")] = 256
+    continues_documents: ClassVar[bool] = True
+
+    kind: Literal["stateful"] = "stateful"
+    seq_len: Annotated[int, Field(gt=3, description="tokens of one window")] = 256
     batch_size: Annotated[
-        int, Field(gt=0, description="lanes: rows of one optimizer step over all processes")
+        int, Field(gt=0, description="rows of one optimizer step over all processes")
     ] = 8
     max_documents: Annotated[
         int, Field(gt=0, description="documents of one row; shapes depend on it")
@@ -47,30 +51,30 @@ class LanesConfig(DocumentsConfig):
     max_length: Annotated[
         int,
         Field(gt=3, description="longer documents are left out and counted; attention without a "
-              "window keeps this many keys a lane"),
+              "window keeps this many keys a row"),
     ] = 2048  # fmt: skip
 
     @classmethod
-    def smallest(cls) -> LanesConfig:
+    def smallest(cls) -> StatefulConfig:
         return cls(source=PackedSource(path=Path("tokens")), seq_len=16, batch_size=4)
 
     @property
-    def stream(self) -> type[LanesStream]:
-        return LanesStream
+    def stream(self) -> type[StatefulStream]:
+        return StatefulStream
 
 
-class LanesStream(DocumentStream[LanesConfig]):
-    """See `LanesConfig`.
+class StatefulStream(DocumentStream[StatefulConfig]):
+    """See `StatefulConfig`.
 
     ``stats`` of the last step: padding_share, documents (begun), tokens by modality, filtered,
-    too_long. ``labels["lane"]`` of a batch (B,) int32 names the lane of each row, whose documents
-    have the row as their slot.
+    too_long. ``labels["row"]`` of a micro-batch (B,) int32 numbers its rows in the whole step;
+    the documents of its b-th row read and write State slot b.
     """
 
     def prepare(self) -> dict[str, Any]:
         config = self.config
-        self.lanes, self.max_length = config.batch_size, config.max_length
-        self._documents: dict[int, DocumentTokens | str] = {}  # of the samples that lanes are in
+        self.carried_rows, self.max_length = config.batch_size, config.max_length
+        self._documents: dict[int, DocumentTokens | str] = {}  # of the samples that rows are in
         return {
             "seq_len": config.seq_len,
             "max_documents": config.max_documents,
@@ -78,81 +82,79 @@ class LanesStream(DocumentStream[LanesConfig]):
         }
 
     def start(self) -> dict[str, int]:
-        """``number/l``: samples that lane l is done with; ``place/l``: place in the next one."""
-        lanes = range(self.config.batch_size)
-        return {"step": 0, **{f"{k}/{i}": 0 for i in lanes for k in ("number", "place")}}
+        """``number/r``: samples that row r is done with; ``index/r``: its token in the next one."""
+        rows = range(self.config.batch_size)
+        return {"step": 0, **{f"{k}/{r}": 0 for r in rows for k in ("number", "index")}}
 
     @property
     def epoch(self) -> float:
-        """Passes over the source of the lane that is behind, up to the last consumed step."""
-        done = min(self._cursor[f"number/{i}"] for i in range(self.lanes))
-        return done * self.lanes / len(self.shards)
+        """Passes over the source of the row that is behind, up to the last consumed step."""
+        done = min(self._cursor[f"number/{r}"] for r in range(self.carried_rows))
+        return done * self.carried_rows / len(self.shards)
 
     def advance(self, cursor: Mapping[str, int]) -> Step:
         after = {"step": cursor["step"] + 1}
         stats: dict[str, Any] = dict.fromkeys(("documents", "filtered", "too_long"), 0)
         rows, keys, used = [], [], 0
-        for lane in range(self.lanes):
-            number, place = cursor[f"number/{lane}"], cursor[f"place/{lane}"]
+        for r in range(self.carried_rows):
+            number, index = cursor[f"number/{r}"], cursor[f"index/{r}"]
             row, free, skipped = [], self.config.seq_len, 0
             while free and len(row) < self.config.max_documents:
-                sample = number * self.lanes + lane
+                sample = number * self.carried_rows + r
                 document = self._document(sample)
                 if isinstance(document, str):
                     stats[document] += 1
                     number, skipped = number + 1, skipped + 1
                     if skipped > max(64, len(self.shards)):
                         raise UserError(
-                            f"{self.config.source.path}: lane {lane} found no document of at most "
+                            f"{self.config.source.path}: row {r} found no document of at most "
                             f"data.max_length {self.config.max_length} in {skipped} samples: raise "
                             "it, or change the transform"
                         )
                     continue
-                n = min(free, len(document.ids) - place)
-                here = slice(place, place + n)
+                n = min(free, len(document.ids) - index)
+                here = slice(index, index + n)
                 row.append(
                     Piece(
-                        document.part(place, place + n),
+                        document.part(index, index + n),
                         document.target_modality[here],
-                        start=place,
-                        fresh=place == 0,
+                        start=index,
+                        fresh=index == 0,
                     )
                 )
-                keys.append((lane, self._key(sample)))
-                stats["documents"] += place == 0
-                free, place = free - n, place + n
-                if place == len(document.ids):
-                    number, place = number + 1, 0
+                keys.append((r, self._key(sample)))
+                stats["documents"] += index == 0
+                free, index = free - n, index + n
+                if index == len(document.ids):
+                    number, index = number + 1, 0
                     self._documents.pop(sample, None)
             rows.append(row)
             used += self.config.seq_len - free
-            after |= {f"number/{lane}": number, f"place/{lane}": place}
+            after |= {f"number/{r}": number, f"index/{r}": index}
         micros = []
         for numbers in self.own_rows:
-            part = [
-                [piece._replace(slot=b) for piece in rows[lane]] for b, lane in enumerate(numbers)
-            ]
+            part = [[piece._replace(slot=b) for piece in rows[r]] for b, r in enumerate(numbers)]
             batch = pieces_to_batch(
                 part,
                 self.vocabulary,
                 self.config.seq_len,
                 self.config.max_documents * len(part),
-                [key for lane, key in keys if lane in numbers],
+                [key for r, key in keys if r in numbers],
             )
-            lanes = torch.tensor(list(numbers), dtype=torch.int32)
-            micros.append(replace(batch, labels={**batch.labels, "lane": lanes}))
+            numbered = torch.tensor(list(numbers), dtype=torch.int32)
+            micros.append(replace(batch, labels={**batch.labels, "row": numbered}))
         seen = np.concatenate([p.tokens.modality for row in rows for p in row] or [np.zeros(0)])
         total = np.bincount(seen.astype(np.int64), minlength=1)
         ranges = {self.vocabulary.range(m).index: m for m in self.vocabulary.modalities}
         stats["tokens"] = {ranges[i]: int(n) for i, n in enumerate(total) if n and i in ranges}
-        stats["padding_share"] = 1 - used / (self.lanes * self.config.seq_len)
+        stats["padding_share"] = 1 - used / (self.carried_rows * self.config.seq_len)
         return Step(micros, after, stats)
 
     def _index(self, sample: int) -> tuple[int, int]:
         """Epoch and number in the shards of sample ``sample`` of the order."""
-        epoch, place = divmod(sample, len(self.shards))
-        own = key_of(self.seed, "lanes", epoch)
-        return epoch, int(permute(np.array([place]), len(self.shards), own)[0])
+        epoch, position = divmod(sample, len(self.shards))
+        own = key_of(self.seed, SALT, epoch)
+        return epoch, int(permute(np.array([position]), len(self.shards), own)[0])
 
     def _key(self, sample: int) -> str:
         return self.shards.key(self._index(sample)[1])
@@ -161,14 +163,14 @@ class LanesStream(DocumentStream[LanesConfig]):
         """All tokens of a sample, or the reason why it is left out."""
         if sample not in self._documents:
             epoch, i = self._index(sample)
-            segments = self.apply_transforms(self.segments(i), key_of("lanes"), epoch, i)
+            segments = self.apply_transforms(self.segments(i), key_of(SALT), epoch, i)
             if not segments:
                 found: DocumentTokens | str = "filtered"
             elif document_length(segments) > self.config.max_length:
                 found = "too_long"
             else:
                 found = document_tokens(segments, self.vocabulary)
-            while len(self._documents) > 4 * self.lanes:  # a stream that was moved left some
+            while len(self._documents) > 4 * self.carried_rows:  # a stream that was moved left some
                 self._documents.pop(next(iter(self._documents)))
             self._documents[sample] = found
         return self._documents[sample]

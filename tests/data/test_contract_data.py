@@ -24,7 +24,7 @@ from mm.data.shards.reader import ShardSet
 from mm.data.streams.bucketed import BucketedConfig
 from mm.data.streams.packed import PackedConfig
 from mm.data.streams.raw_items import ItemsConfig
-from mm.data.streams.stateful import LanesConfig
+from mm.data.streams.stateful import StatefulConfig
 from mm.errors import UserError
 from mm.registry import SOURCES, STREAMS, TRANSFORMS
 from mm.specs import Segment, TokenSpec
@@ -82,7 +82,7 @@ CASES: dict[str, Callable[[Path], Config]] = {
     "bucketed": lambda d: BucketedConfig(
         source={"path": d / "tokens"}, buckets=(2, 3), batch_size=4, tokens=800, transform=[DROP]
     ),
-    "lanes": lambda d: LanesConfig(
+    "stateful": lambda d: StatefulConfig(
         source={"path": d / "tokens"}, seq_len=11, batch_size=4, max_documents=3, max_length=80
     ),
     "items": lambda d: ItemsConfig(

@@ -24,7 +24,7 @@ from mm.data.shards.verify import verify
 from mm.data.streams.bucketed import BucketedConfig
 from mm.data.streams.packed import PackedConfig
 from mm.data.streams.raw_items import ItemsConfig
-from mm.data.streams.stateful import LanesConfig
+from mm.data.streams.stateful import StatefulConfig
 from mm.errors import UserError
 from mm.model.model import Model
 from mm.run import Run
@@ -229,8 +229,9 @@ def test_one_document_a_sample_with_a_span_for_each_segment(data: Path) -> None:
     whole = [sum(len(ids) + 2 for ids in by_key[shards.key(i)].values()) for i in range(N)]
     assert other.lengths.tolist() == whole
     other.close()
-    lanes = LanesConfig(source={"path": data / "tokens"}, seq_len=96, batch_size=4, prefetch=0)
-    (b,) = lanes.build(seed=1).next()
+    tokens = {"path": data / "tokens"}
+    stateful = StatefulConfig(source=tokens, seq_len=96, batch_size=4, prefetch=0)
+    (b,) = stateful.build(seed=1).next()
     first = b.ids[0, b.layout.fields.document[0] == 1, 0].numpy()
     want = spans(v, by_key[b.keys[0]])
     assert first.tolist() == want[: len(first)] and len(first) > 0

@@ -18,10 +18,12 @@ from mm.data.streams.mixing import shares
 from mm.data.streams.packed import Document, PackedConfig, first_fit
 from mm.data.streams.raw_items import Augment, ItemsConfig, affine, fit_image, loudness
 from mm.data.streams.shuffle import generator, permute, uniform
+from mm.data.streams.stateful import StatefulConfig
 from mm.data.transforms.any_to_any import AnyToAnyConfig, parse_task
 from mm.data.transforms.chunk import ChunkConfig
 from mm.data.transforms.compose import chain
 from mm.errors import UserError
+from mm.registry import STREAMS
 from mm.specs import Segment, TokenSpec
 from mm.vocabulary import merged
 
@@ -404,3 +406,14 @@ def test_uniform_is_uniform_and_its_draws_are_independent() -> None:
             and x.max() < 1
         )
     assert abs(np.corrcoef(a, b)[0, 1]) < 0.03 and abs(np.corrcoef(a[1:], a[:-1])[0, 1]) < 0.03
+
+
+def test_an_old_kind_and_an_old_cursor_are_refused_by_name(data: Path) -> None:
+    with pytest.raises(UserError, match="data kind 'lanes' is called 'stateful' now"):
+        STREAMS.get("lanes")
+    config = StatefulConfig(source={"path": data / "tokens"}, seq_len=64, batch_size=2, prefetch=0)  # type: ignore[arg-type]
+    stream = config.build()
+    state = stream.state_dict()
+    state["cursor"] = {k.replace("index/", "place/"): n for k, n in state["cursor"].items()}
+    with pytest.raises(UserError, match="the checkpoint's cursor has no 'index/0'"):
+        stream.load_state_dict(state)

@@ -194,8 +194,8 @@ def test_the_shipped_runs_train(tmp_path: Path, name: str, monkeypatch: pytest.M
         assert rows[-1]["loss/masked"] < rows[0]["loss/masked"]
 
 
-def test_lanes_are_refused(tmp_path: Path) -> None:
-    data = {"kind": "lanes", "source": {"path": tmp_path}}
+def test_a_stream_that_cuts_documents_is_refused(tmp_path: Path) -> None:
+    data = {"kind": "stateful", "source": {"path": tmp_path}}
     values = {
         "name": "x",
         "model": {"kind": "lm", "mask": "prefix"},
