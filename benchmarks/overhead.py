@@ -93,7 +93,7 @@ def _outside(step: dict[str, tuple[float, float]]) -> tuple[float, float]:
 
 def prepare(out: Path, size: str, steps: int) -> dict[str, Any]:
     """Pack data once and return the config of the run."""
-    from mm.data.pack import pack
+    from mm.data.pack.job import pack
     from mm.faults.bench import Codes
 
     tokens = out / "tokens"

@@ -33,7 +33,7 @@ stages:
 
 def prepare(out: Path) -> Path:
     """Tokenise this repository's own Python files as bytes, and write the run's YAML."""
-    from mm.data.pack import pack
+    from mm.data.pack.job import pack
     from mm.tokenizers.text.bytes import BytesConfig
 
     out.mkdir(parents=True, exist_ok=True)

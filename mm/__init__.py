@@ -16,7 +16,7 @@ _EXPORTS = {
     "Vocabulary": "mm.vocabulary",
     "generate": "mm.decoders.generate",
     "load_tokenizer": "mm.tokenizers.load",
-    "pack": "mm.data.pack",
+    "pack": "mm.data.pack.job",
     "train": "mm.trainer.loop",
 }
 __all__ = sorted(_EXPORTS)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -273,11 +273,12 @@ SOURCES = Registry(
 STREAMS = Registry(
     "data",
     {
-        "packed": "mm.data.packed",
-        "bucketed": "mm.data.bucketed",
-        "items": "mm.data.items",
-        "lanes": "mm.data.lanes",
+        "packed": "mm.data.streams.packed",
+        "bucketed": "mm.data.streams.bucketed",
+        "items": "mm.data.streams.raw_items",
+        "stateful": "mm.data.streams.stateful",
     },
+    renamed={"lanes": "stateful"},
 )
 TRANSFORMS = Registry(
     "transform",

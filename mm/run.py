@@ -185,10 +185,11 @@ class Run(Config):
             why = refusal(self.engine.stage, stage.schedule.shape) if refusal else None
             if why:
                 raise ValueError(f"stages.{i}: {why}")
-            if getattr(self.model, "mask", None) == "prefix" and stage.data.kind == "lanes":
+            goes_on = getattr(stage.data, "continues_documents", False)
+            if getattr(self.model, "mask", None) == "prefix" and goes_on:
                 raise ValueError(
-                    f"stages.{i}.data: lanes cut documents, and a prefix is read in one piece; "
-                    "take packed or bucketed, or model.mask causal"
+                    f"stages.{i}.data: '{stage.data.kind}' cuts documents, and a prefix is read in "
+                    "one piece; take packed or bucketed, or model.mask causal"
                 )
         if self.engine.compile and self.engine.zero_stage == 3:
             raise ValueError(

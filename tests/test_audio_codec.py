@@ -344,7 +344,7 @@ def test_shipped_configs_build_and_fill(path):
 def test_the_trainer_trains_codec_and_critic_into_a_tokenizer_folder(tmp_path):
     import soundfile
 
-    from mm.data.pack import pack
+    from mm.data.pack.job import pack
     from mm.trainer.loop import train
 
     (tmp_path / "wav").mkdir()

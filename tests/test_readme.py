@@ -26,7 +26,7 @@ from PIL import Image
 import mm
 from mm import config as configs
 from mm.cli import main as cli
-from mm.data.decode import EXTENSIONS
+from mm.data.modalities.decode import EXTENSIONS
 from mm.registry import TOKENIZERS
 
 ROOT = Path(__file__).resolve().parents[1]

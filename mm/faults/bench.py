@@ -70,7 +70,7 @@ class Bench:
         environment.prepare()
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(
-            ["mm.faults.warm", "mm.faults.child", "mm.trainer.loop", "mm.data.packed"]
+            ["mm.faults.warm", "mm.faults.child", "mm.trainer.loop", "mm.data.streams.packed"]
         )
         self._wholes: dict[str, Path] = {}
         self._n = 0
@@ -79,7 +79,7 @@ class Bench:
     def _shards(self, name: str) -> Path:
         from PIL import Image
 
-        from mm.data.pack import pack
+        from mm.data.pack.job import pack
 
         raw, out = self.root / f"raw-{name}", self.root / f"tokens-{name}"
         raw.mkdir()

@@ -179,7 +179,7 @@ def _bombs(bench: Bench, quick: bool) -> Iterator[str]:
 
     from PIL import Image
 
-    from mm.data.pack import pack
+    from mm.data.pack.job import pack
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
@@ -355,7 +355,7 @@ def _pickles(bench: Bench, quick: bool) -> Iterator[str]:
     lost = _resumed(bench, config, ended, KILLED)
     yield "code of the pickle ran" if trap.exists() else lost
 
-    from mm.data.pack import pack
+    from mm.data.pack.job import pack
 
     raw = bench.root / bench.fresh("pickles.tar")
     with tarfile.open(raw, "w") as tar:

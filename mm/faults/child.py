@@ -238,7 +238,7 @@ def _wandb_down(trainer: Any, options: Mapping[str, Any]) -> None:
 
 def _halves(trainer: Any, options: Mapping[str, Any]) -> None:
     """Rank 0 of 2 sees text only, rank 1 images only; a single process sees both."""
-    from mm.data.packed import PackedConfig
+    from mm.data.streams.packed import PackedConfig
     from mm.launch import environment
     from mm.trainer.stage import build
 

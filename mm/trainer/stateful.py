@@ -1,9 +1,9 @@
 """States of documents that go on in the next batch: of every lane, carried from step to step.
 
-A stream that has ``lanes`` (mm/data/lanes.py) makes the trainer call the model with the State that
-the lane's last window left. Back-propagation stops at the border of a step. Checkpoints hold the
-States of all lanes in their order, so another number of processes takes its own ones. N lanes of
-this rank.
+A stream with ``carried_rows`` (`mm.data.streams.stateful`) makes the trainer call the model with
+the State that the lane's last window left. Back-propagation stops at the border of a step.
+Checkpoints hold the States of all lanes in their order, so another number of processes takes its
+own ones. N lanes of this rank.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class Lanes:
 
         Raises UserError when the model has no State.
         """
-        if not getattr(stream, "lanes", 0):
+        if not getattr(stream, "carried_rows", 0):
             return None
         with engine.whole() as module, env.autocast():
             _require_states(module)
             make: Any = module.initial_state
-            state = make(sum(map(len, stream.mine)), stream.max_length)
-        return cls(state, stream.mine)
+            state = make(sum(map(len, stream.own_rows)), stream.max_length)
+        return cls(state, stream.own_rows)
 
     def before(self, micro: int) -> State:
         """A copy of the States that micro-batch ``micro`` of this step begins from."""
@@ -107,12 +107,14 @@ def _of_all(leaf: Tensor) -> Tensor:
 
 def _require_states(module: nn.Module) -> None:
     if not hasattr(module, "initial_state"):
-        raise UserError(f"data 'lanes': a {type(module).__name__} carries no State between batches")
+        raise UserError(
+            f"data 'stateful': a {type(module).__name__} carries no State between batches"
+        )
     for name, part in module.named_modules():
         if isinstance(part, Mixer) and not part.caps.step:
             raise UserError(
-                f"data 'lanes': {name} ({type(part).__name__}) has no State to carry to the next "
-                "batch; use another mixer, or data 'packed'"
+                f"data 'stateful': {name} ({type(part).__name__}) has no State to carry to the "
+                "next batch; use another mixer, or data 'packed'"
             )
 
 

@@ -12,9 +12,9 @@ import torch
 from data_toys import token_shards
 from trainer_runs import losses, torchrun
 
-from mm.data.collate import document_tokens, to_batch
-from mm.data.lanes import LanesConfig
-from mm.data.shards import ShardSet
+from mm.data.batching.collate import document_tokens, to_batch
+from mm.data.shards.reader import ShardSet
+from mm.data.streams.stateful import StatefulConfig
 from mm.errors import UserError
 from mm.model.model import Model
 from mm.run import Run
@@ -38,15 +38,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def stream_of(data: Path, **kw: Any) -> LanesConfig:
+def stream_of(data: Path, **kw: Any) -> StatefulConfig:
     base: dict[str, Any] = {"seq_len": 11, "batch_size": 4, "max_documents": 3, "max_length": 64}
-    return LanesConfig(source={"path": data / "tokens"}, **(base | kw))  # type: ignore[arg-type]
+    return StatefulConfig(source={"path": data / "tokens"}, **(base | kw))  # type: ignore[arg-type]
 
 
 def make_run(root: Path, out: Path, name: str, *, steps: int = 6, **change: Any) -> Run:
     backbone = {"kind": "stack", "mixers": MIXERS, "ffn": {"kind": "swiglu", "hidden": 32}}
     backbone |= {"pattern": change.pop("pattern", "rg_lru attention")}
-    lanes = {"kind": "lanes", "source": {"path": str(root / "tokens")}, "max_length": 64}
+    lanes = {"kind": "stateful", "source": {"path": str(root / "tokens")}, "max_length": 64}
     sizes = {"seq_len": 11, "batch_size": 4, "max_documents": 3}
     return Run.model_validate(
         {
@@ -76,7 +76,7 @@ def test_windows_of_a_lane_concatenate_to_its_documents(data: Path) -> None:
     ids, targets, weights = (defaultdict(list) for _ in range(3))
     for _ in range(40):
         for b in stream.next():
-            lanes = b.labels["lane"].tolist()
+            lanes = b.labels["row"].tolist()
             assert len(lanes) == 2
             for row, lane in enumerate(lanes):
                 n = int((b.layout.fields.document[row] > 0).sum())
@@ -203,7 +203,7 @@ def test_micro_batches_carry_their_own_lanes(data: Path, tmp_path: Path) -> None
 
 
 def test_a_model_without_state_is_refused_by_name(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data 'lanes': backbone.layers.0.mixer \(FNet\) has no S"):
+    with pytest.raises(UserError, match=r"'stateful': backbone.layers.0.mixer \(FNet\) has no S"):
         train(make_run(data, tmp_path, "no", pattern="fnet"))
 
 

@@ -142,7 +142,7 @@ def _raw(modality: str, value: str) -> Any:
         return value
     if modality == "bytes":
         return value.encode()
-    from mm.data.decode import BadSample, decode
+    from mm.data.modalities.decode import BadSample, decode
 
     try:
         return decode(modality, Path(value).read_bytes())
