@@ -18,7 +18,7 @@ from mm.config import Config
 from mm.kernels.linear_scan import linear_scan
 from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
 from mm.model.linears.dense import DenseConfig
-from mm.model.scan_state import Hidden, scanned
+from mm.model.mixers.ssm.scan import Hidden, scanned
 from mm.registry import MIXERS
 from mm.state import State
 

@@ -17,11 +17,11 @@ from mm.layout import Fields
 from mm.model.backbones.stack import Stack, StackConfig
 from mm.model.layer import Block, Caps, Ctx, Linear, Out, Position
 from mm.model.linears.dense import DenseConfig
-from mm.model.mixers.cached import CachedAttention, HeadsConfig, Sizes
-from mm.model.mixers.kv import KV, DraftKV, advance
+from mm.model.mixers.attention.base import CachedAttention, HeadsConfig, Sizes
+from mm.model.mixers.attention.kv_cache import KV, DraftKV, advance
 from mm.model.norm import RMSNorm
 from mm.model.recompute import Recompute
-from mm.model.rows import Docs, paired
+from mm.model.varlen import Docs, paired
 from mm.registry import BACKBONES, BLOCKS, CHANNELS
 from mm.state import Many, State
 
