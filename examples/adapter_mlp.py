@@ -2,7 +2,8 @@
 
 G items, L their length, C features, D model.
 
-    model: {adapters: {image: {kind: mlp, d_in: 768}}}   # with imports: [examples.adapter_mlp]
+    mm train configs/quickstart/backbone.yaml "imports=[examples.adapter_mlp]" \
+        "model.adapters={image: {kind: mlp, d_in: 768}}"
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 B rows, T tokens, D model, F hidden.
 
-    mm train configs/quickstart/backbone.yaml imports=[examples.ffn_relu2] \
+    mm train configs/quickstart/backbone.yaml "imports=[examples.ffn_relu2]" \
         model.backbone.channel="{kind: relu2, hidden: 512}"
 """
 

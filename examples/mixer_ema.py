@@ -2,7 +2,7 @@
 
 B rows, T tokens, D model.
 
-    mm train configs/quickstart/backbone.yaml imports=[examples.mixer_ema] \
+    mm train configs/quickstart/backbone.yaml "imports=[examples.mixer_ema]" \
         model.backbone.pattern="2*ema attention"
 """
 

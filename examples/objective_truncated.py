@@ -1,4 +1,10 @@
-"""Next-token prediction that gives up on hopeless targets: a wrong caption teaches nothing."""
+"""An objective: next-token prediction that gives up on hopeless targets.
+
+A wrong caption then teaches nothing. P places.
+
+    mm train configs/quickstart/backbone.yaml "imports=[examples.objective_truncated]" \
+        stages.0.objective.kind=truncated_next_token stages.0.objective.cap=6.0
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""8-bit mu-law samples: one id a sample, nothing to train."""
+"""A tokenizer: 8-bit mu-law samples, one id a sample, nothing to train. N samples.
+
+    mm tokenizer train configs/tokenizer/text.yaml "imports=[examples.tokenizer_mu_law]" \
+        "tokenizer={kind: mu_law}" --data SHARDS --out DIR
+
+A saved folder does not say where its code is: `mm data pack --tokenizers` finds this one once it
+stands in `mm/registry.py` or is announced by a package in the entry-point group ``mm.plugins``.
+"""
 
 from __future__ import annotations
 
