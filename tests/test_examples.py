@@ -84,8 +84,8 @@ def test_the_commands_of_the_examples_resolve() -> None:
 def test_the_laws_hold_for_an_example(name: str) -> None:
     files, chosen, least = LAWS[name]
     said = run(
-        "-m", "pytest", *files, "-p", f"examples.{name}", "-k", chosen, "-p", "no:cacheprovider", "-p",
-        "no:xdist",
+        "-m", "pytest", *files, "-p", f"examples.{name}", "-k", chosen, "-p", "no:cacheprovider",
+        "-p", "no:xdist",
     )  # fmt: skip
     passed = re.search(r"(\d+) passed", said)
     assert passed is not None and int(passed.group(1)) >= least, said[-500:]
