@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mm.data.modalities.decode import NATIVE, Limits
+from mm.data.modalities.base import Modality, get_modality, sort_key, table
 from mm.data.pack.encode import Encoder, open_tokenizers, vocabulary_of
 from mm.data.pack.output import Run
 from mm.data.pack.pool import batches
@@ -85,7 +85,7 @@ def pack(
     segments: bool = False,
     tokenized: bool = False,
     license: str = "",
-    limits: Limits | None = None,
+    limits: Mapping[str, Mapping[str, Any]] | None = None,
     dedupe: str | None = None,
     workers: int | None = None,
     progress: bool = True,
@@ -121,7 +121,7 @@ def pack(
             also a ``tokenizer.json``; default the one beside ``src``), whose fingerprint goes into
             the shards.
         license: goes into the manifest.
-        limits: largest image, recording and text.
+        limits: settings of modalities, such as {"image": {"max_pixels": 10**6}}.
         dedupe: leave out samples whose content came before: "sample" compares all modalities, a
             modality's name that one alone.
         workers: processes that read, check and encode samples; they join a pack that takes longer
@@ -150,11 +150,13 @@ def pack(
         given["tokenized"] = [spec.modality for spec in specs]
     origin = open_source(src, source, given, val_share)
     _check_settings(split, val_share, max_bad, shard_mb)
-    if dedupe is not None and dedupe not in (known := ("sample", *sorted(NATIVE))):
+    if dedupe is not None and dedupe not in (known := ("sample", *sorted(table().modalities))):
         raise UserError(f"--dedupe {dedupe}: unknown{did_you_mean(dedupe, known)}")
     if src.resolve() in (out.resolve(), *(out.resolve().parents if src.is_dir() else ())):
         raise UserError(f"--out {out} lies in the source {src}; choose another folder")
-    limits = limits or Limits()
+    modalities = {m: get_modality(m, (limits or {}).get(m)) for m in table().modalities}
+    for m in limits or {}:
+        get_modality(m)
     encoder: Encoder | TokenIds | None = None
     words: Vocabulary | None = None
     old = Vocabulary.load(vocabulary) if isinstance(vocabulary, (str, Path)) else vocabulary
@@ -162,12 +164,12 @@ def pack(
         words, encoder = merged(specs, old), TokenIds(specs)
     elif tokenizers is not None:
         opened = open_tokenizers(tokenizers)
-        words, encoder = vocabulary_of(opened, old), Encoder(opened, limits)
+        words, encoder = vocabulary_of(opened, old), Encoder(opened, modalities)
     settings = {k: v for k, v in given.items() if v is not None and k != "root"} | {
         "split": split,
         "val_share": val_share,
         "shard_mb": shard_mb,
-        "limits": limits._asdict(),
+        "limits": _limits(modalities),
         "vocabulary": words.fingerprint if words else None,
         "tokenizers": sorted(encoder.tokenizers) if encoder else None,
     }
@@ -189,7 +191,7 @@ def pack(
             # A batch is the same after a restart: the journal is written between two of them.
             rest = islice(origin, run.records, None)
             ready = batches(
-                rest, Work(limits, dedupe, encoder), BATCH if encoder else 1, workers or cores()
+                rest, Work(modalities, dedupe, encoder), BATCH if encoder else 1, workers or cores()
             )
             with contextlib.closing(ready):  # ends the workers whatever happens here
                 shown = ready
@@ -213,7 +215,7 @@ def pack(
                 f"{src}: nothing to pack; {run.reasons() or 'the source has no sample'}"
             )
         entries = run.finish()
-        found = sorted({m for entry in entries.values() for m in entry["lengths"]}, key=_rank)
+        found = sorted({m for entry in entries.values() for m in entry["lengths"]}, key=sort_key)
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
@@ -305,9 +307,20 @@ def _license(src: Path) -> str:
     return str(read_manifest(src).get("license", "")) if (src / MANIFEST).is_file() else ""
 
 
-def _rank(modality: str) -> tuple[int, str]:
-    order = ("text", "bytes", "image", "audio")
-    return (order.index(modality) if modality in order else len(order), modality)
+# Packs have always named these limits; others are named where they are set, so that a new modality
+# leaves the packs of before what they are.
+_ALWAYS = frozenset({"max_text_bytes", "max_pixels", "max_seconds"})
+
+
+def _limits(modalities: Mapping[str, Modality]) -> dict[str, Any]:
+    """Settings of the modalities, as the manifest names them."""
+    named = {}
+    for m in modalities.values():
+        for name, info in type(m).model_fields.items():
+            value = getattr(m, name)
+            if name in _ALWAYS or (name != "kind" and value != info.default):
+                named[name if name in _ALWAYS else f"{m.kind}.{name}"] = value
+    return dict(sorted(named.items()))
 
 
 def _bar(

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mm.data.modalities.decode import encode_tokens
 from mm.data.pack.encode import Encoder, Item, Result
 from mm.data.pack.pretokenized import TokenIds
 from mm.data.pack.worker import PreparedRecord
 from mm.data.pack.writer import PROGRESS, SAMPLES, SplitWriter, safe_key
 from mm.data.shards.members import sum_by_modality
 from mm.data.shards.reader import QUARANTINE
+from mm.data.shards.token_codec import encode_tokens
 from mm.data.sources.base import SAFE_SPLIT, SPLITS, Record
 from mm.data.sources.folder import metadata
 from mm.data.streams.shuffle import key_of

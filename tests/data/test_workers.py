@@ -196,12 +196,14 @@ def test_what_cannot_be_sent_is_done_here(
     quiet(src, tmp_path / "a", 2, tokenizers={"text": Local("text", 64)})
     assert not started and "packing in one process" in caplog.text
 
-    from mm.data.modalities.decode import Limits
+    from mm.data.modalities.base import table
     from mm.data.pack.worker import Work
 
     def records() -> Iterator[Record]:
         for i in range(40):
             yield Record(f"k{i}", "here", {"text": lambda i=i: b"text %d" % i})
 
-    done = [p for b in batches(records(), Work(Limits(), None, None), 1, 2) for p in b.items]
+    done = [
+        p for b in batches(records(), Work(table().modalities, None, None), 1, 2) for p in b.items
+    ]
     assert [p.raws for p in done] == [{"text": b"text %d" % i} for i in range(40)] and started
