@@ -16,7 +16,7 @@ from pydantic import Field
 from mm.batch import Batch
 from mm.config import Config
 from mm.errors import UserError
-from mm.registry import TRANSFORMS
+from mm.registry import TransformField
 from mm.vocabulary import Vocabulary
 
 
@@ -190,7 +190,7 @@ class TokenStreamConfig(Config):
         int, Field(gt=0, description="rows of one process at a time, of batch_size's; default all")
     ] | None = None  # fmt: skip
     transform: Annotated[
-        tuple[TRANSFORMS.field, ...],  # type: ignore[valid-type]
+        tuple[TransformField, ...],
         Field(description="before the objective's own"),
     ] = ()
     prefetch: Annotated[int, Field(ge=0, description="steps made ahead")] = 2

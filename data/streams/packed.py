@@ -30,7 +30,7 @@ from mm.data.streams.stats import accumulate, summarize
 from mm.data.transforms.chunk import window
 from mm.data.transforms.compose import Chain, chain
 from mm.errors import UserError
-from mm.registry import STREAMS, TRANSFORMS
+from mm.registry import STREAMS, TransformField
 from mm.specs import Segment
 from mm.vocabulary import Vocabulary
 
@@ -47,7 +47,7 @@ class PackedSource(Config):
     # Relative to the other sources; {samples drawn: weight} is linear between its points:
     weight: Weight = 1.0
     # Instead of the stage's own:
-    transform: tuple[TRANSFORMS.field, ...] | None = None  # type: ignore[valid-type]
+    transform: tuple[TransformField, ...] | None = None
 
     def build(self) -> ShardSet:
         shards = ShardSet.open(self.path, self.split)

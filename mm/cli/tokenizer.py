@@ -64,9 +64,9 @@ def train(
             assignments.append(f"stages.0.data.path={data}")
         if out is not None:
             assignments += [f"name={out.name}", f"out={out.parent}"]
-        from mm.trainer import trainer
+        from mm.trainer import loop
 
-        result = trainer.train(config, assignments)
+        result = loop.train(config, assignments)
     if is_main():
         figures(f"Tokenizer {out or config}", result)
         if out:

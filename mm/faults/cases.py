@@ -18,9 +18,9 @@ import numpy as np
 
 from mm.faults.bench import Bench, Ended, differences
 from mm.faults.wandb_server import DOWN, wandb_server
-from mm.trainer import checkpoint
-from mm.trainer.heartbeat import HUNG
-from mm.trainer.trainer import INTERRUPTED
+from mm.trainer.checkpoint import format as checkpoint
+from mm.trainer.health.heartbeat import HUNG
+from mm.trainer.health.signals import INTERRUPTED
 
 KILLED, USER_ERROR = -9, 2
 

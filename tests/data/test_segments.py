@@ -28,8 +28,8 @@ from mm.data.streams.stateful import StatefulConfig
 from mm.errors import UserError
 from mm.model.model import Model
 from mm.run import Run
-from mm.trainer import metrics
-from mm.trainer.trainer import train
+from mm.trainer.log import metrics
+from mm.trainer.loop import train
 from mm.vocabulary import Vocabulary
 
 # Modalities of sample i: several of one, in another order each time.

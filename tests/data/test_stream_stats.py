@@ -13,8 +13,8 @@ from data_toys import token_shards
 from mm.data.shards.reader import VOCABULARY
 from mm.report import build_report
 from mm.run import Run
-from mm.trainer import metrics
-from mm.trainer.trainer import train
+from mm.trainer.log import metrics
+from mm.trainer.loop import train
 
 
 @pytest.fixture(autouse=True)

@@ -26,8 +26,8 @@ from mm.objectives.next_token import NextTokenConfig
 from mm.registry import NETWORKS
 from mm.run import Run
 from mm.specs import Segment
-from mm.trainer import metrics
-from mm.trainer.trainer import train
+from mm.trainer.log import metrics
+from mm.trainer.loop import train
 from mm.vocabulary import MASK, NULL
 
 TEXT, IMAGE = VOCABULARY.range("text"), VOCABULARY.range("image")

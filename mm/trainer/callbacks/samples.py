@@ -21,7 +21,7 @@ from mm.registry import CALLBACKS
 from mm.trainer.callbacks.base import Callback
 
 if TYPE_CHECKING:
-    from mm.trainer.trainer import Trainer
+    from mm.trainer.loop import Trainer
 
 log = logging.getLogger("mm.trainer")
 
@@ -164,18 +164,18 @@ def _reconstruct(
         own = table().modalities.get(modality)
         if own is None or not own.reconstruction:
             continue
-        tap = own.reconstruction
         batch = Batch.of_values({modality: Values.items(data, kept["length"])}).to(device)
         with torch.no_grad():
-            again = module(batch, want=frozenset({tap})).taps[tap].float().cpu()
+            out = module(batch, return_intermediates=frozenset({own.reconstruction}))
+        again = out.intermediates[own.reconstruction].float().cpu()
         rate = getattr(
             module, "sample_rate", getattr(getattr(module, "config", None), "sample_rate", 16000)
         )
-        out = []
+        made = []
         for i, (a, b, n) in enumerate(zip(data, again, kept["length"].tolist(), strict=True)):
             for what, x in (("original", a), ("reconstruction", b)):
-                out.append((f"{modality}{i}_{what}", own.from_network(x, n, int(rate))))
-        return out
+                made.append((f"{modality}{i}_{what}", own.from_network(x, n, int(rate))))
+        return made
     return []
 
 

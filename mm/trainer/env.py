@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,142 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mm.batch import Batch
-from mm.config import Config
-from mm.errors import UserError
-from mm.model.layer import Block, ModelOut, init_weights
-from mm.objectives.objective import Network, Objective
-from mm.run import Run
-from mm.trainer.checkpoint import Saved
-from mm.trainer.engine import Engine
-from mm.trainer.lanes import Lanes
-from mm.trainer.metrics import Tally
-
-
-def build(config: Config, **offered: Any) -> Any:
-    """Call ``config.build`` with those of ``offered`` that it names: a build declares only what it
-    needs.
-    """
-    known = inspect.signature(config.build).parameters
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    return config.build(**{k: v for k, v in offered.items() if takes_all or k in known})
-
-
-def all_networks(run: Run, objective: Objective) -> dict[str, Network]:
-    """The model and the objective's own networks.
-
-    An average takes the config of what it follows where it has none. Raises UserError when that is
-    not a trained network.
-    """
-    networks = {"model": Network(run.model), **objective.networks}
-    for name, network in networks.items():
-        if network.mode == "ema":
-            of = networks.get(network.of or "")
-            if of is None or of.mode != "train":
-                raise UserError(
-                    f"objective: network '{name}' follows '{network.of}', which is not trained"
-                )
-            networks[name] = network._replace(config=network.config or of.config)
-    return networks
-
-
-def make_module(config: Config, vocabulary: Any, seed: int, device: torch.device) -> nn.Module:
-    """Build and fill a network; the same weights on every rank."""
-    torch.manual_seed(seed)
-    with torch.device(device):
-        module = build(config, vocabulary=vocabulary)
-        init_weights(module)
-    return module
-
-
-def compile_blocks(module: nn.Module) -> None:
-    """Let torch.compile make code of every block of a network (of all of it, if it has none), in
-    place: names and parameters stay.
-
-    Blocks of one config share their code. A block whose documents have a new shape is compiled
-    once more, then for all shapes.
-    """
-    import torch._dynamo.config as dynamo
-
-    parts = [m for m in module.modules() if isinstance(m, Block)] or [module]
-    # each kind of block twice or more, all under the one `forward` of their class
-    dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(parts))
-    for part in parts:
-        part.compile()
-
-
-def load_weights(module: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
-    """Copy full tensors into parameters and buffers.
-
-    Raises UserError when a name or shape does not fit.
-    """
-    own = module.state_dict(keep_vars=True)
-    for name, tensor in weights.items():
-        if name not in own or own[name].shape != tensor.shape:
-            have = tuple(own[name].shape) if name in own else "absent"
-            raise UserError(
-                f"{origin}: '{name}' is {tuple(tensor.shape)} there and {have} in the model; "
-                "it was made by another model config: use another run name"
-            )
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            own[name].copy_(tensor)
-    unset = {n for n, _ in module.named_parameters()} - set(weights)
-    if unset:
-        raise UserError(
-            f"{origin}: has no '{min(unset)}'; it was made by another model config: "
-            "use another run name"
-        )
-
-
-class Averages:
-    """The networks of mode "ema": whole on every rank, without gradients, after each applied step
-    of what they follow ``average = decay average + (1 - decay) weights``; buffers are copied.
-
-    Args:
-        networks: all of the stage.
-        engines: those that train.
-        frozen: raw modules, the averages among them.
-        saved: the checkpoint, if any; an average that is not in it begins as what it follows.
-    """
-
-    def __init__(
-        self,
-        networks: Mapping[str, Network],
-        engines: Mapping[str, Engine],
-        frozen: Mapping[str, nn.Module],
-        saved: Saved | None,
-    ):
-        self._networks = {k: n for k, n in networks.items() if n.mode == "ema"}
-        self._engines, self._frozen = engines, frozen
-        for name, network in self._networks.items():
-            if saved is None or not saved.has(name):
-                self._move(name, str(network.of), 0.0)
-
-    def follow(self, source: str) -> None:
-        """Move the averages of ``source``. Call on all ranks."""
-        for name, network in self._networks.items():
-            if network.of == source:
-                self._move(name, source, network.decay)
-
-    @torch.no_grad()
-    def _move(self, name: str, source: str, decay: float) -> None:
-        mine = self._frozen[name]
-        learned = {n for n, _ in mine.named_parameters()}
-        with self._engines[source].whole() as module:
-            theirs = module.state_dict()
-            for key, value in mine.state_dict().items():
-                if key in learned:
-                    value.lerp_(theirs[key].to(value), 1 - decay)
-                else:
-                    value.copy_(theirs[key])
-
-    def saved(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
-        """What a checkpoint keeps of them: weights and buffers on the CPU, no optimizer states."""
-        out = {}
-        for name in self._networks:
-            state = self._frozen[name].state_dict()
-            out[name] = ({k: v.to("cpu", copy=True) for k, v in state.items()}, {})
-        return out
+from mm.model.layer import ModelOut
+from mm.trainer.engine.deepspeed import Engine
+from mm.trainer.log.metrics import Tally
+from mm.trainer.stateful import Lanes
 
 
 class Nets(Mapping[str, Callable[..., ModelOut]]):
@@ -175,7 +42,7 @@ class Nets(Mapping[str, Callable[..., ModelOut]]):
             raise KeyError(f"the objective declared no network '{name}', only {', '.join(self)}")
 
         def call(batch: Batch, **kw: Any) -> ModelOut:
-            kw.setdefault("knobs", self.env.knobs)
+            kw.setdefault("scheduled", self.env.scheduled)
             kw.setdefault("seed", self.env.seed_of(batch))
             lanes = self.lanes if name == "model" else None
             if lanes is not None:
@@ -207,7 +74,7 @@ class TrainerEnv:
         self.device = device
         self.step = 0
         self.rng = torch.Generator(device=device)
-        self.knobs: Mapping[str, float] = {}
+        self.scheduled: Mapping[str, float] = {}
         self._seed = seed
         self._precision = precision
         self._micros: dict[int, int] = {}
@@ -219,9 +86,9 @@ class TrainerEnv:
         """Set the networks of this stage."""
         self._engines, self._frozen = engines, frozen
 
-    def begin(self, step: int, knobs: Mapping[str, float]) -> None:
+    def begin(self, step: int, scheduled: Mapping[str, float]) -> None:
         """Start a step: reseed this rank's generators."""
-        self.step, self.knobs = step, knobs
+        self.step, self.scheduled = step, scheduled
         seed = mix(self._seed, step, self._rank)
         self.rng.manual_seed(seed)
         # Not torch.manual_seed: in a CUDA build without a GPU it queues a call with its traceback,

@@ -31,8 +31,8 @@ from mm.errors import UserError
 from mm.launch import environment
 from mm.run import Ema
 from mm.run import Engine as EngineConfig
+from mm.trainer.engine.zero_shards import Shards
 from mm.trainer.optimizers.base import ShardOptimizer
-from mm.trainer.shards import Shards
 
 log = logging.getLogger("mm.trainer")
 

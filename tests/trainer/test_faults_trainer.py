@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 import torch
 import trainer_toys as toys
-from test_trainer import losses, make_run, rows
+from trainer_runs import losses, make_run, rows
 from trainer_toys import toys_registered  # noqa: F401
 
 from mm.errors import UserError
 from mm.registry import TASKS
 from mm.run import Guard as GuardConfig
 from mm.run import Run
-from mm.trainer import checkpoint, heartbeat
-from mm.trainer.guard import Guard, RollBack, out_of_memory
-from mm.trainer.trainer import INTERRUPTED, Trainer, train
+from mm.trainer.checkpoint import format as checkpoint
+from mm.trainer.health import heartbeat
+from mm.trainer.health.anomaly import Guard, RollBack, out_of_memory
+from mm.trainer.loop import INTERRUPTED, Trainer, train
 
 SMALL = {"model": ({"w": torch.arange(6.0)}, {"exp_avg/w": torch.ones(6)})}
 

@@ -1,21 +1,16 @@
-"""After the last step: the saved model, its tasks, and whether a run is done."""
+"""Tasks on the saved model, and whether a run is done."""
 
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from mm.run import Run
-from mm.trainer import metrics, networks
-from mm.trainer.signals import Interrupted, Stop
+from mm.trainer.health.signals import Interrupted, Stop
+from mm.trainer.log import metrics
 
 if TYPE_CHECKING:
-    from mm.trainer.trainer import Trainer
+    from mm.trainer.loop import Trainer
 
 log = logging.getLogger("mm.trainer")
 
@@ -33,22 +28,6 @@ def is_done(run: Run, step: int) -> bool:
         return True
     rows = metrics.read(run.folder / "metrics.jsonl")
     return any(k.startswith("eval/") for row in rows if row["step"] >= step for k in row)
-
-
-def export(trainer: Trainer, weights: Mapping[str, Tensor]) -> None:
-    """Save the model from its full fp32 weights as ``<run folder>/model``; the main rank does."""
-    if not trainer.is_main:
-        return
-    run, folder = trainer.run, trainer.folder
-    module = networks.make_module(run.model, trainer.vocabulary, run.seed, torch.device("cpu"))
-    networks.load_weights(module, weights, "the trained model")
-    part = folder / "model.part"
-    shutil.rmtree(part, ignore_errors=True)
-    saving: Any = module.eval()
-    saving.save_pretrained(part, vocabulary=trainer.vocabulary, tokenizers=dict(run.tokenizers))
-    shutil.rmtree(folder / "model", ignore_errors=True)
-    part.rename(folder / "model")
-    (folder / "model.step").write_text(str(trainer.step))
 
 
 def evaluate(trainer: Trainer, stop: Stop) -> dict[str, Any]:

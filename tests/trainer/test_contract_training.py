@@ -3,62 +3,30 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import trainer_toys as toys
-from test_trainer import losses, make_run, rows
+from trainer_runs import losses, make_run, rows, torchrun
 from trainer_toys import toys_registered  # noqa: F401
 
-from mm import config as configs
 from mm.batch import Batch, Values
-from mm.launch import environment
 from mm.model.layer import ModelOut
 from mm.registry import NETWORKS, OBJECTIVES
 from mm.run import Run
-from mm.trainer import checkpoint
-from mm.trainer.networks import TrainerEnv, all_networks, build, make_module
-from mm.trainer.trainer import train
+from mm.trainer.checkpoint import format as checkpoint
+from mm.trainer.env import TrainerEnv
+from mm.trainer.loop import train
+from mm.trainer.stage import all_networks, build, make_module
 
-HERE = Path(__file__).parent
 SAME = {"rel": 2e-6, "abs": 1e-6}  # printed precision
 
 
 @pytest.fixture(autouse=True)
 def _no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
-
-
-def torchrun(n: int, runs: list[Run], timeout_s: float = 120) -> None:
-    """Train runs one after the other in ``n`` processes."""
-    paths = []
-    for run in runs:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        path = run.out / f"{run.name}_{n}.yaml"
-        path.write_text(configs.dump(run.model_copy(update={"imports": ("trainer_toys",)})))
-        paths.append(str(path))
-    env = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
-    }
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{env.get('PYTHONPATH', '')}"}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc_per_node={n}",
-        "--master_addr=127.0.0.1",
-        f"--master_port={environment.free_port()}",
-        str(HERE / "trainer_child.py"),
-        *paths,
-    ]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -166,11 +134,20 @@ RECIPES: dict[str, tuple[str, Any]] = {  # objective -> (network it trains, batc
 }
 
 
+def recipe(kind: str) -> tuple[str, Any]:
+    """The recipe of an objective, or of the one whose config its own extends."""
+    for cls in OBJECTIVES.get(kind).__mro__:
+        declared = getattr(cls, "model_fields", {}).get("kind")
+        if declared is not None and declared.default in RECIPES:
+            return RECIPES[declared.default]
+    raise AssertionError(f"objective '{kind}' has no network and batch: add a line to RECIPES")
+
+
 def gradients(kind: str, micro: int, rows_: int = 4) -> dict[str, torch.Tensor]:
     """Gradients of every network after one step's terms over ``rows_`` rows in micro-batches of
     ``micro``.
     """
-    network, make = RECIPES[kind]
+    network, make = recipe(kind)
     vocabulary = toys.vocabulary()
     config = NETWORKS.get(network).smallest()
     run = Run.model_construct(model=config)
@@ -181,15 +158,16 @@ def gradients(kind: str, micro: int, rows_: int = 4) -> dict[str, torch.Tensor]:
     }
     env = TrainerEnv(0, torch.device("cpu"), "fp32")
     env.lend({name: type("Raw", (), {"raw": net}) for name, net in nets.items()}, {})  # type: ignore[misc]
-    knobs = objective.knobs(0, __import__("numpy").random.default_rng(0))
-    env.begin(0, knobs)
+    scheduled = objective.scheduled(0, __import__("numpy").random.default_rng(0))
+    env.begin(0, scheduled)
     micros = [
-        objective.corrupt(make(range(i, i + micro)), env.rng, knobs) for i in range(0, rows_, micro)
+        objective.corrupt(make(range(i, i + micro)), env.rng, scheduled)
+        for i in range(0, rows_, micro)
     ]
 
     def call(name: str) -> Any:
         def forward(batch: Batch, **kw: Any) -> ModelOut:
-            return nets[name](batch, **{"knobs": knobs, "seed": 0, **kw})
+            return nets[name](batch, **{"scheduled": scheduled, "seed": 0, **kw})
 
         return forward
 
@@ -211,7 +189,6 @@ def gradients(kind: str, micro: int, rows_: int = 4) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", [*sorted(OBJECTIVES), "toy_gan"])
 def test_law_13_micro_batches_of_every_objective(kind: str) -> None:
     """Gradients of 1x4, 2x2 and 4x1 are equal to rounding; a new objective needs a recipe here."""
-    assert kind in RECIPES, f"objective '{kind}' has no recipe for law 13: add one to RECIPES"
     whole = gradients(kind, 4)
     assert whole and any(g.abs().sum() > 0 for g in whole.values())
     scale = max(g.abs().max() for g in whole.values())

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_kernels import randn
+from kernel_checks import randn
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

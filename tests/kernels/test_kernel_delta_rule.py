@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_kernels import TOL, check, dtypes, others, randn
+from kernel_checks import TOL, check, dtypes, others, randn
 from torch import Tensor
 
 from mm.kernels.delta_rule import delta_rule
@@ -25,7 +25,7 @@ DECAYS = {
     ),
 }
 
-# The Triton form runs interpreted (tests/test_triton_delta_rule.py).
+# The Triton form runs interpreted (tests/kernels/test_triton_delta_rule.py).
 HERE = [name for name in delta_rule.implementations if name != "triton"]
 
 

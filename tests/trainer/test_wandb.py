@@ -15,22 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_trainer import make_run, rows
+from trainer_runs import make_run, rows
 from trainer_toys import toys_registered  # noqa: F401
 
-from mm.trainer import tracker
-from mm.trainer.tracker import Tracker
-from mm.trainer.trainer import train
+from mm.trainer.log import tracker
+from mm.trainer.log.tracker import Tracker
+from mm.trainer.loop import train
 
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parents[1]
 CHILD = """
 import sys, numpy as np
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import trainer_toys
-from test_trainer import make_run
+from trainer_runs import make_run
 trainer_toys.register()
-from mm.trainer.trainer import Trainer
+from mm.trainer.loop import Trainer
 from mm.trainer.callbacks.base import Callback
 
 class Media(Callback):
@@ -74,7 +74,7 @@ def test_offline_run_holds_scalars_axis_media_and_config(tmp_path: Path) -> None
         "NETRC": str(tmp_path / "netrc"),
     }  # no key anywhere
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(tmp_path), str(HERE)],
+        [sys.executable, "-c", CHILD, str(tmp_path), str(HELPERS)],
         env=env,
         capture_output=True,
         text=True,

@@ -21,12 +21,19 @@ from mm.launch import environment
 from mm.objectives.objective import Objective, Term
 from mm.registry import CALLBACKS
 from mm.run import Run, Stage
-from mm.trainer import checkpoint, finish, folder, heartbeat, networks, probe, saving
+from mm.trainer import final_eval, folder
 from mm.trainer.callbacks.base import Callback
-from mm.trainer.engine import Engine, join, resolve_precision
-from mm.trainer.guard import Guard, RollBack, out_of_memory
-from mm.trainer.lanes import Lanes
-from mm.trainer.metrics import (
+from mm.trainer.checkpoint import collect as saving
+from mm.trainer.checkpoint import format as checkpoint
+from mm.trainer.checkpoint import resume_check as probe
+from mm.trainer.ema import Averages
+from mm.trainer.engine.deepspeed import Engine, join, resolve_precision
+from mm.trainer.env import Nets, TrainerEnv
+from mm.trainer.export import export
+from mm.trainer.health import heartbeat
+from mm.trainer.health.anomaly import Guard, RollBack, out_of_memory
+from mm.trainer.health.signals import INTERRUPTED, Interrupted, Stop
+from mm.trainer.log.metrics import (
     BytesPerToken,
     MetricsFile,
     Tally,
@@ -36,8 +43,15 @@ from mm.trainer.metrics import (
     of_stream,
     tokens_by_modality,
 )
-from mm.trainer.signals import INTERRUPTED, Interrupted, Stop
-from mm.trainer.tracker import Tracker
+from mm.trainer.log.tracker import Tracker
+from mm.trainer.stage import (
+    all_networks,
+    build,
+    compile_blocks,
+    load_weights,
+    make_module,
+)
+from mm.trainer.stateful import Lanes
 from mm.vocabulary import Vocabulary
 
 log = logging.getLogger("mm.trainer")
@@ -92,7 +106,7 @@ class Trainer:
             with self._starting():
                 saved = saving.resume(self)
                 first = self.step
-                if finish.is_done(self.run, self.step):
+                if final_eval.is_done(self.run, self.step):
                     log.info("%s: nothing to do, all %d steps are done", self.folder, self.steps)
                     place = str(self.folder)
                     return {"step": first, "new_steps": 0, "resumed_from": first, "folder": place}
@@ -110,10 +124,10 @@ class Trainer:
                         self.stream.close()
                     weights = {name: engine.result() for name, engine in self.engines.items()}
                     saved = None
-            finish.export(self, weights["model"])
+            export(self, weights["model"])
             dist.barrier()
             self.heart.phase("evaluate", self.step)
-            evaluated = finish.evaluate(self, self._stop)
+            evaluated = final_eval.evaluate(self, self._stop)
             if self._any(self._stop.asked):
                 raise SystemExit(INTERRUPTED)
             return {
@@ -192,9 +206,11 @@ class Trainer:
         """One optimizer step of every network that the objective steps. Returns host metrics."""
         objective, env = self.objective, self.env
         self.batches = list(batches)
-        knobs = objective.knobs(self.step, np.random.default_rng((self.run.seed, self.step)))
-        env.begin(self.step, knobs)
-        micros = [objective.corrupt(b.to(self.device), env.rng, knobs) for b in batches]
+        scheduled = objective.scheduled(
+            self.step, np.random.default_rng((self.run.seed, self.step))
+        )
+        env.begin(self.step, scheduled)
+        micros = [objective.corrupt(b.to(self.device), env.rng, scheduled) for b in batches]
         env.know(micros)
         n, facts = self._global_counts(batches, micros)
         scales = objective.scales(n)
@@ -290,7 +306,7 @@ class Trainer:
     def _open(self, saved: checkpoint.Saved | None, stack: contextlib.ExitStack) -> None:
         """Write the run's description, start tracker and callbacks; ``stack`` ends them."""
         self.precision = resolve_precision(self.run.engine.precision, self.device)
-        self.env = networks.TrainerEnv(self.run.seed, self.device, self.precision)
+        self.env = TrainerEnv(self.run.seed, self.device, self.precision)
         facts = {
             "device": str(self.device),
             "world": self.world,
@@ -332,18 +348,16 @@ class Trainer:
         fresh), engines.
         """
         self.index, self.stage, self.begin = index, stage, begin
-        self.objective: Objective = networks.build(stage.objective, vocabulary=self.vocabulary)
+        self.objective: Objective = build(stage.objective, vocabulary=self.vocabulary)
         self.engines, self.frozen = {}, {}
         size = 0
         same_stage = saved is not None and saved.state["stage"] == self.index
-        wanted = networks.all_networks(self.run, self.objective)
+        wanted = all_networks(self.run, self.objective)
         for name, network in wanted.items():
-            module = networks.make_module(
-                network.config, self.vocabulary, self.run.seed, self.device
-            )
+            module = make_module(network.config, self.vocabulary, self.run.seed, self.device)
             have = saved.tensors(name) if saved is not None else weights.get(name, {})
             if have:
-                networks.load_weights(
+                load_weights(
                     module, have, str(saved.folder) if saved is not None else "the stage before"
                 )
             elif name == "model" and self.run.tokenizers and hasattr(network.config, "prepare"):
@@ -353,7 +367,7 @@ class Trainer:
                 self.frozen[name] = module.eval().requires_grad_(False)
                 continue
             if self.run.engine.compile:
-                networks.compile_blocks(module)
+                compile_blocks(module)
             size += 12 * sum(p.numel() for p in module.parameters())  # fp32, two states
             engine = Engine(
                 module.train(),
@@ -366,10 +380,10 @@ class Trainer:
                 engine.load_masters(have)
                 engine.load_optimizer_state(saved.optimizer(name), saved.state["optimizers"][name])
             self.engines[name] = engine
-        self.averages = networks.Averages(wanted, self.engines, self.frozen, saved)
+        self.averages = Averages(wanted, self.engines, self.frozen, saved)
         self.env.lend(self.engines, self.frozen)
-        self.nets = networks.Nets(self.engines, self.frozen, self.env)
-        self.stream = networks.build(
+        self.nets = Nets(self.engines, self.frozen, self.env)
+        self.stream = build(
             stage.data,
             vocabulary=self.vocabulary,
             transform=self.objective.transform,

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from data_toys import token_shards
-from test_contract_training import torchrun
-from test_trainer import losses
+from trainer_runs import losses, torchrun
 
 from mm.data.batching.collate import document_tokens, to_batch
 from mm.data.shards.reader import ShardSet
@@ -20,9 +19,9 @@ from mm.errors import UserError
 from mm.model.model import Model
 from mm.run import Run
 from mm.specs import Segment
-from mm.trainer import checkpoint
-from mm.trainer.networks import make_module
-from mm.trainer.trainer import INTERRUPTED, Trainer, train
+from mm.trainer.checkpoint import format as checkpoint
+from mm.trainer.loop import INTERRUPTED, Trainer, train
+from mm.trainer.stage import make_module
 
 MIXERS = {"attention": {"heads": 2}, "rg_lru": {"heads": 2}}
 
@@ -45,7 +44,7 @@ def stream_of(data: Path, **kw: Any) -> StatefulConfig:
 
 
 def make_run(root: Path, out: Path, name: str, *, steps: int = 6, **change: Any) -> Run:
-    backbone = {"kind": "stack", "mixers": MIXERS, "channel": {"kind": "swiglu", "hidden": 32}}
+    backbone = {"kind": "stack", "mixers": MIXERS, "ffn": {"kind": "swiglu", "hidden": 32}}
     backbone |= {"pattern": change.pop("pattern", "rg_lru attention")}
     lanes = {"kind": "stateful", "source": {"path": str(root / "tokens")}, "max_length": 64}
     sizes = {"seq_len": 11, "batch_size": 4, "max_documents": 3}

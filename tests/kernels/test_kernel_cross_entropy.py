@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_kernels import randn
+from kernel_checks import randn
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 

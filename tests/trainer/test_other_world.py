@@ -11,16 +11,16 @@ import pytest
 import torch
 import trainer_toys as toys
 from safetensors.torch import save_file
-from test_contract_training import torchrun
 from test_optimizers import KINDS, optimizer_run, saved
-from test_trainer import losses, make_run
+from trainer_runs import losses, make_run, torchrun
 from trainer_toys import toys_registered  # noqa: F401
 
 from mm.batch import Batch, Values
 from mm.errors import UserError
 from mm.run import Run
-from mm.trainer import checkpoint, probe
-from mm.trainer.trainer import train
+from mm.trainer.checkpoint import format as checkpoint
+from mm.trainer.checkpoint import resume_check as probe
+from mm.trainer.loop import train
 
 STAGES = [0, 1, 2, 3]
 WORLDS = (1, 2, 4, 2, 1)

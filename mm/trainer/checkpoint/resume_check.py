@@ -19,8 +19,8 @@ from mm.errors import UserError
 from mm.layout import Fields, Layout
 
 if TYPE_CHECKING:
-    from mm.trainer.checkpoint import Saved
-    from mm.trainer.trainer import Trainer
+    from mm.trainer.checkpoint.format import Saved
+    from mm.trainer.loop import Trainer
 
 FILE = "probe"  # of the checkpoint, beside the networks' own
 CLASSES: dict[str, Any] = {c.__name__: c for c in (Batch, Layout, Fields, Values)}
@@ -47,8 +47,10 @@ def losses(trainer: Trainer, batch: Batch) -> dict[str, float]:
     Documents begin at its rows: lanes lend no State.
     """
     objective, env = trainer.objective, trainer.env
-    knobs = objective.knobs(trainer.step, np.random.default_rng((trainer.run.seed, trainer.step)))
-    env.begin(trainer.step, knobs)
+    scheduled = objective.scheduled(
+        trainer.step, np.random.default_rng((trainer.run.seed, trainer.step))
+    )
+    env.begin(trainer.step, scheduled)
     modules = [engine.raw for engine in trainer.engines.values()]
     for module in modules:
         module.eval()
@@ -56,7 +58,7 @@ def losses(trainer: Trainer, batch: Batch) -> dict[str, float]:
     compiled = trainer.run.engine.compile
     eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     try:
-        micro = objective.corrupt(batch.to(trainer.device), env.rng, knobs)
+        micro = objective.corrupt(batch.to(trainer.device), env.rng, scheduled)
         env.know([micro])
         n = objective.counts(micro)
         sums: dict[str, Tensor] = {}

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from mm.trainer import checkpoint, lanes, probe
-from mm.trainer.metrics import BytesPerToken
+from mm.trainer import stateful as lanes
+from mm.trainer.checkpoint import format as checkpoint
+from mm.trainer.checkpoint import resume_check as probe
+from mm.trainer.log.metrics import BytesPerToken
 
 if TYPE_CHECKING:
-    from mm.trainer.trainer import Trainer
+    from mm.trainer.loop import Trainer
 
 Networks = dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_kernels import _poisoned_memory, check, dtypes, randn  # noqa: F401
+from kernel_checks import check, dtypes, randn
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,7 +18,7 @@ from mm.kernels.linear_attention import (
 
 DECAYS = ("none", "constant", "scalar", "channel")
 
-# The Triton form runs interpreted (tests/test_triton_linear_attention.py).
+# The Triton form runs interpreted (tests/kernels/test_triton_linear_attention.py).
 HERE = [name for name in linear_attention.implementations if name != "triton"]
 
 

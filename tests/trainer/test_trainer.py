@@ -12,57 +12,21 @@ from typing import Any
 import pytest
 import torch
 import trainer_toys as toys
+from trainer_runs import losses, make_run, rows
 from trainer_toys import toys_registered  # noqa: F401
 
 from mm.errors import UserError
 from mm.registry import CALLBACKS, NETWORKS
 from mm.run import Guard, Run
 from mm.specs import TokenSpec
-from mm.trainer import checkpoint, metrics
+from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.folder import locked
-from mm.trainer.trainer import INTERRUPTED, Trainer, train
-
-toys.forget()  # at collection: other files parametrize over the registries
+from mm.trainer.loop import INTERRUPTED, Trainer, train
 
 
 @pytest.fixture(autouse=True)
 def _no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
-
-
-def make_run(out: Path, name: str = "run", *, steps: int = 6, stage: int = 1, **change: Any) -> Run:
-    """A run of the toy model; ``change`` merges into data, model, objective, engine, checkpoints or
-    optimizer.
-    """
-    toys.vocabulary().save(out / "vocabulary.json")
-    part = {"kind": "toy"} | change.get("data", {})
-    return Run.model_validate(
-        {
-            "name": name,
-            "out": out,
-            "vocabulary": out / "vocabulary.json",
-            "model": {"kind": "toy_lm"} | change.get("model", {}),
-            "stages": [
-                {
-                    "data": part,
-                    "objective": change.get("objective", "next_token"),
-                    "budget": {"steps": steps},
-                    "schedule": {"warmup": 2},
-                    "optimizer": {"kind": "adamw", "lr": 1e-2},
-                }
-            ],
-            "engine": {"zero_stage": stage, "precision": "fp32"} | change.get("engine", {}),
-            "checkpoints": {"every": 3} | change.get("checkpoints", {}),
-        }
-    )
-
-
-def rows(run: Run) -> list[dict[str, Any]]:
-    return metrics.read(run.folder / "metrics.jsonl")
-
-
-def losses(run: Run) -> list[float]:
-    return [row["loss/total"] for row in rows(run)]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "autocast_bf16", "bf16"])

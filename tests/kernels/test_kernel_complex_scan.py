@@ -5,23 +5,14 @@ gradients, and grow linearly.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
-from test_kernels import check, dtypes, here, others, randn
+from kernel_checks import check, dtypes, here, others, randn
 from torch import Tensor
 
 from mm.kernels.complex_scan import complex_scan
 from mm.kernels.diagonal_ssm import diagonal_ssm
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    """`torch.empty` gives NaN: a place that a kernel forgets to write shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def inside(*shape: int) -> Tensor:

@@ -9,16 +9,16 @@ import pytest
 import torch
 import trainer_toys as toys
 from pydantic import ValidationError
-from test_trainer import losses, make_run, rows
 from torch import nn
+from trainer_runs import losses, make_run, rows
 from trainer_toys import toys_registered  # noqa: F401
 
 from mm.errors import UserError
 from mm.registry import OPTIMIZERS
 from mm.run import Ema, Run, Schedule
-from mm.trainer.networks import make_module
+from mm.trainer.loop import INTERRUPTED, train
 from mm.trainer.optimizers.muon import orthogonalised
-from mm.trainer.trainer import INTERRUPTED, train
+from mm.trainer.stage import make_module
 
 KINDS = sorted(OPTIMIZERS)
 STAGES = [0, 1, 2, 3]

@@ -20,9 +20,9 @@ from mm.model.layer import Mixer, ModelOut
 from mm.state import State
 
 if TYPE_CHECKING:
-    from mm.trainer.checkpoint import Saved
-    from mm.trainer.engine import Engine
-    from mm.trainer.networks import TrainerEnv
+    from mm.trainer.checkpoint.format import Saved
+    from mm.trainer.engine.deepspeed import Engine
+    from mm.trainer.env import TrainerEnv
 
 FILE = "lanes"  # of the checkpoint, beside the networks' own
 
