@@ -16,8 +16,9 @@ import pytest
 from data_toys import ToyTokenizer, png, toys
 
 from mm.data.pack import pool
-from mm.data.pack.job import PackReport, pack
+from mm.data.pack.job import pack
 from mm.data.pack.pool import Pool, batches
+from mm.data.pack.report import PackReport
 from mm.data.sources.base import Record
 from mm.errors import UserError
 from mm.specs import Encoded
@@ -104,12 +105,12 @@ sys.path[:0] = {path!r}
 from mm.data.pack import output, pool
 from mm.data.pack.job import pack
 output.JOURNAL_SECONDS = pool.START_S = 0.0
-done = output.Run.add
+done = output.PackOutput.add
 def add(self, *args):
     done(self, *args)
     if self.records >= 90:
         os.kill(os.getpid(), signal.SIGKILL)
-output.Run.add = add
+output.PackOutput.add = add
 pack(Path({src!r}), Path({out!r}), workers=2, progress=False, max_bad=0.5, shard_mb=0.02)
 """
 
