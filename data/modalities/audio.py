@@ -159,11 +159,11 @@ class AudioModality(Modality):
 
 
 def _plain_wav(data: bytes, max_seconds: float) -> tuple[int, np.ndarray] | None:
-    """Sample rate and a view (frames, channels) int16 of a WAV of the simplest and commonest kind:
-    16-bit PCM, its header 44 bytes. libsndfile, which calls back into Python for every read, takes
-    several times as long as the samples themselves.
+    """Sample rate and a view (frames, channels) int16 of a plain WAV: 16-bit PCM, 44-byte header.
 
-    None for any other file, and for one that there is anything to say about: libsndfile judges it.
+    libsndfile, which calls back into Python for every read, takes several times as long as the
+    samples themselves. None for any other file, and for one that there is anything to say about:
+    libsndfile judges it.
     """
     if len(data) < 44 or data[:4] != b"RIFF" or data[8:16] != b"WAVEfmt " or data[36:40] != b"data":
         return None
@@ -223,11 +223,11 @@ class AudioFeatures(Features):
 
 
 def audio_features(clips: Sequence[Waveform]) -> np.ndarray:
-    """Log-mel statistics `(N, BANDS * (SEGMENTS + 2))` float32: mean and deviation over time, and
-    means of equal parts.
+    """Log-mel statistics (N, BANDS * (SEGMENTS + 2)) float32 of clips.
 
-    Silence at both ends is cut (30 dB under the loudest frame) and each clip's level is removed, so
-    that neither padding nor loudness tells the class.
+    Mean and deviation over time, and means of equal parts. Silence at both ends is cut (30 dB under
+    the loudest frame) and each clip's level is removed, so that neither padding nor loudness tells
+    the class.
     """
     mel = _mel_matrix()
     window = np.hanning(FRAME).astype(np.float32)

@@ -149,9 +149,7 @@ def _plain_jpeg(data: bytes) -> tuple[int, int]:
 
 
 def _jpeg(data: bytes) -> np.ndarray | None:
-    """uint8 (H, W, 3), the bytes that Pillow would give in two thirds of its time; None where it
-    cannot.
-    """
+    """uint8 (H, W, 3): what Pillow gives, in two thirds of its time; None where it cannot."""
     import torch
     from torchvision.io import ImageReadMode, decode_jpeg
 

@@ -1,6 +1,6 @@
-"""Index of tar shards: where every member of every sample stands, as flat numpy arrays.
+"""Index of tar shards: where every entry of every sample stands, as flat numpy arrays.
 
-N samples, E members.
+N samples, E entries.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class TarEntry(NamedTuple):
 
 
 class Index(NamedTuple):
-    """Members of all shards of one split, grouped by sample.
+    """Entries of all shards of one split, grouped by sample.
 
-    Sample i owns the members start[i] .. start[i + 1] - 1.
+    Sample i owns the entries start[i] .. start[i + 1] - 1.
     """
 
     kinds: np.ndarray  # (K,) str: what a member is: "txt", "jpg", "json", "image.npy", "side.json"

@@ -1,4 +1,7 @@
-"""ShardSet: one split of packed shards, with O(1) access to any sample. N samples."""
+"""ShardSet: one split of packed shards, with O(1) access to any sample.
+
+N samples.
+"""
 
 from __future__ import annotations
 
@@ -188,8 +191,9 @@ class ShardSet:
         return {ordinal + modality: e for ordinal, _, modality, e in sorted(found)}
 
     def value(self, i: int, member: str) -> Any:
-        """Decode one value of sample i. Raises UserError naming shard and key; KeyError when it has
-        no such member.
+        """Decode one value of sample i.
+
+        Raises UserError naming shard and key; KeyError when it has no such member.
         """
         i = self._number(i)
         return self._decoded(i, member, self.members(i)[member])

@@ -282,8 +282,9 @@ def read_inside(root: Path, relative: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class InlineBytes:
-    """A reader of bytes that are here already. A reader that can be pickled is called in a worker
-    process, another one in the main process.
+    """A reader of bytes that are here already.
+
+    A reader that can be pickled is called in a worker process, another one in the main process.
     """
 
     data: bytes

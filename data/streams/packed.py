@@ -1,11 +1,11 @@
 """Packed rows of token documents.
 
-The order is a pure function of (seed, sample number), each block of (seed, block).
+The order is a pure function of (seed, sample number), each block of (seed, block). A block takes
+samples of every source (by weight, see `mm.data.streams.mixing`), in the order of that source's own
+counter-based permutation, transforms each with a generator of its own, and packs the documents
+first-fit into rows. Every rank plans all rows and makes batches of its own ones.
 
-A block takes samples of every source (by weight, see `mm.data.streams.mixing`), in the order of
-that source's own counter-based permutation, transforms each with a generator of its own, and packs
-the documents first-fit into rows. Every rank plans all rows and makes batches of its own ones. N
-samples, B rows of one micro-batch.
+N samples, B rows of one micro-batch.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ class ItemsConfig(Config):
         return ItemsStream(self, seed, rank, world)
 
 
-def _with_items() -> list[str]:
+def _with_items() -> list[Any]:
     return [m.kind for m in modalities() if m.has_items]
 
 
