@@ -258,6 +258,14 @@ QUANTIZERS = Registry(
         "rvq": "mm.tokenizers.quantizers.rvq",
     },
 )
+MODALITIES = Registry(
+    "modality",
+    {
+        "text": "mm.data.modalities.text",
+        "image": "mm.data.modalities.image",
+        "audio": "mm.data.modalities.audio",
+    },
+)
 SOURCES = Registry(
     "source",
     {

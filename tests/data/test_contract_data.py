@@ -1,4 +1,4 @@
-"""Law 8: resume at any sample, world sizes partition the stream, packing drops and mixes nothing.
+"""The stream laws: resume at any sample, worlds partition the stream, packing drops nothing.
 
 Runs over every kind of stream in the registry; `test_every_stream_has_a_case` asks for a new one's
 line in `CASES`.
