@@ -137,11 +137,11 @@ def _kill_in_save(trainer: Any, options: Mapping[str, Any]) -> None:
     write, save = checkpoint._write_tensors, checkpoint.save
     left: list[float] = []
 
-    def counted(root: Path, step: int, state: Any, networks: Any, *rest: Any) -> Path:
-        if step == options["step"]:
-            parts = [t for pair in networks.values() for part in pair for t in part.values()]
+    def counted(root: Path, snapshot: Any, *rest: Any) -> Path:
+        if snapshot.state["step"] == options["step"]:
+            parts = [t for file in snapshot.files.values() for t in file.values()]
             left.append(options["share"] * sum(t.numel() * t.element_size() for t in parts))
-        return save(root, step, state, networks, *rest)
+        return save(root, snapshot, *rest)
 
     def cut(path: Path, tensors: Any) -> None:
         write(path, tensors)

@@ -26,6 +26,7 @@ from mm.trainer.callbacks.base import Callback
 from mm.trainer.checkpoint import collect as saving
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint import resume_check as probe
+from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.ema import Averages
 from mm.trainer.engine.deepspeed import Engine, join, resolve_precision
 from mm.trainer.env import Nets, TrainerEnv
@@ -48,8 +49,10 @@ from mm.trainer.stage import (
     all_networks,
     build,
     compile_blocks,
+    end_of_stage,
     load_weights,
     make_module,
+    weights_at_start,
 )
 from mm.trainer.stateful import Lanes
 from mm.vocabulary import Vocabulary
@@ -111,20 +114,21 @@ class Trainer:
                     place = str(self.folder)
                     return {"step": first, "new_steps": 0, "resumed_from": first, "folder": place}
                 self._open(saved, stack)
-            weights: dict[str, dict[str, Tensor]] = {}
+            snapshot: Snapshot | None = saved
             end, last = 0, len(self.run.stages) - 1
             for index, stage in enumerate(self.run.stages):
                 begin, end = end, end + stage.budget.steps
                 if self.step < end or index == last:
                     with self._starting():
-                        self._enter(index, stage, begin, saved, weights)
+                        self._enter(index, stage, begin, snapshot)
                     try:
-                        self._train(end)
+                        snapshot = self._train(end) or snapshot
                     finally:
                         self.stream.close()
-                    weights = {name: engine.result() for name, engine in self.engines.items()}
-                    saved = None
-            export(self, weights["model"])
+                    assert snapshot is not None  # a stage has a step, and its last one is saved
+                    snapshot = end_of_stage(stage, snapshot, self.nets)
+            assert snapshot is not None
+            export(self, snapshot.tensors("model"))
             dist.barrier()
             self.heart.phase("evaluate", self.step)
             evaluated = final_eval.evaluate(self, self._stop)
@@ -156,9 +160,12 @@ class Trainer:
         log.warning("stopped by a signal before step %d; run the same command", self.step + 1)
         raise SystemExit(INTERRUPTED)
 
-    def _train(self, end: int) -> None:
-        """Fetch, step, report, save, until ``end``; go back where the guard says so."""
-        every = self.run.checkpoints.every
+    def _train(self, end: int) -> Snapshot | None:
+        """Fetch, step, report, save, until ``end``; go back where the guard says so.
+
+        Returns what was saved last; None when all steps were done before.
+        """
+        every, snapshot = self.run.checkpoints.every, None
         while self.step < end:
             begun = time.monotonic()
             self.heart.phase("data", self.step + 1)
@@ -177,7 +184,7 @@ class Trainer:
             stop = row.pop("stop") > 0
             self._report(row, time.monotonic() - begun, waited)
             if stop or self.step == end or (every and self.step % every == 0):
-                self._save()
+                snapshot = self._save()
             if stop:
                 self._on_main(self._writer.wait)
                 log.warning(
@@ -185,6 +192,7 @@ class Trainer:
                 )
                 raise SystemExit(INTERRUPTED)
         self._on_main(self._writer.wait)
+        return snapshot
 
     def _roll_back(self, why: RollBack) -> None:
         """Take weights and optimizer from the newest checkpoint; the data go on where they are."""
@@ -195,7 +203,7 @@ class Trainer:
         data, lanes = self.stream.state_dict(), self.nets.lanes
         self.stream.close()
         self.step = to
-        self._enter(self.index, self.stage, self.begin, saved, {})
+        self._enter(self.index, self.stage, self.begin, saved)
         self.stream.load_state_dict(data)
         self.nets.lanes = lanes
         if self.is_main:
@@ -341,25 +349,20 @@ class Trainer:
         index: int,
         stage: Stage,
         begin: int,
-        saved: checkpoint.Saved | None,
-        weights: Mapping[str, Mapping[str, Tensor]],
+        snapshot: Snapshot | None,
     ) -> None:
-        """Build a stage: objective, stream, networks (from ``saved``, else ``weights``, else
-        fresh), engines.
-        """
+        """Build a stage: objective, stream, networks (as in ``snapshot``, else fresh), engines."""
         self.index, self.stage, self.begin = index, stage, begin
         self.objective: Objective = build(stage.objective, vocabulary=self.vocabulary)
         self.engines, self.frozen = {}, {}
         size = 0
-        same_stage = saved is not None and saved.state["stage"] == self.index
+        inside = snapshot if snapshot is not None and snapshot.state["stage"] == index else None
         wanted = all_networks(self.run, self.objective)
         for name, network in wanted.items():
             module = make_module(network.config, self.vocabulary, self.run.seed, self.device)
-            have = saved.tensors(name) if saved is not None else weights.get(name, {})
-            if have:
-                load_weights(
-                    module, have, str(saved.folder) if saved is not None else "the stage before"
-                )
+            have = weights_at_start(self.run, index, snapshot, name) if snapshot else {}
+            if snapshot is not None and have:
+                load_weights(module, have, snapshot.origin)
             elif name == "model" and self.run.tokenizers and hasattr(network.config, "prepare"):
                 vectors = {m: t.code_vectors() for m, t in self.tokenizers.items()}
                 network.config.prepare(module, {m: v for m, v in vectors.items() if v is not None})
@@ -376,11 +379,12 @@ class Trainer:
                 self.precision,
                 stage.ema,
             )
-            if saved is not None and same_stage:
+            if inside is not None:
                 engine.load_masters(have)
-                engine.load_optimizer_state(saved.optimizer(name), saved.state["optimizers"][name])
+                scalars = inside.state["optimizers"][name]
+                engine.load_optimizer_state(inside.optimizer(name), scalars)
             self.engines[name] = engine
-        self.averages = Averages(wanted, self.engines, self.frozen, saved)
+        self.averages = Averages(wanted, self.engines, self.frozen, snapshot)
         self.env.lend(self.engines, self.frozen)
         self.nets = Nets(self.engines, self.frozen, self.env)
         self.stream = build(
@@ -392,11 +396,11 @@ class Trainer:
             world=self.world,
         )
         self.nets.lanes = Lanes.of(self.stream, self.engines["model"], self.env)
-        if saved is not None and same_stage:
-            self.stream.load_state_dict(saved.state["data"])
+        if inside is not None:
+            self.stream.load_state_dict(inside.state["data"])
             if self.nets.lanes is not None:
-                self.nets.lanes.load(saved)
-            probe.check(self, saved)
+                self.nets.lanes.load(inside)
+            probe.check(self, inside)
         if not self._started:
             if self.step < self.steps:
                 self._on_main(lambda: checkpoint.rehearse(self.folder / "checkpoints", size))
@@ -439,13 +443,14 @@ class Trainer:
         self.bytes_per_token.observe(self.batches, self.vocabulary, self.tokenizers)
         return self.bytes_per_token.ratio()
 
-    def _save(self) -> None:
+    def _save(self) -> Snapshot:
         """Write a checkpoint: all ranks gather, the main one writes (perhaps in the background)."""
         self.heart.phase("save", self.step)
-        state, full = saving.collect(self)
-        root, step, keep = self.folder / "checkpoints", self.step, self.run.checkpoints
-        write = lambda: checkpoint.save(root, step, state, full, keep.keep_last, keep.keep_every)
+        snapshot = saving.collect(self)
+        root, keep = self.folder / "checkpoints", self.run.checkpoints
+        write = lambda: checkpoint.save(root, snapshot, keep.keep_last, keep.keep_every)
         self._on_main(lambda: self._writer(write))
+        return snapshot
 
     def _on_main(self, work: Callable[[], Any]) -> None:
         """Run ``work`` on the main rank while the others wait; if it fails, all raise UserError."""

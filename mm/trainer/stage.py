@@ -1,9 +1,9 @@
-"""Networks of a stage: which ones, built, filled, compiled."""
+"""Networks of a stage: which ones, built, filled, compiled; what it begins from and leaves."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from mm.config import Config
 from mm.errors import UserError
 from mm.model.layer import Block, init_weights
 from mm.objectives.objective import Network, Objective
-from mm.run import Run
+from mm.run import Run, Stage
+from mm.trainer.checkpoint.format import Snapshot
 
 
 def build(config: Config, **offered: Any) -> Any:
@@ -90,3 +91,43 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], origin: str) 
             f"{origin}: has no '{min(unset)}'; it was made by another model config: "
             "use another run name"
         )
+
+
+def stage_result(stage: Stage, snapshot: Snapshot, network: str) -> dict[str, Tensor]:
+    """What a stage leaves of a network to the next one, or to the saved model.
+
+    The only place that says it, for a snapshot in memory and for one in a folder: the weights, with
+    the EMA or the optimizer's own average in their place where there is one.
+
+    Args:
+        stage: the stage that the snapshot was taken in.
+    """
+    out, states = snapshot.tensors(network), snapshot.optimizer(network)
+    by_parameter: dict[str, dict[str, Tensor]] = {}
+    for key, value in states.items():
+        state, _, parameter = key.partition("/")
+        by_parameter.setdefault(parameter, {})[state] = value
+    for parameter, found in by_parameter.items():
+        if stage.ema is not None and stage.ema.export:
+            average = found.get("ema")
+        else:
+            average = stage.optimizer.average(out[parameter], found)
+        if average is not None:
+            out[parameter] = average
+    return out
+
+
+def weights_at_start(run: Run, index: int, snapshot: Snapshot, network: str) -> dict[str, Tensor]:
+    """What stage ``index`` begins a network with; {} when the snapshot has none of that name.
+
+    Inside the stage the weights as they are, else the result of the stage of the snapshot.
+    """
+    taken_in = snapshot.state["stage"]
+    if taken_in == index:
+        return snapshot.tensors(network)
+    return stage_result(run.stages[min(taken_in, len(run.stages) - 1)], snapshot, network)
+
+
+def end_of_stage(stage: Stage, snapshot: Snapshot, networks: Iterable[str]) -> Snapshot:
+    """The part of a stage's last snapshot that the next one needs: without optimizer states."""
+    return Snapshot(snapshot.state, {n: stage_result(stage, snapshot, n) for n in networks})

@@ -8,7 +8,7 @@ own ones. N lanes of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from mm.model.layer import Mixer, ModelOut
 from mm.state import State
 
 if TYPE_CHECKING:
-    from mm.trainer.checkpoint.format import Saved
+    from mm.trainer.checkpoint.format import Snapshot
     from mm.trainer.engine.deepspeed import Engine
     from mm.trainer.env import TrainerEnv
 
@@ -79,13 +79,13 @@ class Lanes:
         """Leaves of all lanes' States on the CPU, in the order of the lanes. Call on all ranks."""
         return {f"{i:03d}": _of_all(leaf) for i, leaf in enumerate(self.state.leaves())}
 
-    def load(self, saved: Saved) -> None:
+    def load(self, saved: Snapshot) -> None:
         """Take this rank's lanes from a checkpoint, made by any number of processes."""
         tensors = saved.tensors(FILE)
         own = list(self.state.leaves())
         if len(tensors) != len(own):
             raise UserError(
-                f"{saved.folder}: holds {len(tensors)} State tensors a lane, the model has "
+                f"{saved.origin}: holds {len(tensors)} State tensors a lane, the model has "
                 f"{len(own)}: use another run name: name=..."
             )
         rows = slice(self._first, self._mine[-1].stop)
@@ -116,8 +116,3 @@ def _require_states(module: nn.Module) -> None:
                 f"data 'stateful': {name} ({type(part).__name__}) has no State to carry to the "
                 "next batch; use another mixer, or data 'packed'"
             )
-
-
-def kept(lanes: Lanes | None) -> Mapping[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """What a checkpoint holds of them, by file."""
-    return {FILE: (lanes.saved(), {})} if lanes is not None else {}

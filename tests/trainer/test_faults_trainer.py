@@ -26,7 +26,11 @@ from mm.trainer.health import heartbeat
 from mm.trainer.health.anomaly import Guard, RollBack, out_of_memory
 from mm.trainer.loop import INTERRUPTED, Trainer, train
 
-SMALL = {"model": ({"w": torch.arange(6.0)}, {"exp_avg/w": torch.ones(6)})}
+SMALL = {"model": {"w": torch.arange(6.0)}, "model.optimizer": {"exp_avg/w": torch.ones(6)}}
+
+
+def small(step: int) -> checkpoint.Snapshot:
+    return checkpoint.Snapshot({"step": step, "stage": 0}, SMALL)
 
 
 @pytest.fixture(autouse=True)
@@ -153,10 +157,11 @@ def test_a_background_save_stalls_the_loop_for_less_than_its_writing(
     trainer, stalls = Trainer(run), []
     save = trainer._save
 
-    def timed() -> None:
+    def timed() -> checkpoint.Snapshot:
         begun = time.monotonic()
-        save()
+        snapshot = save()
         stalls.append(time.monotonic() - begun)
+        return snapshot
 
     trainer._save = timed  # type: ignore[method-assign]
     trainer.fit()
@@ -195,7 +200,7 @@ def test_a_folder_that_comes_back_is_saved_to(
 
     monkeypatch.setattr(checkpoint, "_write_tensors", flaky)
     monkeypatch.setattr(checkpoint, "RETRY_S", (0.01, 0.01))
-    checkpoint.save(tmp_path, 1, {}, SMALL, 2)
+    checkpoint.save(tmp_path, small(1), 2)
     assert checkpoint.newest(tmp_path).state["step"] == 1
     assert caplog.text.count("Stale file handle") == 2
 
@@ -203,7 +208,7 @@ def test_a_folder_that_comes_back_is_saved_to(
 def test_a_folder_that_stays_away_is_told_with_the_checkpoints_before_intact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint.save(tmp_path, 1, {}, SMALL, 2)
+    checkpoint.save(tmp_path, small(1), 2)
 
     def gone(path: Path, tensors: Any) -> None:
         raise OSError(30, "Read-only file system", str(path))
@@ -211,7 +216,7 @@ def test_a_folder_that_stays_away_is_told_with_the_checkpoints_before_intact(
     monkeypatch.setattr(checkpoint, "_write_tensors", gone)
     monkeypatch.setattr(checkpoint, "RETRY_S", (0.01,))
     with pytest.raises(UserError, match="Read-only file system; the checkpoints before"):
-        checkpoint.save(tmp_path, 2, {}, SMALL, 1)
+        checkpoint.save(tmp_path, small(2), 1)
     assert checkpoint.newest(tmp_path).state["step"] == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_000001"]
 
@@ -238,7 +243,7 @@ def test_the_rehearsal_refuses_before_the_first_step(tmp_path: Path) -> None:
 def test_what_a_killed_save_left_is_removed_and_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    checkpoint.save(tmp_path, 1, {}, SMALL, 2)
+    checkpoint.save(tmp_path, small(1), 2)
     (tmp_path / ".part_step_000002_77").mkdir()
     (tmp_path / ".part_step_000002_77" / "model.safetensors").write_bytes(b"half")
     assert checkpoint.clean(tmp_path) == [".part_step_000002_77"]

@@ -134,22 +134,19 @@ def test_a_key_that_the_program_learnt_since_the_save_is_no_change(tmp_path: Pat
     run = make_run(tmp_path, steps=3)
     saved = checkpoint.newest(run.folder / "checkpoints")
     assert saved is not None
+    again = lambda state: checkpoint.Saved(saved.folder, state)
     older = {**saved.state["config"], "model": dict(saved.state["config"]["model"])}
     del older["evaluate"], older["model"]["kind"]
     with pytest.raises(
         UserError, match="model.kind"
     ):  # without its kind it cannot be read: refused
-        saved._replace(state={**saved.state, "config": older}).require(
-            run.to_dict(), saved.state["vocabulary"]
-        )
+        again({**saved.state, "config": older}).require(run.to_dict(), saved.state["vocabulary"])
     older["model"]["kind"] = run.model.kind
     extra = next(
         k for k, f in type(run.model).model_fields.items() if k != "kind" and not f.is_required()
     )
     older["model"].pop(extra)
-    saved._replace(state={**saved.state, "config": older}).require(
-        run.to_dict(), saved.state["vocabulary"]
-    )
+    again({**saved.state, "config": older}).require(run.to_dict(), saved.state["vocabulary"])
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

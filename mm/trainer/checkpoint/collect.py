@@ -3,36 +3,37 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from mm.trainer import stateful as lanes
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint import resume_check as probe
+from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.log.metrics import BytesPerToken
 
 if TYPE_CHECKING:
     from mm.trainer.loop import Trainer
 
-Networks = dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]
 
-
-def collect(trainer: Trainer) -> tuple[dict[str, Any], Networks]:
+def collect(trainer: Trainer) -> Snapshot:
     """State as JSON, and full tensors on the CPU, by file: weights and optimizer states.
 
-    Nothing in them changes when training goes on. Call on all ranks.
+    Nothing in it changes when training goes on. Call on all ranks.
     """
-    full: Networks = {}
+    files: dict[str, dict[str, Tensor]] = {}
     scalars = {}
     for name, engine in trainer.engines.items():
-        moments, scalars[name] = engine.optimizer_state()
-        full[name] = (engine.weights(), moments)
-    full |= trainer.averages.saved()
-    full |= lanes.kept(trainer.nets.lanes)
-    kept, tensors = probe.keep(trainer)
-    full[probe.FILE] = (tensors, {})
+        files[name] = engine.weights()
+        files[f"{name}.optimizer"], scalars[name] = engine.optimizer_state()
+    for name, module in trainer.frozen.items():
+        files[name] = {k: v.to("cpu", copy=True) for k, v in module.state_dict().items()}
+    if trainer.nets.lanes is not None:
+        files[lanes.FILE] = trainer.nets.lanes.saved()
+    kept, files[probe.FILE] = probe.keep(trainer)
     state = {
+        "step": trainer.step,
         "stage": trainer.index,
         "skipped": trainer.guard.skipped,
         "guard": trainer.guard.state_dict(),
@@ -49,7 +50,7 @@ def collect(trainer: Trainer) -> tuple[dict[str, Any], Networks]:
         },
         probe.FILE: kept,
     }
-    return copy.deepcopy(state), full
+    return Snapshot(copy.deepcopy(state), files)
 
 
 def resume(trainer: Trainer) -> checkpoint.Saved | None:

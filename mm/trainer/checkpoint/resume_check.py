@@ -19,7 +19,7 @@ from mm.errors import UserError
 from mm.layout import Fields, Layout
 
 if TYPE_CHECKING:
-    from mm.trainer.checkpoint.format import Saved
+    from mm.trainer.checkpoint.format import Snapshot
     from mm.trainer.loop import Trainer
 
 FILE = "probe"  # of the checkpoint, beside the networks' own
@@ -73,7 +73,7 @@ def losses(trainer: Trainer, batch: Batch) -> dict[str, float]:
             module.train()
 
 
-def check(trainer: Trainer, saved: Saved) -> None:
+def check(trainer: Trainer, saved: Snapshot) -> None:
     """Compare the losses of the kept batch with those of the save, when the tensors were cut anew.
 
     Raises:
@@ -93,7 +93,7 @@ def check(trainer: Trainer, saved: Saved) -> None:
             if before is None or abs(after - before) <= rounding * max(abs(before), 1e-3):
                 continue
             raise UserError(
-                f"{saved.folder}: loss/{name} of the batch kept in it was {before:.6g} and is "
+                f"{saved.origin}: loss/{name} of the batch kept in it was {before:.6g} and is "
                 f"{after:.6g} after the change from {was[0]} processes at ZeRO stage {was[1]} to "
                 f"{now[0]} at stage {now[1]}: the weights are not those that were saved; go on as "
                 f"before, or remove this folder to start from the checkpoint before it"
