@@ -9,7 +9,8 @@ own ones. N lanes of this rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,16 +19,13 @@ from torch import Tensor, nn
 from mm.errors import UserError
 from mm.model.layer import Mixer, ModelOut
 from mm.state import State
-
-if TYPE_CHECKING:
-    from mm.trainer.checkpoint.format import Snapshot
-    from mm.trainer.engine.deepspeed import Engine
-    from mm.trainer.env import TrainerEnv
+from mm.trainer.checkpoint.format import Snapshot
+from mm.trainer.engine.deepspeed import Engine
 
 FILE = "lanes"  # of the checkpoint, beside the networks' own
 
 
-class Lanes:
+class CarriedStates:
     """States of this rank's lanes.
 
     Args:
@@ -42,14 +40,16 @@ class Lanes:
         self._made: dict[int, State] = {}
 
     @classmethod
-    def of(cls, stream: Any, engine: Engine, env: TrainerEnv) -> Lanes | None:
+    def of(
+        cls, stream: Any, engine: Engine, autocast: AbstractContextManager[Any]
+    ) -> CarriedStates | None:
         """Fresh ones for a stream that has lanes, else None. Call on all ranks.
 
         Raises UserError when the model has no State.
         """
         if not getattr(stream, "carried_rows", 0):
             return None
-        with engine.whole() as module, env.autocast():
+        with engine.whole() as module, autocast:
             _require_states(module)
             make: Any = module.initial_state
             state = make(sum(map(len, stream.own_rows)), stream.max_length)

@@ -16,9 +16,10 @@ from trainer_runs import losses, make_run, rows
 from trainer_toys import toys_registered  # noqa: F401
 
 from mm.errors import UserError
-from mm.registry import CALLBACKS, NETWORKS
+from mm.registry import NETWORKS
 from mm.run import Guard, Run
 from mm.specs import TokenSpec
+from mm.trainer.callbacks.base import Callback, Training
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.folder import locked
 from mm.trainer.loop import INTERRUPTED, Trainer, train
@@ -260,21 +261,13 @@ def test_stages_hand_the_weights_on(tmp_path: Path) -> None:
 def test_callbacks_see_every_step_on_the_host(tmp_path: Path) -> None:
     seen: list[Any] = []
 
-    class Spy(type(CALLBACKS.parse("progress").build())):  # type: ignore[misc]
-        def on_step(self, trainer: Trainer, step: int, metrics: dict[str, Any]) -> None:
+    class Spy(Callback):
+        def post_step(self, trainer: Training, step: int, metrics: dict[str, Any]) -> None:
             seen.append((step, metrics["loss/total"]))
-            with trainer.whole() as module:
+            with trainer.unsharded() as module:
                 assert not module.training and module.embed.weight.numel() > 0
 
-    trainer = Trainer(make_run(tmp_path, steps=2, stage=3))
-    opened = trainer._open
-
-    def open_with_spy(*args: Any) -> None:
-        opened(*args)
-        trainer.callbacks = [Spy(CALLBACKS.parse("progress"))]
-
-    trainer._open = open_with_spy  # type: ignore[method-assign]
-    trainer.fit()
+    Trainer(make_run(tmp_path, steps=2, stage=3), [Spy()]).fit()
     assert [s for s, _ in seen] == [1, 2] and all(isinstance(v, float) for _, v in seen)
 
 

@@ -115,7 +115,13 @@ def _load(path: Path) -> dict[str, Tensor]:
     return load_file(str(path)) if path.is_file() else {}
 
 
-def save(root: Path, snapshot: Snapshot, keep_last: int, keep_every: int = 0) -> Path:
+def save(
+    root: Path,
+    snapshot: Snapshot,
+    keep_last: int,
+    keep_every: int = 0,
+    on_file: Callable[[Path], Any] = lambda path: None,
+) -> Path:
     """Write ``root/step_NNNNNN`` and move ``latest`` to it; then remove what need not be kept.
 
     A folder that cannot be written (a network disk that went away) is tried again, then given up.
@@ -125,6 +131,7 @@ def save(root: Path, snapshot: Snapshot, keep_last: int, keep_every: int = 0) ->
         snapshot: what to write.
         keep_last: complete checkpoints to keep.
         keep_every: those of steps that it divides stay for good; 0 = none.
+        on_file: called with every file of tensors once it is written, then with the folder.
     Raises:
         UserError: the disk is full or cannot be written; the checkpoints before are intact.
     """
@@ -134,7 +141,7 @@ def save(root: Path, snapshot: Snapshot, keep_last: int, keep_every: int = 0) ->
         try:
             root.mkdir(parents=True, exist_ok=True)
             require_space(root, need)
-            final = _write(root, snapshot)
+            final = _write(root, snapshot, on_file)
             break
         except Exception as error:
             reason = _disk_error(error)
@@ -152,7 +159,7 @@ def save(root: Path, snapshot: Snapshot, keep_last: int, keep_every: int = 0) ->
     return final
 
 
-def _write(root: Path, snapshot: Snapshot) -> Path:
+def _write(root: Path, snapshot: Snapshot, on_file: Callable[[Path], Any]) -> Path:
     step = snapshot.state["step"]
     final = root / f"step_{step:06d}"
     part = root / f"{PART}step_{step:06d}_{os.getpid()}"
@@ -162,6 +169,7 @@ def _write(root: Path, snapshot: Snapshot) -> Path:
         for name, tensors in snapshot.files.items():
             if tensors:
                 _write_tensors(part / f"{name}.safetensors", tensors)
+                on_file(part / f"{name}.safetensors")
         (part / STATE).write_text(json.dumps({"schema": SCHEMA, **snapshot.state}, indent=1))
         hashes = {file.name: _sha256(file) for file in sorted(part.iterdir())}
         for file in part.iterdir():
@@ -173,6 +181,7 @@ def _write(root: Path, snapshot: Snapshot) -> Path:
             final, ignore_errors=True
         )  # a damaged one of the same step: it was passed over at the start
         part.rename(final)
+        on_file(final)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     _point(root, final.name)
