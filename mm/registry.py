@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, SerializeAsAny, WithJsonSchema
 
@@ -29,8 +29,9 @@ class Registry:
 
     every: dict[str, Registry] = {}
 
-    def __init__(self, name: str, table: dict[str, str]):
+    def __init__(self, name: str, table: dict[str, str], renamed: dict[str, str] | None = None):
         self.name = name
+        self.renamed = renamed or {}  # kinds that had another name: {"old": "new"}
         self._modules = dict(table)
         self._classes: dict[str, type[Config]] = {}
         Registry.every[name] = self
@@ -70,6 +71,8 @@ class Registry:
         """
         if kind not in self._modules:
             load_plugins()
+        if kind not in self._modules and kind in self.renamed:
+            raise UserError(f"{self.name} kind '{kind}' is called '{self.renamed[kind]}' now")
         if kind not in self._modules:
             raise UserError(f"unknown {self.name} kind '{kind}'{did_you_mean(kind, self._modules)}")
         if kind not in self._classes:
@@ -209,12 +212,13 @@ MIXERS = Registry(
         "nystromformer": "mm.model.mixers.encoder_only.nystromformer",
     },
 )
-CHANNELS = Registry(
-    "channel",
+FFNS = Registry(
+    "ffn",
     {
         "swiglu": "mm.model.ffn.swiglu",
-        "channel_mix": "mm.model.ffn.rwkv_ffn",
+        "rwkv_ffn": "mm.model.ffn.rwkv_ffn",
     },
+    renamed={"rwkv_ffn": "rwkv_ffn"},
 )
 POSITIONS = Registry(
     "position",
@@ -269,11 +273,12 @@ SOURCES = Registry(
 STREAMS = Registry(
     "data",
     {
-        "packed": "mm.data.packed",
-        "bucketed": "mm.data.bucketed",
-        "items": "mm.data.items",
-        "lanes": "mm.data.lanes",
+        "packed": "mm.data.streams.packed",
+        "bucketed": "mm.data.streams.bucketed",
+        "items": "mm.data.streams.raw_items",
+        "stateful": "mm.data.streams.stateful",
     },
+    renamed={"lanes": "stateful"},
 )
 TRANSFORMS = Registry(
     "transform",
@@ -318,3 +323,44 @@ CALLBACKS = Registry(
         "progress": "mm.trainer.callbacks.progress",
     },
 )
+
+# The annotation of a config field that holds one entry: to pydantic a parser (a kind, a mapping or
+# a Config becomes a Config), to a type checker anything.
+if TYPE_CHECKING:
+    NetworkField = Any
+    BackboneField = Any
+    BlockField = Any
+    MixerField = Any
+    FfnField = Any
+    PositionField = Any
+    LinearField = Any
+    EmbedderField = Any
+    AdapterField = Any
+    HeadField = Any
+    TokenizerField = Any
+    QuantizerField = Any
+    StreamField = Any
+    TransformField = Any
+    ObjectiveField = Any
+    OptimizerField = Any
+    TaskField = Any
+    CallbackField = Any
+else:
+    NetworkField = NETWORKS.field
+    BackboneField = BACKBONES.field
+    BlockField = BLOCKS.field
+    MixerField = MIXERS.field
+    FfnField = FFNS.field
+    PositionField = POSITIONS.field
+    LinearField = LINEARS.field
+    EmbedderField = EMBEDDERS.field
+    AdapterField = ADAPTERS.field
+    HeadField = HEADS.field
+    TokenizerField = TOKENIZERS.field
+    QuantizerField = QUANTIZERS.field
+    StreamField = STREAMS.field
+    TransformField = TRANSFORMS.field
+    ObjectiveField = OBJECTIVES.field
+    OptimizerField = OPTIMIZERS.field
+    TaskField = TASKS.field
+    CallbackField = CALLBACKS.field

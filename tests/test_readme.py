@@ -25,7 +25,7 @@ from PIL import Image
 import mm
 from mm import config as configs
 from mm.cli import main as cli
-from mm.data.decode import EXTENSIONS
+from mm.data.modalities.decode import EXTENSIONS
 from mm.model.backbones.stack import presets
 from mm.registry import MIXERS, TOKENIZERS
 

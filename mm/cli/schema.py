@@ -12,7 +12,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from mm import config
 from mm.config import Config
 from mm.errors import UserError
-from mm.registry import TOKENIZERS, Registry, load_plugins
+from mm.registry import Registry, TokenizerField, load_plugins
 from mm.run import Run
 
 
@@ -97,7 +97,7 @@ def resolve(path: str, assignments: Sequence[str] = ()) -> Config:
             "TokenizerFile",
             __base__=Config,
             imports=(tuple[str, ...], ()),
-            tokenizer=(TOKENIZERS.field, ...),
+            tokenizer=(TokenizerField, ...),
         )
         return config.validate(model, values, path)
     if "stages" not in values and "kind" in values:

@@ -21,7 +21,7 @@ from mm.model.layer import Ctx
 GROUPS = "rows.causal_groups"  # key in Ctx.shared
 # Attention on a CPU takes documents where they lie if they have so many tokens on average: to
 # gather a token costs about 8 us, a call of its own for a document 0.3 ms.
-LYING, MOST_RUNS = 128, 64
+MIN_TOKENS_IN_PLACE, MAX_RUNS = 128, 64
 
 
 def narrowed(mask: Mask, window: int | None) -> Mask:
@@ -122,20 +122,20 @@ def _runs(first: np.ndarray, count: np.ndarray) -> list[tuple[int, int, int]]:
     """First place, number and length of documents of one length that follow each other; none where
     gathering documents costs less.
     """
-    if count.sum() < LYING * len(count):
+    if count.sum() < MIN_TOKENS_IN_PLACE * len(count):
         return []
     same = (np.diff(count) == 0) & (np.diff(first) == count[:-1])
     begins = np.flatnonzero(np.concatenate([[True], ~same]))
-    if len(begins) > MOST_RUNS:
+    if len(begins) > MAX_RUNS:
         return []
     number = np.diff(begins, append=len(count))
     return [(int(first[b]), int(n), int(count[b])) for b, n in zip(begins, number, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
-class Groups:
-    """A stateless packed call as groups of one-document rows (`Groups.of`). With ``runs`` each
-    group is a range of flat places; else, with ``index`` None, the rows are groups already.
+class LengthBuckets:
+    """A stateless packed call as groups of one-document rows (`LengthBuckets.of`). With ``runs``
+    each group is a range of flat places; else, with ``index`` None, the rows are groups already.
     """
 
     groups: tuple[Group, ...]
@@ -201,7 +201,9 @@ class Groups:
         return out.view(B, T, *y[0].shape[2:])
 
     @staticmethod
-    def of(layout: Layout, mask: Mask, split_above: int = 16, by_vectors: bool = False) -> Groups:
+    def of(
+        layout: Layout, mask: Mask, split_above: int = 16, by_vectors: bool = False
+    ) -> LengthBuckets:
         """Group the documents of ``layout`` by length (powers of two from ``split_above``).
 
         ``by_vectors``: give `Group.how`, which has a bool of all pairs only where nothing smaller
@@ -228,9 +230,9 @@ class Groups:
             full = mask.hint == "full" and bool((document > 0).all())
             if by_vectors:
                 how = _how(mask, f, causal, ordered, steady, bool((document > 0).all()))
-                return Groups((Group(B, T, None, False, how),))
+                return LengthBuckets((Group(B, T, None, False, how),))
             allowed = None if causal or full else mask.dense(f, f)
-            return Groups((Group(B, T, allowed, causal),))
+            return LengthBuckets((Group(B, T, allowed, causal),))
         runs = _runs(first, lengths[real]) if by_vectors and f.document.device.type == "cpu" else []
         if runs:
             made = []
@@ -240,7 +242,7 @@ class Groups:
                 )
                 how = _how(mask, f.map(lying), causal, ordered, steady, True)
                 made.append(Group(R, L, None, False, how))
-            return Groups(tuple(made), runs=tuple((a, a + n * m) for a, n, m in runs))
+            return LengthBuckets(tuple(made), runs=tuple((a, a + n * m) for a, n, m in runs))
         size = np.full(len(first), split_above)
         while (short := size < lengths[real]).any():
             size[short] *= 2
@@ -274,15 +276,15 @@ class Groups:
         inverse[document == 0] = at
         index = torch.from_numpy(np.concatenate([*indices, [0]])).to(device)
         copies = torch.from_numpy(np.concatenate([*unread, [True]])).to(device)
-        return Groups(tuple(groups), index, torch.from_numpy(inverse).to(device), copies)
+        return LengthBuckets(tuple(groups), index, torch.from_numpy(inverse).to(device), copies)
 
 
 def share_groups(serving: bool) -> dict[str, Callable[[Ctx], Any]]:
-    """`Layer.shares` of a mixer that runs `by_document`: one grouping for all of a pass."""
-    return {} if serving else {GROUPS: lambda ctx: Groups.of(ctx.layout, Causal())}
+    """`Layer.shares` of a mixer that runs `per_document`: one grouping for all of a pass."""
+    return {} if serving else {GROUPS: lambda ctx: LengthBuckets.of(ctx.layout, Causal())}
 
 
-def by_document(f: Callable[..., Tensor], ctx: Ctx, *x_BT: Tensor) -> Tensor:
+def per_document(f: Callable[..., Tensor], ctx: Ctx, *x_BT: Tensor) -> Tensor:
     """Run a causal ``f`` on documents that all begin in this call.
 
     ``f`` takes rows of one document `(R, L, ...)`, one for each tensor `(B, T, ...)`, and returns
@@ -295,13 +297,13 @@ def by_document(f: Callable[..., Tensor], ctx: Ctx, *x_BT: Tensor) -> Tensor:
     groups = ctx.shared.get(GROUPS)
     if groups is None and torch.compiler.is_compiling():
         # Grouping looks at values, which a graph cannot; a backbone shares it from outside.
-        docs = Docs.of(ctx.layout, 0)
+        docs = PackedRows.of(ctx.layout, 0)
         return docs.pack(f(*map(docs.unpack, x_BT)), B, T)
-    groups = groups if groups is not None else Groups.of(ctx.layout, Causal())
+    groups = groups if groups is not None else LengthBuckets.of(ctx.layout, Causal())
     return groups.join([f(*parts) for _, parts in groups.split(*x_BT)], B, T)
 
 
-class Docs(NamedTuple):
+class PackedRows(NamedTuple):
     """Documents of a call with a State, as R rows of length L: row r is document r + 1."""
 
     index: (
@@ -314,7 +316,7 @@ class Docs(NamedTuple):
     direct: bool  # row r has slot r or none, and there are R slots: states need no gather
 
     @staticmethod
-    def of(layout: Layout, n_slots: int) -> Docs:
+    def of(layout: Layout, n_slots: int) -> PackedRows:
         """Rows of ``layout`` for a State of ``n_slots``. No synchronisation: L is
         `Layout.max_seqlen`.
         """
@@ -322,7 +324,7 @@ class Docs(NamedTuple):
         document = layout.fields.document
         if layout.aligned:
             valid = document > 0
-            return Docs(
+            return PackedRows(
                 None, valid, valid.sum(1), layout.slot[:B].long(), layout.fresh[:B], n_slots == B
             )
         M = layout.slot.shape[0]
@@ -333,7 +335,7 @@ class Docs(NamedTuple):
         start = layout.cu_seqlens[:-1].long()
         last = (start + count - 1).clamp_min(0)
         index = torch.minimum(start[:, None] + places, last[:, None]).clamp_max(B * T - 1)
-        return Docs(index, valid, count, layout.slot.long(), layout.fresh, False)
+        return PackedRows(index, valid, count, layout.slot.long(), layout.fresh, False)
 
     def unpack(self, x_BT: Tensor) -> Tensor:
         """`(B, T, ...)` to `(R, L, ...)`; places past a document's end repeat its own last one."""
@@ -364,11 +366,11 @@ class Docs(NamedTuple):
         # Selected, not multiplied: a stale slot may hold inf.
         return torch.where(keep, rows, initial)
 
-    def written(self, n_slots: int) -> Written:
+    def written(self, n_slots: int) -> SlotWrites:
         """Which row each slot takes over."""
         if self.direct:
             length = torch.where(self.slot >= 0, self.length, 0)
-            return Written(None, self.slot >= 0, length, self.fresh & (self.slot >= 0))
+            return SlotWrites(None, self.slot >= 0, length, self.fresh & (self.slot >= 0))
         rows = torch.arange(self.slot.shape[0], device=self.slot.device)
         target = torch.where(self.slot >= 0, self.slot, n_slots)
         row = torch.full((n_slots + 1,), -1, dtype=torch.long, device=target.device)
@@ -378,11 +380,11 @@ class Docs(NamedTuple):
         hit = row >= 0
         row = row.clamp_min(0)
         if rows.shape[0] == 0:
-            return Written(row, hit, torch.zeros_like(row), hit)
-        return Written(row, hit, torch.where(hit, self.length[row], 0), self.fresh[row] & hit)
+            return SlotWrites(row, hit, torch.zeros_like(row), hit)
+        return SlotWrites(row, hit, torch.where(hit, self.length[row], 0), self.fresh[row] & hit)
 
 
-class Written(NamedTuple):
+class SlotWrites(NamedTuple):
     """For every slot: the row that writes it (None = row n), whether any does, its length, whether
     it began fresh.
     """

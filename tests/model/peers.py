@@ -77,8 +77,8 @@ def scatter(module: nn.Module) -> None:
 
 def ours(pattern: str, mixers: Mapping[str, Any], bias: bool = False, **backbone: Any) -> Model:
     """Our language model of the same size."""
-    channel = {"kind": "swiglu", "hidden": HIDDEN}
-    stack = {"kind": "stack", "pattern": pattern, "mixers": mixers, "channel": channel} | backbone
+    ffn = {"kind": "swiglu", "hidden": HIDDEN}
+    stack = {"kind": "stack", "pattern": pattern, "mixers": mixers, "ffn": ffn} | backbone
     linear = {"kind": "dense", "bias": bias}
     return LmConfig(d_model=D, backbone=stack, linear=linear).build().float().eval()
 
@@ -129,7 +129,7 @@ def copy_model(
     scaled: bool = False,
 ) -> None:
     """Everything of a decoder. ``norms``: the layer's norms in our order (before the mixer, after
-    it if post-normed, before the channel, after it); ``scaled``: the peer multiplies embeddings by
+    it if post-normed, before the ffn, after it); ``scaled``: the peer multiplies embeddings by
     sqrt(D), too.
     """
     with torch.no_grad():
@@ -153,7 +153,7 @@ def copy_block(
     block: Any, layer: Any, norms: tuple[str, ...], mlp: str | None, zero_centred: bool = False
 ) -> None:
     """Norms, mixer and feed-forward layer."""
-    slots = (block.mixer_norm, block.mixer_post_norm, block.channel_norm, block.channel_post_norm)
+    slots = (block.mixer_norm, block.mixer_post_norm, block.ffn_norm, block.ffn_post_norm)
     for target, name in zip([s for s in slots if s is not None], norms, strict=True):
         copy_norm(target, getattr(layer, name), zero_centred)
     for name in ("self_attn", "linear_attn", "mixer", "temporal_block", "mamba"):
@@ -161,8 +161,8 @@ def copy_block(
             copy_mixer(block.mixer, getattr(layer, name), zero_centred)
     if mlp is not None:
         feed = getattr(layer, mlp)
-        matrix(block.channel.gate_up, feed.gate_proj, feed.up_proj)
-        matrix(block.channel.out, feed.down_proj)
+        matrix(block.ffn.gate_up, feed.gate_proj, feed.up_proj)
+        matrix(block.ffn.out, feed.down_proj)
 
 
 def copy_norm(target: Any, source: Any, zero_centred: bool = False) -> None:
@@ -189,7 +189,7 @@ def matrix(target: Any, *sources: nn.Linear | Tensor) -> None:
         )
 
 
-def taps(weight_C1K: Tensor) -> Tensor:
+def conv_weight_of(weight_C1K: Tensor) -> Tensor:
     """`(C, 1, K)` of a depthwise convolution to our `(K, C)`."""
     return weight_C1K[:, 0].T
 
@@ -230,7 +230,7 @@ def copy_mamba(target: Any, source: Any) -> None:
         matrix(ours, theirs)
     target.step.weight.copy_(source.dt_proj.weight)
     target.step_bias.copy_(source.dt_proj.bias)
-    target.conv_weight.copy_(taps(source.conv1d.weight))
+    target.conv_weight.copy_(conv_weight_of(source.conv1d.weight))
     target.conv_bias.copy_(source.conv1d.bias)
     target.log_rate.copy_(source.A_log.T)
     target.skip.copy_(source.D)
@@ -251,7 +251,7 @@ def copy_mamba2(target: Any, source: Any) -> None:
     matrix(target.decay, dt)
     matrix(target.out, source.out_proj)
     order = torch.cat((torch.arange(E + S, E + 2 * S), torch.arange(E, E + S), torch.arange(E)))
-    target.conv_weight.copy_(taps(source.conv1d.weight)[:, order])
+    target.conv_weight.copy_(conv_weight_of(source.conv1d.weight)[:, order])
     target.conv_bias.copy_(source.conv1d.bias[order])
     target.decay_bias.copy_(source.dt_bias)
     target.log_rate.copy_(source.A_log)
@@ -270,7 +270,7 @@ def copy_lightning(target: Any, source: Any) -> None:
 def copy_rg_lru(target: Any, source: Any) -> None:
     matrix(target.inner, source.linear_y, source.linear_x)
     matrix(target.out, source.linear_out)
-    target.conv_weight.copy_(taps(source.conv_1d.weight))
+    target.conv_weight.copy_(conv_weight_of(source.conv_1d.weight))
     target.conv_bias.copy_(source.conv_1d.bias)
     unit = source.rg_lru
     gates = (unit.recurrent_gate_weight, unit.input_gate_weight)
@@ -294,7 +294,7 @@ def copy_delta_rule(target: Any, source: Any) -> None:
     matrix(target.gate, z)
     matrix(target.rates, beta, a)
     matrix(target.out, out)
-    target.conv_weight.copy_(taps(source.conv1d.weight))
+    target.conv_weight.copy_(conv_weight_of(source.conv1d.weight))
     target.log_decay.copy_(source.A_log)
     target.rate_bias.copy_(source.dt_bias)
     copy_norm(target.norm, norm)

@@ -11,7 +11,7 @@ import torch
 
 from mm.batch import Batch
 from mm.config import validate
-from mm.data.collate import axes_of, grids_of, to_batch
+from mm.data.batching.collate import axes_of, grids_of, to_batch
 from mm.decoders.generate import generate_tokens
 from mm.errors import UserError
 from mm.model.layer import init_weights

@@ -20,7 +20,7 @@ from mm.model import varlen as rows
 from mm.model.heads.softmax import Categorical
 from mm.model.layer import Ctx, init_weights
 from mm.model.model import LmConfig, Model
-from mm.model.varlen import Groups
+from mm.model.varlen import LengthBuckets
 from mm.registry import MIXERS
 from mm.specs import TokenSpec
 from mm.vocabulary import Vocabulary
@@ -85,13 +85,16 @@ def test_places_without_a_target_are_harmless_and_no_places_give_an_empty_loss()
 
 def test_streams_of_a_place_are_summed_and_minus_one_adds_nothing() -> None:
     model, x = make(), ids(1, 4)
-    one = model(Batch.of_ids(x[..., None]), want=frozenset({"hidden.0"})).taps["hidden.0"]
+    one = model(
+        Batch.of_ids(x[..., None]), return_intermediates=frozenset({"hidden.0"})
+    ).intermediates["hidden.0"]
     padded = model(
-        Batch.of_ids(torch.stack((x, torch.full_like(x, -1)), -1)), want=frozenset({"hidden.0"})
-    ).taps["hidden.0"]
-    twice = model(Batch.of_ids(torch.stack((x, x), -1)), want=frozenset({"hidden.0"})).taps[
-        "hidden.0"
-    ]
+        Batch.of_ids(torch.stack((x, torch.full_like(x, -1)), -1)),
+        return_intermediates=frozenset({"hidden.0"}),
+    ).intermediates["hidden.0"]
+    twice = model(
+        Batch.of_ids(torch.stack((x, x), -1)), return_intermediates=frozenset({"hidden.0"})
+    ).intermediates["hidden.0"]
     torch.testing.assert_close(padded, one)
     torch.testing.assert_close(twice, 2 * one)
     torch.testing.assert_close(one[0, 0], model.embedder.weight[x[0, 0]] * 4.0)  # sqrt(16)
@@ -99,25 +102,25 @@ def test_streams_of_a_place_are_summed_and_minus_one_adds_nothing() -> None:
 
 def test_taps_are_given_only_when_asked_for() -> None:
     model, batch = make(), Batch.of_ids(ids(1, 4))
-    assert model(batch).taps == {}
-    out = model(batch, want=frozenset({"hidden.0", "hidden.1", "hidden"}))
-    assert set(out.taps) == {"hidden.0", "hidden.1", "hidden"}
-    assert torch.equal(out.taps["hidden"], out.hidden)
+    assert model(batch).intermediates == {}
+    out = model(batch, return_intermediates=frozenset({"hidden.0", "hidden.1", "hidden"}))
+    assert set(out.intermediates) == {"hidden.0", "hidden.1", "hidden"}
+    assert torch.equal(out.intermediates["hidden"], out.hidden)
     early = make(
-        heads={"tokens": {"kind": "softmax"}, "early": {"kind": "softmax", "tap": "hidden.1"}}
+        heads={"tokens": {"kind": "softmax"}, "early": {"kind": "softmax", "reads": "hidden.1"}}
     )
     out = early(batch, loss=False)
-    assert out.taps == {}
-    tap = early(batch, want=frozenset({"hidden.1"})).taps["hidden.1"]
+    assert out.intermediates == {}
+    read = early(batch, return_intermediates=frozenset({"hidden.1"})).intermediates["hidden.1"]
     torch.testing.assert_close(
-        out.heads["early"].dist.logits, tap[0] @ early.heads["early"].weight.T
+        out.heads["early"].dist.logits, read[0] @ early.heads["early"].weight.T
     )
 
 
 def test_path_runs_other_layers_in_order() -> None:
     model, batch = make(), Batch.of_ids(ids(1, 4))
     layers = model.backbone.layers
-    first = model(batch, want=frozenset({"hidden.1"})).taps["hidden.1"]
+    first = model(batch, return_intermediates=frozenset({"hidden.1"})).intermediates["hidden.1"]
     torch.testing.assert_close(model(batch, path=[0]).hidden, model.backbone.norm(first))
     assert not torch.allclose(model(batch, path=[1, 0]).hidden, model(batch).hidden)
     assert len(layers) == 2 and len(model.initial_state(1, 4, path=[0, 0, 1])) == 3
@@ -157,7 +160,7 @@ def test_masks_are_what_they_say() -> None:
 
 def test_grouping_by_length_covers_every_place_once() -> None:
     layout = Layout.from_rows([[Doc(3), Doc(40)], [Doc(20), Doc(1), Doc(5)]], 50)
-    groups = Groups.of(layout, Causal())
+    groups = LengthBuckets.of(layout, Causal())
     assert len(groups.groups) == 3 and all(g.causal and g.allowed is None for g in groups.groups)
     x = torch.arange(100.0, requires_grad=True)
     y = groups.join([part[0] for _, part in groups.split(x.view(2, 50, 1))], 2, 50)
@@ -167,14 +170,14 @@ def test_grouping_by_length_covers_every_place_once() -> None:
     assert torch.equal(grad, torch.arange(100.0) * (layout.fields.document.flatten() > 0))
     shuffled = layout.fields.position.flip(1)
     reversed_time = replace(layout, fields=layout.fields._replace(position=shuffled))
-    assert not any(g.causal for g in Groups.of(reversed_time, Causal()).groups), (
+    assert not any(g.causal for g in LengthBuckets.of(reversed_time, Causal()).groups), (
         "times that do not rise need a real mask"
     )
 
 
 def test_long_documents_are_taken_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout.from_rows([[Doc(130), Doc(130), Doc(200)], [Doc(300)]], 480)
-    groups = Groups.of(layout, Causal(), by_vectors=True)
+    groups = LengthBuckets.of(layout, Causal(), by_vectors=True)
     assert [(g.rows, g.length) for g in groups.groups] == [(2, 130), (1, 200), (1, 300)]
     assert groups.runs == ((0, 260), (260, 460), (480, 780)) and groups.index is None
     layer = MIXERS.get("attention")(heads=2, window=150).build(8)
@@ -183,7 +186,7 @@ def test_long_documents_are_taken_where_they_lie(monkeypatch: pytest.MonkeyPatch
     x[layout.fields.document == 0] = 1e3
 
     def run(at_least: int) -> tuple[Tensor, ...]:
-        monkeypatch.setattr(rows, "LYING", at_least)
+        monkeypatch.setattr(rows, "MIN_TOKENS_IN_PLACE", at_least)
         x.requires_grad_()
         y = layer(x, Ctx(layout, Causal())).y[layout.fields.document > 0]
         return y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])

@@ -71,7 +71,7 @@ def test_gemma2() -> None:
         "near attention",
         {"near": {"kind": "attention", "window": 9, **attention}, "attention": attention},
         block={"kind": "prenorm", "post_norms": True},
-        channel={"kind": "swiglu", "hidden": HIDDEN, "activation": "gelu_tanh"},
+        ffn={"kind": "swiglu", "hidden": HIDDEN, "activation": "gelu_tanh"},
     )
     order = (*LLAMA, "pre_feedforward_layernorm", "post_feedforward_layernorm")
     copy_model(model, theirs, order, zero_centred=True, scaled=True)

@@ -38,7 +38,7 @@ def applied(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 def test_mamba() -> None:
     theirs = peer("mamba", "Mamba", num_hidden_layers=2, state_size=8)
-    model = ours("2*mamba", {"mamba": {"states": 8}}, channel=None)
+    model = ours("2*mamba", {"mamba": {"states": 8}}, ffn=None)
     copy_model(model, theirs, ("norm",), mlp=None)
     assert_same_logits(theirs, model)
 
@@ -46,7 +46,7 @@ def test_mamba() -> None:
 def test_falcon_mamba() -> None:
     """Step size, B and C are normed without a scale."""
     theirs = peer("falcon_mamba", "FalconMamba", num_hidden_layers=2, state_size=8)
-    model = ours("2*mamba", {"mamba": {"states": 8, "norms": True}}, channel=None)
+    model = ours("2*mamba", {"mamba": {"states": 8, "norms": True}}, ffn=None)
     copy_model(model, theirs, ("norm",), mlp=None)
     assert_same_logits(theirs, model)
 
@@ -63,7 +63,7 @@ def test_mamba2() -> None:
         n_groups=1,
         chunk_size=16,
     )
-    model = ours("2*mamba2", {"mamba2": {"heads": 4, "key_dim": 8}}, channel=None)
+    model = ours("2*mamba2", {"mamba2": {"heads": 4, "key_dim": 8}}, ffn=None)
     copy_model(model, theirs, ("norm",), mlp=None)
     assert_same_logits(theirs, model)
 
@@ -94,7 +94,7 @@ def test_recurrent_gemma() -> None:
     model = ours(
         "2*rg_lru local_attention",
         {"local_attention": local},
-        channel={"kind": "swiglu", "hidden": HIDDEN, "activation": "gelu_tanh"},
+        ffn={"kind": "swiglu", "hidden": HIDDEN, "activation": "gelu_tanh"},
         bias=True,
     )
     norms = ("temporal_pre_norm", "channel_pre_norm")

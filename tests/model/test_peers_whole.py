@@ -67,10 +67,10 @@ def test_xlstm() -> None:
     with torch.no_grad():
         for block, layer in zip(model.backbone.layers, base.blocks, strict=True):
             copy_norm(block.mixer_norm, layer.norm_mlstm)
-            copy_norm(block.channel_norm, layer.norm_ffn)
+            copy_norm(block.ffn_norm, layer.norm_ffn)
             copy_mlstm(block.mixer, layer.mlstm_layer)
-            matrix(block.channel.gate_up, layer.ffn.proj_up_gate, layer.ffn.proj_up)
-            matrix(block.channel.out, layer.ffn.proj_down)
+            matrix(block.ffn.gate_up, layer.ffn.proj_up_gate, layer.ffn.proj_up)
+            matrix(block.ffn.out, layer.ffn.proj_down)
     assert_same_logits(theirs, model, after=lambda x: 3 * torch.tanh(x / 3))
 
 
@@ -144,11 +144,11 @@ def test_minimax() -> None:
                 copy_block(block, layer, LLAMA, None)
             else:
                 copy_norm(block.mixer_norm, layer.input_layernorm)
-                copy_norm(block.channel_norm, layer.post_attention_layernorm)
+                copy_norm(block.ffn_norm, layer.post_attention_layernorm)
                 copy_lightning(block.mixer, layer.self_attn)
             (gate_up,), (down,) = layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj
-            matrix(block.channel.gate_up, gate_up)
-            matrix(block.channel.out, down)
+            matrix(block.ffn.gate_up, gate_up)
+            matrix(block.ffn.out, down)
     assert_same_logits(theirs, model)
 
 
@@ -167,7 +167,7 @@ def test_rwkv() -> None:
     model = ours(
         "2*rwkv4",
         {},
-        channel={"kind": "channel_mix", "hidden": HIDDEN},
+        ffn={"kind": "rwkv_ffn", "hidden": HIDDEN},
         block={"kind": "prenorm", "norm": "layer"},
         norm="layer",
     )
@@ -177,7 +177,7 @@ def test_rwkv() -> None:
     with torch.no_grad():
         for block, layer in zip(model.backbone.layers, base.blocks, strict=True):
             copy_norm(block.mixer_norm, layer.ln1)
-            copy_norm(block.channel_norm, layer.ln2)
+            copy_norm(block.ffn_norm, layer.ln2)
             mixer, source = block.mixer, layer.attention
             names = ("receptance", "key", "value")
             mixer.mix.copy_(torch.cat([getattr(source, f"time_mix_{n}")[0] for n in names]))
@@ -186,9 +186,9 @@ def test_rwkv() -> None:
             mixer.log_decay.copy_(source.time_decay)
             mixer.bonus.copy_(source.time_first)
             matrix(mixer.out, source.output)
-            channel, source = block.channel, layer.feed_forward
-            channel.mix.copy_(torch.cat((source.time_mix_receptance[0], source.time_mix_key[0])))
-            matrix(channel.receptance, source.receptance)
-            matrix(channel.key, source.key)
-            matrix(channel.out, source.value)
+            ffn, source = block.ffn, layer.feed_forward
+            ffn.mix.copy_(torch.cat((source.time_mix_receptance[0], source.time_mix_key[0])))
+            matrix(ffn.receptance, source.receptance)
+            matrix(ffn.key, source.key)
+            matrix(ffn.out, source.value)
     assert_same_logits(theirs, model, through=first)

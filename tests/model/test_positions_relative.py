@@ -16,8 +16,8 @@ from mm.model.ffn.swiglu import SwiGLU
 from mm.model.layer import Ctx, init_weights
 from mm.model.mixers.attention.attention import Attention
 from mm.model.positions.irpe import piecewise
-from mm.model.varlen import Groups
-from mm.registry import CHANNELS, MIXERS, POSITIONS
+from mm.model.varlen import LengthBuckets
+from mm.registry import FFNS, MIXERS, POSITIONS
 
 
 def build(**settings: Any) -> Attention:
@@ -224,20 +224,20 @@ def test_packed_rows_do_the_work_of_their_tokens_and_not_of_the_longest() -> Non
     docs = documents(*lengths)
     attention = build()
     torch.manual_seed(0)
-    channel = CHANNELS.get("swiglu")(hidden=8).build(D)
-    init_weights(channel)
-    channel.double()
-    assert isinstance(channel, SwiGLU)
+    ffn = FFNS.get("swiglu")(hidden=8).build(D)
+    init_weights(ffn)
+    ffn.double()
+    assert isinstance(ffn, SwiGLU)
     packed = Layout.from_rows([[Doc(n) for n in lengths]])
     padded = Layout.from_rows([[Doc(n)] for n in lengths])
     x = torch.cat(docs)[None]
     wide = torch.nn.utils.rnn.pad_sequence(docs, batch_first=True, padding_value=1e9)
-    for layer in (attention, channel):
+    for layer in (attention, ffn):
         y, rows = apply(layer, x, packed).y[0], apply(layer, wide, padded).y
         for one, row in zip(y.split(lengths), rows, strict=True):
             torch.testing.assert_close(one, row[: len(one)], **TOL)
     assert x.shape[1] == sum(lengths) and wide.shape[:2].numel() / x.shape[1] > 2.3
-    pairs = sum(g.rows * g.length**2 for g in Groups.of(packed, Causal()).groups)
+    pairs = sum(g.rows * g.length**2 for g in LengthBuckets.of(packed, Causal()).groups)
     assert pairs < 0.5 * len(lengths) * max(lengths) ** 2
 
 

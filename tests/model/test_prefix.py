@@ -14,8 +14,8 @@ from generation_toys import VOCABULARY
 from laws import ROOT
 from torch import Tensor
 
-from mm.data.collate import document_tokens, to_batch
-from mm.data.order import generator
+from mm.data.batching.collate import document_tokens, to_batch
+from mm.data.streams.shuffle import generator
 from mm.data.transforms.any_to_any import AnyToAnyConfig
 from mm.data.transforms.mask_conditions import MaskConditionsConfig
 from mm.decoders.generate import generate_tokens
@@ -26,8 +26,8 @@ from mm.objectives.next_token import NextTokenConfig
 from mm.registry import NETWORKS
 from mm.run import Run
 from mm.specs import Segment
-from mm.trainer import metrics
-from mm.trainer.trainer import train
+from mm.trainer.log import metrics
+from mm.trainer.loop import train
 from mm.vocabulary import MASK, NULL
 
 TEXT, IMAGE = VOCABULARY.range("text"), VOCABULARY.range("image")
@@ -194,8 +194,8 @@ def test_the_shipped_runs_train(tmp_path: Path, name: str, monkeypatch: pytest.M
         assert rows[-1]["loss/masked"] < rows[0]["loss/masked"]
 
 
-def test_lanes_are_refused(tmp_path: Path) -> None:
-    data = {"kind": "lanes", "source": {"path": tmp_path}}
+def test_a_stream_that_cuts_documents_is_refused(tmp_path: Path) -> None:
+    data = {"kind": "stateful", "source": {"path": tmp_path}}
     values = {
         "name": "x",
         "model": {"kind": "lm", "mask": "prefix"},

@@ -11,7 +11,7 @@ import torch
 import trainer_toys as toys
 from laws import build, documents, layers, mask_of, packed
 from pydantic import ValidationError
-from test_trainer import losses, rows
+from trainer_runs import losses, rows
 from trainer_toys import toys_registered  # noqa: F401
 
 from mm.kernels.op import Op
@@ -19,9 +19,9 @@ from mm.layout import Doc, Layout
 from mm.mask import Causal
 from mm.model import recompute
 from mm.model.layer import Ctx, init_weights
-from mm.registry import BLOCKS, CHANNELS, MIXERS
+from mm.registry import BLOCKS, FFNS, MIXERS
 from mm.run import Run
-from mm.trainer.trainer import train
+from mm.trainer.loop import train
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def test_the_check_of_a_kernel_is_not_counted_as_work(
     """
     monkeypatch.setenv("MM_SELF_CHECK", "1")
     block = BLOCKS.parse("prenorm").build(
-        32, MIXERS.parse("attention").build(32), CHANNELS.parse("swiglu").build(32)
+        32, MIXERS.parse("attention").build(32), FFNS.parse("swiglu").build(32)
     )
     init_weights(block)
     layout = Layout.from_rows([[Doc(7), Doc(9)], [Doc(16)]], 16)
@@ -76,7 +76,7 @@ def _run(out: Path, name: str, **engine: Any) -> Run:
     backbone = {
         "pattern": engine.pop("pattern", "rg_lru attention"),
         "mixers": {"attention": {"heads": 2}, "rg_lru": {"heads": 2}},
-        "channel": {"kind": "swiglu", "hidden": 32},
+        "ffn": {"kind": "swiglu", "hidden": 32},
         "block": {"kind": "prenorm", "dropout": 0.1},
         "recompute": engine.pop("recompute", "none"),
     }

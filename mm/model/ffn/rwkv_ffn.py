@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -10,14 +9,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Caps, Channel, Ctx, Linear, Out
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Caps, Ctx, FeedForward, LinearFactory, Out
+from mm.model.linears.dense import dense
 from mm.model.mixers.conv.state import Tail, preceding
-from mm.registry import CHANNELS
+from mm.registry import FFNS
 from mm.state import State
 
 
-class ChannelMix(Channel):
+class RwkvFFN(FeedForward):
     """``sigmoid(receptance(x')) * out(relu(key(x''))^2)``, where x' and x'' are the token mixed
     with the one before it.
 
@@ -26,7 +25,7 @@ class ChannelMix(Channel):
 
     caps = Caps(causal=True, step=True, shard="halo")
 
-    def __init__(self, d_model: int, d_hidden: int, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, d_hidden: int, linear: LinearFactory):
         super().__init__()
         self.mix = nn.Parameter(torch.empty(2, d_model))  # of receptance and key
         self.receptance = linear(d_model, d_model, "receptance")
@@ -50,12 +49,12 @@ class ChannelMix(Channel):
         return n * self.mix.shape[1] * self.mix.element_size()
 
 
-@CHANNELS.register("channel_mix")
-class ChannelMixConfig(Config):
+@FFNS.register("rwkv_ffn")
+class RwkvFFNConfig(Config):
     """RWKV's channel mixing; ``hidden`` None takes 4 times d_model."""
 
-    kind: Literal["channel_mix"] = "channel_mix"
+    kind: Literal["rwkv_ffn"] = "rwkv_ffn"
     hidden: Annotated[int, Field(gt=0)] | None = None
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> ChannelMix:
-        return ChannelMix(d_model, self.hidden or 4 * d_model, linear or DenseConfig().build)
+    def build(self, d_model: int, linear: LinearFactory = dense) -> RwkvFFN:
+        return RwkvFFN(d_model, self.hidden or 4 * d_model, linear)

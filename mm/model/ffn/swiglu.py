@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -10,13 +9,13 @@ from torch import Tensor
 
 from mm.config import Config
 from mm.kernels.glu import glu
-from mm.model.layer import Channel, Ctx, Linear, Out
-from mm.model.linears.dense import DenseConfig
-from mm.registry import CHANNELS
+from mm.model.layer import Ctx, FeedForward, LinearFactory, Out
+from mm.model.linears.dense import dense
+from mm.registry import FFNS
 from mm.state import State
 
 
-class SwiGLU(Channel):
+class SwiGLU(FeedForward):
     """``out(silu(gate(x)) * up(x))``, or GELU in SiLU's place (GEGLU).
 
     Source: Shazeer 2020 (arXiv:2002.05202), eq. 6.
@@ -26,7 +25,7 @@ class SwiGLU(Channel):
         self,
         d_model: int,
         d_hidden: int,
-        linear: Callable[..., Linear],
+        linear: LinearFactory,
         activation: Literal["silu", "gelu_tanh"] = "silu",
     ):
         super().__init__()
@@ -39,7 +38,7 @@ class SwiGLU(Channel):
         return Out(self.out(glu(gate, up, self.activation), ctx))
 
 
-@CHANNELS.register("swiglu")
+@FFNS.register("swiglu")
 class SwiGLUConfig(Config):
     """SwiGLU; ``hidden`` None takes 8/3 of d_model, rounded up to a multiple of 32."""
 
@@ -49,6 +48,6 @@ class SwiGLUConfig(Config):
         Literal["silu", "gelu_tanh"], Field(description="gelu_tanh: GEGLU, in the tanh form")
     ] = "silu"
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> SwiGLU:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> SwiGLU:
         hidden = self.hidden or -(-8 * d_model // 96) * 32
-        return SwiGLU(d_model, hidden, linear or DenseConfig().build, self.activation)
+        return SwiGLU(d_model, hidden, linear, self.activation)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_checks import check, dtypes, randn
 from laws import TOL, D, alone, apply, documents, packed
-from test_kernels import check, dtypes, randn
 from torch import Tensor
 
 from mm.kernels.attention import attention

@@ -15,7 +15,7 @@ from mm.model.mixers.linear_attention.lower_bounds import LowerBounds
 
 def made(pattern: str):
     torch.manual_seed(1)
-    stack = StackConfig(pattern=pattern, channel=None).build(D)
+    stack = StackConfig(pattern=pattern, ffn=None).build(D)
     init_weights(stack)
     with torch.no_grad():
         for p in stack.parameters():

@@ -123,10 +123,10 @@ def compressed(layer: MemoryCompressedAttention, x: Tensor) -> Tensor:
     rows = []
     for t in range(len(x)):
         short = []
-        for u, taps in ((k, layer.taps[0]), (v, layer.taps[1])):
+        for u, w in ((k, layer.conv_weight[0]), (v, layer.conv_weight[1])):
             u = u[: t + 1]
             u = torch.cat((u, u.new_zeros(-len(u) % s, D)))
-            short.append(torch.conv1d(u.T[None], taps.permute(2, 1, 0), stride=s)[0].T)
+            short.append(torch.conv1d(u.T[None], w.permute(2, 1, 0), stride=s)[0].T)
         assert len(short[0]) == -(-(t + 1) // s)
         kh, vh = (u.view(-1, H, K).transpose(0, 1) for u in short)
         p = torch.einsum("hk,hsk->hs", q[t].view(H, K), kh) * K**-0.5

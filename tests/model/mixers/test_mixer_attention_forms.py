@@ -294,7 +294,7 @@ def test_mean_pooled_key_heads_are_the_means_and_the_rest_stays() -> None:
 
 def test_equal_heads_pool_to_the_same_model_of_a_stack() -> None:
     stack = lambda kv: StackConfig(
-        pattern="attention rg_lru", channel=None,
+        pattern="attention rg_lru", ffn=None,
         mixers={"attention": {"heads": 4, "kv_heads": kv}, "rg_lru": {"heads": 2}},
     ).build(D)  # fmt: skip
     large, small, (x,) = stack(4), stack(1), documents(6)

@@ -66,13 +66,19 @@ def test_a_unitary_fnet_keeps_the_length_of_even_parts() -> None:
 
 
 def test_with_a_landmark_a_place_it_is_attention() -> None:
-    layer, (x,) = build("nystromformer", heads=2, landmarks=12, iterations=30, taps=0), documents(9)
+    layer, (x,) = (
+        build("nystromformer", heads=2, landmarks=12, iterations=30, conv_size=0),
+        documents(9),
+    )
     expected = finished(layer, attention(*projected(layer, x)))
     torch.testing.assert_close(alone(layer, x), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_nystroem_is_the_papers_product_of_three() -> None:
-    layer, (x,) = build("nystromformer", heads=2, landmarks=4, iterations=30, taps=5), documents(12)
+    layer, (x,) = (
+        build("nystromformer", heads=2, landmarks=4, iterations=30, conv_size=5),
+        documents(12),
+    )
     q, k, v = projected(layer, x)
     q_mark, k_mark = (t.unflatten(1, (4, 3)).mean(2) for t in (q, k))
     scale = q.shape[-1] ** -0.5

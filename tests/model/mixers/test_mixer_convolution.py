@@ -44,10 +44,10 @@ def reach(layer: Layer, T: int) -> list[int]:
 
 
 def test_gated_cnn_equals_torch_convolutions_and_reaches_its_taps() -> None:
-    layer = made(GatedCNNConfig(width=6, taps=3))
+    layer = made(GatedCNNConfig(width=6, conv_size=3))
     assert isinstance(layer, GatedCNN)
     (x,) = documents(20)
-    W = layer.inner.weight.view(12, 3, D).flip(1).transpose(1, 2)  # newest tap last, as in torch
+    W = layer.inner.weight.view(12, 3, D).flip(1).transpose(1, 2)  # newest token last, as in torch
     u = nn.functional.conv1d(nn.functional.pad(x.T[None], (2, 0)), W, layer.bias)
     expected = layer.out((u[:, :6] * u[:, 6:].sigmoid())[0].T)
     torch.testing.assert_close(alone(layer, x), expected, **TOL)
@@ -60,7 +60,7 @@ def test_short_conv_equals_the_peer() -> None:
 
     config = Lfm2Config(hidden_size=D, num_hidden_layers=1, layer_types=["conv"], conv_bias=False)
     theirs = peer.Lfm2ShortConv(config, 0)
-    ours = made(ShortConvConfig(taps=config.conv_L_cache)).float()
+    ours = made(ShortConvConfig(conv_size=config.conv_L_cache)).float()
     assert isinstance(ours, ShortConv)
     with torch.no_grad():
         ours.inner.weight.copy_(theirs.in_proj.weight)

@@ -13,11 +13,11 @@ from mm.layout import Layout
 from mm.model.backbones.stack import StackConfig
 from mm.model.layer import init_weights
 from mm.model.mixers.linear_attention.delta_rule import DeltaRule, DeltaRuleConfig
-from mm.model.varlen import Groups
+from mm.model.varlen import LengthBuckets
 
 SETTINGS = {
     "plain": {},
-    "no convolution": {"taps": 1},
+    "no convolution": {"conv_size": 1},
     "gated": {"gate": "scalar", "output_gate": True},
     "reflecting": {"negative_eigenvalues": True, "value_dim": 3},
 }
@@ -35,7 +35,7 @@ def by_hand(layer: DeltaRule, x_TD: Tensor) -> Tensor:
     H, K, V = layer.heads, layer.key_dim, layer.value_dim
     u = layer.qkv(x_TD)
     if layer.conv_weight is not None:
-        past = torch.cat((u.new_zeros(layer.taps - 1, u.shape[1]), u))
+        past = torch.cat((u.new_zeros(layer.conv_size - 1, u.shape[1]), u))
         u = sum(w * past[j : j + len(u)] for j, w in enumerate(layer.conv_weight))
     u = F.silu(u)
     rates = layer.rates(x_TD)
@@ -103,8 +103,8 @@ def _ctx(layout: Layout):  # noqa: ANN202
 
 def test_layers_share_the_grouping_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    of = Groups.of
-    monkeypatch.setattr(Groups, "of", staticmethod(lambda *a: (calls.append(1), of(*a))[1]))
+    of = LengthBuckets.of
+    monkeypatch.setattr(LengthBuckets, "of", staticmethod(lambda *a: (calls.append(1), of(*a))[1]))
     stack = StackConfig(depth=3, pattern="deltanet gated_deltanet").build(D)
     init_weights(stack)
     x, layout = packed([[(-1, d, 0) for d in documents(5, 30)]])
@@ -144,7 +144,7 @@ def test_negative_eigenvalues_track_parity(negative: bool) -> None:
     """A write at the start, then a reflection for every 1: the sign of the output is the parity of
     500 bits. Without negative eigenvalues the same weights forget it.
     """
-    layer = build(heads=1, key_dim=2, value_dim=2, taps=1, negative_eigenvalues=negative)
+    layer = build(heads=1, key_dim=2, value_dim=2, conv_size=1, negative_eigenvalues=negative)
     bits = torch.randint(2, (500,), generator=torch.Generator().manual_seed(0))
     kind = torch.cat((torch.tensor([2]), bits))  # 2 = start
     with torch.no_grad():

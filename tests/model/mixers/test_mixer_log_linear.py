@@ -31,7 +31,7 @@ INNER: dict[str, Config] = {
     "gated delta": DeltaRuleConfig(
         heads=2, key_dim=4, value_dim=6, gate="scalar", output_gate=True, negative_eigenvalues=True
     ),
-    "delta": DeltaRuleConfig(heads=2, taps=1),
+    "delta": DeltaRuleConfig(heads=2, conv_size=1),
 }
 
 

@@ -28,9 +28,9 @@ def written_out(layer: Mamba, x: Tensor) -> Tensor:
     T, E = inner.shape
     h, outs = x.new_zeros(E, layer.states), []
     A = -layer.log_rate.T.exp()
-    past = torch.cat((x.new_zeros(layer.taps - 1, E), inner))
+    past = torch.cat((x.new_zeros(layer.conv_size - 1, E), inner))
     for t in range(T):
-        u = F.silu((past[t : t + layer.taps] * layer.conv_weight).sum(0) + layer.conv_bias)
+        u = F.silu((past[t : t + layer.conv_size] * layer.conv_weight).sum(0) + layer.conv_bias)
         low, b, c = (u @ layer.select.weight.T).split((layer.rank, layer.states, layer.states))
         dt = F.softplus(low @ layer.step.weight.T + layer.step_bias)
         h = (dt[:, None] * A).exp() * h + dt[:, None] * b * u[:, None]
@@ -38,7 +38,7 @@ def written_out(layer: Mamba, x: Tensor) -> Tensor:
     return torch.stack(outs) @ layer.out.weight.T
 
 
-@pytest.mark.parametrize("settings", [{}, {"states": 5, "taps": 3, "rank": 2, "expand": 3}])
+@pytest.mark.parametrize("settings", [{}, {"states": 5, "conv_size": 3, "rank": 2, "expand": 3}])
 def test_it_is_the_papers_recurrence(settings: dict[str, int]) -> None:
     layer, (doc,) = build(**settings), documents(70)
     torch.testing.assert_close(alone(layer, doc), written_out(layer, doc), **TOL)

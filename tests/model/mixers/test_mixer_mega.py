@@ -99,7 +99,7 @@ def test_a_backbone_shares_what_its_layers_know_of_the_documents() -> None:
     """Groups of documents, chunks and rows made once a pass, for layers that split them unlike."""
     pattern = "mega_chunk mega hyena ttt atlas slstm trellis mlstm"
     mixers = {"mega_chunk": {"chunk": 4}, "mlstm": {"heads": 2}}
-    layer = StackConfig(pattern=pattern, mixers=mixers, channel=None).build(D)
+    layer = StackConfig(pattern=pattern, mixers=mixers, ffn=None).build(D)
     init_weights(layer)
     layer.double()
     docs = documents(9, 1, 6, 20)

@@ -140,7 +140,7 @@ def losses(parts: dict[str, Any], mixer: Mixer, x: Tensor) -> Tensor:
 def test_a_trained_mamba2_collapses_on_long_texts_and_a_window_of_states_mends_it() -> None:
     torch.manual_seed(0)
     config = INNER.model_copy(
-        update={"decay": "step", "taps": 4, "value": "silu", "key_dim": 32, "norm": "full"}
+        update={"decay": "step", "conv_size": 4, "value": "silu", "key_dim": 32, "norm": "full"}
     )
     mixer, width = config.build(32), 32
     init_weights(mixer)

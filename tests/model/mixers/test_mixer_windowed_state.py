@@ -19,7 +19,9 @@ from mm.model.mixers.linear_attention.windowed_state import WindowedState, Windo
 @pytest.mark.parametrize("window", [1, 5, 64, 200])
 def test_it_equals_the_banded_matrix_in_all_gradients(T: int, window: int) -> None:
     torch.manual_seed(0)
-    inner = LinearAttentionConfig(heads=2, feature="silu", normalise=False, decay="scalar", taps=2)
+    inner = LinearAttentionConfig(
+        heads=2, feature="silu", normalise=False, decay="scalar", conv_size=2
+    )
     layer = WindowedStateConfig(inner=inner, window=window).build(D).double()
     init_weights(layer)
     x, ctx = documents(T)[0].requires_grad_(), Ctx(Layout.plain(1, T), Causal())
@@ -41,7 +43,7 @@ def test_the_state_is_that_of_a_text_that_began_a_window_ago() -> None:
     assert isinstance(layer, WindowedState)
     (x,) = documents(30)
     run = lambda x: layer(x[None], Ctx(Layout.plain(1, len(x)), Causal()))
-    # Two taps more than the window, which the convolution sees.
+    # Two tokens more than the window, which the convolution sees.
     torch.testing.assert_close(run(x).y[0, -1], run(x[-5:]).y[0, -1])
     assert (run(x).y[0, -1] - run(x[-2:]).y[0, -1]).abs().max() > 1e-6
 

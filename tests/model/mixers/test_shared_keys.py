@@ -62,7 +62,7 @@ def test_the_cache_is_one_layer_however_many_attend_to_it() -> None:
     for upper in (1, 6):
         assert tokens(decoder(upper=upper)) == 2 * 8 * 8 + 12  # keys and values of one head
         assert tokens(decoder(lower=None, own_keys=True, upper=upper)) == D * 8 + 12
-    full = BACKBONES.get("stack")(pattern="6*attention", channel=None).build(D).double()
+    full = BACKBONES.get("stack")(pattern="6*attention", ffn=None).build(D).double()
     assert tokens(full) == 6 * (2 * D * 8 + 12)
 
 

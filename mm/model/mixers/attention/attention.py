@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from mm.config import Config
 from mm.kernels.attention import attention
 from mm.layout import Fields
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out, Position
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out, Position
+from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import TailedKV
 from mm.model.mixers.attention.forget_gate import ForgetGate, ForgetKV, faded_from, forget_bias
 from mm.model.mixers.attention.kv_cache import KV, DraftKV, advance
 from mm.model.mixers.attention.token_shift import TokenShift
 from mm.model.mixers.conv.state import DraftTail, Tail
 from mm.model.norm import HeadNorm, RMSNorm
-from mm.model.varlen import Docs, Groups, narrowed, paired
-from mm.registry import MIXERS, POSITIONS
+from mm.model.varlen import LengthBuckets, PackedRows, narrowed, paired
+from mm.registry import MIXERS, PositionField
 from mm.state import State
 
 
@@ -53,7 +53,7 @@ class Attention(Mixer):
         window: int | None,
         qk_norm: bool | Literal["heads"],
         position: Position,
-        linear: Callable[..., Linear],
+        linear: LinearFactory,
         softcap: float | None = None,
         sinks: bool = False,
         log_n: float | None = None,
@@ -97,7 +97,7 @@ class Attention(Mixer):
         if self.position.key:
             made[self.position.key] = lambda ctx: self.position.prepare(self._placed(ctx, serving))
         if not serving:
-            made[self._groups_key()] = lambda ctx: Groups.of(
+            made[self._groups_key()] = lambda ctx: LengthBuckets.of(
                 ctx.layout, narrowed(ctx.mask, self.window), by_vectors=True
             )
         return made
@@ -136,21 +136,21 @@ class Attention(Mixer):
         B, T = x_BTD.shape[:2]
         q, k, _, kept, _ = self._projected(x_BTD, ctx, None, False)
         one = torch.eye(T, dtype=q.dtype, device=q.device)[None, :, None]
-        return self._whole(q, k, one.expand(B, T, self.kv_heads, T), kept, ctx)
+        return self._forward_full(q, k, one.expand(B, T, self.kv_heads, T), kept, ctx)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         H, K = self.heads, self.head_dim
         B, T = x_BTD.shape[:2]
-        past, tail = (state.settled() if state is not None else None), None  # type: ignore[attr-defined]
+        past, tail = (state.commit() if state is not None else None), None  # type: ignore[attr-defined]
         if isinstance(past, TailedKV):
             past, tail = past.kv, past.tail
         q, k, v, kept, tail = self._projected(x_BTD, ctx, tail, state is not None)
         after: State | None = None
         if past is None:
-            y = self._whole(q, k, v, kept, ctx)
+            y = self._forward_full(q, k, v, kept, ctx)
         else:
             assert isinstance(past, KV | ForgetKV)
-            y, after = self._continued(q, k, v, kept, ctx, past)
+            y, after = self._forward_cached(q, k, v, kept, ctx, past)
             if self.shift is not None:
                 assert isinstance(tail, Tail | DraftTail)
                 after = TailedKV(after, tail)
@@ -179,7 +179,9 @@ class Attention(Mixer):
         wide = torch.promote_types(q.dtype, torch.float32)
         return (q * (n.to(wide).log() / math.log(self.log_n))[:, :, None, None]).to(q.dtype)
 
-    def _whole(self, q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, ctx: Ctx) -> Tensor:
+    def _forward_full(
+        self, q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, ctx: Ctx
+    ) -> Tensor:
         """Attention inside the call's documents."""
         B, T = q.shape[:2]
         f = self._placed(ctx, False) if self.scored else ctx.layout.fields
@@ -193,7 +195,7 @@ class Attention(Mixer):
                 scores = self._scores(q, f, f, faded, faded)
                 true = ctx.layout.fields
                 return attention(q, k, v, mask.dense(true, true), **scores)
-            groups = Groups.of(ctx.layout, mask, by_vectors=True)
+            groups = LengthBuckets.of(ctx.layout, mask, by_vectors=True)
         parts = [q, k, v]
         if kept is not None:
             parts.append(kept)
@@ -211,7 +213,7 @@ class Attention(Mixer):
             done.append(attention(gq, gk, gv, **group.how, **scores))
         return groups.join(done, B, T)
 
-    def _continued(
+    def _forward_cached(
         self,
         q: Tensor,
         k: Tensor,
@@ -224,7 +226,7 @@ class Attention(Mixer):
         B, T = q.shape[:2]
         cache, gates = (state.kv, state.gate) if isinstance(state, ForgetKV) else (state, None)
         assert isinstance(cache, KV) and not isinstance(gates, DraftKV)
-        docs = Docs.of(ctx.layout, cache.count.shape[0])
+        docs = PackedRows.of(ctx.layout, cache.count.shape[0])
         mask = narrowed(ctx.mask, self.window)
         f = docs.fields(ctx.layout.fields)
         q, k, v = docs.unpack(q), docs.unpack(k), docs.unpack(v)
@@ -338,11 +340,9 @@ class AttentionConfig(Config):
     token_shift: Annotated[
         bool, Field(description="keys and values take a gated share of the previous token's")
     ] = False
-    position: POSITIONS.field = Field(  # type: ignore[valid-type]
-        default="rope", validate_default=True
-    )
+    position: PositionField = Field(default="rope", validate_default=True)
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> Attention:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> Attention:
         kv_heads = self.kv_heads or self.heads
         if self.heads % kv_heads:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {kv_heads}")
@@ -359,7 +359,7 @@ class AttentionConfig(Config):
             self.window,
             self.qk_norm,
             self.position.build(head_dim, heads=self.heads, d_model=d_model),
-            linear or DenseConfig().build,
+            linear,
             self.softcap,
             self.sinks,
             self.log_n,

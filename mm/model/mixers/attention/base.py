@@ -16,14 +16,14 @@ from torch import Tensor
 from mm.config import Config
 from mm.kernels.attention import attention
 from mm.layout import Fields
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Position
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Position
 from mm.model.mixers.attention.kv_cache import KV, DraftKV, advance
 from mm.model.mixers.conv.state import DraftTail, Tail
 from mm.model.norm import RMSNorm
 from mm.model.positions.randomised import refuse_drawn
-from mm.model.varlen import Docs, Groups, paired
-from mm.registry import POSITIONS
-from mm.state import Struct
+from mm.model.varlen import LengthBuckets, PackedRows, paired
+from mm.registry import PositionField
+from mm.state import DataclassState
 
 GROUPS = "cached.groups"
 
@@ -36,9 +36,7 @@ class HeadsConfig(Config):
         Annotated[int, Field(gt=0, description="key heads; default: as many as heads")] | None
     ) = None
     head_dim: Annotated[int, Field(gt=0, description="default: d_model / heads")] | None = None
-    position: POSITIONS.field = Field(  # type: ignore[valid-type]
-        default="rope", validate_default=True
-    )
+    position: PositionField = Field(default="rope", validate_default=True)
 
     def sizes(self, d_model: int) -> tuple[int, int, int]:
         """Heads, key heads and head width.
@@ -105,7 +103,7 @@ class CachedAttention(Mixer):
         if self.position.key:
             made[self.position.key] = lambda ctx: self.position.prepare(ctx.layout.fields)
         if not serving:
-            made[GROUPS] = lambda ctx: Groups.of(ctx.layout, ctx.mask)
+            made[GROUPS] = lambda ctx: LengthBuckets.of(ctx.layout, ctx.mask)
         return made
 
     def rotated(self, q_BTHK: Tensor, k_BTGK: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor]:
@@ -123,7 +121,7 @@ class CachedAttention(Mixer):
         B, T = q.shape[:2]
         if cache is None:
             return self.whole((q, k, v), ctx), None
-        docs = Docs.of(ctx.layout, cache.count.shape[0])
+        docs = PackedRows.of(ctx.layout, cache.count.shape[0])
         f = docs.fields(ctx.layout.fields)
         q, k, v = docs.unpack(q), docs.unpack(k), docs.unpack(v)
         after: KV | DraftKV | None = None
@@ -159,14 +157,14 @@ class CachedAttention(Mixer):
         groups = ctx.shared.get(GROUPS)
         if groups is None and torch.compiler.is_compiling():
             # Grouping looks at values, which a graph cannot: a backbone shares it from outside.
-            docs = Docs.of(ctx.layout, 0)
+            docs = PackedRows.of(ctx.layout, 0)
             rows = docs.fields(f)
             q = docs.unpack(parts[0][:, :, : self.heads])
             bias = self.position.score(q, rows, rows) if self.scored else None
             allowed = ctx.mask.dense(rows, rows)
             y = attend(*map(docs.unpack, parts), allowed, False, bias, False)
             return docs.pack(y, B, T)
-        groups = groups if groups is not None else Groups.of(ctx.layout, ctx.mask)
+        groups = groups if groups is not None else LengthBuckets.of(ctx.layout, ctx.mask)
         known = [f.position, f.document, f.modality, *f.extra.values()] if self.scored else []
         done = []
         for group, taken in groups.split(*parts, *known):
@@ -212,7 +210,7 @@ class GroupedAttention(CachedAttention):
         kv_heads: int,
         head_dim: int,
         position: Position,
-        linear: Callable[..., Linear],
+        linear: LinearFactory,
         qk_norm: bool = False,
     ):
         super().__init__(Sizes(kv_heads, head_dim, head_dim), position)
@@ -234,15 +232,15 @@ class GroupedAttention(CachedAttention):
 
 
 @dataclass(frozen=True)
-class TailedKV(Struct):
+class TailedKV(DataclassState):
     """Cached keys and values, and the last inputs of what looks a few tokens back."""
 
-    kv: Any  # KV, DraftKV, or another State with `settled`
+    kv: Any  # KV, DraftKV, or another State with `commit`
     tail: Tail | DraftTail
 
     def accept(self, n_N: Tensor) -> TailedKV:
         return TailedKV(self.kv.accept(n_N), self.tail.accept(n_N))
 
-    def settled(self) -> TailedKV:
+    def commit(self) -> TailedKV:
         """Everything drafted counts."""
-        return TailedKV(self.kv.settled(), self.tail.settled())
+        return TailedKV(self.kv.commit(), self.tail.commit())

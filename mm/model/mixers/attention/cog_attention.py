@@ -5,14 +5,13 @@ rows of one document, S keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mm.model.layer import Ctx, Linear, Out
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Ctx, LinearFactory, Out
+from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import GroupedAttention, HeadsConfig
 from mm.model.mixers.attention.kv_cache import KV, DraftKV
 from mm.registry import MIXERS
@@ -35,7 +34,7 @@ def signed_softmax(logits: Tensor, hidden: Tensor | None) -> Tensor:
     if hidden is not None:
         size = size.masked_fill(hidden, -math.inf)
     p = size.softmax(-1) * logits.detach().sign()
-    # Filled: a row that sees nothing has a NaN softmax.
+    # AdapterOutput: a row that sees nothing has a NaN softmax.
     return p.masked_fill(hidden, 0) if hidden is not None else p
 
 
@@ -48,7 +47,7 @@ class CogAttention(GroupedAttention):
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         assert state is None or isinstance(state, KV | DraftKV)
-        cache = state.settled() if state is not None else None
+        cache = state.commit() if state is not None else None
         y, after = self.attended(*self.projected(x_BTD, ctx), ctx, cache)
         return Out(self.out(y.flatten(2), ctx), after)
 
@@ -95,7 +94,7 @@ class CogAttentionConfig(HeadsConfig):
     kind: Literal["cog_attention"] = "cog_attention"
     qk_norm: bool = False
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> CogAttention:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> CogAttention:
         heads, kv_heads, head_dim = self.sizes(d_model)
         return CogAttention(
             d_model,
@@ -103,7 +102,7 @@ class CogAttentionConfig(HeadsConfig):
             kv_heads,
             head_dim,
             self.placed(head_dim, d_model),
-            linear or DenseConfig().build,
+            linear,
             self.qk_norm,
         )
 

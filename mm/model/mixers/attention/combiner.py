@@ -5,7 +5,6 @@ heads, K head width, n regions of c places.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mm.model.layer import Linear
+from mm.model.layer import LinearFactory
 from mm.model.mixers.attention.placed import PlacedAttention, PlacedConfig, read_all
 from mm.registry import MIXERS
 
@@ -31,7 +30,7 @@ class Combiner(PlacedAttention):
 
     keeps_queries = True
 
-    def __init__(self, d_model: int, config: CombinerConfig, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, config: CombinerConfig, linear: LinearFactory):
         super().__init__(d_model, config, linear)
         self.region, self.pool = config.region, config.pool
 

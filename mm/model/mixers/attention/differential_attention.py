@@ -4,7 +4,6 @@ width of a part.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -12,8 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.kernels.attention import attention
-from mm.model.layer import Ctx, Linear, Out, Position
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Ctx, LinearFactory, Out, Position
+from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import CachedAttention, HeadsConfig, Sizes
 from mm.model.mixers.attention.kv_cache import KV, DraftKV
 from mm.model.norm import RMSNorm
@@ -38,7 +37,7 @@ class DifferentialAttention(CachedAttention):
         width: int,
         lambda_init: float,
         position: Position,
-        linear: Callable[..., Linear],
+        linear: LinearFactory,
     ):
         super().__init__(Sizes(kv_heads, 2 * width, 2 * width), position)
         self.heads, self.kv_heads, self.width = heads, kv_heads, width
@@ -65,7 +64,7 @@ class DifferentialAttention(CachedAttention):
             k.reshape(B, T, G, 2 * K),
             v.reshape(B, T, G, 2 * K),
             ctx,
-            state.settled() if state is not None else None,
+            state.commit() if state is not None else None,
         )
         y = self.norm(y) * (1 - self.lambda_init)
         return Out(self.out(y.reshape(B, T, H * 2 * K), ctx), after)
@@ -112,9 +111,7 @@ class DifferentialAttentionConfig(HeadsConfig):
         Field(ge=0, lt=1, description="paper: 0.8 - 0.6 exp(-0.3 l) for layer l = 0, 1, ..."),
     ] = 0.8
 
-    def build(
-        self, d_model: int, linear: Callable[..., Linear] | None = None
-    ) -> DifferentialAttention:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> DifferentialAttention:
         heads, kv_heads, head_dim = self.sizes(d_model)
         if head_dim % 2:
             raise ValueError(f"differential_attention halves its heads: head_dim {head_dim} is odd")
@@ -126,7 +123,7 @@ class DifferentialAttentionConfig(HeadsConfig):
             head_dim // 2,
             self.lambda_init,
             position,
-            linear or DenseConfig().build,
+            linear,
         )
 
     @classmethod

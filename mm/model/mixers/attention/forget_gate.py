@@ -4,7 +4,6 @@ length, S keys, C cache places.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm.model.layer import Ctx, Linear
+from mm.model.layer import Ctx, LinearFactory
 from mm.model.mixers.attention.kv_cache import KV, DraftKV
-from mm.model.varlen import Docs
-from mm.state import Struct
+from mm.model.varlen import PackedRows
+from mm.state import DataclassState
 
 
 class ForgetGate(nn.Module):
@@ -24,7 +23,7 @@ class ForgetGate(nn.Module):
     Source: Lin et al. 2025, Forgetting Transformer (arXiv:2503.02130), eq. 5-8.
     """
 
-    def __init__(self, d_model: int, heads: int, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, heads: int, linear: LinearFactory):
         super().__init__()
         self.gate = linear(d_model, heads, "forget")
         self.bias = nn.Parameter(torch.empty(heads))
@@ -51,20 +50,20 @@ def forget_bias(faded_RTH: Tensor, faded_RSH: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ForgetKV(Struct):
+class ForgetKV(DataclassState):
     """Cached keys and values, and beside them the sum of log gates up to each cached place."""
 
-    kv: Any  # KV, DraftKV, or another State with `settled`
+    kv: Any  # KV, DraftKV, or another State with `commit`
     gate: KV | DraftKV  # keys (N, H, C, 1) float32 or wider, no values
 
     def accept(self, n_N: Tensor) -> ForgetKV:
         return ForgetKV(self.kv.accept(n_N), self.gate.accept(n_N))
 
-    def settled(self) -> ForgetKV:
-        return ForgetKV(self.kv.settled(), self.gate.settled())
+    def commit(self) -> ForgetKV:
+        return ForgetKV(self.kv.commit(), self.gate.commit())
 
 
-def faded_from(gate: KV, kept_RLH: Tensor, docs: Docs) -> Tensor:
+def faded_from(gate: KV, kept_RLH: Tensor, docs: PackedRows) -> Tensor:
     """`(R, L, H)` sums of log gates since the start of each row's document, part of which lies in
     its slot.
     """

@@ -12,8 +12,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.layout import Fields
-from mm.model.layer import Ctx, Linear, Out, Position
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Ctx, LinearFactory, Out, Position
+from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import GroupedAttention, HeadsConfig
 from mm.model.mixers.attention.kv_cache import KV, DraftKV
 from mm.model.positions.irpe import IRPE, IRPEConfig
@@ -52,7 +52,7 @@ class IRPEAttention(GroupedAttention):
         heads: int,
         kv_heads: int,
         head_dim: int,
-        linear: Callable[..., Linear],
+        linear: LinearFactory,
         irpe: IRPEConfig,
         on: tuple[On, ...],
     ):
@@ -70,7 +70,7 @@ class IRPEAttention(GroupedAttention):
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         assert state is None or isinstance(state, KV | DraftKV)
         q, k, v = self.projected(x_BTD, ctx)
-        y, after = self.attended(q, k, v, ctx, state.settled() if state is not None else None)
+        y, after = self.attended(q, k, v, ctx, state.commit() if state is not None else None)
         return Out(self.out(y.flatten(2), ctx), after)
 
     def attend(
@@ -142,9 +142,9 @@ class IRPEAttentionConfig(HeadsConfig):
         tuple[On, ...], Field(min_length=1, description="what the vectors are added to")
     ] = ("q", "k", "v")
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> IRPEAttention:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> IRPEAttention:
         heads, kv_heads, head_dim = self.sizes(d_model)
-        make = linear or DenseConfig().build
+        make = linear
         return IRPEAttention(d_model, heads, kv_heads, head_dim, make, self.position, self.on)
 
     @classmethod

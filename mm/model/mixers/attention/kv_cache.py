@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from mm.layout import Fields
-from mm.model.varlen import Docs, Written, paired
-from mm.state import Struct
+from mm.model.varlen import PackedRows, SlotWrites, paired
+from mm.state import DataclassState
 
 
 @dataclass(frozen=True)
-class KV(Struct):
+class KV(DataclassState):
     """Keys and values of the last C tokens of each slot; token i of a slot lies at ``i % C``."""
 
     k: Tensor  # (N, G, C, K) after rotation
@@ -45,11 +45,11 @@ class KV(Struct):
     def accept(self, n_N: Tensor) -> KV:
         raise ValueError("accept() takes the State of a call with draft=True")
 
-    def settled(self) -> KV:
+    def commit(self) -> KV:
         """The state itself: nothing is pending."""
         return self
 
-    def holds_call(self, docs: Docs, L: int) -> bool:
+    def holds_call(self, docs: PackedRows, L: int) -> bool:
         """True when the rows may read the cache with this call already in it: each its own slot,
         and nothing they still
         see is overwritten (a ring loses, to one token, only what is out of reach)."""
@@ -66,7 +66,7 @@ class KV(Struct):
             self.fields.map(lambda t: t[:, :C]),
         )
 
-    def past(self, docs: Docs, f: Fields) -> tuple[Tensor, Tensor, Fields]:
+    def past(self, docs: PackedRows, f: Fields) -> tuple[Tensor, Tensor, Fields]:
         """Keys `(R, G, C, K)`, values and Fields `(R, C)` that each row of a call may look back
         at.
         """
@@ -138,7 +138,7 @@ class KV(Struct):
 
 
 @dataclass(frozen=True)
-class DraftKV(Struct):
+class DraftKV(DataclassState):
     """A KV state with the places of a draft call not stored yet."""
 
     base: KV
@@ -155,16 +155,16 @@ class DraftKV(Struct):
         fields = self.fields._replace(document=valid.to(torch.int32))
         return self.base.append(self.k, self.v, fields, n, self.fresh, self.hit)
 
-    def settled(self) -> KV:
+    def commit(self) -> KV:
         """Everything drafted counts."""
         return self.accept(self.length)
 
 
 def advance(
-    state: KV, k_RLGK: Tensor, v_RLGV: Tensor, f: Fields, docs: Docs, draft: bool
+    state: KV, k_RLGK: Tensor, v_RLGV: Tensor, f: Fields, docs: PackedRows, draft: bool
 ) -> KV | DraftKV:
     """State after a call whose rows are ``docs``."""
-    w: Written = docs.written(state.count.shape[0])
+    w: SlotWrites = docs.written(state.count.shape[0])
     k, v = w.take(k_RLGK).to(state.k.dtype), w.take(v_RLGV).to(state.v.dtype)
     fields = f.map(w.take)
     if draft:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor
 
-from mm.model.layer import Ctx, Linear, Out, Position
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Ctx, LinearFactory, Out, Position
+from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import CachedAttention, HeadsConfig, Sizes
 from mm.model.mixers.attention.kv_cache import KV, DraftKV
 from mm.registry import MIXERS
@@ -29,7 +28,7 @@ class KVOnly(CachedAttention):
         heads: int,
         head_dim: int,
         position: Position,
-        linear: Callable[..., Linear],
+        linear: LinearFactory,
     ):
         super().__init__(Sizes(heads, head_dim, head_dim), position)
         self.heads, self.head_dim = heads, head_dim
@@ -43,7 +42,7 @@ class KVOnly(CachedAttention):
         x_BTD = self.position.embed(x_BTD, ctx.layout.fields)
         k, v = self.kv(x_BTD, ctx).view(B, T, 2 * H, K).chunk(2, dim=2)
         q, k = self.rotated(k, k, ctx)
-        y, after = self.attended(q, k, v, ctx, state.settled() if state is not None else None)
+        y, after = self.attended(q, k, v, ctx, state.commit() if state is not None else None)
         return Out(self.out(y.reshape(B, T, H * K), ctx), after)
 
 
@@ -53,12 +52,12 @@ class KVOnlyConfig(HeadsConfig):
 
     kind: Literal["kv_only"] = "kv_only"
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> KVOnly:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> KVOnly:
         heads, kv_heads, head_dim = self.sizes(d_model)
         if kv_heads != heads:
             raise ValueError("kv_only: every head has its own key; leave kv_heads out")
         position = self.placed(head_dim, d_model)
-        return KVOnly(d_model, heads, head_dim, position, linear or DenseConfig().build)
+        return KVOnly(d_model, heads, head_dim, position, linear)
 
     @classmethod
     def smallest(cls) -> KVOnlyConfig:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from mm.model.layer import Ctx, Linear, Out, Position
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Ctx, LinearFactory, Out, Position
+from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import GroupedAttention, HeadsConfig, TailedKV
 from mm.model.mixers.attention.kv_cache import KV
 from mm.model.mixers.conv.state import DraftTail, Tail, convolved
@@ -32,7 +31,7 @@ class KVShift(GroupedAttention):
         kv_heads: int,
         head_dim: int,
         position: Position,
-        linear: Callable[..., Linear],
+        linear: LinearFactory,
     ):
         super().__init__(d_model, heads, kv_heads, head_dim, position, linear)
         self.mix = nn.Parameter(torch.empty(2, 2, kv_heads))  # (previous, own) x (key, value)
@@ -46,7 +45,7 @@ class KVShift(GroupedAttention):
         assert state is None or isinstance(state, TailedKV)
         H, G, K = self.heads, self.kv_heads, self.head_dim
         B, T = x_BTD.shape[:2]
-        past = state.settled() if state is not None else None
+        past = state.commit() if state is not None else None
         x_BTD = self.position.embed(x_BTD, ctx.layout.fields)
         q, kv = self.qkv(x_BTD, ctx).split((H * K, 2 * G * K), dim=-1)
         weight = self.mix[..., None].expand(-1, -1, -1, K).reshape(2, 2 * G * K)
@@ -80,10 +79,10 @@ class KVShiftConfig(HeadsConfig):
 
     kind: Literal["kv_shift"] = "kv_shift"
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> KVShift:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> KVShift:
         heads, kv_heads, head_dim = self.sizes(d_model)
         position = self.placed(head_dim, d_model)
-        return KVShift(d_model, heads, kv_heads, head_dim, position, linear or DenseConfig().build)
+        return KVShift(d_model, heads, kv_heads, head_dim, position, linear)
 
     @classmethod
     def smallest(cls) -> KVShiftConfig:

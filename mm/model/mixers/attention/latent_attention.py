@@ -4,7 +4,6 @@ head without positions, P width of its rotated part, V value width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -13,12 +12,12 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.kernels.attention import attention
-from mm.model.layer import Ctx, Linear, Out, Position
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Ctx, LinearFactory, Out, Position
+from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import CachedAttention, Sizes
 from mm.model.mixers.attention.kv_cache import KV, DraftKV
 from mm.model.norm import RMSNorm
-from mm.registry import MIXERS, POSITIONS
+from mm.registry import MIXERS, PositionField
 from mm.state import State
 
 
@@ -42,7 +41,7 @@ class LatentAttention(CachedAttention):
         latent: int,
         query_latent: int | None,
         position: Position,
-        linear: Callable[..., Linear],
+        linear: LinearFactory,
     ):
         K, P, V = widths
         super().__init__(Sizes(1, latent + P, 0), position)
@@ -76,7 +75,7 @@ class LatentAttention(CachedAttention):
         # One cached head: the normed latent, then the rotated key.
         k = torch.cat((self.kv_norm(latent)[:, :, None], k_rotary), dim=-1)
         q = torch.cat((q[..., :K], q_rotary), dim=-1)
-        cache = state.settled() if state is not None else None
+        cache = state.commit() if state is not None else None
         y, after = self.attended(q, k, k[..., :0], ctx, cache)
         return Out(self.out(y.reshape(B, T, self.heads * V), ctx), after)
 
@@ -132,11 +131,9 @@ class LatentAttentionConfig(Config):
         Annotated[int, Field(gt=0, description="width of the queries' latent; default: none")]
         | None
     ) = None
-    position: POSITIONS.field = Field(  # type: ignore[valid-type]
-        default="rope", validate_default=True
-    )
+    position: PositionField = Field(default="rope", validate_default=True)
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> LatentAttention:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> LatentAttention:
         if self.head_dim is None and d_model % self.heads:
             raise ValueError(
                 f"d_model {d_model} is not a multiple of heads {self.heads}; set head_dim"
@@ -150,7 +147,7 @@ class LatentAttentionConfig(Config):
             self.latent or 4 * K,
             self.query_latent,
             self.position.build(P, heads=self.heads, d_model=d_model),
-            linear or DenseConfig().build,
+            linear,
         )
 
     @classmethod

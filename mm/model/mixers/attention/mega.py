@@ -18,15 +18,15 @@ from mm.kernels.diagonal_ssm import diagonal_ssm
 from mm.kernels.linear_scan import linear_scan
 from mm.layout import Fields, Layout
 from mm.mask import Hint, Mask
-from mm.model.layer import Ctx, Linear, Out, Position
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Ctx, LinearFactory, Out, Position
+from mm.model.linears.dense import dense
 from mm.model.mixers.attention.attention import Attention
 from mm.model.mixers.attention.kv_cache import KV, DraftKV
 from mm.model.mixers.ssm.scan import DraftHidden, Hidden, begins, scanned
 from mm.model.positions.randomised import refuse_drawn
-from mm.model.varlen import Groups
-from mm.registry import MIXERS, POSITIONS
-from mm.state import State, Struct
+from mm.model.varlen import LengthBuckets
+from mm.registry import MIXERS, PositionField
+from mm.state import DataclassState, State
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class SameChunk(Mask):
 
 
 @dataclass(frozen=True)
-class Averaged(Struct):
+class Averaged(DataclassState):
     """The moving averages, and the attention's cache."""
 
     average: Hidden | DraftHidden  # (N, D * E)
@@ -55,8 +55,8 @@ class Averaged(Struct):
     def accept(self, n_N: Tensor) -> Averaged:
         return Averaged(self.average.accept(n_N), self.kv.accept(n_N))
 
-    def settled(self) -> Averaged:
-        return Averaged(self.average.settled(), self.kv.settled())
+    def commit(self) -> Averaged:
+        return Averaged(self.average.commit(), self.kv.commit())
 
 
 class MovingAverage(nn.Module):
@@ -118,10 +118,10 @@ class Mega(Attention):
         config: MegaConfig,
         value_dim: int,
         position: Position,
-        linear: Callable[..., Linear],
+        linear: LinearFactory,
     ):
         # Mega has projections of its own.
-        nothing = cast(Callable[..., Linear], lambda d_in, d_out, name: nn.Identity())
+        nothing = cast(LinearFactory, lambda d_in, d_out, name: nn.Identity())
         refuse_drawn(position, "mega")
         super().__init__(d_model, 1, 1, config.key_dim, config.chunk, False, position, nothing)
         self.chunk, self.value_dim, K, V = config.chunk, value_dim, config.key_dim, value_dim
@@ -143,10 +143,10 @@ class Mega(Attention):
     def _groups_key(self) -> str:
         return f"mega.groups.{self.chunk}"
 
-    def _grouped(self, ctx: Ctx) -> Groups:
+    def _grouped(self, ctx: Ctx) -> LengthBuckets:
         if self.chunk is None:
-            return Groups.of(ctx.layout, ctx.mask, by_vectors=True)
-        return Groups.of(cut(ctx.layout, self.chunk), ctx.mask, by_vectors=True)
+            return LengthBuckets.of(ctx.layout, ctx.mask, by_vectors=True)
+        return LengthBuckets.of(cut(ctx.layout, self.chunk), ctx.mask, by_vectors=True)
 
     def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
         made = dict(super().shares(serving))
@@ -156,7 +156,7 @@ class Mega(Attention):
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         assert state is None or isinstance(state, Averaged)
-        old = state.settled() if state is not None else None
+        old = state.commit() if state is not None else None
         B, T = x_BTD.shape[:2]
         f = ctx.layout.fields
         seen, average = self.average(x_BTD, ctx, old.average if old is not None else None)
@@ -175,10 +175,10 @@ class Mega(Attention):
         if old is None:
             if self._groups_key() not in ctx.shared and not torch.compiler.is_compiling():
                 ctx = replace(ctx, shared={**ctx.shared, self._groups_key(): self._grouped(ctx)})
-            o = self._whole(q, k, v, None, self._within(ctx))
+            o = self._forward_full(q, k, v, None, self._within(ctx))
         else:
             assert isinstance(old.kv, KV) and isinstance(average, Hidden | DraftHidden)
-            o, kv = self._continued(q, k, v, None, self._within(ctx), old.kv)
+            o, kv = self._forward_cached(q, k, v, None, self._within(ctx), old.kv)
             assert isinstance(kv, KV | DraftKV)
             after = Averaged(average, kv)
         moved = F.silu(h + self.mix(F.silu(gamma) * o.reshape(B, T, -1), ctx))
@@ -230,17 +230,15 @@ class MegaConfig(Config):
     key_dim: Annotated[int, Field(gt=0, description="of queries and keys")] = 64
     expand_value: Annotated[float, Field(gt=0, description="value width / d_model")] = 2.0
     chunk: Annotated[int, Field(gt=0, description="tokens that attend to each other")] | None = None
-    position: POSITIONS.field = Field(  # type: ignore[valid-type]
-        default="rope", validate_default=True
-    )
+    position: PositionField = Field(default="rope", validate_default=True)
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> Mega:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> Mega:
         return Mega(
             d_model,
             self,
             int(d_model * self.expand_value),
             self.position.build(self.key_dim, heads=1, d_model=d_model),
-            linear or DenseConfig().build,
+            linear,
         )
 
     @classmethod

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from mm.config import Config
 from mm.errors import UserError
 from mm.layout import Fields
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
 from mm.model.mixers.attention.kv_cache import KV
-from mm.model.varlen import Docs, by_document, share_groups
+from mm.model.varlen import PackedRows, per_document, share_groups
 from mm.registry import MIXERS
-from mm.state import State, Struct
+from mm.state import DataclassState, State
 
 
 @dataclass(frozen=True)
-class Compressed(Struct):
+class Compressed(DataclassState):
     """Keys and values of full groups, and the sums of the group that is being filled."""
 
     kv: KV  # a place is a group
@@ -36,12 +36,12 @@ class Compressed(Struct):
     def accept(self, n_N: Tensor) -> Compressed:
         raise ValueError("accept() takes the State of a call with draft=True")
 
-    def settled(self) -> Compressed:
+    def commit(self) -> Compressed:
         return self
 
 
 @dataclass(frozen=True)
-class DraftCompressed(Struct):
+class DraftCompressed(DataclassState):
     """The state before a call, and the sums of its group at every token of the call."""
 
     base: Compressed
@@ -75,7 +75,7 @@ class DraftCompressed(Struct):
         partial = torch.where((n > 0)[:, None, None, None], last, old)
         return Compressed(kv, partial, count + n)
 
-    def settled(self) -> Compressed:
+    def commit(self) -> Compressed:
         return self.accept(self.length)
 
 
@@ -89,7 +89,8 @@ def full_groups(count_R: Tensor, L: int, s: int) -> tuple[Tensor, Tensor]:
 
 
 class MemoryCompressedAttention(Mixer):
-    """Causal attention whose keys and values are shortened by a convolution of stride s and s taps.
+    """Causal attention whose keys and values are shortened by a convolution of stride s and width
+    s.
 
     A query reads the compressed keys of the groups before its own, and of its own group what the
     convolution makes of the places up to the query: nothing later leaks in, and nothing before is
@@ -102,15 +103,15 @@ class MemoryCompressedAttention(Mixer):
 
     caps = Caps(causal=True, step=True)
 
-    def __init__(self, d_model: int, heads: int, stride: int, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, heads: int, stride: int, linear: LinearFactory):
         super().__init__()
         self.heads, self.head_dim, self.stride = heads, d_model // heads, stride
         self.qkv = linear(d_model, 3 * d_model, "qkv")
         self.out = linear(d_model, d_model, "out")
-        self.taps = nn.Parameter(torch.empty(2, stride, d_model, d_model))
+        self.conv_weight = nn.Parameter(torch.empty(2, stride, d_model, d_model))
 
     def init_weights(self) -> None:
-        nn.init.normal_(self.taps, std=(self.stride * self.taps.shape[-1]) ** -0.5)
+        nn.init.normal_(self.conv_weight, std=(self.stride * self.conv_weight.shape[-1]) ** -0.5)
 
     def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
         return share_groups(serving)
@@ -122,10 +123,10 @@ class MemoryCompressedAttention(Mixer):
         qkv = self.qkv(x_BTD, ctx).view(B, T, 3, self.heads, self.head_dim)
         q, kv = qkv[:, :, 0], qkv[:, :, 1:]
         if state is None:
-            y, after = self._whole(q, kv, ctx), None
+            y, after = self._forward_full(q, kv, ctx), None
         else:
             assert isinstance(state, Compressed | DraftCompressed)
-            y, after = self._continued(q, kv, ctx, state.settled())
+            y, after = self._forward_cached(q, kv, ctx, state.commit())
         return Out(self.out(y.reshape(B, T, D), ctx), after)
 
     def _sums(self, kv: Tensor, count: Tensor, partial: Tensor | None) -> Tensor:
@@ -135,8 +136,8 @@ class MemoryCompressedAttention(Mixer):
         R, L = kv.shape[:2]
         at = count[:, None] + torch.arange(L, device=kv.device)
         flat = kv.flatten(3)  # (R, L, 2, D)
-        # Every tap's product at every place, of which each place keeps its phase's.
-        own = torch.einsum("rlcd,csde->rlsce", flat, self.taps.to(kv.dtype))
+        # Every offset's product at every place, of which each place keeps its phase's.
+        own = torch.einsum("rlcd,csde->rlsce", flat, self.conv_weight.to(kv.dtype))
         phase = (at % self.stride)[..., None, None, None].expand(-1, -1, 1, *own.shape[3:])
         own = own.gather(2, phase)[:, :, 0]
         sums = own
@@ -170,14 +171,14 @@ class MemoryCompressedAttention(Mixer):
         at, groups = torch.arange(L, device=q.device), torch.arange(L // s, device=q.device)
         return self._attend(q, k, v, (groups < at[:, None] // s)[None], sums)
 
-    def _whole(self, q: Tensor, kv: Tensor, ctx: Ctx) -> Tensor:
-        return by_document(self._rows, ctx, q, kv)
+    def _forward_full(self, q: Tensor, kv: Tensor, ctx: Ctx) -> Tensor:
+        return per_document(self._rows, ctx, q, kv)
 
-    def _continued(
+    def _forward_cached(
         self, q: Tensor, kv: Tensor, ctx: Ctx, state: Compressed
     ) -> tuple[Tensor, Compressed | DraftCompressed]:
         (B, T), s = q.shape[:2], self.stride
-        docs = Docs.of(ctx.layout, state.count.shape[0])
+        docs = PackedRows.of(ctx.layout, state.count.shape[0])
         q, kv = docs.unpack(q), docs.unpack(kv)
         count, L = docs.read(state.count, 0), q.shape[1]
         sums = self._sums(kv, count, docs.read(state.partial))
@@ -211,10 +212,10 @@ class MemoryCompressedAttention(Mixer):
         w = docs.written(state.count.shape[0])
         kept = w.take(sums).to(state.partial.dtype)
         draft = DraftCompressed(state, kept, w.length, w.fresh, w.hit, s)
-        return y, draft if ctx.draft else draft.settled()
+        return y, draft if ctx.draft else draft.commit()
 
     def initial_state(self, n: int, max_len: int) -> Compressed:
-        like, H, K = self.taps.detach(), self.heads, self.head_dim
+        like, H, K = self.conv_weight.detach(), self.heads, self.head_dim
         if torch.is_autocast_enabled(like.device.type):
             like = like.new_empty(0, dtype=torch.get_autocast_dtype(like.device.type))
         kv = KV.empty(n, H, max(1, max_len // self.stride), K, K, False, like)
@@ -223,7 +224,7 @@ class MemoryCompressedAttention(Mixer):
         )
 
     def state_bytes(self, n: int, max_len: int) -> int:
-        H, K, item = self.heads, self.head_dim, self.taps.element_size()
+        H, K, item = self.heads, self.head_dim, self.conv_weight.element_size()
         kv = KV.bytes(n, H, max(1, max_len // self.stride), K, K, item)
         return kv + n * (2 * H * K * item + 8)
 
@@ -236,14 +237,10 @@ class MemoryCompressedConfig(Config):
     heads: Annotated[int, Field(gt=0)] = 4
     stride: Annotated[int, Field(gt=1, description="places of one compressed key")] = 3
 
-    def build(
-        self, d_model: int, linear: Callable[..., Linear] | None = None
-    ) -> MemoryCompressedAttention:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> MemoryCompressedAttention:
         if d_model % self.heads:
             raise ValueError(f"d_model {d_model} is not a multiple of heads {self.heads}")
-        return MemoryCompressedAttention(
-            d_model, self.heads, self.stride, linear or DenseConfig().build
-        )
+        return MemoryCompressedAttention(d_model, self.heads, self.stride, linear)
 
     @classmethod
     def smallest(cls) -> MemoryCompressedConfig:

@@ -4,7 +4,6 @@ places, S keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -15,10 +14,10 @@ from torch import Tensor
 
 from mm.config import Config
 from mm.kernels.linear_scan import linear_scan
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
 from mm.model.mixers.attention.kv_cache import KV, DraftKV, advance
-from mm.model.varlen import Docs, paired
+from mm.model.varlen import PackedRows, paired
 from mm.registry import MIXERS
 from mm.state import State
 
@@ -95,7 +94,7 @@ class NgramHead(Mixer):
 
     caps = Caps(causal=True, step=True, reads=frozenset({"ids"}))
 
-    def __init__(self, d_model: int, n: int, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, n: int, linear: LinearFactory):
         super().__init__()
         self.d_model, self.n = d_model, n
         self.own = linear(d_model, d_model, "own")
@@ -112,14 +111,14 @@ class NgramHead(Mixer):
         if state is None:
             mean = ngram_means(x_BTD, token, document, self.n)
         else:
-            mean, after = self._continued(x_BTD, token, ctx, state.settled())
+            mean, after = self._forward_cached(x_BTD, token, ctx, state.commit())
         return Out(self.own(x_BTD, ctx) + self.out(mean.to(x_BTD.dtype), ctx), after)
 
-    def _continued(
+    def _forward_cached(
         self, x: Tensor, token: Tensor, ctx: Ctx, cache: KV
     ) -> tuple[Tensor, KV | DraftKV]:
         (B, T), C = x.shape[:2], cache.k.shape[2]
-        docs = Docs.of(ctx.layout, cache.count.shape[0])
+        docs = PackedRows.of(ctx.layout, cache.count.shape[0])
         f = ctx.layout.fields
         f = docs.fields(f._replace(extra={**f.extra, TOKEN: token}))
         rows = docs.unpack(x)[:, :, None]
@@ -167,5 +166,5 @@ class NgramHeadConfig(Config):
     kind: Literal["ngram_head"] = "ngram_head"
     n: Annotated[int, Field(ge=1, description="the last n - 1 tokens must match")] = 2
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> NgramHead:
-        return NgramHead(d_model, self.n, linear or DenseConfig().build)
+    def build(self, d_model: int, linear: LinearFactory = dense) -> NgramHead:
+        return NgramHead(d_model, self.n, linear)

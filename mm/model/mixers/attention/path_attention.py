@@ -4,7 +4,6 @@ of a call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -14,8 +13,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.kernels.path_attention import moved_keys, path_attention
-from mm.model.layer import Caps, Ctx, Linear, Out, Position
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Caps, Ctx, LinearFactory, Out, Position
+from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import (
     GroupedAttention,
     HeadsConfig,
@@ -24,15 +23,15 @@ from mm.model.mixers.attention.base import (
 from mm.model.mixers.attention.forget_gate import ForgetGate, ForgetKV, faded_from
 from mm.model.mixers.attention.kv_cache import KV, DraftKV, advance
 from mm.model.mixers.conv.state import DraftTail, Tail, convolved
-from mm.model.varlen import Docs, paired
+from mm.model.varlen import PackedRows, paired
 from mm.registry import MIXERS
-from mm.state import State, Struct
+from mm.state import DataclassState, State
 
 TAPS = 3  # of the convolution of the directions
 
 
 @dataclass(frozen=True)
-class DraftPath(Struct):
+class DraftPath(DataclassState):
     """The State before a draft call, the call's keys and values, and how its tokens move keys."""
 
     kv: DraftKV
@@ -57,7 +56,7 @@ class DraftPath(Struct):
         tail = self.tail.accept(n) if isinstance(self.tail, DraftTail) else self.tail
         return TailedKV(kv.accept(n), tail)
 
-    def settled(self) -> TailedKV:
+    def commit(self) -> TailedKV:
         """Everything drafted counts."""
         return self.accept(self.kv.length)
 
@@ -85,7 +84,7 @@ class PathAttention(GroupedAttention):
         rank: int,
         qk_norm: bool,
         forget: bool,
-        linear: Callable[..., Linear],
+        linear: LinearFactory,
     ):
         super().__init__(d_model, heads, kv_heads, head_dim, Position(), linear, qk_norm)
         width = kv_heads * head_dim
@@ -102,7 +101,7 @@ class PathAttention(GroupedAttention):
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         assert state is None or isinstance(state, TailedKV | DraftPath | ForgetKV)
-        past, gates = state.settled() if state is not None else None, None
+        past, gates = state.commit() if state is not None else None, None
         if isinstance(past, ForgetKV):
             past, gates = past.kv, past.gate
             assert isinstance(gates, KV)
@@ -123,7 +122,7 @@ class PathAttention(GroupedAttention):
             y = self.whole(parts, ctx)
         else:
             assert isinstance(tail, Tail | DraftTail)
-            y, after = self._continued(parts, ctx, past, tail, gates)
+            y, after = self._forward_cached(parts, ctx, past, tail, gates)
         return Out(self.out(y.flatten(2), ctx), after)
 
     def attend(  # type: ignore[override]
@@ -142,7 +141,7 @@ class PathAttention(GroupedAttention):
         faded = kept[0].cumsum(1) if kept else None
         return path_attention(q_RTHK, k_RTGK, v_RTGV, w_RTGK, beta_RTG, allowed, None, faded, faded)
 
-    def _continued(
+    def _forward_cached(
         self,
         parts: tuple[Tensor, ...],
         ctx: Ctx,
@@ -152,7 +151,7 @@ class PathAttention(GroupedAttention):
     ) -> tuple[Tensor, State]:
         (B, T), cache = parts[0].shape[:2], past.kv
         assert isinstance(cache, KV)
-        docs = Docs.of(ctx.layout, cache.count.shape[0])
+        docs = PackedRows.of(ctx.layout, cache.count.shape[0])
         f = docs.fields(ctx.layout.fields)
         q, k, v, w, beta, *kept = map(docs.unpack, parts)
         past_k, past_v, past_f = cache.past(docs, f)
@@ -174,7 +173,7 @@ class PathAttention(GroupedAttention):
         after: DraftPath | ForgetKV = DraftPath(drafted, taken(w), taken(beta), tail)
         if drafted_gate is not None:
             after = ForgetKV(after, drafted_gate)
-        return docs.pack(y, B, T), after if ctx.draft else after.settled()
+        return docs.pack(y, B, T), after if ctx.draft else after.commit()
 
     def initial_state(self, n: int, max_len: int) -> TailedKV | ForgetKV:
         width, like = self.kv_heads * self.head_dim, self.stored_as()
@@ -204,7 +203,7 @@ class PathAttentionConfig(HeadsConfig):
     ] = False
     position: Literal["none"] = "none"  # type: ignore[assignment]
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> PathAttention:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> PathAttention:
         heads, kv_heads, head_dim = self.sizes(d_model)
         return PathAttention(
             d_model,
@@ -214,7 +213,7 @@ class PathAttentionConfig(HeadsConfig):
             self.rank,
             self.qk_norm,
             self.forget_gate,
-            linear or DenseConfig().build,
+            linear,
         )
 
     @classmethod

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from mm.config import Config
 from mm.errors import UserError
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out, Position
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out, Position
+from mm.model.linears.dense import dense
 from mm.model.mixers.attention.kv_cache import KV, DraftKV, advance
 from mm.model.norm import RMSNorm
 from mm.model.positions.randomised import refuse_drawn
-from mm.model.varlen import Docs, by_document, share_groups
-from mm.registry import POSITIONS
+from mm.model.varlen import PackedRows, per_document, share_groups
+from mm.registry import PositionField
 from mm.state import State
 
 
@@ -35,7 +35,7 @@ class PlacedAttention(Mixer):
     caps = Caps(causal=True, step=True)
     keeps_queries: ClassVar[bool] = False  # keys are cached with the queries of their places
 
-    def __init__(self, d_model: int, config: PlacedConfig, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, config: PlacedConfig, linear: LinearFactory):
         super().__init__()
         H, G = config.heads, config.kv_heads or config.heads
         if H % G:
@@ -94,20 +94,20 @@ class PlacedAttention(Mixer):
         if self.keeps_queries:
             k = torch.cat((k, q), dim=-1)
         if state is None:
-            y, after = self._whole(q, k, v, ctx), None
+            y, after = self._forward_full(q, k, v, ctx), None
         else:
             assert isinstance(state, KV | DraftKV)
-            y, after = self._continued(q, k, v, ctx, state.settled())
+            y, after = self._forward_cached(q, k, v, ctx, state.commit())
         return Out(self.out(y.reshape(B, T, H * K), ctx), after)
 
-    def _whole(self, q: Tensor, k: Tensor, v: Tensor, ctx: Ctx) -> Tensor:
-        return by_document(self.rows, ctx, q, k, v)
+    def _forward_full(self, q: Tensor, k: Tensor, v: Tensor, ctx: Ctx) -> Tensor:
+        return per_document(self.rows, ctx, q, k, v)
 
-    def _continued(
+    def _forward_cached(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Ctx, cache: KV
     ) -> tuple[Tensor, State]:
         B, T = q.shape[:2]
-        docs = Docs.of(ctx.layout, cache.count.shape[0])
+        docs = PackedRows.of(ctx.layout, cache.count.shape[0])
         f = docs.fields(ctx.layout.fields)
         q, k, v = docs.unpack(q), docs.unpack(k), docs.unpack(v)
         at = docs.read(cache.count, 0)[:, None] + torch.arange(q.shape[1], device=q.device)
@@ -160,11 +160,9 @@ class PlacedConfig(Config):
     ) = None
     head_dim: Annotated[int, Field(gt=0, description="default: d_model / heads")] | None = None
     qk_norm: bool = True
-    position: POSITIONS.field = Field(  # type: ignore[valid-type]
-        default="rope", validate_default=True
-    )
+    position: PositionField = Field(default="rope", validate_default=True)
 
     layer: ClassVar[type[PlacedAttention]]
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> PlacedAttention:
-        return self.layer(d_model, self, linear or DenseConfig().build)
+    def build(self, d_model: int, linear: LinearFactory = dense) -> PlacedAttention:
+        return self.layer(d_model, self, linear)

@@ -4,7 +4,6 @@ cache places, R rows of one document, L their length, S keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,17 +11,17 @@ import torch
 from torch import Tensor
 
 from mm.kernels.attention import attention
-from mm.model.layer import Caps, Ctx, Linear, Out
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Caps, Ctx, LinearFactory, Out
+from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import GroupedAttention, HeadsConfig
 from mm.model.mixers.attention.kv_cache import KV, DraftKV, advance
-from mm.model.varlen import Docs, paired
+from mm.model.varlen import PackedRows, paired
 from mm.registry import MIXERS
-from mm.state import State, Struct
+from mm.state import DataclassState, State
 
 
 @dataclass(frozen=True)
-class SelectedKV(Struct):
+class SelectedKV(DataclassState):
     """Cached keys and values, and how strongly each was masked by the tokens since."""
 
     kv: KV
@@ -31,12 +30,12 @@ class SelectedKV(Struct):
     def accept(self, n_N: Tensor) -> SelectedKV:
         raise ValueError("accept() takes the State of a call with draft=True")
 
-    def settled(self) -> SelectedKV:
+    def commit(self) -> SelectedKV:
         return self
 
 
 @dataclass(frozen=True)
-class DraftSelectedKV(Struct):
+class DraftSelectedKV(DataclassState):
     """The State before a draft call, and what each of its tokens masks."""
 
     kv: DraftKV
@@ -57,7 +56,7 @@ class DraftSelectedKV(Struct):
         to = (first[:, None] + token).clamp_max(C - 1)
         return SelectedKV(self.kv.accept(n), begun.scatter_add(1, to, own))
 
-    def settled(self) -> SelectedKV:
+    def commit(self) -> SelectedKV:
         return self.accept(self.kv.length)
 
 
@@ -80,7 +79,7 @@ class SelectiveAttention(GroupedAttention):
         if state is None:
             y = self.whole((q, k, v), ctx)
         else:
-            y, after = self._continued(q, k, v, ctx, state.settled())
+            y, after = self._forward_cached(q, k, v, ctx, state.commit())
         return Out(self.out(y.flatten(2), ctx), after)
 
     def selection(self, q_RTHK: Tensor, k_RSGK: Tensor, masks_RTS: Tensor) -> Tensor:
@@ -124,11 +123,11 @@ class SelectiveAttention(GroupedAttention):
         F = F if bias is None else F + bias
         return attention(q, k, v, allowed, causal=causal, bias_RHTS=F)
 
-    def _continued(
+    def _forward_cached(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Ctx, state: SelectedKV
     ) -> tuple[Tensor, State]:
         (B, T), cache = q.shape[:2], state.kv
-        docs = Docs.of(ctx.layout, cache.count.shape[0])
+        docs = PackedRows.of(ctx.layout, cache.count.shape[0])
         f = docs.fields(ctx.layout.fields)
         q, k, v = docs.unpack(q), docs.unpack(k), docs.unpack(v)
         past_k, past_v, past_f = cache.past(docs, f)
@@ -160,7 +159,7 @@ class SelectiveAttention(GroupedAttention):
         w = docs.written(cache.count.shape[0])
         past, own = w.take(chosen).to(state.masked.dtype).split((C, L), dim=2)
         after = DraftSelectedKV(drafted, state.masked, past, own)
-        return docs.pack(y, B, T), after if ctx.draft else after.settled()
+        return docs.pack(y, B, T), after if ctx.draft else after.commit()
 
     def initial_state(self, n: int, max_len: int) -> SelectedKV:
         like = self._like().detach()
@@ -177,9 +176,7 @@ class SelectiveAttentionConfig(HeadsConfig):
 
     kind: Literal["selective_attention"] = "selective_attention"
 
-    def build(
-        self, d_model: int, linear: Callable[..., Linear] | None = None
-    ) -> SelectiveAttention:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> SelectiveAttention:
         heads, kv_heads, head_dim = self.sizes(d_model)
         return SelectiveAttention(
             d_model,
@@ -187,7 +184,7 @@ class SelectiveAttentionConfig(HeadsConfig):
             kv_heads,
             head_dim,
             self.placed(head_dim, d_model),
-            linear or DenseConfig().build,
+            linear,
         )
 
     @classmethod

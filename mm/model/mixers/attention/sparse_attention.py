@@ -5,7 +5,6 @@ key heads, K head width, n blocks of b places.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -14,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mm.kernels.attention import attention
-from mm.model.layer import Linear
+from mm.model.layer import LinearFactory
 from mm.model.mixers.attention.placed import PlacedAttention, PlacedConfig, read_all
 from mm.registry import MIXERS
 
@@ -33,7 +32,7 @@ class SparseAttention(PlacedAttention):
     Source: Child et al. 2019 (arXiv:1904.10509), sections 4.2 and 4.3.
     """
 
-    def __init__(self, d_model: int, config: SparseAttentionConfig, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, config: SparseAttentionConfig, linear: LinearFactory):
         super().__init__(d_model, config, linear)
         self.pattern, self.use = config.pattern, config.use
         self.stride, self.columns = config.stride, config.columns

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from mm.model.layer import Ctx, Linear
+from mm.model.layer import Ctx, LinearFactory
 from mm.model.mixers.conv.state import preceding
 from mm.state import State
 
@@ -19,7 +17,7 @@ class TokenShift(nn.Module):
     Source: Lin et al. 2025, Forgetting Transformer (arXiv:2503.02130), the Pro block.
     """
 
-    def __init__(self, d_model: int, kv_heads: int, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, kv_heads: int, linear: LinearFactory):
         super().__init__()
         self.gates = linear(d_model, 2 * kv_heads, "token_shift")  # of keys, then of values
 

@@ -5,14 +5,13 @@ at, H heads, G key heads, K head width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from mm.model.layer import Linear
+from mm.model.layer import LinearFactory
 from mm.model.mixers.attention.placed import PlacedAttention, PlacedConfig, read_all
 from mm.registry import MIXERS
 
@@ -45,7 +44,7 @@ class TopKAttention(PlacedAttention):
     search for its index; with training: Gupta et al. 2021 (arXiv:2106.06899).
     """
 
-    def __init__(self, d_model: int, config: TopKAttentionConfig, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, config: TopKAttentionConfig, linear: LinearFactory):
         super().__init__(d_model, config, linear)
         self.topk = config.topk
 

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from mm.batch import Sum
 from mm.config import Config
 from mm.errors import UserError
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
 from mm.model.norm import RMSNorm
-from mm.model.varlen import Docs, by_document, share_groups
+from mm.model.varlen import PackedRows, per_document, share_groups
 from mm.registry import MIXERS
-from mm.state import State, Struct
+from mm.state import DataclassState, State
 
 
 @dataclass(frozen=True)
-class Codes(Struct):
+class Codes(DataclassState):
     """What lies further back than the block before, summed by code; and the two last blocks."""
 
     number: Tensor  # (N, G, S) float32 or wider
@@ -39,12 +39,12 @@ class Codes(Struct):
     def accept(self, n_N: Tensor) -> Codes:
         raise ValueError("accept() takes the State of a call with draft=True")
 
-    def settled(self) -> Codes:
+    def commit(self) -> Codes:
         return self
 
 
 @dataclass(frozen=True)
-class DraftCodes(Struct):
+class DraftCodes(DataclassState):
     """The state before a call, its blocks lengthened by the call's places."""
 
     number: Tensor
@@ -82,7 +82,7 @@ class DraftCodes(Struct):
             self.count + n,
         )
 
-    def settled(self) -> Codes:
+    def commit(self) -> Codes:
         return self.accept(self.length)
 
 
@@ -119,7 +119,7 @@ class TransformerVQ(Mixer):
     size: Tensor
     total: Tensor
 
-    def __init__(self, d_model: int, config: TransformerVQConfig, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, config: TransformerVQConfig, linear: LinearFactory):
         super().__init__()
         H, G = config.heads, config.kv_heads
         K = d_model // H
@@ -184,10 +184,10 @@ class TransformerVQ(Mixer):
         with torch.autocast(q.device.type, enabled=False):
             code, key = self.quantised(k)
             if state is None:
-                y, after = self._whole(q, key, v, code, ctx), None
+                y, after = self._forward_full(q, key, v, code, ctx), None
             else:
                 assert isinstance(state, Codes | DraftCodes)
-                y, after = self._continued(q, key, v, code, ctx, state.settled())
+                y, after = self._forward_cached(q, key, v, code, ctx, state.commit())
         y = y.flatten(2).to(x_BTD.dtype) * F.silu(self.gate(x_BTD, ctx))
         return Out(self.out(y, ctx), after, None, self._statistics(k, code, ctx))
 
@@ -264,14 +264,14 @@ class TransformerVQ(Mixer):
         valid = (torch.arange(L + pad, device=q.device) < L).expand(R, -1)
         return self._blocks(q, k, v, F.pad(code, (0, 0, 0, pad)), valid, None, None)[:, :L]
 
-    def _whole(self, q: Tensor, k: Tensor, v: Tensor, code: Tensor, ctx: Ctx) -> Tensor:
-        return by_document(self._rows, ctx, q, k, v, code)
+    def _forward_full(self, q: Tensor, k: Tensor, v: Tensor, code: Tensor, ctx: Ctx) -> Tensor:
+        return per_document(self._rows, ctx, q, k, v, code)
 
-    def _continued(
+    def _forward_cached(
         self, q: Tensor, k: Tensor, v: Tensor, code: Tensor, ctx: Ctx, state: Codes
     ) -> tuple[Tensor, Codes | DraftCodes]:
         (B, T), b = q.shape[:2], self.block
-        docs = Docs.of(ctx.layout, state.count.shape[0])
+        docs = PackedRows.of(ctx.layout, state.count.shape[0])
         q, k, v, code = (docs.unpack(t) for t in (q, k, v, code))
         R, L = q.shape[:2]
         count = docs.read(state.count, 0)
@@ -323,7 +323,7 @@ class TransformerVQ(Mixer):
             w.length,
             b,
         )
-        return docs.pack(y, B, T), draft if ctx.draft else draft.settled()
+        return docs.pack(y, B, T), draft if ctx.draft else draft.commit()
 
     def initial_state(self, n: int, max_len: int) -> Codes:
         like, (G, S, K) = next(self.parameters()).detach(), self.codes.shape
@@ -354,13 +354,13 @@ class TransformerVQConfig(Config):
     block: Annotated[int, Field(gt=0, description="places; it and the one before are exact")] = 512
     decay: Annotated[float, Field(ge=0, lt=1, description="of the codes' moving averages")] = 0.99
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> TransformerVQ:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> TransformerVQ:
         if d_model % self.heads or self.heads % self.kv_heads:
             raise ValueError(
                 f"transformer_vq: heads {self.heads} must divide d_model {d_model}, and kv_heads "
                 f"{self.kv_heads} heads"
             )
-        return TransformerVQ(d_model, self, linear or DenseConfig().build)
+        return TransformerVQ(d_model, self, linear)
 
     @classmethod
     def smallest(cls) -> TransformerVQConfig:

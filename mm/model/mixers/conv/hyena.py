@@ -7,26 +7,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
 from mm.model.mixers.conv.state import DraftTail, Tail, convolved
-from mm.model.varlen import Docs, by_document, share_groups
+from mm.model.varlen import PackedRows, per_document, share_groups
 from mm.registry import MIXERS
-from mm.state import State, Struct
+from mm.state import DataclassState, State
 
 DIRECT = 64  # rows up to this length are a product with a Toeplitz matrix, longer ones use the FFT
 FEW = 8  # tokens of a call that are read off the cache one by one
 
 
 @dataclass(frozen=True)
-class History(Struct):
+class History(DataclassState):
     """What was convolved so far: place i is token i, zeros beyond the last."""
 
     u: Tensor  # (N, P, W)
@@ -36,12 +36,12 @@ class History(Struct):
     def accept(self, n_N: Tensor) -> History:
         raise ValueError("accept() takes the State of a call with draft=True")
 
-    def settled(self) -> History:
+    def commit(self) -> History:
         return self
 
 
 @dataclass(frozen=True)
-class DraftHistory(Struct):
+class DraftHistory(DataclassState):
     """The history before a draft call, and the call's inputs."""
 
     base: History
@@ -53,7 +53,7 @@ class DraftHistory(Struct):
         u = _placed(self.base.u, self.u, self.base.count, n)[:, : self.base.u.shape[1]]
         return History(u, self.base.count + n, self.base.tail.accept(n_N))
 
-    def settled(self) -> History:
+    def commit(self) -> History:
         return self.accept(self.length)
 
 
@@ -98,13 +98,13 @@ class Hyena(Mixer):
 
     caps = Caps(causal=True, step=True)
 
-    def __init__(self, d_model: int, config: HyenaConfig, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, config: HyenaConfig, linear: LinearFactory):
         super().__init__()
         self.config = c = config
         self.width = W = config.width or d_model
         self.inner = linear(d_model, 3 * W, "inner")
         self.out = linear(W, d_model, "out")
-        self.conv_weight = nn.Parameter(torch.empty(c.taps, 3 * W))
+        self.conv_weight = nn.Parameter(torch.empty(c.conv_size, 3 * W))
         self.conv_bias = nn.Parameter(torch.empty(3 * W))
         features, hidden = 1 + 2 * c.bands, c.filter_width
         self.first = nn.Parameter(torch.empty(features, hidden))
@@ -116,7 +116,7 @@ class Hyena(Mixer):
         self.skip = nn.Parameter(torch.empty(W))
 
     def init_weights(self) -> None:
-        nn.init.normal_(self.conv_weight, std=self.config.taps**-0.5)
+        nn.init.normal_(self.conv_weight, std=self.config.conv_size**-0.5)
         nn.init.zeros_(self.conv_bias)
         for matrix in (self.first, self.second, self.last):
             nn.init.normal_(matrix, std=matrix.shape[0] ** -0.5)
@@ -145,7 +145,7 @@ class Hyena(Mixer):
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         assert state is None or isinstance(state, History | DraftHistory)
-        old = state.settled() if state is not None else None
+        old = state.commit() if state is not None else None
         u, tail = convolved(
             self.inner(x_BTD, ctx),
             self.conv_weight,
@@ -156,24 +156,24 @@ class Hyena(Mixer):
         b, c, v = u.chunk(3, dim=-1)
         u = (b * v).to(torch.promote_types(v.dtype, torch.float32))
         if old is None:
-            y, after = self._whole(u, ctx), None
+            y, after = self._forward_full(u, ctx), None
         else:
             assert isinstance(tail, Tail | DraftTail)
-            y, after = self._continued(u, tail, ctx, old)
+            y, after = self._forward_cached(u, tail, ctx, old)
         y = y + self.skip.to(u.dtype) * u
         return Out(self.out(c * y.to(c.dtype), ctx), after)
 
-    def _whole(self, u: Tensor, ctx: Ctx) -> Tensor:
+    def _forward_full(self, u: Tensor, ctx: Ctx) -> Tensor:
         """The long convolution of documents that all begin here."""
         h = self.filter(u.shape[1])
-        return by_document(lambda part: long_conv(part, h), ctx, u)
+        return per_document(lambda part: long_conv(part, h), ctx, u)
 
-    def _continued(
+    def _forward_cached(
         self, u: Tensor, tail: Tail | DraftTail, ctx: Ctx, old: History
     ) -> tuple[Tensor, History | DraftHistory]:
         """The long convolution of documents that go on from their slots."""
         N, P = old.u.shape[:2]
-        docs = Docs.of(ctx.layout, N)
+        docs = PackedRows.of(ctx.layout, N)
         rows = docs.unpack(u)
         L = rows.shape[1]
         past, count = docs.read(old.u).to(u.dtype), docs.read(old.count, 0)
@@ -206,11 +206,11 @@ class Hyena(Mixer):
     def initial_state(self, n: int, max_len: int) -> History:
         like, W = self.conv_weight.detach(), self.width
         count = torch.zeros(n, dtype=torch.long, device=like.device)
-        tail = Tail(like.new_zeros(n, self.config.taps - 1, 3 * W))
+        tail = Tail(like.new_zeros(n, self.config.conv_size - 1, 3 * W))
         return History(like.new_zeros(n, max_len, W), count, tail)
 
     def state_bytes(self, n: int, max_len: int) -> int:
-        kept = self.width * (max_len + 3 * (self.config.taps - 1))
+        kept = self.width * (max_len + 3 * (self.config.conv_size - 1))
         return n * (kept * self.conv_weight.element_size() + 8)
 
 
@@ -219,16 +219,17 @@ class HyenaConfig(Config):
     """Implicit long convolution between gates, by FFT."""
 
     kind: Literal["hyena"] = "hyena"
+    renamed: ClassVar[dict[str, str]] = {"taps": "conv_size"}
     width: Annotated[int, Field(gt=0, description="default d_model")] | None = None
-    taps: Annotated[int, Field(gt=1, description="of the short convolution")] = 3
+    conv_size: Annotated[int, Field(gt=1, description="of the short convolution")] = 3
     filter_length: Annotated[int, Field(gt=0, description="tokens; unit of the filter's lag")] = (
         1024
     )
     filter_width: Annotated[int, Field(gt=0, description="of the filter's network")] = 64
     bands: Annotated[int, Field(gt=0, description="sines and cosines of the lag")] = 8
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> Hyena:
-        return Hyena(d_model, self, linear or DenseConfig().build)
+    def build(self, d_model: int, linear: LinearFactory = dense) -> Hyena:
+        return Hyena(d_model, self, linear)
 
     @classmethod
     def smallest(cls) -> HyenaConfig:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from mm.kernels.causal_conv import causal_conv
 from mm.model.layer import Ctx
-from mm.model.varlen import Docs
-from mm.state import State, Struct
+from mm.model.varlen import PackedRows
+from mm.state import DataclassState, State
 
 
 @dataclass(frozen=True)
-class Tail(Struct):
+class Tail(DataclassState):
     """The last inputs of each slot."""
 
     x: Tensor  # (N, P, W)
@@ -25,12 +25,12 @@ class Tail(Struct):
     def accept(self, n_N: Tensor) -> Tail:
         raise ValueError("accept() takes the State of a call with draft=True")
 
-    def settled(self) -> Tail:
+    def commit(self) -> Tail:
         return self
 
 
 @dataclass(frozen=True)
-class DraftTail(Struct):
+class DraftTail(DataclassState):
     """The tail before a draft call, then the call's inputs."""
 
     x: Tensor  # (N, P + L, W)
@@ -42,15 +42,15 @@ class DraftTail(Struct):
         places = n[:, None] + torch.arange(self.kept, device=n.device)
         return Tail(self.x.gather(1, places[..., None].expand(-1, -1, self.x.shape[-1])))
 
-    def settled(self) -> Tail:
+    def commit(self) -> Tail:
         return self.accept(self.length)
 
 
-def _continued(x: Tensor, ctx: Ctx, state: State) -> tuple[Tensor, Docs, State]:
+def _forward_cached(x: Tensor, ctx: Ctx, state: State) -> tuple[Tensor, PackedRows, State]:
     """Rows `(R, P + L, W)` of the tails and this call's inputs, and the State after them."""
     assert isinstance(state, Tail | DraftTail)
-    old = state.settled().x
-    (N, P), docs = old.shape[:2], Docs.of(ctx.layout, old.shape[0])
+    old = state.commit().x
+    (N, P), docs = old.shape[:2], PackedRows.of(ctx.layout, old.shape[0])
     rows = docs.unpack(x)
     inputs = torch.cat((docs.read(old).to(rows.dtype), rows), dim=1)
     w = docs.written(N)
@@ -58,7 +58,7 @@ def _continued(x: Tensor, ctx: Ctx, state: State) -> tuple[Tensor, Docs, State]:
     # A slot that nobody writes keeps its tail, as one that a row of length 0 wrote.
     first = torch.where(w.hit[:, None, None], taken[:, :P], old)
     drafted = DraftTail(torch.cat((first, taken[:, P:]), dim=1), w.length, P)
-    return inputs, docs, drafted if ctx.draft else drafted.settled()
+    return inputs, docs, drafted if ctx.draft else drafted.commit()
 
 
 def preceding(
@@ -69,7 +69,7 @@ def preceding(
     """
     B, T = x_BTW.shape[:2]
     if state is not None:
-        inputs, docs, after = _continued(x_BTW, ctx, state)
+        inputs, docs, after = _forward_cached(x_BTW, ctx, state)
         L = inputs.shape[1] - places
         back = [docs.pack(inputs[:, places - j : places - j + L], B, T) for j in range(places + 1)]
         return back, after
@@ -90,7 +90,7 @@ def convolved(
     """Depthwise `causal_conv` inside documents, `(B, T, W)`, and the State after the call."""
     if state is None:
         return causal_conv(u_BTW, weight_CW, bias_W, ctx.layout.fields.document), None
-    inputs, docs, after = _continued(u_BTW, ctx, state)
+    inputs, docs, after = _forward_cached(u_BTW, ctx, state)
     # The tail is the document's own past: no borders, and the first outputs are the tail's.
     same = torch.ones_like(inputs[..., 0], dtype=torch.int32)
     y = causal_conv(inputs, weight_CW, bias_W, same)[:, weight_CW.shape[0] - 1 :]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -10,15 +9,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
 from mm.model.mixers.conv.state import Tail, preceding
 from mm.registry import MIXERS
-from mm.state import Many, State
+from mm.state import State, StateTuple
 
 
 class Trellis(Mixer):
-    """``depth`` convolutions of two taps with the SAME weights, the input injected into each, and
+    """``depth`` convolutions of width two with the SAME weights, the input injected into each, and
     an LSTM's gates as their non-linearity: depth i of token t reads depth i - 1 of tokens t and
     t - 1.
 
@@ -30,7 +29,7 @@ class Trellis(Mixer):
 
     caps = Caps(causal=True, step=True, shard="halo")
 
-    def __init__(self, d_model: int, width: int, depth: int, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, width: int, depth: int, linear: LinearFactory):
         super().__init__()
         self.d_model, self.width, self.depth = d_model, width, depth
         self.inner = linear(2 * d_model, 4 * width, "inner")  # this token, the one before
@@ -44,7 +43,7 @@ class Trellis(Mixer):
             self.bias[: self.width] = 1.0
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        assert state is None or isinstance(state, Many)
+        assert state is None or isinstance(state, StateTuple)
         parts: list[State | None] = list(state.parts) if state is not None else [None] * self.depth
         back, parts[0] = preceding(x_BTD, 1, ctx, parts[0])
         injected = self.inner(torch.cat(back, -1), ctx)
@@ -60,11 +59,13 @@ class Trellis(Mixer):
             f, i, g, o = mixed.chunk(4, -1)
             cell = f.sigmoid() * old_cell + i.sigmoid() * g.tanh()
             hidden = o.sigmoid() * cell.tanh()
-        return Out(self.out(hidden, ctx), Many(*parts) if state is not None else None)
+        return Out(self.out(hidden, ctx), StateTuple(*parts) if state is not None else None)
 
-    def initial_state(self, n: int, max_len: int) -> Many:
+    def initial_state(self, n: int, max_len: int) -> StateTuple:
         zeros = lambda width: Tail(self.bias.detach().new_zeros(n, 1, width))
-        return Many(zeros(self.d_model), *(zeros(2 * self.width) for _ in range(1, self.depth)))
+        return StateTuple(
+            zeros(self.d_model), *(zeros(2 * self.width) for _ in range(1, self.depth))
+        )
 
     def state_bytes(self, n: int, max_len: int) -> int:
         kept = self.d_model + (self.depth - 1) * 2 * self.width
@@ -79,8 +80,8 @@ class TrellisConfig(Config):
     width: Annotated[int, Field(gt=0, description="default d_model")] | None = None
     depth: Annotated[int, Field(gt=1, description="tokens it looks back")] = 16
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> Trellis:
-        return Trellis(d_model, self.width or d_model, self.depth, linear or DenseConfig().build)
+    def build(self, d_model: int, linear: LinearFactory = dense) -> Trellis:
+        return Trellis(d_model, self.width or d_model, self.depth, linear)
 
     @classmethod
     def smallest(cls) -> TrellisConfig:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mm.errors import UserError
 from mm.model.layer import Caps, Ctx, Mixer, Out
-from mm.model.varlen import Docs
+from mm.model.varlen import PackedRows
 from mm.state import State
 
 
@@ -41,14 +41,14 @@ class BothWays(Mixer):
                 f"{self.kind} mixes both ways and cannot decode: it needs `mask: full`, not "
                 f"{ctx.mask if state is None else 'a State'}; for a causal model take another mixer"
             )
-        docs = Docs.of(ctx.layout, 0)
+        docs = PackedRows.of(ctx.layout, 0)
         rows = docs.unpack(x_BTD)
         if self.max_len is not None and rows.shape[1] > self.max_len:
             raise UserError(
                 f"{self.kind} knows places up to {self.max_len}: a document has {rows.shape[1]}; "
                 "raise max_len"
             )
-        # Filled, not multiplied: padding may hold inf.
+        # AdapterOutput, not multiplied: padding may hold inf.
         rows = rows.masked_fill(~docs.valid[..., None], 0)
         y = self.mix(rows, docs.length, ctx) if rows.shape[:2].numel() else rows
         return Out(docs.pack(y, *x_BTD.shape[:2]))

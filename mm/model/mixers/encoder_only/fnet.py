@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mm.config import Config
-from mm.model.layer import Ctx, Linear
+from mm.model.layer import Ctx, LinearFactory
+from mm.model.linears.dense import dense
 from mm.model.mixers.encoder_only.base import BothWays
 from mm.registry import MIXERS
 
@@ -67,5 +67,5 @@ class FNetConfig(Config):
     kind: Literal["fnet"] = "fnet"
     unitary: bool = False  # transforms keep lengths; False: as in the paper
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> FNet:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> FNet:
         return FNet(self.unitary)

@@ -4,7 +4,6 @@ heads, K head width, m mixtures.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -12,8 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Ctx, Linear
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Ctx, LinearFactory
+from mm.model.linears.dense import dense
 from mm.model.mixers.encoder_only.base import BothWays
 from mm.registry import MIXERS
 
@@ -29,7 +28,7 @@ class Linformer(BothWays):
 
     kind = "linformer"
 
-    def __init__(self, d_model: int, config: LinformerConfig, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, config: LinformerConfig, linear: LinearFactory):
         super().__init__()
         self.heads = config.heads
         self.bounded(config.max_len)
@@ -71,10 +70,10 @@ class LinformerConfig(Config):
     max_len: Annotated[int, Field(gt=0, description="longest document")] = 512
     share: Literal["none", "heads", "key_value"] = "heads"
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> Linformer:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> Linformer:
         if d_model % self.heads:
             raise ValueError(f"d_model {d_model} is not a multiple of heads {self.heads}")
-        return Linformer(d_model, self, linear or DenseConfig().build)
+        return Linformer(d_model, self, linear)
 
     @classmethod
     def smallest(cls) -> LinformerConfig:

@@ -5,8 +5,7 @@ landmarks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +13,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Ctx, Linear
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Ctx, LinearFactory
+from mm.model.linears.dense import dense
 from mm.model.mixers.encoder_only.base import BothWays, valid_of
 from mm.registry import MIXERS
 
@@ -44,13 +43,15 @@ class Nystromformer(BothWays):
 
     kind = "nystromformer"
 
-    def __init__(self, d_model: int, config: NystromformerConfig, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, config: NystromformerConfig, linear: LinearFactory):
         super().__init__()
         self.heads, self.landmarks = config.heads, config.landmarks
         self.iterations = config.iterations
         self.qkv = linear(d_model, 3 * d_model, "qkv")
         self.out = linear(d_model, d_model, "out")
-        self.filter = nn.Parameter(torch.empty(config.heads, config.taps)) if config.taps else None
+        self.filter = (
+            nn.Parameter(torch.empty(config.heads, config.conv_size)) if config.conv_size else None
+        )
 
     def init_weights(self) -> None:
         if self.filter is not None:
@@ -88,8 +89,10 @@ class Nystromformer(BothWays):
         """One filter a head over places. ``v`` `(R, H, L, K)`."""
         assert self.filter is not None
         R, H, L, K = v.shape
-        taps = self.filter.shape[1]
-        u = F.pad(v.permute(0, 3, 1, 2).reshape(R * K, H, L), (taps // 2, (taps - 1) // 2))
+        conv_size = self.filter.shape[1]
+        u = F.pad(
+            v.permute(0, 3, 1, 2).reshape(R * K, H, L), (conv_size // 2, (conv_size - 1) // 2)
+        )
         y = F.conv1d(u, self.filter.to(v.dtype)[:, None], groups=H)
         return y.view(R, K, H, L).permute(0, 2, 3, 1)
 
@@ -99,16 +102,19 @@ class NystromformerConfig(Config):
     """Nystroem approximation of attention; bidirectional (ledger 121)."""
 
     kind: Literal["nystromformer"] = "nystromformer"
+    renamed: ClassVar[dict[str, str]] = {"taps": "conv_size"}
     heads: Annotated[int, Field(gt=0)] = 4
     landmarks: Annotated[int, Field(gt=0)] = 64
     iterations: Annotated[int, Field(gt=0, description="of the pseudo-inverse")] = 6
-    taps: Annotated[int, Field(ge=0, description="of the convolution beside it; 0 = none")] = 33
+    conv_size: Annotated[int, Field(ge=0, description="of the convolution beside it; 0 = none")] = (
+        33
+    )
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> Nystromformer:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> Nystromformer:
         if d_model % self.heads:
             raise ValueError(f"d_model {d_model} is not a multiple of heads {self.heads}")
-        return Nystromformer(d_model, self, linear or DenseConfig().build)
+        return Nystromformer(d_model, self, linear)
 
     @classmethod
     def smallest(cls) -> NystromformerConfig:
-        return cls(heads=2, landmarks=3, taps=3)
+        return cls(heads=2, landmarks=3, conv_size=3)

@@ -4,8 +4,7 @@ columns, N = Y X cells.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +13,11 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.errors import UserError
-from mm.model.layer import Caps, Ctx, Linear, Out
+from mm.model.layer import Caps, Ctx, LinearFactory, Out
+from mm.model.linears.dense import dense
 from mm.model.mixers.encoder_only.base import BothWays
 from mm.model.mixers.ssm.plstm import grid_places, in_grids
-from mm.model.varlen import Docs
+from mm.model.varlen import PackedRows
 from mm.registry import MIXERS
 from mm.state import State
 
@@ -37,18 +37,18 @@ class PEG(BothWays):
     kind = "peg"
     caps = Caps(causal=False, step=False)  # local: it does not bring all places together
 
-    def __init__(self, d_model: int, taps: int):
+    def __init__(self, d_model: int, conv_size: int):
         super().__init__()
-        self.taps = taps
-        self.weight = nn.Parameter(torch.empty(taps, taps, d_model))
+        self.conv_size = conv_size
+        self.weight = nn.Parameter(torch.empty(conv_size, conv_size, d_model))
         self.bias = nn.Parameter(torch.empty(d_model))
 
     def init_weights(self) -> None:
-        nn.init.normal_(self.weight, std=1 / self.taps)
+        nn.init.normal_(self.weight, std=1 / self.conv_size)
         nn.init.zeros_(self.bias)
 
     def mix(self, x_RLD: Tensor, length_R: Tensor, ctx: Ctx) -> Tensor:
-        passed = Docs.of(ctx.layout, 0).unpack(in_grids(ctx.layout, x_RLD.device))
+        passed = PackedRows.of(ctx.layout, 0).unpack(in_grids(ctx.layout, x_RLD.device))
         return self._convolved(x_RLD.masked_fill(passed[..., None], 0), 1, x_RLD.shape[1])
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
@@ -64,7 +64,7 @@ class PEG(BothWays):
         D = x.shape[-1]
         weight = self.weight.permute(2, 0, 1)[:, None].to(x.dtype)
         cells = x.unflatten(1, (Y, X)).permute(0, 3, 1, 2)
-        y = F.conv2d(cells, weight, self.bias.to(x.dtype), padding=self.taps // 2, groups=D)
+        y = F.conv2d(cells, weight, self.bias.to(x.dtype), padding=self.conv_size // 2, groups=D)
         return y.permute(0, 2, 3, 1).flatten(1, 2)
 
 
@@ -73,9 +73,12 @@ class PEGConfig(Config):
     """Conditional positions of grids by a depthwise convolution; bidirectional (ledger 465)."""
 
     kind: Literal["peg"] = "peg"
-    taps: Annotated[int, Field(gt=1, description="rows and columns of the kernel, odd")] = 3
+    renamed: ClassVar[dict[str, str]] = {"taps": "conv_size"}
+    conv_size: Annotated[int, Field(gt=1, description="rows and columns of the kernel, odd")] = 3
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> PEG:
-        if self.taps % 2 == 0:
-            raise UserError(f"peg: taps {self.taps} is even; a cell needs as many on either side")
-        return PEG(d_model, self.taps)
+    def build(self, d_model: int, linear: LinearFactory = dense) -> PEG:
+        if self.conv_size % 2 == 0:
+            raise UserError(
+                f"peg: conv_size {self.conv_size} is even; a cell needs as many on either side"
+            )
+        return PEG(d_model, self.conv_size)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.kernels.linear_scan import linear_scan
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
-from mm.model.linears.dense import DenseConfig
-from mm.model.mixers.ssm.scan import Hidden, advanced, settled
-from mm.model.varlen import Docs, by_document, share_groups
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
+from mm.model.mixers.ssm.scan import Hidden, advanced, commit
+from mm.model.varlen import PackedRows, per_document, share_groups
 from mm.registry import MIXERS
 from mm.state import State
 
@@ -33,7 +33,7 @@ class Aaren(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(self, d_model: int, heads: int, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, heads: int, linear: LinearFactory):
         super().__init__()
         self.heads, self.width = heads, d_model // heads
         self.kv = linear(d_model, 2 * d_model, "kv")
@@ -53,17 +53,17 @@ class Aaren(Mixer):
         score = torch.einsum("bthv,hv->bth", k.unflatten(-1, (H, V)), self.query.to(wide))
         score = score * V**-0.5
         if state is None:
-            o, after = self._whole(score, v, ctx), None
+            o, after = self._forward_full(score, v, ctx), None
         else:
-            old = settled(state)
-            docs = Docs.of(ctx.layout, old.h.shape[0])
+            old = commit(state)
+            docs = PackedRows.of(ctx.layout, old.h.shape[0])
             before = docs.read(old.h, self._fresh(old.h))
             o, h = self._scanned(docs.unpack(score), docs.unpack(v), before)
             o, after = docs.pack(o, B, T), advanced(old, docs, before, h, ctx.draft)
         return Out(self.out(o.to(x_BTD.dtype), ctx), after)
 
-    def _whole(self, score: Tensor, v: Tensor, ctx: Ctx) -> Tensor:
-        return by_document(lambda *x: self._scanned(*x)[0], ctx, score, v)
+    def _forward_full(self, score: Tensor, v: Tensor, ctx: Ctx) -> Tensor:
+        return per_document(lambda *x: self._scanned(*x)[0], ctx, score, v)
 
     def _fresh(self, like: Tensor) -> Tensor:
         """State before the first token: no score at all, and nothing summed up."""
@@ -111,10 +111,10 @@ class AarenConfig(Config):
     kind: Literal["aaren"] = "aaren"
     heads: Annotated[int, Field(gt=0)] = 4
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> Aaren:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> Aaren:
         if d_model % self.heads:
             raise ValueError(f"aaren: {self.heads} heads do not divide d_model {d_model}")
-        return Aaren(d_model, self.heads, linear or DenseConfig().build)
+        return Aaren(d_model, self.heads, linear)
 
     @classmethod
     def smallest(cls) -> AarenConfig:

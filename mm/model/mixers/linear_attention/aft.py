@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from mm.config import Config
 from mm.errors import UserError
 from mm.kernels.linear_scan import linear_scan
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
-from mm.model.linears.dense import DenseConfig
-from mm.model.varlen import Docs, by_document, share_groups
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
+from mm.model.varlen import PackedRows, per_document, share_groups
 from mm.registry import MIXERS
-from mm.state import State, Struct
+from mm.state import DataclassState, State
 
 FLOOR = -1e30  # a maximum over nothing: finite, so that differences stay numbers
 
 
 @dataclass(frozen=True)
-class Averages(Struct):
+class Averages(DataclassState):
     """Sums over what left the window, and the window's keys and values."""
 
     sums: Tensor  # (N, 3, D) float32 or wider: largest key, then sums scaled by exp(-largest key)
@@ -35,12 +35,12 @@ class Averages(Struct):
     def accept(self, n_N: Tensor) -> Averages:
         raise ValueError("accept() takes the State of a call with draft=True")
 
-    def settled(self) -> Averages:
+    def commit(self) -> Averages:
         return self
 
 
 @dataclass(frozen=True)
-class DraftAverages(Struct):
+class DraftAverages(DataclassState):
     """Every state that a draft call passed through: index n is that after n of its tokens."""
 
     sums: Tensor  # (N, L + 1, 3, D)
@@ -56,7 +56,7 @@ class DraftAverages(Struct):
         tail = self.inputs.gather(1, places[..., None, None].expand(-1, -1, 2, D))
         return Averages(sums, tail, self.count + n)
 
-    def settled(self) -> Averages:
+    def commit(self) -> Averages:
         return self.accept(self.length)
 
 
@@ -143,7 +143,7 @@ class AFT(Mixer):
 
     caps = Caps(causal=True, step=True)
 
-    def __init__(self, d_model: int, config: AFTConfig, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, config: AFTConfig, linear: LinearFactory):
         super().__init__()
         self.form, self.width = config.form, d_model
         self.window = {"simple": 0, "full": config.max_len}.get(config.form, config.window)
@@ -174,10 +174,10 @@ class AFT(Mixer):
         wide = torch.promote_types(v.dtype, torch.float32)
         k, v = k.to(wide).repeat_interleave(D // H, dim=-1), v.to(wide)
         if state is None:
-            y, after = self._whole(k, v, ctx), None
+            y, after = self._forward_full(k, v, ctx), None
         else:
             assert isinstance(state, Averages | DraftAverages)
-            y, after = self._continued(k, v, ctx, state.settled())
+            y, after = self._forward_cached(k, v, ctx, state.commit())
         return Out(self.out(q.sigmoid() * y.to(q.dtype), ctx), after)
 
     def _weights(self, at_RL: Tensor, like: Tensor) -> Tensor:
@@ -229,14 +229,14 @@ class AFT(Mixer):
         passed = running(inputs[:, :L, 0], inputs[:, :L, 1], sums)
         return self._average(inputs, passed, torch.arange(L, device=k.device)[None])
 
-    def _whole(self, k: Tensor, v: Tensor, ctx: Ctx) -> Tensor:
-        return by_document(self._rows, ctx, k, v)
+    def _forward_full(self, k: Tensor, v: Tensor, ctx: Ctx) -> Tensor:
+        return per_document(self._rows, ctx, k, v)
 
-    def _continued(
+    def _forward_cached(
         self, k: Tensor, v: Tensor, ctx: Ctx, state: Averages
     ) -> tuple[Tensor, Averages | DraftAverages]:
         (B, T), (N, W) = k.shape[:2], state.tail.shape[:2]
-        docs = Docs.of(ctx.layout, N)
+        docs = PackedRows.of(ctx.layout, N)
         first_sums, first_tail = self._before(k)
         before = docs.read(state.sums, first_sums.to(state.sums))
         tail = docs.read(state.tail, first_tail.to(state.tail)).to(k)
@@ -260,7 +260,7 @@ class AFT(Mixer):
         taken = w.take(inputs).to(state.tail)
         kept = torch.cat((hit(taken[:, :W], state.tail), taken[:, W:]), dim=1)
         draft = DraftAverages(states, kept, hit(w.take(count), state.count), w.length)
-        return y, draft if ctx.draft else draft.settled()
+        return y, draft if ctx.draft else draft.commit()
 
     def initial_state(self, n: int, max_len: int) -> Averages:
         if self.max_len is not None and max_len > self.max_len:
@@ -296,7 +296,7 @@ class AFTConfig(Config):
             raise ValueError(f"aft: window {self.window} exceeds max_len {self.max_len}: use full")
         return self
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> AFT:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> AFT:
         if self.form == "conv" and d_model % self.heads:
             raise ValueError(f"aft: heads {self.heads} do not divide d_model {d_model}")
-        return AFT(d_model, self, linear or DenseConfig().build)
+        return AFT(d_model, self, linear)

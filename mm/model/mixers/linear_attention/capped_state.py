@@ -16,26 +16,26 @@ from torch import Tensor
 from mm.config import Config
 from mm.errors import UserError
 from mm.kernels.linear_attention import linear_attention
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
 from mm.model.mixers.linear_attention.linear_attention import LinearAttention, LinearAttentionConfig
 from mm.model.mixers.linear_attention.memory import Matrix, tail_of
-from mm.model.varlen import Docs, by_document, pieces
-from mm.registry import MIXERS
-from mm.state import State, Struct
+from mm.model.varlen import PackedRows, per_document, pieces
+from mm.registry import MIXERS, MixerField
+from mm.state import DataclassState, State
 
 CHUNK = 64
 
 
 @dataclass(frozen=True)
-class DraftCapped(Struct):
+class DraftCapped(DataclassState):
     """What a draft call began from and was fed: accepting replays a prefix of it."""
 
     S: Tensor  # (N, H, K, V)
     k: Tensor  # (N, L, H, K)
     v: Tensor  # (N, L, H, V)
     g: Tensor  # (N, L, H)
-    inputs: Tensor  # (N, taps - 1 + L, W)
+    inputs: Tensor  # (N, conv_size - 1 + L, W)
     length: Tensor  # (N,)
     cap: float
 
@@ -44,7 +44,7 @@ class DraftCapped(Struct):
         S = capped(None, self.k, self.v, self.g, self.S, n, self.cap)[1]
         return Matrix(S, tail_of(self.inputs, self.inputs.shape[1] - self.k.shape[1], n))
 
-    def settled(self) -> Matrix:
+    def commit(self) -> Matrix:
         return self.accept(self.length)
 
 
@@ -138,20 +138,20 @@ class CappedState(Mixer):
         old = None
         if state is not None:
             assert isinstance(state, Matrix | DraftCapped)
-            old = state.settled()
+            old = state.commit()
         f = self.inner.features(x_BTD, ctx, old)
         q, k, v, g = f["q"], f["k"], f["v"], f.get("g")
         g = (g if g is not None else q.new_zeros(())).expand(*q.shape[:3])
         if old is None:
-            o, after = by_document(self._fresh, ctx, q, k, v, g), None
+            o, after = per_document(self._fresh, ctx, q, k, v, g), None
         else:
-            o, after = self._continued(q, k, v, g, f.get("inputs"), ctx, old)
+            o, after = self._forward_cached(q, k, v, g, f.get("inputs"), ctx, old)
         return Out(self.inner.finish(o, x_BTD, f, ctx), after)
 
     def _fresh(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
         return capped(q, k, v, g, None, None, self.cap)[0]
 
-    def _continued(
+    def _forward_cached(
         self,
         q: Tensor,
         k: Tensor,
@@ -163,7 +163,7 @@ class CappedState(Mixer):
     ) -> tuple[Tensor, Matrix | DraftCapped]:
         """Outputs of documents that go on from their slots."""
         (B, T), N = q.shape[:2], state.S.shape[0]
-        docs = Docs.of(ctx.layout, N)
+        docs = PackedRows.of(ctx.layout, N)
         rq, rk, rv, rg = (docs.unpack(t) for t in (q, k, v, g))
         before = docs.read(state.S)
         o, S = capped(rq, rk, rv, rg, before, docs.length, self.cap)
@@ -198,25 +198,23 @@ class CappedStateConfig(Config):
     """Linear attention whose state has a bounded norm."""
 
     kind: Literal["capped_state"] = "capped_state"
-    inner: MIXERS.field = Field(  # type: ignore[valid-type]
-        default="linear_attention", validate_default=True
-    )
+    inner: MixerField = Field(default="linear_attention", validate_default=True)
     cap: Annotated[
         float, Field(gt=0, description="Frobenius norm of a head's state; the largest in training")
     ] = 10.0
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> CappedState:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> CappedState:
         c = self.inner
         if not isinstance(c, LinearAttentionConfig) or c.normalise or c.decay == "channel":
             raise UserError(
                 "capped_state wraps a linear_attention with normalise: false and decays by head "
                 "(decay: none, constant, scalar or step), e.g. the settings of mamba2"
             )
-        return CappedState(c.build(d_model, linear or DenseConfig().build), self.cap)
+        return CappedState(c.build(d_model, linear), self.cap)
 
     @classmethod
     def smallest(cls) -> CappedStateConfig:
         inner = LinearAttentionConfig(
-            heads=2, feature="silu", normalise=False, decay="scalar", taps=3
+            heads=2, feature="silu", normalise=False, decay="scalar", conv_size=3
         )
         return cls(inner=inner, cap=0.5)

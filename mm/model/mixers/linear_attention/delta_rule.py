@@ -1,12 +1,12 @@
 """DeltaNet and Gated DeltaNet. B rows, T tokens, D model, H heads, K key width, V value width, N
-slots, R rows of one document, L their length, C taps, W = H (2 K + V).
+slots, R rows of one document, L their length, C conv size, W = H (2 K + V).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,19 +18,19 @@ from mm.kernels.causal_conv import causal_conv
 from mm.kernels.delta_rule import delta_rule
 from mm.kernels.glu import glu
 from mm.kernels.rms_norm import rms_norm
-from mm.model.layer import Caps, Ctx, Linear, LinearMixer
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Caps, Ctx, LinearFactory, LinearMixer
+from mm.model.linears.dense import dense
 from mm.model.mixers.linear_attention.memory import Matrix, tail_of
 from mm.model.norm import RMSNorm
-from mm.model.varlen import Docs, by_document, share_groups
+from mm.model.varlen import PackedRows, per_document, share_groups
 from mm.registry import MIXERS
-from mm.state import State, Struct
+from mm.state import DataclassState, State
 
 EPS = 1e-6  # added to the squared length of queries and keys
 
 
 @dataclass(frozen=True)
-class DraftAssociations(Struct):
+class DraftAssociations(DataclassState):
     """The state before a draft call, and what its tokens write: `accept` writes the first n."""
 
     S: Tensor  # (N, H, K, V)
@@ -53,7 +53,7 @@ class DraftAssociations(Struct):
         tail = tail_of(self.inputs, self.inputs.shape[1] - L, n)
         return Matrix(torch.where((n > 0)[:, None, None, None], S, self.S), tail)
 
-    def settled(self) -> Matrix:
+    def commit(self) -> Matrix:
         return self.accept(self.length)
 
 
@@ -75,14 +75,19 @@ class DeltaRule(LinearMixer):
         heads: int,
         key_dim: int,
         value_dim: int,
-        taps: int,
+        conv_size: int,
         gated: bool,
         negative_eigenvalues: bool,
         output_gate: bool,
-        linear: Callable[..., Linear],
+        linear: LinearFactory,
     ):
         super().__init__()
-        self.heads, self.key_dim, self.value_dim, self.taps = heads, key_dim, value_dim, taps
+        self.heads, self.key_dim, self.value_dim, self.conv_size = (
+            heads,
+            key_dim,
+            value_dim,
+            conv_size,
+        )
         self.width = heads * (2 * key_dim + value_dim)
         self.gated, self.top = gated, 2.0 if negative_eigenvalues else 1.0
         self.qkv = linear(d_model, self.width, "qkv")
@@ -90,13 +95,15 @@ class DeltaRule(LinearMixer):
         self.gate = linear(d_model, heads * value_dim, "gate") if output_gate else None
         self.out = linear(heads * value_dim, d_model, "out")
         self.norm = RMSNorm(value_dim)
-        self.conv_weight = nn.Parameter(torch.empty(taps, self.width)) if taps > 1 else None
+        self.conv_weight = (
+            nn.Parameter(torch.empty(conv_size, self.width)) if conv_size > 1 else None
+        )
         self.log_decay = nn.Parameter(torch.empty(heads)) if gated else None
         self.rate_bias = nn.Parameter(torch.empty(heads)) if gated else None
 
     def init_weights(self) -> None:
         if self.conv_weight is not None:
-            nn.init.normal_(self.conv_weight, std=self.taps**-0.5)
+            nn.init.normal_(self.conv_weight, std=self.conv_size**-0.5)
         if self.log_decay is None or self.rate_bias is None:
             return
         with torch.no_grad():
@@ -121,14 +128,14 @@ class DeltaRule(LinearMixer):
             u = self._convolved(u, ctx.layout.fields.document)
         else:
             assert isinstance(state, Matrix | DraftAssociations)
-            tail = state.settled().tail
-            docs = Docs.of(ctx.layout, tail.shape[0])
+            tail = state.commit().tail
+            docs = PackedRows.of(ctx.layout, tail.shape[0])
             rows = docs.unpack(u).masked_fill(~docs.valid[..., None], 0)
             inputs = torch.cat((docs.read(tail).to(rows.dtype), rows), dim=1)
             # The tail is the document's own past here: the convolution needs no borders, and its
             # first outputs are the tail's.
             one = torch.ones_like(inputs[..., 0], dtype=torch.int32)
-            u = docs.pack(self._convolved(inputs, one)[:, self.taps - 1 :], *u.shape[:2])
+            u = docs.pack(self._convolved(inputs, one)[:, self.conv_size - 1 :], *u.shape[:2])
             found["inputs"] = inputs
         H, K, V = self.heads, self.key_dim, self.value_dim
         wide = torch.promote_types(rates.dtype, torch.float32)
@@ -159,16 +166,16 @@ class DeltaRule(LinearMixer):
     ) -> tuple[Tensor, State | None]:
         parts = [f["q"], f["k"], f["v"], f["beta"], *([f["g"]] if "g" in f else [])]
         if state is None:
-            return by_document(lambda *x: delta_rule(*x)[0], ctx, *parts), None
+            return per_document(lambda *x: delta_rule(*x)[0], ctx, *parts), None
         assert isinstance(state, Matrix | DraftAssociations)
-        return self._continued(parts, f["inputs"], ctx, state.settled())
+        return self._forward_cached(parts, f["inputs"], ctx, state.commit())
 
-    def _continued(
+    def _forward_cached(
         self, parts: list[Tensor], inputs: Tensor, ctx: Ctx, state: Matrix
     ) -> tuple[Tensor, Matrix | DraftAssociations]:
         """Outputs `(B, T, H, V)` of documents that go on from their slots."""
         (B, T), N = parts[0].shape[:2], state.S.shape[0]
-        docs = Docs.of(ctx.layout, N)
+        docs = PackedRows.of(ctx.layout, N)
         # Places that do not count write and forget nothing.
         hidden = ~docs.valid
         q, k, v, beta, *rest = (
@@ -181,11 +188,11 @@ class DeltaRule(LinearMixer):
         w = docs.written(N)
         # A slot that nobody writes keeps its state, as one that a row of length 0 wrote.
         tails = w.take(inputs).to(state.tail.dtype)
-        old = torch.where(w.hit[:, None, None], tails[:, : self.taps - 1], state.tail)
-        fed = torch.cat((old, tails[:, self.taps - 1 :]), dim=1)
+        old = torch.where(w.hit[:, None, None], tails[:, : self.conv_size - 1], state.tail)
+        fed = torch.cat((old, tails[:, self.conv_size - 1 :]), dim=1)
         o = docs.pack(o, B, T)
         if not ctx.draft:
-            return o, Matrix(w.write(state.S, last), tail_of(fed, self.taps - 1, w.length))
+            return o, Matrix(w.write(state.S, last), tail_of(fed, self.conv_size - 1, w.length))
         return o, DraftAssociations(
             w.write(state.S, before),
             fed,
@@ -228,13 +235,13 @@ class DeltaRule(LinearMixer):
         wide = torch.promote_types(like.dtype, torch.float32)
         return Matrix(
             like.new_zeros(n, self.heads, self.key_dim, self.value_dim, dtype=wide),
-            like.new_zeros(n, self.taps - 1, self.width),
+            like.new_zeros(n, self.conv_size - 1, self.width),
         )
 
     def state_bytes(self, n: int, max_len: int) -> int:
         item = self.norm.weight.element_size()
         matrices = self.heads * self.key_dim * self.value_dim * max(item, 4)
-        return n * (matrices + (self.taps - 1) * self.width * item)
+        return n * (matrices + (self.conv_size - 1) * self.width * item)
 
 
 @MIXERS.register("delta_rule")
@@ -242,10 +249,13 @@ class DeltaRuleConfig(Config):
     """Delta rule (fast weights that overwrite), optionally gated."""
 
     kind: Literal["delta_rule"] = "delta_rule"
+    renamed: ClassVar[dict[str, str]] = {"taps": "conv_size"}
     heads: Annotated[int, Field(gt=0)] = 4
     key_dim: Annotated[int, Field(gt=0, description="default: d_model / heads")] | None = None
     value_dim: Annotated[int, Field(gt=0, description="default: key_dim")] | None = None
-    taps: Annotated[int, Field(gt=0, description="width of the causal convolution; 1: none")] = 4
+    conv_size: Annotated[
+        int, Field(gt=0, description="width of the causal convolution; 1: none")
+    ] = 4
     gate: Annotated[
         Literal["none", "scalar"], Field(description="decay of the state, one for each head")
     ] = "none"
@@ -256,7 +266,7 @@ class DeltaRuleConfig(Config):
         False
     )
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> DeltaRule:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> DeltaRule:
         if self.key_dim is None and d_model % self.heads:
             raise ValueError(
                 f"delta_rule: d_model {d_model} is not a multiple of heads {self.heads}; "
@@ -268,11 +278,11 @@ class DeltaRuleConfig(Config):
             self.heads,
             key_dim,
             self.value_dim or key_dim,
-            self.taps,
+            self.conv_size,
             self.gate == "scalar",
             self.negative_eigenvalues,
             self.output_gate,
-            linear or DenseConfig().build,
+            linear,
         )
 
     @classmethod

@@ -4,7 +4,6 @@ bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -12,8 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Linear, Position
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import LinearFactory, Position
+from mm.model.linears.dense import dense
 from mm.model.mixers.linear_attention.linear_attention import LinearAttention, LinearAttentionConfig
 from mm.registry import MIXERS
 
@@ -43,7 +42,7 @@ class EcoFormer(LinearAttention):
         config: LinearAttentionConfig,
         own: EcoFormerConfig,
         key_dim: int,
-        linear: Callable[..., Linear],
+        linear: LinearFactory,
     ):
         super().__init__(d_model, config, key_dim, key_dim, Position(), linear)
         self.bits = own.bits
@@ -107,11 +106,11 @@ class EcoFormerConfig(Config):
     bits: Annotated[int, Field(gt=0)] = 16
     anchors: Annotated[int, Field(gt=0, description="of the hash functions' kernels")] = 25
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> EcoFormer:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> EcoFormer:
         if d_model % self.heads:
             raise ValueError(f"d_model {d_model} is not a multiple of heads {self.heads}")
         base = LinearAttentionConfig(heads=self.heads, feature="relu", normalise=True)
-        return EcoFormer(d_model, base, self, d_model // self.heads, linear or DenseConfig().build)
+        return EcoFormer(d_model, base, self, d_model // self.heads, linear)
 
     @classmethod
     def smallest(cls) -> EcoFormerConfig:

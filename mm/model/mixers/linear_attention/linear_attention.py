@@ -1,14 +1,14 @@
 """Linear attention and its gated kin as settings of one layer.
 
 B rows, T tokens, D model, H heads, G key heads, K key width, V value width, N slots, R rows of one
-document, L their length, C taps, W width of what is convolved.
+document, L their length, C conv size, W width of what is convolved.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +20,14 @@ from mm.errors import UserError
 from mm.kernels.causal_conv import causal_conv
 from mm.kernels.glu import glu
 from mm.kernels.linear_attention import linear_attention
-from mm.model.layer import Caps, Ctx, Linear, LinearMixer, Position, Provider
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Caps, Ctx, LinearFactory, LinearMixer, Position, Provider
+from mm.model.linears.dense import dense
 from mm.model.mixers.linear_attention.lower_bounds import shared_bound, shared_bounds
 from mm.model.mixers.linear_attention.memory import DraftMatrix, Matrix, kept, tail_of
 from mm.model.norm import RMSNorm
 from mm.model.positions.randomised import refuse_drawn
-from mm.model.varlen import Docs, by_document, share_groups
-from mm.registry import MIXERS, POSITIONS
+from mm.model.varlen import PackedRows, per_document, share_groups
+from mm.registry import MIXERS, PositionField
 from mm.state import State
 
 EPS = 1e-6  # of the normaliser: a query that no key answers reads zeros
@@ -51,7 +51,7 @@ class LinearAttention(LinearMixer):
         key_dim: int,
         value_dim: int,
         position: Position,
-        linear: Callable[..., Linear],
+        linear: LinearFactory,
     ):
         super().__init__()
         c, H = config, config.heads
@@ -64,8 +64,8 @@ class LinearAttention(LinearMixer):
         self.qkv = linear(d_model, sum(self.sizes), "qkv")
         self.out = linear(H * value_dim, d_model, "out")
         self.gate = linear(d_model, H * value_dim, "gate") if c.gate != "none" else None
-        if c.taps:
-            self.conv_weight = nn.Parameter(torch.empty(c.taps, sum(self.sizes)))
+        if c.conv_size:
+            self.conv_weight = nn.Parameter(torch.empty(c.conv_size, sum(self.sizes)))
             self.conv_bias = nn.Parameter(torch.empty(sum(self.sizes)))
         width = {"scalar": H, "step": H, "channel": keys}.get(c.decay)
         if width is not None:
@@ -85,8 +85,8 @@ class LinearAttention(LinearMixer):
 
     def init_weights(self) -> None:
         c = self.config
-        if c.taps:
-            nn.init.normal_(self.conv_weight, std=c.taps**-0.5)
+        if c.conv_size:
+            nn.init.normal_(self.conv_weight, std=c.conv_size**-0.5)
             nn.init.zeros_(self.conv_bias)
         if c.decay in ("scalar", "channel"):
             nn.init.zeros_(self.decay_bias)
@@ -114,7 +114,7 @@ class LinearAttention(LinearMixer):
         c, (B, T) = self.config, x_BTD.shape[:2]
         found: dict[str, Tensor] = {}
         u = self.qkv(x_BTD, ctx)
-        if c.taps:
+        if c.conv_size:
             u = self._convolved(u, ctx, state, found)
         u = u.to(torch.promote_types(u.dtype, torch.float32))
         q, k, v = u.split(self.sizes, dim=-1)
@@ -155,15 +155,15 @@ class LinearAttention(LinearMixer):
         if state is None:
             return causal_conv(u, self.conv_weight, self.conv_bias, document)
         assert isinstance(state, Matrix | DraftMatrix)
-        tail = state.settled().tail
-        docs = Docs.of(ctx.layout, tail.shape[0])
+        tail = state.commit().tail
+        docs = PackedRows.of(ctx.layout, tail.shape[0])
         rows = docs.unpack(u)
         inputs = torch.cat((docs.read(tail).to(rows.dtype), rows), dim=1)
         found["inputs"] = inputs
         # The tail is the document's own past: no borders, and the first outputs are the tail's.
         same = torch.ones_like(inputs[..., 0], dtype=torch.int32)
         y = causal_conv(inputs, self.conv_weight, self.conv_bias, same)
-        return docs.pack(y[:, self.config.taps - 1 :], *u.shape[:2])
+        return docs.pack(y[:, self.config.conv_size - 1 :], *u.shape[:2])
 
     def _rates(self, like: Tensor) -> Tensor:
         """`(H,)` log decays that no token moves."""
@@ -221,19 +221,19 @@ class LinearAttention(LinearMixer):
             v = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
         after = None
         if state is None:
-            o = self._whole(q, k, v, g, ctx)
+            o = self._forward_full(q, k, v, g, ctx)
         else:
             assert isinstance(state, Matrix | DraftMatrix)
-            o, after = self._continued(q, k, v, g, f.get("inputs"), ctx, state.settled())
+            o, after = self._forward_cached(q, k, v, g, f.get("inputs"), ctx, state.commit())
         return (o[..., :-1] / (o[..., -1:] + EPS) if self.config.normalise else o), after
 
-    def _whole(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, ctx: Ctx) -> Tensor:
+    def _forward_full(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, ctx: Ctx) -> Tensor:
         """Outputs of documents that all begin here."""
         if g is None or g.dim() == 1:
-            return by_document(lambda *x: linear_attention(*x, g)[0], ctx, q, k, v)
-        return by_document(lambda *x: linear_attention(*x)[0], ctx, q, k, v, g)
+            return per_document(lambda *x: linear_attention(*x, g)[0], ctx, q, k, v)
+        return per_document(lambda *x: linear_attention(*x)[0], ctx, q, k, v, g)
 
-    def _continued(
+    def _forward_cached(
         self,
         q: Tensor,
         k: Tensor,
@@ -247,7 +247,7 @@ class LinearAttention(LinearMixer):
         (B, T), N = q.shape[:2], state.S.shape[0]
         if g is not None and g.dim() == 1:  # padding must not decay, so every place has its own
             g = g.expand(B, T, -1)
-        docs = Docs.of(ctx.layout, N)
+        docs = PackedRows.of(ctx.layout, N)
         rows = [docs.unpack(t) if t is not None else None for t in (q, k, v, g)]
         rq, rk, rv, rg = kept(docs.valid, *rows)
         assert rq is not None and rk is not None and rv is not None
@@ -323,7 +323,7 @@ class LinearAttention(LinearMixer):
         c, K = self.config, self.key_dim
         wide = 1 + K + K * K if c.feature == "taylor" else K
         matrix = (self.heads, wide, self.value_dim + c.normalise)
-        return matrix, (c.taps - 1, sum(self.sizes)) if c.taps else (0, 0)
+        return matrix, (c.conv_size - 1, sum(self.sizes)) if c.conv_size else (0, 0)
 
     def initial_state(self, n: int, max_len: int) -> Matrix:
         like, (matrix, tail) = next(self.parameters()).detach(), self._state_shape()
@@ -340,6 +340,7 @@ class LinearAttentionConfig(Config):
     """Linear attention with a feature map, a decay, a normaliser, a convolution, a norm, a gate."""
 
     kind: Literal["linear_attention"] = "linear_attention"
+    renamed: ClassVar[dict[str, str]] = {"taps": "conv_size"}
     heads: Annotated[int, Field(gt=0)] = 4
     key_heads: (
         Annotated[int, Field(gt=0, description="query and key heads; default: heads")] | None
@@ -354,9 +355,7 @@ class LinearAttentionConfig(Config):
     value: Literal["identity", "silu"] = "identity"
     scale: Annotated[bool, Field(description="divide queries by sqrt(key_dim)")] = False
     normalise: Annotated[bool, Field(description="divide by the sum of weights")] = True
-    position: POSITIONS.field = Field(  # type: ignore[valid-type]
-        default="none", validate_default=True
-    )
+    position: PositionField = Field(default="none", validate_default=True)
     decay: Literal["none", "constant", "scalar", "channel", "step"] = "none"
     rates: Annotated[
         Literal["retnet", "alibi"], Field(description="constant decays over the heads")
@@ -379,7 +378,7 @@ class LinearAttentionConfig(Config):
     ) = None
     key: Literal["free", "one_minus_decay"] = "free"
     skip: Annotated[bool, Field(description="add a learned share of the token's own value")] = False
-    taps: Annotated[int, Field(ge=0, description="of a short convolution; 0 = none")] = 0
+    conv_size: Annotated[int, Field(ge=0, description="of a short convolution; 0 = none")] = 0
     norm: Annotated[
         Literal["none", "head", "layer", "full"],
         Field(description="RMS by head, layer norm by head without scale, RMS over all heads"),
@@ -409,7 +408,7 @@ class LinearAttentionConfig(Config):
             raise ValueError(f"heads {self.heads} is not a multiple of key_heads {self.key_heads}")
         return self
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> LinearAttention:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> LinearAttention:
         key_dim = self.key_dim or self._share(d_model, self.expand_key, "key")
         value_dim = self._share(d_model, self.expand_value, "value")
         position = self.position.build(key_dim)
@@ -418,9 +417,7 @@ class LinearAttentionConfig(Config):
                 f"linear_attention: position '{self.position.kind}' does not rotate keys, and "
                 "there are no scores to change: use none or rope"
             )
-        return LinearAttention(
-            d_model, self, key_dim, value_dim, position, linear or DenseConfig().build
-        )
+        return LinearAttention(d_model, self, key_dim, value_dim, position, linear)
 
     def _share(self, d_model: int, expand: float, name: str) -> int:
         width = d_model * expand / self.heads

@@ -16,8 +16,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
 from mm.model.mixers.linear_attention.delta_rule import DeltaRule, DeltaRuleConfig
 from mm.model.mixers.linear_attention.linear_attention import (
     LinearAttention,
@@ -25,9 +25,9 @@ from mm.model.mixers.linear_attention.linear_attention import (
     wrapped,
 )
 from mm.model.mixers.linear_attention.memory import Matrix, tail_of
-from mm.model.varlen import Docs, by_document, pieces
-from mm.registry import MIXERS
-from mm.state import State, Struct
+from mm.model.varlen import PackedRows, per_document, pieces
+from mm.registry import MIXERS, MixerField
+from mm.state import DataclassState, State
 
 CHUNK = 64
 
@@ -48,22 +48,22 @@ def level(reader: Tensor, read: Tensor, levels: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Fenwick(Struct):
+class Fenwick(DataclassState):
     """A matrix for each level and head, and the convolution's last inputs."""
 
     S: Tensor  # (N, E, H, K, V) float32 or wider
     place: Tensor  # (N,) int64 tokens so far
-    tail: Tensor  # (N, taps - 1, W)
+    tail: Tensor  # (N, conv_size - 1, W)
 
     def accept(self, n_N: Tensor) -> Fenwick:
         raise ValueError("accept() takes the State of a call with draft=True")
 
-    def settled(self) -> Fenwick:
+    def commit(self) -> Fenwick:
         return self
 
 
 @dataclass(frozen=True)
-class DraftFenwick(Struct):
+class DraftFenwick(DataclassState):
     """What a draft call began from and was fed: accepting replays a prefix of it."""
 
     S: Tensor  # (N, E, H, K, V)
@@ -72,7 +72,7 @@ class DraftFenwick(Struct):
     v: Tensor  # (N, L, H, V)
     g: Tensor  # (N, L, H)
     beta: Tensor | None  # (N, L, H)
-    inputs: Tensor  # (N, taps - 1 + L, W)
+    inputs: Tensor  # (N, conv_size - 1 + L, W)
     length: Tensor  # (N,)
 
     def accept(self, n_N: Tensor) -> Fenwick:
@@ -81,7 +81,7 @@ class DraftFenwick(Struct):
         tail = tail_of(self.inputs, self.inputs.shape[1] - self.k.shape[1], n)
         return Fenwick(S, self.place + n, tail)
 
-    def settled(self) -> Fenwick:
+    def commit(self) -> Fenwick:
         return self.accept(self.length)
 
 
@@ -243,7 +243,7 @@ class LogLinear(Mixer):
         d_model: int,
         inner: LinearAttention | DeltaRule,
         levels: int,
-        linear: Callable[..., Linear],
+        linear: LinearFactory,
     ):
         super().__init__()
         self.inner, self.levels = inner, levels
@@ -261,7 +261,7 @@ class LogLinear(Mixer):
         old = None
         if state is not None:
             assert isinstance(state, Fenwick | DraftFenwick)
-            old = state.settled()
+            old = state.commit()
         # The wrapped mixer reads the convolution's tail from a State of its own.
         f = self.inner.features(x_BTD, ctx, Matrix(old.S, old.tail) if old is not None else None)
         q, k, v = f["q"], f["k"], f["v"]
@@ -276,9 +276,9 @@ class LogLinear(Mixer):
         # Rounding by autocast would undo what sums in float32 are for.
         with torch.autocast(x_BTD.device.type, enabled=False):
             if old is None:
-                o = by_document(self._fresh, ctx, *parts)
+                o = per_document(self._fresh, ctx, *parts)
             else:
-                o, after = self._continued(parts, f.get("inputs"), ctx, old)
+                o, after = self._forward_cached(parts, f.get("inputs"), ctx, old)
         return Out(self.inner.finish(o, x_BTD, f, ctx), after)
 
     def _fresh(
@@ -290,12 +290,12 @@ class LogLinear(Mixer):
         S, none = q.new_zeros(R, E, H, K, V), torch.zeros(R, dtype=torch.long, device=q.device)
         return chunks(q, k, v, g, beta, gain[..., :E], S, none, torch.full_like(none, L))[0]
 
-    def _continued(
+    def _forward_cached(
         self, parts: tuple[Tensor, ...], inputs: Tensor | None, ctx: Ctx, state: Fenwick
     ) -> tuple[Tensor, Fenwick | DraftFenwick]:
         """Outputs of documents that go on from their slots."""
         (B, T), N = parts[0].shape[:2], state.S.shape[0]
-        docs = Docs.of(ctx.layout, N)
+        docs = PackedRows.of(ctx.layout, N)
         rq, rk, rv, rg, gains, *rest = map(docs.unpack, parts)
         beta = rest[0] if rest else None
         before, place = docs.read(state.S), docs.read(state.place, 0).long()
@@ -342,15 +342,12 @@ class LogLinearConfig(Config):
     """Log-linear attention over a linear mixer."""
 
     kind: Literal["log_linear"] = "log_linear"
-    inner: MIXERS.field = Field(  # type: ignore[valid-type]
-        default="linear_attention", validate_default=True
-    )
+    inner: MixerField = Field(default="linear_attention", validate_default=True)
     levels: Annotated[
         int, Field(gt=1, description="buckets: exact to 2^(levels - 1) tokens, one beyond")
     ] = 16
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> LogLinear:
-        linear = linear or DenseConfig().build
+    def build(self, d_model: int, linear: LinearFactory = dense) -> LogLinear:
         inner = self.inner
         if not isinstance(inner, DeltaRuleConfig):
             inner = wrapped(inner, "log_linear", "a delta_rule, or ")

@@ -1,5 +1,5 @@
 """The State of mixers whose memory is a matrix a head. H heads, K key width, V value width, N
-slots, L length of a call, C taps of the short convolution, W width of what is convolved, R rows.
+slots, L length of a call, C its conv size, W width of what is convolved, R rows.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from mm.kernels.linear_attention import linear_attention
-from mm.state import Struct
+from mm.state import DataclassState
 
 
 @dataclass(frozen=True)
-class Matrix(Struct):
+class Matrix(DataclassState):
     """The matrix that each head has summed up, and the convolution's last inputs."""
 
     S: Tensor  # (N, H, K, V) float32 or wider
@@ -23,12 +23,12 @@ class Matrix(Struct):
     def accept(self, n_N: Tensor) -> Matrix:
         raise ValueError("accept() takes the State of a call with draft=True")
 
-    def settled(self) -> Matrix:
+    def commit(self) -> Matrix:
         return self
 
 
 @dataclass(frozen=True)
-class DraftMatrix(Struct):
+class DraftMatrix(DataclassState):
     """The matrix before a draft call, and what the call adds: accepting replays a prefix of it."""
 
     S: Tensor  # (N, H, K, V)
@@ -46,7 +46,7 @@ class DraftMatrix(Struct):
         _, S = linear_attention(torch.zeros_like(k), k, v, g, self.S)
         return Matrix(S, tail_of(self.inputs, self.inputs.shape[1] - L, n))
 
-    def settled(self) -> Matrix:
+    def commit(self) -> Matrix:
         return self.accept(self.length)
 
 

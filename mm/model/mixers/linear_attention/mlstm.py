@@ -1,12 +1,12 @@
 """mLSTM: linear attention with an exponential input gate. B rows, T tokens, D model, H heads, K key
-width, V value width, N slots, R rows of one document, L their length, C taps, W convolved width.
+width, V value width, N slots, R rows of one document, L their length, C conv size, W convolved
+width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Ctx, Linear
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Ctx, LinearFactory
+from mm.model.linears.dense import dense
 from mm.model.mixers.linear_attention.linear_attention import (
     EPS,
     LinearAttention,
@@ -23,13 +23,13 @@ from mm.model.mixers.linear_attention.linear_attention import (
 )
 from mm.model.mixers.linear_attention.memory import DraftMatrix, Matrix
 from mm.model.mixers.ssm.scan import DraftHidden, Hidden, advanced
-from mm.model.varlen import Docs
+from mm.model.varlen import PackedRows
 from mm.registry import MIXERS
-from mm.state import State, Struct
+from mm.state import DataclassState, State
 
 
 @dataclass(frozen=True)
-class Stabilised(Struct):
+class Stabilised(DataclassState):
     """Matrix and normaliser divided by ``exp(peak)``, and the peak."""
 
     matrix: Matrix | DraftMatrix  # S (N, H, K, V + 1), the last column is the normaliser
@@ -38,8 +38,8 @@ class Stabilised(Struct):
     def accept(self, n_N: Tensor) -> Stabilised:
         return Stabilised(self.matrix.accept(n_N), self.peak.accept(n_N))
 
-    def settled(self) -> Stabilised:
-        return Stabilised(self.matrix.settled(), self.peak.settled())
+    def commit(self) -> Stabilised:
+        return Stabilised(self.matrix.commit(), self.peak.commit())
 
 
 class MLSTM(LinearAttention):
@@ -63,7 +63,7 @@ class MLSTM(LinearAttention):
         inner: LinearAttentionConfig,
         key_dim: int,
         value_dim: int,
-        linear: Callable[..., Linear],
+        linear: LinearFactory,
     ):
         super().__init__(d_model, inner, key_dim, value_dim, inner.position.build(key_dim), linear)
         self.cap, self.input_bias = config.soft_cap, config.input_bias
@@ -81,13 +81,13 @@ class MLSTM(LinearAttention):
     def features(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> dict[str, Tensor]:
         """Arguments of the Op and ``m`` `(B, T, H)` float64, by which they are stabilised."""
         assert state is None or isinstance(state, Stabilised)
-        old = state.settled() if state is not None else None
+        old = state.commit() if state is not None else None
         f = super().features(x_BTD, ctx, old.matrix if old is not None else None)
         raw = self.gates(x_BTD, ctx).to(f["v"]) + self.gate_bias.to(f["v"])
         if self.cap is not None:
             raw = self.cap * (raw / self.cap).tanh()
         i, kept = raw[..., : self.heads], F.logsigmoid(raw[..., self.heads :])
-        docs = Docs.of(ctx.layout, 0 if old is None else old.peak.h.shape[0])
+        docs = PackedRows.of(ctx.layout, 0 if old is None else old.peak.h.shape[0])
         with torch.no_grad():
             ri, rf = docs.unpack(i).double(), docs.unpack(kept).double()
             first = rf.new_zeros(rf.shape[0], self.heads)
@@ -111,13 +111,13 @@ class MLSTM(LinearAttention):
         v = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
         after = None
         if state is None:
-            o = self._whole(q, k, v, g, ctx)
+            o = self._forward_full(q, k, v, g, ctx)
         else:
             assert isinstance(state, Stabilised)
-            old = state.settled()
+            old = state.commit()
             assert isinstance(old.matrix, Matrix) and isinstance(old.peak, Hidden)
-            o, matrix = self._continued(q, k, v, g, f.get("inputs"), ctx, old.matrix)
-            docs = Docs.of(ctx.layout, old.peak.h.shape[0])
+            o, matrix = self._forward_cached(q, k, v, g, f.get("inputs"), ctx, old.matrix)
+            docs = PackedRows.of(ctx.layout, old.peak.h.shape[0])
             peak = advanced(old.peak, docs, docs.read(old.peak.h), docs.unpack(m), ctx.draft)
             assert isinstance(peak, Hidden | DraftHidden)
             after = Stabilised(matrix, peak)
@@ -151,14 +151,15 @@ class MLSTMConfig(Config):
     """Matrix LSTM: parallel linear attention with exponential input gates (xLSTM)."""
 
     kind: Literal["mlstm"] = "mlstm"
+    renamed: ClassVar[dict[str, str]] = {"taps": "conv_size"}
     heads: Annotated[int, Field(gt=0)] = 4
     expand_key: Annotated[float, Field(gt=0, description="all heads' keys / d_model")] = 0.5
     expand_value: Annotated[float, Field(gt=0, description="all heads' values / d_model")] = 1.0
     soft_cap: Annotated[float, Field(gt=0, description="bound of the gates' logits")] | None = 15.0
     input_bias: Annotated[float, Field(description="what input gates begin as")] = -10.0
-    taps: Annotated[int, Field(ge=0, description="of a short convolution; 0 = none")] = 0
+    conv_size: Annotated[int, Field(ge=0, description="of a short convolution; 0 = none")] = 0
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> MLSTM:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> MLSTM:
         key_dim, value_dim = (
             self._share(d_model * expand / self.heads, d_model)
             for expand in (self.expand_key, self.expand_value)
@@ -169,11 +170,11 @@ class MLSTMConfig(Config):
             normalise=False,
             scale=True,
             decay="none",  # ours comes with the input gate
-            taps=self.taps,
+            conv_size=self.conv_size,
             norm="layer",
             gate="sigmoid",
         )
-        return MLSTM(d_model, self, inner, key_dim, value_dim, linear or DenseConfig().build)
+        return MLSTM(d_model, self, inner, key_dim, value_dim, linear)
 
     def _share(self, width: float, d_model: int) -> int:
         if width != int(width) or width < 1:
@@ -185,4 +186,4 @@ class MLSTMConfig(Config):
 
     @classmethod
     def smallest(cls) -> MLSTMConfig:
-        return cls(heads=2, input_bias=0.0, taps=3)
+        return cls(heads=2, input_bias=0.0, conv_size=3)

@@ -15,8 +15,8 @@ from torch import Tensor
 from mm.config import Config
 from mm.errors import UserError
 from mm.kernels.linear_attention import linear_attention
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
 from mm.model.mixers.linear_attention.linear_attention import (
     EPS,
     LinearAttention,
@@ -24,8 +24,8 @@ from mm.model.mixers.linear_attention.linear_attention import (
 )
 from mm.model.mixers.linear_attention.memory import DraftMatrix, Matrix
 from mm.model.mixers.wrappers.reverse import both_ways, refuse_state, unused
-from mm.model.varlen import Docs, by_document
-from mm.registry import MIXERS
+from mm.model.varlen import PackedRows, per_document
+from mm.registry import MIXERS, MixerField
 from mm.state import State
 
 
@@ -42,7 +42,7 @@ class PrefixLinearAttention(Mixer):
 
     caps = Caps(causal=True, bidirectional=True, step=True)
 
-    def __init__(self, d_model: int, inner: LinearAttention, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, inner: LinearAttention, linear: LinearFactory):
         super().__init__()
         self.inner = inner
         self.sizes = (inner.key_heads * inner.key_dim, inner.heads * inner.value_dim)
@@ -68,15 +68,15 @@ class PrefixLinearAttention(Mixer):
             v, ve = (torch.cat((t, torch.ones_like(t[..., :1])), -1) for t in (v, ve))
         parts = [q, k, v, ke, ve, inside[..., None].to(q)]
         if state is None:
-            o, after = self._whole(parts, ctx), None
+            o, after = self._forward_full(parts, ctx), None
         else:
             assert isinstance(state, Matrix | DraftMatrix)
-            o, after = self._continued(parts, ctx, state.settled())
+            o, after = self._forward_cached(parts, ctx, state.commit())
         if c.config.normalise:
             o = o[..., :-1] / (o[..., -1:] + EPS)
         return Out(self.inner.finish(o, x_BTD, f, ctx), after)
 
-    def _whole(self, parts: list[Tensor], ctx: Ctx) -> Tensor:
+    def _forward_full(self, parts: list[Tensor], ctx: Ctx) -> Tensor:
         """Outputs of documents that all begin here."""
 
         def run(*rows: Tensor) -> Tensor:
@@ -85,10 +85,10 @@ class PrefixLinearAttention(Mixer):
             moved = F.pad(t[:, 1:] != t[:, :-1], (0, 0, 1, 0), value=True)
             return self._rows([*rest, inside * moved])[0]
 
-        return by_document(run, ctx, *parts, ctx.layout.fields.position[..., :1].to(parts[0]))
+        return per_document(run, ctx, *parts, ctx.layout.fields.position[..., :1].to(parts[0]))
 
     @staticmethod
-    def _valid(parts: list[Tensor], docs: Docs) -> list[Tensor]:
+    def _valid(parts: list[Tensor], docs: PackedRows) -> list[Tensor]:
         """Rows of documents; a place that does not count neither writes nor is in the prefix."""
         return [
             torch.where(docs.valid.view(*docs.valid.shape, *[1] * (t.dim() - 2)), t, 0)
@@ -110,12 +110,12 @@ class PrefixLinearAttention(Mixer):
         prefix = first + torch.einsum("rlhk,rlhv->rhkv", k * share, v)
         return torch.where(share > 0, torch.einsum("rlhk,rhkv->rlhv", q, prefix), o), last, first
 
-    def _continued(
+    def _forward_cached(
         self, parts: list[Tensor], ctx: Ctx, state: Matrix
     ) -> tuple[Tensor, Matrix | DraftMatrix]:
         """Outputs of documents that go on from their slots."""
         (B, T), N = parts[0].shape[:2], state.S.shape[0]
-        docs = Docs.of(ctx.layout, N)
+        docs = PackedRows.of(ctx.layout, N)
         rows = self._valid(parts, docs)
         o, S, first = self._rows(rows, docs.read(state.S))
         y, w = docs.pack(o, B, T), docs.written(N)
@@ -138,19 +138,15 @@ class PrefixLinearAttentionConfig(Config):
     """Linear attention with an encoder's keys and values for the prefix."""
 
     kind: Literal["prefix_linear_attention"] = "prefix_linear_attention"
-    inner: MIXERS.field = Field(  # type: ignore[valid-type]
-        default="linear_attention", validate_default=True
-    )
+    inner: MixerField = Field(default="linear_attention", validate_default=True)
 
-    def build(
-        self, d_model: int, linear: Callable[..., Linear] | None = None
-    ) -> PrefixLinearAttention:
-        linear, c = linear or DenseConfig().build, self.inner
-        plain = isinstance(c, LinearAttentionConfig) and c.decay == "none" and not c.taps
+    def build(self, d_model: int, linear: LinearFactory = dense) -> PrefixLinearAttention:
+        c = self.inner
+        plain = isinstance(c, LinearAttentionConfig) and c.decay == "none" and not c.conv_size
         if not plain or c.position.kind != "none":
             raise UserError(
-                "prefix_linear_attention wraps a linear_attention with decay: none, taps: 0 and "
-                "position: none, e.g. the settings of based"
+                "prefix_linear_attention wraps a linear_attention with decay: none, "
+                "conv_size: 0 and position: none, e.g. the settings of based"
             )
         return PrefixLinearAttention(d_model, c.build(d_model, linear), linear)
 

@@ -13,19 +13,19 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.kernels.linear_scan import linear_scan
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
 from mm.model.mixers.conv.state import DraftTail, Tail, preceding
 from mm.model.mixers.ssm.scan import DraftHidden, Hidden, advanced
-from mm.model.varlen import Docs, by_document, share_groups
+from mm.model.varlen import PackedRows, per_document, share_groups
 from mm.registry import MIXERS
-from mm.state import State, Struct
+from mm.state import DataclassState, State
 
 RECEPTANCE, KEY, VALUE = range(3)
 
 
 @dataclass(frozen=True)
-class Averaged(Struct):
+class Averaged(DataclassState):
     """The last input, and the sums of weights and values in units of ``exp(m)``."""
 
     tail: Tail | DraftTail  # (N, 1, D)
@@ -34,8 +34,8 @@ class Averaged(Struct):
     def accept(self, n_N: Tensor) -> Averaged:
         return Averaged(self.tail.accept(n_N), self.sums.accept(n_N))
 
-    def settled(self) -> Averaged:
-        return Averaged(self.tail.settled(), self.sums.settled())
+    def commit(self) -> Averaged:
+        return Averaged(self.tail.commit(), self.sums.commit())
 
 
 class RWKV4(Mixer):
@@ -52,7 +52,7 @@ class RWKV4(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(self, d_model: int, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, linear: LinearFactory):
         super().__init__()
         D = d_model
         self.mix = nn.Parameter(torch.empty(3, D))
@@ -75,7 +75,7 @@ class RWKV4(Mixer):
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         assert state is None or isinstance(state, Averaged)
-        old = state.settled() if state is not None else None
+        old = state.commit() if state is not None else None
         (x, before), tail = preceding(x_BTD, 1, ctx, old.tail if old is not None else None)
         gap = before - x
         r, k, v = (
@@ -85,11 +85,11 @@ class RWKV4(Mixer):
         k, v = k.to(wide), v.to(wide)
         after = None
         if old is None:
-            o = by_document(lambda *rows: self._scanned(*rows)[0], ctx, k, v)
+            o = per_document(lambda *rows: self._scanned(*rows)[0], ctx, k, v)
         else:
             assert isinstance(old.sums, Hidden) and tail is not None
             (B, T), slots = x.shape[:2], old.sums.h
-            docs = Docs.of(ctx.layout, slots.shape[0])
+            docs = PackedRows.of(ctx.layout, slots.shape[0])
             first = docs.read(slots, self._fresh(slots))
             o, h = self._scanned(docs.unpack(k), docs.unpack(v), first)
             o = docs.pack(o, B, T)
@@ -147,5 +147,5 @@ class RWKV4Config(Config):
 
     kind: Literal["rwkv4"] = "rwkv4"
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> RWKV4:
-        return RWKV4(d_model, linear or DenseConfig().build)
+    def build(self, d_model: int, linear: LinearFactory = dense) -> RWKV4:
+        return RWKV4(d_model, linear)

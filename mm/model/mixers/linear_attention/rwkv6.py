@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.kernels.linear_attention import linear_attention
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
-from mm.model.linears.dense import DenseConfig
-from mm.model.varlen import Docs, by_document, share_groups
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
+from mm.model.varlen import PackedRows, per_document, share_groups
 from mm.registry import MIXERS
-from mm.state import State, Struct
+from mm.state import DataclassState, State
 
 RECEPTANCE, KEY, VALUE, GATE, DECAY = range(5)
 
 
 @dataclass(frozen=True)
-class Receptance(Struct):
+class Receptance(DataclassState):
     """The matrix of each head, and the last input."""
 
     S: Tensor  # (N, H, K, K) float32 or wider
@@ -34,12 +34,12 @@ class Receptance(Struct):
     def accept(self, n_N: Tensor) -> Receptance:
         raise ValueError("accept() takes the State of a call with draft=True")
 
-    def settled(self) -> Receptance:
+    def commit(self) -> Receptance:
         return self
 
 
 @dataclass(frozen=True)
-class DraftReceptance(Struct):
+class DraftReceptance(DataclassState):
     """What a draft call began from and was fed: accepting replays a prefix of it."""
 
     S: Tensor  # (N, H, K, K)
@@ -58,7 +58,7 @@ class DraftReceptance(Struct):
         last = self.inputs.gather(1, n[:, None, None].expand(-1, 1, self.inputs.shape[-1]))
         return Receptance(S, last[:, 0])
 
-    def settled(self) -> Receptance:
+    def commit(self) -> Receptance:
         return self.accept(self.length)
 
 
@@ -75,7 +75,7 @@ class RWKV6(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(self, config: RWKV6Config, d_model: int, linear: Callable[..., Linear]):
+    def __init__(self, config: RWKV6Config, d_model: int, linear: LinearFactory):
         super().__init__()
         self.config, self.heads, D = config, config.heads, d_model
         low = config.mix_rank
@@ -112,15 +112,15 @@ class RWKV6(Mixer):
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         if state is None:
-            o, after = self._whole(x_BTD, ctx), None
+            o, after = self._forward_full(x_BTD, ctx), None
         else:
             assert isinstance(state, Receptance | DraftReceptance)
-            o, after = self._continued(x_BTD, ctx, state.settled())
+            o, after = self._forward_cached(x_BTD, ctx, state.commit())
         return Out(self.out(o, ctx), after)
 
-    def _whole(self, x: Tensor, ctx: Ctx) -> Tensor:
+    def _forward_full(self, x: Tensor, ctx: Ctx) -> Tensor:
         """What the output projection reads, of documents that all begin here."""
-        return by_document(lambda rows: self._rows(rows, ctx), ctx, x)
+        return per_document(lambda rows: self._rows(rows, ctx), ctx, x)
 
     def _rows(self, x: Tensor, ctx: Ctx) -> Tensor:
         r, k, v, g, gate = self._features(x, F.pad(x, (0, 0, 1, 0))[:, :-1], ctx)
@@ -128,12 +128,12 @@ class RWKV6(Mixer):
         o, _ = linear_attention(r, *late)
         return self._finished(o, r, k, v, gate)
 
-    def _continued(
+    def _forward_cached(
         self, x: Tensor, ctx: Ctx, state: Receptance
     ) -> tuple[Tensor, Receptance | DraftReceptance]:
         """The same of documents that go on from their slots."""
         (B, T), N = x.shape[:2], state.S.shape[0]
-        docs = Docs.of(ctx.layout, N)
+        docs = PackedRows.of(ctx.layout, N)
         rows = docs.unpack(x)
         inputs = torch.cat((docs.read(state.last)[:, None].to(rows.dtype), rows), 1)
         r, k, v, g, gate = self._features(rows, inputs[:, :-1], ctx)
@@ -206,10 +206,10 @@ class RWKV6Config(Config):
     mix_rank: Annotated[int, Field(gt=0, description="of the network that mixes two tokens")] = 32
     decay_rank: Annotated[int, Field(gt=0, description="of the decay's projection")] = 64
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> RWKV6:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> RWKV6:
         if d_model % self.heads:
             raise ValueError(f"rwkv6: {self.heads} heads do not divide d_model {d_model}")
-        return RWKV6(self, d_model, linear or DenseConfig().build)
+        return RWKV6(self, d_model, linear)
 
     @classmethod
     def smallest(cls) -> RWKV6Config:

@@ -16,38 +16,38 @@ from torch import Tensor
 
 from mm.config import Config
 from mm.kernels.linear_attention import linear_attention
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
 from mm.model.mixers.linear_attention.linear_attention import (
     LinearAttention,
     LinearAttentionConfig,
     wrapped,
 )
 from mm.model.mixers.linear_attention.memory import Matrix, tail_of
-from mm.model.varlen import Docs, by_document
-from mm.registry import MIXERS
-from mm.state import State, Struct
+from mm.model.varlen import PackedRows, per_document
+from mm.registry import MIXERS, MixerField
+from mm.state import DataclassState, State
 
 
 @dataclass(frozen=True)
-class Windowed(Struct):
+class Windowed(DataclassState):
     """What the window sums up, its tokens, and the convolution's last inputs."""
 
     S: Tensor  # (N, H, K, V) float32 or wider
     k: Tensor  # (N, P, H, K)
     v: Tensor  # (N, P, H, V)
     g: Tensor  # (N, P, H)
-    tail: Tensor  # (N, taps - 1, W)
+    tail: Tensor  # (N, conv_size - 1, W)
 
     def accept(self, n_N: Tensor) -> Windowed:
         raise ValueError("accept() takes the State of a call with draft=True")
 
-    def settled(self) -> Windowed:
+    def commit(self) -> Windowed:
         return self
 
 
 @dataclass(frozen=True)
-class DraftWindowed(Struct):
+class DraftWindowed(DataclassState):
     """What a draft call began from and was fed: accepting replays a prefix of it."""
 
     before: Windowed
@@ -66,7 +66,7 @@ class DraftWindowed(Struct):
         inputs = torch.cat((b.tail, self.inputs), 1)
         return Windowed(S, k, v, g, tail_of(inputs, b.tail.shape[1], n))
 
-    def settled(self) -> Windowed:
+    def commit(self) -> Windowed:
         return self.accept(self.length)
 
 
@@ -126,26 +126,26 @@ class WindowedState(Mixer):
         old = None
         if state is not None:
             assert isinstance(state, Windowed | DraftWindowed)
-            old = state.settled()
+            old = state.commit()
         # The wrapped mixer reads the convolution's tail from a State of its own.
         f = self.inner.features(x_BTD, ctx, Matrix(old.S, old.tail) if old is not None else None)
         q, k, v, g = f["q"], f["k"], f["v"], f.get("g")
         g = (g if g is not None else q.new_zeros(())).expand(*q.shape[:3])
         if old is None:
-            o, after = self._whole(q, k, v, g, ctx), None
+            o, after = self._forward_full(q, k, v, g, ctx), None
         else:
-            o, after = self._continued(q, k, v, g, f.get("inputs"), ctx, old)
+            o, after = self._forward_cached(q, k, v, g, f.get("inputs"), ctx, old)
         return Out(self.inner.finish(o, x_BTD, f, ctx), after)
 
-    def _whole(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, ctx: Ctx) -> Tensor:
-        return by_document(self._fresh, ctx, q, k, v, g)
+    def _forward_full(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, ctx: Ctx) -> Tensor:
+        return per_document(self._fresh, ctx, q, k, v, g)
 
     def _fresh(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
         before = (0, 0, 0, 0, self.window, 0)
         k, v, g = F.pad(k, before), F.pad(v, before), F.pad(g, before[2:])
         return summed(q, k, v, g, q.shape[1], None, None)[0]
 
-    def _continued(
+    def _forward_cached(
         self,
         q: Tensor,
         k: Tensor,
@@ -157,7 +157,7 @@ class WindowedState(Mixer):
     ) -> tuple[Tensor, Windowed | DraftWindowed]:
         """Outputs of documents that go on from their slots."""
         (B, T), N = q.shape[:2], state.S.shape[0]
-        docs, P = Docs.of(ctx.layout, N), self.window
+        docs, P = PackedRows.of(ctx.layout, N), self.window
         rk, rv, rg = (docs.unpack(t) for t in (k, v, g))
         held = ((state.k, rk), (state.v, rv), (state.g, rg))
         ak, av, ag = (torch.cat((docs.read(h), t), 1) for h, t in held)
@@ -199,18 +199,16 @@ class WindowedStateConfig(Config):
     """Linear attention over the last ``window`` tokens, by the difference of two states."""
 
     kind: Literal["windowed_state"] = "windowed_state"
-    inner: MIXERS.field = Field(  # type: ignore[valid-type]
-        default="linear_attention", validate_default=True
-    )
+    inner: MixerField = Field(default="linear_attention", validate_default=True)
     window: Annotated[int, Field(gt=0, description="tokens; no more than training saw")] = 1024
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> WindowedState:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> WindowedState:
         inner = wrapped(self.inner, "windowed_state")
-        return WindowedState(inner.build(d_model, linear or DenseConfig().build), self.window)
+        return WindowedState(inner.build(d_model, linear), self.window)
 
     @classmethod
     def smallest(cls) -> WindowedStateConfig:
         inner = LinearAttentionConfig(
-            heads=2, feature="silu", normalise=False, decay="scalar", taps=3
+            heads=2, feature="silu", normalise=False, decay="scalar", conv_size=3
         )
         return cls(inner=inner, window=3)

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
-from mm.model.mixers.ssm.scan import Hidden, advanced, settled
-from mm.model.varlen import Docs, by_document, share_groups
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.mixers.ssm.scan import Hidden, advanced, commit
+from mm.model.varlen import PackedRows, per_document, share_groups
 from mm.state import State
 
 
@@ -46,7 +46,9 @@ class Recurrence(Mixer):
         x = x_BTD.to(next(self.parameters()).dtype)
         with torch.autocast(x.device.type, enabled=False):
             y, after = (
-                (self._whole(x, ctx), None) if state is None else self._continued(x, ctx, state)
+                (self._forward_full(x, ctx), None)
+                if state is None
+                else self._forward_cached(x, ctx, state)
             )
         return Out(self.out(y.to(x_BTD.dtype), ctx), after)
 
@@ -57,9 +59,9 @@ class Recurrence(Mixer):
     def _begin(self, n: int) -> Tensor:
         return next(self.parameters()).new_zeros(n, self.size, dtype=self.wide())
 
-    def _whole(self, x: Tensor, ctx: Ctx) -> Tensor:
+    def _forward_full(self, x: Tensor, ctx: Ctx) -> Tensor:
         """Outputs of documents that all begin here."""
-        return by_document(lambda rows: self._run(rows, self._begin(rows.shape[0])), ctx, x)
+        return per_document(lambda rows: self._run(rows, self._begin(rows.shape[0])), ctx, x)
 
     def _run(self, rows: Tensor, before: Tensor) -> Tensor:
         return self.outputs(rows, before) if rows.shape[:2].numel() else self._nothing(rows)[0]
@@ -68,11 +70,11 @@ class Recurrence(Mixer):
         R, L = rows.shape[:2]
         return rows.new_zeros(R, L, self.width), rows.new_zeros(R, L, self.size)
 
-    def _continued(self, x: Tensor, ctx: Ctx, state: State) -> tuple[Tensor, State]:
+    def _forward_cached(self, x: Tensor, ctx: Ctx, state: State) -> tuple[Tensor, State]:
         """Outputs of documents that go on from their slots."""
         B, T = x.shape[:2]
-        old = settled(state)
-        docs = Docs.of(ctx.layout, old.h.shape[0])
+        old = commit(state)
+        docs = PackedRows.of(ctx.layout, old.h.shape[0])
         rows, before = docs.unpack(x), docs.read(old.h)
         y, h = self.states(rows, before) if rows.shape[:2].numel() else self._nothing(rows)
         return docs.pack(y, B, T), advanced(old, docs, before, h, ctx.draft)
@@ -126,7 +128,7 @@ class RNN(Recurrence):
         self,
         d_model: int,
         width: int,
-        linear: Callable[..., Linear],
+        linear: LinearFactory,
         rank: int | None = None,
         diagonal: bool = False,
     ):

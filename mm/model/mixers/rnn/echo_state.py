@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Linear
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import LinearFactory
+from mm.model.linears.dense import dense
 from mm.model.mixers.rnn.base import Cell
 from mm.registry import MIXERS
 
@@ -30,7 +30,7 @@ class EchoState(Cell):
     inner: Tensor
     bias: Tensor
 
-    def __init__(self, d_model: int, config: EchoStateConfig, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, config: EchoStateConfig, linear: LinearFactory):
         super().__init__()
         self.config = config
         self.width = self.size = W = config.width or d_model
@@ -78,8 +78,8 @@ class EchoStateConfig(Config):
     input_scale: Annotated[float, Field(gt=0)] = 1.0
     bias_scale: Annotated[float, Field(ge=0)] = 0.1
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> EchoState:
-        return EchoState(d_model, self, linear or DenseConfig().build)
+    def build(self, d_model: int, linear: LinearFactory = dense) -> EchoState:
+        return EchoState(d_model, self, linear)
 
     @classmethod
     def smallest(cls) -> EchoStateConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Linear
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import LinearFactory
+from mm.model.linears.dense import dense
 from mm.model.mixers.rnn.base import Cell
 from mm.registry import MIXERS
 
@@ -25,7 +25,7 @@ class LEM(Cell):
     Source: Rusch et al. 2022 (arXiv:2110.04744), section 2, the discretised form.
     """
 
-    def __init__(self, d_model: int, width: int, dt: float, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, width: int, dt: float, linear: LinearFactory):
         super().__init__()
         self.width, self.size, self.dt = width, 2 * width, dt
         self.inner = linear(d_model, 4 * width, "inner")  # d, e, z, y
@@ -60,8 +60,8 @@ class LEMConfig(Config):
     width: Annotated[int, Field(gt=0, description="default d_model")] | None = None
     dt: Annotated[float, Field(gt=0, le=1, description="largest time step")] = 1.0
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> LEM:
-        return LEM(d_model, self.width or d_model, self.dt, linear or DenseConfig().build)
+    def build(self, d_model: int, linear: LinearFactory = dense) -> LEM:
+        return LEM(d_model, self.width or d_model, self.dt, linear)
 
     @classmethod
     def smallest(cls) -> LEMConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from mm.config import Config
 from mm.kernels.linear_scan import linear_scan
-from mm.model.layer import Linear
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import LinearFactory
+from mm.model.linears.dense import dense
 from mm.model.mixers.rnn.base import RNN
 from mm.registry import MIXERS
 
@@ -69,10 +68,8 @@ class LSTMConfig(Config):
     ) = None
     diagonal: Annotated[bool, Field(description="a low rank is beside a diagonal")] = False
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> LSTM:
-        return LSTM(
-            d_model, self.width or d_model, linear or DenseConfig().build, self.rank, self.diagonal
-        )
+    def build(self, d_model: int, linear: LinearFactory = dense) -> LSTM:
+        return LSTM(d_model, self.width or d_model, linear, self.rank, self.diagonal)
 
     @classmethod
     def smallest(cls) -> LSTMConfig:

@@ -4,7 +4,6 @@ units, C context units.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -13,8 +12,8 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.kernels.linear_scan import linear_scan
-from mm.model.layer import Linear
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import LinearFactory
+from mm.model.linears.dense import dense
 from mm.model.mixers.rnn.base import Recurrence
 from mm.registry import MIXERS
 
@@ -35,7 +34,7 @@ class SCRN(Recurrence):
         context: int,
         decay: float,
         adaptive: bool,
-        linear: Callable[..., Linear],
+        linear: LinearFactory,
     ):
         super().__init__()
         self.units, self.context, self.decay = width, context, decay
@@ -81,14 +80,14 @@ class SCRNConfig(Config):
     decay: Annotated[float, Field(gt=0, lt=1, description="of the slow units")] = 0.95
     adaptive: Annotated[bool, Field(description="learn the decay of each slow unit")] = False
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> SCRN:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> SCRN:
         return SCRN(
             d_model,
             self.width or d_model,
             self.context,
             self.decay,
             self.adaptive,
-            linear or DenseConfig().build,
+            linear,
         )
 
     @classmethod

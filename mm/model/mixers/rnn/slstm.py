@@ -4,7 +4,7 @@ heads, K their width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -13,8 +13,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Linear
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import LinearFactory
+from mm.model.linears.dense import dense
 from mm.model.mixers.rnn.base import Cell
 from mm.registry import MIXERS
 
@@ -32,7 +32,7 @@ class SLSTM(Cell):
     Source: Beck et al. 2024, xLSTM (arXiv:2405.04517), section 2.2, eq. 8-17.
     """
 
-    def __init__(self, d_model: int, width: int, heads: int, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, width: int, heads: int, linear: LinearFactory):
         super().__init__()
         self.width, self.heads, self.size = width, heads, 4 * width
         K = width // heads
@@ -85,11 +85,11 @@ class SLSTMConfig(Config):
     width: Annotated[int, Field(gt=0, description="default d_model")] | None = None
     heads: Annotated[int, Field(gt=0, description="blocks of the recurrent matrices")] = 4
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> SLSTM:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> SLSTM:
         width = self.width or d_model
         if width % self.heads:
             raise ValueError(f"slstm: width {width} is not a multiple of heads {self.heads}")
-        return SLSTM(d_model, width, self.heads, linear or DenseConfig().build)
+        return SLSTM(d_model, width, self.heads, linear)
 
     @classmethod
     def smallest(cls) -> SLSTMConfig:

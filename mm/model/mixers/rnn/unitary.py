@@ -5,7 +5,6 @@ places of a chunk.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -15,8 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from mm.config import Config
-from mm.model.layer import Linear
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import LinearFactory
+from mm.model.linears.dense import dense
 from mm.model.mixers.rnn.base import Recurrence
 from mm.registry import MIXERS
 
@@ -34,7 +33,7 @@ class Unitary(Recurrence):
 
     caps = replace(Recurrence.caps, sequential=False)
 
-    def __init__(self, d_model: int, heads: int, head_dim: int, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, heads: int, head_dim: int, linear: LinearFactory):
         super().__init__()
         self.heads, self.head_dim = heads, head_dim
         self.width = self.size = heads * head_dim
@@ -83,8 +82,8 @@ class UnitaryConfig(Config):
     heads: Annotated[int, Field(gt=0)] = 4
     head_dim: Annotated[int, Field(gt=1)] = 8
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> Unitary:
-        return Unitary(d_model, self.heads, self.head_dim, linear or DenseConfig().build)
+    def build(self, d_model: int, linear: LinearFactory = dense) -> Unitary:
+        return Unitary(d_model, self.heads, self.head_dim, linear)
 
     @classmethod
     def smallest(cls) -> UnitaryConfig:

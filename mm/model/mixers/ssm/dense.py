@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mm.kernels.dense_ssm import dense_ssm
 from mm.model.layer import Caps, Ctx, Mixer
-from mm.model.mixers.ssm.scan import Hidden, advanced, settled
-from mm.model.varlen import Docs, by_document, share_groups
+from mm.model.mixers.ssm.scan import Hidden, advanced, commit
+from mm.model.varlen import PackedRows, per_document, share_groups
 from mm.state import State
 
 
@@ -37,9 +37,9 @@ class DenseMemory(Mixer):
         """
         B, T = u.shape[:2]
         if state is None:
-            return by_document(lambda rows: dense_ssm(rows, a, b, c)[0], ctx, u), None
-        old = settled(state)
-        docs = Docs.of(ctx.layout, old.h.shape[0])
+            return per_document(lambda rows: dense_ssm(rows, a, b, c)[0], ctx, u), None
+        old = commit(state)
+        docs = PackedRows.of(ctx.layout, old.h.shape[0])
         rows, before = docs.unpack(u), docs.read(old.h)
         first = before.view(-1, self.channels, self.states)
         if not ctx.draft:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from mm.config import Config
 from mm.kernels.complex_scan import complex_scan
 from mm.kernels.linear_scan import linear_scan
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out, Provider
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out, Provider
+from mm.model.linears.dense import dense
 from mm.model.mixers.linear_attention.lower_bounds import shared_bound, shared_bounds
 from mm.model.mixers.ssm.scan import Hidden, scanned
 from mm.model.norm import RMSNorm
@@ -74,7 +74,7 @@ class GatedScan(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(self, config: GatedScanConfig, d_model: int, linear: Callable[..., Linear]):
+    def __init__(self, config: GatedScanConfig, d_model: int, linear: LinearFactory):
         super().__init__()
         width = config.width or d_model
         self.config, self.width = config, width
@@ -248,8 +248,8 @@ class GatedScanConfig(Config):
             )
         return self
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> GatedScan:
-        return GatedScan(self, d_model, linear or DenseConfig().build)
+    def build(self, d_model: int, linear: LinearFactory = dense) -> GatedScan:
+        return GatedScan(self, d_model, linear)
 
     @classmethod
     def smallest(cls) -> GatedScanConfig:

@@ -5,7 +5,6 @@ model, E channels, N states of each, M readouts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -14,8 +13,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Ctx, Linear, Out
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Ctx, LinearFactory, Out
+from mm.model.linears.dense import dense
 from mm.model.mixers.ssm.dense import DenseMemory
 from mm.model.mixers.ssm.hippo_matrices import Discretisation, Measure, discretised, hippo
 from mm.registry import MIXERS
@@ -38,7 +37,7 @@ class HiPPOMemory(DenseMemory):
     & Eliasmith 2021 (arXiv:2102.11417), eq. 18-20.
     """
 
-    def __init__(self, config: HiPPOConfig, d_model: int, linear: Callable[..., Linear]):
+    def __init__(self, config: HiPPOConfig, d_model: int, linear: LinearFactory):
         channels = config.width or d_model
         super().__init__(channels, config.states)
         self.config = config
@@ -132,8 +131,8 @@ class HiPPOConfig(Config):
             raise ValueError(f"hippo: fourier has pairs of states, {self.states} is odd")
         return self
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> HiPPOMemory:
-        return HiPPOMemory(self, d_model, linear or DenseConfig().build)
+    def build(self, d_model: int, linear: LinearFactory = dense) -> HiPPOMemory:
+        return HiPPOMemory(self, d_model, linear)
 
     @classmethod
     def smallest(cls) -> HiPPOConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Linear
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import LinearFactory
+from mm.model.linears.dense import dense
 from mm.model.mixers.rnn.base import Cell
 from mm.model.mixers.ssm.hippo_matrices import hippo
 from mm.registry import MIXERS
@@ -29,7 +29,7 @@ class HiPPORNN(Cell):
     Source: Gu et al. 2020, HiPPO (arXiv:2008.07669), section 2.4 and theorem 2.
     """
 
-    def __init__(self, d_model: int, width: int, states: int, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, width: int, states: int, linear: LinearFactory):
         super().__init__()
         self.width, self.orders, self.size = width, states, width + states + 1
         self.inner = linear(d_model, 2 * width, "inner")  # gate, update
@@ -74,8 +74,8 @@ class HiPPORNNConfig(Config):
     width: Annotated[int, Field(gt=0, description="default d_model")] | None = None
     states: Annotated[int, Field(gt=0, description="coefficients of the memory")] = 64
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> HiPPORNN:
-        return HiPPORNN(d_model, self.width or d_model, self.states, linear or DenseConfig().build)
+    def build(self, d_model: int, linear: LinearFactory = dense) -> HiPPORNN:
+        return HiPPORNN(d_model, self.width or d_model, self.states, linear)
 
     @classmethod
     def smallest(cls) -> HiPPORNNConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.kernels.complex_scan import complex_scan
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
 from mm.model.mixers.ssm.scan import Hidden, scanned
 from mm.registry import MIXERS
 from mm.state import State
@@ -37,7 +36,7 @@ class LRU(Mixer):
         width: int,
         ring: tuple[float, float],
         max_phase: float,
-        linear: Callable[..., Linear],
+        linear: LinearFactory,
     ):
         super().__init__()
         self.width, self.ring, self.max_phase = width, ring, max_phase
@@ -106,10 +105,10 @@ class LRUConfig(Config):
             raise ValueError(f"lru: r_min {self.r_min} is not below r_max {self.r_max}")
         return self
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> LRU:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> LRU:
         ring = (self.r_min, self.r_max)
         width = self.width or d_model
-        return LRU(d_model, width, ring, self.max_phase, linear or DenseConfig().build)
+        return LRU(d_model, width, ring, self.max_phase, linear)
 
     @classmethod
     def smallest(cls) -> LRUConfig:

@@ -4,7 +4,6 @@ rows, T tokens, D model, H heads, K head width, R rows of one document, L tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -15,12 +14,12 @@ from torch import Tensor, nn
 from mm.config import Config
 from mm.kernels.linear_scan import linear_scan
 from mm.layout import Layout
-from mm.model.layer import Ctx, Linear, Out
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Ctx, LinearFactory, Out
+from mm.model.linears.dense import dense
 from mm.model.mixers.encoder_only.base import BothWays, valid_of
 from mm.model.mixers.ssm.plstm_blocks import gating_in_blocks
 from mm.model.norm import RMSNorm
-from mm.model.varlen import Docs
+from mm.model.varlen import PackedRows
 from mm.registry import MIXERS
 from mm.state import State
 
@@ -132,7 +131,7 @@ class PLSTM(BothWays):
         d_model: int,
         heads: int,
         mode: Literal["propagation", "diffusion"],
-        linear: Callable[..., Linear],
+        linear: LinearFactory,
     ):
         super().__init__()
         self.heads, self.head_dim, self.mode = heads, d_model // heads, mode
@@ -164,7 +163,7 @@ class PLSTM(BothWays):
 
     def mix(self, x_RLD: Tensor, length_R: Tensor, ctx: Ctx) -> Tensor:
         L = x_RLD.shape[1]
-        passed = Docs.of(ctx.layout, 0).unpack(in_grids(ctx.layout, x_RLD.device))
+        passed = PackedRows.of(ctx.layout, 0).unpack(in_grids(ctx.layout, x_RLD.device))
         return self._mixed(x_RLD, 1, L, valid_of(length_R, L) & ~passed, passed, ctx)
 
     def _mixed(
@@ -239,10 +238,10 @@ class PLSTMConfig(Config):
         Field(description="propagation: directed, far; diffusion: both ways out, decaying"),
     ] = "propagation"
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> PLSTM:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> PLSTM:
         if d_model % self.heads:
             raise ValueError(f"plstm: d_model {d_model} is not a multiple of heads {self.heads}")
-        return PLSTM(d_model, self.heads, self.mode, linear or DenseConfig().build)
+        return PLSTM(d_model, self.heads, self.mode, linear)
 
     @classmethod
     def smallest(cls) -> PLSTMConfig:

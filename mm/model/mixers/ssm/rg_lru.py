@@ -1,12 +1,11 @@
 """Griffin's recurrent block. B rows, T tokens, D model, W recurrent width, N slots, R rows, L their
-length, C taps.
+length, C conv size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,17 +18,17 @@ from mm.kernels.glu import glu
 from mm.kernels.linear_scan import linear_scan
 from mm.kernels.rg_lru import rg_lru_gates
 from mm.layout import Layout
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
-from mm.model.linears.dense import DenseConfig
-from mm.model.varlen import Docs
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
+from mm.model.varlen import PackedRows
 from mm.registry import MIXERS
-from mm.state import State, Struct
+from mm.state import DataclassState, State
 
 SHARPNESS = 8.0  # the constant c of the paper
 
 
 @dataclass(frozen=True)
-class Recurrent(Struct):
+class Recurrent(DataclassState):
     """Hidden state and the convolution's last inputs."""
 
     h: Tensor  # (N, W) float32 or wider
@@ -38,12 +37,12 @@ class Recurrent(Struct):
     def accept(self, n_N: Tensor) -> Recurrent:
         raise ValueError("accept() takes the State of a call with draft=True")
 
-    def settled(self) -> Recurrent:
+    def commit(self) -> Recurrent:
         return self
 
 
 @dataclass(frozen=True)
-class DraftRecurrent(Struct):
+class DraftRecurrent(DataclassState):
     """Every state that a draft call passed through: index n is the state after n of its tokens."""
 
     h: Tensor  # (N, L + 1, W)
@@ -54,7 +53,7 @@ class DraftRecurrent(Struct):
         n = torch.minimum(n_N.to(self.length), self.length)
         return Recurrent(*_after(self.h, self.inputs, n))
 
-    def settled(self) -> Recurrent:
+    def commit(self) -> Recurrent:
         return self.accept(self.length)
 
 
@@ -62,9 +61,9 @@ def _after(h: Tensor, inputs: Tensor, n_N: Tensor) -> tuple[Tensor, Tensor]:
     """State after ``n_N`` tokens, from all states `(N, L + 1, W)` and the tail with the inputs `(N,
     C - 1 + L, W)`.
     """
-    taps = inputs.shape[1] - (h.shape[1] - 1)
+    conv_size = inputs.shape[1] - (h.shape[1] - 1)
     W = h.shape[-1]
-    places = n_N[:, None] + torch.arange(taps, device=n_N.device)
+    places = n_N[:, None] + torch.arange(conv_size, device=n_N.device)
     tail = inputs.gather(1, places[..., None].expand(-1, -1, W))
     return h.gather(1, n_N[:, None, None].expand(-1, 1, W))[:, 0], tail
 
@@ -77,21 +76,19 @@ class RGLRU(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(
-        self, d_model: int, width: int, heads: int, taps: int, linear: Callable[..., Linear]
-    ):
+    def __init__(self, d_model: int, width: int, heads: int, conv_size: int, linear: LinearFactory):
         super().__init__()
-        self.width, self.heads, self.taps = width, heads, taps
+        self.width, self.heads, self.conv_size = width, heads, conv_size
         self.inner = linear(d_model, 2 * width, "inner")
         self.out = linear(width, d_model, "out")
-        self.conv_weight = nn.Parameter(torch.empty(taps, width))
+        self.conv_weight = nn.Parameter(torch.empty(conv_size, width))
         self.conv_bias = nn.Parameter(torch.empty(width))
         self.gate_weight = nn.Parameter(torch.empty(heads, width // heads, 2 * width // heads))
         self.gate_bias = nn.Parameter(torch.empty(heads, 2 * width // heads))
         self.decay = nn.Parameter(torch.empty(width))
 
     def init_weights(self) -> None:
-        nn.init.normal_(self.conv_weight, std=self.taps**-0.5)
+        nn.init.normal_(self.conv_weight, std=self.conv_size**-0.5)
         nn.init.zeros_(self.conv_bias)
         nn.init.normal_(self.gate_weight, std=self.gate_weight.shape[1] ** -0.5)
         nn.init.zeros_(self.gate_bias)
@@ -106,13 +103,13 @@ class RGLRU(Mixer):
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         gate, u = self.inner(x_BTD, ctx).chunk(2, dim=-1)
         if state is None:
-            h, after = self._whole(u, ctx.layout), None
+            h, after = self._forward_full(u, ctx.layout), None
         else:
             assert isinstance(state, Recurrent | DraftRecurrent)
-            h, after = self._continued(u, ctx, state.settled())
+            h, after = self._forward_cached(u, ctx, state.commit())
         return Out(self.out(glu(gate, h, "gelu_tanh"), ctx), after)
 
-    def _whole(self, u: Tensor, layout: Layout) -> Tensor:
+    def _forward_full(self, u: Tensor, layout: Layout) -> Tensor:
         """States of documents that all begin here."""
         document = layout.fields.document
         y = causal_conv(u, self.conv_weight, self.conv_bias, document)
@@ -122,12 +119,12 @@ class RGLRU(Mixer):
         a, b = self._gates(y)
         return linear_scan(a, b, reset)[0]
 
-    def _continued(
+    def _forward_cached(
         self, u: Tensor, ctx: Ctx, state: Recurrent
     ) -> tuple[Tensor, Recurrent | DraftRecurrent]:
         """States of documents that go on from their slots."""
         B, T = u.shape[:2]
-        docs = Docs.of(ctx.layout, state.h.shape[0])
+        docs = PackedRows.of(ctx.layout, state.h.shape[0])
         rows = docs.unpack(u)
         inputs = torch.cat((docs.read(state.tail).to(rows.dtype), rows), dim=1)
         # The tail is the document's own past here: the convolution needs no borders, and its first
@@ -138,7 +135,7 @@ class RGLRU(Mixer):
             self.conv_bias,
             torch.ones_like(inputs[..., 0], dtype=torch.int32),
         )
-        a, b = self._gates(y[:, self.taps - 1 :])
+        a, b = self._gates(y[:, self.conv_size - 1 :])
         before = docs.read(state.h)
         h, _ = linear_scan(a, b, None, before)
         w = docs.written(state.h.shape[0])
@@ -147,11 +144,13 @@ class RGLRU(Mixer):
             (torch.where(w.hit[:, None], w.take(before), state.h)[:, None], w.take(h)), dim=1
         )
         tails = w.take(inputs).to(state.tail.dtype)
-        old = torch.where(w.hit[:, None, None], tails[:, : self.taps - 1], state.tail)
+        old = torch.where(w.hit[:, None, None], tails[:, : self.conv_size - 1], state.tail)
         drafted = DraftRecurrent(
-            states.to(state.h.dtype), torch.cat((old, tails[:, self.taps - 1 :]), dim=1), w.length
+            states.to(state.h.dtype),
+            torch.cat((old, tails[:, self.conv_size - 1 :]), dim=1),
+            w.length,
         )
-        return docs.pack(h, B, T), drafted if ctx.draft else drafted.settled()
+        return docs.pack(h, B, T), drafted if ctx.draft else drafted.commit()
 
     def _gates(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Decay and input of the recurrence, float32 or wider. ``u`` `(R, L, W)`."""
@@ -167,12 +166,12 @@ class RGLRU(Mixer):
         wide = torch.promote_types(like.dtype, torch.float32)
         return Recurrent(
             like.new_zeros(n, self.width, dtype=wide),
-            like.new_zeros(n, self.taps - 1, self.width, dtype=like.dtype),
+            like.new_zeros(n, self.conv_size - 1, self.width, dtype=like.dtype),
         )
 
     def state_bytes(self, n: int, max_len: int) -> int:
         item = self.decay.element_size()
-        return n * self.width * (max(item, 4) + (self.taps - 1) * item)
+        return n * self.width * (max(item, 4) + (self.conv_size - 1) * item)
 
 
 @MIXERS.register("rg_lru")
@@ -180,15 +179,16 @@ class RGLRUConfig(Config):
     """Real-gated linear recurrent unit in Griffin's block."""
 
     kind: Literal["rg_lru"] = "rg_lru"
+    renamed: ClassVar[dict[str, str]] = {"taps": "conv_size"}
     width: Annotated[int, Field(gt=0, description="default d_model")] | None = None
     heads: Annotated[int, Field(gt=0, description="blocks of the block-diagonal gates")] = 4
-    taps: Annotated[int, Field(gt=1, description="width of the causal convolution")] = 4
+    conv_size: Annotated[int, Field(gt=1, description="width of the causal convolution")] = 4
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> RGLRU:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> RGLRU:
         width = self.width or d_model
         if width % self.heads:
             raise ValueError(f"rg_lru: width {width} is not a multiple of heads {self.heads}")
-        return RGLRU(d_model, width, self.heads, self.taps, linear or DenseConfig().build)
+        return RGLRU(d_model, width, self.heads, self.conv_size, linear)
 
     @classmethod
     def smallest(cls) -> RGLRUConfig:

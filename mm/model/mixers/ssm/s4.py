@@ -5,7 +5,6 @@ ones, R rows of one document, L their length.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -14,12 +13,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Ctx, Linear, Out
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Ctx, LinearFactory, Out
+from mm.model.linears.dense import dense
 from mm.model.mixers.ssm.dense import DenseMemory
 from mm.model.mixers.ssm.hippo_matrices import nplr_legs
-from mm.model.mixers.ssm.scan import Hidden, advanced, settled
-from mm.model.varlen import Docs
+from mm.model.mixers.ssm.scan import Hidden, advanced, commit
+from mm.model.varlen import PackedRows
 from mm.registry import MIXERS
 from mm.state import State
 
@@ -67,7 +66,7 @@ class S4(DenseMemory):
     """
 
     def __init__(
-        self, d_model: int, states: int, steps: tuple[float, float], linear: Callable[..., Linear]
+        self, d_model: int, states: int, steps: tuple[float, float], linear: LinearFactory
     ):
         super().__init__(d_model, states)
         self.steps, half = steps, states // 2
@@ -117,7 +116,7 @@ class S4(DenseMemory):
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         if state is not None and 0 < ctx.layout.max_seqlen <= STEPS:
-            y, after = self._stepped(x_BTD, ctx, settled(state))
+            y, after = self._stepped(x_BTD, ctx, commit(state))
         else:
             y, after = self.remembered(x_BTD, *self.matrices(), ctx, state)
             y = y[..., 0]
@@ -126,7 +125,7 @@ class S4(DenseMemory):
 
     def _stepped(self, x: Tensor, ctx: Ctx, old: Hidden) -> tuple[Tensor, State]:
         """Readouts `(B, T, D)` of a few tokens, one after another, and the State after them."""
-        system, docs = self.system(), Docs.of(ctx.layout, old.h.shape[0])
+        system, docs = self.system(), PackedRows.of(ctx.layout, old.h.shape[0])
         rows, before = docs.unpack(x).to(system.read.dtype), docs.read(old.h)
         h = torch.complex(*before.view(-1, self.channels, 2, self.states // 2).unbind(2))
         states = []
@@ -154,9 +153,9 @@ class S4Config(Config):
             raise ValueError(f"s4: step_min {self.step_min} is above step_max {self.step_max}")
         return self
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> S4:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> S4:
         steps = (self.step_min, self.step_max)
-        return S4(d_model, self.states, steps, linear or DenseConfig().build)
+        return S4(d_model, self.states, steps, linear)
 
     @classmethod
     def smallest(cls) -> S4Config:

@@ -5,7 +5,6 @@ rows of one document, L their length.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 from mm.config import Config
 from mm.kernels.complex_scan import complex_scan, multiply
 from mm.kernels.diagonal_ssm import diagonal_ssm
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
-from mm.model.linears.dense import DenseConfig
-from mm.model.mixers.ssm.scan import Hidden, advanced, begins, settled
-from mm.model.varlen import Docs
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
+from mm.model.mixers.ssm.scan import Hidden, advanced, begins, commit
+from mm.model.varlen import PackedRows
 from mm.registry import MIXERS
 from mm.state import State
 
@@ -68,7 +67,7 @@ class S4D(Mixer):
         init: Init,
         discretisation: Literal["zoh", "bilinear"],
         steps: tuple[float, float],
-        linear: Callable[..., Linear],
+        linear: LinearFactory,
     ):
         super().__init__()
         self.n, self.discretisation, self.steps = states, discretisation, steps
@@ -126,16 +125,16 @@ class S4D(Mixer):
         if state is None:
             y, _ = diagonal_ssm(x_BTD, a, c, begins(ctx.layout))
         else:
-            y, after = self._continued(x_BTD, a, c, ctx, settled(state))
+            y, after = self._forward_cached(x_BTD, a, c, ctx, commit(state))
         y = y.to(x_BTD.dtype) + self.skip * x_BTD
         return Out(self.out(F.gelu(y), ctx), after)
 
-    def _continued(
+    def _forward_cached(
         self, x: Tensor, a: Tensor, c: Tensor, ctx: Ctx, old: Hidden
     ) -> tuple[Tensor, State]:
         """Outputs of documents that go on from their slots."""
         B, T, D = x.shape
-        docs = Docs.of(ctx.layout, old.h.shape[0])
+        docs = PackedRows.of(ctx.layout, old.h.shape[0])
         rows, before = docs.unpack(x).to(a.dtype), docs.read(old.h)
         if not ctx.draft:
             y, last = diagonal_ssm(rows, a, c, None, before.view(-1, *a.shape), docs.length)
@@ -175,7 +174,7 @@ class S4DConfig(Config):
             raise ValueError(f"s4d: step_min {self.step_min} is above step_max {self.step_max}")
         return self
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> S4D:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> S4D:
         steps = (self.step_min, self.step_max)
         return S4D(
             d_model,
@@ -183,7 +182,7 @@ class S4DConfig(Config):
             self.init,
             self.discretisation,
             steps,
-            linear or DenseConfig().build,
+            linear,
         )
 
     @classmethod

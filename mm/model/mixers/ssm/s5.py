@@ -5,7 +5,6 @@ states, N slots.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.kernels.complex_scan import complex_scan, multiply
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
 from mm.model.mixers.ssm.s4d import eigenvalues
 from mm.model.mixers.ssm.scan import Hidden, scanned
 from mm.registry import MIXERS
@@ -34,7 +33,7 @@ class S5(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(self, config: S5Config, d_model: int, linear: Callable[..., Linear]):
+    def __init__(self, config: S5Config, d_model: int, linear: LinearFactory):
         super().__init__()
         self.config, W = config, config.states
         self.inner = linear(d_model, 2 * W, "inner")
@@ -97,8 +96,8 @@ class S5Config(Config):
             raise ValueError(f"s5: step_min {self.step_min} is above step_max {self.step_max}")
         return self
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> S5:
-        return S5(self, d_model, linear or DenseConfig().build)
+    def build(self, d_model: int, linear: LinearFactory = dense) -> S5:
+        return S5(self, d_model, linear)
 
     @classmethod
     def smallest(cls) -> S5Config:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from mm.layout import Layout
 from mm.model.layer import Ctx
-from mm.model.varlen import Docs
-from mm.state import State, Struct
+from mm.model.varlen import PackedRows
+from mm.state import DataclassState, State
 
 
 @dataclass(frozen=True)
-class Hidden(Struct):
+class Hidden(DataclassState):
     """What a recurrence carries."""
 
     h: Tensor  # (N, W)
@@ -26,12 +26,12 @@ class Hidden(Struct):
     def accept(self, n_N: Tensor) -> Hidden:
         raise ValueError("accept() takes the State of a call with draft=True")
 
-    def settled(self) -> Hidden:
+    def commit(self) -> Hidden:
         return self
 
 
 @dataclass(frozen=True)
-class DraftHidden(Struct):
+class DraftHidden(DataclassState):
     """Every state that a draft call passed through: index n is the state after n of its tokens."""
 
     h: Tensor  # (N, L + 1, W)
@@ -41,17 +41,17 @@ class DraftHidden(Struct):
         n = torch.minimum(n_N.to(self.length), self.length)
         return Hidden(self.h.gather(1, n[:, None, None].expand(-1, 1, self.h.shape[-1]))[:, 0])
 
-    def settled(self) -> Hidden:
+    def commit(self) -> Hidden:
         return self.accept(self.length)
 
 
-def settled(state: State) -> Hidden:
+def commit(state: State) -> Hidden:
     """The State that a call begins from: an unaccepted draft counts as fed."""
     assert isinstance(state, Hidden | DraftHidden)
-    return state.settled()
+    return state.commit()
 
 
-def advanced(state: Hidden, docs: Docs, before: Tensor, h: Tensor, draft: bool) -> State:
+def advanced(state: Hidden, docs: PackedRows, before: Tensor, h: Tensor, draft: bool) -> State:
     """State after a call whose rows began from ``before`` `(R, W)` and passed through ``h`` `(R, L,
     W)`.
     """
@@ -60,7 +60,7 @@ def advanced(state: Hidden, docs: Docs, before: Tensor, h: Tensor, draft: bool) 
     first = torch.where(w.hit[:, None], w.take(before).to(state.h.dtype), state.h)
     states = torch.cat((first[:, None], w.take(h).to(state.h.dtype)), dim=1)
     drafted = DraftHidden(states, w.length)
-    return drafted if draft else drafted.settled()
+    return drafted if draft else drafted.commit()
 
 
 def begins(layout: Layout) -> Tensor:
@@ -91,8 +91,8 @@ def scanned(
     B, T = b_BTW.shape[:2]
     if state is None:
         return scan(a, b_BTW, begins(ctx.layout))[0], None
-    old = settled(state)
-    docs = Docs.of(ctx.layout, old.h.shape[0])
+    old = commit(state)
+    docs = PackedRows.of(ctx.layout, old.h.shape[0])
     before = docs.read(old.h, initial)
     h, _ = scan(docs.unpack(a) if a.dim() == 3 else a, docs.unpack(b_BTW), None, before)
     return docs.pack(h, B, T), advanced(old, docs, before, h, ctx.draft)

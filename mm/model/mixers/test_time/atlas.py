@@ -4,7 +4,6 @@ feature width, V value width, R rows of one document, C tokens of a mini-batch, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -13,8 +12,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Ctx, Linear, Out
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Ctx, LinearFactory, Out
+from mm.model.linears.dense import dense
 from mm.model.mixers.test_time.base import Learner, Tensors
 from mm.registry import MIXERS
 from mm.state import State
@@ -35,7 +34,7 @@ class Atlas(Learner):
     section 5 (Muon, chunks); Newton-Schulz: Jordan et al. 2024.
     """
 
-    def __init__(self, d_model: int, config: AtlasConfig, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, config: AtlasConfig, linear: LinearFactory):
         super().__init__()
         self.config, self.batch, self.context = config, config.mini_batch, config.window - 1
         self.heads, self.head_dim = config.heads, d_model // config.heads
@@ -149,10 +148,10 @@ class AtlasConfig(Config):
     momentum: bool = True
     steps: Annotated[int, Field(ge=0, description="Newton-Schulz iterations; 0 = none")] = 5
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> Atlas:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> Atlas:
         if d_model % self.heads:
             raise ValueError(f"atlas: d_model {d_model} is not a multiple of heads {self.heads}")
-        return Atlas(d_model, self, linear or DenseConfig().build)
+        return Atlas(d_model, self, linear)
 
     @classmethod
     def smallest(cls) -> AtlasConfig:

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm.model.layer import Caps, Ctx, Mixer
-from mm.model.varlen import Docs, by_document, share_groups
-from mm.state import State, Struct
+from mm.model.varlen import PackedRows, per_document, share_groups
+from mm.state import DataclassState, State
 
 Tensors = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Learnt(Struct):
+class Learnt(DataclassState):
     """The inner model at the last border of mini-batches, and what tokens gave since."""
 
     weights: Tensors  # (N, ...) each
@@ -32,12 +32,12 @@ class Learnt(Struct):
     def accept(self, n_N: Tensor) -> Learnt:
         raise ValueError("accept() takes the State of a call with draft=True")
 
-    def settled(self) -> Learnt:
+    def commit(self) -> Learnt:
         return self
 
 
 @dataclass(frozen=True)
-class DraftLearnt(Struct):
+class DraftLearnt(DataclassState):
     """The inner model at every border of a call, and all that its tokens gave."""
 
     weights: Tensors  # (N, borders, ...) each
@@ -61,7 +61,7 @@ class DraftLearnt(Struct):
             count,
         )
 
-    def settled(self) -> Learnt:
+    def commit(self) -> Learnt:
         return self.accept(self.length)
 
 
@@ -106,8 +106,8 @@ class Learner(Mixer):
         B, T = features[0].shape[:2]
         if state is not None:
             assert isinstance(state, Learnt | DraftLearnt)
-            return self._continued(features, ctx, state.settled())
-        return by_document(lambda *x: self._fresh(x), ctx, *features), None
+            return self._forward_cached(features, ctx, state.commit())
+        return per_document(lambda *x: self._fresh(x), ctx, *features), None
 
     def _fresh(self, features: Tensors) -> Tensor:
         R = features[0].shape[0]
@@ -130,10 +130,10 @@ class Learner(Mixer):
             borders.append(weights)
         return (torch.cat(outputs, 1)[:, :L] if outputs else features[0][:, :0]), borders
 
-    def _continued(self, features: Tensors, ctx: Ctx, old: Learnt) -> tuple[Tensor, State]:
+    def _forward_cached(self, features: Tensors, ctx: Ctx, old: Learnt) -> tuple[Tensor, State]:
         B, T = features[0].shape[:2]
         N, kept = old.count.shape[0], self.context + self.batch - 1
-        docs, start = Docs.of(ctx.layout, N), self.start()
+        docs, start = PackedRows.of(ctx.layout, N), self.start()
         rows = [docs.unpack(f) for f in features]
         L = rows[0].shape[1]
         count = docs.read(old.count, 0)
@@ -166,7 +166,7 @@ class Learner(Mixer):
         )
         own = count[:, None] + torch.arange(L, device=count.device)
         out = docs.pack(_at(y, own.clamp_max(y.shape[1] - 1)) if L else y[:, :0], B, T)
-        return out, drafted if ctx.draft else drafted.settled()
+        return out, drafted if ctx.draft else drafted.commit()
 
     def initial_state(self, n: int, max_len: int) -> Learnt:
         start, kept = self.start(), self.context + self.batch - 1

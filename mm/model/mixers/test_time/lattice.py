@@ -4,7 +4,6 @@ slot width, R rows of one document, C tokens of a mini-batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -13,8 +12,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Ctx, Linear, Out
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Ctx, LinearFactory, Out
+from mm.model.linears.dense import dense
 from mm.model.mixers.test_time.atlas import decays
 from mm.model.mixers.test_time.base import Learner, Tensors
 from mm.registry import MIXERS
@@ -36,7 +35,7 @@ class Lattice(Learner):
     form; a learned start and the normalisation of codes are choices of this file.
     """
 
-    def __init__(self, d_model: int, config: LatticeConfig, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, config: LatticeConfig, linear: LinearFactory):
         super().__init__()
         self.config, self.batch = config, config.mini_batch
         self.heads, self.head_dim = config.heads, d_model // config.heads
@@ -105,10 +104,10 @@ class LatticeConfig(Config):
     objective: Literal["regression", "similarity"] = "regression"
     mini_batch: Annotated[int, Field(gt=0, description="tokens that share a border")] = 16
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> Lattice:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> Lattice:
         if d_model % self.heads:
             raise ValueError(f"lattice: d_model {d_model} is not a multiple of heads {self.heads}")
-        return Lattice(d_model, self, linear or DenseConfig().build)
+        return Lattice(d_model, self, linear)
 
     @classmethod
     def smallest(cls) -> LatticeConfig:

@@ -4,7 +4,6 @@ H heads, K head width, R rows of one document, C tokens of a mini-batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -13,8 +12,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Ctx, Linear, Out
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Ctx, LinearFactory, Out
+from mm.model.linears.dense import dense
 from mm.model.mixers.test_time.base import Learner, Tensors
 from mm.registry import MIXERS
 from mm.state import State
@@ -35,7 +34,7 @@ class TTT(Learner):
     eta are theirs. eta = base * sigmoid(w x) / K absorbs the 2 of the paper's loss.
     """
 
-    def __init__(self, d_model: int, config: TTTConfig, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, config: TTTConfig, linear: LinearFactory):
         super().__init__()
         self.config, self.batch, self.heads = config, config.mini_batch, config.heads
         self.head_dim = K = d_model // config.heads
@@ -149,10 +148,10 @@ class TTTConfig(Config):
         bool, Field(description="residual and layer norm around the inner model; its biases learn")
     ] = True
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> TTT:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> TTT:
         if d_model % self.heads:
             raise ValueError(f"ttt: d_model {d_model} is not a multiple of heads {self.heads}")
-        return TTT(d_model, self, linear or DenseConfig().build)
+        return TTT(d_model, self, linear)
 
     @classmethod
     def smallest(cls) -> TTTConfig:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mm.config import Config
 from mm.mask import Causal
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
 from mm.model.mixers.wrappers.reverse import (
     both_ways,
     elsewhere,
@@ -22,7 +22,7 @@ from mm.model.mixers.wrappers.reverse import (
     refuse_state,
     unused,
 )
-from mm.registry import MIXERS
+from mm.registry import MIXERS, MixerField
 from mm.state import State
 
 
@@ -71,12 +71,9 @@ class BidirectionalConfig(Config):
     """Two copies of a causal mixer, one of which reads backwards where the mask allows it."""
 
     kind: Literal["bidirectional"] = "bidirectional"
-    inner: MIXERS.field = Field(  # type: ignore[valid-type]
-        default="s4d", validate_default=True
-    )
+    inner: MixerField = Field(default="s4d", validate_default=True)
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> Bidirectional:
-        linear = linear or DenseConfig().build
+    def build(self, d_model: int, linear: LinearFactory = dense) -> Bidirectional:
         return Bidirectional(*(self.inner.build(d_model, linear) for _ in range(2)))
 
     @classmethod

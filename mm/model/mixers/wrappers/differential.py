@@ -11,11 +11,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
 from mm.model.norm import RMSNorm
-from mm.registry import MIXERS
-from mm.state import Many, State
+from mm.registry import MIXERS, MixerField
+from mm.state import State, StateTuple
 
 
 class Differential(Mixer):
@@ -50,17 +50,17 @@ class Differential(Mixer):
         return self.first.shares(serving)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        assert state is None or isinstance(state, Many)
+        assert state is None or isinstance(state, StateTuple)
         one = self.first(x_BTD, ctx, state[0] if state is not None else None)
         two = self.second(x_BTD, ctx, state[1] if state is not None else None)
         share, constant = self.share_at(ctx.visit)
         y = (1 - constant) * self.norm(one.y - share.to(one.y.dtype) * two.y)
-        after = Many(one.state, two.state) if state is not None else None
+        after = StateTuple(one.state, two.state) if state is not None else None
         aux = {f"first.{k}": v for k, v in one.aux.items()}
         return Out(y, after, None, aux | {f"second.{k}": v for k, v in two.aux.items()})
 
-    def initial_state(self, n: int, max_len: int) -> Many:
-        return Many(*(m.initial_state(n, max_len) for m in (self.first, self.second)))
+    def initial_state(self, n: int, max_len: int) -> StateTuple:
+        return StateTuple(*(m.initial_state(n, max_len) for m in (self.first, self.second)))
 
     def state_bytes(self, n: int, max_len: int) -> int:
         return self.first.state_bytes(n, max_len) + self.second.state_bytes(n, max_len)
@@ -71,13 +71,10 @@ class DifferentialConfig(Config):
     """Two copies of a mixer, of which one is subtracted."""
 
     kind: Literal["differential"] = "differential"
-    inner: MIXERS.field = Field(  # type: ignore[valid-type]
-        default="mamba", validate_default=True
-    )
+    inner: MixerField = Field(default="mamba", validate_default=True)
     begin: Annotated[float, Field(description="initial logit of the learned share")] = -4.0
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> Differential:
-        linear = linear or DenseConfig().build
+    def build(self, d_model: int, linear: LinearFactory = dense) -> Differential:
         both = (self.inner.build(d_model, linear) for _ in range(2))
         return Differential(*both, d_model=d_model, begin=self.begin)
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from mm.batch import Sum
 from mm.config import Config
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
-from mm.registry import MIXERS
-from mm.state import Many, State
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
+from mm.registry import MIXERS, MixerField
+from mm.state import State, StateTuple
 
 
 class MixedHeads(Mixer):
@@ -54,7 +55,7 @@ class MixedHeads(Mixer):
         return made
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        assert state is None or isinstance(state, Many)
+        assert state is None or isinstance(state, StateTuple)
         states: list[State | None] = list(state.parts) if state is not None else []
         y, aux, after = None, {}, ctx
         for i, part in enumerate(self.parts):
@@ -65,10 +66,10 @@ class MixedHeads(Mixer):
             if states:
                 states[i] = out.state
         assert y is not None
-        return Out(y, Many(*states) if states else None, None if after is ctx else after, aux)
+        return Out(y, StateTuple(*states) if states else None, None if after is ctx else after, aux)
 
-    def initial_state(self, n: int, max_len: int) -> Many:
-        return Many(*(part.initial_state(n, max_len) for part in self.parts))  # type: ignore[operator]
+    def initial_state(self, n: int, max_len: int) -> StateTuple:
+        return StateTuple(*(part.initial_state(n, max_len) for part in self.parts))  # type: ignore[operator]
 
     def state_bytes(self, n: int, max_len: int) -> int:
         return sum(part.state_bytes(n, max_len) for part in self.parts)  # type: ignore[operator]
@@ -86,11 +87,11 @@ class MixedHeadsConfig(Config):
 
     kind: Literal["mixed_heads"] = "mixed_heads"
     parts: Annotated[
-        list[MIXERS.field],  # type: ignore[valid-type]
+        list[MixerField],
         Field(min_length=1, description="mixers whose outputs are added"),
     ] = Field(default=["attention", "rg_lru"], validate_default=True)
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> MixedHeads:
+    def build(self, d_model: int, linear: LinearFactory = dense) -> MixedHeads:
         return MixedHeads([part.build(d_model, linear) for part in self.parts])
 
     @classmethod

@@ -19,11 +19,11 @@ from mm.config import Config
 from mm.errors import UserError
 from mm.layout import Layout
 from mm.mask import Causal
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
 from mm.model.mixers.wrappers.reverse import both_ways, elsewhere, gathered, refuse_state
-from mm.registry import MIXERS
-from mm.state import Many, State
+from mm.registry import MIXERS, MixerField
+from mm.state import State, StateTuple
 
 Order = Literal["row", "column", "snake", "diagonal", "hilbert"]
 
@@ -120,7 +120,7 @@ class ScanOrder(Mixer):
                 f"needs `mask: full` or a prefix, not {type(ctx.mask).__name__}; for a causal "
                 "model set orders: [row]"
             )
-        assert state is None or isinstance(state, Many)
+        assert state is None or isinstance(state, StateTuple)
         ys, states, aux = [], [], {}
         causal = replace(ctx, mask=Causal())
         for i, (inner, order) in enumerate(zip(self.inners, self.orders, strict=True)):
@@ -139,11 +139,11 @@ class ScanOrder(Mixer):
             ys.append(out.y)
             states.append(out.state)
             aux |= {(f"{i}.{k}" if i else k): v for k, v in out.aux.items()}
-        after = Many(*states) if state is not None else None
+        after = StateTuple(*states) if state is not None else None
         return Out(sum(ys[1:], ys[0]), after, None, aux)
 
-    def initial_state(self, n: int, max_len: int) -> Many:
-        return Many(*(m.initial_state(n, max_len) for m in self.inners))  # type: ignore[operator]
+    def initial_state(self, n: int, max_len: int) -> StateTuple:
+        return StateTuple(*(m.initial_state(n, max_len) for m in self.inners))  # type: ignore[operator]
 
     def state_bytes(self, n: int, max_len: int) -> int:
         return sum(m.state_bytes(n, max_len) for m in self.inners)  # type: ignore[operator]
@@ -154,9 +154,7 @@ class ScanOrderConfig(Config):
     """A mixer over the cells of a grid, in one order or several."""
 
     kind: Literal["scan_order"] = "scan_order"
-    inner: MIXERS.field = Field(  # type: ignore[valid-type]
-        default="mamba", validate_default=True
-    )
+    inner: MixerField = Field(default="mamba", validate_default=True)
     orders: Annotated[
         tuple[Order, ...], Field(min_length=1, description="each with a mixer of its own")
     ] = ("row",)
@@ -164,8 +162,8 @@ class ScanOrderConfig(Config):
         tuple[bool, ...] | bool, Field(description="from the last cell; one, or one for each order")
     ] = False
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> ScanOrder:
-        n, linear = len(self.orders), linear or DenseConfig().build
+    def build(self, d_model: int, linear: LinearFactory = dense) -> ScanOrder:
+        n = len(self.orders)
         reverse = self.reverse if isinstance(self.reverse, tuple) else (self.reverse,) * n
         if len(reverse) != n:
             raise ValueError(f"scan_order: reverse has {len(reverse)} entries for {n} orders")
