@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,32 @@ from mm.cli.schema import run_schema
 from mm.registry import Registry
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "build" / "docs-source"  # `paths` of mkdocs.yml
 SCHEMA = run_schema()["$defs"]
 INTRO = """# Configuration
 
-A run is one YAML: data, networks, stages, and how they run. Every key below has a type and a default; an unknown key is refused
-with the known one that is nearest. `base: other.yaml` merges over another file, and null removes a key of it. On the command line
-`a.b=c` or `--a.b c` changes a key; places of a list go by number: `stages.0.budget.steps=10`.
+A run is one YAML: data, networks, stages, and how they run. Every key below has a type and a
+default; an unknown key is refused with the known one that is nearest. `base: other.yaml` merges
+over another file, and null removes a key of it. On the command line `a.b=c` or `--a.b c` changes a
+key; places of a list go by number: `stages.0.budget.steps=10`.
 
-A plug point takes a kind (`backbone: stack`) or its settings (`backbone: {kind: stack, depth: 4}`). `mm config show FILE` prints
-a YAML with everything filled in; `mm config schema --out schema.json` serves completion in an editor.
+A plug point takes a kind (`backbone: stack`) or its settings (`backbone: {kind: stack, depth: 4}`).
+`mm config show FILE` prints a YAML with everything filled in; `mm config schema --out schema.json`
+serves completion in an editor.
 
 """
+
+
+def on_startup(command: str, dirty: bool) -> None:
+    """Copy the sources to where griffe finds them, before it looks.
+
+    It follows no symbolic links, which is what mm/data and its like are.
+    """
+    shutil.rmtree(SOURCE, ignore_errors=True)
+    no = shutil.ignore_patterns("__pycache__", "configs", "*.cpp", "*.h", "*.html", "*.css", "*.js")
+    shutil.copytree(ROOT / "mm", SOURCE / "mm", ignore=no)
+    for name in ("data", "kernels", "launch", "tokenizers"):
+        (SOURCE / "mm" / name / "__init__.py").touch()
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -49,11 +65,19 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Let a path that fills a cell of a table break after its slashes; say where sources are."""
+    html = html.replace("build/docs-source/", "")
+    path = re.compile(r"<td>((?:\w+/)+[\w.]+)</td>")
+    return path.sub(lambda found: found.group().replace("/", "/<wbr>", found[1].count("/")), html)
+
+
 def contributing() -> str:
     """CONTRIBUTING.md with links of the site; files of the repository become code."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     text = re.sub(r"\[([^\]]+)\]\(docs/", r"[\1](", text)
-    return re.sub(r"\[([^\]]+)\]\((?!\w+\.md)[^)]+\)", r"`\1`", text)
+    text = re.sub(r"\[([^\]]+)\]\((?!\w+\.md)[^)]+\)", r"`\1`", text)
+    return f"---\nhide: [navigation]\n---\n\n{text}"
 
 
 def run_page() -> str:
