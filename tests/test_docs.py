@@ -20,7 +20,7 @@ import typer.main
 import yaml
 
 from mm.cli import main as cli
-from mm.cli.schema import run_schema
+from mm.cli.schema import resolve, run_schema
 from mm.registry import Registry
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,6 +160,28 @@ def test_code_of_a_page_is_code(page: Path) -> None:
         for part in (p for p in parts if isinstance(p, dict)):
             for name in {"data", "objective", "optimizer"} & part.keys():
                 Registry.every[name].parse(part[name])
+
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f"{f.parent.name}/{f.name}")
+def test_the_head_of_a_config_has_a_command_that_resolves(file: Path) -> None:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    head = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+    found = [line for line in head if re.match(r"# (mm|bash) ", line)]
+    assert found and all(len(line) <= 130 for line in head)
+    for line in found:
+        words = shlex.split(re.sub(r"\s{2,}\(.*$", "", line.removeprefix("# ")))
+        for word in words:
+            if word.startswith(("configs/", "benchmarks/")):
+                assert (ROOT / word).is_file(), word
+        if words[:2] == ["mm", "train"]:
+            cat = lambda m: (ROOT / m.group(1)).read_text(encoding="utf-8")
+            changes = [re.sub(r"\$\(cat ([\w./]+)\)", cat, word) for word in words[3:]]
+            if len(changes) > 1 or (changes and "=" not in changes[0]):
+                changes = [f"{k}={v}" for k, v in zip(changes[::2], changes[1::2], strict=True)]
+            assert resolve(str(ROOT / words[2]), changes).model_dump()["stages"]
 
 
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
