@@ -30,7 +30,9 @@ SCHEMA: dict[str, Any] = {}
 # Folders that the pages' own examples write.
 EXAMPLES = re.compile(r"(data|tokenizers)/(mine|new|books)")
 # Metrics of metrics.jsonl, which look like paths.
-METRICS = re.compile(r"data/(source_shares|token_shares|wait_seconds|padding_share|rejects)")
+METRICS = re.compile(
+    r"data/(source_shares|sample_shares|token_shares|wait_seconds|padding_share|rejects)"
+)
 # First parts of the keys of a Run (`name` and the like are words of prose, too).
 KEYS = re.compile(r"(model|stages|engine|checkpoints|guard|tracking)[.\[]")
 TEXTS = ("*.py", "*.md", "*.yaml", "*.yml", "*.toml", "*.sh", "*.cpp", "Makefile", ".ci/run")
