@@ -1,6 +1,7 @@
-"""Pages that mkdocs makes from the code: Contributing, and the configuration reference.
+"""Pages that mkdocs makes from the code: Contributing, commands, and the configuration reference.
 
-The reference is the JSON Schema of a Run (`mm config schema`), so it cannot say what is not so.
+The configuration is the JSON Schema of a Run (`mm config schema`), and the commands are those of
+the program, so that neither can say what is not so.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import typer.main
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
+from mm.cli import main as cli
 from mm.cli.schema import run_schema
 from mm.registry import Registry
 
@@ -59,6 +62,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages."""
     pages = {"contributing.md": contributing(), "configuration/index.md": run_page()}
+    pages["commands.md"] = commands_page()
     pages |= {f"configuration/{name}.md": registry_page(name) for name in Registry.every}
     for place, text in pages.items():
         files.append(File.generated(config, place, content=text))
@@ -78,6 +82,42 @@ def contributing() -> str:
     text = re.sub(r"\[([^\]]+)\]\(docs/", r"[\1](", text)
     text = re.sub(r"\[([^\]]+)\]\((?!\w+\.md)[^)]+\)", r"`\1`", text)
     return f"---\nhide: [navigation]\n---\n\n{text}"
+
+
+def commands_page() -> str:
+    """Every command with its arguments and options, from the program itself."""
+    root: Any = typer.main.get_command(cli.app)
+    parts = [
+        "# Commands\n\nEvery command that prints figures takes `--json FILE`; `--debug` shows the "
+        "traceback of a mistake. Overrides of a YAML go by `a.b=c` or `--a.b c`.\n\n"
+    ]
+    for name in root.list_commands(None):
+        command = root.get_command(root.make_context("mm", [name]), name)
+        inner = getattr(command, "commands", None)
+        for full, one in {f"{name} {k}": v for k, v in (inner or {}).items()}.items() or [
+            (name, command)
+        ]:
+            parts += [f"## mm {full}\n\n", "\n\n".join((one.help or "").split("\n\n")), "\n\n"]
+            parts += ["| | | default |\n|---|---|---|\n", *map(parameter, shown(one)), "\n"]
+    return "".join(parts)
+
+
+def shown(command: Any) -> list[Any]:
+    """Parameters but those that typer adds for shells."""
+    return [p for p in command.params if not str(p.name).endswith("_completion")]
+
+
+def parameter(given: Any) -> str:
+    """Row of an argument or option."""
+    if given.param_type_name == "argument":
+        name = given.metavar or given.name.upper()
+    else:
+        name = ", ".join(given.opts)
+        name += "" if given.is_flag or not given.metavar else f" {given.metavar}"
+    hidden = given.default in (None, False, ()) or callable(given.default)
+    default = "required" if given.required else "" if hidden else code(str(given.default))
+    said = plain(given.help or "").replace("|", "\\|")
+    return f"| {code(name).replace('|', chr(92) + '|')} | {said} | {default} |\n"
 
 
 def run_page() -> str:
