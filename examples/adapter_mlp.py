@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mm.batch import Values
 from mm.config import Config
-from mm.model.layer import Adapter, Ctx, Filled
+from mm.model.layer import Adapter, AdapterOutput, Ctx
 from mm.registry import ADAPTERS
 
 
@@ -39,9 +39,9 @@ class MLPAdapter(Adapter):
         """`(1, 1, C)`: the item that a batch without this modality runs through the module."""
         return torch.zeros(1, 1, self.inner.in_features, device=device, dtype=self.out.weight.dtype)
 
-    def forward(self, values: Values, ctx: Ctx) -> Filled:
+    def forward(self, values: Values, ctx: Ctx) -> AdapterOutput:
         hidden = nn.functional.gelu(self.inner(values.data.to(self.out.weight.dtype)))
-        return Filled(self.out(hidden), None, values.length)
+        return AdapterOutput(self.out(hidden), None, values.length)
 
 
 @ADAPTERS.register("mlp")

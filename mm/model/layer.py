@@ -169,8 +169,9 @@ class Layer(nn.Module):
         return None
 
     def state_bytes(self, n: int, max_len: int) -> int:
-        """Declared bytes of `initial_state(n, max_len)` (law 4). A layer with a State states its
-        formula.
+        """Declared bytes of `initial_state(n, max_len)`, held by the `state bytes` law.
+
+        A layer with a State states its formula.
         """
         return 0
 
@@ -225,7 +226,8 @@ class Mixer(Layer):
 class LinearMixer(Mixer):
     """A mixer whose output is a matrix of its features times its values: wrappers compose on these.
 
-    Law 5: ``attention_matrix(f, ctx) @ f["v"]``, by head, is what `core` returns without a state.
+    The `matrix form` law: ``attention_matrix(f, ctx) @ f["v"]``, by head, is what `core` returns
+    without a state.
     """
 
     def features(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> dict[str, Tensor]:

@@ -96,7 +96,7 @@ def refuse_drawn(position: Position, mixer: str) -> None:
 
 @POSITIONS.register("randomised")
 class RandomisedConfig(Config):
-    """Random, ordered positions in training for any other position (ledger 119)."""
+    """Random, ordered positions in training for any other position."""
 
     kind: Literal["randomised"] = "randomised"
     inner: PositionField = Field(default="rope", validate_default=True)

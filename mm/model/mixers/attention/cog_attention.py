@@ -89,7 +89,7 @@ class CogAttention(GroupedAttention):
 
 @MIXERS.register("cog_attention")
 class CogAttentionConfig(HeadsConfig):
-    """Attention with negative weights (Cog, ledger 264)."""
+    """Attention with negative weights (Cog)."""
 
     kind: Literal["cog_attention"] = "cog_attention"
     qk_norm: bool = False

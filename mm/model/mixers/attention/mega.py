@@ -214,7 +214,7 @@ def cut(layout: Layout, size: int) -> Layout:
 
 @MIXERS.register("mega")
 class MegaConfig(Config):
-    """Moving-average equipped gated attention, one head, optionally within chunks. Ledger 108."""
+    """Moving-average equipped gated attention, one head, optionally within chunks."""
 
     kind: Literal["mega"] = "mega"
     averages: Annotated[int, Field(gt=0, description="moving averages of a channel")] = 16

@@ -226,7 +226,7 @@ class MemoryCompressedAttention(Mixer):
 
 @MIXERS.register("memory_compressed")
 class MemoryCompressedConfig(Config):
-    """Memory-compressed attention (ledger 122)."""
+    """Memory-compressed attention."""
 
     kind: Literal["memory_compressed"] = "memory_compressed"
     heads: Annotated[int, Field(gt=0)] = 4

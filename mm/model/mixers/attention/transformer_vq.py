@@ -341,7 +341,7 @@ class TransformerVQ(Mixer):
 
 @MIXERS.register("transformer_vq")
 class TransformerVQConfig(Config):
-    """Linear-time attention over vector-quantised keys (ledger 214)."""
+    """Linear-time attention over vector-quantised keys."""
 
     kind: Literal["transformer_vq"] = "transformer_vq"
     heads: Annotated[int, Field(gt=0)] = 4

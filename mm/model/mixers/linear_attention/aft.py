@@ -275,7 +275,7 @@ class AFT(Mixer):
 
 @MIXERS.register("aft")
 class AFTConfig(Config):
-    """Attention-free transformer (ledger 410)."""
+    """Attention-free transformer."""
 
     kind: Literal["aft"] = "aft"
     form: Literal["simple", "conv", "local", "full"] = "simple"

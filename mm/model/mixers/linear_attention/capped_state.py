@@ -121,7 +121,7 @@ class CappedState(Mixer):
     before it, so tokens wait for each other; all but their scalar factors is computed in chunks.
 
     Source: Chen et al. 2024, Stuffed Mamba (arXiv:2410.07145v1), its mitigation by state
-    normalisation (ledger 123).
+    normalisation.
     """
 
     caps = Caps(causal=True, step=True, sequential=True)
