@@ -81,8 +81,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def ours(pattern: str, mixers: dict[str, Any]) -> nn.Module:
-    channel = {"kind": "swiglu", "hidden": HIDDEN}
-    stack = {"kind": "stack", "pattern": pattern, "mixers": mixers, "channel": channel}
+    ffn = {"kind": "swiglu", "hidden": HIDDEN}
+    stack = {"kind": "stack", "pattern": pattern, "mixers": mixers, "ffn": ffn}
     vocabulary = Vocabulary().add(TokenSpec("text", IDS - RESERVED - 2))
     model = LmConfig(d_model=D, backbone=stack).build(vocabulary)
     torch.manual_seed(0)

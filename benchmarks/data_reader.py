@@ -32,7 +32,7 @@ def make(out: Path, samples: int, size: int) -> Path:
     import soundfile
     from PIL import Image
 
-    from mm.data.pack import pack
+    from mm.data.pack.job import pack
 
     rng = np.random.default_rng(0)
     raw = out / "raw"
@@ -57,8 +57,8 @@ def plain(key: str, text: bytes, image: bytes, audio: bytes) -> Decoded:
 
 def ours(shards: Path) -> Callable[[], Iterator[Decoded]]:
     """`ShardSet` in the order of a counter-based permutation."""
-    from mm.data.order import permute
-    from mm.data.shards import ShardSet
+    from mm.data.shards.reader import ShardSet
+    from mm.data.streams.shuffle import permute
 
     opened = ShardSet.open(shards)
 
@@ -73,7 +73,7 @@ def ours(shards: Path) -> Callable[[], Iterator[Decoded]]:
 
 def webdataset(shards: Path) -> Callable[[], Iterator[Decoded]]:
     """A bare `WebDataset` over the same tars."""
-    from mm.data.writer import secure_webdataset
+    from mm.data.pack.writer import secure_webdataset
 
     module = secure_webdataset()
     paths = [str(p) for p in sorted((shards / "train").glob("*.tar"))]
@@ -89,7 +89,7 @@ def streaming(shards: Path, out: Path) -> Callable[[], Iterator[Decoded]]:
     """The same samples as MDS shards; raises ImportError where the package is missing."""
     from streaming import LocalDataset, MDSWriter  # type: ignore[import-not-found]
 
-    from mm.data.shards import ShardSet
+    from mm.data.shards.reader import ShardSet
 
     opened = ShardSet.open(shards)
     columns = {"key": "str", "text": "bytes", "image": "bytes", "audio": "bytes"}

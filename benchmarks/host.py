@@ -81,7 +81,7 @@ def pictures(out: Path, samples: int) -> Path:
     """Shards of 224 x 224 JPEG and a caption."""
     from PIL import Image
 
-    from mm.data.pack import pack
+    from mm.data.pack.job import pack
 
     rng, raw = np.random.default_rng(0), out / "raw"
     raw.mkdir(parents=True)
@@ -94,8 +94,8 @@ def pictures(out: Path, samples: int) -> Path:
 
 
 def p13() -> Iterator[Figure]:
-    from mm.data.shards import ShardSet
-    from mm.data.writer import secure_webdataset
+    from mm.data.pack.writer import secure_webdataset
+    from mm.data.shards.reader import ShardSet
 
     try:
         module = secure_webdataset()

@@ -93,7 +93,7 @@ def _outside(step: dict[str, tuple[float, float]]) -> tuple[float, float]:
 
 def prepare(out: Path, size: str, steps: int) -> dict[str, Any]:
     """Pack data once and return the config of the run."""
-    from mm.data.pack import pack
+    from mm.data.pack.job import pack
     from mm.faults.bench import Codes
 
     tokens = out / "tokens"
@@ -133,7 +133,7 @@ def prepare(out: Path, size: str, steps: int) -> dict[str, Any]:
                 "depth": s["depth"],
                 "pattern": "attention",
                 "mixers": {"attention": {"heads": heads}},
-                "channel": {"kind": "swiglu", "hidden": s["d_model"] * 8 // 3 // 16 * 16},
+                "ffn": {"kind": "swiglu", "hidden": s["d_model"] * 8 // 3 // 16 * 16},
             },
         },
         "stages": [
@@ -158,8 +158,8 @@ def prepare(out: Path, size: str, steps: int) -> dict[str, Any]:
 def ours(config: dict[str, Any]) -> dict[str, Any]:
     """The trainer's steps, by part."""
     from mm.run import Run
-    from mm.trainer.engine import Engine
-    from mm.trainer.trainer import Trainer
+    from mm.trainer.engine.deepspeed import Engine
+    from mm.trainer.loop import Trainer
 
     spans = Spans()
     for name, method in {
@@ -195,18 +195,16 @@ def bare(config: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from mm.run import Run
-    from mm.trainer import networks
+    from mm.trainer.stage import build, make_module
     from mm.vocabulary import Vocabulary
 
     torch.set_num_threads(1)
     run = Run.model_validate(config)
     stage, vocabulary = run.stages[0], Vocabulary.load(run.vocabulary or "")
-    objective = networks.build(stage.objective, vocabulary=vocabulary)
-    model = networks.make_module(run.model, vocabulary, run.seed, torch.device("cpu")).train()
+    objective = build(stage.objective, vocabulary=vocabulary)
+    model = make_module(run.model, vocabulary, run.seed, torch.device("cpu")).train()
     optimizer = stage.optimizer.build(model)
-    stream = networks.build(
-        stage.data, vocabulary=vocabulary, transform=objective.transform, seed=run.seed
-    )
+    stream = build(stage.data, vocabulary=vocabulary, transform=objective.transform, seed=run.seed)
     spans = Spans()
     forward = spans.timed("forward", model)
     backward = spans.timed("backward", torch.Tensor.backward)

@@ -35,7 +35,7 @@ def child(asked: argparse.Namespace) -> dict[str, Any]:
     from mm.layout import Doc, Layout
     from mm.model.layer import init_weights
     from mm.model.model import LmConfig
-    from mm.trainer.networks import compile_blocks
+    from mm.trainer.stage import compile_blocks
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -3,7 +3,7 @@
 python benchmarks/zero_stages.py [--steps 30] [--processes 1] [--out runs/zero_stages]
 
 In fp32 with AdamW the four curves are equal to printed precision (law 11,
-tests/test_contract_training.py). In bf16 there is no bar: DeepSpeed wraps the optimizer
+tests/trainer/test_contract_training.py). In bf16 there is no bar: DeepSpeed wraps the optimizer
 differently at stage 0, by design.
 """
 
@@ -33,7 +33,7 @@ stages:
 
 def prepare(out: Path) -> Path:
     """Tokenise this repository's own Python files as bytes, and write the run's YAML."""
-    from mm.data.pack import pack
+    from mm.data.pack.job import pack
     from mm.tokenizers.text.bytes import BytesConfig
 
     out.mkdir(parents=True, exist_ok=True)

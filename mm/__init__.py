@@ -11,13 +11,13 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "Model": "mm.model.model",
     "Run": "mm.run",
-    "Trainer": "mm.trainer.trainer",
+    "Trainer": "mm.trainer.loop",
     "UserError": "mm.errors",
     "Vocabulary": "mm.vocabulary",
     "generate": "mm.decoders.generate",
     "load_tokenizer": "mm.tokenizers.load",
-    "pack": "mm.data.pack",
-    "train": "mm.trainer.trainer",
+    "pack": "mm.data.pack.job",
+    "train": "mm.trainer.loop",
 }
 __all__ = sorted(_EXPORTS)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -23,6 +23,9 @@ class Config(BaseModel):
     Subclasses own `build`.
     """
 
+    # Keys that had another name: {"old": "new"}. They are refused with the new name.
+    renamed: ClassVar[Mapping[str, str]] = {}
+
     model_config = ConfigDict(
         frozen=True, extra="forbid", protected_namespaces=(), arbitrary_types_allowed=True
     )
@@ -32,6 +35,8 @@ class Config(BaseModel):
     def _known_keys(cls, value: Any) -> Any:
         if isinstance(value, Mapping):
             for key in value:
+                if key in cls.renamed:
+                    raise ValueError(f"key '{key}' is called '{cls.renamed[key]}' now")
                 if key not in cls.model_fields:
                     raise ValueError(
                         f"unknown key '{key}'{did_you_mean(str(key), cls.model_fields)}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, SerializeAsAny, WithJsonSchema
 
@@ -29,8 +29,9 @@ class Registry:
 
     every: dict[str, Registry] = {}
 
-    def __init__(self, name: str, table: dict[str, str]):
+    def __init__(self, name: str, table: dict[str, str], renamed: dict[str, str] | None = None):
         self.name = name
+        self.renamed = renamed or {}  # kinds that had another name: {"old": "new"}
         self._modules = dict(table)
         self._classes: dict[str, type[Config]] = {}
         Registry.every[name] = self
@@ -70,6 +71,8 @@ class Registry:
         """
         if kind not in self._modules:
             load_plugins()
+        if kind not in self._modules and kind in self.renamed:
+            raise UserError(f"{self.name} kind '{kind}' is called '{self.renamed[kind]}' now")
         if kind not in self._modules:
             raise UserError(f"unknown {self.name} kind '{kind}'{did_you_mean(kind, self._modules)}")
         if kind not in self._classes:
@@ -147,74 +150,75 @@ BLOCKS = Registry("block", {"prenorm": "mm.model.blocks.prenorm"})
 MIXERS = Registry(
     "mixer",
     {
-        "attention": "mm.model.mixers.attention",
-        "rg_lru": "mm.model.mixers.rg_lru",
-        "linear_attention": "mm.model.mixers.linear_attention",
-        "mamba": "mm.model.mixers.mamba",
-        "delta_rule": "mm.model.mixers.delta_rule",
-        "gated_scan": "mm.model.mixers.gated_scan",
-        "lru": "mm.model.mixers.lru",
-        "s4": "mm.model.mixers.s4",
-        "log_linear": "mm.model.mixers.log_linear",
-        "bidirectional": "mm.model.mixers.bidirectional",
-        "scan_order": "mm.model.mixers.scan_order",
-        "differential": "mm.model.mixers.differential",
-        "prefix_linear_attention": "mm.model.mixers.jrt",
-        "windowed_state": "mm.model.mixers.windowed_state",
-        "capped_state": "mm.model.mixers.capped_state",
-        "rwkv4": "mm.model.mixers.rwkv4",
-        "rwkv6": "mm.model.mixers.rwkv6",
-        "aaren": "mm.model.mixers.aaren",
-        "hippo": "mm.model.mixers.hippo",
-        "hippo_rnn": "mm.model.mixers.hippo_rnn",
-        "s4d": "mm.model.mixers.s4d",
-        "s5": "mm.model.mixers.s5",
-        "gru": "mm.model.mixers.gru",
-        "lstm": "mm.model.mixers.lstm",
-        "latent_attention": "mm.model.mixers.latent_attention",
-        "kv_shift": "mm.model.mixers.kv_shift",
-        "irpe_attention": "mm.model.mixers.irpe_attention",
-        "differential_attention": "mm.model.mixers.differential_attention",
-        "path_attention": "mm.model.mixers.path_attention",
-        "selective_attention": "mm.model.mixers.selective_attention",
-        "cog_attention": "mm.model.mixers.cog_attention",
-        "kv_only": "mm.model.mixers.kv_only",
-        "mega": "mm.model.mixers.mega",
-        "mlstm": "mm.model.mixers.mlstm",
-        "ttt": "mm.model.mixers.ttt",
-        "atlas": "mm.model.mixers.atlas",
-        "lattice": "mm.model.mixers.lattice",
-        "slstm": "mm.model.mixers.slstm",
-        "scrn": "mm.model.mixers.scrn",
-        "lem": "mm.model.mixers.lem",
-        "unitary": "mm.model.mixers.unitary",
-        "echo_state": "mm.model.mixers.echo_state",
-        "gated_cnn": "mm.model.mixers.gated_cnn",
-        "short_conv": "mm.model.mixers.short_conv",
-        "hyena": "mm.model.mixers.hyena",
-        "trellis": "mm.model.mixers.trellis",
-        "mixed_heads": "mm.model.mixers.mixed_heads",
-        "ngram_head": "mm.model.mixers.ngram_head",
-        "sparse_attention": "mm.model.mixers.sparse_attention",
-        "combiner": "mm.model.mixers.combiner",
-        "topk_attention": "mm.model.mixers.topk_attention",
-        "aft": "mm.model.mixers.aft",
-        "memory_compressed": "mm.model.mixers.memory_compressed",
-        "transformer_vq": "mm.model.mixers.transformer_vq",
-        "ecoformer": "mm.model.mixers.ecoformer",
-        "plstm": "mm.model.mixers.plstm",
-        "peg": "mm.model.mixers.peg",
-        "fnet": "mm.model.mixers.fnet",
-        "linformer": "mm.model.mixers.linformer",
-        "nystromformer": "mm.model.mixers.nystromformer",
+        "attention": "mm.model.mixers.attention.attention",
+        "rg_lru": "mm.model.mixers.ssm.rg_lru",
+        "linear_attention": "mm.model.mixers.linear_attention.linear_attention",
+        "mamba": "mm.model.mixers.ssm.mamba",
+        "delta_rule": "mm.model.mixers.linear_attention.delta_rule",
+        "gated_scan": "mm.model.mixers.ssm.gated_scan",
+        "lru": "mm.model.mixers.ssm.lru",
+        "s4": "mm.model.mixers.ssm.s4",
+        "log_linear": "mm.model.mixers.linear_attention.log_linear",
+        "bidirectional": "mm.model.mixers.wrappers.bidirectional",
+        "scan_order": "mm.model.mixers.wrappers.scan_order",
+        "differential": "mm.model.mixers.wrappers.differential",
+        "prefix_linear_attention": "mm.model.mixers.linear_attention.prefix_linear_attention",
+        "windowed_state": "mm.model.mixers.linear_attention.windowed_state",
+        "capped_state": "mm.model.mixers.linear_attention.capped_state",
+        "rwkv4": "mm.model.mixers.linear_attention.rwkv4",
+        "rwkv6": "mm.model.mixers.linear_attention.rwkv6",
+        "aaren": "mm.model.mixers.linear_attention.aaren",
+        "hippo": "mm.model.mixers.ssm.hippo",
+        "hippo_rnn": "mm.model.mixers.ssm.hippo_rnn",
+        "s4d": "mm.model.mixers.ssm.s4d",
+        "s5": "mm.model.mixers.ssm.s5",
+        "gru": "mm.model.mixers.rnn.gru",
+        "lstm": "mm.model.mixers.rnn.lstm",
+        "latent_attention": "mm.model.mixers.attention.latent_attention",
+        "kv_shift": "mm.model.mixers.attention.kv_shift",
+        "irpe_attention": "mm.model.mixers.attention.irpe_attention",
+        "differential_attention": "mm.model.mixers.attention.differential_attention",
+        "path_attention": "mm.model.mixers.attention.path_attention",
+        "selective_attention": "mm.model.mixers.attention.selective_attention",
+        "cog_attention": "mm.model.mixers.attention.cog_attention",
+        "kv_only": "mm.model.mixers.attention.kv_only",
+        "mega": "mm.model.mixers.attention.mega",
+        "mlstm": "mm.model.mixers.linear_attention.mlstm",
+        "ttt": "mm.model.mixers.test_time.ttt",
+        "atlas": "mm.model.mixers.test_time.atlas",
+        "lattice": "mm.model.mixers.test_time.lattice",
+        "slstm": "mm.model.mixers.rnn.slstm",
+        "scrn": "mm.model.mixers.rnn.scrn",
+        "lem": "mm.model.mixers.rnn.lem",
+        "unitary": "mm.model.mixers.rnn.unitary",
+        "echo_state": "mm.model.mixers.rnn.echo_state",
+        "gated_cnn": "mm.model.mixers.conv.gated_cnn",
+        "short_conv": "mm.model.mixers.conv.short_conv",
+        "hyena": "mm.model.mixers.conv.hyena",
+        "trellis": "mm.model.mixers.conv.trellis",
+        "mixed_heads": "mm.model.mixers.wrappers.mixed_heads",
+        "ngram_head": "mm.model.mixers.attention.ngram_head",
+        "sparse_attention": "mm.model.mixers.attention.sparse_attention",
+        "combiner": "mm.model.mixers.attention.combiner",
+        "topk_attention": "mm.model.mixers.attention.topk_attention",
+        "aft": "mm.model.mixers.linear_attention.aft",
+        "memory_compressed": "mm.model.mixers.attention.memory_compressed",
+        "transformer_vq": "mm.model.mixers.attention.transformer_vq",
+        "ecoformer": "mm.model.mixers.linear_attention.ecoformer",
+        "plstm": "mm.model.mixers.ssm.plstm",
+        "peg": "mm.model.mixers.encoder_only.peg",
+        "fnet": "mm.model.mixers.encoder_only.fnet",
+        "linformer": "mm.model.mixers.encoder_only.linformer",
+        "nystromformer": "mm.model.mixers.encoder_only.nystromformer",
     },
 )
-CHANNELS = Registry(
-    "channel",
+FFNS = Registry(
+    "ffn",
     {
-        "swiglu": "mm.model.channels.swiglu",
-        "channel_mix": "mm.model.channels.channel_mix",
+        "swiglu": "mm.model.ffn.swiglu",
+        "rwkv_ffn": "mm.model.ffn.rwkv_ffn",
     },
+    renamed={"rwkv_ffn": "rwkv_ffn"},
 )
 POSITIONS = Registry(
     "position",
@@ -269,11 +273,12 @@ SOURCES = Registry(
 STREAMS = Registry(
     "data",
     {
-        "packed": "mm.data.packed",
-        "bucketed": "mm.data.bucketed",
-        "items": "mm.data.items",
-        "lanes": "mm.data.lanes",
+        "packed": "mm.data.streams.packed",
+        "bucketed": "mm.data.streams.bucketed",
+        "items": "mm.data.streams.raw_items",
+        "stateful": "mm.data.streams.stateful",
     },
+    renamed={"lanes": "stateful"},
 )
 TRANSFORMS = Registry(
     "transform",
@@ -318,3 +323,44 @@ CALLBACKS = Registry(
         "progress": "mm.trainer.callbacks.progress",
     },
 )
+
+# The annotation of a config field that holds one entry: to pydantic a parser (a kind, a mapping or a
+# Config becomes a Config), to a type checker anything.
+if TYPE_CHECKING:
+    NetworkField = Any
+    BackboneField = Any
+    BlockField = Any
+    MixerField = Any
+    FfnField = Any
+    PositionField = Any
+    LinearField = Any
+    EmbedderField = Any
+    AdapterField = Any
+    HeadField = Any
+    TokenizerField = Any
+    QuantizerField = Any
+    StreamField = Any
+    TransformField = Any
+    ObjectiveField = Any
+    OptimizerField = Any
+    TaskField = Any
+    CallbackField = Any
+else:
+    NetworkField = NETWORKS.field
+    BackboneField = BACKBONES.field
+    BlockField = BLOCKS.field
+    MixerField = MIXERS.field
+    FfnField = FFNS.field
+    PositionField = POSITIONS.field
+    LinearField = LINEARS.field
+    EmbedderField = EMBEDDERS.field
+    AdapterField = ADAPTERS.field
+    HeadField = HEADS.field
+    TokenizerField = TOKENIZERS.field
+    QuantizerField = QUANTIZERS.field
+    StreamField = STREAMS.field
+    TransformField = TRANSFORMS.field
+    ObjectiveField = OBJECTIVES.field
+    OptimizerField = OPTIMIZERS.field
+    TaskField = TASKS.field
+    CallbackField = CALLBACKS.field

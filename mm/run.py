@@ -8,7 +8,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mm.config import Config
-from mm.registry import CALLBACKS, NETWORKS, OBJECTIVES, OPTIMIZERS, STREAMS, TASKS
+from mm.registry import (
+    CallbackField,
+    NetworkField,
+    ObjectiveField,
+    OptimizerField,
+    StreamField,
+    TaskField,
+)
 
 
 class Budget(Config):
@@ -64,17 +71,17 @@ class Ema(Config):
 class Stage(Config):
     """The only place where parameters, networks or the optimizer change."""
 
-    data: STREAMS.field  # type: ignore[valid-type]
-    objective: OBJECTIVES.field  # type: ignore[valid-type]
-    optimizer: OPTIMIZERS.field = Field(default="adamw", validate_default=True)  # type: ignore[valid-type]
+    data: StreamField
+    objective: ObjectiveField
+    optimizer: OptimizerField = Field(default="adamw", validate_default=True)
     schedule: Schedule = Schedule()
     budget: Budget = Budget()
     ema: Ema | None = None
-    tasks: tuple[TASKS.field, ...] = ()  # type: ignore[valid-type]
+    tasks: tuple[TaskField, ...] = ()
 
 
 class Engine(Config):
-    """DeepSpeed settings; its JSON is derived from these (mm/trainer/engine.py)."""
+    """DeepSpeed settings; its JSON is derived from these (mm/trainer/engine/deepspeed.py)."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Annotated[
@@ -160,13 +167,13 @@ class Run(Config):
     tokenizers: dict[
         str, Path
     ] = {}  # modality -> folder, for samples, generation and `save_pretrained`
-    model: NETWORKS.field  # type: ignore[valid-type]
+    model: NetworkField
     stages: tuple[Stage, ...]
     engine: Engine = Engine()
     checkpoints: Checkpoints = Checkpoints()
     guard: Guard = Guard()
     tracking: Tracking = Tracking()
-    callbacks: tuple[CALLBACKS.field, ...] = ()  # type: ignore[valid-type]
+    callbacks: tuple[CallbackField, ...] = ()
     evaluate: Annotated[
         bool, Field(description="run the last stage's tasks at the end of training")
     ] = True
@@ -178,10 +185,11 @@ class Run(Config):
             why = refusal(self.engine.stage, stage.schedule.shape) if refusal else None
             if why:
                 raise ValueError(f"stages.{i}: {why}")
-            if getattr(self.model, "mask", None) == "prefix" and stage.data.kind == "lanes":
+            goes_on = getattr(stage.data, "continues_documents", False)
+            if getattr(self.model, "mask", None) == "prefix" and goes_on:
                 raise ValueError(
-                    f"stages.{i}.data: lanes cut documents, and a prefix is read in one piece; "
-                    "take packed or bucketed, or model.mask causal"
+                    f"stages.{i}.data: '{stage.data.kind}' cuts documents, and a prefix is read in "
+                    "one piece; take packed or bucketed, or model.mask causal"
                 )
         if self.engine.compile and self.engine.zero_stage == 3:
             raise ValueError(

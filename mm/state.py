@@ -68,7 +68,7 @@ def map_tree(f: Callable[..., Tensor], *trees: Any) -> Any:
     return first
 
 
-class Struct(State):
+class DataclassState(State):
     """A State that is a frozen dataclass: `map` goes over its fields. Subclasses write `accept`."""
 
     def map(self, f: Callable[..., Tensor], *others: Self) -> Self:
@@ -80,7 +80,7 @@ class Struct(State):
         )
 
 
-class Many(State):
+class StateTuple(State):
     """States of several layers (or visits), in order; None where a layer has none."""
 
     def __init__(self, *parts: State | None):

@@ -19,7 +19,7 @@ for _name, _value in {
     "MPLBACKEND": "Agg",
     "WANDB_MODE": "offline",
     "WANDB_SILENT": "true",
-    "MM_SELF_CHECK": "0",  # every implementation has its own tests; tests/test_kernel_check.py
+    "MM_SELF_CHECK": "0",  # every implementation has its own tests (tests/kernels)
 }.items():
     os.environ.setdefault(_name, _value)
 

@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from mm.data.pack import PackReport, pack
+from mm.data.pack.job import PackReport, pack
 from mm.specs import Encoded, ModalityTokenizer, TokenSpec, Waveform
 
 

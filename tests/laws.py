@@ -21,7 +21,7 @@ from mm.model.layer import Ctx, Layer, Out, init_weights
 from mm.registry import (
     BACKBONES,
     BLOCKS,
-    CHANNELS,
+    FFNS,
     LINEARS,
     MIXERS,
     POSITIONS,
@@ -56,12 +56,12 @@ def variants() -> dict[str, Callable[[], Layer]]:
         made[f"linear:{kind}"] = lambda kind=kind: MIXERS.get("attention")(heads=2).build(
             D, LINEARS.get(kind).smallest().build
         )
-    for kind in CHANNELS:
-        made[f"channel:{kind}"] = lambda kind=kind: CHANNELS.get(kind).smallest().build(D)
-    mixer, channel = MIXERS.get("attention").smallest(), CHANNELS.get("swiglu")(hidden=8)
+    for kind in FFNS:
+        made[f"ffn:{kind}"] = lambda kind=kind: FFNS.get(kind).smallest().build(D)
+    mixer, ffn = MIXERS.get("attention").smallest(), FFNS.get("swiglu")(hidden=8)
     for kind in BLOCKS:
         made[f"block:{kind}"] = lambda kind=kind: (
-            BLOCKS.get(kind).smallest().build(D, mixer.build(D), channel.build(D))
+            BLOCKS.get(kind).smallest().build(D, mixer.build(D), ffn.build(D))
         )
     for kind in BACKBONES:
         made[f"backbone:{kind}"] = lambda kind=kind: BACKBONES.get(kind).smallest().build(D)
@@ -75,19 +75,21 @@ def variants() -> dict[str, Callable[[], Layer]]:
         heads=2, gate=True, position={"kind": "rope", "fraction": 0.5}
     ).build(D)
     made["block, post-norms, GEGLU"] = lambda: BLOCKS.get("prenorm")(post_norms=True).build(
-        D, mixer.build(D), CHANNELS.get("swiglu")(hidden=8, activation="gelu_tanh").build(D)
+        D, mixer.build(D), FFNS.get("swiglu")(hidden=8, activation="gelu_tanh").build(D)
     )
-    made["rg_lru, other width and taps"] = lambda: rg_lru(width=12, heads=3, taps=2).build(D)
+    made["rg_lru, other width and conv_size"] = lambda: rg_lru(
+        width=12, heads=3, conv_size=2
+    ).build(D)
     made["stack, recomputed hybrid"] = lambda: StackConfig(
         depth=3,
         pattern="rg_lru local_attention",
         recompute="full",
-        channel={"kind": "swiglu", "hidden": 8},
+        ffn={"kind": "swiglu", "hidden": 8},
         mixers={"local_attention": {"heads": 2, "window": 3}, "rg_lru": {"heads": 2}},
     ).build(D)
     made["stack, words with a block of their own"] = lambda: StackConfig(
         pattern="rg_lru attention",
-        channel={"kind": "swiglu", "hidden": 8},
+        ffn={"kind": "swiglu", "hidden": 8},
         block={"kind": "prenorm", "normed_residual": True, "norm": "layer"},
         norm="layer",
         blocks={"attention": {"kind": "prenorm", "pre_norms": False, "post_norms": True}},

@@ -42,29 +42,37 @@ def test_padding_and_neighbours_change_nothing(name):
     ).double()
     with torch.no_grad():
         together = net(
-            Batch.of_values({"audio": Values.items(dirty, values.length)}), want=frozenset({"wave"})
+            Batch.of_values({"audio": Values.items(dirty, values.length)}),
+            return_intermediates=frozenset({"wave"}),
         )
         for g, n in enumerate(lengths):
             alone = net(Batch.of_values({"audio": Values.items(dirty[g : g + 1, :n])}))
-            f = alone.taps["ids"].shape[1]
-            assert torch.equal(together.taps["ids"][g, :f], alone.taps["ids"][0])
+            f = alone.intermediates["ids"].shape[1]
+            assert torch.equal(together.intermediates["ids"][g, :f], alone.intermediates["ids"][0])
             torch.testing.assert_close(
-                together.taps["wave"][g, :n], alone.taps["wave"][0], rtol=0, atol=1e-9
+                together.intermediates["wave"][g, :n],
+                alone.intermediates["wave"][0],
+                rtol=0,
+                atol=1e-9,
             )
-            assert (together.taps["wave"][g, n:] == 0).all()
+            assert (together.intermediates["wave"][g, n:] == 0).all()
     counted = sum(-(-n // net.samples_per_frame) for n in lengths)
     assert together.aux["usage"].count.flatten().tolist() == [counted] * 3
 
 
 def test_knobs_choose_books_and_bypass():
     net, b = codec("mel").train(), batch_of([3200, 2000])
-    full, coarse = net(b), net(b, knobs={"books": 0.34})
-    assert (coarse.taps["ids"][..., 2] == -1).all() and (coarse.taps["ids"][..., :2] >= 0).all()
-    assert not torch.equal(full.taps["wave"], coarse.taps["wave"])
-    warm = net(b, knobs={"bypass": 1.0})
+    full, coarse = net(b), net(b, scheduled={"books": 0.34})
+    assert (coarse.intermediates["ids"][..., 2] == -1).all() and (
+        coarse.intermediates["ids"][..., :2] >= 0
+    ).all()
+    assert not torch.equal(full.intermediates["wave"], coarse.intermediates["wave"])
+    warm = net(b, scheduled={"bypass": 1.0})
     assert warm.aux["commitment"].total.item() == 0 < full.aux["commitment"].total.item()
     assert warm.aux.keys() == full.aux.keys()
-    (grad,) = torch.autograd.grad(warm.taps["wave"].square().sum(), net.frontend.to_code.weight)
+    (grad,) = torch.autograd.grad(
+        warm.intermediates["wave"].square().sum(), net.frontend.to_code.weight
+    )
     assert float(grad.abs().sum()) > 0
 
 
@@ -123,11 +131,11 @@ def test_micro_batches_give_the_gradient_of_the_whole():
 
 def test_knobs_are_a_function_of_the_step():
     objective = CodecConfig(bypass_steps=3, quantizer_dropout=0.5).build()
-    draw = lambda step: objective.knobs(step, np.random.default_rng((7, step)))
-    knobs = [draw(s) for s in range(200)]
-    assert knobs == [draw(s) for s in range(200)]
-    assert [k["bypass"] for k in knobs[:5]] == [1, 1, 1, 0, 0]
-    dropped = [k["books"] for k in knobs if k["books"] < 1]
+    draw = lambda step: objective.scheduled(step, np.random.default_rng((7, step)))
+    scheduled = [draw(s) for s in range(200)]
+    assert scheduled == [draw(s) for s in range(200)]
+    assert [k["bypass"] for k in scheduled[:5]] == [1, 1, 1, 0, 0]
+    dropped = [k["books"] for k in scheduled if k["books"] < 1]
     assert 60 < len(dropped) < 140 and min(dropped) > 0
 
 
@@ -151,11 +159,11 @@ def fit(
 
     rows = []
     for step in range(steps):
-        knobs = objective.knobs(step, np.random.default_rng((0, step)))
+        scheduled = objective.scheduled(step, np.random.default_rng((0, step)))
         aux: dict = {}
 
-        def model(b, knobs=knobs, aux=aux, **kw):
-            out = net(b, knobs=knobs, **kw)
+        def model(b, scheduled=scheduled, aux=aux, **kw):
+            out = net(b, scheduled=scheduled, **kw)
             if torch.is_grad_enabled():
                 aux.update({k: v.detach() for k, v in out.aux.items()})
             return out
@@ -226,7 +234,10 @@ def test_critic_is_blind_beyond_the_length():
     dirty = dataclasses.replace(
         values, data=torch.where(values.data == 0, torch.randn(2, 2400), values.data)
     )
-    a, c = critic(b).taps, critic(dataclasses.replace(b, values={"audio": dirty})).taps
+    a, c = (
+        critic(b).intermediates,
+        critic(dataclasses.replace(b, values={"audio": dirty})).intermediates,
+    )
     assert set(a) == {"score.0"} | {f"feature.0.{j}" for j in range(5)}
     for name in a:
         assert torch.equal(a[name], c[name])
@@ -333,8 +344,8 @@ def test_shipped_configs_build_and_fill(path):
 def test_the_trainer_trains_codec_and_critic_into_a_tokenizer_folder(tmp_path):
     import soundfile
 
-    from mm.data.pack import pack
-    from mm.trainer.trainer import train
+    from mm.data.pack.job import pack
+    from mm.trainer.loop import train
 
     (tmp_path / "wav").mkdir()
     for i in range(8):

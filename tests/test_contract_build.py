@@ -21,8 +21,8 @@ from mm.model.layer import Ctx, Layer, init_weights
 from mm.registry import (
     ADAPTERS,
     BLOCKS,
-    CHANNELS,
     EMBEDDERS,
+    FFNS,
     HEADS,
     MIXERS,
     NETWORKS,
@@ -120,14 +120,14 @@ def test_law9_the_configs_are_found() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in VARIANTS if n.split(":")[0] in ("mixer", "preset", "channel", "block")]
+    "name", [n for n in VARIANTS if n.split(":")[0] in ("mixer", "preset", "ffn", "block")]
 )
 def test_law12_compile_captures_a_block_as_one_graph(name: str) -> None:
     torch._dynamo.reset()
     if name.startswith(("mixer", "preset")):
         torch.manual_seed(0)
         layer: Layer = BLOCKS.get("prenorm")().build(
-            D, VARIANTS[name](), CHANNELS.get("swiglu")(hidden=8).build(D)
+            D, VARIANTS[name](), FFNS.get("swiglu")(hidden=8).build(D)
         )
         init_weights(layer)
         layer = layer.double()

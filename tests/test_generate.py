@@ -25,7 +25,7 @@ from mm.registry import NETWORKS
 from mm.specs import Segment, TokenSpec, Waveform
 from mm.tokenizers.load import load_tokenizer
 from mm.tokenizers.text.bytes import BytesConfig
-from mm.trainer import checkpoint
+from mm.trainer.checkpoint import format as checkpoint
 from mm.vocabulary import Vocabulary, merged
 
 PATTERNS = {"attention": "attention", "window": "near", "hybrid": "rg_lru attention"}

@@ -68,7 +68,7 @@ def run_step(
 
     Returns global means.
     """
-    knobs = objective.knobs(env.step, np.random.default_rng(0))
+    scheduled = objective.scheduled(env.step, np.random.default_rng(0))
     counts: dict[str, Tensor] = {}
     for b in micros:
         for name, n in objective.counts(b).items():
@@ -77,7 +77,7 @@ def run_step(
 
     def caller(name: str) -> Callable[..., ModelOut]:
         def call(b: Batch, **kw: Any) -> ModelOut:
-            out = env.networks[name](b, knobs=knobs, **kw)
+            out = env.networks[name](b, scheduled=scheduled, **kw)
             if torch.is_grad_enabled():
                 for key, each in out.aux.items():
                     old = stats[name].get(key)
@@ -116,8 +116,8 @@ def test_forward_gives_an_image_and_a_grid_of_ids(
     )
     net = build(config)
     out = net(batch(torch.rand(3, colours, 16, 16)))
-    assert out.taps["image"].shape == (3, channels, 16, 16)
-    assert out.taps["ids"].shape == (3, 4, 4, 1) == (3, *config.grid, 1)
+    assert out.intermediates["image"].shape == (3, channels, 16, 16)
+    assert out.intermediates["ids"].shape == (3, 4, 4, 1) == (3, *config.grid, 1)
     assert out.aux["usage"].total.sum() == 48
 
 
@@ -125,7 +125,7 @@ def test_gray_and_its_three_equal_colours_are_the_same_picture() -> None:
     net = build(ImageVqConfig.smallest()).eval()
     gray = torch.rand(2, 1, 8, 8)
     one, three = net(batch(gray)), net(batch(gray.expand(-1, 3, -1, -1)))
-    assert torch.equal(one.taps["ids"], three.taps["ids"])
+    assert torch.equal(one.intermediates["ids"], three.intermediates["ids"])
 
 
 def test_init_fills_nan_storage_built_on_meta() -> None:
@@ -163,10 +163,12 @@ def test_saved_network_is_a_tokenizer_and_comes_back(tmp_path: Path) -> None:
     net.save_pretrained(tmp_path / "model", vocabulary=None, tokenizers={})
     image = torch.rand(4, 3, 16, 16)
     again = ImageVq.from_pretrained(tmp_path / "model")
-    assert torch.equal(again(batch(image)).taps["image"], net(batch(image)).taps["image"])
+    assert torch.equal(
+        again(batch(image)).intermediates["image"], net(batch(image)).intermediates["image"]
+    )
     tokenizer = load_tokenizer(tmp_path)
     pixels = [(x.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy() for x in image]
-    ids = net(batch(torch.stack([fit(p, 16) for p in pixels]))).taps["ids"]
+    ids = net(batch(torch.stack([fit(p, 16) for p in pixels]))).intermediates["ids"]
     assert np.array_equal(tokenizer.encode(pixels)[2].ids, ids[2].flatten().numpy())
     assert tokenizer.spec.grid == (4, 4) and tokenizer.spec.vocab_size == 512
     with pytest.raises(UserError, match="no usable image_vq"):
@@ -270,7 +272,7 @@ def test_losses_are_what_they_say() -> None:
     image = torch.rand(5, 3, 8, 8)
     out = net(batch(image))
     means = run_step(VqObjectiveConfig(l1=0.25).build(), [batch(image)], HandEnv({"model": net}))
-    error = (out.taps["image"] - image).detach()
+    error = (out.intermediates["image"] - image).detach()
     assert means["reconstruction"] == pytest.approx(
         float(0.75 * error.square().mean() + 0.25 * error.abs().mean()), rel=1e-5
     )
@@ -297,15 +299,15 @@ def test_the_zero_item_of_a_rank_without_images_counts_nowhere() -> None:
 
 def test_warm_up_leaves_the_quantizer_out() -> None:
     objective = VqObjectiveConfig(bypass_steps=2).build()
-    assert [objective.knobs(step, None)["bypass"] for step in range(4)] == [1, 1, 0, 0]
+    assert [objective.scheduled(step, None)["bypass"] for step in range(4)] == [1, 1, 0, 0]
     net = build(
         ImageVqConfig(
             size=8, down=(4,), widths=(8,), blocks=(0,), quantizer={"kind": "fsq", "levels": (2,)}
         )
     ).eval()
     image = torch.rand(16, 3, 8, 8)
-    soft = net(batch(image), knobs={"bypass": 1.0}).taps["image"]
-    hard = net(batch(image), knobs={"bypass": 0.0}).taps["image"]
+    soft = net(batch(image), scheduled={"bypass": 1.0}).intermediates["image"]
+    hard = net(batch(image), scheduled={"bypass": 0.0}).intermediates["image"]
     assert not torch.allclose(soft, hard)
     means = run_step(
         objective, [batch(image)], HandEnv({"model": build(ImageVqConfig(quantizer="vq", size=8))})
@@ -423,7 +425,7 @@ def learn(
     net.eval()
     with torch.no_grad():
         out = net(batch(held_out))
-    mse = (out.taps["image"].clamp(0, 1) - held_out).square().mean((1, 2, 3))
+    mse = (out.intermediates["image"].clamp(0, 1) - held_out).square().mean((1, 2, 3))
     h = out.aux["usage"].total
     return float(-10 * mse.log10().mean()), usage_share(h), perplexity(h)
 

@@ -26,7 +26,7 @@ from PIL import Image
 import mm
 from mm import config as configs
 from mm.cli import main as cli
-from mm.data.decode import EXTENSIONS
+from mm.data.modalities.decode import EXTENSIONS
 from mm.registry import TOKENIZERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,7 +170,7 @@ LAWS = [
     ("A mixer", "tests/test_contract.py", "mixer:ema"),
     ("A mixer", "tests/test_layout.py", "ema"),
     ("A tokenizer", "tests/test_contract_tokenizers.py", "mu_law"),
-    ("An objective", "tests/test_contract_training.py", "truncated_next_token"),
+    ("An objective", "tests/trainer/test_contract_training.py", "truncated_next_token"),
 ]
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from mm.data.collate import document_tokens, to_batch
-from mm.data.pack import pack
-from mm.data.shards import ShardSet
+from mm.data.batching.collate import document_tokens, to_batch
+from mm.data.pack.job import pack
+from mm.data.shards.reader import ShardSet
 from mm.decoders.generate import Generator, generate, save_media
 from mm.errors import UserError
 from mm.model.layer import init_weights

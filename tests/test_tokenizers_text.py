@@ -17,7 +17,7 @@ import pytest
 from mm.config import Config
 from mm.config import load as load_config
 from mm.errors import UserError
-from mm.registry import TOKENIZERS
+from mm.registry import TokenizerField
 from mm.specs import Encoded
 from mm.tokenizers.load import load_tokenizer
 from mm.tokenizers.text.bpe import BpeConfig, BpeTokenizer
@@ -152,7 +152,7 @@ def test_a_batch_does_not_pad(bpe: BpeTokenizer) -> None:
 @pytest.mark.parametrize("name", ["text", "bytes"])
 def test_shipped_yaml_fits_saves_and_loads(name: str, tmp_path: Path) -> None:
     class File(Config):
-        tokenizer: TOKENIZERS.field  # type: ignore[valid-type]
+        tokenizer: TokenizerField
 
     config = load_config(f"configs/tokenizer/{name}.yaml", File).tokenizer
     tokenizer = config.fit(CORPUS)

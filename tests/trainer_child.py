@@ -1,4 +1,4 @@
-"""Child of test_contract_training.py, under torchrun: train every run YAML named on the command
+"""Child of trainer_runs.torchrun, under torchrun: train every run YAML named on the command
 line, in turn.
 """
 
@@ -9,7 +9,7 @@ from mm.launch import environment
 environment.prepare()
 
 if __name__ == "__main__":
-    from mm.trainer.trainer import INTERRUPTED, train
+    from mm.trainer.loop import INTERRUPTED, train
 
     for path in sys.argv[1:]:
         try:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mm.config import Config
-from mm.data.decode import NATIVE, BadSample
-from mm.data.slots import MAX_SEGMENTS, slot_of
+from mm.data.modalities.decode import NATIVE, BadSample
+from mm.data.shards.members import MAX_SEGMENTS, member_name
 from mm.errors import UserError, did_you_mean
 
 SPLITS = {
@@ -41,8 +41,8 @@ IDS = ("input_ids", "token_ids", "tokens", "ids")  # what a column of token ids 
 class Record(NamedTuple):
     """One sample as found.
 
-    ``values``: slot (a modality; of an interleaved sample see `mm.data.slots`) -> function that
-    reads its bytes (it may raise BadSample).
+    ``values``: member (a modality; of an interleaved sample see `mm.data.shards.members`) -> a
+    function that reads its bytes (it may raise BadSample).
     """
 
     key: str
@@ -162,7 +162,7 @@ class TableSource(Source):
             split = row.get("split")
             bad = ""
             try:
-                values = {slot: self._reader(m, v) for slot, m, v in self._found(row, mapping)}
+                values = {member: self._reader(m, v) for member, m, v in self._found(row, mapping)}
             except BadSample as error:
                 values, bad = {}, str(error)
             meta = {k: v for k, v in row.items() if k not in used and _plain(v)}
@@ -194,52 +194,52 @@ class TableSource(Source):
     def _found(
         self, row: Mapping[str, Any], mapping: Mapping[str, str]
     ) -> list[tuple[str, str, Any]]:
-        """(slot, modality, value) of everything in a row. Raises BadSample on bad segments."""
+        """(member, modality, value) of everything in a row. Raises BadSample on bad segments."""
         if SEGMENTS in mapping:
-            return segments(row.get(mapping[SEGMENTS]), self.known)
+            return parse_segments(row.get(mapping[SEGMENTS]), self.known)
         return [
             (m, m, row[c]) for m, c in mapping.items() if row.get(c) is not None and row[c] != ""
         ]
 
     def _reader(self, modality: str, value: Any) -> Callable[[], bytes]:
         if self.tokenized:
-            return token_ids(modality, value)
+            return token_reader(modality, value)
         if isinstance(value, dict):
             if value.get("bytes") is not None:
                 value = value["bytes"]
             elif isinstance(value.get("path"), str):
                 return partial(read_inside, self.root, value["path"])
             else:
-                return raising(f"{modality}: neither 'path' nor 'bytes' in {sorted(value)}")
+                return Unreadable(f"{modality}: neither 'path' nor 'bytes' in {sorted(value)}")
         if isinstance(value, (bytes, bytearray)):
-            return Given(bytes(value))
+            return InlineBytes(bytes(value))
         if not isinstance(value, str):
-            return raising(
+            return Unreadable(
                 f"{modality}: expected {'text' if modality == 'text' else 'a path'}, found "
                 f"{type(value).__name__}"
             )
         if modality == "text":
             try:
-                return Given(value.encode())
+                return InlineBytes(value.encode())
             except UnicodeEncodeError:
-                return raising("text: lone surrogates are no valid Unicode")
+                return Unreadable("text: lone surrogates are no valid Unicode")
         return partial(read_inside, self.root, value)
 
 
-def token_ids(modality: str, value: Any) -> Callable[[], bytes]:
+def token_reader(modality: str, value: Any) -> Callable[[], bytes]:
     """A reader of a list of ids: int32 codes, little-endian."""
     ids = value
     if isinstance(value, (list, tuple)):
         ids = np.asarray(value) if value else np.empty(0, np.int32)
     if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
-        return raising(f"{modality}: expected a list of token ids, found {value!r:.60}")
+        return Unreadable(f"{modality}: expected a list of token ids, found {value!r:.60}")
     if len(ids) and (ids.min() < 0 or ids.max() >= 2**31):
-        return raising(f"{modality}: ids {ids.min()}..{ids.max()} are no token ids")
-    return Given(ids.astype("<i4").tobytes())
+        return Unreadable(f"{modality}: ids {ids.min()}..{ids.max()} are no token ids")
+    return InlineBytes(ids.astype("<i4").tobytes())
 
 
-def segments(given: Any, known: Collection[str] = NATIVE) -> list[tuple[str, str, Any]]:
-    """(slot, modality, value) of each segment of a list of ``{modality: value}``.
+def parse_segments(given: Any, known: Collection[str] = NATIVE) -> list[tuple[str, str, Any]]:
+    """(member, modality, value) of each segment of a list of ``{modality: value}``.
 
     Keys without a value (as tables fill them in) do not count. Raises BadSample naming the segment.
     """
@@ -257,7 +257,7 @@ def segments(given: Any, known: Collection[str] = NATIVE) -> list[tuple[str, str
                 f"found {', '.join(map(str, have)) or repr(each)[:60]}"
             )
         ((modality, value),) = have.items()
-        out.append((slot_of(number, modality), modality, value))
+        out.append((member_name(number, modality), modality, value))
     return out
 
 
@@ -281,7 +281,7 @@ def read_inside(root: Path, relative: str) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class InlineBytes:
     """A reader of bytes that are here already. A reader that can be pickled is called in a worker
     process, another one in the main process.
     """
@@ -293,7 +293,7 @@ class Given:
 
 
 @dataclass(frozen=True, slots=True)
-class raising:  # noqa: N801  used as a function
+class Unreadable:
     """A reader that can only say why it cannot read."""
 
     reason: str

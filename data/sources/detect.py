@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mm.config import validate
-from mm.data.decode import EXTENSIONS
-from mm.data.shards import MANIFEST
+from mm.data.modalities.decode import EXTENSIONS
+from mm.data.shards.reader import MANIFEST
 from mm.data.sources.base import Source
-from mm.data.sources.hf import is_saved
+from mm.data.sources.hf import is_saved_dataset
 from mm.errors import UserError
 from mm.registry import SOURCES
 
@@ -39,7 +39,7 @@ def open_source(
                 src / f"{name}{suffix}" for name in ("manifest", "metadata") for suffix in TABLES
             ]
             table = next((m for m in manifests if m.is_file()), None)
-            if is_saved(src):
+            if is_saved_dataset(src):
                 kind = "hf"
             elif (src / MANIFEST).is_file() or _only_tars(src):
                 kind = "shards"

@@ -14,16 +14,16 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import field_validator, model_validator
 
-from mm.data import index
-from mm.data.decode import EXTENSIONS, BadSample, decode_json
-from mm.data.slots import parse
+from mm.data.modalities.decode import EXTENSIONS, BadSample, decode_json
+from mm.data.shards import index
+from mm.data.shards.members import split_ordinal
 from mm.data.sources.base import (
     PICKLES,
-    Given,
+    InlineBytes,
     Record,
     Source,
     SourceConfig,
-    raising,
+    Unreadable,
     read_inside,
     split_of,
 )
@@ -154,11 +154,11 @@ class FolderSource(Source):
     def _files(self) -> Iterator[File]:
         root = self.config.path
         if root.is_file():
-            for m in index.members(root):
+            for m in index.tar_entries(root):
                 if not any(
                     part.startswith(".") for part in m.name.split("/") if part not in (".", "")
                 ):
-                    read = partial(_member, root, m.offset, m.size)
+                    read = partial(_read_entry, root, m.offset, m.size)
                     yield File(m.name.removeprefix("./"), m.size, 0, read)
             return
         for folder, folders, names in os.walk(root):
@@ -173,7 +173,7 @@ class FolderSource(Source):
                         f"{relative}.link",
                         0,
                         0,
-                        raising("a link that leads out of the folder: refused"),
+                        Unreadable("a link that leads out of the folder: refused"),
                     )
                 elif path.is_file():
                     stat = path.stat()
@@ -205,7 +205,7 @@ class FolderSource(Source):
             return Record(stem, where, {}, split, meta, reason)
 
         for name, files in group.items():
-            ordinal, extension = parse(name)
+            ordinal, extension = split_ordinal(name)
             if extension in PICKLES:
                 return bad(f"'.{extension}' files can run code when they are read: refused")
             if extension == "link":
@@ -217,11 +217,11 @@ class FolderSource(Source):
                     return bad(str(error))
                 continue
             modality = EXTENSIONS[extension]
-            if ordinal and any(parse(slot)[0] == ordinal for slot in values):
+            if ordinal and any(split_ordinal(member)[0] == ordinal for member in values):
                 return bad(f"two files of segment {int(ordinal[:3])}")
             if modality in values or len(files) > 1:
                 return bad(f"two {modality} files of one name")
-            if values and bool(ordinal) != bool(parse(next(iter(values)))[0]):
+            if values and bool(ordinal) != bool(split_ordinal(next(iter(values)))[0]):
                 return bad(f"'{name}' stands beside files with other names than segments have")
             values[ordinal + modality] = files[0].read
         if set(values) < usual:
@@ -235,7 +235,7 @@ class FolderSource(Source):
             return bad(str(error))
         if label is not None:
             meta.setdefault("label", label)
-            values.setdefault("text", Given(label.encode("utf-8", "surrogateescape")))
+            values.setdefault("text", InlineBytes(label.encode("utf-8", "surrogateescape")))
         return Record(stem, where, values, split, meta)
 
     def _caption(self, path: PurePosixPath, meta: dict[str, Any]) -> str | None:
@@ -267,7 +267,7 @@ def _split(path: str) -> tuple[str, str]:
     return (stem, extension.lower()) if dot and "/" not in extension else (path, "")
 
 
-def _member(tar: Path, offset: int, size: int) -> bytes:
+def _read_entry(tar: Path, offset: int, size: int) -> bytes:
     with open(tar, "rb") as file:
         file.seek(offset)
         return file.read(size)

@@ -16,7 +16,7 @@ STATE, DICT, INFO = "state.json", "dataset_dict.json", "dataset_info.json"
 ROWS = 64  # decoded to Python at a time: a row may hold an image
 
 
-def is_saved(folder: Path) -> bool:
+def is_saved_dataset(folder: Path) -> bool:
     """True for what `save_to_disk` of a Dataset or a DatasetDict wrote."""
     return (folder / DICT).is_file() or ((folder / STATE).is_file() and (folder / INFO).is_file())
 

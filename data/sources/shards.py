@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from mm.data.index import sha256
-from mm.data.shards import MANIFEST, ShardSet, read_manifest
-from mm.data.sources.base import Given, Record, Source, SourceConfig, split_of
+from mm.data.shards.index import sha256
+from mm.data.shards.reader import MANIFEST, ShardSet, read_manifest
+from mm.data.sources.base import InlineBytes, Record, Source, SourceConfig, split_of
 from mm.data.sources.folder import FolderConfig, FolderSource
 from mm.errors import UserError
 from mm.registry import SOURCES
@@ -54,10 +54,10 @@ class PackedShards(Source):
             shards = ShardSet.open(self.path, split)
             for i in range(len(shards)):
                 values = {}
-                for slot in shards.slots(i):
-                    found = shards.raw(i, slot)
+                for member in shards.members(i):
+                    found = shards.raw(i, member)
                     if found is not None:
-                        values[slot] = Given(found[1])
+                        values[member] = InlineBytes(found[1])
                 yield Record(
                     shards.key(i), f"{split}:{shards.key(i)}", values, split, shards.meta(i)
                 )

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from mm.data.decode import LIMITS
+from mm.data.modalities.decode import LIMITS
 from mm.data.sources.base import TableConfig, TableSource
 from mm.errors import UserError
 from mm.registry import SOURCES

@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mm.data.index import sha256
-from mm.data.sources.base import Given, Record, Source, SourceConfig
+from mm.data.shards.index import sha256
+from mm.data.sources.base import InlineBytes, Record, Source, SourceConfig
 from mm.errors import UserError
 from mm.registry import SOURCES
 
@@ -60,17 +60,19 @@ class TextSource(Source):
         borders = (1 - self.config.val_share - self.config.test_share, 1 - self.config.val_share)
         with open(self.config.path, "rb") as file:
             at = 0
-            for piece in documents(
+            for piece in split_documents(
                 iter(lambda: file.read(1 << 20), b""), self.config.document_bytes
             ):
                 share = at / self.size
                 split = "train" if share < borders[0] else "test" if share < borders[1] else "val"
                 key = f"{self.config.path.stem}-{at:012d}"
-                yield Record(key, f"{self.config.path.name}@{at}", {"text": Given(piece)}, split)
+                yield Record(
+                    key, f"{self.config.path.name}@{at}", {"text": InlineBytes(piece)}, split
+                )
                 at += len(piece)
 
 
-def documents(blocks: Iterator[bytes], limit: int) -> Iterator[bytes]:
+def split_documents(blocks: Iterator[bytes], limit: int) -> Iterator[bytes]:
     """Cut a stream of bytes into pieces of at most ``limit``; joined they are the input.
 
     A cut comes after a blank line, else a line, else a blank, else anywhere

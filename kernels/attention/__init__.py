@@ -1,7 +1,7 @@
 """Softmax attention over rows: the reference, and the implementations that equal it.
 
 A row holds ONE document, or several that ``allowed`` or ``document`` separates; mixers put each
-document into its own row (`mm.model.rows`), because a masked place still meets its neighbours as
+document into its own row (`mm.model.varlen`), because a masked place still meets its neighbours as
 ``0 * value``, which is NaN when the value is inf.
 
 R rows, T queries, S keys, H query heads, G key heads (G divides H), K key width, V value width,

@@ -74,13 +74,13 @@ def coordinates(
     init_weights(model)
     rule = OPTIMIZERS.parse({"kind": optimizer, "lr": lr, "weight_decay": 0.0}).build(model)
     data = batch(seed)
-    want = frozenset({"hidden", *(f"hidden.{i}" for i in range(1, depth))})
+    return_intermediates = frozenset({"hidden", *(f"hidden.{i}" for i in range(1, depth))})
     first: dict[str, torch.Tensor] = {}
     rows = []
     for step in range(steps + 1):
         with torch.no_grad():
-            out = model(data, want=want, loss=False)
-            found = {**out.taps, "logits": out.heads["tokens"].dist.logits}
+            out = model(data, return_intermediates=return_intermediates, loss=False)
+            found = {**out.intermediates, "logits": out.heads["tokens"].dist.logits}
         if step == 0:
             first = found
         for place in sorted(found) if step else ():

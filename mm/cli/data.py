@@ -137,7 +137,7 @@ def pack(
     ] = None,
     json: JsonFile = None,
 ) -> None:
-    from mm.data import pack as packing
+    from mm.data.pack import job as packing
 
     report = packing.pack(
         src,
@@ -198,7 +198,7 @@ def inspect(
     json: JsonFile = None,
 ) -> None:
     existing(shards, "packed data", f"make it with: mm data pack SRC --out {shards}")
-    from mm.data import inspect as inspecting
+    from mm.data.shards import inspect as inspecting
 
     found = inspecting.inspect(shards, out=out, tokenizers=tokenizers, split=split, sample=sample)
     rows = [
@@ -232,9 +232,9 @@ def verify(
     json: JsonFile = None,
 ) -> None:
     existing(shards, "packed data", f"make it with: mm data pack SRC --out {shards}")
-    from mm.data import inspect as inspecting
+    from mm.data.shards import verify as verifying
 
-    found = inspecting.verify(shards)
+    found = verifying.verify(shards)
     write_json(json, found)
     if not found["ok"]:
         raise UserError(

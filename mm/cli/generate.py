@@ -104,7 +104,7 @@ def read_prompt(given: dict[str, Any], to: str) -> dict[str, Any]:
     Raises:
         UserError: a file is missing or cannot be decoded.
     """
-    from mm.data.decode import BadSample, decode
+    from mm.data.modalities.decode import BadSample, decode
 
     raws: dict[str, Any] = {}
     for modality, value in sorted(given.items(), key=lambda item: item[0] == to):

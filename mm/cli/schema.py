@@ -11,7 +11,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from mm import config
 from mm.config import Config
 from mm.errors import UserError
-from mm.registry import TOKENIZERS, Registry, load_plugins
+from mm.registry import Registry, TokenizerField, load_plugins
 from mm.run import Run
 
 
@@ -90,7 +90,7 @@ def resolve(path: str, assignments: Sequence[str] = ()) -> Config:
     """Read any YAML of the project: a Run, or a file with `tokenizer:`. Raises UserError."""
     values = config.override(config.read(path), assignments)
     if "tokenizer" in values and "stages" not in values:
-        model = create_model("TokenizerFile", __base__=Config, tokenizer=(TOKENIZERS.field, ...))
+        model = create_model("TokenizerFile", __base__=Config, tokenizer=(TokenizerField, ...))
         return config.validate(model, values, path)
     if "stages" not in values and "kind" in values:
         fitting = [r for r in Registry.every.values() if values["kind"] in r]

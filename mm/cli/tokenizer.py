@@ -64,9 +64,9 @@ def train(
             assignments.append(f"stages.0.data.path={data}")
         if out is not None:
             assignments += [f"name={out.name}", f"out={out.parent}"]
-        from mm.trainer import trainer
+        from mm.trainer import loop
 
-        result = trainer.train(config, assignments)
+        result = loop.train(config, assignments)
     if is_main():
         figures(f"Tokenizer {out or config}", result)
         if out:
@@ -81,7 +81,7 @@ def fit(chosen: Any, data: Path, out: Path, text: str) -> dict[str, Any]:
     Raises:
         UserError: the kind cannot be fitted, or the split has no text.
     """
-    from mm.data.shards import ShardSet
+    from mm.data.shards.reader import ShardSet
 
     if not hasattr(chosen, "fit"):
         raise UserError(
@@ -96,10 +96,10 @@ def fit(chosen: Any, data: Path, out: Path, text: str) -> dict[str, Any]:
         )
 
     def texts() -> Iterator[str]:
-        from mm.data.decode import decode_text
+        from mm.data.modalities.decode import decode_text
 
-        for i, slot in found:
-            raw = shards.raw(i, slot)  # alone: decoding the pictures beside it would cost minutes
+        for i, member in found:
+            raw = shards.raw(i, member)  # alone: decoding the pictures beside it would cost minutes
             if raw is not None:
                 yield decode_text(raw[1])
 
@@ -161,8 +161,8 @@ def read_raws(data: Path, split: str, modality: str, limit: int) -> list[Any]:
     """At most ``limit`` raw values of a modality, evenly spread over a split. Raises UserError when
     it has none.
     """
-    from mm.data.decode import decode
-    from mm.data.shards import ShardSet
+    from mm.data.modalities.decode import decode
+    from mm.data.shards.reader import ShardSet
 
     shards = ShardSet.open(data, split=split)
     raw = "text" if modality == "bytes" else modality

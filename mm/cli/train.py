@@ -19,7 +19,7 @@ from mm.cli.common import (
     write_json,
 )
 from mm.cli.eval import figure_rows, figure_table
-from mm.trainer.signals import starting
+from mm.trainer.health.signals import starting
 
 app = typer.Typer()
 
@@ -40,9 +40,9 @@ def train(
     path = run_config(Path(config)) if Path(config).is_dir() else config
     assignments = overrides(changes)
     with starting():
-        from mm.trainer import trainer
+        from mm.trainer import loop
 
-        result = trainer.train(path, assignments)
+        result = loop.train(path, assignments)
     if is_main():
         training = {k: v for k, v in result.items() if not k.startswith("eval/")}
         figures(f"Trained {config}", training)

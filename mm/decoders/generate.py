@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mm.data.collate import document_length, to_batch
+from mm.data.batching.collate import document_length, to_batch
 from mm.decoders import rules as rule_kinds
 from mm.decoders.base import Ask, Rule, is_fixed
 from mm.decoders.folder import load

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mm.batch import Batch
-from mm.data.collate import axes_of, document_tokens, grids_of
+from mm.data.batching.collate import axes_of, document_tokens, grids_of
 from mm.decoders.base import is_fixed
 from mm.errors import UserError
 from mm.layout import Doc, Layout

@@ -70,7 +70,7 @@ class Bench:
         environment.prepare()
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(
-            ["mm.faults.warm", "mm.faults.child", "mm.trainer.trainer", "mm.data.packed"]
+            ["mm.faults.warm", "mm.faults.child", "mm.trainer.loop", "mm.data.streams.packed"]
         )
         self._wholes: dict[str, Path] = {}
         self._n = 0
@@ -79,7 +79,7 @@ class Bench:
     def _shards(self, name: str) -> Path:
         from PIL import Image
 
-        from mm.data.pack import pack
+        from mm.data.pack.job import pack
 
         raw, out = self.root / f"raw-{name}", self.root / f"tokens-{name}"
         raw.mkdir()
@@ -137,7 +137,7 @@ class Bench:
                     "depth": 2,
                     "pattern": PATTERNS[pattern],
                     "mixers": {"attention": {"heads": 2, "kv_heads": 1}},
-                    "channel": {"kind": "swiglu", "hidden": 64},
+                    "ffn": {"kind": "swiglu", "hidden": 64},
                     "block": {"kind": "prenorm", "dropout": 0.1},
                 },
             },
@@ -240,7 +240,8 @@ def differences(whole: Path, other: Path, rel: float = 0.0) -> str:
     ``rel`` = 0 asks for the same bits; otherwise losses may differ by that share, and tensors are
     not compared.
     """
-    from mm.trainer import checkpoint, metrics
+    from mm.trainer.checkpoint import format as checkpoint
+    from mm.trainer.log import metrics
 
     a, b = (metrics.read(folder / "metrics.jsonl") for folder in (whole, other))
     if [row["step"] for row in a] != [row["step"] for row in b]:

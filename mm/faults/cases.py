@@ -18,9 +18,9 @@ import numpy as np
 
 from mm.faults.bench import Bench, Ended, differences
 from mm.faults.wandb_server import DOWN, wandb_server
-from mm.trainer import checkpoint
-from mm.trainer.heartbeat import HUNG
-from mm.trainer.trainer import INTERRUPTED
+from mm.trainer.checkpoint import format as checkpoint
+from mm.trainer.health.heartbeat import HUNG
+from mm.trainer.health.signals import INTERRUPTED
 
 KILLED, USER_ERROR = -9, 2
 
@@ -179,7 +179,7 @@ def _bombs(bench: Bench, quick: bool) -> Iterator[str]:
 
     from PIL import Image
 
-    from mm.data.pack import pack
+    from mm.data.pack.job import pack
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
@@ -355,7 +355,7 @@ def _pickles(bench: Bench, quick: bool) -> Iterator[str]:
     lost = _resumed(bench, config, ended, KILLED)
     yield "code of the pickle ran" if trap.exists() else lost
 
-    from mm.data.pack import pack
+    from mm.data.pack.job import pack
 
     raw = bench.root / bench.fresh("pickles.tar")
     with tarfile.open(raw, "w") as tar:

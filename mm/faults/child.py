@@ -39,7 +39,7 @@ def run(spec: Mapping[str, Any], rank: int) -> None:
 
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True)
     from mm.run import Run
-    from mm.trainer.trainer import Trainer
+    from mm.trainer.loop import Trainer
 
     try:
         trainer = Trainer(Run.model_validate(spec["run"]))
@@ -98,15 +98,15 @@ def _before(trainer: Any, phase: str, step: int, act: Callable[[], None]) -> Non
         setattr(trainer, name, begin)
         return
     if phase == "evaluate":
-        from mm.trainer import finish
+        from mm.trainer import final_eval
 
-        evaluate = finish.evaluate
+        evaluate = final_eval.evaluate
 
         def evaluated(*args: Any) -> Any:
             once()
             return evaluate(*args)
 
-        finish.evaluate = evaluated
+        final_eval.evaluate = evaluated
         return
     name, offset = {"step": ("_optimizer_step", 1), "save": ("_save", 0), "report": ("_report", 0)}[
         phase
@@ -132,7 +132,7 @@ def _sleep(trainer: Any, options: Mapping[str, Any]) -> None:
 
 def _kill_in_save(trainer: Any, options: Mapping[str, Any]) -> None:
     """SIGKILL after ``share`` of the bytes of the save of step ``step``; the file is cut there."""
-    from mm.trainer import checkpoint
+    from mm.trainer.checkpoint import format as checkpoint
 
     write, save = checkpoint._write_tensors, checkpoint.save
     left: list[float] = []
@@ -155,7 +155,7 @@ def _kill_in_save(trainer: Any, options: Mapping[str, Any]) -> None:
 
 
 def _kill_before_pointer(trainer: Any, options: Mapping[str, Any]) -> None:
-    from mm.trainer import checkpoint
+    from mm.trainer.checkpoint import format as checkpoint
 
     point = checkpoint._point
 
@@ -224,7 +224,7 @@ def _wandb_down(trainer: Any, options: Mapping[str, Any]) -> None:
     """The server that the run was started with goes down."""
     from urllib.request import urlopen
 
-    from mm.trainer import tracker
+    from mm.trainer.log import tracker
 
     tracker.INIT_TIMEOUT_S = 120.0  # a slow machine is not the fault that is tried here
 
@@ -238,9 +238,9 @@ def _wandb_down(trainer: Any, options: Mapping[str, Any]) -> None:
 
 def _halves(trainer: Any, options: Mapping[str, Any]) -> None:
     """Rank 0 of 2 sees text only, rank 1 images only; a single process sees both."""
-    from mm.data.packed import PackedConfig
+    from mm.data.streams.packed import PackedConfig
     from mm.launch import environment
-    from mm.trainer import networks
+    from mm.trainer.stage import build
 
     me, enter = environment.ranks(), trainer._enter
 
@@ -248,7 +248,7 @@ def _halves(trainer: Any, options: Mapping[str, Any]) -> None:
         enter(*args)
         trainer.stream.close()
         streams = [
-            networks.build(
+            build(
                 PackedConfig.model_validate(options[modality]),
                 vocabulary=trainer.vocabulary,
                 transform=trainer.objective.transform,
@@ -335,8 +335,8 @@ def disk(spec: Mapping[str, Any], fault: str, whole: str) -> None:
     """
     from mm.faults.bench import differences
     from mm.run import Run
-    from mm.trainer import checkpoint
-    from mm.trainer.trainer import Trainer
+    from mm.trainer.checkpoint import format as checkpoint
+    from mm.trainer.loop import Trainer
 
     _own_mounts()
     run = Run.model_validate(spec["run"])

@@ -2,6 +2,6 @@
 is slow to start is started here once (DeepSpeed looks for compilers for seconds).
 """
 
-from mm.trainer import engine
+from mm.trainer.engine import deepspeed as engine
 
 engine._deepspeed()

@@ -45,8 +45,10 @@ class Ctx:
     shared: Mapping[str, Any] = field(
         default_factory=dict
     )  # from `Layer.shares`, Providers or earlier layers
-    knobs: Mapping[str, float] = field(default_factory=dict)  # host values equal on all ranks
-    want: frozenset[str] = frozenset()  # taps and statistics asked for; nothing is paid when empty
+    scheduled: Mapping[str, float] = field(default_factory=dict)  # host values equal on all ranks
+    return_intermediates: frozenset[str] = (
+        frozenset()
+    )  # intermediates and statistics asked for; nothing is paid when empty
     seed: Tensor | int = (
         0  # counter-based noise from (seed, visit, name): recomputation draws the same
     )
@@ -79,7 +81,7 @@ class Out(NamedTuple):
 
 
 class Layer(nn.Module):
-    """Mixer, Channel, Block, wrapper and Backbone are all this. The SAME call trains, prefills,
+    """Mixer, FeedForward, Block, wrapper and Backbone are all this. The SAME call trains, prefills,
     continues and steps.
     """
 
@@ -163,14 +165,14 @@ class LinearMixer(Mixer):
         return Out(self.finish(o, x_BTD, f, ctx), after)
 
 
-class Channel(Layer):
+class FeedForward(Layer):
     """Plug point; needs ctx and state too (token shift, routing). Experts are ONE module with
     stacked weights.
     """
 
 
 class Block(Layer):
-    """Plug point: the wiring of a mixer and a channel."""
+    """Plug point: the wiring of a mixer and a feed-forward layer."""
 
 
 class Backbone(Layer):
@@ -231,13 +233,16 @@ class Position:
 
 
 class Linear(nn.Module):
-    """Plug point: every matrix of a mixer or channel is ``linear(d_in, d_out, name)``."""
+    """Plug point: every matrix of a layer is ``linear(d_in, d_out, name)``."""
 
     def forward(self, x: Tensor, ctx: Ctx | None = None) -> Tensor:
         raise NotImplementedError
 
 
-class Filled(NamedTuple):
+LinearFactory = Callable[..., Linear]  # (d_in, d_out, name) -> Linear
+
+
+class AdapterOutput(NamedTuple):
     """What an Adapter puts into reserved places."""
 
     x: Tensor | None  # (G, R, D) embeddings, or
@@ -257,7 +262,7 @@ class Embedder(nn.Module):
 class Adapter(nn.Module):
     """Plug point: continuous values to embeddings of their reserved places."""
 
-    def forward(self, values: Values, ctx: Ctx) -> Filled:
+    def forward(self, values: Values, ctx: Ctx) -> AdapterOutput:
         raise NotImplementedError
 
 
@@ -300,7 +305,7 @@ class ModelOut(NamedTuple):
     hidden: Tensor
     heads: Mapping[str, HeadOut]
     state: State | None
-    taps: Mapping[str, Tensor]
+    intermediates: Mapping[str, Tensor]
     aux: Mapping[str, Sum]
 
 

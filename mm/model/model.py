@@ -23,10 +23,18 @@ from mm.layout import Layout
 from mm.mask import Causal, Full, Mask, Prefix, Window
 from mm.model import folder as files
 from mm.model import mup
-from mm.model.backbones.stack import TAP
+from mm.model.backbones.stack import INTERMEDIATE
 from mm.model.layer import NONE, Backbone, Ctx, Embedder, Head, HeadOut, Memory, ModelOut
-from mm.registry import ADAPTERS, BACKBONES, EMBEDDERS, HEADS, LINEARS, NETWORKS
-from mm.state import Many, State
+from mm.registry import (
+    BACKBONES,
+    NETWORKS,
+    AdapterField,
+    BackboneField,
+    EmbedderField,
+    HeadField,
+    LinearField,
+)
+from mm.state import State, StateTuple
 from mm.vocabulary import RESERVED, Vocabulary
 
 
@@ -81,8 +89,8 @@ class Model(nn.Module):
         state: State | None = None,
         mask: Mask | None = None,
         memories: Mapping[str, Memory] = NONE,
-        knobs: Mapping[str, float] = NONE,
-        want: frozenset[str] = frozenset(),
+        scheduled: Mapping[str, float] = NONE,
+        return_intermediates: frozenset[str] = frozenset(),
         seed: Tensor | int = 0,
         draft: bool = False,
         path: Sequence[int] | None = None,
@@ -99,16 +107,16 @@ class Model(nn.Module):
             mask: who sees whom; default the config's.
             memories: further things to attend to; every part of the batch enters as one under its
                 own name.
-            want: taps, e.g. "hidden", "hidden.3" (input of layer 3).
+            return_intermediates: intermediates, e.g. "hidden", "hidden.3" (input of layer 3).
             draft: the returned State must be able to `accept` a prefix.
             path: layers to run, in order.
             heads: names of the heads to run; default all.
             loss: True: heads return nll per place of ``batch.targets``; False: Distributions.
         Returns:
-            `hidden` `(B, T, D)`, one HeadOut a head, state, taps, aux.
+            `hidden` `(B, T, D)`, one HeadOut a head, state, intermediates, aux.
         """
         tapped = [h for h in self.heads if heads is None or h in heads]
-        taps_read = {str(self.heads[h].tap) for h in tapped} - {"hidden"}
+        taps_read = {str(self.heads[h].reads) for h in tapped} - {"hidden"}
         layout, mask = batch.layout, mask or self.config.default_mask()
         if layout.fields.extra and isinstance(mask, Causal | Full | Window):
             # These read no named field: none is cached, or regrouped with each layer.
@@ -122,8 +130,8 @@ class Model(nn.Module):
             layout,
             mask,
             batch.ids,
-            knobs=knobs,
-            want=want | frozenset(taps_read),
+            scheduled=scheduled,
+            return_intermediates=return_intermediates | frozenset(taps_read),
             seed=seed,
             draft=draft,
         )
@@ -145,10 +153,15 @@ class Model(nn.Module):
         out = self.backbone(x, ctx, state, path)
         aux |= {f"backbone.{k}": v for k, v in out.aux.items()}
         shared = out.ctx.shared if out.ctx is not None else {}
-        taps = {k.removeprefix(TAP): v for k, v in shared.items() if k.startswith(TAP)}
+        intermediates = {
+            k.removeprefix(INTERMEDIATE): v for k, v in shared.items() if k.startswith(INTERMEDIATE)
+        }
         hidden = out.y
         if back is not None:
-            hidden, taps = _restore(hidden, back), {k: _restore(v, back) for k, v in taps.items()}
+            hidden, intermediates = (
+                _restore(hidden, back),
+                {k: _restore(v, back) for k, v in intermediates.items()},
+            )
         found: dict[str, HeadOut] = {}
         for name in tapped:
             head = self.heads[name]
@@ -160,10 +173,16 @@ class Model(nn.Module):
             target = batch.targets.flatten(0, 1).index_select(0, places.long()) if loss else None
             if target is not None and name not in batch.places:
                 target = target.clamp_min(0)  # -1 = none: its weight is 0
-            h = hidden if head.tap == "hidden" else taps[str(head.tap)]
+            h = hidden if head.reads == "hidden" else intermediates[str(head.reads)]
             found[name] = head(h, ctx, places, target)
             aux |= {f"heads.{name}.{k}": v for k, v in found[name].aux.items()}
-        return ModelOut(hidden, found, out.state, {k: v for k, v in taps.items() if k in want}, aux)
+        return ModelOut(
+            hidden,
+            found,
+            out.state,
+            {k: v for k, v in intermediates.items() if k in return_intermediates},
+            aux,
+        )
 
     def _fill(
         self, x: Tensor, batch: Batch, ctx: Ctx, aux: dict[str, Sum]
@@ -221,7 +240,7 @@ class Model(nn.Module):
         )
         return move(flat[:-1].view(B, T, D)), layout, back
 
-    def initial_state(self, n: int, max_len: int, path: Sequence[int] | None = None) -> Many:
+    def initial_state(self, n: int, max_len: int, path: Sequence[int] | None = None) -> StateTuple:
         """State of ``n`` fresh slots for documents of at most ``max_len`` tokens."""
         if path is None:
             return self.backbone.initial_state(n, max_len)  # type: ignore[return-value]
@@ -298,19 +317,11 @@ class LmConfig(Config):
 
     kind: Literal["lm"] = "lm"
     d_model: Annotated[int, Field(gt=0)] = 128
-    backbone: BACKBONES.field = Field(  # type: ignore[valid-type]
-        default="stack", validate_default=True
-    )
-    embedder: EMBEDDERS.field = Field(  # type: ignore[valid-type]
-        default="sum", validate_default=True
-    )
-    adapters: dict[str, ADAPTERS.field] = {}  # type: ignore[valid-type]
-    heads: dict[str, HEADS.field] = Field(  # type: ignore[valid-type]
-        default={"tokens": "softmax"}, validate_default=True
-    )
-    linear: LINEARS.field = Field(  # type: ignore[valid-type]
-        default="dense", validate_default=True
-    )
+    backbone: BackboneField = Field(default="stack", validate_default=True)
+    embedder: EmbedderField = Field(default="sum", validate_default=True)
+    adapters: dict[str, AdapterField] = {}
+    heads: dict[str, HeadField] = Field(default={"tokens": "softmax"}, validate_default=True)
+    linear: LinearField = Field(default="dense", validate_default=True)
     mask: Annotated[
         Literal["causal", "full", "prefix"],
         Field(description="prefix: causal, but leading conditions see each other both ways"),

@@ -1,7 +1,8 @@
 """The adversarial half of a tokenizer's objective: a critic network, its own terms, and what it
 adds to the model's losses.
 
-A critic is any network that returns taps "score.<i>" and "feature.<i>.<j>", each (G, ...): one row
+A critic is any network that returns intermediates "score.<i>" and "feature.<i>.<j>", each (G,
+...): one row
 an item. All sums here are over items, each item's places averaged first, so that every denominator
 is the number of items. G items.
 """
@@ -19,7 +20,7 @@ from mm.batch import Batch
 from mm.config import Config
 from mm.model.layer import ModelOut
 from mm.objectives.objective import Network, Term
-from mm.registry import NETWORKS
+from mm.registry import NetworkField
 
 CRITIC = "critic"
 
@@ -27,7 +28,7 @@ CRITIC = "critic"
 class Adversarial(Config):
     """A critic, how much its opinion weighs, and from which step on it is asked."""
 
-    critic: NETWORKS.field  # type: ignore[valid-type]
+    critic: NetworkField
     weight: Annotated[float, Field(ge=0, description="factor of the generator's hinge loss")] = 1.0
     feature_weight: Annotated[float, Field(ge=0, description="factor of feature matching")] = 2.0
     start_step: Annotated[
@@ -113,16 +114,16 @@ def generator_losses(
 
 def scores(out: ModelOut) -> list[Tensor]:
     """A critic's scores, by resolution; higher is more real."""
-    return _named(out.taps, "score.")
+    return _named(out.intermediates, "score.")
 
 
 def features(out: ModelOut) -> list[Tensor]:
     """A critic's hidden features, by resolution and layer."""
-    return _named(out.taps, "feature.")
+    return _named(out.intermediates, "feature.")
 
 
-def _named(taps: Mapping[str, Any], prefix: str) -> list[Tensor]:
-    return [taps[name] for name in sorted(taps) if name.startswith(prefix)]
+def _named(intermediates: Mapping[str, Any], prefix: str) -> list[Tensor]:
+    return [intermediates[name] for name in sorted(intermediates) if name.startswith(prefix)]
 
 
 def _total(each: Tensor, weight: Tensor | None) -> Tensor:

@@ -69,7 +69,7 @@ class CodecObjective(Objective):
             self.networks = config.adversarial.networks
             self.weights |= config.adversarial.weights
 
-    def knobs(self, step: int, rng: Any) -> dict[str, float]:
+    def scheduled(self, step: int, rng: Any) -> dict[str, float]:
         """Warm-up ("bypass" 1) and the share of codebooks in use ("books"), equal on all ranks."""
         books = 1.0
         if rng.random() < self.config.quantizer_dropout:
@@ -96,24 +96,32 @@ class CodecObjective(Objective):
         asked = self.config.adversarial
         if asked is None or env.step < asked.start_step:
             for i, b in enumerate(micros):
-                yield Term(self._losses(nets["model"](b, want=WAVE), b), step=i == len(micros) - 1)
+                yield Term(
+                    self._losses(nets["model"](b, return_intermediates=WAVE), b),
+                    step=i == len(micros) - 1,
+                )
             return
         with torch.no_grad():
-            fakes = [self._with_wave(b, nets["model"](b, want=WAVE).taps["wave"]) for b in micros]
+            fakes = [
+                self._with_wave(
+                    b, nets["model"](b, return_intermediates=WAVE).intermediates["wave"]
+                )
+                for b in micros
+            ]
         yield from gan.critic_terms(
             nets[gan.CRITIC], micros, fakes, [self._valid(b) for b in micros]
         )
         with env.frozen(gan.CRITIC) as critic:
             for i, b in enumerate(micros):
-                out = nets["model"](b, want=WAVE)
-                fake = self._with_wave(b, out.taps["wave"])
+                out = nets["model"](b, return_intermediates=WAVE)
+                fake = self._with_wave(b, out.intermediates["wave"])
                 judged = gan.generator_losses(critic, b, fake, self._valid(b))
                 yield Term(self._losses(out, b) | judged, step=i == len(micros) - 1)
 
     def _losses(self, out: ModelOut, b: Batch) -> dict[str, Tensor]:
         c, values = self.config, b.values[self.config.modality]
         target = values.data * valid_samples(values.length, values.data.shape[1])
-        wave = out.taps["wave"]
+        wave = out.intermediates["wave"]
         return {
             "mel": mel_loss(
                 wave, target, values.length, sample_rate=c.sample_rate, windows=c.windows

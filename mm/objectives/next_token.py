@@ -14,7 +14,7 @@ from mm.config import Config
 from mm.errors import UserError
 from mm.model.layer import ModelOut
 from mm.objectives.objective import Env, Objective, Term
-from mm.registry import OBJECTIVES, TRANSFORMS
+from mm.registry import OBJECTIVES, TransformField
 from mm.vocabulary import MASK, Vocabulary
 
 MASKED = "masked"  # name of the loss of masked places
@@ -25,7 +25,7 @@ class NextTokenConfig(Config):
     """Cross-entropy of the next token, summed per modality of the target."""
 
     kind: Literal["next_token"] = "next_token"
-    transform: TRANSFORMS.field | None = None  # type: ignore[valid-type]
+    transform: TransformField | None = None
     balance: Annotated[
         Literal["tokens", "modalities"],
         Field(

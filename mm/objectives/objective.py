@@ -65,11 +65,11 @@ class Objective(ABC):
     transform: Any = None  # config of a Transform, run in the data workers
     weights: Mapping[str, float] = NONE  # of each named loss; default 1
 
-    def knobs(self, step: int, rng: Any) -> dict[str, float]:
+    def scheduled(self, step: int, rng: Any) -> dict[str, float]:
         """Host values of a step, equal on all ranks (``rng``: numpy Generator of (seed, step))."""
         return {}
 
-    def corrupt(self, b: Batch, rng: Any, knobs: Mapping[str, float]) -> Batch:
+    def corrupt(self, b: Batch, rng: Any, scheduled: Mapping[str, float]) -> Batch:
         """Shape-preserving change on the device: masks, noise, times."""
         return b
 

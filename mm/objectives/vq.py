@@ -73,7 +73,7 @@ class VqObjective(Objective):
             self.networks = config.adversarial.networks
             self.weights |= config.adversarial.weights
 
-    def knobs(self, step: int, rng: Any) -> dict[str, float]:
+    def scheduled(self, step: int, rng: Any) -> dict[str, float]:
         """ "bypass": 1 during the warm-up, in which latents are decoded as they are."""
         return {"bypass": float(step < self.config.bypass_steps)}
 
@@ -93,20 +93,20 @@ class VqObjective(Objective):
                 yield Term(self._losses(nets["model"](b), b, bypass), step=i == len(micros) - 1)
             return
         with torch.no_grad():
-            fakes = [self._with_image(b, nets["model"](b).taps["image"]) for b in micros]
+            fakes = [self._with_image(b, nets["model"](b).intermediates["image"]) for b in micros]
         yield from gan.critic_terms(
             nets[gan.CRITIC], micros, fakes, [self._valid(b) for b in micros]
         )
         with env.frozen(gan.CRITIC) as critic:
             for i, b in enumerate(micros):
                 out = nets["model"](b)
-                fake = self._with_image(b, out.taps["image"])
+                fake = self._with_image(b, out.intermediates["image"])
                 judged = gan.generator_losses(critic, b, fake, self._valid(b))
                 yield Term(self._losses(out, b, bypass) | judged, step=i == len(micros) - 1)
 
     def _losses(self, out: ModelOut, b: Batch, bypass: bool) -> dict[str, Tensor]:
         """Sums over images of each loss's mean over pixels or cells."""
-        image = out.taps["image"].float()
+        image = out.intermediates["image"].float()
         error = image - colours(b.values[self.config.modality].data, image.shape[1]).float()
         each = error.square() * (1 - self.config.l1) + error.abs() * self.config.l1
         losses = {"reconstruction": (each.flatten(1).mean(1) * self._valid(b)).sum()}

@@ -93,7 +93,7 @@ def render(run: RunData) -> str:
         "<header><p class='kicker'>mm run "
         f"report</p><h1>{escape(run.name)}</h1>{_chips(run)}</header>"
         f"<nav>{nav}</nav><main>{main}{notes}</main>"
-        f"<footer>Written {time.strftime('%Y-%m-%d %H:%M')} by mm report "
+        f"<footer>SlotWrites {time.strftime('%Y-%m-%d %H:%M')} by mm report "
         f"{escape(str(run.folder))}</footer>"
         f"<script>{script}</script></body></html>"
     )

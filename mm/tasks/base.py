@@ -56,7 +56,7 @@ class Item(NamedTuple):
 
 def open_split(data: Path, split: str) -> Any:
     """Open the shards of one split. Raises UserError when it is absent."""
-    from mm.data.shards import ShardSet
+    from mm.data.shards.reader import ShardSet
 
     return ShardSet.open(data, split=split)
 

@@ -81,8 +81,8 @@ class BitsPerByte(Task):
                 continue
             chosen = [where[k] for k in spread(len(where), self.limit)]
             values = [  # a segment of an interleaved sample is measured alone
-                shards[i].values if slot == raw else {raw: shards.value(i, slot)}
-                for i, slot in chosen
+                shards[i].values if member == raw else {raw: shards.value(i, member)}
+                for i, member in chosen
             ]
             figures |= self._measure(generator, modality, values)
         return figures

@@ -19,7 +19,7 @@ from torch import Tensor
 from mm.batch import Batch, Sum
 from mm.config import Config
 from mm.model.layer import ModelOut
-from mm.registry import NETWORKS, QUANTIZERS
+from mm.registry import NETWORKS, QuantizerField
 from mm.tokenizers.audio.layers import Stream
 from mm.tokenizers.audio.losses import valid_samples
 from mm.tokenizers.audio.melcodec import MelFrontEndConfig
@@ -83,8 +83,8 @@ class AudioCodec(TokenizerNetwork):
         self,
         batch: Batch,
         *,
-        knobs: Mapping[str, float] = {},  # noqa: B006 - never written
-        want: frozenset[str] = frozenset(),
+        scheduled: Mapping[str, float] = {},  # noqa: B006 - never written
+        return_intermediates: frozenset[str] = frozenset(),
         seed: Tensor | int = 0,
         **_: Any,
     ) -> ModelOut:
@@ -95,14 +95,15 @@ class AudioCodec(TokenizerNetwork):
         default all.
 
         Returns:
-            hidden: (G, F, D) latents. taps: "wave" (G, N) float32, zero beyond ``length``; "ids"
+            hidden: (G, F, D) latents. intermediates: "wave" (G, N) float32, zero beyond
+            ``length``; "ids"
                 (G, F, Q).
             aux: the quantizer's, with "commitment" weighed in samples, so that its count follows
                 from the lengths.
         """
         values = batch.values[self.config.modality]
-        n, bypass = values.data.shape[1], bool(knobs.get("bypass", 0))
-        n_books = math.ceil(knobs.get("books", 1.0) * self.quantizer.n_codebooks)
+        n, bypass = values.data.shape[1], bool(scheduled.get("bypass", 0))
+        n_books = math.ceil(scheduled.get("books", 1.0) * self.quantizer.n_codebooks)
         z, valid = self.latents(values.data, values.length)
         out = self.quantizer(z, valid=valid, n_books=n_books, bypass=bypass, seed=seed)
         aux = dict(out.aux)
@@ -127,7 +128,7 @@ class AudioCodecConfig(Config):
         16000
     )
     frontend: FrontEndConfig = MelFrontEndConfig()
-    quantizer: QUANTIZERS.field = Field(default="rvq", validate_default=True)  # type: ignore[valid-type]
+    quantizer: QuantizerField = Field(default="rvq", validate_default=True)
 
     @property
     def frames_per_second(self) -> float:

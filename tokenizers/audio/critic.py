@@ -88,17 +88,18 @@ class MsStftCritic(nn.Module):
         """Judge ``batch.values[modality]``: data (G, N) float32, length (G,) samples.
 
         Returns:
-            taps: "score.<i>" (G, T_i, W_i) of resolution i, higher is more real; "feature.<i>.<j>"
+            intermediates: "score.<i>" (G, T_i, W_i) of resolution i, higher is more real;
+            "feature.<i>.<j>"
                 (G, C, T_i, W_ij).
         """
         values = batch.values[self.config.modality]
         wave = values.data * valid_samples(values.length, values.data.shape[1])
-        taps: dict[str, Tensor] = {}
+        intermediates: dict[str, Tensor] = {}
         for i, scale in enumerate(self.scales):
             score, features = scale(wave, values.length)
-            taps[f"score.{i}"] = score
-            taps |= {f"feature.{i}.{j}": feature for j, feature in enumerate(features)}
-        return ModelOut(taps["score.0"], {}, None, taps, {})
+            intermediates[f"score.{i}"] = score
+            intermediates |= {f"feature.{i}.{j}": feature for j, feature in enumerate(features)}
+        return ModelOut(intermediates["score.0"], {}, None, intermediates, {})
 
 
 @NETWORKS.register("ms_stft_critic")

@@ -52,15 +52,16 @@ class PatchCritic(nn.Module):
         """Judge ``batch.values["image"]``, data ``(G, 1 or 3, H, W)`` in [0, 1].
 
         Returns:
-            taps: "score.0" (G, 1, h, w); "feature.0.<i>" (G, D, h, w) of every hidden layer.
+            intermediates: "score.0" (G, 1, h, w); "feature.0.<i>" (G, D, h, w) of every hidden
+            layer.
         """
         x: Tensor = 2 * colours(batch.values[self.config.modality].data, self.config.channels) - 1
-        taps: dict[str, Tensor] = {}
+        intermediates: dict[str, Tensor] = {}
         for i, layer in enumerate(self.layers):
             x = F.leaky_relu(layer(x), 0.2)
-            taps[f"feature.0.{i}"] = x
-        taps["score.0"] = self.score(x)
-        return ModelOut(x, {}, None, taps, {})
+            intermediates[f"feature.0.{i}"] = x
+        intermediates["score.0"] = self.score(x)
+        return ModelOut(x, {}, None, intermediates, {})
 
 
 @NETWORKS.register("patch_critic")

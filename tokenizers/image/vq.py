@@ -18,7 +18,7 @@ from mm.batch import Batch
 from mm.config import Config
 from mm.errors import UserError
 from mm.model.layer import ModelOut
-from mm.registry import NETWORKS, QUANTIZERS
+from mm.registry import NETWORKS, QuantizerField
 from mm.tokenizers.network import TokenizerNetwork
 from mm.tokenizers.quantizers.base import Quantizer
 
@@ -108,8 +108,8 @@ class ImageVq(TokenizerNetwork):
         self,
         batch: Batch,
         *,
-        knobs: Mapping[str, float] = NONE,
-        want: frozenset[str] = frozenset(),
+        scheduled: Mapping[str, float] = NONE,
+        return_intermediates: frozenset[str] = frozenset(),
         seed: Tensor | int = 0,
         **_: Any,
     ) -> ModelOut:
@@ -119,14 +119,15 @@ class ImageVq(TokenizerNetwork):
         Knob "bypass" 1 skips the quantizer (warm-up).
 
         Returns:
-            hidden: (G, h, w, D) latents. taps: "image" (G, C, H, W), C the network's colours; "ids"
+            hidden: (G, h, w, D) latents. intermediates: "image" (G, C, H, W), C the network's
+            colours; "ids"
                 (G, h, w, Q)
             int64. aux: the quantizer's.
         """
         values = batch.values[self.config.modality]
         z = self.encode(values.data)
         valid = (values.length > 0)[:, None, None].expand(z.shape[:-1])
-        out = self.quantizer(z, valid=valid, bypass=bool(knobs.get("bypass", 0)), seed=seed)
+        out = self.quantizer(z, valid=valid, bypass=bool(scheduled.get("bypass", 0)), seed=seed)
         return ModelOut(z, {}, None, {"image": self.decode(out.z), "ids": out.ids}, out.aux)
 
 
@@ -160,7 +161,7 @@ class ImageVqConfig(Config):
         tuple[Annotated[int, Field(ge=0)], ...],
         Field(description="residual blocks of each level, each way"),
     ] = (0, 2)
-    quantizer: QUANTIZERS.field = Field(default="fsq", validate_default=True)  # type: ignore[valid-type]
+    quantizer: QuantizerField = Field(default="fsq", validate_default=True)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

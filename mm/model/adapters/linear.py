@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mm.batch import Values
 from mm.config import Config
-from mm.model.layer import Adapter, Ctx, Filled
+from mm.model.layer import Adapter, AdapterOutput, Ctx
 from mm.registry import ADAPTERS
 
 
@@ -33,9 +33,9 @@ class LinearAdapter(Adapter):
         """`(1, 1, C)`: the item that a batch without this modality runs through the module."""
         return torch.zeros(1, 1, self.d_in, device=device, dtype=self.weight.dtype)
 
-    def forward(self, values: Values, ctx: Ctx) -> Filled:
+    def forward(self, values: Values, ctx: Ctx) -> AdapterOutput:
         x = nn.functional.linear(values.data.to(self.weight.dtype), self.weight, self.bias)
-        return Filled(x, None, values.length)
+        return AdapterOutput(x, None, values.length)
 
 
 @ADAPTERS.register("linear")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -15,15 +15,15 @@ from torch import Tensor
 
 from mm.layout import Fields
 from mm.model.backbones.stack import Stack, StackConfig
-from mm.model.layer import Block, Caps, Ctx, Linear, Out, Position
-from mm.model.linears.dense import DenseConfig
-from mm.model.mixers.cached import CachedAttention, HeadsConfig, Sizes
-from mm.model.mixers.kv import KV, DraftKV, advance
+from mm.model.layer import Block, Caps, Ctx, LinearFactory, Out, Position
+from mm.model.linears.dense import dense
+from mm.model.mixers.attention.base import CachedAttention, HeadsConfig, Sizes
+from mm.model.mixers.attention.kv_cache import KV, DraftKV, advance
 from mm.model.norm import RMSNorm
 from mm.model.recompute import Recompute
-from mm.model.rows import Docs, paired
-from mm.registry import BACKBONES, BLOCKS, CHANNELS
-from mm.state import Many, State
+from mm.model.varlen import PackedRows, paired
+from mm.registry import BACKBONES, BlockField, FfnField
+from mm.state import State, StateTuple
 
 MEMORY = "decoder_decoder.memory"
 
@@ -36,7 +36,7 @@ class Published:
 
     k: Tensor
     v: Tensor
-    docs: Docs | None = None
+    docs: PackedRows | None = None
     fields: Fields | None = None  # (R, L) of the call
     known: Fields | None = None  # (R, S) of the keys
     allowed: Tensor | None = None  # (R, L, S)
@@ -58,7 +58,7 @@ class SharedMemory(Block):
         own_keys: bool,
         eps: float,
         position: Position,
-        linear: Callable[..., Linear],
+        linear: LinearFactory,
     ):
         super().__init__()
         G, K = sizes
@@ -83,8 +83,8 @@ class SharedMemory(Block):
             k = self.position.rotate(k, k, f, f)[1]
         made, after = Published(k, v), None
         if state is not None:
-            cache = state.settled()
-            docs = Docs.of(ctx.layout, cache.count.shape[0])
+            cache = state.commit()
+            docs = PackedRows.of(ctx.layout, cache.count.shape[0])
             rows = docs.fields(f)
             k, v = docs.unpack(k), docs.unpack(v)
             past_k, past_v, past_f = cache.past(docs, rows)
@@ -118,7 +118,7 @@ class CrossAttention(CachedAttention):
         sizes: tuple[int, int, int],
         own_keys: bool,
         position: Position,
-        linear: Callable[..., Linear],
+        linear: LinearFactory,
     ):
         heads, G, K = sizes
         super().__init__(Sizes(G, K, K), position)
@@ -178,19 +178,21 @@ class DecoderDecoder(Stack):
         super().__init__([*lower, memory, *upper], d_model, eps, recompute)
         self.prefix = len(lower) + 1
 
-    def prefill(self, x_BTD: Tensor, ctx: Ctx, state: Many) -> Many:
+    def prefill(self, x_BTD: Tensor, ctx: Ctx, state: StateTuple) -> StateTuple:
         """State after tokens whose outputs nobody needs: the upper layers do not run, and what
         follows is exactly what it would be if they had.
         """
-        below = Many(*state.parts[: self.prefix])
+        below = StateTuple(*state.parts[: self.prefix])
         out = self(x_BTD, ctx, below, list(range(self.prefix)))
-        assert isinstance(out.state, Many)
-        return Many(*out.state.parts, *state.parts[self.prefix :])
+        assert isinstance(out.state, StateTuple)
+        return StateTuple(*out.state.parts, *state.parts[self.prefix :])
 
 
 @BACKBONES.register("decoder_decoder")
 class DecoderDecoderConfig(HeadsConfig):
     """Lower layers by a pattern, then ``upper`` layers of attention to one shared memory."""
+
+    renamed: ClassVar[dict[str, str]] = {"channel": "ffn"}
 
     kind: Literal["decoder_decoder"] = "decoder_decoder"
     lower: StackConfig | None = Field(
@@ -201,17 +203,12 @@ class DecoderDecoderConfig(HeadsConfig):
     own_keys: Annotated[
         bool, Field(description="each upper layer makes its own keys and values of the memory")
     ] = False
-    channel: CHANNELS.field | None = Field(  # type: ignore[valid-type]
-        default="swiglu", validate_default=True
-    )
-    block: BLOCKS.field = Field(  # type: ignore[valid-type]
-        default="prenorm", validate_default=True
-    )
+    ffn: FfnField | None = Field(default="swiglu", validate_default=True)
+    block: BlockField = Field(default="prenorm", validate_default=True)
     eps: float = 1e-6
     recompute: Recompute = "none"
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> DecoderDecoder:
-        linear = linear or DenseConfig().build
+    def build(self, d_model: int, linear: LinearFactory = dense) -> DecoderDecoder:
         heads, G, K = self.sizes(d_model)
         place = lambda: self.placed(K, d_model)
         if type(place()).embed is not Position.embed:
@@ -225,7 +222,7 @@ class DecoderDecoderConfig(HeadsConfig):
             self.block.build(
                 d_model,
                 CrossAttention(d_model, (heads, G, K), self.own_keys, place(), linear),
-                self.channel.build(d_model, linear) if self.channel else None,
+                self.ffn.build(d_model, linear) if self.ffn else None,
             )
             for _ in range(self.upper)
         ]
@@ -236,6 +233,6 @@ class DecoderDecoderConfig(HeadsConfig):
         local = StackConfig(
             pattern="local_attention",
             mixers={"local_attention": {"heads": 2, "window": 3}},
-            channel=None,
+            ffn=None,
         )
-        return cls(heads=2, kv_heads=1, lower=local, upper=2, channel=None)
+        return cls(heads=2, kv_heads=1, lower=local, upper=2, ffn=None)

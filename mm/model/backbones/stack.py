@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -16,13 +16,13 @@ from mm.config import Config
 from mm.errors import UserError, did_you_mean
 from mm.model import recompute as recomputing
 from mm.model.backbones.pattern import parse, tile
-from mm.model.layer import Backbone, Block, Ctx, Layer, Linear, Out, Provider
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Backbone, Block, Ctx, Layer, Linear, LinearFactory, Out, Provider
+from mm.model.linears.dense import dense
 from mm.model.norm import Kind, norm
-from mm.registry import BACKBONES, BLOCKS, CHANNELS, MIXERS
-from mm.state import Many, State
+from mm.registry import BACKBONES, MIXERS, BlockField, FfnField, MixerField
+from mm.state import State, StateTuple
 
-TAP = "tap."
+INTERMEDIATE = "intermediate."
 
 
 class Stack(Backbone):
@@ -30,7 +30,8 @@ class Stack(Backbone):
 
     ``path`` runs other layers or another order; every VISIT has its own State. Taps `hidden.i`
     (input of visit i) and
-    `hidden` (what the heads read) go into the successor Ctx as shared values named `tap.hidden.i`.
+    `hidden` (what the heads read) go into the successor Ctx as shared values named
+    `intermediate.hidden.i`.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Stack(Backbone):
         visits = list(path) if path is not None else list(range(len(self.layers)))
         parts: list[State | None] = [None] * len(visits)
         if state is not None:
-            if not isinstance(state, Many) or len(state) != len(visits):
+            if not isinstance(state, StateTuple) or len(state) != len(visits):
                 raise ValueError(
                     f"a State of this path has {len(visits)} parts; make it with "
                     "initial_state(..., path=path)"
@@ -91,11 +92,11 @@ class Stack(Backbone):
                 if name not in shared:
                     shared[name] = make(ctx)
         ctx = replace(ctx, shared=shared)
-        x, aux, taps = x_BTD, {}, {}
+        x, aux, intermediates = x_BTD, {}, {}
         train = self.training and torch.is_grad_enabled()
         for visit, i in enumerate(visits):
-            if f"hidden.{visit}" in ctx.want:
-                taps[f"{TAP}hidden.{visit}"] = x
+            if f"hidden.{visit}" in ctx.return_intermediates:
+                intermediates[f"{INTERMEDIATE}hidden.{visit}"] = x
             here = replace(ctx, visit=visit)
             layer = self._layer(i)
             if train and self.recompute[i] != "none":
@@ -108,14 +109,16 @@ class Stack(Backbone):
                 key = f"layers.{i}.{name}"
                 aux[key] = aux[key] + value if key in aux else value
         y = self.norm(x)
-        if taps or "hidden" in ctx.want:
-            taps |= {f"{TAP}hidden": y} if "hidden" in ctx.want else {}
-            ctx = replace(ctx, shared={**ctx.shared, **taps})
-        return Out(y, Many(*parts) if state is not None else None, ctx, aux)
+        if intermediates or "hidden" in ctx.return_intermediates:
+            intermediates |= (
+                {f"{INTERMEDIATE}hidden": y} if "hidden" in ctx.return_intermediates else {}
+            )
+            ctx = replace(ctx, shared={**ctx.shared, **intermediates})
+        return Out(y, StateTuple(*parts) if state is not None else None, ctx, aux)
 
-    def initial_state(self, n: int, max_len: int, path: Sequence[int] | None = None) -> Many:
+    def initial_state(self, n: int, max_len: int, path: Sequence[int] | None = None) -> StateTuple:
         visits = path if path is not None else range(len(self.layers))
-        return Many(*(self._layer(i).initial_state(n, max_len) for i in visits))
+        return StateTuple(*(self._layer(i).initial_state(n, max_len) for i in visits))
 
     def state_bytes(self, n: int, max_len: int) -> int:
         return sum(layer.state_bytes(n, max_len) for layer in self.layers)  # type: ignore[operator]
@@ -138,17 +141,15 @@ class StackConfig(Config):
     {attention: {kv_heads: 2}}`.
     """
 
+    renamed: ClassVar[dict[str, str]] = {"channel": "ffn"}
+
     kind: Literal["stack"] = "stack"
     depth: Annotated[int, Field(gt=0)] | None = None
     pattern: str = "attention"
-    mixers: dict[str, MIXERS.field] = {}  # type: ignore[valid-type]
-    channel: CHANNELS.field | None = Field(  # type: ignore[valid-type]
-        default="swiglu", validate_default=True
-    )
-    block: BLOCKS.field = Field(  # type: ignore[valid-type]
-        default="prenorm", validate_default=True
-    )
-    blocks: dict[str, BLOCKS.field] = Field(  # type: ignore[valid-type]
+    mixers: dict[str, MixerField] = {}
+    ffn: FfnField | None = Field(default="swiglu", validate_default=True)
+    block: BlockField = Field(default="prenorm", validate_default=True)
+    blocks: dict[str, BlockField] = Field(
         default={}, description="words of the pattern with a block of their own"
     )
     eps: float = 1e-6
@@ -193,13 +194,12 @@ class StackConfig(Config):
             known = {*self.mixers, *presets(), *MIXERS}
             raise UserError(f"pattern: no mixer '{word}'{did_you_mean(word, known)}") from None
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> Stack:
-        linear = linear or DenseConfig().build
+    def build(self, d_model: int, linear: LinearFactory = dense) -> Stack:
         layers = [
             self.blocks.get(word, self.block).build(
                 d_model,
                 self.mixer(word).build(d_model, linear),
-                self.channel.build(d_model, linear) if self.channel else None,
+                self.ffn.build(d_model, linear) if self.ffn else None,
             )
             for word in self.words()
         ]

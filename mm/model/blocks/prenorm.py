@@ -1,5 +1,6 @@
-"""Residual wiring of a mixer and a channel, with norms before, after or on both sides. B rows, T
-tokens, D model.
+"""Residual wiring of a mixer and a feed-forward layer, with norms before, after or on both sides.
+
+B rows, T tokens, D model.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mm.config import Config
-from mm.model.layer import Block, Channel, Ctx, Mixer, Out
+from mm.model.layer import Block, Ctx, FeedForward, Mixer, Out
 from mm.model.noise import dropout
 from mm.model.norm import Kind, norm
 from mm.registry import BLOCKS
-from mm.state import Many, State
+from mm.state import State, StateTuple
 
 
 class PreNorm(Block):
-    """``x + mixer(norm(x))``, then ``x + channel(norm(x))``. Source: Xiong et al. 2020
+    """``x + mixer(norm(x))``, then ``x + ffn(norm(x))``. Source: Xiong et al. 2020
     (arXiv:2002.04745), fig. 1b. In training each branch passes dropout (Srivastava et al. 2014).
-    With ``post_norms`` what mixer and channel return is normed, too: Gemma 2 (arXiv:2408.00118),
+    With ``post_norms`` both return is normed, too: Gemma 2 (arXiv:2408.00118),
     section 2; without ``pre_norms`` that alone: OLMo 2 (arXiv:2501.00656), section 2.
     ``normed_residual``: the branch is added to what it read, as in MiniMax-01 (arXiv:2501.08313),
     section 2, whose residual begins behind the norm.
@@ -31,7 +32,7 @@ class PreNorm(Block):
         self,
         d_model: int,
         mixer: Mixer,
-        channel: Channel | None,
+        ffn: FeedForward | None,
         eps: float,
         dropout: float = 0.0,
         post_norms: bool = False,
@@ -43,31 +44,31 @@ class PreNorm(Block):
         self.dropout, self.normed_residual = dropout, normed_residual
         self.mixer_norm = norm(kind, d_model, eps) if pre_norms else None
         self.mixer = mixer
-        before = pre_norms and channel is not None
-        self.channel_norm = norm(kind, d_model, eps) if before else None
-        self.channel = channel
+        before = pre_norms and ffn is not None
+        self.ffn_norm = norm(kind, d_model, eps) if before else None
+        self.ffn = ffn
         self.mixer_post_norm = norm(kind, d_model, eps) if post_norms else None
-        both = post_norms and channel is not None
-        self.channel_post_norm = norm(kind, d_model, eps) if both else None
+        both = post_norms and ffn is not None
+        self.ffn_post_norm = norm(kind, d_model, eps) if both else None
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        assert state is None or isinstance(state, Many)
+        assert state is None or isinstance(state, StateTuple)
         read = x_BTD if self.mixer_norm is None else self.mixer_norm(x_BTD)
         mixed = self.mixer(read, ctx, state[0] if state is not None else None)
         y = mixed.y if self.mixer_post_norm is None else self.mixer_post_norm(mixed.y)
         x = (read if self.normed_residual else x_BTD) + self._drop(y, ctx, "mixer")
         ctx_after = mixed.ctx or ctx
         aux = {f"mixer.{k}": v for k, v in mixed.aux.items()}
-        channel_state = None
-        if self.channel is not None:
-            read = x if self.channel_norm is None else self.channel_norm(x)
-            fed = self.channel(read, ctx_after, state[1] if state is not None else None)
-            y = fed.y if self.channel_post_norm is None else self.channel_post_norm(fed.y)
-            x = (read if self.normed_residual else x) + self._drop(y, ctx, "channel")
+        ffn_state = None
+        if self.ffn is not None:
+            read = x if self.ffn_norm is None else self.ffn_norm(x)
+            fed = self.ffn(read, ctx_after, state[1] if state is not None else None)
+            y = fed.y if self.ffn_post_norm is None else self.ffn_post_norm(fed.y)
+            x = (read if self.normed_residual else x) + self._drop(y, ctx, "ffn")
             ctx_after = fed.ctx or ctx_after
-            channel_state = fed.state
-            aux |= {f"channel.{k}": v for k, v in fed.aux.items()}
-        after = Many(mixed.state, channel_state) if state is not None else None
+            ffn_state = fed.state
+            aux |= {f"ffn.{k}": v for k, v in fed.aux.items()}
+        after = StateTuple(mixed.state, ffn_state) if state is not None else None
         return Out(x, after, ctx_after if ctx_after is not ctx else None, aux)
 
     def _drop(self, y: Tensor, ctx: Ctx, name: str) -> Tensor:
@@ -76,34 +77,32 @@ class PreNorm(Block):
     def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
         return {
             **self.mixer.shares(serving),
-            **(self.channel.shares(serving) if self.channel is not None else {}),
+            **(self.ffn.shares(serving) if self.ffn is not None else {}),
         }
 
-    def initial_state(self, n: int, max_len: int) -> Many:
-        return Many(
+    def initial_state(self, n: int, max_len: int) -> StateTuple:
+        return StateTuple(
             self.mixer.initial_state(n, max_len),
-            self.channel.initial_state(n, max_len) if self.channel else None,
+            self.ffn.initial_state(n, max_len) if self.ffn else None,
         )
 
     def state_bytes(self, n: int, max_len: int) -> int:
         return self.mixer.state_bytes(n, max_len) + (
-            self.channel.state_bytes(n, max_len) if self.channel else 0
+            self.ffn.state_bytes(n, max_len) if self.ffn else 0
         )
 
 
 @BLOCKS.register("prenorm")
 class PreNormConfig(Config):
-    """Residual block with norms before mixer and channel, after them, or on both sides."""
+    """Residual block with norms before mixer and feed-forward, after them, or on both sides."""
 
     kind: Literal["prenorm"] = "prenorm"
     eps: float = 1e-6
     dropout: Annotated[
-        float, Field(ge=0, lt=1, description="of what mixer and channel add; for small data")
+        float, Field(ge=0, lt=1, description="of what mixer and feed-forward add; for small data")
     ] = 0.0
-    post_norms: Annotated[bool, Field(description="also norm what mixer and channel return")] = (
-        False
-    )
-    pre_norms: Annotated[bool, Field(description="norm what mixer and channel read")] = True
+    post_norms: Annotated[bool, Field(description="also norm what both return")] = False
+    pre_norms: Annotated[bool, Field(description="norm what mixer and feed-forward read")] = True
     normed_residual: Annotated[
         bool, Field(description="add each branch to the normed input that it read")
     ] = False
@@ -116,11 +115,11 @@ class PreNormConfig(Config):
             raise ValueError("pre_norms: false needs post_norms: true and no normed_residual")
         return self
 
-    def build(self, d_model: int, mixer: Mixer, channel: Channel | None = None) -> PreNorm:
+    def build(self, d_model: int, mixer: Mixer, ffn: FeedForward | None = None) -> PreNorm:
         return PreNorm(
             d_model,
             mixer,
-            channel,
+            ffn,
             self.eps,
             self.dropout,
             self.post_norms,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.model.layer import Ctx, Embedder, Position
-from mm.registry import EMBEDDERS, POSITIONS
+from mm.registry import EMBEDDERS, PositionField
 
 
 class SumEmbedder(Embedder):
@@ -48,7 +48,7 @@ class SumEmbedderConfig(Config):
 
     kind: Literal["sum"] = "sum"
     position: Annotated[
-        POSITIONS.field,  # type: ignore[valid-type]
+        PositionField,
         Field(description="absolute positions, added here: learned, sinusoidal"),
     ] = Field(default="none", validate_default=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -43,7 +43,7 @@ class Softmax(Head):
         self,
         d_model: int,
         n_ids: int,
-        tap: str,
+        reads: str,
         stream: int,
         tied: bool,
         z_loss: float = 0.0,
@@ -51,7 +51,7 @@ class Softmax(Head):
     ):
         super().__init__()
         self.z_loss, self.softcap = z_loss, softcap
-        self.tap, self.stream, self.tied = tap, stream, tied
+        self.reads, self.stream, self.tied = reads, stream, tied
         self.weight = nn.Parameter(torch.empty(n_ids, d_model))
 
     def tie(self, embedder: Embedder) -> None:
@@ -89,12 +89,13 @@ class Softmax(Head):
 
 @HEADS.register("softmax")
 class SoftmaxConfig(Config):
-    """Softmax over the vocabulary; ``tap`` names the hidden states it reads, ``stream`` the
+    """Softmax over the vocabulary; ``reads`` names the hidden states it reads, ``stream`` the
     targets.
     """
 
     kind: Literal["softmax"] = "softmax"
-    tap: str = "hidden"
+    renamed: ClassVar[dict[str, str]] = {"tap": "reads"}
+    reads: str = "hidden"
     stream: int = 0
     tied: bool = False
     z_loss: Annotated[
@@ -103,4 +104,6 @@ class SoftmaxConfig(Config):
     softcap: Annotated[float, Field(gt=0, description="bound of the logits")] | None = None
 
     def build(self, d_model: int, n_ids: int) -> Softmax:
-        return Softmax(d_model, n_ids, self.tap, self.stream, self.tied, self.z_loss, self.softcap)
+        return Softmax(
+            d_model, n_ids, self.reads, self.stream, self.tied, self.z_loss, self.softcap
+        )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Ctx, Linear
+from mm.model.layer import Ctx, Linear, LinearFactory
 from mm.registry import LINEARS
 
 
@@ -45,3 +45,6 @@ class DenseConfig(Config):
 
     def build(self, d_in: int, d_out: int, name: str = "") -> Dense:
         return Dense(d_in, d_out, name, self.bias)
+
+
+dense: LinearFactory = DenseConfig().build  # what a layer is built of where nothing else is said

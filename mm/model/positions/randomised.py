@@ -15,7 +15,7 @@ from mm.errors import UserError
 from mm.layout import Fields
 from mm.model.layer import Ctx, Position
 from mm.model.noise import generator
-from mm.registry import POSITIONS
+from mm.registry import POSITIONS, PositionField
 
 
 class Randomised(nn.Module, Position):
@@ -92,9 +92,7 @@ class RandomisedConfig(Config):
     """Random, ordered positions in training for any other position (ledger 119)."""
 
     kind: Literal["randomised"] = "randomised"
-    inner: POSITIONS.field = Field(  # type: ignore[valid-type]
-        default="rope", validate_default=True
-    )
+    inner: PositionField = Field(default="rope", validate_default=True)
     length: Annotated[int, Field(gt=0, description="range that positions are drawn from")] = 2048
 
     def build(self, head_dim: int, heads: int = 1, d_model: int = 0) -> Randomised:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mm.trainer.trainer import Trainer
+    from mm.trainer.loop import Trainer
 
 
 class Callback:

@@ -12,7 +12,7 @@ from mm.registry import CALLBACKS
 from mm.trainer.callbacks.base import Callback
 
 if TYPE_CHECKING:
-    from mm.trainer.trainer import Trainer
+    from mm.trainer.loop import Trainer
 
 
 @CALLBACKS.register("progress")

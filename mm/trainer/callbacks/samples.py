@@ -21,7 +21,7 @@ from mm.specs import Waveform
 from mm.trainer.callbacks.base import Callback
 
 if TYPE_CHECKING:
-    from mm.trainer.trainer import Trainer
+    from mm.trainer.loop import Trainer
 
 log = logging.getLogger("mm.trainer")
 
@@ -142,7 +142,7 @@ def _raw(modality: str, value: str) -> Any:
         return value
     if modality == "bytes":
         return value.encode()
-    from mm.data.decode import BadSample, decode
+    from mm.data.modalities.decode import BadSample, decode
 
     try:
         return decode(modality, Path(value).read_bytes())
@@ -169,7 +169,12 @@ def _reconstruct(
             continue
         batch = Batch.of_values({modality: Values.items(data, kept["length"])}).to(device)
         with torch.no_grad():
-            again = module(batch, want=frozenset({tap[modality]})).taps[tap[modality]].float().cpu()
+            again = (
+                module(batch, return_intermediates=frozenset({tap[modality]}))
+                .intermediates[tap[modality]]
+                .float()
+                .cpu()
+            )
         rate = getattr(
             module, "sample_rate", getattr(getattr(module, "config", None), "sample_rate", 16000)
         )

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.trainer.shards import Shards
+from mm.trainer.engine.zero_shards import Shards
 
 Needs = Literal["elements", "gather", "tensors"]
 

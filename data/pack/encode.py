@@ -1,0 +1,176 @@
+"""Raw values to tokens while packing: in batches, and each different file once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mm.data.modalities.decode import LIMITS, NATIVE, BadSample, Limits, decode
+from mm.data.shards.members import member_modality, segment_words, split_ordinal
+from mm.errors import UserError, did_you_mean
+from mm.specs import Encoded, ModalityTokenizer
+from mm.vocabulary import Vocabulary, merged
+
+ORDER = ("text", "bytes", "image", "audio")
+READS = {"bytes": "text"}  # a token modality that is made from another raw one
+CACHE_BYTES = 512_000_000
+
+
+def open_tokenizers(given: str | Path | Mapping[str, Any]) -> dict[str, ModalityTokenizer]:
+    """Load tokenizers from a folder of one sub-folder a modality, or from modality -> folder.
+
+    Raises:
+        UserError: none is found, or one speaks another modality than its name says.
+    """
+    from mm.tokenizers.load import load_tokenizer, tokenizer_folder
+
+    if isinstance(given, Mapping):
+        found = dict(given)
+    else:
+        root = Path(given)
+        if not root.is_dir():
+            raise UserError(f"no tokenizers at {root}; make them with: mm tokenizer train CONFIG")
+        found = {}
+        for folder in sorted(
+            p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")
+        ):
+            if any((f / "tokenizer.yaml").is_file() for f in (folder, folder / "model")):
+                found[folder.name] = folder
+            elif (folder / "checkpoints").is_dir():
+                tokenizer_folder(folder)  # says that its training has not finished
+        if not found:
+            raise UserError(
+                f"{root}: no sub-folder holds a tokenizer; expected {root}/text, {root}/image, ..."
+            )
+    out = {}
+    for name in sorted(found, key=lambda m: (ORDER.index(m) if m in ORDER else len(ORDER), m)):
+        value = found[name]
+        tokenizer = value if isinstance(value, ModalityTokenizer) else load_tokenizer(value)
+        if tokenizer.spec.modality != name:
+            raise UserError(
+                f"tokenizers: '{name}' is a tokenizer of '{tokenizer.spec.modality}': call it "
+                f"{tokenizer.spec.modality}={value}"
+            )
+        if tokenizer.spec.continuous:
+            raise UserError(
+                f"tokenizers: '{name}' gives continuous values, which token shards cannot hold"
+            )
+        out[name] = tokenizer
+    return out
+
+
+def vocabulary_of(
+    tokenizers: Mapping[str, ModalityTokenizer], old: Vocabulary | None
+) -> Vocabulary:
+    """Vocabulary of these tokenizers, appended to ``old``."""
+    return merged([t.spec for t in tokenizers.values()], old)
+
+
+class Item(NamedTuple):
+    """One sample on its way through the encoders. ``raws``: member -> undecoded bytes."""
+
+    raws: Mapping[str, bytes]
+    rest: Any  # whatever the caller needs again
+
+
+class Result(NamedTuple):
+    """``encoded``: member -> codes; ``bad`` is the reason where it could not be encoded."""
+
+    rest: Any
+    encoded: dict[str, Encoded]
+    bad: str = ""
+
+
+class Encoder:
+    """Encodes samples of several modalities.
+
+    Remembers what it has encoded by the hash of the file's content.
+    """
+
+    def __init__(self, tokenizers: Mapping[str, ModalityTokenizer], limits: Limits = LIMITS):
+        self.tokenizers, self.limits = dict(tokenizers), limits
+        self.reads = {m: m if m in NATIVE else READS.get(m, m) for m in tokenizers}
+        for modality, raw in self.reads.items():
+            if raw not in NATIVE:
+                raise UserError(
+                    "tokenizers: no raw data can be read as "
+                    f"'{modality}'{did_you_mean(modality, [*NATIVE, *READS])}"
+                )
+        self.left_out: set[str] = set()  # raw modalities that no tokenizer reads
+        self._cache: OrderedDict[tuple[str, bytes], Encoded] = OrderedDict()
+        self._held = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was encoded: a worker process begins with none."""
+        return {**self.__dict__, "_cache": OrderedDict(), "_held": 0, "left_out": set()}
+
+    def note(self, items: Sequence[Item]) -> None:
+        """Remember the modalities of these items that no tokenizer reads."""
+        for item in items:
+            self.left_out |= set(map(member_modality, item.raws)) - set(self.reads.values())
+
+    def encode(self, items: Sequence[Item]) -> list[Result]:
+        """Encode a batch; one bad item does not touch the others."""
+        bad: dict[int, str] = {}
+        encoded: list[dict[str, Encoded]] = [{} for _ in items]
+        self.note(items)
+        members = [(n, s, *split_ordinal(s)) for n, item in enumerate(items) for s in item.raws]
+        for modality, raw in self.reads.items():
+            wanted: dict[bytes, list[tuple[int, str]]] = {}
+            values: dict[bytes, Any] = {}
+            for n, member, ordinal, found in members:
+                if found != raw or n in bad:
+                    continue
+                data = items[n].raws[member]
+                digest = hashlib.blake2b(data, digest_size=16).digest()
+                wanted.setdefault(digest, []).append((n, ordinal + modality))
+                if digest not in values and (modality, digest) not in self._cache:
+                    try:
+                        values[digest] = decode(raw, data, self.limits)
+                    except BadSample as error:
+                        bad[n] = f"{segment_words(member)}{error}"
+                        wanted[digest].pop()
+            if values:
+                n_ids = self.tokenizers[modality].spec.n_ids
+                for digest, code in zip(
+                    values, self.tokenizers[modality].encode(list(values.values())), strict=True
+                ):
+                    ids = np.ascontiguousarray(np.asarray(code.ids).reshape(-1), np.int32)
+                    if len(ids) and (ids.min() < 0 or ids.max() >= n_ids):
+                        raise ValueError(
+                            f"tokenizer '{modality}' gave ids {ids.min()}..{ids.max()} outside "
+                            f"0..{n_ids - 1}"
+                        )
+                    self._cache[modality, digest] = Encoded(ids, side=plain(code.side))
+                    self._held += ids.nbytes + 200
+            for digest, found_at in wanted.items():
+                for n, member in found_at:
+                    encoded[n][member] = self._cache[modality, digest]
+        while self._held > CACHE_BYTES and self._cache:
+            _, old = self._cache.popitem(last=False)
+            self._held -= old.ids.nbytes + 200
+        return [
+            Result(
+                item.rest,
+                encoded[n],
+                bad.get(n) or ("" if encoded[n] else "no modality that a tokenizer reads"),
+            )
+            for n, item in enumerate(items)
+        ]
+
+
+def plain(value: Any) -> Any:
+    """JSON-able copy of side information.
+
+    Numpy and torch scalars and arrays become numbers and lists.
+    """
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return plain(value.tolist()) if hasattr(value, "tolist") else value

@@ -1,0 +1,340 @@
+"""ShardSet: one split of packed shards, with O(1) access to any sample. N samples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mm.data.modalities import decode
+from mm.data.modalities.decode import BadSample
+from mm.data.shards import index
+from mm.data.shards.index import Index
+from mm.data.shards.members import member_modality, members_of, segment_words, split_ordinal
+from mm.data.shards.remote import cache_folder, fetch, is_url, join, read_small
+from mm.errors import UserError, did_you_mean
+from mm.specs import Encoded, Sample, TokenSpec
+from mm.vocabulary import Vocabulary
+
+FORMAT, VERSION = "mm-shards", 1
+MANIFEST, VOCABULARY, INDEX, QUARANTINE = (
+    "manifest.json",
+    "vocabulary.json",
+    "index.npz",
+    "quarantine.jsonl",
+)
+RANK = {"text": 0, "image": 1, "audio": 2}  # order of the values of a raw sample
+log = logging.getLogger(__name__)
+
+
+def read_manifest(root: str | Path) -> dict[str, Any]:
+    """Read ``root/manifest.json``.
+
+    Raises UserError with the mending command when there is none or it is no manifest.
+    """
+    if is_url(root):
+        return _parse(join(str(root), MANIFEST), read_small(join(str(root), MANIFEST)))
+    root = Path(root)
+    path = root / MANIFEST
+    if not path.is_file():
+        if not root.is_dir():
+            raise UserError(
+                f"no packed data at {root}; make it with: mm data pack SRC --out {root}"
+            )
+        foreign = " (there are tar files: foreign shards)" if any(root.rglob("*.tar")) else ""
+        raise UserError(
+            f"{root}: no {MANIFEST}{foreign}; pack it with: mm data pack {root} --out "
+            f"{root.name}-packed"
+        )
+    return _parse(path, path.read_bytes())
+
+
+def _parse(path: str | Path, data: bytes) -> dict[str, Any]:
+    try:
+        manifest = json.loads(data.decode("utf-8"))
+        if manifest["format"] != FORMAT or manifest["version"] > VERSION:
+            raise ValueError(f"format {manifest['format']} {manifest['version']}")
+        return manifest
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: not a shard manifest of this version ({error}); pack again with: mm data pack"
+        ) from error
+
+
+class ShardSet:
+    """Random access to one split. Small sets are held in memory, larger ones are memory-mapped.
+
+    Shards behind a URL are fetched when they are first read.
+    """
+
+    def __init__(self, root: Path, split: str, manifest: dict[str, Any], cache_mb: float, url: str):
+        self.root, self.split, self.manifest, self.url = root, split, manifest, url
+        entry = manifest["splits"][split]
+        self._entry = entry
+        self.paths = [root / split / shard["name"] for shard in entry["shards"]]
+        total = 0
+        for path, shard in zip(self.paths, entry["shards"], strict=True):
+            have = path.stat().st_size if path.is_file() else None
+            if url:
+                have = shard["bytes"]
+            if have != shard["bytes"]:
+                what = (
+                    "is missing"
+                    if have is None
+                    else f"has {have} bytes, the manifest says {shard['bytes']}"
+                )
+                raise UserError(
+                    f"{path}: {what}; restore it or pack again with: mm data pack SRC --out "
+                    f"{root} --overwrite"
+                )
+            total += shard["bytes"]
+        self._in_memory = total <= cache_mb * 1e6
+        self._buffers: list[np.ndarray | None] = [None] * len(self.paths)
+        self.index = self._load_index(entry)
+        if len(self.index) != entry["samples"]:
+            raise UserError(
+                f"{root}/{split}: index has {len(self.index)} samples, the manifest "
+                f"{entry['samples']}; run: mm data verify {root}"
+            )
+        self.modalities: tuple[str, ...] = tuple(manifest["modalities"])
+        self.tokenized: bool = manifest["kind"] == "tokens"
+        self.vocabulary: Vocabulary | None = None
+        if self.tokenized:
+            self.vocabulary = Vocabulary.load(self._small(VOCABULARY))
+            if self.vocabulary.fingerprint != manifest["vocabulary"]["fingerprint"]:
+                raise UserError(
+                    f"{root / VOCABULARY}: is not the vocabulary these shards were made with; "
+                    "restore it or pack again"
+                )
+        self._kinds = [str(kind) for kind in self.index.kinds]
+        self._members = {  # kind -> member
+            kind: split_ordinal(kind)[0] + str(index.modality_of(kind))
+            for kind in self._kinds
+            if index.modality_of(kind) is not None and kind.endswith(".npy") == self.tokenized
+        }
+        # True where a sample may have several segments of one modality
+        self.interleaved = any(split_ordinal(member)[0] for member in self._members.values())
+        self._order = {s.modality: n for n, s in enumerate(self.specs)} or RANK
+
+    @classmethod
+    def open(cls, root: str | Path, split: str = "train", cache_mb: float = 512) -> ShardSet:
+        """Open one split.
+
+        Args:
+            root: folder with manifest.json, or its URL.
+            split: "train", "val", "test" or another that the manifest names.
+            cache_mb: a split up to this size is read into memory once; a larger one is mapped.
+        Raises:
+            UserError: no manifest, no such split, a shard that is missing or has another size.
+        """
+        manifest = read_manifest(root)
+        if split not in manifest["splits"]:
+            raise UserError(f"{root}: no split '{split}'{did_you_mean(split, manifest['splits'])}")
+        if not is_url(root):
+            return cls(Path(root), split, manifest, cache_mb, "")
+        own = hashlib.sha256(str(root).encode()).hexdigest()[:16]
+        return cls(cache_folder() / "sets" / own, split, manifest, cache_mb, str(root))
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def specs(self) -> tuple[TokenSpec, ...]:
+        """Token ranges that the shards use (none for raw shards)."""
+        return self.vocabulary.ranges if self.vocabulary else ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of the split's content: the SHA-256 of all its shards."""
+        parts = "".join(shard["sha256"] for shard in self.manifest["splits"][self.split]["shards"])
+        return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+    def key(self, i: int) -> str:
+        return self.index.key(self._number(i))
+
+    def lengths(self, modality: str) -> np.ndarray:
+        """Length of that modality in each sample: (N,) int64; -1 = absent.
+
+        Tokens in token shards, else bytes, pixels or frames.
+        """
+        found = self.index.lengths.get(modality)
+        return np.full(len(self), -1, np.int64) if found is None else found
+
+    def having(self, modality: str) -> np.ndarray:
+        """Numbers of the samples that have a modality, ascending int64."""
+        return np.flatnonzero(self.lengths(modality) >= 0)
+
+    def __getitem__(self, i: int) -> Sample:
+        """Decode sample i: text str, image uint8 (H, W, 3), audio `Waveform`.
+
+        Raises UserError naming shard and key.
+        """
+        i = self._number(i)
+        values = {member: self._decoded(i, member, e) for member, e in self.members(i).items()}
+        return Sample(self.index.key(i), self._where(i), values)
+
+    def members(self, i: int) -> dict[str, int]:
+        """Member -> number of its tar entry in the index, in the order of the segments of i."""
+        found = []
+        for kind, e in self._entries(i).items():
+            if kind in self._members:
+                ordinal, modality = split_ordinal(self._members[kind])
+                found.append((ordinal, self._order.get(modality, len(self._order)), modality, e))
+        return {ordinal + modality: e for ordinal, _, modality, e in sorted(found)}
+
+    def value(self, i: int, member: str) -> Any:
+        """Decode one value of sample i. Raises UserError naming shard and key; KeyError when it has
+        no such member.
+        """
+        i = self._number(i)
+        return self._decoded(i, member, self.members(i)[member])
+
+    def _decoded(self, i: int, member: str, e: int) -> Any:
+        try:
+            return decode.decode(member_modality(member), bytes(self._bytes(e)))
+        except BadSample as error:
+            raise UserError(
+                f"{self._where(i)}: {segment_words(member)}{error}; run: mm data verify {self.root}"
+            ) from error
+
+    def raw(self, i: int, member: str) -> tuple[str, bytes] | None:
+        """(extension, undecoded bytes) of a member of sample i, or None where it is absent.
+
+        A modality names the first segment that has it.
+        """
+        for kind, e in self._entries(self._number(i)).items():
+            have = self._members.get(kind)
+            if have == member or (have and member_modality(have) == member):
+                return split_ordinal(kind)[1], bytes(self._bytes(e))
+        return None
+
+    def each(self, modality: str) -> list[tuple[int, str]]:
+        """(sample, member) of every value of a modality, in order."""
+        having = self.having(modality).tolist()
+        if not self.interleaved:
+            return [(i, modality) for i in having]
+        return [(i, member) for i in having for member in members_of(self.members(i), modality)]
+
+    def segments(self, modality: str) -> np.ndarray:
+        """Segments of that modality in each sample: (N,) int64; 0 or 1 if not interleaved."""
+        if not self.interleaved:
+            return (self.lengths(modality) >= 0).astype(np.int64)
+        mine = [member_modality(self._members.get(kind, "")) == modality for kind in self._kinds]
+        hits = np.concatenate([[0], np.cumsum(np.array(mine, np.int64)[self.index.kind])])
+        return hits[self.index.start[1:]] - hits[self.index.start[:-1]]
+
+    def meta(self, i: int) -> dict[str, Any]:
+        """Metadata of sample i: labels and whatever else the source had."""
+        return self._json(self._number(i), "json")
+
+    def tokens(self, i: int) -> dict[str, np.ndarray]:
+        """Codes of sample i by member: (L,) int32 views, ids from 0.
+
+        In vocabulary order; of an interleaved sample segment by segment.
+        """
+        out: dict[str, np.ndarray] = {}
+        if self.interleaved:
+            for member, e in self.members(self._number(i)).items():
+                data = self._bytes(e)
+                n = index.n_codes(bytes(data[:128]), len(data))
+                out[member] = data[len(data) - 4 * n :].view("<i4")
+            return out
+        found = self._entries(i)
+        for spec in self.specs:
+            e = found.get(f"{spec.modality}.npy")
+            if e is not None:
+                n = int(self.index.lengths[spec.modality][i])
+                data = self._bytes(e)
+                out[spec.modality] = data[len(data) - 4 * n :].view("<i4")
+        return out
+
+    def encoded(self, i: int) -> dict[str, Encoded]:
+        """Tokens of sample i with the side information that decoding needs.
+
+        Raises UserError on raw shards.
+        """
+        if not self.tokenized:
+            raise UserError(
+                f"{self.root}: raw shards have no tokens; make them with: mm data pack "
+                f"{self.root} --out DIR --tokenizers DIR"
+            )
+        i = self._number(i)
+        side = self._json(i, "side.json")
+        return {m: Encoded(ids, side=side.get(m, {})) for m, ids in self.tokens(i).items()}
+
+    def shard_of(self) -> np.ndarray:
+        """Number of the shard that each sample stands in: (N,) int32, ascending."""
+        return np.asarray(self.index.shard[np.asarray(self.index.start[:-1])])
+
+    def close(self) -> None:
+        """Drop buffers and maps."""
+        self._buffers = [None] * len(self.paths)
+
+    # ---- inside ----
+
+    def _load_index(self, entry: Mapping[str, Any]) -> Index:
+        if self.url:
+            where = join(self.url, self.split, entry["index"]["name"])
+            return Index.load(fetch(where, entry["index"]["sha256"], entry["index"].get("bytes")))
+        path = self.root / self.split / entry["index"]["name"]
+        if path.is_file() and index.sha256(path) == entry["index"]["sha256"]:
+            return Index.load(path)
+        log.warning("%s is missing or damaged: reading all shards of '%s' again", path, self.split)
+        return index.build(self.paths)
+
+    def _entries(self, i: int) -> dict[str, int]:
+        """Kind -> number of the tar entry of sample i."""
+        first, stop = int(self.index.start[i]), int(self.index.start[i + 1])
+        return {
+            self._kinds[k]: first + n for n, k in enumerate(self.index.kind[first:stop].tolist())
+        }
+
+    def _small(self, *parts: str) -> Path:
+        """Path of a file that is no shard; fetched where the set is behind a URL."""
+        path = self.root.joinpath(*parts)
+        if self.url:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f"{path.name}.part-{os.getpid()}")
+            part.write_bytes(read_small(join(self.url, *parts)))
+            part.replace(path)
+        return path
+
+    def _path(self, shard: int) -> Path:
+        """Local path of a shard; fetched where the set is behind a URL."""
+        if not self.url:
+            return self.paths[shard]
+        entry = self._entry["shards"][shard]
+        url = join(self.url, self.split, entry["name"])
+        return fetch(url, entry["sha256"], entry["bytes"])
+
+    def _number(self, i: int) -> int:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        return int(i) % len(self)
+
+    def _bytes(self, e: int) -> np.ndarray:
+        s = int(self.index.shard[e])
+        buffer = self._buffers[s]
+        if buffer is None:
+            read = (
+                np.fromfile
+                if self._in_memory
+                else lambda path, dtype: np.memmap(path, dtype, mode="r")
+            )
+            buffer = self._buffers[s] = read(self._path(s), np.uint8)
+        at = int(self.index.offset[e])
+        return buffer[at : at + int(self.index.size[e])]
+
+    def _json(self, i: int, kind: str) -> dict[str, Any]:
+        e = self._entries(i).get(kind)
+        return {} if e is None else json.loads(bytes(self._bytes(e)))
+
+    def _where(self, i: int) -> str:
+        shard = self.paths[self.index.shard[self.index.start[i]]].name
+        return f"{self.root.name}/{self.split}/{shard}:{self.index.key(i)}"

@@ -1,0 +1,222 @@
+"""Stream: what a stage's data config builds.
+
+A step is a pure function of a small cursor, so resume is a seek.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, NamedTuple
+
+from pydantic import Field
+
+from mm.batch import Batch
+from mm.config import Config
+from mm.errors import UserError
+from mm.registry import TransformField
+from mm.vocabulary import Vocabulary
+
+
+class Step(NamedTuple):
+    """One optimizer step of this rank."""
+
+    micros: list[Batch]
+    cursor: dict[str, int]  # where the NEXT step begins; the same on all ranks
+    stats: dict[str, Any]  # of the GLOBAL step, the same on all ranks
+
+
+class Stream(ABC):
+    """Endless batches in an order that depends on the seed alone.
+
+    Not on ranks, threads or restarts.
+
+    Subclasses write `advance`. ``prefetch`` steps are made ahead in a thread; the state reflects
+    what was CONSUMED.
+
+    Attributes:
+        carried_rows: rows of a step whose documents go on in the next step; 0 = none does.
+    """
+
+    carried_rows: int = 0
+
+    def __init__(self, plan: Mapping[str, Any], prefetch: int = 2):
+        self.plan = dict(plan)  # what the order depends on; a resume under another plan is refused
+        self.stats: dict[str, Any] = {}
+        self._cursor: dict[str, int] = self.start()
+        self._prefetch = prefetch
+        self._queue: queue.Queue[Step | BaseException] | None = None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @abstractmethod
+    def start(self) -> dict[str, int]:
+        """Cursor of the first step."""
+
+    @abstractmethod
+    def advance(self, cursor: Mapping[str, int]) -> Step:
+        """Make the step at ``cursor``; pure, apart from caches."""
+
+    def next(self) -> list[Batch]:
+        """This rank's micro-batches of the next optimizer step, on the CPU.
+
+        Raises what making them raised.
+        """
+        if self._prefetch <= 0:
+            step: Step | BaseException = self.advance(self._cursor)
+        else:
+            if self._thread is None:
+                self._queue = queue.Queue(self._prefetch)
+                self._stop = threading.Event()
+                self._thread = threading.Thread(
+                    target=self._work,
+                    args=(self._queue, self._stop, dict(self._cursor)),
+                    name="mm-data",
+                    daemon=True,
+                )
+                self._thread.start()
+            assert self._queue is not None
+            step = self._queue.get()
+        if isinstance(step, BaseException):
+            self.close()
+            raise step
+        self._cursor, self.stats = step.cursor, step.stats
+        return step.micros
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        while True:
+            yield self.next()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next step begins; JSON-able, equal on all ranks, free of the world size."""
+        return {"cursor": dict(self._cursor), "plan": dict(self.plan)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Seek. Raises UserError naming every difference when the state belongs to another plan."""
+        changed = [
+            f"{key}: {state['plan'].get(key)!r} -> {self.plan.get(key)!r}"
+            for key in sorted({*state["plan"], *self.plan})
+            if state["plan"].get(key) != self.plan.get(key)
+        ]
+        if changed:
+            raise UserError(
+                "data of this run changed since the checkpoint ("
+                + "; ".join(changed)
+                + "): restore it, or train "
+                "under another run name"
+            )
+        cursor = {key: int(value) for key, value in state["cursor"].items()}
+        missing = sorted(self.start().keys() - cursor.keys())
+        if missing:
+            raise UserError(
+                f"data of this run: the checkpoint's cursor has no '{missing[0]}', so an older "
+                "version wrote it: train under another run name"
+            )
+        self.close()
+        self._cursor = cursor
+
+    def close(self) -> None:
+        """Stop the thread and drop what it made ahead.
+
+        `next` may be called again; it goes on from what was consumed.
+        """
+        thread, self._thread = self._thread, None
+        self._stop.set()
+        if thread is not None and thread is not threading.current_thread():
+            while thread.is_alive():
+                try:  # a full queue would keep the thread waiting
+                    assert self._queue is not None
+                    self._queue.get_nowait()
+                except queue.Empty:
+                    thread.join(0.01)
+        self._queue = None
+
+    def _work(
+        self, out: queue.Queue[Step | BaseException], stop: threading.Event, cursor: dict[str, int]
+    ) -> None:
+        while not stop.is_set():
+            try:
+                step: Step | BaseException = self.advance(cursor)
+            except BaseException as error:  # noqa: BLE001  it is raised again in `next`
+                step = error
+            while not stop.is_set():
+                try:
+                    out.put(step, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(step, BaseException):
+                return
+            cursor = step.cursor
+
+
+def rank_rows(batch_size: int, micro: int | None, rank: int, world: int) -> list[range]:
+    """Global row numbers of this rank's micro-batches.
+
+    Contiguous, disjoint, complete over the ranks.
+
+    Raises:
+        UserError: the sizes do not divide, naming the keys.
+    """
+    if batch_size % world:
+        fits = [w for w in range(1, batch_size + 1) if batch_size % w == 0]
+        raise UserError(
+            f"data.batch_size {batch_size} does not divide over {world} processes; possible: {fits}"
+        )
+    mine = batch_size // world
+    size = min(micro or mine, mine)
+    if mine % size:
+        fits = [m for m in range(1, mine + 1) if mine % m == 0]
+        raise UserError(
+            f"data.micro_batch_size {size} does not divide the {mine} rows of a process "
+            f"(batch_size {batch_size} / {world}); possible: {fits}"
+        )
+    first = rank * mine
+    return [range(first + i, first + i + size) for i in range(0, mine, size)]
+
+
+class TokenStreamConfig(Config):
+    """Base of the configs of streams of token documents."""
+
+    # True where the rows of a step go on with documents of the step before
+    continues_documents: ClassVar[bool] = False
+
+    batch_size: Annotated[
+        int, Field(gt=0, description="rows of one optimizer step over all processes")
+    ] = 8
+    micro_batch_size: Annotated[
+        int, Field(gt=0, description="rows of one process at a time, of batch_size's; default all")
+    ] | None = None  # fmt: skip
+    transform: Annotated[
+        tuple[TransformField, ...],
+        Field(description="before the objective's own"),
+    ] = ()
+    prefetch: Annotated[int, Field(ge=0, description="steps made ahead")] = 2
+
+    @property
+    @abstractmethod
+    def stream(self) -> type[Any]:
+        """Class of the stream, made with this config and the arguments of `build`."""
+
+    def build(
+        self,
+        *,
+        vocabulary: Vocabulary | None = None,
+        transform: Any = None,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Any:
+        """Open the shards.
+
+        Args:
+            vocabulary: the model's; default that of the first source.
+            transform: the objective's: config, dict, kind, Transform, or a sequence of these.
+            seed: of the order.
+            rank: this process of ``world``.
+        Raises:
+            UserError: shards are missing or of another vocabulary, or sizes do not divide.
+        """
+        return self.stream(self, vocabulary, transform, seed, rank, world)

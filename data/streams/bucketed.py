@@ -1,0 +1,314 @@
+"""One document a row, batched with others of its size in two dimensions, such as audio and text.
+
+Where documents may not share a row, padding is what costs. Samples are put into buckets by the
+lengths of two modalities (or of more, or by their own); a step takes its rows from one bucket, the
+same on all ranks, and as many as the token budget has room for. Every sample comes once an epoch.
+The plan of an epoch is a pure function of (seed, epoch), so a seek is O(1). Source: EMMeTT
+(arXiv:2409.13523) and Zelasko et al. 2025 (arXiv:2503.05931): 2-D bucketing with a batch size of
+its own for each bucket.
+
+N samples, B rows of one micro-batch, K buckets.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from mm.data.batching.collate import document_length, to_batch
+from mm.data.streams.base import Step
+from mm.data.streams.packed import PackedSource
+from mm.data.streams.shuffle import key_of, permute
+from mm.data.streams.single_source import DocumentsConfig, DocumentStream
+from mm.data.streams.stats import accumulate, summarize
+from mm.errors import UserError, did_you_mean
+from mm.registry import STREAMS
+from mm.specs import Segment
+
+TOTAL = "total"  # the axis of whole documents
+
+
+@STREAMS.register("bucketed")
+class BucketedConfig(DocumentsConfig):
+    """Token-budget batches of one document a row, from buckets of two lengths."""
+
+    kind: Literal["bucketed"] = "bucketed"
+    # Modalities whose lengths make the buckets; "total" is that of the whole document, which alone
+    # pads least, but mixes long speech of short texts with the reverse:
+    axes: Annotated[tuple[str, ...], Field(min_length=1)] = ("audio", "text")
+    buckets: Annotated[int, Field(gt=0, description="at most: lengths that a step can have")] = 64
+    batch_size: Annotated[
+        int,
+        Field(gt=0, description="rows of a step over all processes in the longest bucket; others "
+              "take a multiple of it"),
+    ] = 8  # fmt: skip
+    tokens: Annotated[int, Field(gt=0, description="of one step, with padding")] | None = (
+        None  # default: what batch_size rows of the longest bucket take
+    )
+    max_length: Annotated[int, Field(gt=3)] | None = (
+        None  # longer documents are left out and counted; default none
+    )
+
+    @field_validator("buckets", mode="before")
+    @classmethod
+    def _product(cls, value: Any) -> Any:
+        """Two numbers, as an older config has them, are a grid of so many."""
+        pair = isinstance(value, (list, tuple)) and all(isinstance(n, int) for n in value)
+        return math.prod(value) if pair else value
+
+    @classmethod
+    def smallest(cls) -> BucketedConfig:
+        from pathlib import Path
+
+        return cls(source=PackedSource(path=Path("tokens")), buckets=4, batch_size=4)
+
+    @property
+    def stream(self) -> type[BucketedStream]:
+        return BucketedStream
+
+
+class Buckets(NamedTuple):
+    """``of`` (N,) int64: bucket of every sample; ``bound`` (K, A) int64: its longest lengths."""
+
+    of: np.ndarray
+    bound: np.ndarray
+
+
+class _Part(NamedTuple):
+    """A bucket that may still be cut: its cells sorted by each axis, and the best cut of it."""
+
+    orders: list[np.ndarray]  # an axis: (C,) int64
+    saved: int  # tokens of padding that the cut saves
+    axis: int
+    last: int  # index of the last cell on its near side, in the order of `axis`
+
+
+def make_buckets(lengths: np.ndarray, count: int, least: int = 1) -> Buckets:
+    """Cut samples of several lengths into buckets that pad as little as may be.
+
+    Best first, as a decision tree is grown: of all buckets and axes, the cut that saves the most
+    padding is made next, until there are ``count``. A grid of quantiles pads half as much again.
+    Samples of equal lengths are one cell, which stays together, so the time goes with the number of
+    different lengths; each axis is sorted once.
+
+    Args:
+        lengths: (N, A) int64, one column an axis; padding is that of all axes together.
+        count: wanted buckets; there are fewer where no cut saves anything.
+        least: samples that a bucket must have.
+    Returns:
+        Buckets with the longest lengths inside each as bounds, from short to long.
+    """
+    if not len(lengths):
+        return Buckets(np.empty(0, np.int64), np.empty((0, lengths.shape[1]), np.int64))
+    cell = np.zeros(len(lengths), np.int64)
+    for column in lengths.T:
+        cell = np.unique(cell * (int(column.max()) + 1) + column, return_inverse=True)[1]
+    sizes = np.bincount(cell)
+    first = np.full(len(sizes), len(lengths))
+    np.minimum.at(first, cell, np.arange(len(lengths)))
+    axes = [np.ascontiguousarray(column) for column in lengths[first].T]
+    heap: list[tuple[int, int, _Part]] = []
+
+    def grow(orders: list[np.ndarray], number: int) -> None:
+        part = _cut(axes, sizes, orders, least)
+        heapq.heappush(heap, (-part.saved, number, part))
+
+    grow([np.argsort(column, kind="stable") for column in axes], 0)
+    made, near = 0, np.zeros(len(sizes), bool)
+    while len(heap) < count and heap[0][2].saved:
+        orders, _, axis, last = heapq.heappop(heap)[2]
+        near[orders[axis][: last + 1]] = True
+        near[orders[axis][last + 1 :]] = False
+        for half in (True, False):
+            made += 1
+            grow([order[near[order] == half] for order in orders], made)
+    found = [(part.orders[0], [int(x[part.orders[0]].max()) for x in axes]) for _, _, part in heap]
+    found.sort(key=lambda pair: (sum(pair[1]), int(first[pair[0]].min())))
+    bucket = np.empty(len(sizes), np.int64)
+    for k, (cells, _) in enumerate(found):
+        bucket[cells] = k
+    return Buckets(bucket[cell], np.array([bound for _, bound in found], np.int64))
+
+
+def _cut(axes: list[np.ndarray], sizes: np.ndarray, orders: list[np.ndarray], least: int) -> _Part:
+    """The part with the cut in two that saves most padding; 0 saved where there is none."""
+    best = _Part(orders, 0, 0, 0)
+    n = int(sizes[orders[0]].sum())
+    longest = [int(x[order[-1]]) for x, order in zip(axes, orders, strict=True)]
+    for axis, order in enumerate(orders):
+        own = axes[axis][order]
+        at = np.flatnonzero(own[1:] != own[:-1])
+        near = np.cumsum(sizes[order])[at]
+        fits = (near >= least) & (n - near >= least)
+        at, near = at[fits], near[fits]
+        if not len(at):
+            continue
+        below, above = own[at], np.full(len(at), longest[axis])  # longest on each side
+        for x in (x for other, x in enumerate(axes) if other != axis):
+            ordered = x[order]
+            below += np.maximum.accumulate(ordered)[at]
+            above += np.maximum.accumulate(ordered[::-1])[::-1][at + 1]
+        padded = near * below + (n - near) * above
+        k = int(padded.argmin())
+        saved = n * sum(longest) - int(padded[k])
+        if saved > best.saved:
+            best = _Part(orders, saved, axis, int(at[k]))
+    return best
+
+
+class PlannedStep(NamedTuple):
+    """One step: a bucket's length, the samples, and how many rows at the end only fill it."""
+
+    length: int
+    samples: np.ndarray  # (B,) int64
+    fillers: int
+
+
+class BucketedStream(DocumentStream[BucketedConfig]):
+    """See `BucketedConfig`.
+
+    ``stats`` of the last step: padding_share, rows, length, tokens by modality, filtered,
+    left_out (samples of the whole split that are too long or empty); and those of the run so far
+    that `mm.data.streams.stats.summarize` names.
+    """
+
+    def prepare(self) -> dict[str, Any]:
+        config, shards = self.config, self.shards
+        self._check_axes()
+        whole = sum(  # a begin and an end for each segment
+            np.maximum(shards.lengths(s.modality), 0) + 2 * shards.segments(s.modality)
+            for s in shards.specs
+        )
+        self.lengths = np.asarray(whole, np.int64)
+        fits = (self.lengths > 0) & (self.lengths <= (config.max_length or self.lengths.max()))
+        if not fits.any():
+            raise UserError(
+                f"{config.source.path}: no document of at most data.max_length {config.max_length}"
+            )
+        self.left_out = int((~fits).sum())
+        kept = np.flatnonzero(fits)
+        axes = [whole if m == TOTAL else np.maximum(shards.lengths(m), 0) for m in config.axes]
+        lengths = np.stack(axes, 1).astype(np.int64)[kept]
+        inside = make_buckets(lengths, config.buckets, min(config.batch_size, len(kept)))
+        self.bucket_samples = [kept[inside.of == k] for k in range(len(inside.bound))]
+        self.bounds = np.array([self.lengths[samples].max() for samples in self.bucket_samples])
+        self.budget = config.tokens or int(self.bounds.max()) * config.batch_size
+        if self.budget < self.bounds.max() * config.batch_size:
+            raise UserError(
+                f"data.tokens {self.budget}: {config.batch_size} rows of the longest bucket take "
+                f"{int(self.bounds.max()) * config.batch_size}: raise it, or lower "
+                "data.batch_size or data.max_length"
+            )
+        self._plans: dict[int, list[PlannedStep]] = {}
+        return {
+            "tokens": self.budget,
+            "axes": list(config.axes),
+            "buckets": config.buckets,
+            "max_length": config.max_length,
+        }
+
+    def _check_axes(self) -> None:
+        known = (*(spec.modality for spec in self.shards.specs), TOTAL)
+        for axis in self.config.axes:
+            if axis not in known:
+                raise UserError(f"data.axes: '{axis}' is unknown{did_you_mean(axis, known)}")
+
+    def start(self) -> dict[str, int]:
+        return {"step": 0, "epoch": 0, "batch": 0}
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the source, up to the last consumed step."""
+        at = self._cursor
+        return at["epoch"] + at["batch"] / len(self._plan(at["epoch"]))
+
+    def rows(self, bucket: int) -> int:
+        """Rows of a step of this bucket: as many batch_size as the budget has room for."""
+        unit = self.config.batch_size
+        return unit * max(1, self.budget // (unit * int(self.bounds[bucket])))
+
+    def advance(self, cursor: Mapping[str, int]) -> Step:
+        epoch, batch = cursor["epoch"], cursor["batch"]
+        plan = self._plan(epoch)
+        step = plan[batch]
+        documents: list[list[Segment]] = []
+        filtered = 0
+        real = len(step.samples) - step.fillers
+        for n, i in enumerate(step.samples):
+            segments = self.segments(int(i))
+            made: list[Segment] | None = None
+            if n < real:
+                made = self.apply_transforms(segments, "bucketed", epoch, int(i))
+                filtered += not made
+            if not made:  # its row stays, which keeps the shape, and costs no loss
+                made = [s._replace(weight=0.0) for s in segments]
+            if document_length(made) > step.length:
+                raise UserError(
+                    f"data.transform makes sample '{self.shards.key(int(i))}' "
+                    f"{document_length(made)} tokens long; its bucket has {step.length}"
+                )
+            documents.append(made)
+        scale = len(step.samples) // self.config.batch_size
+        micros = []
+        for unit in self.own_rows:
+            own = range(unit.start * scale, unit.stop * scale)
+            micros.append(
+                to_batch(
+                    [[documents[r]] for r in own],
+                    self.vocabulary,
+                    step.length,
+                    len(own),
+                    [self.shards.key(int(step.samples[r])) for r in own],
+                )
+            )
+        tokens: dict[str, int] = {}
+        for document in documents[:real]:
+            for s in document:
+                if s.ids is not None:
+                    tokens[s.modality] = tokens.get(s.modality, 0) + len(s.ids) + 2
+        used = sum(document_length(d) for d in documents[:real])
+        seen = accumulate(
+            cursor,
+            tokens=tokens,
+            samples={0: real - filtered},
+            rejects={"filtered": filtered},
+        )
+        stats = {
+            "padding_share": 1 - used / (len(documents) * step.length),
+            "rows": len(documents),
+            "length": step.length,
+            "tokens": tokens,
+            "filtered": filtered,
+            "left_out": self.left_out,
+            **summarize(seen),
+        }
+        last = batch + 1 == len(plan)
+        after = {"epoch": epoch + last, "batch": 0 if last else batch + 1}
+        return Step(micros, {"step": cursor["step"] + 1, **after, **seen}, stats)
+
+    def _plan(self, epoch: int) -> list[PlannedStep]:
+        """Steps of one epoch. What does not fill a step goes on to the next longer bucket."""
+        if epoch not in self._plans:
+            steps: list[PlannedStep] = []
+            rest = np.empty(0, np.int64)
+            for k in np.argsort(self.bounds, kind="stable"):
+                own = self.bucket_samples[k]
+                mixed = permute(np.arange(len(own)), len(own), key_of(self.seed, epoch, int(k)))
+                line = np.concatenate([rest, own[mixed]])
+                rows, length = self.rows(int(k)), int(self.bounds[k])
+                full = len(line) // rows * rows
+                steps += [PlannedStep(length, line[i : i + rows], 0) for i in range(0, full, rows)]
+                rest = line[full:]
+            if len(rest):  # once an epoch: repeats without loss keep the rows divisible
+                missing = -len(rest) % self.config.batch_size
+                filled = np.concatenate([rest, np.resize(rest, missing)])
+                steps.append(PlannedStep(int(self.bounds.max()), filled, missing))
+            order = permute(np.arange(len(steps)), len(steps), key_of(self.seed, "steps", epoch))
+            self._plans = {e: p for e, p in self._plans.items() if e >= epoch - 1}
+            self._plans[epoch] = [steps[i] for i in order]
+        return self._plans[epoch]

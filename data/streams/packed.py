@@ -1,0 +1,396 @@
+"""Packed rows of token documents.
+
+The order is a pure function of (seed, sample number), each block of (seed, block).
+
+A block takes samples of every source (by weight, see `mm.data.streams.mixing`), in the order of
+that source's own counter-based permutation, transforms each with a generator of its own, and packs
+the documents first-fit into rows. Every rank plans all rows and makes batches of its own ones. N
+samples, B rows of one micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+from pydantic import Field
+
+from mm.config import Config
+from mm.data.batching.collate import document_length, to_batch
+from mm.data.shards.members import member_modality
+from mm.data.shards.reader import ShardSet
+from mm.data.shards.remote import Location, is_url
+from mm.data.streams import mixing
+from mm.data.streams.base import Step, Stream, TokenStreamConfig, rank_rows
+from mm.data.streams.shuffle import generator, key_of, permute
+from mm.data.streams.stats import accumulate, summarize
+from mm.data.transforms.chunk import window
+from mm.data.transforms.compose import Chain, chain
+from mm.errors import UserError
+from mm.registry import STREAMS, TransformField
+from mm.specs import Segment
+from mm.vocabulary import Vocabulary
+
+Positive = Annotated[float, Field(gt=0)]
+Weight = Positive | dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)]]
+PROBE = 256  # samples of a source that tell its mean tokens after the transforms
+
+
+class PackedSource(Config):
+    """One folder of token shards, or its URL."""
+
+    path: Location
+    split: str = "train"
+    # Relative to the other sources; {samples drawn: weight} is linear between its points:
+    weight: Weight = 1.0
+    # Instead of the stage's own:
+    transform: tuple[TransformField, ...] | None = None
+
+    def build(self) -> ShardSet:
+        shards = ShardSet.open(self.path, self.split)
+        if not shards.tokenized:
+            raise UserError(
+                f"{self.path}: raw shards, not tokens; make them with: mm data pack {self.path} "
+                "--out DIR --tokenizers DIR"
+            )
+        if not len(shards):
+            raise UserError(f"{self.path}: split '{self.split}' is empty")
+        return shards
+
+
+@STREAMS.register("packed")
+class PackedConfig(TokenStreamConfig):
+    """Rows of ``seq_len`` tokens filled with whole documents."""
+
+    kind: Literal["packed"] = "packed"
+    sources: tuple[PackedSource, ...] = Field(min_length=1)
+    seq_len: Annotated[int, Field(gt=3)] = 256
+    max_documents: Annotated[
+        int, Field(gt=0, description="documents of one row; shapes depend on it")
+    ] = 32
+    block_samples: Annotated[int, Field(gt=0, description="samples packed together")] = 1024
+    weights: Literal["samples", "tokens"] = "samples"  # what the sources' weights are shares of
+    # Wanted shares of the tokens by modality; the sources are then mixed to reach them:
+    modality_tokens: dict[str, Weight] | None = None
+    # full: over the whole source; window: shard after shard, then within a window, so that few
+    # shards are open; default: window where the source is a URL
+    shuffle: Literal["full", "window"] | None = None
+    window_samples: Annotated[int, Field(gt=0, description="of shuffle: window")] = 8192
+    # a single-segment document over seq_len becomes several; otherwise it is left out and counted
+    cut: bool = False
+
+    @classmethod
+    def smallest(cls) -> PackedConfig:
+        return cls(
+            sources=(PackedSource(path=Path("tokens")),),
+            seq_len=32,
+            batch_size=4,
+            max_documents=8,
+            block_samples=16,
+        )
+
+    @property
+    def stream(self) -> type[PackedStream]:
+        return PackedStream
+
+
+class Document(NamedTuple):
+    """One document and the number of its source."""
+
+    key: str
+    segments: list[Segment]
+    source: int = 0
+
+
+class Row(NamedTuple):
+    """Documents of one row."""
+
+    documents: list[list[Segment]]
+    keys: list[str]
+    sources: list[int]
+    length: int
+
+
+class Block(NamedTuple):
+    """Rows of one block and what was left out of it."""
+
+    rows: list[Row]
+    filtered: int
+    too_long: int
+
+
+class PackedStream(Stream):
+    """See `PackedConfig`.
+
+    ``stats`` of the last step: padding_share, documents, tokens by modality, filtered, too_long;
+    and those of the run so far that `mm.data.streams.stats.summarize` names (a sample is a document
+    here).
+    """
+
+    def __init__(
+        self,
+        config: PackedConfig,
+        vocabulary: Vocabulary | None,
+        transform: Any,
+        seed: int,
+        rank: int,
+        world: int,
+    ):
+        self.config, self.seed = config, seed
+        self.own_rows = rank_rows(config.batch_size, config.micro_batch_size, rank, world)
+        self.sources = [source.build() for source in config.sources]
+        first = self.sources[0].vocabulary
+        assert first is not None
+        self.vocabulary = vocabulary or first
+        for source, shards in zip(config.sources, self.sources, strict=True):
+            self.vocabulary.require(shards.specs, str(source.path))
+        common = chain(config.transform)
+        self.transforms: list[Chain] = [
+            Chain(
+                (
+                    *(common if s.transform is None else chain(s.transform)).parts,
+                    *chain(transform).parts,
+                )
+            )
+            for s in config.sources
+        ]
+        weights = [s.weight for s in config.sources]
+        probe = config.weights == "tokens" or bool(config.modality_tokens)
+        self.mix = mixing.plan(
+            weights,
+            config.block_samples,
+            config.weights,
+            config.modality_tokens,
+            [self._mean_tokens(s) for s in range(len(self.sources))] if probe else (),
+        )
+        self._blocks: OrderedDict[int, Block] = OrderedDict()
+        self._order: dict[tuple[int, int], np.ndarray] = {}
+        plan = {
+            "seed": seed,
+            "seq_len": config.seq_len,
+            "batch_size": config.batch_size,
+            "cut": config.cut,
+            "max_documents": config.max_documents,
+            "block_samples": config.block_samples,
+            "sources": [
+                [shards.split, len(shards), n, shards.fingerprint]
+                for shards, n in zip(self.sources, self.counts, strict=True)
+            ],
+            "transforms": [
+                key_of(
+                    config.transform,
+                    s.transform,
+                    transform if isinstance(transform, (Config, dict, str)) else None,
+                )
+                % 2**32
+                for s in config.sources
+            ],
+        }
+        if self.mix.counts is None:
+            plan["mix"] = key_of(self.mix.at.tolist(), self.mix.shares.tolist()) % 2**32
+        if any(map(self._windowed, range(len(self.sources)))):
+            plan["window"] = [
+                config.window_samples * self._windowed(s) for s in range(len(self.sources))
+            ]
+        super().__init__(plan, config.prefetch)
+
+    def start(self) -> dict[str, int]:
+        return {"step": 0, "block": 0, "row": 0}
+
+    @property
+    def counts(self) -> list[int]:
+        """Samples that the first block takes of each source."""
+        return self.mix.first(1)
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the source that was seen least, up to the last consumed step's block."""
+        seen = self.mix.first(self._cursor["block"])
+        return min(n / len(s) for s, n in zip(self.sources, seen, strict=True))
+
+    def advance(self, cursor: Mapping[str, int]) -> Step:
+        block, row = cursor["block"], cursor["row"]
+        rows: list[Row] = []
+        filtered = too_long = empty = 0
+        while len(rows) < self.config.batch_size:
+            plan = self._block(block)
+            if row == 0:
+                filtered, too_long = filtered + plan.filtered, too_long + plan.too_long
+            take = plan.rows[row : row + self.config.batch_size - len(rows)]
+            rows += take
+            row += len(take)
+            if row >= len(plan.rows):
+                empty = 0 if plan.rows else empty + 1
+                if empty >= 8:
+                    raise UserError(
+                        f"data: {empty} blocks of {self.config.block_samples} samples gave no "
+                        "document "
+                        f"({plan.filtered} filtered by transforms, {plan.too_long} longer than "
+                        "seq_len "
+                        f"{self.config.seq_len}): raise data.seq_len, set data.cut=true or add a "
+                        "chunk transform"
+                    )
+                block, row = block + 1, 0
+        micros = []
+        for numbers in self.own_rows:
+            part = [rows[i] for i in numbers]
+            micros.append(
+                to_batch(
+                    [r.documents for r in part],
+                    self.vocabulary,
+                    self.config.seq_len,
+                    self.config.max_documents * len(part),
+                    [key for r in part for key in r.keys],
+                )
+            )
+        used = sum(r.length for r in rows)
+        tokens: dict[str, int] = {}
+        by_source = dict.fromkeys(range(len(self.sources)), 0)
+        by_samples = dict.fromkeys(range(len(self.sources)), 0)
+        for r in rows:
+            for source, document in zip(r.sources, r.documents, strict=True):
+                by_samples[source] += 1
+                for s in document:
+                    if s.ids is not None:
+                        tokens[s.modality] = tokens.get(s.modality, 0) + len(s.ids) + 2
+                        by_source[source] += len(s.ids) + 2
+        seen = accumulate(
+            cursor,
+            tokens=tokens,
+            source=by_source,
+            samples=by_samples,
+            rejects={"filtered": filtered, "too_long": too_long},
+        )
+        stats = {
+            "padding_share": 1 - used / (self.config.batch_size * self.config.seq_len),
+            "tokens": tokens,
+            "documents": sum(len(r.documents) for r in rows),
+            "filtered": filtered,
+            "too_long": too_long,
+            **summarize(seen),
+        }
+        return Step(micros, {"step": cursor["step"] + 1, "block": block, "row": row, **seen}, stats)
+
+    def _block(self, number: int) -> Block:
+        if number not in self._blocks:
+            self._blocks[number] = self._plan(number)
+            while len(self._blocks) > 2:
+                self._blocks.popitem(last=False)
+        return self._blocks[number]
+
+    def _plan(self, block: int) -> Block:
+        """Draw, transform and pack one block; depends on the seed and the number alone."""
+        documents: list[Document] = []
+        filtered = too_long = 0
+        begin, end = self.mix.first(block), self.mix.first(block + 1)
+        for s, shards in enumerate(self.sources):
+            for count in range(begin[s], end[s]):
+                epoch, position = divmod(count, len(shards))
+                i = int(self._epoch_order(s, epoch)[position])
+                segments = self._segments(s, epoch, i)
+                if not segments:
+                    filtered += 1
+                elif document_length(segments) <= self.config.seq_len:
+                    documents.append(Document(shards.key(i), segments, s))
+                elif self.config.cut and len(segments) == 1:
+                    documents += [
+                        Document(shards.key(i), piece, s)
+                        for piece in pieces(segments[0], self.config.seq_len - 2)
+                    ]
+                else:
+                    too_long += 1
+        order = permute(
+            np.arange(len(documents)), len(documents), key_of(self.seed, "block", block)
+        )
+        rows = first_fit(
+            [documents[i] for i in order], self.config.seq_len, self.config.max_documents
+        )
+        # The rows that were opened last are the emptier ones: spread them over the steps of the
+        # block.
+        order = permute(np.arange(len(rows)), len(rows), key_of(self.seed, "rows", block))
+        return Block([rows[i] for i in order], filtered, too_long)
+
+    def _segments(self, source: int, epoch: int, i: int) -> list[Segment] | None:
+        """Sample ``i`` after the transforms; None where they filter it out."""
+        found = self.sources[source].tokens(i)
+        segments = [Segment(member_modality(member), ids) for member, ids in found.items()]
+        transform = self.transforms[source]
+        if not transform.parts:
+            return segments
+        return transform(segments, generator(self.seed, source, epoch, i))
+
+    def _mean_tokens(self, source: int) -> dict[str, float]:
+        """Mean tokens of one sample by modality, as they will stand in a row.
+
+        From the index where nothing changes them, else from the first samples of the order.
+        """
+        shards, n = self.sources[source], len(self.sources[source])
+        if not self.transforms[source].parts and self.config.cut and not shards.interleaved:
+            have = {s.modality: shards.lengths(s.modality) for s in shards.specs}
+            return {m: float((v + 2).sum(where=v >= 0)) / n for m, v in have.items()}
+        total: dict[str, float] = {}
+        picked = permute(np.arange(min(n, PROBE)), n, key_of("probe", source))
+        for i in picked:
+            segments = self._segments(source, 0, int(i)) or []
+            if document_length(segments) > self.config.seq_len and not (
+                self.config.cut and len(segments) == 1
+            ):
+                continue
+            for s in segments:
+                if s.ids is not None:
+                    total[s.modality] = total.get(s.modality, 0.0) + len(s.ids) + 2
+        return {m: t / len(picked) for m, t in total.items()}
+
+    def _windowed(self, source: int) -> bool:
+        mode = self.config.shuffle
+        return mode == "window" or (mode is None and is_url(self.config.sources[source].path))
+
+    def _epoch_order(self, source: int, epoch: int) -> np.ndarray:
+        key = (source, epoch)
+        if key not in self._order:
+            n = len(self.sources[source])
+            for old in [k for k in self._order if k[0] == source and k[1] < epoch - 1]:
+                del self._order[old]
+            own = key_of(self.seed, "source", source, epoch)
+            self._order[key] = (
+                mixing.window_order(
+                    self.sources[source].shard_of(), self.config.window_samples, own
+                )
+                if self._windowed(source)
+                else permute(np.arange(n), n, own)
+            )
+        return self._order[key]
+
+
+def pieces(s: Segment, tokens: int) -> list[list[Segment]]:
+    """Cut one segment into documents of at most ``tokens`` codes.
+
+    Only the last one's `end` is a target.
+    """
+    return [
+        [window(s, start, min(start + tokens, len(s.ids)))]
+        for start in range(0, len(s.ids), tokens)
+    ]
+
+
+def first_fit(documents: Sequence[Document], seq_len: int, max_documents: int) -> list[Row]:
+    """Put each document into the first row that has room for it, opening rows as needed."""
+    free = np.zeros(max(1, len(documents)), np.int64)
+    rows: list[Row] = []
+    for key, segments, source in documents:
+        n = document_length(segments)
+        at = int(np.argmax(free[: len(rows)] >= n)) if rows else 0
+        if not rows or free[at] < n:
+            at = len(rows)
+            free[at] = seq_len
+            rows.append(Row([], [], [], 0))
+        row = rows[at]
+        row.documents.append(segments)
+        row.keys.append(key)
+        row.sources.append(source)
+        rows[at] = row._replace(length=row.length + n)
+        free[at] = 0 if len(row.documents) >= max_documents else free[at] - n
+    return rows

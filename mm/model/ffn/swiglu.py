@@ -1,0 +1,53 @@
+"""Gated feed-forward layer. B rows, T tokens, D model, F hidden."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from mm.config import Config
+from mm.kernels.glu import glu
+from mm.model.layer import Ctx, FeedForward, LinearFactory, Out
+from mm.model.linears.dense import dense
+from mm.registry import FFNS
+from mm.state import State
+
+
+class SwiGLU(FeedForward):
+    """``out(silu(gate(x)) * up(x))``, or GELU in SiLU's place (GEGLU).
+
+    Source: Shazeer 2020 (arXiv:2002.05202), eq. 6.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_hidden: int,
+        linear: LinearFactory,
+        activation: Literal["silu", "gelu_tanh"] = "silu",
+    ):
+        super().__init__()
+        self.activation: Literal["silu", "gelu_tanh"] = activation
+        self.gate_up = linear(d_model, 2 * d_hidden, "gate_up")
+        self.out = linear(d_hidden, d_model, "out")
+
+    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
+        gate, up = self.gate_up(x_BTD, ctx).chunk(2, dim=-1)
+        return Out(self.out(glu(gate, up, self.activation), ctx))
+
+
+@FFNS.register("swiglu")
+class SwiGLUConfig(Config):
+    """SwiGLU; ``hidden`` None takes 8/3 of d_model, rounded up to a multiple of 32."""
+
+    kind: Literal["swiglu"] = "swiglu"
+    hidden: Annotated[int, Field(gt=0)] | None = None
+    activation: Annotated[
+        Literal["silu", "gelu_tanh"], Field(description="gelu_tanh: GEGLU, in the tanh form")
+    ] = "silu"
+
+    def build(self, d_model: int, linear: LinearFactory = dense) -> SwiGLU:
+        hidden = self.hidden or -(-8 * d_model // 96) * 32
+        return SwiGLU(d_model, hidden, linear, self.activation)

@@ -1,0 +1,131 @@
+"""Differential attention. B rows, T tokens, D model, H heads of two query parts, G key heads, K
+width of a part.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mm.kernels.attention import attention
+from mm.model.layer import Ctx, LinearFactory, Out, Position
+from mm.model.linears.dense import dense
+from mm.model.mixers.attention.base import CachedAttention, HeadsConfig, Sizes
+from mm.model.mixers.attention.kv_cache import KV, DraftKV
+from mm.model.norm import RMSNorm
+from mm.registry import MIXERS
+from mm.state import State
+
+
+class DifferentialAttention(CachedAttention):
+    """``(softmax(q1 k1) - lambda softmax(q2 k2)) v``: what both maps attend to cancels.
+
+    ``lambda = exp(a1 . b1) - exp(a2 . b2) + lambda_init`` with vectors of the layer; each head's
+    output passes an RMS norm and is scaled by ``1 - lambda_init``.
+
+    Source: Ye et al. 2024, Differential Transformer (arXiv:2410.05258), section 2.1, eq. 1-3.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        heads: int,
+        kv_heads: int,
+        width: int,
+        lambda_init: float,
+        position: Position,
+        linear: LinearFactory,
+    ):
+        super().__init__(Sizes(kv_heads, 2 * width, 2 * width), position)
+        self.heads, self.kv_heads, self.width = heads, kv_heads, width
+        self.lambda_init = lambda_init
+        self.qkv = linear(d_model, (heads + 2 * kv_heads) * 2 * width, "qkv")
+        self.out = linear(heads * 2 * width, d_model, "out")
+        self.lambdas = nn.Parameter(torch.empty(2, 2, width))  # (map) x (query, key)
+        self.norm = RMSNorm(2 * width)
+
+    def init_weights(self) -> None:
+        nn.init.normal_(self.lambdas, std=0.1)
+
+    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
+        assert state is None or isinstance(state, KV | DraftKV)
+        H, G, K = self.heads, self.kv_heads, self.width
+        B, T = x_BTD.shape[:2]
+        x_BTD = self.position.embed(x_BTD, ctx.layout.fields)
+        qkv = self.qkv(x_BTD, ctx).view(B, T, 2 * H + 4 * G, K)
+        q, k, v = qkv.split((2 * H, 2 * G, 2 * G), dim=2)
+        q, k = self.rotated(q, k, ctx)
+        # A key head is cached whole: its two keys, and the value that both maps read.
+        y, after = self.attended(
+            q,
+            k.reshape(B, T, G, 2 * K),
+            v.reshape(B, T, G, 2 * K),
+            ctx,
+            state.commit() if state is not None else None,
+        )
+        y = self.norm(y) * (1 - self.lambda_init)
+        return Out(self.out(y.reshape(B, T, H * 2 * K), ctx), after)
+
+    def balance(self) -> Tensor:
+        """lambda, ``()`` float32 or wider."""
+        wide = self.lambdas.to(torch.promote_types(self.lambdas.dtype, torch.float32))
+        first, second = wide.prod(1).sum(-1).exp().unbind()
+        return first - second + self.lambda_init
+
+    def attend(
+        self,
+        q_RTHK: Tensor,
+        k_RSGK: Tensor,
+        v_RSGV: Tensor,
+        allowed_RTS: Tensor | None,
+        causal: bool,
+        bias_RHTS: Tensor | None,
+        cached: bool,
+    ) -> Tensor:
+        (R, T), (S, G, V) = q_RTHK.shape[:2], v_RSGV.shape[1:]
+        if bias_RHTS is not None:  # by head, whose queries have two parts in each key head
+            by_part = bias_RHTS.unflatten(1, (G, 1, -1)).expand(-1, -1, 2, -1, -1, -1)
+            bias_RHTS = by_part.flatten(1, 3)
+        o = attention(
+            q_RTHK,
+            k_RSGK.reshape(R, S, 2 * G, self.width),
+            v_RSGV.repeat_interleave(2, dim=2),
+            allowed_RTS,
+            causal=causal,
+            bias_RHTS=bias_RHTS,
+        )
+        first, second = o.view(R, T, G, 2, self.heads // G, V).unbind(3)
+        return (first - self.balance().to(o.dtype) * second).flatten(2, 3)
+
+
+@MIXERS.register("differential_attention")
+class DifferentialAttentionConfig(HeadsConfig):
+    """The difference of two softmax maps."""
+
+    kind: Literal["differential_attention"] = "differential_attention"
+    lambda_init: Annotated[
+        float,
+        Field(ge=0, lt=1, description="paper: 0.8 - 0.6 exp(-0.3 l) for layer l = 0, 1, ..."),
+    ] = 0.8
+
+    def build(self, d_model: int, linear: LinearFactory = dense) -> DifferentialAttention:
+        heads, kv_heads, head_dim = self.sizes(d_model)
+        if head_dim % 2:
+            raise ValueError(f"differential_attention halves its heads: head_dim {head_dim} is odd")
+        position = self.placed(head_dim // 2, d_model)
+        return DifferentialAttention(
+            d_model,
+            heads,
+            kv_heads,
+            head_dim // 2,
+            self.lambda_init,
+            position,
+            linear,
+        )
+
+    @classmethod
+    def smallest(cls) -> DifferentialAttentionConfig:
+        return cls(heads=2, kv_heads=1)

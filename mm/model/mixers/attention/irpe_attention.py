@@ -1,0 +1,152 @@
+"""Attention with relative vectors of a grid on keys, queries and values. B rows, T tokens, D model,
+H heads, G key heads, K head width, R rows of one document, S keys, N buckets, X terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mm.layout import Fields
+from mm.model.layer import Ctx, LinearFactory, Out, Position
+from mm.model.linears.dense import dense
+from mm.model.mixers.attention.base import GroupedAttention, HeadsConfig
+from mm.model.mixers.attention.kv_cache import KV, DraftKV
+from mm.model.positions.irpe import IRPE, IRPEConfig
+from mm.registry import MIXERS
+from mm.state import State
+
+On = Literal["q", "k", "v"]
+
+
+class Buckets(Position):
+    """A position whose score is no score but the buckets of each pair."""
+
+    def __init__(self, buckets: Callable[[Fields, Fields], list[Tensor]]):
+        self.buckets = buckets
+
+    def score(self, q: Tensor, fq: Fields, fk: Fields) -> Tensor:
+        """`(R, X, T, S)` int64, X tables' worth of terms that add up."""
+        R, T, S = q.shape[0], q.shape[1], fk.document.shape[1]
+        return torch.stack([i.expand(R, T, S) for i in self.buckets(fq, fk)], dim=1)
+
+
+class IRPEAttention(GroupedAttention):
+    """Softmax of ``q_i . k_j + q_i . r^K[I] + k_j . r^Q[I]`` over ``v_j + r^V[I]``, where ``I`` is
+    the bucket of the offset of key j from query i; each of the three vectors may be left out.
+
+    Queries and keys meet the N vectors once and pairs gather: ``(T + S) N K`` products; the values'
+    part sums weights by bucket and then meets the vectors: ``T N K``, not ``T S K``.
+
+    Source: Wu et al. 2021, iRPE (arXiv:2107.14222), contextual mode on queries, keys and values;
+    vectors begin at zero, so the layer begins without positions.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        linear: LinearFactory,
+        irpe: IRPEConfig,
+        on: tuple[On, ...],
+    ):
+        indices = IRPE(heads, head_dim, irpe)
+        super().__init__(d_model, heads, kv_heads, head_dim, Buckets(indices.buckets), linear)
+        count = indices.table.shape[1]
+        self.tables = nn.ParameterDict(
+            {name: nn.Parameter(torch.empty(heads, count, head_dim)) for name in on}
+        )
+
+    def init_weights(self) -> None:
+        for table in self.tables.values():
+            nn.init.zeros_(table)
+
+    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
+        assert state is None or isinstance(state, KV | DraftKV)
+        q, k, v = self.projected(x_BTD, ctx)
+        y, after = self.attended(q, k, v, ctx, state.commit() if state is not None else None)
+        return Out(self.out(y.flatten(2), ctx), after)
+
+    def attend(
+        self,
+        q_RTHK: Tensor,
+        k_RSGK: Tensor,
+        v_RSGV: Tensor,
+        allowed_RTS: Tensor | None,
+        causal: bool,
+        bias_RHTS: Tensor | None,
+        cached: bool,
+    ) -> Tensor:
+        assert bias_RHTS is not None
+        with torch.autocast(q_RTHK.device.type, enabled=False):
+            y = self._summed(q_RTHK, k_RSGK, v_RSGV, allowed_RTS, causal, bias_RHTS)
+        return y.to(q_RTHK.dtype)
+
+    def _summed(
+        self,
+        q_RTHK: Tensor,
+        k_RSGK: Tensor,
+        v_RSGV: Tensor,
+        allowed_RTS: Tensor | None,
+        causal: bool,
+        index: Tensor,
+    ) -> Tensor:
+        """Outputs `(R, T, H, V)` in float32 or wider; ``index`` `(R, X, T, S)`."""
+        (R, T, H, K), X = q_RTHK.shape, index.shape[1]
+        wide = torch.promote_types(q_RTHK.dtype, torch.float32)
+        S, share = k_RSGK.shape[1], H // self.kv_heads
+        q = q_RTHK.to(wide).transpose(1, 2)
+        k, v = (t.to(wide).repeat_interleave(share, 2).transpose(1, 2) for t in (k_RSGK, v_RSGV))
+        logits = q @ k.mT  # (R, H, T, S)
+        terms = {n: t.to(wide) for n, t in self.tables.items()}
+        for x in range(X):
+            at = index[:, x, None].expand(-1, H, -1, -1)
+            if "k" in terms:
+                logits = logits + torch.einsum("rhtk,hnk->rhtn", q, terms["k"]).gather(3, at)
+            if "q" in terms:
+                of_keys = torch.einsum("rhsk,hnk->rhsn", k, terms["q"])
+                logits = logits + of_keys.gather(3, at.mT).mT
+        if causal:
+            past = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+            allowed_RTS = past if allowed_RTS is None else allowed_RTS & past
+        logits = logits * K**-0.5
+        if allowed_RTS is not None:
+            hidden = ~allowed_RTS if allowed_RTS.dim() == 2 else ~allowed_RTS[:, None]
+            # Padding sees nothing: its row of weights is zero, not NaN.
+            logits = logits.masked_fill(hidden, torch.finfo(wide).min)
+            p = logits.softmax(-1).masked_fill(hidden, 0)
+        else:
+            p = logits.softmax(-1)
+        y = p @ v
+        if "v" in terms:
+            N = terms["v"].shape[1]
+            for x in range(X):
+                at = index[:, x, None].expand(-1, H, -1, -1)
+                y = y + p.new_zeros(R, H, T, N).scatter_add(3, at, p) @ terms["v"]
+        return y.transpose(1, 2)
+
+
+@MIXERS.register("irpe_attention")
+class IRPEAttentionConfig(HeadsConfig):
+    """Attention with iRPE's vectors on keys, queries and values (ledger 459)."""
+
+    kind: Literal["irpe_attention"] = "irpe_attention"
+    position: IRPEConfig = IRPEConfig()  # type: ignore[assignment]  # buckets; its mode is not read
+    on: Annotated[
+        tuple[On, ...], Field(min_length=1, description="what the vectors are added to")
+    ] = ("q", "k", "v")
+
+    def build(self, d_model: int, linear: LinearFactory = dense) -> IRPEAttention:
+        heads, kv_heads, head_dim = self.sizes(d_model)
+        make = linear
+        return IRPEAttention(d_model, heads, kv_heads, head_dim, make, self.position, self.on)
+
+    @classmethod
+    def smallest(cls) -> IRPEAttentionConfig:
+        return cls(heads=2, kv_heads=1)

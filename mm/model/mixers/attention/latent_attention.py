@@ -1,0 +1,155 @@
+"""Multi-head latent attention. B rows, T tokens, D model, H heads, C latent width, K width of a
+head without positions, P width of its rotated part, V value width.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mm.config import Config
+from mm.kernels.attention import attention
+from mm.model.layer import Ctx, LinearFactory, Out, Position
+from mm.model.linears.dense import dense
+from mm.model.mixers.attention.base import CachedAttention, Sizes
+from mm.model.mixers.attention.kv_cache import KV, DraftKV
+from mm.model.norm import RMSNorm
+from mm.registry import MIXERS, PositionField
+from mm.state import State
+
+
+class LatentAttention(CachedAttention):
+    """Attention whose keys and values are raised from one latent a token; the cache holds that
+    latent and one rotated key for all heads.
+
+    While there is a State the raising matrices act on queries and outputs instead, so that the
+    latent itself is attended to: nothing is raised again for every cached token.
+
+    Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1.2, eq. 9-13 (latents), 2.1.3, eq. 14-19
+    (decoupled rotary positions); absorbed form: there, after eq. 11. The latents pass RMS norms as
+    in its appendix on hyper-parameters.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        heads: int,
+        widths: tuple[int, int, int],
+        latent: int,
+        query_latent: int | None,
+        position: Position,
+        linear: LinearFactory,
+    ):
+        K, P, V = widths
+        super().__init__(Sizes(1, latent + P, 0), position)
+        self.heads, self.widths, self.latent = heads, widths, latent
+        self.scale = (K + P) ** -0.5
+        self.q_down = linear(d_model, query_latent, "q_down") if query_latent else None
+        self.q_norm = RMSNorm(query_latent) if query_latent else None
+        self.q = linear(query_latent or d_model, heads * (K + P), "q")
+        self.kv_down = linear(d_model, latent + P, "kv_down")
+        self.kv_norm = RMSNorm(latent)
+        # Parameters of their own, not `linear`: the absorbed form needs the matrices themselves.
+        self.key_up = nn.Parameter(torch.empty(heads, K, latent))
+        self.value_up = nn.Parameter(torch.empty(heads, latent, V))
+        self.out = linear(heads * V, d_model, "out")
+
+    def init_weights(self) -> None:
+        nn.init.normal_(self.key_up, std=self.latent**-0.5)
+        nn.init.normal_(self.value_up, std=self.latent**-0.5)
+
+    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
+        assert state is None or isinstance(state, KV | DraftKV)
+        B, T = x_BTD.shape[:2]
+        K, P, V = self.widths
+        x_BTD = self.position.embed(x_BTD, ctx.layout.fields)
+        q_in = x_BTD
+        if self.q_down is not None and self.q_norm is not None:
+            q_in = self.q_norm(self.q_down(x_BTD, ctx))
+        q = self.q(q_in, ctx).view(B, T, self.heads, K + P)
+        latent, k_rotary = self.kv_down(x_BTD, ctx).split((self.latent, P), dim=-1)
+        q_rotary, k_rotary = self.rotated(q[..., K:], k_rotary[:, :, None], ctx)
+        # One cached head: the normed latent, then the rotated key.
+        k = torch.cat((self.kv_norm(latent)[:, :, None], k_rotary), dim=-1)
+        q = torch.cat((q[..., :K], q_rotary), dim=-1)
+        cache = state.commit() if state is not None else None
+        y, after = self.attended(q, k, k[..., :0], ctx, cache)
+        return Out(self.out(y.reshape(B, T, self.heads * V), ctx), after)
+
+    def attend(
+        self,
+        q_RTHK: Tensor,
+        k_RSGK: Tensor,
+        v_RSGV: Tensor,
+        allowed_RTS: Tensor | None,
+        causal: bool,
+        bias_RHTS: Tensor | None,
+        cached: bool,
+    ) -> Tensor:
+        K = self.widths[0]
+        key_up, value_up = self.key_up.to(q_RTHK.dtype), self.value_up.to(q_RTHK.dtype)
+        latent = k_RSGK[..., : self.latent]
+        if cached:
+            raised = torch.einsum("rthk,hkc->rthc", q_RTHK[..., :K], key_up)
+            q = torch.cat((raised, q_RTHK[..., K:]), dim=-1)
+            o = attention(
+                q, k_RSGK, latent, allowed_RTS, causal=causal, bias_RHTS=bias_RHTS,
+                scale=self.scale,
+            )  # fmt: skip
+            return torch.einsum("rthc,hcv->rthv", o, value_up)
+        rotary = k_RSGK[..., self.latent :].expand(-1, -1, self.heads, -1)
+        k = torch.cat((torch.einsum("rsc,hkc->rshk", latent[:, :, 0], key_up), rotary), dim=-1)
+        v = torch.einsum("rsc,hcv->rshv", latent[:, :, 0], value_up)
+        return attention(
+            q_RTHK, k, v, allowed_RTS, causal=causal, bias_RHTS=bias_RHTS, scale=self.scale
+        )
+
+
+@MIXERS.register("latent_attention")
+class LatentAttentionConfig(Config):
+    """Multi-head latent attention with decoupled rotary positions."""
+
+    kind: Literal["latent_attention"] = "latent_attention"
+    heads: Annotated[int, Field(gt=0)] = 4
+    head_dim: (
+        Annotated[int, Field(gt=0, description="without positions; default: d_model / heads")]
+        | None
+    ) = None
+    rotary_dim: (
+        Annotated[int, Field(gt=0, description="rotated part of a head; default: head_dim / 2")]
+        | None
+    ) = None
+    value_dim: Annotated[int, Field(gt=0, description="default: head_dim")] | None = None
+    latent: (
+        Annotated[int, Field(gt=0, description="width of the cached latent; default: 4 head_dim")]
+        | None
+    ) = None
+    query_latent: (
+        Annotated[int, Field(gt=0, description="width of the queries' latent; default: none")]
+        | None
+    ) = None
+    position: PositionField = Field(default="rope", validate_default=True)
+
+    def build(self, d_model: int, linear: LinearFactory = dense) -> LatentAttention:
+        if self.head_dim is None and d_model % self.heads:
+            raise ValueError(
+                f"d_model {d_model} is not a multiple of heads {self.heads}; set head_dim"
+            )
+        K = self.head_dim or d_model // self.heads
+        P = self.rotary_dim or max(K // 2, 2)
+        return LatentAttention(
+            d_model,
+            self.heads,
+            (K, P, self.value_dim or K),
+            self.latent or 4 * K,
+            self.query_latent,
+            self.position.build(P, heads=self.heads, d_model=d_model),
+            linear,
+        )
+
+    @classmethod
+    def smallest(cls) -> LatentAttentionConfig:
+        return cls(heads=2, latent=6, query_latent=5, rotary_dim=4)

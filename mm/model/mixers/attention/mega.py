@@ -1,0 +1,246 @@
+"""Mega: gated attention whose queries and keys have seen a moving average. B rows, T tokens, D
+model, E averages of a channel, K width of queries and keys, V value width, N slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from mm.config import Config
+from mm.kernels.diagonal_ssm import diagonal_ssm
+from mm.kernels.linear_scan import linear_scan
+from mm.layout import Fields, Layout
+from mm.mask import Hint, Mask
+from mm.model.layer import Ctx, LinearFactory, Out, Position
+from mm.model.linears.dense import dense
+from mm.model.mixers.attention.attention import Attention
+from mm.model.mixers.attention.kv_cache import KV, DraftKV
+from mm.model.mixers.ssm.scan import DraftHidden, Hidden, begins, scanned
+from mm.model.positions.randomised import refuse_drawn
+from mm.model.varlen import LengthBuckets
+from mm.registry import MIXERS, PositionField
+from mm.state import DataclassState, State
+
+
+@dataclass(frozen=True)
+class SameChunk(Mask):
+    """Places whose times fall into the same chunk of ``size``."""
+
+    size: int
+    hint: ClassVar[Hint] = "general"
+
+    @property
+    def reach(self) -> int:  # type: ignore[override]
+        return self.size
+
+    def allowed(self, q: Fields, k: Fields) -> Tensor:
+        tq, tk = (f.position[..., 0] // self.size for f in (q, k))
+        return tq[:, :, None] == tk[:, None]
+
+
+@dataclass(frozen=True)
+class Averaged(DataclassState):
+    """The moving averages, and the attention's cache."""
+
+    average: Hidden | DraftHidden  # (N, D * E)
+    kv: KV | DraftKV
+
+    def accept(self, n_N: Tensor) -> Averaged:
+        return Averaged(self.average.accept(n_N), self.kv.accept(n_N))
+
+    def commit(self) -> Averaged:
+        return Averaged(self.average.commit(), self.kv.commit())
+
+
+class MovingAverage(nn.Module):
+    """``y_t = sum_e eta_e h_t``, ``h_t = alpha * beta x_t + (1 - alpha * delta) h_{t-1}``, E of
+    them a channel.
+
+    Source: Ma et al. 2022, Mega (arXiv:2209.10655), section 3.1 (multi-dimensional damped EMA).
+    """
+
+    def __init__(self, d_model: int, size: int):
+        super().__init__()
+        shape = (d_model, size)
+        self.alpha, self.delta = nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(shape))
+        self.beta, self.eta = nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(shape))
+
+    def init_weights(self) -> None:
+        nn.init.normal_(self.alpha, std=0.2)
+        nn.init.normal_(self.delta, std=0.2)
+        nn.init.normal_(self.eta)
+        nn.init.normal_(self.beta, std=0.02)
+        with torch.no_grad():  # the averages of a channel begin with unlike signs
+            sign = torch.ones(self.beta.shape[1])
+            sign[1::2] = -1
+            self.beta.add_(sign.to(self.beta))
+
+    def coefficients(self) -> tuple[Tensor, Tensor]:
+        """Decays and readouts `(D, E)` float32 or wider: ``h_t = a h_{t-1} + x_t``, ``y = c h``."""
+        wide = torch.promote_types(self.alpha.dtype, torch.float32)
+        alpha, delta = self.alpha.to(wide).sigmoid(), self.delta.to(wide).sigmoid()
+        c = alpha * self.beta.to(wide) * self.eta.to(wide) * alpha.shape[1] ** -0.5
+        return 1 - alpha * delta, c
+
+    def forward(self, x: Tensor, ctx: Ctx, state: State | None) -> tuple[Tensor, State | None]:
+        a, c = self.coefficients()
+        if state is None:
+            pairs = (torch.stack((t, torch.zeros_like(t))) for t in (a, c))
+            y, _ = diagonal_ssm(x, *pairs, begins(ctx.layout))
+            return y.to(x.dtype), None
+        (B, T, D), E = x.shape, a.shape[1]
+        u = x.to(a.dtype)[..., None].expand(B, T, D, E).flatten(2)
+        h, after = scanned(linear_scan, a.flatten().expand(B, T, -1), u, ctx, state)
+        return (h.view(B, T, D, E) * c).sum(-1).to(x.dtype), after
+
+
+class Mega(Attention):
+    """``phi * h + (1 - phi) * x``, ``h = silu(W_h x' + U (gamma * o))``: one head of attention
+    whose values read x and whose queries, keys and gates read its moving average x'.
+
+    With ``chunk`` each token attends within its own chunk of so many tokens and only the average
+    crosses the borders (Mega-chunk): linear in the length, and so is the cache.
+
+    Source: Ma et al. 2022 (arXiv:2209.10655), section 3, with softmax as the attention
+    function.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        config: MegaConfig,
+        value_dim: int,
+        position: Position,
+        linear: LinearFactory,
+    ):
+        # Mega has projections of its own.
+        nothing = cast(LinearFactory, lambda d_in, d_out, name: nn.Identity())
+        refuse_drawn(position, "mega")
+        super().__init__(d_model, 1, 1, config.key_dim, config.chunk, False, position, nothing)
+        self.chunk, self.value_dim, K, V = config.chunk, value_dim, config.key_dim, value_dim
+        self.sizes = (K, V, d_model, d_model)
+        self.average = MovingAverage(d_model, config.averages)
+        self.value = linear(d_model, V, "value")
+        self.inner = linear(d_model, sum(self.sizes), "inner")  # z, gamma, phi, h
+        self.mix = linear(V, d_model, "mix")
+        self.value_bias = nn.Parameter(torch.empty(V))
+        self.bias = nn.Parameter(torch.empty(sum(self.sizes)))
+        self.scales = nn.Parameter(torch.empty(2, K))  # of queries and keys
+        self.shifts = nn.Parameter(torch.empty(2, K))
+
+    def init_weights(self) -> None:
+        for bias in (self.bias, self.value_bias, self.shifts):
+            nn.init.zeros_(bias)
+        nn.init.ones_(self.scales)
+
+    def _groups_key(self) -> str:
+        return f"mega.groups.{self.chunk}"
+
+    def _grouped(self, ctx: Ctx) -> LengthBuckets:
+        if self.chunk is None:
+            return LengthBuckets.of(ctx.layout, ctx.mask, by_vectors=True)
+        return LengthBuckets.of(cut(ctx.layout, self.chunk), ctx.mask, by_vectors=True)
+
+    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
+        made = dict(super().shares(serving))
+        if self._groups_key() in made:
+            made[self._groups_key()] = self._grouped
+        return made
+
+    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
+        assert state is None or isinstance(state, Averaged)
+        old = state.commit() if state is not None else None
+        B, T = x_BTD.shape[:2]
+        f = ctx.layout.fields
+        seen, average = self.average(x_BTD, ctx, old.average if old is not None else None)
+        read = self.inner(seen, ctx)
+        z, gamma, phi, h = (read + self.bias.to(read.dtype)).split(self.sizes, dim=-1)
+        v = self.value(x_BTD, ctx)
+        v = F.silu(v + self.value_bias.to(v.dtype)).view(B, T, 1, -1)
+        z = F.silu(z)[:, :, None, None]
+        q, k = (z * self.scales.to(z.dtype) + self.shifts.to(z.dtype)).unbind(3)
+        prepared = ctx.shared.get(self.position.key) if self.position.key else None
+        if prepared is None:
+            q, k = self.position.rotate(q, k, f, f)
+        else:
+            q, k = self.position.apply(q, prepared), self.position.apply(k, prepared)
+        after = None
+        if old is None:
+            if self._groups_key() not in ctx.shared and not torch.compiler.is_compiling():
+                ctx = replace(ctx, shared={**ctx.shared, self._groups_key(): self._grouped(ctx)})
+            o = self._forward_full(q, k, v, None, self._within(ctx))
+        else:
+            assert isinstance(old.kv, KV) and isinstance(average, Hidden | DraftHidden)
+            o, kv = self._forward_cached(q, k, v, None, self._within(ctx), old.kv)
+            assert isinstance(kv, KV | DraftKV)
+            after = Averaged(average, kv)
+        moved = F.silu(h + self.mix(F.silu(gamma) * o.reshape(B, T, -1), ctx))
+        return Out(torch.lerp(x_BTD, moved.to(x_BTD.dtype), phi.sigmoid().to(x_BTD.dtype)), after)
+
+    def _within(self, ctx: Ctx) -> Ctx:
+        return ctx if self.chunk is None else replace(ctx, mask=ctx.mask & SameChunk(self.chunk))
+
+    def initial_state(self, n: int, max_len: int) -> Averaged:  # type: ignore[override]
+        like, C = self.bias.detach(), self._places(max_len)
+        ring = self.chunk is not None and self.chunk < max_len
+        kv = KV.empty(n, 1, C, self.head_dim, self.value_dim, ring, like)
+        wide = torch.promote_types(like.dtype, torch.float32)
+        return Averaged(Hidden(like.new_zeros(n, self.average.alpha.numel(), dtype=wide)), kv)
+
+    def state_bytes(self, n: int, max_len: int) -> int:
+        item, C = self.bias.element_size(), self._places(max_len)
+        kept = KV.bytes(n, 1, C, self.head_dim, self.value_dim, item)
+        return kept + n * self.average.alpha.numel() * max(item, 4)
+
+
+def cut(layout: Layout, size: int) -> Layout:
+    """Chunks of ``size`` tokens of every document as documents of their own, without slots."""
+    f = layout.fields
+    document, time = f.document.reshape(-1).long(), f.position[..., 0].reshape(-1) // size
+    moved = (document[1:] != document[:-1]) | (time[1:] != time[:-1])
+    start = F.pad(moved, (1, 0), value=True) & (document > 0)
+    number = start.cumsum(0) * (document > 0)
+    first = F.pad(start.nonzero()[:, 0], (0, 1), value=len(document)).to(torch.int32)
+    fields = f._replace(document=number.view(f.document.shape).to(torch.int32))
+    slot = torch.full((len(first) - 1,), -1, dtype=torch.int32, device=first.device)
+    return replace(
+        layout,
+        fields=fields,
+        cu_seqlens=first,
+        slot=slot,
+        fresh=torch.ones_like(slot, dtype=torch.bool),
+        max_seqlen=size,
+        aligned=False,
+    )
+
+
+@MIXERS.register("mega")
+class MegaConfig(Config):
+    """Moving-average equipped gated attention, one head, optionally within chunks. Ledger 108."""
+
+    kind: Literal["mega"] = "mega"
+    averages: Annotated[int, Field(gt=0, description="moving averages of a channel")] = 16
+    key_dim: Annotated[int, Field(gt=0, description="of queries and keys")] = 64
+    expand_value: Annotated[float, Field(gt=0, description="value width / d_model")] = 2.0
+    chunk: Annotated[int, Field(gt=0, description="tokens that attend to each other")] | None = None
+    position: PositionField = Field(default="rope", validate_default=True)
+
+    def build(self, d_model: int, linear: LinearFactory = dense) -> Mega:
+        return Mega(
+            d_model,
+            self,
+            int(d_model * self.expand_value),
+            self.position.build(self.key_dim, heads=1, d_model=d_model),
+            linear,
+        )
+
+    @classmethod
+    def smallest(cls) -> MegaConfig:
+        return cls(averages=3, key_dim=4, expand_value=0.5)

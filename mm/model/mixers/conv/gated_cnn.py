@@ -1,0 +1,64 @@
+"""Gated convolution. B rows, T tokens, D model, W width, C conv size, N slots."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mm.config import Config
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
+from mm.model.mixers.conv.state import Tail, preceding
+from mm.registry import MIXERS
+from mm.state import State
+
+
+class GatedCNN(Mixer):
+    """``out((X * W + b) . sigmoid(X * V + c))`` with full causal convolutions of width C.
+
+    Source: Dauphin et al. 2017 (arXiv:1612.08083), eq. 1.
+    """
+
+    caps = Caps(causal=True, step=True, shard="halo")
+
+    def __init__(self, d_model: int, width: int, conv_size: int, linear: LinearFactory):
+        super().__init__()
+        self.d_model, self.conv_size = d_model, conv_size
+        self.inner = linear(conv_size * d_model, 2 * width, "inner")  # newest token first
+        self.bias = nn.Parameter(torch.empty(2 * width))
+        self.out = linear(width, d_model, "out")
+
+    def init_weights(self) -> None:
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
+        back, after = preceding(x_BTD, self.conv_size - 1, ctx, state)
+        u = self.inner(torch.cat(back, dim=-1), ctx)
+        a, b = (u + self.bias.to(u.dtype)).chunk(2, dim=-1)
+        return Out(self.out(a * b.sigmoid(), ctx), after)
+
+    def initial_state(self, n: int, max_len: int) -> Tail:
+        return Tail(self.bias.detach().new_zeros(n, self.conv_size - 1, self.d_model))
+
+    def state_bytes(self, n: int, max_len: int) -> int:
+        return n * (self.conv_size - 1) * self.d_model * self.bias.element_size()
+
+
+@MIXERS.register("gated_cnn")
+class GatedCNNConfig(Config):
+    """Causal convolution with a gated linear unit. Ledger 24."""
+
+    kind: Literal["gated_cnn"] = "gated_cnn"
+    renamed: ClassVar[dict[str, str]] = {"taps": "conv_size"}
+    width: Annotated[int, Field(gt=0, description="default d_model")] | None = None
+    conv_size: Annotated[int, Field(gt=1, description="width of the convolution")] = 4
+
+    def build(self, d_model: int, linear: LinearFactory = dense) -> GatedCNN:
+        return GatedCNN(d_model, self.width or d_model, self.conv_size, linear)
+
+    @classmethod
+    def smallest(cls) -> GatedCNNConfig:
+        return cls(width=6, conv_size=3)

@@ -1,0 +1,68 @@
+"""Short depthwise convolution between two gates. B rows, T tokens, D model, C conv size, N
+slots.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mm.config import Config
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
+from mm.model.mixers.conv.state import Tail, convolved
+from mm.registry import MIXERS
+from mm.state import State
+
+
+class ShortConv(Mixer):
+    """``out(c * conv(b * u))`` with ``b, c, u = inner(x)``, or ``out(conv(inner(x)))`` without
+    gates; the convolution is causal and by channel.
+
+    Source: LFM2 (Liquid AI 2025, arXiv:2511.23404), the gated short convolution block.
+    """
+
+    caps = Caps(causal=True, step=True, shard="halo")
+
+    def __init__(self, d_model: int, conv_size: int, gates: bool, linear: LinearFactory):
+        super().__init__()
+        self.conv_size, self.gates = conv_size, gates
+        self.inner = linear(d_model, 3 * d_model if gates else d_model, "inner")
+        self.weight = nn.Parameter(torch.empty(conv_size, d_model))
+        self.bias = nn.Parameter(torch.empty(d_model))
+        self.out = linear(d_model, d_model, "out")
+
+    def init_weights(self) -> None:
+        nn.init.normal_(self.weight, std=self.conv_size**-0.5)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
+        u = self.inner(x_BTD, ctx)
+        if not self.gates:
+            y, after = convolved(u, self.weight, self.bias, ctx, state)
+            return Out(self.out(y, ctx), after)
+        b, c, u = u.chunk(3, dim=-1)
+        y, after = convolved(b * u, self.weight, self.bias, ctx, state)
+        return Out(self.out(c * y, ctx), after)
+
+    def initial_state(self, n: int, max_len: int) -> Tail:
+        return Tail(self.weight.detach().new_zeros(n, self.conv_size - 1, self.weight.shape[1]))
+
+    def state_bytes(self, n: int, max_len: int) -> int:
+        return n * (self.conv_size - 1) * self.weight.shape[1] * self.weight.element_size()
+
+
+@MIXERS.register("short_conv")
+class ShortConvConfig(Config):
+    """Causal depthwise convolution over a few tokens, between two gates."""
+
+    kind: Literal["short_conv"] = "short_conv"
+    renamed: ClassVar[dict[str, str]] = {"taps": "conv_size"}
+    conv_size: Annotated[int, Field(gt=1, description="width of the convolution")] = 3
+    gates: Annotated[bool, Field(description="input-dependent gates before and after")] = True
+
+    def build(self, d_model: int, linear: LinearFactory = dense) -> ShortConv:
+        return ShortConv(d_model, self.conv_size, self.gates, linear)

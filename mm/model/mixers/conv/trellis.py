@@ -1,0 +1,88 @@
+"""Trellis network. B rows, T tokens, D model, W width, N slots."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mm.config import Config
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
+from mm.model.mixers.conv.state import Tail, preceding
+from mm.registry import MIXERS
+from mm.state import State, StateTuple
+
+
+class Trellis(Mixer):
+    """``depth`` convolutions of width two with the SAME weights, the input injected into each, and
+    an LSTM's gates as their non-linearity: depth i of token t reads depth i - 1 of tokens t and
+    t - 1.
+
+    It sees ``depth + 1`` tokens, and with block-sparse weights it is an LSTM over the last
+    ``depth`` of them. All tokens run beside one another; the State keeps one token of each depth.
+
+    Source: Bai et al. 2019 (arXiv:1810.06682), sections 3 and 5 (gated activation).
+    """
+
+    caps = Caps(causal=True, step=True, shard="halo")
+
+    def __init__(self, d_model: int, width: int, depth: int, linear: LinearFactory):
+        super().__init__()
+        self.d_model, self.width, self.depth = d_model, width, depth
+        self.inner = linear(2 * d_model, 4 * width, "inner")  # this token, the one before
+        self.mix = linear(2 * width, 4 * width, "mix")  # this token's hidden, the one's before
+        self.bias = nn.Parameter(torch.empty(4 * width))  # forget, input, candidate, output
+        self.out = linear(width, d_model, "out")
+
+    def init_weights(self) -> None:
+        nn.init.zeros_(self.bias)
+        with torch.no_grad():
+            self.bias[: self.width] = 1.0
+
+    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
+        assert state is None or isinstance(state, StateTuple)
+        parts: list[State | None] = list(state.parts) if state is not None else [None] * self.depth
+        back, parts[0] = preceding(x_BTD, 1, ctx, parts[0])
+        injected = self.inner(torch.cat(back, -1), ctx)
+        injected = injected + self.bias.to(injected.dtype)
+        f, i, g, o = injected.chunk(4, -1)  # depth 0 is zeros
+        cell = i.sigmoid() * g.tanh()
+        hidden = o.sigmoid() * cell.tanh()
+        for depth in range(1, self.depth):
+            z = torch.cat((cell, hidden), -1)
+            (_, before), parts[depth] = preceding(z, 1, ctx, parts[depth])
+            old_cell, old_hidden = before.chunk(2, -1)
+            mixed = injected + self.mix(torch.cat((hidden, old_hidden), -1), ctx)
+            f, i, g, o = mixed.chunk(4, -1)
+            cell = f.sigmoid() * old_cell + i.sigmoid() * g.tanh()
+            hidden = o.sigmoid() * cell.tanh()
+        return Out(self.out(hidden, ctx), StateTuple(*parts) if state is not None else None)
+
+    def initial_state(self, n: int, max_len: int) -> StateTuple:
+        zeros = lambda width: Tail(self.bias.detach().new_zeros(n, 1, width))
+        return StateTuple(
+            zeros(self.d_model), *(zeros(2 * self.width) for _ in range(1, self.depth))
+        )
+
+    def state_bytes(self, n: int, max_len: int) -> int:
+        kept = self.d_model + (self.depth - 1) * 2 * self.width
+        return n * kept * self.bias.element_size()
+
+
+@MIXERS.register("trellis")
+class TrellisConfig(Config):
+    """Weight-tied causal convolutions with injected input and LSTM gates. Ledger 41."""
+
+    kind: Literal["trellis"] = "trellis"
+    width: Annotated[int, Field(gt=0, description="default d_model")] | None = None
+    depth: Annotated[int, Field(gt=1, description="tokens it looks back")] = 16
+
+    def build(self, d_model: int, linear: LinearFactory = dense) -> Trellis:
+        return Trellis(d_model, self.width or d_model, self.depth, linear)
+
+    @classmethod
+    def smallest(cls) -> TrellisConfig:
+        return cls(width=6, depth=3)

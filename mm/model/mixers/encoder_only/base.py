@@ -1,0 +1,64 @@
+"""Mixers that need a whole document at once. B rows, T tokens, D model, R rows of one document, L
+tokens, H heads, K head width, m landmarks or compressed places.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mm.errors import UserError
+from mm.model.layer import Caps, Ctx, Mixer, Out
+from mm.model.varlen import PackedRows
+from mm.state import State
+
+
+class BothWays(Mixer):
+    """Every place depends on every other of its document: no causal mask, no State.
+
+    Each document is mixed in a row of its own; what follows it in the row is zeros.
+    """
+
+    caps = Caps(causal=False, bidirectional=True, step=False)
+    kind: ClassVar[str]
+    max_len: int | None = None
+
+    def mix(self, x_RLD: Tensor, length_R: Tensor, ctx: Ctx) -> Tensor:
+        """`(R, L, D)` of rows that hold one document each in their first ``length`` places."""
+        raise NotImplementedError
+
+    def bounded(self, max_len: int) -> None:
+        """Declare that longer documents are refused."""
+        self.max_len = max_len
+        self.caps = replace(type(self).caps, length_general=False)
+
+    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
+        if ctx.mask.hint != "full" or state is not None:
+            raise UserError(
+                f"{self.kind} mixes both ways and cannot decode: it needs `mask: full`, not "
+                f"{ctx.mask if state is None else 'a State'}; for a causal model take another mixer"
+            )
+        docs = PackedRows.of(ctx.layout, 0)
+        rows = docs.unpack(x_BTD)
+        if self.max_len is not None and rows.shape[1] > self.max_len:
+            raise UserError(
+                f"{self.kind} knows places up to {self.max_len}: a document has {rows.shape[1]}; "
+                "raise max_len"
+            )
+        # AdapterOutput, not multiplied: padding may hold inf.
+        rows = rows.masked_fill(~docs.valid[..., None], 0)
+        y = self.mix(rows, docs.length, ctx) if rows.shape[:2].numel() else rows
+        return Out(docs.pack(y, *x_BTD.shape[:2]))
+
+    def initial_state(self, n: int, max_len: int) -> Any:
+        raise UserError(
+            f"{self.kind} mixes both ways and has no State: take a causal mixer to generate"
+        )
+
+
+def valid_of(length_R: Tensor, L: int) -> Tensor:
+    """`(R, L)` bool; a document of no tokens counts as one, so that no softmax is over nothing."""
+    return torch.arange(L, device=length_R.device) < length_R.clamp_min(1)[:, None]

@@ -1,0 +1,71 @@
+"""Fourier mixing. R rows of one document, L tokens, D model."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mm.config import Config
+from mm.model.layer import Ctx, LinearFactory
+from mm.model.linears.dense import dense
+from mm.model.mixers.encoder_only.base import BothWays
+from mm.registry import MIXERS
+
+
+class FNet(BothWays):
+    """``Re(FFT_places(FFT_channels(x)))`` of each document, without parameters.
+
+    Source: Lee-Thorp et al. 2021 (arXiv:2105.03824), eq. 3.
+    """
+
+    kind = "fnet"
+
+    def __init__(self, unitary: bool):
+        super().__init__()
+        self.unitary = unitary
+
+    def mix(self, x_RLD: Tensor, length_R: Tensor, ctx: Ctx) -> Tensor:
+        wide = torch.promote_types(x_RLD.dtype, torch.float32)
+        with torch.autocast(x_RLD.device.type, enabled=False):
+            f = self._places(torch.fft.fft(x_RLD.to(wide), dim=-1), length_R)
+        if self.unitary:
+            scale = (length_R.clamp_min(1) * x_RLD.shape[-1]).to(wide).rsqrt()
+            f = f * scale[:, None, None]
+        return f.to(x_RLD.dtype)
+
+    def _places(self, f: Tensor, length_R: Tensor) -> Tensor:
+        """Real part of the transform of complex `(R, L, D)` over the first ``length`` places."""
+        if torch.compiler.is_compiling():  # a graph knows no lengths
+            c, s = dft(length_R, f.shape[1], f.real.dtype)
+            return c @ f.real + s @ f.imag
+        y = torch.zeros_like(f.real)
+        for n in length_R.unique().tolist():  # documents of one length at a time
+            rows = (length_R == n).nonzero()[:, 0]
+            part = torch.fft.fft(f[rows, :n], dim=1).real if n else f.real[rows, :n]
+            pad = y.new_zeros(len(rows), f.shape[1] - n, f.shape[2])
+            y = y.index_copy(0, rows, torch.cat((part, pad), dim=1))
+        return y
+
+
+def dft(length_R: Tensor, L: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `(R, L, L)` of ``2 pi i j / length``, zeros from the length on."""
+    at = torch.arange(L, device=length_R.device)
+    n = length_R.clamp_min(1)[:, None, None]
+    turn = (at[:, None] * at) % n  # whole turns taken off while they are integers
+    angle = turn.to(torch.float64) * (2 * math.pi) / n
+    valid = (at[:, None] < n) & (at < n)
+    return tuple(f(angle).masked_fill(~valid, 0).to(dtype) for f in (torch.cos, torch.sin))  # type: ignore[return-value]
+
+
+@MIXERS.register("fnet")
+class FNetConfig(Config):
+    """Fourier mixing of places and channels; bidirectional (ledger 473)."""
+
+    kind: Literal["fnet"] = "fnet"
+    unitary: bool = False  # transforms keep lengths; False: as in the paper
+
+    def build(self, d_model: int, linear: LinearFactory = dense) -> FNet:
+        return FNet(self.unitary)

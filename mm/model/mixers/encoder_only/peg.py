@@ -1,0 +1,84 @@
+"""Positions from a convolution over the grid. B rows, T tokens, D model, G grids of Y rows and X
+columns, N = Y X cells.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from mm.config import Config
+from mm.errors import UserError
+from mm.model.layer import Caps, Ctx, LinearFactory, Out
+from mm.model.linears.dense import dense
+from mm.model.mixers.encoder_only.base import BothWays
+from mm.model.mixers.ssm.plstm import grid_places, in_grids
+from mm.model.varlen import PackedRows
+from mm.registry import MIXERS
+from mm.state import State
+
+
+class PEG(BothWays):
+    """Depthwise convolution of each grid of `Layout.grids` over rows and columns, zeros around it;
+    the other places of a document are a line, with zeros where its grids are. The block adds it to
+    its input.
+
+    What a border looks like tells cells where they are, so a grid may be larger than any in
+    training. As the second mixer of an encoder it takes the place of absolute positions.
+
+    Source: Chu et al. 2021, Conditional positional encodings (arXiv:2102.10882), section 3.3 (PEG);
+    a line for what is no grid is a choice of this file (there, the class token passes by).
+    """
+
+    kind = "peg"
+    caps = Caps(causal=False, step=False)  # local: it does not bring all places together
+
+    def __init__(self, d_model: int, conv_size: int):
+        super().__init__()
+        self.conv_size = conv_size
+        self.weight = nn.Parameter(torch.empty(conv_size, conv_size, d_model))
+        self.bias = nn.Parameter(torch.empty(d_model))
+
+    def init_weights(self) -> None:
+        nn.init.normal_(self.weight, std=1 / self.conv_size)
+        nn.init.zeros_(self.bias)
+
+    def mix(self, x_RLD: Tensor, length_R: Tensor, ctx: Ctx) -> Tensor:
+        passed = PackedRows.of(ctx.layout, 0).unpack(in_grids(ctx.layout, x_RLD.device))
+        return self._convolved(x_RLD.masked_fill(passed[..., None], 0), 1, x_RLD.shape[1])
+
+    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
+        out = super().forward(x_BTD, ctx, state)
+        flat, y = x_BTD.flatten(0, 1), out.y.flatten(0, 1)
+        for Y, X, index in grid_places(ctx.layout):
+            made = self._convolved(flat[index], Y, X).flatten(0, 1)
+            y = y.index_copy(0, index.flatten(), made.to(y.dtype))
+        return Out(y.view_as(out.y))
+
+    def _convolved(self, x: Tensor, Y: int, X: int) -> Tensor:
+        """`(G, N, D)` cells to as many."""
+        D = x.shape[-1]
+        weight = self.weight.permute(2, 0, 1)[:, None].to(x.dtype)
+        cells = x.unflatten(1, (Y, X)).permute(0, 3, 1, 2)
+        y = F.conv2d(cells, weight, self.bias.to(x.dtype), padding=self.conv_size // 2, groups=D)
+        return y.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+@MIXERS.register("peg")
+class PEGConfig(Config):
+    """Conditional positions of grids by a depthwise convolution; bidirectional (ledger 465)."""
+
+    kind: Literal["peg"] = "peg"
+    renamed: ClassVar[dict[str, str]] = {"taps": "conv_size"}
+    conv_size: Annotated[int, Field(gt=1, description="rows and columns of the kernel, odd")] = 3
+
+    def build(self, d_model: int, linear: LinearFactory = dense) -> PEG:
+        if self.conv_size % 2 == 0:
+            raise UserError(
+                f"peg: conv_size {self.conv_size} is even; a cell needs as many on either side"
+            )
+        return PEG(d_model, self.conv_size)

@@ -1,0 +1,447 @@
+"""Linear attention and its gated kin as settings of one layer.
+
+B rows, T tokens, D model, H heads, G key heads, K key width, V value width, N slots, R rows of one
+document, L their length, C conv size, W width of what is convolved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from mm.config import Config
+from mm.errors import UserError
+from mm.kernels.causal_conv import causal_conv
+from mm.kernels.glu import glu
+from mm.kernels.linear_attention import linear_attention
+from mm.model.layer import Caps, Ctx, LinearFactory, LinearMixer, Position, Provider
+from mm.model.linears.dense import dense
+from mm.model.mixers.linear_attention.lower_bounds import shared_bound, shared_bounds
+from mm.model.mixers.linear_attention.memory import DraftMatrix, Matrix, kept, tail_of
+from mm.model.norm import RMSNorm
+from mm.model.positions.randomised import refuse_drawn
+from mm.model.varlen import PackedRows, per_document, share_groups
+from mm.registry import MIXERS, PositionField
+from mm.state import State
+
+EPS = 1e-6  # of the normaliser: a query that no key answers reads zeros
+
+
+class LinearAttention(LinearMixer):
+    """``o_t = S_t^T phi(q_t)``, ``S_t = diag(a_t) S_{t-1} + phi(k_t) v_t^T``; the rest is settings.
+
+    Source: Katharopoulos et al. 2020 (arXiv:2006.16236), eq. 8-20; decay by head and token, by
+    channel, gate and norm: Yang et al. 2023, GLA (arXiv:2312.06635), section 4; keys from decays:
+    Qin et al. 2024, HGRN2 (arXiv:2404.07904), section 3; steps and skip: Dao & Gu 2024, Mamba-2
+    (arXiv:2405.21060), sections 6 and 7.
+    """
+
+    caps = Caps(causal=True, step=True, shard="carry")
+
+    def __init__(
+        self,
+        d_model: int,
+        config: LinearAttentionConfig,
+        key_dim: int,
+        value_dim: int,
+        position: Position,
+        linear: LinearFactory,
+    ):
+        super().__init__()
+        c, H = config, config.heads
+        refuse_drawn(position, "linear_attention")
+        self.config, self.position = config, position
+        self.heads, self.key_heads = H, c.key_heads or H
+        self.key_dim, self.value_dim = key_dim, value_dim
+        keys = self.key_heads * key_dim
+        self.sizes = (keys, keys if c.key == "free" else 0, H * value_dim)
+        self.qkv = linear(d_model, sum(self.sizes), "qkv")
+        self.out = linear(H * value_dim, d_model, "out")
+        self.gate = linear(d_model, H * value_dim, "gate") if c.gate != "none" else None
+        if c.conv_size:
+            self.conv_weight = nn.Parameter(torch.empty(c.conv_size, sum(self.sizes)))
+            self.conv_bias = nn.Parameter(torch.empty(sum(self.sizes)))
+        width = {"scalar": H, "step": H, "channel": keys}.get(c.decay)
+        if width is not None:
+            low = c.decay_rank if c.decay == "channel" else None
+            self.decay_in = linear(d_model, low, "decay_in") if low else None
+            self.decay = linear(low or d_model, width, "decay")
+            self.decay_bias = nn.Parameter(torch.empty(width))
+        self.decay_width = width or 0
+        own = width is not None and isinstance(c.lower_bound, float)
+        self.bound = nn.Parameter(torch.empty(self.decay_width)) if own else None
+        if c.decay == "step":
+            self.log_rate = nn.Parameter(torch.empty(H))
+        if c.skip:
+            self.skip = nn.Parameter(torch.empty(H))
+        norms = {"head": value_dim, "full": H * value_dim}
+        self.norm = RMSNorm(norms[c.norm]) if c.norm in norms else None
+
+    def init_weights(self) -> None:
+        c = self.config
+        if c.conv_size:
+            nn.init.normal_(self.conv_weight, std=c.conv_size**-0.5)
+            nn.init.zeros_(self.conv_bias)
+        if c.decay in ("scalar", "channel"):
+            nn.init.zeros_(self.decay_bias)
+        if self.bound is not None and isinstance(c.lower_bound, float):
+            nn.init.constant_(self.bound, math.log(c.lower_bound / (1 - c.lower_bound)))
+        if c.decay == "step":
+            with torch.no_grad():
+                # softplus(bias) log-uniform in [0.001, 0.1], rates uniform in [1, 16].
+                step = torch.empty_like(self.decay_bias).uniform_(math.log(1e-3), math.log(0.1))
+                self.decay_bias.copy_(step.exp().expm1().log())
+                self.log_rate.copy_(torch.empty_like(self.log_rate).uniform_(1, 16).log())
+        if c.skip:
+            nn.init.ones_(self.skip)
+
+    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
+        made: dict[str, Callable[[Ctx], Any]] = {}
+        if self.position.key:
+            made[self.position.key] = lambda ctx: self.position.prepare(ctx.layout.fields)
+        return {**made, **share_groups(serving)}
+
+    # ---- what the recurrence is given ----
+
+    def features(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> dict[str, Tensor]:
+        """Queries, keys and values `(B, T, H, .)` and their log decays, float32 or wider."""
+        c, (B, T) = self.config, x_BTD.shape[:2]
+        found: dict[str, Tensor] = {}
+        u = self.qkv(x_BTD, ctx)
+        if c.conv_size:
+            u = self._convolved(u, ctx, state, found)
+        u = u.to(torch.promote_types(u.dtype, torch.float32))
+        q, k, v = u.split(self.sizes, dim=-1)
+        v = v.view(B, T, self.heads, self.value_dim)
+        if c.value == "silu":
+            v = F.silu(v)
+        if c.skip:
+            found["skip"] = v * self.skip.to(v)[:, None]
+        if c.decay == "constant":
+            found["g"] = self._rates(v)
+        elif c.decay != "none":
+            low = self.decay_in(x_BTD, ctx) if self.decay_in is not None else x_BTD
+            raw = self.decay(low, ctx).to(v) + self.decay_bias.to(v)
+            if c.decay == "step":
+                step = F.softplus(raw)
+                v = v * step[..., None]
+                found["g"] = -step * self.log_rate.to(v).exp() / c.temperature
+            else:
+                found["g"] = self._bounded(F.logsigmoid(raw), ctx) / c.temperature
+        heads = lambda t: t.view(B, T, self.key_heads, self.key_dim)
+        if c.decay == "channel":
+            found["g"] = self._spread(heads(found["g"]))
+        q = heads(q)
+        if c.key == "free":
+            q, k = self._rotated(q, heads(k), ctx)
+            k = self._spread(self._map(k))
+        else:
+            k = -torch.expm1(found["g"])
+        q = self._spread(self._map(q))
+        v = v * c.insert if c.insert != 1 else v
+        return {"q": q * self.key_dim**-0.5 if c.scale else q, "k": k, "v": v, **found}
+
+    def _convolved(
+        self, u: Tensor, ctx: Ctx, state: State | None, found: dict[str, Tensor]
+    ) -> Tensor:
+        """Short convolution inside documents; with a state, ``found`` gets its rows of inputs."""
+        document = ctx.layout.fields.document
+        if state is None:
+            return causal_conv(u, self.conv_weight, self.conv_bias, document)
+        assert isinstance(state, Matrix | DraftMatrix)
+        tail = state.commit().tail
+        docs = PackedRows.of(ctx.layout, tail.shape[0])
+        rows = docs.unpack(u)
+        inputs = torch.cat((docs.read(tail).to(rows.dtype), rows), dim=1)
+        found["inputs"] = inputs
+        # The tail is the document's own past: no borders, and the first outputs are the tail's.
+        same = torch.ones_like(inputs[..., 0], dtype=torch.int32)
+        y = causal_conv(inputs, self.conv_weight, self.conv_bias, same)
+        return docs.pack(y[:, self.config.conv_size - 1 :], *u.shape[:2])
+
+    def _rates(self, like: Tensor) -> Tensor:
+        """`(H,)` log decays that no token moves."""
+        h = torch.arange(self.heads, device=like.device, dtype=like.dtype)
+        if self.config.rates == "retnet":
+            return torch.log1p(-torch.exp2(-5 - h)) * self.config.rate
+        return -torch.exp2(-8 * (h + 1) / self.heads) * self.config.rate
+
+    def provider(self) -> tuple[str, Callable[[int], Provider]] | None:
+        return shared_bounds(self.decay_width) if self.config.lower_bound == "shared" else None
+
+    def _bounded(self, g: Tensor, ctx: Ctx) -> Tensor:
+        """``log(b + (1 - b) exp(g))`` for the layer's bound b."""
+        if self.bound is not None:
+            bound = self.bound.to(g)
+            return torch.logaddexp(F.logsigmoid(bound), g + F.logsigmoid(-bound))
+        bound = shared_bound(self, ctx)
+        return (
+            g if bound is None else torch.logaddexp(bound.log().to(g), g + (-bound.to(g)).log1p())
+        )
+
+    def _rotated(self, q: Tensor, k: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor]:
+        prepared = ctx.shared.get(self.position.key)
+        if prepared is None:
+            f = ctx.layout.fields
+            return self.position.rotate(q, k, f, f)
+        return self.position.apply(q, prepared), self.position.apply(k, prepared)
+
+    def _map(self, x: Tensor) -> Tensor:
+        """Feature map of queries and keys: positive ones approximate a softmax."""
+        feature = self.config.feature
+        if feature == "elu1":
+            return F.elu(x) + 1
+        if feature == "taylor":  # phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k / sqrt(K)
+            x = x * self.key_dim**-0.25
+            square = (x[..., :, None] * x[..., None, :]).flatten(-2) * 0.5**0.5
+            return torch.cat((torch.ones_like(x[..., :1]), x, square), dim=-1)
+        if feature == "softmax":
+            return x.softmax(-1)
+        return {"identity": lambda t: t, "silu": F.silu, "relu": F.relu}[feature](x)
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """Key heads `(B, T, G, K)` to all heads."""
+        if self.key_heads == self.heads:
+            return x
+        return x.repeat_interleave(self.heads // self.key_heads, dim=2)
+
+    # ---- the recurrence ----
+
+    def core(
+        self, f: dict[str, Tensor], ctx: Ctx, state: State | None = None
+    ) -> tuple[Tensor, State | None]:
+        q, k, v, g = f["q"], f["k"], f["v"], f.get("g")
+        if self.config.normalise:
+            v = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
+        after = None
+        if state is None:
+            o = self._forward_full(q, k, v, g, ctx)
+        else:
+            assert isinstance(state, Matrix | DraftMatrix)
+            o, after = self._forward_cached(q, k, v, g, f.get("inputs"), ctx, state.commit())
+        return (o[..., :-1] / (o[..., -1:] + EPS) if self.config.normalise else o), after
+
+    def _forward_full(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, ctx: Ctx) -> Tensor:
+        """Outputs of documents that all begin here."""
+        if g is None or g.dim() == 1:
+            return per_document(lambda *x: linear_attention(*x, g)[0], ctx, q, k, v)
+        return per_document(lambda *x: linear_attention(*x)[0], ctx, q, k, v, g)
+
+    def _forward_cached(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor | None,
+        inputs: Tensor | None,
+        ctx: Ctx,
+        state: Matrix,
+    ) -> tuple[Tensor, Matrix | DraftMatrix]:
+        """Outputs of documents that go on from their slots."""
+        (B, T), N = q.shape[:2], state.S.shape[0]
+        if g is not None and g.dim() == 1:  # padding must not decay, so every place has its own
+            g = g.expand(B, T, -1)
+        docs = PackedRows.of(ctx.layout, N)
+        rows = [docs.unpack(t) if t is not None else None for t in (q, k, v, g)]
+        rq, rk, rv, rg = kept(docs.valid, *rows)
+        assert rq is not None and rk is not None and rv is not None
+        before = docs.read(state.S)
+        o, S = linear_attention(rq, rk, rv, rg, before)
+        w = docs.written(N)
+        if inputs is None:
+            inputs = state.tail.new_zeros(rq.shape[0], rq.shape[1], 0)
+        size = state.tail.shape[1]
+        if not ctx.draft:
+            tail = tail_of(inputs, size, docs.length)
+            after = Matrix(w.write(state.S, S), w.write(state.tail, tail))
+            return docs.pack(o, B, T), after
+        taken = w.take(inputs).to(state.tail.dtype)
+        old = torch.where(w.hit[:, None, None], taken[:, :size], state.tail)
+        return docs.pack(o, B, T), DraftMatrix(
+            w.write(state.S, before),
+            w.take(rk),
+            w.take(rv),
+            w.take(rg) if rg is not None else None,
+            torch.cat((old, taken[:, size:]), dim=1),
+            w.length,
+        )
+
+    def attention_matrix(self, f: dict[str, Tensor], ctx: Ctx) -> Tensor:
+        """`(B, H, T, T)`: what each place reads of each value; quadratic, for looking and tests."""
+        q, k, g = f["q"], f["k"], f.get("g")
+        B, T, H, _ = q.shape
+        document = ctx.layout.fields.document
+        seen = (document[:, :, None] == document[:, None]) & (document > 0)[:, :, None]
+        seen = seen & torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+        if g is not None and g.dim() < 4:
+            log = g.expand(B, T, H).cumsum(1).transpose(1, 2)
+            gap = (log[..., None] - log[..., None, :]).masked_fill(~seen[:, None], -torch.inf)
+            a = torch.einsum("bthk,bshk->bhts", q, k) * gap.exp()
+        elif g is not None:
+            log = g.cumsum(1)
+            gap = log[:, :, None] - log[:, None]
+            gap = gap.masked_fill(~seen[..., None, None], -torch.inf)
+            a = torch.einsum("bthk,bshk,btshk->bhts", q, k, gap.exp())
+        else:
+            a = torch.einsum("bthk,bshk->bhts", q, k).masked_fill(~seen[:, None], 0)
+        return a / (a.sum(-1, keepdim=True) + EPS) if self.config.normalise else a
+
+    # ---- what leaves ----
+
+    def finish(self, o: Tensor, x_BTD: Tensor, f: dict[str, Tensor], ctx: Ctx) -> Tensor:
+        """Skip, norm and gate in the configured order, then the output projection."""
+        c = self.config
+        o = (o + f["skip"] if "skip" in f else o).to(x_BTD.dtype)
+        z = self.gate(x_BTD, ctx).view_as(o) if self.gate is not None else None
+        if c.gate_first and z is not None:
+            o = self._normed(self._gated(o, z))
+        else:
+            o = self._normed(o)
+            o = self._gated(o, z) if z is not None else o
+        return self.out(o.flatten(2), ctx)
+
+    def _gated(self, o: Tensor, z: Tensor) -> Tensor:
+        if self.config.gate == "silu":
+            return glu(z.to(o.dtype), o, "silu")
+        return o * z.sigmoid().to(o.dtype)
+
+    def _normed(self, o: Tensor) -> Tensor:
+        if self.config.norm == "layer":
+            wide = torch.promote_types(o.dtype, torch.float32)
+            return F.layer_norm(o.to(wide), o.shape[-1:], eps=EPS).to(o.dtype)
+        if self.norm is None:
+            return o
+        return self.norm(o.flatten(2)).view_as(o) if self.config.norm == "full" else self.norm(o)
+
+    def _state_shape(self) -> tuple[tuple[int, int, int], tuple[int, int]]:
+        c, K = self.config, self.key_dim
+        wide = 1 + K + K * K if c.feature == "taylor" else K
+        matrix = (self.heads, wide, self.value_dim + c.normalise)
+        return matrix, (c.conv_size - 1, sum(self.sizes)) if c.conv_size else (0, 0)
+
+    def initial_state(self, n: int, max_len: int) -> Matrix:
+        like, (matrix, tail) = next(self.parameters()).detach(), self._state_shape()
+        wide = torch.promote_types(like.dtype, torch.float32)
+        return Matrix(like.new_zeros(n, *matrix, dtype=wide), like.new_zeros(n, *tail))
+
+    def state_bytes(self, n: int, max_len: int) -> int:
+        item, (matrix, tail) = next(self.parameters()).element_size(), self._state_shape()
+        return n * (math.prod(matrix) * max(item, 4) + math.prod(tail) * item)
+
+
+@MIXERS.register("linear_attention")
+class LinearAttentionConfig(Config):
+    """Linear attention with a feature map, a decay, a normaliser, a convolution, a norm, a gate."""
+
+    kind: Literal["linear_attention"] = "linear_attention"
+    renamed: ClassVar[dict[str, str]] = {"taps": "conv_size"}
+    heads: Annotated[int, Field(gt=0)] = 4
+    key_heads: (
+        Annotated[int, Field(gt=0, description="query and key heads; default: heads")] | None
+    ) = None
+    key_dim: (
+        Annotated[int, Field(gt=0, description="per head; default: d_model * expand_key / heads")]
+        | None
+    ) = None
+    expand_key: Annotated[float, Field(gt=0)] = 1.0
+    expand_value: Annotated[float, Field(gt=0, description="all heads' values / d_model")] = 1.0
+    feature: Literal["identity", "silu", "elu1", "relu", "taylor", "softmax"] = "elu1"
+    value: Literal["identity", "silu"] = "identity"
+    scale: Annotated[bool, Field(description="divide queries by sqrt(key_dim)")] = False
+    normalise: Annotated[bool, Field(description="divide by the sum of weights")] = True
+    position: PositionField = Field(default="none", validate_default=True)
+    decay: Literal["none", "constant", "scalar", "channel", "step"] = "none"
+    rates: Annotated[
+        Literal["retnet", "alibi"], Field(description="constant decays over the heads")
+    ] = "retnet"
+    rate: Annotated[float, Field(gt=0, description="factor of all constant log decays")] = 1.0
+    temperature: Annotated[
+        float, Field(gt=0, description="log decays of tokens are divided by it; < 1: forget more")
+    ] = 1.0
+    insert: Annotated[
+        float, Field(gt=0, description="factor of what tokens write; < 1: remember less")
+    ] = 1.0
+    lower_bound: (
+        Annotated[float, Field(gt=0, lt=1, description="what a learned bound of decays begins as")]
+        | Literal["shared"]  # with all layers: 0 in the first, growing with depth
+        | None
+    ) = None
+    decay_rank: (
+        Annotated[int, Field(gt=0, description="of the channel decay's projection; default: full")]
+        | None
+    ) = None
+    key: Literal["free", "one_minus_decay"] = "free"
+    skip: Annotated[bool, Field(description="add a learned share of the token's own value")] = False
+    conv_size: Annotated[int, Field(ge=0, description="of a short convolution; 0 = none")] = 0
+    norm: Annotated[
+        Literal["none", "head", "layer", "full"],
+        Field(description="RMS by head, layer norm by head without scale, RMS over all heads"),
+    ] = "none"
+    gate: Literal["none", "silu", "sigmoid"] = "none"
+    gate_first: Annotated[bool, Field(description="gate before the norm")] = False
+
+    @model_validator(mode="after")
+    def _fitting(self) -> LinearAttentionConfig:
+        if self.normalise and self.feature in ("identity", "silu"):
+            raise ValueError(
+                f"normalise divides by a sum that feature '{self.feature}' lets vanish: "
+                "use elu1, relu, taylor or softmax, or normalise: false"
+            )
+        if self.key == "one_minus_decay" and (
+            self.decay != "channel" or self.feature == "taylor" or self.position.kind != "none"
+        ):
+            raise ValueError(
+                "key 'one_minus_decay' needs decay: channel, another feature than taylor and "
+                "position: none"
+            )
+        if self.lower_bound is not None and self.decay not in ("scalar", "channel"):
+            raise ValueError(f"lower_bound needs decay: scalar or channel, not {self.decay}")
+        if self.decay == "channel" and self.feature == "taylor":
+            raise ValueError("a channel decay has a rate a key channel: not with feature 'taylor'")
+        if self.heads % (self.key_heads or self.heads):
+            raise ValueError(f"heads {self.heads} is not a multiple of key_heads {self.key_heads}")
+        return self
+
+    def build(self, d_model: int, linear: LinearFactory = dense) -> LinearAttention:
+        key_dim = self.key_dim or self._share(d_model, self.expand_key, "key")
+        value_dim = self._share(d_model, self.expand_value, "value")
+        position = self.position.build(key_dim)
+        if self.position.kind != "none" and type(position).rotate is Position.rotate:
+            raise ValueError(
+                f"linear_attention: position '{self.position.kind}' does not rotate keys, and "
+                "there are no scores to change: use none or rope"
+            )
+        return LinearAttention(d_model, self, key_dim, value_dim, position, linear)
+
+    def _share(self, d_model: int, expand: float, name: str) -> int:
+        width = d_model * expand / self.heads
+        if width != int(width) or width < 1:
+            raise ValueError(
+                f"linear_attention: {self.heads} heads do not divide d_model {d_model} * "
+                f"expand_{name} {expand}"
+            )
+        return int(width)
+
+    @classmethod
+    def smallest(cls) -> LinearAttentionConfig:
+        return cls(heads=2)
+
+
+def wrapped(config: Config, kind: str, besides: str = "") -> LinearAttentionConfig:
+    """``config`` if ``kind`` can wrap it: one whose state is a matrix that decays by head.
+
+    ``besides``: what else it wraps, for the message.
+    """
+    if isinstance(config, LinearAttentionConfig):
+        if not config.normalise and config.decay != "channel":
+            return config
+    raise UserError(
+        f"{kind} wraps {besides}a linear_attention with normalise: false and decays by head "
+        "(decay: none, constant, scalar or step), e.g. the settings of mamba2"
+    )

@@ -1,0 +1,178 @@
+"""What recurrent networks without a parallel form share. B rows, T tokens, D model, W width, S
+state width, N slots, R rows of one document, L their length.
+
+They are sequential: token t waits for what token t - 1 left. Documents run beside one another, time
+does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.mixers.ssm.scan import Hidden, advanced, commit
+from mm.model.varlen import PackedRows, per_document, share_groups
+from mm.state import State
+
+
+class Recurrence(Mixer):
+    """``out(y)`` of a recurrence that sees one document a row and begins each at zeros.
+
+    Inputs come in the dtype of the parameters, states are in `wide()`. Subclasses set ``width`` of
+    the outputs, ``size`` of the state and ``out``, and write `states`.
+    """
+
+    caps = Caps(causal=True, step=True, shard=None, sequential=True)
+    width: int
+    size: int
+    out: nn.Module
+
+    def outputs(self, x_RLD: Tensor, before_RS: Tensor) -> Tensor:
+        """Outputs `(R, L, W)` of rows of one document that begin from ``before_RS``."""
+        return self.states(x_RLD, before_RS)[0]
+
+    def states(self, x_RLD: Tensor, before_RS: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs `(R, L, W)` and the states after each token `(R, L, S)`."""
+        raise NotImplementedError
+
+    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
+        return share_groups(serving)
+
+    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
+        x = x_BTD.to(next(self.parameters()).dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            y, after = (
+                (self._forward_full(x, ctx), None)
+                if state is None
+                else self._forward_cached(x, ctx, state)
+            )
+        return Out(self.out(y.to(x_BTD.dtype), ctx), after)
+
+    def wide(self) -> torch.dtype:
+        """What the state is kept and moved in."""
+        return torch.promote_types(next(self.parameters()).dtype, torch.float32)
+
+    def _begin(self, n: int) -> Tensor:
+        return next(self.parameters()).new_zeros(n, self.size, dtype=self.wide())
+
+    def _forward_full(self, x: Tensor, ctx: Ctx) -> Tensor:
+        """Outputs of documents that all begin here."""
+        return per_document(lambda rows: self._run(rows, self._begin(rows.shape[0])), ctx, x)
+
+    def _run(self, rows: Tensor, before: Tensor) -> Tensor:
+        return self.outputs(rows, before) if rows.shape[:2].numel() else self._nothing(rows)[0]
+
+    def _nothing(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        R, L = rows.shape[:2]
+        return rows.new_zeros(R, L, self.width), rows.new_zeros(R, L, self.size)
+
+    def _forward_cached(self, x: Tensor, ctx: Ctx, state: State) -> tuple[Tensor, State]:
+        """Outputs of documents that go on from their slots."""
+        B, T = x.shape[:2]
+        old = commit(state)
+        docs = PackedRows.of(ctx.layout, old.h.shape[0])
+        rows, before = docs.unpack(x), docs.read(old.h)
+        y, h = self.states(rows, before) if rows.shape[:2].numel() else self._nothing(rows)
+        return docs.pack(y, B, T), advanced(old, docs, before, h, ctx.draft)
+
+    def initial_state(self, n: int, max_len: int) -> Hidden:
+        return Hidden(self._begin(n).detach())
+
+    def state_bytes(self, n: int, max_len: int) -> int:
+        return n * self.size * self.wide().itemsize
+
+
+class Cell(Recurrence):
+    """A recurrence stepped as its paper writes it. What needs no state is computed for all tokens
+    at once, as matrix products; the state's first W entries are the output.
+    """
+
+    def inputs(self, x_RLD: Tensor) -> Sequence[Tensor]:
+        """What `step` reads of each token, `(R, L, ...)` each."""
+        raise NotImplementedError
+
+    def step(self, read: Sequence[Tensor], before_RS: Tensor) -> Tensor:
+        """The state `(R, S)` after a token."""
+        raise NotImplementedError
+
+    def states(self, x_RLD: Tensor, before_RS: Tensor) -> tuple[Tensor, Tensor]:
+        h, kept = before_RS, []
+        # unbind, not [:, t]: the backward of an index writes a whole zero tensor a step.
+        for read in zip(*(part.unbind(1) for part in self.inputs(x_RLD)), strict=True):
+            h = self.step(read, h)
+            kept.append(h)
+        states = torch.stack(kept, 1)
+        return states[..., : self.width], states
+
+
+class RNN(Recurrence):
+    """``out(h)`` of a recurrent network over each document, by torch's own fused kernels.
+
+    Parameters are laid out as in `torch.nn.GRU` and `torch.nn.LSTM`, so that theirs can be copied.
+    With ``rank`` the state's matrices are ``L R`` or ``L R + diag(d)``, so that width no longer
+    costs width squared parameters; the kernels are given the product.
+
+    Source of the low rank: Miceli Barone 2016, Low-rank passthrough neural networks
+    (arXiv:1603.03116).
+    """
+
+    overwrites = True
+    gates: ClassVar[int]
+    parts: ClassVar[int]  # vectors of width W that the state holds
+
+    def __init__(
+        self,
+        d_model: int,
+        width: int,
+        linear: LinearFactory,
+        rank: int | None = None,
+        diagonal: bool = False,
+    ):
+        super().__init__()
+        self.width, self.size, self.rank = width, self.parts * width, rank
+        rows = self.gates * width
+        self.weight_ih = nn.Parameter(torch.empty(rows, d_model))
+        if rank is None:
+            self.weight_hh = nn.Parameter(torch.empty(rows, width))
+        else:
+            self.low = nn.Parameter(torch.empty(self.gates, rank, width))  # R
+            self.high = nn.Parameter(torch.empty(self.gates, width, rank))  # L
+        kept = rank is not None and diagonal
+        self.diagonal = nn.Parameter(torch.empty(self.gates, width)) if kept else None
+        self.bias_ih = nn.Parameter(torch.empty(rows))
+        self.bias_hh = nn.Parameter(torch.empty(rows))
+        self.out = linear(width, d_model, "out")
+
+    def init_weights(self) -> None:
+        nn.init.normal_(self.weight_ih, std=self.weight_ih.shape[1] ** -0.5)
+        if self.rank is None:
+            for block in self.weight_hh.detach().chunk(self.gates):
+                # Orthogonal: the state's length is kept through time, whatever the gates.
+                block.copy_(nn.init.orthogonal_(torch.empty(block.shape)))
+        else:
+            nn.init.normal_(self.low, std=self.width**-0.5)
+            nn.init.normal_(self.high, std=self.rank**-0.5)
+        if self.diagonal is not None:
+            nn.init.zeros_(self.diagonal)
+        nn.init.zeros_(self.bias_ih)
+        nn.init.zeros_(self.bias_hh)
+
+    def recurrent(self) -> Tensor:
+        """The matrix `(gates * W, W)` that the state is multiplied by."""
+        if self.rank is None:
+            return self.weight_hh
+        product = self.high @ self.low
+        if self.diagonal is not None:
+            product = product + torch.diag_embed(self.diagonal)
+        return product.flatten(0, 1)
+
+    def wide(self) -> torch.dtype:
+        return self.weight_ih.dtype  # of torch's kernels
+
+    def weights(self) -> list[Tensor]:
+        """In the order of torch's kernels."""
+        return [self.weight_ih, self.recurrent(), self.bias_ih, self.bias_hh]

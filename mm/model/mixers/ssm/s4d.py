@@ -1,0 +1,190 @@
+"""Diagonal state space model. B rows, T tokens, D model, N complex states a channel, P = 2 parts, R
+rows of one document, L their length.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from mm.config import Config
+from mm.kernels.complex_scan import complex_scan, multiply
+from mm.kernels.diagonal_ssm import diagonal_ssm
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
+from mm.model.mixers.ssm.scan import Hidden, advanced, begins, commit
+from mm.model.varlen import PackedRows
+from mm.registry import MIXERS
+from mm.state import State
+
+Init = Literal["lin", "inv", "legs", "real"]
+
+
+def eigenvalues(init: Init, n: int) -> tuple[Tensor, Tensor]:
+    """Rates ``-Re A`` and frequencies ``Im A`` `(N,)` float64, one of each conjugate pair.
+
+    ``legs`` are the eigenvalues of the normal part of HiPPO-LegS of size 2N, ``lin`` and ``inv``
+    approximate those of the Fourier and Legendre measures, ``real`` decays only.
+
+    Source: Gu et al. 2022, S4D (arXiv:2206.11893), section 4; LegS: Gu et al. 2020
+    (arXiv:2008.07669), eq. 3.
+    """
+    k = torch.arange(n, dtype=torch.float64)
+    if init == "real":
+        return k + 1, torch.zeros_like(k)
+    half = torch.full_like(k, 0.5)
+    if init == "lin":
+        return half, math.pi * k
+    if init == "inv":
+        size = 2 * n
+        return half, size / math.pi * (size / (2 * k + 1) - 1)
+    p = torch.sqrt(2 * torch.arange(2 * n, dtype=torch.float64) + 1)
+    # A + P P^T = -1/2 I + a skew matrix of p_n p_k / 2: its eigenvalues come in conjugate pairs.
+    skew = torch.outer(p, p) / 2
+    skew = skew.triu(1) - skew.tril(-1)
+    return half, torch.linalg.eigvalsh(1j * skew)[n:]
+
+
+class S4D(Mixer):
+    """``out(gelu(y))`` with ``y = 2 Re(C h) + d * x`` and ``h' = A h + x`` discretised per channel.
+
+    B is folded into C: only their product matters for a diagonal A.
+
+    Source: Gu et al. 2022 (arXiv:2206.11893), eq. 2-3; S4: Gu et al. 2021 (arXiv:2111.00396).
+    """
+
+    caps = Caps(causal=True, step=True, shard="carry")
+
+    def __init__(
+        self,
+        d_model: int,
+        states: int,
+        init: Init,
+        discretisation: Literal["zoh", "bilinear"],
+        steps: tuple[float, float],
+        linear: LinearFactory,
+    ):
+        super().__init__()
+        self.n, self.discretisation, self.steps = states, discretisation, steps
+        self.init: Init = init
+        self.log_rate = nn.Parameter(torch.empty(d_model, states))
+        self.frequency = nn.Parameter(torch.empty(d_model, states)) if init != "real" else None
+        self.log_step = nn.Parameter(torch.empty(d_model))
+        parts = 1 if init == "real" else 2  # of real states, C's imaginary part reads nothing
+        self.readout = nn.Parameter(torch.empty(parts, d_model, states))
+        self.skip = nn.Parameter(torch.empty(d_model))
+        self.out = linear(d_model, d_model, "out")
+
+    def init_weights(self) -> None:
+        rate, frequency = eigenvalues(self.init, self.n)
+        with torch.no_grad():
+            self.log_rate.copy_(rate.log().expand_as(self.log_rate))
+            if self.frequency is not None:
+                self.frequency.copy_(frequency.expand_as(self.frequency))
+            low, high = self.steps
+            self.log_step.uniform_(math.log(low), math.log(high))
+        # Complex standard normal.
+        nn.init.normal_(self.readout, std=self.readout.shape[0] ** -0.5)
+        nn.init.normal_(self.skip)
+
+    def discrete(self) -> tuple[Tensor, Tensor]:
+        """Decays and readout, each `(2, D, N)` float32 or wider: ``h_t = a h_{t-1} + x_t``, ``y_t =
+        sum Re(c h_t)``.
+        """
+        wide = torch.promote_types(self.log_rate.dtype, torch.float32)
+        dt = self.log_step.to(wide).exp()[:, None]
+        re = -self.log_rate.to(wide).exp()
+        im = self.frequency.to(wide) if self.frequency is not None else torch.zeros_like(re)
+        if self.discretisation == "zoh":
+            size = torch.exp(dt * re)
+            a = torch.cat((size * torch.cos(dt * im), size * torch.sin(dt * im)), -1)
+            # (a - 1) / A, as a product with the conjugate.
+            one = torch.cat((torch.ones_like(re), torch.zeros_like(re)), -1)
+            b = multiply(a - one, torch.cat((re, -im), -1) / (re**2 + im**2).repeat(1, 2))
+        else:
+            low_re, low_im = 1 - dt * re / 2, -dt * im / 2
+            inverse = torch.cat((low_re, -low_im), -1) / (low_re**2 + low_im**2).repeat(1, 2)
+            a = multiply(torch.cat((1 + dt * re / 2, dt * im / 2), -1), inverse)
+            b = dt * inverse
+        c = self.readout.to(wide)
+        c = torch.cat((c[0], c[1] if c.shape[0] == 2 else torch.zeros_like(c[0])), -1)
+        return self._pairs(a), self._pairs(2 * multiply(b, c))
+
+    def _pairs(self, x: Tensor) -> Tensor:
+        """`(D, 2N)` to `(2, D, N)`."""
+        return torch.stack(x.chunk(2, -1))
+
+    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
+        a, c = self.discrete()
+        after: State | None = None
+        if state is None:
+            y, _ = diagonal_ssm(x_BTD, a, c, begins(ctx.layout))
+        else:
+            y, after = self._forward_cached(x_BTD, a, c, ctx, commit(state))
+        y = y.to(x_BTD.dtype) + self.skip * x_BTD
+        return Out(self.out(F.gelu(y), ctx), after)
+
+    def _forward_cached(
+        self, x: Tensor, a: Tensor, c: Tensor, ctx: Ctx, old: Hidden
+    ) -> tuple[Tensor, State]:
+        """Outputs of documents that go on from their slots."""
+        B, T, D = x.shape
+        docs = PackedRows.of(ctx.layout, old.h.shape[0])
+        rows, before = docs.unpack(x).to(a.dtype), docs.read(old.h)
+        if not ctx.draft:
+            y, last = diagonal_ssm(rows, a, c, None, before.view(-1, *a.shape), docs.length)
+            h = docs.written(old.h.shape[0]).write(old.h, last.flatten(1))
+            return docs.pack(y, B, T), Hidden(h)
+        # A draft is short: every state may be stored.
+        u = rows[..., None].expand(*rows.shape, self.n).flatten(2)
+        h, _ = complex_scan(a.flatten(), torch.cat((u, torch.zeros_like(u)), -1), None, before)
+        hr, hi = h.view(*rows.shape[:2], *a.shape).unbind(2)
+        y = (c[0] * hr - c[1] * hi).sum(-1)
+        return docs.pack(y, B, T), advanced(old, docs, before, h, draft=True)
+
+    def initial_state(self, n: int, max_len: int) -> Hidden:
+        wide = torch.promote_types(self.log_rate.dtype, torch.float32)
+        return Hidden(self.log_rate.detach().new_zeros(n, 2 * self.log_rate.numel(), dtype=wide))
+
+    def state_bytes(self, n: int, max_len: int) -> int:
+        return n * 2 * self.log_rate.numel() * max(self.log_rate.element_size(), 4)
+
+
+@MIXERS.register("s4d")
+class S4DConfig(Config):
+    """Diagonal state space model with fixed dynamics per channel."""
+
+    kind: Literal["s4d"] = "s4d"
+    states: Annotated[
+        int, Field(gt=0, description="complex states a channel, each for a conjugate pair")
+    ] = 32
+    init: Init = "legs"
+    discretisation: Literal["zoh", "bilinear"] = "zoh"
+    step_min: Annotated[float, Field(gt=0)] = 0.001
+    step_max: Annotated[float, Field(gt=0, description="time steps begin in this range")] = 0.1
+
+    @model_validator(mode="after")
+    def _steps(self) -> S4DConfig:
+        if self.step_min > self.step_max:
+            raise ValueError(f"s4d: step_min {self.step_min} is above step_max {self.step_max}")
+        return self
+
+    def build(self, d_model: int, linear: LinearFactory = dense) -> S4D:
+        steps = (self.step_min, self.step_max)
+        return S4D(
+            d_model,
+            self.states,
+            self.init,
+            self.discretisation,
+            steps,
+            linear,
+        )
+
+    @classmethod
+    def smallest(cls) -> S4DConfig:
+        return cls(states=3)

@@ -1,0 +1,98 @@
+"""Running a diagonal recurrence over the documents of a call, and its State. B rows, T tokens, W
+state width, N slots, R rows of one document, L their length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mm.layout import Layout
+from mm.model.layer import Ctx
+from mm.model.varlen import PackedRows
+from mm.state import DataclassState, State
+
+
+@dataclass(frozen=True)
+class Hidden(DataclassState):
+    """What a recurrence carries."""
+
+    h: Tensor  # (N, W)
+
+    def accept(self, n_N: Tensor) -> Hidden:
+        raise ValueError("accept() takes the State of a call with draft=True")
+
+    def commit(self) -> Hidden:
+        return self
+
+
+@dataclass(frozen=True)
+class DraftHidden(DataclassState):
+    """Every state that a draft call passed through: index n is the state after n of its tokens."""
+
+    h: Tensor  # (N, L + 1, W)
+    length: Tensor  # (N,)
+
+    def accept(self, n_N: Tensor) -> Hidden:
+        n = torch.minimum(n_N.to(self.length), self.length)
+        return Hidden(self.h.gather(1, n[:, None, None].expand(-1, 1, self.h.shape[-1]))[:, 0])
+
+    def commit(self) -> Hidden:
+        return self.accept(self.length)
+
+
+def commit(state: State) -> Hidden:
+    """The State that a call begins from: an unaccepted draft counts as fed."""
+    assert isinstance(state, Hidden | DraftHidden)
+    return state.commit()
+
+
+def advanced(state: Hidden, docs: PackedRows, before: Tensor, h: Tensor, draft: bool) -> State:
+    """State after a call whose rows began from ``before`` `(R, W)` and passed through ``h`` `(R, L,
+    W)`.
+    """
+    w = docs.written(state.h.shape[0])
+    # A slot that nobody writes keeps its state, as one that a row of length 0 wrote.
+    first = torch.where(w.hit[:, None], w.take(before).to(state.h.dtype), state.h)
+    states = torch.cat((first[:, None], w.take(h).to(state.h.dtype)), dim=1)
+    drafted = DraftHidden(states, w.length)
+    return drafted if draft else drafted.commit()
+
+
+def begins(layout: Layout) -> Tensor:
+    """`(B, T)` bool: a document (or padding) begins here."""
+    document = layout.fields.document
+    if not document.shape[1]:
+        return document.bool()
+    return F.pad(document[:, 1:] != document[:, :-1], (1, 0), value=True)
+
+
+def scanned(
+    scan: Callable[..., tuple[Tensor, Tensor]],
+    a: Tensor,
+    b_BTW: Tensor,
+    ctx: Ctx,
+    state: State | None,
+    initial: float = 0.0,
+) -> tuple[Tensor, State | None]:
+    """States `(B, T, W)` of ``h_t = a_t h_{t-1} + b_t`` in every document, and the State after
+    them.
+
+    Args:
+        scan: `linear_scan` or `complex_scan`.
+        a: `(B, T, W)`, or `(W,)` where ``scan`` takes a constant.
+        b_BTW: `(B, T, W)`.
+        initial: what a document's state begins with.
+    """
+    B, T = b_BTW.shape[:2]
+    if state is None:
+        return scan(a, b_BTW, begins(ctx.layout))[0], None
+    old = commit(state)
+    docs = PackedRows.of(ctx.layout, old.h.shape[0])
+    before = docs.read(old.h, initial)
+    h, _ = scan(docs.unpack(a) if a.dim() == 3 else a, docs.unpack(b_BTW), None, before)
+    return docs.pack(h, B, T), advanced(old, docs, before, h, ctx.draft)

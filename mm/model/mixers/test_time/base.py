@@ -1,0 +1,184 @@
+"""Mixers whose hidden state is a model that learns from the tokens, a mini-batch at a time.
+
+B rows, T tokens, N slots, R rows of one document, L their length, C tokens of a mini-batch, P
+tokens from before it that its first tokens still learn from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mm.model.layer import Caps, Ctx, Mixer
+from mm.model.varlen import PackedRows, per_document, share_groups
+from mm.state import DataclassState, State
+
+Tensors = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Learnt(DataclassState):
+    """The inner model at the last border of mini-batches, and what tokens gave since."""
+
+    weights: Tensors  # (N, ...) each
+    features: Tensors  # (N, P + C - 1, ...) each: P tokens before the border, then those after it
+    count: Tensor  # (N,) int64 tokens after the border
+
+    def accept(self, n_N: Tensor) -> Learnt:
+        raise ValueError("accept() takes the State of a call with draft=True")
+
+    def commit(self) -> Learnt:
+        return self
+
+
+@dataclass(frozen=True)
+class DraftLearnt(DataclassState):
+    """The inner model at every border of a call, and all that its tokens gave."""
+
+    weights: Tensors  # (N, borders, ...) each
+    features: Tensors  # (N, P + C - 1 + L, ...) each
+    count: Tensor  # (N,) tokens after the first border when the call began
+    length: Tensor  # (N,) tokens of the call
+    batch: int  # C
+    kept: int  # P + C - 1
+
+    def accept(self, n_N: Tensor) -> Learnt:
+        total = self.count + torch.minimum(n_N.to(self.length), self.length)
+        border = total // self.batch
+        places = border[:, None] * self.batch + torch.arange(self.kept, device=total.device)
+        count = total - border * self.batch
+        held = self.kept - self.batch + 1 + count[:, None]
+        past = torch.arange(self.kept, device=total.device) >= held  # the last token
+        fill = lambda f: f.masked_fill(past.view(*past.shape, *[1] * (f.dim() - 2)), 0)
+        return Learnt(
+            tuple(_at(w, border[:, None])[:, 0] for w in self.weights),
+            tuple(fill(_at(f, places.clamp_max(f.shape[1] - 1))) for f in self.features),
+            count,
+        )
+
+    def commit(self) -> Learnt:
+        return self.accept(self.length)
+
+
+def _at(x: Tensor, index_NL: Tensor) -> Tensor:
+    """`(N, L, ...)`: places ``index`` of dim 1."""
+    shape = (*index_NL.shape, *[1] * (x.dim() - 2))
+    return x.gather(1, index_NL.view(shape).expand(*index_NL.shape, *x.shape[2:]))
+
+
+class Learner(Mixer):
+    """A mixer that runs `learn` over mini-batches of its documents, counted from their start.
+
+    Gradients of a mini-batch are taken at its border, so its tokens run beside one another.
+    Subclasses set ``batch`` (C) and ``context`` (P).
+    """
+
+    caps = Caps(causal=True, step=True)
+    batch: int
+    context: int = 0
+
+    def start(self) -> Tensors:
+        """The inner model before the first token."""
+        raise NotImplementedError
+
+    def learn(self, weights: Tensors, features: Tensors) -> tuple[Tensor, Tensors]:
+        """Outputs `(R, C, ...)` of a mini-batch and the inner model after it, from the model before
+        it `(R, ...)` and what its tokens and P before them gave, `(R, P + C, ...)`.
+        """
+        raise NotImplementedError
+
+    def feature_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """What a token gives, each without rows and places."""
+        raise NotImplementedError
+
+    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
+        return share_groups(serving)
+
+    def learned(
+        self, features: Tensors, ctx: Ctx, state: State | None
+    ) -> tuple[Tensor, State | None]:
+        """Outputs `(B, T, ...)` of the documents of a call, and the State after it."""
+        B, T = features[0].shape[:2]
+        if state is not None:
+            assert isinstance(state, Learnt | DraftLearnt)
+            return self._forward_cached(features, ctx, state.commit())
+        return per_document(lambda *x: self._fresh(x), ctx, *features), None
+
+    def _fresh(self, features: Tensors) -> Tensor:
+        R = features[0].shape[0]
+        weights = tuple(w.expand(R, *w.shape) for w in self.start())
+        before = lambda f: f.new_zeros(R, self.context, *f.shape[2:])
+        return self._run(weights, tuple(torch.cat((before(f), f), 1) for f in features))[0]
+
+    def _run(self, weights: Tensors, features: Tensors) -> tuple[Tensor, list[Tensors]]:
+        """Outputs of the tokens after the first P, and the inner model at every border."""
+        P, C = self.context, self.batch
+        L = features[0].shape[1] - P
+        rest = -L % C
+        padded = [F.pad(f, (*[0, 0] * (f.dim() - 2), 0, rest)) for f in features]
+        # Each mini-batch with the P tokens before it.
+        parts = [f.unfold(1, P + C, C).movedim(-1, 2).unbind(1) for f in padded] if L else []
+        outputs, borders = [], [weights]
+        for chunk in zip(*parts, strict=True):
+            y, weights = self.learn(weights, chunk)
+            outputs.append(y)
+            borders.append(weights)
+        return (torch.cat(outputs, 1)[:, :L] if outputs else features[0][:, :0]), borders
+
+    def _forward_cached(self, features: Tensors, ctx: Ctx, old: Learnt) -> tuple[Tensor, State]:
+        B, T = features[0].shape[:2]
+        N, kept = old.count.shape[0], self.context + self.batch - 1
+        docs, start = PackedRows.of(ctx.layout, N), self.start()
+        rows = [docs.unpack(f) for f in features]
+        L = rows[0].shape[1]
+        count = docs.read(old.count, 0)
+        weights = tuple(docs.read(w, s) for w, s in zip(old.weights, start, strict=True))
+        # Tokens of the slot, then at once those of the call.
+        place = torch.arange(kept + L, device=count.device)
+        held = self.context + count[:, None]
+        source = torch.where(place < held, place, kept + place - held).clamp_max(kept + L - 1)
+        joined = tuple(
+            _at(torch.cat((docs.read(p).to(f.dtype), f), 1), source)
+            for p, f in zip(old.features, rows, strict=True)
+        )
+        y, borders = self._run(weights, joined)
+        w = docs.written(N)
+        hit = lambda t: w.hit.view(-1, *[1] * (t.dim() - 1))
+        passed = [torch.stack(b, 1) for b in zip(*borders, strict=True)]
+        drafted = DraftLearnt(
+            tuple(
+                torch.where(hit(b), w.take(b), o[:, None])
+                for b, o in zip(passed, old.weights, strict=True)
+            ),
+            tuple(
+                torch.where(hit(j), w.take(j), F.pad(o, (*[0, 0] * (o.dim() - 2), 0, L)))
+                for j, o in zip(joined, old.features, strict=True)
+            ),
+            torch.where(w.hit, w.take(count), old.count),
+            w.length,
+            self.batch,
+            kept,
+        )
+        own = count[:, None] + torch.arange(L, device=count.device)
+        out = docs.pack(_at(y, own.clamp_max(y.shape[1] - 1)) if L else y[:, :0], B, T)
+        return out, drafted if ctx.draft else drafted.commit()
+
+    def initial_state(self, n: int, max_len: int) -> Learnt:
+        start, kept = self.start(), self.context + self.batch - 1
+        zeros = lambda *shape: start[0].detach().new_zeros(n, kept, *shape)
+        return Learnt(
+            tuple(w.detach().expand(n, *w.shape).clone() for w in start),
+            tuple(zeros(*shape) for shape in self.feature_shapes()),
+            torch.zeros(n, dtype=torch.long, device=start[0].device),
+        )
+
+    def state_bytes(self, n: int, max_len: int) -> int:
+        kept = self.context + self.batch - 1
+        given = sum(torch.Size(shape).numel() for shape in self.feature_shapes())
+        numbers = sum(w.numel() for w in self.start()) + kept * given
+        return n * (numbers * self.start()[0].element_size() + 8)

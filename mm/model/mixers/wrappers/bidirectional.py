@@ -1,0 +1,81 @@
+"""A causal mixer read both ways where the mask allows it. B rows, T tokens, D model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mm.config import Config
+from mm.mask import Causal
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
+from mm.model.mixers.wrappers.reverse import (
+    both_ways,
+    elsewhere,
+    gathered,
+    mirrored,
+    refuse_state,
+    unused,
+)
+from mm.registry import MIXERS, MixerField
+from mm.state import State
+
+
+class Bidirectional(Mixer):
+    """``forward(x)_t + backward(reversed x)_t`` at places that see each other both ways, else
+    ``forward(x)_t``.
+
+    The mask says which: all places of a full one (an encoder), the leading prefix of each document
+    under `Prefix` (what follows starts from the forward state at its end), none of a causal one.
+
+    Source: full: Le Bronnec et al. 2024, LOCOST (arXiv:2401.17919), its encoder; prefix:
+    Masuyama et al. 2024, MADEON (arXiv:2411.06968), speech prefixing.
+    """
+
+    caps = Caps(causal=True, bidirectional=True, step=True)
+
+    def __init__(self, ahead: Mixer, back: Mixer):
+        super().__init__()
+        self.ahead, self.back = ahead, back
+
+    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
+        return self.ahead.shares(serving)
+
+    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
+        refuse_state("bidirectional", ctx, state)
+        causal = replace(ctx, mask=Causal())
+        out = self.ahead(x_BTD, causal, state)
+        inside = both_ways(ctx)
+        if inside is None:
+            return out._replace(y=out.y + unused(self.back.parameters(), out.y), ctx=None)
+        index, layout = mirrored(ctx.layout, inside)
+        back = self.back(gathered(x_BTD, index), elsewhere(causal, layout))
+        y = torch.where(inside[..., None], gathered(back.y, index), 0)
+        aux = {**out.aux, **{f"back.{k}": v for k, v in back.aux.items()}}
+        return Out(out.y + y, out.state, None, aux)
+
+    def initial_state(self, n: int, max_len: int) -> State | None:
+        return self.ahead.initial_state(n, max_len)
+
+    def state_bytes(self, n: int, max_len: int) -> int:
+        return self.ahead.state_bytes(n, max_len)
+
+
+@MIXERS.register("bidirectional")
+class BidirectionalConfig(Config):
+    """Two copies of a causal mixer, one of which reads backwards where the mask allows it."""
+
+    kind: Literal["bidirectional"] = "bidirectional"
+    inner: MixerField = Field(default="s4d", validate_default=True)
+
+    def build(self, d_model: int, linear: LinearFactory = dense) -> Bidirectional:
+        return Bidirectional(*(self.inner.build(d_model, linear) for _ in range(2)))
+
+    @classmethod
+    def smallest(cls) -> BidirectionalConfig:
+        return cls(inner=MIXERS.get("s4d").smallest())

@@ -1,0 +1,83 @@
+"""The difference of two mixers of one input. B rows, T tokens, D model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mm.config import Config
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
+from mm.model.norm import RMSNorm
+from mm.registry import MIXERS, MixerField
+from mm.state import State, StateTuple
+
+
+class Differential(Mixer):
+    """``(1 - c) norm(m1(x) - lambda * m2(x))`` with ``lambda = sigmoid(l) + c`` and ``c = 0.8 - 0.6
+    exp(-0.3 layer)``.
+
+    What both find is noise and cancels. ``l`` is one learned number, c grows with depth.
+
+    Source: Schneider et al. 2025, Differential Mamba (arXiv:2507.06204), section 3: the difference
+    of whole blocks, normalised; the term of the layer: Ye et al. 2024, Differential Transformer
+    (arXiv:2410.05258), section 2.1.
+    """
+
+    caps = Caps(causal=True, step=True)
+
+    def __init__(self, first: Mixer, second: Mixer, d_model: int, begin: float):
+        super().__init__()
+        self.first, self.second, self.begin = first, second, begin
+        self.norm = RMSNorm(d_model)
+        self.share = nn.Parameter(torch.empty(()))
+
+    def init_weights(self) -> None:
+        nn.init.constant_(self.share, self.begin)
+
+    def share_at(self, layer: int) -> tuple[Tensor, float]:
+        """Lambda of a layer (counted from 0), float32 or wider, and its constant part c."""
+        wide = torch.promote_types(self.share.dtype, torch.float32)
+        constant = 0.8 - 0.6 * math.exp(-0.3 * layer)
+        return self.share.to(wide).sigmoid() + constant, constant
+
+    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
+        return self.first.shares(serving)
+
+    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
+        assert state is None or isinstance(state, StateTuple)
+        one = self.first(x_BTD, ctx, state[0] if state is not None else None)
+        two = self.second(x_BTD, ctx, state[1] if state is not None else None)
+        share, constant = self.share_at(ctx.visit)
+        y = (1 - constant) * self.norm(one.y - share.to(one.y.dtype) * two.y)
+        after = StateTuple(one.state, two.state) if state is not None else None
+        aux = {f"first.{k}": v for k, v in one.aux.items()}
+        return Out(y, after, None, aux | {f"second.{k}": v for k, v in two.aux.items()})
+
+    def initial_state(self, n: int, max_len: int) -> StateTuple:
+        return StateTuple(*(m.initial_state(n, max_len) for m in (self.first, self.second)))
+
+    def state_bytes(self, n: int, max_len: int) -> int:
+        return self.first.state_bytes(n, max_len) + self.second.state_bytes(n, max_len)
+
+
+@MIXERS.register("differential")
+class DifferentialConfig(Config):
+    """Two copies of a mixer, of which one is subtracted."""
+
+    kind: Literal["differential"] = "differential"
+    inner: MixerField = Field(default="mamba", validate_default=True)
+    begin: Annotated[float, Field(description="initial logit of the learned share")] = -4.0
+
+    def build(self, d_model: int, linear: LinearFactory = dense) -> Differential:
+        both = (self.inner.build(d_model, linear) for _ in range(2))
+        return Differential(*both, d_model=d_model, begin=self.begin)
+
+    @classmethod
+    def smallest(cls) -> DifferentialConfig:
+        return cls(inner=MIXERS.get("gated_scan").smallest())

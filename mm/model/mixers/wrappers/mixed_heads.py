@@ -1,0 +1,100 @@
+"""Heads of one layer shared out between several mixers. N slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from mm.batch import Sum
+from mm.config import Config
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
+from mm.registry import MIXERS, MixerField
+from mm.state import State, StateTuple
+
+
+class MixedHeads(Mixer):
+    """Mixers side by side on the same input: the sum of what they put out.
+
+    Each part has an output projection of its own; their sum is the one projection of all heads
+    side by side, so this is a layer some of whose heads attend while others recur.
+
+    Source: Yan et al. 2024, RecurFormer (arXiv:2410.12850): heads with local attention
+    become recurrent ones.
+    """
+
+    caps = Caps()  # of the class; each layer's are those that all its parts have
+
+    def __init__(self, parts: Sequence[Mixer]):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        caps = [part.caps for part in parts]
+        shards = {c.shard for c in caps}
+        self.caps = replace(
+            caps[0],
+            causal=all(c.causal for c in caps),
+            bidirectional=all(c.bidirectional for c in caps),
+            step=all(c.step for c in caps),
+            length_general=all(c.length_general for c in caps),
+            lookahead=max(c.lookahead for c in caps),
+            exact=all(c.exact for c in caps),
+            sequential=any(c.sequential for c in caps),
+            shard=shards.pop() if len(shards) == 1 else None,
+            reads=frozenset().union(*(c.reads for c in caps)),
+            publishes=frozenset().union(*(c.publishes for c in caps)),
+        )
+
+    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
+        made: dict[str, Callable[[Ctx], Any]] = {}
+        for part in self.parts:
+            made.update(part.shares(serving))  # type: ignore[operator]
+        return made
+
+    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
+        assert state is None or isinstance(state, StateTuple)
+        states: list[State | None] = list(state.parts) if state is not None else []
+        y, aux, after = None, {}, ctx
+        for i, part in enumerate(self.parts):
+            out = part(x_BTD, after, states[i] if states else None)
+            y = out.y if y is None else y + out.y
+            after = out.ctx or after
+            aux |= {f"parts.{i}.{name}": value for name, value in out.aux.items()}
+            if states:
+                states[i] = out.state
+        assert y is not None
+        return Out(y, StateTuple(*states) if states else None, None if after is ctx else after, aux)
+
+    def initial_state(self, n: int, max_len: int) -> StateTuple:
+        return StateTuple(*(part.initial_state(n, max_len) for part in self.parts))  # type: ignore[operator]
+
+    def state_bytes(self, n: int, max_len: int) -> int:
+        return sum(part.state_bytes(n, max_len) for part in self.parts)  # type: ignore[operator]
+
+    def after_step(self, stats: Mapping[str, Sum]) -> None:
+        for i, part in enumerate(self.parts):
+            head = f"parts.{i}."
+            own = {k.removeprefix(head): v for k, v in stats.items() if k.startswith(head)}
+            part.after_step(own)  # type: ignore[operator]
+
+
+@MIXERS.register("mixed_heads")
+class MixedHeadsConfig(Config):
+    """Several mixers side by side in one layer, such as attention heads and recurrent ones."""
+
+    kind: Literal["mixed_heads"] = "mixed_heads"
+    parts: Annotated[
+        list[MixerField],
+        Field(min_length=1, description="mixers whose outputs are added"),
+    ] = Field(default=["attention", "rg_lru"], validate_default=True)
+
+    def build(self, d_model: int, linear: LinearFactory = dense) -> MixedHeads:
+        return MixedHeads([part.build(d_model, linear) for part in self.parts])
+
+    @classmethod
+    def smallest(cls) -> MixedHeadsConfig:
+        attention = {"kind": "attention", "heads": 1, "head_dim": 4}
+        return cls(parts=[attention, {"kind": "rg_lru", "width": 6, "heads": 2}])

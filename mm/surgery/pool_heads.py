@@ -1,0 +1,46 @@
+"""Fewer key heads for a trained model. H heads, G key heads, K head width, D model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mm.errors import UserError
+from mm.model.mixers.attention.attention import Attention
+
+
+def mean_pooled(model: nn.Module, kv_heads: int) -> dict[str, Tensor]:
+    """Weights of ``model`` for the same model with ``kv_heads`` key heads in every `attention`
+    layer: each key and value head is the mean of those that it replaces, all else is as it was.
+
+    Load them into a model built with the new number, then go on training for a while (the paper: 5
+    % of the first training).
+
+    Raises:
+        UserError: a layer's key heads do not divide into ``kv_heads`` groups, there is no
+            `attention` layer, or its projection is not one dense matrix.
+    Source: Ainslie et al. 2023, GQA (arXiv:2305.13245), section 2.1.
+    """
+    weights = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    found = False
+    for name, layer in model.named_modules():
+        if not isinstance(layer, Attention):
+            continue
+        found = True
+        H, G, K = layer.heads, layer.kv_heads, layer.head_dim
+        if G % kv_heads:
+            raise UserError(f"{name or 'attention'}: {G} key heads do not make {kv_heads} groups")
+        key = f"{name}.qkv.weight".lstrip(".")
+        if key not in weights or weights[key].shape[0] != (H + 2 * G) * K:
+            raise UserError(f"{name or 'attention'}: only a dense qkv can be pooled")
+        q, kv = weights[key].unflatten(0, (H + 2 * G, K)).split((H, 2 * G))
+        pooled = kv.unflatten(0, (2 * kv_heads, G // kv_heads)).mean(1)
+        weights[key] = torch.cat((q, pooled)).flatten(0, 1)
+        for part, n in (("k_norm.weight", kv_heads), ("shift.gates.weight", 2 * kv_heads)):
+            own = weights.get(f"{name}.{part}".lstrip("."))
+            if own is not None and own.dim() == 2:  # one a key head
+                pooled = own.unflatten(0, (n, G // kv_heads)).mean(1)
+                weights[f"{name}.{part}".lstrip(".")] = pooled
+    if not found:
+        raise UserError("this model has no attention layer whose key heads could be pooled")
+    return weights

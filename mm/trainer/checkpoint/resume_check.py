@@ -1,0 +1,134 @@
+"""Loss of one kept batch: computed before a save and again after a checkpoint was cut anew for
+another number of processes or ZeRO stage, where it must be what it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mm.batch import Batch, Values
+from mm.errors import UserError
+from mm.layout import Fields, Layout
+
+if TYPE_CHECKING:
+    from mm.trainer.checkpoint.format import Saved
+    from mm.trainer.loop import Trainer
+
+FILE = "probe"  # of the checkpoint, beside the networks' own
+CLASSES: dict[str, Any] = {c.__name__: c for c in (Batch, Layout, Fields, Values)}
+# Same batch, same weights: only the order of sums may change, with the threads or the kernels.
+ROUNDING = {"fp32": 1e-4, "autocast_bf16": 2e-2, "bf16": 2e-2}
+
+
+def keep(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Main rank's first micro-batch of the last step, as JSON and tensors, and its losses now.
+
+    Call on all ranks.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = _flatten(trainer.batches[0], "", tensors)
+    found = losses(trainer, trainer.batches[0])
+    clean = {k: v if math.isfinite(v) else None for k, v in found.items()}
+    return {"losses": clean, "precision": trainer.precision, "batch": tree}, tensors
+
+
+@torch.no_grad()
+def losses(trainer: Trainer, batch: Batch) -> dict[str, float]:
+    """Mean of every named loss over one micro-batch, in eval mode. Call on all ranks.
+
+    Documents begin at its rows: lanes lend no State.
+    """
+    objective, env = trainer.objective, trainer.env
+    scheduled = objective.scheduled(
+        trainer.step, np.random.default_rng((trainer.run.seed, trainer.step))
+    )
+    env.begin(trainer.step, scheduled)
+    modules = [engine.raw for engine in trainer.engines.values()]
+    for module in modules:
+        module.eval()
+    lanes, trainer.nets.lanes = trainer.nets.lanes, None
+    compiled = trainer.run.engine.compile
+    eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    try:
+        micro = objective.corrupt(batch.to(trainer.device), env.rng, scheduled)
+        env.know([micro])
+        n = objective.counts(micro)
+        sums: dict[str, Tensor] = {}
+        with eager:
+            for term in objective.terms([micro], trainer.nets, env):
+                for name, value in term.losses.items():
+                    sums[name] = sums[name] + value if name in sums else value
+        return {k: float(s.float() / n[k].float().clamp_min(1e-12)) for k, s in sums.items()}
+    finally:
+        trainer.nets.lanes = lanes
+        for module in modules:
+            module.train()
+
+
+def check(trainer: Trainer, saved: Saved) -> None:
+    """Compare the losses of the kept batch with those of the save, when the tensors were cut anew.
+
+    Raises:
+        UserError: on all ranks; they differ by more than rounding.
+    """
+    kept = saved.state.get(FILE)
+    was = (saved.state["world"], saved.state["config"]["engine"]["zero_stage"])
+    now = (trainer.world, trainer.run.engine.zero_stage)
+    if kept is None or was == now:
+        return
+    found = losses(trainer, _restore(kept["batch"], saved.tensors(FILE)))
+    rounding = max(ROUNDING[kept["precision"]], ROUNDING[trainer.precision])
+
+    def compare() -> None:
+        for name, before in kept["losses"].items():
+            after = found[name]
+            if before is None or abs(after - before) <= rounding * max(abs(before), 1e-3):
+                continue
+            raise UserError(
+                f"{saved.folder}: loss/{name} of the batch kept in it was {before:.6g} and is "
+                f"{after:.6g} after the change from {was[0]} processes at ZeRO stage {was[1]} to "
+                f"{now[0]} at stage {now[1]}: the weights are not those that were saved; go on as "
+                f"before, or remove this folder to start from the checkpoint before it"
+            )
+
+    trainer._on_main(compare)
+
+
+def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON of a tree of dataclasses, named tuples and mappings; its tensors go to ``tensors``."""
+    if isinstance(value, Tensor):
+        key = f"{len(tensors):03d}{name}"
+        tensors[key] = value.detach().to("cpu", copy=True).contiguous()
+        return {"tensor": key}
+    if is_dataclass(value) or hasattr(value, "_fields"):
+        names = value._fields if hasattr(value, "_fields") else [f.name for f in fields(value)]  # type: ignore[arg-type]
+        parts = {k: _flatten(getattr(value, k), f"{name}.{k}", tensors) for k in names}
+        return {"class": type(value).__name__, "parts": parts}
+    if isinstance(value, Mapping):
+        items = [
+            [list(k) if isinstance(k, tuple) else k, _flatten(v, f"{name}.{k}", tensors)]
+            for k, v in value.items()
+        ]
+        return {"items": items}
+    return {"value": list(value) if isinstance(value, tuple) else value}
+
+
+def _restore(tree: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    if "tensor" in tree:
+        return tensors[tree["tensor"]]
+    if "class" in tree:
+        parts = {k: _restore(v, tensors) for k, v in tree["parts"].items()}
+        return CLASSES[tree["class"]](**parts)
+    if "items" in tree:
+        pairs = [(tuple(k) if isinstance(k, list) else k, v) for k, v in tree["items"]]
+        return {k: _restore(v, tensors) for k, v in pairs}
+    value = tree["value"]
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,63 @@
+"""Networks that follow others: exponential averages of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mm.objectives.objective import Network
+from mm.trainer.checkpoint.format import Saved
+from mm.trainer.engine.deepspeed import Engine
+
+
+class Averages:
+    """The networks of mode "ema": whole on every rank, without gradients, after each applied step
+    of what they follow ``average = decay average + (1 - decay) weights``; buffers are copied.
+
+    Args:
+        networks: all of the stage.
+        engines: those that train.
+        frozen: raw modules, the averages among them.
+        saved: the checkpoint, if any; an average that is not in it begins as what it follows.
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[str, Network],
+        engines: Mapping[str, Engine],
+        frozen: Mapping[str, nn.Module],
+        saved: Saved | None,
+    ):
+        self._networks = {k: n for k, n in networks.items() if n.mode == "ema"}
+        self._engines, self._frozen = engines, frozen
+        for name, network in self._networks.items():
+            if saved is None or not saved.has(name):
+                self._move(name, str(network.of), 0.0)
+
+    def follow(self, source: str) -> None:
+        """Move the averages of ``source``. Call on all ranks."""
+        for name, network in self._networks.items():
+            if network.of == source:
+                self._move(name, source, network.decay)
+
+    @torch.no_grad()
+    def _move(self, name: str, source: str, decay: float) -> None:
+        mine = self._frozen[name]
+        learned = {n for n, _ in mine.named_parameters()}
+        with self._engines[source].whole() as module:
+            theirs = module.state_dict()
+            for key, value in mine.state_dict().items():
+                if key in learned:
+                    value.lerp_(theirs[key].to(value), 1 - decay)
+                else:
+                    value.copy_(theirs[key])
+
+    def saved(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """What a checkpoint keeps of them: weights and buffers on the CPU, no optimizer states."""
+        out = {}
+        for name in self._networks:
+            state = self._frozen[name].state_dict()
+            out[name] = ({k: v.to("cpu", copy=True) for k, v in state.items()}, {})
+        return out

@@ -1,0 +1,413 @@
+"""The ONE module that imports deepspeed: typed engine config to its JSON, one engine per trainable
+network.
+
+What was found out about DeepSpeed 0.19.8 and is relied on here:
+
+- fp32 + AdamW gives equal losses at stages 0-3. Under autocast, stages 1-3 are equal as long as
+  gradients travel in fp32 (``lower_precision_safe_modules`` names a module without parameters).
+- With `managed_gradient_accumulation: false` the caller's `step` is the accumulation boundary.
+- Stage 0 applies non-finite gradients, stages 1-3 skip the step: stage 0 is clipped and checked
+  here.
+- Its shared-memory all-reduce is compiled at the first start (39 s here, and a stale lock hangs
+  it): switched off.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mm.errors import UserError
+from mm.launch import environment
+from mm.run import Ema
+from mm.run import Engine as EngineConfig
+from mm.trainer.engine.zero_shards import Shards
+from mm.trainer.optimizers.base import ShardOptimizer
+
+log = logging.getLogger("mm.trainer")
+
+
+def resolve_precision(asked: str, device: torch.device) -> str:
+    """Replace "auto" by what the hardware multiplies fast: autocast_bf16 where it has bf16
+    matrices, else fp32.
+    """
+    if asked != "auto":
+        return asked
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else environment.cpu_has_bf16()
+    return "autocast_bf16" if fast else "fp32"
+
+
+def deepspeed_json(config: EngineConfig, precision: str, n_params: int) -> dict[str, Any]:
+    """Derive DeepSpeed's JSON from the typed config, for a network of ``n_params`` parameters."""
+    stage = config.stage
+    # DeepSpeed allocates a whole bucket each step: its default of 2 GB costs fresh pages every time
+    bucket = min(n_params + n_params % 2, 200_000_000)  # DeepSpeed wants it even
+    out: dict[str, Any] = {
+        # bookkeeping only: micro-batches and boundaries are ours
+        "train_micro_batch_size_per_gpu": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.grad_clip if stage else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+        "steps_per_print": 10**12,
+    }
+    if precision == "autocast_bf16":
+        out["torch_autocast"] = {
+            "enabled": True,
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": ["torch.nn.Identity"],
+        }
+    elif precision == "bf16":
+        out["bf16"] = {"enabled": True}
+    return out
+
+
+def _deepspeed() -> Any:
+    """Import DeepSpeed, quietly, with its accelerator chosen and its C++ builds off."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    environment.prepare()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+    logging.getLogger("DeepSpeed").setLevel(
+        logging.ERROR
+    )  # it warns of every skipped step; the trainer does too
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def join(threads: int | None = None) -> torch.device:
+    """Enter the process group of all ranks (once a process) and return this rank's device.
+
+    Alone it needs no port and no variables; under torchrun it takes them. The group lives until the
+    process ends, because DeepSpeed keeps handles of its subgroups for good; then it is destroyed,
+    whatever ended the process: without that 3 of 10 DeepSpeed CPU runs abort at exit. A group that
+    the caller made is used and left alone.
+    """
+    me = environment.ranks()
+    if torch.cuda.is_available():
+        device = torch.device("cuda", me.local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(environment.cpu_threads(threads))
+        environment.keep_freed_memory()
+    if not dist.is_initialized():
+        from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
+
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        os.environ.setdefault("LOCAL_RANK", str(me.local_rank))  # DeepSpeed asserts on it
+        if me.world == 1:
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+        atexit.register(_leave)
+    return device
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Engine:
+    """One trainable network: forward, backward, step, and its full fp32 tensors whatever the ZeRO
+    stage.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: EngineConfig,
+        precision: str,
+        ema: Ema | None = None,
+    ):
+        deepspeed = _deepspeed()
+        self.raw = module
+        self.stage = config.stage
+        self.grad_clip = config.grad_clip
+        # ZeRO replaces the groups' parameters by flat shards: remember which group each parameter
+        # is in
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        if not any(p.requires_grad for p in module.parameters()):
+            raise UserError(f"network {type(module).__name__} has no trainable parameter")
+        n_params = sum(p.numel() for p in module.parameters())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if not deepspeed.comm.is_initialized():
+                backend = dist.get_backend()
+                deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+            self.ds, self.optimizer, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizer,
+                config=deepspeed_json(config, precision, n_params),
+                dist_init_required=False,
+            )
+        # torch 2.14 deprecates two collectives that DeepSpeed calls in every stage 3 step
+        warnings.filterwarnings(
+            "ignore", category=FutureWarning, module="torch.distributed.c10d_logger"
+        )
+        self.shards = self._shards()
+        if isinstance(self.base, ShardOptimizer):
+            self.base.shards = self.shards
+        self.ema = ema
+        self.updates = 0  # applied
+        self._averages: dict[Tensor, Tensor] = {}
+        self._restart_averages()
+        if self.stage == 0:
+            self.ds.enable_backward_allreduce = (
+                False  # `reduce` below does it, so that the norm is known before the step
+            )
+
+    def __call__(self, *args: Any, **kw: Any) -> Any:
+        return self.ds(*args, **kw)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of ``loss`` (scaled by the caller)."""
+        self.ds.backward(loss, scale_wrt_gas=False)
+
+    def set_lr(self, multiplier: float) -> float:
+        """Set every group's rate to its initial one times ``multiplier``; returns the first."""
+        for group in self.base.param_groups:
+            group["lr"] = group["initial_lr"] * multiplier
+        return self.base.param_groups[0]["lr"]
+
+    @property
+    def base(self) -> torch.optim.Optimizer:
+        """The torch optimizer under DeepSpeed's wrapper."""
+        return self.ds.basic_optimizer
+
+    def reduce(self) -> Tensor | None:
+        """At stage 0 average the gradients over ranks and return their global norm, () float32;
+        else None.
+        """
+        if self.stage:
+            return None
+        self.ds.buffered_allreduce_fallback()
+        grads = [p.grad for p in self.raw.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(grads).float()
+
+    def step(self, norm: float | None) -> tuple[bool, float]:
+        """Clip and update. ``norm``: what `reduce` gave, on the host (stage 0).
+
+        Returns:
+            Whether the update was applied, and the gradient norm before clipping (inf when it was
+            not).
+        """
+        if norm is not None:
+            if not norm < float("inf"):  # NaN too
+                self.ds.zero_grad()
+                return False, float("inf")
+            if self.grad_clip and norm > self.grad_clip:
+                grads = [p.grad for p in self.raw.parameters() if p.grad is not None]
+                for grad in grads:
+                    grad.mul_(self.grad_clip / (norm + 1e-6))
+        self.ds.step()
+        applied = self.ds.was_step_applied()
+        if applied:
+            self._average(self.updates)
+            self.updates += 1
+        if norm is None:
+            found = self.ds.get_global_grad_norm()
+            norm = float(found) if found is not None else 0.0
+        return applied, norm if applied else float("inf")
+
+    def named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Trainable parameters once each (tied ones under their first name)."""
+        return ((name, p) for name, p in self.raw.named_parameters() if p.requires_grad)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Full tensors of parameters (fp32 masters) and persistent buffers, on the CPU, by
+        `state_dict` name.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        out = {}
+        for name, p in self.raw.named_parameters():
+            full = safe_get_full_fp32_param(p) if p.requires_grad else None
+            if full is None:
+                with self._gathered([p]):
+                    full = p.detach()
+            out[name] = full.detach().to("cpu", copy=True)
+        kept = self.raw.state_dict().keys()  # without the non-persistent buffers
+        out |= {
+            name: b.detach().to("cpu", copy=True)
+            for name, b in self.raw.named_buffers()
+            if name in kept
+        }
+        return out
+
+    def result(self) -> dict[str, Tensor]:
+        """What a stage leaves: `weights`, with the EMA or the optimizer's own average in their
+        place where there is one.
+        """
+        out = self.weights()
+        for x, spans in self.shards.spans.items():
+            state = self.base.state[x]
+            if self.ema is not None and self.ema.export:
+                value = self._averages[x]
+            elif isinstance(self.base, ShardOptimizer) and state:
+                value = self.base.average(x.detach(), state)
+            else:
+                value = None
+            if value is None:
+                continue
+            for span in spans:
+                out[span.name] = self.shards.full(x, value, span).to("cpu", copy=True)
+        return out
+
+    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Full elementwise states as ``key/parameter name`` on the CPU (the EMA among them), and
+        the scalar ones (Adam's step).
+        """
+        tensors: dict[str, Tensor] = {}
+        scalars: dict[str, float] = {}
+        listed = getattr(self.base, "per_parameter", ())
+        for x, spans in self.shards.spans.items():
+            for key, value in self._states(x).items():
+                if not isinstance(value, Tensor) or value.dim() == 0:
+                    scalars[key] = float(value)
+                    continue
+                for i, span in enumerate(spans):
+                    if key in listed:
+                        full = value[i]
+                    elif value.shape == x.shape:
+                        full = self.shards.full(x, value, span)
+                    else:
+                        full = value  # of whole tensors: stage 0
+                    tensors[f"{key}/{span.name}"] = full.detach().to("cpu", copy=True)
+        if self.ema is not None:
+            scalars["ema_updates"] = self.updates
+        return tensors, scalars
+
+    def load_optimizer_state(
+        self, tensors: Mapping[str, Tensor], scalars: Mapping[str, float]
+    ) -> None:
+        """Put back what `optimizer_state` gave, at any stage and world size.
+
+        Call before the first step. Raises UserError when it was made by another optimizer.
+        """
+        if not tensors and not scalars:
+            return
+        self._materialise()
+        listed = getattr(self.base, "per_parameter", ())
+        self.updates = int(scalars.get("ema_updates", 0))
+        if self.ema is not None and "ema_updates" not in scalars:
+            log.info("the checkpoint has no EMA: it starts from its weights")
+            self._restart_averages()
+        try:
+            with torch.no_grad():
+                for x, spans in self.shards.spans.items():
+                    for key, value in self._states(x).items():
+                        if key == "ema" and "ema_updates" not in scalars:
+                            continue
+                        if not isinstance(value, Tensor):
+                            kind = type(value)
+                            self.base.state[x][key] = kind(scalars[key])
+                        elif value.dim() == 0:
+                            value.fill_(scalars[key])
+                        else:
+                            for i, span in enumerate(spans):
+                                full = tensors[f"{key}/{span.name}"].to(value.device)
+                                if key in listed:
+                                    value[i] = full
+                                elif value.shape == x.shape:
+                                    self.shards.put(x, value, span, full)
+                                else:
+                                    value.copy_(full)
+        except KeyError as error:
+            raise UserError(
+                f"the checkpoint has no optimizer state {error}: it was made with another "
+                "optimizer; set stages.N.optimizer back, or use another run name: name=..."
+            ) from error
+
+    def load_masters(self, weights: Mapping[str, Tensor]) -> None:
+        """Set the fp32 masters (they differ from the weights only where these are bf16)."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        if self.stage:
+            for name, p in self.named():
+                safe_set_full_fp32_param(p, weights[name].to(self.ds.device))
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        """The raw module with all its weights present on every rank (ZeRO-3 gathers them for the
+        block).
+        """
+        with self._gathered(list(self.raw.parameters())):
+            yield self.raw
+
+    def _gathered(self, params: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+        if self.stage < 3:
+            return contextlib.nullcontext()
+        return _deepspeed().zero.GatheredParameters(params)
+
+    def _shards(self) -> Shards:
+        """What the optimizer's tensors hold, from DeepSpeed's own lists."""
+        names: dict[Tensor, str] = {p: name for name, p in self.named()}
+        if self.stage == 0:
+            return Shards.whole(self.base.param_groups, names)
+        optimizer: Any = self.optimizer
+        if self.stage < 3:
+            flats = optimizer.single_partition_of_fp32_groups
+            return Shards.contiguous(flats, optimizer.round_robin_bit16_groups, names)
+        flats, groups = optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups
+        return Shards.sliced(flats, groups, names, optimizer.sub_group_to_group_id)
+
+    def _states(self, x: Tensor) -> dict[str, Any]:
+        """All states of one of the optimizer's tensors, the EMA among them."""
+        out = dict(self.base.state[x])
+        return out | ({"ema": self._averages[x]} if self.ema is not None else {})
+
+    def _restart_averages(self) -> None:
+        if self.ema is not None:
+            self._averages = {x: x.detach().clone() for x in self.shards.spans}
+
+    @torch.no_grad()
+    def _average(self, updates: int) -> None:
+        """Move the EMA towards the weights; ``updates``: applied before this one."""
+        if self.ema is not None:
+            keep = self.ema.keep(updates)
+            for x, average in self._averages.items():
+                average.lerp_(x, 1 - keep)
+
+    def _materialise(self) -> None:
+        """Create the optimizer's states as its first step would."""
+        base, groups = self.base, self.base.param_groups
+        flats = list(self.shards.spans)
+        if isinstance(base, ShardOptimizer):
+            for flat in flats:
+                base.prepare(flat, groups[self.shards.groups[flat]])
+            return
+        # a step of rate 0 on zero gradients
+        hyper = {k: v for k, v in groups[0].items() if k != "params"} | {"lr": 0.0}
+        before = [flat.detach().clone() for flat in flats]
+        base.param_groups = [{**hyper, "params": flats}]
+        try:
+            for flat in flats:
+                flat.grad = torch.zeros_like(flat)
+            base.step()
+        finally:
+            base.param_groups = groups
+        with torch.no_grad():
+            for flat, old in zip(flats, before, strict=True):
+                flat.grad = None
+                flat.copy_(old)  # -0.0 became 0.0

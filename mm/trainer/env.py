@@ -1,0 +1,156 @@
+"""What the trainer lends an objective: its networks as callables, and the Env."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mm.batch import Batch
+from mm.model.layer import ModelOut
+from mm.trainer.engine.deepspeed import Engine
+from mm.trainer.log.metrics import Tally
+from mm.trainer.stateful import Lanes
+
+
+class Nets(Mapping[str, Callable[..., ModelOut]]):
+    """Networks by name.
+
+    A trainable one runs through its engine and its grad-mode forwards leave their aux behind.
+    """
+
+    def __init__(
+        self, engines: Mapping[str, Engine], frozen: Mapping[str, nn.Module], env: TrainerEnv
+    ):
+        self.engines, self.frozen, self.env = engines, frozen, env
+        self.lanes: Lanes | None = None
+        self.tallies: dict[str, Tally] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self.engines, *self.frozen])
+
+    def __len__(self) -> int:
+        return len(self.engines) + len(self.frozen)
+
+    def __getitem__(self, name: str) -> Callable[..., ModelOut]:
+        run = self.engines.get(name) or self.frozen.get(name)
+        if run is None:
+            raise KeyError(f"the objective declared no network '{name}', only {', '.join(self)}")
+
+        def call(batch: Batch, **kw: Any) -> ModelOut:
+            kw.setdefault("scheduled", self.env.scheduled)
+            kw.setdefault("seed", self.env.seed_of(batch))
+            lanes = self.lanes if name == "model" else None
+            if lanes is not None:
+                kw.setdefault("state", lanes.before(self.env.number(batch)))
+            if name in self.frozen:
+                with self.env.autocast():
+                    return run(batch, **kw)
+            out = run(batch, **kw)
+            if torch.is_grad_enabled():
+                self.tallies.setdefault(name, Tally()).add_aux(out.aux)
+                if lanes is not None:
+                    lanes.after(self.env.number(batch), out)
+            return out
+
+        return call
+
+    def take(self, name: str) -> Tally:
+        """The tally of a network since it was last taken."""
+        return self.tallies.pop(name, None) or Tally()
+
+
+class TrainerEnv:
+    """Env of objective.py.
+
+    Everything random is a pure function of (seed, step, rank): a resume needs no saved state.
+    """
+
+    def __init__(self, seed: int, device: torch.device, precision: str):
+        self.device = device
+        self.step = 0
+        self.rng = torch.Generator(device=device)
+        self.scheduled: Mapping[str, float] = {}
+        self._seed = seed
+        self._precision = precision
+        self._micros: dict[int, int] = {}
+        self._engines: Mapping[str, Engine] = {}
+        self._frozen: Mapping[str, nn.Module] = {}
+        self._rank = dist.get_rank() if dist.is_initialized() else 0
+
+    def lend(self, engines: Mapping[str, Engine], frozen: Mapping[str, nn.Module]) -> None:
+        """Set the networks of this stage."""
+        self._engines, self._frozen = engines, frozen
+
+    def begin(self, step: int, scheduled: Mapping[str, float]) -> None:
+        """Start a step: reseed this rank's generators."""
+        self.step, self.scheduled = step, scheduled
+        seed = mix(self._seed, step, self._rank)
+        self.rng.manual_seed(seed)
+        # Not torch.manual_seed: in a CUDA build without a GPU it queues a call with its traceback,
+        # every time.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def know(self, micros: Sequence[Batch]) -> None:
+        """Number the micro-batches of the step, so that two passes over one draw the same noise."""
+        self._micros = {id(b): i for i, b in enumerate(micros)}
+
+    def seed_of(self, batch: Batch) -> int:
+        """Seed of Ctx for a micro-batch; a batch derived from one (`dataclasses.replace`) shares
+        number -1.
+        """
+        return mix(self._seed, self.step, self._rank, self.number(batch))
+
+    def number(self, batch: Batch) -> int:
+        """Number of a micro-batch in its step; -1: of a batch derived from one."""
+        return self._micros.get(id(batch), -1)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The run's autocast, for a raw module; engines enter it themselves."""
+        on = self._precision == "autocast_bf16"
+        return torch.autocast(self.device.type, torch.bfloat16) if on else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def frozen(self, name: str) -> Iterator[nn.Module]:
+        """The RAW module of another network with requires_grad off: through its engine ZeRO-0
+        refuses the backward.
+        """
+        module = self._engines[name].raw if name in self._engines else self._frozen[name]
+        was = [p for p in module.parameters() if p.requires_grad]
+        for p in was:
+            p.requires_grad_(False)
+        if self._precision == "autocast_bf16":
+            # around its forward alone: a with-block here would span the objective's yields, so the
+            # trainer's backwards
+            module.forward = torch.autocast(self.device.type, torch.bfloat16)(module.forward)
+        try:
+            yield module
+        finally:
+            module.__dict__.pop("forward", None)
+            for p in was:
+                p.requires_grad_(True)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """All ranks' tensors along dim 0, with gradient."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return x
+        from torch.distributed.nn.functional import all_gather
+
+        return torch.cat(all_gather(x))
+
+
+def mix(*parts: int) -> int:
+    """Hash integers to a 62-bit seed (splitmix64 finaliser over a running sum)."""
+    state = 0
+    for part in parts:
+        state = (state + 0x9E3779B97F4A7C15 + (part & 0xFFFFFFFFFFFFFFFF)) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 2

@@ -1,0 +1,123 @@
+"""States of documents that go on in the next batch: of every lane, carried from step to step.
+
+A stream with ``carried_rows`` (`mm.data.streams.stateful`) makes the trainer call the model with
+the State that the lane's last window left. Back-propagation stops at the border of a step.
+Checkpoints hold the States of all lanes in their order, so another number of processes takes its
+own ones. N lanes of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mm.errors import UserError
+from mm.model.layer import Mixer, ModelOut
+from mm.state import State
+
+if TYPE_CHECKING:
+    from mm.trainer.checkpoint.format import Saved
+    from mm.trainer.engine.deepspeed import Engine
+    from mm.trainer.env import TrainerEnv
+
+FILE = "lanes"  # of the checkpoint, beside the networks' own
+
+
+class Lanes:
+    """States of this rank's lanes.
+
+    Args:
+        initial: fresh States of them, N slots.
+        mine: lanes of every micro-batch, contiguous over them (`rank_rows`).
+    """
+
+    def __init__(self, initial: State, mine: Sequence[range]):
+        self.state = initial
+        self._mine = mine
+        self._first = mine[0].start
+        self._made: dict[int, State] = {}
+
+    @classmethod
+    def of(cls, stream: Any, engine: Engine, env: TrainerEnv) -> Lanes | None:
+        """Fresh ones for a stream that has lanes, else None. Call on all ranks.
+
+        Raises UserError when the model has no State.
+        """
+        if not getattr(stream, "carried_rows", 0):
+            return None
+        with engine.whole() as module, env.autocast():
+            _require_states(module)
+            make: Any = module.initial_state
+            state = make(sum(map(len, stream.own_rows)), stream.max_length)
+        return cls(state, stream.own_rows)
+
+    def before(self, micro: int) -> State:
+        """A copy of the States that micro-batch ``micro`` of this step begins from."""
+        if micro < 0:
+            raise ValueError("the model ran on a batch that is none of the step's: whose State?")
+        rows = self._mine[micro]
+        at = torch.arange(rows.start - self._first, rows.stop - self._first)
+        return self.state.select(at.to(next(self.state.leaves()).device))
+
+    def after(self, micro: int, out: ModelOut) -> None:
+        """Note what micro-batch ``micro`` left; `commit` makes it the lanes' State."""
+        assert out.state is not None
+        self._made[micro] = out.state.detach()
+
+    def commit(self, applied: bool) -> None:
+        """End a step. One that was not applied leaves the lanes as they were: it is not finite."""
+        made, self._made = self._made, {}
+        if applied and made:
+            first, *rest = (made[i] for i in range(len(self._mine)))
+            self.state = first.cat(*rest) if rest else first
+
+    def saved(self) -> dict[str, Tensor]:
+        """Leaves of all lanes' States on the CPU, in the order of the lanes. Call on all ranks."""
+        return {f"{i:03d}": _of_all(leaf) for i, leaf in enumerate(self.state.leaves())}
+
+    def load(self, saved: Saved) -> None:
+        """Take this rank's lanes from a checkpoint, made by any number of processes."""
+        tensors = saved.tensors(FILE)
+        own = list(self.state.leaves())
+        if len(tensors) != len(own):
+            raise UserError(
+                f"{saved.folder}: holds {len(tensors)} State tensors a lane, the model has "
+                f"{len(own)}: use another run name: name=..."
+            )
+        rows = slice(self._first, self._mine[-1].stop)
+        leaves = iter([tensors[name] for name in sorted(tensors)])
+
+        self.state = self.state.map(lambda t: next(leaves)[rows].to(t.device, t.dtype))
+
+
+def _of_all(leaf: Tensor) -> Tensor:
+    """`(all lanes, ...)` on the CPU from every rank's `(N, ...)`; ranks have equally many."""
+    mine = leaf.detach().contiguous()
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return mine.to("cpu", copy=True)
+    raw = mine.reshape(-1).view(torch.uint8)  # gloo knows no bool and little bfloat16
+    parts = [torch.empty_like(raw) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, raw)
+    return torch.cat([part.view(mine.dtype).view(mine.shape) for part in parts]).to("cpu")
+
+
+def _require_states(module: nn.Module) -> None:
+    if not hasattr(module, "initial_state"):
+        raise UserError(
+            f"data 'stateful': a {type(module).__name__} carries no State between batches"
+        )
+    for name, part in module.named_modules():
+        if isinstance(part, Mixer) and not part.caps.step:
+            raise UserError(
+                f"data 'stateful': {name} ({type(part).__name__}) has no State to carry to the "
+                "next batch; use another mixer, or data 'packed'"
+            )
+
+
+def kept(lanes: Lanes | None) -> Mapping[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """What a checkpoint holds of them, by file."""
+    return {FILE: (lanes.saved(), {})} if lanes is not None else {}

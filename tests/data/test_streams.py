@@ -1,0 +1,419 @@
+"""Transforms, raw items, prefetching and what goes wrong when a stream is opened."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_toys import ToyTokenizer, folder, token_shards
+
+from mm.data.pack.job import pack
+from mm.data.shards.reader import ShardSet
+from mm.data.streams.base import Step, Stream
+from mm.data.streams.mixing import shares
+from mm.data.streams.packed import Document, PackedConfig, first_fit
+from mm.data.streams.raw_items import Augment, ItemsConfig, affine, fit_image, loudness
+from mm.data.streams.shuffle import generator, permute, uniform
+from mm.data.streams.stateful import StatefulConfig
+from mm.data.transforms.any_to_any import AnyToAnyConfig, parse_task
+from mm.data.transforms.chunk import ChunkConfig
+from mm.data.transforms.compose import chain
+from mm.errors import UserError
+from mm.registry import STREAMS
+from mm.specs import Segment, TokenSpec
+from mm.vocabulary import merged
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("streams")
+    token_shards(root, 37)
+    return root
+
+
+def segments(*modalities: str) -> list[Segment]:
+    return [Segment(m, np.arange(3)) for m in modalities]
+
+
+# ---- transforms ------------------------------------------------------------------------------
+
+
+def test_any_to_any_draws_possible_tasks_by_weight() -> None:
+    tasks = {
+        "image>text": 3.0,
+        "text>image": 1.0,
+        "image+text>audio": 5.0,
+        "audio": 1.0,
+        "text": 0.0,
+    }
+    transform = AnyToAnyConfig(tasks=tasks, condition_dropout=0.2).build()
+    counts: dict[str, int] = {}
+    null = 0
+    for i in range(4000):
+        out = transform(segments("text", "image"), generator(0, i))
+        assert out is not None and [s.role for s in out] == ["condition", "target"]
+        assert out[1].ids is not None
+        null += out[0].ids is None
+        name = f"{out[0].modality}>{out[1].modality}"
+        counts[name] = counts.get(name, 0) + 1
+    assert set(counts) == {"image>text", "text>image"}
+    assert abs(counts["image>text"] / 4000 - 0.75) < 0.03 and abs(null / 4000 - 0.2) < 0.03
+    assert transform(segments("text"), generator(0)) is None, "nothing fits: filtered"
+    everything = [transform(segments("audio", "image", "text"), generator(1, i)) for i in range(50)]
+    both = next(o for o in everything if o is not None and len(o) == 3)
+    assert [s.modality for s in both] == ["image", "text", "audio"], "in the task's order"
+    assert both[0].role == both[1].role == "condition"
+    assert any(o is not None and len(o) == 1 and o[0].modality == "audio" for o in everything)
+
+
+def test_any_to_any_is_pure() -> None:
+    transform = AnyToAnyConfig.smallest().build()
+    given = segments("text", "image")
+    a = [transform(given, generator(i)) for i in range(20)]
+    b = [transform(given, generator(i)) for i in reversed(range(20))][::-1]
+    key = lambda out: [(s.modality, s.role, s.ids is None) for s in out]
+    assert [key(o) for o in a] == [key(o) for o in b]
+    assert all(s.role == "target" for s in given)
+
+
+@pytest.mark.parametrize("text", ["", ">", "image>", ">text", "image>image", "a++b>c"])
+def test_task_names_are_checked(text: str) -> None:
+    with pytest.raises(ValueError, match="is not of the form"):
+        parse_task(text)
+
+
+def test_chunk_windows() -> None:
+    transform = ChunkConfig(tokens=4).build()
+    long = Segment("text", np.arange(10))
+    starts = set()
+    for i in range(200):
+        (out,) = transform([long], generator(i)) or []
+        starts.add(int(out.ids[0]))
+        np.testing.assert_array_equal(out.ids, np.arange(out.ids[0], out.ids[0] + 4))
+        cut = out.ids[-1] != 9
+        assert (out.targets is not None) == cut
+        if cut:
+            assert out.targets.tolist() == [*out.ids.tolist(), -1], "the end is no target"
+    assert starts == set(range(7))
+    first = ChunkConfig(tokens=4, window="first").build()
+    assert first([long], None)[0].ids.tolist() == [0, 1, 2, 3]
+    image = Segment("image", np.arange(9))
+    assert first([image, Segment("text", np.arange(3))], None)[0] is image
+
+
+def test_chain_of_configs_and_objects() -> None:
+    both = chain(
+        [{"kind": "chunk", "tokens": 2}], None, AnyToAnyConfig(tasks={"text": 1.0}).build()
+    )
+    out = both(segments("text", "image"), generator(0))
+    assert out is not None and [(s.modality, len(s.ids)) for s in out] == [("text", 2)]
+    assert (
+        chain(AnyToAnyConfig(tasks={"audio": 1.0}), "chunk")(segments("text"), generator(0)) is None
+    )
+
+
+# ---- packing ---------------------------------------------------------------------------------
+
+
+def test_first_fit() -> None:
+    document = lambda n: Document(f"d{n}", [Segment("text", np.zeros(n - 2))])
+    rows = first_fit([document(n) for n in (6, 5, 4, 3, 2, 2)], 10, 3)
+    assert [r.keys for r in rows] == [["d6", "d4"], ["d5", "d3", "d2"], ["d2"]]
+    assert [r.length for r in rows] == [10, 10, 2]
+    assert [len(r.documents) for r in first_fit([document(2)] * 5, 100, 2)] == [2, 2, 1]
+    assert first_fit([], 10, 2) == []
+
+
+@pytest.mark.parametrize(("weights", "expected"), [
+    ([1], [10]), ([1, 1], [5, 5]), ([2, 1], [7, 3]), ([1, 1, 1], [4, 3, 3]), ([1000, 1], [9, 1]),
+])  # fmt: skip
+def test_shares(weights: list[float], expected: list[int]) -> None:
+    assert shares(weights, 10) == expected
+
+
+def test_transform_of_the_objective_comes_last_and_stats_are_global(data: Path) -> None:
+    config = PackedConfig(
+        sources=[{"path": data / "tokens"}],
+        seq_len=64,
+        batch_size=4,
+        transform=["chunk"],
+        prefetch=0,
+    )
+    stream = config.build(
+        transform={"kind": "any_to_any", "tasks": {"image>text": 1}, "condition_dropout": 0}
+    )
+    (b,) = stream.next()
+    vocabulary = stream.vocabulary
+    numbers = b.layout.fields.modality
+    for modality in ("text", "image"):
+        assert stream.stats["tokens"][modality] == int(
+            (numbers == vocabulary.range(modality).index).sum()
+        )
+    assert "audio" not in stream.stats["tokens"] and stream.stats["documents"] == len(b.keys)
+    assert stream.stats["filtered"] > 0, "text without an image"
+    goal = b.labels["target_modality"][b.weight > 0]
+    assert (goal == vocabulary.range("text").index).all() and len(goal) > 0
+
+
+def test_mapped_shards_equal_shards_in_memory(data: Path) -> None:
+    a, b = ShardSet.open(data / "tokens"), ShardSet.open(data / "tokens", cache_mb=0)
+    b.tokens(0)
+    assert any(isinstance(buffer, np.memmap) for buffer in b._buffers)
+    assert not any(isinstance(buffer, np.memmap) for buffer in a._buffers)
+    for i in range(len(a)):
+        left, right = a.tokens(i), b.tokens(i)
+        assert left.keys() == right.keys() and all((left[m] == right[m]).all() for m in left)
+
+
+def test_a_model_vocabulary_may_be_longer_but_not_another(data: Path) -> None:
+    config = PackedConfig(sources=[{"path": data / "tokens"}], seq_len=64, prefetch=0)
+    own = ShardSet.open(data / "tokens").vocabulary
+    first = config.build().next()[0]
+    longer = config.build(vocabulary=own.add(TokenSpec("smell", 5))).next()[0]
+    assert torch.equal(first.ids, longer.ids), "old ids never move"
+    other = merged([TokenSpec("smell", 5), *own.ranges])
+    moved = config.build(vocabulary=other).next()[0]
+    assert torch.equal(torch.where(first.ids > 15, first.ids + 7, first.ids), moved.ids)
+    with pytest.raises(UserError, match="uses modality 'text' that this vocabulary lacks"):
+        config.build(vocabulary=merged([TokenSpec("smell", 5)]))
+    with pytest.raises(UserError, match="was tokenised by toy-text"):
+        config.build(vocabulary=merged([ToyTokenizer("text", 65).spec, *own.ranges[1:]]))
+
+
+def test_wrong_folders(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="raw shards, not tokens; make them with: mm data pack"):
+        PackedConfig(sources=[{"path": data / "shards"}]).build()
+    with pytest.raises(UserError, match="no split 'tran'; did you mean 'train'"):
+        PackedConfig(sources=[{"path": data / "tokens", "split": "tran"}]).build()
+    with pytest.raises(UserError, match="token shards hold no raw items"):
+        ItemsConfig(path=data / "tokens").build()
+    (tmp_path / "a.txt").write_text("text only")
+    pack(tmp_path / "a.txt", tmp_path / "out", progress=False)
+    with pytest.raises(UserError, match="split 'train' has no raw 'image'; it has: text"):
+        ItemsConfig(path=tmp_path / "out").build()
+    with pytest.raises(UserError, match="no packed data at"):
+        ItemsConfig(path=tmp_path / "none").build()
+
+
+def test_a_step_costs_little(tmp_path: Path) -> None:
+    token_shards(tmp_path, 200)
+    config = PackedConfig(
+        sources=[{"path": tmp_path / "tokens"}], seq_len=256, batch_size=4, prefetch=0
+    )
+    tasks = {"image>text": 1, "text>image": 1, "audio>text": 1, "text": 1}
+    stream = config.build(transform={"kind": "any_to_any", "tasks": tasks})
+    times = []
+    for _ in range(60):
+        start = time.process_time()
+        stream.next()
+        times.append(time.process_time() - start)
+    assert np.median(times) < 0.004, "2 ms is the aim; the machine may be busy"
+
+
+# ---- prefetching -----------------------------------------------------------------------------
+
+
+class Counting(Stream):
+    """Steps that are their own number; step 5 is broken."""
+
+    def __init__(self, prefetch: int):
+        self.made = 0
+        super().__init__({}, prefetch)
+
+    def start(self) -> dict[str, int]:
+        return {"step": 0}
+
+    def advance(self, cursor):
+        self.made += 1
+        if cursor["step"] == 5:
+            raise UserError("step 5 is broken")
+        return Step([], {"step": cursor["step"] + 1}, {"step": cursor["step"]})
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_errors_come_where_they_belong(prefetch: int) -> None:
+    stream = Counting(prefetch)
+    for i in range(5):
+        stream.next()
+        assert stream.stats == {"step": i}
+    for _ in range(2):
+        with pytest.raises(UserError, match="step 5 is broken"):
+            stream.next()
+    assert stream.state_dict()["cursor"] == {"step": 5}
+    stream.load_state_dict({"cursor": {"step": 6}, "plan": {}})
+    stream.next()
+    assert stream.stats == {"step": 6}
+    stream.close()
+
+
+def test_prefetch_is_bounded_and_close_ends_the_thread() -> None:
+    before = threading.active_count()
+    stream = Counting(2)
+    stream.next()
+    for _ in range(100):
+        if stream.made == 4:
+            break
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert stream.made == 4, "one consumed, two waiting, one in hand"
+    stream.close()
+    assert threading.active_count() == before
+    stream.close()
+
+
+# ---- items -----------------------------------------------------------------------------------
+
+
+def test_images(data: Path) -> None:
+    config = ItemsConfig(path=data / "shards", batch_size=5, size=8, prefetch=0)
+    stream = config.build(seed=0)
+    (b,) = stream.next()
+    values = b.values["image"]
+    assert values.data.shape == (5, 3, 8, 8) and values.data.dtype == torch.float32
+    raw = {
+        stream.shards.key(i): stream.shards[i].values["image"]
+        for i in range(len(stream.shards))
+        if i % 4
+    }
+    for key, image in zip(b.keys, values.data, strict=True):
+        np.testing.assert_allclose(image.permute(1, 2, 0).numpy(), raw[key] / 255.0, atol=1e-6)
+    gray = (
+        config.model_copy(update={"gray": True, "size": 4})
+        .build(seed=0)
+        .next()[0]
+        .values["image"]
+        .data
+    )
+    assert gray.shape == (5, 1, 4, 4)
+    changed = config.model_copy(update={"augment": Augment(shift=0.2)}).build(seed=0).next()[0]
+    assert changed.keys == b.keys and not torch.allclose(changed.values["image"].data, values.data)
+
+
+def test_affine() -> None:
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.random((6, 3, 9, 9), np.float32))
+    counts = np.arange(6)
+    torch.testing.assert_close(affine(images, Augment(), counts, 1), images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        affine(images, Augment(flip=1.0), counts, 1), images.flip(-1), atol=1e-5, rtol=0
+    )
+    strong = Augment(shift=0.2, rotate_deg=30, scale=0.3, flip=0.5)
+    out = affine(images, strong, counts, 1)
+    torch.testing.assert_close(
+        affine(images[2:4], strong, counts[2:4], 1), out[2:4], msg="an item is changed alone"
+    )
+    assert (
+        out.min() >= 0
+        and out.max() <= 1
+        and not torch.allclose(out, affine(images, strong, counts + 6, 1))
+    )
+
+
+def test_fit_image_keeps_the_middle() -> None:
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[:, 10:20] = 200
+    assert (fit_image(wide, 10) == 200).all()
+    assert (
+        fit_image(wide, 5).shape == (5, 5, 3)
+        and (fit_image(wide, 5, gray=True)[1:4, 1:4] == 200).all()
+    )
+
+
+def test_sounds(data: Path) -> None:
+    config = ItemsConfig(
+        path=data / "shards",
+        modality="audio",
+        batch_size=9,
+        sample_rate=8000,
+        crop_seconds=0.04,
+        prefetch=0,
+    )
+    stream = config.build(seed=0)
+    lengths = set()
+    for _ in range(3):
+        (b,) = stream.next()
+        values = b.values["audio"]
+        assert values.data.shape == (9, 320) and values.data.dtype == torch.float32
+        for row, n, key in zip(values.data.numpy(), values.length.tolist(), b.keys, strict=True):
+            whole = stream.shards[int(key[1:])].values["audio"].samples
+            assert n == min(320, len(whole)) and (row[n:] == 0).all()
+            assert any(np.array_equal(whole[s : s + n], row[:n]) for s in range(len(whole) - n + 1))
+            lengths.add(n)
+    assert lengths == {200, 280, 320}
+    up = config.model_copy(update={"sample_rate": 16000}).build(seed=0).next()[0].values["audio"]
+    assert up.data.shape == (9, 640) and set(up.length.tolist()) <= {400, 560, 640}
+
+
+def test_unique_items(tmp_path: Path) -> None:
+    src = folder(tmp_path / "src", 5, splits=("train", "test"))
+    for path in (src / "train").glob("*.png"):
+        path.write_bytes((src / "train/item000.png").read_bytes())
+    pack(src, tmp_path / "out", progress=False)
+    assert len(ItemsConfig(path=tmp_path / "out").build()) == 5
+    assert len(ItemsConfig(path=tmp_path / "out", repeat="unique").build()) == 1
+
+
+def test_loudness() -> None:
+    quiet = np.sin(np.arange(1000) * 0.1).astype(np.float32) * 0.01
+    assert np.abs(loudness(quiet, "peak")).max() == pytest.approx(0.95, abs=1e-3)
+    assert np.sqrt(np.mean(loudness(quiet, "rms") ** 2)) == pytest.approx(0.1, rel=1e-3)
+    click = np.zeros(1000, np.float32)
+    click[3] = 0.5
+    assert np.abs(loudness(click, "rms")).max() == pytest.approx(0.95, abs=1e-3), "never clipped"
+    assert (loudness(np.zeros(5, np.float32), "rms") == 0).all() and loudness(
+        quiet, "none"
+    ) is quiet
+
+
+def test_damaged_shards_stop_training_with_a_name(tmp_path: Path) -> None:
+    pack(folder(tmp_path / "src", 3, splits=("train",)), tmp_path / "out", progress=False)
+    shard = tmp_path / "out/train/shard-000000.tar"
+    shard.write_bytes(
+        shard.read_bytes().replace(b"IDAT", b"IDAX")
+    )  # same size: only decoding notices
+    stream = ItemsConfig(path=tmp_path / "out", batch_size=2).build()
+    with pytest.raises(
+        UserError, match=r"out/train/shard-000000.tar:train/item00\d: image: .*run: mm data verify"
+    ):
+        stream.next()
+
+
+# ---- order -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 100, 1023, 1024, 1025, 5000])
+def test_permutation_is_one_and_seeks(n: int) -> None:
+    whole = permute(np.arange(n), n, 7)
+    assert sorted(whole) == list(range(n))
+    some = np.arange(n)[:: max(1, n // 7)]
+    np.testing.assert_array_equal(permute(some, n, 7), whole[some])
+    if n > 100:
+        assert (whole != permute(np.arange(n), n, 8)).mean() > 0.9
+        assert abs(np.corrcoef(whole, np.arange(n))[0, 1]) < 0.1
+
+
+def test_uniform_is_uniform_and_its_draws_are_independent() -> None:
+    a, b = (uniform(3, np.arange(20000), draw) for draw in (0, 1))
+    for x in (a, b):
+        assert (
+            abs(x.mean() - 0.5) < 0.01
+            and abs(x.std() - 12**-0.5) < 0.01
+            and 0 <= x.min()
+            and x.max() < 1
+        )
+    assert abs(np.corrcoef(a, b)[0, 1]) < 0.03 and abs(np.corrcoef(a[1:], a[:-1])[0, 1]) < 0.03
+
+
+def test_an_old_kind_and_an_old_cursor_are_refused_by_name(data: Path) -> None:
+    with pytest.raises(UserError, match="data kind 'lanes' is called 'stateful' now"):
+        STREAMS.get("lanes")
+    config = StatefulConfig(source={"path": data / "tokens"}, seq_len=64, batch_size=2, prefetch=0)  # type: ignore[arg-type]
+    stream = config.build()
+    state = stream.state_dict()
+    state["cursor"] = {k.replace("index/", "place/"): n for k, n in state["cursor"].items()}
+    with pytest.raises(UserError, match="the checkpoint's cursor has no 'index/0'"):
+        stream.load_state_dict(state)
