@@ -324,8 +324,8 @@ CALLBACKS = Registry(
     },
 )
 
-# The annotation of a config field that holds one entry: to pydantic a parser (a kind, a mapping or a
-# Config becomes a Config), to a type checker anything.
+# The annotation of a config field that holds one entry: to pydantic a parser (a kind, a mapping or
+# a Config becomes a Config), to a type checker anything.
 if TYPE_CHECKING:
     NetworkField = Any
     BackboneField = Any

@@ -2,8 +2,8 @@
 registered.
 
 Laws 1-5 and 10; 9 and 12 are in test_contract_build.py, 7 in test_contract_tokenizers.py, 8 in
-data/test_contract_data.py, 11 and 13 in trainer/test_contract_training.py. B rows, T tokens, D model, N
-slots.
+data/test_contract_data.py, 11 and 13 in trainer/test_contract_training.py. 
+B rows, T tokens, D model, N slots.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,7 +91,14 @@ def resolve(path: str, assignments: Sequence[str] = ()) -> Config:
     """Read any YAML of the project: a Run, or a file with `tokenizer:`. Raises UserError."""
     values = config.override(config.read(path), assignments)
     if "tokenizer" in values and "stages" not in values:
-        model = create_model("TokenizerFile", __base__=Config, tokenizer=(TokenizerField, ...))
+        for name in values.get("imports", ()):
+            importlib.import_module(name)
+        model = create_model(
+            "TokenizerFile",
+            __base__=Config,
+            imports=(tuple[str, ...], ()),
+            tokenizer=(TokenizerField, ...),
+        )
         return config.validate(model, values, path)
     if "stages" not in values and "kind" in values:
         fitting = [r for r in Registry.every.values() if values["kind"] in r]

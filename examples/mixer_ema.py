@@ -1,0 +1,64 @@
+"""A mixer: exponential moving average over time.
+
+B rows, T tokens, D model.
+
+    mm train configs/quickstart/backbone.yaml "imports=[examples.mixer_ema]" \
+        model.backbone.pattern="2*ema attention"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mm.config import Config
+from mm.kernels.linear_scan import linear_scan
+from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
+from mm.model.linears.dense import DenseConfig
+from mm.model.mixers.ssm.scan import Hidden, scanned
+from mm.registry import MIXERS
+from mm.state import State
+
+
+class EMA(Mixer):
+    """``out(h)`` with ``h_t = a h_{t-1} + (1 - a) in(x)_t`` and a learned decay ``a`` a channel.
+
+    Source: Ma et al. 2022, Mega (arXiv:2209.10655), eq. 1, one dimension a channel and undamped.
+    """
+
+    caps = Caps(causal=True, step=True)
+
+    def __init__(self, d_model: int, linear: Callable[..., Linear]):
+        super().__init__()
+        self.inner, self.out = linear(d_model, d_model, "inner"), linear(d_model, d_model, "out")
+        self.decay = nn.Parameter(torch.empty(d_model))
+
+    def init_weights(self) -> None:
+        nn.init.uniform_(self.decay, 0.0, 5.0)  # averages over 2 to 150 tokens
+
+    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
+        u = self.inner(x_BTD, ctx)
+        wide = torch.promote_types(u.dtype, torch.float32)
+        a = self.decay.to(wide).sigmoid().expand_as(u)
+        h, after = scanned(linear_scan, a, (1 - a) * u.to(wide), ctx, state)
+        return Out(self.out(h.to(u.dtype), ctx), after)
+
+    def initial_state(self, n: int, max_len: int) -> Hidden:
+        wide = torch.promote_types(self.decay.dtype, torch.float32)
+        return Hidden(self.decay.detach().new_zeros(n, self.decay.shape[0], dtype=wide))
+
+    def state_bytes(self, n: int, max_len: int) -> int:
+        return n * self.decay.shape[0] * max(self.decay.element_size(), 4)
+
+
+@MIXERS.register("ema")
+class EMAConfig(Config):
+    """Exponential moving average with a learned decay for each channel."""
+
+    kind: Literal["ema"] = "ema"
+
+    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> EMA:
+        return EMA(d_model, linear or DenseConfig().build)
