@@ -27,11 +27,10 @@ from mm.mask import Causal, Full, Mask, Prefix, Window
 from mm.model.backbones.stack import StackConfig, presets
 from mm.model.layer import init_weights
 from mm.model.model import LmConfig, Model
-from mm.registry import ADAPTERS, BACKBONES, BLOCKS, EMBEDDERS, HEADS, MIXERS, Registry
+from mm.registry import ADAPTERS, BACKBONES, BLOCKS, EMBEDDERS, FFNS, HEADS, MIXERS, Registry
 from mm.specs import TokenSpec
 from mm.vocabulary import RESERVED, Vocabulary
 
-FFN = Registry.every.get("ffn") or Registry.every["channel"]
 D, WINDOW = 16, 3
 ITEM = "image"  # the adapter's modality
 VOCABULARY = Vocabulary().add(TokenSpec("text", 5))
@@ -210,7 +209,7 @@ def stack(rng: random.Random) -> dict[str, Any]:
     words = [f"m{i}" for i in range(rng.choice([1, 1, 2, 2, 3]))]
     made: dict[str, Any] = {"kind": "stack", "pattern": " ".join(words)}
     made["mixers"] = {word: any_mixer(rng) for word in words}
-    made[FFN.name] = any_of(rng, FFN) if rng.random() < 0.5 else None
+    made[FFNS.name] = any_of(rng, FFNS) if rng.random() < 0.5 else None
     if rng.random() < 0.5:
         made["block"] = any_of(rng, BLOCKS)
     if rng.random() < 0.2:
@@ -528,7 +527,7 @@ def layers(*mixers: dict[str, Any], **settings: Any) -> dict[str, Any]:
     words = [f"m{i}" for i in range(len(mixers))]
     made = {"kind": "stack", "pattern": " ".join(words)}
     made["mixers"] = dict(zip(words, mixers, strict=True))
-    return made | {FFN.name: None} | settings
+    return made | {FFNS.name: None} | settings
 
 
 TEXT = [{"length": 7}, {"length": 1}, {"length": 5}]

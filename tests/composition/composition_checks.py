@@ -247,7 +247,7 @@ def statistics(model: Model, case: Case, n: int) -> Iterator[Fault]:
                 if there is None:
                     known = ", ".join(k for k in out.aux if k.endswith(key)) or "nowhere"
                     yield Fault("losses are reported by name", f"{name}.{key}: {known}")
-                elif (far := difference(there.total.reshape(-1, 1), value.total.reshape(-1, 1))):
+                elif far := difference(there.total.reshape(-1, 1), value.total.reshape(-1, 1)):
                     yield Fault("losses are reported by name", f"{name}.{key}: {far}")
             wanted[name] = {k: v.detach() for k, v in sums.items()}
             alone[name].after_step(wanted[name])  # type: ignore[operator]

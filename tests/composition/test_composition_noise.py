@@ -158,7 +158,9 @@ def test_branches_of_all_blocks_draw_apart(kind: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 def test_recomputation_draws_the_same(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
     block_ = smallest(BLOCKS, "prenorm") | {"dropout": 0.3}
-    case = fixed({"backbone": layers({"kind": "gru"}, {"kind": "gru"}, block=block_)}, "causal", TEXT)
+    case = fixed(
+        {"backbone": layers({"kind": "gru"}, {"kind": "gru"}, block=block_)}, "causal", TEXT
+    )
     plain = build(case)
     case["model"]["backbone"]["recompute"] = recompute
     again = build(case)

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 import torch
 from composition_cases import (
-    FFN,
+    FFNS,
     ITEM,
     ITEMS,
     MARKED,
@@ -88,13 +88,13 @@ def test_wrapper_and_mixer_under_every_mask(wrapper: str, mixer: str, mask: str)
 @pytest.mark.parametrize("mixer", [*MIXERS])
 def test_block_and_mixer_and_feed_forward(mixer: str) -> None:
     """One stack: a layer for every block, feed-forwards in turn, so that each pair is there."""
-    blocks, ffns = variants(BLOCKS), [*variants(FFN), None]
+    blocks, ffns = variants(BLOCKS), [*variants(FFNS), None]
     count = max(len(blocks), len(ffns))
     words = [f"m{i}" for i in range(count)]
     halves = []
     for ffn in ffns:
         mine = [i for i in range(count) if ffns[i % len(ffns)] == ffn]
-        backbone = layers(*[smallest(MIXERS, mixer)] * len(mine), **{FFN.name: ffn})
+        backbone = layers(*[smallest(MIXERS, mixer)] * len(mine), **{FFNS.name: ffn})
         backbone["blocks"] = {words[j]: blocks[i % len(blocks)] for j, i in enumerate(mine)}
         halves.append(backbone)
     for backbone in halves:
@@ -139,9 +139,7 @@ def readers() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("adapter", [*ADAPTERS])
-def test_adapter_and_mixer_that_reads_ids(
-    adapter: str, readers: dict[str, dict[str, Any]]
-) -> None:
+def test_adapter_and_mixer_that_reads_ids(adapter: str, readers: dict[str, dict[str, Any]]) -> None:
     assert readers
     for mixer in readers.values():
         around = [wrapped(w, mixer) for w in wrappers()]
