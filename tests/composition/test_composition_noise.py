@@ -8,19 +8,9 @@ from typing import Any, cast
 
 import pytest
 import torch
-from composition_cases import (
-    D,
-    TEXT,
-    build,
-    fixed,
-    lay,
-    layers,
-    packed_rows,
-    registry_of,
-    smallest,
-    wrappers,
-)
+from composition_cases import TEXT, lay, packed_rows
 from composition_checks import recorded, run
+from composition_configs import D, build, fixed, layers, registry_of, smallest, wrappers
 from torch import Tensor
 
 from mm.layout import Layout

@@ -6,14 +6,13 @@ from typing import Any, cast
 
 import pytest
 import torch
-from composition_cases import (
-    FFNS,
+from composition_cases import ITEMS, MARKED, TEXT
+from composition_checks import first_fault
+from composition_configs import (
     ITEM,
-    ITEMS,
-    MARKED,
-    TEXT,
     Case,
     D,
+    Refused,
     all_mixers,
     builds,
     fixed,
@@ -23,14 +22,12 @@ from composition_cases import (
     wrapped,
     wrappers,
 )
-from composition_checks import Refused, first_fault, recorded, report
-from torch import Tensor, nn
+from composition_shrink import report
 
-from mm.layout import Doc, Grid, Layout
-from mm.mask import Causal, Full, Mask, Prefix
-from mm.model.layer import Ctx, Mixer, Out, init_weights
-from mm.registry import ADAPTERS, BACKBONES, BLOCKS, EMBEDDERS, HEADS, MIXERS
-from mm.state import State
+from mm.layout import Layout
+from mm.mask import Causal, Full
+from mm.model.layer import Ctx, init_weights
+from mm.registry import ADAPTERS, BACKBONES, BLOCKS, EMBEDDERS, FFNS, HEADS, MIXERS
 
 # Until the mechanisms of mm/model are mended; the defects are those that this law found.
 pytestmark = pytest.mark.xfail(strict=False, reason="defects of mm/model that are being mended")
@@ -163,67 +160,3 @@ def test_adapter_and_mask_and_embedder(adapter: str, mask: str, embedder: str) -
     if mask != "window":
         marked = [ITEMS[0] | {"blocks": [[0, 4]]}, *MARKED[1:]]
         holds(fixed(model, mask, marked), chunks=True)
-
-
-# ---- the context moves with the vectors ----
-
-
-class Probe(Mixer):
-    """The identity, that checks that ids and documents of its Ctx are those of its vectors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = 0
-
-    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        assert ctx.ids is not None
-        document = ctx.layout.fields.document
-        real = document > 0
-        for name, channel, moved in (("ids", 0, ctx.ids[..., 0]), ("documents", 1, document)):
-            if not torch.equal(x_BTD[..., channel][real], moved[real].to(x_BTD)):
-                pytest.fail(f"{name} stay behind", pytrace=False)
-        for number, first in enumerate(ctx.layout.cu_seqlens[:-1].tolist(), 1):
-            inside = (document.flatten() == number).nonzero()[:, 0]
-            if len(inside):
-                assert inside[0] == first and len(inside) == inside[-1] - first + 1
-        self.seen += 1
-        return Out(x_BTD)
-
-
-def called_inside(wrapper: str, ctx: Ctx) -> tuple[Mixer, list[Mixer]]:
-    """A wrapper, and the mixers that it calls as they are (not piece by piece)."""
-    layer = cast(Any, MIXERS.get(wrapper).smallest()).build(D)
-    init_weights(layer)
-    with recorded(layer) as calls:
-        layer(torch.randn(*ctx.layout.shape, D), ctx)
-    return layer, [m for m, *_ in calls if m is not layer and isinstance(m, Mixer)]
-
-
-def put(layer: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """``new`` where ``old`` stands in the tree of ``layer``."""
-    for module in layer.modules():
-        for name, child in module.named_children():
-            if child is old:
-                setattr(module, name, new)
-
-
-@pytest.mark.parametrize("wrapper", wrappers())
-@pytest.mark.parametrize("mask", [Causal(), Prefix(), Full()], ids=str)
-def test_ids_and_documents_move_with_the_vectors(wrapper: str, mask: Mask) -> None:
-    prefix = {"prefix": torch.arange(7).lt(6).int().numpy()}
-    grid = () if isinstance(mask, Causal) else [Grid(1, (2, 2))]
-    rows = [
-        [Doc(7, extra=prefix, grids=grid), Doc(3)],
-        [Doc(6, extra={"prefix": torch.ones(6).int().numpy()}, grids=grid)],
-    ]
-    layout = Layout.from_rows(rows, 11, axes=3)
-    ctx = Ctx(layout, mask, torch.arange(22).view(2, 11, 1))
-    layer, inside = called_inside(wrapper, ctx)
-    if not inside:
-        pytest.skip("it calls its mixer piece by piece")
-    for mixer in inside:
-        put(layer, mixer, Probe())
-    x = torch.randn(2, 11, D)
-    x[..., 0], x[..., 1] = ctx.ids[..., 0], layout.fields.document
-    layer(x, ctx)
-    assert all(m.seen for m in layer.modules() if isinstance(m, Probe))

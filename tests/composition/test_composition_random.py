@@ -7,19 +7,16 @@ of composition_checks runs it again.
 from __future__ import annotations
 
 import pytest
-from composition_cases import Case, any_case
-from composition_checks import Refused, first_fault, report
+from composition_checks import first_fault
+from composition_configs import Refused
+from composition_draw import any_case
+from composition_shrink import report
 
 # Until the mechanisms of mm/model are mended; the defects are those that this law found.
 pytestmark = pytest.mark.xfail(strict=False, reason="defects of mm/model that are being mended")
 
 QUICK, ALL = 300, 3000
 TRIES = 50
-
-
-def drawn(seed: int) -> Case:
-    """A composition of a seed, whether or not the product takes it."""
-    return any_case(seed)
 
 
 def check(number: int) -> None:

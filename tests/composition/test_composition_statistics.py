@@ -7,8 +7,10 @@ from typing import Any, cast
 
 import pytest
 import torch
-from composition_cases import D, TEXT, all_mixers, builds, fixed, layers, wrapped, wrappers
-from composition_checks import Refused, difference, first_fault, listeners, report
+from composition_cases import TEXT
+from composition_checks import difference, first_fault, listeners
+from composition_configs import D, Refused, all_mixers, builds, fixed, layers, wrapped, wrappers
+from composition_shrink import report
 
 from mm.batch import Batch, Values
 from mm.errors import UserError
