@@ -171,6 +171,10 @@ def build(case: Case) -> Model:
     Raises:
         Refused: the config is refused by one clear line.
     """
+    if any("item" in d for d in case["documents"]) and ITEM not in case["model"].get(
+        "adapters", {}
+    ):
+        raise Refused("documents with items need an adapter")
     torch.manual_seed(7)
     try:
         model = validate(LmConfig, case["model"], "case").build(VOCABULARY)
