@@ -94,6 +94,9 @@ def contents(case: Case) -> list[Content]:
         rng, n = np.random.default_rng([case["seed"], i]), d["length"]
         ids = rng.integers(RESERVED + 2, RESERVED + 5, 64)[:n]  # few, so that they recur
         grid, item = d.get("grid"), d.get("item")
+        if grid and item and item[2] > item[1]:  # cells of a grid lie side by side
+            first, cells = grid[0], grid[1] * grid[2]
+            grid = None if first < item[0] + item[1] < first + cells else grid
         position = np.repeat(np.arange(n, dtype=np.int32)[:, None], axes, 1)
         if grid is not None:
             at, Y, X = grid
@@ -133,12 +136,9 @@ def lay(case: Case, rows: Sequence[Sequence[Piece]], *, pad: int = 0, spare: boo
                 values.append((len(ids_rows), len(ids) + first - p.start, n + extra, c.features))
             grids = []
             if c.grid is not None and p.start <= c.grid[0]:
-                cells = c.grid[0] + np.arange(c.grid[1] * c.grid[2])
-                whole = cells[-1] < p.stop and len(cells) == len(
-                    index[(index >= cells[0]) & (index <= cells[-1])]
-                )
-                if whole:
-                    grids.append(Grid(int(place[c.grid[0] - p.start]), c.grid[1:]))
+                first, last = c.grid[0] - p.start, c.grid[0] + c.grid[1] * c.grid[2] - 1
+                if last < p.stop:
+                    grids.append(Grid(int(place[first]), c.grid[1:]))
             named = {"prefix": c.block[index]} if marked else {}
             docs.append(
                 Doc(len(index), c.position[index], extra=named, slot=p.slot, fresh=p.start == 0,

@@ -7,15 +7,26 @@ from typing import Any, cast
 
 import pytest
 import torch
-from composition_checks import recorded
-from composition_configs import D, variants, wrappers
+from composition_cases import MARKED, lay, packed_rows
+from composition_checks import outputs, recorded, run
+from composition_configs import (
+    D,
+    Refused,
+    all_mixers,
+    build,
+    fixed,
+    layers,
+    variants,
+    wrappers,
+)
 from torch import Tensor, nn
 
+from mm.errors import UserError
 from mm.layout import Doc, Grid, Layout
 from mm.mask import Causal, Full, Mask, Prefix
 from mm.model.backbones.stack import Stack
 from mm.model.layer import Block, Ctx, FeedForward, Layer, Mixer, Out, init_weights
-from mm.registry import BLOCKS, MIXERS
+from mm.registry import BLOCKS, MIXERS, POSITIONS
 from mm.state import State
 
 # Until the mechanisms of mm/model are mended; the defects are those that this law found.
@@ -124,3 +135,36 @@ def test_wrappers_hand_on_what_their_mixers_publish(wrapper: str) -> None:
     for mixer in inside:
         put(layer, mixer, Publisher())
     assert_handed_on(layer, len(inside))
+
+
+# ---- what a pass made is read by no other ----
+
+
+@pytest.mark.parametrize("mask", ["causal", "prefix", "window", "full"])
+def test_a_batch_keeps_nothing_of_another_model_seed_or_mask(mask: str) -> None:
+    """Every model of one layer reads the same batch in turn, as if the batch were its own."""
+    mixers = [*all_mixers().values()]
+    for position in variants(POSITIONS):
+        numbers = POSITIONS.parse(position).to_dict().items()
+        other = {k: 2 * v for k, v in numbers if isinstance(v, float)}
+        mixers += [
+            {"kind": "attention", "heads": 2, "position": position | settings}
+            for settings in ({}, other)
+        ]
+    cases = [fixed({"backbone": layers(m)}, mask, MARKED) for m in mixers]
+    one = lay(cases[0], packed_rows(cases[0]), pad=1)
+    ran = 0
+    for case in cases:
+        try:
+            model = build(case)
+            for seed, train in ((5, True), (6, False)):
+                model.train(train)
+                own = lay(case, packed_rows(case), pad=1)
+                wanted = outputs(run(model, case, own, seed=seed), own)
+                got = outputs(run(model, case, one, seed=seed), one)
+                for a, b in zip(got, wanted, strict=True):
+                    assert torch.equal(a, b), case["model"]["backbone"]
+                ran += 1
+        except (Refused, UserError):
+            continue
+    assert ran > 20
