@@ -6,17 +6,19 @@ from typing import Any, cast
 
 import pytest
 import torch
-from composition_cases import ITEMS, MARKED, TEXT
-from composition_checks import first_fault
+from composition_cases import ITEMS, MARKED, TEXT, lay, packed_rows
+from composition_checks import first_fault, outputs, run
 from composition_configs import (
     ITEM,
     Case,
     D,
     Refused,
     all_mixers,
+    build,
     builds,
     fixed,
     layers,
+    registry_of,
     smallest,
     variants,
     wrapped,
@@ -27,7 +29,17 @@ from composition_shrink import report
 from mm.layout import Layout
 from mm.mask import Causal, Full
 from mm.model.layer import Ctx, init_weights
-from mm.registry import ADAPTERS, BACKBONES, BLOCKS, EMBEDDERS, FFNS, HEADS, MIXERS
+from mm.registry import (
+    ADAPTERS,
+    BACKBONES,
+    BLOCKS,
+    EMBEDDERS,
+    FFNS,
+    HEADS,
+    MIXERS,
+    POSITIONS,
+    Registry,
+)
 
 # Until the mechanisms of mm/model are mended; the defects are those that this law found.
 pytestmark = pytest.mark.xfail(strict=False, reason="defects of mm/model that are being mended")
@@ -36,7 +48,7 @@ FILLED = {ITEM: smallest(ADAPTERS, next(iter(ADAPTERS)))}
 
 
 def holds(*cases: Case, chunks: bool = False) -> None:
-    """The first of ``cases`` that the product does not refuse keeps the law."""
+    """The first of ``cases`` that the product does not refuse keeps the law; without one: skip."""
     for case in cases:
         try:
             fault = first_fault(case, chunks)
@@ -116,6 +128,61 @@ def test_backbone_and_block_and_head(backbone: str, mask: str) -> None:
         model = {"backbone": smallest(BACKBONES, backbone), "heads": {"tokens": head, "b": early}}
         holds(fixed(model, mask, documents))
         holds(fixed(model | {"adapters": FILLED}, "causal", ITEMS))
+
+
+def placed(registry: Registry) -> list[tuple[str, str]]:
+    """Entries of a registry that hold a position: kind and field."""
+    return [
+        (kind, name)
+        for kind in registry
+        for name in registry.get(kind).model_fields
+        if registry_of(getattr(registry.get(kind).smallest(), name)) is POSITIONS
+    ]
+
+
+PLACED = [
+    pytest.param(registry, *place, position, id=f"{'-'.join(place)}-{position['kind']}")
+    for registry in (MIXERS, EMBEDDERS, BACKBONES)
+    for place in placed(registry)
+    for position in (smallest(POSITIONS, kind) for kind in POSITIONS)
+]
+
+
+def with_position(registry: Registry, kind: str, name: str, position: dict[str, Any]) -> Case:
+    part = smallest(registry, kind) | {name: position}
+    home = {MIXERS.name: "backbone", EMBEDDERS.name: "embedder", BACKBONES.name: "backbone"}
+    value = layers(part) if registry is MIXERS else part
+    return fixed({home[registry.name]: value}, "causal", MARKED[::-1])
+
+
+@pytest.mark.parametrize("registry,kind,name,position", PLACED)
+def test_position_and_what_holds_it(
+    registry: Registry, kind: str, name: str, position: dict[str, Any]
+) -> None:
+    """Refused, or used: no position is taken and then ignored."""
+    case = with_position(registry, kind, name, position)
+    holds(case)
+    without = with_position(registry, kind, name, {"kind": "none"})
+    try:
+        model, plain = build(case), build(without)
+    except Refused:
+        return
+    if position["kind"] == "none":
+        return
+    plain.load_state_dict(model.state_dict(), strict=False)
+    call = lay(case, packed_rows(case))
+    y, other = (outputs(run(m, case, call), call)[0] for m in (model, plain))
+    assert not torch.equal(y, other), "the position is taken and ignored"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("registry,kind,name,position", PLACED)
+def test_position_and_what_holds_it_by_every_switch(
+    registry: Registry, kind: str, name: str, position: dict[str, Any]
+) -> None:
+    for each in variants(POSITIONS):
+        if each["kind"] == position["kind"]:
+            holds(with_position(registry, kind, name, each), chunks=True)
 
 
 def reads_ids(mixer: dict[str, Any]) -> bool:
