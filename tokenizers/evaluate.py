@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mm.data.modalities.base import modality_of_value
 from mm.errors import UserError
-from mm.specs import Encoded, ModalityTokenizer, Waveform
+from mm.specs import Encoded, ModalityTokenizer
 from mm.tokenizers.audio.mel import log_mel, resample
 from mm.tokenizers.quantizers.base import perplexity, usage_share
 

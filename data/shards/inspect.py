@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from mm.data.modalities.base import get_modality, modality_of_value
-from mm.data.pack.encode import open_tokenizers
 from mm.data.shards.members import member_modality, members_of
 from mm.data.shards.reader import VOCABULARY, ShardSet, read_manifest
 from mm.specs import Encoded
+from mm.tokenizers.load import load_tokenizers
 from mm.vocabulary import Vocabulary
 
 
@@ -84,7 +84,7 @@ def inspect(
         }
     name = split or next(iter(manifest["splits"]))
     shards = ShardSet.open(root, name)
-    opened = open_tokenizers(tokenizers) if tokenizers is not None and tokenized else {}
+    opened = load_tokenizers(tokenizers) if tokenizers is not None and tokenized else {}
     if opened and shards.vocabulary:
         shards.vocabulary.require(
             [t.spec for t in opened.values() if t.spec.modality in shards.vocabulary.modalities],
