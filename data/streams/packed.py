@@ -39,20 +39,33 @@ class PackedConfig(TokenStreamConfig):
 
     kind: Literal["packed"] = "packed"
     sources: tuple[TokenSource, ...] = Field(min_length=1)
-    seq_len: Annotated[int, Field(gt=3)] = 256
+    seq_len: Annotated[int, Field(gt=3, description="tokens of a row")] = 256
     max_documents: Annotated[
         int, Field(gt=0, description="documents of one row; shapes depend on it")
     ] = 32
     block_samples: Annotated[int, Field(gt=0, description="samples packed together")] = 1024
-    weights: Literal["samples", "tokens"] = "samples"  # what the sources' weights are shares of
-    # Wanted shares of the tokens by modality; the sources are then mixed to reach them:
-    modality_tokens: dict[str, Weight] | None = None
-    # full: over the whole source; window: shard after shard, then within a window, so that few
-    # shards are open; default: window where the source is a URL
-    shuffle: Literal["full", "window"] | None = None
+    weights: Annotated[
+        Literal["samples", "tokens"], Field(description="what the sources' weights are shares of")
+    ] = "samples"
+    modality_tokens: Annotated[
+        dict[str, Weight] | None,
+        Field(description="wanted token shares by modality; the sources are mixed to reach them"),
+    ] = None
+    shuffle: Annotated[
+        Literal["full", "window"] | None,
+        Field(
+            description="full: over the whole source; window: shard after shard, then within a "
+            "window, so that few shards are open; default: window where the source is a URL"
+        ),
+    ] = None
     window_samples: Annotated[int, Field(gt=0, description="of shuffle: window")] = 8192
-    # a single-segment document over seq_len becomes several; otherwise it is left out and counted
-    cut: bool = False
+    cut: Annotated[
+        bool,
+        Field(
+            description="a single-segment document over seq_len becomes several; otherwise it is "
+            "left out and counted"
+        ),
+    ] = False
 
     @classmethod
     def smallest(cls) -> PackedConfig:
