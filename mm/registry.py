@@ -218,7 +218,7 @@ FFNS = Registry(
         "swiglu": "mm.model.ffn.swiglu",
         "rwkv_ffn": "mm.model.ffn.rwkv_ffn",
     },
-    renamed={"rwkv_ffn": "rwkv_ffn"},
+    renamed={"channel_mix": "rwkv_ffn"},
 )
 POSITIONS = Registry(
     "position",
