@@ -155,12 +155,12 @@ class PackedStream(DocumentStream[PackedConfig]):
     @property
     def counts(self) -> list[int]:
         """Samples that the first block takes of each source."""
-        return self.mix.first(1)
+        return self.mix.drawn_before(1)
 
     @property
     def epoch(self) -> float:
         """Passes over the source that was seen least, up to the last consumed step's block."""
-        seen = self.mix.first(self._cursor["block"])
+        seen = self.mix.drawn_before(self._cursor["block"])
         return min(n / len(s) for s, n in zip(self.sources, seen, strict=True))
 
     def advance(self, cursor: Mapping[str, int]) -> Step:
@@ -237,7 +237,7 @@ class PackedStream(DocumentStream[PackedConfig]):
         """Draw, transform and pack one block; depends on the seed and the number alone."""
         documents: list[Document] = []
         filtered = too_long = 0
-        begin, end = self.mix.first(block), self.mix.first(block + 1)
+        begin, end = self.mix.drawn_before(block), self.mix.drawn_before(block + 1)
         for s, shards in enumerate(self.sources):
             for count in range(begin[s], end[s]):
                 epoch, position = divmod(count, len(shards))
