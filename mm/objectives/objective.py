@@ -8,12 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from mm.batch import Batch
+from mm.batch import Batch, Sum
+from mm.errors import UserError
 from mm.model.layer import ModelOut
 
 NONE: Mapping[str, Any] = {}
@@ -58,12 +60,30 @@ class Env(Protocol):
         ...
 
 
+AuxWeights = Annotated[
+    dict[str, float],
+    Field(description="factor of losses that modules report, such as commitment; default 0"),
+]
+
+
+def reported(aux: Mapping[str, Sum], name: str) -> list[Sum]:
+    """Losses of every module that reports one as ``name``: the last part of the qualified key."""
+    return [s for k, s in aux.items() if k.rpartition(".")[2] == name and s.total.dim() == 0]
+
+
+def reported_total(aux: Mapping[str, Sum], name: str) -> Tensor | None:
+    """Total of `reported` over the modules; None when there is none."""
+    totals = [each.total for each in reported(aux, name)]
+    return torch.stack(totals).sum() if len(totals) > 1 else totals[0] if totals else None
+
+
 class Objective(ABC):
     """Plug point. The trainer knows no objective by name."""
 
     networks: Mapping[str, Network] = NONE  # "model" is implied
     transform: Any = None  # config of a Transform, run in the data workers
     weights: Mapping[str, float] = NONE  # of each named loss; default 1
+    aux_weights: Mapping[str, float] = NONE  # of losses that modules report; default 0
 
     def scheduled(self, step: int, rng: Any) -> dict[str, float]:
         """Host values of a step, equal on all ranks (``rng``: numpy Generator of (seed, step))."""
@@ -82,9 +102,41 @@ class Objective(ABC):
     def scales(self, n: Mapping[str, Tensor]) -> Mapping[str, Tensor | float]:
         """Factor of each loss's global mean in the total, from the global counts ``n``.
 
-        Default: ``weights``.
+        Default: ``aux_weights`` and ``weights``.
         """
-        return {name: self.weights.get(name, 1.0) for name in n}
+        return {k: self.aux_weights.get(k, self.weights.get(k, 1.0)) for k in n}
+
+    def aux_counts(self, b: Batch) -> dict[str, Tensor]:
+        """Denominators of `aux_losses`, for `counts`: the tokens of documents."""
+        if not self.aux_weights:
+            return {}
+        return dict.fromkeys(self.aux_weights, (b.layout.fields.document > 0).sum())
+
+    def aux_losses(self, out: ModelOut, b: Batch) -> dict[str, Tensor]:
+        """Losses of ``aux_weights`` that the modules of ``out`` report, for a term's losses.
+
+        Sums over the tokens of documents of each module's mean, added over the modules. Where the
+        module's count grows with the tokens, that is the mean over all micro-batches and ranks.
+
+        Raises:
+            UserError: no module reports a loss of that name.
+        """
+        losses = {}
+        for name in self.aux_weights:
+            found = reported(out.aux, name)
+            if not found and torch.is_grad_enabled():
+                known = sorted(
+                    {k.rpartition(".")[2] for k, s in out.aux.items() if not s.total.dim()}
+                )
+                raise UserError(
+                    f"objective.aux_weights: no module reports '{name}', only "
+                    f"{', '.join(known) or 'nothing'}"
+                )
+            tokens = (b.layout.fields.document > 0).sum()
+            each = [s.total * (tokens / s.count.clamp_min(1e-12)) for s in found]
+            if each:
+                losses[name] = torch.stack(each).sum()
+        return losses
 
     @abstractmethod
     def terms(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,7 +18,7 @@ from mm.batch import Batch
 from mm.config import Config
 from mm.model.layer import ModelOut
 from mm.objectives import adversarial as gan
-from mm.objectives.objective import Env, Objective, Term
+from mm.objectives.objective import Env, Objective, Term, reported_total
 from mm.registry import OBJECTIVES
 from mm.tokenizers.image.vq import colours
 
@@ -32,18 +32,20 @@ class VqObjectiveConfig(Config):
 
     kind: Literal["vq"] = "vq"
     modality: str = "image"
+    renamed: ClassVar[Mapping[str, str]] = {
+        "commitment": "aux_weights.commitment",
+        "entropy": "aux_weights.entropy",
+    }
     l1: Annotated[
         float, Field(ge=0, le=1, description="share of L1 in the reconstruction; the rest is MSE")
     ] = 0.0
-    commitment: Annotated[
-        float,
+    aux_weights: Annotated[
+        dict[str, float],
         Field(
-            ge=0, description="factor of the quantizer's commitment loss; 0.25 suits vq, 0.01 lfq"
+            description="factor of losses that the quantizer reports: commitment (0.25 suits vq, "
+            "0.01 lfq), entropy; default 0"
         ),
-    ] = 0.25
-    entropy: Annotated[
-        float, Field(ge=0, description="factor of the quantizer's entropy penalty")
-    ] = 0.01
+    ] = {"commitment": 0.25, "entropy": 0.01}
     bypass_steps: Annotated[int, Field(ge=0, description="first steps without the quantizer")] = 0
     adversarial: gan.Adversarial | None = None
 
@@ -64,11 +66,7 @@ class VqObjective(Objective):
 
     def __init__(self, config: VqObjectiveConfig):
         self.config = config
-        self.weights = {
-            "reconstruction": 1.0,
-            "commitment": config.commitment,
-            "entropy": config.entropy,
-        }
+        self.weights, self.aux_weights = {"reconstruction": 1.0}, config.aux_weights
         if config.adversarial is not None:
             self.networks = config.adversarial.networks
             self.weights |= config.adversarial.weights
@@ -80,7 +78,7 @@ class VqObjective(Objective):
     def counts(self, b: Batch) -> dict[str, Tensor]:
         """Images; the zero item of a rank that has none does not count."""
         n = self._valid(b).sum()
-        out = {"reconstruction": n, "commitment": n, "entropy": n}
+        out = dict.fromkeys(("reconstruction", *self.aux_weights), n)
         return out | (gan.counts(n, n.device) if self.config.adversarial is not None else {})
 
     def terms(
@@ -111,10 +109,11 @@ class VqObjective(Objective):
         each = error.square() * (1 - self.config.l1) + error.abs() * self.config.l1
         losses = {"reconstruction": (each.flatten(1).mean(1) * self._valid(b)).sum()}
         cells = out.hidden[0, ..., 0].numel()
-        for name in ("commitment", "entropy"):
-            if name in out.aux:
+        for name in self.aux_weights:
+            total = reported_total(out.aux, name)
+            if total is not None:
                 # latents that are not quantised need not be near any code
-                losses[name] = out.aux[name].total * (0.0 if bypass else 1 / cells)
+                losses[name] = total * (0.0 if bypass else 1 / cells)
         return losses
 
     def _valid(self, b: Batch) -> Tensor:
