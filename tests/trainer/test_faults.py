@@ -11,8 +11,9 @@ import pytest
 from mm.cli import main as cli
 from mm.errors import UserError
 from mm.faults import run as faults
-from mm.faults.bench import Bench, differences
+from mm.faults.bench import Bench
 from mm.faults.cases import CASES, Case
+from mm.faults.compare import differences
 
 
 @pytest.fixture(scope="module")
