@@ -73,7 +73,7 @@ def make_run(root: Path, out: Path, name: str, *, steps: int = 6, **change: Any)
 
 
 def test_windows_of_a_lane_concatenate_to_its_documents(data: Path) -> None:
-    """Law 8: in the order of the samples, nothing lost; each place predicts the next, once."""
+    """In the order of the samples, nothing lost; each place predicts the next, once."""
     stream = stream_of(data, micro_batch_size=2).build(seed=3)
     ids, targets, weights = (defaultdict(list) for _ in range(3))
     for _ in range(40):

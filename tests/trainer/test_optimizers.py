@@ -183,7 +183,7 @@ def test_lion_takes_signs() -> None:
 
 
 def test_sgd_sai_measures_its_rate_once() -> None:
-    """Ledger 248: one state tensor; the rate is the first gradient's norm over its spread."""
+    """One state tensor; the rate is the first gradient's norm over its spread."""
     grads = [some_grads(1)[0] + 0.7, *some_grads(3)]
     found = steps_of("sgd_sai", grads, lr=0.1, weight_decay=0.5)
     x, m = start((6, 10)).double(), grads[0].double()
