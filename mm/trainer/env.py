@@ -14,7 +14,7 @@ from mm.batch import Batch
 from mm.data.streams.shuffle import fold_seed
 from mm.model.layer import ModelOut
 from mm.trainer.engine.deepspeed import Engine
-from mm.trainer.log.metrics import Tally
+from mm.trainer.log.metrics import MetricSum
 from mm.trainer.stateful import CarriedStates
 
 
@@ -29,7 +29,7 @@ class Nets(Mapping[str, Callable[..., ModelOut]]):
     ):
         self.engines, self.frozen, self.env = engines, frozen, env
         self.carried: CarriedStates | None = None
-        self.tallies: dict[str, Tally] = {}
+        self.sums: dict[str, MetricSum] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter([*self.engines, *self.frozen])
@@ -53,16 +53,16 @@ class Nets(Mapping[str, Callable[..., ModelOut]]):
                     return run(batch, **kw)
             out = run(batch, **kw)
             if torch.is_grad_enabled():
-                self.tallies.setdefault(name, Tally()).add_aux(out.aux)
+                self.sums.setdefault(name, MetricSum()).add_aux(out.aux)
                 if carried is not None:
                     carried.after(self.env.number(batch), out)
             return out
 
         return call
 
-    def take(self, name: str) -> Tally:
-        """The tally of a network since it was last taken."""
-        return self.tallies.pop(name, None) or Tally()
+    def take(self, name: str) -> MetricSum:
+        """The sums of a network since it was last taken."""
+        return self.sums.pop(name, None) or MetricSum()
 
 
 class TrainerEnv:

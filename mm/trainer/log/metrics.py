@@ -100,7 +100,7 @@ def all_reduce(tensors: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-class Tally:
+class MetricSum:
     """Losses and aux of one network in one step: summed over micro-batches, then over ranks."""
 
     def __init__(self) -> None:
