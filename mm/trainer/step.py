@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mm.batch import Batch, Sum
 from mm.objectives.objective import Term
-from mm.trainer.log.metrics import MetricSum, Usage, all_reduce, n_items, tokens_by_modality
+from mm.trainer.log.metrics import CodebookUsage, MetricSum, all_reduce, n_items, tokens_by_modality
 from mm.trainer.stage import StageState
 
 
@@ -20,7 +20,7 @@ def optimizer_step(
     stage: StageState,
     step: int,
     batches: Sequence[Batch],
-    usage: Usage,
+    usage: CodebookUsage,
     modalities: Sequence[str] | None,
     stop: bool,
 ) -> dict[str, Any]:

@@ -127,7 +127,7 @@ class MetricSum:
         self.aux = {k: Sum(rest[2 * i], rest[2 * i + 1]) for i, k in enumerate(stats)}
 
 
-class Usage:
+class CodebookUsage:
     """Codebook usage and perplexity over about the last 100 steps, from the histograms in aux."""
 
     def __init__(self) -> None:
