@@ -64,7 +64,7 @@ def run_step(
     env: HandEnv,
     optimizers: dict[str, torch.optim.Optimizer] | None = None,
 ) -> dict[str, float]:
-    """One step of the loop: sums over global counts, backward a Term, step where it says.
+    """One step of the loop: sums over global counts, backward a LossTerm, step where it says.
 
     Returns global means.
     """

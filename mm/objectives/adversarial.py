@@ -19,7 +19,7 @@ from torch import Tensor
 from mm.batch import Batch
 from mm.config import Config
 from mm.model.layer import ModelOut
-from mm.objectives.objective import Network, Term
+from mm.objectives.objective import LossTerm, Network
 from mm.registry import NetworkField
 
 CRITIC = "critic"
@@ -59,8 +59,8 @@ def critic_terms(
     real: Sequence[Batch],
     fake: Sequence[Batch],
     weights: Sequence[Tensor] | None = None,
-) -> Iterator[Term]:
-    """One Term a micro-batch for the critic, the last one steps it. ``fake`` must be detached.
+) -> Iterator[LossTerm]:
+    """One LossTerm a micro-batch for the critic, the last one steps it. ``fake`` must be detached.
 
     Args:
         critic: called once on the real and once on the fake items of a micro-batch.
@@ -77,7 +77,7 @@ def critic_terms(
             for a, b in zip(on_real, on_fake, strict=True)
         ]
         each = torch.stack(losses).mean(0)
-        yield Term(
+        yield LossTerm(
             {CRITIC: _total(each, weights[i] if weights is not None else None)},
             CRITIC,
             i == len(real) - 1,

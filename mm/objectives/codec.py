@@ -17,7 +17,7 @@ from mm.batch import Batch
 from mm.config import Config
 from mm.model.layer import ModelOut
 from mm.objectives import adversarial as gan
-from mm.objectives.objective import Env, Objective, Term, reported_total
+from mm.objectives.objective import Env, LossTerm, Objective, reported_total
 from mm.registry import OBJECTIVES
 from mm.tokenizers.audio.losses import mel_counts, mel_loss, valid_samples, wave_loss
 
@@ -101,11 +101,11 @@ class CodecObjective(Objective):
 
     def terms(
         self, micros: Sequence[Batch], nets: Mapping[str, Callable[..., ModelOut]], env: Env
-    ) -> Iterator[Term]:
+    ) -> Iterator[LossTerm]:
         asked = self.config.adversarial
         if asked is None or env.step < asked.start_step:
             for i, b in enumerate(micros):
-                yield Term(
+                yield LossTerm(
                     self._losses(nets["model"](b, return_intermediates=WAVE), b),
                     step=i == len(micros) - 1,
                 )
@@ -125,7 +125,7 @@ class CodecObjective(Objective):
                 out = nets["model"](b, return_intermediates=WAVE)
                 fake = self._with_wave(b, out.intermediates["wave"])
                 judged = gan.generator_losses(critic, b, fake, self._valid(b))
-                yield Term(self._losses(out, b) | judged, step=i == len(micros) - 1)
+                yield LossTerm(self._losses(out, b) | judged, step=i == len(micros) - 1)
 
     def _losses(self, out: ModelOut, b: Batch) -> dict[str, Tensor]:
         c, values = self.config, b.values[self.config.modality]

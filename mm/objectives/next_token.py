@@ -13,7 +13,7 @@ from mm.batch import Batch
 from mm.config import Config
 from mm.errors import UserError
 from mm.model.layer import ModelOut
-from mm.objectives.objective import AuxWeights, Env, Objective, Term
+from mm.objectives.objective import AuxWeights, Env, LossTerm, Objective
 from mm.registry import OBJECTIVES, TransformField
 from mm.vocabulary import MASK, Vocabulary
 
@@ -108,7 +108,7 @@ class NextToken(Objective):
 
     def terms(
         self, micros: Sequence[Batch], nets: Mapping[str, Callable[..., ModelOut]], env: Env
-    ) -> Iterator[Term]:
+    ) -> Iterator[LossTerm]:
         for i, b in enumerate(micros):
             out = nets["model"](b)
             nll = out.heads[self.config.head].nll
@@ -116,4 +116,4 @@ class NextToken(Objective):
             places = b.places[self.config.head]
             weight = b.weight.flatten()[places]
             losses = self._split(b, nll.float() * weight, places) | self.aux_losses(out, b)
-            yield Term(losses, step=i == len(micros) - 1)
+            yield LossTerm(losses, step=i == len(micros) - 1)

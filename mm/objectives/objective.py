@@ -32,7 +32,7 @@ class Network(NamedTuple):
     decay: float = 0.999  # of the average, after each applied step of ``of``
 
 
-class Term(NamedTuple):
+class LossTerm(NamedTuple):
     """One backward."""
 
     losses: Mapping[
@@ -141,7 +141,7 @@ class Objective(ABC):
     @abstractmethod
     def terms(
         self, micros: Sequence[Batch], nets: Mapping[str, Callable[..., ModelOut]], env: Env
-    ) -> Iterator[Term]:
+    ) -> Iterator[LossTerm]:
         """All passes of one step over all micro-batches.
 
         Same yields in the same order on all ranks.

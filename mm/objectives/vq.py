@@ -18,7 +18,7 @@ from mm.batch import Batch
 from mm.config import Config
 from mm.model.layer import ModelOut
 from mm.objectives import adversarial as gan
-from mm.objectives.objective import Env, Objective, Term, reported_total
+from mm.objectives.objective import Env, LossTerm, Objective, reported_total
 from mm.registry import OBJECTIVES
 from mm.tokenizers.image.vq import colours
 
@@ -83,12 +83,12 @@ class VqObjective(Objective):
 
     def terms(
         self, micros: Sequence[Batch], nets: Mapping[str, Callable[..., ModelOut]], env: Env
-    ) -> Iterator[Term]:
+    ) -> Iterator[LossTerm]:
         asked = self.config.adversarial
         bypass = env.step < self.config.bypass_steps
         if asked is None or env.step < asked.start_step:
             for i, b in enumerate(micros):
-                yield Term(self._losses(nets["model"](b), b, bypass), step=i == len(micros) - 1)
+                yield LossTerm(self._losses(nets["model"](b), b, bypass), step=i == len(micros) - 1)
             return
         with torch.no_grad():
             fakes = [self._with_image(b, nets["model"](b).intermediates["image"]) for b in micros]
@@ -100,7 +100,7 @@ class VqObjective(Objective):
                 out = nets["model"](b)
                 fake = self._with_image(b, out.intermediates["image"])
                 judged = gan.generator_losses(critic, b, fake, self._valid(b))
-                yield Term(self._losses(out, b, bypass) | judged, step=i == len(micros) - 1)
+                yield LossTerm(self._losses(out, b, bypass) | judged, step=i == len(micros) - 1)
 
     def _losses(self, out: ModelOut, b: Batch, bypass: bool) -> dict[str, Tensor]:
         """Sums over images of each loss's mean over pixels or cells."""

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mm.batch import Batch, Sum
-from mm.objectives.objective import Term
+from mm.objectives.objective import LossTerm
 from mm.trainer.log.metrics import CodebookUsage, MetricSum, all_reduce, n_items, tokens_by_modality
 from mm.trainer.stage import StageState
 
@@ -69,7 +69,7 @@ def optimizer_step(
 
 
 def _device_metrics(
-    term: Term, sum_: MetricSum, total: Tensor, n: dict[str, Tensor]
+    term: LossTerm, sum_: MetricSum, total: Tensor, n: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Global losses and scalar aux of one network, () each."""
     named = "loss/total" if term.network == "model" else f"loss/{term.network}_total"
