@@ -47,7 +47,7 @@ class Averages:
     def _move(self, name: str, source: str, decay: float) -> None:
         mine = self._frozen[name]
         learned = {n for n, _ in mine.named_parameters()}
-        with self._engines[source].whole() as module:
+        with self._engines[source].unsharded() as module:
             theirs = module.state_dict()
             for key, value in mine.state_dict().items():
                 if key in learned:

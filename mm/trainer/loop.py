@@ -346,7 +346,7 @@ class Trainer:
     @contextlib.contextmanager
     def unsharded(self, name: str = "model") -> Iterator[nn.Module]:
         """A network in eval mode with all weights present; enter and leave it on ALL ranks."""
-        with self.stage.engines[name].whole() as module:
+        with self.stage.engines[name].unsharded() as module:
             module.eval()
             try:
                 yield module

@@ -49,7 +49,7 @@ class CarriedStates:
         """
         if not getattr(stream, "carried_rows", 0):
             return None
-        with engine.whole() as module, autocast:
+        with engine.unsharded() as module, autocast:
             _require_states(module)
             make: Any = module.initial_state
             state = make(sum(map(len, stream.own_rows)), stream.max_length)

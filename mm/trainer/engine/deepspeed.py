@@ -329,7 +329,7 @@ class Engine:
                 safe_set_full_fp32_param(p, weights[name].to(self.ds.device))
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[nn.Module]:
+    def unsharded(self) -> Iterator[nn.Module]:
         """The raw module with all its weights present on every rank (ZeRO-3 gathers them for the
         block).
         """
@@ -345,7 +345,7 @@ class Engine:
         """What the optimizer's tensors hold, from DeepSpeed's own lists."""
         names: dict[Tensor, str] = {p: name for name, p in self.named()}
         if self.stage == 0:
-            return Shards.whole(self.base.param_groups, names)
+            return Shards.unpartitioned(self.base.param_groups, names)
         optimizer: Any = self.optimizer
         if self.stage < 3:
             flats = optimizer.single_partition_of_fp32_groups
