@@ -80,7 +80,7 @@ class Stage(Config):
     tasks: tuple[TaskField, ...] = ()
 
 
-class Engine(Config):
+class EngineConfig(Config):
     """DeepSpeed settings; its JSON is derived from these (mm/trainer/engine/deepspeed.py)."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -116,7 +116,7 @@ class Checkpoints(Config):
     ] = False
 
 
-class Guard(Config):
+class GuardConfig(Config):
     """What to do when a run goes wrong: skip a step, go back to a checkpoint, stop; and hangs."""
 
     window: Annotated[
@@ -169,9 +169,9 @@ class Run(Config):
     ] = {}  # modality -> folder, for samples, generation and `save_pretrained`
     model: NetworkField
     stages: tuple[Stage, ...]
-    engine: Engine = Engine()
+    engine: EngineConfig = EngineConfig()
     checkpoints: Checkpoints = Checkpoints()
-    guard: Guard = Guard()
+    guard: GuardConfig = GuardConfig()
     tracking: Tracking = Tracking()
     callbacks: tuple[CallbackField, ...] = ()
     evaluate: Annotated[

@@ -29,8 +29,7 @@ from torch import Tensor, nn
 
 from mm.errors import UserError
 from mm.launch import environment
-from mm.run import Ema
-from mm.run import Engine as EngineConfig
+from mm.run import Ema, EngineConfig
 from mm.trainer.engine.zero_shards import Shards
 from mm.trainer.optimizers.base import ShardOptimizer
 
