@@ -98,7 +98,7 @@ class EngineConfig(Config):
     ] = False
 
     @property
-    def stage(self) -> int:
+    def effective_zero_stage(self) -> int:
         """The stage that runs. Weights in bf16 have masters in fp32, which DeepSpeed splits over
         ranks at stage 0 as well, by other code than stage 1's: there is one way here.
         """
@@ -182,7 +182,9 @@ class Run(Config):
     def _parts_fit(self) -> Run:
         for i, stage in enumerate(self.stages):
             refusal = getattr(stage.optimizer, "refusal", None)
-            why = refusal(self.engine.stage, stage.schedule.shape) if refusal else None
+            why = (
+                refusal(self.engine.effective_zero_stage, stage.schedule.shape) if refusal else None
+            )
             if why:
                 raise ValueError(f"stages.{i}: {why}")
             goes_on = getattr(stage.data, "continues_documents", False)

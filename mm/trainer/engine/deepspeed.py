@@ -48,17 +48,17 @@ def resolve_precision(asked: str, device: torch.device) -> str:
 
 def deepspeed_json(config: EngineConfig, precision: str, n_params: int) -> dict[str, Any]:
     """Derive DeepSpeed's JSON from the typed config, for a network of ``n_params`` parameters."""
-    stage = config.stage
+    zero_stage = config.effective_zero_stage
     # DeepSpeed allocates a whole bucket each step: its default of 2 GB costs fresh pages every time
     bucket = min(n_params + n_params % 2, 200_000_000)  # DeepSpeed wants it even
     out: dict[str, Any] = {
         # bookkeeping only: micro-batches and boundaries are ours
         "train_micro_batch_size_per_gpu": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": config.grad_clip if stage else 0.0,
+        "gradient_clipping": config.grad_clip if zero_stage else 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
-            "stage": stage,
+            "stage": zero_stage,
             "overlap_comm": False,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
@@ -140,7 +140,7 @@ class Engine:
     ):
         deepspeed = _deepspeed()
         self.raw = module
-        self.stage = config.stage
+        self.zero_stage = config.effective_zero_stage
         self.grad_clip = config.grad_clip
         # ZeRO replaces the groups' parameters by flat shards: remember which group each parameter
         # is in
@@ -171,7 +171,7 @@ class Engine:
         self.updates = 0  # applied
         self._averages: dict[Tensor, Tensor] = {}
         self._restart_averages()
-        if self.stage == 0:
+        if self.zero_stage == 0:
             self.ds.enable_backward_allreduce = (
                 False  # `reduce` below does it, so that the norm is known before the step
             )
@@ -198,7 +198,7 @@ class Engine:
         """At stage 0 average the gradients over ranks and return their global norm, () float32;
         else None.
         """
-        if self.stage:
+        if self.zero_stage:
             return None
         self.ds.buffered_allreduce_fallback()
         grads = [p.grad for p in self.raw.parameters() if p.grad is not None]
@@ -323,7 +323,7 @@ class Engine:
         """Set the fp32 masters (they differ from the weights only where these are bf16)."""
         from deepspeed.utils import safe_set_full_fp32_param
 
-        if self.stage:
+        if self.zero_stage:
             for name, p in self.named():
                 safe_set_full_fp32_param(p, weights[name].to(self.ds.device))
 
@@ -336,17 +336,17 @@ class Engine:
             yield self.raw
 
     def _gathered(self, params: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
-        if self.stage < 3:
+        if self.zero_stage < 3:
             return contextlib.nullcontext()
         return _deepspeed().zero.GatheredParameters(params)
 
     def _shards(self) -> Shards:
         """What the optimizer's tensors hold, from DeepSpeed's own lists."""
         names: dict[Tensor, str] = {p: name for name, p in self.named()}
-        if self.stage == 0:
+        if self.zero_stage == 0:
             return Shards.unpartitioned(self.base.param_groups, names)
         optimizer: Any = self.optimizer
-        if self.stage < 3:
+        if self.zero_stage < 3:
             flats = optimizer.single_partition_of_fp32_groups
             return Shards.contiguous(flats, optimizer.round_robin_bit16_groups, names)
         flats, groups = optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups
