@@ -99,8 +99,10 @@ class EngineConfig(Config):
 
     @property
     def effective_zero_stage(self) -> int:
-        """The stage that runs. Weights in bf16 have masters in fp32, which DeepSpeed splits over
-        ranks at stage 0 as well, by other code than stage 1's: there is one way here.
+        """The ZeRO stage that runs.
+
+        Weights in bf16 have masters in fp32, which DeepSpeed splits over ranks at stage 0 as well,
+        by other code than stage 1's: there is one way here.
         """
         return self.zero_stage or int(self.precision == "bf16")
 
@@ -145,8 +147,9 @@ class GuardConfig(Config):
 
 
 class Tracking(Config):
-    """Weights & Biases mirror of metrics.jsonl. WANDB_MODE wins over `mode`; without a key the
-    default is offline.
+    """Weights & Biases mirror of metrics.jsonl.
+
+    WANDB_MODE wins over `mode`; without a key the default is offline.
     """
 
     project: str = "mm"
@@ -206,9 +209,7 @@ class Run(Config):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Any = ()) -> Run:
-        """Read a run YAML; `imports:` are imported first, so that their kinds are known. Raises
-        UserError.
-        """
+        """Read a run YAML; its `imports:` are imported first. Raises UserError."""
         import importlib
 
         from mm import config

@@ -70,8 +70,9 @@ class NextTokenConfig(Config):
 
 
 class NextToken(Objective):
-    """Sums of ``weight * nll`` over the targets of each modality, without a sync: names come from
-    the vocabulary.
+    """Sums of ``weight * nll`` over the targets of each modality.
+
+    Names come from the vocabulary, so that it needs no sync with the host.
 
     With ``masked`` the places of hidden codes (transform `mask_conditions`) are a loss of their
     own. Source: Arora et al. 2024 (arXiv:2407.05483), JRT-RNN: the loss on the prefix.

@@ -22,8 +22,9 @@ NONE: Mapping[str, Any] = {}
 
 
 class Network(NamedTuple):
-    """A further network of an objective: "train" has its own engine and optimizer, "ema" follows
-    ``of``, "frozen" has none.
+    """A further network of an objective.
+
+    "train" has its own engine and optimizer, "ema" follows ``of``, "frozen" stays as it is.
     """
 
     config: Any  # a network Config; None: that of ``of``
@@ -50,8 +51,9 @@ class Env(Protocol):
     rng: torch.Generator
 
     def frozen(self, name: str) -> AbstractContextManager[nn.Module]:
-        """The RAW module of another network, ``requires_grad`` off inside the block: gradients flow
-        through, not into it.
+        """The RAW module of another network, ``requires_grad`` off inside the block.
+
+        Gradients flow through it, not into it.
         """
         ...
 
@@ -95,8 +97,9 @@ class Objective(ABC):
 
     @abstractmethod
     def counts(self, b: Batch) -> dict[str, Tensor]:
-        """Denominator of every named loss, from the batch alone: reduced over micro-batches and
-        ranks before any backward.
+        """Denominator of every named loss, from the batch alone.
+
+        Reduced over micro-batches and ranks before any backward.
         """
 
     def scales(self, n: Mapping[str, Tensor]) -> Mapping[str, Tensor | float]:

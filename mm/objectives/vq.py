@@ -1,5 +1,4 @@
-"""What an image tokenizer learns from: pixels it must give back, its quantizer's own losses, and a
-critic, if wanted.
+"""What an image tokenizer learns from: pixels, its quantizer's own losses, maybe a critic.
 
 G items, C colours, H and W pixels.
 """
@@ -55,8 +54,7 @@ class VqObjectiveConfig(Config):
 
 
 class VqObjective(Objective):
-    """Reconstruction of ``batch.values[modality]`` by the network "model", judged by "critic" when
-    there is one.
+    """Reconstruction of ``batch.values[modality]`` by "model", judged by "critic" if there is one.
 
     Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 3 (the codebook term is the EMA of the
     quantizer); with a

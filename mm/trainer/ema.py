@@ -13,8 +13,10 @@ from mm.trainer.engine.deepspeed import Engine
 
 
 class Averages:
-    """The networks of mode "ema": whole on every rank, without gradients, after each applied step
-    of what they follow ``average = decay average + (1 - decay) weights``; buffers are copied.
+    """The networks of mode "ema": whole on every rank, without gradients.
+
+    After each applied step of what they follow ``average = decay average + (1 - decay) weights``;
+    buffers are copied.
 
     Args:
         networks: all of the stage.

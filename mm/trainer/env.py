@@ -103,8 +103,9 @@ class TrainerEnv:
         self._micros = {id(b): i for i, b in enumerate(micros)}
 
     def seed_of(self, batch: Batch) -> int:
-        """Seed of Ctx for a micro-batch; a batch derived from one (`dataclasses.replace`) shares
-        number -1.
+        """Seed of the Ctx of a micro-batch.
+
+        A batch derived from one (`dataclasses.replace`) has number -1.
         """
         return fold_seed(self.seed, self.step, self._rank, self.number(batch))
 
@@ -119,8 +120,9 @@ class TrainerEnv:
 
     @contextlib.contextmanager
     def frozen(self, name: str) -> Iterator[nn.Module]:
-        """The RAW module of another network with requires_grad off: through its engine ZeRO-0
-        refuses the backward.
+        """The RAW module of another network, with requires_grad off.
+
+        Through its engine ZeRO-0 refuses the backward.
         """
         module = self._engines[name].raw if name in self._engines else self._frozen[name]
         was = [p for p in module.parameters() if p.requires_grad]

@@ -1,5 +1,6 @@
-"""Loss of one kept batch: computed before a save and again after a checkpoint was cut anew for
-another number of processes or ZeRO stage, where it must be what it was.
+"""Loss of one kept batch, at a save and after a resume that cuts the tensors anew.
+
+For another number of processes or ZeRO stage it must be what it was.
 """
 
 from __future__ import annotations

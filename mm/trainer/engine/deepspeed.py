@@ -1,5 +1,4 @@
-"""The ONE module that imports deepspeed: typed engine config to its JSON, one engine per trainable
-network.
+"""The ONE module that imports deepspeed: one engine per trainable network.
 
 What was found out about DeepSpeed 0.19.8 and is relied on here:
 
@@ -37,9 +36,7 @@ log = logging.getLogger("mm.trainer")
 
 
 def resolve_precision(asked: str, device: torch.device) -> str:
-    """Replace "auto" by what the hardware multiplies fast: autocast_bf16 where it has bf16
-    matrices, else fp32.
-    """
+    """Replace "auto" by autocast_bf16 where the hardware multiplies bf16 matrices, else by fp32."""
     if asked != "auto":
         return asked
     fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else environment.cpu_has_bf16()
@@ -126,9 +123,7 @@ def _leave() -> None:
 
 
 class Engine:
-    """One trainable network: forward, backward, step, and its full fp32 tensors whatever the ZeRO
-    stage.
-    """
+    """One trainable network: forward, backward, step and full fp32 tensors at any ZeRO stage."""
 
     def __init__(
         self,
@@ -195,9 +190,7 @@ class Engine:
         return self.ds.basic_optimizer
 
     def reduce(self) -> Tensor | None:
-        """At stage 0 average the gradients over ranks and return their global norm, () float32;
-        else None.
-        """
+        """Average gradients over ranks at ZeRO stage 0: their global norm, () float32; else None."""
         if self.zero_stage:
             return None
         self.ds.buffered_allreduce_fallback()
@@ -234,9 +227,7 @@ class Engine:
         return ((name, p) for name, p in self.raw.named_parameters() if p.requires_grad)
 
     def weights(self) -> dict[str, Tensor]:
-        """Full tensors of parameters (fp32 masters) and persistent buffers, on the CPU, by
-        `state_dict` name.
-        """
+        """Full CPU tensors of parameters (fp32 masters) and persistent buffers, by their names."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         out = {}
@@ -255,8 +246,9 @@ class Engine:
         return out
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Full elementwise states as ``key/parameter name`` on the CPU (the EMA among them), and
-        the scalar ones (Adam's step).
+        """Full elementwise states as ``key/parameter name`` on the CPU, and the scalar ones.
+
+        The EMA is among the former, Adam's step among the latter.
         """
         tensors: dict[str, Tensor] = {}
         scalars: dict[str, float] = {}
@@ -329,9 +321,7 @@ class Engine:
 
     @contextlib.contextmanager
     def unsharded(self) -> Iterator[nn.Module]:
-        """The raw module with all its weights present on every rank (ZeRO-3 gathers them for the
-        block).
-        """
+        """The raw module with all its weights on every rank: ZeRO-3 gathers them for the block."""
         with self._gathered(list(self.raw.parameters())):
             yield self.raw
 

@@ -1,6 +1,4 @@
-"""What the tensors that an optimizer updates hold: whole parameters at ZeRO stage 0, flat slices of
-many at stages 1-3.
-"""
+"""What the tensors of an optimizer hold: parameters at ZeRO stage 0, flat slices at 1-3."""
 
 from __future__ import annotations
 
@@ -126,8 +124,9 @@ class Shards:
         return self._sizes[x]
 
     def sums(self, x: Tensor, *values: Tensor) -> Tensor:
-        """Sum tensors of the shape of ``x`` over each parameter: `(len(values), spans)` float32 on
-        all ranks. Accumulated in float64, so that it hardly depends on where a shard ends.
+        """Sum tensors of the shape of ``x`` over each parameter: `(len(values), spans)` float32.
+
+        All ranks get it. Accumulated in float64, so that it hardly depends on where a shard ends.
         """
         out = torch.zeros(len(values), len(self.spans[x]), dtype=torch.float64, device=x.device)
         for i, _, part in self.mine(x):

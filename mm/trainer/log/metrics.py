@@ -87,8 +87,9 @@ def _step_of(line: str) -> float:
 
 
 def all_reduce(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Sum tensors of any shapes over the ranks in one collective of float32; as they are when there
-    is one rank.
+    """Sum tensors of any shapes over the ranks in one collective of float32.
+
+    One rank gets them as they are.
     """
     if not tensors or not dist.is_initialized() or dist.get_world_size() == 1:
         return list(tensors)
@@ -150,8 +151,7 @@ class CodebookUsage:
 
 
 class BytesPerToken(Callback):
-    """Raw bytes behind one target token of each modality, from decoding the first documents of a
-    run.
+    """Raw bytes behind one target token of each modality, from decoding a run's first documents.
 
     An estimate for the training curve (a constant factor on it); the task `bits_per_byte` is exact.
     Bytes are UTF-8 of text, pixels x channels of images, 16-bit samples of audio; a span's end

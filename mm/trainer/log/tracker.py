@@ -1,5 +1,4 @@
-"""The ONE module that imports wandb: a mirror of metrics.jsonl that may be down, offline or killed
-without harm.
+"""The ONE module that imports wandb: a mirror of metrics.jsonl that may fail without harm.
 
 It never asks, never blocks for longer than `INIT_TIMEOUT_S` and never ends a run: any exception
 becomes one warning and the tracker falls silent. WANDB_MODE wins over the config; without a key the
@@ -147,8 +146,9 @@ def _escape(text: str) -> str:
 
 
 def _guarded(what: str, action: Callable[[], Any], timeout_s: float) -> Any:
-    """Run ``action`` in a daemon thread for at most ``timeout_s``; None and one warning when it
-    fails or hangs.
+    """Run ``action`` in a daemon thread for at most ``timeout_s``.
+
+    None and one warning when it fails or hangs.
     """
     box: dict[str, Any] = {}
 

@@ -13,8 +13,9 @@ from mm.trainer.optimizers.base import Needs, OptimizerConfig, ShardOptimizer, a
 
 
 def orthogonalised(m: Tensor, steps: int = 5) -> Tensor:
-    """``U S' V^T`` of ``m = U S V^T`` `(A, B)`, singular values S' about 0.7 to 1.2: a quintic
-    Newton-Schulz iteration, bfloat16 on a GPU, else float32.
+    """``U S' V^T`` of ``m = U S V^T`` `(A, B)`, singular values S' about 0.7 to 1.2.
+
+    A quintic Newton-Schulz iteration, bfloat16 on a GPU, else float32.
 
     Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", its
     coefficients.
