@@ -235,10 +235,10 @@ def _wandb(bench: Bench, quick: bool) -> Iterator[str]:
 
 
 def _two_jobs(bench: Bench, quick: bool) -> Iterator[str]:
-    from mm.trainer.folder import locked
+    from mm.trainer.folder import lock
 
     config = bench.config(bench.fresh("two"))
-    with locked(bench.folder(config)):
+    with lock(bench.folder(config)):
         ended = bench.train(config)
     if "trains here already" not in ended.said:
         yield f"the second job was not refused: {ended.codes} {ended.said[-300:]}"

@@ -17,7 +17,7 @@ from mm.batch import Batch
 from mm.config import Config
 from mm.model.layer import ModelOut
 from mm.objectives import adversarial as gan
-from mm.objectives.objective import Env, LossTerm, Objective, reported_total
+from mm.objectives.objective import Env, LossTerm, Objective, aux_total
 from mm.registry import OBJECTIVES
 from mm.tokenizers.audio.losses import mel_counts, mel_loss, valid_samples, wave_loss
 
@@ -138,7 +138,7 @@ class CodecObjective(Objective):
             "wave": wave_loss(wave, target, values.length),
         }
         for name in self.aux_weights:
-            total = reported_total(out.aux, name)
+            total = aux_total(out.aux, name)
             losses[name] = wave.new_zeros(()) if total is None else total
         return losses
 

@@ -68,14 +68,14 @@ AuxWeights = Annotated[
 ]
 
 
-def reported(aux: Mapping[str, Sum], name: str) -> list[Sum]:
+def aux_named(aux: Mapping[str, Sum], name: str) -> list[Sum]:
     """Losses of every module that reports one as ``name``: the last part of the qualified key."""
     return [s for k, s in aux.items() if k.rpartition(".")[2] == name and s.total.dim() == 0]
 
 
-def reported_total(aux: Mapping[str, Sum], name: str) -> Tensor | None:
-    """Total of `reported` over the modules; None when there is none."""
-    totals = [each.total for each in reported(aux, name)]
+def aux_total(aux: Mapping[str, Sum], name: str) -> Tensor | None:
+    """Total of `aux_named` over the modules; None when there is none."""
+    totals = [each.total for each in aux_named(aux, name)]
     return torch.stack(totals).sum() if len(totals) > 1 else totals[0] if totals else None
 
 
@@ -126,7 +126,7 @@ class Objective(ABC):
         """
         losses = {}
         for name in self.aux_weights:
-            found = reported(out.aux, name)
+            found = aux_named(out.aux, name)
             if not found and torch.is_grad_enabled():
                 known = sorted(
                     {k.rpartition(".")[2] for k, s in out.aux.items() if not s.total.dim()}

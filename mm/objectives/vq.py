@@ -17,7 +17,7 @@ from mm.batch import Batch
 from mm.config import Config
 from mm.model.layer import ModelOut
 from mm.objectives import adversarial as gan
-from mm.objectives.objective import Env, LossTerm, Objective, reported_total
+from mm.objectives.objective import Env, LossTerm, Objective, aux_total
 from mm.registry import OBJECTIVES
 from mm.tokenizers.image.vq import colours
 
@@ -108,7 +108,7 @@ class VqObjective(Objective):
         losses = {"reconstruction": (each.flatten(1).mean(1) * self._valid(b)).sum()}
         cells = out.hidden[0, ..., 0].numel()
         for name in self.aux_weights:
-            total = reported_total(out.aux, name)
+            total = aux_total(out.aux, name)
             if total is not None:
                 # latents that are not quantised need not be near any code
                 losses[name] = total * (0.0 if bypass else 1 / cells)

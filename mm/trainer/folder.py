@@ -32,7 +32,7 @@ PACKAGES = (
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock(folder: Path) -> Iterator[None]:
     """Hold the folder for this job.
 
     Raises UserError when another one trains there; a killed one holds nothing.

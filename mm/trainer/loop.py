@@ -76,7 +76,7 @@ class Trainer:
         begun = time.monotonic()
         with contextlib.ExitStack() as stack:
             if self.is_main:
-                stack.enter_context(folder.locked(self.folder))
+                stack.enter_context(folder.lock(self.folder))
                 checkpoint.clean(self.folder / "checkpoints")
                 heartbeat.clear(self.folder / "health")
             stack.enter_context(self._stop)

@@ -75,7 +75,7 @@ class CarriedStates:
             first, *rest = (made[i] for i in range(len(self._mine)))
             self.state = first.cat(*rest) if rest else first
 
-    def saved(self) -> dict[str, Tensor]:
+    def full_tensors(self) -> dict[str, Tensor]:
         """Leaves of all lanes' States on the CPU, in the order of the lanes. Call on all ranks."""
         return {f"{i:03d}": _of_all(leaf) for i, leaf in enumerate(self.state.leaves())}
 

@@ -15,7 +15,7 @@ from trainer_toys import toys_registered  # noqa: F401
 from mm.errors import UserError
 from mm.objectives.codec import CodecConfig
 from mm.objectives.vq import VqObjectiveConfig
-from mm.registry import OBJECTIVES
+from mm.registry import NETWORKS, OBJECTIVES
 from mm.run import Run
 from mm.trainer.loop import train
 from mm.trainer.stage import build, make_module
@@ -49,7 +49,7 @@ def vq_run(out: Path, name: str, objective: Any = COMMITMENT, **change: Any) -> 
 def gradients(objective: Any, micro: int) -> dict[str, torch.Tensor]:
     """Of one step of eight rows in micro-batches of ``micro``, by parameter."""
     vocabulary = toys.vocabulary()
-    model = vq_run(Path("."), "x").model
+    model = NETWORKS.parse(MODEL)
     net = make_module(model, vocabulary, 0, torch.device("cpu")).train()
     made = build(OBJECTIVES.parse(objective), vocabulary=vocabulary)
     stream = toys.ToyStream(toys.ToyStreamConfig(micro=micro), vocabulary, 0, 0, 1)

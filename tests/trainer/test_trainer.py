@@ -21,7 +21,7 @@ from mm.run import GuardConfig, Run
 from mm.specs import TokenSpec
 from mm.trainer.callbacks.base import Callback, Training
 from mm.trainer.checkpoint import format as checkpoint
-from mm.trainer.folder import locked
+from mm.trainer.folder import lock
 from mm.trainer.loop import INTERRUPTED, Trainer, train
 
 
@@ -220,7 +220,7 @@ def test_no_room_is_said_before_writing(tmp_path: Path) -> None:
 
 def test_one_process_a_folder(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    with locked(run.folder), pytest.raises(UserError, match="trains here already"):
+    with lock(run.folder), pytest.raises(UserError, match="trains here already"):
         train(run)
 
 

@@ -190,7 +190,7 @@ class Engine:
         return self.ds.basic_optimizer
 
     def reduce(self) -> Tensor | None:
-        """Average gradients over ranks at ZeRO stage 0: their global norm, () float32; else None."""
+        """Average gradients over ranks at ZeRO stage 0: the global norm, () float32; else None."""
         if self.zero_stage:
             return None
         self.ds.buffered_allreduce_fallback()
@@ -222,7 +222,7 @@ class Engine:
             norm = float(found) if found is not None else 0.0
         return applied, norm if applied else float("inf")
 
-    def named(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Trainable parameters once each (tied ones under their first name)."""
         return ((name, p) for name, p in self.raw.named_parameters() if p.requires_grad)
 
@@ -234,7 +234,7 @@ class Engine:
         for name, p in self.raw.named_parameters():
             full = safe_get_full_fp32_param(p) if p.requires_grad else None
             if full is None:
-                with self._gathered([p]):
+                with self._gather([p]):
                     full = p.detach()
             out[name] = full.detach().to("cpu", copy=True)
         kept = self.raw.state_dict().keys()  # without the non-persistent buffers
@@ -316,31 +316,31 @@ class Engine:
         from deepspeed.utils import safe_set_full_fp32_param
 
         if self.zero_stage:
-            for name, p in self.named():
+            for name, p in self.trainable():
                 safe_set_full_fp32_param(p, weights[name].to(self.ds.device))
 
     @contextlib.contextmanager
     def unsharded(self) -> Iterator[nn.Module]:
         """The raw module with all its weights on every rank: ZeRO-3 gathers them for the block."""
-        with self._gathered(list(self.raw.parameters())):
+        with self._gather(list(self.raw.parameters())):
             yield self.raw
 
-    def _gathered(self, params: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+    def _gather(self, params: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
         if self.zero_stage < 3:
             return contextlib.nullcontext()
         return _deepspeed().zero.GatheredParameters(params)
 
     def _shards(self) -> Shards:
         """What the optimizer's tensors hold, from DeepSpeed's own lists."""
-        names: dict[Tensor, str] = {p: name for name, p in self.named()}
+        names: dict[Tensor, str] = {p: name for name, p in self.trainable()}
         if self.zero_stage == 0:
             return Shards.unpartitioned(self.base.param_groups, names)
         optimizer: Any = self.optimizer
         if self.zero_stage < 3:
             flats = optimizer.single_partition_of_fp32_groups
-            return Shards.contiguous(flats, optimizer.round_robin_bit16_groups, names)
+            return Shards.of_flats(flats, optimizer.round_robin_bit16_groups, names)
         flats, groups = optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups
-        return Shards.sliced(flats, groups, names, optimizer.sub_group_to_group_id)
+        return Shards.of_slices(flats, groups, names, optimizer.sub_group_to_group_id)
 
     def _states(self, x: Tensor) -> dict[str, Any]:
         """All states of one of the optimizer's tensors, the EMA among them."""

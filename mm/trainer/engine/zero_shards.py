@@ -75,7 +75,7 @@ class Shards:
         return cls(spans, where, split=False)
 
     @classmethod
-    def contiguous(
+    def of_flats(
         cls,
         flats: Sequence[Tensor],
         groups: Sequence[Sequence[Tensor]],
@@ -91,7 +91,7 @@ class Shards:
         return cls(spans, where, split=True)
 
     @classmethod
-    def sliced(
+    def of_slices(
         cls,
         flats: Sequence[Tensor],
         groups: Sequence[Sequence[Tensor]],

@@ -244,7 +244,7 @@ def of_step(
     return row | {"perf/step_seconds": seconds, "data/wait_seconds": waited} | of_stream(stats)
 
 
-def not_applied(metrics: Mapping[str, Any]) -> list[str]:
+def skipped_networks(metrics: Mapping[str, Any]) -> list[str]:
     """Networks whose update was left out: their gradient norm is inf."""
     found = []
     for key, value in metrics.items():
