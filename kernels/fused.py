@@ -176,8 +176,8 @@ def differentiable(
         empties: takes the inputs and returns empty outputs: the rule of shapes when tracing.
         forward: takes the inputs and returns the outputs.
         backward: takes what is saved, the gradients of ``outputs`` and, with ``ask``, which of
-            ``gradients`` are asked for; returns these, of size 0 where the input is None or where
-            they are not asked for.
+            ``gradients`` are asked for; returns these, of size 0 where the input is None, and
+            anything where they are not asked for.
         saved: names of the inputs and outputs that the backward needs.
         gradients: names of the inputs that have gradients, shaped as the inputs, which are saved;
             ``b:h`` is shaped as the saved ``h``, ``x:dy`` as the gradient of ``y``.
@@ -214,11 +214,20 @@ def differentiable(
     if fill:
         forward, backward = _filled(empties, forward), _filled(empty_gradients, backward)
     schema = [f"{kind} {n}" for n, kind in inputs.items()]
-    op, traceable = _define(name, schema, len(made) + len(extra), empties, forward)
+    op, traceable = define(name, schema, len(made) + len(extra), empties, forward)
     schema = [f"{kind} {n}" for n, kind in zip(save, kinds, strict=True)]
     schema += [f"{'Tensor' if dense else 'Tensor?'} d{y}" for y in made] + ["bool[] ask"] * ask
+
+    def run_backward(*given: Any) -> Any:
+        """Return what `empty_gradients` promises a trace."""
+        found = backward(*given)
+        if not ask:
+            return found
+        pairs = zip(found, given[-1], strict=True)
+        return tuple(x if wanted else given[anchor].new_empty(0) for x, wanted in pairs)
+
     name = f"{name}_backward"
-    _, traceable_backward = _define(name, schema, len(wrt), empty_gradients, backward)
+    _, traceable_backward = define(name, schema, len(wrt), empty_gradients, run_backward)
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         values = inputs + output if isinstance(output, tuple) else (*inputs, output)
@@ -261,7 +270,7 @@ def differentiable(
     return lambda *inputs: traceable(*inputs) if traced(inputs) else Direct.apply(*inputs)
 
 
-def _define(
+def define(
     name: str, parameters: list[str], results: int, empties: Callable, run: Callable
 ) -> tuple[Any, Callable]:
     """The custom op of ``run``, and its call."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.batch import Sum, Values
+from mm.kernels.attention.spec import ScoreSpec
 from mm.layout import Fields, Layout
 from mm.mask import Mask
 from mm.state import State
@@ -225,11 +226,11 @@ class Position:
     def gain(self, fq: Fields, fk: Fields) -> Tensor | None:
         return None
 
-    def scores(self, q: Tensor, fq: Fields, fk: Fields) -> Mapping[str, Any]:
-        """`score` and `gain` as keywords of the Op `attention`; overridden where vectors say as
-        much as a score of every pair.
+    def scores(self, q: Tensor, fq: Fields, fk: Fields) -> ScoreSpec:
+        """`score` and `gain` in one value; overridden where vectors say as much as a score of every
+        pair.
         """
-        return {"bias_RHTS": self.score(q, fq, fk), "gain_RHTS": self.gain(fq, fk)}
+        return ScoreSpec(self.score(q, fq, fk), self.gain(fq, fk))
 
 
 class Linear(nn.Module):

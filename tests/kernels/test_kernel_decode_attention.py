@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mm.kernels.attention import attention
+from mm.kernels.attention.spec import MaskSpec
 from mm.kernels.decode_attention import TILE, decode_attention, merged, plan
 
 RAGGED = [1, 3, 63, 64, 65, 130, 0, 700, 1025]
@@ -46,7 +47,7 @@ def test_tiles_equal_plain_attention(
         same = decode_attention(q, k, v, length)
     allowed = (torch.arange(S) < length[:, None])[:, None]
     with attention.using("reference"):
-        plain = attention(q[:, None], k, v, allowed)[:, 0]
+        plain = attention(q[:, None], k, v, MaskSpec(allowed))[:, 0]
     tolerance = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
     for expected in (same, plain):
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mm.config import Config
 from mm.kernels.attention import attention
+from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.layout import Fields
 from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Position
 from mm.model.mixers.attention.kv_cache import KV, DraftKV, advance
@@ -96,7 +97,8 @@ class CachedAttention(Mixer):
         """Outputs `(R, T, ...)` of rows of one document; ``cached``: the keys come from the
         cache.
         """
-        return attention(q_RTHK, k_RSGK, v_RSGV, allowed_RTS, causal=causal, bias_RHTS=bias_RHTS)
+        mask, score = MaskSpec(allowed_RTS, causal), ScoreSpec(bias_RHTS)
+        return attention(q_RTHK, k_RSGK, v_RSGV, mask, score)
 
     def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
         made: dict[str, Callable[[Ctx], Any]] = {}
