@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 PYTEST_FLAGS ?=
 
-.PHONY: help quickstart test test-slow lint clean
+.PHONY: help quickstart test test-slow lint docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make test         install, then the test suite (up to 10 minutes on 2 CPU cores)"
 	@echo "make test-slow    the long tests: the quickstart at reduced steps, several processes, the wheel"
 	@echo "make lint         ruff and pyright"
+	@echo "make docs         the site, in build/site/index.html"
 
 quickstart: $(VENV)/.installed
 	$(BIN)/mm quickstart
@@ -29,6 +30,9 @@ test-slow: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
@@ -53,4 +57,8 @@ endif
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e ".[dev]"
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) -e ".[docs]"
 	@touch $@

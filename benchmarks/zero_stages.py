@@ -2,7 +2,7 @@
 
 python benchmarks/zero_stages.py [--steps 30] [--processes 1] [--out runs/zero_stages]
 
-In fp32 with AdamW the four curves are equal to printed precision (law 11,
+In fp32 with AdamW the four curves are equal to printed precision (the `stages and ranks` law,
 tests/trainer/test_contract_training.py). In bf16 there is no bar: DeepSpeed wraps the optimizer
 differently at stage 0, by design.
 """

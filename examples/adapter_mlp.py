@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mm.batch import Values
 from mm.config import Config
-from mm.model.layer import Adapter, Ctx, Filled
+from mm.model.layer import Adapter, AdapterOutput, Ctx
 from mm.registry import ADAPTERS
 
 
@@ -35,13 +35,13 @@ class MLPAdapter(Adapter):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
             nn.init.zeros_(layer.bias)
 
-    def zero(self, device: torch.device) -> Tensor:
+    def zero_item(self, device: torch.device) -> Tensor:
         """`(1, 1, C)`: the item that a batch without this modality runs through the module."""
         return torch.zeros(1, 1, self.inner.in_features, device=device, dtype=self.out.weight.dtype)
 
-    def forward(self, values: Values, ctx: Ctx) -> Filled:
+    def forward(self, values: Values, ctx: Ctx) -> AdapterOutput:
         hidden = nn.functional.gelu(self.inner(values.data.to(self.out.weight.dtype)))
-        return Filled(self.out(hidden), None, values.length)
+        return AdapterOutput(self.out(hidden), None, values.length)
 
 
 @ADAPTERS.register("mlp")

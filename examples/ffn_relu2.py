@@ -3,28 +3,27 @@
 B rows, T tokens, D model, F hidden.
 
     mm train configs/quickstart/backbone.yaml "imports=[examples.ffn_relu2]" \
-        model.backbone.channel="{kind: relu2, hidden: 512}"
+        model.backbone.ffn="{kind: relu2, hidden: 512}"
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from mm.config import Config
-from mm.model.layer import Channel, Ctx, Linear, Out
-from mm.model.linears.dense import DenseConfig
-from mm.registry import CHANNELS
+from mm.model.layer import Ctx, FeedForward, LinearFactory, Out
+from mm.model.linears.dense import dense
+from mm.registry import FFNS
 from mm.state import State
 
 
-class ReLU2(Channel):
+class ReLU2(FeedForward):
     """``out(relu(up(x)) ** 2)``. Source: So et al. 2021, Primer (arXiv:2109.08668), section 3."""
 
-    def __init__(self, d_model: int, d_hidden: int, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, d_hidden: int, linear: LinearFactory):
         super().__init__()
         self.up = linear(d_model, d_hidden, "up")
         self.out = linear(d_hidden, d_model, "out")
@@ -33,12 +32,12 @@ class ReLU2(Channel):
         return Out(self.out(self.up(x_BTD, ctx).relu().square(), ctx))
 
 
-@CHANNELS.register("relu2")
+@FFNS.register("relu2")
 class ReLU2Config(Config):
     """Squared ReLU; ``hidden`` None takes 4 d_model."""
 
     kind: Literal["relu2"] = "relu2"
     hidden: Annotated[int, Field(gt=0)] | None = None
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> ReLU2:
-        return ReLU2(d_model, self.hidden or 4 * d_model, linear or DenseConfig().build)
+    def build(self, d_model: int, linear: LinearFactory = dense) -> ReLU2:
+        return ReLU2(d_model, self.hidden or 4 * d_model, linear)

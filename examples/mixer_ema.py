@@ -8,7 +8,6 @@ B rows, T tokens, D model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.kernels.linear_scan import linear_scan
-from mm.model.layer import Caps, Ctx, Linear, Mixer, Out
-from mm.model.linears.dense import DenseConfig
+from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.linears.dense import dense
 from mm.model.mixers.ssm.scan import Hidden, scanned
 from mm.registry import MIXERS
 from mm.state import State
@@ -31,7 +30,7 @@ class EMA(Mixer):
 
     caps = Caps(causal=True, step=True)
 
-    def __init__(self, d_model: int, linear: Callable[..., Linear]):
+    def __init__(self, d_model: int, linear: LinearFactory):
         super().__init__()
         self.inner, self.out = linear(d_model, d_model, "inner"), linear(d_model, d_model, "out")
         self.decay = nn.Parameter(torch.empty(d_model))
@@ -60,5 +59,5 @@ class EMAConfig(Config):
 
     kind: Literal["ema"] = "ema"
 
-    def build(self, d_model: int, linear: Callable[..., Linear] | None = None) -> EMA:
-        return EMA(d_model, linear or DenseConfig().build)
+    def build(self, d_model: int, linear: LinearFactory = dense) -> EMA:
+        return EMA(d_model, linear)

@@ -34,6 +34,7 @@ class TruncatedNextToken(NextToken):
     ) -> Iterator[Term]:
         for i, b in enumerate(micros):
             nll = nets["model"](b).heads[self.config.head].nll
+            assert nll is not None  # targets were given
             places = b.places[self.config.head]
             capped = nll.float().clamp(max=self.config.cap) * b.weight.flatten()[places]
             yield Term(self._split(b, capped, places), step=i == len(micros) - 1)

@@ -1,9 +1,10 @@
 """The laws of the contract, over whatever is registered: a new file is covered on the day it is
 registered.
 
-Laws 1-5 and 10; 9 and 12 are in test_contract_build.py, 7 in test_contract_tokenizers.py, 8 in
-data/test_contract_data.py, 11 and 13 in trainer/test_contract_training.py. 
-B rows, T tokens, D model, N slots.
+`packed = separate`, `full = chunked = step`, `draft and accept`, `slots`, `causality`, `no leak`,
+`state bytes`, `matrix form`, `recompute`. The others: test_contract_build.py,
+test_contract_tokenizers.py, data/test_contract_data.py, trainer/test_contract_training.py; all of
+them with what they say: docs/architecture.md. B rows, T tokens, D model, N slots.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from mm.layout import Doc, Layout
 from mm.mask import Causal, Full
 from mm.model.layer import Ctx, Layer, LinearMixer
 
-# ---- law 1: full == chunked == packed serving == step == drafted ----
+# ---- full == chunked == packed serving == step == drafted ----
 
 
 def test_every_layer_says_how_its_output_lags() -> None:
@@ -52,7 +53,7 @@ def test_every_layer_says_how_its_output_lags() -> None:
 
 
 @layers
-def test_law1_packed_rows_equal_separate_documents(name: str) -> None:
+def test_packed_rows_equal_separate_documents(name: str) -> None:
     layer, docs = build(name), documents(*LENGTHS)
     x, layout = packed(
         [[(-1, docs[0], 0), (-1, docs[1], 0)], [(-1, docs[2], 0), (-1, docs[3], 0)]], pad=2
@@ -67,7 +68,7 @@ def test_law1_packed_rows_equal_separate_documents(name: str) -> None:
 
 
 @layers
-def test_law1_gradients_of_packed_rows_equal_those_of_separate_documents(name: str) -> None:
+def test_gradients_of_packed_rows_equal_those_of_separate_documents(name: str) -> None:
     layer, weights = build(name), documents(*LENGTHS, seed=1)
 
     def gradients(run: Callable[[list[Tensor]], list[Tensor]]) -> tuple[Tensor, ...]:
@@ -88,7 +89,7 @@ def test_law1_gradients_of_packed_rows_equal_those_of_separate_documents(name: s
 @layers
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-def test_law1_serving_equals_whole(name: str, plan: str, grad: bool) -> None:
+def test_serving_equals_whole(name: str, plan: str, grad: bool) -> None:
     """Also with gradients recorded, when a State may not be changed in place."""
     layer, docs = build(name), documents(*LENGTHS)
     with torch.set_grad_enabled(grad):
@@ -99,7 +100,7 @@ def test_law1_serving_equals_whole(name: str, plan: str, grad: bool) -> None:
 
 @layers
 @pytest.mark.parametrize("plan", ["chunks of unlike progress", "steps in aligned rows"])
-def test_law1_gradients_of_serving_equal_those_of_whole(name: str, plan: str) -> None:
+def test_gradients_of_serving_equal_those_of_whole(name: str, plan: str) -> None:
     layer = build(name)
     weights = documents(*LENGTHS, seed=1)
 
@@ -119,7 +120,7 @@ def test_law1_gradients_of_serving_equal_those_of_whole(name: str, plan: str) ->
 @layers
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "packed"])
 @pytest.mark.parametrize("accepted", [(0, 0, 0), (3, 1, 0), (1, 0, 4), (3, 2, 4)])
-def test_law1_draft_and_accept_equal_having_fed_the_prefix(
+def test_draft_and_accept_equal_having_fed_the_prefix(
     name: str, accepted: tuple[int, ...], aligned: bool
 ) -> None:
     """Slots draft 3, 2 and 4 tokens, of which some are wrong guesses; slot 1 is fresh: its draft
@@ -159,7 +160,7 @@ def test_law1_draft_and_accept_equal_having_fed_the_prefix(
 
 
 @layers
-def test_law1_an_unaccepted_draft_counts_as_fed(name: str) -> None:
+def test_an_unaccepted_draft_counts_as_fed(name: str) -> None:
     layer, (doc,) = build(name), documents(8)
     with torch.no_grad():
         state = layer.initial_state(1, MAX_LEN)
@@ -174,7 +175,7 @@ def test_law1_an_unaccepted_draft_counts_as_fed(name: str) -> None:
 
 @layers
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-def test_law1_slots_that_get_no_token_keep_their_state_bit_for_bit(name: str, grad: bool) -> None:
+def test_slots_that_get_no_token_keep_their_state_bit_for_bit(name: str, grad: bool) -> None:
     layer, docs = build(name), documents(5, 4, 6)
     with torch.set_grad_enabled(grad):
         state = layer.initial_state(3, MAX_LEN)
@@ -207,7 +208,7 @@ def test_law1_slots_that_get_no_token_keep_their_state_bit_for_bit(name: str, gr
 
 
 @layers
-def test_law1_slots_can_be_reordered_joined_and_left(name: str) -> None:
+def test_slots_can_be_reordered_joined_and_left(name: str) -> None:
     layer, docs = build(name), documents(6, 6, 6)
     with torch.no_grad():
         state = layer.initial_state(2, MAX_LEN)
@@ -234,7 +235,7 @@ def test_law1_slots_can_be_reordered_joined_and_left(name: str) -> None:
 
 
 @layers
-def test_law1_the_last_document_of_a_slot_wins_and_a_fresh_one_starts_again(name: str) -> None:
+def test_the_last_document_of_a_slot_wins_and_a_fresh_one_starts_again(name: str) -> None:
     layer, docs = build(name), documents(4, 5, 6)
     with torch.no_grad():
         state = layer.initial_state(1, MAX_LEN)
@@ -248,7 +249,7 @@ def test_law1_the_last_document_of_a_slot_wins_and_a_fresh_one_starts_again(name
         )
 
 
-# ---- law 2: causality ----
+# ---- causality ----
 
 
 def jacobian(layer: Layer, T: int, mask: Any) -> Tensor:
@@ -259,7 +260,7 @@ def jacobian(layer: Layer, T: int, mask: Any) -> Tensor:
 
 
 @layers
-def test_law2_no_output_depends_on_the_future(name: str) -> None:
+def test_no_output_depends_on_the_future(name: str) -> None:
     layer, T = build(name), 6
     if not layer.caps.causal:
         pytest.skip("not causal")
@@ -272,7 +273,7 @@ def test_law2_no_output_depends_on_the_future(name: str) -> None:
 
 
 @layers
-def test_law2_a_bidirectional_layer_depends_on_both_sides(name: str) -> None:
+def test_a_bidirectional_layer_depends_on_both_sides(name: str) -> None:
     layer, T = build(name), 6
     if not layer.caps.bidirectional:
         pytest.skip("causal only")
@@ -281,12 +282,12 @@ def test_law2_a_bidirectional_layer_depends_on_both_sides(name: str) -> None:
     assert jacobian(layer, T, Full()).gt(0).all()
 
 
-# ---- law 3: documents do not leak ----
+# ---- documents do not leak ----
 
 
 @layers
 @pytest.mark.parametrize("value", [5.0, float("inf"), float("nan")])
-def test_law3_a_changed_token_moves_no_other_document(name: str, value: float) -> None:
+def test_a_changed_token_moves_no_other_document(name: str, value: float) -> None:
     layer, docs = build(name), documents(4, 5, 3)
     rows = [[(-1, d, 0) for d in docs]]
     x, layout = packed(rows, pad=1)
@@ -305,7 +306,7 @@ def test_law3_a_changed_token_moves_no_other_document(name: str, value: float) -
 
 @layers
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "packed"])
-def test_law3_slots_do_not_leak(name: str, aligned: bool) -> None:
+def test_slots_do_not_leak(name: str, aligned: bool) -> None:
     """Neither between slots of a call, nor from a sequence to the next one that takes its slot."""
     layer, docs = build(name), documents(4, 5)
     poison = torch.full((4, D), float("inf"), dtype=torch.float64)
@@ -339,12 +340,12 @@ def test_law3_slots_do_not_leak(name: str, aligned: bool) -> None:
         torch.testing.assert_close(y[1], alone(layer, docs[1])[4:], **TOL)
 
 
-# ---- law 4: state bytes ----
+# ---- state bytes ----
 
 
 @layers
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_law4_live_state_bytes_follow_the_declared_formula(name: str, dtype: torch.dtype) -> None:
+def test_live_state_bytes_follow_the_declared_formula(name: str, dtype: torch.dtype) -> None:
     layer = build(name, dtype)
     for n, max_len in ((1, 1), (2, 5), (3, 64)):
         state = layer.initial_state(n, max_len)
@@ -365,11 +366,11 @@ def test_law4_live_state_bytes_follow_the_declared_formula(name: str, dtype: tor
         assert after is not None and after.n_bytes() == layer.state_bytes(n, max_len)
 
 
-# ---- law 5: a linear mixer is a matrix ----
+# ---- a linear mixer is a matrix ----
 
 
 @layers
-def test_law5_the_attention_matrix_times_the_values_is_the_core(name: str) -> None:
+def test_the_attention_matrix_times_the_values_is_the_core(name: str) -> None:
     layer, docs = build(name), documents(*LENGTHS)
     if not isinstance(layer, LinearMixer):
         pytest.skip("not a LinearMixer")
@@ -388,12 +389,12 @@ def test_law5_the_attention_matrix_times_the_values_is_the_core(name: str) -> No
     assert torch.equal(layer.finish(o, x, f, ctx), apply(layer, x, layout).y)
 
 
-# ---- law 10: recomputation ----
+# ---- recomputation ----
 
 
 @layers
 @pytest.mark.parametrize("stateful", [False, True])
-def test_law10_recomputation_is_bit_exact_and_a_forward_changes_nothing(
+def test_recomputation_is_bit_exact_and_a_forward_changes_nothing(
     name: str, stateful: bool
 ) -> None:
     layer, docs = build(name), documents(4, 5)
@@ -429,7 +430,7 @@ def test_law10_recomputation_is_bit_exact_and_a_forward_changes_nothing(
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
-def test_law10_reentrant_checkpointing_is_nowhere() -> None:
+def test_reentrant_checkpointing_is_nowhere() -> None:
     """It loses gradients of returned States and of published values silently; DeepSpeed's own is
     reentrant.
     """

@@ -1,5 +1,5 @@
-"""Law 9 (everything builds on the meta device, initialisation is complete) and law 12
-(torch.compile), over whatever is registered.
+"""The laws `complete initialisation` (everything builds on the meta device, no NaN is left) and
+`one graph` (torch.compile), over whatever is registered.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mm.registry import (
 )
 from mm.run import Run
 
-# ---- law 9: everything builds on the meta device, initialisation is complete ----
+# ---- everything builds on the meta device, initialisation is complete ----
 
 
 def assert_init_fills(module: nn.Module) -> None:
@@ -53,7 +53,7 @@ def assert_init_fills(module: nn.Module) -> None:
 
 
 @layers
-def test_law9_init_weights_fills_every_tensor_of_a_layer(name: str) -> None:
+def test_init_weights_fills_every_tensor_of_a_layer(name: str) -> None:
     with torch.device("meta"):
         layer = VARIANTS[name]()
     assert all(p.is_meta for p in layer.parameters())
@@ -71,7 +71,7 @@ PLUGS = {
 @pytest.mark.parametrize(
     "plug,kind", [(plug, kind) for plug, (registry, _) in PLUGS.items() for kind in registry]
 )
-def test_law9_init_weights_fills_every_tensor_of_a_plug(plug: str, kind: str) -> None:
+def test_init_weights_fills_every_tensor_of_a_plug(plug: str, kind: str) -> None:
     registry, make = PLUGS[plug]
     with torch.device("meta"):
         module = make(registry.get(kind).smallest())
@@ -83,7 +83,7 @@ def yaml_files() -> list[str]:
 
 
 @pytest.mark.parametrize("file", yaml_files())
-def test_law9_every_yaml_builds_on_the_meta_device(file: str) -> None:
+def test_every_yaml_builds_on_the_meta_device(file: str) -> None:
     values = yaml_config.read(ROOT / "configs" / file)
     if "stages" in values:
         networks = [Run.load(ROOT / "configs" / file).model]
@@ -111,19 +111,19 @@ def test_law9_every_yaml_builds_on_the_meta_device(file: str) -> None:
         assert all(p.is_meta for p in module.parameters())
 
 
-def test_law9_the_configs_are_found() -> None:
+def test_the_configs_are_found() -> None:
     assert any(f.startswith("mixer/") for f in yaml_files()), (
         "the parametrisation above would be empty"
     )
 
 
-# ---- law 12: torch.compile ----
+# ---- torch.compile ----
 
 
 @pytest.mark.parametrize(
     "name", [n for n in VARIANTS if n.split(":")[0] in ("mixer", "preset", "ffn", "block")]
 )
-def test_law12_compile_captures_a_block_as_one_graph(name: str) -> None:
+def test_compile_captures_a_block_as_one_graph(name: str) -> None:
     torch._dynamo.reset()
     if name.startswith(("mixer", "preset")):
         torch.manual_seed(0)
@@ -241,14 +241,14 @@ def example(op: str) -> tuple[Tensor, ...]:
     return arguments[op]
 
 
-def test_law12_there_are_ops() -> None:
+def test_there_are_ops() -> None:
     assert len(ops()) >= 7
 
 
 @pytest.mark.parametrize(
     "name,implementation", [(n, i) for n, op in ops().items() for i in op.implementations]
 )
-def test_law12_every_op_compiles_with_its_gradient(name: str, implementation: str) -> None:
+def test_every_op_compiles_with_its_gradient(name: str, implementation: str) -> None:
     op, arguments = ops()[name], example(name)
     reason = op.implementations[implementation][1](*arguments)
     if reason:

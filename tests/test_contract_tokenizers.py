@@ -1,4 +1,4 @@
-"""Law 7, over every registered tokenizer.
+"""The `tokenizer round trip` law, over every registered tokenizer.
 
 Whatever is added to TOKENIZERS is covered the day it is registered.
 """

@@ -21,10 +21,10 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 CONTRACT, BUILD = "tests/test_contract.py", "tests/test_contract_build.py"
 LAWS = {  # example -> (files of laws, what chooses it, tests that must have run)
     "mixer_ema": ([CONTRACT, BUILD], "mixer:ema", 30),
-    "ffn_relu2": ([CONTRACT, BUILD], "channel:relu2", 30),
+    "ffn_relu2": ([CONTRACT, BUILD], "ffn:relu2", 30),
     "adapter_mlp": ([BUILD], "adapter-mlp", 1),
     "tokenizer_mu_law": (["tests/test_contract_tokenizers.py"], "mu_law", 10),
-    "objective_truncated": (["tests/test_contract_training.py"], "truncated_next_token", 1),
+    "objective_truncated": (["tests/trainer/test_contract_training.py"], "truncated_next_token", 1),
 }
 
 
@@ -83,9 +83,7 @@ def test_the_commands_of_the_examples_resolve() -> None:
 @pytest.mark.parametrize("name", LAWS)
 def test_the_laws_hold_for_an_example(name: str) -> None:
     files, chosen, least = LAWS[name]
-    said = run(
-        "-m", "pytest", *files, "-p", f"examples.{name}", "-k", chosen, "-p", "no:cacheprovider", "-p",
-        "no:xdist",
-    )  # fmt: skip
+    plugins = ["-p", f"examples.{name}", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    said = run("-m", "pytest", *files, *plugins, "-k", chosen)
     passed = re.search(r"(\d+) passed", said)
     assert passed is not None and int(passed.group(1)) >= least, said[-500:]

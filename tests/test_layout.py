@@ -1,5 +1,5 @@
-"""The layout of DESIGN §1, the import tiers of §4, the registries and the YAML files, checked over
-whatever is there.
+"""The layout, the import tiers (docs/architecture.md), the registries and the YAML files, checked
+over whatever is there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LINKS = (*FOLDERS, "configs")
 # run.
 FORBIDDEN = {"triton.py", "torch.py", "types.py", "logging.py", "random.py"}
 
-# First part of the module's path below `mm` -> tier (DESIGN §4). A longer prefix wins.
+# First part of the module's path below `mm` -> tier. A longer prefix wins.
 TIERS = {
     "": 0,
     "config": 0,
@@ -133,7 +133,7 @@ def type_only(tree: ast.Module) -> set[int]:
 
 def tier(name: str) -> int:
     first = name.split(".")[0]
-    assert first in TIERS, f"mm.{name}: no tier for '{first}'; add it to TIERS (DESIGN §4)"
+    assert first in TIERS, f"mm.{name}: no tier for '{first}'; add it to TIERS"
     return TIERS[first]
 
 

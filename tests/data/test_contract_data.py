@@ -1,4 +1,6 @@
-"""Law 8: resume at any sample, world sizes partition the stream, packing drops and mixes nothing.
+"""The `data order` law.
+
+A resume goes on at any sample, world sizes partition the stream, packing drops and mixes nothing.
 
 Runs over every kind of stream in the registry; `test_every_stream_has_a_case` asks for a new one's
 line in `CASES`.
@@ -106,7 +108,7 @@ CASES: dict[str, Callable[[Path], Config]] = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Raw shards and token shards of 37 samples."""
-    root = tmp_path_factory.mktemp("law8")
+    root = tmp_path_factory.mktemp("order")
     token_shards(root, N)
     return root
 

@@ -169,7 +169,7 @@ def test_cpp_threads_slices_and_what_is_not_a_number() -> None:
 
 
 def test_cpp_compiles_to_one_graph_with_its_gradient() -> None:
-    """The law that all ops compile has an example whose mask this kernel does not take."""
+    """The example of the `one graph` law has a mask that this kernel does not take."""
     if reason := compiler.why_not(flash_cpp.SOURCE):
         pytest.skip(reason)
     torch._dynamo.reset()

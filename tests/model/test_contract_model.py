@@ -24,7 +24,7 @@ from mm.registry import (
     NETWORKS,
 )
 
-# ---- law 1: full == chunked == packed serving == step == drafted ----
+# ---- full == chunked == packed serving == step == drafted ----
 
 
 # ---- the whole model keeps the laws of its parts ----

@@ -214,7 +214,7 @@ def test_parallel_context_decodes_from_a_cache() -> None:
     torch.testing.assert_close(torch.cat(outs), whole, **TOL)
 
 
-# ---- unpadded rows (ledger 402) ----
+# ---- unpadded rows ----
 
 
 def test_packed_rows_do_the_work_of_their_tokens_and_not_of_the_longest() -> None:

@@ -111,7 +111,7 @@ def test_conditions_are_repeated_alike_in_training_and_generation() -> None:
 
 @pytest.mark.parametrize("pattern", ["attention local", "madeon attention", "jrt local"])
 def test_generation_reads_the_prefix_as_training_does(pattern: str) -> None:
-    """Law 1 with a prefix: packed training rows = alone = a prefill in one piece, then steps."""
+    """With a prefix: packed training rows = alone = a prefill in one piece, then steps."""
     net = model(pattern)
     documents = [
         [PICTURE, text(3, 4, 5)],

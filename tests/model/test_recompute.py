@@ -30,7 +30,7 @@ def _no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @layers
-def test_law10_selective_recomputation_is_bit_exact(name: str) -> None:
+def test_selective_recomputation_is_bit_exact(name: str) -> None:
     """A layer that writes over results that would be kept says so (`Layer.overwrites`)."""
     layer, docs = build(name), documents(4, 5)
     x, layout = packed([[(0, docs[0], 0), (1, docs[1], 0)]], pad=1)

@@ -1,4 +1,4 @@
-"""Laws 11 and 13 of DESIGN §2: ZeRO stages, ranks and micro-batches change no loss."""
+"""The laws of training: ZeRO stages, ranks and micro-batches change no loss."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     return runs
 
 
-def test_law_11_stages_are_equal_with_a_rank_that_lacks_a_modality(
+def test_stages_are_equal_with_a_rank_that_lacks_a_modality(
     two_ranks: dict[str, Run], tmp_path: Path
 ) -> None:
     """fp32 + AdamW: the losses of stages 0-3, with 1 and 2 processes, all equal to printed
@@ -90,7 +90,7 @@ def test_resume_on_another_world_size_and_stage(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "autocast_bf16"])
-def test_law_13_micro_batches_of_the_whole_loop(tmp_path: Path, precision: str) -> None:
+def test_micro_batches_of_the_whole_loop(tmp_path: Path, precision: str) -> None:
     """1x8 = 2x4 = 8x1 through engine, schedule, clip and EMA statistics."""
     runs = [
         make_run(tmp_path, f"m{m}", data={"micro": m}, engine={"precision": precision})
@@ -107,7 +107,7 @@ def test_law_13_micro_batches_of_the_whole_loop(tmp_path: Path, precision: str) 
         )
 
 
-# ---- law 13 over the registry: gradients of the first step of every objective
+# ---- micro-batches over the registry: gradients of the first step of every objective
 # -----------------------------------------
 
 
@@ -187,7 +187,7 @@ def gradients(kind: str, micro: int, rows_: int = 4) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", [*sorted(OBJECTIVES), "toy_gan"])
-def test_law_13_micro_batches_of_every_objective(kind: str) -> None:
+def test_micro_batches_of_every_objective(kind: str) -> None:
     """Gradients of 1x4, 2x2 and 4x1 are equal to rounding; a new objective needs a recipe here."""
     whole = gradients(kind, 4)
     assert whole and any(g.abs().sum() > 0 for g in whole.values())

@@ -183,7 +183,7 @@ def test_lion_takes_signs() -> None:
 
 
 def test_sgd_sai_measures_its_rate_once() -> None:
-    """Ledger 248: one state tensor; the rate is the first gradient's norm over its spread."""
+    """One state tensor; the rate is the first gradient's norm over its spread."""
     grads = [some_grads(1)[0] + 0.7, *some_grads(3)]
     found = steps_of("sgd_sai", grads, lr=0.1, weight_decay=0.5)
     x, m = start((6, 10)).double(), grads[0].double()
@@ -207,8 +207,9 @@ def test_schedule_free_averages_what_the_plain_steps_visit() -> None:
     net = nn.Linear(10, 6, bias=False)
     with torch.no_grad():
         net.weight.copy_(start((6, 10)))
-    config = {"kind": "schedule_free_adamw", "lr": lr, "weight_decay": 0.3}
-    optimizer = OPTIMIZERS.parse(config).build(net)
+    values = {"kind": "schedule_free_adamw", "lr": lr, "weight_decay": 0.3}
+    config = OPTIMIZERS.get("schedule_free_adamw").model_validate(values)
+    optimizer = config.build(net)
     x = z = start((6, 10)).double()
     v, total = torch.zeros(6, 10, dtype=torch.float64), 0.0
     for t, g in enumerate(grads, 1):
@@ -221,7 +222,7 @@ def test_schedule_free_averages_what_the_plain_steps_visit() -> None:
         z = z - rate * (g.double() / (v.sqrt() + 1e-8) + 0.3 * y)
         total += rate**2
         x = x + (rate**2 / total) * (z - x)
-        found = optimizer.average(net.weight.detach(), optimizer.state[net.weight])
+        found = config.average(net.weight.detach(), optimizer.state[net.weight])
         assert torch.allclose(found.double(), x, atol=1e-5)
 
 

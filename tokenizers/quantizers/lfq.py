@@ -48,8 +48,8 @@ class LookupFreeQuantizer(Quantizer):
         """Eq. 5, ``E[H(q(z))] - H(E[q(z)])`` in nats, of ``(N, C)`` latents.
 
         The second part is no sum over vectors: it is taken over the vectors of this call, so
-        cutting a batch into micro-batches changes it (the objective is exempt from law 13 with this
-        quantizer).
+        cutting a batch into micro-batches changes it (the objective is exempt from the
+        `micro-batches` law with this quantizer).
         """
         n = weight.sum()
         logit = 4 * flat / self.config.temperature  # -|z - c|^2 / t of +1 less that of -1

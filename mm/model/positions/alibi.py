@@ -49,7 +49,7 @@ class Alibi(Position):
 
 @POSITIONS.register("alibi")
 class AlibiConfig(Config):
-    """Linear biases (ledger 219)."""
+    """Linear biases."""
 
     kind: Literal["alibi"] = "alibi"
 

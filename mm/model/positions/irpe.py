@@ -95,7 +95,7 @@ class IRPE(nn.Module, Position):
 
 @POSITIONS.register("irpe")
 class IRPEConfig(Config):
-    """Relative positions in rows and columns, bucketed (ledger 459)."""
+    """Relative positions in rows and columns, bucketed."""
 
     kind: Literal["irpe"] = "irpe"
     method: Literal["euclidean", "quantization", "cross", "product"] = "product"

@@ -49,7 +49,7 @@ class Learned(nn.Module, Position):
 
 @POSITIONS.register("learned")
 class LearnedConfig(Config):
-    """A learned vector a place (ledger 219)."""
+    """A learned vector a place."""
 
     kind: Literal["learned"] = "learned"
     max_length: Annotated[int, Field(gt=0, description="places; later ones are refused")] = 2048

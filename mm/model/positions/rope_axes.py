@@ -60,7 +60,7 @@ class RopeAxes(Position):
 
 @POSITIONS.register("rope_axes")
 class RopeAxesConfig(Config):
-    """Rotary positions on several axes: n-D grids, hierarchies (ledger 51)."""
+    """Rotary positions on several axes: n-D grids, hierarchies."""
 
     kind: Literal["rope_axes"] = "rope_axes"
     theta: float = 10000.0

@@ -35,7 +35,7 @@ class Sinusoidal(Position):
 
 @POSITIONS.register("sinusoidal")
 class SinusoidalConfig(Config):
-    """Sines and cosines (ledger 219)."""
+    """Sines and cosines."""
 
     kind: Literal["sinusoidal"] = "sinusoidal"
     theta: Annotated[float, Field(gt=1)] = 10000.0

@@ -71,7 +71,7 @@ class T5Bias(nn.Module, Position):
 
 @POSITIONS.register("t5_bias")
 class T5BiasConfig(Config):
-    """Bucketed learned biases (ledger 219)."""
+    """Bucketed learned biases."""
 
     kind: Literal["t5_bias"] = "t5_bias"
     buckets: Annotated[int, Field(ge=4)] = 32

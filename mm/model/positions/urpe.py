@@ -47,7 +47,7 @@ class URPE(T5Bias):
 
 @POSITIONS.register("urpe")
 class URPEConfig(Config):
-    """Universal relative positions: biases before the softmax, gains after it (ledger 444)."""
+    """Universal relative positions: biases before the softmax, gains after it."""
 
     kind: Literal["urpe"] = "urpe"
     buckets: Annotated[int, Field(ge=4)] = 32

@@ -34,7 +34,7 @@ def signed_softmax(logits: Tensor, hidden: Tensor | None) -> Tensor:
     if hidden is not None:
         size = size.masked_fill(hidden, -math.inf)
     p = size.softmax(-1) * logits.detach().sign()
-    # AdapterOutput: a row that sees nothing has a NaN softmax.
+    # Filled: a row that sees nothing has a NaN softmax.
     return p.masked_fill(hidden, 0) if hidden is not None else p
 
 
@@ -89,7 +89,7 @@ class CogAttention(GroupedAttention):
 
 @MIXERS.register("cog_attention")
 class CogAttentionConfig(HeadsConfig):
-    """Attention with negative weights (Cog, ledger 264)."""
+    """Attention with negative weights (Cog)."""
 
     kind: Literal["cog_attention"] = "cog_attention"
     qk_norm: bool = False

@@ -103,7 +103,7 @@ class Combiner(PlacedAttention):
 
 @MIXERS.register("combiner")
 class CombinerConfig(PlacedConfig):
-    """Combiner with fixed regions (ledger 460)."""
+    """Combiner with fixed regions."""
 
     kind: Literal["combiner"] = "combiner"
     region: Annotated[int, Field(gt=0, description="places; about the root of the length")] = 64

@@ -134,7 +134,7 @@ class IRPEAttention(GroupedAttention):
 
 @MIXERS.register("irpe_attention")
 class IRPEAttentionConfig(HeadsConfig):
-    """Attention with iRPE's vectors on keys, queries and values (ledger 459)."""
+    """Attention with iRPE's vectors on keys, queries and values."""
 
     kind: Literal["irpe_attention"] = "irpe_attention"
     position: IRPEConfig = IRPEConfig()  # type: ignore[assignment]  # buckets; its mode is not read

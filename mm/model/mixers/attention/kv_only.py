@@ -48,7 +48,7 @@ class KVOnly(CachedAttention):
 
 @MIXERS.register("kv_only")
 class KVOnlyConfig(HeadsConfig):
-    """Attention whose keys are their own queries (ledger 476)."""
+    """Attention whose keys are their own queries."""
 
     kind: Literal["kv_only"] = "kv_only"
 

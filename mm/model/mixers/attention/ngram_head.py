@@ -161,7 +161,7 @@ class NgramHead(Mixer):
 
 @MIXERS.register("ngram_head")
 class NgramHeadConfig(Config):
-    """Attention to what followed earlier copies of the last tokens (ledger 188)."""
+    """Attention to what followed earlier copies of the last tokens."""
 
     kind: Literal["ngram_head"] = "ngram_head"
     n: Annotated[int, Field(ge=1, description="the last n - 1 tokens must match")] = 2

@@ -196,7 +196,7 @@ class PathAttention(GroupedAttention):
 
 @MIXERS.register("path_attention")
 class PathAttentionConfig(HeadsConfig):
-    """PaTH attention: positions are accumulated Householder products (ledger 174)."""
+    """PaTH attention: positions are accumulated Householder products."""
 
     kind: Literal["path_attention"] = "path_attention"
     rank: Annotated[int, Field(gt=0, description="of the directions' projection")] = 32

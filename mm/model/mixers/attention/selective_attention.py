@@ -173,7 +173,7 @@ class SelectiveAttention(GroupedAttention):
 
 @MIXERS.register("selective_attention")
 class SelectiveAttentionConfig(HeadsConfig):
-    """Attention in which tokens mask earlier ones (ledger 458)."""
+    """Attention in which tokens mask earlier ones."""
 
     kind: Literal["selective_attention"] = "selective_attention"
 

@@ -136,7 +136,7 @@ def _hide(logits: Tensor, seen_nqs: Tensor) -> Tensor:
 
 @MIXERS.register("sparse_attention")
 class SparseAttentionConfig(PlacedConfig):
-    """Sparse Transformer patterns (ledger 105)."""
+    """Sparse Transformer patterns."""
 
     kind: Literal["sparse_attention"] = "sparse_attention"
     pattern: Literal["strided", "fixed"] = "strided"

@@ -78,7 +78,7 @@ class TopKAttention(PlacedAttention):
 
 @MIXERS.register("topk_attention")
 class TopKAttentionConfig(PlacedConfig):
-    """Attention to the best keys only (ledger 417)."""
+    """Attention to the best keys only."""
 
     kind: Literal["topk_attention"] = "topk_attention"
     topk: Annotated[int, Field(gt=0)] = 64

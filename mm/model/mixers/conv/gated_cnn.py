@@ -49,7 +49,7 @@ class GatedCNN(Mixer):
 
 @MIXERS.register("gated_cnn")
 class GatedCNNConfig(Config):
-    """Causal convolution with a gated linear unit. Ledger 24."""
+    """Causal convolution with a gated linear unit."""
 
     kind: Literal["gated_cnn"] = "gated_cnn"
     renamed: ClassVar[dict[str, str]] = {"taps": "conv_size"}

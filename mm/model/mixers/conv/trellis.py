@@ -74,7 +74,7 @@ class Trellis(Mixer):
 
 @MIXERS.register("trellis")
 class TrellisConfig(Config):
-    """Weight-tied causal convolutions with injected input and LSTM gates. Ledger 41."""
+    """Weight-tied causal convolutions with injected input and LSTM gates."""
 
     kind: Literal["trellis"] = "trellis"
     width: Annotated[int, Field(gt=0, description="default d_model")] | None = None

@@ -62,7 +62,7 @@ def dft(length_R: Tensor, L: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 @MIXERS.register("fnet")
 class FNetConfig(Config):
-    """Fourier mixing of places and channels; bidirectional (ledger 473)."""
+    """Fourier mixing of places and channels; bidirectional."""
 
     kind: Literal["fnet"] = "fnet"
     unitary: bool = False  # transforms keep lengths; False: as in the paper

@@ -62,7 +62,7 @@ class Linformer(BothWays):
 
 @MIXERS.register("linformer")
 class LinformerConfig(Config):
-    """Linformer: bidirectional, documents up to a fixed length (ledger 154)."""
+    """Linformer: bidirectional, documents up to a fixed length."""
 
     kind: Literal["linformer"] = "linformer"
     heads: Annotated[int, Field(gt=0)] = 4

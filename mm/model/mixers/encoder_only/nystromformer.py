@@ -99,7 +99,7 @@ class Nystromformer(BothWays):
 
 @MIXERS.register("nystromformer")
 class NystromformerConfig(Config):
-    """Nystroem approximation of attention; bidirectional (ledger 121)."""
+    """Nystroem approximation of attention; bidirectional."""
 
     kind: Literal["nystromformer"] = "nystromformer"
     renamed: ClassVar[dict[str, str]] = {"taps": "conv_size"}

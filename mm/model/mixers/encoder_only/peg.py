@@ -70,7 +70,7 @@ class PEG(BothWays):
 
 @MIXERS.register("peg")
 class PEGConfig(Config):
-    """Conditional positions of grids by a depthwise convolution; bidirectional (ledger 465)."""
+    """Conditional positions of grids by a depthwise convolution; bidirectional."""
 
     kind: Literal["peg"] = "peg"
     renamed: ClassVar[dict[str, str]] = {"taps": "conv_size"}

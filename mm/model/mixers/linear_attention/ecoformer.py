@@ -99,7 +99,7 @@ def hash_loss(codes_q: Tensor, codes_k: Tensor, attention: Tensor, pairs: int) -
 
 @MIXERS.register("ecoformer")
 class EcoFormerConfig(Config):
-    """Linear attention over learned binary codes (ledger 407)."""
+    """Linear attention over learned binary codes."""
 
     kind: Literal["ecoformer"] = "ecoformer"
     heads: Annotated[int, Field(gt=0)] = 4

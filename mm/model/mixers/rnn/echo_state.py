@@ -67,7 +67,7 @@ class EchoState(Cell):
 
 @MIXERS.register("echo_state")
 class EchoStateConfig(Config):
-    """Untrained residual reservoir with a trained readout, sequential in time. Ledger 149."""
+    """Untrained residual reservoir with a trained readout, sequential in time."""
 
     kind: Literal["echo_state"] = "echo_state"
     width: Annotated[int, Field(gt=0, description="units; default d_model")] | None = None

@@ -54,7 +54,7 @@ class LEM(Cell):
 
 @MIXERS.register("lem")
 class LEMConfig(Config):
-    """Long expressive memory: two states with learned time steps, sequential. Ledger 142."""
+    """Long expressive memory: two states with learned time steps, sequential."""
 
     kind: Literal["lem"] = "lem"
     width: Annotated[int, Field(gt=0, description="default d_model")] | None = None

@@ -72,7 +72,7 @@ class SCRN(Recurrence):
 
 @MIXERS.register("scrn")
 class SCRNConfig(Config):
-    """Simple recurrent network beside slow context units, sequential in time. Ledger 163."""
+    """Simple recurrent network beside slow context units, sequential in time."""
 
     kind: Literal["scrn"] = "scrn"
     width: Annotated[int, Field(gt=0, description="hidden units; default d_model")] | None = None

@@ -76,7 +76,7 @@ class Unitary(Recurrence):
 
 @MIXERS.register("unitary")
 class UnitaryConfig(Config):
-    """Rotations chosen by the tokens, without any non-linearity. Ledger 34."""
+    """Rotations chosen by the tokens, without any non-linearity."""
 
     kind: Literal["unitary"] = "unitary"
     heads: Annotated[int, Field(gt=0)] = 4

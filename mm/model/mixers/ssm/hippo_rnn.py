@@ -68,7 +68,7 @@ class HiPPORNN(Cell):
 
 @MIXERS.register("hippo_rnn")
 class HiPPORNNConfig(Config):
-    """Gated recurrent cell with a HiPPO-LegS memory, sequential. Ledger 78."""
+    """Gated recurrent cell with a HiPPO-LegS memory, sequential."""
 
     kind: Literal["hippo_rnn"] = "hippo_rnn"
     width: Annotated[int, Field(gt=0, description="default d_model")] | None = None

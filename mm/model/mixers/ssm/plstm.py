@@ -229,7 +229,7 @@ def _flipped(t: Tensor, way: int, rows: tuple[int, ...], columns: tuple[int, ...
 
 @MIXERS.register("plstm")
 class PLSTMConfig(Config):
-    """Linear recurrence over grids in four directions; bidirectional (ledger 68)."""
+    """Linear recurrence over grids in four directions; bidirectional."""
 
     kind: Literal["plstm"] = "plstm"
     heads: Annotated[int, Field(gt=0)] = 4

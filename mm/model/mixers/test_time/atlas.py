@@ -138,7 +138,7 @@ def newton_schulz(S: Tensor, steps: int) -> Tensor:
 
 @MIXERS.register("atlas")
 class AtlasConfig(Config):
-    """Test-time memory fitted to a sliding window by a Muon step. Ledger 156."""
+    """Test-time memory fitted to a sliding window by a Muon step."""
 
     kind: Literal["atlas"] = "atlas"
     heads: Annotated[int, Field(gt=0)] = 4

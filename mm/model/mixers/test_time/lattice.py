@@ -96,7 +96,7 @@ def _length(x: Tensor) -> Tensor:
 
 @MIXERS.register("lattice")
 class LatticeConfig(Config):
-    """Memory slots updated orthogonally to themselves (ledger 59)."""
+    """Memory slots updated orthogonally to themselves."""
 
     kind: Literal["lattice"] = "lattice"
     heads: Annotated[int, Field(gt=0)] = 4

@@ -135,7 +135,7 @@ def _gelu_slope(x: Tensor) -> Tensor:
 
 @MIXERS.register("ttt")
 class TTTConfig(Config):
-    """Test-time training with a linear or two-layer inner model, in dual form. Ledger 127."""
+    """Test-time training with a linear or two-layer inner model, in dual form."""
 
     kind: Literal["ttt"] = "ttt"
     heads: Annotated[int, Field(gt=0)] = 4
