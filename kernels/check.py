@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 # What is taken of each dimension, by the letter that names it in the signature (``q_BTHK``): all of
-# the widths, a prefix of rows and places, so that a reference that holds every state stays small.
+# the widths, a prefix of rows and tokens, so that a reference that holds every state stays small.
 PREFIX = {"B": 2, "R": 2, "T": 256, "S": 256, "P": 512}
-PLACES = 512  # of R where the signature has no T: it then counts tokens
+TOKENS = 512  # of R where the signature has no T: it then counts tokens
 # Of the root mean square, by the narrowest type of the call; narrower ones and autocast: 3e-2.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-3}
 
 
-def wanted(args: tuple[Any, ...]) -> bool:
+def is_checkable(args: tuple[Any, ...]) -> bool:
     """Whether this call may be checked: ``MM_SELF_CHECK=0`` says no, a trace cannot be."""
     if torch.compiler.is_compiling() or os.environ.get("MM_SELF_CHECK", "1") == "0":
         return False
@@ -29,8 +29,10 @@ def wanted(args: tuple[Any, ...]) -> bool:
 
 
 def kind(args: tuple[Any, ...], kw: dict[str, Any]) -> tuple[Any, ...]:
-    """What calls have in common that one check stands for: types, devices, sizes to the next power
-    of two (1 apart), settings, and whether there is a gradient.
+    """Return what calls have in common that one check stands for.
+
+    That is: types, devices, sizes to the next power of two (1 apart), settings, and whether
+    there is a gradient.
     """
     grad = torch.is_grad_enabled()
     out: list[Any] = []
@@ -110,16 +112,16 @@ def _part(reference: Callable, args: tuple[Any, ...], kw: dict[str, Any]) -> ins
     }
     named = {n: d for n, d in dims.items() if len(d) == bound[n].dim()}
     sizes = {letter: bound[n].shape[i] for n, d in named.items() for i, letter in enumerate(d)}
-    caps = dict(PREFIX, **({} if "T" in sizes else {"R": PLACES}))
+    caps = dict(PREFIX, **({} if "T" in sizes else {"R": TOKENS}))
     leading = tuple(sizes[x] for x in "BT" if x in sizes)
     for name, value in bound.items():
         if isinstance(value, Tensor):
-            place = named.get(name, "")
-            if not place and len(leading) == 2 and value.shape[:2] == leading:
-                place = "BT"  # an argument of several forms, as a decay by token or one for all
-            for i, letter in enumerate(place):
+            axes = named.get(name, "")
+            if not axes and len(leading) == 2 and value.shape[:2] == leading:
+                axes = "BT"  # an argument of several forms, as a decay by token or one for all
+            for i, letter in enumerate(axes):
                 value = value.narrow(i, 0, min(value.shape[i], caps.get(letter, value.shape[i])))
-            if place == "B" and value.dtype in (torch.int32, torch.int64) and "T" in sizes:
+            if axes == "B" and value.dtype in (torch.int32, torch.int64) and "T" in sizes:
                 value = value.clamp_max(min(sizes["T"], caps["T"]))  # a row's length
         bound[name] = value
     call.arguments = _unflatten(bound, call.arguments)
@@ -162,8 +164,9 @@ def _size(x: Tensor) -> float:
 
 
 def _distance(value: Tensor, expected: Tensor, floor: float) -> float:
-    """Root mean square of the difference over that of the reference, at least ``floor``, where the
-    reference is finite.
+    """Return the relative root mean square of the difference where the reference is finite.
+
+    It is divided by that of the reference, which counts as ``floor`` at least.
     """
     if value.shape != expected.shape:
         return float("inf")

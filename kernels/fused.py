@@ -22,7 +22,7 @@ Pair = tuple[Callable[..., Any], Callable[..., Any]]
 _SCHEMA = {"Tensor | None": "Tensor?"}  # what a schema calls otherwise than an annotation
 
 
-def fused(
+def register_kernel(
     op: Op,
     outputs: str,
     empties: Callable[..., Any],
@@ -78,7 +78,7 @@ def fused(
         kind = "str" if p.annotation.startswith("Literal") else p.annotation
         kinds[_plain(p.name)] = _SCHEMA.get(kind, kind)
     names = list(kinds)
-    place = {p.name: i for i, p in enumerate(parameters)}
+    position = {p.name: i for i, p in enumerate(parameters)}
     defaults = [p.default for p in parameters]
     required = defaults.count(inspect.Parameter.empty)
     of = names.index(like) if like else 0
@@ -95,11 +95,11 @@ def fused(
         pack = [names.index(n) for n in tensors if strided != "*" and n not in strided.split()]
 
         def call(*args: Any, **kw: Any) -> Any:
-            if len(args) < required or not kw.keys() <= place.keys():
+            if len(args) < required or not kw.keys() <= position.keys():
                 return reference(*args, **kw)  # which says what is missing or unknown
             given = [*args, *defaults[len(args) :]]
             for name, value in kw.items():
-                given[place[name]] = value
+                given[position[name]] = value
             if trivial and trivial(*given):
                 return reference(*args, **kw)
             values = list(prepare(*given)) if prepare else given.copy()
@@ -192,14 +192,15 @@ def differentiable(
     taken = [*save, *(f"d{y}" for y in made)]
     like = [taken.index(other or own) for own, other in zip(wrt, likes, strict=True)]
     kinds = [inputs.get(n, "Tensor") + "?" * (n in only) for n in save]
-    anchor = kinds.index("Tensor")
+    above_kinds = ["Tensor" if dense else "Tensor?"] * len(made)
+    anchor = [*kinds, *above_kinds].index("Tensor")  # one that is always there
     # What follows runs in every call of a small model: positions, not names, and few of them.
     tensors = [i for i, kind in enumerate(kinds) if kind.startswith("Tensor")]
     others = [i for i in range(len(kinds)) if i not in tensors]
     order = [[*tensors, *others].index(i) for i in range(len(kinds))]
     tensors, others = ([every.index(save[i]) for i in some] for some in (tensors, others))
     unless = {every.index(n): every.index(flag) for n, flag in only.items()}
-    places = [every.index(n) for n in wrt]
+    positions = [every.index(n) for n in wrt]
 
     def empty_gradients(*given: Any) -> Any:
         found = []
@@ -216,7 +217,8 @@ def differentiable(
     schema = [f"{kind} {n}" for n, kind in inputs.items()]
     op, traceable = define(name, schema, len(made) + len(extra), empties, forward)
     schema = [f"{kind} {n}" for n, kind in zip(save, kinds, strict=True)]
-    schema += [f"{'Tensor' if dense else 'Tensor?'} d{y}" for y in made] + ["bool[] ask"] * ask
+    schema += [f"{kind} d{y}" for kind, y in zip(above_kinds, made, strict=True)]
+    schema += ["bool[] ask"] * ask
 
     def run_backward(*given: Any) -> Any:
         """Return what `empty_gradients` promises a trace."""
@@ -236,7 +238,7 @@ def differentiable(
             values = [None if i in hidden else x for i, x in enumerate(values)]
         ctx.save_for_backward(*[values[i] for i in tensors])
         ctx.settings = [values[i] for i in others]
-        ctx.given = [inputs[i] is not None for i in places]
+        ctx.given = [inputs[i] is not None for i in positions]
         if not dense:
             ctx.set_materialize_grads(False)
 
@@ -245,11 +247,11 @@ def differentiable(
         values = [pool[i] for i in order]
         for g in above[: len(made)]:
             values.append(g if g is None else g.contiguous())
-        wanted = [ctx.needs_input_grad[i] for i in places] if ask else ctx.given
+        wanted = [ctx.needs_input_grad[i] for i in positions] if ask else ctx.given
         found = by(*values, wanted) if ask else by(*values)
         found = found if isinstance(found, (tuple, list)) else (found,)
         back: list[Tensor | None] = [None] * len(inputs)
-        for i, x, on in zip(places, found, wanted, strict=True):
+        for i, x, on in zip(positions, found, wanted, strict=True):
             back[i] = x if on else None
         return tuple(back)
 
@@ -267,7 +269,7 @@ def differentiable(
         def backward(ctx: Any, *above: Tensor | None) -> Any:
             return grads(ctx, *above, by=backward)
 
-    return lambda *inputs: traceable(*inputs) if traced(inputs) else Direct.apply(*inputs)
+    return lambda *inputs: traceable(*inputs) if is_traced(inputs) else Direct.apply(*inputs)
 
 
 def define(
@@ -290,9 +292,10 @@ def _filled(empties: Callable[..., Any], fill: Callable[..., None]) -> Callable[
     return run
 
 
-def traced(args: tuple[Any, ...]) -> bool:
-    """Whether anything but plain autograd looks at a call: a compiler, a mode, a transform or a
-    tensor of a class of its own.
+def is_traced(args: tuple[Any, ...]) -> bool:
+    """Return whether anything but plain autograd looks at a call.
+
+    That is a compiler, a mode, a transform or a tensor of a class of its own.
     """
     return (
         torch.compiler.is_compiling()

@@ -59,7 +59,7 @@ def attention(
         logits = torch.einsum("rtghk,rsgk->rghts", q, k_RSGK.to(wide)) * score.factor(K)
         if score.softcap is not None:
             logits = score.softcap * (logits / score.softcap).tanh()
-        bias = score.added()
+        bias = score.total_bias()
         if bias is not None:
             logits = logits + bias.to(wide).expand(R, H, T, S).reshape(logits.shape)
         seen = mask.dense(T, S, q.device)
@@ -236,7 +236,7 @@ def _cpp_why_not(
 
 
 def _register(name: str, why_not: Callable[..., str | None], run: Callable[..., Any]) -> None:
-    """Register an implementation whose functions take all arguments by place."""
+    """Register an implementation whose functions take all arguments by position."""
 
     def complete(f: Callable[..., Any]) -> Callable[..., Any]:
         return lambda q, k, v, mask=NO_MASK, score=PLAIN_SCORE, return_stats=(): f(

@@ -1,5 +1,7 @@
-"""Attention a tile of queries and keys at a time: matrix products, an online softmax, a backward
-written by hand, no `(T, S)` tensor. Vectors say of a tile what hides keys and changes scores.
+"""Attention a tile of queries and keys at a time, in plain PyTorch.
+
+Matrix products, an online softmax, a backward written by hand, no `(T, S)` tensor. Vectors say of a
+tile what hides keys and changes scores.
 
 N = rows times key heads, M query heads of a key head, a tile has C queries and E keys.
 """
@@ -94,7 +96,7 @@ class _Tiles:
                 yield s, hidden
 
     def _hidden(self, t: slice, s: slice) -> list[tuple[slice, Tensor]] | None:
-        """Columns with hidden places in them; None when nothing is seen."""
+        """Columns with hidden tokens in them; None when nothing is seen."""
         mask, device = self.mask, self.q.device
         at = torch.arange(t.start, t.stop, device=device)[:, None] + self.S - self.T
         dense: list[Tensor] = []

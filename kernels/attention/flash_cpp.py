@@ -1,5 +1,6 @@
-"""Attention in tiles by the C++ kernel: the CPU's flash attention. R rows, T queries, S keys, H
-query heads, G key heads, K key width, V value width.
+"""Attention in tiles by the C++ kernel: the CPU's flash attention.
+
+R rows, T queries, S keys, H query heads, G key heads, K key width, V value width.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""Attention in Triton: tiles of queries and keys, an online softmax, two kernels backward (one by
-keys, one by queries), so that no sum depends on the order in which programs run.
+"""Attention in Triton: tiles of queries and keys, an online softmax.
+
+Two kernels go backward (one by keys, one by queries), so that no sum depends on the order in which
+programs run.
 
 R rows, T queries, S keys, H query heads, M query heads of a key head.
 """
@@ -190,8 +192,10 @@ def _dscores(
     scale, softcap, H: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities of a tile, the gradient of its scores before and after the soft-cap, and what
-    `_scores` says of the fade.
+    """Return the probabilities of a tile, the gradients of its scores, and the sign of its fade.
+
+    The gradients are those before and after the soft-cap; the sign is what `_scores` says of
+    the fade.
     """
     dots = tl.dot(qt, tl.trans(kt), input_precision=PRECISION)
     s, slope, side = _scores(
@@ -339,8 +343,9 @@ def _by_keys(
 
 
 def _bounds(own: Tensor, other: Tensor, size: int, step: int) -> Tensor:
-    """`(R, tiles, 2)` int32: from where to where ``other`` holds documents of each tile of ``own``,
-    in steps. Documents come in any order; 0 is in none.
+    """Return from where to where ``other`` holds documents of each tile of ``own``.
+
+    `(R, tiles, 2)` int32, in steps. Documents come in any order; 0 is in none.
     """
 
     def ends(x: Tensor, n: int) -> tuple[Tensor, Tensor]:

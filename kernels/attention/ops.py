@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mm.kernels.attention import blocks
 from mm.kernels.attention.spec import FIELDS, MaskSpec, ScoreSpec, join, split
-from mm.kernels.fused import define, differentiable, traced
+from mm.kernels.fused import define, differentiable, is_traced
 
 GRADS = ("q", "k", "v", "bias_RHTS", "fade_RTH", "fade_RSH", "relative_NH", "sink_H")
 _QKV = dict.fromkeys("qkv", "Tensor")
@@ -87,4 +87,4 @@ def measure(
     """Return `blocks.statistics`, without gradient."""
     given = (q, k, v, lse, *join(mask, score))
     given = tuple(t.detach() if isinstance(t, Tensor) else t for t in given)
-    return _traceable(*given) if traced(given) else _statistics(*given)
+    return _traceable(*given) if is_traced(given) else _statistics(*given)

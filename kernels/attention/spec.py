@@ -91,8 +91,8 @@ class ScoreSpec(NamedTuple):
         """Return the factor of the products for keys of this width."""
         return self.scale or 1 / math.sqrt(width)
 
-    def added(self) -> Tensor | None:
-        """Return what is added to the scores; broadcasts to `(R, H, T, S)`."""
+    def total_bias(self) -> Tensor | None:
+        """Return all that is added to the scores; broadcasts to `(R, H, T, S)`."""
         total = self.bias_RHTS
         if self.fade_RTH is not None and self.fade_RSH is not None:
             faded = -(self.fade_RTH.mT[..., :, None] - self.fade_RSH.mT[..., None, :]).abs()

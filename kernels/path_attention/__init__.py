@@ -29,8 +29,10 @@ def path_attention(
     mask: MaskSpec = NO_MASK,
     score: ScoreSpec = PLAIN_SCORE,
 ) -> Tensor:
-    """Causal softmax attention with logits ``scale k_j^T (H_{j+1} ... H_i) q_i + c_i - c_j``,
-    ``H_t = I - beta_t w_t w_t^T``: as a decoder computes it, by moving the keys.
+    """Causal softmax attention with logits ``scale k_j^T (H_{j+1} ...
+
+    H_i) q_i + c_i - c_j``, ``H_t = I - beta_t w_t w_t^T``: as a decoder computes it, by moving
+    the keys.
 
     Args:
         q_RTHK: `(R, T, H, K)` queries, any float dtype; accumulated in float32 or wider; query head
@@ -39,7 +41,7 @@ def path_attention(
             the call's own.
         v_RSGV: `(R, P + T, G, V)` values.
         w_RTGK: `(R, T, G, K)` directions of the call's tokens, at most of length 1.
-        beta_RTG: `(R, T, G)` strengths in [0, 2]; a place with beta = 0 moves nothing.
+        beta_RTG: `(R, T, G)` strengths in [0, 2]; a token with beta = 0 moves nothing.
         mask: ``allowed_RTS`` besides causality, nothing else. A query that may see nothing gets
             zeros.
         score: ``scale``, and ``fade_RTH`` and ``fade_RSH``, the sums c of the log forget gates up
@@ -83,8 +85,9 @@ def _refuse(mask: MaskSpec, score: ScoreSpec) -> None:
 
 @Op
 def move_keys(k_RSGK: Tensor, w_RTGK: Tensor, beta_RTG: Tensor) -> Tensor:
-    """Keys as the token after the call meets them: each passes ``H_t`` of every later token of the
-    call.
+    """Return the keys as the token after the call meets them.
+
+    Each passes ``H_t`` of every later token of the call.
 
     Args:
         k_RSGK: `(R, P + T, G, K)` P cached keys and the call's own, any float dtype; accumulated in
@@ -139,9 +142,11 @@ def _by_blocks(
     mask: MaskSpec = NO_MASK,
     score: ScoreSpec = PLAIN_SCORE,
 ) -> Tensor:
-    """The UT form: within a block ``H_{j+1} ... H_i = I - W^T M^T W`` over its tokens, with ``M =
-    (I + tril(diag(beta) W W^T, -1))^{-1} diag(beta)``; from block to block, later queries pass the
-    whole product, so all is matmuls and no product is ever stored for a pair of tokens.
+    """The UT form: within a block ``H_{j+1} ...
+
+    H_i = I - W^T M^T W`` over its tokens, with ``M = (I + tril(diag(beta) W W^T, -1))^{-1}
+    diag(beta)``; from block to block, later queries pass the whole product, so all is matmuls
+    and no product is ever stored for a pair of tokens.
 
     Source: Yang et al. 2025 (arXiv:2505.16381), section 3.2 and algorithm 1.
     """

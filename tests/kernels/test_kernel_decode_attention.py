@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mm.kernels.attention import attention
 from mm.kernels.attention.spec import MaskSpec
-from mm.kernels.decode_attention import TILE, decode_attention, merged, plan
+from mm.kernels.decode_attention import TILE, decode_attention, merge_pieces, plan
 
 RAGGED = [1, 3, 63, 64, 65, 130, 0, 700, 1025]
 
@@ -67,7 +67,7 @@ def test_any_split_merges_to_the_whole_softmax() -> None:
             parts.append((top, p.sum(), p @ values[a:b]))
         top, total, out = (torch.stack(t) for t in zip(*parts, strict=True))
         unit = torch.zeros(len(parts), dtype=torch.long)
-        y = merged(top, total, out, unit, 2)
+        y = merge_pieces(top, total, out, unit, 2)
         torch.testing.assert_close(y[0].double(), expected, rtol=1e-5, atol=1e-6)
         assert (y[1] == 0).all() and math.isfinite(float(y.sum()))
 
