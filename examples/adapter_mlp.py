@@ -35,7 +35,7 @@ class MLPAdapter(Adapter):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
             nn.init.zeros_(layer.bias)
 
-    def zero(self, device: torch.device) -> Tensor:
+    def zero_item(self, device: torch.device) -> Tensor:
         """`(1, 1, C)`: the item that a batch without this modality runs through the module."""
         return torch.zeros(1, 1, self.inner.in_features, device=device, dtype=self.out.weight.dtype)
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mm.config import Config
-from mm.data.modalities.decode import resample
+from mm.data.modalities.audio import resample
 from mm.errors import UserError
 from mm.registry import TOKENIZERS
 from mm.specs import Encoded, ModalityTokenizer, TokenSpec, Waveform

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -99,6 +99,9 @@ class Layout:
     grids: Mapping[tuple[int, ...], Tensor] = field(
         default_factory=dict
     )  # (rows, cols, ..) -> (G, cells) int flat places of whole grids
+    # What was computed from this layout alone (`Ctx.cached`). `dataclasses.replace` gives every
+    # successor an empty one, so nothing made for one layout is ever read under another.
+    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -114,6 +117,49 @@ class Layout:
             slot=move(self.slot),
             fresh=move(self.fresh),
             grids={k: move(v) for k, v in self.grids.items()},
+        )
+
+    def derive(
+        self,
+        index: Tensor | None = None,
+        *,
+        document: Tensor | None = None,
+        time: Literal["moves", "stays"] = "moves",
+        slots: bool = True,
+    ) -> Layout:
+        """The layout of the same content in other positions: the only way to make one from another.
+
+        Use `mm.model.layer.Ctx.derive`, which moves the ids along.
+
+        Args:
+            index: `(B * T,)` int64 permutation that stays inside documents and rows: flat position
+                p then holds what stood at ``index[p]``. None: nothing moves.
+            document: `(B, T)` int32 document numbers before the move; a position that loses its
+                number becomes padding. None: as they are.
+            time: whether axis 0 of the positions moves with the content, or stays: then the new
+                order is the order of time. Other axes, modality and named fields always move.
+            slots: keep the slots of States; False: documents of the result read and write none.
+        """
+        f, grids = self.fields, self.grids
+        if document is not None:
+            f = f._replace(document=document)
+        if index is not None:
+            move = lambda t: t.flatten(0, 1)[index].view_as(t)
+            moved = f.map(move)
+            if time == "stays":
+                position = torch.cat((f.position[..., :1], moved.position[..., 1:]), -1)
+                moved = moved._replace(position=position)
+            f = moved
+            if grids:
+                went = torch.empty_like(index)
+                went[index] = torch.arange(len(index), device=index.device)
+                grids = {k: went[v.long()].to(v.dtype) for k, v in grids.items()}
+        return replace(
+            self,
+            fields=f,
+            cu_seqlens=_starts(f.document, self.slot.shape[0]),
+            slot=self.slot if slots else torch.full_like(self.slot, -1),
+            grids=grids,
         )
 
     @staticmethod
@@ -187,3 +233,17 @@ class Layout:
     def plain(B: int, T: int) -> Layout:
         """B rows of one document of T tokens each, without state."""
         return Layout.from_rows([[Doc(T)] for _ in range(B)], T)
+
+
+def _starts(document_BT: Tensor, n: int) -> Tensor:
+    """`(n + 1,)` int32 ascending first flat position of each document.
+
+    One without positions begins where the next one does; what follows the last holds B * T.
+    """
+    flat = document_BT.reshape(-1).long()
+    end = flat.numel()
+    starts = torch.full((n + 2,), end, dtype=torch.long, device=flat.device)
+    index = torch.where(flat > 0, flat - 1, n + 1)
+    starts = starts.scatter_reduce(0, index, torch.arange(end, device=flat.device), "amin")
+    starts[n:] = end
+    return starts.flip(0).cummin(0).values.flip(0)[: n + 1].to(torch.int32)

@@ -30,6 +30,11 @@ class Mask(ABC):
         None
     )
 
+    @property
+    def key(self) -> str:
+        """Names what the predicate is: equal masks have equal keys (`Ctx.cached`)."""
+        return repr(self)
+
     @abstractmethod
     def allowed(self, q: Fields, k: Fields) -> Tensor:
         """`(B, Tq, Tk)` bool by broadcasting."""
@@ -58,6 +63,7 @@ class Causal(Mask):
     """Places at the same time or before."""
 
     hint: ClassVar[Hint] = "causal"
+    key: ClassVar[str] = "causal"  # type: ignore[misc]
 
     def allowed(self, q: Fields, k: Fields) -> Tensor:
         tq, tk = _times(q, k)
@@ -69,6 +75,7 @@ class Full(Mask):
     """Everything in the document."""
 
     hint: ClassVar[Hint] = "full"
+    key: ClassVar[str] = "full"  # type: ignore[misc]
 
     def allowed(self, q: Fields, k: Fields) -> Tensor:
         tq, tk = _times(q, k)
@@ -81,6 +88,10 @@ class Window(Mask):
 
     size: int
     hint: ClassVar[Hint] = "window"
+
+    @property
+    def key(self) -> str:
+        return f"window.{self.size}"
 
     @property
     def reach(self) -> int:  # type: ignore[override]
@@ -98,6 +109,10 @@ class Prefix(Mask):
     """
 
     name: str = "prefix"
+
+    @property
+    def key(self) -> str:
+        return f"prefix.{self.name}"
 
     @property
     def atomic(self) -> str:  # type: ignore[override]
@@ -145,6 +160,10 @@ class And(Mask):
     b: Mask
 
     @property
+    def key(self) -> str:
+        return f"({self.a.key} & {self.b.key})"
+
+    @property
     def reach(self) -> int | None:  # type: ignore[override]
         known = [r for r in (self.a.reach, self.b.reach) if r is not None]
         return min(known) if known else None
@@ -163,6 +182,10 @@ class Or(Mask):
     b: Mask
 
     @property
+    def key(self) -> str:
+        return f"({self.a.key} | {self.b.key})"
+
+    @property
     def reach(self) -> int | None:  # type: ignore[override]
         both = (self.a.reach, self.b.reach)
         return None if None in both else max(both)  # type: ignore[type-var]
@@ -178,6 +201,10 @@ class Or(Mask):
 @dataclass(frozen=True)
 class Not(Mask):
     a: Mask
+
+    @property
+    def key(self) -> str:
+        return f"~{self.a.key}"
 
     def allowed(self, q: Fields, k: Fields) -> Tensor:
         return ~self.a.allowed(q, k)

@@ -218,7 +218,7 @@ FFNS = Registry(
         "swiglu": "mm.model.ffn.swiglu",
         "rwkv_ffn": "mm.model.ffn.rwkv_ffn",
     },
-    renamed={"rwkv_ffn": "rwkv_ffn"},
+    renamed={"channel_mix": "rwkv_ffn"},
 )
 POSITIONS = Registry(
     "position",
@@ -256,6 +256,14 @@ QUANTIZERS = Registry(
         "fsq": "mm.tokenizers.quantizers.fsq",
         "lfq": "mm.tokenizers.quantizers.lfq",
         "rvq": "mm.tokenizers.quantizers.rvq",
+    },
+)
+MODALITIES = Registry(
+    "modality",
+    {
+        "text": "mm.data.modalities.text",
+        "image": "mm.data.modalities.image",
+        "audio": "mm.data.modalities.audio",
     },
 )
 SOURCES = Registry(

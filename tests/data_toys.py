@@ -13,7 +13,8 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from mm.data.pack.job import PackReport, pack
+from mm.data.pack.job import pack
+from mm.data.pack.report import PackReport
 from mm.specs import Encoded, ModalityTokenizer, TokenSpec, Waveform
 
 

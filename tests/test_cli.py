@@ -132,6 +132,10 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
             ["data", "pack", ".", "--out", "x", "--column", "image"],
             "--column image: write it as name=value",
         ),
+        (
+            ["data", "pack", ".", "--out", "../x", "--max-bad", "2"],
+            "mm data pack: max_bad: Input should be less than or equal to 1",
+        ),
         (["data", "inspect", "no/such"], "make it with: mm data pack SRC --out no/such"),
         (["tokenizer", "eval", "no/such", "--data", "."], "mm tokenizer train CONFIG"),
     ],

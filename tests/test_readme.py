@@ -25,7 +25,7 @@ from PIL import Image
 import mm
 from mm import config as configs
 from mm.cli import main as cli
-from mm.data.modalities.decode import EXTENSIONS
+from mm.data.modalities.base import table
 from mm.model.backbones.stack import presets
 from mm.registry import MIXERS, TOKENIZERS
 
@@ -70,8 +70,7 @@ def test_every_mm_command_parses(command: str) -> None:
     context = node.make_context("mm", list(words))
     rest = list(words)
     while hasattr(node, "get_command"):
-        name = rest.pop(0)
-        node = node.get_command(context, name)
+        name, node, rest = node.resolve_command(context, rest)
         assert node is not None, name
         if not hasattr(node, "get_command"):
             context = node.make_context(name, list(rest), parent=context)
@@ -127,10 +126,10 @@ def test_the_table_of_modalities_is_true() -> None:
     assert [row[0] for row in rows] == ["text", "bytes", "image", "audio"]
     for modality, row in rows:
         for extension in re.findall(r"\.(\w+)", row.split("|")[0]):
-            assert EXTENSIONS[extension] == modality
+            assert table().extensions[extension] == modality
         kinds = re.findall(r"`(\w+)`", row.split("|")[1])
         assert kinds and kinds[0] in TOKENIZERS
-    assert {row[0] for row in rows} - {"bytes"} == set(EXTENSIONS.values())
+    assert {row[0] for row in rows} - {"bytes"} == set(table().modalities)
 
 
 def test_the_python_example_uses_what_exists() -> None:

@@ -11,6 +11,9 @@ import pytest
 import torch
 
 from mm.data.batching.collate import document_tokens, to_batch
+from mm.data.modalities.audio import audio_features
+from mm.data.modalities.base import modality_of_value
+from mm.data.modalities.image import image_features
 from mm.data.pack.job import pack
 from mm.data.shards.reader import ShardSet
 from mm.decoders.generate import Generator, generate, save_media
@@ -19,8 +22,8 @@ from mm.model.layer import init_weights
 from mm.registry import NETWORKS, TASKS
 from mm.specs import Encoded, ModalityTokenizer, Segment, TokenSpec, Waveform
 from mm.tasks.base import Settings, chance, choose, confusion, first_class, label_of, spread
-from mm.tasks.bits_per_byte import raw_bytes, uniform_nats, windows
-from mm.tasks.judges import Judge, audio_features, image_features, linear_probe
+from mm.tasks.bits_per_byte import uniform_nats, windows
+from mm.tasks.judges import Judge, linear_probe
 from mm.tokenizers.text.bytes import BytesConfig
 from mm.vocabulary import merged
 
@@ -71,6 +74,7 @@ def test_spread_is_even_and_complete():
 
 
 def test_raw_bytes():
+    raw_bytes = lambda value: modality_of_value(value).n_bytes(value)
     assert raw_bytes("é") == 2
     assert raw_bytes(b"abc") == 3
     assert raw_bytes(np.zeros((4, 5, 3), np.uint8)) == 60
@@ -378,7 +382,7 @@ def test_bits_per_byte_of_what_was_learned(generator, data):
 
 
 def test_missing_modality_and_missing_classes_are_named(generator, data):
-    with pytest.raises(UserError, match="no sample of split 'test' has 'video'"):
+    with pytest.raises(UserError, match="unknown modality 'video'; known: audio, image, text"):
         parse(kind="bits_per_byte", data=data, modalities=("video",)).evaluate(generator)
     with pytest.raises(UserError, match="a column 'genre'"):
         parse(kind="recognition", data=data, label="genre").evaluate(generator)

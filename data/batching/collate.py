@@ -1,7 +1,7 @@
-"""Segments to ids: the one place where local codes become vocabulary ids and rows a `Batch`.
+"""Segments to ids: here alone local codes become vocabulary ids, and rows a `Batch`.
 
 The token stream of a document is, for each segment in order, ``begin, codes + first, end``. A null
-condition is the single id ``NULL``. Place t predicts stream[t + 1]; only the codes and the ``end``
+condition is the single id ``NULL``. Token t predicts stream[t + 1]; only the codes and the ``end``
 of a target segment cost loss. A masked code of a condition is the id ``MASK`` and predicts itself.
 The conditions that a document begins with are its prefix, which `mask: prefix` reads both ways.
 
@@ -24,16 +24,16 @@ from mm.vocabulary import MASK, NULL, Range, Vocabulary
 
 
 class DocumentTokens(NamedTuple):
-    """The stream of one document, L places long."""
+    """The stream of one document, L tokens long."""
 
     ids: np.ndarray  # (L,) int32
-    targets: np.ndarray  # (L,) int32: what each place predicts; -1 = nothing (the last place)
+    targets: np.ndarray  # (L,) int32: what each token predicts; -1 = nothing (the last one)
     weights: np.ndarray  # (L,) float32: weight of that prediction
     modality: np.ndarray  # (L,) int32: range index of the input token; 0 = control token
     prefix: np.ndarray  # (L,) int32: 1 = of the leading conditions, 0 = not
 
     def part(self, start: int, stop: int) -> DocumentTokens:
-        """Places ``start`` to ``stop`` alone; the last still predicts what comes after it."""
+        """Tokens ``start`` to ``stop`` alone; the last still predicts what comes after it."""
         return DocumentTokens(*(each[start:stop] for each in self))
 
     @property
@@ -43,11 +43,11 @@ class DocumentTokens(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Consecutive places of one document in one row."""
+    """Consecutive tokens of one document in one row."""
 
     tokens: DocumentTokens
     target_modality: np.ndarray  # (L,) int32
-    start: int = 0  # place in its document
+    start: int = 0  # position in its document
     slot: int = -1  # State slot that it reads and writes; -1 = neither
     fresh: bool = True  # it begins its document
 
@@ -71,8 +71,9 @@ def axes_of(vocabulary: Vocabulary) -> int:
 
 
 def grids_of(ids: np.ndarray, vocabulary: Vocabulary) -> list[Grid]:
-    """The grids of a token stream `(L,)`, which follow the ``begin`` of their modality; one that
-    breaks off is told by its length.
+    """The grids of a token stream (L,), each after the ``begin`` of its modality.
+
+    A grid that breaks off is told by its length.
     """
     found = []
     for r, spec in grid_modalities(vocabulary):
@@ -88,10 +89,7 @@ def grids_of(ids: np.ndarray, vocabulary: Vocabulary) -> list[Grid]:
 
 
 def document_length(segments: Sequence[Segment]) -> int:
-    """Places that the document takes.
-
-    Two more than its codes for each segment, one for a null condition.
-    """
+    """Tokens of a document: two more than the codes of each segment, one for a null condition."""
     return sum(1 if s.ids is None else len(s.ids) + 2 for s in segments)
 
 
@@ -164,8 +162,8 @@ def document_tokens(segments: Sequence[Segment], vocabulary: Vocabulary) -> Docu
     if n:
         targets[:-1], targets[-1] = goal[1:], -1
         weights[:-1], weights[-1] = weight[1:], 0.0
-    for places, share in hidden:
-        targets[places], weights[places], stream[places] = stream[places], share, MASK
+    for index, share in hidden:
+        targets[index], weights[index], stream[index] = stream[index], share, MASK
     return DocumentTokens(stream, targets, weights, modality, prefix)
 
 

@@ -10,14 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mm.data.modalities.decode import LIMITS, NATIVE, BadSample, Limits, decode
+from mm.data.modalities.base import BadSample, Modality, sort_key, table
 from mm.data.shards.members import member_modality, segment_words, split_ordinal
 from mm.errors import UserError, did_you_mean
 from mm.specs import Encoded, ModalityTokenizer
 from mm.vocabulary import Vocabulary, merged
 
-ORDER = ("text", "bytes", "image", "audio")
-READS = {"bytes": "text"}  # a token modality that is made from another raw one
 CACHE_BYTES = 512_000_000
 
 
@@ -48,7 +46,7 @@ def open_tokenizers(given: str | Path | Mapping[str, Any]) -> dict[str, Modality
                 f"{root}: no sub-folder holds a tokenizer; expected {root}/text, {root}/image, ..."
             )
     out = {}
-    for name in sorted(found, key=lambda m: (ORDER.index(m) if m in ORDER else len(ORDER), m)):
+    for name in sorted(found, key=sort_key):
         value = found[name]
         tokenizer = value if isinstance(value, ModalityTokenizer) else load_tokenizer(value)
         if tokenizer.spec.modality != name:
@@ -92,14 +90,20 @@ class Encoder:
     Remembers what it has encoded by the hash of the file's content.
     """
 
-    def __init__(self, tokenizers: Mapping[str, ModalityTokenizer], limits: Limits = LIMITS):
-        self.tokenizers, self.limits = dict(tokenizers), limits
-        self.reads = {m: m if m in NATIVE else READS.get(m, m) for m in tokenizers}
+    def __init__(
+        self,
+        tokenizers: Mapping[str, ModalityTokenizer],
+        modalities: Mapping[str, Modality] | None = None,
+    ):
+        known = table()
+        self.tokenizers = dict(tokenizers)
+        self.modalities = dict(modalities or known.modalities)
+        self.reads = {m: known.raw.get(m, m) for m in tokenizers}
         for modality, raw in self.reads.items():
-            if raw not in NATIVE:
+            if raw not in self.modalities:
                 raise UserError(
                     "tokenizers: no raw data can be read as "
-                    f"'{modality}'{did_you_mean(modality, [*NATIVE, *READS])}"
+                    f"'{modality}'{did_you_mean(modality, known.raw)}"
                 )
         self.left_out: set[str] = set()  # raw modalities that no tokenizer reads
         self._cache: OrderedDict[tuple[str, bytes], Encoded] = OrderedDict()
@@ -131,7 +135,7 @@ class Encoder:
                 wanted.setdefault(digest, []).append((n, ordinal + modality))
                 if digest not in values and (modality, digest) not in self._cache:
                     try:
-                        values[digest] = decode(raw, data, self.limits)
+                        values[digest] = self.modalities[raw].decode(data)
                     except BadSample as error:
                         bad[n] = f"{segment_words(member)}{error}"
                         wanted[digest].pop()

@@ -1,4 +1,4 @@
-"""State of one pack: writers by split, keys and contents seen, quarantine, and a journal.
+"""What a pack has written: shards by split, keys and contents seen, quarantine, and a journal.
 
 With the journal a pack that was killed goes on where it was.
 """
@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mm.data.modalities.decode import encode_tokens
+from mm.data.pack.config import PackConfig
 from mm.data.pack.encode import Encoder, Item, Result
 from mm.data.pack.pretokenized import TokenIds
 from mm.data.pack.worker import PreparedRecord
 from mm.data.pack.writer import PROGRESS, SAMPLES, SplitWriter, safe_key
 from mm.data.shards.members import sum_by_modality
 from mm.data.shards.reader import QUARANTINE
+from mm.data.shards.token_codec import encode_tokens
 from mm.data.sources.base import SAFE_SPLIT, SPLITS, Record
 from mm.data.sources.folder import metadata
 from mm.data.streams.shuffle import key_of
@@ -31,26 +32,20 @@ JOURNAL_SECONDS = 10.0  # work that a kill may cost
 DUPLICATES = "duplicates.jsonl"
 
 
-class Run:
-    """See above. Everything that is written is a function of the records in their order."""
+class PackOutput:
+    """The folder of a pack that is being made; a function of the records in their order alone.
 
-    def __init__(
-        self,
-        part: Path,
-        split: str | None,
-        val_share: float,
-        shard_mb: float,
-        max_bad: float,
-        identity: str = "",
-    ):
-        self.part, self.split, self.val_share, self.shard_mb, self.max_bad = (
-            part,
-            split,
-            val_share,
-            shard_mb,
-            max_bad,
-        )
-        self.identity = identity
+    Args:
+        part: the folder.
+        config: split, shares and sizes.
+        splits_itself: the source has applied ``val_share`` already.
+        identity: of what is packed; a journal of another one is not gone on with.
+    """
+
+    def __init__(self, part: Path, config: PackConfig, splits_itself: bool, identity: str):
+        self.part, self.identity = part, identity
+        self.split, self.shard_mb, self.max_bad = config.split, config.shard_mb, config.max_bad
+        self.val_share = 0.0 if splits_itself else config.val_share
         self.writers: dict[str, SplitWriter] = {}
         self.seen: dict[str, str] = {}  # key -> where
         self.contents: dict[bytes, str] = {}  # digest -> key

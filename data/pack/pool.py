@@ -23,7 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
-from mm.data.modalities.decode import BadSample
+from mm.data.modalities.base import BadSample
 from mm.data.pack.encode import Encoder
 from mm.data.pack.worker import Failure, PreparedBatch, Work, join_batches
 from mm.data.sources.base import InlineBytes, Record, Unreadable

@@ -1,6 +1,4 @@
-"""Token ids that another program made: checked against their tokenizer's range, and marked with its
-fingerprint.
-"""
+"""Token ids that another program made: checked, and marked with their tokenizer's fingerprint."""
 
 from __future__ import annotations
 

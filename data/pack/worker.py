@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mm.data.modalities.decode import BadSample, Limits, check
+from mm.data.modalities.base import BadSample, Modality
 from mm.data.pack.encode import Encoder, Item, Result
 from mm.data.pack.pretokenized import TokenIds
 from mm.data.shards.members import member_modality, segment_words, split_ordinal
@@ -50,7 +50,7 @@ class Failure(NamedTuple):
 class Work(NamedTuple):
     """What to do with records: the settings of a pack that a worker process needs."""
 
-    limits: Limits
+    modalities: Mapping[str, Modality]  # with the settings of this pack
     dedupe: str | None
     encoder: Encoder | TokenIds | None  # None: raw shards, whose values are decoded to check them
 
@@ -67,8 +67,10 @@ class Work(NamedTuple):
                 try:
                     raws[member] = read()
                     if self.encoder is None:
-                        kind, lengths[member] = check(modality, raws[member], self.limits)
-                        kinds[member] = ordinal + kind
+                        if not raws[member]:
+                            raise BadSample(f"{modality}: empty file")
+                        extension, lengths[member] = self.modalities[modality].check(raws[member])
+                        kinds[member] = ordinal + extension
                 except BadSample as error:
                     raise BadSample(f"{segment_words(member)}{error}") from error
         except BadSample as error:

@@ -1,6 +1,6 @@
-"""Index of tar shards: where every member of every sample stands, as flat numpy arrays.
+"""Index of tar shards: where every entry of every sample stands, as flat numpy arrays.
 
-N samples, E members.
+N samples, E entries.
 """
 
 from __future__ import annotations
@@ -16,14 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mm.data.modalities.decode import (
-    EXTENSIONS,
-    BadSample,
-    audio_header,
-    image_header,
-    tokens_header,
-)
+from mm.data.modalities.base import BadSample, get_modality, table
 from mm.data.shards.members import split_ordinal
+from mm.data.shards.token_codec import tokens_header
 from mm.errors import UserError
 
 SAFE_MODALITY = re.compile(r"[a-z][a-z0-9_]{0,31}")
@@ -38,9 +33,9 @@ class TarEntry(NamedTuple):
 
 
 class Index(NamedTuple):
-    """Members of all shards of one split, grouped by sample.
+    """Entries of all shards of one split, grouped by sample.
 
-    Sample i owns the members start[i] .. start[i + 1] - 1.
+    Sample i owns the entries start[i] .. start[i + 1] - 1.
     """
 
     kinds: np.ndarray  # (K,) str: what a member is: "txt", "jpg", "json", "image.npy", "side.json"
@@ -53,7 +48,7 @@ class Index(NamedTuple):
     key_start: np.ndarray  # (N + 1,) int64
     lengths: dict[
         str, np.ndarray
-    ]  # modality -> (N,) int64: tokens, else bytes, pixels or frames; -1 = absent
+    ]  # modality -> (N,) int64: tokens, else what the modality counts; -1 = absent
 
     def __len__(self) -> int:  # type: ignore[override]
         return len(self.start) - 1
@@ -153,7 +148,7 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, kind.lower()
 
 
-def modality_of(kind: str) -> str | None:
+def modality_of_kind(kind: str) -> str | None:
     """Modality of a member, None for metadata.
 
     Raises ValueError on a kind that no shard may hold.
@@ -161,11 +156,12 @@ def modality_of(kind: str) -> str | None:
     if kind in ("json", "side.json"):
         return None
     kind = split_ordinal(kind)[1]
-    if kind in EXTENSIONS:
-        return EXTENSIONS[kind]
-    modality, _, suffix = kind.rpartition(".")
-    if suffix == "npy" and SAFE_MODALITY.fullmatch(modality):
-        return modality
+    found = table().extensions.get(kind)
+    if found is not None:
+        return found
+    stem, _, suffix = kind.rpartition(".")
+    if suffix == "npy" and SAFE_MODALITY.fullmatch(stem):
+        return stem
     raise ValueError(kind)
 
 
@@ -194,7 +190,7 @@ def build(paths: Sequence[Path], known: Mapping[str, Mapping[str, int]] | None =
             for m in tar_entries(path):
                 key, what = split_name(m.name)
                 try:
-                    modality = modality_of(what)
+                    own = modality_of_kind(what)
                 except ValueError as error:
                     raise UserError(
                         f"{path}: member '{m.name}': '.{what}' files are not allowed in a shard"
@@ -214,19 +210,17 @@ def build(paths: Sequence[Path], known: Mapping[str, Mapping[str, int]] | None =
                 shard.append(number)
                 offset.append(m.offset)
                 size.append(m.size)
-                if modality is None:
+                if own is None:
                     continue
-                values = lengths.setdefault(modality, {})
-                length = (known or {}).get(key, {}).get(modality)
+                values = lengths.setdefault(own, {})
+                length = (known or {}).get(key, {}).get(own)
                 if length is None or what.endswith(".npy"):
                     file.seek(m.offset)
                     try:
-                        length = _length(
-                            what,
-                            modality,
-                            file.read(256 if what.endswith(".npy") else m.size),
-                            m.size,
-                        )
+                        if what.endswith(".npy"):
+                            length = n_codes(file.read(128), m.size)
+                        else:
+                            length = get_modality(own).length(file.read(m.size))
                     except BadSample as error:
                         raise UserError(f"{path}: member '{m.name}': {error}") from error
                     if split_ordinal(what)[0]:  # of an interleaved sample: the sum of its segments
@@ -234,9 +228,9 @@ def build(paths: Sequence[Path], known: Mapping[str, Mapping[str, int]] | None =
                 values[len(keys) - 1] = length
     n = len(keys)
     columns = {}
-    for modality, values in lengths.items():
-        columns[modality] = np.full(n, -1, np.int64)
-        columns[modality][list(values)] = list(values.values())
+    for name, values in lengths.items():
+        columns[name] = np.full(n, -1, np.int64)
+        columns[name][list(values)] = list(values.values())
     return Index(
         np.array(list(kinds), dtype=np.str_),
         np.array(start, np.int64),
@@ -248,15 +242,6 @@ def build(paths: Sequence[Path], known: Mapping[str, Mapping[str, int]] | None =
         np.cumsum([0, *map(len, keys)]).astype(np.int64),
         columns,
     )
-
-
-def _length(kind: str, modality: str, data: bytes, size: int) -> int:
-    if kind.endswith(".npy"):
-        return n_codes(data[:128], size)
-    if modality == "image":
-        _, height, width = image_header(data)
-        return height * width
-    return audio_header(data)[1] if modality == "audio" else size
 
 
 def sha256(path: Path) -> str:

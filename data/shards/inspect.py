@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from mm.data.modalities.base import get_modality, modality_of_value
 from mm.data.pack.encode import open_tokenizers
 from mm.data.shards.members import member_modality, members_of
 from mm.data.shards.reader import VOCABULARY, ShardSet, read_manifest
-from mm.specs import Encoded, Waveform
+from mm.specs import Encoded
 from mm.vocabulary import Vocabulary
-
-PREVIEW = 200  # characters of text
 
 
 def inspect(
@@ -44,7 +43,6 @@ def inspect(
     root = Path(root)
     manifest = read_manifest(root)
     tokenized = manifest["kind"] == "tokens"
-    units = {"text": "bytes", "image": "pixels", "audio": "frames"}
     splits = {}
     for name, entry in manifest["splits"].items():
         splits[name] = {
@@ -55,7 +53,7 @@ def inspect(
                 m: s
                 | {
                     "mean": s["total"] / s["count"] if s["count"] else math.nan,
-                    "unit": "tokens" if tokenized else units[m],
+                    "unit": "tokens" if tokenized else get_modality(m).unit,
                 }
                 for m, s in entry["lengths"].items()
             },
@@ -100,7 +98,7 @@ def inspect(
         example: dict[str, Any] = {"key": shards.key(i), "metadata": shards.meta(i)}
         member = members_of(shards.members(i), modality)[0]
         if shards.interleaved:
-            example["segments"] = layout(shards, i)
+            example["segments"] = segment_sizes(shards, i)
         if tokenized:
             code = shards.encoded(i)[member]
             example["tokens"] = code.ids[:16].tolist()
@@ -112,60 +110,22 @@ def inspect(
             value = opened[modality].decode([Encoded(np.array(code.ids), side=code.side)])[0]
         else:
             value = shards.value(i, member)
-        example["what"] = describe(value)
+        own = modality_of_value(value)
+        example["what"] = own.describe(value)
         if out is not None:
-            example["file"] = str(save_raw(value, Path(out) / f"{modality}-{name}-{i:06d}"))
+            file = Path(out) / f"{modality}-{name}-{i:06d}.{own.extensions[0]}"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            own.save(value, file)
+            example["file"] = str(file)
         result["examples"][modality] = example
     shards.close()
     return result
 
 
-def layout(shards: ShardSet, i: int) -> str:
+def segment_sizes(shards: ShardSet, i: int) -> str:
     """What an interleaved sample is made of: ``text 12, image 64, text 3``; tokens, else bytes."""
     if shards.tokenized:
         sizes = {member: len(ids) for member, ids in shards.tokens(i).items()}
     else:
         sizes = {member: int(shards.index.size[e]) for member, e in shards.members(i).items()}
     return ", ".join(f"{member_modality(member)} {n}" for member, n in sizes.items())
-
-
-def describe(value: Any) -> str:
-    """One line about a raw value."""
-    if isinstance(value, str):
-        short = value[:PREVIEW].replace("\n", "\\n")
-        return f"{len(value)} characters: {short}{'…' if len(value) > PREVIEW else ''}"
-    if isinstance(value, (bytes, bytearray)):
-        return f"{len(value)} bytes: {bytes(value[:PREVIEW])!r}"
-    if isinstance(value, Waveform):
-        samples = np.asarray(value.samples)
-        peak = float(np.abs(samples).max(initial=0.0))
-        return (
-            f"{len(samples) / value.sample_rate:.3f} s at {value.sample_rate} Hz, peak {peak:.3f}"
-        )
-    image = np.asarray(value)
-    return f"{image.shape[1]}x{image.shape[0]} pixels, mean {image.mean():.0f}"
-
-
-def save_raw(value: Any, stem: Path) -> Path:
-    """Write a raw value as ``stem``.txt, .bin, .png or .wav."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    name = lambda suffix: stem.with_name(stem.name + suffix)  # noqa: E731  with_suffix would cut at a dot
-    if isinstance(value, str):
-        path = name(".txt")
-        path.write_text(value, encoding="utf-8")
-    elif isinstance(value, (bytes, bytearray)):
-        path = name(".bin")
-        path.write_bytes(value)
-    elif isinstance(value, Waveform):
-        import soundfile
-
-        path = name(".wav")
-        soundfile.write(
-            path, np.asarray(value.samples, np.float32), value.sample_rate, subtype="PCM_16"
-        )
-    else:
-        from PIL import Image
-
-        path = name(".png")
-        Image.fromarray(np.asarray(value, np.uint8)).save(path)
-    return path

@@ -1,4 +1,7 @@
-"""ShardSet: one split of packed shards, with O(1) access to any sample. N samples."""
+"""ShardSet: one split of packed shards, with O(1) access to any sample.
+
+N samples.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mm.data.modalities import decode
-from mm.data.modalities.decode import BadSample
+from mm.data.modalities.base import BadSample, get_modality, table
 from mm.data.shards import index
 from mm.data.shards.index import Index
 from mm.data.shards.members import member_modality, members_of, segment_words, split_ordinal
@@ -29,7 +31,6 @@ MANIFEST, VOCABULARY, INDEX, QUARANTINE = (
     "index.npz",
     "quarantine.jsonl",
 )
-RANK = {"text": 0, "image": 1, "audio": 2}  # order of the values of a raw sample
 log = logging.getLogger(__name__)
 
 
@@ -114,13 +115,14 @@ class ShardSet:
                 )
         self._kinds = [str(kind) for kind in self.index.kinds]
         self._members = {  # kind -> member
-            kind: split_ordinal(kind)[0] + str(index.modality_of(kind))
+            kind: split_ordinal(kind)[0] + str(index.modality_of_kind(kind))
             for kind in self._kinds
-            if index.modality_of(kind) is not None and kind.endswith(".npy") == self.tokenized
+            if index.modality_of_kind(kind) is not None and kind.endswith(".npy") == self.tokenized
         }
         # True where a sample may have several segments of one modality
         self.interleaved = any(split_ordinal(member)[0] for member in self._members.values())
-        self._order = {s.modality: n for n, s in enumerate(self.specs)} or RANK
+        names = [spec.modality for spec in self.specs] or table().modalities
+        self._order = {name: n for n, name in enumerate(names)}  # of the values of a sample
 
     @classmethod
     def open(cls, root: str | Path, split: str = "train", cache_mb: float = 512) -> ShardSet:
@@ -161,7 +163,7 @@ class ShardSet:
     def lengths(self, modality: str) -> np.ndarray:
         """Length of that modality in each sample: (N,) int64; -1 = absent.
 
-        Tokens in token shards, else bytes, pixels or frames.
+        Tokens in token shards, else what the modality counts: bytes, pixels, frames, ...
         """
         found = self.index.lengths.get(modality)
         return np.full(len(self), -1, np.int64) if found is None else found
@@ -171,7 +173,7 @@ class ShardSet:
         return np.flatnonzero(self.lengths(modality) >= 0)
 
     def __getitem__(self, i: int) -> Sample:
-        """Decode sample i: text str, image uint8 (H, W, 3), audio `Waveform`.
+        """Decode sample i: str, uint8 (H, W, 3), `Waveform`, or what another modality decodes to.
 
         Raises UserError naming shard and key.
         """
@@ -189,15 +191,16 @@ class ShardSet:
         return {ordinal + modality: e for ordinal, _, modality, e in sorted(found)}
 
     def value(self, i: int, member: str) -> Any:
-        """Decode one value of sample i. Raises UserError naming shard and key; KeyError when it has
-        no such member.
+        """Decode one value of sample i.
+
+        Raises UserError naming shard and key; KeyError when it has no such member.
         """
         i = self._number(i)
         return self._decoded(i, member, self.members(i)[member])
 
     def _decoded(self, i: int, member: str, e: int) -> Any:
         try:
-            return decode.decode(member_modality(member), bytes(self._bytes(e)))
+            return get_modality(member_modality(member)).decode(bytes(self._bytes(e)))
         except BadSample as error:
             raise UserError(
                 f"{self._where(i)}: {segment_words(member)}{error}; run: mm data verify {self.root}"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mm.config import Config
-from mm.data.modalities.decode import NATIVE, BadSample
+from mm.data.modalities.base import BadSample, either, get_modality, table
 from mm.data.shards.members import MAX_SEGMENTS, member_name
 from mm.errors import UserError, did_you_mean
 
@@ -107,7 +107,7 @@ class TableSource(Source):
     def __init__(self, config: TableConfig):
         self.path, self.root = config.path, config.root or config.path.parent
         self.columns, self.tokenized = dict(config.columns), config.tokenized
-        self.known = frozenset(config.tokenized) or NATIVE
+        self.known = frozenset(config.tokenized or table().modalities)
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -148,7 +148,7 @@ class TableSource(Source):
         return dict(found)
 
     def _usual(self) -> str:
-        return ", ".join((*self.tokenized, *IDS)) if self.tokenized else "text, image or audio"
+        return ", ".join((*self.tokenized, *IDS)) if self.tokenized else either()
 
     def __iter__(self) -> Iterator[Record]:
         mapping = self.mapping()
@@ -179,13 +179,9 @@ class TableSource(Source):
             except BadSample:
                 continue  # it has no files that are read
             for _, modality, value in found:
-                path = (
-                    value.get("path")
-                    if isinstance(value, dict)
-                    else value
-                    if modality != "text"
-                    else None
-                )
+                path = value.get("path") if isinstance(value, dict) else value
+                if not isinstance(value, dict) and self._inline(modality):
+                    continue
                 if isinstance(path, str) and (self.root / path).is_file():
                     stat = (self.root / path).stat()
                     digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
@@ -201,28 +197,32 @@ class TableSource(Source):
             (m, m, row[c]) for m, c in mapping.items() if row.get(c) is not None and row[c] != ""
         ]
 
-    def _reader(self, modality: str, value: Any) -> Callable[[], bytes]:
+    def _inline(self, kind: str) -> bool:
+        """True where a value is no path: text, and token ids."""
+        return bool(self.tokenized) or get_modality(kind).is_text
+
+    def _reader(self, kind: str, value: Any) -> Callable[[], bytes]:
         if self.tokenized:
-            return token_reader(modality, value)
+            return token_reader(kind, value)
         if isinstance(value, dict):
             if value.get("bytes") is not None:
                 value = value["bytes"]
             elif isinstance(value.get("path"), str):
                 return partial(read_inside, self.root, value["path"])
             else:
-                return Unreadable(f"{modality}: neither 'path' nor 'bytes' in {sorted(value)}")
+                return Unreadable(f"{kind}: neither 'path' nor 'bytes' in {sorted(value)}")
         if isinstance(value, (bytes, bytearray)):
             return InlineBytes(bytes(value))
+        inline = self._inline(kind)
         if not isinstance(value, str):
             return Unreadable(
-                f"{modality}: expected {'text' if modality == 'text' else 'a path'}, found "
-                f"{type(value).__name__}"
+                f"{kind}: expected {'text' if inline else 'a path'}, found {type(value).__name__}"
             )
-        if modality == "text":
+        if inline:
             try:
                 return InlineBytes(value.encode())
             except UnicodeEncodeError:
-                return Unreadable("text: lone surrogates are no valid Unicode")
+                return Unreadable(f"{kind}: lone surrogates are no valid Unicode")
         return partial(read_inside, self.root, value)
 
 
@@ -238,7 +238,7 @@ def token_reader(modality: str, value: Any) -> Callable[[], bytes]:
     return InlineBytes(ids.astype("<i4").tobytes())
 
 
-def parse_segments(given: Any, known: Collection[str] = NATIVE) -> list[tuple[str, str, Any]]:
+def parse_segments(given: Any, known: Collection[str]) -> list[tuple[str, str, Any]]:
     """(member, modality, value) of each segment of a list of ``{modality: value}``.
 
     Keys without a value (as tables fill them in) do not count. Raises BadSample naming the segment.
@@ -282,8 +282,9 @@ def read_inside(root: Path, relative: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class InlineBytes:
-    """A reader of bytes that are here already. A reader that can be pickled is called in a worker
-    process, another one in the main process.
+    """A reader of bytes that are here already.
+
+    A reader that can be pickled is called in a worker process, another one in the main process.
     """
 
     data: bytes

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mm.config import validate
-from mm.data.modalities.decode import EXTENSIONS
+from mm.data.modalities.base import table
 from mm.data.shards.reader import MANIFEST
 from mm.data.sources.base import Source
 from mm.data.sources.hf import is_saved_dataset
@@ -81,4 +81,4 @@ def _only_tars(folder: Path) -> bool:
         for p in folder.rglob("*")
         if p.is_file() and not p.name.startswith(".")
     }
-    return "tar" in suffixes and not suffixes & set(EXTENSIONS)
+    return "tar" in suffixes and not suffixes & set(table().extensions)

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import field_validator, model_validator
 
-from mm.data.modalities.decode import EXTENSIONS, BadSample, decode_json
+from mm.data.modalities.base import BadSample, either, one_line, table
 from mm.data.shards import index
 from mm.data.shards.members import split_ordinal
 from mm.data.sources.base import (
@@ -113,9 +113,10 @@ class FolderSource(Source):
         if self._groups is None:
             found: dict[str, dict[str, list[File]]] = {}
             ignored: Counter[str] = Counter()
+            known = {*table().extensions, *PICKLES, "json", "link"}
             for file in sorted(self._files(), key=lambda f: f.path):
                 stem, extension = _split(file.path)
-                if extension in EXTENSIONS or extension in PICKLES or extension in ("json", "link"):
+                if extension in known:
                     numbered = self.config.segments and re.fullmatch(r"(.+)\.(\d{3})", stem)
                     if numbered and extension != "json":
                         stem, extension = numbered[1], f"{numbered[2]}.{extension}"
@@ -130,7 +131,7 @@ class FolderSource(Source):
                     if ignored
                     else " (it is empty)"
                 )
-                raise UserError(f"{self.config.path}: no text, image or audio file{seen}")
+                raise UserError(f"{self.config.path}: no {either()} file{seen}")
         return self._groups
 
     def fingerprint(self) -> str:
@@ -188,9 +189,8 @@ class FolderSource(Source):
         """The modalities that most samples have, if samples of fewer are to be rejected."""
         if self.config.incomplete == "keep":
             return frozenset()
-        kinds = Counter(
-            frozenset(EXTENSIONS[e] for e in g if e in EXTENSIONS) for g in groups.values()
-        )
+        of = table().extensions
+        kinds = Counter(frozenset(of[e] for e in g if e in of) for g in groups.values())
         return kinds.most_common(1)[0][0]
 
     def _record(self, stem: str, group: dict[str, list[File]], usual: frozenset[str]) -> Record:
@@ -204,6 +204,7 @@ class FolderSource(Source):
         def bad(reason: str) -> Record:
             return Record(stem, where, {}, split, meta, reason)
 
+        extensions = table().extensions
         for name, files in group.items():
             ordinal, extension = split_ordinal(name)
             if extension in PICKLES:
@@ -212,11 +213,11 @@ class FolderSource(Source):
                 return bad("a link that leads out of the folder: refused")
             if extension == "json":
                 try:
-                    meta |= decode_json(files[0].read())
+                    meta |= read_metadata(files[0].read())
                 except BadSample as error:
                     return bad(str(error))
                 continue
-            modality = EXTENSIONS[extension]
+            modality = extensions[extension]
             if ordinal and any(split_ordinal(member)[0] == ordinal for member in values):
                 return bad(f"two files of segment {int(ordinal[:3])}")
             if modality in values or len(files) > 1:
@@ -276,3 +277,14 @@ def _read_entry(tar: Path, offset: int, size: int) -> bytes:
 def metadata(values: dict[str, Any]) -> bytes:
     """JSON of a sample's metadata, in a fixed order."""
     return json.dumps(values, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogateescape")
+
+
+def read_metadata(data: bytes) -> dict[str, Any]:
+    """Decode a metadata member. Raises BadSample."""
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise BadSample(f"json: {one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise BadSample("json: the metadata member must be an object")
+    return value

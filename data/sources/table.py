@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from mm.data.modalities.decode import LIMITS
+from mm.data.modalities.text import TextModality
 from mm.data.sources.base import TableConfig, TableSource
 from mm.errors import UserError
 from mm.registry import SOURCES
@@ -26,7 +26,7 @@ class CsvSource(TableSource):
     """See `CsvConfig`. Every value is a string: text or a relative path."""
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any] | str]]:
-        csv.field_size_limit(max(csv.field_size_limit(), 2 * LIMITS.max_text_bytes))
+        csv.field_size_limit(max(csv.field_size_limit(), 2 * TextModality().max_text_bytes))
         # Undecodable bytes must not end the pack: they come through as surrogates, and reading that
         # value fails.
         with open(self.path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:

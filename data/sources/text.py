@@ -75,8 +75,9 @@ class TextSource(Source):
 def split_documents(blocks: Iterator[bytes], limit: int) -> Iterator[bytes]:
     """Cut a stream of bytes into pieces of at most ``limit``; joined they are the input.
 
-    A cut comes after a blank line, else a line, else a blank, else anywhere
-    between two UTF-8 characters. The pieces joined are the input."""
+    A cut comes after a blank line, else a line, else a blank, else anywhere between two UTF-8
+    characters.
+    """
     rest, ended = b"", False
     while rest or not ended:
         while len(rest) <= limit and not ended:

@@ -9,15 +9,10 @@ import queue
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, NamedTuple
-
-from pydantic import Field
+from typing import Any, NamedTuple
 
 from mm.batch import Batch
-from mm.config import Config
 from mm.errors import UserError
-from mm.registry import TransformField
-from mm.vocabulary import Vocabulary
 
 
 class Step(NamedTuple):
@@ -175,48 +170,3 @@ def rank_rows(batch_size: int, micro: int | None, rank: int, world: int) -> list
         )
     first = rank * mine
     return [range(first + i, first + i + size) for i in range(0, mine, size)]
-
-
-class TokenStreamConfig(Config):
-    """Base of the configs of streams of token documents."""
-
-    # True where the rows of a step go on with documents of the step before
-    continues_documents: ClassVar[bool] = False
-
-    batch_size: Annotated[
-        int, Field(gt=0, description="rows of one optimizer step over all processes")
-    ] = 8
-    micro_batch_size: Annotated[
-        int, Field(gt=0, description="rows of one process at a time, of batch_size's; default all")
-    ] | None = None  # fmt: skip
-    transform: Annotated[
-        tuple[TransformField, ...],
-        Field(description="before the objective's own"),
-    ] = ()
-    prefetch: Annotated[int, Field(ge=0, description="steps made ahead")] = 2
-
-    @property
-    @abstractmethod
-    def stream(self) -> type[Any]:
-        """Class of the stream, made with this config and the arguments of `build`."""
-
-    def build(
-        self,
-        *,
-        vocabulary: Vocabulary | None = None,
-        transform: Any = None,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> Any:
-        """Open the shards.
-
-        Args:
-            vocabulary: the model's; default that of the first source.
-            transform: the objective's: config, dict, kind, Transform, or a sequence of these.
-            seed: of the order.
-            rank: this process of ``world``.
-        Raises:
-            UserError: shards are missing or of another vocabulary, or sizes do not divide.
-        """
-        return self.stream(self, vocabulary, transform, seed, rank, world)

@@ -22,9 +22,9 @@ from pydantic import Field, field_validator
 
 from mm.data.batching.collate import document_length, to_batch
 from mm.data.streams.base import Step
-from mm.data.streams.packed import PackedSource
+from mm.data.streams.documents import TokenSource
 from mm.data.streams.shuffle import key_of, permute
-from mm.data.streams.single_source import DocumentsConfig, DocumentStream
+from mm.data.streams.single_source import SingleSourceConfig, SingleSourceStream
 from mm.data.streams.stats import accumulate, summarize
 from mm.errors import UserError, did_you_mean
 from mm.registry import STREAMS
@@ -34,7 +34,7 @@ TOTAL = "total"  # the axis of whole documents
 
 
 @STREAMS.register("bucketed")
-class BucketedConfig(DocumentsConfig):
+class BucketedConfig(SingleSourceConfig):
     """Token-budget batches of one document a row, from buckets of two lengths."""
 
     kind: Literal["bucketed"] = "bucketed"
@@ -65,7 +65,7 @@ class BucketedConfig(DocumentsConfig):
     def smallest(cls) -> BucketedConfig:
         from pathlib import Path
 
-        return cls(source=PackedSource(path=Path("tokens")), buckets=4, batch_size=4)
+        return cls(source=TokenSource(path=Path("tokens")), buckets=4, batch_size=4)
 
     @property
     def stream(self) -> type[BucketedStream]:
@@ -169,7 +169,7 @@ class PlannedStep(NamedTuple):
     fillers: int
 
 
-class BucketedStream(DocumentStream[BucketedConfig]):
+class BucketedStream(SingleSourceStream[BucketedConfig]):
     """See `BucketedConfig`.
 
     ``stats`` of the last step: padding_share, rows, length, tokens by modality, filtered,
@@ -205,7 +205,7 @@ class BucketedStream(DocumentStream[BucketedConfig]):
                 "data.batch_size or data.max_length"
             )
         self._plans: dict[int, list[PlannedStep]] = {}
-        return {
+        return self.source_plan() | {
             "tokens": self.budget,
             "axes": list(config.axes),
             "buckets": config.buckets,
@@ -240,10 +240,10 @@ class BucketedStream(DocumentStream[BucketedConfig]):
         filtered = 0
         real = len(step.samples) - step.fillers
         for n, i in enumerate(step.samples):
-            segments = self.segments(int(i))
+            segments = self.segments(0, int(i))
             made: list[Segment] | None = None
             if n < real:
-                made = self.apply_transforms(segments, "bucketed", epoch, int(i))
+                made = self.apply_transforms(0, segments, "bucketed", epoch, int(i))
                 filtered += not made
             if not made:  # its row stays, which keeps the shape, and costs no loss
                 made = [s._replace(weight=0.0) for s in segments]

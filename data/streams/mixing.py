@@ -1,8 +1,9 @@
-"""How many samples each source gives: by weights in samples or tokens, or by token shares of
-modalities, constant or scheduled.
+"""How many samples each source gives.
 
-Everything is a pure function of the block number, so a stream seeks in O(1). S sources, K knots, M
-modalities.
+By weights in samples or tokens, or by token shares of modalities, constant or scheduled. Everything
+is a pure function of the block number, so a stream seeks in O(1).
+
+S sources, K knots, M modalities.
 """
 
 from __future__ import annotations

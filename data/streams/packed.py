@@ -1,11 +1,11 @@
 """Packed rows of token documents.
 
-The order is a pure function of (seed, sample number), each block of (seed, block).
+The order is a pure function of (seed, sample number), each block of (seed, block). A block takes
+samples of every source (by weight, see `mm.data.streams.mixing`), in the order of that source's own
+counter-based permutation, transforms each with a generator of its own, and packs the documents
+first-fit into rows. Every rank plans all rows and makes batches of its own ones.
 
-A block takes samples of every source (by weight, see `mm.data.streams.mixing`), in the order of
-that source's own counter-based permutation, transforms each with a generator of its own, and packs
-the documents first-fit into rows. Every rank plans all rows and makes batches of its own ones. N
-samples, B rows of one micro-batch.
+N samples, B rows of one micro-batch.
 """
 
 from __future__ import annotations
@@ -18,47 +18,19 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from mm.config import Config
 from mm.data.batching.collate import document_length, to_batch
-from mm.data.shards.members import member_modality
-from mm.data.shards.reader import ShardSet
-from mm.data.shards.remote import Location, is_url
+from mm.data.shards.remote import is_url
 from mm.data.streams import mixing
-from mm.data.streams.base import Step, Stream, TokenStreamConfig, rank_rows
-from mm.data.streams.shuffle import generator, key_of, permute
+from mm.data.streams.base import Step
+from mm.data.streams.documents import DocumentStream, TokenSource, TokenStreamConfig, Weight
+from mm.data.streams.shuffle import key_of, permute
 from mm.data.streams.stats import accumulate, summarize
 from mm.data.transforms.chunk import window
-from mm.data.transforms.compose import Chain, chain
 from mm.errors import UserError
-from mm.registry import STREAMS, TransformField
+from mm.registry import STREAMS
 from mm.specs import Segment
-from mm.vocabulary import Vocabulary
 
-Positive = Annotated[float, Field(gt=0)]
-Weight = Positive | dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)]]
 PROBE = 256  # samples of a source that tell its mean tokens after the transforms
-
-
-class PackedSource(Config):
-    """One folder of token shards, or its URL."""
-
-    path: Location
-    split: str = "train"
-    # Relative to the other sources; {samples drawn: weight} is linear between its points:
-    weight: Weight = 1.0
-    # Instead of the stage's own:
-    transform: tuple[TransformField, ...] | None = None
-
-    def build(self) -> ShardSet:
-        shards = ShardSet.open(self.path, self.split)
-        if not shards.tokenized:
-            raise UserError(
-                f"{self.path}: raw shards, not tokens; make them with: mm data pack {self.path} "
-                "--out DIR --tokenizers DIR"
-            )
-        if not len(shards):
-            raise UserError(f"{self.path}: split '{self.split}' is empty")
-        return shards
 
 
 @STREAMS.register("packed")
@@ -66,7 +38,7 @@ class PackedConfig(TokenStreamConfig):
     """Rows of ``seq_len`` tokens filled with whole documents."""
 
     kind: Literal["packed"] = "packed"
-    sources: tuple[PackedSource, ...] = Field(min_length=1)
+    sources: tuple[TokenSource, ...] = Field(min_length=1)
     seq_len: Annotated[int, Field(gt=3)] = 256
     max_documents: Annotated[
         int, Field(gt=0, description="documents of one row; shapes depend on it")
@@ -85,12 +57,16 @@ class PackedConfig(TokenStreamConfig):
     @classmethod
     def smallest(cls) -> PackedConfig:
         return cls(
-            sources=(PackedSource(path=Path("tokens")),),
+            sources=(TokenSource(path=Path("tokens")),),
             seq_len=32,
             batch_size=4,
             max_documents=8,
             block_samples=16,
         )
+
+    @property
+    def token_sources(self) -> tuple[TokenSource, ...]:
+        return self.sources
 
     @property
     def stream(self) -> type[PackedStream]:
@@ -122,7 +98,7 @@ class Block(NamedTuple):
     too_long: int
 
 
-class PackedStream(Stream):
+class PackedStream(DocumentStream[PackedConfig]):
     """See `PackedConfig`.
 
     ``stats`` of the last step: padding_share, documents, tokens by modality, filtered, too_long;
@@ -130,37 +106,11 @@ class PackedStream(Stream):
     here).
     """
 
-    def __init__(
-        self,
-        config: PackedConfig,
-        vocabulary: Vocabulary | None,
-        transform: Any,
-        seed: int,
-        rank: int,
-        world: int,
-    ):
-        self.config, self.seed = config, seed
-        self.own_rows = rank_rows(config.batch_size, config.micro_batch_size, rank, world)
-        self.sources = [source.build() for source in config.sources]
-        first = self.sources[0].vocabulary
-        assert first is not None
-        self.vocabulary = vocabulary or first
-        for source, shards in zip(config.sources, self.sources, strict=True):
-            self.vocabulary.require(shards.specs, str(source.path))
-        common = chain(config.transform)
-        self.transforms: list[Chain] = [
-            Chain(
-                (
-                    *(common if s.transform is None else chain(s.transform)).parts,
-                    *chain(transform).parts,
-                )
-            )
-            for s in config.sources
-        ]
-        weights = [s.weight for s in config.sources]
+    def prepare(self) -> dict[str, Any]:
+        config = self.config
         probe = config.weights == "tokens" or bool(config.modality_tokens)
         self.mix = mixing.plan(
-            weights,
+            [s.weight for s in config.sources],
             config.block_samples,
             config.weights,
             config.modality_tokens,
@@ -168,10 +118,8 @@ class PackedStream(Stream):
         )
         self._blocks: OrderedDict[int, Block] = OrderedDict()
         self._order: dict[tuple[int, int], np.ndarray] = {}
-        plan = {
-            "seed": seed,
+        plan: dict[str, Any] = {
             "seq_len": config.seq_len,
-            "batch_size": config.batch_size,
             "cut": config.cut,
             "max_documents": config.max_documents,
             "block_samples": config.block_samples,
@@ -179,23 +127,14 @@ class PackedStream(Stream):
                 [shards.split, len(shards), n, shards.fingerprint]
                 for shards, n in zip(self.sources, self.counts, strict=True)
             ],
-            "transforms": [
-                key_of(
-                    config.transform,
-                    s.transform,
-                    transform if isinstance(transform, (Config, dict, str)) else None,
-                )
-                % 2**32
-                for s in config.sources
-            ],
+            "transforms": self.transform_keys,
         }
         if self.mix.counts is None:
             plan["mix"] = key_of(self.mix.at.tolist(), self.mix.shares.tolist()) % 2**32
-        if any(map(self._windowed, range(len(self.sources)))):
-            plan["window"] = [
-                config.window_samples * self._windowed(s) for s in range(len(self.sources))
-            ]
-        super().__init__(plan, config.prefetch)
+        windows = [config.window_samples * self._windowed(s) for s in range(len(self.sources))]
+        if any(windows):
+            plan["window"] = windows
+        return plan
 
     def start(self) -> dict[str, int]:
         return {"step": 0, "block": 0, "row": 0}
@@ -315,12 +254,7 @@ class PackedStream(Stream):
 
     def _segments(self, source: int, epoch: int, i: int) -> list[Segment] | None:
         """Sample ``i`` after the transforms; None where they filter it out."""
-        found = self.sources[source].tokens(i)
-        segments = [Segment(member_modality(member), ids) for member, ids in found.items()]
-        transform = self.transforms[source]
-        if not transform.parts:
-            return segments
-        return transform(segments, generator(self.seed, source, epoch, i))
+        return self.apply_transforms(source, self.segments(source, i), source, epoch, i)
 
     def _mean_tokens(self, source: int) -> dict[str, float]:
         """Mean tokens of one sample by modality, as they will stand in a row.

@@ -1,4 +1,4 @@
-"""Raw items of one modality, for tokenizer training. Same order law as the packed stream.
+"""Raw items of one modality, for tokenizer training, in an order as that of the packed stream.
 
 G items of one micro-batch, C channels, H x W pixels, N samples of audio.
 """
@@ -6,39 +6,23 @@ G items of one micro-batch, C channels, H x W pixels, N samples of audio.
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
-from pydantic import Field
-from torch import Tensor
+from pydantic import Field, model_validator
 
 from mm.batch import Batch, Values
 from mm.config import Config
-from mm.data.modalities.decode import resample
+from mm.data.modalities.base import Modality, get_modality, modalities
+from mm.data.modalities.image import Augment
 from mm.data.shards.reader import ShardSet
 from mm.data.streams.base import Step, Stream, rank_rows
-from mm.data.streams.shuffle import key_of, permute, uniform
+from mm.data.streams.shuffle import key_of, permute
 from mm.errors import UserError
 from mm.registry import STREAMS
-from mm.specs import Waveform
 from mm.vocabulary import Vocabulary
-
-
-class Augment(Config):
-    """Random affine change of images: ranges are symmetric around "unchanged"."""
-
-    shift: Annotated[float, Field(ge=0, le=0.5, description="of the side")] = 0.0
-    rotate_deg: Annotated[float, Field(ge=0, le=180)] = 0.0
-    scale: Annotated[float, Field(ge=0, lt=1, description="relative")] = 0.0
-    flip: Annotated[float, Field(ge=0, le=1, description="probability of a mirror image")] = 0.0
-
-    @property
-    def active(self) -> bool:
-        return bool(self.shift or self.rotate_deg or self.scale or self.flip)
 
 
 @STREAMS.register("items")
@@ -51,7 +35,10 @@ class ItemsConfig(Config):
     kind: Literal["items"] = "items"
     path: Path
     split: str = "train"
-    modality: Literal["image", "audio"] = "image"
+    modality: Annotated[str, Field(json_schema_extra=lambda s: s.update(enum=_with_items()))] = (
+        "image"
+    )
+    options: dict[str, Any] = {}  # settings of the modality, such as image's max_pixels
     batch_size: Annotated[
         int, Field(gt=0, description="items of one optimizer step over all processes")
     ] = 32
@@ -81,6 +68,21 @@ class ItemsConfig(Config):
     ] = 2048
     prefetch: Annotated[int, Field(ge=0)] = 2
 
+    @model_validator(mode="after")
+    def _can_be_batched(self) -> ItemsConfig:
+        try:
+            self.reader()
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def reader(self) -> Modality:
+        """The modality with the settings of this stream. Raises UserError on an unknown one."""
+        found = get_modality(self.modality, self.options)
+        if not found.has_items:
+            raise UserError(f"no items of '{self.modality}'; there are: {', '.join(_with_items())}")
+        return found
+
     @classmethod
     def smallest(cls) -> ItemsConfig:
         return cls(path=Path("shards"), batch_size=4, size=8)
@@ -100,6 +102,10 @@ class ItemsConfig(Config):
             UserError: no such shards, the modality is missing, or sizes do not divide.
         """
         return ItemsStream(self, seed, rank, world)
+
+
+def _with_items() -> list[Any]:
+    return [m.kind for m in modalities() if m.has_items]
 
 
 class ItemsStream(Stream):
@@ -125,9 +131,10 @@ class ItemsStream(Stream):
             self.numbers, self.members = np.array([i for i, _ in each]), [m for _, m in each]
         if config.repeat == "unique":
             self._unique()
-        self.reader: _Reader = (_Images if config.modality == "image" else _Sounds)(
-            config, self.shards, self.numbers, self.members
-        )
+        self.reader = ItemReader(config, self.shards, self.numbers, self.members)
+        aside = {"path", "micro_batch_size", "prefetch", "cache_mb"}
+        if not config.options:
+            aside.add("options")
         plan = {
             "seed": seed,
             "batch_size": config.batch_size,
@@ -135,10 +142,7 @@ class ItemsStream(Stream):
             "modality": config.modality,
             "items": len(self.numbers),
             "shards": self.shards.fingerprint,
-            "settings": key_of(
-                config.model_dump_json(exclude={"path", "micro_batch_size", "prefetch", "cache_mb"})
-            )
-            % 2**32,
+            "settings": key_of(config.model_dump_json(exclude=aside)) % 2**32,
         }
         super().__init__(plan, config.prefetch)
 
@@ -187,8 +191,8 @@ class ItemsStream(Stream):
         self.members = [self.members[n] for n in kept] if self.members else None
 
 
-class _Reader(ABC):
-    """Decoded items, kept while they fit ``cache_mb``."""
+class ItemReader:
+    """Prepared items by number, kept in memory while they fit ``cache_mb``."""
 
     def __init__(
         self,
@@ -198,109 +202,22 @@ class _Reader(ABC):
         members: Sequence[str] | None = None,
     ):
         self.config, self.shards, self.numbers, self.members = config, shards, numbers, members
-        self._kept: dict[int, Any] = {}
+        self.modality = config.reader()
+        self._kept: dict[int, np.ndarray] = {}
         self._room = int(config.cache_mb * 1e6)
 
-    def item(self, i: int) -> Any:
+    def item(self, i: int) -> np.ndarray:
         found = self._kept.get(i)
         if found is None:
             member = self.members[i] if self.members else self.config.modality
-            found = self.read(self.shards.value(int(self.numbers[i]), member))
+            value = self.shards.value(int(self.numbers[i]), member)
+            found = self.modality.item(value, self.config)
             if found.nbytes <= self._room:
                 self._room -= found.nbytes
                 self._kept[i] = found
         return found
 
-    @abstractmethod
-    def read(self, raw: Any) -> np.ndarray:
-        """Prepare one decoded item: all that is the same in every epoch."""
-
-    @abstractmethod
     def batch(self, items: np.ndarray, counts: np.ndarray, key: int) -> Values:
-        """Stack items; all randomness comes from ``counts`` (G,), their global numbers."""
-
-
-class _Images(_Reader):
-    def read(self, raw: np.ndarray) -> np.ndarray:
-        return fit_image(raw, self.config.size, self.config.gray)
-
-    def batch(self, items: np.ndarray, counts: np.ndarray, key: int) -> Values:
-        stack = np.stack([self.item(int(i)) for i in items])
-        images = torch.from_numpy(stack).permute(0, 3, 1, 2).to(torch.float32).div_(255)
-        if self.config.augment.active:
-            images = affine(images, self.config.augment, counts, key)
-        return Values.items(images.contiguous())
-
-
-class _Sounds(_Reader):
-    def read(self, raw: Waveform) -> np.ndarray:
-        samples = resample(raw, self.config.sample_rate).samples
-        return np.ascontiguousarray(loudness(samples, self.config.loudness), np.float32)
-
-    def batch(self, items: np.ndarray, counts: np.ndarray, key: int) -> Values:
-        size = max(1, round(self.config.crop_seconds * self.config.sample_rate))
-        out = np.zeros((len(items), size), np.float32)
-        length = np.empty(len(items), np.int32)
-        where = uniform(key, counts)
-        for g, i in enumerate(items):
-            samples = self.item(int(i))
-            start = int(where[g] * (max(0, len(samples) - size) + 1))
-            part = samples[start : start + size]
-            out[g, : len(part)], length[g] = part, len(part)
-        return Values.items(torch.from_numpy(out), torch.from_numpy(length))
-
-
-def fit_image(raw: np.ndarray, size: int, gray: bool = False) -> np.ndarray:
-    """Resize the short side to ``size`` and keep the middle square.
-
-    ``raw`` uint8 (H, W, 3) -> (size, size, C).
-    """
-    from PIL import Image
-
-    height, width = raw.shape[:2]
-    if (height, width) != (size, size):
-        side = min(height, width)  # cropped first: a resampling filter would look past the border
-        top, left = (height - side) // 2, (width - side) // 2
-        square = Image.fromarray(raw[top : top + side, left : left + side])
-        image = square.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0)
-        raw = np.asarray(image)
-    if gray:  # ITU-R 601 luma, as Pillow's "L"
-        raw = np.rint(raw @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)[..., None]
-    return np.ascontiguousarray(raw)
-
-
-def affine(images: Tensor, augment: Augment, counts: np.ndarray, key: int) -> Tensor:
-    """Shift, turn, scale and mirror a batch.
-
-    (G, C, H, W) float32 -> the same; edges are repeated.
-    """
-    u = np.stack([uniform(key, counts, draw) for draw in range(1, 6)]) * 2 - 1
-    angle = np.deg2rad(augment.rotate_deg) * u[0]
-    scale = 1 / (1 + augment.scale * u[1])
-    mirror = np.where((u[2] + 1) / 2 < augment.flip, -1.0, 1.0)
-    cos, sin = np.cos(angle) * scale, np.sin(angle) * scale
-    theta = np.stack(
-        [
-            np.stack([cos * mirror, -sin, 2 * augment.shift * u[3]], -1),
-            np.stack([sin * mirror, cos, 2 * augment.shift * u[4]], -1),
-        ],
-        1,
-    )
-    grid = torch.nn.functional.affine_grid(
-        torch.from_numpy(theta).float(), list(images.shape), align_corners=False
-    )
-    return torch.nn.functional.grid_sample(images, grid, "bilinear", "border", align_corners=False)
-
-
-def loudness(samples: np.ndarray, mode: str) -> np.ndarray:
-    """Scale (N,) samples: "peak" to 0.95, "rms" to -20 dBFS without clipping.
-
-    Silence and "none" stay as they are.
-    """
-    peak = float(np.abs(samples).max(initial=0.0))
-    if mode == "none" or peak < 1e-6:
-        return samples
-    gain = 0.95 / peak
-    if mode == "rms":
-        gain = min(gain, 0.1 / float(np.sqrt(np.mean(np.square(samples, dtype=np.float64)))))
-    return samples * np.float32(gain)
+        """Stack items ``items`` (G,); all that is random comes from ``key`` and ``counts`` (G,)."""
+        made = [self.item(int(i)) for i in items]
+        return self.modality.stack(made, counts, key, self.config)

@@ -25,9 +25,9 @@ from mm.data.batching.collate import (
     pieces_to_batch,
 )
 from mm.data.streams.base import Step
-from mm.data.streams.packed import PackedSource
+from mm.data.streams.documents import TokenSource
 from mm.data.streams.shuffle import key_of, permute
-from mm.data.streams.single_source import DocumentsConfig, DocumentStream
+from mm.data.streams.single_source import SingleSourceConfig, SingleSourceStream
 from mm.errors import UserError
 from mm.registry import STREAMS
 
@@ -35,7 +35,7 @@ SALT = "lanes"  # of the order: another word would change the data of every run
 
 
 @STREAMS.register("stateful")
-class StatefulConfig(DocumentsConfig):
+class StatefulConfig(SingleSourceConfig):
     """Rows that go on where the same row of the step before stopped."""
 
     continues_documents: ClassVar[bool] = True
@@ -56,14 +56,14 @@ class StatefulConfig(DocumentsConfig):
 
     @classmethod
     def smallest(cls) -> StatefulConfig:
-        return cls(source=PackedSource(path=Path("tokens")), seq_len=16, batch_size=4)
+        return cls(source=TokenSource(path=Path("tokens")), seq_len=16, batch_size=4)
 
     @property
     def stream(self) -> type[StatefulStream]:
         return StatefulStream
 
 
-class StatefulStream(DocumentStream[StatefulConfig]):
+class StatefulStream(SingleSourceStream[StatefulConfig]):
     """See `StatefulConfig`.
 
     ``stats`` of the last step: padding_share, documents (begun), tokens by modality, filtered,
@@ -75,7 +75,7 @@ class StatefulStream(DocumentStream[StatefulConfig]):
         config = self.config
         self.carried_rows, self.max_length = config.batch_size, config.max_length
         self._documents: dict[int, DocumentTokens | str] = {}  # of the samples that rows are in
-        return {
+        return self.source_plan() | {
             "seq_len": config.seq_len,
             "max_documents": config.max_documents,
             "max_length": config.max_length,
@@ -163,7 +163,7 @@ class StatefulStream(DocumentStream[StatefulConfig]):
         """All tokens of a sample, or the reason why it is left out."""
         if sample not in self._documents:
             epoch, i = self._index(sample)
-            segments = self.apply_transforms(self.segments(i), key_of(SALT), epoch, i)
+            segments = self.apply_transforms(0, self.segments(0, i), key_of(SALT), epoch, i)
             if not segments:
                 found: DocumentTokens | str = "filtered"
             elif document_length(segments) > self.config.max_length:

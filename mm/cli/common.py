@@ -4,10 +4,11 @@ here.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +30,29 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Overrides: a.b=c or --a.b c.", show_default=False),
 ]
 PASS_OVERRIDES = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
+
+
+def with_options(
+    command: Callable[..., None], options: Mapping[str, tuple[Any, Any]]
+) -> Callable[..., None]:
+    """A command whose ``**rest`` takes these options: name -> (annotation, default)."""
+    parameters: list[inspect.Parameter] = []
+    for p in inspect.signature(command, eval_str=True).parameters.values():
+        if p.kind is p.VAR_KEYWORD:
+            parameters += [
+                inspect.Parameter(name, p.KEYWORD_ONLY, default=default, annotation=annotation)
+                for name, (annotation, default) in options.items()
+            ]
+        else:
+            parameters.append(p.replace(kind=p.KEYWORD_ONLY))
+
+    def run(**given: Any) -> None:
+        command(**given)
+
+    made: Any = run
+    made.__name__, made.__signature__ = command.__name__, inspect.Signature(parameters)
+    made.__annotations__ = {p.name: p.annotation for p in parameters}
+    return made
 
 
 def console() -> Console:

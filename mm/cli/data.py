@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import inspect as inspection
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import typer
 
-from mm.cli.common import JsonFile, console, existing, figures, is_main, table, write_json
+from mm.cli.common import (
+    JsonFile,
+    console,
+    existing,
+    figures,
+    is_main,
+    table,
+    with_options,
+    write_json,
+)
 from mm.errors import UserError
 
-app = typer.Typer(
-    no_args_is_help=True, help="Pack raw files into shards, look into them, verify them."
+HELP = "Pack raw files into shards, look into them, verify them."
+PACK = (
+    "Pack SRC into checked shards in DIR.\n\nSRC is a folder or tar of files paired by stem "
+    "(a.png, a.wav, a.txt), a JSONL, CSV, TSV or Parquet manifest, a Hugging Face dataset on disk, "
+    "one text file, or packed shards. With --tokenizers the shards hold tokens. Unreadable samples "
+    "go to quarantine.jsonl and are counted."
 )
+app = typer.Typer(no_args_is_help=True, help=HELP)  # without `pack`, see `full_app`
 
 
 def pairs(option: str, words: Iterable[str] | None) -> dict[str, str] | None:
@@ -31,139 +46,18 @@ def pairs(option: str, words: Iterable[str] | None) -> dict[str, str] | None:
     return out
 
 
-@app.command(
-    help="Pack SRC into checked shards in DIR.\n\nSRC is a folder or tar of files paired by stem "
-    "(a.png, a.wav, a.txt), a JSONL, CSV, "
-    "TSV or Parquet manifest, a Hugging Face dataset on disk, one text file, or packed shards. "
-    "With --tokenizers the shards hold tokens. Unreadable samples "
-    "go to quarantine.jsonl and are counted."
-)
 def pack(
-    src: Annotated[Path, typer.Argument(metavar="SRC")],
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out", "-o", metavar="DIR", help="New folder; it appears when it is complete."
-        ),
-    ],
-    tokenizers: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of one tokenizer a modality.")
-    ] = None,
-    vocabulary: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Older vocabulary.json, to be appended to.")
-    ] = None,
-    source: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KIND",
-            help="folder, jsonl, csv, parquet, hf, text or shards, where SRC's name does not tell.",
-        ),
-    ] = None,
-    column: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="MODALITY=COLUMN",
-            help="Of a manifest, such as image=img_path; repeatable. segments=COLUMN: lists of "
-            "{modality: value}, interleaved samples.",
-        ),
-    ] = None,
-    root: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where a manifest's relative paths start.")
-    ] = None,
-    caption_from: Annotated[
-        str | None,
-        typer.Option(
-            metavar="parent",
-            help="`parent`: the caption is the name of the folder that a file lies in.",
-        ),
-    ] = None,
-    caption_regex: Annotated[
-        str | None,
-        typer.Option(
-            metavar="REGEX",
-            help="On a file's name; the caption is its group `text` (or the first).",
-        ),
-    ] = None,
-    caption_map: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FOUND=CAPTION", help="Replaces what was found; repeatable."),
-    ] = None,
-    incomplete: Annotated[
-        str | None,
-        typer.Option(metavar="keep|reject", help="Samples that lack a modality the others have."),
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Put all samples into this split.")
-    ] = None,
-    val_share: Annotated[
-        float, typer.Option(help="Share of train that becomes val, by hash of the key.")
-    ] = 0.0,
-    document_bytes: Annotated[
-        int | None, typer.Option(min=1, help="Length of the documents of one text file.")
-    ] = None,
-    shard_mb: Annotated[float, typer.Option(help="Size of a shard in 10**6 bytes.")] = 64.0,
-    max_bad: Annotated[float, typer.Option(help="Share of samples that may be unreadable.")] = 0.01,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a pack of other content.")
-    ] = False,
-    segments: Annotated[
-        bool,
-        typer.Option(
-            "--segments",
-            help="a.000.txt, a.001.png, a.002.txt of a folder are one interleaved sample.",
-        ),
-    ] = False,
-    tokenized: Annotated[
-        bool,
-        typer.Option(
-            "--tokenized",
-            help="The columns hold lists of token ids, made by --tokenizers (also a tokenizer.json;"
-            " default the one beside SRC).",
-        ),
-    ] = False,
-    license: Annotated[str, typer.Option(metavar="TEXT", help="Goes into the manifest.")] = "",
-    dedupe: Annotated[
-        str | None,
-        typer.Option(
-            metavar="sample|MODALITY",
-            help="Leave out samples whose content (or that modality) came before.",
-        ),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Processes that read, check and encode samples; default one a core."
-        ),
-    ] = None,
-    json: JsonFile = None,
+    src: Annotated[Path, typer.Argument(metavar="SRC")], json: JsonFile = None, **given: Any
 ) -> None:
-    from mm.data.pack import job as packing
+    from mm.config import validate
+    from mm.data.pack.config import PackConfig
+    from mm.data.pack.job import PackJob
 
-    report = packing.pack(
-        src,
-        out,
-        source=source,
-        columns=pairs("--column", column),
-        root=root,
-        tokenizers=tokenizers,
-        vocabulary=vocabulary,
-        split=split,
-        val_share=val_share,
-        shard_mb=shard_mb,
-        max_bad=max_bad,
-        overwrite=overwrite,
-        caption_from=caption_from,
-        caption_regex=caption_regex,
-        caption_map=pairs("--caption-map", caption_map),
-        incomplete=incomplete,
-        document_bytes=document_bytes,
-        segments=segments,
-        tokenized=tokenized,
-        license=license,
-        dedupe=dedupe,
-        workers=workers,
-        progress=is_main(),
-    )
+    out = given["out"]
+    for name in ("columns", "caption_map"):
+        given[name] = pairs(PackConfig.option(name).flags[0], given[name])
+    config = validate(PackConfig, {"src": src, **given}, "mm data pack")
+    report = PackJob(config).run(progress=is_main())
     values = report.to_dict()
     title = f"{src} is packed in {out} already" if report.already else f"Packed {src}"
     figures(
@@ -179,6 +73,28 @@ def pack(
             f"{report.quarantined} unreadable: see {out / 'quarantine.jsonl'}", style="yellow"
         )
     write_json(json, values)
+
+
+def full_app() -> typer.Typer:
+    """The group with `pack`, whose options are the fields of `PackConfig`."""
+    from mm.data.pack.config import PackConfig
+
+    options = {}
+    for name, field in PackConfig.model_fields.items():
+        if name in ("src", "limits"):
+            continue
+        own, annotation = PackConfig.option(name), field.annotation
+        if name in ("columns", "caption_map"):
+            annotation = list[str] | None  # NAME=VALUE, repeatable
+        elif Path in get_args(annotation):
+            annotation = Path | None
+        option = typer.Option(*own.flags, metavar=own.metavar, help=field.description)
+        default = inspection.Parameter.empty if field.is_required() else field.default
+        options[name] = (Annotated[annotation, option], default)
+    full = typer.Typer(no_args_is_help=True, help=HELP)
+    full.command(help=PACK)(with_options(pack, options))
+    full.registered_commands += app.registered_commands
+    return full
 
 
 @app.command(help="Show counts, modalities, lengths and one decoded sample of each modality.")

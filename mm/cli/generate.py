@@ -9,25 +9,22 @@ from typing import Annotated, Any
 
 import typer
 
-from mm.cli.common import JsonFile, console, existing, table, write_json
+from mm.cli.common import JsonFile, console, existing, table, with_options, write_json
 from mm.errors import UserError
 
-app = typer.Typer()
+HELP = "Generate any modality from any mix of modalities."
 
 
-@app.command(help="Generate text, an image or audio from any mix of text, image and audio.")
 def generate(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="Run folder, or the folder of a saved model.")
     ],
     to: Annotated[
-        str, typer.Option("--to", metavar="text|image|audio", help="Modality to generate.")
+        str, typer.Option("--to", metavar="MODALITY", help="Modality to generate.")
     ],
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Text; with --to text it is continued.")
     ] = None,
-    image: Annotated[Path | None, typer.Option(metavar="FILE", help="Image condition.")] = None,
-    audio: Annotated[Path | None, typer.Option(metavar="FILE", help="Audio condition.")] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="File to write; suffix optional."),
@@ -50,9 +47,11 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     json: JsonFile = None,
+    **conditions: Path | None,
 ) -> None:
     existing(run, "run folder", "make one with: mm train CONFIG")
-    raws = read_prompt({"text": prompt, "image": image, "audio": audio}, to)
+    raws = read_prompt({"text": prompt, **conditions}, to)
+    from mm.data.modalities.base import modality_of_value
     from mm.decoders.generate import Generator, save_media
 
     generator = Generator.from_pretrained(run)
@@ -76,7 +75,7 @@ def generate(
             else None
         )
         file = save_media(value, numbered(out, i, n)) if out else None
-        rows.append({"file": file, "text": text, "what": describe(value)})
+        rows.append({"file": file, "text": text, "what": modality_of_value(value).describe(value)})
         if text is not None and out is None:
             console().print(text, markup=False)
     if out:
@@ -84,6 +83,21 @@ def generate(
             f"Generated {to}", ("file", "what"), [(str(row["file"]), row["what"]) for row in rows]
         )
     write_json(json, {"run": run, "to": to, "seed": seed, "sampling": sampling, "outputs": rows})
+
+
+app = typer.Typer()  # what `mm --help` reads
+app.command(help=HELP)(with_options(generate, {}))
+
+
+def full_app() -> typer.Typer:
+    """The command with a file option for every modality but text, which is --prompt."""
+    from mm.registry import MODALITIES
+
+    file = lambda kind: typer.Option(metavar="FILE", help=f"{kind.capitalize()} condition.")
+    files = {k: (Annotated[Path | None, file(k)], None) for k in MODALITIES if k != "text"}
+    full = typer.Typer()
+    full.command(help=HELP)(with_options(generate, files))
+    return full
 
 
 def chosen_sampling(run: Path, conditions: Iterable[str], to: str) -> dict[str, Any]:
@@ -104,7 +118,7 @@ def read_prompt(given: dict[str, Any], to: str) -> dict[str, Any]:
     Raises:
         UserError: a file is missing or cannot be decoded.
     """
-    from mm.data.modalities.decode import BadSample, decode
+    from mm.data.modalities.base import BadSample, get_modality
 
     raws: dict[str, Any] = {}
     for modality, value in sorted(given.items(), key=lambda item: item[0] == to):
@@ -114,7 +128,7 @@ def read_prompt(given: dict[str, Any], to: str) -> dict[str, Any]:
             if not value.is_file():
                 raise UserError(f"--{modality} {value}: no such file")
             try:
-                value = decode(modality, value.read_bytes())
+                value = get_modality(modality).decode(value.read_bytes())
             except BadSample as error:
                 raise UserError(f"--{modality} {given[modality]}: {error}") from error
         raws[modality] = value
@@ -127,12 +141,3 @@ def numbered(out: Path | None, i: int, n: int) -> Path:
     """
     assert out is not None
     return out if n == 1 else out.with_name(f"{out.stem}_{i:02d}{out.suffix}")
-
-
-def describe(value: Any) -> str:
-    """Size of a raw value in its own unit."""
-    if hasattr(value, "sample_rate"):
-        return f"{len(value.samples) / value.sample_rate:.2f} s at {value.sample_rate} Hz"
-    if hasattr(value, "shape"):
-        return f"{value.shape[1]}x{value.shape[0]} pixels"
-    return f"{len(value)} characters"

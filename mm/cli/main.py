@@ -52,9 +52,19 @@ class LazyGroup(typer.core.TyperGroup):
             if ctx.resilient_parsing:
                 return None
             raise UserError(f"no command 'mm {cmd_name}'{did_you_mean(cmd_name, COMMANDS)}")
-        command = typer.main.get_command(importlib.import_module(f"mm.cli.{cmd_name}").app)
-        command.name = cmd_name
-        return command
+        return _command(cmd_name, importlib.import_module(f"mm.cli.{cmd_name}").app)
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
+        """The command that runs: a module may hold ``full_app``, whose options are derived."""
+        name, command, rest = super().resolve_command(ctx, args)
+        full = getattr(importlib.import_module(f"mm.cli.{name}"), "full_app", None)
+        return name, _command(str(name), full()) if full else command, rest
+
+
+def _command(name: str, app: typer.Typer) -> Any:
+    command = typer.main.get_command(app)
+    command.name = name
+    return command
 
 
 app = typer.Typer(

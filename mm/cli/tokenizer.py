@@ -74,13 +74,14 @@ def train(
     write_json(json, result)
 
 
-def fit(chosen: Any, data: Path, out: Path, text: str) -> dict[str, Any]:
+def fit(chosen: Any, data: Path, out: Path, config: str) -> dict[str, Any]:
     """Fit a tokenizer that needs no gradient on the train split's text, and save it as
     ``out/model``.
 
     Raises:
         UserError: the kind cannot be fitted, or the split has no text.
     """
+    from mm.data.modalities.base import TEXT, get_modality
     from mm.data.shards.reader import ShardSet
 
     if not hasattr(chosen, "fit"):
@@ -89,24 +90,23 @@ def fit(chosen: Any, data: Path, out: Path, text: str) -> dict[str, Any]:
             "configs/tokenizer/image.yaml"
         )
     shards = ShardSet.open(data, split="train")
-    found = shards.each("text")
+    text = get_modality(TEXT)
+    found = shards.each(TEXT)
     if not found:
         raise UserError(
             f"{data}: no text in split 'train'; see what it has with: mm data inspect {data}"
         )
 
     def texts() -> Iterator[str]:
-        from mm.data.modalities.decode import decode_text
-
         for i, member in found:
             raw = shards.raw(i, member)  # alone: decoding the pictures beside it would cost minutes
             if raw is not None:
-                yield decode_text(raw[1])
+                yield text.decode(raw[1])
 
     tokenizer = chosen.fit(texts())
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(out / "model")
-    (out / "config.yaml").write_text(text, encoding="utf-8")
+    (out / "config.yaml").write_text(config, encoding="utf-8")
     spec = tokenizer.spec
     return {
         "modality": spec.modality,
@@ -161,16 +161,17 @@ def read_raws(data: Path, split: str, modality: str, limit: int) -> list[Any]:
     """At most ``limit`` raw values of a modality, evenly spread over a split. Raises UserError when
     it has none.
     """
-    from mm.data.modalities.decode import decode
+    from mm.data.modalities.base import raw_modality
     from mm.data.shards.reader import ShardSet
 
     shards = ShardSet.open(data, split=split)
-    raw = "text" if modality == "bytes" else modality
-    having = shards.each(raw)
+    raw = raw_modality(modality)
+    having = shards.each(raw.kind)
     if not having:
         raise UserError(
-            f"{data}: no {raw} in split '{split}'; see what it has with: mm data inspect {data}"
+            f"{data}: no {raw.kind} in split '{split}'; see what it has with: mm data inspect "
+            f"{data}"
         )
     n = min(limit, len(having))
     found = (shards.raw(*having[i * len(having) // n]) for i in range(n))
-    return [decode(raw, member[1]) for member in found if member is not None]
+    return [raw.decode(member[1]) for member in found if member is not None]

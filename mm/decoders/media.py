@@ -1,54 +1,27 @@
-"""Raw values to files and back: png, wav and txt."""
+"""Raw values to files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mm.errors import UserError
-from mm.specs import Waveform
-
-SUFFIX = {"image": ".png", "audio": ".wav", "text": ".txt"}
-
-
-def media_kind(value: Any) -> str:
-    """Return "text", "image" or "audio" for a raw value. Raises UserError on anything else."""
-    if isinstance(value, str | bytes):
-        return "text"
-    if isinstance(value, Waveform):
-        return "audio"
-    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim in (2, 3):
-        return "image"
-    raise UserError(
-        f"a {type(value).__name__} is neither text, a uint8 image (H, W, C) nor a Waveform"
-    )
+from mm.data.modalities.base import modality_of_value
 
 
 def save_media(value: Any, path: str | Path) -> Path:
-    """Write a raw value as PNG, WAV or text; the suffix is added where ``path`` has none.
+    """Write a raw value as its modality does: PNG, WAV, text, ...
 
     Args:
-        value: str, bytes, uint8 image `(H, W, 3)` or `(H, W)`, or a Waveform of float32 in [-1, 1].
-        path: file to write; folders are made.
+        value: raw value, such as str, bytes, uint8 image `(H, W, 3)` or `(H, W)`, or a Waveform.
+        path: file to write; folders are made, the suffix is added where there is none.
     Returns:
         The file that was written.
+    Raises:
+        UserError: the value is of no modality.
     """
-    path = Path(path)
-    kind = media_kind(value)
+    modality, path = modality_of_value(value), Path(path)
     if not path.suffix:
-        path = path.with_suffix(SUFFIX[kind])
+        path = path.with_suffix(f".{modality.extensions[0]}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if kind == "text":
-        path.write_bytes(value.encode() if isinstance(value, str) else value)
-    elif kind == "image":
-        from PIL import Image
-
-        Image.fromarray(value).save(path)
-    else:
-        import soundfile
-
-        samples = np.clip(np.asarray(value.samples, np.float32), -1, 1)
-        soundfile.write(path, samples, value.sample_rate, subtype="PCM_16")
+    modality.save(value, path)
     return path

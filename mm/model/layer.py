@@ -4,19 +4,21 @@ slots, P places.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mm.batch import Sum, Values
+from mm.errors import UserError
 from mm.layout import Fields, Layout
 from mm.mask import Mask
 from mm.state import State
 
 NONE: Mapping[str, Any] = {}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +44,76 @@ class Ctx:
     mask: Mask
     ids: Tensor | None = None  # (B, T, S), for mixers that look at tokens
     memories: Mapping[str, Memory] = field(default_factory=dict)
-    shared: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # from `Layer.shares`, Providers or earlier layers
+    provided: Mapping[str, Tensor] = field(default_factory=dict)  # what Providers made, by name
+    # What earlier layers left for later ones, by name; it belongs to this layout.
+    published: Mapping[str, Any] = field(default_factory=dict)
     scheduled: Mapping[str, float] = field(default_factory=dict)  # host values equal on all ranks
-    return_intermediates: frozenset[str] = (
-        frozenset()
-    )  # intermediates and statistics asked for; nothing is paid when empty
-    seed: Tensor | int = (
-        0  # counter-based noise from (seed, visit, name): recomputation draws the same
-    )
-    visit: int = 0
+    # Intermediates and statistics asked for; nothing is paid when empty.
+    return_intermediates: frozenset[str] = frozenset()
+    # Of counter-based noise (`mm.model.noise`): recomputation draws the same.
+    seed: Tensor | int = 0
+    visit: int = 0  # how many layers ran before in this pass
     draft: bool = False  # the returned State must be able to accept() a prefix of this call
     shard: Any = None
+
+    def cached(self, name: str, make: Callable[[Layout, Mask], T]) -> T:
+        """What all layers of a pass share: made on demand, once for each (name, layout, mask).
+
+        ``make`` sees the layout and the mask alone, so what it makes can depend on nothing else but
+        ``name``; it makes no gradients. Inside a graph of `torch.compile` that nobody prepared
+        (`Layer.prefetch`) each layer makes its own.
+        """
+        memo, key = self.layout.memo, f"{name}|{self.mask.key}"
+        if key in memo:
+            return memo[key]
+        if torch.compiler.is_compiling():
+            return make(self.layout, self.mask)
+        with torch.no_grad():
+            made = memo[key] = make(self.layout, self.mask)
+        return made
+
+    def cached_on_host(self, name: str, make: Callable[[Layout, Mask], T]) -> T | None:
+        """`cached` of something that looks at values, which a graph cannot: None inside a graph
+        unless it was made before.
+        """
+        if torch.compiler.is_compiling():
+            return self.layout.memo.get(f"{name}|{self.mask.key}")
+        return self.cached(name, make)
+
+    def hand_on(self, inner: Ctx | None) -> Ctx | None:
+        """The successor of this context after a part ran in ``inner``'s: what the part published,
+        where it published it for this layout; None when there is nothing new.
+        """
+        if inner is None or inner.layout is not self.layout:
+            return None
+        return replace(self, published=inner.published)
+
+    def derive(
+        self,
+        index: Tensor | None = None,
+        *,
+        document: Tensor | None = None,
+        mask: Mask | None = None,
+        time: Literal["moves", "stays"] = "moves",
+        slots: bool = True,
+    ) -> Ctx:
+        """The context of the same content in other positions: `Layout.derive`, and the ids along.
+
+        What was published belongs to the old layout and stays behind. Without ``slots`` nothing is
+        carried, so nothing is drafted. ``mask``: of the new context; default the same.
+        """
+        layout = self.layout.derive(index, document=document, time=time, slots=slots)
+        ids = self.ids
+        if ids is not None and index is not None:
+            ids = ids.flatten(0, 1)[index].view_as(ids)
+        return replace(
+            self,
+            layout=layout,
+            mask=mask or self.mask,
+            ids=ids,
+            published={},
+            draft=self.draft and slots,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +145,8 @@ class Layer(nn.Module):
     """
 
     caps: Caps = Caps()
-    place: int = 0  # which of the readers of its Provider this layer is; the backbone says
+    path: str = ""  # its qualified name in the network (`name_layers`); keys of noise and reports
+    provider_row: int = 0  # which of the readers of its Provider this layer is; the backbone says
     # Writes into results of its matrix products (torch's fused cells): none may be kept for later.
     overwrites: bool = False
 
@@ -94,8 +154,8 @@ class Layer(nn.Module):
         raise NotImplementedError
 
     def provider(self) -> tuple[str, Callable[[int], Provider]] | None:
-        """Name of the Provider this layer reads from `Ctx.shared`, and how to make it for a number
-        of readers; None = none.
+        """Name of the Provider this layer reads from `Ctx.provided`, and how to make it for a
+        number of readers; None = none.
 
         A backbone makes one for each name. A layer called without a backbone is its only reader
         and finds nothing.
@@ -115,25 +175,52 @@ class Layer(nn.Module):
         """
         return 0
 
-    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        """What all layers of a pass can share, by name: a backbone makes each once, before layer 0,
-        into `Ctx.shared`.
+    def prefetch(self, ctx: Ctx, serving: bool) -> None:
+        """Make what this layer takes from `Ctx.cached_on_host` before a compiled graph asks for it.
 
-        A layer called without a backbone makes its own. ``serving``: the pass has a State.
+        Only speed depends on it. A wrapper that runs its parts in another context passes that on.
+        ``serving``: the pass has a State.
         """
-        return NONE
+        for part in layers_in(self):
+            part.prefetch(ctx, serving)
+
+    def check_mask(self, mask: Mask) -> None:
+        """Refuse a mask that this layer or a part of it cannot run under.
+
+        A wrapper that runs its parts under another mask passes that on.
+
+        Raises:
+            UserError: names the layer and what it needs.
+        """
+        for part in layers_in(self):
+            part.check_mask(mask)
+
+    def report(self, **sums: Sum) -> dict[str, Sum]:
+        """Losses and statistics under this module's qualified name, for `Out.aux`."""
+        return {f"{self.path}.{k}" if self.path else k: v for k, v in sums.items()}
 
     def init_weights(self) -> None:
         """Fill every own parameter and buffer (children do theirs); ``__init__`` only allocates."""
 
     def after_step(self, stats: Mapping[str, Sum]) -> None:
-        """Apply globally summed aux statistics (EMA codebooks, balance): a forward mutates no
-        buffer.
+        """Apply globally summed statistics of its own (EMA codebooks, balance), by their short
+        names; `hand_back` calls it. A forward mutates no buffer.
         """
 
 
 class Mixer(Layer):
     """Plug point; a word of the pattern."""
+
+    masks: frozenset[str] | None = None  # hints of the masks it can run under; None = any
+
+    def check_mask(self, mask: Mask) -> None:
+        if self.masks is not None and mask.hint not in self.masks:
+            name = getattr(self, "kind", type(self).__name__)
+            raise UserError(
+                f"{self.path or 'mixer'}: {name} cannot run under a {mask.key} mask: it needs "
+                f"mask: {' or '.join(sorted(self.masks))}, or take another mixer"
+            )
+        super().check_mask(mask)
 
 
 class LinearMixer(Mixer):
@@ -200,7 +287,29 @@ class Position:
     """Plug point; every hook optional."""
 
     length_general: bool = True  # False: there are places it does not know
-    key: str = ""  # non-empty: `prepare` is worth sharing over the layers of a pass under this name
+    # Non-empty: `prepare` and `apply` do what `rotate` does, and the table is worth sharing over
+    # the layers of a pass under this name.
+    key: str = ""
+
+    def prepare_call(self, ctx: Ctx, fields: Fields | None = None) -> Any:
+        """`prepare` of the call's fields, or of ``fields`` with drawn positions; once a pass."""
+        true = ctx.layout.fields
+        if fields is None or fields.position is true.position:
+            return ctx.cached(
+                f"position.{self.key}", lambda layout, mask: self.prepare(layout.fields)
+            )
+        name = f"position.{self.key}.drawn.{int(ctx.seed)}"
+        return ctx.cached(name, lambda layout, mask: self.prepare(fields))
+
+    def rotate_call(
+        self, ctx: Ctx, q: Tensor, k: Tensor, fields: Fields | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`rotate` queries and keys of the call, by a table that all layers of a pass share."""
+        if not self.key:
+            f = ctx.layout.fields if fields is None else fields
+            return self.rotate(q, k, f, f)
+        table = self.prepare_call(ctx, fields)
+        return self.apply(q, table), self.apply(k, table)
 
     def prepare(self, f: Fields) -> Any:
         """What `apply` needs to know of the places."""
@@ -257,12 +366,20 @@ class AdapterOutput(NamedTuple):
 class Embedder(nn.Module):
     """Plug point: ids to vectors; ONE table for all ranges."""
 
+    weight: Tensor  # (n_ids, D)
+
     def forward(self, ids_BTS: Tensor, ctx: Ctx) -> Tensor:
         raise NotImplementedError
 
 
 class Adapter(nn.Module):
     """Plug point: continuous values to embeddings of their reserved places."""
+
+    def zero_item(self, device: torch.device) -> Tensor:
+        """`(1, L, ...)`: the item that a batch without this modality runs through the module, so
+        that every rank runs the same modules.
+        """
+        raise NotImplementedError
 
     def forward(self, values: Values, ctx: Ctx) -> AdapterOutput:
         raise NotImplementedError
@@ -289,6 +406,14 @@ class HeadOut(NamedTuple):
 
 class Head(nn.Module):
     """Plug point: hidden states to unreduced nll per place, or a Distribution."""
+
+    reads: str = "hidden"  # the intermediate that it reads
+    tied: bool = False  # whether its matrix is the embedder's
+    weight: Tensor  # the matrix to the ids
+
+    def tie(self, embedder: Embedder) -> None:
+        """Take the embedder's table as `weight`."""
+        raise NotImplementedError
 
     def forward(
         self,
@@ -320,3 +445,36 @@ def init_weights(module: nn.Module) -> None:
     own = getattr(module, "init_weights", None)
     if callable(own):
         own()
+
+
+def layers_in(module: nn.Module) -> Iterator[Layer]:
+    """The nearest Layers below a module."""
+    for child in module.children():
+        if isinstance(child, Layer):
+            yield child
+        else:
+            yield from layers_in(child)
+
+
+def name_layers(root: nn.Module) -> None:
+    """Tell every Layer of a network its qualified name. What builds a network calls it, once."""
+    for name, module in root.named_modules():
+        if isinstance(module, Layer):
+            module.path = name
+
+
+def hand_back(root: nn.Module, stats: Mapping[str, Sum]) -> None:
+    """Call `after_step` of every module that reported statistics, with its own by short name.
+
+    Args:
+        root: the network that `name_layers` named.
+        stats: by qualified name, as `Layer.report` made them, summed over micro-batches and ranks.
+    """
+    own: dict[str, dict[str, Sum]] = {}
+    for key, value in stats.items():
+        path, _, name = key.rpartition(".")
+        own.setdefault(path, {})[name] = value
+    for name, module in root.named_modules():
+        after = getattr(module, "after_step", None)
+        if name in own and name and callable(after):
+            after(own[name])

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -19,12 +19,23 @@ from torch import Tensor, nn
 from mm.batch import Batch, Sum, Values
 from mm.config import Config, validate
 from mm.errors import UserError
-from mm.layout import Layout
 from mm.mask import Causal, Full, Mask, Prefix, Window
 from mm.model import folder as files
 from mm.model import mup
 from mm.model.backbones.stack import INTERMEDIATE
-from mm.model.layer import NONE, Backbone, Ctx, Embedder, Head, HeadOut, Memory, ModelOut
+from mm.model.layer import (
+    NONE,
+    Adapter,
+    Backbone,
+    Ctx,
+    Embedder,
+    Head,
+    HeadOut,
+    Memory,
+    ModelOut,
+    hand_back,
+    name_layers,
+)
 from mm.registry import (
     BACKBONES,
     NETWORKS,
@@ -59,6 +70,8 @@ class Model(nn.Module):
         self.backbone = backbone
         self.heads = nn.ModuleDict(heads)
         self._tie()
+        name_layers(self)
+        backbone.check_mask(config.default_mask())
 
     def init_weights(self) -> None:
         if self.config.mup_base is not None:
@@ -72,8 +85,9 @@ class Model(nn.Module):
 
     def _tie(self) -> None:
         for head in self.heads.values():
-            if getattr(head, "tied", False):
-                head.tie(self.embedder)  # type: ignore[operator]
+            assert isinstance(head, Head)
+            if head.tied:
+                head.tie(self.embedder)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         # to_empty and moves off the meta device make a new Parameter for every module that holds
@@ -146,13 +160,13 @@ class Model(nn.Module):
         ctx = replace(ctx, memories={**parts, **memories})
         x = self.embedder(batch.ids, ctx)
         aux: dict[str, Sum] = {}
-        back = None
+        inner, back = ctx, None
         if len(self.adapters):
-            x, layout, back = self._fill(x, batch, ctx, aux)
-            ctx = replace(ctx, layout=layout)
-        out = self.backbone(x, ctx, state, path)
-        aux |= {f"backbone.{k}": v for k, v in out.aux.items()}
-        shared = out.ctx.shared if out.ctx is not None else {}
+            x, ctx = self._fill(x, batch, ctx, aux)
+            x, inner, back = _unfilled_last(x, ctx)
+        out = self.backbone(x, inner, state, path)
+        aux |= out.aux
+        shared = out.ctx.published if out.ctx is not None else {}
         intermediates = {
             k.removeprefix(INTERMEDIATE): v for k, v in shared.items() if k.startswith(INTERMEDIATE)
         }
@@ -184,61 +198,37 @@ class Model(nn.Module):
             aux,
         )
 
-    def _fill(
-        self, x: Tensor, batch: Batch, ctx: Ctx, aux: dict[str, Sum]
-    ) -> tuple[Tensor, Layout, Tensor]:
-        """Put the adapters' embeddings into their places; unfilled places become padding, moved to
-        the end of their row.
-
-        Returns the embeddings, the new Layout, and for each place `(B, T)` where it went in its
-        row.
-        """
+    def _fill(self, x: Tensor, batch: Batch, ctx: Ctx, aux: dict[str, Sum]) -> tuple[Tensor, Ctx]:
+        """Put the adapters' embeddings into their places; unfilled places become padding."""
         B, T, D = x.shape
-        flat = torch.cat((x.reshape(B * T, D), x.new_zeros(1, D)))
-        document = torch.cat(
-            (batch.layout.fields.document.reshape(-1), batch.layout.fields.document.new_zeros(1))
-        )
+        end = B * T  # what does not fit an item's room is written here, and dropped
+        flat = torch.cat((x.reshape(end, D), x.new_zeros(1, D)))
+        empty = torch.zeros(end + 1, dtype=torch.bool, device=x.device)
         for name, adapter in self.adapters.items():
+            assert isinstance(adapter, Adapter)
             values = batch.values.get(name)
             if values is None:
                 # Same modules on every rank: one zero item with no room, so that ZeRO-3 gathers
                 # here too.
                 one = torch.zeros(1, dtype=torch.int32, device=x.device)
-                values = Values(adapter.zero(x.device), one + 1, one, one)  # type: ignore[operator]
+                values = Values(adapter.zero_item(x.device), one + 1, one, one)
             filled = adapter(values, ctx)
             aux.update({f"adapters.{name}.{k}": v for k, v in filled.aux.items()})
             embedded = filled.x if filled.x is not None else self.embedder(filled.ids, ctx)
-            R = max(embedded.shape[1], int(values.room.max()) if values.room.numel() else 0)
-            at = torch.arange(R, device=x.device)
-            place = values.place[:, None].long() + at
+            at = torch.arange(embedded.shape[1], device=x.device)
+            first = values.place.long()
             used = at < torch.minimum(filled.length, values.room)[:, None]
-            unused = (at < values.room[:, None]) & ~used
-            target = torch.where(used, place, B * T)[
-                :, : embedded.shape[1]
-            ]  # what has no room goes past the end
+            target = torch.where(used, first[:, None] + at, end)
             flat = flat.index_put((target.reshape(-1),), embedded.to(flat.dtype).flatten(0, 1))
-            document = document.index_put(
-                (torch.where(unused, place, B * T).reshape(-1),), document.new_zeros(())
-            )
-        document = document[:-1].view(B, T)
-        order = (document == 0).to(torch.int8).argsort(dim=1, stable=True)
-        move = lambda t: t.gather(
-            1, order if t.dim() == 2 else order[..., None].expand(-1, -1, t.shape[2])
-        )
-        fields = batch.layout.fields._replace(document=document).map(move)
-        M = batch.layout.slot.shape[0]
-        starts = torch.full((M + 1,), B * T, dtype=torch.long, device=x.device)
-        index = torch.where(fields.document > 0, fields.document.long() - 1, M).reshape(-1)
-        starts = starts.scatter_reduce(0, index, torch.arange(B * T, device=x.device), "amin")
-        starts[-1] = B * T
-        back = order.argsort(dim=1)
-        # Where each flat place of a grid went.
-        went = (back + T * torch.arange(B, device=x.device)[:, None]).reshape(-1)
-        grids = {k: went[v.long()] for k, v in batch.layout.grids.items()}
-        layout = replace(
-            batch.layout, fields=fields, cu_seqlens=starts.to(torch.int32), grids=grids
-        )
-        return move(flat[:-1].view(B, T, D)), layout, back
+            # Rooms are intervals: a running sum of their ends says which positions they cover.
+            edge = torch.zeros(end + 1, dtype=torch.int32, device=x.device)
+            one = torch.ones_like(first, dtype=torch.int32)
+            edge.index_add_(0, first, one).index_add_(0, first + values.room, -one)
+            room = edge.cumsum(0) > 0
+            empty |= room.index_put((target.reshape(-1),), room.new_zeros(()))
+        document = ctx.layout.fields.document
+        document = document.masked_fill(empty[:-1].view(B, T), 0)
+        return flat[:-1].view(B, T, D), ctx.derive(document=document)
 
     def initial_state(self, n: int, max_len: int, path: Sequence[int] | None = None) -> StateTuple:
         """State of ``n`` fresh slots for documents of at most ``max_len`` tokens."""
@@ -251,16 +241,8 @@ class Model(nn.Module):
         return self.backbone.state_bytes(n, max_len)
 
     def after_step(self, stats: Mapping[str, Sum]) -> None:
-        """Hand globally summed statistics to the module that asked for them."""
-        self.backbone.after_step(
-            {k.removeprefix("backbone."): v for k, v in stats.items() if k.startswith("backbone.")}
-        )
-        for group, modules in (("adapters", self.adapters), ("heads", self.heads)):
-            for name, module in modules.items():
-                head = f"{group}.{name}."
-                mine = {k.removeprefix(head): v for k, v in stats.items() if k.startswith(head)}
-                if mine and hasattr(module, "after_step"):
-                    module.after_step(mine)  # type: ignore[operator]
+        """Hand globally summed statistics to the modules that reported them."""
+        hand_back(self, stats)
 
     def save_pretrained(
         self,
@@ -305,6 +287,17 @@ class Model(nn.Module):
         model = files.load_into(lambda: config.build(vocabulary), folder / "model.safetensors")
         assert isinstance(model, Model)
         return model.eval()
+
+
+def _unfilled_last(x: Tensor, ctx: Ctx) -> tuple[Tensor, Ctx, Tensor]:
+    """Move padding to the end of each row, where a Layout has it.
+
+    Returns `(B, T, D)` and its context, and for each position `(B, T)` where it went in its row.
+    """
+    B, T, _ = x.shape
+    order = (ctx.layout.fields.document == 0).to(torch.int8).argsort(dim=1, stable=True)
+    index = (order + T * torch.arange(B, device=x.device)[:, None]).reshape(-1)
+    return x.flatten(0, 1)[index].view_as(x), ctx.derive(index), order.argsort(dim=1)
 
 
 def _restore(x: Tensor, place_BT: Tensor) -> Tensor:
@@ -383,7 +376,7 @@ class LmConfig(Config):
         if not self.code_init:
             return
         assert isinstance(module, Model)
-        weight = cast(Tensor, module.embedder.weight)
+        weight = module.embedder.weight
         for modality, vectors in code_vectors.items():
             span = module.vocabulary.range(modality)
             spec = module.vocabulary.spec(modality)

@@ -1,4 +1,6 @@
-"""Noise as a pure function of (seed, visit, name): recomputation and resume draw the same."""
+"""Noise as a pure function of (seed, layer, visit, name): recomputation and resume draw the
+same.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +10,38 @@ import torch
 from torch import Tensor
 
 from mm.kernels import dropout as kernel
-from mm.model.layer import Ctx
+from mm.model.layer import Ctx, Layer
 
 
-def generator(ctx: Ctx, name: str, device: torch.device) -> torch.Generator:
-    """A generator of its own for one use of one layer call (``name`` tells the uses apart)."""
-    seed = int(ctx.seed) * 0x9E3779B97F4A7C15 + ctx.visit * 0xD1B54A32D192ED03
-    seed += zlib.crc32(name.encode())
+def _hash(name: str) -> int:
+    return zlib.crc32(name.encode())
+
+
+def generator(ctx: Ctx, layer: Layer | None, name: str, device: torch.device) -> torch.Generator:
+    """A generator of its own for one use of one layer call.
+
+    Args:
+        layer: who draws; None: something that all layers of a pass draw alike.
+        name: tells the uses of one call apart.
+    """
+    seed = int(ctx.seed) * 0x9E3779B97F4A7C15
+    if layer is not None:
+        seed += ctx.visit * 0xD1B54A32D192ED03 + _hash(layer.path) * 0x8CB92BA72F3D8DD7
+    seed += _hash(name)
     return torch.Generator(device).manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
 
 
-def dropout(x: Tensor, p: float, ctx: Ctx, name: str) -> Tensor:
+def dropout(x: Tensor, p: float, ctx: Ctx, layer: Layer, name: str) -> Tensor:
     """Zero a share ``p`` of ``x``, to 1 / 65,536, and scale the rest by 1 / (1 - p)."""
     lost = min(round(p * kernel.LEVELS), kernel.LEVELS - 1)
-    drawn = _drawn(x, ctx, name)  # type: ignore[reportCallIssue]  the decorator has no types
+    drawn = _drawn(x, ctx, layer, name)  # type: ignore[reportCallIssue]  the decorator has no types
     return kernel.dropout(x, drawn, lost)
 
 
 @torch.compiler.disable  # a graph holds no generator
-def _drawn(x: Tensor, ctx: Ctx, name: str) -> Tensor:
+def _drawn(x: Tensor, ctx: Ctx, layer: Layer, name: str) -> Tensor:
     """Uniform int16, one for each element of ``x`` at least."""
     # Four 16-bit draws from each 64-bit word: a quarter of the generator's work.
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
-    words.random_(-(2**63), None, generator=generator(ctx, name, x.device))
+    words.random_(-(2**63), None, generator=generator(ctx, layer, name, x.device))
     return words.view(torch.int16)

@@ -18,7 +18,6 @@ from mm.layout import Fields, Layout
 from mm.mask import Causal, Mask, Prefix, Window
 from mm.model.layer import Ctx
 
-GROUPS = "rows.causal_groups"  # key in Ctx.shared
 # Attention on a CPU takes documents where they lie if they have so many tokens on average: to
 # gather a token costs about 8 us, a call of its own for a document 0.3 ms.
 MIN_TOKENS_IN_PLACE, MAX_RUNS = 128, 64
@@ -279,9 +278,13 @@ class LengthBuckets:
         return LengthBuckets(tuple(groups), index, torch.from_numpy(inverse).to(device), copies)
 
 
-def share_groups(serving: bool) -> dict[str, Callable[[Ctx], Any]]:
-    """`Layer.shares` of a mixer that runs `per_document`: one grouping for all of a pass."""
-    return {} if serving else {GROUPS: lambda ctx: LengthBuckets.of(ctx.layout, Causal())}
+def document_groups(ctx: Ctx) -> LengthBuckets | None:
+    """The call's documents grouped by length, once for all layers of a pass; None inside a graph
+    unless they were grouped before it.
+    """
+    return ctx.cached_on_host(
+        "varlen.documents", lambda layout, mask: LengthBuckets.of(layout, Causal())
+    )
 
 
 def per_document(f: Callable[..., Tensor], ctx: Ctx, *x_BT: Tensor) -> Tensor:
@@ -294,12 +297,10 @@ def per_document(f: Callable[..., Tensor], ctx: Ctx, *x_BT: Tensor) -> Tensor:
         Outputs `(B, T, ...)`.
     """
     B, T = x_BT[0].shape[:2]
-    groups = ctx.shared.get(GROUPS)
-    if groups is None and torch.compiler.is_compiling():
-        # Grouping looks at values, which a graph cannot; a backbone shares it from outside.
+    groups = document_groups(ctx)
+    if groups is None:
         docs = PackedRows.of(ctx.layout, 0)
         return docs.pack(f(*map(docs.unpack, x_BT)), B, T)
-    groups = groups if groups is not None else LengthBuckets.of(ctx.layout, Causal())
     return groups.join([f(*parts) for _, parts in groups.split(*x_BT)], B, T)
 
 

@@ -7,13 +7,14 @@ import math
 from collections.abc import Mapping
 from html import escape
 
+from mm.data.modalities.base import table
 from mm.report.read import Series
 
 WIDTH, HEIGHT = 640, 250
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 30
 POINTS = 280  # a series is averaged into this many columns: more than a screen shows
-# A modality has the same colour in every chart of the page.
-COLOURS = {"text": 1, "image": 2, "audio": 3, "bytes": 4, "total": 0, "codec": 3, "vq": 2}
+# Losses in the colour of what they are of; "total" of everything.
+LOSSES = {"codec": "audio", "vq": "image"}
 
 
 def line_chart(
@@ -138,7 +139,8 @@ def _thin(series: Series) -> Series:
 
 def _colour(name: str, used: set[int]) -> int:
     stem = name.split("/")[-1].split("_")[0].split(" ")[0]
-    wanted = COLOURS.get(stem)
+    # A modality has the same colour in every chart of the page.
+    wanted = 0 if stem == "total" else table().colours.get(LOSSES.get(stem, stem))
     if wanted is not None and wanted not in used:
         return wanted
     return next((c for c in (1, 2, 3, 4, 5, 6, 7, 0) if c not in used), 7)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mm.report.read import IMAGES, SOUNDS
+from mm.report.read import shown_as
 
 MAX_PIXELS = 1600  # of the longer side: a report stays mailable
 MAX_SOUND_BYTES = 3_000_000
@@ -50,14 +50,15 @@ def figure(file: Path, caption: str = "", *, small: bool = False) -> str:
 
 def _body(file: Path, small: bool) -> str:
     suffix = file.suffix.lower()
-    if suffix in IMAGES:
+    shown = shown_as().get(suffix, "text")
+    if shown == "image":
         uri, width, height = picture(file)
         # Small pictures are shown enlarged with visible pixels, at a whole factor.
         factor = max(1, min(8, (96 if small else 160) // max(width, height)))
         style = f'width="{width * factor}" height="{height * factor}"' if factor > 1 else ""
         kind = "pixels" if factor > 1 else ""
         return f'<img class="{kind}" src="{uri}" alt="{escape(file.stem, quote=True)}" {style}>'
-    if suffix in SOUNDS:
+    if shown == "audio":
         samples, rate = load_audio(file)
         size = file.stat().st_size
         seconds = len(samples) / rate
@@ -67,11 +68,8 @@ def _body(file: Path, small: bool) -> str:
         )
         if size > MAX_SOUND_BYTES:
             return f"{spectrum}<p>{escape(file.name)}: {seconds:.1f} s, too long to embed</p>"
-        kind = "audio/wav" if suffix == ".wav" else "audio/flac"
-        return (
-            f'{spectrum}<audio controls preload="metadata" '
-            f'src="{_uri(file.read_bytes(), kind)}"></audio>'
-        )
+        uri = _uri(file.read_bytes(), f"audio/{suffix[1:]}")
+        return f'{spectrum}<audio controls preload="metadata" src="{uri}"></audio>'
     text = file.read_text(encoding="utf-8", errors="replace")
     return f"<blockquote>{escape(text[:600])}{'…' if len(text) > 600 else ''}</blockquote>"
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import yaml
 
-IMAGES = {".png", ".jpg", ".jpeg"}
-SOUNDS = {".wav", ".flac"}
+from mm.data.modalities.base import modalities
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,5 +155,10 @@ def _samples(folder: Path) -> dict[int, list[Path]]:
 
 
 def _media(folder: Path, *, texts: bool = False) -> list[Path]:
-    wanted = IMAGES | SOUNDS | ({".txt"} if texts else set())
+    wanted = {suffix for suffix, kind in shown_as().items() if texts or kind != "text"}
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in wanted)
+
+
+def shown_as() -> dict[str, str]:
+    """Suffix of a sample's file -> how a page shows it: "image", "audio" or "text"."""
+    return {f".{e}": m.shown_as for m in modalities() for e in m.extensions}

@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from mm.data.modalities.base import table
 from mm.report import media
 from mm.report.charts import line_chart, short
 from mm.report.read import RunData, Series
@@ -132,8 +133,9 @@ def samples(run: RunData) -> str:
 
 def _prompt(stem: str) -> str:
     """``00_text-seven_to_image`` to ``Text: seven → image``."""
-    words = re.sub(r"^(text|image|audio|bytes)-", r"\1: ", re.sub(r"^\d+_", "", stem))
-    return pretty(re.sub(r"_(text|image|audio|bytes)-", r" + \1: ", words))
+    name = f"({'|'.join(map(re.escape, table().raw))})-"
+    words = re.sub(f"^{name}", r"\1: ", re.sub(r"^\d+_", "", stem))
+    return pretty(re.sub(f"_{name}", r" + \1: ", words))
 
 
 def _stem(file: Path) -> str:

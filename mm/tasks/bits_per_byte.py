@@ -10,15 +10,14 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from mm.data.modalities.base import modality_of_value, raw_modality
 from mm.data.transforms.chunk import window
 from mm.decoders.base import is_fixed
 from mm.decoders.generate import Generator
 from mm.errors import UserError
 from mm.registry import TASKS
-from mm.specs import Segment, TokenSpec, Waveform
+from mm.specs import Segment, TokenSpec
 from mm.tasks.base import Figures, Task, open_split, spread
-
-RAW = {"bytes": "text"}  # modality of the tokens -> modality of the raw value, where they differ
 
 
 @TASKS.register("bits_per_byte")
@@ -71,7 +70,7 @@ class BitsPerByte(Task):
         for modality in wanted:
             if modality not in generator.tokenizers and not self.modalities:
                 continue
-            raw = RAW.get(modality, modality)
+            raw = raw_modality(modality).kind
             where = shards.each(raw)
             if not where:
                 if self.modalities:
@@ -88,10 +87,11 @@ class BitsPerByte(Task):
         return figures
 
     def _measure(self, generator: Generator, modality: str, values: Sequence[Any]) -> Figures:
-        before = self.given.get(modality, "none" if modality in ("text", "bytes") else "null")
-        raw = RAW.get(modality, modality)
+        own = raw_modality(modality)
+        raw = own.kind
+        before = self.given.get(modality, "none" if own.is_text else "null")
         values = [
-            v for v in values if raw_bytes(v[raw]) and (before in ("none", "null") or before in v)
+            v for v in values if own.n_bytes(v[raw]) and (before in ("none", "null") or before in v)
         ]
         if not values:
             raise UserError(
@@ -105,7 +105,7 @@ class BitsPerByte(Task):
         elif before == "null":
             conditions = [[Segment(modality, role="condition")] for _ in values]
         else:
-            codes = generator.encode(before, [v[RAW.get(before, before)] for v in values])
+            codes = generator.encode(before, [v[raw_modality(before).kind] for v in values])
             conditions = [[Segment(before, ids, role="condition")] for ids in codes]
         documents = [
             [*condition, piece]
@@ -126,30 +126,15 @@ class BitsPerByte(Task):
         }
 
 
-def raw_bytes(value: Any) -> int:
-    """Bytes of a raw value: UTF-8, pixels x channels, or 16-bit PCM."""
-    if isinstance(value, str):
-        return len(value.encode())
-    if isinstance(value, bytes):
-        return len(value)
-    if isinstance(value, Waveform):
-        return 2 * len(value.samples)
-    return int(np.asarray(value).size)
-
-
 def input_bytes(
     generator: Generator, modality: str, raws: Sequence[Any], spans: Sequence[np.ndarray]
 ) -> int:
     """Bytes of what the tokenizer read: an image scaled to its grid, a recording at its rate."""
-    tokenizer = generator.tokenizer(modality)
-    if isinstance(raws[0], Waveform):
-        rates = [
-            getattr(tokenizer, "sample_rate", raw.sample_rate) / raw.sample_rate for raw in raws
-        ]
-        return sum(round(raw_bytes(raw) * rate) for raw, rate in zip(raws, rates, strict=True))
+    tokenizer, own = generator.tokenizer(modality), raw_modality(modality)
     if is_fixed(tokenizer.spec) and isinstance(raws[0], np.ndarray):
-        return raw_bytes(generator.decode(modality, spans[:1])[0]) * len(raws)
-    return sum(map(raw_bytes, raws))
+        decoded = generator.decode(modality, spans[:1])[0]
+        return modality_of_value(decoded).n_bytes(decoded) * len(raws)
+    return sum(own.n_bytes(raw, tokenizer) for raw in raws)
 
 
 def windows(span: Segment, spec: TokenSpec, max_tokens: int, overlap: float) -> list[Segment]:

@@ -8,9 +8,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from mm.data.modalities.base import get_modality
+from mm.decoders.base import is_fixed
 from mm.decoders.generate import Generator
+from mm.errors import UserError
 from mm.registry import TASKS
 from mm.tasks.base import (
     Figures,
@@ -65,7 +68,7 @@ class JudgedGeneration(Task):
         Path | None, Field(description="shards with real items of modality `to`; default: data")
     ] = None
     sources: Annotated[tuple[str, ...], Field(min_length=1)] = ("text",)
-    to: Literal["image", "audio"] = "image"
+    to: str = "image"
     split: str = "test"
     val_split: str = "val"
     train_split: str = "train"
@@ -86,6 +89,15 @@ class JudgedGeneration(Task):
     reconstruction: Annotated[
         bool, Field(description="also judge tokenizer round trips of real held-out items")
     ] = True
+
+    @field_validator("to")
+    @classmethod
+    def _has_a_judge(cls, value: str) -> str:
+        try:
+            get_modality(value).features()
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        return value
 
     @classmethod
     def smallest(cls) -> JudgedGeneration:
@@ -147,8 +159,9 @@ class JudgedGeneration(Task):
     def _make(
         self, generator: Generator, items: Sequence[Item], settings: Settings, seed: int
     ) -> list[Any]:
-        # An image has a grid and takes no length limit.
-        limit = {"max_tokens": self.max_tokens} if self.to == "audio" and self.max_tokens else {}
+        # What has a grid, such as an image, takes no length limit.
+        free = not is_fixed(generator.tokenizer(self.to).spec)
+        limit = {"max_tokens": self.max_tokens} if free and self.max_tokens else {}
         prompts = [conditions(item, self.sources) for item in items]
         return generator.generate(prompts, self.to, seed=seed, **limit, **settings.to_dict())
 

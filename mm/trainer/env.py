@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mm.batch import Batch
+from mm.data.streams.shuffle import fold_seed
 from mm.model.layer import ModelOut
 from mm.trainer.engine.deepspeed import Engine
 from mm.trainer.log.metrics import Tally
@@ -89,7 +90,7 @@ class TrainerEnv:
     def begin(self, step: int, scheduled: Mapping[str, float]) -> None:
         """Start a step: reseed this rank's generators."""
         self.step, self.scheduled = step, scheduled
-        seed = mix(self._seed, step, self._rank)
+        seed = fold_seed(self._seed, step, self._rank)
         self.rng.manual_seed(seed)
         # Not torch.manual_seed: in a CUDA build without a GPU it queues a call with its traceback,
         # every time.
@@ -105,7 +106,7 @@ class TrainerEnv:
         """Seed of Ctx for a micro-batch; a batch derived from one (`dataclasses.replace`) shares
         number -1.
         """
-        return mix(self._seed, self.step, self._rank, self.number(batch))
+        return fold_seed(self._seed, self.step, self._rank, self.number(batch))
 
     def number(self, batch: Batch) -> int:
         """Number of a micro-batch in its step; -1: of a batch derived from one."""
@@ -143,14 +144,3 @@ class TrainerEnv:
         from torch.distributed.nn.functional import all_gather
 
         return torch.cat(all_gather(x))
-
-
-def mix(*parts: int) -> int:
-    """Hash integers to a 62-bit seed (splitmix64 finaliser over a running sum)."""
-    state = 0
-    for part in parts:
-        state = (state + 0x9E3779B97F4A7C15 + (part & 0xFFFFFFFFFFFFFFFF)) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 2

@@ -13,19 +13,17 @@ import soundfile
 from data_toys import png, wav
 from PIL import Image
 
-from mm.data.modalities.decode import (
-    LIMITS,
-    BadSample,
-    Limits,
-    _jpeg,
-    _plain_jpeg,
-    _plain_wav,
-    audio_header,
-    decode_audio,
-    decode_image,
-    decode_text,
-    decode_tokens,
-    encode_tokens,
+from mm.data.modalities.audio import AudioModality, _plain_wav
+from mm.data.modalities.base import BadSample
+from mm.data.modalities.image import ImageModality, _jpeg, _plain_jpeg
+from mm.data.modalities.text import TextModality
+from mm.data.shards.token_codec import decode_tokens, encode_tokens
+
+AUDIO = AudioModality()
+decode_image, decode_audio, decode_text = (
+    ImageModality().decode,
+    AUDIO.decode,
+    TextModality().decode,
 )
 
 
@@ -143,7 +141,7 @@ def test_an_unusual_or_broken_jpeg_is_left_to_pillow() -> None:
         with pytest.raises(BadSample, match="image: "):
             decode_image(data[:n])
     with pytest.raises(BadSample, match="header says 40x24 pixels, the cap is 959"):
-        decode_image(data, Limits(max_pixels=959))
+        ImageModality(max_pixels=959).decode(data)
 
 
 def test_image_bombs_cost_no_memory() -> None:
@@ -159,7 +157,7 @@ def test_image_bombs_cost_no_memory() -> None:
     tracemalloc.stop()
     assert peak < 5e6
     with pytest.raises(BadSample, match="header says 60x60 pixels, the cap is 3000"):
-        decode_image(png(size=60), Limits(max_pixels=3000))
+        ImageModality(max_pixels=3000).decode(png(size=60))
 
 
 @pytest.mark.parametrize(
@@ -220,7 +218,7 @@ def test_a_header_that_claims_gigabytes_costs_no_memory() -> None:
     tracemalloc.stop()
     assert peak < 5e6
     with pytest.raises(BadSample, match="header says 2 s, the cap is 1 s"):
-        decode_audio(wav(frames=16000), Limits(max_seconds=1.0))
+        AudioModality(max_seconds=1.0).decode(wav(frames=16000))
 
 
 def test_audio_of_all_kinds() -> None:
@@ -269,14 +267,18 @@ def test_plain_wav_is_as_libsndfile_reads_it() -> None:
         for place in range(44):
             for value in (0, 1, 2, 3, 100, 255, data[place] ^ 1, data[place] ^ 128):
                 changed = bytes(data[:place]) + bytes([value]) + bytes(data[place + 1 :])
-                found = _plain_wav(changed, LIMITS)
+                found = _plain_wav(changed, AUDIO.max_seconds)
                 if found is not None:
                     own = decode_audio(changed)
                     assert (own.sample_rate, own.samples.tobytes()) == by_libsndfile(changed), place
-                    assert audio_header(changed) == ("wav", len(own.samples), own.sample_rate)
+                    assert AUDIO.header(changed) == (
+                        "wav",
+                        len(own.samples),
+                        own.sample_rate,
+                    )
     whole = wav(frames=50)
     for size in range(len(whole)):  # cut short
-        assert _plain_wav(whole[:size], LIMITS) is None
+        assert _plain_wav(whole[:size], AUDIO.max_seconds) is None
     tail = decode_audio(whole + b"LIST\4\0\0\0INFO")
     assert tail.samples.tobytes() == decode_audio(whole).samples.tobytes()
 
@@ -285,7 +287,7 @@ def test_text() -> None:
     with pytest.raises(BadSample, match="no valid UTF-8 at byte 2"):
         decode_text(b"ab\xff")
     with pytest.raises(BadSample, match="more than the cap"):
-        decode_text(b"a" * 11, Limits(max_text_bytes=10))
+        TextModality(max_text_bytes=10).decode(b"a" * 11)
     assert decode_text(b"\xef\xbb\xbfa\0b") == "a\0b"
 
 

@@ -8,8 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer.core
+import typer.main
 from data_toys import ToyTokenizer, folder, png, tar_of, token_shards, toys, wav
 
+from mm.cli.data import full_app
+from mm.data.pack.config import PackConfig
 from mm.data.pack.job import pack
 from mm.data.pack.writer import safe_key, secure_webdataset
 from mm.data.shards.inspect import inspect
@@ -366,3 +370,15 @@ def test_safe_key_is_injective() -> None:
     assert all(
         len(k) <= 80 and "." not in k and "\n" not in k and not k.startswith("/") for k in keys
     )
+
+
+def test_every_setting_is_an_option_and_no_other_is_taken(tmp_path: Path) -> None:
+    command = typer.main.get_command(full_app())
+    assert isinstance(command, typer.core.TyperGroup)
+    options = {p.name: p.opts for p in command.commands["pack"].params}
+    assert {*options} - {"json", "help"} == {*PackConfig.model_fields} - {"limits"}
+    assert options["columns"] == ["--column"] and options["out"] == ["--out", "-o"]
+    with pytest.raises(UserError, match="unknown key 'max_bat'; did you mean 'max_bad'"):
+        pack(tmp_path, tmp_path.parent / "x", max_bat=1)
+    with pytest.raises(UserError, match="--split Train: use a plain lower-case word"):
+        pack(tmp_path, tmp_path.parent / "x", split="Train")

@@ -14,8 +14,9 @@ from data_toys import toys
 from test_hf import save
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from mm.data.pack.job import PackReport, pack
+from mm.data.pack.job import pack
 from mm.data.pack.pretokenized import foreign_spec
+from mm.data.pack.report import PackReport
 from mm.data.shards.inspect import inspect
 from mm.data.shards.reader import QUARANTINE, ShardSet, read_manifest
 from mm.data.shards.verify import verify

@@ -15,7 +15,8 @@ from data_toys import ToyTokenizer, folder, png, toys, wav
 
 from mm.config import validate
 from mm.data.batching.collate import to_batch
-from mm.data.pack.job import PackReport, pack
+from mm.data.pack.job import pack
+from mm.data.pack.report import PackReport
 from mm.data.pack.writer import secure_webdataset
 from mm.data.shards.inspect import inspect
 from mm.data.shards.members import member_modality

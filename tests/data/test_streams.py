@@ -11,12 +11,14 @@ import pytest
 import torch
 from data_toys import ToyTokenizer, folder, token_shards
 
+from mm.data.modalities.audio import loudness
+from mm.data.modalities.image import Augment, affine, fit_image
 from mm.data.pack.job import pack
 from mm.data.shards.reader import ShardSet
 from mm.data.streams.base import Step, Stream
 from mm.data.streams.mixing import shares
 from mm.data.streams.packed import Document, PackedConfig, first_fit
-from mm.data.streams.raw_items import Augment, ItemsConfig, affine, fit_image, loudness
+from mm.data.streams.raw_items import ItemsConfig
 from mm.data.streams.shuffle import generator, permute, uniform
 from mm.data.streams.stateful import StatefulConfig
 from mm.data.transforms.any_to_any import AnyToAnyConfig, parse_task

@@ -16,8 +16,9 @@ import pytest
 from data_toys import ToyTokenizer, png, toys
 
 from mm.data.pack import pool
-from mm.data.pack.job import PackReport, pack
+from mm.data.pack.job import pack
 from mm.data.pack.pool import Pool, batches
+from mm.data.pack.report import PackReport
 from mm.data.sources.base import Record
 from mm.errors import UserError
 from mm.specs import Encoded
@@ -104,12 +105,12 @@ sys.path[:0] = {path!r}
 from mm.data.pack import output, pool
 from mm.data.pack.job import pack
 output.JOURNAL_SECONDS = pool.START_S = 0.0
-done = output.Run.add
+done = output.PackOutput.add
 def add(self, *args):
     done(self, *args)
     if self.records >= 90:
         os.kill(os.getpid(), signal.SIGKILL)
-output.Run.add = add
+output.PackOutput.add = add
 pack(Path({src!r}), Path({out!r}), workers=2, progress=False, max_bad=0.5, shard_mb=0.02)
 """
 
@@ -196,12 +197,14 @@ def test_what_cannot_be_sent_is_done_here(
     quiet(src, tmp_path / "a", 2, tokenizers={"text": Local("text", 64)})
     assert not started and "packing in one process" in caplog.text
 
-    from mm.data.modalities.decode import Limits
+    from mm.data.modalities.base import table
     from mm.data.pack.worker import Work
 
     def records() -> Iterator[Record]:
         for i in range(40):
             yield Record(f"k{i}", "here", {"text": lambda i=i: b"text %d" % i})
 
-    done = [p for b in batches(records(), Work(Limits(), None, None), 1, 2) for p in b.items]
+    done = [
+        p for b in batches(records(), Work(table().modalities, None, None), 1, 2) for p in b.items
+    ]
     assert [p.raws for p in done] == [{"text": b"text %d" % i} for i in range(40)] and started

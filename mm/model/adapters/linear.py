@@ -29,7 +29,7 @@ class LinearAdapter(Adapter):
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
         nn.init.zeros_(self.bias)
 
-    def zero(self, device: torch.device) -> Tensor:
+    def zero_item(self, device: torch.device) -> Tensor:
         """`(1, 1, C)`: the item that a batch without this modality runs through the module."""
         return torch.zeros(1, 1, self.d_in, device=device, dtype=self.weight.dtype)
 

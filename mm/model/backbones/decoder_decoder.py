@@ -5,9 +5,8 @@ length, S keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -20,6 +19,7 @@ from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import CachedAttention, HeadsConfig, Sizes
 from mm.model.mixers.attention.kv_cache import KV, DraftKV, advance
 from mm.model.norm import RMSNorm
+from mm.model.positions.randomised import adds_to_input
 from mm.model.recompute import Recompute
 from mm.model.varlen import PackedRows, paired
 from mm.registry import BACKBONES, BlockField, FfnField
@@ -63,16 +63,11 @@ class SharedMemory(Block):
         super().__init__()
         G, K = sizes
         self.sizes = sizes
-        # Positions that score have nothing to do with keys alone.
-        self.position = position if type(position).score is Position.score else Position()
+        # Positions that score, or scale queries, have nothing to do with keys alone.
+        self.position = position if position.key else Position()
         self.norm = RMSNorm(d_model, eps=eps)
         self.kv = None if own_keys else linear(d_model, 2 * G * K, "kv")
         self.cached = Sizes(1, d_model, 0) if own_keys else Sizes(G, K, K)
-
-    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        if not self.position.key:
-            return {}
-        return {self.position.key: lambda ctx: self.position.prepare(ctx.layout.fields)}
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         assert state is None or isinstance(state, KV | DraftKV)
@@ -80,7 +75,7 @@ class SharedMemory(Block):
         k, v = h[:, :, None], h[:, :, None, :0]
         if self.kv is not None:
             k, v = self.kv(h, ctx).unflatten(-1, (2 * self.sizes[0], -1)).chunk(2, dim=2)
-            k = self.position.rotate(k, k, f, f)[1]
+            k = self.position.rotate_call(ctx, k, k)[1]
         made, after = Published(k, v), None
         if state is not None:
             cache = state.commit()
@@ -93,7 +88,7 @@ class SharedMemory(Block):
             values = torch.cat((past_v.transpose(1, 2).to(v.dtype), v), dim=1)
             made = Published(keys, values, docs, rows, known, ctx.mask.dense(rows, known))
             after = advance(cache, k, v, rows, docs, ctx.draft)
-        return Out(x_BTD, after, replace(ctx, shared={**ctx.shared, MEMORY: made}))
+        return Out(x_BTD, after, replace(ctx, published={**ctx.published, MEMORY: made}))
 
     def initial_state(self, n: int, max_len: int) -> KV:
         like = self.norm.weight
@@ -128,7 +123,7 @@ class CrossAttention(CachedAttention):
         self.out = linear(heads * K, d_model, "out")
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        memory = ctx.shared.get(MEMORY)
+        memory = ctx.published.get(MEMORY)
         if not isinstance(memory, Published):
             raise ValueError(
                 "this layer reads a memory that a `decoder_decoder` backbone publishes"
@@ -211,7 +206,7 @@ class DecoderDecoderConfig(HeadsConfig):
     def build(self, d_model: int, linear: LinearFactory = dense) -> DecoderDecoder:
         heads, G, K = self.sizes(d_model)
         place = lambda: self.placed(K, d_model)
-        if type(place()).embed is not Position.embed:
+        if adds_to_input(place()):
             raise ValueError(
                 f"decoder_decoder: position '{self.position.kind}' is added to a layer's input, "
                 "but these layers share keys: use rope, alibi, t5_bias or none"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, cast
 
@@ -11,14 +11,24 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from mm import config as yaml_config
-from mm.batch import Sum
 from mm.config import Config
 from mm.errors import UserError, did_you_mean
 from mm.model import recompute as recomputing
 from mm.model.backbones.pattern import parse, tile
-from mm.model.layer import Backbone, Block, Ctx, Layer, Linear, LinearFactory, Out, Provider
+from mm.model.layer import (
+    Backbone,
+    Block,
+    Ctx,
+    Layer,
+    Linear,
+    LinearFactory,
+    Out,
+    Provider,
+    name_layers,
+)
 from mm.model.linears.dense import dense
 from mm.model.norm import Kind, norm
+from mm.model.varlen import document_groups
 from mm.registry import BACKBONES, MIXERS, BlockField, FfnField, MixerField
 from mm.state import State, StateTuple
 
@@ -28,9 +38,8 @@ INTERMEDIATE = "intermediate."
 class Stack(Backbone):
     """Blocks one after another, then a norm.
 
-    ``path`` runs other layers or another order; every VISIT has its own State. Taps `hidden.i`
-    (input of visit i) and
-    `hidden` (what the heads read) go into the successor Ctx as shared values named
+    ``path`` runs other layers or another order; every VISIT has its own State. Intermediates
+    `hidden.i` (input of visit i) and `hidden` (what the heads read) are published under
     `intermediate.hidden.i`.
     """
 
@@ -49,13 +58,15 @@ class Stack(Backbone):
         self.providers = nn.ModuleDict()
         readers: dict[str, list[Layer]] = {}
         makers: dict[str, Callable[[int], Provider]] = {}
-        for module in self.layers.modules():
+        for module in _own_modules(self.layers):
             if isinstance(module, Layer) and (wanted := module.provider()) is not None:
                 name, makers[wanted[0]] = wanted
-                module.place = len(readers.setdefault(name, []))
+                module.provider_row = len(readers.setdefault(name, []))
                 readers[name].append(module)
         for name, make in makers.items():
-            self.providers[name] = make(len(readers[name]))
+            if len(readers[name]) > 1:  # what one layer reads alone is no parameter of anything
+                self.providers[name] = make(len(readers[name]))
+        name_layers(self)
 
     def _layer(self, i: int) -> Block:
         return cast(Block, self.layers[i])
@@ -64,7 +75,7 @@ class Stack(Backbone):
         # Runs after the children: residual branches shrink with depth. Source: Radford et al. 2019
         # (GPT-2), section 2.3.
         factor = (2 * len(self.layers)) ** -0.5
-        for module in self.layers.modules():
+        for module in _own_modules(self.layers):
             if (
                 isinstance(module, Linear)
                 and getattr(module, "name", "") == "out"
@@ -84,37 +95,35 @@ class Stack(Backbone):
                     "initial_state(..., path=path)"
                 )
             parts = list(state.parts)
-        shared: dict[str, Any] = dict(ctx.shared)
-        for name, provider in self.providers.items():
-            shared[name] = provider(ctx)
-        for i in visits:
-            for name, make in self._layer(i).shares(state is not None).items():
-                if name not in shared:
-                    shared[name] = make(ctx)
-        ctx = replace(ctx, shared=shared)
+        outer = ctx.provided
+        made = {name: provider(ctx) for name, provider in self.providers.items()}
+        ctx = replace(ctx, provided={**outer, **made})
+        if any(layer._compiled_call_impl is not None for layer in self.layers):
+            document_groups(ctx)
+            self.prefetch(ctx, state is not None)
         x, aux, intermediates = x_BTD, {}, {}
         train = self.training and torch.is_grad_enabled()
         for visit, i in enumerate(visits):
             if f"hidden.{visit}" in ctx.return_intermediates:
                 intermediates[f"{INTERMEDIATE}hidden.{visit}"] = x
-            here = replace(ctx, visit=visit)
+            here = replace(ctx, visit=ctx.visit + visit)
             layer = self._layer(i)
             if train and self.recompute[i] != "none":
                 out = recomputing.run(self.recompute[i], layer, x, here, parts[visit])
             else:
                 out = layer(x, here, parts[visit])
             x, parts[visit] = out.y, out.state
-            ctx = out.ctx or ctx
+            ctx = replace(out.ctx, visit=ctx.visit) if out.ctx is not None else ctx
             for name, value in out.aux.items():
-                key = f"layers.{i}.{name}"
-                aux[key] = aux[key] + value if key in aux else value
+                aux[name] = aux[name] + value if name in aux else value
         y = self.norm(x)
         if intermediates or "hidden" in ctx.return_intermediates:
             intermediates |= (
                 {f"{INTERMEDIATE}hidden": y} if "hidden" in ctx.return_intermediates else {}
             )
-            ctx = replace(ctx, shared={**ctx.shared, **intermediates})
-        return Out(y, StateTuple(*parts) if state is not None else None, ctx, aux)
+            ctx = replace(ctx, published={**ctx.published, **intermediates})
+        after = StateTuple(*parts) if state is not None else None
+        return Out(y, after, replace(ctx, provided=outer), aux)
 
     def initial_state(self, n: int, max_len: int, path: Sequence[int] | None = None) -> StateTuple:
         visits = path if path is not None else range(len(self.layers))
@@ -122,13 +131,6 @@ class Stack(Backbone):
 
     def state_bytes(self, n: int, max_len: int) -> int:
         return sum(layer.state_bytes(n, max_len) for layer in self.layers)  # type: ignore[operator]
-
-    def after_step(self, stats: Mapping[str, Sum]) -> None:
-        for i, layer in enumerate(self.layers):
-            head = f"layers.{i}."
-            layer.after_step(
-                {k.removeprefix(head): v for k, v in stats.items() if k.startswith(head)}
-            )  # type: ignore[operator]
 
 
 @BACKBONES.register("stack")
@@ -209,6 +211,14 @@ class StackConfig(Config):
     def smallest(cls) -> StackConfig:
         small = MIXERS.get("attention").smallest()
         return cls(pattern="attention rg_lru", mixers={"attention": small})
+
+
+def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """All modules below, but none of a Backbone inside, which sees to its own."""
+    for child in module.children():
+        if not isinstance(child, Backbone):
+            yield child
+            yield from _own_modules(child)
 
 
 def presets() -> list[str]:

@@ -5,8 +5,7 @@ B rows, T tokens, D model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -58,7 +57,7 @@ class PreNorm(Block):
         y = mixed.y if self.mixer_post_norm is None else self.mixer_post_norm(mixed.y)
         x = (read if self.normed_residual else x_BTD) + self._drop(y, ctx, "mixer")
         ctx_after = mixed.ctx or ctx
-        aux = {f"mixer.{k}": v for k, v in mixed.aux.items()}
+        aux = dict(mixed.aux)
         ffn_state = None
         if self.ffn is not None:
             read = x if self.ffn_norm is None else self.ffn_norm(x)
@@ -67,18 +66,12 @@ class PreNorm(Block):
             x = (read if self.normed_residual else x) + self._drop(y, ctx, "ffn")
             ctx_after = fed.ctx or ctx_after
             ffn_state = fed.state
-            aux |= {f"ffn.{k}": v for k, v in fed.aux.items()}
+            aux |= fed.aux
         after = StateTuple(mixed.state, ffn_state) if state is not None else None
         return Out(x, after, ctx_after if ctx_after is not ctx else None, aux)
 
     def _drop(self, y: Tensor, ctx: Ctx, name: str) -> Tensor:
-        return dropout(y, self.dropout, ctx, name) if self.dropout and self.training else y
-
-    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return {
-            **self.mixer.shares(serving),
-            **(self.ffn.shares(serving) if self.ffn is not None else {}),
-        }
+        return dropout(y, self.dropout, ctx, self, name) if self.dropout and self.training else y
 
     def initial_state(self, n: int, max_len: int) -> StateTuple:
         return StateTuple(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.model.layer import Ctx, Embedder, Position
+from mm.model.positions.randomised import adds_to_input
 from mm.registry import EMBEDDERS, PositionField
 
 
@@ -54,7 +55,7 @@ class SumEmbedderConfig(Config):
 
     def build(self, n_ids: int, d_model: int) -> SumEmbedder:
         position = self.position.build(d_model, d_model=d_model)
-        if self.position.kind != "none" and type(position).embed is Position.embed:
+        if self.position.kind != "none" and not adds_to_input(position):
             raise ValueError(
                 f"position '{self.position.kind}' adds nothing to embeddings: it belongs to a mixer"
             )

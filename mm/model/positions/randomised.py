@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -49,8 +48,7 @@ class Randomised(nn.Module, Position):
                 "raise length"
             )
         device = f.position.device
-        # The same of every layer: neither its name nor its visit counts.
-        drawn = generator(replace(ctx, visit=0), "positions", device)
+        drawn = generator(ctx, None, "positions", device)  # the same of every layer
         times = torch.randperm(self.length, generator=drawn, device=device)[:n].sort().values
         time = times[f.position[..., 0].long().clamp(0, n - 1)].to(f.position.dtype)
         return torch.cat((time[..., None], f.position[..., 1:]), -1)
@@ -79,6 +77,15 @@ class RandomisedScores(Randomised):
 
     def scores(self, q: Tensor, fq: Fields, fk: Fields) -> Mapping[str, Any]:
         return self.inner.scores(q, fq, fk)
+
+
+def adds_to_input(position: Position) -> bool:
+    """Whether a position is added to a layer's input (`Position.embed`), itself or the inner
+    one.
+    """
+    while isinstance(position, Randomised):
+        position = position.inner
+    return type(position).embed is not Position.embed
 
 
 def refuse_drawn(position: Position, mixer: str) -> None:

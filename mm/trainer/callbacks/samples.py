@@ -15,9 +15,9 @@ from torch import nn
 
 from mm.batch import Batch, Values
 from mm.config import Config
+from mm.data.modalities.base import BadSample, modality_of_value, raw_modality, table
 from mm.errors import UserError
 from mm.registry import CALLBACKS
-from mm.specs import Waveform
 from mm.trainer.callbacks.base import Callback
 
 if TYPE_CHECKING:
@@ -127,7 +127,9 @@ class Samples(Callback):
 
 def _name(prompt: dict[str, str]) -> str:
     given = "_".join(
-        f"{m}-{Path(v).stem if m != 'text' else v}" for m, v in prompt.items() if m != "to"
+        f"{m}-{v if raw_modality(m).is_text else Path(v).stem}"
+        for m, v in prompt.items()
+        if m != "to"
     )
     return re.sub(r"[^A-Za-z0-9_-]+", "-", f"{given or 'nothing'}_to_{prompt['to']}")[:60].strip(
         "-"
@@ -135,17 +137,12 @@ def _name(prompt: dict[str, str]) -> str:
 
 
 def _raw(modality: str, value: str) -> Any:
-    """A prompt's value: text as it is, bytes as UTF-8, anything else decoded from the file it
-    names.
-    """
-    if modality == "text":
-        return value
-    if modality == "bytes":
-        return value.encode()
-    from mm.data.modalities.decode import BadSample, decode
-
+    """A prompt's value: text as it is, bytes as UTF-8, anything else decoded from its file."""
+    own = raw_modality(modality)
+    if own.is_text:
+        return value if modality == own.kind else value.encode()
     try:
-        return decode(modality, Path(value).read_bytes())
+        return own.decode(Path(value).read_bytes())
     except (OSError, BadSample) as error:
         raise UserError(f"callbacks.samples: prompt file {value}: {error}") from error
 
@@ -163,49 +160,27 @@ def _reconstruct(
     module: nn.Module, kept: dict[str, torch.Tensor], device: torch.device
 ) -> list[tuple[str, Any]]:
     """What a tokenizer network makes of the kept items, the originals beside them."""
-    tap = {"image": "image", "audio": "wave"}
     for modality, data in kept.items():
-        if modality not in tap:
+        own = table().modalities.get(modality)
+        if own is None or not own.reconstruction:
             continue
         batch = Batch.of_values({modality: Values.items(data, kept["length"])}).to(device)
         with torch.no_grad():
-            again = (
-                module(batch, return_intermediates=frozenset({tap[modality]}))
-                .intermediates[tap[modality]]
-                .float()
-                .cpu()
-            )
+            out = module(batch, return_intermediates=frozenset({own.reconstruction}))
+        again = out.intermediates[own.reconstruction].float().cpu()
         rate = getattr(
             module, "sample_rate", getattr(getattr(module, "config", None), "sample_rate", 16000)
         )
-        out = []
+        made = []
         for i, (a, b, n) in enumerate(zip(data, again, kept["length"].tolist(), strict=True)):
             for what, x in (("original", a), ("reconstruction", b)):
-                value = (
-                    _image(x)
-                    if modality == "image"
-                    else Waveform(x[:n].numpy().clip(-1, 1), int(rate))
-                )
-                out.append((f"{modality}{i}_{what}", value))
-        return out
+                made.append((f"{modality}{i}_{what}", own.from_network(x, n, int(rate))))
+        return made
     return []
 
 
-def _image(x_CHW: torch.Tensor) -> Any:
-    """(C, H, W) float in [0, 1] to (H, W, 3) uint8."""
-    x = x_CHW.clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0)
-    return x.expand(-1, -1, 3).contiguous().numpy()
-
-
 def _write(trainer: Trainer, folder: Path, i: int, name: str, value: Any, step: int) -> None:
-    from mm.decoders.media import media_kind, save_media
+    from mm.decoders.media import save_media
 
     save_media(value, folder / f"{i:02d}_{name}")
-    kind = media_kind(value)
-    if kind == "audio":
-        trainer.tracker.media(name, "audio", value.samples, step, sample_rate=value.sample_rate)
-    elif kind == "image":
-        trainer.tracker.media(name, "image", value, step)
-    else:
-        text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-        trainer.tracker.media(name, "text", text, step)
+    trainer.tracker.media(name, step=step, **modality_of_value(value).media(value))

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mm.batch import Batch, Sum
+from mm.data.modalities.base import modality_of_value, table
 from mm.specs import Encoded
-from mm.tasks.bits_per_byte import raw_bytes
 from mm.vocabulary import Vocabulary
 
 USAGE_DECAY, USAGE_SEEN = (
@@ -159,7 +159,8 @@ class BytesPerToken:
         """Add what the targets of these host batches hold, until enough was seen."""
         for modality in vocabulary.modalities:
             seen = self.totals.setdefault(modality, [0, 0, 0])
-            limit = self.DOCUMENTS if modality in ("text", "bytes") else self.FEW
+            raw = table().modalities.get(table().raw.get(modality, ""))
+            limit = self.DOCUMENTS if raw is not None and raw.is_text else self.FEW
             if modality not in tokenizers or seen[0] >= limit:
                 continue
             span = vocabulary.range(modality)
@@ -173,7 +174,7 @@ class BytesPerToken:
             )
             seen[0] += len(codes)
             seen[1] += sum(len(ids) + 1 for ids in codes)
-            seen[2] += sum(raw_bytes(raw) for raw in raws)
+            seen[2] += sum(modality_of_value(raw).n_bytes(raw) for raw in raws)
 
     def ratio(self) -> dict[str, float]:
         """Bytes per token of every modality seen."""

@@ -41,7 +41,7 @@ def test_a_stack_owns_one_table_and_each_layer_reads_its_row(word: str) -> None:
     (provider,) = stack.providers.values()
     assert provider.table.shape[0] == 3
     mixers = [layer.mixer for layer in stack.layers]
-    assert [m.place for m in mixers] == [0, 0, 1, 2]
+    assert [m.provider_row for m in mixers] == [0, 0, 1, 2]
     x = torch.randn(1, 6, D, dtype=torch.float64)
     ctx = Ctx(Layout.plain(1, 6), Causal())
     y = stack(x, ctx).y
@@ -52,7 +52,7 @@ def test_a_stack_owns_one_table_and_each_layer_reads_its_row(word: str) -> None:
     shared = {next(iter(stack.providers)): table}
     by_hand = x
     for layer in stack.layers:
-        by_hand = layer(by_hand, Ctx(ctx.layout, ctx.mask, shared=shared)).y
+        by_hand = layer(by_hand, Ctx(ctx.layout, ctx.mask, provided=shared)).y
     torch.testing.assert_close(stack.norm(by_hand), y)
 
 
@@ -64,7 +64,7 @@ def test_decays_respect_the_bound_of_their_layer() -> None:
     x = 30 * torch.randn(1, 9, D, dtype=torch.float64)
     lowest = []
     for k, layer in enumerate(stack.layers):
-        f = layer.mixer.features(x, Ctx(ctx.layout, ctx.mask, shared={name: table}))
+        f = layer.mixer.features(x, Ctx(ctx.layout, ctx.mask, provided={name: table}))
         a = f["g"].exp().flatten(2)
         assert (a >= table[k] - 1e-12).all() and (a <= 1).all()
         torch.testing.assert_close(f["k"], 1 - f["g"].exp())

@@ -207,7 +207,9 @@ def test_lifted_neighbours_are_the_largest_inner_products() -> None:
 @pytest.mark.parametrize("kind", ["sparse_attention", "combiner", "topk_attention"])
 def test_they_refuse_what_they_are_not_made_for_by_name(kind: str) -> None:
     layer = build(kind)
-    with pytest.raises(UserError, match=f"{kind} is causal"):
+    with pytest.raises(
+        UserError, match=f"{kind} cannot run under a full mask: it needs mask: causal"
+    ):
         layer(torch.zeros(1, 3, D).double(), Ctx(Layout.plain(1, 3), Full()))
     with pytest.raises(ValueError, match=f"{kind}: position 'alibi' changes scores"):
         build(kind, position="alibi")

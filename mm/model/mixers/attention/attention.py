@@ -5,7 +5,7 @@ of one document.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mm.config import Config
 from mm.kernels.attention import attention
 from mm.layout import Fields
+from mm.mask import Mask
 from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out, Position
 from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import TailedKV
@@ -89,18 +90,23 @@ class Attention(Mixer):
         if self.sink is not None:
             nn.init.zeros_(self.sink)
 
-    def _groups_key(self) -> str:
-        return f"attention.groups.{self.window}"
-
-    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        made: dict[str, Callable[[Ctx], Any]] = {}
-        if self.position.key:
-            made[self.position.key] = lambda ctx: self.position.prepare(self._placed(ctx, serving))
+    def prefetch(self, ctx: Ctx, serving: bool) -> None:
         if not serving:
-            made[self._groups_key()] = lambda ctx: LengthBuckets.of(
-                ctx.layout, narrowed(ctx.mask, self.window), by_vectors=True
-            )
-        return made
+            self._groups(ctx)
+            if self.position.key:
+                self.position.prepare_call(ctx, self._placed(ctx, serving))
+
+    def _groups(self, ctx: Ctx) -> LengthBuckets | None:
+        """The call's documents by length, with what the mask is within each group."""
+        window = self.window
+        return ctx.cached_on_host(
+            f"attention.groups.{window}",
+            lambda layout, mask: LengthBuckets.of(layout, narrowed(mask, window), by_vectors=True),
+        )
+
+    def _mask(self, ctx: Ctx) -> Mask:
+        """Who sees whom in this layer."""
+        return narrowed(ctx.mask, self.window)
 
     def _projected(
         self, x_BTD: Tensor, ctx: Ctx, tail: State | None, serving: bool
@@ -121,11 +127,7 @@ class Attention(Mixer):
             q, k, v = qkv.split((H, G, G), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        prepared = ctx.shared.get(self.position.key) if self.position.key else None
-        if prepared is None:
-            q, k = self.position.rotate(q, k, f, f)
-        else:
-            q, k = self.position.apply(q, prepared), self.position.apply(k, prepared)
+        q, k = self.position.rotate_call(ctx, q, k, f)
         if self.log_n is not None:
             q = self._stretched(q, ctx.layout.fields)
         kept = self.forget(x_BTD, ctx) if self.forget is not None else None
@@ -185,17 +187,13 @@ class Attention(Mixer):
         """Attention inside the call's documents."""
         B, T = q.shape[:2]
         f = self._placed(ctx, False) if self.scored else ctx.layout.fields
-        groups = ctx.shared.get(self._groups_key())
+        groups = self._groups(ctx)
         if groups is None:
-            mask = narrowed(ctx.mask, self.window)
-            # Grouping looks at values, which a graph cannot: a backbone shares it from outside the
-            # graph.
-            if torch.compiler.is_compiling():
-                faded = kept.cumsum(1) if kept is not None else None
-                scores = self._scores(q, f, f, faded, faded)
-                true = ctx.layout.fields
-                return attention(q, k, v, mask.dense(true, true), **scores)
-            groups = LengthBuckets.of(ctx.layout, mask, by_vectors=True)
+            mask = self._mask(ctx)
+            faded = kept.cumsum(1) if kept is not None else None
+            scores = self._scores(q, f, f, faded, faded)
+            true = ctx.layout.fields
+            return attention(q, k, v, mask.dense(true, true), **scores)
         parts = [q, k, v]
         if kept is not None:
             parts.append(kept)
@@ -227,7 +225,7 @@ class Attention(Mixer):
         cache, gates = (state.kv, state.gate) if isinstance(state, ForgetKV) else (state, None)
         assert isinstance(cache, KV) and not isinstance(gates, DraftKV)
         docs = PackedRows.of(ctx.layout, cache.count.shape[0])
-        mask = narrowed(ctx.mask, self.window)
+        mask = self._mask(ctx)
         f = docs.fields(ctx.layout.fields)
         q, k, v = docs.unpack(q), docs.unpack(k), docs.unpack(v)
         parts = [(cache, k, v)]
@@ -281,14 +279,19 @@ class Attention(Mixer):
             made["sink_H"] = self.sink
         return made
 
+    @property
+    def reach(self) -> int | None:
+        """How many tokens back a query may see: bounds the cache; None = all."""
+        return self.window
+
     def _places(self, max_len: int) -> int:
-        return max_len if self.window is None else min(max_len, self.window)
+        return max_len if self.reach is None else min(max_len, self.reach)
 
     def initial_state(self, n: int, max_len: int) -> KV | ForgetKV | TailedKV:
         like = self._like()
         if torch.is_autocast_enabled(like.device.type):
             like = like.new_empty(0, dtype=torch.get_autocast_dtype(like.device.type))
-        ring = self.window is not None and self.window < max_len
+        ring = self.reach is not None and self.reach < max_len
         C, like = self._places(max_len), like.detach()
         kv: Any = KV.empty(n, self.kv_heads, C, self.head_dim, self.head_dim, ring, like)
         if self.forget is not None:

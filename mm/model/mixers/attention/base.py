@@ -5,7 +5,7 @@ rows of one document, L their length, S keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, NamedTuple
 
@@ -24,8 +24,6 @@ from mm.model.positions.randomised import refuse_drawn
 from mm.model.varlen import LengthBuckets, PackedRows, paired
 from mm.registry import PositionField
 from mm.state import DataclassState
-
-GROUPS = "cached.groups"
 
 
 class HeadsConfig(Config):
@@ -98,21 +96,19 @@ class CachedAttention(Mixer):
         """
         return attention(q_RTHK, k_RSGK, v_RSGV, allowed_RTS, causal=causal, bias_RHTS=bias_RHTS)
 
-    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        made: dict[str, Callable[[Ctx], Any]] = {}
-        if self.position.key:
-            made[self.position.key] = lambda ctx: self.position.prepare(ctx.layout.fields)
+    def prefetch(self, ctx: Ctx, serving: bool) -> None:
         if not serving:
-            made[GROUPS] = lambda ctx: LengthBuckets.of(ctx.layout, ctx.mask)
-        return made
+            self._groups(ctx)
+        if self.position.key:
+            self.position.prepare_call(ctx)
+
+    def _groups(self, ctx: Ctx) -> LengthBuckets | None:
+        """The call's documents by length, with what the mask is within each group."""
+        return ctx.cached_on_host("attention.dense_groups", LengthBuckets.of)
 
     def rotated(self, q_BTHK: Tensor, k_BTGK: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor]:
         """Queries and keys with their positions."""
-        f = ctx.layout.fields
-        prepared = ctx.shared.get(self.position.key) if self.position.key else None
-        if prepared is None:
-            return self.position.rotate(q_BTHK, k_BTGK, f, f)
-        return self.position.apply(q_BTHK, prepared), self.position.apply(k_BTGK, prepared)
+        return self.position.rotate_call(ctx, q_BTHK, k_BTGK)
 
     def attended(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Ctx, cache: KV | None
@@ -154,9 +150,8 @@ class CachedAttention(Mixer):
         attend: Callable[..., Tensor] = self.attend  # some take more than queries, keys and values
         B, T = parts[0].shape[:2]
         f = ctx.layout.fields
-        groups = ctx.shared.get(GROUPS)
-        if groups is None and torch.compiler.is_compiling():
-            # Grouping looks at values, which a graph cannot: a backbone shares it from outside.
+        groups = self._groups(ctx)
+        if groups is None:
             docs = PackedRows.of(ctx.layout, 0)
             rows = docs.fields(f)
             q = docs.unpack(parts[0][:, :, : self.heads])
@@ -164,7 +159,6 @@ class CachedAttention(Mixer):
             allowed = ctx.mask.dense(rows, rows)
             y = attend(*map(docs.unpack, parts), allowed, False, bias, False)
             return docs.pack(y, B, T)
-        groups = groups if groups is not None else LengthBuckets.of(ctx.layout, ctx.mask)
         known = [f.position, f.document, f.modality, *f.extra.values()] if self.scored else []
         done = []
         for group, taken in groups.split(*parts, *known):

@@ -34,7 +34,7 @@ def signed_softmax(logits: Tensor, hidden: Tensor | None) -> Tensor:
     if hidden is not None:
         size = size.masked_fill(hidden, -math.inf)
     p = size.softmax(-1) * logits.detach().sign()
-    # AdapterOutput: a row that sees nothing has a NaN softmax.
+    # Filled: a row that sees nothing has a NaN softmax.
     return p.masked_fill(hidden, 0) if hidden is not None else p
 
 

@@ -16,6 +16,7 @@ from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import CachedAttention, HeadsConfig, Sizes
 from mm.model.mixers.attention.kv_cache import KV, DraftKV
 from mm.model.norm import RMSNorm
+from mm.model.positions.none import Tempered
 from mm.registry import MIXERS
 from mm.state import State
 
@@ -116,6 +117,11 @@ class DifferentialAttentionConfig(HeadsConfig):
         if head_dim % 2:
             raise ValueError(f"differential_attention halves its heads: head_dim {head_dim} is odd")
         position = self.placed(head_dim // 2, d_model)
+        if isinstance(position, Tempered) and position.temperature is not None:
+            raise ValueError(
+                "differential_attention: a temperature by head does not fit heads of two maps: set "
+                "position.temperature to false"
+            )
         return DifferentialAttention(
             d_model,
             heads,

@@ -17,6 +17,7 @@ from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import CachedAttention, Sizes
 from mm.model.mixers.attention.kv_cache import KV, DraftKV
 from mm.model.norm import RMSNorm
+from mm.model.positions.irpe import IRPE
 from mm.registry import MIXERS, PositionField
 from mm.state import State
 
@@ -140,13 +141,19 @@ class LatentAttentionConfig(Config):
             )
         K = self.head_dim or d_model // self.heads
         P = self.rotary_dim or max(K // 2, 2)
+        position = self.position.build(P, heads=self.heads, d_model=d_model)
+        if isinstance(position, IRPE):
+            raise ValueError(
+                "latent_attention: position 'irpe' reads whole queries, and these have a rotary "
+                "part and another: use rope, alibi, t5_bias or none"
+            )
         return LatentAttention(
             d_model,
             self.heads,
             (K, P, self.value_dim or K),
             self.latent or 4 * K,
             self.query_latent,
-            self.position.build(P, heads=self.heads, d_model=d_model),
+            position,
             linear,
         )
 

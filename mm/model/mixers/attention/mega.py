@@ -4,9 +4,8 @@ model, E averages of a channel, K width of queries and keys, V value width, N sl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,7 @@ from mm.model.linears.dense import dense
 from mm.model.mixers.attention.attention import Attention
 from mm.model.mixers.attention.kv_cache import KV, DraftKV
 from mm.model.mixers.ssm.scan import DraftHidden, Hidden, begins, scanned
-from mm.model.positions.randomised import refuse_drawn
+from mm.model.positions.randomised import adds_to_input, refuse_drawn
 from mm.model.varlen import LengthBuckets
 from mm.registry import MIXERS, PositionField
 from mm.state import DataclassState, State
@@ -123,7 +122,7 @@ class Mega(Attention):
         # Mega has projections of its own.
         nothing = cast(LinearFactory, lambda d_in, d_out, name: nn.Identity())
         refuse_drawn(position, "mega")
-        super().__init__(d_model, 1, 1, config.key_dim, config.chunk, False, position, nothing)
+        super().__init__(d_model, 1, 1, config.key_dim, None, False, position, nothing)
         self.chunk, self.value_dim, K, V = config.chunk, value_dim, config.key_dim, value_dim
         self.sizes = (K, V, d_model, d_model)
         self.average = MovingAverage(d_model, config.averages)
@@ -140,25 +139,19 @@ class Mega(Attention):
             nn.init.zeros_(bias)
         nn.init.ones_(self.scales)
 
-    def _groups_key(self) -> str:
-        return f"mega.groups.{self.chunk}"
-
-    def _grouped(self, ctx: Ctx) -> LengthBuckets:
-        if self.chunk is None:
-            return LengthBuckets.of(ctx.layout, ctx.mask, by_vectors=True)
-        return LengthBuckets.of(cut(ctx.layout, self.chunk), ctx.mask, by_vectors=True)
-
-    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        made = dict(super().shares(serving))
-        if self._groups_key() in made:
-            made[self._groups_key()] = self._grouped
-        return made
+    def _groups(self, ctx: Ctx) -> LengthBuckets | None:
+        size = self.chunk
+        if size is None:
+            return super()._groups(ctx)
+        return ctx.cached_on_host(
+            f"mega.chunks.{size}",
+            lambda layout, mask: LengthBuckets.of(cut(layout, size), mask, by_vectors=True),
+        )
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         assert state is None or isinstance(state, Averaged)
         old = state.commit() if state is not None else None
         B, T = x_BTD.shape[:2]
-        f = ctx.layout.fields
         seen, average = self.average(x_BTD, ctx, old.average if old is not None else None)
         read = self.inner(seen, ctx)
         z, gamma, phi, h = (read + self.bias.to(read.dtype)).split(self.sizes, dim=-1)
@@ -166,26 +159,24 @@ class Mega(Attention):
         v = F.silu(v + self.value_bias.to(v.dtype)).view(B, T, 1, -1)
         z = F.silu(z)[:, :, None, None]
         q, k = (z * self.scales.to(z.dtype) + self.shifts.to(z.dtype)).unbind(3)
-        prepared = ctx.shared.get(self.position.key) if self.position.key else None
-        if prepared is None:
-            q, k = self.position.rotate(q, k, f, f)
-        else:
-            q, k = self.position.apply(q, prepared), self.position.apply(k, prepared)
+        q, k = self.position.rotate_call(ctx, q, k)
         after = None
         if old is None:
-            if self._groups_key() not in ctx.shared and not torch.compiler.is_compiling():
-                ctx = replace(ctx, shared={**ctx.shared, self._groups_key(): self._grouped(ctx)})
-            o = self._forward_full(q, k, v, None, self._within(ctx))
+            o = self._forward_full(q, k, v, None, ctx)
         else:
             assert isinstance(old.kv, KV) and isinstance(average, Hidden | DraftHidden)
-            o, kv = self._forward_cached(q, k, v, None, self._within(ctx), old.kv)
+            o, kv = self._forward_cached(q, k, v, None, ctx, old.kv)
             assert isinstance(kv, KV | DraftKV)
             after = Averaged(average, kv)
         moved = F.silu(h + self.mix(F.silu(gamma) * o.reshape(B, T, -1), ctx))
         return Out(torch.lerp(x_BTD, moved.to(x_BTD.dtype), phi.sigmoid().to(x_BTD.dtype)), after)
 
-    def _within(self, ctx: Ctx) -> Ctx:
-        return ctx if self.chunk is None else replace(ctx, mask=ctx.mask & SameChunk(self.chunk))
+    def _mask(self, ctx: Ctx) -> Mask:
+        return ctx.mask if self.chunk is None else ctx.mask & SameChunk(self.chunk)
+
+    @property
+    def reach(self) -> int | None:
+        return self.chunk
 
     def initial_state(self, n: int, max_len: int) -> Averaged:  # type: ignore[override]
         like, C = self.bias.detach(), self._places(max_len)
@@ -233,11 +224,17 @@ class MegaConfig(Config):
     position: PositionField = Field(default="rope", validate_default=True)
 
     def build(self, d_model: int, linear: LinearFactory = dense) -> Mega:
+        position = self.position.build(self.key_dim, heads=1, d_model=d_model)
+        if adds_to_input(position):
+            raise ValueError(
+                f"mega: position '{self.position.kind}' is added to a layer's input, and queries "
+                "and keys read an average of that: use rope, alibi, t5_bias or none"
+            )
         return Mega(
             d_model,
             self,
             int(d_model * self.expand_value),
-            self.position.build(self.key_dim, heads=1, d_model=d_model),
+            position,
             linear,
         )
 

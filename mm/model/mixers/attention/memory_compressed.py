@@ -5,9 +5,8 @@ of one document, L their length, S groups, s places of a group.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +14,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.errors import UserError
 from mm.layout import Fields
 from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.attention.kv_cache import KV
-from mm.model.varlen import PackedRows, per_document, share_groups
+from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS
 from mm.state import DataclassState, State
 
@@ -102,6 +100,7 @@ class MemoryCompressedAttention(Mixer):
     """
 
     caps = Caps(causal=True, step=True)
+    masks = frozenset({"causal"})
 
     def __init__(self, d_model: int, heads: int, stride: int, linear: LinearFactory):
         super().__init__()
@@ -113,12 +112,8 @@ class MemoryCompressedAttention(Mixer):
     def init_weights(self) -> None:
         nn.init.normal_(self.conv_weight, std=(self.stride * self.conv_weight.shape[-1]) ** -0.5)
 
-    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return share_groups(serving)
-
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        if ctx.mask.hint != "causal":
-            raise UserError(f"memory_compressed is causal: it cannot run under {ctx.mask}")
+        self.check_mask(ctx.mask)
         B, T, D = x_BTD.shape
         qkv = self.qkv(x_BTD, ctx).view(B, T, 3, self.heads, self.head_dim)
         q, kv = qkv[:, :, 0], qkv[:, :, 1:]

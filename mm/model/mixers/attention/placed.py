@@ -5,22 +5,20 @@ tokens, D model, N slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from mm.config import Config
-from mm.errors import UserError
 from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out, Position
 from mm.model.linears.dense import dense
 from mm.model.mixers.attention.kv_cache import KV, DraftKV, advance
 from mm.model.norm import RMSNorm
 from mm.model.positions.randomised import refuse_drawn
-from mm.model.varlen import PackedRows, per_document, share_groups
+from mm.model.varlen import PackedRows, per_document
 from mm.registry import PositionField
 from mm.state import State
 
@@ -33,6 +31,7 @@ class PlacedAttention(Mixer):
     """
 
     caps = Caps(causal=True, step=True)
+    masks = frozenset({"causal"})
     keeps_queries: ClassVar[bool] = False  # keys are cached with the queries of their places
 
     def __init__(self, d_model: int, config: PlacedConfig, linear: LinearFactory):
@@ -70,15 +69,8 @@ class PlacedAttention(Mixer):
         """`(R, L, H, K)` of queries at places ``at`` from keys of places ``of`` (-1 = none)."""
         raise NotImplementedError
 
-    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        made: dict[str, Callable[[Ctx], Any]] = {}
-        if self.position.key:
-            made[self.position.key] = lambda ctx: self.position.prepare(ctx.layout.fields)
-        return {**made, **share_groups(serving)}
-
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        if ctx.mask.hint != "causal":
-            raise UserError(f"{self.kind} is causal: it cannot run under {ctx.mask}")
+        self.check_mask(ctx.mask)
         H, G, K = self.heads, self.kv_heads, self.head_dim
         B, T = x_BTD.shape[:2]
         f = ctx.layout.fields
@@ -86,11 +78,7 @@ class PlacedAttention(Mixer):
         q, k, v = qkv.split((H, G, G), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        prepared = ctx.shared.get(self.position.key) if self.position.key else None
-        if prepared is None:
-            q, k = self.position.rotate(q, k, f, f)
-        else:
-            q, k = self.position.apply(q, prepared), self.position.apply(k, prepared)
+        q, k = self.position.rotate_call(ctx, q, k)
         if self.keeps_queries:
             k = torch.cat((k, q), dim=-1)
         if state is None:

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from mm.batch import Sum
 from mm.config import Config
-from mm.errors import UserError
 from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.norm import RMSNorm
-from mm.model.varlen import PackedRows, per_document, share_groups
+from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS
 from mm.state import DataclassState, State
 
@@ -115,6 +114,7 @@ class TransformerVQ(Mixer):
     """
 
     caps = Caps(causal=True, step=True)
+    masks = frozenset({"causal"})
     codes: Tensor
     size: Tensor
     total: Tensor
@@ -161,9 +161,6 @@ class TransformerVQ(Mixer):
             used = self.size[..., None] > 1e-3
             self.codes.copy_(torch.where(used, self.total / self.size[..., None], self.codes))
 
-    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return share_groups(serving)
-
     def quantised(self, k: Tensor) -> tuple[Tensor, Tensor]:
         """Keys `(..., G, K)` to codes `(..., G)` and to their vectors with the keys' gradient."""
         with torch.no_grad():
@@ -175,8 +172,7 @@ class TransformerVQ(Mixer):
         return code, k + (found - k).detach()
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        if ctx.mask.hint != "causal":
-            raise UserError(f"transformer_vq is causal: it cannot run under {ctx.mask}")
+        self.check_mask(ctx.mask)
         (B, T), H, G, K = x_BTD.shape[:2], self.heads, self.kv_heads, self.head_dim
         q, k, v = self.qkv(x_BTD, ctx).view(B, T, H + 2 * G, K).split((H, G, G), dim=2)
         wide = torch.promote_types(v.dtype, torch.float32)
@@ -203,10 +199,10 @@ class TransformerVQ(Mixer):
             number, total = tallied(
                 code.flatten(0, 1)[None], k.flatten(0, 1)[None], keep, self.codes.shape[1]
             )
-        return {
-            "commitment": Sum(far, real.sum() * float(self.kv_heads)),
-            "codes": Sum(total[0], number[0][..., None]),
-        }
+        return self.report(
+            commitment=Sum(far, real.sum() * float(self.kv_heads)),
+            codes=Sum(total[0], number[0][..., None]),
+        )
 
     def _blocks(
         self,

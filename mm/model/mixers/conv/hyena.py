@@ -5,9 +5,8 @@ places of the cache, N slots, R rows of one document, L their length, F filter l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -17,7 +16,7 @@ from mm.config import Config
 from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.conv.state import DraftTail, Tail, convolved
-from mm.model.varlen import PackedRows, per_document, share_groups
+from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS
 from mm.state import DataclassState, State
 
@@ -139,9 +138,6 @@ class Hyena(Mixer):
             z = (self.frequency[i].to(wide) * (z @ matrix.to(wide) + self.phase[i].to(wide))).sin()
         window = (-t[:, None] * self.decay.to(wide).exp()).exp()
         return z @ self.last.to(wide) * window * self.config.filter_length**-0.5
-
-    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return share_groups(serving)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         assert state is None or isinstance(state, History | DraftHistory)

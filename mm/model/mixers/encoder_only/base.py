@@ -23,6 +23,7 @@ class BothWays(Mixer):
     """
 
     caps = Caps(causal=False, bidirectional=True, step=False)
+    masks = frozenset({"full"})
     kind: ClassVar[str]
     max_len: int | None = None
 
@@ -36,11 +37,9 @@ class BothWays(Mixer):
         self.caps = replace(type(self).caps, length_general=False)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        if ctx.mask.hint != "full" or state is not None:
-            raise UserError(
-                f"{self.kind} mixes both ways and cannot decode: it needs `mask: full`, not "
-                f"{ctx.mask if state is None else 'a State'}; for a causal model take another mixer"
-            )
+        self.check_mask(ctx.mask)
+        if state is not None:
+            raise UserError(f"{self.kind} mixes both ways and has no State; take a causal mixer")
         docs = PackedRows.of(ctx.layout, 0)
         rows = docs.unpack(x_BTD)
         if self.max_len is not None and rows.shape[1] > self.max_len:
@@ -48,7 +47,7 @@ class BothWays(Mixer):
                 f"{self.kind} knows places up to {self.max_len}: a document has {rows.shape[1]}; "
                 "raise max_len"
             )
-        # AdapterOutput, not multiplied: padding may hold inf.
+        # Filled, not multiplied: padding may hold inf.
         rows = rows.masked_fill(~docs.valid[..., None], 0)
         y = self.mix(rows, docs.length, ctx) if rows.shape[:2].numel() else rows
         return Out(docs.pack(y, *x_BTD.shape[:2]))

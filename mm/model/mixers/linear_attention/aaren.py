@@ -4,8 +4,7 @@ one document, L their length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -16,7 +15,7 @@ from mm.kernels.linear_scan import linear_scan
 from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.ssm.scan import Hidden, advanced, commit
-from mm.model.varlen import PackedRows, per_document, share_groups
+from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS
 from mm.state import State
 
@@ -42,9 +41,6 @@ class Aaren(Mixer):
 
     def init_weights(self) -> None:
         nn.init.normal_(self.query)
-
-    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return share_groups(serving)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         (B, T), H, V = x_BTD.shape[:2], self.heads, self.width

@@ -4,7 +4,6 @@ N slots, R rows of one document, L their length, W window.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -17,7 +16,7 @@ from mm.errors import UserError
 from mm.kernels.linear_scan import linear_scan
 from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
-from mm.model.varlen import PackedRows, per_document, share_groups
+from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS
 from mm.state import DataclassState, State
 
@@ -164,9 +163,6 @@ class AFT(Mixer):
         elif self.max_len is not None:
             nn.init.normal_(self.reader, std=0.1)
             nn.init.normal_(self.read, std=0.1)
-
-    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return share_groups(serving)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         D, H = self.width, self.heads

@@ -5,9 +5,8 @@ of what is convolved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -130,9 +129,6 @@ class CappedState(Mixer):
     def __init__(self, inner: LinearAttention, cap: float):
         super().__init__()
         self.inner, self.cap = inner, cap
-
-    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return self.inner.shares(serving)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         old = None

@@ -4,9 +4,8 @@ slots, R rows of one document, L their length, C conv size, W = H (2 K + V).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from mm.model.layer import Caps, Ctx, LinearFactory, LinearMixer
 from mm.model.linears.dense import dense
 from mm.model.mixers.linear_attention.memory import Matrix, tail_of
 from mm.model.norm import RMSNorm
-from mm.model.varlen import PackedRows, per_document, share_groups
+from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS
 from mm.state import DataclassState, State
 
@@ -112,9 +111,6 @@ class DeltaRule(LinearMixer):
             # softplus(bias) log-uniform in [0.001, 0.1]
             rate = wide.uniform_(-3, -1).mul(torch.log(torch.tensor(10.0))).exp()
             self.rate_bias.copy_(rate.expm1().log())
-
-    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return share_groups(serving)
 
     # ---- what the recurrence is given ----
 

@@ -7,8 +7,8 @@ document, L their length, C conv size, W width of what is convolved.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from mm.model.mixers.linear_attention.lower_bounds import shared_bound, shared_b
 from mm.model.mixers.linear_attention.memory import DraftMatrix, Matrix, kept, tail_of
 from mm.model.norm import RMSNorm
 from mm.model.positions.randomised import refuse_drawn
-from mm.model.varlen import PackedRows, per_document, share_groups
+from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS, PositionField
 from mm.state import State
 
@@ -101,12 +101,6 @@ class LinearAttention(LinearMixer):
         if c.skip:
             nn.init.ones_(self.skip)
 
-    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        made: dict[str, Callable[[Ctx], Any]] = {}
-        if self.position.key:
-            made[self.position.key] = lambda ctx: self.position.prepare(ctx.layout.fields)
-        return {**made, **share_groups(serving)}
-
     # ---- what the recurrence is given ----
 
     def features(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> dict[str, Tensor]:
@@ -139,7 +133,7 @@ class LinearAttention(LinearMixer):
             found["g"] = self._spread(heads(found["g"]))
         q = heads(q)
         if c.key == "free":
-            q, k = self._rotated(q, heads(k), ctx)
+            q, k = self.position.rotate_call(ctx, q, heads(k))
             k = self._spread(self._map(k))
         else:
             k = -torch.expm1(found["g"])
@@ -184,13 +178,6 @@ class LinearAttention(LinearMixer):
         return (
             g if bound is None else torch.logaddexp(bound.log().to(g), g + (-bound.to(g)).log1p())
         )
-
-    def _rotated(self, q: Tensor, k: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor]:
-        prepared = ctx.shared.get(self.position.key)
-        if prepared is None:
-            f = ctx.layout.fields
-            return self.position.rotate(q, k, f, f)
-        return self.position.apply(q, prepared), self.position.apply(k, prepared)
 
     def _map(self, x: Tensor) -> Tensor:
         """Feature map of queries and keys: positive ones approximate a softmax."""

@@ -6,9 +6,8 @@ document, L their length, C places of a chunk, W width of what is convolved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -252,9 +251,6 @@ class LogLinear(Mixer):
 
     def init_weights(self) -> None:
         nn.init.constant_(self.gain_bias, 0.5413)  # softplus: levels begin with weight 1
-
-    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return self.inner.shares(serving)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         B, T = x_BTD.shape[:2]

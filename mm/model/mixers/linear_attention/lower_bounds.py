@@ -41,5 +41,5 @@ def shared_bounds(width: int) -> tuple[str, Callable[[int], Provider]]:
 def shared_bound(layer: Layer, ctx: Ctx) -> Tensor | None:
     """``layer``'s row `(W,)` of its table; None for the first layer, whose bound is 0."""
     wanted = layer.provider()
-    table = ctx.shared.get(wanted[0]) if wanted is not None and layer.place else None
-    return table[layer.place] if table is not None else None
+    table = ctx.provided.get(wanted[0]) if wanted is not None and layer.provider_row else None
+    return table[layer.provider_row] if table is not None else None

@@ -4,8 +4,8 @@ width, V value width, N slots, R rows of one document, L their length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from mm.model.mixers.linear_attention.linear_attention import (
     LinearAttentionConfig,
 )
 from mm.model.mixers.linear_attention.memory import DraftMatrix, Matrix
-from mm.model.mixers.wrappers.reverse import both_ways, refuse_state, unused
+from mm.model.mixers.wrappers.reverse import both_ways, refuse_state, zero_gradient_touch
 from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS, MixerField
 from mm.state import State
@@ -48,9 +48,6 @@ class PrefixLinearAttention(Mixer):
         self.sizes = (inner.key_heads * inner.key_dim, inner.heads * inner.value_dim)
         self.encoder = linear(d_model, sum(self.sizes), "encoder")
 
-    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return self.inner.shares(serving)
-
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         refuse_state("prefix_linear_attention", ctx, state)
         inside = both_ways(ctx)
@@ -58,7 +55,7 @@ class PrefixLinearAttention(Mixer):
         if inside is None:
             o, after = self.inner.core(f, ctx, state)
             y = self.inner.finish(o, x_BTD, f, ctx)
-            return Out(y + unused(self.encoder.parameters(), y), after)
+            return Out(y + zero_gradient_touch(self.encoder.parameters(), y), after)
         q, k, v = f["q"], f["k"], f["v"]
         (B, T), c = q.shape[:2], self.inner
         ke, ve = self.encoder(x_BTD, ctx).to(v).split(self.sizes, -1)

@@ -4,9 +4,8 @@ length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.conv.state import DraftTail, Tail, preceding
 from mm.model.mixers.ssm.scan import DraftHidden, Hidden, advanced
-from mm.model.varlen import PackedRows, per_document, share_groups
+from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS
 from mm.state import DataclassState, State
 
@@ -69,9 +68,6 @@ class RWKV4(Mixer):
             h = torch.arange(len(self.bonus), dtype=torch.float32) / max(1, len(self.bonus) - 1)
             self.log_decay.copy_(-5 + 8 * h**1.35)
             self.bonus.copy_(0.5 * ((torch.arange(len(self.bonus)) + 1) % 3 - 1) - 1.2)
-
-    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return share_groups(serving)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         assert state is None or isinstance(state, Averaged)

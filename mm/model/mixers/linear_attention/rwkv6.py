@@ -4,9 +4,8 @@ document, L their length, P = 5 mixtures of a token and the one before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from mm.config import Config
 from mm.kernels.linear_attention import linear_attention
 from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
-from mm.model.varlen import PackedRows, per_document, share_groups
+from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS
 from mm.state import DataclassState, State
 
@@ -106,9 +105,6 @@ class RWKV6(Mixer):
             self.bonus.copy_(0.5 * (1 - place))
         nn.init.ones_(self.norm_weight)
         nn.init.zeros_(self.norm_bias)
-
-    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return share_groups(serving)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         if state is None:

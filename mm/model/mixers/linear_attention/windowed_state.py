@@ -5,9 +5,8 @@ window.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -118,9 +117,6 @@ class WindowedState(Mixer):
     def __init__(self, inner: LinearAttention, window: int):
         super().__init__()
         self.inner, self.window = inner, window
-
-    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return self.inner.shares(serving)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         old = None

@@ -7,15 +7,15 @@ does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
 from mm.model.mixers.ssm.scan import Hidden, advanced, commit
-from mm.model.varlen import PackedRows, per_document, share_groups
+from mm.model.varlen import PackedRows, per_document
 from mm.state import State
 
 
@@ -38,9 +38,6 @@ class Recurrence(Mixer):
     def states(self, x_RLD: Tensor, before_RS: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs `(R, L, W)` and the states after each token `(R, L, S)`."""
         raise NotImplementedError
-
-    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return share_groups(serving)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         x = x_BTD.to(next(self.parameters()).dtype)

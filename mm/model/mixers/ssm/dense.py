@@ -4,16 +4,13 @@ channels, N states of each, M readouts, R rows of one document, L their length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from mm.kernels.dense_ssm import dense_ssm
 from mm.model.layer import Caps, Ctx, Mixer
 from mm.model.mixers.ssm.scan import Hidden, advanced, commit
-from mm.model.varlen import PackedRows, per_document, share_groups
+from mm.model.varlen import PackedRows, per_document
 from mm.state import State
 
 
@@ -25,9 +22,6 @@ class DenseMemory(Mixer):
     def __init__(self, channels: int, states: int):
         super().__init__()
         self.channels, self.states = channels, states
-
-    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return share_groups(serving)
 
     def remembered(
         self, u: Tensor, a: Tensor, b: Tensor, c: Tensor, ctx: Ctx, state: State | None

@@ -6,16 +6,14 @@ tokens from before it that its first tokens still learn from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mm.model.layer import Caps, Ctx, Mixer
-from mm.model.varlen import PackedRows, per_document, share_groups
+from mm.model.varlen import PackedRows, per_document
 from mm.state import DataclassState, State
 
 Tensors = tuple[Tensor, ...]
@@ -95,9 +93,6 @@ class Learner(Mixer):
     def feature_shapes(self) -> tuple[tuple[int, ...], ...]:
         """What a token gives, each without rows and places."""
         raise NotImplementedError
-
-    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return share_groups(serving)
 
     def learned(
         self, features: Tensors, ctx: Ctx, state: State | None

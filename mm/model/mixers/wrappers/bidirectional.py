@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from mm.config import Config
-from mm.mask import Causal
+from mm.mask import Causal, Mask
 from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.wrappers.reverse import (
     both_ways,
-    elsewhere,
-    gathered,
-    mirrored,
     refuse_state,
-    unused,
+    reorder,
+    reverse,
+    zero_gradient_touch,
 )
 from mm.registry import MIXERS, MixerField
 from mm.state import State
@@ -43,8 +41,11 @@ class Bidirectional(Mixer):
         super().__init__()
         self.ahead, self.back = ahead, back
 
-    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return self.ahead.shares(serving)
+    def check_mask(self, mask: Mask) -> None:
+        super().check_mask(Causal())
+
+    def prefetch(self, ctx: Ctx, serving: bool) -> None:
+        super().prefetch(replace(ctx, mask=Causal()), serving)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         refuse_state("bidirectional", ctx, state)
@@ -52,12 +53,14 @@ class Bidirectional(Mixer):
         out = self.ahead(x_BTD, causal, state)
         inside = both_ways(ctx)
         if inside is None:
-            return out._replace(y=out.y + unused(self.back.parameters(), out.y), ctx=None)
-        index, layout = mirrored(ctx.layout, inside)
-        back = self.back(gathered(x_BTD, index), elsewhere(causal, layout))
-        y = torch.where(inside[..., None], gathered(back.y, index), 0)
-        aux = {**out.aux, **{f"back.{k}": v for k, v in back.aux.items()}}
-        return Out(out.y + y, out.state, None, aux)
+            return out._replace(
+                y=out.y + zero_gradient_touch(self.back.parameters(), out.y),
+                ctx=ctx.hand_on(out.ctx),
+            )
+        index, backwards = reverse(ctx, inside)
+        back = self.back(reorder(x_BTD, index), backwards)
+        y = torch.where(inside[..., None], reorder(back.y, index), 0)
+        return Out(out.y + y, out.state, ctx.hand_on(out.ctx), {**out.aux, **back.aux})
 
     def initial_state(self, n: int, max_len: int) -> State | None:
         return self.ahead.initial_state(n, max_len)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -46,18 +45,15 @@ class Differential(Mixer):
         constant = 0.8 - 0.6 * math.exp(-0.3 * layer)
         return self.share.to(wide).sigmoid() + constant, constant
 
-    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return self.first.shares(serving)
-
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         assert state is None or isinstance(state, StateTuple)
         one = self.first(x_BTD, ctx, state[0] if state is not None else None)
-        two = self.second(x_BTD, ctx, state[1] if state is not None else None)
+        after_one = ctx.hand_on(one.ctx) or ctx
+        two = self.second(x_BTD, after_one, state[1] if state is not None else None)
         share, constant = self.share_at(ctx.visit)
         y = (1 - constant) * self.norm(one.y - share.to(one.y.dtype) * two.y)
         after = StateTuple(one.state, two.state) if state is not None else None
-        aux = {f"first.{k}": v for k, v in one.aux.items()}
-        return Out(y, after, None, aux | {f"second.{k}": v for k, v in two.aux.items()})
+        return Out(y, after, after_one.hand_on(two.ctx) or after_one, {**one.aux, **two.aux})
 
     def initial_state(self, n: int, max_len: int) -> StateTuple:
         return StateTuple(*(m.initial_state(n, max_len) for m in (self.first, self.second)))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.batch import Sum
 from mm.config import Config
 from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
@@ -48,12 +47,6 @@ class MixedHeads(Mixer):
             publishes=frozenset().union(*(c.publishes for c in caps)),
         )
 
-    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        made: dict[str, Callable[[Ctx], Any]] = {}
-        for part in self.parts:
-            made.update(part.shares(serving))  # type: ignore[operator]
-        return made
-
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         assert state is None or isinstance(state, StateTuple)
         states: list[State | None] = list(state.parts) if state is not None else []
@@ -62,7 +55,7 @@ class MixedHeads(Mixer):
             out = part(x_BTD, after, states[i] if states else None)
             y = out.y if y is None else y + out.y
             after = out.ctx or after
-            aux |= {f"parts.{i}.{name}": value for name, value in out.aux.items()}
+            aux |= out.aux
             if states:
                 states[i] = out.state
         assert y is not None
@@ -73,12 +66,6 @@ class MixedHeads(Mixer):
 
     def state_bytes(self, n: int, max_len: int) -> int:
         return sum(part.state_bytes(n, max_len) for part in self.parts)  # type: ignore[operator]
-
-    def after_step(self, stats: Mapping[str, Sum]) -> None:
-        for i, part in enumerate(self.parts):
-            head = f"parts.{i}."
-            own = {k.removeprefix(head): v for k, v in stats.items() if k.startswith(head)}
-            part.after_step(own)  # type: ignore[operator]
 
 
 @MIXERS.register("mixed_heads")

@@ -5,13 +5,12 @@ documents.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from mm.errors import UserError
-from mm.layout import Layout
+from mm.mask import Causal
 from mm.model.layer import Ctx
 from mm.state import State
 
@@ -36,37 +35,36 @@ def both_ways(ctx: Ctx) -> Tensor | None:
     if len(flat) and len(starts):
         before = before - before[starts][(flat - 1).clamp_min(0)]
     leading = (before + others == 0) & (flat > 0)
+    if len(starts):  # what goes on in this call had its leading run in an earlier one
+        leading = leading & ctx.layout.fresh[(flat - 1).clamp_min(0)]
     return leading.view_as(document)
 
 
-def mirrored(layout: Layout, inside: Tensor) -> tuple[Tensor, Layout]:
-    """Flat places `(B * T,)` that read each document's leading ``inside`` places backwards (and
-    back again), and the layout of what they read: other places are padding.
+def reverse(ctx: Ctx, inside: Tensor) -> tuple[Tensor, Ctx]:
+    """Read each document's leading ``inside`` positions backwards, causally.
+
+    Args:
+        inside: `(B, T)` bool, the leading positions of each document (`both_ways`).
+    Returns:
+        `(B * T,)` flat positions that reverse (and reverse back again), and the context of what
+        they read: other positions are padding, time runs backwards, no State is read or written.
     """
+    layout = ctx.layout
     document = torch.where(inside, layout.fields.document, 0)
     flat = document.reshape(-1).long()
     count = flat.new_zeros(layout.slot.shape[0] + 1).index_add_(0, flat, torch.ones_like(flat))
     here = torch.arange(len(flat), device=flat.device)
     first = torch.cat((flat.new_zeros(1), layout.cu_seqlens[:-1].long()))
     index = torch.where(flat > 0, 2 * first[flat] + count[flat] - 1 - here, here)
-    none = torch.full_like(layout.slot, -1)
-    return index, replace(layout, fields=layout.fields._replace(document=document), slot=none)
+    return index, ctx.derive(index, document=document, mask=Causal(), time="stays", slots=False)
 
 
-def gathered(x_BTD: Tensor, index: Tensor) -> Tensor:
+def reorder(x_BTD: Tensor, index: Tensor) -> Tensor:
     """Rows of ``x`` in another order of its flat places."""
     return x_BTD.flatten(0, 1)[index].view_as(x_BTD)
 
 
-def elsewhere(ctx: Ctx, layout: Layout) -> Ctx:
-    """``ctx`` for another layout: what was prepared for the old one is left behind, tensors that
-    Providers made stay.
-    """
-    kept = {k: v for k, v in ctx.shared.items() if isinstance(v, Tensor)}
-    return replace(ctx, layout=layout, shared=kept, draft=False)
-
-
-def unused(parameters: Iterable[nn.Parameter], like: Tensor) -> Tensor:
+def zero_gradient_touch(parameters: Iterable[nn.Parameter], like: Tensor) -> Tensor:
     """A zero that hangs on parameters which a pass does not need: their gradients are zeros, not
     missing.
     """

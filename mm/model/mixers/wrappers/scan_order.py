@@ -5,10 +5,9 @@ n axes of a grid.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -18,10 +17,10 @@ from torch import Tensor, nn
 from mm.config import Config
 from mm.errors import UserError
 from mm.layout import Layout
-from mm.mask import Causal
+from mm.mask import Causal, Mask
 from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
-from mm.model.mixers.wrappers.reverse import both_ways, elsewhere, gathered, refuse_state
+from mm.model.mixers.wrappers.reverse import both_ways, refuse_state, reorder
 from mm.registry import MIXERS, MixerField
 from mm.state import State, StateTuple
 
@@ -107,8 +106,11 @@ class ScanOrder(Mixer):
         super().__init__()
         self.inners, self.orders, self.reverse = nn.ModuleList(inners), orders, reverse
 
-    def shares(self, serving: bool) -> Mapping[str, Callable[[Ctx], Any]]:
-        return self.inners[0].shares(serving)  # type: ignore[operator,union-attr]
+    def check_mask(self, mask: Mask) -> None:
+        super().check_mask(Causal())
+
+    def prefetch(self, ctx: Ctx, serving: bool) -> None:
+        super().prefetch(replace(ctx, mask=Causal()), serving)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         refuse_state("scan_order", ctx, state)
@@ -129,18 +131,20 @@ class ScanOrder(Mixer):
                 out = inner(x_BTD, causal, old)
             else:
                 index = ordered(ctx.layout, order, self.reverse[i], inside)
-                # The mixer's time is the order itself: its positions are those of the places.
-                here = elsewhere(causal, replace(ctx.layout, grids={}))
-                out = inner(gathered(x_BTD, index), replace(here, draft=ctx.draft), old)
+                # The mixer's time is the order itself.
+                out = inner(
+                    reorder(x_BTD, index), ctx.derive(index, mask=Causal(), time="stays"), old
+                )
                 back = torch.empty_like(index).scatter_(
                     0, index, torch.arange(len(index), device=index.device)
                 )
-                out = out._replace(y=gathered(out.y, back))
+                out = out._replace(y=reorder(out.y, back))
+            causal = causal.hand_on(out.ctx) or causal
             ys.append(out.y)
             states.append(out.state)
-            aux |= {(f"{i}.{k}" if i else k): v for k, v in out.aux.items()}
+            aux |= out.aux
         after = StateTuple(*states) if state is not None else None
-        return Out(sum(ys[1:], ys[0]), after, None, aux)
+        return Out(sum(ys[1:], ys[0]), after, ctx.hand_on(causal), aux)
 
     def initial_state(self, n: int, max_len: int) -> StateTuple:
         return StateTuple(*(m.initial_state(n, max_len) for m in self.inners))  # type: ignore[operator]

@@ -1,0 +1,161 @@
+"""What streams of token documents share: sources, vocabulary, transforms, rows of a rank, plan."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
+
+from pydantic import Field
+
+from mm.config import Config
+from mm.data.shards.members import member_modality
+from mm.data.shards.reader import ShardSet
+from mm.data.shards.remote import Location
+from mm.data.streams.base import Stream, rank_rows
+from mm.data.streams.shuffle import generator, key_of
+from mm.data.transforms.compose import chain
+from mm.errors import UserError
+from mm.registry import TransformField
+from mm.specs import Segment
+from mm.vocabulary import Vocabulary
+
+Positive = Annotated[float, Field(gt=0)]
+Weight = Positive | dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)]]
+
+
+class TokenSource(Config):
+    """One folder of token shards, or its URL."""
+
+    path: Location
+    split: str = "train"
+    # Relative to the other sources; {samples drawn: weight} is linear between its points:
+    weight: Weight = 1.0
+    # Instead of the stage's own:
+    transform: tuple[TransformField, ...] | None = None
+
+    def build(self) -> ShardSet:
+        shards = ShardSet.open(self.path, self.split)
+        if not shards.tokenized:
+            raise UserError(
+                f"{self.path}: raw shards, not tokens; make them with: mm data pack {self.path} "
+                "--out DIR --tokenizers DIR"
+            )
+        if not len(shards):
+            raise UserError(f"{self.path}: split '{self.split}' is empty")
+        return shards
+
+
+class TokenStreamConfig(Config):
+    """Base of the configs of streams of token documents."""
+
+    # True where the rows of a step go on with documents of the step before
+    continues_documents: ClassVar[bool] = False
+
+    batch_size: Annotated[
+        int, Field(gt=0, description="rows of one optimizer step over all processes")
+    ] = 8
+    micro_batch_size: Annotated[
+        int, Field(gt=0, description="rows of one process at a time, of batch_size's; default all")
+    ] | None = None  # fmt: skip
+    transform: Annotated[
+        tuple[TransformField, ...],
+        Field(description="before the objective's own"),
+    ] = ()
+    prefetch: Annotated[int, Field(ge=0, description="steps made ahead")] = 2
+
+    @property
+    @abstractmethod
+    def token_sources(self) -> tuple[TokenSource, ...]:
+        """Where the documents come from."""
+
+    @property
+    @abstractmethod
+    def stream(self) -> type[Any]:
+        """Class of the stream, made with this config and the arguments of `build`."""
+
+    def build(
+        self,
+        *,
+        vocabulary: Vocabulary | None = None,
+        transform: Any = None,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Any:
+        """Open the shards.
+
+        Args:
+            vocabulary: the model's; default that of the first source.
+            transform: the objective's: config, dict, kind, Transform, or a sequence of these.
+            seed: of the order.
+            rank: this process of ``world``.
+        Raises:
+            UserError: shards are missing or of another vocabulary, or sizes do not divide.
+        """
+        return self.stream(self, vocabulary, transform, seed, rank, world)
+
+
+C = TypeVar("C", bound=TokenStreamConfig)
+
+
+class DocumentStream(Stream, Generic[C]):
+    """Batches of token documents. Subclasses add `prepare` and what `Stream` asks for.
+
+    Args:
+        config: as resolved.
+        vocabulary: the model's; default that of the first source.
+        transform: the objective's, after those of the config.
+        seed: of the order.
+        rank: this process of ``world``.
+
+    Attributes:
+        sources: `ShardSet` of each source.
+        transforms: `Chain` of each source.
+        transform_keys: hash of the transforms of each source, for the plan.
+        own_rows: global row numbers of this rank's micro-batches.
+    """
+
+    def __init__(
+        self,
+        config: C,
+        vocabulary: Vocabulary | None,
+        transform: Any,
+        seed: int,
+        rank: int,
+        world: int,
+    ):
+        self.config, self.seed = config, seed
+        self.own_rows = rank_rows(config.batch_size, config.micro_batch_size, rank, world)
+        given = config.token_sources
+        self.sources = [source.build() for source in given]
+        first = self.sources[0].vocabulary
+        assert first is not None
+        self.vocabulary = vocabulary or first
+        for source, shards in zip(given, self.sources, strict=True):
+            self.vocabulary.require(shards.specs, str(source.path))
+        own = [config.transform if s.transform is None else s.transform for s in given]
+        self.transforms = [chain(parts, transform) for parts in own]
+        named = transform if isinstance(transform, (Config, dict, str)) else None
+        self.transform_keys = [
+            key_of(config.transform, source.transform, named) % 2**32 for source in given
+        ]
+        plan = {"seed": seed, "batch_size": config.batch_size, **self.prepare()}
+        super().__init__(plan, config.prefetch)
+
+    @abstractmethod
+    def prepare(self) -> dict[str, Any]:
+        """Set the rest up; returns what else the order depends on."""
+
+    def segments(self, source: int, i: int) -> list[Segment]:
+        """Sample ``i`` as it stands in the shards."""
+        found = self.sources[source].tokens(i)
+        return [Segment(member_modality(member), ids) for member, ids in found.items()]
+
+    def apply_transforms(
+        self, source: int, segments: list[Segment], *draw: int | str
+    ) -> list[Segment] | None:
+        """After the transforms, which draw from ``(seed, *draw)``; None: they filter it out."""
+        transform = self.transforms[source]
+        if not transform.parts:
+            return segments
+        return transform(segments, generator(self.seed, *draw))
