@@ -158,6 +158,7 @@ def prepare(out: Path, size: str, steps: int) -> dict[str, Any]:
 def ours(config: dict[str, Any]) -> dict[str, Any]:
     """The trainer's steps, by part."""
     from mm.run import Run
+    from mm.trainer.callbacks.base import Callback, Training
     from mm.trainer.engine.deepspeed import Engine
     from mm.trainer.loop import Trainer
 
@@ -170,23 +171,22 @@ def ours(config: dict[str, Any]) -> dict[str, Any]:
     }.items():
         setattr(Engine, method, spans.timed(name, getattr(Engine, method)))
 
-    class Measured(Trainer):
-        def _enter(self, *args: Any) -> None:
-            super()._enter(*args)
-            self.stream.next = spans.timed("data wait", self.stream.next)
+    class Measured(Callback):
+        def on_stage_start(self, trainer: Training) -> None:
+            trainer.stream.next = spans.timed("data wait", trainer.stream.next)
             spans._begun = spans._clock()
 
-        def _report(self, *args: Any) -> None:
-            super()._report(*args)
+        def post_step(self, trainer: Training, step: int, metrics: dict[str, Any]) -> None:
             spans.step()
-            if self.step == self.steps:
+            if step == trainer.steps:
                 raise _Enough
 
-    trainer = Measured(Run.model_validate(config))
+    trainer = Trainer(Run.model_validate(config), [Measured()])
     try:
         trainer.fit()
     except _Enough:
-        parameters = sum(p.numel() for p in trainer.engines["model"].raw.parameters())
+        module = trainer.stage.engines["model"].raw
+        parameters = sum(p.numel() for p in module.parameters())
     return {"parts": spans.medians(), "parameters": parameters}
 
 

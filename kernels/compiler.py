@@ -12,14 +12,11 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
-
-from mm.kernels import device
-from mm.kernels.op import Op
 
 FLAGS = (
     "-O3",
@@ -118,22 +115,15 @@ def why_not(source: Path, *args: object, **kw: object) -> str | None:
     return None if torch.compiler.is_compiling() else load(source)[1]
 
 
-def register(
-    op: Op,
-    source: Path,
-    run: Callable,
-    refuse: Callable[..., str | None] = lambda *args, **kw: None,
-) -> None:
-    """Register ``run("cpp", ..)``, which calls ``source``, and ``run("triton", ..)``,
-    both but for arguments that ``refuse`` gives a reason against.
-    """
-
-    def bind(way: str, has: Callable[..., str | None]) -> None:
-        reason = lambda *args, **kw: refuse(*args, **kw) or has(*args, **kw)
-        op.register(way, reason)(functools.partial(run, way))
-
-    bind("cpp", functools.partial(why_not, source))
-    bind("triton", device.why_not)
+def suffix(arguments: Iterable[object], number: int = 1) -> str:
+    """Part of a function's name: the dtypes of the first ``number`` floating-point tensors."""
+    found: list[str] = []
+    for x in arguments:
+        if isinstance(x, Tensor) and x.dtype in SUFFIX:
+            found.append(SUFFIX[x.dtype])
+            if len(found) == number:
+                break
+    return "_".join(found)
 
 
 def call(source: Path, function: str, *arguments: Tensor | int | float | None) -> None:

@@ -28,9 +28,14 @@ def why_not(*args: Any, **kw: Any) -> str | None:
     return _MISSING
 
 
-def narrow(*tensors: Tensor) -> list[Tensor]:
-    """Contiguous tensors of one dtype that the matrix instructions multiply."""
+def why_empty(*tensors: Tensor) -> str | None:
+    """Reason why there is nothing to launch, or None."""
+    return "nothing to launch" if any(0 in x.shape for x in tensors) else None
+
+
+def promote(*tensors: Tensor) -> list[Tensor]:
+    """Convert tensors to one dtype that the matrix instructions multiply."""
     dtype = tensors[0].dtype
     for x in tensors[1:]:
         dtype = torch.promote_types(dtype, x.dtype)
-    return [x.to(dtype).contiguous() for x in tensors]
+    return [x.to(dtype) for x in tensors]

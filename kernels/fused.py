@@ -1,9 +1,13 @@
-"""Fused kernels as differentiable `torch.library` ops: one shape rule, filled by C++ and Triton."""
+"""Declare a kernel once: its `torch.library` ops, gradients, C++ and Triton forms follow."""
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Callable, Sequence
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,64 +15,270 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-Fill = Callable[..., None]
+from mm.kernels import compiler, device
+from mm.kernels.op import Op
+
+Pair = tuple[Callable[..., Any], Callable[..., Any]]
+_SCHEMA = {"Tensor | None": "Tensor?"}  # what a schema calls otherwise than an annotation
 
 
 def fused(
-    name: str,
-    outputs: Callable,
-    gradients: Callable,
+    op: Op,
+    outputs: str,
+    empties: Callable[..., Any],
     *,
-    saved: Callable[..., Sequence[Any]],
-    wrt: Sequence[str],
+    saved: str,
+    gradients: str,
+    kept: str = "",
+    only: Mapping[str, str] | None = None,
     dense: bool = True,
+    like: str | None = None,
+    wide: str = "",
+    own: str = "",
+    strided: str = "",
+    prepare: Callable[..., tuple[Any, ...]] | None = None,
+    result: Callable[..., Any] | None = None,
+    trivial: Callable[..., bool] | None = None,
+    why_not: Callable[..., str | None] | None = None,
+    plain: Mapping[str, Pair] | None = None,
+    cpp: str | None = None,
+    arguments: Callable[..., tuple[Any, ...]] = lambda *given: given,
+    typed: int = 1,
     triton: str | None = None,
-    **here: tuple[Fill, Fill],
-) -> dict[str, Callable]:
-    """Register ``mm::<name>``, and ``mm::<name>_<kind>`` for all but the first of ``here``, with
-    backward, tracing and autograd.
+) -> None:
+    """Register implementations of ``op`` that write into empty outputs and have a gradient.
+
+    Their inputs are the arguments of the reference, without the letters of shapes (``a_BTD`` is
+    ``a``). Lists of names are words in one string.
+
+    Args:
+        outputs, empties, saved, gradients, kept, only, dense: as `differentiable` takes them.
+        like: the input whose dtype decides; default the first.
+        wide: inputs that become float32 or wider, as ``like`` does.
+        own: inputs that Triton reads in their own dtype and all others in float32 or wider.
+        strided: inputs whose strides the implementations heed, "*" = all; others are contiguous.
+        prepare: takes and returns all inputs, before the above.
+        result: takes the arguments of the call, then all outputs, and returns what the reference
+            would; default ``outputs``.
+        trivial: calls that the reference does.
+        why_not: takes the name of an implementation and a call; reason why it cannot, or None.
+        plain: functions in plain PyTorch by the name of their implementation: one takes the inputs
+            and the empty outputs, one what is saved, the outputs' gradients and empty gradients.
+        cpp: file without its ending, which has functions ``<cpp>_<dtype>_forward`` and
+            ``.._backward`` that take the same.
+        arguments: turns these into arguments in C.
+        typed: floating-point tensors among them whose dtypes stand in the name.
+        triton: module of the package, with functions ``forward`` and ``backward`` that take the
+            same. It is imported by the first call and must not be before: Triton may be absent.
+    """
+    reference = op.implementations["reference"][0]
+    parameters = inspect.signature(reference).parameters.values()
+    kinds = {}
+    for p in parameters:
+        kind = "str" if p.annotation.startswith("Literal") else p.annotation
+        kinds[_plain(p.name)] = _SCHEMA.get(kind, kind)
+    names = list(kinds)
+    place = {p.name: i for i, p in enumerate(parameters)}
+    defaults = [p.default for p in parameters]
+    required = defaults.count(inspect.Parameter.empty)
+    of = names.index(like) if like else 0
+    number = len(outputs.split())
+
+    def register(way: str, pair: Pair, has: Callable[..., str | None]) -> None:
+        run = differentiable(
+            f"{op.name}_{way}", kinds, outputs, empties, *pair,
+            saved=saved, gradients=gradients, kept=kept, only=only, dense=dense, fill=True,
+        )  # fmt: skip
+        tensors = [n for n in names if kinds[n].startswith("Tensor")]
+        widened = {*wide.split(), *(own.split() if way != "triton" else ())}
+        widen = [names.index(n) for n in widened]
+        pack = [names.index(n) for n in tensors if strided != "*" and n not in strided.split()]
+
+        def call(*args: Any, **kw: Any) -> Any:
+            if len(args) < required or not kw.keys() <= place.keys():
+                return reference(*args, **kw)  # which says what is missing or unknown
+            given = [*args, *defaults[len(args) :]]
+            for name, value in kw.items():
+                given[place[name]] = value
+            if trivial and trivial(*given):
+                return reference(*args, **kw)
+            values = list(prepare(*given)) if prepare else given.copy()
+            if widen:
+                dtype = torch.promote_types(values[of].dtype, torch.float32)
+                for i in widen:
+                    if values[i] is not None:
+                        values[i] = values[i].to(dtype)
+            for i in pack:
+                if values[i] is not None:
+                    values[i] = values[i].contiguous()
+            made = run(*values)
+            if result:
+                return result(*given, *(made if isinstance(made, (tuple, list)) else (made,)))
+            if number > 1:
+                return tuple(made[:number])
+            return made[0] if isinstance(made, (tuple, list)) else made
+
+        refuse = functools.partial(why_not, way) if why_not else None
+        reason = lambda *args, **kw: (refuse and refuse(*args, **kw)) or has(*args, **kw)
+        op.register(way, reason)(call)
+
+    for way, pair in (plain or {}).items():
+        register(way, pair, lambda *args, **kw: None)
+    if cpp:
+        source = Path(str(sys.modules[op.__module__].__file__)).with_name(f"{cpp}.cpp")
+
+        def in_c(direction: str) -> Callable[..., None]:
+            def run(*given: Any) -> None:
+                suffix = compiler.suffix(given, typed)
+                compiler.call(source, f"{cpp}_{suffix}_{direction}", *arguments(*given))
+
+            return run
+
+        has = functools.partial(compiler.why_not, source)
+        register("cpp", (in_c("forward"), in_c("backward")), has)
+    if triton:
+        module = f"{op.__module__}.{triton}"
+        late = lambda direction: lambda *a: getattr(importlib.import_module(module), direction)(*a)
+        register("triton", (late("forward"), late("backward")), device.why_not)
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without the letters of its shape."""
+    head, _, letters = name.rpartition("_")
+    return head if head and letters.isupper() else name
+
+
+def differentiable(
+    name: str,
+    inputs: Mapping[str, str],
+    outputs: str,
+    empties: Callable[..., Any],
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    *,
+    saved: str,
+    gradients: str,
+    kept: str = "",
+    only: Mapping[str, str] | None = None,
+    dense: bool = True,
+    ask: bool = False,
+    fill: bool = False,
+) -> Callable[..., Any]:
+    """Define ``mm::<name>`` and ``mm::<name>_backward`` and return the call that has a gradient.
 
     A call that nothing traces goes past `torch.library`, whose dispatch in Python costs a small
-    model more than its kernels do.
+    model more than its kernels do. Lists of names are words in one string.
 
     Args:
         name: of the op.
-        outputs: takes the inputs and returns empty outputs. It is the op's schema (by annotation)
-            and its shape rule under `torch.compile`.
-        gradients: takes what ``saved`` returns, then a gradient of each output that has one, and
-            returns empty gradients: one for each name of ``wrt``, of size 0 where that input is
-            None.
-        saved: takes the inputs and the outputs and returns what the backward needs.
-        wrt: parameter names of ``outputs`` that have gradients.
-        dense: gradients that nothing gives are zeros, else None.
-        triton: module with functions ``forward`` and ``backward`` that write the outputs and the
-            gradients in Triton: they take the inputs, then the outputs. It is imported by the first
-            call and must not be before: Triton may be absent.
-        here: by the name of their implementation, two functions that do the same otherwise.
-    Returns:
-        the op by the name of its implementation.
+        inputs: types in a schema by name, in order: "Tensor", "Tensor?", "bool", "float", ...
+        outputs: names of the outputs that have gradients.
+        empties: takes the inputs and returns empty outputs: the rule of shapes when tracing.
+        forward: takes the inputs and returns the outputs.
+        backward: takes what is saved, the gradients of ``outputs`` and, with ``ask``, which of
+            ``gradients`` are asked for; returns these, of size 0 where the input is None or where
+            they are not asked for.
+        saved: names of the inputs and outputs that the backward needs.
+        gradients: names of the inputs that have gradients, shaped as the inputs, which are saved;
+            ``b:h`` is shaped as the saved ``h``, ``x:dy`` as the gradient of ``y``.
+        kept: names of further outputs, for the backward alone.
+        only: saved names, each with the input of type bool without which it is not saved.
+        dense: gradients of ``outputs`` that nothing gives are zeros, else None.
+        fill: ``forward`` and ``backward`` also take the empty tensors that they write into.
     """
-    first = next(iter(here), None)
-    fills = {k: (name if k == first else f"{name}_{k}", pair) for k, pair in here.items()}
-    if triton:
-        lazily = lambda way: lambda *a: getattr(importlib.import_module(triton), way)(*a)
-        fills["triton"] = (f"{name}_triton", (lazily("forward"), lazily("backward")))
-    return {
-        kind: _differentiable(full, outputs, gradients, pair, saved, wrt, dense)
-        for kind, (full, pair) in fills.items()
-    }
+    made, extra, only = outputs.split(), kept.split(), only or {}
+    every, save = [*inputs, *made, *extra], saved.split()
+    wrt, likes = zip(*(g.partition(":")[::2] for g in gradients.split()), strict=True)
+    taken = [*save, *(f"d{y}" for y in made)]
+    like = [taken.index(other or own) for own, other in zip(wrt, likes, strict=True)]
+    kinds = [inputs.get(n, "Tensor") + "?" * (n in only) for n in save]
+    anchor = kinds.index("Tensor")
+    # What follows runs in every call of a small model: positions, not names, and few of them.
+    tensors = [i for i, kind in enumerate(kinds) if kind.startswith("Tensor")]
+    others = [i for i in range(len(kinds)) if i not in tensors]
+    order = [[*tensors, *others].index(i) for i in range(len(kinds))]
+    tensors, others = ([every.index(save[i]) for i in some] for some in (tensors, others))
+    unless = {every.index(n): every.index(flag) for n, flag in only.items()}
+    places = [every.index(n) for n in wrt]
+
+    def empty_gradients(*given: Any) -> Any:
+        found = []
+        for j, i in enumerate(like):
+            x = given[i] if not ask or given[-1][j] else None
+            if x is None:
+                found.append(given[anchor].new_empty(0))
+            else:
+                found.append(torch.empty_like(x, memory_format=torch.contiguous_format))
+        return tuple(found) if len(found) > 1 else found[0]
+
+    if fill:
+        forward, backward = _filled(empties, forward), _filled(empty_gradients, backward)
+    schema = [f"{kind} {n}" for n, kind in inputs.items()]
+    op, traceable = _define(name, schema, len(made) + len(extra), empties, forward)
+    schema = [f"{kind} {n}" for n, kind in zip(save, kinds, strict=True)]
+    schema += [f"{'Tensor' if dense else 'Tensor?'} d{y}" for y in made] + ["bool[] ask"] * ask
+    name = f"{name}_backward"
+    _, traceable_backward = _define(name, schema, len(wrt), empty_gradients, backward)
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        values = inputs + output if isinstance(output, tuple) else (*inputs, output)
+        if unless:
+            hidden = [i for i, flag in unless.items() if not values[flag]]
+            values = [None if i in hidden else x for i, x in enumerate(values)]
+        ctx.save_for_backward(*[values[i] for i in tensors])
+        ctx.settings = [values[i] for i in others]
+        ctx.given = [inputs[i] is not None for i in places]
+        if not dense:
+            ctx.set_materialize_grads(False)
+
+    def grads(ctx: Any, *above: Tensor | None, by: Callable = traceable_backward) -> Any:
+        pool = [*ctx.saved_tensors, *ctx.settings]
+        values = [pool[i] for i in order]
+        for g in above[: len(made)]:
+            values.append(g if g is None else g.contiguous())
+        wanted = [ctx.needs_input_grad[i] for i in places] if ask else ctx.given
+        found = by(*values, wanted) if ask else by(*values)
+        found = found if isinstance(found, (tuple, list)) else (found,)
+        back: list[Tensor | None] = [None] * len(inputs)
+        for i, x, on in zip(places, found, wanted, strict=True):
+            back[i] = x if on else None
+        return tuple(back)
+
+    op.register_autograd(grads, setup_context=setup)
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = forward(*inputs)
+            setup(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *above: Tensor | None) -> Any:
+            return grads(ctx, *above, by=backward)
+
+    return lambda *inputs: traceable(*inputs) if traced(inputs) else Direct.apply(*inputs)
 
 
-def _op(name: str, empties: Callable, fill: Fill) -> tuple[Any, Callable, Callable]:
-    def run(*args: Any) -> Any:
-        outs = empties(*args)
-        fill(*args, *(outs if isinstance(outs, tuple) else (outs,)))
+def _define(
+    name: str, parameters: list[str], results: int, empties: Callable, run: Callable
+) -> tuple[Any, Callable]:
+    """The custom op of ``run``, and its call."""
+    returns = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
+    schema = f"({', '.join(parameters)}) -> {returns}"
+    op = torch.library.custom_op(f"mm::{name}", run, mutates_args=(), schema=schema)
+    op.register_fake(empties)
+    return op, getattr(torch.ops.mm, name)
+
+
+def _filled(empties: Callable[..., Any], fill: Callable[..., None]) -> Callable[..., Any]:
+    def run(*given: Any) -> Any:
+        outs = empties(*given)
+        fill(*given, *(outs if isinstance(outs, tuple) else (outs,)))
         return outs
 
-    schema = torch.library.infer_schema(empties, mutates_args=())
-    made = torch.library.custom_op(f"mm::{name}", run, mutates_args=(), schema=schema)
-    made.register_fake(empties)
-    return made, getattr(torch.ops.mm, name), run
+    return run
 
 
 def traced(args: tuple[Any, ...]) -> bool:
@@ -84,65 +294,3 @@ def traced(args: tuple[Any, ...]) -> bool:
             for x in args
         )
     )
-
-
-def _differentiable(
-    name: str,
-    outputs: Callable,
-    gradients: Callable,
-    fills: tuple[Fill, Fill],
-    saved: Callable[..., Sequence[Any]],
-    wrt: Sequence[str],
-    dense: bool,
-) -> Callable:
-    made, forward, run = _op(name, outputs, fills[0])
-    _, backward, run_backward = _op(f"{name}_backward", gradients, fills[1])
-    parameters = [a.name for a in forward.default._schema.arguments]
-    taken = len(backward.default._schema.arguments)
-
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        kept = saved(*inputs, *(output if isinstance(output, tuple) else (output,)))
-        tensor = [isinstance(x, Tensor) or x is None for x in kept]
-        ctx.save_for_backward(*(x for x, is_tensor in zip(kept, tensor, strict=True) if is_tensor))
-        ctx.settings = [
-            (is_tensor, None if is_tensor else x) for x, is_tensor in zip(kept, tensor, strict=True)
-        ]
-        ctx.given = [x is not None for x in inputs]
-        if not dense:
-            ctx.set_materialize_grads(False)
-
-    def grads(
-        ctx: Any, *from_above: Tensor | None, by: Callable = backward
-    ) -> tuple[Tensor | None, ...]:
-        tensors = iter(ctx.saved_tensors)
-        kept = [next(tensors) if is_tensor else value for is_tensor, value in ctx.settings]
-        above = [g.contiguous() if g is not None else None for g in from_above]
-        found = by(*kept, *above[: taken - len(kept)])
-        by_name = dict(
-            zip(wrt, found if isinstance(found, (tuple, list)) else (found,), strict=True)
-        )
-        return tuple(
-            by_name.get(p) if given else None
-            for p, given in zip(parameters, ctx.given, strict=True)
-        )
-
-    made.register_autograd(grads, setup_context=setup)
-
-    class Direct(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            outs = run(*args)
-            setup(ctx, args, outs)
-            return outs
-
-        @staticmethod
-        @once_differentiable
-        def backward(ctx: Any, *from_above: Tensor | None) -> Any:
-            return grads(ctx, *from_above, by=run_backward)
-
-    def call(*args: Any) -> Any:
-        if len(args) < len(parameters) or traced(args):
-            return forward(*args)
-        return Direct.apply(*args)
-
-    return call

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import trainer_toys as toys
 from mm import config as configs
 from mm.launch import environment
 from mm.run import Run
+from mm.trainer.callbacks.base import Callback
 from mm.trainer.log import metrics
 
 toys.forget()  # at collection: other files parametrize over the registries
@@ -44,6 +46,13 @@ def make_run(out: Path, name: str = "run", *, steps: int = 6, stage: int = 1, **
             "checkpoints": {"every": 3} | change.get("checkpoints", {}),
         }
     )
+
+
+class Calls(Callback):
+    """Calls a function with the trainer at one of its hooks."""
+
+    def __init__(self, hook: str, function: Callable[[Any], Any]):
+        setattr(self, hook, lambda trainer, *args: function(trainer))
 
 
 def rows(run: Run) -> list[dict[str, Any]]:

@@ -117,6 +117,7 @@ class ToyStreamConfig(Config):
     )
     spikes: tuple[int, ...] = ()  # steps whose first id is 17
     signal_at: int = -1  # this step's data come with a SIGTERM
+    first: int = 0  # step that it begins with
 
     def build(self, *, vocabulary: Vocabulary, seed: int, rank: int, world: int) -> ToyStream:
         return ToyStream(self, vocabulary, seed, rank, world)
@@ -127,7 +128,7 @@ class ToyStream:
         self, config: ToyStreamConfig, vocabulary: Vocabulary, seed: int, rank: int, world: int
     ):
         self.config, self.vocabulary = config, vocabulary
-        self.seed, self.rank, self.world, self.step = seed, rank, world, 0
+        self.seed, self.rank, self.world, self.step = seed, rank, world, config.first
         self.bytes_per_token = {"text": 2.0}
 
     def next(self) -> list[Batch]:
@@ -254,15 +255,18 @@ class ToyGan(Objective):
 @OBJECTIVES.register("toy_teacher")
 class ToyTeacherConfig(Config):
     kind: Literal["toy_teacher"] = "toy_teacher"
+    frozen: bool = False  # the teacher stays as it is
 
     def build(self, vocabulary: Vocabulary) -> ToyTeacher:
-        return ToyTeacher()
+        return ToyTeacher(self)
 
 
 class ToyTeacher(Objective):
     """Next token plus the squared distance to the hidden states of an average of the model."""
 
-    networks = {"teacher": Network(None, "ema", of="model", decay=0.8)}
+    def __init__(self, config: ToyTeacherConfig):
+        average = Network(None, "ema", of="model", decay=0.8)
+        self.networks = {"teacher": Network(ToyConfig(), "frozen") if config.frozen else average}
 
     def counts(self, b: Batch) -> dict[str, torch.Tensor]:
         return {"nll": b.weight.sum(), "near": b.weight.sum()}

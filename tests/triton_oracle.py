@@ -40,7 +40,7 @@ from unittest import mock
 import numpy as np
 import triton
 import triton.language as tl
-from triton import scheduled
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime import interpreter
@@ -226,7 +226,7 @@ def _first(self: Autotuner, *args: Any, **options: Any) -> Any:
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
     """Run Triton kernels on CPU tensors inside the block, as the module's docstring says."""
-    assert not scheduled.runtime.interpret, "unset TRITON_INTERPRET: kernels must be ordinary here"
+    assert not knobs.runtime.interpret, "unset TRITON_INTERPRET: kernels must be ordinary here"
     swaps: list[tuple[Any, str, Any]] = [
         (interpreter, "interpreter_builder", BUILDER),
         (interpreter, "interpreter_semantic", SEMANTIC),
@@ -337,7 +337,7 @@ def _disassembled(cubin: bytes) -> tuple[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        tool = [scheduled.nvidia.cuobjdump.path]
+        tool = [knobs.nvidia.cuobjdump.path]
         run = lambda flag: (
             subprocess.run(
                 [*tool, flag, str(path)], capture_output=True, text=True, check=True, timeout=120

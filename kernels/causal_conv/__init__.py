@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.kernels import compiler
 from mm.kernels.fused import fused
 from mm.kernels.op import Op
-
-_SOURCE = Path(__file__).with_name("conv.cpp")
 
 
 @Op
@@ -40,49 +36,35 @@ def causal_conv(u_BTD: Tensor, weight_CD: Tensor, bias_D: Tensor, document_BT: T
     return y.to(u_BTD.dtype)
 
 
-def _refused(u_BTD: Tensor, weight_CD: Tensor, bias_D: Tensor, document_BT: Tensor) -> str | None:
+def _why_not(
+    way: str, u_BTD: Tensor, weight_CD: Tensor, bias_D: Tensor, document_BT: Tensor
+) -> str | None:
     given = document_BT.dtype
     return None if given == torch.int32 else f"documents are {given}, not int32"
 
 
 def rows(u: Tensor) -> tuple[Tensor, int]:
-    """``u`` and its row stride; a half of a wider projection needs no copy."""
+    """Return ``u`` and its row stride; a half of a wider projection needs no copy."""
     if u.stride(2) == 1 and u.stride(0) == u.shape[1] * u.stride(1):
         return u, u.stride(1)
     return u.contiguous(), u.shape[2]
 
 
-def _outputs(u: Tensor, weight: Tensor, bias: Tensor, document: Tensor) -> Tensor:
-    return u.new_empty(u.shape)
+def _arguments(u: Tensor, weight: Tensor, *rest: Any) -> tuple[Any, ...]:
+    with_stride, stride = rows(u)
+    return with_stride, weight, *rest, *u.shape, weight.shape[0], stride
 
 
-def _gradients(
-    u: Tensor, weight: Tensor, document: Tensor, grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return u.new_empty(u.shape), torch.empty_like(weight), weight.new_empty(u.shape[2])
-
-
-def _call(way: str, u: Tensor, weight: Tensor, *tensors: Tensor) -> None:
-    wide, stride = rows(u)
-    name = f"conv_{compiler.SUFFIX[u.dtype]}_{way}"
-    compiler.call(_SOURCE, name, wide, weight, *tensors, *u.shape, weight.shape[0], stride)
-
-
-_OPS = fused(
-    "causal_conv",
-    _outputs,
-    _gradients,
-    saved=lambda u, weight, bias, document, y: (u, weight, document),
-    wrt=("u", "weight", "bias"),
-    cpp=(partial(_call, "forward"), partial(_call, "backward")),
-    triton=f"{__name__}.conv_triton",
+fused(
+    causal_conv,
+    "y",
+    lambda u, weight, bias, document: u.new_empty(u.shape),
+    saved="u weight bias document",
+    gradients="u weight bias",
+    strided="u",
+    wide="weight bias",
+    why_not=_why_not,
+    cpp="conv",
+    arguments=_arguments,
+    triton="conv_triton",
 )
-
-
-def _run(way: str, u_BTD: Tensor, weight_CD: Tensor, bias_D: Tensor, document_BT: Tensor) -> Tensor:
-    wide = torch.promote_types(u_BTD.dtype, torch.float32)
-    weight, bias = weight_CD.to(wide).contiguous(), bias_D.to(wide).contiguous()
-    return _OPS[way](u_BTD, weight, bias, document_BT.contiguous())
-
-
-compiler.register(causal_conv, _SOURCE, _run, _refused)

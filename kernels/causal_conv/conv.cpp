@@ -74,8 +74,8 @@ void backward(const X* u, const A* w, const int32_t* document, const X* grad, X*
                                  i64 C, i64 stride) {                                                                      \
     forward<X, A>(u, w, bias, document, y, B, T, D, C, stride);                                                            \
   }                                                                                                                        \
-  extern "C" void NAME##_backward(const X* u, const A* w, const int32_t* document, const X* grad, X* du, A* dw, A* dbias,  \
-                                  i64 B, i64 T, i64 D, i64 C, i64 stride) {                                                \
+  extern "C" void NAME##_backward(const X* u, const A* w, const A* /*bias*/, const int32_t* document, const X* grad, X* du, A* dw,   \
+                                  A* dbias, i64 B, i64 T, i64 D, i64 C, i64 stride) {                                      \
     backward<X, A>(u, w, document, grad, du, dw, dbias, B, T, D, C, stride);                                               \
   }
 

@@ -102,6 +102,7 @@ def forward(u: Tensor, weight: Tensor, bias: Tensor, document: Tensor, y: Tensor
 def backward(
     u: Tensor,
     weight: Tensor,
+    bias: Tensor,
     document: Tensor,
     grad: Tensor,
     du: Tensor,

@@ -4,18 +4,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from mm.kernels import compiler
 from mm.kernels.fused import fused
-from mm.kernels.linear_scan import run
+from mm.kernels.linear_scan import empty_states, with_last_state
 from mm.kernels.op import Op
-
-_SOURCE = Path(__file__).with_name("scan.cpp")
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
@@ -67,38 +61,18 @@ def complex_scan(
     return torch.stack(states[::-1] if reverse else states, 1), h
 
 
-def _states(
-    a: Tensor, b: Tensor, reset: Tensor | None, initial: Tensor | None, reverse: bool
-) -> Tensor:
-    return torch.empty_like(b, dtype=torch.promote_types(b.dtype, torch.float32))
-
-
-def _gradients(
-    a: Tensor,
-    h: Tensor,
-    reset: Tensor | None,
-    initial: Tensor | None,
-    reverse: bool,
-    grad: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    first = h.new_empty(h.shape[0], h.shape[2] if initial is not None else 0)
-    return torch.empty_like(a), torch.empty_like(h), first
-
-
-def _call(way: str, a: Tensor, b: Tensor, *rest: Tensor | bool | None) -> None:
-    function = f"complex_{compiler.SUFFIX[b.dtype]}_{way}"
-    compiler.call(_SOURCE, function, a, b, *rest, a.dim() == 1, *b.shape)
-
-
-_OPS = fused(
-    "complex_scan",
-    _states,
-    _gradients,
-    saved=lambda a, b, reset, initial, reverse, h: (a, h, reset, initial, reverse),
-    wrt=("a", "b", "initial"),
-    cpp=(partial(_call, "forward"), partial(_call, "backward")),
-    triton=f"{__name__}.scan_triton",
+fused(
+    complex_scan,
+    "h",
+    empty_states,
+    saved="a h reset initial reverse",
+    gradients="a b:h initial",
+    like="b",
+    own="a b",
+    wide="initial",
+    result=with_last_state,
+    trivial=lambda a, b, *_: b.shape[1] == 0,
+    cpp="scan",
+    arguments=lambda a, x, *rest: (a, x, *rest, a.dim() == 1, *x.shape),
+    triton="scan_triton",
 )
-
-
-compiler.register(complex_scan, _SOURCE, partial(run, complex_scan, _OPS, reverse=False))

@@ -109,5 +109,5 @@ void backward(const F* a, const F* h, const uint8_t* reset, const F* initial, in
     backward<F>(a, h, reset, initial, reverse, grad, da, db, dinitial, constant, B, T, D);                              \
   }
 
-EXPORT(complex_f32, float)
-EXPORT(complex_f64, double)
+EXPORT(scan_f32, float)
+EXPORT(scan_f64, double)

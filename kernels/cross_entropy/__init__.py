@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mm.kernels import compiler, device
 from mm.kernels.cross_entropy import rows_cpp
+from mm.kernels.fused import differentiable
 from mm.kernels.op import Op
 
 KEPT_BYTES = 64 << 20  # float32 probabilities that are kept for the backward when they are all
@@ -77,7 +78,7 @@ def linear_cross_entropy(
             logits = softcap * (logits / softcap).tanh()
         nll = F.cross_entropy(logits, target, reduction="none")
         lse = logits.logsumexp(-1) if z_loss else nll
-        return _finished(nll, lse, ignored, factor_P, z_loss)
+        return _weigh(nll, lse, ignored, factor_P, z_loss)
 
 
 def _target(target: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor | None]:
@@ -88,7 +89,7 @@ def _target(target: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor | 
     return target.masked_fill(ignored, 0), ignored
 
 
-def _finished(
+def _weigh(
     nll: Tensor, lse: Tensor, ignored: Tensor | None, factor: Tensor | None, z_loss: float
 ) -> Tensor:
     loss = nll + z_loss * lse.square() if z_loss else nll
@@ -170,7 +171,7 @@ class _Plain:
         return p if slope is None else p.mul_(slope)
 
 
-def _passes(name: str) -> Passes:
+def _module(name: str) -> Passes:
     if name == "plain":
         return _Plain()
     return cast("Passes", importlib.import_module(f"mm.kernels.cross_entropy.rows_{name}"))
@@ -180,7 +181,7 @@ def _logits_dtype(
     passes: str, dtype: torch.dtype, bias: Tensor | None, softcap: float
 ) -> torch.dtype:
     """That of the products where nothing is done to them before the softmax, else wider."""
-    narrow = bias is None and not softcap and _passes(passes).NARROW
+    narrow = bias is None and not softcap and _module(passes).NARROW
     return dtype if narrow else torch.promote_types(dtype, torch.float32)
 
 
@@ -189,16 +190,21 @@ def _logits(h: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype, C: sl
     return logits if bias is None else logits.add_(bias[C].to(dtype))
 
 
+def _empties(
+    passes: str, h: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
+    dtype: torch.dtype, softcap: float, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    P, N = h.shape[0], weight.shape[0]
+    nll = h.new_empty(P, dtype=torch.promote_types(dtype, torch.float32))
+    keep = keep and max(1, chunk_classes(P, N)) == N
+    kind = _logits_dtype(passes, dtype, bias, softcap)
+    return nll, torch.empty_like(nll), nll.new_empty((P, N) if keep else (0,), dtype=kind)
+
+
 def _forward(
-    h: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    softcap: float,
-    keep: bool,
-    passes: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    passes: str, h: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
+    dtype: torch.dtype, softcap: float, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """nll, log Z, and the logits themselves when one chunk is all and ``keep`` says so."""
     with torch.autocast(h.device.type, enabled=False):
         h = h.to(dtype)
@@ -210,25 +216,16 @@ def _forward(
         kept = torch.empty(0, dtype=made, device=h.device)
         for at in range(0, N, step):
             logits = _logits(h, weight, bias, made, slice(at, at + step))
-            _passes(passes).absorb(logits, at, softcap, run, keep)
+            _module(passes).absorb(logits, at, softcap, run, keep)
             if keep:
                 kept = logits
         return run.lse - run.own, run.lse, kept
 
 
 def _backward(
-    h: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    softcap: float,
-    passes: str,
-    lse: Tensor,
-    kept: Tensor,
-    dnll: Tensor,
-    dlse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+    passes: str, h: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
+    dtype: torch.dtype, softcap: float, lse: Tensor, kept: Tensor, dnll: Tensor, dlse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.autocast(h.device.type, enabled=False):
         x = h.to(dtype)
         (P, _), N, wide = h.shape, weight.shape[0], lse.dtype
@@ -243,7 +240,7 @@ def _backward(
             # What is kept is never overwritten: a graph may be walked twice.
             has = kept.numel() > 0
             logits = kept if has else _logits(x, weight, bias, made, C)
-            g = _passes(passes).gradient(logits, at, softcap, rows, has)
+            g = _module(passes).gradient(logits, at, softcap, rows, has)
             if bias is not None:
                 db[C] = g.sum(0)
             g = g.to(dtype)
@@ -255,102 +252,50 @@ def _backward(
         return dh.to(h.dtype), dw, db if bias is None else db.to(bias.dtype)
 
 
-_op = torch.library.custom_op(
-    "mm::linear_cross_entropy",
-    _forward,
-    mutates_args=(),
-    schema="(Tensor h, Tensor weight, Tensor target, Tensor? bias, ScalarType dtype,"
-    " float softcap, bool keep, str passes) -> (Tensor, Tensor, Tensor)",
-)
-_backward_op = torch.library.custom_op(
-    "mm::linear_cross_entropy_backward",
-    _backward,
-    mutates_args=(),
-    schema="(Tensor h, Tensor weight, Tensor target, Tensor? bias, ScalarType dtype,"
-    " float softcap, str passes, Tensor lse, Tensor kept, Tensor dnll, Tensor dlse)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-
-
-@_op.register_fake
-def _(
-    h: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    softcap: float,
-    keep: bool,
-    passes: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    P, N = h.shape[0], weight.shape[0]
-    made = h.new_empty(P, dtype=torch.promote_types(dtype, torch.float32))
-    keep = keep and max(1, chunk_classes(P, N)) == N
-    kind = _logits_dtype(passes, dtype, bias, softcap)
-    return made, torch.empty_like(made), made.new_empty((P, N) if keep else (0,), dtype=kind)
-
-
-@_backward_op.register_fake
-def _(
-    h: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    db = h.new_empty(0) if bias is None else torch.empty_like(bias)
-    return h.new_empty(h.shape), weight.new_empty(weight.shape), db
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    h, weight, target, bias, *ctx.rest = inputs
-    _, lse, kept = output
-    ctx.save_for_backward(h, weight, target, bias, lse, kept)
-
-
-def _grads(ctx: Any, dnll: Tensor, dlse: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    h, weight, target, bias, lse, kept = ctx.saved_tensors
-    dtype, softcap, _, passes = ctx.rest
-    dh, dw, db = torch.ops.mm.linear_cross_entropy_backward(
-        h, weight, target, bias, dtype, softcap, passes, lse, kept, dnll, dlse
-    )
-    return dh, dw, None, None if bias is None else db, None, None, None, None
-
-
-_op.register_autograd(_grads, setup_context=_setup)
-
-
-def _run(
-    passes: str,
-    h_PD: Tensor,
-    weight_ND: Tensor,
-    target_P: Tensor,
-    bias_N: Tensor | None = None,
-    *,
-    factor_P: Tensor | None = None,
-    ignore_index: int | None = None,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-) -> Tensor:
-    target, ignored = _target(target_P, ignore_index)
-    keep = torch.is_grad_enabled() and (h_PD.requires_grad or weight_ND.requires_grad)
-    keep = keep and not softcap
-    nll, lse, _ = torch.ops.mm.linear_cross_entropy(
-        h_PD, weight_ND, target, bias_N, _compute_dtype(h_PD), softcap or 0.0, keep, passes
-    )
-    with torch.autocast(h_PD.device.type, enabled=False):
-        return _finished(nll, lse, ignored, factor_P, z_loss)
-
-
-def _cpp_why_not(h: Tensor, w: Tensor, target: Tensor, *rest: Any, **settings: Any) -> str | None:
-    kind = _compute_dtype(h)
-    if kind not in compiler.SUFFIX:
-        return f"no kernel for {kind}"
-    return compiler.why_not(rows_cpp.SOURCE, h, w, target)
-
-
-def _triton_why_not(
-    h: Tensor, w: Tensor, target: Tensor, *rest: Any, **settings: Any
+def _why_not(
+    passes: str, h: Tensor, weight: Tensor, target: Tensor, *_: Any, **__: Any
 ) -> str | None:
-    return device.why_not(h, w, target)
+    if passes == "triton":
+        return device.why_not(h, weight, target)
+    if passes == "plain":
+        return None
+    kind = _compute_dtype(h)
+    wrong = kind not in compiler.SUFFIX
+    reason = f"no kernel for {kind}"
+    return reason if wrong else compiler.why_not(rows_cpp.SOURCE, h, weight, target)
 
 
-linear_cross_entropy.register("chunked", lambda *a, **k: None)(partial(_run, "plain"))
-linear_cross_entropy.register("cpp", _cpp_why_not)(partial(_run, "cpp"))
-linear_cross_entropy.register("triton", _triton_why_not)(partial(_run, "triton"))
+def _register(name: str, passes: str) -> None:
+    op = differentiable(
+        f"linear_cross_entropy_{name}",
+        {"h": "Tensor", "weight": "Tensor", "target": "Tensor", "bias": "Tensor?"}
+        | {"dtype": "ScalarType", "softcap": "float", "keep": "bool"},
+        "nll lse",
+        *(partial(f, passes) for f in (_empties, _forward, _backward)),
+        kept="logits",
+        saved="h weight target bias dtype softcap lse logits",
+        gradients="h weight bias",
+    )
+
+    @linear_cross_entropy.register(name, partial(_why_not, passes))
+    def run(
+        h_PD: Tensor,
+        weight_ND: Tensor,
+        target_P: Tensor,
+        bias_N: Tensor | None = None,
+        *,
+        factor_P: Tensor | None = None,
+        ignore_index: int | None = None,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+    ) -> Tensor:
+        target, ignored = _target(target_P, ignore_index)
+        keep = torch.is_grad_enabled() and (h_PD.requires_grad or weight_ND.requires_grad)
+        dtype, cap = _compute_dtype(h_PD), softcap or 0.0
+        nll, lse, _ = op(h_PD, weight_ND, target, bias_N, dtype, cap, keep and not softcap)
+        with torch.autocast(h_PD.device.type, enabled=False):
+            return _weigh(nll, lse, ignored, factor_P, z_loss)
+
+
+for _name, _passes in (("chunked", "plain"), ("cpp", "cpp"), ("triton", "triton")):
+    _register(_name, _passes)

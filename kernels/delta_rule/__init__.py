@@ -4,7 +4,7 @@ form n chunks of C tokens and N = B * H.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,30 +72,6 @@ def delta_rule(
         S = S + k[..., None] * (beta[..., None] * (v - read))[..., None, :]
         outputs.append((q[..., None, :] @ S)[..., 0, :])
     return (scale * torch.stack(outputs, 1)).to(q_BTHK.dtype), S
-
-
-@delta_rule.register("chunk", lambda *_, **__: None)
-def _chunk(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHV: Tensor,
-    beta_BTH: Tensor,
-    g_BTH: Tensor | None = None,
-    initial_BHKV: Tensor | None = None,
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """The WY form: within a chunk the rows ``u`` that are truly written solve one unitriangular
-    system.
-
-    Source: Yang et al. 2024 (arXiv:2406.06484), section 3; with decay: arXiv:2412.06464, section
-    3.3.
-    """
-    if q_BTHK.shape[1] <= 1 or q_BTHK.shape[0] == 0:  # a single step is the fastest as it is
-        step = delta_rule.implementations["reference"][0]
-        return step(q_BTHK, k_BTHK, v_BTHV, beta_BTH, g_BTH, initial_BHKV, scale)
-    initial = None if initial_BHKV is None else initial_BHKV.to(_wide(q_BTHK))
-    o, last, *_ = _CHUNKED(q_BTHK, k_BTHK, v_BTHV, beta_BTH, g_BTH, initial, scale)
-    return o, last
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -205,21 +181,11 @@ class _Parts(NamedTuple):
 
 @exact
 def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    initial: Tensor | None,
-    scale: float,
-    out: Tensor,
-    last: Tensor,
-    solve: Tensor,
-    uw: Tensor,
-    states: Tensor,
-    written: Tensor,
-) -> None:
-    """Write what `_outputs` makes."""
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial: Tensor | None,
+    scale: float, out: Tensor, last: Tensor,
+    solve: Tensor, uw: Tensor, states: Tensor, written: Tensor,
+) -> None:  # fmt: skip
+    """Write what `_empties` makes."""
     p = _Parts.of(q, k, v, beta, g, scale)
     B, T, H, K = q.shape
     n, N, C, V = p.v.shape
@@ -245,26 +211,11 @@ def _forward(
 
 @exact
 def _backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    solve: Tensor,
-    uw: Tensor,
-    states: Tensor,
-    written: Tensor,
-    begun: bool,
-    scale: float,
-    grad_o: Tensor | None,
-    grad_last: Tensor | None,
-    grad_q: Tensor,
-    grad_k: Tensor,
-    grad_v: Tensor,
-    grad_beta: Tensor,
-    grad_g: Tensor,
-    grad_initial: Tensor,
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial: Tensor | None,
+    scale: float, solve: Tensor, uw: Tensor, states: Tensor, written: Tensor,
+    grad_o: Tensor | None, grad_last: Tensor | None, grad_q: Tensor, grad_k: Tensor,
+    grad_v: Tensor, grad_beta: Tensor, grad_g: Tensor, grad_initial: Tensor,
+) -> None:  # fmt: skip
     """Write the gradients of q, k, v, beta, of g if there is decay and of an initial state."""
     p = _Parts.of(q, k, v, beta, g, scale)
     B, T, H, K = q.shape
@@ -285,7 +236,7 @@ def _backward(
         minus[c].baddbmm_(ks[c], dS, alpha=-1)
         both = torch.cat((do[c], minus[c]), -2)
         dS = torch.baddbmm(dS if p.whole is None else dS * p.whole[c], readers[c].mT, both)
-    if begun:
+    if initial is not None:
         grad_initial.copy_(dS.reshape(B, H, K, V))
     # Inside the chunks, all at once.
     dqs, dw = torch.matmul(torch.cat((do, minus), -2), states.mT).split(C, -2)
@@ -321,14 +272,8 @@ def _backward(
     _join(dbeta, grad_beta)
 
 
-def _outputs(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    initial: Tensor | None,
-    scale: float,
+def _empties(
+    q: Tensor, k: Tensor, v: Tensor, *_: Tensor | float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Outputs, last state, and for the backward: every chunk's inverse `(n, N, C, C)`, ``[U W]``
     `(n, N, C, V + K)`, first state `(n, N, K, V)` and written rows `(n, N, C, V)`.
@@ -345,121 +290,49 @@ def _outputs(
     )
 
 
-def _gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    solve: Tensor,
-    uw: Tensor,
-    states: Tensor,
-    written: Tensor,
-    begun: bool,
-    scale: float,
-    grad_o: Tensor | None,
-    grad_last: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    B, _, H, K = q.shape
-    dq, dk, dv, dbeta = (x.new_empty(x.shape) for x in (q, k, v, beta))
-    dg = q.new_empty(0) if g is None else g.new_empty(g.shape)
-    return dq, dk, dv, dbeta, dg, states.new_empty(B if begun else 0, H, K, v.shape[-1])
-
-
-_WRT = ("q", "k", "v", "beta", "g", "initial")
-_CHUNKED = fused(
-    "delta_rule",
-    _outputs,
-    _gradients,
-    saved=lambda q, k, v, beta, g, initial, scale, o, last, *made: (
-        *(q, k, v, beta, g, *made),
-        *(initial is not None, scale),
-    ),
-    wrt=_WRT,
+# The WY form: within a chunk the rows ``u`` that are truly written solve one unitriangular system.
+# Source: Yang et al. 2024 (arXiv:2406.06484), section 3; decay: arXiv:2412.06464, section 3.3.
+fused(
+    delta_rule,
+    "o last",
+    _empties,
+    kept="solve uw states written",
+    saved="q k v beta g initial scale solve uw states written",
+    gradients="q k v beta g initial",
     dense=False,
-    chunk=(_forward, _backward),
-)["chunk"]
+    wide="initial",
+    strided="*",
+    # A single step is the fastest as it is.
+    trivial=lambda q, *_: q.shape[1] <= 1 or q.shape[0] == 0,
+    plain={"chunk": (_forward, _backward)},
+)
 
 
-def _triton_outputs(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    initial: Tensor | None,
-    scale: float,
+def _triton_empties(
+    q: Tensor, k: Tensor, v: Tensor, *_: Tensor | float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs, last state, and the chunks' inverses for the backward."""
     (B, T, H, K), V = q.shape, v.shape[-1]
-    solved = k.new_empty(B, H, (T + CHUNK - 1) // CHUNK, CHUNK, CHUNK)
+    solved = k.new_empty(B, H, -(-T // CHUNK), CHUNK, CHUNK)
     return torch.empty_like(v), q.new_empty(B, H, K, V, dtype=torch.float32), solved
 
 
-def _triton_gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    initial: Tensor | None,
-    solved: Tensor,
-    scale: float,
-    do: Tensor | None,
-    dfinal: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (B, _, H, K), V = q.shape, v.shape[-1]
-    dq, dk, dv, dbeta = (torch.empty_like(x) for x in (q, k, v, beta))
-    dg = q.new_empty(0) if g is None else torch.empty_like(g)
-    return dq, dk, dv, dbeta, dg, q.new_empty(B, H, K, V, dtype=torch.float32)
+def _triton_why_not(way: str, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> str | None:
+    return "keys are wider than 256" if q.shape[-1] > 256 else device.why_empty(q, v)
 
 
-_TRITON = fused(
-    "delta_rule",
-    _triton_outputs,
-    _triton_gradients,
-    saved=lambda q, k, v, beta, g, initial, scale, o, last, solved: (
-        *(q, k, v, beta, g, initial),
-        *(solved, scale),
-    ),
-    wrt=_WRT,
+# The chunk form on a GPU; all but the chunks' inverses is computed again in the backward. Products
+# of float32 are tf32x3, those of bfloat16 and float16 have float32 sums; inverses are float32's.
+fused(
+    delta_rule,
+    "o last",
+    _triton_empties,
+    kept="solved",
+    saved="q k v beta g initial solved scale",
+    gradients="q k v beta g initial",
     dense=False,
-    triton=f"{__name__}.chunk_triton",
-)["triton"]
-
-
-def _no_triton(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHV: Tensor,
-    beta_BTH: Tensor,
-    g_BTH: Tensor | None = None,
-    initial_BHKV: Tensor | None = None,
-    scale: float = 1.0,
-) -> str | None:
-    if q_BTHK.shape[-1] > 256:
-        return "keys are wider than 256"
-    reason = device.why_not(q_BTHK, k_BTHK, v_BTHV, beta_BTH, g_BTH, initial_BHKV)
-    return reason or ("nothing to launch" if 0 in (*q_BTHK.shape, v_BTHV.shape[-1]) else None)
-
-
-@delta_rule.register("triton", _no_triton)
-def _triton(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHV: Tensor,
-    beta_BTH: Tensor,
-    g_BTH: Tensor | None = None,
-    initial_BHKV: Tensor | None = None,
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """The chunk form on a GPU; all but the chunks' inverses is computed again in the backward.
-
-    Products of float32 are tf32x3, those of bfloat16 and float16 have float32 sums; each chunk's
-    inverse is formed in float32.
-    """
-    q, k, v = device.narrow(q_BTHK, k_BTHK, v_BTHV)
-    g = None if g_BTH is None else g_BTH.contiguous()
-    initial = None if initial_BHKV is None else initial_BHKV.float().contiguous()
-    o, last, _ = _TRITON(q, k, v, beta_BTH.contiguous(), g, initial, scale)
-    return o.to(q_BTHK.dtype), last
+    wide="initial",
+    prepare=lambda q, k, v, *rest: (*device.promote(q, k, v), *rest),
+    result=lambda q, *rest: (rest[-3].to(q.dtype), rest[-2]),
+    why_not=_triton_why_not,
+    triton="chunk_triton",
+)

@@ -323,17 +323,9 @@ def _run_states(
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    initial: Tensor | None,
-    scale: float,
-    o: Tensor,
-    final: Tensor,
-    solved: Tensor,
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial: Tensor | None,
+    scale: float, o: Tensor, final: Tensor, solved: Tensor,
+) -> None:  # fmt: skip
     """Write outputs, last state, and the chunks' inverses. Takes contiguous tensors, q, k, v of one
     dtype, none empty.
     """
@@ -350,28 +342,16 @@ def forward(
 
 
 def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    initial: Tensor | None,
-    solved: Tensor,
-    scale: float,
-    do: Tensor | None,
-    dfinal: Tensor | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dbeta: Tensor,
-    dg: Tensor,
-    dinitial: Tensor,
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial: Tensor | None,
+    solved: Tensor, scale: float, do: Tensor | None, dfinal: Tensor | None,
+    dq: Tensor, dk: Tensor, dv: Tensor, dbeta: Tensor, dg: Tensor, dinitial: Tensor,
+) -> None:  # fmt: skip
     """Write the gradients of q, k, v, beta, g (if there is decay) and of the initial state."""
     (B, T, H, K), V = q.shape, v.shape[-1]
     settings = _settings(q, v, g)
     passes, chunks = settings
-    final = torch.empty_like(dinitial)
+    final = q.new_empty(B, H, K, V, dtype=torch.float32)
+    first = torch.empty_like(final) if initial is None else dinitial
     u, w, written, states = _run_states(k, v, beta, g, initial, solved, final, settings)
     do = final.new_zeros(B, T, H, V) if do is None else (do.float() * scale).contiguous()
     dfinal = torch.zeros_like(final) if dfinal is None else dfinal
@@ -382,7 +362,7 @@ def backward(
         q, k, some, q, states, do, dwritten, T, H, KEPT=False, **chunks
     )  # fmt: skip
     _states_backward[(triton.cdiv(V, passes["BV"]), B * H)](
-        q, k, w, some, do, dfinal, dstates, dwritten, dinitial, T, H, **passes
+        q, k, w, some, do, dfinal, dstates, dwritten, first, T, H, **passes
     )
     dk_read = torch.empty_like(k, dtype=torch.float32)
     rates = do.new_empty(0 if g is None else (1 + k_tiles, B, T, H))

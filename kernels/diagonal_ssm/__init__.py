@@ -4,17 +4,11 @@ states of each.
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from mm.kernels import compiler
 from mm.kernels.fused import fused
 from mm.kernels.op import Op
-
-_SOURCE = Path(__file__).with_name("ssm.cpp")
 
 
 @Op
@@ -68,65 +62,16 @@ def diagonal_ssm(
     return y, torch.stack((hr, hi), 1)
 
 
-def _outputs(
-    u: Tensor,
-    a: Tensor,
-    c: Tensor,
-    reset: Tensor | None,
-    initial: Tensor | None,
-    length: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(u, dtype=a.dtype), a.new_empty(u.shape[0], *a.shape)
-
-
-def _gradients(
-    u: Tensor,
-    a: Tensor,
-    c: Tensor,
-    reset: Tensor | None,
-    initial: Tensor | None,
-    length: Tensor | None,
-    dy: Tensor,
-    dlast: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    first = a.new_empty(u.shape[0] if initial is not None else 0, *a.shape)
-    return torch.empty_like(u), torch.empty_like(a), torch.empty_like(c), first
-
-
-def _call(way: str, u: Tensor, a: Tensor, *tensors: Tensor | None) -> None:
-    function = f"ssm_{compiler.SUFFIX[u.dtype]}_{way}"
-    compiler.call(_SOURCE, function, u, a, *tensors, *u.shape, a.shape[2])
-
-
-_OPS = fused(
-    "diagonal_ssm",
-    _outputs,
-    _gradients,
-    saved=lambda *tensors: tensors[:6],
-    wrt=("u", "a", "c", "initial"),
-    cpp=(partial(_call, "forward"), partial(_call, "backward")),
-    triton=f"{__name__}.ssm_triton",
+fused(
+    diagonal_ssm,
+    "y last",
+    lambda u, a, *_: (torch.empty_like(u, dtype=a.dtype), a.new_empty(u.shape[0], *a.shape)),
+    saved="u a c reset initial length",
+    gradients="u a c initial",
+    own="u",
+    wide="a c initial",
+    prepare=lambda *given: (*given[:5], given[5].long() if given[5] is not None else None),
+    cpp="ssm",
+    arguments=lambda u, a, *rest: (u, a, *rest, *u.shape, a.shape[2]),
+    triton="ssm_triton",
 )
-
-
-def _run(
-    way: str,
-    u_BTD: Tensor,
-    a_PDN: Tensor,
-    c_PDN: Tensor,
-    reset_BT: Tensor | None = None,
-    initial_BPDN: Tensor | None = None,
-    length_B: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(u_BTD.dtype, torch.float32)
-    return _OPS[way](
-        (u_BTD.to(wide) if way == "cpp" else u_BTD).contiguous(),
-        a_PDN.to(wide).contiguous(),
-        c_PDN.to(wide).contiguous(),
-        reset_BT.contiguous() if reset_BT is not None else None,
-        initial_BPDN.to(wide).contiguous() if initial_BPDN is not None else None,
-        length_B.long().contiguous() if length_B is not None else None,
-    )
-
-
-compiler.register(diagonal_ssm, _SOURCE, _run)

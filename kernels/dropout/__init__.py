@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import Tensor
 
-from mm.kernels import compiler
 from mm.kernels.fused import fused
 from mm.kernels.op import Op
 
-_SOURCE = Path(__file__).with_name("dropout.cpp")
 LEVELS = 65536  # values of a draw
 
 
@@ -32,33 +28,12 @@ def dropout(x: Tensor, draws: Tensor, lost: int) -> Tensor:
     return x * kept
 
 
-def _like(x: Tensor, draws: Tensor, lost: int) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _gradient(draws: Tensor, lost: int, grad: Tensor) -> Tensor:
-    return grad.new_empty(grad.shape)
-
-
-def _forward(x: Tensor, draws: Tensor, lost: int, y: Tensor) -> None:
-    name = f"dropout_{compiler.SUFFIX[x.dtype]}"
-    compiler.call(_SOURCE, name, x.contiguous(), draws.contiguous(), lost, y, x.numel())
-
-
-def _backward(draws: Tensor, lost: int, grad: Tensor, out: Tensor) -> None:
-    _forward(grad, draws, lost, out)  # the map is linear and its own transpose
-
-
-_OPS = fused(
-    "dropout",
-    _like,
-    _gradient,
-    saved=lambda x, draws, lost, y: (draws, lost),
-    wrt=("x",),
-    cpp=(_forward, _backward),
+fused(
+    dropout,
+    "y",
+    lambda x, draws, lost: x.new_empty(x.shape),
+    saved="draws lost",
+    gradients="x:dy",
+    cpp="dropout",
+    arguments=lambda *given: (*given, given[-1].numel()),
 )
-
-
-@dropout.register("cpp", lambda x, draws, lost: compiler.why_not(_SOURCE, x, draws))
-def _cpp(x: Tensor, draws: Tensor, lost: int) -> Tensor:
-    return _OPS["cpp"](x, draws, lost)

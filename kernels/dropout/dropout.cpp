@@ -15,9 +15,13 @@ void run(const X* __restrict x, const int16_t* __restrict draws, i64 lost, X* __
 
 }  // namespace
 
-#define EXPORT(NAME, X, A)                                                               \
-  extern "C" void NAME(const X* x, const int16_t* draws, i64 lost, X* y, i64 n) { \
-    run<X, A>(x, draws, lost, y, n);                                                     \
+// The map is linear and its own transpose.
+#define EXPORT(NAME, X, A)                                                                           \
+  extern "C" void NAME##_forward(const X* x, const int16_t* draws, i64 lost, X* y, i64 n) {          \
+    run<X, A>(x, draws, lost, y, n);                                                                 \
+  }                                                                                                  \
+  extern "C" void NAME##_backward(const int16_t* draws, i64 lost, const X* grad, X* dx, i64 n) {     \
+    run<X, A>(grad, draws, lost, dx, n);                                                             \
   }
 
 EXPORT(dropout_f32, float, float)

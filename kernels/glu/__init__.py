@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.kernels import compiler
 from mm.kernels.fused import fused
 from mm.kernels.op import Op
 
-_SOURCE = Path(__file__).with_name("glu.cpp")
-_KINDS = ("silu", "gelu_tanh")
+KINDS = ("silu", "gelu_tanh")
 
 
 @Op
@@ -36,15 +32,14 @@ def glu(gate: Tensor, up: Tensor, activation: Literal["silu", "gelu_tanh"] = "si
     return (y * up.to(wide)).to(gate.dtype)
 
 
-def _refused(gate: Tensor, up: Tensor, activation: str = "silu") -> str | None:
+def _why_not(way: str, gate: Tensor, up: Tensor, *rest: Any, **kw: Any) -> str | None:
     pair = (gate.dtype, up.dtype)
-    if gate.dtype != up.dtype and pair != (torch.bfloat16, torch.float32):
-        return f"no kernel for {pair}"
-    return None
+    mixed = gate.dtype != up.dtype and pair != (torch.bfloat16, torch.float32)
+    return f"no kernel for {pair}" if mixed else None
 
 
 def rows(x: Tensor) -> tuple[Tensor, int]:
-    """``x`` and the stride of its rows; a half of a wider tensor needs no copy."""
+    """Return ``x`` and the stride of its rows; a half of a wider tensor needs no copy."""
     D = x.shape[-1]
     if x.is_contiguous():
         return x, D
@@ -56,34 +51,23 @@ def rows(x: Tensor) -> tuple[Tensor, int]:
     return (x, x.stride(-2)) if flat else (x.contiguous(), D)
 
 
-def _outputs(gate: Tensor, up: Tensor, kind: int) -> Tensor:
-    return gate.new_empty(gate.shape)
-
-
-def _gradients(gate: Tensor, up: Tensor, kind: int, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(gate.shape), up.new_empty(up.shape)
-
-
-def _call(way: str, gate: Tensor, up: Tensor, kind: int, *tensors: Tensor) -> None:
-    (g, s_g), (u, s_u) = rows(gate), rows(up)
+def _arguments(gate: Tensor, up: Tensor, kind: str, *rest: Any) -> tuple[Any, ...]:
+    (g, g_stride), (u, u_stride) = rows(gate), rows(up)
     D = gate.shape[-1]
-    name = f"glu_{compiler.SUFFIX[gate.dtype]}_{compiler.SUFFIX[up.dtype]}_{way}"
-    compiler.call(_SOURCE, name, kind, g, u, *tensors, gate.numel() // max(D, 1), D, s_g, s_u)
+    sizes = (gate.numel() // max(D, 1), D, g_stride, u_stride)
+    return KINDS.index(kind), g, u, *rest, *sizes
 
 
-_OPS = fused(
-    "glu",
-    _outputs,
-    _gradients,
-    saved=lambda gate, up, kind, y: (gate, up, kind),
-    wrt=("gate", "up"),
-    cpp=(partial(_call, "forward"), partial(_call, "backward")),
-    triton=f"{__name__}.glu_triton",
+fused(
+    glu,
+    "y",
+    lambda gate, up, activation: gate.new_empty(gate.shape),
+    saved="gate up activation",
+    gradients="gate up",
+    strided="gate up",
+    why_not=_why_not,
+    cpp="glu",
+    arguments=_arguments,
+    typed=2,
+    triton="glu_triton",
 )
-
-
-def _run(way: str, gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
-    return _OPS[way](gate, up, _KINDS.index(activation))
-
-
-compiler.register(glu, _SOURCE, _run, _refused)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mm.kernels.glu import rows
+from mm.kernels.glu import KINDS, rows
 
 BLOCK = 1024  # elements of a program
 
@@ -66,18 +66,17 @@ def _backward(
     tl.store(du_ptr + i, (grad * value).to(du_ptr.dtype.element_ty), mask=mask)
 
 
-def forward(gate: Tensor, up: Tensor, kind: int, y: Tensor) -> None:
+def forward(gate: Tensor, up: Tensor, kind: str, y: Tensor) -> None:
     """Write the products."""
-    (g, s_g), (u, s_u) = rows(gate), rows(up)
-    n = gate.numel()
+    (g, s_g), (u, s_u), n = rows(gate), rows(up), gate.numel()
     if n:
-        _forward[(triton.cdiv(n, BLOCK),)](g, u, y, gate.shape[-1], n, s_g, s_u, kind, BLOCK)
+        sizes = (gate.shape[-1], n, s_g, s_u, KINDS.index(kind))
+        _forward[(triton.cdiv(n, BLOCK),)](g, u, y, *sizes, BLOCK)
 
 
-def backward(gate: Tensor, up: Tensor, kind: int, grad: Tensor, dg: Tensor, du: Tensor) -> None:
+def backward(gate: Tensor, up: Tensor, kind: str, dy: Tensor, dg: Tensor, du: Tensor) -> None:
     """Write the gradients."""
-    (g, s_g), (u, s_u) = rows(gate), rows(up)
-    n = gate.numel()
+    (g, s_g), (u, s_u), n = rows(gate), rows(up), gate.numel()
     if n:
-        sizes = (gate.shape[-1], n, s_g, s_u)
-        _backward[(triton.cdiv(n, BLOCK),)](g, u, grad, dg, du, *sizes, kind, BLOCK)
+        sizes = (gate.shape[-1], n, s_g, s_u, KINDS.index(kind))
+        _backward[(triton.cdiv(n, BLOCK),)](g, u, dy, dg, du, *sizes, BLOCK)

@@ -6,6 +6,7 @@ Inside: C places of a chunk, N chunks, M of them in hand at once.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,33 +76,6 @@ def _widened(
     )
 
 
-def _why_not(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHV: Tensor,
-    log_decay: Tensor | None = None,
-    initial_BHKV: Tensor | None = None,
-) -> str | None:
-    return None
-
-
-@linear_attention.register("chunked", _why_not)
-def _chunked(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHV: Tensor,
-    log_decay: Tensor | None = None,
-    initial_BHKV: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Matrix products inside chunks, one state a chunk between them; a hand-written backward."""
-    q, k, v, g, initial = _widened(q_BTHK, k_BTHK, v_BTHV, log_decay, initial_BHKV)
-    if q.shape[1] == 0:
-        B, _, H, K = q.shape
-        return v, initial if initial is not None else q.new_zeros(B, H, K, v.shape[-1])
-    o, final, _ = _CHUNKED(q, k, v, g, initial)
-    return o, final
-
-
 def _blocks(B: int, T: int, H: int, K: int, V: int) -> Iterator[tuple[int, int, int]]:
     """First place, number of chunks and their size, of as many chunks as a cache holds."""
     whole = T // CHUNK
@@ -133,37 +107,24 @@ def _shares(g: Tensor | None) -> list[tuple[Tensor | None, int]]:
 
 
 @exact
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    initial: Tensor | None,
-    o: Tensor,
-    final: Tensor,
-    states: Tensor,
-) -> None:
-    for rows, base in _shares(g):
+def _forward(*given: Any) -> None:
+    """Write what `_empties` makes, row by row where their decays want chunks of other sizes."""
+    inputs, outs = given[:5], given[5:]
+    for rows, base in _shares(inputs[3]):
         if rows is None:
-            _forward_rows(base, q, k, v, g, initial, o, final, states)
+            _forward_rows(base, *given)
             continue
-        some = [None if x is None else x[rows] for x in (q, k, v, g, initial)]
-        made = _outputs(*some)  # type: ignore[arg-type]
-        _forward_rows(base, *some, *made)  # type: ignore[arg-type]
-        o[rows], final[rows], states[:, rows] = made
+        some: list[Any] = [None if x is None else x[rows] for x in inputs]
+        made = _empties(*some)
+        _forward_rows(base, *some, *made)
+        for out, at, x in zip(outs, (rows, rows, (slice(None), rows)), made, strict=True):
+            out[at] = x
 
 
 def _forward_rows(
-    base: int,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    initial: Tensor | None,
-    o: Tensor,
-    final: Tensor,
-    states: Tensor,
-) -> None:
+    base: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None,
+    o: Tensor, final: Tensor, states: Tensor,
+) -> None:  # fmt: skip
     (B, T, H, K), V = q.shape, v.shape[-1]
     states[0] = 0 if initial is None else initial
     at = 0
@@ -183,53 +144,27 @@ def _forward_rows(
 
 
 @exact
-def _backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    states: Tensor,
-    begun: bool,
-    do: Tensor | None,
-    dfinal: Tensor | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dg: Tensor,
-    dinitial: Tensor,
-) -> None:
+def _backward(*given: Any) -> None:
+    """Write the gradients, row by row as `_forward`."""
+    q, k, v, g, states, initial, do, dfinal, *outs = given
     for rows, base in _shares(g):
         if rows is None:
-            given = (q, k, v, g, states, begun, do, dfinal)
-            _backward_rows(base, *given, dq, dk, dv, dg, dinitial)
+            _backward_rows(base, *given)
             continue
-        one, two, three, four, up, last = (
-            None if x is None else x[rows] for x in (q, k, v, g, do, dfinal)
-        )
-        some = (one, two, three, four, states[:, rows], begun, up, last)
-        made = _gradients(*some)  # type: ignore[arg-type]
-        _backward_rows(base, *some, *made)  # type: ignore[arg-type]
-        dq[rows], dk[rows], dv[rows], dg[rows] = made[:4]
-        if begun:
-            dinitial[rows] = made[4]
+        pick = lambda *some, rows=rows: [None if x is None else x[rows] for x in some]
+        some: list[Any] = [*pick(q, k, v, g), states[:, rows], *pick(initial, do, dfinal)]
+        made: list[Any] = [x.new_empty(x[rows].shape if len(x) else 0) for x in outs]
+        _backward_rows(base, *some, *made)
+        for out, x in zip(outs, made, strict=True):
+            if len(out):
+                out[rows] = x
 
 
 def _backward_rows(
-    base: int,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    states: Tensor,
-    begun: bool,
-    do: Tensor | None,
-    dfinal: Tensor | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dg: Tensor,
-    dinitial: Tensor,
-) -> None:
+    base: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, states: Tensor,
+    initial: Tensor | None, do: Tensor | None, dfinal: Tensor | None,
+    dq: Tensor, dk: Tensor, dv: Tensor, dg: Tensor, dinitial: Tensor,
+) -> None:  # fmt: skip
     (B, T, H, K), V = q.shape, v.shape[-1]
     do = v.new_zeros(B, T, H, V) if do is None else do
     dstate = v.new_zeros(B, H, K, V) if dfinal is None else dfinal
@@ -266,101 +201,49 @@ def _backward_rows(
         b.store(dq, chunk_dq if b.up is None else chunk_dq.mul_(b.up))
         b.store(dk, chunk_dk if b.down is None else chunk_dk.mul_(b.down))
         b.store(dv, chunk_dv)
-    if begun:
+    if initial is not None:
         dinitial.copy_(dstate)
 
 
-def _outputs(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _empties(q: Tensor, k: Tensor, v: Tensor, *_: Tensor | None) -> tuple[Tensor, ...]:
     (B, T, H, K), V = q.shape, v.shape[-1]
-    chunks = (T + CHUNK - 1) // CHUNK
-    states = v.new_empty(1 + chunks, B, H, K, V)
+    states = v.new_empty(1 + -(-T // CHUNK), B, H, K, V)
     return v.new_empty(B, T, H, V), v.new_empty(B, H, K, V), states
 
 
-def _gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    states: Tensor,
-    begun: bool,
-    do: Tensor | None,
-    dfinal: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    dg = q.new_empty(0 if g is None else g.shape)
-    return dq, dk, dv, dg, states.new_empty(*states.shape[1:] if begun else (0,))
-
-
-_WRT = ("q", "k", "v", "g", "initial")
-_CHUNKED = fused(
-    "linear_attention",
-    _outputs,
-    _gradients,
-    saved=lambda q, k, v, g, initial, o, final, states: (q, k, v, g, states, initial is not None),
-    wrt=_WRT,
+# Matrix products inside chunks, one state a chunk between them.
+fused(
+    linear_attention,
+    "o final",
+    _empties,
+    kept="states",
+    saved="q k v log_decay states initial",
+    gradients="q k v log_decay initial",
     dense=False,
-    chunked=(_forward, _backward),
-)["chunked"]
+    like="v",
+    wide="q k v log_decay initial",
+    strided="*",
+    trivial=lambda q, *_: q.shape[1] == 0,
+    plain={"chunked": (_forward, _backward)},
+)
 
 
-def _triton_outputs(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _triton_empties(q: Tensor, k: Tensor, v: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
     (B, T, H, K), V = q.shape, v.shape[-1]
     o = q.new_empty(B, T, H, V, dtype=torch.float32)
     return o, o.new_empty(B, H, K, V)
 
 
-def _triton_gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    initial: Tensor | None,
-    do: Tensor,
-    dfinal: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    dg = q.new_empty(0) if g is None else torch.empty_like(g)
-    return dq, dk, dv, dg, dfinal.new_empty(dfinal.shape)
-
-
-_TRITON = fused(
-    "linear_attention",
-    _triton_outputs,
-    _triton_gradients,
-    saved=lambda *tensors: tensors[:5],
-    wrt=_WRT,
-    triton=f"{__name__}.chunk_triton",
-)["triton"]
-
-
-def _no_triton(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHV: Tensor,
-    log_decay: Tensor | None = None,
-    initial_BHKV: Tensor | None = None,
-) -> str | None:
-    reason = device.why_not(q_BTHK, k_BTHK, v_BTHV, log_decay, initial_BHKV)
-    return reason or ("nothing to launch" if 0 in (*q_BTHK.shape, v_BTHV.shape[-1]) else None)
-
-
-@linear_attention.register("triton", _no_triton)
-def _triton(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHV: Tensor,
-    log_decay: Tensor | None = None,
-    initial_BHKV: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The chunk form on a GPU; states are computed again in the backward. Products of float32 are
-    tf32x3, those of bfloat16 and float16 have float32 sums.
-    """
-    q, k, v = device.narrow(q_BTHK, k_BTHK, v_BTHV)
-    g = None if log_decay is None else log_decay.contiguous()
-    initial = None if initial_BHKV is None else initial_BHKV.float().contiguous()
-    return _TRITON(q, k, v, g, initial)
+# The chunk form on a GPU; states are computed again in the backward. Products of float32 are
+# tf32x3, those of bfloat16 and float16 have float32 sums.
+fused(
+    linear_attention,
+    "o final",
+    _triton_empties,
+    saved="q k v log_decay initial",
+    gradients="q k v log_decay initial",
+    wide="initial",
+    prepare=lambda q, k, v, *rest: (*device.promote(q, k, v), *rest),
+    why_not=lambda way, q, k, v, *_, **__: device.why_empty(q, v),
+    triton="chunk_triton",
+)

@@ -386,19 +386,10 @@ def forward(
 
 
 def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    initial: Tensor | None,
-    do: Tensor,
-    dfinal: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dg: Tensor,
-    dinitial: Tensor,
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None,
+    do: Tensor, dfinal: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor, dg: Tensor, dinitial: Tensor,
+) -> None:  # fmt: skip
     """Write the gradients of q, k, v, g (if there is decay) and of the initial state."""
     (B, T, H, K), V = q.shape, v.shape[-1]
     with_ = _settings(q, v, g)
@@ -406,9 +397,8 @@ def backward(
     dstates = torch.empty_like(states)
     k_tiles, v_tiles = triton.cdiv(K, with_["BK"]), triton.cdiv(V, with_["BV"])
     some = q if g is None else g
-    _states_backward[(k_tiles, v_tiles, B * H)](
-        q, some, do, dfinal, dstates, dinitial, T, H, **with_
-    )
+    first = torch.empty_like(dfinal) if initial is None else dinitial
+    _states_backward[(k_tiles, v_tiles, B * H)](q, some, do, dfinal, dstates, first, T, H, **with_)
     by_channel = g is None or g.dim() == 4
     rates = dg if by_channel else do.new_empty(k_tiles, B, T, H)
     wide = {**with_, "num_warps": 8}  # or its tiles would not fit into the registers

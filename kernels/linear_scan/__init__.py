@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mm.kernels import compiler
 from mm.kernels.fused import fused
 from mm.kernels.op import Op
-
-_SOURCE = Path(__file__).with_name("scan.cpp")
 
 
 @Op
@@ -63,40 +59,24 @@ def linear_scan(
     return torch.stack(states[::-1] if reverse else states, 1), h
 
 
-def _states(
-    a: Tensor, b: Tensor, reset: Tensor | None, initial: Tensor | None, reverse: bool, log: bool
-) -> Tensor:
+def empty_states(a: Tensor, b: Tensor, *_: Any) -> Tensor:
+    """Return memory for the states of a scan, in float32 or wider."""
     return torch.empty_like(b, dtype=torch.promote_types(b.dtype, torch.float32))
 
 
-def _gradients(
-    a: Tensor,
-    b: Tensor | None,
-    h: Tensor,
-    reset: Tensor | None,
-    initial: Tensor | None,
-    reverse: bool,
-    log: bool,
-    grad: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    first = h.new_empty(h.shape[0], h.shape[2] if initial is not None else 0)
-    return torch.empty_like(a), torch.empty_like(h), first
+def with_last_state(
+    a: Tensor, b: Tensor, reset: Tensor | None, initial: Tensor | None, reverse: bool, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """Return the states of a scan, which come last, and the one of the token read last."""
+    h = rest[-1]
+    return h, h[:, 0] if reverse else h[:, -1]
 
 
-def _call(way: str, a: Tensor, *rest: Tensor | bool | None) -> None:
-    compiler.call(_SOURCE, f"scan_{compiler.SUFFIX[a.dtype]}_{way}", a, *rest, *a.shape)
-
-
-def _forward(
-    a: Tensor,
-    b: Tensor,
-    reset: Tensor | None,
-    initial: Tensor | None,
-    reverse: bool,
-    log: bool,
-    h: Tensor,
-) -> None:
-    """The recurrence of the reference, written into place: nothing is kept for a backward."""
+def _fill(
+    a: Tensor, b: Tensor, reset: Tensor | None, initial: Tensor | None,
+    reverse: bool, log: bool, h: Tensor,
+) -> None:  # fmt: skip
+    """Write the recurrence of the reference into place: nothing is kept for a backward."""
     before = initial
     for at, bt, out, cut in _steps(a, b, h, reset, backwards=reverse):
         if before is None:
@@ -110,30 +90,19 @@ def _forward(
         before = out
 
 
-def _backward(
-    a: Tensor,
-    b: Tensor | None,
-    h: Tensor,
-    reset: Tensor | None,
-    initial: Tensor | None,
-    reverse: bool,
-    log: bool,
-    grad: Tensor,
-    da: Tensor,
-    db: Tensor,
-    dinitial: Tensor,
-) -> None:
-    """``dh_t = grad_t + (share of h_t in h_{t+1}) dh_{t+1}``, a scan the other way; ``db`` holds
-    it.
-    """
+def _fill_gradients(
+    a: Tensor, b: Tensor | None, h: Tensor, reset: Tensor | None, initial: Tensor | None,
+    reverse: bool, log: bool, dy: Tensor, da: Tensor, db: Tensor, dinitial: Tensor,
+) -> None:  # fmt: skip
+    """Scan ``dh_t = dy_t + (share of h_t in h_{t+1}) dh_{t+1}`` the other way, into ``db``."""
     first, rest, before = (
         (-1, slice(-1), slice(1, None)) if reverse else (0, slice(1, None), slice(-1))
     )
-    da[:, rest] = h[:, before]  # the state before each place
+    da[:, rest] = h[:, before]  # the state before each token
     da[:, first] = initial if initial is not None else (-torch.inf if log else 0.0)
     share = _share(a + da, h) if log else a
     dh = later = later_cut = None
-    for link, g, out, cut in _steps(share, grad, db, reset, backwards=not reverse):
+    for link, g, out, cut in _steps(share, dy, db, reset, backwards=not reverse):
         if dh is None or later is None:
             out.copy_(g)
         else:
@@ -161,50 +130,27 @@ def _share(part: Tensor, whole: Tensor) -> Tensor:
 def _steps(
     x: Tensor, y: Tensor, out: Tensor, reset: Tensor | None, *, backwards: bool
 ) -> Iterable[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """The places of `(B, T, D)` tensors in turn, `(B, D)` each, and where they begin again."""
+    """Tokens of `(B, T, D)` tensors in turn, `(B, D)` each, and where they begin again."""
     cuts = reset[..., None].unbind(1) if reset is not None else [None] * x.shape[1]
     steps = list(zip(x.unbind(1), y.unbind(1), out.unbind(1), cuts, strict=True))
     return reversed(steps) if backwards else steps
 
 
-_OPS = fused(
-    "linear_scan",
-    _states,
-    _gradients,
-    # Only logarithms ask again how much of a state its input was.
-    saved=lambda a, b, reset, initial, reverse, log, h: (
-        *(a, b if log else None, h, reset, initial),
-        *(reverse, log),
-    ),
-    wrt=("a", "b", "initial"),
-    cpp=(partial(_call, "forward"), partial(_call, "backward")),
-    loop=(_forward, _backward),
-    triton=f"{__name__}.scan_triton",
+fused(
+    linear_scan,
+    "h",
+    empty_states,
+    saved="a b h reset initial reverse log",
+    only={"b": "log"},  # only logarithms ask again how much of a state its input was
+    gradients="a b:h initial",
+    like="b",
+    own="a b",
+    wide="initial",
+    result=with_last_state,
+    trivial=lambda a, b, *_: b.shape[1] == 0,
+    # Where no compiler is: a third of the time of autograd over the reference.
+    plain={"loop": (_fill, _fill_gradients)},
+    cpp="scan",
+    arguments=lambda a, *rest: (a, *rest, *a.shape),
+    triton="scan_triton",
 )
-
-
-def run(
-    op: Op,
-    ops: dict[str, Callable],
-    way: str,
-    a: Tensor,
-    b_BTD: Tensor,
-    reset_BT: Tensor | None = None,
-    initial_BD: Tensor | None = None,
-    **settings: bool,
-) -> tuple[Tensor, Tensor]:
-    """Call a fused scan, real or complex, as its kernels ask: wide, contiguous, T above 0."""
-    if b_BTD.shape[1] == 0:
-        return op.implementations["reference"][0](a, b_BTD, reset_BT, initial_BD, **settings)
-    wide = torch.promote_types(b_BTD.dtype, torch.float32)
-    initial = initial_BD.to(wide).contiguous() if initial_BD is not None else None
-    reset = reset_BT.contiguous() if reset_BT is not None else None
-    a, b = (x if way == "triton" else x.to(wide) for x in (a, b_BTD))
-    h = ops[way](a.contiguous(), b.contiguous(), reset, initial, *settings.values())
-    return h, h[:, 0] if settings["reverse"] else h[:, -1]
-
-
-_run = partial(run, linear_scan, _OPS, reverse=False, log=False)
-# Where no compiler is: plain PyTorch, a third of the time of autograd over the reference.
-linear_scan.register("loop", lambda *args, **kw: None)(partial(_run, "loop"))
-compiler.register(linear_scan, _SOURCE, _run)

@@ -4,17 +4,11 @@ K.
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from mm.kernels import compiler
 from mm.kernels.fused import fused
 from mm.kernels.op import Op
-
-_SOURCE = Path(__file__).with_name("gates.cpp")
 
 
 @Op
@@ -43,46 +37,20 @@ def rg_lru_gates(
     return log_a.exp(), rest * i.reshape(R, rate_W.shape[0]) * u_RW.to(wide)
 
 
-def _refused(gates_HRG: Tensor, bias_HG: Tensor, rate_W: Tensor, u_RW: Tensor) -> str | None:
-    if gates_HRG.dtype != u_RW.dtype:
-        return f"gates are {gates_HRG.dtype}, the input {u_RW.dtype}"
-    return None
+def _why_not(way: str, gates: Tensor, bias: Tensor, rate: Tensor, u: Tensor) -> str | None:
+    same = gates.dtype == u.dtype
+    return None if same else f"gates are {gates.dtype}, the input {u.dtype}"
 
 
-def _outputs(gates: Tensor, bias: Tensor, rate: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    return rate.new_empty(u.shape), rate.new_empty(u.shape)
-
-
-def _gradients(
-    gates: Tensor, bias: Tensor, rate: Tensor, u: Tensor, da: Tensor, db: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gates_, bias_, rate_, u_ = (torch.empty_like(x) for x in (gates, bias, rate, u))
-    return gates_, bias_, rate_, u_
-
-
-def _call(way: str, gates: Tensor, *tensors: Tensor) -> None:
-    H, R, G = gates.shape
-    name = f"gates_{compiler.SUFFIX[gates.dtype]}_{way}"
-    compiler.call(_SOURCE, name, gates, *tensors, R, H, G // 2)
-
-
-_OPS = fused(
-    "rg_lru_gates",
-    _outputs,
-    _gradients,
-    saved=lambda *tensors: tensors[:4],
-    wrt=("gates", "bias", "rate", "u"),
-    cpp=(partial(_call, "forward"), partial(_call, "backward")),
-    triton=f"{__name__}.gates_triton",
+fused(
+    rg_lru_gates,
+    "a b",
+    lambda gates, bias, rate, u: (rate.new_empty(u.shape), rate.new_empty(u.shape)),
+    saved="gates bias rate u",
+    gradients="gates bias rate u",
+    wide="bias rate",
+    why_not=_why_not,
+    cpp="gates",
+    arguments=lambda gates, *rest: (gates, *rest, *gates.shape),
+    triton="gates_triton",
 )
-
-
-def _run(
-    way: str, gates_HRG: Tensor, bias_HG: Tensor, rate_W: Tensor, u_RW: Tensor
-) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(gates_HRG.dtype, torch.float32)
-    bias, rate = bias_HG.to(wide).contiguous(), rate_W.to(wide).contiguous()
-    return _OPS[way](gates_HRG.contiguous(), bias, rate, u_RW.contiguous())
-
-
-compiler.register(rg_lru_gates, _SOURCE, _run, _refused)

@@ -76,13 +76,13 @@ void backward(const X* gates, const A* bias, const A* rate, const X* u, const A*
 }  // namespace
 
 #define EXPORT(NAME, X, A)                                                                                                 \
-  extern "C" void NAME##_forward(const X* gates, const A* bias, const A* rate, const X* u, A* a, A* b, i64 R, i64 H,       \
-                                 i64 K) {                                                                                  \
-    forward<X, A>(gates, bias, rate, u, a, b, R, H, K);                                                                    \
+  extern "C" void NAME##_forward(const X* gates, const A* bias, const A* rate, const X* u, A* a, A* b, i64 H, i64 R,       \
+                                 i64 G) {                                                                                  \
+    forward<X, A>(gates, bias, rate, u, a, b, R, H, G / 2);                                                                \
   }                                                                                                                        \
   extern "C" void NAME##_backward(const X* gates, const A* bias, const A* rate, const X* u, const A* da, const A* db,      \
-                                  X* dgates, A* dbias, A* drate, X* du, i64 R, i64 H, i64 K) {                             \
-    backward<X, A>(gates, bias, rate, u, da, db, dgates, dbias, drate, du, R, H, K);                                       \
+                                  X* dgates, A* dbias, A* drate, X* du, i64 H, i64 R, i64 G) {                             \
+    backward<X, A>(gates, bias, rate, u, da, db, dgates, dbias, drate, du, R, H, G / 2);                                   \
   }
 
 EXPORT(gates_f32, float, float)

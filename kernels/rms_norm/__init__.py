@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.kernels import compiler, device
 from mm.kernels.fused import fused
 from mm.kernels.op import Op
-
-_SOURCE = Path(__file__).with_name("norm.cpp")
 
 
 @Op
@@ -34,18 +30,15 @@ def rms_norm(x: Tensor, weight_D: Tensor | None = None, eps: float = 1e-6) -> Te
     return (y if weight_D is None else y * weight_D.to(wide)).to(x.dtype)
 
 
-def _fused_why_not(x: Tensor, weight_D: Tensor | None = None, eps: float = 1e-6) -> str | None:
-    return None if x.is_cuda else "it is fused on CUDA only"
-
-
-@rms_norm.register("torch", _fused_why_not)
-def _fused(x: Tensor, weight_D: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+@rms_norm.register("torch", lambda x, *_, **__: None if x.is_cuda else "it is fused on CUDA only")
+def _by_torch(x: Tensor, weight_D: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], None if weight_D is None else weight_D.to(x.dtype), eps)
 
 
-def strided(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int]]:
-    """``x`` as (outer, inner, D) with two row strides: a slice of heads `(B, T, H, K)` needs no
-    copy.
+def row_strides(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int]]:
+    """Return ``x`` and its sizes: outer rows, inner rows, D, and the strides of both.
+
+    A slice of heads `(B, T, H, K)` needs no copy.
     """
     D = x.shape[-1]
     if not x.is_contiguous():
@@ -56,50 +49,27 @@ def strided(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int]]:
     return x, (x.numel() // D if D else 0, 1, D, D, 0)
 
 
-def _outputs(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(x.shape[:-1])
+def _why_not(way: str, x: Tensor, *rest: Any, **kw: Any) -> str | None:
+    return "a row does not fit the registers" if way == "triton" and x.shape[-1] > 8192 else None
 
 
-def _gradients(x: Tensor, weight: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), torch.empty_like(weight)
+def _arguments(x: Tensor, *rest: Any) -> tuple[Any, ...]:
+    rows, sizes = row_strides(x)
+    return rows, *rest, *sizes
 
 
-def _cpp_forward(x: Tensor, weight: Tensor, eps: float, y: Tensor, scale: Tensor) -> None:
-    wide, sizes = strided(x)
-    name = f"norm_{compiler.SUFFIX[x.dtype]}_forward"
-    compiler.call(_SOURCE, name, wide, weight, y, scale, eps, *sizes)
-
-
-def _cpp_backward(x: Tensor, *tensors: Tensor) -> None:
-    wide, sizes = strided(x)
-    compiler.call(_SOURCE, f"norm_{compiler.SUFFIX[x.dtype]}_backward", wide, *tensors, *sizes)
-
-
-_OPS = fused(
-    "rms_norm",
-    _outputs,
-    _gradients,
-    saved=lambda x, weight, eps, y, scale: (x, weight, scale),
-    wrt=("x", "weight"),
-    cpp=(_cpp_forward, _cpp_backward),
-    triton=f"{__name__}.norm_triton",
+fused(
+    rms_norm,
+    "y",
+    lambda x, weight, eps: (x.new_empty(x.shape), weight.new_empty(x.shape[:-1])),
+    kept="scale",
+    saved="x weight scale",
+    gradients="x weight",
+    strided="x",
+    wide="weight",
+    prepare=lambda x, weight, eps: (x, x.new_ones(x.shape[-1]) if weight is None else weight, eps),
+    why_not=_why_not,
+    cpp="norm",
+    arguments=_arguments,
+    triton="norm_triton",
 )
-
-
-def _run(way: str, x: Tensor, weight_D: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    weight = (
-        x.new_ones(x.shape[-1], dtype=wide) if weight_D is None else weight_D.to(wide).contiguous()
-    )
-    return _OPS[way](x, weight, eps)[0]
-
-
-rms_norm.register("cpp", partial(compiler.why_not, _SOURCE))(partial(_run, "cpp"))
-
-
-def _triton_why_not(x: Tensor, weight_D: Tensor | None = None, eps: float = 1e-6) -> str | None:
-    wide = x.shape[-1] > 8192
-    return "a row does not fit the registers" if wide else device.why_not(x, weight_D)
-
-
-rms_norm.register("triton", _triton_why_not)(partial(_run, "triton"))

@@ -46,7 +46,7 @@ void backward(const X* x, const A* w, const A* scale, const X* grad, X* dx, A* d
 }  // namespace
 
 #define EXPORT(NAME, X, A)                                                                                                 \
-  extern "C" void NAME##_forward(const X* x, const A* w, X* y, A* scale, double eps, i64 outer, i64 inner, i64 D,          \
+  extern "C" void NAME##_forward(const X* x, const A* w, double eps, X* y, A* scale, i64 outer, i64 inner, i64 D,          \
                                  i64 s_outer, i64 s_inner) {                                                               \
     forward<X, A>(x, w, y, scale, eps, outer, inner, D, s_outer, s_inner);                                                 \
   }                                                                                                                        \

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mm.kernels.rms_norm import strided
+from mm.kernels.rms_norm import row_strides
 
 ELEMENTS = 4096  # of a tile: several short rows, or one
 PROGRAMS = 1024  # most parts of the weight's gradient
@@ -87,7 +87,7 @@ def _tile(D: int) -> tuple[dict[str, int], int]:
 
 def forward(x: Tensor, weight: Tensor, eps: float, y: Tensor, scale: Tensor) -> None:
     """Write the normed rows and the factor of each."""
-    at, sizes = strided(x)
+    at, sizes = row_strides(x)
     if x.numel():
         options, rows = _tile(x.shape[-1])
         grid = (triton.cdiv(sizes[0] * sizes[1], rows),)
@@ -98,7 +98,7 @@ def backward(
     x: Tensor, weight: Tensor, scale: Tensor, grad: Tensor, dx: Tensor, dweight: Tensor
 ) -> None:
     """Write the gradients; the weight's is summed over programs in a fixed order."""
-    at, sizes = strided(x)
+    at, sizes = row_strides(x)
     if not x.numel():
         dweight.zero_()
         return

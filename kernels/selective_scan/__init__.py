@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mm.kernels import compiler
 from mm.kernels.fused import fused
 from mm.kernels.op import Op
 
-_SOURCE = Path(__file__).with_name("scan.cpp")
-_EVERY = 64  # places between kept states, as in scan.cpp
+EVERY = 64  # tokens between kept states, as in scan.cpp
 
 
 @Op
@@ -67,81 +65,23 @@ def selective_scan(
     return y.to(u_RTD.dtype), h
 
 
-def _outputs(
-    u: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    skip: Tensor,
-    reset: Tensor | None,
-    initial: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    R, T, _ = u.shape
-    return torch.empty_like(u), a.new_empty(R, *a.shape), a.new_empty(R, -(-T // _EVERY), *a.shape)
+def _empties(u: Tensor, dt: Tensor, a: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    R, T, _D = u.shape
+    return torch.empty_like(u), a.new_empty(R, *a.shape), a.new_empty(R, -(-T // EVERY), *a.shape)
 
 
-def _gradients(
-    u: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    skip: Tensor,
-    reset: Tensor | None,
-    kept: Tensor,
-    with_initial: bool,
-    grad_y: Tensor | None,
-    grad_last: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    u_, dt_, a_, b_, c_, skip_ = (torch.empty_like(x) for x in (u, dt, a, b, c, skip))
-    return u_, dt_, a_, b_, c_, skip_, a.new_empty(u.shape[0] if with_initial else 0, *a.shape)
-
-
-def _cpp_forward(u: Tensor, dt: Tensor, a: Tensor, *tensors: Tensor | None) -> None:
-    name = f"selective_{compiler.SUFFIX[u.dtype]}_forward"
-    compiler.call(_SOURCE, name, u, dt, a, *tensors, *u.shape, a.shape[0])
-
-
-def _cpp_backward(u: Tensor, dt: Tensor, a: Tensor, *rest: Tensor | bool | None) -> None:
-    name = f"selective_{compiler.SUFFIX[u.dtype]}_backward"
-    tensors = (x for x in rest if not isinstance(x, bool))
-    compiler.call(_SOURCE, name, u, dt, a, *tensors, *u.shape, a.shape[0])
-
-
-_OPS = fused(
-    "selective_scan",
-    _outputs,
-    _gradients,
-    saved=lambda u, dt, a, b, c, skip, reset, initial, y, last, kept: (
-        *(u, dt, a, b, c, skip, reset, kept),
-        initial is not None,
-    ),
-    wrt=("u", "dt", "a", "b", "c", "skip", "initial"),
-    cpp=(_cpp_forward, _cpp_backward),
-    triton=f"{__name__}.scan_triton",
+fused(
+    selective_scan,
+    "y last",
+    _empties,
+    kept="kept",
+    saved="u dt a b c skip reset kept initial",
+    gradients="u dt a b c skip initial",
     dense=False,
+    own="u dt b c",
+    wide="a skip initial",
+    result=lambda u, *rest: (rest[-3].to(u.dtype), rest[-2]),
+    cpp="scan",
+    arguments=lambda u, dt, a, *rest: (u, dt, a, *rest, *u.shape, a.shape[0]),
+    triton="scan_triton",
 )
-
-
-def _run(
-    way: str,
-    u_RTD: Tensor,
-    dt_RTD: Tensor,
-    a_ND: Tensor,
-    b_RTN: Tensor,
-    c_RTN: Tensor,
-    skip_D: Tensor,
-    reset_RT: Tensor | None = None,
-    initial_RND: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(u_RTD.dtype, torch.float32)
-    u, dt, b, c = (x.to(wide) if way == "cpp" else x for x in (u_RTD, dt_RTD, b_RTN, c_RTN))
-    tensors = (x.contiguous() for x in (u, dt, a_ND.to(wide), b, c, skip_D.to(wide)))
-    reset = reset_RT.contiguous() if reset_RT is not None else None
-    initial = initial_RND.to(wide).contiguous() if initial_RND is not None else None
-    y, last, _ = _OPS[way](*tensors, reset, initial)
-    return y.to(u_RTD.dtype), last
-
-
-compiler.register(selective_scan, _SOURCE, _run)

@@ -171,10 +171,10 @@ void backward(const F* u, const F* dt, const F* A, const F* b, const F* c, const
     forward<F>(u, dt, A, b, c, skip, reset, initial, y, last, kept, R, T, D, N);                                           \
   }                                                                                                                        \
   extern "C" void NAME##_backward(const F* u, const F* dt, const F* A, const F* b, const F* c, const F* skip,              \
-                                  const uint8_t* reset, const F* kept, const F* gy, const F* glast, F* du, F* ddt, F* dA,  \
-                                  F* db, F* dc, F* dskip, F* dinitial, i64 R, i64 T, i64 D, i64 N) {                       \
+                                  const uint8_t* reset, const F* kept, const F* /*initial*/, const F* gy, const F* glast, F* du,   \
+                                  F* ddt, F* dA, F* db, F* dc, F* dskip, F* dinitial, i64 R, i64 T, i64 D, i64 N) {                \
     backward<F>(u, dt, A, b, c, skip, reset, kept, gy, glast, du, ddt, dA, db, dc, dskip, dinitial, R, T, D, N);           \
   }
 
-EXPORT(selective_f32, float)
-EXPORT(selective_f64, double)
+EXPORT(scan_f32, float)
+EXPORT(scan_f64, double)

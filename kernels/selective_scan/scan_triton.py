@@ -217,7 +217,7 @@ def backward(
     skip: Tensor,
     reset: Tensor | None,
     kept: Tensor,
-    with_initial: bool,
+    initial: Tensor | None,
     grad_y: Tensor | None,
     grad_last: Tensor | None,
     du: Tensor,
@@ -243,7 +243,7 @@ def backward(
     dskip.copy_(rows_skip.sum(0))
     db.copy_(parts_b.sum(0))
     dc.copy_(parts_c.sum(0))
-    if with_initial:
+    if initial is not None:
         dinitial.copy_(dh)
 
 

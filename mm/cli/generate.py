@@ -19,9 +19,7 @@ def generate(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="Run folder, or the folder of a saved model.")
     ],
-    to: Annotated[
-        str, typer.Option("--to", metavar="MODALITY", help="Modality to generate.")
-    ],
+    to: Annotated[str, typer.Option("--to", metavar="MODALITY", help="Modality to generate.")],
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Text; with --to text it is continued.")
     ] = None,

@@ -70,7 +70,7 @@ class Bench:
         environment.prepare()
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(
-            ["mm.faults.warm", "mm.faults.child", "mm.trainer.loop", "mm.data.streams.packed"]
+            ["mm.faults.warm", "mm.faults.inject", "mm.trainer.loop", "mm.data.streams.packed"]
         )
         self._wholes: dict[str, Path] = {}
         self._n = 0

@@ -98,9 +98,9 @@ def _kill_in_evaluation(bench: Bench, quick: bool) -> Iterator[str]:
 
 def _signals(bench: Bench, quick: bool) -> Iterator[str]:
     """To rank 1 of 2 only."""
-    phases = ("start", "index", "data", "step", "save", "report", "evaluate")
+    phases = ("start", "stage", "data", "step", "save", "report", "evaluate")
     if quick:
-        phases = ("index", "data", "save", "evaluate")
+        phases = ("stage", "data", "save", "evaluate")
     for phase in phases:
         for name in ("SIGTERM",) if quick else ("SIGTERM", "SIGUSR1"):
             config = bench.config(bench.fresh(f"signal-{phase}"))

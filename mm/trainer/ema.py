@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mm.objectives.objective import Network
-from mm.trainer.checkpoint.format import Saved
+from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.engine.deepspeed import Engine
 
 
@@ -20,7 +20,8 @@ class Averages:
         networks: all of the stage.
         engines: those that train.
         frozen: raw modules, the averages among them.
-        saved: the checkpoint, if any; an average that is not in it begins as what it follows.
+        snapshot: what the stage begins from; an average that is not in it begins as what it
+            follows.
     """
 
     def __init__(
@@ -28,12 +29,12 @@ class Averages:
         networks: Mapping[str, Network],
         engines: Mapping[str, Engine],
         frozen: Mapping[str, nn.Module],
-        saved: Saved | None,
+        snapshot: Snapshot | None,
     ):
         self._networks = {k: n for k, n in networks.items() if n.mode == "ema"}
         self._engines, self._frozen = engines, frozen
         for name, network in self._networks.items():
-            if saved is None or not saved.has(name):
+            if snapshot is None or not snapshot.has(name):
                 self._move(name, str(network.of), 0.0)
 
     def follow(self, source: str) -> None:
@@ -53,11 +54,3 @@ class Averages:
                     value.lerp_(theirs[key].to(value), 1 - decay)
                 else:
                     value.copy_(theirs[key])
-
-    def saved(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
-        """What a checkpoint keeps of them: weights and buffers on the CPU, no optimizer states."""
-        out = {}
-        for name in self._networks:
-            state = self._frozen[name].state_dict()
-            out[name] = ({k: v.to("cpu", copy=True) for k, v in state.items()}, {})
-        return out

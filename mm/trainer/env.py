@@ -15,7 +15,7 @@ from mm.data.streams.shuffle import fold_seed
 from mm.model.layer import ModelOut
 from mm.trainer.engine.deepspeed import Engine
 from mm.trainer.log.metrics import Tally
-from mm.trainer.stateful import Lanes
+from mm.trainer.stateful import CarriedStates
 
 
 class Nets(Mapping[str, Callable[..., ModelOut]]):
@@ -28,7 +28,7 @@ class Nets(Mapping[str, Callable[..., ModelOut]]):
         self, engines: Mapping[str, Engine], frozen: Mapping[str, nn.Module], env: TrainerEnv
     ):
         self.engines, self.frozen, self.env = engines, frozen, env
-        self.lanes: Lanes | None = None
+        self.carried: CarriedStates | None = None
         self.tallies: dict[str, Tally] = {}
 
     def __iter__(self) -> Iterator[str]:
@@ -45,17 +45,17 @@ class Nets(Mapping[str, Callable[..., ModelOut]]):
         def call(batch: Batch, **kw: Any) -> ModelOut:
             kw.setdefault("scheduled", self.env.scheduled)
             kw.setdefault("seed", self.env.seed_of(batch))
-            lanes = self.lanes if name == "model" else None
-            if lanes is not None:
-                kw.setdefault("state", lanes.before(self.env.number(batch)))
+            carried = self.carried if name == "model" else None
+            if carried is not None:
+                kw.setdefault("state", carried.before(self.env.number(batch)))
             if name in self.frozen:
                 with self.env.autocast():
                     return run(batch, **kw)
             out = run(batch, **kw)
             if torch.is_grad_enabled():
                 self.tallies.setdefault(name, Tally()).add_aux(out.aux)
-                if lanes is not None:
-                    lanes.after(self.env.number(batch), out)
+                if carried is not None:
+                    carried.after(self.env.number(batch), out)
             return out
 
         return call
@@ -76,8 +76,8 @@ class TrainerEnv:
         self.step = 0
         self.rng = torch.Generator(device=device)
         self.scheduled: Mapping[str, float] = {}
-        self._seed = seed
-        self._precision = precision
+        self.seed = seed
+        self.precision = precision
         self._micros: dict[int, int] = {}
         self._engines: Mapping[str, Engine] = {}
         self._frozen: Mapping[str, nn.Module] = {}
@@ -90,7 +90,7 @@ class TrainerEnv:
     def begin(self, step: int, scheduled: Mapping[str, float]) -> None:
         """Start a step: reseed this rank's generators."""
         self.step, self.scheduled = step, scheduled
-        seed = fold_seed(self._seed, step, self._rank)
+        seed = fold_seed(self.seed, step, self._rank)
         self.rng.manual_seed(seed)
         # Not torch.manual_seed: in a CUDA build without a GPU it queues a call with its traceback,
         # every time.
@@ -106,7 +106,7 @@ class TrainerEnv:
         """Seed of Ctx for a micro-batch; a batch derived from one (`dataclasses.replace`) shares
         number -1.
         """
-        return fold_seed(self._seed, self.step, self._rank, self.number(batch))
+        return fold_seed(self.seed, self.step, self._rank, self.number(batch))
 
     def number(self, batch: Batch) -> int:
         """Number of a micro-batch in its step; -1: of a batch derived from one."""
@@ -114,7 +114,7 @@ class TrainerEnv:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The run's autocast, for a raw module; engines enter it themselves."""
-        on = self._precision == "autocast_bf16"
+        on = self.precision == "autocast_bf16"
         return torch.autocast(self.device.type, torch.bfloat16) if on else contextlib.nullcontext()
 
     @contextlib.contextmanager
@@ -126,7 +126,7 @@ class TrainerEnv:
         was = [p for p in module.parameters() if p.requires_grad]
         for p in was:
             p.requires_grad_(False)
-        if self._precision == "autocast_bf16":
+        if self.precision == "autocast_bf16":
             # around its forward alone: a with-block here would span the objective's yields, so the
             # trainer's backwards
             module.forward = torch.autocast(self.device.type, torch.bfloat16)(module.forward)

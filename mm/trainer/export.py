@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mm.run import Run
 from mm.trainer.stage import load_weights, make_module
-
-if TYPE_CHECKING:
-    from mm.trainer.loop import Trainer
+from mm.vocabulary import Vocabulary
 
 
-def export(trainer: Trainer, weights: Mapping[str, Tensor]) -> None:
-    """Save the model from its full fp32 weights as ``<run folder>/model``; the main rank does."""
-    if not trainer.is_main:
-        return
-    run, folder = trainer.run, trainer.folder
-    module = make_module(run.model, trainer.vocabulary, run.seed, torch.device("cpu"))
+def export(
+    run: Run, vocabulary: Vocabulary | None, weights: Mapping[str, Tensor], step: int
+) -> None:
+    """Save the model with full fp32 ``weights`` of ``step`` as ``<run folder>/model``."""
+    module = make_module(run.model, vocabulary, run.seed, torch.device("cpu"))
     load_weights(module, weights, "the trained model")
-    part = folder / "model.part"
+    final, part = run.folder / "model", run.folder / "model.part"
     shutil.rmtree(part, ignore_errors=True)
     saving: Any = module.eval()
-    saving.save_pretrained(part, vocabulary=trainer.vocabulary, tokenizers=dict(run.tokenizers))
-    shutil.rmtree(folder / "model", ignore_errors=True)
-    part.rename(folder / "model")
-    (folder / "model.step").write_text(str(trainer.step))
+    saving.save_pretrained(part, vocabulary=vocabulary, tokenizers=dict(run.tokenizers))
+    shutil.rmtree(final, ignore_errors=True)
+    part.rename(final)
+    (run.folder / "model.step").write_text(str(step))

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
 
 from mm.run import Run
 from mm.trainer.health.signals import Interrupted, Stop
 from mm.trainer.log import metrics
-
-if TYPE_CHECKING:
-    from mm.trainer.loop import Trainer
 
 log = logging.getLogger("mm.trainer")
 
@@ -30,27 +26,21 @@ def is_done(run: Run, step: int) -> bool:
     return any(k.startswith("eval/") for row in rows if row["step"] >= step for k in row)
 
 
-def evaluate(trainer: Trainer, stop: Stop) -> dict[str, Any]:
-    """Run the last stage's tasks on the saved model; one ``eval/...`` line in metrics.jsonl.
+def evaluate(run: Run, stop: Stop) -> dict[str, float]:
+    """Figures of the last stage's tasks on the saved model, by ``eval/<task>/<figure>``.
 
-    A signal leaves it at once, with nothing written: a resumed run does it again.
+    A signal leaves it at once with none: a resumed run does it again.
     """
-    run = trainer.run
-    tasks = run.stages[-1].tasks
-    if not tasks or not run.evaluate or not trainer.is_main:
-        return {}
     from mm.decoders.generate import Generator
 
-    out: dict[str, Any] = {}
+    out: dict[str, float] = {}
     try:
         with stop.at_once():
-            generator = Generator.from_pretrained(trainer.folder / "model")
-            for config in tasks:
+            generator = Generator.from_pretrained(run.folder / "model")
+            for config in run.stages[-1].tasks:
                 figures = config.build().evaluate(generator, seed=run.seed)
                 out |= {f"eval/{config.kind}/{k}": v for k, v in figures.items()}
     except Interrupted:
         log.warning("stopped by a signal in the evaluation; run the same command to do it")
         return {}
-    trainer.file.write({"step": trainer.step, **out})
-    trainer.tracker.log(out, trainer.step)
     return out

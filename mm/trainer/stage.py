@@ -1,19 +1,130 @@
-"""Networks of a stage: which ones, built, filled, compiled."""
+"""Networks of a stage: which ones, built, filled, compiled; what it begins from and leaves."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mm.config import Config
 from mm.errors import UserError
+from mm.launch import environment
 from mm.model.layer import Block, init_weights
 from mm.objectives.objective import Network, Objective
-from mm.run import Run
+from mm.run import Run, Stage
+from mm.trainer.checkpoint.format import Snapshot
+from mm.trainer.ema import Averages
+from mm.trainer.engine.deepspeed import Engine
+from mm.trainer.env import Nets, TrainerEnv
+from mm.trainer.stateful import CarriedStates
+from mm.vocabulary import Vocabulary
+
+
+@dataclass
+class StageState:
+    """One stage as it trains: its networks with their engines, and its data."""
+
+    index: int
+    begin: int  # optimizer steps of the run before it
+    config: Stage
+    objective: Objective
+    engines: dict[str, Engine]
+    frozen: dict[str, nn.Module]  # networks of modes "frozen" and "ema"
+    averages: Averages
+    env: TrainerEnv
+    nets: Nets
+    stream: Any
+    compiled: bool
+    save_bytes: int  # of a checkpoint, about
+
+    def begin_step(self, step: int) -> dict[str, float]:
+        """Seed everything random of ``step``; returns the objective's scheduled values."""
+        rng = np.random.default_rng((self.env.seed, step))
+        scheduled = self.objective.scheduled(step, rng)
+        self.env.begin(step, scheduled)
+        return scheduled
+
+    def lr_factor(self, step: int) -> float:
+        """Multiplier of the learning rates at ``step`` of the run."""
+        return self.config.schedule(step - self.begin, self.config.budget.steps)
+
+
+def enter_stage(
+    run: Run,
+    index: int,
+    env: TrainerEnv,
+    snapshot: Snapshot | None,
+    vocabulary: Vocabulary | None,
+    code_vectors: Callable[[], Mapping[str, Any]],
+) -> StageState:
+    """Build a stage: objective, networks as in ``snapshot`` or fresh, engines, data.
+
+    Args:
+        code_vectors: vectors of the tokenizers' codes by modality, for a fresh model.
+    """
+    config, ranks = run.stages[index], environment.ranks()
+    objective: Objective = build(config.objective, vocabulary=vocabulary)
+    inside = snapshot if snapshot is not None and snapshot.state["stage"] == index else None
+    engines: dict[str, Engine] = {}
+    frozen: dict[str, nn.Module] = {}
+    save_bytes = 0
+    wanted = all_networks(run, objective)
+    for name, network in wanted.items():
+        module = make_module(network.config, vocabulary, run.seed, env.device)
+        have = weights_at_start(run, index, snapshot, name) if snapshot is not None else {}
+        if snapshot is not None and have:
+            load_weights(module, have, snapshot.origin)
+        elif name == "model" and run.tokenizers and hasattr(network.config, "prepare"):
+            vectors = {m: v for m, v in code_vectors().items() if v is not None}
+            network.config.prepare(module, vectors)
+        if network.mode != "train":
+            frozen[name] = module.eval().requires_grad_(False)
+            continue
+        if run.engine.compile:
+            compile_blocks(module)
+        save_bytes += 12 * sum(p.numel() for p in module.parameters())  # fp32, two states
+        optimizer = config.optimizer.build(module)
+        engine = Engine(module.train(), optimizer, run.engine, env.precision, config.ema)
+        if inside is not None:
+            engine.load_masters(have)
+            engine.load_optimizer_state(inside.optimizer(name), inside.state["optimizers"][name])
+        engines[name] = engine
+    averages = Averages(wanted, engines, frozen, snapshot)
+    env.lend(engines, frozen)
+    nets = Nets(engines, frozen, env)
+    stream = build(
+        config.data,
+        vocabulary=vocabulary,
+        transform=objective.transform,
+        seed=run.seed,
+        rank=ranks.rank,
+        world=ranks.world,
+    )
+    nets.carried = CarriedStates.of(stream, engines["model"], env.autocast())
+    if inside is not None:
+        stream.load_state_dict(inside.state["data"])
+        if nets.carried is not None:
+            nets.carried.load(inside)
+    begin = sum(stage.budget.steps for stage in run.stages[:index])
+    return StageState(
+        index,
+        begin,
+        config,
+        objective,
+        engines,
+        frozen,
+        averages,
+        env,
+        nets,
+        stream,
+        run.engine.compile,
+        save_bytes,
+    )
 
 
 def build(config: Config, **offered: Any) -> Any:
@@ -90,3 +201,43 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], origin: str) 
             f"{origin}: has no '{min(unset)}'; it was made by another model config: "
             "use another run name"
         )
+
+
+def stage_result(stage: Stage, snapshot: Snapshot, network: str) -> dict[str, Tensor]:
+    """What a stage leaves of a network to the next one, or to the saved model.
+
+    The only place that says it, for a snapshot in memory and for one in a folder: the weights, with
+    the EMA or the optimizer's own average in their place where there is one.
+
+    Args:
+        stage: the stage that the snapshot was taken in.
+    """
+    out, states = snapshot.tensors(network), snapshot.optimizer(network)
+    by_parameter: dict[str, dict[str, Tensor]] = {}
+    for key, value in states.items():
+        state, _, parameter = key.partition("/")
+        by_parameter.setdefault(parameter, {})[state] = value
+    for parameter, found in by_parameter.items():
+        if stage.ema is not None and stage.ema.export:
+            average = found.get("ema")
+        else:
+            average = stage.optimizer.average(out[parameter], found)
+        if average is not None:
+            out[parameter] = average
+    return out
+
+
+def weights_at_start(run: Run, index: int, snapshot: Snapshot, network: str) -> dict[str, Tensor]:
+    """What stage ``index`` begins a network with; {} when the snapshot has none of that name.
+
+    Inside the stage the weights as they are, else the result of the stage of the snapshot.
+    """
+    taken_in = snapshot.state["stage"]
+    if taken_in == index:
+        return snapshot.tensors(network)
+    return stage_result(run.stages[min(taken_in, len(run.stages) - 1)], snapshot, network)
+
+
+def end_of_stage(stage: Stage, snapshot: Snapshot, networks: Iterable[str]) -> Snapshot:
+    """The part of a stage's last snapshot that the next one needs: without optimizer states."""
+    return Snapshot(snapshot.state, {n: stage_result(stage, snapshot, n) for n in networks})

@@ -8,8 +8,9 @@ own ones. N lanes of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,16 +19,13 @@ from torch import Tensor, nn
 from mm.errors import UserError
 from mm.model.layer import Mixer, ModelOut
 from mm.state import State
-
-if TYPE_CHECKING:
-    from mm.trainer.checkpoint.format import Saved
-    from mm.trainer.engine.deepspeed import Engine
-    from mm.trainer.env import TrainerEnv
+from mm.trainer.checkpoint.format import Snapshot
+from mm.trainer.engine.deepspeed import Engine
 
 FILE = "lanes"  # of the checkpoint, beside the networks' own
 
 
-class Lanes:
+class CarriedStates:
     """States of this rank's lanes.
 
     Args:
@@ -42,14 +40,16 @@ class Lanes:
         self._made: dict[int, State] = {}
 
     @classmethod
-    def of(cls, stream: Any, engine: Engine, env: TrainerEnv) -> Lanes | None:
+    def of(
+        cls, stream: Any, engine: Engine, autocast: AbstractContextManager[Any]
+    ) -> CarriedStates | None:
         """Fresh ones for a stream that has lanes, else None. Call on all ranks.
 
         Raises UserError when the model has no State.
         """
         if not getattr(stream, "carried_rows", 0):
             return None
-        with engine.whole() as module, env.autocast():
+        with engine.whole() as module, autocast:
             _require_states(module)
             make: Any = module.initial_state
             state = make(sum(map(len, stream.own_rows)), stream.max_length)
@@ -79,13 +79,13 @@ class Lanes:
         """Leaves of all lanes' States on the CPU, in the order of the lanes. Call on all ranks."""
         return {f"{i:03d}": _of_all(leaf) for i, leaf in enumerate(self.state.leaves())}
 
-    def load(self, saved: Saved) -> None:
+    def load(self, saved: Snapshot) -> None:
         """Take this rank's lanes from a checkpoint, made by any number of processes."""
         tensors = saved.tensors(FILE)
         own = list(self.state.leaves())
         if len(tensors) != len(own):
             raise UserError(
-                f"{saved.folder}: holds {len(tensors)} State tensors a lane, the model has "
+                f"{saved.origin}: holds {len(tensors)} State tensors a lane, the model has "
                 f"{len(own)}: use another run name: name=..."
             )
         rows = slice(self._first, self._mine[-1].stop)
@@ -116,8 +116,3 @@ def _require_states(module: nn.Module) -> None:
                 f"data 'stateful': {name} ({type(part).__name__}) has no State to carry to the "
                 "next batch; use another mixer, or data 'packed'"
             )
-
-
-def kept(lanes: Lanes | None) -> Mapping[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """What a checkpoint holds of them, by file."""
-    return {FILE: (lanes.saved(), {})} if lanes is not None else {}

@@ -84,7 +84,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "PLACES", 16)
     for module in (linear_gpu, complex_gpu, ssm_gpu, conv_gpu, selective_gpu, gates_gpu):
         monkeypatch.setattr(module, "CHANNELS", 16)
-    monkeypatch.setattr(selective, "_EVERY", 16)
+    monkeypatch.setattr(selective, "EVERY", 16)
     monkeypatch.setattr(gates_gpu, "TOKENS", 16)
     monkeypatch.setattr(glu_gpu, "BLOCK", 64)
     monkeypatch.setattr(norm_gpu, "ELEMENTS", 64)

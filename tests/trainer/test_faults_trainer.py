@@ -14,19 +14,25 @@ import numpy as np
 import pytest
 import torch
 import trainer_toys as toys
-from trainer_runs import losses, make_run, rows
+from trainer_runs import Calls, losses, make_run, rows
 from trainer_toys import toys_registered  # noqa: F401
 
 from mm.errors import UserError
+from mm.faults.inject import AtPhase
 from mm.registry import TASKS
 from mm.run import Guard as GuardConfig
 from mm.run import Run
+from mm.trainer.callbacks.base import Callback, Training
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.health import heartbeat
 from mm.trainer.health.anomaly import Guard, RollBack, out_of_memory
 from mm.trainer.loop import INTERRUPTED, Trainer, train
 
-SMALL = {"model": ({"w": torch.arange(6.0)}, {"exp_avg/w": torch.ones(6)})}
+SMALL = {"model": {"w": torch.arange(6.0)}, "model.optimizer": {"exp_avg/w": torch.ones(6)}}
+
+
+def small(step: int) -> checkpoint.Snapshot:
+    return checkpoint.Snapshot({"step": step, "stage": 0}, SMALL)
 
 
 @pytest.fixture(autouse=True)
@@ -60,22 +66,19 @@ def test_too_many_bad_steps_go_back_to_the_checkpoint_and_past_the_batches(
     assert (event["event"], event["step"], event["to"]) == ("rollback", 4, 3)
 
     other = make_run(tmp_path, "other", **change)
-    trainer = Trainer(other)
-    enter = trainer._enter
 
-    def enter_and_jump(*args: Any) -> None:
-        enter(*args)
-        stream, real = trainer.stream, trainer.stream.next
+    class Jump(Callback):
+        def on_stage_start(self, trainer: Training) -> None:
+            stream, real = trainer.stream, trainer.stream.next
 
-        def jump() -> Any:
-            if stream.step == 3:
-                stream.step = 5
-            return real()
+            def jump() -> Any:
+                if stream.step == 3:
+                    stream.step = 5
+                return real()
 
-        stream.next = jump
+            stream.next = jump
 
-    trainer._enter = enter_and_jump  # type: ignore[method-assign]
-    trainer.fit()
+    Trainer(other, [Jump()]).fit()
     assert losses(run) == losses(other)
 
 
@@ -150,16 +153,18 @@ def test_a_background_save_stalls_the_loop_for_less_than_its_writing(
 
     monkeypatch.setattr(checkpoint, "save", slow)
     run = make_run(tmp_path, checkpoints={"every": 2, "keep_last": 9, "background": True})
-    trainer, stalls = Trainer(run), []
-    save = trainer._save
+    begun: list[float] = []
+    stalls: list[float] = []
 
-    def timed() -> None:
-        begun = time.monotonic()
-        save()
-        stalls.append(time.monotonic() - begun)
+    class Timed(Callback):
+        def on_phase(self, trainer: Training, name: str, step: int, keys: Any = ()) -> None:
+            if name == "save":
+                begun.append(time.monotonic())
 
-    trainer._save = timed  # type: ignore[method-assign]
-    trainer.fit()
+        def on_save(self, trainer: Training, step: int) -> None:
+            stalls.append(time.monotonic() - begun[-1])
+
+    Trainer(run, [Timed()]).fit()
     assert threads == ["mm-checkpoint"] * 3
     assert stalls[0] < 0.35
     for step in (2, 4, 6):
@@ -195,7 +200,7 @@ def test_a_folder_that_comes_back_is_saved_to(
 
     monkeypatch.setattr(checkpoint, "_write_tensors", flaky)
     monkeypatch.setattr(checkpoint, "RETRY_S", (0.01, 0.01))
-    checkpoint.save(tmp_path, 1, {}, SMALL, 2)
+    checkpoint.save(tmp_path, small(1), 2)
     assert checkpoint.newest(tmp_path).state["step"] == 1
     assert caplog.text.count("Stale file handle") == 2
 
@@ -203,7 +208,7 @@ def test_a_folder_that_comes_back_is_saved_to(
 def test_a_folder_that_stays_away_is_told_with_the_checkpoints_before_intact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint.save(tmp_path, 1, {}, SMALL, 2)
+    checkpoint.save(tmp_path, small(1), 2)
 
     def gone(path: Path, tensors: Any) -> None:
         raise OSError(30, "Read-only file system", str(path))
@@ -211,7 +216,7 @@ def test_a_folder_that_stays_away_is_told_with_the_checkpoints_before_intact(
     monkeypatch.setattr(checkpoint, "_write_tensors", gone)
     monkeypatch.setattr(checkpoint, "RETRY_S", (0.01,))
     with pytest.raises(UserError, match="Read-only file system; the checkpoints before"):
-        checkpoint.save(tmp_path, 2, {}, SMALL, 1)
+        checkpoint.save(tmp_path, small(2), 1)
     assert checkpoint.newest(tmp_path).state["step"] == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_000001"]
 
@@ -224,8 +229,7 @@ def test_the_rehearsal_refuses_before_the_first_step(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     (run.folder / "checkpoints").mkdir(parents=True)
     (run.folder / "checkpoints" / f"{checkpoint.PART}rehearsal").symlink_to("/proc/nowhere")
-    trainer = Trainer(run)
-    trainer._optimizer_step = None  # type: ignore[assignment,method-assign]  never reached
+    trainer = Trainer(run, [Calls("pre_step", lambda trainer: pytest.fail("a step was taken"))])
     checkpoint_clean = checkpoint.clean
     try:
         checkpoint.clean = lambda root: []
@@ -238,7 +242,7 @@ def test_the_rehearsal_refuses_before_the_first_step(tmp_path: Path) -> None:
 def test_what_a_killed_save_left_is_removed_and_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    checkpoint.save(tmp_path, 1, {}, SMALL, 2)
+    checkpoint.save(tmp_path, small(1), 2)
     (tmp_path / ".part_step_000002_77").mkdir()
     (tmp_path / ".part_step_000002_77" / "model.safetensors").write_bytes(b"half")
     assert checkpoint.clean(tmp_path) == [".part_step_000002_77"]
@@ -252,36 +256,13 @@ def test_what_a_killed_save_left_is_removed_and_told(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("phase", ["data", "step", "save", "report"])
 def test_a_signal_in_every_phase_saves_and_exits_75(
-    tmp_path: Path, phase: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, phase: str, number: signal.Signals
 ) -> None:
     run = make_run(tmp_path, steps=6, checkpoints={"every": 2})
-    trainer = Trainer(run)
-    hooks = {"data": "_train", "step": "_optimizer_step", "save": "_save", "report": "_report"}
-    real, fired = getattr(trainer, hooks[phase]), []
-
-    def wrapped(*args: Any) -> Any:
-        if phase == "data":
-            following = trainer.stream.next
-
-            def wait() -> Any:
-                if trainer.step == 1:
-                    fire()
-                return following()
-
-            trainer.stream.next = wait
-        elif trainer.step >= 1:
-            fire()
-        return real(*args)
-
-    def fire() -> None:
-        if not fired:
-            fired.append(1)
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(trainer, hooks[phase], wrapped)
+    fault = AtPhase({"phase": phase, "step": 2}, lambda: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as stopped:
-        trainer.fit()
-    assert stopped.value.code == INTERRUPTED and fired
+        Trainer(run, [fault]).fit()
+    assert stopped.value.code == INTERRUPTED and fault.done
     at = checkpoint.newest(run.folder / "checkpoints").state["step"]
     assert at == len(rows(run)) and 2 <= at <= 3
     assert train(run)["resumed_from"] == at
@@ -290,22 +271,19 @@ def test_a_signal_in_every_phase_saves_and_exits_75(
     assert losses(run) == losses(whole)
 
 
-@pytest.mark.parametrize("phase", ["open", "enter"])
+@pytest.mark.parametrize("phase", ["start", "stage"])
 def test_a_signal_at_the_start_exits_75_at_once(tmp_path: Path, phase: str) -> None:
     """While the run is opened, or networks are built and data indexed: no step is taken."""
     run = make_run(tmp_path, steps=4, checkpoints={"every": 2})
     for steps in (0, 2):
-        trainer = Trainer(run)
-        real, fired = getattr(trainer, f"_{phase}"), []
+        fired: list[int] = []
 
-        def started(*args: Any, real: Any = real, fired: list[int] = fired) -> None:
+        def act(fired: list[int] = fired) -> None:
             os.kill(os.getpid(), signal.SIGUSR1)
             fired.append(1)
-            real(*args)
 
-        setattr(trainer, f"_{phase}", started)
         with pytest.raises(SystemExit) as stopped:
-            trainer.fit()
+            Trainer(run, [AtPhase({"phase": phase}, act)]).fit()
         assert stopped.value.code == INTERRUPTED and not fired
         if steps == 0:
             assert not (run.folder / "metrics.jsonl").is_file() or not rows(run)
@@ -374,15 +352,9 @@ def test_a_signal_in_the_evaluation_leaves_it_and_the_next_start_does_it(
 
 def test_the_heartbeat_says_phase_step_and_keys(tmp_path: Path) -> None:
     run = make_run(tmp_path, steps=2)
-    trainer, seen = Trainer(run), []
-    step = trainer._optimizer_step
-
-    def look(batches: Any) -> Any:
-        seen.extend(heartbeat.read(run.folder / "health"))
-        return step(batches)
-
-    trainer._optimizer_step = look  # type: ignore[method-assign]
-    trainer.fit()
+    seen: list[dict[str, Any]] = []
+    look = lambda trainer: seen.extend(heartbeat.read(run.folder / "health"))
+    Trainer(run, [Calls("pre_step", look)]).fit()
     assert [b["step"] for b in seen] == [1, 2] and seen[0]["phase"] == "step"
     assert seen[0]["keys"][:2] == ["row0", "row1"] and seen[0]["pid"] == os.getpid()
     (last,) = heartbeat.read(run.folder / "health")
@@ -424,17 +396,9 @@ def test_a_hang_dumps_the_stacks_and_ends_the_process(tmp_path: Path) -> None:
 
 def test_out_of_memory_is_told_with_the_lengths_of_each_modality(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    trainer = Trainer(run)
-    step = trainer._optimizer_step
-
-    def fails(batches: Any) -> Any:
-        if trainer.step == 2:
-            torch.empty(2**50)  # the allocator's own error
-        return step(batches)
-
-    trainer._optimizer_step = fails  # type: ignore[method-assign]
+    fails = lambda trainer: torch.empty(2**50) if trainer.step == 2 else None  # the allocator's own
     with pytest.raises(UserError) as told:
-        trainer.fit()
+        Trainer(run, [Calls("pre_step", fails)]).fit()
     text = str(told.value)
     assert "step 2 ran out of memory" in text and "micro_batch_size" in text
     assert "8x12 places; longest: text 12, image 12" in text and "row0, row1" in text

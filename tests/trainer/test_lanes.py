@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from data_toys import token_shards
-from trainer_runs import losses, torchrun
+from trainer_runs import Calls, losses, torchrun
 
 from mm.data.batching.collate import document_tokens, to_batch
 from mm.data.shards.reader import ShardSet
@@ -151,17 +153,9 @@ def test_a_carried_state_is_as_the_whole_document(data: Path, tmp_path: Path, pa
 
 
 def stop_at(run: Run, step: int) -> None:
-    trainer = Trainer(run)
-    report = trainer._report
-
-    def stopping(*args: Any) -> None:
-        report(*args)
-        if trainer.step == step - 1:
-            trainer._stop.asked = True
-
-    trainer._report = stopping  # type: ignore[method-assign]
+    ask = lambda trainer: trainer.step == step - 1 and os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
-        trainer.fit()
+        Trainer(run, [Calls("post_step", ask)]).fit()
     assert stopped.value.code == INTERRUPTED
 
 
@@ -189,15 +183,8 @@ def test_micro_batches_carry_their_own_lanes(data: Path, tmp_path: Path) -> None
         train(run)
         assert losses(run) == pytest.approx(losses(runs[0]), rel=2e-5)
     fresh = make_run(data, tmp_path, "fresh", stage=0)
-    trainer = Trainer(fresh)
-    entered = trainer._enter
-
-    def without(*args: Any) -> None:
-        entered(*args)
-        trainer.nets.lanes = None
-
-    trainer._enter = without  # type: ignore[method-assign]
-    trainer.fit()
+    without = lambda trainer: setattr(trainer.stage.nets, "carried", None)
+    Trainer(fresh, [Calls("on_stage_start", without)]).fit()
     assert losses(fresh)[0] == pytest.approx(losses(runs[0])[0], rel=2e-5)  # all documents begin
     assert abs(losses(fresh)[3] - losses(runs[0])[3]) > 1e-4, "the States matter"
 

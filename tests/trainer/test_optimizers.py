@@ -207,8 +207,9 @@ def test_schedule_free_averages_what_the_plain_steps_visit() -> None:
     net = nn.Linear(10, 6, bias=False)
     with torch.no_grad():
         net.weight.copy_(start((6, 10)))
-    config = {"kind": "schedule_free_adamw", "lr": lr, "weight_decay": 0.3}
-    optimizer = OPTIMIZERS.parse(config).build(net)
+    values = {"kind": "schedule_free_adamw", "lr": lr, "weight_decay": 0.3}
+    config = OPTIMIZERS.get("schedule_free_adamw").model_validate(values)
+    optimizer = config.build(net)
     x = z = start((6, 10)).double()
     v, total = torch.zeros(6, 10, dtype=torch.float64), 0.0
     for t, g in enumerate(grads, 1):
@@ -221,7 +222,7 @@ def test_schedule_free_averages_what_the_plain_steps_visit() -> None:
         z = z - rate * (g.double() / (v.sqrt() + 1e-8) + 0.3 * y)
         total += rate**2
         x = x + (rate**2 / total) * (z - x)
-        found = optimizer.average(net.weight.detach(), optimizer.state[net.weight])
+        found = config.average(net.weight.detach(), optimizer.state[net.weight])
         assert torch.allclose(found.double(), x, atol=1e-5)
 
 

@@ -19,7 +19,7 @@ from mm.batch import Batch, Values
 from mm.errors import UserError
 from mm.run import Run
 from mm.trainer.checkpoint import format as checkpoint
-from mm.trainer.checkpoint import resume_check as probe
+from mm.trainer.checkpoint import resume_check
 from mm.trainer.loop import train
 
 STAGES = [0, 1, 2, 3]
@@ -99,12 +99,12 @@ def test_any_batch_is_kept_as_json_and_tensors() -> None:
         if b is batch:
             b = replace(b, layout=replace(b.layout, grids=grids), parts={"more": b})
         tensors: dict[str, torch.Tensor] = {}
-        tree = json.loads(json.dumps(probe._flatten(b, "", tensors)))
-        same(b, probe._restore(tree, tensors))
+        tree = json.loads(json.dumps(resume_check._flatten(b, "", tensors)))
+        same(b, resume_check._restore(tree, tensors))
 
 
 def same(a: Any, b: Any) -> None:
     tensors: list[dict[str, torch.Tensor]] = [{}, {}]
-    trees = [probe._flatten(x, "", t) for x, t in zip((a, b), tensors, strict=True)]
+    trees = [resume_check._flatten(x, "", t) for x, t in zip((a, b), tensors, strict=True)]
     assert type(a) is type(b) and trees[0] == trees[1]
     assert all(torch.equal(tensors[0][k], tensors[1][k]) for k in tensors[0])

@@ -16,9 +16,10 @@ from trainer_runs import losses, make_run, rows
 from trainer_toys import toys_registered  # noqa: F401
 
 from mm.errors import UserError
-from mm.registry import CALLBACKS, NETWORKS
+from mm.registry import NETWORKS
 from mm.run import Guard, Run
 from mm.specs import TokenSpec
+from mm.trainer.callbacks.base import Callback, Training
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.folder import locked
 from mm.trainer.loop import INTERRUPTED, Trainer, train
@@ -134,22 +135,19 @@ def test_a_key_that_the_program_learnt_since_the_save_is_no_change(tmp_path: Pat
     run = make_run(tmp_path, steps=3)
     saved = checkpoint.newest(run.folder / "checkpoints")
     assert saved is not None
+    again = lambda state: checkpoint.Saved(saved.folder, state)
     older = {**saved.state["config"], "model": dict(saved.state["config"]["model"])}
     del older["evaluate"], older["model"]["kind"]
     with pytest.raises(
         UserError, match="model.kind"
     ):  # without its kind it cannot be read: refused
-        saved._replace(state={**saved.state, "config": older}).require(
-            run.to_dict(), saved.state["vocabulary"]
-        )
+        again({**saved.state, "config": older}).require(run.to_dict(), saved.state["vocabulary"])
     older["model"]["kind"] = run.model.kind
     extra = next(
         k for k, f in type(run.model).model_fields.items() if k != "kind" and not f.is_required()
     )
     older["model"].pop(extra)
-    saved._replace(state={**saved.state, "config": older}).require(
-        run.to_dict(), saved.state["vocabulary"]
-    )
+    again({**saved.state, "config": older}).require(run.to_dict(), saved.state["vocabulary"])
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -263,21 +261,13 @@ def test_stages_hand_the_weights_on(tmp_path: Path) -> None:
 def test_callbacks_see_every_step_on_the_host(tmp_path: Path) -> None:
     seen: list[Any] = []
 
-    class Spy(type(CALLBACKS.parse("progress").build())):  # type: ignore[misc]
-        def on_step(self, trainer: Trainer, step: int, metrics: dict[str, Any]) -> None:
+    class Spy(Callback):
+        def post_step(self, trainer: Training, step: int, metrics: dict[str, Any]) -> None:
             seen.append((step, metrics["loss/total"]))
-            with trainer.whole() as module:
+            with trainer.unsharded() as module:
                 assert not module.training and module.embed.weight.numel() > 0
 
-    trainer = Trainer(make_run(tmp_path, steps=2, stage=3))
-    opened = trainer._open
-
-    def open_with_spy(*args: Any) -> None:
-        opened(*args)
-        trainer.callbacks = [Spy(CALLBACKS.parse("progress"))]
-
-    trainer._open = open_with_spy  # type: ignore[method-assign]
-    trainer.fit()
+    Trainer(make_run(tmp_path, steps=2, stage=3), [Spy()]).fit()
     assert [s for s, _ in seen] == [1, 2] and all(isinstance(v, float) for _, v in seen)
 
 

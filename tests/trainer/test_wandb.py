@@ -34,16 +34,13 @@ from mm.trainer.loop import Trainer
 from mm.trainer.callbacks.base import Callback
 
 class Media(Callback):
-    def on_step(self, trainer, step, metrics):
+    def post_step(self, trainer, step, metrics):
         if step == 2:
             trainer.tracker.media("picture", "image", np.zeros((8, 8, 3), np.uint8), step)
             trainer.tracker.media("sound", "audio", np.zeros(9, np.float32), step, sample_rate=8000)
             trainer.tracker.media("words", "text", "a < b", step)
 
-trainer = Trainer(make_run(Path(sys.argv[1]), steps=3))
-opened = trainer._open
-trainer._open = lambda *a: (opened(*a), trainer.callbacks.append(Media()))
-trainer.fit()
+Trainer(make_run(Path(sys.argv[1]), steps=3), [Media()]).fit()
 """
 
 

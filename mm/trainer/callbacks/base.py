@@ -2,23 +2,103 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
-if TYPE_CHECKING:
-    from mm.trainer.loop import Trainer
+import torch
+from torch import nn
+
+from mm.batch import Batch
+from mm.run import Run
+from mm.vocabulary import Vocabulary
+
+MediaKind = Literal["image", "audio", "text"]
+
+
+class MediaSink(Protocol):
+    """Where samples are shown."""
+
+    @property
+    def id(self) -> str | None: ...
+
+    def media(
+        self, name: str, kind: MediaKind, value: Any, step: int, *, sample_rate: int = 16000
+    ) -> None:
+        """Show a sample: image (H, W, C) uint8, audio (N,) float32 in [-1, 1], or text str."""
+        ...
+
+
+class Training(Protocol):
+    """What callbacks may use of the trainer."""
+
+    @property
+    def run(self) -> Run: ...
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def vocabulary(self) -> Vocabulary | None: ...
+    @property
+    def tokenizers(self) -> Mapping[str, Any]:
+        """Tokenizers by modality, loaded on first use."""
+        ...
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def is_main(self) -> bool: ...
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, over all stages."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        ...
+
+    @property
+    def batches(self) -> Sequence[Batch]:
+        """Host micro-batches of the last step."""
+        ...
+
+    @property
+    def stream(self) -> Any:
+        """The data of the stage."""
+        ...
+
+    @property
+    def tracker(self) -> MediaSink: ...
+    def unsharded(self, name: str = "model") -> AbstractContextManager[nn.Module]:
+        """A network in eval mode with all its weights; enter and leave it on ALL ranks."""
+        ...
 
 
 class Callback:
-    """Plug point; every hook optional.
+    """Plug point; every hook is optional.
 
-    Hooks run on ALL ranks, in step: ask ``trainer.is_main`` before writing.
+    Hooks run on ALL ranks, in step: ask ``trainer.is_main`` before writing. Phases in their order:
+    start, stage, (data, step, report, save)*, export, evaluate.
     """
 
-    def on_start(self, trainer: Trainer) -> None:
-        """Before the first step of this process (a resumed one too)."""
+    def on_stage_start(self, trainer: Training) -> None:
+        """Networks and data of a stage are ready; again after a return to a checkpoint."""
 
-    def on_step(self, trainer: Trainer, step: int, metrics: dict[str, Any]) -> None:
-        """After optimizer step ``step`` (from 1); ``metrics`` are on the host."""
+    def on_phase(self, trainer: Training, name: str, step: int, keys: Sequence[str] = ()) -> None:
+        """A phase of optimizer step ``step`` (from 1) begins; ``keys``: samples of its batch."""
 
-    def on_end(self, trainer: Trainer) -> None:
+    def pre_step(self, trainer: Training, batches: list[Batch]) -> None:
+        """Before an optimizer step; micro-batches on the host may be replaced in the list."""
+
+    def post_step(self, trainer: Training, step: int, metrics: dict[str, Any]) -> None:
+        """After optimizer step ``step`` (from 1); ``metrics`` on the host may be added to."""
+
+    def on_save(self, trainer: Training, step: int) -> None:
+        """The checkpoint of ``step`` is written, or handed to the background."""
+
+    def on_file(self, path: Path) -> None:
+        """A file of a checkpoint is written, then its folder renamed: main rank, any thread."""
+
+    def on_end(self, trainer: Training) -> None:
         """After the last step, also when the run was stopped or failed."""

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from mm.config import Config
 from mm.registry import CALLBACKS
-from mm.trainer.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from mm.trainer.loop import Trainer
+from mm.trainer.callbacks.base import Callback, Training
 
 
 @CALLBACKS.register("progress")
@@ -33,11 +30,12 @@ class Progress(Callback):
 
     def __init__(self, config: ProgressConfig):
         self.config = config
+        self._console: Any = None
         self._bar: Any = None
         self._metrics: dict[str, Any] = {}
 
-    def on_start(self, trainer: Trainer) -> None:
-        if not trainer.is_main:
+    def on_stage_start(self, trainer: Training) -> None:
+        if not trainer.is_main or self._console is not None:
             return
         from rich.console import Console
         from rich.progress import (
@@ -69,7 +67,7 @@ class Progress(Callback):
             )
             self._bar.start()
 
-    def on_step(self, trainer: Trainer, step: int, metrics: dict[str, Any]) -> None:
+    def post_step(self, trainer: Training, step: int, metrics: dict[str, Any]) -> None:
         if not trainer.is_main:
             return
         self._metrics = metrics
@@ -82,7 +80,7 @@ class Progress(Callback):
             left = _clock(pace * (trainer.steps - step))
             self._say(f"{trainer.run.name} {step}/{trainer.steps} {_tail(metrics)} ETA {left}")
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, trainer: Training) -> None:
         if not trainer.is_main:
             return
         if self._bar is not None:

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -18,10 +19,7 @@ from mm.config import Config
 from mm.data.modalities.base import BadSample, modality_of_value, raw_modality, table
 from mm.errors import UserError
 from mm.registry import CALLBACKS
-from mm.trainer.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from mm.trainer.loop import Trainer
+from mm.trainer.callbacks.base import Callback, Training
 
 log = logging.getLogger("mm.trainer")
 
@@ -65,7 +63,7 @@ class Samples(Callback):
         self._kept: dict[str, torch.Tensor] | None = None
         self._done = -1
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_stage_start(self, trainer: Training) -> None:
         known = trainer.vocabulary.modalities if trainer.vocabulary is not None else ()
         for prompt in self.config.prompts:
             for modality in {*prompt} - {"to"} | {prompt["to"]}:
@@ -78,15 +76,15 @@ class Samples(Callback):
                 if modality != "to":
                     _raw(modality, value)  # a missing file is an error now, not at the first sample
 
-    def on_step(self, trainer: Trainer, step: int, metrics: dict[str, Any]) -> None:
+    def post_step(self, trainer: Training, step: int, metrics: dict[str, Any]) -> None:
         if self._kept is None and not self.config.prompts:
             self._kept = _items(trainer.batches, self.config.items)
         if step % self.config.every == 0 or step == trainer.steps:
             self._sample(trainer, step)
 
-    def _sample(self, trainer: Trainer, step: int) -> None:
+    def _sample(self, trainer: Training, step: int) -> None:
         self._done = step
-        with trainer.whole() as module:
+        with trainer.unsharded() as module:
             if not trainer.is_main:
                 return
             if self.config.prompts:
@@ -97,11 +95,11 @@ class Samples(Callback):
         for i, (name, value) in enumerate(made):
             _write(trainer, folder, i, name, value, step)
 
-    def _generate(self, trainer: Trainer, module: nn.Module) -> list[tuple[str, Any]]:
+    def _generate(self, trainer: Training, module: nn.Module) -> list[tuple[str, Any]]:
         from mm.decoders.generate import Generator
 
         c = self.config
-        assert trainer.vocabulary is not None  # on_start checked it
+        assert trainer.vocabulary is not None  # on_stage_start checked it
         generator = Generator(module, trainer.vocabulary, trainer.tokenizers)
         out: list[tuple[int, str, Any]] = []
         for to in dict.fromkeys(p["to"] for p in c.prompts):
@@ -147,7 +145,7 @@ def _raw(modality: str, value: str) -> Any:
         raise UserError(f"callbacks.samples: prompt file {value}: {error}") from error
 
 
-def _items(batches: list[Batch], n: int) -> dict[str, torch.Tensor]:
+def _items(batches: Sequence[Batch], n: int) -> dict[str, torch.Tensor]:
     """The first items of a tokenizer run's batch: modality -> (n, ...) data, and
     ``modality.length``.
     """
@@ -179,7 +177,7 @@ def _reconstruct(
     return []
 
 
-def _write(trainer: Trainer, folder: Path, i: int, name: str, value: Any, step: int) -> None:
+def _write(trainer: Training, folder: Path, i: int, name: str, value: Any, step: int) -> None:
     from mm.decoders.media import save_media
 
     save_media(value, folder / f"{i:02d}_{name}")

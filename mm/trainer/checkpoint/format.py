@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import ValidationError
 from torch import Tensor
@@ -40,23 +40,48 @@ PART = ".part_"
 RETRY_S = (0.2, 1.0, 5.0)  # pauses before another try, when the folder cannot be written
 
 
-class Saved(NamedTuple):
-    """A checkpoint that passed its hashes."""
+class Snapshot:
+    """One moment of a run: what is JSON, and full CPU tensors by file name.
 
-    folder: Path
-    state: dict[str, Any]
+    A stage begins from one of these, whether it is in memory (an unbroken run) or in a folder.
+
+    Args:
+        state: JSON-able values, with "step" and "stage".
+        files: file name -> tensors: "<network>", "<network>.optimizer" and others.
+    """
+
+    origin = "the stage before"  # for messages
+
+    def __init__(self, state: Mapping[str, Any], files: Mapping[str, Mapping[str, Tensor]]):
+        self.state = state
+        self.files = files
+
+    def tensors(self, file: str) -> dict[str, Tensor]:
+        """Tensors of a file; {} when there is none of that name."""
+        return dict(self.files.get(file, {}))
 
     def has(self, network: str) -> bool:
         """Whether a network was part of the run."""
-        return (self.folder / f"{network}.safetensors").is_file()
-
-    def tensors(self, network: str) -> dict[str, Tensor]:
-        """Weights and buffers of a network; {} when it was not part of the run."""
-        return _load(self.folder / f"{network}.safetensors")
+        return network in self.files
 
     def optimizer(self, network: str) -> dict[str, Tensor]:
         """Elementwise optimizer states of a network, ``state/parameter``."""
-        return _load(self.folder / f"{network}.optimizer.safetensors")
+        return self.tensors(f"{network}.optimizer")
+
+
+class Saved(Snapshot):
+    """A checkpoint folder that passed its hashes; tensors are read when they are asked for."""
+
+    def __init__(self, folder: Path, state: Mapping[str, Any]):
+        super().__init__(state, {})
+        self.folder = folder
+        self.origin = str(folder)
+
+    def tensors(self, file: str) -> dict[str, Tensor]:
+        return _load(self.folder / f"{file}.safetensors")
+
+    def has(self, network: str) -> bool:
+        return (self.folder / f"{network}.safetensors").is_file()
 
     def require(self, config: Mapping[str, Any], vocabulary: str | None) -> None:
         """Check that a run of this config and vocabulary fingerprint can go on from here.
@@ -92,11 +117,10 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 def save(
     root: Path,
-    step: int,
-    state: Mapping[str, Any],
-    networks: Mapping[str, tuple[dict[str, Tensor], dict[str, Tensor]]],
+    snapshot: Snapshot,
     keep_last: int,
     keep_every: int = 0,
+    on_file: Callable[[Path], Any] = lambda path: None,
 ) -> Path:
     """Write ``root/step_NNNNNN`` and move ``latest`` to it; then remove what need not be kept.
 
@@ -104,25 +128,20 @@ def save(
 
     Args:
         root: the run's ``checkpoints`` folder.
-        step: optimizer steps done.
-        state: JSON-able values.
-        networks: name -> (weights and buffers, optimizer states), full CPU tensors.
+        snapshot: what to write.
         keep_last: complete checkpoints to keep.
         keep_every: those of steps that it divides stay for good; 0 = none.
+        on_file: called with every file of tensors once it is written, then with the folder.
     Raises:
         UserError: the disk is full or cannot be written; the checkpoints before are intact.
     """
-    need = sum(
-        t.numel() * t.element_size()
-        for pair in networks.values()
-        for part in pair
-        for t in part.values()
-    )
+    step = snapshot.state["step"]
+    need = sum(t.numel() * t.element_size() for f in snapshot.files.values() for t in f.values())
     for pause in (*RETRY_S, None):
         try:
             root.mkdir(parents=True, exist_ok=True)
             require_space(root, need)
-            final = _write(root, step, state, networks)
+            final = _write(root, snapshot, on_file)
             break
         except Exception as error:
             reason = _disk_error(error)
@@ -140,22 +159,18 @@ def save(
     return final
 
 
-def _write(
-    root: Path,
-    step: int,
-    state: Mapping[str, Any],
-    networks: Mapping[str, tuple[dict[str, Tensor], dict[str, Tensor]]],
-) -> Path:
+def _write(root: Path, snapshot: Snapshot, on_file: Callable[[Path], Any]) -> Path:
+    step = snapshot.state["step"]
     final = root / f"step_{step:06d}"
     part = root / f"{PART}step_{step:06d}_{os.getpid()}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
-        for name, (weights, moments) in networks.items():
-            _write_tensors(part / f"{name}.safetensors", weights)
-            if moments:
-                _write_tensors(part / f"{name}.optimizer.safetensors", moments)
-        (part / STATE).write_text(json.dumps({"schema": SCHEMA, "step": step, **state}, indent=1))
+        for name, tensors in snapshot.files.items():
+            if tensors:
+                _write_tensors(part / f"{name}.safetensors", tensors)
+                on_file(part / f"{name}.safetensors")
+        (part / STATE).write_text(json.dumps({"schema": SCHEMA, **snapshot.state}, indent=1))
         hashes = {file.name: _sha256(file) for file in sorted(part.iterdir())}
         for file in part.iterdir():
             _sync(file)
@@ -166,6 +181,7 @@ def _write(
             final, ignore_errors=True
         )  # a damaged one of the same step: it was passed over at the start
         part.rename(final)
+        on_file(final)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     _point(root, final.name)

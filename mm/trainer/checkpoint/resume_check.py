@@ -8,19 +8,17 @@ import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mm.batch import Batch, Values
 from mm.errors import UserError
 from mm.layout import Fields, Layout
-
-if TYPE_CHECKING:
-    from mm.trainer.checkpoint.format import Saved
-    from mm.trainer.loop import Trainer
+from mm.trainer.checkpoint.format import Snapshot
+from mm.trainer.ranks import on_main
+from mm.trainer.stage import StageState
 
 FILE = "probe"  # of the checkpoint, beside the networks' own
 CLASSES: dict[str, Any] = {c.__name__: c for c in (Batch, Layout, Fields, Values)}
@@ -28,64 +26,64 @@ CLASSES: dict[str, Any] = {c.__name__: c for c in (Batch, Layout, Fields, Values
 ROUNDING = {"fp32": 1e-4, "autocast_bf16": 2e-2, "bf16": 2e-2}
 
 
-def keep(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Main rank's first micro-batch of the last step, as JSON and tensors, and its losses now.
+def keep(stage: StageState, step: int, batch: Batch) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A micro-batch on the host as JSON and tensors, and its losses at ``step``.
 
     Call on all ranks.
     """
     tensors: dict[str, Tensor] = {}
-    tree = _flatten(trainer.batches[0], "", tensors)
-    found = losses(trainer, trainer.batches[0])
+    tree = _flatten(batch, "", tensors)
+    found = losses(stage, step, batch)
     clean = {k: v if math.isfinite(v) else None for k, v in found.items()}
-    return {"losses": clean, "precision": trainer.precision, "batch": tree}, tensors
+    return {"losses": clean, "precision": stage.env.precision, "batch": tree}, tensors
 
 
 @torch.no_grad()
-def losses(trainer: Trainer, batch: Batch) -> dict[str, float]:
+def losses(stage: StageState, step: int, batch: Batch) -> dict[str, float]:
     """Mean of every named loss over one micro-batch, in eval mode. Call on all ranks.
 
-    Documents begin at its rows: lanes lend no State.
+    Documents begin at its rows: no State is carried into them.
     """
-    objective, env = trainer.objective, trainer.env
-    scheduled = objective.scheduled(
-        trainer.step, np.random.default_rng((trainer.run.seed, trainer.step))
-    )
-    env.begin(trainer.step, scheduled)
-    modules = [engine.raw for engine in trainer.engines.values()]
+    objective, env = stage.objective, stage.env
+    scheduled = stage.begin_step(step)
+    modules = [engine.raw for engine in stage.engines.values()]
     for module in modules:
         module.eval()
-    lanes, trainer.nets.lanes = trainer.nets.lanes, None
-    compiled = trainer.run.engine.compile
+    carried, stage.nets.carried = stage.nets.carried, None
+    compiled = stage.compiled
     eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     try:
-        micro = objective.corrupt(batch.to(trainer.device), env.rng, scheduled)
+        micro = objective.corrupt(batch.to(env.device), env.rng, scheduled)
         env.know([micro])
         n = objective.counts(micro)
         sums: dict[str, Tensor] = {}
         with eager:
-            for term in objective.terms([micro], trainer.nets, env):
+            for term in objective.terms([micro], stage.nets, env):
                 for name, value in term.losses.items():
                     sums[name] = sums[name] + value if name in sums else value
         return {k: float(s.float() / n[k].float().clamp_min(1e-12)) for k, s in sums.items()}
     finally:
-        trainer.nets.lanes = lanes
+        stage.nets.carried = carried
         for module in modules:
             module.train()
 
 
-def check(trainer: Trainer, saved: Saved) -> None:
+def check(stage: StageState, snapshot: Snapshot, world: int, zero_stage: int) -> None:
     """Compare the losses of the kept batch with those of the save, when the tensors were cut anew.
+
+    Call on all ranks.
 
     Raises:
         UserError: on all ranks; they differ by more than rounding.
     """
-    kept = saved.state.get(FILE)
-    was = (saved.state["world"], saved.state["config"]["engine"]["zero_stage"])
-    now = (trainer.world, trainer.run.engine.zero_stage)
+    kept = snapshot.state.get(FILE)
+    was = (snapshot.state["world"], snapshot.state["config"]["engine"]["zero_stage"])
+    now = (world, zero_stage)
     if kept is None or was == now:
         return
-    found = losses(trainer, _restore(kept["batch"], saved.tensors(FILE)))
-    rounding = max(ROUNDING[kept["precision"]], ROUNDING[trainer.precision])
+    batch = _restore(kept["batch"], snapshot.tensors(FILE))
+    found = losses(stage, snapshot.state["step"], batch)
+    rounding = max(ROUNDING[kept["precision"]], ROUNDING[stage.env.precision])
 
     def compare() -> None:
         for name, before in kept["losses"].items():
@@ -93,13 +91,13 @@ def check(trainer: Trainer, saved: Saved) -> None:
             if before is None or abs(after - before) <= rounding * max(abs(before), 1e-3):
                 continue
             raise UserError(
-                f"{saved.folder}: loss/{name} of the batch kept in it was {before:.6g} and is "
+                f"{snapshot.origin}: loss/{name} of the batch kept in it was {before:.6g} and is "
                 f"{after:.6g} after the change from {was[0]} processes at ZeRO stage {was[1]} to "
                 f"{now[0]} at stage {now[1]}: the weights are not those that were saved; go on as "
                 f"before, or remove this folder to start from the checkpoint before it"
             )
 
-    trainer._on_main(compare)
+    on_main(compare, stage.env.device, snapshot.origin)
 
 
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -255,25 +255,6 @@ class Engine:
         }
         return out
 
-    def result(self) -> dict[str, Tensor]:
-        """What a stage leaves: `weights`, with the EMA or the optimizer's own average in their
-        place where there is one.
-        """
-        out = self.weights()
-        for x, spans in self.shards.spans.items():
-            state = self.base.state[x]
-            if self.ema is not None and self.ema.export:
-                value = self._averages[x]
-            elif isinstance(self.base, ShardOptimizer) and state:
-                value = self.base.average(x.detach(), state)
-            else:
-                value = None
-            if value is None:
-                continue
-            for span in spans:
-                out[span.name] = self.shards.full(x, value, span).to("cpu", copy=True)
-        return out
-
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Full elementwise states as ``key/parameter name`` on the CPU (the EMA among them), and
         the scalar ones (Adam's step).

@@ -18,6 +18,8 @@ from typing import Any
 from mm.batch import Batch
 from mm.errors import UserError
 from mm.run import Run
+from mm.trainer.callbacks.base import Callback, Training
+from mm.trainer.log.metrics import not_applied
 from mm.vocabulary import Vocabulary
 
 log = logging.getLogger("mm.trainer")
@@ -29,7 +31,7 @@ class RollBack(Exception):
     """Go back to the newest checkpoint; its text says why."""
 
 
-class Guard:
+class Guard(Callback):
     """Counts bad steps of a run and says when to go back or stop.
 
     Every decision is a line of ``skipped.jsonl`` (steps that were not applied, with their sample
@@ -59,6 +61,17 @@ class Guard:
         self.skipped, self.rollbacks = state["skipped"], state["rollbacks"]
         self._bad, self._spikes = list(state["bad"]), state["spikes"]
         self._losses = deque(state["losses"], maxlen=self.config.window)
+
+    def post_step(self, trainer: Training, step: int, metrics: dict[str, Any]) -> None:
+        """Look at a step, and add the count of skipped ones to its metrics.
+
+        Raises:
+            RollBack: as `skip` and `loss` do.
+        """
+        for network in not_applied(metrics):
+            self.skip(step - 1, network, metrics, trainer.batches)
+        self.loss(step - 1, metrics["loss/total"], trainer.batches)
+        metrics["skipped"] = self.skipped
 
     def skip(
         self, step: int, network: str, metrics: Mapping[str, float], batches: Sequence[Batch]

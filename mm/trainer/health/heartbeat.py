@@ -20,19 +20,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mm.trainer.callbacks.base import Callback, Training
+
 log = logging.getLogger("mm.trainer")
 
 HUNG = 76  # exit code of a rank that hung, or waited too long for another
 SIZE = 4096  # one record is written at once and fills a page: a reader sees a whole one
 KEYS = 32
 # They may last; only rank 0 works in them.
-UNWATCHED = ("start", "evaluate", "export", "end")
+UNWATCHED = ("start", "stage", "evaluate", "export", "end")
 # A rank in these may be waiting for another one.
 SHARED = ("step", "save")
 
 
-class Heartbeat:
-    """Of one rank. Call `phase` when it changes."""
+class Heartbeat(Callback):
+    """Of one rank: says each phase of the run as it begins."""
 
     def __init__(self, folder: Path, rank: int, hang_s: float):
         self.folder, self.rank, self.hang_s = folder, rank, hang_s
@@ -50,6 +52,9 @@ class Heartbeat:
 
     def __enter__(self) -> Heartbeat:
         return self
+
+    def on_phase(self, trainer: Training, name: str, step: int, keys: Sequence[str] = ()) -> None:
+        self.phase(name, step, keys)
 
     def phase(self, name: str, step: int, keys: Sequence[str] = ()) -> None:
         """Say what begins now. ``keys``: samples of the batch."""

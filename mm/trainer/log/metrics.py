@@ -16,28 +16,42 @@ from torch import Tensor
 from mm.batch import Batch, Sum
 from mm.data.modalities.base import modality_of_value, table
 from mm.specs import Encoded
+from mm.trainer.callbacks.base import Callback, Training
 from mm.vocabulary import Vocabulary
 
+LN2 = 0.6931471805599453
 USAGE_DECAY, USAGE_SEEN = (
     0.97,
     0.05,
 )  # a code counts as used for 100 steps after it was seen: 0.97 ** 100 = 0.048
 
 
-class MetricsFile:
+class MetricsFile(Callback):
     """Append-only metrics.jsonl.
 
-    On resume, lines of steps after the checkpoint are cut: they will be made again.
+    On resume and on a return to a checkpoint, lines of later steps are cut: they will be made
+    again.
     """
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        if path.is_file():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-            temporary = path.with_name(path.name + ".part")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            temporary.replace(path)
+        self._cut(step)
         self._file = path.open("a", encoding="utf-8")
+
+    def _cut(self, step: int) -> None:
+        if self.path.is_file():
+            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+            temporary = self.path.with_name(self.path.name + ".part")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.replace(self.path)
+
+    def on_stage_start(self, trainer: Training) -> None:
+        self.close()
+        self._cut(trainer.step)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def post_step(self, trainer: Training, step: int, metrics: dict[str, Any]) -> None:
+        self.write({"step": step, **metrics})
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one line and flush it.
@@ -135,7 +149,7 @@ class Usage:
         return out
 
 
-class BytesPerToken:
+class BytesPerToken(Callback):
     """Raw bytes behind one target token of each modality, from decoding the first documents of a
     run.
 
@@ -148,10 +162,23 @@ class BytesPerToken:
     DOCUMENTS = 256
     FEW = 8
 
-    def __init__(self, totals: Mapping[str, Sequence[float]] | None = None):
-        self.totals = {
-            k: list(v) for k, v in (totals or {}).items()
-        }  # modality -> [documents, tokens, bytes]
+    def __init__(self) -> None:
+        self.totals: dict[str, list[float]] = {}  # modality -> [documents, tokens, bytes]
+
+    def load(self, totals: Mapping[str, Sequence[float]]) -> None:
+        """Go on from the ``totals`` of a checkpoint."""
+        self.totals = {k: list(v) for k, v in totals.items()}
+
+    def post_step(self, trainer: Training, step: int, metrics: dict[str, Any]) -> None:
+        """Add ``bits_per_byte/<modality>``, by the stream's own ratio or else by the estimate."""
+        ratio = getattr(trainer.stream, "bytes_per_token", None)
+        vocabulary, tokenizers = trainer.vocabulary, trainer.run.tokenizers
+        if ratio is None and vocabulary is not None and tokenizers and trainer.is_main:
+            self.observe(trainer.batches, vocabulary, trainer.tokenizers)
+            ratio = self.ratio()
+        for name, size in (ratio or {}).items():
+            if f"loss/{name}" in metrics and size:
+                metrics[f"bits_per_byte/{name}"] = metrics[f"loss/{name}"] / LN2 / size
 
     def observe(
         self, batches: Sequence[Batch], vocabulary: Vocabulary, tokenizers: Mapping[str, Any]
@@ -204,6 +231,27 @@ def tokens_by_modality(batches: Sequence[Batch], n_modalities: int) -> Tensor:
         real = fields.modality[fields.document > 0].long().flatten()
         total += torch.bincount(real, minlength=n_modalities + 1)[: n_modalities + 1]
     return total
+
+
+def of_step(
+    facts: Mapping[str, Any], seconds: float, waited: float, stats: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The metrics of a step: its ``facts``, speed, times and what the stream's ``stats`` say."""
+    row = dict(facts)
+    for unit in ("tokens", "items"):
+        if f"{unit}/step" in row:
+            row[f"perf/{unit}_per_second"] = row.pop(f"{unit}/step") / seconds
+    return row | {"perf/step_seconds": seconds, "data/wait_seconds": waited} | of_stream(stats)
+
+
+def not_applied(metrics: Mapping[str, Any]) -> list[str]:
+    """Networks whose update was left out: their gradient norm is inf."""
+    found = []
+    for key, value in metrics.items():
+        if key.endswith("/grad_norm") and not math.isfinite(value):
+            name = key.removeprefix("optim").removesuffix("/grad_norm").lstrip("/")
+            found.append(name or "model")
+    return found
 
 
 def of_stream(stats: Mapping[str, Any]) -> dict[str, float]:

@@ -13,15 +13,15 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mm.run import Run
+from mm.trainer.callbacks.base import Callback, MediaKind, Training
 
 log = logging.getLogger("mm.trainer")
 
 INIT_TIMEOUT_S = 20.0
 FINISH_TIMEOUT_S = 30.0
-Media = Literal["image", "audio", "text"]
 
 
 def has_key() -> bool:
@@ -45,7 +45,7 @@ def resolve_mode(asked: str) -> Any:
     return "online" if has_key() else "offline"
 
 
-class Tracker:
+class Tracker(Callback):
     """Guarded wandb run. `none` makes one that does nothing (other ranks, disabled)."""
 
     def __init__(self, run: Any = None):
@@ -95,12 +95,15 @@ class Tracker:
         made = _guarded("start", init, INIT_TIMEOUT_S)
         return cls(made)
 
+    def post_step(self, trainer: Training, step: int, metrics: dict[str, Any]) -> None:
+        self.log(metrics, step)
+
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Mirror the metrics of ``step``."""
         self._try("log", lambda run: run.log({**metrics, "step": step}))
 
     def media(
-        self, name: str, kind: Media, value: Any, step: int, *, sample_rate: int = 16000
+        self, name: str, kind: MediaKind, value: Any, step: int, *, sample_rate: int = 16000
     ) -> None:
         """Log a sample: image (H, W, C) uint8, audio (N,) float32 in [-1, 1], or text str."""
 

@@ -4,7 +4,7 @@ on ZeRO's flat shards alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -40,6 +40,10 @@ class OptimizerConfig(Config):
         stage 0 only).
         """
         return "elements"
+
+    def average(self, weight: Tensor, states: Mapping[str, Tensor]) -> Tensor | None:
+        """The weight to evaluate, elementwise from the trained one and its states; None: this."""
+        return None
 
     def refusal(self, zero_stage: int, schedule: str) -> str | None:
         """Why a stage with this ZeRO stage and schedule cannot run, or None."""
@@ -106,10 +110,6 @@ class ShardOptimizer(torch.optim.Optimizer):
         tensor in the same order on all ranks.
         """
         raise NotImplementedError
-
-    def average(self, x: Tensor, states: dict[str, Any]) -> Tensor | None:
-        """The weights to evaluate, elementwise from the trained ones; None: these."""
-        return None
 
     def prepare(self, x: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """The state of ``x``, made when it is missing."""

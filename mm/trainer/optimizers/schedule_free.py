@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -39,10 +40,6 @@ class ScheduleFreeAdamW(ShardOptimizer):
         x.lerp_(z, share).add_(u, alpha=lr * (b1 * (1 - share) - 1))
         z.add_(u, alpha=-lr)
 
-    def average(self, x: Tensor, states: dict[str, Any]) -> Tensor:
-        b1 = self.param_groups[0]["betas"][0]
-        return states["z"].lerp(x, 1 / b1)
-
 
 @OPTIMIZERS.register("schedule_free_adamw")
 class ScheduleFreeConfig(OptimizerConfig):
@@ -60,6 +57,9 @@ class ScheduleFreeConfig(OptimizerConfig):
 
     mup: ClassVar[bool] = True
     own_schedule: ClassVar[bool] = True
+
+    def average(self, weight: Tensor, states: Mapping[str, Tensor]) -> Tensor:
+        return states["z"].lerp(weight, 1 / self.betas[0])
 
     def build(self, module: nn.Module) -> ScheduleFreeAdamW:
         """Make the optimizer over the trainable parameters of ``module``."""

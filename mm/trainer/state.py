@@ -1,0 +1,64 @@
+"""Everything that changes while a run trains, as one value."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mm.batch import Batch
+from mm.trainer.checkpoint import resume_check
+from mm.trainer.checkpoint.collect import collect
+from mm.trainer.checkpoint.format import Snapshot
+from mm.trainer.health.anomaly import Guard
+from mm.trainer.log.metrics import BytesPerToken
+from mm.trainer.stage import StageState
+
+
+@dataclass
+class TrainState:
+    """State of a run; a `Snapshot` is this as JSON and tensors.
+
+    No generator is part of it: each is seeded by (seed, step, rank).
+    """
+
+    guard: Guard
+    bytes_per_token: BytesPerToken
+    step: int = 0  # optimizer steps done, over all stages
+    stage: StageState | None = None  # None before the first one is built
+
+    def save(self, facts: Mapping[str, Any], batch: Batch) -> Snapshot:
+        """All of it, unchanged by what trains on. Call on all ranks.
+
+        Args:
+            facts: JSON-able values that a resume compares: world, vocabulary, config, tracker.
+            batch: micro-batch on the host whose losses are kept beside it.
+        """
+        stage = self.stage
+        assert stage is not None
+        files, scalars = collect(stage)
+        kept, files[resume_check.FILE] = resume_check.keep(stage, self.step, batch)
+        state = {
+            "step": self.step,
+            "stage": stage.index,
+            "skipped": self.guard.skipped,
+            "guard": self.guard.state_dict(),
+            "data": stage.stream.state_dict(),
+            "optimizers": scalars,
+            "bytes_per_token": self.bytes_per_token.totals,
+            "rng": {
+                "seed": stage.env.seed,
+                "rule": "every generator is seeded by (seed, step, rank)",
+            },
+            resume_check.FILE: kept,
+            **facts,
+        }
+        return Snapshot(copy.deepcopy(state), files)
+
+    def load(self, snapshot: Snapshot) -> None:
+        """Take step, guard and counts; the networks and data are of `enter_stage`."""
+        self.step = snapshot.state["step"]
+        if "guard" in snapshot.state:
+            self.guard.load_state_dict(snapshot.state["guard"])
+        self.bytes_per_token.load(snapshot.state["bytes_per_token"])

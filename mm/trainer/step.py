@@ -1,0 +1,129 @@
+"""One optimizer step of every network that the objective steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mm.batch import Batch, Sum
+from mm.objectives.objective import Term
+from mm.trainer.log.metrics import Tally, Usage, all_reduce, n_items, tokens_by_modality
+from mm.trainer.stage import StageState
+
+
+def optimizer_step(
+    stage: StageState,
+    step: int,
+    batches: Sequence[Batch],
+    usage: Usage,
+    modalities: Sequence[str] | None,
+    stop: bool,
+) -> dict[str, Any]:
+    """Forward and backward over all micro-batches, reduce, clip, update. Call on all ranks.
+
+    Args:
+        step: steps of the run done before it.
+        batches: this rank's micro-batches, on the host.
+        usage: histograms of codes, moved by this step.
+        modalities: of the vocabulary; None without one.
+        stop: this rank was asked to stop.
+
+    Returns:
+        Metrics on the host, and "stop": how many ranks were asked to.
+    """
+    objective, env, world = stage.objective, stage.env, dist.get_world_size()
+    scheduled = stage.begin_step(step)
+    micros = [objective.corrupt(b.to(env.device), env.rng, scheduled) for b in batches]
+    env.know(micros)
+    n, facts = _global_counts(stage, batches, micros, modalities, stop)
+    scales = objective.scales(n)
+    factors = {k: scales[k] / n[k].clamp_min(1e-12) for k in n}
+    row: dict[str, Any] = {}
+    sums: dict[str, Tally] = {}
+    for term in objective.terms(micros, stage.nets, env):
+        engine = stage.engines[term.network]
+        tally = sums.setdefault(term.network, Tally())
+        tally.add_losses(term.losses)
+        loss = world * torch.stack([factors[k] * s for k, s in term.losses.items()]).sum()
+        if not term.step:
+            engine.backward(loss)
+            continue
+        # Losses are reduced BEFORE the last backward: if their global sum is not finite, this
+        # backward makes every gradient NaN on every rank, so that all of them skip the step, at
+        # each ZeRO stage, without asking the host.
+        tally.aux = stage.nets.take(term.network).aux
+        tally.reduce()
+        total = torch.stack([factors[k] * s for k, s in tally.losses.items()]).sum()
+        engine.backward(loss * torch.where(torch.isfinite(total), 1.0, float("nan")))
+        device = _device_metrics(term, tally, total, n) | usage.update(tally.aux) | facts
+        row |= _update(stage, step, term.network, tally, device)
+        del sums[term.network]
+    if stage.nets.carried is not None:
+        stage.nets.carried.commit(applied=math.isfinite(row.get("optim/grad_norm", 0.0)))
+    return row
+
+
+def _device_metrics(
+    term: Term, tally: Tally, total: Tensor, n: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Global losses and scalar aux of one network, () each."""
+    named = "loss/total" if term.network == "model" else f"loss/{term.network}_total"
+    out = {f"loss/{k}": s / n[k].clamp_min(1e-12) for k, s in tally.losses.items()}
+    out[named] = total
+    return out | {f"aux/{k}": s.mean() for k, s in tally.aux.items() if s.total.dim() == 0}
+
+
+def _update(
+    stage: StageState, step: int, network: str, tally: Tally, device: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Step one network. The only device-to-host copy of the step is the one `tolist` here."""
+    engine = stage.engines[network]
+    norm = engine.reduce()
+    if norm is not None:
+        device["norm"] = norm
+    values = torch.stack([t.detach().float() for t in device.values()]).tolist()
+    host = dict(zip(device, values, strict=True))
+    lr = engine.set_lr(stage.lr_factor(step))
+    applied, norm_before = engine.step(host.pop("norm", None))
+    after = getattr(engine.raw, "after_step", None)
+    if applied and tally.aux and after is not None:
+        with torch.no_grad():
+            after({k: Sum(s.total, s.count) for k, s in tally.aux.items()})
+    if applied:
+        stage.averages.follow(network)
+    prefix = "optim" if network == "model" else f"optim/{network}"
+    return host | {f"{prefix}/lr": lr, f"{prefix}/grad_norm": norm_before}
+
+
+def _global_counts(
+    stage: StageState,
+    batches: Sequence[Batch],
+    micros: Sequence[Batch],
+    modalities: Sequence[str] | None,
+    stop: bool,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Denominators of all losses, and facts for the log, over micro-batches and ranks.
+
+    One collective.
+    """
+    each = [stage.objective.counts(b) for b in micros]
+    names = sorted({k for counts in each for k in counts})
+    mine = [torch.stack([c[k].float() for c in each if k in c]).sum() for k in names]
+    tokens = tokens_by_modality(batches, len(modalities or ()))
+    host = torch.cat([tokens, torch.tensor([float(n_items(batches)), float(stop)])])
+    *reduced, seen = all_reduce([*mine, host.to(stage.env.device, non_blocking=True)])
+    total, facts = seen[:-2].sum(), {"stop": seen[-1]}
+    if modalities is not None:
+        facts |= {
+            f"tokens/{m}_share": seen[i] / total.clamp_min(1)
+            for i, m in enumerate(modalities, start=1)
+        }
+        facts["tokens/step"] = total
+    else:
+        facts["items/step"] = seen[-2]
+    return dict(zip(names, reduced, strict=True)), facts
