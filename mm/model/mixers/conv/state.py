@@ -7,6 +7,7 @@ length.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -74,15 +75,24 @@ class TokenTail(StatePart):
 
 
 class ShortConv(TokenTail):
-    """Causal depthwise convolution of ``conv_size`` tokens inside documents."""
+    """Causal depthwise convolution of ``conv_size`` tokens inside documents.
 
-    def __init__(self, width: int, conv_size: int):
+    Args:
+        init: weights normal, of standard deviation ``conv_size ** -0.5``, or uniform up to it.
+    """
+
+    def __init__(self, width: int, conv_size: int, init: Literal["normal", "uniform"] = "normal"):
         super().__init__(width, conv_size - 1)
+        self.init = init
         self.weight = nn.Parameter(torch.empty(conv_size, width))
         self.bias = nn.Parameter(torch.empty(width))
 
     def init_weights(self) -> None:
-        nn.init.normal_(self.weight, std=self.weight.shape[0] ** -0.5)
+        scale = self.weight.shape[0] ** -0.5
+        if self.init == "normal":
+            nn.init.normal_(self.weight, std=scale)
+        else:
+            nn.init.uniform_(self.weight, -scale, scale)
         nn.init.zeros_(self.bias)
 
     def forward(  # type: ignore[override]

@@ -31,9 +31,9 @@ class EchoState(Cell):
     bias: Tensor
 
     def __init__(self, d_model: int, config: EchoStateConfig, linear: LinearFactory):
-        super().__init__()
+        W = config.width or d_model
+        super().__init__(W, W)
         self.config = config
-        self.width = self.size = W = config.width or d_model
         self.register_buffer("orthogonal", torch.empty(W, W))
         self.register_buffer("recurrent", torch.empty(W, W))
         self.register_buffer("inner", torch.empty(W, d_model))
@@ -56,7 +56,7 @@ class EchoState(Cell):
         self.recurrent.copy_(random * (c.spectral_radius / float(largest)))
 
     def inputs(self, x_RLD: Tensor) -> Sequence[Tensor]:
-        x = x_RLD.to(self.wide())
+        x = x_RLD.to(self.memory.dtype)
         return (F.linear(x, self.inner.to(x), self.bias.to(x)),)
 
     def step(self, read: Sequence[Tensor], before_RS: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ class LEM(Cell):
     """
 
     def __init__(self, d_model: int, width: int, dt: float, linear: LinearFactory):
-        super().__init__()
-        self.width, self.size, self.dt = width, 2 * width, dt
+        super().__init__(width, 2 * width)
+        self.dt = dt
         self.inner = linear(d_model, 4 * width, "inner")  # d, e, z, y
         self.bias = nn.Parameter(torch.empty(4 * width))
         self.from_y = nn.Parameter(torch.empty(3 * width, width))
@@ -41,7 +41,7 @@ class LEM(Cell):
         nn.init.uniform_(self.from_z, -bound, bound)
 
     def inputs(self, x_RLD: Tensor) -> Sequence[Tensor]:
-        u = self.inner(x_RLD).to(self.wide())
+        u = self.inner(x_RLD).to(self.memory.dtype)
         return (u + self.bias.to(u)).split((3 * self.width, self.width), -1)
 
     def step(self, read: Sequence[Tensor], before_RS: Tensor) -> Tensor:

@@ -36,9 +36,8 @@ class SCRN(Recurrence):
         adaptive: bool,
         linear: LinearFactory,
     ):
-        super().__init__()
+        super().__init__(width + context, width + context)
         self.units, self.context, self.decay = width, context, decay
-        self.width = self.size = width + context
         self.slow = linear(d_model, context, "slow")  # B
         self.weight_ih = nn.Parameter(torch.empty(width, context + d_model))  # P, A
         self.weight_hh = nn.Parameter(torch.empty(width, width))  # R
@@ -54,7 +53,7 @@ class SCRN(Recurrence):
 
     def states(self, x_RLD: Tensor, before_RS: Tensor) -> tuple[Tensor, Tensor]:
         h, s = before_RS.split((self.units, self.context), -1)
-        u = self.slow(x_RLD).to(self.wide())
+        u = self.slow(x_RLD).to(self.memory.dtype)
         a = u.new_full((), self.decay) if self.rate is None else self.rate.to(u).sigmoid()
         slow, _ = linear_scan(a.expand_as(u), (1 - a) * u, None, s.contiguous())
         slow = slow.to(u)

@@ -33,8 +33,8 @@ class SLSTM(Cell):
     """
 
     def __init__(self, d_model: int, width: int, heads: int, linear: LinearFactory):
-        super().__init__()
-        self.width, self.heads, self.size = width, heads, 4 * width
+        super().__init__(width, 4 * width)
+        self.heads = heads
         K = width // heads
         self.gates = linear(d_model, 4 * width, "gates")
         self.recurrent = nn.Parameter(torch.empty(heads, K, 4 * K))
@@ -53,7 +53,7 @@ class SLSTM(Cell):
 
     def inputs(self, x_RLD: Tensor) -> Sequence[Tensor]:
         (R, L), K = x_RLD.shape[:2], self.width // self.heads
-        gates = self.gates(x_RLD).to(self.wide()).view(R, L, self.heads, 4, K)
+        gates = self.gates(x_RLD).to(self.memory.dtype).view(R, L, self.heads, 4, K)
         return (gates + self.bias.to(gates),)
 
     def step(self, read: Sequence[Tensor], before_RS: Tensor) -> Tensor:

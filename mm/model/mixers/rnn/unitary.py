@@ -34,9 +34,8 @@ class Unitary(Recurrence):
     caps = replace(Recurrence.caps, sequential=False)
 
     def __init__(self, d_model: int, heads: int, head_dim: int, linear: LinearFactory):
-        super().__init__()
+        super().__init__(heads * head_dim, heads * head_dim)
         self.heads, self.head_dim = heads, head_dim
-        self.width = self.size = heads * head_dim
         self.angles = linear(d_model, heads * head_dim * (head_dim - 1) // 2, "angles")
         self.out = linear(self.width, d_model, "out")
 
@@ -46,7 +45,7 @@ class Unitary(Recurrence):
         above = torch.triu_indices(K, K, 1, device=x_RLD.device)
         number = torch.zeros(K, K, dtype=torch.long, device=x_RLD.device)
         number[above[0], above[1]] = torch.arange(above.shape[1], device=x_RLD.device)
-        angles = self.angles(x_RLD).to(self.wide()).unflatten(-1, (self.heads, -1))
+        angles = self.angles(x_RLD).to(self.memory.dtype).unflatten(-1, (self.heads, -1))
         upper = angles[..., number] * torch.ones_like(angles[0, 0, 0, 0]).expand(K, K).triu(1)
         return torch.matrix_exp(upper - upper.transpose(-1, -2))
 

@@ -30,8 +30,8 @@ class HiPPORNN(Cell):
     """
 
     def __init__(self, d_model: int, width: int, states: int, linear: LinearFactory):
-        super().__init__()
-        self.width, self.orders, self.size = width, states, width + states + 1
+        super().__init__(width, width + states + 1)
+        self.orders = states
         self.inner = linear(d_model, 2 * width, "inner")  # gate, update
         self.bias = nn.Parameter(torch.empty(2 * width))
         self.recurrent = nn.Parameter(torch.empty(2 * width, width + states))
@@ -47,7 +47,7 @@ class HiPPORNN(Cell):
         nn.init.normal_(self.signal, std=self.width**-0.5)
 
     def inputs(self, x_RLD: Tensor) -> Sequence[Tensor]:
-        u = self.inner(x_RLD).to(self.wide())
+        u = self.inner(x_RLD).to(self.memory.dtype)
         return (u + self.bias.to(u),)
 
     def step(self, read: Sequence[Tensor], before_RS: Tensor) -> Tensor:

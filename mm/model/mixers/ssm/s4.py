@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.model.context import Ctx
-from mm.model.layer import LinearFactory, Out
+from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.ssm.dense import DenseMemory
 from mm.model.mixers.ssm.hippo_matrices import nplr_legs
-from mm.model.mixers.ssm.scan import Hidden, advanced, commit
 from mm.model.varlen import PackedRows
 from mm.registry import MIXERS
 from mm.state import State
@@ -53,7 +52,7 @@ class NplrStep(NamedTuple):
         return self.inverse * (ahead - back)
 
 
-class S4(DenseMemory):
+class S4(Mixer):
     """``out(gelu(y))`` with ``y = C h + d * x`` and ``h' = (diag(l) - P P^*) h + B x``, bilinear.
 
     l, P and B begin as those of HiPPO-LegS; all are learned by channel, and the real parts of l
@@ -66,11 +65,14 @@ class S4(DenseMemory):
     ``- P Q^*``: Goel et al. 2022 (arXiv:2202.09729), section 4.1.
     """
 
+    caps = Caps(causal=True, step=True, shard="carry")
+
     def __init__(
         self, d_model: int, states: int, steps: tuple[float, float], linear: LinearFactory
     ):
-        super().__init__(d_model, states)
-        self.steps, half = steps, states // 2
+        super().__init__()
+        self.states, self.steps, half = states, steps, states // 2
+        self.memory = DenseMemory(d_model, states)
         self.log_rate = nn.Parameter(torch.empty(d_model, half))
         self.frequency = nn.Parameter(torch.empty(d_model, half))
         self.low_rank = nn.Parameter(torch.empty(2, d_model, half))  # P, real and imaginary
@@ -117,26 +119,26 @@ class S4(DenseMemory):
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         if state is not None and 0 < ctx.layout.max_seqlen <= STEPS:
-            y, after = self._stepped(x_BTD, ctx, commit(state))
+            run = lambda docs, before: self._step_rows(docs, before, x_BTD)
+            y, after = self.memory.advance(run, ctx, state)
         else:
-            y, after = self.remembered(x_BTD, *self.matrices(), ctx, state)
+            y, after = self.memory(x_BTD, *self.matrices(), ctx, state)
             y = y[..., 0]
         y = y.to(x_BTD.dtype) + self.skip * x_BTD
         return Out(self.out(F.gelu(y), ctx), after)
 
-    def _stepped(self, x: Tensor, ctx: Ctx, old: Hidden) -> tuple[Tensor, State]:
-        """Readouts `(B, T, D)` of a few tokens, one after another, and the State after them."""
-        system, docs = self.system(), PackedRows.of(ctx.layout, old.h.shape[0])
-        rows, before = docs.unpack(x).to(system.read.dtype), docs.read(old.h)
-        h = torch.complex(*before.view(-1, self.channels, 2, self.states // 2).unbind(2))
+    def _step_rows(
+        self, docs: PackedRows, before_RDN: Tensor, x_BTD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Readouts `(R, L, D)` of a few tokens, one after another, and each row's last state."""
+        system = self.system()
+        h = torch.complex(*before_RDN.unflatten(-1, (2, -1)).unbind(2))
         states = []
-        for u in rows.unbind(1):
+        for u in docs.unpack(x_BTD).to(system.read.dtype).unbind(1):
             h = system.after(h, u)
             states.append(torch.cat((h.real, h.imag), -1))
         made = torch.stack(states, 1)
-        y = (made * system.read).sum(-1)
-        after = advanced(old, docs, before, made.flatten(2), ctx.draft)
-        return docs.pack(y, *x.shape[:2]), after
+        return (made * system.read).sum(-1), docs.last(made, before_RDN)
 
 
 @MIXERS.register("s4")
