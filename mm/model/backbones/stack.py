@@ -26,9 +26,9 @@ from mm.model.layer import (
     Provider,
     name_layers,
 )
+from mm.model.length_buckets import document_groups
 from mm.model.linears.dense import dense
 from mm.model.norm import Kind, norm
-from mm.model.varlen import document_groups
 from mm.registry import BACKBONES, MIXERS, BlockField, FfnField, MixerField
 from mm.state import State, StateTuple
 
