@@ -76,12 +76,8 @@ class Stack(Backbone):
         # (GPT-2), section 2.3.
         factor = (2 * len(self.layers)) ** -0.5
         for module in _own_modules(self.layers):
-            if (
-                isinstance(module, Linear)
-                and getattr(module, "name", "") == "out"
-                and hasattr(module, "rescale")
-            ):
-                module.rescale(factor)  # type: ignore[operator]
+            if isinstance(module, Linear) and module.ends_branch:
+                module.rescale(factor)
 
     def forward(
         self, x_BTD: Tensor, ctx: Ctx, state: State | None = None, path: Sequence[int] | None = None

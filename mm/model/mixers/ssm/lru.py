@@ -62,9 +62,7 @@ class LRU(Mixer):
             phase = torch.empty_like(u).uniform_(1e-4, 1.0) * self.max_phase
             self.theta.copy_(phase.log())
         nn.init.normal_(self.skip)
-        rescale = getattr(self.inner, "rescale", None)
-        if callable(rescale):
-            rescale(0.5**0.5)  # variance 1 / (2 D) for each part
+        self.inner.rescale(0.5**0.5)  # variance 1 / (2 D) for each part
 
     def eigenvalues(self) -> Tensor:
         """Lambda as `(2W,)`: real parts, then imaginary ones; float32 or wider."""
