@@ -54,7 +54,7 @@ class Stack(Backbone):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.norm = norm(last, d_model, eps)
-        self.recompute = [recomputing.suited(recompute, layer) for layer in layers]
+        self.recompute = [recomputing.resolve_mode(recompute, layer) for layer in layers]
         self.providers = nn.ModuleDict()
         readers: dict[str, list[Layer]] = {}
         makers: dict[str, Callable[[int], Provider]] = {}

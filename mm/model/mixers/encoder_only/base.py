@@ -32,7 +32,7 @@ class BothWays(Mixer):
         """`(R, L, D)` of rows that hold one document each in their first ``length`` places."""
         raise NotImplementedError
 
-    def bounded(self, max_len: int) -> None:
+    def limit_length(self, max_len: int) -> None:
         """Declare that longer documents are refused."""
         self.max_len = max_len
         self.caps = replace(type(self).caps, length_general=False)

@@ -32,7 +32,7 @@ class Linformer(BothWays):
     def __init__(self, d_model: int, config: LinformerConfig, linear: LinearFactory):
         super().__init__()
         self.heads = config.heads
-        self.bounded(config.max_len)
+        self.limit_length(config.max_len)
         self.qkv = linear(d_model, 3 * d_model, "qkv")
         self.out = linear(d_model, d_model, "out")
         count = {"none": 2 * config.heads, "heads": 2, "key_value": 1}[config.share]

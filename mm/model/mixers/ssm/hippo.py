@@ -17,7 +17,7 @@ from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.ssm.dense import DenseMemory
-from mm.model.mixers.ssm.hippo_matrices import Discretisation, Measure, discretised, hippo
+from mm.model.mixers.ssm.hippo_matrices import Discretisation, Measure, discretise, hippo
 from mm.registry import MIXERS
 from mm.state import State
 
@@ -89,11 +89,11 @@ class HiPPOMemory(Mixer):
             a = self.transition(wide)
         if c.window is not None:
             step = torch.full((1,), 1 / c.window, dtype=wide, device=a.device)
-            return *discretised(a, b, step, c.discretisation), torch.eye(
+            return *discretise(a, b, step, c.discretisation), torch.eye(
                 c.states, dtype=wide, device=a.device
             )[None]
         step = self.log_step.to(wide).exp()
-        return *discretised(a, b, step, c.discretisation), self.readout.to(wide)
+        return *discretise(a, b, step, c.discretisation), self.readout.to(wide)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         u = self.inner(x_BTD, ctx) if self.inner is not None else x_BTD

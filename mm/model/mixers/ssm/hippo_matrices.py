@@ -74,7 +74,7 @@ def nplr_legs(n: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def discretised(
+def discretise(
     a: Tensor, b: Tensor, dt: Tensor, how: Discretisation = "bilinear"
 ) -> tuple[Tensor, Tensor]:
     """Matrices of ``h_t = A h_{t-1} + B u_t`` from ``h' = a h + b u`` over steps ``dt``.

@@ -74,7 +74,7 @@ def _hilbert(row: np.ndarray, column: np.ndarray, side: int) -> np.ndarray:
     return far
 
 
-def ordered(layout: Layout, order: Order, reverse: bool, inside: Tensor) -> Tensor:
+def read_order(layout: Layout, order: Order, reverse: bool, inside: Tensor) -> Tensor:
     """Flat places `(B * T,)`: each place of a grid that is ``inside`` `(B, T)` gets the cell which
     the order reads there; all others stay.
     """
@@ -131,7 +131,7 @@ class ScanOrder(Mixer):
             if inside is None or not ctx.layout.grids:
                 out = inner(x_BTD, causal, old)
             else:
-                index = ordered(ctx.layout, order, self.reverse[i], inside)
+                index = read_order(ctx.layout, order, self.reverse[i], inside)
                 # The mixer's time is the order itself.
                 out = inner(
                     reorder(x_BTD, index), ctx.derive(index, mask=Causal(), time="stays"), old
