@@ -19,17 +19,18 @@ from mm.layout import Fields, Layout
 from mm.mask import Causal, Mask, Prefix, Window
 from mm.model.context import Ctx
 
-# Attention on a CPU takes documents where they lie if they have so many tokens on average: to
-# gather a token costs about 8 us, a call of its own for a document 0.3 ms.
+# Attention on a CPU takes documents in place if they have so many tokens on average: to gather a
+# token costs about 8 us, a call of its own for a document 0.3 ms.
 MIN_TOKENS_IN_PLACE, MAX_RUNS = 128, 64
 
 
 class _Regroup(torch.autograd.Function):
-    """Row gather whose backward is a row gather: every place that counts occurs once on either
-    side.
+    """Row gather whose backward is a row gather.
 
-    ``unread`` marks the rows of ``x`` that no place reads (copies that pad a group): their gradient
-    is zero, not that of the place they copy.
+    Every row that counts occurs once on either side.
+
+    ``unread`` marks the rows of ``x`` that no position reads (copies that pad a group): their
+    gradient is zero, not that of the position they copy.
     """
 
     @staticmethod
@@ -49,8 +50,10 @@ class _Regroup(torch.autograd.Function):
 
 
 class Group(NamedTuple):
-    """Documents of similar length, one a row. ``allowed`` None and ``causal`` say what the mask
-    amounts to here; groups made ``by_vectors`` say it in ``mask`` alone.
+    """Documents of similar length, one a row.
+
+    ``allowed`` None and ``causal`` say what the mask amounts to here; groups made ``by_vectors``
+    say it in ``mask`` alone.
     """
 
     rows: int
@@ -80,8 +83,9 @@ def _mask_spec(
 
 
 def _runs(first: np.ndarray, count: np.ndarray) -> list[tuple[int, int, int]]:
-    """First place, number and length of documents of one length that follow each other; none where
-    gathering documents costs less.
+    """First index, number and length of documents of one length that follow each other.
+
+    None where gathering documents costs less.
     """
     if count.sum() < MIN_TOKENS_IN_PLACE * len(count):
         return []
@@ -95,21 +99,23 @@ def _runs(first: np.ndarray, count: np.ndarray) -> list[tuple[int, int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class LengthBuckets:
-    """A stateless packed call as groups of one-document rows (`LengthBuckets.of`). With ``runs``
-    each group is a range of flat places; else, with ``index`` None, the rows are groups already.
+    """A stateless packed call as groups of one-document rows (`LengthBuckets.of`).
+
+    With ``runs`` each group is a range of flat indices; else, with ``index`` None, the rows are
+    groups already.
     """
 
     groups: tuple[Group, ...]
     index: Tensor | None = (
-        None  # (sum of R * L + 1,) flat places; the last row stands for all padding
+        None  # (sum of R * L + 1,) flat indices; the last row stands for all padding
     )
-    inverse: Tensor | None = None  # (B * T,) where each place went
+    inverse: Tensor | None = None  # (B * T,) where each position went
     unread: Tensor | None = None  # (sum of R * L + 1,) bool: copies that pad a group
     runs: tuple[tuple[int, int], ...] = ()
 
-    def _sizes(self, places: int) -> list[int]:
+    def _sizes(self, positions: int) -> list[int]:
         """Of what lies before the first run, the run, what lies between it and the next, .."""
-        ends = [0, *(end for run in self.runs for end in run), places]
+        ends = [0, *(end for run in self.runs for end in run), positions]
         return [b - a for a, b in pairwise(ends)]
 
     def split(self, *x_BT: Tensor) -> Iterator[tuple[Group, list[Tensor]]]:
@@ -125,7 +131,7 @@ class LengthBuckets:
             yield self.groups[0], list(x_BT)
             return
         sizes = [group.rows * group.length for group in self.groups]
-        # The last row is no place's: padding gets its gradient, which is zero.
+        # The last row is no position's: padding gets its gradient, which is zero.
         flat = [
             _Regroup.apply(x.reshape(x.shape[0] * x.shape[1], -1), self.index, self.inverse).split(
                 [*sizes, 1]
@@ -213,7 +219,7 @@ class LengthBuckets:
             chosen = size == width
             start, count = first[chosen], lengths[real][chosen]
             L = int(count.max())
-            # Padding repeats the document's own last place: never a neighbour's, which might be
+            # Padding repeats the document's own last position: never a neighbour's, which might be
             # inf.
             index = start[:, None] + np.minimum(np.arange(L), count[:, None] - 1)
             valid = np.arange(L) < count[:, None]
@@ -241,8 +247,9 @@ class LengthBuckets:
 
 
 def document_groups(ctx: Ctx) -> LengthBuckets | None:
-    """The call's documents grouped by length, once for all layers of a pass; None inside a graph
-    unless they were grouped before it.
+    """Group the call's documents by length, once for all layers of a pass.
+
+    None inside a graph unless they were grouped before it.
     """
     return ctx.cached_on_host(
         "varlen.documents", lambda layout, mask: LengthBuckets.of(layout, Causal())

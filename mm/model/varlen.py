@@ -29,7 +29,7 @@ def narrowed(mask: Mask, window: int | None) -> Mask:
 
 
 def pieces(size: int, *given: Tensor | None) -> list[tuple[Any, ...]]:
-    """Pieces of ``size`` places along dimension 1 of all that is not None, in order.
+    """Pieces of ``size`` positions along dimension 1 of all that is not None, in order.
 
     Cut at once: a slice for each piece has a gradient of the whole length each, O(T^2) together.
     """
@@ -61,7 +61,7 @@ def per_document(f: Callable[..., Tensor], ctx: Ctx, *x_BT: Tensor) -> Tensor:
     """Run a causal ``f`` on documents that all begin in this call.
 
     ``f`` takes rows of one document `(R, L, ...)`, one for each tensor `(B, T, ...)`, and returns
-    their outputs `(R, L, ...)`; rows may end in copies of the document's last place.
+    their outputs `(R, L, ...)`; rows may end in copies of the document's last position.
 
     Returns:
         Outputs `(B, T, ...)`.
@@ -79,7 +79,7 @@ class PackedRows(NamedTuple):
 
     index: (
         Tensor | None
-    )  # (R, L) flat places, None when row r of the call is document r + 1 already
+    )  # (R, L) flat indices, None when row r of the call is document r + 1 already
     valid: Tensor  # (R, L) bool
     length: Tensor  # (R,) int64
     slot: Tensor  # (R,) int64, -1 = none
@@ -88,8 +88,9 @@ class PackedRows(NamedTuple):
 
     @staticmethod
     def of(layout: Layout, n_slots: int) -> PackedRows:
-        """Rows of ``layout`` for a State of ``n_slots``. No synchronisation: L is
-        `Layout.max_seqlen`.
+        """Rows of ``layout`` for a State of ``n_slots``.
+
+        No synchronisation: L is `Layout.max_seqlen`.
         """
         B, T = layout.shape
         document = layout.fields.document
@@ -101,35 +102,37 @@ class PackedRows(NamedTuple):
         M = layout.slot.shape[0]
         flat = document.reshape(-1).long()
         count = flat.new_zeros(M + 1).index_add_(0, flat, torch.ones_like(flat))[1:]
-        places = torch.arange(layout.max_seqlen, device=flat.device)
-        valid = places < count[:, None]
+        positions = torch.arange(layout.max_seqlen, device=flat.device)
+        valid = positions < count[:, None]
         start = layout.cu_seqlens[:-1].long()
         last = (start + count - 1).clamp_min(0)
-        index = torch.minimum(start[:, None] + places, last[:, None]).clamp_max(B * T - 1)
+        index = torch.minimum(start[:, None] + positions, last[:, None]).clamp_max(B * T - 1)
         return PackedRows(index, valid, count, layout.slot.long(), layout.fresh, False)
 
     def unpack(self, x_BT: Tensor) -> Tensor:
-        """`(B, T, ...)` to `(R, L, ...)`; places past a document's end repeat its own last one."""
+        """`(B, T, ...)` to `(R, L, ...)`; past a document's end its own last position repeats."""
         return x_BT if self.index is None else x_BT.flatten(0, 1)[self.index]
 
     def pack(self, y_RL: Tensor, B: int, T: int) -> Tensor:
         """Inverse of `unpack`; padding gets zeros."""
         if self.index is None:
             return y_RL
-        # Invalid places write into one place past the end, which is cut off.
+        # Invalid positions write into one index past the end, which is cut off.
         index = torch.where(self.valid, self.index, B * T).reshape(-1)
         out = y_RL.new_zeros(B * T + 1, *y_RL.shape[2:]).index_copy(0, index, y_RL.flatten(0, 1))
         return out[:-1].view(B, T, *y_RL.shape[2:])
 
     def fields(self, f: Fields) -> Fields:
-        """Fields of the rows; ``document`` is 1 at valid places, 0 elsewhere (a row holds one
-        document).
+        """Fields of the rows; ``document`` is 1 at tokens, 0 elsewhere.
+
+        A row holds one document.
         """
         return f.map(self.unpack)._replace(document=self.valid.to(torch.int32))
 
     def read(self, leaf_N: Tensor, initial: Tensor | float = 0.0) -> Tensor:
-        """`(N, ...)` state to what each row begins from: `(R, ...)`, ``initial`` for fresh rows and
-        rows without a slot.
+        """`(N, ...)` state to what each row begins from, `(R, ...)`.
+
+        ``initial`` for fresh rows and rows without a slot.
         """
         shape = (-1, *[1] * (leaf_N.dim() - 1))
         keep = ((self.slot >= 0) & ~self.fresh).view(shape)
@@ -166,9 +169,7 @@ class PackedRows(NamedTuple):
 
 
 class SlotWrites(NamedTuple):
-    """For every slot: the row that writes it (None = row n), whether any does, its length, whether
-    it began fresh.
-    """
+    """What each slot is written from."""
 
     row: Tensor | None  # (N,) int64
     hit: Tensor  # (N,) bool
@@ -184,8 +185,9 @@ class SlotWrites(NamedTuple):
         return rows.index_select(0, self.row)
 
     def write(self, old_N: Tensor, rows: Tensor) -> Tensor:
-        """`(N, ...)` new state: the row's value where a document named the slot, else the old one,
-        bit for bit.
+        """`(N, ...)` new state: the row's value where a document named the slot.
+
+        Elsewhere the old one, bit for bit.
         """
         return torch.where(
             self.hit.view(-1, *[1] * (old_N.dim() - 1)), self.take(rows).to(old_N.dtype), old_N

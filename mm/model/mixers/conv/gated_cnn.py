@@ -1,4 +1,7 @@
-"""Gated convolution. B rows, T tokens, D model, W width, C conv size, N slots."""
+"""Gated convolution.
+
+B rows, T tokens, D model, W width, C conv size, N slots.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Long convolution with an implicit filter between gates. B rows, T tokens, D model, W width, P
-places of the cache, N slots, R rows of one document, L their length, F filter lags.
+"""Long convolution with an implicit filter between gates.
+
+B rows, T tokens, D model, W width, P positions of the cache, N slots, R rows of one document, L
+their length, F filter lags.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ FEW = 8  # tokens of a call that are read off the cache one by one
 
 @dataclass(frozen=True)
 class History(DataclassState):
-    """What was convolved so far: place i is token i, zeros beyond the last."""
+    """What was convolved so far: position i is token i, zeros beyond the last."""
 
     u: Tensor  # (N, P, W)
     count: Tensor  # (N,) int64
@@ -37,7 +39,7 @@ class History(DataclassState):
 def long_conv(u_RLW: Tensor, filter_FW: Tensor) -> Tensor:
     """``y_t = sum_s filter_{t-s} u_s``, `(R, L, W)`; F >= L.
 
-    Beyond 64 tokens by FFT, whose rounding errors (not values) reach places before their cause.
+    Beyond 64 tokens by FFT, whose rounding errors (not values) reach positions before their cause.
     """
     L = u_RLW.shape[1]
     h = filter_FW[:L]
@@ -67,7 +69,7 @@ class LongConv(StatePart):
         Args:
             filter: takes a number of lags F and returns their values `(F, W)`.
         Raises:
-            ValueError: a document is longer than its State has places.
+            ValueError: a document is longer than its State has positions.
         """
         if state is None:
             h = filter(u_BTW.shape[1])
@@ -110,8 +112,10 @@ class LongConv(StatePart):
 
 
 class Hyena(Mixer):
-    """``out(c * (h conv (b * v) + d (b * v)))``; b, c, v are short convolutions of projections, the
-    filter h is a small sine network of the lag times a decay by channel: the recurrence of order 2.
+    """``out(c * (h conv (b * v) + d (b * v)))``: the Hyena recurrence of order 2.
+
+    b, c, v are short convolutions of projections, the filter h is a small sine network of the lag
+    times a decay by channel.
 
     The lag is measured in ``filter_length`` tokens, so that h is defined at any lag. Serving keeps
     the convolution's inputs, as attention keeps keys: a step costs the length so far.

@@ -1,4 +1,7 @@
-"""Trellis network. B rows, T tokens, D model, W width, N slots."""
+"""Trellis network.
+
+B rows, T tokens, D model, W width, N slots.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ from mm.state import State, join_parts, parts_of
 
 
 class Trellis(Mixer):
-    """``depth`` convolutions of width two with the SAME weights, the input injected into each, and
-    an LSTM's gates as their non-linearity: depth i of token t reads depth i - 1 of tokens t and
-    t - 1.
+    """``depth`` convolutions of width two with the SAME weights and an LSTM's gates.
+
+    The input is injected into each: depth i of token t reads depth i - 1 of tokens t and t - 1.
 
     It sees ``depth + 1`` tokens, and with block-sparse weights it is an LSTM over the last
     ``depth`` of them. All tokens run beside one another; the State keeps one token of each depth.

@@ -1,5 +1,6 @@
-"""What recurrent networks without a parallel form share. B rows, T tokens, D model, W width, S
-state width, N slots, R rows of one document, L their length.
+"""What recurrent networks without a parallel form share.
+
+B rows, T tokens, D model, W width, S state width, N slots, R rows of one document, L their length.
 
 They are sequential: token t waits for what token t - 1 left. Documents run beside one another, time
 does not.
@@ -72,8 +73,10 @@ class Recurrence(Mixer):
 
 
 class Cell(Recurrence):
-    """A recurrence stepped as its paper writes it. What needs no state is computed for all tokens
-    at once, as matrix products; the state's first W entries are the output.
+    """A recurrence stepped as its paper writes it.
+
+    What needs no state is computed for all tokens at once, as matrix products; the state's first W
+    entries are the output.
     """
 
     def inputs(self, x_RLD: Tensor) -> Sequence[Tensor]:

@@ -1,4 +1,7 @@
-"""Residual echo state network. R rows of one document, W width."""
+"""Residual echo state network.
+
+R rows of one document, W width.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,9 @@ from mm.registry import MIXERS
 
 
 class EchoState(Cell):
-    """``h_t = alpha O h_{t-1} + beta tanh(W_h h_{t-1} + W_x x_t + b)``, none of which is trained:
-    only ``out`` is. Sequential.
+    """``h_t = alpha O h_{t-1} + beta tanh(W_h h_{t-1} + W_x x_t + b)``. Sequential.
+
+    Only ``out`` is trained.
 
     Source: Pinna et al. 2025, DeepResESN (arXiv:2508.21172); stacking layers is the
     backbone's. The readout is a matrix that is trained like any other here, not a ridge regression.

@@ -1,4 +1,7 @@
-"""Long expressive memory. R rows of one document, W width."""
+"""Long expressive memory.
+
+R rows of one document, W width.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,11 @@ from mm.registry import MIXERS
 
 
 class LEM(Cell):
-    """``z_t = (1 - d) z_{t-1} + d tanh(W_z y_{t-1} + V_z x_t)``, ``y_t = (1 - e) y_{t-1} + e
-    tanh(W_y z_t + V_y x_t)`` with learned time steps ``d, e = step * sigmoid(W y_{t-1} + V x_t)``;
-    all with biases. Sequential. State: y, z.
+    """Two coupled states with learned time steps. Sequential.
+
+    ``z_t = (1 - d) z_{t-1} + d tanh(W_z y_{t-1} + V_z x_t)``, ``y_t = (1 - e) y_{t-1} + e tanh(W_y
+    z_t + V_y x_t)`` with ``d, e = step * sigmoid(W y_{t-1} + V x_t)``; all with biases. State: y,
+    z.
 
     Source: Rusch et al. 2022 (arXiv:2110.04744), section 2, the discretised form.
     """

@@ -1,5 +1,6 @@
-"""Structurally constrained recurrent network. R rows of one document, L their length, W hidden
-units, C context units.
+"""Structurally constrained recurrent network.
+
+R rows of one document, L their length, W hidden units, C context units.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from mm.registry import MIXERS
 
 
 class SCRN(Recurrence):
-    """``s_t = (1 - a) B x_t + a s_{t-1}``, ``h_t = sigmoid(P s_t + A x_t + R h_{t-1})``, output
-    ``U h_t + V s_t``. Sequential.
+    """A simple recurrent network beside slow linear units. Sequential.
+
+    ``s_t = (1 - a) B x_t + a s_{t-1}``, ``h_t = sigmoid(P s_t + A x_t + R h_{t-1})``, output ``U
+    h_t + V s_t``.
 
     Source: Mikolov et al. 2015 (arXiv:1412.7753), section 3; a by unit: its adaptive form.
     """

@@ -1,5 +1,6 @@
-"""Unitary recurrent network. R rows of one document, L their length, H heads, K their width, C
-places of a chunk.
+"""Unitary recurrent network.
+
+R rows of one document, L their length, H heads, K their width, C positions of a chunk.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from mm.registry import MIXERS
 
 
 class Unitary(Recurrence):
-    """``s_t = Q(x_t) s_{t-1}`` in each head, ``Q = expm(A - A^T)`` a rotation that the token
-    chooses, ``s_0`` the first unit vector; no non-linearity, so nothing is ever forgotten.
+    """``s_t = Q(x_t) s_{t-1}`` in each head, with a rotation Q that the token chooses.
 
-    Products of rotations are associative: chunks of about sqrt(L) places run beside one another.
+    ``Q = expm(A - A^T)``, ``s_0`` the first unit vector; no non-linearity, so nothing is ever
+    forgotten.
+
+    Products of rotations are associative: chunks of about sqrt(L) positions run beside one another.
     The State holds ``s - s_0``, so that a fresh slot is zeros.
 
     Source: Bernardy & Lappin 2022 (arXiv:2208.05719), the unitary-evolution recurrent

@@ -1,5 +1,6 @@
-"""Diagonal recurrences whose gates read the token only. B rows, T tokens, D model, W width, N
-slots.
+"""Diagonal recurrences whose gates read the token only.
+
+B rows, T tokens, D model, W width, N slots.
 
 One layer, many papers: `configs/mixer/{min_gru,min_lstm,hgrn,gateloop}.yaml` are its presets.
 """
@@ -111,8 +112,8 @@ class GatedScan(Mixer):
             if self.bound is not None and isinstance(c.lower_bound, float):
                 self.bound.fill_(torch.logit(torch.tensor(c.lower_bound)).item())
             if self.theta is not None:
-                places = torch.arange(self.width) / self.width
-                self.theta.copy_(10000.0**-places)  # as rotary positions
+                channel = torch.arange(self.width) / self.width
+                self.theta.copy_(10000.0**-channel)  # as rotary positions
 
     def provider(self) -> tuple[str, Callable[[int], Provider]] | None:
         return shared_bounds(self.width) if self.config.lower_bound == "shared" else None

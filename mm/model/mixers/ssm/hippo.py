@@ -1,5 +1,6 @@
-"""Linear memory in orthogonal polynomials: LSSL and the Legendre memory unit. B rows, T tokens, D
-model, E channels, N states of each, M readouts.
+"""Linear memory in orthogonal polynomials: LSSL and the Legendre memory unit.
+
+B rows, T tokens, D model, E channels, N states of each, M readouts.
 """
 
 from __future__ import annotations

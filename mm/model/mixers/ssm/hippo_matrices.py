@@ -1,4 +1,7 @@
-"""HiPPO matrices and how a state space becomes a recurrence. N states, D channels."""
+"""HiPPO matrices and how a state space becomes a recurrence.
+
+N states, D channels.
+"""
 
 from __future__ import annotations
 

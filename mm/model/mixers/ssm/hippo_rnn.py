@@ -1,4 +1,7 @@
-"""A gated cell with a polynomial memory of its past. R rows of one document, W width, N states."""
+"""A gated cell with a polynomial memory of its past.
+
+R rows of one document, W width, N states.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,11 @@ from mm.registry import MIXERS
 
 
 class HiPPORNN(Cell):
-    """``h_t = (1 - g) h_{t-1} + g tanh(u)``, where gate and update read ``x_t``, ``h_{t-1}`` and
-    the memory ``c_{t-1}``; ``f_t = w . h_t + b``; ``c_t = A_t c_{t-1} + B_t f_t`` with the
-    bilinear HiPPO-LegS matrices at step 1 / t. Sequential.
+    """A gated recurrent cell that reads the polynomial memory of its own past. Sequential.
+
+    ``h_t = (1 - g) h_{t-1} + g tanh(u)``, where gate and update read ``x_t``, ``h_{t-1}`` and the
+    memory ``c_{t-1}``; ``f_t = w . h_t + b``; ``c_t = A_t c_{t-1} + B_t f_t`` with the bilinear
+    HiPPO-LegS matrices at step 1 / t.
 
     c holds the coefficients of the best polynomial for f over all of the document, whatever its
     length, so gradients to the past fade like 1 / t. State: h, c, t.

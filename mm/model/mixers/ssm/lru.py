@@ -1,4 +1,7 @@
-"""Linear recurrent unit. B rows, T tokens, D model, W complex channels."""
+"""Linear recurrent unit.
+
+B rows, T tokens, D model, W complex channels.
+"""
 
 from __future__ import annotations
 

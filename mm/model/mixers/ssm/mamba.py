@@ -1,5 +1,7 @@
-"""Mamba. B rows, T tokens, D model, E inner width, S states of a channel, K rank of the step size,
-N slots, R rows, L their length, C conv size.
+"""Mamba.
+
+B rows, T tokens, D model, E inner width, S states of a channel, K rank of the step size, N slots, R
+rows, L their length, C conv size.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class SelectiveScan(RecurrentState):
             return selective_scan(u_BTE, dt_BTE, a_SE, b_BTS, c_BTS, skip_E, reset)[0], None
 
         def run(docs: PackedRows, before: Tensor) -> tuple[Tensor, Tensor]:
-            # A place of zeros leaves the state as it is: the last one is that of the last token.
+            # A position of zeros leaves the state as it is: the last one is that of the last token.
             # Selected, not multiplied: what fills a row may hold inf.
             only = lambda x: torch.where(docs.valid[..., None], docs.unpack(x), 0.0)
             u, dt, b = only(u_BTE), only(dt_BTE), only(b_BTS)
@@ -58,8 +60,9 @@ class SelectiveScan(RecurrentState):
 
 
 class Mamba(Mixer):
-    """``out(silu(z) * ssm(silu(conv(x))))`` with ``x, z = inner(input)`` and step size, B and C
-    read from the convolved ``x``.
+    """``out(silu(z) * ssm(silu(conv(x))))`` with ``x, z = inner(input)``.
+
+    Step size, B and C are read from the convolved ``x``.
 
     Source: Gu & Dao 2023 (arXiv:2312.00752), section 3.4, figure 3 and algorithm 2; A from S4D-real
     (section 3.6). The norms of step size, B and C: Lieber et al. 2024, Jamba (arXiv:2403.19887).

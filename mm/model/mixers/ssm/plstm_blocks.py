@@ -1,6 +1,7 @@
-"""pLSTM's gating matrix in log steps: blocks of a grid merge pairwise. B grids, I block rows, J
-block columns; a block has y rows, x columns, E = y + x edges in (left, then top) and out (right,
-then bottom).
+"""pLSTM's gating matrix in log steps: blocks of a grid merge pairwise.
+
+B grids, I block rows, J block columns; a block has y rows, x columns, E = y + x edges in (left,
+then top) and out (right, then bottom).
 """
 
 from __future__ import annotations
@@ -67,8 +68,10 @@ class Blocks(NamedTuple):
 
 
 def gating_in_blocks(source: Tensor, through: Tensor, mark: Tensor) -> Tensor:
-    """`(B, Y, X, Y X)`: how much of what each cell puts into the grid each cell reads, over all
-    paths that go right and down, in ``log2 X + log2 Y`` merges.
+    """`gating`, `(B, Y, X, Y X)`, in ``log2 X + log2 Y`` merges of blocks.
+
+    How much of what each cell puts into the grid each cell reads, over all paths that go right and
+    down.
 
     Args:
         source: `(B, Y, X, 2)` to the right and down.

@@ -1,5 +1,7 @@
-"""Structured state space (S4). B rows, T tokens, D model, N states of a channel as N / 2 complex
-ones, R rows of one document, L their length.
+"""Structured state space (S4).
+
+B rows, T tokens, D model, N states of a channel as N / 2 complex ones, R rows of one document, L
+their length.
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ STEPS = 16  # tokens of a call up to which stepping is cheaper than powers of a 
 
 
 class NplrStep(NamedTuple):
-    """``h' = (I - dt / 2 A)^{-1} ((I + dt / 2 A) h + dt B u)`` for ``A = diag(rate) - P P^*``,
-    without a matrix: Woodbury's identity inverts it, and both factors are diagonal plus rank one.
+    """One bilinear step of ``h' = A h + B u`` for ``A = diag(rate) - P P^*``, without a matrix.
+
+    ``h' = (I - dt / 2 A)^{-1} ((I + dt / 2 A) h + dt B u)``: Woodbury's identity inverts it, and
+    both factors are diagonal plus rank one.
 
     Source: Gu et al. 2021 (arXiv:2111.00396), appendix C.2 (the recurrence in O(N)).
     """
@@ -41,8 +45,9 @@ class NplrStep(NamedTuple):
     room: Tensor  # (D, 1) Woodbury's denominator
 
     def after(self, h: Tensor, u: Tensor) -> Tensor:
-        """`(..., D, N / 2)` complex states after one token. ``h`` `(..., D or 1, N / 2)`; ``u``
-        `(..., D or 1)` real.
+        """Complex states `(..., D, N / 2)` after one token.
+
+        ``h`` `(..., D or 1, N / 2)`; ``u`` `(..., D or 1)` real.
         """
         # A conjugate pair reads P^* h + its conjugate: twice the real part.
         seen = lambda x: 2 * (self.p.conj() * x).real.sum(-1, keepdim=True)
@@ -105,8 +110,10 @@ class S4(Mixer):
         return NplrStep(rate, p, b, read, half, inverse, room)
 
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Transitions `(D, N, N)`, inputs `(D, N)` and readouts `(D, 1, N)` of the real states
-        ``(Re h, Im h)``: `NplrStep.after` of every unit state and of the input alone.
+        """Transitions `(D, N, N)`, inputs `(D, N)` and readouts `(D, 1, N)` of the real states.
+
+        The real states are ``(Re h, Im h)``: `NplrStep.after` of every unit state and of the input
+        alone.
         """
         system, n = self.system(), self.states // 2
         eye = torch.eye(n, dtype=system.read.dtype, device=system.read.device)

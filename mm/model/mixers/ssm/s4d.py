@@ -1,5 +1,7 @@
-"""Diagonal state space model. B rows, T tokens, D model, N complex states a channel, P = 2 parts, R
-rows of one document, L their length.
+"""Diagonal state space model.
+
+B rows, T tokens, D model, N complex states a channel, P = 2 parts, R rows of one document, L their
+length.
 """
 
 from __future__ import annotations
@@ -94,8 +96,9 @@ class S4D(Mixer):
         nn.init.normal_(self.skip)
 
     def discrete(self) -> tuple[Tensor, Tensor]:
-        """Decays and readout, each `(2, D, N)` float32 or wider: ``h_t = a h_{t-1} + x_t``, ``y_t =
-        sum Re(c h_t)``.
+        """Decays and readout, each `(2, D, N)` float32 or wider.
+
+        ``h_t = a h_{t-1} + x_t``, ``y_t = sum Re(c h_t)``.
         """
         wide = torch.promote_types(self.log_rate.dtype, torch.float32)
         dt = self.log_step.to(wide).exp()[:, None]

@@ -1,5 +1,6 @@
-"""Simplified state space with one state for all channels (S5). B rows, T tokens, D model, W complex
-states, N slots.
+"""Simplified state space with one state for all channels (S5).
+
+B rows, T tokens, D model, W complex states, N slots.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from mm.state import State
 
 
 class S5(Mixer):
-    """``gelu(y)`` with ``y = Re(C h) + d * x`` and ``h' = diag(l) h + B x``, inputs held between
-    steps (zoh), one time step a state; B and C are full matrices.
+    """``gelu(y)`` with ``y = Re(C h) + d * x`` and ``h' = diag(l) h + B x``.
+
+    Inputs are held between steps (zoh), one time step a state; B and C are full matrices.
 
     States begin as blocks of HiPPO-LegS's normal part.
 
