@@ -69,7 +69,8 @@ from mm.kernels.linear_scan import linear_scan  # noqa: E402
 from mm.launch.environment import keep_freed_memory  # noqa: E402
 from mm.layout import Doc, Layout  # noqa: E402
 from mm.mask import Causal  # noqa: E402
-from mm.model.layer import Ctx, init_weights  # noqa: E402
+from mm.model.context import Ctx
+from mm.model.layer import init_weights  # noqa: E402
 from mm.model.model import LmConfig  # noqa: E402
 from mm.registry import MIXERS  # noqa: E402
 from mm.specs import TokenSpec  # noqa: E402

@@ -129,7 +129,7 @@ class Layout:
     ) -> Layout:
         """The layout of the same content in other positions: the only way to make one from another.
 
-        Use `mm.model.layer.Ctx.derive`, which moves the ids along.
+        Use `mm.model.context.Ctx.derive`, which moves the ids along.
 
         Args:
             index: `(B * T,)` int64 permutation that stays inside documents and rows: flat position

@@ -17,7 +17,8 @@ import mm
 from mm.layout import Doc, Layout
 from mm.mask import Causal, Full, Mask
 from mm.model.backbones.stack import StackConfig, presets
-from mm.model.layer import Ctx, Layer, Out, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import Layer, Out, init_weights
 from mm.registry import (
     BACKBONES,
     BLOCKS,

@@ -39,7 +39,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mm.layout import Doc, Layout
 from mm.mask import Causal, Full
-from mm.model.layer import Ctx, Layer, LinearMixer
+from mm.model.context import Ctx
+from mm.model.layer import Layer, LinearMixer
 
 # ---- full == chunked == packed serving == step == drafted ----
 

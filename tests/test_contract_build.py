@@ -18,7 +18,8 @@ from mm import config as yaml_config
 from mm.kernels.attention.spec import MaskSpec
 from mm.kernels.op import Op
 from mm.layout import Layout
-from mm.model.layer import Ctx, Layer, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import Layer, init_weights
 from mm.registry import (
     ADAPTERS,
     BLOCKS,

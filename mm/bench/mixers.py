@@ -21,7 +21,8 @@ from mm.kernels.op import Op
 from mm.layout import Doc, Layout
 from mm.mask import Causal, Full
 from mm.model.backbones.stack import StackConfig, presets
-from mm.model.layer import Ctx, Layer, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import Layer, init_weights
 from mm.registry import LINEARS, MIXERS
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)

@@ -5,116 +5,19 @@ slots, P places.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mm.batch import Sum, Values
 from mm.errors import UserError
-from mm.kernels.attention.spec import ScoreSpec
-from mm.layout import Fields, Layout
 from mm.mask import Mask
+from mm.model.context import Ctx
 from mm.state import State
 
 NONE: Mapping[str, Any] = {}
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Something else to attend to: encoder states, neighbours, compressed context; several
-    coexist.
-    """
-
-    layout: Layout  # its `document` holds the READER's document ids: that is the link
-    mask: Mask
-    x: Tensor | None = None  # (B, Tm, Dm), or instead kv: reader layer -> (K, V)
-    kv: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    bias: Tensor | None = None  # (B, Tm) added to logits, with gradient
-
-
-@dataclass(frozen=True, slots=True)
-class Ctx:
-    """Immutable context of one pass. A layer that publishes something returns a successor
-    (`dataclasses.replace`).
-    """
-
-    layout: Layout
-    mask: Mask
-    ids: Tensor | None = None  # (B, T, S), for mixers that look at tokens
-    memories: Mapping[str, Memory] = field(default_factory=dict)
-    provided: Mapping[str, Tensor] = field(default_factory=dict)  # what Providers made, by name
-    # What earlier layers left for later ones, by name; it belongs to this layout.
-    published: Mapping[str, Any] = field(default_factory=dict)
-    scheduled: Mapping[str, float] = field(default_factory=dict)  # host values equal on all ranks
-    # Intermediates and statistics asked for; nothing is paid when empty.
-    return_intermediates: frozenset[str] = frozenset()
-    # Of counter-based noise (`mm.model.noise`): recomputation draws the same.
-    seed: Tensor | int = 0
-    visit: int = 0  # how many layers ran before in this pass
-    draft: bool = False  # the returned State must be able to accept() a prefix of this call
-    shard: Any = None
-
-    def cached(self, name: str, make: Callable[[Layout, Mask], T]) -> T:
-        """What all layers of a pass share: made on demand, once for each (name, layout, mask).
-
-        ``make`` sees the layout and the mask alone, so what it makes can depend on nothing else but
-        ``name``; it makes no gradients. Inside a graph of `torch.compile` that nobody prepared
-        (`Layer.prefetch`) each layer makes its own.
-        """
-        memo, key = self.layout.memo, f"{name}|{self.mask.key}"
-        if key in memo:
-            return memo[key]
-        if torch.compiler.is_compiling():
-            return make(self.layout, self.mask)
-        with torch.no_grad():
-            made = memo[key] = make(self.layout, self.mask)
-        return made
-
-    def cached_on_host(self, name: str, make: Callable[[Layout, Mask], T]) -> T | None:
-        """`cached` of something that looks at values, which a graph cannot: None inside a graph
-        unless it was made before.
-        """
-        if torch.compiler.is_compiling():
-            return self.layout.memo.get(f"{name}|{self.mask.key}")
-        return self.cached(name, make)
-
-    def hand_on(self, inner: Ctx | None) -> Ctx | None:
-        """The successor of this context after a part ran in ``inner``'s: what the part published,
-        where it published it for this layout; None when there is nothing new.
-        """
-        if inner is None or inner.layout is not self.layout:
-            return None
-        return replace(self, published=inner.published)
-
-    def derive(
-        self,
-        index: Tensor | None = None,
-        *,
-        document: Tensor | None = None,
-        mask: Mask | None = None,
-        time: Literal["moves", "stays"] = "moves",
-        slots: bool = True,
-    ) -> Ctx:
-        """The context of the same content in other positions: `Layout.derive`, and the ids along.
-
-        What was published belongs to the old layout and stays behind. Without ``slots`` nothing is
-        carried, so nothing is drafted. ``mask``: of the new context; default the same.
-        """
-        layout = self.layout.derive(index, document=document, time=time, slots=slots)
-        ids = self.ids
-        if ids is not None and index is not None:
-            ids = ids.flatten(0, 1)[index].view_as(ids)
-        return replace(
-            self,
-            layout=layout,
-            mask=mask or self.mask,
-            ids=ids,
-            published={},
-            draft=self.draft and slots,
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -282,66 +185,6 @@ class Provider(nn.Module):
 
     def forward(self, ctx: Ctx) -> Tensor:
         raise NotImplementedError
-
-
-class Position:
-    """Plug point; every hook optional."""
-
-    length_general: bool = True  # False: there are places it does not know
-    # Non-empty: `prepare` and `apply` do what `rotate` does, and the table is worth sharing over
-    # the layers of a pass under this name.
-    key: str = ""
-
-    def prepare_call(self, ctx: Ctx, fields: Fields | None = None) -> Any:
-        """`prepare` of the call's fields, or of ``fields`` with drawn positions; once a pass."""
-        true = ctx.layout.fields
-        if fields is None or fields.position is true.position:
-            return ctx.cached(
-                f"position.{self.key}", lambda layout, mask: self.prepare(layout.fields)
-            )
-        name = f"position.{self.key}.drawn.{int(ctx.seed)}"
-        return ctx.cached(name, lambda layout, mask: self.prepare(fields))
-
-    def rotate_call(
-        self, ctx: Ctx, q: Tensor, k: Tensor, fields: Fields | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """`rotate` queries and keys of the call, by a table that all layers of a pass share."""
-        if not self.key:
-            f = ctx.layout.fields if fields is None else fields
-            return self.rotate(q, k, f, f)
-        table = self.prepare_call(ctx, fields)
-        return self.apply(q, table), self.apply(k, table)
-
-    def prepare(self, f: Fields) -> Any:
-        """What `apply` needs to know of the places."""
-        return None
-
-    def apply(self, x: Tensor, prepared: Any) -> Tensor:
-        """`(B, T, H, K)` queries or keys to rotated ones: `rotate` with a prepared table."""
-        return x
-
-    def ids(self, f: Fields, ctx: Ctx) -> Tensor:
-        return f.position
-
-    def embed(self, x_BTD: Tensor, f: Fields) -> Tensor:
-        """Vectors with their places: asked by the embedder, or by a layer with this position."""
-        return x_BTD
-
-    def rotate(self, q: Tensor, k: Tensor, fq: Fields, fk: Fields) -> tuple[Tensor, Tensor]:
-        """`(B, T, H, K)` queries and keys to rotated ones. Keys are cached after rotation."""
-        return q, k
-
-    def score(self, q: Tensor, fq: Fields, fk: Fields) -> Tensor | None:
-        return None
-
-    def gain(self, fq: Fields, fk: Fields) -> Tensor | None:
-        return None
-
-    def scores(self, q: Tensor, fq: Fields, fk: Fields) -> ScoreSpec:
-        """`score` and `gain` in one value; overridden where vectors say as much as a score of every
-        pair.
-        """
-        return ScoreSpec(self.score(q, fq, fk), self.gain(fq, fk))
 
 
 class Linear(nn.Module):

@@ -23,15 +23,14 @@ from mm.mask import Causal, Full, Mask, Prefix, Window
 from mm.model import folder as files
 from mm.model import mup
 from mm.model.backbones.stack import INTERMEDIATE
+from mm.model.context import Ctx, Memory
 from mm.model.layer import (
     NONE,
     Adapter,
     Backbone,
-    Ctx,
     Embedder,
     Head,
     HeadOut,
-    Memory,
     ModelOut,
     hand_back,
     name_layers,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mm.kernels import dropout as kernel
-from mm.model.layer import Ctx, Layer
+from mm.model.context import Ctx
+from mm.model.layer import Layer
 
 
 def _hash(name: str) -> int:

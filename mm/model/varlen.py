@@ -17,7 +17,7 @@ from torch import Tensor
 from mm.kernels.attention.spec import MaskSpec
 from mm.layout import Fields, Layout
 from mm.mask import Causal, Mask, Prefix, Window
-from mm.model.layer import Ctx
+from mm.model.context import Ctx
 
 # Attention on a CPU takes documents where they lie if they have so many tokens on average: to
 # gather a token costs about 8 us, a call of its own for a document 0.3 ms.

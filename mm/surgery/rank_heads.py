@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mm.batch import Batch
 from mm.errors import UserError
-from mm.model.layer import Ctx
+from mm.model.context import Ctx
 from mm.model.mixers.attention.attention import Attention
 
 

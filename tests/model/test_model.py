@@ -17,8 +17,9 @@ from mm.errors import UserError
 from mm.layout import Doc, Layout
 from mm.mask import Causal, Full, Prefix, Window
 from mm.model import varlen as rows
+from mm.model.context import Ctx
 from mm.model.heads.softmax import Categorical
-from mm.model.layer import Ctx, init_weights
+from mm.model.layer import init_weights
 from mm.model.model import LmConfig, Model
 from mm.model.varlen import LengthBuckets
 from mm.registry import MIXERS

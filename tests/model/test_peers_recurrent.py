@@ -25,7 +25,7 @@ from peers import (
 
 from mm.layout import Layout
 from mm.mask import Causal
-from mm.model.layer import Ctx
+from mm.model.context import Ctx
 
 __all__ = ["plain_peers"]  # a fixture of every test here
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mm.layout import Doc, Fields, Layout
 from mm.mask import Causal, Full, ParallelBlocks, parallel_blocks
+from mm.model.context import Ctx
 from mm.model.ffn.swiglu import SwiGLU
-from mm.model.layer import Ctx, init_weights
+from mm.model.layer import init_weights
 from mm.model.mixers.attention.attention import Attention
 from mm.model.positions.irpe import piecewise
 from mm.model.varlen import LengthBuckets

@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mm.config import Config
-from mm.model.layer import Block, Ctx, FeedForward, Mixer, Out
+from mm.model.context import Ctx
+from mm.model.layer import Block, FeedForward, Mixer, Out
 from mm.model.noise import dropout
 from mm.model.norm import Kind, norm
 from mm.registry import BLOCKS

@@ -11,7 +11,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Ctx, Embedder, Position
+from mm.model.context import Ctx
+from mm.model.layer import Embedder
+from mm.model.positions.base import Position
 from mm.model.positions.randomised import adds_to_input
 from mm.registry import EMBEDDERS, PositionField
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.kernels.cross_entropy import linear_cross_entropy
-from mm.model.layer import Ctx, Embedder, Head, HeadOut
+from mm.model.context import Ctx
+from mm.model.layer import Embedder, Head, HeadOut
 from mm.registry import HEADS
 from mm.state import State
 

@@ -12,8 +12,9 @@ from mm.config import Config
 from mm.errors import UserError
 from mm.kernels.attention.spec import ScoreSpec
 from mm.layout import Fields
-from mm.model.layer import Ctx, Position
+from mm.model.context import Ctx
 from mm.model.noise import generator
+from mm.model.positions.base import Position
 from mm.registry import POSITIONS, PositionField
 
 

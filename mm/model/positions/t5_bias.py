@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mm.config import Config
 from mm.kernels.attention.spec import ScoreSpec
 from mm.layout import Fields
-from mm.model.layer import Position
+from mm.model.positions.base import Position
 from mm.registry import POSITIONS
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from mm.kernels.attention import attention
 from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.mask import Full
-from mm.model.layer import Ctx, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import init_weights
 from mm.model.mixers.attention.attention import Attention
 from mm.model.mixers.attention.forget_gate import forget_bias
 from mm.registry import MIXERS

@@ -94,7 +94,7 @@ def test_ragged_documents_beyond_a_chunk(settings: dict[str, object]) -> None:
 
 def _ctx(layout: Layout):  # noqa: ANN202
     from mm.mask import Causal
-    from mm.model.layer import Ctx
+    from mm.model.context import Ctx
 
     return Ctx(layout, Causal())
 

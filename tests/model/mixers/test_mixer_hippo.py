@@ -13,7 +13,8 @@ from torch import Tensor
 from mm.kernels.dense_ssm import dense_ssm
 from mm.layout import Doc, Layout
 from mm.mask import Causal
-from mm.model.layer import Ctx, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import init_weights
 from mm.model.mixers.ssm import s4
 from mm.model.mixers.ssm.hippo import HiPPOConfig, HiPPOMemory
 from mm.model.mixers.ssm.hippo_matrices import Measure, discretised, hippo, nplr_legs

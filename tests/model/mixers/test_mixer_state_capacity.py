@@ -14,7 +14,8 @@ from mm.errors import UserError
 from mm.layout import Doc, Layout
 from mm.mask import Causal
 from mm.model.backbones.stack import StackConfig
-from mm.model.layer import Ctx, Mixer, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import Mixer, init_weights
 from mm.model.mixers.linear_attention.capped_state import CappedStateConfig, capped
 from mm.model.mixers.linear_attention.linear_attention import LinearAttentionConfig
 from mm.model.mixers.linear_attention.windowed_state import WindowedStateConfig

@@ -18,7 +18,8 @@ from mm.kernels.attention import attention
 from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.layout import Fields
 from mm.mask import Mask
-from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out, Position
+from mm.model.context import Ctx
+from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import TailedKV
 from mm.model.mixers.attention.forget_gate import ForgetGate, ForgetKV, faded_from, forget_bias
@@ -26,6 +27,7 @@ from mm.model.mixers.attention.kv_cache import KV, DraftKV, advance
 from mm.model.mixers.attention.token_shift import TokenShift
 from mm.model.mixers.conv.state import DraftTail, Tail
 from mm.model.norm import HeadNorm, RMSNorm
+from mm.model.positions.base import Position
 from mm.model.varlen import LengthBuckets, PackedRows, narrowed, paired
 from mm.registry import MIXERS, PositionField
 from mm.state import State

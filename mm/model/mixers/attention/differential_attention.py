@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from mm.kernels.attention import attention
 from mm.kernels.attention.spec import MaskSpec, ScoreSpec
-from mm.model.layer import Ctx, LinearFactory, Out, Position
+from mm.model.context import Ctx
+from mm.model.layer import LinearFactory, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import CachedAttention, HeadsConfig, Sizes
 from mm.model.mixers.attention.kv_cache import KV, DraftKV
 from mm.model.norm import RMSNorm
+from mm.model.positions.base import Position
 from mm.model.positions.none import Tempered
 from mm.registry import MIXERS
 from mm.state import State

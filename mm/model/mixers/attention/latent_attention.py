@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from mm.config import Config
 from mm.kernels.attention import attention
 from mm.kernels.attention.spec import MaskSpec, ScoreSpec
-from mm.model.layer import Ctx, LinearFactory, Out, Position
+from mm.model.context import Ctx
+from mm.model.layer import LinearFactory, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import CachedAttention, Sizes
 from mm.model.mixers.attention.kv_cache import KV, DraftKV
 from mm.model.norm import RMSNorm
+from mm.model.positions.base import Position
 from mm.model.positions.irpe import IRPE
 from mm.registry import MIXERS, PositionField
 from mm.state import State

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.kernels.path_attention import move_keys, path_attention
-from mm.model.layer import Caps, Ctx, LinearFactory, Out, Position
+from mm.model.context import Ctx
+from mm.model.layer import Caps, LinearFactory, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import (
     GroupedAttention,
@@ -24,6 +25,7 @@ from mm.model.mixers.attention.base import (
 from mm.model.mixers.attention.forget_gate import ForgetGate, ForgetKV, faded_from
 from mm.model.mixers.attention.kv_cache import KV, DraftKV, advance
 from mm.model.mixers.conv.state import DraftTail, Tail, convolved
+from mm.model.positions.base import Position
 from mm.model.varlen import PackedRows, paired
 from mm.registry import MIXERS
 from mm.state import DataclassState, State

@@ -13,10 +13,12 @@ from pydantic import Field
 from torch import Tensor
 
 from mm.config import Config
-from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out, Position
+from mm.model.context import Ctx
+from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.attention.kv_cache import KV, DraftKV, advance
 from mm.model.norm import RMSNorm
+from mm.model.positions.base import Position
 from mm.model.positions.randomised import refuse_drawn
 from mm.model.varlen import PackedRows, per_document
 from mm.registry import PositionField

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mm.kernels.attention import attention
 from mm.kernels.attention.spec import MaskSpec, ScoreSpec
-from mm.model.layer import Caps, Ctx, LinearFactory, Out
+from mm.model.context import Ctx
+from mm.model.layer import Caps, LinearFactory, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import GroupedAttention, HeadsConfig
 from mm.model.mixers.attention.kv_cache import KV, DraftKV, advance

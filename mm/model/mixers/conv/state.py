@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm.kernels.causal_conv import causal_conv
-from mm.model.layer import Ctx
+from mm.model.context import Ctx
 from mm.model.varlen import PackedRows
 from mm.state import DataclassState, State
 

@@ -18,7 +18,8 @@ from mm.kernels.glu import glu
 from mm.kernels.linear_scan import linear_scan
 from mm.kernels.rg_lru import rg_lru_gates
 from mm.layout import Layout
-from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.context import Ctx
+from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.varlen import PackedRows
 from mm.registry import MIXERS

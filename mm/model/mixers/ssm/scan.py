@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm.layout import Layout
-from mm.model.layer import Ctx
+from mm.model.context import Ctx
 from mm.model.varlen import PackedRows
 from mm.state import DataclassState, State
 

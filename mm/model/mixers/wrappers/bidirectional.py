@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mm.config import Config
 from mm.mask import Causal, Mask
-from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.context import Ctx
+from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.wrappers.reverse import (
     both_ways,

@@ -18,7 +18,8 @@ from mm.config import Config
 from mm.errors import UserError
 from mm.layout import Layout
 from mm.mask import Causal, Mask
-from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.context import Ctx
+from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.wrappers.reverse import both_ways, refuse_state, reorder
 from mm.registry import MIXERS, MixerField
