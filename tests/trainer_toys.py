@@ -19,7 +19,7 @@ from mm.batch import Batch, Sum, Values
 from mm.config import Config
 from mm.layout import Doc, Layout
 from mm.model.layer import HeadOut, ModelOut
-from mm.objectives.objective import Network, Objective, Term
+from mm.objectives.objective import LossTerm, Network, Objective
 from mm.registry import NETWORKS, OBJECTIVES, STREAMS, Registry
 from mm.specs import TokenSpec
 from mm.vocabulary import Vocabulary, merged
@@ -234,13 +234,13 @@ class ToyGan(Objective):
         score = critic(Batch.of_values({"h": Values.items(h)})).hidden
         return (score[..., 0] * b.weight).sum()
 
-    def terms(self, micros: Any, nets: Any, env: Any) -> Iterator[Term]:
+    def terms(self, micros: Any, nets: Any, env: Any) -> Iterator[LossTerm]:
         last = len(micros) - 1
         with torch.no_grad():
             hs = [nets["model"](b).hidden for b in micros]
         for i, (b, h) in enumerate(zip(micros, hs, strict=True)):
             s = nets["critic"](Batch.of_values({"h": Values.items(h)})).hidden[..., 0]
-            yield Term({"critic": ((s - 1) ** 2 * b.weight).sum()}, "critic", i == last)
+            yield LossTerm({"critic": ((s - 1) ** 2 * b.weight).sum()}, "critic", i == last)
         with env.frozen("critic") as critic:
             for i, b in enumerate(micros):
                 out = nets["model"](b)
@@ -249,7 +249,7 @@ class ToyGan(Objective):
                     "nll": (out.heads["tokens"].nll * w).sum(),
                     "fool": self._scored(critic, b, out.hidden),
                 }
-                yield Term(losses, step=i == last)
+                yield LossTerm(losses, step=i == last)
 
 
 @OBJECTIVES.register("toy_teacher")
@@ -271,7 +271,7 @@ class ToyTeacher(Objective):
     def counts(self, b: Batch) -> dict[str, torch.Tensor]:
         return {"nll": b.weight.sum(), "near": b.weight.sum()}
 
-    def terms(self, micros: Any, nets: Any, env: Any) -> Iterator[Term]:
+    def terms(self, micros: Any, nets: Any, env: Any) -> Iterator[LossTerm]:
         for i, b in enumerate(micros):
             with torch.no_grad():
                 wanted = nets["teacher"](b).hidden
@@ -279,7 +279,7 @@ class ToyTeacher(Objective):
             w = b.weight.flatten()[b.places["tokens"].long()]
             near = ((out.hidden - wanted) ** 2).mean(-1)
             losses = {"nll": (out.heads["tokens"].nll * w).sum(), "near": (near * b.weight).sum()}
-            yield Term(losses, step=i == len(micros) - 1)
+            yield LossTerm(losses, step=i == len(micros) - 1)
 
 
 @STREAMS.register("toy_images")

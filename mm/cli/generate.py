@@ -89,8 +89,9 @@ app.command(help=HELP)(with_options(generate, {}))
 
 def full_app() -> typer.Typer:
     """The command with a file option for every modality but text, which is --prompt."""
-    from mm.registry import MODALITIES
+    from mm.registry import MODALITIES, load_plugins
 
+    load_plugins()
     file = lambda kind: typer.Option(metavar="FILE", help=f"{kind.capitalize()} condition.")
     files = {k: (Annotated[Path | None, file(k)], None) for k in MODALITIES if k != "text"}
     full = typer.Typer()

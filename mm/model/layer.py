@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,11 @@ from mm.batch import Sum, Values
 from mm.errors import UserError
 from mm.mask import Mask
 from mm.model.context import Ctx
-from mm.state import State
+from mm.model.draft import draft_call
+from mm.state import State, join_parts
 
 NONE: Mapping[str, Any] = {}
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +45,44 @@ class Out(NamedTuple):
     aux: Mapping[str, Sum] = NONE  # balance, commitment, statistics. Returned, never stored on self
 
 
-class Layer(nn.Module):
+class Stateful(nn.Module):
+    """What may own a State: a layer, or a part of one such as a short convolution."""
+
+    def stateful_parts(self) -> list[Stateful]:
+        """The nearest ones below, in the order in which they were assigned."""
+        return list(_nearest(self, Stateful))
+
+    def initial_state(self, n: int, max_len: int) -> State | None:
+        """State of ``n`` fresh slots that will hold at most ``max_len`` tokens; None without one.
+
+        That of its parts (`join_parts`), unless it says otherwise.
+        """
+        return join_parts(*(part.initial_state(n, max_len) for part in self.stateful_parts()))
+
+    def state_bytes(self, n: int, max_len: int) -> int:
+        """Declared bytes of `initial_state(n, max_len)`, held by the `state bytes` law.
+
+        The sum of its parts', unless it says otherwise.
+        """
+        return sum(part.state_bytes(n, max_len) for part in self.stateful_parts())
+
+
+class StatePart(Stateful):
+    """A part of a layer that owns a State and perhaps no parameter."""
+
+    like: Tensor  # (0,) of the dtype and on the device of the parameters around
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("like", torch.empty(0), persistent=False)
+
+    @property
+    def wide(self) -> torch.dtype:
+        """What recurrences are kept and moved in: float32 or wider."""
+        return torch.promote_types(self.like.dtype, torch.float32)
+
+
+class Layer(Stateful):
     """Mixer, FeedForward, Block, wrapper and Backbone are all this. The SAME call trains, prefills,
     continues and steps.
     """
@@ -51,8 +90,18 @@ class Layer(nn.Module):
     caps: Caps = Caps()
     path: str = ""  # its qualified name in the network (`name_layers`); keys of noise and reports
     provider_row: int = 0  # which of the readers of its Provider this layer is; the backbone says
+    # A draft call keeps what it read, and `State.accept` runs a prefix of it again. False: the
+    # State that it returns can be cut (caches), or its parts see to it (blocks and backbones).
+    replays: bool = False
     # Writes into results of its matrix products (torch's fused cells): none may be kept for later.
     overwrites: bool = False
+
+    def __call__(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None, *more: Any) -> Out:
+        if state is None or not self.replays:
+            return super().__call__(x_BTD, ctx, state, *more)
+        if not ctx.draft:
+            return super().__call__(x_BTD, ctx, state.commit())
+        return draft_call(super().__call__, x_BTD, ctx, state.commit())
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         raise NotImplementedError
@@ -65,19 +114,6 @@ class Layer(nn.Module):
         and finds nothing.
         """
         return None
-
-    def initial_state(self, n: int, max_len: int) -> State | None:
-        """State of ``n`` fresh slots that will hold at most ``max_len`` tokens; None for a layer
-        without state.
-        """
-        return None
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        """Declared bytes of `initial_state(n, max_len)`, held by the `state bytes` law.
-
-        A layer with a State states its formula.
-        """
-        return 0
 
     def prefetch(self, ctx: Ctx, serving: bool) -> None:
         """Make what this layer takes from `Ctx.cached_on_host` before a compiled graph asks for it.
@@ -115,6 +151,7 @@ class Layer(nn.Module):
 class Mixer(Layer):
     """Plug point; a word of the pattern."""
 
+    replays = True
     masks: frozenset[str] | None = None  # hints of the masks it can run under; None = any
 
     def check_mask(self, mask: Mask) -> None:
@@ -162,6 +199,8 @@ class FeedForward(Layer):
     """Plug point; needs ctx and state too (token shift, routing). Experts are ONE module with
     stacked weights.
     """
+
+    replays = True
 
 
 class Block(Layer):
@@ -293,11 +332,15 @@ def init_weights(module: nn.Module) -> None:
 
 def layers_in(module: nn.Module) -> Iterator[Layer]:
     """The nearest Layers below a module."""
+    return _nearest(module, Layer)
+
+
+def _nearest(module: nn.Module, kind: type[M]) -> Iterator[M]:
     for child in module.children():
-        if isinstance(child, Layer):
+        if isinstance(child, kind):
             yield child
         else:
-            yield from layers_in(child)
+            yield from _nearest(child, kind)
 
 
 def name_layers(root: nn.Module) -> None:

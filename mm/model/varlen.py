@@ -369,6 +369,16 @@ class PackedRows(NamedTuple):
         # Selected, not multiplied: a stale slot may hold inf.
         return torch.where(keep, rows, initial)
 
+    def last(self, h_RL: Tensor, before_R: Tensor) -> Tensor:
+        """`(R, ...)` of the last token of each row; ``before`` where a row has none."""
+        if not h_RL.shape[1]:
+            return before_R
+        shape = (-1, *[1] * (h_RL.dim() - 1))
+        index = (self.length - 1).clamp_min(0).view(shape).expand(-1, 1, *h_RL.shape[2:])
+        return torch.where(
+            (self.length > 0).view(shape[:-1]), h_RL.gather(1, index)[:, 0], before_R
+        )
+
     def written(self, n_slots: int) -> SlotWrites:
         """Which row each slot takes over."""
         if self.direct:

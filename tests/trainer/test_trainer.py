@@ -17,11 +17,11 @@ from trainer_toys import toys_registered  # noqa: F401
 
 from mm.errors import UserError
 from mm.registry import NETWORKS
-from mm.run import Guard, Run
+from mm.run import GuardConfig, Run
 from mm.specs import TokenSpec
 from mm.trainer.callbacks.base import Callback, Training
 from mm.trainer.checkpoint import format as checkpoint
-from mm.trainer.folder import locked
+from mm.trainer.folder import lock
 from mm.trainer.loop import INTERRUPTED, Trainer, train
 
 
@@ -179,7 +179,7 @@ def test_too_many_skips_stop_the_run(tmp_path: Path) -> None:
     run = make_run(
         tmp_path, data={"spikes": (3, 4)}, model={"spike_at": 17}, engine={"max_skips": 1}
     )
-    run = run.model_copy(update={"guard": Guard(max_rollbacks=0)})
+    run = run.model_copy(update={"guard": GuardConfig(max_rollbacks=0)})
     with pytest.raises(UserError, match="2 of the last 100 steps were not finite"):
         train(run)
     assert checkpoint.newest(run.folder / "checkpoints").state["step"] == 3  # the last good one
@@ -220,7 +220,7 @@ def test_no_room_is_said_before_writing(tmp_path: Path) -> None:
 
 def test_one_process_a_folder(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    with locked(run.folder), pytest.raises(UserError, match="trains here already"):
+    with lock(run.folder), pytest.raises(UserError, match="trains here already"):
         train(run)
 
 

@@ -67,5 +67,7 @@ class Position:
         return None
 
     def scores(self, q: Tensor, fq: Fields, fk: Fields) -> ScoreSpec:
-        """`score` and `gain` in one value; overridden where vectors say as much as all pairs."""
+        """`score` and `gain` in one value; overridden where vectors say as much as a score of every
+        pair.
+        """
         return ScoreSpec(self.score(q, fq, fk), self.gain(fq, fk))

@@ -47,6 +47,7 @@ class Attention(Mixer):
     """
 
     caps = Caps(causal=True, bidirectional=True, step=True, shard="ulysses")
+    replays = False
 
     def __init__(
         self,

@@ -71,6 +71,7 @@ class CachedAttention(Mixer):
     """Base: `attended` brings rows of one document, with what their slots hold, to `attend`."""
 
     caps = Caps(causal=True, bidirectional=True, step=True)
+    replays = False
     heads: int  # as positions count them
 
     def __init__(self, cached: Sizes, position: Position):

@@ -33,6 +33,7 @@ class PlacedAttention(Mixer):
     """
 
     caps = Caps(causal=True, step=True)
+    replays = False
     masks = frozenset({"causal"})
     keeps_queries: ClassVar[bool] = False  # keys are cached with the queries of their places
 
