@@ -86,16 +86,9 @@ def recorded(model: nn.Module) -> Iterator[list[tuple[Layer, Tensor, Ctx, Any, O
             handle.remove()
 
 
-def own_context(ctx: Ctx, model: nn.Module) -> Ctx:
-    """``ctx`` without what was made from a layout or a mask: the layer makes its own."""
-    made = {
-        name
-        for m in model.modules()
-        if isinstance(m, Layer)
-        for serving in (False, True)
-        for name in m.shares(serving)
-    }
-    return replace(ctx, shared={k: v for k, v in ctx.shared.items() if k not in made})
+def own_context(ctx: Ctx) -> Ctx:
+    """``ctx`` without what was made of its layout and mask: the layer makes its own."""
+    return replace(ctx, layout=replace(ctx.layout))
 
 
 # ---- the law ----
@@ -143,7 +136,7 @@ def faults(case: Case, chunks: bool = True) -> Iterator[Fault]:
     qualified = {m: name for name, m in model.named_modules()}
     with torch.no_grad():
         for layer, x, ctx, _, done in calls:
-            y = layer(x, own_context(ctx, model)).y
+            y = layer(x, own_context(ctx)).y
             real = ctx.layout.fields.document > 0
             if (far := difference(done.y[real].detach(), y[real])) is not None:
                 yield Fault("composed = alone", f"{qualified[layer]}: {far}")
@@ -243,13 +236,14 @@ def statistics(model: Model, case: Case, n: int) -> Iterator[Fault]:
                     for key, value in done.aux.items():
                         sums[key] = sums[key] + value if key in sums else value
             for key, value in sums.items():
-                there = out.aux.get(f"{name}.{key}")
-                if there is None:
-                    known = ", ".join(k for k in out.aux if k.endswith(key)) or "nowhere"
-                    yield Fault("losses are reported by name", f"{name}.{key}: {known}")
+                there = out.aux.get(key)
+                if not key.startswith(f"{name}."):
+                    yield Fault("losses are reported by name", f"{name}: {key}")
+                elif there is None:
+                    yield Fault("losses are reported by name", f"{key} is lost")
                 elif far := difference(there.total.reshape(-1, 1), value.total.reshape(-1, 1)):
-                    yield Fault("losses are reported by name", f"{name}.{key}: {far}")
-            wanted[name] = {k: v.detach() for k, v in sums.items()}
+                    yield Fault("losses are reported by name", f"{key}: {far}")
+            wanted[name] = {k.removeprefix(f"{name}."): v.detach() for k, v in sums.items()}
             alone[name].after_step(wanted[name])  # type: ignore[operator]
         before = {name: [b.clone() for b in m.buffers()] for name, m in own.items()}
         with listening(own, given):

@@ -26,6 +26,7 @@ from composition_configs import (
 )
 from composition_shrink import report
 
+from mm.errors import UserError
 from mm.layout import Layout
 from mm.mask import Causal, Full
 from mm.model.context import Ctx
@@ -41,9 +42,6 @@ from mm.registry import (
     POSITIONS,
     Registry,
 )
-
-# Until the mechanisms of mm/model are mended; the defects are those that this law found.
-pytestmark = pytest.mark.xfail(strict=False, reason="defects of mm/model that are being mended")
 
 FILLED = {ITEM: smallest(ADAPTERS, next(iter(ADAPTERS)))}
 
@@ -184,6 +182,35 @@ def test_position_and_what_holds_it_by_every_switch(
     for each in variants(POSITIONS):
         if each["kind"] == position["kind"]:
             holds(with_position(registry, kind, name, each), chunks=True)
+
+
+def refused_early(mixers: list[dict[str, Any]], mask: str) -> None:
+    refused = 0
+    for mixer in mixers:
+        case = fixed({"backbone": layers(mixer)}, mask, TEXT)
+        try:
+            model = build(case)
+        except Refused:
+            refused += 1
+            continue
+        call = lay(case, packed_rows(case))
+        try:
+            run(model, case, call)
+        except UserError as error:
+            pytest.fail(f"refused only when it runs: {mixer}: {error}", pytrace=False)
+    assert refused
+
+
+@pytest.mark.parametrize("mask", ["causal", "prefix", "full"])
+def test_a_mask_that_does_not_fit_is_refused_when_the_config_is_read(mask: str) -> None:
+    refused_early([*all_mixers().values()], mask)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", ["causal", "prefix", "full"])
+def test_a_mask_that_does_not_fit_what_is_wrapped_is_refused_early(mask: str) -> None:
+    every = all_mixers()
+    refused_early([wrapped(w, every[m]) for w, m in PAIRS], mask)
 
 
 def reads_ids(mixer: dict[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from kernel_checks import check, dtypes, here, others, randn
 
 import mm.kernels.cross_entropy as cross_entropy
 from mm.kernels.attention import attention
+from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.kernels.causal_conv import causal_conv
 from mm.kernels.cross_entropy import linear_cross_entropy
 from mm.kernels.glu import glu
@@ -177,16 +178,16 @@ def test_attention(
         randn(R, T, H, 6, dtype=dtype),
         randn(R, S, G, 6, dtype=dtype, seed=1),
         randn(R, S, G, 10, dtype=dtype, seed=2),
-        allowed,
+        MaskSpec(allowed, causal="causal" in mask),
     )
-    check(attention, name, arguments, dtype, causal="causal" in mask)
+    check(attention, name, arguments, dtype)
 
 
 def test_attention_reference_is_softmax_attention() -> None:
     """The reference itself, against the formula written out for one head and one query."""
     q, k, v = randn(1, 3, 2, 4), randn(1, 3, 1, 4, seed=1), randn(1, 3, 1, 5, seed=2)
     with attention.using("reference"):
-        y = attention(q, k, v, causal=True)
+        y = attention(q, k, v, MaskSpec(causal=True))
     weights = torch.stack([(q[0, 1, 1] * k[0, s, 0]).sum() / 2 for s in range(2)]).softmax(0)
     torch.testing.assert_close(y[0, 1, 1], weights[0] * v[0, 0, 0] + weights[1] * v[0, 1, 0])
     assert torch.equal(y[0, 0, 0], v[0, 0, 0])
@@ -197,7 +198,7 @@ def test_attention_bias_and_gain() -> None:
     bias, gain = randn(1, 2, 3, 3, seed=3), randn(1, 2, 3, 3, seed=4)
     p = (torch.einsum("rthk,rshk->rhts", q, k) / 2 + bias).softmax(-1) * gain
     torch.testing.assert_close(
-        attention(q, k, v, bias_RHTS=bias, gain_RHTS=gain), torch.einsum("rhts,rshv->rthv", p, v)
+        attention(q, k, v, score=ScoreSpec(bias, gain)), torch.einsum("rhts,rshv->rthv", p, v)
     )
 
 

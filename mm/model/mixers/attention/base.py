@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mm.config import Config
 from mm.kernels.attention import attention
+from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.layout import Fields
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer
@@ -97,7 +98,8 @@ class CachedAttention(Mixer):
         """Outputs `(R, T, ...)` of rows of one document; ``cached``: the keys come from the
         cache.
         """
-        return attention(q_RTHK, k_RSGK, v_RSGV, allowed_RTS, causal=causal, bias_RHTS=bias_RHTS)
+        mask, score = MaskSpec(allowed_RTS, causal), ScoreSpec(bias_RHTS)
+        return attention(q_RTHK, k_RSGK, v_RSGV, mask, score)
 
     def prefetch(self, ctx: Ctx, serving: bool) -> None:
         if not serving:
