@@ -1,5 +1,6 @@
-"""The one shape of everything between embedding and head. B rows, T tokens, D model, S streams, N
-slots, P places.
+"""The one shape of everything between embedding and head.
+
+B rows, T tokens, D model, S streams, N slots, P places.
 """
 
 from __future__ import annotations
@@ -83,8 +84,9 @@ class StatePart(Stateful):
 
 
 class Layer(Stateful):
-    """Mixer, FeedForward, Block, wrapper and Backbone are all this. The SAME call trains, prefills,
-    continues and steps.
+    """Mixer, FeedForward, Block, wrapper and Backbone are all this.
+
+    The SAME call trains, prefills, continues and steps.
     """
 
     caps: Caps = Caps()
@@ -196,8 +198,9 @@ class LinearMixer(Mixer):
 
 
 class FeedForward(Layer):
-    """Plug point; needs ctx and state too (token shift, routing). Experts are ONE module with
-    stacked weights.
+    """Plug point; needs ctx and state too (token shift, routing).
+
+    Experts are ONE module with stacked weights.
     """
 
     replays = True
@@ -218,9 +221,7 @@ class Backbone(Layer):
 
 
 class Provider(nn.Module):
-    """One per distinct name its layers read; run once before layer 0, its result enters
-    Ctx.shared.
-    """
+    """One per distinct name its layers read; run once before layer 0, its result enters Ctx.shared."""
 
     def forward(self, ctx: Ctx) -> Tensor:
         raise NotImplementedError
