@@ -1,9 +1,9 @@
-"""States of documents that go on in the next batch: of every lane, carried from step to step.
+"""States of documents that go on in the next batch: of every row, carried from step to step.
 
 A stream with ``carried_rows`` (`mm.data.streams.stateful`) makes the trainer call the model with
-the State that the lane's last window left. Back-propagation stops at the border of a step.
-Checkpoints hold the States of all lanes in their order, so another number of processes takes its
-own ones. N lanes of this rank.
+the State that the row's last window left. Back-propagation stops at the border of a step.
+Checkpoints hold the States of all carried rows in their order, so another number of processes
+takes its own ones. N carried rows of this rank.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from mm.state import State
 from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.engine.deepspeed import Engine
 
-FILE = "lanes"  # of the checkpoint, beside the networks' own
+FILE = "carried_rows"  # of the checkpoint, beside the networks' own
 
 
 class CarriedStates:
-    """States of this rank's lanes.
+    """States of this rank's carried rows.
 
     Args:
         initial: fresh States of them, N slots.
-        mine: lanes of every micro-batch, contiguous over them (`rank_rows`).
+        mine: carried rows of every micro-batch, contiguous over them (`rank_rows`).
     """
 
     def __init__(self, initial: State, mine: Sequence[range]):
@@ -43,7 +43,7 @@ class CarriedStates:
     def of(
         cls, stream: Any, engine: Engine, autocast: AbstractContextManager[Any]
     ) -> CarriedStates | None:
-        """Fresh ones for a stream that has lanes, else None. Call on all ranks.
+        """Fresh ones for a stream that has carried rows, else None. Call on all ranks.
 
         Raises UserError when the model has no State.
         """
@@ -64,28 +64,32 @@ class CarriedStates:
         return self.state.select(at.to(next(self.state.leaves()).device))
 
     def after(self, micro: int, out: ModelOut) -> None:
-        """Note what micro-batch ``micro`` left; `commit` makes it the lanes' State."""
+        """Note what micro-batch ``micro`` left; `commit` makes it the carried rows' State."""
         assert out.state is not None
         self._made[micro] = out.state.detach()
 
     def commit(self, applied: bool) -> None:
-        """End a step. One that was not applied leaves the lanes as they were: it is not finite."""
+        """End a step. One that was not applied leaves the carried rows as they were: it is not
+        finite.
+        """
         made, self._made = self._made, {}
         if applied and made:
             first, *rest = (made[i] for i in range(len(self._mine)))
             self.state = first.cat(*rest) if rest else first
 
     def full_tensors(self) -> dict[str, Tensor]:
-        """Leaves of all lanes' States on the CPU, in the order of the lanes. Call on all ranks."""
+        """Leaves of all carried rows' States on the CPU, in the order of the carried rows. Call on
+        all ranks.
+        """
         return {f"{i:03d}": _of_all(leaf) for i, leaf in enumerate(self.state.leaves())}
 
     def load(self, saved: Snapshot) -> None:
-        """Take this rank's lanes from a checkpoint, made by any number of processes."""
+        """Take this rank's carried rows from a checkpoint, made by any number of processes."""
         tensors = saved.tensors(FILE)
         own = list(self.state.leaves())
         if len(tensors) != len(own):
             raise UserError(
-                f"{saved.origin}: holds {len(tensors)} State tensors a lane, the model has "
+                f"{saved.origin}: holds {len(tensors)} State tensors a row, the model has "
                 f"{len(own)}: use another run name: name=..."
             )
         rows = slice(self._first, self._mine[-1].stop)
@@ -95,7 +99,9 @@ class CarriedStates:
 
 
 def _of_all(leaf: Tensor) -> Tensor:
-    """`(all lanes, ...)` on the CPU from every rank's `(N, ...)`; ranks have equally many."""
+    """`(all carried rows, ...)` on the CPU from every rank's `(N, ...)`; ranks have equally
+    many.
+    """
     mine = leaf.detach().contiguous()
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return mine.to("cpu", copy=True)
