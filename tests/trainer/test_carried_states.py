@@ -35,7 +35,7 @@ def _no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("carried_rows")
+    root = tmp_path_factory.mktemp("carried")
     token_shards(root, 37)
     return root
 
@@ -48,17 +48,18 @@ def stream_of(data: Path, **kw: Any) -> StatefulConfig:
 def make_run(root: Path, out: Path, name: str, *, steps: int = 6, **change: Any) -> Run:
     backbone = {"kind": "stack", "mixers": MIXERS, "ffn": {"kind": "swiglu", "hidden": 32}}
     backbone |= {"pattern": change.pop("pattern", "rg_lru attention")}
-    carried = {"kind": "stateful", "source": {"path": str(root / "tokens")}, "max_length": 64}
+    stream = {"kind": "stateful", "source": {"path": str(root / "tokens")}, "max_length": 64}
     sizes = {"seq_len": 11, "batch_size": 4, "max_documents": 3}
     return Run.model_validate(
         {
             "name": name,
             "out": out,
             "vocabulary": root / "tokens" / "vocabulary.json",
-            "model": {"kind": "lm", "d_model": 16, "backbone": backbone},
+            "model": {"kind": "lm", "d_model": 16, "backbone": backbone}
+            | {"mask": change.pop("mask", "causal")},
             "stages": [
                 {
-                    "data": carried | sizes | change.pop("data", {}),
+                    "data": stream | sizes | change.pop("data", {}),
                     "objective": "next_token",
                     "budget": {"steps": steps},
                     "optimizer": {"kind": "adamw", "lr": 1e-2},
@@ -80,11 +81,11 @@ def test_windows_of_a_row_concatenate_to_its_documents(data: Path) -> None:
         for b in stream.next():
             carried = b.labels["row"].tolist()
             assert len(carried) == 2
-            for place, row in enumerate(carried):
-                n = int((b.layout.fields.document[place] > 0).sum())
-                ids[row].append(b.ids[place, :n, 0].numpy())
-                targets[row].append(b.targets[place, :n, 0].numpy())
-                weights[row].append(b.weight[place, :n].numpy())
+            for row, number in enumerate(carried):
+                n = int((b.layout.fields.document[row] > 0).sum())
+                ids[number].append(b.ids[row, :n, 0].numpy())
+                targets[number].append(b.targets[row, :n, 0].numpy())
+                weights[number].append(b.weight[row, :n].numpy())
             used = (b.layout.cu_seqlens[:-1] < b.ids[..., 0].numel()).sum()
             assert set(b.layout.slot[:used].tolist()) == {0, 1}
     shards = ShardSet.open(data / "tokens")
@@ -132,8 +133,8 @@ def test_a_carried_state_is_as_the_whole_document(data: Path, tmp_path: Path, pa
         for row in range(4):
             n = int((b.layout.fields.document[row] > 0).sum())
             done[row].append(nll.view(b.weight.shape)[row, :n])
-    for number in range(4):
-        found, at = torch.cat(done[number]), 0
+    for row in range(4):
+        found, at = torch.cat(done[row]), 0
         for number in range(100):
             i = stream._index(number * 4 + row)[1]
             segments = [Segment(m, codes) for m, codes in shards.tokens(i).items()]
@@ -160,7 +161,7 @@ def stop_at(run: Run, step: int) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_resume_is_bitwise_with_states_of_rows(data: Path, tmp_path: Path, stage: int) -> None:
+def test_resume_is_bitwise_with_carried_states(data: Path, tmp_path: Path, stage: int) -> None:
     whole = make_run(data, tmp_path, "whole", stage=stage)
     train(whole)
     halves = make_run(data, tmp_path, "halves", stage=stage)
@@ -169,10 +170,10 @@ def test_resume_is_bitwise_with_states_of_rows(data: Path, tmp_path: Path, stage
     assert losses(halves) == losses(whole)
     a, b = (checkpoint.newest(r.folder / "checkpoints") for r in (whole, halves))
     assert a is not None and b is not None
-    for file in ("model", "carried_rows"):
+    for file in ("model", "carried_states"):
         left, right = a.tensors(file), b.tensors(file)
         assert left and all(torch.equal(left[k], right[k]) for k in left)
-    assert all(len(t) == 4 for t in a.tensors("carried_rows").values()), "one entry a number"
+    assert all(len(t) == 4 for t in a.tensors("carried_states").values()), "one entry a row"
 
 
 def test_micro_batches_carry_their_own_rows(data: Path, tmp_path: Path) -> None:
@@ -190,13 +191,15 @@ def test_micro_batches_carry_their_own_rows(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_without_state_is_refused_by_name(data: Path, tmp_path: Path) -> None:
+    values = make_run(data, tmp_path, "no", pattern="fnet", mask="full").to_dict()
+    values["model"]["mask"] = "full"
     with pytest.raises(UserError, match=r"'stateful': backbone.layers.0.mixer \(FNet\) has no S"):
-        train(make_run(data, tmp_path, "no", pattern="fnet"))
+        train(Run.model_validate(values))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_carried_rows_go_on_with_another_number_of_processes(data: Path, tmp_path: Path) -> None:
+def test_carried_states_go_on_with_another_number_of_processes(data: Path, tmp_path: Path) -> None:
     """Two steps each by 1, 2, 4, 2 and 1 processes, at stages 0 and 3: as one process all along."""
     whole = make_run(data, tmp_path, "whole", steps=10)
     train(whole)
