@@ -58,9 +58,16 @@ def holds(*cases: Case, chunks: bool = False) -> None:
     pytest.skip("refused under every mask")
 
 
-def under_masks(mixer: dict[str, Any], *masks: str) -> list[Case]:
+def under_masks(wrapper: str, mixer: dict[str, Any], *masks: str) -> list[Case]:
+    """The wrapper after its own mixer, which shares with it what may be shared; or alone, where the
+    mixer does not run under the mask.
+    """
     documents = {"causal": TEXT, "prefix": MARKED, "full": MARKED}
-    return [fixed({"backbone": layers(mixer)}, mask, documents[mask]) for mask in masks]
+    return [
+        fixed({"backbone": backbone}, mask, documents[mask])
+        for mask in masks
+        for backbone in (layers(mixer, wrapped(wrapper, mixer)), layers(wrapped(wrapper, mixer)))
+    ]
 
 
 PAIRS = [
@@ -82,14 +89,14 @@ def test_there_are_wrappers_and_most_take_most_mixers() -> None:
 
 @pytest.mark.parametrize("wrapper,mixer", pairs(False))
 def test_wrapper_and_mixer(wrapper: str, mixer: str) -> None:
-    holds(*under_masks(wrapped(wrapper, all_mixers()[mixer]), "prefix", "causal", "full"))
+    holds(*under_masks(wrapper, all_mixers()[mixer], "prefix", "causal", "full"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", ["causal", "prefix", "full"])
 @pytest.mark.parametrize("wrapper,mixer", pairs(True))
 def test_wrapper_and_mixer_under_every_mask(wrapper: str, mixer: str, mask: str) -> None:
-    holds(*under_masks(wrapped(wrapper, all_mixers()[mixer]), mask), chunks=True)
+    holds(*under_masks(wrapper, all_mixers()[mixer], mask), chunks=True)
 
 
 @pytest.mark.parametrize("mixer", [*MIXERS])
@@ -126,6 +133,14 @@ def test_backbone_and_block_and_head(backbone: str, mask: str) -> None:
         model = {"backbone": smallest(BACKBONES, backbone), "heads": {"tokens": head, "b": early}}
         holds(fixed(model, mask, documents))
         holds(fixed(model | {"adapters": FILLED}, "causal", ITEMS))
+
+
+@pytest.mark.parametrize("backbone", [*BACKBONES])
+def test_backbone_and_path(backbone: str) -> None:
+    """A layer visited again has a State of its own for each visit, in the order of visits."""
+    case = fixed({"backbone": smallest(BACKBONES, backbone)}, "causal", TEXT)
+    n = len(cast(Any, build(case).backbone).layers)
+    holds(case | {"path": [0, 1, 0, *range(2, n)]}, chunks=True)
 
 
 def placed(registry: Registry) -> list[tuple[str, str]]:
