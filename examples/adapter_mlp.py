@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from mm.batch import Values
 from mm.config import Config
-from mm.model.layer import Adapter, AdapterOutput, Ctx
+from mm.model.context import Ctx
+from mm.model.layer import Adapter, AdapterOutput
 from mm.registry import ADAPTERS
 
 

@@ -14,7 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from mm.config import Config
-from mm.model.layer import Ctx, FeedForward, LinearFactory, Out
+from mm.model.context import Ctx
+from mm.model.layer import FeedForward, LinearFactory, Out
 from mm.model.linears.dense import dense
 from mm.registry import FFNS
 from mm.state import State

@@ -12,19 +12,28 @@ from torch import Tensor
 
 
 class State(ABC):
-    """Tree of tensors over slots. A forward consumes it; `fork` to keep it. States are
-    differentiable inputs.
+    """Tree of tensors over slots.
+
+    A forward consumes it; `fork` to keep it. States are differentiable inputs.
     """
 
     @abstractmethod
     def map(self, f: Callable[..., Tensor], *others: Self) -> Self:
         """Apply ``f`` leaf by leaf (to the same leaf of every tree)."""
 
-    @abstractmethod
-    def accept(self, n_N: Tensor) -> Self:
-        """After a draft call: the state as if only ``n_N[i]`` tokens of slot i had come. `(N,)`
-        int.
+    def accept(self, n_N: Tensor) -> State:
+        """After a draft call: the state as if only ``n_N[i]`` tokens of slot i had come.
+
+        `(N,)` int.
+
+        Raises:
+            ValueError: the State is not of a draft call.
         """
+        raise ValueError("accept() takes the State of a call with draft=True")
+
+    def commit(self) -> State:
+        """The State that the next call begins from: an unaccepted draft counts as fed."""
+        return self
 
     def leaves(self) -> Iterator[Tensor]:
         """Every tensor, in a fixed order."""
@@ -52,8 +61,9 @@ class State(ABC):
 
 
 def map_tree(f: Callable[..., Tensor], *trees: Any) -> Any:
-    """Apply ``f`` over tensors, States, tuples and mappings of the same shape; None and host values
-    stay.
+    """Apply ``f`` over tensors, States, tuples and mappings of the same shape.
+
+    None and host values stay.
     """
     first = trees[0]
     if isinstance(first, Tensor):
@@ -69,7 +79,7 @@ def map_tree(f: Callable[..., Tensor], *trees: Any) -> Any:
 
 
 class DataclassState(State):
-    """A State that is a frozen dataclass: `map` goes over its fields. Subclasses write `accept`."""
+    """A State that is a frozen dataclass: `map` goes over its fields."""
 
     def map(self, f: Callable[..., Tensor], *others: Self) -> Self:
         return type(self)(
@@ -97,5 +107,26 @@ class StateTuple(State):
             *(map_tree(f, p, *(o.parts[i] for o in others)) for i, p in enumerate(self.parts))
         )
 
-    def accept(self, n_N: Tensor) -> Self:
-        return type(self)(*(p.accept(n_N) if p is not None else None for p in self.parts))
+    def accept(self, n_N: Tensor) -> StateTuple:
+        return StateTuple(*(p.accept(n_N) if p is not None else None for p in self.parts))
+
+    def commit(self) -> StateTuple:
+        return StateTuple(*(p.commit() if p is not None else None for p in self.parts))
+
+
+def join_parts(*parts: State | None) -> State | None:
+    """The State of something whose parts have these: of the one part, or a StateTuple.
+
+    None when none has any.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    return StateTuple(*parts) if any(part is not None for part in parts) else None
+
+
+def parts_of(state: State | None, n: int) -> tuple[State | None, ...]:
+    """What `join_parts` joined of ``n`` parts; ``n`` times None where there is no State."""
+    if state is None or n == 1:
+        return (state,) * n
+    assert isinstance(state, StateTuple) and len(state) == n
+    return state.parts

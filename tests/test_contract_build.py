@@ -15,9 +15,11 @@ from laws import ROOT, TOL, VARIANTS, VOCABULARY, D, build, layers, mask_of
 from torch import Tensor, nn
 
 from mm import config as yaml_config
+from mm.kernels.attention.spec import MaskSpec
 from mm.kernels.op import Op
 from mm.layout import Layout
-from mm.model.layer import Ctx, Layer, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import Layer, init_weights
 from mm.registry import (
     ADAPTERS,
     BLOCKS,
@@ -161,7 +163,7 @@ def example(op: str) -> tuple[Tensor, ...]:
             r(2, 5, 4, 6),
             r(2, 5, 2, 6),
             r(2, 5, 2, 3),
-            torch.ones(2, 5, 5, dtype=torch.bool).tril(),
+            MaskSpec(torch.ones(2, 5, 5, dtype=torch.bool).tril()),
         ),
         "decode_attention": (r(2, 4, 6), r(2, 5, 2, 6), r(2, 5, 2, 3), torch.tensor([5, 2])),
         "linear_scan": (
@@ -221,7 +223,7 @@ def example(op: str) -> tuple[Tensor, ...]:
             torch.nn.functional.normalize(r(2, 5, 2, 3).detach(), dim=-1).requires_grad_(),
             (2 * r(2, 5, 2).sigmoid()).detach().requires_grad_(),
         ),
-        "moved_keys": (
+        "move_keys": (
             r(2, 7, 2, 3),
             torch.nn.functional.normalize(r(2, 5, 2, 3).detach(), dim=-1).requires_grad_(),
             (2 * r(2, 5, 2).sigmoid()).detach().requires_grad_(),

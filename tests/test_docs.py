@@ -106,8 +106,7 @@ def test_every_command_exists_with_its_options(page: Path) -> None:
         node: Any = typer.main.get_command(cli.app)
         context = node.make_context("mm", list(words))
         while hasattr(node, "get_command"):
-            name = words.pop(0)
-            node = node.get_command(context, name)
+            name, node, words = node.resolve_command(context, words)
             assert node is not None, f"{page.name}: no command in '{command}'"
             context = node.make_context(name, [], parent=context, resilient_parsing=True)
             if not words:

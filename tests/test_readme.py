@@ -40,8 +40,9 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 
 def commands(text: str = README) -> list[str]:
-    """Every line of the bash blocks, without its comment; a `for` loop gives one command for each
-    word.
+    """Every line of the bash blocks, without its comment.
+
+    A `for` loop gives one command for each word.
     """
     out = []
     for line in "".join(blocks("bash", text)).splitlines():
@@ -225,8 +226,9 @@ def test_own_data_in_four_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_quickstart_command(tmp_path: Path) -> None:
-    """What `make quickstart` runs after the install, at 3 % of every training budget: every output
-    is there and sound.
+    """What `make quickstart` runs after the install, at 3 % of every training budget.
+
+    Every output is there and sound.
     """
     out = tmp_path / "quickstart"
     command = [sys.executable, "-m", "mm", "quickstart", "--out", str(out), "--scale", "0.03"]

@@ -1,7 +1,9 @@
-"""State space with a full transition matrix, in chunks. B rows, T tokens, D channels, N states of
-each, M readouts of each channel, G = D or 1 (all channels share).
+"""State space with a full transition matrix, in chunks.
 
-Inside: C places of a chunk.
+B rows, T tokens, D channels, N states of each, M readouts of each channel, G = D or 1 (all channels
+share).
+
+Inside: C tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -119,8 +121,9 @@ def _krylov(a: Tensor, b: Tensor, c: Tensor, size: int) -> tuple[list[Tensor], T
 def _ends(
     every: Tensor, chunks: Tensor, length: Tensor, powers: list[Tensor], writes: Tensor
 ) -> Tensor:
-    """States `(B, D, N)` after ``length`` tokens: the last whole chunk's, then the bits of the
-    rest.
+    """Return the states `(B, D, N)` after ``length`` tokens.
+
+    They are the last whole chunk's, then moved on by the bits of the rest.
     """
     B, C = chunks.shape[0], chunks.shape[2]
     which, rest = length // C, length % C
@@ -130,8 +133,8 @@ def _ends(
     at = torch.zeros_like(rest)
     for k in range(len(powers) - 2, -1, -1):
         size = 1 << k
-        places = (at[:, None] + torch.arange(size, device=length.device)).clamp_max(C - 1)
-        taken = tail.gather(2, places.expand(tail.shape[0], -1, -1))
+        positions = (at[:, None] + torch.arange(size, device=length.device)).clamp_max(C - 1)
+        taken = tail.gather(2, positions.expand(tail.shape[0], -1, -1))
         further = h @ powers[k].mT + taken @ writes[:, :size].flip(1)
         bit = (rest & size) > 0
         h = torch.where(bit[:, None], further, h)

@@ -21,7 +21,8 @@ from mm.kernels.op import Op
 from mm.layout import Doc, Layout
 from mm.mask import Causal, Full
 from mm.model.backbones.stack import StackConfig, presets
-from mm.model.layer import Ctx, Layer, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import Layer, init_weights
 from mm.registry import LINEARS, MIXERS
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
@@ -77,8 +78,9 @@ class Bench:
         return [n for n in DECODE_AT if n in self.lengths] or [max(self.lengths)]
 
     def run(self, name: str, done: Callable[[], object] = lambda: None) -> list[Row]:
-        """Measure one mixer; ``done`` is called after every length. A mixer that fails its parity
-        test, or that cannot run, has rows without figures.
+        """Measure one mixer; ``done`` is called after every length.
+
+        A mixer that fails its parity test, or that cannot run, has rows without figures.
         """
         lengths = sorted(set(self.lengths))
         try:

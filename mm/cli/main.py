@@ -1,5 +1,6 @@
-"""`mm`: the command line. Each command is its own module, imported when it is called; torch only
-when it runs.
+"""`mm`: the command line.
+
+Each command is its own module, imported when it is called; torch only when it runs.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ ENVIRONMENT = {
 
 
 class LazyGroup(typer.core.TyperGroup):
-    """A group whose commands are modules ``mm.cli.<name>`` holding an ``app``; typer itself has no
-    lazy groups.
+    """A group whose commands are modules ``mm.cli.<name>`` holding an ``app``.
+
+    Typer itself has no lazy groups.
     """
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
@@ -104,8 +106,9 @@ def root(
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command line and return its exit code: 0, 1 (a fault of the program), 2 (of the
-    input), 130 (interrupt).
+    """Run one command line and return its exit code.
+
+    0, 1 (a fault of the program), 2 (of the input), 130 (interrupt).
     """
     debug = "--debug" in arguments or bool(os.environ.get("MM_DEBUG"))
     rest = [argument for argument in arguments if argument != "--debug"]

@@ -1,11 +1,12 @@
-"""The one shape of everything between embedding and head. B rows, T tokens, D model, S streams, N
-slots, P places.
+"""The one shape of everything between embedding and head.
+
+B rows, T tokens, D model, S streams, N slots, P places.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -13,107 +14,13 @@ from torch import Tensor, nn
 
 from mm.batch import Sum, Values
 from mm.errors import UserError
-from mm.layout import Fields, Layout
 from mm.mask import Mask
-from mm.state import State
+from mm.model.context import Ctx
+from mm.model.draft import draft_call
+from mm.state import State, join_parts
 
 NONE: Mapping[str, Any] = {}
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Something else to attend to: encoder states, neighbours, compressed context; several
-    coexist.
-    """
-
-    layout: Layout  # its `document` holds the READER's document ids: that is the link
-    mask: Mask
-    x: Tensor | None = None  # (B, Tm, Dm), or instead kv: reader layer -> (K, V)
-    kv: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    bias: Tensor | None = None  # (B, Tm) added to logits, with gradient
-
-
-@dataclass(frozen=True, slots=True)
-class Ctx:
-    """Immutable context of one pass. A layer that publishes something returns a successor
-    (`dataclasses.replace`).
-    """
-
-    layout: Layout
-    mask: Mask
-    ids: Tensor | None = None  # (B, T, S), for mixers that look at tokens
-    memories: Mapping[str, Memory] = field(default_factory=dict)
-    provided: Mapping[str, Tensor] = field(default_factory=dict)  # what Providers made, by name
-    # What earlier layers left for later ones, by name; it belongs to this layout.
-    published: Mapping[str, Any] = field(default_factory=dict)
-    scheduled: Mapping[str, float] = field(default_factory=dict)  # host values equal on all ranks
-    # Intermediates and statistics asked for; nothing is paid when empty.
-    return_intermediates: frozenset[str] = frozenset()
-    # Of counter-based noise (`mm.model.noise`): recomputation draws the same.
-    seed: Tensor | int = 0
-    visit: int = 0  # how many layers ran before in this pass
-    draft: bool = False  # the returned State must be able to accept() a prefix of this call
-    shard: Any = None
-
-    def cached(self, name: str, make: Callable[[Layout, Mask], T]) -> T:
-        """What all layers of a pass share: made on demand, once for each (name, layout, mask).
-
-        ``make`` sees the layout and the mask alone, so what it makes can depend on nothing else but
-        ``name``; it makes no gradients. Inside a graph of `torch.compile` that nobody prepared
-        (`Layer.prefetch`) each layer makes its own.
-        """
-        memo, key = self.layout.memo, f"{name}|{self.mask.key}"
-        if key in memo:
-            return memo[key]
-        if torch.compiler.is_compiling():
-            return make(self.layout, self.mask)
-        with torch.no_grad():
-            made = memo[key] = make(self.layout, self.mask)
-        return made
-
-    def cached_on_host(self, name: str, make: Callable[[Layout, Mask], T]) -> T | None:
-        """`cached` of something that looks at values, which a graph cannot: None inside a graph
-        unless it was made before.
-        """
-        if torch.compiler.is_compiling():
-            return self.layout.memo.get(f"{name}|{self.mask.key}")
-        return self.cached(name, make)
-
-    def hand_on(self, inner: Ctx | None) -> Ctx | None:
-        """The successor of this context after a part ran in ``inner``'s: what the part published,
-        where it published it for this layout; None when there is nothing new.
-        """
-        if inner is None or inner.layout is not self.layout:
-            return None
-        return replace(self, published=inner.published)
-
-    def derive(
-        self,
-        index: Tensor | None = None,
-        *,
-        document: Tensor | None = None,
-        mask: Mask | None = None,
-        time: Literal["moves", "stays"] = "moves",
-        slots: bool = True,
-    ) -> Ctx:
-        """The context of the same content in other positions: `Layout.derive`, and the ids along.
-
-        What was published belongs to the old layout and stays behind. Without ``slots`` nothing is
-        carried, so nothing is drafted. ``mask``: of the new context; default the same.
-        """
-        layout = self.layout.derive(index, document=document, time=time, slots=slots)
-        ids = self.ids
-        if ids is not None and index is not None:
-            ids = ids.flatten(0, 1)[index].view_as(ids)
-        return replace(
-            self,
-            layout=layout,
-            mask=mask or self.mask,
-            ids=ids,
-            published={},
-            draft=self.draft and slots,
-        )
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,16 +46,64 @@ class Out(NamedTuple):
     aux: Mapping[str, Sum] = NONE  # balance, commitment, statistics. Returned, never stored on self
 
 
-class Layer(nn.Module):
-    """Mixer, FeedForward, Block, wrapper and Backbone are all this. The SAME call trains, prefills,
-    continues and steps.
+class Stateful(nn.Module):
+    """What may own a State: a layer, or a part of one such as a short convolution."""
+
+    def stateful_parts(self) -> list[Stateful]:
+        """The nearest ones below, in the order in which they were assigned."""
+        return list(_nearest(self, Stateful))
+
+    def initial_state(self, n: int, max_len: int) -> State | None:
+        """State of ``n`` fresh slots that will hold at most ``max_len`` tokens; None without one.
+
+        That of its parts (`join_parts`), unless it says otherwise.
+        """
+        return join_parts(*(part.initial_state(n, max_len) for part in self.stateful_parts()))
+
+    def state_bytes(self, n: int, max_len: int) -> int:
+        """Declared bytes of `initial_state(n, max_len)`, held by the `state bytes` law.
+
+        The sum of its parts', unless it says otherwise.
+        """
+        return sum(part.state_bytes(n, max_len) for part in self.stateful_parts())
+
+
+class StatePart(Stateful):
+    """A part of a layer that owns a State and perhaps no parameter."""
+
+    like: Tensor  # (0,) of the dtype and on the device of the parameters around
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("like", torch.empty(0), persistent=False)
+
+    @property
+    def wide(self) -> torch.dtype:
+        """What recurrences are kept and moved in: float32 or wider."""
+        return torch.promote_types(self.like.dtype, torch.float32)
+
+
+class Layer(Stateful):
+    """Mixer, FeedForward, Block, wrapper and Backbone are all this.
+
+    The SAME call trains, prefills, continues and steps.
     """
 
     caps: Caps = Caps()
     path: str = ""  # its qualified name in the network (`name_layers`); keys of noise and reports
     provider_row: int = 0  # which of the readers of its Provider this layer is; the backbone says
+    # A draft call keeps what it read, and `State.accept` runs a prefix of it again. False: the
+    # State that it returns can be cut (caches), or its parts see to it (blocks and backbones).
+    replays: bool = False
     # Writes into results of its matrix products (torch's fused cells): none may be kept for later.
     overwrites: bool = False
+
+    def __call__(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None, *more: Any) -> Out:
+        if state is None or not self.replays:
+            return super().__call__(x_BTD, ctx, state, *more)
+        if not ctx.draft:
+            return super().__call__(x_BTD, ctx, state.commit())
+        return draft_call(super().__call__, x_BTD, ctx, state.commit())
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         raise NotImplementedError
@@ -161,19 +116,6 @@ class Layer(nn.Module):
         and finds nothing.
         """
         return None
-
-    def initial_state(self, n: int, max_len: int) -> State | None:
-        """State of ``n`` fresh slots that will hold at most ``max_len`` tokens; None for a layer
-        without state.
-        """
-        return None
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        """Declared bytes of `initial_state(n, max_len)`, held by the `state bytes` law.
-
-        A layer with a State states its formula.
-        """
-        return 0
 
     def prefetch(self, ctx: Ctx, serving: bool) -> None:
         """Make what this layer takes from `Ctx.cached_on_host` before a compiled graph asks for it.
@@ -211,6 +153,7 @@ class Layer(nn.Module):
 class Mixer(Layer):
     """Plug point; a word of the pattern."""
 
+    replays = True
     masks: frozenset[str] | None = None  # hints of the masks it can run under; None = any
 
     def check_mask(self, mask: Mask) -> None:
@@ -255,9 +198,12 @@ class LinearMixer(Mixer):
 
 
 class FeedForward(Layer):
-    """Plug point; needs ctx and state too (token shift, routing). Experts are ONE module with
-    stacked weights.
+    """Plug point; needs ctx and state too (token shift, routing).
+
+    Experts are ONE module with stacked weights.
     """
+
+    replays = True
 
 
 class Block(Layer):
@@ -275,72 +221,10 @@ class Backbone(Layer):
 
 
 class Provider(nn.Module):
-    """One per distinct name its layers read; run once before layer 0, its result enters
-    Ctx.shared.
-    """
+    """One per distinct name its layers read; run once before layer 0, its result enters Ctx.shared."""
 
     def forward(self, ctx: Ctx) -> Tensor:
         raise NotImplementedError
-
-
-class Position:
-    """Plug point; every hook optional."""
-
-    length_general: bool = True  # False: there are places it does not know
-    # Non-empty: `prepare` and `apply` do what `rotate` does, and the table is worth sharing over
-    # the layers of a pass under this name.
-    key: str = ""
-
-    def prepare_call(self, ctx: Ctx, fields: Fields | None = None) -> Any:
-        """`prepare` of the call's fields, or of ``fields`` with drawn positions; once a pass."""
-        true = ctx.layout.fields
-        if fields is None or fields.position is true.position:
-            return ctx.cached(
-                f"position.{self.key}", lambda layout, mask: self.prepare(layout.fields)
-            )
-        name = f"position.{self.key}.drawn.{int(ctx.seed)}"
-        return ctx.cached(name, lambda layout, mask: self.prepare(fields))
-
-    def rotate_call(
-        self, ctx: Ctx, q: Tensor, k: Tensor, fields: Fields | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """`rotate` queries and keys of the call, by a table that all layers of a pass share."""
-        if not self.key:
-            f = ctx.layout.fields if fields is None else fields
-            return self.rotate(q, k, f, f)
-        table = self.prepare_call(ctx, fields)
-        return self.apply(q, table), self.apply(k, table)
-
-    def prepare(self, f: Fields) -> Any:
-        """What `apply` needs to know of the places."""
-        return None
-
-    def apply(self, x: Tensor, prepared: Any) -> Tensor:
-        """`(B, T, H, K)` queries or keys to rotated ones: `rotate` with a prepared table."""
-        return x
-
-    def ids(self, f: Fields, ctx: Ctx) -> Tensor:
-        return f.position
-
-    def embed(self, x_BTD: Tensor, f: Fields) -> Tensor:
-        """Vectors with their places: asked by the embedder, or by a layer with this position."""
-        return x_BTD
-
-    def rotate(self, q: Tensor, k: Tensor, fq: Fields, fk: Fields) -> tuple[Tensor, Tensor]:
-        """`(B, T, H, K)` queries and keys to rotated ones. Keys are cached after rotation."""
-        return q, k
-
-    def score(self, q: Tensor, fq: Fields, fk: Fields) -> Tensor | None:
-        return None
-
-    def gain(self, fq: Fields, fk: Fields) -> Tensor | None:
-        return None
-
-    def scores(self, q: Tensor, fq: Fields, fk: Fields) -> Mapping[str, Any]:
-        """`score` and `gain` as keywords of the Op `attention`; overridden where vectors say as
-        much as a score of every pair.
-        """
-        return {"bias_RHTS": self.score(q, fq, fk), "gain_RHTS": self.gain(fq, fk)}
 
 
 class Linear(nn.Module):
@@ -449,11 +333,15 @@ def init_weights(module: nn.Module) -> None:
 
 def layers_in(module: nn.Module) -> Iterator[Layer]:
     """The nearest Layers below a module."""
+    return _nearest(module, Layer)
+
+
+def _nearest(module: nn.Module, kind: type[M]) -> Iterator[M]:
     for child in module.children():
-        if isinstance(child, Layer):
+        if isinstance(child, kind):
             yield child
         else:
-            yield from layers_in(child)
+            yield from _nearest(child, kind)
 
 
 def name_layers(root: nn.Module) -> None:

@@ -1,6 +1,4 @@
-"""Noise as a pure function of (seed, layer, visit, name): recomputation and resume draw the
-same.
-"""
+"""Noise as a pure function of (seed, layer, visit, name): recomputation and resume draw the same."""
 
 from __future__ import annotations
 
@@ -10,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mm.kernels import dropout as kernel
-from mm.model.layer import Ctx, Layer
+from mm.model.context import Ctx
+from mm.model.layer import Layer
 
 
 def _hash(name: str) -> int:

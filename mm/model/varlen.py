@@ -5,7 +5,7 @@ B rows, T tokens, M documents, N slots, R regrouped rows, L their length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mm.kernels.attention.spec import MaskSpec
 from mm.layout import Fields, Layout
 from mm.mask import Causal, Mask, Prefix, Window
-from mm.model.layer import Ctx
+from mm.model.context import Ctx
 
 # Attention on a CPU takes documents where they lie if they have so many tokens on average: to
 # gather a token costs about 8 us, a call of its own for a document 0.3 ms.
@@ -89,32 +90,33 @@ class _Regroup(torch.autograd.Function):
 
 class Group(NamedTuple):
     """Documents of similar length, one a row. ``allowed`` None and ``causal`` say what the mask
-    amounts to here; groups made ``by_vectors`` say it in ``how`` alone.
+    amounts to here; groups made ``by_vectors`` say it in ``mask`` alone.
     """
 
     rows: int
     length: int
     allowed: Tensor | None  # (R or 1, L, L) bool
     causal: bool
-    how: Mapping[str, Any] | None = None  # keywords of the Op `attention`
+    mask: MaskSpec | None = None
 
 
-def _how(
+def _mask_spec(
     mask: Mask, f: Fields, causal: bool, ordered: bool, steady: bool, filled: bool
-) -> dict[str, Any]:
-    """What ``mask`` amounts to in rows of one document, its padding last, as keywords of the Op
-    `attention`. ``ordered``: times grow; ``steady``: by one; ``filled``: there is no padding.
+) -> MaskSpec:
+    """Return what ``mask`` amounts to in rows of one document whose padding is last.
+
+    ``ordered``: times grow; ``steady``: by one; ``filled``: there is no padding.
     """
     if causal:
-        return {"causal": True}
+        return MaskSpec(causal=True)
     if isinstance(mask, Window) and steady:
-        return {"causal": True, "window": mask.size}
+        return MaskSpec(causal=True, window=mask.size)
     if isinstance(mask, Prefix) and ordered:
         group = f.extra[mask.name] * (f.document != 0)
-        return {"causal": True, "prefix_RT": group, "prefix_RS": group}
+        return MaskSpec(causal=True, prefix_RT=group, prefix_RS=group)
     if mask.hint == "full":
-        return {} if filled else {"document_RT": f.document, "document_RS": f.document}
-    return {"allowed_RTS": mask.dense(f, f)}
+        return MaskSpec() if filled else MaskSpec(document_RT=f.document, document_RS=f.document)
+    return MaskSpec(mask.dense(f, f))
 
 
 def _runs(first: np.ndarray, count: np.ndarray) -> list[tuple[int, int, int]]:
@@ -205,7 +207,7 @@ class LengthBuckets:
     ) -> LengthBuckets:
         """Group the documents of ``layout`` by length (powers of two from ``split_above``).
 
-        ``by_vectors``: give `Group.how`, which has a bool of all pairs only where nothing smaller
+        ``by_vectors``: give `Group.mask`, which has a bool of all pairs only where nothing smaller
         says the same.
 
         Runs on the host, once per pass: on an accelerator it costs one synchronisation.
@@ -228,8 +230,8 @@ class LengthBuckets:
         if layout.aligned or not real.any() or (real.sum() == B and (first % T == 0).all()):
             full = mask.hint == "full" and bool((document > 0).all())
             if by_vectors:
-                how = _how(mask, f, causal, ordered, steady, bool((document > 0).all()))
-                return LengthBuckets((Group(B, T, None, False, how),))
+                spec = _mask_spec(mask, f, causal, ordered, steady, bool((document > 0).all()))
+                return LengthBuckets((Group(B, T, None, False, spec),))
             allowed = None if causal or full else mask.dense(f, f)
             return LengthBuckets((Group(B, T, allowed, causal),))
         runs = _runs(first, lengths[real]) if by_vectors and f.document.device.type == "cpu" else []
@@ -239,8 +241,8 @@ class LengthBuckets:
                 lying = lambda t, a=start, n=R, m=L: t.flatten(0, 1)[a : a + n * m].unflatten(
                     0, (n, m)
                 )
-                how = _how(mask, f.map(lying), causal, ordered, steady, True)
-                made.append(Group(R, L, None, False, how))
+                spec = _mask_spec(mask, f.map(lying), causal, ordered, steady, True)
+                made.append(Group(R, L, None, False, spec))
             return LengthBuckets(tuple(made), runs=tuple((a, a + n * m) for a, n, m in runs))
         size = np.full(len(first), split_above)
         while (short := size < lengths[real]).any():
@@ -256,7 +258,7 @@ class LengthBuckets:
             index = start[:, None] + np.minimum(np.arange(L), count[:, None] - 1)
             valid = np.arange(L) < count[:, None]
             inverse[index[valid]] = at + np.flatnonzero(valid.reshape(-1))
-            allowed = how = None
+            allowed = spec = None
             if by_vectors or not (causal or (mask.hint == "full" and valid.all())):
                 gathered = f.map(
                     lambda t, i=torch.from_numpy(index).to(f.document.device): t.flatten(0, 1)[i]
@@ -264,10 +266,10 @@ class LengthBuckets:
                 inside = torch.from_numpy(valid).to(f.document.device)
                 gathered = gathered._replace(document=gathered.document * inside)
                 if by_vectors:
-                    how = _how(mask, gathered, causal, ordered, steady, bool(valid.all()))
+                    spec = _mask_spec(mask, gathered, causal, ordered, steady, bool(valid.all()))
                 else:
                     allowed = mask.dense(gathered, gathered)
-            groups.append(Group(len(start), L, allowed, causal and not by_vectors, how))
+            groups.append(Group(len(start), L, allowed, causal and not by_vectors, spec))
             indices.append(index.reshape(-1))
             unread.append(~valid.reshape(-1))
             at += index.size
@@ -366,6 +368,16 @@ class PackedRows(NamedTuple):
         rows = leaf_N if self.direct else leaf_N.index_select(0, self.slot.clamp_min(0))
         # Selected, not multiplied: a stale slot may hold inf.
         return torch.where(keep, rows, initial)
+
+    def last(self, h_RL: Tensor, before_R: Tensor) -> Tensor:
+        """`(R, ...)` of the last token of each row; ``before`` where a row has none."""
+        if not h_RL.shape[1]:
+            return before_R
+        shape = (-1, *[1] * (h_RL.dim() - 1))
+        index = (self.length - 1).clamp_min(0).view(shape).expand(-1, 1, *h_RL.shape[2:])
+        return torch.where(
+            (self.length > 0).view(shape[:-1]), h_RL.gather(1, index)[:, 0], before_R
+        )
 
     def written(self, n_slots: int) -> SlotWrites:
         """Which row each slot takes over."""

@@ -48,8 +48,9 @@ class Steps:
         self.console.print(f"\n[bold cyan]$ {command}[/]", markup=True)
 
     def run(self, *words: str | Path) -> None:
-        """Run ``mm WORDS`` in this process: importing torch anew for each would take longer than
-        the work.
+        """Run ``mm WORDS`` in this process.
+
+        Importing torch anew for each would take longer than the work.
 
         Raises:
             UserError: the command failed; what it said stands above.

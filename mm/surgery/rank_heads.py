@@ -1,5 +1,6 @@
-"""Which attention heads of a trained model look nearby alone, and the model without them. B rows, T
-tokens, D model, H heads, G key heads, K head width.
+"""Which attention heads of a trained model look nearby alone, and the model without them.
+
+B rows, T tokens, D model, H heads, G key heads, K head width.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from mm.batch import Batch
 from mm.errors import UserError
-from mm.model.layer import Ctx
+from mm.model.context import Ctx
 from mm.model.mixers.attention.attention import Attention
 
 

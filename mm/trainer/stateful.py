@@ -49,7 +49,7 @@ class CarriedStates:
         """
         if not getattr(stream, "carried_rows", 0):
             return None
-        with engine.whole() as module, autocast:
+        with engine.unsharded() as module, autocast:
             _require_states(module)
             make: Any = module.initial_state
             state = make(sum(map(len, stream.own_rows)), stream.max_length)
@@ -75,7 +75,7 @@ class CarriedStates:
             first, *rest = (made[i] for i in range(len(self._mine)))
             self.state = first.cat(*rest) if rest else first
 
-    def saved(self) -> dict[str, Tensor]:
+    def full_tensors(self) -> dict[str, Tensor]:
         """Leaves of all lanes' States on the CPU, in the order of the lanes. Call on all ranks."""
         return {f"{i:03d}": _of_all(leaf) for i, leaf in enumerate(self.state.leaves())}
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from mm.batch import Sum
 from mm.errors import UserError
-from mm.model.layer import Backbone, Ctx, Layer, ModelOut, Out
+from mm.model.context import Ctx
+from mm.model.layer import Backbone, Layer, ModelOut, Out
 from mm.model.model import Model
 
 RTOL, ATOL = 1e-7, 1e-8

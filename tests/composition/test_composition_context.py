@@ -25,7 +25,8 @@ from mm.errors import UserError
 from mm.layout import Doc, Grid, Layout
 from mm.mask import Causal, Full, Mask, Prefix
 from mm.model.backbones.stack import Stack
-from mm.model.layer import Block, Ctx, FeedForward, Layer, Mixer, Out, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import Block, FeedForward, Layer, Mixer, Out, init_weights
 from mm.registry import BLOCKS, MIXERS, POSITIONS
 from mm.state import State
 

@@ -17,7 +17,8 @@ from mm.layout import Layout
 from mm.mask import Causal, Full
 from mm.model import noise
 from mm.model.backbones.stack import Stack
-from mm.model.layer import Block, Ctx, Mixer, Out, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import Block, Mixer, Out, init_weights
 from mm.registry import BACKBONES, BLOCKS, MIXERS
 from mm.state import State
 

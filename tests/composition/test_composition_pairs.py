@@ -29,7 +29,8 @@ from composition_shrink import report
 from mm.errors import UserError
 from mm.layout import Layout
 from mm.mask import Causal, Full
-from mm.model.layer import Ctx, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import init_weights
 from mm.registry import (
     ADAPTERS,
     BACKBONES,

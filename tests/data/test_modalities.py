@@ -37,6 +37,7 @@ from mm.registry import MODALITIES
 from mm.report import build_report
 from mm.specs import Encoded
 from mm.tasks.judges import Judge
+from mm.tokenizers.evaluate import evaluate
 
 N = 24
 
@@ -231,6 +232,8 @@ def test_prompts_files_judges_and_the_report(tmp_path: Path) -> None:
     page = build_report(run).read_text(encoding="utf-8")
     assert "Text: seven → series" in page and "2\n3\n4\n5\n6" in page
     assert 'class="line s6"' in page, "its own colour in every chart"
+    figures = evaluate(SeriesTokenizer("series", 64), [values(0), values(1)])
+    assert figures["tokens"] == 9 and figures["modality"] == "series"
     judge = Judge("series").fit([values(i) for i in (0, 1, 20, 21)], ["low", "low", "high", "high"])
     assert judge.predict([values(2), values(22)]) == ["low", "high"]
 

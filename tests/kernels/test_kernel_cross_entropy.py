@@ -18,7 +18,7 @@ from mm.kernels import compiler
 from mm.kernels.cross_entropy import linear_cross_entropy, rows_cpp
 from mm.layout import Layout
 from mm.mask import Causal
-from mm.model.layer import Ctx
+from mm.model.context import Ctx
 from mm.registry import HEADS
 
 SETTINGS: list[dict[str, Any]] = [

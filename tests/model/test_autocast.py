@@ -10,7 +10,7 @@ from mm.kernels.delta_rule import delta_rule
 from mm.kernels.linear_attention import linear_attention
 from mm.kernels.op import Op
 from mm.layout import Layout
-from mm.model.layer import Ctx
+from mm.model.context import Ctx
 
 
 @pytest.mark.parametrize("name", [n for n in VARIANTS if n.startswith(("mixer:", "preset:"))])

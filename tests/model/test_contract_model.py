@@ -18,7 +18,8 @@ from laws import (
 from mm.batch import Batch
 from mm.layout import Doc, Layout
 from mm.mask import Causal
-from mm.model.layer import Backbone, Ctx, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import Backbone, init_weights
 from mm.registry import (
     BACKBONES,
     NETWORKS,

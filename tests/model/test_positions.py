@@ -16,7 +16,8 @@ from mm.batch import Batch
 from mm.errors import UserError
 from mm.layout import Doc, Fields, Grid, Layout
 from mm.mask import Causal, Full
-from mm.model.layer import Ctx, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import init_weights
 from mm.model.positions.alibi import slopes
 from mm.model.positions.t5_bias import bucket
 from mm.registry import EMBEDDERS, MIXERS, NETWORKS, POSITIONS

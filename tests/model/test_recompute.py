@@ -18,7 +18,8 @@ from mm.kernels.op import Op
 from mm.layout import Doc, Layout
 from mm.mask import Causal
 from mm.model import recompute
-from mm.model.layer import Ctx, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import init_weights
 from mm.registry import BLOCKS, FFNS, MIXERS
 from mm.run import Run
 from mm.trainer.loop import train

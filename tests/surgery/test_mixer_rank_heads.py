@@ -14,7 +14,8 @@ from mm.batch import Batch
 from mm.errors import UserError
 from mm.layout import Doc, Layout
 from mm.mask import Causal
-from mm.model.layer import Ctx, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import init_weights
 from mm.model.mixers.attention.attention import Attention
 from mm.registry import MIXERS, NETWORKS
 from mm.surgery.pool_heads import mean_pooled

@@ -1,5 +1,6 @@
-"""One projection of continuous features into the reserved places. G items, L their length, C
-features, D model.
+"""One projection of continuous features into the reserved places.
+
+G items, L their length, C features, D model.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from mm.batch import Values
 from mm.config import Config
-from mm.model.layer import Adapter, AdapterOutput, Ctx
+from mm.model.context import Ctx
+from mm.model.layer import Adapter, AdapterOutput
 from mm.registry import ADAPTERS
 
 

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from mm.layout import Fields
 from mm.model.backbones.stack import Stack, StackConfig
-from mm.model.layer import Block, Caps, Ctx, LinearFactory, Out, Position
+from mm.model.context import Ctx
+from mm.model.layer import Block, Caps, LinearFactory, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import CachedAttention, HeadsConfig, Sizes
 from mm.model.mixers.attention.kv_cache import KV, DraftKV, advance
 from mm.model.norm import RMSNorm
+from mm.model.positions.base import Position
 from mm.model.positions.randomised import adds_to_input
 from mm.model.recompute import Recompute
 from mm.model.varlen import PackedRows, paired

@@ -15,10 +15,10 @@ from mm.config import Config
 from mm.errors import UserError, did_you_mean
 from mm.model import recompute as recomputing
 from mm.model.backbones.pattern import parse, tile
+from mm.model.context import Ctx
 from mm.model.layer import (
     Backbone,
     Block,
-    Ctx,
     Layer,
     Linear,
     LinearFactory,

@@ -11,20 +11,22 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mm.config import Config
-from mm.model.layer import Block, Ctx, FeedForward, Mixer, Out
+from mm.model.context import Ctx
+from mm.model.layer import Block, FeedForward, Mixer, Out
 from mm.model.noise import dropout
 from mm.model.norm import Kind, norm
 from mm.registry import BLOCKS
-from mm.state import State, StateTuple
+from mm.state import State, join_parts, parts_of
 
 
 class PreNorm(Block):
-    """``x + mixer(norm(x))``, then ``x + ffn(norm(x))``. Source: Xiong et al. 2020
-    (arXiv:2002.04745), fig. 1b. In training each branch passes dropout (Srivastava et al. 2014).
-    With ``post_norms`` both return is normed, too: Gemma 2 (arXiv:2408.00118),
-    section 2; without ``pre_norms`` that alone: OLMo 2 (arXiv:2501.00656), section 2.
-    ``normed_residual``: the branch is added to what it read, as in MiniMax-01 (arXiv:2501.08313),
-    section 2, whose residual begins behind the norm.
+    """``x + mixer(norm(x))``, then ``x + ffn(norm(x))``.
+
+    Source: Xiong et al. 2020 (arXiv:2002.04745), fig. 1b. In training each branch passes dropout
+    (Srivastava et al. 2014). With ``post_norms`` both return is normed, too: Gemma 2
+    (arXiv:2408.00118), section 2; without ``pre_norms`` that alone: OLMo 2 (arXiv:2501.00656),
+    section 2. ``normed_residual``: the branch is added to what it read, as in MiniMax-01
+    (arXiv:2501.08313), section 2, whose residual begins behind the norm.
     """
 
     def __init__(
@@ -51,38 +53,26 @@ class PreNorm(Block):
         self.ffn_post_norm = norm(kind, d_model, eps) if both else None
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        assert state is None or isinstance(state, StateTuple)
+        mixer_state, ffn_state = parts_of(state, 2) if self.ffn is not None else (state, None)
         read = x_BTD if self.mixer_norm is None else self.mixer_norm(x_BTD)
-        mixed = self.mixer(read, ctx, state[0] if state is not None else None)
+        mixed = self.mixer(read, ctx, mixer_state)
         y = mixed.y if self.mixer_post_norm is None else self.mixer_post_norm(mixed.y)
         x = (read if self.normed_residual else x_BTD) + self._drop(y, ctx, "mixer")
         ctx_after = mixed.ctx or ctx
         aux = dict(mixed.aux)
-        ffn_state = None
         if self.ffn is not None:
             read = x if self.ffn_norm is None else self.ffn_norm(x)
-            fed = self.ffn(read, ctx_after, state[1] if state is not None else None)
+            fed = self.ffn(read, ctx_after, ffn_state)
             y = fed.y if self.ffn_post_norm is None else self.ffn_post_norm(fed.y)
             x = (read if self.normed_residual else x) + self._drop(y, ctx, "ffn")
             ctx_after = fed.ctx or ctx_after
             ffn_state = fed.state
             aux |= fed.aux
-        after = StateTuple(mixed.state, ffn_state) if state is not None else None
-        return Out(x, after, ctx_after if ctx_after is not ctx else None, aux)
+        states = (mixed.state, ffn_state) if self.ffn is not None else (mixed.state,)
+        return Out(x, join_parts(*states), ctx_after if ctx_after is not ctx else None, aux)
 
     def _drop(self, y: Tensor, ctx: Ctx, name: str) -> Tensor:
         return dropout(y, self.dropout, ctx, self, name) if self.dropout and self.training else y
-
-    def initial_state(self, n: int, max_len: int) -> StateTuple:
-        return StateTuple(
-            self.mixer.initial_state(n, max_len),
-            self.ffn.initial_state(n, max_len) if self.ffn else None,
-        )
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return self.mixer.state_bytes(n, max_len) + (
-            self.ffn.state_bytes(n, max_len) if self.ffn else 0
-        )
 
 
 @BLOCKS.register("prenorm")

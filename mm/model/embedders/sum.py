@@ -1,5 +1,6 @@
-"""Sum of the embeddings of all streams of a place, from ONE table. B rows, T tokens, S streams, D
-model, N ids.
+"""Sum of the embeddings of all streams of a place, from ONE table.
+
+B rows, T tokens, S streams, D model, N ids.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Ctx, Embedder, Position
+from mm.model.context import Ctx
+from mm.model.layer import Embedder
+from mm.model.positions.base import Position
 from mm.model.positions.randomised import adds_to_input
 from mm.registry import EMBEDDERS, PositionField
 

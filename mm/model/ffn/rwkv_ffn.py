@@ -9,9 +9,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Caps, Ctx, FeedForward, LinearFactory, Out
+from mm.model.context import Ctx
+from mm.model.layer import Caps, FeedForward, LinearFactory, Out
 from mm.model.linears.dense import dense
-from mm.model.mixers.conv.state import Tail, preceding
+from mm.model.mixers.conv.state import TokenTail
 from mm.registry import FFNS
 from mm.state import State
 
@@ -27,6 +28,7 @@ class RwkvFFN(FeedForward):
 
     def __init__(self, d_model: int, d_hidden: int, linear: LinearFactory):
         super().__init__()
+        self.tail = TokenTail(d_model, 1)
         self.mix = nn.Parameter(torch.empty(2, d_model))  # of receptance and key
         self.receptance = linear(d_model, d_model, "receptance")
         self.key = linear(d_model, d_hidden, "key")
@@ -36,17 +38,11 @@ class RwkvFFN(FeedForward):
         nn.init.uniform_(self.mix, 0, 1)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        (x, before), after = preceding(x_BTD, 1, ctx, state)
+        (x, before), after = self.tail(x_BTD, ctx, state)
         gap = before - x
         receptance = self.receptance(x + gap * (1 - self.mix[0]), ctx)
         key = self.key(x + gap * (1 - self.mix[1]), ctx)
         return Out(receptance.sigmoid() * self.out(key.relu().square(), ctx), after)
-
-    def initial_state(self, n: int, max_len: int) -> Tail:
-        return Tail(self.mix.detach().new_zeros(n, 1, self.mix.shape[1]))
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return n * self.mix.shape[1] * self.mix.element_size()
 
 
 @FFNS.register("rwkv_ffn")

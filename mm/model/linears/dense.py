@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Ctx, Linear, LinearFactory
+from mm.model.context import Ctx
+from mm.model.layer import Linear, LinearFactory
 from mm.registry import LINEARS
 
 

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.layout import Fields
-from mm.model.layer import Position
+from mm.model.positions.base import Position
 from mm.registry import POSITIONS
 
 
 class Learned(nn.Module, Position):
-    """Add ``table[position]`` to the vectors: of the embedder (the classical form), or to the input
-    of one attention layer.
+    """Add ``table[position]`` to the vectors.
+
+    Of the embedder (the classical form), or to the input of one attention layer.
 
     Source: Gehring et al. 2017 (arXiv:1705.03122), section 3.1; Radford et al. 2018 (GPT).
     """

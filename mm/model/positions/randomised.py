@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -11,9 +10,11 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.errors import UserError
+from mm.kernels.attention.spec import ScoreSpec
 from mm.layout import Fields
-from mm.model.layer import Ctx, Position
+from mm.model.context import Ctx
 from mm.model.noise import generator
+from mm.model.positions.base import Position
 from mm.registry import POSITIONS, PositionField
 
 
@@ -75,14 +76,12 @@ class RandomisedScores(Randomised):
     def gain(self, fq: Fields, fk: Fields) -> Tensor | None:
         return self.inner.gain(fq, fk)
 
-    def scores(self, q: Tensor, fq: Fields, fk: Fields) -> Mapping[str, Any]:
+    def scores(self, q: Tensor, fq: Fields, fk: Fields) -> ScoreSpec:
         return self.inner.scores(q, fq, fk)
 
 
 def adds_to_input(position: Position) -> bool:
-    """Whether a position is added to a layer's input (`Position.embed`), itself or the inner
-    one.
-    """
+    """Whether a position is added to a layer's input (`Position.embed`), itself or the inner one."""
     while isinstance(position, Randomised):
         position = position.inner
     return type(position).embed is not Position.embed

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mm.config import Config
 from mm.layout import Fields
-from mm.model.layer import Position
+from mm.model.positions.base import Position
 from mm.registry import POSITIONS
 
 
@@ -35,8 +35,9 @@ class Rope(Position):
         self.head_dim, self.theta, self.scaling = head_dim, theta, scaling
 
     def prepare(self, f: Fields) -> Tensor:
-        """`(2, B, T, 1, K/2)` float32 cosines and sines of every place (float64 angles: exact far
-        out).
+        """`(2, B, T, 1, K/2)` float32 cosines and sines of every place (float64 angles.
+
+        Exact far out).
         """
         half = (
             torch.arange(0, self.rotated, 2, device=f.position.device, dtype=torch.float64)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mm.config import Config
 from mm.layout import Fields
-from mm.model.layer import Position
+from mm.model.positions.base import Position
 from mm.registry import POSITIONS
 
 

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from mm.config import Config
 from mm.layout import Fields
-from mm.model.layer import Position
+from mm.model.positions.base import Position
 from mm.registry import POSITIONS
 
 
 class Sinusoidal(Position):
-    """Add sines (even channels) and cosines (odd ones) of ``position * theta ** (-2i / D)``: to the
-    vectors of the embedder (the classical form), or to the input of one attention layer.
+    """Add sines (even channels) and cosines (odd ones) of ``position * theta ** (-2i / D)``.
+
+    To the vectors of the embedder (the classical form), or to the input of one attention layer.
 
     Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.5.
     """

@@ -9,7 +9,8 @@ from laws import D
 from mm.layout import Doc, Layout
 from mm.mask import Causal
 from mm.model.backbones.stack import StackConfig
-from mm.model.layer import Ctx, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import init_weights
 from mm.model.mixers.linear_attention.lower_bounds import LowerBounds
 
 

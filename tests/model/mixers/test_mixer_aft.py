@@ -13,7 +13,8 @@ from torch import Tensor
 from mm.errors import UserError
 from mm.layout import Layout
 from mm.mask import Causal
-from mm.model.layer import Ctx, Layer, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import Layer, init_weights
 from mm.model.mixers.attention.memory_compressed import MemoryCompressedAttention
 from mm.model.mixers.linear_attention.aft import AFT
 from mm.registry import MIXERS

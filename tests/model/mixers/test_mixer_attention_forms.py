@@ -1,5 +1,6 @@
-"""Attention mixers with a form of their own against their formulas written out; the laws
-(test_contract.py) run them packed, served, drafted and compiled.
+"""Attention mixers with a form of their own against their formulas written out.
+
+The laws (test_contract.py) run them packed, served, drafted and compiled.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from mm.errors import UserError
 from mm.layout import Doc, Fields, Layout
 from mm.mask import Causal, Full
 from mm.model.backbones.stack import StackConfig
-from mm.model.layer import Ctx, Layer, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import Layer, init_weights
 from mm.model.mixers.attention.cog_attention import signed_softmax
 from mm.registry import BACKBONES, MIXERS, POSITIONS
 from mm.surgery.pool_heads import mean_pooled

@@ -13,7 +13,8 @@ from mm.batch import Batch
 from mm.errors import UserError
 from mm.layout import Doc, Layout
 from mm.mask import Causal, Full
-from mm.model.layer import Ctx, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import init_weights
 from mm.model.mixers.encoder_only.fnet import dft
 from mm.model.mixers.encoder_only.nystromformer import pseudo_inverse
 from mm.model.mixers.linear_attention.ecoformer import EcoFormer, hash_loss, signs

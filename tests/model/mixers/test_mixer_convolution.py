@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from mm import config as yaml_config
 from mm.layout import Layout
 from mm.mask import Causal
-from mm.model.layer import Ctx, Layer, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import Layer, init_weights
 from mm.model.mixers.conv.gated_cnn import GatedCNN, GatedCNNConfig
 from mm.model.mixers.conv.hyena import Hyena, HyenaConfig, long_conv
 from mm.model.mixers.conv.short_conv import ShortConv, ShortConvConfig

@@ -13,7 +13,8 @@ from torch import Tensor
 from mm.kernels.dense_ssm import dense_ssm
 from mm.layout import Doc, Layout
 from mm.mask import Causal
-from mm.model.layer import Ctx, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import init_weights
 from mm.model.mixers.ssm import s4
 from mm.model.mixers.ssm.hippo import HiPPOConfig, HiPPOMemory
 from mm.model.mixers.ssm.hippo_matrices import Measure, discretised, hippo, nplr_legs
@@ -123,8 +124,10 @@ def test_nplr_is_legs() -> None:
 
 
 def cauchy_kernel(layer: S4, L: int) -> Tensor:
-    """`(D, L)` as the paper has it: truncated generating function at the roots of unity by
-    Woodbury and Cauchy dot products, then an inverse Fourier transform.
+    """`(D, L)` as the paper has it.
+
+    Truncated generating function at the roots of unity by Woodbury and Cauchy dot products, then an
+    inverse Fourier transform.
     """
     wide = torch.complex128
     both = lambda x: torch.cat((x, x.conj()), -1)

@@ -12,7 +12,8 @@ from mm.errors import UserError
 from mm.layout import Doc, Layout
 from mm.mask import Prefix
 from mm.model.backbones.stack import StackConfig
-from mm.model.layer import Ctx, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import init_weights
 from mm.model.mixers.linear_attention.prefix_linear_attention import (
     PrefixLinearAttention,
     PrefixLinearAttentionConfig,

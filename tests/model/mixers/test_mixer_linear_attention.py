@@ -16,7 +16,8 @@ from mm.kernels.linear_attention import linear_attention
 from mm.layout import Doc, Layout
 from mm.mask import Causal
 from mm.model.backbones.stack import StackConfig
-from mm.model.layer import Ctx, LinearMixer, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import LinearMixer, init_weights
 from mm.model.mixers.linear_attention.linear_attention import LinearAttentionConfig
 
 PRESETS = (

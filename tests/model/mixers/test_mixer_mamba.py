@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mm.layout import Doc, Layout
 from mm.mask import Causal
-from mm.model.layer import Ctx, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import init_weights
 from mm.model.mixers.ssm.mamba import Mamba
 from mm.registry import MIXERS
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mm.layout import Layout
 from mm.mask import Causal
-from mm.model.layer import Ctx, Layer, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import Layer, init_weights
 from mm.model.mixers.linear_attention.mlstm import MLSTM, MLSTMConfig
 from mm.model.mixers.rnn.echo_state import EchoState, EchoStateConfig
 from mm.model.mixers.rnn.gru import GRU, GRUConfig

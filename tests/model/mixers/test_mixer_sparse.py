@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mm.errors import UserError
 from mm.layout import Layout
 from mm.mask import Full
-from mm.model.layer import Ctx, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import init_weights
 from mm.model.mixers.attention.combiner import Combiner
 from mm.model.mixers.attention.placed import PlacedAttention
 from mm.model.mixers.attention.sparse_attention import SparseAttention

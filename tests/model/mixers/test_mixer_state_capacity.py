@@ -14,7 +14,8 @@ from mm.errors import UserError
 from mm.layout import Doc, Layout
 from mm.mask import Causal
 from mm.model.backbones.stack import StackConfig
-from mm.model.layer import Ctx, Mixer, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import Mixer, init_weights
 from mm.model.mixers.linear_attention.capped_state import CappedStateConfig, capped
 from mm.model.mixers.linear_attention.linear_attention import LinearAttentionConfig
 from mm.model.mixers.linear_attention.windowed_state import WindowedStateConfig
@@ -114,8 +115,10 @@ SYMBOLS, TRAINED = 12, 128
 
 
 def shifting(rows: int, length: int, seed: int) -> Tensor:
-    """`(rows, length)` symbols: each is followed by its successor, which is drawn anew for every
-    128 tokens. A text of 128 gives no reason to forget, a longer one does.
+    """`(rows, length)` symbols.
+
+    Each is followed by its successor, which is drawn anew for every 128 tokens. A text of 128 gives
+    no reason to forget, a longer one does.
     """
     g = torch.Generator().manual_seed(seed)
     out = torch.randint(SYMBOLS, (rows, length), generator=g)

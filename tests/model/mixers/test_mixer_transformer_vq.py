@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mm.layout import Layout
 from mm.mask import Causal
-from mm.model.layer import Ctx, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import init_weights
 from mm.model.mixers.attention.transformer_vq import TransformerVQ
 from mm.registry import MIXERS
 

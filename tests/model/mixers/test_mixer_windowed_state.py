@@ -10,7 +10,8 @@ from mm.errors import UserError
 from mm.layout import Layout
 from mm.mask import Causal
 from mm.model.backbones.stack import StackConfig
-from mm.model.layer import Ctx, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import init_weights
 from mm.model.mixers.linear_attention.linear_attention import LinearAttentionConfig
 from mm.model.mixers.linear_attention.windowed_state import WindowedState, WindowedStateConfig
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from mm.errors import UserError
 from mm.layout import Doc, Grid, Layout
 from mm.mask import Causal, Full, Mask, Prefix
-from mm.model.layer import Ctx, Layer, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import Layer, init_weights
 from mm.model.mixers.wrappers.bidirectional import Bidirectional, BidirectionalConfig
 from mm.model.mixers.wrappers.differential import Differential, DifferentialConfig
 from mm.model.mixers.wrappers.scan_order import Order, ScanOrder, ScanOrderConfig, order_of

@@ -13,9 +13,11 @@ from torch import Tensor
 from mm.layout import Doc, Layout
 from mm.mask import Causal
 from mm.model.backbones.decoder_decoder import CrossAttention, DecoderDecoder
-from mm.model.layer import Ctx, Layer, Position, init_weights
+from mm.model.context import Ctx
+from mm.model.layer import Layer, init_weights
 from mm.model.linears.dense import DenseConfig
 from mm.model.mixers.attention.ngram_head import ngram_means
+from mm.model.positions.base import Position
 from mm.registry import BACKBONES, MIXERS
 
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm.model.layer import Ctx, LinearFactory
+from mm.model.context import Ctx
+from mm.model.layer import LinearFactory
 from mm.model.mixers.attention.kv_cache import KV, DraftKV
 from mm.model.varlen import PackedRows
 from mm.state import DataclassState

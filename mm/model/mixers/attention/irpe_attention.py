@@ -12,10 +12,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.layout import Fields
-from mm.model.layer import Ctx, LinearFactory, Out, Position
+from mm.model.context import Ctx
+from mm.model.layer import LinearFactory, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import GroupedAttention, HeadsConfig
 from mm.model.mixers.attention.kv_cache import KV, DraftKV
+from mm.model.positions.base import Position
 from mm.model.positions.irpe import IRPE, IRPEConfig
 from mm.registry import MIXERS
 from mm.state import State

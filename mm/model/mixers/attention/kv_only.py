@@ -6,10 +6,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from mm.model.layer import Ctx, LinearFactory, Out, Position
+from mm.model.context import Ctx
+from mm.model.layer import LinearFactory, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import CachedAttention, HeadsConfig, Sizes
 from mm.model.mixers.attention.kv_cache import KV, DraftKV
+from mm.model.positions.base import Position
 from mm.registry import MIXERS
 from mm.state import State
 

@@ -7,11 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mm.model.layer import Ctx, LinearFactory, Out, Position
+from mm.model.context import Ctx
+from mm.model.layer import LinearFactory, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import GroupedAttention, HeadsConfig, TailedKV
 from mm.model.mixers.attention.kv_cache import KV
 from mm.model.mixers.conv.state import DraftTail, Tail, convolved
+from mm.model.positions.base import Position
 from mm.registry import MIXERS
 from mm.state import State
 

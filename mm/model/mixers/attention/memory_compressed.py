@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.layout import Fields
-from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.context import Ctx
+from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.attention.kv_cache import KV
 from mm.model.varlen import PackedRows, per_document

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mm.config import Config
 from mm.kernels.linear_scan import linear_scan
-from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.context import Ctx
+from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.attention.kv_cache import KV, DraftKV, advance
 from mm.model.varlen import PackedRows, paired

@@ -13,10 +13,12 @@ from pydantic import Field
 from torch import Tensor
 
 from mm.config import Config
-from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out, Position
+from mm.model.context import Ctx
+from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.attention.kv_cache import KV, DraftKV, advance
 from mm.model.norm import RMSNorm
+from mm.model.positions.base import Position
 from mm.model.positions.randomised import refuse_drawn
 from mm.model.varlen import PackedRows, per_document
 from mm.registry import PositionField
@@ -31,6 +33,7 @@ class PlacedAttention(Mixer):
     """
 
     caps = Caps(causal=True, step=True)
+    replays = False
     masks = frozenset({"causal"})
     keeps_queries: ClassVar[bool] = False  # keys are cached with the queries of their places
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mm.model.layer import Ctx, LinearFactory
+from mm.model.context import Ctx
+from mm.model.layer import LinearFactory
 from mm.model.mixers.conv.state import preceding
 from mm.state import State
 

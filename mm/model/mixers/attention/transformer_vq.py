@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from mm.batch import Sum
 from mm.config import Config
-from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.context import Ctx
+from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.norm import RMSNorm
 from mm.model.varlen import PackedRows, per_document

@@ -6,19 +6,19 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from mm.config import Config
-from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.context import Ctx
+from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
-from mm.model.mixers.conv.state import Tail, convolved
+from mm.model.mixers.conv.state import ShortConv
 from mm.registry import MIXERS
 from mm.state import State
 
 
-class ShortConv(Mixer):
+class GatedShortConv(Mixer):
     """``out(c * conv(b * u))`` with ``b, c, u = inner(x)``, or ``out(conv(inner(x)))`` without
     gates; the convolution is causal and by channel.
 
@@ -29,30 +29,19 @@ class ShortConv(Mixer):
 
     def __init__(self, d_model: int, conv_size: int, gates: bool, linear: LinearFactory):
         super().__init__()
-        self.conv_size, self.gates = conv_size, gates
+        self.gates = gates
         self.inner = linear(d_model, 3 * d_model if gates else d_model, "inner")
-        self.weight = nn.Parameter(torch.empty(conv_size, d_model))
-        self.bias = nn.Parameter(torch.empty(d_model))
+        self.conv = ShortConv(d_model, conv_size)
         self.out = linear(d_model, d_model, "out")
-
-    def init_weights(self) -> None:
-        nn.init.normal_(self.weight, std=self.conv_size**-0.5)
-        nn.init.zeros_(self.bias)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         u = self.inner(x_BTD, ctx)
         if not self.gates:
-            y, after = convolved(u, self.weight, self.bias, ctx, state)
+            y, after = self.conv(u, ctx, state)
             return Out(self.out(y, ctx), after)
         b, c, u = u.chunk(3, dim=-1)
-        y, after = convolved(b * u, self.weight, self.bias, ctx, state)
+        y, after = self.conv(b * u, ctx, state)
         return Out(self.out(c * y, ctx), after)
-
-    def initial_state(self, n: int, max_len: int) -> Tail:
-        return Tail(self.weight.detach().new_zeros(n, self.conv_size - 1, self.weight.shape[1]))
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return n * (self.conv_size - 1) * self.weight.shape[1] * self.weight.element_size()
 
 
 @MIXERS.register("short_conv")
@@ -64,5 +53,5 @@ class ShortConvConfig(Config):
     conv_size: Annotated[int, Field(gt=1, description="width of the convolution")] = 3
     gates: Annotated[bool, Field(description="input-dependent gates before and after")] = True
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> ShortConv:
-        return ShortConv(d_model, self.conv_size, self.gates, linear)
+    def build(self, d_model: int, linear: LinearFactory = dense) -> GatedShortConv:
+        return GatedShortConv(d_model, self.conv_size, self.gates, linear)

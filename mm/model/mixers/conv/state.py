@@ -1,5 +1,7 @@
-"""Mixers that look a fixed number of tokens back, and their State. B rows, T tokens, W width, P
-places kept, N slots, R rows of one document, L their length.
+"""What looks a fixed number of tokens back, with its State.
+
+B rows, T tokens, W width, P tokens kept, C conv size, N slots, R rows of one document, L their
+length.
 """
 
 from __future__ import annotations
@@ -8,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm.kernels.causal_conv import causal_conv
-from mm.model.layer import Ctx
+from mm.model.context import Ctx
+from mm.model.layer import StatePart
 from mm.model.varlen import PackedRows
 from mm.state import DataclassState, State
 
@@ -22,11 +25,77 @@ class Tail(DataclassState):
 
     x: Tensor  # (N, P, W)
 
-    def accept(self, n_N: Tensor) -> Tail:
-        raise ValueError("accept() takes the State of a call with draft=True")
 
-    def commit(self) -> Tail:
-        return self
+class TokenTail(StatePart):
+    """Keeps the last ``size`` inputs of ``width`` of each document."""
+
+    def __init__(self, width: int, size: int):
+        super().__init__()
+        self.width, self.size = width, size
+
+    def extend(self, x_BTW: Tensor, ctx: Ctx, state: State) -> tuple[Tensor, PackedRows, Tail]:
+        """Rows `(R, P + L, W)` of what was kept and this call's inputs, and the State after it."""
+        assert isinstance(state, Tail)
+        (N, P), docs = state.x.shape[:2], PackedRows.of(ctx.layout, state.x.shape[0])
+        rows = docs.unpack(x_BTW)
+        inputs = torch.cat((docs.read(state.x).to(rows.dtype), rows), dim=1)
+        places = docs.length[:, None] + torch.arange(P, device=rows.device)
+        last = inputs.gather(1, places[..., None].expand(-1, -1, inputs.shape[-1]))
+        return inputs, docs, Tail(docs.written(N).write(state.x, last))
+
+    def forward(
+        self, x_BTW: Tensor, ctx: Ctx, state: State | None
+    ) -> tuple[list[Tensor], Tail | None]:
+        """``x`` of 0, 1, .. ``size`` tokens ago, `(B, T, W)` each, zeros before a document's start;
+        and the State after the call.
+        """
+        B, T = x_BTW.shape[:2]
+        P = self.size
+        if state is not None:
+            inputs, docs, after = self.extend(x_BTW, ctx, state)
+            L = inputs.shape[1] - P
+            back = [docs.pack(inputs[:, P - j : P - j + L], B, T) for j in range(P + 1)]
+            return back, after
+        document, back = ctx.layout.fields.document, [x_BTW]
+        for j in range(1, P + 1):
+            if j >= T:
+                back.append(torch.zeros_like(x_BTW))
+                continue
+            same = (document[:, j:] == document[:, :-j])[..., None]
+            # Selected, not multiplied: the neighbour document may hold inf.
+            back.append(F.pad(x_BTW[:, :-j].masked_fill(~same, 0), (0, 0, j, 0)))
+        return back, None
+
+    def initial_state(self, n: int, max_len: int) -> Tail:
+        return Tail(self.like.new_zeros(n, self.size, self.width))
+
+    def state_bytes(self, n: int, max_len: int) -> int:
+        return n * self.size * self.width * self.like.element_size()
+
+
+class ShortConv(TokenTail):
+    """Causal depthwise convolution of ``conv_size`` tokens inside documents."""
+
+    def __init__(self, width: int, conv_size: int):
+        super().__init__(width, conv_size - 1)
+        self.weight = nn.Parameter(torch.empty(conv_size, width))
+        self.bias = nn.Parameter(torch.empty(width))
+
+    def init_weights(self) -> None:
+        nn.init.normal_(self.weight, std=self.weight.shape[0] ** -0.5)
+        nn.init.zeros_(self.bias)
+
+    def forward(  # type: ignore[override]
+        self, u_BTW: Tensor, ctx: Ctx, state: State | None
+    ) -> tuple[Tensor, Tail | None]:
+        """`causal_conv` of `(B, T, W)`, and the State after the call."""
+        if state is None:
+            return causal_conv(u_BTW, self.weight, self.bias, ctx.layout.fields.document), None
+        inputs, docs, after = self.extend(u_BTW, ctx, state)
+        # What was kept is the document's own past: no borders, and the first outputs are its.
+        same = torch.ones_like(inputs[..., 0], dtype=torch.int32)
+        y = causal_conv(inputs, self.weight, self.bias, same)[:, self.size :]
+        return docs.pack(y, *u_BTW.shape[:2]), after
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mm.errors import UserError
-from mm.model.layer import Caps, Ctx, Mixer, Out
+from mm.model.context import Ctx
+from mm.model.layer import Caps, Mixer, Out
 from mm.model.varlen import PackedRows
 from mm.state import State
 

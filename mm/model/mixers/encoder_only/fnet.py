@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mm.config import Config
-from mm.model.layer import Ctx, LinearFactory
+from mm.model.context import Ctx
+from mm.model.layer import LinearFactory
 from mm.model.linears.dense import dense
 from mm.model.mixers.encoder_only.base import BothWays
 from mm.registry import MIXERS

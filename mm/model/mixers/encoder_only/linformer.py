@@ -11,7 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Ctx, LinearFactory
+from mm.model.context import Ctx
+from mm.model.layer import LinearFactory
 from mm.model.linears.dense import dense
 from mm.model.mixers.encoder_only.base import BothWays
 from mm.registry import MIXERS

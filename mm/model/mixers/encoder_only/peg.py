@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.errors import UserError
-from mm.model.layer import Caps, Ctx, LinearFactory, Out
+from mm.model.context import Ctx
+from mm.model.layer import Caps, LinearFactory, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.encoder_only.base import BothWays
 from mm.model.mixers.ssm.plstm import grid_places, in_grids

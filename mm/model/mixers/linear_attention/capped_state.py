@@ -15,7 +15,8 @@ from torch import Tensor
 from mm.config import Config
 from mm.errors import UserError
 from mm.kernels.linear_attention import linear_attention
-from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.context import Ctx
+from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.linear_attention.linear_attention import LinearAttention, LinearAttentionConfig
 from mm.model.mixers.linear_attention.memory import Matrix, tail_of

@@ -17,7 +17,8 @@ from mm.kernels.causal_conv import causal_conv
 from mm.kernels.delta_rule import delta_rule
 from mm.kernels.glu import glu
 from mm.kernels.rms_norm import rms_norm
-from mm.model.layer import Caps, Ctx, LinearFactory, LinearMixer
+from mm.model.context import Ctx
+from mm.model.layer import Caps, LinearFactory, LinearMixer
 from mm.model.linears.dense import dense
 from mm.model.mixers.linear_attention.memory import Matrix, tail_of
 from mm.model.norm import RMSNorm

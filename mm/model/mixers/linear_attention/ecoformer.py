@@ -11,9 +11,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import LinearFactory, Position
+from mm.model.layer import LinearFactory
 from mm.model.linears.dense import dense
 from mm.model.mixers.linear_attention.linear_attention import LinearAttention, LinearAttentionConfig
+from mm.model.positions.base import Position
 from mm.registry import MIXERS
 
 

@@ -20,11 +20,13 @@ from mm.errors import UserError
 from mm.kernels.causal_conv import causal_conv
 from mm.kernels.glu import glu
 from mm.kernels.linear_attention import linear_attention
-from mm.model.layer import Caps, Ctx, LinearFactory, LinearMixer, Position, Provider
+from mm.model.context import Ctx
+from mm.model.layer import Caps, LinearFactory, LinearMixer, Provider
 from mm.model.linears.dense import dense
 from mm.model.mixers.linear_attention.lower_bounds import shared_bound, shared_bounds
 from mm.model.mixers.linear_attention.memory import DraftMatrix, Matrix, kept, tail_of
 from mm.model.norm import RMSNorm
+from mm.model.positions.base import Position
 from mm.model.positions.randomised import refuse_drawn
 from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS, PositionField

@@ -15,7 +15,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.context import Ctx
+from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.linear_attention.delta_rule import DeltaRule, DeltaRuleConfig
 from mm.model.mixers.linear_attention.linear_attention import (

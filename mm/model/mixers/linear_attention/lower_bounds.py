@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm.model.layer import Ctx, Layer, Provider
+from mm.model.context import Ctx
+from mm.model.layer import Layer, Provider
 
 
 class LowerBounds(Provider):

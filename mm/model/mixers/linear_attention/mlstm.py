@@ -14,7 +14,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Ctx, LinearFactory
+from mm.model.context import Ctx
+from mm.model.layer import LinearFactory
 from mm.model.linears.dense import dense
 from mm.model.mixers.linear_attention.linear_attention import (
     EPS,

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.kernels.linear_attention import linear_attention
-from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.context import Ctx
+from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS

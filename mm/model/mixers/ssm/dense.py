@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mm.kernels.dense_ssm import dense_ssm
-from mm.model.layer import Caps, Ctx, Mixer
+from mm.model.context import Ctx
+from mm.model.layer import Caps, Mixer
 from mm.model.mixers.ssm.scan import Hidden, advanced, commit
 from mm.model.varlen import PackedRows, per_document
 from mm.state import State

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from mm.config import Config
 from mm.kernels.complex_scan import complex_scan
 from mm.kernels.linear_scan import linear_scan
-from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out, Provider
+from mm.model.context import Ctx
+from mm.model.layer import Caps, LinearFactory, Mixer, Out, Provider
 from mm.model.linears.dense import dense
 from mm.model.mixers.linear_attention.lower_bounds import shared_bound, shared_bounds
 from mm.model.mixers.ssm.scan import Hidden, scanned

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.kernels.complex_scan import complex_scan
-from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.context import Ctx
+from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.ssm.scan import Hidden, scanned
 from mm.registry import MIXERS

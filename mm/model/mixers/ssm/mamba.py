@@ -18,7 +18,8 @@ from mm.kernels.causal_conv import causal_conv
 from mm.kernels.glu import glu
 from mm.kernels.selective_scan import selective_scan
 from mm.layout import Layout
-from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.context import Ctx
+from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.norm import RMSNorm
 from mm.model.varlen import PackedRows

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from mm.config import Config
 from mm.kernels.linear_scan import linear_scan
 from mm.layout import Layout
-from mm.model.layer import Ctx, LinearFactory, Out
+from mm.model.context import Ctx
+from mm.model.layer import LinearFactory, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.encoder_only.base import BothWays, valid_of
 from mm.model.mixers.ssm.plstm_blocks import gating_in_blocks

@@ -13,7 +13,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Ctx, LinearFactory, Out
+from mm.model.context import Ctx
+from mm.model.layer import LinearFactory, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.ssm.dense import DenseMemory
 from mm.model.mixers.ssm.hippo_matrices import nplr_legs

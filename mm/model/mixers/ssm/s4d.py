@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from mm.config import Config
 from mm.kernels.complex_scan import complex_scan, multiply
 from mm.kernels.diagonal_ssm import diagonal_ssm
-from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.context import Ctx
+from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.ssm.scan import Hidden, advanced, begins, commit
 from mm.model.varlen import PackedRows

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.kernels.complex_scan import complex_scan, multiply
-from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.context import Ctx
+from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.ssm.s4d import eigenvalues
 from mm.model.mixers.ssm.scan import Hidden, scanned

@@ -1,5 +1,6 @@
-"""Running a diagonal recurrence over the documents of a call, and its State. B rows, T tokens, W
-state width, N slots, R rows of one document, L their length.
+"""A diagonal recurrence over the documents of a call, with its State.
+
+B rows, T tokens, W state width, N slots, R rows of one document, L their length.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm.layout import Layout
-from mm.model.layer import Ctx
+from mm.model.context import Ctx
+from mm.model.layer import StatePart
 from mm.model.varlen import PackedRows
 from mm.state import DataclassState, State
 
@@ -23,11 +25,62 @@ class Hidden(DataclassState):
 
     h: Tensor  # (N, W)
 
-    def accept(self, n_N: Tensor) -> Hidden:
-        raise ValueError("accept() takes the State of a call with draft=True")
 
-    def commit(self) -> Hidden:
-        return self
+class DiagonalScan(StatePart):
+    """``h_t = a_t h_{t-1} + b_t`` in every document; keeps h `(N, W)`, float32 or wider.
+
+    Args:
+        width: W.
+        initial: what a document's state begins with.
+    """
+
+    def __init__(self, width: int, initial: float = 0.0):
+        super().__init__()
+        self.width, self.initial = width, initial
+
+    def forward(
+        self,
+        scan: Callable[..., tuple[Tensor, Tensor]],
+        a: Tensor,
+        b_BTW: Tensor,
+        ctx: Ctx,
+        state: State | None,
+    ) -> tuple[Tensor, Hidden | None]:
+        """States `(B, T, W)` after each token, and the State after the call.
+
+        Args:
+            scan: `linear_scan` or `complex_scan`.
+            a: `(B, T, W)`, or `(W,)` where ``scan`` takes a constant.
+            b_BTW: `(B, T, W)`.
+        """
+        B, T = b_BTW.shape[:2]
+        if state is None:
+            return scan(a, b_BTW, starts(ctx.layout))[0], None
+        assert isinstance(state, Hidden)
+        docs = PackedRows.of(ctx.layout, state.h.shape[0])
+        before = docs.read(state.h, self.initial)
+        h, _ = scan(docs.unpack(a) if a.dim() == 3 else a, docs.unpack(b_BTW), None, before)
+        return docs.pack(h, B, T), write_last(state, docs, before, h)
+
+    def initial_state(self, n: int, max_len: int) -> Hidden:
+        return Hidden(self.like.new_full((n, self.width), self.initial, dtype=self.wide))
+
+    def state_bytes(self, n: int, max_len: int) -> int:
+        return n * self.width * self.wide.itemsize
+
+
+def write_last(state: Hidden, docs: PackedRows, before_RW: Tensor, h_RLW: Tensor) -> Hidden:
+    """The State after a call whose rows began from ``before`` and passed through ``h``."""
+    last = docs.last(h_RLW, before_RW)
+    return Hidden(docs.written(state.h.shape[0]).write(state.h, last))
+
+
+def starts(layout: Layout) -> Tensor:
+    """`(B, T)` bool: a document (or padding) begins here."""
+    document = layout.fields.document
+    if not document.shape[1]:
+        return document.bool()
+    return F.pad(document[:, 1:] != document[:, :-1], (1, 0), value=True)
 
 
 @dataclass(frozen=True)

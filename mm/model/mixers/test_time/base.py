@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.model.layer import Caps, Ctx, Mixer
+from mm.model.context import Ctx
+from mm.model.layer import Caps, Mixer
 from mm.model.varlen import PackedRows, per_document
 from mm.state import DataclassState, State
 

@@ -12,7 +12,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Ctx, LinearFactory, Out
+from mm.model.context import Ctx
+from mm.model.layer import LinearFactory, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.test_time.base import Learner, Tensors
 from mm.registry import MIXERS

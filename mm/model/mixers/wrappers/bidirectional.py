@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mm.config import Config
 from mm.mask import Causal, Mask
-from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.context import Ctx
+from mm.model.layer import Caps, LinearFactory, Mixer, Out, Stateful
 from mm.model.linears.dense import dense
 from mm.model.mixers.wrappers.reverse import (
     both_ways,
@@ -62,11 +63,8 @@ class Bidirectional(Mixer):
         y = torch.where(inside[..., None], reorder(back.y, index), 0)
         return Out(out.y + y, out.state, ctx.hand_on(out.ctx), {**out.aux, **back.aux})
 
-    def initial_state(self, n: int, max_len: int) -> State | None:
-        return self.ahead.initial_state(n, max_len)
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return self.ahead.state_bytes(n, max_len)
+    def stateful_parts(self) -> list[Stateful]:
+        return [self.ahead]  # a State under which something is read backwards is refused
 
 
 @MIXERS.register("bidirectional")

@@ -10,11 +10,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.context import Ctx
+from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.norm import RMSNorm
 from mm.registry import MIXERS, MixerField
-from mm.state import State, StateTuple
+from mm.state import State, join_parts, parts_of
 
 
 class Differential(Mixer):
@@ -46,20 +47,14 @@ class Differential(Mixer):
         return self.share.to(wide).sigmoid() + constant, constant
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        assert state is None or isinstance(state, StateTuple)
-        one = self.first(x_BTD, ctx, state[0] if state is not None else None)
+        first, second = parts_of(state, 2)
+        one = self.first(x_BTD, ctx, first)
         after_one = ctx.hand_on(one.ctx) or ctx
-        two = self.second(x_BTD, after_one, state[1] if state is not None else None)
+        two = self.second(x_BTD, after_one, second)
         share, constant = self.share_at(ctx.visit)
         y = (1 - constant) * self.norm(one.y - share.to(one.y.dtype) * two.y)
-        after = StateTuple(one.state, two.state) if state is not None else None
+        after = join_parts(one.state, two.state)
         return Out(y, after, after_one.hand_on(two.ctx) or after_one, {**one.aux, **two.aux})
-
-    def initial_state(self, n: int, max_len: int) -> StateTuple:
-        return StateTuple(*(m.initial_state(n, max_len) for m in (self.first, self.second)))
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return self.first.state_bytes(n, max_len) + self.second.state_bytes(n, max_len)
 
 
 @MIXERS.register("differential")

@@ -10,10 +10,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.context import Ctx
+from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.registry import MIXERS, MixerField
-from mm.state import State, StateTuple
+from mm.state import State, join_parts, parts_of
 
 
 class MixedHeads(Mixer):
@@ -48,24 +49,16 @@ class MixedHeads(Mixer):
         )
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        assert state is None or isinstance(state, StateTuple)
-        states: list[State | None] = list(state.parts) if state is not None else []
+        states = list(parts_of(state, len(self.parts)))
         y, aux, after = None, {}, ctx
         for i, part in enumerate(self.parts):
-            out = part(x_BTD, after, states[i] if states else None)
+            out = part(x_BTD, after, states[i])
             y = out.y if y is None else y + out.y
             after = out.ctx or after
             aux |= out.aux
-            if states:
-                states[i] = out.state
+            states[i] = out.state
         assert y is not None
-        return Out(y, StateTuple(*states) if states else None, None if after is ctx else after, aux)
-
-    def initial_state(self, n: int, max_len: int) -> StateTuple:
-        return StateTuple(*(part.initial_state(n, max_len) for part in self.parts))  # type: ignore[operator]
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return sum(part.state_bytes(n, max_len) for part in self.parts)  # type: ignore[operator]
+        return Out(y, join_parts(*states), None if after is ctx else after, aux)
 
 
 @MIXERS.register("mixed_heads")

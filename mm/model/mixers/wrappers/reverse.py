@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mm.errors import UserError
 from mm.mask import Causal
-from mm.model.layer import Ctx
+from mm.model.context import Ctx
 from mm.state import State
 
 

@@ -18,11 +18,12 @@ from mm.config import Config
 from mm.errors import UserError
 from mm.layout import Layout
 from mm.mask import Causal, Mask
-from mm.model.layer import Caps, Ctx, LinearFactory, Mixer, Out
+from mm.model.context import Ctx
+from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.wrappers.reverse import both_ways, refuse_state, reorder
 from mm.registry import MIXERS, MixerField
-from mm.state import State, StateTuple
+from mm.state import State, join_parts, parts_of
 
 Order = Literal["row", "column", "snake", "diagonal", "hilbert"]
 
@@ -122,11 +123,11 @@ class ScanOrder(Mixer):
                 f"needs `mask: full` or a prefix, not {type(ctx.mask).__name__}; for a causal "
                 "model set orders: [row]"
             )
-        assert state is None or isinstance(state, StateTuple)
+        parts = parts_of(state, len(self.inners))
         ys, states, aux = [], [], {}
         causal = replace(ctx, mask=Causal())
         for i, (inner, order) in enumerate(zip(self.inners, self.orders, strict=True)):
-            old = state[i] if state is not None else None
+            old = parts[i]
             if inside is None or not ctx.layout.grids:
                 out = inner(x_BTD, causal, old)
             else:
@@ -143,14 +144,7 @@ class ScanOrder(Mixer):
             ys.append(out.y)
             states.append(out.state)
             aux |= out.aux
-        after = StateTuple(*states) if state is not None else None
-        return Out(sum(ys[1:], ys[0]), after, ctx.hand_on(causal), aux)
-
-    def initial_state(self, n: int, max_len: int) -> StateTuple:
-        return StateTuple(*(m.initial_state(n, max_len) for m in self.inners))  # type: ignore[operator]
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return sum(m.state_bytes(n, max_len) for m in self.inners)  # type: ignore[operator]
+        return Out(sum(ys[1:], ys[0]), join_parts(*states), ctx.hand_on(causal), aux)
 
 
 @MIXERS.register("scan_order")
