@@ -35,16 +35,15 @@ class EMA(Mixer):
         super().__init__()
         self.inner, self.out = linear(d_model, d_model, "inner"), linear(d_model, d_model, "out")
         self.decay = nn.Parameter(torch.empty(d_model))
-        self.scan = DiagonalScan(d_model)
+        self.scan = DiagonalScan(d_model)  # documents, State and drafts are its business
 
     def init_weights(self) -> None:
         nn.init.uniform_(self.decay, 0.0, 5.0)  # averages over 2 to 150 tokens
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         u = self.inner(x_BTD, ctx)
-        wide = torch.promote_types(u.dtype, torch.float32)
-        a = self.decay.to(wide).sigmoid().expand_as(u)
-        h, after = self.scan(linear_scan, a, (1 - a) * u.to(wide), ctx, state)
+        a = self.decay.to(self.scan.wide).sigmoid().expand_as(u)
+        h, after = self.scan(linear_scan, a, (1 - a) * u.to(a.dtype), ctx, state)
         return Out(self.out(h.to(u.dtype), ctx), after)
 
 
