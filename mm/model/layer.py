@@ -232,6 +232,17 @@ class Provider(nn.Module):
 class Linear(nn.Module):
     """Plug point: every matrix of a layer is ``linear(d_in, d_out, name)``."""
 
+    name: str = ""  # "out": the last matrix of a residual branch, which depth scales down
+
+    @property
+    def ends_branch(self) -> bool:
+        """Whether its output is added to the residual stream (the `depth scaling` law)."""
+        return self.name == "out"
+
+    def rescale(self, factor: float) -> None:
+        """Multiply the map by ``factor``."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor, ctx: Ctx | None = None) -> Tensor:
         raise NotImplementedError
 

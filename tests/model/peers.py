@@ -231,8 +231,8 @@ def copy_mamba(target: Any, source: Any) -> None:
         matrix(ours, theirs)
     target.step.weight.copy_(source.dt_proj.weight)
     target.step_bias.copy_(source.dt_proj.bias)
-    target.conv_weight.copy_(conv_weight_of(source.conv1d.weight))
-    target.conv_bias.copy_(source.conv1d.bias)
+    target.conv.weight.copy_(conv_weight_of(source.conv1d.weight))
+    target.conv.bias.copy_(source.conv1d.bias)
     target.log_rate.copy_(source.A_log.T)
     target.skip.copy_(source.D)
     for norm, name in zip(target.norms, ("dt", "b", "c"), strict=False):
@@ -271,8 +271,8 @@ def copy_lightning(target: Any, source: Any) -> None:
 def copy_rg_lru(target: Any, source: Any) -> None:
     matrix(target.inner, source.linear_y, source.linear_x)
     matrix(target.out, source.linear_out)
-    target.conv_weight.copy_(conv_weight_of(source.conv_1d.weight))
-    target.conv_bias.copy_(source.conv_1d.bias)
+    target.conv.weight.copy_(conv_weight_of(source.conv_1d.weight))
+    target.conv.bias.copy_(source.conv_1d.bias)
     unit = source.rg_lru
     gates = (unit.recurrent_gate_weight, unit.input_gate_weight)
     target.gate_weight.copy_(torch.cat(gates, dim=-1))

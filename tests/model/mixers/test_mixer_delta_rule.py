@@ -12,8 +12,8 @@ from mm.kernels.delta_rule import delta_rule
 from mm.layout import Layout
 from mm.model.backbones.stack import StackConfig
 from mm.model.layer import init_weights
+from mm.model.length_buckets import LengthBuckets
 from mm.model.mixers.linear_attention.delta_rule import DeltaRule, DeltaRuleConfig
-from mm.model.varlen import LengthBuckets
 
 SETTINGS = {
     "plain": {},
