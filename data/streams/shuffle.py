@@ -23,13 +23,17 @@ def key_of(*parts: object) -> int:
 def splitmix64(x: np.ndarray) -> np.ndarray:
     """Scramble 64-bit integers; a bijection. Source: Steele et al. 2014, SplitMix64 finalizer."""
     with np.errstate(over="ignore"):
-        x = (x ^ (x >> U64(30))) * U64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> U64(27))) * U64(0x94D049BB133111EB)
-        return x ^ (x >> U64(31))
+        return _scramble(x)
+
+
+def _scramble(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> U64(30))) * U64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> U64(27))) * U64(0x94D049BB133111EB)
+    return x ^ (x >> U64(31))
 
 
 def fold_seed(*parts: int) -> int:
-    """Hash integers to one seed of 62 bits: `splitmix64` over their running sum.
+    """Hash integers to one seed of 62 bits: SplitMix64's finalizer over their running sum.
 
     Called for every micro-batch: Python's integers are 40 times faster here than arrays of one.
     """

@@ -20,7 +20,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Something else to attend to: encoder states, neighbours, compressed context; several coexist."""
+    """Something else to attend to: encoder states, neighbours, compressed context; several
+    coexist.
+    """
 
     layout: Layout  # its `document` holds the READER's document ids: that is the link
     mask: Mask

@@ -5,7 +5,7 @@ B rows, T tokens, D model, S streams, N slots, P places.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -221,7 +221,9 @@ class Backbone(Layer):
 
 
 class Provider(nn.Module):
-    """One per distinct name its layers read; run once before layer 0, its result enters Ctx.shared."""
+    """One per distinct name its layers read; run once before layer 0, its result enters
+    Ctx.shared.
+    """
 
     def forward(self, ctx: Ctx) -> Tensor:
         raise NotImplementedError
@@ -366,3 +368,10 @@ def hand_back(root: nn.Module, stats: Mapping[str, Sum]) -> None:
         after = getattr(module, "after_step", None)
         if name in own and name and callable(after):
             after(own[name])
+
+
+def zero_gradient_touch(parameters: Iterable[nn.Parameter], like: Tensor) -> Tensor:
+    """A zero that hangs on parameters which a pass does not need: their gradients are zeros, not
+    missing.
+    """
+    return sum((p.reshape(-1)[:0].sum() for p in parameters), like.new_zeros(())).to(like.dtype)

@@ -55,7 +55,8 @@ def make_run(root: Path, out: Path, name: str, *, steps: int = 6, **change: Any)
             "name": name,
             "out": out,
             "vocabulary": root / "tokens" / "vocabulary.json",
-            "model": {"kind": "lm", "d_model": 16, "backbone": backbone},
+            "model": {"kind": "lm", "d_model": 16, "backbone": backbone}
+            | {"mask": change.pop("mask", "causal")},
             "stages": [
                 {
                     "data": stream | sizes | change.pop("data", {}),
@@ -190,7 +191,7 @@ def test_micro_batches_carry_their_own_rows(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_without_state_is_refused_by_name(data: Path, tmp_path: Path) -> None:
-    values = make_run(data, tmp_path, "no", pattern="fnet").to_dict()
+    values = make_run(data, tmp_path, "no", pattern="fnet", mask="full").to_dict()
     values["model"]["mask"] = "full"
     with pytest.raises(UserError, match=r"'stateful': backbone.layers.0.mixer \(FNet\) has no S"):
         train(Run.model_validate(values))

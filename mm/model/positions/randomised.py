@@ -81,7 +81,9 @@ class RandomisedScores(Randomised):
 
 
 def adds_to_input(position: Position) -> bool:
-    """Whether a position is added to a layer's input (`Position.embed`), itself or the inner one."""
+    """Whether a position is added to a layer's input (`Position.embed`), itself or the inner
+    one.
+    """
     while isinstance(position, Randomised):
         position = position.inner
     return type(position).embed is not Position.embed
