@@ -79,14 +79,21 @@ class ShortConv(TokenTail):
     """Causal depthwise convolution of ``conv_size`` tokens inside documents.
 
     Args:
+        bias: added by channel.
         init: weights normal, of standard deviation ``conv_size ** -0.5``, or uniform up to it.
     """
 
-    def __init__(self, width: int, conv_size: int, init: Literal["normal", "uniform"] = "normal"):
+    def __init__(
+        self,
+        width: int,
+        conv_size: int,
+        bias: bool = True,
+        init: Literal["normal", "uniform"] = "normal",
+    ):
         super().__init__(width, conv_size - 1)
         self.init = init
         self.weight = nn.Parameter(torch.empty(conv_size, width))
-        self.bias = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
 
     def init_weights(self) -> None:
         scale = self.weight.shape[0] ** -0.5
@@ -94,19 +101,28 @@ class ShortConv(TokenTail):
             nn.init.normal_(self.weight, std=scale)
         else:
             nn.init.uniform_(self.weight, -scale, scale)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(  # type: ignore[override]
         self, u_BTW: Tensor, ctx: Ctx, state: State | None
     ) -> tuple[Tensor, Tail | None]:
         """`causal_conv` of `(B, T, W)`, and the State after the call."""
+        bias = self.bias if self.bias is not None else torch.zeros_like(self.weight[0])
         if state is None:
-            return causal_conv(u_BTW, self.weight, self.bias, ctx.layout.fields.document), None
+            return causal_conv(u_BTW, self.weight, bias, ctx.layout.fields.document), None
         inputs, docs, after = self.extend(u_BTW, ctx, state)
         # What was kept is the document's own past: no borders, and the first outputs are its.
         same = torch.ones_like(inputs[..., 0], dtype=torch.int32)
-        y = causal_conv(inputs, self.weight, self.bias, same)[:, self.size :]
+        y = causal_conv(inputs, self.weight, bias, same)[:, self.size :]
         return docs.pack(y, *u_BTW.shape[:2]), after
+
+
+class NoConv(StatePart):
+    """Stands where a layer has no `ShortConv`: changes nothing and has no State."""
+
+    def forward(self, u_BTW: Tensor, ctx: Ctx, state: State | None) -> tuple[Tensor, None]:
+        return u_BTW, None
 
 
 @dataclass(frozen=True)
