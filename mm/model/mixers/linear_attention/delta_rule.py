@@ -29,8 +29,7 @@ EPS = 1e-6  # added to the squared length of queries and keys
 
 
 class DeltaRule(LinearMixer):
-    """Every head keeps a map from keys to values; a token erases what the map holds for its key and
-    writes its value there.
+    """Every head keeps a map from keys to values; a token overwrites the value of its key.
 
     Queries, keys and values: a short causal convolution, SiLU, then unit length (queries, keys).
     Source: Yang et al. 2024, DeltaNet (arXiv:2406.06484), section 3.3; gate: Yang et al. 2024,
@@ -81,9 +80,7 @@ class DeltaRule(LinearMixer):
     def features(
         self, x_BTD: Tensor, ctx: Ctx, state: State | None = None
     ) -> tuple[dict[str, Tensor], State | None]:
-        """Queries, keys and values `(B, T, H, .)`; writing strengths ``beta`` and log decays ``g``
-        `(B, T, H)`, float32 or wider.
-        """
+        """Queries, keys, values `(B, T, H, .)`; float32 or wider strengths ``beta``, log decays."""
         found: dict[str, Tensor] = {}
         u, rates = self.qkv(x_BTD, ctx), self.rates(x_BTD, ctx)
         u, after = self.conv(u, ctx, state)

@@ -94,13 +94,13 @@ class StabilisedMemory(Stateful):
 
 
 class MLSTM(LinearAttention):
-    """``h_t = C_t^T q_t / max(|n_t q_t|, 1)``, ``C_t = f_t C_{t-1} + e^{i_t} k_t v_t^T``, ``n_t =
-    f_t n_{t-1} + e^{i_t} k_t``; per head layer norm, sigmoid output gate.
+    """``h_t = C_t^T q_t / max(|n_t q_t|, 1)``, ``C_t = f_t C_{t-1} + e^{i_t} k_t v_t^T``.
 
-    Everything is kept divided by ``exp(m_t)``, ``m_t = max(log f_t + m_{t-1}, i_t, 0)``: decays
-    become ``log f_t + m_{t-1} - m_t``, keys are scaled by ``exp(i_t - m_t)``, the 1 becomes
-    ``exp(-m_t)``, and no exponent is positive. The outputs do not depend on m, so no gradient is
-    lost with it, and the chunkwise form is that of the `linear_attention` Op.
+    ``n_t = f_t n_{t-1} + e^{i_t} k_t``; per head layer norm, sigmoid output gate. Everything is
+    kept divided by ``exp(m_t)``, ``m_t = max(log f_t + m_{t-1}, i_t, 0)``: decays become ``log f_t
+    + m_{t-1} - m_t``, keys are scaled by ``exp(i_t - m_t)``, the 1 becomes ``exp(-m_t)``, and no
+    exponent is positive. The outputs do not depend on m, so no gradient is lost with it, and the
+    chunkwise form is that of the `linear_attention` Op.
 
     Source: Beck et al. 2024, xLSTM (arXiv:2405.04517), section 2.3, eq. 19-27, stabiliser eq. 15
     (floored at zero here, where the normaliser's lower bound makes it harmless); block, soft-cap
