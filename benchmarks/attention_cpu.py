@@ -1,5 +1,7 @@
-"""Attention on one CPU thread against the variants of SDPA: forward and backward, medians of
-interleaved pairs, in processor time (one thread: other jobs add little to it).
+"""Attention on one CPU thread against the variants of SDPA.
+
+Forward and backward, medians of interleaved pairs, in processor time (one thread: other jobs add
+little to it).
 
     OMP_NUM_THREADS=1 python benchmarks/attention_cpu.py [--length 4096] [--repeats 7] [--only NAME]
 
@@ -24,8 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm.kernels.attention import attention
+from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.model.positions.alibi import slopes
 
+CAUSAL = MaskSpec(causal=True)
 Case = tuple[str, Callable[[], Tensor], Callable[[], Tensor], list[Tensor]]
 
 
@@ -50,14 +54,14 @@ def cases(T: int, heads: int, width: int, dtype: torch.dtype) -> Iterator[Case]:
     qkv = [q, k, v]
     past = torch.ones(T, T, dtype=torch.bool).tril()
     causal = torch.zeros(T, T).masked_fill(~past, -math.inf)
-    yield "causal", lambda: attention(q, k, v, causal=True), lambda: sdpa(q, k, v, None, True), qkv
+    yield "causal", lambda: attention(q, k, v, CAUSAL), lambda: sdpa(q, k, v, None, True), qkv
 
     yield "no mask", lambda: attention(q, k, v), lambda: sdpa(q, k, v), qkv
 
     near = past.triu(-255)
     yield (
         "window of 256",
-        lambda: attention(q, k, v, causal=True, window=256),
+        lambda: attention(q, k, v, MaskSpec(causal=True, window=256)),
         lambda: sdpa(q, k, v, near),
         qkv,
     )
@@ -66,20 +70,20 @@ def cases(T: int, heads: int, width: int, dtype: torch.dtype) -> Iterator[Case]:
     rows = lambda x: x.view(4, T // 4, heads, width)
     yield (
         "4 documents, a row each",
-        lambda: attention(rows(q), rows(k), rows(v), causal=True).view(1, T, heads, width),
+        lambda: attention(rows(q), rows(k), rows(v), CAUSAL).view(1, T, heads, width),
         lambda: sdpa(q, k, v, same),
         qkv,
     )
     yield (
         "4 documents in one row",
-        lambda: attention(q, k, v, causal=True, document_RT=document, document_RS=document),
+        lambda: attention(q, k, v, CAUSAL._replace(document_RT=document, document_RS=document)),
         lambda: sdpa(q, k, v, same),
         qkv,
     )
     prefix = (torch.arange(T) < T // 4).int()[None]
     yield (
         "prefix of a quarter",
-        lambda: attention(q, k, v, causal=True, prefix_RT=prefix, prefix_RS=prefix),
+        lambda: attention(q, k, v, CAUSAL._replace(prefix_RT=prefix, prefix_RS=prefix)),
         lambda: sdpa(q, k, v, past | (prefix[0][:, None] & prefix[0]).bool()),
         qkv,
     )
@@ -89,7 +93,7 @@ def cases(T: int, heads: int, width: int, dtype: torch.dtype) -> Iterator[Case]:
     line = -slope[:, None, None] * (place.T - place).abs()
     yield (
         "ALiBi",
-        lambda: attention(q, k, v, causal=True, fade_RTH=ramp, fade_RSH=ramp),
+        lambda: attention(q, k, v, CAUSAL, ScoreSpec(fade_RTH=ramp, fade_RSH=ramp)),
         lambda: sdpa(q, k, v, line + causal),
         qkv,
     )
@@ -97,7 +101,7 @@ def cases(T: int, heads: int, width: int, dtype: torch.dtype) -> Iterator[Case]:
 
     def fox() -> Tensor:
         faded = kept.cumsum(1)
-        return attention(q, k, v, causal=True, fade_RTH=faded, fade_RSH=faded)
+        return attention(q, k, v, CAUSAL, ScoreSpec(fade_RTH=faded, fade_RSH=faded))
 
     def fox_dense() -> Tensor:
         faded = kept.cumsum(1).transpose(1, 2)
@@ -105,9 +109,10 @@ def cases(T: int, heads: int, width: int, dtype: torch.dtype) -> Iterator[Case]:
 
     yield "forget gate, its gradient", fox, fox_dense, [*qkv, kept]
     table = torch.randn(257, heads, requires_grad=True)
+    relative = ScoreSpec(relative_NH=table, position_RT=place, position_RS=place)
     yield (
         "relative bias, its gradient",
-        lambda: attention(q, k, v, causal=True, relative_NH=table, place_RT=place, place_RS=place),
+        lambda: attention(q, k, v, CAUSAL, relative),
         lambda: sdpa(
             q,
             k,
@@ -127,13 +132,13 @@ def cases(T: int, heads: int, width: int, dtype: torch.dtype) -> Iterator[Case]:
 
     yield (
         "sinks, their gradient",
-        lambda: attention(q, k, v, causal=True, sink_H=sink),
+        lambda: attention(q, k, v, CAUSAL, ScoreSpec(sink_H=sink)),
         sunk_dense,
         [*qkv, sink],
     )
     yield (
         "soft-cap (peer: eager)",
-        lambda: attention(q, k, v, causal=True, softcap=30.0),
+        lambda: attention(q, k, v, CAUSAL, ScoreSpec(softcap=30.0)),
         lambda: eager(q, k, v, causal, 30.0),
         qkv,
     )

@@ -61,6 +61,7 @@ from mm.batch import Batch  # noqa: E402
 from mm.bench.memory import MIB, available_mib, peak_mib  # noqa: E402
 from mm.bench.mixers import Bench, names  # noqa: E402
 from mm.kernels.attention import attention as attention_op  # noqa: E402
+from mm.kernels.attention.spec import MaskSpec  # noqa: E402
 from mm.kernels.cross_entropy import linear_cross_entropy  # noqa: E402
 from mm.kernels.delta_rule import delta_rule  # noqa: E402
 from mm.kernels.linear_attention import linear_attention  # noqa: E402
@@ -321,7 +322,7 @@ def p10() -> Iterator[Figure]:
 
         return backward(run, q, k, v)
 
-    mine = backward(lambda *x: attention_op(*x, causal=True), q, k, v)
+    mine = backward(lambda *x: attention_op(*x, MaskSpec(causal=True)), q, k, v)
     variants = {"flash": by(SDPBackend.FLASH_ATTENTION), "plain": by(SDPBackend.MATH)}
     name, best = fastest(mine, variants, repeats=15)
     what = f"attention, causal / SDPA ({name}), T=4096: end of the interval"

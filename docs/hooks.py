@@ -92,7 +92,7 @@ def commands_page() -> str:
         "traceback of a mistake. Overrides of a YAML go by `a.b=c` or `--a.b c`.\n\n"
     ]
     for name in root.list_commands(None):
-        command = root.get_command(root.make_context("mm", [name]), name)
+        _, command, _ = root.resolve_command(root.make_context("mm", [name]), [name])
         inner = getattr(command, "commands", None)
         for full, one in {f"{name} {k}": v for k, v in (inner or {}).items()}.items() or [
             (name, command)

@@ -16,7 +16,7 @@ from pydantic import Field
 from mm.batch import Batch
 from mm.model.layer import ModelOut
 from mm.objectives.next_token import NextToken, NextTokenConfig
-from mm.objectives.objective import Env, Term
+from mm.objectives.objective import Env, LossTerm
 from mm.registry import OBJECTIVES
 from mm.vocabulary import Vocabulary
 
@@ -31,13 +31,13 @@ class TruncatedNextToken(NextToken):
 
     def terms(
         self, micros: Sequence[Batch], nets: Mapping[str, Callable[..., ModelOut]], env: Env
-    ) -> Iterator[Term]:
+    ) -> Iterator[LossTerm]:
         for i, b in enumerate(micros):
             nll = nets["model"](b).heads[self.config.head].nll
             assert nll is not None  # targets were given
             places = b.places[self.config.head]
             capped = nll.float().clamp(max=self.config.cap) * b.weight.flatten()[places]
-            yield Term(self._split(b, capped, places), step=i == len(micros) - 1)
+            yield LossTerm(self._split(b, capped, places), step=i == len(micros) - 1)
 
 
 @OBJECTIVES.register("truncated_next_token")

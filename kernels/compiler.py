@@ -1,5 +1,6 @@
-"""CPU kernels: compile one C++ file with the machine's own compiler, once, and call it through
-ctypes.
+"""CPU kernels: compile a C++ file once, and call it through ctypes.
+
+The compiler is the machine's own.
 """
 
 from __future__ import annotations
@@ -127,8 +128,9 @@ def suffix(arguments: Iterable[object], number: int = 1) -> str:
 
 
 def call(source: Path, function: str, *arguments: Tensor | int | float | None) -> None:
-    """Call an ``extern "C"`` function: tensors become pointers, ints int64, floats double, None a
-    null pointer.
+    """Call an ``extern "C"`` function.
+
+    Tensors become pointers, ints int64, floats double, None a null pointer.
     """
     library, reason = load(source)
     if library is None:

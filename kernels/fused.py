@@ -22,7 +22,7 @@ Pair = tuple[Callable[..., Any], Callable[..., Any]]
 _SCHEMA = {"Tensor | None": "Tensor?"}  # what a schema calls otherwise than an annotation
 
 
-def fused(
+def register_kernel(
     op: Op,
     outputs: str,
     empties: Callable[..., Any],
@@ -78,7 +78,7 @@ def fused(
         kind = "str" if p.annotation.startswith("Literal") else p.annotation
         kinds[_plain(p.name)] = _SCHEMA.get(kind, kind)
     names = list(kinds)
-    place = {p.name: i for i, p in enumerate(parameters)}
+    position = {p.name: i for i, p in enumerate(parameters)}
     defaults = [p.default for p in parameters]
     required = defaults.count(inspect.Parameter.empty)
     of = names.index(like) if like else 0
@@ -95,11 +95,11 @@ def fused(
         pack = [names.index(n) for n in tensors if strided != "*" and n not in strided.split()]
 
         def call(*args: Any, **kw: Any) -> Any:
-            if len(args) < required or not kw.keys() <= place.keys():
+            if len(args) < required or not kw.keys() <= position.keys():
                 return reference(*args, **kw)  # which says what is missing or unknown
             given = [*args, *defaults[len(args) :]]
             for name, value in kw.items():
-                given[place[name]] = value
+                given[position[name]] = value
             if trivial and trivial(*given):
                 return reference(*args, **kw)
             values = list(prepare(*given)) if prepare else given.copy()
@@ -176,8 +176,8 @@ def differentiable(
         empties: takes the inputs and returns empty outputs: the rule of shapes when tracing.
         forward: takes the inputs and returns the outputs.
         backward: takes what is saved, the gradients of ``outputs`` and, with ``ask``, which of
-            ``gradients`` are asked for; returns these, of size 0 where the input is None or where
-            they are not asked for.
+            ``gradients`` are asked for; returns these, of size 0 where the input is None, and
+            anything where they are not asked for.
         saved: names of the inputs and outputs that the backward needs.
         gradients: names of the inputs that have gradients, shaped as the inputs, which are saved;
             ``b:h`` is shaped as the saved ``h``, ``x:dy`` as the gradient of ``y``.
@@ -192,14 +192,15 @@ def differentiable(
     taken = [*save, *(f"d{y}" for y in made)]
     like = [taken.index(other or own) for own, other in zip(wrt, likes, strict=True)]
     kinds = [inputs.get(n, "Tensor") + "?" * (n in only) for n in save]
-    anchor = kinds.index("Tensor")
+    above_kinds = ["Tensor" if dense else "Tensor?"] * len(made)
+    anchor = [*kinds, *above_kinds].index("Tensor")  # one that is always there
     # What follows runs in every call of a small model: positions, not names, and few of them.
     tensors = [i for i, kind in enumerate(kinds) if kind.startswith("Tensor")]
     others = [i for i in range(len(kinds)) if i not in tensors]
     order = [[*tensors, *others].index(i) for i in range(len(kinds))]
     tensors, others = ([every.index(save[i]) for i in some] for some in (tensors, others))
     unless = {every.index(n): every.index(flag) for n, flag in only.items()}
-    places = [every.index(n) for n in wrt]
+    positions = [every.index(n) for n in wrt]
 
     def empty_gradients(*given: Any) -> Any:
         found = []
@@ -214,11 +215,21 @@ def differentiable(
     if fill:
         forward, backward = _filled(empties, forward), _filled(empty_gradients, backward)
     schema = [f"{kind} {n}" for n, kind in inputs.items()]
-    op, traceable = _define(name, schema, len(made) + len(extra), empties, forward)
+    op, traceable = define(name, schema, len(made) + len(extra), empties, forward)
     schema = [f"{kind} {n}" for n, kind in zip(save, kinds, strict=True)]
-    schema += [f"{'Tensor' if dense else 'Tensor?'} d{y}" for y in made] + ["bool[] ask"] * ask
+    schema += [f"{kind} d{y}" for kind, y in zip(above_kinds, made, strict=True)]
+    schema += ["bool[] ask"] * ask
+
+    def run_backward(*given: Any) -> Any:
+        """Return what `empty_gradients` promises a trace."""
+        found = backward(*given)
+        if not ask:
+            return found
+        pairs = zip(found, given[-1], strict=True)
+        return tuple(x if wanted else given[anchor].new_empty(0) for x, wanted in pairs)
+
     name = f"{name}_backward"
-    _, traceable_backward = _define(name, schema, len(wrt), empty_gradients, backward)
+    _, traceable_backward = define(name, schema, len(wrt), empty_gradients, run_backward)
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         values = inputs + output if isinstance(output, tuple) else (*inputs, output)
@@ -227,7 +238,7 @@ def differentiable(
             values = [None if i in hidden else x for i, x in enumerate(values)]
         ctx.save_for_backward(*[values[i] for i in tensors])
         ctx.settings = [values[i] for i in others]
-        ctx.given = [inputs[i] is not None for i in places]
+        ctx.given = [inputs[i] is not None for i in positions]
         if not dense:
             ctx.set_materialize_grads(False)
 
@@ -236,11 +247,11 @@ def differentiable(
         values = [pool[i] for i in order]
         for g in above[: len(made)]:
             values.append(g if g is None else g.contiguous())
-        wanted = [ctx.needs_input_grad[i] for i in places] if ask else ctx.given
+        wanted = [ctx.needs_input_grad[i] for i in positions] if ask else ctx.given
         found = by(*values, wanted) if ask else by(*values)
         found = found if isinstance(found, (tuple, list)) else (found,)
         back: list[Tensor | None] = [None] * len(inputs)
-        for i, x, on in zip(places, found, wanted, strict=True):
+        for i, x, on in zip(positions, found, wanted, strict=True):
             back[i] = x if on else None
         return tuple(back)
 
@@ -258,10 +269,10 @@ def differentiable(
         def backward(ctx: Any, *above: Tensor | None) -> Any:
             return grads(ctx, *above, by=backward)
 
-    return lambda *inputs: traceable(*inputs) if traced(inputs) else Direct.apply(*inputs)
+    return lambda *inputs: traceable(*inputs) if is_traced(inputs) else Direct.apply(*inputs)
 
 
-def _define(
+def define(
     name: str, parameters: list[str], results: int, empties: Callable, run: Callable
 ) -> tuple[Any, Callable]:
     """The custom op of ``run``, and its call."""
@@ -281,9 +292,10 @@ def _filled(empties: Callable[..., Any], fill: Callable[..., None]) -> Callable[
     return run
 
 
-def traced(args: tuple[Any, ...]) -> bool:
-    """Whether anything but plain autograd looks at a call: a compiler, a mode, a transform or a
-    tensor of a class of its own.
+def is_traced(args: tuple[Any, ...]) -> bool:
+    """Return whether anything but plain autograd looks at a call.
+
+    That is a compiler, a mode, a transform or a tensor of a class of its own.
     """
     return (
         torch.compiler.is_compiling()

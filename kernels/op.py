@@ -1,5 +1,6 @@
-"""Op: the decorated plain-PyTorch function IS the reference; exact faster implementations register
-beside it.
+"""Op: the decorated plain-PyTorch function IS the reference.
+
+Exact faster implementations register beside it.
 """
 
 from __future__ import annotations
@@ -69,8 +70,9 @@ class Op:
         return bind
 
     def pick(self, *args: Any, **kw: Any) -> str:
-        """Name of the implementation that runs this call. Raises KernelUnavailable when the forced
-        one cannot.
+        """Name of the implementation that runs this call.
+
+        Raises KernelUnavailable when the forced one cannot.
         """
         if self._forced is not None:
             if self._forced not in self.implementations:
@@ -92,7 +94,7 @@ class Op:
             others = {n: w(*args, **kw) for n, (_, w) in self.implementations.items() if n != name}
             reasons = ", ".join(f"{n}: {r}" for n, r in others.items() if r)
             log.info("%s: using %s%s", self.name, name, f" ({reasons})" if reasons else "")
-        if self._forced is None and name != "reference" and check.wanted(args):
+        if self._forced is None and name != "reference" and check.is_checkable(args):
             name = self._trusted(name, args, kw)
         return self.implementations[name][0](*args, **kw)
 

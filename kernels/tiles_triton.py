@@ -48,8 +48,9 @@ def log_into(g, t, T, H, DECAY: tl.constexpr):
 
 @triton.jit
 def log_out(g, t, T, H, DECAY: tl.constexpr):
-    """Log decay `(C,)` from each token to the chunk's end: summed, for a difference of long sums
-    would lose the short one that it stands for.
+    """Return the log decay `(C,)` from each token to the chunk's end.
+
+    It is summed: a difference of long sums would lose the short one that it stands for.
     """
     later = load_log_decay(g, t + 1, T, H, DECAY)
     return tl.cumsum(tl.where(tl.arange(0, C) < C - 1, later, 0.0), 0, reverse=True)
@@ -62,8 +63,8 @@ def decay_between(g, t, T, H, DECAY: tl.constexpr):
     The sums are float64, kept as float32 pairs: where two of them are close, the difference of
     their leading parts is exact.
     """
-    place = tl.arange(0, C)
-    past = place[:, None] >= place[None, :]
+    index = tl.arange(0, C)
+    past = index[:, None] >= index[None, :]
     if DECAY == NONE:
         return past.to(tl.float32)
     else:
@@ -76,9 +77,9 @@ def decay_between(g, t, T, H, DECAY: tl.constexpr):
 
 @triton.jit
 def sum_before(x):
-    """`(C,)`: what stands before each place, without the place itself."""
-    place = tl.arange(0, C)
-    return tl.sum(tl.where(place[:, None] < place[None, :], x[:, None], 0.0), 0)
+    """`(C,)`: what stands before each token, without the token itself."""
+    index = tl.arange(0, C)
+    return tl.sum(tl.where(index[:, None] < index[None, :], x[:, None], 0.0), 0)
 
 
 @triton.jit
@@ -121,8 +122,10 @@ def after():
 
 @triton.jit
 def halves(half):
-    """Blocks of two halves, ``half`` tokens each: which tokens are in a second half `(C, 1)`, which
-    pairs `(C, C)` a block's middle divides, and which tokens `(C, C)` stand between each and it.
+    """Return how blocks of two halves, ``half`` tokens each, divide a chunk.
+
+    That is: which tokens are in a second half `(C, 1)`, which pairs `(C, C)` a block's middle
+    divides, and which tokens `(C, C)` stand between each and it.
 
     Every pair of tokens is divided by exactly one middle, for half = 1, 2, .. C / 2. Its decay is
     the product of a factor from the key to the middle and one from there to the query; neither

@@ -80,7 +80,7 @@ class Stage(Config):
     tasks: tuple[TaskField, ...] = ()
 
 
-class Engine(Config):
+class EngineConfig(Config):
     """DeepSpeed settings; its JSON is derived from these (mm/trainer/engine/deepspeed.py)."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -98,9 +98,11 @@ class Engine(Config):
     ] = False
 
     @property
-    def stage(self) -> int:
-        """The stage that runs. Weights in bf16 have masters in fp32, which DeepSpeed splits over
-        ranks at stage 0 as well, by other code than stage 1's: there is one way here.
+    def effective_zero_stage(self) -> int:
+        """The ZeRO stage that runs.
+
+        Weights in bf16 have masters in fp32, which DeepSpeed splits over ranks at stage 0 as well,
+        by other code than stage 1's: there is one way here.
         """
         return self.zero_stage or int(self.precision == "bf16")
 
@@ -116,7 +118,7 @@ class Checkpoints(Config):
     ] = False
 
 
-class Guard(Config):
+class GuardConfig(Config):
     """What to do when a run goes wrong: skip a step, go back to a checkpoint, stop; and hangs."""
 
     window: Annotated[
@@ -145,8 +147,9 @@ class Guard(Config):
 
 
 class Tracking(Config):
-    """Weights & Biases mirror of metrics.jsonl. WANDB_MODE wins over `mode`; without a key the
-    default is offline.
+    """Weights & Biases mirror of metrics.jsonl.
+
+    WANDB_MODE wins over `mode`; without a key the default is offline.
     """
 
     project: str = "mm"
@@ -169,9 +172,9 @@ class Run(Config):
     ] = {}  # modality -> folder, for samples, generation and `save_pretrained`
     model: NetworkField
     stages: tuple[Stage, ...]
-    engine: Engine = Engine()
+    engine: EngineConfig = EngineConfig()
     checkpoints: Checkpoints = Checkpoints()
-    guard: Guard = Guard()
+    guard: GuardConfig = GuardConfig()
     tracking: Tracking = Tracking()
     callbacks: tuple[CallbackField, ...] = ()
     evaluate: Annotated[
@@ -182,7 +185,9 @@ class Run(Config):
     def _parts_fit(self) -> Run:
         for i, stage in enumerate(self.stages):
             refusal = getattr(stage.optimizer, "refusal", None)
-            why = refusal(self.engine.stage, stage.schedule.shape) if refusal else None
+            why = (
+                refusal(self.engine.effective_zero_stage, stage.schedule.shape) if refusal else None
+            )
             if why:
                 raise ValueError(f"stages.{i}: {why}")
             goes_on = getattr(stage.data, "continues_documents", False)
@@ -204,9 +209,7 @@ class Run(Config):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Any = ()) -> Run:
-        """Read a run YAML; `imports:` are imported first, so that their kinds are known. Raises
-        UserError.
-        """
+        """Read a run YAML; its `imports:` are imported first. Raises UserError."""
         import importlib
 
         from mm import config

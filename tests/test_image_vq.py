@@ -64,7 +64,7 @@ def run_step(
     env: HandEnv,
     optimizers: dict[str, torch.optim.Optimizer] | None = None,
 ) -> dict[str, float]:
-    """One step of the loop: sums over global counts, backward a Term, step where it says.
+    """One step of the loop: sums over global counts, backward a LossTerm, step where it says.
 
     Returns global means.
     """
@@ -73,6 +73,7 @@ def run_step(
     for b in micros:
         for name, n in objective.counts(b).items():
             counts[name] = counts.get(name, torch.zeros(())) + n
+    scales = objective.scales(counts)
     stats: dict[str, dict[str, Sum]] = {name: {} for name in env.networks}
 
     def caller(name: str) -> Callable[..., ModelOut]:
@@ -88,7 +89,7 @@ def run_step(
 
     means: dict[str, float] = {}
     for term in objective.terms(micros, {name: caller(name) for name in env.networks}, env):
-        each = {k: objective.weights.get(k, 1.0) * v / counts[k] for k, v in term.losses.items()}
+        each = {k: scales[k] * v / counts[k] for k, v in term.losses.items()}
         torch.stack(list(each.values())).sum().backward()
         for k, v in term.losses.items():
             means[k] = means.get(k, 0.0) + float(v.detach() / counts[k])
@@ -411,7 +412,8 @@ def learn(
         run.model if quantizer is None else run.model.model_copy(update={"quantizer": quantizer})
     )
     net = build(config)
-    objective = stage.objective.model_copy(update=weights).build()
+    change = {"aux_weights": weights} if weights else {}
+    objective = stage.objective.model_copy(update=change).build()
     env = HandEnv({"model": net})
     optimizer = stage.optimizer.build(net)
     schedule = stage.schedule

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -246,6 +247,25 @@ def test_a_module_imports_only_its_own_tier_and_below(file: Path) -> None:
             )
 
 
+def test_no_import_goes_in_a_circle() -> None:
+    """Imports inside functions and for types alone count: their two modules are one idea."""
+    names = {module(file) for file in TREES if file.name != "__init__.py"}
+    graph: dict[str, set[str]] = {}
+    for file, tree in TREES.items():
+        found = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        own = module(file)  # a forked process finds its function by the name of its module
+        graph[own] = ({name.removeprefix("mm.") for name in found} & names) - {own}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
+
+
 def test_tier_0_and_launch_and_the_cli_load_without_torch() -> None:
     heavy = {
         "torch",
@@ -302,8 +322,9 @@ def test_no_file_shadows_a_library() -> None:
 
 
 def test_reentrant_checkpointing_is_banned() -> None:
-    """It loses gradients silently at ZeRO-0 and asserts at ZeRO-3; DeepSpeed's own is always
-    reentrant.
+    """It loses gradients silently at ZeRO-0 and asserts at ZeRO-3.
+
+    DeepSpeed's own is always reentrant.
     """
     for file, tree in TREES.items():
         for node in ast.walk(tree):

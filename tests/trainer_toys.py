@@ -1,4 +1,5 @@
-"""A tiny language model, a stream and a two-network objective for the trainer's tests; `imports:
+"""A tiny language model, a stream and a two-network objective for the trainer's tests; `imports.
+
 [trainer_toys]`.
 """
 
@@ -19,7 +20,7 @@ from mm.batch import Batch, Sum, Values
 from mm.config import Config
 from mm.layout import Doc, Layout
 from mm.model.layer import HeadOut, ModelOut
-from mm.objectives.objective import Network, Objective, Term
+from mm.objectives.objective import LossTerm, Network, Objective
 from mm.registry import NETWORKS, OBJECTIVES, STREAMS, Registry
 from mm.specs import TokenSpec
 from mm.vocabulary import Vocabulary, merged
@@ -41,8 +42,9 @@ class ToyConfig(Config):
 
 
 class ToyLM(nn.Module):
-    """Embedding, a decayed sum over the past, an MLP, a tied output; an image-only matrix and an
-    EMA buffer.
+    """Embedding, a decayed sum over the past, an MLP, a tied output.
+
+    An image-only matrix and an EMA buffer.
     """
 
     def __init__(self, config: ToyConfig, n: int):
@@ -217,8 +219,9 @@ class ToyGanConfig(Config):
 
 
 class ToyGan(Objective):
-    """Next token plus a critic on the hidden states: two networks, two micro-batch passes, a frozen
-    block.
+    """Next token plus a critic on the hidden states.
+
+    Two networks, two micro-batch passes, a frozen block.
     """
 
     networks = {"critic": Network(ToyCriticConfig())}
@@ -234,13 +237,13 @@ class ToyGan(Objective):
         score = critic(Batch.of_values({"h": Values.items(h)})).hidden
         return (score[..., 0] * b.weight).sum()
 
-    def terms(self, micros: Any, nets: Any, env: Any) -> Iterator[Term]:
+    def terms(self, micros: Any, nets: Any, env: Any) -> Iterator[LossTerm]:
         last = len(micros) - 1
         with torch.no_grad():
             hs = [nets["model"](b).hidden for b in micros]
         for i, (b, h) in enumerate(zip(micros, hs, strict=True)):
             s = nets["critic"](Batch.of_values({"h": Values.items(h)})).hidden[..., 0]
-            yield Term({"critic": ((s - 1) ** 2 * b.weight).sum()}, "critic", i == last)
+            yield LossTerm({"critic": ((s - 1) ** 2 * b.weight).sum()}, "critic", i == last)
         with env.frozen("critic") as critic:
             for i, b in enumerate(micros):
                 out = nets["model"](b)
@@ -249,7 +252,7 @@ class ToyGan(Objective):
                     "nll": (out.heads["tokens"].nll * w).sum(),
                     "fool": self._scored(critic, b, out.hidden),
                 }
-                yield Term(losses, step=i == last)
+                yield LossTerm(losses, step=i == last)
 
 
 @OBJECTIVES.register("toy_teacher")
@@ -271,7 +274,7 @@ class ToyTeacher(Objective):
     def counts(self, b: Batch) -> dict[str, torch.Tensor]:
         return {"nll": b.weight.sum(), "near": b.weight.sum()}
 
-    def terms(self, micros: Any, nets: Any, env: Any) -> Iterator[Term]:
+    def terms(self, micros: Any, nets: Any, env: Any) -> Iterator[LossTerm]:
         for i, b in enumerate(micros):
             with torch.no_grad():
                 wanted = nets["teacher"](b).hidden
@@ -279,7 +282,7 @@ class ToyTeacher(Objective):
             w = b.weight.flatten()[b.places["tokens"].long()]
             near = ((out.hidden - wanted) ** 2).mean(-1)
             losses = {"nll": (out.heads["tokens"].nll * w).sum(), "near": (near * b.weight).sum()}
-            yield Term(losses, step=i == len(micros) - 1)
+            yield LossTerm(losses, step=i == len(micros) - 1)
 
 
 @STREAMS.register("toy_images")

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mm.data.modalities.base import modality_of_value
 from mm.errors import UserError
-from mm.specs import Encoded, ModalityTokenizer, Waveform
+from mm.specs import Encoded, ModalityTokenizer
 from mm.tokenizers.audio.mel import log_mel, resample
 from mm.tokenizers.quantizers.base import perplexity, usage_share
 
@@ -54,14 +55,14 @@ def evaluate(
           would get) and their ``mel_distance_ratio``, ``bits_per_second``.
 
     Raises:
-        UserError: there is nothing to evaluate on, or a value of no known kind.
+        UserError: there is nothing to evaluate on, or a value of no modality.
     """
     raws = list(raws)
     if not raws:
         raise UserError(
             "nothing to evaluate the tokenizer on: the split is empty; choose another with --split"
         )
-    measure = _kind_of(raws[0])
+    measure = _measure_of(raws[0])
     codes = tokenizer.encode(raws)
     decoded = tokenizer.decode(codes)
     spec = tokenizer.spec
@@ -115,16 +116,13 @@ def usage_alerts(counts: np.ndarray) -> list[str]:
 Measure = Callable[[list[Any], list[Any], float, int, Path | None], dict[str, Any]]
 
 
-def _kind_of(raw: Any) -> Measure:
-    if isinstance(raw, str | bytes):
-        return _text
-    if isinstance(raw, Waveform) or hasattr(raw, "sample_rate"):
-        return _audio
-    if np.ndim(raw) in (2, 3):
-        return _image
-    raise UserError(
-        f"cannot evaluate on a {type(raw).__name__}: expected text, an image or a Waveform"
-    )
+def _measure_of(raw: Any) -> Measure:
+    """What is measured of a modality besides its codes; of one without a measure here nothing."""
+    try:
+        kind = modality_of_value(raw).kind
+    except UserError as error:
+        raise UserError(f"cannot evaluate: {error}") from error
+    return {"text": _text, "image": _image, "audio": _audio}.get(kind, lambda *_: {})
 
 
 # ---- text ----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mm.config import Config, validate
+from mm.data.modalities.base import sort_key
 from mm.errors import UserError
 from mm.registry import TOKENIZERS
 from mm.specs import ModalityTokenizer
@@ -45,6 +46,47 @@ def load_tokenizer(path: str | Path) -> ModalityTokenizer:
         )
     cls = TOKENIZERS.get(str(card.get("kind")))
     return validate(cls, card, str(folder / CARD)).build(folder)
+
+
+def load_tokenizers(given: str | Path | Mapping[str, Any]) -> dict[str, ModalityTokenizer]:
+    """Load tokenizers from a folder of one sub-folder a modality, or from modality -> folder.
+
+    Raises:
+        UserError: none is found, or one speaks another modality than its name says.
+    """
+    if isinstance(given, Mapping):
+        found = dict(given)
+    else:
+        root = Path(given)
+        if not root.is_dir():
+            raise UserError(f"no tokenizers at {root}; make them with: mm tokenizer train CONFIG")
+        found = {}
+        for folder in sorted(
+            p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")
+        ):
+            if any((f / "tokenizer.yaml").is_file() for f in (folder, folder / "model")):
+                found[folder.name] = folder
+            elif (folder / "checkpoints").is_dir():
+                tokenizer_folder(folder)  # says that its training has not finished
+        if not found:
+            raise UserError(
+                f"{root}: no sub-folder holds a tokenizer; expected {root}/text, {root}/image, ..."
+            )
+    out = {}
+    for name in sorted(found, key=sort_key):
+        value = found[name]
+        tokenizer = value if isinstance(value, ModalityTokenizer) else load_tokenizer(value)
+        if tokenizer.spec.modality != name:
+            raise UserError(
+                f"tokenizers: '{name}' is a tokenizer of '{tokenizer.spec.modality}': call it "
+                f"{tokenizer.spec.modality}={value}"
+            )
+        if tokenizer.spec.continuous:
+            raise UserError(
+                f"tokenizers: '{name}' gives continuous values, which token shards cannot hold"
+            )
+        out[name] = tokenizer
+    return out
 
 
 def tokenizer_folder(path: str | Path) -> Path:

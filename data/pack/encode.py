@@ -5,61 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mm.data.modalities.base import BadSample, Modality, sort_key, table
+from mm.data.modalities.base import BadSample, Modality, table
 from mm.data.shards.members import member_modality, segment_words, split_ordinal
 from mm.errors import UserError, did_you_mean
 from mm.specs import Encoded, ModalityTokenizer
 from mm.vocabulary import Vocabulary, merged
 
 CACHE_BYTES = 512_000_000
-
-
-def open_tokenizers(given: str | Path | Mapping[str, Any]) -> dict[str, ModalityTokenizer]:
-    """Load tokenizers from a folder of one sub-folder a modality, or from modality -> folder.
-
-    Raises:
-        UserError: none is found, or one speaks another modality than its name says.
-    """
-    from mm.tokenizers.load import load_tokenizer, tokenizer_folder
-
-    if isinstance(given, Mapping):
-        found = dict(given)
-    else:
-        root = Path(given)
-        if not root.is_dir():
-            raise UserError(f"no tokenizers at {root}; make them with: mm tokenizer train CONFIG")
-        found = {}
-        for folder in sorted(
-            p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")
-        ):
-            if any((f / "tokenizer.yaml").is_file() for f in (folder, folder / "model")):
-                found[folder.name] = folder
-            elif (folder / "checkpoints").is_dir():
-                tokenizer_folder(folder)  # says that its training has not finished
-        if not found:
-            raise UserError(
-                f"{root}: no sub-folder holds a tokenizer; expected {root}/text, {root}/image, ..."
-            )
-    out = {}
-    for name in sorted(found, key=sort_key):
-        value = found[name]
-        tokenizer = value if isinstance(value, ModalityTokenizer) else load_tokenizer(value)
-        if tokenizer.spec.modality != name:
-            raise UserError(
-                f"tokenizers: '{name}' is a tokenizer of '{tokenizer.spec.modality}': call it "
-                f"{tokenizer.spec.modality}={value}"
-            )
-        if tokenizer.spec.continuous:
-            raise UserError(
-                f"tokenizers: '{name}' gives continuous values, which token shards cannot hold"
-            )
-        out[name] = tokenizer
-    return out
 
 
 def vocabulary_of(

@@ -17,7 +17,7 @@ from typing import Any
 from mm.config import validate
 from mm.data.modalities.base import Modality, get_modality, sort_key, table
 from mm.data.pack.config import PackConfig
-from mm.data.pack.encode import Encoder, open_tokenizers, vocabulary_of
+from mm.data.pack.encode import Encoder, vocabulary_of
 from mm.data.pack.output import PackOutput
 from mm.data.pack.pool import batches
 from mm.data.pack.pretokenized import TokenIds, token_specs
@@ -29,6 +29,7 @@ from mm.data.sources.base import SEGMENTS
 from mm.data.sources.detect import open_source
 from mm.errors import UserError
 from mm.launch.environment import cores
+from mm.tokenizers.load import load_tokenizers
 from mm.vocabulary import Vocabulary, merged
 
 BATCH = 256  # samples encoded together
@@ -86,7 +87,7 @@ class PackJob:
         if config.tokenized:
             self.vocabulary, self.encoder = merged(specs, old), TokenIds(specs)
         elif config.tokenizers is not None:
-            opened = open_tokenizers(config.tokenizers)
+            opened = load_tokenizers(config.tokenizers)
             self.vocabulary = vocabulary_of(opened, old)
             self.encoder = Encoder(opened, self.modalities)
         settings = {k: v for k, v in given.items() if v is not None and k != "root"} | {

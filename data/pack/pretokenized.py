@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from mm.data.pack.encode import Item, Result, open_tokenizers
+from mm.data.pack.encode import Item, Result
 from mm.data.shards.members import member_modality, segment_words
 from mm.errors import UserError
 from mm.specs import Encoded, TokenSpec
+from mm.tokenizers.load import load_tokenizers
 
 FILE, CARD = "tokenizer.json", "tokenizer.yaml"  # of Hugging Face `tokenizers`; of this project
 NO_IDS = ("truncation", "padding")  # parts of tokenizer.json that change no id
@@ -54,14 +55,14 @@ def token_specs(
         else:
             tokenizers = {wanted[0]: path}
     if not isinstance(tokenizers, Mapping):
-        return [t.spec for t in open_tokenizers(tokenizers).values()]
+        return [t.spec for t in load_tokenizers(tokenizers).values()]
     files = {
         m: file
         for m, t in tokenizers.items()
         if isinstance(t, (str, Path)) and (file := _file(Path(t))) is not None
     }
     rest = {m: t for m, t in tokenizers.items() if m not in files}
-    specs = [t.spec for t in open_tokenizers(rest).values()] if rest else []
+    specs = [t.spec for t in load_tokenizers(rest).values()] if rest else []
     return [*specs, *(foreign_spec(file, m) for m, file in sorted(files.items()))]
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mm.data.modalities.base import get_modality, modality_of_value
-from mm.data.pack.encode import open_tokenizers
 from mm.data.shards.members import member_modality, members_of
 from mm.data.shards.reader import VOCABULARY, ShardSet, read_manifest
-from mm.specs import Encoded
+from mm.errors import UserError
+from mm.specs import Encoded, ModalityTokenizer
+from mm.tokenizers.load import load_tokenizers
 from mm.vocabulary import Vocabulary
 
 
@@ -43,21 +45,6 @@ def inspect(
     root = Path(root)
     manifest = read_manifest(root)
     tokenized = manifest["kind"] == "tokens"
-    splits = {}
-    for name, entry in manifest["splits"].items():
-        splits[name] = {
-            "samples": entry["samples"],
-            "shards": len(entry["shards"]),
-            "bytes": entry["bytes"],
-            "modalities": {
-                m: s
-                | {
-                    "mean": s["total"] / s["count"] if s["count"] else math.nan,
-                    "unit": "tokens" if tokenized else get_modality(m).unit,
-                }
-                for m, s in entry["lengths"].items()
-            },
-        }
     result: dict[str, Any] = {
         "path": str(root),
         "kind": manifest["kind"],
@@ -65,61 +52,87 @@ def inspect(
         "license": manifest["license"],
         "modalities": manifest["modalities"],
         "quarantined": manifest["quarantined"],
-        "splits": splits,
+        "splits": {name: _split(entry, tokenized) for name, entry in manifest["splits"].items()},
         "examples": {},
     }
     if tokenized:
-        vocabulary = Vocabulary.load(root / VOCABULARY)
-        result["vocabulary"] = {
-            "size": vocabulary.size,
-            "fingerprint": vocabulary.fingerprint,
-            "ranges": {
-                s.modality: {
-                    "ids": list(vocabulary.range(s.modality)[1:]),
-                    "codes": s.n_ids,
-                    "fingerprint": s.fingerprint,
-                }
-                for s in vocabulary.ranges
-            },
-        }
+        result["vocabulary"] = _vocabulary(Vocabulary.load(root / VOCABULARY))
     name = split or next(iter(manifest["splits"]))
     shards = ShardSet.open(root, name)
-    opened = open_tokenizers(tokenizers) if tokenizers is not None and tokenized else {}
+    opened = load_tokenizers(tokenizers) if tokenizers is not None and tokenized else {}
     if opened and shards.vocabulary:
-        shards.vocabulary.require(
-            [t.spec for t in opened.values() if t.spec.modality in shards.vocabulary.modalities],
-            "tokenizers",
-        )
+        known = shards.vocabulary.modalities
+        specs = [t.spec for t in opened.values() if t.spec.modality in known]
+        shards.vocabulary.require(specs, "tokenizers")
     for modality in manifest["modalities"]:
         having = shards.having(modality)
-        if not len(having):
-            continue
-        i = int(having[sample % len(having)])
-        example: dict[str, Any] = {"key": shards.key(i), "metadata": shards.meta(i)}
-        member = members_of(shards.members(i), modality)[0]
-        if shards.interleaved:
-            example["segments"] = segment_sizes(shards, i)
-        if tokenized:
-            code = shards.encoded(i)[member]
-            example["tokens"] = code.ids[:16].tolist()
-            if modality not in opened:
-                result["examples"][modality] = example | {
-                    "what": f"{len(code.ids)} tokens; decode them with --tokenizers DIR"
-                }
-                continue
-            value = opened[modality].decode([Encoded(np.array(code.ids), side=code.side)])[0]
-        else:
-            value = shards.value(i, member)
-        own = modality_of_value(value)
-        example["what"] = own.describe(value)
-        if out is not None:
-            file = Path(out) / f"{modality}-{name}-{i:06d}.{own.extensions[0]}"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            own.save(value, file)
-            example["file"] = str(file)
-        result["examples"][modality] = example
+        if len(having):
+            i = int(having[sample % len(having)])
+            file = Path(out) / f"{modality}-{name}-{i:06d}" if out is not None else None
+            result["examples"][modality] = _example(shards, i, modality, opened, file)
     shards.close()
     return result
+
+
+def _split(entry: Mapping[str, Any], tokenized: bool) -> dict[str, Any]:
+    """What the manifest says of one split, with means and units."""
+    modalities = {}
+    for modality, s in entry["lengths"].items():
+        modalities[modality] = s | {
+            "mean": s["total"] / s["count"] if s["count"] else math.nan,
+            "unit": "tokens" if tokenized else get_modality(modality).unit,
+        }
+    return {
+        "samples": entry["samples"],
+        "shards": len(entry["shards"]),
+        "bytes": entry["bytes"],
+        "modalities": modalities,
+    }
+
+
+def _vocabulary(vocabulary: Vocabulary) -> dict[str, Any]:
+    ranges = {}
+    for spec in vocabulary.ranges:
+        ranges[spec.modality] = {
+            "ids": list(vocabulary.range(spec.modality)[1:]),
+            "codes": spec.n_ids,
+            "fingerprint": spec.fingerprint,
+        }
+    return {"size": vocabulary.size, "fingerprint": vocabulary.fingerprint, "ranges": ranges}
+
+
+def _example(
+    shards: ShardSet,
+    i: int,
+    modality: str,
+    tokenizers: Mapping[str, ModalityTokenizer],
+    file: Path | None,
+) -> dict[str, Any]:
+    """One value of sample ``i``: described, and written to ``file`` with its suffix."""
+    example: dict[str, Any] = {"key": shards.key(i), "metadata": shards.meta(i)}
+    member = members_of(shards.members(i), modality)[0]
+    if shards.interleaved:
+        example["segments"] = segment_sizes(shards, i)
+    if shards.tokenized:
+        code = shards.encoded(i)[member]
+        example["tokens"] = code.ids[:16].tolist()
+        if modality not in tokenizers:
+            said = f"{len(code.ids)} tokens; decode them with --tokenizers DIR"
+            return example | {"what": said}
+        value = tokenizers[modality].decode([Encoded(np.array(code.ids), side=code.side)])[0]
+    else:
+        value = shards.value(i, member)
+    try:
+        own = modality_of_value(value)
+    except UserError:  # a tokenizer of someone else may decode to anything
+        return example | {"what": f"a {type(value).__name__}"}
+    example["what"] = own.describe(value)
+    if file is not None:
+        file = file.with_name(f"{file.name}.{own.extensions[0]}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        own.save(value, file)
+        example["file"] = str(file)
+    return example
 
 
 def segment_sizes(shards: ShardSet, i: int) -> str:

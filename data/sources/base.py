@@ -9,9 +9,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
 from mm.config import Config
 from mm.data.modalities.base import BadSample, either, get_modality, table
@@ -87,11 +88,20 @@ class SourceConfig(Config):
 class TableConfig(SourceConfig):
     """What every table (JSONL, CSV, Parquet) has."""
 
-    # modality -> column; default: the columns called text, image, audio, without any of them the
-    # column "segments": a list of {modality: value}, an interleaved sample in its order
-    columns: dict[str, str] = {}
-    tokenized: tuple[str, ...] = ()  # modalities; the columns then hold lists of token ids
-    root: Path | None = None  # folder of relative paths; default that of the table
+    columns: Annotated[
+        dict[str, str],
+        Field(
+            description="modality -> column; default: the columns named as modalities, without any "
+            "of them the column `segments`: a list of {modality: value}, an interleaved sample"
+        ),
+    ] = {}
+    tokenized: Annotated[
+        tuple[str, ...],
+        Field(description="modalities; the columns then hold lists of token ids"),
+    ] = ()
+    root: Annotated[
+        Path | None, Field(description="folder of relative paths; default that of the table")
+    ] = None
 
     @classmethod
     def smallest(cls) -> TableConfig:

@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mm.data.modalities.base import BadSample, either, one_line, table
 from mm.data.shards import index
@@ -52,17 +52,28 @@ class FolderConfig(SourceConfig):
     """
 
     kind: Literal["folder"] = "folder"
-    caption_from: Literal["parent"] | None = None  # text = name of the folder that the file lies in
-    caption_regex: str | None = (
-        None  # text = group `text` (or the first) in the file's name; other groups: metadata
-    )
-    caption_map: dict[str, str] = {}  # then this replaces the text, such as {"0": "zero"}
-    incomplete: Literal["reject", "keep"] = (
-        "reject"  # a caption without its image, where the other samples have both
-    )
-
-    # `cat.000.txt`, `cat.001.png`, `cat.002.txt` are the segments of one interleaved sample
-    segments: bool = False
+    caption_from: Annotated[
+        Literal["parent"] | None,
+        Field(description="text = name of the folder that the file lies in"),
+    ] = None
+    caption_regex: Annotated[
+        str | None,
+        Field(
+            description="text = group `text` (or the first) in the file's name; other groups: "
+            "metadata"
+        ),
+    ] = None
+    caption_map: Annotated[
+        dict[str, str], Field(description='then replaces the text, such as {"0": "zero"}')
+    ] = {}
+    incomplete: Annotated[
+        Literal["reject", "keep"],
+        Field(description="a caption without its image, where the other samples have both"),
+    ] = "reject"
+    segments: Annotated[
+        bool,
+        Field(description="cat.000.txt, cat.001.png, ... are the segments of one sample"),
+    ] = False
 
     @model_validator(mode="after")
     def _no_caption(self) -> FolderConfig:

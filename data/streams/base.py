@@ -32,10 +32,14 @@ class Stream(ABC):
     what was CONSUMED.
 
     Attributes:
+        own_rows: global row numbers of this rank's micro-batches, contiguous over them.
         carried_rows: rows of a step whose documents go on in the next step; 0 = none does.
+        max_length: longest document of a stream that carries rows, for the States of a model.
     """
 
+    own_rows: list[range]
     carried_rows: int = 0
+    max_length: int = 0
 
     def __init__(self, plan: Mapping[str, Any], prefetch: int = 2):
         self.plan = dict(plan)  # what the order depends on; a resume under another plan is refused

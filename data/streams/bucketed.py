@@ -38,21 +38,36 @@ class BucketedConfig(SingleSourceConfig):
     """Token-budget batches of one document a row, from buckets of two lengths."""
 
     kind: Literal["bucketed"] = "bucketed"
-    # Modalities whose lengths make the buckets; "total" is that of the whole document, which alone
-    # pads least, but mixes long speech of short texts with the reverse:
-    axes: Annotated[tuple[str, ...], Field(min_length=1)] = ("audio", "text")
+    axes: Annotated[
+        tuple[str, ...],
+        Field(
+            min_length=1,
+            description="modalities whose lengths make the buckets; `total` is that of the whole "
+            "document, which alone pads least, but mixes long speech of short texts with the "
+            "reverse",
+        ),
+    ] = ("audio", "text")
     buckets: Annotated[int, Field(gt=0, description="at most: lengths that a step can have")] = 64
     batch_size: Annotated[
         int,
-        Field(gt=0, description="rows of a step over all processes in the longest bucket; others "
-              "take a multiple of it"),
-    ] = 8  # fmt: skip
-    tokens: Annotated[int, Field(gt=0, description="of one step, with padding")] | None = (
-        None  # default: what batch_size rows of the longest bucket take
-    )
-    max_length: Annotated[int, Field(gt=3)] | None = (
-        None  # longer documents are left out and counted; default none
-    )
+        Field(
+            gt=0,
+            description="rows of a step over all processes in the longest bucket; others take a "
+            "multiple of it",
+        ),
+    ] = 8
+    tokens: Annotated[
+        int | None,
+        Field(
+            gt=0,
+            description="of one step, with padding; default: what batch_size rows of the longest "
+            "bucket take",
+        ),
+    ] = None
+    max_length: Annotated[
+        int | None,
+        Field(gt=3, description="longer documents are left out and counted; default: none is"),
+    ] = None
 
     @field_validator("buckets", mode="before")
     @classmethod

@@ -28,10 +28,16 @@ class TokenSource(Config):
 
     path: Location
     split: str = "train"
-    # Relative to the other sources; {samples drawn: weight} is linear between its points:
-    weight: Weight = 1.0
-    # Instead of the stage's own:
-    transform: tuple[TransformField, ...] | None = None
+    weight: Annotated[
+        Weight,
+        Field(
+            description="relative to the other sources; {samples drawn: weight} is linear between "
+            "its points"
+        ),
+    ] = 1.0
+    transform: Annotated[
+        tuple[TransformField, ...] | None, Field(description="instead of the stage's own")
+    ] = None
 
     def build(self) -> ShardSet:
         shards = ShardSet.open(self.path, self.split)
@@ -55,8 +61,9 @@ class TokenStreamConfig(Config):
         int, Field(gt=0, description="rows of one optimizer step over all processes")
     ] = 8
     micro_batch_size: Annotated[
-        int, Field(gt=0, description="rows of one process at a time, of batch_size's; default all")
-    ] | None = None  # fmt: skip
+        int | None,
+        Field(gt=0, description="rows of one process at a time, of batch_size's; default all"),
+    ] = None
     transform: Annotated[
         tuple[TransformField, ...],
         Field(description="before the objective's own"),

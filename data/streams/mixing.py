@@ -31,7 +31,7 @@ class Plan(NamedTuple):
     block_samples: int
     counts: tuple[int, ...] | None = None
 
-    def first(self, block: int) -> list[int]:
+    def drawn_before(self, block: int) -> list[int]:
         """Samples that each source gave before ``block``: (S,).
 
         The rounded integral of the shares: whatever the block, no source is more than one sample

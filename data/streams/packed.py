@@ -39,20 +39,33 @@ class PackedConfig(TokenStreamConfig):
 
     kind: Literal["packed"] = "packed"
     sources: tuple[TokenSource, ...] = Field(min_length=1)
-    seq_len: Annotated[int, Field(gt=3)] = 256
+    seq_len: Annotated[int, Field(gt=3, description="tokens of a row")] = 256
     max_documents: Annotated[
         int, Field(gt=0, description="documents of one row; shapes depend on it")
     ] = 32
     block_samples: Annotated[int, Field(gt=0, description="samples packed together")] = 1024
-    weights: Literal["samples", "tokens"] = "samples"  # what the sources' weights are shares of
-    # Wanted shares of the tokens by modality; the sources are then mixed to reach them:
-    modality_tokens: dict[str, Weight] | None = None
-    # full: over the whole source; window: shard after shard, then within a window, so that few
-    # shards are open; default: window where the source is a URL
-    shuffle: Literal["full", "window"] | None = None
+    weights: Annotated[
+        Literal["samples", "tokens"], Field(description="what the sources' weights are shares of")
+    ] = "samples"
+    modality_tokens: Annotated[
+        dict[str, Weight] | None,
+        Field(description="wanted token shares by modality; the sources are mixed to reach them"),
+    ] = None
+    shuffle: Annotated[
+        Literal["full", "window"] | None,
+        Field(
+            description="full: over the whole source; window: shard after shard, then within a "
+            "window, so that few shards are open; default: window where the source is a URL"
+        ),
+    ] = None
     window_samples: Annotated[int, Field(gt=0, description="of shuffle: window")] = 8192
-    # a single-segment document over seq_len becomes several; otherwise it is left out and counted
-    cut: bool = False
+    cut: Annotated[
+        bool,
+        Field(
+            description="a single-segment document over seq_len becomes several; otherwise it is "
+            "left out and counted"
+        ),
+    ] = False
 
     @classmethod
     def smallest(cls) -> PackedConfig:
@@ -142,12 +155,12 @@ class PackedStream(DocumentStream[PackedConfig]):
     @property
     def counts(self) -> list[int]:
         """Samples that the first block takes of each source."""
-        return self.mix.first(1)
+        return self.mix.drawn_before(1)
 
     @property
     def epoch(self) -> float:
         """Passes over the source that was seen least, up to the last consumed step's block."""
-        seen = self.mix.first(self._cursor["block"])
+        seen = self.mix.drawn_before(self._cursor["block"])
         return min(n / len(s) for s, n in zip(self.sources, seen, strict=True))
 
     def advance(self, cursor: Mapping[str, int]) -> Step:
@@ -224,7 +237,7 @@ class PackedStream(DocumentStream[PackedConfig]):
         """Draw, transform and pack one block; depends on the seed and the number alone."""
         documents: list[Document] = []
         filtered = too_long = 0
-        begin, end = self.mix.first(block), self.mix.first(block + 1)
+        begin, end = self.mix.drawn_before(block), self.mix.drawn_before(block + 1)
         for s, shards in enumerate(self.sources):
             for count in range(begin[s], end[s]):
                 epoch, position = divmod(count, len(shards))

@@ -38,35 +38,39 @@ class ItemsConfig(Config):
     modality: Annotated[str, Field(json_schema_extra=lambda s: s.update(enum=_with_items()))] = (
         "image"
     )
-    options: dict[str, Any] = {}  # settings of the modality, such as image's max_pixels
+    options: Annotated[
+        dict[str, Any], Field(description="settings of the modality, such as image's max_pixels")
+    ] = {}
     batch_size: Annotated[
         int, Field(gt=0, description="items of one optimizer step over all processes")
     ] = 32
-    micro_batch_size: Annotated[int, Field(gt=0)] | None = (
-        None  # items of one process at a time; default all
-    )
+    micro_batch_size: Annotated[
+        int | None, Field(gt=0, description="items of one process at a time; default all")
+    ] = None
     size: Annotated[
         int,
         Field(
             gt=0, description="image: side in pixels; the short side is resized, the middle kept"
         ),
     ] = 32
-    gray: bool = False  # image: one channel
+    gray: Annotated[bool, Field(description="image: one channel")] = False
     augment: Augment = Augment()
     sample_rate: Annotated[int, Field(gt=0, description="audio: Hz")] = 16000
     crop_seconds: Annotated[
         float, Field(gt=0, description="audio: random crop; shorter items are padded with zeros")
     ] = 1.0
-    loudness: Literal["none", "peak", "rms"] = (
-        "none"  # audio: to 0.95 of full scale, or to -20 dBFS
-    )
-    repeat: Literal["natural", "unique"] = (
-        "natural"  # unique: identical files count once in an epoch
-    )
+    loudness: Annotated[
+        Literal["none", "peak", "rms"],
+        Field(description="audio: peak to 0.95 of full scale, or rms to -20 dBFS"),
+    ] = "none"
+    repeat: Annotated[
+        Literal["natural", "unique"],
+        Field(description="unique: identical files count once in an epoch"),
+    ] = "natural"
     cache_mb: Annotated[
         float, Field(ge=0, description="decoded items are kept in memory up to this size")
     ] = 2048
-    prefetch: Annotated[int, Field(ge=0)] = 2
+    prefetch: Annotated[int, Field(ge=0, description="steps made ahead")] = 2
 
     @model_validator(mode="after")
     def _can_be_batched(self) -> ItemsConfig:

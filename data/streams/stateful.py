@@ -50,9 +50,12 @@ class StatefulConfig(SingleSourceConfig):
     ] = 8
     max_length: Annotated[
         int,
-        Field(gt=3, description="longer documents are left out and counted; attention without a "
-              "window keeps this many keys a row"),
-    ] = 2048  # fmt: skip
+        Field(
+            gt=3,
+            description="longer documents are left out and counted; attention without a window "
+            "keeps this many keys a row",
+        ),
+    ] = 2048
 
     @classmethod
     def smallest(cls) -> StatefulConfig:

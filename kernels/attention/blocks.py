@@ -1,5 +1,7 @@
-"""Attention a tile of queries and keys at a time: matrix products, an online softmax, a backward
-written by hand, no `(T, S)` tensor. Vectors say of a tile what hides keys and changes scores.
+"""Attention a tile of queries and keys at a time, in plain PyTorch.
+
+Matrix products, an online softmax, a backward written by hand, no `(T, S)` tensor. Vectors say of a
+tile what hides keys and changes scores.
 
 N = rows times key heads, M query heads of a key head, a tile has C queries and E keys.
 """
@@ -8,51 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mm.kernels.attention.spec import MaskSpec, ScoreSpec
+
 QUERIES, KEYS = 128, 1024
 IN_HAND = 1 << 18  # scores held at once: what a core's cache holds
-
-TENSORS = (
-    "allowed",
-    "bias",
-    "fade_q",
-    "fade_k",
-    "relative",
-    "place_q",
-    "place_k",
-    "document_q",
-    "document_k",
-    "prefix_q",
-    "prefix_k",
-    "sink",
-)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What hides keys and what changes scores; tensors as `attention` takes them, None = unset."""
-
-    allowed: Tensor | None
-    bias: Tensor | None
-    fade_q: Tensor | None
-    fade_k: Tensor | None
-    relative: Tensor | None
-    place_q: Tensor | None
-    place_k: Tensor | None
-    document_q: Tensor | None
-    document_k: Tensor | None
-    prefix_q: Tensor | None
-    prefix_k: Tensor | None
-    sink: Tensor | None
-    causal: bool
-    window: int  # 0 = none
-    scale: float
-    softcap: float  # 0 = none
-    way: str  # which module runs it: blocks or flash_triton
 
 
 @dataclass(frozen=True)
@@ -70,24 +36,25 @@ class _Tile:
 class _Tiles:
     """Operands by head, `(N, ., .)`, in float32 or wider, and the walk over tiles of scores."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, how: Setting):
-        self.how = how
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, score: ScoreSpec):
+        self.mask, self.score = mask, score
         self.wide = torch.promote_types(v.dtype, torch.float32)
         self.R, self.T, self.H, self.K = q.shape
         self.S, self.G, self.V = k.shape[1], k.shape[2], v.shape[-1]
         self.M = self.H // self.G
-        self.q = self.by_head(q) * how.scale  # (N, M, T, K)
+        self.scale = score.factor(self.K)
+        self.q = self.by_head(q) * self.scale  # (N, M, T, K)
         self.k = self.by_head(k)[:, 0]  # (N, S, K)
         self.v = self.by_head(v)[:, 0]  # (N, S, V)
         self.fade = None
-        if how.fade_q is not None and how.fade_k is not None:
+        if score.fade_RTH is not None and score.fade_RSH is not None:
             self.fade = (
-                self.by_head(how.fade_q[..., None]),
-                self.by_head(how.fade_k[..., None]).transpose(-1, -2),
+                self.by_head(score.fade_RTH[..., None]),
+                self.by_head(score.fade_RSH[..., None]).transpose(-1, -2),
             )
         self.relative = None
-        if how.relative is not None:
-            self.relative = how.relative.T.to(self.wide).contiguous()  # (H, distances)
+        if score.relative_NH is not None:
+            self.relative = score.relative_NH.T.to(self.wide).contiguous()  # (H, distances)
 
     def by_head(self, x: Tensor) -> Tensor:
         """`(R, T, heads, W)` to `(N, heads a key head, T, W)`, contiguous."""
@@ -116,11 +83,11 @@ class _Tiles:
 
     def _keys(self, t: slice) -> Iterator[tuple[slice, list[tuple[slice, Tensor]]]]:
         """Keys that any of the queries ``t`` may see, and which of them which query may not."""
-        how, ahead = self.how, self.S - self.T
+        mask, ahead = self.mask, self.S - self.T
         first, last = 0, self.S
-        if how.window:
-            first = max(0, t.start + ahead - how.window + 1)
-        if how.causal and how.prefix_q is None:
+        if mask.window:
+            first = max(0, t.start + ahead - mask.window + 1)
+        if mask.causal and mask.prefix_RT is None:
             last = max(0, t.stop + ahead)
         for c in range(first, last, KEYS):
             s = slice(c, min(c + KEYS, last))
@@ -129,29 +96,29 @@ class _Tiles:
                 yield s, hidden
 
     def _hidden(self, t: slice, s: slice) -> list[tuple[slice, Tensor]] | None:
-        """Columns with hidden places in them; None when nothing is seen."""
-        how, device = self.how, self.q.device
+        """Columns with hidden tokens in them; None when nothing is seen."""
+        mask, device = self.mask, self.q.device
         at = torch.arange(t.start, t.stop, device=device)[:, None] + self.S - self.T
         dense: list[Tensor] = []
         hidden = []
-        if how.allowed is not None:
-            dense.append(~how.allowed[:, t, s])
-        if how.document_q is not None and how.document_k is not None:
-            q, k = how.document_q[:, t, None], how.document_k[:, None, s]
+        if mask.allowed_RTS is not None:
+            dense.append(~mask.allowed_RTS[:, t, s])
+        if mask.document_RT is not None and mask.document_RS is not None:
+            q, k = mask.document_RT[:, t, None], mask.document_RS[:, None, s]
             dense.append((q != k) | (k == 0))
-        if how.causal and how.prefix_q is not None and how.prefix_k is not None:
-            q, k = how.prefix_q[:, t, None], how.prefix_k[:, None, s]
+        if mask.causal and mask.prefix_RT is not None and mask.prefix_RS is not None:
+            q, k = mask.prefix_RT[:, t, None], mask.prefix_RS[:, None, s]
             late = at < torch.arange(s.start, s.stop, device=device)
             dense.append(late & ((q != k) | (k == 0)))
-        elif how.causal:
+        elif mask.causal:
             begin = max(s.start, t.start + self.S - self.T + 1)
             if begin < s.stop:
                 late = at < torch.arange(begin, s.stop, device=device)
                 hidden.append((slice(begin - s.start, s.stop - s.start), late[None]))
-        if how.window:
-            end = min(s.stop, t.stop + self.S - self.T - how.window)
+        if mask.window:
+            end = min(s.stop, t.stop + self.S - self.T - mask.window)
             if end > s.start:
-                early = at - torch.arange(s.start, end, device=device) >= how.window
+                early = at - torch.arange(s.start, end, device=device) >= mask.window
                 hidden.append((slice(0, end - s.start), early[None]))
         if dense:
             both = dense[0]
@@ -170,15 +137,15 @@ class _Tiles:
 
     def scores(self, tile: _Tile) -> tuple[Tensor, Tensor | None]:
         """`(n, M * C, E)` logits, hidden ones -inf, and the tanh of a soft-cap."""
-        how = self.how
+        score = self.score
         flat = torch.bmm(self.q[tile.n, :, tile.t].flatten(1, 2), self.k[tile.n, tile.s].mT)
         bent = None
-        if how.softcap:
-            bent = flat.div_(how.softcap).tanh_()
-            flat = bent * how.softcap
+        if score.softcap:
+            bent = flat.div_(score.softcap).tanh_()
+            flat = bent * score.softcap
         s = self.split(flat, tile)
-        if how.bias is not None:
-            s += self._of_bias(how.bias, tile).to(s.dtype)
+        if score.bias_RHTS is not None:
+            s += self._of_bias(score.bias_RHTS, tile).to(s.dtype)
         if self.fade is not None:
             s -= self._faded(tile).abs_()
         if self.relative is not None:
@@ -204,10 +171,10 @@ class _Tiles:
 
     def _distance(self, tile: _Tile) -> Tensor:
         """`(rows, C, E)` int64 index into the distances of `relative`."""
-        how = self.how
-        assert how.place_q is not None and how.place_k is not None and self.relative is not None
+        q, k = self.score.position_RT, self.score.position_RS
+        assert q is not None and k is not None and self.relative is not None
         far = self.relative.shape[1] // 2
-        d = how.place_q[tile.r, tile.t, None].long() - how.place_k[tile.r, None, tile.s].long()
+        d = q[tile.r, tile.t, None].long() - k[tile.r, None, tile.s].long()
         return d.clamp_(-far, far).add_(far)
 
     def _of_relative(self, tile: _Tile) -> Tensor:
@@ -233,10 +200,12 @@ def _cut(x: Tensor, t: slice) -> Tensor:
     return x[:, :, t].flatten(1, 2)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, how: Setting) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, score: ScoreSpec
+) -> tuple[Tensor, Tensor]:
     """`(R, T, H, V)` output and `(N, M, T, 1)` log-sum-exp (0 where nothing is seen)."""
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        tiles = _Tiles(q, k, v, how)
+        tiles = _Tiles(q, k, v, mask, score)
         y = tiles.v.new_empty(tiles.k.shape[0], tiles.M, tiles.T, tiles.V)
         lse = tiles.v.new_empty(*y.shape[:-1], 1)
         for at, row in tiles.walk():
@@ -261,9 +230,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, how: Setting) -> tuple[Tensor, Tens
                 shape = (tile.n.stop - tile.n.start, tiles.M * (tile.t.stop - tile.t.start), 1)
                 top, total = tiles.v.new_zeros(shape), tiles.v.new_zeros(shape)
                 out = tiles.v.new_zeros(*shape[:2], tiles.V)
-            if how.sink is not None:
+            if score.sink_H is not None:
                 sink = _sink(tiles, tile)
-                total, top, out = _sunk(total, top, out, sink)
+                total, top, out = _add_sink(total, top, out, sink)
             empty = total == 0
             out.div_(total.masked_fill(empty, 1))
             shape = (out.shape[0], tiles.M, -1)
@@ -275,13 +244,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, how: Setting) -> tuple[Tensor, Tens
 
 def _sink(tiles: _Tiles, tile: _Tile) -> Tensor:
     """`(n, M * C, 1)` logits of the sink."""
-    assert tiles.how.sink is not None
-    sink = tiles.how.sink.to(tiles.wide).view(tiles.G, tiles.M)[tile.g]
+    assert tiles.score.sink_H is not None
+    sink = tiles.score.sink_H.to(tiles.wide).view(tiles.G, tiles.M)[tile.g]
     C, r = tile.t.stop - tile.t.start, tile.r.stop - tile.r.start
     return sink[None, :, :, None, None].expand(r, -1, -1, C, 1).reshape(-1, tiles.M * C, 1)
 
 
-def _sunk(total: Tensor, top: Tensor, out: Tensor, sink: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _add_sink(
+    total: Tensor, top: Tensor, out: Tensor, sink: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """A sink is one more key of value zero."""
     new = torch.maximum(torch.where(total == 0, sink, top), sink)
     shrunk = torch.where(total == 0, 0, (top - new).exp())
@@ -289,29 +260,23 @@ def _sunk(total: Tensor, top: Tensor, out: Tensor, sink: Tensor) -> tuple[Tensor
 
 
 def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    how: Setting,
-    y: Tensor,
-    lse: Tensor,
-    dy: Tensor,
-    need: Collection[str],
-) -> dict[str, Tensor]:
-    """Gradients by name: q, k, v, and those of GRADS that are in ``need``."""
+    q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, score: ScoreSpec,
+    y: Tensor, lse: Tensor, dy: Tensor, need: Collection[str],
+) -> dict[str, Tensor]:  # fmt: skip
+    """Return gradients by name: q, k, v, and those of the scores' fields that are in ``need``."""
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        tiles = _Tiles(q, k, v, how)
+        tiles = _Tiles(q, k, v, mask, score)
         dout = tiles.by_head(dy)
         delta = (dout * tiles.by_head(y)).sum(-1, keepdim=True)
         dq, dk, dv = (torch.zeros_like(x) for x in (tiles.q, tiles.k, tiles.v))
         made: dict[str, Tensor] = {}
-        if how.bias is not None and "bias" in need:
-            made["bias"] = torch.zeros_like(how.bias, dtype=tiles.wide)
+        if score.bias_RHTS is not None and "bias_RHTS" in need:
+            made["bias_RHTS"] = torch.zeros_like(score.bias_RHTS, dtype=tiles.wide)
         faded = None
-        if tiles.fade is not None and "fade_q" in need:
+        if tiles.fade is not None and "fade_RTH" in need:
             faded = tuple(torch.zeros_like(x) for x in tiles.fade)
-        if tiles.relative is not None and "relative" in need:
-            made["relative"] = torch.zeros_like(tiles.relative)
+        if tiles.relative is not None and "relative_NH" in need:
+            made["relative_NH"] = torch.zeros_like(tiles.relative)
         for at, row in tiles.walk():
             t, n = at.t, at.n
             tq, td = _cut(tiles.q[n], t), _cut(dout[n], t)
@@ -323,39 +288,41 @@ def backward(
                 dv[n, tile.s] += torch.bmm(p.mT, td)
                 ds = torch.bmm(td, tiles.v[n, tile.s].mT).sub_(dots).mul_(p)
                 by_head = tiles.split(ds, tile)
-                if "bias" in made:
-                    part = tiles._of_bias(made["bias"], tile)
+                if "bias_RHTS" in made:
+                    part = tiles._of_bias(made["bias_RHTS"], tile)
                     part += by_head.sum_to_size(part.shape)
                 if faded is not None:
                     turned = by_head * tiles._faded(tile).sign_()
                     faded[0][n, :, t] -= turned.sum(-1, keepdim=True).flatten(0, 1)
                     faded[1][n, :, :, tile.s] += turned.sum(-2, keepdim=True).flatten(0, 1)
-                if "relative" in made:
-                    tiles.add_relative(made["relative"], by_head, tile)
+                if "relative_NH" in made:
+                    tiles.add_relative(made["relative_NH"], by_head, tile)
                 if bent is not None:
                     ds.mul_(bent.square_().neg_().add_(1))
                 own.baddbmm_(ds, tiles.k[n, tile.s])
                 dk[n, tile.s] += torch.bmm(ds.mT, tq)
             dq[n, :, t] = own.view(own.shape[0], tiles.M, -1, tiles.K)
-        made["q"] = tiles.by_token(dq * how.scale)
+        made["q"] = tiles.by_token(dq * tiles.scale)
         made["k"], made["v"] = tiles.by_token(dk[:, None]), tiles.by_token(dv[:, None])
         if faded is not None:
-            made["fade_q"] = tiles.by_token(faded[0])[..., 0]
-            made["fade_k"] = tiles.by_token(faded[1].mT)[..., 0]
-        if "relative" in made:
-            made["relative"] = made["relative"].T
-        if how.sink is not None and "sink" in need:
-            sink = how.sink.to(tiles.wide).view(1, tiles.G, tiles.M, 1)
+            made["fade_RTH"] = tiles.by_token(faded[0])[..., 0]
+            made["fade_RSH"] = tiles.by_token(faded[1].mT)[..., 0]
+        if "relative_NH" in made:
+            made["relative_NH"] = made["relative_NH"].T
+        if score.sink_H is not None and "sink_H" in need:
+            sink = score.sink_H.to(tiles.wide).view(1, tiles.G, tiles.M, 1)
             p = (sink - lse.view(tiles.R, tiles.G, tiles.M, -1)).exp_()
-            made["sink"] = -(p * delta.view_as(p)).sum((0, 3)).flatten()
-        like = {"q": q, "k": k, "v": v, **{f.name: getattr(how, f.name) for f in fields(how)}}
+            made["sink_H"] = -(p * delta.view_as(p)).sum((0, 3)).flatten()
+        like = {"q": q, "k": k, "v": v, **score._asdict()}
         return {name: g.to(like[name].dtype).contiguous() for name, g in made.items()}
 
 
-def statistics(q: Tensor, k: Tensor, v: Tensor, how: Setting, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """`(R, H, S)` mass each key receives from all queries, `(R, H, T)` entropy of each query."""
+def statistics(
+    q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, score: ScoreSpec, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return `(R, H, S)` mass that each key receives, `(R, H, T)` entropy of each query."""
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        tiles = _Tiles(q, k, v, how)
+        tiles = _Tiles(q, k, v, mask, score)
         mass = lse.new_zeros(tiles.k.shape[0], tiles.M, tiles.S)
         entropy = lse.new_zeros(*lse.shape[:-1])
         for at, row in tiles.walk():
@@ -367,7 +334,7 @@ def statistics(q: Tensor, k: Tensor, v: Tensor, how: Setting, lse: Tensor) -> tu
                 mass[n, :, tile.s] += p.sum(-2)
                 # A hidden key is 0 * -inf here, and adds nothing.
                 entropy[n, :, t] -= (p * s.masked_fill_(p == 0, 0)).sum(-1)
-            if how.sink is not None:
+            if score.sink_H is not None:
                 s = _sink(tiles, at) - ends
                 entropy[n, :, t] -= (s.exp() * s).view(s.shape[0], tiles.M, -1)
         shape = (tiles.R, tiles.H, -1)

@@ -46,7 +46,7 @@ template <class E>
 constexpr i64 STEP = 4 / i64(sizeof(E));
 inline i64 padded(i64 n, i64 to) { return (n + to - 1) / to * to; }
 
-// Place of (depth d, column n) in an operand B of N columns.
+// Index of (depth d, column n) in an operand B of N columns.
 template <class E>
 inline i64 woven(i64 d, i64 n, i64 N) {
   return (d / STEP<E> * N + n) * STEP<E> + d % STEP<E>;

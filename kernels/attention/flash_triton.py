@@ -1,5 +1,7 @@
-"""Attention in Triton: tiles of queries and keys, an online softmax, two kernels backward (one by
-keys, one by queries), so that no sum depends on the order in which programs run.
+"""Attention in Triton: tiles of queries and keys, an online softmax.
+
+Two kernels go backward (one by keys, one by queries), so that no sum depends on the order in which
+programs run.
 
 R rows, T queries, S keys, H query heads, M query heads of a key head.
 """
@@ -14,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mm.kernels.attention.blocks import Setting
+from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -190,8 +192,10 @@ def _dscores(
     scale, softcap, H: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities of a tile, the gradient of its scores before and after the soft-cap, and what
-    `_scores` says of the fade.
+    """Return the probabilities of a tile, the gradients of its scores, and the sign of its fade.
+
+    The gradients are those before and after the soft-cap; the sign is what `_scores` says of
+    the fade.
     """
     dots = tl.dot(qt, tl.trans(kt), input_precision=PRECISION)
     s, slope, side = _scores(
@@ -339,8 +343,9 @@ def _by_keys(
 
 
 def _bounds(own: Tensor, other: Tensor, size: int, step: int) -> Tensor:
-    """`(R, tiles, 2)` int32: from where to where ``other`` holds documents of each tile of ``own``,
-    in steps. Documents come in any order; 0 is in none.
+    """Return from where to where ``other`` holds documents of each tile of ``own``.
+
+    `(R, tiles, 2)` int32, in steps. Documents come in any order; 0 is in none.
     """
 
     def ends(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -361,18 +366,19 @@ def _bounds(own: Tensor, other: Tensor, size: int, step: int) -> Tensor:
 class _Call:
     """Operands as the kernels read them, and the arguments that all kernels share."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, how: Setting):
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, score: ScoreSpec):
         dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
         self.q, self.k, self.v = (x.to(dtype).contiguous() for x in (q, k, v))
         self.R, self.T, self.H, self.K = q.shape
         self.S, self.G, self.V = v.shape[1], v.shape[2], v.shape[3]
         flat = lambda x, kind: None if x is None else x.to(kind).contiguous()
-        self.fade = (flat(how.fade_q, torch.float32), flat(how.fade_k, torch.float32))
-        self.document = (flat(how.document_q, torch.int32), flat(how.document_k, torch.int32))
-        self.sink, self.how = flat(how.sink, torch.float32), how
+        self.fade = (flat(score.fade_RTH, torch.float32), flat(score.fade_RSH, torch.float32))
+        self.document = tuple(flat(x, torch.int32) for x in (mask.document_RT, mask.document_RS))
+        self.sink = flat(score.sink_H, torch.float32)
+        self.causal, self.window = mask.causal, mask.window or 0
+        self.scale, self.softcap = score.factor(self.K), score.softcap or 0.0
 
     def launch(self, kernel: Any, way: str, *tensors: Tensor | None) -> None:
-        how = self.how
         BK, BV = (max(16, triton.next_power_of_2(n)) for n in (self.K, self.V))
         BM, BN, warps, stages = tile(max(BK, BV), self.q.element_size(), way)
         bounds, (queries, keys) = None, self.document
@@ -390,18 +396,18 @@ class _Call:
             bounds,
             self.T,
             self.S,
-            how.window,
-            how.scale,
-            how.softcap,
+            self.window,
+            self.scale,
+            self.softcap,
             self.H,
             self.H // self.G,
             self.K,
             self.V,
             BK,
             BV,
-            how.causal,
-            how.window > 0,
-            how.softcap > 0,
+            self.causal,
+            self.window > 0,
+            self.softcap > 0,
             "tf32x3" if self.q.dtype == torch.float32 else "ieee",
             BM,
             BN,
@@ -410,9 +416,11 @@ class _Call:
         )
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, how: Setting) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, score: ScoreSpec
+) -> tuple[Tensor, Tensor]:
     """`mm.kernels.attention.blocks.forward`; no allowed, bias, relative or prefix."""
-    call = _Call(q, k, v, how)
+    call = _Call(q, k, v, mask, score)
     y = call.v.new_empty(call.R, call.T, call.H, call.V)
     lse = y.new_empty(call.R, call.H, call.T, dtype=torch.float32)
     call.launch(_forward, "forward", y, lse, call.sink)
@@ -420,17 +428,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, how: Setting) -> tuple[Tensor, Tens
 
 
 def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    how: Setting,
-    y: Tensor,
-    lse: Tensor,
-    dy: Tensor,
-    need: Collection[str],
-) -> dict[str, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, score: ScoreSpec,
+    y: Tensor, lse: Tensor, dy: Tensor, need: Collection[str],
+) -> dict[str, Tensor]:  # fmt: skip
     """`mm.kernels.attention.blocks.backward`."""
-    call = _Call(q, k, v, how)
+    call = _Call(q, k, v, mask, score)
     dy = dy.to(call.q.dtype).contiguous()
     lse = lse.view(call.R, call.H, call.T)
     delta = (dy.float() * y.float()).sum(-1).transpose(1, 2).contiguous()
@@ -439,12 +441,10 @@ def backward(
     call.launch(_by_queries, "queries", dy, lse, delta, dq, faded[0])
     call.launch(_by_keys, "keys", dy, lse, delta, dk, dv, faded[1])
     made = {"q": dq.to(q.dtype), "k": dk.to(k.dtype), "v": dv.to(v.dtype)}
-    for name, grad, given in zip(
-        ("fade_q", "fade_k"), faded, (how.fade_q, how.fade_k), strict=True
-    ):
-        if name in need and grad is not None and given is not None:
-            made[name] = grad.to(given.dtype)
-    if "sink" in need and how.sink is not None and call.sink is not None:
+    for name, grad in zip(("fade_RTH", "fade_RSH"), faded, strict=True):
+        if name in need and grad is not None:
+            made[name] = grad.to(getattr(score, name).dtype)
+    if "sink_H" in need and score.sink_H is not None and call.sink is not None:
         p = (call.sink[:, None] - lse).exp()
-        made["sink"] = -(p * delta).sum((0, 2)).to(how.sink.dtype)
+        made["sink_H"] = -(p * delta).sum((0, 2)).to(score.sink_H.dtype)
     return made

@@ -1,4 +1,7 @@
-"""Short depthwise causal convolution inside documents. B rows, T tokens, D channels, C taps."""
+"""Short depthwise causal convolution inside documents.
+
+B rows, T tokens, D channels, C weights of a channel (conv_size).
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.kernels.fused import fused
+from mm.kernels.fused import register_kernel
 from mm.kernels.op import Op
 
 
 @Op
 def causal_conv(u_BTD: Tensor, weight_CD: Tensor, bias_D: Tensor, document_BT: Tensor) -> Tensor:
-    """Sum each channel over the last C places of its document.
+    """Sum each channel over the last C tokens of its document.
 
     Args:
         u_BTD: `(B, T, D)` any float dtype; accumulated in float32 or wider.
-        weight_CD: `(C, D)`, oldest tap first: the last row weighs the place itself.
+        weight_CD: `(C, D)`, oldest first: the last row weighs the token itself.
         bias_D: `(D,)`.
-        document_BT: `(B, T)` int32; taps stop where it changes.
+        document_BT: `(B, T)` int32; no sum goes across a change.
     Returns:
         `(B, T, D)` in the dtype of ``u``.
     Source: Dauphin et al. 2017 (arXiv:1612.08083), section 2; per document as in De et al. 2024
@@ -55,7 +58,7 @@ def _arguments(u: Tensor, weight: Tensor, *rest: Any) -> tuple[Any, ...]:
     return with_stride, weight, *rest, *u.shape, weight.shape[0], stride
 
 
-fused(
+register_kernel(
     causal_conv,
     "y",
     lambda u, weight, bias, document: u.new_empty(u.shape),

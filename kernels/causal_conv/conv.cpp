@@ -4,7 +4,7 @@
 
 namespace {
 
-// How many of the C taps of place t lie in its document.
+// How many of the last C tokens up to t lie in its document.
 inline i64 reach(const int32_t* document, i64 t, i64 C) {
   i64 n = 1;
   while (n < C && n <= t && document[t - n] == document[t]) ++n;
@@ -18,9 +18,9 @@ void forward(const X* u, const A* w, const A* bias, const int32_t* document, X* 
     for (i64 t = 0; t < T; ++t) {
       const X* in = u + (b * T + t) * stride;
       X* __restrict out = y + (b * T + t) * D;
-      const i64 taps = reach(document + b * T, t, C);
+      const i64 width = reach(document + b * T, t, C);
       std::memcpy(acc, bias, D * sizeof(A));
-      for (i64 j = 0; j < taps; ++j) {
+      for (i64 j = 0; j < width; ++j) {
         const X* __restrict x = in - j * stride;
         const A* __restrict k = w + (C - 1 - j) * D;
         A* __restrict to = acc;

@@ -1,4 +1,4 @@
-"""Short depthwise causal convolution in Triton: a program sums a tile of places by channels."""
+"""Short depthwise causal convolution in Triton: a program sums a tile of tokens by channels."""
 
 # Triton's stubs know neither launch options nor indexing by None.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mm.kernels.causal_conv import rows
 
-PLACES, CHANNELS = 64, 64  # of a tile
+TOKENS, CHANNELS = 64, 64  # of a tile
 
 
 @triton.jit
@@ -94,9 +94,9 @@ def forward(u: Tensor, weight: Tensor, bias: Tensor, document: Tensor, y: Tensor
     """Write the sums."""
     (B, T, D), (wide, stride) = u.shape, rows(u)
     if u.numel():
-        grid = (B * triton.cdiv(T, PLACES) * triton.cdiv(D, CHANNELS),)
+        grid = (B * triton.cdiv(T, TOKENS) * triton.cdiv(D, CHANNELS),)
         tensors = (wide, weight, bias, document, y)
-        _forward[grid](*tensors, T, D, stride, weight.shape[0], PLACES, CHANNELS, num_warps=4)
+        _forward[grid](*tensors, T, D, stride, weight.shape[0], TOKENS, CHANNELS, num_warps=4)
 
 
 def backward(
@@ -111,12 +111,12 @@ def backward(
 ) -> None:
     """Write the gradients; sums over tiles of time have a fixed order."""
     (B, T, D), (wide, stride) = u.shape, rows(u)
-    taps, tiles = weight.shape[0], B * triton.cdiv(T, PLACES)
-    parts = weight.new_zeros(tiles, taps + 1, D)
+    conv_size, tiles = weight.shape[0], B * triton.cdiv(T, TOKENS)
+    parts = weight.new_zeros(tiles, conv_size + 1, D)
     if u.numel():
         grid = (tiles * triton.cdiv(D, CHANNELS),)
         tensors = (wide, weight, document, grad, du, parts)
-        _backward[grid](*tensors, T, D, stride, taps, PLACES, CHANNELS, num_warps=8)
+        _backward[grid](*tensors, T, D, stride, conv_size, TOKENS, CHANNELS, num_warps=8)
     total = parts.sum(0)
-    dweight.copy_(total[:taps])
-    dbias.copy_(total[taps])
+    dweight.copy_(total[:conv_size])
+    dbias.copy_(total[conv_size])

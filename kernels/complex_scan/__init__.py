@@ -1,5 +1,6 @@
-"""First-order recurrence in complex numbers, as real pairs. B rows, T tokens, W complex channels, D
-= 2W.
+"""First-order recurrence in complex numbers, as real pairs.
+
+B rows, T tokens, W complex channels, D = 2W.
 """
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mm.kernels.fused import fused
+from mm.kernels.fused import register_kernel
 from mm.kernels.linear_scan import empty_states, with_last_state
 from mm.kernels.op import Op
 
@@ -32,7 +33,7 @@ def complex_scan(
     The last dimension of every tensor holds W real parts, then W imaginary ones.
 
     Args:
-        a: `(B, T, 2W)` decays, or `(2W,)` for one decay at all places; accumulated in float32 or
+        a: `(B, T, 2W)` decays, or `(2W,)` for one decay at all tokens; accumulated in float32 or
             wider.
         b_BTD: `(B, T, 2W)` inputs.
         reset_BT: `(B, T)` bool: here ``h_t = b_t``, whatever was read before; None = nowhere.
@@ -61,7 +62,7 @@ def complex_scan(
     return torch.stack(states[::-1] if reverse else states, 1), h
 
 
-fused(
+register_kernel(
     complex_scan,
     "h",
     empty_states,

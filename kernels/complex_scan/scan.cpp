@@ -1,6 +1,6 @@
 // h_t = a_t * h_{t-1} + b_t in complex numbers over (B, T, 2W) row-major tensors whose last dimension holds W real
 // parts, then W imaginary ones; reset[b, t] starts again from b_t. With a constant, a is (2W) and read at every t; with
-// `reverse` t - 1 is the place behind.
+// `reverse` t - 1 is the token behind.
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -14,12 +14,12 @@ void forward(const F* a, const F* b, const uint8_t* reset, const F* initial, int
   for (int64_t i = 0; i < B; ++i) {
     const F* before = initial ? initial + i * D : nullptr;
     for (int64_t s = 0; s < T; ++s) {
-      const int64_t place = i * T + (reverse ? T - 1 - s : s), at = place * D;
+      const int64_t token = i * T + (reverse ? T - 1 - s : s), at = token * D;
       F* __restrict out = h + at;
       const F* __restrict d = constant ? a : a + at;
       const F* __restrict in = b + at;
       // A branch, not a product with zero: the other document's state may be inf.
-      if (!before || (reset && reset[place])) {
+      if (!before || (reset && reset[token])) {
         std::memcpy(out, in, D * sizeof(F));
       } else {
 #pragma omp simd
@@ -45,10 +45,10 @@ void backward(const F* a, const F* h, const uint8_t* reset, const F* initial, in
     if (constant) std::memset(row.data(), 0, D * sizeof(F));
     const int64_t first = i * T + (reverse ? T - 1 : 0);
     for (int64_t s = T; s-- > 0;) {
-      const int64_t place = first + step * s, at = place * D;
+      const int64_t token = first + step * s, at = token * D;
       F* __restrict dh = db + at;
       const F* __restrict g = grad + at;
-      if (s + 1 < T && !(reset && reset[place + step])) {
+      if (s + 1 < T && !(reset && reset[token + step])) {
         const F* __restrict n = dh + step * D;
         const F* __restrict d = constant ? a : a + at + step * D;
 #pragma omp simd
@@ -60,7 +60,7 @@ void backward(const F* a, const F* h, const uint8_t* reset, const F* initial, in
         std::memcpy(dh, g, D * sizeof(F));
       }
       const F* before = s ? h + at - step * D : (initial ? initial + i * D : nullptr);
-      const bool cut = !before || (reset && reset[place]);
+      const bool cut = !before || (reset && reset[token]);
       F* __restrict out = constant ? row.data() : da + at;
       if (cut) {
         if (!constant) std::memset(out, 0, D * sizeof(F));

@@ -1,5 +1,6 @@
-"""Complex first-order recurrence in Triton: tiles of time by channels, a scan in each, a carry
-between.
+"""Complex first-order recurrence in Triton.
+
+Tiles of time by channels, a scan in each, a carry between.
 """
 
 # Triton's stubs know neither launch options nor indexing by None.
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PLACES, CHANNELS = 64, 16  # of a tile
+TOKENS, CHANNELS = 64, 16  # of a tile
 
 
 @triton.jit
@@ -97,7 +98,7 @@ def _backward(
     row = (tl.program_id(0) // blocks).to(tl.int64)
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
     in_d = (d < W)[None, :]
-    step = -2 * W if REVERSE else 2 * W  # to the place that is read next
+    step = -2 * W if REVERSE else 2 * W  # to the token that is read next
     # Gradient of the first state of the tile to the right, and the sums for a constant decay.
     nr, ni = tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32)
     sum_r, sum_i = tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32)
@@ -156,7 +157,7 @@ def forward(
     """Write all states."""
     B, T, D = h.shape
     grid = (B * triton.cdiv(D // 2, CHANNELS),)
-    tile = (reverse, a.dim() == 1, PLACES, CHANNELS)
+    tile = (reverse, a.dim() == 1, TOKENS, CHANNELS)
     _forward[grid](a, b, reset, initial, h, T, D // 2, *tile, num_warps=4)
 
 
@@ -177,6 +178,6 @@ def backward(
     constant = a.dim() == 1
     part = h.new_empty(B, D) if constant else da
     tensors = (a, h, reset, initial, grad, part, db, dinitial)
-    _backward[grid](*tensors, T, D // 2, reverse, constant, PLACES, CHANNELS, num_warps=8)
+    _backward[grid](*tensors, T, D // 2, reverse, constant, TOKENS, CHANNELS, num_warps=8)
     if constant:
         da.copy_(part.sum(0))

@@ -1,5 +1,6 @@
-"""Cross-entropy of a linear layer without all its logits in memory. P places, D width, N classes,
-C classes of a chunk.
+"""Cross-entropy of a linear layer without all its logits in memory.
+
+P tokens, D width, N classes, C classes of a chunk.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ KEPT_BYTES = 64 << 20  # float32 probabilities that are kept for the backward wh
 CHUNK_BYTES = 16 << 20  # float32 logits held at once otherwise
 
 
-def chunk_classes(places: int, classes: int) -> int:
+def chunk_classes(tokens: int, classes: int) -> int:
     """Classes whose logits are held at once; at least 512, below which products lose speed."""
-    if 4 * places * classes <= KEPT_BYTES:
+    if 4 * tokens * classes <= KEPT_BYTES:
         return classes
-    return min(classes, max(512, CHUNK_BYTES // (4 * places)))
+    return min(classes, max(512, CHUNK_BYTES // (4 * tokens)))
 
 
 def _compute_dtype(h: Tensor) -> torch.dtype:
@@ -50,7 +51,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """Negative log-likelihood of each place's target under ``softmax(h @ weight.T + bias)``.
+    """Negative log-likelihood of each token's target under ``softmax(h @ weight.T + bias)``.
 
     Args:
         h_PD: `(P, D)` float hidden states; P may be 0.
@@ -58,8 +59,8 @@ def linear_cross_entropy(
             in float32 or wider.
         target_P: `(P,)` int in [0, N), or ``ignore_index``.
         bias_N: `(N,)` float or None.
-        factor_P: `(P,)` float, multiplies each place's loss.
-        ignore_index: places with this target have loss and gradient 0.
+        factor_P: `(P,)` float, multiplies each token's loss.
+        ignore_index: tokens with this target have loss and gradient 0.
         z_loss: ``z_loss * log(Z) ** 2`` is added, Z the sum of the exponentials of the logits.
         softcap: logits become ``softcap * tanh(logits / softcap)``.
     Returns:
@@ -99,7 +100,7 @@ def _weigh(
 
 
 class Rows(NamedTuple):
-    """What the gradient needs of each place, `(P,)` each."""
+    """What the gradient needs of each token, `(P,)` each."""
 
     target: Tensor
     lse: Tensor
@@ -113,13 +114,15 @@ class Passes(Protocol):
     NARROW: bool  # logits may come in the dtype of the products; else in float32 or wider
 
     def absorb(self, logits: Tensor, at: int, softcap: float, run: Running, keep: bool) -> None:
-        """Take the chunk into ``run``. ``keep``: it becomes the capped logits; else its content is
-        lost.
+        """Take the chunk into ``run``.
+
+        ``keep``: it becomes the capped logits; else its content is lost.
         """
 
     def gradient(self, logits: Tensor, at: int, softcap: float, rows: Rows, kept: bool) -> Tensor:
-        """``rows.all * softmax - rows.own * one_hot``, through the soft-cap, in the dtype of the
-        chunk, which it may overwrite unless it is ``kept``.
+        """Return ``rows.all * softmax - rows.own * one_hot``, through the soft-cap.
+
+        It has the dtype of the chunk, which may be overwritten unless it is ``kept``.
         """
         ...
 

@@ -1,5 +1,6 @@
-"""The two passes of `linear_cross_entropy` over a chunk of logits, by the C++ kernel. P places, C
-classes of the chunk.
+"""The two passes of `linear_cross_entropy` over a chunk of logits, by the C++ kernel.
+
+P tokens, C classes of the chunk.
 """
 
 from __future__ import annotations

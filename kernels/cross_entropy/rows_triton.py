@@ -1,5 +1,6 @@
-"""The two passes of `linear_cross_entropy` over a chunk of logits as Triton kernels: one program a
-place, its row read once. P places, C classes of the chunk.
+"""The two passes of `linear_cross_entropy` over a chunk of logits in Triton.
+
+One program a token, its row read once. P tokens, C classes of the chunk.
 """
 
 # Triton's stubs do not know that what is given is a constant.

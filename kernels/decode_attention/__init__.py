@@ -1,5 +1,6 @@
-"""Attention of one query a row to a long cache, cut into equal tiles. R rows, S cache places, H
-query heads, G key heads (G divides H), K key width, V value width.
+"""Attention of one query a row to a long cache, cut into equal tiles.
+
+R rows, S cached tokens, H query heads, G key heads (G divides H), K key width, V value width.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ from torch import Tensor
 
 from mm.kernels.op import Op
 
-TILE = 256  # places
+TILE = 256  # tokens
 
 
 @Op
 def decode_attention(q_RHK: Tensor, k_RSGK: Tensor, v_RSGV: Tensor, length_R: Tensor) -> Tensor:
-    """Attend to the first ``length`` places of each row; a row of length 0 gets zeros.
+    """Attend to the first ``length`` tokens of each row; a row of length 0 gets zeros.
 
     Args:
         q_RHK: `(R, H, K)` one query a row and head, any float dtype; softmax in float32 or wider.
         k_RSGK: `(R, S, G, K)` keys; query head h reads key head ``h // (H // G)``.
-        v_RSGV: `(R, S, G, V)` values; places from ``length`` on must be finite.
+        v_RSGV: `(R, S, G, V)` values; tokens from ``length`` on must be finite.
         length_R: `(R,)` int64, at most S.
     Returns:
         `(R, H, V)` in the dtype of the values.
@@ -41,7 +42,7 @@ def decode_attention(q_RHK: Tensor, k_RSGK: Tensor, v_RSGV: Tensor, length_R: Te
 
 
 class Piece(NamedTuple):
-    """Places that one worker reads of one row and key head."""
+    """Tokens that one worker reads of one row and key head."""
 
     row: int
     head: int
@@ -52,7 +53,7 @@ class Piece(NamedTuple):
 def plan(lengths: list[int], heads: int, tile: int, workers: int) -> list[list[Piece]]:
     """Give every worker an equal number of tiles (to one), across the borders of rows and heads.
 
-    Every place of every row and head is in exactly one piece. Source: Sanovar et al. 2024, Lean
+    Every token of every row and head is in exactly one piece. Source: Sanovar et al. 2024, Lean
     Attention (arXiv:2405.10480), stream-K.
     """
     tiles = [-(-n // tile) for n in lengths]
@@ -73,9 +74,13 @@ def plan(lengths: list[int], heads: int, tile: int, workers: int) -> list[list[P
     return work
 
 
-def merged(top_P: Tensor, total_P: Tensor, out_PV: Tensor, unit_P: Tensor, units: int) -> Tensor:
-    """`(units, V)` softmax averages from any split: each piece's largest logit, its sum of
-    exponentials above that, and its average times the sum. A unit without pieces gets zeros.
+def merge_pieces(
+    top_P: Tensor, total_P: Tensor, out_PV: Tensor, unit_P: Tensor, units: int
+) -> Tensor:
+    """Return `(units, V)` softmax averages from any split into pieces.
+
+    A piece gives its largest logit, its sum of exponentials above that, and its average times
+    the sum. A unit without pieces gets zeros.
     """
     top = top_P.new_full((units,), -math.inf).scatter_reduce(0, unit_P, top_P, "amax")
     scale = (top_P - top[unit_P]).exp()
@@ -114,5 +119,5 @@ def _tiled(q_RHK: Tensor, k_RSGK: Tensor, v_RSGV: Tensor, length_R: Tensor) -> T
         outs.append(p @ v_RSGV[row, start:stop, head].to(wide))
     first = torch.tensor([p.row * H + p.head * (H // G) for p in pieces])
     unit = (first[:, None] + torch.arange(H // G)).flatten()
-    y = merged(torch.cat(tops), torch.cat(totals), torch.cat(outs), unit, R * H)
+    y = merge_pieces(torch.cat(tops), torch.cat(totals), torch.cat(outs), unit, R * H)
     return y.view(R, H, V).to(v_RSGV.dtype)

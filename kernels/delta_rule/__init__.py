@@ -1,5 +1,7 @@
-"""(Gated) delta rule over time. B rows, T tokens, H heads, K key width, V value width; in the chunk
-form n chunks of C tokens and N = B * H.
+"""(Gated) delta rule over time.
+
+B rows, T tokens, H heads, K key width, V value width; in the chunk form n chunks of C tokens and N
+= B * H.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm.kernels import device
-from mm.kernels.fused import fused
+from mm.kernels.fused import register_kernel
 from mm.kernels.op import Op, exact
 
 CHUNK = 64  # tokens; the matrices of a chunk are as large as a head's state of 64 x 64
@@ -29,8 +31,10 @@ def delta_rule(
     initial_BHKV: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Run ``S_t = (I - beta_t k_t k_t^T) exp(g_t) S_{t-1} + beta_t k_t v_t^T``, ``o_t = scale S_t^T
-    q_t`` over each row and head: erase what ``k_t`` reads, then write ``v_t`` there.
+    """Erase what each key reads from the state, write its value there, read the query.
+
+    ``S_t = (I - beta_t k_t k_t^T) exp(g_t) S_{t-1} + beta_t k_t v_t^T`` and ``o_t = scale S_t^T
+    q_t`` over each row and head.
 
     Keys are taken as they are. With ``|k| <= 1`` and beta in [0, 2] the state cannot grow by
     itself; beta above 1 makes the eigenvalue along ``k_t`` negative.
@@ -39,7 +43,7 @@ def delta_rule(
         q_BTHK: `(B, T, H, K)` queries, any float dtype; accumulated in float32 or wider.
         k_BTHK: `(B, T, H, K)` keys.
         v_BTHV: `(B, T, H, V)` values.
-        beta_BTH: `(B, T, H)` strengths of writing; a place with beta = 0 and g = 0 changes nothing.
+        beta_BTH: `(B, T, H)` strengths of writing; a token with beta = 0 and g = 0 changes nothing.
         g_BTH: `(B, T, H)` natural logarithm of the decay, finite and <= 0; None = no decay.
         initial_BHKV: `(B, H, K, V)` state before the first token; None = zeros.
         scale: factor of the output.
@@ -99,10 +103,11 @@ def _split(x: Tensor, wide: torch.dtype) -> Tensor:
 
 
 def _inverse(L: Tensor, out: Tensor | None = None) -> Tensor:
-    """``(I + L)^-1`` of strictly lower `(..., C, C)`, in ``out`` if given: blocks of at most LEAF
-    by substitution, merged by ``-T22 L21 T11``. Its entries are no larger than beta while keys are
-    no longer than 1. In float32 that is also ten times as exact as one substitution where beta is
-    near 2.
+    """Return ``(I + L)^-1`` of strictly lower `(..., C, C)`, in ``out`` if given.
+
+    Blocks of at most LEAF are solved by substitution and merged by ``-T22 L21 T11``. Its
+    entries are no larger than beta while keys are no longer than 1. In float32 that is also ten
+    times as exact as one substitution where beta is near 2.
     """
     C = L.shape[-1]
     if C <= LEAF:
@@ -129,8 +134,9 @@ def _join(x: Tensor, to: Tensor) -> None:
 
 
 class _Parts(NamedTuple):
-    """What both directions need of the chunks `(n, N, C, ...)`. Without decay every factor is
-    None.
+    """What both directions need of the chunks `(n, N, C, ...)`.
+
+    Without decay every factor is None.
     """
 
     q: Tensor  # times scale
@@ -275,8 +281,10 @@ def _backward(
 def _empties(
     q: Tensor, k: Tensor, v: Tensor, *_: Tensor | float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Outputs, last state, and for the backward: every chunk's inverse `(n, N, C, C)`, ``[U W]``
-    `(n, N, C, V + K)`, first state `(n, N, K, V)` and written rows `(n, N, C, V)`.
+    """Return outputs, last state, and what the backward reads.
+
+    That is: every chunk's inverse `(n, N, C, C)`, ``[U W]`` `(n, N, C, V + K)`, first state
+    `(n, N, K, V)` and written rows `(n, N, C, V)`.
     """
     (B, T, H, K), V, wide = q.shape, v.shape[-1], _wide(q)
     n, C = _sizes(T)
@@ -292,7 +300,7 @@ def _empties(
 
 # The WY form: within a chunk the rows ``u`` that are truly written solve one unitriangular system.
 # Source: Yang et al. 2024 (arXiv:2406.06484), section 3; decay: arXiv:2412.06464, section 3.3.
-fused(
+register_kernel(
     delta_rule,
     "o last",
     _empties,
@@ -322,7 +330,7 @@ def _triton_why_not(way: str, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: An
 
 # The chunk form on a GPU; all but the chunks' inverses is computed again in the backward. Products
 # of float32 are tf32x3, those of bfloat16 and float16 have float32 sums; inverses are float32's.
-fused(
+register_kernel(
     delta_rule,
     "o last",
     _triton_empties,

@@ -1,5 +1,7 @@
-"""The chunk form of the (gated) delta rule on the GPU. B rows, T tokens, H heads, K key width, V
-value width; n chunks of C tokens; BK, BV columns of a tile.
+"""The chunk form of the (gated) delta rule on the GPU.
+
+B rows, T tokens, H heads, K key width, V value width; n chunks of C tokens; BK, BV columns of a
+tile.
 
 What is written in a chunk, ``written = U - W S``, solves a unitriangular system of its keys; with
 ``written`` for values the rest is linear attention, whose kernels run here too.
@@ -45,20 +47,22 @@ MERGES = tl.constexpr((CHUNK // 16).bit_length() - 1)
 
 @triton.jit
 def _inverse(L):
-    """``(I + L)^-1`` of a strictly lower `(C, C)`: blocks of LEAF tokens by substitution, all at
-    once, then merged by ``-T22 L21 T11``.
+    """Return ``(I + L)^-1`` of a strictly lower `(C, C)`.
+
+    Blocks of LEAF tokens are solved by substitution, all at once, then merged by ``-T22 L21
+    T11``.
     """
     i = tl.arange(0, LEAVES)[:, None, None, None]
     j = tl.arange(0, LEAVES)[None, None, :, None]
     leaves = tl.reshape(L, (LEAVES, LEAF, LEAVES, LEAF))
     leaves = tl.sum(tl.where(i == j, leaves, 0.0), 2)
-    place = tl.arange(0, LEAF)[None, :, None]
-    T = tl.where(place == tl.arange(0, LEAF)[None, None, :], 1.0, 0.0)
+    index = tl.arange(0, LEAF)[None, :, None]
+    T = tl.where(index == tl.arange(0, LEAF)[None, None, :], 1.0, 0.0)
     T = tl.broadcast_to(T, (LEAVES, LEAF, LEAF))
     for row in range(1, LEAF):
-        factors = tl.sum(tl.where(place == row, leaves, 0.0), 1)
+        factors = tl.sum(tl.where(index == row, leaves, 0.0), 1)
         above = tl.sum(factors[:, :, None] * T, 1)
-        T -= tl.where(place == row, above[:, None, :], 0.0)
+        T -= tl.where(index == row, above[:, None, :], 0.0)
     T = tl.where(i == j, T[:, :, None, :], 0.0)
     T = tl.reshape(T, (C, C))
     r, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
@@ -79,8 +83,8 @@ def _inverses(
     c = tl.program_id(0).to(tl.int64)
     bh = tl.program_id(1).to(tl.int64)
     head = bh // H * T * H + bh % H
-    place = tl.arange(0, C)
-    t = c * C + place
+    index = tl.arange(0, C)
+    t = c * C + index
     kk = tl.zeros((C, C), tl.float32)
     for first in range(0, K, BK):
         kt = load_tile(k + head * K, t, first + tl.arange(0, BK), T, K, H * K)
@@ -88,7 +92,7 @@ def _inverses(
     strength = tl.load(beta + head + t * H, mask=t < T, other=0.0).to(tl.float32)
     kk *= decay_between(g + head, t, T, H, DECAY) * strength[:, None]
     inverse = _inverse(tl.where(tl.trans(after()), kk, 0.0))
-    store_tile(solved + (bh * tl.cdiv(T, C) + c) * C * C, inverse, place, place, C, C, C)
+    store_tile(solved + (bh * tl.cdiv(T, C) + c) * C * C, inverse, index, index, C, C, C)
 
 
 @triton.jit
@@ -101,9 +105,9 @@ def _solve(
     c = tl.program_id(0).to(tl.int64)
     bh = tl.program_id(1).to(tl.int64)
     head = bh // H * T * H + bh % H
-    place = tl.arange(0, C)
-    t = c * C + place
-    inverse = load_tile(solved + (bh * tl.cdiv(T, C) + c) * C * C, place, place, C, C, C)
+    index = tl.arange(0, C)
+    t = c * C + index
+    inverse = load_tile(solved + (bh * tl.cdiv(T, C) + c) * C * C, index, index, C, C, C)
     strength = tl.load(beta + head + t * H, mask=t < T, other=0.0).to(tl.float32)
     for first in range(0, V, BV):
         vc = first + tl.arange(0, BV)
@@ -161,8 +165,9 @@ def _states_backward(
     K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient `(K, BV)` of the state after every chunk and of the initial one; completes
-    ``dwritten``, which comes with what outputs ask.
+    """Gradient `(K, BV)` of the state after every chunk and of the initial one.
+
+    Completes ``dwritten``, which comes with what outputs ask.
     """
     kc = tl.arange(0, BK)
     vc = tl.program_id(0) * BV + tl.arange(0, BV)
@@ -206,15 +211,15 @@ def _erasers_backward(
     bh = tl.program_id(2).to(tl.int64)
     head = bh // H * T * H + bh % H
     chunk = bh * tl.cdiv(T, C) + c
-    place = tl.arange(0, C)
-    t = c * C + place
+    index = tl.arange(0, C)
+    t = c * C + index
     dw = tl.zeros((C, BK), tl.float32)
     for first in range(0, V, BV):
         vc = first + tl.arange(0, BV)
         x = load_tile(dwritten + head * V, t, vc, T, V, H * V)
         S = load_tile(states + chunk * K * V, kc, vc, K, V, V).to(x.dtype)
         dw = tl.dot(x, tl.trans(S), dw, input_precision=PRECISION)
-    inverse = load_tile(solved + chunk * C * C, place, place, C, C, C)
+    inverse = load_tile(solved + chunk * C * C, index, index, C, C, C)
     d = tl.dot(tl.trans(inverse), (-dw).to(inverse.dtype), input_precision=PRECISION)
     store_tile(dbegun + head * K, d, t, kc, T, K, H * K)
 
@@ -225,21 +230,23 @@ def _solve_backward(
     K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one chunk's values, strengths, keys (with ``dk_read`` of their other uses), and
-    of its log decays through the system that it solves.
+    """Gradients of one chunk's values, strengths, keys and log decays.
+
+    Those of keys hold ``dk_read`` of their other uses; those of decays are the ones through the
+    system that the chunk solves.
     """
     c = tl.program_id(0).to(tl.int64)
     bh = tl.program_id(1).to(tl.int64)
     head = bh // H * T * H + bh % H
     g += head
-    place = tl.arange(0, C)
-    t = c * C + place
+    index = tl.arange(0, C)
+    t = c * C + index
     strength = tl.load(beta + head + t * H, mask=t < T, other=0.0).to(tl.float32)
     into = tl.zeros((C,), tl.float32)
     if DECAY != NONE:
         into += log_into(g, t, T, H, DECAY)
     into = tl.exp(into)
-    inverse = load_tile(solved + (bh * tl.cdiv(T, C) + c) * C * C, place, place, C, C, C)
+    inverse = load_tile(solved + (bh * tl.cdiv(T, C) + c) * C * C, index, index, C, C, C)
     dsystem = tl.zeros((C, C), tl.float32)
     ds = tl.zeros((C,), tl.float32)
     for first in range(0, V, BV):
@@ -326,8 +333,9 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial: Tensor | None,
     scale: float, o: Tensor, final: Tensor, solved: Tensor,
 ) -> None:  # fmt: skip
-    """Write outputs, last state, and the chunks' inverses. Takes contiguous tensors, q, k, v of one
-    dtype, none empty.
+    """Write outputs, last state, and the chunks' inverses.
+
+    Takes contiguous tensors, q, k, v of one dtype, none empty.
     """
     (B, T, H, _), V = q.shape, v.shape[-1]
     settings = _settings(q, v, g)

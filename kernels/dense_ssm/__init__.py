@@ -1,7 +1,9 @@
-"""State space with a full transition matrix, in chunks. B rows, T tokens, D channels, N states of
-each, M readouts of each channel, G = D or 1 (all channels share).
+"""State space with a full transition matrix, in chunks.
 
-Inside: C places of a chunk.
+B rows, T tokens, D channels, N states of each, M readouts of each channel, G = D or 1 (all channels
+share).
+
+Inside: C tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -32,19 +34,19 @@ def dense_ssm(
         b_GN: `(D, N)` or `(1, N)`.
         c_GMN: `(D, M, N)` or `(1, M, N)` readouts.
         initial_BDN: `(B, D, N)` state before the first token; None = zeros.
-        length_B: `(B,)` int64 tokens of each row; later outputs mean nothing; None = T.
+        length_B: `(B,)` int64 tokens of each row, for its last state; outputs go on; None = T.
     Returns:
         outputs `(B, T, D, M)` and states after each row's last token `(B, D, N)`, both in float32
         or wider.
     Source: Gu et al. 2021, LSSL (arXiv:2110.13985), eq. 4-5 (the recurrence).
     """
     u, a, b, c, h = _widened(u_BTD, a_GNN, b_GN, c_GMN, initial_BDN)
-    ys = []
+    ys, last = [], h
     for t, ut in enumerate(u.unbind(1)):
-        after = torch.einsum("bdn,dmn->bdm", h, a.expand(u.shape[2], -1, -1)) + b * ut[..., None]
-        h = after if length_B is None else torch.where((t < length_B)[:, None, None], after, h)
-        ys.append(torch.einsum("bdn,dmn->bdm", after, c.expand(u.shape[2], -1, -1)))
-    return torch.stack(ys, 1) if ys else u.new_zeros(*u.shape, c.shape[1]), h
+        h = torch.einsum("bdn,dmn->bdm", h, a.expand(u.shape[2], -1, -1)) + b * ut[..., None]
+        last = h if length_B is None else torch.where((t < length_B)[:, None, None], h, last)
+        ys.append(torch.einsum("bdn,dmn->bdm", h, c.expand(u.shape[2], -1, -1)))
+    return torch.stack(ys, 1) if ys else u.new_zeros(*u.shape, c.shape[1]), last
 
 
 def _widened(
@@ -119,8 +121,9 @@ def _krylov(a: Tensor, b: Tensor, c: Tensor, size: int) -> tuple[list[Tensor], T
 def _ends(
     every: Tensor, chunks: Tensor, length: Tensor, powers: list[Tensor], writes: Tensor
 ) -> Tensor:
-    """States `(B, D, N)` after ``length`` tokens: the last whole chunk's, then the bits of the
-    rest.
+    """Return the states `(B, D, N)` after ``length`` tokens.
+
+    They are the last whole chunk's, then moved on by the bits of the rest.
     """
     B, C = chunks.shape[0], chunks.shape[2]
     which, rest = length // C, length % C
@@ -130,8 +133,8 @@ def _ends(
     at = torch.zeros_like(rest)
     for k in range(len(powers) - 2, -1, -1):
         size = 1 << k
-        places = (at[:, None] + torch.arange(size, device=length.device)).clamp_max(C - 1)
-        taken = tail.gather(2, places.expand(tail.shape[0], -1, -1))
+        positions = (at[:, None] + torch.arange(size, device=length.device)).clamp_max(C - 1)
+        taken = tail.gather(2, positions.expand(tail.shape[0], -1, -1))
         further = h @ powers[k].mT + taken @ writes[:, :size].flip(1)
         bit = (rest & size) > 0
         h = torch.where(bit[:, None], further, h)

@@ -1,5 +1,6 @@
-"""Diagonal state space over time, fused with its readout. B rows, T tokens, D channels, N complex
-states of each.
+"""Diagonal state space over time, fused with its readout.
+
+B rows, T tokens, D channels, N complex states of each.
 """
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mm.kernels.fused import fused
+from mm.kernels.fused import register_kernel
 from mm.kernels.op import Op
 
 
@@ -62,7 +63,7 @@ def diagonal_ssm(
     return y, torch.stack((hr, hi), 1)
 
 
-fused(
+register_kernel(
     diagonal_ssm,
     "y last",
     lambda u, a, *_: (torch.empty_like(u, dtype=a.dtype), a.new_empty(u.shape[0], *a.shape)),

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from mm.kernels.complex_scan.scan_triton import compose, keep, pair
 
-PLACES, CHANNELS = 64, 16  # of a tile
+TOKENS, CHANNELS = 64, 16  # of a tile
 
 
 @triton.jit
 def _decays(ar, ai, live, reset_ptr, at):
-    """Decays `(BT, BD)` into the places ``at``: 0 where a document begins, 1 beyond the row."""
+    """Decays `(BT, BD)` into the tokens ``at``: 0 where a document begins, 1 beyond the row."""
     here = live[:, None]
     real, imag = tl.where(here, ar[None, :], 1.0), tl.where(here, ai[None, :], 0.0)
     if reset_ptr is not None:
@@ -55,7 +55,9 @@ def _forward(
     BT: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """``state`` (B, 2, D, N) begins as the initial state and ends as the last; ``kept`` (B,
+    """Run the recurrence over one row and a block of channels.
+
+    ``state`` (B, 2, D, N) begins as the initial state and ends as the last; ``kept`` (B,
     stretches, 2, D, N), where given, gets those before each stretch.
     """
     blocks = tl.cdiv(D, BD)
@@ -63,10 +65,10 @@ def _forward(
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
     in_d = d < D
     end = tl.load(length_ptr + row) if length_ptr is not None else T
-    place = tl.arange(0, BT)
+    index = tl.arange(0, BT)
     stretches = tl.cdiv(T, BT)
     for s in range(0, stretches):
-        t = s * BT + place
+        t = s * BT + index
         live = t < end
         at = (row * T + t)[:, None] * D + d[None, :]
         mask = live[:, None] & in_d[None, :]
@@ -84,7 +86,7 @@ def _forward(
             if y_ptr is not None:
                 cr, ci = pair(c_ptr, d * N + n, D * N, in_d)
                 y += cr[None, :] * br - ci[None, :] * bi
-            last = (place == BT - 1)[:, None]
+            last = (index == BT - 1)[:, None]
             hr, hi = tl.sum(tl.where(last, br, 0.0), 0), tl.sum(tl.where(last, bi, 0.0), 0)
             tl.debug_barrier()  # the carry goes through memory, from thread to thread
             keep(state_ptr, before, D * N, in_d, hr, hi)
@@ -113,7 +115,9 @@ def _backward(
     BT: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """``dh`` (B, 2, D, N) begins as the gradient of the last state and ends as the initial one's;
+    """Run the recurrence backward over one row and a block of channels.
+
+    ``dh`` (B, 2, D, N) begins as the gradient of the last state and ends as the initial one's;
     the gradients of a and c, zero before, are those of one row.
     """
     blocks = tl.cdiv(D, BD)
@@ -121,17 +125,17 @@ def _backward(
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
     in_d = d < D
     end = tl.load(length_ptr + row) if length_ptr is not None else T
-    place = tl.arange(0, BT)
+    index = tl.arange(0, BT)
     stretches = tl.cdiv(T, BT)
     for i in range(0, stretches):
         s = stretches - 1 - i
-        t = s * BT + place
+        t = s * BT + index
         live = t < end
         at = (row * T + t)[:, None] * D + d[None, :]
         mask = live[:, None] & in_d[None, :]
         g = tl.load(dy_ptr + at, mask=mask, other=0.0)
-        # The input before each place, but for the stretch's first: what stands there is kept.
-        inner = (t - 1 < end) & (place > 0)
+        # The input before each token, but for the stretch's first: what stands there is kept.
+        inner = (t - 1 < end) & (index > 0)
         old_u = tl.load(u_ptr + at - D, mask=inner[:, None] & in_d[None, :], other=0.0)
         old_u = old_u.to(tl.float32)
         du = tl.zeros((BT, BD), tl.float32)
@@ -139,14 +143,14 @@ def _backward(
             ar, ai = pair(a_ptr, d * N + n, D * N, in_d)
             cr, ci = pair(c_ptr, d * N + n, D * N, in_d)
             of_n = row * 2 * D * N + d * N + n
-            # States before each place, from the one before the stretch.
+            # States before each token, from the one before the stretch.
             fr, fi = pair(kept_ptr, of_n + (row * (stretches - 1) + s) * 2 * D * N, D * N, in_d)
             pr, pi = _decays(ar, ai, inner, reset_ptr, row * T + t - 1)
             pr, pi, br, bi = tl.associative_scan((pr, pi, old_u, tl.zeros_like(old_u)), 0, compose)
             pr, pi = _stepped(pr, pi, fr[None, :], fi[None, :], br, bi)
             # Gradients of the states; the step into the next stretch is in the carry already.
             nr, ni = pair(dh_ptr, of_n, D * N, in_d)
-            ahead = (t + 1 < end) & (place + 1 < BT)
+            ahead = (t + 1 < end) & (index + 1 < BT)
             er, ei = _decays(ar, ai, ahead, reset_ptr, row * T + t + 1)
             er, ei, br, bi = tl.associative_scan(
                 (er, -ei, g * cr[None, :], -g * ci[None, :]), 0, compose, reverse=True
@@ -167,7 +171,7 @@ def _backward(
                 old[1] + tl.sum(ei * pr - er * pi, 0),
             )
             keep(da_ptr, of_n, D * N, in_d, sum_r, sum_i)
-            first = (place == 0)[:, None]
+            first = (index == 0)[:, None]
             nr = tl.sum(tl.where(first, xr * er + xi * ei, 0.0), 0)
             ni = tl.sum(tl.where(first, xr * ei - xi * er, 0.0), 0)
             tl.debug_barrier()
@@ -193,7 +197,7 @@ def _run(
     state.zero_() if initial is None else state.copy_(initial)
     tensors = (u, a, c, reset, length, y, state, kept)
     grid = (B * triton.cdiv(D, CHANNELS),)
-    _forward[grid](*tensors, T, D, a.shape[2], PLACES, CHANNELS, num_warps=4)
+    _forward[grid](*tensors, T, D, a.shape[2], TOKENS, CHANNELS, num_warps=4)
 
 
 def forward(*tensors: Tensor) -> None:
@@ -218,12 +222,12 @@ def backward(
     """Write the gradients; those of a and c are summed over rows in a fixed order."""
     B, T, D = u.shape
     dh = dlast.clone()
-    kept = a.new_empty(B, triton.cdiv(T, PLACES), *a.shape)
+    kept = a.new_empty(B, triton.cdiv(T, TOKENS), *a.shape)
     rows_a, rows_c = a.new_zeros(B, *a.shape), a.new_zeros(B, *a.shape)
     _run(u, a, c, reset, initial, length, None, a.new_empty(B, *a.shape), kept)
     tensors = (u, a, c, reset, length, kept, dy, du, rows_a, rows_c, dh)
     grid = (B * triton.cdiv(D, CHANNELS),)
-    _backward[grid](*tensors, T, D, a.shape[2], PLACES, CHANNELS, num_warps=8)
+    _backward[grid](*tensors, T, D, a.shape[2], TOKENS, CHANNELS, num_warps=8)
     da.copy_(rows_a.sum(0))
     dc.copy_(rows_c.sum(0))
     if initial is not None:

@@ -1,4 +1,7 @@
-"""Gated activation. D width of a row."""
+"""Gated activation.
+
+D width of a row.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.kernels.fused import fused
+from mm.kernels.fused import register_kernel
 from mm.kernels.op import Op
 
 KINDS = ("silu", "gelu_tanh")
@@ -58,7 +61,7 @@ def _arguments(gate: Tensor, up: Tensor, kind: str, *rest: Any) -> tuple[Any, ..
     return KINDS.index(kind), g, u, *rest, *sizes
 
 
-fused(
+register_kernel(
     glu,
     "y",
     lambda gate, up, activation: gate.new_empty(gate.shape),

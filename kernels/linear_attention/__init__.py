@@ -1,6 +1,8 @@
-"""Chunkwise linear attention with decay. B rows, T tokens, H heads, K key width, V value width.
+"""Chunkwise linear attention with decay.
 
-Inside: C places of a chunk, N chunks, M of them in hand at once.
+B rows, T tokens, H heads, K key width, V value width.
+
+Inside: C tokens of a chunk, N chunks, M of them in hand at once.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm.kernels import device
-from mm.kernels.fused import fused
+from mm.kernels.fused import register_kernel
 from mm.kernels.linear_attention.chunks import SPAN, Block, times
 from mm.kernels.op import Op, exact
 
@@ -77,7 +79,7 @@ def _widened(
 
 
 def _blocks(B: int, T: int, H: int, K: int, V: int) -> Iterator[tuple[int, int, int]]:
-    """First place, number of chunks and their size, of as many chunks as a cache holds."""
+    """First token, number of chunks and their size, of as many chunks as a cache holds."""
     whole = T // CHUNK
     most = max(1, IN_HAND // max(1, B * H * CHUNK * max(K, V, CHUNK)))
     for first in range(0, whole, most):
@@ -87,7 +89,7 @@ def _blocks(B: int, T: int, H: int, K: int, V: int) -> Iterator[tuple[int, int, 
 
 
 def _shares(g: Tensor | None) -> list[tuple[Tensor | None, int]]:
-    """Rows (None = all) and how many of their places are scored at once.
+    """Rows (None = all) and how many of their tokens are scored at once.
 
     A row's own decay alone decides that: no document moves a bit of another one's results.
     """
@@ -186,7 +188,7 @@ def _backward_rows(
         chunk_dq += times(dy @ states[at : at + m].transpose(-1, -2), b.into)
         chunk_dk += times(b.v @ after.transpose(-1, -2), b.out)
         if g is not None:
-            # A place's cumulative decay multiplies its query and divides its key; the last one's
+            # A token's cumulative decay multiplies its query and divides its key; the last one's
             # multiplies the state after the chunk. Each decay is in all cumulative ones after it.
             d = b.q * chunk_dq - b.k * chunk_dk
             ends = (states[at + 1 : at + m + 1] * after).sum(-1)[..., None, :]
@@ -212,7 +214,7 @@ def _empties(q: Tensor, k: Tensor, v: Tensor, *_: Tensor | None) -> tuple[Tensor
 
 
 # Matrix products inside chunks, one state a chunk between them.
-fused(
+register_kernel(
     linear_attention,
     "o final",
     _empties,
@@ -236,7 +238,7 @@ def _triton_empties(q: Tensor, k: Tensor, v: Tensor, *_: Tensor | None) -> tuple
 
 # The chunk form on a GPU; states are computed again in the backward. Products of float32 are
 # tf32x3, those of bfloat16 and float16 have float32 sums.
-fused(
+register_kernel(
     linear_attention,
     "o final",
     _triton_empties,

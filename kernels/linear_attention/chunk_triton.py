@@ -1,5 +1,7 @@
-"""Chunkwise linear attention on the GPU. B rows, T tokens, H heads, K key width, V value width; n
-chunks of C tokens; BK, BV columns of a tile.
+"""Chunkwise linear attention on the GPU.
+
+B rows, T tokens, H heads, K key width, V value width; n chunks of C tokens; BK, BV columns of a
+tile.
 
 Five kernels: the states before the chunks (in order) and the outputs (all chunks at once); their
 gradients' states (in reverse order), and the gradients of queries, keys and decays, and of values
@@ -47,7 +49,7 @@ from mm.kernels.tiles_triton import (
 
 @triton.jit
 def _of_head(g, head, h, K: tl.constexpr, DECAY: tl.constexpr):
-    """Pointer to the decays of head ``h``; its first token is place ``head`` of (B, T, H)."""
+    """Pointer to the decays of head ``h``; its first token is number ``head`` of (B, T, H)."""
     if DECAY == CONSTANT:
         return g + h
     elif DECAY == CHANNEL:
@@ -65,15 +67,15 @@ def _channel_scores(
     c = tl.program_id(0).to(tl.int64)
     bh = tl.program_id(1).to(tl.int64)
     head = (bh // H * T * H + bh % H) * K
-    place = tl.arange(0, C)
-    t = c * C + place
+    index = tl.arange(0, C)
+    t = c * C + index
     a = tl.zeros((C, C), tl.float32)
     for first in range(0, K, BK):
         kc = first + tl.arange(0, BK)
         qt = load_tile(q + head, t, kc, T, K, H * K).to(tl.float32)
         kt = load_tile(k + head, t, kc, T, K, H * K).to(tl.float32)
         own = own_decays(g + head, t, kc, T, K, H * K)
-        a += tl.where(place[:, None] == place[None, :], tl.sum(qt * kt, 1)[:, None], 0.0)
+        a += tl.where(index[:, None] == index[None, :], tl.sum(qt * kt, 1)[:, None], 0.0)
         for level in range(LEVELS):
             second, divided, between = halves(1 << level)
             mixed = tl.where(second, qt, kt) * tl.exp(sum_where(between, own))
@@ -81,7 +83,7 @@ def _channel_scores(
             part = tl.dot(mixed, tl.trans(mixed), input_precision=PRECISION)
             a += tl.where(divided & second, part, 0.0)
     scores += (bh * tl.cdiv(T, C) + c) * C * C
-    store_tile(scores, a, place, place, C, C, C)
+    store_tile(scores, a, index, index, C, C, C)
 
 
 @triton.jit
@@ -132,8 +134,8 @@ def outputs(
     g = _of_head(g, head, bh % H, K, DECAY)
     chunk = bh * tl.cdiv(T, C) + c
     states += chunk * K * V
-    place = tl.arange(0, C)
-    t = c * C + place
+    index = tl.arange(0, C)
+    t = c * C + index
     scores = tl.zeros((C, C), tl.float32)
     y = tl.zeros((C, BV), tl.float32)
     for first in range(0, K, BK):
@@ -150,7 +152,7 @@ def outputs(
     if DECAY == CONSTANT or DECAY == SCALAR:
         y *= tl.exp(log_into(g, t, T, H, DECAY))[:, None]
     if DECAY == CHANNEL:
-        scores += load_tile(given + chunk * C * C, place, place, C, C, C)
+        scores += load_tile(given + chunk * C * C, index, index, C, C, C)
     else:
         scores *= decay_between(g, t, T, H, DECAY)
     vt = load_tile(v + head * V, t, vc, T, V, H * V)
@@ -197,11 +199,11 @@ def queries_keys_backward(
     K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients `(C, BK)` of one chunk's queries and keys, and of its log decays: those by channel,
-    or this tile's share of the others.
+    """Gradients `(C, BK)` of one chunk's queries and keys, and of its log decays.
 
-    A log decay is in every factor between a place before it and a place not before it. Factors of
-    a place with itself are 1 and left out, or their large terms would cancel but for rounding.
+    Those of decays by channel are whole, of others this tile's share. A log decay is in every
+    factor between a token before it and a token not before it. Factors of a token with itself
+    are 1 and left out, or their large terms would cancel but for rounding.
     """
     kc = tl.program_id(0) * BK + tl.arange(0, BK)
     c = tl.program_id(1).to(tl.int64)
@@ -209,8 +211,8 @@ def queries_keys_backward(
     head = bh // H * T * H + bh % H
     g = _of_head(g, head, bh % H, K, DECAY)
     at = (bh * tl.cdiv(T, C) + c) * K * V
-    place = tl.arange(0, C)
-    t = c * C + place
+    index = tl.arange(0, C)
+    t = c * C + index
     dscores = tl.zeros((C, C), tl.float32)
     read = tl.zeros((C, BK), tl.float32)  # of the queries, through the state before the chunk
     kept = tl.zeros((C, BK), tl.float32)  # of the keys, through the state after it
@@ -229,7 +231,7 @@ def queries_keys_backward(
     qt = load_tile(q + head * K, t, kc, T, K, H * K)
     kt = load_tile(k + head * K, t, kc, T, K, H * K)
     wide_q, wide_k = qt.to(tl.float32), kt.to(tl.float32)
-    same = tl.sum(tl.where(place[:, None] == place[None, :], dscores, 0.0), 1)[:, None]
+    same = tl.sum(tl.where(index[:, None] == index[None, :], dscores, 0.0), 1)[:, None]
     later_q = tl.zeros((C, BK), tl.float32)  # of queries, through the scores of earlier keys
     earlier_k = tl.zeros((C, BK), tl.float32)  # of keys, through the scores of later queries
     if DECAY == CHANNEL:
@@ -253,7 +255,7 @@ def queries_keys_backward(
         rate += sum_where(tl.trans(not_after()), moved)
         store_tile(dg + head * K, rate, t, kc, T, K, H * K)
     else:
-        strict = tl.where(place[:, None] > place[None, :], dscores, 0.0)
+        strict = tl.where(index[:, None] > index[None, :], dscores, 0.0)
         if DECAY != NONE:
             into = log_into(g, t, T, H, DECAY)
             strict *= decay_between(g, t, T, H, DECAY)
@@ -286,8 +288,8 @@ def values_backward(
     g = _of_head(g, head, bh % H, K, DECAY)
     chunk = bh * tl.cdiv(T, C) + c
     dstates += chunk * K * V
-    place = tl.arange(0, C)
-    t = c * C + place
+    index = tl.arange(0, C)
+    t = c * C + index
     scores = tl.zeros((C, C), tl.float32)
     d = tl.zeros((C, BV), tl.float32)
     for first in range(0, K, BK):
@@ -305,7 +307,7 @@ def values_backward(
     if DECAY == CONSTANT or DECAY == SCALAR:
         d *= tl.exp(log_out(g, t, T, H, DECAY))[:, None]
     if DECAY == CHANNEL:
-        scores += load_tile(given + chunk * C * C, place, place, C, C, C)
+        scores += load_tile(given + chunk * C * C, index, index, C, C, C)
     else:
         scores *= decay_between(g, t, T, H, DECAY)
     dy = load_tile(do + head * V, t, vc, T, V, H * V).to(q.dtype.element_ty)
@@ -373,8 +375,9 @@ def forward(
     o: Tensor,
     final: Tensor,
 ) -> None:
-    """Write outputs and last state in float32. Takes contiguous tensors, q, k, v of one dtype, none
-    empty.
+    """Write outputs and last state in float32.
+
+    Takes contiguous tensors, q, k, v of one dtype, none empty.
     """
     (B, T, H, _), V = q.shape, v.shape[-1]
     with_ = _settings(q, v, g)

@@ -1,5 +1,6 @@
-"""Chunks of linear attention and what their decay amounts to. B rows, T tokens, H heads, W width,
-C places of a chunk, M chunks in hand at once.
+"""Chunks of linear attention and what their decay amounts to.
+
+B rows, T tokens, H heads, W width, C tokens of a chunk, M chunks in hand at once.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Log decay of a block of places that is scored at once: exp(16) is far from both ends of float32,
+# Log decay of a block of tokens that is scored at once: exp(16) is far from both ends of float32,
 # and an exponent of 16 still has an error of 1e-6 only.
 SPAN = 32.0
 
@@ -17,7 +18,7 @@ class Block:
     """The chunks in hand, `(M, B, H, C, .)`, and the factors that their decay amounts to.
 
     A decay by channel scales queries and keys, so that plain products score the pairs of `base`
-    places; of `base` = C places when it is weak, and of fewer the stronger it is.
+    tokens; of `base` = C tokens when it is weak, and of fewer the stronger it is.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class Block:
     ):
         self.start, self.m, self.size = start, m, size
         self.by_channel = g is not None and g.dim() == 4
-        # Halving needs a power of two; places of zeros without decay change nothing.
+        # Halving needs a power of two; tokens of zeros without decay change nothing.
         self.pad = (1 << (size - 1).bit_length()) - size if self.by_channel else 0
         self.base = min(base, size + self.pad)
         self.q, self.k, self.v = self.load(q), self.load(k), self.load(v)
@@ -56,15 +57,15 @@ class Block:
             between = (log - log.transpose(-1, -2)).to(g.dtype)
             self.between = between.masked_fill_(future, -torch.inf).exp_()
         self.total = total.exp().transpose(-1, -2).expand(m, *[-1] * 4)
-        self.into = before.exp_()  # from the state before the chunk to each block (of one place)
+        self.into = before.exp_()  # from the state before the chunk to each block (of one token)
         self.out = after.exp_()  # from each block to the state after the chunk
 
     def _rescaled(self, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log decays from the chunk's start to each block, from it to the end, and of the chunk.
 
-        Blocks of `base` places are measured at the middle of their decay: queries are multiplied by
-        the decay from there to their place, keys divided by it, both within exp(SPAN / 2), so that
-        a place's products with its own block need nothing else. Every pair of blocks is divided by
+        Blocks of `base` tokens are measured at the middle of their decay: queries are multiplied by
+        the decay from there to their token, keys divided by it, both within exp(SPAN / 2), so that
+        a token's products with its own block need nothing else. Every pair of blocks is divided by
         exactly one border between two groups of 1, 2, .. blocks, and `self.halves` keeps the decays
         from each border and to it: their exponents are <= 0, so none is strong enough to overflow.
         """
@@ -103,7 +104,7 @@ class Block:
         rows.copy_(chunks[..., : self.size, :].permute(1, 0, 3, 2, 4))
 
     def scores(self) -> Tensor:
-        """`(M, B, H, C, C)`: how much of each place's value each place reads."""
+        """`(M, B, H, C, C)`: how much of each token's value each token reads."""
         C = self.q.shape[-2]
         if self.base == C:
             a = self.q @ self.k.transpose(-1, -2)
@@ -149,8 +150,9 @@ def _diagonal(a: Tensor, size: int) -> Tensor:
 
 
 def _corner(a: Tensor, half: int) -> Tensor:
-    """View of scores `(..., C, C)`: those of second halves with first ones, `(..., n, half,
-    half)`.
+    """Return a view of scores `(..., C, C)`: second halves with first ones.
+
+    Its shape is `(..., n, half, half)`.
     """
     n = a.shape[-1] // (2 * half)
     blocks = a.unflatten(-1, (n, 2, half)).unflatten(-4, (n, 2, half))
@@ -158,7 +160,7 @@ def _corner(a: Tensor, half: int) -> Tensor:
 
 
 def times(x: Tensor, factor: Tensor | None) -> Tensor:
-    """``x`` `(..., C, W)` with a factor for each of n blocks of places, `(..., n, W or 1)`."""
+    """``x`` `(..., C, W)` with a factor for each of n blocks of tokens, `(..., n, W or 1)`."""
     if factor is None:
         return x
     blocks = x.unflatten(-2, (factor.shape[-2], x.shape[-2] // factor.shape[-2]))

@@ -1,4 +1,7 @@
-"""First-order recurrence over time. B rows, T tokens, D channels."""
+"""First-order recurrence over time.
+
+B rows, T tokens, D channels.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm.kernels.fused import fused
+from mm.kernels.fused import register_kernel
 from mm.kernels.op import Op
 
 
@@ -76,7 +79,7 @@ def _fill(
     a: Tensor, b: Tensor, reset: Tensor | None, initial: Tensor | None,
     reverse: bool, log: bool, h: Tensor,
 ) -> None:  # fmt: skip
-    """Write the recurrence of the reference into place: nothing is kept for a backward."""
+    """Write the recurrence of the reference in place: nothing is kept for a backward."""
     before = initial
     for at, bt, out, cut in _steps(a, b, h, reset, backwards=reverse):
         if before is None:
@@ -136,7 +139,7 @@ def _steps(
     return reversed(steps) if backwards else steps
 
 
-fused(
+register_kernel(
     linear_scan,
     "h",
     empty_states,

@@ -1,5 +1,5 @@
 // h_t = a_t * h_{t-1} + b_t over (B, T, D) row-major tensors; reset[b, t] starts again from b_t. With `reverse` t - 1 is
-// the place behind; with LOG all numbers are logarithms. Sequential in t, vectorised over d: three tensors of traffic
+// the token behind; with LOG all numbers are logarithms. Sequential in t, vectorised over d: three tensors of traffic
 // forward, five backward.
 #include <cstdint>
 #include <cstring>
@@ -41,12 +41,12 @@ void forward(const F* a, const F* b, const uint8_t* reset, const F* initial, i64
   for (i64 i = 0; i < B; ++i) {
     const F* before = initial ? initial + i * D : nullptr;
     for (i64 s = 0; s < T; ++s) {
-      const i64 place = i * T + (reverse ? T - 1 - s : s), at = place * D;
+      const i64 token = i * T + (reverse ? T - 1 - s : s), at = token * D;
       F* __restrict out = h + at;
       const F* __restrict at_a = a + at;
       const F* __restrict at_b = b + at;
       // A branch, not a product with zero: the other document's state may be inf.
-      if (!before || (reset && reset[place])) {
+      if (!before || (reset && reset[token])) {
         std::memcpy(out, at_b, D * sizeof(F));
       } else {
 #pragma omp simd
@@ -66,9 +66,9 @@ void backward(const F* a, const F* b, const F* h, const uint8_t* reset, const F*
   const i64 step = reverse ? -D : D;
   for (i64 i = 0; i < B; ++i) {
     std::memset(sum.data(), 0, D * sizeof(F));
-    bool linked = false;  // the place read next goes on from this one
+    bool linked = false;  // the token read next goes on from this one
     for (i64 s = T; s-- > 0;) {
-      const i64 place = i * T + (reverse ? T - 1 - s : s), at = place * D;
+      const i64 token = i * T + (reverse ? T - 1 - s : s), at = token * D;
       F* __restrict dh = sum.data();
       const F* __restrict g = grad + at;
       if (linked) {
@@ -82,7 +82,7 @@ void backward(const F* a, const F* b, const F* h, const uint8_t* reset, const F*
       const F* __restrict at_a = a + at;
       const F* __restrict at_h = h + at;
       const F* before = s ? at_h - step : (initial ? initial + i * D : nullptr);
-      linked = before && !(reset && reset[place]);
+      linked = before && !(reset && reset[token]);
       if (!linked) {
         std::memcpy(out_b, dh, D * sizeof(F));
         std::memset(out_a, 0, D * sizeof(F));

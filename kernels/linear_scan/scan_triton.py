@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PLACES, CHANNELS = 64, 32  # of a tile
+TOKENS, CHANNELS = 64, 32  # of a tile
 
 
 @triton.jit
@@ -100,14 +100,15 @@ def _backward(
     BT: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """In logarithms too the gradients are a linear scan: their decay is the share of a state in the
-    next one.
+    """Run the scan of the gradients, in logarithms a linear one too.
+
+    Its decay is then the share of a state in the next one.
     """
     blocks = tl.cdiv(D, BD)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
     in_d = (d < D)[None, :]
-    step = -D if REVERSE else D  # to the place that is read next
+    step = -D if REVERSE else D  # to the token that is read next
     carry = tl.zeros((BD,), tl.float32)  # gradient of the first state of the tile to the right
     tiles = tl.cdiv(T, BT)
     for i in range(0, tiles):
@@ -168,7 +169,7 @@ def forward(
     """Write all states."""
     B, T, D = h.shape
     grid = (B * triton.cdiv(D, CHANNELS),)
-    tile = (reverse, log, PLACES, CHANNELS)
+    tile = (reverse, log, TOKENS, CHANNELS)
     _forward[grid](a, b, reset, initial, h, T, D, *tile, num_warps=4)
 
 
@@ -190,4 +191,4 @@ def backward(
     grid = (B * triton.cdiv(D, CHANNELS),)
     tensors = (a, b, h, reset, initial, grad, da, db, dinitial)
     # With 8 warps the assembler spills to fit more programs.
-    _backward[grid](*tensors, T, D, reverse, log, PLACES, CHANNELS, num_warps=4)
+    _backward[grid](*tensors, T, D, reverse, log, TOKENS, CHANNELS, num_warps=4)

@@ -7,11 +7,13 @@ width, V value width; in the block form n blocks of C tokens, E = H / G query he
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mm.kernels.attention.spec import NO_MASK, PLAIN_SCORE, MaskSpec, ScoreSpec
 from mm.kernels.op import Op
 
 BLOCK = 64  # tokens
@@ -24,13 +26,13 @@ def path_attention(
     v_RSGV: Tensor,
     w_RTGK: Tensor,
     beta_RTG: Tensor,
-    allowed_RTS: Tensor | None = None,
-    scale: float | None = None,
-    fade_RTH: Tensor | None = None,
-    fade_RSH: Tensor | None = None,
+    mask: MaskSpec = NO_MASK,
+    score: ScoreSpec = PLAIN_SCORE,
 ) -> Tensor:
-    """Causal softmax attention with logits ``scale k_j^T (H_{j+1} ... H_i) q_i + c_i - c_j``,
-    ``H_t = I - beta_t w_t w_t^T``: as a decoder computes it, by moving the keys.
+    """Causal softmax attention with logits ``scale k_j^T (H_{j+1} ...
+
+    H_i) q_i + c_i - c_j``, ``H_t = I - beta_t w_t w_t^T``: as a decoder computes it, by moving
+    the keys.
 
     Args:
         q_RTHK: `(R, T, H, K)` queries, any float dtype; accumulated in float32 or wider; query head
@@ -39,22 +41,22 @@ def path_attention(
             the call's own.
         v_RSGV: `(R, P + T, G, V)` values.
         w_RTGK: `(R, T, G, K)` directions of the call's tokens, at most of length 1.
-        beta_RTG: `(R, T, G)` strengths in [0, 2]; a place with beta = 0 moves nothing.
-        allowed_RTS: `(R or 1, T, S)` bool, True where the query may see the key, besides causality;
-            None = everywhere. A query that may see nothing gets zeros.
-        scale: of the logits; default ``K ** -0.5``.
-        fade_RTH: `(R, T, H)` sums c of the log forget gates up to each query, float32 or wider;
-            None = no gates.
-        fade_RSH: `(R, S, H)` the same sums up to each key; with ``fade_RTH`` or not at all.
+        beta_RTG: `(R, T, G)` strengths in [0, 2]; a token with beta = 0 moves nothing.
+        mask: ``allowed_RTS`` besides causality, nothing else. A query that may see nothing gets
+            zeros.
+        score: ``scale``, and ``fade_RTH`` and ``fade_RSH``, the sums c of the log forget gates up
+            to each query and each key, float32 or wider; nothing else.
     Returns:
         `(R, T, H, V)` in the dtype of the values.
     Source: Yang et al. 2025, PaTH Attention (arXiv:2505.16381), section 3; gates: there, PaTH-FoX,
     after Lin et al. 2025 (arXiv:2503.02130), eq. 5-8.
     """
+    _refuse(mask, score)
     (R, T, H, K), G = q_RTHK.shape, k_RSGK.shape[2]
     P = k_RSGK.shape[1] - T
     wide = torch.promote_types(v_RSGV.dtype, torch.float32)
-    factor: float = K**-0.5 if scale is None else scale
+    factor: float = K**-0.5 if score.scale is None else score.scale
+    allowed_RTS, fade_RTH, fade_RSH = mask.allowed_RTS, score.fade_RTH, score.fade_RSH
     q = q_RTHK.to(wide).reshape(R, T, G, H // G, K)
     past, *own = k_RSGK.to(wide).split((P, *[1] * T), dim=1)
     keys, outs, v = past, [], v_RSGV.to(wide)
@@ -75,10 +77,17 @@ def path_attention(
     return y.reshape(R, T, H, v.shape[-1]).to(v_RSGV.dtype)
 
 
+def _refuse(mask: MaskSpec, score: ScoreSpec) -> None:
+    rest = score._replace(scale=None, fade_RTH=None, fade_RSH=None)
+    if mask._replace(allowed_RTS=None).is_set() or any(x is not None for x in rest):
+        raise ValueError("path_attention takes allowed, scale and fade of its specs, nothing else")
+
+
 @Op
-def moved_keys(k_RSGK: Tensor, w_RTGK: Tensor, beta_RTG: Tensor) -> Tensor:
-    """Keys as the token after the call meets them: each passes ``H_t`` of every later token of the
-    call.
+def move_keys(k_RSGK: Tensor, w_RTGK: Tensor, beta_RTG: Tensor) -> Tensor:
+    """Return the keys as the token after the call meets them.
+
+    Each passes ``H_t`` of every later token of the call.
 
     Args:
         k_RSGK: `(R, P + T, G, K)` P cached keys and the call's own, any float dtype; accumulated in
@@ -119,17 +128,7 @@ def _triangle(w: Tensor, beta: Tensor) -> Tensor:
     )
 
 
-def _why_not(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    beta: Tensor,
-    allowed: Tensor | None = None,
-    scale: float | None = None,
-    fade: Tensor | None = None,
-    fade_keys: Tensor | None = None,
-) -> str | None:
+def _why_not(q: Tensor, *_: Any, **__: Any) -> str | None:
     return "no queries" if q.shape[1] == 0 or q.shape[0] == 0 else None
 
 
@@ -140,21 +139,23 @@ def _by_blocks(
     v_RSGV: Tensor,
     w_RTGK: Tensor,
     beta_RTG: Tensor,
-    allowed_RTS: Tensor | None = None,
-    scale: float | None = None,
-    fade_RTH: Tensor | None = None,
-    fade_RSH: Tensor | None = None,
+    mask: MaskSpec = NO_MASK,
+    score: ScoreSpec = PLAIN_SCORE,
 ) -> Tensor:
-    """The UT form: within a block ``H_{j+1} ... H_i = I - W^T M^T W`` over its tokens, with ``M =
-    (I + tril(diag(beta) W W^T, -1))^{-1} diag(beta)``; from block to block, later queries pass the
-    whole product, so all is matmuls and no product is ever stored for a pair of tokens.
+    """The UT form: within a block ``H_{j+1} ...
+
+    H_i = I - W^T M^T W`` over its tokens, with ``M = (I + tril(diag(beta) W W^T, -1))^{-1}
+    diag(beta)``; from block to block, later queries pass the whole product, so all is matmuls
+    and no product is ever stored for a pair of tokens.
 
     Source: Yang et al. 2025 (arXiv:2505.16381), section 3.2 and algorithm 1.
     """
+    _refuse(mask, score)
+    allowed_RTS, fade_RTH, fade_RSH = mask.allowed_RTS, score.fade_RTH, score.fade_RSH
     (R, T, H, K), G, V = q_RTHK.shape, k_RSGK.shape[2], v_RSGV.shape[-1]
     P, E = k_RSGK.shape[1] - T, H // G
     wide = torch.promote_types(v_RSGV.dtype, torch.float32)
-    factor: float = K**-0.5 if scale is None else scale
+    factor: float = K**-0.5 if score.scale is None else score.scale
     n = -(-T // BLOCK)
     C = -(-T // n)
     with torch.autocast(q_RTHK.device.type, enabled=False):
@@ -206,7 +207,7 @@ def _by_blocks(
         return torch.cat(outs, -2).movedim(3, 1).reshape(R, T, H, V).to(v_RSGV.dtype)
 
 
-@moved_keys.register("blocks", lambda k, w, beta: _why_not(w, k, k, w, beta))
+@move_keys.register("blocks", lambda k, w, beta: _why_not(w))
 def _moved_by_blocks(k_RSGK: Tensor, w_RTGK: Tensor, beta_RTG: Tensor) -> Tensor:
     T = w_RTGK.shape[1]
     P = k_RSGK.shape[1] - T

@@ -1,5 +1,6 @@
-"""Gates of the real-gated linear recurrent unit. R tokens, H gate heads, K width of one, W = H *
-K.
+"""Gates of the real-gated linear recurrent unit.
+
+R tokens, H gate heads, K width of one, W = H * K.
 """
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mm.kernels.fused import fused
+from mm.kernels.fused import register_kernel
 from mm.kernels.op import Op
 
 
@@ -42,7 +43,7 @@ def _why_not(way: str, gates: Tensor, bias: Tensor, rate: Tensor, u: Tensor) -> 
     return None if same else f"gates are {gates.dtype}, the input {u.dtype}"
 
 
-fused(
+register_kernel(
     rg_lru_gates,
     "a b",
     lambda gates, bias, rate, u: (rate.new_empty(u.shape), rate.new_empty(u.shape)),

@@ -22,7 +22,7 @@ def _one_minus_exp(x):
 
 @triton.jit
 def _gates(gates_ptr, bias_ptr, rate_ptr, R, K, BR: tl.constexpr, BK: tl.constexpr):
-    """A tile's places, the two gates after their sigmoids, and the rate."""
+    """A tile's tokens, the two gates after their sigmoids, and the rate."""
     blocks, tiles = tl.cdiv(K, BK), tl.cdiv(R, BR)
     k = tl.program_id(0) % blocks * BK + tl.arange(0, BK)
     tile = tl.program_id(0) // blocks % tiles

@@ -1,4 +1,7 @@
-"""Root-mean-square norm. D width of what is normed, R its rows."""
+"""Root-mean-square norm.
+
+D width of what is normed, R its rows.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.kernels.fused import fused
+from mm.kernels.fused import register_kernel
 from mm.kernels.op import Op
 
 
@@ -58,7 +61,7 @@ def _arguments(x: Tensor, *rest: Any) -> tuple[Any, ...]:
     return rows, *rest, *sizes
 
 
-fused(
+register_kernel(
     rms_norm,
     "y",
     lambda x, weight, eps: (x.new_empty(x.shape), weight.new_empty(x.shape[:-1])),

@@ -1,4 +1,7 @@
-"""Mamba's selective scan. R rows, T tokens, D channels, N states of a channel."""
+"""Mamba's selective scan.
+
+R rows, T tokens, D channels, N states of a channel.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm.kernels.fused import fused
+from mm.kernels.fused import register_kernel
 from mm.kernels.op import Op
 
 EVERY = 64  # tokens between kept states, as in scan.cpp
@@ -33,12 +36,12 @@ def selective_scan(
         b_RTN: `(R, T, N)` what the input writes, shared by all channels.
         c_RTN: `(R, T, N)` what the output reads.
         skip_D: `(D,)` weight of the input itself.
-        reset_RT: `(R, T)` bool: nothing before this place counts (a document begins); None =
+        reset_RT: `(R, T)` bool: nothing before this token counts (a document begins); None =
             nowhere.
         initial_RND: `(R, N, D)` state before the first token; None = zeros.
     Returns:
         ``y`` `(R, T, D)` in the dtype of ``u`` and the last state `(R, N, D)` in float32 or wider.
-        A place of ``dt = u = b = 0`` leaves the state as it is, bit for bit.
+        A token of ``dt = u = b = 0`` leaves the state as it is, bit for bit.
     Source: Gu & Dao 2023 (arXiv:2312.00752), algorithm 2 with the discretisation of its section
     3.6: the zero-order hold for A, Euler for B (as the paper's own code).
     """
@@ -70,7 +73,7 @@ def _empties(u: Tensor, dt: Tensor, a: Tensor, *_: Any) -> tuple[Tensor, Tensor,
     return torch.empty_like(u), a.new_empty(R, *a.shape), a.new_empty(R, -(-T // EVERY), *a.shape)
 
 
-fused(
+register_kernel(
     selective_scan,
     "y last",
     _empties,

@@ -1,7 +1,7 @@
 // h_t = exp(dt_t * A) * h_{t-1} + dt_t * u_t * b_t,  y_t = sum_n c_t[n] * h_t[n] + skip * u_t.
 // u, dt, y are (R, T, D); A is (N, D); b, c are (R, T, N); states are (R, N, D). reset[r, t] forgets what came before t.
-// A block of channels keeps its N states in the first cache and goes through all of T: the states of all places are never
-// in memory. Every EVERY places the state is kept; the backward runs each stretch again from there, then back.
+// A block of channels keeps its N states in the first cache and goes through all of T: the states of all tokens are never
+// in memory. Every EVERY tokens the state is kept; the backward runs each stretch again from there, then back.
 #include <algorithm>
 #include <vector>
 
@@ -13,7 +13,7 @@ constexpr i64 EVERY = 64, WIDTH = 32;
 
 inline i64 stretches(i64 T) { return (T + EVERY - 1) / EVERY; }
 
-// One place of one block: from `before` (null = zeros) to `after`; `decay` may be null.
+// One token of one block: from `before` (null = zeros) to `after`; `decay` may be null.
 template <class F>
 inline void advance(const F* A, const F* u, const F* dt, const F* b, const F* before, F* after, F* decay, i64 N, i64 D, i64 w) {
   F x[WIDTH];

@@ -3,7 +3,7 @@
 A program owns one row and a block of channels. It walks over stretches of time; in each, the N
 states of its channels are scanned one after another in a tile of time by channels, so that states
 `(T, D, N)` are in no memory: only the state before each stretch is (``kept``), from which the
-backward makes a stretch again. A place of ``dt = u = b = 0`` leaves the state as it is up to the
+backward makes a stretch again. A token of ``dt = u = b = 0`` leaves the state as it is up to the
 rounding of a scan that associates otherwise.
 """
 
@@ -107,7 +107,9 @@ def _backward(
     BT: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """``dh`` (R, N, D) begins as the gradient of the last state and ends as the initial one's; the
+    """Run the scan backward over one row and a block of channels.
+
+    ``dh`` (R, N, D) begins as the gradient of the last state and ends as the initial one's; the
     gradients of a and skip are parts of a row, those of b and c of a block of channels.
     """
     blocks = tl.cdiv(D, BD)
@@ -118,10 +120,10 @@ def _backward(
     stretches = tl.cdiv(T, BT)
     skip = tl.load(skip_ptr + d, mask=in_d, other=0.0)
     dskip = tl.zeros((BD,), tl.float32)
-    place = tl.arange(0, BT)
+    index = tl.arange(0, BT)
     for i in range(0, stretches):
         s = stretches - 1 - i
-        t = s * BT + place
+        t = s * BT + index
         at = (row * T + t)[:, None] * D + d[None, :]
         mask = (t < T)[:, None] & in_d[None, :]
         u = tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -133,9 +135,9 @@ def _backward(
         # dx is the gradient of dt * u, the factor of b.
         dx, ddt = tl.zeros((BT, BD), tl.float32), tl.zeros((BT, BD), tl.float32)
         next_dt = tl.load(
-            dt_ptr + at + D, mask=mask & ((place + 1 < BT) & (t + 1 < T))[:, None], other=0.0
+            dt_ptr + at + D, mask=mask & ((index + 1 < BT) & (t + 1 < T))[:, None], other=0.0
         ).to(tl.float32)
-        inner = (place + 1 < BT)[:, None]
+        inner = (index + 1 < BT)[:, None]
         for n in range(0, N):
             a = tl.load(a_ptr + n * D + d, mask=in_d, other=0.0)
             of_n = (row * T + t) * N + n
@@ -147,7 +149,7 @@ def _backward(
             if reset_ptr is not None:
                 reset = tl.load(reset_ptr + row * T + t, mask=t < T, other=0) != 0
                 decay = tl.where(reset[:, None], 0.0, decay)
-                ahead = (place + 1 < BT) & (t + 1 < T)
+                ahead = (index + 1 < BT) & (t + 1 < T)
                 reset = tl.load(reset_ptr + row * T + t + 1, mask=ahead, other=0) != 0
                 after = tl.where(reset[:, None], 0.0, after)
             of_state = ((row * stretches + s) * N + n) * D + d
@@ -175,7 +177,7 @@ def _backward(
             da_at = da_ptr + (row * N + n) * D + d
             old = tl.load(da_at, mask=in_d, other=0.0)
             tl.store(da_at, old + tl.sum(tl.where(mask, dh * held * dt, 0.0), 0), mask=in_d)
-            out = tl.sum(tl.where((place == 0)[:, None], decay * dh, 0.0), 0)
+            out = tl.sum(tl.where((index == 0)[:, None], decay * dh, 0.0), 0)
             tl.store(carry_at, out, mask=in_d)
         ddt += dx * u
         tl.store(ddt_ptr + at, ddt.to(ddt_ptr.dtype.element_ty), mask=mask)
@@ -248,5 +250,5 @@ def backward(
 
 
 def _stretch(T: int, kept: Tensor) -> int:
-    """Places between kept states: a power of two, by how many there are."""
+    """Tokens between kept states: a power of two, by how many there are."""
     return max(triton.next_power_of_2(triton.cdiv(T, kept.shape[1])), 16)

@@ -1,4 +1,4 @@
-"""The faults: what is injected, and what must be left afterwards.
+"""The faults of processes, disks and memory, and the list of all cases.
 
 A case is a generator of tries. A try is "" when the fault was survived with nothing lost (the run
 afterwards is bitwise the unbroken one, unless the case says otherwise), else what was lost.
@@ -7,46 +7,23 @@ afterwards is bitwise the unbroken one, unless the case says otherwise), else wh
 from __future__ import annotations
 
 import json
-import pickle
-import shutil
-import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from mm.faults.bench import Bench, Ended, differences
+from mm.faults.bench import Bench
+from mm.faults.case import KILLED, USER_ERROR, Case, resume_and_compare
+from mm.faults.compare import differences
+from mm.faults.data_cases import bombs, pickles, truncated_shards
+from mm.faults.stage_cases import (
+    border_with_ema,
+    border_with_schedule_free,
+    rollback_across_border,
+)
 from mm.faults.wandb_server import DOWN, wandb_server
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.health.heartbeat import HUNG
 from mm.trainer.health.signals import INTERRUPTED
-
-KILLED, USER_ERROR = -9, 2
-
-
-class Case(NamedTuple):
-    """One row of the result."""
-
-    name: str
-    outcome: str  # what must happen
-    tries: Callable[[Bench, bool], Iterator[str]]  # (bench, quick) -> what each try lost
-
-
-def _resumed(
-    bench: Bench, config: Mapping[str, Any], ended: Ended, code: int, world: int = 1, **kw: Any
-) -> str:
-    """Check how the broken run ended, run the same command again, compare with the unbroken run."""
-    if code not in ended.codes:
-        return f"exit codes {ended.codes} instead of {code}: {ended.said[-300:]}"
-    whole = bench.whole(config, world=world, **kw)
-    again = bench.train(config, world=world, **kw)
-    if again.codes != [0] * world:
-        return f"the next start ended with {again.codes}: {again.said[-300:]}"
-    lost = differences(whole, bench.folder(config))
-    if not lost:
-        bench.drop(config)
-    return lost
 
 
 def _kills_in_save(bench: Bench, quick: bool) -> Iterator[str]:
@@ -58,7 +35,7 @@ def _kills_in_save(bench: Bench, quick: bool) -> Iterator[str]:
             if saved is None or saved.state["step"] != 2:
                 yield f"killed at {share:.0%}: the checkpoint before is lost"
                 continue
-            yield _resumed(bench, config, ended, KILLED)
+            yield resume_and_compare(bench, config, ended, KILLED)
 
 
 def _kills_in_background(bench: Bench, quick: bool) -> Iterator[str]:
@@ -66,7 +43,7 @@ def _kills_in_background(bench: Bench, quick: bool) -> Iterator[str]:
         keep = {"every": 2, "keep_last": 9, "background": True}
         config = bench.config(bench.fresh("background"), checkpoints=keep)
         ended = bench.train(config, faults={"kill_in_save": {"step": 4, "share": share}})
-        yield _resumed(bench, config, ended, KILLED)
+        yield resume_and_compare(bench, config, ended, KILLED)
 
 
 def _kill_before_pointer(bench: Bench, quick: bool) -> Iterator[str]:
@@ -77,7 +54,7 @@ def _kill_before_pointer(bench: Bench, quick: bool) -> Iterator[str]:
         if saved is None or saved.state["step"] != 4:
             yield "the renamed checkpoint is not found"
         else:
-            yield _resumed(bench, config, ended, KILLED)
+            yield resume_and_compare(bench, config, ended, KILLED)
 
 
 def _kills_in_step(bench: Bench, quick: bool) -> Iterator[str]:
@@ -87,13 +64,15 @@ def _kills_in_step(bench: Bench, quick: bool) -> Iterator[str]:
             for micro in (2,) if quick else (None, 2):
                 config = bench.config(bench.fresh("step"), zero=zero, pattern=pattern, micro=micro)
                 fault = {"signal": "SIGKILL", "phase": "step", "step": 4}
-                yield _resumed(bench, config, bench.train(config, faults={"signal": fault}), KILLED)
+                yield resume_and_compare(
+                    bench, config, bench.train(config, faults={"signal": fault}), KILLED
+                )
 
 
 def _kill_in_evaluation(bench: Bench, quick: bool) -> Iterator[str]:
     config = bench.config(bench.fresh("evaluation"))
     fault = {"signal": "SIGKILL", "phase": "evaluate", "step": 0}
-    yield _resumed(bench, config, bench.train(config, faults={"signal": fault}), KILLED)
+    yield resume_and_compare(bench, config, bench.train(config, faults={"signal": fault}), KILLED)
 
 
 def _signals(bench: Bench, quick: bool) -> Iterator[str]:
@@ -109,7 +88,7 @@ def _signals(bench: Bench, quick: bool) -> Iterator[str]:
             if ended.codes != [INTERRUPTED] * 2:
                 yield f"{name} in {phase}: exit codes {ended.codes}: {ended.said[-300:]}"
             else:
-                yield _resumed(bench, config, ended, INTERRUPTED, world=2)
+                yield resume_and_compare(bench, config, ended, INTERRUPTED, world=2)
 
 
 def _disk(fault: str) -> Callable[[Bench, bool], Iterator[str]]:
@@ -130,7 +109,7 @@ def _folder_gone(bench: Bench, quick: bool) -> Iterator[str]:
     root = bench.folder(config) / "checkpoints"
     root.unlink()
     root.with_name("away").rename(root)
-    yield _resumed(bench, config, ended, USER_ERROR)
+    yield resume_and_compare(bench, config, ended, USER_ERROR)
 
 
 def _damage(bench: Bench, quick: bool) -> Iterator[str]:
@@ -149,74 +128,7 @@ def _damage(bench: Bench, quick: bool) -> Iterator[str]:
             fault = {"signal": "SIGKILL", "phase": "step", "step": 6}
             ended = bench.train(config, faults={"signal": fault})
             damage(bench.folder(config) / "checkpoints" / "step_000004" / name)
-            yield _resumed(bench, config, ended, KILLED)
-
-
-def _shards(bench: Bench, quick: bool) -> Iterator[str]:
-    """A tar of the data cut while the run was stopped: refused by name; then restored."""
-    for size in (700,) if quick else (0, 700, 2048):
-        config = bench.config(bench.fresh("tar"))
-        fault = {"signal": "SIGTERM", "phase": "step", "step": 3}
-        bench.whole(config)
-        ended = bench.train(config, faults={"signal": fault})
-        shard = next(iter(sorted(bench.tokens["both"].rglob("*.tar"))))
-        good = shard.read_bytes()
-        shard.write_bytes(good[:size])
-        try:
-            refused = bench.train(config)
-        finally:
-            shard.write_bytes(good)
-        if refused.codes != [USER_ERROR] or shard.name not in refused.said:
-            yield f"a tar of {size} bytes: exit codes {refused.codes}: {refused.said[-300:]}"
-        else:
-            yield _resumed(bench, config, ended, INTERRUPTED)
-
-
-def _bombs(bench: Bench, quick: bool) -> Iterator[str]:
-    """Headers that claim what no machine has: quarantined by name, the rest is packed."""
-    import struct
-    import zlib
-
-    from PIL import Image
-
-    from mm.data.pack.job import pack
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    header = lambda w, h: (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0))
-        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
-        + chunk(b"IEND", b"")
-    )
-    wav = b"RIFF\xff\xff\xff\xffWAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, 2**32 - 1, 0, 2, 16)
-    bombs = {
-        "big.png": header(13000, 13000),
-        "huge.png": header(2**31 - 1, 2**31 - 1),
-        "cut.png": header(16, 16)[:40],
-        "loud.wav": wav + b"data\xff\xff\xff\xff" + b"\0" * 100,
-    }
-    for name, data in bombs.items():
-        raw = bench.root / bench.fresh("bomb")
-        raw.mkdir()
-        suffix = name[-3:]
-        for i in range(5):
-            (raw / f"good{i}.txt").write_text(f"text {i}")
-            if suffix == "png":
-                Image.new("RGB", (8, 8)).save(raw / f"good{i}.png")
-            else:
-                import soundfile
-
-                soundfile.write(raw / f"good{i}.wav", np.zeros(400), 8000)
-        (raw / f"bad.{suffix}").write_bytes(data)
-        (raw / "bad.txt").write_text("beside a bomb")
-        out = raw.with_name(raw.name + "-out")
-        report = pack(raw, out, max_bad=0.5, progress=False)
-        good = report.quarantined == 1 and sum(report.samples.values()) == 5
-        yield "" if good else f"{name}: {report.quarantined} quarantined, {report.samples} packed"
+            yield resume_and_compare(bench, config, ended, KILLED)
 
 
 def _nan(bench: Bench, quick: bool) -> Iterator[str]:
@@ -248,7 +160,7 @@ def _dead_rank(bench: Bench, quick: bool) -> Iterator[str]:
         if ended.codes[0] in (0, KILLED) or not told:
             yield f"killed in {phase}: the other rank ended with {ended.codes[0]}, verdict: {told}"
         else:
-            yield _resumed(bench, config, ended, KILLED, world=2)
+            yield resume_and_compare(bench, config, ended, KILLED, world=2)
 
 
 def _hung_rank(bench: Bench, quick: bool) -> Iterator[str]:
@@ -259,7 +171,7 @@ def _hung_rank(bench: Bench, quick: bool) -> Iterator[str]:
         if HUNG not in ended.codes or "hang: rank 1 (" not in ended.said or 0 in ended.codes:
             yield f"asleep in {phase}: exit codes {ended.codes}: {ended.said[-400:]}"
         else:
-            yield _resumed(bench, config, ended, HUNG, world=2)
+            yield resume_and_compare(bench, config, ended, HUNG, world=2)
 
 
 def _two_modalities(bench: Bench, quick: bool) -> Iterator[str]:
@@ -323,51 +235,15 @@ def _wandb(bench: Bench, quick: bool) -> Iterator[str]:
 
 
 def _two_jobs(bench: Bench, quick: bool) -> Iterator[str]:
-    from mm.trainer.folder import locked
+    from mm.trainer.folder import lock
 
     config = bench.config(bench.fresh("two"))
-    with locked(bench.folder(config)):
+    with lock(bench.folder(config)):
         ended = bench.train(config)
     if "trains here already" not in ended.said:
         yield f"the second job was not refused: {ended.codes} {ended.said[-300:]}"
     else:
-        yield _resumed(bench, config, ended, USER_ERROR)
-
-
-class _Bomb:
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return (Path.touch, (self.path,))
-
-
-def _pickles(bench: Bench, quick: bool) -> Iterator[str]:
-    """As a checkpoint file: not read. As a member of a tar: refused. No code runs."""
-    trap = bench.root / bench.fresh("trap")
-    payload = pickle.dumps(_Bomb(trap))
-    config = bench.config(bench.fresh("pickle"))
-    fault = {"signal": "SIGKILL", "phase": "step", "step": 6}
-    ended = bench.train(config, faults={"signal": fault})
-    last = bench.folder(config) / "checkpoints" / "step_000004"
-    (last / "model.pt").write_bytes(payload)
-    (last / "model.optimizer.safetensors").write_bytes(payload)
-    lost = _resumed(bench, config, ended, KILLED)
-    yield "code of the pickle ran" if trap.exists() else lost
-
-    from mm.data.pack.job import pack
-
-    raw = bench.root / bench.fresh("pickles.tar")
-    with tarfile.open(raw, "w") as tar:
-        for name, data in {"a.txt": b"fine", "b.txt": b"fine", "b.pyd": payload}.items():
-            path = bench.root / "member"
-            path.write_bytes(data)
-            tar.add(path, name)
-    tarred = raw.with_suffix(".tar")
-    shutil.move(raw, tarred)
-    out = tarred.with_name(tarred.stem + "-out")
-    report = pack(tarred, out, max_bad=1.0, progress=False)
-    yield "" if report.quarantined == 1 and not trap.exists() else "the member was not refused"
+        yield resume_and_compare(bench, config, ended, USER_ERROR)
 
 
 def _memory(bench: Bench, quick: bool) -> Iterator[str]:
@@ -376,7 +252,7 @@ def _memory(bench: Bench, quick: bool) -> Iterator[str]:
     if "ran out of memory" not in ended.said or "longest: " not in ended.said:
         yield f"not told: {ended.codes} {ended.said[-300:]}"
     else:
-        yield _resumed(bench, config, ended, USER_ERROR)
+        yield resume_and_compare(bench, config, ended, USER_ERROR)
 
 
 def _soak(bench: Bench, quick: bool) -> Iterator[str]:
@@ -404,13 +280,20 @@ CASES = (
     Case("kill -9 between rename and pointer", "the new checkpoint is used", _kill_before_pointer),
     Case("kill -9 in a step, ZeRO 0-3", "same bits after a resume", _kills_in_step),
     Case("kill -9 before the evaluation", "same bits, then evaluated", _kill_in_evaluation),
+    Case("stopped at the border of two stages, EMA", "same bits", border_with_ema),
+    Case("stopped at the border, schedule-free", "same bits", border_with_schedule_free),
+    Case(
+        "rollback across the border of two stages",
+        "same bits as without the bad batches",
+        rollback_across_border,
+    ),
     Case("signal to one rank of two, every phase", "all ranks exit 75, same bits", _signals),
     Case("disk full in a save", "told; the one before intact; same bits", _disk("full")),
     Case("checkpoint folder read-only", "told after retries; same bits", _disk("readonly")),
     Case("checkpoint folder vanishes", "told after retries; same bits", _folder_gone),
     Case("flipped byte, deleted or empty file", "the checkpoint before; same bits", _damage),
-    Case("truncated tar of the data", "refused by name; same bits once restored", _shards),
-    Case("image and audio bombs", "quarantined, the rest is packed", _bombs),
+    Case("truncated tar of the data", "refused by name; same bits once restored", truncated_shards),
+    Case("image and audio bombs", "quarantined, the rest is packed", bombs),
     Case("NaN batch on one rank, ZeRO 0-3", "step left out on all ranks, counted", _nan),
     Case("dead rank", "the other ends and names it; same bits", _dead_rank),
     Case("rank that hangs", "stacks, verdict, exit 76; same bits", _hung_rank),
@@ -418,7 +301,7 @@ CASES = (
     Case("another number of processes", "losses as unbroken; 3 is refused", _worlds),
     Case("W&B down at the start or in the run, or killed", "same bits", _wandb),
     Case("two jobs in one folder", "the second is refused; same bits", _two_jobs),
-    Case("hostile pickles", "not read, refused; no code runs", _pickles),
+    Case("hostile pickles", "not read, refused; no code runs", pickles),
     Case("out of memory in a step", "lengths are told; same bits", _memory),
     Case("soak of 1,000 steps (quick: 200)", "memory, files, threads flat", _soak),
 )

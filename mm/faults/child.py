@@ -90,7 +90,7 @@ def disk(spec: Mapping[str, Any], fault: str, whole: str) -> None:
     Exits with 0 when the first part ended in a UserError that names the disk, the checkpoint before
     was intact, and the second part ended as the unbroken run in the folder ``whole``.
     """
-    from mm.faults.bench import differences
+    from mm.faults.compare import differences
     from mm.faults.inject import AtPhase
     from mm.run import Run
     from mm.trainer.checkpoint import format as checkpoint

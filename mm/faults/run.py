@@ -21,7 +21,7 @@ from mm.launch import environment
 Row = dict[str, Any]
 
 
-def chosen(only: Sequence[str]) -> list[Case]:
+def select_cases(only: Sequence[str]) -> list[Case]:
     """The cases whose names hold one of the words; all when there are none. Raises UserError."""
     for word in only:
         if not any(word.lower() in case.name.lower() for case in CASES):
@@ -64,7 +64,7 @@ def inject(
         done: called after each fault with all rows so far.
         before: rows of faults that were tried before; those are not tried again.
     """
-    cases = [c for c in chosen(only) if c.name not in {row["fault"] for row in before}]
+    cases = [c for c in select_cases(only) if c.name not in {row["fault"] for row in before}]
     rows = list(before)
     if not cases:
         return rows

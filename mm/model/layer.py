@@ -1,10 +1,11 @@
-"""The one shape of everything between embedding and head. B rows, T tokens, D model, S streams, N
-slots, P places.
+"""The one shape of everything between embedding and head.
+
+B rows, T tokens, D model, S streams, N slots, P places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -83,8 +84,9 @@ class StatePart(Stateful):
 
 
 class Layer(Stateful):
-    """Mixer, FeedForward, Block, wrapper and Backbone are all this. The SAME call trains, prefills,
-    continues and steps.
+    """Mixer, FeedForward, Block, wrapper and Backbone are all this.
+
+    The SAME call trains, prefills, continues and steps.
     """
 
     caps: Caps = Caps()
@@ -202,8 +204,9 @@ class LinearMixer(Mixer):
 
 
 class FeedForward(Layer):
-    """Plug point; needs ctx and state too (token shift, routing). Experts are ONE module with
-    stacked weights.
+    """Plug point; needs ctx and state too (token shift, routing).
+
+    Experts are ONE module with stacked weights.
     """
 
     replays = True
@@ -234,6 +237,17 @@ class Provider(nn.Module):
 
 class Linear(nn.Module):
     """Plug point: every matrix of a layer is ``linear(d_in, d_out, name)``."""
+
+    name: str = ""  # "out": the last matrix of a residual branch, which depth scales down
+
+    @property
+    def ends_branch(self) -> bool:
+        """Whether its output is added to the residual stream (the `depth scaling` law)."""
+        return self.name == "out"
+
+    def rescale(self, factor: float) -> None:
+        """Multiply the map by ``factor``."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor, ctx: Ctx | None = None) -> Tensor:
         raise NotImplementedError
@@ -371,3 +385,10 @@ def hand_back(root: nn.Module, stats: Mapping[str, Sum]) -> None:
         after = getattr(module, "after_step", None)
         if name in own and name and callable(after):
             after(own[name])
+
+
+def zero_gradient_touch(parameters: Iterable[nn.Parameter], like: Tensor) -> Tensor:
+    """A zero that hangs on parameters which a pass does not need: their gradients are zeros, not
+    missing.
+    """
+    return sum((p.reshape(-1)[:0].sum() for p in parameters), like.new_zeros(())).to(like.dtype)

@@ -1,10 +1,9 @@
-"""The adversarial half of a tokenizer's objective: a critic network, its own terms, and what it
-adds to the model's losses.
+"""The adversarial half of a tokenizer's objective: a critic, its terms, what it adds.
 
-A critic is any network that returns intermediates "score.<i>" and "feature.<i>.<j>", each (G,
-...): one row
-an item. All sums here are over items, each item's places averaged first, so that every denominator
-is the number of items. G items.
+A critic is any network that returns intermediates "score.<i>" and "feature.<i>.<j>", each
+(G, ...): one row an item. All sums here are over items, each item's places averaged first, so that
+every denominator is the number of items.
+G items.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 from mm.batch import Batch
 from mm.config import Config
 from mm.model.layer import ModelOut
-from mm.objectives.objective import Network, Term
+from mm.objectives.objective import LossTerm, Network
 from mm.registry import NetworkField
 
 CRITIC = "critic"
@@ -47,9 +46,7 @@ class Adversarial(Config):
 
 
 def counts(n_items: int | Tensor, device: torch.device) -> dict[str, Tensor]:
-    """Denominators of all adversarial losses of a batch of ``n_items`` (a 0-d tensor stays on its
-    device).
-    """
+    """Denominators of all adversarial losses of ``n_items``; a 0-d tensor stays on its device."""
     n = torch.as_tensor(n_items, dtype=torch.float32, device=device)
     return {CRITIC: n, "adversarial": n, "feature": n}
 
@@ -59,8 +56,8 @@ def critic_terms(
     real: Sequence[Batch],
     fake: Sequence[Batch],
     weights: Sequence[Tensor] | None = None,
-) -> Iterator[Term]:
-    """One Term a micro-batch for the critic, the last one steps it. ``fake`` must be detached.
+) -> Iterator[LossTerm]:
+    """One LossTerm a micro-batch for the critic, the last one steps it. ``fake`` must be detached.
 
     Args:
         critic: called once on the real and once on the fake items of a micro-batch.
@@ -77,7 +74,7 @@ def critic_terms(
             for a, b in zip(on_real, on_fake, strict=True)
         ]
         each = torch.stack(losses).mean(0)
-        yield Term(
+        yield LossTerm(
             {CRITIC: _total(each, weights[i] if weights is not None else None)},
             CRITIC,
             i == len(real) - 1,
@@ -87,8 +84,7 @@ def critic_terms(
 def generator_losses(
     critic: Callable[..., ModelOut], real: Batch, fake: Batch, weight: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Sums over items of "adversarial" (hinge) and "feature" (relative L1 distance of the critic's
-    features).
+    """Sums over items of "adversarial" (hinge) and "feature" (relative L1 of critic features).
 
     Args:
         critic: the RAW module, ``requires_grad`` off (``env.frozen``).

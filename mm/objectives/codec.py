@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -17,7 +17,7 @@ from mm.batch import Batch
 from mm.config import Config
 from mm.model.layer import ModelOut
 from mm.objectives import adversarial as gan
-from mm.objectives.objective import Env, Objective, Term
+from mm.objectives.objective import Env, LossTerm, Objective, aux_total
 from mm.registry import OBJECTIVES
 from mm.tokenizers.audio.losses import mel_counts, mel_loss, valid_samples, wave_loss
 
@@ -34,15 +34,17 @@ class CodecConfig(Config):
 
     kind: Literal["codec"] = "codec"
     modality: str = "audio"
+    renamed: ClassVar[Mapping[str, str]] = {"commitment": "aux_weights.commitment"}
     sample_rate: Annotated[int, Field(gt=0, description="Hz, that of the codec")] = 16000
     windows: Annotated[
         tuple[int, ...], Field(min_length=1, description="STFT lengths of the mel loss, samples")
     ] = (256, 1024)
     mel: Annotated[float, Field(ge=0, description="weight of the mel loss")] = 1.0
     wave: Annotated[float, Field(ge=0, description="weight of the waveform L1")] = 0.1
-    commitment: Annotated[
-        float, Field(ge=0, description="weight of the quantizer's commitment loss")
-    ] = 0.25
+    aux_weights: Annotated[
+        dict[str, float],
+        Field(description="factor of losses that the quantizer reports; default 0"),
+    ] = {"commitment": 0.25}
     bypass_steps: Annotated[
         int, Field(ge=0, description="first steps without the quantizer; 10-20 % of the run")
     ] = 100
@@ -64,7 +66,10 @@ class CodecObjective(Objective):
 
     def __init__(self, config: CodecConfig):
         self.config = config
-        self.weights = {"mel": config.mel, "wave": config.wave, "commitment": config.commitment}
+        self.weights, self.aux_weights = (
+            {"mel": config.mel, "wave": config.wave},
+            config.aux_weights,
+        )
         if config.adversarial is not None:
             self.networks = config.adversarial.networks
             self.weights |= config.adversarial.weights
@@ -83,20 +88,24 @@ class CodecObjective(Objective):
         """
         length = b.values[self.config.modality].length
         samples = length.sum().float()
-        n = {"mel": mel_counts(length, self.config.windows), "wave": samples, "commitment": samples}
-        return n | (
-            gan.counts(self._valid(b).sum(), length.device)
-            if self.config.adversarial is not None
-            else {}
+        n = {"mel": mel_counts(length, self.config.windows)}
+        return (
+            n
+            | dict.fromkeys(("wave", *self.aux_weights), samples)
+            | (
+                gan.counts(self._valid(b).sum(), length.device)
+                if self.config.adversarial is not None
+                else {}
+            )
         )
 
     def terms(
         self, micros: Sequence[Batch], nets: Mapping[str, Callable[..., ModelOut]], env: Env
-    ) -> Iterator[Term]:
+    ) -> Iterator[LossTerm]:
         asked = self.config.adversarial
         if asked is None or env.step < asked.start_step:
             for i, b in enumerate(micros):
-                yield Term(
+                yield LossTerm(
                     self._losses(nets["model"](b, return_intermediates=WAVE), b),
                     step=i == len(micros) - 1,
                 )
@@ -116,21 +125,22 @@ class CodecObjective(Objective):
                 out = nets["model"](b, return_intermediates=WAVE)
                 fake = self._with_wave(b, out.intermediates["wave"])
                 judged = gan.generator_losses(critic, b, fake, self._valid(b))
-                yield Term(self._losses(out, b) | judged, step=i == len(micros) - 1)
+                yield LossTerm(self._losses(out, b) | judged, step=i == len(micros) - 1)
 
     def _losses(self, out: ModelOut, b: Batch) -> dict[str, Tensor]:
         c, values = self.config, b.values[self.config.modality]
         target = values.data * valid_samples(values.length, values.data.shape[1])
         wave = out.intermediates["wave"]
-        return {
+        losses = {
             "mel": mel_loss(
                 wave, target, values.length, sample_rate=c.sample_rate, windows=c.windows
             ),
             "wave": wave_loss(wave, target, values.length),
-            "commitment": out.aux["commitment"].total
-            if "commitment" in out.aux
-            else wave.new_zeros(()),
         }
+        for name in self.aux_weights:
+            total = aux_total(out.aux, name)
+            losses[name] = wave.new_zeros(()) if total is None else total
+        return losses
 
     def _valid(self, b: Batch) -> Tensor:
         """(G,) float32, 0 for the zero item of a rank without audio."""

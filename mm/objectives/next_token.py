@@ -13,7 +13,7 @@ from mm.batch import Batch
 from mm.config import Config
 from mm.errors import UserError
 from mm.model.layer import ModelOut
-from mm.objectives.objective import Env, Objective, Term
+from mm.objectives.objective import AuxWeights, Env, LossTerm, Objective
 from mm.registry import OBJECTIVES, TransformField
 from mm.vocabulary import MASK, Vocabulary
 
@@ -42,6 +42,7 @@ class NextTokenConfig(Config):
         ]
         | None
     ) = None
+    aux_weights: AuxWeights = {}
     head: str = "tokens"
 
     def build(self, vocabulary: Vocabulary | None = None) -> NextToken:
@@ -59,12 +60,19 @@ class NextTokenConfig(Config):
                 f"objective.weights: the vocabulary has no modality '{min(unknown)}', only "
                 f"{', '.join(vocabulary.modalities)}"
             )
+        taken = set(self.aux_weights) & {*vocabulary.modalities, MASKED}
+        if taken:
+            raise UserError(
+                f"objective.aux_weights: '{min(taken)}' is a loss of this objective; set "
+                "objective.weights or objective.masked"
+            )
         return NextToken(self, vocabulary)
 
 
 class NextToken(Objective):
-    """Sums of ``weight * nll`` over the targets of each modality, without a sync: names come from
-    the vocabulary.
+    """Sums of ``weight * nll`` over the targets of each modality.
+
+    Names come from the vocabulary, so that it needs no sync with the host.
 
     With ``masked`` the places of hidden codes (transform `mask_conditions`) are a loss of their
     own. Source: Arora et al. 2024 (arXiv:2407.05483), JRT-RNN: the loss on the prefix.
@@ -73,7 +81,7 @@ class NextToken(Objective):
     def __init__(self, config: NextTokenConfig, vocabulary: Vocabulary):
         self.config = config
         self.transform = config.transform
-        self.weights = dict(config.weights)
+        self.weights, self.aux_weights = config.weights, config.aux_weights
         self.modalities = vocabulary.modalities
         self.names = (*self.modalities, *([MASKED] if config.masked is not None else []))
 
@@ -88,10 +96,10 @@ class NextToken(Objective):
 
     def counts(self, b: Batch) -> dict[str, Tensor]:
         places = b.places[self.config.head]
-        return self._split(b, b.weight.flatten()[places].float(), places)
+        return self._split(b, b.weight.flatten()[places].float(), places) | self.aux_counts(b)
 
     def scales(self, n: Mapping[str, Tensor]) -> Mapping[str, Tensor | float]:
-        factors: dict[str, Tensor | float] = {k: self.weights.get(k, 1.0) for k in n}
+        factors: dict[str, Tensor | float] = {**super().scales(n)}
         if self.config.balance == "tokens":
             total = torch.stack([n[k] for k in self.modalities]).sum().clamp_min(1.0)
             factors |= {k: factors[k] * n[k] / total for k in self.modalities}
@@ -101,10 +109,12 @@ class NextToken(Objective):
 
     def terms(
         self, micros: Sequence[Batch], nets: Mapping[str, Callable[..., ModelOut]], env: Env
-    ) -> Iterator[Term]:
+    ) -> Iterator[LossTerm]:
         for i, b in enumerate(micros):
-            nll = nets["model"](b).heads[self.config.head].nll
+            out = nets["model"](b)
+            nll = out.heads[self.config.head].nll
             assert nll is not None  # targets were given
             places = b.places[self.config.head]
             weight = b.weight.flatten()[places]
-            yield Term(self._split(b, nll.float() * weight, places), step=i == len(micros) - 1)
+            losses = self._split(b, nll.float() * weight, places) | self.aux_losses(out, b)
+            yield LossTerm(losses, step=i == len(micros) - 1)

@@ -8,20 +8,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from mm.batch import Batch
+from mm.batch import Batch, Sum
+from mm.errors import UserError
 from mm.model.layer import ModelOut
 
 NONE: Mapping[str, Any] = {}
 
 
 class Network(NamedTuple):
-    """A further network of an objective: "train" has its own engine and optimizer, "ema" follows
-    ``of``, "frozen" has none.
+    """A further network of an objective.
+
+    "train" has its own engine and optimizer, "ema" follows ``of``, "frozen" stays as it is.
     """
 
     config: Any  # a network Config; None: that of ``of``
@@ -30,7 +33,7 @@ class Network(NamedTuple):
     decay: float = 0.999  # of the average, after each applied step of ``of``
 
 
-class Term(NamedTuple):
+class LossTerm(NamedTuple):
     """One backward."""
 
     losses: Mapping[
@@ -48,8 +51,9 @@ class Env(Protocol):
     rng: torch.Generator
 
     def frozen(self, name: str) -> AbstractContextManager[nn.Module]:
-        """The RAW module of another network, ``requires_grad`` off inside the block: gradients flow
-        through, not into it.
+        """The RAW module of another network, ``requires_grad`` off inside the block.
+
+        Gradients flow through it, not into it.
         """
         ...
 
@@ -58,12 +62,30 @@ class Env(Protocol):
         ...
 
 
+AuxWeights = Annotated[
+    dict[str, float],
+    Field(description="factor of losses that modules report, such as commitment; default 0"),
+]
+
+
+def aux_named(aux: Mapping[str, Sum], name: str) -> list[Sum]:
+    """Losses of every module that reports one as ``name``: the last part of the qualified key."""
+    return [s for k, s in aux.items() if k.rpartition(".")[2] == name and s.total.dim() == 0]
+
+
+def aux_total(aux: Mapping[str, Sum], name: str) -> Tensor | None:
+    """Total of `aux_named` over the modules; None when there is none."""
+    totals = [each.total for each in aux_named(aux, name)]
+    return torch.stack(totals).sum() if len(totals) > 1 else totals[0] if totals else None
+
+
 class Objective(ABC):
     """Plug point. The trainer knows no objective by name."""
 
     networks: Mapping[str, Network] = NONE  # "model" is implied
     transform: Any = None  # config of a Transform, run in the data workers
     weights: Mapping[str, float] = NONE  # of each named loss; default 1
+    aux_weights: Mapping[str, float] = NONE  # of losses that modules report; default 0
 
     def scheduled(self, step: int, rng: Any) -> dict[str, float]:
         """Host values of a step, equal on all ranks (``rng``: numpy Generator of (seed, step))."""
@@ -75,21 +97,54 @@ class Objective(ABC):
 
     @abstractmethod
     def counts(self, b: Batch) -> dict[str, Tensor]:
-        """Denominator of every named loss, from the batch alone: reduced over micro-batches and
-        ranks before any backward.
+        """Denominator of every named loss, from the batch alone.
+
+        Reduced over micro-batches and ranks before any backward.
         """
 
     def scales(self, n: Mapping[str, Tensor]) -> Mapping[str, Tensor | float]:
         """Factor of each loss's global mean in the total, from the global counts ``n``.
 
-        Default: ``weights``.
+        Default: ``aux_weights`` and ``weights``.
         """
-        return {name: self.weights.get(name, 1.0) for name in n}
+        return {k: self.aux_weights.get(k, self.weights.get(k, 1.0)) for k in n}
+
+    def aux_counts(self, b: Batch) -> dict[str, Tensor]:
+        """Denominators of `aux_losses`, for `counts`: the tokens of documents."""
+        if not self.aux_weights:
+            return {}
+        return dict.fromkeys(self.aux_weights, (b.layout.fields.document > 0).sum())
+
+    def aux_losses(self, out: ModelOut, b: Batch) -> dict[str, Tensor]:
+        """Losses of ``aux_weights`` that the modules of ``out`` report, for a term's losses.
+
+        Sums over the tokens of documents of each module's mean, added over the modules. Where the
+        module's count grows with the tokens, that is the mean over all micro-batches and ranks.
+
+        Raises:
+            UserError: no module reports a loss of that name.
+        """
+        losses = {}
+        for name in self.aux_weights:
+            found = aux_named(out.aux, name)
+            if not found and torch.is_grad_enabled():
+                known = sorted(
+                    {k.rpartition(".")[2] for k, s in out.aux.items() if not s.total.dim()}
+                )
+                raise UserError(
+                    f"objective.aux_weights: no module reports '{name}', only "
+                    f"{', '.join(known) or 'nothing'}"
+                )
+            tokens = (b.layout.fields.document > 0).sum()
+            each = [s.total * (tokens / s.count.clamp_min(1e-12)) for s in found]
+            if each:
+                losses[name] = torch.stack(each).sum()
+        return losses
 
     @abstractmethod
     def terms(
         self, micros: Sequence[Batch], nets: Mapping[str, Callable[..., ModelOut]], env: Env
-    ) -> Iterator[Term]:
+    ) -> Iterator[LossTerm]:
         """All passes of one step over all micro-batches.
 
         Same yields in the same order on all ranks.

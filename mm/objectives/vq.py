@@ -1,5 +1,4 @@
-"""What an image tokenizer learns from: pixels it must give back, its quantizer's own losses, and a
-critic, if wanted.
+"""What an image tokenizer learns from: pixels, its quantizer's own losses, maybe a critic.
 
 G items, C colours, H and W pixels.
 """
@@ -8,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,7 +17,7 @@ from mm.batch import Batch
 from mm.config import Config
 from mm.model.layer import ModelOut
 from mm.objectives import adversarial as gan
-from mm.objectives.objective import Env, Objective, Term
+from mm.objectives.objective import Env, LossTerm, Objective, aux_total
 from mm.registry import OBJECTIVES
 from mm.tokenizers.image.vq import colours
 
@@ -32,18 +31,20 @@ class VqObjectiveConfig(Config):
 
     kind: Literal["vq"] = "vq"
     modality: str = "image"
+    renamed: ClassVar[Mapping[str, str]] = {
+        "commitment": "aux_weights.commitment",
+        "entropy": "aux_weights.entropy",
+    }
     l1: Annotated[
         float, Field(ge=0, le=1, description="share of L1 in the reconstruction; the rest is MSE")
     ] = 0.0
-    commitment: Annotated[
-        float,
+    aux_weights: Annotated[
+        dict[str, float],
         Field(
-            ge=0, description="factor of the quantizer's commitment loss; 0.25 suits vq, 0.01 lfq"
+            description="factor of losses that the quantizer reports: commitment (0.25 suits vq, "
+            "0.01 lfq), entropy; default 0"
         ),
-    ] = 0.25
-    entropy: Annotated[
-        float, Field(ge=0, description="factor of the quantizer's entropy penalty")
-    ] = 0.01
+    ] = {"commitment": 0.25, "entropy": 0.01}
     bypass_steps: Annotated[int, Field(ge=0, description="first steps without the quantizer")] = 0
     adversarial: gan.Adversarial | None = None
 
@@ -53,8 +54,7 @@ class VqObjectiveConfig(Config):
 
 
 class VqObjective(Objective):
-    """Reconstruction of ``batch.values[modality]`` by the network "model", judged by "critic" when
-    there is one.
+    """Reconstruction of ``batch.values[modality]`` by "model", judged by "critic" if there is one.
 
     Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 3 (the codebook term is the EMA of the
     quantizer); with a
@@ -64,11 +64,7 @@ class VqObjective(Objective):
 
     def __init__(self, config: VqObjectiveConfig):
         self.config = config
-        self.weights = {
-            "reconstruction": 1.0,
-            "commitment": config.commitment,
-            "entropy": config.entropy,
-        }
+        self.weights, self.aux_weights = {"reconstruction": 1.0}, config.aux_weights
         if config.adversarial is not None:
             self.networks = config.adversarial.networks
             self.weights |= config.adversarial.weights
@@ -80,17 +76,17 @@ class VqObjective(Objective):
     def counts(self, b: Batch) -> dict[str, Tensor]:
         """Images; the zero item of a rank that has none does not count."""
         n = self._valid(b).sum()
-        out = {"reconstruction": n, "commitment": n, "entropy": n}
+        out = dict.fromkeys(("reconstruction", *self.aux_weights), n)
         return out | (gan.counts(n, n.device) if self.config.adversarial is not None else {})
 
     def terms(
         self, micros: Sequence[Batch], nets: Mapping[str, Callable[..., ModelOut]], env: Env
-    ) -> Iterator[Term]:
+    ) -> Iterator[LossTerm]:
         asked = self.config.adversarial
         bypass = env.step < self.config.bypass_steps
         if asked is None or env.step < asked.start_step:
             for i, b in enumerate(micros):
-                yield Term(self._losses(nets["model"](b), b, bypass), step=i == len(micros) - 1)
+                yield LossTerm(self._losses(nets["model"](b), b, bypass), step=i == len(micros) - 1)
             return
         with torch.no_grad():
             fakes = [self._with_image(b, nets["model"](b).intermediates["image"]) for b in micros]
@@ -102,7 +98,7 @@ class VqObjective(Objective):
                 out = nets["model"](b)
                 fake = self._with_image(b, out.intermediates["image"])
                 judged = gan.generator_losses(critic, b, fake, self._valid(b))
-                yield Term(self._losses(out, b, bypass) | judged, step=i == len(micros) - 1)
+                yield LossTerm(self._losses(out, b, bypass) | judged, step=i == len(micros) - 1)
 
     def _losses(self, out: ModelOut, b: Batch, bypass: bool) -> dict[str, Tensor]:
         """Sums over images of each loss's mean over pixels or cells."""
@@ -111,10 +107,11 @@ class VqObjective(Objective):
         each = error.square() * (1 - self.config.l1) + error.abs() * self.config.l1
         losses = {"reconstruction": (each.flatten(1).mean(1) * self._valid(b)).sum()}
         cells = out.hidden[0, ..., 0].numel()
-        for name in ("commitment", "entropy"):
-            if name in out.aux:
+        for name in self.aux_weights:
+            total = aux_total(out.aux, name)
+            if total is not None:
                 # latents that are not quantised need not be near any code
-                losses[name] = out.aux[name].total * (0.0 if bypass else 1 / cells)
+                losses[name] = total * (0.0 if bypass else 1 / cells)
         return losses
 
     def _valid(self, b: Batch) -> Tensor:

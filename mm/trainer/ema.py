@@ -13,8 +13,10 @@ from mm.trainer.engine.deepspeed import Engine
 
 
 class Averages:
-    """The networks of mode "ema": whole on every rank, without gradients, after each applied step
-    of what they follow ``average = decay average + (1 - decay) weights``; buffers are copied.
+    """The networks of mode "ema": whole on every rank, without gradients.
+
+    After each applied step of what they follow ``average = decay average + (1 - decay) weights``;
+    buffers are copied.
 
     Args:
         networks: all of the stage.
@@ -47,7 +49,7 @@ class Averages:
     def _move(self, name: str, source: str, decay: float) -> None:
         mine = self._frozen[name]
         learned = {n for n, _ in mine.named_parameters()}
-        with self._engines[source].whole() as module:
+        with self._engines[source].unsharded() as module:
             theirs = module.state_dict()
             for key, value in mine.state_dict().items():
                 if key in learned:

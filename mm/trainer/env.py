@@ -14,7 +14,7 @@ from mm.batch import Batch
 from mm.data.streams.shuffle import fold_seed
 from mm.model.layer import ModelOut
 from mm.trainer.engine.deepspeed import Engine
-from mm.trainer.log.metrics import Tally
+from mm.trainer.log.metrics import MetricSum
 from mm.trainer.stateful import CarriedStates
 
 
@@ -29,7 +29,7 @@ class Nets(Mapping[str, Callable[..., ModelOut]]):
     ):
         self.engines, self.frozen, self.env = engines, frozen, env
         self.carried: CarriedStates | None = None
-        self.tallies: dict[str, Tally] = {}
+        self.sums: dict[str, MetricSum] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter([*self.engines, *self.frozen])
@@ -53,16 +53,16 @@ class Nets(Mapping[str, Callable[..., ModelOut]]):
                     return run(batch, **kw)
             out = run(batch, **kw)
             if torch.is_grad_enabled():
-                self.tallies.setdefault(name, Tally()).add_aux(out.aux)
+                self.sums.setdefault(name, MetricSum()).add_aux(out.aux)
                 if carried is not None:
                     carried.after(self.env.number(batch), out)
             return out
 
         return call
 
-    def take(self, name: str) -> Tally:
-        """The tally of a network since it was last taken."""
-        return self.tallies.pop(name, None) or Tally()
+    def take(self, name: str) -> MetricSum:
+        """The sums of a network since it was last taken."""
+        return self.sums.pop(name, None) or MetricSum()
 
 
 class TrainerEnv:
@@ -103,8 +103,9 @@ class TrainerEnv:
         self._micros = {id(b): i for i, b in enumerate(micros)}
 
     def seed_of(self, batch: Batch) -> int:
-        """Seed of Ctx for a micro-batch; a batch derived from one (`dataclasses.replace`) shares
-        number -1.
+        """Seed of the Ctx of a micro-batch.
+
+        A batch derived from one (`dataclasses.replace`) has number -1.
         """
         return fold_seed(self.seed, self.step, self._rank, self.number(batch))
 
@@ -119,8 +120,9 @@ class TrainerEnv:
 
     @contextlib.contextmanager
     def frozen(self, name: str) -> Iterator[nn.Module]:
-        """The RAW module of another network with requires_grad off: through its engine ZeRO-0
-        refuses the backward.
+        """The RAW module of another network, with requires_grad off.
+
+        Through its engine ZeRO-0 refuses the backward.
         """
         module = self._engines[name].raw if name in self._engines else self._frozen[name]
         was = [p for p in module.parameters() if p.requires_grad]

@@ -32,7 +32,7 @@ PACKAGES = (
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock(folder: Path) -> Iterator[None]:
     """Hold the folder for this job.
 
     Raises UserError when another one trains there; a killed one holds nothing.
@@ -54,9 +54,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def describe(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
-    """What a run was made with: versions, machine size, command, commit, and the trainer's own
-    ``facts``.
-    """
+    """What a run was made with: versions, machine, command, commit, and the trainer's ``facts``."""
     packages = {}
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -84,9 +82,7 @@ def write(folder: Path, run: Run, environment_: dict[str, Any]) -> None:
 
 
 def _commit() -> str | None:
-    """Git commit of the source tree that mm was imported from, with + when it has changes; None
-    outside one.
-    """
+    """Git commit of the source tree of mm, with + when it has changes; None outside one."""
 
     def git(*args: str) -> str | None:
         try:

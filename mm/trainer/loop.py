@@ -28,7 +28,7 @@ from mm.trainer.export import export
 from mm.trainer.health import heartbeat
 from mm.trainer.health.anomaly import Guard, RollBack, out_of_memory
 from mm.trainer.health.signals import INTERRUPTED, Interrupted, Stop
-from mm.trainer.log.metrics import BytesPerToken, MetricsFile, Usage, of_step
+from mm.trainer.log.metrics import BytesPerToken, CodebookUsage, MetricsFile, of_step
 from mm.trainer.log.tracker import Tracker
 from mm.trainer.ranks import on_any, on_main
 from mm.trainer.stage import StageState, end_of_stage, enter_stage
@@ -61,7 +61,7 @@ class Trainer:
         own: list[Callback] = [config.build() for config in (*run.callbacks, *progress)]
         self.callbacks = [self.state.guard, self.state.bytes_per_token, *own, *callbacks]
         self._started: list[Callback] = []
-        self._usage = Usage()
+        self._usage = CodebookUsage()
         self._stop = Stop()
         self._writer = checkpoint.Writer(run.checkpoints.background)
         self._tokenizers: dict[str, Any] | None = None
@@ -76,7 +76,7 @@ class Trainer:
         begun = time.monotonic()
         with contextlib.ExitStack() as stack:
             if self.is_main:
-                stack.enter_context(folder.locked(self.folder))
+                stack.enter_context(folder.lock(self.folder))
                 checkpoint.clean(self.folder / "checkpoints")
                 heartbeat.clear(self.folder / "health")
             stack.enter_context(self._stop)
@@ -346,7 +346,7 @@ class Trainer:
     @contextlib.contextmanager
     def unsharded(self, name: str = "model") -> Iterator[nn.Module]:
         """A network in eval mode with all weights present; enter and leave it on ALL ranks."""
-        with self.stage.engines[name].whole() as module:
+        with self.stage.engines[name].unsharded() as module:
             module.eval()
             try:
                 yield module

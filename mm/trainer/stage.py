@@ -128,9 +128,7 @@ def enter_stage(
 
 
 def build(config: Config, **offered: Any) -> Any:
-    """Call ``config.build`` with those of ``offered`` that it names: a build declares only what it
-    needs.
-    """
+    """Call ``config.build`` with those of ``offered`` that it names."""
     known = inspect.signature(config.build).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
     return config.build(**{k: v for k, v in offered.items() if takes_all or k in known})
@@ -164,8 +162,9 @@ def make_module(config: Config, vocabulary: Any, seed: int, device: torch.device
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """Let torch.compile make code of every block of a network (of all of it, if it has none), in
-    place: names and parameters stay.
+    """Let torch.compile make code of every block of a network, in place.
+
+    Names and parameters stay. A network without blocks is compiled as one.
 
     Blocks of one config share their code. A block whose documents have a new shape is compiled
     once more, then for all shapes.

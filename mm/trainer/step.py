@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mm.batch import Batch, Sum
-from mm.objectives.objective import Term
-from mm.trainer.log.metrics import Tally, Usage, all_reduce, n_items, tokens_by_modality
+from mm.objectives.objective import LossTerm
+from mm.trainer.log.metrics import CodebookUsage, MetricSum, all_reduce, n_items, tokens_by_modality
 from mm.trainer.stage import StageState
 
 
@@ -20,7 +20,7 @@ def optimizer_step(
     stage: StageState,
     step: int,
     batches: Sequence[Batch],
-    usage: Usage,
+    usage: CodebookUsage,
     modalities: Sequence[str] | None,
     stop: bool,
 ) -> dict[str, Any]:
@@ -44,11 +44,11 @@ def optimizer_step(
     scales = objective.scales(n)
     factors = {k: scales[k] / n[k].clamp_min(1e-12) for k in n}
     row: dict[str, Any] = {}
-    sums: dict[str, Tally] = {}
+    by_network: dict[str, MetricSum] = {}
     for term in objective.terms(micros, stage.nets, env):
         engine = stage.engines[term.network]
-        tally = sums.setdefault(term.network, Tally())
-        tally.add_losses(term.losses)
+        metrics = by_network.setdefault(term.network, MetricSum())
+        metrics.add_losses(term.losses)
         loss = world * torch.stack([factors[k] * s for k, s in term.losses.items()]).sum()
         if not term.step:
             engine.backward(loss)
@@ -56,30 +56,30 @@ def optimizer_step(
         # Losses are reduced BEFORE the last backward: if their global sum is not finite, this
         # backward makes every gradient NaN on every rank, so that all of them skip the step, at
         # each ZeRO stage, without asking the host.
-        tally.aux = stage.nets.take(term.network).aux
-        tally.reduce()
-        total = torch.stack([factors[k] * s for k, s in tally.losses.items()]).sum()
+        metrics.aux = stage.nets.take(term.network).aux
+        metrics.reduce()
+        total = torch.stack([factors[k] * s for k, s in metrics.losses.items()]).sum()
         engine.backward(loss * torch.where(torch.isfinite(total), 1.0, float("nan")))
-        device = _device_metrics(term, tally, total, n) | usage.update(tally.aux) | facts
-        row |= _update(stage, step, term.network, tally, device)
-        del sums[term.network]
+        device = _device_metrics(term, metrics, total, n) | usage.update(metrics.aux) | facts
+        row |= _update(stage, step, term.network, metrics, device)
+        del by_network[term.network]
     if stage.nets.carried is not None:
         stage.nets.carried.commit(applied=math.isfinite(row.get("optim/grad_norm", 0.0)))
     return row
 
 
 def _device_metrics(
-    term: Term, tally: Tally, total: Tensor, n: dict[str, Tensor]
+    term: LossTerm, metrics: MetricSum, total: Tensor, n: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Global losses and scalar aux of one network, () each."""
     named = "loss/total" if term.network == "model" else f"loss/{term.network}_total"
-    out = {f"loss/{k}": s / n[k].clamp_min(1e-12) for k, s in tally.losses.items()}
+    out = {f"loss/{k}": s / n[k].clamp_min(1e-12) for k, s in metrics.losses.items()}
     out[named] = total
-    return out | {f"aux/{k}": s.mean() for k, s in tally.aux.items() if s.total.dim() == 0}
+    return out | {f"aux/{k}": s.mean() for k, s in metrics.aux.items() if s.total.dim() == 0}
 
 
 def _update(
-    stage: StageState, step: int, network: str, tally: Tally, device: dict[str, Tensor]
+    stage: StageState, step: int, network: str, metrics: MetricSum, device: dict[str, Tensor]
 ) -> dict[str, Any]:
     """Step one network. The only device-to-host copy of the step is the one `tolist` here."""
     engine = stage.engines[network]
@@ -91,9 +91,9 @@ def _update(
     lr = engine.set_lr(stage.lr_factor(step))
     applied, norm_before = engine.step(host.pop("norm", None))
     after = getattr(engine.raw, "after_step", None)
-    if applied and tally.aux and after is not None:
+    if applied and metrics.aux and after is not None:
         with torch.no_grad():
-            after({k: Sum(s.total, s.count) for k, s in tally.aux.items()})
+            after({k: Sum(s.total, s.count) for k, s in metrics.aux.items()})
     if applied:
         stage.averages.follow(network)
     prefix = "optim" if network == "model" else f"optim/{network}"

@@ -81,7 +81,9 @@ class Content:
 @functools.cache
 def item_shape(adapter: str) -> tuple[int, ...]:
     """Shape of one vector that an adapter takes."""
-    return tuple(ADAPTERS.parse(json.loads(adapter)).build(D).zero(torch.device("cpu")).shape[2:])
+    return tuple(
+        ADAPTERS.parse(json.loads(adapter)).build(D).zero_item(torch.device("cpu")).shape[2:]
+    )
 
 
 def contents(case: Case) -> list[Content]:

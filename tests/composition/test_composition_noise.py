@@ -22,9 +22,6 @@ from mm.model.layer import Block, Mixer, Out, init_weights
 from mm.registry import BACKBONES, BLOCKS, MIXERS
 from mm.state import State
 
-# Until the mechanisms of mm/model are mended; the defects are those that this law found.
-pytestmark = pytest.mark.xfail(strict=False, reason="defects of mm/model that are being mended")
-
 
 @contextmanager
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
@@ -32,8 +29,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     seeds: list[int] = []
     real = noise.generator
 
-    def spy(ctx: Ctx, name: str, device: Any) -> torch.Generator:
-        made = real(ctx, name, device)
+    def spy(*args: Any) -> torch.Generator:
+        made = real(*args)
         seeds.append(made.initial_seed())
         return made
 
@@ -46,7 +43,8 @@ class Noisy(Mixer):
     """Twice the input with dropout, plus a draw under a name of its own."""
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        return Out(noise.dropout(x_BTD, 0.5, ctx, "a") + noise.dropout(x_BTD, 0.25, ctx, "b"))
+        a, b = (noise.dropout(x_BTD, p, ctx, self, n) for p, n in ((0.5, "a"), (0.25, "b")))
+        return Out(a + b)
 
 
 class Nested(Block):

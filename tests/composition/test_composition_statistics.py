@@ -18,9 +18,6 @@ from mm.model.layer import init_weights
 from mm.registry import MIXERS, NETWORKS, QUANTIZERS
 from mm.tokenizers.quantizers.base import Quantizer
 
-# Until the mechanisms of mm/model are mended; the defects are those that this law found.
-pytestmark = pytest.mark.xfail(strict=False, reason="defects of mm/model that are being mended")
-
 
 def listening_mixers() -> dict[str, dict[str, Any]]:
     """Mixers that move buffers of their own after a step."""

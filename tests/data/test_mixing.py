@@ -85,7 +85,7 @@ def test_a_schedule_moves_the_shares(data: Path) -> None:
         {"path": data / "short", "weight": {0: 0, 640: 1}},
     ]
     s = stream(*sources)
-    counts = np.diff([s.mix.first(b) for b in range(15)], axis=0)
+    counts = np.diff([s.mix.drawn_before(b) for b in range(15)], axis=0)
     assert counts.sum(1).tolist() == [64] * 14 and (counts >= 0).all()
     assert (np.diff(counts[:10, 0]) < 0).all() and (counts[10:, 0] == 0).all()
     assert counts[:10, 0].sum() == 320, "half of the first ten blocks"
@@ -117,7 +117,7 @@ def test_rounding_never_drifts() -> None:
         start, stop = np.array([1, 3, 0.001]) / 4.001, np.array([2, 3, 0.001]) / 5.001
         first = min(n, 7000)
         exact = first * start + (stop - start) * first**2 / 14000 + (n - first) * stop
-        assert np.abs(np.array(mix.first(block)) - exact).max() <= 0.5 + 1e-6
+        assert np.abs(np.array(mix.drawn_before(block)) - exact).max() <= 0.5 + 1e-6
     with pytest.raises(UserError, match="every weight is 0 after 5 samples"):
         plan([{0: 1, 5: 0}], 10)
     with pytest.raises(UserError, match=r"sources\[1\]: its samples have no tokens"):

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mm.kernels import compiler
 from mm.kernels.attention import attention, blocks, flash_cpp
+from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 
 SIZES = [(1, 1, 1, 1, 1), (2, 3, 3, 4, 2), (1, 65, 65, 2, 1), (2, 40, 60, 4, 2), (1, 9, 5, 2, 2)]
 STATS = ("key_mass", "entropy")
@@ -24,22 +25,23 @@ def last(x: Tensor, T: int) -> Tensor:
     return x[:, -T:] if T <= x.shape[1] else torch.cat((x, x, x), 1)[:, :T]
 
 
-def masks(R: int, T: int, S: int) -> dict[str, dict[str, Any]]:
+def masks(R: int, T: int, S: int) -> dict[str, MaskSpec]:
     torch.manual_seed(T)
     document = torch.randint(0, 3, (R, S)).sort(1)[0]
     prefix = torch.randint(0, 3, (R, S)).sort(1)[0]
     allowed = torch.rand(R, T, S) < 0.6
     allowed[:, 0] = False
-    documents = {"document_RT": last(document, T), "document_RS": document}
+    documents = MaskSpec(document_RT=last(document, T), document_RS=document)
+    prefixes = MaskSpec(causal=True, prefix_RT=last(prefix, T), prefix_RS=prefix)
     return {
-        "none": {},
-        "causal": {"causal": True},
-        "window": {"causal": True, "window": 4},
-        "a window that sees what comes": {"window": 3},
-        "allowed": {"allowed_RTS": allowed, "causal": True},
+        "none": MaskSpec(),
+        "causal": MaskSpec(causal=True),
+        "window": MaskSpec(causal=True, window=4),
+        "a window that sees what comes": MaskSpec(window=3),
+        "allowed": MaskSpec(allowed, causal=True),
         "documents": documents,
-        "documents and window": {**documents, "causal": True, "window": 7},
-        "prefix": {"causal": True, "prefix_RT": last(prefix, T), "prefix_RS": prefix},
+        "documents and window": documents._replace(causal=True, window=7),
+        "prefix": prefixes,
     }
 
 
@@ -48,7 +50,7 @@ def scores(R: int, T: int, S: int, H: int) -> dict[str, tuple[dict[str, Tensor],
     fade = -randn(R, S, H, seed=3).detach().abs().cumsum(1)
     fades = {"fade_RTH": last(fade, T), "fade_RSH": fade}
     place = torch.arange(S)[None].expand(R, S)
-    places = {"place_RT": last(place, T), "place_RS": place}
+    places = {"position_RT": last(place, T), "position_RS": place}
     table, sink = randn(9, H, seed=5).detach(), randn(H, seed=6).detach()
     return {
         "plain": ({}, {}),
@@ -69,15 +71,20 @@ def scores(R: int, T: int, S: int, H: int) -> dict[str, tuple[dict[str, Tensor],
 
 
 def results(
-    name: str, qkv: list[Tensor], how: dict[str, Any], leaves: dict[str, Tensor], dtype: torch.dtype
+    name: str,
+    qkv: list[Tensor],
+    mask: MaskSpec,
+    score: tuple[dict[str, Tensor], dict[str, Any]],
+    dtype: torch.dtype,
 ) -> list[Tensor]:
     """Output, statistics and all gradients."""
     args = [t.detach().to(dtype).requires_grad_() for t in qkv]
     # Vectors beside the keys stay wide, as mixers give them.
     wide = torch.promote_types(dtype, torch.float32)
+    leaves, rest = score
     named = {n: t.detach().to(wide).requires_grad_() for n, t in leaves.items()}
     with attention.using(name):
-        y, *stats = attention(*args, want=STATS, **how, **named)
+        y, *stats = attention(*args, mask, ScoreSpec(**named, **rest), return_stats=STATS)
     weight = randn(*y.shape, seed=99).detach()
     grads = torch.autograd.grad((y.double() * weight).sum(), [*args, *named.values()])
     return [t.double() for t in (y, *stats, *grads)]
@@ -95,12 +102,12 @@ def test_tiles_equal_the_reference(
     qkv = [
         randn(R, n, h, w, seed=i) for i, (n, h, w) in enumerate(((T, H, 6), (S, G, 6), (S, G, 9)))
     ]
-    for kind, (leaves, rest) in scores(R, T, S, H).items():
-        how = {**masks(R, T, S)[mask], **rest}
-        expected = results("reference", qkv, how, leaves, torch.float64)
+    for kind, score in scores(R, T, S, H).items():
+        hides = masks(R, T, S)[mask]
+        expected = results("reference", qkv, hides, score, torch.float64)
         kinds = [(torch.float64, 1e-10)] + [(torch.float32, 5e-5)] * (kind == "all")
         for dtype, tolerance in kinds:
-            got = results("blocks", qkv, how, leaves, dtype)
+            got = results("blocks", qkv, hides, score, dtype)
             for a, b in zip(got, expected, strict=True):
                 torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=kind)
 
@@ -122,10 +129,9 @@ def test_cpp_equals_the_reference(
         widths = ((T, H, width), (S, G, width), (S, G, width + 3))
         qkv = [randn(R, n, h, w, seed=i).to(dtype) for i, (n, h, w) in enumerate(widths)]
         for kind in ("plain", "fade", "sinks and soft-cap"):
-            leaves, rest = scores(R, T, S, H)[kind]
-            how = {**masks(R, T, S)[mask], **rest}
-            expected = results("reference", qkv, how, leaves, torch.float64)
-            got = results("cpp", qkv, how, leaves, dtype)
+            hides, score = masks(R, T, S)[mask], scores(R, T, S, H)[kind]
+            expected = results("reference", qkv, hides, score, torch.float64)
+            got = results("cpp", qkv, hides, score, dtype)
             rms = lambda x: x.square().mean().sqrt()
             floor = 0.1 * max(map(rms, expected))  # a gradient that is zero holds rounding alone
             for i, (a, b) in enumerate(zip(got, expected, strict=True)):
@@ -134,8 +140,9 @@ def test_cpp_equals_the_reference(
 
 
 def test_cpp_threads_slices_and_what_is_not_a_number() -> None:
-    """Slices of one projection are read in place; many threads give the bits of one; NaN and what
-    a query must not see stay where they are.
+    """Slices of one projection are read in place; many threads give the bits of one.
+
+    NaN and what a query must not see stay where they are.
     """
     if reason := compiler.why_not(flash_cpp.SOURCE):
         pytest.skip(reason)
@@ -144,7 +151,7 @@ def test_cpp_threads_slices_and_what_is_not_a_number() -> None:
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.detach().requires_grad_()
         with attention.using("cpp"):
-            y = attention(*x.split((6, 2, 2), dim=2), causal=True)
+            y = attention(*x.split((6, 2, 2), dim=2), MaskSpec(causal=True))
         return y, torch.autograd.grad(y.square().sum(), x)[0]
 
     before = torch.get_num_threads()
@@ -169,7 +176,7 @@ def test_cpp_compiles_to_one_graph_with_its_gradient() -> None:
     torch._dynamo.reset()
     g = torch.Generator().manual_seed(0)
     qkv = [torch.randn(2, 130, n, 8, generator=g).requires_grad_() for n in (4, 2, 2)]
-    f = lambda q, k, v: attention(q, k, v, causal=True, window=40)
+    f = lambda q, k, v: attention(q, k, v, MaskSpec(causal=True, window=40))
     with attention.using("cpp"):
         compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
         got, expected = compiled(*qkv), f(*qkv)
@@ -190,20 +197,21 @@ def test_a_query_far_below_its_first_keys_keeps_its_own() -> None:
     allowed = torch.zeros(1, 1, blocks.KEYS + 2, dtype=torch.bool)
     allowed[..., -1] = True
     with attention.using("blocks"):
-        assert attention(q, k, v, allowed).item() == blocks.KEYS + 1
+        assert attention(q, k, v, MaskSpec(allowed)).item() == blocks.KEYS + 1
 
 
 def test_statistics_are_sums_of_the_weights() -> None:
     q, k, v = randn(1, 3, 2, 4), randn(1, 3, 1, 4, seed=1), randn(1, 3, 1, 5, seed=2)
     logits = torch.einsum("rthk,rsk->rhts", q, k[:, :, 0]) / 2
     p = logits.masked_fill(torch.ones(3, 3, dtype=torch.bool).triu(1), -math.inf).softmax(-1)
-    y, mass = attention(q, k, v, causal=True, want=("key_mass",))
+    causal = MaskSpec(causal=True)
+    y, mass = attention(q, k, v, causal, return_stats=("key_mass",))
     torch.testing.assert_close(mass, p.sum(2))
     torch.testing.assert_close(mass.sum(-1), torch.full((1, 2), 3.0).double())
-    _, entropy = attention(q, k, v, causal=True, want=("entropy",))
+    _, entropy = attention(q, k, v, causal, return_stats=("entropy",))
     torch.testing.assert_close(entropy, torch.special.entr(p).sum(-1))
     assert not mass.requires_grad and not entropy.requires_grad
-    torch.testing.assert_close(y, attention(q, k, v, causal=True))
+    torch.testing.assert_close(y, attention(q, k, v, causal))
 
 
 class _Largest(TorchDispatchMode):
@@ -225,18 +233,20 @@ def test_memory_grows_with_the_length_not_its_square() -> None:
         q = torch.randn(1, T, 2, 4)
         f = torch.randn(1, T, 2).abs().cumsum(1).neg()
         place = torch.arange(T)[None]
-        how = dict.fromkeys(blocks.TENSORS) | {
-            "fade_q": f,
-            "fade_k": f,
-            "relative": torch.randn(33, 2),
-            "place_q": place,
-            "place_k": place,
-            "sink": torch.zeros(2),
-        }
-        setting = blocks.Setting(**how, causal=True, window=0, scale=0.5, softcap=3.0, way="blocks")
+        score = ScoreSpec(
+            fade_RTH=f,
+            fade_RSH=f,
+            relative_NH=torch.randn(33, 2),
+            position_RT=place,
+            position_RS=place,
+            scale=0.5,
+            softcap=3.0,
+            sink_H=torch.zeros(2),
+        )
+        specs = (MaskSpec(causal=True), score)
         with _Largest() as seen:
-            y, lse = blocks.forward(q, q, q, setting)
-            blocks.backward(q, q, q, setting, y, lse, y, ["fade_q", "relative", "sink"])
+            y, lse = blocks.forward(q, q, q, *specs)
+            blocks.backward(q, q, q, *specs, y, lse, y, ["fade_RTH", "relative_NH", "sink_H"])
         largest[T] = seen.elements
     assert largest[1024] == largest[2048] <= max(blocks.IN_HAND, blocks.QUERIES * blocks.KEYS)
 
@@ -246,23 +256,21 @@ def test_what_runs_where() -> None:
     q, small = torch.empty(1, 512, 2, 8), torch.empty(1, 16, 2, 8)
     wide = q.double()
     tiles = "blocks" if compiler.why_not(flash_cpp.SOURCE) else "cpp"
-    assert (
-        attention.pick(wide, wide, wide, causal=True) == attention.pick(wide, wide, wide) == "sdpa"
-    )
-    assert attention.pick(q, q, q, causal=True) == ("cpp" if tiles == "cpp" else "sdpa")
-    assert attention.pick(small, small, small, causal=True) == "sdpa"
-    assert attention.pick(small, small, small, causal=True, window=4) == "sdpa"
-    assert attention.pick(wide, wide, wide, causal=True, window=4) == "blocks"
-    assert attention.pick(q, q, q, causal=True, window=4) == tiles
-    assert attention.pick(wide, wide, wide, causal=True, softcap=4.0) == "blocks"
-    assert attention.pick(q, q, q, causal=True, softcap=4.0) == tiles
-    assert attention.pick(wide, wide, wide, causal=True, sink_H=torch.zeros(2)) == "blocks"
-    assert attention.pick(q, q, q, causal=True, sink_H=torch.zeros(2)) == tiles
-    assert attention.pick(q, q, q, torch.ones(1, 512, 512, dtype=torch.bool)) == "blocks"
-    assert attention.pick(q, q, q, allowed_RTS=torch.ones(1, 512, 512).bool()) == "blocks"
+    pick = lambda x, *specs: attention.pick(x, x, x, *specs)
+    causal, near = MaskSpec(causal=True), MaskSpec(causal=True, window=4)
+    assert pick(wide, causal) == pick(wide) == "sdpa"
+    assert pick(q, causal) == ("cpp" if tiles == "cpp" else "sdpa")
+    assert pick(small, causal) == pick(small, near) == "sdpa"
+    for mask, score in (
+        (near, ScoreSpec()),
+        (causal, ScoreSpec(softcap=4.0)),
+        (causal, ScoreSpec(sink_H=torch.zeros(2))),
+    ):
+        assert pick(wide, mask, score) == "blocks" and pick(q, mask, score) == tiles
+    assert pick(q, MaskSpec(torch.ones(1, 512, 512, dtype=torch.bool))) == "blocks"
     with pytest.raises(TypeError, match="windows"):
         attention(q, q, q, windows=4)
-    assert attention.pick(q, q, q, gain_RHTS=torch.ones(1, 1, 1, 512)) == "reference"
+    assert pick(q, MaskSpec(), ScoreSpec(gain_RHTS=torch.ones(1, 1, 1, 512))) == "reference"
 
 
 # ---- Triton ----
@@ -291,40 +299,39 @@ def test_triton(
     R, T, S, H, G = sizes
     widths = ((T, H, 12), (S, G, 12), (S, G, 20))
     qkv = [randn(R, n, h, w, seed=i).to(dtype) for i, (n, h, w) in enumerate(widths)]
-    leaves, rest = scores(R, T, S, H)[kind]
-    how = {**masks(R, T, S)[mask], **rest}
-    expected = results("reference", qkv, how, leaves, torch.float64)
+    hides, score = masks(R, T, S)[mask], scores(R, T, S, H)[kind]
+    expected = results("reference", qkv, hides, score, torch.float64)
     with interpreted():
-        got = results("triton", qkv, how, leaves, dtype)
+        got = results("triton", qkv, hides, score, dtype)
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):
         error = (a - b).square().mean().sqrt() / (b.square().mean().sqrt() + 1e-2)
         assert error < {torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype], (i, error)
 
 
-def everything() -> dict[str, Any]:
+def everything() -> tuple[MaskSpec, ScoreSpec]:
     fade = torch.empty(1, 64, 8, requires_grad=True)
     document = torch.ones(1, 64, dtype=torch.int32)
-    return {
-        "window": 32,
-        "softcap": 30.0,
-        "sink_H": torch.empty(8, requires_grad=True),
-        "fade_RTH": fade,
-        "fade_RSH": fade,
-        "document_RT": document,
-        "document_RS": document,
-    }
+    sink = torch.empty(8, requires_grad=True)
+    return (
+        MaskSpec(causal=True, window=32, document_RT=document, document_RS=document),
+        ScoreSpec(fade_RTH=fade, fade_RSH=fade, softcap=30.0, sink_H=sink),
+    )
 
 
 @pytest.mark.parametrize("width", [64, pytest.param(128, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("how", [pytest.param({}, marks=pytest.mark.slow), everything()], ids=len)
-def test_triton_is_built_for_hopper(width: int, how: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "specs",
+    [pytest.param((MaskSpec(causal=True),), marks=pytest.mark.slow), everything()],
+    ids=["causal", "everything"],
+)
+def test_triton_is_built_for_hopper(width: int, specs: tuple[Any, ...]) -> None:
     pytest.importorskip("triton")
     from triton_oracle import built, recorded
 
     q = torch.empty(1, 64, 8, width, dtype=torch.bfloat16, requires_grad=True)
     k = torch.empty(1, 64, 2, width, dtype=torch.bfloat16, requires_grad=True)
     with recorded() as launches, attention.using("triton"):
-        attention(q, k, k, causal=True, **how).float().sum().backward()
+        attention(q, k, k, *specs).float().sum().backward()
     made = [built(launch).check(dot=True) for launch in launches]
     assert [one.name for one in made] == ["_forward", "_by_queries", "_by_keys"]
     assert all(one.wgmma > 0 for one in made), made

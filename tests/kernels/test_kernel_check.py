@@ -105,7 +105,7 @@ def test_the_check_draws_no_random_numbers_and_can_be_off(monkeypatch: pytest.Mo
     op(x, torch.ones(4))
     assert torch.equal(state, torch.random.get_rng_state())
     monkeypatch.setenv("MM_SELF_CHECK", "0")
-    assert not check.wanted((x,))
+    assert not check.is_checkable((x,))
 
 
 def test_a_check_inside_a_checkpointed_block_is_not_seen_by_it() -> None:

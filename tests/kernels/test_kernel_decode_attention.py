@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mm.kernels.attention import attention
-from mm.kernels.decode_attention import TILE, decode_attention, merged, plan
+from mm.kernels.attention.spec import MaskSpec
+from mm.kernels.decode_attention import TILE, decode_attention, merge_pieces, plan
 
 RAGGED = [1, 3, 63, 64, 65, 130, 0, 700, 1025]
 
@@ -46,7 +47,7 @@ def test_tiles_equal_plain_attention(
         same = decode_attention(q, k, v, length)
     allowed = (torch.arange(S) < length[:, None])[:, None]
     with attention.using("reference"):
-        plain = attention(q[:, None], k, v, allowed)[:, 0]
+        plain = attention(q[:, None], k, v, MaskSpec(allowed))[:, 0]
     tolerance = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
     for expected in (same, plain):
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
@@ -66,7 +67,7 @@ def test_any_split_merges_to_the_whole_softmax() -> None:
             parts.append((top, p.sum(), p @ values[a:b]))
         top, total, out = (torch.stack(t) for t in zip(*parts, strict=True))
         unit = torch.zeros(len(parts), dtype=torch.long)
-        y = merged(top, total, out, unit, 2)
+        y = merge_pieces(top, total, out, unit, 2)
         torch.testing.assert_close(y[0].double(), expected, rtol=1e-5, atol=1e-6)
         assert (y[1] == 0).all() and math.isfinite(float(y.sum()))
 

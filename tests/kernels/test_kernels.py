@@ -1,5 +1,6 @@
-"""Every exact implementation of an Op equals its reference: outputs and all gradients, over awkward
-shapes.
+"""Every exact implementation of an Op equals its reference.
+
+Outputs and all gradients, over awkward shapes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from kernel_checks import check, dtypes, here, others, randn
 
 import mm.kernels.cross_entropy as cross_entropy
 from mm.kernels.attention import attention
+from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.kernels.causal_conv import causal_conv
 from mm.kernels.cross_entropy import linear_cross_entropy
 from mm.kernels.glu import glu
@@ -123,8 +125,9 @@ def test_linear_scan_takes_any_strides_and_narrow_types(name: str) -> None:
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("name", here(linear_scan))
 def test_linear_scan_resets_select_and_do_not_multiply(name: str, log: bool) -> None:
-    """The state before a reset may be inf: neither the value nor the gradient of what follows may
-    turn NaN.
+    """The state before a reset may be inf.
+
+    Neither the value nor the gradient of what follows may turn NaN.
     """
     a, b = randn(1, 4, 2).sigmoid().detach(), randn(1, 4, 2).detach()
     b[0, 1] = float("inf")
@@ -137,8 +140,9 @@ def test_linear_scan_resets_select_and_do_not_multiply(name: str, log: bool) -> 
 
 
 def test_linear_scan_grows_linearly() -> None:
-    """Both ways: an index loop's backward is quadratic. Best of several, because the machine may be
-    shared.
+    """Both ways: an index loop's backward is quadratic.
+
+    Best of several, because the machine may be shared.
     """
 
     def seconds(name: str, T: int) -> float:
@@ -177,16 +181,16 @@ def test_attention(
         randn(R, T, H, 6, dtype=dtype),
         randn(R, S, G, 6, dtype=dtype, seed=1),
         randn(R, S, G, 10, dtype=dtype, seed=2),
-        allowed,
+        MaskSpec(allowed, causal="causal" in mask),
     )
-    check(attention, name, arguments, dtype, causal="causal" in mask)
+    check(attention, name, arguments, dtype)
 
 
 def test_attention_reference_is_softmax_attention() -> None:
     """The reference itself, against the formula written out for one head and one query."""
     q, k, v = randn(1, 3, 2, 4), randn(1, 3, 1, 4, seed=1), randn(1, 3, 1, 5, seed=2)
     with attention.using("reference"):
-        y = attention(q, k, v, causal=True)
+        y = attention(q, k, v, MaskSpec(causal=True))
     weights = torch.stack([(q[0, 1, 1] * k[0, s, 0]).sum() / 2 for s in range(2)]).softmax(0)
     torch.testing.assert_close(y[0, 1, 1], weights[0] * v[0, 0, 0] + weights[1] * v[0, 1, 0])
     assert torch.equal(y[0, 0, 0], v[0, 0, 0])
@@ -197,7 +201,7 @@ def test_attention_bias_and_gain() -> None:
     bias, gain = randn(1, 2, 3, 3, seed=3), randn(1, 2, 3, 3, seed=4)
     p = (torch.einsum("rthk,rshk->rhts", q, k) / 2 + bias).softmax(-1) * gain
     torch.testing.assert_close(
-        attention(q, k, v, bias_RHTS=bias, gain_RHTS=gain), torch.einsum("rhts,rshv->rthv", p, v)
+        attention(q, k, v, score=ScoreSpec(bias, gain)), torch.einsum("rhts,rshv->rthv", p, v)
     )
 
 
@@ -285,8 +289,9 @@ def test_rg_lru_gates(name: str, dtype: torch.dtype, H: int, R: int, K: int, rat
 
 @pytest.mark.parametrize("op,kernel", [(rms_norm, "cpp"), (glu, "cpp")], ids=["rms_norm", "glu"])
 def test_slices_and_narrow_types(op: Op, kernel: str) -> None:
-    """Heads cut out of a wider projection, halves of a gated one, bf16 with fp32 beside it; extreme
-    values stay what they are.
+    """Heads cut out of a wider projection, halves of a gated one, bf16 with fp32 beside it.
+
+    Extreme values stay what they are.
     """
     x = randn(2, 3, 5, 8)
     heads, half = x[:, :, 1:3], x[..., :4]

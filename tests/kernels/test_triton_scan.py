@@ -81,7 +81,7 @@ def resets(B: int, T: int) -> Tensor:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 16: a few places and channels cross their borders."""
     for module in (linear_gpu, complex_gpu, ssm_gpu, conv_gpu):
-        monkeypatch.setattr(module, "PLACES", 16)
+        monkeypatch.setattr(module, "TOKENS", 16)
     for module in (linear_gpu, complex_gpu, ssm_gpu, conv_gpu, selective_gpu, gates_gpu):
         monkeypatch.setattr(module, "CHANNELS", 16)
     monkeypatch.setattr(selective, "EVERY", 16)

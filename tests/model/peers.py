@@ -128,9 +128,10 @@ def copy_model(
     zero_centred: bool = False,
     scaled: bool = False,
 ) -> None:
-    """Everything of a decoder. ``norms``: the layer's norms in our order (before the mixer, after
-    it if post-normed, before the ffn, after it); ``scaled``: the peer multiplies embeddings by
-    sqrt(D), too.
+    """Everything of a decoder.
+
+    ``norms``: the layer's norms in our order (before the mixer, after it if post-normed, before the
+    ffn, after it); ``scaled``: the peer multiplies embeddings by sqrt(D), too.
     """
     with torch.no_grad():
         for p in model.parameters():
@@ -230,8 +231,8 @@ def copy_mamba(target: Any, source: Any) -> None:
         matrix(ours, theirs)
     target.step.weight.copy_(source.dt_proj.weight)
     target.step_bias.copy_(source.dt_proj.bias)
-    target.conv_weight.copy_(conv_weight_of(source.conv1d.weight))
-    target.conv_bias.copy_(source.conv1d.bias)
+    target.conv.weight.copy_(conv_weight_of(source.conv1d.weight))
+    target.conv.bias.copy_(source.conv1d.bias)
     target.log_rate.copy_(source.A_log.T)
     target.skip.copy_(source.D)
     for norm, name in zip(target.norms, ("dt", "b", "c"), strict=False):

@@ -16,12 +16,12 @@ from mm.config import validate
 from mm.errors import UserError
 from mm.layout import Doc, Layout
 from mm.mask import Causal, Full, Prefix, Window
-from mm.model import varlen as rows
+from mm.model import length_buckets
 from mm.model.context import Ctx
 from mm.model.heads.softmax import Categorical
 from mm.model.layer import init_weights
+from mm.model.length_buckets import LengthBuckets
 from mm.model.model import LmConfig, Model
-from mm.model.varlen import LengthBuckets
 from mm.registry import MIXERS
 from mm.specs import TokenSpec
 from mm.vocabulary import Vocabulary
@@ -187,7 +187,7 @@ def test_long_documents_are_taken_where_they_lie(monkeypatch: pytest.MonkeyPatch
     x[layout.fields.document == 0] = 1e3
 
     def run(at_least: int) -> tuple[Tensor, ...]:
-        monkeypatch.setattr(rows, "MIN_TOKENS_IN_PLACE", at_least)
+        monkeypatch.setattr(length_buckets, "MIN_TOKENS_IN_PLACE", at_least)
         x.requires_grad_()
         y = layer(x, Ctx(layout, Causal())).y[layout.fields.document > 0]
         return y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
@@ -214,8 +214,9 @@ def test_a_document_that_outgrows_its_state_is_an_error() -> None:
 
 
 def test_values_fill_their_places_and_unfilled_places_become_padding() -> None:
-    """Four reserved places of which the item fills two: as if the document had been shorter,
-    wherever the hole is.
+    """Four reserved places of which the item fills two.
+
+    As if the document had been shorter, wherever the hole is.
     """
     model = make(adapters={"image": {"kind": "linear", "d_in": 3}}).double()
     data = torch.randn(1, 2, 3, dtype=torch.float64)
@@ -406,8 +407,9 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pattern", ["attention", "2*rg_lru local_attention"])
 def test_it_learns_to_copy(pattern: str) -> None:
-    """A sequence and the same again: the second half is certain. A model that mixes positions
-    wrongly stays at ln 8.
+    """A sequence and the same again: the second half is certain.
+
+    A model that mixes positions wrongly stays at ln 8.
     """
     model = make(
         d_model=32,

@@ -15,9 +15,9 @@ from mm.mask import Causal, Full, ParallelBlocks, parallel_blocks
 from mm.model.context import Ctx
 from mm.model.ffn.swiglu import SwiGLU
 from mm.model.layer import init_weights
+from mm.model.length_buckets import LengthBuckets
 from mm.model.mixers.attention.attention import Attention
 from mm.model.positions.irpe import piecewise
-from mm.model.varlen import LengthBuckets
 from mm.registry import FFNS, MIXERS, POSITIONS
 
 
@@ -219,8 +219,10 @@ def test_parallel_context_decodes_from_a_cache() -> None:
 
 
 def test_packed_rows_do_the_work_of_their_tokens_and_not_of_the_longest() -> None:
-    """Linear parts see real tokens only; attention pairs are those of each document, rounded up to
-    the longest of its group."""
+    """Linear parts see real tokens only.
+
+    Attention pairs are those of each document, rounded up to the longest of its group.
+    """
     lengths = (30, 3, 17, 9, 5)
     docs = documents(*lengths)
     attention = build()

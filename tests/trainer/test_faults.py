@@ -11,8 +11,9 @@ import pytest
 from mm.cli import main as cli
 from mm.errors import UserError
 from mm.faults import run as faults
-from mm.faults.bench import Bench, differences
+from mm.faults.bench import Bench
 from mm.faults.cases import CASES, Case
+from mm.faults.compare import differences
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,6 @@ def test_the_page_is_made_of_the_rows_and_an_unknown_fault_is_named() -> None:
         and "| 2 | 1 | x / y |" in page
     )
     with pytest.raises(UserError, match="no fault 'flod'"):
-        faults.chosen(["flod"])
-    assert [c.name for c in faults.chosen(["soak"])] == [CASES[-1].name]
+        faults.select_cases(["flod"])
+    assert [c.name for c in faults.select_cases(["soak"])] == [CASES[-1].name]
     assert "faults" in cli.COMMANDS

@@ -20,8 +20,7 @@ from trainer_toys import toys_registered  # noqa: F401
 from mm.errors import UserError
 from mm.faults.inject import AtPhase
 from mm.registry import TASKS
-from mm.run import Guard as GuardConfig
-from mm.run import Run
+from mm.run import GuardConfig, Run
 from mm.trainer.callbacks.base import Callback, Training
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.health import heartbeat

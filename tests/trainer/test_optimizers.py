@@ -17,7 +17,7 @@ from mm.errors import UserError
 from mm.registry import OPTIMIZERS
 from mm.run import Ema, Run, Schedule
 from mm.trainer.loop import INTERRUPTED, train
-from mm.trainer.optimizers.muon import orthogonalised
+from mm.trainer.optimizers.muon import orthogonalize
 from mm.trainer.stage import make_module
 
 KINDS = sorted(OPTIMIZERS)
@@ -135,7 +135,7 @@ def test_muon_is_as_torchs_own(scale: Any, shape: tuple[int, int]) -> None:
 def test_muon_orthogonalises() -> None:
     m = some_grads(1, (24, 9))[0].double()
     u, _, vt = torch.linalg.svd(m, full_matrices=False)
-    ours = u.T @ orthogonalised(m) @ vt.T
+    ours = u.T @ orthogonalize(m) @ vt.T
     assert (ours - ours.diagonal().diag()).abs().max() < 0.05
     assert 0.6 < ours.diagonal().min() and ours.diagonal().max() < 1.3
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mm.config import Config
+from mm.kernels.attention.spec import ScoreSpec
 from mm.layout import Fields
 from mm.model.positions.base import Position
 from mm.registry import POSITIONS
 
 
 def slopes(heads: int) -> list[float]:
-    """``2 ** (-8 h / H)``, h = 1..H; other H than powers of two take every second slope of the next
-    power for the rest, as the authors' code does.
+    """``2 ** (-8 h / H)``, h = 1..H.
+
+    Other H than powers of two take every second slope of the next power for the rest, as the
+    authors' code does.
     """
     whole = 2 ** int(math.log2(heads))
     first = [2.0 ** (-8.0 * (h + 1) / whole) for h in range(whole)]
@@ -38,14 +41,12 @@ class Alibi(Position):
         distance = (fq.position[:, :, None, 0] - fk.position[:, None, :, 0]).abs()
         return -slope[:, None, None] * distance[:, None].to(wide)
 
-    def scores(self, q: Tensor, fq: Fields, fk: Fields) -> dict[str, Any]:
+    def scores(self, q: Tensor, fq: Fields, fk: Fields) -> ScoreSpec:
         """`score` as the distance of two vectors."""
         # float64: a difference of long distances keeps the short one that it stands for.
         slope = torch.tensor(slopes(q.shape[2]), dtype=torch.float64, device=q.device)
-        return {
-            "fade_RTH": slope * fq.position[..., :1],
-            "fade_RSH": slope * fk.position[..., :1],
-        }
+        q_fade, k_fade = (slope * f.position[..., :1] for f in (fq, fk))
+        return ScoreSpec(fade_RTH=q_fade, fade_RSH=k_fade)
 
 
 @POSITIONS.register("alibi")

@@ -1,14 +1,15 @@
-"""Position: the plug point of whatever tells places apart. B rows, T tokens, H heads, K head
-width.
+"""Position: the plug point of whatever tells places apart.
+
+B rows, T tokens, H heads, K head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from mm.kernels.attention.spec import ScoreSpec
 from mm.layout import Fields
 from mm.model.context import Ctx
 
@@ -66,8 +67,9 @@ class Position:
     def gain(self, fq: Fields, fk: Fields) -> Tensor | None:
         return None
 
-    def scores(self, q: Tensor, fq: Fields, fk: Fields) -> Mapping[str, Any]:
-        """`score` and `gain` as keywords of the Op `attention`; overridden where vectors say as
-        much as a score of every pair.
+    def scores(self, q: Tensor, fq: Fields, fk: Fields) -> ScoreSpec:
+        """`score` and `gain` in one value.
+
+        Overridden where vectors say as much as a score of every pair.
         """
-        return {"bias_RHTS": self.score(q, fq, fk), "gain_RHTS": self.gain(fq, fk)}
+        return ScoreSpec(self.score(q, fq, fk), self.gain(fq, fk))

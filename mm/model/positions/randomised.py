@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.errors import UserError
+from mm.kernels.attention.spec import ScoreSpec
 from mm.layout import Fields
 from mm.model.context import Ctx
 from mm.model.noise import generator
@@ -76,7 +76,7 @@ class RandomisedScores(Randomised):
     def gain(self, fq: Fields, fk: Fields) -> Tensor | None:
         return self.inner.gain(fq, fk)
 
-    def scores(self, q: Tensor, fq: Fields, fk: Fields) -> Mapping[str, Any]:
+    def scores(self, q: Tensor, fq: Fields, fk: Fields) -> ScoreSpec:
         return self.inner.scores(q, fq, fk)
 
 

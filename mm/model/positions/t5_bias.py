@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
+from mm.kernels.attention.spec import ScoreSpec
 from mm.layout import Fields
 from mm.model.positions.base import Position
 from mm.registry import POSITIONS
 
 
 def bucket(distance: Tensor, buckets: int, max_distance: int, both_ways: bool) -> Tensor:
-    """Bucket of ``query - key`` places (int): exact up to half the buckets, then logarithmic; all
-    distances from ``max_distance`` on share the last one.
+    """Bucket of ``query - key`` places (int): exact up to half the buckets, then logarithmic.
+
+    All distances from ``max_distance`` on share the last one.
 
     ``both_ways``: keys after the query have the upper half of the buckets; otherwise bucket 0.
     """
@@ -57,15 +59,15 @@ class T5Bias(nn.Module, Position):
         index = bucket(distance.long(), self.buckets, self.max_distance, self.both_ways)
         return nn.functional.embedding(index, self.table).movedim(-1, 1)
 
-    def scores(self, q: Tensor, fq: Fields, fk: Fields) -> dict[str, Any]:
+    def scores(self, q: Tensor, fq: Fields, fk: Fields) -> ScoreSpec:
         """`score` as a table of distances: those past the last are one."""
         reach = torch.arange(-self.max_distance, self.max_distance + 1, device=self.table.device)
         index = bucket(reach, self.buckets, self.max_distance, self.both_ways)
-        return {
-            "relative_NH": nn.functional.embedding(index, self.table),
-            "place_RT": fq.position[..., 0],
-            "place_RS": fk.position[..., 0],
-        }
+        return ScoreSpec(
+            relative_NH=nn.functional.embedding(index, self.table),
+            position_RT=fq.position[..., 0],
+            position_RS=fk.position[..., 0],
+        )
 
 
 @POSITIONS.register("t5_bias")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
+from mm.kernels.attention.spec import ScoreSpec
 from mm.layout import Fields
 from mm.model.positions.t5_bias import T5Bias
 from mm.registry import POSITIONS
@@ -41,8 +41,8 @@ class URPE(T5Bias):
             index = torch.where(distance < 0, index + self.max_distance, index)
         return nn.functional.embedding(index, self.toeplitz).movedim(-1, 1)
 
-    def scores(self, q: Tensor, fq: Fields, fk: Fields) -> Mapping[str, Any]:
-        return {**super().scores(q, fq, fk), "gain_RHTS": self.gain(fq, fk)}
+    def scores(self, q: Tensor, fq: Fields, fk: Fields) -> ScoreSpec:
+        return super().scores(q, fq, fk)._replace(gain_RHTS=self.gain(fq, fk))
 
 
 @POSITIONS.register("urpe")

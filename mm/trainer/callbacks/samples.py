@@ -1,6 +1,4 @@
-"""Samples: the same prompts (or reconstructions of the same items) every N steps, as files and
-tracker media.
-"""
+"""Samples: the same prompts or items every N steps, as files and tracker media."""
 
 from __future__ import annotations
 
@@ -26,9 +24,7 @@ log = logging.getLogger("mm.trainer")
 
 @CALLBACKS.register("samples")
 class SamplesConfig(Config):
-    """``prompts: [{text: "seven", to: image}, {image: digit.png, to: text}]``; tokenizer runs need
-    none.
-    """
+    """``prompts: [{text: "seven", to: image}]``; tokenizer runs need none."""
 
     kind: Literal["samples"] = "samples"
     every: Annotated[int, Field(gt=0, description="steps")] = 250
@@ -146,9 +142,7 @@ def _raw(modality: str, value: str) -> Any:
 
 
 def _items(batches: Sequence[Batch], n: int) -> dict[str, torch.Tensor]:
-    """The first items of a tokenizer run's batch: modality -> (n, ...) data, and
-    ``modality.length``.
-    """
+    """The first items of a tokenizer run's batch: modality -> (n, ...) data, and ``length``."""
     for modality, values in batches[0].values.items() if batches else ():
         return {modality: values.data[:n].clone(), "length": values.length[:n].clone()}
     return {}

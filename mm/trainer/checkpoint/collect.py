@@ -22,5 +22,5 @@ def collect(stage: StageState) -> tuple[dict[str, dict[str, Tensor]], dict[str, 
     for name, module in stage.frozen.items():
         files[name] = {k: v.to("cpu", copy=True) for k, v in module.state_dict().items()}
     if stage.nets.carried is not None:
-        files[stateful.FILE] = stage.nets.carried.saved()
+        files[stateful.FILE] = stage.nets.carried.full_tensors()
     return files, scalars

@@ -1,5 +1,4 @@
-"""Checkpoints without pickle and without a ZeRO stage or world size: safetensors per parameter, and
-one JSON.
+"""Checkpoints of any ZeRO stage and world size: safetensors by parameter and one JSON.
 
     checkpoints/step_000100/
         state.json                       step, data state, config, fingerprints
@@ -314,9 +313,7 @@ def require_space(root: Path, n_bytes: int) -> None:
 
 
 def newest(root: Path) -> Saved | None:
-    """The newest checkpoint whose files match their hashes; a damaged one is named in the log and
-    passed over.
-    """
+    """The newest checkpoint whose files match their hashes; a damaged one is passed over."""
     for folder in _newest_first(root):
         fault = verify(folder)
         if fault is None:

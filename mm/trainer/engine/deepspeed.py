@@ -1,5 +1,4 @@
-"""The ONE module that imports deepspeed: typed engine config to its JSON, one engine per trainable
-network.
+"""The ONE module that imports deepspeed: one engine per trainable network.
 
 What was found out about DeepSpeed 0.19.8 and is relied on here:
 
@@ -29,8 +28,7 @@ from torch import Tensor, nn
 
 from mm.errors import UserError
 from mm.launch import environment
-from mm.run import Ema
-from mm.run import Engine as EngineConfig
+from mm.run import Ema, EngineConfig
 from mm.trainer.engine.zero_shards import Shards
 from mm.trainer.optimizers.base import ShardOptimizer
 
@@ -38,9 +36,7 @@ log = logging.getLogger("mm.trainer")
 
 
 def resolve_precision(asked: str, device: torch.device) -> str:
-    """Replace "auto" by what the hardware multiplies fast: autocast_bf16 where it has bf16
-    matrices, else fp32.
-    """
+    """Replace "auto" by autocast_bf16 where the hardware multiplies bf16 matrices, else by fp32."""
     if asked != "auto":
         return asked
     fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else environment.cpu_has_bf16()
@@ -49,17 +45,17 @@ def resolve_precision(asked: str, device: torch.device) -> str:
 
 def deepspeed_json(config: EngineConfig, precision: str, n_params: int) -> dict[str, Any]:
     """Derive DeepSpeed's JSON from the typed config, for a network of ``n_params`` parameters."""
-    stage = config.stage
+    zero_stage = config.effective_zero_stage
     # DeepSpeed allocates a whole bucket each step: its default of 2 GB costs fresh pages every time
     bucket = min(n_params + n_params % 2, 200_000_000)  # DeepSpeed wants it even
     out: dict[str, Any] = {
         # bookkeeping only: micro-batches and boundaries are ours
         "train_micro_batch_size_per_gpu": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": config.grad_clip if stage else 0.0,
+        "gradient_clipping": config.grad_clip if zero_stage else 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
-            "stage": stage,
+            "stage": zero_stage,
             "overlap_comm": False,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
@@ -127,9 +123,7 @@ def _leave() -> None:
 
 
 class Engine:
-    """One trainable network: forward, backward, step, and its full fp32 tensors whatever the ZeRO
-    stage.
-    """
+    """One trainable network: forward, backward, step and full fp32 tensors at any ZeRO stage."""
 
     def __init__(
         self,
@@ -141,7 +135,7 @@ class Engine:
     ):
         deepspeed = _deepspeed()
         self.raw = module
-        self.stage = config.stage
+        self.zero_stage = config.effective_zero_stage
         self.grad_clip = config.grad_clip
         # ZeRO replaces the groups' parameters by flat shards: remember which group each parameter
         # is in
@@ -172,7 +166,7 @@ class Engine:
         self.updates = 0  # applied
         self._averages: dict[Tensor, Tensor] = {}
         self._restart_averages()
-        if self.stage == 0:
+        if self.zero_stage == 0:
             self.ds.enable_backward_allreduce = (
                 False  # `reduce` below does it, so that the norm is known before the step
             )
@@ -196,10 +190,8 @@ class Engine:
         return self.ds.basic_optimizer
 
     def reduce(self) -> Tensor | None:
-        """At stage 0 average the gradients over ranks and return their global norm, () float32;
-        else None.
-        """
-        if self.stage:
+        """Average gradients over ranks at ZeRO stage 0: the global norm, () float32; else None."""
+        if self.zero_stage:
             return None
         self.ds.buffered_allreduce_fallback()
         grads = [p.grad for p in self.raw.parameters() if p.grad is not None]
@@ -230,21 +222,19 @@ class Engine:
             norm = float(found) if found is not None else 0.0
         return applied, norm if applied else float("inf")
 
-    def named(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Trainable parameters once each (tied ones under their first name)."""
         return ((name, p) for name, p in self.raw.named_parameters() if p.requires_grad)
 
     def weights(self) -> dict[str, Tensor]:
-        """Full tensors of parameters (fp32 masters) and persistent buffers, on the CPU, by
-        `state_dict` name.
-        """
+        """Full CPU tensors of parameters (fp32 masters) and persistent buffers, by their names."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         out = {}
         for name, p in self.raw.named_parameters():
             full = safe_get_full_fp32_param(p) if p.requires_grad else None
             if full is None:
-                with self._gathered([p]):
+                with self._gather([p]):
                     full = p.detach()
             out[name] = full.detach().to("cpu", copy=True)
         kept = self.raw.state_dict().keys()  # without the non-persistent buffers
@@ -256,8 +246,9 @@ class Engine:
         return out
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Full elementwise states as ``key/parameter name`` on the CPU (the EMA among them), and
-        the scalar ones (Adam's step).
+        """Full elementwise states as ``key/parameter name`` on the CPU, and the scalar ones.
+
+        The EMA is among the former, Adam's step among the latter.
         """
         tensors: dict[str, Tensor] = {}
         scalars: dict[str, float] = {}
@@ -324,34 +315,32 @@ class Engine:
         """Set the fp32 masters (they differ from the weights only where these are bf16)."""
         from deepspeed.utils import safe_set_full_fp32_param
 
-        if self.stage:
-            for name, p in self.named():
+        if self.zero_stage:
+            for name, p in self.trainable():
                 safe_set_full_fp32_param(p, weights[name].to(self.ds.device))
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[nn.Module]:
-        """The raw module with all its weights present on every rank (ZeRO-3 gathers them for the
-        block).
-        """
-        with self._gathered(list(self.raw.parameters())):
+    def unsharded(self) -> Iterator[nn.Module]:
+        """The raw module with all its weights on every rank: ZeRO-3 gathers them for the block."""
+        with self._gather(list(self.raw.parameters())):
             yield self.raw
 
-    def _gathered(self, params: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
-        if self.stage < 3:
+    def _gather(self, params: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+        if self.zero_stage < 3:
             return contextlib.nullcontext()
         return _deepspeed().zero.GatheredParameters(params)
 
     def _shards(self) -> Shards:
         """What the optimizer's tensors hold, from DeepSpeed's own lists."""
-        names: dict[Tensor, str] = {p: name for name, p in self.named()}
-        if self.stage == 0:
-            return Shards.whole(self.base.param_groups, names)
+        names: dict[Tensor, str] = {p: name for name, p in self.trainable()}
+        if self.zero_stage == 0:
+            return Shards.unpartitioned(self.base.param_groups, names)
         optimizer: Any = self.optimizer
-        if self.stage < 3:
+        if self.zero_stage < 3:
             flats = optimizer.single_partition_of_fp32_groups
-            return Shards.contiguous(flats, optimizer.round_robin_bit16_groups, names)
+            return Shards.of_flats(flats, optimizer.round_robin_bit16_groups, names)
         flats, groups = optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups
-        return Shards.sliced(flats, groups, names, optimizer.sub_group_to_group_id)
+        return Shards.of_slices(flats, groups, names, optimizer.sub_group_to_group_id)
 
     def _states(self, x: Tensor) -> dict[str, Any]:
         """All states of one of the optimizer's tensors, the EMA among them."""

@@ -1,6 +1,4 @@
-"""What the tensors that an optimizer updates hold: whole parameters at ZeRO stage 0, flat slices of
-many at stages 1-3.
-"""
+"""What the tensors of an optimizer hold: parameters at ZeRO stage 0, flat slices at 1-3."""
 
 from __future__ import annotations
 
@@ -67,7 +65,7 @@ class Shards:
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
     @classmethod
-    def whole(cls, groups: Sequence[Mapping], names: Mapping[Tensor, str]) -> Shards:
+    def unpartitioned(cls, groups: Sequence[Mapping], names: Mapping[Tensor, str]) -> Shards:
         """Stage 0: every parameter is its own shard, the same on all ranks."""
         spans, where = {}, {}
         for i, group in enumerate(groups):
@@ -77,7 +75,7 @@ class Shards:
         return cls(spans, where, split=False)
 
     @classmethod
-    def contiguous(
+    def of_flats(
         cls,
         flats: Sequence[Tensor],
         groups: Sequence[Sequence[Tensor]],
@@ -93,7 +91,7 @@ class Shards:
         return cls(spans, where, split=True)
 
     @classmethod
-    def sliced(
+    def of_slices(
         cls,
         flats: Sequence[Tensor],
         groups: Sequence[Sequence[Tensor]],
@@ -126,8 +124,9 @@ class Shards:
         return self._sizes[x]
 
     def sums(self, x: Tensor, *values: Tensor) -> Tensor:
-        """Sum tensors of the shape of ``x`` over each parameter: `(len(values), spans)` float32 on
-        all ranks. Accumulated in float64, so that it hardly depends on where a shard ends.
+        """Sum tensors of the shape of ``x`` over each parameter: `(len(values), spans)` float32.
+
+        All ranks get it. Accumulated in float64, so that it hardly depends on where a shard ends.
         """
         out = torch.zeros(len(values), len(self.spans[x]), dtype=torch.float64, device=x.device)
         for i, _, part in self.mine(x):

@@ -19,7 +19,7 @@ from mm.batch import Batch
 from mm.errors import UserError
 from mm.run import Run
 from mm.trainer.callbacks.base import Callback, Training
-from mm.trainer.log.metrics import not_applied
+from mm.trainer.log.metrics import skipped_networks
 from mm.vocabulary import Vocabulary
 
 log = logging.getLogger("mm.trainer")
@@ -68,7 +68,7 @@ class Guard(Callback):
         Raises:
             RollBack: as `skip` and `loss` do.
         """
-        for network in not_applied(metrics):
+        for network in skipped_networks(metrics):
             self.skip(step - 1, network, metrics, trainer.batches)
         self.loss(step - 1, metrics["loss/total"], trainer.batches)
         metrics["skipped"] = self.skipped

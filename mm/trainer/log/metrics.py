@@ -87,8 +87,9 @@ def _step_of(line: str) -> float:
 
 
 def all_reduce(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Sum tensors of any shapes over the ranks in one collective of float32; as they are when there
-    is one rank.
+    """Sum tensors of any shapes over the ranks in one collective of float32.
+
+    One rank gets them as they are.
     """
     if not tensors or not dist.is_initialized() or dist.get_world_size() == 1:
         return list(tensors)
@@ -100,7 +101,7 @@ def all_reduce(tensors: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-class Tally:
+class MetricSum:
     """Losses and aux of one network in one step: summed over micro-batches, then over ranks."""
 
     def __init__(self) -> None:
@@ -127,7 +128,7 @@ class Tally:
         self.aux = {k: Sum(rest[2 * i], rest[2 * i + 1]) for i, k in enumerate(stats)}
 
 
-class Usage:
+class CodebookUsage:
     """Codebook usage and perplexity over about the last 100 steps, from the histograms in aux."""
 
     def __init__(self) -> None:
@@ -150,8 +151,7 @@ class Usage:
 
 
 class BytesPerToken(Callback):
-    """Raw bytes behind one target token of each modality, from decoding the first documents of a
-    run.
+    """Raw bytes behind one target token of each modality, from decoding a run's first documents.
 
     An estimate for the training curve (a constant factor on it); the task `bits_per_byte` is exact.
     Bytes are UTF-8 of text, pixels x channels of images, 16-bit samples of audio; a span's end
@@ -244,7 +244,7 @@ def of_step(
     return row | {"perf/step_seconds": seconds, "data/wait_seconds": waited} | of_stream(stats)
 
 
-def not_applied(metrics: Mapping[str, Any]) -> list[str]:
+def skipped_networks(metrics: Mapping[str, Any]) -> list[str]:
     """Networks whose update was left out: their gradient norm is inf."""
     found = []
     for key, value in metrics.items():

@@ -1,5 +1,4 @@
-"""The ONE module that imports wandb: a mirror of metrics.jsonl that may be down, offline or killed
-without harm.
+"""The ONE module that imports wandb: a mirror of metrics.jsonl that may fail without harm.
 
 It never asks, never blocks for longer than `INIT_TIMEOUT_S` and never ends a run: any exception
 becomes one warning and the tracker falls silent. WANDB_MODE wins over the config; without a key the
@@ -92,7 +91,7 @@ class Tracker(Callback):
             made.define_metric("*", step_metric="step")
             return made
 
-        made = _guarded("start", init, INIT_TIMEOUT_S)
+        made = _with_timeout("start", init, INIT_TIMEOUT_S)
         return cls(made)
 
     def post_step(self, trainer: Training, step: int, metrics: dict[str, Any]) -> None:
@@ -124,7 +123,7 @@ class Tracker(Callback):
         """Close the run; waits at most `FINISH_TIMEOUT_S` for an upload."""
         run, self._run = self._run, None
         if run is not None:
-            _guarded("finish", lambda: run.finish(), FINISH_TIMEOUT_S)
+            _with_timeout("finish", lambda: run.finish(), FINISH_TIMEOUT_S)
 
     def _try(self, what: str, action: Callable[[Any], None]) -> None:
         if self._run is None:
@@ -146,9 +145,10 @@ def _escape(text: str) -> str:
     return html.escape(text)
 
 
-def _guarded(what: str, action: Callable[[], Any], timeout_s: float) -> Any:
-    """Run ``action`` in a daemon thread for at most ``timeout_s``; None and one warning when it
-    fails or hangs.
+def _with_timeout(what: str, action: Callable[[], Any], timeout_s: float) -> Any:
+    """Run ``action`` in a daemon thread for at most ``timeout_s``.
+
+    None and one warning when it fails or hangs.
     """
     box: dict[str, Any] = {}
 

@@ -13,7 +13,9 @@ from mm.trainer.optimizers.base import Needs, OptimizerConfig, ShardOptimizer
 
 
 class Adafactor(ShardOptimizer):
-    """``v = b_t v + (1 - b_t)(g^2 + eps)``, ``u = g / sqrt(v)``, ``u /= max(1, rms(u) / clip)``,
+    """Steps by factored second moments, clipped by their root mean square.
+
+    ``v = b_t v + (1 - b_t)(g^2 + eps)``, ``u = g / sqrt(v)``, ``u /= max(1, rms(u) / clip)``,
     ``x -= lr (u + decay x)`` with ``b_t = 1 - t^-0.8``; ``relative`` multiplies lr by
     ``max(1e-3, rms(x))``. The root mean squares are over a parameter, summed over the ranks.
 

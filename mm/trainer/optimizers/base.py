@@ -1,6 +1,4 @@
-"""What optimizers share: settings, parameter groups, and a base that works on whole parameters and
-on ZeRO's flat shards alike.
-"""
+"""What optimizers share: settings, groups, a base for whole parameters and ZeRO's shards alike."""
 
 from __future__ import annotations
 
@@ -35,9 +33,10 @@ class OptimizerConfig(Config):
 
     @property
     def needs(self) -> Needs:
-        """What it needs of a shard: "elements" (element by element, or sums over a parameter),
-        "gather" (whole tensors, which it gathers itself) or "tensors" (whole ones in place: ZeRO
-        stage 0 only).
+        """What it needs of a shard.
+
+        "elements" (element by element, or sums over a parameter), "gather" (whole tensors, which it
+        gathers itself) or "tensors" (whole ones in place: ZeRO stage 0 only).
         """
         return "elements"
 
@@ -99,15 +98,16 @@ class ShardOptimizer(torch.optim.Optimizer):
     def __init__(self, groups: Iterable[dict[str, Any]], **defaults: Any):
         super().__init__(list(groups), defaults)
         names = {p: str(i) for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
-        self.shards = Shards.whole(self.param_groups, names)
+        self.shards = Shards.unpartitioned(self.param_groups, names)
 
     def init_state(self, x: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """States before the first step; ``step`` is added."""
         return {}
 
     def update(self, x: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """Change ``x`` in place; ``state["step"]`` counts from 1. Collectives are called for every
-        tensor in the same order on all ranks.
+        """Change ``x`` in place; ``state["step"]`` counts from 1.
+
+        Collectives are called for every tensor in the same order on all ranks.
         """
         raise NotImplementedError
 

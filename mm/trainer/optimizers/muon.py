@@ -1,4 +1,4 @@
-"""Muon: orthogonalised momentum for the hidden matrices, AdamW for everything else."""
+"""Muon: orthogonalize momentum for the hidden matrices, AdamW for everything else."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from mm.registry import OPTIMIZERS
 from mm.trainer.optimizers.base import Needs, OptimizerConfig, ShardOptimizer, adamw_update
 
 
-def orthogonalised(m: Tensor, steps: int = 5) -> Tensor:
-    """``U S' V^T`` of ``m = U S V^T`` `(A, B)`, singular values S' about 0.7 to 1.2: a quintic
-    Newton-Schulz iteration, bfloat16 on a GPU, else float32.
+def orthogonalize(m: Tensor, steps: int = 5) -> Tensor:
+    """``U S' V^T`` of ``m = U S V^T`` `(A, B)`, singular values S' about 0.7 to 1.2.
+
+    A quintic Newton-Schulz iteration, bfloat16 on a GPU, else float32.
 
     Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", its
     coefficients.
@@ -56,7 +57,7 @@ class Muon(ShardOptimizer):
         for ahead, part in self.shards.gather(x, g.lerp(m, group["momentum"])):
             A, B = ahead.shape
             scale = 0.2 * max(A, B) ** 0.5 if group["match_adamw"] else max(1.0, A / B) ** 0.5
-            full = orthogonalised(ahead, group["newton_schulz"])
+            full = orthogonalize(ahead, group["newton_schulz"])
             step = full.reshape(-1)[part.start : part.start + part.n]
             flat[part.at : part.at + part.n].add_(step, alpha=-lr * scale)
 

@@ -14,7 +14,8 @@ from mm.trainer.optimizers.base import OptimizerConfig, ShardOptimizer
 
 
 class ScheduleFreeAdamW(ShardOptimizer):
-    """Gradients are taken at ``y = (1 - b) z + b x``; Adam's steps without momentum move ``z``, and
+    """Gradients are taken at ``y = (1 - b) z + b x``; Adam's steps without momentum move ``z``.
+
     ``x``, the weights to evaluate, is the average of all ``z`` weighted by their squared rates.
 
     The network holds y; x is ``(y - (1 - b) z) / b`` and has no tensor of its own.

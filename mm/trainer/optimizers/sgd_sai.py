@@ -13,8 +13,9 @@ from mm.trainer.optimizers.base import OptimizerConfig, ShardOptimizer
 
 
 class SgdSai(ShardOptimizer):
-    """``m = b m + (1 - b) g``, ``x -= lr (rate m + decay x)``; rate = ``|g| / (std(g) + eps)`` of
-    the parameter's first gradient, kept for good. One state tensor a parameter.
+    """``m = b m + (1 - b) g``, ``x -= lr (rate m + decay x)``, one state tensor a parameter.
+
+    rate = ``|g| / (std(g) + eps)`` of the parameter's first gradient, kept for good.
 
     A gradient without spread (one element, all zero) takes the square root of its size, the ratio
     of a gradient of mean 0.

@@ -1,5 +1,6 @@
-"""Settings of attention against their formulas written out; the laws run their presets
-(test_contract.py), decoding from a cache included.
+"""Settings of attention against their formulas written out.
+
+The laws run their presets (test_contract.py), decoding from a cache included.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from laws import TOL, D, alone, apply, documents, packed
 from torch import Tensor
 
 from mm.kernels.attention import attention
+from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.mask import Full
 from mm.model.context import Ctx
 from mm.model.layer import init_weights
@@ -70,9 +72,8 @@ def test_sinks_of_sdpa(
             for i, (n, h, w) in enumerate(((T, H, 6), (S, G, 6), (S, G, V)))
         )
         sink = randn(H, dtype=dtype, seed=7)
-        # `check` takes positional tensors: all but the last two have their place in the signature.
         bound = lambda q, k, v, sink: attention(
-            q, k, v, allowed, causal=mask == "causal", sink_H=sink, scale=0.3
+            q, k, v, MaskSpec(allowed, mask == "causal"), ScoreSpec(sink_H=sink, scale=0.3)
         )
         outs = {}
         for name, wide in (("sdpa", dtype), ("reference", torch.float64)):
@@ -97,9 +98,10 @@ def test_a_sink_is_softmax_with_one_more_logit() -> None:
     logits = torch.einsum("rthk,rsk->rhts", q, k[:, :, 0]) / 2
     weights = logits.exp() / (logits.exp().sum(-1, keepdim=True) + sink.exp()[:, None, None])
     expected = torch.einsum("rhts,rsv->rthv", weights, v[:, :, 0])
-    torch.testing.assert_close(attention(q, k, v, sink_H=sink), expected)
+    torch.testing.assert_close(attention(q, k, v, score=ScoreSpec(sink_H=sink)), expected)
     torch.testing.assert_close(  # a sink of -inf is none
-        attention(q, k, v, sink_H=torch.full((2,), -1e9).double()), attention(q, k, v)
+        attention(q, k, v, score=ScoreSpec(sink_H=torch.full((2,), -1e9).double())),
+        attention(q, k, v),
     )
 
 
@@ -107,11 +109,13 @@ def test_softcap_bounds_the_logits_and_a_wide_one_does_nothing() -> None:
     q, k, v = randn(1, 4, 2, 4), randn(1, 4, 2, 4, seed=1), randn(1, 4, 2, 5, seed=2)
     logits = torch.einsum("rthk,rshk->rhts", q, k) / 2
     expected = torch.einsum("rhts,rshv->rthv", (3 * (logits / 3).tanh()).softmax(-1), v)
-    torch.testing.assert_close(attention(q, k, v, softcap=3.0), expected)
-    torch.testing.assert_close(attention(q, k, v, softcap=1e6), attention(q, k, v))
-    check(attention, "reference", (q, k, v), torch.float64, softcap=2.0, causal=True)
+    bound = lambda cap: attention(q, k, v, score=ScoreSpec(softcap=cap))
+    torch.testing.assert_close(bound(3.0), expected)
+    torch.testing.assert_close(bound(1e6), attention(q, k, v))
+    specs = {"mask": MaskSpec(causal=True), "score": ScoreSpec(softcap=2.0)}
+    check(attention, "reference", (q, k, v), torch.float64, **specs)
     with attention.using("reference"):
-        assert torch.autograd.gradcheck(lambda *a: attention(*a, softcap=2.0), (q, k, v))
+        assert torch.autograd.gradcheck(lambda *a: attention(*a, score=specs["score"]), (q, k, v))
 
 
 # ---- the layer ----

@@ -139,7 +139,7 @@ def test_a_causal_model_refuses_them_by_name(kind: str) -> None:
 def test_linformer_refuses_longer_documents_by_name() -> None:
     layer = build("linformer", max_len=4)
     assert not layer.caps.length_general
-    with pytest.raises(UserError, match="linformer knows places up to 4: a document has 5"):
+    with pytest.raises(UserError, match="linformer knows positions up to 4: a document has 5"):
         alone(layer, documents(5)[0])
 
 

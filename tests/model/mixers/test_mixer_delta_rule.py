@@ -12,9 +12,9 @@ from mm.kernels.delta_rule import delta_rule
 from mm.layout import Layout
 from mm.model.backbones.stack import StackConfig
 from mm.model.layer import init_weights
+from mm.model.length_buckets import LengthBuckets
 from mm.model.mixers.conv.state import ShortConv
 from mm.model.mixers.linear_attention.delta_rule import DeltaRule, DeltaRuleConfig
-from mm.model.varlen import LengthBuckets
 
 SETTINGS = {
     "plain": {},
@@ -140,8 +140,10 @@ def test_a_draft_of_many_tokens_is_accepted_in_part(settings: dict[str, object])
 
 @pytest.mark.parametrize("negative", [True, False])
 def test_negative_eigenvalues_track_parity(negative: bool) -> None:
-    """A write at the start, then a reflection for every 1: the sign of the output is the parity of
-    500 bits. Without negative eigenvalues the same weights forget it.
+    """A write at the start, then a reflection for every 1.
+
+    The sign of the output is the parity of 500 bits. Without negative eigenvalues the same weights
+    forget it.
     """
     layer = build(heads=1, key_dim=2, value_dim=2, conv_size=1, negative_eigenvalues=negative)
     bits = torch.randint(2, (500,), generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,8 @@ from laws import TOL, D, alone, documents
 from torch import Tensor
 from torch.nn import functional as F
 
-from mm.kernels.path_attention import moved_keys, path_attention
+from mm.kernels.attention.spec import MaskSpec, ScoreSpec
+from mm.kernels.path_attention import move_keys, path_attention
 from mm.model.layer import Layer, init_weights
 from mm.registry import MIXERS
 
@@ -75,9 +76,10 @@ def test_path_blocks_equal_the_reference(T: int, P: int, masked: bool, gated: bo
         allowed[:, 0] = False
     outs = {}
     for name in ("reference", "blocks"):
-        with path_attention.using(name), moved_keys.using(name):
-            y = path_attention(*inputs, allowed, None, *fades)
-            keys = moved_keys(inputs[1], *inputs[3:])
+        with path_attention.using(name), move_keys.using(name):
+            score = ScoreSpec(**dict(zip(("fade_RTH", "fade_RSH"), fades, strict=False)))
+            y = path_attention(*inputs, MaskSpec(allowed), score)
+            keys = move_keys(inputs[1], *inputs[3:])
         loss = (y * y.detach().cos()).sum() + (keys * keys.detach().sin()).sum()
         outs[name] = [y, keys, *torch.autograd.grad(loss, [*inputs, *fades])]
     for got, expected in zip(outs["blocks"], outs["reference"], strict=True):
@@ -101,7 +103,7 @@ def test_path_fox_adds_the_sum_of_log_gates_to_the_papers_product() -> None:
     q, k, v, w, beta = path_inputs(1, 7, 0)
     kept = F.logsigmoid(torch.randn(1, 7, 2, dtype=torch.float64))
     c = kept.cumsum(1)
-    y = path_attention(q, k, v, w, beta, None, None, c, c)
+    y = path_attention(q, k, v, w, beta, score=ScoreSpec(fade_RTH=c, fade_RSH=c))
     for h in range(2):
         head = [q[0, :, h], *(x[0, :, 0] for x in (k, v, w, beta)), kept[0, :, h]]
         torch.testing.assert_close(y[0, :, h], naive_path(*head), **TOL)

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.kernels.attention import attention
+from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.layout import Fields
 from mm.mask import Mask
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
+from mm.model.length_buckets import LengthBuckets
 from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import TailedKV
 from mm.model.mixers.attention.forget_gate import ForgetGate, ForgetKV, faded_from, forget_bias
@@ -27,7 +29,7 @@ from mm.model.mixers.attention.token_shift import TokenShift
 from mm.model.mixers.conv.state import DraftTail, Tail
 from mm.model.norm import HeadNorm, RMSNorm
 from mm.model.positions.base import Position
-from mm.model.varlen import LengthBuckets, PackedRows, narrowed, paired
+from mm.model.varlen import PackedRows, narrowed, paired
 from mm.registry import MIXERS, PositionField
 from mm.state import State
 
@@ -196,7 +198,7 @@ class Attention(Mixer):
             faded = kept.cumsum(1) if kept is not None else None
             scores = self._scores(q, f, f, faded, faded)
             true = ctx.layout.fields
-            return attention(q, k, v, mask.dense(true, true), **scores)
+            return attention(q, k, v, MaskSpec(mask.dense(true, true)), scores)
         parts = [q, k, v]
         if kept is not None:
             parts.append(kept)
@@ -210,8 +212,8 @@ class Attention(Mixer):
                 position, document, modality, *extra = rest
                 gf = Fields(position, document, modality, dict(zip(f.extra, extra, strict=True)))
             scores = self._scores(gq, gf, gf, faded, faded)
-            assert group.how is not None
-            done.append(attention(gq, gk, gv, **group.how, **scores))
+            assert group.mask is not None
+            done.append(attention(gq, gk, gv, group.mask, scores))
         return groups.join(done, B, T)
 
     def _forward_cached(
@@ -258,29 +260,24 @@ class Attention(Mixer):
             )
         keys, values, known = seen[0]
         scores = self._scores(q, f, known, faded, seen[1][0][..., 0] if gates is not None else None)
-        y = attention(q, keys.to(q.dtype), values.to(v.dtype), mask.dense(f, known), **scores)
+        seen_by = MaskSpec(mask.dense(f, known))
+        y = attention(q, keys.to(q.dtype), values.to(v.dtype), seen_by, scores)
         if not in_place:
             after = [advance(s, a, b, f, docs, ctx.draft) for s, a, b in parts]
         return docs.pack(y, B, T), after[0] if gates is None else ForgetKV(*after)
 
     def _scores(
         self, q: Tensor, fq: Fields, fk: Fields, faded_q: Tensor | None, faded_k: Tensor | None
-    ) -> dict[str, Any]:
-        """What changes the scores, as arguments of `attention`; only those that are set."""
-        made: dict[str, Any] = {}
-        if self.scored:
-            made = dict(self.position.scores(q, fq, fk))
+    ) -> ScoreSpec:
+        """What changes the scores: position, forget gates, soft-cap and sinks."""
+        score = self.position.scores(q, fq, fk) if self.scored else ScoreSpec()
         if faded_q is not None and faded_k is not None:
-            if "fade_RTH" in made:  # two distances do not add up to one
-                bias, other = forget_bias(faded_q, faded_k), made.get("bias_RHTS")
-                made["bias_RHTS"] = bias if other is None else bias + other
+            if score.fade_RTH is not None:  # two distances do not add up to one
+                bias, other = forget_bias(faded_q, faded_k), score.bias_RHTS
+                score = score._replace(bias_RHTS=bias if other is None else bias + other)
             else:
-                made |= {"fade_RTH": faded_q, "fade_RSH": faded_k}
-        if self.softcap is not None:
-            made["softcap"] = self.softcap
-        if self.sink is not None:
-            made["sink_H"] = self.sink
-        return made
+                score = score._replace(fade_RTH=faded_q, fade_RSH=faded_k)
+        return score._replace(softcap=self.softcap, sink_H=self.sink)
 
     @property
     def reach(self) -> int | None:

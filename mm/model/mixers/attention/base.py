@@ -15,15 +15,17 @@ from torch import Tensor
 
 from mm.config import Config
 from mm.kernels.attention import attention
+from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.layout import Fields
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer
+from mm.model.length_buckets import LengthBuckets
 from mm.model.mixers.attention.kv_cache import KV, DraftKV, advance
 from mm.model.mixers.conv.state import DraftTail, Tail
 from mm.model.norm import RMSNorm
 from mm.model.positions.base import Position
 from mm.model.positions.randomised import refuse_drawn
-from mm.model.varlen import LengthBuckets, PackedRows, paired
+from mm.model.varlen import PackedRows, paired
 from mm.registry import PositionField
 from mm.state import DataclassState
 
@@ -97,7 +99,8 @@ class CachedAttention(Mixer):
         """Outputs `(R, T, ...)` of rows of one document; ``cached``: the keys come from the
         cache.
         """
-        return attention(q_RTHK, k_RSGK, v_RSGV, allowed_RTS, causal=causal, bias_RHTS=bias_RHTS)
+        mask, score = MaskSpec(allowed_RTS, causal), ScoreSpec(bias_RHTS)
+        return attention(q_RTHK, k_RSGK, v_RSGV, mask, score)
 
     def prefetch(self, ctx: Ctx, serving: bool) -> None:
         if not serving:

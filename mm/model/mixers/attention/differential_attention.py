@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.kernels.attention import attention
+from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.model.context import Ctx
 from mm.model.layer import LinearFactory, Out
 from mm.model.linears.dense import dense
@@ -96,9 +97,8 @@ class DifferentialAttention(CachedAttention):
             q_RTHK,
             k_RSGK.reshape(R, S, 2 * G, self.width),
             v_RSGV.repeat_interleave(2, dim=2),
-            allowed_RTS,
-            causal=causal,
-            bias_RHTS=bias_RHTS,
+            MaskSpec(allowed_RTS, causal),
+            ScoreSpec(bias_RHTS),
         )
         first, second = o.view(R, T, G, 2, self.heads // G, V).unbind(3)
         return (first - self.balance().to(o.dtype) * second).flatten(2, 3)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.kernels.attention import attention
+from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.model.context import Ctx
 from mm.model.layer import LinearFactory, Out
 from mm.model.linears.dense import dense
@@ -92,23 +93,19 @@ class LatentAttention(CachedAttention):
         bias_RHTS: Tensor | None,
         cached: bool,
     ) -> Tensor:
+        mask, score = MaskSpec(allowed_RTS, causal), ScoreSpec(bias_RHTS, scale=self.scale)
         K = self.widths[0]
         key_up, value_up = self.key_up.to(q_RTHK.dtype), self.value_up.to(q_RTHK.dtype)
         latent = k_RSGK[..., : self.latent]
         if cached:
             raised = torch.einsum("rthk,hkc->rthc", q_RTHK[..., :K], key_up)
             q = torch.cat((raised, q_RTHK[..., K:]), dim=-1)
-            o = attention(
-                q, k_RSGK, latent, allowed_RTS, causal=causal, bias_RHTS=bias_RHTS,
-                scale=self.scale,
-            )  # fmt: skip
+            o = attention(q, k_RSGK, latent, mask, score)
             return torch.einsum("rthc,hcv->rthv", o, value_up)
         rotary = k_RSGK[..., self.latent :].expand(-1, -1, self.heads, -1)
         k = torch.cat((torch.einsum("rsc,hkc->rshk", latent[:, :, 0], key_up), rotary), dim=-1)
         v = torch.einsum("rsc,hcv->rshv", latent[:, :, 0], value_up)
-        return attention(
-            q_RTHK, k, v, allowed_RTS, causal=causal, bias_RHTS=bias_RHTS, scale=self.scale
-        )
+        return attention(q_RTHK, k, v, mask, score)
 
 
 @MIXERS.register("latent_attention")

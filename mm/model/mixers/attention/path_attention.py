@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.kernels.path_attention import moved_keys, path_attention
+from mm.kernels.attention.spec import MaskSpec, ScoreSpec
+from mm.kernels.path_attention import move_keys, path_attention
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Out
 from mm.model.linears.dense import dense
@@ -50,7 +51,7 @@ class DraftPath(DataclassState):
         beta = self.beta.masked_fill(~kept[..., None], 0)
         keys = torch.cat((base.k.transpose(1, 2).to(self.kv.k.dtype), self.kv.k), dim=1)
         if L:
-            keys = moved_keys(keys, w, beta)
+            keys = move_keys(keys, w, beta)
         old, new = keys.split((base.k.shape[2], L), dim=1)
         moved = replace(base, k=old.transpose(1, 2).to(base.k.dtype).contiguous())
         kv = replace(self.kv, base=moved, k=new.to(self.kv.k.dtype))
@@ -141,7 +142,8 @@ class PathAttention(GroupedAttention):
         """
         *kept, allowed, _, _, _ = rest
         faded = kept[0].cumsum(1) if kept else None
-        return path_attention(q_RTHK, k_RTGK, v_RTGV, w_RTGK, beta_RTG, allowed, None, faded, faded)
+        mask, score = MaskSpec(allowed), ScoreSpec(fade_RTH=faded, fade_RSH=faded)
+        return path_attention(q_RTHK, k_RTGK, v_RTGV, w_RTGK, beta_RTG, mask, score)
 
     def _forward_cached(
         self,
@@ -160,15 +162,16 @@ class PathAttention(GroupedAttention):
         keys = torch.cat((past_k.transpose(1, 2).to(k.dtype), k), dim=1)
         values = torch.cat((past_v.transpose(1, 2).to(v.dtype), v), dim=1)
         known = paired(lambda old, new: torch.cat((old, new), dim=1), past_f, f)
-        allowed, fades = ctx.mask.dense(f, known), ()
+        mask, score = MaskSpec(ctx.mask.dense(f, known)), ScoreSpec()
         drafted_gate: KV | DraftKV | None = None
         if gates is not None:
             faded = faded_from(gates, kept[0], docs)
             before = gates.past(docs, f)[0][..., 0].transpose(1, 2)
-            fades = (faded, torch.cat((before.to(faded.dtype), faded), dim=1))
+            both = torch.cat((before.to(faded.dtype), faded), dim=1)
+            score = ScoreSpec(fade_RTH=faded, fade_RSH=both)
             none = faded.new_empty(*faded.shape, 0)
             drafted_gate = advance(gates, faded[..., None], none, f, docs, True)
-        y = path_attention(q, keys, values, w, beta, allowed, None, *fades)
+        y = path_attention(q, keys, values, w, beta, mask, score)
         drafted = advance(cache, k, v, f, docs, True)
         assert isinstance(drafted, DraftKV)
         taken = docs.written(cache.count.shape[0]).take

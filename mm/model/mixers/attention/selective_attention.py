@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mm.kernels.attention import attention
+from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Out
 from mm.model.linears.dense import dense
@@ -122,7 +123,7 @@ class SelectiveAttention(GroupedAttention):
     ) -> Tensor:
         F = -masked_RTS[:, None]
         F = F if bias is None else F + bias
-        return attention(q, k, v, allowed, causal=causal, bias_RHTS=F)
+        return attention(q, k, v, MaskSpec(allowed, causal), ScoreSpec(F))
 
     def _forward_cached(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Ctx, state: SelectedKV

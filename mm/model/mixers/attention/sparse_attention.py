@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mm.kernels.attention import attention
+from mm.kernels.attention.spec import MaskSpec
 from mm.model.layer import LinearFactory
 from mm.model.mixers.attention.placed import PlacedAttention, PlacedConfig, read_all
 from mm.registry import MIXERS
@@ -53,7 +54,7 @@ class SparseAttention(PlacedAttention):
         self, q_RLHK: Tensor, k_RSGK: Tensor, v_RSGK: Tensor, at_RL: Tensor, of_RS: Tensor
     ) -> Tensor:
         done = [
-            attention(q, k, v, self.sees(at_RL, of_RS, use))
+            attention(q, k, v, MaskSpec(self.sees(at_RL, of_RS, use)))
             for use, q, k, v in self._shares(q_RLHK, k_RSGK, v_RSGK)
         ]
         return torch.cat(done, dim=2)

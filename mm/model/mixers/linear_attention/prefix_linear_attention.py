@@ -17,7 +17,7 @@ from mm.config import Config
 from mm.errors import UserError
 from mm.kernels.linear_attention import linear_attention
 from mm.model.context import Ctx
-from mm.model.layer import Caps, LinearFactory, Mixer, Out
+from mm.model.layer import Caps, LinearFactory, Mixer, Out, zero_gradient_touch
 from mm.model.linears.dense import dense
 from mm.model.mixers.linear_attention.linear_attention import (
     EPS,
@@ -25,7 +25,7 @@ from mm.model.mixers.linear_attention.linear_attention import (
     LinearAttentionConfig,
     append_ones,
 )
-from mm.model.mixers.wrappers.reverse import both_ways, refuse_state, zero_gradient_touch
+from mm.model.mixers.wrappers.reverse import both_ways, refuse_state
 from mm.registry import MIXERS, MixerField
 from mm.state import State, join_parts, parts_of
 
