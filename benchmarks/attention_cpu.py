@@ -1,5 +1,7 @@
-"""Attention on one CPU thread against the variants of SDPA: forward and backward, medians of
-interleaved pairs, in processor time (one thread: other jobs add little to it).
+"""Attention on one CPU thread against the variants of SDPA.
+
+Forward and backward, medians of interleaved pairs, in processor time (one thread: other jobs add
+little to it).
 
     OMP_NUM_THREADS=1 python benchmarks/attention_cpu.py [--length 4096] [--repeats 7] [--only NAME]
 

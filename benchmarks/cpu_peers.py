@@ -100,8 +100,9 @@ class PlainBlock(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """What nanoGPT computes (it is no package): learned positions, LayerNorm, GELU, a tied head;
-    its feed-forward layer is as wide as has as many weights as the others' SwiGLU.
+    """What nanoGPT computes (it is no package): learned positions, LayerNorm, GELU, a tied head.
+
+    Its feed-forward layer is as wide as has as many weights as the others' SwiGLU.
     """
 
     def __init__(self) -> None:

@@ -47,8 +47,10 @@ def bare(config: Path, changes: list[str]) -> float:
 
 
 def trained(config: Path, changes: list[str], out: Path, stage: int, more: int) -> float:
-    """The same of `mm train`: what ``more`` steps take after the first 20, so that starting does
-    not count; it varies by some 0.2 s.
+    """The same of `mm train`.
+
+    What ``more`` steps take after the first 20, so that starting does not count; it varies by some
+    0.2 s.
     """
     spent = []
     for steps in (20, 20 + more):

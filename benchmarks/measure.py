@@ -1,5 +1,7 @@
-"""Interleaved timing for the benchmarks: processor time of this process, so that other jobs on the
-machine matter little, and ratios of neighbouring runs, so that its changing speed matters less.
+"""Interleaved timing for the benchmarks.
+
+Processor time of this process, so that other jobs on the machine matter little, and ratios of
+neighbouring runs, so that its changing speed matters less.
 """
 
 from __future__ import annotations

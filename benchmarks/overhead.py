@@ -76,8 +76,9 @@ class Spans:
         self._now, self._begun = {}, self._clock()
 
     def medians(self) -> dict[str, dict[str, float]]:
-        """Median seconds of each part over the steps after the warm ones; "ours" is what a step
-        takes outside the engine.
+        """Median seconds of each part over the steps after the warm ones.
+
+        "ours" is what a step takes outside the engine.
         """
         kept = [step | {"ours": _outside(step)} for step in self.steps[WARM:]]
         names = sorted({name for step in kept for name in step})

@@ -75,8 +75,9 @@ def cpu_threads(asked: int | None = None) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next allocation, up to 32 MiB a piece; ``MALLOC_*`` or
-    ``GLIBC_TUNABLES`` in the environment win, other systems are left alone.
+    """Let glibc keep what is freed for the next allocation, up to 32 MiB a piece.
+
+    ``MALLOC_*`` or ``GLIBC_TUNABLES`` in the environment win, other systems are left alone.
 
     Otherwise every tensor of some 100 KiB is new pages from the system, which clears them: a third
     of the time of a linear mixer at 16k tokens.
@@ -97,8 +98,9 @@ def free_port() -> int:
 
 
 def cpu_has_bf16() -> bool:
-    """True when the CPU multiplies bf16 matrices in hardware (AVX512-BF16 or AMX); emulation is
-    slower than fp32.
+    """True when the CPU multiplies bf16 matrices in hardware (AVX512-BF16 or AMX).
+
+    Emulation is slower than fp32.
     """
     try:
         text = Path("/proc/cpuinfo").read_text()

@@ -1,5 +1,6 @@
-"""Batch: the only type that data and model share; and Sum, the only form in which a loss or
-statistic travels.
+"""Batch: the only type that data and model share.
+
+And Sum, the only form in which a loss or statistic travels.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ class Sum(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """Continuous data of G items and their RESERVED places; an item may turn out shorter than its
-    ``room``.
+    """Continuous data of G items and their RESERVED places.
+
+    An item may turn out shorter than its ``room``.
 
     Never empty: a rank without this modality carries one zero item with room 0, so that the module
     runs on all ranks.

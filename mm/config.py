@@ -1,5 +1,6 @@
-"""Typed configuration: frozen pydantic models, YAML with a one-parent `base:`, and `a.b=c`
-overrides.
+"""Typed configuration.
+
+Frozen pydantic models, YAML with a one-parent `base:`, and `a.b=c` overrides.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ SHIPPED = Path(__file__).parent / "configs"
 
 
 class Config(BaseModel):
-    """Base of every config. Frozen; an unknown key is an error that suggests the known one.
-    Subclasses own `build`.
+    """Base of every config.
+
+    Frozen; an unknown key is an error that suggests the known one. Subclasses own `build`.
     """
 
     # Keys that had another name: {"old": "new"}. They are refused with the new name.
@@ -49,8 +51,9 @@ class Config(BaseModel):
 
     @classmethod
     def smallest(cls: type[T]) -> T:
-        """The smallest useful instance: the laws of tests/test_contract*.py run over it. Default:
-        all defaults.
+        """The smallest useful instance: the laws of tests/test_contract*.py run over it.
+
+        Default: all defaults.
         """
         return cls()
 
@@ -76,8 +79,9 @@ def find(path: str | Path, beside: Path | None = None) -> Path:
 def read(
     path: str | Path, beside: Path | None = None, seen: tuple[Path, ...] = ()
 ) -> dict[str, Any]:
-    """Read a YAML and merge it over its `base:`; a null removes a key of the base. Raises UserError
-    on bad YAML or a cycle.
+    """Read a YAML and merge it over its `base:`; a null removes a key of the base.
+
+    Raises UserError on bad YAML or a cycle.
     """
     file = find(path, beside).resolve()
     if file in seen:

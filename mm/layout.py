@@ -1,5 +1,6 @@
-"""Where things stand in a batch: Fields of every place, and the Layout of documents. B rows, T
-tokens, A axes, M documents.
+"""Where things stand in a batch: Fields of every place, and the Layout of documents.
+
+B rows, T tokens, A axes, M documents.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ NONE: Mapping[str, Any] = {}
 
 
 class Fields(NamedTuple):
-    """ALL that a Mask or Position may know of a place. Queries have one, keys have one, a cache
-    stores its own.
+    """ALL that a Mask or Position may know of a place.
+
+    Queries have one, keys have one, a cache stores its own.
     """
 
     # (B, T, A) int32; axis 0 time, then row, column, frame, level; restarts per document. A place

@@ -1,5 +1,6 @@
-"""Who may see whom: pure predicates on the Fields of both sides, closed under & | ~. Every op ANDs
-"same document".
+"""Who may see whom: pure predicates on the Fields of both sides, closed under & | ~.
+
+Every op ANDs "same document".
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ Hint = Literal["causal", "full", "window", "general"]
 
 
 class Mask(ABC):
-    """Predicate on (reader, read) Fields. ``hint`` is what a kernel may exploit, ``reach`` bounds
-    the cache.
+    """Predicate on (reader, read) Fields.
+
+    ``hint`` is what a kernel may exploit, ``reach`` bounds the cache.
     """
 
     hint: ClassVar[Hint] = "general"

@@ -23,8 +23,9 @@ C = TypeVar("C", bound=type[Config])
 
 
 class Registry:
-    """Names of one plug point. A registered class is a `Config` whose ``kind`` is its name and
-    which owns ``build``.
+    """Names of one plug point.
+
+    A registered class is a `Config` whose ``kind`` is its name and which owns ``build``.
     """
 
     every: dict[str, Registry] = {}
@@ -37,8 +38,9 @@ class Registry:
         Registry.every[name] = self
 
     def register(self, kind: str) -> Callable[[C], C]:
-        """Class decorator: bind ``kind`` to a Config class. Raises ValueError on a second class of
-        that name.
+        """Class decorator: bind ``kind`` to a Config class.
+
+        Raises ValueError on a second class of that name.
         """
 
         def bind(cls: C) -> C:
@@ -66,8 +68,9 @@ class Registry:
         return kind in self._modules
 
     def get(self, kind: str) -> type[Config]:
-        """Return the Config class of ``kind``, importing its module. Raises UserError with a
-        suggestion.
+        """Return the Config class of ``kind``, importing its module.
+
+        Raises UserError with a suggestion.
         """
         if kind not in self._modules:
             load_plugins()

@@ -1,5 +1,6 @@
-"""Raw data and tokens before torch: Sample, Segment, TokenSpec, Encoded, and the two plug points
-that make them.
+"""Raw data and tokens before torch.
+
+Sample, Segment, TokenSpec, Encoded, and the two plug points that make them.
 """
 
 from __future__ import annotations
@@ -50,9 +51,11 @@ class TokenSpec(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Tokens of one item. ``ids`` (L,) int32 codes that start at 0, flattened book by book within a
-    frame
-    (book q adds q * vocab_size); ``side``: what decode needs besides (length, size, scale)."""
+    """Tokens of one item.
+
+    ``ids`` (L,) int32 codes that start at 0, flattened book by book within a frame (book q adds q *
+    vocab_size); ``side``: what decode needs besides (length, size, scale).
+    """
 
     ids: Any = None
     values: Any = None
@@ -60,8 +63,9 @@ class Encoded(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """One modality's run in a sequence. ``ids`` are local codes (from 0); packing adds the
-    vocabulary range, begin and end.
+    """One modality's run in a sequence.
+
+    ``ids`` are local codes (from 0); packing adds the vocabulary range, begin and end.
 
     ``role`` is "target" (has loss) or "condition" (has none); a condition with ids None is the null
     condition.
@@ -82,20 +86,23 @@ class Segment(NamedTuple):
 
 
 class Transform(ABC):
-    """Plug point of the data workers; the only thing that may change lengths. Pure in (segments,
-    rng).
+    """Plug point of the data workers; the only thing that may change lengths.
+
+    Pure in (segments, rng).
     """
 
     @abstractmethod
     def __call__(self, segments: list[Segment], rng: Any) -> list[Segment] | None:
-        """Return the new segments, or None to filter the sample out. ``rng`` is a numpy Generator
-        of this sample alone.
+        """Return the new segments, or None to filter the sample out.
+
+        ``rng`` is a numpy Generator of this sample alone.
         """
 
 
 class ModalityTokenizer(ABC):
-    """Plug point: raw values to tokens and back. Saved as a folder; its fingerprint covers config
-    and weights.
+    """Plug point: raw values to tokens and back.
+
+    Saved as a folder; its fingerprint covers config and weights.
     """
 
     spec: TokenSpec
@@ -106,13 +113,15 @@ class ModalityTokenizer(ABC):
 
     @abstractmethod
     def decode(self, codes: Sequence[Encoded]) -> list[Any]:
-        """Raw values of each code; never raises on ids in range, whatever their length (generated
-        ids are not perfect).
+        """Raw values of each code.
+
+        Never raises on ids in range, whatever their length (generated ids are not perfect).
         """
 
     def code_vectors(self) -> Any:
-        """`(spec.n_ids, C)` float32 vectors that say which codes are alike (a codebook), or None:
-        they may seed embeddings.
+        """`(spec.n_ids, C)` float32 vectors that say which codes are alike (a codebook), or None.
+
+        They may seed embeddings.
         """
         return None
 

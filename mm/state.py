@@ -12,8 +12,9 @@ from torch import Tensor
 
 
 class State(ABC):
-    """Tree of tensors over slots. A forward consumes it; `fork` to keep it. States are
-    differentiable inputs.
+    """Tree of tensors over slots.
+
+    A forward consumes it; `fork` to keep it. States are differentiable inputs.
     """
 
     @abstractmethod
@@ -21,8 +22,9 @@ class State(ABC):
         """Apply ``f`` leaf by leaf (to the same leaf of every tree)."""
 
     def accept(self, n_N: Tensor) -> State:
-        """After a draft call: the state as if only ``n_N[i]`` tokens of slot i had come. `(N,)`
-        int.
+        """After a draft call: the state as if only ``n_N[i]`` tokens of slot i had come.
+
+        `(N,)` int.
 
         Raises:
             ValueError: the State is not of a draft call.
@@ -59,8 +61,9 @@ class State(ABC):
 
 
 def map_tree(f: Callable[..., Tensor], *trees: Any) -> Any:
-    """Apply ``f`` over tensors, States, tuples and mappings of the same shape; None and host values
-    stay.
+    """Apply ``f`` over tensors, States, tuples and mappings of the same shape.
+
+    None and host values stay.
     """
     first = trees[0]
     if isinstance(first, Tensor):
@@ -112,8 +115,9 @@ class StateTuple(State):
 
 
 def join_parts(*parts: State | None) -> State | None:
-    """The State of something whose parts have these: of the one part, or a StateTuple; None when
-    none has any.
+    """The State of something whose parts have these: of the one part, or a StateTuple.
+
+    None when none has any.
     """
     if len(parts) == 1:
         return parts[0]

@@ -50,8 +50,9 @@ class Vocabulary(NamedTuple):
         return tuple(spec.modality for spec in self.ranges)
 
     def add(self, spec: TokenSpec) -> Vocabulary:
-        """Append a range. Raises UserError when the modality is there already with another
-        fingerprint.
+        """Append a range.
+
+        Raises UserError when the modality is there already with another fingerprint.
         """
         for old in self.ranges:
             if old.modality == spec.modality:
@@ -85,8 +86,9 @@ class Vocabulary(NamedTuple):
         )
 
     def modality_of(self, ids: np.ndarray) -> np.ndarray:
-        """Modality number of each id (begin and end included); 0 for control tokens and out-of-
-        range ids.
+        """Modality number of each id (begin and end included).
+
+        0 for control tokens and out-of- range ids.
         """
         borders = np.cumsum([RESERVED, *(spec.n_ids + 2 for spec in self.ranges)])
         index = np.searchsorted(borders, ids, side="right")
@@ -124,8 +126,9 @@ class Vocabulary(NamedTuple):
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
-        """Read a saved vocabulary. Raises UserError when it is missing, unreadable or fails its
-        hash.
+        """Read a saved vocabulary.
+
+        Raises UserError when it is missing, unreadable or fails its hash.
         """
         path = Path(path)
         if not path.is_file():

@@ -135,8 +135,9 @@ def documents(*lengths: int, seed: int = 0) -> list[Tensor]:
 
 
 def alone(layer: Layer, x_TD: Tensor) -> Tensor:
-    """What the layer makes of one whole document in a call of its own: the meaning that all other
-    ways must match.
+    """What the layer makes of one whole document in a call of its own.
+
+    The meaning that all other ways must match.
     """
     return apply(layer, x_TD[None], Layout.plain(1, len(x_TD))).y[0]
 
@@ -145,8 +146,9 @@ Chunk = tuple[int, Tensor, int]  # slot, tokens, how many of its document came b
 
 
 def packed(rows: list[list[Chunk]], pad: int = 0, **doc: Any) -> tuple[Tensor, Layout]:
-    """Lay chunks of several slots out in rows, each row padded to the longest and by ``pad``;
-    padding holds large numbers.
+    """Lay chunks of several slots out in rows, each row padded to the longest and by ``pad``.
+
+    Padding holds large numbers.
     """
     T = max(sum(len(x) for _, x, _ in row) for row in rows) + pad
     layout = Layout.from_rows(

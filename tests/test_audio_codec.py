@@ -142,8 +142,9 @@ def test_knobs_are_a_function_of_the_step():
 def fit(
     net: AudioCodec, config: CodecConfig, steps: int, critic=None, fixed=()
 ) -> list[dict[str, float]]:
-    """The trainer's loop without an engine: what the objective yields, in the order in which it
-    yields it.
+    """The trainer's loop without an engine.
+
+    What the objective yields, in the order in which it yields it.
     """
     objective = config.build()
     nets = {"model": net} | ({"critic": critic} if critic is not None else {})

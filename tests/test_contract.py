@@ -1,5 +1,6 @@
-"""The laws of the contract, over whatever is registered: a new file is covered on the day it is
-registered.
+"""The laws of the contract, over whatever is registered.
+
+A new file is covered on the day it is registered.
 
 `packed = separate`, `full = chunked = step`, `draft and accept`, `slots`, `causality`, `no leak`,
 `state bytes`, `matrix form`, `recompute`. The others: test_contract_build.py,
@@ -46,8 +47,9 @@ from mm.model.layer import Layer, LinearMixer
 
 
 def test_every_layer_says_how_its_output_lags() -> None:
-    """The helpers here compare output t with output t; the first layer with lookahead must teach
-    them its shift and flush.
+    """The helpers here compare output t with output t.
+
+    The first layer with lookahead must teach them its shift and flush.
     """
     for name in VARIANTS:
         assert build(name).caps.lookahead == 0, name
@@ -124,8 +126,9 @@ def test_gradients_of_serving_equal_those_of_whole(name: str, plan: str) -> None
 def test_draft_and_accept_equal_having_fed_the_prefix(
     name: str, accepted: tuple[int, ...], aligned: bool
 ) -> None:
-    """Slots draft 3, 2 and 4 tokens, of which some are wrong guesses; slot 1 is fresh: its draft
-    call is its first.
+    """Slots draft 3, 2 and 4 tokens, of which some are wrong guesses; slot 1 is fresh.
+
+    Its draft call is its first.
     """
     layer = build(name)
     docs, drafted, before = documents(9, 6, 9), (3, 2, 4), (4, 0, 3)
@@ -432,8 +435,9 @@ def test_recomputation_is_bit_exact_and_a_forward_changes_nothing(
 
 
 def test_reentrant_checkpointing_is_nowhere() -> None:
-    """It loses gradients of returned States and of published values silently; DeepSpeed's own is
-    reentrant.
+    """It loses gradients of returned States and of published values silently.
+
+    DeepSpeed's own is reentrant.
     """
     banned = re.compile(
         r"use_reentrant\s*=\s*True|deepspeed\.checkpointing|activation_checkpointing"

@@ -19,10 +19,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 CONTRACT, BUILD = "tests/test_contract.py", "tests/test_contract_build.py"
+PAIRS = "tests/composition/test_composition_pairs.py"
 LAWS = {  # example -> (files of laws, what chooses it, tests that must have run)
-    "mixer_ema": ([CONTRACT, BUILD], "mixer:ema", 30),
+    "mixer_ema": ([CONTRACT, BUILD, PAIRS], "mixer:ema or (composition and ema)", 35),
     "ffn_relu2": ([CONTRACT, BUILD], "ffn:relu2", 30),
-    "adapter_mlp": ([BUILD], "adapter-mlp", 1),
+    "adapter_mlp": ([BUILD, PAIRS], "mlp", 6),
     "tokenizer_mu_law": (["tests/test_contract_tokenizers.py"], "mu_law", 10),
     "objective_truncated": (["tests/trainer/test_contract_training.py"], "truncated_next_token", 1),
 }

@@ -322,8 +322,9 @@ def test_no_file_shadows_a_library() -> None:
 
 
 def test_reentrant_checkpointing_is_banned() -> None:
-    """It loses gradients silently at ZeRO-0 and asserts at ZeRO-3; DeepSpeed's own is always
-    reentrant.
+    """It loses gradients silently at ZeRO-0 and asserts at ZeRO-3.
+
+    DeepSpeed's own is always reentrant.
     """
     for file, tree in TREES.items():
         for node in ast.walk(tree):

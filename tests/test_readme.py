@@ -40,8 +40,9 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 
 def commands(text: str = README) -> list[str]:
-    """Every line of the bash blocks, without its comment; a `for` loop gives one command for each
-    word.
+    """Every line of the bash blocks, without its comment.
+
+    A `for` loop gives one command for each word.
     """
     out = []
     for line in "".join(blocks("bash", text)).splitlines():
@@ -70,7 +71,8 @@ def test_every_mm_command_parses(command: str) -> None:
     context = node.make_context("mm", list(words))
     rest = list(words)
     while hasattr(node, "get_command"):
-        name, node, rest = node.resolve_command(context, rest)
+        name = rest.pop(0)
+        node = node.get_command(context, name)
         assert node is not None, name
         if not hasattr(node, "get_command"):
             context = node.make_context(name, list(rest), parent=context)
@@ -225,8 +227,9 @@ def test_own_data_in_four_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_quickstart_command(tmp_path: Path) -> None:
-    """What `make quickstart` runs after the install, at 3 % of every training budget: every output
-    is there and sound.
+    """What `make quickstart` runs after the install, at 3 % of every training budget.
+
+    Every output is there and sound.
     """
     out = tmp_path / "quickstart"
     command = [sys.executable, "-m", "mm", "quickstart", "--out", str(out), "--scale", "0.03"]

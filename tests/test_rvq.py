@@ -1,5 +1,6 @@
-"""Residual vector quantisation: more books never hurt, a prefix of the books decodes, codebooks
-follow the data.
+"""Residual vector quantisation.
+
+More books never hurt, a prefix of the books decodes, codebooks follow the data.
 """
 
 from __future__ import annotations

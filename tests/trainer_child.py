@@ -1,5 +1,6 @@
-"""Child of trainer_runs.torchrun, under torchrun: train every run YAML named on the command
-line, in turn.
+"""Child of trainer_runs.torchrun, under torchrun.
+
+Train every run YAML named on the command line, in turn.
 """
 
 import sys

@@ -22,8 +22,9 @@ HERE = Path(__file__).parent
 
 
 def make_run(out: Path, name: str = "run", *, steps: int = 6, stage: int = 1, **change: Any) -> Run:
-    """A run of the toy model; ``change`` merges into data, model, objective, engine, checkpoints or
-    optimizer.
+    """A run of the toy model.
+
+    ``change`` merges into data, model, objective, engine, checkpoints or optimizer.
     """
     toys.vocabulary().save(out / "vocabulary.json")
     part = {"kind": "toy"} | change.get("data", {})

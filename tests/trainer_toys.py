@@ -1,4 +1,5 @@
-"""A tiny language model, a stream and a two-network objective for the trainer's tests; `imports:
+"""A tiny language model, a stream and a two-network objective for the trainer's tests; `imports.
+
 [trainer_toys]`.
 """
 
@@ -41,8 +42,9 @@ class ToyConfig(Config):
 
 
 class ToyLM(nn.Module):
-    """Embedding, a decayed sum over the past, an MLP, a tied output; an image-only matrix and an
-    EMA buffer.
+    """Embedding, a decayed sum over the past, an MLP, a tied output.
+
+    An image-only matrix and an EMA buffer.
     """
 
     def __init__(self, config: ToyConfig, n: int):
@@ -217,8 +219,9 @@ class ToyGanConfig(Config):
 
 
 class ToyGan(Objective):
-    """Next token plus a critic on the hidden states: two networks, two micro-batch passes, a frozen
-    block.
+    """Next token plus a critic on the hidden states.
+
+    Two networks, two micro-batch passes, a frozen block.
     """
 
     networks = {"critic": Network(ToyCriticConfig())}

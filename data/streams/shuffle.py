@@ -23,9 +23,13 @@ def key_of(*parts: object) -> int:
 def splitmix64(x: np.ndarray) -> np.ndarray:
     """Scramble 64-bit integers; a bijection. Source: Steele et al. 2014, SplitMix64 finalizer."""
     with np.errstate(over="ignore"):
-        x = (x ^ (x >> U64(30))) * U64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> U64(27))) * U64(0x94D049BB133111EB)
-        return x ^ (x >> U64(31))
+        return _scramble(x)
+
+
+def _scramble(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> U64(30))) * U64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> U64(27))) * U64(0x94D049BB133111EB)
+    return x ^ (x >> U64(31))
 
 
 def fold_seed(*parts: int) -> int:
@@ -33,7 +37,7 @@ def fold_seed(*parts: int) -> int:
     state = np.zeros(1, U64)
     with np.errstate(over="ignore"):
         for part in parts:
-            state = splitmix64(state + _GOLDEN + U64(part & 0xFFFFFFFFFFFFFFFF))
+            state = _scramble(state + _GOLDEN + U64(part & 0xFFFFFFFFFFFFFFFF))
     return int(state[0]) >> 2
 
 

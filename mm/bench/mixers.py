@@ -78,8 +78,9 @@ class Bench:
         return [n for n in DECODE_AT if n in self.lengths] or [max(self.lengths)]
 
     def run(self, name: str, done: Callable[[], object] = lambda: None) -> list[Row]:
-        """Measure one mixer; ``done`` is called after every length. A mixer that fails its parity
-        test, or that cannot run, has rows without figures.
+        """Measure one mixer; ``done`` is called after every length.
+
+        A mixer that fails its parity test, or that cannot run, has rows without figures.
         """
         lengths = sorted(set(self.lengths))
         try:

@@ -117,8 +117,9 @@ def check(widths: Sequence[int] = WIDTHS, **settings: Any) -> list[Row]:
 
 
 def plot(rows: Sequence[Row], file: Path) -> None:
-    """Draw the changes over the width, log-log: one panel a parametrisation, one line a step and
-    place.
+    """Draw the changes over the width, log-log.
+
+    One panel a parametrisation, one line a step and place.
     """
     from matplotlib.figure import Figure
 

@@ -1,5 +1,6 @@
-"""What the commands share: output as a table and as JSON, overrides, reading prompts. No torch
-here.
+"""What the commands share: output as a table and as JSON, overrides, reading prompts.
+
+No torch here.
 """
 
 from __future__ import annotations
@@ -66,8 +67,9 @@ def is_main() -> bool:
 
 
 def overrides(words: Iterable[str] | None) -> list[str]:
-    """Normalise ``a.b=c``, ``--a.b=c`` and ``--a.b c`` to ``a.b=c``. Raises UserError on a lone
-    word.
+    """Normalise ``a.b=c``, ``--a.b=c`` and ``--a.b c`` to ``a.b=c``.
+
+    Raises UserError on a lone word.
     """
     out: list[str] = []
     pending: str | None = None
@@ -89,8 +91,9 @@ def overrides(words: Iterable[str] | None) -> list[str]:
 
 
 def plain(value: Any) -> Any:
-    """Convert to what JSON can hold: NumPy and torch scalars, arrays, paths, tuples; a non-finite
-    number becomes null.
+    """Convert to what JSON can hold: NumPy and torch scalars, arrays, paths, tuples.
+
+    A non-finite number becomes null.
     """
     if hasattr(value, "_asdict"):
         value = value._asdict()
@@ -108,8 +111,9 @@ def plain(value: Any) -> Any:
 
 
 def write_json(file: Path | None, value: Any) -> None:
-    """Write ``value`` to ``file`` (nothing when None), whole or not at all. Raises UserError when
-    it cannot be written.
+    """Write ``value`` to ``file`` (nothing when None), whole or not at all.
+
+    Raises UserError when it cannot be written.
     """
     if file is None or not is_main():
         return

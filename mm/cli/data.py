@@ -32,8 +32,9 @@ app = typer.Typer(no_args_is_help=True, help=HELP)  # without `pack`, see `full_
 
 
 def pairs(option: str, words: Iterable[str] | None) -> dict[str, str] | None:
-    """Turn ``["image=img_path"]`` into a mapping; None when nothing was given. Raises UserError on
-    another form.
+    """Turn ``["image=img_path"]`` into a mapping; None when nothing was given.
+
+    Raises UserError on another form.
     """
     if not words:
         return None

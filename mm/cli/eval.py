@@ -119,8 +119,9 @@ def figure_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def figure_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Turn a task's flat figures into rows: ``x_accuracy`` takes ``x_chance``, ``x_n``,
-    ``x_judge_on_real_accuracy`` along.
+    """Turn a task's flat figures into rows.
+
+    ``x_accuracy`` takes ``x_chance``, ``x_n``, ``x_judge_on_real_accuracy`` along.
     """
     rows = []
     for name, value in figures.items():

@@ -111,8 +111,9 @@ def chosen_sampling(run: Path, conditions: Iterable[str], to: str) -> dict[str, 
 
 
 def read_prompt(given: dict[str, Any], to: str) -> dict[str, Any]:
-    """Raw values of the given conditions; one of the modality that is generated comes last, because
-    it is continued.
+    """Raw values of the given conditions.
+
+    One of the modality that is generated comes last, because it is continued.
 
     Raises:
         UserError: a file is missing or cannot be decoded.
@@ -135,8 +136,9 @@ def read_prompt(given: dict[str, Any], to: str) -> dict[str, Any]:
 
 
 def numbered(out: Path | None, i: int, n: int) -> Path:
-    """File of output ``i`` of ``n``: ``out`` itself, or ``out_00``, ``out_01`` ... before its
-    suffix.
+    """File of output ``i`` of ``n``.
+
+    ``out`` itself, or ``out_00``, ``out_01`` ... before its suffix.
     """
     assert out is not None
     return out if n == 1 else out.with_name(f"{out.stem}_{i:02d}{out.suffix}")

@@ -1,5 +1,6 @@
-"""`mm`: the command line. Each command is its own module, imported when it is called; torch only
-when it runs.
+"""`mm`: the command line.
+
+Each command is its own module, imported when it is called; torch only when it runs.
 """
 
 from __future__ import annotations
@@ -39,9 +40,12 @@ ENVIRONMENT = {
 
 
 class LazyGroup(typer.core.TyperGroup):
-    """A group whose commands are modules ``mm.cli.<name>`` holding an ``app``; typer itself has no
-    lazy groups.
+    """A group whose commands are modules ``mm.cli.<name>`` holding an ``app``.
+
+    Typer itself has no lazy groups.
     """
+
+    listing = False
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         return list(COMMANDS)
@@ -52,19 +56,20 @@ class LazyGroup(typer.core.TyperGroup):
             if ctx.resilient_parsing:
                 return None
             raise UserError(f"no command 'mm {cmd_name}'{did_you_mean(cmd_name, COMMANDS)}")
-        return _command(cmd_name, importlib.import_module(f"mm.cli.{cmd_name}").app)
+        module = importlib.import_module(f"mm.cli.{cmd_name}")
+        # A module with derived options makes them when it is called, not to be listed.
+        app = module.full_app() if hasattr(module, "full_app") and not self.listing else module.app
+        command = typer.main.get_command(app)
+        command.name = cmd_name
+        return command
 
-    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
-        """The command that runs: a module may hold ``full_app``, whose options are derived."""
-        name, command, rest = super().resolve_command(ctx, args)
-        full = getattr(importlib.import_module(f"mm.cli.{name}"), "full_app", None)
-        return name, _command(str(name), full()) if full else command, rest
-
-
-def _command(name: str, app: typer.Typer) -> Any:
-    command = typer.main.get_command(app)
-    command.name = name
-    return command
+    def format_help(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+        """List the commands without what they need to run."""
+        self.listing = True
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self.listing = False
 
 
 app = typer.Typer(
@@ -104,8 +109,9 @@ def root(
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command line and return its exit code: 0, 1 (a fault of the program), 2 (of the
-    input), 130 (interrupt).
+    """Run one command line and return its exit code.
+
+    0, 1 (a fault of the program), 2 (of the input), 130 (interrupt).
     """
     debug = "--debug" in arguments or bool(os.environ.get("MM_DEBUG"))
     rest = [argument for argument in arguments if argument != "--debug"]

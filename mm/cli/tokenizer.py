@@ -158,8 +158,9 @@ def evaluate(
 
 
 def read_raws(data: Path, split: str, modality: str, limit: int) -> list[Any]:
-    """At most ``limit`` raw values of a modality, evenly spread over a split. Raises UserError when
-    it has none.
+    """At most ``limit`` raw values of a modality, evenly spread over a split.
+
+    Raises UserError when it has none.
     """
     from mm.data.modalities.base import raw_modality
     from mm.data.shards.reader import ShardSet

@@ -138,8 +138,9 @@ class ARDecoder(Decoder):
 def _step_batch(
     ids_n: Tensor, index_n: Tensor, position_n: Tensor, ask: Ask, like: Fields
 ) -> Batch:
-    """One token for each running slot: row i is document i + 1, slot i; it is id ``index`` of its
-    span. Made on the device.
+    """One token for each running slot: row i is document i + 1, slot i.
+
+    It is id ``index`` of its span. Made on the device.
     """
     n, device = len(ids_n), ids_n.device
     number = torch.arange(n, dtype=torch.int32, device=device)

@@ -33,8 +33,9 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Ctx:
-    """Immutable context of one pass. A layer that publishes something returns a successor
-    (`dataclasses.replace`).
+    """Immutable context of one pass.
+
+    A layer that publishes something returns a successor (`dataclasses.replace`).
     """
 
     layout: Layout
@@ -70,16 +71,19 @@ class Ctx:
         return made
 
     def cached_on_host(self, name: str, make: Callable[[Layout, Mask], T]) -> T | None:
-        """`cached` of something that looks at values, which a graph cannot: None inside a graph
-        unless it was made before.
+        """`cached` of something that looks at values, which a graph cannot.
+
+        None inside a graph unless it was made before.
         """
         if torch.compiler.is_compiling():
             return self.layout.memo.get(f"{name}|{self.mask.key}")
         return self.cached(name, make)
 
     def hand_on(self, inner: Ctx | None) -> Ctx | None:
-        """The successor of this context after a part ran in ``inner``'s: what the part published,
-        where it published it for this layout; None when there is nothing new.
+        """The successor of this context after a part ran in ``inner``'s.
+
+        What the part published, where it published it for this layout; None when there is nothing
+        new.
         """
         if inner is None or inner.layout is not self.layout:
             return None

@@ -42,8 +42,9 @@ def whole(folder: str | Path) -> Iterator[Path]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write safetensors; a tensor under several names is stored once, the other names become
-    aliases.
+    """Write safetensors.
+
+    A tensor under several names is stored once, the other names become aliases.
     """
     first: dict[tuple[Any, ...], str] = {}
     stored: dict[str, Tensor] = {}
@@ -60,8 +61,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Read what `save_tensors` wrote, aliases included. Raises UserError on a missing or damaged
-    file.
+    """Read what `save_tensors` wrote, aliases included.
+
+    Raises UserError on a missing or damaged file.
     """
     if not Path(path).is_file():
         raise UserError(f"no weights at {path}")
@@ -94,8 +96,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def load_into(build: Callable[[], nn.Module], path: str | Path) -> nn.Module:
-    """Build on the meta device, then give every tensor its saved value. Raises UserError naming
-    what does not fit.
+    """Build on the meta device, then give every tensor its saved value.
+
+    Raises UserError naming what does not fit.
     """
     tensors = load_tensors(path)
     with torch.device("meta"):

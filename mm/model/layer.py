@@ -1,10 +1,11 @@
-"""The one shape of everything between embedding and head. B rows, T tokens, D model, S streams, N
-slots, P places.
+"""The one shape of everything between embedding and head.
+
+B rows, T tokens, D model, S streams, N slots, P places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -83,8 +84,9 @@ class StatePart(Stateful):
 
 
 class Layer(Stateful):
-    """Mixer, FeedForward, Block, wrapper and Backbone are all this. The SAME call trains, prefills,
-    continues and steps.
+    """Mixer, FeedForward, Block, wrapper and Backbone are all this.
+
+    The SAME call trains, prefills, continues and steps.
     """
 
     caps: Caps = Caps()
@@ -196,8 +198,9 @@ class LinearMixer(Mixer):
 
 
 class FeedForward(Layer):
-    """Plug point; needs ctx and state too (token shift, routing). Experts are ONE module with
-    stacked weights.
+    """Plug point; needs ctx and state too (token shift, routing).
+
+    Experts are ONE module with stacked weights.
     """
 
     replays = True
@@ -365,3 +368,10 @@ def hand_back(root: nn.Module, stats: Mapping[str, Sum]) -> None:
         after = getattr(module, "after_step", None)
         if name in own and name and callable(after):
             after(own[name])
+
+
+def zero_gradient_touch(parameters: Iterable[nn.Parameter], like: Tensor) -> Tensor:
+    """A zero that hangs on parameters which a pass does not need: their gradients are zeros, not
+    missing.
+    """
+    return sum((p.reshape(-1)[:0].sum() for p in parameters), like.new_zeros(())).to(like.dtype)

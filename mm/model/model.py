@@ -49,8 +49,9 @@ from mm.vocabulary import RESERVED, Vocabulary
 
 
 class Model(nn.Module):
-    """Embedder and adapters, backbone, heads. Every parameter is used inside its own module's
-    forward (ZeRO-3).
+    """Embedder and adapters, backbone, heads.
+
+    Every parameter is used inside its own module's forward (ZeRO-3).
     """
 
     def __init__(
@@ -251,8 +252,9 @@ class Model(nn.Module):
         tokenizers: Mapping[str, str | Path] = NONE,
         tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write a folder that needs nothing else: config, weights, vocabulary and copies of the
-        tokenizers.
+        """Write a folder that needs nothing else.
+
+        Config, weights, vocabulary and copies of the tokenizers.
 
         Args:
             folder: replaced as a whole by one rename.
@@ -272,8 +274,9 @@ class Model(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Model:
-        """Read what `save_pretrained` wrote, on the CPU, in eval mode. Raises UserError naming the
-        file that is wrong.
+        """Read what `save_pretrained` wrote, on the CPU, in eval mode.
+
+        Raises UserError naming the file that is wrong.
         """
         folder = Path(folder)
         if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
@@ -346,8 +349,9 @@ class LmConfig(Config):
         return {"causal": Causal(), "full": Full(), "prefix": Prefix()}[self.mask]
 
     def build(self, vocabulary: Vocabulary | None = None) -> Model:
-        """Allocate the model; `mm.model.layer.init_weights` fills it. Without a vocabulary: 256
-        byte ids.
+        """Allocate the model; `mm.model.layer.init_weights` fills it.
+
+        Without a vocabulary: 256 byte ids.
         """
         n_ids = vocabulary.size if vocabulary is not None else RESERVED + 256
         return Model(

@@ -1,5 +1,6 @@
-"""muP, the maximal update parametrisation: rates and scales that let one learning rate serve all
-widths.
+"""muP, the maximal update parametrisation.
+
+Rates and scales that let one learning rate serve all widths.
 
 Source: Yang et al. 2022, "Tensor Programs V: Tuning Large Neural Networks via Zero-Shot
 Hyperparameter Transfer" (arXiv:2203.03466), table 3 (Adam), written relative to a base width at

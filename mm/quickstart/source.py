@@ -1,5 +1,6 @@
-"""The quickstart's raw files, made from what is on the machine: real scanned digits, speech,
-captions, prose and code.
+"""The quickstart's raw files, made from what is on the machine.
+
+Real scanned digits, speech, captions, prose and code.
 
 Images are scikit-learn's `load_digits` (1,797 real 8x8 scans) enlarged to 32x32, the training ones
 also slightly moved. Audio is the same ten digits spoken by
@@ -96,8 +97,9 @@ def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 def _images(
     out: Path, rng: np.random.Generator, moves: np.random.Generator
 ) -> dict[tuple[str, int], list[str]]:
-    """Enlarge the scans and split them by ``rng``, the same number of each digit held out; move
-    copies of the training ones by ``moves``.
+    """Enlarge the scans and split them by ``rng``, the same number of each digit held out.
+
+    Move copies of the training ones by ``moves``.
     """
     from PIL import Image
     from sklearn.datasets import load_digits

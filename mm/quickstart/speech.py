@@ -59,8 +59,9 @@ class Speaker:
         return 0
 
     def say(self, text: str, voice: str, rate_wpm: int, pitch: int) -> np.ndarray:
-        """Return `(N,)` float32 in [-1, 1] at ``sample_rate``. Raises UserError on an unknown
-        voice.
+        """Return `(N,)` float32 in [-1, 1] at ``sample_rate``.
+
+        Raises UserError on an unknown voice.
         """
         if voice != self._voice:
             if self._lib.espeak_SetVoiceByName(voice.encode()) != 0:

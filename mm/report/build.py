@@ -1,5 +1,6 @@
-"""`build_report`: one self-contained HTML page of a run folder; nothing in it is fetched from
-anywhere.
+"""`build_report`: one self-contained HTML page of a run folder.
+
+Nothing in it is fetched from anywhere.
 """
 
 from __future__ import annotations

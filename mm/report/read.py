@@ -1,5 +1,6 @@
-"""Read a run folder into plain values. Everything is optional: a run that was stopped half-way has
-a report too.
+"""Read a run folder into plain values.
+
+Everything is optional: a run that was stopped half-way has a report too.
 """
 
 from __future__ import annotations
@@ -90,8 +91,9 @@ def read_run(folder: Path, *, nested: bool = True) -> RunData:
 
 
 def read_metrics(file: Path, notes: list[str]) -> tuple[dict[str, Series], dict[str, Any]]:
-    """Read metrics.jsonl to ``{name: Series}`` and its last complete line; a broken line is counted
-    and skipped.
+    """Read metrics.jsonl to ``{name: Series}`` and its last complete line.
+
+    A broken line is counted and skipped.
     """
     columns: dict[str, dict[float, float]] = {}
     last: dict[str, Any] = {}

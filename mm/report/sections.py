@@ -1,5 +1,6 @@
-"""The sections of the page. Each takes the run and returns HTML, or "" when the run has nothing for
-it.
+"""The sections of the page.
+
+Each takes the run and returns HTML, or "" when the run has nothing for it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Which attention heads of a trained model look nearby alone, and the model without them. B rows, T
-tokens, D model, H heads, G key heads, K head width.
+"""Which attention heads of a trained model look nearby alone, and the model without them.
+
+B rows, T tokens, D model, H heads, G key heads, K head width.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""Task: a figure on held-out data with its chance level beside it; and what the tasks share (items,
-labels, settings)."""
+"""Task: a figure on held-out data with its chance level beside it.
+
+And what the tasks share (items, labels, settings).
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,10 @@ Figures = dict[str, Any]
 
 
 class Task(Config):
-    """Plug point: evaluation. A Config that names its shards and split; `build` returns itself,
-    ready to evaluate."""
+    """Plug point: evaluation.
+
+    A Config that names its shards and split; `build` returns itself, ready to evaluate.
+    """
 
     def build(self) -> Task:
         return self
@@ -113,8 +117,10 @@ def label_of(shards: Any, i: int, classes: Sequence[str], label: str = "label") 
 
 
 def first_class(text: str, classes: Sequence[str]) -> str | None:
-    """The class that occurs first as a whole word in ``text``, whatever its case; the longer one of
-    two at one place."""
+    """The class that occurs first as a whole word in ``text``, whatever its case.
+
+    The longer one of two at one place.
+    """
     if not classes:
         return None
     words = sorted(classes, key=len, reverse=True)
@@ -125,16 +131,20 @@ def first_class(text: str, classes: Sequence[str]) -> str | None:
 
 
 def chance(labels: Sequence[str], n_classes: int) -> float:
-    """Accuracy of the best answer that looks at nothing: the share of the commonest class, at least
-    1 / n_classes."""
+    """Accuracy of the best answer that looks at nothing.
+
+    The share of the commonest class, at least 1 / n_classes.
+    """
     return max(max(Counter(labels).values()) / len(labels), 1 / n_classes)
 
 
 def confusion(
     truth: Sequence[str], answer: Sequence[str | None], classes: Sequence[str]
 ) -> list[list[int]]:
-    """Counts `(C, C + 1)`: row = true class, column = answered class, the last column = none of
-    them."""
+    """Counts `(C, C + 1)`.
+
+    Row = true class, column = answered class, the last column = none of them.
+    """
     place = {name: i for i, name in enumerate(classes)}
     table = np.zeros((len(classes), len(classes) + 1), int)
     for t, a in zip(truth, answer, strict=True):

@@ -62,8 +62,10 @@ class BitsPerByte(Task):
         return cls(data=Path("data"))
 
     def evaluate(self, generator: Generator, *, seed: int = 0) -> Figures:
-        """Bits per byte, nats per token, chance and counts of each modality; ``seed`` is not used:
-        nothing is sampled."""
+        """Bits per byte, nats per token, chance and counts of each modality; ``seed`` is not used.
+
+        Nothing is sampled.
+        """
         shards = open_split(self.data, self.split)
         wanted = self.modalities or generator.vocabulary.modalities
         figures: Figures = {}
@@ -164,8 +166,10 @@ def windows(span: Segment, spec: TokenSpec, max_tokens: int, overlap: float) -> 
 
 
 def uniform_nats(n: int, spec: TokenSpec) -> float:
-    """Nats of a span of ``n`` ids when all that the grammar allows is equally likely; a grid's end
-    is certain."""
+    """Nats of a span of ``n`` ids when all that the grammar allows is equally likely.
+
+    A grid's end is certain.
+    """
     K = spec.vocab_size
     if is_fixed(spec):
         return n * math.log(K)

@@ -1,5 +1,7 @@
-"""Judged generation: is what the model draws or says for a held-out condition recognised by a
-classifier of real data?"""
+"""Judged generation.
+
+Is what the model draws or says for a held-out condition recognised by a classifier of real data?
+"""
 
 from __future__ import annotations
 
@@ -108,8 +110,10 @@ class JudgedGeneration(Task):
         return f"{'_'.join(self.sources)}_to_{self.to}"
 
     def evaluate(self, generator: Generator, *, seed: int = 0) -> Figures:
-        """Judged accuracy, chance, the judge on real and on re-synthesised held-out items. See
-        `Task.evaluate`."""
+        """Judged accuracy, chance, the judge on real and on re-synthesised held-out items.
+
+        See `Task.evaluate`.
+        """
         where = self.judge_data or self.data
         judge = trained_judge(
             where, self.train_split, self.to, self.classes, self.label, self.judge_limit

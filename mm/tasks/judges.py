@@ -50,8 +50,10 @@ def linear_probe(
     test: Sequence[Any],
     test_labels: Sequence[str],
 ) -> float:
-    """Accuracy on ``test`` of logistic regression on raw colour pixels (16 x 16) of ``train``: the
-    bar that needs no model."""
+    """Accuracy on ``test`` of logistic regression on raw colour pixels (16 x 16) of ``train``.
+
+    The bar that needs no model.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

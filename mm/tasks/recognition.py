@@ -26,8 +26,10 @@ from mm.tasks.base import (
 
 @TASKS.register("recognition")
 class Recognition(Task):
-    """X to text: accuracy of the first class word that the model writes; an answer without one is
-    wrong."""
+    """X to text: accuracy of the first class word that the model writes.
+
+    An answer without one is wrong.
+    """
 
     kind: Literal["recognition"] = "recognition"
     data: Path
@@ -63,7 +65,9 @@ class Recognition(Task):
 
     def evaluate(self, generator: Generator, *, seed: int = 0) -> Figures:
         """Accuracy, chance (share of the commonest class), number of items and confusion matrix.
-        See `Task.evaluate`."""
+
+        See `Task.evaluate`.
+        """
         items = self._items(self.split)
         classes = self.classes or tuple(sorted({item.label for item in items}))
         settings = self.settings[0]

@@ -1,5 +1,6 @@
-"""The tasks of a run, each done by one process of the launch: the figures do not depend on how
-many there are.
+"""The tasks of a run, each done by one process of the launch.
+
+The figures do not depend on how many there are.
 """
 
 from __future__ import annotations

@@ -34,8 +34,10 @@ def grid(lengths: np.ndarray, first: int, second: int) -> list[np.ndarray]:
 
 
 def test_padding_of_long_tailed_lengths() -> None:
-    """Random batches > 40 %; 104 buckets of two lengths < 10 %, which 128 of a grid of quantiles
-    have not; and less than as many of one length.
+    """Random batches > 40 %.
+
+    104 buckets of two lengths < 10 %, which 128 of a grid of quantiles have not; and less than as
+    many of one length.
     """
     rng = np.random.default_rng(0)
     audio = rng.lognormal(5.0, 0.7, 20000)

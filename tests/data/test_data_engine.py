@@ -249,8 +249,9 @@ def test_urls_and_paths(tmp_path: Path) -> None:
 
 
 def test_an_index_of_a_million_samples_opens_at_once(tmp_path: Path) -> None:
-    """Opened by mapping: time does not depend on the size, nor does memory. A whole set, whose
-    index is hashed first, opens within a second (about 0.1 s).
+    """Opened by mapping: time does not depend on the size, nor does memory.
+
+    A whole set, whose index is hashed first, opens within a second (about 0.1 s).
     """
     n, members = 1_000_000, 2_000_000
     keys = np.char.zfill(np.arange(n).astype("S7"), 7)

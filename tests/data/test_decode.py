@@ -257,8 +257,9 @@ def by_libsndfile(data: bytes) -> tuple[int, bytes] | None:
 
 
 def test_plain_wav_is_as_libsndfile_reads_it() -> None:
-    """The same bits, with one channel and several, and with any byte of the header changed: what is
-    not plain goes to libsndfile.
+    """The same bits, with one channel and several, and with any byte of the header changed.
+
+    What is not plain goes to libsndfile.
     """
     for channels in (1, 2, 5):
         data = bytearray(wav(channels=channels, frames=50))

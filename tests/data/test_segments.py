@@ -251,8 +251,9 @@ def test_items_of_interleaved_samples(data: Path) -> None:
 
 
 def test_trains_with_document_masks(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three steps of a language model with attention and a recurrence: a loss for each modality,
-    and no document sees the one before it in its row.
+    """Three steps of a language model with attention and a recurrence.
+
+    A loss for each modality, and no document sees the one before it in its row.
     """
     monkeypatch.setenv("WANDB_MODE", "disabled")
     run = validate(

@@ -117,8 +117,9 @@ pack(Path({src!r}), Path({out!r}), workers=2, progress=False, max_bad=0.5, shard
 
 @pytest.mark.slow
 def test_a_killed_pack_goes_on(tmp_path: Path) -> None:
-    """Killed with workers, gone on without or with them: the bytes of a pack in one go; and no
-    worker outlives its parent.
+    """Killed with workers, gone on without or with them: the bytes of a pack in one go.
+
+    And no worker outlives its parent.
     """
     src = rows(tmp_path / "src")
     quiet(src, tmp_path / "one", 1)

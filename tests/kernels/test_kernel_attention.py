@@ -140,8 +140,9 @@ def test_cpp_equals_the_reference(
 
 
 def test_cpp_threads_slices_and_what_is_not_a_number() -> None:
-    """Slices of one projection are read in place; many threads give the bits of one; NaN and what
-    a query must not see stay where they are.
+    """Slices of one projection are read in place; many threads give the bits of one.
+
+    NaN and what a query must not see stay where they are.
     """
     if reason := compiler.why_not(flash_cpp.SOURCE):
         pytest.skip(reason)

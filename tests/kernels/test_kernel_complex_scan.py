@@ -121,8 +121,9 @@ def test_resets_select_and_do_not_multiply(op, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["reference", "cpp"])
 def test_diagonal_ssm_grows_linearly(name: str) -> None:
-    """Both ways: an index loop's backward is quadratic. Best of several, because the machine may be
-    shared.
+    """Both ways: an index loop's backward is quadratic.
+
+    Best of several, because the machine may be shared.
     """
 
     def seconds(T: int) -> float:

@@ -87,8 +87,9 @@ def test_extreme_decays(name: str, decay: str) -> None:
 @pytest.mark.parametrize("name", HERE)
 @pytest.mark.parametrize("decay", DECAYS)
 def test_float32_loses_little(name: str, decay: str) -> None:
-    """Error over size, each in the mean square. After a wall the sums of log decays are large, but
-    the decays still differ in their fifth digit.
+    """Error over size, each in the mean square.
+
+    After a wall the sums of log decays are large, but the decays still differ in their fifth digit.
     """
 
     def run(implementation: str, dtype: torch.dtype) -> list[Tensor]:
@@ -108,8 +109,9 @@ def test_float32_loses_little(name: str, decay: str) -> None:
 
 @pytest.mark.parametrize("name", others(delta_rule))
 def test_reflections_of_like_keys_stay_accurate(name: str) -> None:
-    """The worst case of the triangular system: strengths of almost 2 and keys almost alike. One
-    substitution over the whole chunk would be ten times worse than blocks are.
+    """The worst case of the triangular system: strengths of almost 2 and keys almost alike.
+
+    One substitution over the whole chunk would be ten times worse than blocks are.
     """
     q, k, v, _, _, s = arguments(1, 256, 1, 16, 16, "none", True, torch.float32)
     assert q is not None and k is not None and v is not None and s is not None
@@ -182,8 +184,9 @@ def test_full_strength_writes_and_overwrites_orthonormal_keys_exactly(name: str)
 
 @pytest.mark.parametrize("name", HERE)
 def test_strength_two_reflects_and_so_tracks_parity(name: str) -> None:
-    """Reflecting once for every 1 gives the parity of all bits, at any length: strengths up to 1
-    leave the sign as it is.
+    """Reflecting once for every 1 gives the parity of all bits, at any length.
+
+    Strengths up to 1 leave the sign as it is.
     """
     bits = torch.randint(2, (1, 500, 1), generator=torch.Generator().manual_seed(0))
     key = torch.ones(1, 500, 1, 1)

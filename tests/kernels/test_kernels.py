@@ -1,5 +1,6 @@
-"""Every exact implementation of an Op equals its reference: outputs and all gradients, over awkward
-shapes.
+"""Every exact implementation of an Op equals its reference.
+
+Outputs and all gradients, over awkward shapes.
 """
 
 from __future__ import annotations
@@ -124,8 +125,9 @@ def test_linear_scan_takes_any_strides_and_narrow_types(name: str) -> None:
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("name", here(linear_scan))
 def test_linear_scan_resets_select_and_do_not_multiply(name: str, log: bool) -> None:
-    """The state before a reset may be inf: neither the value nor the gradient of what follows may
-    turn NaN.
+    """The state before a reset may be inf.
+
+    Neither the value nor the gradient of what follows may turn NaN.
     """
     a, b = randn(1, 4, 2).sigmoid().detach(), randn(1, 4, 2).detach()
     b[0, 1] = float("inf")
@@ -138,8 +140,9 @@ def test_linear_scan_resets_select_and_do_not_multiply(name: str, log: bool) -> 
 
 
 def test_linear_scan_grows_linearly() -> None:
-    """Both ways: an index loop's backward is quadratic. Best of several, because the machine may be
-    shared.
+    """Both ways: an index loop's backward is quadratic.
+
+    Best of several, because the machine may be shared.
     """
 
     def seconds(name: str, T: int) -> float:
@@ -286,8 +289,9 @@ def test_rg_lru_gates(name: str, dtype: torch.dtype, H: int, R: int, K: int, rat
 
 @pytest.mark.parametrize("op,kernel", [(rms_norm, "cpp"), (glu, "cpp")], ids=["rms_norm", "glu"])
 def test_slices_and_narrow_types(op: Op, kernel: str) -> None:
-    """Heads cut out of a wider projection, halves of a gated one, bf16 with fp32 beside it; extreme
-    values stay what they are.
+    """Heads cut out of a wider projection, halves of a gated one, bf16 with fp32 beside it.
+
+    Extreme values stay what they are.
     """
     x = randn(2, 3, 5, 8)
     heads, half = x[:, :, 1:3], x[..., :4]

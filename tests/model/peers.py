@@ -128,9 +128,10 @@ def copy_model(
     zero_centred: bool = False,
     scaled: bool = False,
 ) -> None:
-    """Everything of a decoder. ``norms``: the layer's norms in our order (before the mixer, after
-    it if post-normed, before the ffn, after it); ``scaled``: the peer multiplies embeddings by
-    sqrt(D), too.
+    """Everything of a decoder.
+
+    ``norms``: the layer's norms in our order (before the mixer, after it if post-normed, before the
+    ffn, after it); ``scaled``: the peer multiplies embeddings by sqrt(D), too.
     """
     with torch.no_grad():
         for p in model.parameters():

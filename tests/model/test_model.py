@@ -214,8 +214,9 @@ def test_a_document_that_outgrows_its_state_is_an_error() -> None:
 
 
 def test_values_fill_their_places_and_unfilled_places_become_padding() -> None:
-    """Four reserved places of which the item fills two: as if the document had been shorter,
-    wherever the hole is.
+    """Four reserved places of which the item fills two.
+
+    As if the document had been shorter, wherever the hole is.
     """
     model = make(adapters={"image": {"kind": "linear", "d_in": 3}}).double()
     data = torch.randn(1, 2, 3, dtype=torch.float64)
@@ -406,8 +407,9 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pattern", ["attention", "2*rg_lru local_attention"])
 def test_it_learns_to_copy(pattern: str) -> None:
-    """A sequence and the same again: the second half is certain. A model that mixes positions
-    wrongly stays at ln 8.
+    """A sequence and the same again: the second half is certain.
+
+    A model that mixes positions wrongly stays at ln 8.
     """
     model = make(
         d_model=32,

@@ -165,8 +165,9 @@ def test_jamba() -> None:
 
 
 def test_olmo_hybrid_gated_delta_net_layer() -> None:
-    """One layer, with writing strengths up to 2: the model's attention layers norm after the
-    branch only, which differs from layer to layer.
+    """One layer, with writing strengths up to 2.
+
+    The model's attention layers norm after the branch only, which differs from layer to layer.
     """
     theirs = peer(
         "olmo_hybrid",

@@ -107,8 +107,9 @@ def test_olmo_hybrid() -> None:
 
 
 def test_minimax() -> None:
-    """Lightning attention, whose rates fall with depth, and softmax attention; the residual begins
-    behind the norm. One expert: its weight is 1.
+    """Lightning attention, whose rates fall with depth, and softmax attention.
+
+    The residual begins behind the norm. One expert: its weight is 1.
     """
     theirs = peer(
         "minimax",
@@ -153,8 +154,10 @@ def test_minimax() -> None:
 
 
 def test_rwkv() -> None:
-    """RWKV-4. The norm behind the embeddings is a function of the token: it is put into the table,
-    and the gradient of ours is led through it.
+    """RWKV-4.
+
+    The norm behind the embeddings is a function of the token: it is put into the table, and the
+    gradient of ours is led through it.
     """
     theirs = peer(
         "rwkv",

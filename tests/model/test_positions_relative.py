@@ -219,8 +219,10 @@ def test_parallel_context_decodes_from_a_cache() -> None:
 
 
 def test_packed_rows_do_the_work_of_their_tokens_and_not_of_the_longest() -> None:
-    """Linear parts see real tokens only; attention pairs are those of each document, rounded up to
-    the longest of its group."""
+    """Linear parts see real tokens only.
+
+    Attention pairs are those of each document, rounded up to the longest of its group.
+    """
     lengths = (30, 3, 17, 9, 5)
     docs = documents(*lengths)
     attention = build()

@@ -31,9 +31,9 @@ def _no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """All runs that need two processes, in ONE torchrun: every stage with rank 1 lacking text, and
-    runs stopped by a
-    signal after 3 steps.
+    """All runs that need two processes, in ONE torchrun.
+
+    Every stage with rank 1 lacking text, and runs stopped by a signal after 3 steps.
     """
     out = tmp_path_factory.mktemp("two")
     runs = {

@@ -33,8 +33,9 @@ def _no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "autocast_bf16", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_resume_is_bit_exact(tmp_path: Path, stage: int, precision: str) -> None:
-    """Train 6 = train 3 + resume 3: losses, weights, optimizer states and EMA buffers, with
-    dropout.
+    """Train 6 = train 3 + resume 3.
+
+    Losses, weights, optimizer states and EMA buffers, with dropout.
     """
     linear = torch.nn.functional.linear
     change: dict[str, Any] = {
@@ -152,8 +153,9 @@ def test_a_key_that_the_program_learnt_since_the_save_is_no_change(tmp_path: Pat
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_non_finite_step_is_skipped_at_every_stage(tmp_path: Path, stage: int) -> None:
-    """One bad step changes nothing but the count; the weights stay finite and the samples are
-    written out.
+    """One bad step changes nothing but the count.
+
+    The weights stay finite and the samples are written out.
     """
     run = make_run(
         tmp_path,
@@ -226,8 +228,9 @@ def test_one_process_a_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_an_objective_with_two_networks(tmp_path: Path, stage: int) -> None:
-    """Generator and critic, two micro-batches, a frozen block: the same losses at every stage, and
-    resumable.
+    """Generator and critic, two micro-batches, a frozen block.
+
+    The same losses at every stage, and resumable.
     """
     run = make_run(tmp_path, stage=stage, objective="toy_gan", data={"micro": 4})
     train(run)

@@ -1,5 +1,6 @@
-"""Reconstruction losses of the codec: sums over valid samples, with counts that follow from the
-lengths alone. G items, N samples.
+"""Reconstruction losses of the codec.
+
+Sums over valid samples, with counts that follow from the lengths alone. G items, N samples.
 """
 
 from __future__ import annotations

@@ -41,8 +41,9 @@ class ImageVqTokenizer(ModalityTokenizer):
 
     @torch.no_grad()
     def encode(self, raws: Sequence[Any]) -> list[Encoded]:
-        """Ids of each image, ``(H, W)`` or ``(H, W, 1, 3 or 4)`` uint8; short side resized to
-        ``size``, middle kept.
+        """Ids of each image, ``(H, W)`` or ``(H, W, 1, 3 or 4)`` uint8.
+
+        Short side resized to ``size``, middle kept.
 
         Raises:
             UserError: something is no uint8 image.
@@ -96,8 +97,9 @@ class ImageVqTokenizer(ModalityTokenizer):
 
 
 def fit(raw: Any, size: int) -> Tensor:
-    """A uint8 image as ``(3, size, size)`` float32 in [0, 1]: alpha over white, short side resized,
-    middle kept.
+    """A uint8 image as ``(3, size, size)`` float32 in [0, 1].
+
+    Alpha over white, short side resized, middle kept.
 
     Raises:
         UserError: no uint8 array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).

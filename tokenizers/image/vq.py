@@ -1,5 +1,6 @@
-"""Image VQ network: patches and convolutions down to a small grid, a quantizer, and the mirror
-image back up.
+"""Image VQ network.
+
+Patches and convolutions down to a small grid, a quantizer, and the mirror image back up.
 
 G items, C colours, H and W pixels, h and w grid cells, D latent, Q codebooks.
 """

@@ -1,5 +1,6 @@
-"""The one interface of all quantizers, and the figures that are read off their histograms. Q books,
-K codes, D latent.
+"""The one interface of all quantizers, and the figures that are read off their histograms.
+
+Q books, K codes, D latent.
 
 A forward mutates no buffer. What training needs besides the loss (histograms, EMA sums, restart
 candidates) leaves as `Sum`s in ``aux``, is summed over micro-batches and ranks by the trainer, and

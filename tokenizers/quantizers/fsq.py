@@ -24,8 +24,9 @@ from mm.tokenizers.quantizers.base import (
 
 
 class FiniteScalarQuantizer(Quantizer):
-    """Implicit codebook of ``prod(levels)`` codes on a grid in [-1, 1]; channel i has ``levels[i]``
-    values.
+    """Implicit codebook of ``prod(levels)`` codes on a grid in [-1, 1].
+
+    Channel i has ``levels[i]`` values.
 
     Source: Mentzer et al. 2023, arXiv:2309.15505, eq. 2-4 and appendix A.1 (bound for even numbers
     of levels).

@@ -234,8 +234,9 @@ class VectorQuantizer(Quantizer):
 
 
 def normalized(x: Tensor, how: str) -> Tensor:
-    """``(..., D)`` latents on a fixed scale: "layer" (zero mean, unit variance), "l2" (unit length)
-    or "none".
+    """``(..., D)`` latents on a fixed scale.
+
+    "layer" (zero mean, unit variance), "l2" (unit length) or "none".
 
     Without it commitment and reconstruction can agree on ever smaller latents, and the codebook
     collapses.

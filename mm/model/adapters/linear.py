@@ -1,5 +1,6 @@
-"""One projection of continuous features into the reserved places. G items, L their length, C
-features, D model.
+"""One projection of continuous features into the reserved places.
+
+G items, L their length, C features, D model.
 """
 
 from __future__ import annotations

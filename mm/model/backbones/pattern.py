@@ -1,5 +1,6 @@
-"""The pattern language: `2*rg_lru local_attention`, groups `2*(a b) c`, repeated to the depth of
-the stack.
+"""The pattern language.
+
+`2*rg_lru local_attention`, groups `2*(a b) c`, repeated to the depth of the stack.
 """
 
 from __future__ import annotations

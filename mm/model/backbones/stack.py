@@ -25,6 +25,7 @@ from mm.model.layer import (
     Out,
     Provider,
     name_layers,
+    zero_gradient_touch,
 )
 from mm.model.linears.dense import dense
 from mm.model.norm import Kind, norm
@@ -102,6 +103,10 @@ class Stack(Backbone):
             document_groups(ctx)
             self.prefetch(ctx, state is not None)
         x, aux, intermediates = x_BTD, {}, {}
+        if (
+            made
+        ):  # whoever reads them, if anybody does in this pass: gradients are zeros, not missing
+            x = x + zero_gradient_touch(self.providers.parameters(), x)
         train = self.training and torch.is_grad_enabled()
         for visit, i in enumerate(visits):
             if f"hidden.{visit}" in ctx.return_intermediates:

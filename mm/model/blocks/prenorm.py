@@ -20,12 +20,13 @@ from mm.state import State, join_parts, parts_of
 
 
 class PreNorm(Block):
-    """``x + mixer(norm(x))``, then ``x + ffn(norm(x))``. Source: Xiong et al. 2020
-    (arXiv:2002.04745), fig. 1b. In training each branch passes dropout (Srivastava et al. 2014).
-    With ``post_norms`` both return is normed, too: Gemma 2 (arXiv:2408.00118),
-    section 2; without ``pre_norms`` that alone: OLMo 2 (arXiv:2501.00656), section 2.
-    ``normed_residual``: the branch is added to what it read, as in MiniMax-01 (arXiv:2501.08313),
-    section 2, whose residual begins behind the norm.
+    """``x + mixer(norm(x))``, then ``x + ffn(norm(x))``.
+
+    Source: Xiong et al. 2020 (arXiv:2002.04745), fig. 1b. In training each branch passes dropout
+    (Srivastava et al. 2014). With ``post_norms`` both return is normed, too: Gemma 2
+    (arXiv:2408.00118), section 2; without ``pre_norms`` that alone: OLMo 2 (arXiv:2501.00656),
+    section 2. ``normed_residual``: the branch is added to what it read, as in MiniMax-01
+    (arXiv:2501.08313), section 2, whose residual begins behind the norm.
     """
 
     def __init__(

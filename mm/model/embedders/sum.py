@@ -1,5 +1,6 @@
-"""Sum of the embeddings of all streams of a place, from ONE table. B rows, T tokens, S streams, D
-model, N ids.
+"""Sum of the embeddings of all streams of a place, from ONE table.
+
+B rows, T tokens, S streams, D model, N ids.
 """
 
 from __future__ import annotations

@@ -36,8 +36,9 @@ class Categorical:
 
 
 class Softmax(Head):
-    """Linear layer and softmax. The loss never holds all logits at once; the distribution is built
-    only when asked for.
+    """Linear layer and softmax.
+
+    The loss never holds all logits at once; the distribution is built only when asked for.
     """
 
     def __init__(
@@ -56,8 +57,9 @@ class Softmax(Head):
         self.weight = nn.Parameter(torch.empty(n_ids, d_model))
 
     def tie(self, embedder: Embedder) -> None:
-        """Own the embedder's very Parameter: this module's own forward uses it, so ZeRO-3 gathers
-        it here too.
+        """Own the embedder's very Parameter.
+
+        This module's own forward uses it, so ZeRO-3 gathers it here too.
         """
         self.weight = cast(nn.Parameter, embedder.weight)
 
@@ -90,8 +92,9 @@ class Softmax(Head):
 
 @HEADS.register("softmax")
 class SoftmaxConfig(Config):
-    """Softmax over the vocabulary; ``reads`` names the hidden states it reads, ``stream`` the
-    targets.
+    """Softmax over the vocabulary.
+
+    ``reads`` names the hidden states it reads, ``stream`` the targets.
     """
 
     kind: Literal["softmax"] = "softmax"

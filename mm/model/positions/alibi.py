@@ -16,8 +16,10 @@ from mm.registry import POSITIONS
 
 
 def slopes(heads: int) -> list[float]:
-    """``2 ** (-8 h / H)``, h = 1..H; other H than powers of two take every second slope of the next
-    power for the rest, as the authors' code does.
+    """``2 ** (-8 h / H)``, h = 1..H.
+
+    Other H than powers of two take every second slope of the next power for the rest, as the
+    authors' code does.
     """
     whole = 2 ** int(math.log2(heads))
     first = [2.0 ** (-8.0 * (h + 1) / whole) for h in range(whole)]

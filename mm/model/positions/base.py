@@ -1,5 +1,6 @@
-"""Position: the plug point of whatever tells places apart. B rows, T tokens, H heads, K head
-width.
+"""Position: the plug point of whatever tells places apart.
+
+B rows, T tokens, H heads, K head width.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class Position:
         return None
 
     def scores(self, q: Tensor, fq: Fields, fk: Fields) -> ScoreSpec:
-        """`score` and `gain` in one value; overridden where vectors say as much as a score of every
-        pair.
+        """`score` and `gain` in one value.
+
+        Overridden where vectors say as much as a score of every pair.
         """
         return ScoreSpec(self.score(q, fq, fk), self.gain(fq, fk))

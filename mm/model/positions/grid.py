@@ -15,8 +15,9 @@ from mm.registry import POSITIONS
 
 
 class GridPlace(nn.Module, Position):
-    """Add ``sum_a table_a[time - position_a]`` over the axes a of a grid: to the vectors of the
-    embedder, or to the input of one attention layer.
+    """Add ``sum_a table_a[time - position_a]`` over the axes a of a grid.
+
+    To the vectors of the embedder, or to the input of one attention layer.
 
     A cell's time minus its row, and minus its column, say together which cell it is, wherever in
     the document the grid stands; outside of grids all axes hold the time and nothing is added.

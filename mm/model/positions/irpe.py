@@ -77,8 +77,9 @@ class IRPE(nn.Module, Position):
         return [index(torch.searchsorted(lengths, square).clamp_max(len(lengths) - 1))]
 
     def score(self, q: Tensor, fq: Fields, fk: Fields) -> Tensor:
-        """`(R, H, T, S)`. ``q`` `(R, T, H, K)`; logits are scaled by ``K ** -0.5``, and so is the
-        contextual term.
+        """`(R, H, T, S)`.
+
+        ``q`` `(R, T, H, K)`; logits are scaled by ``K ** -0.5``, and so is the contextual term.
         """
         R, T, H, K = q.shape
         found = self.buckets(fq, fk)

@@ -15,8 +15,9 @@ from mm.registry import POSITIONS
 
 
 class Learned(nn.Module, Position):
-    """Add ``table[position]`` to the vectors: of the embedder (the classical form), or to the input
-    of one attention layer.
+    """Add ``table[position]`` to the vectors.
+
+    Of the embedder (the classical form), or to the input of one attention layer.
 
     Source: Gehring et al. 2017 (arXiv:1705.03122), section 3.1; Radford et al. 2018 (GPT).
     """

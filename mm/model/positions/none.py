@@ -1,5 +1,6 @@
-"""No position at all: order is known from the causal mask alone. B rows, T tokens, H heads, K head
-width.
+"""No position at all: order is known from the causal mask alone.
+
+B rows, T tokens, H heads, K head width.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from mm.registry import POSITIONS
 
 
 class Tempered(nn.Module, Position):
-    """No positions, and logits times a number: one learned by head, and one that grows with the
-    query's place ``n`` beyond ``trained`` tokens, ``max(1, log n / log trained)``.
+    """No positions, and logits times a number.
+
+    One learned by head, and one that grows with the query's place ``n`` beyond ``trained`` tokens,
+    ``max(1, log n / log trained)``.
 
     Source: temperature by head: Wang et al. 2024 (arXiv:2404.12224), section 4, tuned there with
     all other weights frozen; growth with length: Puvvada et al. 2025, SWAN (arXiv:2504.08719),

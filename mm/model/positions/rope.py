@@ -35,8 +35,9 @@ class Rope(Position):
         self.head_dim, self.theta, self.scaling = head_dim, theta, scaling
 
     def prepare(self, f: Fields) -> Tensor:
-        """`(2, B, T, 1, K/2)` float32 cosines and sines of every place (float64 angles: exact far
-        out).
+        """`(2, B, T, 1, K/2)` float32 cosines and sines of every place (float64 angles.
+
+        Exact far out).
         """
         half = (
             torch.arange(0, self.rotated, 2, device=f.position.device, dtype=torch.float64)

@@ -15,8 +15,9 @@ from mm.registry import POSITIONS
 
 
 class Sinusoidal(Position):
-    """Add sines (even channels) and cosines (odd ones) of ``position * theta ** (-2i / D)``: to the
-    vectors of the embedder (the classical form), or to the input of one attention layer.
+    """Add sines (even channels) and cosines (odd ones) of ``position * theta ** (-2i / D)``.
+
+    To the vectors of the embedder (the classical form), or to the input of one attention layer.
 
     Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.5.
     """

@@ -17,8 +17,9 @@ from mm.registry import POSITIONS
 
 
 def bucket(distance: Tensor, buckets: int, max_distance: int, both_ways: bool) -> Tensor:
-    """Bucket of ``query - key`` places (int): exact up to half the buckets, then logarithmic; all
-    distances from ``max_distance`` on share the last one.
+    """Bucket of ``query - key`` places (int): exact up to half the buckets, then logarithmic.
+
+    All distances from ``max_distance`` on share the last one.
 
     ``both_ways``: keys after the query have the upper half of the buckets; otherwise bucket 0.
     """

@@ -1,5 +1,6 @@
-"""Settings of attention against their formulas written out; the laws run their presets
-(test_contract.py), decoding from a cache included.
+"""Settings of attention against their formulas written out.
+
+The laws run their presets (test_contract.py), decoding from a cache included.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Attention mixers with a form of their own against their formulas written out; the laws
-(test_contract.py) run them packed, served, drafted and compiled.
+"""Attention mixers with a form of their own against their formulas written out.
+
+The laws (test_contract.py) run them packed, served, drafted and compiled.
 """
 
 from __future__ import annotations

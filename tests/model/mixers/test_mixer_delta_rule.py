@@ -139,8 +139,10 @@ def test_a_draft_of_many_tokens_is_accepted_in_part(settings: dict[str, object])
 
 @pytest.mark.parametrize("negative", [True, False])
 def test_negative_eigenvalues_track_parity(negative: bool) -> None:
-    """A write at the start, then a reflection for every 1: the sign of the output is the parity of
-    500 bits. Without negative eigenvalues the same weights forget it.
+    """A write at the start, then a reflection for every 1.
+
+    The sign of the output is the parity of 500 bits. Without negative eigenvalues the same weights
+    forget it.
     """
     layer = build(heads=1, key_dim=2, value_dim=2, conv_size=1, negative_eigenvalues=negative)
     bits = torch.randint(2, (500,), generator=torch.Generator().manual_seed(0))

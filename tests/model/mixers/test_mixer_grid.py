@@ -97,8 +97,10 @@ def test_plstm_is_the_loop_over_cells(mode: str, shape: tuple[int, int]) -> None
 
 
 def test_what_plstm_propagates_neither_grows_nor_vanishes_along_its_direction() -> None:
-    """Transitions that keep everything: a cell's whole strength crosses every diagonal, in
-    diffusion it reaches every cell, by one path each.
+    """Transitions that keep everything.
+
+    A cell's whole strength crosses every diagonal, in diffusion it reaches every cell, by one path
+    each.
     """
     n, share = 12, torch.full((1, 12, 12), 0.8, dtype=torch.float64)
     one = torch.ones_like(share)

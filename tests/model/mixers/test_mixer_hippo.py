@@ -124,8 +124,10 @@ def test_nplr_is_legs() -> None:
 
 
 def cauchy_kernel(layer: S4, L: int) -> Tensor:
-    """`(D, L)` as the paper has it: truncated generating function at the roots of unity by
-    Woodbury and Cauchy dot products, then an inverse Fourier transform.
+    """`(D, L)` as the paper has it.
+
+    Truncated generating function at the roots of unity by Woodbury and Cauchy dot products, then an
+    inverse Fourier transform.
     """
     wide = torch.complex128
     both = lambda x: torch.cat((x, x.conj()), -1)

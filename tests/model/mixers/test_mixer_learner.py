@@ -1,5 +1,6 @@
-"""Mixers that learn at test time equal their step forms, whose gradients autograd takes. T tokens,
-D model, H heads, K head width.
+"""Mixers that learn at test time equal their step forms, whose gradients autograd takes.
+
+T tokens, D model, H heads, K head width.
 """
 
 from __future__ import annotations

@@ -47,8 +47,9 @@ def made(levels: int, inner: Config) -> LogLinear:
 
 
 def buckets(t: int) -> list[tuple[int, range]]:
-    """The paper's greedy partition of places 0..t: t alone at level 0, then the largest power of
-    two that fits, from the left.
+    """The paper's greedy partition of places 0..t.
+
+    T alone at level 0, then the largest power of two that fits, from the left.
     """
     found, at = [(0, range(t, t + 1))], 0
     while at < t:
@@ -107,8 +108,9 @@ def test_equal_weights_are_the_wrapped_mixer(word: str) -> None:
 
 @pytest.mark.parametrize("delta", [False, True])
 def test_a_token_by_token_fenwick_tree_has_the_same_buckets(delta: bool) -> None:
-    """One matrix a bucket, merged as a binary counter carries; what a token erases, it erases from
-    every bucket.
+    """One matrix a bucket, merged as a binary counter carries.
+
+    What a token erases, it erases from every bucket.
     """
     torch.manual_seed(0)
     k, v = torch.randn(2, 1, 41, 1, 3, dtype=torch.float64).unbind(0)

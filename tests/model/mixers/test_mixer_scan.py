@@ -1,5 +1,6 @@
-"""Recurrent mixers equal the equations of their papers. B rows, T tokens, D model, W width, N
-states.
+"""Recurrent mixers equal the equations of their papers.
+
+B rows, T tokens, D model, W width, N states.
 """
 
 from __future__ import annotations

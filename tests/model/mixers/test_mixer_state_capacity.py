@@ -115,8 +115,10 @@ SYMBOLS, TRAINED = 12, 128
 
 
 def shifting(rows: int, length: int, seed: int) -> Tensor:
-    """`(rows, length)` symbols: each is followed by its successor, which is drawn anew for every
-    128 tokens. A text of 128 gives no reason to forget, a longer one does.
+    """`(rows, length)` symbols.
+
+    Each is followed by its successor, which is drawn anew for every 128 tokens. A text of 128 gives
+    no reason to forget, a longer one does.
     """
     g = torch.Generator().manual_seed(seed)
     out = torch.randint(SYMBOLS, (rows, length), generator=g)

@@ -16,7 +16,7 @@ from mm.config import Config
 from mm.errors import UserError
 from mm.kernels.linear_attention import linear_attention
 from mm.model.context import Ctx
-from mm.model.layer import Caps, LinearFactory, Mixer, Out
+from mm.model.layer import Caps, LinearFactory, Mixer, Out, zero_gradient_touch
 from mm.model.linears.dense import dense
 from mm.model.mixers.linear_attention.linear_attention import (
     EPS,
@@ -24,7 +24,7 @@ from mm.model.mixers.linear_attention.linear_attention import (
     LinearAttentionConfig,
 )
 from mm.model.mixers.linear_attention.memory import DraftMatrix, Matrix
-from mm.model.mixers.wrappers.reverse import both_ways, refuse_state, zero_gradient_touch
+from mm.model.mixers.wrappers.reverse import both_ways, refuse_state
 from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS, MixerField
 from mm.state import State

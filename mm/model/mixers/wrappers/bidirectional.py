@@ -12,14 +12,13 @@ from torch import Tensor
 from mm.config import Config
 from mm.mask import Causal, Mask
 from mm.model.context import Ctx
-from mm.model.layer import Caps, LinearFactory, Mixer, Out, Stateful
+from mm.model.layer import Caps, LinearFactory, Mixer, Out, Stateful, zero_gradient_touch
 from mm.model.linears.dense import dense
 from mm.model.mixers.wrappers.reverse import (
     both_ways,
     refuse_state,
     reorder,
     reverse,
-    zero_gradient_touch,
 )
 from mm.registry import MIXERS, MixerField
 from mm.state import State

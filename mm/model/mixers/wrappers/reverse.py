@@ -4,10 +4,8 @@ documents.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mm.errors import UserError
 from mm.mask import Causal
@@ -62,13 +60,6 @@ def reverse(ctx: Ctx, inside: Tensor) -> tuple[Tensor, Ctx]:
 def reorder(x_BTD: Tensor, index: Tensor) -> Tensor:
     """Rows of ``x`` in another order of its flat places."""
     return x_BTD.flatten(0, 1)[index].view_as(x_BTD)
-
-
-def zero_gradient_touch(parameters: Iterable[nn.Parameter], like: Tensor) -> Tensor:
-    """A zero that hangs on parameters which a pass does not need: their gradients are zeros, not
-    missing.
-    """
-    return sum((p.reshape(-1)[:0].sum() for p in parameters), like.new_zeros(())).to(like.dtype)
 
 
 def refuse_state(kind: str, ctx: Ctx, state: State | None) -> None:
