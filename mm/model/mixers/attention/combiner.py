@@ -1,5 +1,6 @@
-"""Attention as a structured expectation. R rows of one document, L tokens, S places to look at, H
-heads, K head width, n regions of c places.
+"""Attention as a structured expectation.
+
+R rows of one document, L tokens, S keys, H heads, K head width, n regions of c tokens.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mm.model.layer import LinearFactory
-from mm.model.mixers.attention.placed import PlacedAttention, PlacedConfig, read_all
+from mm.model.mixers.attention.indexed import IndexedAttention, IndexedConfig, read_all
 from mm.registry import MIXERS
 
 
-class Combiner(PlacedAttention):
+class Combiner(IndexedAttention):
     """``p(j | i)`` of places in the own region; ``p(region | i) p(j | region)`` of earlier ones.
 
     With pooled queries and keys ``q_r, k_r`` of region r, ``p(j | i) ~ exp(q_i k_j)``, ``p(r | i) ~
@@ -102,7 +103,7 @@ class Combiner(PlacedAttention):
 
 
 @MIXERS.register("combiner")
-class CombinerConfig(PlacedConfig):
+class CombinerConfig(IndexedConfig):
     """Combiner with fixed regions."""
 
     kind: Literal["combiner"] = "combiner"

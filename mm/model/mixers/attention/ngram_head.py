@@ -1,10 +1,10 @@
-"""n-gram heads. B rows, T tokens, D model, N slots, R rows of one document, L their length, C cache
-places, S keys.
+"""n-gram heads.
+
+B rows, T tokens, D model, N slots, R rows of one document, L their length, S keys, C cached ones.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -17,8 +17,7 @@ from mm.kernels.linear_scan import linear_scan
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
-from mm.model.mixers.attention.kv_cache import KV, DraftKV, advance
-from mm.model.varlen import PackedRows, paired
+from mm.model.mixers.attention.kv_cache import KeyValueCache
 from mm.registry import MIXERS
 from mm.state import State
 
@@ -94,15 +93,16 @@ class NgramHead(Mixer):
     """
 
     caps = Caps(causal=True, step=True, reads=frozenset({"ids"}))
+    replays = False
 
     def __init__(self, d_model: int, n: int, linear: LinearFactory):
         super().__init__()
         self.d_model, self.n = d_model, n
+        self.cache = KeyValueCache(1, 0, d_model, extra=(TOKEN,))
         self.own = linear(d_model, d_model, "own")
         self.out = linear(d_model, d_model, "out")
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        assert state is None or isinstance(state, KV | DraftKV)
         document = ctx.layout.fields.document
         if ctx.ids is None:
             token = torch.full_like(document, UNKNOWN)
@@ -112,52 +112,37 @@ class NgramHead(Mixer):
         if state is None:
             mean = ngram_means(x_BTD, token, document, self.n)
         else:
-            mean, after = self._forward_cached(x_BTD, token, ctx, state.commit())
+            mean, after = self._forward_cached(x_BTD, token, ctx, state)
         return Out(self.own(x_BTD, ctx) + self.out(mean.to(x_BTD.dtype), ctx), after)
 
     def _forward_cached(
-        self, x: Tensor, token: Tensor, ctx: Ctx, cache: KV
-    ) -> tuple[Tensor, KV | DraftKV]:
-        (B, T), C = x.shape[:2], cache.k.shape[2]
-        docs = PackedRows.of(ctx.layout, cache.count.shape[0])
+        self, x: Tensor, token: Tensor, ctx: Ctx, state: State
+    ) -> tuple[Tensor, State]:
         f = ctx.layout.fields
-        f = docs.fields(f._replace(extra={**f.extra, TOKEN: token}))
-        rows = docs.unpack(x)[:, :, None]
-        _, past_x, past_f = cache.past(docs, f)
-        R, L = rows.shape[:2]
-        known = paired(lambda old, new: torch.cat((old, new), dim=1), past_f, f)
-        values = torch.cat((past_x.transpose(1, 2).to(rows.dtype), rows), dim=1)[:, :, 0]
+        f = f._replace(extra={**f.extra, TOKEN: token})
+        x = x[:, :, None]
+        seen, after = self.cache(x[..., :0], x, ctx, state, f)
+        docs, known, count = seen.docs, seen.known, seen.begin[:, None].long()
+        (R, S), C = known.document.shape, seen.cached
         # Move the call's tokens up to the cached ones, so that neighbours are neighbours.
-        count = docs.read(cache.count)[:, None].long()
-        number = torch.arange(C + L, device=x.device).expand(R, -1)
-        place = torch.where(number < count, number, number - count + C).clamp_max(C + L - 1)
+        number = torch.arange(S, device=x.device).expand(R, -1)
+        place = number
+        if S > C:
+            place = torch.where(number < count, number, number - count + C).clamp_max(S - 1)
         there = (number < count + docs.length[:, None]) & (known.document.gather(1, place) > 0)
         tokens = torch.where(there, known.extra[TOKEN].gather(1, place), UNKNOWN)
-        values = values.gather(1, place[..., None].expand(-1, -1, self.d_model))
-        at = count + torch.arange(L, device=x.device)  # numbers of the call's tokens
+        values = seen.v[:, :, 0].gather(1, place[..., None].expand(-1, -1, self.d_model))
+        at = seen.query_index()
         match = (at[..., None] >= number[:, None]) & there[:, None]
         for k in range(self.n - 1):
-            read = _before(tokens, k).gather(1, at.clamp_max(C + L - 1))
+            read = _before(tokens, k).gather(1, at.clamp_max(S - 1))
             match = match & (read[..., None] == _before(tokens, k + 1)[:, None])
             match = match & (read >= 0)[..., None]
         wide = torch.promote_types(x.dtype, torch.float32)
         # What no place of the row sees may hold anything.
         values = values.to(wide).masked_fill(~there[..., None], 0)
         mean = match.to(wide) @ values / match.sum(-1, keepdim=True).clamp_min(1)
-        after = advance(cache, rows[..., :0], rows, f, docs, ctx.draft)
-        return docs.pack(mean, B, T), after
-
-    def initial_state(self, n: int, max_len: int) -> KV:
-        like = next(self.parameters()).detach()
-        if torch.is_autocast_enabled(like.device.type):
-            like = like.new_empty(0, dtype=torch.get_autocast_dtype(like.device.type))
-        kv = KV.empty(n, 1, max_len, 0, self.d_model, False, like)
-        fields = kv.fields
-        return replace(kv, fields=fields._replace(extra={TOKEN: torch.zeros_like(fields.document)}))
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        item = next(self.parameters()).element_size()
-        return KV.bytes(n, 1, max_len, 0, self.d_model, item) + 4 * n * max_len
+        return docs.pack(mean, *x.shape[:2]), after
 
 
 @MIXERS.register("ngram_head")

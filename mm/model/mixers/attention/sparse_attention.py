@@ -1,5 +1,6 @@
-"""Factorised sparse attention. R rows of one document, L tokens, S places to look at, H heads, G
-key heads, K head width, n blocks of b places.
+"""Factorised sparse attention.
+
+R rows of one document, L tokens, S keys, H heads, G key heads, K head width, n blocks of b tokens.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from torch import Tensor
 from mm.kernels.attention import attention
 from mm.kernels.attention.spec import MaskSpec
 from mm.model.layer import LinearFactory
-from mm.model.mixers.attention.placed import PlacedAttention, PlacedConfig, read_all
+from mm.model.mixers.attention.indexed import IndexedAttention, IndexedConfig, read_all
 from mm.registry import MIXERS
 
 
-class SparseAttention(PlacedAttention):
+class SparseAttention(IndexedAttention):
     """Causal attention over two sparse patterns whose product reaches every place before.
 
     * ``strided``: the latest ``b + 1`` places; and those whole strides ``b`` back.
@@ -135,7 +136,7 @@ def _hide(logits: Tensor, seen_nqs: Tensor) -> Tensor:
 
 
 @MIXERS.register("sparse_attention")
-class SparseAttentionConfig(PlacedConfig):
+class SparseAttentionConfig(IndexedConfig):
     """Sparse Transformer patterns."""
 
     kind: Literal["sparse_attention"] = "sparse_attention"

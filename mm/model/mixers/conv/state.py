@@ -68,6 +68,18 @@ class TokenTail(StatePart):
             back.append(F.pad(x_BTW[:, :-j].masked_fill(~same, 0), (0, 0, j, 0)))
         return back, None
 
+    def convolve(
+        self, u_BTW: Tensor, weight_CW: Tensor, bias_W: Tensor, ctx: Ctx, state: State | None
+    ) -> tuple[Tensor, Tail | None]:
+        """`causal_conv` of `(B, T, W)` with C = ``size + 1``, and the State after the call."""
+        if state is None:
+            return causal_conv(u_BTW, weight_CW, bias_W, ctx.layout.fields.document), None
+        inputs, docs, after = self.extend(u_BTW, ctx, state)
+        # What was kept is the document's own past: no borders, and the first outputs are its.
+        same = torch.ones_like(inputs[..., 0], dtype=torch.int32)
+        y = causal_conv(inputs, weight_CW, bias_W, same)[:, self.size :]
+        return docs.pack(y, *u_BTW.shape[:2]), after
+
     def initial_state(self, n: int, max_len: int) -> Tail:
         return Tail(self.like.new_zeros(n, self.size, self.width))
 
@@ -109,13 +121,7 @@ class ShortConv(TokenTail):
     ) -> tuple[Tensor, Tail | None]:
         """`causal_conv` of `(B, T, W)`, and the State after the call."""
         bias = self.bias if self.bias is not None else torch.zeros_like(self.weight[0])
-        if state is None:
-            return causal_conv(u_BTW, self.weight, bias, ctx.layout.fields.document), None
-        inputs, docs, after = self.extend(u_BTW, ctx, state)
-        # What was kept is the document's own past: no borders, and the first outputs are its.
-        same = torch.ones_like(inputs[..., 0], dtype=torch.int32)
-        y = causal_conv(inputs, self.weight, bias, same)[:, self.size :]
-        return docs.pack(y, *u_BTW.shape[:2]), after
+        return self.convolve(u_BTW, self.weight, bias, ctx, state)
 
 
 class NoConv(StatePart):
