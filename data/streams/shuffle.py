@@ -33,7 +33,7 @@ def _scramble(x: np.ndarray) -> np.ndarray:
 
 
 def fold_seed(*parts: int) -> int:
-    """Hash integers to one seed of 62 bits: `splitmix64` over their running sum.
+    """Hash integers to one seed of 62 bits: SplitMix64's finalizer over their running sum.
 
     Called for every micro-batch: Python's integers are 40 times faster here than arrays of one.
     """
