@@ -84,11 +84,11 @@ def capped_attention(
 
 
 class CappedState(Mixer):
-    """``S_t = S'_t min(1, c / |S'_t|)`` by head, ``S'_t = a_t S_{t-1} + k_t v_t^T``: the state of a
-    text of any length is no larger than those that training saw.
+    """``S_t = S'_t min(1, c / |S'_t|)`` by head, ``S'_t = a_t S_{t-1} + k_t v_t^T``.
 
-    Wraps a `linear_attention` with decays by head, as Mamba-2 is. A token's factor needs the state
-    before it, so tokens wait for each other; all but their scalar factors is computed in chunks.
+    The state of a text of any length is no larger than those that training saw. Wraps a
+    `linear_attention` with decays by head, as Mamba-2 is. A token's factor needs the state before
+    it, so tokens wait for each other; all but their scalar factors is computed in chunks.
 
     Source: Chen et al. 2024, Stuffed Mamba (arXiv:2410.07145v1), its mitigation by state
     normalisation.

@@ -29,8 +29,7 @@ EPS = 1e-6  # added to the squared length of queries and keys
 
 
 class DeltaRule(LinearMixer):
-    """Every head keeps a map from keys to values; a token erases what the map holds for its key and
-    writes its value there.
+    """Every head keeps a map from keys to values; a token overwrites the value of its key.
 
     Queries, keys and values: a short causal convolution, SiLU, then unit length (queries, keys).
     Source: Yang et al. 2024, DeltaNet (arXiv:2406.06484), section 3.3; gate: Yang et al. 2024,
@@ -40,31 +39,21 @@ class DeltaRule(LinearMixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(
-        self,
-        d_model: int,
-        heads: int,
-        key_dim: int,
-        value_dim: int,
-        conv_size: int,
-        gated: bool,
-        negative_eigenvalues: bool,
-        output_gate: bool,
-        linear: LinearFactory,
-    ):
+    def __init__(self, d_model: int, config: DeltaRuleConfig, key_dim: int, linear: LinearFactory):
         super().__init__()
-        self.heads, self.key_dim, self.value_dim = heads, key_dim, value_dim
-        self.top = 2.0 if negative_eigenvalues else 1.0
-        width = heads * (2 * key_dim + value_dim)
+        c, H, K, V = config, config.heads, key_dim, config.value_dim or key_dim
+        self.heads, self.key_dim, self.value_dim = H, K, V
+        self.top = 2.0 if c.negative_eigenvalues else 1.0
+        width, gated = H * (2 * K + V), c.gate == "scalar"
         self.qkv = linear(d_model, width, "qkv")
-        self.rates = linear(d_model, heads * (1 + gated), "rates")
-        self.gate = linear(d_model, heads * value_dim, "gate") if output_gate else None
-        self.out = linear(heads * value_dim, d_model, "out")
-        self.norm = RMSNorm(value_dim)
-        self.conv = ShortConv(width, conv_size, bias=False) if conv_size > 1 else NoConv()
-        self.memory = MatrixMemory(heads, key_dim, value_dim)
-        self.log_decay = nn.Parameter(torch.empty(heads)) if gated else None
-        self.rate_bias = nn.Parameter(torch.empty(heads)) if gated else None
+        self.rates = linear(d_model, H * (1 + gated), "rates")
+        self.gate = linear(d_model, H * V, "gate") if c.output_gate else None
+        self.out = linear(H * V, d_model, "out")
+        self.norm = RMSNorm(V)
+        self.conv = ShortConv(width, c.conv_size, bias=False) if c.conv_size > 1 else NoConv()
+        self.memory = MatrixMemory(H, K, V)
+        self.log_decay = nn.Parameter(torch.empty(H)) if gated else None
+        self.rate_bias = nn.Parameter(torch.empty(H)) if gated else None
 
     def init_weights(self) -> None:
         if self.log_decay is None or self.rate_bias is None:
@@ -81,9 +70,7 @@ class DeltaRule(LinearMixer):
     def features(
         self, x_BTD: Tensor, ctx: Ctx, state: State | None = None
     ) -> tuple[dict[str, Tensor], State | None]:
-        """Queries, keys and values `(B, T, H, .)`; writing strengths ``beta`` and log decays ``g``
-        `(B, T, H)`, float32 or wider.
-        """
+        """Queries, keys, values `(B, T, H, .)`; float32 or wider strengths ``beta``, log decays."""
         found: dict[str, Tensor] = {}
         u, rates = self.qkv(x_BTD, ctx), self.rates(x_BTD, ctx)
         u, after = self.conv(u, ctx, state)
@@ -167,18 +154,7 @@ class DeltaRuleConfig(Config):
                 f"delta_rule: d_model {d_model} is not a multiple of heads {self.heads}; "
                 "set key_dim"
             )
-        key_dim = self.key_dim or d_model // self.heads
-        return DeltaRule(
-            d_model,
-            self.heads,
-            key_dim,
-            self.value_dim or key_dim,
-            self.conv_size,
-            self.gate == "scalar",
-            self.negative_eigenvalues,
-            self.output_gate,
-            linear,
-        )
+        return DeltaRule(d_model, self, self.key_dim or d_model // self.heads, linear)
 
     @classmethod
     def smallest(cls) -> DeltaRuleConfig:

@@ -79,8 +79,9 @@ class EcoFormer(LinearAttention):
 
 
 def hash_loss(codes_q: Tensor, codes_k: Tensor, attention: Tensor, pairs: int) -> Tensor:
-    """Mean squared difference between code similarity and 1 for the ``pairs`` largest weights of
-    each query, -1 for the smallest.
+    """Mean squared difference of code similarities from those that attention weights ask for.
+
+    Asked for are 1 for the ``pairs`` largest weights of each query, -1 for the smallest.
 
     Args:
         codes_q: `(..., T, b)` relaxed codes in [-1, 1] (`tanh` of `EcoFormer.hash_values`).

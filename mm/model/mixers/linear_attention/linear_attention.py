@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -240,6 +241,14 @@ def append_ones(v: Tensor) -> Tensor:
     return torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
 
 
+def head_width(kind: str, heads: int, d_model: int, expand: float, name: str) -> int:
+    """Width of each of ``heads`` that share ``d_model * expand``; ``name``: of that factor."""
+    width = d_model * expand / heads
+    if width != int(width) or width < 1:
+        raise ValueError(f"{kind}: {heads} heads do not divide d_model {d_model} * {name} {expand}")
+    return int(width)
+
+
 @MIXERS.register("linear_attention")
 class LinearAttentionConfig(Config):
     """Linear attention with a feature map, a decay, a normaliser, a convolution, a norm, a gate."""
@@ -314,8 +323,9 @@ class LinearAttentionConfig(Config):
         return self
 
     def build(self, d_model: int, linear: LinearFactory = dense) -> LinearAttention:
-        key_dim = self.key_dim or self._share(d_model, self.expand_key, "key")
-        value_dim = self._share(d_model, self.expand_value, "value")
+        width = partial(head_width, self.kind, self.heads, d_model)
+        key_dim = self.key_dim or width(self.expand_key, "expand_key")
+        value_dim = width(self.expand_value, "expand_value")
         position = self.position.build(key_dim)
         if self.position.kind != "none" and type(position).rotate is Position.rotate:
             raise ValueError(
@@ -323,15 +333,6 @@ class LinearAttentionConfig(Config):
                 "there are no scores to change: use none or rope"
             )
         return LinearAttention(d_model, self, key_dim, value_dim, position, linear)
-
-    def _share(self, d_model: int, expand: float, name: str) -> int:
-        width = d_model * expand / self.heads
-        if width != int(width) or width < 1:
-            raise ValueError(
-                f"linear_attention: {self.heads} heads do not divide d_model {d_model} * "
-                f"expand_{name} {expand}"
-            )
-        return int(width)
 
     @classmethod
     def smallest(cls) -> LinearAttentionConfig:

@@ -132,14 +132,14 @@ def advance(S: Tensor, count: Tensor, steps: Steps, v: Tensor, length: Tensor) -
     into = F.one_hot(bucket_level(end, count, E), E).to(S)  # (R, E old, E new)
     # An empty reader's past (no token yet) is zeros: it may go anywhere.
     moved = torch.einsum("ref,rehkv->rfhkv", into, S)
-    kept = steps.total[:, None, :, None, None] * moved
+    old = steps.total[:, None, :, None, None] * moved
     if steps.begun is not None:
         read = torch.einsum("rlhk,rfhkv->rflhv", steps.begun, moved)
-        kept = kept - torch.einsum("rlhk,rflhv->rfhkv", steps.keep, read)
+        old = old - torch.einsum("rlhk,rflhv->rfhkv", steps.keep, read)
     at = count[:, None] + torch.arange(L, device=v.device)
     to = F.one_hot(level(end[:, None], torch.minimum(at, end[:, None]), E), E).to(S)
     added = torch.einsum("rle,rlhk,rlhv->rehkv", to, steps.keep, v)
-    return torch.where((length > 0).view(-1, 1, 1, 1, 1), kept + added, S)
+    return torch.where((length > 0).view(-1, 1, 1, 1, 1), old + added, S)
 
 
 def read(steps: Steps, v: Tensor, gain: Tensor, S: Tensor, count: Tensor) -> Tensor:

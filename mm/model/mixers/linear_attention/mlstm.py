@@ -5,6 +5,7 @@ B rows, T tokens, D model, H heads, K key width, V value width, N slots.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -22,6 +23,7 @@ from mm.model.mixers.linear_attention.linear_attention import (
     LinearAttention,
     LinearAttentionConfig,
     append_ones,
+    head_width,
 )
 from mm.model.mixers.linear_attention.memory import MatrixMemory
 from mm.model.mixers.ssm.scan import Hidden, write_last
@@ -94,13 +96,13 @@ class StabilisedMemory(Stateful):
 
 
 class MLSTM(LinearAttention):
-    """``h_t = C_t^T q_t / max(|n_t q_t|, 1)``, ``C_t = f_t C_{t-1} + e^{i_t} k_t v_t^T``, ``n_t =
-    f_t n_{t-1} + e^{i_t} k_t``; per head layer norm, sigmoid output gate.
+    """``h_t = C_t^T q_t / max(|n_t q_t|, 1)``, ``C_t = f_t C_{t-1} + e^{i_t} k_t v_t^T``.
 
-    Everything is kept divided by ``exp(m_t)``, ``m_t = max(log f_t + m_{t-1}, i_t, 0)``: decays
-    become ``log f_t + m_{t-1} - m_t``, keys are scaled by ``exp(i_t - m_t)``, the 1 becomes
-    ``exp(-m_t)``, and no exponent is positive. The outputs do not depend on m, so no gradient is
-    lost with it, and the chunkwise form is that of the `linear_attention` Op.
+    ``n_t = f_t n_{t-1} + e^{i_t} k_t``; per head layer norm, sigmoid output gate. Everything is
+    kept divided by ``exp(m_t)``, ``m_t = max(log f_t + m_{t-1}, i_t, 0)``: decays become ``log f_t
+    + m_{t-1} - m_t``, keys are scaled by ``exp(i_t - m_t)``, the 1 becomes ``exp(-m_t)``, and no
+    exponent is positive. The outputs do not depend on m, so no gradient is lost with it, and the
+    chunkwise form is that of the `linear_attention` Op.
 
     Source: Beck et al. 2024, xLSTM (arXiv:2405.04517), section 2.3, eq. 19-27, stabiliser eq. 15
     (floored at zero here, where the normaliser's lower bound makes it harmless); block, soft-cap
@@ -177,10 +179,9 @@ class MLSTMConfig(Config):
     conv_size: Annotated[int, Field(ge=0, description="of a short convolution; 0 = none")] = 0
 
     def build(self, d_model: int, linear: LinearFactory = dense) -> MLSTM:
-        key_dim, value_dim = (
-            self._share(d_model * expand / self.heads, d_model)
-            for expand in (self.expand_key, self.expand_value)
-        )
+        width = partial(head_width, self.kind, self.heads, d_model)
+        key_dim = width(self.expand_key, "expand_key")
+        value_dim = width(self.expand_value, "expand_value")
         inner = LinearAttentionConfig(
             heads=self.heads,
             feature="identity",
@@ -192,14 +193,6 @@ class MLSTMConfig(Config):
             gate="sigmoid",
         )
         return MLSTM(d_model, self, inner, key_dim, value_dim, linear)
-
-    def _share(self, width: float, d_model: int) -> int:
-        if width != int(width) or width < 1:
-            raise ValueError(
-                f"mlstm: {self.heads} heads do not divide d_model {d_model} * expand_key "
-                f"{self.expand_key} and * expand_value {self.expand_value}"
-            )
-        return int(width)
 
     @classmethod
     def smallest(cls) -> MLSTMConfig:

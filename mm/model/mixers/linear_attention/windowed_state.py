@@ -42,8 +42,9 @@ class Windowed(DataclassState):
 def windowed_attention(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor | None = None, n: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Outputs and the last state of ``S_t = a_t S_{t-1} + k_t v_t^T - (a_{t-P+1} .. a_t) k_{t-P}
-    v_{t-P}^T``.
+    """Outputs and the last state of the sum of the last P tokens' ``k v^T``, decayed.
+
+    ``S_t = a_t S_{t-1} + k_t v_t^T - (a_{t-P+1} .. a_t) k_{t-P} v_{t-P}^T``.
 
     Args:
         q: `(R, L, H, K)`.

@@ -9,11 +9,13 @@ does not.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.mixers.ssm.scan import RecurrentState
@@ -97,6 +99,20 @@ class Cell(Recurrence):
         return states[..., : self.width], states
 
 
+class RNNConfig(Config):
+    """What `RNN` is built of."""
+
+    width: Annotated[int, Field(gt=0, description="default d_model")] | None = None
+    rank: (
+        Annotated[int, Field(gt=0, description="of the state's matrices; default full")] | None
+    ) = None
+    diagonal: Annotated[bool, Field(description="a low rank is beside a diagonal")] = False
+
+    @classmethod
+    def smallest(cls) -> Self:
+        return cls(width=6)
+
+
 class RNN(Recurrence):
     """``out(h)`` of a recurrent network over each document, by torch's own fused kernels.
 
@@ -112,24 +128,17 @@ class RNN(Recurrence):
     gates: ClassVar[int]
     parts: ClassVar[int]  # vectors of width W that the state holds
 
-    def __init__(
-        self,
-        d_model: int,
-        width: int,
-        linear: LinearFactory,
-        rank: int | None = None,
-        diagonal: bool = False,
-    ):
+    def __init__(self, config: RNNConfig, d_model: int, linear: LinearFactory):
+        width, rank = config.width or d_model, config.rank
         super().__init__(width, self.parts * width, wide=False)  # as torch's kernels move it
-        self.rank = rank
-        rows = self.gates * width
+        self.rank, rows = rank, self.gates * width
         self.weight_ih = nn.Parameter(torch.empty(rows, d_model))
         if rank is None:
             self.weight_hh = nn.Parameter(torch.empty(rows, width))
         else:
             self.low = nn.Parameter(torch.empty(self.gates, rank, width))  # R
             self.high = nn.Parameter(torch.empty(self.gates, width, rank))  # L
-        kept = rank is not None and diagonal
+        kept = rank is not None and config.diagonal
         self.diagonal = nn.Parameter(torch.empty(self.gates, width)) if kept else None
         self.bias_ih = nn.Parameter(torch.empty(rows))
         self.bias_hh = nn.Parameter(torch.empty(rows))

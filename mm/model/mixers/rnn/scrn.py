@@ -30,21 +30,14 @@ class SCRN(Recurrence):
 
     overwrites = True
 
-    def __init__(
-        self,
-        d_model: int,
-        width: int,
-        context: int,
-        decay: float,
-        adaptive: bool,
-        linear: LinearFactory,
-    ):
+    def __init__(self, config: SCRNConfig, d_model: int, linear: LinearFactory):
+        width, context = config.width or d_model, config.context
         super().__init__(width + context, width + context)
-        self.units, self.context, self.decay = width, context, decay
+        self.units, self.context, self.decay = width, context, config.decay
         self.slow = linear(d_model, context, "slow")  # B
         self.weight_ih = nn.Parameter(torch.empty(width, context + d_model))  # P, A
         self.weight_hh = nn.Parameter(torch.empty(width, width))  # R
-        self.rate = nn.Parameter(torch.empty(context)) if adaptive else None
+        self.rate = nn.Parameter(torch.empty(context)) if config.adaptive else None
         self.out = linear(self.width, d_model, "out")  # U, V
 
     def init_weights(self) -> None:
@@ -83,14 +76,7 @@ class SCRNConfig(Config):
     adaptive: Annotated[bool, Field(description="learn the decay of each slow unit")] = False
 
     def build(self, d_model: int, linear: LinearFactory = dense) -> SCRN:
-        return SCRN(
-            d_model,
-            self.width or d_model,
-            self.context,
-            self.decay,
-            self.adaptive,
-            linear,
-        )
+        return SCRN(self, d_model, linear)
 
     @classmethod
     def smallest(cls) -> SCRNConfig:

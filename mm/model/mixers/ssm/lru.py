@@ -34,16 +34,10 @@ class LRU(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(
-        self,
-        d_model: int,
-        width: int,
-        ring: tuple[float, float],
-        max_phase: float,
-        linear: LinearFactory,
-    ):
+    def __init__(self, config: LRUConfig, d_model: int, linear: LinearFactory):
         super().__init__()
-        self.width, self.ring, self.max_phase = width, ring, max_phase
+        self.config = config
+        self.width = width = config.width or d_model
         # Complex matrices as real ones: B makes both parts, C reads both (its sign is in the
         # weight).
         self.inner = linear(d_model, 2 * width, "inner")
@@ -55,14 +49,14 @@ class LRU(Mixer):
         self.skip = nn.Parameter(torch.empty(d_model))
 
     def init_weights(self) -> None:
-        low, high = self.ring
+        low, high = self.config.r_min, self.config.r_max
         with torch.no_grad():
             # Uniform on the ring's area: |lambda|^2 is uniform.
             u = torch.empty_like(self.nu, dtype=torch.float32).uniform_(1e-4, 1 - 1e-4)
             nu = -0.5 * (u * (high**2 - low**2) + low**2).log()
             self.nu.copy_(nu.log())
             self.gamma.copy_(0.5 * (-torch.expm1(-2 * nu)).log())
-            phase = torch.empty_like(u).uniform_(1e-4, 1.0) * self.max_phase
+            phase = torch.empty_like(u).uniform_(1e-4, 1.0) * self.config.max_phase
             self.theta.copy_(phase.log())
         nn.init.normal_(self.skip)
         self.inner.rescale(0.5**0.5)  # variance 1 / (2 D) for each part
@@ -102,9 +96,7 @@ class LRUConfig(Config):
         return self
 
     def build(self, d_model: int, linear: LinearFactory = dense) -> LRU:
-        ring = (self.r_min, self.r_max)
-        width = self.width or d_model
-        return LRU(d_model, width, ring, self.max_phase, linear)
+        return LRU(self, d_model, linear)
 
     @classmethod
     def smallest(cls) -> LRUConfig:

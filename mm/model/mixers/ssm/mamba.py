@@ -70,28 +70,20 @@ class Mamba(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(
-        self,
-        d_model: int,
-        width: int,
-        states: int,
-        conv_size: int,
-        rank: int,
-        norms: bool,
-        linear: LinearFactory,
-    ):
+    def __init__(self, config: MambaConfig, d_model: int, linear: LinearFactory):
         super().__init__()
-        self.states, self.rank = states, rank
+        width, states = config.expand * d_model, config.states
+        self.states, self.rank = states, (rank := config.rank or -(-d_model // 16))
         self.inner = linear(d_model, 2 * width, "inner")
         self.select = linear(width, rank + 2 * states, "select")
         self.step = linear(rank, width, "step")
         self.out = linear(width, d_model, "out")
-        self.conv = ShortConv(width, conv_size, init="uniform")
+        self.conv = ShortConv(width, config.conv_size, init="uniform")
         self.scan = SelectiveScan(states, width)
         self.step_bias = nn.Parameter(torch.empty(width))
         self.log_rate = nn.Parameter(torch.empty(states, width))  # log(-A), transposed
         self.skip = nn.Parameter(torch.empty(width))
-        sizes = (rank, states, states) if norms else ()
+        sizes = (rank, states, states) if config.norms else ()
         self.norms = nn.ModuleList(RMSNorm(size) for size in sizes)
 
     def init_weights(self) -> None:
@@ -140,15 +132,7 @@ class MambaConfig(Config):
     norms: Annotated[bool, Field(description="RMS norms of step size, B and C (Jamba)")] = False
 
     def build(self, d_model: int, linear: LinearFactory = dense) -> Mamba:
-        return Mamba(
-            d_model,
-            self.expand * d_model,
-            self.states,
-            self.conv_size,
-            self.rank or -(-d_model // 16),
-            self.norms,
-            linear,
-        )
+        return Mamba(self, d_model, linear)
 
     @classmethod
     def smallest(cls) -> MambaConfig:

@@ -72,12 +72,10 @@ class S4(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(
-        self, d_model: int, states: int, steps: tuple[float, float], linear: LinearFactory
-    ):
+    def __init__(self, config: S4Config, d_model: int, linear: LinearFactory):
         super().__init__()
-        self.states, self.steps, half = states, steps, states // 2
-        self.memory = DenseMemory(d_model, states)
+        self.config, self.states, half = config, config.states, config.states // 2
+        self.memory = DenseMemory(d_model, config.states)
         self.log_rate = nn.Parameter(torch.empty(d_model, half))
         self.frequency = nn.Parameter(torch.empty(d_model, half))
         self.low_rank = nn.Parameter(torch.empty(2, d_model, half))  # P, real and imaginary
@@ -94,7 +92,8 @@ class S4(Mixer):
             self.frequency.copy_(rate.imag.expand_as(self.frequency))
             for to, value in ((self.low_rank, p), (self.drive, b)):
                 to.copy_(torch.stack((value.real, value.imag))[:, None].expand_as(to))
-            self.log_step.uniform_(math.log(self.steps[0]), math.log(self.steps[1]))
+            low, high = self.config.step_min, self.config.step_max
+            self.log_step.uniform_(math.log(low), math.log(high))
         nn.init.normal_(self.readout, std=0.5**0.5)
         nn.init.normal_(self.skip)
 
@@ -164,8 +163,7 @@ class S4Config(Config):
         return self
 
     def build(self, d_model: int, linear: LinearFactory = dense) -> S4:
-        steps = (self.step_min, self.step_max)
-        return S4(d_model, self.states, steps, linear)
+        return S4(self, d_model, linear)
 
     @classmethod
     def smallest(cls) -> S4Config:

@@ -62,35 +62,26 @@ class S4D(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(
-        self,
-        d_model: int,
-        states: int,
-        init: Init,
-        discretisation: Literal["zoh", "bilinear"],
-        steps: tuple[float, float],
-        linear: LinearFactory,
-    ):
+    def __init__(self, config: S4DConfig, d_model: int, linear: LinearFactory):
         super().__init__()
-        self.n, self.discretisation, self.steps = states, discretisation, steps
-        self.init: Init = init
+        self.config, states, real = config, config.states, config.init == "real"
         self.log_rate = nn.Parameter(torch.empty(d_model, states))
-        self.frequency = nn.Parameter(torch.empty(d_model, states)) if init != "real" else None
+        self.frequency = None if real else nn.Parameter(torch.empty(d_model, states))
         self.log_step = nn.Parameter(torch.empty(d_model))
-        parts = 1 if init == "real" else 2  # of real states, C's imaginary part reads nothing
+        parts = 1 if real else 2  # of real states, C's imaginary part reads nothing
         self.readout = nn.Parameter(torch.empty(parts, d_model, states))
         self.skip = nn.Parameter(torch.empty(d_model))
         self.out = linear(d_model, d_model, "out")
         self.memory = RecurrentState(2, d_model, states)
 
     def init_weights(self) -> None:
-        rate, frequency = eigenvalues(self.init, self.n)
+        c = self.config
+        rate, frequency = eigenvalues(c.init, c.states)
         with torch.no_grad():
             self.log_rate.copy_(rate.log().expand_as(self.log_rate))
             if self.frequency is not None:
                 self.frequency.copy_(frequency.expand_as(self.frequency))
-            low, high = self.steps
-            self.log_step.uniform_(math.log(low), math.log(high))
+            self.log_step.uniform_(math.log(c.step_min), math.log(c.step_max))
         # Complex standard normal.
         nn.init.normal_(self.readout, std=self.readout.shape[0] ** -0.5)
         nn.init.normal_(self.skip)
@@ -104,7 +95,7 @@ class S4D(Mixer):
         dt = self.log_step.to(wide).exp()[:, None]
         re = -self.log_rate.to(wide).exp()
         im = self.frequency.to(wide) if self.frequency is not None else torch.zeros_like(re)
-        if self.discretisation == "zoh":
+        if self.config.discretisation == "zoh":
             size = torch.exp(dt * re)
             a = torch.cat((size * torch.cos(dt * im), size * torch.sin(dt * im)), -1)
             # (a - 1) / A, as a product with the conjugate.
@@ -158,15 +149,7 @@ class S4DConfig(Config):
         return self
 
     def build(self, d_model: int, linear: LinearFactory = dense) -> S4D:
-        steps = (self.step_min, self.step_max)
-        return S4D(
-            d_model,
-            self.states,
-            self.init,
-            self.discretisation,
-            steps,
-            linear,
-        )
+        return S4D(self, d_model, linear)
 
     @classmethod
     def smallest(cls) -> S4DConfig:
