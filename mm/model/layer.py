@@ -221,7 +221,7 @@ class Backbone(Layer):
 
 
 class Provider(nn.Module):
-    """One per distinct name its layers read; run once before layer 0, its result enters Ctx.shared."""
+    """Runs once before layer 0 for each name that layers read; its result enters `Ctx.shared`."""
 
     def forward(self, ctx: Ctx) -> Tensor:
         raise NotImplementedError

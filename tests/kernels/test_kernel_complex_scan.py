@@ -101,7 +101,7 @@ def test_diagonal_ssm(
 @pytest.mark.parametrize("op", [complex_scan, diagonal_ssm])
 @pytest.mark.parametrize("name", ["reference", "cpp"])
 def test_resets_select_and_do_not_multiply(op, name: str) -> None:
-    """The state before a reset may be inf: neither the value nor the input's gradient may turn NaN."""
+    """A state of inf before a reset turns neither the value nor the input's gradient NaN."""
     u = randn(1, 4, 6).detach()
     u[0, 1] = float("inf")
     u.requires_grad_()

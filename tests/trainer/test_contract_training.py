@@ -24,11 +24,6 @@ from mm.trainer.stage import all_networks, build, make_module
 SAME = {"rel": 2e-6, "abs": 1e-6}  # printed precision
 
 
-@pytest.fixture(autouse=True)
-def _no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-
-
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """All runs that need two processes, in ONE torchrun.

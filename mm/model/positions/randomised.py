@@ -81,7 +81,7 @@ class RandomisedScores(Randomised):
 
 
 def adds_to_input(position: Position) -> bool:
-    """Whether a position is added to a layer's input (`Position.embed`), itself or the inner one."""
+    """Whether a position or its inner one is added to a layer's input (`Position.embed`)."""
     while isinstance(position, Randomised):
         position = position.inner
     return type(position).embed is not Position.embed

@@ -16,14 +16,15 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-CONTRACT, BUILD = "tests/test_contract.py", "tests/test_contract_build.py"
+BUILD = "tests/test_contract_build.py"
+LAYER = ["tests/test_contract.py", "tests/test_contract_state.py", BUILD]
 LAWS = {  # example -> (files of laws, what chooses it, tests that must have run)
-    "mixer_ema": ([CONTRACT, BUILD], "mixer:ema", 30),
-    "ffn_relu2": ([CONTRACT, BUILD], "ffn:relu2", 30),
+    "mixer_ema": (LAYER, "mixer:ema", 30),
+    "ffn_relu2": (LAYER, "ffn:relu2", 30),
     "adapter_mlp": ([BUILD], "adapter-mlp", 1),
-    "tokenizer_mu_law": (["tests/test_contract_tokenizers.py"], "mu_law", 10),
+    "tokenizer_mu_law": (["tests/tokenizers/test_contract_tokenizers.py"], "mu_law", 10),
     "objective_truncated": (["tests/trainer/test_contract_training.py"], "truncated_next_token", 1),
 }
 

@@ -164,7 +164,7 @@ def test_shipped_yaml_fits_saves_and_loads(name: str, tmp_path: Path) -> None:
 
 def test_hugging_faces_tokenizers_is_the_one_imported() -> None:
     """Our folder of the same name must not shadow it, even from the repository's root."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     code = "import tokenizers; print(tokenizers.__file__)"
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60
