@@ -18,7 +18,7 @@ from mm.kernels.linear_scan import linear_scan
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
-from mm.model.mixers.ssm.scan import Hidden, scanned
+from mm.model.mixers.ssm.scan import DiagonalScan
 from mm.registry import MIXERS
 from mm.state import State
 
@@ -35,23 +35,16 @@ class EMA(Mixer):
         super().__init__()
         self.inner, self.out = linear(d_model, d_model, "inner"), linear(d_model, d_model, "out")
         self.decay = nn.Parameter(torch.empty(d_model))
+        self.scan = DiagonalScan(d_model)  # documents, State and drafts are its business
 
     def init_weights(self) -> None:
         nn.init.uniform_(self.decay, 0.0, 5.0)  # averages over 2 to 150 tokens
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         u = self.inner(x_BTD, ctx)
-        wide = torch.promote_types(u.dtype, torch.float32)
-        a = self.decay.to(wide).sigmoid().expand_as(u)
-        h, after = scanned(linear_scan, a, (1 - a) * u.to(wide), ctx, state)
+        a = self.decay.to(self.scan.wide).sigmoid().expand_as(u)
+        h, after = self.scan(linear_scan, a, (1 - a) * u.to(a.dtype), ctx, state)
         return Out(self.out(h.to(u.dtype), ctx), after)
-
-    def initial_state(self, n: int, max_len: int) -> Hidden:
-        wide = torch.promote_types(self.decay.dtype, torch.float32)
-        return Hidden(self.decay.detach().new_zeros(n, self.decay.shape[0], dtype=wide))
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return n * self.decay.shape[0] * max(self.decay.element_size(), 4)
 
 
 @MIXERS.register("ema")

@@ -358,12 +358,14 @@ def _examples() -> dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]
     """A small call of every Op that ships."""
     import torch
 
+    from mm.kernels.attention.spec import MaskSpec
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     new = lambda *shape: torch.zeros(*shape, device=device)
     return {
         "attention": lambda: (
             (new(1, 8, 2, 16), new(1, 8, 1, 16), new(1, 8, 1, 16)),
-            {"causal": True},
+            {"mask": MaskSpec(causal=True)},
         ),
         "rms_norm": lambda: ((new(2, 8, 32), new(32)), {}),
         "linear_scan": lambda: ((new(1, 8, 16), new(1, 8, 16)), {}),

@@ -45,6 +45,8 @@ class LazyGroup(typer.core.TyperGroup):
     Typer itself has no lazy groups.
     """
 
+    listing = False
+
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         return list(COMMANDS)
 
@@ -54,19 +56,20 @@ class LazyGroup(typer.core.TyperGroup):
             if ctx.resilient_parsing:
                 return None
             raise UserError(f"no command 'mm {cmd_name}'{did_you_mean(cmd_name, COMMANDS)}")
-        return _command(cmd_name, importlib.import_module(f"mm.cli.{cmd_name}").app)
+        module = importlib.import_module(f"mm.cli.{cmd_name}")
+        # A module with derived options makes them when it is called, not to be listed.
+        app = module.full_app() if hasattr(module, "full_app") and not self.listing else module.app
+        command = typer.main.get_command(app)
+        command.name = cmd_name
+        return command
 
-    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
-        """The command that runs: a module may hold ``full_app``, whose options are derived."""
-        name, command, rest = super().resolve_command(ctx, args)
-        full = getattr(importlib.import_module(f"mm.cli.{name}"), "full_app", None)
-        return name, _command(str(name), full()) if full else command, rest
-
-
-def _command(name: str, app: typer.Typer) -> Any:
-    command = typer.main.get_command(app)
-    command.name = name
-    return command
+    def format_help(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+        """List the commands without what they need to run."""
+        self.listing = True
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self.listing = False
 
 
 app = typer.Typer(

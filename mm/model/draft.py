@@ -39,6 +39,8 @@ class Draft(DataclassState):
     def accept(self, n_N: Tensor) -> State:
         n = torch.minimum(n_N.to(self.length), self.length)
         N, L = self.x.shape[:2]
+        if not L:
+            return self.after  # nothing was fed
         here = torch.arange(N, device=n.device)
         taken = (torch.arange(L, device=n.device) < n[:, None]) & self.written[:, None]
         document = torch.where(taken, here[:, None] + 1, 0).to(torch.int32)

@@ -23,7 +23,7 @@ from mm.launch.environment import cores
 DEFAULT_OUT = Path("runs/quickstart")
 
 # Several command lines in one process: each start of torch takes seconds.
-LANE = """
+JOB = """
 import json, shlex, sys
 from mm.cli.main import run
 for words in json.loads(sys.argv[1]):
@@ -104,25 +104,25 @@ class Steps:
                 os.environ["OMP_NUM_THREADS"] = before
         self.record(command, time.monotonic() - start)
 
-    def together(self, lanes: list[tuple[list[list[str]], Path, int]]) -> None:
+    def run_side_by_side(self, jobs: list[tuple[list[list[str]], Path, int]]) -> None:
         """Run independent trainings side by side, one process and an equal share of the cores each.
 
         Args:
-            lanes: commands one after the other (words after ``mm``), run folder of the first one
+            jobs: commands one after the other (words after ``mm``), run folder of the first one
                 (its metrics.jsonl drives the bar), its number of steps.
         Raises:
             UserError: one failed; its last lines are in the message.
         """
-        threads = str(max(1, cores() // len(lanes)))
+        threads = str(max(1, cores() // len(jobs)))
         environment = os.environ | {"OMP_NUM_THREADS": threads}
         running = []
-        for commands, folder, steps in lanes:
+        for commands, folder, steps in jobs:
             lines = [shlex.join(["mm", *words]) for words in commands]
             for line in lines:
                 self.echo(line)
             log = (self.out / f"{folder.name}.log").open("wb")
             process = subprocess.Popen(
-                [sys.executable, "-c", LANE, json.dumps(commands)],
+                [sys.executable, "-c", JOB, json.dumps(commands)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -231,15 +231,15 @@ def quickstart(
         "--out",
         tokenizers / "text",
     )
-    lanes = []
+    jobs = []
     for modality in ("image", "audio"):
         file, folder = f"configs/quickstart/{modality}.yaml", tokenizers / modality
         budget = configs.read(file)["stages"][0]["budget"]["steps"]
         n = max(2, round(budget * scale))
         words = ["tokenizer", "train", file, "--data", str(data / "digits"), "--out", str(folder)]
         words += [f"seed={seed}"] * (seed != 0) + [f"stages.0.budget.steps={n}"] * (n != budget)
-        lanes.append(([words, _report(folder, data / "digits")], folder, n))
-    steps.together(lanes)
+        jobs.append(([words, _report(folder, data / "digits")], folder, n))
+    steps.run_side_by_side(jobs)
     steps.run(*_report(tokenizers / "text", data / "text"))
     # Workers would start torch anew, which takes longer than they save here.
     steps.run(

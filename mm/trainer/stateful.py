@@ -1,9 +1,10 @@
-"""States of documents that go on in the next batch: of every lane, carried from step to step.
+"""States of documents that go on in the next batch: of every row, carried from step to step.
 
 A stream with ``carried_rows`` (`mm.data.streams.stateful`) makes the trainer call the model with
-the State that the lane's last window left. Back-propagation stops at the border of a step.
-Checkpoints hold the States of all lanes in their order, so another number of processes takes its
-own ones. N lanes of this rank.
+the State that the row's last window left. Back-propagation stops at the border of a step.
+Checkpoints hold the States of all rows in their order, so another number of processes takes its
+own ones.
+N rows of this rank.
 """
 
 from __future__ import annotations
@@ -22,15 +23,16 @@ from mm.state import State
 from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.engine.deepspeed import Engine
 
-FILE = "lanes"  # of the checkpoint, beside the networks' own
+FILE = "carried_states"  # of the checkpoint, beside the networks' own
+BEFORE = "lanes"  # its name in checkpoints of older versions
 
 
 class CarriedStates:
-    """States of this rank's lanes.
+    """States of this rank's rows.
 
     Args:
         initial: fresh States of them, N slots.
-        mine: lanes of every micro-batch, contiguous over them (`rank_rows`).
+        mine: rows of every micro-batch, contiguous over them (`rank_rows`).
     """
 
     def __init__(self, initial: State, mine: Sequence[range]):
@@ -43,7 +45,7 @@ class CarriedStates:
     def of(
         cls, stream: Any, engine: Engine, autocast: AbstractContextManager[Any]
     ) -> CarriedStates | None:
-        """Fresh ones for a stream that has lanes, else None. Call on all ranks.
+        """Fresh ones for a stream that carries rows, else None. Call on all ranks.
 
         Raises UserError when the model has no State.
         """
@@ -64,28 +66,28 @@ class CarriedStates:
         return self.state.select(at.to(next(self.state.leaves()).device))
 
     def after(self, micro: int, out: ModelOut) -> None:
-        """Note what micro-batch ``micro`` left; `commit` makes it the lanes' State."""
+        """Note what micro-batch ``micro`` left; `commit` makes it the rows' State."""
         assert out.state is not None
         self._made[micro] = out.state.detach()
 
     def commit(self, applied: bool) -> None:
-        """End a step. One that was not applied leaves the lanes as they were: it is not finite."""
+        """End a step. One that was not applied leaves the rows as they were: it is not finite."""
         made, self._made = self._made, {}
         if applied and made:
             first, *rest = (made[i] for i in range(len(self._mine)))
             self.state = first.cat(*rest) if rest else first
 
     def full_tensors(self) -> dict[str, Tensor]:
-        """Leaves of all lanes' States on the CPU, in the order of the lanes. Call on all ranks."""
+        """Leaves of all rows' States on the CPU, in the order of the rows. Call on all ranks."""
         return {f"{i:03d}": _of_all(leaf) for i, leaf in enumerate(self.state.leaves())}
 
-    def load(self, saved: Snapshot) -> None:
-        """Take this rank's lanes from a checkpoint, made by any number of processes."""
-        tensors = saved.tensors(FILE)
+    def load(self, snapshot: Snapshot) -> None:
+        """Take this rank's rows from a checkpoint, made by any number of processes."""
+        tensors = snapshot.tensors(FILE) or snapshot.tensors(BEFORE)
         own = list(self.state.leaves())
         if len(tensors) != len(own):
             raise UserError(
-                f"{saved.origin}: holds {len(tensors)} State tensors a lane, the model has "
+                f"{snapshot.origin}: holds {len(tensors)} State tensors a row, the model has "
                 f"{len(own)}: use another run name: name=..."
             )
         rows = slice(self._first, self._mine[-1].stop)
@@ -95,7 +97,7 @@ class CarriedStates:
 
 
 def _of_all(leaf: Tensor) -> Tensor:
-    """`(all lanes, ...)` on the CPU from every rank's `(N, ...)`; ranks have equally many."""
+    """`(all rows, ...)` on the CPU from every rank's `(N, ...)`; ranks have equally many."""
     mine = leaf.detach().contiguous()
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return mine.to("cpu", copy=True)

@@ -16,6 +16,7 @@ from composition_configs import (
     preset,
     registry_of,
     smallest,
+    wrapped,
     wrappers,
 )
 
@@ -92,10 +93,21 @@ def any_of(rng: random.Random, registry: Registry, nested: int = 2) -> dict[str,
     return values
 
 
+def related(rng: random.Random, mixer: dict[str, Any]) -> dict[str, Any]:
+    """The same mixer, one that wraps it, or one inside it: layers that may share things."""
+    inside = [part for part in mixer.values() if isinstance(part, dict) and builds(part)]
+    around = [made for kind in wrappers() if builds(made := wrapped(kind, mixer))]
+    return rng.choice([mixer, *inside, *(rng.sample(around, 1) if around else [])])
+
+
 def stack(rng: random.Random) -> dict[str, Any]:
     words = [f"m{i}" for i in range(rng.choice([1, 1, 2, 2, 3]))]
     made: dict[str, Any] = {"kind": "stack", "pattern": " ".join(words)}
-    made["mixers"] = {word: any_mixer(rng) for word in words}
+    mixers: dict[str, Any] = {}
+    for word in words:
+        old = rng.choice([*mixers.values()]) if mixers and rng.random() < 0.4 else None
+        mixers[word] = any_mixer(rng) if old is None else related(rng, old)
+    made["mixers"] = mixers
     made[FFNS.name] = any_of(rng, FFNS) if rng.random() < 0.5 else None
     if rng.random() < 0.5:
         made["block"] = any_of(rng, BLOCKS)

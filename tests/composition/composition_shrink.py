@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -126,7 +127,8 @@ def shrunk(case: Case, fault: Fault, seconds: float = 30.0) -> tuple[Case, Fault
 def report(case: Case, fault: Fault) -> str:
     """The smallest failing composition as YAML to paste, with what differed."""
     small, found = shrunk(case, fault)
-    text = yaml.safe_dump(small, sort_keys=False, default_flow_style=None, width=100)
+    written = json.loads(json.dumps(small))  # no two places share a value: YAML would name it
+    text = yaml.safe_dump(written, sort_keys=False, default_flow_style=None, width=100)
     return (
         f"seed {case['seed']}: {fault.check}: {fault.message}\n"
         f"smallest: {found.check}: {found.message}\n{text}"

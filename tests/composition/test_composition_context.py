@@ -138,7 +138,10 @@ def test_wrappers_hand_on_what_their_mixers_publish(wrapper: str) -> None:
 # ---- what a pass made is read by no other ----
 
 
-@pytest.mark.parametrize("mask", ["causal", "prefix", "window", "full"])
+SLOW = [pytest.param(m, marks=pytest.mark.slow) for m in ("causal", "full", "window")]
+
+
+@pytest.mark.parametrize("mask", ["prefix", *SLOW])
 def test_a_batch_keeps_nothing_of_another_model_seed_or_mask(mask: str) -> None:
     """Every model of one layer reads the same batch in turn, as if the batch were its own."""
     mixers = [*all_mixers().values()]

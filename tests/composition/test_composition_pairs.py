@@ -59,9 +59,16 @@ def holds(*cases: Case, chunks: bool = False) -> None:
     pytest.skip("refused under every mask")
 
 
-def under_masks(mixer: dict[str, Any], *masks: str) -> list[Case]:
+def under_masks(wrapper: str, mixer: dict[str, Any], *masks: str) -> list[Case]:
+    """The wrapper after its own mixer, which shares with it what may be shared; or alone, where the
+    mixer does not run under the mask.
+    """
     documents = {"causal": TEXT, "prefix": MARKED, "full": MARKED}
-    return [fixed({"backbone": layers(mixer)}, mask, documents[mask]) for mask in masks]
+    return [
+        fixed({"backbone": backbone}, mask, documents[mask])
+        for mask in masks
+        for backbone in (layers(mixer, wrapped(wrapper, mixer)), layers(wrapped(wrapper, mixer)))
+    ]
 
 
 PAIRS = [
@@ -83,14 +90,14 @@ def test_there_are_wrappers_and_most_take_most_mixers() -> None:
 
 @pytest.mark.parametrize("wrapper,mixer", pairs(False))
 def test_wrapper_and_mixer(wrapper: str, mixer: str) -> None:
-    holds(*under_masks(wrapped(wrapper, all_mixers()[mixer]), "prefix", "causal", "full"))
+    holds(*under_masks(wrapper, all_mixers()[mixer], "prefix", "causal", "full"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", ["causal", "prefix", "full"])
 @pytest.mark.parametrize("wrapper,mixer", pairs(True))
 def test_wrapper_and_mixer_under_every_mask(wrapper: str, mixer: str, mask: str) -> None:
-    holds(*under_masks(wrapped(wrapper, all_mixers()[mixer]), mask), chunks=True)
+    holds(*under_masks(wrapper, all_mixers()[mixer], mask), chunks=True)
 
 
 @pytest.mark.parametrize("mixer", [*MIXERS])
@@ -114,19 +121,30 @@ def test_block_and_mixer_and_feed_forward(mixer: str) -> None:
 
 
 @pytest.mark.parametrize("backbone", [*BACKBONES])
-@pytest.mark.parametrize("mask", ["causal", "prefix", "full"])
-def test_backbone_and_block_and_head(backbone: str, mask: str) -> None:
-    documents = TEXT if mask == "causal" else MARKED
-    for block in variants(BLOCKS):
+def test_backbone_and_block(backbone: str) -> None:
+    masks = ("causal", "prefix", "full")
+    for i, block in enumerate(variants(BLOCKS)):
+        mask = masks[i % len(masks)]
         values = smallest(BACKBONES, backbone) | {"block": block}
-        holds(fixed({"backbone": values}, mask, documents))
+        holds(fixed({"backbone": values}, mask, TEXT if mask == "causal" else MARKED))
+
+
+@pytest.mark.parametrize("backbone", [*BACKBONES])
+def test_backbone_and_head(backbone: str) -> None:
+    """Heads of the last hidden states and of earlier ones, also where an adapter moves tokens."""
     for head in variants(HEADS):
-        reads = [n for n, f in HEADS.get(head["kind"]).model_fields.items()
-                 if f.default == "hidden"]  # fmt: skip
-        early = head | dict.fromkeys(reads, "hidden.1")
+        fields = HEADS.get(head["kind"]).model_fields.items()
+        early = head | {name: "hidden.1" for name, f in fields if f.default == "hidden"}
         model = {"backbone": smallest(BACKBONES, backbone), "heads": {"tokens": head, "b": early}}
-        holds(fixed(model, mask, documents))
         holds(fixed(model | {"adapters": FILLED}, "causal", ITEMS))
+
+
+@pytest.mark.parametrize("backbone", [*BACKBONES])
+def test_backbone_and_path(backbone: str) -> None:
+    """A layer visited again has a State of its own for each visit, in the order of visits."""
+    case = fixed({"backbone": smallest(BACKBONES, backbone)}, "causal", TEXT)
+    n = len(cast(Any, build(case).backbone).layers)
+    holds(case | {"path": [0, 1, 0, *range(2, n)]}, chunks=True)
 
 
 def placed(registry: Registry) -> list[tuple[str, str]]:
@@ -203,14 +221,14 @@ def refused_early(mixers: list[dict[str, Any]], mask: str) -> None:
 
 @pytest.mark.parametrize("mask", ["causal", "prefix", "full"])
 def test_a_mask_that_does_not_fit_is_refused_when_the_config_is_read(mask: str) -> None:
-    refused_early([*all_mixers().values()], mask)
+    refused_early([smallest(MIXERS, kind) for kind in MIXERS], mask)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", ["causal", "prefix", "full"])
-def test_a_mask_that_does_not_fit_what_is_wrapped_is_refused_early(mask: str) -> None:
+def test_a_mask_that_does_not_fit_presets_and_what_is_wrapped_is_refused_early(mask: str) -> None:
     every = all_mixers()
-    refused_early([wrapped(w, every[m]) for w, m in PAIRS], mask)
+    refused_early([*every.values(), *(wrapped(w, every[m]) for w, m in PAIRS)], mask)
 
 
 def reads_ids(mixer: dict[str, Any]) -> bool:

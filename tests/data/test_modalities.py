@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import typer.main
-from data_toys import ToyTokenizer, toys
+from data_toys import ToyTokenizer, png, toys, wav
 
 from mm.batch import Values
 from mm.cli.generate import full_app, read_prompt
@@ -256,3 +256,28 @@ def test_what_is_unknown_is_refused_by_name() -> None:
         modality_of_value({})
     with pytest.raises(UserError, match="no judge for 'text'; there are: audio, image, series"):
         Judge("text")
+
+
+# ---- over whatever is registered -------------------------------------------------------------
+
+FILES = {"text": b"a text", "image": png(), "audio": wav(), "series": b"1\n2\n3\n4\n5\n"}
+
+
+@pytest.mark.parametrize("kind", [*MODALITIES, "series"])
+def test_every_modality_keeps_the_contract(kind: str, tmp_path: Path) -> None:
+    m, data = get_modality(kind), FILES[kind]
+    value = m.decode(data)
+    assert [other.kind for other in table().modalities.values() if other.owns(value)] == [kind]
+    extension, length = m.check(data)
+    assert extension in m.extensions and length == m.length(data) > 0
+    file = save_media(value, tmp_path / "value")
+    assert file.suffix == f".{m.extensions[0]}"
+    again = m.decode(file.read_bytes())
+    assert m.describe(again) == m.describe(value) and "\n" not in m.describe(value)
+    assert m.n_bytes(value) > 0 and m.media(value)["kind"] == m.shown_as
+    with pytest.raises(BadSample, match=f"^{kind}: "):
+        m.decode(b"\xff\x00\xfe no file of any kind")
+    if m.has_items:
+        config = ItemsConfig(path=tmp_path, modality=kind, sample_rate=8000, crop_seconds=0.01)
+        items = [m.item(value, config), m.item(again, config)]
+        assert len(m.stack(items, np.arange(2), 7, config).data) == 2

@@ -71,7 +71,8 @@ def test_every_mm_command_parses(command: str) -> None:
     context = node.make_context("mm", list(words))
     rest = list(words)
     while hasattr(node, "get_command"):
-        name, node, rest = node.resolve_command(context, rest)
+        name = rest.pop(0)
+        node = node.get_command(context, name)
         assert node is not None, name
         if not hasattr(node, "get_command"):
             context = node.make_context(name, list(rest), parent=context)

@@ -107,13 +107,11 @@ def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         key = f"{len(tensors):03d}{name}"
         tensors[key] = value.detach().to("cpu", copy=True).contiguous()
         return {"tensor": key}
-    if is_dataclass(value) or hasattr(value, "_fields"):
-        names = (
-            value._fields
-            if hasattr(value, "_fields")
-            else [f.name for f in fields(value) if f.init]
-        )  # type: ignore[arg-type]
-        parts = {k: _flatten(getattr(value, k), f"{name}.{k}", tensors) for k in names}
+    named = getattr(value, "_fields", None)  # of a named tuple
+    if named is None and is_dataclass(value):
+        named = [f.name for f in fields(value) if f.init]
+    if named is not None:
+        parts = {k: _flatten(getattr(value, k), f"{name}.{k}", tensors) for k in named}
         return {"class": type(value).__name__, "parts": parts}
     if isinstance(value, Mapping):
         items = [

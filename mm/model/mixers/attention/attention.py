@@ -20,6 +20,7 @@ from mm.layout import Fields
 from mm.mask import Mask
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
+from mm.model.length_buckets import LengthBuckets
 from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import TailedKV
 from mm.model.mixers.attention.forget_gate import ForgetGate, ForgetKV, faded_from, forget_bias
@@ -28,7 +29,7 @@ from mm.model.mixers.attention.token_shift import TokenShift
 from mm.model.mixers.conv.state import DraftTail, Tail
 from mm.model.norm import HeadNorm, RMSNorm
 from mm.model.positions.base import Position
-from mm.model.varlen import LengthBuckets, PackedRows, narrowed, paired
+from mm.model.varlen import PackedRows, narrowed, paired
 from mm.registry import MIXERS, PositionField
 from mm.state import State
 

@@ -19,12 +19,13 @@ from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.layout import Fields
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer
+from mm.model.length_buckets import LengthBuckets
 from mm.model.mixers.attention.kv_cache import KV, DraftKV, advance
 from mm.model.mixers.conv.state import DraftTail, Tail
 from mm.model.norm import RMSNorm
 from mm.model.positions.base import Position
 from mm.model.positions.randomised import refuse_drawn
-from mm.model.varlen import LengthBuckets, PackedRows, paired
+from mm.model.varlen import PackedRows, paired
 from mm.registry import PositionField
 from mm.state import DataclassState
 

@@ -19,13 +19,13 @@ from mm.layout import Fields, Layout
 from mm.mask import Hint, Mask
 from mm.model.context import Ctx
 from mm.model.layer import LinearFactory, Out
+from mm.model.length_buckets import LengthBuckets
 from mm.model.linears.dense import dense
 from mm.model.mixers.attention.attention import Attention
 from mm.model.mixers.attention.kv_cache import KV, DraftKV
 from mm.model.mixers.ssm.scan import DraftHidden, Hidden, begins, scanned
 from mm.model.positions.base import Position
 from mm.model.positions.randomised import adds_to_input, refuse_drawn
-from mm.model.varlen import LengthBuckets
 from mm.registry import MIXERS, PositionField
 from mm.state import DataclassState, State
 

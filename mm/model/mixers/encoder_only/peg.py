@@ -1,5 +1,6 @@
-"""Positions from a convolution over the grid. B rows, T tokens, D model, G grids of Y rows and X
-columns, N = Y X cells.
+"""Positions from a convolution over the grid.
+
+B rows, T tokens, D model, G grids of Y rows and X columns, N = Y X cells.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.encoder_only.base import BothWays
-from mm.model.mixers.ssm.plstm import grid_places, in_grids
+from mm.model.mixers.ssm.plstm import grid_indices, in_grids
 from mm.model.varlen import PackedRows
 from mm.registry import MIXERS
 from mm.state import State
 
 
 class PEG(BothWays):
-    """Depthwise convolution of each grid of `Layout.grids` over rows and columns, zeros around it;
-    the other places of a document are a line, with zeros where its grids are. The block adds it to
-    its input.
+    """Depthwise convolution of each grid of `Layout.grids` over rows and columns, zeros around it.
+
+    The other positions of a document are a line, with zeros where its grids are. The block adds it
+    to its input.
 
     What a border looks like tells cells where they are, so a grid may be larger than any in
     training. As the second mixer of an encoder it takes the place of absolute positions.
@@ -36,7 +38,7 @@ class PEG(BothWays):
     """
 
     kind = "peg"
-    caps = Caps(causal=False, step=False)  # local: it does not bring all places together
+    caps = Caps(causal=False, step=False)  # local: it does not bring all positions together
 
     def __init__(self, d_model: int, conv_size: int):
         super().__init__()
@@ -55,7 +57,7 @@ class PEG(BothWays):
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         out = super().forward(x_BTD, ctx, state)
         flat, y = x_BTD.flatten(0, 1), out.y.flatten(0, 1)
-        for Y, X, index in grid_places(ctx.layout):
+        for Y, X, index in grid_indices(ctx.layout):
             made = self._convolved(flat[index], Y, X).flatten(0, 1)
             y = y.index_copy(0, index.flatten(), made.to(y.dtype))
         return Out(y.view_as(out.y))

@@ -1,4 +1,7 @@
-"""Gated recurrent unit. R rows of one document, L their length, W width."""
+"""Gated recurrent unit.
+
+R rows of one document, L their length, W width.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,9 @@ from mm.registry import MIXERS
 
 
 class GRU(RNN):
-    """``h_t = (1 - z) * n + z * h_{t-1}``, ``n = tanh(W x + b + r * (U h_{t-1} + d))``, ``r, z``
-    sigmoid gates of both. Sequential.
+    """``h_t = (1 - z) * n + z * h_{t-1}``, ``n = tanh(W x + b + r * (U h_{t-1} + d))``. Sequential.
+
+    ``r, z`` are sigmoid gates of both.
 
     Source: Cho et al. 2014 (arXiv:1406.1078), eq. 5-8, in the form that resets after the product,
     as `torch.nn.GRU` and cuDNN do (there z and 1 - z are swapped).

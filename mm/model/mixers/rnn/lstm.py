@@ -1,4 +1,7 @@
-"""Long short-term memory. R rows of one document, L their length, W width."""
+"""Long short-term memory.
+
+R rows of one document, L their length, W width.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,9 @@ from mm.registry import MIXERS
 
 
 class LSTM(RNN):
-    """``c_t = f * c_{t-1} + i * g``, ``h_t = o * tanh(c_t)``, gates of ``x_t`` and ``h_{t-1}``.
-    Sequential.
+    """``c_t = f * c_{t-1} + i * g``, ``h_t = o * tanh(c_t)``. Sequential.
+
+    All gates read ``x_t`` and ``h_{t-1}``.
 
     Source: Hochreiter & Schmidhuber 1997 (Neural Computation 9:1735) with the forget gate of Gers
     et al. 2000 (Neural Computation 12:2451), whose bias begins at 1 (Jozefowicz et al. 2015).

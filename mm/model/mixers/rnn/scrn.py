@@ -1,5 +1,6 @@
-"""Structurally constrained recurrent network. R rows of one document, L their length, W hidden
-units, C context units.
+"""Structurally constrained recurrent network.
+
+R rows of one document, L their length, W hidden units, C context units.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from mm.registry import MIXERS
 
 
 class SCRN(Recurrence):
-    """``s_t = (1 - a) B x_t + a s_{t-1}``, ``h_t = sigmoid(P s_t + A x_t + R h_{t-1})``, output
-    ``U h_t + V s_t``. Sequential.
+    """A simple recurrent network beside slow linear units. Sequential.
+
+    ``s_t = (1 - a) B x_t + a s_{t-1}``, ``h_t = sigmoid(P s_t + A x_t + R h_{t-1})``, output ``U
+    h_t + V s_t``.
 
     Source: Mikolov et al. 2015 (arXiv:1412.7753), section 3; a by unit: its adaptive form.
     """
@@ -36,9 +39,8 @@ class SCRN(Recurrence):
         adaptive: bool,
         linear: LinearFactory,
     ):
-        super().__init__()
+        super().__init__(width + context, width + context)
         self.units, self.context, self.decay = width, context, decay
-        self.width = self.size = width + context
         self.slow = linear(d_model, context, "slow")  # B
         self.weight_ih = nn.Parameter(torch.empty(width, context + d_model))  # P, A
         self.weight_hh = nn.Parameter(torch.empty(width, width))  # R
@@ -54,7 +56,7 @@ class SCRN(Recurrence):
 
     def states(self, x_RLD: Tensor, before_RS: Tensor) -> tuple[Tensor, Tensor]:
         h, s = before_RS.split((self.units, self.context), -1)
-        u = self.slow(x_RLD).to(self.wide())
+        u = self.slow(x_RLD).to(self.memory.dtype)
         a = u.new_full((), self.decay) if self.rate is None else self.rate.to(u).sigmoid()
         slow, _ = linear_scan(a.expand_as(u), (1 - a) * u, None, s.contiguous())
         slow = slow.to(u)

@@ -1,5 +1,7 @@
-"""Linear recurrence over the cells of a grid. G grids of Y rows and X columns, N = Y X cells, B
-rows, T tokens, D model, H heads, K head width, R rows of one document, L tokens.
+"""Linear recurrence over the cells of a grid.
+
+G grids of Y rows and X columns, N = Y X cells, B rows, T tokens, D model, H heads, K head width, R
+rows of one document, L tokens.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from mm.state import State
 
 
 class Gates(NamedTuple):
-    """Of every cell, `(B, Y, X)` each: a cell has edges in from its left and from above, edges out
-    to its right and downwards.
+    """Gates of every cell, `(B, Y, X)` each.
+
+    A cell has edges in from its left and from above, edges out to its right and downwards.
     """
 
     source_right: Tensor
@@ -47,8 +50,9 @@ def _before(x: Tensor, dim: int) -> Tensor:
 
 
 def gating(g: Gates) -> Tensor:
-    """`(B, Y, X, N)`: how much of what each cell puts into the grid each cell reads, over all paths
-    that go right and down.
+    """How much of what each cell puts into the grid each cell reads: `(B, Y, X, N)`.
+
+    Over all paths that go right and down.
 
     ``right = left_right * left + above_right * above + source_right`` and so ``down``, where left
     and above are the edges out of the neighbours; read are ``mark_left * left + mark_above *
@@ -95,9 +99,10 @@ def gating_by_rows(g: Gates) -> Tensor:
     return torch.stack(read, 1)
 
 
-def grid_places(layout: Layout) -> list[tuple[int, int, Tensor]]:
-    """Rows, columns and flat places `(G, Y X)` of every kind of grid; of grids with more axes, each
-    slice along the first ones is a grid.
+def grid_indices(layout: Layout) -> list[tuple[int, int, Tensor]]:
+    """Rows, columns and flat indices `(G, Y X)` of every kind of grid.
+
+    Of grids with more axes, each slice along the first ones is a grid.
     """
     return [
         (shape[-2], shape[-1], index.long().reshape(-1, shape[-2] * shape[-1]))
@@ -108,19 +113,21 @@ def grid_places(layout: Layout) -> list[tuple[int, int, Tensor]]:
 def in_grids(layout: Layout, device: torch.device) -> Tensor:
     """`(B, T)` bool: a cell of some grid."""
     inside = torch.zeros(layout.shape, dtype=torch.bool, device=device).flatten()
-    for _, _, index in grid_places(layout):
+    for _, _, index in grid_indices(layout):
         inside = inside.index_fill(0, index.flatten(), True)
     return inside.view(layout.shape)
 
 
 class PLSTM(BothWays):
-    """``y_i = sum_j G_ij (q_i . k_j) v_j``: G sums, over the four directions of a grid, the
-    products of gates along every path from cell j to cell i (`gating`).
+    """``y_i = sum_j G_ij (q_i . k_j) v_j`` with a matrix G of gated paths through a grid.
+
+    G sums, over the four directions of a grid, the products of gates along every path from cell j
+    to cell i (`gating`).
 
     Propagation (P): what enters a cell leaves in shares ``t a`` to the right and ``t (1 - a)``
     downwards, so nothing grows and some direction keeps its strength. Diffusion (D): paths go
-    down, then right, all gates are free. Cells are those of `Layout.grids`; the other places of a
-    document are one line, in the order of time. G is built in log steps.
+    down, then right, all gates are free. Cells are those of `Layout.grids`; the other positions of
+    a document are one line, in the order of time. G is built in log steps.
 
     Source: Pöppel et al. 2025 (arXiv:2506.11997), its P-mode and D-mode.
     """
@@ -156,7 +163,7 @@ class PLSTM(BothWays):
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         out = super().forward(x_BTD, ctx, state)
         flat, y = x_BTD.flatten(0, 1), out.y.flatten(0, 1)
-        for Y, X, index in grid_places(ctx.layout):
+        for Y, X, index in grid_indices(ctx.layout):
             cells = flat[index]
             mixed = self._mixed(cells, Y, X, None, None, ctx)
             y = y.index_copy(0, index.flatten(), mixed.flatten(0, 1).to(y.dtype))
@@ -170,8 +177,10 @@ class PLSTM(BothWays):
     def _mixed(
         self, x: Tensor, Y: int, X: int, real: Tensor | None, passed: Tensor | None, ctx: Ctx
     ) -> Tensor:
-        """`(G, N, D)` of grids. ``real`` `(G, N)`: cells that put something in; ``passed``: those
-        that a line runs through as if they were not there.
+        """Outputs `(G, N, D)` of grids.
+
+        ``real`` `(G, N)`: cells that put something in; ``passed``: those that a line runs through
+        as if they were not there.
         """
         (G, N), H = x.shape[:2], self.heads
         wide = torch.promote_types(x.dtype, torch.float32)

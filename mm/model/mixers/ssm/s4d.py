@@ -1,5 +1,7 @@
-"""Diagonal state space model. B rows, T tokens, D model, N complex states a channel, P = 2 parts, R
-rows of one document, L their length.
+"""Diagonal state space model.
+
+B rows, T tokens, D model, N complex states a channel, P = 2 parts, R rows of one document, L their
+length.
 """
 
 from __future__ import annotations
@@ -13,13 +15,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.kernels.complex_scan import complex_scan, multiply
+from mm.kernels.complex_scan import multiply
 from mm.kernels.diagonal_ssm import diagonal_ssm
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
-from mm.model.mixers.ssm.scan import Hidden, advanced, begins, commit
-from mm.model.varlen import PackedRows
+from mm.model.mixers.ssm.scan import RecurrentState, starts
 from mm.registry import MIXERS
 from mm.state import State
 
@@ -80,6 +81,7 @@ class S4D(Mixer):
         self.readout = nn.Parameter(torch.empty(parts, d_model, states))
         self.skip = nn.Parameter(torch.empty(d_model))
         self.out = linear(d_model, d_model, "out")
+        self.memory = RecurrentState(2, d_model, states)
 
     def init_weights(self) -> None:
         rate, frequency = eigenvalues(self.init, self.n)
@@ -94,8 +96,9 @@ class S4D(Mixer):
         nn.init.normal_(self.skip)
 
     def discrete(self) -> tuple[Tensor, Tensor]:
-        """Decays and readout, each `(2, D, N)` float32 or wider: ``h_t = a h_{t-1} + x_t``, ``y_t =
-        sum Re(c h_t)``.
+        """Decays and readout, each `(2, D, N)` float32 or wider.
+
+        ``h_t = a h_{t-1} + x_t``, ``y_t = sum Re(c h_t)``.
         """
         wide = torch.promote_types(self.log_rate.dtype, torch.float32)
         dt = self.log_step.to(wide).exp()[:, None]
@@ -122,38 +125,17 @@ class S4D(Mixer):
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         a, c = self.discrete()
-        after: State | None = None
         if state is None:
-            y, _ = diagonal_ssm(x_BTD, a, c, begins(ctx.layout))
+            y, after = diagonal_ssm(x_BTD, a, c, starts(ctx.layout))[0], None
         else:
-            y, after = self._forward_cached(x_BTD, a, c, ctx, commit(state))
+            u = x_BTD.to(a.dtype)
+            y, after = self.memory.advance(
+                lambda docs, before: diagonal_ssm(docs.unpack(u), a, c, None, before, docs.length),
+                ctx,
+                state,
+            )
         y = y.to(x_BTD.dtype) + self.skip * x_BTD
         return Out(self.out(F.gelu(y), ctx), after)
-
-    def _forward_cached(
-        self, x: Tensor, a: Tensor, c: Tensor, ctx: Ctx, old: Hidden
-    ) -> tuple[Tensor, State]:
-        """Outputs of documents that go on from their slots."""
-        B, T, D = x.shape
-        docs = PackedRows.of(ctx.layout, old.h.shape[0])
-        rows, before = docs.unpack(x).to(a.dtype), docs.read(old.h)
-        if not ctx.draft:
-            y, last = diagonal_ssm(rows, a, c, None, before.view(-1, *a.shape), docs.length)
-            h = docs.written(old.h.shape[0]).write(old.h, last.flatten(1))
-            return docs.pack(y, B, T), Hidden(h)
-        # A draft is short: every state may be stored.
-        u = rows[..., None].expand(*rows.shape, self.n).flatten(2)
-        h, _ = complex_scan(a.flatten(), torch.cat((u, torch.zeros_like(u)), -1), None, before)
-        hr, hi = h.view(*rows.shape[:2], *a.shape).unbind(2)
-        y = (c[0] * hr - c[1] * hi).sum(-1)
-        return docs.pack(y, B, T), advanced(old, docs, before, h, draft=True)
-
-    def initial_state(self, n: int, max_len: int) -> Hidden:
-        wide = torch.promote_types(self.log_rate.dtype, torch.float32)
-        return Hidden(self.log_rate.detach().new_zeros(n, 2 * self.log_rate.numel(), dtype=wide))
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return n * 2 * self.log_rate.numel() * max(self.log_rate.element_size(), 4)
 
 
 @MIXERS.register("s4d")

@@ -1,4 +1,7 @@
-"""A causal mixer read both ways where the mask allows it. B rows, T tokens, D model."""
+"""A causal mixer read both ways where the mask allows it.
+
+B rows, T tokens, D model.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +15,24 @@ from torch import Tensor
 from mm.config import Config
 from mm.mask import Causal, Mask
 from mm.model.context import Ctx
-from mm.model.layer import Caps, LinearFactory, Mixer, Out, Stateful
+from mm.model.layer import Caps, LinearFactory, Mixer, Out, Stateful, zero_gradient_touch
 from mm.model.linears.dense import dense
 from mm.model.mixers.wrappers.reverse import (
     both_ways,
     refuse_state,
     reorder,
     reverse,
-    zero_gradient_touch,
 )
 from mm.registry import MIXERS, MixerField
 from mm.state import State
 
 
 class Bidirectional(Mixer):
-    """``forward(x)_t + backward(reversed x)_t`` at places that see each other both ways, else
-    ``forward(x)_t``.
+    """``forward(x)_t + backward(reversed x)_t`` where the mask lets tokens see both ways.
 
-    The mask says which: all places of a full one (an encoder), the leading prefix of each document
+    Elsewhere ``forward(x)_t``.
+
+    The mask says which: all tokens of a full one (an encoder), the leading prefix of each document
     under `Prefix` (what follows starts from the forward state at its end), none of a causal one.
 
     Source: full: Le Bronnec et al. 2024, LOCOST (arXiv:2401.17919), its encoder; prefix:

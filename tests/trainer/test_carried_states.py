@@ -30,7 +30,7 @@ MIXERS = {"attention": {"heads": 2}, "rg_lru": {"heads": 2}}
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("lanes")
+    root = tmp_path_factory.mktemp("carried")
     token_shards(root, 37)
     return root
 
@@ -43,17 +43,18 @@ def stream_of(data: Path, **kw: Any) -> StatefulConfig:
 def make_run(root: Path, out: Path, name: str, *, steps: int = 6, **change: Any) -> Run:
     backbone = {"kind": "stack", "mixers": MIXERS, "ffn": {"kind": "swiglu", "hidden": 32}}
     backbone |= {"pattern": change.pop("pattern", "rg_lru attention")}
-    lanes = {"kind": "stateful", "source": {"path": str(root / "tokens")}, "max_length": 64}
+    stream = {"kind": "stateful", "source": {"path": str(root / "tokens")}, "max_length": 64}
     sizes = {"seq_len": 11, "batch_size": 4, "max_documents": 3}
     return Run.model_validate(
         {
             "name": name,
             "out": out,
             "vocabulary": root / "tokens" / "vocabulary.json",
-            "model": {"kind": "lm", "d_model": 16, "backbone": backbone},
+            "model": {"kind": "lm", "d_model": 16, "backbone": backbone}
+            | {"mask": change.pop("mask", "causal")},
             "stages": [
                 {
-                    "data": lanes | sizes | change.pop("data", {}),
+                    "data": stream | sizes | change.pop("data", {}),
                     "objective": "next_token",
                     "budget": {"steps": steps},
                     "optimizer": {"kind": "adamw", "lr": 1e-2},
@@ -67,30 +68,30 @@ def make_run(root: Path, out: Path, name: str, *, steps: int = 6, **change: Any)
     )
 
 
-def test_windows_of_a_lane_concatenate_to_its_documents(data: Path) -> None:
+def test_windows_of_a_row_concatenate_to_its_documents(data: Path) -> None:
     """In the order of the samples, nothing lost; each place predicts the next, once."""
     stream = stream_of(data, micro_batch_size=2).build(seed=3)
     ids, targets, weights = (defaultdict(list) for _ in range(3))
     for _ in range(40):
         for b in stream.next():
-            lanes = b.labels["row"].tolist()
-            assert len(lanes) == 2
-            for row, lane in enumerate(lanes):
+            carried = b.labels["row"].tolist()
+            assert len(carried) == 2
+            for row, number in enumerate(carried):
                 n = int((b.layout.fields.document[row] > 0).sum())
-                ids[lane].append(b.ids[row, :n, 0].numpy())
-                targets[lane].append(b.targets[row, :n, 0].numpy())
-                weights[lane].append(b.weight[row, :n].numpy())
+                ids[number].append(b.ids[row, :n, 0].numpy())
+                targets[number].append(b.targets[row, :n, 0].numpy())
+                weights[number].append(b.weight[row, :n].numpy())
             used = (b.layout.cu_seqlens[:-1] < b.ids[..., 0].numel()).sum()
             assert set(b.layout.slot[:used].tolist()) == {0, 1}
     shards = ShardSet.open(data / "tokens")
     vocabulary = shards.vocabulary
     assert vocabulary is not None and set(ids) == {0, 1, 2, 3}
     seen = []
-    for lane in range(4):
-        found = [np.concatenate(each[lane]) for each in (ids, targets, weights)]
+    for row in range(4):
+        found = [np.concatenate(each[row]) for each in (ids, targets, weights)]
         at = number = 0
         while at < len(found[0]):
-            i = stream._index(number * 4 + lane)[1]
+            i = stream._index(number * 4 + row)[1]
             segments = [Segment(m, codes) for m, codes in shards.tokens(i).items()]
             d = document_tokens(segments, vocabulary)
             number += 1
@@ -99,7 +100,7 @@ def test_windows_of_a_lane_concatenate_to_its_documents(data: Path) -> None:
             seen.append(len(d.ids))
             n = min(len(d.ids), len(found[0]) - at)
             for mine, wanted in zip(found, (d.ids, d.targets, d.weights), strict=True):
-                assert np.array_equal(mine[at : at + n], wanted[:n]), (lane, number)
+                assert np.array_equal(mine[at : at + n], wanted[:n]), (row, number)
             at += n
     assert max(seen) > 2 * 11, "some document goes on over two borders"
     stream.close()
@@ -127,10 +128,10 @@ def test_a_carried_state_is_as_the_whole_document(data: Path, tmp_path: Path, pa
         for row in range(4):
             n = int((b.layout.fields.document[row] > 0).sum())
             done[row].append(nll.view(b.weight.shape)[row, :n])
-    for lane in range(4):
-        found, at = torch.cat(done[lane]), 0
+    for row in range(4):
+        found, at = torch.cat(done[row]), 0
         for number in range(100):
-            i = stream._index(number * 4 + lane)[1]
+            i = stream._index(number * 4 + row)[1]
             segments = [Segment(m, codes) for m, codes in shards.tokens(i).items()]
             whole = to_batch([[segments]], stream.vocabulary)
             n = whole.ids.shape[1]
@@ -141,7 +142,7 @@ def test_a_carried_state_is_as_the_whole_document(data: Path, tmp_path: Path, pa
             with torch.no_grad():
                 wanted = model(whole).heads["tokens"].nll
             mine = found[at : at + n][whole.places["tokens"].long()]
-            assert torch.allclose(mine, wanted, atol=2e-5), (lane, number)
+            assert torch.allclose(mine, wanted, atol=2e-5), (row, number)
             compared, at = compared + 1, at + n
     assert compared > 8
     stream.close()
@@ -155,7 +156,7 @@ def stop_at(run: Run, step: int) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_resume_is_bitwise_with_states_of_lanes(data: Path, tmp_path: Path, stage: int) -> None:
+def test_resume_is_bitwise_with_carried_states(data: Path, tmp_path: Path, stage: int) -> None:
     whole = make_run(data, tmp_path, "whole", stage=stage)
     train(whole)
     halves = make_run(data, tmp_path, "halves", stage=stage)
@@ -164,13 +165,13 @@ def test_resume_is_bitwise_with_states_of_lanes(data: Path, tmp_path: Path, stag
     assert losses(halves) == losses(whole)
     a, b = (checkpoint.newest(r.folder / "checkpoints") for r in (whole, halves))
     assert a is not None and b is not None
-    for file in ("model", "lanes"):
+    for file in ("model", "carried_states"):
         left, right = a.tensors(file), b.tensors(file)
         assert left and all(torch.equal(left[k], right[k]) for k in left)
-    assert all(len(t) == 4 for t in a.tensors("lanes").values()), "one entry a lane"
+    assert all(len(t) == 4 for t in a.tensors("carried_states").values()), "one entry a row"
 
 
-def test_micro_batches_carry_their_own_lanes(data: Path, tmp_path: Path) -> None:
+def test_micro_batches_carry_their_own_rows(data: Path, tmp_path: Path) -> None:
     runs = [
         make_run(data, tmp_path, f"m{m}", stage=0, data={"micro_batch_size": m}) for m in (4, 2, 1)
     ]
@@ -185,13 +186,15 @@ def test_micro_batches_carry_their_own_lanes(data: Path, tmp_path: Path) -> None
 
 
 def test_a_model_without_state_is_refused_by_name(data: Path, tmp_path: Path) -> None:
+    values = make_run(data, tmp_path, "no", pattern="fnet", mask="full").to_dict()
+    values["model"]["mask"] = "full"
     with pytest.raises(UserError, match=r"'stateful': backbone.layers.0.mixer \(FNet\) has no S"):
-        train(make_run(data, tmp_path, "no", pattern="fnet"))
+        train(Run.model_validate(values))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_lanes_go_on_with_another_number_of_processes(data: Path, tmp_path: Path) -> None:
+def test_carried_states_go_on_with_another_number_of_processes(data: Path, tmp_path: Path) -> None:
     """Two steps each by 1, 2, 4, 2 and 1 processes, at stages 0 and 3: as one process all along."""
     whole = make_run(data, tmp_path, "whole", steps=10)
     train(whole)
