@@ -46,8 +46,9 @@ TIERS = {
 
 
 def sources() -> list[Path]:
-    """Every Python file of the package, by its real path (the links would name the four folders
-    twice).
+    """Every Python file of the package, by its real path.
+
+    The links would name the four folders twice.
     """
     roots = [ROOT / "mm", *(ROOT / name for name in FOLDERS)]
     return sorted(p for root in roots for p in real_files(root) if p.suffix == ".py")

@@ -1,5 +1,6 @@
-"""The complex scan and the diagonal state space kernel equal their references in outputs and all
-gradients, and grow linearly.
+"""The complex scan and the diagonal state space kernel equal their references.
+
+In outputs and all gradients; and they grow linearly.
 """
 
 from __future__ import annotations

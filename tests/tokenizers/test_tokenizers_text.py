@@ -37,9 +37,7 @@ def bpe() -> BpeTokenizer:
 
 
 def random_text(seed: int) -> str:
-    """Code points of every plane, unassigned and private ones too, but no halves of surrogate
-    pairs.
-    """
+    """Code points of every plane, unassigned and private ones too, but no surrogates."""
     rng = random.Random(seed)
     planes = [(0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)]
     return "".join(chr(rng.randint(*rng.choice(planes))) for _ in range(rng.randint(0, 60)))

@@ -1,6 +1,7 @@
-"""Decoder-decoder: layers that share the keys and values of one place in the stack. B rows, T
-tokens, D model, H heads, G key heads, K head width, N slots, R rows of one document, L their
-length, S keys.
+"""Decoder-decoder: layers that share the keys and values of one place in the stack.
+
+B rows, T tokens, D model, H heads, G key heads, K head width, N slots, R rows of one document, L
+their length, S keys.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ MEMORY = "decoder_decoder.memory"
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What the upper layers attend to. Without a State: keys and values `(B, T, G, .)` of the call;
-    with one: those of rows of one document, cached ones first.
+    """What the upper layers attend to.
+
+    Without a State: keys and values `(B, T, G, .)` of the call; with one: those of rows of one
+    document, cached ones first.
     """
 
     k: Tensor
@@ -176,8 +179,9 @@ class DecoderDecoder(Stack):
         self.prefix = len(lower) + 1
 
     def prefill(self, x_BTD: Tensor, ctx: Ctx, state: StateTuple) -> StateTuple:
-        """State after tokens whose outputs nobody needs: the upper layers do not run, and what
-        follows is exactly what it would be if they had.
+        """State after tokens whose outputs nobody needs.
+
+        The upper layers do not run, and what follows is exactly what it would be if they had.
         """
         below = StateTuple(*state.parts[: self.prefix])
         out = self(x_BTD, ctx, below, list(range(self.prefix)))
