@@ -23,7 +23,7 @@ from mm.cli import main as cli
 from mm.cli.schema import resolve, run_schema
 from mm.registry import Registry
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 SCHEMA: dict[str, Any] = {}
