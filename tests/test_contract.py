@@ -384,7 +384,7 @@ def test_the_attention_matrix_times_the_values_is_the_core(name: str) -> None:
     ]
     x, layout = packed(rows, pad=1)
     ctx = Ctx(layout, Causal())
-    f = layer.features(x, ctx, None)
+    f, _ = layer.features(x, ctx, None)
     o, state = layer.core(f, ctx, None)
     assert state is None
     product = torch.einsum("bhts,bshv->bthv", layer.attention_matrix(f, ctx), f["v"])

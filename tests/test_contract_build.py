@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from laws import ROOT, TOL, VARIANTS, VOCABULARY, D, build, layers, mask_of
+from laws import ROOT, TOL, VARIANTS, VOCABULARY, D, apply, build, layers, mask_of
 from torch import Tensor, nn
 
 from mm import config as yaml_config
@@ -19,7 +19,7 @@ from mm.kernels.attention.spec import MaskSpec
 from mm.kernels.op import Op
 from mm.layout import Layout
 from mm.model.context import Ctx
-from mm.model.layer import Layer, init_weights
+from mm.model.layer import Layer, Linear, init_weights
 from mm.registry import (
     ADAPTERS,
     BLOCKS,
@@ -59,6 +59,31 @@ def test_init_weights_fills_every_tensor_of_a_layer(name: str) -> None:
         layer = VARIANTS[name]()
     assert all(p.is_meta for p in layer.parameters())
     assert_init_fills(layer)
+
+
+NO_BRANCH_END = {  # what depth scaling finds nothing in, and why
+    "mixer:fnet": "it has no parameters",
+    "mixer:mega": "a gate chooses between its branch and its input, so nothing grows with depth",
+    "mixer:peg": "it adds positions, which no depth should shrink",
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [*(f"mixer:{kind}" for kind in MIXERS), *(f"ffn:{kind}" for kind in FFNS)]
+)
+def test_depth_scaling_finds_the_end_of_the_branch(kind: str) -> None:
+    """The law `depth scaling`: every layer has matrices that `Linear.ends_branch` marks, in use."""
+    if kind in NO_BRANCH_END:
+        pytest.skip(NO_BRANCH_END[kind])
+    layer = build(kind)
+    ends = [m for m in layer.modules() if isinstance(m, Linear) and m.ends_branch]
+    assert ends, f"{kind}: no matrix is named out, so a deep stack cannot scale this branch down"
+    x = torch.randn(1, 6, D, dtype=torch.float64)
+    before = apply(layer, x, Layout.plain(1, 6)).y
+    for matrix in ends:
+        matrix.rescale(0.0)
+    after = apply(layer, x, Layout.plain(1, 6)).y
+    assert not torch.allclose(after, before), "the matrix named out does not reach the output"
 
 
 PLUGS = {

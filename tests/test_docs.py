@@ -223,9 +223,11 @@ def test_every_plug_point_is_in_the_table() -> None:
         for folder in ("mm", "data", "tokenizers")
         for p in (ROOT / folder).rglob("*.py")
     )
-    for _, contract, *_ in found:
+    for table, contract, _, _, hooks in found:
         (name,) = re.findall(r"`(\w+)`", contract)[:1] or re.findall(r"`(\w+)", contract)[:1]
         assert re.search(rf"^class {name}\b", sources, re.M), name
+        for hook in re.findall(r"`(\w+)", hooks):
+            assert re.search(rf"^    def {hook}\(", sources, re.M), (table, hook)
 
 
 def test_every_law_has_its_tests() -> None:

@@ -34,19 +34,19 @@ def dense_ssm(
         b_GN: `(D, N)` or `(1, N)`.
         c_GMN: `(D, M, N)` or `(1, M, N)` readouts.
         initial_BDN: `(B, D, N)` state before the first token; None = zeros.
-        length_B: `(B,)` int64 tokens of each row; later outputs mean nothing; None = T.
+        length_B: `(B,)` int64 tokens of each row, for its last state; outputs go on; None = T.
     Returns:
         outputs `(B, T, D, M)` and states after each row's last token `(B, D, N)`, both in float32
         or wider.
     Source: Gu et al. 2021, LSSL (arXiv:2110.13985), eq. 4-5 (the recurrence).
     """
     u, a, b, c, h = _widened(u_BTD, a_GNN, b_GN, c_GMN, initial_BDN)
-    ys = []
+    ys, last = [], h
     for t, ut in enumerate(u.unbind(1)):
-        after = torch.einsum("bdn,dmn->bdm", h, a.expand(u.shape[2], -1, -1)) + b * ut[..., None]
-        h = after if length_B is None else torch.where((t < length_B)[:, None, None], after, h)
-        ys.append(torch.einsum("bdn,dmn->bdm", after, c.expand(u.shape[2], -1, -1)))
-    return torch.stack(ys, 1) if ys else u.new_zeros(*u.shape, c.shape[1]), h
+        h = torch.einsum("bdn,dmn->bdm", h, a.expand(u.shape[2], -1, -1)) + b * ut[..., None]
+        last = h if length_B is None else torch.where((t < length_B)[:, None, None], h, last)
+        ys.append(torch.einsum("bdn,dmn->bdm", h, c.expand(u.shape[2], -1, -1)))
+    return torch.stack(ys, 1) if ys else u.new_zeros(*u.shape, c.shape[1]), last
 
 
 def _widened(

@@ -17,7 +17,7 @@ from mm.errors import UserError
 from mm.mask import Mask
 from mm.model.context import Ctx
 from mm.model.draft import draft_call
-from mm.state import State, join_parts
+from mm.state import State, join_parts, parts_of
 
 NONE: Mapping[str, Any] = {}
 M = TypeVar("M", bound=nn.Module)
@@ -169,18 +169,23 @@ class Mixer(Layer):
 class LinearMixer(Mixer):
     """A mixer whose output is a matrix of its features times its values: wrappers compose on these.
 
+    Its stateful parts are two: what its features look back on, then its memory.
     The `matrix form` law: ``attention_matrix(f, ctx) @ f["v"]``, by head, is what `core` returns
     without a state.
     """
 
-    def features(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> dict[str, Tensor]:
-        """The arguments of the Op, `(B, T, H, .)`, among them values ``v``."""
+    def features(
+        self, x_BTD: Tensor, ctx: Ctx, state: State | None = None
+    ) -> tuple[dict[str, Tensor], State | None]:
+        """The arguments of the Op, `(B, T, H, .)`, among them values ``v``; the first part's State
+        after the call.
+        """
         raise NotImplementedError
 
     def core(
         self, f: dict[str, Tensor], ctx: Ctx, state: State | None = None
     ) -> tuple[Tensor, State | None]:
-        """Outputs `(B, T, H, V)` and the State after the call."""
+        """Outputs `(B, T, H, V)` and the memory's State after the call."""
         raise NotImplementedError
 
     def finish(self, o: Tensor, x_BTD: Tensor, f: dict[str, Tensor], ctx: Ctx) -> Tensor:
@@ -188,13 +193,14 @@ class LinearMixer(Mixer):
         raise NotImplementedError
 
     def attention_matrix(self, f: dict[str, Tensor], ctx: Ctx) -> Tensor:
-        """`(B, H, T, T)`: what each place reads of each value."""
+        """`(B, H, T, T)`: what each token reads of each value."""
         raise NotImplementedError
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        f = self.features(x_BTD, ctx, state)
-        o, after = self.core(f, ctx, state)
-        return Out(self.finish(o, x_BTD, f, ctx), after)
+        tail, memory = parts_of(state, 2)
+        f, tail = self.features(x_BTD, ctx, tail)
+        o, memory = self.core(f, ctx, memory)
+        return Out(self.finish(o, x_BTD, f, ctx), join_parts(tail, memory))
 
 
 class FeedForward(Layer):
@@ -231,6 +237,17 @@ class Provider(nn.Module):
 
 class Linear(nn.Module):
     """Plug point: every matrix of a layer is ``linear(d_in, d_out, name)``."""
+
+    name: str = ""  # "out": the last matrix of a residual branch, which depth scales down
+
+    @property
+    def ends_branch(self) -> bool:
+        """Whether its output is added to the residual stream (the `depth scaling` law)."""
+        return self.name == "out"
+
+    def rescale(self, factor: float) -> None:
+        """Multiply the map by ``factor``."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor, ctx: Ctx | None = None) -> Tensor:
         raise NotImplementedError

@@ -50,7 +50,7 @@ def _policy(ctx: Any, op: Any, *args: Any, **kw: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def suited(mode: str, layer: nn.Module) -> str:
+def resolve_mode(mode: str, layer: nn.Module) -> str:
     """``mode``, or "full" where a result that "selective" keeps would be written over."""
     over = any(getattr(module, "overwrites", False) for module in layer.modules())
     return "full" if mode == "selective" and over else mode
@@ -64,7 +64,7 @@ def run(mode: str, layer: nn.Module | Callable[..., Any], *args: Any) -> Any:
 
     Args:
         mode: "full": only the arguments are kept; "selective": also the results of `KEPT`;
-            what `suited` gave for the layer.
+            what `resolve_mode` gave for the layer.
         layer: draws nothing from global generators (they are not set back).
     """
     if mode == "full":

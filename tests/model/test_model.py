@@ -16,12 +16,12 @@ from mm.config import validate
 from mm.errors import UserError
 from mm.layout import Doc, Layout
 from mm.mask import Causal, Full, Prefix, Window
-from mm.model import varlen as rows
+from mm.model import length_buckets
 from mm.model.context import Ctx
 from mm.model.heads.softmax import Categorical
 from mm.model.layer import init_weights
+from mm.model.length_buckets import LengthBuckets
 from mm.model.model import LmConfig, Model
-from mm.model.varlen import LengthBuckets
 from mm.registry import MIXERS
 from mm.specs import TokenSpec
 from mm.vocabulary import Vocabulary
@@ -187,7 +187,7 @@ def test_long_documents_are_taken_where_they_lie(monkeypatch: pytest.MonkeyPatch
     x[layout.fields.document == 0] = 1e3
 
     def run(at_least: int) -> tuple[Tensor, ...]:
-        monkeypatch.setattr(rows, "MIN_TOKENS_IN_PLACE", at_least)
+        monkeypatch.setattr(length_buckets, "MIN_TOKENS_IN_PLACE", at_least)
         x.requires_grad_()
         y = layer(x, Ctx(layout, Causal())).y[layout.fields.document > 0]
         return y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])

@@ -15,9 +15,9 @@ from mm.mask import Causal, Full, ParallelBlocks, parallel_blocks
 from mm.model.context import Ctx
 from mm.model.ffn.swiglu import SwiGLU
 from mm.model.layer import init_weights
+from mm.model.length_buckets import LengthBuckets
 from mm.model.mixers.attention.attention import Attention
 from mm.model.positions.irpe import piecewise
-from mm.model.varlen import LengthBuckets
 from mm.registry import FFNS, MIXERS, POSITIONS
 
 

@@ -36,7 +36,7 @@ def test_selective_recomputation_is_bit_exact(name: str) -> None:
     layer, docs = build(name), documents(4, 5)
     x, layout = packed([[(0, docs[0], 0), (1, docs[1], 0)]], pad=1)
     weight, ctx = torch.randn_like(x), Ctx(layout, mask_of(layer), seed=3)
-    mode, found = recompute.suited("selective", layer), []
+    mode, found = recompute.resolve_mode("selective", layer), []
     for call in (layer, partial(recompute.run, mode, layer)):
         inputs = x.clone().requires_grad_()
         out = call(inputs, ctx, None)

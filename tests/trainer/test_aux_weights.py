@@ -9,7 +9,7 @@ import pytest
 import torch
 import trainer_toys as toys
 from pydantic import ValidationError
-from trainer_runs import losses, make_run, rows
+from trainer_runs import losses, make_run, rows, torchrun
 from trainer_toys import toys_registered  # noqa: F401
 
 from mm.errors import UserError
@@ -89,6 +89,17 @@ def test_the_loop_weighs_and_logs_them(tmp_path: Path, stage: int) -> None:
     text = first["tokens/text_share"]
     plain = text * first["loss/text"] + (1 - text) * first["loss/image"]
     assert first["loss/total"] == pytest.approx(plain + 3 * first["loss/commitment"], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_two_ranks_weigh_them_as_one_does(tmp_path: Path) -> None:
+    """Half of the rows each, of other lengths: the losses of one process with all of them."""
+    two, one = (vq_run(tmp_path, name, data={"micro": 2}) for name in ("two", "one"))
+    torchrun(2, [two])
+    train(one)
+    for name in ("loss/total", "loss/commitment"):
+        a, b = ([row[name] for row in rows(run)] for run in (one, two))
+        assert a == pytest.approx(b, rel=2e-5), name
 
 
 def test_a_loss_that_no_module_reports_is_named(tmp_path: Path) -> None:

@@ -27,9 +27,9 @@ from mm.model.layer import (
     name_layers,
     zero_gradient_touch,
 )
+from mm.model.length_buckets import document_groups
 from mm.model.linears.dense import dense
 from mm.model.norm import Kind, norm
-from mm.model.varlen import document_groups
 from mm.registry import BACKBONES, MIXERS, BlockField, FfnField, MixerField
 from mm.state import State, StateTuple
 
@@ -55,7 +55,7 @@ class Stack(Backbone):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.norm = norm(last, d_model, eps)
-        self.recompute = [recomputing.suited(recompute, layer) for layer in layers]
+        self.recompute = [recomputing.resolve_mode(recompute, layer) for layer in layers]
         self.providers = nn.ModuleDict()
         readers: dict[str, list[Layer]] = {}
         makers: dict[str, Callable[[int], Provider]] = {}
@@ -77,12 +77,8 @@ class Stack(Backbone):
         # (GPT-2), section 2.3.
         factor = (2 * len(self.layers)) ** -0.5
         for module in _own_modules(self.layers):
-            if (
-                isinstance(module, Linear)
-                and getattr(module, "name", "") == "out"
-                and hasattr(module, "rescale")
-            ):
-                module.rescale(factor)  # type: ignore[operator]
+            if isinstance(module, Linear) and module.ends_branch:
+                module.rescale(factor)
 
     def forward(
         self, x_BTD: Tensor, ctx: Ctx, state: State | None = None, path: Sequence[int] | None = None

@@ -1,4 +1,7 @@
-"""RWKV's feed-forward layer. B rows, T tokens, D model, F hidden, N slots."""
+"""RWKV's feed-forward layer.
+
+B rows, T tokens, D model, F hidden, N slots.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,9 @@ from mm.state import State
 
 
 class RwkvFFN(FeedForward):
-    """``sigmoid(receptance(x')) * out(relu(key(x''))^2)``, where x' and x'' are the token mixed
-    with the one before it.
+    """``sigmoid(receptance(x')) * out(relu(key(x''))^2)``.
+
+    x' and x'' are the token mixed with the one before it.
 
     Source: Peng et al. 2023, RWKV (arXiv:2305.13048), section 3.1.3.
     """

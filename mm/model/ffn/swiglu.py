@@ -1,4 +1,7 @@
-"""Gated feed-forward layer. B rows, T tokens, D model, F hidden."""
+"""Gated feed-forward layer.
+
+B rows, T tokens, D model, F hidden.
+"""
 
 from __future__ import annotations
 

@@ -29,7 +29,6 @@ class Dense(Linear):
             nn.init.zeros_(self.bias)
 
     def rescale(self, factor: float) -> None:
-        """Multiply the map by ``factor`` (residual branches of deep stacks)."""
         with torch.no_grad():
             self.weight.mul_(factor)
 

@@ -65,7 +65,7 @@ def test_decays_respect_the_bound_of_their_layer() -> None:
     x = 30 * torch.randn(1, 9, D, dtype=torch.float64)
     lowest = []
     for k, layer in enumerate(stack.layers):
-        f = layer.mixer.features(x, Ctx(ctx.layout, ctx.mask, provided={name: table}))
+        f, _ = layer.mixer.features(x, Ctx(ctx.layout, ctx.mask, provided={name: table}))
         a = f["g"].exp().flatten(2)
         assert (a >= table[k] - 1e-12).all() and (a <= 1).all()
         torch.testing.assert_close(f["k"], 1 - f["g"].exp())

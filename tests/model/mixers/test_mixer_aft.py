@@ -81,7 +81,7 @@ def test_aft_local_with_the_longest_window_is_aft_full() -> None:
     (x,) = documents(20)
     torch.testing.assert_close(alone(local, x), alone(full, x), **TOL)
     for layer in (local, full):
-        with pytest.raises(UserError, match="knows places up to 20: a document has 21"):
+        with pytest.raises(UserError, match="knows positions up to 20: a document has 21"):
             alone(layer, documents(21)[0])
         with pytest.raises(UserError, match="raise max_len"):
             layer.initial_state(1, 21)

@@ -139,7 +139,7 @@ def test_a_causal_model_refuses_them_by_name(kind: str) -> None:
 def test_linformer_refuses_longer_documents_by_name() -> None:
     layer = build("linformer", max_len=4)
     assert not layer.caps.length_general
-    with pytest.raises(UserError, match="linformer knows places up to 4: a document has 5"):
+    with pytest.raises(UserError, match="linformer knows positions up to 4: a document has 5"):
         alone(layer, documents(5)[0])
 
 
@@ -163,7 +163,7 @@ def test_code_products_count_equal_bits() -> None:
     layer, (x,) = build("ecoformer", heads=2, bits=9), documents(12)
     assert isinstance(layer, EcoFormer)
     u = x.view(1, 12, 2, 8)
-    codes, phi = signs(layer.hashed(u)), layer._map(u)
+    codes, phi = signs(layer.hash_values(u)), layer._map(u)
     hamming = (codes[:, :, None] != codes[:, None]).sum(-1)
     product = torch.einsum("bthr,bshr->btsh", codes, codes)
     assert torch.equal(product, (9 - 2 * hamming).double())
@@ -178,11 +178,11 @@ def test_learned_codes_rank_pairs_better_than_random_ones() -> None:
     weights = torch.softmax(x[0, :, 0] @ x[0, :, 0].T / 2, -1)
 
     def loss() -> Tensor:
-        codes = layer.hashed(x)[0, :, 0].tanh()
+        codes = layer.hash_values(x)[0, :, 0].tanh()
         return hash_loss(codes, codes, weights, 4)
 
     def gap() -> float:
-        codes = signs(layer.hashed(x))[0, :, 0]
+        codes = signs(layer.hash_values(x))[0, :, 0]
         similar = codes @ codes.T / 8
         top, low = (weights.topk(4, -1, largest=most).indices for most in (True, False))
         return (similar.gather(-1, top).mean() - similar.gather(-1, low).mean()).item()

@@ -17,7 +17,7 @@ from mm.model.context import Ctx
 from mm.model.layer import Layer, init_weights
 from mm.model.mixers.conv.gated_cnn import GatedCNN, GatedCNNConfig
 from mm.model.mixers.conv.hyena import Hyena, HyenaConfig, long_conv
-from mm.model.mixers.conv.short_conv import ShortConv, ShortConvConfig
+from mm.model.mixers.conv.short_conv import GatedShortConv, ShortConvConfig
 from mm.model.mixers.conv.trellis import Trellis, TrellisConfig
 from mm.model.mixers.wrappers.mixed_heads import MixedHeads, MixedHeadsConfig
 from mm.registry import BACKBONES
@@ -62,11 +62,11 @@ def test_short_conv_equals_the_peer() -> None:
     config = Lfm2Config(hidden_size=D, num_hidden_layers=1, layer_types=["conv"], conv_bias=False)
     theirs = peer.Lfm2ShortConv(config, 0)
     ours = made(ShortConvConfig(conv_size=config.conv_L_cache)).float()
-    assert isinstance(ours, ShortConv)
+    assert isinstance(ours, GatedShortConv)
     with torch.no_grad():
         ours.inner.weight.copy_(theirs.in_proj.weight)
-        ours.weight.copy_(theirs.conv.weight[:, 0].T)
-        ours.bias.zero_()
+        ours.conv.weight.copy_(theirs.conv.weight[:, 0].T)
+        ours.conv.bias.zero_()
         ours.out.weight.copy_(theirs.out_proj.weight)
     x = torch.randn(2, 30, D)
     got = ours(x, Ctx(Layout.plain(2, 30), Causal())).y
@@ -75,10 +75,10 @@ def test_short_conv_equals_the_peer() -> None:
 
 def test_short_conv_without_gates_is_linear() -> None:
     layer = made(ShortConvConfig(gates=False))
-    assert isinstance(layer, ShortConv)
+    assert isinstance(layer, GatedShortConv)
     a, b = documents(9, 9)
     with torch.no_grad():
-        layer.bias.zero_()
+        layer.conv.bias.zero_()
         torch.testing.assert_close(alone(layer, a + b), alone(layer, a) + alone(layer, b), **TOL)
 
 
@@ -126,9 +126,9 @@ def test_hyena_equals_its_equation() -> None:
     layer = made(HyenaConfig(width=6, filter_length=8, filter_width=4, bands=2))
     assert isinstance(layer, Hyena)
     (x,) = documents(20)
-    W = layer.conv_weight
+    W = layer.conv.weight
     u = torch.cat((x.new_zeros(2, D), x)) @ layer.inner.weight.T
-    u = sum(W[j] * u[j : j + 20] for j in range(3)) + layer.conv_bias
+    u = sum(W[j] * u[j : j + 20] for j in range(3)) + layer.conv.bias
     b, c, v = u.chunk(3, -1)
     h = layer.filter(20)
     long = torch.stack([sum(h[t - s] * (b * v)[s] for s in range(t + 1)) for t in range(20)])

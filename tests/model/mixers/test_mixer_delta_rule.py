@@ -12,8 +12,9 @@ from mm.kernels.delta_rule import delta_rule
 from mm.layout import Layout
 from mm.model.backbones.stack import StackConfig
 from mm.model.layer import init_weights
+from mm.model.length_buckets import LengthBuckets
+from mm.model.mixers.conv.state import ShortConv
 from mm.model.mixers.linear_attention.delta_rule import DeltaRule, DeltaRuleConfig
-from mm.model.varlen import LengthBuckets
 
 SETTINGS = {
     "plain": {},
@@ -34,9 +35,9 @@ def by_hand(layer: DeltaRule, x_TD: Tensor) -> Tensor:
     """The paper's equations, head by head and token by token."""
     H, K, V = layer.heads, layer.key_dim, layer.value_dim
     u = layer.qkv(x_TD)
-    if layer.conv_weight is not None:
-        past = torch.cat((u.new_zeros(layer.conv_size - 1, u.shape[1]), u))
-        u = sum(w * past[j : j + len(u)] for j, w in enumerate(layer.conv_weight))
+    if isinstance(layer.conv, ShortConv):
+        past = torch.cat((u.new_zeros(layer.conv.size, u.shape[1]), u))
+        u = sum(w * past[j : j + len(u)] for j, w in enumerate(layer.conv.weight))
     u = F.silu(u)
     rates = layer.rates(x_TD)
     out = []

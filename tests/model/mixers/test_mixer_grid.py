@@ -10,11 +10,12 @@ import torch
 from laws import TOL, D
 from torch import Tensor
 
+from mm.kernels.linear_scan import linear_scan
 from mm.layout import Layout
 from mm.mask import Full
 from mm.model.context import Ctx
 from mm.model.layer import init_weights
-from mm.model.mixers.ssm.plstm import Gates, gating, gating_by_rows
+from mm.model.mixers.ssm.plstm import Gates, gating
 from mm.registry import MIXERS
 
 
@@ -110,6 +111,23 @@ def test_what_plstm_propagates_neither_grows_nor_vanishes_along_its_direction() 
     torch.testing.assert_close(torch.stack(by_diagonal[1:]), one[0, 0, : n - 1])
     spread = gating(Gates(one, one, one, one, None, one, one, one))[0, :, :, 0]
     torch.testing.assert_close(spread.flatten()[1:], one.flatten()[1:])
+
+
+def gating_by_rows(g: Gates) -> Tensor:
+    """`gating` as it is defined: a scan a row, rows one after another."""
+    B, Y, X = g.mark_left.shape
+    cells = torch.eye(Y * X, dtype=g.mark_left.dtype, device=g.mark_left.device).view(Y, X, -1)
+    wide = lambda t: t[..., None]
+    g = g._replace(left_down=torch.zeros_like(g.mark_left) if g.left_down is None else g.left_down)
+    above, read = cells.new_zeros(B, X, Y * X), []
+    rows = zip(*(wide(t).unbind(1) for t in g), cells.unbind(0), strict=True)
+    for s_right, s_down, across, turn_right, turn_down, through, m_left, m_above, own in rows:
+        into = turn_right * above + s_right * own
+        right, _ = linear_scan(across.expand_as(into), into)
+        left = torch.nn.functional.pad(right[:, :-1], (0, 0, 1, 0))
+        read.append(m_left * left + m_above * above)
+        above = turn_down * left + through * above + s_down * own
+    return torch.stack(read, 1)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (5, 1), (2, 2), (3, 5), (8, 4), (7, 9)])

@@ -30,7 +30,7 @@ def by_equation(layer: PrefixLinearAttention, x: Tensor, M: int) -> Tensor:
     with j up to max(i, M), token by token and head by head.
     """
     inner = layer.inner
-    f = inner.features(x[None], Ctx(Layout.plain(1, len(x)), Prefix()))
+    f, _ = inner.features(x[None], Ctx(Layout.plain(1, len(x)), Prefix()))
     q, k, v = (f[n][0] for n in "qkv")
     ke, ve = layer.encoder(x).split(layer.sizes, -1)
     ke = inner._map(ke.view(1, len(x), inner.heads, -1))[0]

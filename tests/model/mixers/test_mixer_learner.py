@@ -92,7 +92,7 @@ def bare(mini_batch: int) -> TTT:
 
 
 def learnt(layer: TTT, q: Tensor, k: Tensor, v: Tensor, eta: Tensor) -> Tensor:
-    return layer._fresh((q, k, v, eta[..., None]))
+    return layer._first((q, k, v, eta[..., None]))
 
 
 def test_one_token_a_batch_is_the_delta_rule_and_one_batch_is_linear_attention() -> None:
@@ -159,7 +159,7 @@ def test_atlas_without_window_momentum_and_muon_is_the_delta_rule() -> None:
     q, k, v = torch.randn(3, 1, 12, 2, D // 2, dtype=torch.float64)
     k, eta = F.normalize(k, dim=-1), torch.rand(1, 12, 2, dtype=torch.float64)
     gates = torch.stack((torch.ones_like(eta), eta, eta, torch.ones_like(eta)), -1)
-    got = layer._fresh((q, k, v, gates))
+    got = layer._first((q, k, v, gates))
     torch.testing.assert_close(got, delta_rule(q, k, v, eta)[0], **TOL)
 
 

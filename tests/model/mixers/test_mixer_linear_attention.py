@@ -134,7 +134,7 @@ def lightning_attention(layer: Any, x: Tensor) -> Tensor:
 
 def mamba2(layer: Any, x: Tensor) -> Tensor:
     u = F.pad(layer.qkv(x), (0, 0, 3, 0))
-    u = sum(layer.conv_weight[j] * u[j : j + len(x)] for j in range(4)) + layer.conv_bias
+    u = sum(layer.conv.weight[j] * u[j : j + len(x)] for j in range(4)) + layer.conv.bias
     c, b, v = F.silu(u).split(layer.sizes, dim=-1)
     dt = F.softplus(layer.decay(x) + layer.decay_bias)
     a = torch.exp(-dt * layer.log_rate.exp())
@@ -277,8 +277,8 @@ def test_mamba2_equals_hugging_faces_with_the_same_weights() -> None:
         (layer.decay_bias, peer.dt_bias),
         (layer.log_rate, peer.A_log),
         (layer.skip, peer.D),
-        (layer.conv_weight, conv(peer.conv1d.weight[:, 0]).T),
-        (layer.conv_bias, conv(peer.conv1d.bias)),
+        (layer.conv.weight, conv(peer.conv1d.weight[:, 0]).T),
+        (layer.conv.bias, conv(peer.conv1d.bias)),
         (layer.norm.weight, peer.norm.weight),
         (layer.out.weight, peer.out_proj.weight),
     ]

@@ -77,7 +77,7 @@ def test_chunks_equal_the_masked_matrix_in_all_gradients(
     layer, (x,) = made(levels, inner), documents(T)
     x.requires_grad_()
     ctx = Ctx(Layout.plain(1, T), Causal())
-    f = layer.inner.features(x[None], ctx)
+    f, _ = layer.inner.features(x[None], ctx)
     base = layer.inner.attention_matrix(f, ctx)[0]  # (H, T, T)
     gain = torch.nn.functional.softplus(layer.gain(x) + layer.gain_bias).view(T, 2, levels)
     share = torch.zeros_like(base)
@@ -130,7 +130,7 @@ def test_a_token_by_token_fenwick_tree_has_the_same_buckets(delta: bool) -> None
         tree = {e: through @ m for e, m in tree.items()}
         tree[0] = strength * torch.outer(key, v[0, t, 0])
         one, at = torch.ones(1, dtype=torch.long), slice(t, t + 1)
-        steps = Steps.of(None, k[:, at], g[:, at], beta[:, at] if delta else None)
+        steps = Steps.of(k[:, at], k[:, at], g[:, at], beta[:, at] if delta else None)
         S = advance(S, one * t, steps, v[:, at], one)
         for e in range(9):
             torch.testing.assert_close(S[0, e, 0], tree.get(e, torch.zeros(3, 3).double()))

@@ -29,9 +29,10 @@ def written_out(layer: Mamba, x: Tensor) -> Tensor:
     T, E = inner.shape
     h, outs = x.new_zeros(E, layer.states), []
     A = -layer.log_rate.T.exp()
-    past = torch.cat((x.new_zeros(layer.conv_size - 1, E), inner))
+    W, bias = layer.conv.weight, layer.conv.bias
+    past = torch.cat((x.new_zeros(len(W) - 1, E), inner))
     for t in range(T):
-        u = F.silu((past[t : t + layer.conv_size] * layer.conv_weight).sum(0) + layer.conv_bias)
+        u = F.silu((past[t : t + len(W)] * W).sum(0) + bias)
         low, b, c = (u @ layer.select.weight.T).split((layer.rank, layer.states, layer.states))
         dt = F.softplus(low @ layer.step.weight.T + layer.step_bias)
         h = (dt[:, None] * A).exp() * h + dt[:, None] * b * u[:, None]

@@ -274,7 +274,7 @@ def test_the_memory_of_a_hippo_rnn_is_the_legendre_projection_of_its_signal() ->
     time = torch.linspace(0, 6, T, dtype=torch.float64)
     x = (time[:, None] + torch.arange(D)).sin()[None]
     with torch.no_grad():
-        y, states = layer.states(x, torch.zeros(1, layer.size, dtype=torch.float64))
+        y, states = layer.states(x, layer.memory.begin(1))
         f = y[0] @ layer.signal + layer.signal_bias
     # sqrt(2n + 1) times the integral over the past, in units of its length, of f P_n.
     for t in (100, 400):

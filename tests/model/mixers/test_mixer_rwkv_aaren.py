@@ -116,7 +116,8 @@ def test_the_merge_of_two_parts_of_a_text_is_associative() -> None:
     assert isinstance(layer, Aaren)
     torch.manual_seed(0)
     score, v = torch.randn(1, 9, 2).double() * 40, torch.randn(1, 9, D).double()
-    after = lambda a, b: layer._scanned(score[:, a:b], v[:, a:b])[1][:, -1]
+    none = layer.sums.initial_state(1, 9).h
+    after = lambda a, b: layer._average(score[:, a:b], v[:, a:b], none)[1][:, -1]
 
     def merged(x: Tensor, y: Tensor) -> Tensor:
         m = torch.maximum(x[:, :2], y[:, :2])

@@ -203,7 +203,7 @@ def kernel_of(layer: S4D, T: int) -> Tensor:
     A = torch.complex(-layer.log_rate.exp(), im)
     c = layer.readout
     C = torch.complex(c[0], c[1] if len(c) == 2 else torch.zeros_like(c[0]))
-    if layer.discretisation == "zoh":
+    if layer.config.discretisation == "zoh":
         a = torch.exp(dt * A)
         b = (a - 1) / A
     else:

@@ -16,7 +16,7 @@ from mm.mask import Causal
 from mm.model.backbones.stack import StackConfig
 from mm.model.context import Ctx
 from mm.model.layer import Mixer, init_weights
-from mm.model.mixers.linear_attention.capped_state import CappedStateConfig, capped
+from mm.model.mixers.linear_attention.capped_state import CappedStateConfig, capped_attention
 from mm.model.mixers.linear_attention.linear_attention import LinearAttentionConfig
 from mm.model.mixers.linear_attention.windowed_state import WindowedStateConfig
 
@@ -43,7 +43,9 @@ def test_the_capped_state_is_the_recurrence_in_all_gradients(T: int, cap: float)
     S = 0.6 * S / S.square().sum((-1, -2), keepdim=True).sqrt()
     leaves = [r(2, T, 2, 3), r(2, T, 2, 3), r(2, T, 2, 4), -0.2 * r(2, T, 2).abs(), S]
     found = []
-    for run in (lambda *x: capped(*x, None, cap), lambda *x: plain(*x, cap)):
+    real = torch.ones(2, T, 1)
+    ours = lambda *x: capped_attention(*x[:4], real, x[4], cap=cap)
+    for run in (ours, lambda *x: plain(*x, cap)):
         inputs = [x.clone().requires_grad_() for x in leaves]
         out = run(*inputs)
         found.append((*out, *torch.autograd.grad(sum(o.sin().sum() for o in out), inputs)))
@@ -64,7 +66,8 @@ def norms(layer: Mixer, T: int) -> Tensor:
             layout = Layout.from_rows([[Doc(n, slot=0, fresh=at == 0, start=at)]])
             state = layer(x[:, at : at + n], Ctx(layout, Causal()), state).state
             assert state is not None
-            found.append(state.S.square().sum((-1, -2)).sqrt().max())  # type: ignore[attr-defined]
+            S = state[1].S  # type: ignore[index]
+            found.append(S.square().sum((-1, -2)).sqrt().max())
             at += n
     return torch.stack(found)
 
@@ -90,7 +93,7 @@ def test_temperature_and_insert_are_powers_of_decays_and_factors_of_writes(decay
     init_weights(layers[0])
     layers[1].load_state_dict(layers[0].state_dict())
     (x,), ctx = documents(9), Ctx(Layout.plain(1, 9), Causal())
-    f, more = (layer.double().features(x[None], ctx) for layer in layers)
+    f, more = (layer.double().features(x[None], ctx)[0] for layer in layers)
     torch.testing.assert_close(more["g"], 2 * f["g"])
     torch.testing.assert_close(more["v"], 0.3 * f["v"])
     torch.testing.assert_close(more["q"], f["q"])

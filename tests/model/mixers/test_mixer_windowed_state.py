@@ -26,7 +26,7 @@ def test_it_equals_the_banded_matrix_in_all_gradients(T: int, window: int) -> No
     layer = WindowedStateConfig(inner=inner, window=window).build(D).double()
     init_weights(layer)
     x, ctx = documents(T)[0].requires_grad_(), Ctx(Layout.plain(1, T), Causal())
-    f = layer.inner.features(x[None], ctx)
+    f, _ = layer.inner.features(x[None], ctx)
     band = torch.ones(T, T, dtype=torch.bool).tril().triu(1 - window)
     matrix = layer.inner.attention_matrix(f, ctx) * band
     o = torch.einsum("bhts,bshv->bthv", matrix, f["v"])

@@ -20,12 +20,13 @@ from mm.layout import Fields
 from mm.mask import Mask
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
+from mm.model.length_buckets import LengthBuckets
 from mm.model.mixers.attention.forget_gate import ForgetGate, add_fade
 from mm.model.mixers.attention.kv_cache import KeyValueCache, VisibleKeys
 from mm.model.norm import HeadNorm, RMSNorm
 from mm.model.positions.base import Position
 from mm.model.positions.randomised import refuse_drawn
-from mm.model.varlen import LengthBuckets, PackedRows, narrowed
+from mm.model.varlen import PackedRows, narrowed
 from mm.registry import PositionField
 from mm.state import State, join_parts, parts_of
 

@@ -20,13 +20,13 @@ from mm.layout import Fields, Layout
 from mm.mask import Hint, Mask
 from mm.model.context import Ctx
 from mm.model.layer import LinearFactory, Out
+from mm.model.length_buckets import LengthBuckets
 from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import AttentionBase
 from mm.model.mixers.attention.kv_cache import KeyValueCache
 from mm.model.mixers.ssm.scan import DiagonalScan, starts
 from mm.model.positions.base import Position
 from mm.model.positions.randomised import adds_to_input
-from mm.model.varlen import LengthBuckets
 from mm.registry import MIXERS, PositionField
 from mm.state import State, join_parts, parts_of
 

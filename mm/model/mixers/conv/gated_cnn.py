@@ -1,4 +1,7 @@
-"""Gated convolution. B rows, T tokens, D model, W width, C conv size, N slots."""
+"""Gated convolution.
+
+B rows, T tokens, D model, W width, C conv size, N slots.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
-from mm.model.mixers.conv.state import Tail, preceding
+from mm.model.mixers.conv.state import TokenTail
 from mm.registry import MIXERS
 from mm.state import State
 
@@ -27,7 +30,7 @@ class GatedCNN(Mixer):
 
     def __init__(self, d_model: int, width: int, conv_size: int, linear: LinearFactory):
         super().__init__()
-        self.d_model, self.conv_size = d_model, conv_size
+        self.tail = TokenTail(d_model, conv_size - 1)
         self.inner = linear(conv_size * d_model, 2 * width, "inner")  # newest token first
         self.bias = nn.Parameter(torch.empty(2 * width))
         self.out = linear(width, d_model, "out")
@@ -36,16 +39,10 @@ class GatedCNN(Mixer):
         nn.init.zeros_(self.bias)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        back, after = preceding(x_BTD, self.conv_size - 1, ctx, state)
+        back, after = self.tail(x_BTD, ctx, state)
         u = self.inner(torch.cat(back, dim=-1), ctx)
         a, b = (u + self.bias.to(u.dtype)).chunk(2, dim=-1)
         return Out(self.out(a * b.sigmoid(), ctx), after)
-
-    def initial_state(self, n: int, max_len: int) -> Tail:
-        return Tail(self.bias.detach().new_zeros(n, self.conv_size - 1, self.d_model))
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return n * (self.conv_size - 1) * self.d_model * self.bias.element_size()
 
 
 @MIXERS.register("gated_cnn")

@@ -1,10 +1,13 @@
-"""Long convolution with an implicit filter between gates. B rows, T tokens, D model, W width, P
-places of the cache, N slots, R rows of one document, L their length, F filter lags.
+"""Long convolution with an implicit filter between gates.
+
+B rows, T tokens, D model, W width, P positions of the cache, N slots, R rows of one document, L
+their length, F filter lags.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -14,12 +17,12 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.model.context import Ctx
-from mm.model.layer import Caps, LinearFactory, Mixer, Out
+from mm.model.layer import Caps, LinearFactory, Mixer, Out, StatePart
 from mm.model.linears.dense import dense
-from mm.model.mixers.conv.state import DraftTail, Tail, convolved
+from mm.model.mixers.conv.state import ShortConv
 from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS
-from mm.state import DataclassState, State
+from mm.state import DataclassState, State, join_parts, parts_of
 
 DIRECT = 64  # rows up to this length are a product with a Toeplitz matrix, longer ones use the FFT
 FEW = 8  # tokens of a call that are read off the cache one by one
@@ -27,50 +30,16 @@ FEW = 8  # tokens of a call that are read off the cache one by one
 
 @dataclass(frozen=True)
 class History(DataclassState):
-    """What was convolved so far: place i is token i, zeros beyond the last."""
+    """What was convolved so far: position i is token i, zeros beyond the last."""
 
     u: Tensor  # (N, P, W)
     count: Tensor  # (N,) int64
-    tail: Tail | DraftTail  # of the short convolution
-
-    def accept(self, n_N: Tensor) -> History:
-        raise ValueError("accept() takes the State of a call with draft=True")
-
-    def commit(self) -> History:
-        return self
-
-
-@dataclass(frozen=True)
-class DraftHistory(DataclassState):
-    """The history before a draft call, and the call's inputs."""
-
-    base: History
-    u: Tensor  # (N, L, W)
-    length: Tensor  # (N,)
-
-    def accept(self, n_N: Tensor) -> History:
-        n = torch.minimum(n_N.to(self.length), self.length)
-        u = _placed(self.base.u, self.u, self.base.count, n)[:, : self.base.u.shape[1]]
-        return History(u, self.base.count + n, self.base.tail.accept(n_N))
-
-    def commit(self) -> History:
-        return self.accept(self.length)
-
-
-def _placed(past_RPW: Tensor, u_RLW: Tensor, count_R: Tensor, length_R: Tensor) -> Tensor:
-    """`(R, P + L, W)`: the past with the first ``length`` new tokens after its ``count``."""
-    L = u_RLW.shape[1]
-    j = torch.arange(L, device=u_RLW.device)
-    new = u_RLW.masked_fill((j >= length_R[:, None])[..., None], 0)
-    index = (count_R[:, None] + j)[..., None].expand_as(new)
-    room = torch.cat((past_RPW, past_RPW.new_zeros(new.shape)), dim=1)
-    return room.scatter(1, index, new)
 
 
 def long_conv(u_RLW: Tensor, filter_FW: Tensor) -> Tensor:
     """``y_t = sum_s filter_{t-s} u_s``, `(R, L, W)`; F >= L.
 
-    Beyond 64 tokens by FFT, whose rounding errors (not values) reach places before their cause.
+    Beyond 64 tokens by FFT, whose rounding errors (not values) reach positions before their cause.
     """
     L = u_RLW.shape[1]
     h = filter_FW[:L]
@@ -85,9 +54,68 @@ def long_conv(u_RLW: Tensor, filter_FW: Tensor) -> Tensor:
     ]
 
 
+class LongConv(StatePart):
+    """Convolution over whole documents; keeps every input, as attention keeps keys."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+
+    def forward(
+        self, u_BTW: Tensor, filter: Callable[[int], Tensor], ctx: Ctx, state: State | None
+    ) -> tuple[Tensor, History | None]:
+        """`long_conv` of every document `(B, T, W)`, and the State after the call.
+
+        Args:
+            filter: takes a number of lags F and returns their values `(F, W)`.
+        Raises:
+            ValueError: a document is longer than its State has positions.
+        """
+        if state is None:
+            h = filter(u_BTW.shape[1])
+            return per_document(lambda part: long_conv(part, h), ctx, u_BTW), None
+        assert isinstance(state, History)
+        N, P = state.u.shape[:2]
+        docs = PackedRows.of(ctx.layout, N)
+        rows = docs.unpack(u_BTW)
+        L = rows.shape[1]
+        past, count = docs.read(state.u).to(rows.dtype), docs.read(state.count, 0)
+        if bool((count + docs.length > P).any()):
+            raise ValueError(
+                f"a document outgrew its State of {P} tokens; give initial_state a larger max_len"
+            )
+        at = torch.arange(P + L, device=rows.device)
+        index = (count[:, None] + at[:L])[..., None].expand_as(rows)
+        # Filled, not multiplied: what follows a document in its row may hold inf.
+        new = rows.masked_fill((at[:L] >= docs.length[:, None])[..., None], 0)
+        every = torch.cat((past, past.new_zeros(new.shape)), dim=1).scatter(1, index, new)
+        h = filter(P + L)
+        if L <= FEW:
+            done = []
+            for j in range(L):
+                lag = count[:, None] + j - at
+                seen = h[lag.clamp_min(0)].masked_fill((lag < 0)[..., None], 0)
+                done.append((seen * every).sum(1))
+            y = torch.stack(done, 1) if done else rows
+        else:
+            y = long_conv(every, h).gather(1, index)
+        w = docs.written(N)
+        after = History(w.write(state.u, every[:, :P]), w.write(state.count, count + docs.length))
+        return docs.pack(y, *u_BTW.shape[:2]), after
+
+    def initial_state(self, n: int, max_len: int) -> History:
+        count = torch.zeros(n, dtype=torch.long, device=self.like.device)
+        return History(self.like.new_zeros(n, max_len, self.width), count)
+
+    def state_bytes(self, n: int, max_len: int) -> int:
+        return n * (max_len * self.width * self.like.element_size() + 8)
+
+
 class Hyena(Mixer):
-    """``out(c * (h conv (b * v) + d (b * v)))``; b, c, v are short convolutions of projections, the
-    filter h is a small sine network of the lag times a decay by channel: the recurrence of order 2.
+    """``out(c * (h conv (b * v) + d (b * v)))``: the Hyena recurrence of order 2.
+
+    b, c, v are short convolutions of projections, the filter h is a small sine network of the lag
+    times a decay by channel.
 
     The lag is measured in ``filter_length`` tokens, so that h is defined at any lag. Serving keeps
     the convolution's inputs, as attention keeps keys: a step costs the length so far.
@@ -104,8 +132,8 @@ class Hyena(Mixer):
         self.width = W = config.width or d_model
         self.inner = linear(d_model, 3 * W, "inner")
         self.out = linear(W, d_model, "out")
-        self.conv_weight = nn.Parameter(torch.empty(c.conv_size, 3 * W))
-        self.conv_bias = nn.Parameter(torch.empty(3 * W))
+        self.conv = ShortConv(3 * W, c.conv_size)
+        self.long = LongConv(W)
         features, hidden = 1 + 2 * c.bands, c.filter_width
         self.first = nn.Parameter(torch.empty(features, hidden))
         self.second = nn.Parameter(torch.empty(hidden, hidden))
@@ -116,8 +144,6 @@ class Hyena(Mixer):
         self.skip = nn.Parameter(torch.empty(W))
 
     def init_weights(self) -> None:
-        nn.init.normal_(self.conv_weight, std=self.config.conv_size**-0.5)
-        nn.init.zeros_(self.conv_bias)
         for matrix in (self.first, self.second, self.last):
             nn.init.normal_(matrix, std=matrix.shape[0] ** -0.5)
         nn.init.zeros_(self.phase)
@@ -141,74 +167,13 @@ class Hyena(Mixer):
         return z @ self.last.to(wide) * window * self.config.filter_length**-0.5
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        assert state is None or isinstance(state, History | DraftHistory)
-        old = state.commit() if state is not None else None
-        u, tail = convolved(
-            self.inner(x_BTD, ctx),
-            self.conv_weight,
-            self.conv_bias,
-            ctx,
-            old.tail if old is not None else None,
-        )
+        tail, history = parts_of(state, 2)
+        u, tail = self.conv(self.inner(x_BTD, ctx), ctx, tail)
         b, c, v = u.chunk(3, dim=-1)
         u = (b * v).to(torch.promote_types(v.dtype, torch.float32))
-        if old is None:
-            y, after = self._forward_full(u, ctx), None
-        else:
-            assert isinstance(tail, Tail | DraftTail)
-            y, after = self._forward_cached(u, tail, ctx, old)
+        y, history = self.long(u, self.filter, ctx, history)
         y = y + self.skip.to(u.dtype) * u
-        return Out(self.out(c * y.to(c.dtype), ctx), after)
-
-    def _forward_full(self, u: Tensor, ctx: Ctx) -> Tensor:
-        """The long convolution of documents that all begin here."""
-        h = self.filter(u.shape[1])
-        return per_document(lambda part: long_conv(part, h), ctx, u)
-
-    def _forward_cached(
-        self, u: Tensor, tail: Tail | DraftTail, ctx: Ctx, old: History
-    ) -> tuple[Tensor, History | DraftHistory]:
-        """The long convolution of documents that go on from their slots."""
-        N, P = old.u.shape[:2]
-        docs = PackedRows.of(ctx.layout, N)
-        rows = docs.unpack(u)
-        L = rows.shape[1]
-        past, count = docs.read(old.u).to(u.dtype), docs.read(old.count, 0)
-        if bool((count + docs.length > P).any()):
-            raise ValueError(
-                f"a document outgrew its State of {P} tokens; give initial_state a larger max_len"
-            )
-        every = _placed(past, rows, count, docs.length)
-        h, at = self.filter(P + L), torch.arange(P + L, device=u.device)
-        if L <= FEW:
-            done = []
-            for j in range(L):
-                lag = count[:, None] + j - at
-                seen = h[lag.clamp_min(0)].masked_fill((lag < 0)[..., None], 0)
-                done.append((seen * every).sum(1))
-            y = torch.stack(done, 1) if done else rows
-        else:
-            index = (count[:, None] + at[:L])[..., None].expand_as(rows)
-            y = long_conv(every, h).gather(1, index)
-        w = docs.written(N)
-        if ctx.draft:
-            base = History(w.write(old.u, past), w.write(old.count, count), tail)
-            return docs.pack(y, *u.shape[:2]), DraftHistory(
-                base, w.take(rows).to(old.u.dtype), w.length
-            )
-        assert isinstance(tail, Tail)
-        after = History(w.write(old.u, every[:, :P]), w.write(old.count, count + docs.length), tail)
-        return docs.pack(y, *u.shape[:2]), after
-
-    def initial_state(self, n: int, max_len: int) -> History:
-        like, W = self.conv_weight.detach(), self.width
-        count = torch.zeros(n, dtype=torch.long, device=like.device)
-        tail = Tail(like.new_zeros(n, self.config.conv_size - 1, 3 * W))
-        return History(like.new_zeros(n, max_len, W), count, tail)
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        kept = self.width * (max_len + 3 * (self.config.conv_size - 1))
-        return n * (kept * self.conv_weight.element_size() + 8)
+        return Out(self.out(c * y.to(c.dtype), ctx), join_parts(tail, history))
 
 
 @MIXERS.register("hyena")

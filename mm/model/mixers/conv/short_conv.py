@@ -1,5 +1,6 @@
-"""Short depthwise convolution between two gates. B rows, T tokens, D model, C conv size, N
-slots.
+"""Short depthwise convolution between two gates.
+
+B rows, T tokens, D model, C conv size, N slots.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from mm.state import State
 
 
 class GatedShortConv(Mixer):
-    """``out(c * conv(b * u))`` with ``b, c, u = inner(x)``, or ``out(conv(inner(x)))`` without
-    gates; the convolution is causal and by channel.
+    """``out(c * conv(b * u))`` with ``b, c, u = inner(x)``; without gates ``out(conv(inner(x)))``.
+
+    The convolution is causal and by channel.
 
     Source: LFM2 (Liquid AI 2025, arXiv:2511.23404), the gated short convolution block.
     """

@@ -7,6 +7,7 @@ length.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,15 +40,16 @@ class TokenTail(StatePart):
         (N, P), docs = state.x.shape[:2], PackedRows.of(ctx.layout, state.x.shape[0])
         rows = docs.unpack(x_BTW)
         inputs = torch.cat((docs.read(state.x).to(rows.dtype), rows), dim=1)
-        places = docs.length[:, None] + torch.arange(P, device=rows.device)
-        last = inputs.gather(1, places[..., None].expand(-1, -1, inputs.shape[-1]))
+        positions = docs.length[:, None] + torch.arange(P, device=rows.device)
+        last = inputs.gather(1, positions[..., None].expand(-1, -1, inputs.shape[-1]))
         return inputs, docs, Tail(docs.written(N).write(state.x, last))
 
     def forward(
         self, x_BTW: Tensor, ctx: Ctx, state: State | None
     ) -> tuple[list[Tensor], Tail | None]:
-        """``x`` of 0, 1, .. ``size`` tokens ago, `(B, T, W)` each, zeros before a document's start;
-        and the State after the call.
+        """``x`` of 0, 1, .. ``size`` tokens ago, `(B, T, W)` each, and the State after the call.
+
+        Zeros before a document's start.
         """
         B, T = x_BTW.shape[:2]
         P = self.size
@@ -86,22 +88,47 @@ class TokenTail(StatePart):
 
 
 class ShortConv(TokenTail):
-    """Causal depthwise convolution of ``conv_size`` tokens inside documents."""
+    """Causal depthwise convolution of ``conv_size`` tokens inside documents.
 
-    def __init__(self, width: int, conv_size: int):
+    Args:
+        bias: added by channel.
+        init: weights normal, of standard deviation ``conv_size ** -0.5``, or uniform up to it.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        conv_size: int,
+        bias: bool = True,
+        init: Literal["normal", "uniform"] = "normal",
+    ):
         super().__init__(width, conv_size - 1)
+        self.init = init
         self.weight = nn.Parameter(torch.empty(conv_size, width))
-        self.bias = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
 
     def init_weights(self) -> None:
-        nn.init.normal_(self.weight, std=self.weight.shape[0] ** -0.5)
-        nn.init.zeros_(self.bias)
+        scale = self.weight.shape[0] ** -0.5
+        if self.init == "normal":
+            nn.init.normal_(self.weight, std=scale)
+        else:
+            nn.init.uniform_(self.weight, -scale, scale)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(  # type: ignore[override]
         self, u_BTW: Tensor, ctx: Ctx, state: State | None
     ) -> tuple[Tensor, Tail | None]:
         """`causal_conv` of `(B, T, W)`, and the State after the call."""
-        return self.convolve(u_BTW, self.weight, self.bias, ctx, state)
+        bias = self.bias if self.bias is not None else torch.zeros_like(self.weight[0])
+        return self.convolve(u_BTW, self.weight, bias, ctx, state)
+
+
+class NoConv(StatePart):
+    """Stands where a layer has no `ShortConv`: changes nothing and has no State."""
+
+    def forward(self, u_BTW: Tensor, ctx: Ctx, state: State | None) -> tuple[Tensor, None]:
+        return u_BTW, None
 
 
 @dataclass(frozen=True)
@@ -114,8 +141,8 @@ class DraftTail(DataclassState):
 
     def accept(self, n_N: Tensor) -> Tail:
         n = torch.minimum(n_N.to(self.length), self.length)
-        places = n[:, None] + torch.arange(self.kept, device=n.device)
-        return Tail(self.x.gather(1, places[..., None].expand(-1, -1, self.x.shape[-1])))
+        positions = n[:, None] + torch.arange(self.kept, device=n.device)
+        return Tail(self.x.gather(1, positions[..., None].expand(-1, -1, self.x.shape[-1])))
 
     def commit(self) -> Tail:
         return self.accept(self.length)
@@ -137,19 +164,20 @@ def _forward_cached(x: Tensor, ctx: Ctx, state: State) -> tuple[Tensor, PackedRo
 
 
 def preceding(
-    x_BTW: Tensor, places: int, ctx: Ctx, state: State | None
+    x_BTW: Tensor, positions: int, ctx: Ctx, state: State | None
 ) -> tuple[list[Tensor], State | None]:
-    """``x`` of 0, 1, .. ``places`` tokens ago in each document, `(B, T, W)` each, zeros before its
-    start; and the State after the call.
-    """
+    """``x`` of 0, 1, .. ``positions`` tokens ago, `(B, T, W)` each, and the State after it."""
     B, T = x_BTW.shape[:2]
     if state is not None:
         inputs, docs, after = _forward_cached(x_BTW, ctx, state)
-        L = inputs.shape[1] - places
-        back = [docs.pack(inputs[:, places - j : places - j + L], B, T) for j in range(places + 1)]
+        L = inputs.shape[1] - positions
+        back = [
+            docs.pack(inputs[:, positions - j : positions - j + L], B, T)
+            for j in range(positions + 1)
+        ]
         return back, after
     document, back = ctx.layout.fields.document, [x_BTW]
-    for j in range(1, places + 1):
+    for j in range(1, positions + 1):
         if j >= T:
             back.append(torch.zeros_like(x_BTW))
             continue

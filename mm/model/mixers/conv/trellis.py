@@ -1,4 +1,7 @@
-"""Trellis network. B rows, T tokens, D model, W width, N slots."""
+"""Trellis network.
+
+B rows, T tokens, D model, W width, N slots.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,15 @@ from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
-from mm.model.mixers.conv.state import Tail, preceding
+from mm.model.mixers.conv.state import TokenTail
 from mm.registry import MIXERS
-from mm.state import State, StateTuple
+from mm.state import State, join_parts, parts_of
 
 
 class Trellis(Mixer):
-    """``depth`` convolutions of width two with the SAME weights, the input injected into each, and
-    an LSTM's gates as their non-linearity: depth i of token t reads depth i - 1 of tokens t and
-    t - 1.
+    """``depth`` convolutions of width two with the SAME weights and an LSTM's gates.
+
+    The input is injected into each: depth i of token t reads depth i - 1 of tokens t and t - 1.
 
     It sees ``depth + 1`` tokens, and with block-sparse weights it is an LSTM over the last
     ``depth`` of them. All tokens run beside one another; the State keeps one token of each depth.
@@ -32,7 +35,9 @@ class Trellis(Mixer):
 
     def __init__(self, d_model: int, width: int, depth: int, linear: LinearFactory):
         super().__init__()
-        self.d_model, self.width, self.depth = d_model, width, depth
+        self.width = width
+        widths = [d_model, *[2 * width] * (depth - 1)]
+        self.tails = nn.ModuleList(TokenTail(w, 1) for w in widths)
         self.inner = linear(2 * d_model, 4 * width, "inner")  # this token, the one before
         self.mix = linear(2 * width, 4 * width, "mix")  # this token's hidden, the one's before
         self.bias = nn.Parameter(torch.empty(4 * width))  # forget, input, candidate, output
@@ -44,33 +49,22 @@ class Trellis(Mixer):
             self.bias[: self.width] = 1.0
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        assert state is None or isinstance(state, StateTuple)
-        parts: list[State | None] = list(state.parts) if state is not None else [None] * self.depth
-        back, parts[0] = preceding(x_BTD, 1, ctx, parts[0])
+        parts = list(parts_of(state, len(self.tails)))
+        back, parts[0] = self.tails[0](x_BTD, ctx, parts[0])
         injected = self.inner(torch.cat(back, -1), ctx)
         injected = injected + self.bias.to(injected.dtype)
         f, i, g, o = injected.chunk(4, -1)  # depth 0 is zeros
         cell = i.sigmoid() * g.tanh()
         hidden = o.sigmoid() * cell.tanh()
-        for depth in range(1, self.depth):
+        for depth in range(1, len(self.tails)):
             z = torch.cat((cell, hidden), -1)
-            (_, before), parts[depth] = preceding(z, 1, ctx, parts[depth])
+            (_, before), parts[depth] = self.tails[depth](z, ctx, parts[depth])
             old_cell, old_hidden = before.chunk(2, -1)
             mixed = injected + self.mix(torch.cat((hidden, old_hidden), -1), ctx)
             f, i, g, o = mixed.chunk(4, -1)
             cell = f.sigmoid() * old_cell + i.sigmoid() * g.tanh()
             hidden = o.sigmoid() * cell.tanh()
-        return Out(self.out(hidden, ctx), StateTuple(*parts) if state is not None else None)
-
-    def initial_state(self, n: int, max_len: int) -> StateTuple:
-        zeros = lambda width: Tail(self.bias.detach().new_zeros(n, 1, width))
-        return StateTuple(
-            zeros(self.d_model), *(zeros(2 * self.width) for _ in range(1, self.depth))
-        )
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        kept = self.d_model + (self.depth - 1) * 2 * self.width
-        return n * kept * self.bias.element_size()
+        return Out(self.out(hidden, ctx), join_parts(*parts))
 
 
 @MIXERS.register("trellis")

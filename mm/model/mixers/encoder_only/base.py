@@ -1,5 +1,7 @@
-"""Mixers that need a whole document at once. B rows, T tokens, D model, R rows of one document, L
-tokens, H heads, K head width, m landmarks or compressed places.
+"""Mixers that need a whole document at once.
+
+B rows, T tokens, D model, R rows of one document, L tokens, H heads, K head width, m landmarks or
+compressed positions.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from mm.state import State
 
 
 class BothWays(Mixer):
-    """Every place depends on every other of its document: no causal mask, no State.
+    """Every position depends on every other of its document: no causal mask, no State.
 
     Each document is mixed in a row of its own; what follows it in the row is zeros.
     """
@@ -29,10 +31,10 @@ class BothWays(Mixer):
     max_len: int | None = None
 
     def mix(self, x_RLD: Tensor, length_R: Tensor, ctx: Ctx) -> Tensor:
-        """`(R, L, D)` of rows that hold one document each in their first ``length`` places."""
+        """`(R, L, D)` of rows that hold one document each in their first ``length`` positions."""
         raise NotImplementedError
 
-    def bounded(self, max_len: int) -> None:
+    def limit_length(self, max_len: int) -> None:
         """Declare that longer documents are refused."""
         self.max_len = max_len
         self.caps = replace(type(self).caps, length_general=False)
@@ -45,8 +47,8 @@ class BothWays(Mixer):
         rows = docs.unpack(x_BTD)
         if self.max_len is not None and rows.shape[1] > self.max_len:
             raise UserError(
-                f"{self.kind} knows places up to {self.max_len}: a document has {rows.shape[1]}; "
-                "raise max_len"
+                f"{self.kind} knows positions up to {self.max_len}: a document has "
+                f"{rows.shape[1]}; raise max_len"
             )
         # Filled, not multiplied: padding may hold inf.
         rows = rows.masked_fill(~docs.valid[..., None], 0)

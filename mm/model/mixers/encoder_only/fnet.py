@@ -1,4 +1,7 @@
-"""Fourier mixing. R rows of one document, L tokens, D model."""
+"""Fourier mixing.
+
+R rows of one document, L tokens, D model.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ class FNet(BothWays):
         return f.to(x_RLD.dtype)
 
     def _places(self, f: Tensor, length_R: Tensor) -> Tensor:
-        """Real part of the transform of complex `(R, L, D)` over the first ``length`` places."""
+        """Real part of the transform of complex `(R, L, D)` over the first ``length`` positions."""
         if torch.compiler.is_compiling():  # a graph knows no lengths
             c, s = dft(length_R, f.shape[1], f.real.dtype)
             return c @ f.real + s @ f.imag
@@ -63,7 +66,7 @@ def dft(length_R: Tensor, L: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 @MIXERS.register("fnet")
 class FNetConfig(Config):
-    """Fourier mixing of places and channels; bidirectional."""
+    """Fourier mixing of positions and channels; bidirectional."""
 
     kind: Literal["fnet"] = "fnet"
     unitary: bool = False  # transforms keep lengths; False: as in the paper

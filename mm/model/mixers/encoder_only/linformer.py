@@ -1,5 +1,6 @@
-"""Attention to a fixed number of mixtures of places. R rows of one document, L tokens, D model, H
-heads, K head width, m mixtures.
+"""Attention to a fixed number of mixtures of positions.
+
+R rows of one document, L tokens, D model, H heads, K head width, m mixtures.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mm.registry import MIXERS
 
 
 class Linformer(BothWays):
-    """``softmax(Q (E K)^T / sqrt(d)) (F V)`` with learned ``E, F`` from places to m mixtures.
+    """``softmax(Q (E K)^T / sqrt(d)) (F V)`` with learned ``E, F`` from positions to m mixtures.
 
     ``share``: one E and one F for all heads (``heads``), or one for keys, values and all heads
     (``key_value``). Documents shorter than ``max_len`` use the first columns.
@@ -32,7 +33,7 @@ class Linformer(BothWays):
     def __init__(self, d_model: int, config: LinformerConfig, linear: LinearFactory):
         super().__init__()
         self.heads = config.heads
-        self.bounded(config.max_len)
+        self.limit_length(config.max_len)
         self.qkv = linear(d_model, 3 * d_model, "qkv")
         self.out = linear(d_model, d_model, "out")
         count = {"none": 2 * config.heads, "heads": 2, "key_value": 1}[config.share]
@@ -49,7 +50,7 @@ class Linformer(BothWays):
         maps = self.mixtures[..., :L].to(wide)
         e, f = maps.chunk(2) if len(maps) > 1 else (maps, maps)
         with torch.autocast(v.device.type, enabled=False):
-            # (H or 1, m, L) maps; places that are not there add nothing, whatever the plug's bias.
+            # (H or 1, m, L) maps; what is not there adds nothing, whatever the plug's bias.
             k, v = (
                 torch.einsum(
                     "hml,rlhk->rmhk", t.expand(H, -1, -1), u.to(wide).masked_fill(~valid, 0)

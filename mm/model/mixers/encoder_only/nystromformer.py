@@ -1,5 +1,6 @@
-"""Attention through landmarks. R rows of one document, L tokens, D model, H heads, K head width, m
-landmarks.
+"""Attention through landmarks.
+
+R rows of one document, L tokens, D model, H heads, K head width, m landmarks.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ def pseudo_inverse(a: Tensor, iterations: int) -> Tensor:
 
 
 class Nystromformer(BothWays):
-    """``softmax(Q k~^T) softmax(q~ k~^T)^+ softmax(q~ K^T) V + conv(V)``; landmarks ``q~, k~`` are
-    means of m even segments of the document (each token its own where there are fewer).
+    """``softmax(Q k~^T) softmax(q~ k~^T)^+ softmax(q~ K^T) V + conv(V)``.
+
+    The landmarks ``q~, k~`` are means of m even segments of the document (each token its own where
+    there are fewer).
 
     Source: Xiong et al. 2021 (arXiv:2102.03902), section 3 (the skip: one filter a head).
     """
@@ -87,7 +90,7 @@ class Nystromformer(BothWays):
         return left @ (pseudo_inverse(a, self.iterations) @ (right @ v))
 
     def _filtered(self, v: Tensor) -> Tensor:
-        """One filter a head over places. ``v`` `(R, H, L, K)`."""
+        """One filter a head over positions. ``v`` `(R, H, L, K)`."""
         assert self.filter is not None
         R, H, L, K = v.shape
         conv_size = self.filter.shape[1]

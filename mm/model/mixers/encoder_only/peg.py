@@ -1,5 +1,6 @@
-"""Positions from a convolution over the grid. B rows, T tokens, D model, G grids of Y rows and X
-columns, N = Y X cells.
+"""Positions from a convolution over the grid.
+
+B rows, T tokens, D model, G grids of Y rows and X columns, N = Y X cells.
 """
 
 from __future__ import annotations
@@ -14,19 +15,17 @@ from torch import Tensor, nn
 from mm.config import Config
 from mm.errors import UserError
 from mm.model.context import Ctx
-from mm.model.layer import Caps, LinearFactory, Out
+from mm.model.layer import Caps, LinearFactory
 from mm.model.linears.dense import dense
-from mm.model.mixers.encoder_only.base import BothWays
-from mm.model.mixers.ssm.plstm import grid_places, in_grids
-from mm.model.varlen import PackedRows
+from mm.model.mixers.encoder_only.grid import GridMixer
 from mm.registry import MIXERS
-from mm.state import State
 
 
-class PEG(BothWays):
-    """Depthwise convolution of each grid of `Layout.grids` over rows and columns, zeros around it;
-    the other places of a document are a line, with zeros where its grids are. The block adds it to
-    its input.
+class PEG(GridMixer):
+    """Depthwise convolution of each grid of `Layout.grids` over rows and columns, zeros around it.
+
+    The other positions of a document are a line, with zeros where its grids are. The block adds it
+    to its input.
 
     What a border looks like tells cells where they are, so a grid may be larger than any in
     training. As the second mixer of an encoder it takes the place of absolute positions.
@@ -36,7 +35,7 @@ class PEG(BothWays):
     """
 
     kind = "peg"
-    caps = Caps(causal=False, step=False)  # local: it does not bring all places together
+    caps = Caps(causal=False, step=False)  # local: it does not bring all positions together
 
     def __init__(self, d_model: int, conv_size: int):
         super().__init__()
@@ -48,24 +47,14 @@ class PEG(BothWays):
         nn.init.normal_(self.weight, std=1 / self.conv_size)
         nn.init.zeros_(self.bias)
 
-    def mix(self, x_RLD: Tensor, length_R: Tensor, ctx: Ctx) -> Tensor:
-        passed = PackedRows.of(ctx.layout, 0).unpack(in_grids(ctx.layout, x_RLD.device))
-        return self._convolved(x_RLD.masked_fill(passed[..., None], 0), 1, x_RLD.shape[1])
+    def mix_line(self, x_RLD: Tensor, length_R: Tensor, passed_RL: Tensor, ctx: Ctx) -> Tensor:
+        return self.mix_grid(x_RLD.masked_fill(passed_RL[..., None], 0), 1, x_RLD.shape[1], ctx)
 
-    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        out = super().forward(x_BTD, ctx, state)
-        flat, y = x_BTD.flatten(0, 1), out.y.flatten(0, 1)
-        for Y, X, index in grid_places(ctx.layout):
-            made = self._convolved(flat[index], Y, X).flatten(0, 1)
-            y = y.index_copy(0, index.flatten(), made.to(y.dtype))
-        return Out(y.view_as(out.y))
-
-    def _convolved(self, x: Tensor, Y: int, X: int) -> Tensor:
-        """`(G, N, D)` cells to as many."""
-        D = x.shape[-1]
-        weight = self.weight.permute(2, 0, 1)[:, None].to(x.dtype)
-        cells = x.unflatten(1, (Y, X)).permute(0, 3, 1, 2)
-        y = F.conv2d(cells, weight, self.bias.to(x.dtype), padding=self.conv_size // 2, groups=D)
+    def mix_grid(self, cells_GND: Tensor, Y: int, X: int, ctx: Ctx) -> Tensor:
+        D, dtype = cells_GND.shape[-1], cells_GND.dtype
+        weight = self.weight.permute(2, 0, 1)[:, None].to(dtype)
+        cells = cells_GND.unflatten(1, (Y, X)).permute(0, 3, 1, 2)
+        y = F.conv2d(cells, weight, self.bias.to(dtype), padding=self.conv_size // 2, groups=D)
         return y.permute(0, 2, 3, 1).flatten(1, 2)
 
 

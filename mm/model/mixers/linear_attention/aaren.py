@@ -1,5 +1,6 @@
-"""Attention as a recurrence. B rows, T tokens, D model, H heads, V value width, N slots, R rows of
-one document, L their length.
+"""Attention as a recurrence.
+
+B rows, T tokens, D model, H heads, V value width, R rows of one document, L their length.
 """
 
 from __future__ import annotations
@@ -15,16 +16,15 @@ from mm.kernels.linear_scan import linear_scan
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
-from mm.model.mixers.ssm.scan import Hidden, advanced, commit
-from mm.model.varlen import PackedRows, per_document
+from mm.model.mixers.linear_attention.memory import ScaledSums
 from mm.registry import MIXERS
 from mm.state import State
 
 
 class Aaren(Mixer):
-    """Causal softmax attention of ONE learned query a head: ``o_t = sum_{i <= t} e^{s_i} v_i / sum
-    e^{s_i}`` with ``s_i = q . k_i``.
+    """Causal softmax attention of ONE learned query a head.
 
+    ``o_t = sum_{i <= t} e^{s_i} v_i / sum_{i <= t} e^{s_i}`` with ``s_i = q . k_i``.
     The state is the largest score so far m, and the weights' and values' sums in units of ``e^m``;
     both are first-order recurrences with decay ``e^{m_{t-1} - m_t}``, whose exponents are <= 0.
 
@@ -39,66 +39,36 @@ class Aaren(Mixer):
         self.kv = linear(d_model, 2 * d_model, "kv")
         self.query = nn.Parameter(torch.empty(heads, self.width))
         self.out = linear(d_model, d_model, "out")
+        self.sums = ScaledSums(heads, heads * (2 + self.width))
 
     def init_weights(self) -> None:
         nn.init.normal_(self.query)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        (B, T), H, V = x_BTD.shape[:2], self.heads, self.width
+        H, V = self.heads, self.width
         wide = torch.promote_types(x_BTD.dtype, torch.float32)
         k, v = self.kv(x_BTD, ctx).to(wide).chunk(2, -1)
         score = torch.einsum("bthv,hv->bth", k.unflatten(-1, (H, V)), self.query.to(wide))
         score = score * V**-0.5
-        if state is None:
-            o, after = self._forward_full(score, v, ctx), None
-        else:
-            old = commit(state)
-            docs = PackedRows.of(ctx.layout, old.h.shape[0])
-            before = docs.read(old.h, self._fresh(old.h))
-            o, h = self._scanned(docs.unpack(score), docs.unpack(v), before)
-            o, after = docs.pack(o, B, T), advanced(old, docs, before, h, ctx.draft)
+        o, after = self.sums(self._average, (score, v), ctx, state)
         return Out(self.out(o.to(x_BTD.dtype), ctx), after)
 
-    def _forward_full(self, score: Tensor, v: Tensor, ctx: Ctx) -> Tensor:
-        return per_document(lambda *x: self._scanned(*x)[0], ctx, score, v)
-
-    def _fresh(self, like: Tensor) -> Tensor:
-        """State before the first token: no score at all, and nothing summed up."""
-        fresh = like.new_zeros(self._size())
-        fresh[: self.heads] = -torch.inf
-        return fresh
-
-    def _scanned(
-        self, score: Tensor, v: Tensor, before: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Outputs `(R, L, D)` and states `(R, L, H + H + D)` of rows of one document."""
-        R, H = score.shape[0], self.heads
-        if before is None:
-            before = self._fresh(score).expand(R, -1)
+    def _average(self, score: Tensor, v: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs `(R, L, D)` and `(R, L, H + H + D)` m and sums of weights and values."""
+        H = self.heads
         # Outputs do not depend on the unit m: no gradient goes through it.
         first, top = before[:, None, :H].detach(), score.detach()
         m = torch.cat((first, top), 1).cummax(1)[0]
         keep = torch.where(m[:, :-1] == m[:, 1:], 0.0, m[:, :-1] - m[:, 1:]).exp()
         weight = (score - m[:, 1:]).exp()
         spread = lambda t: t.repeat_interleave(self.width, -1)
-        summed, _ = linear_scan(
+        sums, _ = linear_scan(
             torch.cat((keep, spread(keep)), -1),
             torch.cat((weight, spread(weight) * v), -1),
             None,
             before[:, H:].contiguous(),
         )
-        return summed[..., H:] / spread(summed[..., :H]), torch.cat((m[:, 1:], summed), -1)
-
-    def _size(self) -> int:
-        return self.heads * (2 + self.width)
-
-    def initial_state(self, n: int, max_len: int) -> Hidden:
-        like = self.query.detach()
-        wide = torch.promote_types(like.dtype, torch.float32)
-        return Hidden(self._fresh(like.to(wide)).repeat(n, 1))
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return n * self._size() * max(self.query.element_size(), 4)
+        return sums[..., H:] / spread(sums[..., :H]), torch.cat((m[:, 1:], sums), -1)
 
 
 @MIXERS.register("aaren")

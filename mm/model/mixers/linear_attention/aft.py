@@ -1,5 +1,6 @@
-"""Attention-free mixing: averages whose weights no query moves. B rows, T tokens, D model, H heads,
-N slots, R rows of one document, L their length, W window.
+"""Attention-free mixing: averages whose weights no query moves.
+
+B rows, T tokens, D model, H heads, N slots, R rows of one document, L their length, W window.
 """
 
 from __future__ import annotations
@@ -31,33 +32,6 @@ class Averages(DataclassState):
     sums: Tensor  # (N, 3, D) float32 or wider: largest key, then sums scaled by exp(-largest key)
     tail: Tensor  # (N, W, 2, D) keys (-inf where there is none) and values
     count: Tensor  # (N,) int64
-
-    def accept(self, n_N: Tensor) -> Averages:
-        raise ValueError("accept() takes the State of a call with draft=True")
-
-    def commit(self) -> Averages:
-        return self
-
-
-@dataclass(frozen=True)
-class DraftAverages(DataclassState):
-    """Every state that a draft call passed through: index n is that after n of its tokens."""
-
-    sums: Tensor  # (N, L + 1, 3, D)
-    inputs: Tensor  # (N, W + L, 2, D)
-    count: Tensor  # (N,) before the call
-    length: Tensor  # (N,)
-
-    def accept(self, n_N: Tensor) -> Averages:
-        n = torch.minimum(n_N.to(self.length), self.length)
-        L, D = self.sums.shape[1] - 1, self.sums.shape[-1]
-        sums = self.sums.gather(1, n[:, None, None, None].expand(-1, 1, 3, D))[:, 0]
-        places = n[:, None] + torch.arange(self.inputs.shape[1] - L, device=n.device)
-        tail = self.inputs.gather(1, places[..., None, None].expand(-1, -1, 2, D))
-        return Averages(sums, tail, self.count + n)
-
-    def commit(self) -> Averages:
-        return self.accept(self.length)
 
 
 class _LagAverage(torch.autograd.Function):
@@ -108,10 +82,8 @@ def _lag(w: Tensor, j: int) -> Tensor:
     return w[j] if w.dim() == 2 else w[..., j, None]
 
 
-def running(k_RLD: Tensor, v_RLD: Tensor, before_R3D: Tensor) -> Tensor:
-    """`(R, L, 3, D)`: largest key so far, and the sums of ``e^k v`` and ``e^k`` divided by its
-    exponential.
-    """
+def running_sums(k_RLD: Tensor, v_RLD: Tensor, before_R3D: Tensor) -> Tensor:
+    """`(R, L, 3, D)`: largest key m so far, and the sums of ``e^(k - m) v`` and ``e^(k - m)``."""
     m0, num, den = before_R3D.unbind(1)
     with torch.no_grad():  # quotients of the sums do not depend on it
         m = torch.maximum(k_RLD.cummax(1).values, m0[:, None])
@@ -128,12 +100,13 @@ def running(k_RLD: Tensor, v_RLD: Tensor, before_R3D: Tensor) -> Tensor:
 
 
 class AFT(Mixer):
-    """``y_t = sigmoid(q_t) * sum_s e^{k_s + w_ts} v_s / sum_s e^{k_s + w_ts}`` over places up to t,
-    element by element.
+    """``y_t = sigmoid(q_t) * sum_s e^{k_s + w_ts} v_s / sum_s e^{k_s + w_ts}``, s up to t.
+
+    By channel:
 
     * ``simple``: ``w = 0``: two sums are the whole state.
     * ``conv``: ``w`` by distance and head, 0 from ``window`` on; a head has one key.
-    * ``local``: ``w_ts = a_t . b_s`` within ``window``, 0 beyond; places are absolute.
+    * ``local``: ``w_ts = a_t . b_s`` within ``window``, 0 beyond; positions are absolute.
     * ``full``: the same within ``max_len``.
 
     What left the window is a pair of sums that a scan carries, scaled by the largest key so far.
@@ -171,14 +144,13 @@ class AFT(Mixer):
         wide = torch.promote_types(v.dtype, torch.float32)
         k, v = k.to(wide).repeat_interleave(D // H, dim=-1), v.to(wide)
         if state is None:
-            y, after = self._forward_full(k, v, ctx), None
+            y, after = per_document(self._first_rows, ctx, k, v), None
         else:
-            assert isinstance(state, Averages | DraftAverages)
-            y, after = self._forward_cached(k, v, ctx, state.commit())
+            y, after = self._rows_of_slots(k, v, ctx, state)
         return Out(self.out(q.sigmoid() * y.to(q.dtype), ctx), after)
 
     def _weights(self, at_RL: Tensor, like: Tensor) -> Tensor:
-        """Biases by lag: `(W, D)`, or `(R or 1, L, W)` where they belong to places."""
+        """Biases by lag: `(W, D)`, or `(R or 1, L, W)` where they belong to positions."""
         if self.form == "simple":
             return like.new_zeros(0, self.width)
         if self.form == "conv":
@@ -193,16 +165,24 @@ class AFT(Mixer):
         index = torch.arange(L, device=at_RL.device)[:, None] + W - 1 - lags
         return pairs.gather(2, index.expand(len(pairs), -1, -1))
 
-    def _average(self, inputs: Tensor, sums: Tensor, at_RL: Tensor) -> Tensor:
-        """`(R, L, D)` from the window before with the rows `(R, W + L, 2, D)` and what lies
-        before each window.
+    def _average(self, inputs: Tensor, before: Tensor, at_RL: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs `(R, L, D)`, and the sums of what left the window at each token `(R, L, 3, D)`.
+
+        Args:
+            inputs: `(R, W + L, 2, D)` keys and values, the window before the rows first.
+            before: `(R, 3, D)` sums of what left the window before.
+            at_RL: positions, `(R or 1, L)`.
         """
+        L = at_RL.shape[1]
         k, v = inputs.unbind(2)
+        if not L or not len(k):
+            return v[:, :L], inputs.new_zeros(len(k), L, 3, self.width)
+        sums = running_sums(k[:, :L], v[:, :L], before)
         m, num, den = sums.unbind(2)
         w = self._weights(at_RL, k)
         if w.dim() == 3:
             w = w.expand(len(k), -1, -1)
-        return _LagAverage.apply(k, v, w, m.detach(), num, den)  # type: ignore[return-value]
+        return _LagAverage.apply(k, v, w, m.detach(), num, den), sums  # type: ignore[return-value]
 
     def _before(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Sums `(3, D)` and window `(W, 2, D)` of a document that has not begun."""
@@ -212,57 +192,45 @@ class AFT(Mixer):
         tail[:, 0] = -torch.inf
         return sums, tail
 
-    def _rows(self, k: Tensor, v: Tensor) -> Tensor:
+    def _first_rows(self, k: Tensor, v: Tensor) -> Tensor:
+        """Outputs `(R, L, D)` of documents that begin here."""
         R, L = k.shape[:2]
         if self.max_len is not None and L > self.max_len:
             raise UserError(
-                f"aft '{self.form}' knows places up to {self.max_len}: a document has {L}; raise "
-                "max_len"
+                f"aft '{self.form}' knows positions up to {self.max_len}: a document has {L}; "
+                "raise max_len"
             )
-        if not k.shape[:2].numel():
-            return v
         sums, tail = (t.expand(R, *t.shape) for t in self._before(k))
         inputs = torch.cat((tail, torch.stack((k, v), 2)), 1)
-        passed = running(inputs[:, :L, 0], inputs[:, :L, 1], sums)
-        return self._average(inputs, passed, torch.arange(L, device=k.device)[None])
+        return self._average(inputs, sums, torch.arange(L, device=k.device)[None])[0]
 
-    def _forward_full(self, k: Tensor, v: Tensor, ctx: Ctx) -> Tensor:
-        return per_document(self._rows, ctx, k, v)
-
-    def _forward_cached(
-        self, k: Tensor, v: Tensor, ctx: Ctx, state: Averages
-    ) -> tuple[Tensor, Averages | DraftAverages]:
+    def _rows_of_slots(
+        self, k: Tensor, v: Tensor, ctx: Ctx, state: State
+    ) -> tuple[Tensor, Averages]:
+        """Outputs `(B, T, D)` of documents that go on from their slots."""
+        assert isinstance(state, Averages)
         (B, T), (N, W) = k.shape[:2], state.tail.shape[:2]
-        docs = PackedRows.of(ctx.layout, N)
-        first_sums, first_tail = self._before(k)
-        before = docs.read(state.sums, first_sums.to(state.sums))
-        tail = docs.read(state.tail, first_tail.to(state.tail)).to(k)
-        count = docs.read(state.count, 0)
+        docs, (first_sums, first_tail) = PackedRows.of(ctx.layout, N), self._before(state.sums)
+        before, count = docs.read(state.sums, first_sums), docs.read(state.count, 0)
         rows = torch.stack((docs.unpack(k), docs.unpack(v)), 2)
-        L = rows.shape[1]
-        inputs = torch.cat((tail, rows), 1)
-        passed = (
-            running(inputs[:, :L, 0], inputs[:, :L, 1], before.to(k))
-            if L
-            else inputs.new_zeros(len(before), 0, 3, self.width)
-        )
-        at = count[:, None] + torch.arange(L, device=k.device)
-        y = docs.pack(self._average(inputs, passed, at) if L else rows[:, :, 1], B, T)
+        inputs = torch.cat((docs.read(state.tail, first_tail).to(k), rows), 1)
+        at = count[:, None] + torch.arange(rows.shape[1], device=k.device)
+        y, sums = self._average(inputs, before.to(k), at)
+        index = docs.length[:, None] + torch.arange(W, device=k.device)
+        tail = inputs[torch.arange(len(inputs), device=k.device)[:, None], index]
         w = docs.written(N)
-        # A slot that nobody writes keeps its state, as one that a row of length 0 wrote.
-        hit = lambda new, old: torch.where(w.hit.view(-1, *[1] * (old.dim() - 1)), new, old)
-        states = torch.cat(
-            (hit(w.take(before), state.sums)[:, None], w.take(passed).to(state.sums)), dim=1
+        after = Averages(
+            w.write(state.sums, docs.last(sums.to(before), before)),
+            w.write(state.tail, tail),
+            w.write(state.count, count + docs.length),
         )
-        taken = w.take(inputs).to(state.tail)
-        kept = torch.cat((hit(taken[:, :W], state.tail), taken[:, W:]), dim=1)
-        draft = DraftAverages(states, kept, hit(w.take(count), state.count), w.length)
-        return y, draft if ctx.draft else draft.commit()
+        return docs.pack(y, B, T), after
 
     def initial_state(self, n: int, max_len: int) -> Averages:
         if self.max_len is not None and max_len > self.max_len:
             raise UserError(
-                f"aft '{self.form}' knows places up to {self.max_len}, not {max_len}: raise max_len"
+                f"aft '{self.form}' knows positions up to {self.max_len}, not {max_len}: "
+                "raise max_len"
             )
         like = next(self.parameters()).detach()
         like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
@@ -282,9 +250,9 @@ class AFTConfig(Config):
     form: Literal["simple", "conv", "local", "full"] = "simple"
     heads: Annotated[int, Field(gt=0, description="of conv: a head has one key and bias")] = 4
     window: Annotated[int, Field(gt=0, description="of conv and local: distances with a bias")] = 32
-    max_len: Annotated[int, Field(gt=0, description="of local and full: places that are known")] = (
-        2048
-    )
+    max_len: Annotated[
+        int, Field(gt=0, description="of local and full: positions that are known")
+    ] = 2048
     rank: Annotated[int, Field(gt=0, description="of the factors of local's and full's bias")] = 128
 
     @model_validator(mode="after")

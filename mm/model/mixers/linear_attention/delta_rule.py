@@ -1,10 +1,10 @@
-"""DeltaNet and Gated DeltaNet. B rows, T tokens, D model, H heads, K key width, V value width, N
-slots, R rows of one document, L their length, C conv size, W = H (2 K + V).
+"""DeltaNet and Gated DeltaNet.
+
+B rows, T tokens, D model, H heads, K key width, V value width, C conv size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -13,53 +13,23 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.kernels.causal_conv import causal_conv
 from mm.kernels.delta_rule import delta_rule
 from mm.kernels.glu import glu
 from mm.kernels.rms_norm import rms_norm
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, LinearMixer
 from mm.model.linears.dense import dense
-from mm.model.mixers.linear_attention.memory import Matrix, tail_of
+from mm.model.mixers.conv.state import NoConv, ShortConv
+from mm.model.mixers.linear_attention.memory import MatrixMemory
 from mm.model.norm import RMSNorm
-from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS
-from mm.state import DataclassState, State
+from mm.state import State
 
 EPS = 1e-6  # added to the squared length of queries and keys
 
 
-@dataclass(frozen=True)
-class DraftAssociations(DataclassState):
-    """The state before a draft call, and what its tokens write: `accept` writes the first n."""
-
-    S: Tensor  # (N, H, K, V)
-    inputs: Tensor  # (N, C - 1 + L, W) the old tail, then the call's convolution inputs
-    k: Tensor  # (N, L, H, K)
-    v: Tensor  # (N, L, H, V)
-    beta: Tensor  # (N, L, H)
-    g: Tensor | None  # (N, L, H)
-    length: Tensor  # (N,)
-
-    def accept(self, n_N: Tensor) -> Matrix:
-        n = torch.minimum(n_N.to(self.length), self.length)
-        L = self.k.shape[1]
-        after = torch.arange(L, device=n.device) >= n[:, None]
-        # Selected, not multiplied: a wrong guess may hold inf.
-        k, v = (x.masked_fill(after[..., None, None], 0) for x in (self.k, self.v))
-        beta = self.beta.masked_fill(after[..., None], 0)
-        g = None if self.g is None else self.g.masked_fill(after[..., None], 0)
-        S = delta_rule(k, k, v, beta, g, self.S)[1]
-        tail = tail_of(self.inputs, self.inputs.shape[1] - L, n)
-        return Matrix(torch.where((n > 0)[:, None, None, None], S, self.S), tail)
-
-    def commit(self) -> Matrix:
-        return self.accept(self.length)
-
-
 class DeltaRule(LinearMixer):
-    """Every head keeps a map from keys to values; a token erases what the map holds for its key and
-    writes its value there.
+    """Every head keeps a map from keys to values; a token overwrites the value of its key.
 
     Queries, keys and values: a short causal convolution, SiLU, then unit length (queries, keys).
     Source: Yang et al. 2024, DeltaNet (arXiv:2406.06484), section 3.3; gate: Yang et al. 2024,
@@ -69,41 +39,23 @@ class DeltaRule(LinearMixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(
-        self,
-        d_model: int,
-        heads: int,
-        key_dim: int,
-        value_dim: int,
-        conv_size: int,
-        gated: bool,
-        negative_eigenvalues: bool,
-        output_gate: bool,
-        linear: LinearFactory,
-    ):
+    def __init__(self, d_model: int, config: DeltaRuleConfig, key_dim: int, linear: LinearFactory):
         super().__init__()
-        self.heads, self.key_dim, self.value_dim, self.conv_size = (
-            heads,
-            key_dim,
-            value_dim,
-            conv_size,
-        )
-        self.width = heads * (2 * key_dim + value_dim)
-        self.gated, self.top = gated, 2.0 if negative_eigenvalues else 1.0
-        self.qkv = linear(d_model, self.width, "qkv")
-        self.rates = linear(d_model, heads * (1 + gated), "rates")
-        self.gate = linear(d_model, heads * value_dim, "gate") if output_gate else None
-        self.out = linear(heads * value_dim, d_model, "out")
-        self.norm = RMSNorm(value_dim)
-        self.conv_weight = (
-            nn.Parameter(torch.empty(conv_size, self.width)) if conv_size > 1 else None
-        )
-        self.log_decay = nn.Parameter(torch.empty(heads)) if gated else None
-        self.rate_bias = nn.Parameter(torch.empty(heads)) if gated else None
+        c, H, K, V = config, config.heads, key_dim, config.value_dim or key_dim
+        self.heads, self.key_dim, self.value_dim = H, K, V
+        self.top = 2.0 if c.negative_eigenvalues else 1.0
+        width, gated = H * (2 * K + V), c.gate == "scalar"
+        self.qkv = linear(d_model, width, "qkv")
+        self.rates = linear(d_model, H * (1 + gated), "rates")
+        self.gate = linear(d_model, H * V, "gate") if c.output_gate else None
+        self.out = linear(H * V, d_model, "out")
+        self.norm = RMSNorm(V)
+        self.conv = ShortConv(width, c.conv_size, bias=False) if c.conv_size > 1 else NoConv()
+        self.memory = MatrixMemory(H, K, V)
+        self.log_decay = nn.Parameter(torch.empty(H)) if gated else None
+        self.rate_bias = nn.Parameter(torch.empty(H)) if gated else None
 
     def init_weights(self) -> None:
-        if self.conv_weight is not None:
-            nn.init.normal_(self.conv_weight, std=self.conv_size**-0.5)
         if self.log_decay is None or self.rate_bias is None:
             return
         with torch.no_grad():
@@ -115,41 +67,23 @@ class DeltaRule(LinearMixer):
 
     # ---- what the recurrence is given ----
 
-    def features(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> dict[str, Tensor]:
-        """Queries, keys and values `(B, T, H, .)`, writing strengths ``beta`` and log decays ``g``
-        `(B, T, H)`, float32 or wider; with a state ``inputs``, its rows of the convolution.
-        """
+    def features(
+        self, x_BTD: Tensor, ctx: Ctx, state: State | None = None
+    ) -> tuple[dict[str, Tensor], State | None]:
+        """Queries, keys, values `(B, T, H, .)`; float32 or wider strengths ``beta``, log decays."""
         found: dict[str, Tensor] = {}
         u, rates = self.qkv(x_BTD, ctx), self.rates(x_BTD, ctx)
-        if state is None:
-            u = self._convolved(u, ctx.layout.fields.document)
-        else:
-            assert isinstance(state, Matrix | DraftAssociations)
-            tail = state.commit().tail
-            docs = PackedRows.of(ctx.layout, tail.shape[0])
-            rows = docs.unpack(u).masked_fill(~docs.valid[..., None], 0)
-            inputs = torch.cat((docs.read(tail).to(rows.dtype), rows), dim=1)
-            # The tail is the document's own past here: the convolution needs no borders, and its
-            # first outputs are the tail's.
-            one = torch.ones_like(inputs[..., 0], dtype=torch.int32)
-            u = docs.pack(self._convolved(inputs, one)[:, self.conv_size - 1 :], *u.shape[:2])
-            found["inputs"] = inputs
+        u, after = self.conv(u, ctx, state)
         H, K, V = self.heads, self.key_dim, self.value_dim
         wide = torch.promote_types(rates.dtype, torch.float32)
-        q, k, v = (x.unflatten(-1, (H, -1)) for x in u.split((H * K, H * K, H * V), dim=-1))
+        q, k, v = (x.unflatten(-1, (H, -1)) for x in F.silu(u).split((H * K, H * K, H * V), -1))
         beta, *rest = rates.to(wide).unflatten(-1, (-1, H)).unbind(-2)
         if self.log_decay is not None and self.rate_bias is not None:
             step = F.softplus(rest[0] + self.rate_bias.to(wide))
             found["g"] = -self.log_decay.to(wide).exp() * step
         beta = self.top * beta.sigmoid()
-        return {"q": self._unit(q, K**-0.5), "k": self._unit(k), "v": v, "beta": beta, **found}
-
-    def _convolved(self, u: Tensor, document: Tensor) -> Tensor:
-        """Convolution inside documents, then SiLU."""
-        if self.conv_weight is not None:
-            zero = self.conv_weight.new_zeros(self.width)
-            u = causal_conv(u, self.conv_weight, zero, document)
-        return F.silu(u)
+        q, k = self._unit(q, K**-0.5), self._unit(k)
+        return {"q": q, "k": k, "v": v, "beta": beta, **found}, after
 
     def _unit(self, x: Tensor, length: float = 1.0) -> Tensor:
         """``length x / |x|`` over the last dimension, an RMS norm with one scale for all."""
@@ -161,49 +95,13 @@ class DeltaRule(LinearMixer):
     def core(
         self, f: dict[str, Tensor], ctx: Ctx, state: State | None = None
     ) -> tuple[Tensor, State | None]:
-        parts = [f["q"], f["k"], f["v"], f["beta"], *([f["g"]] if "g" in f else [])]
-        if state is None:
-            return per_document(lambda *x: delta_rule(*x)[0], ctx, *parts), None
-        assert isinstance(state, Matrix | DraftAssociations)
-        return self._forward_cached(parts, f["inputs"], ctx, state.commit())
-
-    def _forward_cached(
-        self, parts: list[Tensor], inputs: Tensor, ctx: Ctx, state: Matrix
-    ) -> tuple[Tensor, Matrix | DraftAssociations]:
-        """Outputs `(B, T, H, V)` of documents that go on from their slots."""
-        (B, T), N = parts[0].shape[:2], state.S.shape[0]
-        docs = PackedRows.of(ctx.layout, N)
-        # Places that do not count write and forget nothing.
-        hidden = ~docs.valid
-        q, k, v, beta, *rest = (
-            x.masked_fill(hidden.view(*hidden.shape, *[1] * (x.dim() - 2)), 0)
-            for x in map(docs.unpack, parts)
-        )
-        g = rest[0] if rest else None
-        before = docs.read(state.S)
-        o, last = delta_rule(q, k, v, beta, g, before)
-        w = docs.written(N)
-        # A slot that nobody writes keeps its state, as one that a row of length 0 wrote.
-        tails = w.take(inputs).to(state.tail.dtype)
-        old = torch.where(w.hit[:, None, None], tails[:, : self.conv_size - 1], state.tail)
-        fed = torch.cat((old, tails[:, self.conv_size - 1 :]), dim=1)
-        o = docs.pack(o, B, T)
-        if not ctx.draft:
-            return o, Matrix(w.write(state.S, last), tail_of(fed, self.conv_size - 1, w.length))
-        return o, DraftAssociations(
-            w.write(state.S, before),
-            fed,
-            w.take(k),
-            w.take(v),
-            w.take(beta),
-            None if g is None else w.take(g),
-            w.length,
-        )
+        parts = (f["q"], f["k"], f["v"], f["beta"], f.get("g"))
+        return self.memory(delta_rule, parts, ctx, state)
 
     def attention_matrix(self, f: dict[str, Tensor], ctx: Ctx) -> Tensor:
-        """`(B, H, T, T)`: what each place reads of each value; quadratic, for looking and tests.
+        """`(B, H, T, T)`: what each token reads of each value; quadratic, for looking and tests.
 
-        ``(Q K^T * D) (I + tril(beta K K^T * D, -1))^{-1} beta`` with decays D between places.
+        ``(Q K^T * D) (I + tril(beta K K^T * D, -1))^{-1} beta`` with decays D between tokens.
         """
         q, k, beta = f["q"], f["k"], f["beta"].transpose(1, 2)[..., None]
         T, document = q.shape[1], ctx.layout.fields.document
@@ -226,19 +124,6 @@ class DeltaRule(LinearMixer):
         if self.gate is not None:
             y = glu(self.gate(x_BTD, ctx), y.to(x_BTD.dtype))
         return self.out(y.to(x_BTD.dtype), ctx)
-
-    def initial_state(self, n: int, max_len: int) -> Matrix:
-        like = self.norm.weight.detach()
-        wide = torch.promote_types(like.dtype, torch.float32)
-        return Matrix(
-            like.new_zeros(n, self.heads, self.key_dim, self.value_dim, dtype=wide),
-            like.new_zeros(n, self.conv_size - 1, self.width),
-        )
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        item = self.norm.weight.element_size()
-        matrices = self.heads * self.key_dim * self.value_dim * max(item, 4)
-        return n * (matrices + (self.conv_size - 1) * self.width * item)
 
 
 @MIXERS.register("delta_rule")
@@ -269,18 +154,7 @@ class DeltaRuleConfig(Config):
                 f"delta_rule: d_model {d_model} is not a multiple of heads {self.heads}; "
                 "set key_dim"
             )
-        key_dim = self.key_dim or d_model // self.heads
-        return DeltaRule(
-            d_model,
-            self.heads,
-            key_dim,
-            self.value_dim or key_dim,
-            self.conv_size,
-            self.gate == "scalar",
-            self.negative_eigenvalues,
-            self.output_gate,
-            linear,
-        )
+        return DeltaRule(d_model, self, self.key_dim or d_model // self.heads, linear)
 
     @classmethod
     def smallest(cls) -> DeltaRuleConfig:

@@ -1,5 +1,6 @@
-"""Linear attention over binary codes. B rows, T tokens, H heads, K head width, A anchors, b
-bits.
+"""Linear attention over binary codes.
+
+B rows, T tokens, H heads, K head width, A anchors, b bits.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from mm.config import Config
 from mm.model.layer import LinearFactory
 from mm.model.linears.dense import dense
 from mm.model.mixers.linear_attention.linear_attention import LinearAttention, LinearAttentionConfig
+from mm.model.mixers.linear_attention.memory import MatrixMemory
 from mm.model.positions.base import Position
 from mm.registry import MIXERS
 
@@ -47,6 +49,7 @@ class EcoFormer(LinearAttention):
     ):
         super().__init__(d_model, config, key_dim, key_dim, Position(), linear)
         self.bits = own.bits
+        self.memory = MatrixMemory(own.heads, own.bits + 1, key_dim + 1)
         self.anchors = nn.Parameter(torch.empty(own.heads, own.anchors, key_dim))
         self.mix = nn.Parameter(torch.empty(own.heads, own.anchors, own.bits))
         self.shift = nn.Parameter(torch.empty(own.heads, own.bits))
@@ -57,7 +60,7 @@ class EcoFormer(LinearAttention):
         nn.init.normal_(self.mix, std=self.mix.shape[1] ** -0.5)
         nn.init.zeros_(self.shift)
 
-    def hashed(self, x: Tensor) -> Tensor:
+    def hash_values(self, x: Tensor) -> Tensor:
         """`(B, T, H, K)` to what the signs are taken of, `(B, T, H, b)`."""
         wide = torch.promote_types(x.dtype, torch.float32)
         y, anchors, K = x.to(wide), self.anchors.to(wide), x.shape[-1]
@@ -71,19 +74,17 @@ class EcoFormer(LinearAttention):
         return torch.einsum("btha,har->bthr", kernel, self.mix.to(x)) + self.shift.to(x)
 
     def _map(self, x: Tensor) -> Tensor:
-        codes = signs(self.hashed(x))
+        codes = signs(self.hash_values(x))
         return torch.cat((codes, torch.full_like(codes[..., :1], self.bits**0.5)), -1) * 0.5**0.5
-
-    def _state_shape(self) -> tuple[tuple[int, int, int], tuple[int, int]]:
-        return (self.heads, self.bits + 1, self.value_dim + 1), (0, 0)
 
 
 def hash_loss(codes_q: Tensor, codes_k: Tensor, attention: Tensor, pairs: int) -> Tensor:
-    """Mean squared difference between code similarity and 1 for the ``pairs`` largest weights of
-    each query, -1 for the smallest.
+    """Mean squared difference of code similarities from those that attention weights ask for.
+
+    Asked for are 1 for the ``pairs`` largest weights of each query, -1 for the smallest.
 
     Args:
-        codes_q: `(..., T, b)` relaxed codes in [-1, 1] (`tanh` of `EcoFormer.hashed`).
+        codes_q: `(..., T, b)` relaxed codes in [-1, 1] (`tanh` of `EcoFormer.hash_values`).
         codes_k: `(..., S, b)`.
         attention: `(..., T, S)` weights of the attention to be imitated.
         pairs: how many of each kind, at most S / 2.

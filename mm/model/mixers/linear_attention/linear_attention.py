@@ -1,13 +1,13 @@
 """Linear attention and its gated kin as settings of one layer.
 
-B rows, T tokens, D model, H heads, G key heads, K key width, V value width, N slots, R rows of one
-document, L their length, C conv size, W width of what is convolved.
+B rows, T tokens, D model, H heads, G key heads, K key width, V value width.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -17,18 +17,17 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.errors import UserError
-from mm.kernels.causal_conv import causal_conv
 from mm.kernels.glu import glu
 from mm.kernels.linear_attention import linear_attention
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, LinearMixer, Provider
 from mm.model.linears.dense import dense
+from mm.model.mixers.conv.state import NoConv, ShortConv
 from mm.model.mixers.linear_attention.lower_bounds import shared_bound, shared_bounds
-from mm.model.mixers.linear_attention.memory import DraftMatrix, Matrix, kept, tail_of
+from mm.model.mixers.linear_attention.memory import MatrixMemory
 from mm.model.norm import RMSNorm
 from mm.model.positions.base import Position
 from mm.model.positions.randomised import refuse_drawn
-from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS, PositionField
 from mm.state import State
 
@@ -66,9 +65,6 @@ class LinearAttention(LinearMixer):
         self.qkv = linear(d_model, sum(self.sizes), "qkv")
         self.out = linear(H * value_dim, d_model, "out")
         self.gate = linear(d_model, H * value_dim, "gate") if c.gate != "none" else None
-        if c.conv_size:
-            self.conv_weight = nn.Parameter(torch.empty(c.conv_size, sum(self.sizes)))
-            self.conv_bias = nn.Parameter(torch.empty(sum(self.sizes)))
         width = {"scalar": H, "step": H, "channel": keys}.get(c.decay)
         if width is not None:
             low = c.decay_rank if c.decay == "channel" else None
@@ -84,12 +80,12 @@ class LinearAttention(LinearMixer):
             self.skip = nn.Parameter(torch.empty(H))
         norms = {"head": value_dim, "full": H * value_dim}
         self.norm = RMSNorm(norms[c.norm]) if c.norm in norms else None
+        self.conv = ShortConv(sum(self.sizes), c.conv_size) if c.conv_size else NoConv()
+        mapped = 1 + key_dim + key_dim**2 if c.feature == "taylor" else key_dim
+        self.memory = MatrixMemory(H, mapped, value_dim + c.normalise)
 
     def init_weights(self) -> None:
         c = self.config
-        if c.conv_size:
-            nn.init.normal_(self.conv_weight, std=c.conv_size**-0.5)
-            nn.init.zeros_(self.conv_bias)
         if c.decay in ("scalar", "channel"):
             nn.init.zeros_(self.decay_bias)
         if self.bound is not None and isinstance(c.lower_bound, float):
@@ -105,13 +101,13 @@ class LinearAttention(LinearMixer):
 
     # ---- what the recurrence is given ----
 
-    def features(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> dict[str, Tensor]:
+    def features(
+        self, x_BTD: Tensor, ctx: Ctx, state: State | None = None
+    ) -> tuple[dict[str, Tensor], State | None]:
         """Queries, keys and values `(B, T, H, .)` and their log decays, float32 or wider."""
         c, (B, T) = self.config, x_BTD.shape[:2]
         found: dict[str, Tensor] = {}
-        u = self.qkv(x_BTD, ctx)
-        if c.conv_size:
-            u = self._convolved(u, ctx, state, found)
+        u, after = self.conv(self.qkv(x_BTD, ctx), ctx, state)
         u = u.to(torch.promote_types(u.dtype, torch.float32))
         q, k, v = u.split(self.sizes, dim=-1)
         v = v.view(B, T, self.heads, self.value_dim)
@@ -141,25 +137,8 @@ class LinearAttention(LinearMixer):
             k = -torch.expm1(found["g"])
         q = self._spread(self._map(q))
         v = v * c.insert if c.insert != 1 else v
-        return {"q": q * self.key_dim**-0.5 if c.scale else q, "k": k, "v": v, **found}
-
-    def _convolved(
-        self, u: Tensor, ctx: Ctx, state: State | None, found: dict[str, Tensor]
-    ) -> Tensor:
-        """Short convolution inside documents; with a state, ``found`` gets its rows of inputs."""
-        document = ctx.layout.fields.document
-        if state is None:
-            return causal_conv(u, self.conv_weight, self.conv_bias, document)
-        assert isinstance(state, Matrix | DraftMatrix)
-        tail = state.commit().tail
-        docs = PackedRows.of(ctx.layout, tail.shape[0])
-        rows = docs.unpack(u)
-        inputs = torch.cat((docs.read(tail).to(rows.dtype), rows), dim=1)
-        found["inputs"] = inputs
-        # The tail is the document's own past: no borders, and the first outputs are the tail's.
-        same = torch.ones_like(inputs[..., 0], dtype=torch.int32)
-        y = causal_conv(inputs, self.conv_weight, self.conv_bias, same)
-        return docs.pack(y[:, self.config.conv_size - 1 :], *u.shape[:2])
+        q = q * self.key_dim**-0.5 if c.scale else q
+        return {"q": q, "k": k, "v": v, **found}, after
 
     def _rates(self, like: Tensor) -> Tensor:
         """`(H,)` log decays that no token moves."""
@@ -205,64 +184,12 @@ class LinearAttention(LinearMixer):
     def core(
         self, f: dict[str, Tensor], ctx: Ctx, state: State | None = None
     ) -> tuple[Tensor, State | None]:
-        q, k, v, g = f["q"], f["k"], f["v"], f.get("g")
-        if self.config.normalise:
-            v = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
-        after = None
-        if state is None:
-            o = self._forward_full(q, k, v, g, ctx)
-        else:
-            assert isinstance(state, Matrix | DraftMatrix)
-            o, after = self._forward_cached(q, k, v, g, f.get("inputs"), ctx, state.commit())
+        v = append_ones(f["v"]) if self.config.normalise else f["v"]
+        o, after = self.memory(linear_attention, (f["q"], f["k"], v, f.get("g")), ctx, state)
         return (o[..., :-1] / (o[..., -1:] + EPS) if self.config.normalise else o), after
 
-    def _forward_full(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, ctx: Ctx) -> Tensor:
-        """Outputs of documents that all begin here."""
-        if g is None or g.dim() == 1:
-            return per_document(lambda *x: linear_attention(*x, g)[0], ctx, q, k, v)
-        return per_document(lambda *x: linear_attention(*x)[0], ctx, q, k, v, g)
-
-    def _forward_cached(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor | None,
-        inputs: Tensor | None,
-        ctx: Ctx,
-        state: Matrix,
-    ) -> tuple[Tensor, Matrix | DraftMatrix]:
-        """Outputs of documents that go on from their slots."""
-        (B, T), N = q.shape[:2], state.S.shape[0]
-        if g is not None and g.dim() == 1:  # padding must not decay, so every place has its own
-            g = g.expand(B, T, -1)
-        docs = PackedRows.of(ctx.layout, N)
-        rows = [docs.unpack(t) if t is not None else None for t in (q, k, v, g)]
-        rq, rk, rv, rg = kept(docs.valid, *rows)
-        assert rq is not None and rk is not None and rv is not None
-        before = docs.read(state.S)
-        o, S = linear_attention(rq, rk, rv, rg, before)
-        w = docs.written(N)
-        if inputs is None:
-            inputs = state.tail.new_zeros(rq.shape[0], rq.shape[1], 0)
-        size = state.tail.shape[1]
-        if not ctx.draft:
-            tail = tail_of(inputs, size, docs.length)
-            after = Matrix(w.write(state.S, S), w.write(state.tail, tail))
-            return docs.pack(o, B, T), after
-        taken = w.take(inputs).to(state.tail.dtype)
-        old = torch.where(w.hit[:, None, None], taken[:, :size], state.tail)
-        return docs.pack(o, B, T), DraftMatrix(
-            w.write(state.S, before),
-            w.take(rk),
-            w.take(rv),
-            w.take(rg) if rg is not None else None,
-            torch.cat((old, taken[:, size:]), dim=1),
-            w.length,
-        )
-
     def attention_matrix(self, f: dict[str, Tensor], ctx: Ctx) -> Tensor:
-        """`(B, H, T, T)`: what each place reads of each value; quadratic, for looking and tests."""
+        """`(B, H, T, T)`: what each token reads of each value; quadratic, for looking and tests."""
         q, k, g = f["q"], f["k"], f.get("g")
         B, T, H, _ = q.shape
         document = ctx.layout.fields.document
@@ -308,20 +235,18 @@ class LinearAttention(LinearMixer):
             return o
         return self.norm(o.flatten(2)).view_as(o) if self.config.norm == "full" else self.norm(o)
 
-    def _state_shape(self) -> tuple[tuple[int, int, int], tuple[int, int]]:
-        c, K = self.config, self.key_dim
-        wide = 1 + K + K * K if c.feature == "taylor" else K
-        matrix = (self.heads, wide, self.value_dim + c.normalise)
-        return matrix, (c.conv_size - 1, sum(self.sizes)) if c.conv_size else (0, 0)
 
-    def initial_state(self, n: int, max_len: int) -> Matrix:
-        like, (matrix, tail) = next(self.parameters()).detach(), self._state_shape()
-        wide = torch.promote_types(like.dtype, torch.float32)
-        return Matrix(like.new_zeros(n, *matrix, dtype=wide), like.new_zeros(n, *tail))
+def append_ones(v: Tensor) -> Tensor:
+    """Values with one more channel, whose outputs are the sums of weights."""
+    return torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
 
-    def state_bytes(self, n: int, max_len: int) -> int:
-        item, (matrix, tail) = next(self.parameters()).element_size(), self._state_shape()
-        return n * (math.prod(matrix) * max(item, 4) + math.prod(tail) * item)
+
+def head_width(kind: str, heads: int, d_model: int, expand: float, name: str) -> int:
+    """Width of each of ``heads`` that share ``d_model * expand``; ``name``: of that factor."""
+    width = d_model * expand / heads
+    if width != int(width) or width < 1:
+        raise ValueError(f"{kind}: {heads} heads do not divide d_model {d_model} * {name} {expand}")
+    return int(width)
 
 
 @MIXERS.register("linear_attention")
@@ -398,8 +323,9 @@ class LinearAttentionConfig(Config):
         return self
 
     def build(self, d_model: int, linear: LinearFactory = dense) -> LinearAttention:
-        key_dim = self.key_dim or self._share(d_model, self.expand_key, "key")
-        value_dim = self._share(d_model, self.expand_value, "value")
+        width = partial(head_width, self.kind, self.heads, d_model)
+        key_dim = self.key_dim or width(self.expand_key, "expand_key")
+        value_dim = width(self.expand_value, "expand_value")
         position = self.position.build(key_dim)
         if self.position.kind != "none" and type(position).rotate is Position.rotate:
             raise ValueError(
@@ -408,24 +334,18 @@ class LinearAttentionConfig(Config):
             )
         return LinearAttention(d_model, self, key_dim, value_dim, position, linear)
 
-    def _share(self, d_model: int, expand: float, name: str) -> int:
-        width = d_model * expand / self.heads
-        if width != int(width) or width < 1:
-            raise ValueError(
-                f"linear_attention: {self.heads} heads do not divide d_model {d_model} * "
-                f"expand_{name} {expand}"
-            )
-        return int(width)
-
     @classmethod
     def smallest(cls) -> LinearAttentionConfig:
         return cls(heads=2)
 
 
-def wrapped(config: Config, kind: str, besides: str = "") -> LinearAttentionConfig:
-    """``config`` if ``kind`` can wrap it: one whose state is a matrix that decays by head.
+def require_head_decay(config: Config, kind: str, besides: str = "") -> LinearAttentionConfig:
+    """``config``, for a wrapper ``kind`` of mixers whose matrix decays by head.
 
-    ``besides``: what else it wraps, for the message.
+    Args:
+        besides: what else it wraps, for the message.
+    Raises:
+        UserError: it is another mixer.
     """
     if isinstance(config, LinearAttentionConfig):
         if not config.normalise and config.decay != "channel":

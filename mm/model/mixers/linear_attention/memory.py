@@ -1,66 +1,122 @@
-"""The State of mixers whose memory is a matrix a head. H heads, K key width, V value width, N
-slots, L length of a call, C its conv size, W width of what is convolved, R rows.
+"""What mixers of this family keep of a document, with its State.
+
+B rows, T tokens, H heads, K key width, V value width, W width of a vector, N slots, R rows of one
+document, L their length.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mm.kernels.linear_attention import linear_attention
-from mm.state import DataclassState
+from mm.model.context import Ctx
+from mm.model.layer import StatePart
+from mm.model.mixers.ssm.scan import Hidden, write_last
+from mm.model.varlen import PackedRows, per_document
+from mm.state import DataclassState, State
 
 
 @dataclass(frozen=True)
 class Matrix(DataclassState):
-    """The matrix that each head has summed up, and the convolution's last inputs."""
+    """What each head has summed up."""
 
     S: Tensor  # (N, H, K, V) float32 or wider
-    tail: Tensor  # (N, C - 1, W)
-
-    def accept(self, n_N: Tensor) -> Matrix:
-        raise ValueError("accept() takes the State of a call with draft=True")
-
-    def commit(self) -> Matrix:
-        return self
 
 
-@dataclass(frozen=True)
-class DraftMatrix(DataclassState):
-    """The matrix before a draft call, and what the call adds: accepting replays a prefix of it."""
+class MatrixMemory(StatePart):
+    """A matrix `(H, K, V)` that an Op changes token by token: zeros at first, float32 or wider."""
 
-    S: Tensor  # (N, H, K, V)
-    k: Tensor  # (N, L, H, K)
-    v: Tensor  # (N, L, H, V)
-    g: Tensor | None  # (N, L, H) or (N, L, H, K)
-    inputs: Tensor  # (N, C - 1 + L, W) the old tail, then the call's convolution inputs
-    length: Tensor  # (N,)
+    def __init__(self, heads: int, key_dim: int, value_dim: int):
+        super().__init__()
+        self.shape = (heads, key_dim, value_dim)
 
-    def accept(self, n_N: Tensor) -> Matrix:
-        n = torch.minimum(n_N.to(self.length), self.length)
-        L = self.k.shape[1]
-        k, v, g = kept(torch.arange(L, device=n.device) < n[:, None], self.k, self.v, self.g)
-        assert k is not None and v is not None
-        _, S = linear_attention(torch.zeros_like(k), k, v, g, self.S)
-        return Matrix(S, tail_of(self.inputs, self.inputs.shape[1] - L, n))
+    def forward(
+        self,
+        op: Callable[..., tuple[Tensor, Tensor]],
+        parts: Sequence[Tensor | None],
+        ctx: Ctx,
+        state: State | None,
+    ) -> tuple[Tensor, Matrix | None]:
+        """Outputs `(B, T, H, V)` of every document, and the State after the call.
 
-    def commit(self) -> Matrix:
-        return self.accept(self.length)
+        Args:
+            op: `linear_attention`, `delta_rule` or alike: ``op(*parts, S)`` makes outputs `(R, L,
+                H, V)` and the last matrix `(R, H, K, V)`; S is left out where documents begin.
+                Zeros in all parts of a token leave the matrix alone.
+            parts: `(B, T, ...)` each; `(H,)` holds for all tokens; the last may be None.
+        """
+        if state is None:
+            tokens = [t for t in parts if t is not None and t.dim() > 1]
+            constants = [t for t in parts if t is not None and t.dim() == 1]
+            return per_document(lambda *x: op(*x, *constants)[0], ctx, *tokens), None
+        assert isinstance(state, Matrix) and parts[0] is not None
+        (B, T), N = parts[0].shape[:2], state.S.shape[0]
+        docs = PackedRows.of(ctx.layout, N)
+
+        def rows(t: Tensor | None) -> Tensor | None:
+            if t is None:
+                return None
+            t = docs.unpack(t if t.dim() > 1 else t.expand(B, T, -1))
+            # Zeros where there is no token: it writes nothing, and nothing decays.
+            return t.masked_fill(~docs.valid.view(*docs.valid.shape, *[1] * (t.dim() - 2)), 0)
+
+        o, S = op(*map(rows, parts), docs.read(state.S))
+        return docs.pack(o, B, T), Matrix(docs.written(N).write(state.S, S))
+
+    def initial_state(self, n: int, max_len: int) -> Matrix:
+        return Matrix(self.like.new_zeros(n, *self.shape, dtype=self.wide))
+
+    def state_bytes(self, n: int, max_len: int) -> int:
+        heads, key_dim, value_dim = self.shape
+        return n * heads * key_dim * value_dim * self.wide.itemsize
 
 
-def kept(valid_RL: Tensor, *x: Tensor | None) -> list[Tensor | None]:
-    """Zeros at places that do not count: without key, value and decay they leave a state alone."""
-    return [
-        t.masked_fill(~valid_RL.view(*valid_RL.shape, *[1] * (t.dim() - 2)), 0)
-        if t is not None
-        else None
-        for t in x
-    ]
+class ScaledSums(StatePart):
+    """Sums in units of ``exp(m)``, after ``peaks`` largest exponents m so far: -inf at first.
 
+    Args:
+        peaks: how many of the numbers that are kept are an m.
+        width: W, m and sums together.
+    """
 
-def tail_of(inputs: Tensor, size: int, n_N: Tensor) -> Tensor:
-    """The ``size`` inputs before place ``n`` of each row. ``inputs`` `(N, size + L, W)`."""
-    places = n_N[:, None] + torch.arange(size, device=n_N.device)
-    return inputs.gather(1, places[..., None].expand(-1, -1, inputs.shape[-1]))
+    def __init__(self, peaks: int, width: int):
+        super().__init__()
+        self.peaks, self.width = peaks, width
+
+    def forward(
+        self,
+        op: Callable[..., tuple[Tensor, Tensor]],
+        parts: Sequence[Tensor],
+        ctx: Ctx,
+        state: State | None,
+    ) -> tuple[Tensor, Hidden | None]:
+        """Outputs `(B, T, V)` of every document, and the State after the call.
+
+        Args:
+            op: ``op(*parts, before)`` makes outputs `(R, L, V)` and what is kept after each token
+                `(R, L, W)` from that before the first one `(R, W)`.
+            parts: `(B, T, ...)` each.
+        """
+        if state is None:
+            first = lambda x: self._first(x).expand(x.shape[0], -1)
+            return per_document(lambda *x: op(*x, first(x[0]))[0], ctx, *parts), None
+        assert isinstance(state, Hidden)
+        docs = PackedRows.of(ctx.layout, state.h.shape[0])
+        before = docs.read(state.h, self._first(state.h))
+        o, h = op(*map(docs.unpack, parts), before)
+        return docs.pack(o, *parts[0].shape[:2]), write_last(state, docs, before, h)
+
+    def _first(self, like: Tensor) -> Tensor:
+        """`(W,)` before the first token: no exponent at all, and nothing summed up."""
+        first = like.new_zeros(self.width)
+        first[: self.peaks] = -torch.inf
+        return first
+
+    def initial_state(self, n: int, max_len: int) -> Hidden:
+        return Hidden(self._first(self.like.to(self.wide)).repeat(n, 1))
+
+    def state_bytes(self, n: int, max_len: int) -> int:
+        return n * self.width * self.wide.itemsize

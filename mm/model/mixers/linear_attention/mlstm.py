@@ -1,11 +1,11 @@
-"""mLSTM: linear attention with an exponential input gate. B rows, T tokens, D model, H heads, K key
-width, V value width, N slots, R rows of one document, L their length, C conv size, W convolved
-width.
+"""mLSTM: linear attention with an exponential input gate.
+
+B rows, T tokens, D model, H heads, K key width, V value width, N slots.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -14,43 +14,95 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
+from mm.kernels.linear_attention import linear_attention
 from mm.model.context import Ctx
-from mm.model.layer import LinearFactory
+from mm.model.layer import LinearFactory, Stateful, StatePart
 from mm.model.linears.dense import dense
 from mm.model.mixers.linear_attention.linear_attention import (
     EPS,
     LinearAttention,
     LinearAttentionConfig,
+    append_ones,
+    head_width,
 )
-from mm.model.mixers.linear_attention.memory import DraftMatrix, Matrix
-from mm.model.mixers.ssm.scan import DraftHidden, Hidden, advanced
+from mm.model.mixers.linear_attention.memory import MatrixMemory
+from mm.model.mixers.ssm.scan import Hidden, write_last
 from mm.model.varlen import PackedRows
 from mm.registry import MIXERS
-from mm.state import DataclassState, State
+from mm.state import State, join_parts, parts_of
 
 
-@dataclass(frozen=True)
-class Stabilised(DataclassState):
-    """Matrix and normaliser divided by ``exp(peak)``, and the peak."""
+class Peak(StatePart):
+    """Keeps ``m_t = max(log f_t + m_{t-1}, i_t, 0)`` of each head, float64."""
 
-    matrix: Matrix | DraftMatrix  # S (N, H, K, V + 1), the last column is the normaliser
-    peak: Hidden | DraftHidden  # (N, H) float64
+    def __init__(self, heads: int):
+        super().__init__()
+        self.heads = heads
 
-    def accept(self, n_N: Tensor) -> Stabilised:
-        return Stabilised(self.matrix.accept(n_N), self.peak.accept(n_N))
+    @torch.no_grad()
+    def forward(
+        self, i_BTH: Tensor, f_BTH: Tensor, ctx: Ctx, state: State | None
+    ) -> tuple[Tensor, Tensor, Hidden | None]:
+        """``m_t`` and ``m_{t-1} - m_t``, `(B, T, H)`, and the State after the call.
 
-    def commit(self) -> Stabilised:
-        return Stabilised(self.matrix.commit(), self.peak.commit())
+        Args:
+            i_BTH: input gates; f_BTH: forget gates; logarithms of both.
+        """
+        B, T = i_BTH.shape[:2]
+        assert state is None or isinstance(state, Hidden)
+        docs = PackedRows.of(ctx.layout, 0 if state is None else state.h.shape[0])
+        i, f = docs.unpack(i_BTH).double(), docs.unpack(f_BTH).double()
+        first = f.new_zeros(f.shape[0], self.heads) if state is None else docs.read(state.h)
+        # m_t = F_t + max(m_0, max_{s <= t} (max(i_s, 0) - F_s)), F the sums of log f.
+        total = f.cumsum(1)
+        lifted = torch.cat((first[:, None], i.clamp_min(0) - total), dim=1)
+        m = lifted.cummax(1).values[:, 1:] + total if T else f
+        fall = torch.cat((first[:, None], m[:, :-1]), 1) - m if T else m
+        after = write_last(state, docs, first, m) if state is not None else None
+        return docs.pack(m, B, T), docs.pack(fall, B, T), after
+
+    def initial_state(self, n: int, max_len: int) -> Hidden:
+        return Hidden(self.like.new_zeros(n, self.heads, dtype=torch.float64))
+
+    def state_bytes(self, n: int, max_len: int) -> int:
+        return n * self.heads * torch.float64.itemsize
+
+
+class StabilisedMemory(Stateful):
+    """A `MatrixMemory` of values and their normaliser, divided by ``exp(m)``, and m (`MLSTM`)."""
+
+    def __init__(self, heads: int, key_dim: int, value_dim: int):
+        super().__init__()
+        self.matrix, self.peak = MatrixMemory(heads, key_dim, value_dim + 1), Peak(heads)
+
+    def forward(
+        self, f: dict[str, Tensor], ctx: Ctx, state: State | None
+    ) -> tuple[Tensor, Tensor, State | None]:
+        """Sums of values and weights `(B, T, H, V + 1)`; m `(B, T, H)`; the State after."""
+        matrix, peak = parts_of(state, 2)
+        f, m, peak = self.stabilise(f, ctx, peak)
+        parts = (f["q"], f["k"], append_ones(f["v"]), f["g"])
+        o, matrix = self.matrix(linear_attention, parts, ctx, matrix)
+        return o, m, join_parts(matrix, peak)
+
+    def stabilise(
+        self, f: dict[str, Tensor], ctx: Ctx, state: State | None = None
+    ) -> tuple[dict[str, Tensor], Tensor, State | None]:
+        """Features with keys ``k`` and log decays ``g`` in units of ``exp(m)``; m; its State."""
+        m, fall, after = self.peak(f["input"], f["forget"], ctx, state)
+        g = (f["forget"] + fall).to(f["forget"].dtype)
+        k = f["k"] * (f["input"] - m).exp().to(f["input"].dtype)[..., None]
+        return {**f, "k": k, "g": g}, m, after
 
 
 class MLSTM(LinearAttention):
-    """``h_t = C_t^T q_t / max(|n_t q_t|, 1)``, ``C_t = f_t C_{t-1} + e^{i_t} k_t v_t^T``, ``n_t =
-    f_t n_{t-1} + e^{i_t} k_t``; per head layer norm, sigmoid output gate.
+    """``h_t = C_t^T q_t / max(|n_t q_t|, 1)``, ``C_t = f_t C_{t-1} + e^{i_t} k_t v_t^T``.
 
-    Everything is kept divided by ``exp(m_t)``, ``m_t = max(log f_t + m_{t-1}, i_t, 0)``: decays
-    become ``log f_t + m_{t-1} - m_t``, keys are scaled by ``exp(i_t - m_t)``, the 1 becomes
-    ``exp(-m_t)``, and no exponent is positive. The outputs do not depend on m, so no gradient is
-    lost with it, and the chunkwise form is that of the `linear_attention` Op.
+    ``n_t = f_t n_{t-1} + e^{i_t} k_t``; per head layer norm, sigmoid output gate. Everything is
+    kept divided by ``exp(m_t)``, ``m_t = max(log f_t + m_{t-1}, i_t, 0)``: decays become ``log f_t
+    + m_{t-1} - m_t``, keys are scaled by ``exp(i_t - m_t)``, the 1 becomes ``exp(-m_t)``, and no
+    exponent is positive. The outputs do not depend on m, so no gradient is lost with it, and the
+    chunkwise form is that of the `linear_attention` Op.
 
     Source: Beck et al. 2024, xLSTM (arXiv:2405.04517), section 2.3, eq. 19-27, stabiliser eq. 15
     (floored at zero here, where the normaliser's lower bound makes it harmless); block, soft-cap
@@ -68,7 +120,11 @@ class MLSTM(LinearAttention):
     ):
         super().__init__(d_model, inner, key_dim, value_dim, inner.position.build(key_dim), linear)
         self.cap, self.input_bias = config.soft_cap, config.input_bias
+        conv = self.conv
+        del self.conv, self.memory
         self.gates = linear(d_model, 2 * self.heads, "gates")
+        # Parts of the State, in order; weights of the convolution are drawn after the gates'.
+        self.conv, self.memory = conv, StabilisedMemory(self.heads, key_dim, value_dim)
         self.gate_bias = nn.Parameter(torch.empty(2 * self.heads))  # input gates, forget gates
         self.norm_weight = nn.Parameter(torch.empty(self.heads, value_dim))
 
@@ -79,49 +135,21 @@ class MLSTM(LinearAttention):
             self.gate_bias[: self.heads] = self.input_bias
             self.gate_bias[self.heads :] = torch.linspace(3.0, 6.0, self.heads)
 
-    def features(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> dict[str, Tensor]:
-        """Arguments of the Op and ``m`` `(B, T, H)` float64, by which they are stabilised."""
-        assert state is None or isinstance(state, Stabilised)
-        old = state.commit() if state is not None else None
-        f = super().features(x_BTD, ctx, old.matrix if old is not None else None)
+    def features(
+        self, x_BTD: Tensor, ctx: Ctx, state: State | None = None
+    ) -> tuple[dict[str, Tensor], State | None]:
+        """Queries, keys and values, and the gates' logarithms ``input``, ``forget`` `(B, T, H)`."""
+        f, after = super().features(x_BTD, ctx, state)
         raw = self.gates(x_BTD, ctx).to(f["v"]) + self.gate_bias.to(f["v"])
         if self.cap is not None:
             raw = self.cap * (raw / self.cap).tanh()
-        i, kept = raw[..., : self.heads], F.logsigmoid(raw[..., self.heads :])
-        docs = PackedRows.of(ctx.layout, 0 if old is None else old.peak.h.shape[0])
-        with torch.no_grad():
-            ri, rf = docs.unpack(i).double(), docs.unpack(kept).double()
-            first = rf.new_zeros(rf.shape[0], self.heads)
-            if old is not None:
-                first = docs.read(old.peak.h)
-            # m_t = F_t + max(m_0, max_{s <= t} (max(i_s, 0) - F_s)), F the sums of log f.
-            total = rf.cumsum(1)
-            lifted = torch.cat((first[:, None], ri.clamp_min(0) - total), dim=1)
-            m = lifted.cummax(1).values[:, 1:] + total if rf.shape[1] else rf
-            fall = torch.cat((first[:, None], m[:, :-1]), 1) - m if rf.shape[1] else m
-            B, T = i.shape[:2]
-            m, fall = docs.pack(m, B, T), docs.pack(fall, B, T)
-        f["g"] = (kept + fall).to(kept.dtype)
-        f["k"] = f["k"] * (i - m).exp().to(i.dtype)[..., None]
-        return {**f, "m": m}
+        i, forget = raw[..., : self.heads], F.logsigmoid(raw[..., self.heads :])
+        return {**f, "input": i, "forget": forget}, after
 
     def core(
         self, f: dict[str, Tensor], ctx: Ctx, state: State | None = None
     ) -> tuple[Tensor, State | None]:
-        q, k, v, g, m = f["q"], f["k"], f["v"], f["g"], f["m"]
-        v = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
-        after = None
-        if state is None:
-            o = self._forward_full(q, k, v, g, ctx)
-        else:
-            assert isinstance(state, Stabilised)
-            old = state.commit()
-            assert isinstance(old.matrix, Matrix) and isinstance(old.peak, Hidden)
-            o, matrix = self._forward_cached(q, k, v, g, f.get("inputs"), ctx, old.matrix)
-            docs = PackedRows.of(ctx.layout, old.peak.h.shape[0])
-            peak = advanced(old.peak, docs, docs.read(old.peak.h), docs.unpack(m), ctx.draft)
-            assert isinstance(peak, Hidden | DraftHidden)
-            after = Stabilised(matrix, peak)
+        o, m, after = self.memory(f, ctx, state)
         return o[..., :-1] / self._bound(o[..., -1], m)[..., None], after
 
     @staticmethod
@@ -129,22 +157,12 @@ class MLSTM(LinearAttention):
         return torch.maximum(sums.abs(), (-m).exp().to(sums.dtype)) + EPS
 
     def attention_matrix(self, f: dict[str, Tensor], ctx: Ctx) -> Tensor:
+        f, m, _ = self.memory.stabilise(f, ctx)
         a = super().attention_matrix(f, ctx)
-        return a / self._bound(a.sum(-1), f["m"].transpose(1, 2))[..., None]
+        return a / self._bound(a.sum(-1), m.transpose(1, 2))[..., None]
 
     def _normed(self, o: Tensor) -> Tensor:
         return super()._normed(o) * self.norm_weight.to(o.dtype)
-
-    def _state_shape(self) -> tuple[tuple[int, int, int], tuple[int, int]]:
-        (H, K, V), tail = super()._state_shape()
-        return (H, K, V + 1), tail
-
-    def initial_state(self, n: int, max_len: int) -> Stabilised:  # type: ignore[override]
-        matrix = super().initial_state(n, max_len)
-        return Stabilised(matrix, Hidden(matrix.S.new_zeros(n, self.heads, dtype=torch.float64)))
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return super().state_bytes(n, max_len) + n * self.heads * 8
 
 
 @MIXERS.register("mlstm")
@@ -161,10 +179,9 @@ class MLSTMConfig(Config):
     conv_size: Annotated[int, Field(ge=0, description="of a short convolution; 0 = none")] = 0
 
     def build(self, d_model: int, linear: LinearFactory = dense) -> MLSTM:
-        key_dim, value_dim = (
-            self._share(d_model * expand / self.heads, d_model)
-            for expand in (self.expand_key, self.expand_value)
-        )
+        width = partial(head_width, self.kind, self.heads, d_model)
+        key_dim = width(self.expand_key, "expand_key")
+        value_dim = width(self.expand_value, "expand_value")
         inner = LinearAttentionConfig(
             heads=self.heads,
             feature="identity",
@@ -176,14 +193,6 @@ class MLSTMConfig(Config):
             gate="sigmoid",
         )
         return MLSTM(d_model, self, inner, key_dim, value_dim, linear)
-
-    def _share(self, width: float, d_model: int) -> int:
-        if width != int(width) or width < 1:
-            raise ValueError(
-                f"mlstm: {self.heads} heads do not divide d_model {d_model} * expand_key "
-                f"{self.expand_key} and * expand_value {self.expand_value}"
-            )
-        return int(width)
 
     @classmethod
     def smallest(cls) -> MLSTMConfig:

@@ -1,10 +1,11 @@
-"""Linear attention that reads its prefix twice (JRT-RNN). B rows, T tokens, D model, H heads, K key
-width, V value width, N slots, R rows of one document, L their length.
+"""Linear attention that reads its prefix twice (JRT-RNN).
+
+B rows, T tokens, D model, H heads, K key width, V value width, R rows of one document, L their
+length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -22,18 +23,17 @@ from mm.model.mixers.linear_attention.linear_attention import (
     EPS,
     LinearAttention,
     LinearAttentionConfig,
+    append_ones,
 )
-from mm.model.mixers.linear_attention.memory import DraftMatrix, Matrix
 from mm.model.mixers.wrappers.reverse import both_ways, refuse_state
-from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS, MixerField
-from mm.state import State
+from mm.state import State, join_parts, parts_of
 
 
 class PrefixLinearAttention(Mixer):
-    """Linear attention whose prefix has keys and values of its own, k^e and v^e, which every token
-    of the document reads; prefix tokens read all of the prefix, others only their past.
+    """Linear attention whose prefix has keys and values of its own, k^e and v^e, for all to read.
 
+    Prefix tokens read all of the prefix, others only their past.
     The prefix is what the mask lets see both ways (`Prefix`, or all of a full mask) and comes whole
     in one call; without one this is the wrapped causal mixer.
 
@@ -52,83 +52,57 @@ class PrefixLinearAttention(Mixer):
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         refuse_state("prefix_linear_attention", ctx, state)
         inside = both_ways(ctx)
-        f = self.inner.features(x_BTD, ctx, state)
+        tail, memory = parts_of(state, 2)
+        f, tail = self.inner.features(x_BTD, ctx, tail)
         if inside is None:
-            o, after = self.inner.core(f, ctx, state)
+            o, memory = self.inner.core(f, ctx, memory)
             y = self.inner.finish(o, x_BTD, f, ctx)
-            return Out(y + zero_gradient_touch(self.encoder.parameters(), y), after)
+            y = y + zero_gradient_touch(self.encoder.parameters(), y)
+            return Out(y, join_parts(tail, memory))
         q, k, v = f["q"], f["k"], f["v"]
         (B, T), c = q.shape[:2], self.inner
         ke, ve = self.encoder(x_BTD, ctx).to(v).split(self.sizes, -1)
         ke = c._spread(c._map(ke.view(B, T, c.key_heads, c.key_dim)))
         ve = ve.view(B, T, c.heads, c.value_dim)
         if c.config.normalise:
-            v, ve = (torch.cat((t, torch.ones_like(t[..., :1])), -1) for t in (v, ve))
-        parts = [q, k, v, ke, ve, inside[..., None].to(q)]
-        if state is None:
-            o, after = self._forward_full(parts, ctx), None
-        else:
-            assert isinstance(state, Matrix | DraftMatrix)
-            o, after = self._forward_cached(parts, ctx, state.commit())
+            v, ve = append_ones(v), append_ones(ve)
+        index = torch.arange(B * T, device=q.device).view(B, T, 1)
+        parts = (q, k, v, ke, ve, inside[..., None].to(q), index)
+        o, memory = c.memory(prefix_attention, parts, ctx, memory)
         if c.config.normalise:
             o = o[..., :-1] / (o[..., -1:] + EPS)
-        return Out(self.inner.finish(o, x_BTD, f, ctx), after)
+        return Out(c.finish(o, x_BTD, f, ctx), join_parts(tail, memory))
 
-    def _forward_full(self, parts: list[Tensor], ctx: Ctx) -> Tensor:
-        """Outputs of documents that all begin here."""
 
-        def run(*rows: Tensor) -> Tensor:
-            *rest, inside, t = rows
-            # Rows are padded with copies of their last place, at its time: it counts once.
-            moved = F.pad(t[:, 1:] != t[:, :-1], (0, 0, 1, 0), value=True)
-            return self._rows([*rest, inside * moved])[0]
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ke: Tensor,
+    ve: Tensor,
+    inside: Tensor,
+    index: Tensor,
+    S: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Outputs and the last state of linear attention over the sum of a prefix's own ``ke ve^T``.
 
-        return per_document(run, ctx, *parts, ctx.layout.fields.position[..., :1].to(parts[0]))
-
-    @staticmethod
-    def _valid(parts: list[Tensor], docs: PackedRows) -> list[Tensor]:
-        """Rows of documents; a place that does not count neither writes nor is in the prefix."""
-        return [
-            torch.where(docs.valid.view(*docs.valid.shape, *[1] * (t.dim() - 2)), t, 0)
-            for t in map(docs.unpack, parts)
-        ]
-
-    def _rows(
-        self, parts: Sequence[Tensor], before: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Outputs `(R, L, H, V)`, the last state and the first one, which holds the prefix's own
-        keys and values. The last part `(R, L, 1)` is 1 in the prefix.
-        """
-        q, k, v, ke, ve, inside = parts
-        share = inside[..., None]
-        first = torch.einsum("rlhk,rlhv->rhkv", ke * share, ve)
-        if before is not None:
-            first = first + before
-        o, last = linear_attention(q, k, v, None, first)
-        prefix = first + torch.einsum("rlhk,rlhv->rhkv", k * share, v)
-        return torch.where(share > 0, torch.einsum("rlhk,rhkv->rlhv", q, prefix), o), last, first
-
-    def _forward_cached(
-        self, parts: list[Tensor], ctx: Ctx, state: Matrix
-    ) -> tuple[Tensor, Matrix | DraftMatrix]:
-        """Outputs of documents that go on from their slots."""
-        (B, T), N = parts[0].shape[:2], state.S.shape[0]
-        docs = PackedRows.of(ctx.layout, N)
-        rows = self._valid(parts, docs)
-        o, S, first = self._rows(rows, docs.read(state.S))
-        y, w = docs.pack(o, B, T), docs.written(N)
-        if not ctx.draft:
-            return y, Matrix(w.write(state.S, S), state.tail)
-        # Drafts come after prefixes: the first state is what every accepted part begins from.
-        none = state.tail.new_zeros(N, rows[0].shape[1], state.tail.shape[-1])
-        k, v = w.take(rows[1]), w.take(rows[2])
-        return y, DraftMatrix(w.write(state.S, first), k, v, None, none, w.length)
-
-    def initial_state(self, n: int, max_len: int) -> Matrix:
-        return self.inner.initial_state(n, max_len)
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return self.inner.state_bytes(n, max_len)
+    Args:
+        q: `(R, L, H, K)`; k, ke alike; v, ve: `(R, L, H, V)`.
+        inside: `(R, L, 1)`, 1 in the prefix, whose tokens read all of it.
+        index: `(R, L, 1)`; a token with its predecessor's is a copy that pads the row.
+        S: `(R, H, K, V)` before; None = zeros.
+    Returns:
+        `(R, L, H, V)` and `(R, H, K, V)`.
+    """
+    # Rows are padded with copies of their last token: it counts once.
+    moved = F.pad(index[:, 1:] != index[:, :-1], (0, 0, 1, 0), value=True)
+    share = (inside * moved)[..., None]
+    first = torch.einsum("rlhk,rlhv->rhkv", ke * share, ve)
+    if S is not None:
+        first = first + S
+    o, last = linear_attention(q, k, v, None, first)
+    prefix = first + torch.einsum("rlhk,rlhv->rhkv", k * share, v)
+    return torch.where(share > 0, torch.einsum("rlhk,rhkv->rlhv", q, prefix), o), last
 
 
 @MIXERS.register("prefix_linear_attention")

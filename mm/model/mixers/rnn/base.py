@@ -1,5 +1,6 @@
-"""What recurrent networks without a parallel form share. B rows, T tokens, D model, W width, S
-state width, N slots, R rows of one document, L their length.
+"""What recurrent networks without a parallel form share.
+
+B rows, T tokens, D model, W width, S state width, N slots, R rows of one document, L their length.
 
 They are sequential: token t waits for what token t - 1 left. Documents run beside one another, time
 does not.
@@ -8,14 +9,16 @@ does not.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.mixers.ssm.scan import Hidden, advanced, commit
+from mm.model.mixers.ssm.scan import RecurrentState
 from mm.model.varlen import PackedRows, per_document
 from mm.state import State
 
@@ -23,14 +26,22 @@ from mm.state import State
 class Recurrence(Mixer):
     """``out(y)`` of a recurrence that sees one document a row and begins each at zeros.
 
-    Inputs come in the dtype of the parameters, states are in `wide()`. Subclasses set ``width`` of
-    the outputs, ``size`` of the state and ``out``, and write `states`.
+    Inputs come in the dtype of the parameters, states in that of `memory`. Subclasses set ``out``
+    and write `states`.
+
+    Args:
+        width: W, of the outputs.
+        size: S, of the state.
+        wide: whether the state is float32 or wider (`RecurrentState`).
     """
 
     caps = Caps(causal=True, step=True, shard=None, sequential=True)
-    width: int
-    size: int
     out: nn.Module
+
+    def __init__(self, width: int, size: int, wide: bool = True):
+        super().__init__()
+        self.width = width
+        self.memory = RecurrentState(size, wide=wide)
 
     def outputs(self, x_RLD: Tensor, before_RS: Tensor) -> Tensor:
         """Outputs `(R, L, W)` of rows of one document that begin from ``before_RS``."""
@@ -41,52 +52,33 @@ class Recurrence(Mixer):
         raise NotImplementedError
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        x = x_BTD.to(next(self.parameters()).dtype)
+        x = x_BTD.to(self.memory.like.dtype)
+        nothing = lambda rows: rows.new_zeros(*rows.shape[:2], self.width)
+
+        def begin(rows: Tensor) -> Tensor:
+            full = rows.shape[:2].numel()
+            return self.outputs(rows, self.memory.begin(len(rows))) if full else nothing(rows)
+
+        def go_on(docs: PackedRows, before: Tensor) -> tuple[Tensor, Tensor]:
+            rows = docs.unpack(x)
+            if not rows.shape[:2].numel():
+                return nothing(rows), before
+            y, h = self.states(rows, before)
+            return y, docs.last(h, before)
+
         with torch.autocast(x.device.type, enabled=False):
-            y, after = (
-                (self._forward_full(x, ctx), None)
-                if state is None
-                else self._forward_cached(x, ctx, state)
-            )
+            if state is None:
+                y, after = per_document(begin, ctx, x), None
+            else:
+                y, after = self.memory.advance(go_on, ctx, state)
         return Out(self.out(y.to(x_BTD.dtype), ctx), after)
-
-    def wide(self) -> torch.dtype:
-        """What the state is kept and moved in."""
-        return torch.promote_types(next(self.parameters()).dtype, torch.float32)
-
-    def _begin(self, n: int) -> Tensor:
-        return next(self.parameters()).new_zeros(n, self.size, dtype=self.wide())
-
-    def _forward_full(self, x: Tensor, ctx: Ctx) -> Tensor:
-        """Outputs of documents that all begin here."""
-        return per_document(lambda rows: self._run(rows, self._begin(rows.shape[0])), ctx, x)
-
-    def _run(self, rows: Tensor, before: Tensor) -> Tensor:
-        return self.outputs(rows, before) if rows.shape[:2].numel() else self._nothing(rows)[0]
-
-    def _nothing(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        R, L = rows.shape[:2]
-        return rows.new_zeros(R, L, self.width), rows.new_zeros(R, L, self.size)
-
-    def _forward_cached(self, x: Tensor, ctx: Ctx, state: State) -> tuple[Tensor, State]:
-        """Outputs of documents that go on from their slots."""
-        B, T = x.shape[:2]
-        old = commit(state)
-        docs = PackedRows.of(ctx.layout, old.h.shape[0])
-        rows, before = docs.unpack(x), docs.read(old.h)
-        y, h = self.states(rows, before) if rows.shape[:2].numel() else self._nothing(rows)
-        return docs.pack(y, B, T), advanced(old, docs, before, h, ctx.draft)
-
-    def initial_state(self, n: int, max_len: int) -> Hidden:
-        return Hidden(self._begin(n).detach())
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return n * self.size * self.wide().itemsize
 
 
 class Cell(Recurrence):
-    """A recurrence stepped as its paper writes it. What needs no state is computed for all tokens
-    at once, as matrix products; the state's first W entries are the output.
+    """A recurrence stepped as its paper writes it.
+
+    What needs no state is computed for all tokens at once, as matrix products; the state's first W
+    entries are the output.
     """
 
     def inputs(self, x_RLD: Tensor) -> Sequence[Tensor]:
@@ -107,6 +99,20 @@ class Cell(Recurrence):
         return states[..., : self.width], states
 
 
+class RNNConfig(Config):
+    """What `RNN` is built of."""
+
+    width: Annotated[int, Field(gt=0, description="default d_model")] | None = None
+    rank: (
+        Annotated[int, Field(gt=0, description="of the state's matrices; default full")] | None
+    ) = None
+    diagonal: Annotated[bool, Field(description="a low rank is beside a diagonal")] = False
+
+    @classmethod
+    def smallest(cls) -> Self:
+        return cls(width=6)
+
+
 class RNN(Recurrence):
     """``out(h)`` of a recurrent network over each document, by torch's own fused kernels.
 
@@ -122,24 +128,17 @@ class RNN(Recurrence):
     gates: ClassVar[int]
     parts: ClassVar[int]  # vectors of width W that the state holds
 
-    def __init__(
-        self,
-        d_model: int,
-        width: int,
-        linear: LinearFactory,
-        rank: int | None = None,
-        diagonal: bool = False,
-    ):
-        super().__init__()
-        self.width, self.size, self.rank = width, self.parts * width, rank
-        rows = self.gates * width
+    def __init__(self, config: RNNConfig, d_model: int, linear: LinearFactory):
+        width, rank = config.width or d_model, config.rank
+        super().__init__(width, self.parts * width, wide=False)  # as torch's kernels move it
+        self.rank, rows = rank, self.gates * width
         self.weight_ih = nn.Parameter(torch.empty(rows, d_model))
         if rank is None:
             self.weight_hh = nn.Parameter(torch.empty(rows, width))
         else:
             self.low = nn.Parameter(torch.empty(self.gates, rank, width))  # R
             self.high = nn.Parameter(torch.empty(self.gates, width, rank))  # L
-        kept = rank is not None and diagonal
+        kept = rank is not None and config.diagonal
         self.diagonal = nn.Parameter(torch.empty(self.gates, width)) if kept else None
         self.bias_ih = nn.Parameter(torch.empty(rows))
         self.bias_hh = nn.Parameter(torch.empty(rows))
@@ -167,9 +166,6 @@ class RNN(Recurrence):
         if self.diagonal is not None:
             product = product + torch.diag_embed(self.diagonal)
         return product.flatten(0, 1)
-
-    def wide(self) -> torch.dtype:
-        return self.weight_ih.dtype  # of torch's kernels
 
     def weights(self) -> list[Tensor]:
         """In the order of torch's kernels."""

@@ -1,4 +1,7 @@
-"""Residual echo state network. R rows of one document, W width."""
+"""Residual echo state network.
+
+R rows of one document, W width.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,9 @@ from mm.registry import MIXERS
 
 
 class EchoState(Cell):
-    """``h_t = alpha O h_{t-1} + beta tanh(W_h h_{t-1} + W_x x_t + b)``, none of which is trained:
-    only ``out`` is. Sequential.
+    """``h_t = alpha O h_{t-1} + beta tanh(W_h h_{t-1} + W_x x_t + b)``. Sequential.
+
+    Only ``out`` is trained.
 
     Source: Pinna et al. 2025, DeepResESN (arXiv:2508.21172); stacking layers is the
     backbone's. The readout is a matrix that is trained like any other here, not a ridge regression.
@@ -31,9 +35,9 @@ class EchoState(Cell):
     bias: Tensor
 
     def __init__(self, d_model: int, config: EchoStateConfig, linear: LinearFactory):
-        super().__init__()
+        W = config.width or d_model
+        super().__init__(W, W)
         self.config = config
-        self.width = self.size = W = config.width or d_model
         self.register_buffer("orthogonal", torch.empty(W, W))
         self.register_buffer("recurrent", torch.empty(W, W))
         self.register_buffer("inner", torch.empty(W, d_model))
@@ -56,7 +60,7 @@ class EchoState(Cell):
         self.recurrent.copy_(random * (c.spectral_radius / float(largest)))
 
     def inputs(self, x_RLD: Tensor) -> Sequence[Tensor]:
-        x = x_RLD.to(self.wide())
+        x = x_RLD.to(self.memory.dtype)
         return (F.linear(x, self.inner.to(x), self.bias.to(x)),)
 
     def step(self, read: Sequence[Tensor], before_RS: Tensor) -> Tensor:

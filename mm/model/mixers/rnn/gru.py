@@ -1,23 +1,25 @@
-"""Gated recurrent unit. R rows of one document, L their length, W width."""
+"""Gated recurrent unit.
+
+R rows of one document, L their length, W width.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from mm.config import Config
 from mm.model.layer import LinearFactory
 from mm.model.linears.dense import dense
-from mm.model.mixers.rnn.base import RNN
+from mm.model.mixers.rnn.base import RNN, RNNConfig
 from mm.registry import MIXERS
 
 
 class GRU(RNN):
-    """``h_t = (1 - z) * n + z * h_{t-1}``, ``n = tanh(W x + b + r * (U h_{t-1} + d))``, ``r, z``
-    sigmoid gates of both. Sequential.
+    """``h_t = (1 - z) * n + z * h_{t-1}``, ``n = tanh(W x + b + r * (U h_{t-1} + d))``. Sequential.
+
+    ``r, z`` are sigmoid gates of both.
 
     Source: Cho et al. 2014 (arXiv:1406.1078), eq. 5-8, in the form that resets after the product,
     as `torch.nn.GRU` and cuDNN do (there z and 1 - z are swapped).
@@ -36,19 +38,10 @@ class GRU(RNN):
 
 
 @MIXERS.register("gru")
-class GRUConfig(Config):
+class GRUConfig(RNNConfig):
     """Gated recurrent unit, sequential in time."""
 
     kind: Literal["gru"] = "gru"
-    width: Annotated[int, Field(gt=0, description="default d_model")] | None = None
-    rank: (
-        Annotated[int, Field(gt=0, description="of the state's matrices; default full")] | None
-    ) = None
-    diagonal: Annotated[bool, Field(description="a low rank is beside a diagonal")] = False
 
     def build(self, d_model: int, linear: LinearFactory = dense) -> GRU:
-        return GRU(d_model, self.width or d_model, linear, self.rank, self.diagonal)
-
-    @classmethod
-    def smallest(cls) -> GRUConfig:
-        return cls(width=6)
+        return GRU(self, d_model, linear)

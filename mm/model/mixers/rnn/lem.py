@@ -1,4 +1,7 @@
-"""Long expressive memory. R rows of one document, W width."""
+"""Long expressive memory.
+
+R rows of one document, W width.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,18 @@ from mm.registry import MIXERS
 
 
 class LEM(Cell):
-    """``z_t = (1 - d) z_{t-1} + d tanh(W_z y_{t-1} + V_z x_t)``, ``y_t = (1 - e) y_{t-1} + e
-    tanh(W_y z_t + V_y x_t)`` with learned time steps ``d, e = step * sigmoid(W y_{t-1} + V x_t)``;
-    all with biases. Sequential. State: y, z.
+    """Two coupled states with learned time steps. Sequential.
+
+    ``z_t = (1 - d) z_{t-1} + d tanh(W_z y_{t-1} + V_z x_t)``, ``y_t = (1 - e) y_{t-1} + e tanh(W_y
+    z_t + V_y x_t)`` with ``d, e = step * sigmoid(W y_{t-1} + V x_t)``; all with biases. State: y,
+    z.
 
     Source: Rusch et al. 2022 (arXiv:2110.04744), section 2, the discretised form.
     """
 
     def __init__(self, d_model: int, width: int, dt: float, linear: LinearFactory):
-        super().__init__()
-        self.width, self.size, self.dt = width, 2 * width, dt
+        super().__init__(width, 2 * width)
+        self.dt = dt
         self.inner = linear(d_model, 4 * width, "inner")  # d, e, z, y
         self.bias = nn.Parameter(torch.empty(4 * width))
         self.from_y = nn.Parameter(torch.empty(3 * width, width))
@@ -41,7 +46,7 @@ class LEM(Cell):
         nn.init.uniform_(self.from_z, -bound, bound)
 
     def inputs(self, x_RLD: Tensor) -> Sequence[Tensor]:
-        u = self.inner(x_RLD).to(self.wide())
+        u = self.inner(x_RLD).to(self.memory.dtype)
         return (u + self.bias.to(u)).split((3 * self.width, self.width), -1)
 
     def step(self, read: Sequence[Tensor], before_RS: Tensor) -> Tensor:

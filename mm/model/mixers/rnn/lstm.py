@@ -1,25 +1,27 @@
-"""Long short-term memory. R rows of one document, L their length, W width."""
+"""Long short-term memory.
+
+R rows of one document, L their length, W width.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
-from mm.config import Config
 from mm.kernels.linear_scan import linear_scan
 from mm.model.layer import LinearFactory
 from mm.model.linears.dense import dense
-from mm.model.mixers.rnn.base import RNN
+from mm.model.mixers.rnn.base import RNN, RNNConfig
 from mm.registry import MIXERS
 
 
 class LSTM(RNN):
-    """``c_t = f * c_{t-1} + i * g``, ``h_t = o * tanh(c_t)``, gates of ``x_t`` and ``h_{t-1}``.
-    Sequential.
+    """``c_t = f * c_{t-1} + i * g``, ``h_t = o * tanh(c_t)``. Sequential.
+
+    All gates read ``x_t`` and ``h_{t-1}``.
 
     Source: Hochreiter & Schmidhuber 1997 (Neural Computation 9:1735) with the forget gate of Gers
     et al. 2000 (Neural Computation 12:2451), whose bias begins at 1 (Jozefowicz et al. 2015).
@@ -58,19 +60,10 @@ class LSTM(RNN):
 
 
 @MIXERS.register("lstm")
-class LSTMConfig(Config):
+class LSTMConfig(RNNConfig):
     """Long short-term memory, sequential in time."""
 
     kind: Literal["lstm"] = "lstm"
-    width: Annotated[int, Field(gt=0, description="default d_model")] | None = None
-    rank: (
-        Annotated[int, Field(gt=0, description="of the state's matrices; default full")] | None
-    ) = None
-    diagonal: Annotated[bool, Field(description="a low rank is beside a diagonal")] = False
 
     def build(self, d_model: int, linear: LinearFactory = dense) -> LSTM:
-        return LSTM(d_model, self.width or d_model, linear, self.rank, self.diagonal)
-
-    @classmethod
-    def smallest(cls) -> LSTMConfig:
-        return cls(width=6)
+        return LSTM(self, d_model, linear)

@@ -1,5 +1,6 @@
-"""Structurally constrained recurrent network. R rows of one document, L their length, W hidden
-units, C context units.
+"""Structurally constrained recurrent network.
+
+R rows of one document, L their length, W hidden units, C context units.
 """
 
 from __future__ import annotations
@@ -19,30 +20,24 @@ from mm.registry import MIXERS
 
 
 class SCRN(Recurrence):
-    """``s_t = (1 - a) B x_t + a s_{t-1}``, ``h_t = sigmoid(P s_t + A x_t + R h_{t-1})``, output
-    ``U h_t + V s_t``. Sequential.
+    """A simple recurrent network beside slow linear units. Sequential.
+
+    ``s_t = (1 - a) B x_t + a s_{t-1}``, ``h_t = sigmoid(P s_t + A x_t + R h_{t-1})``, output ``U
+    h_t + V s_t``.
 
     Source: Mikolov et al. 2015 (arXiv:1412.7753), section 3; a by unit: its adaptive form.
     """
 
     overwrites = True
 
-    def __init__(
-        self,
-        d_model: int,
-        width: int,
-        context: int,
-        decay: float,
-        adaptive: bool,
-        linear: LinearFactory,
-    ):
-        super().__init__()
-        self.units, self.context, self.decay = width, context, decay
-        self.width = self.size = width + context
+    def __init__(self, config: SCRNConfig, d_model: int, linear: LinearFactory):
+        width, context = config.width or d_model, config.context
+        super().__init__(width + context, width + context)
+        self.units, self.context, self.decay = width, context, config.decay
         self.slow = linear(d_model, context, "slow")  # B
         self.weight_ih = nn.Parameter(torch.empty(width, context + d_model))  # P, A
         self.weight_hh = nn.Parameter(torch.empty(width, width))  # R
-        self.rate = nn.Parameter(torch.empty(context)) if adaptive else None
+        self.rate = nn.Parameter(torch.empty(context)) if config.adaptive else None
         self.out = linear(self.width, d_model, "out")  # U, V
 
     def init_weights(self) -> None:
@@ -54,7 +49,7 @@ class SCRN(Recurrence):
 
     def states(self, x_RLD: Tensor, before_RS: Tensor) -> tuple[Tensor, Tensor]:
         h, s = before_RS.split((self.units, self.context), -1)
-        u = self.slow(x_RLD).to(self.wide())
+        u = self.slow(x_RLD).to(self.memory.dtype)
         a = u.new_full((), self.decay) if self.rate is None else self.rate.to(u).sigmoid()
         slow, _ = linear_scan(a.expand_as(u), (1 - a) * u, None, s.contiguous())
         slow = slow.to(u)
@@ -81,14 +76,7 @@ class SCRNConfig(Config):
     adaptive: Annotated[bool, Field(description="learn the decay of each slow unit")] = False
 
     def build(self, d_model: int, linear: LinearFactory = dense) -> SCRN:
-        return SCRN(
-            d_model,
-            self.width or d_model,
-            self.context,
-            self.decay,
-            self.adaptive,
-            linear,
-        )
+        return SCRN(self, d_model, linear)
 
     @classmethod
     def smallest(cls) -> SCRNConfig:

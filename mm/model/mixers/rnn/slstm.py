@@ -1,5 +1,6 @@
-"""sLSTM: a scalar LSTM with exponential gates. R rows of one document, L their length, W width, H
-heads, K their width.
+"""sLSTM: a scalar LSTM with exponential gates.
+
+R rows of one document, L their length, W width, H heads, K their width.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ EPS = 1e-6  # of the norm
 
 
 class SLSTM(Cell):
-    """``c_t = f c_{t-1} + i z``, ``n_t = f n_{t-1} + i``, ``h_t = o c_t / n_t``, ``i = e^{~i}``,
-    ``f = sigmoid(~f)``, ``z = tanh(~z)``, ``o = sigmoid(~o)``; each ``~`` reads ``x_t`` and, within
-    its head, ``h_{t-1}``. Then a layer norm by head. Sequential.
+    """A scalar LSTM with exponential gates, mixed within heads. Sequential.
+
+    ``c_t = f c_{t-1} + i z``, ``n_t = f n_{t-1} + i``, ``h_t = o c_t / n_t``, ``i = e^{~i}``, ``f =
+    sigmoid(~f)``, ``z = tanh(~z)``, ``o = sigmoid(~o)``; each ``~`` reads ``x_t`` and, within its
+    head, ``h_{t-1}``. Then a layer norm by head.
 
     c and n are kept divided by ``exp(m_t)``, ``m_t = max(log f + m_{t-1}, ~i)``; h does not depend
     on m, so no gradient is lost with it. State: h, c, n, m.
@@ -33,8 +36,8 @@ class SLSTM(Cell):
     """
 
     def __init__(self, d_model: int, width: int, heads: int, linear: LinearFactory):
-        super().__init__()
-        self.width, self.heads, self.size = width, heads, 4 * width
+        super().__init__(width, 4 * width)
+        self.heads = heads
         K = width // heads
         self.gates = linear(d_model, 4 * width, "gates")
         self.recurrent = nn.Parameter(torch.empty(heads, K, 4 * K))
@@ -53,7 +56,7 @@ class SLSTM(Cell):
 
     def inputs(self, x_RLD: Tensor) -> Sequence[Tensor]:
         (R, L), K = x_RLD.shape[:2], self.width // self.heads
-        gates = self.gates(x_RLD).to(self.wide()).view(R, L, self.heads, 4, K)
+        gates = self.gates(x_RLD).to(self.memory.dtype).view(R, L, self.heads, 4, K)
         return (gates + self.bias.to(gates),)
 
     def step(self, read: Sequence[Tensor], before_RS: Tensor) -> Tensor:

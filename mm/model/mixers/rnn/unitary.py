@@ -1,5 +1,6 @@
-"""Unitary recurrent network. R rows of one document, L their length, H heads, K their width, C
-places of a chunk.
+"""Unitary recurrent network.
+
+R rows of one document, L their length, H heads, K their width, C positions of a chunk.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from mm.registry import MIXERS
 
 
 class Unitary(Recurrence):
-    """``s_t = Q(x_t) s_{t-1}`` in each head, ``Q = expm(A - A^T)`` a rotation that the token
-    chooses, ``s_0`` the first unit vector; no non-linearity, so nothing is ever forgotten.
+    """``s_t = Q(x_t) s_{t-1}`` in each head, with a rotation Q that the token chooses.
 
-    Products of rotations are associative: chunks of about sqrt(L) places run beside one another.
+    ``Q = expm(A - A^T)``, ``s_0`` the first unit vector; no non-linearity, so nothing is ever
+    forgotten.
+
+    Products of rotations are associative: chunks of about sqrt(L) positions run beside one another.
     The State holds ``s - s_0``, so that a fresh slot is zeros.
 
     Source: Bernardy & Lappin 2022 (arXiv:2208.05719), the unitary-evolution recurrent
@@ -34,9 +37,8 @@ class Unitary(Recurrence):
     caps = replace(Recurrence.caps, sequential=False)
 
     def __init__(self, d_model: int, heads: int, head_dim: int, linear: LinearFactory):
-        super().__init__()
+        super().__init__(heads * head_dim, heads * head_dim)
         self.heads, self.head_dim = heads, head_dim
-        self.width = self.size = heads * head_dim
         self.angles = linear(d_model, heads * head_dim * (head_dim - 1) // 2, "angles")
         self.out = linear(self.width, d_model, "out")
 
@@ -46,7 +48,7 @@ class Unitary(Recurrence):
         above = torch.triu_indices(K, K, 1, device=x_RLD.device)
         number = torch.zeros(K, K, dtype=torch.long, device=x_RLD.device)
         number[above[0], above[1]] = torch.arange(above.shape[1], device=x_RLD.device)
-        angles = self.angles(x_RLD).to(self.wide()).unflatten(-1, (self.heads, -1))
+        angles = self.angles(x_RLD).to(self.memory.dtype).unflatten(-1, (self.heads, -1))
         upper = angles[..., number] * torch.ones_like(angles[0, 0, 0, 0]).expand(K, K).triu(1)
         return torch.matrix_exp(upper - upper.transpose(-1, -2))
 

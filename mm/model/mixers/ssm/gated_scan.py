@@ -1,5 +1,6 @@
-"""Diagonal recurrences whose gates read the token only. B rows, T tokens, D model, W width, N
-slots.
+"""Diagonal recurrences whose gates read the token only.
+
+B rows, T tokens, D model, W width, N slots.
 
 One layer, many papers: `configs/mixer/{min_gru,min_lstm,hgrn,gateloop}.yaml` are its presets.
 """
@@ -22,7 +23,7 @@ from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out, Provider
 from mm.model.linears.dense import dense
 from mm.model.mixers.linear_attention.lower_bounds import shared_bound, shared_bounds
-from mm.model.mixers.ssm.scan import Hidden, scanned
+from mm.model.mixers.ssm.scan import DiagonalScan
 from mm.model.norm import RMSNorm
 from mm.registry import MIXERS
 from mm.state import State
@@ -80,7 +81,8 @@ class GatedScan(Mixer):
         width = config.width or d_model
         self.config, self.width = config, width
         self.complex = config.phase != "none"
-        self.nothing = -torch.inf if config.log_space else 0.0
+        nothing = -torch.inf if config.log_space else 0.0
+        self.scan = DiagonalScan(width * (2 if self.complex else 1), nothing)
         values = 2 if config.complex_values else 1
         self.gates = 2 if config.gate == "normalised" else 1
         sizes = {
@@ -110,8 +112,8 @@ class GatedScan(Mixer):
             if self.bound is not None and isinstance(c.lower_bound, float):
                 self.bound.fill_(torch.logit(torch.tensor(c.lower_bound)).item())
             if self.theta is not None:
-                places = torch.arange(self.width) / self.width
-                self.theta.copy_(10000.0**-places)  # as rotary positions
+                channel = torch.arange(self.width) / self.width
+                self.theta.copy_(10000.0**-channel)  # as rotary positions
 
     def provider(self) -> tuple[str, Callable[[int], Provider]] | None:
         return shared_bounds(self.width) if self.config.lower_bound == "shared" else None
@@ -175,7 +177,7 @@ class GatedScan(Mixer):
             a = torch.cat((a * phase.cos(), a * phase.sin()), -1)
             if b.shape[-1] < a.shape[-1]:
                 b = torch.cat((b, torch.zeros_like(b)), -1)
-        h, after = scanned(scan, a, b, ctx, state, self.nothing)
+        h, after = self.scan(scan, a, b, ctx, state)
         if cfg.log_space:
             h = h.exp()
         if self.complex and not cfg.complex_values:
@@ -188,17 +190,6 @@ class GatedScan(Mixer):
         if self.norm is not None:
             y = self.norm(y)
         return Out(self.out(y, ctx), after)
-
-    def _state_width(self) -> int:
-        return self.width * (2 if self.complex else 1)
-
-    def initial_state(self, n: int, max_len: int) -> Hidden:
-        like = self.gate_bias.detach()
-        wide = torch.promote_types(like.dtype, torch.float32)
-        return Hidden(like.new_full((n, self._state_width()), self.nothing, dtype=wide))
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return n * self._state_width() * max(self.gate_bias.element_size(), 4)
 
 
 @MIXERS.register("gated_scan")

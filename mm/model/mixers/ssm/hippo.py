@@ -1,5 +1,6 @@
-"""Linear memory in orthogonal polynomials: LSSL and the Legendre memory unit. B rows, T tokens, D
-model, E channels, N states of each, M readouts.
+"""Linear memory in orthogonal polynomials: LSSL and the Legendre memory unit.
+
+B rows, T tokens, D model, E channels, N states of each, M readouts.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.model.context import Ctx
-from mm.model.layer import LinearFactory, Out
+from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.ssm.dense import DenseMemory
-from mm.model.mixers.ssm.hippo_matrices import Discretisation, Measure, discretised, hippo
+from mm.model.mixers.ssm.hippo_matrices import Discretisation, Measure, discretise, hippo
 from mm.registry import MIXERS
 from mm.state import State
 
 
-class HiPPOMemory(DenseMemory):
+class HiPPOMemory(Mixer):
     """``out(gelu(C h)) + d * x`` with ``h' = A h + B u``, A and B those of a HiPPO measure.
 
     With ``trainable`` A is learned, one for all channels, as ``-P (D + T^-1) Q`` with diagonal P, D
@@ -38,10 +39,12 @@ class HiPPOMemory(DenseMemory):
     & Eliasmith 2021 (arXiv:2102.11417), eq. 18-20.
     """
 
+    caps = Caps(causal=True, step=True, shard="carry")
+
     def __init__(self, config: HiPPOConfig, d_model: int, linear: LinearFactory):
-        channels = config.width or d_model
-        super().__init__(channels, config.states)
-        self.config = config
+        super().__init__()
+        self.config, channels = config, config.width or d_model
+        self.memory = DenseMemory(channels, config.states)
         self.inner = linear(d_model, channels, "inner") if config.width else None
         reads = config.states if config.window else config.readouts
         self.out = linear(channels * reads, d_model, "out")
@@ -87,15 +90,15 @@ class HiPPOMemory(DenseMemory):
             a = self.transition(wide)
         if c.window is not None:
             step = torch.full((1,), 1 / c.window, dtype=wide, device=a.device)
-            return *discretised(a, b, step, c.discretisation), torch.eye(
+            return *discretise(a, b, step, c.discretisation), torch.eye(
                 c.states, dtype=wide, device=a.device
             )[None]
         step = self.log_step.to(wide).exp()
-        return *discretised(a, b, step, c.discretisation), self.readout.to(wide)
+        return *discretise(a, b, step, c.discretisation), self.readout.to(wide)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         u = self.inner(x_BTD, ctx) if self.inner is not None else x_BTD
-        y, after = self.remembered(u, *self.matrices(), ctx, state)
+        y, after = self.memory(u, *self.matrices(), ctx, state)
         y = F.gelu(y.flatten(2).to(x_BTD.dtype))
         return Out(self.out(y, ctx) + self.skip * x_BTD, after)
 

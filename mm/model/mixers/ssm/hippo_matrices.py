@@ -1,4 +1,7 @@
-"""HiPPO matrices and how a state space becomes a recurrence. N states, D channels."""
+"""HiPPO matrices and how a state space becomes a recurrence.
+
+N states, D channels.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +77,7 @@ def nplr_legs(n: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def discretised(
+def discretise(
     a: Tensor, b: Tensor, dt: Tensor, how: Discretisation = "bilinear"
 ) -> tuple[Tensor, Tensor]:
     """Matrices of ``h_t = A h_{t-1} + B u_t`` from ``h' = a h + b u`` over steps ``dt``.

@@ -1,4 +1,7 @@
-"""A gated cell with a polynomial memory of its past. R rows of one document, W width, N states."""
+"""A gated cell with a polynomial memory of its past.
+
+R rows of one document, W width, N states.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,11 @@ from mm.registry import MIXERS
 
 
 class HiPPORNN(Cell):
-    """``h_t = (1 - g) h_{t-1} + g tanh(u)``, where gate and update read ``x_t``, ``h_{t-1}`` and
-    the memory ``c_{t-1}``; ``f_t = w . h_t + b``; ``c_t = A_t c_{t-1} + B_t f_t`` with the
-    bilinear HiPPO-LegS matrices at step 1 / t. Sequential.
+    """A gated recurrent cell that reads the polynomial memory of its own past. Sequential.
+
+    ``h_t = (1 - g) h_{t-1} + g tanh(u)``, where gate and update read ``x_t``, ``h_{t-1}`` and the
+    memory ``c_{t-1}``; ``f_t = w . h_t + b``; ``c_t = A_t c_{t-1} + B_t f_t`` with the bilinear
+    HiPPO-LegS matrices at step 1 / t.
 
     c holds the coefficients of the best polynomial for f over all of the document, whatever its
     length, so gradients to the past fade like 1 / t. State: h, c, t.
@@ -30,8 +35,8 @@ class HiPPORNN(Cell):
     """
 
     def __init__(self, d_model: int, width: int, states: int, linear: LinearFactory):
-        super().__init__()
-        self.width, self.orders, self.size = width, states, width + states + 1
+        super().__init__(width, width + states + 1)
+        self.orders = states
         self.inner = linear(d_model, 2 * width, "inner")  # gate, update
         self.bias = nn.Parameter(torch.empty(2 * width))
         self.recurrent = nn.Parameter(torch.empty(2 * width, width + states))
@@ -47,7 +52,7 @@ class HiPPORNN(Cell):
         nn.init.normal_(self.signal, std=self.width**-0.5)
 
     def inputs(self, x_RLD: Tensor) -> Sequence[Tensor]:
-        u = self.inner(x_RLD).to(self.wide())
+        u = self.inner(x_RLD).to(self.memory.dtype)
         return (u + self.bias.to(u),)
 
     def step(self, read: Sequence[Tensor], before_RS: Tensor) -> Tensor:

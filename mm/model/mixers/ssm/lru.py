@@ -1,4 +1,7 @@
-"""Linear recurrent unit. B rows, T tokens, D model, W complex channels, N slots."""
+"""Linear recurrent unit.
+
+B rows, T tokens, D model, W complex channels.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from mm.kernels.complex_scan import complex_scan
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
-from mm.model.mixers.ssm.scan import Hidden, scanned
+from mm.model.mixers.ssm.scan import DiagonalScan
 from mm.registry import MIXERS
 from mm.state import State
 
@@ -31,39 +34,32 @@ class LRU(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(
-        self,
-        d_model: int,
-        width: int,
-        ring: tuple[float, float],
-        max_phase: float,
-        linear: LinearFactory,
-    ):
+    def __init__(self, config: LRUConfig, d_model: int, linear: LinearFactory):
         super().__init__()
-        self.width, self.ring, self.max_phase = width, ring, max_phase
+        self.config = config
+        self.width = width = config.width or d_model
         # Complex matrices as real ones: B makes both parts, C reads both (its sign is in the
         # weight).
         self.inner = linear(d_model, 2 * width, "inner")
         self.out = linear(2 * width, d_model, "out")
+        self.scan = DiagonalScan(2 * width)
         self.nu = nn.Parameter(torch.empty(width))
         self.theta = nn.Parameter(torch.empty(width))
         self.gamma = nn.Parameter(torch.empty(width))  # its logarithm
         self.skip = nn.Parameter(torch.empty(d_model))
 
     def init_weights(self) -> None:
-        low, high = self.ring
+        low, high = self.config.r_min, self.config.r_max
         with torch.no_grad():
             # Uniform on the ring's area: |lambda|^2 is uniform.
             u = torch.empty_like(self.nu, dtype=torch.float32).uniform_(1e-4, 1 - 1e-4)
             nu = -0.5 * (u * (high**2 - low**2) + low**2).log()
             self.nu.copy_(nu.log())
             self.gamma.copy_(0.5 * (-torch.expm1(-2 * nu)).log())
-            phase = torch.empty_like(u).uniform_(1e-4, 1.0) * self.max_phase
+            phase = torch.empty_like(u).uniform_(1e-4, 1.0) * self.config.max_phase
             self.theta.copy_(phase.log())
         nn.init.normal_(self.skip)
-        rescale = getattr(self.inner, "rescale", None)
-        if callable(rescale):
-            rescale(0.5**0.5)  # variance 1 / (2 D) for each part
+        self.inner.rescale(0.5**0.5)  # variance 1 / (2 D) for each part
 
     def eigenvalues(self) -> Tensor:
         """Lambda as `(2W,)`: real parts, then imaginary ones; float32 or wider."""
@@ -75,15 +71,8 @@ class LRU(Mixer):
         u = self.inner(x_BTD, ctx)
         a = self.eigenvalues()
         b = u.to(a.dtype) * self.gamma.to(a.dtype).exp().repeat(2)
-        h, after = scanned(complex_scan, a, b, ctx, state)
+        h, after = self.scan(complex_scan, a, b, ctx, state)
         return Out(self.out(h.to(x_BTD.dtype), ctx) + self.skip * x_BTD, after)
-
-    def initial_state(self, n: int, max_len: int) -> Hidden:
-        wide = torch.promote_types(self.nu.dtype, torch.float32)
-        return Hidden(self.nu.detach().new_zeros(n, 2 * self.width, dtype=wide))
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return n * 2 * self.width * max(self.nu.element_size(), 4)
 
 
 @MIXERS.register("lru")
@@ -107,9 +96,7 @@ class LRUConfig(Config):
         return self
 
     def build(self, d_model: int, linear: LinearFactory = dense) -> LRU:
-        ring = (self.r_min, self.r_max)
-        width = self.width or d_model
-        return LRU(d_model, width, ring, self.max_phase, linear)
+        return LRU(self, d_model, linear)
 
     @classmethod
     def smallest(cls) -> LRUConfig:

@@ -1,5 +1,7 @@
-"""Linear recurrence over the cells of a grid. G grids of Y rows and X columns, N = Y X cells, B
-rows, T tokens, D model, H heads, K head width, R rows of one document, L tokens.
+"""Linear recurrence over the cells of a grid.
+
+G grids of Y rows and X columns, N = Y X cells, B rows, T tokens, D model, H heads, K head width, R
+rows of one document, L tokens.
 """
 
 from __future__ import annotations
@@ -13,21 +15,20 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.kernels.linear_scan import linear_scan
-from mm.layout import Layout
 from mm.model.context import Ctx
-from mm.model.layer import LinearFactory, Out
+from mm.model.layer import LinearFactory
 from mm.model.linears.dense import dense
-from mm.model.mixers.encoder_only.base import BothWays, valid_of
+from mm.model.mixers.encoder_only.base import valid_of
+from mm.model.mixers.encoder_only.grid import GridMixer
 from mm.model.mixers.ssm.plstm_blocks import gating_in_blocks
 from mm.model.norm import RMSNorm
-from mm.model.varlen import PackedRows
 from mm.registry import MIXERS
-from mm.state import State
 
 
 class Gates(NamedTuple):
-    """Of every cell, `(B, Y, X)` each: a cell has edges in from its left and from above, edges out
-    to its right and downwards.
+    """Gates of every cell, `(B, Y, X)` each.
+
+    A cell has edges in from its left and from above, edges out to its right and downwards.
     """
 
     source_right: Tensor
@@ -47,8 +48,9 @@ def _before(x: Tensor, dim: int) -> Tensor:
 
 
 def gating(g: Gates) -> Tensor:
-    """`(B, Y, X, N)`: how much of what each cell puts into the grid each cell reads, over all paths
-    that go right and down.
+    """How much of what each cell puts into the grid each cell reads: `(B, Y, X, N)`.
+
+    Over all paths that go right and down.
 
     ``right = left_right * left + above_right * above + source_right`` and so ``down``, where left
     and above are the edges out of the neighbours; read are ``mark_left * left + mark_above *
@@ -78,49 +80,16 @@ def gating(g: Gates) -> Tensor:
     return wide(g.mark_left) * left + wide(g.mark_above) * above
 
 
-def gating_by_rows(g: Gates) -> Tensor:
-    """`gating` as it is defined: a scan a row, rows one after another; the reference."""
-    B, Y, X = g.mark_left.shape
-    cells = torch.eye(Y * X, dtype=g.mark_left.dtype, device=g.mark_left.device).view(Y, X, -1)
-    wide = lambda t: t[..., None]
-    g = g._replace(left_down=torch.zeros_like(g.mark_left) if g.left_down is None else g.left_down)
-    above, read = cells.new_zeros(B, X, Y * X), []
-    rows = zip(*(wide(t).unbind(1) for t in g), cells.unbind(0), strict=True)
-    for s_right, s_down, across, turn_right, turn_down, through, m_left, m_above, own in rows:
-        into = turn_right * above + s_right * own
-        right, _ = linear_scan(across.expand_as(into), into)
-        left = _before(right, 1)
-        read.append(m_left * left + m_above * above)
-        above = turn_down * left + through * above + s_down * own
-    return torch.stack(read, 1)
+class PLSTM(GridMixer):
+    """``y_i = sum_j G_ij (q_i . k_j) v_j`` with a matrix G of gated paths through a grid.
 
-
-def grid_places(layout: Layout) -> list[tuple[int, int, Tensor]]:
-    """Rows, columns and flat places `(G, Y X)` of every kind of grid; of grids with more axes, each
-    slice along the first ones is a grid.
-    """
-    return [
-        (shape[-2], shape[-1], index.long().reshape(-1, shape[-2] * shape[-1]))
-        for shape, index in layout.grids.items()
-    ]
-
-
-def in_grids(layout: Layout, device: torch.device) -> Tensor:
-    """`(B, T)` bool: a cell of some grid."""
-    inside = torch.zeros(layout.shape, dtype=torch.bool, device=device).flatten()
-    for _, _, index in grid_places(layout):
-        inside = inside.index_fill(0, index.flatten(), True)
-    return inside.view(layout.shape)
-
-
-class PLSTM(BothWays):
-    """``y_i = sum_j G_ij (q_i . k_j) v_j``: G sums, over the four directions of a grid, the
-    products of gates along every path from cell j to cell i (`gating`).
+    G sums, over the four directions of a grid, the products of gates along every path from cell j
+    to cell i (`gating`).
 
     Propagation (P): what enters a cell leaves in shares ``t a`` to the right and ``t (1 - a)``
     downwards, so nothing grows and some direction keeps its strength. Diffusion (D): paths go
-    down, then right, all gates are free. Cells are those of `Layout.grids`; the other places of a
-    document are one line, in the order of time. G is built in log steps.
+    down, then right, all gates are free. Cells are those of `Layout.grids`; the other positions of
+    a document are one line, in the order of time. G is built in log steps.
 
     Source: Pöppel et al. 2025 (arXiv:2506.11997), its P-mode and D-mode.
     """
@@ -153,25 +122,20 @@ class PLSTM(BothWays):
             else:
                 by_gate[2:5] = 3.0
 
-    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        out = super().forward(x_BTD, ctx, state)
-        flat, y = x_BTD.flatten(0, 1), out.y.flatten(0, 1)
-        for Y, X, index in grid_places(ctx.layout):
-            cells = flat[index]
-            mixed = self._mixed(cells, Y, X, None, None, ctx)
-            y = y.index_copy(0, index.flatten(), mixed.flatten(0, 1).to(y.dtype))
-        return Out(y.view_as(out.y))
+    def mix_grid(self, cells_GND: Tensor, Y: int, X: int, ctx: Ctx) -> Tensor:
+        return self._mixed(cells_GND, Y, X, None, None, ctx)
 
-    def mix(self, x_RLD: Tensor, length_R: Tensor, ctx: Ctx) -> Tensor:
+    def mix_line(self, x_RLD: Tensor, length_R: Tensor, passed_RL: Tensor, ctx: Ctx) -> Tensor:
         L = x_RLD.shape[1]
-        passed = PackedRows.of(ctx.layout, 0).unpack(in_grids(ctx.layout, x_RLD.device))
-        return self._mixed(x_RLD, 1, L, valid_of(length_R, L) & ~passed, passed, ctx)
+        return self._mixed(x_RLD, 1, L, valid_of(length_R, L) & ~passed_RL, passed_RL, ctx)
 
     def _mixed(
         self, x: Tensor, Y: int, X: int, real: Tensor | None, passed: Tensor | None, ctx: Ctx
     ) -> Tensor:
-        """`(G, N, D)` of grids. ``real`` `(G, N)`: cells that put something in; ``passed``: those
-        that a line runs through as if they were not there.
+        """Outputs `(G, N, D)` of grids.
+
+        ``real`` `(G, N)`: cells that put something in; ``passed``: those that a line runs through
+        as if they were not there.
         """
         (G, N), H = x.shape[:2], self.heads
         wide = torch.promote_types(x.dtype, torch.float32)

@@ -1,6 +1,7 @@
-"""pLSTM's gating matrix in log steps: blocks of a grid merge pairwise. B grids, I block rows, J
-block columns; a block has y rows, x columns, E = y + x edges in (left, then top) and out (right,
-then bottom).
+"""pLSTM's gating matrix in log steps: blocks of a grid merge pairwise.
+
+B grids, I block rows, J block columns; a block has y rows, x columns, E = y + x edges in (left,
+then top) and out (right, then bottom).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Blocks(NamedTuple):
     mark: Tensor  # (B, I, J, y, x, E in): from an edge in to a cell
     inside: Tensor  # (B, I, J, y, x, y, x): reader, then source
 
-    def turned(self) -> Blocks:
+    def transpose(self) -> Blocks:
         """Rows as columns."""
         y = self.inside.shape[3]
         swap = lambda t, dim: torch.cat(
@@ -33,7 +34,7 @@ class Blocks(NamedTuple):
             self.inside.transpose(1, 2).transpose(3, 4).transpose(5, 6),
         )
 
-    def widened(self) -> Blocks:
+    def merge_right(self) -> Blocks:
         """Each block with its right neighbour as one."""
         y = self.inside.shape[3]
         a, b = (Blocks(*(t[:, :, i::2] for t in self)) for i in (0, 1))
@@ -67,8 +68,10 @@ class Blocks(NamedTuple):
 
 
 def gating_in_blocks(source: Tensor, through: Tensor, mark: Tensor) -> Tensor:
-    """`(B, Y, X, Y X)`: how much of what each cell puts into the grid each cell reads, over all
-    paths that go right and down, in ``log2 X + log2 Y`` merges.
+    """`gating`, `(B, Y, X, Y X)`, in ``log2 X + log2 Y`` merges of blocks.
+
+    How much of what each cell puts into the grid each cell reads, over all paths that go right and
+    down.
 
     Args:
         source: `(B, Y, X, 2)` to the right and down.
@@ -91,7 +94,7 @@ def gating_in_blocks(source: Tensor, through: Tensor, mark: Tensor) -> Tensor:
     )
     while blocks.inside.shape[2] > 1 or blocks.inside.shape[1] > 1:
         if blocks.inside.shape[2] > 1:
-            blocks = blocks.widened()
+            blocks = blocks.merge_right()
         if blocks.inside.shape[1] > 1:
-            blocks = blocks.turned().widened().turned()
+            blocks = blocks.transpose().merge_right().transpose()
     return blocks.inside[:, 0, 0, :Y, :X, :Y, :X].flatten(3)

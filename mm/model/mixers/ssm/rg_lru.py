@@ -1,5 +1,6 @@
-"""Griffin's recurrent block. B rows, T tokens, D model, W recurrent width, N slots, R rows, L their
-length, C conv size.
+"""Griffin's recurrent block.
+
+B rows, T tokens, D model, W recurrent width, N slots, R rows, L their length, C conv size.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""Structured state space (S4). B rows, T tokens, D model, N states of a channel as N / 2 complex
-ones, R rows of one document, L their length.
+"""Structured state space (S4).
+
+B rows, T tokens, D model, N states of a channel as N / 2 complex ones, R rows of one document, L
+their length.
 """
 
 from __future__ import annotations
@@ -14,11 +16,10 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.model.context import Ctx
-from mm.model.layer import LinearFactory, Out
+from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.ssm.dense import DenseMemory
 from mm.model.mixers.ssm.hippo_matrices import nplr_legs
-from mm.model.mixers.ssm.scan import Hidden, advanced, commit
 from mm.model.varlen import PackedRows
 from mm.registry import MIXERS
 from mm.state import State
@@ -27,8 +28,10 @@ STEPS = 16  # tokens of a call up to which stepping is cheaper than powers of a 
 
 
 class NplrStep(NamedTuple):
-    """``h' = (I - dt / 2 A)^{-1} ((I + dt / 2 A) h + dt B u)`` for ``A = diag(rate) - P P^*``,
-    without a matrix: Woodbury's identity inverts it, and both factors are diagonal plus rank one.
+    """One bilinear step of ``h' = A h + B u`` for ``A = diag(rate) - P P^*``, without a matrix.
+
+    ``h' = (I - dt / 2 A)^{-1} ((I + dt / 2 A) h + dt B u)``: Woodbury's identity inverts it, and
+    both factors are diagonal plus rank one.
 
     Source: Gu et al. 2021 (arXiv:2111.00396), appendix C.2 (the recurrence in O(N)).
     """
@@ -42,8 +45,9 @@ class NplrStep(NamedTuple):
     room: Tensor  # (D, 1) Woodbury's denominator
 
     def after(self, h: Tensor, u: Tensor) -> Tensor:
-        """`(..., D, N / 2)` complex states after one token. ``h`` `(..., D or 1, N / 2)`; ``u``
-        `(..., D or 1)` real.
+        """Complex states `(..., D, N / 2)` after one token.
+
+        ``h`` `(..., D or 1, N / 2)`; ``u`` `(..., D or 1)` real.
         """
         # A conjugate pair reads P^* h + its conjugate: twice the real part.
         seen = lambda x: 2 * (self.p.conj() * x).real.sum(-1, keepdim=True)
@@ -53,7 +57,7 @@ class NplrStep(NamedTuple):
         return self.inverse * (ahead - back)
 
 
-class S4(DenseMemory):
+class S4(Mixer):
     """``out(gelu(y))`` with ``y = C h + d * x`` and ``h' = (diag(l) - P P^*) h + B x``, bilinear.
 
     l, P and B begin as those of HiPPO-LegS; all are learned by channel, and the real parts of l
@@ -66,11 +70,12 @@ class S4(DenseMemory):
     ``- P Q^*``: Goel et al. 2022 (arXiv:2202.09729), section 4.1.
     """
 
-    def __init__(
-        self, d_model: int, states: int, steps: tuple[float, float], linear: LinearFactory
-    ):
-        super().__init__(d_model, states)
-        self.steps, half = steps, states // 2
+    caps = Caps(causal=True, step=True, shard="carry")
+
+    def __init__(self, config: S4Config, d_model: int, linear: LinearFactory):
+        super().__init__()
+        self.config, self.states, half = config, config.states, config.states // 2
+        self.memory = DenseMemory(d_model, config.states)
         self.log_rate = nn.Parameter(torch.empty(d_model, half))
         self.frequency = nn.Parameter(torch.empty(d_model, half))
         self.low_rank = nn.Parameter(torch.empty(2, d_model, half))  # P, real and imaginary
@@ -87,7 +92,8 @@ class S4(DenseMemory):
             self.frequency.copy_(rate.imag.expand_as(self.frequency))
             for to, value in ((self.low_rank, p), (self.drive, b)):
                 to.copy_(torch.stack((value.real, value.imag))[:, None].expand_as(to))
-            self.log_step.uniform_(math.log(self.steps[0]), math.log(self.steps[1]))
+            low, high = self.config.step_min, self.config.step_max
+            self.log_step.uniform_(math.log(low), math.log(high))
         nn.init.normal_(self.readout, std=0.5**0.5)
         nn.init.normal_(self.skip)
 
@@ -103,8 +109,10 @@ class S4(DenseMemory):
         return NplrStep(rate, p, b, read, half, inverse, room)
 
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Transitions `(D, N, N)`, inputs `(D, N)` and readouts `(D, 1, N)` of the real states
-        ``(Re h, Im h)``: `NplrStep.after` of every unit state and of the input alone.
+        """Transitions `(D, N, N)`, inputs `(D, N)` and readouts `(D, 1, N)` of the real states.
+
+        The real states are ``(Re h, Im h)``: `NplrStep.after` of every unit state and of the input
+        alone.
         """
         system, n = self.system(), self.states // 2
         eye = torch.eye(n, dtype=system.read.dtype, device=system.read.device)
@@ -117,26 +125,26 @@ class S4(DenseMemory):
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         if state is not None and 0 < ctx.layout.max_seqlen <= STEPS:
-            y, after = self._stepped(x_BTD, ctx, commit(state))
+            run = lambda docs, before: self._step_rows(docs, before, x_BTD)
+            y, after = self.memory.advance(run, ctx, state)
         else:
-            y, after = self.remembered(x_BTD, *self.matrices(), ctx, state)
+            y, after = self.memory(x_BTD, *self.matrices(), ctx, state)
             y = y[..., 0]
         y = y.to(x_BTD.dtype) + self.skip * x_BTD
         return Out(self.out(F.gelu(y), ctx), after)
 
-    def _stepped(self, x: Tensor, ctx: Ctx, old: Hidden) -> tuple[Tensor, State]:
-        """Readouts `(B, T, D)` of a few tokens, one after another, and the State after them."""
-        system, docs = self.system(), PackedRows.of(ctx.layout, old.h.shape[0])
-        rows, before = docs.unpack(x).to(system.read.dtype), docs.read(old.h)
-        h = torch.complex(*before.view(-1, self.channels, 2, self.states // 2).unbind(2))
+    def _step_rows(
+        self, docs: PackedRows, before_RDN: Tensor, x_BTD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Readouts `(R, L, D)` of a few tokens, one after another, and each row's last state."""
+        system = self.system()
+        h = torch.complex(*before_RDN.unflatten(-1, (2, -1)).unbind(2))
         states = []
-        for u in rows.unbind(1):
+        for u in docs.unpack(x_BTD).to(system.read.dtype).unbind(1):
             h = system.after(h, u)
             states.append(torch.cat((h.real, h.imag), -1))
         made = torch.stack(states, 1)
-        y = (made * system.read).sum(-1)
-        after = advanced(old, docs, before, made.flatten(2), ctx.draft)
-        return docs.pack(y, *x.shape[:2]), after
+        return (made * system.read).sum(-1), docs.last(made, before_RDN)
 
 
 @MIXERS.register("s4")
@@ -155,8 +163,7 @@ class S4Config(Config):
         return self
 
     def build(self, d_model: int, linear: LinearFactory = dense) -> S4:
-        steps = (self.step_min, self.step_max)
-        return S4(d_model, self.states, steps, linear)
+        return S4(self, d_model, linear)
 
     @classmethod
     def smallest(cls) -> S4Config:

@@ -1,5 +1,7 @@
-"""Diagonal state space model. B rows, T tokens, D model, N complex states a channel, P = 2 parts, R
-rows of one document, L their length.
+"""Diagonal state space model.
+
+B rows, T tokens, D model, N complex states a channel, P = 2 parts, R rows of one document, L their
+length.
 """
 
 from __future__ import annotations
@@ -13,13 +15,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mm.config import Config
-from mm.kernels.complex_scan import complex_scan, multiply
+from mm.kernels.complex_scan import multiply
 from mm.kernels.diagonal_ssm import diagonal_ssm
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
-from mm.model.mixers.ssm.scan import Hidden, advanced, begins, commit
-from mm.model.varlen import PackedRows
+from mm.model.mixers.ssm.scan import RecurrentState, starts
 from mm.registry import MIXERS
 from mm.state import State
 
@@ -61,47 +62,40 @@ class S4D(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(
-        self,
-        d_model: int,
-        states: int,
-        init: Init,
-        discretisation: Literal["zoh", "bilinear"],
-        steps: tuple[float, float],
-        linear: LinearFactory,
-    ):
+    def __init__(self, config: S4DConfig, d_model: int, linear: LinearFactory):
         super().__init__()
-        self.n, self.discretisation, self.steps = states, discretisation, steps
-        self.init: Init = init
+        self.config, states, real = config, config.states, config.init == "real"
         self.log_rate = nn.Parameter(torch.empty(d_model, states))
-        self.frequency = nn.Parameter(torch.empty(d_model, states)) if init != "real" else None
+        self.frequency = None if real else nn.Parameter(torch.empty(d_model, states))
         self.log_step = nn.Parameter(torch.empty(d_model))
-        parts = 1 if init == "real" else 2  # of real states, C's imaginary part reads nothing
+        parts = 1 if real else 2  # of real states, C's imaginary part reads nothing
         self.readout = nn.Parameter(torch.empty(parts, d_model, states))
         self.skip = nn.Parameter(torch.empty(d_model))
         self.out = linear(d_model, d_model, "out")
+        self.memory = RecurrentState(2, d_model, states)
 
     def init_weights(self) -> None:
-        rate, frequency = eigenvalues(self.init, self.n)
+        c = self.config
+        rate, frequency = eigenvalues(c.init, c.states)
         with torch.no_grad():
             self.log_rate.copy_(rate.log().expand_as(self.log_rate))
             if self.frequency is not None:
                 self.frequency.copy_(frequency.expand_as(self.frequency))
-            low, high = self.steps
-            self.log_step.uniform_(math.log(low), math.log(high))
+            self.log_step.uniform_(math.log(c.step_min), math.log(c.step_max))
         # Complex standard normal.
         nn.init.normal_(self.readout, std=self.readout.shape[0] ** -0.5)
         nn.init.normal_(self.skip)
 
     def discrete(self) -> tuple[Tensor, Tensor]:
-        """Decays and readout, each `(2, D, N)` float32 or wider: ``h_t = a h_{t-1} + x_t``, ``y_t =
-        sum Re(c h_t)``.
+        """Decays and readout, each `(2, D, N)` float32 or wider.
+
+        ``h_t = a h_{t-1} + x_t``, ``y_t = sum Re(c h_t)``.
         """
         wide = torch.promote_types(self.log_rate.dtype, torch.float32)
         dt = self.log_step.to(wide).exp()[:, None]
         re = -self.log_rate.to(wide).exp()
         im = self.frequency.to(wide) if self.frequency is not None else torch.zeros_like(re)
-        if self.discretisation == "zoh":
+        if self.config.discretisation == "zoh":
             size = torch.exp(dt * re)
             a = torch.cat((size * torch.cos(dt * im), size * torch.sin(dt * im)), -1)
             # (a - 1) / A, as a product with the conjugate.
@@ -122,38 +116,17 @@ class S4D(Mixer):
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         a, c = self.discrete()
-        after: State | None = None
         if state is None:
-            y, _ = diagonal_ssm(x_BTD, a, c, begins(ctx.layout))
+            y, after = diagonal_ssm(x_BTD, a, c, starts(ctx.layout))[0], None
         else:
-            y, after = self._forward_cached(x_BTD, a, c, ctx, commit(state))
+            u = x_BTD.to(a.dtype)
+            y, after = self.memory.advance(
+                lambda docs, before: diagonal_ssm(docs.unpack(u), a, c, None, before, docs.length),
+                ctx,
+                state,
+            )
         y = y.to(x_BTD.dtype) + self.skip * x_BTD
         return Out(self.out(F.gelu(y), ctx), after)
-
-    def _forward_cached(
-        self, x: Tensor, a: Tensor, c: Tensor, ctx: Ctx, old: Hidden
-    ) -> tuple[Tensor, State]:
-        """Outputs of documents that go on from their slots."""
-        B, T, D = x.shape
-        docs = PackedRows.of(ctx.layout, old.h.shape[0])
-        rows, before = docs.unpack(x).to(a.dtype), docs.read(old.h)
-        if not ctx.draft:
-            y, last = diagonal_ssm(rows, a, c, None, before.view(-1, *a.shape), docs.length)
-            h = docs.written(old.h.shape[0]).write(old.h, last.flatten(1))
-            return docs.pack(y, B, T), Hidden(h)
-        # A draft is short: every state may be stored.
-        u = rows[..., None].expand(*rows.shape, self.n).flatten(2)
-        h, _ = complex_scan(a.flatten(), torch.cat((u, torch.zeros_like(u)), -1), None, before)
-        hr, hi = h.view(*rows.shape[:2], *a.shape).unbind(2)
-        y = (c[0] * hr - c[1] * hi).sum(-1)
-        return docs.pack(y, B, T), advanced(old, docs, before, h, draft=True)
-
-    def initial_state(self, n: int, max_len: int) -> Hidden:
-        wide = torch.promote_types(self.log_rate.dtype, torch.float32)
-        return Hidden(self.log_rate.detach().new_zeros(n, 2 * self.log_rate.numel(), dtype=wide))
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return n * 2 * self.log_rate.numel() * max(self.log_rate.element_size(), 4)
 
 
 @MIXERS.register("s4d")
@@ -176,15 +149,7 @@ class S4DConfig(Config):
         return self
 
     def build(self, d_model: int, linear: LinearFactory = dense) -> S4D:
-        steps = (self.step_min, self.step_max)
-        return S4D(
-            d_model,
-            self.states,
-            self.init,
-            self.discretisation,
-            steps,
-            linear,
-        )
+        return S4D(self, d_model, linear)
 
     @classmethod
     def smallest(cls) -> S4DConfig:

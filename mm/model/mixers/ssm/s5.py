@@ -1,5 +1,6 @@
-"""Simplified state space with one state for all channels (S5). B rows, T tokens, D model, W complex
-states, N slots.
+"""Simplified state space with one state for all channels (S5).
+
+B rows, T tokens, D model, W complex states, N slots.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
 from mm.model.mixers.ssm.s4d import eigenvalues
-from mm.model.mixers.ssm.scan import Hidden, scanned
+from mm.model.mixers.ssm.scan import DiagonalScan
 from mm.registry import MIXERS
 from mm.state import State
 
 
 class S5(Mixer):
-    """``gelu(y)`` with ``y = Re(C h) + d * x`` and ``h' = diag(l) h + B x``, inputs held between
-    steps (zoh), one time step a state; B and C are full matrices.
+    """``gelu(y)`` with ``y = Re(C h) + d * x`` and ``h' = diag(l) h + B x``.
+
+    Inputs are held between steps (zoh), one time step a state; B and C are full matrices.
 
     States begin as blocks of HiPPO-LegS's normal part.
 
@@ -39,6 +41,7 @@ class S5(Mixer):
         self.config, W = config, config.states
         self.inner = linear(d_model, 2 * W, "inner")
         self.out = linear(2 * W, d_model, "out")
+        self.scan = DiagonalScan(2 * W)
         self.log_rate = nn.Parameter(torch.empty(W))
         self.frequency = nn.Parameter(torch.empty(W))
         self.log_step = nn.Parameter(torch.empty(W))
@@ -67,16 +70,9 @@ class S5(Mixer):
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         a, gain = self.discrete()
         u = self.inner(x_BTD, ctx).to(a.dtype)
-        h, after = scanned(complex_scan, a, multiply(gain.expand_as(u), u), ctx, state)
+        h, after = self.scan(complex_scan, a, multiply(gain.expand_as(u), u), ctx, state)
         y = self.out(h.to(x_BTD.dtype), ctx) + self.skip * x_BTD
         return Out(F.gelu(y), after)
-
-    def initial_state(self, n: int, max_len: int) -> Hidden:
-        wide = torch.promote_types(self.log_rate.dtype, torch.float32)
-        return Hidden(self.log_rate.detach().new_zeros(n, 2 * len(self.log_rate), dtype=wide))
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return n * 2 * len(self.log_rate) * max(self.log_rate.element_size(), 4)
 
 
 @MIXERS.register("s5")

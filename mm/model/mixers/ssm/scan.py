@@ -1,10 +1,11 @@
-"""A diagonal recurrence over the documents of a call, with its State.
+"""Recurrences over the documents of a call, with their State.
 
 B rows, T tokens, W state width, N slots, R rows of one document, L their length.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,10 +24,57 @@ from mm.state import DataclassState, State
 class Hidden(DataclassState):
     """What a recurrence carries."""
 
-    h: Tensor  # (N, W)
+    h: Tensor  # (N, ...)
 
 
-class DiagonalScan(StatePart):
+class RecurrentState(StatePart):
+    """Keeps one tensor a slot, the state of a recurrence after the slot's last token.
+
+    Args:
+        shape: of a slot's tensor.
+        initial: what a document's state begins with.
+        wide: keep float32 or wider; else the dtype of the parameters around.
+    """
+
+    def __init__(self, *shape: int, initial: float = 0.0, wide: bool = True):
+        super().__init__()
+        self.shape, self.initial, self.keeps_wide = shape, initial, wide
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tensor."""
+        return self.wide if self.keeps_wide else self.like.dtype
+
+    def begin(self, n: int) -> Tensor:
+        """`(n, ...)` states before the first token of a document."""
+        return self.like.new_full((n, *self.shape), self.initial, dtype=self.dtype)
+
+    def advance(
+        self,
+        run: Callable[[PackedRows, Tensor], tuple[Tensor, Tensor]],
+        ctx: Ctx,
+        state: State,
+    ) -> tuple[Tensor, Hidden]:
+        """Run documents on from their slots: outputs `(B, T, ...)` and the State after the call.
+
+        Args:
+            run: takes the call's rows and what each begins from `(R, ...)`; returns outputs `(R, L,
+                ...)` and the state after each row's last token `(R, ...)`.
+        """
+        assert isinstance(state, Hidden)
+        docs = PackedRows.of(ctx.layout, state.h.shape[0])
+        y, last = run(docs, docs.read(state.h, self.initial))
+        after = Hidden(docs.written(state.h.shape[0]).write(state.h, last))
+        return docs.pack(y, *ctx.layout.shape), after
+
+    def initial_state(self, n: int, max_len: int) -> Hidden:
+        return Hidden(self.begin(n))
+
+    def state_bytes(self, n: int, max_len: int) -> int:
+        return n * math.prod(self.shape) * self.dtype.itemsize
+
+
+class DiagonalScan(RecurrentState):
     """``h_t = a_t h_{t-1} + b_t`` in every document; keeps h `(N, W)`, float32 or wider.
 
     Args:
@@ -35,8 +83,7 @@ class DiagonalScan(StatePart):
     """
 
     def __init__(self, width: int, initial: float = 0.0):
-        super().__init__()
-        self.width, self.initial = width, initial
+        super().__init__(width, initial=initial)
 
     def forward(
         self,
@@ -53,20 +100,15 @@ class DiagonalScan(StatePart):
             a: `(B, T, W)`, or `(W,)` where ``scan`` takes a constant.
             b_BTW: `(B, T, W)`.
         """
-        B, T = b_BTW.shape[:2]
         if state is None:
             return scan(a, b_BTW, starts(ctx.layout))[0], None
-        assert isinstance(state, Hidden)
-        docs = PackedRows.of(ctx.layout, state.h.shape[0])
-        before = docs.read(state.h, self.initial)
-        h, _ = scan(docs.unpack(a) if a.dim() == 3 else a, docs.unpack(b_BTW), None, before)
-        return docs.pack(h, B, T), write_last(state, docs, before, h)
 
-    def initial_state(self, n: int, max_len: int) -> Hidden:
-        return Hidden(self.like.new_full((n, self.width), self.initial, dtype=self.wide))
+        def run(docs: PackedRows, before: Tensor) -> tuple[Tensor, Tensor]:
+            rates = docs.unpack(a) if a.dim() == 3 else a
+            h, _ = scan(rates, docs.unpack(b_BTW), None, before)
+            return h, docs.last(h, before)
 
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return n * self.width * self.wide.itemsize
+        return self.advance(run, ctx, state)
 
 
 def write_last(state: Hidden, docs: PackedRows, before_RW: Tensor, h_RLW: Tensor) -> Hidden:

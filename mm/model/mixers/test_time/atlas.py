@@ -1,5 +1,7 @@
-"""Windowed test-time memory with a Muon step. B rows, T tokens, D model, H heads, K key width, F
-feature width, V value width, R rows of one document, C tokens of a mini-batch, P = window - 1.
+"""Windowed test-time memory with a Muon step.
+
+B rows, T tokens, D model, H heads, K key width, F feature width, V value width, R rows of one
+document, C tokens of a mini-batch, P = window - 1.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024, Muon
 
 
 class Atlas(Learner):
-    """``M_t = alpha_t M_{t-1} - eta_t NS(S_t)``, ``S_t = theta_t S_{t-1} + sum_{i = t-P..t} gamma_i
-    grad |phi(k_i) M - v_i|^2 / 2``, read ``phi(q_t) M_t``: the memory is fitted to a window of
-    tokens, and NS (Newton-Schulz) makes its momentum near orthogonal.
+    """``M_t = alpha_t M_{t-1} - eta_t NS(S_t)``, read ``phi(q_t) M_t``.
 
-    M is a matrix, phi is ``(x, x x^T)`` with learned coefficients (degree 2), the four gates are
+    ``S_t = theta_t S_{t-1} + sum_{i = t-P..t} gamma_i grad |phi(k_i) M - v_i|^2 / 2``: the memory
+    is fitted to a window of tokens, and NS (Newton-Schulz) makes its momentum near orthogonal. M is
+    a matrix, phi is ``(x, x x^T)`` with learned coefficients (degree 2), the four gates are
     sigmoids of the token, and gradients are taken at the last border of mini-batches.
 
     Source: Behrouz et al. 2025, Atlas (arXiv:2505.23735), section 3 (feature map, Omega rule) and
@@ -64,7 +66,7 @@ class Atlas(Learner):
         raw = self.gates(x_BTD, ctx).to(wide).view(B, T, 4, self.heads)
         gates = (raw + self.gate_bias.to(wide)).sigmoid().transpose(2, 3)
         with torch.autocast(x_BTD.device.type, enabled=False):
-            y, after = self.learned((q, k, v, gates), ctx, state)
+            y, after = self.learn_documents((q, k, v, gates), ctx, state)
             y = F.layer_norm(y, y.shape[-1:], eps=EPS) * self.norm_weight.to(wide)
         return Out(self.out(y.flatten(2).to(x_BTD.dtype), ctx), after)
 
@@ -91,7 +93,7 @@ class Atlas(Learner):
         fq, fk = self.phi(q[..., P:, :]), self.phi(k)
         alpha, eta, theta = gates[..., P:, :3].unbind(-1)
         error = (fk @ M - v) * gates[..., 3:]
-        # Place t of the mini-batch learns from places t .. t + P of its features.
+        # Token t of the mini-batch learns from t .. t + P of its features.
         t = torch.arange(C, device=q.device)
         behind = t[:, None] + P - torch.arange(P + C, device=q.device)
         window = ((behind >= 0) & (behind <= P)).to(M)
@@ -110,8 +112,9 @@ class Atlas(Learner):
 
 
 def decays(gate_RHC: Tensor) -> tuple[Tensor, Tensor]:
-    """Products of a gate up to each place, and from place to place `(R, H, C, C)`, 1 on the
-    diagonal, 0 above it.
+    """Products of a gate up to each token, and from token to token `(R, H, C, C)`.
+
+    The latter are 1 on the diagonal, 0 above it.
     """
     log = gate_RHC.clamp_min(torch.finfo(gate_RHC.dtype).tiny).log().cumsum(-1)
     future = torch.ones(log.shape[-1], log.shape[-1], dtype=torch.bool, device=log.device).triu(1)

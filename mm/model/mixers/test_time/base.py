@@ -28,44 +28,9 @@ class Learnt(DataclassState):
     features: Tensors  # (N, P + C - 1, ...) each: P tokens before the border, then those after it
     count: Tensor  # (N,) int64 tokens after the border
 
-    def accept(self, n_N: Tensor) -> Learnt:
-        raise ValueError("accept() takes the State of a call with draft=True")
-
-    def commit(self) -> Learnt:
-        return self
-
-
-@dataclass(frozen=True)
-class DraftLearnt(DataclassState):
-    """The inner model at every border of a call, and all that its tokens gave."""
-
-    weights: Tensors  # (N, borders, ...) each
-    features: Tensors  # (N, P + C - 1 + L, ...) each
-    count: Tensor  # (N,) tokens after the first border when the call began
-    length: Tensor  # (N,) tokens of the call
-    batch: int  # C
-    kept: int  # P + C - 1
-
-    def accept(self, n_N: Tensor) -> Learnt:
-        total = self.count + torch.minimum(n_N.to(self.length), self.length)
-        border = total // self.batch
-        places = border[:, None] * self.batch + torch.arange(self.kept, device=total.device)
-        count = total - border * self.batch
-        held = self.kept - self.batch + 1 + count[:, None]
-        past = torch.arange(self.kept, device=total.device) >= held  # the last token
-        fill = lambda f: f.masked_fill(past.view(*past.shape, *[1] * (f.dim() - 2)), 0)
-        return Learnt(
-            tuple(_at(w, border[:, None])[:, 0] for w in self.weights),
-            tuple(fill(_at(f, places.clamp_max(f.shape[1] - 1))) for f in self.features),
-            count,
-        )
-
-    def commit(self) -> Learnt:
-        return self.accept(self.length)
-
 
 def _at(x: Tensor, index_NL: Tensor) -> Tensor:
-    """`(N, L, ...)`: places ``index`` of dim 1."""
+    """`(N, L, ...)`: what dim 1 holds at ``index``."""
     shape = (*index_NL.shape, *[1] * (x.dim() - 2))
     return x.gather(1, index_NL.view(shape).expand(*index_NL.shape, *x.shape[2:]))
 
@@ -86,30 +51,85 @@ class Learner(Mixer):
         raise NotImplementedError
 
     def learn(self, weights: Tensors, features: Tensors) -> tuple[Tensor, Tensors]:
-        """Outputs `(R, C, ...)` of a mini-batch and the inner model after it, from the model before
-        it `(R, ...)` and what its tokens and P before them gave, `(R, P + C, ...)`.
+        """Outputs `(R, C, ...)` of a mini-batch and the inner model after it.
+
+        Args:
+            weights: the inner model before it, `(R, ...)` each.
+            features: what its tokens and P before them gave, `(R, P + C, ...)` each.
         """
         raise NotImplementedError
 
     def feature_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """What a token gives, each without rows and places."""
+        """What a token gives, each without rows and tokens."""
         raise NotImplementedError
 
-    def learned(
+    def learn_documents(
         self, features: Tensors, ctx: Ctx, state: State | None
     ) -> tuple[Tensor, State | None]:
         """Outputs `(B, T, ...)` of the documents of a call, and the State after it."""
+        if state is None:
+            return per_document(lambda *x: self._first(x), ctx, *features), None
+        assert isinstance(state, Learnt)
         B, T = features[0].shape[:2]
-        if state is not None:
-            assert isinstance(state, Learnt | DraftLearnt)
-            return self._forward_cached(features, ctx, state.commit())
-        return per_document(lambda *x: self._fresh(x), ctx, *features), None
+        N, kept = state.count.shape[0], self.context + self.batch - 1
+        docs, start = PackedRows.of(ctx.layout, N), self.start()
+        rows = [docs.unpack(f) for f in features]
+        L = rows[0].shape[1]
+        count = docs.read(state.count, 0)
+        weights = tuple(docs.read(w, s) for w, s in zip(state.weights, start, strict=True))
+        # Tokens of the slot, then at once those of the call.
+        at = torch.arange(kept + L, device=count.device)
+        held = self.context + count[:, None]
+        source = torch.where(at < held, at, kept + at - held).clamp_max(kept + L - 1)
+        joined = tuple(
+            _at(torch.cat((docs.read(p).to(f.dtype), f), 1), source)
+            for p, f in zip(state.features, rows, strict=True)
+        )
+        y, borders = self._run(weights, joined)
+        own = count[:, None] + torch.arange(L, device=count.device)
+        out = docs.pack(_at(y, own.clamp_max(y.shape[1] - 1)) if L else y[:, :0], B, T)
+        return out, self._after(state, docs, count, joined, borders)
 
-    def _fresh(self, features: Tensors) -> Tensor:
+    def _first(self, features: Tensors) -> Tensor:
+        """Outputs of rows that begin here."""
         R = features[0].shape[0]
         weights = tuple(w.expand(R, *w.shape) for w in self.start())
         before = lambda f: f.new_zeros(R, self.context, *f.shape[2:])
         return self._run(weights, tuple(torch.cat((before(f), f), 1) for f in features))[0]
+
+    def _after(
+        self,
+        state: Learnt,
+        docs: PackedRows,
+        count: Tensor,
+        features: Tensors,
+        borders: list[Tensors],
+    ) -> Learnt:
+        """The State after a call: the last border that rows reached, and what came since.
+
+        Args:
+            count: `(R,)` tokens after the first border when the call began.
+            features: of P tokens before the first border and all after it.
+            borders: the inner model at every border.
+        """
+        kept, w = self.context + self.batch - 1, docs.written(state.count.shape[0])
+        total = count + docs.length
+        border = total // self.batch
+        left = total - border * self.batch
+        index = torch.arange(kept, device=total.device)
+        past = index >= self.context + left[:, None]  # the last token
+        source = border[:, None] * self.batch + index
+
+        def since(f: Tensor) -> Tensor:
+            f = _at(f, source.clamp_max(f.shape[1] - 1))
+            return f.masked_fill(past.view(*past.shape, *[1] * (f.dim() - 2)), 0)
+
+        last = (_at(torch.stack(b, 1), border[:, None])[:, 0] for b in zip(*borders, strict=True))
+        return Learnt(
+            tuple(w.write(old, b) for old, b in zip(state.weights, last, strict=True)),
+            tuple(w.write(old, since(f)) for old, f in zip(state.features, features, strict=True)),
+            w.write(state.count, left),
+        )
 
     def _run(self, weights: Tensors, features: Tensors) -> tuple[Tensor, list[Tensors]]:
         """Outputs of the tokens after the first P, and the inner model at every border."""
@@ -125,44 +145,6 @@ class Learner(Mixer):
             outputs.append(y)
             borders.append(weights)
         return (torch.cat(outputs, 1)[:, :L] if outputs else features[0][:, :0]), borders
-
-    def _forward_cached(self, features: Tensors, ctx: Ctx, old: Learnt) -> tuple[Tensor, State]:
-        B, T = features[0].shape[:2]
-        N, kept = old.count.shape[0], self.context + self.batch - 1
-        docs, start = PackedRows.of(ctx.layout, N), self.start()
-        rows = [docs.unpack(f) for f in features]
-        L = rows[0].shape[1]
-        count = docs.read(old.count, 0)
-        weights = tuple(docs.read(w, s) for w, s in zip(old.weights, start, strict=True))
-        # Tokens of the slot, then at once those of the call.
-        place = torch.arange(kept + L, device=count.device)
-        held = self.context + count[:, None]
-        source = torch.where(place < held, place, kept + place - held).clamp_max(kept + L - 1)
-        joined = tuple(
-            _at(torch.cat((docs.read(p).to(f.dtype), f), 1), source)
-            for p, f in zip(old.features, rows, strict=True)
-        )
-        y, borders = self._run(weights, joined)
-        w = docs.written(N)
-        hit = lambda t: w.hit.view(-1, *[1] * (t.dim() - 1))
-        passed = [torch.stack(b, 1) for b in zip(*borders, strict=True)]
-        drafted = DraftLearnt(
-            tuple(
-                torch.where(hit(b), w.take(b), o[:, None])
-                for b, o in zip(passed, old.weights, strict=True)
-            ),
-            tuple(
-                torch.where(hit(j), w.take(j), F.pad(o, (*[0, 0] * (o.dim() - 2), 0, L)))
-                for j, o in zip(joined, old.features, strict=True)
-            ),
-            torch.where(w.hit, w.take(count), old.count),
-            w.length,
-            self.batch,
-            kept,
-        )
-        own = count[:, None] + torch.arange(L, device=count.device)
-        out = docs.pack(_at(y, own.clamp_max(y.shape[1] - 1)) if L else y[:, :0], B, T)
-        return out, drafted if ctx.draft else drafted.commit()
 
     def initial_state(self, n: int, max_len: int) -> Learnt:
         start, kept = self.start(), self.context + self.batch - 1

@@ -1,5 +1,7 @@
-"""A few memory slots that learn what is new to them. B rows, T tokens, D model, H heads, M slots, K
-slot width, R rows of one document, C tokens of a mini-batch.
+"""A few memory slots that learn what is new to them.
+
+B rows, T tokens, D model, H heads, M slots, K slot width, R rows of one document, C tokens of a
+mini-batch.
 """
 
 from __future__ import annotations
@@ -24,13 +26,13 @@ EPS = 1e-6
 
 
 class Lattice(Learner):
-    """``s_i <- alpha s_i + eta k_i (I - u_i u_i^T) e / |s_i|`` with ``u_i = s_i / |s_i|``: one
-    gradient step a token on slots that are normalised, so each takes up only what is orthogonal to
-    it; read ``sum_i q_i u_i``.
+    """``s_i <- alpha s_i + eta k_i (I - u_i u_i^T) e / |s_i|``, ``u_i = s_i / |s_i|``.
 
-    ``e = v - sum_j k_j u_j`` for the loss ``|sum_j k_j u_j - v|^2 / 2`` (regression), ``e = v`` for
-    ``- v . sum_j k_j u_j`` (similarity). k and q are codes over the slots, of length 1. Gradients
-    are taken at the last border of mini-batches; with mini-batches of 1 it is the recurrence.
+    One gradient step a token on slots that are normalised, so each takes up only what is orthogonal
+    to it; read ``sum_i q_i u_i``. ``e = v - sum_j k_j u_j`` for the loss ``|sum_j k_j u_j - v|^2 /
+    2`` (regression), ``e = v`` for ``- v . sum_j k_j u_j`` (similarity). k and q are codes over the
+    slots, of length 1. Gradients are taken at the last border of mini-batches; with mini-batches of
+    1 it is the recurrence.
 
     Source: Karami et al. 2025, Lattice (arXiv:2504.05646), the orthogonal update and its chunk-wise
     form; a learned start and the normalisation of codes are choices of this file.
@@ -56,13 +58,13 @@ class Lattice(Learner):
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         B, T, _ = x_BTD.shape
         wide = torch.promote_types(self.slots.dtype, torch.float32)
-        codes = self.codes(x_BTD, ctx).to(wide).view(B, T, 2, self.heads, -1)
+        codes = self.codes(x_BTD, ctx).to(wide).view(B, T, 2, self.heads, self.config.slots)
         q, k = F.normalize(codes, dim=-1, eps=EPS).unbind(2)
         v = self.value(x_BTD, ctx).to(wide).view(B, T, self.heads, self.head_dim)
         raw = self.gates(x_BTD, ctx).to(wide).view(B, T, 2, self.heads)
         gates = (raw + self.gate_bias.to(wide)).sigmoid().transpose(2, 3)
         with torch.autocast(x_BTD.device.type, enabled=False):
-            y, after = self.learned((q, k, v, gates), ctx, state)
+            y, after = self.learn_documents((q, k, v, gates), ctx, state)
         return Out(self.out(y.flatten(2).to(x_BTD.dtype), ctx), after)
 
     def start(self) -> Tensors:

@@ -1,5 +1,6 @@
-"""Test-time training: the hidden state is a model trained on the tokens. B rows, T tokens, D model,
-H heads, K head width, R rows of one document, C tokens of a mini-batch.
+"""Test-time training: the hidden state is a model trained on the tokens.
+
+B rows, T tokens, D model, H heads, K head width, R rows of one document, C tokens of a mini-batch.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ EXPAND = 4  # hidden width of the inner network / K
 
 
 class TTT(Learner):
-    """``z_t = f(q_t; W_t)``, ``W_t = W_{t-1} - eta_t grad l(W; k_t, v_t)``, ``l = |f(k_t; W) -
-    v_t|^2 / 2``, gradients at the last border of mini-batches; ``f(x) = x + LN(g(x; W))`` with g
-    linear or a network of two layers; the first W is learned.
+    """``z_t = f(q_t; W_t)``, ``W_t = W_{t-1} - eta_t grad l(W; k_t, v_t)``; the first W is learned.
+
+    ``l = |f(k_t; W) - v_t|^2 / 2``, gradients at the last border of mini-batches; ``f(x) = x +
+    LN(g(x; W))`` with g linear or a network of two layers.
 
     Dual form: no W_t but those at borders is ever made; within a mini-batch
     ``q_t W_t = q_t W - sum_{s <= t} eta_s (q_t k_s) d_s`` with d the gradient of g's output.
@@ -69,7 +71,7 @@ class TTT(Learner):
         rate = (self.rate(x_BTD, ctx).to(wide) + self.rate_bias.to(wide)).sigmoid()
         eta = rate * (self.config.rate / self.head_dim)
         with torch.autocast(x_BTD.device.type, enabled=False):
-            z, after = self.learned((*qkv.unbind(2), eta[..., None]), ctx, state)
+            z, after = self.learn_documents((*qkv.unbind(2), eta[..., None]), ctx, state)
             z = z.flatten(2)
             z = F.layer_norm(z, z.shape[-1:], eps=EPS) * self.post_norm.to(wide)
         return Out(self.out(z.to(x_BTD.dtype), ctx), after)
@@ -107,9 +109,9 @@ class TTT(Learner):
             m - a.transpose(-1, -2) @ g for m, a, g in zip(matrices, inputs, grads, strict=True)
         ]
         shifted = [b - one * g.sum(-2, keepdim=True) for b, g in zip(biases, grads, strict=True)]
-        return self._wrapped(q, x).transpose(1, 2), (*moved, *shifted)
+        return self._residual(q, x).transpose(1, 2), (*moved, *shifted)
 
-    def _wrapped(self, x: Tensor, g: Tensor) -> Tensor:
+    def _residual(self, x: Tensor, g: Tensor) -> Tensor:
         """f of x, from the inner model's output g."""
         if self.norm_weight is None or self.norm_bias is None:
             return g
@@ -118,7 +120,7 @@ class TTT(Learner):
 
     def _loss_grad(self, g: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Of the loss, to the inner model's output."""
-        d = self._wrapped(k, g) - v
+        d = self._residual(k, g) - v
         if self.norm_weight is None:
             return d
         centred = g - g.mean(-1, keepdim=True)

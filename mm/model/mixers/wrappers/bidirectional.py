@@ -1,4 +1,7 @@
-"""A causal mixer read both ways where the mask allows it. B rows, T tokens, D model."""
+"""A causal mixer read both ways where the mask allows it.
+
+B rows, T tokens, D model.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +28,11 @@ from mm.state import State
 
 
 class Bidirectional(Mixer):
-    """``forward(x)_t + backward(reversed x)_t`` at places that see each other both ways, else
-    ``forward(x)_t``.
+    """``forward(x)_t + backward(reversed x)_t`` where the mask lets tokens see both ways.
 
-    The mask says which: all places of a full one (an encoder), the leading prefix of each document
+    Elsewhere ``forward(x)_t``.
+
+    The mask says which: all tokens of a full one (an encoder), the leading prefix of each document
     under `Prefix` (what follows starts from the forward state at its end), none of a causal one.
 
     Source: full: Le Bronnec et al. 2024, LOCOST (arXiv:2401.17919), its encoder; prefix:

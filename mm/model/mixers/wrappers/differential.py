@@ -1,4 +1,7 @@
-"""The difference of two mixers of one input. B rows, T tokens, D model."""
+"""The difference of two mixers of one input.
+
+B rows, T tokens, D model.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,9 @@ from mm.state import State, join_parts, parts_of
 
 
 class Differential(Mixer):
-    """``(1 - c) norm(m1(x) - lambda * m2(x))`` with ``lambda = sigmoid(l) + c`` and ``c = 0.8 - 0.6
-    exp(-0.3 layer)``.
+    """``(1 - c) norm(m1(x) - lambda * m2(x))`` of two mixers m1, m2.
+
+    ``lambda = sigmoid(l) + c``, ``c = 0.8 - 0.6 exp(-0.3 layer)``.
 
     What both find is noise and cancels. ``l`` is one learned number, c grows with depth.
 

@@ -1,4 +1,7 @@
-"""Heads of one layer shared out between several mixers. N slots."""
+"""Heads of one layer shared out between several mixers.
+
+N slots.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Places that see both ways, and each document's part of them read backwards. B rows, T tokens, M
-documents.
+"""Positions that see both ways, and each document's part of them read backwards.
+
+B rows, T tokens, M documents.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from mm.state import State
 
 
 def both_ways(ctx: Ctx) -> Tensor | None:
-    """`(B, T)` bool: the leading places of each document that the mask lets see each other both
-    ways; None under a mask that has no such places.
+    """Which leading tokens of each document see each other both ways, `(B, T)` bool.
 
-    All places of a `Full` mask; under `Prefix` the run of non-zero ``prefix`` places that a
+    None under a mask that has no such tokens.
+
+    All positions of a `Full` mask; under `Prefix` the run of non-zero ``prefix`` positions that a
     document begins with (blocks further on are read forwards only).
     """
     document = ctx.layout.fields.document
@@ -28,7 +30,7 @@ def both_ways(ctx: Ctx) -> Tensor | None:
         return None
     flat = document.reshape(-1).long()
     others = ((marked == 0) & (document > 0)).reshape(-1).long()
-    before = others.cumsum(0) - others  # unmarked places before this one, over all of the call
+    before = others.cumsum(0) - others  # unmarked positions before this one, over all of the call
     starts = ctx.layout.cu_seqlens[:-1].long().clamp_max(max(0, len(flat) - 1))
     if len(flat) and len(starts):
         before = before - before[starts][(flat - 1).clamp_min(0)]
@@ -58,7 +60,7 @@ def reverse(ctx: Ctx, inside: Tensor) -> tuple[Tensor, Ctx]:
 
 
 def reorder(x_BTD: Tensor, index: Tensor) -> Tensor:
-    """Rows of ``x`` in another order of its flat places."""
+    """Rows of ``x`` in another order of its flat indices."""
     return x_BTD.flatten(0, 1)[index].view_as(x_BTD)
 
 

@@ -1,4 +1,6 @@
-"""A causal mixer that reads the cells of grids in other orders. B rows, T tokens, D model, G grids.
+"""A causal mixer that reads the cells of grids in other orders.
+
+B rows, T tokens, D model, G grids.
 
 n axes of a grid.
 """
@@ -74,23 +76,25 @@ def _hilbert(row: np.ndarray, column: np.ndarray, side: int) -> np.ndarray:
     return far
 
 
-def ordered(layout: Layout, order: Order, reverse: bool, inside: Tensor) -> Tensor:
-    """Flat places `(B * T,)`: each place of a grid that is ``inside`` `(B, T)` gets the cell which
-    the order reads there; all others stay.
+def read_order(layout: Layout, order: Order, reverse: bool, inside: Tensor) -> Tensor:
+    """Flat indices `(B * T,)` that read the cells of grids in ``order`` and the rest in place.
+
+    Only grids that are ``inside`` `(B, T)` are reordered.
     """
     index = torch.arange(inside.numel(), device=inside.device)
     for shape, cells in layout.grids.items():
         turn = torch.from_numpy(order_of(order, shape)).to(inside.device)
-        places = cells.to(inside.device).long()
-        moved = places[:, turn.flip(0) if reverse else turn]
-        allowed = inside.flatten()[places].all(1, keepdim=True)
-        index = index.index_copy(0, places.flatten(), torch.where(allowed, moved, places).flatten())
+        cells = cells.to(inside.device).long()
+        moved = cells[:, turn.flip(0) if reverse else turn]
+        allowed = inside.flatten()[cells].all(1, keepdim=True)
+        index = index.index_copy(0, cells.flatten(), torch.where(allowed, moved, cells).flatten())
     return index
 
 
 class ScanOrder(Mixer):
-    """Permute the cells of each grid, run a causal mixer in that order, permute back; several
-    orders have a mixer each, and their outputs add up.
+    """Permute the cells of each grid, run a causal mixer in that order, permute back.
+
+    Several orders have a mixer each, and their outputs add up.
 
     Grids are those of `Layout.grids`: images and their like. Any order but the raster shows a token
     its future, so only cells move that see each other both ways: those of all grids under a full
@@ -131,7 +135,7 @@ class ScanOrder(Mixer):
             if inside is None or not ctx.layout.grids:
                 out = inner(x_BTD, causal, old)
             else:
-                index = ordered(ctx.layout, order, self.reverse[i], inside)
+                index = read_order(ctx.layout, order, self.reverse[i], inside)
                 # The mixer's time is the order itself.
                 out = inner(
                     reorder(x_BTD, index), ctx.derive(index, mask=Causal(), time="stays"), old
