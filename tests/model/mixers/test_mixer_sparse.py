@@ -17,15 +17,15 @@ from mm.mask import Full
 from mm.model.context import Ctx
 from mm.model.layer import init_weights
 from mm.model.mixers.attention.combiner import Combiner
-from mm.model.mixers.attention.placed import PlacedAttention
+from mm.model.mixers.attention.indexed import IndexedAttention
 from mm.model.mixers.attention.sparse_attention import SparseAttention
-from mm.model.mixers.attention.topk_attention import lifted
+from mm.model.mixers.attention.topk_attention import to_nearest_neighbours
 from mm.registry import MIXERS
 
 LENGTHS = (1, 3, 63, 64, 65, 130)
 
 
-def build(kind: str, **settings: Any) -> PlacedAttention:
+def build(kind: str, **settings: Any) -> IndexedAttention:
     torch.manual_seed(4)
     layer = MIXERS.get(kind)(
         **{"heads": 2, "position": "none", "qk_norm": False, **settings}
@@ -34,18 +34,18 @@ def build(kind: str, **settings: Any) -> PlacedAttention:
     return layer.double()
 
 
-def projected(layer: PlacedAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def projected(layer: IndexedAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Scaled queries, keys and values `(H, T, K)` of one document."""
     H, G, K = layer.heads, layer.kv_heads, layer.head_dim
     q, k, v = (x @ layer.qkv.weight.T).view(-1, H + 2 * G, K).transpose(0, 1).split((H, G, G))
     return q * K**-0.5, k.repeat_interleave(H // G, 0), v.repeat_interleave(H // G, 0)
 
 
-def finished(layer: PlacedAttention, y_HTK: Tensor) -> Tensor:
+def finished(layer: IndexedAttention, y_HTK: Tensor) -> Tensor:
     return y_HTK.transpose(0, 1).flatten(1) @ layer.out.weight.T
 
 
-def same(layer: PlacedAttention, written_out: Any, T: int) -> None:
+def same(layer: IndexedAttention, written_out: Any, T: int) -> None:
     """Outputs and the gradients of input and parameters."""
     (x,) = documents(T)
     weight = torch.randn(T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -192,11 +192,11 @@ def test_topk_takes_the_weights_of_attention() -> None:
     torch.testing.assert_close(alone(layer, x), alone(plain, x), **TOL)
 
 
-def test_lifted_neighbours_are_the_largest_inner_products() -> None:
+def test_to_nearest_neighbours_neighbours_are_the_largest_inner_products() -> None:
     g = torch.Generator().manual_seed(0)
     q = torch.randn(7, 5, dtype=torch.float64, generator=g)
     k = torch.randn(50, 5, dtype=torch.float64, generator=g) * torch.arange(1, 51)[:, None]
-    up, down = lifted(q, k)
+    up, down = to_nearest_neighbours(q, k)
     torch.testing.assert_close(down.norm(dim=-1), torch.ones(50).double())
     near, best = torch.cdist(up, down).argsort(-1), (q @ k.T).argsort(-1, descending=True)
     assert torch.equal(near, best)

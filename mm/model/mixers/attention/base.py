@@ -1,33 +1,50 @@
-"""What attention mixers with a form of their own share: documents as rows, and the cache of keys
-and values. B rows, T tokens, D model, H heads, G key heads, K key width, V value width, N slots, R
-rows of one document, L their length, S keys.
+"""What attention mixers share: `project` to queries, keys and values, `attend`, `out`.
+
+B rows, T tokens, D model, H heads, G key heads, K key width, V value width, R rows of one document,
+L their length, S keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, NamedTuple
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm.config import Config
 from mm.kernels.attention import attention
 from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.layout import Fields
+from mm.mask import Mask
 from mm.model.context import Ctx
-from mm.model.layer import Caps, LinearFactory, Mixer
+from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.length_buckets import LengthBuckets
-from mm.model.mixers.attention.kv_cache import KV, DraftKV, advance
-from mm.model.mixers.conv.state import DraftTail, Tail
-from mm.model.norm import RMSNorm
+from mm.model.mixers.attention.forget_gate import ForgetGate, add_fade
+from mm.model.mixers.attention.kv_cache import KeyValueCache, VisibleKeys
+from mm.model.norm import HeadNorm, RMSNorm
 from mm.model.positions.base import Position
 from mm.model.positions.randomised import refuse_drawn
-from mm.model.varlen import PackedRows, paired
+from mm.model.varlen import PackedRows, narrowed
 from mm.registry import PositionField
-from mm.state import DataclassState
+from mm.state import State, join_parts, parts_of
+
+
+def head_dim_of(d_model: int, heads: int, head_dim: int | None) -> int:
+    """Width of a head.
+
+    Raises:
+        ValueError: it is not given, and heads do not divide the model's width.
+    """
+    if head_dim is None and d_model % heads:
+        raise ValueError(f"d_model {d_model} is not a multiple of heads {heads}; set head_dim")
+    return head_dim or d_model // heads
+
+
+def changes(position: Position, hook: str) -> bool:
+    """Whether a position has a hook of its own."""
+    return getattr(type(position), hook) is not getattr(Position, hook)
 
 
 class HeadsConfig(Config):
@@ -49,198 +66,213 @@ class HeadsConfig(Config):
         kv_heads = self.kv_heads or self.heads
         if self.heads % kv_heads:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {kv_heads}")
-        if self.head_dim is None and d_model % self.heads:
-            raise ValueError(
-                f"d_model {d_model} is not a multiple of heads {self.heads}; set head_dim"
-            )
-        return self.heads, kv_heads, self.head_dim or d_model // self.heads
+        return self.heads, kv_heads, head_dim_of(d_model, self.heads, self.head_dim)
 
-    def placed(self, width: int, d_model: int) -> Position:
+    def build_position(self, width: int, d_model: int) -> Position:
         """The position of parts of ``width``."""
         return self.position.build(width, heads=self.heads, d_model=d_model)
 
 
-class Sizes(NamedTuple):
-    """What a place of the cache holds."""
+class AttentionBase(Mixer):
+    """Base: `project`, then `attend` documents to themselves and their caches, then `out`.
 
-    heads: int
-    key: int
-    value: int
-
-
-class CachedAttention(Mixer):
-    """Base: `attended` brings rows of one document, with what their slots hold, to `attend`."""
+    Its State has, in this order: the cache; with ``tailed`` what `project` keeps of the last
+    tokens; with a ``forget`` gate its sums, or what else a subclass keeps.
+    """
 
     caps = Caps(causal=True, bidirectional=True, step=True)
     replays = False
+    # Rare hooks of positions that it knows: a gain after the softmax, ids drawn for a pass.
+    knows: ClassVar[frozenset[Literal["gain", "ids"]]] = frozenset()
+    # A compiled graph, too, puts each document into a row of its own.
+    separate_rows: ClassVar[bool] = False
     heads: int  # as positions count them
+    window: int | None
+    cache: KeyValueCache
+    forget: ForgetGate | None
+    tailed: bool = False
+    out: nn.Module  # (B, T, H * V) -> (B, T, D)
 
-    def __init__(self, cached: Sizes, position: Position):
+    def __init__(self, position: Position, window: int | None = None):
         super().__init__()
-        if type(position).gain is not Position.gain:
-            raise ValueError(
-                f"{type(self).__name__} knows no positions with a gain after the softmax"
-            )
-        refuse_drawn(position, type(self).__name__)
-        self.cached, self.position = cached, position
-        self.scored = type(position).score is not Position.score
+        self.window = window
+        name = type(self).__name__
+        if "gain" not in self.knows and changes(position, "gain"):
+            raise ValueError(f"{name} knows no positions with a gain after the softmax")
+        if "ids" not in self.knows:
+            refuse_drawn(position, name)
+        self.position, self.forget = position, None
+        # Positions that add to or multiply scores need the Fields of both sides.
+        self.scored = any(changes(position, hook) for hook in ("score", "gain", "scores"))
         self.caps = replace(type(self).caps, length_general=position.length_general)
+
+    # ---- what subclasses say ----
+
+    def project(
+        self, x_BTD: Tensor, ctx: Ctx, tail: State | None, serving: bool
+    ) -> tuple[tuple[Tensor, ...], State | None]:
+        """First arguments of `attend` `(B, T, ...)`, and the State that replaces ``tail``."""
+        raise NotImplementedError
 
     def attend(
         self,
         q_RTHK: Tensor,
         k_RSGK: Tensor,
         v_RSGV: Tensor,
-        allowed_RTS: Tensor | None,
-        causal: bool,
-        bias_RHTS: Tensor | None,
-        cached: bool,
+        *fades: Tensor,
+        mask: MaskSpec,
+        score: ScoreSpec,
+        cached: bool = False,
     ) -> Tensor:
-        """Outputs `(R, T, ...)` of rows of one document; ``cached``: the keys come from the
-        cache.
+        """Outputs `(R, T, ...)` of rows.
+
+        Args:
+            fades: with a forget gate its logarithms `(R, T, H)`, or with ``cached`` their sums
+                since the start of the document, of queries and of keys.
+            cached: the keys come from the cache.
         """
-        mask, score = MaskSpec(allowed_RTS, causal), ScoreSpec(bias_RHTS)
+        if fades:
+            score = add_fade(score, *(fades if cached else [fades[0].cumsum(1)] * 2))
         return attention(q_RTHK, k_RSGK, v_RSGV, mask, score)
+
+    def finish(self, y: Tensor, x_BTD: Tensor, ctx: Ctx, serving: bool) -> Tensor:
+        """The output projection: `(B, T, D)`."""
+        return self.out(y.flatten(2), ctx)
+
+    def mask(self, ctx: Ctx) -> Mask:
+        """Who sees whom in this layer."""
+        return narrowed(ctx.mask, self.window)
+
+    def groups(self, ctx: Ctx) -> LengthBuckets | None:
+        """The call's documents by length, with what the mask is within each group."""
+        window = self.window
+        return ctx.cached_on_host(
+            f"attention.groups.{window}",
+            lambda layout, mask: LengthBuckets.of(layout, narrowed(mask, window), by_vectors=True),
+        )
+
+    def scores(self, q: Tensor, fq: Fields, fk: Fields) -> ScoreSpec:
+        """What the position and the layer's settings do to scores."""
+        return self.position.scores(q[:, :, : self.heads], fq, fk) if self.scored else ScoreSpec()
+
+    # ---- the one path ----
 
     def prefetch(self, ctx: Ctx, serving: bool) -> None:
         if not serving:
-            self._groups(ctx)
+            self.groups(ctx)
         if self.position.key:
-            self.position.prepare_call(ctx)
+            self.position.prepare_call(ctx, self.position_fields(ctx, serving))
 
-    def _groups(self, ctx: Ctx) -> LengthBuckets | None:
-        """The call's documents by length, with what the mask is within each group."""
-        return ctx.cached_on_host("attention.dense_groups", LengthBuckets.of)
+    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
+        if self.masks is not None:
+            self.check_mask(ctx.mask)
+        if state is None:
+            parts, _ = self.project(x_BTD, ctx, None, False)
+            return Out(self.finish(self._forward_full(parts, ctx), x_BTD, ctx, False))
+        cache, *caches = parts_of(state, len(self.stateful_parts()))
+        tails = [caches.pop(0)] if self.tailed else []
+        parts, tail = self.project(x_BTD, ctx, tails[0] if tails else None, True)
+        y, cache, *caches = self._forward_cached(parts, ctx, cache, *caches)
+        after = join_parts(cache, *[tail for _ in tails], *caches)
+        return Out(self.finish(y, x_BTD, ctx, True), after)
 
-    def rotated(self, q_BTHK: Tensor, k_BTGK: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor]:
-        """Queries and keys with their positions."""
-        return self.position.rotate_call(ctx, q_BTHK, k_BTGK)
-
-    def attended(
-        self, q: Tensor, k: Tensor, v: Tensor, ctx: Ctx, cache: KV | None
-    ) -> tuple[Tensor, KV | DraftKV | None]:
-        """`attend` over the call's documents `(B, T, H, .)` and what their slots hold."""
-        B, T = q.shape[:2]
-        if cache is None:
-            return self.whole((q, k, v), ctx), None
-        docs = PackedRows.of(ctx.layout, cache.count.shape[0])
-        f = docs.fields(ctx.layout.fields)
-        q, k, v = docs.unpack(q), docs.unpack(k), docs.unpack(v)
-        after: KV | DraftKV | None = None
-        if not ctx.draft and cache.holds_call(docs, q.shape[1]):
-            # Decoding's common case: stored first, then attended to where it lies.
-            after = advance(cache, k, v, f, docs, False)
-            assert isinstance(after, KV)
-            keys, values, known = after.seen()
-        else:
-            past_k, past_v, past_f = cache.past(docs, f)
-            keys = torch.cat((past_k.transpose(1, 2).to(k.dtype), k), dim=1)
-            values = torch.cat((past_v.transpose(1, 2).to(v.dtype), v), dim=1)
-            known = paired(lambda old, new: torch.cat((old, new), dim=1), past_f, f)
-        bias = self.position.score(q[:, :, : self.heads], f, known) if self.scored else None
-        y = self.attend(
-            q,
-            keys.to(q.dtype),
-            values.to(v.dtype),
-            ctx.mask.dense(f, known),
-            False,
-            bias,
-            True,
-        )
-        if after is None:
-            after = advance(cache, k, v, f, docs, ctx.draft)
-        return docs.pack(y, B, T), after
-
-    def whole(self, parts: tuple[Tensor, ...], ctx: Ctx) -> Tensor:
-        """`attend` inside the call's documents: ``parts`` are its first arguments."""
-        attend: Callable[..., Tensor] = self.attend  # some take more than queries, keys and values
-        B, T = parts[0].shape[:2]
+    def position_fields(self, ctx: Ctx, serving: bool) -> Fields:
+        """Fields with the ids that the position draws in training; masks go by the true ones."""
         f = ctx.layout.fields
-        groups = self._groups(ctx)
+        if serving or not self.training:
+            return f
+        return f._replace(position=self.position.ids(f, ctx))
+
+    def _forward_full(self, parts: tuple[Tensor, ...], ctx: Ctx) -> Tensor:
+        """`attend` inside the call's documents."""
+        attend: Callable[..., Tensor] = self.attend
+        B, T = parts[0].shape[:2]
+        true = ctx.layout.fields
+        f = self.position_fields(ctx, False) if self.scored else true
+        groups = self.groups(ctx)
         if groups is None:
-            docs = PackedRows.of(ctx.layout, 0)
-            rows = docs.fields(f)
-            q = docs.unpack(parts[0][:, :, : self.heads])
-            bias = self.position.score(q, rows, rows) if self.scored else None
-            allowed = ctx.mask.dense(rows, rows)
-            y = attend(*map(docs.unpack, parts), allowed, False, bias, False)
-            return docs.pack(y, B, T)
+            docs = PackedRows.of(ctx.layout, 0) if self.separate_rows else None
+            if docs is not None:
+                parts = tuple(map(docs.unpack, parts))
+                f, true = docs.fields(f), docs.fields(true)
+            spec = MaskSpec(self.mask(ctx).dense(true, true))
+            y = attend(*parts, mask=spec, score=self.scores(parts[0], f, f))
+            return y if docs is None else docs.pack(y, B, T)
         known = [f.position, f.document, f.modality, *f.extra.values()] if self.scored else []
         done = []
-        for group, taken in groups.split(*parts, *known):
-            parted, rest, bias = taken[: len(parts)], taken[len(parts) :], None
-            if self.scored:
+        for group, given in groups.split(*parts, *known):
+            rows, rest = given[: len(parts)], given[len(parts) :]
+            if rest:
                 position, document, modality, *extra = rest
-                named = dict(zip(f.extra, extra, strict=True))
-                gf = Fields(position, document, modality, named)
-                bias = self.position.score(parted[0][:, :, : self.heads], gf, gf)
-            done.append(attend(*parted, group.allowed, group.causal, bias, False))
+                f = Fields(position, document, modality, dict(zip(f.extra, extra, strict=True)))
+            assert group.mask is not None
+            done.append(attend(*rows, mask=group.mask, score=self.scores(rows[0], f, f)))
         return groups.join(done, B, T)
 
-    # ---- the State ----
+    def _forward_cached(
+        self, parts: tuple[Tensor, ...], ctx: Ctx, cache: Any, gates: Any = None
+    ) -> tuple[Any, ...]:
+        """`attend` each document to what its slot holds and to itself; then the caches after it."""
+        (q, k, v, *kept), after = parts, []
+        seen, stored = self.cache(k, v, ctx, cache)
+        if self.forget is not None:
+            *kept, after_gates = self.forget.extend(kept[0], ctx, gates)
+            after = [after_gates]
+        y = self.attend_cached(seen.docs.unpack(q), seen, ctx, *kept)
+        return seen.docs.pack(y, *q.shape[:2]), stored, *after
 
-    def _like(self) -> Tensor:
-        return next(self.parameters())
-
-    def stored_as(self) -> Tensor:
-        """An empty tensor of the dtype in which keys and values are cached."""
-        like = self._like()
-        if torch.is_autocast_enabled(like.device.type):
-            like = like.new_empty(0, dtype=torch.get_autocast_dtype(like.device.type))
-        return like.detach()
-
-    def initial_state(self, n: int, max_len: int) -> Any:
-        return KV.empty(
-            n, self.cached.heads, max_len, self.cached.key, self.cached.value, False,
-            self.stored_as(),
-        )  # fmt: skip
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        item = self._like().element_size()
-        return KV.bytes(n, self.cached.heads, max_len, self.cached.key, self.cached.value, item)
+    def attend_cached(self, q: Tensor, seen: VisibleKeys, ctx: Ctx, *fades: Tensor) -> Tensor:
+        """`attend` of queries `(R, L, H, K)` to what they may look at."""
+        mask = MaskSpec(self.mask(ctx).dense(seen.fields, seen.known))
+        score = self.scores(q, seen.fields, seen.known)
+        return self.attend(
+            q, seen.k.to(q.dtype), seen.v, *fades, mask=mask, score=score, cached=True
+        )
 
 
-class GroupedAttention(CachedAttention):
+class GroupedAttention(AttentionBase):
     """Base: one projection to queries, keys and values, and groups of heads that share a key."""
 
     def __init__(
         self,
         d_model: int,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
+        sizes: tuple[int, int, int],
         position: Position,
         linear: LinearFactory,
-        qk_norm: bool = False,
+        qk_norm: bool | Literal["heads"] = False,
+        window: int | None = None,
     ):
-        super().__init__(Sizes(kv_heads, head_dim, head_dim), position)
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.qkv = linear(d_model, (heads + 2 * kv_heads) * head_dim, "qkv")
-        self.out = linear(heads * head_dim, d_model, "out")
-        self.q_norm = RMSNorm(head_dim) if qk_norm else None
-        self.k_norm = RMSNorm(head_dim) if qk_norm else None
+        super().__init__(position, window)
+        H, G, K = self.heads, self.kv_heads, self.head_dim = sizes
+        self.cache = self.make_cache()
+        self.qkv = linear(d_model, (H + 2 * G) * K, "qkv")
+        self.out = linear(H * K, d_model, "out")
+        norm = lambda n: HeadNorm(n, K) if qk_norm == "heads" else RMSNorm(K)
+        self.q_norm = norm(H) if qk_norm else None
+        self.k_norm = norm(G) if qk_norm else None
 
-    def projected(self, x_BTD: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries `(B, T, H, K)`, keys and values `(B, T, G, K)`, with their positions."""
+    def make_cache(self) -> KeyValueCache:
+        """What keeps keys and values."""
+        return KeyValueCache(self.kv_heads, self.head_dim, self.head_dim, self.window)
+
+    def shift_keys(
+        self, x_BTD: Tensor, kv_BTGK: Tensor, ctx: Ctx, tail: State | None
+    ) -> tuple[Tensor, State | None]:
+        """Keys and values `(B, T, 2 G, K)` with what they take of earlier ones, and the State."""
+        return kv_BTGK, tail
+
+    def project(
+        self, x_BTD: Tensor, ctx: Ctx, tail: State | None, serving: bool
+    ) -> tuple[tuple[Tensor, ...], State | None]:
         H, G, K = self.heads, self.kv_heads, self.head_dim
-        x_BTD = self.position.embed(x_BTD, ctx.layout.fields)
+        f = self.position_fields(ctx, serving)
+        x_BTD = self.position.embed(x_BTD, f)
         qkv = self.qkv(x_BTD, ctx).view(*x_BTD.shape[:2], H + 2 * G, K)
-        q, k, v = qkv.split((H, G, G), dim=2)
+        q, kv = qkv.split((H, 2 * G), dim=2)
+        kv, tail = self.shift_keys(x_BTD, kv, ctx, tail)
+        k, v = kv.split(G, dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return *self.rotated(q, k, ctx), v
-
-
-@dataclass(frozen=True)
-class TailedKV(DataclassState):
-    """Cached keys and values, and the last inputs of what looks a few tokens back."""
-
-    kv: Any  # KV, DraftKV, or another State with `commit`
-    tail: Tail | DraftTail
-
-    def accept(self, n_N: Tensor) -> TailedKV:
-        return TailedKV(self.kv.accept(n_N), self.tail.accept(n_N))
-
-    def commit(self) -> TailedKV:
-        """Everything drafted counts."""
-        return TailedKV(self.kv.commit(), self.tail.commit())
+        q, k = self.position.rotate_call(ctx, q, k, f)
+        kept = () if self.forget is None else (self.forget(x_BTD, ctx),)
+        return (q, k, v, *kept), tail

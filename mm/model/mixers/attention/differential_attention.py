@@ -1,5 +1,7 @@
-"""Differential attention. B rows, T tokens, D model, H heads of two query parts, G key heads, K
-width of a part.
+"""Differential attention.
+
+B rows, T tokens, D model, H heads of two query parts, G key heads, K width of a part, R rows of one
+document, S keys.
 """
 
 from __future__ import annotations
@@ -13,10 +15,10 @@ from torch import Tensor, nn
 from mm.kernels.attention import attention
 from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.model.context import Ctx
-from mm.model.layer import LinearFactory, Out
+from mm.model.layer import LinearFactory
 from mm.model.linears.dense import dense
-from mm.model.mixers.attention.base import CachedAttention, HeadsConfig, Sizes
-from mm.model.mixers.attention.kv_cache import KV, DraftKV
+from mm.model.mixers.attention.base import AttentionBase, HeadsConfig
+from mm.model.mixers.attention.kv_cache import KeyValueCache
 from mm.model.norm import RMSNorm
 from mm.model.positions.base import Position
 from mm.model.positions.none import Tempered
@@ -24,7 +26,7 @@ from mm.registry import MIXERS
 from mm.state import State
 
 
-class DifferentialAttention(CachedAttention):
+class DifferentialAttention(AttentionBase):
     """``(softmax(q1 k1) - lambda softmax(q2 k2)) v``: what both maps attend to cancels.
 
     ``lambda = exp(a1 . b1) - exp(a2 . b2) + lambda_init`` with vectors of the layer; each head's
@@ -43,7 +45,8 @@ class DifferentialAttention(CachedAttention):
         position: Position,
         linear: LinearFactory,
     ):
-        super().__init__(Sizes(kv_heads, 2 * width, 2 * width), position)
+        super().__init__(position)
+        self.cache = KeyValueCache(kv_heads, 2 * width, 2 * width)
         self.heads, self.kv_heads, self.width = heads, kv_heads, width
         self.lambda_init = lambda_init
         self.qkv = linear(d_model, (heads + 2 * kv_heads) * 2 * width, "qkv")
@@ -54,24 +57,21 @@ class DifferentialAttention(CachedAttention):
     def init_weights(self) -> None:
         nn.init.normal_(self.lambdas, std=0.1)
 
-    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        assert state is None or isinstance(state, KV | DraftKV)
+    def project(
+        self, x_BTD: Tensor, ctx: Ctx, tail: State | None, serving: bool
+    ) -> tuple[tuple[Tensor, ...], None]:
         H, G, K = self.heads, self.kv_heads, self.width
         B, T = x_BTD.shape[:2]
         x_BTD = self.position.embed(x_BTD, ctx.layout.fields)
         qkv = self.qkv(x_BTD, ctx).view(B, T, 2 * H + 4 * G, K)
         q, k, v = qkv.split((2 * H, 2 * G, 2 * G), dim=2)
-        q, k = self.rotated(q, k, ctx)
+        q, k = self.position.rotate_call(ctx, q, k)
         # A key head is cached whole: its two keys, and the value that both maps read.
-        y, after = self.attended(
-            q,
-            k.reshape(B, T, G, 2 * K),
-            v.reshape(B, T, G, 2 * K),
-            ctx,
-            state.commit() if state is not None else None,
-        )
+        return (q, k.reshape(B, T, G, 2 * K), v.reshape(B, T, G, 2 * K)), None
+
+    def finish(self, y: Tensor, x_BTD: Tensor, ctx: Ctx, serving: bool) -> Tensor:
         y = self.norm(y) * (1 - self.lambda_init)
-        return Out(self.out(y.reshape(B, T, H * 2 * K), ctx), after)
+        return self.out(y.flatten(2), ctx)
 
     def balance(self) -> Tensor:
         """lambda, ``()`` float32 or wider."""
@@ -84,22 +84,18 @@ class DifferentialAttention(CachedAttention):
         q_RTHK: Tensor,
         k_RSGK: Tensor,
         v_RSGV: Tensor,
-        allowed_RTS: Tensor | None,
-        causal: bool,
-        bias_RHTS: Tensor | None,
-        cached: bool,
+        *fades: Tensor,
+        mask: MaskSpec,
+        score: ScoreSpec,
+        cached: bool = False,
     ) -> Tensor:
         (R, T), (S, G, V) = q_RTHK.shape[:2], v_RSGV.shape[1:]
-        if bias_RHTS is not None:  # by head, whose queries have two parts in each key head
-            by_part = bias_RHTS.unflatten(1, (G, 1, -1)).expand(-1, -1, 2, -1, -1, -1)
-            bias_RHTS = by_part.flatten(1, 3)
-        o = attention(
-            q_RTHK,
-            k_RSGK.reshape(R, S, 2 * G, self.width),
-            v_RSGV.repeat_interleave(2, dim=2),
-            MaskSpec(allowed_RTS, causal),
-            ScoreSpec(bias_RHTS),
-        )
+        bias = score.total_bias()
+        if bias is not None:  # by head, whose queries have two parts in each key head
+            by_part = bias.unflatten(1, (G, 1, -1)).expand(-1, -1, 2, -1, -1, -1)
+            bias = by_part.flatten(1, 3)
+        keys, values = k_RSGK.reshape(R, S, 2 * G, self.width), v_RSGV.repeat_interleave(2, dim=2)
+        o = attention(q_RTHK, keys, values, mask, ScoreSpec(bias))
         first, second = o.view(R, T, G, 2, self.heads // G, V).unbind(3)
         return (first - self.balance().to(o.dtype) * second).flatten(2, 3)
 
@@ -118,7 +114,7 @@ class DifferentialAttentionConfig(HeadsConfig):
         heads, kv_heads, head_dim = self.sizes(d_model)
         if head_dim % 2:
             raise ValueError(f"differential_attention halves its heads: head_dim {head_dim} is odd")
-        position = self.placed(head_dim // 2, d_model)
+        position = self.build_position(head_dim // 2, d_model)
         if isinstance(position, Tempered) and position.temperature is not None:
             raise ValueError(
                 "differential_attention: a temperature by head does not fit heads of two maps: set "

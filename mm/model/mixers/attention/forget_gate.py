@@ -1,31 +1,34 @@
-"""The forget gate of attention. B rows, T tokens, D model, H heads, N slots, R rows, L their
-length, S keys, C cache places.
+"""The forget gate of attention.
+
+B rows, T tokens, D model, H heads, N slots, R rows of one document, L their length, S keys.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm.kernels.attention.spec import ScoreSpec
 from mm.model.context import Ctx
 from mm.model.layer import LinearFactory
-from mm.model.mixers.attention.kv_cache import KV, DraftKV
+from mm.model.mixers.attention.kv_cache import KV, KeyValueCache
 from mm.model.varlen import PackedRows
-from mm.state import DataclassState
+from mm.state import State
 
 
 class ForgetGate(nn.Module):
     """``log f``, ``f = sigmoid(w x + b)``, one a head: `forget_bias` fades what lies behind it.
 
+    Args:
+        reach: how many of the last tokens are kept in its cache; default all.
     Source: Lin et al. 2025, Forgetting Transformer (arXiv:2503.02130), eq. 5-8.
     """
 
-    def __init__(self, d_model: int, heads: int, linear: LinearFactory):
+    def __init__(self, d_model: int, heads: int, linear: LinearFactory, reach: int | None = None):
         super().__init__()
+        # Its keys are the sums of the log gates up to each token.
+        self.cache = KeyValueCache(heads, 1, 0, reach, wide=True)
         self.gate = linear(d_model, heads, "forget")
         self.bias = nn.Parameter(torch.empty(heads))
 
@@ -38,10 +41,32 @@ class ForgetGate(nn.Module):
         wide = torch.promote_types(z.dtype, torch.float32)
         return F.logsigmoid(z.to(wide) + self.bias.to(wide))
 
+    def extend(
+        self, log_BTH: Tensor, ctx: Ctx, state: State, copy: bool = False
+    ) -> tuple[Tensor, Tensor, State]:
+        """Sums of log gates since the document's start, and the State after the call.
+
+        Args:
+            copy: as of `KeyValueCache`.
+        Returns:
+            those of the call `(R, L, H)`, and of the keys that it may look at `(R, S, H)`.
+        """
+        state = state.commit()
+        assert isinstance(state, KV)
+        B, T, H = log_BTH.shape
+        docs = PackedRows.of(ctx.layout, state.count.shape[0])
+        last = ((state.count - 1).clamp_min(0) % state.k.shape[2])[:, None, None, None]
+        before = state.k.gather(2, last.expand(-1, H, 1, 1))[:, :, 0, 0]
+        before = docs.read(torch.where((state.count > 0)[:, None], before, 0.0))
+        faded = before[:, None].to(log_BTH.dtype) + docs.unpack(log_BTH).cumsum(1)
+        packed = docs.pack(faded, B, T)
+        none = packed.new_empty(B, T, H, 0)
+        seen, after = self.cache(packed[..., None], none, ctx, state, copy=copy)
+        return faded, seen.k[..., 0], after
+
 
 def forget_bias(faded_RTH: Tensor, faded_RSH: Tensor) -> Tensor:
-    """`(R, H, T, S)` sums of the log gates between query and key, from their sums since the
-    document's start.
+    """`(R, H, T, S)` sums of the log gates between query and key, from those since the start.
 
     To keys before the query it is the paper's ``c_i - c_j``; to keys after it (a mask that is not
     causal) the same sum, which fades both ways.
@@ -50,25 +75,10 @@ def forget_bias(faded_RTH: Tensor, faded_RSH: Tensor) -> Tensor:
     return -(q[..., :, None] - k[..., None, :]).abs()
 
 
-@dataclass(frozen=True)
-class ForgetKV(DataclassState):
-    """Cached keys and values, and beside them the sum of log gates up to each cached place."""
-
-    kv: Any  # KV, DraftKV, or another State with `commit`
-    gate: KV | DraftKV  # keys (N, H, C, 1) float32 or wider, no values
-
-    def accept(self, n_N: Tensor) -> ForgetKV:
-        return ForgetKV(self.kv.accept(n_N), self.gate.accept(n_N))
-
-    def commit(self) -> ForgetKV:
-        return ForgetKV(self.kv.commit(), self.gate.commit())
-
-
-def faded_from(gate: KV, kept_RLH: Tensor, docs: PackedRows) -> Tensor:
-    """`(R, L, H)` sums of log gates since the start of each row's document, part of which lies in
-    its slot.
-    """
-    last = ((gate.count - 1).clamp_min(0) % gate.k.shape[2])[:, None, None, None]
-    before = gate.k.gather(2, last.expand(-1, gate.k.shape[1], 1, 1))[:, :, 0, 0]
-    before = torch.where((gate.count > 0)[:, None], before, 0.0)
-    return docs.read(before)[:, None].to(kept_RLH.dtype) + kept_RLH.cumsum(1)
+def add_fade(score: ScoreSpec, faded_RTH: Tensor, faded_RSH: Tensor) -> ScoreSpec:
+    """Scores that forget gates fade, besides what they were."""
+    if score.fade_RTH is None:
+        return score._replace(fade_RTH=faded_RTH, fade_RSH=faded_RSH)
+    # Two distances do not add up to one.
+    bias, other = forget_bias(faded_RTH, faded_RSH), score.bias_RHTS
+    return score._replace(bias_RHTS=bias if other is None else bias + other)

@@ -1,5 +1,6 @@
-"""Attention with relative vectors of a grid on keys, queries and values. B rows, T tokens, D model,
-H heads, G key heads, K head width, R rows of one document, S keys, N buckets, X terms.
+"""Attention with relative vectors of a grid on keys, queries and values.
+
+R rows of one document, T queries, S keys, H heads, G key heads, K head width, N buckets, X terms.
 """
 
 from __future__ import annotations
@@ -11,16 +12,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.layout import Fields
-from mm.model.context import Ctx
-from mm.model.layer import LinearFactory, Out
+from mm.model.layer import LinearFactory
 from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import GroupedAttention, HeadsConfig
-from mm.model.mixers.attention.kv_cache import KV, DraftKV
 from mm.model.positions.base import Position
 from mm.model.positions.irpe import IRPE, IRPEConfig
 from mm.registry import MIXERS
-from mm.state import State
 
 On = Literal["q", "k", "v"]
 
@@ -38,8 +37,10 @@ class Buckets(Position):
 
 
 class IRPEAttention(GroupedAttention):
-    """Softmax of ``q_i . k_j + q_i . r^K[I] + k_j . r^Q[I]`` over ``v_j + r^V[I]``, where ``I`` is
-    the bucket of the offset of key j from query i; each of the three vectors may be left out.
+    """Softmax of ``q_i . k_j + q_i . r^K[I] + k_j . r^Q[I]`` over ``v_j + r^V[I]``.
+
+    ``I`` is the bucket of the offset of key j from query i; each of the three vectors may be left
+    out.
 
     Queries and keys meet the N vectors once and pairs gather: ``(T + S) N K`` products; the values'
     part sums weights by bucket and then meets the vectors: ``T N K``, not ``T S K``.
@@ -51,15 +52,14 @@ class IRPEAttention(GroupedAttention):
     def __init__(
         self,
         d_model: int,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
+        sizes: tuple[int, int, int],
         linear: LinearFactory,
         irpe: IRPEConfig,
         on: tuple[On, ...],
     ):
+        heads, _, head_dim = sizes
         indices = IRPE(heads, head_dim, irpe)
-        super().__init__(d_model, heads, kv_heads, head_dim, Buckets(indices.buckets), linear)
+        super().__init__(d_model, sizes, Buckets(indices.buckets), linear)
         count = indices.table.shape[1]
         self.tables = nn.ParameterDict(
             {name: nn.Parameter(torch.empty(heads, count, head_dim)) for name in on}
@@ -69,40 +69,34 @@ class IRPEAttention(GroupedAttention):
         for table in self.tables.values():
             nn.init.zeros_(table)
 
-    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        assert state is None or isinstance(state, KV | DraftKV)
-        q, k, v = self.projected(x_BTD, ctx)
-        y, after = self.attended(q, k, v, ctx, state.commit() if state is not None else None)
-        return Out(self.out(y.flatten(2), ctx), after)
-
     def attend(
         self,
         q_RTHK: Tensor,
         k_RSGK: Tensor,
         v_RSGV: Tensor,
-        allowed_RTS: Tensor | None,
-        causal: bool,
-        bias_RHTS: Tensor | None,
-        cached: bool,
+        *fades: Tensor,
+        mask: MaskSpec,
+        score: ScoreSpec,
+        cached: bool = False,
     ) -> Tensor:
-        assert bias_RHTS is not None
+        assert score.bias_RHTS is not None
+        allowed = mask.dense(q_RTHK.shape[1], k_RSGK.shape[1], q_RTHK.device)
         with torch.autocast(q_RTHK.device.type, enabled=False):
-            y = self._summed(q_RTHK, k_RSGK, v_RSGV, allowed_RTS, causal, bias_RHTS)
+            y = self._sum(q_RTHK, k_RSGK, v_RSGV, allowed, score.bias_RHTS)
         return y.to(q_RTHK.dtype)
 
-    def _summed(
+    def _sum(
         self,
         q_RTHK: Tensor,
         k_RSGK: Tensor,
         v_RSGV: Tensor,
         allowed_RTS: Tensor | None,
-        causal: bool,
         index: Tensor,
     ) -> Tensor:
         """Outputs `(R, T, H, V)` in float32 or wider; ``index`` `(R, X, T, S)`."""
         (R, T, H, K), X = q_RTHK.shape, index.shape[1]
         wide = torch.promote_types(q_RTHK.dtype, torch.float32)
-        S, share = k_RSGK.shape[1], H // self.kv_heads
+        share = H // self.kv_heads
         q = q_RTHK.to(wide).transpose(1, 2)
         k, v = (t.to(wide).repeat_interleave(share, 2).transpose(1, 2) for t in (k_RSGK, v_RSGV))
         logits = q @ k.mT  # (R, H, T, S)
@@ -114,12 +108,9 @@ class IRPEAttention(GroupedAttention):
             if "q" in terms:
                 of_keys = torch.einsum("rhsk,hnk->rhsn", k, terms["q"])
                 logits = logits + of_keys.gather(3, at.mT).mT
-        if causal:
-            past = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-            allowed_RTS = past if allowed_RTS is None else allowed_RTS & past
         logits = logits * K**-0.5
         if allowed_RTS is not None:
-            hidden = ~allowed_RTS if allowed_RTS.dim() == 2 else ~allowed_RTS[:, None]
+            hidden = ~allowed_RTS[:, None]
             # Padding sees nothing: its row of weights is zero, not NaN.
             logits = logits.masked_fill(hidden, torch.finfo(wide).min)
             p = logits.softmax(-1).masked_fill(hidden, 0)
@@ -145,9 +136,7 @@ class IRPEAttentionConfig(HeadsConfig):
     ] = ("q", "k", "v")
 
     def build(self, d_model: int, linear: LinearFactory = dense) -> IRPEAttention:
-        heads, kv_heads, head_dim = self.sizes(d_model)
-        make = linear
-        return IRPEAttention(d_model, heads, kv_heads, head_dim, make, self.position, self.on)
+        return IRPEAttention(d_model, self.sizes(d_model), linear, self.position, self.on)
 
     @classmethod
     def smallest(cls) -> IRPEAttentionConfig:

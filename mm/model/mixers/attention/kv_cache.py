@@ -1,18 +1,22 @@
-"""State of attention: cached keys and values with the Fields they came from.
+"""Cached keys and values, with the Fields that they came from.
 
-N slots, G key heads, C cache places, K key width, V value width, L places of a call.
+B rows, T tokens, N slots, G key heads, C cached tokens, K key width, V value width, R rows of one
+document, L their length, S keys.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mm.layout import Fields
-from mm.model.varlen import PackedRows, SlotWrites, paired
-from mm.state import DataclassState
+from mm.model.context import Ctx
+from mm.model.layer import StatePart
+from mm.model.varlen import PackedRows, paired
+from mm.state import DataclassState, State
 
 
 @dataclass(frozen=True)
@@ -25,37 +29,15 @@ class KV(DataclassState):
     count: Tensor  # (N,) int64 tokens seen
     ring: bool  # old tokens may be overwritten (bounded reach); else C is the longest document
 
-    @staticmethod
-    def empty(n: int, heads: int, places: int, k: int, v: int, ring: bool, like: Tensor) -> KV:
-        """``n`` fresh slots."""
-        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.int32, device=like.device)
-        return KV(
-            like.new_zeros(n, heads, places, k),
-            like.new_zeros(n, heads, places, v),
-            Fields(zeros(n, places, 1), zeros(n, places), zeros(n, places)),
-            torch.zeros(n, dtype=torch.long, device=like.device),
-            ring,
-        )
-
-    @staticmethod
-    def bytes(n: int, heads: int, places: int, k: int, v: int, item: int) -> int:
-        """Bytes of `empty`: keys and values, three int32 fields a place, one int64 count a slot."""
-        return n * (heads * places * (k + v) * item + places * 12 + 8)
-
-    def accept(self, n_N: Tensor) -> KV:
-        raise ValueError("accept() takes the State of a call with draft=True")
-
-    def commit(self) -> KV:
-        """The state itself: nothing is pending."""
-        return self
-
     def holds_call(self, docs: PackedRows, L: int) -> bool:
-        """True when the rows may read the cache with this call already in it: each its own slot,
-        and nothing they still
-        see is overwritten (a ring loses, to one token, only what is out of reach)."""
+        """Whether rows may read the cache with this call already in it.
+
+        Each row has a slot of its own, and nothing that a token still sees is overwritten: a ring
+        loses, to one token, only what is out of reach.
+        """
         return docs.direct and (L == 1 or not self.ring) and bool((docs.slot >= 0).all())
 
-    def seen(self) -> tuple[Tensor, Tensor, Fields]:
+    def contents(self) -> tuple[Tensor, Tensor, Fields]:
         """Keys `(N, C, G, K)`, values and Fields of all slots, cut to the fullest one."""
         C = self.k.shape[2]
         if self.k.device.type == "cpu":  # elsewhere the longest count would cost a synchronisation
@@ -67,21 +49,13 @@ class KV(DataclassState):
         )
 
     def past(self, docs: PackedRows, f: Fields) -> tuple[Tensor, Tensor, Fields]:
-        """Keys `(R, G, C, K)`, values and Fields `(R, C)` that each row of a call may look back
-        at.
-        """
+        """Keys `(R, G, C, K)`, values and Fields `(R, C)` that each row may look back at."""
         return docs.read(self.k), docs.read(self.v), self._shaped_like(f).fields.map(docs.read)
 
     def append(
-        self,
-        k_NLGK: Tensor,
-        v_NLGV: Tensor,
-        f: Fields,
-        length_N: Tensor,
-        fresh_N: Tensor,
-        hit_N: Tensor,
+        self, k_NLGK: Tensor, v_NLGV: Tensor, f: Fields, length_N: Tensor, fresh_N: Tensor
     ) -> KV:
-        """Store the first ``length_N`` places of each slot's row; a fresh slot is emptied first.
+        """Store the first ``length_N`` tokens of each slot's row; a fresh slot is emptied first.
 
         Raises:
             ValueError: a document outgrows ``max_len`` of `initial_state`.
@@ -99,13 +73,11 @@ class KV(DataclassState):
         if L == 0:
             return replace(base, count=count)
         if L > C or L * 4 > C:
-            # Pull: for each cache place, which of the new tokens (the latest that lands here), if
-            # any.
+            # Pull: for each cache entry, the latest of the new tokens that lands there, if any.
             at = torch.arange(C, device=count.device)
             last = (count + length_N - 1)[:, None]
-            token = (
-                last - (last - at) % C - count[:, None]
-            )  # index among the new tokens; negative = an old one stays
+            # Index among the new tokens; negative: an old one stays.
+            token = last - (last - at) % C - count[:, None]
             new = (token >= 0) & (length_N > 0)[:, None]
             token = token.clamp(0, L - 1)
             put = lambda old, x: _blend(old, x.movedim(1, -2) if x.dim() == 4 else x, token, new)
@@ -123,10 +95,19 @@ class KV(DataclassState):
             self.ring,
         )
 
+    def extend(
+        self, k_RLGK: Tensor, v_RLGV: Tensor, f: Fields, docs: PackedRows, draft: bool = False
+    ) -> KV | DraftKV:
+        """State after a call whose rows are ``docs``."""
+        w = docs.written(self.count.shape[0])
+        k, v = w.take(k_RLGK).to(self.k.dtype), w.take(v_RLGV).to(self.v.dtype)
+        fields = f.map(w.take)
+        if draft:
+            return DraftKV(self, k, v, fields, w.length, w.fresh)
+        return self.append(k, v, fields, w.length, w.fresh)
+
     def _shaped_like(self, f: Fields) -> KV:
-        """Grow position axes and extra fields to those of the call (they are unknown when a State
-        is made).
-        """
+        """Grow position axes and extra fields to those of the call: no State knows them before."""
         mine = self.fields
         axes = f.position.shape[-1] - mine.position.shape[-1]
         missing = [name for name in f.extra if name not in mine.extra]
@@ -139,41 +120,156 @@ class KV(DataclassState):
 
 @dataclass(frozen=True)
 class DraftKV(DataclassState):
-    """A KV state with the places of a draft call not stored yet."""
+    """A KV state with the tokens of a draft call not stored yet."""
 
     base: KV
     k: Tensor  # (N, L, G, K)
     v: Tensor
     fields: Fields
-    length: Tensor  # (N,) places drafted
+    length: Tensor  # (N,) tokens drafted
     fresh: Tensor  # (N,) bool
-    hit: Tensor  # (N,) bool
 
     def accept(self, n_N: Tensor) -> KV:
         n = torch.minimum(n_N.to(self.length), self.length)
         valid = torch.arange(self.k.shape[1], device=n.device) < n[:, None]
         fields = self.fields._replace(document=valid.to(torch.int32))
-        return self.base.append(self.k, self.v, fields, n, self.fresh, self.hit)
+        return self.base.append(self.k, self.v, fields, n, self.fresh)
 
     def commit(self) -> KV:
         """Everything drafted counts."""
         return self.accept(self.length)
 
 
-def advance(
-    state: KV, k_RLGK: Tensor, v_RLGV: Tensor, f: Fields, docs: PackedRows, draft: bool
-) -> KV | DraftKV:
-    """State after a call whose rows are ``docs``."""
-    w: SlotWrites = docs.written(state.count.shape[0])
-    k, v = w.take(k_RLGK).to(state.k.dtype), w.take(v_RLGV).to(state.v.dtype)
-    fields = f.map(w.take)
-    if draft:
-        return DraftKV(state, k, v, fields, w.length, w.fresh, w.hit)
-    return state.append(k, v, fields, w.length, w.fresh, w.hit)
+class VisibleKeys(NamedTuple):
+    """A call in rows of one document, and the keys that they may look at: cached ones first."""
+
+    docs: PackedRows
+    fields: Fields  # (R, L) of the call
+    k: Tensor  # (R, S, G, K)
+    v: Tensor  # (R, S, G, V)
+    known: Fields  # (R, S) of the keys
+    begin: Tensor  # (R,) how many tokens of its document came before each row
+    cached: int  # how many of the S lie in the cache, those of the call with them or not
+
+    def query_index(self) -> Tensor:
+        """`(R, L)` index of each token of the call in its document."""
+        L = self.fields.document.shape[1]
+        return self.begin[:, None] + torch.arange(L, device=self.begin.device)
+
+    def key_index(self) -> Tensor:
+        """`(R, S)` index of each key in its document, where the cache is no ring."""
+        R, S = self.known.document.shape
+        index = torch.arange(S, device=self.begin.device).expand(R, S)
+        if S == self.cached:
+            return index
+        own = self.begin[:, None] + index[:, self.cached :] - self.cached
+        return torch.cat((index[:, : self.cached], own), dim=1)
+
+
+class KeyValueCache(StatePart):
+    """Keeps keys and values of every document's tokens.
+
+    Args:
+        heads: G.
+        key: K.
+        value: V, perhaps 0.
+        reach: how many of the last tokens are kept; default all.
+        wide: store float32 or wider, under autocast too.
+        extra: names of fields that are always there.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        key: int,
+        value: int,
+        reach: int | None = None,
+        wide: bool = False,
+        extra: tuple[str, ...] = (),
+    ):
+        super().__init__()
+        self.heads, self.key, self.value = heads, key, value
+        self.reach, self.in_wide, self.extra = reach, wide, extra
+
+    def forward(
+        self,
+        k_BTGK: Tensor,
+        v_BTGV: Tensor,
+        ctx: Ctx,
+        state: State,
+        fields: Fields | None = None,
+        copy: bool = False,
+    ) -> tuple[VisibleKeys, KV | DraftKV]:
+        """Keys and values that the call may look at, and the State after it.
+
+        Args:
+            fields: of the call, where more is to be cached than the layout's.
+            copy: return all that is cached and then the call's own, as `look_back` does.
+        """
+        state = state.commit()
+        assert isinstance(state, KV)
+        docs = PackedRows.of(ctx.layout, state.count.shape[0])
+        k, v = docs.unpack(k_BTGK), docs.unpack(v_BTGV)
+        if copy or ctx.draft or not state.holds_call(docs, k.shape[1]):
+            seen = self.look_back(k_BTGK, v_BTGV, ctx, state, fields)
+            # After that: it may write into the cache, of which the rows are a copy.
+            return seen, state.extend(k, v, seen.fields, docs, ctx.draft)
+        # Decoding's common case: stored first, then read where it lies, without a copy.
+        f = docs.fields(ctx.layout.fields if fields is None else fields)
+        begin = docs.read(state.count, 0)
+        after = state.extend(k, v, f, docs)
+        assert isinstance(after, KV)
+        keys, values, known = after.contents()
+        keys, values = keys.to(k_BTGK.dtype), values.to(v_BTGV.dtype)
+        return VisibleKeys(docs, f, keys, values, known, begin, keys.shape[1]), after
+
+    def look_back(
+        self, k_BTGK: Tensor, v_BTGV: Tensor, ctx: Ctx, state: KV, fields: Fields | None = None
+    ) -> VisibleKeys:
+        """What `forward` returns, of a copy of the cache: nothing is stored."""
+        docs = PackedRows.of(ctx.layout, state.count.shape[0])
+        f = docs.fields(ctx.layout.fields if fields is None else fields)
+        k, v = docs.unpack(k_BTGK), docs.unpack(v_BTGV)
+        past_k, past_v, past_f = state.past(docs, f)
+        return VisibleKeys(
+            docs,
+            f,
+            torch.cat((past_k.transpose(1, 2).to(k.dtype), k), dim=1),
+            torch.cat((past_v.transpose(1, 2).to(v.dtype), v), dim=1),
+            paired(lambda old, new: torch.cat((old, new), dim=1), past_f, f),
+            docs.read(state.count, 0),
+            past_k.shape[2],
+        )
+
+    def initial_state(self, n: int, max_len: int) -> KV:
+        C, dtype = self._size(max_len), self._dtype()
+        make = lambda *shape, dtype=torch.int32: self.like.new_zeros(*shape, dtype=dtype)
+        return KV(
+            make(n, self.heads, C, self.key, dtype=dtype),
+            make(n, self.heads, C, self.value, dtype=dtype),
+            Fields(make(n, C, 1), make(n, C), make(n, C), {x: make(n, C) for x in self.extra}),
+            make(n, dtype=torch.long),
+            ring=self.reach is not None and self.reach < max_len,
+        )
+
+    def state_bytes(self, n: int, max_len: int) -> int:
+        """Bytes of keys and values, int32 fields of a token, one int64 count a slot."""
+        C, item, fields = self._size(max_len), self._dtype().itemsize, 3 + len(self.extra)
+        return n * (self.heads * C * (self.key + self.value) * item + C * fields * 4 + 8)
+
+    def _size(self, max_len: int) -> int:
+        return max_len if self.reach is None else min(max_len, self.reach)
+
+    def _dtype(self) -> torch.dtype:
+        """What keys and values are stored in: autocast's dtype where that is on."""
+        kind, dtype = self.like.device.type, self.like.dtype
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        return torch.promote_types(dtype, torch.float32) if self.in_wide else dtype
 
 
 def _expand(index: Tensor, like: Tensor) -> Tensor:
-    """`(N, L)` places to the shape of `(N, [G,] L, [K])`."""
+    """`(N, L)` indices to the shape of `(N, [G,] L, [K])`."""
     if like.dim() == 4:
         return index[:, None, :, None].expand(
             like.shape[0], like.shape[1], index.shape[1], like.shape[3]
@@ -191,7 +287,7 @@ def _blend(old: Tensor, x: Tensor, token: Tensor, new: Tensor) -> Tensor:
 def _scatter(old: Tensor, x: Tensor, to: Tensor, valid: Tensor, in_place: bool) -> Tensor:
     dim = 2 if old.dim() == 4 else 1
     index = _expand(to, old)
-    # Invalid places write back what is there: their targets are distinct from all valid ones, since
+    # Invalid tokens write back what is there: their targets are distinct from all valid ones, since
     # L <= C.
     value = x.to(old.dtype)
     if not bool(valid.all()):

@@ -1,5 +1,7 @@
-"""Multi-head latent attention. B rows, T tokens, D model, H heads, C latent width, K width of a
-head without positions, P width of its rotated part, V value width.
+"""Multi-head latent attention.
+
+B rows, T tokens, D model, H heads, C latent width, K width of a head without positions, P width of
+its rotated part, V value width, R rows of one document, S keys.
 """
 
 from __future__ import annotations
@@ -14,10 +16,10 @@ from mm.config import Config
 from mm.kernels.attention import attention
 from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.model.context import Ctx
-from mm.model.layer import LinearFactory, Out
+from mm.model.layer import LinearFactory
 from mm.model.linears.dense import dense
-from mm.model.mixers.attention.base import CachedAttention, Sizes
-from mm.model.mixers.attention.kv_cache import KV, DraftKV
+from mm.model.mixers.attention.base import AttentionBase, head_dim_of
+from mm.model.mixers.attention.kv_cache import KeyValueCache
 from mm.model.norm import RMSNorm
 from mm.model.positions.base import Position
 from mm.model.positions.irpe import IRPE
@@ -25,9 +27,10 @@ from mm.registry import MIXERS, PositionField
 from mm.state import State
 
 
-class LatentAttention(CachedAttention):
-    """Attention whose keys and values are raised from one latent a token; the cache holds that
-    latent and one rotated key for all heads.
+class LatentAttention(AttentionBase):
+    """Attention whose keys and values are raised from one latent a token.
+
+    The cache holds that latent and one rotated key for all heads.
 
     While there is a State the raising matrices act on queries and outputs instead, so that the
     latent itself is attended to: nothing is raised again for every cached token.
@@ -48,7 +51,8 @@ class LatentAttention(CachedAttention):
         linear: LinearFactory,
     ):
         K, P, V = widths
-        super().__init__(Sizes(1, latent + P, 0), position)
+        super().__init__(position)
+        self.cache = KeyValueCache(1, latent + P, 0)
         self.heads, self.widths, self.latent = heads, widths, latent
         self.scale = (K + P) ** -0.5
         self.q_down = linear(d_model, query_latent, "q_down") if query_latent else None
@@ -65,35 +69,34 @@ class LatentAttention(CachedAttention):
         nn.init.normal_(self.key_up, std=self.latent**-0.5)
         nn.init.normal_(self.value_up, std=self.latent**-0.5)
 
-    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        assert state is None or isinstance(state, KV | DraftKV)
+    def project(
+        self, x_BTD: Tensor, ctx: Ctx, tail: State | None, serving: bool
+    ) -> tuple[tuple[Tensor, ...], None]:
         B, T = x_BTD.shape[:2]
-        K, P, V = self.widths
+        K, P, _ = self.widths
         x_BTD = self.position.embed(x_BTD, ctx.layout.fields)
         q_in = x_BTD
         if self.q_down is not None and self.q_norm is not None:
             q_in = self.q_norm(self.q_down(x_BTD, ctx))
         q = self.q(q_in, ctx).view(B, T, self.heads, K + P)
         latent, k_rotary = self.kv_down(x_BTD, ctx).split((self.latent, P), dim=-1)
-        q_rotary, k_rotary = self.rotated(q[..., K:], k_rotary[:, :, None], ctx)
+        q_rotary, k_rotary = self.position.rotate_call(ctx, q[..., K:], k_rotary[:, :, None])
         # One cached head: the normed latent, then the rotated key.
         k = torch.cat((self.kv_norm(latent)[:, :, None], k_rotary), dim=-1)
         q = torch.cat((q[..., :K], q_rotary), dim=-1)
-        cache = state.commit() if state is not None else None
-        y, after = self.attended(q, k, k[..., :0], ctx, cache)
-        return Out(self.out(y.reshape(B, T, self.heads * V), ctx), after)
+        return (q, k, k[..., :0]), None
 
     def attend(
         self,
         q_RTHK: Tensor,
         k_RSGK: Tensor,
         v_RSGV: Tensor,
-        allowed_RTS: Tensor | None,
-        causal: bool,
-        bias_RHTS: Tensor | None,
-        cached: bool,
+        *fades: Tensor,
+        mask: MaskSpec,
+        score: ScoreSpec,
+        cached: bool = False,
     ) -> Tensor:
-        mask, score = MaskSpec(allowed_RTS, causal), ScoreSpec(bias_RHTS, scale=self.scale)
+        score = score._replace(scale=self.scale)
         K = self.widths[0]
         key_up, value_up = self.key_up.to(q_RTHK.dtype), self.value_up.to(q_RTHK.dtype)
         latent = k_RSGK[..., : self.latent]
@@ -134,11 +137,7 @@ class LatentAttentionConfig(Config):
     position: PositionField = Field(default="rope", validate_default=True)
 
     def build(self, d_model: int, linear: LinearFactory = dense) -> LatentAttention:
-        if self.head_dim is None and d_model % self.heads:
-            raise ValueError(
-                f"d_model {d_model} is not a multiple of heads {self.heads}; set head_dim"
-            )
-        K = self.head_dim or d_model // self.heads
+        K = head_dim_of(d_model, self.heads, self.head_dim)
         P = self.rotary_dim or max(K // 2, 2)
         position = self.position.build(P, heads=self.heads, d_model=d_model)
         if isinstance(position, IRPE):

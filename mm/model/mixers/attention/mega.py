@@ -1,11 +1,12 @@
-"""Mega: gated attention whose queries and keys have seen a moving average. B rows, T tokens, D
-model, E averages of a channel, K width of queries and keys, V value width, N slots.
+"""Mega: gated attention whose queries and keys have seen a moving average.
+
+B rows, T tokens, D model, E averages of a channel, K width of queries and keys, V value width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal, cast
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,18 +22,18 @@ from mm.model.context import Ctx
 from mm.model.layer import LinearFactory, Out
 from mm.model.length_buckets import LengthBuckets
 from mm.model.linears.dense import dense
-from mm.model.mixers.attention.attention import Attention
-from mm.model.mixers.attention.kv_cache import KV, DraftKV
-from mm.model.mixers.ssm.scan import DraftHidden, Hidden, begins, scanned
+from mm.model.mixers.attention.base import AttentionBase
+from mm.model.mixers.attention.kv_cache import KeyValueCache
+from mm.model.mixers.ssm.scan import DiagonalScan, starts
 from mm.model.positions.base import Position
-from mm.model.positions.randomised import adds_to_input, refuse_drawn
+from mm.model.positions.randomised import adds_to_input
 from mm.registry import MIXERS, PositionField
-from mm.state import DataclassState, State
+from mm.state import State, join_parts, parts_of
 
 
 @dataclass(frozen=True)
 class SameChunk(Mask):
-    """Places whose times fall into the same chunk of ``size``."""
+    """Tokens whose times fall into the same chunk of ``size``."""
 
     size: int
     hint: ClassVar[Hint] = "general"
@@ -46,23 +47,10 @@ class SameChunk(Mask):
         return tq[:, :, None] == tk[:, None]
 
 
-@dataclass(frozen=True)
-class Averaged(DataclassState):
-    """The moving averages, and the attention's cache."""
-
-    average: Hidden | DraftHidden  # (N, D * E)
-    kv: KV | DraftKV
-
-    def accept(self, n_N: Tensor) -> Averaged:
-        return Averaged(self.average.accept(n_N), self.kv.accept(n_N))
-
-    def commit(self) -> Averaged:
-        return Averaged(self.average.commit(), self.kv.commit())
-
-
 class MovingAverage(nn.Module):
-    """``y_t = sum_e eta_e h_t``, ``h_t = alpha * beta x_t + (1 - alpha * delta) h_{t-1}``, E of
-    them a channel.
+    """``y_t = sum_e eta_e h_t``, ``h_t = alpha * beta x_t + (1 - alpha * delta) h_{t-1}``.
+
+    Each channel has E of them.
 
     Source: Ma et al. 2022, Mega (arXiv:2209.10655), section 3.1 (multi-dimensional damped EMA).
     """
@@ -70,6 +58,7 @@ class MovingAverage(nn.Module):
     def __init__(self, d_model: int, size: int):
         super().__init__()
         shape = (d_model, size)
+        self.scan = DiagonalScan(d_model * size)
         self.alpha, self.delta = nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(shape))
         self.beta, self.eta = nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(shape))
 
@@ -94,24 +83,28 @@ class MovingAverage(nn.Module):
         a, c = self.coefficients()
         if state is None:
             pairs = (torch.stack((t, torch.zeros_like(t))) for t in (a, c))
-            y, _ = diagonal_ssm(x, *pairs, begins(ctx.layout))
+            y, _ = diagonal_ssm(x, *pairs, starts(ctx.layout))
             return y.to(x.dtype), None
         (B, T, D), E = x.shape, a.shape[1]
         u = x.to(a.dtype)[..., None].expand(B, T, D, E).flatten(2)
-        h, after = scanned(linear_scan, a.flatten().expand(B, T, -1), u, ctx, state)
+        h, after = self.scan(linear_scan, a.flatten().expand(B, T, -1), u, ctx, state)
         return (h.view(B, T, D, E) * c).sum(-1).to(x.dtype), after
 
 
-class Mega(Attention):
-    """``phi * h + (1 - phi) * x``, ``h = silu(W_h x' + U (gamma * o))``: one head of attention
-    whose values read x and whose queries, keys and gates read its moving average x'.
+class Mega(AttentionBase):
+    """``phi * h + (1 - phi) * x``, ``h = silu(W_h x' + U (gamma * o))``, o of one attention head.
 
-    With ``chunk`` each token attends within its own chunk of so many tokens and only the average
-    crosses the borders (Mega-chunk): linear in the length, and so is the cache.
+    Values read x; queries, keys and gates read its moving average x'. With ``chunk`` each token
+    attends within its own chunk of so many tokens and only the average crosses the borders
+    (Mega-chunk): linear in the length, and so is the cache.
 
     Source: Ma et al. 2022 (arXiv:2209.10655), section 3, with softmax as the attention
     function.
     """
+
+    caps = replace(AttentionBase.caps, shard="ulysses")
+    knows = frozenset({"gain"})
+    replays = True
 
     def __init__(
         self,
@@ -121,11 +114,10 @@ class Mega(Attention):
         position: Position,
         linear: LinearFactory,
     ):
-        # Mega has projections of its own.
-        nothing = cast(LinearFactory, lambda d_in, d_out, name: nn.Identity())
-        refuse_drawn(position, "mega")
-        super().__init__(d_model, 1, 1, config.key_dim, None, False, position, nothing)
-        self.chunk, self.value_dim, K, V = config.chunk, value_dim, config.key_dim, value_dim
+        super().__init__(position)
+        self.chunk, K, V = config.chunk, config.key_dim, value_dim
+        self.heads = 1
+        self.cache = KeyValueCache(1, K, V, config.chunk)
         self.sizes = (K, V, d_model, d_model)
         self.average = MovingAverage(d_model, config.averages)
         self.value = linear(d_model, V, "value")
@@ -141,59 +133,38 @@ class Mega(Attention):
             nn.init.zeros_(bias)
         nn.init.ones_(self.scales)
 
-    def _groups(self, ctx: Ctx) -> LengthBuckets | None:
+    def groups(self, ctx: Ctx) -> LengthBuckets | None:
         size = self.chunk
         if size is None:
-            return super()._groups(ctx)
+            return super().groups(ctx)
         return ctx.cached_on_host(
             f"mega.chunks.{size}",
-            lambda layout, mask: LengthBuckets.of(cut(layout, size), mask, by_vectors=True),
+            lambda layout, mask: LengthBuckets.of(cut_chunks(layout, size), mask, by_vectors=True),
         )
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        assert state is None or isinstance(state, Averaged)
-        old = state.commit() if state is not None else None
-        B, T = x_BTD.shape[:2]
-        seen, average = self.average(x_BTD, ctx, old.average if old is not None else None)
+        cache, average = parts_of(state, 2)
+        seen, average = self.average(x_BTD, ctx, average)
         read = self.inner(seen, ctx)
         z, gamma, phi, h = (read + self.bias.to(read.dtype)).split(self.sizes, dim=-1)
         v = self.value(x_BTD, ctx)
-        v = F.silu(v + self.value_bias.to(v.dtype)).view(B, T, 1, -1)
+        v = F.silu(v + self.value_bias.to(v.dtype))[:, :, None]
         z = F.silu(z)[:, :, None, None]
         q, k = (z * self.scales.to(z.dtype) + self.shifts.to(z.dtype)).unbind(3)
-        q, k = self.position.rotate_call(ctx, q, k)
-        after = None
-        if old is None:
-            o = self._forward_full(q, k, v, None, ctx)
+        parts = *self.position.rotate_call(ctx, q, k), v
+        if state is None:
+            o = self._forward_full(parts, ctx)
         else:
-            assert isinstance(old.kv, KV) and isinstance(average, Hidden | DraftHidden)
-            o, kv = self._forward_cached(q, k, v, None, ctx, old.kv)
-            assert isinstance(kv, KV | DraftKV)
-            after = Averaged(average, kv)
-        moved = F.silu(h + self.mix(F.silu(gamma) * o.reshape(B, T, -1), ctx))
-        return Out(torch.lerp(x_BTD, moved.to(x_BTD.dtype), phi.sigmoid().to(x_BTD.dtype)), after)
+            o, cache = self._forward_cached(parts, ctx, cache)
+        moved = F.silu(h + self.mix(F.silu(gamma) * o.flatten(2), ctx))
+        y = torch.lerp(x_BTD, moved.to(x_BTD.dtype), phi.sigmoid().to(x_BTD.dtype))
+        return Out(y, join_parts(cache, average))
 
-    def _mask(self, ctx: Ctx) -> Mask:
+    def mask(self, ctx: Ctx) -> Mask:
         return ctx.mask if self.chunk is None else ctx.mask & SameChunk(self.chunk)
 
-    @property
-    def reach(self) -> int | None:
-        return self.chunk
 
-    def initial_state(self, n: int, max_len: int) -> Averaged:  # type: ignore[override]
-        like, C = self.bias.detach(), self._places(max_len)
-        ring = self.chunk is not None and self.chunk < max_len
-        kv = KV.empty(n, 1, C, self.head_dim, self.value_dim, ring, like)
-        wide = torch.promote_types(like.dtype, torch.float32)
-        return Averaged(Hidden(like.new_zeros(n, self.average.alpha.numel(), dtype=wide)), kv)
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        item, C = self.bias.element_size(), self._places(max_len)
-        kept = KV.bytes(n, 1, C, self.head_dim, self.value_dim, item)
-        return kept + n * self.average.alpha.numel() * max(item, 4)
-
-
-def cut(layout: Layout, size: int) -> Layout:
+def cut_chunks(layout: Layout, size: int) -> Layout:
     """Chunks of ``size`` tokens of every document as documents of their own, without slots."""
     f = layout.fields
     document, time = f.document.reshape(-1).long(), f.position[..., 0].reshape(-1) // size

@@ -1,5 +1,7 @@
-"""Attention to compressed memory. B rows, T tokens, D model, H heads, K head width, N slots, R rows
-of one document, L their length, S groups, s places of a group.
+"""Attention to compressed memory.
+
+B rows, T tokens, D model, H heads, K head width, N slots, R rows of one document, L their length,
+S groups, s tokens of a group, J groups that a call fills.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from mm.layout import Fields
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.linears.dense import dense
-from mm.model.mixers.attention.kv_cache import KV
+from mm.model.mixers.attention.kv_cache import KV, KeyValueCache
 from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS
 from mm.state import DataclassState, State
@@ -28,59 +30,34 @@ from mm.state import DataclassState, State
 class Compressed(DataclassState):
     """Keys and values of full groups, and the sums of the group that is being filled."""
 
-    kv: KV  # a place is a group
+    kv: KV  # an entry is a group
     partial: Tensor  # (N, 2, H, K)
     count: Tensor  # (N,) int64 tokens
 
-    def accept(self, n_N: Tensor) -> Compressed:
-        raise ValueError("accept() takes the State of a call with draft=True")
 
-    def commit(self) -> Compressed:
-        return self
+class GroupCache(KeyValueCache):
+    """Keeps keys and values of full groups of tokens, and the sums of the one being filled."""
 
+    def __init__(self, heads: int, width: int, stride: int):
+        super().__init__(heads, width, width)
+        self.stride = stride
 
-@dataclass(frozen=True)
-class DraftCompressed(DataclassState):
-    """The state before a call, and the sums of its group at every token of the call."""
-
-    base: Compressed
-    sums: Tensor  # (N, L, 2, H, K)
-    length: Tensor  # (N,)
-    fresh: Tensor  # (N,) bool
-    hit: Tensor  # (N,) bool
-    stride: int
-
-    def accept(self, n_N: Tensor) -> Compressed:
-        n, s, L = torch.minimum(n_N.to(self.length), self.length), self.stride, self.sums.shape[1]
-        count = torch.where(self.fresh, 0, self.base.count)
-        full, ends = full_groups(count, L, s)
-        done = (count + n) // s - full
-        take = lambda at: self.sums.gather(
-            1,
-            at.clamp(0, max(L - 1, 0))[..., None, None, None].expand(-1, -1, *self.sums.shape[2:]),
+    def initial_state(self, n: int, max_len: int) -> Compressed:  # type: ignore[override]
+        kv = super().initial_state(n, max(1, max_len // self.stride))
+        return Compressed(
+            kv, kv.k.new_zeros(n, 2, self.heads, self.key), torch.zeros_like(kv.count)
         )
-        if L == 0:
-            partial = torch.where(self.fresh[:, None, None, None], 0, self.base.partial)
-            return Compressed(self.base.kv, partial, count)
-        k, v = take(ends).unbind(2)
-        valid = torch.arange(ends.shape[1], device=n.device) < done[:, None]
-        zeros = torch.zeros_like(valid, dtype=torch.int32)
-        kv = self.base.kv.append(
-            k, v, Fields(zeros[..., None], valid.to(torch.int32), zeros), done, self.fresh, self.hit
-        )
-        open_ = ((count + n) % s > 0)[:, None, None, None]
-        last = torch.where(open_, take(n[:, None] - 1)[:, 0], 0)
-        old = torch.where(self.fresh[:, None, None, None], 0, self.base.partial)
-        partial = torch.where((n > 0)[:, None, None, None], last, old)
-        return Compressed(kv, partial, count + n)
 
-    def commit(self) -> Compressed:
-        return self.accept(self.length)
+    def state_bytes(self, n: int, max_len: int) -> int:
+        kv = super().state_bytes(n, max(1, max_len // self.stride))
+        return kv + n * (2 * self.heads * self.key * self._dtype().itemsize + 8)
 
 
 def full_groups(count_R: Tensor, L: int, s: int) -> tuple[Tensor, Tensor]:
-    """Full groups after ``count`` tokens `(R,)`, and the places of a call of L that end the next
-    ones `(R, J)`.
+    """Full groups after ``count`` tokens `(R,)`, and the indices in a call of L that end the next.
+
+    Returns:
+        `(R,)` and `(R, J)`.
     """
     full = count_R // s
     more = torch.arange(-(-L // s), device=count_R.device)
@@ -88,11 +65,10 @@ def full_groups(count_R: Tensor, L: int, s: int) -> tuple[Tensor, Tensor]:
 
 
 class MemoryCompressedAttention(Mixer):
-    """Causal attention whose keys and values are shortened by a convolution of stride s and width
-    s.
+    """Causal attention whose keys and values are shortened by a convolution of stride and width s.
 
     A query reads the compressed keys of the groups before its own, and of its own group what the
-    convolution makes of the places up to the query: nothing later leaks in, and nothing before is
+    convolution makes of the tokens up to the query: nothing later leaks in, and nothing before is
     missing. The state holds one key and value for s tokens.
 
     Source: Liu et al. 2018 (arXiv:1801.10198), section 4.2.3 (kernel 3, stride 3); alternate it
@@ -106,6 +82,7 @@ class MemoryCompressedAttention(Mixer):
     def __init__(self, d_model: int, heads: int, stride: int, linear: LinearFactory):
         super().__init__()
         self.heads, self.head_dim, self.stride = heads, d_model // heads, stride
+        self.cache = GroupCache(heads, self.head_dim, stride)
         self.qkv = linear(d_model, 3 * d_model, "qkv")
         self.out = linear(d_model, d_model, "out")
         self.conv_weight = nn.Parameter(torch.empty(2, stride, d_model, d_model))
@@ -121,18 +98,20 @@ class MemoryCompressedAttention(Mixer):
         if state is None:
             y, after = self._forward_full(q, kv, ctx), None
         else:
-            assert isinstance(state, Compressed | DraftCompressed)
-            y, after = self._forward_cached(q, kv, ctx, state.commit())
+            assert isinstance(state, Compressed)
+            y, after = self._forward_cached(q, kv, ctx, state)
         return Out(self.out(y.reshape(B, T, D), ctx), after)
 
     def _sums(self, kv: Tensor, count: Tensor, partial: Tensor | None) -> Tensor:
-        """Sums `(R, L, 2, H, K)` of each place's group up to the place: at its end they are the
-        convolution. ``kv`` `(R, L, 2, H, K)`.
+        """Sums `(R, L, 2, H, K)` of each token's group up to it: at its end, the convolution.
+
+        Args:
+            kv: `(R, L, 2, H, K)`.
         """
         R, L = kv.shape[:2]
         at = count[:, None] + torch.arange(L, device=kv.device)
         flat = kv.flatten(3)  # (R, L, 2, D)
-        # Every offset's product at every place, of which each place keeps its phase's.
+        # Every offset's product at every token, of which each token keeps its phase's.
         own = torch.einsum("rlcd,csde->rlsce", flat, self.conv_weight.to(kv.dtype))
         phase = (at % self.stride)[..., None, None, None].expand(-1, -1, 1, *own.shape[3:])
         own = own.gather(2, phase)[:, :, 0]
@@ -172,24 +151,21 @@ class MemoryCompressedAttention(Mixer):
 
     def _forward_cached(
         self, q: Tensor, kv: Tensor, ctx: Ctx, state: Compressed
-    ) -> tuple[Tensor, Compressed | DraftCompressed]:
+    ) -> tuple[Tensor, Compressed]:
         (B, T), s = q.shape[:2], self.stride
         docs = PackedRows.of(ctx.layout, state.count.shape[0])
         q, kv = docs.unpack(q), docs.unpack(kv)
         count, L = docs.read(state.count, 0), q.shape[1]
-        sums = self._sums(kv, count, docs.read(state.partial))
+        begun = docs.read(state.partial)
+        sums = self._sums(kv, count, begun)
         full, ends = full_groups(count, L, s)
         past = docs.read(state.kv.k), docs.read(state.kv.v)
         C = past[0].shape[2]
         at = count[:, None] + torch.arange(L, device=q.device)
-        new = (
-            sums.gather(
-                1,
-                ends.clamp(0, max(L - 1, 0))[..., None, None, None].expand(-1, -1, *sums.shape[2:]),
-            )
-            if L
-            else sums
-        )
+        new = sums
+        if L:
+            index = ends.clamp(0, L - 1)[..., None, None, None].expand(-1, -1, *sums.shape[2:])
+            new = sums.gather(1, index)
         keys, values = (
             torch.cat((old.transpose(1, 2).to(kv.dtype), fresh), 1)
             for old, fresh in zip(past, new.unbind(2), strict=True)
@@ -205,24 +181,18 @@ class MemoryCompressedAttention(Mixer):
             dim=-1,
         )
         y = docs.pack(self._attend(q, keys, values, seen, sums), B, T)
+        end = count + docs.length
+        done = end // s - full
+        valid = (torch.arange(new.shape[1], device=q.device) < done[:, None]).to(torch.int32)
+        none = torch.zeros_like(valid)
+        f = Fields(none[..., None], valid, none)
+        stored = state.kv.extend(new[:, :, 0], new[:, :, 1], f, docs._replace(length=done))
+        open_ = ((end % s > 0) | (docs.length == 0))[:, None, None, None]
+        partial = torch.where(open_, docs.last(sums, begun.to(sums.dtype)), 0)
+        assert isinstance(stored, KV)
         w = docs.written(state.count.shape[0])
-        kept = w.take(sums).to(state.partial.dtype)
-        draft = DraftCompressed(state, kept, w.length, w.fresh, w.hit, s)
-        return y, draft if ctx.draft else draft.commit()
-
-    def initial_state(self, n: int, max_len: int) -> Compressed:
-        like, H, K = self.conv_weight.detach(), self.heads, self.head_dim
-        if torch.is_autocast_enabled(like.device.type):
-            like = like.new_empty(0, dtype=torch.get_autocast_dtype(like.device.type))
-        kv = KV.empty(n, H, max(1, max_len // self.stride), K, K, False, like)
-        return Compressed(
-            kv, like.new_zeros(n, 2, H, K), torch.zeros(n, dtype=torch.long, device=like.device)
-        )
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        H, K, item = self.heads, self.head_dim, self.conv_weight.element_size()
-        kv = KV.bytes(n, H, max(1, max_len // self.stride), K, K, item)
-        return kv + n * (2 * H * K * item + 8)
+        after = Compressed(stored, w.write(state.partial, partial), w.write(state.count, end))
+        return y, after
 
 
 @MIXERS.register("memory_compressed")
@@ -231,7 +201,7 @@ class MemoryCompressedConfig(Config):
 
     kind: Literal["memory_compressed"] = "memory_compressed"
     heads: Annotated[int, Field(gt=0)] = 4
-    stride: Annotated[int, Field(gt=1, description="places of one compressed key")] = 3
+    stride: Annotated[int, Field(gt=1, description="tokens of one compressed key")] = 3
 
     def build(self, d_model: int, linear: LinearFactory = dense) -> MemoryCompressedAttention:
         if d_model % self.heads:

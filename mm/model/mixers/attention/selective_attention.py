@@ -1,5 +1,7 @@
-"""Selective attention. B rows, T tokens, D model, H heads, G key heads, K head width, N slots, C
-cache places, R rows of one document, L their length, S keys.
+"""Selective attention.
+
+B rows, T tokens, D model, H heads, G key heads, K head width, N slots, C cached tokens, R rows of
+one document, L their length, S keys.
 """
 
 from __future__ import annotations
@@ -13,53 +15,29 @@ from torch import Tensor
 from mm.kernels.attention import attention
 from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.model.context import Ctx
-from mm.model.layer import Caps, LinearFactory, Out
+from mm.model.layer import Caps, LinearFactory, StatePart
 from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import GroupedAttention, HeadsConfig
-from mm.model.mixers.attention.kv_cache import KV, DraftKV, advance
-from mm.model.varlen import PackedRows, paired
+from mm.model.positions.base import Position
 from mm.registry import MIXERS
 from mm.state import DataclassState, State
 
 
 @dataclass(frozen=True)
-class SelectedKV(DataclassState):
-    """Cached keys and values, and how strongly each was masked by the tokens since."""
+class Masked(DataclassState):
+    """How strongly each cached token was masked by those since."""
 
-    kv: KV
-    masked: Tensor  # (N, C) float32 or wider
-
-    def accept(self, n_N: Tensor) -> SelectedKV:
-        raise ValueError("accept() takes the State of a call with draft=True")
-
-    def commit(self) -> SelectedKV:
-        return self
+    sums: Tensor  # (N, C) float32 or wider
 
 
-@dataclass(frozen=True)
-class DraftSelectedKV(DataclassState):
-    """The State before a draft call, and what each of its tokens masks."""
+class MaskSums(StatePart):
+    """Keeps what later tokens subtract from the logits of each earlier one."""
 
-    kv: DraftKV
-    masked: Tensor  # (N, C)
-    past_NLC: Tensor  # of what was cached
-    own_NLL: Tensor  # of the call
+    def initial_state(self, n: int, max_len: int) -> Masked:
+        return Masked(self.like.new_zeros(n, max_len, dtype=self.wide))
 
-    def accept(self, n_N: Tensor) -> SelectedKV:
-        n = torch.minimum(n_N.to(self.kv.length), self.kv.length)
-        L, C = self.own_NLL.shape[1], self.masked.shape[1]
-        token = torch.arange(L, device=n.device)
-        kept = (token < n[:, None])[..., None]
-        past = self.past_NLC.masked_fill(~kept, 0).sum(1)
-        own = self.own_NLL.masked_fill(~kept, 0).sum(1)
-        begun = torch.where(self.kv.fresh[:, None], 0.0, self.masked + past)
-        first = torch.where(self.kv.fresh, 0, self.kv.base.count)
-        # Places past the last accepted token get zeros added, wherever they point.
-        to = (first[:, None] + token).clamp_max(C - 1)
-        return SelectedKV(self.kv.accept(n), begun.scatter_add(1, to, own))
-
-    def commit(self) -> SelectedKV:
-        return self.accept(self.kv.length)
+    def state_bytes(self, n: int, max_len: int) -> int:
+        return n * max_len * self.wide.itemsize
 
 
 class SelectiveAttention(GroupedAttention):
@@ -73,16 +51,14 @@ class SelectiveAttention(GroupedAttention):
     """
 
     caps = Caps(causal=True, step=True)
+    replays = True
+    separate_rows = True
 
-    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        assert state is None or isinstance(state, SelectedKV | DraftSelectedKV)
-        q, k, v = self.projected(x_BTD, ctx)
-        after: State | None = None
-        if state is None:
-            y = self.whole((q, k, v), ctx)
-        else:
-            y, after = self._forward_cached(q, k, v, ctx, state.commit())
-        return Out(self.out(y.flatten(2), ctx), after)
+    def __init__(
+        self, d_model: int, sizes: tuple[int, int, int], position: Position, linear: LinearFactory
+    ):
+        super().__init__(d_model, sizes, position, linear)
+        self.sums = MaskSums()
 
     def selection(self, q_RTHK: Tensor, k_RSGK: Tensor, masks_RTS: Tensor) -> Tensor:
         """`(R, T, S)` float32 or wider: how strongly each query masks each key, where it may."""
@@ -97,79 +73,47 @@ class SelectiveAttention(GroupedAttention):
         q_RTHK: Tensor,
         k_RSGK: Tensor,
         v_RSGV: Tensor,
-        allowed_RTS: Tensor | None,
-        causal: bool,
-        bias_RHTS: Tensor | None,
-        cached: bool,
+        *fades: Tensor,
+        mask: MaskSpec,
+        score: ScoreSpec,
+        cached: bool = False,
     ) -> Tensor:
-        T = q_RTHK.shape[1]
-        masks = torch.ones(T, T, dtype=torch.bool, device=q_RTHK.device).tril(-1)
-        masks[:, :1] = False
-        masks = masks[None] if allowed_RTS is None else masks & allowed_RTS
-        chosen = self.selection(q_RTHK, k_RSGK, masks)
-        return self._biased(
-            q_RTHK, k_RSGK, v_RSGV, allowed_RTS, causal, bias_RHTS, chosen.cumsum(1) - chosen
-        )
-
-    @staticmethod
-    def _biased(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        allowed: Tensor | None,
-        causal: bool,
-        bias: Tensor | None,
-        masked_RTS: Tensor,
-    ) -> Tensor:
-        F = -masked_RTS[:, None]
-        F = F if bias is None else F + bias
-        return attention(q, k, v, MaskSpec(allowed, causal), ScoreSpec(F))
+        """``fades``: `(R, T, S)`, what is subtracted; by default what the rows' own tokens mask."""
+        if fades:
+            (masked,) = fades
+        else:
+            T = q_RTHK.shape[1]
+            masks = torch.ones(T, T, dtype=torch.bool, device=q_RTHK.device).tril(-1)
+            masks[:, :1] = False
+            allowed = mask.dense(T, T, q_RTHK.device)
+            masks = masks[None] if allowed is None else masks & allowed
+            chosen = self.selection(q_RTHK, k_RSGK, masks)
+            masked = chosen.cumsum(1) - chosen
+        bias, other = -masked[:, None], score.total_bias()
+        bias = bias if other is None else bias + other
+        return attention(q_RTHK, k_RSGK, v_RSGV, mask, ScoreSpec(bias))
 
     def _forward_cached(
-        self, q: Tensor, k: Tensor, v: Tensor, ctx: Ctx, state: SelectedKV
-    ) -> tuple[Tensor, State]:
-        (B, T), cache = q.shape[:2], state.kv
-        docs = PackedRows.of(ctx.layout, cache.count.shape[0])
-        f = docs.fields(ctx.layout.fields)
-        q, k, v = docs.unpack(q), docs.unpack(k), docs.unpack(v)
-        past_k, past_v, past_f = cache.past(docs, f)
-        keys = torch.cat((past_k.transpose(1, 2).to(k.dtype), k), dim=1)
-        values = torch.cat((past_v.transpose(1, 2).to(v.dtype), v), dim=1)
-        known = paired(lambda old, new: torch.cat((old, new), dim=1), past_f, f)
-        allowed = ctx.mask.dense(f, known)
-        C, L = past_f.document.shape[1], q.shape[1]
-        # Tokens of the call mask earlier ones of the call, and cached ones but the document's
-        # first.
-        number = torch.cat(
-            (
-                torch.arange(C, device=k.device).expand(q.shape[0], C),
-                docs.read(cache.count)[:, None].long() + torch.arange(L, device=k.device),
-            ),
-            dim=1,
-        )
-        earlier = torch.ones(L, C + L, dtype=torch.bool, device=k.device).tril(C - 1)
-        chosen = self.selection(q, keys.to(q.dtype), allowed & earlier & (number > 0)[:, None])
-        before = docs.read(state.masked)
-        masked = chosen.cumsum(1) - chosen
-        masked = torch.cat((masked[..., :C] + before[:, None].to(masked), masked[..., C:]), dim=2)
-        bias = self.position.score(q, f, known) if self.scored else None
-        y = self._biased(
-            q, keys.to(q.dtype), values.to(v.dtype), allowed, False, bias, masked
-        )  # fmt: skip
-        drafted = advance(cache, k, v, f, docs, True)
-        assert isinstance(drafted, DraftKV)
-        w = docs.written(cache.count.shape[0])
-        past, own = w.take(chosen).to(state.masked.dtype).split((C, L), dim=2)
-        after = DraftSelectedKV(drafted, state.masked, past, own)
-        return docs.pack(y, B, T), after if ctx.draft else after.commit()
-
-    def initial_state(self, n: int, max_len: int) -> SelectedKV:
-        like = self._like().detach()
-        wide = torch.promote_types(like.dtype, torch.float32)
-        return SelectedKV(super().initial_state(n, max_len), like.new_zeros(n, max_len, dtype=wide))
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return super().state_bytes(n, max_len) + n * max_len * max(self._like().element_size(), 4)
+        self, parts: tuple[Tensor, ...], ctx: Ctx, cache: State, sums: State
+    ) -> tuple[Tensor, State, State]:
+        q, k, v = parts
+        assert isinstance(sums, Masked)
+        seen, after = self.cache(k, v, ctx, cache)
+        docs, index, (N, C) = seen.docs, seen.key_index(), sums.sums.shape
+        rows = docs.unpack(q)
+        # Tokens of the call mask earlier ones of their document but its first.
+        earlier = (index[:, None] < seen.query_index()[..., None]) & (index > 0)[:, None]
+        allowed = self.mask(ctx).dense(seen.fields, seen.known)
+        chosen = self.selection(rows, seen.k.to(q.dtype), allowed & earlier)
+        # What is not cached yet was masked by nothing.
+        before, index = docs.read(sums.sums), index.clamp_max(C - 1)
+        masked = chosen.cumsum(1) - chosen + before.gather(1, index)[:, None].to(chosen)
+        mask, score = MaskSpec(allowed), self.scores(rows, seen.fields, seen.known)
+        y = self.attend(rows, seen.k.to(q.dtype), seen.v, masked, mask=mask, score=score)
+        total = chosen.masked_fill(~docs.valid[..., None], 0).sum(1)
+        total = before.scatter_add(1, index, total.to(before.dtype))
+        sums = Masked(docs.written(N).write(sums.sums, total))
+        return docs.pack(y, *q.shape[:2]), after, sums
 
 
 @MIXERS.register("selective_attention")
@@ -179,15 +123,8 @@ class SelectiveAttentionConfig(HeadsConfig):
     kind: Literal["selective_attention"] = "selective_attention"
 
     def build(self, d_model: int, linear: LinearFactory = dense) -> SelectiveAttention:
-        heads, kv_heads, head_dim = self.sizes(d_model)
-        return SelectiveAttention(
-            d_model,
-            heads,
-            kv_heads,
-            head_dim,
-            self.placed(head_dim, d_model),
-            linear,
-        )
+        sizes = self.sizes(d_model)
+        return SelectiveAttention(d_model, sizes, self.build_position(sizes[2], d_model), linear)
 
     @classmethod
     def smallest(cls) -> SelectiveAttentionConfig:

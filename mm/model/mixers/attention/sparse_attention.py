@@ -1,5 +1,6 @@
-"""Factorised sparse attention. R rows of one document, L tokens, S places to look at, H heads, G
-key heads, K head width, n blocks of b places.
+"""Factorised sparse attention.
+
+R rows of one document, L tokens, S keys, H heads, G key heads, K head width, n blocks of b tokens.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from torch import Tensor
 from mm.kernels.attention import attention
 from mm.kernels.attention.spec import MaskSpec
 from mm.model.layer import LinearFactory
-from mm.model.mixers.attention.placed import PlacedAttention, PlacedConfig, read_all
+from mm.model.mixers.attention.indexed import IndexedAttention, IndexedConfig, read_all
 from mm.registry import MIXERS
 
 
-class SparseAttention(PlacedAttention):
-    """Causal attention over two sparse patterns whose product reaches every place before.
+class SparseAttention(IndexedAttention):
+    """Causal attention over two sparse patterns whose product reaches every earlier token.
 
-    * ``strided``: the latest ``b + 1`` places; and those whole strides ``b`` back.
-    * ``fixed``: the own block of ``b`` places; and the last ``c`` places of every block.
+    * ``strided``: the latest ``b + 1`` tokens; and those whole strides ``b`` back.
+    * ``fixed``: the own block of ``b`` tokens; and the last ``c`` tokens of every block.
 
     ``use``: the first pattern in one half of the heads and the second in the other (``heads``), the
     union (``merged``), or one of them, for layers that take turns. A query that sees nothing (the
@@ -38,7 +39,7 @@ class SparseAttention(PlacedAttention):
         self.pattern, self.use = config.pattern, config.use
         self.stride, self.columns = config.stride, config.columns
 
-    # ---- the patterns as predicates on places: the specification, and what decoding reads ----
+    # ---- the patterns as predicates on indices: the specification, and what decoding reads ----
 
     def sees(self, at_RL: Tensor, of_RS: Tensor, use: str) -> Tensor:
         """`(R, L, S)` bool of the first, the second or (``merged``) both patterns."""
@@ -135,7 +136,7 @@ def _hide(logits: Tensor, seen_nqs: Tensor) -> Tensor:
 
 
 @MIXERS.register("sparse_attention")
-class SparseAttentionConfig(PlacedConfig):
+class SparseAttentionConfig(IndexedConfig):
     """Sparse Transformer patterns."""
 
     kind: Literal["sparse_attention"] = "sparse_attention"

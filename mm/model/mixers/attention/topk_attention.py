@@ -1,5 +1,6 @@
-"""Attention to the k best keys of each query. R rows of one document, L tokens, S places to look
-at, H heads, G key heads, K head width.
+"""Attention to the k best keys of each query.
+
+R rows of one document, L tokens, S keys, H heads, G key heads, K head width.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ from pydantic import Field
 from torch import Tensor
 
 from mm.model.layer import LinearFactory
-from mm.model.mixers.attention.placed import PlacedAttention, PlacedConfig, read_all
+from mm.model.mixers.attention.indexed import IndexedAttention, IndexedConfig, read_all
 from mm.registry import MIXERS
 
 SCORES = 1 << 22  # elements of scores in hand at once
 
 
-def lifted(q: Tensor, k: Tensor, longest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def to_nearest_neighbours(
+    q: Tensor, k: Tensor, longest: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Queries and keys `(..., S, K + 2)` of unit length whose distances order as inner products do.
 
     ``longest``: largest length of a key, `(..., 1, 1)`; default over the given ones. Nearest
-    neighbours of the lifted are the keys of largest inner product, so that any index for
+    neighbours of those are the keys of largest inner product, so that any index for
     neighbours finds them.
 
     Source: Mao et al. 2024 (IceFormer, ICLR 2024), section 4.
@@ -35,13 +38,14 @@ def lifted(q: Tensor, k: Tensor, longest: Tensor | None = None) -> tuple[Tensor,
     return torch.cat((q, none, none), -1), torch.cat((k, rest, torch.zeros_like(rest)), -1)
 
 
-class TopKAttention(PlacedAttention):
-    """Softmax over the ``topk`` keys of largest score; the weights are those of `attention`, so a
-    trained model needs no retraining.
+class TopKAttention(IndexedAttention):
+    """Softmax over the ``topk`` keys of largest score.
 
-    The search is exact and blockwise (scores of a few queries at a time, none kept): memory is
-    ``L * topk``. Source: Mao et al. 2024, IceFormer (ICLR 2024), section 4, with exact
-    search for its index; with training: Gupta et al. 2021 (arXiv:2106.06899).
+    The weights are those of `attention`, so a trained model needs no retraining. The search is
+    exact and blockwise (scores of a few queries at a time, none kept): memory is ``L * topk``.
+
+    Source: Mao et al. 2024, IceFormer (ICLR 2024), section 4, with exact search for its index;
+    with training: Gupta et al. 2021 (arXiv:2106.06899).
     """
 
     def __init__(self, d_model: int, config: TopKAttentionConfig, linear: LinearFactory):
@@ -66,9 +70,9 @@ class TopKAttention(PlacedAttention):
                     scores = part @ k[:, :, None].transpose(-1, -2)
                     scores = scores.masked_fill(~seen, -math.inf)
                     found = scores.topk(min(self.topk, S), dim=-1)
-                places = found.indices.flatten(2, 4)  # (R, G, H / G l k)
-                take = lambda t, places=places, shape=found.indices.shape: t.gather(
-                    2, places[..., None].expand(-1, -1, -1, K)
+                index = found.indices.flatten(2, 4)  # (R, G, H / G l k)
+                take = lambda t, index=index, shape=found.indices.shape: t.gather(
+                    2, index[..., None].expand(-1, -1, -1, K)
                 ).view(*shape, K)
                 logits = (part[..., None, :] * take(k)).sum(-1)
                 p = logits.masked_fill(found.values == -math.inf, -math.inf).softmax(-1)
@@ -77,7 +81,7 @@ class TopKAttention(PlacedAttention):
 
 
 @MIXERS.register("topk_attention")
-class TopKAttentionConfig(PlacedConfig):
+class TopKAttentionConfig(IndexedConfig):
     """Attention to the best keys only."""
 
     kind: Literal["topk_attention"] = "topk_attention"

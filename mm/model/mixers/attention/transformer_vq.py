@@ -1,5 +1,7 @@
-"""Attention in linear time over quantised keys. B rows, T tokens, D model, H heads, G key heads, K
-head width, S codes, N slots, R rows of one document, n blocks of b places.
+"""Attention in linear time over quantised keys.
+
+B rows, T tokens, D model, H heads, G key heads, K head width, S codes, N slots, R rows of one
+document, L their length, n blocks of b tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from mm.batch import Sum
 from mm.config import Config
 from mm.model.context import Ctx
-from mm.model.layer import Caps, LinearFactory, Mixer, Out
+from mm.model.layer import Caps, LinearFactory, Mixer, Out, StatePart
 from mm.model.linears.dense import dense
 from mm.model.norm import RMSNorm
 from mm.model.varlen import PackedRows, per_document
@@ -36,57 +38,39 @@ class Codes(DataclassState):
     code: Tensor  # (N, 2 b, G) int64
     count: Tensor  # (N,) int64 tokens
 
-    def accept(self, n_N: Tensor) -> Codes:
-        raise ValueError("accept() takes the State of a call with draft=True")
 
-    def commit(self) -> Codes:
-        return self
+class CodeSums(StatePart):
+    """Keeps the two last blocks of ``block`` tokens, and by code what came before them.
 
+    Args:
+        heads: G.
+        codes: S.
+        width: K.
+        block: b.
+    """
 
-@dataclass(frozen=True)
-class DraftCodes(DataclassState):
-    """The state before a call, its blocks lengthened by the call's places."""
+    def __init__(self, heads: int, codes: int, width: int, block: int):
+        super().__init__()
+        self.heads, self.codes, self.width, self.block = heads, codes, width, block
 
-    number: Tensor
-    values: Tensor
-    k: Tensor  # (N, n b, G, K)
-    v: Tensor
-    code: Tensor
-    count: Tensor  # (N,) before the call
-    length: Tensor  # (N,)
-    block: int
-
-    def accept(self, n_N: Tensor) -> Codes:
-        n, b = torch.minimum(n_N.to(self.length), self.length), self.block
-        shift = (self.count + n) // b - self.count // b
-        places = torch.arange(self.k.shape[1], device=n.device)
-        # The block before the first one holds nothing.
-        left = (places < (shift * b)[:, None]) & ((self.count >= b)[:, None] | (places >= b))
-        number, values = tallied(
-            self.code, self.v.to(self.values.dtype), left, self.number.shape[2]
-        )
-        # Past the end there is nothing yet: whatever stands there is not valid.
-        at = ((shift * b)[:, None] + torch.arange(2 * b, device=n.device)).clamp_max(
-            self.k.shape[1] - 1
-        )
-        take = lambda t: t.gather(
-            1, at.view(*at.shape, *[1] * (t.dim() - 2)).expand(-1, -1, *t.shape[2:])
-        )
-        moved = (shift > 0)[:, None, None]
+    def initial_state(self, n: int, max_len: int) -> Codes:
+        G, S, K, b = self.heads, self.codes, self.width, self.block
+        make = lambda *shape, dtype=self.wide: self.like.new_zeros(n, *shape, dtype=dtype)
         return Codes(
-            torch.where(moved, self.number + number, self.number),
-            torch.where(moved[..., None], self.values + values, self.values),
-            take(self.k),
-            take(self.v),
-            take(self.code),
-            self.count + n,
+            make(G, S),
+            make(G, S, K),
+            make(2 * b, G, K),
+            make(2 * b, G, K),
+            make(2 * b, G, dtype=torch.long),
+            make(dtype=torch.long),
         )
 
-    def commit(self) -> Codes:
-        return self.accept(self.length)
+    def state_bytes(self, n: int, max_len: int) -> int:
+        G, S, K, item = self.heads, self.codes, self.width, self.wide.itemsize
+        return n * (G * (S * (1 + K) * item + 2 * self.block * (2 * K * item + 8)) + 8)
 
 
-def tallied(
+def count_codes(
     code_RLG: Tensor, v_RLGK: Tensor, counts_RL: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
     """How often each code occurs `(R, G, S)`, and the sum of its values `(R, G, S, K)`."""
@@ -102,9 +86,9 @@ def tallied(
 
 
 class TransformerVQ(Mixer):
-    """``softmax(q . k^ + bias) v`` over all places before, with keys ``k^`` from a codebook.
+    """``softmax(q . k^ + bias) v`` over all earlier tokens, with keys ``k^`` from a codebook.
 
-    Places with the same key have the same weight, so what lies behind the block before is one term
+    Tokens with the same key have the same weight, so what lies behind the block before is one term
     a code: ``exp(q . c_s + log number_s)`` times the mean of its values. Exact, in linear time, and
     the state does not grow. ``bias`` belongs to distances and is 0 behind the block before. Keys
     learn through straight-through gradients in the own block and the one before; codes are the
@@ -126,6 +110,7 @@ class TransformerVQ(Mixer):
         K = d_model // H
         self.heads, self.kv_heads, self.head_dim = H, G, K
         self.block, self.decay = config.block, config.decay
+        self.sums = CodeSums(G, config.codes, K, config.block)
         self.qkv = linear(d_model, (H + 2 * G) * K, "qkv")
         self.gate = linear(d_model, H * K, "gate")
         self.out = linear(H * K, d_model, "out")
@@ -162,7 +147,7 @@ class TransformerVQ(Mixer):
             used = self.size[..., None] > 1e-3
             self.codes.copy_(torch.where(used, self.total / self.size[..., None], self.codes))
 
-    def quantised(self, k: Tensor) -> tuple[Tensor, Tensor]:
+    def quantise(self, k: Tensor) -> tuple[Tensor, Tensor]:
         """Keys `(..., G, K)` to codes `(..., G)` and to their vectors with the keys' gradient."""
         with torch.no_grad():
             codes = self.codes.to(k.dtype)
@@ -179,12 +164,12 @@ class TransformerVQ(Mixer):
         wide = torch.promote_types(v.dtype, torch.float32)
         q, k, v = self.q_norm(q).to(wide) * K**-0.5, self.k_norm(k).to(wide), v.to(wide)
         with torch.autocast(q.device.type, enabled=False):
-            code, key = self.quantised(k)
+            code, key = self.quantise(k)
             if state is None:
                 y, after = self._forward_full(q, key, v, code, ctx), None
             else:
-                assert isinstance(state, Codes | DraftCodes)
-                y, after = self._forward_cached(q, key, v, code, ctx, state.commit())
+                assert isinstance(state, Codes)
+                y, after = self._forward_cached(q, key, v, code, ctx, state)
         y = y.flatten(2).to(x_BTD.dtype) * F.silu(self.gate(x_BTD, ctx))
         return Out(self.out(y, ctx), after, None, self._statistics(k, code, ctx))
 
@@ -197,7 +182,7 @@ class TransformerVQ(Mixer):
         far = far.masked_fill(~real[..., None], 0).sum()
         with torch.no_grad():
             keep = real[..., 0].flatten()[None]
-            number, total = tallied(
+            number, total = count_codes(
                 code.flatten(0, 1)[None], k.flatten(0, 1)[None], keep, self.codes.shape[1]
             )
         return self.report(
@@ -215,8 +200,10 @@ class TransformerVQ(Mixer):
         number: Tensor | None,
         values: Tensor | None,
     ) -> Tensor:
-        """`(R, n b, H, K)` of queries `(R, n b, H, K)` in blocks; ``number`` and ``values`` hold
-        what lies before the first.
+        """`(R, n b, H, K)` of queries `(R, n b, H, K)` in blocks.
+
+        Args:
+            number, values: what lies before the first, by code.
         """
         (R, L, G, K), b, S = k.shape, self.block, self.codes.shape[1]
         n, H = L // b, self.heads
@@ -224,7 +211,7 @@ class TransformerVQ(Mixer):
         k, v = (t.masked_fill(~valid_RL[..., None, None], 0) for t in (k, v))
         blocked = lambda t: t.unflatten(1, (n, b))
         # What the block before last and all before it hold, by code.
-        tally, sums = tallied(
+        tally, sums = count_codes(
             code.reshape(R * n, b, G), v.reshape(R * n, b, G, K), valid_RL.reshape(R * n, b), S
         )
         before = []
@@ -239,12 +226,12 @@ class TransformerVQ(Mixer):
         far = far.masked_fill((tally == 0)[:, :, None, :, None], -math.inf)
         two = lambda t: torch.cat((F.pad(t[:, :-1], [0, 0] * (t.dim() - 2) + [1, 0]), t), 2)
         near = torch.einsum("rnqghk,rnsgk->rnqghs", q, two(blocked(k)))
-        places = torch.arange(2 * b, device=q.device)
-        distance = places[b:, None] - places
+        index = torch.arange(2 * b, device=q.device)
+        distance = index[b:, None] - index
         bias = self.bias.to(q.dtype)[:, distance.clamp_min(0)].view(G, H // G, b, 2 * b)
         near = near + bias.permute(2, 0, 1, 3)
         seen = (distance >= 0) & two(blocked(valid_RL))[:, :, None]
-        # A place that is not there reads itself: no row of scores may be empty.
+        # A token that is not there reads itself: no row of scores may be empty.
         seen = (seen | (distance == 0))[:, :, :, None, None]
         p = torch.cat((near.masked_fill(~seen, -math.inf), far), -1).softmax(-1)
         mean = sums / tally.clamp_min(1)[..., None]
@@ -266,17 +253,17 @@ class TransformerVQ(Mixer):
 
     def _forward_cached(
         self, q: Tensor, k: Tensor, v: Tensor, code: Tensor, ctx: Ctx, state: Codes
-    ) -> tuple[Tensor, Codes | DraftCodes]:
+    ) -> tuple[Tensor, Codes]:
         (B, T), b = q.shape[:2], self.block
         docs = PackedRows.of(ctx.layout, state.count.shape[0])
         q, k, v, code = (docs.unpack(t) for t in (q, k, v, code))
         R, L = q.shape[:2]
         count = docs.read(state.count, 0)
         size = b * (2 + -(-max(L - 1, 0) // b))
-        # Places of the call, after what its blocks hold already; those that are not there stay.
+        # Tokens of the call, after what its blocks hold already; what is not there stays.
         at = b + (count % b)[:, None] + torch.arange(L, device=q.device)
 
-        def lengthened(old: Tensor, new: Tensor) -> Tensor:
+        def lengthen(old: Tensor, new: Tensor) -> Tensor:
             trailing = [0, 0] * (old.dim() - 2)
             old = F.pad(old, [*trailing, 0, size - old.shape[1]])
             index = at.view(R, L, *[1] * (new.dim() - 2)).expand_as(new)
@@ -286,58 +273,36 @@ class TransformerVQ(Mixer):
             )
 
         long_k, long_v = (
-            lengthened(docs.read(old).to(new.dtype), new)
-            for old, new in ((state.k, k), (state.v, v))
+            lengthen(docs.read(old).to(new.dtype), new) for old, new in ((state.k, k), (state.v, v))
         )
-        long_code = lengthened(docs.read(state.code, 0), code)
-        queries = lengthened(q.new_zeros(R, 2 * b, *q.shape[2:]), q)
-        places = torch.arange(size, device=q.device)
-        valid = (places < (b + count % b + docs.length)[:, None]) & (
-            (count >= b)[:, None] | (places >= b)
+        long_code = lengthen(docs.read(state.code, 0), code)
+        queries = lengthen(q.new_zeros(R, 2 * b, *q.shape[2:]), q)
+        index = torch.arange(size, device=q.device)
+        valid = (index < (b + count % b + docs.length)[:, None]) & (
+            (count >= b)[:, None] | (index >= b)
         )
         number, values = docs.read(state.number), docs.read(state.values)
         y = self._blocks(queries, long_k, long_v, long_code, valid, number, values)
         y = y.gather(1, at[..., None, None].expand(R, L, *y.shape[2:]))
-        w = docs.written(state.count.shape[0])
-
-        def kept(new: Tensor, old: Tensor) -> Tensor:
-            """Rows to slots; a slot that nobody writes keeps what it has."""
-            grown = (
-                F.pad(old, [*[0, 0] * (old.dim() - 2), 0, new.shape[1] - old.shape[1]])
-                if (old.dim() > 1)
-                else old
-            )
-            hit = w.hit.view(-1, *[1] * (old.dim() - 1))
-            return torch.where(hit, w.take(new).to(old.dtype), grown)
-
-        draft = DraftCodes(
-            kept(number, state.number),
-            kept(values, state.values),
-            kept(long_k, state.k),
-            kept(long_v, state.v),
-            kept(long_code, state.code),
-            kept(count, state.count),
-            w.length,
-            b,
+        # Blocks that are full now leave the last two: they join the sums.
+        shift = ((count + docs.length) // b - count // b)[:, None]
+        left = valid & (index < shift * b)
+        more, summed = count_codes(long_code, long_v.to(values.dtype), left, number.shape[2])
+        # Past the end there is nothing yet: whatever stands there is not valid.
+        last = (shift * b + torch.arange(2 * b, device=q.device)).clamp_max(size - 1)
+        take = lambda t: t.gather(
+            1, last.view(R, 2 * b, *[1] * (t.dim() - 2)).expand(-1, -1, *t.shape[2:])
         )
-        return docs.pack(y, B, T), draft if ctx.draft else draft.commit()
-
-    def initial_state(self, n: int, max_len: int) -> Codes:
-        like, (G, S, K) = next(self.parameters()).detach(), self.codes.shape
-        wide = torch.promote_types(like.dtype, torch.float32)
-        zeros = lambda *shape, dtype=wide: torch.zeros(*shape, dtype=dtype, device=like.device)
-        return Codes(
-            zeros(n, G, S),
-            zeros(n, G, S, K),
-            zeros(n, 2 * self.block, G, K),
-            zeros(n, 2 * self.block, G, K),
-            zeros(n, 2 * self.block, G, dtype=torch.long),
-            zeros(n, dtype=torch.long),
+        write = docs.written(state.count.shape[0]).write
+        after = Codes(
+            write(state.number, torch.where(shift[..., None] > 0, number + more, number)),
+            write(state.values, torch.where(shift[..., None, None] > 0, values + summed, values)),
+            write(state.k, take(long_k)),
+            write(state.v, take(long_v)),
+            write(state.code, take(long_code)),
+            write(state.count, count + docs.length),
         )
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        (G, S, K), item = self.codes.shape, max(next(self.parameters()).element_size(), 4)
-        return n * (G * (S * (1 + K) * item + 2 * self.block * (2 * K * item + 8)) + 8)
+        return docs.pack(y, B, T), after
 
 
 @MIXERS.register("transformer_vq")
@@ -348,7 +313,7 @@ class TransformerVQConfig(Config):
     heads: Annotated[int, Field(gt=0)] = 4
     kv_heads: Annotated[int, Field(gt=0, description="key heads, each with a codebook")] = 1
     codes: Annotated[int, Field(gt=0, description="of a codebook")] = 512
-    block: Annotated[int, Field(gt=0, description="places; it and the one before are exact")] = 512
+    block: Annotated[int, Field(gt=0, description="tokens; it and the one before are exact")] = 512
     decay: Annotated[float, Field(ge=0, lt=1, description="of the codes' moving averages")] = 0.99
 
     def build(self, d_model: int, linear: LinearFactory = dense) -> TransformerVQ:
