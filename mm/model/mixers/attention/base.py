@@ -26,7 +26,7 @@ from mm.model.mixers.attention.kv_cache import KeyValueCache, VisibleKeys
 from mm.model.norm import HeadNorm, RMSNorm
 from mm.model.positions.base import Position
 from mm.model.positions.randomised import refuse_drawn
-from mm.model.varlen import PackedRows, narrowed
+from mm.model.varlen import PackedRows, narrow_mask
 from mm.registry import PositionField
 from mm.state import State, join_parts, parts_of
 
@@ -141,14 +141,16 @@ class AttentionBase(Mixer):
 
     def mask(self, ctx: Ctx) -> Mask:
         """Who sees whom in this layer."""
-        return narrowed(ctx.mask, self.window)
+        return narrow_mask(ctx.mask, self.window)
 
     def groups(self, ctx: Ctx) -> LengthBuckets | None:
         """The call's documents by length, with what the mask is within each group."""
         window = self.window
         return ctx.cached_on_host(
             f"attention.groups.{window}",
-            lambda layout, mask: LengthBuckets.of(layout, narrowed(mask, window), by_vectors=True),
+            lambda layout, mask: LengthBuckets.of(
+                layout, narrow_mask(mask, window), by_vectors=True
+            ),
         )
 
     def scores(self, q: Tensor, fq: Fields, fk: Fields) -> ScoreSpec:
