@@ -148,9 +148,7 @@ class AttentionBase(Mixer):
         window = self.window
         return ctx.cached_on_host(
             f"attention.groups.{window}",
-            lambda layout, mask: LengthBuckets.of(
-                layout, narrow_mask(mask, window), by_vectors=True
-            ),
+            lambda layout, mask: LengthBuckets.of(layout, narrow_mask(mask, window), in_place=True),
         )
 
     def scores(self, q: Tensor, fq: Fields, fk: Fields) -> ScoreSpec:
@@ -207,7 +205,6 @@ class AttentionBase(Mixer):
             if rest:
                 position, document, modality, *extra = rest
                 f = Fields(position, document, modality, dict(zip(f.extra, extra, strict=True)))
-            assert group.mask is not None
             done.append(attend(*rows, mask=group.mask, score=self.scores(rows[0], f, f)))
         return groups.join(done, B, T)
 
