@@ -64,7 +64,7 @@ class MatrixMemory(StatePart):
             return t.masked_fill(~docs.valid.view(*docs.valid.shape, *[1] * (t.dim() - 2)), 0)
 
         o, S = op(*map(rows, parts), docs.read(state.S))
-        return docs.pack(o, B, T), Matrix(docs.written(N).write(state.S, S))
+        return docs.pack(o, B, T), Matrix(docs.slot_writes(N).write(state.S, S))
 
     def initial_state(self, n: int, max_len: int) -> Matrix:
         return Matrix(self.like.new_zeros(n, *self.shape, dtype=self.wide))

@@ -64,7 +64,7 @@ class RecurrentState(StatePart):
         assert isinstance(state, Hidden)
         docs = PackedRows.of(ctx.layout, state.h.shape[0])
         y, last = run(docs, docs.read(state.h, self.initial))
-        after = Hidden(docs.written(state.h.shape[0]).write(state.h, last))
+        after = Hidden(docs.slot_writes(state.h.shape[0]).write(state.h, last))
         return docs.pack(y, *ctx.layout.shape), after
 
     def initial_state(self, n: int, max_len: int) -> Hidden:
@@ -114,7 +114,7 @@ class DiagonalScan(RecurrentState):
 def write_last(state: Hidden, docs: PackedRows, before_RW: Tensor, h_RLW: Tensor) -> Hidden:
     """The State after a call whose rows began from ``before`` and passed through ``h``."""
     last = docs.last(h_RLW, before_RW)
-    return Hidden(docs.written(state.h.shape[0]).write(state.h, last))
+    return Hidden(docs.slot_writes(state.h.shape[0]).write(state.h, last))
 
 
 def starts(layout: Layout) -> Tensor:
@@ -123,71 +123,3 @@ def starts(layout: Layout) -> Tensor:
     if not document.shape[1]:
         return document.bool()
     return F.pad(document[:, 1:] != document[:, :-1], (1, 0), value=True)
-
-
-@dataclass(frozen=True)
-class DraftHidden(DataclassState):
-    """Every state that a draft call passed through: index n is the state after n of its tokens."""
-
-    h: Tensor  # (N, L + 1, W)
-    length: Tensor  # (N,)
-
-    def accept(self, n_N: Tensor) -> Hidden:
-        n = torch.minimum(n_N.to(self.length), self.length)
-        return Hidden(self.h.gather(1, n[:, None, None].expand(-1, 1, self.h.shape[-1]))[:, 0])
-
-    def commit(self) -> Hidden:
-        return self.accept(self.length)
-
-
-def commit(state: State) -> Hidden:
-    """The State that a call begins from: an unaccepted draft counts as fed."""
-    assert isinstance(state, Hidden | DraftHidden)
-    return state.commit()
-
-
-def advanced(state: Hidden, docs: PackedRows, before: Tensor, h: Tensor, draft: bool) -> State:
-    """State after a call whose rows began from ``before`` `(R, W)` and passed through ``h`` `(R, L,
-    W)`.
-    """
-    w = docs.written(state.h.shape[0])
-    # A slot that nobody writes keeps its state, as one that a row of length 0 wrote.
-    first = torch.where(w.hit[:, None], w.take(before).to(state.h.dtype), state.h)
-    states = torch.cat((first[:, None], w.take(h).to(state.h.dtype)), dim=1)
-    drafted = DraftHidden(states, w.length)
-    return drafted if draft else drafted.commit()
-
-
-def begins(layout: Layout) -> Tensor:
-    """`(B, T)` bool: a document (or padding) begins here."""
-    document = layout.fields.document
-    if not document.shape[1]:
-        return document.bool()
-    return F.pad(document[:, 1:] != document[:, :-1], (1, 0), value=True)
-
-
-def scanned(
-    scan: Callable[..., tuple[Tensor, Tensor]],
-    a: Tensor,
-    b_BTW: Tensor,
-    ctx: Ctx,
-    state: State | None,
-    initial: float = 0.0,
-) -> tuple[Tensor, State | None]:
-    """States `(B, T, W)` of ``h_t = a_t h_{t-1} + b_t`` in every document, and the State after
-    them.
-
-    Args:
-        scan: `linear_scan` or `complex_scan`.
-        a: `(B, T, W)`, or `(W,)` where ``scan`` takes a constant.
-        b_BTW: `(B, T, W)`.
-        initial: what a document's state begins with.
-    """
-    B, T = b_BTW.shape[:2]
-    if state is None:
-        return scan(a, b_BTW, begins(ctx.layout))[0], None
-    old = commit(state)
-    docs = PackedRows.of(ctx.layout, old.h.shape[0])
-    before = docs.read(old.h, initial)
-    h, _ = scan(docs.unpack(a) if a.dim() == 3 else a, docs.unpack(b_BTW), None, before)
-    return docs.pack(h, B, T), advanced(old, docs, before, h, ctx.draft)
