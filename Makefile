@@ -15,7 +15,7 @@ help:
 	@echo "make quickstart   install, then train and evaluate an any-to-any model (4 to 6 minutes on 2 CPU cores)"
 	@echo "make test         install, then the test suite (up to 10 minutes on 2 CPU cores)"
 	@echo "make test-slow    the long tests: the quickstart at reduced steps, several processes, the wheel"
-	@echo "make lint         ruff and pyright"
+	@echo "make lint         ruff (rules and format) and pyright"
 	@echo "make docs         the site, in build/site/index.html"
 
 quickstart: $(VENV)/.installed
@@ -29,6 +29,7 @@ test-slow: $(VENV)/.installed-dev
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
 docs: $(VENV)/.installed-docs

@@ -275,13 +275,13 @@ def test_no_print_no_stub_and_no_import_that_hides_its_absence() -> None:
                 )
 
 
-def test_no_file_but_kernels_is_over_the_limit() -> None:
+def test_no_file_but_kernels_is_over_400_lines() -> None:
     roots = ("mm", *FOLDERS, "examples", "tests", "benchmarks")
     for file in (f for root in roots for f in real_files(ROOT / root)):
         if file.suffix in {".py", ".js", ".css"}:
             where = file.relative_to(ROOT)
             lines = file.read_text(encoding="utf-8").count("\n")
-            most = 900 if where.parts[0] == "kernels" else 500
+            most = 900 if where.parts[0] == "kernels" else 400
             assert lines <= most, f"{where}: {lines} lines; split it by subject"
 
 

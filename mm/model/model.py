@@ -35,6 +35,7 @@ from mm.model.layer import (
     hand_back,
     name_layers,
 )
+from mm.model.padding import move_padding_last, restore_order
 from mm.registry import (
     BACKBONES,
     NETWORKS,
@@ -163,7 +164,7 @@ class Model(nn.Module):
         inner, back = ctx, None
         if len(self.adapters):
             x, ctx = self._fill(x, batch, ctx, aux)
-            x, inner, back = _unfilled_last(x, ctx)
+            x, inner, back = move_padding_last(x, ctx)
         out = self.backbone(x, inner, state, path)
         aux |= out.aux
         shared = out.ctx.published if out.ctx is not None else {}
@@ -173,8 +174,8 @@ class Model(nn.Module):
         hidden = out.y
         if back is not None:
             hidden, intermediates = (
-                _restore(hidden, back),
-                {k: _restore(v, back) for k, v in intermediates.items()},
+                restore_order(hidden, back),
+                {k: restore_order(v, back) for k, v in intermediates.items()},
             )
         found: dict[str, HeadOut] = {}
         for name in tapped:
@@ -289,21 +290,6 @@ class Model(nn.Module):
         model = files.load_into(lambda: config.build(vocabulary), folder / "model.safetensors")
         assert isinstance(model, Model)
         return model.eval()
-
-
-def _unfilled_last(x: Tensor, ctx: Ctx) -> tuple[Tensor, Ctx, Tensor]:
-    """Move padding to the end of each row, where a Layout has it.
-
-    Returns `(B, T, D)` and its context, and for each position `(B, T)` where it went in its row.
-    """
-    B, T, _ = x.shape
-    order = (ctx.layout.fields.document == 0).to(torch.int8).argsort(dim=1, stable=True)
-    index = (order + T * torch.arange(B, device=x.device)[:, None]).reshape(-1)
-    return x.flatten(0, 1)[index].view_as(x), ctx.derive(index), order.argsort(dim=1)
-
-
-def _restore(x: Tensor, place_BT: Tensor) -> Tensor:
-    return x.gather(1, place_BT[..., None].expand(-1, -1, x.shape[-1]))
 
 
 @NETWORKS.register("lm")
