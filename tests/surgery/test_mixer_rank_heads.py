@@ -54,7 +54,7 @@ def test_weights_are_those_that_attention_applies(settings: dict[str, Any]) -> N
     x = torch.randn(2, 13, D, dtype=torch.float64)
     ctx = Ctx(layout, Causal())
     p = layer.weights(x, ctx)
-    v = layer._projected(x, ctx, None, False)[2]
+    (_, _, v, *_), _ = layer.project(x, ctx, None, False)
     y = torch.einsum("bths,bshk->bthk", p, v.repeat_interleave(4 // layer.kv_heads, 2)).flatten(2)
     if layer.gate is not None:
         y = y * layer.gate(x, ctx).sigmoid()

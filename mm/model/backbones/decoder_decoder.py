@@ -1,4 +1,4 @@
-"""Decoder-decoder: layers that share the keys and values of one place in the stack.
+"""Decoder-decoder: layers that share the keys and values of one layer of the stack.
 
 B rows, T tokens, D model, H heads, G key heads, K head width.
 """

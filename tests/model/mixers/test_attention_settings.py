@@ -265,3 +265,27 @@ def test_scored_attention_of_packed_documents_leaks_no_inf() -> None:
         bad[1] = math.inf
         x, layout = packed([[(-1, bad, 0), (-1, docs[1], 0)]])
         torch.testing.assert_close(apply(layer, x, layout).y[0, 4:9], alone(layer, docs[1]), **TOL)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "runs"),
+    [
+        ("attention", {}, 0),
+        ("attention", {"forget_gate": True}, 0),
+        ("attention", {"token_shift": True}, 1),
+        ("kv_shift", {}, 1),
+        ("topk_attention", {}, 0),
+    ],
+)
+def test_a_cache_is_cut_and_only_other_states_make_a_draft_run_again(
+    kind: str, settings: dict[str, Any], runs: int
+) -> None:
+    layer = MIXERS.get(kind)(heads=2, **settings).build(D)
+    init_weights(layer)
+    layer.double()
+    x, layout = packed([[(slot, *documents(5, seed=slot), 0)] for slot in range(2)])
+    state = apply(layer, x, layout, layer.initial_state(2, 9), draft=True).state
+    ran: list[int] = []
+    layer.qkv.register_forward_hook(lambda *_: ran.append(1))
+    state.accept(torch.tensor([2, 4]))
+    assert len(ran) == runs

@@ -19,11 +19,11 @@ from mm.registry import MIXERS
 
 
 class Combiner(IndexedAttention):
-    """``p(j | i)`` of places in the own region; ``p(region | i) p(j | region)`` of earlier ones.
+    """``p(j | i)`` of tokens in the own region; ``p(region | i) p(j | region)`` of earlier ones.
 
     With pooled queries and keys ``q_r, k_r`` of region r, ``p(j | i) ~ exp(q_i k_j)``, ``p(r | i) ~
     exp(q_i k_r)`` under one normaliser, and ``p(j | r) = softmax_j(q_r k_j)``, which no reader
-    moves. Every place before is read with some weight, by ``L * (c + L / c)`` scores. The cache
+    moves. Every earlier token is read with some weight, by ``L * (c + L / c)`` scores. The cache
     keeps queries beside keys: a region is pooled when it is full.
 
     Source: Ren et al. 2021 (arXiv:2107.05768), Combiner-Fixed, causal.
@@ -36,8 +36,11 @@ class Combiner(IndexedAttention):
         self.region, self.pool = config.region, config.pool
 
     def summaries(self, kq: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values `(R, n, H, K)` of full regions. ``kq`` `(R, n, c, H, 2 K)`, ``v`` `(R, n,
-        c, H, K)`, float32 or wider.
+        """Keys and values `(R, n, H, K)` of full regions.
+
+        Args:
+            kq: `(R, n, c, H, 2 K)` keys with queries, float32 or wider.
+            v: `(R, n, c, H, K)`.
         """
         k, q = kq.chunk(2, dim=-1)
         pool = (lambda t: t.amax(2)) if self.pool == "max" else (lambda t: t.mean(2))
@@ -55,9 +58,9 @@ class Combiner(IndexedAttention):
         )
         with torch.autocast(q.device.type, enabled=False):
             q = q * K**-0.5
-            places, regions = torch.arange(c, device=q.device), torch.arange(n, device=q.device)
+            inner, regions = torch.arange(c, device=q.device), torch.arange(n, device=q.device)
             near = torch.einsum("rnqhk,rnshk->rnhqs", q, kq[..., :K])
-            near = near.masked_fill(places[:, None] < places, -math.inf)
+            near = near.masked_fill(inner[:, None] < inner, -math.inf)
             key, value = self.summaries(kq, v)
             far = torch.einsum("rnqhk,rmhk->rnhqm", q, key)
             later = (regions[:, None] <= regions)[None, :, None, None]
@@ -73,7 +76,7 @@ class Combiner(IndexedAttention):
         wide = torch.promote_types(v_RSGK.dtype, torch.float32)
         n = -(-S // c)
         with torch.autocast(q_RLHK.device.type, enabled=False):
-            # Place p goes to (p // c, p % c), whatever order it came in; what holds nothing, past
+            # Token p goes to (p // c, p % c), whatever order it came in; what holds nothing, past
             # the end.
             to = torch.where(of_RS >= 0, of_RS, n * c).expand(R, S)
             q = q_RLHK.to(wide) * K**-0.5
@@ -107,7 +110,7 @@ class CombinerConfig(IndexedConfig):
     """Combiner with fixed regions."""
 
     kind: Literal["combiner"] = "combiner"
-    region: Annotated[int, Field(gt=0, description="places; about the root of the length")] = 64
+    region: Annotated[int, Field(gt=0, description="tokens; about the root of the length")] = 64
     pool: Annotated[Literal["max", "mean"], Field(description="a region's query and key")] = "max"
 
     layer = Combiner

@@ -1,6 +1,6 @@
 """Cached keys and values, with the Fields that they came from.
 
-B rows, T tokens, N slots, G key heads, C cache places, K key width, V value width, R rows of one
+B rows, T tokens, N slots, G key heads, C cached tokens, K key width, V value width, R rows of one
 document, L their length, S keys.
 """
 
@@ -55,7 +55,7 @@ class KV(DataclassState):
     def append(
         self, k_NLGK: Tensor, v_NLGV: Tensor, f: Fields, length_N: Tensor, fresh_N: Tensor
     ) -> KV:
-        """Store the first ``length_N`` places of each slot's row; a fresh slot is emptied first.
+        """Store the first ``length_N`` tokens of each slot's row; a fresh slot is emptied first.
 
         Raises:
             ValueError: a document outgrows ``max_len`` of `initial_state`.
@@ -73,7 +73,7 @@ class KV(DataclassState):
         if L == 0:
             return replace(base, count=count)
         if L > C or L * 4 > C:
-            # Pull: for each cache place, the latest of the new tokens that lands there, if any.
+            # Pull: for each cache entry, the latest of the new tokens that lands there, if any.
             at = torch.arange(C, device=count.device)
             last = (count + length_N - 1)[:, None]
             # Index among the new tokens; negative: an old one stays.
@@ -120,13 +120,13 @@ class KV(DataclassState):
 
 @dataclass(frozen=True)
 class DraftKV(DataclassState):
-    """A KV state with the places of a draft call not stored yet."""
+    """A KV state with the tokens of a draft call not stored yet."""
 
     base: KV
     k: Tensor  # (N, L, G, K)
     v: Tensor
     fields: Fields
-    length: Tensor  # (N,) places drafted
+    length: Tensor  # (N,) tokens drafted
     fresh: Tensor  # (N,) bool
 
     def accept(self, n_N: Tensor) -> KV:
@@ -204,7 +204,7 @@ class KeyValueCache(StatePart):
 
         Args:
             fields: of the call, where more is to be cached than the layout's.
-            copy: return all cached places and then the call's own, as `look_back` does.
+            copy: return all that is cached and then the call's own, as `look_back` does.
         """
         state = state.commit()
         assert isinstance(state, KV)
@@ -242,7 +242,7 @@ class KeyValueCache(StatePart):
         )
 
     def initial_state(self, n: int, max_len: int) -> KV:
-        C, dtype = self._places(max_len), self._dtype()
+        C, dtype = self._size(max_len), self._dtype()
         make = lambda *shape, dtype=torch.int32: self.like.new_zeros(*shape, dtype=dtype)
         return KV(
             make(n, self.heads, C, self.key, dtype=dtype),
@@ -253,11 +253,11 @@ class KeyValueCache(StatePart):
         )
 
     def state_bytes(self, n: int, max_len: int) -> int:
-        """Bytes of keys and values, int32 fields of a place, one int64 count a slot."""
-        C, item, fields = self._places(max_len), self._dtype().itemsize, 3 + len(self.extra)
+        """Bytes of keys and values, int32 fields of a token, one int64 count a slot."""
+        C, item, fields = self._size(max_len), self._dtype().itemsize, 3 + len(self.extra)
         return n * (self.heads * C * (self.key + self.value) * item + C * fields * 4 + 8)
 
-    def _places(self, max_len: int) -> int:
+    def _size(self, max_len: int) -> int:
         return max_len if self.reach is None else min(max_len, self.reach)
 
     def _dtype(self) -> torch.dtype:
@@ -269,7 +269,7 @@ class KeyValueCache(StatePart):
 
 
 def _expand(index: Tensor, like: Tensor) -> Tensor:
-    """`(N, L)` places to the shape of `(N, [G,] L, [K])`."""
+    """`(N, L)` indices to the shape of `(N, [G,] L, [K])`."""
     if like.dim() == 4:
         return index[:, None, :, None].expand(
             like.shape[0], like.shape[1], index.shape[1], like.shape[3]
@@ -287,7 +287,7 @@ def _blend(old: Tensor, x: Tensor, token: Tensor, new: Tensor) -> Tensor:
 def _scatter(old: Tensor, x: Tensor, to: Tensor, valid: Tensor, in_place: bool) -> Tensor:
     dim = 2 if old.dim() == 4 else 1
     index = _expand(to, old)
-    # Invalid places write back what is there: their targets are distinct from all valid ones, since
+    # Invalid tokens write back what is there: their targets are distinct from all valid ones, since
     # L <= C.
     value = x.to(old.dtype)
     if not bool(valid.all()):

@@ -33,7 +33,7 @@ from mm.state import State, join_parts, parts_of
 
 @dataclass(frozen=True)
 class SameChunk(Mask):
-    """Places whose times fall into the same chunk of ``size``."""
+    """Tokens whose times fall into the same chunk of ``size``."""
 
     size: int
     hint: ClassVar[Hint] = "general"
@@ -48,8 +48,9 @@ class SameChunk(Mask):
 
 
 class MovingAverage(nn.Module):
-    """``y_t = sum_e eta_e h_t``, ``h_t = alpha * beta x_t + (1 - alpha * delta) h_{t-1}``, E of
-    them a channel.
+    """``y_t = sum_e eta_e h_t``, ``h_t = alpha * beta x_t + (1 - alpha * delta) h_{t-1}``.
+
+    Each channel has E of them.
 
     Source: Ma et al. 2022, Mega (arXiv:2209.10655), section 3.1 (multi-dimensional damped EMA).
     """
@@ -91,11 +92,11 @@ class MovingAverage(nn.Module):
 
 
 class Mega(AttentionBase):
-    """``phi * h + (1 - phi) * x``, ``h = silu(W_h x' + U (gamma * o))``: one head of attention
-    whose values read x and whose queries, keys and gates read its moving average x'.
+    """``phi * h + (1 - phi) * x``, ``h = silu(W_h x' + U (gamma * o))``, o of one attention head.
 
-    With ``chunk`` each token attends within its own chunk of so many tokens and only the average
-    crosses the borders (Mega-chunk): linear in the length, and so is the cache.
+    Values read x; queries, keys and gates read its moving average x'. With ``chunk`` each token
+    attends within its own chunk of so many tokens and only the average crosses the borders
+    (Mega-chunk): linear in the length, and so is the cache.
 
     Source: Ma et al. 2022 (arXiv:2209.10655), section 3, with softmax as the attention
     function.

@@ -30,7 +30,7 @@ from mm.state import DataclassState, State
 class Compressed(DataclassState):
     """Keys and values of full groups, and the sums of the group that is being filled."""
 
-    kv: KV  # a place is a group
+    kv: KV  # an entry is a group
     partial: Tensor  # (N, 2, H, K)
     count: Tensor  # (N,) int64 tokens
 
@@ -68,7 +68,7 @@ class MemoryCompressedAttention(Mixer):
     """Causal attention whose keys and values are shortened by a convolution of stride and width s.
 
     A query reads the compressed keys of the groups before its own, and of its own group what the
-    convolution makes of the places up to the query: nothing later leaks in, and nothing before is
+    convolution makes of the tokens up to the query: nothing later leaks in, and nothing before is
     missing. The state holds one key and value for s tokens.
 
     Source: Liu et al. 2018 (arXiv:1801.10198), section 4.2.3 (kernel 3, stride 3); alternate it
@@ -111,7 +111,7 @@ class MemoryCompressedAttention(Mixer):
         R, L = kv.shape[:2]
         at = count[:, None] + torch.arange(L, device=kv.device)
         flat = kv.flatten(3)  # (R, L, 2, D)
-        # Every offset's product at every place, of which each place keeps its phase's.
+        # Every offset's product at every token, of which each token keeps its phase's.
         own = torch.einsum("rlcd,csde->rlsce", flat, self.conv_weight.to(kv.dtype))
         phase = (at % self.stride)[..., None, None, None].expand(-1, -1, 1, *own.shape[3:])
         own = own.gather(2, phase)[:, :, 0]
@@ -201,7 +201,7 @@ class MemoryCompressedConfig(Config):
 
     kind: Literal["memory_compressed"] = "memory_compressed"
     heads: Annotated[int, Field(gt=0)] = 4
-    stride: Annotated[int, Field(gt=1, description="places of one compressed key")] = 3
+    stride: Annotated[int, Field(gt=1, description="tokens of one compressed key")] = 3
 
     def build(self, d_model: int, linear: LinearFactory = dense) -> MemoryCompressedAttention:
         if d_model % self.heads:

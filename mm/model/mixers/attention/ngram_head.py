@@ -25,7 +25,7 @@ TOKEN = "ngram.token"  # the extra field under which the cache keeps ids
 UNKNOWN = -1  # the id of a token whose ids nobody gave: equal to none
 
 
-def _ranked(key_BT: Tensor) -> Tensor:
+def _rank(key_BT: Tensor) -> Tensor:
     """Equal numbers for equal keys of a row, 0 .. T - 1; shapes do not depend on values."""
     ordered, index = key_BT.sort(dim=1)
     new = F.pad((ordered[:, 1:] != ordered[:, :-1]).long(), (1, 0))
@@ -33,15 +33,16 @@ def _ranked(key_BT: Tensor) -> Tensor:
 
 
 def _before(x_BT: Tensor, n: int) -> Tensor:
-    """What stood ``n`` places before; the first ones get `UNKNOWN`."""
+    """What stood ``n`` tokens before; the first ones get `UNKNOWN`."""
     return F.pad(x_BT, (n, 0), value=UNKNOWN)[:, : x_BT.shape[1]] if n else x_BT
 
 
 def ngram_means(h_BTD: Tensor, token_BT: Tensor, document_BT: Tensor, n: int) -> Tensor:
-    """Mean of ``h_j`` over the places j up to t whose ``n - 1`` tokens before them are the last
-    ``n - 1`` tokens up to t, in the same document; zeros where there are none.
+    """Mean of ``h_j`` over what continued earlier copies of the last ``n - 1`` tokens.
 
-    Sorted by what a place would continue, means are running sums: linear in T but for the sort.
+    Those are the j up to t whose ``n - 1`` tokens before them are the last ``n - 1`` tokens up to
+    t, in the same document; zeros where there are none. Sorted by what a token would continue,
+    means are running sums: linear in T but for the sort.
 
     Args:
         h_BTD: `(B, T, D)` any float dtype; summed in float32 or wider.
@@ -56,7 +57,7 @@ def ngram_means(h_BTD: Tensor, token_BT: Tensor, document_BT: Tensor, n: int) ->
         return h_BTD.to(wide)
     document = document_BT.long()
     same = lambda k: _before(document, k) == document
-    # A place is written under the n - 1 tokens before it, and reads under the last n - 1 tokens.
+    # A token is written under the n - 1 tokens before it, and reads under the last n - 1 tokens.
     code = document[:, :, None].expand(B, T, 2).reshape(B, 2 * T)
     valid = (document > 0)[:, :, None].expand(B, T, 2)
     for k in range(n - 1):
@@ -64,7 +65,7 @@ def ngram_means(h_BTD: Tensor, token_BT: Tensor, document_BT: Tensor, n: int) ->
         both = torch.stack((written, read), -1)
         inside = torch.stack((same(k + 1), same(k)), -1)
         valid = valid & inside & (both >= 0)
-        code = _ranked(_ranked(code) * (2 * T) + _ranked(both.reshape(B, 2 * T)))
+        code = _rank(_rank(code) * (2 * T) + _rank(both.reshape(B, 2 * T)))
     valid = valid.reshape(B, 2 * T)
     # What cannot match stands alone in a last group.
     code = torch.where(valid, code, 2 * T + document.max())
@@ -76,18 +77,18 @@ def ngram_means(h_BTD: Tensor, token_BT: Tensor, document_BT: Tensor, n: int) ->
     values = values.masked_fill(~valid[..., None], 0)
     index = order[..., None].expand(-1, -1, D + 1)
     sums, _ = linear_scan(torch.ones_like(values), values.gather(1, index), reset)
-    place = torch.arange(2 * T, device=order.device).expand(B, -1)
-    back = torch.empty_like(order).scatter_(1, order, place)
+    rank = torch.arange(2 * T, device=order.device).expand(B, -1)
+    back = torch.empty_like(order).scatter_(1, order, rank)
     found = sums.gather(1, back[:, 1::2, None].expand(-1, -1, D + 1))
     found = found.masked_fill(~valid[:, 1::2, None], 0)
     return found[..., :-1] / found[..., -1:].clamp_min(1)
 
 
 class NgramHead(Mixer):
-    """``W_1 x_t + W_2 mean x_j`` over the places j that continued an earlier copy of the last ``n -
-    1`` tokens: attention that nothing has to learn.
+    """``W_1 x_t + W_2 mean x_j`` over what continued an earlier copy of the last ``n - 1`` tokens.
 
-    Tokens are the first stream of ids; a call without ids has tokens that equal none.
+    It is attention that nothing has to learn. Tokens are the first stream of ids; a call without
+    ids has tokens that equal none.
 
     Source: Akyurek et al. 2024, In-Context Language Learning (arXiv:2401.12973), section 6.
     """
@@ -126,12 +127,12 @@ class NgramHead(Mixer):
         (R, S), C = known.document.shape, seen.cached
         # Move the call's tokens up to the cached ones, so that neighbours are neighbours.
         number = torch.arange(S, device=x.device).expand(R, -1)
-        place = number
+        index = number
         if S > C:
-            place = torch.where(number < count, number, number - count + C).clamp_max(S - 1)
-        there = (number < count + docs.length[:, None]) & (known.document.gather(1, place) > 0)
-        tokens = torch.where(there, known.extra[TOKEN].gather(1, place), UNKNOWN)
-        values = seen.v[:, :, 0].gather(1, place[..., None].expand(-1, -1, self.d_model))
+            index = torch.where(number < count, number, number - count + C).clamp_max(S - 1)
+        there = (number < count + docs.length[:, None]) & (known.document.gather(1, index) > 0)
+        tokens = torch.where(there, known.extra[TOKEN].gather(1, index), UNKNOWN)
+        values = seen.v[:, :, 0].gather(1, index[..., None].expand(-1, -1, self.d_model))
         at = seen.query_index()
         match = (at[..., None] >= number[:, None]) & there[:, None]
         for k in range(self.n - 1):
@@ -139,7 +140,7 @@ class NgramHead(Mixer):
             match = match & (read[..., None] == _before(tokens, k + 1)[:, None])
             match = match & (read >= 0)[..., None]
         wide = torch.promote_types(x.dtype, torch.float32)
-        # What no place of the row sees may hold anything.
+        # What no token of the row sees may hold anything.
         values = values.to(wide).masked_fill(~there[..., None], 0)
         mean = match.to(wide) @ values / match.sum(-1, keepdim=True).clamp_min(1)
         return docs.pack(mean, *x.shape[:2]), after

@@ -1,6 +1,6 @@
 """Selective attention.
 
-B rows, T tokens, D model, H heads, G key heads, K head width, N slots, C cache places, R rows of
+B rows, T tokens, D model, H heads, G key heads, K head width, N slots, C cached tokens, R rows of
 one document, L their length, S keys.
 """
 

@@ -21,10 +21,10 @@ from mm.registry import MIXERS
 
 
 class SparseAttention(IndexedAttention):
-    """Causal attention over two sparse patterns whose product reaches every place before.
+    """Causal attention over two sparse patterns whose product reaches every earlier token.
 
-    * ``strided``: the latest ``b + 1`` places; and those whole strides ``b`` back.
-    * ``fixed``: the own block of ``b`` places; and the last ``c`` places of every block.
+    * ``strided``: the latest ``b + 1`` tokens; and those whole strides ``b`` back.
+    * ``fixed``: the own block of ``b`` tokens; and the last ``c`` tokens of every block.
 
     ``use``: the first pattern in one half of the heads and the second in the other (``heads``), the
     union (``merged``), or one of them, for layers that take turns. A query that sees nothing (the
@@ -39,7 +39,7 @@ class SparseAttention(IndexedAttention):
         self.pattern, self.use = config.pattern, config.use
         self.stride, self.columns = config.stride, config.columns
 
-    # ---- the patterns as predicates on places: the specification, and what decoding reads ----
+    # ---- the patterns as predicates on indices: the specification, and what decoding reads ----
 
     def sees(self, at_RL: Tensor, of_RS: Tensor, use: str) -> Tensor:
         """`(R, L, S)` bool of the first, the second or (``merged``) both patterns."""

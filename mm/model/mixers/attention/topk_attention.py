@@ -70,9 +70,9 @@ class TopKAttention(IndexedAttention):
                     scores = part @ k[:, :, None].transpose(-1, -2)
                     scores = scores.masked_fill(~seen, -math.inf)
                     found = scores.topk(min(self.topk, S), dim=-1)
-                places = found.indices.flatten(2, 4)  # (R, G, H / G l k)
-                take = lambda t, places=places, shape=found.indices.shape: t.gather(
-                    2, places[..., None].expand(-1, -1, -1, K)
+                index = found.indices.flatten(2, 4)  # (R, G, H / G l k)
+                take = lambda t, index=index, shape=found.indices.shape: t.gather(
+                    2, index[..., None].expand(-1, -1, -1, K)
                 ).view(*shape, K)
                 logits = (part[..., None, :] * take(k)).sum(-1)
                 p = logits.masked_fill(found.values == -math.inf, -math.inf).softmax(-1)

@@ -86,9 +86,9 @@ def count_codes(
 
 
 class TransformerVQ(Mixer):
-    """``softmax(q . k^ + bias) v`` over all places before, with keys ``k^`` from a codebook.
+    """``softmax(q . k^ + bias) v`` over all earlier tokens, with keys ``k^`` from a codebook.
 
-    Places with the same key have the same weight, so what lies behind the block before is one term
+    Tokens with the same key have the same weight, so what lies behind the block before is one term
     a code: ``exp(q . c_s + log number_s)`` times the mean of its values. Exact, in linear time, and
     the state does not grow. ``bias`` belongs to distances and is 0 behind the block before. Keys
     learn through straight-through gradients in the own block and the one before; codes are the
@@ -226,12 +226,12 @@ class TransformerVQ(Mixer):
         far = far.masked_fill((tally == 0)[:, :, None, :, None], -math.inf)
         two = lambda t: torch.cat((F.pad(t[:, :-1], [0, 0] * (t.dim() - 2) + [1, 0]), t), 2)
         near = torch.einsum("rnqghk,rnsgk->rnqghs", q, two(blocked(k)))
-        places = torch.arange(2 * b, device=q.device)
-        distance = places[b:, None] - places
+        index = torch.arange(2 * b, device=q.device)
+        distance = index[b:, None] - index
         bias = self.bias.to(q.dtype)[:, distance.clamp_min(0)].view(G, H // G, b, 2 * b)
         near = near + bias.permute(2, 0, 1, 3)
         seen = (distance >= 0) & two(blocked(valid_RL))[:, :, None]
-        # A place that is not there reads itself: no row of scores may be empty.
+        # A token that is not there reads itself: no row of scores may be empty.
         seen = (seen | (distance == 0))[:, :, :, None, None]
         p = torch.cat((near.masked_fill(~seen, -math.inf), far), -1).softmax(-1)
         mean = sums / tally.clamp_min(1)[..., None]
@@ -260,10 +260,10 @@ class TransformerVQ(Mixer):
         R, L = q.shape[:2]
         count = docs.read(state.count, 0)
         size = b * (2 + -(-max(L - 1, 0) // b))
-        # Places of the call, after what its blocks hold already; those that are not there stay.
+        # Tokens of the call, after what its blocks hold already; what is not there stays.
         at = b + (count % b)[:, None] + torch.arange(L, device=q.device)
 
-        def lengthened(old: Tensor, new: Tensor) -> Tensor:
+        def lengthen(old: Tensor, new: Tensor) -> Tensor:
             trailing = [0, 0] * (old.dim() - 2)
             old = F.pad(old, [*trailing, 0, size - old.shape[1]])
             index = at.view(R, L, *[1] * (new.dim() - 2)).expand_as(new)
@@ -273,21 +273,20 @@ class TransformerVQ(Mixer):
             )
 
         long_k, long_v = (
-            lengthened(docs.read(old).to(new.dtype), new)
-            for old, new in ((state.k, k), (state.v, v))
+            lengthen(docs.read(old).to(new.dtype), new) for old, new in ((state.k, k), (state.v, v))
         )
-        long_code = lengthened(docs.read(state.code, 0), code)
-        queries = lengthened(q.new_zeros(R, 2 * b, *q.shape[2:]), q)
-        places = torch.arange(size, device=q.device)
-        valid = (places < (b + count % b + docs.length)[:, None]) & (
-            (count >= b)[:, None] | (places >= b)
+        long_code = lengthen(docs.read(state.code, 0), code)
+        queries = lengthen(q.new_zeros(R, 2 * b, *q.shape[2:]), q)
+        index = torch.arange(size, device=q.device)
+        valid = (index < (b + count % b + docs.length)[:, None]) & (
+            (count >= b)[:, None] | (index >= b)
         )
         number, values = docs.read(state.number), docs.read(state.values)
         y = self._blocks(queries, long_k, long_v, long_code, valid, number, values)
         y = y.gather(1, at[..., None, None].expand(R, L, *y.shape[2:]))
         # Blocks that are full now leave the last two: they join the sums.
         shift = ((count + docs.length) // b - count // b)[:, None]
-        left = valid & (places < shift * b)
+        left = valid & (index < shift * b)
         more, summed = count_codes(long_code, long_v.to(values.dtype), left, number.shape[2])
         # Past the end there is nothing yet: whatever stands there is not valid.
         last = (shift * b + torch.arange(2 * b, device=q.device)).clamp_max(size - 1)
@@ -314,7 +313,7 @@ class TransformerVQConfig(Config):
     heads: Annotated[int, Field(gt=0)] = 4
     kv_heads: Annotated[int, Field(gt=0, description="key heads, each with a codebook")] = 1
     codes: Annotated[int, Field(gt=0, description="of a codebook")] = 512
-    block: Annotated[int, Field(gt=0, description="places; it and the one before are exact")] = 512
+    block: Annotated[int, Field(gt=0, description="tokens; it and the one before are exact")] = 512
     decay: Annotated[float, Field(ge=0, lt=1, description="of the codes' moving averages")] = 0.99
 
     def build(self, d_model: int, linear: LinearFactory = dense) -> TransformerVQ:
