@@ -174,7 +174,7 @@ class Vocabulary(NamedTuple):
         )
 
 
-def merged(specs: Sequence[TokenSpec], old: Vocabulary | None = None) -> Vocabulary:
+def extend_vocabulary(specs: Sequence[TokenSpec], old: Vocabulary | None = None) -> Vocabulary:
     """Append ``specs`` in order to ``old`` (or to an empty vocabulary)."""
     vocabulary = old or Vocabulary()
     for spec in specs:

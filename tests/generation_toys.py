@@ -6,9 +6,9 @@ import torch
 
 from mm.decoders.base import Session
 from mm.specs import TokenSpec
-from mm.vocabulary import merged
+from mm.vocabulary import extend_vocabulary
 
-VOCABULARY = merged(
+VOCABULARY = extend_vocabulary(
     [
         TokenSpec("text", 20, fingerprint="t"),
         TokenSpec("image", 8, grid=(2, 3), fingerprint="i"),

@@ -73,8 +73,10 @@ def test_a_mixer_of_bounded_length_is_measured_up_to_it() -> None:
 def test_growth_and_prediction() -> None:
     seconds = {n: 3e-9 * n**2 for n in (1024, 2048, 4096)}
     assert bench.exponent(seconds) == pytest.approx(2)
-    assert bench.predicted(seconds, 8192) == pytest.approx(3e-9 * 8192**2)
-    assert bench.predicted({1024: 1.0, 2048: 1.5}, 4096) == pytest.approx(3.0)  # never below linear
+    assert bench.extrapolate(seconds, 8192) == pytest.approx(3e-9 * 8192**2)
+    assert bench.extrapolate({1024: 1.0, 2048: 1.5}, 4096) == pytest.approx(
+        3.0
+    )  # never below linear
 
 
 @pytest.mark.parametrize(

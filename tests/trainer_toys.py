@@ -23,11 +23,13 @@ from mm.model.layer import HeadOut, ModelOut
 from mm.objectives.objective import LossTerm, Network, Objective
 from mm.registry import NETWORKS, OBJECTIVES, STREAMS, Registry
 from mm.specs import TokenSpec
-from mm.vocabulary import Vocabulary, merged
+from mm.vocabulary import Vocabulary, extend_vocabulary
 
 
 def vocabulary() -> Vocabulary:
-    return merged([TokenSpec("text", 20, fingerprint="t"), TokenSpec("image", 12, fingerprint="i")])
+    return extend_vocabulary(
+        [TokenSpec("text", 20, fingerprint="t"), TokenSpec("image", 12, fingerprint="i")]
+    )
 
 
 @NETWORKS.register("toy_lm")

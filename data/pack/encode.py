@@ -13,7 +13,7 @@ from mm.data.modalities.base import BadSample, Modality, table
 from mm.data.shards.members import member_modality, segment_words, split_ordinal
 from mm.errors import UserError, did_you_mean
 from mm.specs import Encoded, ModalityTokenizer
-from mm.vocabulary import Vocabulary, merged
+from mm.vocabulary import Vocabulary, extend_vocabulary
 
 CACHE_BYTES = 512_000_000
 
@@ -22,7 +22,7 @@ def vocabulary_of(
     tokenizers: Mapping[str, ModalityTokenizer], old: Vocabulary | None
 ) -> Vocabulary:
     """Vocabulary of these tokenizers, appended to ``old``."""
-    return merged([t.spec for t in tokenizers.values()], old)
+    return extend_vocabulary([t.spec for t in tokenizers.values()], old)
 
 
 class Item(NamedTuple):

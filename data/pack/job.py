@@ -30,7 +30,7 @@ from mm.data.sources.detect import open_source
 from mm.errors import UserError
 from mm.launch.environment import cores
 from mm.tokenizers.load import load_tokenizers
-from mm.vocabulary import Vocabulary, merged
+from mm.vocabulary import Vocabulary, extend_vocabulary
 
 BATCH = 256  # samples encoded together
 REASONS = 50  # that the manifest lists
@@ -85,7 +85,7 @@ class PackJob:
         old = config.vocabulary
         old = Vocabulary.load(old) if isinstance(old, Path) else old
         if config.tokenized:
-            self.vocabulary, self.encoder = merged(specs, old), TokenIds(specs)
+            self.vocabulary, self.encoder = extend_vocabulary(specs, old), TokenIds(specs)
         elif config.tokenizers is not None:
             opened = load_tokenizers(config.tokenizers)
             self.vocabulary = vocabulary_of(opened, old)

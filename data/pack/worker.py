@@ -127,11 +127,11 @@ def main() -> None:
         outward.write(pickle.dumps(value))
         outward.flush()
 
-    def asked() -> Iterator[bytes]:
+    def requests() -> Iterator[bytes]:
         while len(head := inward.read(8)) == 8:
             yield inward.read(int.from_bytes(head, "little"))
 
-    messages = asked()
+    messages = requests()
     try:
         work: Work = pickle.loads(next(messages))
     except Exception as error:  # such as a class of the parent's own script

@@ -114,7 +114,7 @@ def _example(
     if shards.interleaved:
         example["segments"] = segment_sizes(shards, i)
     if shards.tokenized:
-        code = shards.encoded(i)[member]
+        code = shards.read_encoded(i)[member]
         example["tokens"] = code.ids[:16].tolist()
         if modality not in tokenizers:
             said = f"{len(code.ids)} tokens; decode them with --tokenizers DIR"

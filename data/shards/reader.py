@@ -257,7 +257,7 @@ class ShardSet:
                 out[spec.modality] = data[len(data) - 4 * n :].view("<i4")
         return out
 
-    def encoded(self, i: int) -> dict[str, Encoded]:
+    def read_encoded(self, i: int) -> dict[str, Encoded]:
         """Tokens of sample i with the side information that decoding needs.
 
         Raises UserError on raw shards.

@@ -122,11 +122,11 @@ class Bench:
         """Why a cell is skipped, from what the shorter ones took; empty when it is not."""
         if not seconds:
             return ""
-        wanted = predicted(seconds, n)
+        wanted = extrapolate(seconds, n)
         if wanted > self.cell_s:
             return f"skipped: predicted to take {wanted:.0f} s"
         known = {length: peak for length, peak in peaks.items() if peak}
-        mib = predicted(known, n) if known else 0.0
+        mib = extrapolate(known, n) if known else 0.0
         if mib > 0.8 * available_mib(self.device):
             return f"skipped: predicted to take {mib / 1024:.1f} GiB"
         return ""
@@ -209,7 +209,7 @@ def exponent(seconds: dict[int, float]) -> float | None:
     )
 
 
-def predicted(known: dict[int, float], n: int) -> float:
+def extrapolate(known: dict[int, float], n: int) -> float:
     """What length ``n`` will take, by the slope of the last two lengths; one alone: quadratic."""
     *_, last = sorted(known)
     slope = 2.0

@@ -67,7 +67,7 @@ def mixers(
     if device not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: cpu or cuda")
     keep_freed_memory()  # as training does
-    wanted = parsed(lengths) if lengths else list(measure.LENGTHS)
+    wanted = parse_lengths(lengths) if lengths else list(measure.LENGTHS)
     run = measure.Bench(wanted, d_model, linear, cell_seconds, torch.device(device))
     rows: list[Row] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -84,7 +84,7 @@ def mixers(
         console().print(f"wrote {plot}")
 
 
-def parsed(lengths: str) -> list[int]:
+def parse_lengths(lengths: str) -> list[int]:
     """``"1024,4096"`` to numbers, ascending. Raises UserError on anything else."""
     words = [word.strip().lower() for word in lengths.split(",") if word.strip()]
     try:

@@ -36,7 +36,7 @@ def faults(
 ) -> None:
     from mm.faults.run import inject, markdown, read
 
-    def done(rows: list[dict[str, Any]]) -> None:  # after each fault: an hour may be cut short
+    def report(rows: list[dict[str, Any]]) -> None:  # after each fault: an hour may be cut short
         row = rows[-1]
         console().print(
             f"{row['survived']}/{row['tries']} {row['fault']} ({row['seconds']:.0f} s)",
@@ -45,7 +45,7 @@ def faults(
         write_json(json, rows)
 
     before = read(json, quick) if resume and json is not None else []
-    rows = inject(quick, only or (), done, before)
+    rows = inject(quick, only or (), report, before)
     columns = ("fault", "tries", "survived", "lost")
     table("mm faults", columns, [[row[c] for c in columns] for row in rows])
     write_json(json, rows)

@@ -72,7 +72,7 @@ def generate(
             if isinstance(value, str)
             else None
         )
-        file = save_media(value, numbered(out, i, n)) if out else None
+        file = save_media(value, numbered_path(out, i, n)) if out else None
         rows.append({"file": file, "text": text, "what": modality_of_value(value).describe(value)})
         if text is not None and out is None:
             console().print(text, markup=False)
@@ -135,7 +135,7 @@ def read_prompt(given: dict[str, Any], to: str) -> dict[str, Any]:
     return raws
 
 
-def numbered(out: Path | None, i: int, n: int) -> Path:
+def numbered_path(out: Path | None, i: int, n: int) -> Path:
     """File of output ``i`` of ``n``.
 
     ``out`` itself, or ``out_00``, ``out_01`` ... before its suffix.

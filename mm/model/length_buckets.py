@@ -22,6 +22,7 @@ from mm.model.context import Ctx
 # Attention on a CPU takes documents in place if they have so many tokens on average: to gather a
 # token costs about 8 us, a call of its own for a document 0.3 ms.
 MIN_TOKENS_IN_PLACE, MAX_RUNS = 128, 64
+SHORTEST = 16  # tokens; documents of as many or fewer are one group
 
 
 class _Regroup(torch.autograd.Function):
@@ -50,17 +51,11 @@ class _Regroup(torch.autograd.Function):
 
 
 class Group(NamedTuple):
-    """Documents of similar length, one a row.
-
-    ``allowed`` None and ``causal`` say what the mask amounts to here; groups made ``by_vectors``
-    say it in ``mask`` alone.
-    """
+    """Documents of similar length, one a row."""
 
     rows: int
     length: int
-    allowed: Tensor | None  # (R or 1, L, L) bool
-    causal: bool
-    mask: MaskSpec | None = None
+    mask: MaskSpec  # what the mask amounts to here
 
 
 def _mask_spec(
@@ -168,13 +163,10 @@ class LengthBuckets:
         return out.view(B, T, *y[0].shape[2:])
 
     @staticmethod
-    def of(
-        layout: Layout, mask: Mask, split_above: int = 16, by_vectors: bool = False
-    ) -> LengthBuckets:
-        """Group the documents of ``layout`` by length (powers of two from ``split_above``).
+    def of(layout: Layout, mask: Mask, in_place: bool = False) -> LengthBuckets:
+        """Group the documents of ``layout`` by length: powers of two from `SHORTEST` on.
 
-        ``by_vectors``: give `Group.mask`, which has a bool of all pairs only where nothing smaller
-        says the same.
+        ``in_place``: on a CPU, take long documents where they are (`LengthBuckets.runs`).
 
         Runs on the host, once per pass: on an accelerator it costs one synchronisation.
         """
@@ -194,13 +186,9 @@ class LengthBuckets:
             mask.hint == "causal" or (mask.hint == "window" and span <= (mask.reach or 0))
         )
         if layout.aligned or not real.any() or (real.sum() == B and (first % T == 0).all()):
-            full = mask.hint == "full" and bool((document > 0).all())
-            if by_vectors:
-                spec = _mask_spec(mask, f, causal, ordered, steady, bool((document > 0).all()))
-                return LengthBuckets((Group(B, T, None, False, spec),))
-            allowed = None if causal or full else mask.dense(f, f)
-            return LengthBuckets((Group(B, T, allowed, causal),))
-        runs = _runs(first, lengths[real]) if by_vectors and f.document.device.type == "cpu" else []
+            spec = _mask_spec(mask, f, causal, ordered, steady, bool((document > 0).all()))
+            return LengthBuckets((Group(B, T, spec),))
+        runs = _runs(first, lengths[real]) if in_place and f.document.device.type == "cpu" else []
         if runs:
             made = []
             for start, R, L in runs:
@@ -208,9 +196,9 @@ class LengthBuckets:
                     0, (n, m)
                 )
                 spec = _mask_spec(mask, f.map(lying), causal, ordered, steady, True)
-                made.append(Group(R, L, None, False, spec))
+                made.append(Group(R, L, spec))
             return LengthBuckets(tuple(made), runs=tuple((a, a + n * m) for a, n, m in runs))
-        size = np.full(len(first), split_above)
+        size = np.full(len(first), SHORTEST)
         while (short := size < lengths[real]).any():
             size[short] *= 2
         groups, indices, unread, at = [], [], [], 0
@@ -224,18 +212,14 @@ class LengthBuckets:
             index = start[:, None] + np.minimum(np.arange(L), count[:, None] - 1)
             valid = np.arange(L) < count[:, None]
             inverse[index[valid]] = at + np.flatnonzero(valid.reshape(-1))
-            allowed = spec = None
-            if by_vectors or not (causal or (mask.hint == "full" and valid.all())):
-                gathered = f.map(
-                    lambda t, i=torch.from_numpy(index).to(f.document.device): t.flatten(0, 1)[i]
-                )
+            spec = MaskSpec(causal=True)
+            if not causal:
+                at_index = torch.from_numpy(index).to(f.document.device)
+                gathered = f.map(lambda t, i=at_index: t.flatten(0, 1)[i])
                 inside = torch.from_numpy(valid).to(f.document.device)
                 gathered = gathered._replace(document=gathered.document * inside)
-                if by_vectors:
-                    spec = _mask_spec(mask, gathered, causal, ordered, steady, bool(valid.all()))
-                else:
-                    allowed = mask.dense(gathered, gathered)
-            groups.append(Group(len(start), L, allowed, causal and not by_vectors, spec))
+                spec = _mask_spec(mask, gathered, causal, ordered, steady, bool(valid.all()))
+            groups.append(Group(len(start), L, spec))
             indices.append(index.reshape(-1))
             unread.append(~valid.reshape(-1))
             at += index.size

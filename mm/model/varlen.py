@@ -17,7 +17,7 @@ from mm.model.context import Ctx
 from mm.model.length_buckets import document_groups
 
 
-def narrowed(mask: Mask, window: int | None) -> Mask:
+def narrow_mask(mask: Mask, window: int | None) -> Mask:
     """``mask`` and a layer's own window, in the simplest form that says both."""
     if window is None:
         return mask
@@ -40,7 +40,7 @@ def pieces(size: int, *given: Tensor | None) -> list[tuple[Any, ...]]:
     )
 
 
-def paired(f: Callable[[Tensor, Tensor], Tensor], a: Fields, b: Fields) -> Fields:
+def merge_fields(f: Callable[[Tensor, Tensor], Tensor], a: Fields, b: Fields) -> Fields:
     """Apply ``f`` to each field of both sides; a side that lacks a named field has zeros there."""
     names = dict.fromkeys((*a.extra, *b.extra))
     return Fields(
@@ -150,7 +150,7 @@ class PackedRows(NamedTuple):
             (self.length > 0).view(shape[:-1]), h_RL.gather(1, index)[:, 0], before_R
         )
 
-    def written(self, n_slots: int) -> SlotWrites:
+    def slot_writes(self, n_slots: int) -> SlotWrites:
         """Which row each slot takes over."""
         if self.direct:
             length = torch.where(self.slot >= 0, self.length, 0)

@@ -45,7 +45,7 @@ def measure(
     here = f"mm/tasks/{next(_calls)}"
     waiting, problems = list(range(len(tasks))), []
 
-    def arrived() -> Iterator[tuple[int, dict[str, Any]]]:
+    def arrivals() -> Iterator[tuple[int, dict[str, Any]]]:
         for n in [n for n in waiting if store.check([f"{here}/{n}"])]:
             waiting.remove(n)
             said = json.loads(store.get(f"{here}/{n}"))
@@ -63,15 +63,15 @@ def measure(
             store.add(f"{here}/taken", len(tasks))  # nobody begins another one
         store.set(f"{here}/{mine}", json.dumps(said))
         if rank == 0:
-            yield from arrived()
+            yield from arrivals()
     # The first process may hold the store: it stays until nobody asks any more.
     left = store.add(f"{here}/left", 1)
     while rank == 0 and left < size:
         time.sleep(0.05)
-        yield from arrived()
+        yield from arrivals()
         left = store.add(f"{here}/left", 0)
     if rank == 0:
-        yield from arrived()
+        yield from arrivals()
     if problems:
         raise problems[0]
 

@@ -19,7 +19,7 @@ from mm.data.shards.reader import ShardSet
 from mm.data.streams.packed import PackedConfig
 from mm.errors import UserError
 from mm.specs import Segment, TokenSpec
-from mm.vocabulary import NULL, Vocabulary, merged
+from mm.vocabulary import NULL, Vocabulary, extend_vocabulary
 
 
 def read_back(
@@ -163,7 +163,7 @@ def test_every_sample_and_epoch_draws_anew(data: Path) -> None:
 
 
 def test_targets_weights_and_control_ids() -> None:
-    vocabulary = merged([TokenSpec("text", 10), TokenSpec("image", 4, 2)])
+    vocabulary = extend_vocabulary([TokenSpec("text", 10), TokenSpec("image", 4, 2)])
     text, image = vocabulary.range("text"), vocabulary.range("image")
     null = Segment("image", None, role="condition")
     documents = [
@@ -248,7 +248,7 @@ def test_text_never_becomes_a_control_id(tmp_path: Path, kind: str) -> None:
     shards = ShardSet.open(tmp_path / "tokens")
     r = shards.vocabulary.range("text")
     for i, text in enumerate(nasty):
-        codes = shards.encoded(i)["text"]
+        codes = shards.read_encoded(i)["text"]
         d = document_tokens([Segment("text", codes.ids)], shards.vocabulary)
         assert d.ids[0] == r.begin and d.ids[-1] == r.end
         assert ((d.ids[1:-1] >= r.first) & (d.ids[1:-1] < r.stop)).all(), (

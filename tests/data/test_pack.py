@@ -263,7 +263,7 @@ def test_tokens_from_shards(tmp_path: Path) -> None:
     tokenizers = toys()
     assert shards.specs == tuple(t.spec for t in tokenizers.values())
     for i in range(len(shards)):
-        sample, codes = raw[i], shards.encoded(i)
+        sample, codes = raw[i], shards.read_encoded(i)
         assert raw.key(i) == shards.key(i) and set(codes) == set(sample.values)
         assert shards.meta(i) == {"label": i % 3}
         for modality, code in codes.items():
@@ -275,7 +275,7 @@ def test_tokens_from_shards(tmp_path: Path) -> None:
     assert Vocabulary.load(tmp_path / "tokens/vocabulary.json") == shards.vocabulary
     assert verify(tmp_path / "tokens")["ok"]
     with pytest.raises(UserError, match="raw shards have no tokens"):
-        raw.encoded(0)
+        raw.read_encoded(0)
     with pytest.raises(UserError, match="token shards hold no raw values"):
         quiet(tmp_path / "tokens", tmp_path / "again", tokenizers=toys())
 
@@ -320,7 +320,7 @@ def test_real_bytes_tokenizer_from_a_folder(tmp_path: Path) -> None:
     BytesConfig(modality="text").build().save(tmp_path / "tokenizers/text")
     src = folder(tmp_path / "src", 2)
     quiet(src, tmp_path / "out", tokenizers=tmp_path / "tokenizers")
-    codes = ShardSet.open(tmp_path / "out").encoded(0)
+    codes = ShardSet.open(tmp_path / "out").read_encoded(0)
     for modality in ("bytes", "text"):
         assert bytes(codes[modality].ids.astype(np.uint8)) == b"train caption 0"
     with pytest.raises(UserError, match="no tokenizers at"):

@@ -178,7 +178,7 @@ def test_tokens_are_those_of_each_segment(data: Path) -> None:
     shards, raw = ShardSet.open(data / "tokens"), ShardSet.open(data / "shards")
     own: dict[str, ToyTokenizer] = toys()
     for i in range(N):
-        codes = shards.encoded(i)
+        codes = shards.read_encoded(i)
         assert list(codes) == list(raw.members(i))
         for member, code in codes.items():
             want = own[member_modality(member)].encode([raw.value(i, member)])[0]

@@ -24,7 +24,7 @@ from mm.data.streams.stateful import StatefulConfig
 from mm.errors import UserError
 from mm.registry import STREAMS
 from mm.specs import Segment, TokenSpec
-from mm.vocabulary import merged
+from mm.vocabulary import extend_vocabulary
 
 # ---- packing ---------------------------------------------------------------------------------
 
@@ -85,13 +85,13 @@ def test_a_model_vocabulary_may_be_longer_but_not_another(data: Path) -> None:
     first = config.build().next()[0]
     longer = config.build(vocabulary=own.add(TokenSpec("smell", 5))).next()[0]
     assert torch.equal(first.ids, longer.ids), "old ids never move"
-    other = merged([TokenSpec("smell", 5), *own.ranges])
+    other = extend_vocabulary([TokenSpec("smell", 5), *own.ranges])
     moved = config.build(vocabulary=other).next()[0]
     assert torch.equal(torch.where(first.ids > 15, first.ids + 7, first.ids), moved.ids)
     with pytest.raises(UserError, match="uses modality 'text' that this vocabulary lacks"):
-        config.build(vocabulary=merged([TokenSpec("smell", 5)]))
+        config.build(vocabulary=extend_vocabulary([TokenSpec("smell", 5)]))
     with pytest.raises(UserError, match="was tokenised by toy-text"):
-        config.build(vocabulary=merged([ToyTokenizer("text", 65).spec, *own.ranges[1:]]))
+        config.build(vocabulary=extend_vocabulary([ToyTokenizer("text", 65).spec, *own.ranges[1:]]))
 
 
 def test_wrong_folders(data: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from mm.specs import Segment, TokenSpec, Waveform
 from mm.tokenizers.load import load_tokenizer
 from mm.tokenizers.text.bytes import BytesConfig
 from mm.trainer.checkpoint import format as checkpoint
-from mm.vocabulary import Vocabulary, merged
+from mm.vocabulary import Vocabulary, extend_vocabulary
 
 PATTERNS = {"attention": "attention", "window": "near", "hybrid": "rg_lru attention"}
 NEAR = {"kind": "attention", "window": 4}  # shorter than the prompts
@@ -325,7 +325,7 @@ def saved(tmp_path_factory):
     """A saved model of bytes with its tokenizer beside it."""
     root = tmp_path_factory.mktemp("saved")
     BytesConfig(modality="text").build().save(root / "tokenizer")
-    vocabulary = merged([load_tokenizer(root / "tokenizer").spec])
+    vocabulary = extend_vocabulary([load_tokenizer(root / "tokenizer").spec])
     model = tiny("hybrid", vocabulary=vocabulary).float()
     model.save_pretrained(
         root / "run" / "model", vocabulary=vocabulary, tokenizers={"text": root / "tokenizer"}
@@ -367,7 +367,7 @@ def test_missing_models_and_changed_tokenizers_are_named(saved, tmp_path):
         generate(tmp_path / "nothing", to="text")
     with pytest.raises(UserError, match="mm train"):
         generate(tmp_path, to="text")
-    stranger = merged([TokenSpec("text", 256, fingerprint="another")])
+    stranger = extend_vocabulary([TokenSpec("text", 256, fingerprint="another")])
     model.save_pretrained(
         tmp_path / "m", vocabulary=stranger, tokenizers={"text": root / "tokenizer"}
     )
@@ -381,7 +381,7 @@ def test_missing_models_and_changed_tokenizers_are_named(saved, tmp_path):
 def test_a_file_is_asked_for_after_the_modality_is_known(tmp_path):
     """An unknown modality must not be answered with "name a file"."""
     BytesConfig(modality="bytes").build().save(tmp_path / "tokenizer")
-    vocabulary = merged([load_tokenizer(tmp_path / "tokenizer").spec])
+    vocabulary = extend_vocabulary([load_tokenizer(tmp_path / "tokenizer").spec])
     tiny("hybrid", vocabulary=vocabulary).float().save_pretrained(
         tmp_path / "model", vocabulary=vocabulary, tokenizers={"bytes": tmp_path / "tokenizer"}
     )

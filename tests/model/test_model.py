@@ -125,7 +125,9 @@ def test_masks_are_what_they_say() -> None:
 def test_grouping_by_length_covers_every_place_once() -> None:
     layout = Layout.from_rows([[Doc(3), Doc(40)], [Doc(20), Doc(1), Doc(5)]], 50)
     groups = LengthBuckets.of(layout, Causal())
-    assert len(groups.groups) == 3 and all(g.causal and g.allowed is None for g in groups.groups)
+    assert len(groups.groups) == 3 and all(
+        g.mask.causal and not g.mask.is_set() for g in groups.groups
+    )
     x = torch.arange(100.0, requires_grad=True)
     y = groups.join([part[0] for _, part in groups.split(x.view(2, 50, 1))], 2, 50)
     expected = x.view(2, 50, 1) * (layout.fields.document > 0)[..., None]
@@ -134,14 +136,14 @@ def test_grouping_by_length_covers_every_place_once() -> None:
     assert torch.equal(grad, torch.arange(100.0) * (layout.fields.document.flatten() > 0))
     shuffled = layout.fields.position.flip(1)
     reversed_time = replace(layout, fields=layout.fields._replace(position=shuffled))
-    assert not any(g.causal for g in LengthBuckets.of(reversed_time, Causal()).groups), (
+    assert not any(g.mask.causal for g in LengthBuckets.of(reversed_time, Causal()).groups), (
         "times that do not rise need a real mask"
     )
 
 
 def test_long_documents_are_taken_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout.from_rows([[Doc(130), Doc(130), Doc(200)], [Doc(300)]], 480)
-    groups = LengthBuckets.of(layout, Causal(), by_vectors=True)
+    groups = LengthBuckets.of(layout, Causal(), in_place=True)
     assert [(g.rows, g.length) for g in groups.groups] == [(2, 130), (1, 200), (1, 300)]
     assert groups.runs == ((0, 260), (260, 460), (480, 780)) and groups.index is None
     layer = MIXERS.get("attention")(heads=2, window=150).build(8)

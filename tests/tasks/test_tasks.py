@@ -17,7 +17,7 @@ from mm.specs import Segment, TokenSpec, Waveform
 from mm.tasks.base import Settings, chance, choose, confusion, first_class, label_of, spread
 from mm.tasks.bits_per_byte import uniform_nats, windows
 from mm.tasks.judges import Judge, linear_probe
-from mm.vocabulary import merged
+from mm.vocabulary import extend_vocabulary
 
 
 def test_first_class_takes_whole_words_in_order_and_the_longer_of_two():
@@ -86,7 +86,7 @@ def test_uniform_nats_counts_every_choice_of_the_grammar():
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 0.9])
 def test_windows_score_every_id_and_the_end_exactly_once(n, overlap):
     spec = TokenSpec("text", 50)
-    vocabulary = merged([spec])
+    vocabulary = extend_vocabulary([spec])
     span = Segment("text", np.arange(n))
     pieces = windows(span, spec, 8, overlap)
     scored = []

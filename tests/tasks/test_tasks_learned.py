@@ -19,7 +19,7 @@ from mm.registry import NETWORKS, TASKS
 from mm.specs import Encoded, ModalityTokenizer, Segment, TokenSpec, Waveform
 from mm.tasks.base import first_class
 from mm.tokenizers.text.bytes import BytesConfig
-from mm.vocabulary import merged
+from mm.vocabulary import extend_vocabulary
 
 WORDS = ("rows", "columns", "checks")
 RATE, FRAME = 16000, 800
@@ -113,7 +113,7 @@ def generator(data):
         "image": Palette(),
         "audio": Tones(),
     }
-    vocabulary = merged([t.spec for t in tokenizers.values()])
+    vocabulary = extend_vocabulary([t.spec for t in tokenizers.values()])
     torch.manual_seed(0)
     backbone = {"kind": "stack", "depth": 2}
     model = NETWORKS.parse({"kind": "lm", "d_model": 48, "backbone": backbone}).build(vocabulary)

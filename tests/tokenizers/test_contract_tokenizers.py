@@ -17,7 +17,7 @@ from mm.errors import UserError
 from mm.registry import TOKENIZERS
 from mm.specs import Encoded, ModalityTokenizer, Waveform
 from mm.tokenizers.load import fingerprint, load_tokenizer
-from mm.vocabulary import RESERVED, merged
+from mm.vocabulary import RESERVED, extend_vocabulary
 
 KINDS = list(TOKENIZERS)
 EXACT = {"bpe", "bytes"}  # the others lose information, but not shape
@@ -226,7 +226,7 @@ def test_text_never_becomes_a_control_token(kind: str) -> None:
     """
     tokenizer = TOKENIZERS.get(kind).smallest_tokenizer()  # type: ignore[attr-defined]
     hostile = ["<|image|>", "<|pad|><|null|><|document|>", "<s></s>[PAD]<|endoftext|><unk>"]
-    vocabulary = merged([tokenizer.spec])
+    vocabulary = extend_vocabulary([tokenizer.spec])
     place = vocabulary.range(tokenizer.spec.modality)
     for raw, code in zip(hostile, tokenizer.encode(hostile), strict=True):
         ids = code.ids + place.first

@@ -15,7 +15,7 @@ from mm.registry import QUANTIZERS
 from mm.tokenizers.quantizers.base import Quantizer, perplexity, usage, usage_share
 from mm.tokenizers.quantizers.fsq import FsqConfig
 from mm.tokenizers.quantizers.lfq import LfqConfig
-from mm.tokenizers.quantizers.vq import EmaCodebook, VqConfig, normalized
+from mm.tokenizers.quantizers.vq import EmaCodebook, VqConfig, normalize_latents
 
 KINDS = list(QUANTIZERS)
 
@@ -190,7 +190,7 @@ def test_vq_update_does_not_depend_on_how_the_batch_was_cut() -> None:
 def test_candidates_are_vectors_of_the_batch_not_their_mean() -> None:
     book = EmaCodebook(64, 8)
     init_weights(book)
-    x = normalized(torch.randn(3000, 8, generator=torch.Generator().manual_seed(0)), "layer")
+    x = normalize_latents(torch.randn(3000, 8, generator=torch.Generator().manual_seed(0)), "layer")
     parts = [book.statistics(p, book.nearest(p))["candidates"] for p in x.split(100)]
     drawn = sum(parts[1:], parts[0]).mean()
     distance = torch.cdist(drawn, x).min(1).values

@@ -22,7 +22,7 @@ from mm.tokenizers.quantizers.base import (
     straight_through,
     usage,
 )
-from mm.tokenizers.quantizers.vq import EmaCodebook, normalized
+from mm.tokenizers.quantizers.vq import EmaCodebook, normalize_latents
 
 
 class ResidualVectorQuantizer(Quantizer):
@@ -82,7 +82,7 @@ class ResidualVectorQuantizer(Quantizer):
         """
         used = self.n_codebooks if n_books is None else max(1, min(int(n_books), self.n_codebooks))
         with full_precision(z) as full:
-            x = normalized(full, self.normalize)
+            x = normalize_latents(full, self.normalize)
             flat = x.reshape(-1, self.d)
             weight = flat.new_ones(len(flat)) if valid is None else valid.reshape(-1).to(flat.dtype)
             done = torch.zeros_like(flat)  # sum of the codes so far, without gradient

@@ -211,7 +211,7 @@ class VectorQuantizer(Quantizer):
         Usage, commitment (mean over D, summed over vectors), ema, candidates.
         """
         with full_precision(z) as full:
-            x = normalized(full, self.normalize)
+            x = normalize_latents(full, self.normalize)
             flat = x.reshape(-1, self.d)
             weight = flat.new_ones(len(flat)) if valid is None else valid.reshape(-1).to(flat.dtype)
             ids = self.book.nearest(flat.detach())
@@ -233,7 +233,7 @@ class VectorQuantizer(Quantizer):
         self.book.update(stats)
 
 
-def normalized(x: Tensor, how: str) -> Tensor:
+def normalize_latents(x: Tensor, how: str) -> Tensor:
     """``(..., D)`` latents on a fixed scale.
 
     "layer" (zero mean, unit variance), "l2" (unit length) or "none".

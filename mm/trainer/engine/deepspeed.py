@@ -334,7 +334,7 @@ class Engine:
         """What the optimizer's tensors hold, from DeepSpeed's own lists."""
         names: dict[Tensor, str] = {p: name for name, p in self.trainable()}
         if self.zero_stage == 0:
-            return Shards.unpartitioned(self.base.param_groups, names)
+            return Shards.from_groups(self.base.param_groups, names)
         optimizer: Any = self.optimizer
         if self.zero_stage < 3:
             flats = optimizer.single_partition_of_fp32_groups

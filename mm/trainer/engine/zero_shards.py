@@ -65,7 +65,7 @@ class Shards:
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
     @classmethod
-    def unpartitioned(cls, groups: Sequence[Mapping], names: Mapping[Tensor, str]) -> Shards:
+    def from_groups(cls, groups: Sequence[Mapping], names: Mapping[Tensor, str]) -> Shards:
         """Stage 0: every parameter is its own shard, the same on all ranks."""
         spans, where = {}, {}
         for i, group in enumerate(groups):

@@ -98,7 +98,7 @@ class ShardOptimizer(torch.optim.Optimizer):
     def __init__(self, groups: Iterable[dict[str, Any]], **defaults: Any):
         super().__init__(list(groups), defaults)
         names = {p: str(i) for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
-        self.shards = Shards.unpartitioned(self.param_groups, names)
+        self.shards = Shards.from_groups(self.param_groups, names)
 
     def init_state(self, x: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """States before the first step; ``step`` is added."""

@@ -26,7 +26,7 @@ from mm.model.mixers.attention.kv_cache import KeyValueCache, VisibleKeys
 from mm.model.norm import HeadNorm, RMSNorm
 from mm.model.positions.base import Position
 from mm.model.positions.randomised import refuse_drawn
-from mm.model.varlen import PackedRows, narrowed
+from mm.model.varlen import PackedRows, narrow_mask
 from mm.registry import PositionField
 from mm.state import State, join_parts, parts_of
 
@@ -141,14 +141,14 @@ class AttentionBase(Mixer):
 
     def mask(self, ctx: Ctx) -> Mask:
         """Who sees whom in this layer."""
-        return narrowed(ctx.mask, self.window)
+        return narrow_mask(ctx.mask, self.window)
 
     def groups(self, ctx: Ctx) -> LengthBuckets | None:
         """The call's documents by length, with what the mask is within each group."""
         window = self.window
         return ctx.cached_on_host(
             f"attention.groups.{window}",
-            lambda layout, mask: LengthBuckets.of(layout, narrowed(mask, window), by_vectors=True),
+            lambda layout, mask: LengthBuckets.of(layout, narrow_mask(mask, window), in_place=True),
         )
 
     def scores(self, q: Tensor, fq: Fields, fk: Fields) -> ScoreSpec:
@@ -205,7 +205,6 @@ class AttentionBase(Mixer):
             if rest:
                 position, document, modality, *extra = rest
                 f = Fields(position, document, modality, dict(zip(f.extra, extra, strict=True)))
-            assert group.mask is not None
             done.append(attend(*rows, mask=group.mask, score=self.scores(rows[0], f, f)))
         return groups.join(done, B, T)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from mm.layout import Fields
 from mm.model.context import Ctx
 from mm.model.layer import StatePart
-from mm.model.varlen import PackedRows, paired
+from mm.model.varlen import PackedRows, merge_fields
 from mm.state import DataclassState, State
 
 
@@ -90,7 +90,7 @@ class KV(DataclassState):
         return KV(
             put(base.k, k_NLGK),
             put(base.v, v_NLGV),
-            paired(put, base.fields, f),
+            merge_fields(put, base.fields, f),
             count + length_N,
             self.ring,
         )
@@ -99,7 +99,7 @@ class KV(DataclassState):
         self, k_RLGK: Tensor, v_RLGV: Tensor, f: Fields, docs: PackedRows, draft: bool = False
     ) -> KV | DraftKV:
         """State after a call whose rows are ``docs``."""
-        w = docs.written(self.count.shape[0])
+        w = docs.slot_writes(self.count.shape[0])
         k, v = w.take(k_RLGK).to(self.k.dtype), w.take(v_RLGV).to(self.v.dtype)
         fields = f.map(w.take)
         if draft:
@@ -236,7 +236,7 @@ class KeyValueCache(StatePart):
             f,
             torch.cat((past_k.transpose(1, 2).to(k.dtype), k), dim=1),
             torch.cat((past_v.transpose(1, 2).to(v.dtype), v), dim=1),
-            paired(lambda old, new: torch.cat((old, new), dim=1), past_f, f),
+            merge_fields(lambda old, new: torch.cat((old, new), dim=1), past_f, f),
             docs.read(state.count, 0),
             past_k.shape[2],
         )

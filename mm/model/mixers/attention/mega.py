@@ -139,7 +139,7 @@ class Mega(AttentionBase):
             return super().groups(ctx)
         return ctx.cached_on_host(
             f"mega.chunks.{size}",
-            lambda layout, mask: LengthBuckets.of(cut_chunks(layout, size), mask, by_vectors=True),
+            lambda layout, mask: LengthBuckets.of(cut_chunks(layout, size), mask, in_place=True),
         )
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:

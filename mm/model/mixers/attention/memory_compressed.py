@@ -190,7 +190,7 @@ class MemoryCompressedAttention(Mixer):
         open_ = ((end % s > 0) | (docs.length == 0))[:, None, None, None]
         partial = torch.where(open_, docs.last(sums, begun.to(sums.dtype)), 0)
         assert isinstance(stored, KV)
-        w = docs.written(state.count.shape[0])
+        w = docs.slot_writes(state.count.shape[0])
         after = Compressed(stored, w.write(state.partial, partial), w.write(state.count, end))
         return y, after
 

@@ -121,7 +121,7 @@ class PathAttention(GroupedAttention):
             beta = beta.masked_fill(~docs.valid[..., None], 0)
             seen = seen._replace(k=move_keys(seen.k, w, beta))
         old, new = seen.k.split((seen.cached, L), dim=1)
-        moved = docs.written(N).write(cache.k, old.transpose(1, 2)).contiguous()
+        moved = docs.slot_writes(N).write(cache.k, old.transpose(1, 2)).contiguous()
         stored = replace(cache, k=moved).extend(new, seen.v[:, seen.cached :], seen.fields, docs)
         return y, stored, *after
 

@@ -112,7 +112,7 @@ class SelectiveAttention(GroupedAttention):
         y = self.attend(rows, seen.k.to(q.dtype), seen.v, masked, mask=mask, score=score)
         total = chosen.masked_fill(~docs.valid[..., None], 0).sum(1)
         total = before.scatter_add(1, index, total.to(before.dtype))
-        sums = Masked(docs.written(N).write(sums.sums, total))
+        sums = Masked(docs.slot_writes(N).write(sums.sums, total))
         return docs.pack(y, *q.shape[:2]), after, sums
 
 

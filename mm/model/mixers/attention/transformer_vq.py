@@ -293,7 +293,7 @@ class TransformerVQ(Mixer):
         take = lambda t: t.gather(
             1, last.view(R, 2 * b, *[1] * (t.dim() - 2)).expand(-1, -1, *t.shape[2:])
         )
-        write = docs.written(state.count.shape[0]).write
+        write = docs.slot_writes(state.count.shape[0]).write
         after = Codes(
             write(state.number, torch.where(shift[..., None] > 0, number + more, number)),
             write(state.values, torch.where(shift[..., None, None] > 0, values + summed, values)),

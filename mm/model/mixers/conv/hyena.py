@@ -99,7 +99,7 @@ class LongConv(StatePart):
             y = torch.stack(done, 1) if done else rows
         else:
             y = long_conv(every, h).gather(1, index)
-        w = docs.written(N)
+        w = docs.slot_writes(N)
         after = History(w.write(state.u, every[:, :P]), w.write(state.count, count + docs.length))
         return docs.pack(y, *u_BTW.shape[:2]), after
 

@@ -42,7 +42,7 @@ class TokenTail(StatePart):
         inputs = torch.cat((docs.read(state.x).to(rows.dtype), rows), dim=1)
         positions = docs.length[:, None] + torch.arange(P, device=rows.device)
         last = inputs.gather(1, positions[..., None].expand(-1, -1, inputs.shape[-1]))
-        return inputs, docs, Tail(docs.written(N).write(state.x, last))
+        return inputs, docs, Tail(docs.slot_writes(N).write(state.x, last))
 
     def forward(
         self, x_BTW: Tensor, ctx: Ctx, state: State | None

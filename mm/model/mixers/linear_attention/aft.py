@@ -218,7 +218,7 @@ class AFT(Mixer):
         y, sums = self._average(inputs, before.to(k), at)
         index = docs.length[:, None] + torch.arange(W, device=k.device)
         tail = inputs[torch.arange(len(inputs), device=k.device)[:, None], index]
-        w = docs.written(N)
+        w = docs.slot_writes(N)
         after = Averages(
             w.write(state.sums, docs.last(sums.to(before), before)),
             w.write(state.tail, tail),

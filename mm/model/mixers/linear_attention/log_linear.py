@@ -220,7 +220,7 @@ class BucketMemory(StatePart):
         q, k, v, g, gain, *rest = map(docs.unpack, parts)
         S, count = docs.read(state.S), docs.read(state.count, 0).long()
         o, S = chunks(q, k, v, g, rest[0] if rest else None, gain, S, count, docs.length)
-        w = docs.written(state.S.shape[0])
+        w = docs.slot_writes(state.S.shape[0])
         after = Fenwick(w.write(state.S, S), w.write(state.count, count + docs.length))
         return docs.pack(o, B, T), after
 

@@ -91,7 +91,7 @@ class WindowMemory(StatePart):
             for before, t in ((state.k, k), (state.v, v), (state.g, g))
         )
         o, S = windowed_attention(docs.unpack(q), k, v, g, docs.read(state.S), docs.length)
-        w = docs.written(N)
+        w = docs.slot_writes(N)
         # The window before the token at position P + length.
         index = docs.length[:, None] + torch.arange(self.window, device=k.device)
         row = torch.arange(len(k), device=k.device)[:, None]

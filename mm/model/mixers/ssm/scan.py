@@ -64,7 +64,7 @@ class RecurrentState(StatePart):
         assert isinstance(state, Hidden)
         docs = PackedRows.of(ctx.layout, state.h.shape[0])
         y, last = run(docs, docs.read(state.h, self.initial))
-        after = Hidden(docs.written(state.h.shape[0]).write(state.h, last))
+        after = Hidden(docs.slot_writes(state.h.shape[0]).write(state.h, last))
         return docs.pack(y, *ctx.layout.shape), after
 
     def initial_state(self, n: int, max_len: int) -> Hidden:
@@ -114,7 +114,7 @@ class DiagonalScan(RecurrentState):
 def write_last(state: Hidden, docs: PackedRows, before_RW: Tensor, h_RLW: Tensor) -> Hidden:
     """The State after a call whose rows began from ``before`` and passed through ``h``."""
     last = docs.last(h_RLW, before_RW)
-    return Hidden(docs.written(state.h.shape[0]).write(state.h, last))
+    return Hidden(docs.slot_writes(state.h.shape[0]).write(state.h, last))
 
 
 def starts(layout: Layout) -> Tensor:

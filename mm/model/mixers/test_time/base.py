@@ -112,7 +112,7 @@ class Learner(Mixer):
             features: of P tokens before the first border and all after it.
             borders: the inner model at every border.
         """
-        kept, w = self.context + self.batch - 1, docs.written(state.count.shape[0])
+        kept, w = self.context + self.batch - 1, docs.slot_writes(state.count.shape[0])
         total = count + docs.length
         border = total // self.batch
         left = total - border * self.batch
