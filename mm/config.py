@@ -63,8 +63,9 @@ class Config(BaseModel):
 
 
 def find(path: str | Path, beside: Path | None = None) -> Path:
-    """Locate a YAML: as given, beside the file that names it, or among the shipped configs (suffix
-    optional).
+    """Locate a YAML: as given, beside the file that names it, or among the shipped configs.
+
+    The suffix is optional.
     """
     given = Path(path)
     shipped = Path(*given.parts[1:]) if given.parts and given.parts[0] == "configs" else given

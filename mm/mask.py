@@ -106,8 +106,9 @@ class Window(Mask):
 
 @dataclass(frozen=True)
 class Prefix(Mask):
-    """Causal, and places that share a non-zero ``name`` field see each other both ways (prefix-LM,
-    image blocks).
+    """Causal, and places that share a non-zero ``name`` field see each other both ways.
+
+    A prefix-LM, image blocks.
     """
 
     name: str = "prefix"
@@ -128,8 +129,9 @@ class Prefix(Mask):
 
 @dataclass(frozen=True)
 class ParallelBlocks(Mask):
-    """Pieces of context that do not see each other, a prefix that all see, and a question that sees
-    all; each is causal in itself. `parallel_blocks` lays them out.
+    """A prefix that all see, pieces that do not see each other, a question that sees all.
+
+    Each is causal in itself. `parallel_blocks` lays them out.
 
     The prefix is the sink that keeps the pieces' attention from spreading. Source: Zhang et al.
     2024 (arXiv:2412.16545); layout: Ratner et al. 2022 (arXiv:2212.10947).
@@ -146,8 +148,9 @@ class ParallelBlocks(Mask):
 def parallel_blocks(
     prefix: int, pieces: Sequence[int], question: int, name: str = "block", slot: int = -1
 ) -> Doc:
-    """One document of ``prefix`` tokens, ``pieces`` that reuse the same positions behind it, and a
-    ``question`` behind the longest.
+    """One document: ``prefix`` tokens, ``pieces`` at the same positions, then a ``question``.
+
+    The pieces stand behind the prefix, the question behind the longest piece.
     """
     sizes = (prefix, *pieces, question)
     begins = (0, *[prefix] * len(pieces), prefix + max(pieces, default=0))

@@ -146,8 +146,7 @@ class Vocabulary(NamedTuple):
         return vocabulary
 
     def require(self, used: Iterable[TokenSpec], origin: str) -> None:
-        """Check that every range that ``origin`` (a shard, a checkpoint) was made with is here at
-        the same place.
+        """Check that every range of ``origin`` (a shard, a checkpoint) is here at the same place.
 
         Raises UserError naming the modality and both fingerprints: wrong ids would train without
         any error.

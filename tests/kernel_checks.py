@@ -22,8 +22,9 @@ def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Ten
 
 
 def check(op: Op, name: str, arguments: tuple[Any, ...], dtype: torch.dtype, **kw: Any) -> None:
-    """Compare outputs and the gradients of a random weighting of all outputs with the float64
-    reference.
+    """Compare outputs and gradients with those of the float64 reference.
+
+    The gradients are those of a random weighting of all outputs.
     """
     reason = op.implementations[name][1](*arguments, **kw)
     if reason:

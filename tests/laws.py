@@ -41,8 +41,9 @@ VOCABULARY = (
 
 
 def variants() -> dict[str, Callable[[], Layer]]:
-    """Every registered layer in its smallest form, every preset, and settings that take other paths
-    through the code.
+    """Every registered layer in its smallest form, every preset, and further settings.
+
+    The settings take other paths through the code.
     """
     made: dict[str, Callable[[], Layer]] = {}
     for kind in MIXERS:
@@ -104,9 +105,7 @@ layers = pytest.mark.parametrize("name", VARIANTS)
 
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> Layer:
-    """The layer in training mode, every parameter away from its special initial value (zeros,
-    ones).
-    """
+    """The layer in training mode, no parameter at its special initial value (zeros, ones)."""
     torch.manual_seed(7)
     layer = VARIANTS[name]()
     init_weights(layer)
@@ -185,8 +184,9 @@ def serve(
     state: State | None,
     pad: int = 1,
 ) -> list[Tensor]:
-    """Feed documents (document i in slot i) by a plan of calls, of rows, of (slot, number of
-    tokens); returns all outputs.
+    """Feed documents by a plan of calls, of rows, of (slot, number of tokens).
+
+    Document i is in slot i; returns all outputs.
     """
     done = [0] * len(docs)
     outs: list[list[Tensor]] = [[] for _ in docs]

@@ -1,5 +1,6 @@
-"""The laws `complete initialisation` (everything builds on the meta device, no NaN is left) and
-`one graph` (torch.compile), over whatever is registered.
+"""The laws `complete initialisation` and `one graph`, over whatever is registered.
+
+Everything builds on the meta device and no NaN is left; torch.compile takes a block.
 """
 
 from __future__ import annotations

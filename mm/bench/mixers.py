@@ -224,8 +224,10 @@ def predicted(known: dict[int, float], n: int) -> float:
 
 
 def parity_fault(layer: Layer, d_model: int, device: torch.device) -> str:
-    """What is wrong with the implementations that a layer's calls take, against all references, in
-    outputs and gradients, on lengths that divide nothing and on packed documents; empty if nothing.
+    """What is wrong with the implementations that a layer's calls take; empty if nothing.
+
+    Outputs and gradients are compared with all references, on lengths that divide nothing and on
+    packed documents.
     """
     layouts = [Layout.plain(1, n) for n in AWKWARD]
     layouts.append(Layout.from_rows([[Doc(65), Doc(1), Doc(64)], [Doc(3), Doc(63)]]))

@@ -1,5 +1,6 @@
-"""`mm doctor`: what this machine offers, which kernels it would run, what is wrong and the command
-that mends it.
+"""`mm doctor`: what this machine offers and which kernels it would run.
+
+What is wrong comes with the command that mends it.
 
 Every check stands alone: a missing or broken package is a row of the table, never the end of it.
 """
@@ -325,8 +326,9 @@ def _wandb() -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
-    """Which implementation of every Op a small float32 CPU (or GPU) call takes, and why the others
-    do not.
+    """The implementation of every Op that a small float32 call takes, and why not the others.
+
+    On the GPU if there is one.
     """
     package = Path(__file__).resolve().parents[1] / "kernels"
     for folder in sorted(p for p in package.iterdir() if (p / "__init__.py").is_file()):

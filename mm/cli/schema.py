@@ -17,8 +17,9 @@ from mm.run import Run
 
 
 class _Schema(GenerateJsonSchema):
-    """Fields that JSON cannot express (an arbitrary object) accept anything instead of failing the
-    whole schema.
+    """Accept anything for fields that JSON cannot express (an arbitrary object).
+
+    The default fails the whole schema.
     """
 
     def handle_invalid_for_json_schema(self, schema: Any, error_info: str) -> dict[str, Any]:
@@ -70,9 +71,7 @@ def _definition(cls: type[Config], name: str, definitions: dict[str, Any]) -> di
 
 
 def _link(node: Any, renamed: dict[str, str]) -> Any:
-    """Point every field of a plug point at its entry of ``$defs``, and nested models at their new
-    names.
-    """
+    """Point fields of a plug point at its entry of ``$defs``, nested models at their new names."""
     if isinstance(node, list):
         return [_link(item, renamed) for item in node]
     if not isinstance(node, dict):

@@ -75,8 +75,7 @@ def train(
 
 
 def fit(chosen: Any, data: Path, out: Path, config: str) -> dict[str, Any]:
-    """Fit a tokenizer that needs no gradient on the train split's text, and save it as
-    ``out/model``.
+    """Fit a tokenizer without gradients on the train split's text; save it as ``out/model``.
 
     Raises:
         UserError: the kind cannot be fitted, or the split has no text.

@@ -20,9 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Something else to attend to: encoder states, neighbours, compressed context; several
-    coexist.
-    """
+    """Something else to attend to: encoder states, neighbours, compressed context."""
 
     layout: Layout  # its `document` holds the READER's document ids: that is the link
     mask: Mask

@@ -22,8 +22,9 @@ ALIASES = "aliases"  # metadata key: JSON of {name: name of the tensor that it i
 
 @contextmanager
 def whole(folder: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``folder`` that takes its place when the block ends without
-    an error.
+    """Yield a temporary folder that takes the place of ``folder`` when the block ends.
+
+    It lies beside ``folder``, and is removed after an error.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)

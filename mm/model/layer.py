@@ -109,8 +109,9 @@ class Layer(Stateful):
         raise NotImplementedError
 
     def provider(self) -> tuple[str, Callable[[int], Provider]] | None:
-        """Name of the Provider this layer reads from `Ctx.provided`, and how to make it for a
-        number of readers; None = none.
+        """Name of the Provider this layer reads from `Ctx.provided`, and how to make it; or None.
+
+        It is made for a number of readers.
 
         A backbone makes one for each name. A layer called without a backbone is its only reader
         and finds nothing.
@@ -145,8 +146,9 @@ class Layer(Stateful):
         """Fill every own parameter and buffer (children do theirs); ``__init__`` only allocates."""
 
     def after_step(self, stats: Mapping[str, Sum]) -> None:
-        """Apply globally summed statistics of its own (EMA codebooks, balance), by their short
-        names; `hand_back` calls it. A forward mutates no buffer.
+        """Apply the layer's own globally summed statistics (EMA codebooks, balance).
+
+        They come by their short names; `hand_back` calls it. A forward mutates no buffer.
         """
 
 
@@ -177,8 +179,9 @@ class LinearMixer(Mixer):
     def features(
         self, x_BTD: Tensor, ctx: Ctx, state: State | None = None
     ) -> tuple[dict[str, Tensor], State | None]:
-        """The arguments of the Op, `(B, T, H, .)`, among them values ``v``; the first part's State
-        after the call.
+        """The arguments of the Op, `(B, T, H, .)`, among them values ``v``.
+
+        With them the first part's State after the call.
         """
         raise NotImplementedError
 
@@ -227,9 +230,7 @@ class Backbone(Layer):
 
 
 class Provider(nn.Module):
-    """One per distinct name its layers read; run once before layer 0, its result enters
-    Ctx.shared.
-    """
+    """Runs once before layer 0 for each name that layers read; its result enters `Ctx.shared`."""
 
     def forward(self, ctx: Ctx) -> Tensor:
         raise NotImplementedError
@@ -279,8 +280,9 @@ class Adapter(nn.Module):
     """Plug point: continuous values to embeddings of their reserved places."""
 
     def zero_item(self, device: torch.device) -> Tensor:
-        """`(1, L, ...)`: the item that a batch without this modality runs through the module, so
-        that every rank runs the same modules.
+        """`(1, L, ...)`: the item that a batch without this modality runs through the module.
+
+        So every rank runs the same modules.
         """
         raise NotImplementedError
 
@@ -340,8 +342,9 @@ class ModelOut(NamedTuple):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Run `init_weights` of every submodule that has one, parents after children (so a parent may
-    rescale).
+    """Run `init_weights` of every submodule that has one, parents after children.
+
+    So a parent may rescale.
     """
     for child in module.children():
         init_weights(child)
@@ -388,7 +391,8 @@ def hand_back(root: nn.Module, stats: Mapping[str, Sum]) -> None:
 
 
 def zero_gradient_touch(parameters: Iterable[nn.Parameter], like: Tensor) -> Tensor:
-    """A zero that hangs on parameters which a pass does not need: their gradients are zeros, not
-    missing.
+    """A zero that hangs on parameters which a pass does not need.
+
+    Their gradients are zeros, not missing.
     """
     return sum((p.reshape(-1)[:0].sum() for p in parameters), like.new_zeros(())).to(like.dtype)

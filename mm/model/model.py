@@ -364,8 +364,9 @@ class LmConfig(Config):
         )
 
     def prepare(self, module: nn.Module, code_vectors: Mapping[str, np.ndarray]) -> None:
-        """Seed embedding rows so that alike codes begin alike (called once on a fresh start, all
-        ranks alike).
+        """Seed embedding rows so that alike codes begin alike.
+
+        Called once on a fresh start, all ranks alike.
 
         Rows are a fixed random projection of the standardised code vectors, plus 3 % of
         variance of their own, so that

@@ -1,6 +1,4 @@
-"""Noise as a pure function of (seed, layer, visit, name): recomputation and resume draw the
-same.
-"""
+"""Noise as a function of (seed, layer, visit, name): recomputation and resume draw the same."""
 
 from __future__ import annotations
 

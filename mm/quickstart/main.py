@@ -1,5 +1,6 @@
-"""The quickstart: the ordinary commands in order, each echoed so that it can be copied, timed, and
-safe to re-run.
+"""The quickstart: the ordinary commands in order, timed and safe to re-run.
+
+Each is echoed so that it can be copied.
 """
 
 from __future__ import annotations
@@ -70,8 +71,7 @@ class Steps:
         self.record(command, time.monotonic() - start)
 
     def launch(self, processes: int, *words: str | Path) -> None:
-        """Run ``mm WORDS`` in several processes that work together (gloo), or here when there is
-        one core.
+        """Run ``mm WORDS`` in several gloo processes, or here when there is one core.
 
         Raises:
             UserError: a process failed; what it said stands above.

@@ -178,8 +178,9 @@ def _clips(out: Path, rng: np.random.Generator) -> dict[tuple[str, int], list[st
 
 
 def _texts() -> list[dict[str, Any]]:
-    """Docstrings and short functions of the standard library, deduplicated, split by the hash of
-    the text.
+    """Docstrings and short functions of the standard library, deduplicated.
+
+    Split by the hash of the text.
     """
     rows, seen, total = [], set(), 0
     library = Path(sysconfig.get_paths()["stdlib"])

@@ -15,8 +15,10 @@ SHARES = "data/{}_shares/"
 
 
 class Share(NamedTuple):
-    """One bar: what was reached, and what the config asks for (None where it follows a schedule or
-    where nothing was asked for)."""
+    """One bar: what was reached, and what the config asks for.
+
+    None where it follows a schedule or where nothing was asked for.
+    """
 
     name: str
     reached: float
@@ -24,8 +26,9 @@ class Share(NamedTuple):
 
 
 def data(run: RunData) -> str:
-    """Achieved shares of tokens and samples as bars with a mark at the configured weight, their
-    course, the padding share and the rejects of the last stage.
+    """Achieved shares of tokens and samples as bars with a mark at the configured weight.
+
+    Below them their course, the padding share and the rejects of the last stage.
     """
     config = _stage_data(run.config)
     sources = [s for s in config.get("sources") or [config.get("source")] if isinstance(s, Mapping)]

@@ -32,8 +32,9 @@ MAGMA = np.array(
 
 
 def figure(file: Path, caption: str = "", *, small: bool = False) -> str:
-    """Return the HTML of one media file (picture, playable audio over its spectrogram, or text)
-    with a caption.
+    """Return the HTML of one media file with a caption.
+
+    A picture, playable audio over its spectrogram, or text.
     """
     try:
         body = _body(file, small)
@@ -97,8 +98,9 @@ def load_audio(file: Path) -> tuple[np.ndarray, int]:
 
 
 def spectrogram(samples: np.ndarray, *, columns: int = 320) -> str:
-    """Return a log-magnitude spectrogram (low frequencies below) of ``samples`` (N,) as a PNG data
-    URI.
+    """Return a log-magnitude spectrogram of ``samples`` (N,) as a PNG data URI.
+
+    Low frequencies are below.
     """
     from PIL import Image
 

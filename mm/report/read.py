@@ -52,8 +52,9 @@ class RunData:
 
 
 def read_run(folder: Path, *, nested: bool = True) -> RunData:
-    """Read ``folder`` and, when ``nested``, the tokenizer runs in ``tokenizers/<modality>/`` below
-    it.
+    """Read ``folder`` and, when ``nested``, the tokenizer runs below it.
+
+    They lie in ``tokenizers/<modality>/``.
     """
     notes: list[str] = []
     text = _text(folder / "config.yaml")

@@ -55,8 +55,9 @@ def amount(value: Any, unit: str) -> str:
 
 
 def figures(run: RunData) -> str:
-    """Headline figures of results.json, each beside its bar, chance level and the judge's own
-    accuracy.
+    """Headline figures of results.json, each beside its bar and chance level.
+
+    Beside them stands the judge's own accuracy.
     """
     rows = run.results.get("figures")
     if not isinstance(rows, list):
@@ -151,8 +152,9 @@ def _spread(values: Sequence[int], count: int) -> list[int]:
 
 
 def curves(run: RunData) -> str:
-    """Loss per modality, throughput, learning rate, gradient norm, codebook usage and what else was
-    logged.
+    """Loss per modality, throughput, learning rate, gradient norm and codebook usage.
+
+    Then what else was logged.
     """
     m = run.metrics
     pick: Callable[..., dict[str, Series]] = lambda prefix, cut=None: {

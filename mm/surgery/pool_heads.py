@@ -10,8 +10,9 @@ from mm.model.mixers.attention.attention import Attention
 
 
 def mean_pooled(model: nn.Module, kv_heads: int) -> dict[str, Tensor]:
-    """Weights of ``model`` for the same model with ``kv_heads`` key heads in every `attention`
-    layer: each key and value head is the mean of those that it replaces, all else is as it was.
+    """Weights for the same model with ``kv_heads`` key heads in every `attention` layer.
+
+    Each key and value head is the mean of those that it replaces, all else is as it was.
 
     Load them into a model built with the new number, then go on training for a while (the paper: 5
     % of the first training).

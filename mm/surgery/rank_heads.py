@@ -17,8 +17,10 @@ from mm.model.mixers.attention.attention import Attention
 
 
 def nearby_share(weights_BTHS: Tensor, ctx: Ctx, near: int, first: int) -> tuple[Tensor, int]:
-    """Sums `(H,)` over queries of the attention weight on the ``near`` latest tokens, own one
-    included, and on the ``first`` tokens of the document; and the number of queries.
+    """Sums `(H,)` over queries of attention weights, and the number of queries.
+
+    The weight on the ``near`` latest tokens, own one included, and on the ``first`` tokens of the
+    document.
 
     Queries that can see nothing else are left out: their share is 1 in every head.
     """
@@ -92,8 +94,10 @@ def most_recent(ratios: Mapping[str, Tensor], heads: int) -> dict[str, list[int]
 
 
 def without_heads(model: nn.Module, given_up: Mapping[str, list[int]]) -> dict[str, Tensor]:
-    """Weights of ``model`` for the same model in which each named `attention` layer is the first
-    part of a `mixed_heads` without some of its heads; what the other parts learn is theirs.
+    """Weights for the same model with some heads of each named layer left out.
+
+    Each named `attention` layer becomes the first part of a `mixed_heads`, without those heads;
+    what the other parts learn is theirs.
 
     Load them with ``strict=False`` into a model built with that pattern, then go on training.
 

@@ -140,8 +140,9 @@ def input_bytes(
 
 
 def windows(span: Segment, spec: TokenSpec, max_tokens: int, overlap: float) -> list[Segment]:
-    """Cut a span of free length at frame borders, so that every id, and the end once, is scored
-    exactly once.
+    """Cut a span at frame borders so that every id is scored exactly once.
+
+    Its length is free; the end is scored once, too.
 
     A window begins with the last ``overlap`` share of the one before: context that is not scored
     again.

@@ -1,4 +1,4 @@
-"""Recognition: does the model, shown a held-out image or recording, write the right class word?"""
+"""Recognition: whether the model writes the right class word for a held-out image or recording."""
 
 from __future__ import annotations
 

@@ -189,9 +189,10 @@ class Step(NamedTuple):
 
 
 def steps(case: Case, rng: random.Random) -> Iterator[Step]:
-    """Calls that feed all documents to their ends, cut at random; some have a row for each
-    document, and some are drafts of which a part is accepted (drafts come after what no call may
-    cut).
+    """Calls that feed all documents to their ends, cut at random.
+
+    Some have a row for each document, and some are drafts of which a part is accepted (drafts come
+    after what no call may cut).
     """
     documents = contents(case)
     done, n = [0] * len(documents), len(documents)

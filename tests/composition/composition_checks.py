@@ -51,8 +51,9 @@ def outputs(out: ModelOut, call: Call) -> list[Tensor]:
 
 
 def difference(got: Tensor, wanted: Tensor, scale: float = 0.0) -> str | None:
-    """What to say of two tensors that are not the same; ``scale``: the largest number that sums
-    behind them may have held, whose rounding is no difference.
+    """What to say of two tensors that are not the same; ``scale``.
+
+    The largest number that sums behind them may have held, whose rounding is no difference.
     """
     if got.shape != wanted.shape:
         return f"shape {tuple(got.shape)}, not {tuple(wanted.shape)}"

@@ -56,8 +56,9 @@ def any_mixer(rng: random.Random, nested: int = 2) -> dict[str, Any]:
 
 
 def any_of(rng: random.Random, registry: Registry, nested: int = 2) -> dict[str, Any]:
-    """A random entry of ``registry``, its parts random entries of theirs; mixers nest up to
-    ``nested`` deep.
+    """A random entry of ``registry``, its parts random entries of theirs.
+
+    Mixers nest up to ``nested`` deep.
     """
     if registry is MIXERS:
         kinds, deep = [*MIXERS], wrappers()

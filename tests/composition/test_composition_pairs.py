@@ -60,8 +60,9 @@ def holds(*cases: Case, chunks: bool = False) -> None:
 
 
 def under_masks(wrapper: str, mixer: dict[str, Any], *masks: str) -> list[Case]:
-    """The wrapper after its own mixer, which shares with it what may be shared; or alone, where the
-    mixer does not run under the mask.
+    """The wrapper after its own mixer, which shares with it what may be shared.
+
+    Or alone, where the mixer does not run under the mask.
     """
     documents = {"causal": TEXT, "prefix": MARKED, "full": MARKED}
     return [

@@ -1,5 +1,6 @@
-"""The complex scan and the diagonal state space kernel equal their references in outputs and all
-gradients, and grow linearly.
+"""The complex scan and the diagonal state space kernel equal their references.
+
+In outputs and all gradients; and they grow linearly.
 """
 
 from __future__ import annotations
@@ -101,9 +102,7 @@ def test_diagonal_ssm(
 @pytest.mark.parametrize("op", [complex_scan, diagonal_ssm])
 @pytest.mark.parametrize("name", ["reference", "cpp"])
 def test_resets_select_and_do_not_multiply(op, name: str) -> None:
-    """The state before a reset may be inf: neither the value nor the input's gradient may turn
-    NaN.
-    """
+    """A state of inf before a reset turns neither the value nor the input's gradient NaN."""
     u = randn(1, 4, 6).detach()
     u[0, 1] = float("inf")
     u.requires_grad_()

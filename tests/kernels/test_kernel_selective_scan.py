@@ -1,5 +1,6 @@
-"""The selective scan equals its reference in outputs and all gradients, grows linearly and keeps no
-state of every place.
+"""The selective scan equals its reference in outputs and all gradients.
+
+It grows linearly and keeps no state of every place.
 """
 
 from __future__ import annotations

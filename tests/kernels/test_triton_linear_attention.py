@@ -1,5 +1,6 @@
-"""The Triton kernels of linear attention, interpreted against the recurrence in float64 and built
-for sm_90.
+"""The Triton kernels of linear attention against the recurrence in float64.
+
+They run interpreted, and are built for sm_90.
 """
 
 from __future__ import annotations

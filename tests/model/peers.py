@@ -40,8 +40,9 @@ def plain_peers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def peer(family: str, model: str, **config: Any) -> Any:
-    """A small `transformers` model in fp32 with random weights, norms and biases away from their
-    initial values; skips by name where it is not installed.
+    """A small `transformers` model in fp32 with random weights.
+
+    Norms and biases are away from their initial values; skips by name where it is not installed.
     """
     pytest.importorskip("transformers", reason="needs transformers (pip install transformers)")
     import transformers

@@ -1,5 +1,6 @@
-"""Positions against their formulas and the oracles of `transformers` (the laws run them inside
-attention: test_contract.py).
+"""Positions against their formulas and the oracles of `transformers`.
+
+The laws run them inside attention: test_contract.py.
 """
 
 from __future__ import annotations

@@ -51,8 +51,9 @@ def test_selective_recomputation_is_bit_exact(name: str) -> None:
 def test_the_check_of_a_kernel_is_not_counted_as_work(
     mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kernel that meets a kind of call in the pass that keeps results runs more operators there
-    than in the pass that makes them again.
+    """A first call of a kernel runs more operators in the pass that keeps results.
+
+    It runs more there than in the pass that makes them again.
     """
     monkeypatch.setenv("MM_SELF_CHECK", "1")
     block = BLOCKS.parse("prenorm").build(

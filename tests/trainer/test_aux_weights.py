@@ -34,11 +34,6 @@ MODEL = {
 COMMITMENT = {"kind": "next_token", "aux_weights": {"commitment": 3.0}}
 
 
-@pytest.fixture(autouse=True)
-def _no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-
-
 def vq_run(out: Path, name: str, objective: Any = COMMITMENT, **change: Any) -> Run:
     run = make_run(out, name, objective=objective, **change)
     values = run.to_dict()

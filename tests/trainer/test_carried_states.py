@@ -28,11 +28,6 @@ from mm.trainer.stage import make_module
 MIXERS = {"attention": {"heads": 2}, "rg_lru": {"heads": 2}}
 
 
-@pytest.fixture(autouse=True)
-def _no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("carried")

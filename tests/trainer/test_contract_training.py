@@ -24,11 +24,6 @@ from mm.trainer.stage import all_networks, build, make_module
 SAME = {"rel": 2e-6, "abs": 1e-6}  # printed precision
 
 
-@pytest.fixture(autouse=True)
-def _no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-
-
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """All runs that need two processes, in ONE torchrun.
@@ -54,8 +49,9 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
 def test_stages_are_equal_with_a_rank_that_lacks_a_modality(
     two_ranks: dict[str, Run], tmp_path: Path
 ) -> None:
-    """fp32 + AdamW: the losses of stages 0-3, with 1 and 2 processes, all equal to printed
-    precision.
+    """Losses of ZeRO 0 to 3 with 1 and 2 processes are equal to printed precision.
+
+    fp32 and AdamW.
     """
     alone = make_run(tmp_path, "alone", stage=0, data={"by_rank": True})
     train(alone)
@@ -144,8 +140,9 @@ def recipe(kind: str) -> tuple[str, Any]:
 
 
 def gradients(kind: str, micro: int, rows_: int = 4) -> dict[str, torch.Tensor]:
-    """Gradients of every network after one step's terms over ``rows_`` rows in micro-batches of
-    ``micro``.
+    """Gradients of every network after one step's terms over ``rows_`` rows.
+
+    In micro-batches of ``micro``.
     """
     network, make = recipe(kind)
     vocabulary = toys.vocabulary()

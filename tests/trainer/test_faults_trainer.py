@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import threading
 import time
 from pathlib import Path
@@ -18,25 +17,18 @@ from trainer_runs import Calls, losses, make_run, rows
 from trainer_toys import toys_registered  # noqa: F401
 
 from mm.errors import UserError
-from mm.faults.inject import AtPhase
-from mm.registry import TASKS
 from mm.run import GuardConfig, Run
 from mm.trainer.callbacks.base import Callback, Training
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.health import heartbeat
 from mm.trainer.health.anomaly import Guard, RollBack, out_of_memory
-from mm.trainer.loop import INTERRUPTED, Trainer, train
+from mm.trainer.loop import Trainer, train
 
 SMALL = {"model": {"w": torch.arange(6.0)}, "model.optimizer": {"exp_avg/w": torch.ones(6)}}
 
 
 def small(step: int) -> checkpoint.Snapshot:
     return checkpoint.Snapshot({"step": step, "stage": 0}, SMALL)
-
-
-@pytest.fixture(autouse=True)
-def _no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
 def guarded(run: Run, **change: Any) -> Run:
@@ -247,103 +239,6 @@ def test_what_a_killed_save_left_is_removed_and_told(
     assert checkpoint.clean(tmp_path) == [".part_step_000002_77"]
     assert "was killed" in caplog.text
     assert checkpoint.newest(tmp_path).state["step"] == 1
-
-
-# ---- signals ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("phase", ["data", "step", "save", "report"])
-def test_a_signal_in_every_phase_saves_and_exits_75(
-    tmp_path: Path, phase: str, number: signal.Signals
-) -> None:
-    run = make_run(tmp_path, steps=6, checkpoints={"every": 2})
-    fault = AtPhase({"phase": phase, "step": 2}, lambda: os.kill(os.getpid(), number))
-    with pytest.raises(SystemExit) as stopped:
-        Trainer(run, [fault]).fit()
-    assert stopped.value.code == INTERRUPTED and fault.done
-    at = checkpoint.newest(run.folder / "checkpoints").state["step"]
-    assert at == len(rows(run)) and 2 <= at <= 3
-    assert train(run)["resumed_from"] == at
-    whole = make_run(tmp_path, "whole")
-    train(whole)
-    assert losses(run) == losses(whole)
-
-
-@pytest.mark.parametrize("phase", ["start", "stage"])
-def test_a_signal_at_the_start_exits_75_at_once(tmp_path: Path, phase: str) -> None:
-    """While the run is opened, or networks are built and data indexed: no step is taken."""
-    run = make_run(tmp_path, steps=4, checkpoints={"every": 2})
-    for steps in (0, 2):
-        fired: list[int] = []
-
-        def act(fired: list[int] = fired) -> None:
-            os.kill(os.getpid(), signal.SIGUSR1)
-            fired.append(1)
-
-        with pytest.raises(SystemExit) as stopped:
-            Trainer(run, [AtPhase({"phase": phase}, act)]).fit()
-        assert stopped.value.code == INTERRUPTED and not fired
-        if steps == 0:
-            assert not (run.folder / "metrics.jsonl").is_file() or not rows(run)
-            train(make_run(tmp_path, steps=2, checkpoints={"every": 2}))
-    assert train(run)["resumed_from"] == 2
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_before_there_is_a_trainer_exits_75(
-    tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from mm.cli import main as cli
-
-    (tmp_path / "early_signal.py").write_text(
-        f"import os\nos.kill(os.getpid(), {int(number)})\nraise RuntimeError('went on')\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    config = tmp_path / "run.yaml"
-    config.write_text("name: early\nimports: [early_signal]\nmodel: {kind: toy_lm}\nstages: []\n")
-    before = signal.getsignal(number)
-    assert cli.run(["train", str(config)]) == INTERRUPTED
-    assert signal.getsignal(number) == before
-
-
-def test_a_signal_in_the_evaluation_leaves_it_and_the_next_start_does_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import mm.decoders.generate as generate
-
-    class Task:
-        kind = "toy_task"
-        signals = True
-
-        def build(self) -> Task:
-            return self
-
-        def evaluate(self, generator: Any, seed: int) -> dict[str, float]:
-            if Task.signals:
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(30)
-            return {"figure": 1.0}
-
-    assert "toy_task" not in TASKS
-    monkeypatch.setattr(generate.Generator, "from_pretrained", lambda folder: None)
-    run = make_run(tmp_path, steps=2)
-    stage = run.stages[0].model_copy(update={"tasks": (Task(),)})
-    trainer = Trainer(run)
-    object.__setattr__(trainer, "run", run.model_copy(update={"stages": (stage,)}))
-    monkeypatch.setattr(
-        Run, "to_dict", lambda self: run.model_dump(mode="json", exclude={"stages"})
-    )
-    monkeypatch.setattr("mm.trainer.folder.write", lambda *a: None)
-    begun = time.monotonic()
-    with pytest.raises(SystemExit) as stopped:
-        trainer.fit()
-    assert stopped.value.code == INTERRUPTED and time.monotonic() - begun < 20
-    Task.signals = False
-    again = Trainer(trainer.run)
-    out = again.fit()
-    assert out["new_steps"] == 0 and out["eval/toy_task/figure"] == 1.0
-    assert "eval/toy_task/figure" not in Trainer(trainer.run).fit()  # now there is nothing to do
 
 
 # ---- heartbeat --------------------------------------------------------------

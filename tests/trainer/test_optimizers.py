@@ -26,11 +26,6 @@ SOME = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest
 RATES = {"lion": 2e-3, "sgd_sai": 5e-3}
 
 
-@pytest.fixture(autouse=True)
-def _no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-
-
 def optimizer_run(out: Path, name: str, kind: str, *, steps: int, **change: Any) -> Run:
     """A run of the toy model with an optimizer and an EMA."""
     settings = change.pop("optimizer", {})

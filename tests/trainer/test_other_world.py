@@ -26,11 +26,6 @@ STAGES = [0, 1, 2, 3]
 WORLDS = (1, 2, 4, 2, 1)
 
 
-@pytest.fixture(autouse=True)
-def _no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_law_other_world_sizes_go_on(tmp_path: Path) -> None:

@@ -25,11 +25,6 @@ from mm.trainer.folder import lock
 from mm.trainer.loop import INTERRUPTED, Trainer, train
 
 
-@pytest.fixture(autouse=True)
-def _no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-
-
 @pytest.mark.parametrize("precision", ["fp32", "autocast_bf16", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_resume_is_bit_exact(tmp_path: Path, stage: int, precision: str) -> None:

@@ -1,5 +1,6 @@
-"""The W&B mirror: an offline run read back with wandb's own protobuf, and a tracker that cannot
-hurt a run.
+"""The W&B mirror: an offline run, and a tracker that cannot hurt a run.
+
+The run is read back with wandb's own protobuf.
 """
 
 from __future__ import annotations

@@ -24,8 +24,9 @@ CHUNK = 16
 
 
 class ImageVqTokenizer(ModalityTokenizer):
-    """uint8 images of any size to ``h * w`` ids in reading order, and back to ``(size, size, 3)``
-    uint8.
+    """uint8 images of any size to ``h * w`` ids in reading order, and back.
+
+    Decoding gives ``(size, size, 3)`` uint8.
     """
 
     def __init__(self, config: ImageVqTokenizerConfig, net: ImageVq):

@@ -19,9 +19,10 @@ from mm.registry import POSITIONS, PositionField
 
 
 class Randomised(nn.Module, Position):
-    """Another position whose times are distinct ones of a longer range, drawn and sorted once a
-    pass and shared by its documents and layers; a training pass without a seed, and inference, keep
-    the true ones.
+    """Another position with times drawn from a longer range in training.
+
+    They are distinct, drawn and sorted once a pass, and shared by its documents and layers; a
+    training pass without a seed, and inference, keep the true ones.
 
     Masks, windows and caches go by the true times. (The paper draws at test time too.)
 
@@ -81,9 +82,7 @@ class RandomisedScores(Randomised):
 
 
 def adds_to_input(position: Position) -> bool:
-    """Whether a position is added to a layer's input (`Position.embed`), itself or the inner
-    one.
-    """
+    """Whether a position or its inner one is added to a layer's input (`Position.embed`)."""
     while isinstance(position, Randomised):
         position = position.inner
     return type(position).embed is not Position.embed

@@ -268,7 +268,7 @@ def clean(root: Path) -> list[str]:
 
 
 def rehearse(root: Path, n_bytes: int) -> None:
-    """Before the first step: is there room for a save, and can one be made?
+    """Check before the first step that there is room for a save and that one can be made.
 
     A small file goes the whole way: written, synced, renamed, read back, removed.
 

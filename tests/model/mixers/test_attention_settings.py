@@ -193,8 +193,9 @@ PRO: dict[str, Any] = {
 
 
 def test_the_pro_block_is_its_equations_token_by_token() -> None:
-    """``k_t = norm(a_t k'_{t-1} + (1 - a_t) k'_t)``, values alike without a norm, and
-    ``y = out(norm(o) sigmoid(g))``, each norm by head.
+    """``k_t = norm(a_t k'_{t-1} + (1 - a_t) k'_t)``, values alike without a norm.
+
+    Then ``y = out(norm(o) sigmoid(g))``, each norm by head.
     """
     layer, (x,) = build(**PRO), documents(7)
     assert layer.shift is not None and layer.gate is not None and layer.forget is not None

@@ -275,8 +275,9 @@ def test_settings_that_do_not_fit_are_refused() -> None:
 
 
 def test_s5_is_the_state_space_in_full_matrices() -> None:
-    """Real 2W x 2W dynamics of (Re h, Im h) by the exact zoh of `discretise`, which has no complex
-    numbers in it.
+    """Real 2W x 2W dynamics of (Re h, Im h) by the exact zoh of `discretise`.
+
+    There are no complex numbers in it.
     """
     torch.manual_seed(0)
     layer = S5Config(states=4, blocks=2).build(D).double()

@@ -26,8 +26,10 @@ def doc(prefix: int, start: int, stop: int, **settings: object) -> Doc:
 
 
 def by_equation(layer: PrefixLinearAttention, x: Tensor, M: int) -> Tensor:
-    """``o_i = phi(q_i) (sum_j phi(k_j) v_j + sum_{j <= M} phi(k^e_j) v^e_j) / (the same of 1)``
-    with j up to max(i, M), token by token and head by head.
+    """Linear attention over text and encoded prefix, token by token and head by head.
+
+    ``o_i = phi(q_i) (sum_j phi(k_j) v_j + sum_{j <= M} phi(k^e_j) v^e_j) / (the same of 1)`` with j
+    up to max(i, M).
     """
     inner = layer.inner
     f, _ = inner.features(x[None], Ctx(Layout.plain(1, len(x)), Prefix()))

@@ -1,5 +1,6 @@
-"""mLSTM, sLSTM and the classic recurrent networks equal the equations of their papers, and the
-peers that are at hand. T tokens, D model, W width, H heads.
+"""mLSTM, sLSTM and the classic recurrent networks equal the equations of their papers.
+
+And the peers that are at hand. T tokens, D model, W width, H heads.
 """
 
 from __future__ import annotations

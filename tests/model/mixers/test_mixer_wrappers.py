@@ -100,8 +100,10 @@ def test_a_state_under_a_full_mask_is_refused(name: str) -> None:
 
 
 def grids(prefix: bool = False) -> Layout:
-    """A row of two words, a 2 x 3 and a 3 x 2 grid and a word in one document, then a 2 x 3 grid
-    as another document, then padding. With ``prefix`` the first grid alone is in it.
+    """A row of two documents with words and grids, then padding.
+
+    Two words, a 2 x 3 and a 3 x 2 grid and a word in one document, then a 2 x 3 grid as another.
+    With ``prefix`` the first grid alone is in it.
     """
     extra = {"prefix": np.arange(15) < 8} if prefix else {}
     first = Doc(15, grids=[Grid(2, (2, 3)), Grid(8, (3, 2))], extra=extra)

@@ -1,5 +1,6 @@
-"""The audio codec: causality, streaming, padding, losses, the objective with and without its
-critic, the tokenizer.
+"""The audio codec: causality, streaming, padding, losses, objective, tokenizer.
+
+The objective with and without its critic.
 """
 
 from __future__ import annotations

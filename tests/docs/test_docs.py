@@ -23,7 +23,7 @@ from mm.cli import main as cli
 from mm.cli.schema import resolve, run_schema
 from mm.registry import Registry
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 SCHEMA: dict[str, Any] = {}
@@ -212,12 +212,23 @@ def test_every_type_is_in_its_file() -> None:
         assert named and named <= has, (name, named - has)
 
 
+@pages
+def test_every_class_of_a_table_is_in_the_file_of_its_row(page: Path) -> None:
+    for line in page.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) > 1 and re.fullmatch(r"`[A-Z]\w+`(, `[A-Z]\w+`)*", cells[0]):
+            for file in re.findall(r"`([\w/]+\.py)`", line):
+                text = (ROOT / file).read_text(encoding="utf-8")
+                for name in re.findall(r"`(\w+)`", cells[0]):
+                    assert re.search(rf"^class {name}\b", text, re.M), f"{name} is not in {file}"
+
+
 def test_every_plug_point_is_in_the_table() -> None:
     import mm.registry
 
     tables = {n for n, v in vars(mm.registry).items() if isinstance(v, Registry)}
     found = rows("Plug points")
-    assert {row[0].strip("`") for row in found} == tables
+    assert sorted(row[0].strip("`") for row in found) == sorted(tables)
     sources = "\n".join(
         p.read_text(encoding="utf-8")
         for folder in ("mm", "data", "tokenizers")

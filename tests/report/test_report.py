@@ -1,6 +1,4 @@
-"""`build_report` on a run folder written here with real pictures and sounds, opened in a real
-browser.
-"""
+"""`build_report` on a run folder with real pictures and sounds, in a real browser."""
 
 from __future__ import annotations
 

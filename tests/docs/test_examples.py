@@ -16,15 +16,16 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-CONTRACT, BUILD = "tests/test_contract.py", "tests/test_contract_build.py"
+BUILD = "tests/test_contract_build.py"
+LAYER = ["tests/test_contract.py", "tests/test_contract_state.py", BUILD]
 PAIRS = "tests/composition/test_composition_pairs.py"
 LAWS = {  # example -> (files of laws, what chooses it, tests that must have run)
-    "mixer_ema": ([CONTRACT, BUILD, PAIRS], "mixer:ema or (composition and ema)", 35),
-    "ffn_relu2": ([CONTRACT, BUILD], "ffn:relu2", 30),
+    "mixer_ema": ([*LAYER, PAIRS], "mixer:ema or (composition and ema)", 35),
+    "ffn_relu2": (LAYER, "ffn:relu2", 30),
     "adapter_mlp": ([BUILD, PAIRS], "mlp", 6),
-    "tokenizer_mu_law": (["tests/test_contract_tokenizers.py"], "mu_law", 10),
+    "tokenizer_mu_law": (["tests/tokenizers/test_contract_tokenizers.py"], "mu_law", 10),
     "objective_truncated": (["tests/trainer/test_contract_training.py"], "truncated_next_token", 1),
 }
 

@@ -37,9 +37,7 @@ def bpe() -> BpeTokenizer:
 
 
 def random_text(seed: int) -> str:
-    """Code points of every plane, unassigned and private ones too, but no halves of surrogate
-    pairs.
-    """
+    """Code points of every plane, unassigned and private ones too, but no surrogates."""
     rng = random.Random(seed)
     planes = [(0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)]
     return "".join(chr(rng.randint(*rng.choice(planes))) for _ in range(rng.randint(0, 60)))
@@ -164,7 +162,7 @@ def test_shipped_yaml_fits_saves_and_loads(name: str, tmp_path: Path) -> None:
 
 def test_hugging_faces_tokenizers_is_the_one_imported() -> None:
     """Our folder of the same name must not shadow it, even from the repository's root."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     code = "import tokenizers; print(tokenizers.__file__)"
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60

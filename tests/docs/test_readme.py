@@ -29,7 +29,7 @@ from mm.data.modalities.base import table
 from mm.model.backbones.stack import presets
 from mm.registry import MIXERS, TOKENIZERS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 OWN_DATA = README.index("## Your own data")

@@ -1,0 +1,90 @@
+"""What transforms make of the segments of a document: tasks, windows, chains."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mm.data.streams.shuffle import generator
+from mm.data.transforms.any_to_any import AnyToAnyConfig, parse_task
+from mm.data.transforms.chunk import ChunkConfig
+from mm.data.transforms.compose import chain
+from mm.specs import Segment
+
+
+def segments(*modalities: str) -> list[Segment]:
+    return [Segment(m, np.arange(3)) for m in modalities]
+
+
+def test_any_to_any_draws_possible_tasks_by_weight() -> None:
+    tasks = {
+        "image>text": 3.0,
+        "text>image": 1.0,
+        "image+text>audio": 5.0,
+        "audio": 1.0,
+        "text": 0.0,
+    }
+    transform = AnyToAnyConfig(tasks=tasks, condition_dropout=0.2).build()
+    counts: dict[str, int] = {}
+    null = 0
+    for i in range(4000):
+        out = transform(segments("text", "image"), generator(0, i))
+        assert out is not None and [s.role for s in out] == ["condition", "target"]
+        assert out[1].ids is not None
+        null += out[0].ids is None
+        name = f"{out[0].modality}>{out[1].modality}"
+        counts[name] = counts.get(name, 0) + 1
+    assert set(counts) == {"image>text", "text>image"}
+    assert abs(counts["image>text"] / 4000 - 0.75) < 0.03 and abs(null / 4000 - 0.2) < 0.03
+    assert transform(segments("text"), generator(0)) is None, "nothing fits: filtered"
+    everything = [transform(segments("audio", "image", "text"), generator(1, i)) for i in range(50)]
+    both = next(o for o in everything if o is not None and len(o) == 3)
+    assert [s.modality for s in both] == ["image", "text", "audio"], "in the task's order"
+    assert both[0].role == both[1].role == "condition"
+    assert any(o is not None and len(o) == 1 and o[0].modality == "audio" for o in everything)
+
+
+def test_any_to_any_is_pure() -> None:
+    transform = AnyToAnyConfig.smallest().build()
+    given = segments("text", "image")
+    a = [transform(given, generator(i)) for i in range(20)]
+    b = [transform(given, generator(i)) for i in reversed(range(20))][::-1]
+    key = lambda out: [(s.modality, s.role, s.ids is None) for s in out]
+    assert [key(o) for o in a] == [key(o) for o in b]
+    assert all(s.role == "target" for s in given)
+
+
+@pytest.mark.parametrize("text", ["", ">", "image>", ">text", "image>image", "a++b>c"])
+def test_task_names_are_checked(text: str) -> None:
+    with pytest.raises(ValueError, match="is not of the form"):
+        parse_task(text)
+
+
+def test_chunk_windows() -> None:
+    transform = ChunkConfig(tokens=4).build()
+    long = Segment("text", np.arange(10))
+    starts = set()
+    for i in range(200):
+        (out,) = transform([long], generator(i)) or []
+        starts.add(int(out.ids[0]))
+        np.testing.assert_array_equal(out.ids, np.arange(out.ids[0], out.ids[0] + 4))
+        cut = out.ids[-1] != 9
+        assert (out.targets is not None) == cut
+        if cut:
+            assert out.targets.tolist() == [*out.ids.tolist(), -1], "the end is no target"
+    assert starts == set(range(7))
+    first = ChunkConfig(tokens=4, window="first").build()
+    assert first([long], None)[0].ids.tolist() == [0, 1, 2, 3]
+    image = Segment("image", np.arange(9))
+    assert first([image, Segment("text", np.arange(3))], None)[0] is image
+
+
+def test_chain_of_configs_and_objects() -> None:
+    both = chain(
+        [{"kind": "chunk", "tokens": 2}], None, AnyToAnyConfig(tasks={"text": 1.0}).build()
+    )
+    out = both(segments("text", "image"), generator(0))
+    assert out is not None and [(s.modality, len(s.ids)) for s in out] == [("text", 2)]
+    assert (
+        chain(AnyToAnyConfig(tasks={"audio": 1.0}), "chunk")(segments("text"), generator(0)) is None
+    )
