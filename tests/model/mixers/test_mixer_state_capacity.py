@@ -66,8 +66,8 @@ def norms(layer: Mixer, T: int) -> Tensor:
             layout = Layout.from_rows([[Doc(n, slot=0, fresh=at == 0, start=at)]])
             state = layer(x[:, at : at + n], Ctx(layout, Causal()), state).state
             assert state is not None
-            S = state[1].S  # type: ignore[index]
-            found.append(S.square().sum((-1, -2)).sqrt().max())
+            memory = next(m for m in state.leaves() if m.dim() == 4 and m.shape[1] == 2)
+            found.append(memory.square().sum((-1, -2)).sqrt().max())
             at += n
     return torch.stack(found)
 

@@ -266,7 +266,8 @@ class LogLinear(Mixer):
         self.inner, self.levels = inner, levels
         self.gain = linear(d_model, inner.heads * levels, "gain")
         self.gain_bias = nn.Parameter(torch.empty(inner.heads * levels))
-        self.memory = BucketMemory(*inner.memory.shape, levels)
+        heads, key_dim, value_dim = inner.memory.shape
+        self.memory = BucketMemory(heads, key_dim, value_dim, levels)
 
     def stateful_parts(self) -> list[Stateful]:
         return [self.inner.conv, self.memory]

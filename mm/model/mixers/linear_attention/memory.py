@@ -7,31 +7,22 @@ document, L their length.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mm.model.context import Ctx
 from mm.model.layer import StatePart
-from mm.model.mixers.ssm.scan import Hidden, write_last
+from mm.model.mixers.ssm.scan import Hidden, RecurrentState, write_last
 from mm.model.varlen import PackedRows, per_document
-from mm.state import DataclassState, State
+from mm.state import State
 
 
-@dataclass(frozen=True)
-class Matrix(DataclassState):
-    """What each head has summed up."""
-
-    S: Tensor  # (N, H, K, V) float32 or wider
-
-
-class MatrixMemory(StatePart):
+class MatrixMemory(RecurrentState):
     """A matrix `(H, K, V)` that an Op changes token by token: zeros at first, float32 or wider."""
 
     def __init__(self, heads: int, key_dim: int, value_dim: int):
-        super().__init__()
-        self.shape = (heads, key_dim, value_dim)
+        super().__init__(heads, key_dim, value_dim)
 
     def forward(
         self,
@@ -39,7 +30,7 @@ class MatrixMemory(StatePart):
         parts: Sequence[Tensor | None],
         ctx: Ctx,
         state: State | None,
-    ) -> tuple[Tensor, Matrix | None]:
+    ) -> tuple[Tensor, Hidden | None]:
         """Outputs `(B, T, H, V)` of every document, and the State after the call.
 
         Args:
@@ -52,26 +43,18 @@ class MatrixMemory(StatePart):
             tokens = [t for t in parts if t is not None and t.dim() > 1]
             constants = [t for t in parts if t is not None and t.dim() == 1]
             return per_document(lambda *x: op(*x, *constants)[0], ctx, *tokens), None
-        assert isinstance(state, Matrix) and parts[0] is not None
-        (B, T), N = parts[0].shape[:2], state.S.shape[0]
-        docs = PackedRows.of(ctx.layout, N)
 
-        def rows(t: Tensor | None) -> Tensor | None:
-            if t is None:
-                return None
-            t = docs.unpack(t if t.dim() > 1 else t.expand(B, T, -1))
-            # Zeros where there is no token: it writes nothing, and nothing decays.
-            return t.masked_fill(~docs.valid.view(*docs.valid.shape, *[1] * (t.dim() - 2)), 0)
+        def run(docs: PackedRows, before: Tensor) -> tuple[Tensor, Tensor]:
+            def rows(t: Tensor | None) -> Tensor | None:
+                if t is None:
+                    return None
+                t = docs.unpack(t if t.dim() > 1 else t.expand(*ctx.layout.shape, -1))
+                # Zeros where there is no token: it writes nothing, and nothing decays.
+                return t.masked_fill(~docs.valid.view(*docs.valid.shape, *[1] * (t.dim() - 2)), 0)
 
-        o, S = op(*map(rows, parts), docs.read(state.S))
-        return docs.pack(o, B, T), Matrix(docs.slot_writes(N).write(state.S, S))
+            return op(*map(rows, parts), before)
 
-    def initial_state(self, n: int, max_len: int) -> Matrix:
-        return Matrix(self.like.new_zeros(n, *self.shape, dtype=self.wide))
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        heads, key_dim, value_dim = self.shape
-        return n * heads * key_dim * value_dim * self.wide.itemsize
+        return self.advance(run, ctx, state)
 
 
 class ScaledSums(StatePart):

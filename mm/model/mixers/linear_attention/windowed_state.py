@@ -129,7 +129,8 @@ class WindowedState(Mixer):
 
     def __init__(self, inner: LinearAttention, window: int):
         super().__init__()
-        self.inner, self.memory = inner, WindowMemory(*inner.memory.shape, window)
+        heads, key_dim, value_dim = inner.memory.shape
+        self.inner, self.memory = inner, WindowMemory(heads, key_dim, value_dim, window)
 
     def stateful_parts(self) -> list[Stateful]:
         return [self.inner.conv, self.memory]
