@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from laws import TOL, D, alone, documents
+from attention_toys import build
+from laws import TOL, alone, documents
 from torch import Tensor
 from torch.nn import functional as F
 
 from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.kernels.path_attention import move_keys, path_attention
-from mm.model.layer import Layer, init_weights
-from mm.registry import MIXERS
-
-
-def build(kind: str, **settings: Any) -> Layer:
-    torch.manual_seed(5)
-    layer = MIXERS.get(kind)(**{"heads": 2, "position": "none", **settings}).build(D)
-    init_weights(layer)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    return layer.double()
 
 
 def naive_path(
