@@ -8,13 +8,14 @@ from __future__ import annotations
 import pytest
 import torch
 from laws import D, alone, documents, serve
+from layer_toys import made
 from torch import Tensor, nn
 
 from mm import config as yaml_config
 from mm.layout import Layout
 from mm.mask import Causal
 from mm.model.context import Ctx
-from mm.model.layer import Layer, init_weights
+from mm.model.layer import Layer
 from mm.model.mixers.conv.gated_cnn import GatedCNN, GatedCNNConfig
 from mm.model.mixers.conv.hyena import Hyena, HyenaConfig, long_conv
 from mm.model.mixers.conv.short_conv import GatedShortConv, ShortConvConfig
@@ -23,17 +24,6 @@ from mm.model.mixers.wrappers.mixed_heads import MixedHeads, MixedHeadsConfig
 from mm.registry import BACKBONES
 
 TOL = {"rtol": 1e-9, "atol": 1e-10}
-
-
-def made(config) -> Layer:  # noqa: ANN001
-    """The layer, float64, every parameter away from its special value."""
-    torch.manual_seed(3)
-    layer = config.build(D)
-    init_weights(layer)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return layer.double()
 
 
 def reach(layer: Layer, T: int) -> list[int]:

@@ -9,26 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from laws import D, alone, documents
+from layer_toys import made
 from torch import Tensor
 
 from mm.kernels.delta_rule import delta_rule
 from mm.kernels.linear_attention import linear_attention
-from mm.model.layer import Layer, init_weights
+from mm.model.layer import Layer
 from mm.model.mixers.test_time.atlas import Atlas, AtlasConfig, newton_schulz
 from mm.model.mixers.test_time.ttt import TTT, TTTConfig
 
 TOL = {"rtol": 1e-8, "atol": 1e-9}
-
-
-def made(config) -> Layer:  # noqa: ANN001
-    """The layer, float64, every parameter away from its special value."""
-    torch.manual_seed(3)
-    layer = config.build(D)
-    init_weights(layer)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return layer.double()
 
 
 def same(layer: Layer, naive: Tensor, x: Tensor) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from laws import D, alone, documents
+from layer_toys import made
 from torch import Tensor
 
 from mm.layout import Layout
@@ -29,17 +30,6 @@ from mm.registry import MIXERS
 
 LENGTHS = (1, 3, 63, 64, 65, 130)
 TOL = {"rtol": 1e-9, "atol": 1e-10}
-
-
-def made(config) -> Layer:  # noqa: ANN001
-    """The layer, float64, every parameter away from its special value."""
-    torch.manual_seed(3)
-    layer = config.build(D)
-    init_weights(layer)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return layer.double()
 
 
 def same(layer: Layer, naive: Callable[[Tensor], Tensor], T: int, **tolerance: float) -> None:

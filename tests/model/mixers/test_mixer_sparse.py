@@ -192,7 +192,7 @@ def test_topk_takes_the_weights_of_attention() -> None:
     torch.testing.assert_close(alone(layer, x), alone(plain, x), **TOL)
 
 
-def test_to_nearest_neighbours_neighbours_are_the_largest_inner_products() -> None:
+def test_nearest_neighbours_are_the_largest_inner_products() -> None:
     g = torch.Generator().manual_seed(0)
     q = torch.randn(7, 5, dtype=torch.float64, generator=g)
     k = torch.randn(50, 5, dtype=torch.float64, generator=g) * torch.arange(1, 51)[:, None]
