@@ -56,9 +56,22 @@ def check(op: Op, name: str, arguments: tuple[Any, ...], dtype: torch.dtype, **k
         ]
 
     got, expected = run(name, wide=False), run("reference", wide=True)
-    for a, b in zip([*got[0], *got[1]], [*expected[0], *expected[1]], strict=True):
+    plain: list[Tensor] = []  # the reference in the dtype itself, where somebody needs it
+    pairs = zip([*got[0], *got[1]], [*expected[0], *expected[1]], strict=True)
+    for i, (a, b) in enumerate(pairs):
         assert a.shape == b.shape
-        torch.testing.assert_close(a.double(), b.double(), **TOL[dtype])
+        try:
+            torch.testing.assert_close(a.double(), b.double(), **TOL[dtype])
+        except AssertionError:
+            # A chain of products may magnify rounding: the reference's own error in float32 is the
+            # measure then (gradients of 80 that err by 3e-5), and thrice that is allowed.
+            if dtype != torch.float32 or name == "reference":
+                raise
+            if not plain:
+                made = run("reference", wide=False)
+                plain = [*made[0], *made[1]]
+            own = (plain[i].double() - b.double()).abs().max().item()
+            torch.testing.assert_close(a.double(), b.double(), rtol=2e-5, atol=3 * own)
 
 
 def here(op: Op) -> list[str]:
