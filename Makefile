@@ -25,7 +25,8 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m slow --ignore tests/composition $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m slow -n logical --maxprocesses 8 --dist worksteal tests/composition $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
