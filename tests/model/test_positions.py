@@ -134,9 +134,12 @@ def test_absolute_positions_belong_to_the_embedder_too(kind: str) -> None:
     torch.testing.assert_close(embedder(ids[:, 3:4], later), embedder(ids, ctx)[:, 3:4])
 
 
-def test_the_embedder_refuses_positions_that_belong_to_a_mixer() -> None:
-    with pytest.raises(ValueError, match="'rope' adds nothing to embeddings"):
-        EMBEDDERS.get("sum")(position="rope").build(11, D)
+@pytest.mark.parametrize(
+    "position", ["rope", {"kind": "none", "temperature": True}, {"kind": "none", "trained": 8}]
+)
+def test_the_embedder_refuses_positions_that_belong_to_a_mixer(position: Any) -> None:
+    with pytest.raises(ValueError, match="adds nothing to embeddings: it belongs to a mixer"):
+        EMBEDDERS.get("sum")(position=position).build(11, D)
 
 
 @pytest.mark.parametrize("kind", ["learned", "sinusoidal"])

@@ -58,7 +58,7 @@ class SumEmbedderConfig(Config):
 
     def build(self, n_ids: int, d_model: int) -> SumEmbedder:
         position = self.position.build(d_model, d_model=d_model)
-        if self.position.kind != "none" and not adds_to_input(position):
+        if type(position) is not Position and not adds_to_input(position):
             raise ValueError(
                 f"position '{self.position.kind}' adds nothing to embeddings: it belongs to a mixer"
             )
