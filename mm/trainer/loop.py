@@ -17,7 +17,7 @@ from mm.batch import Batch
 from mm.launch import environment
 from mm.registry import CALLBACKS
 from mm.run import Run
-from mm.trainer import final_eval, folder
+from mm.trainer import final_eval, folder, start
 from mm.trainer.callbacks.base import Callback
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint import resume_check
@@ -77,8 +77,6 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             if self.is_main:
                 stack.enter_context(folder.lock(self.folder))
-                checkpoint.clean(self.folder / "checkpoints")
-                heartbeat.clear(self.folder / "health")
             stack.enter_context(self._stop)
             # DeepSpeed puts its own linear() there at stage 3 and leaves it to whatever runs next.
             stack.callback(setattr, torch.nn.functional, "linear", torch.nn.functional.linear)
@@ -87,6 +85,9 @@ class Trainer:
                 saved = self._resume()
                 first = self.step
                 done = {"step": first, "new_steps": 0, "resumed_from": first}
+                if self.is_main and first > self.steps:
+                    say = "%s: %d steps are done and the budget is %d: nothing to train"
+                    log.warning(say, self.folder, first, self.steps)
                 if final_eval.is_done(self.run, self.step):
                     log.info("%s: nothing to do, all %d steps are done", self.folder, self.steps)
                     return done | {"folder": str(self.folder)}
@@ -110,12 +111,13 @@ class Trainer:
 
         Returns the results of the last.
         """
-        end, last = 0, len(self.run.stages) - 1
+        end, first, last = 0, self.stage.index, len(self.run.stages) - 1
         for index, config in enumerate(self.run.stages):
             end += config.budget.steps
             if self.step < end or index == last:
-                with self._starting():
-                    self._enter(index, snapshot)
+                if index != first:  # which `_open` has built
+                    with self._starting():
+                        self._enter(index, snapshot)
                 try:
                     snapshot = self._train(end) or snapshot
                 finally:
@@ -226,17 +228,39 @@ class Trainer:
         return saved
 
     def _open(self, saved: Saved | None, stack: contextlib.ExitStack) -> None:
-        """Write the run's description, start heartbeat, log and tracker; ``stack`` ends them."""
-        rank, hang_s = environment.ranks().rank, self.run.guard.hang_s
-        heart = stack.enter_context(heartbeat.Heartbeat(self.folder / "health", rank, hang_s))
-        self.callbacks.insert(0, heart)
+        """Check what can be checked and build the first stage; only then write and begin.
+
+        So a refusal leaves every file of the run as it was. ``stack`` ends what is begun here.
+        """
         self._phase("start", self.step)
         precision = resolve_precision(self.run.engine.precision, self.device)
         self.env = TrainerEnv(self.run.seed, self.device, precision)
+        index = start.first_stage(self.run, self.step)
+        self._on_main(lambda: start.check(self, index))
+        self._build(index, saved)
+        if self.step < self.steps:
+            root, n_bytes = self.folder / "checkpoints", self.stage.save_bytes
+            self._on_main(lambda: checkpoint.rehearse(root, n_bytes))
+        self._on_main(lambda: start.survey(self, index))
+        self._write_start(saved, stack)
+        if saved is not None:
+            log.info("resumed %s from step %d of %d", self.folder, self.step, self.steps)
+        stack.callback(self._end_callbacks)
+        self._start_callbacks()
+
+    def _write_start(self, saved: Saved | None, stack: contextlib.ExitStack) -> None:
+        """Write the run's description and begin heartbeat, log and tracker; ``stack`` ends them."""
+        rank, hang_s = environment.ranks().rank, self.run.guard.hang_s
+        if self.is_main:
+            checkpoint.clean(self.folder / "checkpoints")
+            heartbeat.clear(self.folder / "health")
+        dist.barrier()  # no rank's file is cleared
+        heart = stack.enter_context(heartbeat.Heartbeat(self.folder / "health", rank, hang_s))
+        self.callbacks.insert(0, heart)
         facts = {
             "device": str(self.device),
             "world": self.world,
-            "precision": precision,
+            "precision": self.env.precision,
             "threads": torch.get_num_threads(),
         }
         described = folder.describe(self.run, facts)
@@ -249,12 +273,13 @@ class Trainer:
             self.tracker = Tracker.start(self.run, self.folder, described, resumed)
             stack.callback(self.tracker.finish)
             self.callbacks[3:3] = [self.file, self.tracker]  # after heartbeat, guard and counts
-        if saved is not None:
-            log.info("resumed %s from step %d of %d", self.folder, self.step, self.steps)
-        stack.callback(self._end_callbacks)
 
     def _enter(self, index: int, snapshot: Snapshot | None) -> None:
         """Build a stage, from ``snapshot`` when there is one, and start the callbacks."""
+        self._build(index, snapshot)
+        self._start_callbacks()
+
+    def _build(self, index: int, snapshot: Snapshot | None) -> None:
         self._phase("stage", self.step)
         self.state.stage = None  # its memory is free before the next one is built
         stage = enter_stage(
@@ -263,9 +288,8 @@ class Trainer:
         self.state.stage = stage
         if snapshot is not None and snapshot.state["stage"] == index:
             resume_check.check(stage, snapshot, self.world, self.run.engine.zero_stage)
-        if not self._started and self.step < self.steps:
-            root = self.folder / "checkpoints"
-            self._on_main(lambda: checkpoint.rehearse(root, stage.save_bytes))
+
+    def _start_callbacks(self) -> None:
         for callback in self.callbacks:
             callback.on_stage_start(self)
             if callback not in self._started:

@@ -29,6 +29,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from mm.errors import UserError
+from mm.launch import environment
 from mm.run import Run
 
 log = logging.getLogger("mm.trainer")
@@ -85,7 +86,8 @@ class Saved(Snapshot):
     def require(self, config: Mapping[str, Any], vocabulary: str | None) -> None:
         """Check that a run of this config and vocabulary fingerprint can go on from here.
 
-        Safe differences are logged. Raises UserError on another vocabulary, model or seed.
+        Safe differences are logged, those of stages as warnings. Raises UserError on another
+        vocabulary, model or seed.
         """
         if self.state["vocabulary"] != vocabulary:
             raise UserError(
@@ -103,9 +105,10 @@ class Saved(Snapshot):
                     f"{self.folder}: '{key}' was {old} and is {new} now; it cannot change: "
                     "set it back, or use another run name: name=..."
                 )
-            log.info(
-                "config changed since step %d: %s: %s -> %s", self.state["step"], key, old, new
-            )
+            if environment.ranks().is_main:
+                level = logging.WARNING if key.startswith("stages.") else logging.INFO
+                say = "config changed since step %d: %s: %s -> %s"
+                log.log(level, say, self.state["step"], key, old, new)
 
 
 def _load(path: Path) -> dict[str, Tensor]:
