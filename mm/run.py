@@ -78,6 +78,19 @@ class Stage(Config):
     budget: Budget = Budget()
     ema: Ema | None = None
     tasks: tuple[TaskField, ...] = ()
+    allow_left_out: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="share of a source's samples, or of its tokens, that may not fit or be "
+            "filtered out; more stops the run before its first step",
+        ),
+    ] = 0.1
+    allow_empty: Annotated[
+        tuple[str, ...],
+        Field(description="modalities, tasks of any_to_any and sources that may get nothing"),
+    ] = ()
 
 
 class EngineConfig(Config):

@@ -17,7 +17,7 @@ from mm.batch import Batch
 from mm.launch import environment
 from mm.registry import CALLBACKS
 from mm.run import Run
-from mm.trainer import final_eval, folder, start
+from mm.trainer import final_eval, folder, start, survey
 from mm.trainer.callbacks.base import Callback
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint import resume_check
@@ -65,6 +65,7 @@ class Trainer:
         self._stop = Stop()
         self._writer = checkpoint.Writer(run.checkpoints.background)
         self._tokenizers: dict[str, Any] | None = None
+        self._told: dict[str, Any] = {}  # at the start: `start.json`
 
     def fit(self) -> dict[str, Any]:
         """Train, save ``<run folder>/model`` and return the last metrics.
@@ -241,7 +242,7 @@ class Trainer:
         if self.step < self.steps:
             root, n_bytes = self.folder / "checkpoints", self.stage.save_bytes
             self._on_main(lambda: checkpoint.rehearse(root, n_bytes))
-        self._on_main(lambda: start.survey(self, index))
+        self._on_main(lambda: self._told.update(start.survey(self, index)))
         self._write_start(saved, stack)
         if saved is not None:
             log.info("resumed %s from step %d of %d", self.folder, self.step, self.steps)
@@ -267,6 +268,7 @@ class Trainer:
         if self.is_main:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             folder.write(self.folder, self.run, described)
+            survey.write(self.folder, self._told)
             self.file = MetricsFile(self.folder / "metrics.jsonl", self.step)
             stack.callback(self.file.close)
             resumed = saved.state.get("tracker") if saved is not None else None

@@ -41,6 +41,7 @@ class StageState:
     stream: Any
     compiled: bool
     save_bytes: int  # of a checkpoint, about
+    parameters: dict[str, int]  # of each network that trains
 
     def begin_step(self, step: int) -> dict[str, float]:
         """Seed everything random of ``step``; returns the objective's scheduled values."""
@@ -72,7 +73,7 @@ def enter_stage(
     inside = snapshot if snapshot is not None and snapshot.state["stage"] == index else None
     engines: dict[str, Engine] = {}
     frozen: dict[str, nn.Module] = {}
-    save_bytes = 0
+    parameters: dict[str, int] = {}
     wanted = all_networks(run, objective)
     for name, network in wanted.items():
         module = make_module(network.config, vocabulary, run.seed, env.device)
@@ -87,7 +88,7 @@ def enter_stage(
             continue
         if run.engine.compile:
             compile_blocks(module)
-        save_bytes += 12 * sum(p.numel() for p in module.parameters())  # fp32, two states
+        parameters[name] = sum(p.numel() for p in module.parameters())
         optimizer = config.optimizer.build(module)
         engine = Engine(module.train(), optimizer, run.engine, env.precision, config.ema)
         if inside is not None:
@@ -123,7 +124,8 @@ def enter_stage(
         nets,
         stream,
         run.engine.compile,
-        save_bytes,
+        12 * sum(parameters.values()),  # fp32, two states
+        parameters,
     )
 
 

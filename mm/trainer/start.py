@@ -13,8 +13,10 @@ from mm.data.shards.reader import ShardSet
 from mm.errors import UserError
 from mm.launch import environment
 from mm.run import Run
+from mm.trainer import survey as figures
 from mm.trainer.callbacks.base import Callback, Training
-from mm.trainer.stage import build
+from mm.trainer.env import TrainerEnv
+from mm.trainer.stage import StageState, build
 from mm.vocabulary import Vocabulary
 
 log = logging.getLogger("mm.trainer")
@@ -24,6 +26,10 @@ class Starting(Training, Protocol):
     """What the checks need of the trainer."""
 
     callbacks: list[Callback]
+    env: TrainerEnv
+
+    @property
+    def stage(self) -> StageState: ...
 
 
 def first_stage(run: Run, step: int) -> int:
@@ -37,10 +43,10 @@ def first_stage(run: Run, step: int) -> int:
 
 
 def check(trainer: Starting, index: int) -> None:
-    """Check tokenizers, vocabulary, the data of later stages, tasks and callbacks. Main rank.
+    """Check vocabulary, tokenizers, tasks and callbacks. Main rank.
 
     Args:
-        index: of the first stage that will train; its own data are checked as it is built.
+        index: of the first stage that will train.
     Raises:
         UserError: naming the key, what it names and what mends it.
     """
@@ -49,8 +55,6 @@ def check(trainer: Starting, index: int) -> None:
     for number in range(index, len(run.stages)):
         check_shards(f"stages.{number}.data", run.stages[number].data, run, vocabulary)
     check_tokenizers(trainer, vocabulary)
-    for number in range(index + 1, len(run.stages)):
-        make_stream(run, number, vocabulary).close()
     for number, stage in enumerate(run.stages):
         for place, task in enumerate(stage.tasks):
             # `every`: it is measured while its stage trains
@@ -161,5 +165,33 @@ def warn_of_driver() -> None:
     )
 
 
-def survey(trainer: Starting, index: int) -> None:
-    """Later."""
+def survey(trainer: Starting, index: int) -> dict[str, Any]:
+    """Tell what the run will train on; print it. Main rank, with the first stage built.
+
+    Raises UserError where a stage leaves out more than it allows.
+    """
+    run, words = trainer.run, trainer.vocabulary
+    found: dict[str, Any] = {
+        "parameters": dict(trainer.stage.parameters),
+        "device": str(trainer.device),
+        "precision": trainer.env.precision,
+        "world": environment.ranks().world,
+        "steps_done": trainer.step,
+        "stages": [],
+    }
+    streams = {}
+    for number in range(index, len(run.stages)):
+        first = number == index
+        stream = trainer.stream if first else make_stream(run, number, words)
+        steps = run.stages[number].budget.steps
+        sources = stream.survey(steps) if hasattr(stream, "survey") else []
+        found["stages"].append({"stage": number, "steps": steps, "sources": sources})
+        streams[number] = stream
+    figures.show(run, found)
+    for entry in found["stages"]:
+        number = entry["stage"]
+        if words is not None and entry["sources"]:
+            figures.judge(number, run.stages[number], streams[number], entry["sources"], words)
+        if number != index:
+            streams[number].close()
+    return found
