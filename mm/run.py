@@ -183,6 +183,13 @@ class Run(Config):
     tokenizers: dict[
         str, Path
     ] = {}  # modality -> folder, for samples, generation and `save_pretrained`
+    init_from: Annotated[
+        Path | None,
+        Field(
+            description="a run, or a saved model, whose weights this new run begins with; also its "
+            "vocabulary and tokenizers, where none are named"
+        ),
+    ] = None
     model: NetworkField
     stages: tuple[Stage, ...]
     engine: EngineConfig = EngineConfig()

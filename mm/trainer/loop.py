@@ -17,7 +17,7 @@ from mm.batch import Batch
 from mm.launch import environment
 from mm.registry import CALLBACKS
 from mm.run import Run
-from mm.trainer import final_eval, folder, start, survey
+from mm.trainer import final_eval, folder, start, survey, warm_start
 from mm.trainer.callbacks.base import Callback
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint import resume_check
@@ -27,10 +27,10 @@ from mm.trainer.env import TrainerEnv
 from mm.trainer.export import export
 from mm.trainer.health import heartbeat
 from mm.trainer.health.anomaly import Guard, RollBack, out_of_memory
-from mm.trainer.health.signals import INTERRUPTED, Interrupted, Stop
+from mm.trainer.health.signals import INTERRUPTED, Stop
 from mm.trainer.log.metrics import BytesPerToken, CodebookUsage, MetricsFile, of_step
 from mm.trainer.log.tracker import Tracker
-from mm.trainer.ranks import on_any, on_main
+from mm.trainer.ranks import leave_before_step, on_any, on_main
 from mm.trainer.stage import StageState, end_of_stage, enter_stage
 from mm.trainer.state import TrainState
 from mm.trainer.step import optimizer_step
@@ -48,6 +48,7 @@ class Trainer:
     """
 
     def __init__(self, run: Run, callbacks: Sequence[Callback] = ()):
+        run = warm_start.resolve(run)
         self.run, self.folder = run, run.folder
         self.vocabulary = Vocabulary.load(run.vocabulary) if run.vocabulary is not None else None
         self.is_main, self.world = environment.ranks().is_main, environment.ranks().world
@@ -66,6 +67,7 @@ class Trainer:
         self._writer = checkpoint.Writer(run.checkpoints.background)
         self._tokenizers: dict[str, Any] | None = None
         self._told: dict[str, Any] = {}  # at the start: `start.json`
+        self._init_from: dict[str, Any] | None = None  # what the run began with
 
     def fit(self) -> dict[str, Any]:
         """Train, save ``<run folder>/model`` and return the last metrics.
@@ -192,6 +194,7 @@ class Trainer:
             "vocabulary": self._fingerprint,
             "config": self.run.to_dict(),
             "tracker": self.tracker.id,
+            "init_from": self._init_from,
         }
         snapshot = self.state.save(facts, self.batches[0])
         root, keep = self.folder / "checkpoints", self.run.checkpoints
@@ -238,7 +241,8 @@ class Trainer:
         self.env = TrainerEnv(self.run.seed, self.device, precision)
         index = start.first_stage(self.run, self.step)
         self._on_main(lambda: start.check(self, index))
-        self._build(index, saved)
+        begin, self._init_from = warm_start.begin(self.run, self.vocabulary, saved)
+        self._build(index, begin)
         if self.step < self.steps:
             root, n_bytes = self.folder / "checkpoints", self.stage.save_bytes
             self._on_main(lambda: checkpoint.rehearse(root, n_bytes))
@@ -258,14 +262,8 @@ class Trainer:
         dist.barrier()  # no rank's file is cleared
         heart = stack.enter_context(heartbeat.Heartbeat(self.folder / "health", rank, hang_s))
         self.callbacks.insert(0, heart)
-        facts = {
-            "device": str(self.device),
-            "world": self.world,
-            "precision": self.env.precision,
-            "threads": torch.get_num_threads(),
-        }
-        described = folder.describe(self.run, facts)
         if self.is_main:
+            described = start.describe(self, self._init_from)
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             folder.write(self.folder, self.run, described)
             survey.write(self.folder, self._told)
@@ -308,21 +306,8 @@ class Trainer:
             self.tracker.log(found, self.step)
         return found
 
-    @contextlib.contextmanager
-    def _starting(self) -> Iterator[None]:
-        """Exit with 75 when a signal comes before a stage's first step: all before it is saved.
-
-        At once when alone; several processes finish the block first, so that none waits in vain.
-        """
-        try:
-            with self._stop.at_once() if self.world == 1 else contextlib.nullcontext():
-                yield
-            if not on_any(self._stop.asked, self.device):
-                return
-        except Interrupted:
-            pass
-        log.warning("stopped by a signal before step %d; run the same command", self.step + 1)
-        raise SystemExit(INTERRUPTED)
+    def _starting(self) -> contextlib.AbstractContextManager[None]:
+        return leave_before_step(self._stop, lambda: self.step + 1, self.device)
 
     def _phase(self, name: str, step: int, keys: Sequence[str] = ()) -> None:
         for callback in self.callbacks:

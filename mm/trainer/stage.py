@@ -78,11 +78,12 @@ def enter_stage(
     for name, network in wanted.items():
         module = make_module(network.config, vocabulary, run.seed, env.device)
         have = weights_at_start(run, index, snapshot, name) if snapshot is not None else {}
-        if snapshot is not None and have:
-            load_weights(module, have, snapshot.origin)
-        elif name == "model" and run.tokenizers and hasattr(network.config, "prepare"):
-            vectors = {m: v for m, v in code_vectors().items() if v is not None}
+        new = snapshot.new_modalities if snapshot is not None and have else run.tokenizers
+        if name == "model" and run.tokenizers and new and hasattr(network.config, "prepare"):
+            vectors = {m: v for m, v in code_vectors().items() if v is not None and m in new}
             network.config.prepare(module, vectors)
+        if snapshot is not None and have:
+            load_weights(module, snapshot.fit(module, have), snapshot.origin, snapshot.mend)
         if network.mode != "train":
             frozen[name] = module.eval().requires_grad_(False)
             continue
@@ -180,28 +181,26 @@ def compile_blocks(module: nn.Module) -> None:
         part.compile()
 
 
-def load_weights(module: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
+def load_weights(
+    module: nn.Module, weights: Mapping[str, Tensor], origin: str, mend: str = Snapshot.mend
+) -> None:
     """Copy full tensors into parameters and buffers.
 
-    Raises UserError when a name or shape does not fit.
+    Raises UserError with ``mend`` when a name or shape does not fit.
     """
     own = module.state_dict(keep_vars=True)
     for name, tensor in weights.items():
         if name not in own or own[name].shape != tensor.shape:
             have = tuple(own[name].shape) if name in own else "absent"
             raise UserError(
-                f"{origin}: '{name}' is {tuple(tensor.shape)} there and {have} in the model; "
-                "it was made by another model config: use another run name"
+                f"{origin}: '{name}' is {tuple(tensor.shape)} there and {have} in the model; {mend}"
             )
     with torch.no_grad():
         for name, tensor in weights.items():
             own[name].copy_(tensor)
     unset = {n for n, _ in module.named_parameters()} - set(weights)
     if unset:
-        raise UserError(
-            f"{origin}: has no '{min(unset)}'; it was made by another model config: "
-            "use another run name"
-        )
+        raise UserError(f"{origin}: has no '{min(unset)}'; {mend}")
 
 
 def stage_result(stage: Stage, snapshot: Snapshot, network: str) -> dict[str, Tensor]:

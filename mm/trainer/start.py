@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from mm.data.shards.reader import ShardSet
 from mm.errors import UserError
 from mm.launch import environment
 from mm.run import Run
+from mm.trainer import folder
 from mm.trainer import survey as figures
 from mm.trainer.callbacks.base import Callback, Training
 from mm.trainer.env import TrainerEnv
@@ -145,6 +146,19 @@ def make_stream(run: Run, index: int, vocabulary: Vocabulary | None) -> Any:
         rank=ranks.rank,
         world=ranks.world,
     )
+
+
+def describe(trainer: Starting, init_from: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`environment.json`: what the run is made with and begins from."""
+    facts: dict[str, Any] = {
+        "device": str(trainer.device),
+        "world": environment.ranks().world,
+        "precision": trainer.env.precision,
+        "threads": torch.get_num_threads(),
+    }
+    if init_from is not None:
+        facts["init_from"] = dict(init_from)
+    return folder.describe(trainer.run, facts)
 
 
 def warn_of_driver() -> None:

@@ -21,12 +21,12 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm.errors import UserError
 from mm.launch import environment
@@ -51,6 +51,8 @@ class Snapshot:
     """
 
     origin = "the stage before"  # for messages
+    mend = "it was made by another model config: use another run name"  # what does not fit
+    new_modalities: Sequence[str] = ()  # whose ids it has no rows for
 
     def __init__(self, state: Mapping[str, Any], files: Mapping[str, Mapping[str, Tensor]]):
         self.state = state
@@ -63,6 +65,10 @@ class Snapshot:
     def has(self, network: str) -> bool:
         """Whether a network was part of the run."""
         return network in self.files
+
+    def fit(self, module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights as ``module`` takes them."""
+        return dict(weights)
 
     def optimizer(self, network: str) -> dict[str, Tensor]:
         """Elementwise optimizer states of a network, ``state/parameter``."""
