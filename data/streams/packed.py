@@ -325,8 +325,8 @@ class PackedStream(DocumentStream[PackedConfig]):
         if why == "filtered":
             return "give any_to_any a task for them"
         return (
-            f"data.seq_len={longest} takes all; data.cut=true cuts documents of one segment; the "
-            "transform {kind: chunk, modality: text, tokens: N} takes a window of them"
+            f"data.cut=true cuts documents of one segment; data.seq_len={longest} takes all; the "
+            "transform {kind: chunk, modality: M, tokens: N} takes a window of each"
         )
 
     def _windowed(self, source: int) -> bool:

@@ -45,7 +45,7 @@ def show(run: Run, found: Mapping[str, Any]) -> None:
     )
     table = Table(title=title, title_justify="left", title_style="bold")
     many = len(found["stages"]) > 1
-    columns = ("source", "modality", "samples", "tokens", "bytes", "left out (of tokens)")
+    columns = ("source", "modality", "samples", "tokens", "bytes", "left out", "of tokens")
     for i, name in enumerate((*["stage"] * many, *columns, "epochs")):
         table.add_column(name, overflow="fold", justify="left" if i < 2 + many else "right")
     for stage in found["stages"]:
@@ -59,11 +59,11 @@ def _rows(source: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """Cells of a source: a line a modality, what is said of the whole source in the first."""
     named = f"{'/'.join(Path(source['source']).parts[-2:])} ({source['split']})"
     samples, tokens = left_out(source)
-    share = f"{samples:.1%}" + (f" ({tokens:.1%})" if "tokens" in source else "")
+    shares = (f"{samples:.1%}", f"{tokens:.1%}") if max(samples, tokens) else ("none", "")
     for n, (modality, entry) in enumerate(source["modalities"].items()):
         size = f"{entry['tokens']:,}" if "tokens" in entry else ""
         line = (modality, f"{entry['samples']:,}", size, f"{entry['bytes']:,}")
-        whole = ("", "", "") if n else (named, share, f"{source['epochs']:.3g}")
+        whole = ("",) * 4 if n else (named, *shares, f"{source['epochs']:.3g}")
         yield (whole[0], *line, *whole[1:])
 
 

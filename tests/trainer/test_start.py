@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from start_toys import files, image_tokenizer, make_run, packed, values
 
 from mm.data.pack.job import pack
@@ -166,3 +168,19 @@ def test_data_of_a_later_stage_are_asked_for_at_the_start(root: Path, tmp_path: 
     later["data"]["sources"][0]["path"] = str(root / "data")
     run["stages"].append(later)
     assert "raw shards, not tokens" in refused(Run.model_validate(run))
+
+
+def test_a_driver_that_torch_cannot_use_is_said_once(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine's driver works")
+    train(make_run(root, tmp_path, "without", steps=1))
+    assert "driver" not in caplog.text
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    train(make_run(root, tmp_path, "with", steps=1))
+    told = [r.getMessage() for r in caplog.records if "NVIDIA driver" in r.getMessage()]
+    assert len(told) == 1 and "training on the CPU" in told[0] and "mm doctor" in told[0]
