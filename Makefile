@@ -7,6 +7,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 PYTEST_FLAGS ?=
+# Their slow tests start several processes each: they run one after the other.
+STARTS_PROCESSES := tests/trainer tests/docs tests/data
 
 .PHONY: help quickstart test test-slow lint docs clean
 .DELETE_ON_ERROR:
@@ -25,8 +27,8 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow --ignore tests/composition $(PYTEST_FLAGS)
-	$(BIN)/python -m pytest -m slow -n logical --maxprocesses 8 --dist worksteal tests/composition $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m slow $(STARTS_PROCESSES) $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m slow -n logical --maxprocesses 8 --dist worksteal $(STARTS_PROCESSES:%=--ignore %) $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
