@@ -28,6 +28,9 @@ class Waveform(NamedTuple):
     sample_rate: int
 
 
+MODALITY = r"[a-z][a-z0-9_]{0,31}"  # a regular expression: it becomes names of files
+
+
 class TokenSpec(NamedTuple):
     """What a tokenizer promises, without importing it. ``vocab_size`` is that of ONE codebook."""
 
