@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from mm.trainer.checkpoint import check
 from mm.trainer.checkpoint import format as checkpoint
 
 
@@ -36,7 +37,7 @@ def test_files_are_synced_before_the_mark_and_the_mark_before_the_rename(
     tensors = {"model": {"w": torch.ones(3)}, "model.optimizer": {"m/w": torch.zeros(3)}}
     root = tmp_path / "checkpoints"
     final = checkpoint.save(root, checkpoint.Snapshot({"step": 7}, tensors), keep_last=2)
-    assert checkpoint.verify(final) is None
+    assert check.fault_of(final) is None
     mark = events.index(("write", checkpoint.MARK))
     renamed = next(i for i, (kind, _) in enumerate(events) if kind == "rename")
     part = events[renamed][1]
