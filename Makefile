@@ -10,7 +10,7 @@ PYTEST_FLAGS ?=
 # Their slow tests start several processes each: they run one after the other.
 STARTS_PROCESSES := tests/trainer tests/docs tests/data tests/mutation
 
-.PHONY: help quickstart test test-slow mutants lint docs clean
+.PHONY: help quickstart test test-slow mutants fuzz lint docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make test         install, then the test suite (up to 10 minutes on 2 CPU cores)"
 	@echo "make test-slow    the long tests: the quickstart at reduced steps, several processes, the wheel"
 	@echo "make mutants      one-line bugs that no test would notice; hours, goes on where it was"
+	@echo "make fuzz         100,000 damaged files through every reader; goes on where it was"
 	@echo "make lint         ruff (rules and format) and pyright"
 	@echo "make docs         the site, in build/site/index.html"
 
@@ -33,6 +34,9 @@ test-slow: $(VENV)/.installed-dev
 
 mutants: $(VENV)/.installed-dev
 	$(BIN)/python tests/mutation/run.py $(MUTANTS_FLAGS)
+
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python tests/fuzz/run.py $(FUZZ_FLAGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

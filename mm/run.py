@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mm.config import Config
+from mm.names import PlainName
 from mm.registry import (
     CallbackField,
     NetworkField,
@@ -160,7 +161,7 @@ class Tracking(Config):
 class Run(Config):
     """Everything that `mm train` needs."""
 
-    name: str
+    name: PlainName
     out: Path = Path("runs")
     seed: int = 0
     imports: tuple[str, ...] = ()

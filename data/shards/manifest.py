@@ -12,13 +12,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mm.errors import UserError
+from mm.names import PlainName
 from mm.specs import MODALITY
 
 FORMAT, VERSION = "mm-shards", 1
 
 Count = Annotated[int, Field(ge=0, lt=2**62, strict=True)]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-PlainName = Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f]{1,200}$")]
 Modality = Annotated[str, Field(pattern=rf"^{MODALITY}$")]
 
 
@@ -97,8 +97,6 @@ class Manifest(Entry):
 
     @model_validator(mode="after")
     def _agrees(self) -> Manifest:
-        if any(set(name) == {"."} for name in self.splits):
-            raise ValueError("a split's name is no folder of its own")
         found = {m for split in self.splits.values() for m in split.lengths}
         if found != set(self.modalities):
             raise ValueError(

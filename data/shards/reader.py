@@ -243,7 +243,7 @@ class ShardSet:
         for spec in self.specs:
             e = found.get(f"{spec.modality}.npy")
             if e is not None:
-                n = int(self.index.lengths[spec.modality][i])
+                n = int(self.lengths(spec.modality)[i])
                 data = self._bytes(e)
                 if not 0 <= 4 * n <= len(data):
                     raise self._damaged(f"sample {i} has {n} codes in {len(data)} bytes")
