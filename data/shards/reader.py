@@ -264,6 +264,16 @@ class ShardSet:
         side = self._json(i, "side.json")
         return {m: Encoded(ids, side=side.get(m, {})) for m, ids in self.tokens(i).items()}
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all shards of the split."""
+        return sum(shard["bytes"] for shard in self._entry["shards"])
+
+    def bytes_of(self, modality: str) -> int:
+        """Bytes of all files of one modality."""
+        mine = [member_modality(self._members.get(kind, "")) == modality for kind in self._kinds]
+        return int(self.index.size[np.array(mine, bool)[self.index.kind]].sum())
+
     def shard_of(self) -> np.ndarray:
         """Number of the shard that each sample stands in: (N,) int32, ascending."""
         return np.asarray(self.index.shard[np.asarray(self.index.start[:-1])])

@@ -20,14 +20,15 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm.errors import UserError
+from mm.launch import environment
 from mm.run import Run
 from mm.trainer.checkpoint import check
 from mm.trainer.checkpoint.check import MARK, SCHEMA, STATE
@@ -50,6 +51,8 @@ class Snapshot:
     """
 
     origin = "the stage before"  # for messages
+    mend = "it was made by another model config: use another run name"  # what does not fit
+    new_modalities: Sequence[str] = ()  # whose ids it has no rows for
 
     def __init__(self, state: Mapping[str, Any], files: Mapping[str, Mapping[str, Tensor]]):
         self.state = state
@@ -62,6 +65,10 @@ class Snapshot:
     def has(self, network: str) -> bool:
         """Whether a network was part of the run."""
         return network in self.files
+
+    def fit(self, module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights as ``module`` takes them."""
+        return dict(weights)
 
     def optimizer(self, network: str) -> dict[str, Tensor]:
         """Elementwise optimizer states of a network, ``state/parameter``."""
@@ -85,8 +92,8 @@ class Saved(Snapshot):
     def require(self, config: Mapping[str, Any], vocabulary: str | None) -> None:
         """Check that a run of this config and vocabulary fingerprint can go on from here.
 
-        Safe differences are logged. Raises UserError on a state that is none, another vocabulary,
-        model or seed.
+        Safe differences are logged, those of stages as warnings. Raises UserError on a state that
+        is none, another vocabulary, model or seed.
         """
         check.require_state(self.state, self.origin, len(config["stages"]))
         if self.state["vocabulary"] != vocabulary:
@@ -105,9 +112,10 @@ class Saved(Snapshot):
                     f"{self.folder}: '{key}' was {old} and is {new} now; it cannot change: "
                     "set it back, or use another run name: name=..."
                 )
-            log.info(
-                "config changed since step %d: %s: %s -> %s", self.state["step"], key, old, new
-            )
+            if environment.ranks().is_main:
+                level = logging.WARNING if key.startswith("stages.") else logging.INFO
+                say = "config changed since step %d: %s: %s -> %s"
+                log.log(level, say, self.state["step"], key, old, new)
 
 
 def _load(path: Path) -> dict[str, Tensor]:
