@@ -192,7 +192,7 @@ class Augment(Config):
     """Random affine change of images: ranges are symmetric around "unchanged"."""
 
     shift: Annotated[float, Field(ge=0, le=0.5, description="of the side")] = 0.0
-    rotate_deg: Annotated[float, Field(ge=0, le=180)] = 0.0
+    rotate_deg: Annotated[float, Field(ge=0, le=180, description="degrees")] = 0.0
     scale: Annotated[float, Field(ge=0, lt=1, description="relative")] = 0.0
     flip: Annotated[float, Field(ge=0, le=1, description="probability of a mirror image")] = 0.0
 

@@ -10,9 +10,10 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
 from mm.config import Config
 from mm.decoders.generate import Generator
@@ -44,11 +45,13 @@ class Task(Config):
 class Settings(Config):
     """Sampling settings that may be chosen on a validation split."""
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    cfg_scale: float = 1.0
-    repeats: int = 1
+    temperature: Annotated[float, Field(description="of sampling; 0 = greedy")] = 1.0
+    top_k: Annotated[int, Field(description="keep the k likeliest ids; 0 = off")] = 0
+    top_p: Annotated[
+        float, Field(description="keep the likeliest ids up to this probability; 1 = off")
+    ] = 1.0
+    cfg_scale: Annotated[float, Field(description="classifier-free guidance; 1 = off")] = 1.0
+    repeats: Annotated[int, Field(description="times that the conditions are read")] = 1
 
 
 class Item(NamedTuple):

@@ -32,8 +32,8 @@ class BitsPerByte(Task):
     """
 
     kind: Literal["bits_per_byte"] = "bits_per_byte"
-    data: Path
-    split: str = "test"
+    data: Annotated[Path, Field(description="packed raw data that is measured on")]
+    split: Annotated[str, Field(description="split that is reported")] = "test"
     modalities: Annotated[
         tuple[str, ...], Field(description="default: all of the vocabulary that the split has")
     ] = ()

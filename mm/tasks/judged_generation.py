@@ -65,26 +65,36 @@ class JudgedGeneration(Task):
     """
 
     kind: Literal["judged_generation"] = "judged_generation"
-    data: Path
+    data: Annotated[Path, Field(description="packed raw data that is measured on")]
     judge_data: Annotated[
         Path | None, Field(description="shards with real items of modality `to`; default: data")
     ] = None
-    sources: Annotated[tuple[str, ...], Field(min_length=1)] = ("text",)
-    to: str = "image"
-    split: str = "test"
-    val_split: str = "val"
-    train_split: str = "train"
-    classes: tuple[str, ...] = ()
-    label: str = "label"
+    sources: Annotated[
+        tuple[str, ...], Field(min_length=1, description="modalities that are given")
+    ] = ("text",)
+    to: Annotated[str, Field(description="modality that is generated and judged")] = "image"
+    split: Annotated[str, Field(description="split that is reported")] = "test"
+    val_split: Annotated[str, Field(description="split on which `settings` are chosen")] = "val"
+    train_split: Annotated[str, Field(description="split that the judge learns from")] = "train"
+    classes: Annotated[
+        tuple[str, ...], Field(description="class words; default: the labels of the split")
+    ] = ()
+    label: Annotated[
+        str, Field(description="metadata column of the class; else the caption's class word")
+    ] = "label"
     limit: Annotated[int | None, Field(ge=1, description="generations at most, evenly spread")] = (
         None
     )
-    judge_limit: Annotated[int | None, Field(ge=1)] = 4000
+    judge_limit: Annotated[
+        int | None, Field(ge=1, description="real items that the judge learns from")
+    ] = 4000
     settings: Annotated[
         tuple[Settings, ...], Field(min_length=1, description="more than one: chosen on val_split")
     ] = (Settings(temperature=0.7, cfg_scale=2.0),)
     bar: Annotated[float | None, Field(description="accuracy to reach; printed beside")] = None
-    reconstruction_bar: float | None = None
+    reconstruction_bar: Annotated[
+        float | None, Field(description="accuracy of round trips to reach; printed beside")
+    ] = None
     max_tokens: Annotated[
         int | None, Field(ge=1, description="of audio; an image has its grid")
     ] = None

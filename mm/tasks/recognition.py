@@ -32,12 +32,16 @@ class Recognition(Task):
     """
 
     kind: Literal["recognition"] = "recognition"
-    data: Path
-    sources: Annotated[tuple[str, ...], Field(min_length=1)] = ("image",)
-    to: str = "text"
-    split: str = "test"
-    val_split: str = "val"
-    train_split: str = "train"
+    data: Annotated[Path, Field(description="packed raw data that is measured on")]
+    sources: Annotated[
+        tuple[str, ...], Field(min_length=1, description="modalities that are given")
+    ] = ("image",)
+    to: Annotated[str, Field(description="modality of the answer")] = "text"
+    split: Annotated[str, Field(description="split that is reported")] = "test"
+    val_split: Annotated[str, Field(description="split on which `settings` are chosen")] = "val"
+    train_split: Annotated[str, Field(description="split that the linear probe learns from")] = (
+        "train"
+    )
     classes: Annotated[
         tuple[str, ...], Field(description="class words; default: the labels of the split")
     ] = ()
@@ -49,11 +53,13 @@ class Recognition(Task):
         tuple[Settings, ...], Field(min_length=1, description="more than one: chosen on val_split")
     ] = (Settings(temperature=0.0),)
     bar: Annotated[float | None, Field(description="accuracy to reach; printed beside")] = None
-    max_tokens: Annotated[int, Field(ge=1)] = 32
+    max_tokens: Annotated[int, Field(ge=1, description="ids of an answer at most")] = 32
     linear_probe: Annotated[
         bool, Field(description="also print logistic regression on raw pixels")
     ] = False
-    probe_limit: Annotated[int | None, Field(ge=1)] = 5000
+    probe_limit: Annotated[
+        int | None, Field(ge=1, description="items that the linear probe learns from")
+    ] = 5000
 
     @classmethod
     def smallest(cls) -> Recognition:

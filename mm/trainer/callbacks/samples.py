@@ -33,12 +33,15 @@ class SamplesConfig(Config):
         Field(description="modality: value (text as it is, else a file) in order, and `to`"),
     ] = ()
     items: Annotated[int, Field(gt=0, description="reconstructions of a tokenizer run")] = 4
-    temperature: Annotated[float, Field(ge=0)] = 0.7
-    top_k: Annotated[int, Field(ge=0)] = 0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    cfg_scale: Annotated[float, Field(ge=0)] = 1.0
-    max_tokens: Annotated[int, Field(gt=0)] = 64
-    seed: int = 0
+    temperature: Annotated[float, Field(ge=0, description="0 = greedy")] = 0.7
+    top_k: Annotated[int, Field(ge=0, description="keep the k likeliest ids; 0 = off")] = 0
+    top_p: Annotated[
+        float,
+        Field(gt=0, le=1, description="keep the likeliest ids up to this probability; 1 = off"),
+    ] = 1.0
+    cfg_scale: Annotated[float, Field(ge=0, description="classifier-free guidance; 1 = off")] = 1.0
+    max_tokens: Annotated[int, Field(gt=0, description="ids of a span whose length is free")] = 64
+    seed: Annotated[int, Field(description="of the noise")] = 0
 
     @model_validator(mode="after")
     def _each_says_where_to(self) -> SamplesConfig:
