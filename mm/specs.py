@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 NONE: Mapping[str, Any] = {}
 
@@ -106,6 +106,7 @@ class ModalityTokenizer(ABC):
     """
 
     spec: TokenSpec
+    reads_files: ClassVar[bool] = False  # its raw values are the bytes of files, undecoded
 
     @abstractmethod
     def encode(self, raws: Sequence[Any]) -> list[Encoded]:

@@ -51,9 +51,13 @@ def load_tokenizer(path: str | Path) -> ModalityTokenizer:
 def load_tokenizers(given: str | Path | Mapping[str, Any]) -> dict[str, ModalityTokenizer]:
     """Load tokenizers from a folder of one sub-folder a modality, or from modality -> folder.
 
+    What a sub-folder is called does not matter: the tokenizer in it says its modality.
+
     Raises:
-        UserError: none is found, or one speaks another modality than its name says.
+        UserError: none is found, two are of one modality, or a mapping's name is not the
+            modality of its tokenizer.
     """
+    named = isinstance(given, Mapping)
     if isinstance(given, Mapping):
         found = dict(given)
     else:
@@ -72,21 +76,26 @@ def load_tokenizers(given: str | Path | Mapping[str, Any]) -> dict[str, Modality
             raise UserError(
                 f"{root}: no sub-folder holds a tokenizer; expected {root}/text, {root}/image, ..."
             )
-    out = {}
-    for name in sorted(found, key=sort_key):
-        value = found[name]
+    out: dict[str, ModalityTokenizer] = {}
+    for name, value in found.items():
         tokenizer = value if isinstance(value, ModalityTokenizer) else load_tokenizer(value)
-        if tokenizer.spec.modality != name:
+        modality = tokenizer.spec.modality
+        if named and modality != name:
             raise UserError(
-                f"tokenizers: '{name}' is a tokenizer of '{tokenizer.spec.modality}': call it "
-                f"{tokenizer.spec.modality}={value}"
+                f"tokenizers: '{name}' is given a tokenizer of '{modality}': its key must be "
+                f"'{modality}'"
+            )
+        if modality in out:
+            raise UserError(
+                f"{given}: two tokenizers of '{modality}', one of them in {value}: move one of "
+                "them out of the folder"
             )
         if tokenizer.spec.continuous:
             raise UserError(
                 f"tokenizers: '{name}' gives continuous values, which token shards cannot hold"
             )
-        out[name] = tokenizer
-    return out
+        out[modality] = tokenizer
+    return {modality: out[modality] for modality in sorted(out, key=sort_key)}
 
 
 def tokenizer_folder(path: str | Path) -> Path:
@@ -152,6 +161,8 @@ def write_folder(
     config: Config,
     files: Mapping[str, bytes] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
+    *,
+    beside: Mapping[str, bytes] | None = None,
 ) -> str:
     """Write a tokenizer folder; each file appears whole or not at all, ``tokenizer.yaml`` last.
 
@@ -159,6 +170,7 @@ def write_folder(
         config: of the tokenizer, with ``kind`` and ``modality``.
         files: data files by name, of `DATA_FILES`.
         tensors: state dict of a trained one, written as ``model.safetensors``.
+        beside: files that change no id, which the fingerprint does not cover.
     Returns:
         The fingerprint.
     """
@@ -169,7 +181,7 @@ def write_folder(
         raise ValueError(
             f"{sorted(unknown)} would not be covered by the fingerprint; known: {DATA_FILES}"
         )
-    contents = dict(files or {})
+    contents = {**(files or {}), **(beside or {})}
     if tensors is not None:
         from safetensors.torch import save
 

@@ -95,6 +95,7 @@ class ShardSet:
                     f"{root} --overwrite"
                 )
             total += shard["bytes"]
+        self.tokenizers: Mapping[str, Any] = {}  # those of bytes get files as they are
         self._in_memory = total <= cache_mb * 1e6
         self._buffers: list[np.ndarray | None] = [None] * len(self.paths)
         self.index = self._load_index(entry)
@@ -200,7 +201,8 @@ class ShardSet:
 
     def _decoded(self, i: int, member: str, e: int) -> Any:
         try:
-            return get_modality(member_modality(member)).decode(bytes(self._bytes(e)))
+            modality, data = member_modality(member), bytes(self._bytes(e))
+            return get_modality(modality).read(data, self.tokenizers.get(modality))
         except BadSample as error:
             raise UserError(
                 f"{self._where(i)}: {segment_words(member)}{error}; run: mm data verify {self.root}"

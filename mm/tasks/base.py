@@ -18,7 +18,7 @@ from pydantic import Field
 from mm.config import Config
 from mm.decoders.generate import Generator
 from mm.errors import UserError
-from mm.specs import Sample
+from mm.specs import NONE, Sample
 
 Figures = dict[str, Any]
 
@@ -61,11 +61,19 @@ class Item(NamedTuple):
     label: str
 
 
-def open_split(data: Path, split: str) -> Any:
-    """Open the shards of one split. Raises UserError when it is absent."""
+def open_split(data: Path, split: str, tokenizers: Mapping[str, Any] = NONE) -> Any:
+    """Open the shards of one split. Raises UserError when it is absent.
+
+    Args:
+        data: packed data.
+        split: of it.
+        tokenizers: that will read the values; one of bytes gets the files as they are.
+    """
     from mm.data.shards.reader import ShardSet
 
-    return ShardSet.open(data, split=split)
+    shards = ShardSet.open(data, split=split)
+    shards.tokenizers = tokenizers
+    return shards
 
 
 def spread(n: int, limit: int | None) -> list[int]:
@@ -83,16 +91,17 @@ def read_items(
     classes: Sequence[str] = (),
     label: str = "label",
     limit: int | None = None,
+    tokenizers: Mapping[str, Any] = NONE,
 ) -> list[Item]:
     """Labelled samples of a split that hold all of ``modalities``.
 
     The class is the metadata value ``label`` (a number is a place in ``classes``), else the class
-    word of the caption.
+    word of the caption. ``tokenizers`` are as of `open_split`.
 
     Raises:
         UserError: no sample of this split has these modalities and a class.
     """
-    shards = open_split(data, split)
+    shards = open_split(data, split, tokenizers)
     found = []
     for i in shards.having(modalities[0]):
         if all(shards.lengths(m)[i] >= 0 for m in modalities):

@@ -66,7 +66,7 @@ class BitsPerByte(Task):
 
         Nothing is sampled.
         """
-        shards = open_split(self.data, self.split)
+        shards = open_split(self.data, self.split, generator.tokenizers)
         wanted = self.modalities or generator.vocabulary.modalities
         figures: Figures = {}
         for modality in wanted:
@@ -93,7 +93,10 @@ class BitsPerByte(Task):
         raw = own.kind
         before = self.given.get(modality, "none" if own.is_text else "null")
         values = [
-            v for v in values if own.n_bytes(v[raw]) and (before in ("none", "null") or before in v)
+            v
+            for v in values
+            if (isinstance(v[raw], bytes) or own.n_bytes(v[raw]))
+            and (before in ("none", "null") or before in v)
         ]
         if not values:
             raise UserError(
@@ -133,6 +136,8 @@ def input_bytes(
 ) -> int:
     """Bytes of what the tokenizer read: an image scaled to its grid, a recording at its rate."""
     tokenizer, own = generator.tokenizer(modality), raw_modality(modality)
+    if not own.is_text and tokenizer.reads_files:
+        return sum(map(len, spans))
     if is_fixed(tokenizer.spec) and isinstance(raws[0], np.ndarray):
         decoded = generator.decode(modality, spans[:1])[0]
         return modality_of_value(decoded).n_bytes(decoded) * len(raws)

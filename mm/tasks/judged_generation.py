@@ -30,6 +30,8 @@ from mm.tasks.base import (
 )
 from mm.tasks.judges import Judge
 
+UNREADABLE = "unreadable"
+
 
 def trained_judge(
     data: Path, split: str, modality: str, classes: tuple[str, ...], label: str, limit: int | None
@@ -133,13 +135,13 @@ class JudgedGeneration(Task):
         )
         settings, tried = self.settings[0], []
         if len(self.settings) > 1:
-            held_in = self._items(self.val_split)
+            held_in = self._items(self.val_split, generator)
             score = lambda s: _right(
-                held_in, judge.predict(self._make(generator, held_in, s, seed))
+                held_in, self._judged(judge, self._make(generator, held_in, s, seed))
             )
             settings, tried = choose(self.settings, score)
-        items = self._items(self.split)
-        answers = judge.predict(self._make(generator, items, settings, seed))
+        items = self._items(self.split, generator)
+        answers = self._judged(judge, self._make(generator, items, settings, seed))
         truth = [item.label for item in items]
         classes = sorted(set(truth) | set(answers) | set(self.classes))
         originals = [item.sample.values[self.to] for item in real]
@@ -159,16 +161,29 @@ class JudgedGeneration(Task):
         if self.reconstruction:
             again = generator.decode(self.to, generator.encode(self.to, originals))
             figures[f"{self.name}_judge_on_reconstruction_accuracy"] = _right(
-                real, judge.predict(again)
+                real, self._judged(judge, again)
             )
             if self.reconstruction_bar is not None:
                 figures[f"{self.name}_judge_on_reconstruction_bar"] = self.reconstruction_bar
         return figures
 
-    def _items(self, split: str) -> list[Item]:
+    def _items(self, split: str, generator: Generator) -> list[Item]:
         return read_items(
-            self.data, split, self.sources, classes=self.classes, label=self.label, limit=self.limit
+            self.data,
+            split,
+            self.sources,
+            classes=self.classes,
+            label=self.label,
+            limit=self.limit,
+            tokenizers=generator.tokenizers,
         )
+
+    def _judged(self, judge: Judge, made: Sequence[Any]) -> list[str]:
+        """Class of each; a file that a model of bytes wrote and nobody can read has none."""
+        seen = [get_modality(self.to).view(value) for value in made]
+        good = [value for value in seen if not isinstance(value, str)]
+        classes = iter(judge.predict(good) if good else [])
+        return [UNREADABLE if isinstance(value, str) else next(classes) for value in seen]
 
     def _make(
         self, generator: Generator, items: Sequence[Item], settings: Settings, seed: int

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from mm.data.modalities.base import get_modality
 from mm.decoders.generate import Generator
 from mm.registry import TASKS
 from mm.tasks.base import (
@@ -74,12 +75,12 @@ class Recognition(Task):
 
         See `Task.evaluate`.
         """
-        items = self._items(self.split)
+        items = self._items(self.split, generator)
         classes = self.classes or tuple(sorted({item.label for item in items}))
         settings = self.settings[0]
         tried: list[Figures] = []
         if len(self.settings) > 1:
-            held_in = self._items(self.val_split)
+            held_in = self._items(self.val_split, generator)
             score = lambda s: self._accuracy(
                 held_in, self._answers(generator, held_in, classes, s, seed)
             )
@@ -112,14 +113,20 @@ class Recognition(Task):
             figures[f"{self.name}_linear_probe_accuracy"] = linear_probe(
                 [item.sample.values["image"] for item in train],
                 [item.label for item in train],
-                [item.sample.values["image"] for item in items],
+                [get_modality("image").view(item.sample.values["image"]) for item in items],
                 truth,
             )
         return figures
 
-    def _items(self, split: str) -> list[Item]:
+    def _items(self, split: str, generator: Generator) -> list[Item]:
         return read_items(
-            self.data, split, self.sources, classes=self.classes, label=self.label, limit=self.limit
+            self.data,
+            split,
+            self.sources,
+            classes=self.classes,
+            label=self.label,
+            limit=self.limit,
+            tokenizers=generator.tokenizers,
         )
 
     def _answers(

@@ -118,7 +118,8 @@ class Samples(Callback):
             except UserError as error:  # samples never end a run; the next step may do better
                 log.warning("samples to %s: %s", to, error)
                 continue
-            out += [(i, _name(c.prompts[i]), v) for i, v in zip(at, values, strict=True)]
+            own = raw_modality(to)
+            out += [(i, _name(c.prompts[i]), own.view(v)) for i, v in zip(at, values, strict=True)]
         return [(name, value) for _, name, value in sorted(out, key=lambda each: each[0])]
 
 
@@ -134,12 +135,13 @@ def _name(prompt: dict[str, str]) -> str:
 
 
 def _raw(modality: str, value: str) -> Any:
-    """A prompt's value: text as it is, bytes as UTF-8, anything else decoded from its file."""
+    """A prompt's value: text as it is, bytes as UTF-8, else the path of a sound file."""
     own = raw_modality(modality)
     if own.is_text:
         return value if modality == own.kind else value.encode()
     try:
-        return own.decode(Path(value).read_bytes())
+        own.check(Path(value).read_bytes())
+        return Path(value)
     except (OSError, BadSample) as error:
         raise UserError(f"callbacks.samples: prompt file {value}: {error}") from error
 
