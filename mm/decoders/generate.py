@@ -299,10 +299,8 @@ class Generator:
         own = [{self.modality(m): raw for m, raw in prompt.items()} for prompt in prompts]
         words = unseen_words(own, self.tokenizers)
         shown = ", ".join(f"'{word}'" for word in words[:8]) + (" ..." if len(words) > 8 else "")
-        said = (
-            "never seen in the text that the tokenizer was trained on: {}; the model can but guess"
-        )
-        return said.format(shown) if words else ""
+        met = "never seen in the text that the tokenizer was trained on"
+        return f"{met}: {shown}; the model can but guess" if words else ""
 
     def nll(
         self, documents: Sequence[Sequence[Segment]], **kw: Any
@@ -317,7 +315,7 @@ class Generator:
 
 def generate(
     source: str | Path | Generator,
-    prompt: str | Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    prompt: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     *,
     to: str | None = None,
     **settings: Any,
@@ -330,7 +328,7 @@ def generate(
     Args:
         source: folder or Generator; loading takes longer than generating, so keep a Generator for
             many calls.
-        prompt: a str (text), one prompt (modality -> raw value), a list of prompts, or None
+        prompt: a str (text), the path of a text, one prompt (modality -> raw value), a list of prompts, or None
             (unconditional, where no modality is given by name either).
         to: modality to generate; default the only one that the model has.
         **settings: a condition by the name of its modality (``image``, ``audio``, ...): the path
@@ -351,7 +349,8 @@ def generate(
         raise UserError(
             f"'{next(iter(conditions))}' beside a list of prompts: put it into each prompt"
         )
-    prompts = list(prompt) if many else [parse_prompt(prompt, conditions)]  # type: ignore[arg-type]
+    given: Any = prompt
+    prompts: list[Any] = list(given) if many else [parse_prompt(given, conditions)]
     if note := generator.unseen(prompts):
         log.warning(note)
     values = generator.generate(prompts, to, **settings)
