@@ -328,8 +328,8 @@ def generate(
     Args:
         source: folder or Generator; loading takes longer than generating, so keep a Generator for
             many calls.
-        prompt: a str (text), the path of a text, one prompt (modality -> raw value), a list of prompts, or None
-            (unconditional, where no modality is given by name either).
+        prompt: a str (text), the path of a text, one prompt (modality -> raw value), a list of
+            prompts, or None (unconditional, where no modality is given by name either).
         to: modality to generate; default the only one that the model has.
         **settings: a condition by the name of its modality (``image``, ``audio``, ...): the path
             of a file, uint8 `(H, W, 3)` or a picture of Pillow, a Waveform or (samples `(N,)`

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mm.batch import Batch
+from mm.config import places_from
 from mm.launch import environment
 from mm.registry import CALLBACKS
 from mm.run import Run
@@ -359,6 +360,8 @@ def train(run: Run | str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
 
     Returns the last metrics.
     """
+    origin = run.name if isinstance(run, Run) else str(run)
     if not isinstance(run, Run):
         run = Run.load(run, overrides)
-    return Trainer(run).fit()
+    with places_from(run, origin):
+        return Trainer(run).fit()
