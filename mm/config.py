@@ -6,7 +6,6 @@ Frozen pydantic models, YAML with a one-parent `base:`, and `a.b=c` overrides.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from mm.errors import UserError, did_you_mean
+from mm.reading import parse_json, parse_yaml
 
 T = TypeVar("T", bound="Config")
 SHIPPED = Path(__file__).parent / "configs"
@@ -167,9 +167,9 @@ def read(
             f"{file.name}: 'base' goes in a circle: {' -> '.join(p.name for p in (*seen, file))}"
         )
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        values = parse_yaml(file.read_bytes()) or {}
+    except ValueError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: the top level must be 'key: value' pairs")
     base = values.pop("base", None)
@@ -214,7 +214,10 @@ def override(values: dict[str, Any], assignments: Iterable[str]) -> dict[str, An
                     f"override '{text}': '{'.'.join(parents[:i])}' holds a plain value, no '{word}'"
                 )
             if i == len(parents):
-                node[key] = yaml.safe_load(raw)
+                try:
+                    node[key] = parse_yaml(raw)
+                except ValueError as error:
+                    raise UserError(f"override '{text}': not valid YAML: {error}") from error
                 break
             below = node.get(key, {}) if isinstance(node, dict) else node[key]
             # `mixer: attention` is short for its kind
@@ -238,4 +241,4 @@ def load(path: str | Path, cls: type[T], overrides: Iterable[str] = ()) -> T:
 
 def dump(config: Config) -> str:
     """The resolved config as YAML, in declaration order."""
-    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(parse_json(config.model_dump_json()), sort_keys=False, allow_unicode=True)

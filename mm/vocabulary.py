@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mm.errors import UserError, did_you_mean
+from mm.reading import parse_json
 from mm.specs import TokenSpec
 
 SPECIALS = ("<|pad|>", "<|null|>", "<|document|>", "<|mask|>")
@@ -107,11 +108,11 @@ class Vocabulary(NamedTuple):
     @classmethod
     def from_json(cls, text: str, origin: str = "vocabulary") -> Vocabulary:
         try:
-            raw = json.loads(text)
+            raw = parse_json(text)
             return cls(
                 tuple(TokenSpec.from_dict(spec) for spec in raw["ranges"]), tuple(raw["specials"])
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{origin}: not a vocabulary file ({error}); re-make it with: mm tokenizer train"
             ) from error
@@ -119,7 +120,7 @@ class Vocabulary(NamedTuple):
     def save(self, path: str | Path) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        body = json.loads(self.to_json()) | {"sha256": self.fingerprint}
+        body = parse_json(self.to_json()) | {"sha256": self.fingerprint}
         temporary = path.with_name(path.name + ".part")
         temporary.write_text(json.dumps(body, indent=1))
         temporary.replace(path)
@@ -136,9 +137,12 @@ class Vocabulary(NamedTuple):
                 f"no vocabulary at {path}; make one with: mm data pack SRC --out DIR "
                 "--tokenizers ..."
             )
-        text = path.read_text()
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: damaged ({error}); restore it from a backup") from error
         vocabulary = cls.from_json(text, str(path))
-        if json.loads(text).get("sha256") != vocabulary.fingerprint:
+        if parse_json(text).get("sha256") != vocabulary.fingerprint:
             raise UserError(
                 f"{path}: does not match its own hash; it was edited or damaged: restore it "
                 "from a backup"

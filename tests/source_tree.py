@@ -21,6 +21,8 @@ TIERS = {
     "vocabulary": 0,
     "specs": 0,
     "errors": 0,
+    "hashes": 0,
+    "reading": 0,
     "run": 0,
     "kernels": 1,
     "batch": 1,

@@ -17,6 +17,8 @@ import yaml
 from mm.config import Config, validate
 from mm.data.modalities.base import sort_key
 from mm.errors import UserError
+from mm.hashes import check_hashes, write_hashes
+from mm.reading import parse_yaml
 from mm.registry import TOKENIZERS
 from mm.specs import ModalityTokenizer
 
@@ -36,6 +38,7 @@ def load_tokenizer(path: str | Path) -> ModalityTokenizer:
             old ones would go on without any error.
     """
     folder = tokenizer_folder(path)
+    check_hashes(folder, "restore it, or train the tokenizer again with: mm tokenizer train CONFIG")
     card = _read_card(folder)
     claimed, found = card.pop("fingerprint", None), fingerprint(folder)
     if claimed != found:
@@ -164,7 +167,7 @@ def write_folder(
     *,
     beside: Mapping[str, bytes] | None = None,
 ) -> str:
-    """Write a tokenizer folder; each file appears whole or not at all, ``tokenizer.yaml`` last.
+    """Write a tokenizer folder; each file appears whole or not at all, its hashes last.
 
     Args:
         config: of the tokenizer, with ``kind`` and ``modality``.
@@ -193,6 +196,7 @@ def write_folder(
         temporary = folder / (name + ".part")
         temporary.write_bytes(content)
         temporary.replace(folder / name)
+    write_hashes(folder)
     return mark
 
 
@@ -200,9 +204,11 @@ def _read_card(folder: Path) -> dict[str, Any]:
     if not (folder / CARD).is_file():
         raise UserError(f"no {CARD} in {folder}; make a tokenizer with: mm tokenizer train CONFIG")
     try:
-        card = yaml.safe_load((folder / CARD).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder / CARD}: not valid YAML; restore it from a backup") from error
+        card = parse_yaml((folder / CARD).read_bytes())
+    except ValueError as error:
+        raise UserError(
+            f"{folder / CARD}: not valid YAML ({error}); restore it from a backup"
+        ) from error
     if not isinstance(card, dict) or "kind" not in card:
         raise UserError(f"{folder / CARD}: has no 'kind'; restore it from a backup")
     return card

@@ -6,7 +6,6 @@ N samples.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from mm.data.shards.index import Index
 from mm.data.shards.members import member_modality, members_of, segment_words, split_ordinal
 from mm.data.shards.remote import cache_folder, fetch, is_url, join, read_small
 from mm.errors import UserError, did_you_mean
+from mm.reading import parse_json
 from mm.specs import Encoded, Sample, TokenSpec
 from mm.vocabulary import Vocabulary
 
@@ -58,7 +58,7 @@ def read_manifest(root: str | Path) -> dict[str, Any]:
 
 def _parse(path: str | Path, data: bytes) -> dict[str, Any]:
     try:
-        manifest = json.loads(data.decode("utf-8"))
+        manifest = parse_json(data.decode("utf-8"))
         if manifest["format"] != FORMAT or manifest["version"] > VERSION:
             raise ValueError(f"format {manifest['format']} {manifest['version']}")
         return manifest
@@ -338,7 +338,7 @@ class ShardSet:
 
     def _json(self, i: int, kind: str) -> dict[str, Any]:
         e = self._entries(i).get(kind)
-        return {} if e is None else json.loads(bytes(self._bytes(e)))
+        return {} if e is None else parse_json(bytes(self._bytes(e)))
 
     def _where(self, i: int) -> str:
         shard = self.paths[self.index.shard[self.index.start[i]]].name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from json import loads
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +11,7 @@ import typer
 
 from mm.cli.common import JsonFile, console, existing, table, with_options, write_json
 from mm.errors import UserError
+from mm.reading import parse_json
 
 HELP = "Generate any modality from any mix of modalities."
 
@@ -148,7 +148,7 @@ def ask(known: Sequence[str]) -> str:
 def chosen_sampling(run: Path, conditions: Iterable[str], to: str) -> dict[str, Any]:
     """Settings that `mm eval RUN --json RUN/results.json` chose for this direction, or none."""
     try:
-        every = loads((run / "results.json").read_text())["sampling"]
+        every = parse_json((run / "results.json").read_text())["sampling"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     settings = every.get(f"{'_'.join(m for m in conditions if m != to)}_to_{to}", {})
