@@ -154,6 +154,15 @@ def find(path: str | Path, beside: Path | None = None) -> Path:
     raise UserError(f"no config '{path}'{did_you_mean(str(shipped.with_suffix('')), everything)}")
 
 
+def trainable() -> list[str]:
+    """Shipped configs that `mm train` takes: those with stages, their own or of their base."""
+    found = []
+    for file in sorted(SHIPPED.rglob("*.yaml")):
+        if "stages" in read(file):
+            found.append(str(file.relative_to(SHIPPED).with_suffix("")))
+    return found
+
+
 def read(
     path: str | Path, beside: Path | None = None, seen: tuple[Path, ...] = ()
 ) -> dict[str, Any]:
