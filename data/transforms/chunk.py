@@ -23,6 +23,10 @@ class ChunkConfig(Config):
         Literal["random", "first"], Field(description="where the kept codes start")
     ] = "random"
 
+    @classmethod
+    def smallest(cls) -> ChunkConfig:
+        return cls(modality="text", tokens=254)
+
     def build(self) -> Chunk:
         return Chunk(self.modality, self.tokens, self.window)
 

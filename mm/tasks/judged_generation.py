@@ -115,7 +115,7 @@ class JudgedGeneration(Task):
 
     @classmethod
     def smallest(cls) -> JudgedGeneration:
-        return cls(data=Path("data"))
+        return cls(data=Path("data/mine"), to="image", classes=("cat", "ship"))
 
     @property
     def name(self) -> str:

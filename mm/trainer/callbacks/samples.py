@@ -50,6 +50,10 @@ class SamplesConfig(Config):
                 raise ValueError(f"prompt {prompt} needs 'to': the modality to generate")
         return self
 
+    @classmethod
+    def smallest(cls) -> SamplesConfig:
+        return cls(every=250, prompts=({"text": "a cat", "to": "image"},))
+
     def build(self) -> Samples:
         return Samples(self)
 
