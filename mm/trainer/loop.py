@@ -153,9 +153,7 @@ class Trainer:
                     snapshot = None  # nobody asks for it: its memory is free again
             if stop:
                 self._on_main(self._writer.wait)
-                log.warning(
-                    "stopped by a signal at step %d; run the same command to go on", self.step
-                )
+                self._warn("stopped by a signal at step %d; run the same command to go on")
                 raise SystemExit(INTERRUPTED)
         self._on_main(self._writer.wait)
         return snapshot
@@ -296,8 +294,13 @@ class Trainer:
                 return
         except Interrupted:
             pass
-        log.warning("stopped by a signal before step %d; run the same command", self.step + 1)
+        self._warn("stopped by a signal before step %d; run the same command", 1)
         raise SystemExit(INTERRUPTED)
+
+    def _warn(self, message: str, ahead: int = 0) -> None:
+        """A line on the step, ``ahead`` of the last one done: by one process, as all agree."""
+        if self.is_main:
+            log.warning(message, self.step + ahead)
 
     def _phase(self, name: str, step: int, keys: Sequence[str] = ()) -> None:
         for callback in self.callbacks:
