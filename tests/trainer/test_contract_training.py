@@ -51,8 +51,14 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     }
     runs["sums"] = adafactor_run(out, "sums", stage=2)
     os.environ["WANDB_MODE"] = "disabled"
-    torchrun(2, list(runs.values()))
+    said = torchrun(2, list(runs.values()))
+    (out / "stderr.txt").write_text(said)
     return runs
+
+
+def test_two_ranks_say_once_that_a_signal_stopped_them(two_ranks: dict[str, Run]) -> None:
+    said = (two_ranks["half0"].out / "stderr.txt").read_text()
+    assert said.count("stopped by a signal at step") == 4  # of half0 to half3
 
 
 def test_stages_are_equal_with_a_rank_that_lacks_a_modality(

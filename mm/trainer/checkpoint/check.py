@@ -6,8 +6,6 @@ state is not (somebody edited and signed it) is refused by key.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +14,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mm.errors import UserError
+from mm.hashes import digest
+from mm.reading import parse_json
 
 SCHEMA = 1
 STATE, MARK = "state.json", "COMPLETE"
@@ -90,7 +90,7 @@ def fault_of(folder: Path) -> str | None:
     for name in sorted(here):
         if name not in hashes:
             return f"{name} is not vouched for by {MARK}"
-        if sha256(folder / name) != hashes[name]:
+        if digest(folder / name) != hashes[name]:
             return f"{name} does not match its SHA-256"
     state = _object(folder / STATE)
     if state is None:
@@ -125,8 +125,8 @@ def require_state(state: Mapping[str, Any], origin: str, n_stages: int) -> None:
 
 def _object(path: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        value = parse_json(path.read_bytes())
+    except ValueError:
         return None
     return value if isinstance(value, dict) else None
 
@@ -142,9 +142,3 @@ def _header_fault(path: Path) -> str | None:
             return None
     except (SafetensorError, OSError, ValueError) as error:
         return f"{path.name} is no file of tensors ({error})"
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

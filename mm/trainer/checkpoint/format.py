@@ -28,6 +28,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mm.errors import UserError
+from mm.hashes import digest
 from mm.launch import environment
 from mm.run import Run
 from mm.trainer.checkpoint import check
@@ -180,7 +181,7 @@ def _write(root: Path, snapshot: Snapshot, on_file: Callable[[Path], Any]) -> Pa
                 _write_tensors(part / f"{name}.safetensors", tensors)
                 on_file(part / f"{name}.safetensors")
         (part / STATE).write_text(json.dumps({"schema": SCHEMA, **snapshot.state}, indent=1))
-        hashes = {file.name: check.sha256(file) for file in sorted(part.iterdir())}
+        hashes = {file.name: digest(file) for file in sorted(part.iterdir())}
         for file in part.iterdir():
             _sync(file)
         (part / MARK).write_text(json.dumps(hashes, indent=1))
