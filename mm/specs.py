@@ -28,6 +28,9 @@ class Waveform(NamedTuple):
     sample_rate: int
 
 
+MODALITY = r"[a-z][a-z0-9_]{0,31}"  # a regular expression: it becomes names of files
+
+
 class TokenSpec(NamedTuple):
     """What a tokenizer promises, without importing it. ``vocab_size`` is that of ONE codebook."""
 
@@ -110,6 +113,7 @@ class ModalityTokenizer(ABC):
     """
 
     spec: TokenSpec
+    reads_files: ClassVar[bool] = False  # its raw values are the bytes of files, undecoded
 
     @abstractmethod
     def encode(self, raws: Sequence[Any]) -> list[Encoded]:

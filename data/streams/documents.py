@@ -28,8 +28,8 @@ Weight = Positive | dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=
 class TokenSource(Config):
     """One folder of token shards, or its URL."""
 
-    path: Location
-    split: str = "train"
+    path: Annotated[Location, Field(description="folder of token shards, or its URL")]
+    split: Annotated[str, Field(description="split that is read")] = "train"
     weight: Annotated[
         Weight,
         Field(

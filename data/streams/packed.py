@@ -40,7 +40,9 @@ class PackedConfig(TokenStreamConfig):
     """Rows of ``seq_len`` tokens filled with whole documents."""
 
     kind: Literal["packed"] = "packed"
-    sources: tuple[TokenSource, ...] = Field(min_length=1)
+    sources: Annotated[
+        tuple[TokenSource, ...], Field(min_length=1, description="token shards with their weights")
+    ]
     seq_len: Annotated[int, Field(gt=3, description="tokens of a row")] = 256
     max_documents: Annotated[
         int, Field(gt=0, description="documents of one row; shapes depend on it")

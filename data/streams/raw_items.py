@@ -33,11 +33,15 @@ class ItemsConfig(Config):
     """
 
     kind: Literal["items"] = "items"
-    path: Path
-    split: str = "train"
-    modality: Annotated[str, Field(json_schema_extra=lambda s: s.update(enum=_with_items()))] = (
-        "image"
-    )
+    path: Annotated[Path, Field(description="folder of packed raw data")]
+    split: Annotated[str, Field(description="split that is read")] = "train"
+    modality: Annotated[
+        str,
+        Field(
+            description="modality of the items",
+            json_schema_extra=lambda s: s.update(enum=_with_items()),
+        ),
+    ] = "image"
     options: Annotated[
         dict[str, Any], Field(description="settings of the modality, such as image's max_pixels")
     ] = {}
@@ -54,7 +58,9 @@ class ItemsConfig(Config):
         ),
     ] = 32
     gray: Annotated[bool, Field(description="image: one channel")] = False
-    augment: Augment = Augment()
+    augment: Annotated[Augment, Field(description="image: random shifts, turns and mirrors")] = (
+        Augment()
+    )
     sample_rate: Annotated[int, Field(gt=0, description="audio: Hz")] = 16000
     crop_seconds: Annotated[
         float, Field(gt=0, description="audio: random crop; shorter items are padded with zeros")

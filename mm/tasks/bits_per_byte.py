@@ -34,8 +34,8 @@ class BitsPerByte(Task):
     """
 
     kind: Literal["bits_per_byte"] = "bits_per_byte"
-    data: Path
-    split: str = "test"
+    data: Annotated[Path, Field(description="packed raw data that is measured on")]
+    split: Annotated[str, Field(description="split that is reported")] = "test"
     modalities: Annotated[
         tuple[str, ...], Field(description="default: all of the vocabulary that the split has")
     ] = ()
@@ -61,14 +61,14 @@ class BitsPerByte(Task):
 
     @classmethod
     def smallest(cls) -> BitsPerByte:
-        return cls(data=Path("data"))
+        return cls(data=Path("data/mine"), split="val")
 
     def evaluate(self, generator: Generator, *, seed: int = 0) -> Figures:
         """Bits per byte, nats per token, chance and counts of each modality; ``seed`` is not used.
 
         Nothing is sampled.
         """
-        shards = open_split(self.data, self.split)
+        shards = open_split(self.data, self.split, generator.tokenizers)
         wanted = self.modalities or generator.vocabulary.modalities
         figures: Figures = {}
         for modality in wanted:
@@ -107,7 +107,10 @@ class BitsPerByte(Task):
         raw = own.kind
         before = self.given.get(modality, "none" if own.is_text else "null")
         values = [
-            v for v in values if own.n_bytes(v[raw]) and (before in ("none", "null") or before in v)
+            v
+            for v in values
+            if (isinstance(v[raw], bytes) or own.n_bytes(v[raw]))
+            and (before in ("none", "null") or before in v)
         ]
         if not values:
             raise UserError(
@@ -147,6 +150,8 @@ def input_bytes(
 ) -> int:
     """Bytes of what the tokenizer read: an image scaled to its grid, a recording at its rate."""
     tokenizer, own = generator.tokenizer(modality), raw_modality(modality)
+    if not own.is_text and tokenizer.reads_files:
+        return sum(map(len, spans))
     if is_fixed(tokenizer.spec) and isinstance(raws[0], np.ndarray):
         decoded = generator.decode(modality, spans[:1])[0]
         return modality_of_value(decoded).n_bytes(decoded) * len(raws)

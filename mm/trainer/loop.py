@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mm.batch import Batch
+from mm.config import places_from
 from mm.launch import environment
 from mm.registry import CALLBACKS
 from mm.run import Run
@@ -157,9 +158,7 @@ class Trainer:
                     snapshot = None  # nobody asks for it: its memory is free again
             if stop:
                 self._on_main(self._writer.wait)
-                log.warning(
-                    "stopped by a signal at step %d; run the same command to go on", self.step
-                )
+                self._warn("stopped by a signal at step %d; run the same command to go on")
                 raise SystemExit(INTERRUPTED)
         self._on_main(self._writer.wait)
         return snapshot
@@ -309,6 +308,11 @@ class Trainer:
     def _starting(self) -> contextlib.AbstractContextManager[None]:
         return leave_before_step(self._stop, lambda: self.step + 1, self.device)
 
+    def _warn(self, message: str, ahead: int = 0) -> None:
+        """A line on the step, ``ahead`` of the last one done: by one process, as all agree."""
+        if self.is_main:
+            log.warning(message, self.step + ahead)
+
     def _phase(self, name: str, step: int, keys: Sequence[str] = ()) -> None:
         for callback in self.callbacks:
             callback.on_phase(self, name, step, keys)
@@ -370,6 +374,8 @@ def train(run: Run | str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
 
     Returns the last metrics.
     """
+    origin = run.name if isinstance(run, Run) else str(run)
     if not isinstance(run, Run):
         run = Run.load(run, overrides)
-    return Trainer(run).fit()
+    with places_from(run, origin):
+        return Trainer(run).fit()

@@ -94,7 +94,9 @@ def enter_stage(
         engine = Engine(module.train(), optimizer, run.engine, env.precision, config.ema)
         if inside is not None:
             engine.load_masters(have)
-            engine.load_optimizer_state(inside.optimizer(name), inside.state["optimizers"][name])
+            engine.load_optimizer_state(
+                inside.optimizer(name), inside.state["optimizers"].get(name, {})
+            )
         engines[name] = engine
     averages = Averages(wanted, engines, frozen, snapshot)
     env.lend(engines, frozen)
