@@ -17,6 +17,8 @@ from mm.registry import (
     TaskField,
 )
 
+EVALUATIONS = 20  # held-out losses of a stage, about
+
 
 class Budget(Config):
     """How long a stage lasts."""
@@ -77,7 +79,38 @@ class Stage(Config):
     schedule: Schedule = Schedule()
     budget: Budget = Budget()
     ema: Ema | None = None
+    eval_every: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            description="steps between held-out losses, on the split `val` of the data; default: "
+            "about twenty times the stage; 0 = never",
+        ),
+    ] = None
+    eval_batches: Annotated[
+        int | None,
+        Field(
+            gt=0,
+            description="batches of `batch_size` that a held-out loss is the mean of, always the "
+            "same ones; default: a tenth of eval_every, at most 32; never more than the split has",
+        ),
+    ] = None
     tasks: tuple[TaskField, ...] = ()
+
+    @property
+    def held_out_every(self) -> int:
+        """Steps between held-out losses; 0 = never."""
+        if self.eval_every is None:
+            return max(1, self.budget.steps // EVALUATIONS)
+        return self.eval_every
+
+    @property
+    def held_out_batches(self) -> int:
+        """Batches of a held-out loss, where the split has as many.
+
+        A forward takes about a third of a step's time: a tenth of the steps between is 3 % of it.
+        """
+        return self.eval_batches or min(32, max(1, self.held_out_every // 10))
 
 
 class EngineConfig(Config):

@@ -126,6 +126,10 @@ class ToyStreamConfig(Config):
     def build(self, *, vocabulary: Vocabulary, seed: int, rank: int, world: int) -> ToyStream:
         return ToyStream(self, vocabulary, seed, rank, world)
 
+    def held_out(self, split: str) -> ToyStreamConfig:
+        """Steps that no test trains on."""
+        return self.model_copy(update={"first": 10_000, "signal_at": -1})
+
 
 class ToyStream:
     def __init__(
@@ -134,6 +138,7 @@ class ToyStream:
         self.config, self.vocabulary = config, vocabulary
         self.seed, self.rank, self.world, self.step = seed, rank, world, config.first
         self.bytes_per_token = {"text": 2.0}
+        self.epoch = 0.0
 
     def next(self) -> list[Batch]:
         c = self.config

@@ -28,6 +28,7 @@ from mm.trainer.export import export
 from mm.trainer.health import heartbeat
 from mm.trainer.health.anomaly import Guard, RollBack, out_of_memory
 from mm.trainer.health.signals import INTERRUPTED, Interrupted, Stop
+from mm.trainer.held_out import HeldOut
 from mm.trainer.log.metrics import BytesPerToken, CodebookUsage, MetricsFile, of_step
 from mm.trainer.log.tracker import Tracker
 from mm.trainer.ranks import on_any, on_main
@@ -52,14 +53,16 @@ class Trainer:
         self.vocabulary = Vocabulary.load(run.vocabulary) if run.vocabulary is not None else None
         self.is_main, self.world = environment.ranks().is_main, environment.ranks().world
         self.steps = sum(stage.budget.steps for stage in run.stages)
-        self.state = TrainState(Guard(run, self.is_main), BytesPerToken())
+        self.held_out = HeldOut(run, self.is_main)
+        self.state = TrainState(Guard(run, self.is_main), BytesPerToken(), self.held_out)
         self.batches: list[Batch] = []  # host micro-batches of the last step
         self.metrics: dict[str, Any] = {}  # of the last step
         self.tracker = Tracker.none()
         kinds = {config.kind for config in run.callbacks}
         progress = [] if "progress" in kinds else [CALLBACKS.parse("progress")]
         own: list[Callback] = [config.build() for config in (*run.callbacks, *progress)]
-        self.callbacks = [self.state.guard, self.state.bytes_per_token, *own, *callbacks]
+        counts = [self.state.guard, self.state.bytes_per_token, self.held_out]
+        self.callbacks = [*counts, *own, *callbacks]
         self._started: list[Callback] = []
         self._usage = CodebookUsage()
         self._stop = Stop()
@@ -210,6 +213,8 @@ class Trainer:
         data, carried = self.stream.state_dict(), self.stage.nets.carried
         self.stream.close()
         self.state.step = to
+        assert saved is not None  # the guard raised where there is none
+        self.held_out.load_state_dict(saved.state.get("held_out", {}))
         self._enter(index, saved)
         self.stream.load_state_dict(data)
         self.stage.nets.carried = carried
@@ -248,7 +253,7 @@ class Trainer:
             resumed = saved.state.get("tracker") if saved is not None else None
             self.tracker = Tracker.start(self.run, self.folder, described, resumed)
             stack.callback(self.tracker.finish)
-            self.callbacks[3:3] = [self.file, self.tracker]  # after heartbeat, guard and counts
+            self.callbacks[4:4] = [self.file, self.tracker]  # after heartbeat, guard and figures
         if saved is not None:
             log.info("resumed %s from step %d of %d", self.folder, self.step, self.steps)
         stack.callback(self._end_callbacks)
@@ -297,6 +302,9 @@ class Trainer:
             pass
         log.warning("stopped by a signal before step %d; run the same command", self.step + 1)
         raise SystemExit(INTERRUPTED)
+
+    def phase(self, name: str, step: int) -> None:
+        self._phase(name, step)
 
     def _phase(self, name: str, step: int, keys: Sequence[str] = ()) -> None:
         for callback in self.callbacks:

@@ -69,7 +69,16 @@ class Training(Protocol):
         ...
 
     @property
+    def stage(self) -> Any:
+        """The `StageState` that trains: its config, objective, engines."""
+        ...
+
+    @property
     def tracker(self) -> MediaSink: ...
+    def phase(self, name: str, step: int) -> None:
+        """Say to all callbacks that something that may last begins, or goes on."""
+        ...
+
     def unsharded(self, name: str = "model") -> AbstractContextManager[nn.Module]:
         """A network in eval mode with all its weights; enter and leave it on ALL ranks."""
         ...
