@@ -97,6 +97,14 @@ class Stage(Config):
     ] = None
     tasks: tuple[TaskField, ...] = ()
 
+    @model_validator(mode="after")
+    def _names_of_tasks_differ(self) -> Stage:
+        given = [task.name for task in self.tasks if task.name]
+        for name in given:
+            if given.count(name) > 1:
+                raise ValueError(f"tasks: two are called '{name}': give each a name of its own")
+        return self
+
     @property
     def held_out_every(self) -> int:
         """Steps between held-out losses; 0 = never."""
@@ -211,7 +219,7 @@ class Run(Config):
     tracking: Tracking = Tracking()
     callbacks: tuple[CallbackField, ...] = ()
     evaluate: Annotated[
-        bool, Field(description="run the last stage's tasks at the end of training")
+        bool, Field(description="run every stage's tasks at its end, on what it leaves")
     ] = True
 
     @model_validator(mode="after")

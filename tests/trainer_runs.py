@@ -63,7 +63,7 @@ def rows(run: Run) -> list[dict[str, Any]]:
 
 
 def losses(run: Run) -> list[float]:
-    return [row["loss/total"] for row in rows(run)]
+    return [row["loss/total"] for row in rows(run) if "loss/total" in row]
 
 
 def torchrun(n: int, runs: list[Run], timeout_s: float = 120) -> None:

@@ -58,6 +58,10 @@ class BitsPerByte(Task):
         float, Field(ge=0, lt=1, description="share of a window that is context of the next one")
     ] = 0.5
 
+    @property
+    def about(self) -> str:
+        return "_".join(self.modalities)
+
     @classmethod
     def smallest(cls) -> BitsPerByte:
         return cls(data=Path("data"))

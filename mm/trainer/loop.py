@@ -19,6 +19,7 @@ from mm.registry import CALLBACKS
 from mm.run import Run
 from mm.trainer import final_eval, folder
 from mm.trainer.callbacks.base import Callback
+from mm.trainer.callbacks.tasks import TasksWhileTraining
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint import resume_check
 from mm.trainer.checkpoint.format import Saved, Snapshot
@@ -61,8 +62,9 @@ class Trainer:
         kinds = {config.kind for config in run.callbacks}
         progress = [] if "progress" in kinds else [CALLBACKS.parse("progress")]
         own: list[Callback] = [config.build() for config in (*run.callbacks, *progress)]
-        counts = [self.state.guard, self.state.bytes_per_token, self.held_out]
+        counts = [self.state.guard, self.state.bytes_per_token, self.held_out, TasksWhileTraining()]
         self.callbacks = [*counts, *own, *callbacks]
+        self._evaluated: dict[str, Any] = {}
         self._started: list[Callback] = []
         self._usage = CodebookUsage()
         self._stop = Stop()
@@ -99,12 +101,12 @@ class Trainer:
             if self.is_main:
                 export(self.run, self.vocabulary, last.tensors("model"), self.step)
             dist.barrier()
-            evaluated = self._evaluate()
+            self._evaluate(len(self.run.stages) - 1)
             if on_any(self._stop.asked, self.device):
                 raise SystemExit(INTERRUPTED)
             new = {"step": self.step, "new_steps": self.step - first}
             seconds = time.monotonic() - begun
-            return {**self.metrics, **evaluated, **done, **new, "seconds": seconds} | {
+            return {**self.metrics, **self._evaluated, **done, **new, "seconds": seconds} | {
                 "folder": str(self.folder)
             }
 
@@ -125,6 +127,8 @@ class Trainer:
                     self.stream.close()
                 assert snapshot is not None  # a stage has a step, and its last one is saved
                 snapshot = end_of_stage(config, snapshot, self.stage.nets)
+            if self.step == end and index < last and config.tasks and snapshot is not None:
+                self._evaluate(index, end_of_stage(config, snapshot, ["model"]))
         assert snapshot is not None
         return snapshot
 
@@ -253,7 +257,7 @@ class Trainer:
             resumed = saved.state.get("tracker") if saved is not None else None
             self.tracker = Tracker.start(self.run, self.folder, described, resumed)
             stack.callback(self.tracker.finish)
-            self.callbacks[4:4] = [self.file, self.tracker]  # after heartbeat, guard and figures
+            self.callbacks[5:5] = [self.file, self.tracker]  # after heartbeat, guard and figures
         if saved is not None:
             log.info("resumed %s from step %d of %d", self.folder, self.step, self.steps)
         stack.callback(self._end_callbacks)
@@ -276,16 +280,28 @@ class Trainer:
             if callback not in self._started:
                 self._started.append(callback)
 
-    def _evaluate(self) -> dict[str, float]:
-        """Run the last stage's tasks on the saved model: one more line of metrics.jsonl."""
+    def _evaluate(self, index: int, left: Snapshot | None = None) -> None:
+        """Run a stage's tasks on what it ``left``, or on the saved model: a line of metrics.jsonl.
+
+        What a stage before the last left: once, a resumed run does what was not come to.
+        """
         self._phase("evaluate", self.step)
-        if not (self.is_main and self.run.evaluate and self.run.stages[-1].tasks):
-            return {}
-        found = final_eval.evaluate(self.run, self._stop)
+        known = left is not None and final_eval.was_evaluated(self.run, index, self.step)
+        tasks = self.run.evaluate and self.run.stages[index].tasks
+        if not (self.is_main and tasks) or known:
+            return
+        found = final_eval.evaluate(
+            self.run,
+            index,
+            self._stop,
+            left and left.tensors("model"),
+            self.vocabulary,
+            self.tokenizers if left else None,
+        )
         if found:
             self.file.write({"step": self.step, **found})
             self.tracker.log(found, self.step)
-        return found
+        self._evaluated |= found
 
     @contextlib.contextmanager
     def _starting(self) -> Iterator[None]:

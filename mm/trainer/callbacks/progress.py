@@ -79,7 +79,9 @@ class Progress(Callback):
             self._told = now
             pace = (now - self._begun) / max(1, step - self._first)
             left = _clock(pace * (trainer.steps - step))
-            self._say(f"{trainer.run.name} {step}/{trainer.steps} {_tail(self._metrics)} ETA {left}")
+            self._say(
+                f"{trainer.run.name} {step}/{trainer.steps} {_tail(self._metrics)} ETA {left}"
+            )
 
     def on_end(self, trainer: Training) -> None:
         if not trainer.is_main:

@@ -322,6 +322,14 @@ def newest(root: Path) -> Saved | None:
     return None
 
 
+def newest_state(root: Path) -> dict[str, Any]:
+    """What is JSON of the newest checkpoint, unverified; {} without one."""
+    for folder in _newest_first(root):
+        if (folder / MARK).is_file():
+            return json.loads((folder / STATE).read_text())
+    return {}
+
+
 def verify(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None."""
     mark = folder / MARK
