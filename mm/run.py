@@ -95,7 +95,17 @@ class Stage(Config):
             "same ones; default: a tenth of eval_every, at most 32; never more than the split has",
         ),
     ] = None
+    early_stop: Annotated[
+        int | None,
+        Field(gt=0, description="held-out losses without a new best after which the stage ends"),
+    ] = None
     tasks: tuple[TaskField, ...] = ()
+
+    @model_validator(mode="after")
+    def _early_stop_has_losses(self) -> Stage:
+        if self.early_stop is not None and self.eval_every == 0:
+            raise ValueError("early_stop: it needs held-out losses; eval_every is 0")
+        return self
 
     @model_validator(mode="after")
     def _names_of_tasks_differ(self) -> Stage:
@@ -154,6 +164,13 @@ class Checkpoints(Config):
     every: Annotated[int, Field(ge=0, description="steps; 0 = only at the end")] = 500
     keep_last: Annotated[int, Field(ge=1)] = 2
     keep_every: Annotated[int, Field(ge=0, description="steps kept for good; 0 = none")] = 0
+    keep_best: Annotated[
+        bool,
+        Field(
+            description="every new best held-out loss is saved, and stays until there is a better "
+            "one; `export: best` sets it"
+        ),
+    ] = False
     background: Annotated[
         bool, Field(description="write while training goes on; needs memory for one more copy")
     ] = False
@@ -221,6 +238,19 @@ class Run(Config):
     evaluate: Annotated[
         bool, Field(description="run every stage's tasks at its end, on what it leaves")
     ] = True
+
+    export: Annotated[
+        Literal["last", "best"],
+        Field(
+            description="the weights of the saved model: those of the last step, or of the last "
+            "stage's best held-out loss"
+        ),
+    ] = "last"
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether every new best held-out loss is saved."""
+        return self.checkpoints.keep_best or self.export == "best"
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Run:

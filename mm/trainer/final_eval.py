@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mm.run import Run
 from mm.tasks.base import by_name
+from mm.trainer.callbacks.base import Training
+from mm.trainer.checkpoint.format import Snapshot
+from mm.trainer.export import mark
 from mm.trainer.health.signals import Interrupted, Stop
 from mm.trainer.log import metrics
 from mm.trainer.stage import load_weights, make_module
-from mm.vocabulary import Vocabulary
 
 log = logging.getLogger("mm.trainer")
 
 
-def is_done(run: Run, step: int) -> bool:
-    """True when all steps are done, the model of the last is saved and its tasks were run."""
-    mark = run.folder / "model.step"
-    if step < sum(stage.budget.steps for stage in run.stages):
+def is_done(run: Run, step: int, steps: int) -> bool:
+    """True when all ``steps`` are done, the model of the last is saved and its tasks were run."""
+    saved = run.folder / "model.step"
+    if step < steps or not (run.folder / "model" / "config.json").is_file():
         return False
-    if not (run.folder / "model" / "config.json").is_file():
-        return False
-    if mark.is_file() and mark.read_text() != str(step):
-        return False  # a longer run was killed before its model was saved
+    if saved.is_file() and saved.read_text() != mark(run, step):
+        return False  # a longer run was killed before its model was saved, or another is asked for
     return was_evaluated(run, len(run.stages) - 1, step)
 
 
@@ -40,33 +38,27 @@ def was_evaluated(run: Run, index: int, step: int) -> bool:
     return any(k.startswith("eval/") for row in rows if row["step"] >= step for k in row)
 
 
-def evaluate(
-    run: Run,
-    index: int,
-    stop: Stop,
-    weights: Mapping[str, Tensor] | None = None,
-    vocabulary: Vocabulary | None = None,
-    tokenizers: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+def of_stage(trainer: Training, index: int, stop: Stop, left: Snapshot | None) -> dict[str, Any]:
     """Figures of the tasks of stage ``index``, by ``eval/<task>/<figure>``.
 
-    A signal leaves it at once with none: a resumed run does it again.
-
-    Args:
-        weights: what the stage left, with the run's vocabulary and tokenizers; default the model
-            that the run saved.
+    Of the model that the run saved; or of what the stage ``left``, if they are not in metrics.jsonl
+    yet. A signal leaves it at once with none: a resumed run does it again.
     """
     from mm.decoders.generate import Generator
 
-    out: dict[str, Any] = {}
+    run, out = trainer.run, dict[str, Any]()
+    if not run.evaluate or not run.stages[index].tasks:
+        return {}
+    if left is not None and was_evaluated(run, index, trainer.step):
+        return {}
     try:
         with stop.at_once():
-            if weights is None or vocabulary is None:
+            if left is None or trainer.vocabulary is None:
                 generator = Generator.from_pretrained(run.folder / "model")
             else:
-                module = make_module(run.model, vocabulary, run.seed, torch.device("cpu"))
-                load_weights(module, weights, f"stage {index}")
-                generator = Generator(module.eval(), vocabulary, tokenizers or {})
+                module = make_module(run.model, trainer.vocabulary, run.seed, torch.device("cpu"))
+                load_weights(module, left.tensors("model"), f"stage {index}")
+                generator = Generator(module.eval(), trainer.vocabulary, trainer.tokenizers)
             for name, config in by_name(run.stages[index].tasks).items():
                 figures = config.build().evaluate(generator, seed=run.seed)
                 out |= {f"eval/{name}/{k}": v for k, v in figures.items()}

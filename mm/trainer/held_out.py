@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mm.errors import UserError
 from mm.objectives.objective import AFTER_WARM_UP
 from mm.run import Run
 from mm.trainer import forward_only
@@ -61,6 +62,7 @@ class HeldOut(Callback):
         self.since = 0
         self.ended: dict[int, int] = {}
         self.figures: dict[str, float] = {}
+        self.new_best = False  # in this step
         self._data: HeldOutBatches | None = None
         self._read = -1  # the stage that they are of
         self._warned: set[str] = set()
@@ -80,25 +82,40 @@ class HeldOut(Callback):
         self.best = Best(*best) if best else None
         self.ended = {int(k): v for k, v in state.get("ended", {}).items()}
 
+    def ends(self) -> list[int]:
+        """Steps of the run at which each stage ends: as planned, or sooner where it ended early."""
+        out: list[int] = []
+        for index, stage in enumerate(self.run.stages):
+            early = self.ended.get(index)
+            if index == self.stage and self.since < (stage.early_stop or math.inf):
+                early = None  # it asks for more patience now
+            out.append(early or (out[-1] if out else 0) + stage.budget.steps)
+        return out
+
     def on_stage_start(self, trainer: Training) -> None:
         index = trainer.stage.index
         if index != self.stage:
             self.stage, self.best, self.since = index, None, 0
-        config = self.run.stages[index]
-        if not config.held_out_every:
-            self._data = None
-            return
         if self._read == index:  # a return to a checkpoint
             return
         self._read, self._warned = index, set()
-        tokenizers = trainer.tokenizers if trainer.vocabulary is not None else {}
-        found = held_out_batches(trainer.stage, trainer.vocabulary, tokenizers)
+        config, found = self.run.stages[index], "its eval_every is 0"
+        if config.held_out_every:
+            tokenizers = trainer.tokenizers if trainer.vocabulary is not None else {}
+            found = held_out_batches(trainer.stage, trainer.vocabulary, tokenizers)
         self._data = None if isinstance(found, str) else found
-        if isinstance(found, str) and self.is_main:
+        if not isinstance(found, str):
+            return
+        if config.early_stop or (self.run.keeps_best and index == len(self.run.stages) - 1):
+            raise UserError(
+                f"stages.{index}: early_stop, keep_best and export: best need held-out losses: "
+                f"{found}"
+            )
+        if config.held_out_every and self.is_main:
             log.info("stages.%d: no held-out loss while training: %s", index, found)
 
     def post_step(self, trainer: Training, step: int, metrics: dict[str, Any]) -> None:
-        stage = trainer.stage
+        stage, self.new_best = trainer.stage, False
         done, steps = step - stage.begin, stage.config.budget.steps
         if self._data is None or (done % stage.config.held_out_every and done != steps):
             return
@@ -142,9 +159,18 @@ class HeldOut(Callback):
         """Move `best` and say once a stage what is wrong. The same on all ranks."""
         loss = self.figures["val/loss"]
         if math.isfinite(loss) and (self.best is None or loss < self.best.loss):
-            self.best, self.since = Best(step, loss), 0
+            self.best, self.since, self.new_best = Best(step, loss), 0, True
         else:
             self.since += 1
+        patience = self.run.stages[self.stage].early_stop
+        if patience is not None and self.since >= patience and share < 1:
+            self.ended[self.stage] = step
+            if self.is_main:
+                best = f"since step {self.best.step} ({self.best.loss:.4g})" if self.best else ""
+                log.info(
+                    "stages.%d ends early at step %d: %d held-out losses without a new best %s",
+                    *(self.stage, step, self.since, best),
+                )
         if share < PATIENCE:
             return
         for key, value in self.figures.items():

@@ -23,9 +23,10 @@ from mm.trainer.callbacks.tasks import TasksWhileTraining
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint import resume_check
 from mm.trainer.checkpoint.format import Saved, Snapshot
+from mm.trainer.checkpoint.writer import Writer
 from mm.trainer.engine.deepspeed import join, resolve_precision
 from mm.trainer.env import TrainerEnv
-from mm.trainer.export import export
+from mm.trainer.export import chosen_weights, export
 from mm.trainer.health import heartbeat
 from mm.trainer.health.anomaly import Guard, RollBack, out_of_memory
 from mm.trainer.health.signals import INTERRUPTED, Interrupted, Stop
@@ -53,7 +54,6 @@ class Trainer:
         self.run, self.folder = run, run.folder
         self.vocabulary = Vocabulary.load(run.vocabulary) if run.vocabulary is not None else None
         self.is_main, self.world = environment.ranks().is_main, environment.ranks().world
-        self.steps = sum(stage.budget.steps for stage in run.stages)
         self.held_out = HeldOut(run, self.is_main)
         self.state = TrainState(Guard(run, self.is_main), BytesPerToken(), self.held_out)
         self.batches: list[Batch] = []  # host micro-batches of the last step
@@ -68,7 +68,7 @@ class Trainer:
         self._started: list[Callback] = []
         self._usage = CodebookUsage()
         self._stop = Stop()
-        self._writer = checkpoint.Writer(run.checkpoints.background)
+        self._writer = Writer(run.checkpoints.background)
         self._tokenizers: dict[str, Any] | None = None
 
     def fit(self) -> dict[str, Any]:
@@ -92,14 +92,15 @@ class Trainer:
                 saved = self._resume()
                 first = self.step
                 done = {"step": first, "new_steps": 0, "resumed_from": first}
-                if final_eval.is_done(self.run, self.step):
+                if final_eval.is_done(self.run, self.step, self.steps):
                     log.info("%s: nothing to do, all %d steps are done", self.folder, self.steps)
                     return done | {"folder": str(self.folder)}
                 self._open(saved, stack)
             last = self._train_stages(saved)
-            self._phase("export", self.step)
+            self.phase("export", self.step)
             if self.is_main:
-                export(self.run, self.vocabulary, last.tensors("model"), self.step)
+                weights = chosen_weights(self.run, last, self.held_out.best)
+                export(self.run, self.vocabulary, weights, self.step)
             dist.barrier()
             self._evaluate(len(self.run.stages) - 1)
             if on_any(self._stop.asked, self.device):
@@ -115,37 +116,37 @@ class Trainer:
 
         Returns the results of the last.
         """
-        end, last = 0, len(self.run.stages) - 1
+        last = len(self.run.stages) - 1
         for index, config in enumerate(self.run.stages):
-            end += config.budget.steps
-            if self.step < end or index == last:
+            if self.step < self.held_out.ends()[index] or index == last:
                 with self._starting():
                     self._enter(index, snapshot)
                 try:
-                    snapshot = self._train(end) or snapshot
+                    snapshot = self._train() or snapshot
                 finally:
                     self.stream.close()
                 assert snapshot is not None  # a stage has a step, and its last one is saved
                 snapshot = end_of_stage(config, snapshot, self.stage.nets)
-            if self.step == end and index < last and config.tasks and snapshot is not None:
+            ended = self.step == self.held_out.ends()[index]
+            if ended and index < last and config.tasks and snapshot is not None:
                 self._evaluate(index, end_of_stage(config, snapshot, ["model"]))
         assert snapshot is not None
         return snapshot
 
-    def _train(self, end: int) -> Snapshot | None:
-        """Fetch, step, report, save, until ``end``; go back where the guard says so.
+    def _train(self) -> Snapshot | None:
+        """Fetch, step, report, save, until the stage ends; go back where the guard says so.
 
-        Returns what was saved at ``end``; None when all steps were done before.
+        Returns what was saved at its end; None when all steps were done before.
         """
         every = self.run.checkpoints.every
         snapshot: Snapshot | None = None
-        while self.step < end:
+        while self.step < self.stage_end:
             begun = time.monotonic()
-            self._phase("data", self.step + 1)
+            self.phase("data", self.step + 1)
             self.batches = list(self.stream.next())
             waited = time.monotonic() - begun
             keys = [key for b in self.batches for key in b.keys]
-            self._phase("step", self.step + 1, keys)
+            self.phase("step", self.step + 1, keys)
             facts = self._step()
             stop = facts.pop("stop") > 0
             try:
@@ -153,9 +154,11 @@ class Trainer:
             except RollBack as why:
                 self._roll_back(why)
                 continue
-            if stop or self.step == end or (every and self.step % every == 0):
+            is_best = self.run.keeps_best and self.held_out.new_best
+            ended = self.step == self.stage_end  # perhaps early: the step may have said so
+            if stop or ended or is_best or (every and self.step % every == 0):
                 snapshot = self._save()
-                if self.step < end:
+                if not ended:
                     snapshot = None  # nobody asks for it: its memory is free again
             if stop:
                 self._on_main(self._writer.wait)
@@ -182,7 +185,7 @@ class Trainer:
     def _report(self, facts: Mapping[str, Any], seconds: float, waited: float) -> None:
         """Count the step and tell all callbacks; the guard, first of them, may raise RollBack."""
         self.state.step += 1
-        self._phase("report", self.step)
+        self.phase("report", self.step)
         metrics = of_step(facts, seconds, waited, getattr(self.stream, "stats", {}))
         for callback in self.callbacks:
             callback.post_step(self, self.step, metrics)
@@ -190,7 +193,7 @@ class Trainer:
 
     def _save(self) -> Snapshot:
         """Write a checkpoint: all ranks gather, the main one writes (perhaps in the background)."""
-        self._phase("save", self.step)
+        self.phase("save", self.step)
         facts = {
             "world": self.world,
             "vocabulary": self._fingerprint,
@@ -199,8 +202,9 @@ class Trainer:
         }
         snapshot = self.state.save(facts, self.batches[0])
         root, keep = self.folder / "checkpoints", self.run.checkpoints
+        best = self.held_out.best.step if self.run.keeps_best and self.held_out.best else None
         write = lambda: checkpoint.save(
-            root, snapshot, keep.keep_last, keep.keep_every, self._on_file
+            root, snapshot, keep.keep_last, keep.keep_every, self._on_file, best
         )
         self._on_main(lambda: self._writer(write))
         for callback in self.callbacks:
@@ -239,7 +243,7 @@ class Trainer:
         rank, hang_s = environment.ranks().rank, self.run.guard.hang_s
         heart = stack.enter_context(heartbeat.Heartbeat(self.folder / "health", rank, hang_s))
         self.callbacks.insert(0, heart)
-        self._phase("start", self.step)
+        self.phase("start", self.step)
         precision = resolve_precision(self.run.engine.precision, self.device)
         self.env = TrainerEnv(self.run.seed, self.device, precision)
         facts = {
@@ -264,10 +268,11 @@ class Trainer:
 
     def _enter(self, index: int, snapshot: Snapshot | None) -> None:
         """Build a stage, from ``snapshot`` when there is one, and start the callbacks."""
-        self._phase("stage", self.step)
+        self.phase("stage", self.step)
         self.state.stage = None  # its memory is free before the next one is built
+        begin = self.held_out.ends()[index - 1] if index else 0
         stage = enter_stage(
-            self.run, index, self.env, snapshot, self.vocabulary, self._code_vectors
+            self.run, index, begin, self.env, snapshot, self.vocabulary, self._code_vectors
         )
         self.state.stage = stage
         if snapshot is not None and snapshot.state["stage"] == index:
@@ -285,19 +290,8 @@ class Trainer:
 
         What a stage before the last left: once, a resumed run does what was not come to.
         """
-        self._phase("evaluate", self.step)
-        known = left is not None and final_eval.was_evaluated(self.run, index, self.step)
-        tasks = self.run.evaluate and self.run.stages[index].tasks
-        if not (self.is_main and tasks) or known:
-            return
-        found = final_eval.evaluate(
-            self.run,
-            index,
-            self._stop,
-            left and left.tensors("model"),
-            self.vocabulary,
-            self.tokenizers if left else None,
-        )
+        self.phase("evaluate", self.step)
+        found = final_eval.of_stage(self, index, self._stop, left) if self.is_main else {}
         if found:
             self.file.write({"step": self.step, **found})
             self.tracker.log(found, self.step)
@@ -319,10 +313,7 @@ class Trainer:
         log.warning("stopped by a signal before step %d; run the same command", self.step + 1)
         raise SystemExit(INTERRUPTED)
 
-    def phase(self, name: str, step: int) -> None:
-        self._phase(name, step)
-
-    def _phase(self, name: str, step: int, keys: Sequence[str] = ()) -> None:
+    def phase(self, name: str, step: int, keys: Sequence[str] = ()) -> None:
         for callback in self.callbacks:
             callback.on_phase(self, name, step, keys)
 
@@ -340,6 +331,14 @@ class Trainer:
     @property
     def step(self) -> int:
         return self.state.step
+
+    @property
+    def steps(self) -> int:
+        return self.held_out.ends()[-1]
+
+    @property
+    def stage_end(self) -> int:
+        return self.held_out.ends()[self.stage.index]
 
     @property
     def stage(self) -> StageState:

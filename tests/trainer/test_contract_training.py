@@ -43,6 +43,10 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     runs |= {
         f"half{s}": make_run(out, f"half{s}", stage=s, data={"signal_at": 2}) for s in range(4)
     }
+    still = {"optimizer": {"kind": "adamw", "lr": 1e-12, "weight_decay": 0.0}}
+    keys = still | HELD_OUT | {"eval_every": 1, "early_stop": 2}
+    runs["early"] = make_run(out, "early", stage=3, stage_keys=keys)
+    runs["early"] = Run.model_validate(runs["early"].to_dict() | {"export": "best"})
     os.environ["WANDB_MODE"] = "disabled"
     torchrun(2, list(runs.values()))
     return runs
@@ -64,6 +68,14 @@ def test_stages_are_equal_with_a_rank_that_lacks_a_modality(
         for s in range(4):
             found = [row[name] for row in rows(two_ranks[f"lack{s}"]) if name in row]
             assert found == pytest.approx(expected, rel=2e-5 if "grad" in name else 2e-6), (name, s)
+
+
+def test_two_ranks_end_a_stage_early_together(two_ranks: dict[str, Run]) -> None:
+    """Where nothing is learnt: what rounding makes of a loss is the same on both."""
+    run = two_ranks["early"]
+    assert 3 <= rows(run)[-1]["step"] <= 5
+    assert (run.folder / "checkpoints" / "best").is_file()
+    assert (run.folder / "model.step").read_text().endswith("best")
 
 
 def test_two_networks_are_equal_with_two_ranks(two_ranks: dict[str, Run], tmp_path: Path) -> None:

@@ -59,6 +59,11 @@ class Training(Protocol):
         ...
 
     @property
+    def stage_end(self) -> int:
+        """Optimizer steps of the run when the stage that trains ends."""
+        ...
+
+    @property
     def batches(self) -> Sequence[Batch]:
         """Host micro-batches of the last step."""
         ...
@@ -75,7 +80,7 @@ class Training(Protocol):
 
     @property
     def tracker(self) -> MediaSink: ...
-    def phase(self, name: str, step: int) -> None:
+    def phase(self, name: str, step: int, keys: Sequence[str] = ()) -> None:
         """Say to all callbacks that something that may last begins, or goes on."""
         ...
 

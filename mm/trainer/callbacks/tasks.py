@@ -27,7 +27,7 @@ class TasksWhileTraining(Callback):
     def post_step(self, trainer: Training, step: int, metrics: dict[str, Any]) -> None:
         done = step - trainer.stage.begin
         due = {k: t for k, t in self._tasks.items() if t.every and done % t.every == 0}
-        if not due or trainer.vocabulary is None or done == trainer.stage.config.budget.steps:
+        if not due or trainer.vocabulary is None or step == trainer.stage_end:
             return
         from mm.decoders.generate import Generator
 
