@@ -18,6 +18,7 @@ from mm.registry import (
 )
 
 EVALUATIONS = 20  # held-out losses of a stage, about
+CHEAP = 10  # steps for each batch of a held-out loss
 
 
 class Budget(Config):
@@ -83,8 +84,8 @@ class Stage(Config):
         int | None,
         Field(
             ge=0,
-            description="steps between held-out losses, on the split `val` of the data; default: "
-            "about twenty times the stage; 0 = never",
+            description="steps between held-out losses, on the split `val` of the data; default: a "
+            "twentieth of the stage, at least 10; 0 = never",
         ),
     ] = None
     eval_batches: Annotated[
@@ -119,7 +120,7 @@ class Stage(Config):
     def held_out_every(self) -> int:
         """Steps between held-out losses; 0 = never."""
         if self.eval_every is None:
-            return max(1, self.budget.steps // EVALUATIONS)
+            return max(CHEAP, self.budget.steps // EVALUATIONS)
         return self.eval_every
 
     @property
@@ -128,7 +129,7 @@ class Stage(Config):
 
         A forward takes about a third of a step's time: a tenth of the steps between is 3 % of it.
         """
-        return self.eval_batches or min(32, max(1, self.held_out_every // 10))
+        return self.eval_batches or min(32, max(1, self.held_out_every // CHEAP))
 
 
 class EngineConfig(Config):

@@ -12,13 +12,13 @@ from mm.cli.common import (
     JsonFile,
     Overrides,
     console,
-    figures,
     is_main,
     overrides,
     run_config,
     write_json,
 )
 from mm.cli.eval import figure_table, task_rows
+from mm.cli.trained import print_trained
 from mm.trainer.health.signals import starting
 
 app = typer.Typer()
@@ -44,8 +44,7 @@ def train(
 
         result = loop.train(path, assignments)
     if is_main():
-        training = {k: v for k, v in result.items() if not k.startswith("eval/")}
-        figures(f"Trained {config}", training)
+        print_trained(f"Trained {config}", result)
         measured: dict[str, dict[str, Any]] = {}
         for key, value in result.items():
             if key.startswith("eval/"):

@@ -29,11 +29,12 @@ from mm.trainer.env import TrainerEnv
 from mm.trainer.export import chosen_weights, export
 from mm.trainer.health import heartbeat
 from mm.trainer.health.anomaly import Guard, RollBack, out_of_memory
-from mm.trainer.health.signals import INTERRUPTED, Interrupted, Stop
+from mm.trainer.health.signals import INTERRUPTED, Stop
 from mm.trainer.held_out import HeldOut
 from mm.trainer.log.metrics import BytesPerToken, CodebookUsage, MetricsFile, of_step
+from mm.trainer.log.summary import Summary
 from mm.trainer.log.tracker import Tracker
-from mm.trainer.ranks import on_any, on_main
+from mm.trainer.ranks import before_first_step, on_any, on_main
 from mm.trainer.stage import StageState, end_of_stage, enter_stage
 from mm.trainer.state import TrainState
 from mm.trainer.step import optimizer_step
@@ -62,8 +63,9 @@ class Trainer:
         kinds = {config.kind for config in run.callbacks}
         progress = [] if "progress" in kinds else [CALLBACKS.parse("progress")]
         own: list[Callback] = [config.build() for config in (*run.callbacks, *progress)]
-        counts = [self.state.guard, self.state.bytes_per_token, self.held_out, TasksWhileTraining()]
-        self.callbacks = [*counts, *own, *callbacks]
+        figures = [self.state.guard, self.state.bytes_per_token, self.held_out]
+        self.summary = Summary()
+        self.callbacks = [*figures, TasksWhileTraining(), self.summary, *own, *callbacks]
         self._evaluated: dict[str, Any] = {}
         self._started: list[Callback] = []
         self._usage = CodebookUsage()
@@ -108,7 +110,9 @@ class Trainer:
             new = {"step": self.step, "new_steps": self.step - first}
             seconds = time.monotonic() - begun
             return {**self.metrics, **self._evaluated, **done, **new, "seconds": seconds} | {
-                "folder": str(self.folder)
+                "folder": str(self.folder),
+                "best": self.held_out.best and list(self.held_out.best),
+                "summary": self.summary.result(self),
             }
 
     def _train_stages(self, snapshot: Snapshot | None) -> Snapshot:
@@ -261,7 +265,7 @@ class Trainer:
             resumed = saved.state.get("tracker") if saved is not None else None
             self.tracker = Tracker.start(self.run, self.folder, described, resumed)
             stack.callback(self.tracker.finish)
-            self.callbacks[5:5] = [self.file, self.tracker]  # after heartbeat, guard and figures
+            self.callbacks[6:6] = [self.file, self.tracker]  # after heartbeat, guard and figures
         if saved is not None:
             log.info("resumed %s from step %d of %d", self.folder, self.step, self.steps)
         stack.callback(self._end_callbacks)
@@ -297,21 +301,8 @@ class Trainer:
             self.tracker.log(found, self.step)
         self._evaluated |= found
 
-    @contextlib.contextmanager
-    def _starting(self) -> Iterator[None]:
-        """Exit with 75 when a signal comes before a stage's first step: all before it is saved.
-
-        At once when alone; several processes finish the block first, so that none waits in vain.
-        """
-        try:
-            with self._stop.at_once() if self.world == 1 else contextlib.nullcontext():
-                yield
-            if not on_any(self._stop.asked, self.device):
-                return
-        except Interrupted:
-            pass
-        log.warning("stopped by a signal before step %d; run the same command", self.step + 1)
-        raise SystemExit(INTERRUPTED)
+    def _starting(self) -> contextlib.AbstractContextManager[None]:
+        return before_first_step(self._stop, self.device, self.world, self.step + 1)
 
     def phase(self, name: str, step: int, keys: Sequence[str] = ()) -> None:
         for callback in self.callbacks:

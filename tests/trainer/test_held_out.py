@@ -81,7 +81,7 @@ def test_default_is_about_twenty_times_and_cheap(tmp_path: Path) -> None:
     default = stage.model_copy(update={"eval_every": None})
     assert default.held_out_every == 50 and default.held_out_batches == 5
     short = default.model_copy(update={"budget": default.budget.model_copy(update={"steps": 7})})
-    assert short.held_out_every == 1 and short.held_out_batches == 1
+    assert short.held_out_every == 10 and short.held_out_batches == 1  # at the end alone
 
 
 def test_a_resume_and_a_return_to_a_checkpoint_leave_each_row_once(tmp_path: Path) -> None:

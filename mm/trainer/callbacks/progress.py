@@ -74,7 +74,8 @@ class Progress(Callback):
         self._metrics = held_out | metrics  # the newest held-out loss stays until the next one
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, tail=_tail(self._metrics))
+            tail = _tail(self._metrics)
+            self._bar.update(self._task, completed=step, total=trainer.steps, tail=tail)
         elif now - self._told >= self.config.every_s:
             self._told = now
             pace = (now - self._begun) / max(1, step - self._first)
