@@ -93,7 +93,8 @@ class Callback:
     """Plug point; every hook is optional.
 
     Hooks run on ALL ranks, in step: ask ``trainer.is_main`` before writing. Phases in their order:
-    start, stage, (data, step, report, save)*, export, evaluate.
+    start, stage, (data, step, report, held_out or evaluate where they are due, save)*, export,
+    evaluate.
     """
 
     def on_stage_start(self, trainer: Training) -> None:
