@@ -40,7 +40,7 @@ def print_trained(title: str, result: Mapping[str, Any]) -> None:
         name = PHASES.get(phase, "start")
         seconds[name] = seconds.get(name, 0.0) + taken
     spent = ", ".join(f"{name} {taken:.1f}" for name, taken in seconds.items() if taken >= 0.05)
-    console().print(f"seconds: {spent}; {sum(seconds.values()):.1f} in all")
+    console().print(f"seconds: {spent}; {result['seconds']:.1f} in all")
 
 
 def loss_rows(means: Mapping[str, float], held_out: Mapping[str, float]) -> list[list[str]]:

@@ -20,7 +20,6 @@ from mm.run import Run
 from mm.trainer import final_eval, folder
 from mm.trainer.callbacks.base import Callback
 from mm.trainer.callbacks.tasks import TasksWhileTraining
-from mm.trainer.callbacks.times import Times
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint import resume_check
 from mm.trainer.checkpoint.format import Saved, Snapshot
@@ -35,7 +34,7 @@ from mm.trainer.held_out import HeldOut
 from mm.trainer.log.metrics import BytesPerToken, CodebookUsage, MetricsFile, of_step
 from mm.trainer.log.summary import Summary
 from mm.trainer.log.tracker import Tracker
-from mm.trainer.ranks import leave_before_step, on_any, on_main
+from mm.trainer.ranks import before_first_step, on_any, on_main
 from mm.trainer.stage import StageState, end_of_stage, enter_stage
 from mm.trainer.state import TrainState
 from mm.trainer.step import optimizer_step
@@ -64,10 +63,9 @@ class Trainer:
         kinds = {config.kind for config in run.callbacks}
         progress = [] if "progress" in kinds else [CALLBACKS.parse("progress")]
         own: list[Callback] = [config.build() for config in (*run.callbacks, *progress)]
-        self._summary, self._times = Summary(), Times()
         figures = [self.state.guard, self.state.bytes_per_token, self.held_out]
-        figures += [TasksWhileTraining(), self._summary]
-        self.callbacks = [*figures, *own, *callbacks, self._times]
+        self.summary = Summary()
+        self.callbacks = [*figures, TasksWhileTraining(), self.summary, *own, *callbacks]
         self._evaluated: dict[str, Any] = {}
         self._started: list[Callback] = []
         self._usage = CodebookUsage()
@@ -101,7 +99,7 @@ class Trainer:
                     return done | {"folder": str(self.folder)}
                 self._open(saved, stack)
             last = self._train_stages(saved)
-            self._phase("export", self.step)
+            self.phase("export", self.step)
             if self.is_main:
                 weights = chosen_weights(self.run, last, self.held_out.best)
                 export(self.run, self.vocabulary, weights, self.step)
@@ -111,11 +109,10 @@ class Trainer:
                 raise SystemExit(INTERRUPTED)
             new = {"step": self.step, "new_steps": self.step - first}
             seconds = time.monotonic() - begun
-            self._phase("end", self.step)
             return {**self.metrics, **self._evaluated, **done, **new, "seconds": seconds} | {
                 "folder": str(self.folder),
                 "best": self.held_out.best and list(self.held_out.best),
-                "summary": self._summary.result(self.steps, self._times.seconds),
+                "summary": self.summary.result(self),
             }
 
     def _train_stages(self, snapshot: Snapshot | None) -> Snapshot:
@@ -149,11 +146,11 @@ class Trainer:
         snapshot: Snapshot | None = None
         while self.step < self.stage_end:
             begun = time.monotonic()
-            self._phase("data", self.step + 1)
+            self.phase("data", self.step + 1)
             self.batches = list(self.stream.next())
             waited = time.monotonic() - begun
             keys = [key for b in self.batches for key in b.keys]
-            self._phase("step", self.step + 1, keys)
+            self.phase("step", self.step + 1, keys)
             facts = self._step()
             stop = facts.pop("stop") > 0
             try:
@@ -192,7 +189,7 @@ class Trainer:
     def _report(self, facts: Mapping[str, Any], seconds: float, waited: float) -> None:
         """Count the step and tell all callbacks; the guard, first of them, may raise RollBack."""
         self.state.step += 1
-        self._phase("report", self.step)
+        self.phase("report", self.step)
         metrics = of_step(facts, seconds, waited, getattr(self.stream, "stats", {}))
         for callback in self.callbacks:
             callback.post_step(self, self.step, metrics)
@@ -200,7 +197,7 @@ class Trainer:
 
     def _save(self) -> Snapshot:
         """Write a checkpoint: all ranks gather, the main one writes (perhaps in the background)."""
-        self._phase("save", self.step)
+        self.phase("save", self.step)
         facts = {
             "world": self.world,
             "vocabulary": self._fingerprint,
@@ -250,7 +247,7 @@ class Trainer:
         rank, hang_s = environment.ranks().rank, self.run.guard.hang_s
         heart = stack.enter_context(heartbeat.Heartbeat(self.folder / "health", rank, hang_s))
         self.callbacks.insert(0, heart)
-        self._phase("start", self.step)
+        self.phase("start", self.step)
         precision = resolve_precision(self.run.engine.precision, self.device)
         self.env = TrainerEnv(self.run.seed, self.device, precision)
         facts = {
@@ -275,7 +272,7 @@ class Trainer:
 
     def _enter(self, index: int, snapshot: Snapshot | None) -> None:
         """Build a stage, from ``snapshot`` when there is one, and start the callbacks."""
-        self._phase("stage", self.step)
+        self.phase("stage", self.step)
         self.state.stage = None  # its memory is free before the next one is built
         begin = self.held_out.ends()[index - 1] if index else 0
         stage = enter_stage(
@@ -297,7 +294,7 @@ class Trainer:
 
         What a stage before the last left: once, a resumed run does what was not come to.
         """
-        self._phase("evaluate", self.step)
+        self.phase("evaluate", self.step)
         found = final_eval.of_stage(self, index, self._stop, left) if self.is_main else {}
         if found:
             self.file.write({"step": self.step, **found})
@@ -305,12 +302,9 @@ class Trainer:
         self._evaluated |= found
 
     def _starting(self) -> contextlib.AbstractContextManager[None]:
-        return leave_before_step(self._stop, lambda: self.step + 1, self.device)
+        return before_first_step(self._stop, self.device, self.world, self.step + 1)
 
-    def phase(self, name: str, step: int) -> None:
-        self._phase(name, step)
-
-    def _phase(self, name: str, step: int, keys: Sequence[str] = ()) -> None:
+    def phase(self, name: str, step: int, keys: Sequence[str] = ()) -> None:
         for callback in self.callbacks:
             callback.on_phase(self, name, step, keys)
 

@@ -80,7 +80,7 @@ class Training(Protocol):
 
     @property
     def tracker(self) -> MediaSink: ...
-    def phase(self, name: str, step: int) -> None:
+    def phase(self, name: str, step: int, keys: Sequence[str] = ()) -> None:
         """Say to all callbacks that something that may last begins, or goes on."""
         ...
 

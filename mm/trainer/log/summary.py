@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from mm.trainer.callbacks.base import Callback, Training
@@ -19,6 +20,13 @@ class Summary(Callback):
     def __init__(self) -> None:
         self._rows: deque[dict[str, float]] = deque(maxlen=WINDOW)
         self._held_out: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+        self._phase, self._begun = "start", time.monotonic()
+
+    def on_phase(self, trainer: Training, name: str, step: int, keys: Sequence[str] = ()) -> None:
+        now = time.monotonic()
+        self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._begun
+        self._phase, self._begun = name, now
 
     def post_step(self, trainer: Training, step: int, metrics: dict[str, Any]) -> None:
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float))}
@@ -26,19 +34,16 @@ class Summary(Callback):
         self._held_out = held_out or self._held_out
         self._rows.append({k: v for k, v in numbers.items() if k not in held_out})
 
-    def result(self, steps: int, seconds: Mapping[str, float]) -> dict[str, Any]:
+    def result(self, trainer: Training) -> dict[str, Any]:
         """The summary, JSON-able.
 
-        Args:
-            steps: of the whole run.
-            seconds: by phase.
-        Returns:
-
-            ``steps`` that the means are of: the last tenth of the run, at most 100; ``means`` of
-            every metric where it is finite (of what counts up, the last value); ``held_out``, the
-            newest figures; ``seconds``.
+        ``steps``: that the means are of, the last tenth of the run, at most 100. ``means`` of every
+        metric where it is finite (of what counts up, the last value), ``held_out``: the newest
+        figures, ``seconds`` by phase: start, stage, data, step, held_out, report, save, export,
+        evaluate.
         """
-        rows = list(self._rows)[-max(1, min(WINDOW, round(SHARE * steps))) :]
+        self.on_phase(trainer, "end", trainer.step)
+        rows = list(self._rows)[-max(1, min(WINDOW, round(SHARE * trainer.steps))) :]
         means: dict[str, float] = {}
         for name in dict.fromkeys(k for row in rows for k in row):
             values = [row[name] for row in rows if name in row and math.isfinite(row[name])]
@@ -50,5 +55,5 @@ class Summary(Callback):
             "steps": len(rows),
             "means": means,
             "held_out": self._held_out,
-            "seconds": {k: round(v, 2) for k, v in seconds.items()},
+            "seconds": {k: round(v, 2) for k, v in self._seconds.items()},
         }

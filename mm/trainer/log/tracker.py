@@ -57,54 +57,26 @@ class Tracker(Callback):
 
     @classmethod
     def start(
-        cls,
-        run: Run,
-        folder: Path,
-        environment: Mapping[str, Any] | None,
-        run_id: str | None = None,
+        cls, run: Run, folder: Path, environment: Mapping[str, Any], run_id: str | None = None
     ) -> Tracker:
-        """Open (or, with the id of an earlier part, continue) the wandb run of a training run.
-
-        Without an ``environment`` its config stays as it is.
-        """
+        """Open (or, with the id of an earlier part, continue) the wandb run of a training run."""
         mode = resolve_mode(run.tracking.mode)
         if mode == "disabled":
             return cls.none()
-
-        def init() -> Any:
-            import wandb
-
-            settings = wandb.Settings(
-                init_timeout=INIT_TIMEOUT_S - 5,
-                silent=True,
-                disable_git=True,
-                disable_code=True,
-                x_disable_stats=True,
-                console="off",
-                quiet=True,
-            )
-            made = wandb.init(
-                project=run.tracking.project,
-                name=run.name,
-                tags=list(run.tracking.tags),
-                dir=str(folder),
-                mode=mode,
-                id=run_id,
-                resume="allow" if run_id else None,
-                settings=settings,
-                config={**run.to_dict(), "environment": dict(environment)} if environment else None,
-            )
-            made.define_metric("step")
-            made.define_metric("*", step_metric="step")
-            return made
-
-        made = _with_timeout("start", init, INIT_TIMEOUT_S)
-        return cls(made)
+        config = {**run.to_dict(), "environment": dict(environment)}
+        return cls(
+            _with_timeout("start", lambda: _init(run, folder, mode, run_id, config), INIT_TIMEOUT_S)
+        )
 
     @classmethod
     def go_on(cls, run: Run, folder: Path, run_id: str | None) -> Tracker:
         """The wandb run of a training that is over, such as to add to its summary."""
-        return cls.start(run, folder, None, run_id) if run_id is not None else cls.none()
+        mode = resolve_mode(run.tracking.mode)
+        if mode == "disabled" or run_id is None:
+            return cls.none()
+        return cls(
+            _with_timeout("start", lambda: _init(run, folder, mode, run_id, None), INIT_TIMEOUT_S)
+        )
 
     def post_step(self, trainer: Training, step: int, metrics: dict[str, Any]) -> None:
         self.log(metrics, step)
@@ -155,10 +127,34 @@ class Tracker(Callback):
             )
 
 
-def _escape(text: str) -> str:
-    import html
+def _init(
+    run: Run, folder: Path, mode: Any, run_id: str | None, config: Mapping[str, Any] | None
+) -> Any:
+    import wandb
 
-    return html.escape(text)
+    settings = wandb.Settings(
+        init_timeout=INIT_TIMEOUT_S - 5,
+        silent=True,
+        disable_git=True,
+        disable_code=True,
+        x_disable_stats=True,
+        console="off",
+        quiet=True,
+    )
+    made = wandb.init(
+        project=run.tracking.project,
+        name=run.name,
+        tags=list(run.tracking.tags),
+        dir=str(folder),
+        mode=mode,
+        id=run_id,
+        resume="allow" if run_id else None,
+        settings=settings,
+        config=dict(config) if config is not None else None,
+    )
+    made.define_metric("step")
+    made.define_metric("*", step_metric="step")
+    return made
 
 
 def _numbers(figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,6 +183,12 @@ def _confusion_plot(counts: Sequence[Sequence[int]], classes: Sequence[str], tit
         class_names=[*classes, "(none)"],
         title=title,
     )
+
+
+def _escape(text: str) -> str:
+    import html
+
+    return html.escape(text)
 
 
 def _with_timeout(what: str, action: Callable[[], Any], timeout_s: float) -> Any:
