@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -357,15 +357,8 @@ class Trainer:
     def _fingerprint(self) -> str | None:
         return self.vocabulary.fingerprint if self.vocabulary is not None else None
 
-    @contextlib.contextmanager
-    def unsharded(self, name: str = "model") -> Iterator[nn.Module]:
-        """A network in eval mode with all weights present; enter and leave it on ALL ranks."""
-        with self.stage.engines[name].unsharded() as module:
-            module.eval()
-            try:
-                yield module
-            finally:
-                module.train()
+    def unsharded(self, name: str = "model") -> contextlib.AbstractContextManager[nn.Module]:
+        return self.stage.unsharded(name)
 
 
 def train(run: Run | str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
