@@ -62,8 +62,8 @@ def rows(run: Run) -> list[dict[str, Any]]:
     return metrics.read(run.folder / "metrics.jsonl")
 
 
-def losses(run: Run) -> list[float]:
-    return [row["loss/total"] for row in rows(run) if "loss/total" in row]
+def losses(run: Run, name: str = "loss/total") -> list[float]:
+    return [row[name] for row in rows(run) if name in row]
 
 
 def torchrun(n: int, runs: list[Run], timeout_s: float = 120) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +266,8 @@ class Trainer:
         self._write_start(saved, stack)
         if saved is not None:
             log.info("resumed %s from step %d of %d", self.folder, self.step, self.steps)
-        stack.callback(self._end_callbacks)
+        # One that failed to start has nothing to end.
+        stack.callback(lambda: [callback.on_end(self) for callback in self._started])
         self._start_callbacks()
 
     def _write_start(self, saved: Saved | None, stack: contextlib.ExitStack) -> None:
@@ -340,10 +341,6 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_file(path)
 
-    def _end_callbacks(self) -> None:
-        for callback in self._started:  # one that failed to start has nothing to end
-            callback.on_end(self)
-
     def _on_main(self, work: Any) -> None:
         on_main(work, self.device, self.folder)
 
@@ -385,15 +382,8 @@ class Trainer:
     def _fingerprint(self) -> str | None:
         return self.vocabulary.fingerprint if self.vocabulary is not None else None
 
-    @contextlib.contextmanager
-    def unsharded(self, name: str = "model") -> Iterator[nn.Module]:
-        """A network in eval mode with all weights present; enter and leave it on ALL ranks."""
-        with self.stage.engines[name].unsharded() as module:
-            module.eval()
-            try:
-                yield module
-            finally:
-                module.train()
+    def unsharded(self, name: str = "model") -> contextlib.AbstractContextManager[nn.Module]:
+        return self.stage.unsharded(name)
 
 
 def train(run: Run | str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

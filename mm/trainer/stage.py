@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,18 @@ class StageState:
         scheduled = self.objective.scheduled(step, rng)
         self.env.begin(step, scheduled)
         return scheduled
+
+    @contextlib.contextmanager
+    def unsharded(self, name: str) -> Iterator[nn.Module]:
+        """A network in eval mode with all weights present; enter and leave it on ALL ranks."""
+        with self.engines[name].unsharded() as module:
+            was = [m for m in module.modules() if m.training]
+            module.eval()
+            try:
+                yield module
+            finally:
+                for m in was:
+                    m.training = True
 
     def lr_factor(self, step: int) -> float:
         """Multiplier of the learning rates at ``step`` of the run."""

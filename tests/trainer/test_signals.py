@@ -19,11 +19,12 @@ from mm.trainer.loop import INTERRUPTED, Trainer, train
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("phase", ["data", "step", "save", "report"])
+@pytest.mark.parametrize("phase", ["data", "step", "save", "report", "held_out"])
 def test_a_signal_in_every_phase_saves_and_exits_75(
     tmp_path: Path, phase: str, number: signal.Signals
 ) -> None:
-    run = make_run(tmp_path, steps=6, checkpoints={"every": 2})
+    keys = {"eval_every": 2}
+    run = make_run(tmp_path, steps=6, checkpoints={"every": 2}, stage_keys=keys)
     fault = AtPhase({"phase": phase, "step": 2}, lambda: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as stopped:
         Trainer(run, [fault]).fit()
@@ -31,9 +32,10 @@ def test_a_signal_in_every_phase_saves_and_exits_75(
     at = checkpoint.newest(run.folder / "checkpoints").state["step"]
     assert at == len(rows(run)) and 2 <= at <= 3
     assert train(run)["resumed_from"] == at
-    whole = make_run(tmp_path, "whole")
+    whole = make_run(tmp_path, "whole", stage_keys=keys)
     train(whole)
     assert losses(run) == losses(whole)
+    assert losses(run, "val/loss") == losses(whole, "val/loss")
 
 
 @pytest.mark.parametrize("phase", ["start", "stage"])
