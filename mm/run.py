@@ -154,6 +154,12 @@ class Tracking(Config):
 
     project: str = "mm"
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    entity: Annotated[str | None, Field(description="user or team; default: the key's own")] = None
+    group: Annotated[
+        str | None, Field(description="runs that belong together, such as seeds of one trial")
+    ] = None
+    job_type: Annotated[str | None, Field(description="such as tokenizer, pretrain")] = None
+    notes: Annotated[str | None, Field(description="what the run is for, in a sentence")] = None
     tags: tuple[str, ...] = ()
 
 

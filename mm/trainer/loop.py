@@ -19,6 +19,7 @@ from mm.registry import CALLBACKS
 from mm.run import Run
 from mm.trainer import final_eval, folder
 from mm.trainer.callbacks.base import Callback
+from mm.trainer.callbacks.times import Times
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint import resume_check
 from mm.trainer.checkpoint.format import Saved, Snapshot
@@ -59,7 +60,7 @@ class Trainer:
         kinds = {config.kind for config in run.callbacks}
         progress = [] if "progress" in kinds else [CALLBACKS.parse("progress")]
         own: list[Callback] = [config.build() for config in (*run.callbacks, *progress)]
-        self.callbacks = [self.state.guard, self.state.bytes_per_token, *own, *callbacks]
+        self.callbacks = [self.state.guard, self.state.bytes_per_token, *own, *callbacks, Times()]
         self._started: list[Callback] = []
         self._usage = CodebookUsage()
         self._stop = Stop()
