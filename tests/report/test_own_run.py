@@ -235,7 +235,7 @@ def make_tokenizer(folder: Path, fingerprint: str = FINGERPRINT) -> bytes:
     return original
 
 
-@pytest.mark.parametrize("claimed", [FINGERPRINT, "f" * 64])
+@pytest.mark.parametrize("claimed", [FINGERPRINT, "f" * 64], ids=["same", "other"])
 def test_tokenizers_are_shown_from_the_run_that_made_them(tmp_path: Path, claimed: str) -> None:
     """As long as it is the very tokenizer: a stranger's config cannot name any folder."""
     original = make_tokenizer(tmp_path / "tok/image")
