@@ -17,6 +17,9 @@ from mm.registry import (
     TaskField,
 )
 
+EVALUATIONS = 20  # held-out losses of a stage, about
+CHEAP = 10  # steps for each batch of a held-out loss
+
 
 class Budget(Config):
     """How long a stage lasts."""
@@ -77,7 +80,56 @@ class Stage(Config):
     schedule: Schedule = Schedule()
     budget: Budget = Budget()
     ema: Ema | None = None
+    eval_every: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            description="steps between held-out losses, on the split `val` of the data; default: a "
+            "twentieth of the stage, at least 10; 0 = never",
+        ),
+    ] = None
+    eval_batches: Annotated[
+        int | None,
+        Field(
+            gt=0,
+            description="batches of `batch_size` that a held-out loss is the mean of, always the "
+            "same ones; default: a tenth of eval_every, at most 32; never more than the split has",
+        ),
+    ] = None
+    early_stop: Annotated[
+        int | None,
+        Field(gt=0, description="held-out losses without a new best after which the stage ends"),
+    ] = None
     tasks: tuple[TaskField, ...] = ()
+
+    @model_validator(mode="after")
+    def _early_stop_has_losses(self) -> Stage:
+        if self.early_stop is not None and self.eval_every == 0:
+            raise ValueError("early_stop: it needs held-out losses; eval_every is 0")
+        return self
+
+    @model_validator(mode="after")
+    def _names_of_tasks_differ(self) -> Stage:
+        given = [task.name for task in self.tasks if task.name]
+        for name in given:
+            if given.count(name) > 1:
+                raise ValueError(f"tasks: two are called '{name}': give each a name of its own")
+        return self
+
+    @property
+    def held_out_every(self) -> int:
+        """Steps between held-out losses; 0 = never."""
+        if self.eval_every is None:
+            return max(CHEAP, self.budget.steps // EVALUATIONS)
+        return self.eval_every
+
+    @property
+    def held_out_batches(self) -> int:
+        """Batches of a held-out loss, where the split has as many.
+
+        A forward takes about a third of a step's time: a tenth of the steps between is 3 % of it.
+        """
+        return self.eval_batches or min(32, max(1, self.held_out_every // CHEAP))
 
 
 class EngineConfig(Config):
@@ -113,6 +165,13 @@ class Checkpoints(Config):
     every: Annotated[int, Field(ge=0, description="steps; 0 = only at the end")] = 500
     keep_last: Annotated[int, Field(ge=1)] = 2
     keep_every: Annotated[int, Field(ge=0, description="steps kept for good; 0 = none")] = 0
+    keep_best: Annotated[
+        bool,
+        Field(
+            description="every new best held-out loss is saved, and stays until there is a better "
+            "one; `export: best` sets it"
+        ),
+    ] = False
     background: Annotated[
         bool, Field(description="write while training goes on; needs memory for one more copy")
     ] = False
@@ -184,8 +243,21 @@ class Run(Config):
     tracking: Tracking = Tracking()
     callbacks: tuple[CallbackField, ...] = ()
     evaluate: Annotated[
-        bool, Field(description="run the last stage's tasks at the end of training")
+        bool, Field(description="run every stage's tasks at its end, on what it leaves")
     ] = True
+
+    export: Annotated[
+        Literal["last", "best"],
+        Field(
+            description="the weights of the saved model: those of the last step, or of the last "
+            "stage's best held-out loss"
+        ),
+    ] = "last"
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether every new best held-out loss is saved."""
+        return self.checkpoints.keep_best or self.export == "best"
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Run:

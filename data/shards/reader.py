@@ -56,6 +56,11 @@ def read_manifest(root: str | Path) -> dict[str, Any]:
     return _parse(path, path.read_bytes())
 
 
+def split_samples(root: str | Path, split: str) -> int:
+    """Samples of one split of packed data; 0 when there is none of that name."""
+    return int(read_manifest(root)["splits"].get(split, {}).get("samples", 0))
+
+
 def _parse(path: str | Path, data: bytes) -> dict[str, Any]:
     try:
         manifest = json.loads(data.decode("utf-8"))

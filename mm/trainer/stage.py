@@ -57,6 +57,7 @@ class StageState:
 def enter_stage(
     run: Run,
     index: int,
+    begin: int,
     env: TrainerEnv,
     snapshot: Snapshot | None,
     vocabulary: Vocabulary | None,
@@ -65,6 +66,7 @@ def enter_stage(
     """Build a stage: objective, networks as in ``snapshot`` or fresh, engines, data.
 
     Args:
+        begin: steps of the run before it.
         code_vectors: vectors of the tokenizers' codes by modality, for a fresh model.
     """
     config, ranks = run.stages[index], environment.ranks()
@@ -110,7 +112,6 @@ def enter_stage(
         stream.load_state_dict(inside.state["data"])
         if nets.carried is not None:
             nets.carried.load(inside)
-    begin = sum(stage.budget.steps for stage in run.stages[:index])
     return StageState(
         index,
         begin,

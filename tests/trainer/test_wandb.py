@@ -30,12 +30,13 @@ PNG = b"\x89PNG of a picture"
 CHILD = (
     f"PNG = {PNG.hex()!r}\n"
     + """
-import sys
+import sys, time
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import trainer_toys
 from trainer_runs import make_run
 trainer_toys.register()
+from mm.cli.eval import mirror_to_tracker
 from mm.trainer.loop import Trainer
 from mm.trainer.callbacks.base import Callback
 
@@ -51,11 +52,16 @@ class Samples(Callback):
                     {"step": step, "prompt image": out / "a.png", "sample audio": out / "a.wav"},
                     {"step": step, "sample text": out / "a.txt"}]
             trainer.tracker.table("samples", rows, step)
+            asked = {"t_confusion": [[3, 1, 0], [0, 2, 1]], "t_classes": ["cat", "dog"]}
+            trainer.tracker.log({f"eval/t/{k}": v for k, v in asked.items()}, step)
 
 run = make_run(out, steps=3)
 tracking = {"project": "p", "entity": "e", "group": "g", "job_type": "j"}
 tracking |= {"notes": "n", "tags": ["t"]}
-Trainer(type(run).model_validate(run.to_dict() | {"tracking": tracking}), [Samples()]).fit()
+run = type(run).model_validate(run.to_dict() | {"tracking": tracking})
+Trainer(run, [Samples()]).fit()
+time.sleep(1.1)  # wandb names its folders by the second
+mirror_to_tracker(run, run.folder, {"t": {"x_accuracy": 0.75, "x_classes": ["cat"]}})
 """
 )
 
@@ -96,7 +102,8 @@ def test_offline_run_holds_scalars_axis_media_and_config(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr[-3000:]
     assert "wandb" not in done.stderr.lower(), done.stderr
     run = make_run(tmp_path, steps=3)
-    (file,) = (run.folder / "wandb").glob("offline-run-*/run-*.wandb")
+    file, evaluated = sorted((run.folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert file.name == evaluated.name  # one run: its id
     history: list[dict[str, Any]] = []
     config: dict[str, Any] = {}
     axes: dict[str, str] = {}
@@ -137,6 +144,15 @@ def test_offline_run_holds_scalars_axis_media_and_config(tmp_path: Path) -> None
     assert "a &lt; b" in html and "words &lt; file" in html
     assert html.count(base64.b64encode(PNG).decode()) == 2
     assert base64.b64encode(b"RIFF of a sound").decode() in html and "<audio" in html
+    (plot,) = {k.partition("_table")[0] for h in history for k in h if "t_confusion" in k}
+    assert plot == "eval/t/t_confusion"
+    summary = {
+        item.key or "/".join(item.nested_key): json.loads(item.value_json)
+        for record in records(evaluated)
+        if record.WhichOneof("record_type") == "summary"
+        for item in record.summary.update
+    }
+    assert summary["eval/t/x_accuracy"] == 0.75 and "eval/t/x_classes" not in summary
     assert config["model"]["kind"] == "toy_lm" and config["environment"]["precision"] == "fp32"
 
 

@@ -21,22 +21,21 @@ class Times(Callback):
     """
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self._now: dict[str, float] = {}
+        self._before: dict[str, float] | None = None  # of the parts that this one goes on from
         self._phase, self._begun = "start", time.monotonic()
-        self._loaded = False
+
+    def spent(self) -> dict[str, float]:
+        """Seconds by phase in this process, up to now."""
+        self._count(self._phase)
+        return dict(self._now)
 
     def on_phase(self, trainer: Training, name: str, step: int, keys: Sequence[str] = ()) -> None:
-        now = time.monotonic()
-        self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._begun
-        self._phase, self._begun = name, now
+        self._count(name)
 
     def on_stage_start(self, trainer: Training) -> None:
-        if self._loaded or not trainer.is_main:
-            return
-        self._loaded = True
-        if trainer.step > 0:
-            for name, value in _read(trainer.folder / FILE).items():
-                self.seconds[name] = self.seconds.get(name, 0.0) + value
+        if self._before is None:
+            self._before = _read(trainer.folder / FILE) if trainer.step > 0 else {}
 
     def on_save(self, trainer: Training, step: int) -> None:
         self._write(trainer)
@@ -44,12 +43,20 @@ class Times(Callback):
     def on_end(self, trainer: Training) -> None:
         self._write(trainer)
 
+    def _count(self, phase: str) -> None:
+        """Add what the phase has lasted, and go on in ``phase``."""
+        now = time.monotonic()
+        self._now[self._phase] = self._now.get(self._phase, 0.0) + now - self._begun
+        self._phase, self._begun = phase, now
+
     def _write(self, trainer: Training) -> None:
         if not trainer.is_main:
             return
-        self.on_phase(trainer, self._phase, trainer.step)
+        seconds = self.spent()
+        for name, value in (self._before or {}).items():
+            seconds[name] = seconds.get(name, 0.0) + value
         part = trainer.folder / f"{FILE}.part"
-        part.write_text(json.dumps({"seconds": {k: round(v, 3) for k, v in self.seconds.items()}}))
+        part.write_text(json.dumps({"seconds": {k: round(v, 3) for k, v in seconds.items()}}))
         part.replace(trainer.folder / FILE)
 
 
