@@ -128,9 +128,7 @@ def line_chart(
                 "y": s.values,
             }
         )
-    parts.append(
-        f'<text class="tick" x="{LEFT - 8}" y="{HEIGHT - 9}" text-anchor="end">step</text>'
-    )
+    parts.append(f'<text class="tick" x="2" y="{HEIGHT - 9}">step</text>')
     below = f'<p class="note">{escape(note)}</p>' if note else ""
     payload = escape(json.dumps(data, separators=(",", ":"), default=float), quote=True)
     return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-CELL, SMALL, NUMBERED, MOST = 28, 12, 16, 60  # pixels of a cell; classes up to which each holds
+CELL, SMALL, NUMBERED, MOST = 26, 12, 16, 60  # pixels of a cell; classes up to which each holds
 LETTER = 6.3  # pixels of a letter of a label
 NONE = "none"
 WORST = 4

@@ -194,7 +194,7 @@ def _tasks(run: RunData) -> list[str]:
             "chance": Line(chance, colour=0, dashed=True) if chance else None,
         }
         title = f"{pretty(figure)} ({task})" if task else pretty(figure)
-        charts.append(line_chart(title, _drawn(lines), log=False))
+        charts.append(line_chart(title, _drawn(lines), log=False, low=0))
     return charts
 
 

@@ -53,7 +53,7 @@ def start(run: RunData) -> str:
             used = number(each.get("used"))
             rows[f"{name} · {modality}"] = {
                 **{k: each.get(k) for k in ("samples", "tokens", "bytes")},
-                "left out": _per_cent(1 - used) if used is not None else None,
+                "drawn": _per_cent(used) if used is not None else None,
             }
         drawn = _mapping(source.get("tasks"))
         if drawn:
@@ -63,7 +63,8 @@ def start(run: RunData) -> str:
         return ""
     told = "".join(f'<p class="alert">{escape(text)}</p>' for text in alarms if text)
     directions = f"<h3>Documents by task</h3>{grid(tasks)}" if tasks else ""
-    return f"<h3>What the run reads</h3>{grid(rows)}{told}{directions}"
+    said = " <small>drawn: share of the modality's samples that a step may see</small>"
+    return f"<h3>What the run reads{said}</h3>{grid(rows)}{told}{directions}"
 
 
 def _alarm(name: str, why: str, shares: Mapping[str, Any]) -> str:
