@@ -10,7 +10,7 @@ from mm.report.charts import Line, line_chart, short
 from mm.report.figures import PREFIX
 from mm.report.folder import Series
 from mm.report.read import RunData
-from mm.report.words import pretty, said
+from mm.report.words import as_text, pretty
 
 HELD_OUT = "val/"
 # Endings of figures that stand beside another one and are no curve of their own.
@@ -134,7 +134,8 @@ def best_step(run: RunData) -> float | None:
     budgets = [stage.get("budget") for stage in run.stages[:-1]]
     begin = sum(b.get("steps", 0) for b in budgets if isinstance(b, Mapping))
     here = [(v, s) for s, v in zip(series.steps, series.values, strict=True) if s > begin]
-    return min(here)[1] if here else None
+    # A stage that ended early begins the next one before its budget: then all steps compare.
+    return min(here or zip(series.values, series.steps, strict=True))[1]
 
 
 def held_out(run: RunData) -> list[str]:
@@ -214,9 +215,9 @@ def events(run: RunData) -> str:
     for event in run.events[-MAX_EVENTS:]:
         rest = {k: v for k, v in event.items() if k not in ("step", "event", "why", "time")}
         told = [str(event.get("why") or "")]
-        told += [f"{k} {text}" for k, v in rest.items() if (text := said(v)) is not None]
+        told += [f"{k} {text}" for k, v in rest.items() if (text := as_text(v)) is not None]
         what = escape("; ".join(filter(None, told))[:400])
-        step, kind = escape(said(event.get("step")) or "–"), escape(str(event.get("event", "")))
+        step, kind = escape(as_text(event.get("step")) or "–"), escape(str(event.get("event", "")))
         rows.append(f"<tr><th>step {step}</th><td><b>{kind}</b> {what}</td></tr>")
     if not rows:
         return ""

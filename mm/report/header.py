@@ -19,7 +19,7 @@ def chips(run: RunData) -> str:
     inner = model.get("backbone")
     backbone: Mapping[str, Any] = inner if isinstance(inner, Mapping) else {}
     seconds = total(run)
-    commit = known(run, "commit")
+    commit = lookup(run, "commit")
     facts: list[tuple[str, Any]] = [
         ("model", model.get("kind")),
         ("pattern", model.get("pattern") or backbone.get("pattern")),
@@ -30,9 +30,9 @@ def chips(run: RunData) -> str:
         ("tokens seen", tokens_seen(run)),
         ("epochs", epochs(run)),
         ("modalities", ", ".join(_modalities(run)) or None),
-        ("device", known(run, "device")),
-        ("processes", known(run, "world")),
-        ("precision", known(run, "precision")),
+        ("device", lookup(run, "device")),
+        ("processes", lookup(run, "world")),
+        ("precision", lookup(run, "precision")),
         ("ZeRO stage", _engine(run)),
         ("seed", run.config.get("seed")),
         ("time", words.duration(seconds) if seconds else None),
@@ -54,7 +54,7 @@ def tokens_seen(run: RunData) -> str | None:
     return short(sum(each) / len(each) * max(run.steps, len(each))) if each else None
 
 
-def known(run: RunData, *names: str) -> Any:
+def lookup(run: RunData, *names: str) -> Any:
     """The first of ``names`` that start, environment, results or the newest metrics know."""
     for place in (run.start, run.environment, run.results, run.last_line):
         for name in names:

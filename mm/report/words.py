@@ -56,7 +56,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def said(value: Any) -> str | None:
+def as_text(value: Any) -> str | None:
     """A value of a table as text; None of what a table does not show: nothing, or too much."""
     if value is None or value in ("", [], {}):
         return None
@@ -69,7 +69,7 @@ def said(value: Any) -> str | None:
     if isinstance(value, list):
         if len(value) > LONGEST or any(isinstance(item, (list, dict)) for item in value):
             return None
-        return ", ".join(said(item) or "–" for item in value)
+        return ", ".join(as_text(item) or "–" for item in value)
     return str(value)
 
 
@@ -78,7 +78,7 @@ def facts(values: Mapping[str, Any]) -> str:
     rows = [
         f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>"
         for name, value in _flat(values)
-        if (text := said(value)) is not None
+        if (text := as_text(value)) is not None
     ]
     return _table("facts", rows) if rows else ""
 
@@ -88,7 +88,7 @@ def chips(values: Mapping[str, Any]) -> str:
     items = [
         f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>"
         for name, value in _flat(values)
-        if (text := said(value)) is not None
+        if (text := as_text(value)) is not None
     ]
     return f'<dl class="chips">{"".join(items)}</dl>' if items else ""
 
@@ -97,9 +97,9 @@ def grid(rows: Mapping[str, Mapping[str, Any]], corner: str = "") -> str:
     """Rows of equal kind as one table: a column for each key that one of them has."""
     columns = list(dict.fromkeys(key for row in rows.values() for key in row))
     shown = {
-        key: [said(row.get(key)) for row in rows.values()]
+        key: [as_text(row.get(key)) for row in rows.values()]
         for key in columns
-        if any(said(row.get(key)) is not None for row in rows.values())
+        if any(as_text(row.get(key)) is not None for row in rows.values())
     }
     if not shown:
         return ""

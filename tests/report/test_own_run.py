@@ -303,6 +303,7 @@ def test_the_header_says_size_tokens_epochs_and_machine(tmp_path: Path) -> None:
         "9,000",
         "12.3",
         "5 %",
+        "–",
     ]
     assert re.findall("<td>(.*?)</td>", rows["a (train) · text"])[-1] == "72 %"
     assert "5 % of the samples and 28 % of the tokens are left out: too long." in data

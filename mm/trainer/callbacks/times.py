@@ -25,7 +25,7 @@ class Times(Callback):
         self._before: dict[str, float] | None = None  # of the parts that this one goes on from
         self._phase, self._begun = "start", time.monotonic()
 
-    def spent(self) -> dict[str, float]:
+    def by_phase(self) -> dict[str, float]:
         """Seconds by phase in this process, up to now."""
         self._count(self._phase)
         return dict(self._now)
@@ -52,7 +52,7 @@ class Times(Callback):
     def _write(self, trainer: Training) -> None:
         if not trainer.is_main:
             return
-        seconds = self.spent()
+        seconds = self.by_phase()
         for name, value in (self._before or {}).items():
             seconds[name] = seconds.get(name, 0.0) + value
         part = trainer.folder / f"{FILE}.part"

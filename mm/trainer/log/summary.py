@@ -47,5 +47,5 @@ class Summary(Callback):
             "steps": len(rows),
             "means": means,
             "held_out": self._held_out,
-            "seconds": {k: round(v, 2) for k, v in self._times.spent().items()},
+            "seconds": {k: round(v, 2) for k, v in self._times.by_phase().items()},
         }
