@@ -326,3 +326,11 @@ def test_events_are_told(tmp_path: Path) -> None:
     write(tmp_path, "metrics.jsonl", [{"step": 1, "loss/total": 1.0}])
     page = section(build_report(tmp_path).read_text(), "curves")
     assert "step 7" in page and "was &lt;best&gt; at 3" in page
+
+
+def test_steps_that_were_not_logged_count(tmp_path: Path) -> None:
+    row = {"perf/step_seconds": 2.0, "data/wait_seconds": 0.5, "perf/tokens_per_second": 100.0}
+    write(tmp_path, "metrics.jsonl", [{"step": s, **row} for s in (10, 20)])
+    page = build_report(tmp_path).read_text()
+    assert "<dt>time</dt><dd>40 s</dd>" in page and "<dt>tokens seen</dt><dd>4000</dd>" in page
+    assert "<th>waiting for data</th>" in page and "<td>10 s</td><td>25.0 %</td>" in page
