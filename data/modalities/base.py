@@ -179,10 +179,6 @@ class Modality(Config):
         """Bytes of a raw value; with a tokenizer, of what it reads of the value."""
         return int(np.asarray(value).nbytes)
 
-    def media(self, value: Any) -> dict[str, Any]:
-        """Arguments of a tracker's `media` that show a raw value as `shown_as`."""
-        return {"kind": self.shown_as, "value": value}
-
     def item(self, value: Any, config: Any) -> np.ndarray:
         """All of an item's preparation that is the same in every epoch. Of `has_items`.
 

@@ -50,7 +50,3 @@ class TextModality(Modality):
 
     def n_bytes(self, value: str | bytes, tokenizer: Any = None) -> int:
         return len(value.encode() if isinstance(value, str) else value)
-
-    def media(self, value: str | bytes) -> dict[str, Any]:
-        text = value if isinstance(value, str) else value.decode("utf-8", "replace")
-        return {"kind": "text", "value": text}
