@@ -56,14 +56,23 @@ def choose(found: Found, options: Options, speed: Speed) -> Plan:
                 "hand: docs/how-to/modality.md"
             )
         names[modality] = plans[-1].modality
+    copies = training.copies(found)
     split = "test" if found.splits.get("test") else "val"
     left = 60 * options.minutes - START_SECONDS - sum(plan.cpu_seconds for plan in plans)
     left -= 60 * options.minutes * 0.15  # `mm eval`
     train = training.train_config(
-        found, out, plans, names, split=split, share=share, seconds=max(5.0, left), speed=speed
+        found,
+        out,
+        plans,
+        names,
+        split=split,
+        share=share,
+        seconds=max(5.0, left),
+        speed=speed,
+        copies=copies.value if copies else 1,
     )
     configs = {f"tokenizer-{p.modality}.yaml": p.config for p in plans} | {"train.yaml": train}
-    return Plan(configs, tuple(_steps(out, plans, pack, split)), tuple(notes))
+    return Plan(configs, tuple(_steps(out, plans, pack, copies, split)), tuple(notes))
 
 
 def _packing(found: Found, options: Options) -> tuple[Found, Step, float, list[Chosen]]:
@@ -122,7 +131,9 @@ def _with_captions(found: Found) -> Found:
     return found._replace(text=text, pairs=pairs)
 
 
-def _steps(out: Path, plans: list[tokenizers.TokenizerPlan], pack: Step, split: str) -> list[Step]:
+def _steps(
+    out: Path, plans: list[tokenizers.TokenizerPlan], pack: Step, copies: Chosen | None, split: str
+) -> list[Step]:
     data, tokens, run = str(out / "data"), str(out / "tokens"), str(out / "runs" / "first")
     steps = [pack]
     for plan in plans:
@@ -135,7 +146,10 @@ def _steps(out: Path, plans: list[tokenizers.TokenizerPlan], pack: Step, split: 
         if plan.modality != "bytes":
             steps.append(Step(measure, "what it keeps of held-out data; look into its folder eval"))
     words = ("data", "pack", data, "--tokenizers", str(out / "tokenizers"), "--out", tokens)
-    steps.append(Step(words, "every sample to ids"))
+    why = "every sample to ids"
+    if copies is not None:
+        words, why = (*words, "--copies", str(copies.value)), f"{why}; {copies.why}"
+    steps.append(Step(words, why))
     steps.append(Step(("train", str(out / "train.yaml")), "the backbone"))
     steps.append(Step(("eval", run, "--json", f"{run}/results.json"), "figures on held-out data"))
     steps.append(Step(("report", run), "one page of all of it"))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mm.config import validate
-from mm.launch.environment import cpu_threads
+from mm.launch.environment import cpu_threads, keep_freed_memory
 from mm.model.model import LmConfig
 from mm.specs import Segment, TokenSpec
 from mm.vocabulary import RESERVED, Vocabulary
@@ -29,7 +29,9 @@ def step_seconds(model: Mapping[str, Any], n_ids: int, row: int, rows: int) -> f
 
     from mm.data.batching.collate import to_batch
     from mm.model.layer import init_weights
+    from mm.trainer.engine.deepspeed import resolve_precision
 
+    keep_freed_memory()  # as training does
     threads = cpu_threads()
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -43,10 +45,13 @@ def step_seconds(model: Mapping[str, Any], n_ids: int, row: int, rows: int) -> f
     batch = to_batch(documents, vocabulary, row, rows).to(device)
     on_gpu = device.type == "cuda"
     clock = time.perf_counter if on_gpu else lambda: time.process_time() / threads
+    mixed = resolve_precision("auto", device) != "fp32"
     taken = []
     for _ in range(1 + STEPS):
         start = clock()
-        network(batch).heads["tokens"].nll.mean().backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+            loss = network(batch).heads["tokens"].nll.mean()
+        loss.backward()
         if on_gpu:
             torch.cuda.synchronize()
         taken.append(clock() - start)

@@ -12,6 +12,7 @@ from mm.own_data.plan import Chosen, plain
 from mm.own_data.tokenizers import TokenizerPlan
 
 ROW, LONGEST_ROW = 256, 1024  # ids
+SAMPLES = 8000  # pairs to train on that are enough without varied copies
 PROMPTS = 4  # of each kind
 Speed = Callable[[Mapping[str, Any], int, int, int], float]  # model, ids, row, rows -> s a step
 
@@ -36,6 +37,15 @@ def tasks(found: Found, names: Mapping[str, str]) -> Chosen | None:
         values |= {kind: 0.1 for kind in kinds}
         why += "; and each alone"
     return Chosen(values, why)
+
+
+def copies(found: Found) -> Chosen | None:
+    """Varied copies of every training sample; None where there are enough samples, or only text."""
+    n = len(found.keys)
+    wanted = min(8, SAMPLES // max(1, n))
+    if wanted < 2 or not {"image", "audio"} & {*found.modalities}:
+        return None
+    return Chosen(wanted, f"{n:,} samples to train on are few: {wanted - 1} varied copies of each")
 
 
 def row_length(found: Found, plans: Sequence[TokenizerPlan]) -> tuple[Chosen, bool]:
@@ -65,6 +75,7 @@ def train_config(
     share: float,
     seconds: float,
     speed: Speed,
+    copies: int,
 ) -> dict[str, Any]:
     """The Run YAML of the backbone.
 
@@ -72,18 +83,19 @@ def train_config(
         split: what the figures are measured on.
         share: of train that becomes val.
         seconds: what is left of the budget for this training.
+        copies: of every training sample.
     """
     row, too_long = row_length(found, plans)
     batch = 8
     mean = sum(p.mean * n for p in plans for pair, n in found.pairs.items()
                if raw_modality(p.modality).kind in pair)  # fmt: skip
-    n_train = len(found.keys)
+    n_train = copies * len(found.keys)
     per_document = min(row.value, mean / found.samples)
     model = model_config(plans)
     ids = 16 + sum(p.n_ids for p in plans)
     step = speed(plain(model), ids, row.value, batch)
     epoch = max(1, round(n_train * mean / found.samples / (0.95 * row.value * batch)))
-    steps = budget(found, step, seconds, epoch)
+    steps = budget(found, step, seconds, epoch, copies)
     data: dict[str, Any] = {
         "kind": "packed",
         "seq_len": row,
@@ -156,10 +168,10 @@ def model_config(plans: Sequence[TokenizerPlan]) -> dict[str, Any]:
     return model
 
 
-def budget(found: Found, step: float, seconds: float, epoch: int) -> Chosen:
+def budget(found: Found, step: float, seconds: float, epoch: int, copies: int) -> Chosen:
     """Steps that fit the time, but no more passes over the data than pay."""
     fits = max(20, int(seconds / step))
-    passes = 40 if found.classes else 8
+    passes = max(2, (40 if found.classes else 8) // copies)
     pays = passes * epoch
     time = f"{step:.2f} s a step on this machine, {epoch} steps a pass"
     if fits <= pays:
