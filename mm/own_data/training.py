@@ -171,7 +171,7 @@ def model_config(plans: Sequence[TokenizerPlan]) -> dict[str, Any]:
 def budget(found: Found, step: float, seconds: float, epoch: int, copies: int) -> Chosen:
     """Steps that fit the time, but no more passes over the data than pay."""
     fits = max(20, int(seconds / step))
-    passes = max(2, (40 if found.classes else 8) // copies)
+    passes = max(5, 20 // copies) if found.classes else 8
     pays = passes * epoch
     time = f"{step:.2f} s a step on this machine, {epoch} steps a pass"
     if fits <= pays:
