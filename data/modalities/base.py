@@ -175,6 +175,13 @@ class Modality(Config):
             return shown
         return modality_of_value(shown).describe(shown)
 
+    def vary(self, data: bytes, key: int) -> bytes:
+        """Bytes of a file that shows the same otherwise, by ``key``; here the file itself.
+
+        Raises BadSample.
+        """
+        return data
+
     def n_bytes(self, value: Any, tokenizer: Any = None) -> int:
         """Bytes of a raw value; with a tokenizer, of what it reads of the value."""
         return int(np.asarray(value).nbytes)
