@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 NONE: Mapping[str, Any] = {}
 
@@ -26,6 +26,9 @@ class Waveform(NamedTuple):
 
     samples: Any
     sample_rate: int
+
+
+MODALITY = r"[a-z][a-z0-9_]{0,31}"  # a regular expression: it becomes names of files
 
 
 class TokenSpec(NamedTuple):
@@ -91,6 +94,10 @@ class Transform(ABC):
     Pure in (segments, rng).
     """
 
+    # True: what it does depends on modalities and lengths alone, not on the ids. A stage's start
+    # can then tell from the index what it leaves out.
+    by_length: ClassVar[bool] = False
+
     @abstractmethod
     def __call__(self, segments: list[Segment], rng: Any) -> list[Segment] | None:
         """Return the new segments, or None to filter the sample out.
@@ -106,6 +113,7 @@ class ModalityTokenizer(ABC):
     """
 
     spec: TokenSpec
+    reads_files: ClassVar[bool] = False  # its raw values are the bytes of files, undecoded
 
     @abstractmethod
     def encode(self, raws: Sequence[Any]) -> list[Encoded]:

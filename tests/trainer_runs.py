@@ -66,8 +66,8 @@ def losses(run: Run, name: str = "loss/total") -> list[float]:
     return [row[name] for row in rows(run) if name in row]
 
 
-def torchrun(n: int, runs: list[Run], timeout_s: float = 120) -> None:
-    """Train runs one after the other in ``n`` processes."""
+def torchrun(n: int, runs: list[Run], timeout_s: float = 120) -> str:
+    """Train runs one after the other in ``n`` processes; what they wrote to standard error."""
     paths = []
     for run in runs:
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -92,3 +92,4 @@ def torchrun(n: int, runs: list[Run], timeout_s: float = 120) -> None:
     ]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr

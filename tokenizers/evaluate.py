@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mm.data.modalities.base import modality_of_value
+from mm.data.modalities.base import get_modality, modality_of_value, table
 from mm.errors import UserError
 from mm.specs import Encoded, ModalityTokenizer
 from mm.tokenizers.audio.mel import log_mel, resample
@@ -26,7 +26,7 @@ MEL_FLOOR = 1e-4  # -80 dB of full scale: below it two kinds of silence would di
 N_MELS, HOP = 64, 160  # of the mel distance and its picture
 STOI_SECONDS = 3.0  # STOI needs 0.4 s of speech; shorter clips are joined
 STOI_STRETCHES = 10  # that many are heard, evenly spread: 0.1 s of CPU each
-N_SHOWN = 16
+N_SHOWN, N_SPECTRA = 16, 10
 USAGE_ALERT = 0.5
 
 
@@ -48,6 +48,7 @@ def evaluate(
         ``codebook_perplexity`` (of each book), ``alerts`` (sentences). Besides, by kind of raw
         value:
 
+        - files as bytes: ``bytes_per_token``, ``exact_round_trip_share``;
         - text: ``bytes_per_token``, ``fertility_tokens_per_word``, ``exact_round_trip_share``;
         - image: ``psnr_db``, ``ssim`` (absent under 11 pixels a side), ``bits_per_pixel``;
         - audio: ``si_sdr_db``, ``stoi``, ``mel_distance_db`` beside
@@ -62,7 +63,7 @@ def evaluate(
         raise UserError(
             "nothing to evaluate the tokenizer on: the split is empty; choose another with --split"
         )
-    measure = _measure_of(raws[0])
+    measure = _measure_of(raws[0], tokenizer)
     codes = tokenizer.encode(raws)
     decoded = tokenizer.decode(codes)
     spec = tokenizer.spec
@@ -84,13 +85,23 @@ def evaluate(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     figures |= measure(raws, decoded, bits, n_tokens, folder)
-    if (
-        measure is not _text
+    if measure not in (
+        _text,
+        _files,
     ):  # few texts use all merges; an unused code of a codebook is capacity lost
         figures["alerts"] = usage_alerts(counts)
     for alert in figures["alerts"]:
         log.warning("%s tokenizer: %s", spec.modality, alert)
     return figures
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most ``count`` of ``items``, evenly: shards are in the order of keys, so often of classes.
+
+    The middle of each of ``count`` equal parts, so that every class of a sorted split is met.
+    """
+    n = min(count, len(items))
+    return [items[(2 * i + 1) * len(items) // (2 * n)] for i in range(n)]
 
 
 def histogram(codes: Sequence[Encoded], n_codebooks: int, vocab_size: int) -> np.ndarray:
@@ -116,8 +127,11 @@ def usage_alerts(counts: np.ndarray) -> list[str]:
 Measure = Callable[[list[Any], list[Any], float, int, Path | None], dict[str, Any]]
 
 
-def _measure_of(raw: Any) -> Measure:
+def _measure_of(raw: Any, tokenizer: ModalityTokenizer) -> Measure:
     """What is measured of a modality besides its codes; of one without a measure here nothing."""
+    own = table().raw.get(tokenizer.spec.modality)
+    if isinstance(raw, bytes) and own is not None and not get_modality(own).is_text:
+        return _files
     try:
         kind = modality_of_value(raw).kind
     except UserError as error:
@@ -134,7 +148,8 @@ def _text(
     as_bytes, again = ([_utf8(text) for text in texts] for texts in (raws, decoded))
     n_words = sum(len(raw.split()) for raw in raws)
     if folder is not None:
-        shown = [f"{raw!r}\n{new!r}\n" for raw, new in zip(raws[:N_SHOWN], decoded, strict=False)]
+        pairs = list(zip(raws, decoded, strict=True))
+        shown = [f"{raw!r}\n{new!r}\n" for raw, new in spread(pairs, N_SHOWN)]
         (folder / "reconstructions.txt").write_text("\n".join(shown), encoding="utf-8")
     return {
         "bytes_per_token": sum(map(len, as_bytes)) / max(n_tokens, 1),
@@ -142,6 +157,17 @@ def _text(
         "exact_round_trip_share": float(
             np.mean([old == new for old, new in zip(as_bytes, again, strict=True)])
         ),
+    }
+
+
+def _files(
+    raws: list[bytes], decoded: list[bytes], bits: float, n_tokens: int, folder: Path | None
+) -> dict[str, Any]:
+    """Files of a modality that are read as bytes."""
+    same = [old == new for old, new in zip(raws, decoded, strict=True)]
+    return {
+        "bytes_per_token": sum(map(len, raws)) / max(n_tokens, 1),
+        "exact_round_trip_share": float(np.mean(same)),
     }
 
 
@@ -175,7 +201,7 @@ def _image(
             similarity.append(float(ssim(b, a, data_range=1.0)))  # type: ignore[arg-type]
     mse = squared / n_values
     if folder is not None:
-        _image_grid(pairs[:N_SHOWN], folder / "reconstructions.png")
+        _image_grid(spread(pairs, N_SHOWN), folder / "reconstructions.png")
     figures = {
         "psnr_db": min(PSNR_CAP_DB, -10 * math.log10(max(mse, 1e-300))),
         "bits_per_pixel": bits / n_pixels,
@@ -233,7 +259,7 @@ def _audio(
     seconds = sum(len(a) for a, _ in pairs) / rate
     distance, baseline = mel_distances_db(pairs, rate)
     if folder is not None:
-        _audio_files(pairs[:N_SHOWN], rate, folder)
+        _audio_files(spread(pairs, N_SHOWN), rate, folder)
     figures = {
         "si_sdr_db": float(np.mean([float(si_sdr(b.double(), a.double())) for a, b in pairs])),
         "mel_distance_db": distance,
@@ -308,7 +334,7 @@ def _audio_files(pairs: list[tuple[Tensor, Tensor]], rate: int, folder: Path) ->
     FigureCanvasAgg(figure)  # a canvas of its own: pyplot would open a display and keep state
     axes = figure.subplots(2, 1, sharex=True)
     for row, name in enumerate(("original", "reconstructed")):
-        mels = [_log_mel(pair[row], rate) * DB_PER_NAT for pair in pairs[:10]]
+        mels = [_log_mel(pair[row], rate) * DB_PER_NAT for pair in spread(pairs, N_SPECTRA)]
         joined = torch.cat([part for mel in mels for part in (mel, gap)][:-1])
         extent = (0.0, len(joined) * HOP / rate, 0.0, float(N_MELS))
         axes[row].imshow(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # Names of libsndfile -> extension. Nothing else is read.
 FORMATS = {"WAV": "wav", "WAVEX": "wav", "FLAC": "flac", "OGG": "ogg", "MP3": "mp3", "AIFF": "aiff"}
+STREAMED = 0x7FFFF000  # lengths from here on stand for "not known" in a WAV header
 
 
 @MODALITIES.register("audio")
@@ -31,6 +32,7 @@ class AudioModality(Modality):
 
     kind: Literal["audio"] = "audio"
     max_seconds: float = 1800.0
+    min_seconds: float = 0.01  # of what packing takes
 
     order: ClassVar[int] = 20
     extensions: ClassVar[tuple[str, ...]] = ("wav", "flac", "ogg", "mp3", "aiff")
@@ -77,6 +79,20 @@ class AudioModality(Modality):
         extension, _, _ = self.header(data)
         return extension, len(self.decode(data).samples)
 
+    def check_whole(self, data: bytes) -> None:
+        _, frames, rate = self.header(data)
+        promised = _promised_bytes(data)
+        if promised is not None and promised[0] > promised[1]:
+            raise BadSample(
+                f"audio: cut short: the header promises {promised[0]} bytes of sound, the file has "
+                f"{promised[1]}"
+            )
+        if frames < self.min_seconds * rate:
+            raise BadSample(
+                f"audio: {frames} frames are {1000 * frames / rate:.1f} ms, less than "
+                f"{1000 * self.min_seconds:g} ms"
+            )
+
     @contextmanager
     def _open(self, data: bytes) -> Iterator[Any]:
         """Yield an open `SoundFile` with nothing but the header read and checked."""
@@ -108,6 +124,23 @@ class AudioModality(Modality):
     def owns(self, value: Any) -> bool:
         return isinstance(value, Waveform)
 
+    def accept(self, value: Any) -> Waveform:
+        """A `Waveform`, also of a pair (samples (N,), sample rate in Hz)."""
+        if not isinstance(value, Waveform):
+            pair = isinstance(value, (tuple, list)) and len(value) == 2
+            if not pair or not isinstance(value[1], (int, np.integer)):
+                raise BadSample("audio: give a file, a Waveform, or (samples, sample rate in Hz)")
+            value = Waveform(value[0], int(value[1]))
+        samples = np.asarray(value.samples)
+        if samples.ndim != 1 or len(samples) == 0 or samples.dtype.kind != "f":
+            raise BadSample(
+                "audio: samples are (N,) floats in [-1, 1], mono; "
+                f"found {samples.dtype} {samples.shape}"
+            )
+        if not np.isfinite(samples).all():
+            raise BadSample("audio: samples are not finite")
+        return Waveform(np.clip(samples, -1, 1).astype(np.float32), value.sample_rate)
+
     def describe(self, value: Waveform) -> str:
         samples = np.asarray(value.samples)
         seconds = len(samples) / value.sample_rate
@@ -118,15 +151,18 @@ class AudioModality(Modality):
         import soundfile
 
         samples = np.clip(np.asarray(value.samples, np.float32), -1, 1)
-        soundfile.write(path, samples, value.sample_rate, subtype="PCM_16")
+        kind = {extension: name for name, extension in reversed(FORMATS.items())}.get(
+            path.suffix.removeprefix(".").lower(), "WAV"
+        )
+        lossless = soundfile.check_format(kind, "PCM_16")  # else what the format has by itself
+        soundfile.write(
+            path, samples, value.sample_rate, "PCM_16" if lossless else None, format=kind
+        )
 
     def n_bytes(self, value: Waveform, tokenizer: Any = None) -> int:
         """Of 16-bit samples; with a tokenizer, of those at its sample rate."""
         rate = getattr(tokenizer, "sample_rate", value.sample_rate) / value.sample_rate
         return round(2 * len(value.samples) * rate)
-
-    def media(self, value: Waveform) -> dict[str, Any]:
-        return {"kind": "audio", "value": value.samples, "sample_rate": value.sample_rate}
 
     def item(self, value: Waveform, config: Any) -> np.ndarray:
         samples = resample(value, config.sample_rate).samples
@@ -175,6 +211,22 @@ def _plain_wav(data: bytes, max_seconds: float) -> tuple[int, np.ndarray] | None
     if not 0 < n // frame <= max_seconds * rate:
         return None
     return rate, np.frombuffer(data, "<i2", n // 2, 44).reshape(-1, channels)
+
+
+def _promised_bytes(data: bytes) -> tuple[int, int] | None:
+    """Bytes of sound that the header of a WAV promises, and those that are there.
+
+    None for other formats, and for a stream whose writer did not know its length.
+    """
+    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
+        return None
+    at = 12
+    while at + 8 <= len(data):
+        (size,) = struct.unpack_from("<I", data, at + 4)
+        if data[at : at + 4] == b"data":
+            return None if size >= STREAMED else (size, len(data) - at - 8)
+        at += 8 + size + size % 2
+    return None
 
 
 def resample(wave: Waveform, sample_rate: int) -> Waveform:

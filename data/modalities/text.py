@@ -42,12 +42,11 @@ class TextModality(Modality):
         short = value[:PREVIEW].replace("\n", "\\n")
         return f"{len(value)} characters: {short}{'…' if len(value) > PREVIEW else ''}"
 
+    def accept(self, value: Any) -> str | bytes:
+        return super().accept(bytes(value) if isinstance(value, (bytearray, memoryview)) else value)
+
     def save(self, value: str | bytes, path: Path) -> None:
         path.write_bytes(value.encode() if isinstance(value, str) else value)
 
     def n_bytes(self, value: str | bytes, tokenizer: Any = None) -> int:
         return len(value.encode() if isinstance(value, str) else value)
-
-    def media(self, value: str | bytes) -> dict[str, Any]:
-        text = value if isinstance(value, str) else value.decode("utf-8", "replace")
-        return {"kind": "text", "value": text}

@@ -33,11 +33,15 @@ class ItemsConfig(Config):
     """
 
     kind: Literal["items"] = "items"
-    path: Path
-    split: str = "train"
-    modality: Annotated[str, Field(json_schema_extra=lambda s: s.update(enum=_with_items()))] = (
-        "image"
-    )
+    path: Annotated[Path, Field(description="folder of packed raw data")]
+    split: Annotated[str, Field(description="split that is read")] = "train"
+    modality: Annotated[
+        str,
+        Field(
+            description="modality of the items",
+            json_schema_extra=lambda s: s.update(enum=_with_items()),
+        ),
+    ] = "image"
     options: Annotated[
         dict[str, Any], Field(description="settings of the modality, such as image's max_pixels")
     ] = {}
@@ -54,7 +58,9 @@ class ItemsConfig(Config):
         ),
     ] = 32
     gray: Annotated[bool, Field(description="image: one channel")] = False
-    augment: Augment = Augment()
+    augment: Annotated[Augment, Field(description="image: random shifts, turns and mirrors")] = (
+        Augment()
+    )
     sample_rate: Annotated[int, Field(gt=0, description="audio: Hz")] = 16000
     crop_seconds: Annotated[
         float, Field(gt=0, description="audio: random crop; shorter items are padded with zeros")
@@ -167,6 +173,23 @@ class ItemsStream(Stream):
     @property
     def epoch(self) -> float:
         return self._cursor["step"] * self.config.batch_size / len(self.numbers)
+
+    def survey(self, steps: int) -> list[dict[str, Any]]:
+        """What ``steps`` steps will see of the items, as `survey_documents` says it."""
+        c, n = self.config, len(self.numbers)
+        figures = {
+            "source": str(c.path),
+            "split": c.split,
+            "samples": n,
+            "bytes": self.shards.n_bytes,
+            "epochs": steps * c.batch_size / n,
+            "left_out": {},
+            "modalities": {
+                c.modality: {"samples": n, "bytes": self.shards.bytes_of(c.modality), "used": 1.0}
+            },
+            "tasks": {},
+        }
+        return [figures]
 
     def advance(self, cursor: Mapping[str, int]) -> Step:
         first = cursor["step"] * self.config.batch_size

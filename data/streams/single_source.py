@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
+
+from pydantic import Field
 
 from mm.data.shards.reader import ShardSet
 from mm.data.streams.documents import DocumentStream, TokenSource, TokenStreamConfig
@@ -11,7 +13,7 @@ from mm.data.streams.documents import DocumentStream, TokenSource, TokenStreamCo
 class SingleSourceConfig(TokenStreamConfig):
     """Base of the configs whose stream reads one source."""
 
-    source: TokenSource
+    source: Annotated[TokenSource, Field(description="token shards")]
 
     @property
     def token_sources(self) -> tuple[TokenSource, ...]:

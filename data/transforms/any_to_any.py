@@ -43,7 +43,12 @@ class AnyToAnyConfig(Config):
     """
 
     kind: Literal["any_to_any"] = "any_to_any"
-    tasks: dict[str, Annotated[float, Field(ge=0)]]
+    tasks: Annotated[
+        dict[str, Annotated[float, Field(ge=0)]],
+        Field(
+            description="`conditions>targets`, such as image+text>audio, or targets alone -> weight"
+        ),
+    ]
     condition_dropout: Annotated[
         float,
         Field(
@@ -81,6 +86,8 @@ class AnyToAnyConfig(Config):
 
 class AnyToAny(Transform):
     """See `AnyToAnyConfig`. ``repeats``: Arora et al. 2024 (arXiv:2407.05483), JRT-Prompt."""
+
+    by_length = True
 
     def __init__(self, tasks: dict[Task, float], condition_dropout: float, repeats: int = 1):
         self.tasks, self.condition_dropout, self.repeats = tasks, condition_dropout, repeats

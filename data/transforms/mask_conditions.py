@@ -24,6 +24,10 @@ class MaskConditionsConfig(Config):
         0.15
     )
 
+    @classmethod
+    def smallest(cls) -> MaskConditionsConfig:
+        return cls(rate=0.15)
+
     def build(self) -> MaskConditions:
         return MaskConditions(self.rate)
 
@@ -34,6 +38,8 @@ class MaskConditions(Transform):
     Source: Arora et al. 2024 (arXiv:2407.05483), JRT-RNN: masked language modelling on the prefix,
     0.15 of its tokens, each replaced by the mask id; Devlin et al. 2018 (arXiv:1810.04805).
     """
+
+    by_length = True
 
     def __init__(self, rate: float):
         self.rate = rate

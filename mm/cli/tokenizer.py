@@ -91,12 +91,12 @@ def next_command(out: Path, data: Path | None) -> str:
 
 
 def fit(chosen: Any, data: Path, out: Path, config: str) -> dict[str, Any]:
-    """Fit a tokenizer without gradients on the train split's text; save it as ``out/model``.
+    """Fit a tokenizer without gradients on the train split; save it as ``out/model``.
 
     Raises:
-        UserError: the kind cannot be fitted, or the split has no text.
+        UserError: the kind cannot be fitted, or the split has nothing of its modality.
     """
-    from mm.data.modalities.base import TEXT, get_modality
+    from mm.data.modalities.base import TEXT, get_modality, table
     from mm.data.shards.reader import ShardSet
 
     if not hasattr(chosen, "fit"):
@@ -105,20 +105,21 @@ def fit(chosen: Any, data: Path, out: Path, config: str) -> dict[str, Any]:
             "configs/tokenizer/image.yaml"
         )
     shards = ShardSet.open(data, split="train")
-    text = get_modality(TEXT)
-    found = shards.each(TEXT)
+    # A modality of one's own name, such as `code`, is text.
+    own = get_modality(table().raw.get(chosen.modality, TEXT))
+    found = shards.each(own.kind)
     if not found:
         raise UserError(
-            f"{data}: no text in split 'train'; see what it has with: mm data inspect {data}"
+            f"{data}: no {own.kind} in split 'train'; see what it has with: mm data inspect {data}"
         )
 
-    def texts() -> Iterator[str]:
+    def values() -> Iterator[Any]:
         for i, member in found:
             raw = shards.raw(i, member)  # alone: decoding the pictures beside it would cost minutes
             if raw is not None:
-                yield text.decode(raw[1])
+                yield own.decode(raw[1])
 
-    tokenizer = chosen.fit(texts())
+    tokenizer = chosen.fit(values())
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(out / "model")
     (out / "config.yaml").write_text(config, encoding="utf-8")
@@ -126,7 +127,7 @@ def fit(chosen: Any, data: Path, out: Path, config: str) -> dict[str, Any]:
     return {
         "modality": spec.modality,
         "vocab_size": spec.vocab_size,
-        "texts": len(found),
+        "items": len(found),
         "fingerprint": spec.fingerprint[:12],
         "folder": out,
     }
@@ -162,7 +163,7 @@ def evaluate(
     from mm.tokenizers.load import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
-    raws = read_raws(data, split, loaded.spec.modality, limit)
+    raws = read_raws(data, split, loaded, limit)
     result = measure(loaded, raws, out)
     figures(
         f"{tokenizer}: {split} split of {data}", {k: v for k, v in result.items() if k != "alerts"}
@@ -172,8 +173,8 @@ def evaluate(
     write_json(json, {"tokenizer": tokenizer, "data": data, "split": split, **result})
 
 
-def read_raws(data: Path, split: str, modality: str, limit: int) -> list[Any]:
-    """At most ``limit`` raw values of a modality, evenly spread over a split.
+def read_raws(data: Path, split: str, tokenizer: Any, limit: int) -> list[Any]:
+    """At most ``limit`` values that a tokenizer reads, evenly spread over a split.
 
     Raises UserError when it has none.
     """
@@ -181,7 +182,7 @@ def read_raws(data: Path, split: str, modality: str, limit: int) -> list[Any]:
     from mm.data.shards.reader import ShardSet
 
     shards = ShardSet.open(data, split=split)
-    raw = raw_modality(modality)
+    raw = raw_modality(tokenizer.spec.modality)
     having = shards.each(raw.kind)
     if not having:
         raise UserError(
@@ -190,4 +191,4 @@ def read_raws(data: Path, split: str, modality: str, limit: int) -> list[Any]:
         )
     n = min(limit, len(having))
     found = (shards.raw(*having[i * len(having) // n]) for i in range(n))
-    return [raw.decode(member[1]) for member in found if member is not None]
+    return [raw.read(member[1], tokenizer) for member in found if member is not None]

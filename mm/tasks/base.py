@@ -18,7 +18,8 @@ from pydantic import Field
 from mm.config import Config
 from mm.decoders.generate import Generator
 from mm.errors import UserError
-from mm.specs import Sample
+from mm.specs import NONE, Sample
+from mm.vocabulary import Vocabulary
 
 Figures = dict[str, Any]
 
@@ -62,6 +63,15 @@ class Task(Config):
         return self
 
     @abstractmethod
+    def check(self, vocabulary: Vocabulary | None, tokenizers: Mapping[str, Any]) -> None:
+        """Raise UserError for what `evaluate` would miss or refuse: asked before a run trains.
+
+        Args:
+            vocabulary: of the run.
+            tokenizers: of the run, by modality.
+        """
+
+    @abstractmethod
     def evaluate(self, generator: Generator, *, seed: int = 0) -> Figures:
         """Measure. Every accuracy or rate stands beside its ``..._chance``.
 
@@ -86,11 +96,13 @@ def by_name(tasks: Sequence[Task]) -> dict[str, Task]:
 class Settings(Config):
     """Sampling settings that may be chosen on a validation split."""
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    cfg_scale: float = 1.0
-    repeats: int = 1
+    temperature: Annotated[float, Field(description="of sampling; 0 = greedy")] = 1.0
+    top_k: Annotated[int, Field(description="keep the k likeliest ids; 0 = off")] = 0
+    top_p: Annotated[
+        float, Field(description="keep the likeliest ids up to this probability; 1 = off")
+    ] = 1.0
+    cfg_scale: Annotated[float, Field(description="classifier-free guidance; 1 = off")] = 1.0
+    repeats: Annotated[int, Field(description="times that the conditions are read")] = 1
 
 
 class Item(NamedTuple):
@@ -100,11 +112,19 @@ class Item(NamedTuple):
     label: str
 
 
-def open_split(data: Path, split: str) -> Any:
-    """Open the shards of one split. Raises UserError when it is absent."""
+def open_split(data: Path, split: str, tokenizers: Mapping[str, Any] = NONE) -> Any:
+    """Open the shards of one split. Raises UserError when it is absent.
+
+    Args:
+        data: packed data.
+        split: of it.
+        tokenizers: that will read the values; one of bytes gets the files as they are.
+    """
     from mm.data.shards.reader import ShardSet
 
-    return ShardSet.open(data, split=split)
+    shards = ShardSet.open(data, split=split)
+    shards.tokenizers = tokenizers
+    return shards
 
 
 def spread(n: int, limit: int | None) -> list[int]:
@@ -122,16 +142,17 @@ def read_items(
     classes: Sequence[str] = (),
     label: str = "label",
     limit: int | None = None,
+    tokenizers: Mapping[str, Any] = NONE,
 ) -> list[Item]:
     """Labelled samples of a split that hold all of ``modalities``.
 
     The class is the metadata value ``label`` (a number is a place in ``classes``), else the class
-    word of the caption.
+    word of the caption. ``tokenizers`` are as of `open_split`.
 
     Raises:
         UserError: no sample of this split has these modalities and a class.
     """
-    shards = open_split(data, split)
+    shards = open_split(data, split, tokenizers)
     found = []
     for i in shards.having(modalities[0]):
         if all(shards.lengths(m)[i] >= 0 for m in modalities):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +19,8 @@ from mm.registry import TASKS
 from mm.specs import Segment, TokenSpec
 from mm.tasks.base import Figures, Task, open_split, spread
 from mm.tasks.chance import uniform_nats
+from mm.tasks.check import require_modalities
+from mm.vocabulary import Vocabulary
 
 
 @TASKS.register("bits_per_byte")
@@ -33,8 +35,8 @@ class BitsPerByte(Task):
     """
 
     kind: Literal["bits_per_byte"] = "bits_per_byte"
-    data: Path
-    split: str = "test"
+    data: Annotated[Path, Field(description="packed raw data that is measured on")]
+    split: Annotated[str, Field(description="split that is reported")] = "test"
     modalities: Annotated[
         tuple[str, ...], Field(description="default: all of the vocabulary that the split has")
     ] = ()
@@ -64,14 +66,14 @@ class BitsPerByte(Task):
 
     @classmethod
     def smallest(cls) -> BitsPerByte:
-        return cls(data=Path("data"))
+        return cls(data=Path("data/mine"), split="val")
 
     def evaluate(self, generator: Generator, *, seed: int = 0) -> Figures:
         """Bits per byte, nats per token, chance and counts of each modality; ``seed`` is not used.
 
         Nothing is sampled.
         """
-        shards = open_split(self.data, self.split)
+        shards = open_split(self.data, self.split, generator.tokenizers)
         wanted = self.modalities or generator.vocabulary.modalities
         figures: Figures = {}
         for modality in wanted:
@@ -93,12 +95,27 @@ class BitsPerByte(Task):
             figures |= self._measure(generator, modality, values)
         return figures
 
+    def check(self, vocabulary: Vocabulary | None, tokenizers: Mapping[str, Any]) -> None:
+        before = [m for m in self.given.values() if m not in ("none", "null")]
+        require_modalities((*self.modalities, *before), vocabulary, tokenizers)
+        shards = open_split(self.data, self.split)
+        wanted = self.modalities or tuple(tokenizers)
+        missing = [m for m in wanted if not len(shards.having(raw_modality(m).kind))]
+        if self.modalities and missing or len(missing) == len(wanted):
+            raise UserError(
+                f"{self.data}: no sample of split '{self.split}' has "
+                f"{' or '.join(missing) or 'a modality with a tokenizer'}"
+            )
+
     def _measure(self, generator: Generator, modality: str, values: Sequence[Any]) -> Figures:
         own = raw_modality(modality)
         raw = own.kind
         before = self.given.get(modality, "none" if own.is_text else "null")
         values = [
-            v for v in values if own.n_bytes(v[raw]) and (before in ("none", "null") or before in v)
+            v
+            for v in values
+            if (isinstance(v[raw], bytes) or own.n_bytes(v[raw]))
+            and (before in ("none", "null") or before in v)
         ]
         if not values:
             raise UserError(
@@ -138,6 +155,8 @@ def input_bytes(
 ) -> int:
     """Bytes of what the tokenizer read: an image scaled to its grid, a recording at its rate."""
     tokenizer, own = generator.tokenizer(modality), raw_modality(modality)
+    if not own.is_text and tokenizer.reads_files:
+        return sum(map(len, spans))
     if is_fixed(tokenizer.spec) and isinstance(raws[0], np.ndarray):
         decoded = generator.decode(modality, spans[:1])[0]
         return modality_of_value(decoded).n_bytes(decoded) * len(raws)

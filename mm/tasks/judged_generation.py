@@ -5,7 +5,7 @@ Is what the model draws or says for a held-out condition recognised by a classif
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,7 +28,11 @@ from mm.tasks.base import (
     confusion,
     read_items,
 )
+from mm.tasks.check import require_items, require_modalities
 from mm.tasks.judges import Judge
+from mm.vocabulary import Vocabulary
+
+UNREADABLE = "unreadable"
 
 
 def trained_judge(
@@ -65,26 +69,36 @@ class JudgedGeneration(Task):
     """
 
     kind: Literal["judged_generation"] = "judged_generation"
-    data: Path
+    data: Annotated[Path, Field(description="packed raw data that is measured on")]
     judge_data: Annotated[
         Path | None, Field(description="shards with real items of modality `to`; default: data")
     ] = None
-    sources: Annotated[tuple[str, ...], Field(min_length=1)] = ("text",)
-    to: str = "image"
-    split: str = "test"
-    val_split: str = "val"
-    train_split: str = "train"
-    classes: tuple[str, ...] = ()
-    label: str = "label"
+    sources: Annotated[
+        tuple[str, ...], Field(min_length=1, description="modalities that are given")
+    ] = ("text",)
+    to: Annotated[str, Field(description="modality that is generated and judged")] = "image"
+    split: Annotated[str, Field(description="split that is reported")] = "test"
+    val_split: Annotated[str, Field(description="split on which `settings` are chosen")] = "val"
+    train_split: Annotated[str, Field(description="split that the judge learns from")] = "train"
+    classes: Annotated[
+        tuple[str, ...], Field(description="class words; default: the labels of the split")
+    ] = ()
+    label: Annotated[
+        str, Field(description="metadata column of the class; else the caption's class word")
+    ] = "label"
     limit: Annotated[int | None, Field(ge=1, description="generations at most, evenly spread")] = (
         None
     )
-    judge_limit: Annotated[int | None, Field(ge=1)] = 4000
+    judge_limit: Annotated[
+        int | None, Field(ge=1, description="real items that the judge learns from")
+    ] = 4000
     settings: Annotated[
         tuple[Settings, ...], Field(min_length=1, description="more than one: chosen on val_split")
     ] = (Settings(temperature=0.7, cfg_scale=2.0),)
     bar: Annotated[float | None, Field(description="accuracy to reach; printed beside")] = None
-    reconstruction_bar: float | None = None
+    reconstruction_bar: Annotated[
+        float | None, Field(description="accuracy of round trips to reach; printed beside")
+    ] = None
     max_tokens: Annotated[
         int | None, Field(ge=1, description="of audio; an image has its grid")
     ] = None
@@ -103,7 +117,7 @@ class JudgedGeneration(Task):
 
     @classmethod
     def smallest(cls) -> JudgedGeneration:
-        return cls(data=Path("data"))
+        return cls(data=Path("data/mine"), to="image", classes=("cat", "ship"))
 
     @property
     def about(self) -> str:
@@ -123,13 +137,13 @@ class JudgedGeneration(Task):
         )
         settings, tried = self.settings[0], []
         if len(self.settings) > 1:
-            held_in = self._items(self.val_split)
+            held_in = self._items(self.val_split, generator)
             score = lambda s: _right(
-                held_in, judge.predict(self._make(generator, held_in, s, seed))
+                held_in, self._judged(judge, self._make(generator, held_in, s, seed))
             )
             settings, tried = choose(self.settings, score)
-        items = self._items(self.split)
-        answers = judge.predict(self._make(generator, items, settings, seed))
+        items = self._items(self.split, generator)
+        answers = self._judged(judge, self._make(generator, items, settings, seed))
         truth = [item.label for item in items]
         classes = sorted(set(truth) | set(answers) | set(self.classes))
         originals = [item.sample.values[self.to] for item in real]
@@ -149,16 +163,38 @@ class JudgedGeneration(Task):
         if self.reconstruction:
             again = generator.decode(self.to, generator.encode(self.to, originals))
             figures[f"{self.about}_judge_on_reconstruction_accuracy"] = _right(
-                real, judge.predict(again)
+                real, self._judged(judge, again)
             )
             if self.reconstruction_bar is not None:
                 figures[f"{self.about}_judge_on_reconstruction_bar"] = self.reconstruction_bar
         return figures
 
-    def _items(self, split: str) -> list[Item]:
+    def _items(self, split: str, generator: Generator) -> list[Item]:
         return read_items(
-            self.data, split, self.sources, classes=self.classes, label=self.label, limit=self.limit
+            self.data,
+            split,
+            self.sources,
+            classes=self.classes,
+            label=self.label,
+            limit=self.limit,
+            tokenizers=generator.tokenizers,
         )
+
+    def check(self, vocabulary: Vocabulary | None, tokenizers: Mapping[str, Any]) -> None:
+        require_modalities((*self.sources, self.to), vocabulary, tokenizers)
+        where, own = self.judge_data or self.data, (self.classes, self.label)
+        require_items(where, self.train_split, (self.to,), *own, n_classes=2, known_only=False)
+        require_items(where, self.split, (self.to,), *own, known_only=False)
+        require_items(self.data, self.split, self.sources, *own, known_only=False)
+        if len(self.settings) > 1:
+            require_items(self.data, self.val_split, self.sources, *own, known_only=False)
+
+    def _judged(self, judge: Judge, made: Sequence[Any]) -> list[str]:
+        """Class of each; a file that a model of bytes wrote and nobody can read has none."""
+        seen = [get_modality(self.to).view(value) for value in made]
+        good = [value for value in seen if not isinstance(value, str)]
+        classes = iter(judge.predict(good) if good else [])
+        return [UNREADABLE if isinstance(value, str) else next(classes) for value in seen]
 
     def _make(
         self, generator: Generator, items: Sequence[Item], settings: Settings, seed: int

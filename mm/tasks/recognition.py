@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from mm.data.modalities.base import get_modality
 from mm.decoders.generate import Generator
 from mm.registry import TASKS
 from mm.tasks.base import (
@@ -22,6 +23,8 @@ from mm.tasks.base import (
     first_class,
     read_items,
 )
+from mm.tasks.check import require_items, require_modalities
+from mm.vocabulary import Vocabulary
 
 
 @TASKS.register("recognition")
@@ -32,12 +35,16 @@ class Recognition(Task):
     """
 
     kind: Literal["recognition"] = "recognition"
-    data: Path
-    sources: Annotated[tuple[str, ...], Field(min_length=1)] = ("image",)
-    to: str = "text"
-    split: str = "test"
-    val_split: str = "val"
-    train_split: str = "train"
+    data: Annotated[Path, Field(description="packed raw data that is measured on")]
+    sources: Annotated[
+        tuple[str, ...], Field(min_length=1, description="modalities that are given")
+    ] = ("image",)
+    to: Annotated[str, Field(description="modality of the answer")] = "text"
+    split: Annotated[str, Field(description="split that is reported")] = "test"
+    val_split: Annotated[str, Field(description="split on which `settings` are chosen")] = "val"
+    train_split: Annotated[str, Field(description="split that the linear probe learns from")] = (
+        "train"
+    )
     classes: Annotated[
         tuple[str, ...], Field(description="class words; default: the labels of the split")
     ] = ()
@@ -49,15 +56,17 @@ class Recognition(Task):
         tuple[Settings, ...], Field(min_length=1, description="more than one: chosen on val_split")
     ] = (Settings(temperature=0.0),)
     bar: Annotated[float | None, Field(description="accuracy to reach; printed beside")] = None
-    max_tokens: Annotated[int, Field(ge=1)] = 32
+    max_tokens: Annotated[int, Field(ge=1, description="ids of an answer at most")] = 32
     linear_probe: Annotated[
         bool, Field(description="also print logistic regression on raw pixels")
     ] = False
-    probe_limit: Annotated[int | None, Field(ge=1)] = 5000
+    probe_limit: Annotated[
+        int | None, Field(ge=1, description="items that the linear probe learns from")
+    ] = 5000
 
     @classmethod
     def smallest(cls) -> Recognition:
-        return cls(data=Path("data"))
+        return cls(data=Path("data/mine"), sources=("image",), classes=("cat", "ship"))
 
     @property
     def about(self) -> str:
@@ -68,12 +77,12 @@ class Recognition(Task):
 
         See `Task.evaluate`.
         """
-        items = self._items(self.split)
+        items = self._items(self.split, generator)
         classes = self.classes or tuple(sorted({item.label for item in items}))
         settings = self.settings[0]
         tried: list[Figures] = []
         if len(self.settings) > 1:
-            held_in = self._items(self.val_split)
+            held_in = self._items(self.val_split, generator)
             score = lambda s: self._accuracy(
                 held_in, self._answers(generator, held_in, classes, s, seed)
             )
@@ -106,15 +115,32 @@ class Recognition(Task):
             figures[f"{self.about}_linear_probe_accuracy"] = linear_probe(
                 [item.sample.values["image"] for item in train],
                 [item.label for item in train],
-                [item.sample.values["image"] for item in items],
+                [get_modality("image").view(item.sample.values["image"]) for item in items],
                 truth,
             )
         return figures
 
-    def _items(self, split: str) -> list[Item]:
+    def _items(self, split: str, generator: Generator) -> list[Item]:
         return read_items(
-            self.data, split, self.sources, classes=self.classes, label=self.label, limit=self.limit
+            self.data,
+            split,
+            self.sources,
+            classes=self.classes,
+            label=self.label,
+            limit=self.limit,
+            tokenizers=generator.tokenizers,
         )
+
+    def check(self, vocabulary: Vocabulary | None, tokenizers: Mapping[str, Any]) -> None:
+        require_modalities((*self.sources, self.to), vocabulary, tokenizers)
+        ask = lambda split, modalities, known: require_items(
+            self.data, split, modalities, self.classes, self.label, known_only=known
+        )
+        ask(self.split, self.sources, True)
+        if len(self.settings) > 1:
+            ask(self.val_split, self.sources, False)
+        if self.linear_probe:
+            ask(self.train_split, ("image",), False)
 
     def _answers(
         self,

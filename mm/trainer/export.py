@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mm.run import Run
+from mm.tokenizers.load import tokenizer_folder
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.held_out import Best
@@ -29,7 +30,9 @@ def export(
     final, part = run.folder / "model", run.folder / "model.part"
     shutil.rmtree(part, ignore_errors=True)
     saving: Any = module.eval()
-    saving.save_pretrained(part, vocabulary=vocabulary, tokenizers=dict(run.tokenizers))
+    # Of a tokenizer's run folder the tokenizer alone: not its checkpoints, logs and samples.
+    tokenizers = {modality: tokenizer_folder(path) for modality, path in run.tokenizers.items()}
+    saving.save_pretrained(part, vocabulary=vocabulary, tokenizers=tokenizers)
     shutil.rmtree(final, ignore_errors=True)
     part.rename(final)
     (run.folder / "model.step").write_text(mark(run, step))

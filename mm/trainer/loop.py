@@ -14,12 +14,14 @@ import torch.distributed as dist
 from torch import nn
 
 from mm.batch import Batch
+from mm.config import places_from
 from mm.launch import environment
 from mm.registry import CALLBACKS
 from mm.run import Run
-from mm.trainer import final_eval, folder
+from mm.trainer import final_eval, folder, start, survey, warm_start
 from mm.trainer.callbacks.base import Callback
 from mm.trainer.callbacks.tasks import TasksWhileTraining
+from mm.trainer.callbacks.times import Times
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint import resume_check
 from mm.trainer.checkpoint.format import Saved, Snapshot
@@ -34,7 +36,7 @@ from mm.trainer.held_out import HeldOut
 from mm.trainer.log.metrics import BytesPerToken, CodebookUsage, MetricsFile, of_step
 from mm.trainer.log.summary import Summary
 from mm.trainer.log.tracker import Tracker
-from mm.trainer.ranks import before_first_step, on_any, on_main
+from mm.trainer.ranks import leave_before_step, on_any, on_main
 from mm.trainer.stage import StageState, end_of_stage, enter_stage
 from mm.trainer.state import TrainState
 from mm.trainer.step import optimizer_step
@@ -52,6 +54,7 @@ class Trainer:
     """
 
     def __init__(self, run: Run, callbacks: Sequence[Callback] = ()):
+        run = warm_start.resolve(run)
         self.run, self.folder = run, run.folder
         self.vocabulary = Vocabulary.load(run.vocabulary) if run.vocabulary is not None else None
         self.is_main, self.world = environment.ranks().is_main, environment.ranks().world
@@ -64,14 +67,18 @@ class Trainer:
         progress = [] if "progress" in kinds else [CALLBACKS.parse("progress")]
         own: list[Callback] = [config.build() for config in (*run.callbacks, *progress)]
         figures = [self.state.guard, self.state.bytes_per_token, self.held_out]
-        self.summary = Summary()
-        self.callbacks = [*figures, TasksWhileTraining(), self.summary, *own, *callbacks]
+        self.times = Times()
+        self.summary = Summary(self.times)
+        tasks = TasksWhileTraining()
+        self.callbacks = [*figures, tasks, self.summary, *own, *callbacks, self.times]
         self._evaluated: dict[str, Any] = {}
         self._started: list[Callback] = []
         self._usage = CodebookUsage()
         self._stop = Stop()
         self._writer = Writer(run.checkpoints.background)
         self._tokenizers: dict[str, Any] | None = None
+        self._told: dict[str, Any] = {}  # at the start: `start.json`
+        self._init_from: dict[str, Any] | None = None  # what the run began with
 
     def fit(self) -> dict[str, Any]:
         """Train, save ``<run folder>/model`` and return the last metrics.
@@ -84,8 +91,6 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             if self.is_main:
                 stack.enter_context(folder.lock(self.folder))
-                checkpoint.clean(self.folder / "checkpoints")
-                heartbeat.clear(self.folder / "health")
             stack.enter_context(self._stop)
             # DeepSpeed puts its own linear() there at stage 3 and leaves it to whatever runs next.
             stack.callback(setattr, torch.nn.functional, "linear", torch.nn.functional.linear)
@@ -94,6 +99,9 @@ class Trainer:
                 saved = self._resume()
                 first = self.step
                 done = {"step": first, "new_steps": 0, "resumed_from": first}
+                if self.is_main and first > self.steps:
+                    say = "%s: %d steps are done and the budget is %d: nothing to train"
+                    log.warning(say, self.folder, first, self.steps)
                 if final_eval.is_done(self.run, self.step, self.steps):
                     log.info("%s: nothing to do, all %d steps are done", self.folder, self.steps)
                     return done | {"folder": str(self.folder)}
@@ -120,11 +128,12 @@ class Trainer:
 
         Returns the results of the last.
         """
-        last = len(self.run.stages) - 1
+        first, last = self.stage.index, len(self.run.stages) - 1
         for index, config in enumerate(self.run.stages):
             if self.step < self.held_out.ends()[index] or index == last:
-                with self._starting():
-                    self._enter(index, snapshot)
+                if index != first:  # which `_open` has built
+                    with self._starting():
+                        self._enter(index, snapshot)
                 try:
                     snapshot = self._train() or snapshot
                 finally:
@@ -166,9 +175,7 @@ class Trainer:
                     snapshot = None  # nobody asks for it: its memory is free again
             if stop:
                 self._on_main(self._writer.wait)
-                log.warning(
-                    "stopped by a signal at step %d; run the same command to go on", self.step
-                )
+                self._warn("stopped by a signal at step %d; run the same command to go on")
                 raise SystemExit(INTERRUPTED)
         self._on_main(self._writer.wait)
         return snapshot
@@ -203,6 +210,7 @@ class Trainer:
             "vocabulary": self._fingerprint,
             "config": self.run.to_dict(),
             "tracker": self.tracker.id,
+            "init_from": self._init_from,
         }
         snapshot = self.state.save(facts, self.batches[0])
         root, keep = self.folder / "checkpoints", self.run.checkpoints
@@ -243,35 +251,55 @@ class Trainer:
         return saved
 
     def _open(self, saved: Saved | None, stack: contextlib.ExitStack) -> None:
-        """Write the run's description, start heartbeat, log and tracker; ``stack`` ends them."""
-        rank, hang_s = environment.ranks().rank, self.run.guard.hang_s
-        heart = stack.enter_context(heartbeat.Heartbeat(self.folder / "health", rank, hang_s))
-        self.callbacks.insert(0, heart)
+        """Check what can be checked and build the first stage; only then write and begin.
+
+        So a refusal leaves every file of the run as it was. ``stack`` ends what is begun here.
+        """
         self.phase("start", self.step)
         precision = resolve_precision(self.run.engine.precision, self.device)
         self.env = TrainerEnv(self.run.seed, self.device, precision)
-        facts = {
-            "device": str(self.device),
-            "world": self.world,
-            "precision": precision,
-            "threads": torch.get_num_threads(),
-        }
-        described = folder.describe(self.run, facts)
+        index = start.first_stage(self.run, self.step)
+        self._on_main(lambda: start.check(self, index))
+        begin, self._init_from = warm_start.begin(self.run, self.vocabulary, saved)
+        self._build(index, begin)
+        if self.step < self.steps:
+            root, n_bytes = self.folder / "checkpoints", self.stage.save_bytes
+            self._on_main(lambda: checkpoint.rehearse(root, n_bytes))
+        self._on_main(lambda: self._told.update(start.survey(self, index)))
+        self._write_start(saved, stack)
+        if saved is not None:
+            log.info("resumed %s from step %d of %d", self.folder, self.step, self.steps)
+        # One that failed to start has nothing to end.
+        stack.callback(lambda: [callback.on_end(self) for callback in self._started])
+        self._start_callbacks()
+
+    def _write_start(self, saved: Saved | None, stack: contextlib.ExitStack) -> None:
+        """Write the run's description and begin heartbeat, log and tracker; ``stack`` ends them."""
+        rank, hang_s = environment.ranks().rank, self.run.guard.hang_s
         if self.is_main:
+            checkpoint.clean(self.folder / "checkpoints")
+            heartbeat.clear(self.folder / "health")
+        dist.barrier()  # no rank's file is cleared
+        heart = stack.enter_context(heartbeat.Heartbeat(self.folder / "health", rank, hang_s))
+        self.callbacks.insert(0, heart)
+        if self.is_main:
+            described = start.describe(self, self._init_from)
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             folder.write(self.folder, self.run, described)
+            survey.write(self.folder, self._told)
             self.file = MetricsFile(self.folder / "metrics.jsonl", self.step)
             stack.callback(self.file.close)
             resumed = saved.state.get("tracker") if saved is not None else None
             self.tracker = Tracker.start(self.run, self.folder, described, resumed)
             stack.callback(self.tracker.finish)
             self.callbacks[6:6] = [self.file, self.tracker]  # after heartbeat, guard and figures
-        if saved is not None:
-            log.info("resumed %s from step %d of %d", self.folder, self.step, self.steps)
-        stack.callback(self._end_callbacks)
 
     def _enter(self, index: int, snapshot: Snapshot | None) -> None:
         """Build a stage, from ``snapshot`` when there is one, and start the callbacks."""
+        self._build(index, snapshot)
+        self._start_callbacks()
+
+    def _build(self, index: int, snapshot: Snapshot | None) -> None:
         self.phase("stage", self.step)
         self.state.stage = None  # its memory is free before the next one is built
         begin = self.held_out.ends()[index - 1] if index else 0
@@ -281,9 +309,8 @@ class Trainer:
         self.state.stage = stage
         if snapshot is not None and snapshot.state["stage"] == index:
             resume_check.check(stage, snapshot, self.world, self.run.engine.zero_stage)
-        if not self._started and self.step < self.steps:
-            root = self.folder / "checkpoints"
-            self._on_main(lambda: checkpoint.rehearse(root, stage.save_bytes))
+
+    def _start_callbacks(self) -> None:
         for callback in self.callbacks:
             callback.on_stage_start(self)
             if callback not in self._started:
@@ -302,7 +329,12 @@ class Trainer:
         self._evaluated |= found
 
     def _starting(self) -> contextlib.AbstractContextManager[None]:
-        return before_first_step(self._stop, self.device, self.world, self.step + 1)
+        return leave_before_step(self._stop, lambda: self.step + 1, self.device)
+
+    def _warn(self, message: str, ahead: int = 0) -> None:
+        """A line on the step, ``ahead`` of the last one done: by one process, as all agree."""
+        if self.is_main:
+            log.warning(message, self.step + ahead)
 
     def phase(self, name: str, step: int, keys: Sequence[str] = ()) -> None:
         for callback in self.callbacks:
@@ -311,10 +343,6 @@ class Trainer:
     def _on_file(self, path: Path) -> None:
         for callback in self.callbacks:
             callback.on_file(path)
-
-    def _end_callbacks(self) -> None:
-        for callback in self._started:  # one that failed to start has nothing to end
-            callback.on_end(self)
 
     def _on_main(self, work: Any) -> None:
         on_main(work, self.device, self.folder)
@@ -366,6 +394,6 @@ def train(run: Run | str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
 
     Returns the last metrics.
     """
-    if not isinstance(run, Run):
-        run = Run.load(run, overrides)
-    return Trainer(run).fit()
+    given = run if isinstance(run, Run) else Run.load(run, overrides)
+    with places_from(given, given.name if given is run else str(run)):
+        return Trainer(given).fit()

@@ -40,17 +40,20 @@ def on_main(work: Callable[[], Any], device: torch.device, where: object) -> Non
 
 
 @contextlib.contextmanager
-def before_first_step(stop: Stop, device: torch.device, world: int, step: int) -> Iterator[None]:
-    """Exit with 75 when a signal comes before ``step``, a stage's first: all before it is saved.
+def leave_before_step(
+    stop: Stop, next_step: Callable[[], int], device: torch.device
+) -> Iterator[None]:
+    """Exit with 75 when a signal comes before a stage's first step: all before it is saved.
 
     At once when alone; several processes finish the block first, so that none waits in vain.
     """
     try:
-        with stop.at_once() if world == 1 else contextlib.nullcontext():
+        with stop.at_once() if environment.ranks().world == 1 else contextlib.nullcontext():
             yield
         if not on_any(stop.asked, device):
             return
     except Interrupted:
         pass
-    log.warning("stopped by a signal before step %d; run the same command", step)
+    if environment.ranks().is_main:
+        log.warning("stopped by a signal before step %d; run the same command", next_step())
     raise SystemExit(INTERRUPTED)

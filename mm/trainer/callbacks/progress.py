@@ -21,6 +21,10 @@ class ProgressConfig(Config):
         float, Field(gt=0, description="seconds between lines without a terminal")
     ] = 10.0
 
+    @classmethod
+    def smallest(cls) -> ProgressConfig:
+        return cls(every_s=60)
+
     def build(self) -> Progress:
         return Progress(self)
 

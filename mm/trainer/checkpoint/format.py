@@ -15,26 +15,28 @@ previous one good.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm.errors import UserError
+from mm.hashes import digest
+from mm.launch import environment
 from mm.run import Run
+from mm.trainer.checkpoint import check
+from mm.trainer.checkpoint.check import MARK, SCHEMA, STATE
 
 log = logging.getLogger("mm.trainer")
 
-SCHEMA = 1
-STATE, MARK, LATEST, BEST = "state.json", "COMPLETE", "latest", "best"
+LATEST, BEST = "latest", "best"
 PART = ".part_"
 RETRY_S = (0.2, 1.0, 5.0)  # pauses before another try, when the folder cannot be written
 
@@ -50,6 +52,8 @@ class Snapshot:
     """
 
     origin = "the stage before"  # for messages
+    mend = "it was made by another model config: use another run name"  # what does not fit
+    new_modalities: Sequence[str] = ()  # whose ids it has no rows for
 
     def __init__(self, state: Mapping[str, Any], files: Mapping[str, Mapping[str, Tensor]]):
         self.state = state
@@ -62,6 +66,10 @@ class Snapshot:
     def has(self, network: str) -> bool:
         """Whether a network was part of the run."""
         return network in self.files
+
+    def fit(self, module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights as ``module`` takes them."""
+        return dict(weights)
 
     def optimizer(self, network: str) -> dict[str, Tensor]:
         """Elementwise optimizer states of a network, ``state/parameter``."""
@@ -85,8 +93,10 @@ class Saved(Snapshot):
     def require(self, config: Mapping[str, Any], vocabulary: str | None) -> None:
         """Check that a run of this config and vocabulary fingerprint can go on from here.
 
-        Safe differences are logged. Raises UserError on another vocabulary, model or seed.
+        Safe differences are logged, those of stages as warnings. Raises UserError on a state that
+        is none, another vocabulary, model or seed.
         """
+        check.require_state(self.state, self.origin, len(config["stages"]))
         if self.state["vocabulary"] != vocabulary:
             raise UserError(
                 f"{self.folder}: was trained with vocabulary {str(self.state['vocabulary'])[:12]}, "
@@ -103,9 +113,10 @@ class Saved(Snapshot):
                     f"{self.folder}: '{key}' was {old} and is {new} now; it cannot change: "
                     "set it back, or use another run name: name=..."
                 )
-            log.info(
-                "config changed since step %d: %s: %s -> %s", self.state["step"], key, old, new
-            )
+            if environment.ranks().is_main:
+                level = logging.WARNING if key.startswith("stages.") else logging.INFO
+                say = "config changed since step %d: %s: %s -> %s"
+                log.log(level, say, self.state["step"], key, old, new)
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -174,7 +185,7 @@ def _write(root: Path, snapshot: Snapshot, on_file: Callable[[Path], Any]) -> Pa
                 _write_tensors(part / f"{name}.safetensors", tensors)
                 on_file(part / f"{name}.safetensors")
         (part / STATE).write_text(json.dumps({"schema": SCHEMA, **snapshot.state}, indent=1))
-        hashes = {file.name: _sha256(file) for file in sorted(part.iterdir())}
+        hashes = {file.name: digest(file) for file in sorted(part.iterdir())}
         for file in part.iterdir():
             _sync(file)
         (part / MARK).write_text(json.dumps(hashes, indent=1))
@@ -207,9 +218,9 @@ def _point(root: Path, pointer: str, name: str) -> None:
 
 
 def _retain(root: Path, keep_last: int, keep_every: int, best: int | None) -> None:
-    complete = [folder for folder in _newest_first(root) if (folder / MARK).is_file()]
+    complete = [folder for folder in check.folders(root) if (folder / MARK).is_file()]
     for folder in complete[keep_last:]:
-        step = int(folder.name[5:])
+        step = check.step_of(folder)
         if step != best and (not keep_every or step % keep_every):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -277,14 +288,14 @@ def require_space(root: Path, n_bytes: int) -> None:
 
 def newest(root: Path) -> Saved | None:
     """The newest checkpoint whose files match their hashes; a damaged one is passed over."""
-    steps = (int(folder.name[5:]) for folder in _newest_first(root))
+    steps = map(check.step_of, check.folders(root))
     return next((saved for step in steps if (saved := load(root, step)) is not None), None)
 
 
 def load(root: Path, step: int) -> Saved | None:
     """The checkpoint of one step; None, and a warning, where it is not there or is damaged."""
     folder = root / f"step_{step:06d}"
-    fault = verify(folder)
+    fault = check.fault_of(folder)
     if fault is None:
         return Saved(folder, json.loads((folder / STATE).read_text()))
     log.warning("checkpoint %s is not used: %s", folder.name, fault)
@@ -292,42 +303,11 @@ def load(root: Path, step: int) -> Saved | None:
 
 
 def newest_state(root: Path) -> dict[str, Any]:
-    """What is JSON of the newest checkpoint, unverified; {} without one."""
-    for folder in _newest_first(root):
+    """What is JSON of the newest checkpoint; {} without one, or where its state is damaged."""
+    for folder in check.folders(root):
         if (folder / MARK).is_file():
-            return json.loads((folder / STATE).read_text())
+            return check.json_object(folder / STATE) or {}
     return {}
-
-
-def verify(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None."""
-    mark = folder / MARK
-    if not mark.is_file():
-        return "its save did not finish"
-    try:
-        hashes = json.loads(mark.read_text())
-    except ValueError:
-        return f"{MARK} is not readable"
-    for name, expected in hashes.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if _sha256(folder / name) != expected:
-            return f"{name} does not match its SHA-256"
-    return None
-
-
-def _newest_first(root: Path) -> Iterator[Path]:
-    found = (
-        [p for p in root.glob("step_*") if p.is_dir() and p.name[5:].isdigit()]
-        if root.is_dir()
-        else []
-    )
-    return iter(sorted(found, key=lambda p: int(p.name[5:]), reverse=True))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:
