@@ -100,7 +100,11 @@ class Config(BaseModel):
     renamed: ClassVar[Mapping[str, str]] = {}
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", protected_namespaces=(), arbitrary_types_allowed=True
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
+        arbitrary_types_allowed=True,
+        allow_inf_nan=False,
     )
 
     @classmethod

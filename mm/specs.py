@@ -42,6 +42,9 @@ class Waveform(NamedTuple):
     sample_rate: int
 
 
+MODALITY = r"[a-z][a-z0-9_]{0,31}"  # a regular expression: it becomes names of files
+
+
 class TokenSpec(NamedTuple):
     """What a tokenizer promises, without importing it. ``vocab_size`` is that of ONE codebook."""
 
@@ -104,6 +107,10 @@ class Transform(ABC):
 
     Pure in (segments, rng).
     """
+
+    # True: what it does depends on modalities and lengths alone, not on the ids. A stage's start
+    # can then tell from the index what it leaves out.
+    by_length: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, segments: list[Segment], rng: Any) -> list[Segment] | None:

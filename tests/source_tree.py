@@ -20,6 +20,7 @@ TIERS = {
     "registry": 0,
     "vocabulary": 0,
     "specs": 0,
+    "names": 0,
     "errors": 0,
     "hashes": 0,
     "reading": 0,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 from pydantic import Field
 
 from mm.config import Config
 from mm.data.shards.members import member_modality
-from mm.data.shards.reader import ShardSet
+from mm.data.shards.reader import ShardSet, split_samples
 from mm.data.shards.remote import Location
 from mm.data.streams.base import Stream, rank_rows
 from mm.data.streams.shuffle import generator, key_of
+from mm.data.streams.survey import Drawn, survey_documents
 from mm.data.transforms.compose import chain
 from mm.errors import UserError
 from mm.registry import TransformField
@@ -50,6 +52,13 @@ class TokenSource(Config):
             raise UserError(f"{self.path}: split '{self.split}' is empty")
         return shards
 
+    def held_out(self, split: str) -> TokenSource | None:
+        """The same source with another split; None where it has none, or is that split."""
+        if split == self.split or not split_samples(self.path, split):
+            return None
+        weight = max(self.weight.values()) if isinstance(self.weight, dict) else self.weight
+        return self.model_copy(update={"split": split, "weight": weight})
+
 
 class TokenStreamConfig(Config):
     """Base of the configs of streams of token documents."""
@@ -79,6 +88,10 @@ class TokenStreamConfig(Config):
     @abstractmethod
     def stream(self) -> type[Any]:
         """Class of the stream, made with this config and the arguments of `build`."""
+
+    @abstractmethod
+    def held_out(self, split: str = "val") -> TokenStreamConfig | None:
+        """The same stream over another split of its sources; None when no source has it."""
 
     def build(
         self,
@@ -152,6 +165,31 @@ class DocumentStream(Stream, Generic[C]):
     @abstractmethod
     def prepare(self) -> dict[str, Any]:
         """Set the rest up; returns what else the order depends on."""
+
+    @abstractmethod
+    def fate(self, raw: list[Segment], made: list[Segment] | None) -> str:
+        """Why a document is left out, ``filtered`` or ``too_long``; "" where it is not.
+
+        Args:
+            raw: as it stands in the shards.
+            made: after the transforms; None: they filtered it out.
+        """
+
+    @abstractmethod
+    def epochs_of(self, steps: int, drawn: Sequence[Drawn]) -> list[float]:
+        """Passes over each source that ``steps`` steps make.
+
+        Args:
+            drawn: documents of each source that stand for all of it.
+        """
+
+    def survey(self, steps: int) -> list[dict[str, Any]]:
+        """What ``steps`` steps will see of every source, see `survey_documents`."""
+        return survey_documents(self, steps)
+
+    @abstractmethod
+    def mend(self, why: str, longest: int) -> str:
+        """What to set below ``stages.N.data`` so that documents are not left out for ``why``."""
 
     def segments(self, source: int, i: int) -> list[Segment]:
         """Sample ``i`` as it stands in the shards."""

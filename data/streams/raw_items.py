@@ -17,7 +17,7 @@ from mm.batch import Batch, Values
 from mm.config import Config
 from mm.data.modalities.base import Modality, get_modality, modalities
 from mm.data.modalities.image import Augment
-from mm.data.shards.reader import ShardSet
+from mm.data.shards.reader import ShardSet, split_samples
 from mm.data.streams.base import Step, Stream, rank_rows
 from mm.data.streams.shuffle import key_of, permute
 from mm.errors import UserError
@@ -97,6 +97,13 @@ class ItemsConfig(Config):
     def smallest(cls) -> ItemsConfig:
         return cls(path=Path("shards"), batch_size=4, size=8)
 
+    def held_out(self, split: str = "val") -> ItemsConfig | None:
+        """The same stream over another split, without augmentation; None when there is none."""
+        if split == self.split or not split_samples(self.path, split):
+            return None
+        changed = {"split": split, "augment": Augment(), "prefetch": 0}
+        return self.model_copy(update=changed)
+
     def build(
         self,
         *,
@@ -166,6 +173,23 @@ class ItemsStream(Stream):
     @property
     def epoch(self) -> float:
         return self._cursor["step"] * self.config.batch_size / len(self.numbers)
+
+    def survey(self, steps: int) -> list[dict[str, Any]]:
+        """What ``steps`` steps will see of the items, as `survey_documents` says it."""
+        c, n = self.config, len(self.numbers)
+        figures = {
+            "source": str(c.path),
+            "split": c.split,
+            "samples": n,
+            "bytes": self.shards.n_bytes,
+            "epochs": steps * c.batch_size / n,
+            "left_out": {},
+            "modalities": {
+                c.modality: {"samples": n, "bytes": self.shards.bytes_of(c.modality), "used": 1.0}
+            },
+            "tasks": {},
+        }
+        return [figures]
 
     def advance(self, cursor: Mapping[str, int]) -> Step:
         first = cursor["step"] * self.config.batch_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +18,9 @@ from mm.errors import UserError
 from mm.registry import TASKS
 from mm.specs import Segment, TokenSpec
 from mm.tasks.base import Figures, Task, open_split, spread
+from mm.tasks.chance import uniform_nats
+from mm.tasks.check import require_modalities
+from mm.vocabulary import Vocabulary
 
 
 @TASKS.register("bits_per_byte")
@@ -57,6 +60,10 @@ class BitsPerByte(Task):
         float, Field(ge=0, lt=1, description="share of a window that is context of the next one")
     ] = 0.5
 
+    @property
+    def about(self) -> str:
+        return "_".join(self.modalities)
+
     @classmethod
     def smallest(cls) -> BitsPerByte:
         return cls(data=Path("data/mine"), split="val")
@@ -87,6 +94,18 @@ class BitsPerByte(Task):
             ]
             figures |= self._measure(generator, modality, values)
         return figures
+
+    def check(self, vocabulary: Vocabulary | None, tokenizers: Mapping[str, Any]) -> None:
+        before = [m for m in self.given.values() if m not in ("none", "null")]
+        require_modalities((*self.modalities, *before), vocabulary, tokenizers)
+        shards = open_split(self.data, self.split)
+        wanted = self.modalities or tuple(tokenizers)
+        missing = [m for m in wanted if not len(shards.having(raw_modality(m).kind))]
+        if self.modalities and missing or len(missing) == len(wanted):
+            raise UserError(
+                f"{self.data}: no sample of split '{self.split}' has "
+                f"{' or '.join(missing) or 'a modality with a tokenizer'}"
+            )
 
     def _measure(self, generator: Generator, modality: str, values: Sequence[Any]) -> Figures:
         own = raw_modality(modality)
@@ -169,16 +188,3 @@ def windows(span: Segment, spec: TokenSpec, max_tokens: int, overlap: float) -> 
         if scored == n:
             break
     return out
-
-
-def uniform_nats(n: int, spec: TokenSpec) -> float:
-    """Nats of a span of ``n`` ids when all that the grammar allows is equally likely.
-
-    A grid's end is certain.
-    """
-    K = spec.vocab_size
-    if is_fixed(spec):
-        return n * math.log(K)
-    frames = n // spec.n_codebooks
-    # The first id cannot be the end; later frame borders and the last one offer K codes or the end.
-    return (n - frames + 1) * math.log(K) + frames * math.log(K + 1)

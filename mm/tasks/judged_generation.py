@@ -5,7 +5,7 @@ Is what the model draws or says for a held-out condition recognised by a classif
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,7 +28,9 @@ from mm.tasks.base import (
     confusion,
     read_items,
 )
+from mm.tasks.check import require_items, require_modalities
 from mm.tasks.judges import Judge
+from mm.vocabulary import Vocabulary
 
 UNREADABLE = "unreadable"
 
@@ -118,7 +120,7 @@ class JudgedGeneration(Task):
         return cls(data=Path("data/mine"), to="image", classes=("cat", "ship"))
 
     @property
-    def name(self) -> str:
+    def about(self) -> str:
         return f"{'_'.join(self.sources)}_to_{self.to}"
 
     def evaluate(self, generator: Generator, *, seed: int = 0) -> Figures:
@@ -146,25 +148,25 @@ class JudgedGeneration(Task):
         classes = sorted(set(truth) | set(answers) | set(self.classes))
         originals = [item.sample.values[self.to] for item in real]
         figures: Figures = {
-            f"{self.name}_accuracy": _right(items, answers),
-            f"{self.name}_chance": chance(truth, len(classes)),
-            f"{self.name}_n": len(items),
-            f"{self.name}_judge_on_real_accuracy": _right(real, judge.predict(originals)),
-            f"{self.name}_classes": classes,
-            f"{self.name}_confusion": confusion(truth, answers, classes),
-            f"{self.name}_settings": settings.to_dict(),
+            f"{self.about}_accuracy": _right(items, answers),
+            f"{self.about}_chance": chance(truth, len(classes)),
+            f"{self.about}_n": len(items),
+            f"{self.about}_judge_on_real_accuracy": _right(real, judge.predict(originals)),
+            f"{self.about}_classes": classes,
+            f"{self.about}_confusion": confusion(truth, answers, classes),
+            f"{self.about}_settings": settings.to_dict(),
         }
         if self.bar is not None:
-            figures[f"{self.name}_bar"] = self.bar
+            figures[f"{self.about}_bar"] = self.bar
         if tried:
-            figures[f"{self.name}_tried_on_{self.val_split}"] = tried
+            figures[f"{self.about}_tried_on_{self.val_split}"] = tried
         if self.reconstruction:
             again = generator.decode(self.to, generator.encode(self.to, originals))
-            figures[f"{self.name}_judge_on_reconstruction_accuracy"] = _right(
+            figures[f"{self.about}_judge_on_reconstruction_accuracy"] = _right(
                 real, self._judged(judge, again)
             )
             if self.reconstruction_bar is not None:
-                figures[f"{self.name}_judge_on_reconstruction_bar"] = self.reconstruction_bar
+                figures[f"{self.about}_judge_on_reconstruction_bar"] = self.reconstruction_bar
         return figures
 
     def _items(self, split: str, generator: Generator) -> list[Item]:
@@ -177,6 +179,15 @@ class JudgedGeneration(Task):
             limit=self.limit,
             tokenizers=generator.tokenizers,
         )
+
+    def check(self, vocabulary: Vocabulary | None, tokenizers: Mapping[str, Any]) -> None:
+        require_modalities((*self.sources, self.to), vocabulary, tokenizers)
+        where, own = self.judge_data or self.data, (self.classes, self.label)
+        require_items(where, self.train_split, (self.to,), *own, n_classes=2, known_only=False)
+        require_items(where, self.split, (self.to,), *own, known_only=False)
+        require_items(self.data, self.split, self.sources, *own, known_only=False)
+        if len(self.settings) > 1:
+            require_items(self.data, self.val_split, self.sources, *own, known_only=False)
 
     def _judged(self, judge: Judge, made: Sequence[Any]) -> list[str]:
         """Class of each; a file that a model of bytes wrote and nobody can read has none."""

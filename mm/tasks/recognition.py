@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +23,8 @@ from mm.tasks.base import (
     first_class,
     read_items,
 )
+from mm.tasks.check import require_items, require_modalities
+from mm.vocabulary import Vocabulary
 
 
 @TASKS.register("recognition")
@@ -67,7 +69,7 @@ class Recognition(Task):
         return cls(data=Path("data/mine"), sources=("image",), classes=("cat", "ship"))
 
     @property
-    def name(self) -> str:
+    def about(self) -> str:
         return f"{'_'.join(self.sources)}_to_{self.to}"
 
     def evaluate(self, generator: Generator, *, seed: int = 0) -> Figures:
@@ -88,17 +90,17 @@ class Recognition(Task):
         answers = self._answers(generator, items, classes, settings, seed)
         truth = [item.label for item in items]
         figures: Figures = {
-            f"{self.name}_accuracy": self._accuracy(items, answers),
-            f"{self.name}_chance": chance(truth, len(classes)),
-            f"{self.name}_n": len(items),
-            f"{self.name}_classes": list(classes),
-            f"{self.name}_confusion": confusion(truth, answers, classes),
-            f"{self.name}_settings": settings.to_dict(),
+            f"{self.about}_accuracy": self._accuracy(items, answers),
+            f"{self.about}_chance": chance(truth, len(classes)),
+            f"{self.about}_n": len(items),
+            f"{self.about}_classes": list(classes),
+            f"{self.about}_confusion": confusion(truth, answers, classes),
+            f"{self.about}_settings": settings.to_dict(),
         }
         if self.bar is not None:
-            figures[f"{self.name}_bar"] = self.bar
+            figures[f"{self.about}_bar"] = self.bar
         if tried:
-            figures[f"{self.name}_tried_on_{self.val_split}"] = tried
+            figures[f"{self.about}_tried_on_{self.val_split}"] = tried
         if self.linear_probe:
             from mm.tasks.judges import linear_probe
 
@@ -110,7 +112,7 @@ class Recognition(Task):
                 label=self.label,
                 limit=self.probe_limit,
             )
-            figures[f"{self.name}_linear_probe_accuracy"] = linear_probe(
+            figures[f"{self.about}_linear_probe_accuracy"] = linear_probe(
                 [item.sample.values["image"] for item in train],
                 [item.label for item in train],
                 [get_modality("image").view(item.sample.values["image"]) for item in items],
@@ -128,6 +130,17 @@ class Recognition(Task):
             limit=self.limit,
             tokenizers=generator.tokenizers,
         )
+
+    def check(self, vocabulary: Vocabulary | None, tokenizers: Mapping[str, Any]) -> None:
+        require_modalities((*self.sources, self.to), vocabulary, tokenizers)
+        ask = lambda split, modalities, known: require_items(
+            self.data, split, modalities, self.classes, self.label, known_only=known
+        )
+        ask(self.split, self.sources, True)
+        if len(self.settings) > 1:
+            ask(self.val_split, self.sources, False)
+        if self.linear_probe:
+            ask(self.train_split, ("image",), False)
 
     def _answers(
         self,
