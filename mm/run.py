@@ -18,6 +18,9 @@ from mm.registry import (
     TaskField,
 )
 
+EVALUATIONS = 20  # held-out losses of a stage, about
+CHEAP = 10  # steps for each batch of a held-out loss
+
 
 class Budget(Config):
     """How long a stage lasts."""
@@ -93,6 +96,26 @@ class Stage(Config):
     ema: Annotated[
         Ema | None, Field(description="a moving average of the weights; null = none")
     ] = None
+    eval_every: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            description="steps between held-out losses, on the split `val` of the data; default: a "
+            "twentieth of the stage, at least 10; 0 = never",
+        ),
+    ] = None
+    eval_batches: Annotated[
+        int | None,
+        Field(
+            gt=0,
+            description="batches of `batch_size` that a held-out loss is the mean of, always the "
+            "same ones; default: a tenth of eval_every, at most 32; never more than the split has",
+        ),
+    ] = None
+    early_stop: Annotated[
+        int | None,
+        Field(gt=0, description="held-out losses without a new best after which the stage ends"),
+    ] = None
     tasks: Annotated[
         tuple[TaskField, ...], Field(description="figures that are measured on held-out data")
     ] = ()
@@ -109,6 +132,35 @@ class Stage(Config):
         tuple[str, ...],
         Field(description="modalities, tasks of any_to_any and sources that may get nothing"),
     ] = ()
+
+    @model_validator(mode="after")
+    def _early_stop_has_losses(self) -> Stage:
+        if self.early_stop is not None and self.eval_every == 0:
+            raise ValueError("early_stop: it needs held-out losses; eval_every is 0")
+        return self
+
+    @model_validator(mode="after")
+    def _names_of_tasks_differ(self) -> Stage:
+        given = [task.name for task in self.tasks if task.name]
+        for name in given:
+            if given.count(name) > 1:
+                raise ValueError(f"tasks: two are called '{name}': give each a name of its own")
+        return self
+
+    @property
+    def held_out_every(self) -> int:
+        """Steps between held-out losses; 0 = never."""
+        if self.eval_every is None:
+            return max(CHEAP, self.budget.steps // EVALUATIONS)
+        return self.eval_every
+
+    @property
+    def held_out_batches(self) -> int:
+        """Batches of a held-out loss, where the split has as many.
+
+        A forward takes about a third of a step's time: a tenth of the steps between is 3 % of it.
+        """
+        return self.eval_batches or min(32, max(1, self.held_out_every // CHEAP))
 
 
 class EngineConfig(Config):
@@ -153,6 +205,13 @@ class Checkpoints(Config):
     every: Annotated[int, Field(ge=0, description="steps; 0 = only at the end")] = 500
     keep_last: Annotated[int, Field(ge=1, description="newest checkpoints that are kept")] = 2
     keep_every: Annotated[int, Field(ge=0, description="steps kept for good; 0 = none")] = 0
+    keep_best: Annotated[
+        bool,
+        Field(
+            description="every new best held-out loss is saved, and stays until there is a better "
+            "one; `export: best` sets it"
+        ),
+    ] = False
     background: Annotated[
         bool, Field(description="write while training goes on; needs memory for one more copy")
     ] = False
@@ -199,6 +258,12 @@ class Tracking(Config):
         Literal["auto", "online", "offline", "disabled"],
         Field(description="auto: online with a key, else offline"),
     ] = "auto"
+    entity: Annotated[str | None, Field(description="user or team; default: the key's own")] = None
+    group: Annotated[
+        str | None, Field(description="runs that belong together, such as seeds of one trial")
+    ] = None
+    job_type: Annotated[str | None, Field(description="such as tokenizer, pretrain")] = None
+    notes: Annotated[str | None, Field(description="what the run is for, in a sentence")] = None
     tags: Annotated[tuple[str, ...], Field(description="tags of the run")] = ()
 
 
@@ -242,8 +307,21 @@ class Run(Config):
         tuple[CallbackField, ...], Field(description="samples and other work while training")
     ] = ()
     evaluate: Annotated[
-        bool, Field(description="run the last stage's tasks at the end of training")
+        bool, Field(description="run every stage's tasks at its end, on what it leaves")
     ] = True
+
+    export: Annotated[
+        Literal["last", "best"],
+        Field(
+            description="the weights of the saved model: those of the last step, or of the last "
+            "stage's best held-out loss"
+        ),
+    ] = "last"
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether every new best held-out loss is saved."""
+        return self.checkpoints.keep_best or self.export == "best"
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Run:

@@ -56,6 +56,11 @@ def read_manifest(root: str | Path) -> dict[str, Any]:
     return parse_manifest(path, path.read_bytes())
 
 
+def split_samples(root: str | Path, split: str) -> int:
+    """Samples of one split of packed data; 0 when there is none of that name."""
+    return int(read_manifest(root)["splits"].get(split, {}).get("samples", 0))
+
+
 class ShardSet:
     """Random access to one split. Small sets are held in memory, larger ones are memory-mapped.
 

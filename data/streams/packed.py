@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from mm.data.batching.collate import document_length, to_batch
+from mm.data.shards.reader import split_samples
 from mm.data.shards.remote import is_url
 from mm.data.streams import mixing
 from mm.data.streams.base import Step
@@ -88,6 +89,20 @@ class PackedConfig(TokenStreamConfig):
     @property
     def stream(self) -> type[PackedStream]:
         return PackedStream
+
+    def held_out(self, split: str = "val") -> PackedConfig | None:
+        found = [s for source in self.sources if (s := source.held_out(split)) is not None]
+        if not found:
+            return None
+        samples = sum(split_samples(source.path, split) for source in found)
+        changed = {
+            "sources": tuple(found),
+            # about one pass over the split is one block
+            "block_samples": max(len(found), min(self.block_samples, samples)),
+            "modality_tokens": None,  # the split may lack one of them
+            "prefetch": 0,
+        }
+        return self.model_copy(update=changed)
 
 
 class Document(NamedTuple):

@@ -17,7 +17,7 @@ from mm.batch import Batch, Values
 from mm.config import Config
 from mm.data.modalities.base import Modality, get_modality, modalities
 from mm.data.modalities.image import Augment
-from mm.data.shards.reader import ShardSet
+from mm.data.shards.reader import ShardSet, split_samples
 from mm.data.streams.base import Step, Stream, rank_rows
 from mm.data.streams.shuffle import key_of, permute
 from mm.errors import UserError
@@ -96,6 +96,13 @@ class ItemsConfig(Config):
     @classmethod
     def smallest(cls) -> ItemsConfig:
         return cls(path=Path("shards"), batch_size=4, size=8)
+
+    def held_out(self, split: str = "val") -> ItemsConfig | None:
+        """The same stream over another split, without augmentation; None when there is none."""
+        if split == self.split or not split_samples(self.path, split):
+            return None
+        changed = {"split": split, "augment": Augment(), "prefetch": 0}
+        return self.model_copy(update=changed)
 
     def build(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import Field
 
@@ -18,6 +18,12 @@ class SingleSourceConfig(TokenStreamConfig):
     @property
     def token_sources(self) -> tuple[TokenSource, ...]:
         return (self.source,)
+
+    def held_out(self, split: str = "val") -> Self | None:
+        source = self.source.held_out(split)
+        if source is None:
+            return None
+        return self.model_copy(update={"source": source, "prefetch": 0})
 
 
 C = TypeVar("C", bound=SingleSourceConfig)

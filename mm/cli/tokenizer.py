@@ -19,6 +19,7 @@ from mm.cli.common import (
     overrides,
     write_json,
 )
+from mm.cli.trained import print_trained
 from mm.errors import UserError
 
 app = typer.Typer(
@@ -59,6 +60,7 @@ def train(
             raise UserError(f"{config}: fitting needs --data SHARDS and --out DIR")
         chosen: Any = resolve(config, assignments)
         result = fit(chosen.tokenizer, data, out, configs.dump(chosen))
+        figures(f"Tokenizer {out}", result)
     else:
         if data is not None:
             assignments.append(f"stages.0.data.path={data}")
@@ -67,11 +69,25 @@ def train(
         from mm.trainer import loop
 
         result = loop.train(config, assignments)
-    if is_main():
-        figures(f"Tokenizer {out or config}", result)
-        if out:
-            console().print(f"next: mm tokenizer eval {out} --data {data or 'SHARDS'}")
+        if is_main():
+            print_trained(f"Tokenizer {out or config}", result)
+    if is_main() and out:
+        console().print(next_command(out, data))
     write_json(json, result)
+
+
+def next_command(out: Path, data: Path | None) -> str:
+    """What to run after a training: the measure on a split that the data have."""
+    from mm.data.shards.reader import split_samples
+
+    held_out = [s for s in ("test", "val") if data is not None and split_samples(data, s)]
+    if data is not None and not held_out:
+        return (
+            f"{data} has no split 'test' or 'val': to measure {out} on held-out data, pack them "
+            "with --val-share 0.05 and train again"
+        )
+    split = "" if "test" in held_out or data is None else f" --split {held_out[0]}"
+    return f"next: mm tokenizer eval {out} --data {data or 'SHARDS'}{split}"
 
 
 def fit(chosen: Any, data: Path, out: Path, config: str) -> dict[str, Any]:

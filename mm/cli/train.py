@@ -14,13 +14,13 @@ from mm.cli.common import (
     Overrides,
     console,
     existing_config,
-    figures,
     is_main,
     overrides,
     run_config,
     write_json,
 )
-from mm.cli.eval import figure_rows, figure_table
+from mm.cli.eval import figure_table, task_rows
+from mm.cli.trained import print_trained
 from mm.trainer.health.signals import starting
 
 app = typer.Typer()
@@ -29,7 +29,8 @@ app = typer.Typer()
 USED = (
     "name", "seed", "model.d_model", "model.backbone.pattern", "model.backbone.depth",
     "stages.0.budget.steps", "stages.0.data.batch_size", "stages.0.data.seq_len",
-    "stages.0.optimizer.lr", "stages.0.schedule.warmup", "checkpoints.every", "engine.zero_stage",
+    "stages.0.optimizer.lr", "stages.0.schedule.warmup", "stages.0.eval_every",
+    "stages.0.early_stop", "checkpoints.every", "export", "engine.zero_stage",
     "engine.precision", "tracking.mode", "evaluate",
 )  # fmt: skip
 KINDS = {"network": "lm", "backbone": "stack", "data": "packed", "optimizer": "adamw"}
@@ -69,10 +70,13 @@ def train(
 
         result = loop.train(path, assignments)
     if is_main():
-        training = {k: v for k, v in result.items() if not k.startswith("eval/")}
-        figures(f"Trained {config}", training)
-        measured = {k.split("/")[-1]: v for k, v in result.items() if k.startswith("eval/")}
-        if rows := figure_rows(measured):
+        print_trained(f"Trained {config}", result)
+        measured: dict[str, dict[str, Any]] = {}
+        for key, value in result.items():
+            if key.startswith("eval/"):
+                _, name, figure = key.split("/", 2)
+                measured.setdefault(name, {})[figure] = value
+        if rows := task_rows(measured):
             figure_table("Evaluated at the end", rows)
         if folder := result.get("folder"):
             console().print(f"run folder: {folder}; next: mm eval {folder} · mm report {folder}")

@@ -30,6 +30,35 @@ class Task(Config):
     A Config that names its shards and split; `build` returns itself, ready to evaluate.
     """
 
+    name: Annotated[
+        str,
+        Field(
+            pattern=r"^[\w.-]*$",
+            description="what its figures are called: `eval/<name>/<figure>`; default: its kind, "
+            "modalities and data folder, such as recognition_image_to_text_digits",
+        ),
+    ] = ""
+    every: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="steps between two evaluations of the weights that train; 0 = only of what "
+            "the stage leaves",
+        ),
+    ] = 0
+
+    @property
+    def about(self) -> str:
+        """The modalities that it measures, for its default name."""
+        return ""
+
+    @property
+    def full_name(self) -> str:
+        """Its `name`, or the default one."""
+        data = getattr(self, "data", None)
+        parts = (str(getattr(self, "kind", "")), self.about, Path(data).name if data else "")
+        return self.name or re.sub(r"[^\w.-]+", "-", "_".join(filter(None, parts)))
+
     def build(self) -> Task:
         return self
 
@@ -50,6 +79,18 @@ class Task(Config):
             generator: model, vocabulary and tokenizers.
             seed: of whatever is sampled; the same seed gives the same figures.
         """
+
+
+def by_name(tasks: Sequence[Task]) -> dict[str, Task]:
+    """Tasks by `Task.full_name`; the second of one name is called name_2."""
+    found: dict[str, Task] = {}
+    for task in tasks:
+        name, n = task.full_name, 1
+        while name in found:
+            n += 1
+            name = f"{task.full_name}_{n}"
+        found[name] = task
+    return found
 
 
 class Settings(Config):

@@ -18,6 +18,7 @@ from mm.errors import UserError
 from mm.registry import TASKS
 from mm.specs import Segment, TokenSpec
 from mm.tasks.base import Figures, Task, open_split, spread
+from mm.tasks.chance import uniform_nats
 from mm.tasks.check import require_modalities
 from mm.vocabulary import Vocabulary
 
@@ -58,6 +59,10 @@ class BitsPerByte(Task):
     overlap: Annotated[
         float, Field(ge=0, lt=1, description="share of a window that is context of the next one")
     ] = 0.5
+
+    @property
+    def about(self) -> str:
+        return "_".join(self.modalities)
 
     @classmethod
     def smallest(cls) -> BitsPerByte:
@@ -183,16 +188,3 @@ def windows(span: Segment, spec: TokenSpec, max_tokens: int, overlap: float) -> 
         if scored == n:
             break
     return out
-
-
-def uniform_nats(n: int, spec: TokenSpec) -> float:
-    """Nats of a span of ``n`` ids when all that the grammar allows is equally likely.
-
-    A grid's end is certain.
-    """
-    K = spec.vocab_size
-    if is_fixed(spec):
-        return n * math.log(K)
-    frames = n // spec.n_codebooks
-    # The first id cannot be the end; later frame borders and the last one offer K codes or the end.
-    return (n - frames + 1) * math.log(K) + frames * math.log(K + 1)

@@ -120,7 +120,7 @@ class JudgedGeneration(Task):
         return cls(data=Path("data/mine"), to="image", classes=("cat", "ship"))
 
     @property
-    def name(self) -> str:
+    def about(self) -> str:
         return f"{'_'.join(self.sources)}_to_{self.to}"
 
     def evaluate(self, generator: Generator, *, seed: int = 0) -> Figures:
@@ -148,25 +148,25 @@ class JudgedGeneration(Task):
         classes = sorted(set(truth) | set(answers) | set(self.classes))
         originals = [item.sample.values[self.to] for item in real]
         figures: Figures = {
-            f"{self.name}_accuracy": _right(items, answers),
-            f"{self.name}_chance": chance(truth, len(classes)),
-            f"{self.name}_n": len(items),
-            f"{self.name}_judge_on_real_accuracy": _right(real, judge.predict(originals)),
-            f"{self.name}_classes": classes,
-            f"{self.name}_confusion": confusion(truth, answers, classes),
-            f"{self.name}_settings": settings.to_dict(),
+            f"{self.about}_accuracy": _right(items, answers),
+            f"{self.about}_chance": chance(truth, len(classes)),
+            f"{self.about}_n": len(items),
+            f"{self.about}_judge_on_real_accuracy": _right(real, judge.predict(originals)),
+            f"{self.about}_classes": classes,
+            f"{self.about}_confusion": confusion(truth, answers, classes),
+            f"{self.about}_settings": settings.to_dict(),
         }
         if self.bar is not None:
-            figures[f"{self.name}_bar"] = self.bar
+            figures[f"{self.about}_bar"] = self.bar
         if tried:
-            figures[f"{self.name}_tried_on_{self.val_split}"] = tried
+            figures[f"{self.about}_tried_on_{self.val_split}"] = tried
         if self.reconstruction:
             again = generator.decode(self.to, generator.encode(self.to, originals))
-            figures[f"{self.name}_judge_on_reconstruction_accuracy"] = _right(
+            figures[f"{self.about}_judge_on_reconstruction_accuracy"] = _right(
                 real, self._judged(judge, again)
             )
             if self.reconstruction_bar is not None:
-                figures[f"{self.name}_judge_on_reconstruction_bar"] = self.reconstruction_bar
+                figures[f"{self.about}_judge_on_reconstruction_bar"] = self.reconstruction_bar
         return figures
 
     def _items(self, split: str, generator: Generator) -> list[Item]:

@@ -69,7 +69,7 @@ class Recognition(Task):
         return cls(data=Path("data/mine"), sources=("image",), classes=("cat", "ship"))
 
     @property
-    def name(self) -> str:
+    def about(self) -> str:
         return f"{'_'.join(self.sources)}_to_{self.to}"
 
     def evaluate(self, generator: Generator, *, seed: int = 0) -> Figures:
@@ -90,17 +90,17 @@ class Recognition(Task):
         answers = self._answers(generator, items, classes, settings, seed)
         truth = [item.label for item in items]
         figures: Figures = {
-            f"{self.name}_accuracy": self._accuracy(items, answers),
-            f"{self.name}_chance": chance(truth, len(classes)),
-            f"{self.name}_n": len(items),
-            f"{self.name}_classes": list(classes),
-            f"{self.name}_confusion": confusion(truth, answers, classes),
-            f"{self.name}_settings": settings.to_dict(),
+            f"{self.about}_accuracy": self._accuracy(items, answers),
+            f"{self.about}_chance": chance(truth, len(classes)),
+            f"{self.about}_n": len(items),
+            f"{self.about}_classes": list(classes),
+            f"{self.about}_confusion": confusion(truth, answers, classes),
+            f"{self.about}_settings": settings.to_dict(),
         }
         if self.bar is not None:
-            figures[f"{self.name}_bar"] = self.bar
+            figures[f"{self.about}_bar"] = self.bar
         if tried:
-            figures[f"{self.name}_tried_on_{self.val_split}"] = tried
+            figures[f"{self.about}_tried_on_{self.val_split}"] = tried
         if self.linear_probe:
             from mm.tasks.judges import linear_probe
 
@@ -112,7 +112,7 @@ class Recognition(Task):
                 label=self.label,
                 limit=self.probe_limit,
             )
-            figures[f"{self.name}_linear_probe_accuracy"] = linear_probe(
+            figures[f"{self.about}_linear_probe_accuracy"] = linear_probe(
                 [item.sample.values["image"] for item in train],
                 [item.label for item in train],
                 [get_modality("image").view(item.sample.values["image"]) for item in items],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +12,13 @@ from torch import Tensor
 
 from mm.run import Run
 from mm.tokenizers.load import tokenizer_folder
-from mm.trainer.stage import load_weights, make_module
+from mm.trainer.checkpoint import format as checkpoint
+from mm.trainer.checkpoint.format import Snapshot
+from mm.trainer.held_out import Best
+from mm.trainer.stage import load_weights, make_module, stage_result
 from mm.vocabulary import Vocabulary
+
+log = logging.getLogger("mm.trainer")
 
 
 def export(
@@ -29,4 +35,21 @@ def export(
     saving.save_pretrained(part, vocabulary=vocabulary, tokenizers=tokenizers)
     shutil.rmtree(final, ignore_errors=True)
     part.rename(final)
-    (run.folder / "model.step").write_text(str(step))
+    (run.folder / "model.step").write_text(mark(run, step))
+
+
+def mark(run: Run, step: int) -> str:
+    """What ``model.step`` says of the saved model of a run that ended at ``step``."""
+    return str(step) if run.export == "last" else f"{step} {run.export}"
+
+
+def chosen_weights(run: Run, last: Snapshot, best: Best | None) -> dict[str, Tensor]:
+    """The weights that `Run.export` asks for: of what the last stage left, or of its best step."""
+    if run.export == "last" or best is None or best.step == last.state["step"]:
+        return last.tensors("model")
+    saved = checkpoint.load(run.folder / "checkpoints", best.step)
+    if saved is None:
+        log.warning("step %d was best and its checkpoint is gone: the last is exported", best.step)
+        return last.tensors("model")
+    log.info("exported: step %d, the best held-out loss (%.4g)", best.step, best.loss)
+    return stage_result(run.stages[-1], saved, "model")

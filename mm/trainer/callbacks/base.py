@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -14,8 +14,6 @@ from mm.batch import Batch
 from mm.run import Run
 from mm.vocabulary import Vocabulary
 
-MediaKind = Literal["image", "audio", "text"]
-
 
 class MediaSink(Protocol):
     """Where samples are shown."""
@@ -23,10 +21,8 @@ class MediaSink(Protocol):
     @property
     def id(self) -> str | None: ...
 
-    def media(
-        self, name: str, kind: MediaKind, value: Any, step: int, *, sample_rate: int = 16000
-    ) -> None:
-        """Show a sample: image (H, W, C) uint8, audio (N,) float32 in [-1, 1], or text str."""
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Show rows: column -> a number, a word, or the `Path` of a picture, a sound or a text."""
         ...
 
 
@@ -59,6 +55,11 @@ class Training(Protocol):
         ...
 
     @property
+    def stage_end(self) -> int:
+        """Optimizer steps of the run when the stage that trains ends."""
+        ...
+
+    @property
     def batches(self) -> Sequence[Batch]:
         """Host micro-batches of the last step."""
         ...
@@ -69,7 +70,16 @@ class Training(Protocol):
         ...
 
     @property
+    def stage(self) -> Any:
+        """The `StageState` that trains: its config, objective, engines."""
+        ...
+
+    @property
     def tracker(self) -> MediaSink: ...
+    def phase(self, name: str, step: int, keys: Sequence[str] = ()) -> None:
+        """Say to all callbacks that something that may last begins, or goes on."""
+        ...
+
     def unsharded(self, name: str = "model") -> AbstractContextManager[nn.Module]:
         """A network in eval mode with all its weights; enter and leave it on ALL ranks."""
         ...
@@ -79,7 +89,8 @@ class Callback:
     """Plug point; every hook is optional.
 
     Hooks run on ALL ranks, in step: ask ``trainer.is_main`` before writing. Phases in their order:
-    start, stage, (data, step, report, save)*, export, evaluate.
+    start, stage, (data, step, report, held_out or evaluate where they are due, save)*, export,
+    evaluate.
     """
 
     def check(self, trainer: Training) -> None:

@@ -80,7 +80,7 @@ def fault_of(folder: Path) -> str | None:
     mark = folder / MARK
     if not mark.is_file():
         return "its save did not finish"
-    hashes = _object(mark)
+    hashes = json_object(mark)
     if hashes is None or not all(isinstance(value, str) for value in hashes.values()):
         return f"{MARK} is not readable"
     here = {path.name for path in folder.iterdir()} - {MARK}
@@ -92,7 +92,7 @@ def fault_of(folder: Path) -> str | None:
             return f"{name} is not vouched for by {MARK}"
         if digest(folder / name) != hashes[name]:
             return f"{name} does not match its SHA-256"
-    state = _object(folder / STATE)
+    state = json_object(folder / STATE)
     if state is None:
         return f"{STATE} is not readable"
     if state.get("schema") != SCHEMA:
@@ -123,7 +123,8 @@ def require_state(state: Mapping[str, Any], origin: str, n_stages: int) -> None:
         )
 
 
-def _object(path: Path) -> dict[str, Any] | None:
+def json_object(path: Path) -> dict[str, Any] | None:
+    """A JSON object from a file; None when it holds anything else."""
     try:
         value = parse_json(path.read_bytes())
     except ValueError:
