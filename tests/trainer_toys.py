@@ -337,6 +337,9 @@ class ToyTaskConfig(Task):
     def smallest(cls) -> ToyTaskConfig:
         return cls()
 
+    def check(self, vocabulary: Any, tokenizers: Any) -> None:
+        """It reads no data."""
+
     def evaluate(self, generator: Any, *, seed: int = 0) -> dict[str, Any]:
         if ToyTaskConfig.act is not None:
             ToyTaskConfig.act()

@@ -170,7 +170,9 @@ def test_a_split_that_gives_nothing_is_said_and_the_run_trains(
         "seq_len": 8,  # all that the split has is longer
         "batch_size": 4,
     }
-    run = make_run(tmp_path, steps=2, stage_keys={"eval_every": 1, "data": data})
+    allowed = {"allow_left_out": 1.0, "allow_empty": ["image", "audio"]}
+    stage_keys = {"eval_every": 1, "data": data, **allowed}
+    run = make_run(tmp_path, steps=2, stage_keys=stage_keys)
     run = run.model_copy(update={"vocabulary": tmp_path / "tokens" / "vocabulary.json"})
     train(run)
     said = [r.getMessage() for r in caplog.records if "held-out" in r.getMessage()]
