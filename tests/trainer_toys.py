@@ -337,6 +337,9 @@ class ToyTaskConfig(Task):
     def smallest(cls) -> ToyTaskConfig:
         return cls()
 
+    def check(self, *needed: Any) -> None:
+        """It needs nothing."""
+
     def evaluate(self, generator: Any, *, seed: int = 0) -> dict[str, Any]:
         if ToyTaskConfig.act is not None:
             ToyTaskConfig.act()

@@ -170,7 +170,8 @@ def test_a_split_that_gives_nothing_is_said_and_the_run_trains(
         "seq_len": 8,  # all that the split has is longer
         "batch_size": 4,
     }
-    run = make_run(tmp_path, steps=2, stage_keys={"eval_every": 1, "data": data})
+    keys = {"eval_every": 1, "data": data, "allow_left_out": 1.0, "allow_empty": ["image", "audio"]}
+    run = make_run(tmp_path, steps=2, stage_keys=keys)
     run = run.model_copy(update={"vocabulary": tmp_path / "tokens" / "vocabulary.json"})
     train(run)
     said = [r.getMessage() for r in caplog.records if "held-out" in r.getMessage()]
