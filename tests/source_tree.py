@@ -42,6 +42,7 @@ TIERS = {
     "cli": 7,
     "report": 7,
     "quickstart": 7,
+    "own_data": 7,
     "faults": 7,
     "__main__": 7,
     "launch": -1,  # tier 0 only: it starts before torch

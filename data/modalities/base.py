@@ -58,6 +58,7 @@ class Modality(Config):
     # Token modalities made from its values (its own first) -> colour 0..7 in every chart:
     tokens: ClassVar[Mapping[str, int]] = {}
     shown_as: ClassVar[Literal["text", "image", "audio"]] = "text"  # by trackers and reports
+    any_ending: ClassVar[bool] = False  # its files may end as they like, but as no other's
     is_text: ClassVar[bool] = False  # values stand in tables and prompts themselves
     has_items: ClassVar[bool] = False  # data kind `items` can batch it: `item` and `stack`
     reconstruction: ClassVar[str] = ""  # what a tokenizer network calls its output: `from_network`
@@ -151,7 +152,7 @@ class Modality(Config):
         """Raises UserError unless the suffix, if there is one, is of a file of this modality."""
         ending = path.suffix.removeprefix(".").lower()
         other = table().extensions.get(ending)
-        if not ending or other == self.kind or (self.is_text and other is None):
+        if not ending or other == self.kind or (self.any_ending and other is None):
             return
         is_of = f"is of {other}" if other else "is unknown"
         raise UserError(
@@ -174,6 +175,13 @@ class Modality(Config):
         if isinstance(shown, str) and not self.is_text:
             return shown
         return modality_of_value(shown).describe(shown)
+
+    def vary(self, data: bytes, key: int) -> bytes:
+        """Bytes of a file that shows the same otherwise, by ``key``; here the file itself.
+
+        Raises BadSample.
+        """
+        return data
 
     def n_bytes(self, value: Any, tokenizer: Any = None) -> int:
         """Bytes of a raw value; with a tokenizer, of what it reads of the value."""

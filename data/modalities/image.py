@@ -108,6 +108,19 @@ class ImageModality(Modality):
 
         PIL.Image.fromarray(value).save(path)
 
+    def vary(self, data: bytes, key: int) -> bytes:
+        """A PNG: moved, turned, scaled a little; in colour mirrored, which writing may not be."""
+        import PIL.Image
+        import torch
+
+        raw = self.decode(data)
+        change = VARY if np.ptp(raw, axis=2).max() <= 8 else VARY.model_copy(update={"flip": 0.5})
+        x = torch.from_numpy(raw).permute(2, 0, 1).to(torch.float32).div(255)
+        moved = affine(x[None], change, np.zeros(1, np.int64), key)[0]
+        out = io.BytesIO()
+        PIL.Image.fromarray(self.from_network(moved, 0, 0)).save(out, "PNG")
+        return out.getvalue()
+
     def n_bytes(self, value: np.ndarray, tokenizer: Any = None) -> int:
         return int(np.asarray(value).size)
 
@@ -210,6 +223,9 @@ class Augment(Config):
     @property
     def active(self) -> bool:
         return bool(self.shift or self.rotate_deg or self.scale or self.flip)
+
+
+VARY = Augment(shift=0.08, rotate_deg=6, scale=0.12)
 
 
 def fit_image(raw: np.ndarray, size: int, gray: bool = False) -> np.ndarray:

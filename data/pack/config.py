@@ -142,6 +142,15 @@ class PackConfig(Config):
         Field(description="Leave out samples whose content (or that modality) came before."),
         Option("sample|MODALITY"),
     ] = None
+    copies: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Of every training sample: itself and varied ones (pictures moved, turned, "
+            "mirrored; recordings faster, slower), for small data. SRC must be packed: its splits "
+            "are known.",
+        ),
+    ] = 1
     workers: Annotated[
         int | None,
         Field(

@@ -27,7 +27,9 @@ from mm.data.pack.writer import atomic_folder, write_manifest
 from mm.data.shards.manifest import FORMAT, VERSION
 from mm.data.shards.reader import MANIFEST, QUARANTINE, VOCABULARY, read_manifest
 from mm.data.sources.base import SEGMENTS
+from mm.data.sources.copies import Copies
 from mm.data.sources.detect import open_source
+from mm.data.sources.shards import PackedShards
 from mm.errors import UserError
 from mm.launch.environment import cores
 from mm.tokenizers.load import load_tokenizers
@@ -80,6 +82,13 @@ class PackJob:
             specs = token_specs(config.tokenizers, config.src, named)
             given["tokenized"] = [spec.modality for spec in specs]
         self.source = open_source(config.src, config.source, given, config.val_share)
+        if config.copies > 1:
+            if not isinstance(self.source, PackedShards):
+                raise UserError(
+                    f"--copies {config.copies}: a copy must not get into another split than its "
+                    f"sample: pack {config.src} first, then the packed data with --copies"
+                )
+            self.source = Copies(self.source, config.copies)
         self.modalities = {m: get_modality(m, config.limits.get(m)) for m in table().modalities}
         self.encoder: Encoder | TokenIds | None = None
         self.vocabulary: Vocabulary | None = None
@@ -99,6 +108,8 @@ class PackJob:
             "vocabulary": self.vocabulary.fingerprint if self.vocabulary else None,
             "tokenizers": sorted(self.encoder.tokenizers) if self.encoder else None,
         }
+        if config.copies > 1:
+            settings["copies"] = config.copies
         if config.dedupe is not None:
             settings["dedupe"] = config.dedupe
         self.settings = json.loads(json.dumps(settings))

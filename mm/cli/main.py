@@ -19,6 +19,8 @@ from mm.launch.environment import prepare
 
 COMMANDS = (
     "quickstart",
+    "init",
+    "run",
     "tokenizer",
     "data",
     "train",

@@ -262,10 +262,10 @@ class Trainer:
         self._on_main(lambda: start.check(self, index))
         begin, self._init_from = warm_start.begin(self.run, self.vocabulary, saved)
         self._build(index, begin)
+        self._on_main(lambda: self._told.update(start.survey(self, index)))
         if self.step < self.steps:
             root, n_bytes = self.folder / "checkpoints", self.stage.save_bytes
             self._on_main(lambda: checkpoint.rehearse(root, n_bytes))
-        self._on_main(lambda: self._told.update(start.survey(self, index)))
         self._write_start(saved, stack)
         if saved is not None:
             log.info("resumed %s from step %d of %d", self.folder, self.step, self.steps)
