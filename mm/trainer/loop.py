@@ -258,7 +258,7 @@ class Trainer:
         self.phase("start", self.step)
         precision = resolve_precision(self.run.engine.precision, self.device)
         self.env = TrainerEnv(self.run.seed, self.device, precision)
-        index = start.first_stage(self.run, self.step)
+        index = start.first_stage(self.held_out.ends(), self.step)
         self._on_main(lambda: start.check(self, index))
         begin, self._init_from = warm_start.begin(self.run, self.vocabulary, saved)
         self._build(index, begin)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -33,14 +33,13 @@ class Starting(Training, Protocol):
     def stage(self) -> StageState: ...
 
 
-def first_stage(run: Run, step: int) -> int:
-    """Number of the stage that a run with ``step`` steps done goes on in."""
-    end = 0
-    for index, stage in enumerate(run.stages):
-        end += stage.budget.steps
-        if step < end:
-            return index
-    return len(run.stages) - 1
+def first_stage(ends: Sequence[int], step: int) -> int:
+    """Number of the stage that a run with ``step`` steps done goes on in.
+
+    Args:
+        ends: steps of the run at the end of each stage.
+    """
+    return next((i for i, end in enumerate(ends) if step < end), len(ends) - 1)
 
 
 def check(trainer: Starting, index: int) -> None:

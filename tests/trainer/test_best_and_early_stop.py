@@ -111,13 +111,13 @@ def test_the_next_stage_begins_where_one_ended_early(
     keys = EVERY_STEP | {"early_stop": 1, "tasks": [{"kind": "toy_task", "every": 2}]}
     one = make_run(tmp_path, "two", steps=4, stage_keys=keys).to_dict()
     second = one["stages"][0] | {"early_stop": None}
-    second["data"] = second["data"] | {"signal_at": 2}
+    second["data"] = second["data"] | {"signal_at": 0}
     run = Run.model_validate(one | {"stages": [one["stages"][0], second]})
     with pytest.raises(SystemExit):
         train(run)
-    assert [row["step"] for row in rows(run)] == [1, 2, 2, 3, 4, 5]  # two: a row of its tasks
+    assert [row["step"] for row in rows(run)] == [1, 2, 2, 3]  # two: a row of its tasks
     out = train(run)
-    assert out["resumed_from"] == 5 and out["step"] == 6
+    assert out["resumed_from"] == 3 and out["step"] == 6
     rates = [row["optim/lr"] for row in rows(run) if "optim/lr" in row]
     assert rates[2:] == pytest.approx([5e-3, 1e-2, 1e-2, 5e-3])  # a warm-up of its own
     measured = [r["step"] for r in rows(run) if any(k.startswith("eval/") for k in r)]
