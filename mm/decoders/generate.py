@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -153,6 +154,14 @@ def generate_tokens(
             codes = row[(row >= target.first) & (row < target.stop)] - target.first
             spans.append(np.concatenate([np.asarray(continued, np.int64), codes]).astype(np.int32))
     return spans
+
+
+SETTINGS = {
+    name
+    for function in (stream_tokens, generate_tokens)
+    for name, p in inspect.signature(function).parameters.items()
+    if p.kind is p.KEYWORD_ONLY
+}
 
 
 class _Tokenizers(Mapping[str, ModalityTokenizer]):
@@ -342,6 +351,10 @@ def generate(
             `generate_tokens` refuses.
     """
     conditions = {k: settings.pop(k) for k in list(settings) if k in table().raw}
+    for name in settings.keys() - SETTINGS:
+        raise UserError(
+            f"no setting or modality '{name}'{did_you_mean(name, (*SETTINGS, *table().raw))}"
+        )
     generator = source if isinstance(source, Generator) else Generator.from_pretrained(source)
     to = generator.modality() if to is None else to
     many = not (prompt is None or isinstance(prompt, (str, Path, Mapping)))

@@ -114,6 +114,7 @@ def test_pictures_and_sounds_are_given_by_name(any_to_any: Path, tmp_path: Path)
         ({"image": b"no picture"}, "unreadable header"),
         ({"prompt": {"text": "a"}, "text": "b"}, "'text' is given twice"),
         ({"prompt": [{"text": "a"}], "image": "b"}, "beside a list of prompts"),
+        ({"imag": "a.png"}, "no setting or modality 'imag'; did you mean 'image'"),
         ({"to": "vidio"}, "the model knows no modality 'vidio'"),
         ({"to": None}, "say which modality to generate; this model has: text, image, audio"),
     ],
