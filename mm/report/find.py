@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mm.data.modalities.base import table
+from mm.reading import parse_json, parse_yaml
 from mm.report.folder import Folder, Sampled
 
 MAX_HEADER_BYTES = 50_000_000
@@ -98,8 +96,8 @@ def _fingerprint(folder: Path) -> str | None:
             if card.is_file() and card.stat().st_size < 100_000:
                 text = card.read_text(encoding="utf-8", errors="replace")
                 line = re.search(r"^fingerprint: (.+)$", text, re.MULTILINE)
-                return str(yaml.safe_load(line[1])) if line else None
-        except (OSError, yaml.YAMLError):
+                return str(parse_yaml(line[1])) if line else None
+        except (OSError, ValueError):
             continue
     return None
 
@@ -111,7 +109,7 @@ def n_parameters(weights: Path | None) -> int | None:
     try:
         with weights.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size)) if size < MAX_HEADER_BYTES else {}
+            header = parse_json(file.read(size)) if size < MAX_HEADER_BYTES else {}
         return sum(math.prod(v["shape"]) for k, v in header.items() if k != "__metadata__") or None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

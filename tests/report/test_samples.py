@@ -16,7 +16,8 @@ from mm.registry import TOKENIZERS
 from mm.report import build_report
 from mm.run import Run
 from mm.tokenizers.text.bytes import BytesConfig
-from mm.trainer.loop import train
+from mm.trainer.callbacks.base import Callback
+from mm.trainer.loop import Trainer, train
 
 PROMPTS = [
     {"text": "a caption <7>", "to": "image"},
@@ -116,6 +117,28 @@ def test_the_index_says_what_was_asked_and_what_came(home: Path, tmp_path: Path)
     assert "a caption &lt;7&gt;" in body and re.findall(r"<th>step (\d)</th>", body) == ["2", "4"]
     cells = re.findall(r"<tr><th>(.*?)</th>(.*?)</tr>", body)[1:]
     assert [(th.count("<img"), td.count("<img")) for th, td in cells] == [(0, 2), (1, 0), (1, 2)]
+
+
+class Remove(Callback):
+    """Removes a file at the first step."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def post_step(self, trainer: Any, step: int, metrics: dict[str, Any]) -> None:
+        self.file.unlink(missing_ok=True)
+
+
+def test_a_prompt_file_that_is_gone_ends_no_run(
+    home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, shown = run_of(home, tmp_path, 2), tmp_path / "gone.png"
+    shown.write_bytes(png(7))
+    prompts = ({"text": "a", "to": "image"}, {"image": str(shown), "to": "text"})
+    samples = run.callbacks[0].model_copy(update={"prompts": prompts})
+    run = run.model_copy(update={"callbacks": (samples,)})
+    assert Trainer(run, [Remove(shown)]).fit()["step"] == 2
+    assert "gone.png" in caplog.text and [row["to"] for row in index(run)] == ["image"]
 
 
 def test_times_go_on_after_a_resume_and_are_all_of_the_time(home: Path, tmp_path: Path) -> None:

@@ -141,8 +141,8 @@ class Samples(Callback):
         out: list[Made] = []
         for to in dict.fromkeys(p["to"] for p in c.prompts):
             at = [i for i, p in enumerate(c.prompts) if p["to"] == to]
-            raw = [{m: _raw(m, v) for m, v in c.prompts[i].items() if m != "to"} for i in at]
             try:
+                raw = [{m: _raw(m, v) for m, v in c.prompts[i].items() if m != "to"} for i in at]
                 values = generator.generate(
                     raw,
                     to=to,
@@ -153,7 +153,7 @@ class Samples(Callback):
                     cfg_scale=c.cfg_scale,
                     max_tokens=self._limit(generator, to),
                 )
-            except UserError as error:  # samples never end a run; the next step may do better
+            except UserError as error:  # samples never end a run, nor does a file that is gone
                 log.warning("samples to %s: %s", to, error)
                 continue
             view = raw_modality(to).view
