@@ -91,6 +91,7 @@ class Layer(Stateful):
 
     caps: Caps = Caps()
     path: str = ""  # its qualified name in the network (`name_layers`); keys of noise and reports
+    kind: str = ""  # of its config, for messages
     provider_row: int = 0  # which of the readers of its Provider this layer is; the backbone says
     # A draft call keeps what it read, and `State.accept` runs a prefix of it again. False: the
     # State that it returns can be cut (caches), or its parts see to it (blocks and backbones).
@@ -160,7 +161,7 @@ class Mixer(Layer):
 
     def check_mask(self, mask: Mask) -> None:
         if self.masks is not None and mask.hint not in self.masks:
-            name = getattr(self, "kind", type(self).__name__)
+            name = self.kind or type(self).__name__
             raise UserError(
                 f"{self.path or 'mixer'}: {name} cannot run under a {mask.key} mask: it needs "
                 f"mask: {' or '.join(sorted(self.masks))}, or take another mixer"

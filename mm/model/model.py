@@ -386,6 +386,4 @@ class LmConfig(Config):
                 own = weight[span.first : span.stop]
                 weight[span.first : span.stop] = 0.97**0.5 * new + 0.03**0.5 * own
 
-    @classmethod
-    def smallest(cls) -> LmConfig:
-        return cls(d_model=16, backbone=BACKBONES.get("stack").smallest())
+    small = {"d_model": 16, "backbone": BACKBONES.get("stack").smallest()}

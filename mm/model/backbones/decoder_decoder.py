@@ -176,6 +176,17 @@ class DecoderDecoderConfig(HeadsConfig):
     eps: float = 1e-6
     recompute: Recompute = "none"
 
+    small = {
+        **HeadsConfig.small,
+        "lower": {
+            "pattern": "local_attention",
+            "mixers": {"local_attention": {"heads": 2, "window": 3}},
+            "ffn": None,
+        },
+        "upper": 2,
+        "ffn": None,
+    }
+
     def build(self, d_model: int, linear: LinearFactory = dense) -> DecoderDecoder:
         heads, G, K = self.sizes(d_model)
         position = lambda: self.build_position(K, d_model)
@@ -195,12 +206,3 @@ class DecoderDecoderConfig(HeadsConfig):
             for _ in range(self.upper)
         ]
         return DecoderDecoder(lower, memory, upper, d_model, self.eps, self.recompute)  # type: ignore[arg-type]
-
-    @classmethod
-    def smallest(cls) -> DecoderDecoderConfig:
-        local = StackConfig(
-            pattern="local_attention",
-            mixers={"local_attention": {"heads": 2, "window": 3}},
-            ffn=None,
-        )
-        return cls(heads=2, kv_heads=1, lower=local, upper=2, ffn=None)

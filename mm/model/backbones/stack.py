@@ -159,6 +159,11 @@ class StackConfig(Config):
     norm: Kind = Field(default="rms", description="of what the heads read")
     recompute: recomputing.Recompute = "none"
 
+    small = {
+        "pattern": "attention rg_lru",
+        "mixers": {"attention": {"kind": "attention", "heads": 2, "kv_heads": 1}},
+    }
+
     @field_validator("mixers", mode="before")
     @classmethod
     def _extend_presets(cls, value: Any) -> Any:
@@ -207,11 +212,6 @@ class StackConfig(Config):
             for word in self.words()
         ]
         return Stack(layers, d_model, self.eps, self.recompute, self.norm)
-
-    @classmethod
-    def smallest(cls) -> StackConfig:
-        small = MIXERS.get("attention").smallest()
-        return cls(pattern="attention rg_lru", mixers={"attention": small})
 
 
 def _own_modules(module: nn.Module) -> Iterator[nn.Module]:

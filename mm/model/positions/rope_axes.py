@@ -11,6 +11,7 @@ from torch import Tensor
 from mm.config import Config
 from mm.layout import Fields
 from mm.model.positions.base import Position
+from mm.model.positions.rope import turn
 from mm.registry import POSITIONS
 
 
@@ -50,12 +51,7 @@ class RopeAxes(Position):
         return torch.stack((angle.cos(), angle.sin())).to(torch.float32)
 
     def apply(self, x: Tensor, prepared: Tensor) -> Tensor:
-        cos, sin = prepared.to(torch.promote_types(x.dtype, torch.float32))
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-    def rotate(self, q: Tensor, k: Tensor, fq: Fields, fk: Fields) -> tuple[Tensor, Tensor]:
-        return self.apply(q, self.prepare(fq)), self.apply(k, self.prepare(fk))
+        return turn(x, prepared)
 
 
 @POSITIONS.register("rope_axes")

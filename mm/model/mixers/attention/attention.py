@@ -17,7 +17,6 @@ from mm.kernels.attention.spec import ScoreSpec
 from mm.layout import Fields
 from mm.model.context import Ctx
 from mm.model.layer import LinearFactory
-from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import AttentionBase, GroupedAttention, HeadsConfig
 from mm.model.mixers.attention.forget_gate import ForgetGate
 from mm.model.mixers.attention.token_shift import TokenShift
@@ -43,9 +42,8 @@ class Attention(GroupedAttention):
     knows = frozenset({"gain", "ids"})
 
     def __init__(self, d_model: int, config: AttentionConfig, linear: LinearFactory):
-        H, G, K = sizes = config.sizes(d_model)
-        position = config.build_position(K, d_model)
-        super().__init__(d_model, sizes, position, linear, config.qk_norm, config.window)
+        super().__init__(d_model, config, linear)
+        H, G, K = self.heads, self.kv_heads, self.head_dim
         self.softcap, self.log_n = config.softcap, config.log_n
         self.out_norm = HeadNorm(H, K) if config.out_norm else None
         # What was shifted cannot be cut: a draft call runs again.
@@ -128,9 +126,4 @@ class AttentionConfig(HeadsConfig):
         bool, Field(description="keys and values take a gated share of the previous token's")
     ] = False
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> Attention:
-        return Attention(d_model, self, linear)
-
-    @classmethod
-    def smallest(cls) -> AttentionConfig:
-        return cls(heads=2, kv_heads=1)
+    layer = Attention

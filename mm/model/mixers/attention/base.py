@@ -13,13 +13,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.kernels.attention import attention
 from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.layout import Fields
 from mm.mask import Mask
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
+from mm.model.layer_config import LayerConfig
 from mm.model.length_buckets import LengthBuckets
 from mm.model.mixers.attention.forget_gate import ForgetGate, add_fade
 from mm.model.mixers.attention.kv_cache import KeyValueCache, VisibleKeys
@@ -47,7 +47,7 @@ def changes(position: Position, hook: str) -> bool:
     return getattr(type(position), hook) is not getattr(Position, hook)
 
 
-class HeadsConfig(Config):
+class HeadsConfig(LayerConfig):
     """Heads and positions of an attention mixer."""
 
     heads: Annotated[int, Field(gt=0)] = 4
@@ -56,6 +56,8 @@ class HeadsConfig(Config):
     ) = None
     head_dim: Annotated[int, Field(gt=0, description="default: d_model / heads")] | None = None
     position: PositionField = Field(default="rope", validate_default=True)
+
+    small: ClassVar = {"heads": 2, "kv_heads": 1}
 
     def sizes(self, d_model: int) -> tuple[int, int, int]:
         """Heads, key heads and head width.
@@ -230,22 +232,19 @@ class AttentionBase(Mixer):
 
 
 class GroupedAttention(AttentionBase):
-    """Base: one projection to queries, keys and values, and groups of heads that share a key."""
+    """Base: one projection to queries, keys and values, and groups of heads that share a key.
 
-    def __init__(
-        self,
-        d_model: int,
-        sizes: tuple[int, int, int],
-        position: Position,
-        linear: LinearFactory,
-        qk_norm: bool | Literal["heads"] = False,
-        window: int | None = None,
-    ):
-        super().__init__(position, window)
-        H, G, K = self.heads, self.kv_heads, self.head_dim = sizes
+    Its config may have a ``window`` and a ``qk_norm``.
+    """
+
+    def __init__(self, d_model: int, config: HeadsConfig, linear: LinearFactory):
+        H, G, K = sizes = config.sizes(d_model)
+        super().__init__(config.build_position(K, d_model), getattr(config, "window", None))
+        self.heads, self.kv_heads, self.head_dim = sizes
         self.cache = self.make_cache()
         self.qkv = linear(d_model, (H + 2 * G) * K, "qkv")
         self.out = linear(H * K, d_model, "out")
+        qk_norm = getattr(config, "qk_norm", False)
         norm = lambda n: HeadNorm(n, K) if qk_norm == "heads" else RMSNorm(K)
         self.q_norm = norm(H) if qk_norm else None
         self.k_norm = norm(G) if qk_norm else None

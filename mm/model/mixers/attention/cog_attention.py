@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from mm.kernels.attention.spec import MaskSpec, ScoreSpec
-from mm.model.layer import LinearFactory
-from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import GroupedAttention, HeadsConfig
 from mm.registry import MIXERS
 
@@ -86,11 +84,4 @@ class CogAttentionConfig(HeadsConfig):
     kind: Literal["cog_attention"] = "cog_attention"
     qk_norm: bool = False
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> CogAttention:
-        sizes = self.sizes(d_model)
-        position = self.build_position(sizes[2], d_model)
-        return CogAttention(d_model, sizes, position, linear, self.qk_norm)
-
-    @classmethod
-    def smallest(cls) -> CogAttentionConfig:
-        return cls(heads=2, kv_heads=1)
+    layer = CogAttention

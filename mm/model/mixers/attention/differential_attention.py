@@ -16,11 +16,9 @@ from mm.kernels.attention import attention
 from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.model.context import Ctx
 from mm.model.layer import LinearFactory
-from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import AttentionBase, HeadsConfig
 from mm.model.mixers.attention.kv_cache import KeyValueCache
 from mm.model.norm import RMSNorm
-from mm.model.positions.base import Position
 from mm.model.positions.none import Tempered
 from mm.registry import MIXERS
 from mm.state import State
@@ -35,20 +33,21 @@ class DifferentialAttention(AttentionBase):
     Source: Ye et al. 2024, Differential Transformer (arXiv:2410.05258), section 2.1, eq. 1-3.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        heads: int,
-        kv_heads: int,
-        width: int,
-        lambda_init: float,
-        position: Position,
-        linear: LinearFactory,
-    ):
+    def __init__(self, d_model: int, config: DifferentialAttentionConfig, linear: LinearFactory):
+        heads, kv_heads, head_dim = config.sizes(d_model)
+        if head_dim % 2:
+            raise ValueError(f"differential_attention halves its heads: head_dim {head_dim} is odd")
+        width = head_dim // 2
+        position = config.build_position(width, d_model)
+        if isinstance(position, Tempered) and position.temperature is not None:
+            raise ValueError(
+                "differential_attention: a temperature by head does not fit heads of two maps: set "
+                "position.temperature to false"
+            )
         super().__init__(position)
         self.cache = KeyValueCache(kv_heads, 2 * width, 2 * width)
         self.heads, self.kv_heads, self.width = heads, kv_heads, width
-        self.lambda_init = lambda_init
+        self.lambda_init = config.lambda_init
         self.qkv = linear(d_model, (heads + 2 * kv_heads) * 2 * width, "qkv")
         self.out = linear(heads * 2 * width, d_model, "out")
         self.lambdas = nn.Parameter(torch.empty(2, 2, width))  # (map) x (query, key)
@@ -110,26 +109,4 @@ class DifferentialAttentionConfig(HeadsConfig):
         Field(ge=0, lt=1, description="paper: 0.8 - 0.6 exp(-0.3 l) for layer l = 0, 1, ..."),
     ] = 0.8
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> DifferentialAttention:
-        heads, kv_heads, head_dim = self.sizes(d_model)
-        if head_dim % 2:
-            raise ValueError(f"differential_attention halves its heads: head_dim {head_dim} is odd")
-        position = self.build_position(head_dim // 2, d_model)
-        if isinstance(position, Tempered) and position.temperature is not None:
-            raise ValueError(
-                "differential_attention: a temperature by head does not fit heads of two maps: set "
-                "position.temperature to false"
-            )
-        return DifferentialAttention(
-            d_model,
-            heads,
-            kv_heads,
-            head_dim // 2,
-            self.lambda_init,
-            position,
-            linear,
-        )
-
-    @classmethod
-    def smallest(cls) -> DifferentialAttentionConfig:
-        return cls(heads=2, kv_heads=1)
+    layer = DifferentialAttention

@@ -5,7 +5,6 @@ R rows of one document, T queries, S keys, H heads, G key heads, K head width, N
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.layout import Fields
 from mm.model.layer import LinearFactory
-from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import GroupedAttention, HeadsConfig
 from mm.model.positions.base import Position
 from mm.model.positions.irpe import IRPE, IRPEConfig
@@ -27,8 +25,8 @@ On = Literal["q", "k", "v"]
 class Buckets(Position):
     """A position whose score is no score but the buckets of each pair."""
 
-    def __init__(self, buckets: Callable[[Fields, Fields], list[Tensor]]):
-        self.buckets = buckets
+    def __init__(self, indices: IRPE):
+        self.buckets, self.count = indices.buckets, indices.table.shape[1]
 
     def score(self, q: Tensor, fq: Fields, fk: Fields) -> Tensor:
         """`(R, X, T, S)` int64, X tables' worth of terms that add up."""
@@ -49,21 +47,13 @@ class IRPEAttention(GroupedAttention):
     vectors begin at zero, so the layer begins without positions.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        sizes: tuple[int, int, int],
-        linear: LinearFactory,
-        irpe: IRPEConfig,
-        on: tuple[On, ...],
-    ):
-        heads, _, head_dim = sizes
-        indices = IRPE(heads, head_dim, irpe)
-        super().__init__(d_model, sizes, Buckets(indices.buckets), linear)
-        count = indices.table.shape[1]
-        self.tables = nn.ParameterDict(
-            {name: nn.Parameter(torch.empty(heads, count, head_dim)) for name in on}
-        )
+    position: Buckets
+
+    def __init__(self, d_model: int, config: IRPEAttentionConfig, linear: LinearFactory):
+        super().__init__(d_model, config, linear)
+        shape = (self.heads, self.position.count, self.head_dim)
+        tables = {name: nn.Parameter(torch.empty(shape)) for name in config.on}
+        self.tables = nn.ParameterDict(tables)
 
     def init_weights(self) -> None:
         for table in self.tables.values():
@@ -135,9 +125,7 @@ class IRPEAttentionConfig(HeadsConfig):
         tuple[On, ...], Field(min_length=1, description="what the vectors are added to")
     ] = ("q", "k", "v")
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> IRPEAttention:
-        return IRPEAttention(d_model, self.sizes(d_model), linear, self.position, self.on)
+    layer = IRPEAttention
 
-    @classmethod
-    def smallest(cls) -> IRPEAttentionConfig:
-        return cls(heads=2, kv_heads=1)
+    def build_position(self, width: int, d_model: int) -> Position:
+        return Buckets(IRPE(self.heads, width, self.position))

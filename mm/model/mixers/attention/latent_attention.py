@@ -12,16 +12,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.kernels.attention import attention
 from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.model.context import Ctx
 from mm.model.layer import LinearFactory
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.attention.base import AttentionBase, head_dim_of
 from mm.model.mixers.attention.kv_cache import KeyValueCache
 from mm.model.norm import RMSNorm
-from mm.model.positions.base import Position
 from mm.model.positions.irpe import IRPE
 from mm.registry import MIXERS, PositionField
 from mm.state import State
@@ -40,20 +38,19 @@ class LatentAttention(AttentionBase):
     in its appendix on hyper-parameters.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        heads: int,
-        widths: tuple[int, int, int],
-        latent: int,
-        query_latent: int | None,
-        position: Position,
-        linear: LinearFactory,
-    ):
-        K, P, V = widths
+    def __init__(self, d_model: int, config: LatentAttentionConfig, linear: LinearFactory):
+        heads, K = config.heads, head_dim_of(d_model, config.heads, config.head_dim)
+        P, V = config.rotary_dim or max(K // 2, 2), config.value_dim or K
+        latent, query_latent = config.latent or 4 * K, config.query_latent
+        position = config.position.build(P, heads=heads, d_model=d_model)
+        if isinstance(position, IRPE):
+            raise ValueError(
+                "latent_attention: position 'irpe' reads whole queries, and these have a rotary "
+                "part and another: use rope, alibi, t5_bias or none"
+            )
         super().__init__(position)
         self.cache = KeyValueCache(1, latent + P, 0)
-        self.heads, self.widths, self.latent = heads, widths, latent
+        self.heads, self.widths, self.latent = heads, (K, P, V), latent
         self.scale = (K + P) ** -0.5
         self.q_down = linear(d_model, query_latent, "q_down") if query_latent else None
         self.q_norm = RMSNorm(query_latent) if query_latent else None
@@ -112,7 +109,7 @@ class LatentAttention(AttentionBase):
 
 
 @MIXERS.register("latent_attention")
-class LatentAttentionConfig(Config):
+class LatentAttentionConfig(LayerConfig):
     """Multi-head latent attention with decoupled rotary positions."""
 
     kind: Literal["latent_attention"] = "latent_attention"
@@ -136,25 +133,5 @@ class LatentAttentionConfig(Config):
     ) = None
     position: PositionField = Field(default="rope", validate_default=True)
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> LatentAttention:
-        K = head_dim_of(d_model, self.heads, self.head_dim)
-        P = self.rotary_dim or max(K // 2, 2)
-        position = self.position.build(P, heads=self.heads, d_model=d_model)
-        if isinstance(position, IRPE):
-            raise ValueError(
-                "latent_attention: position 'irpe' reads whole queries, and these have a rotary "
-                "part and another: use rope, alibi, t5_bias or none"
-            )
-        return LatentAttention(
-            d_model,
-            self.heads,
-            (K, P, self.value_dim or K),
-            self.latent or 4 * K,
-            self.query_latent,
-            position,
-            linear,
-        )
-
-    @classmethod
-    def smallest(cls) -> LatentAttentionConfig:
-        return cls(heads=2, latent=6, query_latent=5, rotary_dim=4)
+    layer = LatentAttention
+    small = {"heads": 2, "latent": 6, "query_latent": 5, "rotary_dim": 4}

@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.layout import Fields
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
+from mm.model.layer_config import EvenHeadsConfig
 from mm.model.mixers.attention.kv_cache import KV, KeyValueCache
 from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS
@@ -79,8 +78,9 @@ class MemoryCompressedAttention(Mixer):
     caps = Caps(causal=True, step=True)
     masks = frozenset({"causal"})
 
-    def __init__(self, d_model: int, heads: int, stride: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: MemoryCompressedConfig, linear: LinearFactory):
         super().__init__()
+        heads, stride = config.heads, config.stride
         self.heads, self.head_dim, self.stride = heads, d_model // heads, stride
         self.cache = GroupCache(heads, self.head_dim, stride)
         self.qkv = linear(d_model, 3 * d_model, "qkv")
@@ -196,18 +196,10 @@ class MemoryCompressedAttention(Mixer):
 
 
 @MIXERS.register("memory_compressed")
-class MemoryCompressedConfig(Config):
+class MemoryCompressedConfig(EvenHeadsConfig):
     """Memory-compressed attention."""
 
     kind: Literal["memory_compressed"] = "memory_compressed"
-    heads: Annotated[int, Field(gt=0)] = 4
     stride: Annotated[int, Field(gt=1, description="tokens of one compressed key")] = 3
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> MemoryCompressedAttention:
-        if d_model % self.heads:
-            raise ValueError(f"d_model {d_model} is not a multiple of heads {self.heads}")
-        return MemoryCompressedAttention(d_model, self.heads, self.stride, linear)
-
-    @classmethod
-    def smallest(cls) -> MemoryCompressedConfig:
-        return cls(heads=2)
+    layer = MemoryCompressedAttention

@@ -18,7 +18,6 @@ from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.kernels.path_attention import move_keys, path_attention
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory
-from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import GroupedAttention, HeadsConfig
 from mm.model.mixers.attention.forget_gate import ForgetGate, add_fade
 from mm.model.mixers.attention.kv_cache import KV
@@ -47,25 +46,17 @@ class PathAttention(GroupedAttention):
     tailed = True
     separate_rows = True
 
-    def __init__(
-        self,
-        d_model: int,
-        sizes: tuple[int, int, int],
-        rank: int,
-        qk_norm: bool,
-        forget: bool,
-        linear: LinearFactory,
-    ):
-        super().__init__(d_model, sizes, Position(), linear, qk_norm)
-        heads, kv_heads, head_dim = sizes
-        width = kv_heads * head_dim
+    def __init__(self, d_model: int, config: PathAttentionConfig, linear: LinearFactory):
+        super().__init__(d_model, config, linear)
+        heads, kv_heads, rank = self.heads, self.kv_heads, config.rank
+        width = kv_heads * self.head_dim
         self.tail = TokenTail(width, CONV_SIZE - 1)
         self.w_down = linear(d_model, rank, "w_down")
         self.w_up = linear(rank, width, "w_up")
         self.conv_weight = nn.Parameter(torch.empty(CONV_SIZE, width))
         self.beta = linear(d_model, kv_heads, "beta")
         self.beta_bias = nn.Parameter(torch.empty(kv_heads))
-        if forget:
+        if config.forget_gate:
             self.forget = ForgetGate(d_model, heads, linear)
 
     def init_weights(self) -> None:
@@ -138,11 +129,8 @@ class PathAttentionConfig(HeadsConfig):
     ] = False
     position: Literal["none"] = "none"  # type: ignore[assignment]
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> PathAttention:
-        return PathAttention(
-            d_model, self.sizes(d_model), self.rank, self.qk_norm, self.forget_gate, linear
-        )
+    layer = PathAttention
+    small = {"heads": 2, "kv_heads": 1, "rank": 3}
 
-    @classmethod
-    def smallest(cls) -> PathAttentionConfig:
-        return cls(heads=2, kv_heads=1, rank=3)
+    def build_position(self, width: int, d_model: int) -> Position:
+        return Position()

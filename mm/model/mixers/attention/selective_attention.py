@@ -16,9 +16,7 @@ from mm.kernels.attention import attention
 from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, StatePart
-from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import GroupedAttention, HeadsConfig
-from mm.model.positions.base import Position
 from mm.registry import MIXERS
 from mm.state import DataclassState, State
 
@@ -54,10 +52,8 @@ class SelectiveAttention(GroupedAttention):
     replays = True
     separate_rows = True
 
-    def __init__(
-        self, d_model: int, sizes: tuple[int, int, int], position: Position, linear: LinearFactory
-    ):
-        super().__init__(d_model, sizes, position, linear)
+    def __init__(self, d_model: int, config: SelectiveAttentionConfig, linear: LinearFactory):
+        super().__init__(d_model, config, linear)
         self.sums = MaskSums()
 
     def selection(self, q_RTHK: Tensor, k_RSGK: Tensor, masks_RTS: Tensor) -> Tensor:
@@ -122,10 +118,4 @@ class SelectiveAttentionConfig(HeadsConfig):
 
     kind: Literal["selective_attention"] = "selective_attention"
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> SelectiveAttention:
-        sizes = self.sizes(d_model)
-        return SelectiveAttention(d_model, sizes, self.build_position(sizes[2], d_model), linear)
-
-    @classmethod
-    def smallest(cls) -> SelectiveAttentionConfig:
-        return cls(heads=2, kv_heads=1)
+    layer = SelectiveAttention

@@ -17,10 +17,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.batch import Sum
-from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out, StatePart
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.norm import RMSNorm
 from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS
@@ -107,6 +106,10 @@ class TransformerVQ(Mixer):
     def __init__(self, d_model: int, config: TransformerVQConfig, linear: LinearFactory):
         super().__init__()
         H, G = config.heads, config.kv_heads
+        if d_model % H or H % G:
+            raise ValueError(
+                f"transformer_vq: heads {H} must divide d_model {d_model}, and kv_heads {G} heads"
+            )
         K = d_model // H
         self.heads, self.kv_heads, self.head_dim = H, G, K
         self.block, self.decay = config.block, config.decay
@@ -306,7 +309,7 @@ class TransformerVQ(Mixer):
 
 
 @MIXERS.register("transformer_vq")
-class TransformerVQConfig(Config):
+class TransformerVQConfig(LayerConfig):
     """Linear-time attention over vector-quantised keys."""
 
     kind: Literal["transformer_vq"] = "transformer_vq"
@@ -316,14 +319,5 @@ class TransformerVQConfig(Config):
     block: Annotated[int, Field(gt=0, description="tokens; it and the one before are exact")] = 512
     decay: Annotated[float, Field(ge=0, lt=1, description="of the codes' moving averages")] = 0.99
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> TransformerVQ:
-        if d_model % self.heads or self.heads % self.kv_heads:
-            raise ValueError(
-                f"transformer_vq: heads {self.heads} must divide d_model {d_model}, and kv_heads "
-                f"{self.kv_heads} heads"
-            )
-        return TransformerVQ(d_model, self, linear)
-
-    @classmethod
-    def smallest(cls) -> TransformerVQConfig:
-        return cls(heads=2, codes=4, block=2)
+    layer = TransformerVQ
+    small = {"heads": 2, "codes": 4, "block": 2}

@@ -15,10 +15,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out, StatePart
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.conv.state import ShortConv
 from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS
@@ -177,7 +176,7 @@ class Hyena(Mixer):
 
 
 @MIXERS.register("hyena")
-class HyenaConfig(Config):
+class HyenaConfig(LayerConfig):
     """Implicit long convolution between gates, by FFT."""
 
     kind: Literal["hyena"] = "hyena"
@@ -190,9 +189,5 @@ class HyenaConfig(Config):
     filter_width: Annotated[int, Field(gt=0, description="of the filter's network")] = 64
     bands: Annotated[int, Field(gt=0, description="sines and cosines of the lag")] = 8
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> Hyena:
-        return Hyena(d_model, self, linear)
-
-    @classmethod
-    def smallest(cls) -> HyenaConfig:
-        return cls(width=6, filter_length=8, filter_width=4, bands=2)
+    layer = Hyena
+    small = {"width": 6, "filter_length": 8, "filter_width": 4, "bands": 2}

@@ -7,7 +7,7 @@ compressed positions.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ class BothWays(Mixer):
 
     caps = Caps(causal=False, bidirectional=True, step=False)
     masks = frozenset({"full"})
-    kind: ClassVar[str]
     max_len: int | None = None
 
     def mix(self, x_RLD: Tensor, length_R: Tensor, ctx: Ctx) -> Tensor:

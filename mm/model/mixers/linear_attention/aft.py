@@ -12,12 +12,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.errors import UserError
 from mm.kernels.linear_scan import linear_scan
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS
 from mm.state import DataclassState, State
@@ -118,6 +117,8 @@ class AFT(Mixer):
 
     def __init__(self, d_model: int, config: AFTConfig, linear: LinearFactory):
         super().__init__()
+        if config.form == "conv" and d_model % config.heads:
+            raise ValueError(f"aft: heads {config.heads} do not divide d_model {d_model}")
         self.form, self.width = config.form, d_model
         self.window = {"simple": 0, "full": config.max_len}.get(config.form, config.window)
         self.max_len = config.max_len if config.form in ("local", "full") else None
@@ -243,7 +244,7 @@ class AFT(Mixer):
 
 
 @MIXERS.register("aft")
-class AFTConfig(Config):
+class AFTConfig(LayerConfig):
     """Attention-free transformer."""
 
     kind: Literal["aft"] = "aft"
@@ -261,7 +262,4 @@ class AFTConfig(Config):
             raise ValueError(f"aft: window {self.window} exceeds max_len {self.max_len}: use full")
         return self
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> AFT:
-        if self.form == "conv" and d_model % self.heads:
-            raise ValueError(f"aft: heads {self.heads} do not divide d_model {d_model}")
-        return AFT(d_model, self, linear)
+    layer = AFT

@@ -15,14 +15,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out, Stateful, StatePart
-from mm.model.linears.dense import dense
-from mm.model.mixers.linear_attention.delta_rule import DeltaRule, DeltaRuleConfig
+from mm.model.layer_config import LayerConfig
+from mm.model.mixers.linear_attention.delta_rule import DeltaRuleConfig
 from mm.model.mixers.linear_attention.linear_attention import (
-    LinearAttention,
-    LinearAttentionConfig,
+    SMALL_SCALAR,
     require_head_decay,
 )
 from mm.model.varlen import PackedRows, per_document, pieces
@@ -255,19 +253,16 @@ class LogLinear(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(
-        self,
-        d_model: int,
-        inner: LinearAttention | DeltaRule,
-        levels: int,
-        linear: LinearFactory,
-    ):
+    def __init__(self, d_model: int, config: LogLinearConfig, linear: LinearFactory):
         super().__init__()
+        wrapped, levels = config.inner, config.levels
+        if not isinstance(wrapped, DeltaRuleConfig):
+            wrapped = require_head_decay(wrapped, "log_linear", "a delta_rule, or ")
+        inner = wrapped.build(d_model, linear)
         self.inner, self.levels = inner, levels
         self.gain = linear(d_model, inner.heads * levels, "gain")
         self.gain_bias = nn.Parameter(torch.empty(inner.heads * levels))
-        heads, key_dim, value_dim = inner.memory.shape
-        self.memory = BucketMemory(heads, key_dim, value_dim, levels)
+        self.memory = BucketMemory(*inner.memory.shape, levels=levels)
 
     def stateful_parts(self) -> list[Stateful]:
         return [self.inner.conv, self.memory]
@@ -288,7 +283,7 @@ class LogLinear(Mixer):
 
 
 @MIXERS.register("log_linear")
-class LogLinearConfig(Config):
+class LogLinearConfig(LayerConfig):
     """Log-linear attention over a linear mixer."""
 
     kind: Literal["log_linear"] = "log_linear"
@@ -297,13 +292,5 @@ class LogLinearConfig(Config):
         int, Field(gt=1, description="buckets: exact to 2^(levels - 1) tokens, one beyond")
     ] = 16
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> LogLinear:
-        inner = self.inner
-        if not isinstance(inner, DeltaRuleConfig):
-            inner = require_head_decay(inner, "log_linear", "a delta_rule, or ")
-        return LogLinear(d_model, inner.build(d_model, linear), self.levels, linear)
-
-    @classmethod
-    def smallest(cls) -> LogLinearConfig:
-        inner = LinearAttentionConfig(heads=2, feature="silu", normalise=False, decay="scalar")
-        return cls(inner=inner, levels=4)
+    layer = LogLinear
+    small = {"inner": {**SMALL_SCALAR, "conv_size": 0}, "levels": 4}

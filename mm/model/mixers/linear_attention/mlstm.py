@@ -5,7 +5,6 @@ B rows, T tokens, D model, H heads, K key width, V value width, N slots.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -13,17 +12,15 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.kernels.linear_attention import linear_attention
 from mm.model.context import Ctx
 from mm.model.layer import LinearFactory, Stateful, StatePart
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.linear_attention.linear_attention import (
     EPS,
     LinearAttention,
     LinearAttentionConfig,
     append_ones,
-    head_width,
 )
 from mm.model.mixers.linear_attention.memory import MatrixMemory
 from mm.model.mixers.ssm.scan import Hidden, write_last
@@ -109,16 +106,21 @@ class MLSTM(LinearAttention):
     and initial biases: Beck et al. 2025, xLSTM 7B (arXiv:2503.13427), section 3.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        config: MLSTMConfig,
-        inner: LinearAttentionConfig,
-        key_dim: int,
-        value_dim: int,
-        linear: LinearFactory,
-    ):
-        super().__init__(d_model, inner, key_dim, value_dim, inner.position.build(key_dim), linear)
+    def __init__(self, d_model: int, config: MLSTMConfig, linear: LinearFactory):
+        inner = LinearAttentionConfig(
+            heads=config.heads,
+            expand_key=config.expand_key,
+            expand_value=config.expand_value,
+            feature="identity",
+            normalise=False,
+            scale=True,
+            decay="none",  # ours comes with the input gate
+            conv_size=config.conv_size,
+            norm="layer",
+            gate="sigmoid",
+        )
+        super().__init__(d_model, inner, linear)
+        key_dim, value_dim = self.key_dim, self.value_dim
         self.cap, self.input_bias = config.soft_cap, config.input_bias
         conv = self.conv
         del self.conv, self.memory
@@ -166,7 +168,7 @@ class MLSTM(LinearAttention):
 
 
 @MIXERS.register("mlstm")
-class MLSTMConfig(Config):
+class MLSTMConfig(LayerConfig):
     """Matrix LSTM: parallel linear attention with exponential input gates (xLSTM)."""
 
     kind: Literal["mlstm"] = "mlstm"
@@ -178,22 +180,5 @@ class MLSTMConfig(Config):
     input_bias: Annotated[float, Field(description="what input gates begin as")] = -10.0
     conv_size: Annotated[int, Field(ge=0, description="of a short convolution; 0 = none")] = 0
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> MLSTM:
-        width = partial(head_width, self.kind, self.heads, d_model)
-        key_dim = width(self.expand_key, "expand_key")
-        value_dim = width(self.expand_value, "expand_value")
-        inner = LinearAttentionConfig(
-            heads=self.heads,
-            feature="identity",
-            normalise=False,
-            scale=True,
-            decay="none",  # ours comes with the input gate
-            conv_size=self.conv_size,
-            norm="layer",
-            gate="sigmoid",
-        )
-        return MLSTM(d_model, self, inner, key_dim, value_dim, linear)
-
-    @classmethod
-    def smallest(cls) -> MLSTMConfig:
-        return cls(heads=2, input_bias=0.0, conv_size=3)
+    layer = MLSTM
+    small = {"heads": 2, "input_bias": 0.0, "conv_size": 3}

@@ -14,14 +14,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from mm.config import Config
 from mm.kernels.linear_attention import linear_attention
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out, Stateful, StatePart
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.linear_attention.linear_attention import (
-    LinearAttention,
-    LinearAttentionConfig,
+    SMALL_SCALAR,
     require_head_decay,
 )
 from mm.model.varlen import PackedRows, per_document
@@ -127,10 +125,10 @@ class WindowedState(Mixer):
 
     caps = Caps(causal=True, step=True)
 
-    def __init__(self, inner: LinearAttention, window: int):
+    def __init__(self, d_model: int, config: WindowedStateConfig, linear: LinearFactory):
         super().__init__()
-        heads, key_dim, value_dim = inner.memory.shape
-        self.inner, self.memory = inner, WindowMemory(heads, key_dim, value_dim, window)
+        self.inner = require_head_decay(config.inner, "windowed_state").build(d_model, linear)
+        self.memory = WindowMemory(*self.inner.memory.shape, window=config.window)
 
     def stateful_parts(self) -> list[Stateful]:
         return [self.inner.conv, self.memory]
@@ -145,20 +143,12 @@ class WindowedState(Mixer):
 
 
 @MIXERS.register("windowed_state")
-class WindowedStateConfig(Config):
+class WindowedStateConfig(LayerConfig):
     """Linear attention over the last ``window`` tokens, by the difference of two states."""
 
     kind: Literal["windowed_state"] = "windowed_state"
     inner: MixerField = Field(default="linear_attention", validate_default=True)
     window: Annotated[int, Field(gt=0, description="tokens; no more than training saw")] = 1024
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> WindowedState:
-        inner = require_head_decay(self.inner, "windowed_state")
-        return WindowedState(inner.build(d_model, linear), self.window)
-
-    @classmethod
-    def smallest(cls) -> WindowedStateConfig:
-        inner = LinearAttentionConfig(
-            heads=2, feature="silu", normalise=False, decay="scalar", conv_size=3
-        )
-        return cls(inner=inner, window=3)
+    layer = WindowedState
+    small = {"inner": SMALL_SCALAR, "window": 3}

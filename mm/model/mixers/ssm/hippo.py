@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.ssm.dense import DenseMemory
 from mm.model.mixers.ssm.hippo_matrices import Discretisation, Measure, discretise, hippo
 from mm.registry import MIXERS
@@ -41,7 +40,7 @@ class HiPPOMemory(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(self, config: HiPPOConfig, d_model: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: HiPPOConfig, linear: LinearFactory):
         super().__init__()
         self.config, channels = config, config.width or d_model
         self.memory = DenseMemory(channels, config.states)
@@ -104,7 +103,7 @@ class HiPPOMemory(Mixer):
 
 
 @MIXERS.register("hippo")
-class HiPPOConfig(Config):
+class HiPPOConfig(LayerConfig):
     """Polynomial memory with learned readouts; its defaults are LSSL-f."""
 
     kind: Literal["hippo"] = "hippo"
@@ -135,9 +134,5 @@ class HiPPOConfig(Config):
             raise ValueError(f"hippo: fourier has pairs of states, {self.states} is odd")
         return self
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> HiPPOMemory:
-        return HiPPOMemory(self, d_model, linear)
-
-    @classmethod
-    def smallest(cls) -> HiPPOConfig:
-        return cls(states=4, readouts=2)
+    layer = HiPPOMemory
+    small = {"states": 4, "readouts": 2}

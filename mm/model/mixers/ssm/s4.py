@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.ssm.dense import DenseMemory
 from mm.model.mixers.ssm.hippo_matrices import nplr_legs
 from mm.model.varlen import PackedRows
@@ -72,7 +71,7 @@ class S4(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(self, config: S4Config, d_model: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: S4Config, linear: LinearFactory):
         super().__init__()
         self.config, self.states, half = config, config.states, config.states // 2
         self.memory = DenseMemory(d_model, config.states)
@@ -148,7 +147,7 @@ class S4(Mixer):
 
 
 @MIXERS.register("s4")
-class S4Config(Config):
+class S4Config(LayerConfig):
     """Structured state space: normal plus low-rank dynamics from HiPPO-LegS."""
 
     kind: Literal["s4"] = "s4"
@@ -162,9 +161,5 @@ class S4Config(Config):
             raise ValueError(f"s4: step_min {self.step_min} is above step_max {self.step_max}")
         return self
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> S4:
-        return S4(self, d_model, linear)
-
-    @classmethod
-    def smallest(cls) -> S4Config:
-        return cls(states=4)
+    layer = S4
+    small = {"states": 4}

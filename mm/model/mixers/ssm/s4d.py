@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.kernels.complex_scan import multiply
 from mm.kernels.diagonal_ssm import diagonal_ssm
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.ssm.scan import RecurrentState, starts
 from mm.registry import MIXERS
 from mm.state import State
@@ -62,7 +61,7 @@ class S4D(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(self, config: S4DConfig, d_model: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: S4DConfig, linear: LinearFactory):
         super().__init__()
         self.config, states, real = config, config.states, config.init == "real"
         self.log_rate = nn.Parameter(torch.empty(d_model, states))
@@ -130,7 +129,7 @@ class S4D(Mixer):
 
 
 @MIXERS.register("s4d")
-class S4DConfig(Config):
+class S4DConfig(LayerConfig):
     """Diagonal state space model with fixed dynamics per channel."""
 
     kind: Literal["s4d"] = "s4d"
@@ -148,9 +147,5 @@ class S4DConfig(Config):
             raise ValueError(f"s4d: step_min {self.step_min} is above step_max {self.step_max}")
         return self
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> S4D:
-        return S4D(self, d_model, linear)
-
-    @classmethod
-    def smallest(cls) -> S4DConfig:
-        return cls(states=3)
+    layer = S4D
+    small = {"states": 3}

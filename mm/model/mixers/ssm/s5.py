@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.kernels.complex_scan import complex_scan, multiply
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.ssm.s4d import eigenvalues
 from mm.model.mixers.ssm.scan import DiagonalScan
 from mm.registry import MIXERS
@@ -36,7 +35,7 @@ class S5(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(self, config: S5Config, d_model: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: S5Config, linear: LinearFactory):
         super().__init__()
         self.config, W = config, config.states
         self.inner = linear(d_model, 2 * W, "inner")
@@ -76,7 +75,7 @@ class S5(Mixer):
 
 
 @MIXERS.register("s5")
-class S5Config(Config):
+class S5Config(LayerConfig):
     """Diagonal state space whose states all channels drive and read."""
 
     kind: Literal["s5"] = "s5"
@@ -93,9 +92,5 @@ class S5Config(Config):
             raise ValueError(f"s5: step_min {self.step_min} is above step_max {self.step_max}")
         return self
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> S5:
-        return S5(self, d_model, linear)
-
-    @classmethod
-    def smallest(cls) -> S5Config:
-        return cls(states=4, blocks=2)
+    layer = S5
+    small = {"states": 4, "blocks": 2}

@@ -16,13 +16,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.errors import UserError
 from mm.layout import Layout
 from mm.mask import Causal, Mask
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.wrappers.reverse import both_ways, refuse_state, reorder
 from mm.registry import MIXERS, MixerField
 from mm.state import State, join_parts, parts_of
@@ -107,9 +106,14 @@ class ScanOrder(Mixer):
 
     caps = Caps(causal=True, step=True)
 
-    def __init__(self, inners: list[Mixer], orders: tuple[Order, ...], reverse: tuple[bool, ...]):
+    def __init__(self, d_model: int, config: ScanOrderConfig, linear: LinearFactory):
         super().__init__()
-        self.inners, self.orders, self.reverse = nn.ModuleList(inners), orders, reverse
+        n, given = len(config.orders), config.reverse
+        reverse = given if isinstance(given, tuple) else (given,) * n
+        if len(reverse) != n:
+            raise ValueError(f"scan_order: reverse has {len(reverse)} entries for {n} orders")
+        self.orders, self.reverse = config.orders, reverse
+        self.inners = nn.ModuleList(config.inner.build(d_model, linear) for _ in range(n))
 
     def check_mask(self, mask: Mask) -> None:
         super().check_mask(Causal())
@@ -152,7 +156,7 @@ class ScanOrder(Mixer):
 
 
 @MIXERS.register("scan_order")
-class ScanOrderConfig(Config):
+class ScanOrderConfig(LayerConfig):
     """A mixer over the cells of a grid, in one order or several."""
 
     kind: Literal["scan_order"] = "scan_order"
@@ -164,15 +168,9 @@ class ScanOrderConfig(Config):
         tuple[bool, ...] | bool, Field(description="from the last cell; one, or one for each order")
     ] = False
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> ScanOrder:
-        n = len(self.orders)
-        reverse = self.reverse if isinstance(self.reverse, tuple) else (self.reverse,) * n
-        if len(reverse) != n:
-            raise ValueError(f"scan_order: reverse has {len(reverse)} entries for {n} orders")
-        inners = [self.inner.build(d_model, linear) for _ in range(n)]
-        return ScanOrder(inners, self.orders, reverse)
-
-    @classmethod
-    def smallest(cls) -> ScanOrderConfig:
-        inner = MIXERS.get("gated_scan").smallest()
-        return cls(inner=inner, orders=("snake", "column"), reverse=(False, True))
+    layer = ScanOrder
+    small = {
+        "inner": {"kind": "gated_scan", "width": 6},
+        "orders": ("snake", "column"),
+        "reverse": (False, True),
+    }
