@@ -16,7 +16,7 @@ from mm.model.backbones.stack import Stack, StackConfig
 from mm.model.context import Ctx
 from mm.model.layer import Block, Caps, LinearFactory, Out
 from mm.model.linears.dense import dense
-from mm.model.mixers.attention.base import AttentionBase, HeadsConfig
+from mm.model.mixers.attention.base import AttentionBase, AttentionRows, HeadsConfig
 from mm.model.mixers.attention.kv_cache import KeyValueCache, VisibleKeys
 from mm.model.norm import RMSNorm
 from mm.model.positions.base import Position
@@ -122,8 +122,8 @@ class CrossAttention(AttentionBase):
         assert memory.mask is not None
         q = seen.docs.unpack(q)
         score = self.scores(q, seen.fields, seen.known)
-        y = self.attend(q, k.to(q.dtype), v, mask=memory.mask, score=score, cached=True)
-        return Out(self.finish(seen.docs.pack(y, B, T), x_BTD, ctx, True))
+        y = self.attend(AttentionRows(q, k.to(q.dtype), v, memory.mask, score, cached=True))
+        return Out(self.finish(seen.docs.pack(y), x_BTD, ctx, True))
 
 
 class DecoderDecoder(Stack):

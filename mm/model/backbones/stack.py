@@ -130,9 +130,6 @@ class Stack(Backbone):
         visits = path if path is not None else range(len(self.layers))
         return StateTuple(*(self._layer(i).initial_state(n, max_len) for i in visits))
 
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return sum(layer.state_bytes(n, max_len) for layer in self.layers)  # type: ignore[operator]
-
 
 @BACKBONES.register("stack")
 class StackConfig(Config):

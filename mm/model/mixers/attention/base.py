@@ -6,9 +6,8 @@ L their length, S keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -75,6 +74,24 @@ class HeadsConfig(LayerConfig):
         return self.position.build(width, heads=self.heads, d_model=d_model)
 
 
+class AttentionRows(NamedTuple):
+    """What `attend` is given: rows of one document, or of several that the mask separates."""
+
+    q: Tensor  # (R, T, H, K)
+    k: Tensor  # (R, S, G, K)
+    v: Tensor  # (R, S, G, V)
+    mask: MaskSpec
+    score: ScoreSpec
+    # What `project` made besides: with a forget gate its logarithms `(R, T, H)`, or where the keys
+    # are cached their sums since the start of the document, of queries and of keys.
+    more: tuple[Tensor, ...] = ()
+    cached: bool = False  # the keys come from the cache
+
+    def fade(self, *gates: Tensor) -> ScoreSpec:
+        """`score` with what forget gates, the last of ``more``, do to it."""
+        return add_fade(self.score, *(gates if self.cached else [gates[0].cumsum(1)] * 2))
+
+
 class AttentionBase(Mixer):
     """Base: `project`, then `attend` documents to themselves and their caches, then `out`.
 
@@ -116,26 +133,10 @@ class AttentionBase(Mixer):
         """First arguments of `attend` `(B, T, ...)`, and the State that replaces ``tail``."""
         raise NotImplementedError
 
-    def attend(
-        self,
-        q_RTHK: Tensor,
-        k_RSGK: Tensor,
-        v_RSGV: Tensor,
-        *fades: Tensor,
-        mask: MaskSpec,
-        score: ScoreSpec,
-        cached: bool = False,
-    ) -> Tensor:
-        """Outputs `(R, T, ...)` of rows.
-
-        Args:
-            fades: with a forget gate its logarithms `(R, T, H)`, or with ``cached`` their sums
-                since the start of the document, of queries and of keys.
-            cached: the keys come from the cache.
-        """
-        if fades:
-            score = add_fade(score, *(fades if cached else [fades[0].cumsum(1)] * 2))
-        return attention(q_RTHK, k_RSGK, v_RSGV, mask, score)
+    def attend(self, rows: AttentionRows) -> Tensor:
+        """Outputs `(R, T, ...)` of rows."""
+        q, k, v, mask, score, fades, _ = rows
+        return attention(q, k, v, mask, rows.fade(*fades) if fades else score)
 
     def finish(self, y: Tensor, x_BTD: Tensor, ctx: Ctx, serving: bool) -> Tensor:
         """The output projection: `(B, T, D)`."""
@@ -187,8 +188,6 @@ class AttentionBase(Mixer):
 
     def _forward_full(self, parts: tuple[Tensor, ...], ctx: Ctx) -> Tensor:
         """`attend` inside the call's documents."""
-        attend: Callable[..., Tensor] = self.attend
-        B, T = parts[0].shape[:2]
         true = ctx.layout.fields
         f = self.position_fields(ctx, False) if self.scored else true
         groups = self.groups(ctx)
@@ -197,18 +196,20 @@ class AttentionBase(Mixer):
             if docs is not None:
                 parts = tuple(map(docs.unpack, parts))
                 f, true = docs.fields(f), docs.fields(true)
+            q, k, v, *more = parts
             spec = MaskSpec(self.mask(ctx).dense(true, true))
-            y = attend(*parts, mask=spec, score=self.scores(parts[0], f, f))
-            return y if docs is None else docs.pack(y, B, T)
+            y = self.attend(AttentionRows(q, k, v, spec, self.scores(q, f, f), tuple(more)))
+            return y if docs is None else docs.pack(y)
         known = [f.position, f.document, f.modality, *f.extra.values()] if self.scored else []
         done = []
         for group, given in groups.split(*parts, *known):
-            rows, rest = given[: len(parts)], given[len(parts) :]
+            (q, k, v, *more), rest = given[: len(parts)], given[len(parts) :]
             if rest:
                 position, document, modality, *extra = rest
                 f = Fields(position, document, modality, dict(zip(f.extra, extra, strict=True)))
-            done.append(attend(*rows, mask=group.mask, score=self.scores(rows[0], f, f)))
-        return groups.join(done, B, T)
+            score = self.scores(q, f, f)
+            done.append(self.attend(AttentionRows(q, k, v, group.mask, score, tuple(more))))
+        return groups.join(done, *ctx.layout.shape)
 
     def _forward_cached(
         self, parts: tuple[Tensor, ...], ctx: Ctx, cache: Any, gates: Any = None
@@ -220,15 +221,14 @@ class AttentionBase(Mixer):
             *kept, after_gates = self.forget.extend(kept[0], ctx, gates)
             after = [after_gates]
         y = self.attend_cached(seen.docs.unpack(q), seen, ctx, *kept)
-        return seen.docs.pack(y, *q.shape[:2]), stored, *after
+        return seen.docs.pack(y), stored, *after
 
     def attend_cached(self, q: Tensor, seen: VisibleKeys, ctx: Ctx, *fades: Tensor) -> Tensor:
         """`attend` of queries `(R, L, H, K)` to what they may look at."""
         mask = MaskSpec(self.mask(ctx).dense(seen.fields, seen.known))
         score = self.scores(q, seen.fields, seen.known)
-        return self.attend(
-            q, seen.k.to(q.dtype), seen.v, *fades, mask=mask, score=score, cached=True
-        )
+        rows = AttentionRows(q, seen.k.to(q.dtype), seen.v, mask, score, fades, cached=True)
+        return self.attend(rows)
 
 
 class GroupedAttention(AttentionBase):

@@ -13,10 +13,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.kernels.attention import attention
-from mm.kernels.attention.spec import MaskSpec, ScoreSpec
+from mm.kernels.attention.spec import ScoreSpec
 from mm.model.context import Ctx
 from mm.model.layer import LinearFactory
-from mm.model.mixers.attention.base import AttentionBase, HeadsConfig
+from mm.model.mixers.attention.base import AttentionBase, AttentionRows, HeadsConfig
 from mm.model.mixers.attention.kv_cache import KeyValueCache
 from mm.model.norm import RMSNorm
 from mm.model.positions.none import Tempered
@@ -78,23 +78,15 @@ class DifferentialAttention(AttentionBase):
         first, second = wide.prod(1).sum(-1).exp().unbind()
         return first - second + self.lambda_init
 
-    def attend(
-        self,
-        q_RTHK: Tensor,
-        k_RSGK: Tensor,
-        v_RSGV: Tensor,
-        *fades: Tensor,
-        mask: MaskSpec,
-        score: ScoreSpec,
-        cached: bool = False,
-    ) -> Tensor:
-        (R, T), (S, G, V) = q_RTHK.shape[:2], v_RSGV.shape[1:]
+    def attend(self, rows: AttentionRows) -> Tensor:
+        q, k, v, mask, score, *_ = rows
+        (R, T), (S, G, V) = q.shape[:2], v.shape[1:]
         bias = score.total_bias()
         if bias is not None:  # by head, whose queries have two parts in each key head
             by_part = bias.unflatten(1, (G, 1, -1)).expand(-1, -1, 2, -1, -1, -1)
             bias = by_part.flatten(1, 3)
-        keys, values = k_RSGK.reshape(R, S, 2 * G, self.width), v_RSGV.repeat_interleave(2, dim=2)
-        o = attention(q_RTHK, keys, values, mask, ScoreSpec(bias))
+        keys, values = k.reshape(R, S, 2 * G, self.width), v.repeat_interleave(2, dim=2)
+        o = attention(q, keys, values, mask, ScoreSpec(bias))
         first, second = o.view(R, T, G, 2, self.heads // G, V).unbind(3)
         return (first - self.balance().to(o.dtype) * second).flatten(2, 3)
 

@@ -11,10 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.layout import Fields
 from mm.model.layer import LinearFactory
-from mm.model.mixers.attention.base import GroupedAttention, HeadsConfig
+from mm.model.mixers.attention.base import AttentionRows, GroupedAttention, HeadsConfig
 from mm.model.positions.base import Position
 from mm.model.positions.irpe import IRPE, IRPEConfig
 from mm.registry import MIXERS
@@ -59,36 +58,20 @@ class IRPEAttention(GroupedAttention):
         for table in self.tables.values():
             nn.init.zeros_(table)
 
-    def attend(
-        self,
-        q_RTHK: Tensor,
-        k_RSGK: Tensor,
-        v_RSGV: Tensor,
-        *fades: Tensor,
-        mask: MaskSpec,
-        score: ScoreSpec,
-        cached: bool = False,
-    ) -> Tensor:
-        assert score.bias_RHTS is not None
-        allowed = mask.dense(q_RTHK.shape[1], k_RSGK.shape[1], q_RTHK.device)
-        with torch.autocast(q_RTHK.device.type, enabled=False):
-            y = self._sum(q_RTHK, k_RSGK, v_RSGV, allowed, score.bias_RHTS)
-        return y.to(q_RTHK.dtype)
+    def attend(self, rows: AttentionRows) -> Tensor:
+        with torch.autocast(rows.q.device.type, enabled=False):
+            return self._sum(rows).to(rows.q.dtype)
 
-    def _sum(
-        self,
-        q_RTHK: Tensor,
-        k_RSGK: Tensor,
-        v_RSGV: Tensor,
-        allowed_RTS: Tensor | None,
-        index: Tensor,
-    ) -> Tensor:
-        """Outputs `(R, T, H, V)` in float32 or wider; ``index`` `(R, X, T, S)`."""
-        (R, T, H, K), X = q_RTHK.shape, index.shape[1]
-        wide = torch.promote_types(q_RTHK.dtype, torch.float32)
+    def _sum(self, rows: AttentionRows) -> Tensor:
+        """Outputs `(R, T, H, V)` in float32 or wider."""
+        index = rows.score.bias_RHTS  # (R, X, T, S)
+        assert index is not None
+        (R, T, H, K), X = rows.q.shape, index.shape[1]
+        allowed_RTS = rows.mask.dense(T, rows.k.shape[1], rows.q.device)
+        wide = torch.promote_types(rows.q.dtype, torch.float32)
         share = H // self.kv_heads
-        q = q_RTHK.to(wide).transpose(1, 2)
-        k, v = (t.to(wide).repeat_interleave(share, 2).transpose(1, 2) for t in (k_RSGK, v_RSGV))
+        q = rows.q.to(wide).transpose(1, 2)
+        k, v = (t.to(wide).repeat_interleave(share, 2).transpose(1, 2) for t in rows[1:3])
         logits = q @ k.mT  # (R, H, T, S)
         terms = {n: t.to(wide) for n, t in self.tables.items()}
         for x in range(X):

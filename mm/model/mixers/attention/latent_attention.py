@@ -13,11 +13,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.kernels.attention import attention
-from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.model.context import Ctx
 from mm.model.layer import LinearFactory
 from mm.model.layer_config import LayerConfig
-from mm.model.mixers.attention.base import AttentionBase, head_dim_of
+from mm.model.mixers.attention.base import AttentionBase, AttentionRows, head_dim_of
 from mm.model.mixers.attention.kv_cache import KeyValueCache
 from mm.model.norm import RMSNorm
 from mm.model.positions.irpe import IRPE
@@ -83,29 +82,19 @@ class LatentAttention(AttentionBase):
         q = torch.cat((q[..., :K], q_rotary), dim=-1)
         return (q, k, k[..., :0]), None
 
-    def attend(
-        self,
-        q_RTHK: Tensor,
-        k_RSGK: Tensor,
-        v_RSGV: Tensor,
-        *fades: Tensor,
-        mask: MaskSpec,
-        score: ScoreSpec,
-        cached: bool = False,
-    ) -> Tensor:
-        score = score._replace(scale=self.scale)
+    def attend(self, rows: AttentionRows) -> Tensor:
+        q, k, mask, score = rows.q, rows.k, rows.mask, rows.score._replace(scale=self.scale)
         K = self.widths[0]
-        key_up, value_up = self.key_up.to(q_RTHK.dtype), self.value_up.to(q_RTHK.dtype)
-        latent = k_RSGK[..., : self.latent]
-        if cached:
-            raised = torch.einsum("rthk,hkc->rthc", q_RTHK[..., :K], key_up)
-            q = torch.cat((raised, q_RTHK[..., K:]), dim=-1)
-            o = attention(q, k_RSGK, latent, mask, score)
+        key_up, value_up = self.key_up.to(q.dtype), self.value_up.to(q.dtype)
+        latent = k[..., : self.latent]
+        if rows.cached:
+            raised = torch.einsum("rthk,hkc->rthc", q[..., :K], key_up)
+            o = attention(torch.cat((raised, q[..., K:]), dim=-1), k, latent, mask, score)
             return torch.einsum("rthc,hcv->rthv", o, value_up)
-        rotary = k_RSGK[..., self.latent :].expand(-1, -1, self.heads, -1)
+        rotary = k[..., self.latent :].expand(-1, -1, self.heads, -1)
         k = torch.cat((torch.einsum("rsc,hkc->rshk", latent[:, :, 0], key_up), rotary), dim=-1)
         v = torch.einsum("rsc,hcv->rshv", latent[:, :, 0], value_up)
-        return attention(q_RTHK, k, v, mask, score)
+        return attention(q, k, v, mask, score)
 
 
 @MIXERS.register("latent_attention")

@@ -7,7 +7,7 @@ S groups, s tokens of a group, J groups that a call fills.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -46,10 +46,6 @@ class GroupCache(KeyValueCache):
         return Compressed(
             kv, kv.k.new_zeros(n, 2, self.heads, self.key), torch.zeros_like(kv.count)
         )
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        kv = super().state_bytes(n, max(1, max_len // self.stride))
-        return kv + n * (2 * self.heads * self.key * self._dtype().itemsize + 8)
 
 
 def full_groups(count_R: Tensor, L: int, s: int) -> tuple[Tensor, Tensor]:
@@ -152,8 +148,7 @@ class MemoryCompressedAttention(Mixer):
     def _forward_cached(
         self, q: Tensor, kv: Tensor, ctx: Ctx, state: Compressed
     ) -> tuple[Tensor, Compressed]:
-        (B, T), s = q.shape[:2], self.stride
-        docs = PackedRows.of(ctx.layout, state.count.shape[0])
+        s, docs = self.stride, PackedRows.of(ctx.layout, state.count.shape[0])
         q, kv = docs.unpack(q), docs.unpack(kv)
         count, L = docs.read(state.count, 0), q.shape[1]
         begun = docs.read(state.partial)
@@ -180,7 +175,7 @@ class MemoryCompressedAttention(Mixer):
             ),
             dim=-1,
         )
-        y = docs.pack(self._attend(q, keys, values, seen, sums), B, T)
+        y = docs.pack(self._attend(q, keys, values, seen, sums))
         end = count + docs.length
         done = end // s - full
         valid = (torch.arange(new.shape[1], device=q.device) < done[:, None]).to(torch.int32)
@@ -190,9 +185,7 @@ class MemoryCompressedAttention(Mixer):
         open_ = ((end % s > 0) | (docs.length == 0))[:, None, None, None]
         partial = torch.where(open_, docs.last(sums, begun.to(sums.dtype)), 0)
         assert isinstance(stored, KV)
-        w = docs.slot_writes(state.count.shape[0])
-        after = Compressed(stored, w.write(state.partial, partial), w.write(state.count, end))
-        return y, after
+        return y, docs.write(replace(state, kv=stored), partial=partial, count=end)
 
 
 @MIXERS.register("memory_compressed")

@@ -142,7 +142,7 @@ class NgramHead(Mixer):
         # What no token of the row sees may hold anything.
         values = values.to(wide).masked_fill(~there[..., None], 0)
         mean = match.to(wide) @ values / match.sum(-1, keepdim=True).clamp_min(1)
-        return docs.pack(mean, *x.shape[:2]), after
+        return docs.pack(mean), after
 
 
 @MIXERS.register("ngram_head")

@@ -54,19 +54,10 @@ class CodeSums(StatePart):
 
     def initial_state(self, n: int, max_len: int) -> Codes:
         G, S, K, b = self.heads, self.codes, self.width, self.block
-        make = lambda *shape, dtype=self.wide: self.like.new_zeros(n, *shape, dtype=dtype)
-        return Codes(
-            make(G, S),
-            make(G, S, K),
-            make(2 * b, G, K),
-            make(2 * b, G, K),
-            make(2 * b, G, dtype=torch.long),
-            make(dtype=torch.long),
-        )
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        G, S, K, item = self.heads, self.codes, self.width, self.wide.itemsize
-        return n * (G * (S * (1 + K) * item + 2 * self.block * (2 * K * item + 8)) + 8)
+        k, v = (self.zeros(n, 2 * b, G, K) for _ in "kv")
+        code = self.zeros(n, 2 * b, G, dtype=torch.long)
+        count = self.zeros(n, dtype=torch.long)
+        return Codes(self.zeros(n, G, S), self.zeros(n, G, S, K), k, v, code, count)
 
 
 def count_codes(
@@ -257,8 +248,7 @@ class TransformerVQ(Mixer):
     def _forward_cached(
         self, q: Tensor, k: Tensor, v: Tensor, code: Tensor, ctx: Ctx, state: Codes
     ) -> tuple[Tensor, Codes]:
-        (B, T), b = q.shape[:2], self.block
-        docs = PackedRows.of(ctx.layout, state.count.shape[0])
+        b, docs = self.block, PackedRows.of(ctx.layout, state.count.shape[0])
         q, k, v, code = (docs.unpack(t) for t in (q, k, v, code))
         R, L = q.shape[:2]
         count = docs.read(state.count, 0)
@@ -296,16 +286,14 @@ class TransformerVQ(Mixer):
         take = lambda t: t.gather(
             1, last.view(R, 2 * b, *[1] * (t.dim() - 2)).expand(-1, -1, *t.shape[2:])
         )
-        write = docs.slot_writes(state.count.shape[0]).write
-        after = Codes(
-            write(state.number, torch.where(shift[..., None] > 0, number + more, number)),
-            write(state.values, torch.where(shift[..., None, None] > 0, values + summed, values)),
-            write(state.k, take(long_k)),
-            write(state.v, take(long_v)),
-            write(state.code, take(long_code)),
-            write(state.count, count + docs.length),
+        after = docs.write(
+            state,
+            number=torch.where(shift[..., None] > 0, number + more, number),
+            values=torch.where(shift[..., None, None] > 0, values + summed, values),
+            **{"k": take(long_k), "v": take(long_v), "code": take(long_code)},
+            count=count + docs.length,
         )
-        return docs.pack(y, B, T), after
+        return docs.pack(y), after
 
 
 @MIXERS.register("transformer_vq")

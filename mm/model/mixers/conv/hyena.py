@@ -98,16 +98,12 @@ class LongConv(StatePart):
             y = torch.stack(done, 1) if done else rows
         else:
             y = long_conv(every, h).gather(1, index)
-        w = docs.slot_writes(N)
-        after = History(w.write(state.u, every[:, :P]), w.write(state.count, count + docs.length))
-        return docs.pack(y, *u_BTW.shape[:2]), after
+        after = docs.write(state, u=every[:, :P], count=count + docs.length)
+        return docs.pack(y), after
 
     def initial_state(self, n: int, max_len: int) -> History:
-        count = torch.zeros(n, dtype=torch.long, device=self.like.device)
-        return History(self.like.new_zeros(n, max_len, self.width), count)
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return n * (max_len * self.width * self.like.element_size() + 8)
+        u = self.zeros(n, max_len, self.width, dtype=self.like.dtype)
+        return History(u, self.zeros(n, dtype=torch.long))
 
 
 class Hyena(Mixer):

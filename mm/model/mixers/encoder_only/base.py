@@ -52,7 +52,7 @@ class BothWays(Mixer):
         # Filled, not multiplied: padding may hold inf.
         rows = rows.masked_fill(~docs.valid[..., None], 0)
         y = self.mix(rows, docs.length, ctx) if rows.shape[:2].numel() else rows
-        return Out(docs.pack(y, *x_BTD.shape[:2]))
+        return Out(docs.pack(y))
 
     def initial_state(self, n: int, max_len: int) -> Any:
         raise UserError(

@@ -210,7 +210,7 @@ class AFT(Mixer):
     ) -> tuple[Tensor, Averages]:
         """Outputs `(B, T, D)` of documents that go on from their slots."""
         assert isinstance(state, Averages)
-        (B, T), (N, W) = k.shape[:2], state.tail.shape[:2]
+        N, W = state.tail.shape[:2]
         docs, (first_sums, first_tail) = PackedRows.of(ctx.layout, N), self._before(state.sums)
         before, count = docs.read(state.sums, first_sums), docs.read(state.count, 0)
         rows = torch.stack((docs.unpack(k), docs.unpack(v)), 2)
@@ -219,13 +219,9 @@ class AFT(Mixer):
         y, sums = self._average(inputs, before.to(k), at)
         index = docs.length[:, None] + torch.arange(W, device=k.device)
         tail = inputs[torch.arange(len(inputs), device=k.device)[:, None], index]
-        w = docs.slot_writes(N)
-        after = Averages(
-            w.write(state.sums, docs.last(sums.to(before), before)),
-            w.write(state.tail, tail),
-            w.write(state.count, count + docs.length),
-        )
-        return docs.pack(y, B, T), after
+        last = docs.last(sums.to(before), before)
+        after = docs.write(state, sums=last, tail=tail, count=count + docs.length)
+        return docs.pack(y), after
 
     def initial_state(self, n: int, max_len: int) -> Averages:
         if self.max_len is not None and max_len > self.max_len:
@@ -237,10 +233,6 @@ class AFT(Mixer):
         like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
         sums, tail = (t.expand(n, *t.shape).clone() for t in self._before(like))
         return Averages(sums, tail, torch.zeros(n, dtype=torch.long, device=like.device))
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        item = max(next(self.parameters()).element_size(), 4)
-        return n * ((3 + 2 * self.window) * self.width * item + 8)
 
 
 @MIXERS.register("aft")

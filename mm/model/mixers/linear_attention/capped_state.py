@@ -102,8 +102,8 @@ class CappedState(Mixer):
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         tail, memory = parts_of(state, 2)
         f, tail = self.inner.features(x_BTD, ctx, tail)
-        q, k, v, g = f["q"], f["k"], f["v"], f.get("g")
-        g = (g if g is not None else q.new_zeros(())).expand(*q.shape[:3])
+        q, k, v = f["q"], f["k"], f["v"]
+        g = f.get("g", q.new_zeros(())).expand(q.shape[:3])
         op = partial(capped_attention, cap=self.cap)
         parts = (q, k, v, g, torch.ones_like(g[..., :1]))
         o, memory = self.inner.memory(op, parts, ctx, memory)

@@ -6,7 +6,6 @@ document, L their length.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
@@ -208,8 +207,7 @@ class BucketMemory(StatePart):
             gain: `(B, T, H, E)` weights of the levels.
         """
         q, k, v = f["q"].to(gain), f["k"].to(gain), f["v"].to(gain)
-        (B, T, H), g = q.shape[:3], f.get("g")
-        g = (g if g is not None else q.new_zeros(())).expand(B, T, H)
+        g = f.get("g", q.new_zeros(())).expand(q.shape[:3])
         parts = (q, k, v, g, gain, *([f["beta"]] if "beta" in f else []))
         if state is None:
             return per_document(self._first, ctx, *parts), None
@@ -218,9 +216,7 @@ class BucketMemory(StatePart):
         q, k, v, g, gain, *rest = map(docs.unpack, parts)
         S, count = docs.read(state.S), docs.read(state.count, 0).long()
         o, S = chunks(q, k, v, g, rest[0] if rest else None, gain, S, count, docs.length)
-        w = docs.slot_writes(state.S.shape[0])
-        after = Fenwick(w.write(state.S, S), w.write(state.count, count + docs.length))
-        return docs.pack(o, B, T), after
+        return docs.pack(o), docs.write(state, S=S, count=count + docs.length)
 
     def _first(
         self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, gain: Tensor, beta: Tensor | None = None
@@ -232,11 +228,7 @@ class BucketMemory(StatePart):
         return chunks(q, k, v, g, beta, gain[..., :E], S, none, torch.full_like(none, L))[0]
 
     def initial_state(self, n: int, max_len: int) -> Fenwick:
-        S = self.like.new_zeros(n, *self.shape, dtype=self.wide)
-        return Fenwick(S, torch.zeros(n, dtype=torch.long, device=S.device))
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return n * (math.prod(self.shape) * self.wide.itemsize + torch.long.itemsize)
+        return Fenwick(self.zeros(n, *self.shape), self.zeros(n, dtype=torch.long))
 
 
 class LogLinear(Mixer):

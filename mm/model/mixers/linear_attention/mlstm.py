@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mm.kernels.linear_attention import linear_attention
 from mm.model.context import Ctx
-from mm.model.layer import LinearFactory, Stateful, StatePart
+from mm.model.layer import LinearFactory, Stateful
 from mm.model.layer_config import LayerConfig
 from mm.model.mixers.linear_attention.linear_attention import (
     EPS,
@@ -23,18 +23,17 @@ from mm.model.mixers.linear_attention.linear_attention import (
     append_ones,
 )
 from mm.model.mixers.linear_attention.memory import MatrixMemory
-from mm.model.mixers.ssm.scan import Hidden, write_last
+from mm.model.mixers.ssm.scan import Hidden, RecurrentState
 from mm.model.varlen import PackedRows
 from mm.registry import MIXERS
 from mm.state import State, join_parts, parts_of
 
 
-class Peak(StatePart):
+class Peak(RecurrentState):
     """Keeps ``m_t = max(log f_t + m_{t-1}, i_t, 0)`` of each head, float64."""
 
     def __init__(self, heads: int):
-        super().__init__()
-        self.heads = heads
+        super().__init__(heads, dtype=torch.float64)
 
     @torch.no_grad()
     def forward(
@@ -45,24 +44,23 @@ class Peak(StatePart):
         Args:
             i_BTH: input gates; f_BTH: forget gates; logarithms of both.
         """
-        B, T = i_BTH.shape[:2]
-        assert state is None or isinstance(state, Hidden)
-        docs = PackedRows.of(ctx.layout, 0 if state is None else state.h.shape[0])
-        i, f = docs.unpack(i_BTH).double(), docs.unpack(f_BTH).double()
-        first = f.new_zeros(f.shape[0], self.heads) if state is None else docs.read(state.h)
-        # m_t = F_t + max(m_0, max_{s <= t} (max(i_s, 0) - F_s)), F the sums of log f.
-        total = f.cumsum(1)
-        lifted = torch.cat((first[:, None], i.clamp_min(0) - total), dim=1)
-        m = lifted.cummax(1).values[:, 1:] + total if T else f
-        fall = torch.cat((first[:, None], m[:, :-1]), 1) - m if T else m
-        after = write_last(state, docs, first, m) if state is not None else None
-        return docs.pack(m, B, T), docs.pack(fall, B, T), after
 
-    def initial_state(self, n: int, max_len: int) -> Hidden:
-        return Hidden(self.like.new_zeros(n, self.heads, dtype=torch.float64))
+        def run(docs: PackedRows, first: Tensor) -> tuple[Tensor, Tensor]:
+            i, f = docs.unpack(i_BTH).double(), docs.unpack(f_BTH).double()
+            # m_t = F_t + max(m_0, max_{s <= t} (max(i_s, 0) - F_s)), F the sums of log f.
+            total = f.cumsum(1)
+            lifted = torch.cat((first[:, None], i.clamp_min(0) - total), dim=1)
+            m = lifted.cummax(1).values[:, 1:] + total
+            fall = torch.cat((first[:, None], m[:, :-1]), 1)[:, : m.shape[1]] - m
+            return torch.stack((m, fall), 2), docs.last(m, first)
 
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return n * self.heads * torch.float64.itemsize
+        if state is None:
+            docs, after = PackedRows.of(ctx.layout, 0), None
+            both = docs.pack(run(docs, self.begin(len(docs.length)))[0])
+        else:
+            both, after = self.advance(run, ctx, state)
+        m, fall = both.unbind(2)
+        return m, fall, after
 
 
 class StabilisedMemory(Stateful):

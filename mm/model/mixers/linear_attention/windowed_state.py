@@ -82,22 +82,17 @@ class WindowMemory(StatePart):
         if state is None:
             return per_document(self._first, ctx, q, k, v, g), None
         assert isinstance(state, Windowed)
-        (B, T), N = q.shape[:2], state.S.shape[0]
-        docs = PackedRows.of(ctx.layout, N)
+        docs = PackedRows.of(ctx.layout, state.S.shape[0])
         k, v, g = (
             torch.cat((docs.read(before), docs.unpack(t)), 1)
             for before, t in ((state.k, k), (state.v, v), (state.g, g))
         )
         o, S = windowed_attention(docs.unpack(q), k, v, g, docs.read(state.S), docs.length)
-        w = docs.slot_writes(N)
         # The window before the token at position P + length.
         index = docs.length[:, None] + torch.arange(self.window, device=k.device)
         row = torch.arange(len(k), device=k.device)[:, None]
         k, v, g = (t[row, index] for t in (k, v, g))
-        after = Windowed(
-            w.write(state.S, S), w.write(state.k, k), w.write(state.v, v), w.write(state.g, g)
-        )
-        return docs.pack(o, B, T), after
+        return docs.pack(o), docs.write(state, S=S, k=k, v=v, g=g)
 
     def _first(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
         before = (0, 0, 0, 0, self.window, 0)
@@ -105,12 +100,7 @@ class WindowMemory(StatePart):
 
     def initial_state(self, n: int, max_len: int) -> Windowed:
         P, H, K, V = self.window, self.heads, self.key_dim, self.value_dim
-        zeros = lambda *shape: self.like.new_zeros(n, *shape, dtype=self.wide)
-        return Windowed(zeros(H, K, V), zeros(P, H, K), zeros(P, H, V), zeros(P, H))
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        K, V = self.key_dim, self.value_dim
-        return n * self.heads * (K * V + self.window * (K + V + 1)) * self.wide.itemsize
+        return Windowed(*(self.zeros(n, *s) for s in ((H, K, V), (P, H, K), (P, H, V), (P, H))))
 
 
 class WindowedState(Mixer):
@@ -136,8 +126,8 @@ class WindowedState(Mixer):
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         tail, memory = parts_of(state, 2)
         f, tail = self.inner.features(x_BTD, ctx, tail)
-        q, k, v, g = f["q"], f["k"], f["v"], f.get("g")
-        g = (g if g is not None else q.new_zeros(())).expand(*q.shape[:3])
+        q, k, v = f["q"], f["k"], f["v"]
+        g = f.get("g", q.new_zeros(())).expand(q.shape[:3])
         o, memory = self.memory(q, k, v, g, ctx, memory)
         return Out(self.inner.finish(o, x_BTD, f, ctx), join_parts(tail, memory))
 
