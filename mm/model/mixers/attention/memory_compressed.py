@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mm.layout import Fields
 from mm.model.context import Ctx
-from mm.model.layer import Caps, LinearFactory, Mixer, Out
+from mm.model.layer import LinearFactory, Mixer, Out
 from mm.model.layer_config import EvenHeadsConfig
 from mm.model.mixers.attention.kv_cache import KV, KeyValueCache
 from mm.model.varlen import PackedRows, per_document
@@ -71,7 +71,6 @@ class MemoryCompressedAttention(Mixer):
     the paper leaves it open.
     """
 
-    caps = Caps(causal=True, step=True)
     masks = frozenset({"causal"})
 
     def __init__(self, d_model: int, config: MemoryCompressedConfig, linear: LinearFactory):
@@ -92,7 +91,7 @@ class MemoryCompressedAttention(Mixer):
         qkv = self.qkv(x_BTD, ctx).view(B, T, 3, self.heads, self.head_dim)
         q, kv = qkv[:, :, 0], qkv[:, :, 1:]
         if state is None:
-            y, after = self._forward_full(q, kv, ctx), None
+            y, after = per_document(self._rows, ctx, q, kv), None
         else:
             assert isinstance(state, Compressed)
             y, after = self._forward_cached(q, kv, ctx, state)
@@ -141,9 +140,6 @@ class MemoryCompressedAttention(Mixer):
         k, v = sums[:, s - 1 :: s].unbind(2)
         at, groups = torch.arange(L, device=q.device), torch.arange(L // s, device=q.device)
         return self._attend(q, k, v, (groups < at[:, None] // s)[None], sums)
-
-    def _forward_full(self, q: Tensor, kv: Tensor, ctx: Ctx) -> Tensor:
-        return per_document(self._rows, ctx, q, kv)
 
     def _forward_cached(
         self, q: Tensor, kv: Tensor, ctx: Ctx, state: Compressed

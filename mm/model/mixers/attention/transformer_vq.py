@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mm.batch import Sum
 from mm.model.context import Ctx
-from mm.model.layer import Caps, LinearFactory, Mixer, Out, StatePart
+from mm.model.layer import LinearFactory, Mixer, Out, StatePart
 from mm.model.layer_config import LayerConfig
 from mm.model.norm import RMSNorm
 from mm.model.varlen import PackedRows, per_document
@@ -88,7 +88,6 @@ class TransformerVQ(Mixer):
     Source: Lingle 2023 (arXiv:2309.16354), section 3.
     """
 
-    caps = Caps(causal=True, step=True)
     masks = frozenset({"causal"})
     codes: Tensor
     size: Tensor
@@ -160,7 +159,7 @@ class TransformerVQ(Mixer):
         with torch.autocast(q.device.type, enabled=False):
             code, key = self.quantise(k)
             if state is None:
-                y, after = self._forward_full(q, key, v, code, ctx), None
+                y, after = per_document(self._rows, ctx, q, key, v, code), None
             else:
                 assert isinstance(state, Codes)
                 y, after = self._forward_cached(q, key, v, code, ctx, state)
@@ -241,9 +240,6 @@ class TransformerVQ(Mixer):
         q, k, v = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t in (q, k, v))
         valid = (torch.arange(L + pad, device=q.device) < L).expand(R, -1)
         return self._blocks(q, k, v, F.pad(code, (0, 0, 0, pad)), valid, None, None)[:, :L]
-
-    def _forward_full(self, q: Tensor, k: Tensor, v: Tensor, code: Tensor, ctx: Ctx) -> Tensor:
-        return per_document(self._rows, ctx, q, k, v, code)
 
     def _forward_cached(
         self, q: Tensor, k: Tensor, v: Tensor, code: Tensor, ctx: Ctx, state: Codes

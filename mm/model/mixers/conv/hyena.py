@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.model.context import Ctx
-from mm.model.layer import Caps, LinearFactory, Mixer, Out, StatePart
+from mm.model.layer import LinearFactory, Mixer, Out, StatePart
 from mm.model.layer_config import LayerConfig
 from mm.model.mixers.conv.state import ShortConv
 from mm.model.varlen import PackedRows, per_document
@@ -118,8 +118,6 @@ class Hyena(Mixer):
     Source: Poli et al. 2023 (arXiv:2302.10866), definition 3.1 and section 3.3 (implicit filters,
     window); order 2.
     """
-
-    caps = Caps(causal=True, step=True)
 
     def __init__(self, d_model: int, config: HyenaConfig, linear: LinearFactory):
         super().__init__()

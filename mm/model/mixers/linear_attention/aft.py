@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mm.errors import UserError
 from mm.kernels.linear_scan import linear_scan
 from mm.model.context import Ctx
-from mm.model.layer import Caps, LinearFactory, Mixer, Out
+from mm.model.layer import LinearFactory, Mixer, Out
 from mm.model.layer_config import LayerConfig
 from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS
@@ -112,8 +112,6 @@ class AFT(Mixer):
 
     Source: Zhai et al. 2021 (arXiv:2105.14103), eq. 2 and section 3 (variants), in causal form.
     """
-
-    caps = Caps(causal=True, step=True)
 
     def __init__(self, d_model: int, config: AFTConfig, linear: LinearFactory):
         super().__init__()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mm.kernels.linear_attention import linear_attention
 from mm.model.context import Ctx
-from mm.model.layer import Caps, LinearFactory, Mixer, Out, Stateful, StatePart
+from mm.model.layer import LinearFactory, Mixer, Out, Stateful, StatePart
 from mm.model.layer_config import LayerConfig
 from mm.model.mixers.linear_attention.linear_attention import (
     SMALL_SCALAR,
@@ -112,8 +112,6 @@ class WindowedState(Mixer):
     Source: Chen et al. 2024, Stuffed Mamba (arXiv:2410.07145), section on mitigations: sliding
     window by state difference.
     """
-
-    caps = Caps(causal=True, step=True)
 
     def __init__(self, d_model: int, config: WindowedStateConfig, linear: LinearFactory):
         super().__init__()

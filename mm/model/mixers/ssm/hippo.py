@@ -5,7 +5,6 @@ B rows, T tokens, D model, E channels, N states of each, M readouts.
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
 import torch
@@ -15,9 +14,14 @@ from torch import Tensor, nn
 
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.layer_config import LayerConfig
 from mm.model.mixers.ssm.dense import DenseMemory
-from mm.model.mixers.ssm.hippo_matrices import Discretisation, Measure, discretise, hippo
+from mm.model.mixers.ssm.hippo_matrices import (
+    Discretisation,
+    Measure,
+    StepsConfig,
+    discretise,
+    hippo,
+)
 from mm.registry import MIXERS
 from mm.state import State
 
@@ -60,7 +64,7 @@ class HiPPOMemory(Mixer):
     def init_weights(self) -> None:
         c = self.config
         if c.window is None:
-            nn.init.uniform_(self.log_step, math.log(c.step_min), math.log(c.step_max))
+            c.draw_steps(self.log_step)
             nn.init.normal_(self.readout)
         nn.init.normal_(self.skip)
         if c.trainable:
@@ -103,7 +107,7 @@ class HiPPOMemory(Mixer):
 
 
 @MIXERS.register("hippo")
-class HiPPOConfig(LayerConfig):
+class HiPPOConfig(StepsConfig):
     """Polynomial memory with learned readouts; its defaults are LSSL-f."""
 
     kind: Literal["hippo"] = "hippo"
@@ -119,13 +123,9 @@ class HiPPOConfig(LayerConfig):
         | None
     ) = None
     trainable: Annotated[bool, Field(description="learn A, from where the measure has it")] = False
-    step_min: Annotated[float, Field(gt=0)] = 0.001
-    step_max: Annotated[float, Field(gt=0, description="learned steps begin in this range")] = 0.1
 
     @model_validator(mode="after")
     def _fits(self) -> HiPPOConfig:
-        if self.step_min > self.step_max:
-            raise ValueError(f"hippo: step_min {self.step_min} is above step_max {self.step_max}")
         if self.trainable and self.measure not in ("legs", "lagt"):
             raise ValueError(
                 f"hippo: trainable begins from legs or lagt, not {self.measure}; set measure: legs"

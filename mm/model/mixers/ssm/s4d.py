@@ -11,14 +11,14 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from mm.kernels.complex_scan import multiply
 from mm.kernels.diagonal_ssm import diagonal_ssm
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.layer_config import LayerConfig
+from mm.model.mixers.ssm.hippo_matrices import StepsConfig
 from mm.model.mixers.ssm.scan import RecurrentState, starts
 from mm.registry import MIXERS
 from mm.state import State
@@ -80,7 +80,7 @@ class S4D(Mixer):
             self.log_rate.copy_(rate.log().expand_as(self.log_rate))
             if self.frequency is not None:
                 self.frequency.copy_(frequency.expand_as(self.frequency))
-            self.log_step.uniform_(math.log(c.step_min), math.log(c.step_max))
+            c.draw_steps(self.log_step)
         # Complex standard normal.
         nn.init.normal_(self.readout, std=self.readout.shape[0] ** -0.5)
         nn.init.normal_(self.skip)
@@ -129,7 +129,7 @@ class S4D(Mixer):
 
 
 @MIXERS.register("s4d")
-class S4DConfig(LayerConfig):
+class S4DConfig(StepsConfig):
     """Diagonal state space model with fixed dynamics per channel."""
 
     kind: Literal["s4d"] = "s4d"
@@ -138,14 +138,6 @@ class S4DConfig(LayerConfig):
     ] = 32
     init: Init = "legs"
     discretisation: Literal["zoh", "bilinear"] = "zoh"
-    step_min: Annotated[float, Field(gt=0)] = 0.001
-    step_max: Annotated[float, Field(gt=0, description="time steps begin in this range")] = 0.1
-
-    @model_validator(mode="after")
-    def _steps(self) -> S4DConfig:
-        if self.step_min > self.step_max:
-            raise ValueError(f"s4d: step_min {self.step_min} is above step_max {self.step_max}")
-        return self
 
     layer = S4D
     small = {"states": 3}

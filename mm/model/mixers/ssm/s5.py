@@ -5,7 +5,6 @@ B rows, T tokens, D model, W complex states, N slots.
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from mm.kernels.complex_scan import complex_scan, multiply
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.layer_config import LayerConfig
+from mm.model.mixers.ssm.hippo_matrices import StepsConfig
 from mm.model.mixers.ssm.s4d import eigenvalues
 from mm.model.mixers.ssm.scan import DiagonalScan
 from mm.registry import MIXERS
@@ -52,7 +51,7 @@ class S5(Mixer):
         with torch.no_grad():
             self.log_rate.copy_(rate.log().repeat(c.blocks))
             self.frequency.copy_(frequency.repeat(c.blocks))
-            self.log_step.uniform_(math.log(c.step_min), math.log(c.step_max))
+            c.draw_steps(self.log_step)
         nn.init.normal_(self.skip)
 
     def discrete(self) -> tuple[Tensor, Tensor]:
@@ -75,21 +74,17 @@ class S5(Mixer):
 
 
 @MIXERS.register("s5")
-class S5Config(LayerConfig):
+class S5Config(StepsConfig):
     """Diagonal state space whose states all channels drive and read."""
 
     kind: Literal["s5"] = "s5"
     states: Annotated[int, Field(gt=0, description="complex, each for a conjugate pair")] = 64
     blocks: Annotated[int, Field(gt=0, description="of LegS that the states begin as")] = 1
-    step_min: Annotated[float, Field(gt=0)] = 0.001
-    step_max: Annotated[float, Field(gt=0, description="time steps begin in this range")] = 0.1
 
     @model_validator(mode="after")
     def _fits(self) -> S5Config:
         if self.states % self.blocks:
             raise ValueError(f"s5: {self.blocks} blocks do not divide {self.states} states")
-        if self.step_min > self.step_max:
-            raise ValueError(f"s5: step_min {self.step_min} is above step_max {self.step_max}")
         return self
 
     layer = S5

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm.model.context import Ctx
-from mm.model.layer import Caps, Mixer
+from mm.model.layer import Mixer
 from mm.model.varlen import PackedRows, per_document
 from mm.state import DataclassState, State
 
@@ -43,7 +43,6 @@ class Learner(Mixer):
     Subclasses set ``batch`` (C) and ``context`` (P).
     """
 
-    caps = Caps(causal=True, step=True)
     batch: int
     context: int = 0
 

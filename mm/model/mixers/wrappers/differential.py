@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.model.context import Ctx
-from mm.model.layer import Caps, LinearFactory, Mixer, Out
+from mm.model.layer import LinearFactory, Mixer, Out
 from mm.model.layer_config import LayerConfig
 from mm.model.norm import RMSNorm
 from mm.registry import MIXERS, MixerField
@@ -31,8 +31,6 @@ class Differential(Mixer):
     of whole blocks, normalised; the term of the layer: Ye et al. 2024, Differential Transformer
     (arXiv:2410.05258), section 2.1.
     """
-
-    caps = Caps(causal=True, step=True)
 
     def __init__(self, d_model: int, config: DifferentialConfig, linear: LinearFactory):
         super().__init__()

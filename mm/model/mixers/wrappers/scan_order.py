@@ -20,7 +20,7 @@ from mm.errors import UserError
 from mm.layout import Layout
 from mm.mask import Causal, Mask
 from mm.model.context import Ctx
-from mm.model.layer import Caps, LinearFactory, Mixer, Out
+from mm.model.layer import LinearFactory, Mixer, Out
 from mm.model.layer_config import LayerConfig
 from mm.model.mixers.wrappers.reverse import both_ways, refuse_state, reorder
 from mm.registry import MIXERS, MixerField
@@ -103,8 +103,6 @@ class ScanOrder(Mixer):
     Source: Li et al. 2024, Mamba-ND (arXiv:2402.05892), section 3.2; four orders at once: Liu et
     al. 2024, VMamba (arXiv:2401.10166), its cross-scan.
     """
-
-    caps = Caps(causal=True, step=True)
 
     def __init__(self, d_model: int, config: ScanOrderConfig, linear: LinearFactory):
         super().__init__()
