@@ -31,9 +31,9 @@ class Adversarial(Config):
     critic: NetworkField
     weight: Annotated[float, Field(ge=0, description="factor of the generator's hinge loss")] = 1.0
     feature_weight: Annotated[float, Field(ge=0, description="factor of feature matching")] = 2.0
-    start_step: Annotated[
-        int, Field(ge=0, description="before it the model trains alone and the critic not at all")
-    ] = 1000
+    start_step: int = Field(
+        default=1000, ge=0, description="before it the model trains alone and the critic not at all"
+    )
 
     @property
     def networks(self) -> dict[str, Network]:
@@ -148,20 +148,20 @@ class Reconstruction(Objective):
                 yield LossTerm(self.losses(run(b), b, env), step=i == len(micros) - 1)
             return
         with torch.no_grad():
-            fakes = [self.reconstructed(b, run(b)) for b in micros]
+            fakes = [self.with_reconstruction(b, run(b)) for b in micros]
         weights = [self.valid(b) for b in micros]
         yield from critic_terms(nets[CRITIC], micros, fakes, weights)
         with env.frozen(CRITIC) as critic:
             for i, b in enumerate(micros):
                 out = run(b)
-                judged = generator_losses(critic, b, self.reconstructed(b, out), weights[i])
+                judged = generator_losses(critic, b, self.with_reconstruction(b, out), weights[i])
                 yield LossTerm(self.losses(out, b, env) | judged, step=i == len(micros) - 1)
 
     def valid(self, b: Batch) -> Tensor:
         """(G,) float32, 0 for the zero item of a rank without the modality."""
         return (b.values[self.config.modality].length > 0).float()
 
-    def reconstructed(self, b: Batch, out: ModelOut) -> Batch:
+    def with_reconstruction(self, b: Batch, out: ModelOut) -> Batch:
         """The batch with what the model made of its values, of the same lengths."""
         name = self.config.modality
         values = dataclasses.replace(b.values[name], data=out.intermediates[self.made])

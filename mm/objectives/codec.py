@@ -32,21 +32,21 @@ class CodecConfig(Config):
     modality: str = "audio"
     renamed: ClassVar[Mapping[str, str]] = {"commitment": "aux_weights.commitment"}
     sample_rate: Annotated[int, Field(gt=0, description="Hz, that of the codec")] = 16000
-    windows: Annotated[
-        tuple[int, ...], Field(min_length=1, description="STFT lengths of the mel loss, samples")
-    ] = (256, 1024)
+    windows: tuple[int, ...] = Field(
+        default=(256, 1024), min_length=1, description="STFT lengths of the mel loss, samples"
+    )
     mel: Annotated[float, Field(ge=0, description="weight of the mel loss")] = 1.0
     wave: Annotated[float, Field(ge=0, description="weight of the waveform L1")] = 0.1
-    aux_weights: Annotated[
-        dict[str, float],
-        Field(description="factor of losses that the quantizer reports; default 0"),
-    ] = {"commitment": 0.25}
-    bypass_steps: Annotated[
-        int, Field(ge=0, description="first steps without the quantizer; 10-20 % of the run")
-    ] = 100
-    quantizer_dropout: Annotated[
-        float, Field(ge=0, le=1, description="share of steps with a random number of codebooks")
-    ] = 0.0
+    aux_weights: dict[str, float] = Field(
+        default={"commitment": 0.25},
+        description="factor of losses that the quantizer reports; default 0",
+    )
+    bypass_steps: int = Field(
+        default=100, ge=0, description="first steps without the quantizer; 10-20 % of the run"
+    )
+    quantizer_dropout: float = Field(
+        default=0.0, ge=0, le=1, description="share of steps with a random number of codebooks"
+    )
     adversarial: gan.Adversarial | None = None
 
     def build(self, vocabulary: Any = None) -> CodecObjective:

@@ -33,16 +33,14 @@ class VqObjectiveConfig(Config):
         "commitment": "aux_weights.commitment",
         "entropy": "aux_weights.entropy",
     }
-    l1: Annotated[
-        float, Field(ge=0, le=1, description="share of L1 in the reconstruction; the rest is MSE")
-    ] = 0.0
-    aux_weights: Annotated[
-        dict[str, float],
-        Field(
-            description="factor of losses that the quantizer reports: commitment (0.25 suits vq, "
-            "0.01 lfq), entropy; default 0"
-        ),
-    ] = {"commitment": 0.25, "entropy": 0.01}
+    l1: float = Field(
+        default=0.0, ge=0, le=1, description="share of L1 in the reconstruction; the rest is MSE"
+    )
+    aux_weights: dict[str, float] = Field(
+        {"commitment": 0.25, "entropy": 0.01},
+        description="factor of losses that the quantizer reports: commitment (0.25 suits vq, "
+        "0.01 lfq), entropy; default 0",
+    )
     bypass_steps: Annotated[int, Field(ge=0, description="first steps without the quantizer")] = 0
     adversarial: gan.Adversarial | None = None
 

@@ -168,9 +168,9 @@ class DecoderDecoderConfig(HeadsConfig):
         description="the layers below the memory; null: the memory is the model's input",
     )
     upper: Annotated[int, Field(gt=0, description="layers that attend to the memory")] = 4
-    own_keys: Annotated[
-        bool, Field(description="each upper layer makes its own keys and values of the memory")
-    ] = False
+    own_keys: bool = Field(
+        default=False, description="each upper layer makes its own keys and values of the memory"
+    )
     ffn: FfnField | None = Field(default="swiglu", validate_default=True)
     block: BlockField = Field(default="prenorm", validate_default=True)
     eps: float = 1e-6

@@ -70,14 +70,14 @@ class PreNormConfig(Config):
 
     kind: Literal["prenorm"] = "prenorm"
     eps: float = 1e-6
-    dropout: Annotated[
-        float, Field(ge=0, lt=1, description="of what mixer and feed-forward add; for small data")
-    ] = 0.0
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="of what mixer and feed-forward add; for small data"
+    )
     post_norms: Annotated[bool, Field(description="also norm what both return")] = False
     pre_norms: Annotated[bool, Field(description="norm what mixer and feed-forward read")] = True
-    normed_residual: Annotated[
-        bool, Field(description="add each branch to the normed input that it read")
-    ] = False
+    normed_residual: bool = Field(
+        default=False, description="add each branch to the normed input that it read"
+    )
 
     norm: Kind = "rms"
 

@@ -42,8 +42,8 @@ class SwiGLUConfig(LayerConfig):
 
     kind: Literal["swiglu"] = "swiglu"
     hidden: Annotated[int, Field(gt=0)] | None = None
-    activation: Annotated[
-        Literal["silu", "gelu_tanh"], Field(description="gelu_tanh: GEGLU, in the tanh form")
-    ] = "silu"
+    activation: Literal["silu", "gelu_tanh"] = Field(
+        default="silu", description="gelu_tanh: GEGLU, in the tanh form"
+    )
 
     layer = SwiGLU

@@ -93,9 +93,9 @@ class SoftmaxConfig(Config):
     reads: str = "hidden"
     stream: int = 0
     tied: bool = False
-    z_loss: Annotated[
-        float, Field(ge=0, description="times log(Z) squared, added to the loss in training")
-    ] = 0.0
+    z_loss: float = Field(
+        default=0.0, ge=0, description="times log(Z) squared, added to the loss in training"
+    )
     softcap: Annotated[float, Field(gt=0, description="bound of the logits")] | None = None
 
     def build(self, d_model: int, n_ids: int) -> Softmax:

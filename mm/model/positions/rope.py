@@ -71,9 +71,9 @@ class RopeScaling(Config):
     # Turns within `original` tokens: pairs with fewer than `low` are slowed by `factor`, with more
     # than `high` left alone.
     low: Annotated[float, Field(gt=0, description="yarn and llama3")] = 1.0
-    high: (
-        Annotated[float, Field(gt=0, description="yarn (32 there) and llama3 (4 there)")] | None
-    ) = None
+    high: float | None = Field(
+        default=None, gt=0, description="yarn (32 there) and llama3 (4 there)"
+    )
 
 
 def frequencies(rule: RopeScaling, theta: float, half: Tensor) -> tuple[Tensor, float]:
@@ -111,9 +111,9 @@ class RopeConfig(Config):
     kind: Literal["rope"] = "rope"
     theta: float = 10000.0
     scaling: RopeScaling | None = None
-    fraction: Annotated[
-        float, Field(gt=0, le=1, description="of a head's width that is rotated, its first part")
-    ] = 1.0
+    fraction: float = Field(
+        default=1.0, gt=0, le=1, description="of a head's width that is rotated, its first part"
+    )
 
     def build(self, head_dim: int, heads: int = 1, d_model: int = 0) -> Rope:
         rotated = int(head_dim * self.fraction)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -60,16 +60,15 @@ class RopeAxesConfig(Config):
 
     kind: Literal["rope_axes"] = "rope_axes"
     theta: float = 10000.0
-    axes: Annotated[
-        list[int], Field(min_length=1, description="axis of each section; 0 is time")
-    ] = [0, 1]
-    pairs: (
-        Annotated[list[int], Field(description="pairs of each section; default: equal shares")]
-        | None
-    ) = None
-    ladder: Annotated[
-        Literal["joint", "own"], Field(description="one ladder of frequencies, or one a section")
-    ] = "joint"
+    axes: list[int] = Field(
+        default=[0, 1], min_length=1, description="axis of each section; 0 is time"
+    )
+    pairs: list[int] | None = Field(
+        default=None, description="pairs of each section; default: equal shares"
+    )
+    ladder: Literal["joint", "own"] = Field(
+        default="joint", description="one ladder of frequencies, or one a section"
+    )
 
     def build(self, head_dim: int, heads: int = 1, d_model: int = 0) -> RopeAxes:
         half, n = head_dim // 2, len(self.axes)

@@ -76,12 +76,8 @@ class T5BiasConfig(Config):
 
     kind: Literal["t5_bias"] = "t5_bias"
     buckets: Annotated[int, Field(ge=4)] = 32
-    max_distance: Annotated[int, Field(gt=1, description="all distances from here on are one")] = (
-        128
-    )
-    both_ways: Annotated[bool, Field(description="half the buckets for keys after the query")] = (
-        False
-    )
+    max_distance: int = Field(default=128, gt=1, description="all distances from here on are one")
+    both_ways: bool = Field(default=False, description="half the buckets for keys after the query")
 
     position: ClassVar[type[T5Bias]] = T5Bias
 

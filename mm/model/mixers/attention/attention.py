@@ -104,26 +104,22 @@ class AttentionConfig(HeadsConfig):
     """Grouped-query attention with a position plug, optional QK-norm and optional own window."""
 
     kind: Literal["attention"] = "attention"
-    window: (
-        Annotated[int, Field(gt=0, description="tokens a query sees, itself included")] | None
-    ) = None
-    qk_norm: Annotated[
-        bool | Literal["heads"], Field(description="heads: with scales of each head's own")
-    ] = True
+    window: int | None = Field(
+        default=None, gt=0, description="tokens a query sees, itself included"
+    )
+    qk_norm: bool | Literal["heads"] = Field(
+        default=True, description="heads: with scales of each head's own"
+    )
     softcap: Annotated[float, Field(gt=0, description="bound of the logits")] | None = None
-    sinks: Annotated[bool, Field(description="a learned logit a head that attends to nothing")] = (
-        False
+    sinks: bool = Field(default=False, description="a learned logit a head that attends to nothing")
+    log_n: float | None = Field(
+        default=None, gt=1, description="length at which scaling by log n is 1"
     )
-    log_n: (
-        Annotated[float, Field(gt=1, description="length at which scaling by log n is 1")] | None
-    ) = None
-    forget_gate: Annotated[bool, Field(description="FoX: what lies behind closed gates fades")] = (
-        False
-    )
+    forget_gate: bool = Field(default=False, description="FoX: what lies behind closed gates fades")
     gate: Annotated[bool, Field(description="sigmoid gate before the output projection")] = False
     out_norm: Annotated[bool, Field(description="RMSNorm of each head's output")] = False
-    token_shift: Annotated[
-        bool, Field(description="keys and values take a gated share of the previous token's")
-    ] = False
+    token_shift: bool = Field(
+        default=False, description="keys and values take a gated share of the previous token's"
+    )
 
     layer = Attention

@@ -50,9 +50,9 @@ class HeadsConfig(LayerConfig):
     """Heads and positions of an attention mixer."""
 
     heads: Annotated[int, Field(gt=0)] = 4
-    kv_heads: (
-        Annotated[int, Field(gt=0, description="key heads; default: as many as heads")] | None
-    ) = None
+    kv_heads: int | None = Field(
+        default=None, gt=0, description="key heads; default: as many as heads"
+    )
     head_dim: Annotated[int, Field(gt=0, description="default: d_model / heads")] | None = None
     position: PositionField = Field(default="rope", validate_default=True)
 

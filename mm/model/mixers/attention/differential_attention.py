@@ -6,7 +6,7 @@ document, S keys.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -96,9 +96,8 @@ class DifferentialAttentionConfig(HeadsConfig):
     """The difference of two softmax maps."""
 
     kind: Literal["differential_attention"] = "differential_attention"
-    lambda_init: Annotated[
-        float,
-        Field(ge=0, lt=1, description="paper: 0.8 - 0.6 exp(-0.3 l) for layer l = 0, 1, ..."),
-    ] = 0.8
+    lambda_init: float = Field(
+        default=0.8, ge=0, lt=1, description="paper: 0.8 - 0.6 exp(-0.3 l) for layer l = 0, 1, ..."
+    )
 
     layer = DifferentialAttention

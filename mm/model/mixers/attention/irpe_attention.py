@@ -5,7 +5,7 @@ R rows of one document, T queries, S keys, H heads, G key heads, K head width, N
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -104,9 +104,9 @@ class IRPEAttentionConfig(HeadsConfig):
 
     kind: Literal["irpe_attention"] = "irpe_attention"
     position: IRPEConfig = IRPEConfig()  # type: ignore[assignment]  # buckets; its mode is not read
-    on: Annotated[
-        tuple[On, ...], Field(min_length=1, description="what the vectors are added to")
-    ] = ("q", "k", "v")
+    on: tuple[On, ...] = Field(
+        default=("q", "k", "v"), min_length=1, description="what the vectors are added to"
+    )
 
     layer = IRPEAttention
 

@@ -103,23 +103,19 @@ class LatentAttentionConfig(LayerConfig):
 
     kind: Literal["latent_attention"] = "latent_attention"
     heads: Annotated[int, Field(gt=0)] = 4
-    head_dim: (
-        Annotated[int, Field(gt=0, description="without positions; default: d_model / heads")]
-        | None
-    ) = None
-    rotary_dim: (
-        Annotated[int, Field(gt=0, description="rotated part of a head; default: head_dim / 2")]
-        | None
-    ) = None
+    head_dim: int | None = Field(
+        default=None, gt=0, description="without positions; default: d_model / heads"
+    )
+    rotary_dim: int | None = Field(
+        default=None, gt=0, description="rotated part of a head; default: head_dim / 2"
+    )
     value_dim: Annotated[int, Field(gt=0, description="default: head_dim")] | None = None
-    latent: (
-        Annotated[int, Field(gt=0, description="width of the cached latent; default: 4 head_dim")]
-        | None
-    ) = None
-    query_latent: (
-        Annotated[int, Field(gt=0, description="width of the queries' latent; default: none")]
-        | None
-    ) = None
+    latent: int | None = Field(
+        default=None, gt=0, description="width of the cached latent; default: 4 head_dim"
+    )
+    query_latent: int | None = Field(
+        default=None, gt=0, description="width of the queries' latent; default: none"
+    )
     position: PositionField = Field(default="rope", validate_default=True)
 
     layer = LatentAttention

@@ -113,9 +113,9 @@ class PathAttentionConfig(HeadsConfig):
     kind: Literal["path_attention"] = "path_attention"
     rank: Annotated[int, Field(gt=0, description="of the directions' projection")] = 32
     qk_norm: bool = False
-    forget_gate: Annotated[
-        bool, Field(description="PaTH-FoX: what lies behind closed gates fades")
-    ] = False
+    forget_gate: bool = Field(
+        default=False, description="PaTH-FoX: what lies behind closed gates fades"
+    )
     position: Literal["none"] = "none"  # type: ignore[assignment]
 
     layer = PathAttention

@@ -177,9 +177,7 @@ class HyenaConfig(LayerConfig):
     renamed: ClassVar[dict[str, str]] = {"taps": "conv_size"}
     width: Annotated[int, Field(gt=0, description="default d_model")] | None = None
     conv_size: Annotated[int, Field(gt=1, description="of the short convolution")] = 3
-    filter_length: Annotated[int, Field(gt=0, description="tokens; unit of the filter's lag")] = (
-        1024
-    )
+    filter_length: int = Field(default=1024, gt=0, description="tokens; unit of the filter's lag")
     filter_width: Annotated[int, Field(gt=0, description="of the filter's network")] = 64
     bands: Annotated[int, Field(gt=0, description="sines and cosines of the lag")] = 8
 

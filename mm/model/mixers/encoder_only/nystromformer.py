@@ -106,9 +106,7 @@ class NystromformerConfig(EvenHeadsConfig):
     renamed: ClassVar[dict[str, str]] = {"taps": "conv_size"}
     landmarks: Annotated[int, Field(gt=0)] = 64
     iterations: Annotated[int, Field(gt=0, description="of the pseudo-inverse")] = 6
-    conv_size: Annotated[int, Field(ge=0, description="of the convolution beside it; 0 = none")] = (
-        33
-    )
+    conv_size: int = Field(default=33, ge=0, description="of the convolution beside it; 0 = none")
 
     layer = Nystromformer
     small = {"heads": 2, "landmarks": 3, "conv_size": 3}

@@ -241,9 +241,9 @@ class AFTConfig(LayerConfig):
     form: Literal["simple", "conv", "local", "full"] = "simple"
     heads: Annotated[int, Field(gt=0, description="of conv: a head has one key and bias")] = 4
     window: Annotated[int, Field(gt=0, description="of conv and local: distances with a bias")] = 32
-    max_len: Annotated[
-        int, Field(gt=0, description="of local and full: positions that are known")
-    ] = 2048
+    max_len: int = Field(
+        default=2048, gt=0, description="of local and full: positions that are known"
+    )
     rank: Annotated[int, Field(gt=0, description="of the factors of local's and full's bias")] = 128
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ length, C tokens of a chunk.
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -116,9 +116,9 @@ class CappedStateConfig(LayerConfig):
 
     kind: Literal["capped_state"] = "capped_state"
     inner: MixerField = Field(default="linear_attention", validate_default=True)
-    cap: Annotated[
-        float, Field(gt=0, description="Frobenius norm of a head's state; the largest in training")
-    ] = 10.0
+    cap: float = Field(
+        default=10.0, gt=0, description="Frobenius norm of a head's state; the largest in training"
+    )
 
     layer = CappedState
     small = {"inner": SMALL_SCALAR, "cap": 0.5}

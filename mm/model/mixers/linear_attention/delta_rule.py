@@ -140,18 +140,14 @@ class DeltaRuleConfig(LayerConfig):
     heads: Annotated[int, Field(gt=0)] = 4
     key_dim: Annotated[int, Field(gt=0, description="default: d_model / heads")] | None = None
     value_dim: Annotated[int, Field(gt=0, description="default: key_dim")] | None = None
-    conv_size: Annotated[
-        int, Field(gt=0, description="width of the causal convolution; 1: none")
-    ] = 4
-    gate: Annotated[
-        Literal["none", "scalar"], Field(description="decay of the state, one for each head")
-    ] = "none"
-    negative_eigenvalues: Annotated[
-        bool, Field(description="writing strengths in (0, 2), for tracking states, not (0, 1)")
-    ] = False
-    output_gate: Annotated[bool, Field(description="SiLU gate after the norm of the output")] = (
-        False
+    conv_size: int = Field(default=4, gt=0, description="width of the causal convolution; 1: none")
+    gate: Literal["none", "scalar"] = Field(
+        default="none", description="decay of the state, one for each head"
     )
+    negative_eigenvalues: bool = Field(
+        default=False, description="writing strengths in (0, 2), for tracking states, not (0, 1)"
+    )
+    output_gate: bool = Field(default=False, description="SiLU gate after the norm of the output")
 
     layer = DeltaRule
     small = {

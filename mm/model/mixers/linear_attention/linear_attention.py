@@ -258,13 +258,12 @@ class LinearAttentionConfig(LayerConfig):
     kind: Literal["linear_attention"] = "linear_attention"
     renamed: ClassVar[dict[str, str]] = {"taps": "conv_size"}
     heads: Annotated[int, Field(gt=0)] = 4
-    key_heads: (
-        Annotated[int, Field(gt=0, description="query and key heads; default: heads")] | None
-    ) = None
-    key_dim: (
-        Annotated[int, Field(gt=0, description="per head; default: d_model * expand_key / heads")]
-        | None
-    ) = None
+    key_heads: int | None = Field(
+        default=None, gt=0, description="query and key heads; default: heads"
+    )
+    key_dim: int | None = Field(
+        default=None, gt=0, description="per head; default: d_model * expand_key / heads"
+    )
     expand_key: Annotated[float, Field(gt=0)] = 1.0
     expand_value: Annotated[float, Field(gt=0, description="all heads' values / d_model")] = 1.0
     feature: Literal["identity", "silu", "elu1", "relu", "taylor", "softmax"] = "elu1"
@@ -273,32 +272,31 @@ class LinearAttentionConfig(LayerConfig):
     normalise: Annotated[bool, Field(description="divide by the sum of weights")] = True
     position: PositionField = Field(default="none", validate_default=True)
     decay: Literal["none", "constant", "scalar", "channel", "step"] = "none"
-    rates: Annotated[
-        Literal["retnet", "alibi"], Field(description="constant decays over the heads")
-    ] = "retnet"
+    rates: Literal["retnet", "alibi"] = Field(
+        default="retnet", description="constant decays over the heads"
+    )
     rate: Annotated[float, Field(gt=0, description="factor of all constant log decays")] = 1.0
-    temperature: Annotated[
-        float, Field(gt=0, description="log decays of tokens are divided by it; < 1: forget more")
-    ] = 1.0
-    insert: Annotated[
-        float, Field(gt=0, description="factor of what tokens write; < 1: remember less")
-    ] = 1.0
+    temperature: float = Field(
+        default=1.0, gt=0, description="log decays of tokens are divided by it; < 1: forget more"
+    )
+    insert: float = Field(
+        default=1.0, gt=0, description="factor of what tokens write; < 1: remember less"
+    )
     lower_bound: (
         Annotated[float, Field(gt=0, lt=1, description="what a learned bound of decays begins as")]
         | Literal["shared"]  # with all layers: 0 in the first, growing with depth
         | None
     ) = None
-    decay_rank: (
-        Annotated[int, Field(gt=0, description="of the channel decay's projection; default: full")]
-        | None
-    ) = None
+    decay_rank: int | None = Field(
+        default=None, gt=0, description="of the channel decay's projection; default: full"
+    )
     key: Literal["free", "one_minus_decay"] = "free"
     skip: Annotated[bool, Field(description="add a learned share of the token's own value")] = False
     conv_size: Annotated[int, Field(ge=0, description="of a short convolution; 0 = none")] = 0
-    norm: Annotated[
-        Literal["none", "head", "layer", "full"],
-        Field(description="RMS by head, layer norm by head without scale, RMS over all heads"),
-    ] = "none"
+    norm: Literal["none", "head", "layer", "full"] = Field(
+        default="none",
+        description="RMS by head, layer norm by head without scale, RMS over all heads",
+    )
     gate: Literal["none", "silu", "sigmoid"] = "none"
     gate_first: Annotated[bool, Field(description="gate before the norm")] = False
 

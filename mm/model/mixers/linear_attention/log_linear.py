@@ -7,7 +7,7 @@ document, L their length.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -280,9 +280,9 @@ class LogLinearConfig(LayerConfig):
 
     kind: Literal["log_linear"] = "log_linear"
     inner: MixerField = Field(default="linear_attention", validate_default=True)
-    levels: Annotated[
-        int, Field(gt=1, description="buckets: exact to 2^(levels - 1) tokens, one beyond")
-    ] = 16
+    levels: int = Field(
+        default=16, gt=1, description="buckets: exact to 2^(levels - 1) tokens, one beyond"
+    )
 
     layer = LogLinear
     small = {"inner": {**SMALL_SCALAR, "conv_size": 0}, "levels": 4}

@@ -103,9 +103,9 @@ class RNNConfig(LayerConfig):
     """What `RNN` is built of."""
 
     width: Annotated[int, Field(gt=0, description="default d_model")] | None = None
-    rank: (
-        Annotated[int, Field(gt=0, description="of the state's matrices; default full")] | None
-    ) = None
+    rank: int | None = Field(
+        default=None, gt=0, description="of the state's matrices; default full"
+    )
     diagonal: Annotated[bool, Field(description="a low rank is beside a diagonal")] = False
 
     small = {"width": 6}

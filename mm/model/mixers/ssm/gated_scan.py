@@ -200,13 +200,13 @@ class GatedScanConfig(LayerConfig):
     gate: Gate = "update"
     candidate: Activation = "positive"
     keyed: Annotated[bool, Field(description="candidate times a key, state times a query")] = False
-    phase: Annotated[
-        Literal["none", "fixed", "token"],
-        Field(description="complex decays: a phase per channel, or one per token and channel"),
-    ] = "none"
-    complex_values: Annotated[
-        bool, Field(description="the candidate has an imaginary part and both parts are read")
-    ] = False
+    phase: Literal["none", "fixed", "token"] = Field(
+        default="none",
+        description="complex decays: a phase per channel, or one per token and channel",
+    )
+    complex_values: bool = Field(
+        default=False, description="the candidate has an imaginary part and both parts are read"
+    )
     lower_bound: (
         Annotated[
             float, Field(gt=0, lt=1, description="initial value of the learned bound of decays")
@@ -214,12 +214,12 @@ class GatedScanConfig(LayerConfig):
         | Literal["shared"]  # with all layers: 0 in the first, growing with depth
         | None
     ) = None
-    remember: Annotated[
-        float, Field(description="initial bias of the gates, positive: longer memory")
-    ] = 0.0
-    log_space: Annotated[
-        bool, Field(description="of positive candidates: scan and carry logarithms")
-    ] = False
+    remember: float = Field(
+        default=0.0, description="initial bias of the gates, positive: longer memory"
+    )
+    log_space: bool = Field(
+        default=False, description="of positive candidates: scan and carry logarithms"
+    )
     output_gate: Activation | None = None
     norm: bool = False
 

@@ -114,14 +114,11 @@ class HiPPOConfig(StepsConfig):
     measure: Measure = "legs"
     states: Annotated[int, Field(gt=0, description="coefficients a channel")] = 64
     discretisation: Discretisation = "bilinear"
-    width: Annotated[int, Field(gt=0, description="channels; default the model's own")] | None = (
-        None
-    )
+    width: int | None = Field(default=None, gt=0, description="channels; default the model's own")
     readouts: Annotated[int, Field(gt=0, description="outputs a channel")] = 1
-    window: (
-        Annotated[float, Field(gt=0, description="tokens in a unit of time; default: learned")]
-        | None
-    ) = None
+    window: float | None = Field(
+        default=None, gt=0, description="tokens in a unit of time; default: learned"
+    )
     trainable: Annotated[bool, Field(description="learn A, from where the measure has it")] = False
 
     @model_validator(mode="after")

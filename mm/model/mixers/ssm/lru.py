@@ -79,13 +79,9 @@ class LRUConfig(LayerConfig):
     """Linear recurrent unit: a complex diagonal recurrence with fixed decays."""
 
     kind: Literal["lru"] = "lru"
-    width: Annotated[int, Field(gt=0, description="complex channels; default d_model")] | None = (
-        None
-    )
+    width: int | None = Field(default=None, gt=0, description="complex channels; default d_model")
     r_min: Annotated[float, Field(ge=0, lt=1)] = 0.4
-    r_max: Annotated[float, Field(gt=0, lt=1, description="|lambda| begins in [r_min, r_max]")] = (
-        0.99
-    )
+    r_max: float = Field(default=0.99, gt=0, lt=1, description="|lambda| begins in [r_min, r_max]")
     max_phase: Annotated[float, Field(gt=0, le=2 * math.pi)] = 2 * math.pi
 
     @model_validator(mode="after")

@@ -125,9 +125,9 @@ class MambaConfig(LayerConfig):
     expand: Annotated[int, Field(gt=0, description="inner width / d_model")] = 2
     states: Annotated[int, Field(gt=0, description="states of a channel")] = 16
     conv_size: Annotated[int, Field(gt=1, description="width of the causal convolution")] = 4
-    rank: (
-        Annotated[int, Field(gt=0, description="of the step size; default d_model / 16")] | None
-    ) = None
+    rank: int | None = Field(
+        default=None, gt=0, description="of the step size; default d_model / 16"
+    )
     norms: Annotated[bool, Field(description="RMS norms of step size, B and C (Jamba)")] = False
 
     layer = Mamba

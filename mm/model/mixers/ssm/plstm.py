@@ -6,7 +6,7 @@ rows of one document, L tokens.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -189,9 +189,9 @@ class PLSTMConfig(EvenHeadsConfig):
     """Linear recurrence over grids in four directions; bidirectional."""
 
     kind: Literal["plstm"] = "plstm"
-    mode: Annotated[
-        Literal["propagation", "diffusion"],
-        Field(description="propagation: directed, far; diffusion: both ways out, decaying"),
-    ] = "propagation"
+    mode: Literal["propagation", "diffusion"] = Field(
+        default="propagation",
+        description="propagation: directed, far; diffusion: both ways out, decaying",
+    )
 
     layer = PLSTM

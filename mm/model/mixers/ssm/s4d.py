@@ -7,7 +7,7 @@ length.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -133,9 +133,9 @@ class S4DConfig(StepsConfig):
     """Diagonal state space model with fixed dynamics per channel."""
 
     kind: Literal["s4d"] = "s4d"
-    states: Annotated[
-        int, Field(gt=0, description="complex states a channel, each for a conjugate pair")
-    ] = 32
+    states: int = Field(
+        default=32, gt=0, description="complex states a channel, each for a conjugate pair"
+    )
     init: Init = "legs"
     discretisation: Literal["zoh", "bilinear"] = "zoh"
 

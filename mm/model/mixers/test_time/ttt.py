@@ -142,12 +142,10 @@ class TTTConfig(EvenHeadsConfig):
     kind: Literal["ttt"] = "ttt"
     inner: Literal["linear", "mlp"] = "linear"
     mini_batch: Annotated[int, Field(gt=0, description="tokens of an inner step")] = 16
-    rate: Annotated[float, Field(gt=0, description="largest inner learning rate * head width")] = (
-        1.0
+    rate: float = Field(default=1.0, gt=0, description="largest inner learning rate * head width")
+    inner_norm: bool = Field(
+        default=True, description="residual and layer norm around the inner model; its biases learn"
     )
-    inner_norm: Annotated[
-        bool, Field(description="residual and layer norm around the inner model; its biases learn")
-    ] = True
 
     layer = TTT
     small = {"heads": 2, "mini_batch": 3}

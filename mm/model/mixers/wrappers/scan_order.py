@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -159,12 +159,12 @@ class ScanOrderConfig(LayerConfig):
 
     kind: Literal["scan_order"] = "scan_order"
     inner: MixerField = Field(default="mamba", validate_default=True)
-    orders: Annotated[
-        tuple[Order, ...], Field(min_length=1, description="each with a mixer of its own")
-    ] = ("row",)
-    reverse: Annotated[
-        tuple[bool, ...] | bool, Field(description="from the last cell; one, or one for each order")
-    ] = False
+    orders: tuple[Order, ...] = Field(
+        default=("row",), min_length=1, description="each with a mixer of its own"
+    )
+    reverse: tuple[bool, ...] | bool = Field(
+        default=False, description="from the last cell; one, or one for each order"
+    )
 
     layer = ScanOrder
     small = {
