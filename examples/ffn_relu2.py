@@ -13,10 +13,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import FeedForward, LinearFactory, Out
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.registry import FFNS
 from mm.state import State
 
@@ -24,8 +23,9 @@ from mm.state import State
 class ReLU2(FeedForward):
     """``out(relu(up(x)) ** 2)``. Source: So et al. 2021, Primer (arXiv:2109.08668), section 3."""
 
-    def __init__(self, d_model: int, d_hidden: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: ReLU2Config, linear: LinearFactory):
         super().__init__()
+        d_hidden = config.hidden or 4 * d_model
         self.up = linear(d_model, d_hidden, "up")
         self.out = linear(d_hidden, d_model, "out")
 
@@ -34,11 +34,10 @@ class ReLU2(FeedForward):
 
 
 @FFNS.register("relu2")
-class ReLU2Config(Config):
+class ReLU2Config(LayerConfig):
     """Squared ReLU; ``hidden`` None takes 4 d_model."""
 
     kind: Literal["relu2"] = "relu2"
     hidden: Annotated[int, Field(gt=0)] | None = None
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> ReLU2:
-        return ReLU2(d_model, self.hidden or 4 * d_model, linear)
+    layer = ReLU2

@@ -13,11 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.kernels.linear_scan import linear_scan
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.ssm.scan import DiagonalScan
 from mm.registry import MIXERS
 from mm.state import State
@@ -31,7 +30,7 @@ class EMA(Mixer):
 
     caps = Caps(causal=True, step=True)
 
-    def __init__(self, d_model: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: EMAConfig, linear: LinearFactory):
         super().__init__()
         self.inner, self.out = linear(d_model, d_model, "inner"), linear(d_model, d_model, "out")
         self.decay = nn.Parameter(torch.empty(d_model))
@@ -48,10 +47,9 @@ class EMA(Mixer):
 
 
 @MIXERS.register("ema")
-class EMAConfig(Config):
+class EMAConfig(LayerConfig):
     """Exponential moving average with a learned decay for each channel."""
 
     kind: Literal["ema"] = "ema"
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> EMA:
-        return EMA(d_model, linear)
+    layer = EMA

@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -128,14 +128,21 @@ def suffix(arguments: Iterable[object], number: int = 1) -> str:
 
 
 def call(source: Path, function: str, *arguments: Tensor | int | float | None) -> None:
-    """Call an ``extern "C"`` function.
+    """Call a function that the source names by `EXPORT`.
 
     Tensors become pointers, ints int64, floats double, None a null pointer.
     """
+    _function(source, function)(*map(_argument, arguments))
+
+
+@functools.cache
+def _function(source: Path, name: str) -> Callable[..., None]:
     library, reason = load(source)
     if library is None:
         raise RuntimeError(f"{source.name}: {reason}")
-    getattr(library, function)(*map(_argument, arguments))
+    pointer = ctypes.c_void_p.in_dll(library, name).value
+    assert pointer is not None
+    return ctypes.CFUNCTYPE(None)(pointer)
 
 
 def _argument(value: Tensor | int | float | None) -> object:

@@ -53,3 +53,10 @@ template <class A>
 static inline A sigmoid(A x) {
   return A(1) / (A(1) + exponential(-x));
 }
+
+// What Python calls: NAME_<way> points to the function template <way> of these types, which says the arguments.
+#define EXPORT_AS(WAY, NAME, ...) \
+  extern "C" {                           \
+  auto* NAME##_##WAY = WAY<__VA_ARGS__>; \
+  }
+#define EXPORT(NAME, ...) EXPORT_AS(forward, NAME, __VA_ARGS__) EXPORT_AS(backward, NAME, __VA_ARGS__)

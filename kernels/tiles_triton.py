@@ -17,6 +17,16 @@ NONE, CONSTANT, SCALAR, CHANNEL = (tl.constexpr(i) for i in range(4))
 
 
 @triton.jit
+def place(T, H, AXIS: tl.constexpr):
+    """Chunk, row with head, and number of its first token in (B, T, H), of a program.
+
+    Rows with heads are counted on ``AXIS``, chunks on the one before it.
+    """
+    bh = tl.program_id(AXIS).to(tl.int64)
+    return tl.program_id(AXIS - 1).to(tl.int64), bh, bh // H * T * H + bh % H
+
+
+@triton.jit
 def load_tile(x, row, col, rows, cols, stride):
     """``x[row, col]``, zero where ``row >= rows`` or ``col >= cols``."""
     inside = (row[:, None] < rows) & (col[None, :] < cols)

@@ -98,6 +98,7 @@ class Config(BaseModel):
 
     # Keys that had another name: {"old": "new"}. They are refused with the new name.
     renamed: ClassVar[Mapping[str, str]] = {}
+    small: ClassVar[Mapping[str, Any]] = {}  # what `smallest` sets; all else is default
 
     model_config = ConfigDict(
         frozen=True,
@@ -132,11 +133,8 @@ class Config(BaseModel):
 
     @classmethod
     def smallest(cls: type[T]) -> T:
-        """The smallest useful instance: the laws of tests/test_contract*.py run over it.
-
-        Default: all defaults.
-        """
-        return cls()
+        """The smallest useful instance: the laws of tests/test_contract*.py run over it."""
+        return cls(**cls.small)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values, defaults included, with every `kind`."""

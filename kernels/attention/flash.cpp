@@ -250,9 +250,27 @@ struct Given {
   }
 };
 
+template <class I>
+Given<I> given_of(const I* q, const I* k, const I* v, const i64* sizes, double scale, double softcap, const int32_t* document_q,
+               const int32_t* document_k, const int32_t* prefix_q, const int32_t* prefix_k, const float* fade_q,
+               const float* fade_k) {
+  const i64* s = sizes;
+  const Sizes z{s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], scale, softcap};
+  const Row<I> row{q,     k,     v,          s[11],      s[12],    s[14],    s[15],  s[17],
+                   s[18], document_q, document_k, prefix_q, prefix_k, fade_q, fade_k};
+  return {z, row, s[10], s[13], s[16], s[9]};
+}
+
+// sizes: R, T, S, H, G, K, V, causal, window, threads, then the strides of a row, a token and a head of q, k and v.
+#define SIDES(I)                                                                                                \
+  const I *q, const I *k, const I *v, const i64 *sizes, double scale, double softcap, const int32_t *document_q, \
+      const int32_t *document_k, const int32_t *prefix_q, const int32_t *prefix_k, const float *fade_q, const float *fade_k
+#define GIVEN given_of(q, k, v, sizes, scale, softcap, document_q, document_k, prefix_q, prefix_k, fade_q, fade_k)
+
 // y (R, T, H, V), lse (R, H, T): natural logarithms, 0 where a query sees nothing.
 template <class I, class E>
-void forward(const Given<I>& given, const float* sink, I* y, float* lse) {
+void forward(SIDES(I), const float* sink, I* y, float* lse) {
+  const Given<I> given = GIVEN;
   const Sizes& z = given.z;
   const i64 M = z.H / z.G, S = padded(z.S, TILE), K = padded(z.K, LANES), V = padded(z.V, LANES);
   share_out(z.R * z.G, given.threads, [&](i64 item) {
@@ -334,8 +352,9 @@ void forward(const Given<I>& given, const float* sink, I* y, float* lse) {
 
 // dq (R, T, H, K), dk (R, S, G, K), dv (R, S, G, V); delta (R, T, H): the dot products of y and dy.
 template <class I, class E>
-void backward(const Given<I>& given, const float* lse, const float* delta, const I* dy, I* dq, I* dk, I* dv,
-              float* dfade_q, float* dfade_k) {
+void backward(SIDES(I), const float* lse, const float* delta, const I* dy, I* dq, I* dk, I* dv, float* dfade_q,
+              float* dfade_k) {
+  const Given<I> given = GIVEN;
   const Sizes& z = given.z;
   const i64 M = z.H / z.G, S = padded(z.S, TILE), K = padded(z.K, LANES), V = padded(z.V, LANES);
   share_out(z.R * z.G, given.threads, [&](i64 item) {
@@ -416,30 +435,7 @@ void backward(const Given<I>& given, const float* lse, const float* delta, const
   });
 }
 
-template <class I>
-Given<I> given(const I* q, const I* k, const I* v, const i64* sizes, double scale, double softcap, const int32_t* document_q,
-               const int32_t* document_k, const int32_t* prefix_q, const int32_t* prefix_k, const float* fade_q,
-               const float* fade_k) {
-  const i64* s = sizes;
-  const Sizes z{s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], scale, softcap};
-  const Row<I> row{q,     k,     v,          s[11],      s[12],    s[14],    s[15],  s[17],
-                   s[18], document_q, document_k, prefix_q, prefix_k, fade_q, fade_k};
-  return {z, row, s[10], s[13], s[16], s[9]};
-}
-
 }  // namespace
-
-// sizes: R, T, S, H, G, K, V, causal, window, threads, then the strides of a row, a token and a head of q, k and v.
-#define SIDES(I)                                                                                                \
-  const I *q, const I *k, const I *v, const i64 *sizes, double scale, double softcap, const int32_t *document_q, \
-      const int32_t *document_k, const int32_t *prefix_q, const int32_t *prefix_k, const float *fade_q, const float *fade_k
-#define GIVEN given(q, k, v, sizes, scale, softcap, document_q, document_k, prefix_q, prefix_k, fade_q, fade_k)
-#define EXPORT(NAME, I, E)                                                                                          \
-  extern "C" void NAME##_forward(SIDES(I), const float* sink, I* y, float* lse) { forward<I, E>(GIVEN, sink, y, lse); } \
-  extern "C" void NAME##_backward(SIDES(I), const float* lse, const float* delta, const I* dy, I* dq, I* dk, I* dv,  \
-                                  float* dfade_q, float* dfade_k) {                                                 \
-    backward<I, E>(GIVEN, lse, delta, dy, dq, dk, dv, dfade_q, dfade_k);                                            \
-  }
 
 EXPORT(flash_f32, float, float)
 EXPORT(flash_bf16, bf16, Narrow)

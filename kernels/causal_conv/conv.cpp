@@ -34,7 +34,7 @@ void forward(const X* u, const A* w, const A* bias, const int32_t* document, X* 
 }
 
 template <class X, class A>
-void backward(const X* u, const A* w, const int32_t* document, const X* grad, X* du, A* dw, A* dbias, i64 B, i64 T, i64 D, i64 C,
+void backward(const X* u, const A* w, const A* /*bias*/, const int32_t* document, const X* grad, X* du, A* dw, A* dbias, i64 B, i64 T, i64 D, i64 C,
               i64 stride) {
   A* acc = new A[D];
   std::memset(dw, 0, C * D * sizeof(A));
@@ -68,16 +68,6 @@ void backward(const X* u, const A* w, const int32_t* document, const X* grad, X*
 }
 
 }  // namespace
-
-#define EXPORT(NAME, X, A)                                                                                                 \
-  extern "C" void NAME##_forward(const X* u, const A* w, const A* bias, const int32_t* document, X* y, i64 B, i64 T, i64 D, \
-                                 i64 C, i64 stride) {                                                                      \
-    forward<X, A>(u, w, bias, document, y, B, T, D, C, stride);                                                            \
-  }                                                                                                                        \
-  extern "C" void NAME##_backward(const X* u, const A* w, const A* /*bias*/, const int32_t* document, const X* grad, X* du, A* dw,   \
-                                  A* dbias, i64 B, i64 T, i64 D, i64 C, i64 stride) {                                      \
-    backward<X, A>(u, w, document, grad, du, dw, dbias, B, T, D, C, stride);                                               \
-  }
 
 EXPORT(conv_f32, float, float)
 EXPORT(conv_f64, double, double)

@@ -1,9 +1,9 @@
 // h_t = a_t * h_{t-1} + b_t in complex numbers over (B, T, 2W) row-major tensors whose last dimension holds W real
 // parts, then W imaginary ones; reset[b, t] starts again from b_t. With a constant, a is (2W) and read at every t; with
 // `reverse` t - 1 is the token behind.
-#include <cstdint>
-#include <cstring>
 #include <vector>
+
+#include "../simd.h"
 
 namespace {
 
@@ -97,17 +97,6 @@ void backward(const F* a, const F* h, const uint8_t* reset, const F* initial, in
 }
 
 }  // namespace
-
-#define EXPORT(NAME, F)                                                                                                 \
-  extern "C" void NAME##_forward(const F* a, const F* b, const uint8_t* reset, const F* initial, int64_t reverse,       \
-                                 F* h, int64_t constant, int64_t B, int64_t T, int64_t D) {                             \
-    forward<F>(a, b, reset, initial, reverse, h, constant, B, T, D);                                                    \
-  }                                                                                                                     \
-  extern "C" void NAME##_backward(const F* a, const F* h, const uint8_t* reset, const F* initial, int64_t reverse,      \
-                                  const F* grad, F* da, F* db, F* dinitial, int64_t constant, int64_t B, int64_t T,     \
-                                  int64_t D) {                                                                          \
-    backward<F>(a, h, reset, initial, reverse, grad, da, db, dinitial, constant, B, T, D);                              \
-  }
 
 EXPORT(scan_f32, float)
 EXPORT(scan_f64, double)

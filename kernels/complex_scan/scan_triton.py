@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mm.kernels.linear_scan.scan_triton import channels
+
 TOKENS, CHANNELS = 64, 16  # of a tile
 
 
@@ -51,9 +53,7 @@ def _forward(
     BT: tl.constexpr,
     BD: tl.constexpr,
 ):
-    blocks = tl.cdiv(W, BD)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
+    row, d = channels(W, BD)
     hr, hi = tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32)
     if initial_ptr is not None:
         hr, hi = pair(initial_ptr, row * 2 * W + d, W, d < W)
@@ -94,9 +94,7 @@ def _backward(
     BT: tl.constexpr,
     BD: tl.constexpr,
 ):
-    blocks = tl.cdiv(W, BD)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
+    row, d = channels(W, BD)
     in_d = (d < W)[None, :]
     step = -2 * W if REVERSE else 2 * W  # to the token that is read next
     # Gradient of the first state of the tile to the right, and the sums for a constant decay.

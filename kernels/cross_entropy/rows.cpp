@@ -12,7 +12,8 @@ inline A bent(A x, A cap) {  // tanh(x / cap)
 
 // lse and own (P): log-sum-exp and the target's logit of the chunks so far.
 template <class I, class A>
-void absorb(I* logits, const i64* target, A* lse, A* own, i64 P, i64 C, i64 at, A cap, i64 threads) {
+void absorb(I* logits, const i64* target, A* lse, A* own, i64 P, i64 C, i64 at, double softcap, i64 threads) {
+  const A cap = A(softcap);
   share_out((P + ROWS - 1) / ROWS, threads, [&](i64 piece) {
     for (i64 p = piece * ROWS; p < std::min(P, (piece + 1) * ROWS); ++p) {
       I* __restrict x = logits + p * C;
@@ -37,7 +38,8 @@ void absorb(I* logits, const i64* target, A* lse, A* own, i64 P, i64 C, i64 at, 
 // out = all * softmax - own * one_hot, through the cap; out may be the logits.
 template <class I, class A>
 void gradient(const I* logits, const i64* target, const A* lse, const A* all, const A* own, I* out, i64 P, i64 C, i64 at,
-              A cap, i64 threads) {
+              double softcap, i64 threads) {
+  const A cap = A(softcap);
   share_out((P + ROWS - 1) / ROWS, threads, [&](i64 piece) {
     for (i64 p = piece * ROWS; p < std::min(P, (piece + 1) * ROWS); ++p) {
       const I* x = logits + p * C;
@@ -64,16 +66,8 @@ void gradient(const I* logits, const i64* target, const A* lse, const A* all, co
 
 }  // namespace
 
-#define EXPORT(NAME, I, A)                                                                                         \
-  extern "C" void NAME##_absorb(I* logits, const i64* target, A* lse, A* own, i64 P, i64 C, i64 at, double cap,    \
-                                i64 threads) {                                                                     \
-    absorb<I, A>(logits, target, lse, own, P, C, at, A(cap), threads);                                             \
-  }                                                                                                                \
-  extern "C" void NAME##_gradient(const I* logits, const i64* target, const A* lse, const A* all, const A* own,    \
-                                  I* out, i64 P, i64 C, i64 at, double cap, i64 threads) {                         \
-    gradient<I, A>(logits, target, lse, all, own, out, P, C, at, A(cap), threads);                                 \
-  }
+#define EXPORT_ROWS(...) EXPORT_AS(absorb, __VA_ARGS__) EXPORT_AS(gradient, __VA_ARGS__)
 
-EXPORT(rows_f32, float, float)
-EXPORT(rows_f64, double, double)
-EXPORT(rows_bf16, bf16, float)
+EXPORT_ROWS(rows_f32, float, float)
+EXPORT_ROWS(rows_f64, double, double)
+EXPORT_ROWS(rows_bf16, bf16, float)

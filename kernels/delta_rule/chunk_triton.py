@@ -37,6 +37,7 @@ from mm.kernels.tiles_triton import (
     load_tile,
     log_into,
     log_out,
+    place,
     store_tile,
 )
 
@@ -80,9 +81,7 @@ def _inverses(
     K: tl.constexpr, DECAY: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Inverse `(C, C)` of one chunk's system."""
-    c = tl.program_id(0).to(tl.int64)
-    bh = tl.program_id(1).to(tl.int64)
-    head = bh // H * T * H + bh % H
+    c, bh, head = place(T, H, 1)
     index = tl.arange(0, C)
     t = c * C + index
     kk = tl.zeros((C, C), tl.float32)
@@ -102,9 +101,7 @@ def _solve(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """U and W: what one chunk's inverse makes of its values and of its decayed keys."""
-    c = tl.program_id(0).to(tl.int64)
-    bh = tl.program_id(1).to(tl.int64)
-    head = bh // H * T * H + bh % H
+    c, bh, head = place(T, H, 1)
     index = tl.arange(0, C)
     t = c * C + index
     inverse = load_tile(solved + (bh * tl.cdiv(T, C) + c) * C * C, index, index, C, C, C)
@@ -134,8 +131,7 @@ def _states(
     """State `(K, BV)` before every chunk and after the last one, and what each chunk writes."""
     kc = tl.arange(0, BK)
     vc = tl.program_id(0) * BV + tl.arange(0, BV)
-    bh = tl.program_id(1).to(tl.int64)
-    head = bh // H * T * H + bh % H
+    _, bh, head = place(T, H, 1)
     n = tl.cdiv(T, C)
     k, w, g = k + head * K, w + head * K, g + head
     u, written = u + head * V, written + head * V
@@ -171,8 +167,7 @@ def _states_backward(
     """
     kc = tl.arange(0, BK)
     vc = tl.program_id(0) * BV + tl.arange(0, BV)
-    bh = tl.program_id(1).to(tl.int64)
-    head = bh // H * T * H + bh % H
+    _, bh, head = place(T, H, 1)
     n = tl.cdiv(T, C)
     q, k, w, g = q + head * K, k + head * K, w + head * K, g + head
     do, dwritten = do + head * V, dwritten + head * V
@@ -207,9 +202,7 @@ def _erasers_backward(
 ):  # fmt: skip
     """Gradient `(C, BK)` of one chunk's decayed keys times beta, through W."""
     kc = tl.program_id(0) * BK + tl.arange(0, BK)
-    c = tl.program_id(1).to(tl.int64)
-    bh = tl.program_id(2).to(tl.int64)
-    head = bh // H * T * H + bh % H
+    c, bh, head = place(T, H, 2)
     chunk = bh * tl.cdiv(T, C) + c
     index = tl.arange(0, C)
     t = c * C + index
@@ -235,9 +228,7 @@ def _solve_backward(
     Those of keys hold ``dk_read`` of their other uses; those of decays are the ones through the
     system that the chunk solves.
     """
-    c = tl.program_id(0).to(tl.int64)
-    bh = tl.program_id(1).to(tl.int64)
-    head = bh // H * T * H + bh % H
+    c, bh, head = place(T, H, 1)
     g += head
     index = tl.arange(0, C)
     t = c * C + index

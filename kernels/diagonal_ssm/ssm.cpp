@@ -2,9 +2,9 @@
 // u, y: (B, T, D); a, c: (2, D, N), real parts first; states: (B, 2, D, N). Row b has length[b] tokens (T if null):
 // later outputs are 0. States never go to memory but every STRIDE tokens, from where the backward makes them again.
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <vector>
+
+#include "../simd.h"
 
 namespace {
 
@@ -160,17 +160,6 @@ void backward(const F* u, const F* a, const F* c, const uint8_t* reset, const F*
 }
 
 }  // namespace
-
-#define EXPORT(NAME, F)                                                                                              \
-  extern "C" void NAME##_forward(const F* u, const F* a, const F* c, const uint8_t* reset, const F* initial,         \
-                                 const int64_t* length, F* y, F* last, int64_t B, int64_t T, int64_t D, int64_t N) { \
-    forward<F>(u, a, c, reset, initial, length, y, last, B, T, D, N);                                                \
-  }                                                                                                                  \
-  extern "C" void NAME##_backward(const F* u, const F* a, const F* c, const uint8_t* reset, const F* initial,        \
-                                  const int64_t* length, const F* dy, const F* dlast, F* du, F* da, F* dc,           \
-                                  F* dinitial, int64_t B, int64_t T, int64_t D, int64_t N) {                         \
-    backward<F>(u, a, c, reset, initial, length, dy, dlast, du, da, dc, dinitial, B, T, D, N);                       \
-  }
 
 EXPORT(ssm_f32, float)
 EXPORT(ssm_f64, double)

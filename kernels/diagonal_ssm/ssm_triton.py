@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mm.kernels.complex_scan.scan_triton import compose, keep, pair
+from mm.kernels.linear_scan.scan_triton import channels
 
 TOKENS, CHANNELS = 64, 16  # of a tile
 
@@ -60,9 +61,7 @@ def _forward(
     ``state`` (B, 2, D, N) begins as the initial state and ends as the last; ``kept`` (B,
     stretches, 2, D, N), where given, gets those before each stretch.
     """
-    blocks = tl.cdiv(D, BD)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
+    row, d = channels(D, BD)
     in_d = d < D
     end = tl.load(length_ptr + row) if length_ptr is not None else T
     index = tl.arange(0, BT)
@@ -120,9 +119,7 @@ def _backward(
     ``dh`` (B, 2, D, N) begins as the gradient of the last state and ends as the initial one's;
     the gradients of a and c, zero before, are those of one row.
     """
-    blocks = tl.cdiv(D, BD)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
+    row, d = channels(D, BD)
     in_d = d < D
     end = tl.load(length_ptr + row) if length_ptr is not None else T
     index = tl.arange(0, BT)

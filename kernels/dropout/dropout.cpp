@@ -4,7 +4,7 @@
 namespace {
 
 template <class X, class A>
-void run(const X* __restrict x, const int16_t* __restrict draws, i64 lost, X* __restrict y, i64 n) {
+void forward(const X* __restrict x, const int16_t* __restrict draws, i64 lost, X* __restrict y, i64 n) {
   X rounded;
   put(rounded, A(65536.0 / double(65536 - lost)));
   const A scale = up(rounded);
@@ -13,16 +13,13 @@ void run(const X* __restrict x, const int16_t* __restrict draws, i64 lost, X* __
   for (i64 i = 0; i < n; ++i) put(y[i], A(up(x[i])) * (draws[i] >= least ? scale : A(0)));
 }
 
-}  // namespace
-
 // The map is linear and its own transpose.
-#define EXPORT(NAME, X, A)                                                                           \
-  extern "C" void NAME##_forward(const X* x, const int16_t* draws, i64 lost, X* y, i64 n) {          \
-    run<X, A>(x, draws, lost, y, n);                                                                 \
-  }                                                                                                  \
-  extern "C" void NAME##_backward(const int16_t* draws, i64 lost, const X* grad, X* dx, i64 n) {     \
-    run<X, A>(grad, draws, lost, dx, n);                                                             \
-  }
+template <class X, class A>
+void backward(const int16_t* draws, i64 lost, const X* grad, X* dx, i64 n) {
+  forward<X, A>(grad, draws, lost, dx, n);
+}
+
+}  // namespace
 
 EXPORT(dropout_f32, float, float)
 EXPORT(dropout_f64, double, double)

@@ -17,7 +17,7 @@ inline A slope(A x) {
 }
 
 template <int kind, class G, class U, class A>
-void forward(const G* g, const U* u, G* y, i64 rows, i64 D, i64 s_g, i64 s_u) {
+void values(const G* g, const U* u, G* y, i64 rows, i64 D, i64 s_g, i64 s_u) {
   for (i64 r = 0; r < rows; ++r) {
     const G* __restrict a = g + r * s_g;
     const U* __restrict b = u + r * s_u;
@@ -31,7 +31,7 @@ void forward(const G* g, const U* u, G* y, i64 rows, i64 D, i64 s_g, i64 s_u) {
 }
 
 template <int kind, class G, class U, class A>
-void backward(const G* g, const U* u, const G* grad, G* dg, U* du, i64 rows, i64 D, i64 s_g, i64 s_u) {
+void gradients(const G* g, const U* u, const G* grad, G* dg, U* du, i64 rows, i64 D, i64 s_g, i64 s_u) {
   for (i64 r = 0; r < rows; ++r) {
     const G* __restrict a = g + r * s_g;
     const U* __restrict b = u + r * s_u;
@@ -49,31 +49,16 @@ void backward(const G* g, const U* u, const G* grad, G* dg, U* du, i64 rows, i64
 }
 
 template <class G, class U, class A>
-void forward_of(i64 kind, const G* g, const U* u, G* y, i64 rows, i64 D, i64 s_g, i64 s_u) {
-  if (kind == 0)
-    forward<0, G, U, A>(g, u, y, rows, D, s_g, s_u);
-  else
-    forward<1, G, U, A>(g, u, y, rows, D, s_g, s_u);
+void forward(i64 kind, const G* g, const U* u, G* y, i64 rows, i64 D, i64 s_g, i64 s_u) {
+  (kind == 0 ? values<0, G, U, A> : values<1, G, U, A>)(g, u, y, rows, D, s_g, s_u);
 }
 
 template <class G, class U, class A>
-void backward_of(i64 kind, const G* g, const U* u, const G* grad, G* dg, U* du, i64 rows, i64 D, i64 s_g, i64 s_u) {
-  if (kind == 0)
-    backward<0, G, U, A>(g, u, grad, dg, du, rows, D, s_g, s_u);
-  else
-    backward<1, G, U, A>(g, u, grad, dg, du, rows, D, s_g, s_u);
+void backward(i64 kind, const G* g, const U* u, const G* grad, G* dg, U* du, i64 rows, i64 D, i64 s_g, i64 s_u) {
+  (kind == 0 ? gradients<0, G, U, A> : gradients<1, G, U, A>)(g, u, grad, dg, du, rows, D, s_g, s_u);
 }
 
 }  // namespace
-
-#define EXPORT(NAME, G, U, A)                                                                                              \
-  extern "C" void NAME##_forward(i64 kind, const G* g, const U* u, G* y, i64 rows, i64 D, i64 s_g, i64 s_u) {              \
-    forward_of<G, U, A>(kind, g, u, y, rows, D, s_g, s_u);                                                                 \
-  }                                                                                                                        \
-  extern "C" void NAME##_backward(i64 kind, const G* g, const U* u, const G* grad, G* dg, U* du, i64 rows, i64 D, i64 s_g, \
-                                  i64 s_u) {                                                                               \
-    backward_of<G, U, A>(kind, g, u, grad, dg, du, rows, D, s_g, s_u);                                                     \
-  }
 
 EXPORT(glu_f32_f32, float, float, float)
 EXPORT(glu_f64_f64, double, double, double)

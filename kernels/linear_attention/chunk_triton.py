@@ -40,6 +40,7 @@ from mm.kernels.tiles_triton import (
     log_out,
     not_after,
     own_decays,
+    place,
     split,
     store_tile,
     sum_before,
@@ -64,9 +65,8 @@ def _channel_scores(
     K: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores `(C, C)` of one chunk whose channels each have their decay, 0 for i < j."""
-    c = tl.program_id(0).to(tl.int64)
-    bh = tl.program_id(1).to(tl.int64)
-    head = (bh // H * T * H + bh % H) * K
+    c, bh, head = place(T, H, 1)
+    head *= K
     index = tl.arange(0, C)
     t = c * C + index
     a = tl.zeros((C, C), tl.float32)
@@ -95,8 +95,7 @@ def _states(
     """State `(K, V)` before every chunk, and after the last one."""
     kc = tl.program_id(0) * BK + tl.arange(0, BK)
     vc = tl.program_id(1) * BV + tl.arange(0, BV)
-    bh = tl.program_id(2).to(tl.int64)
-    head = bh // H * T * H + bh % H  # of the row's first token
+    _, bh, head = place(T, H, 2)
     n = tl.cdiv(T, C)
     k, v, g = k + head * K, v + head * V, _of_head(g, head, bh % H, K, DECAY)
     states += bh * n * K * V
@@ -128,9 +127,7 @@ def outputs(
 ):  # fmt: skip
     """Outputs `(C, BV)` of one chunk; scores by channel are ``given``."""
     vc = tl.program_id(0) * BV + tl.arange(0, BV)
-    c = tl.program_id(1).to(tl.int64)
-    bh = tl.program_id(2).to(tl.int64)
-    head = bh // H * T * H + bh % H
+    c, bh, head = place(T, H, 2)
     g = _of_head(g, head, bh % H, K, DECAY)
     chunk = bh * tl.cdiv(T, C) + c
     states += chunk * K * V
@@ -169,8 +166,7 @@ def _states_backward(
     """Gradient `(K, V)` of the state after every chunk, and of the initial one."""
     kc = tl.program_id(0) * BK + tl.arange(0, BK)
     vc = tl.program_id(1) * BV + tl.arange(0, BV)
-    bh = tl.program_id(2).to(tl.int64)
-    head = bh // H * T * H + bh % H
+    _, bh, head = place(T, H, 2)
     n = tl.cdiv(T, C)
     q, do, g = q + head * K, do + head * V, _of_head(g, head, bh % H, K, DECAY)
     dstates += (bh + 1) * n * K * V
@@ -206,9 +202,7 @@ def queries_keys_backward(
     are 1 and left out, or their large terms would cancel but for rounding.
     """
     kc = tl.program_id(0) * BK + tl.arange(0, BK)
-    c = tl.program_id(1).to(tl.int64)
-    bh = tl.program_id(2).to(tl.int64)
-    head = bh // H * T * H + bh % H
+    c, bh, head = place(T, H, 2)
     g = _of_head(g, head, bh % H, K, DECAY)
     at = (bh * tl.cdiv(T, C) + c) * K * V
     index = tl.arange(0, C)
@@ -282,9 +276,7 @@ def values_backward(
 ):  # fmt: skip
     """Gradients `(C, BV)` of one chunk's values: through outputs and, if KEPT, the state after."""
     vc = tl.program_id(0) * BV + tl.arange(0, BV)
-    c = tl.program_id(1).to(tl.int64)
-    bh = tl.program_id(2).to(tl.int64)
-    head = bh // H * T * H + bh % H
+    c, bh, head = place(T, H, 2)
     g = _of_head(g, head, bh % H, K, DECAY)
     chunk = bh * tl.cdiv(T, C) + c
     dstates += chunk * K * V

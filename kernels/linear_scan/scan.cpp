@@ -37,7 +37,7 @@ inline F share(F part, F whole) {
 }
 
 template <bool LOG, class F>
-void forward(const F* a, const F* b, const uint8_t* reset, const F* initial, i64 reverse, F* h, i64 B, i64 T, i64 D) {
+void states(const F* a, const F* b, const uint8_t* reset, const F* initial, i64 reverse, F* h, i64 B, i64 T, i64 D) {
   for (i64 i = 0; i < B; ++i) {
     const F* before = initial ? initial + i * D : nullptr;
     for (i64 s = 0; s < T; ++s) {
@@ -60,7 +60,7 @@ void forward(const F* a, const F* b, const uint8_t* reset, const F* initial, i64
 
 // dh = grad + (share of h_t in h_{t+1}) dh_{t+1}: a linear scan the other way, in logarithms too. `sum` (D) holds dh.
 template <bool LOG, class F>
-void backward(const F* a, const F* b, const F* h, const uint8_t* reset, const F* initial, i64 reverse, const F* grad,
+void gradients(const F* a, const F* b, const F* h, const uint8_t* reset, const F* initial, i64 reverse, const F* grad,
               F* da, F* db, F* dinitial, i64 B, i64 T, i64 D) {
   std::vector<F> sum(D);
   const i64 step = reverse ? -D : D;
@@ -114,17 +114,18 @@ void backward(const F* a, const F* b, const F* h, const uint8_t* reset, const F*
   }
 }
 
-}  // namespace
+template <class F>
+void forward(const F* a, const F* b, const uint8_t* reset, const F* initial, i64 reverse, i64 log, F* h, i64 B, i64 T, i64 D) {
+  (log ? states<true, F> : states<false, F>)(a, b, reset, initial, reverse, h, B, T, D);
+}
 
-#define EXPORT(NAME, F)                                                                                                  \
-  extern "C" void NAME##_forward(const F* a, const F* b, const uint8_t* reset, const F* initial, i64 reverse, i64 log,   \
-                                 F* h, i64 B, i64 T, i64 D) {                                                            \
-    (log ? forward<true, F> : forward<false, F>)(a, b, reset, initial, reverse, h, B, T, D);                             \
-  }                                                                                                                      \
-  extern "C" void NAME##_backward(const F* a, const F* b, const F* h, const uint8_t* reset, const F* initial,            \
-                                  i64 reverse, i64 log, const F* grad, F* da, F* db, F* dinitial, i64 B, i64 T, i64 D) { \
-    (log ? backward<true, F> : backward<false, F>)(a, b, h, reset, initial, reverse, grad, da, db, dinitial, B, T, D);   \
-  }
+template <class F>
+void backward(const F* a, const F* b, const F* h, const uint8_t* reset, const F* initial, i64 reverse, i64 log, const F* grad,
+              F* da, F* db, F* dinitial, i64 B, i64 T, i64 D) {
+  (log ? gradients<true, F> : gradients<false, F>)(a, b, h, reset, initial, reverse, grad, da, db, dinitial, B, T, D);
+}
+
+}  // namespace
 
 EXPORT(scan_f32, float)
 EXPORT(scan_f64, double)

@@ -13,6 +13,14 @@ TOKENS, CHANNELS = 64, 32  # of a tile
 
 
 @triton.jit
+def channels(D, BD: tl.constexpr):
+    """Row and channels of a program that owns a row and a block of channels."""
+    blocks = tl.cdiv(D, BD)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    return row, tl.program_id(0) % blocks * BD + tl.arange(0, BD)
+
+
+@triton.jit
 def compose(a, b, c, d):
     """First ``h -> a h + b``, then ``h -> c h + d``; c = 0 forgets even an infinite state."""
     return a * c, tl.where(c == 0, d, c * b + d)
@@ -54,9 +62,7 @@ def _forward(
     BT: tl.constexpr,
     BD: tl.constexpr,
 ):
-    blocks = tl.cdiv(D, BD)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
+    row, d = channels(D, BD)
     zero = -float("inf") if LOG else 0.0
     one = 0.0 if LOG else 1.0
     carry = tl.full((BD,), zero, tl.float32)
@@ -104,9 +110,7 @@ def _backward(
 
     Its decay is then the share of a state in the next one.
     """
-    blocks = tl.cdiv(D, BD)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
+    row, d = channels(D, BD)
     in_d = (d < D)[None, :]
     step = -D if REVERSE else D  # to the token that is read next
     carry = tl.zeros((BD,), tl.float32)  # gradient of the first state of the tile to the right

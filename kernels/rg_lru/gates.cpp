@@ -12,7 +12,8 @@ inline float one_minus_exp(float x) {
 }
 
 template <class X, class A>
-void forward(const X* gates, const A* bias, const A* rate, const X* u, A* a, A* b, i64 R, i64 H, i64 K) {
+void forward(const X* gates, const A* bias, const A* rate, const X* u, A* a, A* b, i64 H, i64 R, i64 G) {
+  const i64 K = G / 2;
   for (i64 r = 0; r < R; ++r)
     for (i64 h = 0; h < H; ++h) {
       const X* __restrict g = gates + (h * R + r) * 2 * K;
@@ -34,7 +35,8 @@ void forward(const X* gates, const A* bias, const A* rate, const X* u, A* a, A* 
 
 template <class X, class A>
 void backward(const X* gates, const A* bias, const A* rate, const X* u, const A* da, const A* db, X* dgates, A* dbias, A* drate,
-              X* du, i64 R, i64 H, i64 K) {
+              X* du, i64 H, i64 R, i64 G) {
+  const i64 K = G / 2;
   std::memset(dbias, 0, 2 * H * K * sizeof(A));
   std::memset(drate, 0, H * K * sizeof(A));
   for (i64 r = 0; r < R; ++r)
@@ -74,16 +76,6 @@ void backward(const X* gates, const A* bias, const A* rate, const X* u, const A*
 }
 
 }  // namespace
-
-#define EXPORT(NAME, X, A)                                                                                                 \
-  extern "C" void NAME##_forward(const X* gates, const A* bias, const A* rate, const X* u, A* a, A* b, i64 H, i64 R,       \
-                                 i64 G) {                                                                                  \
-    forward<X, A>(gates, bias, rate, u, a, b, R, H, G / 2);                                                                \
-  }                                                                                                                        \
-  extern "C" void NAME##_backward(const X* gates, const A* bias, const A* rate, const X* u, const A* da, const A* db,      \
-                                  X* dgates, A* dbias, A* drate, X* du, i64 H, i64 R, i64 G) {                             \
-    backward<X, A>(gates, bias, rate, u, da, db, dgates, dbias, drate, du, R, H, G / 2);                                   \
-  }
 
 EXPORT(gates_f32, float, float)
 EXPORT(gates_f64, double, double)

@@ -4,7 +4,7 @@
 namespace {
 
 template <class X, class A>
-void forward(const X* x, const A* w, X* y, A* scale, double eps, i64 outer, i64 inner, i64 D, i64 s_outer, i64 s_inner) {
+void forward(const X* x, const A* w, double eps, X* y, A* scale, i64 outer, i64 inner, i64 D, i64 s_outer, i64 s_inner) {
   for (i64 o = 0; o < outer; ++o)
     for (i64 i = 0; i < inner; ++i) {
       const X* __restrict in = x + o * s_outer + i * s_inner;
@@ -44,16 +44,6 @@ void backward(const X* x, const A* w, const A* scale, const X* grad, X* dx, A* d
 }
 
 }  // namespace
-
-#define EXPORT(NAME, X, A)                                                                                                 \
-  extern "C" void NAME##_forward(const X* x, const A* w, double eps, X* y, A* scale, i64 outer, i64 inner, i64 D,          \
-                                 i64 s_outer, i64 s_inner) {                                                               \
-    forward<X, A>(x, w, y, scale, eps, outer, inner, D, s_outer, s_inner);                                                 \
-  }                                                                                                                        \
-  extern "C" void NAME##_backward(const X* x, const A* w, const A* scale, const X* grad, X* dx, A* dw, i64 outer,          \
-                                  i64 inner, i64 D, i64 s_outer, i64 s_inner) {                                            \
-    backward<X, A>(x, w, scale, grad, dx, dw, outer, inner, D, s_outer, s_inner);                                          \
-  }
 
 EXPORT(norm_f32, float, float)
 EXPORT(norm_f64, double, double)

@@ -84,7 +84,7 @@ void forward(const F* u, const F* dt, const F* A, const F* b, const F* c, const 
 // dA (N, D), db, dc (R, T, N) and dskip (D) are sums over blocks: zero on entry here, then added to.
 template <class F>
 void backward(const F* u, const F* dt, const F* A, const F* b, const F* c, const F* skip, const uint8_t* reset, const F* kept,
-              const F* gy, const F* glast, F* du, F* ddt, F* dA, F* db, F* dc, F* dskip, F* dinitial, i64 R, i64 T, i64 D, i64 N) {
+              const F* /*initial*/, const F* gy, const F* glast, F* du, F* ddt, F* dA, F* db, F* dc, F* dskip, F* dinitial, i64 R, i64 T, i64 D, i64 N) {
   std::memset(dA, 0, N * D * sizeof(F));
   std::memset(db, 0, R * T * N * sizeof(F));
   std::memset(dc, 0, R * T * N * sizeof(F));
@@ -163,18 +163,6 @@ void backward(const F* u, const F* dt, const F* A, const F* b, const F* c, const
 }
 
 }  // namespace
-
-#define EXPORT(NAME, F)                                                                                                    \
-  extern "C" void NAME##_forward(const F* u, const F* dt, const F* A, const F* b, const F* c, const F* skip,               \
-                                 const uint8_t* reset, const F* initial, F* y, F* last, F* kept, i64 R, i64 T, i64 D,      \
-                                 i64 N) {                                                                                  \
-    forward<F>(u, dt, A, b, c, skip, reset, initial, y, last, kept, R, T, D, N);                                           \
-  }                                                                                                                        \
-  extern "C" void NAME##_backward(const F* u, const F* dt, const F* A, const F* b, const F* c, const F* skip,              \
-                                  const uint8_t* reset, const F* kept, const F* /*initial*/, const F* gy, const F* glast, F* du,   \
-                                  F* ddt, F* dA, F* db, F* dc, F* dskip, F* dinitial, i64 R, i64 T, i64 D, i64 N) {                \
-    backward<F>(u, dt, A, b, c, skip, reset, kept, gy, glast, du, ddt, dA, db, dc, dskip, dinitial, R, T, D, N);           \
-  }
 
 EXPORT(scan_f32, float)
 EXPORT(scan_f64, double)

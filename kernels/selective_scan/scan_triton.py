@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mm.kernels.linear_scan.scan_triton import compose
+from mm.kernels.linear_scan.scan_triton import channels, compose
 
 CHANNELS = 32  # of a tile
 
@@ -40,9 +40,7 @@ def _forward(
     BT: tl.constexpr,
     BD: tl.constexpr,
 ):
-    blocks = tl.cdiv(D, BD)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
+    row, d = channels(D, BD)
     in_d = d < D
     stretches = tl.cdiv(T, BT)
     skip = tl.load(skip_ptr + d, mask=in_d, other=0.0)

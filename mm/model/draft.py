@@ -69,7 +69,7 @@ def draft_call(
     out = forward(x_BTD, plain, state)
     N = next(before.leaves()).shape[0]
     docs = PackedRows.of(ctx.layout, N)
-    w = docs.slot_writes(N)
+    w = docs.slot_writes()
     rows = lambda t: w.take(docs.unpack(t))
     draft = Draft(
         before,

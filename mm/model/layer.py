@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mm.batch import Sum, Values
 from mm.errors import UserError
@@ -61,11 +62,10 @@ class Stateful(nn.Module):
         return join_parts(*(part.initial_state(n, max_len) for part in self.stateful_parts()))
 
     def state_bytes(self, n: int, max_len: int) -> int:
-        """Declared bytes of `initial_state(n, max_len)`, held by the `state bytes` law.
-
-        The sum of its parts', unless it says otherwise.
-        """
-        return sum(part.state_bytes(n, max_len) for part in self.stateful_parts())
+        """Bytes of `initial_state(n, max_len)`, for which no memory is taken."""
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            state = self.initial_state(n, max_len)
+        return state.n_bytes() if state is not None else 0
 
 
 class StatePart(Stateful):
@@ -82,6 +82,10 @@ class StatePart(Stateful):
         """What recurrences are kept and moved in: float32 or wider."""
         return torch.promote_types(self.like.dtype, torch.float32)
 
+    def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A leaf of zeros, float32 or wider unless ``dtype`` says otherwise."""
+        return self.like.new_zeros(*shape, dtype=dtype or self.wide)
+
 
 class Layer(Stateful):
     """Mixer, FeedForward, Block, wrapper and Backbone are all this.
@@ -91,6 +95,7 @@ class Layer(Stateful):
 
     caps: Caps = Caps()
     path: str = ""  # its qualified name in the network (`name_layers`); keys of noise and reports
+    kind: str = ""  # of its config, for messages
     provider_row: int = 0  # which of the readers of its Provider this layer is; the backbone says
     # A draft call keeps what it read, and `State.accept` runs a prefix of it again. False: the
     # State that it returns can be cut (caches), or its parts see to it (blocks and backbones).
@@ -160,7 +165,7 @@ class Mixer(Layer):
 
     def check_mask(self, mask: Mask) -> None:
         if self.masks is not None and mask.hint not in self.masks:
-            name = getattr(self, "kind", type(self).__name__)
+            name = self.kind or type(self).__name__
             raise UserError(
                 f"{self.path or 'mixer'}: {name} cannot run under a {mask.key} mask: it needs "
                 f"mask: {' or '.join(sorted(self.masks))}, or take another mixer"
@@ -280,10 +285,7 @@ class Adapter(nn.Module):
     """Plug point: continuous values to embeddings of their reserved places."""
 
     def zero_item(self, device: torch.device) -> Tensor:
-        """`(1, L, ...)`: the item that a batch without this modality runs through the module.
-
-        So every rank runs the same modules.
-        """
+        """`(1, L, ...)`: what a batch without this modality runs, so that all ranks run alike."""
         raise NotImplementedError
 
     def forward(self, values: Values, ctx: Ctx) -> AdapterOutput:

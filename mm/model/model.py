@@ -303,21 +303,16 @@ class LmConfig(Config):
     adapters: dict[str, AdapterField] = {}
     heads: dict[str, HeadField] = Field(default={"tokens": "softmax"}, validate_default=True)
     linear: LinearField = Field(default="dense", validate_default=True)
-    mask: Annotated[
-        Literal["causal", "full", "prefix"],
-        Field(description="prefix: causal, but leading conditions see each other both ways"),
-    ] = "causal"
-    mup_base: (
-        Annotated[
-            int,
-            Field(
-                gt=0,
-                description="muP: width whose learning rate serves all; widen by more heads, "
-                "not wider ones",
-            ),
-        ]
-        | None
-    ) = None
+    mask: Literal["causal", "full", "prefix"] = Field(
+        default="causal",
+        description="prefix: causal, but leading conditions see each other both ways",
+    )
+    mup_base: int | None = Field(
+        None,
+        gt=0,
+        description="muP: width whose learning rate serves all; widen by more heads, "
+        "not wider ones",
+    )
     code_init: bool = Field(
         default=True, description="start embedding rows from the tokenizers' code vectors"
     )
@@ -386,6 +381,4 @@ class LmConfig(Config):
                 own = weight[span.first : span.stop]
                 weight[span.first : span.stop] = 0.97**0.5 * new + 0.03**0.5 * own
 
-    @classmethod
-    def smallest(cls) -> LmConfig:
-        return cls(d_model=16, backbone=BACKBONES.get("stack").smallest())
+    small = {"d_model": 16, "backbone": BACKBONES.get("stack").smallest()}

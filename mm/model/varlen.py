@@ -6,7 +6,8 @@ B rows, T tokens, M documents, N slots, R regrouped rows, L their length.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from mm.layout import Fields, Layout
 from mm.mask import Causal, Mask, Window
 from mm.model.context import Ctx
 from mm.model.length_buckets import document_groups
+from mm.state import DataclassState, map_tree
+
+S = TypeVar("S", bound=DataclassState)
 
 
 def narrow_mask(mask: Mask, window: int | None) -> Mask:
@@ -66,12 +70,11 @@ def per_document(f: Callable[..., Tensor], ctx: Ctx, *x_BT: Tensor) -> Tensor:
     Returns:
         Outputs `(B, T, ...)`.
     """
-    B, T = x_BT[0].shape[:2]
     groups = document_groups(ctx)
     if groups is None:
         docs = PackedRows.of(ctx.layout, 0)
-        return docs.pack(f(*map(docs.unpack, x_BT)), B, T)
-    return groups.join([f(*parts) for _, parts in groups.split(*x_BT)], B, T)
+        return docs.pack(f(*map(docs.unpack, x_BT)))
+    return groups.join([f(*parts) for _, parts in groups.split(*x_BT)], *ctx.layout.shape)
 
 
 class PackedRows(NamedTuple):
@@ -85,6 +88,8 @@ class PackedRows(NamedTuple):
     slot: Tensor  # (R,) int64, -1 = none
     fresh: Tensor  # (R,) bool
     direct: bool  # row r has slot r or none, and there are R slots: states need no gather
+    slots: int  # N
+    shape: tuple[int, int]  # B, T
 
     @staticmethod
     def of(layout: Layout, n_slots: int) -> PackedRows:
@@ -96,9 +101,8 @@ class PackedRows(NamedTuple):
         document = layout.fields.document
         if layout.aligned:
             valid = document > 0
-            return PackedRows(
-                None, valid, valid.sum(1), layout.slot[:B].long(), layout.fresh[:B], n_slots == B
-            )
+            slot, fresh = layout.slot[:B].long(), layout.fresh[:B]
+            return PackedRows(None, valid, valid.sum(1), slot, fresh, n_slots == B, n_slots, (B, T))
         M = layout.slot.shape[0]
         flat = document.reshape(-1).long()
         count = flat.new_zeros(M + 1).index_add_(0, flat, torch.ones_like(flat))[1:]
@@ -107,16 +111,18 @@ class PackedRows(NamedTuple):
         start = layout.cu_seqlens[:-1].long()
         last = (start + count - 1).clamp_min(0)
         index = torch.minimum(start[:, None] + positions, last[:, None]).clamp_max(B * T - 1)
-        return PackedRows(index, valid, count, layout.slot.long(), layout.fresh, False)
+        slot, fresh = layout.slot.long(), layout.fresh
+        return PackedRows(index, valid, count, slot, fresh, False, n_slots, (B, T))
 
     def unpack(self, x_BT: Tensor) -> Tensor:
         """`(B, T, ...)` to `(R, L, ...)`; past a document's end its own last position repeats."""
         return x_BT if self.index is None else x_BT.flatten(0, 1)[self.index]
 
-    def pack(self, y_RL: Tensor, B: int, T: int) -> Tensor:
+    def pack(self, y_RL: Tensor) -> Tensor:
         """Inverse of `unpack`; padding gets zeros."""
         if self.index is None:
             return y_RL
+        B, T = self.shape
         # Invalid positions write into one index past the end, which is cut off.
         index = torch.where(self.valid, self.index, B * T).reshape(-1)
         out = y_RL.new_zeros(B * T + 1, *y_RL.shape[2:]).index_copy(0, index, y_RL.flatten(0, 1))
@@ -150,8 +156,15 @@ class PackedRows(NamedTuple):
             (self.length > 0).view(shape[:-1]), h_RL.gather(1, index)[:, 0], before_R
         )
 
-    def slot_writes(self, n_slots: int) -> SlotWrites:
+    def write(self, state: S, **rows_R: Any) -> S:
+        """``state`` after a call that left ``rows`` `(R, ...)` in its leaves of those names."""
+        w = self.slot_writes()
+        new = {name: map_tree(w.write, getattr(state, name), rows) for name, rows in rows_R.items()}
+        return replace(state, **new)  # type: ignore[type-var]
+
+    def slot_writes(self) -> SlotWrites:
         """Which row each slot takes over."""
+        n_slots = self.slots
         if self.direct:
             length = torch.where(self.slot >= 0, self.length, 0)
             return SlotWrites(None, self.slot >= 0, length, self.fresh & (self.slot >= 0))

@@ -1,4 +1,4 @@
-"""The adversarial half of a tokenizer's objective: a critic, its terms, what it adds.
+"""What tokenizers' objectives share: reconstruction by a model, judged by a critic or not.
 
 A critic is any network that returns intermediates "score.<i>" and "feature.<i>.<j>", each
 (G, ...): one row an item. All sums here are over items, each item's places averaged first, so that
@@ -8,8 +8,9 @@ G items.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -18,7 +19,7 @@ from torch import Tensor
 from mm.batch import Batch
 from mm.config import Config
 from mm.model.layer import ModelOut
-from mm.objectives.objective import LossTerm, Network
+from mm.objectives.objective import Env, LossTerm, Network, Objective
 from mm.registry import NetworkField
 
 CRITIC = "critic"
@@ -30,9 +31,9 @@ class Adversarial(Config):
     critic: NetworkField
     weight: Annotated[float, Field(ge=0, description="factor of the generator's hinge loss")] = 1.0
     feature_weight: Annotated[float, Field(ge=0, description="factor of feature matching")] = 2.0
-    start_step: Annotated[
-        int, Field(ge=0, description="before it the model trains alone and the critic not at all")
-    ] = 1000
+    start_step: int = Field(
+        default=1000, ge=0, description="before it the model trains alone and the critic not at all"
+    )
 
     @property
     def networks(self) -> dict[str, Network]:
@@ -106,6 +107,65 @@ def generator_losses(
         "adversarial": _total(torch.stack(hinge).mean(0), weight),
         "feature": _total(torch.stack(distance).mean(0), weight),
     }
+
+
+class Reconstruction(Objective):
+    """Reconstruction of ``batch.values[modality]`` by "model", judged by "critic" if there is one.
+
+    Args:
+        config: has the fields ``modality``, ``adversarial``, ``aux_weights`` and ``bypass_steps``.
+        weights: of the losses without a critic.
+    """
+
+    made: ClassVar[str]  # the intermediate that holds the reconstruction
+
+    def __init__(self, config: Any, weights: dict[str, float]):
+        self.config, self.weights, self.aux_weights = config, weights, config.aux_weights
+        if config.adversarial is not None:
+            self.networks = config.adversarial.networks
+            self.weights = weights | config.adversarial.weights
+
+    def scheduled(self, step: int, rng: Any) -> dict[str, float]:
+        """ "bypass": 1 during the warm-up, in which latents are decoded as they are."""
+        return {"bypass": float(step < self.config.bypass_steps)}
+
+    def losses(self, out: ModelOut, b: Batch, env: Env) -> dict[str, Tensor]:
+        """Sums of the losses without a critic."""
+        raise NotImplementedError
+
+    def judged_counts(self, b: Batch) -> dict[str, Tensor]:
+        """`counts` of the losses that a critic adds; {} without one."""
+        valid = self.valid(b)
+        return counts(valid.sum(), valid.device) if self.config.adversarial is not None else {}
+
+    def terms(
+        self, micros: Sequence[Batch], nets: Mapping[str, Callable[..., ModelOut]], env: Env
+    ) -> Iterator[LossTerm]:
+        run = lambda b: nets["model"](b, return_intermediates=frozenset({self.made}))
+        asked = self.config.adversarial
+        if asked is None or env.step < asked.start_step:
+            for i, b in enumerate(micros):
+                yield LossTerm(self.losses(run(b), b, env), step=i == len(micros) - 1)
+            return
+        with torch.no_grad():
+            fakes = [self.with_reconstruction(b, run(b)) for b in micros]
+        weights = [self.valid(b) for b in micros]
+        yield from critic_terms(nets[CRITIC], micros, fakes, weights)
+        with env.frozen(CRITIC) as critic:
+            for i, b in enumerate(micros):
+                out = run(b)
+                judged = generator_losses(critic, b, self.with_reconstruction(b, out), weights[i])
+                yield LossTerm(self.losses(out, b, env) | judged, step=i == len(micros) - 1)
+
+    def valid(self, b: Batch) -> Tensor:
+        """(G,) float32, 0 for the zero item of a rank without the modality."""
+        return (b.values[self.config.modality].length > 0).float()
+
+    def with_reconstruction(self, b: Batch, out: ModelOut) -> Batch:
+        """The batch with what the model made of its values, of the same lengths."""
+        name = self.config.modality
+        values = dataclasses.replace(b.values[name], data=out.intermediates[self.made])
+        return dataclasses.replace(b, values={**b.values, name: values})
 
 
 def scores(out: ModelOut) -> list[Tensor]:

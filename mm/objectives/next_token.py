@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -26,22 +26,16 @@ class NextTokenConfig(Config):
 
     kind: Literal["next_token"] = "next_token"
     transform: TransformField | None = None
-    balance: Annotated[
-        Literal["tokens", "modalities"],
-        Field(
-            description="tokens: every target counts alike; modalities: every modality's mean does"
-        ),
-    ] = "tokens"
-    weights: Annotated[
-        dict[str, float], Field(description="factor of a modality's loss; default 1")
-    ] = {}
-    masked: (
-        Annotated[
-            float,
-            Field(ge=0, description="factor of the mean loss of masked places, if a loss apart"),
-        ]
-        | None
-    ) = None
+    balance: Literal["tokens", "modalities"] = Field(
+        "tokens",
+        description="tokens: every target counts alike; modalities: every modality's mean does",
+    )
+    weights: dict[str, float] = Field(
+        default={}, description="factor of a modality's loss; default 1"
+    )
+    masked: float | None = Field(
+        default=None, ge=0, description="factor of the mean loss of masked places, if a loss apart"
+    )
     aux_weights: AuxWeights = {}
     head: str = "tokens"
 

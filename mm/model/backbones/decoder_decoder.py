@@ -16,7 +16,7 @@ from mm.model.backbones.stack import Stack, StackConfig
 from mm.model.context import Ctx
 from mm.model.layer import Block, Caps, LinearFactory, Out
 from mm.model.linears.dense import dense
-from mm.model.mixers.attention.base import AttentionBase, HeadsConfig
+from mm.model.mixers.attention.base import AttentionBase, AttentionRows, HeadsConfig
 from mm.model.mixers.attention.kv_cache import KeyValueCache, VisibleKeys
 from mm.model.norm import RMSNorm
 from mm.model.positions.base import Position
@@ -122,8 +122,8 @@ class CrossAttention(AttentionBase):
         assert memory.mask is not None
         q = seen.docs.unpack(q)
         score = self.scores(q, seen.fields, seen.known)
-        y = self.attend(q, k.to(q.dtype), v, mask=memory.mask, score=score, cached=True)
-        return Out(self.finish(seen.docs.pack(y, B, T), x_BTD, ctx, True))
+        y = self.attend(AttentionRows(q, k.to(q.dtype), v, memory.mask, score, cached=True))
+        return Out(self.finish(seen.docs.pack(y), x_BTD, ctx, True))
 
 
 class DecoderDecoder(Stack):
@@ -168,13 +168,24 @@ class DecoderDecoderConfig(HeadsConfig):
         description="the layers below the memory; null: the memory is the model's input",
     )
     upper: Annotated[int, Field(gt=0, description="layers that attend to the memory")] = 4
-    own_keys: Annotated[
-        bool, Field(description="each upper layer makes its own keys and values of the memory")
-    ] = False
+    own_keys: bool = Field(
+        default=False, description="each upper layer makes its own keys and values of the memory"
+    )
     ffn: FfnField | None = Field(default="swiglu", validate_default=True)
     block: BlockField = Field(default="prenorm", validate_default=True)
     eps: float = 1e-6
     recompute: Recompute = "none"
+
+    small = {
+        **HeadsConfig.small,
+        "lower": {
+            "pattern": "local_attention",
+            "mixers": {"local_attention": {"heads": 2, "window": 3}},
+            "ffn": None,
+        },
+        "upper": 2,
+        "ffn": None,
+    }
 
     def build(self, d_model: int, linear: LinearFactory = dense) -> DecoderDecoder:
         heads, G, K = self.sizes(d_model)
@@ -195,12 +206,3 @@ class DecoderDecoderConfig(HeadsConfig):
             for _ in range(self.upper)
         ]
         return DecoderDecoder(lower, memory, upper, d_model, self.eps, self.recompute)  # type: ignore[arg-type]
-
-    @classmethod
-    def smallest(cls) -> DecoderDecoderConfig:
-        local = StackConfig(
-            pattern="local_attention",
-            mixers={"local_attention": {"heads": 2, "window": 3}},
-            ffn=None,
-        )
-        return cls(heads=2, kv_heads=1, lower=local, upper=2, ffn=None)

@@ -130,9 +130,6 @@ class Stack(Backbone):
         visits = path if path is not None else range(len(self.layers))
         return StateTuple(*(self._layer(i).initial_state(n, max_len) for i in visits))
 
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return sum(layer.state_bytes(n, max_len) for layer in self.layers)  # type: ignore[operator]
-
 
 @BACKBONES.register("stack")
 class StackConfig(Config):
@@ -158,6 +155,11 @@ class StackConfig(Config):
     eps: float = 1e-6
     norm: Kind = Field(default="rms", description="of what the heads read")
     recompute: recomputing.Recompute = "none"
+
+    small = {
+        "pattern": "attention rg_lru",
+        "mixers": {"attention": {"kind": "attention", "heads": 2, "kv_heads": 1}},
+    }
 
     @field_validator("mixers", mode="before")
     @classmethod
@@ -207,11 +209,6 @@ class StackConfig(Config):
             for word in self.words()
         ]
         return Stack(layers, d_model, self.eps, self.recompute, self.norm)
-
-    @classmethod
-    def smallest(cls) -> StackConfig:
-        small = MIXERS.get("attention").smallest()
-        return cls(pattern="attention rg_lru", mixers={"attention": small})
 
 
 def _own_modules(module: nn.Module) -> Iterator[nn.Module]:

@@ -29,28 +29,17 @@ class PreNorm(Block):
     (arXiv:2501.08313), section 2, whose residual begins behind the norm.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        mixer: Mixer,
-        ffn: FeedForward | None,
-        eps: float,
-        dropout: float = 0.0,
-        post_norms: bool = False,
-        pre_norms: bool = True,
-        normed_residual: bool = False,
-        kind: Kind = "rms",
-    ):
+    def __init__(self, d_model: int, mixer: Mixer, ffn: FeedForward | None, config: PreNormConfig):
         super().__init__()
-        self.dropout, self.normed_residual = dropout, normed_residual
-        self.mixer_norm = norm(kind, d_model, eps) if pre_norms else None
+        c, fed = config, ffn is not None
+        self.dropout, self.normed_residual = c.dropout, c.normed_residual
+        make = lambda wanted: norm(c.norm, d_model, c.eps) if wanted else None
+        self.mixer_norm = make(c.pre_norms)
         self.mixer = mixer
-        before = pre_norms and ffn is not None
-        self.ffn_norm = norm(kind, d_model, eps) if before else None
+        self.ffn_norm = make(c.pre_norms and fed)
         self.ffn = ffn
-        self.mixer_post_norm = norm(kind, d_model, eps) if post_norms else None
-        both = post_norms and ffn is not None
-        self.ffn_post_norm = norm(kind, d_model, eps) if both else None
+        self.mixer_post_norm = make(c.post_norms)
+        self.ffn_post_norm = make(c.post_norms and fed)
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         mixer_state, ffn_state = parts_of(state, 2) if self.ffn is not None else (state, None)
@@ -81,14 +70,14 @@ class PreNormConfig(Config):
 
     kind: Literal["prenorm"] = "prenorm"
     eps: float = 1e-6
-    dropout: Annotated[
-        float, Field(ge=0, lt=1, description="of what mixer and feed-forward add; for small data")
-    ] = 0.0
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="of what mixer and feed-forward add; for small data"
+    )
     post_norms: Annotated[bool, Field(description="also norm what both return")] = False
     pre_norms: Annotated[bool, Field(description="norm what mixer and feed-forward read")] = True
-    normed_residual: Annotated[
-        bool, Field(description="add each branch to the normed input that it read")
-    ] = False
+    normed_residual: bool = Field(
+        default=False, description="add each branch to the normed input that it read"
+    )
 
     norm: Kind = "rms"
 
@@ -99,14 +88,4 @@ class PreNormConfig(Config):
         return self
 
     def build(self, d_model: int, mixer: Mixer, ffn: FeedForward | None = None) -> PreNorm:
-        return PreNorm(
-            d_model,
-            mixer,
-            ffn,
-            self.eps,
-            self.dropout,
-            self.post_norms,
-            self.pre_norms,
-            self.normed_residual,
-            self.norm,
-        )
+        return PreNorm(d_model, mixer, ffn, self)

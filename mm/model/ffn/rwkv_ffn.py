@@ -11,10 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import Caps, FeedForward, LinearFactory, Out
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.conv.state import TokenTail
 from mm.registry import FFNS
 from mm.state import State
@@ -30,8 +29,9 @@ class RwkvFFN(FeedForward):
 
     caps = Caps(causal=True, step=True, shard="halo")
 
-    def __init__(self, d_model: int, d_hidden: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: RwkvFFNConfig, linear: LinearFactory):
         super().__init__()
+        d_hidden = config.hidden or 4 * d_model
         self.tail = TokenTail(d_model, 1)
         self.mix = nn.Parameter(torch.empty(2, d_model))  # of receptance and key
         self.receptance = linear(d_model, d_model, "receptance")
@@ -50,11 +50,10 @@ class RwkvFFN(FeedForward):
 
 
 @FFNS.register("rwkv_ffn")
-class RwkvFFNConfig(Config):
+class RwkvFFNConfig(LayerConfig):
     """RWKV's channel mixing; ``hidden`` None takes 4 times d_model."""
 
     kind: Literal["rwkv_ffn"] = "rwkv_ffn"
     hidden: Annotated[int, Field(gt=0)] | None = None
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> RwkvFFN:
-        return RwkvFFN(d_model, self.hidden or 4 * d_model, linear)
+    layer = RwkvFFN

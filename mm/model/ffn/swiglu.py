@@ -10,11 +10,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from mm.config import Config
 from mm.kernels.glu import glu
 from mm.model.context import Ctx
 from mm.model.layer import FeedForward, LinearFactory, Out
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.registry import FFNS
 from mm.state import State
 
@@ -25,15 +24,10 @@ class SwiGLU(FeedForward):
     Source: Shazeer 2020 (arXiv:2002.05202), eq. 6.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        d_hidden: int,
-        linear: LinearFactory,
-        activation: Literal["silu", "gelu_tanh"] = "silu",
-    ):
+    def __init__(self, d_model: int, config: SwiGLUConfig, linear: LinearFactory):
         super().__init__()
-        self.activation: Literal["silu", "gelu_tanh"] = activation
+        self.activation = config.activation
+        d_hidden = config.hidden or -(-8 * d_model // 96) * 32
         self.gate_up = linear(d_model, 2 * d_hidden, "gate_up")
         self.out = linear(d_hidden, d_model, "out")
 
@@ -43,15 +37,13 @@ class SwiGLU(FeedForward):
 
 
 @FFNS.register("swiglu")
-class SwiGLUConfig(Config):
+class SwiGLUConfig(LayerConfig):
     """SwiGLU; ``hidden`` None takes 8/3 of d_model, rounded up to a multiple of 32."""
 
     kind: Literal["swiglu"] = "swiglu"
     hidden: Annotated[int, Field(gt=0)] | None = None
-    activation: Annotated[
-        Literal["silu", "gelu_tanh"], Field(description="gelu_tanh: GEGLU, in the tanh form")
-    ] = "silu"
+    activation: Literal["silu", "gelu_tanh"] = Field(
+        default="silu", description="gelu_tanh: GEGLU, in the tanh form"
+    )
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> SwiGLU:
-        hidden = self.hidden or -(-8 * d_model // 96) * 32
-        return SwiGLU(d_model, hidden, linear, self.activation)
+    layer = SwiGLU

@@ -41,19 +41,10 @@ class Softmax(Head):
     The loss never holds all logits at once; the distribution is built only when asked for.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        n_ids: int,
-        reads: str,
-        stream: int,
-        tied: bool,
-        z_loss: float = 0.0,
-        softcap: float | None = None,
-    ):
+    def __init__(self, d_model: int, n_ids: int, config: SoftmaxConfig):
         super().__init__()
-        self.z_loss, self.softcap = z_loss, softcap
-        self.reads, self.stream, self.tied = reads, stream, tied
+        self.z_loss, self.softcap = config.z_loss, config.softcap
+        self.reads, self.stream, self.tied = config.reads, config.stream, config.tied
         self.weight = nn.Parameter(torch.empty(n_ids, d_model))
 
     def tie(self, embedder: Embedder) -> None:
@@ -102,12 +93,10 @@ class SoftmaxConfig(Config):
     reads: str = "hidden"
     stream: int = 0
     tied: bool = False
-    z_loss: Annotated[
-        float, Field(ge=0, description="times log(Z) squared, added to the loss in training")
-    ] = 0.0
+    z_loss: float = Field(
+        default=0.0, ge=0, description="times log(Z) squared, added to the loss in training"
+    )
     softcap: Annotated[float, Field(gt=0, description="bound of the logits")] | None = None
 
     def build(self, d_model: int, n_ids: int) -> Softmax:
-        return Softmax(
-            d_model, n_ids, self.reads, self.stream, self.tied, self.z_loss, self.softcap
-        )
+        return Softmax(d_model, n_ids, self)

@@ -18,8 +18,8 @@ class Position:
     """Plug point; every hook optional."""
 
     length_general: bool = True  # False: there are places it does not know
-    # Non-empty: `prepare` and `apply` do what `rotate` does, and the table is worth sharing over
-    # the layers of a pass under this name.
+    # Non-empty: `rotate` is `apply` of what `prepare` makes, a table that is worth sharing over the
+    # layers of a pass under this name.
     key: str = ""
 
     def prepare_call(self, ctx: Ctx, fields: Fields | None = None) -> Any:
@@ -59,7 +59,9 @@ class Position:
 
     def rotate(self, q: Tensor, k: Tensor, fq: Fields, fk: Fields) -> tuple[Tensor, Tensor]:
         """`(B, T, H, K)` queries and keys to rotated ones. Keys are cached after rotation."""
-        return q, k
+        if not self.key:
+            return q, k
+        return self.apply(q, self.prepare(fq)), self.apply(k, self.prepare(fk))
 
     def score(self, q: Tensor, fq: Fields, fk: Fields) -> Tensor | None:
         return None

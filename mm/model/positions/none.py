@@ -6,7 +6,7 @@ B rows, T tokens, H heads, K head width.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -55,12 +55,10 @@ class NoPositionConfig(Config):
     """Attention without positions. Source: Kazemnejad et al. 2023 (arXiv:2305.19466)."""
 
     kind: Literal["none"] = "none"
-    temperature: Annotated[bool, Field(description="a learned factor of the logits by head")] = (
-        False
+    temperature: bool = Field(default=False, description="a learned factor of the logits by head")
+    trained: int | None = Field(
+        default=None, gt=1, description="tokens beyond which logits grow with log n"
     )
-    trained: (
-        Annotated[int, Field(gt=1, description="tokens beyond which logits grow with log n")] | None
-    ) = None
 
     def build(self, head_dim: int, heads: int = 1, d_model: int = 0) -> Position:
         if self.temperature or self.trained:

@@ -15,6 +15,13 @@ from mm.model.positions.base import Position
 from mm.registry import POSITIONS
 
 
+def turn(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + K/2) of `(B, T, H, K)` by the angles of `(2, B, T, 1, K/2)`."""
+    cos, sin = cos_sin.to(torch.promote_types(x.dtype, torch.float32))
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
 class Rope(Position):
     """Rotate pairs (i, i + K/2) of a head by ``position * theta ** (-2i / K)``.
 
@@ -50,14 +57,9 @@ class Rope(Position):
         return (length * torch.stack((angle.cos(), angle.sin()))).to(torch.float32)
 
     def apply(self, x: Tensor, prepared: Tensor) -> Tensor:
-        cos, sin = prepared.to(torch.promote_types(x.dtype, torch.float32))
-        turned, rest = x[..., : self.rotated], x[..., self.rotated :]
-        a, b = turned.chunk(2, dim=-1)
-        y = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-        return torch.cat((y, rest), dim=-1) if self.rotated < self.head_dim else y
-
-    def rotate(self, q: Tensor, k: Tensor, fq: Fields, fk: Fields) -> tuple[Tensor, Tensor]:
-        return self.apply(q, self.prepare(fq)), self.apply(k, self.prepare(fk))
+        if self.rotated == self.head_dim:
+            return turn(x, prepared)
+        return torch.cat((turn(x[..., : self.rotated], prepared), x[..., self.rotated :]), dim=-1)
 
 
 class RopeScaling(Config):
@@ -69,9 +71,9 @@ class RopeScaling(Config):
     # Turns within `original` tokens: pairs with fewer than `low` are slowed by `factor`, with more
     # than `high` left alone.
     low: Annotated[float, Field(gt=0, description="yarn and llama3")] = 1.0
-    high: (
-        Annotated[float, Field(gt=0, description="yarn (32 there) and llama3 (4 there)")] | None
-    ) = None
+    high: float | None = Field(
+        default=None, gt=0, description="yarn (32 there) and llama3 (4 there)"
+    )
 
 
 def frequencies(rule: RopeScaling, theta: float, half: Tensor) -> tuple[Tensor, float]:
@@ -109,9 +111,9 @@ class RopeConfig(Config):
     kind: Literal["rope"] = "rope"
     theta: float = 10000.0
     scaling: RopeScaling | None = None
-    fraction: Annotated[
-        float, Field(gt=0, le=1, description="of a head's width that is rotated, its first part")
-    ] = 1.0
+    fraction: float = Field(
+        default=1.0, gt=0, le=1, description="of a head's width that is rotated, its first part"
+    )
 
     def build(self, head_dim: int, heads: int = 1, d_model: int = 0) -> Rope:
         rotated = int(head_dim * self.fraction)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -11,6 +11,7 @@ from torch import Tensor
 from mm.config import Config
 from mm.layout import Fields
 from mm.model.positions.base import Position
+from mm.model.positions.rope import turn
 from mm.registry import POSITIONS
 
 
@@ -50,12 +51,7 @@ class RopeAxes(Position):
         return torch.stack((angle.cos(), angle.sin())).to(torch.float32)
 
     def apply(self, x: Tensor, prepared: Tensor) -> Tensor:
-        cos, sin = prepared.to(torch.promote_types(x.dtype, torch.float32))
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-    def rotate(self, q: Tensor, k: Tensor, fq: Fields, fk: Fields) -> tuple[Tensor, Tensor]:
-        return self.apply(q, self.prepare(fq)), self.apply(k, self.prepare(fk))
+        return turn(x, prepared)
 
 
 @POSITIONS.register("rope_axes")
@@ -64,16 +60,15 @@ class RopeAxesConfig(Config):
 
     kind: Literal["rope_axes"] = "rope_axes"
     theta: float = 10000.0
-    axes: Annotated[
-        list[int], Field(min_length=1, description="axis of each section; 0 is time")
-    ] = [0, 1]
-    pairs: (
-        Annotated[list[int], Field(description="pairs of each section; default: equal shares")]
-        | None
-    ) = None
-    ladder: Annotated[
-        Literal["joint", "own"], Field(description="one ladder of frequencies, or one a section")
-    ] = "joint"
+    axes: list[int] = Field(
+        default=[0, 1], min_length=1, description="axis of each section; 0 is time"
+    )
+    pairs: list[int] | None = Field(
+        default=None, description="pairs of each section; default: equal shares"
+    )
+    ladder: Literal["joint", "own"] = Field(
+        default="joint", description="one ladder of frequencies, or one a section"
+    )
 
     def build(self, head_dim: int, heads: int = 1, d_model: int = 0) -> RopeAxes:
         half, n = head_dim // 2, len(self.axes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -76,16 +76,14 @@ class T5BiasConfig(Config):
 
     kind: Literal["t5_bias"] = "t5_bias"
     buckets: Annotated[int, Field(ge=4)] = 32
-    max_distance: Annotated[int, Field(gt=1, description="all distances from here on are one")] = (
-        128
-    )
-    both_ways: Annotated[bool, Field(description="half the buckets for keys after the query")] = (
-        False
-    )
+    max_distance: int = Field(default=128, gt=1, description="all distances from here on are one")
+    both_ways: bool = Field(default=False, description="half the buckets for keys after the query")
+
+    position: ClassVar[type[T5Bias]] = T5Bias
 
     def build(self, head_dim: int, heads: int = 1, d_model: int = 0) -> T5Bias:
         if self.max_distance <= self.buckets // (4 if self.both_ways else 2):
             raise ValueError(
-                f"t5_bias: max_distance {self.max_distance} must exceed the exact buckets"
+                f"{self.kind}: max_distance {self.max_distance} must exceed the exact buckets"
             )
-        return T5Bias(heads, self.buckets, self.max_distance, self.both_ways)
+        return self.position(heads, self.buckets, self.max_distance, self.both_ways)

@@ -8,10 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.kernels.attention.spec import ScoreSpec
 from mm.layout import Fields
-from mm.model.positions.t5_bias import T5Bias
+from mm.model.positions.t5_bias import T5Bias, T5BiasConfig
 from mm.registry import POSITIONS
 
 
@@ -46,19 +45,10 @@ class URPE(T5Bias):
 
 
 @POSITIONS.register("urpe")
-class URPEConfig(Config):
+class URPEConfig(T5BiasConfig):
     """Universal relative positions: biases before the softmax, gains after it."""
 
-    kind: Literal["urpe"] = "urpe"
-    buckets: Annotated[int, Field(ge=4)] = 32
-    max_distance: Annotated[int, Field(gt=1, description="all distances from here on are one")] = (
-        128
-    )
+    kind: Literal["urpe"] = "urpe"  # type: ignore[assignment]
     both_ways: Annotated[bool, Field(description="keys after the query have their own")] = False
 
-    def build(self, head_dim: int, heads: int = 1, d_model: int = 0) -> URPE:
-        if self.max_distance <= self.buckets // (4 if self.both_ways else 2):
-            raise ValueError(
-                f"urpe: max_distance {self.max_distance} must exceed the exact buckets"
-            )
-        return URPE(heads, self.buckets, self.max_distance, self.both_ways)
+    position = URPE

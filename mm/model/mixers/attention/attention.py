@@ -17,7 +17,6 @@ from mm.kernels.attention.spec import ScoreSpec
 from mm.layout import Fields
 from mm.model.context import Ctx
 from mm.model.layer import LinearFactory
-from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import AttentionBase, GroupedAttention, HeadsConfig
 from mm.model.mixers.attention.forget_gate import ForgetGate
 from mm.model.mixers.attention.token_shift import TokenShift
@@ -43,9 +42,8 @@ class Attention(GroupedAttention):
     knows = frozenset({"gain", "ids"})
 
     def __init__(self, d_model: int, config: AttentionConfig, linear: LinearFactory):
-        H, G, K = sizes = config.sizes(d_model)
-        position = config.build_position(K, d_model)
-        super().__init__(d_model, sizes, position, linear, config.qk_norm, config.window)
+        super().__init__(d_model, config, linear)
+        H, G, K = self.heads, self.kv_heads, self.head_dim
         self.softcap, self.log_n = config.softcap, config.log_n
         self.out_norm = HeadNorm(H, K) if config.out_norm else None
         # What was shifted cannot be cut: a draft call runs again.
@@ -106,31 +104,22 @@ class AttentionConfig(HeadsConfig):
     """Grouped-query attention with a position plug, optional QK-norm and optional own window."""
 
     kind: Literal["attention"] = "attention"
-    window: (
-        Annotated[int, Field(gt=0, description="tokens a query sees, itself included")] | None
-    ) = None
-    qk_norm: Annotated[
-        bool | Literal["heads"], Field(description="heads: with scales of each head's own")
-    ] = True
+    window: int | None = Field(
+        default=None, gt=0, description="tokens a query sees, itself included"
+    )
+    qk_norm: bool | Literal["heads"] = Field(
+        default=True, description="heads: with scales of each head's own"
+    )
     softcap: Annotated[float, Field(gt=0, description="bound of the logits")] | None = None
-    sinks: Annotated[bool, Field(description="a learned logit a head that attends to nothing")] = (
-        False
+    sinks: bool = Field(default=False, description="a learned logit a head that attends to nothing")
+    log_n: float | None = Field(
+        default=None, gt=1, description="length at which scaling by log n is 1"
     )
-    log_n: (
-        Annotated[float, Field(gt=1, description="length at which scaling by log n is 1")] | None
-    ) = None
-    forget_gate: Annotated[bool, Field(description="FoX: what lies behind closed gates fades")] = (
-        False
-    )
+    forget_gate: bool = Field(default=False, description="FoX: what lies behind closed gates fades")
     gate: Annotated[bool, Field(description="sigmoid gate before the output projection")] = False
     out_norm: Annotated[bool, Field(description="RMSNorm of each head's output")] = False
-    token_shift: Annotated[
-        bool, Field(description="keys and values take a gated share of the previous token's")
-    ] = False
+    token_shift: bool = Field(
+        default=False, description="keys and values take a gated share of the previous token's"
+    )
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> Attention:
-        return Attention(d_model, self, linear)
-
-    @classmethod
-    def smallest(cls) -> AttentionConfig:
-        return cls(heads=2, kv_heads=1)
+    layer = Attention

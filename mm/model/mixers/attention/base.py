@@ -6,20 +6,19 @@ L their length, S keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.kernels.attention import attention
 from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.layout import Fields
 from mm.mask import Mask
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
+from mm.model.layer_config import LayerConfig
 from mm.model.length_buckets import LengthBuckets
 from mm.model.mixers.attention.forget_gate import ForgetGate, add_fade
 from mm.model.mixers.attention.kv_cache import KeyValueCache, VisibleKeys
@@ -47,15 +46,17 @@ def changes(position: Position, hook: str) -> bool:
     return getattr(type(position), hook) is not getattr(Position, hook)
 
 
-class HeadsConfig(Config):
+class HeadsConfig(LayerConfig):
     """Heads and positions of an attention mixer."""
 
     heads: Annotated[int, Field(gt=0)] = 4
-    kv_heads: (
-        Annotated[int, Field(gt=0, description="key heads; default: as many as heads")] | None
-    ) = None
+    kv_heads: int | None = Field(
+        default=None, gt=0, description="key heads; default: as many as heads"
+    )
     head_dim: Annotated[int, Field(gt=0, description="default: d_model / heads")] | None = None
     position: PositionField = Field(default="rope", validate_default=True)
+
+    small: ClassVar = {"heads": 2, "kv_heads": 1}
 
     def sizes(self, d_model: int) -> tuple[int, int, int]:
         """Heads, key heads and head width.
@@ -71,6 +72,24 @@ class HeadsConfig(Config):
     def build_position(self, width: int, d_model: int) -> Position:
         """The position of parts of ``width``."""
         return self.position.build(width, heads=self.heads, d_model=d_model)
+
+
+class AttentionRows(NamedTuple):
+    """What `attend` is given: rows of one document, or of several that the mask separates."""
+
+    q: Tensor  # (R, T, H, K)
+    k: Tensor  # (R, S, G, K)
+    v: Tensor  # (R, S, G, V)
+    mask: MaskSpec
+    score: ScoreSpec
+    # What `project` made besides: with a forget gate its logarithms `(R, T, H)`, or where the keys
+    # are cached their sums since the start of the document, of queries and of keys.
+    more: tuple[Tensor, ...] = ()
+    cached: bool = False  # the keys come from the cache
+
+    def fade(self, *gates: Tensor) -> ScoreSpec:
+        """`score` with what forget gates, the last of ``more``, do to it."""
+        return add_fade(self.score, *(gates if self.cached else [gates[0].cumsum(1)] * 2))
 
 
 class AttentionBase(Mixer):
@@ -114,26 +133,10 @@ class AttentionBase(Mixer):
         """First arguments of `attend` `(B, T, ...)`, and the State that replaces ``tail``."""
         raise NotImplementedError
 
-    def attend(
-        self,
-        q_RTHK: Tensor,
-        k_RSGK: Tensor,
-        v_RSGV: Tensor,
-        *fades: Tensor,
-        mask: MaskSpec,
-        score: ScoreSpec,
-        cached: bool = False,
-    ) -> Tensor:
-        """Outputs `(R, T, ...)` of rows.
-
-        Args:
-            fades: with a forget gate its logarithms `(R, T, H)`, or with ``cached`` their sums
-                since the start of the document, of queries and of keys.
-            cached: the keys come from the cache.
-        """
-        if fades:
-            score = add_fade(score, *(fades if cached else [fades[0].cumsum(1)] * 2))
-        return attention(q_RTHK, k_RSGK, v_RSGV, mask, score)
+    def attend(self, rows: AttentionRows) -> Tensor:
+        """Outputs `(R, T, ...)` of rows."""
+        q, k, v, mask, score, fades, _ = rows
+        return attention(q, k, v, mask, rows.fade(*fades) if fades else score)
 
     def finish(self, y: Tensor, x_BTD: Tensor, ctx: Ctx, serving: bool) -> Tensor:
         """The output projection: `(B, T, D)`."""
@@ -185,8 +188,6 @@ class AttentionBase(Mixer):
 
     def _forward_full(self, parts: tuple[Tensor, ...], ctx: Ctx) -> Tensor:
         """`attend` inside the call's documents."""
-        attend: Callable[..., Tensor] = self.attend
-        B, T = parts[0].shape[:2]
         true = ctx.layout.fields
         f = self.position_fields(ctx, False) if self.scored else true
         groups = self.groups(ctx)
@@ -195,18 +196,20 @@ class AttentionBase(Mixer):
             if docs is not None:
                 parts = tuple(map(docs.unpack, parts))
                 f, true = docs.fields(f), docs.fields(true)
+            q, k, v, *more = parts
             spec = MaskSpec(self.mask(ctx).dense(true, true))
-            y = attend(*parts, mask=spec, score=self.scores(parts[0], f, f))
-            return y if docs is None else docs.pack(y, B, T)
+            y = self.attend(AttentionRows(q, k, v, spec, self.scores(q, f, f), tuple(more)))
+            return y if docs is None else docs.pack(y)
         known = [f.position, f.document, f.modality, *f.extra.values()] if self.scored else []
         done = []
         for group, given in groups.split(*parts, *known):
-            rows, rest = given[: len(parts)], given[len(parts) :]
+            (q, k, v, *more), rest = given[: len(parts)], given[len(parts) :]
             if rest:
                 position, document, modality, *extra = rest
                 f = Fields(position, document, modality, dict(zip(f.extra, extra, strict=True)))
-            done.append(attend(*rows, mask=group.mask, score=self.scores(rows[0], f, f)))
-        return groups.join(done, B, T)
+            score = self.scores(q, f, f)
+            done.append(self.attend(AttentionRows(q, k, v, group.mask, score, tuple(more))))
+        return groups.join(done, *ctx.layout.shape)
 
     def _forward_cached(
         self, parts: tuple[Tensor, ...], ctx: Ctx, cache: Any, gates: Any = None
@@ -218,34 +221,30 @@ class AttentionBase(Mixer):
             *kept, after_gates = self.forget.extend(kept[0], ctx, gates)
             after = [after_gates]
         y = self.attend_cached(seen.docs.unpack(q), seen, ctx, *kept)
-        return seen.docs.pack(y, *q.shape[:2]), stored, *after
+        return seen.docs.pack(y), stored, *after
 
     def attend_cached(self, q: Tensor, seen: VisibleKeys, ctx: Ctx, *fades: Tensor) -> Tensor:
         """`attend` of queries `(R, L, H, K)` to what they may look at."""
         mask = MaskSpec(self.mask(ctx).dense(seen.fields, seen.known))
         score = self.scores(q, seen.fields, seen.known)
-        return self.attend(
-            q, seen.k.to(q.dtype), seen.v, *fades, mask=mask, score=score, cached=True
-        )
+        rows = AttentionRows(q, seen.k.to(q.dtype), seen.v, mask, score, fades, cached=True)
+        return self.attend(rows)
 
 
 class GroupedAttention(AttentionBase):
-    """Base: one projection to queries, keys and values, and groups of heads that share a key."""
+    """Base: one projection to queries, keys and values, and groups of heads that share a key.
 
-    def __init__(
-        self,
-        d_model: int,
-        sizes: tuple[int, int, int],
-        position: Position,
-        linear: LinearFactory,
-        qk_norm: bool | Literal["heads"] = False,
-        window: int | None = None,
-    ):
-        super().__init__(position, window)
-        H, G, K = self.heads, self.kv_heads, self.head_dim = sizes
+    Its config may have a ``window`` and a ``qk_norm``.
+    """
+
+    def __init__(self, d_model: int, config: HeadsConfig, linear: LinearFactory):
+        H, G, K = sizes = config.sizes(d_model)
+        super().__init__(config.build_position(K, d_model), getattr(config, "window", None))
+        self.heads, self.kv_heads, self.head_dim = sizes
         self.cache = self.make_cache()
         self.qkv = linear(d_model, (H + 2 * G) * K, "qkv")
         self.out = linear(H * K, d_model, "out")
+        qk_norm = getattr(config, "qk_norm", False)
         norm = lambda n: HeadNorm(n, K) if qk_norm == "heads" else RMSNorm(K)
         self.q_norm = norm(H) if qk_norm else None
         self.k_norm = norm(G) if qk_norm else None

@@ -11,10 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mm.kernels.attention.spec import MaskSpec, ScoreSpec
-from mm.model.layer import LinearFactory
-from mm.model.linears.dense import dense
-from mm.model.mixers.attention.base import GroupedAttention, HeadsConfig
+from mm.model.mixers.attention.base import AttentionRows, GroupedAttention, HeadsConfig
 from mm.registry import MIXERS
 
 BLOCK = 256  # queries whose scores exist at a time; causal ones meet no later keys
@@ -45,22 +42,14 @@ class CogAttention(GroupedAttention):
     the last layer, which a pattern says.
     """
 
-    def attend(
-        self,
-        q_RTHK: Tensor,
-        k_RSGK: Tensor,
-        v_RSGV: Tensor,
-        *fades: Tensor,
-        mask: MaskSpec,
-        score: ScoreSpec,
-        cached: bool = False,
-    ) -> Tensor:
-        (R, T, H, K), (S, G) = q_RTHK.shape, k_RSGK.shape[1:3]
-        wide = torch.promote_types(v_RSGV.dtype, torch.float32)
+    def attend(self, rows: AttentionRows) -> Tensor:
+        mask, score = rows.mask, rows.score
+        (R, T, H, K), (S, G) = rows.q.shape, rows.k.shape[1:3]
+        wide = torch.promote_types(rows.v.dtype, torch.float32)
         outs = []
-        with torch.autocast(q_RTHK.device.type, enabled=False):
-            q = q_RTHK.to(wide).view(R, T, G, H // G, K) * K**-0.5
-            k, v = k_RSGK.to(wide), v_RSGV.to(wide)
+        with torch.autocast(rows.q.device.type, enabled=False):
+            q = rows.q.to(wide).view(R, T, G, H // G, K) * K**-0.5
+            k, v = rows.k.to(wide), rows.v.to(wide)
             bias, allowed = score.total_bias(), mask.dense(T, S, q.device)
             if bias is not None:
                 bias = bias.to(wide).expand(R, H, T, S).unflatten(1, (G, H // G))
@@ -76,7 +65,7 @@ class CogAttention(GroupedAttention):
                     hidden = ~allowed[:, None, None, at:stop, :seen]
                 weights = signed_softmax(logits, hidden)
                 outs.append(torch.einsum("rghts,rsgv->rtghv", weights, v[:, :seen]))
-        return torch.cat(outs, dim=1).reshape(R, T, H, v.shape[-1]).to(v_RSGV.dtype)
+        return torch.cat(outs, dim=1).reshape(R, T, H, v.shape[-1]).to(rows.v.dtype)
 
 
 @MIXERS.register("cog_attention")
@@ -86,11 +75,4 @@ class CogAttentionConfig(HeadsConfig):
     kind: Literal["cog_attention"] = "cog_attention"
     qk_norm: bool = False
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> CogAttention:
-        sizes = self.sizes(d_model)
-        position = self.build_position(sizes[2], d_model)
-        return CogAttention(d_model, sizes, position, linear, self.qk_norm)
-
-    @classmethod
-    def smallest(cls) -> CogAttentionConfig:
-        return cls(heads=2, kv_heads=1)
+    layer = CogAttention

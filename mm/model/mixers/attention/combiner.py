@@ -121,6 +121,4 @@ class CombinerConfig(IndexedConfig):
             raise ValueError("combiner pools queries with keys: kv_heads must equal heads")
         return self
 
-    @classmethod
-    def smallest(cls) -> CombinerConfig:
-        return cls(heads=2, region=3)
+    small = {"heads": 2, "region": 3}

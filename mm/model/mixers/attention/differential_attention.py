@@ -6,21 +6,19 @@ document, S keys.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from mm.kernels.attention import attention
-from mm.kernels.attention.spec import MaskSpec, ScoreSpec
+from mm.kernels.attention.spec import ScoreSpec
 from mm.model.context import Ctx
 from mm.model.layer import LinearFactory
-from mm.model.linears.dense import dense
-from mm.model.mixers.attention.base import AttentionBase, HeadsConfig
+from mm.model.mixers.attention.base import AttentionBase, AttentionRows, HeadsConfig
 from mm.model.mixers.attention.kv_cache import KeyValueCache
 from mm.model.norm import RMSNorm
-from mm.model.positions.base import Position
 from mm.model.positions.none import Tempered
 from mm.registry import MIXERS
 from mm.state import State
@@ -35,20 +33,21 @@ class DifferentialAttention(AttentionBase):
     Source: Ye et al. 2024, Differential Transformer (arXiv:2410.05258), section 2.1, eq. 1-3.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        heads: int,
-        kv_heads: int,
-        width: int,
-        lambda_init: float,
-        position: Position,
-        linear: LinearFactory,
-    ):
+    def __init__(self, d_model: int, config: DifferentialAttentionConfig, linear: LinearFactory):
+        heads, kv_heads, head_dim = config.sizes(d_model)
+        if head_dim % 2:
+            raise ValueError(f"differential_attention halves its heads: head_dim {head_dim} is odd")
+        width = head_dim // 2
+        position = config.build_position(width, d_model)
+        if isinstance(position, Tempered) and position.temperature is not None:
+            raise ValueError(
+                "differential_attention: a temperature by head does not fit heads of two maps: set "
+                "position.temperature to false"
+            )
         super().__init__(position)
         self.cache = KeyValueCache(kv_heads, 2 * width, 2 * width)
         self.heads, self.kv_heads, self.width = heads, kv_heads, width
-        self.lambda_init = lambda_init
+        self.lambda_init = config.lambda_init
         self.qkv = linear(d_model, (heads + 2 * kv_heads) * 2 * width, "qkv")
         self.out = linear(heads * 2 * width, d_model, "out")
         self.lambdas = nn.Parameter(torch.empty(2, 2, width))  # (map) x (query, key)
@@ -79,23 +78,15 @@ class DifferentialAttention(AttentionBase):
         first, second = wide.prod(1).sum(-1).exp().unbind()
         return first - second + self.lambda_init
 
-    def attend(
-        self,
-        q_RTHK: Tensor,
-        k_RSGK: Tensor,
-        v_RSGV: Tensor,
-        *fades: Tensor,
-        mask: MaskSpec,
-        score: ScoreSpec,
-        cached: bool = False,
-    ) -> Tensor:
-        (R, T), (S, G, V) = q_RTHK.shape[:2], v_RSGV.shape[1:]
+    def attend(self, rows: AttentionRows) -> Tensor:
+        q, k, v, mask, score, *_ = rows
+        (R, T), (S, G, V) = q.shape[:2], v.shape[1:]
         bias = score.total_bias()
         if bias is not None:  # by head, whose queries have two parts in each key head
             by_part = bias.unflatten(1, (G, 1, -1)).expand(-1, -1, 2, -1, -1, -1)
             bias = by_part.flatten(1, 3)
-        keys, values = k_RSGK.reshape(R, S, 2 * G, self.width), v_RSGV.repeat_interleave(2, dim=2)
-        o = attention(q_RTHK, keys, values, mask, ScoreSpec(bias))
+        keys, values = k.reshape(R, S, 2 * G, self.width), v.repeat_interleave(2, dim=2)
+        o = attention(q, keys, values, mask, ScoreSpec(bias))
         first, second = o.view(R, T, G, 2, self.heads // G, V).unbind(3)
         return (first - self.balance().to(o.dtype) * second).flatten(2, 3)
 
@@ -105,31 +96,8 @@ class DifferentialAttentionConfig(HeadsConfig):
     """The difference of two softmax maps."""
 
     kind: Literal["differential_attention"] = "differential_attention"
-    lambda_init: Annotated[
-        float,
-        Field(ge=0, lt=1, description="paper: 0.8 - 0.6 exp(-0.3 l) for layer l = 0, 1, ..."),
-    ] = 0.8
+    lambda_init: float = Field(
+        default=0.8, ge=0, lt=1, description="paper: 0.8 - 0.6 exp(-0.3 l) for layer l = 0, 1, ..."
+    )
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> DifferentialAttention:
-        heads, kv_heads, head_dim = self.sizes(d_model)
-        if head_dim % 2:
-            raise ValueError(f"differential_attention halves its heads: head_dim {head_dim} is odd")
-        position = self.build_position(head_dim // 2, d_model)
-        if isinstance(position, Tempered) and position.temperature is not None:
-            raise ValueError(
-                "differential_attention: a temperature by head does not fit heads of two maps: set "
-                "position.temperature to false"
-            )
-        return DifferentialAttention(
-            d_model,
-            heads,
-            kv_heads,
-            head_dim // 2,
-            self.lambda_init,
-            position,
-            linear,
-        )
-
-    @classmethod
-    def smallest(cls) -> DifferentialAttentionConfig:
-        return cls(heads=2, kv_heads=1)
+    layer = DifferentialAttention

@@ -53,15 +53,14 @@ class ForgetGate(nn.Module):
         """
         state = state.commit()
         assert isinstance(state, KV)
-        B, T, H = log_BTH.shape
+        H = log_BTH.shape[2]
         docs = PackedRows.of(ctx.layout, state.count.shape[0])
         last = ((state.count - 1).clamp_min(0) % state.k.shape[2])[:, None, None, None]
         before = state.k.gather(2, last.expand(-1, H, 1, 1))[:, :, 0, 0]
         before = docs.read(torch.where((state.count > 0)[:, None], before, 0.0))
         faded = before[:, None].to(log_BTH.dtype) + docs.unpack(log_BTH).cumsum(1)
-        packed = docs.pack(faded, B, T)
-        none = packed.new_empty(B, T, H, 0)
-        seen, after = self.cache(packed[..., None], none, ctx, state, copy=copy)
+        packed = docs.pack(faded)[..., None]
+        seen, after = self.cache(packed, packed[..., :0], ctx, state, copy=copy)
         return faded, seen.k[..., 0], after
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from mm.model.context import Ctx
-from mm.model.layer import Caps, LinearFactory
-from mm.model.linears.dense import dense
+from mm.model.layer import Caps
 from mm.model.mixers.attention.base import GroupedAttention, HeadsConfig, changes
 from mm.model.mixers.attention.kv_cache import KeyValueCache, VisibleKeys
+from mm.model.positions.base import Position
 from mm.model.varlen import per_document
 from mm.state import State
 
@@ -29,17 +29,6 @@ class IndexedAttention(GroupedAttention):
     caps = Caps(causal=True, step=True)
     masks = frozenset({"causal"})
     keeps_queries: ClassVar[bool] = False  # keys are cached with the queries of their tokens
-
-    def __init__(self, d_model: int, config: IndexedConfig, linear: LinearFactory):
-        sizes = config.sizes(d_model)
-        position, kind = config.build_position(sizes[2], d_model), config.kind  # type: ignore[attr-defined]
-        if any(changes(position, hook) for hook in ("score", "gain")):
-            raise ValueError(
-                f"{kind}: position '{config.position.kind}' changes scores of all pairs of tokens: "
-                "use none, rope, learned or sinusoidal"
-            )
-        super().__init__(d_model, sizes, position, linear, config.qk_norm)
-        self.kind: str = kind
 
     def make_cache(self) -> KeyValueCache:
         key = self.head_dim * (2 if self.keeps_queries else 1)
@@ -80,7 +69,11 @@ class IndexedConfig(HeadsConfig):
 
     qk_norm: bool = True
 
-    layer: ClassVar[type[IndexedAttention]]
-
-    def build(self, d_model: int, linear: LinearFactory = dense) -> IndexedAttention:
-        return self.layer(d_model, self, linear)
+    def build_position(self, width: int, d_model: int) -> Position:
+        position = super().build_position(width, d_model)
+        if any(changes(position, hook) for hook in ("score", "gain")):
+            raise ValueError(
+                f"{self.kind}: position '{self.position.kind}' changes scores of all pairs of "  # type: ignore[attr-defined]
+                "tokens: use none, rope, learned or sinusoidal"
+            )
+        return position

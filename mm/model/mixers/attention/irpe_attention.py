@@ -5,18 +5,15 @@ R rows of one document, T queries, S keys, H heads, G key heads, K head width, N
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.layout import Fields
 from mm.model.layer import LinearFactory
-from mm.model.linears.dense import dense
-from mm.model.mixers.attention.base import GroupedAttention, HeadsConfig
+from mm.model.mixers.attention.base import AttentionRows, GroupedAttention, HeadsConfig
 from mm.model.positions.base import Position
 from mm.model.positions.irpe import IRPE, IRPEConfig
 from mm.registry import MIXERS
@@ -27,8 +24,8 @@ On = Literal["q", "k", "v"]
 class Buckets(Position):
     """A position whose score is no score but the buckets of each pair."""
 
-    def __init__(self, buckets: Callable[[Fields, Fields], list[Tensor]]):
-        self.buckets = buckets
+    def __init__(self, indices: IRPE):
+        self.buckets, self.count = indices.buckets, indices.table.shape[1]
 
     def score(self, q: Tensor, fq: Fields, fk: Fields) -> Tensor:
         """`(R, X, T, S)` int64, X tables' worth of terms that add up."""
@@ -49,56 +46,32 @@ class IRPEAttention(GroupedAttention):
     vectors begin at zero, so the layer begins without positions.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        sizes: tuple[int, int, int],
-        linear: LinearFactory,
-        irpe: IRPEConfig,
-        on: tuple[On, ...],
-    ):
-        heads, _, head_dim = sizes
-        indices = IRPE(heads, head_dim, irpe)
-        super().__init__(d_model, sizes, Buckets(indices.buckets), linear)
-        count = indices.table.shape[1]
-        self.tables = nn.ParameterDict(
-            {name: nn.Parameter(torch.empty(heads, count, head_dim)) for name in on}
-        )
+    position: Buckets
+
+    def __init__(self, d_model: int, config: IRPEAttentionConfig, linear: LinearFactory):
+        super().__init__(d_model, config, linear)
+        shape = (self.heads, self.position.count, self.head_dim)
+        tables = {name: nn.Parameter(torch.empty(shape)) for name in config.on}
+        self.tables = nn.ParameterDict(tables)
 
     def init_weights(self) -> None:
         for table in self.tables.values():
             nn.init.zeros_(table)
 
-    def attend(
-        self,
-        q_RTHK: Tensor,
-        k_RSGK: Tensor,
-        v_RSGV: Tensor,
-        *fades: Tensor,
-        mask: MaskSpec,
-        score: ScoreSpec,
-        cached: bool = False,
-    ) -> Tensor:
-        assert score.bias_RHTS is not None
-        allowed = mask.dense(q_RTHK.shape[1], k_RSGK.shape[1], q_RTHK.device)
-        with torch.autocast(q_RTHK.device.type, enabled=False):
-            y = self._sum(q_RTHK, k_RSGK, v_RSGV, allowed, score.bias_RHTS)
-        return y.to(q_RTHK.dtype)
+    def attend(self, rows: AttentionRows) -> Tensor:
+        with torch.autocast(rows.q.device.type, enabled=False):
+            return self._sum(rows).to(rows.q.dtype)
 
-    def _sum(
-        self,
-        q_RTHK: Tensor,
-        k_RSGK: Tensor,
-        v_RSGV: Tensor,
-        allowed_RTS: Tensor | None,
-        index: Tensor,
-    ) -> Tensor:
-        """Outputs `(R, T, H, V)` in float32 or wider; ``index`` `(R, X, T, S)`."""
-        (R, T, H, K), X = q_RTHK.shape, index.shape[1]
-        wide = torch.promote_types(q_RTHK.dtype, torch.float32)
+    def _sum(self, rows: AttentionRows) -> Tensor:
+        """Outputs `(R, T, H, V)` in float32 or wider."""
+        index = rows.score.bias_RHTS  # (R, X, T, S)
+        assert index is not None
+        (R, T, H, K), X = rows.q.shape, index.shape[1]
+        allowed_RTS = rows.mask.dense(T, rows.k.shape[1], rows.q.device)
+        wide = torch.promote_types(rows.q.dtype, torch.float32)
         share = H // self.kv_heads
-        q = q_RTHK.to(wide).transpose(1, 2)
-        k, v = (t.to(wide).repeat_interleave(share, 2).transpose(1, 2) for t in (k_RSGK, v_RSGV))
+        q = rows.q.to(wide).transpose(1, 2)
+        k, v = (t.to(wide).repeat_interleave(share, 2).transpose(1, 2) for t in rows[1:3])
         logits = q @ k.mT  # (R, H, T, S)
         terms = {n: t.to(wide) for n, t in self.tables.items()}
         for x in range(X):
@@ -131,13 +104,11 @@ class IRPEAttentionConfig(HeadsConfig):
 
     kind: Literal["irpe_attention"] = "irpe_attention"
     position: IRPEConfig = IRPEConfig()  # type: ignore[assignment]  # buckets; its mode is not read
-    on: Annotated[
-        tuple[On, ...], Field(min_length=1, description="what the vectors are added to")
-    ] = ("q", "k", "v")
+    on: tuple[On, ...] = Field(
+        default=("q", "k", "v"), min_length=1, description="what the vectors are added to"
+    )
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> IRPEAttention:
-        return IRPEAttention(d_model, self.sizes(d_model), linear, self.position, self.on)
+    layer = IRPEAttention
 
-    @classmethod
-    def smallest(cls) -> IRPEAttentionConfig:
-        return cls(heads=2, kv_heads=1)
+    def build_position(self, width: int, d_model: int) -> Position:
+        return Buckets(IRPE(self.heads, width, self.position))

@@ -99,7 +99,7 @@ class KV(DataclassState):
         self, k_RLGK: Tensor, v_RLGV: Tensor, f: Fields, docs: PackedRows, draft: bool = False
     ) -> KV | DraftKV:
         """State after a call whose rows are ``docs``."""
-        w = docs.slot_writes(self.count.shape[0])
+        w = docs.slot_writes()
         k, v = w.take(k_RLGK).to(self.k.dtype), w.take(v_RLGV).to(self.v.dtype)
         fields = f.map(w.take)
         if draft:
@@ -251,11 +251,6 @@ class KeyValueCache(StatePart):
             make(n, dtype=torch.long),
             ring=self.reach is not None and self.reach < max_len,
         )
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        """Bytes of keys and values, int32 fields of a token, one int64 count a slot."""
-        C, item, fields = self._size(max_len), self._dtype().itemsize, 3 + len(self.extra)
-        return n * (self.heads * C * (self.key + self.value) * item + C * fields * 4 + 8)
 
     def _size(self, max_len: int) -> int:
         return max_len if self.reach is None else min(max_len, self.reach)

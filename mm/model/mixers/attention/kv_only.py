@@ -11,10 +11,8 @@ from torch import Tensor
 
 from mm.model.context import Ctx
 from mm.model.layer import LinearFactory
-from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import AttentionBase, HeadsConfig
 from mm.model.mixers.attention.kv_cache import KeyValueCache
-from mm.model.positions.base import Position
 from mm.registry import MIXERS
 from mm.state import State
 
@@ -28,10 +26,11 @@ class KVOnly(AttentionBase):
     positional term to the scores: a position that scores (`t5_bias`, `alibi`).
     """
 
-    def __init__(
-        self, d_model: int, heads: int, head_dim: int, position: Position, linear: LinearFactory
-    ):
-        super().__init__(position)
+    def __init__(self, d_model: int, config: KVOnlyConfig, linear: LinearFactory):
+        heads, kv_heads, head_dim = config.sizes(d_model)
+        if kv_heads != heads:
+            raise ValueError("kv_only: every head has its own key; leave kv_heads out")
+        super().__init__(config.build_position(head_dim, d_model))
         self.heads, self.head_dim = heads, head_dim
         self.cache = KeyValueCache(heads, head_dim, head_dim)
         self.kv = linear(d_model, 2 * heads * head_dim, "kv")
@@ -53,13 +52,5 @@ class KVOnlyConfig(HeadsConfig):
 
     kind: Literal["kv_only"] = "kv_only"
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> KVOnly:
-        heads, kv_heads, head_dim = self.sizes(d_model)
-        if kv_heads != heads:
-            raise ValueError("kv_only: every head has its own key; leave kv_heads out")
-        position = self.build_position(head_dim, d_model)
-        return KVOnly(d_model, heads, head_dim, position, linear)
-
-    @classmethod
-    def smallest(cls) -> KVOnlyConfig:
-        return cls(heads=2)
+    layer = KVOnly
+    small = {"heads": 2}

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 from mm.model.context import Ctx
 from mm.model.layer import LinearFactory
-from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import GroupedAttention, HeadsConfig
 from mm.model.mixers.conv.state import TokenTail
-from mm.model.positions.base import Position
 from mm.registry import MIXERS
 from mm.state import State
 
@@ -32,14 +30,8 @@ class KVShift(GroupedAttention):
     tailed = True
     replays = True
 
-    def __init__(
-        self,
-        d_model: int,
-        sizes: tuple[int, int, int],
-        position: Position,
-        linear: LinearFactory,
-    ):
-        super().__init__(d_model, sizes, position, linear)
+    def __init__(self, d_model: int, config: KVShiftConfig, linear: LinearFactory):
+        super().__init__(d_model, config, linear)
         self.tail = TokenTail(2 * self.kv_heads * self.head_dim, 1)
         self.mix = nn.Parameter(torch.empty(2, 2, self.kv_heads))  # (previous, own) x (key, value)
 
@@ -63,10 +55,4 @@ class KVShiftConfig(HeadsConfig):
 
     kind: Literal["kv_shift"] = "kv_shift"
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> KVShift:
-        sizes = self.sizes(d_model)
-        return KVShift(d_model, sizes, self.build_position(sizes[2], d_model), linear)
-
-    @classmethod
-    def smallest(cls) -> KVShiftConfig:
-        return cls(heads=2, kv_heads=1)
+    layer = KVShift

@@ -12,16 +12,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.kernels.attention import attention
-from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.model.context import Ctx
 from mm.model.layer import LinearFactory
-from mm.model.linears.dense import dense
-from mm.model.mixers.attention.base import AttentionBase, head_dim_of
+from mm.model.layer_config import LayerConfig
+from mm.model.mixers.attention.base import AttentionBase, AttentionRows, head_dim_of
 from mm.model.mixers.attention.kv_cache import KeyValueCache
 from mm.model.norm import RMSNorm
-from mm.model.positions.base import Position
 from mm.model.positions.irpe import IRPE
 from mm.registry import MIXERS, PositionField
 from mm.state import State
@@ -40,20 +37,19 @@ class LatentAttention(AttentionBase):
     in its appendix on hyper-parameters.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        heads: int,
-        widths: tuple[int, int, int],
-        latent: int,
-        query_latent: int | None,
-        position: Position,
-        linear: LinearFactory,
-    ):
-        K, P, V = widths
+    def __init__(self, d_model: int, config: LatentAttentionConfig, linear: LinearFactory):
+        heads, K = config.heads, head_dim_of(d_model, config.heads, config.head_dim)
+        P, V = config.rotary_dim or max(K // 2, 2), config.value_dim or K
+        latent, query_latent = config.latent or 4 * K, config.query_latent
+        position = config.position.build(P, heads=heads, d_model=d_model)
+        if isinstance(position, IRPE):
+            raise ValueError(
+                "latent_attention: position 'irpe' reads whole queries, and these have a rotary "
+                "part and another: use rope, alibi, t5_bias or none"
+            )
         super().__init__(position)
         self.cache = KeyValueCache(1, latent + P, 0)
-        self.heads, self.widths, self.latent = heads, widths, latent
+        self.heads, self.widths, self.latent = heads, (K, P, V), latent
         self.scale = (K + P) ** -0.5
         self.q_down = linear(d_model, query_latent, "q_down") if query_latent else None
         self.q_norm = RMSNorm(query_latent) if query_latent else None
@@ -86,75 +82,41 @@ class LatentAttention(AttentionBase):
         q = torch.cat((q[..., :K], q_rotary), dim=-1)
         return (q, k, k[..., :0]), None
 
-    def attend(
-        self,
-        q_RTHK: Tensor,
-        k_RSGK: Tensor,
-        v_RSGV: Tensor,
-        *fades: Tensor,
-        mask: MaskSpec,
-        score: ScoreSpec,
-        cached: bool = False,
-    ) -> Tensor:
-        score = score._replace(scale=self.scale)
+    def attend(self, rows: AttentionRows) -> Tensor:
+        q, k, mask, score = rows.q, rows.k, rows.mask, rows.score._replace(scale=self.scale)
         K = self.widths[0]
-        key_up, value_up = self.key_up.to(q_RTHK.dtype), self.value_up.to(q_RTHK.dtype)
-        latent = k_RSGK[..., : self.latent]
-        if cached:
-            raised = torch.einsum("rthk,hkc->rthc", q_RTHK[..., :K], key_up)
-            q = torch.cat((raised, q_RTHK[..., K:]), dim=-1)
-            o = attention(q, k_RSGK, latent, mask, score)
+        key_up, value_up = self.key_up.to(q.dtype), self.value_up.to(q.dtype)
+        latent = k[..., : self.latent]
+        if rows.cached:
+            raised = torch.einsum("rthk,hkc->rthc", q[..., :K], key_up)
+            o = attention(torch.cat((raised, q[..., K:]), dim=-1), k, latent, mask, score)
             return torch.einsum("rthc,hcv->rthv", o, value_up)
-        rotary = k_RSGK[..., self.latent :].expand(-1, -1, self.heads, -1)
+        rotary = k[..., self.latent :].expand(-1, -1, self.heads, -1)
         k = torch.cat((torch.einsum("rsc,hkc->rshk", latent[:, :, 0], key_up), rotary), dim=-1)
         v = torch.einsum("rsc,hcv->rshv", latent[:, :, 0], value_up)
-        return attention(q_RTHK, k, v, mask, score)
+        return attention(q, k, v, mask, score)
 
 
 @MIXERS.register("latent_attention")
-class LatentAttentionConfig(Config):
+class LatentAttentionConfig(LayerConfig):
     """Multi-head latent attention with decoupled rotary positions."""
 
     kind: Literal["latent_attention"] = "latent_attention"
     heads: Annotated[int, Field(gt=0)] = 4
-    head_dim: (
-        Annotated[int, Field(gt=0, description="without positions; default: d_model / heads")]
-        | None
-    ) = None
-    rotary_dim: (
-        Annotated[int, Field(gt=0, description="rotated part of a head; default: head_dim / 2")]
-        | None
-    ) = None
+    head_dim: int | None = Field(
+        default=None, gt=0, description="without positions; default: d_model / heads"
+    )
+    rotary_dim: int | None = Field(
+        default=None, gt=0, description="rotated part of a head; default: head_dim / 2"
+    )
     value_dim: Annotated[int, Field(gt=0, description="default: head_dim")] | None = None
-    latent: (
-        Annotated[int, Field(gt=0, description="width of the cached latent; default: 4 head_dim")]
-        | None
-    ) = None
-    query_latent: (
-        Annotated[int, Field(gt=0, description="width of the queries' latent; default: none")]
-        | None
-    ) = None
+    latent: int | None = Field(
+        default=None, gt=0, description="width of the cached latent; default: 4 head_dim"
+    )
+    query_latent: int | None = Field(
+        default=None, gt=0, description="width of the queries' latent; default: none"
+    )
     position: PositionField = Field(default="rope", validate_default=True)
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> LatentAttention:
-        K = head_dim_of(d_model, self.heads, self.head_dim)
-        P = self.rotary_dim or max(K // 2, 2)
-        position = self.position.build(P, heads=self.heads, d_model=d_model)
-        if isinstance(position, IRPE):
-            raise ValueError(
-                "latent_attention: position 'irpe' reads whole queries, and these have a rotary "
-                "part and another: use rope, alibi, t5_bias or none"
-            )
-        return LatentAttention(
-            d_model,
-            self.heads,
-            (K, P, self.value_dim or K),
-            self.latent or 4 * K,
-            self.query_latent,
-            position,
-            linear,
-        )
-
-    @classmethod
-    def smallest(cls) -> LatentAttentionConfig:
-        return cls(heads=2, latent=6, query_latent=5, rotary_dim=4)
+    layer = LatentAttention
+    small = {"heads": 2, "latent": 6, "query_latent": 5, "rotary_dim": 4}

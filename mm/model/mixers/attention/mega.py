@@ -13,19 +13,17 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.kernels.diagonal_ssm import diagonal_ssm
 from mm.kernels.linear_scan import linear_scan
 from mm.layout import Fields, Layout
 from mm.mask import Hint, Mask
 from mm.model.context import Ctx
 from mm.model.layer import LinearFactory, Out
+from mm.model.layer_config import LayerConfig
 from mm.model.length_buckets import LengthBuckets
-from mm.model.linears.dense import dense
 from mm.model.mixers.attention.base import AttentionBase
 from mm.model.mixers.attention.kv_cache import KeyValueCache
 from mm.model.mixers.ssm.scan import DiagonalScan, starts
-from mm.model.positions.base import Position
 from mm.model.positions.randomised import adds_to_input
 from mm.registry import MIXERS, PositionField
 from mm.state import State, join_parts, parts_of
@@ -106,16 +104,15 @@ class Mega(AttentionBase):
     knows = frozenset({"gain"})
     replays = True
 
-    def __init__(
-        self,
-        d_model: int,
-        config: MegaConfig,
-        value_dim: int,
-        position: Position,
-        linear: LinearFactory,
-    ):
+    def __init__(self, d_model: int, config: MegaConfig, linear: LinearFactory):
+        position = config.position.build(config.key_dim, heads=1, d_model=d_model)
+        if adds_to_input(position):
+            raise ValueError(
+                f"mega: position '{config.position.kind}' is added to a layer's input, and queries "
+                "and keys read an average of that: use rope, alibi, t5_bias or none"
+            )
         super().__init__(position)
-        self.chunk, K, V = config.chunk, config.key_dim, value_dim
+        self.chunk, K, V = config.chunk, config.key_dim, int(d_model * config.expand_value)
         self.heads = 1
         self.cache = KeyValueCache(1, K, V, config.chunk)
         self.sizes = (K, V, d_model, d_model)
@@ -186,7 +183,7 @@ def cut_chunks(layout: Layout, size: int) -> Layout:
 
 
 @MIXERS.register("mega")
-class MegaConfig(Config):
+class MegaConfig(LayerConfig):
     """Moving-average equipped gated attention, one head, optionally within chunks."""
 
     kind: Literal["mega"] = "mega"
@@ -196,21 +193,5 @@ class MegaConfig(Config):
     chunk: Annotated[int, Field(gt=0, description="tokens that attend to each other")] | None = None
     position: PositionField = Field(default="rope", validate_default=True)
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> Mega:
-        position = self.position.build(self.key_dim, heads=1, d_model=d_model)
-        if adds_to_input(position):
-            raise ValueError(
-                f"mega: position '{self.position.kind}' is added to a layer's input, and queries "
-                "and keys read an average of that: use rope, alibi, t5_bias or none"
-            )
-        return Mega(
-            d_model,
-            self,
-            int(d_model * self.expand_value),
-            position,
-            linear,
-        )
-
-    @classmethod
-    def smallest(cls) -> MegaConfig:
-        return cls(averages=3, key_dim=4, expand_value=0.5)
+    layer = Mega
+    small = {"averages": 3, "key_dim": 4, "expand_value": 0.5}

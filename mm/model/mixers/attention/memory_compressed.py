@@ -7,7 +7,7 @@ S groups, s tokens of a group, J groups that a call fills.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.layout import Fields
 from mm.model.context import Ctx
-from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
+from mm.model.layer import LinearFactory, Mixer, Out
+from mm.model.layer_config import EvenHeadsConfig
 from mm.model.mixers.attention.kv_cache import KV, KeyValueCache
 from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS
@@ -48,10 +47,6 @@ class GroupCache(KeyValueCache):
             kv, kv.k.new_zeros(n, 2, self.heads, self.key), torch.zeros_like(kv.count)
         )
 
-    def state_bytes(self, n: int, max_len: int) -> int:
-        kv = super().state_bytes(n, max(1, max_len // self.stride))
-        return kv + n * (2 * self.heads * self.key * self._dtype().itemsize + 8)
-
 
 def full_groups(count_R: Tensor, L: int, s: int) -> tuple[Tensor, Tensor]:
     """Full groups after ``count`` tokens `(R,)`, and the indices in a call of L that end the next.
@@ -76,11 +71,11 @@ class MemoryCompressedAttention(Mixer):
     the paper leaves it open.
     """
 
-    caps = Caps(causal=True, step=True)
     masks = frozenset({"causal"})
 
-    def __init__(self, d_model: int, heads: int, stride: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: MemoryCompressedConfig, linear: LinearFactory):
         super().__init__()
+        heads, stride = config.heads, config.stride
         self.heads, self.head_dim, self.stride = heads, d_model // heads, stride
         self.cache = GroupCache(heads, self.head_dim, stride)
         self.qkv = linear(d_model, 3 * d_model, "qkv")
@@ -96,7 +91,7 @@ class MemoryCompressedAttention(Mixer):
         qkv = self.qkv(x_BTD, ctx).view(B, T, 3, self.heads, self.head_dim)
         q, kv = qkv[:, :, 0], qkv[:, :, 1:]
         if state is None:
-            y, after = self._forward_full(q, kv, ctx), None
+            y, after = per_document(self._rows, ctx, q, kv), None
         else:
             assert isinstance(state, Compressed)
             y, after = self._forward_cached(q, kv, ctx, state)
@@ -146,14 +141,10 @@ class MemoryCompressedAttention(Mixer):
         at, groups = torch.arange(L, device=q.device), torch.arange(L // s, device=q.device)
         return self._attend(q, k, v, (groups < at[:, None] // s)[None], sums)
 
-    def _forward_full(self, q: Tensor, kv: Tensor, ctx: Ctx) -> Tensor:
-        return per_document(self._rows, ctx, q, kv)
-
     def _forward_cached(
         self, q: Tensor, kv: Tensor, ctx: Ctx, state: Compressed
     ) -> tuple[Tensor, Compressed]:
-        (B, T), s = q.shape[:2], self.stride
-        docs = PackedRows.of(ctx.layout, state.count.shape[0])
+        s, docs = self.stride, PackedRows.of(ctx.layout, state.count.shape[0])
         q, kv = docs.unpack(q), docs.unpack(kv)
         count, L = docs.read(state.count, 0), q.shape[1]
         begun = docs.read(state.partial)
@@ -180,7 +171,7 @@ class MemoryCompressedAttention(Mixer):
             ),
             dim=-1,
         )
-        y = docs.pack(self._attend(q, keys, values, seen, sums), B, T)
+        y = docs.pack(self._attend(q, keys, values, seen, sums))
         end = count + docs.length
         done = end // s - full
         valid = (torch.arange(new.shape[1], device=q.device) < done[:, None]).to(torch.int32)
@@ -190,24 +181,14 @@ class MemoryCompressedAttention(Mixer):
         open_ = ((end % s > 0) | (docs.length == 0))[:, None, None, None]
         partial = torch.where(open_, docs.last(sums, begun.to(sums.dtype)), 0)
         assert isinstance(stored, KV)
-        w = docs.slot_writes(state.count.shape[0])
-        after = Compressed(stored, w.write(state.partial, partial), w.write(state.count, end))
-        return y, after
+        return y, docs.write(replace(state, kv=stored), partial=partial, count=end)
 
 
 @MIXERS.register("memory_compressed")
-class MemoryCompressedConfig(Config):
+class MemoryCompressedConfig(EvenHeadsConfig):
     """Memory-compressed attention."""
 
     kind: Literal["memory_compressed"] = "memory_compressed"
-    heads: Annotated[int, Field(gt=0)] = 4
     stride: Annotated[int, Field(gt=1, description="tokens of one compressed key")] = 3
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> MemoryCompressedAttention:
-        if d_model % self.heads:
-            raise ValueError(f"d_model {d_model} is not a multiple of heads {self.heads}")
-        return MemoryCompressedAttention(d_model, self.heads, self.stride, linear)
-
-    @classmethod
-    def smallest(cls) -> MemoryCompressedConfig:
-        return cls(heads=2)
+    layer = MemoryCompressedAttention

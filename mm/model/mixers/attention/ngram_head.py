@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from mm.config import Config
 from mm.kernels.linear_scan import linear_scan
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.attention.kv_cache import KeyValueCache
 from mm.registry import MIXERS
 from mm.state import State
@@ -96,9 +95,9 @@ class NgramHead(Mixer):
     caps = Caps(causal=True, step=True, reads=frozenset({"ids"}))
     replays = False
 
-    def __init__(self, d_model: int, n: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: NgramHeadConfig, linear: LinearFactory):
         super().__init__()
-        self.d_model, self.n = d_model, n
+        self.d_model, self.n = d_model, config.n
         self.cache = KeyValueCache(1, 0, d_model, extra=(TOKEN,))
         self.own = linear(d_model, d_model, "own")
         self.out = linear(d_model, d_model, "out")
@@ -143,15 +142,14 @@ class NgramHead(Mixer):
         # What no token of the row sees may hold anything.
         values = values.to(wide).masked_fill(~there[..., None], 0)
         mean = match.to(wide) @ values / match.sum(-1, keepdim=True).clamp_min(1)
-        return docs.pack(mean, *x.shape[:2]), after
+        return docs.pack(mean), after
 
 
 @MIXERS.register("ngram_head")
-class NgramHeadConfig(Config):
+class NgramHeadConfig(LayerConfig):
     """Attention to what followed earlier copies of the last tokens."""
 
     kind: Literal["ngram_head"] = "ngram_head"
     n: Annotated[int, Field(ge=1, description="the last n - 1 tokens must match")] = 2
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> NgramHead:
-        return NgramHead(d_model, self.n, linear)
+    layer = NgramHead

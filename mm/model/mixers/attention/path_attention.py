@@ -14,13 +14,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.kernels.attention.spec import MaskSpec, ScoreSpec
+from mm.kernels.attention.spec import MaskSpec
 from mm.kernels.path_attention import move_keys, path_attention
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory
-from mm.model.linears.dense import dense
-from mm.model.mixers.attention.base import GroupedAttention, HeadsConfig
-from mm.model.mixers.attention.forget_gate import ForgetGate, add_fade
+from mm.model.mixers.attention.base import AttentionRows, GroupedAttention, HeadsConfig
+from mm.model.mixers.attention.forget_gate import ForgetGate
 from mm.model.mixers.attention.kv_cache import KV
 from mm.model.mixers.conv.state import TokenTail
 from mm.model.positions.base import Position
@@ -47,25 +46,17 @@ class PathAttention(GroupedAttention):
     tailed = True
     separate_rows = True
 
-    def __init__(
-        self,
-        d_model: int,
-        sizes: tuple[int, int, int],
-        rank: int,
-        qk_norm: bool,
-        forget: bool,
-        linear: LinearFactory,
-    ):
-        super().__init__(d_model, sizes, Position(), linear, qk_norm)
-        heads, kv_heads, head_dim = sizes
-        width = kv_heads * head_dim
+    def __init__(self, d_model: int, config: PathAttentionConfig, linear: LinearFactory):
+        super().__init__(d_model, config, linear)
+        heads, kv_heads, rank = self.heads, self.kv_heads, config.rank
+        width = kv_heads * self.head_dim
         self.tail = TokenTail(width, CONV_SIZE - 1)
         self.w_down = linear(d_model, rank, "w_down")
         self.w_up = linear(rank, width, "w_up")
         self.conv_weight = nn.Parameter(torch.empty(CONV_SIZE, width))
         self.beta = linear(d_model, kv_heads, "beta")
         self.beta_bias = nn.Parameter(torch.empty(kv_heads))
-        if forget:
+        if config.forget_gate:
             self.forget = ForgetGate(d_model, heads, linear)
 
     def init_weights(self) -> None:
@@ -84,44 +75,33 @@ class PathAttention(GroupedAttention):
         beta = 2 * torch.sigmoid(self.beta(x_BTD, ctx).to(wide) + self.beta_bias.to(wide))
         return (q, k, v, w, beta, *kept), tail
 
-    def attend(
-        self,
-        q_RTHK: Tensor,
-        k_RSGK: Tensor,
-        v_RSGV: Tensor,
-        *fades: Tensor,
-        mask: MaskSpec,
-        score: ScoreSpec,
-        cached: bool = False,
-    ) -> Tensor:
-        """``fades``: directions `(R, T, G, K)`, betas `(R, T, G)`, then as of any attention."""
-        w, beta, *kept = fades
-        if kept:
-            score = add_fade(score, *(kept if cached else [kept[0].cumsum(1)] * 2))
+    def attend(self, rows: AttentionRows) -> Tensor:
+        """``more``: directions `(R, T, G, K)`, betas `(R, T, G)`, then as of any attention."""
+        q, k, v, mask, score, (w, beta, *kept), _ = rows
         if mask.is_set():
-            mask = MaskSpec(mask.dense(q_RTHK.shape[1], k_RSGK.shape[1], q_RTHK.device))
-        return path_attention(q_RTHK, k_RSGK, v_RSGV, w, beta, mask, score)
+            mask = MaskSpec(mask.dense(q.shape[1], k.shape[1], q.device))
+        return path_attention(q, k, v, w, beta, mask, rows.fade(*kept) if kept else score)
 
     def _forward_cached(
         self, parts: tuple[Tensor, ...], ctx: Ctx, cache: State, gates: State | None = None
     ) -> tuple[Any, ...]:
-        (q, k, v, w, beta, *kept), (B, T), after = parts, parts[0].shape[:2], []
+        (q, k, v, w, beta, *kept), after = parts, []
         assert isinstance(cache, KV)
         seen = self.cache.look_back(k, v, ctx, cache)
         if self.forget is not None:
             assert gates is not None
             *kept, gates = self.forget.extend(kept[0], ctx, gates, copy=True)
             after = [gates]
-        docs, (N, L) = seen.docs, (cache.count.shape[0], seen.fields.document.shape[1])
+        docs, L = seen.docs, seen.fields.document.shape[1]
         q, w, beta = docs.unpack(q), docs.unpack(w), docs.unpack(beta)
-        y = docs.pack(self.attend_cached(q, seen, ctx, w, beta, *kept), B, T)
+        y = docs.pack(self.attend_cached(q, seen, ctx, w, beta, *kept))
         if L:
             # What follows a document moves nothing.
             w = w.masked_fill(~docs.valid[..., None, None], 0)
             beta = beta.masked_fill(~docs.valid[..., None], 0)
             seen = seen._replace(k=move_keys(seen.k, w, beta))
         old, new = seen.k.split((seen.cached, L), dim=1)
-        moved = docs.slot_writes(N).write(cache.k, old.transpose(1, 2)).contiguous()
+        moved = docs.slot_writes().write(cache.k, old.transpose(1, 2)).contiguous()
         stored = replace(cache, k=moved).extend(new, seen.v[:, seen.cached :], seen.fields, docs)
         return y, stored, *after
 
@@ -133,16 +113,13 @@ class PathAttentionConfig(HeadsConfig):
     kind: Literal["path_attention"] = "path_attention"
     rank: Annotated[int, Field(gt=0, description="of the directions' projection")] = 32
     qk_norm: bool = False
-    forget_gate: Annotated[
-        bool, Field(description="PaTH-FoX: what lies behind closed gates fades")
-    ] = False
+    forget_gate: bool = Field(
+        default=False, description="PaTH-FoX: what lies behind closed gates fades"
+    )
     position: Literal["none"] = "none"  # type: ignore[assignment]
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> PathAttention:
-        return PathAttention(
-            d_model, self.sizes(d_model), self.rank, self.qk_norm, self.forget_gate, linear
-        )
+    layer = PathAttention
+    small = {"heads": 2, "kv_heads": 1, "rank": 3}
 
-    @classmethod
-    def smallest(cls) -> PathAttentionConfig:
-        return cls(heads=2, kv_heads=1, rank=3)
+    def build_position(self, width: int, d_model: int) -> Position:
+        return Position()

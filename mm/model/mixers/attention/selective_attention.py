@@ -16,9 +16,7 @@ from mm.kernels.attention import attention
 from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, StatePart
-from mm.model.linears.dense import dense
-from mm.model.mixers.attention.base import GroupedAttention, HeadsConfig
-from mm.model.positions.base import Position
+from mm.model.mixers.attention.base import AttentionRows, GroupedAttention, HeadsConfig
 from mm.registry import MIXERS
 from mm.state import DataclassState, State
 
@@ -34,10 +32,7 @@ class MaskSums(StatePart):
     """Keeps what later tokens subtract from the logits of each earlier one."""
 
     def initial_state(self, n: int, max_len: int) -> Masked:
-        return Masked(self.like.new_zeros(n, max_len, dtype=self.wide))
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return n * max_len * self.wide.itemsize
+        return Masked(self.zeros(n, max_len))
 
 
 class SelectiveAttention(GroupedAttention):
@@ -54,10 +49,8 @@ class SelectiveAttention(GroupedAttention):
     replays = True
     separate_rows = True
 
-    def __init__(
-        self, d_model: int, sizes: tuple[int, int, int], position: Position, linear: LinearFactory
-    ):
-        super().__init__(d_model, sizes, position, linear)
+    def __init__(self, d_model: int, config: SelectiveAttentionConfig, linear: LinearFactory):
+        super().__init__(d_model, config, linear)
         self.sums = MaskSums()
 
     def selection(self, q_RTHK: Tensor, k_RSGK: Tensor, masks_RTS: Tensor) -> Tensor:
@@ -68,30 +61,22 @@ class SelectiveAttention(GroupedAttention):
             logits = q.to(wide) @ k.to(wide).mT * self.head_dim**-0.5
         return logits.relu().masked_fill(~masks_RTS, 0)
 
-    def attend(
-        self,
-        q_RTHK: Tensor,
-        k_RSGK: Tensor,
-        v_RSGV: Tensor,
-        *fades: Tensor,
-        mask: MaskSpec,
-        score: ScoreSpec,
-        cached: bool = False,
-    ) -> Tensor:
-        """``fades``: `(R, T, S)`, what is subtracted; by default what the rows' own tokens mask."""
-        if fades:
-            (masked,) = fades
+    def attend(self, rows: AttentionRows) -> Tensor:
+        """``more``: `(R, T, S)`, what is subtracted; by default what the rows' own tokens mask."""
+        q, k, v, mask, score, more, _ = rows
+        if more:
+            (masked,) = more
         else:
-            T = q_RTHK.shape[1]
-            masks = torch.ones(T, T, dtype=torch.bool, device=q_RTHK.device).tril(-1)
+            T = q.shape[1]
+            masks = torch.ones(T, T, dtype=torch.bool, device=q.device).tril(-1)
             masks[:, :1] = False
-            allowed = mask.dense(T, T, q_RTHK.device)
+            allowed = mask.dense(T, T, q.device)
             masks = masks[None] if allowed is None else masks & allowed
-            chosen = self.selection(q_RTHK, k_RSGK, masks)
+            chosen = self.selection(q, k, masks)
             masked = chosen.cumsum(1) - chosen
         bias, other = -masked[:, None], score.total_bias()
         bias = bias if other is None else bias + other
-        return attention(q_RTHK, k_RSGK, v_RSGV, mask, ScoreSpec(bias))
+        return attention(q, k, v, mask, ScoreSpec(bias))
 
     def _forward_cached(
         self, parts: tuple[Tensor, ...], ctx: Ctx, cache: State, sums: State
@@ -99,7 +84,7 @@ class SelectiveAttention(GroupedAttention):
         q, k, v = parts
         assert isinstance(sums, Masked)
         seen, after = self.cache(k, v, ctx, cache)
-        docs, index, (N, C) = seen.docs, seen.key_index(), sums.sums.shape
+        docs, index, C = seen.docs, seen.key_index(), sums.sums.shape[1]
         rows = docs.unpack(q)
         # Tokens of the call mask earlier ones of their document but its first.
         earlier = (index[:, None] < seen.query_index()[..., None]) & (index > 0)[:, None]
@@ -109,11 +94,11 @@ class SelectiveAttention(GroupedAttention):
         before, index = docs.read(sums.sums), index.clamp_max(C - 1)
         masked = chosen.cumsum(1) - chosen + before.gather(1, index)[:, None].to(chosen)
         mask, score = MaskSpec(allowed), self.scores(rows, seen.fields, seen.known)
-        y = self.attend(rows, seen.k.to(q.dtype), seen.v, masked, mask=mask, score=score)
+        given = AttentionRows(rows, seen.k.to(q.dtype), seen.v, mask, score, (masked,), cached=True)
+        y = self.attend(given)
         total = chosen.masked_fill(~docs.valid[..., None], 0).sum(1)
         total = before.scatter_add(1, index, total.to(before.dtype))
-        sums = Masked(docs.slot_writes(N).write(sums.sums, total))
-        return docs.pack(y, *q.shape[:2]), after, sums
+        return docs.pack(y), after, docs.write(sums, sums=total)
 
 
 @MIXERS.register("selective_attention")
@@ -122,10 +107,4 @@ class SelectiveAttentionConfig(HeadsConfig):
 
     kind: Literal["selective_attention"] = "selective_attention"
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> SelectiveAttention:
-        sizes = self.sizes(d_model)
-        return SelectiveAttention(d_model, sizes, self.build_position(sizes[2], d_model), linear)
-
-    @classmethod
-    def smallest(cls) -> SelectiveAttentionConfig:
-        return cls(heads=2, kv_heads=1)
+    layer = SelectiveAttention

@@ -88,7 +88,4 @@ class TopKAttentionConfig(IndexedConfig):
     topk: Annotated[int, Field(gt=0)] = 64
 
     layer = TopKAttention
-
-    @classmethod
-    def smallest(cls) -> TopKAttentionConfig:
-        return cls(heads=2, kv_heads=1, topk=3)
+    small = {"heads": 2, "kv_heads": 1, "topk": 3}

@@ -17,10 +17,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.batch import Sum
-from mm.config import Config
 from mm.model.context import Ctx
-from mm.model.layer import Caps, LinearFactory, Mixer, Out, StatePart
-from mm.model.linears.dense import dense
+from mm.model.layer import LinearFactory, Mixer, Out, StatePart
+from mm.model.layer_config import LayerConfig
 from mm.model.norm import RMSNorm
 from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS
@@ -55,19 +54,10 @@ class CodeSums(StatePart):
 
     def initial_state(self, n: int, max_len: int) -> Codes:
         G, S, K, b = self.heads, self.codes, self.width, self.block
-        make = lambda *shape, dtype=self.wide: self.like.new_zeros(n, *shape, dtype=dtype)
-        return Codes(
-            make(G, S),
-            make(G, S, K),
-            make(2 * b, G, K),
-            make(2 * b, G, K),
-            make(2 * b, G, dtype=torch.long),
-            make(dtype=torch.long),
-        )
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        G, S, K, item = self.heads, self.codes, self.width, self.wide.itemsize
-        return n * (G * (S * (1 + K) * item + 2 * self.block * (2 * K * item + 8)) + 8)
+        k, v = (self.zeros(n, 2 * b, G, K) for _ in "kv")
+        code = self.zeros(n, 2 * b, G, dtype=torch.long)
+        count = self.zeros(n, dtype=torch.long)
+        return Codes(self.zeros(n, G, S), self.zeros(n, G, S, K), k, v, code, count)
 
 
 def count_codes(
@@ -98,7 +88,6 @@ class TransformerVQ(Mixer):
     Source: Lingle 2023 (arXiv:2309.16354), section 3.
     """
 
-    caps = Caps(causal=True, step=True)
     masks = frozenset({"causal"})
     codes: Tensor
     size: Tensor
@@ -107,6 +96,10 @@ class TransformerVQ(Mixer):
     def __init__(self, d_model: int, config: TransformerVQConfig, linear: LinearFactory):
         super().__init__()
         H, G = config.heads, config.kv_heads
+        if d_model % H or H % G:
+            raise ValueError(
+                f"transformer_vq: heads {H} must divide d_model {d_model}, and kv_heads {G} heads"
+            )
         K = d_model // H
         self.heads, self.kv_heads, self.head_dim = H, G, K
         self.block, self.decay = config.block, config.decay
@@ -166,7 +159,7 @@ class TransformerVQ(Mixer):
         with torch.autocast(q.device.type, enabled=False):
             code, key = self.quantise(k)
             if state is None:
-                y, after = self._forward_full(q, key, v, code, ctx), None
+                y, after = per_document(self._rows, ctx, q, key, v, code), None
             else:
                 assert isinstance(state, Codes)
                 y, after = self._forward_cached(q, key, v, code, ctx, state)
@@ -248,14 +241,10 @@ class TransformerVQ(Mixer):
         valid = (torch.arange(L + pad, device=q.device) < L).expand(R, -1)
         return self._blocks(q, k, v, F.pad(code, (0, 0, 0, pad)), valid, None, None)[:, :L]
 
-    def _forward_full(self, q: Tensor, k: Tensor, v: Tensor, code: Tensor, ctx: Ctx) -> Tensor:
-        return per_document(self._rows, ctx, q, k, v, code)
-
     def _forward_cached(
         self, q: Tensor, k: Tensor, v: Tensor, code: Tensor, ctx: Ctx, state: Codes
     ) -> tuple[Tensor, Codes]:
-        (B, T), b = q.shape[:2], self.block
-        docs = PackedRows.of(ctx.layout, state.count.shape[0])
+        b, docs = self.block, PackedRows.of(ctx.layout, state.count.shape[0])
         q, k, v, code = (docs.unpack(t) for t in (q, k, v, code))
         R, L = q.shape[:2]
         count = docs.read(state.count, 0)
@@ -293,20 +282,18 @@ class TransformerVQ(Mixer):
         take = lambda t: t.gather(
             1, last.view(R, 2 * b, *[1] * (t.dim() - 2)).expand(-1, -1, *t.shape[2:])
         )
-        write = docs.slot_writes(state.count.shape[0]).write
-        after = Codes(
-            write(state.number, torch.where(shift[..., None] > 0, number + more, number)),
-            write(state.values, torch.where(shift[..., None, None] > 0, values + summed, values)),
-            write(state.k, take(long_k)),
-            write(state.v, take(long_v)),
-            write(state.code, take(long_code)),
-            write(state.count, count + docs.length),
+        after = docs.write(
+            state,
+            number=torch.where(shift[..., None] > 0, number + more, number),
+            values=torch.where(shift[..., None, None] > 0, values + summed, values),
+            **{"k": take(long_k), "v": take(long_v), "code": take(long_code)},
+            count=count + docs.length,
         )
-        return docs.pack(y, B, T), after
+        return docs.pack(y), after
 
 
 @MIXERS.register("transformer_vq")
-class TransformerVQConfig(Config):
+class TransformerVQConfig(LayerConfig):
     """Linear-time attention over vector-quantised keys."""
 
     kind: Literal["transformer_vq"] = "transformer_vq"
@@ -316,14 +303,5 @@ class TransformerVQConfig(Config):
     block: Annotated[int, Field(gt=0, description="tokens; it and the one before are exact")] = 512
     decay: Annotated[float, Field(ge=0, lt=1, description="of the codes' moving averages")] = 0.99
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> TransformerVQ:
-        if d_model % self.heads or self.heads % self.kv_heads:
-            raise ValueError(
-                f"transformer_vq: heads {self.heads} must divide d_model {d_model}, and kv_heads "
-                f"{self.kv_heads} heads"
-            )
-        return TransformerVQ(d_model, self, linear)
-
-    @classmethod
-    def smallest(cls) -> TransformerVQConfig:
-        return cls(heads=2, codes=4, block=2)
+    layer = TransformerVQ
+    small = {"heads": 2, "codes": 4, "block": 2}

@@ -11,10 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.conv.state import TokenTail
 from mm.registry import MIXERS
 from mm.state import State
@@ -28,8 +27,9 @@ class GatedCNN(Mixer):
 
     caps = Caps(causal=True, step=True, shard="halo")
 
-    def __init__(self, d_model: int, width: int, conv_size: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: GatedCNNConfig, linear: LinearFactory):
         super().__init__()
+        width, conv_size = config.width or d_model, config.conv_size
         self.tail = TokenTail(d_model, conv_size - 1)
         self.inner = linear(conv_size * d_model, 2 * width, "inner")  # newest token first
         self.bias = nn.Parameter(torch.empty(2 * width))
@@ -46,7 +46,7 @@ class GatedCNN(Mixer):
 
 
 @MIXERS.register("gated_cnn")
-class GatedCNNConfig(Config):
+class GatedCNNConfig(LayerConfig):
     """Causal convolution with a gated linear unit."""
 
     kind: Literal["gated_cnn"] = "gated_cnn"
@@ -54,9 +54,5 @@ class GatedCNNConfig(Config):
     width: Annotated[int, Field(gt=0, description="default d_model")] | None = None
     conv_size: Annotated[int, Field(gt=1, description="width of the convolution")] = 4
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> GatedCNN:
-        return GatedCNN(d_model, self.width or d_model, self.conv_size, linear)
-
-    @classmethod
-    def smallest(cls) -> GatedCNNConfig:
-        return cls(width=6, conv_size=3)
+    layer = GatedCNN
+    small = {"width": 6, "conv_size": 3}

@@ -15,10 +15,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.model.context import Ctx
-from mm.model.layer import Caps, LinearFactory, Mixer, Out, StatePart
-from mm.model.linears.dense import dense
+from mm.model.layer import LinearFactory, Mixer, Out, StatePart
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.conv.state import ShortConv
 from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS
@@ -99,16 +98,12 @@ class LongConv(StatePart):
             y = torch.stack(done, 1) if done else rows
         else:
             y = long_conv(every, h).gather(1, index)
-        w = docs.slot_writes(N)
-        after = History(w.write(state.u, every[:, :P]), w.write(state.count, count + docs.length))
-        return docs.pack(y, *u_BTW.shape[:2]), after
+        after = docs.write(state, u=every[:, :P], count=count + docs.length)
+        return docs.pack(y), after
 
     def initial_state(self, n: int, max_len: int) -> History:
-        count = torch.zeros(n, dtype=torch.long, device=self.like.device)
-        return History(self.like.new_zeros(n, max_len, self.width), count)
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return n * (max_len * self.width * self.like.element_size() + 8)
+        u = self.zeros(n, max_len, self.width, dtype=self.like.dtype)
+        return History(u, self.zeros(n, dtype=torch.long))
 
 
 class Hyena(Mixer):
@@ -123,8 +118,6 @@ class Hyena(Mixer):
     Source: Poli et al. 2023 (arXiv:2302.10866), definition 3.1 and section 3.3 (implicit filters,
     window); order 2.
     """
-
-    caps = Caps(causal=True, step=True)
 
     def __init__(self, d_model: int, config: HyenaConfig, linear: LinearFactory):
         super().__init__()
@@ -177,22 +170,16 @@ class Hyena(Mixer):
 
 
 @MIXERS.register("hyena")
-class HyenaConfig(Config):
+class HyenaConfig(LayerConfig):
     """Implicit long convolution between gates, by FFT."""
 
     kind: Literal["hyena"] = "hyena"
     renamed: ClassVar[dict[str, str]] = {"taps": "conv_size"}
     width: Annotated[int, Field(gt=0, description="default d_model")] | None = None
     conv_size: Annotated[int, Field(gt=1, description="of the short convolution")] = 3
-    filter_length: Annotated[int, Field(gt=0, description="tokens; unit of the filter's lag")] = (
-        1024
-    )
+    filter_length: int = Field(default=1024, gt=0, description="tokens; unit of the filter's lag")
     filter_width: Annotated[int, Field(gt=0, description="of the filter's network")] = 64
     bands: Annotated[int, Field(gt=0, description="sines and cosines of the lag")] = 8
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> Hyena:
-        return Hyena(d_model, self, linear)
-
-    @classmethod
-    def smallest(cls) -> HyenaConfig:
-        return cls(width=6, filter_length=8, filter_width=4, bands=2)
+    layer = Hyena
+    small = {"width": 6, "filter_length": 8, "filter_width": 4, "bands": 2}

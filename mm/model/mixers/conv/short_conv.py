@@ -10,10 +10,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.conv.state import ShortConv
 from mm.registry import MIXERS
 from mm.state import State
@@ -29,11 +28,11 @@ class GatedShortConv(Mixer):
 
     caps = Caps(causal=True, step=True, shard="halo")
 
-    def __init__(self, d_model: int, conv_size: int, gates: bool, linear: LinearFactory):
+    def __init__(self, d_model: int, config: ShortConvConfig, linear: LinearFactory):
         super().__init__()
-        self.gates = gates
+        self.gates = gates = config.gates
         self.inner = linear(d_model, 3 * d_model if gates else d_model, "inner")
-        self.conv = ShortConv(d_model, conv_size)
+        self.conv = ShortConv(d_model, config.conv_size)
         self.out = linear(d_model, d_model, "out")
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
@@ -47,7 +46,7 @@ class GatedShortConv(Mixer):
 
 
 @MIXERS.register("short_conv")
-class ShortConvConfig(Config):
+class ShortConvConfig(LayerConfig):
     """Causal depthwise convolution over a few tokens, between two gates."""
 
     kind: Literal["short_conv"] = "short_conv"
@@ -55,5 +54,4 @@ class ShortConvConfig(Config):
     conv_size: Annotated[int, Field(gt=1, description="width of the convolution")] = 3
     gates: Annotated[bool, Field(description="input-dependent gates before and after")] = True
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> GatedShortConv:
-        return GatedShortConv(d_model, self.conv_size, self.gates, linear)
+    layer = GatedShortConv

@@ -37,12 +37,12 @@ class TokenTail(StatePart):
     def extend(self, x_BTW: Tensor, ctx: Ctx, state: State) -> tuple[Tensor, PackedRows, Tail]:
         """Rows `(R, P + L, W)` of what was kept and this call's inputs, and the State after it."""
         assert isinstance(state, Tail)
-        (N, P), docs = state.x.shape[:2], PackedRows.of(ctx.layout, state.x.shape[0])
+        P, docs = state.x.shape[1], PackedRows.of(ctx.layout, state.x.shape[0])
         rows = docs.unpack(x_BTW)
         inputs = torch.cat((docs.read(state.x).to(rows.dtype), rows), dim=1)
         positions = docs.length[:, None] + torch.arange(P, device=rows.device)
         last = inputs.gather(1, positions[..., None].expand(-1, -1, inputs.shape[-1]))
-        return inputs, docs, Tail(docs.slot_writes(N).write(state.x, last))
+        return inputs, docs, docs.write(state, x=last)
 
     def forward(
         self, x_BTW: Tensor, ctx: Ctx, state: State | None
@@ -51,12 +51,11 @@ class TokenTail(StatePart):
 
         Zeros before a document's start.
         """
-        B, T = x_BTW.shape[:2]
-        P = self.size
+        P, T = self.size, x_BTW.shape[1]
         if state is not None:
             inputs, docs, after = self.extend(x_BTW, ctx, state)
             L = inputs.shape[1] - P
-            back = [docs.pack(inputs[:, P - j : P - j + L], B, T) for j in range(P + 1)]
+            back = [docs.pack(inputs[:, P - j : P - j + L]) for j in range(P + 1)]
             return back, after
         document, back = ctx.layout.fields.document, [x_BTW]
         for j in range(1, P + 1):
@@ -78,13 +77,10 @@ class TokenTail(StatePart):
         # What was kept is the document's own past: no borders, and the first outputs are its.
         same = torch.ones_like(inputs[..., 0], dtype=torch.int32)
         y = causal_conv(inputs, weight_CW, bias_W, same)[:, self.size :]
-        return docs.pack(y, *u_BTW.shape[:2]), after
+        return docs.pack(y), after
 
     def initial_state(self, n: int, max_len: int) -> Tail:
         return Tail(self.like.new_zeros(n, self.size, self.width))
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return n * self.size * self.width * self.like.element_size()
 
 
 class ShortConv(TokenTail):

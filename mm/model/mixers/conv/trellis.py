@@ -11,10 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.conv.state import TokenTail
 from mm.registry import MIXERS
 from mm.state import State, join_parts, parts_of
@@ -33,10 +32,10 @@ class Trellis(Mixer):
 
     caps = Caps(causal=True, step=True, shard="halo")
 
-    def __init__(self, d_model: int, width: int, depth: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: TrellisConfig, linear: LinearFactory):
         super().__init__()
-        self.width = width
-        widths = [d_model, *[2 * width] * (depth - 1)]
+        self.width = width = config.width or d_model
+        widths = [d_model, *[2 * width] * (config.depth - 1)]
         self.tails = nn.ModuleList(TokenTail(w, 1) for w in widths)
         self.inner = linear(2 * d_model, 4 * width, "inner")  # this token, the one before
         self.mix = linear(2 * width, 4 * width, "mix")  # this token's hidden, the one's before
@@ -68,16 +67,12 @@ class Trellis(Mixer):
 
 
 @MIXERS.register("trellis")
-class TrellisConfig(Config):
+class TrellisConfig(LayerConfig):
     """Weight-tied causal convolutions with injected input and LSTM gates."""
 
     kind: Literal["trellis"] = "trellis"
     width: Annotated[int, Field(gt=0, description="default d_model")] | None = None
     depth: Annotated[int, Field(gt=1, description="tokens it looks back")] = 16
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> Trellis:
-        return Trellis(d_model, self.width or d_model, self.depth, linear)
-
-    @classmethod
-    def smallest(cls) -> TrellisConfig:
-        return cls(width=6, depth=3)
+    layer = Trellis
+    small = {"width": 6, "depth": 3}

@@ -7,7 +7,7 @@ compressed positions.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ class BothWays(Mixer):
 
     caps = Caps(causal=False, bidirectional=True, step=False)
     masks = frozenset({"full"})
-    kind: ClassVar[str]
     max_len: int | None = None
 
     def mix(self, x_RLD: Tensor, length_R: Tensor, ctx: Ctx) -> Tensor:
@@ -53,7 +52,7 @@ class BothWays(Mixer):
         # Filled, not multiplied: padding may hold inf.
         rows = rows.masked_fill(~docs.valid[..., None], 0)
         y = self.mix(rows, docs.length, ctx) if rows.shape[:2].numel() else rows
-        return Out(docs.pack(y, *x_BTD.shape[:2]))
+        return Out(docs.pack(y))
 
     def initial_state(self, n: int, max_len: int) -> Any:
         raise UserError(

@@ -11,10 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import LinearFactory
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.encoder_only.base import BothWays
 from mm.registry import MIXERS
 
@@ -25,11 +24,9 @@ class FNet(BothWays):
     Source: Lee-Thorp et al. 2021 (arXiv:2105.03824), eq. 3.
     """
 
-    kind = "fnet"
-
-    def __init__(self, unitary: bool):
+    def __init__(self, d_model: int, config: FNetConfig, linear: LinearFactory):
         super().__init__()
-        self.unitary = unitary
+        self.unitary = config.unitary
 
     def mix(self, x_RLD: Tensor, length_R: Tensor, ctx: Ctx) -> Tensor:
         wide = torch.promote_types(x_RLD.dtype, torch.float32)
@@ -65,11 +62,10 @@ def dft(length_R: Tensor, L: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @MIXERS.register("fnet")
-class FNetConfig(Config):
+class FNetConfig(LayerConfig):
     """Fourier mixing of positions and channels; bidirectional."""
 
     kind: Literal["fnet"] = "fnet"
     unitary: bool = False  # transforms keep lengths; False: as in the paper
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> FNet:
-        return FNet(self.unitary)
+    layer = FNet

@@ -11,10 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import LinearFactory
-from mm.model.linears.dense import dense
+from mm.model.layer_config import EvenHeadsConfig
 from mm.model.mixers.encoder_only.base import BothWays
 from mm.registry import MIXERS
 
@@ -27,8 +26,6 @@ class Linformer(BothWays):
 
     Source: Wang et al. 2020 (arXiv:2006.04768), eq. 7; sharing: section 4.
     """
-
-    kind = "linformer"
 
     def __init__(self, d_model: int, config: LinformerConfig, linear: LinearFactory):
         super().__init__()
@@ -63,20 +60,13 @@ class Linformer(BothWays):
 
 
 @MIXERS.register("linformer")
-class LinformerConfig(Config):
+class LinformerConfig(EvenHeadsConfig):
     """Linformer: bidirectional, documents up to a fixed length."""
 
     kind: Literal["linformer"] = "linformer"
-    heads: Annotated[int, Field(gt=0)] = 4
     mixtures: Annotated[int, Field(gt=0, description="k of the paper: 128 or 256")] = 128
     max_len: Annotated[int, Field(gt=0, description="longest document")] = 512
     share: Literal["none", "heads", "key_value"] = "heads"
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> Linformer:
-        if d_model % self.heads:
-            raise ValueError(f"d_model {d_model} is not a multiple of heads {self.heads}")
-        return Linformer(d_model, self, linear)
-
-    @classmethod
-    def smallest(cls) -> LinformerConfig:
-        return cls(heads=2, mixtures=3, max_len=16)
+    layer = Linformer
+    small = {"heads": 2, "mixtures": 3, "max_len": 16}

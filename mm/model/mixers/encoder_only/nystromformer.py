@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import LinearFactory
-from mm.model.linears.dense import dense
+from mm.model.layer_config import EvenHeadsConfig
 from mm.model.mixers.encoder_only.base import BothWays, valid_of
 from mm.registry import MIXERS
 
@@ -44,8 +43,6 @@ class Nystromformer(BothWays):
 
     Source: Xiong et al. 2021 (arXiv:2102.03902), section 3 (the skip: one filter a head).
     """
-
-    kind = "nystromformer"
 
     def __init__(self, d_model: int, config: NystromformerConfig, linear: LinearFactory):
         super().__init__()
@@ -102,23 +99,14 @@ class Nystromformer(BothWays):
 
 
 @MIXERS.register("nystromformer")
-class NystromformerConfig(Config):
+class NystromformerConfig(EvenHeadsConfig):
     """Nystroem approximation of attention; bidirectional."""
 
     kind: Literal["nystromformer"] = "nystromformer"
     renamed: ClassVar[dict[str, str]] = {"taps": "conv_size"}
-    heads: Annotated[int, Field(gt=0)] = 4
     landmarks: Annotated[int, Field(gt=0)] = 64
     iterations: Annotated[int, Field(gt=0, description="of the pseudo-inverse")] = 6
-    conv_size: Annotated[int, Field(ge=0, description="of the convolution beside it; 0 = none")] = (
-        33
-    )
+    conv_size: int = Field(default=33, ge=0, description="of the convolution beside it; 0 = none")
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> Nystromformer:
-        if d_model % self.heads:
-            raise ValueError(f"d_model {d_model} is not a multiple of heads {self.heads}")
-        return Nystromformer(d_model, self, linear)
-
-    @classmethod
-    def smallest(cls) -> NystromformerConfig:
-        return cls(heads=2, landmarks=3, conv_size=3)
+    layer = Nystromformer
+    small = {"heads": 2, "landmarks": 3, "conv_size": 3}

@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.errors import UserError
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.encoder_only.grid import GridMixer
 from mm.registry import MIXERS
 
@@ -34,11 +33,15 @@ class PEG(GridMixer):
     a line for what is no grid is a choice of this file (there, the class token passes by).
     """
 
-    kind = "peg"
     caps = Caps(causal=False, step=False)  # local: it does not bring all positions together
 
-    def __init__(self, d_model: int, conv_size: int):
+    def __init__(self, d_model: int, config: PEGConfig, linear: LinearFactory):
         super().__init__()
+        conv_size = config.conv_size
+        if conv_size % 2 == 0:
+            raise UserError(
+                f"peg: conv_size {conv_size} is even; a cell needs as many on either side"
+            )
         self.conv_size = conv_size
         self.weight = nn.Parameter(torch.empty(conv_size, conv_size, d_model))
         self.bias = nn.Parameter(torch.empty(d_model))
@@ -59,16 +62,11 @@ class PEG(GridMixer):
 
 
 @MIXERS.register("peg")
-class PEGConfig(Config):
+class PEGConfig(LayerConfig):
     """Conditional positions of grids by a depthwise convolution; bidirectional."""
 
     kind: Literal["peg"] = "peg"
     renamed: ClassVar[dict[str, str]] = {"taps": "conv_size"}
     conv_size: Annotated[int, Field(gt=1, description="rows and columns of the kernel, odd")] = 3
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> PEG:
-        if self.conv_size % 2 == 0:
-            raise UserError(
-                f"peg: conv_size {self.conv_size} is even; a cell needs as many on either side"
-            )
-        return PEG(d_model, self.conv_size)
+    layer = PEG

@@ -5,17 +5,15 @@ B rows, T tokens, D model, H heads, V value width, R rows of one document, L the
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.kernels.linear_scan import linear_scan
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
+from mm.model.layer_config import EvenHeadsConfig
 from mm.model.mixers.linear_attention.memory import ScaledSums
 from mm.registry import MIXERS
 from mm.state import State
@@ -33,8 +31,9 @@ class Aaren(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(self, d_model: int, heads: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: AarenConfig, linear: LinearFactory):
         super().__init__()
+        heads = config.heads
         self.heads, self.width = heads, d_model // heads
         self.kv = linear(d_model, 2 * d_model, "kv")
         self.query = nn.Parameter(torch.empty(heads, self.width))
@@ -72,17 +71,9 @@ class Aaren(Mixer):
 
 
 @MIXERS.register("aaren")
-class AarenConfig(Config):
+class AarenConfig(EvenHeadsConfig):
     """Softmax attention of a learned query, with a state of constant size."""
 
     kind: Literal["aaren"] = "aaren"
-    heads: Annotated[int, Field(gt=0)] = 4
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> Aaren:
-        if d_model % self.heads:
-            raise ValueError(f"aaren: {self.heads} heads do not divide d_model {d_model}")
-        return Aaren(d_model, self.heads, linear)
-
-    @classmethod
-    def smallest(cls) -> AarenConfig:
-        return cls(heads=2)
+    layer = Aaren

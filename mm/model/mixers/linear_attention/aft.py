@@ -12,12 +12,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.errors import UserError
 from mm.kernels.linear_scan import linear_scan
 from mm.model.context import Ctx
-from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
+from mm.model.layer import LinearFactory, Mixer, Out
+from mm.model.layer_config import LayerConfig
 from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS
 from mm.state import DataclassState, State
@@ -114,10 +113,10 @@ class AFT(Mixer):
     Source: Zhai et al. 2021 (arXiv:2105.14103), eq. 2 and section 3 (variants), in causal form.
     """
 
-    caps = Caps(causal=True, step=True)
-
     def __init__(self, d_model: int, config: AFTConfig, linear: LinearFactory):
         super().__init__()
+        if config.form == "conv" and d_model % config.heads:
+            raise ValueError(f"aft: heads {config.heads} do not divide d_model {d_model}")
         self.form, self.width = config.form, d_model
         self.window = {"simple": 0, "full": config.max_len}.get(config.form, config.window)
         self.max_len = config.max_len if config.form in ("local", "full") else None
@@ -209,7 +208,7 @@ class AFT(Mixer):
     ) -> tuple[Tensor, Averages]:
         """Outputs `(B, T, D)` of documents that go on from their slots."""
         assert isinstance(state, Averages)
-        (B, T), (N, W) = k.shape[:2], state.tail.shape[:2]
+        N, W = state.tail.shape[:2]
         docs, (first_sums, first_tail) = PackedRows.of(ctx.layout, N), self._before(state.sums)
         before, count = docs.read(state.sums, first_sums), docs.read(state.count, 0)
         rows = torch.stack((docs.unpack(k), docs.unpack(v)), 2)
@@ -218,13 +217,9 @@ class AFT(Mixer):
         y, sums = self._average(inputs, before.to(k), at)
         index = docs.length[:, None] + torch.arange(W, device=k.device)
         tail = inputs[torch.arange(len(inputs), device=k.device)[:, None], index]
-        w = docs.slot_writes(N)
-        after = Averages(
-            w.write(state.sums, docs.last(sums.to(before), before)),
-            w.write(state.tail, tail),
-            w.write(state.count, count + docs.length),
-        )
-        return docs.pack(y, B, T), after
+        last = docs.last(sums.to(before), before)
+        after = docs.write(state, sums=last, tail=tail, count=count + docs.length)
+        return docs.pack(y), after
 
     def initial_state(self, n: int, max_len: int) -> Averages:
         if self.max_len is not None and max_len > self.max_len:
@@ -237,22 +232,18 @@ class AFT(Mixer):
         sums, tail = (t.expand(n, *t.shape).clone() for t in self._before(like))
         return Averages(sums, tail, torch.zeros(n, dtype=torch.long, device=like.device))
 
-    def state_bytes(self, n: int, max_len: int) -> int:
-        item = max(next(self.parameters()).element_size(), 4)
-        return n * ((3 + 2 * self.window) * self.width * item + 8)
-
 
 @MIXERS.register("aft")
-class AFTConfig(Config):
+class AFTConfig(LayerConfig):
     """Attention-free transformer."""
 
     kind: Literal["aft"] = "aft"
     form: Literal["simple", "conv", "local", "full"] = "simple"
     heads: Annotated[int, Field(gt=0, description="of conv: a head has one key and bias")] = 4
     window: Annotated[int, Field(gt=0, description="of conv and local: distances with a bias")] = 32
-    max_len: Annotated[
-        int, Field(gt=0, description="of local and full: positions that are known")
-    ] = 2048
+    max_len: int = Field(
+        default=2048, gt=0, description="of local and full: positions that are known"
+    )
     rank: Annotated[int, Field(gt=0, description="of the factors of local's and full's bias")] = 128
 
     @model_validator(mode="after")
@@ -261,7 +252,4 @@ class AFTConfig(Config):
             raise ValueError(f"aft: window {self.window} exceeds max_len {self.max_len}: use full")
         return self
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> AFT:
-        if self.form == "conv" and d_model % self.heads:
-            raise ValueError(f"aft: heads {self.heads} do not divide d_model {d_model}")
-        return AFT(d_model, self, linear)
+    layer = AFT

@@ -7,20 +7,18 @@ length, C tokens of a chunk.
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from mm.config import Config
 from mm.kernels.linear_attention import linear_attention
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.linear_attention.linear_attention import (
-    LinearAttention,
-    LinearAttentionConfig,
+    SMALL_SCALAR,
     require_head_decay,
 )
 from mm.model.varlen import pieces
@@ -96,15 +94,16 @@ class CappedState(Mixer):
 
     caps = Caps(causal=True, step=True, sequential=True)
 
-    def __init__(self, inner: LinearAttention, cap: float):
+    def __init__(self, d_model: int, config: CappedStateConfig, linear: LinearFactory):
         super().__init__()
-        self.inner, self.cap = inner, cap
+        self.inner = require_head_decay(config.inner, "capped_state").build(d_model, linear)
+        self.cap = config.cap
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         tail, memory = parts_of(state, 2)
         f, tail = self.inner.features(x_BTD, ctx, tail)
-        q, k, v, g = f["q"], f["k"], f["v"], f.get("g")
-        g = (g if g is not None else q.new_zeros(())).expand(*q.shape[:3])
+        q, k, v = f["q"], f["k"], f["v"]
+        g = f.get("g", q.new_zeros(())).expand(q.shape[:3])
         op = partial(capped_attention, cap=self.cap)
         parts = (q, k, v, g, torch.ones_like(g[..., :1]))
         o, memory = self.inner.memory(op, parts, ctx, memory)
@@ -112,22 +111,14 @@ class CappedState(Mixer):
 
 
 @MIXERS.register("capped_state")
-class CappedStateConfig(Config):
+class CappedStateConfig(LayerConfig):
     """Linear attention whose state has a bounded norm."""
 
     kind: Literal["capped_state"] = "capped_state"
     inner: MixerField = Field(default="linear_attention", validate_default=True)
-    cap: Annotated[
-        float, Field(gt=0, description="Frobenius norm of a head's state; the largest in training")
-    ] = 10.0
+    cap: float = Field(
+        default=10.0, gt=0, description="Frobenius norm of a head's state; the largest in training"
+    )
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> CappedState:
-        inner = require_head_decay(self.inner, "capped_state")
-        return CappedState(inner.build(d_model, linear), self.cap)
-
-    @classmethod
-    def smallest(cls) -> CappedStateConfig:
-        inner = LinearAttentionConfig(
-            heads=2, feature="silu", normalise=False, decay="scalar", conv_size=3
-        )
-        return cls(inner=inner, cap=0.5)
+    layer = CappedState
+    small = {"inner": SMALL_SCALAR, "cap": 0.5}

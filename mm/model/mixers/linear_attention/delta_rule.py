@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.kernels.delta_rule import delta_rule
 from mm.kernels.glu import glu
 from mm.kernels.rms_norm import rms_norm
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, LinearMixer
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.conv.state import NoConv, ShortConv
 from mm.model.mixers.linear_attention.memory import MatrixMemory
 from mm.model.norm import RMSNorm
@@ -39,9 +38,15 @@ class DeltaRule(LinearMixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(self, d_model: int, config: DeltaRuleConfig, key_dim: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: DeltaRuleConfig, linear: LinearFactory):
         super().__init__()
-        c, H, K, V = config, config.heads, key_dim, config.value_dim or key_dim
+        c, H = config, config.heads
+        if c.key_dim is None and d_model % H:
+            raise ValueError(
+                f"delta_rule: d_model {d_model} is not a multiple of heads {H}; set key_dim"
+            )
+        K = c.key_dim or d_model // H
+        V = c.value_dim or K
         self.heads, self.key_dim, self.value_dim = H, K, V
         self.top = 2.0 if c.negative_eigenvalues else 1.0
         width, gated = H * (2 * K + V), c.gate == "scalar"
@@ -127,7 +132,7 @@ class DeltaRule(LinearMixer):
 
 
 @MIXERS.register("delta_rule")
-class DeltaRuleConfig(Config):
+class DeltaRuleConfig(LayerConfig):
     """Delta rule (fast weights that overwrite), optionally gated."""
 
     kind: Literal["delta_rule"] = "delta_rule"
@@ -135,34 +140,21 @@ class DeltaRuleConfig(Config):
     heads: Annotated[int, Field(gt=0)] = 4
     key_dim: Annotated[int, Field(gt=0, description="default: d_model / heads")] | None = None
     value_dim: Annotated[int, Field(gt=0, description="default: key_dim")] | None = None
-    conv_size: Annotated[
-        int, Field(gt=0, description="width of the causal convolution; 1: none")
-    ] = 4
-    gate: Annotated[
-        Literal["none", "scalar"], Field(description="decay of the state, one for each head")
-    ] = "none"
-    negative_eigenvalues: Annotated[
-        bool, Field(description="writing strengths in (0, 2), for tracking states, not (0, 1)")
-    ] = False
-    output_gate: Annotated[bool, Field(description="SiLU gate after the norm of the output")] = (
-        False
+    conv_size: int = Field(default=4, gt=0, description="width of the causal convolution; 1: none")
+    gate: Literal["none", "scalar"] = Field(
+        default="none", description="decay of the state, one for each head"
     )
+    negative_eigenvalues: bool = Field(
+        default=False, description="writing strengths in (0, 2), for tracking states, not (0, 1)"
+    )
+    output_gate: bool = Field(default=False, description="SiLU gate after the norm of the output")
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> DeltaRule:
-        if self.key_dim is None and d_model % self.heads:
-            raise ValueError(
-                f"delta_rule: d_model {d_model} is not a multiple of heads {self.heads}; "
-                "set key_dim"
-            )
-        return DeltaRule(d_model, self, self.key_dim or d_model // self.heads, linear)
-
-    @classmethod
-    def smallest(cls) -> DeltaRuleConfig:
-        return cls(
-            heads=2,
-            key_dim=4,
-            value_dim=6,
-            gate="scalar",
-            negative_eigenvalues=True,
-            output_gate=True,
-        )
+    layer = DeltaRule
+    small = {
+        "heads": 2,
+        "key_dim": 4,
+        "value_dim": 6,
+        "gate": "scalar",
+        "negative_eigenvalues": True,
+        "output_gate": True,
+    }

@@ -11,12 +11,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.model.layer import LinearFactory
-from mm.model.linears.dense import dense
+from mm.model.layer_config import EvenHeadsConfig
 from mm.model.mixers.linear_attention.linear_attention import LinearAttention, LinearAttentionConfig
 from mm.model.mixers.linear_attention.memory import MatrixMemory
-from mm.model.positions.base import Position
 from mm.registry import MIXERS
 
 
@@ -39,16 +37,10 @@ class EcoFormer(LinearAttention):
     Source: Liu et al. 2022 (arXiv:2209.09004), section 4.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        config: LinearAttentionConfig,
-        own: EcoFormerConfig,
-        key_dim: int,
-        linear: LinearFactory,
-    ):
-        super().__init__(d_model, config, key_dim, key_dim, Position(), linear)
-        self.bits = own.bits
+    def __init__(self, d_model: int, own: EcoFormerConfig, linear: LinearFactory):
+        base = LinearAttentionConfig(heads=own.heads, feature="relu", normalise=True)
+        super().__init__(d_model, base, linear)
+        key_dim, self.bits = self.key_dim, own.bits
         self.memory = MatrixMemory(own.heads, own.bits + 1, key_dim + 1)
         self.anchors = nn.Parameter(torch.empty(own.heads, own.anchors, key_dim))
         self.mix = nn.Parameter(torch.empty(own.heads, own.anchors, own.bits))
@@ -100,20 +92,12 @@ def hash_loss(codes_q: Tensor, codes_k: Tensor, attention: Tensor, pairs: int) -
 
 
 @MIXERS.register("ecoformer")
-class EcoFormerConfig(Config):
+class EcoFormerConfig(EvenHeadsConfig):
     """Linear attention over learned binary codes."""
 
     kind: Literal["ecoformer"] = "ecoformer"
-    heads: Annotated[int, Field(gt=0)] = 4
     bits: Annotated[int, Field(gt=0)] = 16
     anchors: Annotated[int, Field(gt=0, description="of the hash functions' kernels")] = 25
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> EcoFormer:
-        if d_model % self.heads:
-            raise ValueError(f"d_model {d_model} is not a multiple of heads {self.heads}")
-        base = LinearAttentionConfig(heads=self.heads, feature="relu", normalise=True)
-        return EcoFormer(d_model, base, self, d_model // self.heads, linear)
-
-    @classmethod
-    def smallest(cls) -> EcoFormerConfig:
-        return cls(heads=2, bits=5, anchors=4)
+    layer = EcoFormer
+    small = {"heads": 2, "bits": 5, "anchors": 4}

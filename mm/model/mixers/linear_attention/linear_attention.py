@@ -21,7 +21,7 @@ from mm.kernels.glu import glu
 from mm.kernels.linear_attention import linear_attention
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, LinearMixer, Provider
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.conv.state import NoConv, ShortConv
 from mm.model.mixers.linear_attention.lower_bounds import shared_bound, shared_bounds
 from mm.model.mixers.linear_attention.memory import MatrixMemory
@@ -45,17 +45,19 @@ class LinearAttention(LinearMixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(
-        self,
-        d_model: int,
-        config: LinearAttentionConfig,
-        key_dim: int,
-        value_dim: int,
-        position: Position,
-        linear: LinearFactory,
-    ):
+    def __init__(self, d_model: int, config: LinearAttentionConfig, linear: LinearFactory):
         super().__init__()
         c, H = config, config.heads
+        width = partial(head_width, c.kind, H, d_model)
+        key_dim = c.key_dim or width(c.expand_key, "expand_key")
+        value_dim = width(c.expand_value, "expand_value")
+        position = c.position.build(key_dim)
+        rotates = position.key or type(position).rotate is not Position.rotate
+        if c.position.kind != "none" and not rotates:
+            raise ValueError(
+                f"linear_attention: position '{c.position.kind}' does not rotate keys, and "
+                "there are no scores to change: use none or rope"
+            )
         refuse_drawn(position, "linear_attention")
         self.config, self.position = config, position
         self.heads, self.key_heads = H, c.key_heads or H
@@ -250,19 +252,18 @@ def head_width(kind: str, heads: int, d_model: int, expand: float, name: str) ->
 
 
 @MIXERS.register("linear_attention")
-class LinearAttentionConfig(Config):
+class LinearAttentionConfig(LayerConfig):
     """Linear attention with a feature map, a decay, a normaliser, a convolution, a norm, a gate."""
 
     kind: Literal["linear_attention"] = "linear_attention"
     renamed: ClassVar[dict[str, str]] = {"taps": "conv_size"}
     heads: Annotated[int, Field(gt=0)] = 4
-    key_heads: (
-        Annotated[int, Field(gt=0, description="query and key heads; default: heads")] | None
-    ) = None
-    key_dim: (
-        Annotated[int, Field(gt=0, description="per head; default: d_model * expand_key / heads")]
-        | None
-    ) = None
+    key_heads: int | None = Field(
+        default=None, gt=0, description="query and key heads; default: heads"
+    )
+    key_dim: int | None = Field(
+        default=None, gt=0, description="per head; default: d_model * expand_key / heads"
+    )
     expand_key: Annotated[float, Field(gt=0)] = 1.0
     expand_value: Annotated[float, Field(gt=0, description="all heads' values / d_model")] = 1.0
     feature: Literal["identity", "silu", "elu1", "relu", "taylor", "softmax"] = "elu1"
@@ -271,32 +272,31 @@ class LinearAttentionConfig(Config):
     normalise: Annotated[bool, Field(description="divide by the sum of weights")] = True
     position: PositionField = Field(default="none", validate_default=True)
     decay: Literal["none", "constant", "scalar", "channel", "step"] = "none"
-    rates: Annotated[
-        Literal["retnet", "alibi"], Field(description="constant decays over the heads")
-    ] = "retnet"
+    rates: Literal["retnet", "alibi"] = Field(
+        default="retnet", description="constant decays over the heads"
+    )
     rate: Annotated[float, Field(gt=0, description="factor of all constant log decays")] = 1.0
-    temperature: Annotated[
-        float, Field(gt=0, description="log decays of tokens are divided by it; < 1: forget more")
-    ] = 1.0
-    insert: Annotated[
-        float, Field(gt=0, description="factor of what tokens write; < 1: remember less")
-    ] = 1.0
+    temperature: float = Field(
+        default=1.0, gt=0, description="log decays of tokens are divided by it; < 1: forget more"
+    )
+    insert: float = Field(
+        default=1.0, gt=0, description="factor of what tokens write; < 1: remember less"
+    )
     lower_bound: (
         Annotated[float, Field(gt=0, lt=1, description="what a learned bound of decays begins as")]
         | Literal["shared"]  # with all layers: 0 in the first, growing with depth
         | None
     ) = None
-    decay_rank: (
-        Annotated[int, Field(gt=0, description="of the channel decay's projection; default: full")]
-        | None
-    ) = None
+    decay_rank: int | None = Field(
+        default=None, gt=0, description="of the channel decay's projection; default: full"
+    )
     key: Literal["free", "one_minus_decay"] = "free"
     skip: Annotated[bool, Field(description="add a learned share of the token's own value")] = False
     conv_size: Annotated[int, Field(ge=0, description="of a short convolution; 0 = none")] = 0
-    norm: Annotated[
-        Literal["none", "head", "layer", "full"],
-        Field(description="RMS by head, layer norm by head without scale, RMS over all heads"),
-    ] = "none"
+    norm: Literal["none", "head", "layer", "full"] = Field(
+        default="none",
+        description="RMS by head, layer norm by head without scale, RMS over all heads",
+    )
     gate: Literal["none", "silu", "sigmoid"] = "none"
     gate_first: Annotated[bool, Field(description="gate before the norm")] = False
 
@@ -322,21 +322,19 @@ class LinearAttentionConfig(Config):
             raise ValueError(f"heads {self.heads} is not a multiple of key_heads {self.key_heads}")
         return self
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> LinearAttention:
-        width = partial(head_width, self.kind, self.heads, d_model)
-        key_dim = self.key_dim or width(self.expand_key, "expand_key")
-        value_dim = width(self.expand_value, "expand_value")
-        position = self.position.build(key_dim)
-        if self.position.kind != "none" and type(position).rotate is Position.rotate:
-            raise ValueError(
-                f"linear_attention: position '{self.position.kind}' does not rotate keys, and "
-                "there are no scores to change: use none or rope"
-            )
-        return LinearAttention(d_model, self, key_dim, value_dim, position, linear)
+    layer = LinearAttention
+    small = {"heads": 2}
 
-    @classmethod
-    def smallest(cls) -> LinearAttentionConfig:
-        return cls(heads=2)
+
+# Settings of one that such wrappers take, for their laws.
+SMALL_SCALAR = {
+    "kind": "linear_attention",
+    "heads": 2,
+    "feature": "silu",
+    "normalise": False,
+    "decay": "scalar",
+    "conv_size": 3,
+}
 
 
 def require_head_decay(config: Config, kind: str, besides: str = "") -> LinearAttentionConfig:

@@ -6,23 +6,20 @@ document, L their length.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out, Stateful, StatePart
-from mm.model.linears.dense import dense
-from mm.model.mixers.linear_attention.delta_rule import DeltaRule, DeltaRuleConfig
+from mm.model.layer_config import LayerConfig
+from mm.model.mixers.linear_attention.delta_rule import DeltaRuleConfig
 from mm.model.mixers.linear_attention.linear_attention import (
-    LinearAttention,
-    LinearAttentionConfig,
+    SMALL_SCALAR,
     require_head_decay,
 )
 from mm.model.varlen import PackedRows, per_document, pieces
@@ -210,8 +207,7 @@ class BucketMemory(StatePart):
             gain: `(B, T, H, E)` weights of the levels.
         """
         q, k, v = f["q"].to(gain), f["k"].to(gain), f["v"].to(gain)
-        (B, T, H), g = q.shape[:3], f.get("g")
-        g = (g if g is not None else q.new_zeros(())).expand(B, T, H)
+        g = f.get("g", q.new_zeros(())).expand(q.shape[:3])
         parts = (q, k, v, g, gain, *([f["beta"]] if "beta" in f else []))
         if state is None:
             return per_document(self._first, ctx, *parts), None
@@ -220,9 +216,7 @@ class BucketMemory(StatePart):
         q, k, v, g, gain, *rest = map(docs.unpack, parts)
         S, count = docs.read(state.S), docs.read(state.count, 0).long()
         o, S = chunks(q, k, v, g, rest[0] if rest else None, gain, S, count, docs.length)
-        w = docs.slot_writes(state.S.shape[0])
-        after = Fenwick(w.write(state.S, S), w.write(state.count, count + docs.length))
-        return docs.pack(o, B, T), after
+        return docs.pack(o), docs.write(state, S=S, count=count + docs.length)
 
     def _first(
         self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, gain: Tensor, beta: Tensor | None = None
@@ -234,11 +228,7 @@ class BucketMemory(StatePart):
         return chunks(q, k, v, g, beta, gain[..., :E], S, none, torch.full_like(none, L))[0]
 
     def initial_state(self, n: int, max_len: int) -> Fenwick:
-        S = self.like.new_zeros(n, *self.shape, dtype=self.wide)
-        return Fenwick(S, torch.zeros(n, dtype=torch.long, device=S.device))
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return n * (math.prod(self.shape) * self.wide.itemsize + torch.long.itemsize)
+        return Fenwick(self.zeros(n, *self.shape), self.zeros(n, dtype=torch.long))
 
 
 class LogLinear(Mixer):
@@ -255,19 +245,16 @@ class LogLinear(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(
-        self,
-        d_model: int,
-        inner: LinearAttention | DeltaRule,
-        levels: int,
-        linear: LinearFactory,
-    ):
+    def __init__(self, d_model: int, config: LogLinearConfig, linear: LinearFactory):
         super().__init__()
+        wrapped, levels = config.inner, config.levels
+        if not isinstance(wrapped, DeltaRuleConfig):
+            wrapped = require_head_decay(wrapped, "log_linear", "a delta_rule, or ")
+        inner = wrapped.build(d_model, linear)
         self.inner, self.levels = inner, levels
         self.gain = linear(d_model, inner.heads * levels, "gain")
         self.gain_bias = nn.Parameter(torch.empty(inner.heads * levels))
-        heads, key_dim, value_dim = inner.memory.shape
-        self.memory = BucketMemory(heads, key_dim, value_dim, levels)
+        self.memory = BucketMemory(*inner.memory.shape, levels=levels)
 
     def stateful_parts(self) -> list[Stateful]:
         return [self.inner.conv, self.memory]
@@ -288,22 +275,14 @@ class LogLinear(Mixer):
 
 
 @MIXERS.register("log_linear")
-class LogLinearConfig(Config):
+class LogLinearConfig(LayerConfig):
     """Log-linear attention over a linear mixer."""
 
     kind: Literal["log_linear"] = "log_linear"
     inner: MixerField = Field(default="linear_attention", validate_default=True)
-    levels: Annotated[
-        int, Field(gt=1, description="buckets: exact to 2^(levels - 1) tokens, one beyond")
-    ] = 16
+    levels: int = Field(
+        default=16, gt=1, description="buckets: exact to 2^(levels - 1) tokens, one beyond"
+    )
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> LogLinear:
-        inner = self.inner
-        if not isinstance(inner, DeltaRuleConfig):
-            inner = require_head_decay(inner, "log_linear", "a delta_rule, or ")
-        return LogLinear(d_model, inner.build(d_model, linear), self.levels, linear)
-
-    @classmethod
-    def smallest(cls) -> LogLinearConfig:
-        inner = LinearAttentionConfig(heads=2, feature="silu", normalise=False, decay="scalar")
-        return cls(inner=inner, levels=4)
+    layer = LogLinear
+    small = {"inner": {**SMALL_SCALAR, "conv_size": 0}, "levels": 4}

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from mm.model.context import Ctx
-from mm.model.layer import StatePart
-from mm.model.mixers.ssm.scan import Hidden, RecurrentState, write_last
+from mm.model.mixers.ssm.scan import Hidden, RecurrentState
 from mm.model.varlen import PackedRows, per_document
 from mm.state import State
 
@@ -57,7 +56,7 @@ class MatrixMemory(RecurrentState):
         return self.advance(run, ctx, state)
 
 
-class ScaledSums(StatePart):
+class ScaledSums(RecurrentState):
     """Sums in units of ``exp(m)``, after ``peaks`` largest exponents m so far: -inf at first.
 
     Args:
@@ -66,8 +65,8 @@ class ScaledSums(StatePart):
     """
 
     def __init__(self, peaks: int, width: int):
-        super().__init__()
-        self.peaks, self.width = peaks, width
+        super().__init__(width)
+        self.peaks = peaks
 
     def forward(
         self,
@@ -84,22 +83,19 @@ class ScaledSums(StatePart):
             parts: `(B, T, ...)` each.
         """
         if state is None:
-            first = lambda x: self._first(x).expand(x.shape[0], -1)
-            return per_document(lambda *x: op(*x, first(x[0]))[0], ctx, *parts), None
-        assert isinstance(state, Hidden)
-        docs = PackedRows.of(ctx.layout, state.h.shape[0])
-        before = docs.read(state.h, self._first(state.h))
-        o, h = op(*map(docs.unpack, parts), before)
-        return docs.pack(o, *parts[0].shape[:2]), write_last(state, docs, before, h)
+            return per_document(lambda *x: op(*x, self.begin(len(x[0])))[0], ctx, *parts), None
 
-    def _first(self, like: Tensor) -> Tensor:
-        """`(W,)` before the first token: no exponent at all, and nothing summed up."""
-        first = like.new_zeros(self.width)
-        first[: self.peaks] = -torch.inf
-        return first
+        def run(docs: PackedRows, before: Tensor) -> tuple[Tensor, Tensor]:
+            o, h = op(*map(docs.unpack, parts), before)
+            return o, docs.last(h, before)
 
-    def initial_state(self, n: int, max_len: int) -> Hidden:
-        return Hidden(self._first(self.like.to(self.wide)).repeat(n, 1))
+        return self.advance(run, ctx, state)
 
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return n * self.width * self.wide.itemsize
+    def first(self) -> Tensor:
+        return self.begin(1)[0]
+
+    def begin(self, n: int) -> Tensor:
+        """`(n, W)`: no exponent at all, and nothing summed up."""
+        h = super().begin(n)
+        h[:, : self.peaks] = -torch.inf
+        return h

@@ -5,7 +5,6 @@ B rows, T tokens, D model, H heads, K key width, V value width, N slots.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -13,31 +12,28 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.kernels.linear_attention import linear_attention
 from mm.model.context import Ctx
-from mm.model.layer import LinearFactory, Stateful, StatePart
-from mm.model.linears.dense import dense
+from mm.model.layer import LinearFactory, Stateful
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.linear_attention.linear_attention import (
     EPS,
     LinearAttention,
     LinearAttentionConfig,
     append_ones,
-    head_width,
 )
 from mm.model.mixers.linear_attention.memory import MatrixMemory
-from mm.model.mixers.ssm.scan import Hidden, write_last
+from mm.model.mixers.ssm.scan import Hidden, RecurrentState
 from mm.model.varlen import PackedRows
 from mm.registry import MIXERS
 from mm.state import State, join_parts, parts_of
 
 
-class Peak(StatePart):
+class Peak(RecurrentState):
     """Keeps ``m_t = max(log f_t + m_{t-1}, i_t, 0)`` of each head, float64."""
 
     def __init__(self, heads: int):
-        super().__init__()
-        self.heads = heads
+        super().__init__(heads, dtype=torch.float64)
 
     @torch.no_grad()
     def forward(
@@ -48,24 +44,23 @@ class Peak(StatePart):
         Args:
             i_BTH: input gates; f_BTH: forget gates; logarithms of both.
         """
-        B, T = i_BTH.shape[:2]
-        assert state is None or isinstance(state, Hidden)
-        docs = PackedRows.of(ctx.layout, 0 if state is None else state.h.shape[0])
-        i, f = docs.unpack(i_BTH).double(), docs.unpack(f_BTH).double()
-        first = f.new_zeros(f.shape[0], self.heads) if state is None else docs.read(state.h)
-        # m_t = F_t + max(m_0, max_{s <= t} (max(i_s, 0) - F_s)), F the sums of log f.
-        total = f.cumsum(1)
-        lifted = torch.cat((first[:, None], i.clamp_min(0) - total), dim=1)
-        m = lifted.cummax(1).values[:, 1:] + total if T else f
-        fall = torch.cat((first[:, None], m[:, :-1]), 1) - m if T else m
-        after = write_last(state, docs, first, m) if state is not None else None
-        return docs.pack(m, B, T), docs.pack(fall, B, T), after
 
-    def initial_state(self, n: int, max_len: int) -> Hidden:
-        return Hidden(self.like.new_zeros(n, self.heads, dtype=torch.float64))
+        def run(docs: PackedRows, first: Tensor) -> tuple[Tensor, Tensor]:
+            i, f = docs.unpack(i_BTH).double(), docs.unpack(f_BTH).double()
+            # m_t = F_t + max(m_0, max_{s <= t} (max(i_s, 0) - F_s)), F the sums of log f.
+            total = f.cumsum(1)
+            lifted = torch.cat((first[:, None], i.clamp_min(0) - total), dim=1)
+            m = lifted.cummax(1).values[:, 1:] + total
+            fall = torch.cat((first[:, None], m[:, :-1]), 1)[:, : m.shape[1]] - m
+            return torch.stack((m, fall), 2), docs.last(m, first)
 
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return n * self.heads * torch.float64.itemsize
+        if state is None:
+            docs, after = PackedRows.of(ctx.layout, 0), None
+            both = docs.pack(run(docs, self.begin(len(docs.length)))[0])
+        else:
+            both, after = self.advance(run, ctx, state)
+        m, fall = both.unbind(2)
+        return m, fall, after
 
 
 class StabilisedMemory(Stateful):
@@ -109,16 +104,21 @@ class MLSTM(LinearAttention):
     and initial biases: Beck et al. 2025, xLSTM 7B (arXiv:2503.13427), section 3.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        config: MLSTMConfig,
-        inner: LinearAttentionConfig,
-        key_dim: int,
-        value_dim: int,
-        linear: LinearFactory,
-    ):
-        super().__init__(d_model, inner, key_dim, value_dim, inner.position.build(key_dim), linear)
+    def __init__(self, d_model: int, config: MLSTMConfig, linear: LinearFactory):
+        inner = LinearAttentionConfig(
+            heads=config.heads,
+            expand_key=config.expand_key,
+            expand_value=config.expand_value,
+            feature="identity",
+            normalise=False,
+            scale=True,
+            decay="none",  # ours comes with the input gate
+            conv_size=config.conv_size,
+            norm="layer",
+            gate="sigmoid",
+        )
+        super().__init__(d_model, inner, linear)
+        key_dim, value_dim = self.key_dim, self.value_dim
         self.cap, self.input_bias = config.soft_cap, config.input_bias
         conv = self.conv
         del self.conv, self.memory
@@ -166,7 +166,7 @@ class MLSTM(LinearAttention):
 
 
 @MIXERS.register("mlstm")
-class MLSTMConfig(Config):
+class MLSTMConfig(LayerConfig):
     """Matrix LSTM: parallel linear attention with exponential input gates (xLSTM)."""
 
     kind: Literal["mlstm"] = "mlstm"
@@ -178,22 +178,5 @@ class MLSTMConfig(Config):
     input_bias: Annotated[float, Field(description="what input gates begin as")] = -10.0
     conv_size: Annotated[int, Field(ge=0, description="of a short convolution; 0 = none")] = 0
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> MLSTM:
-        width = partial(head_width, self.kind, self.heads, d_model)
-        key_dim = width(self.expand_key, "expand_key")
-        value_dim = width(self.expand_value, "expand_value")
-        inner = LinearAttentionConfig(
-            heads=self.heads,
-            feature="identity",
-            normalise=False,
-            scale=True,
-            decay="none",  # ours comes with the input gate
-            conv_size=self.conv_size,
-            norm="layer",
-            gate="sigmoid",
-        )
-        return MLSTM(d_model, self, inner, key_dim, value_dim, linear)
-
-    @classmethod
-    def smallest(cls) -> MLSTMConfig:
-        return cls(heads=2, input_bias=0.0, conv_size=3)
+    layer = MLSTM
+    small = {"heads": 2, "input_bias": 0.0, "conv_size": 3}

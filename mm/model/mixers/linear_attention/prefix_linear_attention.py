@@ -13,15 +13,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from mm.config import Config
 from mm.errors import UserError
 from mm.kernels.linear_attention import linear_attention
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out, zero_gradient_touch
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.linear_attention.linear_attention import (
     EPS,
-    LinearAttention,
     LinearAttentionConfig,
     append_ones,
 )
@@ -43,9 +41,16 @@ class PrefixLinearAttention(Mixer):
 
     caps = Caps(causal=True, bidirectional=True, step=True)
 
-    def __init__(self, d_model: int, inner: LinearAttention, linear: LinearFactory):
+    def __init__(self, d_model: int, config: PrefixLinearAttentionConfig, linear: LinearFactory):
         super().__init__()
-        self.inner = inner
+        c = config.inner
+        plain = isinstance(c, LinearAttentionConfig) and c.decay == "none" and not c.conv_size
+        if not plain or c.position.kind != "none":
+            raise UserError(
+                "prefix_linear_attention wraps a linear_attention with decay: none, "
+                "conv_size: 0 and position: none, e.g. the settings of based"
+            )
+        self.inner = inner = c.build(d_model, linear)
         self.sizes = (inner.key_heads * inner.key_dim, inner.heads * inner.value_dim)
         self.encoder = linear(d_model, sum(self.sizes), "encoder")
 
@@ -106,22 +111,11 @@ def prefix_attention(
 
 
 @MIXERS.register("prefix_linear_attention")
-class PrefixLinearAttentionConfig(Config):
+class PrefixLinearAttentionConfig(LayerConfig):
     """Linear attention with an encoder's keys and values for the prefix."""
 
     kind: Literal["prefix_linear_attention"] = "prefix_linear_attention"
     inner: MixerField = Field(default="linear_attention", validate_default=True)
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> PrefixLinearAttention:
-        c = self.inner
-        plain = isinstance(c, LinearAttentionConfig) and c.decay == "none" and not c.conv_size
-        if not plain or c.position.kind != "none":
-            raise UserError(
-                "prefix_linear_attention wraps a linear_attention with decay: none, "
-                "conv_size: 0 and position: none, e.g. the settings of based"
-            )
-        return PrefixLinearAttention(d_model, c.build(d_model, linear), linear)
-
-    @classmethod
-    def smallest(cls) -> PrefixLinearAttentionConfig:
-        return cls(inner=MIXERS.get("linear_attention").smallest())
+    layer = PrefixLinearAttention
+    small = {"inner": {"kind": "linear_attention", "heads": 2}}

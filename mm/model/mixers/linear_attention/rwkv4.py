@@ -10,11 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.kernels.linear_scan import linear_scan
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.conv.state import TokenTail
 from mm.model.mixers.linear_attention.memory import ScaledSums
 from mm.registry import MIXERS
@@ -35,7 +34,7 @@ class RWKV4(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(self, d_model: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: RWKV4Config, linear: LinearFactory):
         super().__init__()
         D = d_model
         self.mix = nn.Parameter(torch.empty(3, D))
@@ -94,10 +93,9 @@ class RWKV4(Mixer):
 
 
 @MIXERS.register("rwkv4")
-class RWKV4Config(Config):
+class RWKV4Config(LayerConfig):
     """RWKV-4: a decaying average of values by channel, with a bonus for the token itself."""
 
     kind: Literal["rwkv4"] = "rwkv4"
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> RWKV4:
-        return RWKV4(d_model, linear)
+    layer = RWKV4

@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.kernels.linear_attention import linear_attention
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
+from mm.model.layer_config import EvenHeadsConfig
 from mm.model.mixers.conv.state import TokenTail
 from mm.model.mixers.linear_attention.memory import MatrixMemory
 from mm.registry import MIXERS
@@ -39,7 +38,7 @@ class RWKV6(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(self, config: RWKV6Config, d_model: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: RWKV6Config, linear: LinearFactory):
         super().__init__()
         self.config, self.heads, D = config, config.heads, d_model
         low = config.mix_rank
@@ -127,19 +126,12 @@ def late_attention(
 
 
 @MIXERS.register("rwkv6")
-class RWKV6Config(Config):
+class RWKV6Config(EvenHeadsConfig):
     """RWKV-6: decays by channel and token, token shift, a bonus for the token itself."""
 
     kind: Literal["rwkv6"] = "rwkv6"
-    heads: Annotated[int, Field(gt=0)] = 4
     mix_rank: Annotated[int, Field(gt=0, description="of the network that mixes two tokens")] = 32
     decay_rank: Annotated[int, Field(gt=0, description="of the decay's projection")] = 64
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> RWKV6:
-        if d_model % self.heads:
-            raise ValueError(f"rwkv6: {self.heads} heads do not divide d_model {d_model}")
-        return RWKV6(self, d_model, linear)
-
-    @classmethod
-    def smallest(cls) -> RWKV6Config:
-        return cls(heads=2, mix_rank=2, decay_rank=2)
+    layer = RWKV6
+    small = {"heads": 2, "mix_rank": 2, "decay_rank": 2}

@@ -14,14 +14,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from mm.config import Config
 from mm.kernels.linear_attention import linear_attention
 from mm.model.context import Ctx
-from mm.model.layer import Caps, LinearFactory, Mixer, Out, Stateful, StatePart
-from mm.model.linears.dense import dense
+from mm.model.layer import LinearFactory, Mixer, Out, Stateful, StatePart
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.linear_attention.linear_attention import (
-    LinearAttention,
-    LinearAttentionConfig,
+    SMALL_SCALAR,
     require_head_decay,
 )
 from mm.model.varlen import PackedRows, per_document
@@ -84,22 +82,17 @@ class WindowMemory(StatePart):
         if state is None:
             return per_document(self._first, ctx, q, k, v, g), None
         assert isinstance(state, Windowed)
-        (B, T), N = q.shape[:2], state.S.shape[0]
-        docs = PackedRows.of(ctx.layout, N)
+        docs = PackedRows.of(ctx.layout, state.S.shape[0])
         k, v, g = (
             torch.cat((docs.read(before), docs.unpack(t)), 1)
             for before, t in ((state.k, k), (state.v, v), (state.g, g))
         )
         o, S = windowed_attention(docs.unpack(q), k, v, g, docs.read(state.S), docs.length)
-        w = docs.slot_writes(N)
         # The window before the token at position P + length.
         index = docs.length[:, None] + torch.arange(self.window, device=k.device)
         row = torch.arange(len(k), device=k.device)[:, None]
         k, v, g = (t[row, index] for t in (k, v, g))
-        after = Windowed(
-            w.write(state.S, S), w.write(state.k, k), w.write(state.v, v), w.write(state.g, g)
-        )
-        return docs.pack(o, B, T), after
+        return docs.pack(o), docs.write(state, S=S, k=k, v=v, g=g)
 
     def _first(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
         before = (0, 0, 0, 0, self.window, 0)
@@ -107,12 +100,7 @@ class WindowMemory(StatePart):
 
     def initial_state(self, n: int, max_len: int) -> Windowed:
         P, H, K, V = self.window, self.heads, self.key_dim, self.value_dim
-        zeros = lambda *shape: self.like.new_zeros(n, *shape, dtype=self.wide)
-        return Windowed(zeros(H, K, V), zeros(P, H, K), zeros(P, H, V), zeros(P, H))
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        K, V = self.key_dim, self.value_dim
-        return n * self.heads * (K * V + self.window * (K + V + 1)) * self.wide.itemsize
+        return Windowed(*(self.zeros(n, *s) for s in ((H, K, V), (P, H, K), (P, H, V), (P, H))))
 
 
 class WindowedState(Mixer):
@@ -125,12 +113,10 @@ class WindowedState(Mixer):
     window by state difference.
     """
 
-    caps = Caps(causal=True, step=True)
-
-    def __init__(self, inner: LinearAttention, window: int):
+    def __init__(self, d_model: int, config: WindowedStateConfig, linear: LinearFactory):
         super().__init__()
-        heads, key_dim, value_dim = inner.memory.shape
-        self.inner, self.memory = inner, WindowMemory(heads, key_dim, value_dim, window)
+        self.inner = require_head_decay(config.inner, "windowed_state").build(d_model, linear)
+        self.memory = WindowMemory(*self.inner.memory.shape, window=config.window)
 
     def stateful_parts(self) -> list[Stateful]:
         return [self.inner.conv, self.memory]
@@ -138,27 +124,19 @@ class WindowedState(Mixer):
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         tail, memory = parts_of(state, 2)
         f, tail = self.inner.features(x_BTD, ctx, tail)
-        q, k, v, g = f["q"], f["k"], f["v"], f.get("g")
-        g = (g if g is not None else q.new_zeros(())).expand(*q.shape[:3])
+        q, k, v = f["q"], f["k"], f["v"]
+        g = f.get("g", q.new_zeros(())).expand(q.shape[:3])
         o, memory = self.memory(q, k, v, g, ctx, memory)
         return Out(self.inner.finish(o, x_BTD, f, ctx), join_parts(tail, memory))
 
 
 @MIXERS.register("windowed_state")
-class WindowedStateConfig(Config):
+class WindowedStateConfig(LayerConfig):
     """Linear attention over the last ``window`` tokens, by the difference of two states."""
 
     kind: Literal["windowed_state"] = "windowed_state"
     inner: MixerField = Field(default="linear_attention", validate_default=True)
     window: Annotated[int, Field(gt=0, description="tokens; no more than training saw")] = 1024
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> WindowedState:
-        inner = require_head_decay(self.inner, "windowed_state")
-        return WindowedState(inner.build(d_model, linear), self.window)
-
-    @classmethod
-    def smallest(cls) -> WindowedStateConfig:
-        inner = LinearAttentionConfig(
-            heads=2, feature="silu", normalise=False, decay="scalar", conv_size=3
-        )
-        return cls(inner=inner, window=3)
+    layer = WindowedState
+    small = {"inner": SMALL_SCALAR, "window": 3}

@@ -9,15 +9,15 @@ does not.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.ssm.scan import RecurrentState
 from mm.model.varlen import PackedRows, per_document
 from mm.state import State
@@ -99,18 +99,16 @@ class Cell(Recurrence):
         return states[..., : self.width], states
 
 
-class RNNConfig(Config):
+class RNNConfig(LayerConfig):
     """What `RNN` is built of."""
 
     width: Annotated[int, Field(gt=0, description="default d_model")] | None = None
-    rank: (
-        Annotated[int, Field(gt=0, description="of the state's matrices; default full")] | None
-    ) = None
+    rank: int | None = Field(
+        default=None, gt=0, description="of the state's matrices; default full"
+    )
     diagonal: Annotated[bool, Field(description="a low rank is beside a diagonal")] = False
 
-    @classmethod
-    def smallest(cls) -> Self:
-        return cls(width=6)
+    small = {"width": 6}
 
 
 class RNN(Recurrence):
@@ -128,7 +126,7 @@ class RNN(Recurrence):
     gates: ClassVar[int]
     parts: ClassVar[int]  # vectors of width W that the state holds
 
-    def __init__(self, config: RNNConfig, d_model: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: RNNConfig, linear: LinearFactory):
         width, rank = config.width or d_model, config.rank
         super().__init__(width, self.parts * width, wide=False)  # as torch's kernels move it
         self.rank, rows = rank, self.gates * width

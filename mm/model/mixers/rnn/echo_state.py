@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.model.layer import LinearFactory
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.rnn.base import Cell
 from mm.registry import MIXERS
 
@@ -70,7 +69,7 @@ class EchoState(Cell):
 
 
 @MIXERS.register("echo_state")
-class EchoStateConfig(Config):
+class EchoStateConfig(LayerConfig):
     """Untrained residual reservoir with a trained readout, sequential in time."""
 
     kind: Literal["echo_state"] = "echo_state"
@@ -82,9 +81,5 @@ class EchoStateConfig(Config):
     input_scale: Annotated[float, Field(gt=0)] = 1.0
     bias_scale: Annotated[float, Field(ge=0)] = 0.1
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> EchoState:
-        return EchoState(d_model, self, linear)
-
-    @classmethod
-    def smallest(cls) -> EchoStateConfig:
-        return cls(width=6)
+    layer = EchoState
+    small = {"width": 6}

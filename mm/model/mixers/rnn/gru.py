@@ -10,8 +10,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mm.model.layer import LinearFactory
-from mm.model.linears.dense import dense
 from mm.model.mixers.rnn.base import RNN, RNNConfig
 from mm.registry import MIXERS
 
@@ -43,5 +41,4 @@ class GRUConfig(RNNConfig):
 
     kind: Literal["gru"] = "gru"
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> GRU:
-        return GRU(self, d_model, linear)
+    layer = GRU

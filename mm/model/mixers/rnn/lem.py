@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.model.layer import LinearFactory
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.rnn.base import Cell
 from mm.registry import MIXERS
 
@@ -30,9 +29,10 @@ class LEM(Cell):
     Source: Rusch et al. 2022 (arXiv:2110.04744), section 2, the discretised form.
     """
 
-    def __init__(self, d_model: int, width: int, dt: float, linear: LinearFactory):
+    def __init__(self, d_model: int, config: LEMConfig, linear: LinearFactory):
+        width = config.width or d_model
         super().__init__(width, 2 * width)
-        self.dt = dt
+        self.dt = config.dt
         self.inner = linear(d_model, 4 * width, "inner")  # d, e, z, y
         self.bias = nn.Parameter(torch.empty(4 * width))
         self.from_y = nn.Parameter(torch.empty(3 * width, width))
@@ -58,16 +58,12 @@ class LEM(Cell):
 
 
 @MIXERS.register("lem")
-class LEMConfig(Config):
+class LEMConfig(LayerConfig):
     """Long expressive memory: two states with learned time steps, sequential."""
 
     kind: Literal["lem"] = "lem"
     width: Annotated[int, Field(gt=0, description="default d_model")] | None = None
     dt: Annotated[float, Field(gt=0, le=1, description="largest time step")] = 1.0
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> LEM:
-        return LEM(d_model, self.width or d_model, self.dt, linear)
-
-    @classmethod
-    def smallest(cls) -> LEMConfig:
-        return cls(width=6)
+    layer = LEM
+    small = {"width": 6}

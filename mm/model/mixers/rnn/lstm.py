@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm.kernels.linear_scan import linear_scan
-from mm.model.layer import LinearFactory
-from mm.model.linears.dense import dense
 from mm.model.mixers.rnn.base import RNN, RNNConfig
 from mm.registry import MIXERS
 
@@ -65,5 +63,4 @@ class LSTMConfig(RNNConfig):
 
     kind: Literal["lstm"] = "lstm"
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> LSTM:
-        return LSTM(self, d_model, linear)
+    layer = LSTM

@@ -11,10 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.kernels.linear_scan import linear_scan
 from mm.model.layer import LinearFactory
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.rnn.base import Recurrence
 from mm.registry import MIXERS
 
@@ -30,7 +29,7 @@ class SCRN(Recurrence):
 
     overwrites = True
 
-    def __init__(self, config: SCRNConfig, d_model: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: SCRNConfig, linear: LinearFactory):
         width, context = config.width or d_model, config.context
         super().__init__(width + context, width + context)
         self.units, self.context, self.decay = width, context, config.decay
@@ -66,7 +65,7 @@ class SCRN(Recurrence):
 
 
 @MIXERS.register("scrn")
-class SCRNConfig(Config):
+class SCRNConfig(LayerConfig):
     """Simple recurrent network beside slow context units, sequential in time."""
 
     kind: Literal["scrn"] = "scrn"
@@ -75,9 +74,5 @@ class SCRNConfig(Config):
     decay: Annotated[float, Field(gt=0, lt=1, description="of the slow units")] = 0.95
     adaptive: Annotated[bool, Field(description="learn the decay of each slow unit")] = False
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> SCRN:
-        return SCRN(self, d_model, linear)
-
-    @classmethod
-    def smallest(cls) -> SCRNConfig:
-        return cls(width=6, context=3, adaptive=True)
+    layer = SCRN
+    small = {"width": 6, "context": 3, "adaptive": True}

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.model.layer import LinearFactory
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.rnn.base import Cell
 from mm.registry import MIXERS
 
@@ -35,7 +34,10 @@ class SLSTM(Cell):
     Source: Beck et al. 2024, xLSTM (arXiv:2405.04517), section 2.2, eq. 8-17.
     """
 
-    def __init__(self, d_model: int, width: int, heads: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: SLSTMConfig, linear: LinearFactory):
+        width, heads = config.width or d_model, config.heads
+        if width % heads:
+            raise ValueError(f"slstm: width {width} is not a multiple of heads {heads}")
         super().__init__(width, 4 * width)
         self.heads = heads
         K = width // heads
@@ -81,19 +83,12 @@ class SLSTM(Cell):
 
 
 @MIXERS.register("slstm")
-class SLSTMConfig(Config):
+class SLSTMConfig(LayerConfig):
     """Scalar LSTM with exponential gates and memory mixing in heads (xLSTM), sequential in time."""
 
     kind: Literal["slstm"] = "slstm"
     width: Annotated[int, Field(gt=0, description="default d_model")] | None = None
     heads: Annotated[int, Field(gt=0, description="blocks of the recurrent matrices")] = 4
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> SLSTM:
-        width = self.width or d_model
-        if width % self.heads:
-            raise ValueError(f"slstm: width {width} is not a multiple of heads {self.heads}")
-        return SLSTM(d_model, width, self.heads, linear)
-
-    @classmethod
-    def smallest(cls) -> SLSTMConfig:
-        return cls(width=6, heads=2)
+    layer = SLSTM
+    small = {"width": 6, "heads": 2}

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from mm.config import Config
 from mm.model.layer import LinearFactory
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.rnn.base import Recurrence
 from mm.registry import MIXERS
 
@@ -36,7 +35,8 @@ class Unitary(Recurrence):
 
     caps = replace(Recurrence.caps, sequential=False)
 
-    def __init__(self, d_model: int, heads: int, head_dim: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: UnitaryConfig, linear: LinearFactory):
+        heads, head_dim = config.heads, config.head_dim
         super().__init__(heads * head_dim, heads * head_dim)
         self.heads, self.head_dim = heads, head_dim
         self.angles = linear(d_model, heads * head_dim * (head_dim - 1) // 2, "angles")
@@ -77,16 +77,12 @@ class Unitary(Recurrence):
 
 
 @MIXERS.register("unitary")
-class UnitaryConfig(Config):
+class UnitaryConfig(LayerConfig):
     """Rotations chosen by the tokens, without any non-linearity."""
 
     kind: Literal["unitary"] = "unitary"
     heads: Annotated[int, Field(gt=0)] = 4
     head_dim: Annotated[int, Field(gt=1)] = 8
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> Unitary:
-        return Unitary(d_model, self.heads, self.head_dim, linear)
-
-    @classmethod
-    def smallest(cls) -> UnitaryConfig:
-        return cls(heads=2, head_dim=3)
+    layer = Unitary
+    small = {"heads": 2, "head_dim": 3}

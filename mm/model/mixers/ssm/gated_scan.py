@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.kernels.complex_scan import complex_scan
 from mm.kernels.linear_scan import linear_scan
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out, Provider
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.linear_attention.lower_bounds import shared_bound, shared_bounds
 from mm.model.mixers.ssm.scan import DiagonalScan
 from mm.model.norm import RMSNorm
@@ -76,7 +75,7 @@ class GatedScan(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(self, config: GatedScanConfig, d_model: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: GatedScanConfig, linear: LinearFactory):
         super().__init__()
         width = config.width or d_model
         self.config, self.width = config, width
@@ -193,7 +192,7 @@ class GatedScan(Mixer):
 
 
 @MIXERS.register("gated_scan")
-class GatedScanConfig(Config):
+class GatedScanConfig(LayerConfig):
     """Gated diagonal recurrence; its defaults are minGRU."""
 
     kind: Literal["gated_scan"] = "gated_scan"
@@ -201,13 +200,13 @@ class GatedScanConfig(Config):
     gate: Gate = "update"
     candidate: Activation = "positive"
     keyed: Annotated[bool, Field(description="candidate times a key, state times a query")] = False
-    phase: Annotated[
-        Literal["none", "fixed", "token"],
-        Field(description="complex decays: a phase per channel, or one per token and channel"),
-    ] = "none"
-    complex_values: Annotated[
-        bool, Field(description="the candidate has an imaginary part and both parts are read")
-    ] = False
+    phase: Literal["none", "fixed", "token"] = Field(
+        default="none",
+        description="complex decays: a phase per channel, or one per token and channel",
+    )
+    complex_values: bool = Field(
+        default=False, description="the candidate has an imaginary part and both parts are read"
+    )
     lower_bound: (
         Annotated[
             float, Field(gt=0, lt=1, description="initial value of the learned bound of decays")
@@ -215,12 +214,12 @@ class GatedScanConfig(Config):
         | Literal["shared"]  # with all layers: 0 in the first, growing with depth
         | None
     ) = None
-    remember: Annotated[
-        float, Field(description="initial bias of the gates, positive: longer memory")
-    ] = 0.0
-    log_space: Annotated[
-        bool, Field(description="of positive candidates: scan and carry logarithms")
-    ] = False
+    remember: float = Field(
+        default=0.0, description="initial bias of the gates, positive: longer memory"
+    )
+    log_space: bool = Field(
+        default=False, description="of positive candidates: scan and carry logarithms"
+    )
     output_gate: Activation | None = None
     norm: bool = False
 
@@ -240,9 +239,5 @@ class GatedScanConfig(Config):
             )
         return self
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> GatedScan:
-        return GatedScan(self, d_model, linear)
-
-    @classmethod
-    def smallest(cls) -> GatedScanConfig:
-        return cls(width=6)
+    layer = GatedScan
+    small = {"width": 6}

@@ -5,7 +5,6 @@ B rows, T tokens, D model, E channels, N states of each, M readouts.
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
 import torch
@@ -13,12 +12,16 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
 from mm.model.mixers.ssm.dense import DenseMemory
-from mm.model.mixers.ssm.hippo_matrices import Discretisation, Measure, discretise, hippo
+from mm.model.mixers.ssm.hippo_matrices import (
+    Discretisation,
+    Measure,
+    StepsConfig,
+    discretise,
+    hippo,
+)
 from mm.registry import MIXERS
 from mm.state import State
 
@@ -41,7 +44,7 @@ class HiPPOMemory(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(self, config: HiPPOConfig, d_model: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: HiPPOConfig, linear: LinearFactory):
         super().__init__()
         self.config, channels = config, config.width or d_model
         self.memory = DenseMemory(channels, config.states)
@@ -61,7 +64,7 @@ class HiPPOMemory(Mixer):
     def init_weights(self) -> None:
         c = self.config
         if c.window is None:
-            nn.init.uniform_(self.log_step, math.log(c.step_min), math.log(c.step_max))
+            c.draw_steps(self.log_step)
             nn.init.normal_(self.readout)
         nn.init.normal_(self.skip)
         if c.trainable:
@@ -104,29 +107,22 @@ class HiPPOMemory(Mixer):
 
 
 @MIXERS.register("hippo")
-class HiPPOConfig(Config):
+class HiPPOConfig(StepsConfig):
     """Polynomial memory with learned readouts; its defaults are LSSL-f."""
 
     kind: Literal["hippo"] = "hippo"
     measure: Measure = "legs"
     states: Annotated[int, Field(gt=0, description="coefficients a channel")] = 64
     discretisation: Discretisation = "bilinear"
-    width: Annotated[int, Field(gt=0, description="channels; default the model's own")] | None = (
-        None
-    )
+    width: int | None = Field(default=None, gt=0, description="channels; default the model's own")
     readouts: Annotated[int, Field(gt=0, description="outputs a channel")] = 1
-    window: (
-        Annotated[float, Field(gt=0, description="tokens in a unit of time; default: learned")]
-        | None
-    ) = None
+    window: float | None = Field(
+        default=None, gt=0, description="tokens in a unit of time; default: learned"
+    )
     trainable: Annotated[bool, Field(description="learn A, from where the measure has it")] = False
-    step_min: Annotated[float, Field(gt=0)] = 0.001
-    step_max: Annotated[float, Field(gt=0, description="learned steps begin in this range")] = 0.1
 
     @model_validator(mode="after")
     def _fits(self) -> HiPPOConfig:
-        if self.step_min > self.step_max:
-            raise ValueError(f"hippo: step_min {self.step_min} is above step_max {self.step_max}")
         if self.trainable and self.measure not in ("legs", "lagt"):
             raise ValueError(
                 f"hippo: trainable begins from legs or lagt, not {self.measure}; set measure: legs"
@@ -135,9 +131,5 @@ class HiPPOConfig(Config):
             raise ValueError(f"hippo: fourier has pairs of states, {self.states} is odd")
         return self
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> HiPPOMemory:
-        return HiPPOMemory(self, d_model, linear)
-
-    @classmethod
-    def smallest(cls) -> HiPPOConfig:
-        return cls(states=4, readouts=2)
+    layer = HiPPOMemory
+    small = {"states": 4, "readouts": 2}

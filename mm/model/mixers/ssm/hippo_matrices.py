@@ -5,13 +5,34 @@ N states, D channels.
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Annotated, Literal, Self
 
 import torch
-from torch import Tensor
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from mm.model.layer_config import LayerConfig
 
 Measure = Literal["legs", "legt", "lmu", "lagt", "fourier"]
 Discretisation = Literal["bilinear", "zoh", "euler", "backward"]
+
+
+class StepsConfig(LayerConfig):
+    """Of a layer that learns time steps."""
+
+    step_min: Annotated[float, Field(gt=0)] = 0.001
+    step_max: Annotated[float, Field(gt=0, description="time steps begin in this range")] = 0.1
+
+    @model_validator(mode="after")
+    def _steps(self) -> Self:
+        if self.step_min > self.step_max:
+            raise ValueError(f"step_min {self.step_min} is above step_max {self.step_max}")
+        return self
+
+    def draw_steps(self, log_step: Tensor) -> None:
+        """Fill with logarithms of steps, evenly."""
+        nn.init.uniform_(log_step, math.log(self.step_min), math.log(self.step_max))
 
 
 def hippo(measure: Measure, n: int) -> tuple[Tensor, Tensor]:

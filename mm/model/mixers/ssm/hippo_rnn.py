@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.model.layer import LinearFactory
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.rnn.base import Cell
 from mm.model.mixers.ssm.hippo_matrices import hippo
 from mm.registry import MIXERS
@@ -34,7 +33,8 @@ class HiPPORNN(Cell):
     Source: Gu et al. 2020, HiPPO (arXiv:2008.07669), section 2.4 and theorem 2.
     """
 
-    def __init__(self, d_model: int, width: int, states: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: HiPPORNNConfig, linear: LinearFactory):
+        width, states = config.width or d_model, config.states
         super().__init__(width, width + states + 1)
         self.orders = states
         self.inner = linear(d_model, 2 * width, "inner")  # gate, update
@@ -72,16 +72,12 @@ class HiPPORNN(Cell):
 
 
 @MIXERS.register("hippo_rnn")
-class HiPPORNNConfig(Config):
+class HiPPORNNConfig(LayerConfig):
     """Gated recurrent cell with a HiPPO-LegS memory, sequential."""
 
     kind: Literal["hippo_rnn"] = "hippo_rnn"
     width: Annotated[int, Field(gt=0, description="default d_model")] | None = None
     states: Annotated[int, Field(gt=0, description="coefficients of the memory")] = 64
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> HiPPORNN:
-        return HiPPORNN(d_model, self.width or d_model, self.states, linear)
-
-    @classmethod
-    def smallest(cls) -> HiPPORNNConfig:
-        return cls(width=6, states=4)
+    layer = HiPPORNN
+    small = {"width": 6, "states": 4}

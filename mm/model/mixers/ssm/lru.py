@@ -12,11 +12,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.kernels.complex_scan import complex_scan
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.ssm.scan import DiagonalScan
 from mm.registry import MIXERS
 from mm.state import State
@@ -34,7 +33,7 @@ class LRU(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(self, config: LRUConfig, d_model: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: LRUConfig, linear: LinearFactory):
         super().__init__()
         self.config = config
         self.width = width = config.width or d_model
@@ -76,17 +75,13 @@ class LRU(Mixer):
 
 
 @MIXERS.register("lru")
-class LRUConfig(Config):
+class LRUConfig(LayerConfig):
     """Linear recurrent unit: a complex diagonal recurrence with fixed decays."""
 
     kind: Literal["lru"] = "lru"
-    width: Annotated[int, Field(gt=0, description="complex channels; default d_model")] | None = (
-        None
-    )
+    width: int | None = Field(default=None, gt=0, description="complex channels; default d_model")
     r_min: Annotated[float, Field(ge=0, lt=1)] = 0.4
-    r_max: Annotated[float, Field(gt=0, lt=1, description="|lambda| begins in [r_min, r_max]")] = (
-        0.99
-    )
+    r_max: float = Field(default=0.99, gt=0, lt=1, description="|lambda| begins in [r_min, r_max]")
     max_phase: Annotated[float, Field(gt=0, le=2 * math.pi)] = 2 * math.pi
 
     @model_validator(mode="after")
@@ -95,9 +90,5 @@ class LRUConfig(Config):
             raise ValueError(f"lru: r_min {self.r_min} is not below r_max {self.r_max}")
         return self
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> LRU:
-        return LRU(self, d_model, linear)
-
-    @classmethod
-    def smallest(cls) -> LRUConfig:
-        return cls(width=6)
+    layer = LRU
+    small = {"width": 6}

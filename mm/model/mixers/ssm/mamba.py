@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.kernels.glu import glu
 from mm.kernels.selective_scan import selective_scan
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.conv.state import ShortConv
 from mm.model.mixers.ssm.scan import Hidden, RecurrentState, starts
 from mm.model.norm import RMSNorm
@@ -70,7 +69,7 @@ class Mamba(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(self, config: MambaConfig, d_model: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: MambaConfig, linear: LinearFactory):
         super().__init__()
         width, states = config.expand * d_model, config.states
         self.states, self.rank = states, (rank := config.rank or -(-d_model // 16))
@@ -118,7 +117,7 @@ class Mamba(Mixer):
 
 
 @MIXERS.register("mamba")
-class MambaConfig(Config):
+class MambaConfig(LayerConfig):
     """Selective state space model (Mamba-1)."""
 
     kind: Literal["mamba"] = "mamba"
@@ -126,14 +125,10 @@ class MambaConfig(Config):
     expand: Annotated[int, Field(gt=0, description="inner width / d_model")] = 2
     states: Annotated[int, Field(gt=0, description="states of a channel")] = 16
     conv_size: Annotated[int, Field(gt=1, description="width of the causal convolution")] = 4
-    rank: (
-        Annotated[int, Field(gt=0, description="of the step size; default d_model / 16")] | None
-    ) = None
+    rank: int | None = Field(
+        default=None, gt=0, description="of the step size; default d_model / 16"
+    )
     norms: Annotated[bool, Field(description="RMS norms of step size, B and C (Jamba)")] = False
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> Mamba:
-        return Mamba(self, d_model, linear)
-
-    @classmethod
-    def smallest(cls) -> MambaConfig:
-        return cls(expand=1, states=3)
+    layer = Mamba
+    small = {"expand": 1, "states": 3}

@@ -6,18 +6,17 @@ rows of one document, L tokens.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.kernels.linear_scan import linear_scan
 from mm.model.context import Ctx
 from mm.model.layer import LinearFactory
-from mm.model.linears.dense import dense
+from mm.model.layer_config import EvenHeadsConfig
 from mm.model.mixers.encoder_only.base import valid_of
 from mm.model.mixers.encoder_only.grid import GridMixer
 from mm.model.mixers.ssm.plstm_blocks import gating_in_blocks
@@ -94,16 +93,9 @@ class PLSTM(GridMixer):
     Source: Pöppel et al. 2025 (arXiv:2506.11997), its P-mode and D-mode.
     """
 
-    kind = "plstm"
-
-    def __init__(
-        self,
-        d_model: int,
-        heads: int,
-        mode: Literal["propagation", "diffusion"],
-        linear: LinearFactory,
-    ):
+    def __init__(self, d_model: int, config: PLSTMConfig, linear: LinearFactory):
         super().__init__()
+        heads, mode = config.heads, config.mode
         self.heads, self.head_dim, self.mode = heads, d_model // heads, mode
         self.gates = 4 if mode == "propagation" else 7
         self.qkv = linear(d_model, 3 * d_model, "qkv")
@@ -193,21 +185,13 @@ def _flipped(t: Tensor, way: int, rows: tuple[int, ...], columns: tuple[int, ...
 
 
 @MIXERS.register("plstm")
-class PLSTMConfig(Config):
+class PLSTMConfig(EvenHeadsConfig):
     """Linear recurrence over grids in four directions; bidirectional."""
 
     kind: Literal["plstm"] = "plstm"
-    heads: Annotated[int, Field(gt=0)] = 4
-    mode: Annotated[
-        Literal["propagation", "diffusion"],
-        Field(description="propagation: directed, far; diffusion: both ways out, decaying"),
-    ] = "propagation"
+    mode: Literal["propagation", "diffusion"] = Field(
+        default="propagation",
+        description="propagation: directed, far; diffusion: both ways out, decaying",
+    )
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> PLSTM:
-        if d_model % self.heads:
-            raise ValueError(f"plstm: d_model {d_model} is not a multiple of heads {self.heads}")
-        return PLSTM(d_model, self.heads, self.mode, linear)
-
-    @classmethod
-    def smallest(cls) -> PLSTMConfig:
-        return cls(heads=2)
+    layer = PLSTM

@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.kernels.glu import glu
 from mm.kernels.linear_scan import linear_scan
 from mm.kernels.rg_lru import rg_lru_gates
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.conv.state import ShortConv
 from mm.model.mixers.ssm.scan import DiagonalScan
 from mm.registry import MIXERS
@@ -35,9 +34,12 @@ class RGLRU(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(self, d_model: int, width: int, heads: int, conv_size: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: RGLRUConfig, linear: LinearFactory):
         super().__init__()
-        self.heads = heads
+        width, self.heads = config.width or d_model, config.heads
+        heads, conv_size = config.heads, config.conv_size
+        if width % heads:
+            raise ValueError(f"rg_lru: width {width} is not a multiple of heads {heads}")
         self.inner = linear(d_model, 2 * width, "inner")
         self.out = linear(width, d_model, "out")
         self.conv = ShortConv(width, conv_size)
@@ -76,7 +78,7 @@ class RGLRU(Mixer):
 
 
 @MIXERS.register("rg_lru")
-class RGLRUConfig(Config):
+class RGLRUConfig(LayerConfig):
     """Real-gated linear recurrent unit in Griffin's block."""
 
     kind: Literal["rg_lru"] = "rg_lru"
@@ -85,12 +87,5 @@ class RGLRUConfig(Config):
     heads: Annotated[int, Field(gt=0, description="blocks of the block-diagonal gates")] = 4
     conv_size: Annotated[int, Field(gt=1, description="width of the causal convolution")] = 4
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> RGLRU:
-        width = self.width or d_model
-        if width % self.heads:
-            raise ValueError(f"rg_lru: width {width} is not a multiple of heads {self.heads}")
-        return RGLRU(d_model, width, self.heads, self.conv_size, linear)
-
-    @classmethod
-    def smallest(cls) -> RGLRUConfig:
-        return cls(heads=2)
+    layer = RGLRU
+    small = {"heads": 2}

@@ -6,20 +6,17 @@ their length.
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
 from mm.model.mixers.ssm.dense import DenseMemory
-from mm.model.mixers.ssm.hippo_matrices import nplr_legs
+from mm.model.mixers.ssm.hippo_matrices import StepsConfig, nplr_legs
 from mm.model.varlen import PackedRows
 from mm.registry import MIXERS
 from mm.state import State
@@ -72,7 +69,7 @@ class S4(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(self, config: S4Config, d_model: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: S4Config, linear: LinearFactory):
         super().__init__()
         self.config, self.states, half = config, config.states, config.states // 2
         self.memory = DenseMemory(d_model, config.states)
@@ -92,8 +89,7 @@ class S4(Mixer):
             self.frequency.copy_(rate.imag.expand_as(self.frequency))
             for to, value in ((self.low_rank, p), (self.drive, b)):
                 to.copy_(torch.stack((value.real, value.imag))[:, None].expand_as(to))
-            low, high = self.config.step_min, self.config.step_max
-            self.log_step.uniform_(math.log(low), math.log(high))
+            self.config.draw_steps(self.log_step)
         nn.init.normal_(self.readout, std=0.5**0.5)
         nn.init.normal_(self.skip)
 
@@ -148,23 +144,11 @@ class S4(Mixer):
 
 
 @MIXERS.register("s4")
-class S4Config(Config):
+class S4Config(StepsConfig):
     """Structured state space: normal plus low-rank dynamics from HiPPO-LegS."""
 
     kind: Literal["s4"] = "s4"
     states: Annotated[int, Field(gt=0, multiple_of=2, description="real states a channel")] = 64
-    step_min: Annotated[float, Field(gt=0)] = 0.001
-    step_max: Annotated[float, Field(gt=0, description="time steps begin in this range")] = 0.1
 
-    @model_validator(mode="after")
-    def _steps(self) -> S4Config:
-        if self.step_min > self.step_max:
-            raise ValueError(f"s4: step_min {self.step_min} is above step_max {self.step_max}")
-        return self
-
-    def build(self, d_model: int, linear: LinearFactory = dense) -> S4:
-        return S4(self, d_model, linear)
-
-    @classmethod
-    def smallest(cls) -> S4Config:
-        return cls(states=4)
+    layer = S4
+    small = {"states": 4}

@@ -7,19 +7,18 @@ length.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.kernels.complex_scan import multiply
 from mm.kernels.diagonal_ssm import diagonal_ssm
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
+from mm.model.mixers.ssm.hippo_matrices import StepsConfig
 from mm.model.mixers.ssm.scan import RecurrentState, starts
 from mm.registry import MIXERS
 from mm.state import State
@@ -62,7 +61,7 @@ class S4D(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(self, config: S4DConfig, d_model: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: S4DConfig, linear: LinearFactory):
         super().__init__()
         self.config, states, real = config, config.states, config.init == "real"
         self.log_rate = nn.Parameter(torch.empty(d_model, states))
@@ -81,7 +80,7 @@ class S4D(Mixer):
             self.log_rate.copy_(rate.log().expand_as(self.log_rate))
             if self.frequency is not None:
                 self.frequency.copy_(frequency.expand_as(self.frequency))
-            self.log_step.uniform_(math.log(c.step_min), math.log(c.step_max))
+            c.draw_steps(self.log_step)
         # Complex standard normal.
         nn.init.normal_(self.readout, std=self.readout.shape[0] ** -0.5)
         nn.init.normal_(self.skip)
@@ -130,27 +129,15 @@ class S4D(Mixer):
 
 
 @MIXERS.register("s4d")
-class S4DConfig(Config):
+class S4DConfig(StepsConfig):
     """Diagonal state space model with fixed dynamics per channel."""
 
     kind: Literal["s4d"] = "s4d"
-    states: Annotated[
-        int, Field(gt=0, description="complex states a channel, each for a conjugate pair")
-    ] = 32
+    states: int = Field(
+        default=32, gt=0, description="complex states a channel, each for a conjugate pair"
+    )
     init: Init = "legs"
     discretisation: Literal["zoh", "bilinear"] = "zoh"
-    step_min: Annotated[float, Field(gt=0)] = 0.001
-    step_max: Annotated[float, Field(gt=0, description="time steps begin in this range")] = 0.1
 
-    @model_validator(mode="after")
-    def _steps(self) -> S4DConfig:
-        if self.step_min > self.step_max:
-            raise ValueError(f"s4d: step_min {self.step_min} is above step_max {self.step_max}")
-        return self
-
-    def build(self, d_model: int, linear: LinearFactory = dense) -> S4D:
-        return S4D(self, d_model, linear)
-
-    @classmethod
-    def smallest(cls) -> S4DConfig:
-        return cls(states=3)
+    layer = S4D
+    small = {"states": 3}

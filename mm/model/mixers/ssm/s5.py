@@ -5,7 +5,6 @@ B rows, T tokens, D model, W complex states, N slots.
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
 import torch
@@ -13,11 +12,10 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.kernels.complex_scan import complex_scan, multiply
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
+from mm.model.mixers.ssm.hippo_matrices import StepsConfig
 from mm.model.mixers.ssm.s4d import eigenvalues
 from mm.model.mixers.ssm.scan import DiagonalScan
 from mm.registry import MIXERS
@@ -36,7 +34,7 @@ class S5(Mixer):
 
     caps = Caps(causal=True, step=True, shard="carry")
 
-    def __init__(self, config: S5Config, d_model: int, linear: LinearFactory):
+    def __init__(self, d_model: int, config: S5Config, linear: LinearFactory):
         super().__init__()
         self.config, W = config, config.states
         self.inner = linear(d_model, 2 * W, "inner")
@@ -53,7 +51,7 @@ class S5(Mixer):
         with torch.no_grad():
             self.log_rate.copy_(rate.log().repeat(c.blocks))
             self.frequency.copy_(frequency.repeat(c.blocks))
-            self.log_step.uniform_(math.log(c.step_min), math.log(c.step_max))
+            c.draw_steps(self.log_step)
         nn.init.normal_(self.skip)
 
     def discrete(self) -> tuple[Tensor, Tensor]:
@@ -76,26 +74,18 @@ class S5(Mixer):
 
 
 @MIXERS.register("s5")
-class S5Config(Config):
+class S5Config(StepsConfig):
     """Diagonal state space whose states all channels drive and read."""
 
     kind: Literal["s5"] = "s5"
     states: Annotated[int, Field(gt=0, description="complex, each for a conjugate pair")] = 64
     blocks: Annotated[int, Field(gt=0, description="of LegS that the states begin as")] = 1
-    step_min: Annotated[float, Field(gt=0)] = 0.001
-    step_max: Annotated[float, Field(gt=0, description="time steps begin in this range")] = 0.1
 
     @model_validator(mode="after")
     def _fits(self) -> S5Config:
         if self.states % self.blocks:
             raise ValueError(f"s5: {self.blocks} blocks do not divide {self.states} states")
-        if self.step_min > self.step_max:
-            raise ValueError(f"s5: step_min {self.step_min} is above step_max {self.step_max}")
         return self
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> S5:
-        return S5(self, d_model, linear)
-
-    @classmethod
-    def smallest(cls) -> S5Config:
-        return cls(states=4, blocks=2)
+    layer = S5
+    small = {"states": 4, "blocks": 2}

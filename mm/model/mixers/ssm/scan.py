@@ -5,7 +5,6 @@ B rows, T tokens, W state width, N slots, R rows of one document, L their length
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,16 +33,27 @@ class RecurrentState(StatePart):
         shape: of a slot's tensor.
         initial: what a document's state begins with.
         wide: keep float32 or wider; else the dtype of the parameters around.
+        dtype: keep this one instead.
     """
 
-    def __init__(self, *shape: int, initial: float = 0.0, wide: bool = True):
+    def __init__(
+        self,
+        *shape: int,
+        initial: float = 0.0,
+        wide: bool = True,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        self.shape, self.initial, self.keeps_wide = shape, initial, wide
+        self.shape, self.initial, self.keeps_wide, self.own_dtype = shape, initial, wide, dtype
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the tensor."""
-        return self.wide if self.keeps_wide else self.like.dtype
+        return self.own_dtype or (self.wide if self.keeps_wide else self.like.dtype)
+
+    def first(self) -> Tensor | float:
+        """What a document's state begins with, of a slot's shape or for all of it."""
+        return self.initial
 
     def begin(self, n: int) -> Tensor:
         """`(n, ...)` states before the first token of a document."""
@@ -63,15 +73,11 @@ class RecurrentState(StatePart):
         """
         assert isinstance(state, Hidden)
         docs = PackedRows.of(ctx.layout, state.h.shape[0])
-        y, last = run(docs, docs.read(state.h, self.initial))
-        after = Hidden(docs.slot_writes(state.h.shape[0]).write(state.h, last))
-        return docs.pack(y, *ctx.layout.shape), after
+        y, last = run(docs, docs.read(state.h, self.first()))
+        return docs.pack(y), docs.write(state, h=last)
 
     def initial_state(self, n: int, max_len: int) -> Hidden:
         return Hidden(self.begin(n))
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        return n * math.prod(self.shape) * self.dtype.itemsize
 
 
 class DiagonalScan(RecurrentState):
@@ -109,12 +115,6 @@ class DiagonalScan(RecurrentState):
             return h, docs.last(h, before)
 
         return self.advance(run, ctx, state)
-
-
-def write_last(state: Hidden, docs: PackedRows, before_RW: Tensor, h_RLW: Tensor) -> Hidden:
-    """The State after a call whose rows began from ``before`` and passed through ``h``."""
-    last = docs.last(h_RLW, before_RW)
-    return Hidden(docs.slot_writes(state.h.shape[0]).write(state.h, last))
 
 
 def starts(layout: Layout) -> Tensor:

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import LinearFactory, Out
-from mm.model.linears.dense import dense
+from mm.model.layer_config import EvenHeadsConfig
 from mm.model.mixers.test_time.base import Learner, Tensors
 from mm.registry import MIXERS
 from mm.state import State
@@ -141,22 +140,15 @@ def newton_schulz(S: Tensor, steps: int) -> Tensor:
 
 
 @MIXERS.register("atlas")
-class AtlasConfig(Config):
+class AtlasConfig(EvenHeadsConfig):
     """Test-time memory fitted to a sliding window by a Muon step."""
 
     kind: Literal["atlas"] = "atlas"
-    heads: Annotated[int, Field(gt=0)] = 4
     window: Annotated[int, Field(gt=0, description="tokens that a step fits")] = 8
     mini_batch: Annotated[int, Field(gt=0, description="tokens that share a border")] = 16
     degree: Annotated[Literal[1, 2], Field(description="of the keys' polynomial features")] = 1
     momentum: bool = True
     steps: Annotated[int, Field(ge=0, description="Newton-Schulz iterations; 0 = none")] = 5
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> Atlas:
-        if d_model % self.heads:
-            raise ValueError(f"atlas: d_model {d_model} is not a multiple of heads {self.heads}")
-        return Atlas(d_model, self, linear)
-
-    @classmethod
-    def smallest(cls) -> AtlasConfig:
-        return cls(heads=2, window=3, mini_batch=2, degree=2)
+    layer = Atlas
+    small = {"heads": 2, "window": 3, "mini_batch": 2, "degree": 2}

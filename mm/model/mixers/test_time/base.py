@@ -7,13 +7,14 @@ tokens from before it that its first tokens still learn from.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mm.model.context import Ctx
-from mm.model.layer import Caps, Mixer
+from mm.model.layer import Mixer
 from mm.model.varlen import PackedRows, per_document
 from mm.state import DataclassState, State
 
@@ -42,7 +43,6 @@ class Learner(Mixer):
     Subclasses set ``batch`` (C) and ``context`` (P).
     """
 
-    caps = Caps(causal=True, step=True)
     batch: int
     context: int = 0
 
@@ -70,7 +70,6 @@ class Learner(Mixer):
         if state is None:
             return per_document(lambda *x: self._first(x), ctx, *features), None
         assert isinstance(state, Learnt)
-        B, T = features[0].shape[:2]
         N, kept = state.count.shape[0], self.context + self.batch - 1
         docs, start = PackedRows.of(ctx.layout, N), self.start()
         rows = [docs.unpack(f) for f in features]
@@ -87,7 +86,7 @@ class Learner(Mixer):
         )
         y, borders = self._run(weights, joined)
         own = count[:, None] + torch.arange(L, device=count.device)
-        out = docs.pack(_at(y, own.clamp_max(y.shape[1] - 1)) if L else y[:, :0], B, T)
+        out = docs.pack(_at(y, own.clamp_max(y.shape[1] - 1)) if L else y[:, :0])
         return out, self._after(state, docs, count, joined, borders)
 
     def _first(self, features: Tensors) -> Tensor:
@@ -98,21 +97,16 @@ class Learner(Mixer):
         return self._run(weights, tuple(torch.cat((before(f), f), 1) for f in features))[0]
 
     def _after(
-        self,
-        state: Learnt,
-        docs: PackedRows,
-        count: Tensor,
-        features: Tensors,
-        borders: list[Tensors],
+        self, state: Learnt, docs: PackedRows, count: Tensor, features: Tensors, borders: Any
     ) -> Learnt:
         """The State after a call: the last border that rows reached, and what came since.
 
         Args:
             count: `(R,)` tokens after the first border when the call began.
             features: of P tokens before the first border and all after it.
-            borders: the inner model at every border.
+            borders: the inner model at every border, `Tensors` each.
         """
-        kept, w = self.context + self.batch - 1, docs.slot_writes(state.count.shape[0])
+        kept = self.context + self.batch - 1
         total = count + docs.length
         border = total // self.batch
         left = total - border * self.batch
@@ -125,10 +119,8 @@ class Learner(Mixer):
             return f.masked_fill(past.view(*past.shape, *[1] * (f.dim() - 2)), 0)
 
         last = (_at(torch.stack(b, 1), border[:, None])[:, 0] for b in zip(*borders, strict=True))
-        return Learnt(
-            tuple(w.write(old, b) for old, b in zip(state.weights, last, strict=True)),
-            tuple(w.write(old, since(f)) for old, f in zip(state.features, features, strict=True)),
-            w.write(state.count, left),
+        return docs.write(
+            state, weights=tuple(last), features=tuple(map(since, features)), count=left
         )
 
     def _run(self, weights: Tensors, features: Tensors) -> tuple[Tensor, list[Tensors]]:
@@ -154,9 +146,3 @@ class Learner(Mixer):
             tuple(zeros(*shape) for shape in self.feature_shapes()),
             torch.zeros(n, dtype=torch.long, device=start[0].device),
         )
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        kept = self.context + self.batch - 1
-        given = sum(torch.Size(shape).numel() for shape in self.feature_shapes())
-        numbers = sum(w.numel() for w in self.start()) + kept * given
-        return n * (numbers * self.start()[0].element_size() + 8)

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import LinearFactory, Out
-from mm.model.linears.dense import dense
+from mm.model.layer_config import EvenHeadsConfig
 from mm.model.mixers.test_time.atlas import decays
 from mm.model.mixers.test_time.base import Learner, Tensors
 from mm.registry import MIXERS
@@ -98,20 +97,13 @@ def _length(x: Tensor) -> Tensor:
 
 
 @MIXERS.register("lattice")
-class LatticeConfig(Config):
+class LatticeConfig(EvenHeadsConfig):
     """Memory slots updated orthogonally to themselves."""
 
     kind: Literal["lattice"] = "lattice"
-    heads: Annotated[int, Field(gt=0)] = 4
     slots: Annotated[int, Field(gt=0, description="of each head")] = 32
     objective: Literal["regression", "similarity"] = "regression"
     mini_batch: Annotated[int, Field(gt=0, description="tokens that share a border")] = 16
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> Lattice:
-        if d_model % self.heads:
-            raise ValueError(f"lattice: d_model {d_model} is not a multiple of heads {self.heads}")
-        return Lattice(d_model, self, linear)
-
-    @classmethod
-    def smallest(cls) -> LatticeConfig:
-        return cls(heads=2, slots=3, mini_batch=2)
+    layer = Lattice
+    small = {"heads": 2, "slots": 3, "mini_batch": 2}

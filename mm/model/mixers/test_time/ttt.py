@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import LinearFactory, Out
-from mm.model.linears.dense import dense
+from mm.model.layer_config import EvenHeadsConfig
 from mm.model.mixers.test_time.base import Learner, Tensors
 from mm.registry import MIXERS
 from mm.state import State
@@ -137,25 +136,16 @@ def _gelu_slope(x: Tensor) -> Tensor:
 
 
 @MIXERS.register("ttt")
-class TTTConfig(Config):
+class TTTConfig(EvenHeadsConfig):
     """Test-time training with a linear or two-layer inner model, in dual form."""
 
     kind: Literal["ttt"] = "ttt"
-    heads: Annotated[int, Field(gt=0)] = 4
     inner: Literal["linear", "mlp"] = "linear"
     mini_batch: Annotated[int, Field(gt=0, description="tokens of an inner step")] = 16
-    rate: Annotated[float, Field(gt=0, description="largest inner learning rate * head width")] = (
-        1.0
+    rate: float = Field(default=1.0, gt=0, description="largest inner learning rate * head width")
+    inner_norm: bool = Field(
+        default=True, description="residual and layer norm around the inner model; its biases learn"
     )
-    inner_norm: Annotated[
-        bool, Field(description="residual and layer norm around the inner model; its biases learn")
-    ] = True
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> TTT:
-        if d_model % self.heads:
-            raise ValueError(f"ttt: d_model {d_model} is not a multiple of heads {self.heads}")
-        return TTT(d_model, self, linear)
-
-    @classmethod
-    def smallest(cls) -> TTTConfig:
-        return cls(heads=2, mini_batch=3)
+    layer = TTT
+    small = {"heads": 2, "mini_batch": 3}

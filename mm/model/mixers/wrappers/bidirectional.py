@@ -12,11 +12,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mm.config import Config
 from mm.mask import Causal, Mask
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out, Stateful, zero_gradient_touch
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.wrappers.reverse import (
     both_ways,
     refuse_state,
@@ -41,9 +40,9 @@ class Bidirectional(Mixer):
 
     caps = Caps(causal=True, bidirectional=True, step=True)
 
-    def __init__(self, ahead: Mixer, back: Mixer):
+    def __init__(self, d_model: int, config: BidirectionalConfig, linear: LinearFactory):
         super().__init__()
-        self.ahead, self.back = ahead, back
+        self.ahead, self.back = (config.inner.build(d_model, linear) for _ in range(2))
 
     def check_mask(self, mask: Mask) -> None:
         super().check_mask(Causal())
@@ -71,15 +70,11 @@ class Bidirectional(Mixer):
 
 
 @MIXERS.register("bidirectional")
-class BidirectionalConfig(Config):
+class BidirectionalConfig(LayerConfig):
     """Two copies of a causal mixer, one of which reads backwards where the mask allows it."""
 
     kind: Literal["bidirectional"] = "bidirectional"
     inner: MixerField = Field(default="s4d", validate_default=True)
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> Bidirectional:
-        return Bidirectional(*(self.inner.build(d_model, linear) for _ in range(2)))
-
-    @classmethod
-    def smallest(cls) -> BidirectionalConfig:
-        return cls(inner=MIXERS.get("s4d").smallest())
+    layer = Bidirectional
+    small = {"inner": {"kind": "s4d", "states": 3}}

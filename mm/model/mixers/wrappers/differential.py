@@ -12,10 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.model.context import Ctx
-from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
+from mm.model.layer import LinearFactory, Mixer, Out
+from mm.model.layer_config import LayerConfig
 from mm.model.norm import RMSNorm
 from mm.registry import MIXERS, MixerField
 from mm.state import State, join_parts, parts_of
@@ -33,11 +32,10 @@ class Differential(Mixer):
     (arXiv:2410.05258), section 2.1.
     """
 
-    caps = Caps(causal=True, step=True)
-
-    def __init__(self, first: Mixer, second: Mixer, d_model: int, begin: float):
+    def __init__(self, d_model: int, config: DifferentialConfig, linear: LinearFactory):
         super().__init__()
-        self.first, self.second, self.begin = first, second, begin
+        self.first, self.second = (config.inner.build(d_model, linear) for _ in range(2))
+        self.begin = config.begin
         self.norm = RMSNorm(d_model)
         self.share = nn.Parameter(torch.empty(()))
 
@@ -62,17 +60,12 @@ class Differential(Mixer):
 
 
 @MIXERS.register("differential")
-class DifferentialConfig(Config):
+class DifferentialConfig(LayerConfig):
     """Two copies of a mixer, of which one is subtracted."""
 
     kind: Literal["differential"] = "differential"
     inner: MixerField = Field(default="mamba", validate_default=True)
     begin: Annotated[float, Field(description="initial logit of the learned share")] = -4.0
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> Differential:
-        both = (self.inner.build(d_model, linear) for _ in range(2))
-        return Differential(*both, d_model=d_model, begin=self.begin)
-
-    @classmethod
-    def smallest(cls) -> DifferentialConfig:
-        return cls(inner=MIXERS.get("gated_scan").smallest())
+    layer = Differential
+    small = {"inner": {"kind": "gated_scan", "width": 6}}

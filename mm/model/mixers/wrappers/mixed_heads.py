@@ -5,17 +5,15 @@ N slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
+from mm.model.layer_config import LayerConfig
 from mm.registry import MIXERS, MixerField
 from mm.state import State, join_parts, parts_of
 
@@ -32,8 +30,9 @@ class MixedHeads(Mixer):
 
     caps = Caps()  # of the class; each layer's are those that all its parts have
 
-    def __init__(self, parts: Sequence[Mixer]):
+    def __init__(self, d_model: int, config: MixedHeadsConfig, linear: LinearFactory):
         super().__init__()
+        parts = [part.build(d_model, linear) for part in config.parts]
         self.parts = nn.ModuleList(parts)
         caps = [part.caps for part in parts]
         shards = {c.shard for c in caps}
@@ -65,7 +64,7 @@ class MixedHeads(Mixer):
 
 
 @MIXERS.register("mixed_heads")
-class MixedHeadsConfig(Config):
+class MixedHeadsConfig(LayerConfig):
     """Several mixers side by side in one layer, such as attention heads and recurrent ones."""
 
     kind: Literal["mixed_heads"] = "mixed_heads"
@@ -74,10 +73,10 @@ class MixedHeadsConfig(Config):
         Field(min_length=1, description="mixers whose outputs are added"),
     ] = Field(default=["attention", "rg_lru"], validate_default=True)
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> MixedHeads:
-        return MixedHeads([part.build(d_model, linear) for part in self.parts])
-
-    @classmethod
-    def smallest(cls) -> MixedHeadsConfig:
-        attention = {"kind": "attention", "heads": 1, "head_dim": 4}
-        return cls(parts=[attention, {"kind": "rg_lru", "width": 6, "heads": 2}])
+    layer = MixedHeads
+    small = {
+        "parts": [
+            {"kind": "attention", "heads": 1, "head_dim": 4},
+            {"kind": "rg_lru", "width": 6, "heads": 2},
+        ]
+    }

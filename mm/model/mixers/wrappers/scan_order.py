@@ -9,20 +9,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mm.config import Config
 from mm.errors import UserError
 from mm.layout import Layout
 from mm.mask import Causal, Mask
 from mm.model.context import Ctx
-from mm.model.layer import Caps, LinearFactory, Mixer, Out
-from mm.model.linears.dense import dense
+from mm.model.layer import LinearFactory, Mixer, Out
+from mm.model.layer_config import LayerConfig
 from mm.model.mixers.wrappers.reverse import both_ways, refuse_state, reorder
 from mm.registry import MIXERS, MixerField
 from mm.state import State, join_parts, parts_of
@@ -105,11 +104,14 @@ class ScanOrder(Mixer):
     al. 2024, VMamba (arXiv:2401.10166), its cross-scan.
     """
 
-    caps = Caps(causal=True, step=True)
-
-    def __init__(self, inners: list[Mixer], orders: tuple[Order, ...], reverse: tuple[bool, ...]):
+    def __init__(self, d_model: int, config: ScanOrderConfig, linear: LinearFactory):
         super().__init__()
-        self.inners, self.orders, self.reverse = nn.ModuleList(inners), orders, reverse
+        n, given = len(config.orders), config.reverse
+        reverse = given if isinstance(given, tuple) else (given,) * n
+        if len(reverse) != n:
+            raise ValueError(f"scan_order: reverse has {len(reverse)} entries for {n} orders")
+        self.orders, self.reverse = config.orders, reverse
+        self.inners = nn.ModuleList(config.inner.build(d_model, linear) for _ in range(n))
 
     def check_mask(self, mask: Mask) -> None:
         super().check_mask(Causal())
@@ -152,27 +154,21 @@ class ScanOrder(Mixer):
 
 
 @MIXERS.register("scan_order")
-class ScanOrderConfig(Config):
+class ScanOrderConfig(LayerConfig):
     """A mixer over the cells of a grid, in one order or several."""
 
     kind: Literal["scan_order"] = "scan_order"
     inner: MixerField = Field(default="mamba", validate_default=True)
-    orders: Annotated[
-        tuple[Order, ...], Field(min_length=1, description="each with a mixer of its own")
-    ] = ("row",)
-    reverse: Annotated[
-        tuple[bool, ...] | bool, Field(description="from the last cell; one, or one for each order")
-    ] = False
+    orders: tuple[Order, ...] = Field(
+        default=("row",), min_length=1, description="each with a mixer of its own"
+    )
+    reverse: tuple[bool, ...] | bool = Field(
+        default=False, description="from the last cell; one, or one for each order"
+    )
 
-    def build(self, d_model: int, linear: LinearFactory = dense) -> ScanOrder:
-        n = len(self.orders)
-        reverse = self.reverse if isinstance(self.reverse, tuple) else (self.reverse,) * n
-        if len(reverse) != n:
-            raise ValueError(f"scan_order: reverse has {len(reverse)} entries for {n} orders")
-        inners = [self.inner.build(d_model, linear) for _ in range(n)]
-        return ScanOrder(inners, self.orders, reverse)
-
-    @classmethod
-    def smallest(cls) -> ScanOrderConfig:
-        inner = MIXERS.get("gated_scan").smallest()
-        return cls(inner=inner, orders=("snake", "column"), reverse=(False, True))
+    layer = ScanOrder
+    small = {
+        "inner": {"kind": "gated_scan", "width": 6},
+        "orders": ("snake", "column"),
+        "reverse": (False, True),
+    }
