@@ -7,14 +7,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 PYTEST_FLAGS ?=
+# Their slow tests start several processes each: they run one after the other.
+STARTS_PROCESSES := tests/trainer tests/docs tests/data tests/mutation
 
-.PHONY: help quickstart test test-slow lint docs clean
+.PHONY: help quickstart test test-slow mutants fuzz lint docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make quickstart   install, then train and evaluate an any-to-any model (4 to 6 minutes on 2 CPU cores)"
 	@echo "make test         install, then the test suite (up to 10 minutes on 2 CPU cores)"
 	@echo "make test-slow    the long tests: the quickstart at reduced steps, several processes, the wheel"
+	@echo "make mutants      one-line bugs that no test would notice; hours, goes on where it was"
+	@echo "make fuzz         100,000 damaged files through every reader; goes on where it was"
 	@echo "make lint         ruff (rules and format) and pyright"
 	@echo "make docs         the site, in build/site/index.html"
 
@@ -25,8 +29,14 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow --ignore tests/composition $(PYTEST_FLAGS)
-	$(BIN)/python -m pytest -m slow -n logical --maxprocesses 8 --dist worksteal tests/composition $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m slow $(STARTS_PROCESSES) $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m slow -n logical --maxprocesses 8 --dist worksteal $(STARTS_PROCESSES:%=--ignore %) $(PYTEST_FLAGS)
+
+mutants: $(VENV)/.installed-dev
+	$(BIN)/python tests/mutation/run.py $(MUTANTS_FLAGS)
+
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python tests/fuzz/run.py $(FUZZ_FLAGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

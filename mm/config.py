@@ -29,7 +29,11 @@ class Config(BaseModel):
     renamed: ClassVar[Mapping[str, str]] = {}
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", protected_namespaces=(), arbitrary_types_allowed=True
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
+        arbitrary_types_allowed=True,
+        allow_inf_nan=False,
     )
 
     @model_validator(mode="before")

@@ -77,7 +77,9 @@ class Registry:
         if kind not in self._modules and kind in self.renamed:
             raise UserError(f"{self.name} kind '{kind}' is called '{self.renamed[kind]}' now")
         if kind not in self._modules:
-            raise UserError(f"unknown {self.name} kind '{kind}'{did_you_mean(kind, self._modules)}")
+            raise UserError(
+                f"unknown {self.name} kind '{kind[:80]}'{did_you_mean(kind, self._modules)}"
+            )
         if kind not in self._classes:
             try:
                 importlib.import_module(self._modules[kind])
@@ -96,7 +98,7 @@ class Registry:
             return value
         if isinstance(value, str):
             value = {"kind": value}
-        if not isinstance(value, dict) or "kind" not in value:
+        if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
             raise ValueError(f"a {self.name} needs 'kind', one of: {', '.join(self)}")
         try:
             cls = self.get(value["kind"])

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mm.config import Config
+from mm.names import PlainName
 from mm.registry import (
     CallbackField,
     NetworkField,
@@ -78,6 +79,19 @@ class Stage(Config):
     budget: Budget = Budget()
     ema: Ema | None = None
     tasks: tuple[TaskField, ...] = ()
+    allow_left_out: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="share of a source's samples, or of its tokens, that may not fit or be "
+            "filtered out; more stops the run before its first step",
+        ),
+    ] = 0.1
+    allow_empty: Annotated[
+        tuple[str, ...],
+        Field(description="modalities, tasks of any_to_any and sources that may get nothing"),
+    ] = ()
 
 
 class EngineConfig(Config):
@@ -160,7 +174,7 @@ class Tracking(Config):
 class Run(Config):
     """Everything that `mm train` needs."""
 
-    name: str
+    name: PlainName
     out: Path = Path("runs")
     seed: int = 0
     imports: tuple[str, ...] = ()
@@ -170,6 +184,13 @@ class Run(Config):
     tokenizers: dict[
         str, Path
     ] = {}  # modality -> folder, for samples, generation and `save_pretrained`
+    init_from: Annotated[
+        Path | None,
+        Field(
+            description="a run, or a saved model, whose weights this new run begins with; also its "
+            "vocabulary and tokenizers, where none are named"
+        ),
+    ] = None
     model: NetworkField
     stages: tuple[Stage, ...]
     engine: EngineConfig = EngineConfig()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 NONE: Mapping[str, Any] = {}
 
@@ -26,6 +26,9 @@ class Waveform(NamedTuple):
 
     samples: Any
     sample_rate: int
+
+
+MODALITY = r"[a-z][a-z0-9_]{0,31}"  # a regular expression: it becomes names of files
 
 
 class TokenSpec(NamedTuple):
@@ -90,6 +93,10 @@ class Transform(ABC):
 
     Pure in (segments, rng).
     """
+
+    # True: what it does depends on modalities and lengths alone, not on the ids. A stage's start
+    # can then tell from the index what it leaves out.
+    by_length: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, segments: list[Segment], rng: Any) -> list[Segment] | None:

@@ -13,16 +13,44 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mm.errors import UserError, did_you_mean
-from mm.specs import TokenSpec
+from mm.specs import MODALITY, TokenSpec
 
 SPECIALS = ("<|pad|>", "<|null|>", "<|document|>", "<|mask|>")
 RESERVED = 16
 PAD, NULL, DOCUMENT, MASK = range(4)
+
+
+class _Spec(BaseModel):
+    """A range as it may stand in a file."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    modality: Annotated[str, Field(pattern=rf"^{MODALITY}$")]
+    vocab_size: Annotated[int, Field(ge=1, lt=2**31, strict=True)]
+    n_codebooks: Annotated[int, Field(ge=1, le=4096, strict=True)] = 1
+    tokens_per_second: Annotated[float, Field(gt=0, strict=True)] | None = None
+    grid: (
+        Annotated[
+            tuple[Annotated[int, Field(ge=1, le=2**20, strict=True)], ...],
+            Field(min_length=1, max_length=4),
+        ]
+        | None
+    ) = None
+    continuous: Annotated[bool, Field(strict=True)] = False
+    fingerprint: Annotated[str, Field(max_length=200)] = ""
+
+
+class _Ranges(BaseModel):
+    """A vocabulary as it may stand in a file."""
+
+    ranges: list[_Spec]
+    specials: Annotated[list[str], Field(max_length=RESERVED)]
 
 
 class Range(NamedTuple):
@@ -106,15 +134,31 @@ class Vocabulary(NamedTuple):
 
     @classmethod
     def from_json(cls, text: str, origin: str = "vocabulary") -> Vocabulary:
+        """Read what `to_json` wrote.
+
+        Raises UserError naming the first key that is wrong, or a modality that is there twice.
+        """
         try:
             raw = json.loads(text)
-            return cls(
-                tuple(TokenSpec.from_dict(spec) for spec in raw["ranges"]), tuple(raw["specials"])
-            )
+            checked = _Ranges.model_validate(raw)
+            names = [spec.modality for spec in checked.ranges]
+            if len(set(names)) < len(names):
+                raise ValueError(f"modality '{max(names, key=names.count)}' is there twice")
+            specs = tuple(TokenSpec.from_dict(spec) for spec in raw["ranges"])
+            vocabulary = cls(specs, tuple(checked.specials))
+            if vocabulary.size >= 2**31:
+                raise ValueError(f"{vocabulary.size} ids are more than fit into 32 bits")
+            return vocabulary
+        except ValidationError as error:
+            first = error.errors()[0]
+            why = f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
+        except RecursionError:
+            why = "nested too deep"
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{origin}: not a vocabulary file ({error}); re-make it with: mm tokenizer train"
-            ) from error
+            why = str(error)
+        raise UserError(
+            f"{origin}: not a vocabulary file ({why}); re-make it with: mm tokenizer train"
+        )
 
     def save(self, path: str | Path) -> None:
         path = Path(path)
@@ -136,7 +180,10 @@ class Vocabulary(NamedTuple):
                 f"no vocabulary at {path}; make one with: mm data pack SRC --out DIR "
                 "--tokenizers ..."
             )
-        text = path.read_text()
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not a vocabulary file ({error})") from error
         vocabulary = cls.from_json(text, str(path))
         if json.loads(text).get("sha256") != vocabulary.fingerprint:
             raise UserError(

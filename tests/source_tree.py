@@ -20,6 +20,7 @@ TIERS = {
     "registry": 0,
     "vocabulary": 0,
     "specs": 0,
+    "names": 0,
     "errors": 0,
     "run": 0,
     "kernels": 1,

@@ -147,10 +147,22 @@ def test_the_configs_are_found() -> None:
 # ---- torch.compile ----
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in VARIANTS if n.split(":")[0] in ("mixer", "preset", "ffn", "block")]
-)
+COMPILED = [n for n in VARIANTS if n.split(":")[0] in ("mixer", "preset", "ffn", "block")]
+
+
+@pytest.mark.parametrize("name", COMPILED)
 def test_compile_captures_a_block_as_one_graph(name: str) -> None:
+    one_graph(name, backend="eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_compile_captures_a_block_with_its_gradient(name: str) -> None:
+    one_graph(name, backend="aot_eager")
+
+
+def one_graph(name: str, backend: str) -> None:
+    """Compile a block without a graph break and compare outputs and input gradients."""
     torch._dynamo.reset()
     if name.startswith(("mixer", "preset")):
         torch.manual_seed(0)
@@ -163,7 +175,7 @@ def test_compile_captures_a_block_as_one_graph(name: str) -> None:
         layer = build(name)
     x = torch.randn(2, 5, D, dtype=torch.float64, requires_grad=True)
     ctx = Ctx(Layout.plain(2, 5), mask_of(layer))
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
     y, expected = compiled(x, ctx).y, layer(x, ctx).y
     torch.testing.assert_close(y, expected, **TOL)
     for a, b in zip(

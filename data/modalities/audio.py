@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # Names of libsndfile -> extension. Nothing else is read.
 FORMATS = {"WAV": "wav", "WAVEX": "wav", "FLAC": "flac", "OGG": "ogg", "MP3": "mp3", "AIFF": "aiff"}
+STREAMED = 0x7FFFF000  # lengths from here on stand for "not known" in a WAV header
 
 
 @MODALITIES.register("audio")
@@ -31,6 +32,7 @@ class AudioModality(Modality):
 
     kind: Literal["audio"] = "audio"
     max_seconds: float = 1800.0
+    min_seconds: float = 0.01  # of what packing takes
 
     order: ClassVar[int] = 20
     extensions: ClassVar[tuple[str, ...]] = ("wav", "flac", "ogg", "mp3", "aiff")
@@ -76,6 +78,20 @@ class AudioModality(Modality):
     def check(self, data: bytes) -> tuple[str, int]:
         extension, _, _ = self.header(data)
         return extension, len(self.decode(data).samples)
+
+    def check_whole(self, data: bytes) -> None:
+        _, frames, rate = self.header(data)
+        promised = _promised_bytes(data)
+        if promised is not None and promised[0] > promised[1]:
+            raise BadSample(
+                f"audio: cut short: the header promises {promised[0]} bytes of sound, the file has "
+                f"{promised[1]}"
+            )
+        if frames < self.min_seconds * rate:
+            raise BadSample(
+                f"audio: {frames} frames are {1000 * frames / rate:.1f} ms, less than "
+                f"{1000 * self.min_seconds:g} ms"
+            )
 
     @contextmanager
     def _open(self, data: bytes) -> Iterator[Any]:
@@ -188,6 +204,22 @@ def _plain_wav(data: bytes, max_seconds: float) -> tuple[int, np.ndarray] | None
     if not 0 < n // frame <= max_seconds * rate:
         return None
     return rate, np.frombuffer(data, "<i2", n // 2, 44).reshape(-1, channels)
+
+
+def _promised_bytes(data: bytes) -> tuple[int, int] | None:
+    """Bytes of sound that the header of a WAV promises, and those that are there.
+
+    None for other formats, and for a stream whose writer did not know its length.
+    """
+    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
+        return None
+    at = 12
+    while at + 8 <= len(data):
+        (size,) = struct.unpack_from("<I", data, at + 4)
+        if data[at : at + 4] == b"data":
+            return None if size >= STREAMED else (size, len(data) - at - 8)
+        at += 8 + size + size % 2
+    return None
 
 
 def resample(wave: Waveform, sample_rate: int) -> Waveform:

@@ -45,7 +45,7 @@ class Modality(Config):
     """Base of modalities. Fields of a subclass are its settings, such as what an item may cost.
 
     Every fault of the input is a `BadSample`, which packing writes to the quarantine; nothing else
-    may come out of `decode`, `check` and `length`.
+    may come out of `decode`, `check`, `check_whole` and `length`.
     """
 
     kind: str
@@ -79,6 +79,12 @@ class Modality(Config):
         """
         self.decode(data)
         return self.extensions[0], self.length(data)
+
+    def check_whole(self, data: bytes) -> None:
+        """Refuse a file that decodes, but holds less than it says or too little to be of use.
+
+        Asked by packing alone. Raises BadSample.
+        """
 
     @abstractmethod
     def owns(self, value: Any) -> bool:

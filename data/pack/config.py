@@ -122,6 +122,13 @@ class PackConfig(Config):
             description="a.000.txt, a.001.png, a.002.txt of a folder are one interleaved sample."
         ),
     ] = False
+    follow_links: Annotated[
+        bool,
+        Field(
+            description="Read what links of a folder lead to, also outside of it; default: they "
+            "are refused and listed."
+        ),
+    ] = False
     tokenized: Annotated[
         bool,
         Field(

@@ -24,7 +24,8 @@ from mm.data.pack.pretokenized import TokenIds, token_specs
 from mm.data.pack.report import PackReport
 from mm.data.pack.worker import PreparedBatch, Work
 from mm.data.pack.writer import atomic_folder, write_manifest
-from mm.data.shards.reader import FORMAT, MANIFEST, VERSION, VOCABULARY, read_manifest
+from mm.data.shards.manifest import FORMAT, VERSION
+from mm.data.shards.reader import MANIFEST, QUARANTINE, VOCABULARY, read_manifest
 from mm.data.sources.base import SEGMENTS
 from mm.data.sources.copies import Copies
 from mm.data.sources.detect import open_source
@@ -39,7 +40,7 @@ REASONS = 50  # that the manifest lists
 # Settings of the source itself; "root" says where its files are, not what they hold.
 OF_SOURCE = (
     "columns", "root", "caption_from", "caption_regex", "caption_map", "incomplete",
-    "document_bytes", "segments",
+    "document_bytes", "segments", "follow_links",
 )  # fmt: skip
 
 
@@ -130,13 +131,16 @@ class PackJob:
                 if not written.good:
                     why = written.reasons() or "the source has no sample"
                     raise UserError(f"{self.config.src}: nothing to pack; {why}")
-            except UserError:
-                written.abort(out)
-                raise
+            except UserError as error:
+                listed = written.abort(out)
+                if listed is None:
+                    raise
+                raise UserError(f"{error}; all of them are in {listed}") from error
             manifest = self._manifest(written)
             if self.vocabulary:
                 self.vocabulary.save(part / VOCABULARY)
             write_manifest(part, manifest)
+        (out.parent / f"{out.name}.{QUARANTINE}").unlink(missing_ok=True)  # of a pack that stopped
         return PackReport.of(out, manifest, time.monotonic() - started)
 
     def _write(self, written: PackOutput, progress: bool) -> None:
@@ -170,6 +174,7 @@ class PackJob:
             "settings": self.settings,
             "quarantined": written.bad,
             "rejected": dict(written.kinds.most_common(REASONS)),
+            "examples": written.examples(),
             "duplicates": written.duplicates,
             "ignored": self.source.ignored,
             "splits": entries,

@@ -224,19 +224,24 @@ class PackOutput:
                 f"{self.max_bad:g}: {self.reasons()}"
             )
 
-    def reasons(self, n: int = 10) -> str:
+    def reasons(self, n: int = 3) -> str:
         """The commonest reasons, each with its first sample."""
         return "; ".join(
             f"{count} x {self._first[kind]}" for kind, count in self.kinds.most_common(n)
         )
 
-    def abort(self, out: Path) -> None:
+    def examples(self, n: int = 10) -> dict[str, str]:
+        """The commonest kinds of reasons -> the first of each in full, with its sample."""
+        return {kind: self._first[kind] for kind, _ in self.kinds.most_common(n)}
+
+    def abort(self, out: Path) -> Path | None:
         """Keep the quarantine beside ``out``, where it survives the temporary folder."""
         for writer in self.writers.values():
             writer.abort()
         self._close()
-        if self.bad:
-            (self.part / QUARANTINE).replace(out.parent / f"{out.name}.{QUARANTINE}")
+        if not self.bad:
+            return None
+        return (self.part / QUARANTINE).replace(out.parent / f"{out.name}.{QUARANTINE}")
 
     def finish(self) -> dict[str, Any]:
         self._close()

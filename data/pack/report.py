@@ -26,6 +26,8 @@ class PackReport:
     ignored: dict[str, int] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()  # raw modalities without a tokenizer
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> samples, commonest first
+    # Of the commonest reasons the first in full, with its sample:
+    examples: dict[str, str] = field(default_factory=dict)
     duplicates: int = 0  # samples left out because an earlier one has the same content
     # split -> modality -> "64": samples of length 64..127
     histograms: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
@@ -54,6 +56,7 @@ class PackReport:
             dict(manifest["ignored"]),
             tuple(manifest.get("left_out", ())),
             dict(manifest.get("rejected", {})),
+            dict(manifest.get("examples", {})),
             manifest.get("duplicates", 0),
             {s: e.get("histograms", {}) for s, e in manifest["splits"].items()},
         )

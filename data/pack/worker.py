@@ -66,9 +66,11 @@ class Work(NamedTuple):
                 ordinal, modality = split_ordinal(member)
                 try:
                     raws[member] = read()
+                    if self.encoder is None and not raws[member]:
+                        raise BadSample(f"{modality}: empty file")
+                    if not isinstance(self.encoder, TokenIds):
+                        self.modalities[modality].check_whole(raws[member])
                     if self.encoder is None:
-                        if not raws[member]:
-                            raise BadSample(f"{modality}: empty file")
                         extension, lengths[member] = self.modalities[modality].check(raws[member])
                         kinds[member] = ordinal + extension
                 except BadSample as error:

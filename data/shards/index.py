@@ -20,8 +20,9 @@ from mm.data.modalities.base import BadSample, get_modality, table
 from mm.data.shards.members import split_ordinal
 from mm.data.shards.token_codec import tokens_header
 from mm.errors import UserError
+from mm.specs import MODALITY
 
-SAFE_MODALITY = re.compile(r"[a-z][a-z0-9_]{0,31}")
+SAFE_MODALITY = re.compile(MODALITY)
 
 
 class TarEntry(NamedTuple):
@@ -54,7 +55,9 @@ class Index(NamedTuple):
         return len(self.start) - 1
 
     def key(self, i: int) -> str:
-        return bytes(self.key_bytes[self.key_start[i] : self.key_start[i + 1]]).decode()
+        """Key of sample ``i``; a byte that is no UTF-8 becomes a replacement character."""
+        raw = bytes(self.key_bytes[self.key_start[i] : self.key_start[i + 1]])
+        return raw.decode(errors="replace")
 
     def save(self, path: Path) -> None:
         """Write as .npz, without pickle."""
@@ -64,13 +67,70 @@ class Index(NamedTuple):
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
     @classmethod
-    def load(cls, path: Path) -> Index:
-        """Open without reading: arrays are views of the mapped file, so size costs nothing."""
-        found = map_npz(path)
-        lengths = {n.removeprefix("length_"): a for n, a in found.items() if n[:7] == "length_"}
-        return cls(
-            **{name: found[name] for name in cls._fields if name != "lengths"}, lengths=lengths
-        )
+    def load(cls, path: Path, n_shards: int) -> Index:
+        """Open without reading: arrays are views of the mapped file, so size costs nothing.
+
+        Raises UserError when it is no index, or its columns do not fit each other.
+        """
+        try:
+            found = map_npz(path)
+            lengths = {n.removeprefix("length_"): a for n, a in found.items() if n[:7] == "length_"}
+            columns = {name: found[name] for name in cls._fields if name != "lengths"}
+            index = cls(**columns, lengths=lengths)
+            index._check_shapes(n_shards)
+            return index
+        except KeyError as error:
+            why = f"no column {error}"
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            why = str(error)
+        raise UserError(f"{path}: not an index of shards ({why})")
+
+    def _check_shapes(self, n_shards: int) -> None:
+        """Raise ValueError where a column has another type, rank or length than the others need."""
+        n, entries = len(self.start) - 1, len(self.kind)
+        sizes = {"start": n + 1, "key_start": n + 1, "kind": entries, "shard": entries}
+        sizes |= {"offset": entries, "size": entries}
+        columns = [(name, getattr(self, name), size) for name, size in sizes.items()]
+        columns += [(f"length_{m}", values, n) for m, values in self.lengths.items()]
+        for name, column, size in columns:
+            if column.ndim != 1 or column.dtype.kind != "i" or len(column) != size:
+                raise ValueError(f"column {name} is {column.dtype} {column.shape}, not ({size},)")
+        if n < 0 or self.kinds.ndim != 1 or self.kinds.dtype.kind != "U":
+            raise ValueError("no samples or no kinds of members")
+        if self.key_bytes.dtype != np.uint8 or self.key_bytes.ndim != 1:
+            raise ValueError("keys are no bytes")
+        ends = {"start": (self.start, entries), "key_start": (self.key_start, len(self.key_bytes))}
+        for name, (column, end) in ends.items():
+            if int(column[0]) != 0 or int(column[-1]) != end:
+                raise ValueError(f"column {name} goes from {column[0]} to {column[-1]}, not {end}")
+        if entries and not 0 <= int(self.shard[0]) <= int(self.shard[-1]) < n_shards:
+            raise ValueError(f"it speaks of shard {self.shard[-1]} of {n_shards}")
+        for kind in self.kinds.tolist():
+            try:
+                modality_of_kind(kind)
+            except ValueError as error:
+                raise ValueError(f"members '.{kind}' are not allowed in a shard") from error
+        for modality in self.lengths:
+            if not SAFE_MODALITY.fullmatch(modality):
+                raise ValueError(f"'{modality}' is no name of a modality")
+
+    def differences(self, other: Index) -> list[str]:
+        """Names of the columns in which two indices differ; empty where they say the same."""
+        names = sorted({*self.kinds.tolist(), *other.kinds.tolist()})
+        kinds = [
+            np.array([names.index(k) for k in i.kinds.tolist()], np.int16)[i.kind]
+            for i in (self, other)
+            if i.kind.size == 0 or 0 <= i.kind.min() <= i.kind.max() < len(i.kinds)
+        ]
+        out = [] if len(kinds) == 2 and np.array_equal(kinds[0], kinds[1]) else ["kind"]
+        for name in ("start", "shard", "offset", "size", "key_start", "key_bytes"):
+            if not np.array_equal(getattr(self, name), getattr(other, name)):
+                out.append(name)
+        for modality in sorted({*self.lengths, *other.lengths}):
+            mine, theirs = self.lengths.get(modality), other.lengths.get(modality)
+            if mine is None or theirs is None or not np.array_equal(mine, theirs):
+                out.append(f"length_{modality}")
+        return out
 
 
 def map_npz(path: Path) -> dict[str, np.ndarray]:
@@ -90,7 +150,7 @@ def map_npz(path: Path) -> dict[str, np.ndarray]:
                     raise ValueError(f"{path}: npy version {version}")
                 shape, _, dtype = np.lib.format.read_array_header_1_0(file)
                 skip = file.tell()
-            if dtype.hasobject:
+            if dtype.hasobject or any(n < 0 for n in shape):
                 raise ValueError(f"{path}: {entry.filename} holds objects")
             # Local header: 30 bytes, then name and extra field, whose lengths stand at 26 and 28.
             head = bytes(whole[entry.header_offset : entry.header_offset + 30])
@@ -126,6 +186,8 @@ def tar_entries(path: str | Path) -> Iterator[TarEntry]:
                     raise UserError(
                         f"{path}: member '{entry.name}' points outside of its folder: refused"
                     )
+                if entry.size < 0:
+                    raise UserError(f"{path}: member '{entry.name}' has a size below 0: refused")
                 if entry.offset_data + entry.size > total:
                     raise UserError(
                         f"{path}: cut short inside member '{entry.name}'; restore the file and "

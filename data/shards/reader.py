@@ -18,13 +18,13 @@ import numpy as np
 from mm.data.modalities.base import BadSample, get_modality, table
 from mm.data.shards import index
 from mm.data.shards.index import Index
+from mm.data.shards.manifest import parse_manifest
 from mm.data.shards.members import member_modality, members_of, segment_words, split_ordinal
 from mm.data.shards.remote import cache_folder, fetch, is_url, join, read_small
 from mm.errors import UserError, did_you_mean
 from mm.specs import Encoded, Sample, TokenSpec
 from mm.vocabulary import Vocabulary
 
-FORMAT, VERSION = "mm-shards", 1
 MANIFEST, VOCABULARY, INDEX, QUARANTINE = (
     "manifest.json",
     "vocabulary.json",
@@ -40,7 +40,7 @@ def read_manifest(root: str | Path) -> dict[str, Any]:
     Raises UserError with the mending command when there is none or it is no manifest.
     """
     if is_url(root):
-        return _parse(join(str(root), MANIFEST), read_small(join(str(root), MANIFEST)))
+        return parse_manifest(join(str(root), MANIFEST), read_small(join(str(root), MANIFEST)))
     root = Path(root)
     path = root / MANIFEST
     if not path.is_file():
@@ -53,19 +53,7 @@ def read_manifest(root: str | Path) -> dict[str, Any]:
             f"{root}: no {MANIFEST}{foreign}; pack it with: mm data pack {root} --out "
             f"{root.name}-packed"
         )
-    return _parse(path, path.read_bytes())
-
-
-def _parse(path: str | Path, data: bytes) -> dict[str, Any]:
-    try:
-        manifest = json.loads(data.decode("utf-8"))
-        if manifest["format"] != FORMAT or manifest["version"] > VERSION:
-            raise ValueError(f"format {manifest['format']} {manifest['version']}")
-        return manifest
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: not a shard manifest of this version ({error}); pack again with: mm data pack"
-        ) from error
+    return parse_manifest(path, path.read_bytes())
 
 
 class ShardSet:
@@ -245,15 +233,20 @@ class ShardSet:
         if self.interleaved:
             for member, e in self.members(self._number(i)).items():
                 data = self._bytes(e)
-                n = index.n_codes(bytes(data[:128]), len(data))
+                try:
+                    n = index.n_codes(bytes(data[:128]), len(data))
+                except BadSample as error:
+                    raise self._damaged(f"entry {e}: {error}") from error
                 out[member] = data[len(data) - 4 * n :].view("<i4")
             return out
         found = self._entries(i)
         for spec in self.specs:
             e = found.get(f"{spec.modality}.npy")
             if e is not None:
-                n = int(self.index.lengths[spec.modality][i])
+                n = int(self.lengths(spec.modality)[i])
                 data = self._bytes(e)
+                if not 0 <= 4 * n <= len(data):
+                    raise self._damaged(f"sample {i} has {n} codes in {len(data)} bytes")
                 out[spec.modality] = data[len(data) - 4 * n :].view("<i4")
         return out
 
@@ -271,6 +264,16 @@ class ShardSet:
         side = self._json(i, "side.json")
         return {m: Encoded(ids, side=side.get(m, {})) for m, ids in self.tokens(i).items()}
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all shards of the split."""
+        return sum(shard["bytes"] for shard in self._entry["shards"])
+
+    def bytes_of(self, modality: str) -> int:
+        """Bytes of all files of one modality."""
+        mine = [member_modality(self._members.get(kind, "")) == modality for kind in self._kinds]
+        return int(self.index.size[np.array(mine, bool)[self.index.kind]].sum())
+
     def shard_of(self) -> np.ndarray:
         """Number of the shard that each sample stands in: (N,) int32, ascending."""
         return np.asarray(self.index.shard[np.asarray(self.index.start[:-1])])
@@ -284,19 +287,33 @@ class ShardSet:
     def _load_index(self, entry: Mapping[str, Any]) -> Index:
         if self.url:
             where = join(self.url, self.split, entry["index"]["name"])
-            return Index.load(fetch(where, entry["index"]["sha256"], entry["index"].get("bytes")))
+            found = fetch(where, entry["index"]["sha256"], entry["index"].get("bytes"))
+            return Index.load(found, len(self.paths))
         path = self.root / self.split / entry["index"]["name"]
         if path.is_file() and index.sha256(path) == entry["index"]["sha256"]:
-            return Index.load(path)
+            try:
+                return Index.load(path, len(self.paths))
+            except UserError as error:
+                log.warning("%s", error)
         log.warning("%s is missing or damaged: reading all shards of '%s' again", path, self.split)
         return index.build(self.paths)
+
+    def _damaged(self, what: str) -> UserError:
+        where = self.root / self.split / self._entry["index"]["name"]
+        return UserError(
+            f"{where}: damaged ({what}); delete it, so that it is made anew from the shards, and "
+            f"run: mm data verify {self.root}"
+        )
 
     def _entries(self, i: int) -> dict[str, int]:
         """Kind -> number of the tar entry of sample i."""
         first, stop = int(self.index.start[i]), int(self.index.start[i + 1])
-        return {
-            self._kinds[k]: first + n for n, k in enumerate(self.index.kind[first:stop].tolist())
-        }
+        kinds = self.index.kind[first:stop].tolist()
+        if not 0 <= first <= stop <= len(self.index.kind) or len(kinds) != stop - first:
+            raise self._damaged(f"sample {i} has entries {first} to {stop}")
+        if kinds and not 0 <= min(kinds) <= max(kinds) < len(self._kinds):
+            raise self._damaged(f"sample {i} has a member of kind {max(kinds)}")
+        return {self._kinds[k]: first + n for n, k in enumerate(kinds)}
 
     def _small(self, *parts: str) -> Path:
         """Path of a file that is no shard; fetched where the set is behind a URL."""
@@ -323,6 +340,8 @@ class ShardSet:
 
     def _bytes(self, e: int) -> np.ndarray:
         s = int(self.index.shard[e])
+        if not 0 <= s < len(self.paths):
+            raise self._damaged(f"entry {e} is in shard {s} of {len(self.paths)}")
         buffer = self._buffers[s]
         if buffer is None:
             read = (
@@ -331,12 +350,22 @@ class ShardSet:
                 else lambda path, dtype: np.memmap(path, dtype, mode="r")
             )
             buffer = self._buffers[s] = read(self._path(s), np.uint8)
-        at = int(self.index.offset[e])
-        return buffer[at : at + int(self.index.size[e])]
+        at, size = int(self.index.offset[e]), int(self.index.size[e])
+        if at < 0 or size < 0 or at + size > len(buffer):
+            raise self._damaged(f"entry {e} is at {at} to {at + size} of {len(buffer)} bytes")
+        return buffer[at : at + size]
 
     def _json(self, i: int, kind: str) -> dict[str, Any]:
         e = self._entries(i).get(kind)
-        return {} if e is None else json.loads(bytes(self._bytes(e)))
+        if e is None:
+            return {}
+        try:
+            return json.loads(bytes(self._bytes(e)))
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{self._where(i)}: its metadata is no JSON ({type(error).__name__}); run: "
+                f"mm data verify {self.root}"
+            ) from error
 
     def _where(self, i: int) -> str:
         shard = self.paths[self.index.shard[self.index.start[i]]].name

@@ -34,6 +34,8 @@ def is_url(location: str | Path) -> bool:
 
 
 def _location(value: Any) -> Any:
+    if not isinstance(value, (str, Path)):
+        raise ValueError("a folder or a URL, as text")
     return value if isinstance(value, str) and is_url(value) else Path(value)
 
 

@@ -26,7 +26,7 @@ def verify(root: str | Path) -> dict[str, Any]:
     shards = samples = size = 0
     keys: dict[str, str] = {}
     for split, entry in manifest["splits"].items():
-        count = 0
+        count, before = 0, len(problems)
         for shard in entry["shards"]:
             path = root / split / shard["name"]
             shards += 1
@@ -61,9 +61,7 @@ def verify(root: str | Path) -> dict[str, Any]:
                 f"{root / split}: {count} samples, the manifest says {entry['samples']}"
             )
         samples += count
-        path = root / split / entry["index"]["name"]
-        if not path.is_file() or index.sha256(path) != entry["index"]["sha256"]:
-            problems.append(f"{path}: missing or changed (training rebuilds it in memory)")
+        problems += _index_problems(root / split, entry, whole=len(problems) == before)
         listed = {shard["name"] for shard in entry["shards"]}
         problems += [
             f"{p}: not in the manifest"
@@ -87,6 +85,31 @@ def verify(root: str | Path) -> dict[str, Any]:
         "bytes": size,
         "problems": list(dict.fromkeys(problems)),
     }
+
+
+def _index_problems(folder: Path, entry: dict[str, Any], whole: bool) -> list[str]:
+    """What is wrong with the index of a split; compared with its shards where these are whole."""
+    path = folder / entry["index"]["name"]
+    if not path.is_file() or index.sha256(path) != entry["index"]["sha256"]:
+        return [f"{path}: missing or changed (training rebuilds it in memory)"]
+    shards = [folder / shard["name"] for shard in entry["shards"]]
+    try:
+        have = index.Index.load(path, len(shards))
+    except UserError as error:
+        return [f"{error}; delete it: it is made anew from the shards"]
+    built = index.build(shards) if whole else have
+    problems = [
+        f"{path}: column {name} is not that of the shards; delete it: it is made anew from them"
+        for name in have.differences(built)
+    ]
+    for modality, said in entry["lengths"].items():
+        values = built.lengths.get(modality)
+        real = [] if values is None else values[values >= 0]
+        found = {"count": len(real), "total": int(sum(real))} if values is not None else {}
+        for what, number in found.items():
+            if said[what] != number:
+                problems.append(f"{folder}: {modality} {what} is {number}, not {said[what]}")
+    return problems
 
 
 def _ids_in_range(root: Path, manifest: dict[str, Any]) -> list[str]:

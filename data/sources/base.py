@@ -271,14 +271,15 @@ def parse_segments(given: Any, known: Collection[str]) -> list[tuple[str, str, A
     return out
 
 
-def read_inside(root: Path, relative: str) -> bytes:
+def read_inside(root: Path, relative: str, follow_links: bool = False) -> bytes:
     """Read a file below ``root``.
 
-    Raises BadSample when it is missing or the path leads out of ``root``.
+    Raises BadSample when it is missing, or the path leads out of ``root`` and links are not
+    followed.
     """
     path = root / relative
     try:
-        if not path.resolve().is_relative_to(root.resolve()):
+        if not follow_links and not path.resolve().is_relative_to(root.resolve()):
             raise BadSample(
                 f"'{relative}' leads out of {root}; give the folder of the files with --root"
             )

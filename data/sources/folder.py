@@ -34,6 +34,8 @@ _HASH_UP_TO = (
     256_000_000  # bytes of a folder that are hashed by content; above, size and time must do
 )
 
+REFUSED, SKIPPED = "refused\0", "skipped\0"  # no file can be called so: what is not read, and why
+
 
 class File(NamedTuple):
     """One file below the root: POSIX path and how to read it."""
@@ -70,6 +72,9 @@ class FolderConfig(SourceConfig):
         Literal["reject", "keep"],
         Field(description="a caption without its image, where the other samples have both"),
     ] = "reject"
+    follow_links: Annotated[
+        bool, Field(description="read what links to files and folders elsewhere lead to")
+    ] = False
     segments: Annotated[
         bool,
         Field(description="cat.000.txt, cat.001.png, ... are the segments of one sample"),
@@ -124,10 +129,14 @@ class FolderSource(Source):
         if self._groups is None:
             found: dict[str, dict[str, list[File]]] = {}
             ignored: Counter[str] = Counter()
-            known = {*table().extensions, *PICKLES, "json", "link"}
+            known = {*table().extensions, *PICKLES, "json"}
             for file in sorted(self._files(), key=lambda f: f.path):
                 stem, extension = _split(file.path)
-                if extension in known:
+                if extension == REFUSED:  # keeps its name, so that it joins no sample
+                    found[file.path] = {REFUSED: [file]}
+                elif extension == SKIPPED:
+                    ignored[f"({stem})"] += 1
+                elif extension in known:
                     numbered = self.config.segments and re.fullmatch(r"(.+)\.(\d{3})", stem)
                     if numbered and extension != "json":
                         stem, extension = numbered[1], f"{numbered[2]}.{extension}"
@@ -138,7 +147,11 @@ class FolderSource(Source):
             self._groups = {s: g for s, g in found.items() if set(g) - {"json"}}
             if not self._groups:
                 seen = (
-                    f"; it has: {', '.join(f'{n} x .{e}' for e, n in ignored.most_common(5))}"
+                    "; it has: "
+                    + ", ".join(
+                        f"{n} x {'' if e.startswith('(') else '.'}{e}"
+                        for e, n in ignored.most_common(5)
+                    )
                     if ignored
                     else " (it is empty)"
                 )
@@ -167,44 +180,29 @@ class FolderSource(Source):
         root = self.config.path
         if root.is_file():
             for m in index.tar_entries(root):
-                if not any(
-                    part.startswith(".") for part in m.name.split("/") if part not in (".", "")
-                ):
-                    read = partial(_read_entry, root, m.offset, m.size)
-                    yield File(m.name.removeprefix("./"), m.size, 0, read)
-            return
-        for folder, folders, names in os.walk(root):
-            folders[:] = sorted(f for f in folders if not f.startswith("."))
-            for name in names:
-                path = Path(folder, name)
-                relative = path.relative_to(root).as_posix()
-                if name.startswith("."):
+                parts = [part for part in m.name.split("/") if part not in (".", "")]
+                if any(part.startswith(".") for part in parts):
+                    yield _skipped("hidden")
                     continue
-                if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
-                    yield File(
-                        f"{relative}.link",
-                        0,
-                        0,
-                        Unreadable("a link that leads out of the folder: refused"),
-                    )
-                elif path.is_file():
-                    stat = path.stat()
-                    yield File(
-                        relative,
-                        stat.st_size,
-                        stat.st_mtime_ns,
-                        partial(read_inside, root, relative),
-                    )
+                read = partial(_read_entry, root, m.offset, m.size)
+                yield File(m.name.removeprefix("./"), m.size, 0, read)
+            return
+        yield from walk(root, self.config.follow_links)
 
     def _usual(self, groups: dict[str, dict[str, list[File]]]) -> frozenset[str]:
         """The modalities that most samples have, if samples of fewer are to be rejected."""
         if self.config.incomplete == "keep":
             return frozenset()
         of = table().extensions
-        kinds = Counter(frozenset(of[e] for e in g if e in of) for g in groups.values())
-        return kinds.most_common(1)[0][0]
+        kinds = Counter(
+            frozenset(of[e] for e in g if e in of) for g in groups.values() if REFUSED not in g
+        )
+        return kinds.most_common(1)[0][0] if kinds else frozenset()
 
     def _record(self, stem: str, group: dict[str, list[File]], usual: frozenset[str]) -> Record:
+        if REFUSED in group:
+            name = stem.removesuffix(f".{REFUSED}")
+            return Record(name, f"{self.config.path.name}/{name}", {}, bad=_why(group[REFUSED][0]))
         path = PurePosixPath(stem)
         split = split_of(path.parts[:-1])
         names = ",".join(sorted(group))
@@ -220,8 +218,6 @@ class FolderSource(Source):
             ordinal, extension = split_ordinal(name)
             if extension in PICKLES:
                 return bad(f"'.{extension}' files can run code when they are read: refused")
-            if extension == "link":
-                return bad("a link that leads out of the folder: refused")
             if extension == "json":
                 try:
                     meta |= read_metadata(files[0].read())
@@ -232,7 +228,9 @@ class FolderSource(Source):
             if ordinal and any(split_ordinal(member)[0] == ordinal for member in values):
                 return bad(f"two files of segment {int(ordinal[:3])}")
             if modality in values or len(files) > 1:
-                return bad(f"two {modality} files of one name")
+                same = [f for e, fs in group.items() if extensions.get(e) == modality for f in fs]
+                names = " and ".join(f"'{PurePosixPath(f.path).name}'" for f in same)
+                return bad(f"two {modality} files of one name: {names}; rename one")
             if values and bool(ordinal) != bool(split_ordinal(next(iter(values)))[0]):
                 return bad(f"'{name}' stands beside files with other names than segments have")
             values[ordinal + modality] = files[0].read
@@ -272,6 +270,72 @@ class FolderSource(Source):
                 )
             label = self.config.caption_map[label]
         return label
+
+
+def walk(root: Path, follow_links: bool) -> Iterator[File]:
+    """Every file below a folder; what is not read is there by its name and the reason.
+
+    A link to a file or folder elsewhere, to nothing, or back to a folder that it lies in, and a
+    folder that cannot be read, are refused; what is hidden, special, or a link to a folder that is
+    read where it lies, is skipped and counted.
+    """
+
+    def below(folder: Path, above: frozenset[Path]) -> Iterator[File]:
+        at = lambda entry: Path(entry).relative_to(root).as_posix()
+        try:
+            entries = sorted(os.scandir(folder), key=lambda e: e.name)
+        except OSError as error:
+            yield _refused(at(folder), f"a folder that cannot be read: {error.strerror}")
+            return
+        for entry in entries:
+            if entry.name.startswith("."):
+                yield _skipped("hidden")
+                continue
+            path, inside = Path(entry.path), True
+            if entry.is_symlink():
+                target = path.resolve()
+                inside = target.is_relative_to(root.resolve())
+                if not target.exists():
+                    yield _refused(at(path), "a link to nothing")
+                    continue
+                if not inside and not follow_links:
+                    yield _refused(
+                        at(path),
+                        "a link that leads out of the folder: refused; read it with --follow-links",
+                    )
+                    continue
+                if entry.is_dir() and target in above:
+                    yield _refused(at(path), "a link back to a folder that it lies in")
+                    continue
+                if entry.is_dir() and inside:
+                    yield _skipped("link to a folder that is read where it lies")
+                    continue
+            if entry.is_dir():
+                yield from below(path, above | {path.resolve()})
+            elif entry.is_file():
+                stat, relative = entry.stat(), at(path)
+                read = partial(read_inside, root, relative, follow_links)
+                yield File(relative, stat.st_size, stat.st_mtime_ns, read)
+            else:
+                yield _skipped("neither a file nor a folder")
+
+    yield from below(root, frozenset({root.resolve()}))
+
+
+def _refused(path: str, reason: str) -> File:
+    return File(f"{path}.{REFUSED}", 0, 0, Unreadable(reason))
+
+
+def _why(file: File) -> str:
+    try:
+        file.read()
+    except BadSample as error:
+        return str(error)
+    raise AssertionError(f"{file.path} was to be refused")
+
+
+def _skipped(what: str) -> File:
+    return File(f"{what}.{SKIPPED}", 0, 0, Unreadable(what))
 
 
 def _split(path: str) -> tuple[str, str]:

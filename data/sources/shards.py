@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -80,7 +81,11 @@ class ForeignShards(Source):
         return " ".join(sha256(tar) for tar, _ in self.parts)
 
     def __iter__(self) -> Iterator[Record]:
+        ignored: Counter[str] = Counter()
         for tar, source in self.parts:
+            source.groups()
+            ignored.update(source.ignored)
+            self.ignored = dict(ignored)
             for record in source:
                 # The split may stand in the tar's own path: train-000.tar, val/000.tar
                 named = [p for p in (tar.parent.name, tar.stem.split("-")[0]) if p]

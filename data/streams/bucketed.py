@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ from mm.data.streams.documents import TokenSource
 from mm.data.streams.shuffle import key_of, permute
 from mm.data.streams.single_source import SingleSourceConfig, SingleSourceStream
 from mm.data.streams.stats import accumulate, summarize
+from mm.data.streams.survey import Drawn
 from mm.errors import UserError, did_you_mean
 from mm.registry import STREAMS
 from mm.specs import Segment
@@ -232,6 +233,19 @@ class BucketedStream(SingleSourceStream[BucketedConfig]):
         for axis in self.config.axes:
             if axis not in known:
                 raise UserError(f"data.axes: '{axis}' is unknown{did_you_mean(axis, known)}")
+
+    def fate(self, raw: list[Segment], made: list[Segment] | None) -> str:
+        n, longest = document_length(raw), self.config.max_length
+        if longest is not None and n > longest:
+            return "too_long"
+        return "" if n and made else "filtered"
+
+    def epochs_of(self, steps: int, drawn: Sequence[Drawn]) -> list[float]:
+        return [steps / len(self._plan(0))]
+
+    def mend(self, why: str, longest: int) -> str:
+        too_long = f"data.max_length={longest} takes all"
+        return too_long if why == "too_long" else "give any_to_any a task for them"
 
     def start(self) -> dict[str, int]:
         return {"step": 0, "epoch": 0, "batch": 0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 from pydantic import Field
@@ -13,6 +14,7 @@ from mm.data.shards.reader import ShardSet
 from mm.data.shards.remote import Location
 from mm.data.streams.base import Stream, rank_rows
 from mm.data.streams.shuffle import generator, key_of
+from mm.data.streams.survey import Drawn, survey_documents
 from mm.data.transforms.compose import chain
 from mm.errors import UserError
 from mm.registry import TransformField
@@ -152,6 +154,31 @@ class DocumentStream(Stream, Generic[C]):
     @abstractmethod
     def prepare(self) -> dict[str, Any]:
         """Set the rest up; returns what else the order depends on."""
+
+    @abstractmethod
+    def fate(self, raw: list[Segment], made: list[Segment] | None) -> str:
+        """Why a document is left out, ``filtered`` or ``too_long``; "" where it is not.
+
+        Args:
+            raw: as it stands in the shards.
+            made: after the transforms; None: they filtered it out.
+        """
+
+    @abstractmethod
+    def epochs_of(self, steps: int, drawn: Sequence[Drawn]) -> list[float]:
+        """Passes over each source that ``steps`` steps make.
+
+        Args:
+            drawn: documents of each source that stand for all of it.
+        """
+
+    def survey(self, steps: int) -> list[dict[str, Any]]:
+        """What ``steps`` steps will see of every source, see `survey_documents`."""
+        return survey_documents(self, steps)
+
+    @abstractmethod
+    def mend(self, why: str, longest: int) -> str:
+        """What to set below ``stages.N.data`` so that documents are not left out for ``why``."""
 
     def segments(self, source: int, i: int) -> list[Segment]:
         """Sample ``i`` as it stands in the shards."""

@@ -25,11 +25,13 @@ from mm.data.streams.base import Step
 from mm.data.streams.documents import DocumentStream, TokenSource, TokenStreamConfig, Weight
 from mm.data.streams.shuffle import key_of, permute
 from mm.data.streams.stats import accumulate, summarize
+from mm.data.streams.survey import Drawn
 from mm.data.transforms.chunk import window
 from mm.errors import UserError
 from mm.registry import STREAMS
 from mm.specs import Segment
 
+SURVEYED = 1024  # documents that are packed to tell the epochs
 PROBE = 256  # samples of a source that tell its mean tokens after the transforms
 
 
@@ -242,18 +244,11 @@ class PackedStream(DocumentStream[PackedConfig]):
             for count in range(begin[s], end[s]):
                 epoch, position = divmod(count, len(shards))
                 i = int(self._epoch_order(s, epoch)[position])
-                segments = self._segments(s, epoch, i)
-                if not segments:
-                    filtered += 1
-                elif document_length(segments) <= self.config.seq_len:
-                    documents.append(Document(shards.key(i), segments, s))
-                elif self.config.cut and len(segments) == 1:
-                    documents += [
-                        Document(shards.key(i), piece, s)
-                        for piece in pieces(segments[0], self.config.seq_len - 2)
-                    ]
-                else:
-                    too_long += 1
+                segments = self._segments(s, epoch, i) or []
+                why = self.fate(segments, segments)
+                filtered, too_long = filtered + (why == "filtered"), too_long + (why == "too_long")
+                if not why:
+                    documents += [Document(shards.key(i), d, s) for d in self._cut(segments)]
         order = permute(
             np.arange(len(documents)), len(documents), key_of(self.seed, "block", block)
         )
@@ -282,14 +277,57 @@ class PackedStream(DocumentStream[PackedConfig]):
         picked = permute(np.arange(min(n, PROBE)), n, key_of("probe", source))
         for i in picked:
             segments = self._segments(source, 0, int(i)) or []
-            if document_length(segments) > self.config.seq_len and not (
-                self.config.cut and len(segments) == 1
-            ):
+            if self.fate(segments, segments):
                 continue
             for s in segments:
                 if s.ids is not None:
                     total[s.modality] = total.get(s.modality, 0.0) + len(s.ids) + 2
         return {m: t / len(picked) for m, t in total.items()}
+
+    def fate(self, raw: list[Segment], made: list[Segment] | None) -> str:
+        if not made:
+            return "filtered"
+        fits = document_length(made) <= self.config.seq_len
+        return "" if fits or (self.config.cut and len(made) == 1) else "too_long"
+
+    def _cut(self, segments: list[Segment]) -> list[list[Segment]]:
+        """The documents that a sample becomes: one, or pieces of a single segment."""
+        if document_length(segments) <= self.config.seq_len:
+            return [segments]
+        return pieces(segments[0], self.config.seq_len - 2)
+
+    def epochs_of(self, steps: int, drawn: Sequence[Drawn]) -> list[float]:
+        """From packing a few blocks of the drawn documents by their lengths."""
+        size, rng = min(self.config.block_samples, SURVEYED), np.random.default_rng(37)
+        blocks, rows = max(1, SURVEYED // size), 0
+        for _ in range(blocks):
+            documents = []
+            for s, (n, found) in enumerate(zip(self.counts, drawn, strict=True)):
+                left_out = max(0.0, 1 - float(found.weight.sum()))
+                p = np.append(found.weight, left_out)
+                chosen = rng.choice(
+                    len(p), round(n * size / self.config.block_samples), p=p / p.sum()
+                )
+                kept = [found.segments[k] for k in chosen if k < len(found.segments)]
+                documents += [Document("", d, s) for segments in kept for d in self._cut(segments)]
+            rows += len(first_fit(documents, self.config.seq_len, self.config.max_documents))
+        per_block = rows / blocks * self.config.block_samples / size
+        if not rows:
+            return [0.0 for _ in self.sources]
+        whole, part = divmod(steps * self.config.batch_size / per_block, 1)
+        before, after = (self.mix.drawn_before(int(whole) + k) for k in (0, 1))
+        return [
+            (a + part * (b - a)) / len(shards)
+            for a, b, shards in zip(before, after, self.sources, strict=True)
+        ]
+
+    def mend(self, why: str, longest: int) -> str:
+        if why == "filtered":
+            return "give any_to_any a task for them"
+        return (
+            f"data.cut=true cuts documents of one segment; data.seq_len={longest} takes all; the "
+            "transform {kind: chunk, modality: M, tokens: N} takes a window of each"
+        )
 
     def _windowed(self, source: int) -> bool:
         mode = self.config.shuffle

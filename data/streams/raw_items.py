@@ -161,6 +161,23 @@ class ItemsStream(Stream):
     def epoch(self) -> float:
         return self._cursor["step"] * self.config.batch_size / len(self.numbers)
 
+    def survey(self, steps: int) -> list[dict[str, Any]]:
+        """What ``steps`` steps will see of the items, as `survey_documents` says it."""
+        c, n = self.config, len(self.numbers)
+        figures = {
+            "source": str(c.path),
+            "split": c.split,
+            "samples": n,
+            "bytes": self.shards.n_bytes,
+            "epochs": steps * c.batch_size / n,
+            "left_out": {},
+            "modalities": {
+                c.modality: {"samples": n, "bytes": self.shards.bytes_of(c.modality), "used": 1.0}
+            },
+            "tasks": {},
+        }
+        return [figures]
+
     def advance(self, cursor: Mapping[str, int]) -> Step:
         first = cursor["step"] * self.config.batch_size
         micros = []

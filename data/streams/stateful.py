@@ -8,7 +8,7 @@ join to its documents. A model carries the State of every row from step to step
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -28,8 +28,10 @@ from mm.data.streams.base import Step
 from mm.data.streams.documents import TokenSource
 from mm.data.streams.shuffle import key_of, permute
 from mm.data.streams.single_source import SingleSourceConfig, SingleSourceStream
+from mm.data.streams.survey import Drawn
 from mm.errors import UserError
 from mm.registry import STREAMS
+from mm.specs import Segment
 
 SALT = "lanes"  # of the order: another word would change the data of every run
 
@@ -153,6 +155,20 @@ class StatefulStream(SingleSourceStream[StatefulConfig]):
         stats["padding_share"] = 1 - used / (self.carried_rows * self.config.seq_len)
         return Step(micros, after, stats)
 
+    def fate(self, raw: list[Segment], made: list[Segment] | None) -> str:
+        if not made:
+            return "filtered"
+        return "too_long" if document_length(made) > self.config.max_length else ""
+
+    def epochs_of(self, steps: int, drawn: Sequence[Drawn]) -> list[float]:
+        lengths = np.array([document_length(d) for d in drawn[0].segments])
+        epoch = float((lengths * drawn[0].weight).sum()) * len(self.shards)
+        return [steps * self.carried_rows * self.config.seq_len / epoch if epoch else 0.0]
+
+    def mend(self, why: str, longest: int) -> str:
+        too_long = f"data.max_length={longest} takes all"
+        return too_long if why == "too_long" else "give any_to_any a task for them"
+
     def _index(self, sample: int) -> tuple[int, int]:
         """Epoch and number in the shards of sample ``sample`` of the order."""
         epoch, position = divmod(sample, len(self.shards))
@@ -167,12 +183,9 @@ class StatefulStream(SingleSourceStream[StatefulConfig]):
         if sample not in self._documents:
             epoch, i = self._index(sample)
             segments = self.apply_transforms(0, self.segments(0, i), key_of(SALT), epoch, i)
-            if not segments:
-                found: DocumentTokens | str = "filtered"
-            elif document_length(segments) > self.config.max_length:
-                found = "too_long"
-            else:
-                found = document_tokens(segments, self.vocabulary)
+            segments = segments or []
+            why = self.fate(segments, segments)
+            found = why or document_tokens(segments, self.vocabulary)
             while len(self._documents) > 4 * self.carried_rows:  # a stream that was moved left some
                 self._documents.pop(next(iter(self._documents)))
             self._documents[sample] = found

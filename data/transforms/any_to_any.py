@@ -82,6 +82,8 @@ class AnyToAnyConfig(Config):
 class AnyToAny(Transform):
     """See `AnyToAnyConfig`. ``repeats``: Arora et al. 2024 (arXiv:2407.05483), JRT-Prompt."""
 
+    by_length = True
+
     def __init__(self, tasks: dict[Task, float], condition_dropout: float, repeats: int = 1):
         self.tasks, self.condition_dropout, self.repeats = tasks, condition_dropout, repeats
         self._possible: dict[frozenset[str], tuple[list[Task], list[float]]] = {}

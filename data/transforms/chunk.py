@@ -28,6 +28,8 @@ class ChunkConfig(Config):
 class Chunk(Transform):
     """See `ChunkConfig`. The `end` of a window that stops before its text does is no target."""
 
+    by_length = True
+
     def __init__(self, modality: str, tokens: int, window: str):
         self.modality, self.tokens, self.window = modality, tokens, window
 

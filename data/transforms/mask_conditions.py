@@ -35,6 +35,8 @@ class MaskConditions(Transform):
     0.15 of its tokens, each replaced by the mask id; Devlin et al. 2018 (arXiv:1810.04805).
     """
 
+    by_length = True
+
     def __init__(self, rate: float):
         self.rate = rate
 

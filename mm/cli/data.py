@@ -66,13 +66,16 @@ def pack(
         {
             name: value
             for name, value in values.items()
-            if value not in ({}, [], False) and name not in ("already", "histograms")
+            if value not in ({}, [], False)
+            and name not in ("already", "histograms", "rejected", "examples")
         },
     )
     if report.quarantined:
         console().print(
             f"{report.quarantined} unreadable: see {out / 'quarantine.jsonl'}", style="yellow"
         )
+        for kind, count in report.rejected.items():
+            console().print(f"  {count:,} x {report.examples.get(kind, kind)}", markup=False)
     write_json(json, values)
 
 

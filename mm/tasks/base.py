@@ -18,6 +18,7 @@ from mm.config import Config
 from mm.decoders.generate import Generator
 from mm.errors import UserError
 from mm.specs import Sample
+from mm.vocabulary import Vocabulary
 
 Figures = dict[str, Any]
 
@@ -30,6 +31,15 @@ class Task(Config):
 
     def build(self) -> Task:
         return self
+
+    @abstractmethod
+    def check(self, vocabulary: Vocabulary | None, tokenizers: Mapping[str, Any]) -> None:
+        """Raise UserError for what `evaluate` would miss or refuse: asked before a run trains.
+
+        Args:
+            vocabulary: of the run.
+            tokenizers: of the run, by modality.
+        """
 
     @abstractmethod
     def evaluate(self, generator: Generator, *, seed: int = 0) -> Figures:

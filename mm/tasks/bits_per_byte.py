@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +18,8 @@ from mm.errors import UserError
 from mm.registry import TASKS
 from mm.specs import Segment, TokenSpec
 from mm.tasks.base import Figures, Task, open_split, spread
+from mm.tasks.check import require_modalities
+from mm.vocabulary import Vocabulary
 
 
 @TASKS.register("bits_per_byte")
@@ -87,6 +89,18 @@ class BitsPerByte(Task):
             ]
             figures |= self._measure(generator, modality, values)
         return figures
+
+    def check(self, vocabulary: Vocabulary | None, tokenizers: Mapping[str, Any]) -> None:
+        before = [m for m in self.given.values() if m not in ("none", "null")]
+        require_modalities((*self.modalities, *before), vocabulary, tokenizers)
+        shards = open_split(self.data, self.split)
+        wanted = self.modalities or tuple(tokenizers)
+        missing = [m for m in wanted if not len(shards.having(raw_modality(m).kind))]
+        if self.modalities and missing or len(missing) == len(wanted):
+            raise UserError(
+                f"{self.data}: no sample of split '{self.split}' has "
+                f"{' or '.join(missing) or 'a modality with a tokenizer'}"
+            )
 
     def _measure(self, generator: Generator, modality: str, values: Sequence[Any]) -> Figures:
         own = raw_modality(modality)

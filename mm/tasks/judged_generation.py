@@ -5,7 +5,7 @@ Is what the model draws or says for a held-out condition recognised by a classif
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,7 +28,9 @@ from mm.tasks.base import (
     confusion,
     read_items,
 )
+from mm.tasks.check import require_items, require_modalities
 from mm.tasks.judges import Judge
+from mm.vocabulary import Vocabulary
 
 
 def trained_judge(
@@ -159,6 +161,15 @@ class JudgedGeneration(Task):
         return read_items(
             self.data, split, self.sources, classes=self.classes, label=self.label, limit=self.limit
         )
+
+    def check(self, vocabulary: Vocabulary | None, tokenizers: Mapping[str, Any]) -> None:
+        require_modalities((*self.sources, self.to), vocabulary, tokenizers)
+        where, own = self.judge_data or self.data, (self.classes, self.label)
+        require_items(where, self.train_split, (self.to,), *own, n_classes=2, known_only=False)
+        require_items(where, self.split, (self.to,), *own, known_only=False)
+        require_items(self.data, self.split, self.sources, *own, known_only=False)
+        if len(self.settings) > 1:
+            require_items(self.data, self.val_split, self.sources, *own, known_only=False)
 
     def _make(
         self, generator: Generator, items: Sequence[Item], settings: Settings, seed: int

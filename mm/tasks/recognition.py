@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +22,8 @@ from mm.tasks.base import (
     first_class,
     read_items,
 )
+from mm.tasks.check import require_items, require_modalities
+from mm.vocabulary import Vocabulary
 
 
 @TASKS.register("recognition")
@@ -115,6 +117,17 @@ class Recognition(Task):
         return read_items(
             self.data, split, self.sources, classes=self.classes, label=self.label, limit=self.limit
         )
+
+    def check(self, vocabulary: Vocabulary | None, tokenizers: Mapping[str, Any]) -> None:
+        require_modalities((*self.sources, self.to), vocabulary, tokenizers)
+        ask = lambda split, modalities, known: require_items(
+            self.data, split, modalities, self.classes, self.label, known_only=known
+        )
+        ask(self.split, self.sources, True)
+        if len(self.settings) > 1:
+            ask(self.val_split, self.sources, False)
+        if self.linear_probe:
+            ask(self.train_split, ("image",), False)
 
     def _answers(
         self,

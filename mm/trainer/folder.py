@@ -50,7 +50,10 @@ def lock(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            file.truncate(0)  # a run that is refused leaves no trace of itself
 
 
 def describe(run: Run, facts: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from mm.batch import Batch
 from mm.launch import environment
 from mm.registry import CALLBACKS
 from mm.run import Run
-from mm.trainer import final_eval, folder
+from mm.trainer import final_eval, folder, start, survey, warm_start
 from mm.trainer.callbacks.base import Callback
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint import resume_check
@@ -27,10 +27,10 @@ from mm.trainer.env import TrainerEnv
 from mm.trainer.export import export
 from mm.trainer.health import heartbeat
 from mm.trainer.health.anomaly import Guard, RollBack, out_of_memory
-from mm.trainer.health.signals import INTERRUPTED, Interrupted, Stop
+from mm.trainer.health.signals import INTERRUPTED, Stop
 from mm.trainer.log.metrics import BytesPerToken, CodebookUsage, MetricsFile, of_step
 from mm.trainer.log.tracker import Tracker
-from mm.trainer.ranks import on_any, on_main
+from mm.trainer.ranks import leave_before_step, on_any, on_main
 from mm.trainer.stage import StageState, end_of_stage, enter_stage
 from mm.trainer.state import TrainState
 from mm.trainer.step import optimizer_step
@@ -48,6 +48,7 @@ class Trainer:
     """
 
     def __init__(self, run: Run, callbacks: Sequence[Callback] = ()):
+        run = warm_start.resolve(run)
         self.run, self.folder = run, run.folder
         self.vocabulary = Vocabulary.load(run.vocabulary) if run.vocabulary is not None else None
         self.is_main, self.world = environment.ranks().is_main, environment.ranks().world
@@ -65,6 +66,8 @@ class Trainer:
         self._stop = Stop()
         self._writer = checkpoint.Writer(run.checkpoints.background)
         self._tokenizers: dict[str, Any] | None = None
+        self._told: dict[str, Any] = {}  # at the start: `start.json`
+        self._init_from: dict[str, Any] | None = None  # what the run began with
 
     def fit(self) -> dict[str, Any]:
         """Train, save ``<run folder>/model`` and return the last metrics.
@@ -77,8 +80,6 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             if self.is_main:
                 stack.enter_context(folder.lock(self.folder))
-                checkpoint.clean(self.folder / "checkpoints")
-                heartbeat.clear(self.folder / "health")
             stack.enter_context(self._stop)
             # DeepSpeed puts its own linear() there at stage 3 and leaves it to whatever runs next.
             stack.callback(setattr, torch.nn.functional, "linear", torch.nn.functional.linear)
@@ -87,6 +88,9 @@ class Trainer:
                 saved = self._resume()
                 first = self.step
                 done = {"step": first, "new_steps": 0, "resumed_from": first}
+                if self.is_main and first > self.steps:
+                    say = "%s: %d steps are done and the budget is %d: nothing to train"
+                    log.warning(say, self.folder, first, self.steps)
                 if final_eval.is_done(self.run, self.step):
                     log.info("%s: nothing to do, all %d steps are done", self.folder, self.steps)
                     return done | {"folder": str(self.folder)}
@@ -110,12 +114,13 @@ class Trainer:
 
         Returns the results of the last.
         """
-        end, last = 0, len(self.run.stages) - 1
+        end, first, last = 0, self.stage.index, len(self.run.stages) - 1
         for index, config in enumerate(self.run.stages):
             end += config.budget.steps
             if self.step < end or index == last:
-                with self._starting():
-                    self._enter(index, snapshot)
+                if index != first:  # which `_open` has built
+                    with self._starting():
+                        self._enter(index, snapshot)
                 try:
                     snapshot = self._train(end) or snapshot
                 finally:
@@ -189,6 +194,7 @@ class Trainer:
             "vocabulary": self._fingerprint,
             "config": self.run.to_dict(),
             "tracker": self.tracker.id,
+            "init_from": self._init_from,
         }
         snapshot = self.state.save(facts, self.batches[0])
         root, keep = self.folder / "checkpoints", self.run.checkpoints
@@ -226,35 +232,54 @@ class Trainer:
         return saved
 
     def _open(self, saved: Saved | None, stack: contextlib.ExitStack) -> None:
-        """Write the run's description, start heartbeat, log and tracker; ``stack`` ends them."""
-        rank, hang_s = environment.ranks().rank, self.run.guard.hang_s
-        heart = stack.enter_context(heartbeat.Heartbeat(self.folder / "health", rank, hang_s))
-        self.callbacks.insert(0, heart)
+        """Check what can be checked and build the first stage; only then write and begin.
+
+        So a refusal leaves every file of the run as it was. ``stack`` ends what is begun here.
+        """
         self._phase("start", self.step)
         precision = resolve_precision(self.run.engine.precision, self.device)
         self.env = TrainerEnv(self.run.seed, self.device, precision)
-        facts = {
-            "device": str(self.device),
-            "world": self.world,
-            "precision": precision,
-            "threads": torch.get_num_threads(),
-        }
-        described = folder.describe(self.run, facts)
+        index = start.first_stage(self.run, self.step)
+        self._on_main(lambda: start.check(self, index))
+        begin, self._init_from = warm_start.begin(self.run, self.vocabulary, saved)
+        self._build(index, begin)
+        if self.step < self.steps:
+            root, n_bytes = self.folder / "checkpoints", self.stage.save_bytes
+            self._on_main(lambda: checkpoint.rehearse(root, n_bytes))
+        self._on_main(lambda: self._told.update(start.survey(self, index)))
+        self._write_start(saved, stack)
+        if saved is not None:
+            log.info("resumed %s from step %d of %d", self.folder, self.step, self.steps)
+        stack.callback(self._end_callbacks)
+        self._start_callbacks()
+
+    def _write_start(self, saved: Saved | None, stack: contextlib.ExitStack) -> None:
+        """Write the run's description and begin heartbeat, log and tracker; ``stack`` ends them."""
+        rank, hang_s = environment.ranks().rank, self.run.guard.hang_s
         if self.is_main:
+            checkpoint.clean(self.folder / "checkpoints")
+            heartbeat.clear(self.folder / "health")
+        dist.barrier()  # no rank's file is cleared
+        heart = stack.enter_context(heartbeat.Heartbeat(self.folder / "health", rank, hang_s))
+        self.callbacks.insert(0, heart)
+        if self.is_main:
+            described = start.describe(self, self._init_from)
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             folder.write(self.folder, self.run, described)
+            survey.write(self.folder, self._told)
             self.file = MetricsFile(self.folder / "metrics.jsonl", self.step)
             stack.callback(self.file.close)
             resumed = saved.state.get("tracker") if saved is not None else None
             self.tracker = Tracker.start(self.run, self.folder, described, resumed)
             stack.callback(self.tracker.finish)
             self.callbacks[3:3] = [self.file, self.tracker]  # after heartbeat, guard and counts
-        if saved is not None:
-            log.info("resumed %s from step %d of %d", self.folder, self.step, self.steps)
-        stack.callback(self._end_callbacks)
 
     def _enter(self, index: int, snapshot: Snapshot | None) -> None:
         """Build a stage, from ``snapshot`` when there is one, and start the callbacks."""
+        self._build(index, snapshot)
+        self._start_callbacks()
+
+    def _build(self, index: int, snapshot: Snapshot | None) -> None:
         self._phase("stage", self.step)
         self.state.stage = None  # its memory is free before the next one is built
         stage = enter_stage(
@@ -263,9 +288,8 @@ class Trainer:
         self.state.stage = stage
         if snapshot is not None and snapshot.state["stage"] == index:
             resume_check.check(stage, snapshot, self.world, self.run.engine.zero_stage)
-        if not self._started and self.step < self.steps:
-            root = self.folder / "checkpoints"
-            self._on_main(lambda: checkpoint.rehearse(root, stage.save_bytes))
+
+    def _start_callbacks(self) -> None:
         for callback in self.callbacks:
             callback.on_stage_start(self)
             if callback not in self._started:
@@ -282,21 +306,8 @@ class Trainer:
             self.tracker.log(found, self.step)
         return found
 
-    @contextlib.contextmanager
-    def _starting(self) -> Iterator[None]:
-        """Exit with 75 when a signal comes before a stage's first step: all before it is saved.
-
-        At once when alone; several processes finish the block first, so that none waits in vain.
-        """
-        try:
-            with self._stop.at_once() if self.world == 1 else contextlib.nullcontext():
-                yield
-            if not on_any(self._stop.asked, self.device):
-                return
-        except Interrupted:
-            pass
-        log.warning("stopped by a signal before step %d; run the same command", self.step + 1)
-        raise SystemExit(INTERRUPTED)
+    def _starting(self) -> contextlib.AbstractContextManager[None]:
+        return leave_before_step(self._stop, lambda: self.step + 1, self.device)
 
     def _phase(self, name: str, step: int, keys: Sequence[str] = ()) -> None:
         for callback in self.callbacks:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +12,9 @@ import torch.distributed as dist
 
 from mm.errors import UserError
 from mm.launch import environment
+from mm.trainer.health.signals import INTERRUPTED, Interrupted, Stop
+
+log = logging.getLogger("mm.trainer")
 
 
 def on_any(flag: bool, device: torch.device) -> bool:
@@ -32,3 +37,22 @@ def on_main(work: Callable[[], Any], device: torch.device, where: object) -> Non
             failed = error
     if on_any(failed is not None, device):
         raise failed or UserError(f"{where}: the main process stopped, and says why")
+
+
+@contextlib.contextmanager
+def leave_before_step(
+    stop: Stop, next_step: Callable[[], int], device: torch.device
+) -> Iterator[None]:
+    """Exit with 75 when a signal comes before a stage's first step: all before it is saved.
+
+    At once when alone; several processes finish the block first, so that none waits in vain.
+    """
+    try:
+        with stop.at_once() if environment.ranks().world == 1 else contextlib.nullcontext():
+            yield
+        if not on_any(stop.asked, device):
+            return
+    except Interrupted:
+        pass
+    log.warning("stopped by a signal before step %d; run the same command", next_step())
+    raise SystemExit(INTERRUPTED)

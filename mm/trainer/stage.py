@@ -41,6 +41,7 @@ class StageState:
     stream: Any
     compiled: bool
     save_bytes: int  # of a checkpoint, about
+    parameters: dict[str, int]  # of each network that trains
 
     def begin_step(self, step: int) -> dict[str, float]:
         """Seed everything random of ``step``; returns the objective's scheduled values."""
@@ -72,27 +73,30 @@ def enter_stage(
     inside = snapshot if snapshot is not None and snapshot.state["stage"] == index else None
     engines: dict[str, Engine] = {}
     frozen: dict[str, nn.Module] = {}
-    save_bytes = 0
+    parameters: dict[str, int] = {}
     wanted = all_networks(run, objective)
     for name, network in wanted.items():
         module = make_module(network.config, vocabulary, run.seed, env.device)
         have = weights_at_start(run, index, snapshot, name) if snapshot is not None else {}
-        if snapshot is not None and have:
-            load_weights(module, have, snapshot.origin)
-        elif name == "model" and run.tokenizers and hasattr(network.config, "prepare"):
-            vectors = {m: v for m, v in code_vectors().items() if v is not None}
+        new = snapshot.new_modalities if snapshot is not None and have else run.tokenizers
+        if name == "model" and run.tokenizers and new and hasattr(network.config, "prepare"):
+            vectors = {m: v for m, v in code_vectors().items() if v is not None and m in new}
             network.config.prepare(module, vectors)
+        if snapshot is not None and have:
+            load_weights(module, snapshot.fit(module, have), snapshot.origin, snapshot.mend)
         if network.mode != "train":
             frozen[name] = module.eval().requires_grad_(False)
             continue
         if run.engine.compile:
             compile_blocks(module)
-        save_bytes += 12 * sum(p.numel() for p in module.parameters())  # fp32, two states
+        parameters[name] = sum(p.numel() for p in module.parameters())
         optimizer = config.optimizer.build(module)
         engine = Engine(module.train(), optimizer, run.engine, env.precision, config.ema)
         if inside is not None:
             engine.load_masters(have)
-            engine.load_optimizer_state(inside.optimizer(name), inside.state["optimizers"][name])
+            engine.load_optimizer_state(
+                inside.optimizer(name), inside.state["optimizers"].get(name, {})
+            )
         engines[name] = engine
     averages = Averages(wanted, engines, frozen, snapshot)
     env.lend(engines, frozen)
@@ -123,7 +127,8 @@ def enter_stage(
         nets,
         stream,
         run.engine.compile,
-        save_bytes,
+        12 * sum(parameters.values()),  # fp32, two states
+        parameters,
     )
 
 
@@ -178,28 +183,26 @@ def compile_blocks(module: nn.Module) -> None:
         part.compile()
 
 
-def load_weights(module: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
+def load_weights(
+    module: nn.Module, weights: Mapping[str, Tensor], origin: str, mend: str = Snapshot.mend
+) -> None:
     """Copy full tensors into parameters and buffers.
 
-    Raises UserError when a name or shape does not fit.
+    Raises UserError with ``mend`` when a name or shape does not fit.
     """
     own = module.state_dict(keep_vars=True)
     for name, tensor in weights.items():
         if name not in own or own[name].shape != tensor.shape:
             have = tuple(own[name].shape) if name in own else "absent"
             raise UserError(
-                f"{origin}: '{name}' is {tuple(tensor.shape)} there and {have} in the model; "
-                "it was made by another model config: use another run name"
+                f"{origin}: '{name}' is {tuple(tensor.shape)} there and {have} in the model; {mend}"
             )
     with torch.no_grad():
         for name, tensor in weights.items():
             own[name].copy_(tensor)
     unset = {n for n, _ in module.named_parameters()} - set(weights)
     if unset:
-        raise UserError(
-            f"{origin}: has no '{min(unset)}'; it was made by another model config: "
-            "use another run name"
-        )
+        raise UserError(f"{origin}: has no '{min(unset)}'; {mend}")
 
 
 def stage_result(stage: Stage, snapshot: Snapshot, network: str) -> dict[str, Tensor]:

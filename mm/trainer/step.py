@@ -15,6 +15,8 @@ from mm.objectives.objective import LossTerm
 from mm.trainer.log.metrics import CodebookUsage, MetricSum, all_reduce, n_items, tokens_by_modality
 from mm.trainer.stage import StageState
 
+COUNT = "count/"  # of a loss, on its way to the host
+
 
 def optimizer_step(
     stage: StageState,
@@ -71,9 +73,10 @@ def optimizer_step(
 def _device_metrics(
     term: LossTerm, metrics: MetricSum, total: Tensor, n: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Global losses and scalar aux of one network, () each."""
+    """Global losses, with their counts, and scalar aux of one network, () each."""
     named = "loss/total" if term.network == "model" else f"loss/{term.network}_total"
     out = {f"loss/{k}": s / n[k].clamp_min(1e-12) for k, s in metrics.losses.items()}
+    out |= {COUNT + k: n[k] for k in metrics.losses}
     out[named] = total
     return out | {f"aux/{k}": s.mean() for k, s in metrics.aux.items() if s.total.dim() == 0}
 
@@ -88,6 +91,9 @@ def _update(
         device["norm"] = norm
     values = torch.stack([t.detach().float() for t in device.values()]).tolist()
     host = dict(zip(device, values, strict=True))
+    for key in [key for key in host if key.startswith(COUNT)]:
+        if host.pop(key) == 0:  # a loss without targets is absent: 0 would read as perfect
+            del host[f"loss/{key.removeprefix(COUNT)}"]
     lr = engine.set_lr(stage.lr_factor(step))
     applied, norm_before = engine.step(host.pop("norm", None))
     after = getattr(engine.raw, "after_step", None)

@@ -271,7 +271,7 @@ def test_an_index_of_a_million_samples_opens_at_once(tmp_path: Path) -> None:
     file = root / "train" / "index.npz"
     index.save(file)
     begun = time.process_time()
-    opened = Index.load(file)
+    opened = Index.load(file, 1)
     assert time.process_time() - begun < 0.1
     assert len(opened) == n and opened.key(123456) == "0123456"
     assert opened.lengths["text"][77] == 77 and not opened.start.flags.writeable
@@ -283,7 +283,7 @@ def test_an_index_of_a_million_samples_opens_at_once(tmp_path: Path) -> None:
     whole = entry["shards"][0] | {"samples": n, "bytes": members * 1024}
     os.truncate(root / "train" / whole["name"], whole["bytes"])  # a hole: it takes no room
     mine = {"name": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)}
-    entry |= {"samples": n, "shards": [whole], "index": mine}
+    entry |= {"samples": n, "bytes": whole["bytes"], "shards": [whole], "index": mine}
     write_manifest(root, manifest)
     begun = time.process_time()
     shards = ShardSet.open(root)

@@ -38,6 +38,7 @@ def run_of(out: Path, name: str, steps: int, **data: Any) -> Run:
                     "data": data,
                     "objective": "next_token",
                     "budget": {"steps": steps},
+                    "allow_left_out": 0.5,  # rejects are among what is counted
                     "schedule": {"shape": "constant", "warmup": 2},
                 }
             ],

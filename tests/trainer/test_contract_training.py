@@ -14,7 +14,7 @@ from trainer_toys import toys_registered  # noqa: F401
 
 from mm.batch import Batch, Values
 from mm.model.layer import ModelOut
-from mm.registry import NETWORKS, OBJECTIVES
+from mm.registry import NETWORKS, OBJECTIVES, OPTIMIZERS
 from mm.run import Run
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.env import TrainerEnv
@@ -22,6 +22,14 @@ from mm.trainer.loop import train
 from mm.trainer.stage import all_networks, build, make_module
 
 SAME = {"rel": 2e-6, "abs": 1e-6}  # printed precision
+
+
+def adafactor_run(out: Path, name: str, stage: int) -> Run:
+    """A run whose optimizer needs sums over whole parameters, which ZeRO cuts."""
+    run = make_run(out, name, stage=stage)
+    optimizer = OPTIMIZERS.parse({"kind": "adafactor", "factored": False, "lr": 1e-2})
+    stages = (run.stages[0].model_copy(update={"optimizer": optimizer}),)
+    return run.model_copy(update={"stages": stages})
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +49,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     runs |= {
         f"half{s}": make_run(out, f"half{s}", stage=s, data={"signal_at": 2}) for s in range(4)
     }
+    runs["sums"] = adafactor_run(out, "sums", stage=2)
     os.environ["WANDB_MODE"] = "disabled"
     torchrun(2, list(runs.values()))
     return runs
@@ -60,6 +69,14 @@ def test_stages_are_equal_with_a_rank_that_lacks_a_modality(
         for s in range(4):
             found = [row[name] for row in rows(two_ranks[f"lack{s}"])]
             assert found == pytest.approx(expected, rel=2e-5 if "grad" in name else 2e-6), (name, s)
+
+
+def test_sums_over_a_parameter_are_those_of_all_ranks(
+    two_ranks: dict[str, Run], tmp_path: Path
+) -> None:
+    alone = adafactor_run(tmp_path, "alone", stage=0)
+    train(alone)
+    assert losses(two_ranks["sums"]) == pytest.approx(losses(alone), rel=1e-5)
 
 
 def test_two_networks_are_equal_with_two_ranks(two_ranks: dict[str, Run], tmp_path: Path) -> None:

@@ -82,6 +82,12 @@ class Callback:
     start, stage, (data, step, report, save)*, export, evaluate.
     """
 
+    def check(self, trainer: Training) -> None:
+        """Before anything is built or written, main rank alone: raise UserError for bad settings.
+
+        What only fails later would cost hours.
+        """
+
     def on_stage_start(self, trainer: Training) -> None:
         """Networks and data of a stage are ready; again after a return to a checkpoint."""
 

@@ -15,6 +15,7 @@ from torch import nn
 from mm.batch import Batch, Values
 from mm.config import Config
 from mm.data.modalities.base import BadSample, modality_of_value, raw_modality, table
+from mm.decoders.base import is_fixed
 from mm.errors import UserError
 from mm.registry import CALLBACKS
 from mm.trainer.callbacks.base import Callback, Training
@@ -59,18 +60,37 @@ class Samples(Callback):
         self._kept: dict[str, torch.Tensor] | None = None
         self._done = -1
 
-    def on_stage_start(self, trainer: Training) -> None:
+    def check(self, trainer: Training) -> None:
+        """Encode every prompt: its modalities, tokenizers, files and lengths must all be there."""
+        from mm.decoders.generate import Generator
+        from mm.decoders.prompts import prepare
+
         known = trainer.vocabulary.modalities if trainer.vocabulary is not None else ()
         for prompt in self.config.prompts:
-            for modality in {*prompt} - {"to"} | {prompt["to"]}:
+            said, to = f"callbacks.samples: prompt {prompt}", prompt["to"]
+            for modality in {*prompt} - {"to"} | {to}:
                 if modality not in known:
                     raise UserError(
-                        f"callbacks.samples: prompt {prompt} names '{modality}'; there is only "
+                        f"{said} names '{modality}'; there is only "
                         f"{', '.join(known) or 'none (set vocabulary:)'}"
                     )
-            for modality, value in prompt.items():
-                if modality != "to":
-                    _raw(modality, value)  # a missing file is an error now, not at the first sample
+                if modality not in trainer.run.tokenizers:
+                    raise UserError(
+                        f"{said}: no tokenizer of '{modality}': set tokenizers.{modality}"
+                    )
+            assert trainer.vocabulary is not None  # it knows the modalities
+            raw = {m: _raw(m, v) for m, v in prompt.items() if m != "to"}
+            generator = Generator(nn.Identity(), trainer.vocabulary, trainer.tokenizers)
+            try:
+                (segments,) = generator.segments([raw], to)
+                prepare(segments, to, trainer.vocabulary, self._limit(generator, to), "it")
+            except UserError as error:
+                raise UserError(f"{said}: {error}") from error
+
+    def _limit(self, generator: Any, to: str) -> int | None:
+        """Most new ids of a span; a grid has its own."""
+        fixed = is_fixed(generator.vocabulary.spec(to)) is not None
+        return None if fixed else self.config.max_tokens
 
     def post_step(self, trainer: Training, step: int, metrics: dict[str, Any]) -> None:
         if self._kept is None and not self.config.prompts:
@@ -95,7 +115,7 @@ class Samples(Callback):
         from mm.decoders.generate import Generator
 
         c = self.config
-        assert trainer.vocabulary is not None  # on_stage_start checked it
+        assert trainer.vocabulary is not None  # `check` asked for it
         generator = Generator(module, trainer.vocabulary, trainer.tokenizers)
         out: list[tuple[int, str, Any]] = []
         for to in dict.fromkeys(p["to"] for p in c.prompts):
@@ -110,7 +130,7 @@ class Samples(Callback):
                     top_p=c.top_p,
                     seed=c.seed,
                     cfg_scale=c.cfg_scale,
-                    max_tokens=c.max_tokens,
+                    max_tokens=self._limit(generator, to),
                 )
             except UserError as error:  # samples never end a run; the next step may do better
                 log.warning("samples to %s: %s", to, error)

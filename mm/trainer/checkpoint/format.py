@@ -14,27 +14,28 @@ previous one good.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm.errors import UserError
+from mm.launch import environment
 from mm.run import Run
+from mm.trainer.checkpoint import check
+from mm.trainer.checkpoint.check import MARK, SCHEMA, STATE
 
 log = logging.getLogger("mm.trainer")
 
-SCHEMA = 1
-STATE, MARK, LATEST = "state.json", "COMPLETE", "latest"
+LATEST = "latest"
 PART = ".part_"
 RETRY_S = (0.2, 1.0, 5.0)  # pauses before another try, when the folder cannot be written
 
@@ -50,6 +51,8 @@ class Snapshot:
     """
 
     origin = "the stage before"  # for messages
+    mend = "it was made by another model config: use another run name"  # what does not fit
+    new_modalities: Sequence[str] = ()  # whose ids it has no rows for
 
     def __init__(self, state: Mapping[str, Any], files: Mapping[str, Mapping[str, Tensor]]):
         self.state = state
@@ -62,6 +65,10 @@ class Snapshot:
     def has(self, network: str) -> bool:
         """Whether a network was part of the run."""
         return network in self.files
+
+    def fit(self, module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights as ``module`` takes them."""
+        return dict(weights)
 
     def optimizer(self, network: str) -> dict[str, Tensor]:
         """Elementwise optimizer states of a network, ``state/parameter``."""
@@ -85,8 +92,10 @@ class Saved(Snapshot):
     def require(self, config: Mapping[str, Any], vocabulary: str | None) -> None:
         """Check that a run of this config and vocabulary fingerprint can go on from here.
 
-        Safe differences are logged. Raises UserError on another vocabulary, model or seed.
+        Safe differences are logged, those of stages as warnings. Raises UserError on a state that
+        is none, another vocabulary, model or seed.
         """
+        check.require_state(self.state, self.origin, len(config["stages"]))
         if self.state["vocabulary"] != vocabulary:
             raise UserError(
                 f"{self.folder}: was trained with vocabulary {str(self.state['vocabulary'])[:12]}, "
@@ -103,9 +112,10 @@ class Saved(Snapshot):
                     f"{self.folder}: '{key}' was {old} and is {new} now; it cannot change: "
                     "set it back, or use another run name: name=..."
                 )
-            log.info(
-                "config changed since step %d: %s: %s -> %s", self.state["step"], key, old, new
-            )
+            if environment.ranks().is_main:
+                level = logging.WARNING if key.startswith("stages.") else logging.INFO
+                say = "config changed since step %d: %s: %s -> %s"
+                log.log(level, say, self.state["step"], key, old, new)
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -170,7 +180,7 @@ def _write(root: Path, snapshot: Snapshot, on_file: Callable[[Path], Any]) -> Pa
                 _write_tensors(part / f"{name}.safetensors", tensors)
                 on_file(part / f"{name}.safetensors")
         (part / STATE).write_text(json.dumps({"schema": SCHEMA, **snapshot.state}, indent=1))
-        hashes = {file.name: _sha256(file) for file in sorted(part.iterdir())}
+        hashes = {file.name: check.sha256(file) for file in sorted(part.iterdir())}
         for file in part.iterdir():
             _sync(file)
         (part / MARK).write_text(json.dumps(hashes, indent=1))
@@ -203,9 +213,9 @@ def _point(root: Path, name: str) -> None:
 
 
 def _retain(root: Path, keep_last: int, keep_every: int) -> None:
-    complete = [folder for folder in _newest_first(root) if (folder / MARK).is_file()]
+    complete = [folder for folder in check.folders(root) if (folder / MARK).is_file()]
     for folder in complete[keep_last:]:
-        if not keep_every or int(folder.name[5:]) % keep_every:
+        if not keep_every or check.step_of(folder) % keep_every:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -314,43 +324,12 @@ def require_space(root: Path, n_bytes: int) -> None:
 
 def newest(root: Path) -> Saved | None:
     """The newest checkpoint whose files match their hashes; a damaged one is passed over."""
-    for folder in _newest_first(root):
-        fault = verify(folder)
+    for folder in check.folders(root):
+        fault = check.fault_of(folder)
         if fault is None:
             return Saved(folder, json.loads((folder / STATE).read_text()))
         log.warning("checkpoint %s is not used: %s", folder.name, fault)
     return None
-
-
-def verify(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None."""
-    mark = folder / MARK
-    if not mark.is_file():
-        return "its save did not finish"
-    try:
-        hashes = json.loads(mark.read_text())
-    except ValueError:
-        return f"{MARK} is not readable"
-    for name, expected in hashes.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if _sha256(folder / name) != expected:
-            return f"{name} does not match its SHA-256"
-    return None
-
-
-def _newest_first(root: Path) -> Iterator[Path]:
-    found = (
-        [p for p in root.glob("step_*") if p.is_dir() and p.name[5:].isdigit()]
-        if root.is_dir()
-        else []
-    )
-    return iter(sorted(found, key=lambda p: int(p.name[5:]), reverse=True))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

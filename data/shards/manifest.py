@@ -1,0 +1,130 @@
+"""The manifest of packed shards, typed: what stands in manifest.json is checked when it is read.
+
+Sizes and sums must agree, and every name that becomes a path is one plain name.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mm.errors import UserError
+from mm.names import PlainName
+from mm.specs import MODALITY
+
+FORMAT, VERSION = "mm-shards", 1
+
+Count = Annotated[int, Field(ge=0, lt=2**62, strict=True)]
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Modality = Annotated[str, Field(pattern=rf"^{MODALITY}$")]
+
+
+class Entry(BaseModel):
+    """A part of the manifest; keys of later versions are let through."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class ShardEntry(Entry):
+    """One tar."""
+
+    name: PlainName
+    samples: Count
+    bytes: Count
+    sha256: Hash
+
+
+class IndexEntry(Entry):
+    """The index of a split."""
+
+    name: PlainName
+    sha256: Hash
+    bytes: Count | None = None
+
+
+class LengthsEntry(Entry):
+    """Lengths of one modality in a split."""
+
+    count: Count
+    total: Count
+    min: Count
+    max: Count
+
+
+class SplitEntry(Entry):
+    """One split: its shards add up to it."""
+
+    samples: Count
+    bytes: Count
+    shards: tuple[ShardEntry, ...]
+    index: IndexEntry
+    lengths: dict[Modality, LengthsEntry]
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> SplitEntry:
+        for what in ("samples", "bytes"):
+            total = sum(getattr(shard, what) for shard in self.shards)
+            if total != getattr(self, what):
+                raise ValueError(f"{what} {getattr(self, what)}, its shards have {total}")
+        names = [shard.name for shard in self.shards]
+        if len(set(names)) < len(names):
+            raise ValueError(f"shard '{max(names, key=names.count)}' is listed twice")
+        return self
+
+
+class VocabularyEntry(Entry):
+    """The vocabulary of token shards."""
+
+    fingerprint: Hash
+    size: Count
+
+
+class Manifest(Entry):
+    """manifest.json."""
+
+    format: Literal["mm-shards"]
+    version: Annotated[int, Field(ge=1, le=VERSION, strict=True)]
+    kind: Literal["raw", "tokens"]
+    modalities: tuple[Modality, ...]
+    source: str
+    license: str
+    quarantined: Count
+    splits: Annotated[dict[PlainName, SplitEntry], Field(min_length=1)]
+    vocabulary: VocabularyEntry | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Manifest:
+        found = {m for split in self.splits.values() for m in split.lengths}
+        if found != set(self.modalities):
+            raise ValueError(
+                f"modalities {sorted(self.modalities)}, its splits hold {sorted(found)}"
+            )
+        if self.kind == "tokens" and self.vocabulary is None:
+            raise ValueError("token shards without a vocabulary")
+        return self
+
+
+def parse_manifest(path: str | Path, data: bytes) -> dict[str, Any]:
+    """Read the text of a manifest.
+
+    Raises UserError naming the first key that is wrong.
+    """
+    try:
+        raw = json.loads(data.decode("utf-8"))
+        Manifest.model_validate(raw)
+        return raw
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        why = f"{where}: {first['msg'].removeprefix('Value error, ')}"
+    except RecursionError:
+        why = "nested too deep"
+    except ValueError as error:
+        why = str(error)
+    raise UserError(
+        f"{path}: not a shard manifest of this version ({why}); pack again with: mm data pack "
+        "SRC --out DIR --overwrite"
+    )

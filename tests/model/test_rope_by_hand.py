@@ -1,0 +1,49 @@
+"""RoPE against its formulas written out in plain Python, without any other library."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mm.layout import Layout
+from mm.registry import POSITIONS
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5, 0.25])
+def test_pairs_turn_by_the_base_to_the_share_of_what_is_rotated(fraction: float) -> None:
+    """Pair i of the n rotated dimensions turns by ``place * theta ** (-2i / n)``, the rest by 0."""
+    dim, theta = 16, 500.0
+    rope = POSITIONS.get("rope")(theta=theta, fraction=fraction).build(dim)
+    n = int(dim * fraction)
+    x = torch.randn(1, 4, 1, dim, dtype=torch.float64)
+    fields = Layout.plain(1, 4).fields
+    turned, _ = rope.rotate(x, x, fields, fields)
+    for place in range(4):
+        old, new = x[0, place, 0].tolist(), turned[0, place, 0].tolist()
+        for i in range(n // 2):
+            angle = place * theta ** (-2 * i / n)
+            a, b = old[i], old[i + n // 2]
+            assert new[i] == pytest.approx(a * math.cos(angle) - b * math.sin(angle), abs=1e-6)
+            assert new[i + n // 2] == pytest.approx(
+                b * math.cos(angle) + a * math.sin(angle), abs=1e-6
+            )
+        assert new[n:] == old[n:]
+
+
+def test_yarn_interpolates_between_its_two_corners() -> None:
+    """Peng et al. 2023 (arXiv:2309.00071), eq. 22 to 25, corners rounded down and up."""
+    dim, theta, factor, original = 64, 10000.0, 8.0, 512
+    scaling = {"rule": "yarn", "factor": factor, "original": original}
+    rope = POSITIONS.get("rope")(theta=theta, scaling=scaling).build(dim)
+    cos, sin = rope.prepare(Layout.plain(1, 2).fields)[:, 0, 1, 0].double()
+    corner = lambda turns: dim * math.log(original / (turns * 2 * math.pi)) / 2 / math.log(theta)
+    begin, end = math.floor(corner(32.0)), math.ceil(corner(1.0))
+    assert begin < corner(32.0) and end > corner(1.0) and 0 < begin < end < dim // 2
+    length = 0.1 * math.log(factor) + 1
+    for i in range(dim // 2):
+        share = min(1.0, max(0.0, (i - begin) / (end - begin)))
+        speed = theta ** (-2 * i / dim) * (1 - share + share / factor)
+        assert float(cos[i]) == pytest.approx(length * math.cos(speed), abs=1e-6), i
+        assert float(sin[i]) == pytest.approx(length * math.sin(speed), abs=1e-6), i
