@@ -23,10 +23,6 @@ class Copies(Source):
         self.source, self.n = source, n
         self.splits_itself = source.splits_itself
 
-    @property
-    def ignored(self) -> dict[str, int]:  # type: ignore[override]
-        return self.source.ignored
-
     def count(self) -> int | None:
         return None  # how many are of train is not known before they are read
 
