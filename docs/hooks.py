@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import typer.main
+import yaml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
@@ -133,10 +134,32 @@ def registry_page(name: str) -> str:
     kinds = list(Registry.every[name])
     parts = [f"# {name}\n\n", f"Kinds: {', '.join(f'[{k}](#{slug(k)})' for k in kinds)}.\n\n"]
     for kind in kinds:
-        parts += [f"## {kind}\n\n", *section(SCHEMA[f"{name}.{kind}"])]
+        parts += [f"## {kind}\n\n", *section(SCHEMA[f"{name}.{kind}"]), *example(name, kind)]
         for nested in (key for key in SCHEMA if key.startswith(f"{name}.{kind}.")):
             parts += [f"### {nested.removeprefix(f'{name}.')}\n\n", *section(SCHEMA[nested])]
     return "".join(parts)
+
+
+# Where a kind stands in a YAML: the keys above it. The others are inside a model.
+PLACES = {
+    "task": ("stages", 0, "tasks", 0),
+    "callback": ("callbacks", 0),
+    "transform": ("stages", 0, "objective", "transform"),
+    "data": ("stages", 0, "data"),
+    "optimizer": ("stages", 0, "optimizer"),
+    "tokenizer": ("tokenizer",),
+}
+
+
+def example(name: str, kind: str) -> Iterator[str]:
+    """The smallest useful config of a kind, where it stands in a YAML."""
+    if name in PLACES:
+        smallest = Registry.every[name].get(kind).smallest()
+        value: Any = {"kind": kind} | smallest.model_dump(mode="json", exclude_unset=True)
+        for key in reversed(PLACES[name]):
+            value = [value] if isinstance(key, int) else {key: value}
+        text = yaml.safe_dump(value, sort_keys=False, default_flow_style=None)
+        yield f"```yaml\n{text}```\n\n"
 
 
 def slug(title: str) -> str:

@@ -5,8 +5,9 @@ Frozen pydantic models, YAML with a one-parent `base:`, and `a.b=c` overrides.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -14,15 +15,85 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from mm.errors import UserError, did_you_mean
+from mm.reading import parse_json, parse_yaml
 
 T = TypeVar("T", bound="Config")
 SHIPPED = Path(__file__).parent / "configs"
 
 
+class CannotBuild(UserError, ValueError):
+    """A config cannot be built; says where it stands below ``root``, and why."""
+
+    def __init__(self, config: Config, reason: str):
+        super().__init__(reason)
+        self.config, self.root, self.origin, self.reason = config, config, "", reason
+
+    def __str__(self) -> str:
+        place = ".".join(_place_of(self.config, self.root) or ())
+        place = place or str(getattr(self.config, "kind", type(self.config).__name__))
+        return f"{self.origin}{place}: {self.reason}"
+
+
+def _place_of(config: Config, within: Any) -> tuple[str, ...] | None:
+    """Keys that lead to a config, or None where it is not found."""
+    if within is config:
+        return ()
+    if isinstance(within, Config):
+        parts: Iterable[tuple[Any, Any]] = (
+            (k, getattr(within, k)) for k in type(within).model_fields
+        )
+    elif isinstance(within, Mapping):
+        parts = within.items()
+    elif isinstance(within, (list, tuple)):
+        parts = enumerate(within)
+    else:
+        return None
+    found = ((str(key), _place_of(config, value)) for key, value in parts)
+    return next(((key, *rest) for key, rest in found if rest is not None), None)
+
+
+@contextmanager
+def places_from(root: Config, origin: str) -> Iterator[None]:
+    """Inside, what cannot be built is named by its keys below ``root``, of the file ``origin``."""
+    try:
+        yield
+    except CannotBuild as error:
+        error.root, error.origin = root, f"{origin}: "
+        raise
+
+
+def _placing(build: Callable[..., Any]) -> Callable[..., Any]:
+    """A `build` whose ValueErrors, which are the input's, become `CannotBuild`."""
+
+    @functools.wraps(build)
+    def placed(self: Config, *args: Any, **kw: Any) -> Any:
+        try:
+            return build(self, *args, **kw)
+        except CannotBuild as error:
+            error.root = self  # the outermost that was asked
+            raise
+        except ValueError as error:
+            reason = "; ".join(faults(error)) if isinstance(error, ValidationError) else str(error)
+            raise CannotBuild(self, " ".join(reason.split())) from error
+
+    return placed
+
+
+def faults(error: ValidationError) -> list[str]:
+    """One line a fault of pydantic's: keys, and why."""
+    lines = []
+    for fault in error.errors():
+        where = ".".join(str(part) for part in fault["loc"])
+        message = fault["msg"].removeprefix("Value error, ")
+        lines.append(f"{where + ': ' if where else ''}{message}")
+    return list(dict.fromkeys(lines))
+
+
 class Config(BaseModel):
     """Base of every config.
 
-    Frozen; an unknown key is an error that suggests the known one. Subclasses own `build`.
+    Frozen; an unknown key is an error that suggests the known one. Subclasses own `build`, whose
+    ValueErrors reach the user as one line that says where in the YAML the config stands.
     """
 
     # Keys that had another name: {"old": "new"}. They are refused with the new name.
@@ -35,6 +106,12 @@ class Config(BaseModel):
         arbitrary_types_allowed=True,
         allow_inf_nan=False,
     )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kw: Any) -> None:
+        super().__pydantic_init_subclass__(**kw)
+        if "build" in cls.__dict__:
+            cls.build = _placing(cls.__dict__["build"])
 
     @model_validator(mode="before")
     @classmethod
@@ -81,6 +158,15 @@ def find(path: str | Path, beside: Path | None = None) -> Path:
     raise UserError(f"no config '{path}'{did_you_mean(str(shipped.with_suffix('')), everything)}")
 
 
+def trainable() -> list[str]:
+    """Shipped configs that `mm train` takes: those with stages, their own or of their base."""
+    found = []
+    for file in sorted(SHIPPED.rglob("*.yaml")):
+        if "stages" in read(file):
+            found.append(str(file.relative_to(SHIPPED).with_suffix("")))
+    return found
+
+
 def read(
     path: str | Path, beside: Path | None = None, seen: tuple[Path, ...] = ()
 ) -> dict[str, Any]:
@@ -94,9 +180,9 @@ def read(
             f"{file.name}: 'base' goes in a circle: {' -> '.join(p.name for p in (*seen, file))}"
         )
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        values = parse_yaml(file.read_bytes()) or {}
+    except ValueError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: the top level must be 'key: value' pairs")
     base = values.pop("base", None)
@@ -141,7 +227,10 @@ def override(values: dict[str, Any], assignments: Iterable[str]) -> dict[str, An
                     f"override '{text}': '{'.'.join(parents[:i])}' holds a plain value, no '{word}'"
                 )
             if i == len(parents):
-                node[key] = yaml.safe_load(raw)
+                try:
+                    node[key] = parse_yaml(raw)
+                except ValueError as error:
+                    raise UserError(f"override '{text}': not valid YAML: {error}") from error
                 break
             below = node.get(key, {}) if isinstance(node, dict) else node[key]
             # `mixer: attention` is short for its kind
@@ -155,12 +244,7 @@ def validate(cls: type[T], values: Mapping[str, Any], origin: str) -> T:
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        lines = []
-        for fault in error.errors():
-            where = ".".join(str(part) for part in fault["loc"])
-            message = fault["msg"].removeprefix("Value error, ")
-            lines.append(f"{origin}: {where + ': ' if where else ''}{message}")
-        raise UserError("\n".join(dict.fromkeys(lines))) from error
+        raise UserError("\n".join(f"{origin}: {line}" for line in faults(error))) from error
 
 
 def load(path: str | Path, cls: type[T], overrides: Iterable[str] = ()) -> T:
@@ -170,4 +254,4 @@ def load(path: str | Path, cls: type[T], overrides: Iterable[str] = ()) -> T:
 
 def dump(config: Config) -> str:
     """The resolved config as YAML, in declaration order."""
-    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(parse_json(config.model_dump_json()), sort_keys=False, allow_unicode=True)

@@ -111,6 +111,7 @@ class Registry:
         """The annotation of a config field that holds one entry of this registry."""
         schema = {
             "title": self.name,
+            "$comment": self.name,  # pydantic drops the title of a mapping's values
             "anyOf": [{"type": "string", "enum": list(self)}, {"type": "object"}],
         }
         return Annotated[

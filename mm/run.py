@@ -18,6 +18,9 @@ from mm.registry import (
     TaskField,
 )
 
+EVALUATIONS = 20  # held-out losses of a stage, about
+CHEAP = 10  # steps for each batch of a held-out loss
+
 
 class Budget(Config):
     """How long a stage lasts."""
@@ -28,7 +31,10 @@ class Budget(Config):
 class Schedule(Config):
     """Learning-rate multiplier as a pure function of the step."""
 
-    shape: Literal["constant", "cosine", "linear", "wsd"] = "wsd"
+    shape: Annotated[
+        Literal["constant", "cosine", "linear", "wsd"],
+        Field(description="how the rate falls; wsd: constant, then a linear fall"),
+    ] = "wsd"
     warmup: Annotated[int, Field(ge=0, description="steps of linear warm-up from 0")] = 50
     decay: Annotated[
         float,
@@ -38,7 +44,9 @@ class Schedule(Config):
             description="wsd: last share of the run over which the rate falls to `floor`",
         ),
     ] = 0.5
-    floor: Annotated[float, Field(ge=0, le=1)] = 0.0
+    floor: Annotated[
+        float, Field(ge=0, le=1, description="share of the rate that is left at the end")
+    ] = 0.0
 
     def __call__(self, step: int, steps: int) -> float:
         """Multiplier of update number ``step`` (from 0) of ``steps``."""
@@ -59,7 +67,9 @@ class Schedule(Config):
 class Ema(Config):
     """Exponential moving average of every network's parameters, cut as ZeRO cuts them."""
 
-    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    decay: Annotated[
+        float, Field(gt=0, lt=1, description="share of the old average kept at each step")
+    ] = 0.999
     export: Annotated[
         bool, Field(description="it is what the stage leaves: saved model, next stage")
     ] = True
@@ -72,13 +82,43 @@ class Ema(Config):
 class Stage(Config):
     """The only place where parameters, networks or the optimizer change."""
 
-    data: StreamField
-    objective: ObjectiveField
-    optimizer: OptimizerField = Field(default="adamw", validate_default=True)
-    schedule: Schedule = Schedule()
-    budget: Budget = Budget()
-    ema: Ema | None = None
-    tasks: tuple[TaskField, ...] = ()
+    data: Annotated[
+        StreamField, Field(description="what is read, how it is mixed, and the size of a batch")
+    ]
+    objective: Annotated[ObjectiveField, Field(description="what is learned: the loss")]
+    optimizer: Annotated[OptimizerField, Field(description="its kind and `lr`")] = Field(
+        default="adamw", validate_default=True
+    )
+    schedule: Annotated[Schedule, Field(description="the learning rate over the steps")] = (
+        Schedule()
+    )
+    budget: Annotated[Budget, Field(description="how long the stage lasts")] = Budget()
+    ema: Annotated[
+        Ema | None, Field(description="a moving average of the weights; null = none")
+    ] = None
+    eval_every: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            description="steps between held-out losses, on the split `val` of the data; default: a "
+            "twentieth of the stage, at least 10; 0 = never",
+        ),
+    ] = None
+    eval_batches: Annotated[
+        int | None,
+        Field(
+            gt=0,
+            description="batches of `batch_size` that a held-out loss is the mean of, always the "
+            "same ones; default: a tenth of eval_every, at most 32; never more than the split has",
+        ),
+    ] = None
+    early_stop: Annotated[
+        int | None,
+        Field(gt=0, description="held-out losses without a new best after which the stage ends"),
+    ] = None
+    tasks: Annotated[
+        tuple[TaskField, ...], Field(description="figures that are measured on held-out data")
+    ] = ()
     allow_left_out: Annotated[
         float,
         Field(
@@ -93,11 +133,46 @@ class Stage(Config):
         Field(description="modalities, tasks of any_to_any and sources that may get nothing"),
     ] = ()
 
+    @model_validator(mode="after")
+    def _early_stop_has_losses(self) -> Stage:
+        if self.early_stop is not None and self.eval_every == 0:
+            raise ValueError("early_stop: it needs held-out losses; eval_every is 0")
+        return self
+
+    @model_validator(mode="after")
+    def _names_of_tasks_differ(self) -> Stage:
+        given = [task.name for task in self.tasks if task.name]
+        for name in given:
+            if given.count(name) > 1:
+                raise ValueError(f"tasks: two are called '{name}': give each a name of its own")
+        return self
+
+    @property
+    def held_out_every(self) -> int:
+        """Steps between held-out losses; 0 = never."""
+        if self.eval_every is None:
+            return max(CHEAP, self.budget.steps // EVALUATIONS)
+        return self.eval_every
+
+    @property
+    def held_out_batches(self) -> int:
+        """Batches of a held-out loss, where the split has as many.
+
+        A forward takes about a third of a step's time: a tenth of the steps between is 3 % of it.
+        """
+        return self.eval_batches or min(32, max(1, self.held_out_every // CHEAP))
+
 
 class EngineConfig(Config):
     """DeepSpeed settings; its JSON is derived from these (mm/trainer/engine/deepspeed.py)."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Annotated[
+        Literal[0, 1, 2, 3],
+        Field(
+            description="what DeepSpeed splits over processes: 1 optimizer state, 2 gradients too, "
+            "3 weights too"
+        ),
+    ] = 1
     precision: Annotated[
         Literal["auto", "fp32", "autocast_bf16", "bf16"],
         Field(description="bf16: the weights, too; ZeRO stage 0 is stage 1 then"),
@@ -106,7 +181,10 @@ class EngineConfig(Config):
     max_skips: Annotated[
         int, Field(ge=0, description="non-finite steps tolerated in `guard.window`")
     ] = 3
-    threads: int | None = None  # CPU threads a process; default: cores / processes on this machine
+    threads: Annotated[
+        int | None,
+        Field(description="CPU threads a process; default: cores / processes on this machine"),
+    ] = None
     compile: Annotated[
         bool, Field(description="torch.compile of every block; a minute or more at the start")
     ] = False
@@ -125,8 +203,15 @@ class Checkpoints(Config):
     """When to save and what to keep."""
 
     every: Annotated[int, Field(ge=0, description="steps; 0 = only at the end")] = 500
-    keep_last: Annotated[int, Field(ge=1)] = 2
+    keep_last: Annotated[int, Field(ge=1, description="newest checkpoints that are kept")] = 2
     keep_every: Annotated[int, Field(ge=0, description="steps kept for good; 0 = none")] = 0
+    keep_best: Annotated[
+        bool,
+        Field(
+            description="every new best held-out loss is saved, and stays until there is a better "
+            "one; `export: best` sets it"
+        ),
+    ] = False
     background: Annotated[
         bool, Field(description="write while training goes on; needs memory for one more copy")
     ] = False
@@ -146,7 +231,9 @@ class GuardConfig(Config):
             "is stopped",
         ),
     ] = 2
-    spike: Literal["off", "warn", "rollback"] = "warn"
+    spike: Annotated[
+        Literal["off", "warn", "rollback"], Field(description="what a spike of the loss does")
+    ] = "warn"
     spike_sigma: Annotated[
         float,
         Field(gt=0, description="a loss this many deviations over the median is a spike"),
@@ -166,24 +253,31 @@ class Tracking(Config):
     WANDB_MODE wins over `mode`; without a key the default is offline.
     """
 
-    project: str = "mm"
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    tags: tuple[str, ...] = ()
+    project: Annotated[str, Field(description="project of Weights & Biases")] = "mm"
+    mode: Annotated[
+        Literal["auto", "online", "offline", "disabled"],
+        Field(description="auto: online with a key, else offline"),
+    ] = "auto"
+    tags: Annotated[tuple[str, ...], Field(description="tags of the run")] = ()
 
 
 class Run(Config):
     """Everything that `mm train` needs."""
 
-    name: PlainName
-    out: Path = Path("runs")
-    seed: int = 0
-    imports: tuple[str, ...] = ()
-    vocabulary: Path | None = (
-        None  # vocabulary.json of the token shards; tokenizer training has none
-    )
-    tokenizers: dict[
-        str, Path
-    ] = {}  # modality -> folder, for samples, generation and `save_pretrained`
+    name: Annotated[PlainName, Field(description="of the run's folder below `out`")]
+    out: Annotated[Path, Field(description="folder of runs")] = Path("runs")
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="of weights, data order and noise")] = 0
+    imports: Annotated[
+        tuple[str, ...], Field(description="Python modules that register kinds of your own")
+    ] = ()
+    vocabulary: Annotated[
+        Path | None,
+        Field(description="vocabulary.json of the token shards; tokenizer training has none"),
+    ] = None
+    tokenizers: Annotated[
+        dict[str, Path],
+        Field(description="modality -> folder, for samples, generation and the saved model"),
+    ] = {}
     init_from: Annotated[
         Path | None,
         Field(
@@ -191,16 +285,37 @@ class Run(Config):
             "vocabulary and tokenizers, where none are named"
         ),
     ] = None
-    model: NetworkField
-    stages: tuple[Stage, ...]
-    engine: EngineConfig = EngineConfig()
-    checkpoints: Checkpoints = Checkpoints()
-    guard: GuardConfig = GuardConfig()
-    tracking: Tracking = Tracking()
-    callbacks: tuple[CallbackField, ...] = ()
+    model: Annotated[NetworkField, Field(description="what is trained: `lm`, or a tokenizer's net")]
+    stages: Annotated[
+        tuple[Stage, ...], Field(description="trained one after the other, each with its own data")
+    ]
+    engine: Annotated[EngineConfig, Field(description="ZeRO, precision, threads")] = EngineConfig()
+    checkpoints: Annotated[Checkpoints, Field(description="when to save, what to keep")] = (
+        Checkpoints()
+    )
+    guard: Annotated[GuardConfig, Field(description="what to do when a run goes wrong")] = (
+        GuardConfig()
+    )
+    tracking: Annotated[Tracking, Field(description="Weights & Biases")] = Tracking()
+    callbacks: Annotated[
+        tuple[CallbackField, ...], Field(description="samples and other work while training")
+    ] = ()
     evaluate: Annotated[
-        bool, Field(description="run the last stage's tasks at the end of training")
+        bool, Field(description="run every stage's tasks at its end, on what it leaves")
     ] = True
+
+    export: Annotated[
+        Literal["last", "best"],
+        Field(
+            description="the weights of the saved model: those of the last step, or of the last "
+            "stage's best held-out loss"
+        ),
+    ] = "last"
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether every new best held-out loss is saved."""
+        return self.checkpoints.keep_best or self.export == "best"
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Run:

@@ -113,6 +113,7 @@ class ModalityTokenizer(ABC):
     """
 
     spec: TokenSpec
+    reads_files: ClassVar[bool] = False  # its raw values are the bytes of files, undecoded
 
     @abstractmethod
     def encode(self, raws: Sequence[Any]) -> list[Encoded]:

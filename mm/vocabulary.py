@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mm.errors import UserError, did_you_mean
+from mm.reading import parse_json
 from mm.specs import MODALITY, TokenSpec
 
 SPECIALS = ("<|pad|>", "<|null|>", "<|document|>", "<|mask|>")
@@ -139,7 +140,7 @@ class Vocabulary(NamedTuple):
         Raises UserError naming the first key that is wrong, or a modality that is there twice.
         """
         try:
-            raw = json.loads(text)
+            raw = parse_json(text)
             checked = _Ranges.model_validate(raw)
             names = [spec.modality for spec in checked.ranges]
             if len(set(names)) < len(names):
@@ -152,9 +153,7 @@ class Vocabulary(NamedTuple):
         except ValidationError as error:
             first = error.errors()[0]
             why = f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
-        except RecursionError:
-            why = "nested too deep"
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             why = str(error)
         raise UserError(
             f"{origin}: not a vocabulary file ({why}); re-make it with: mm tokenizer train"
@@ -163,7 +162,7 @@ class Vocabulary(NamedTuple):
     def save(self, path: str | Path) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        body = json.loads(self.to_json()) | {"sha256": self.fingerprint}
+        body = parse_json(self.to_json()) | {"sha256": self.fingerprint}
         temporary = path.with_name(path.name + ".part")
         temporary.write_text(json.dumps(body, indent=1))
         temporary.replace(path)
@@ -183,9 +182,11 @@ class Vocabulary(NamedTuple):
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not a vocabulary file ({error})") from error
+            raise UserError(
+                f"{path}: not a vocabulary file, or damaged ({error}); restore it from a backup"
+            ) from error
         vocabulary = cls.from_json(text, str(path))
-        if json.loads(text).get("sha256") != vocabulary.fingerprint:
+        if parse_json(text).get("sha256") != vocabulary.fingerprint:
             raise UserError(
                 f"{path}: does not match its own hash; it was edited or damaged: restore it "
                 "from a backup"

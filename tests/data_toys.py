@@ -94,7 +94,7 @@ def toys() -> dict[str, ToyTokenizer]:
     return {m: ToyTokenizer(m, n) for m, n in (("text", 64), ("image", 16), ("audio", 32))}
 
 
-def token_shards(root: Path, n: int = 37, **kw: Any) -> PackReport:
+def token_shards(root: Path, n: int = 37, val_share: float = 0.0, **kw: Any) -> PackReport:
     """``n`` samples as token shards in ``root/tokens``; every fourth has text only."""
     raw = root / "raw"
     raw.mkdir(parents=True)
@@ -107,7 +107,8 @@ def token_shards(root: Path, n: int = 37, **kw: Any) -> PackReport:
             row |= {"image": f"{i}.png", "audio": f"{i}.wav"}
         rows.append(row)
     (raw / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    pack(raw / "rows.jsonl", root / "shards", progress=False, shard_mb=0.02)
+    settings = {"progress": False, "shard_mb": 0.02, "val_share": val_share}
+    pack(raw / "rows.jsonl", root / "shards", **settings)
     return pack(
         root / "shards", root / "tokens", tokenizers=toys(), progress=False, shard_mb=0.02, **kw
     )

@@ -22,6 +22,8 @@ TIERS = {
     "specs": 0,
     "names": 0,
     "errors": 0,
+    "hashes": 0,
+    "reading": 0,
     "run": 0,
     "kernels": 1,
     "batch": 1,

@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 def make_run(out: Path, name: str = "run", *, steps: int = 6, stage: int = 1, **change: Any) -> Run:
     """A run of the toy model.
 
-    ``change`` merges into data, model, objective, engine, checkpoints or optimizer.
+    ``change`` merges into data, model, objective, engine, checkpoints or (stage_keys) the stage.
     """
     toys.vocabulary().save(out / "vocabulary.json")
     part = {"kind": "toy"} | change.get("data", {})
@@ -41,7 +41,9 @@ def make_run(out: Path, name: str = "run", *, steps: int = 6, stage: int = 1, **
                     "budget": {"steps": steps},
                     "schedule": {"warmup": 2},
                     "optimizer": {"kind": "adamw", "lr": 1e-2},
+                    "eval_every": 0,
                 }
+                | change.get("stage_keys", {})
             ],
             "engine": {"zero_stage": stage, "precision": "fp32"} | change.get("engine", {}),
             "checkpoints": {"every": 3} | change.get("checkpoints", {}),
@@ -60,12 +62,12 @@ def rows(run: Run) -> list[dict[str, Any]]:
     return metrics.read(run.folder / "metrics.jsonl")
 
 
-def losses(run: Run) -> list[float]:
-    return [row["loss/total"] for row in rows(run)]
+def losses(run: Run, name: str = "loss/total") -> list[float]:
+    return [row[name] for row in rows(run) if name in row]
 
 
-def torchrun(n: int, runs: list[Run], timeout_s: float = 120) -> None:
-    """Train runs one after the other in ``n`` processes."""
+def torchrun(n: int, runs: list[Run], timeout_s: float = 120) -> str:
+    """Train runs one after the other in ``n`` processes; what they wrote to standard error."""
     paths = []
     for run in runs:
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -90,3 +92,4 @@ def torchrun(n: int, runs: list[Run], timeout_s: float = 120) -> None:
     ]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -21,8 +21,9 @@ from mm.config import Config
 from mm.layout import Doc, Layout
 from mm.model.layer import HeadOut, ModelOut
 from mm.objectives.objective import LossTerm, Network, Objective
-from mm.registry import NETWORKS, OBJECTIVES, STREAMS, Registry
+from mm.registry import NETWORKS, OBJECTIVES, STREAMS, TASKS, Registry
 from mm.specs import TokenSpec
+from mm.tasks.base import Task
 from mm.vocabulary import Vocabulary, extend_vocabulary
 
 
@@ -126,6 +127,10 @@ class ToyStreamConfig(Config):
     def build(self, *, vocabulary: Vocabulary, seed: int, rank: int, world: int) -> ToyStream:
         return ToyStream(self, vocabulary, seed, rank, world)
 
+    def held_out(self, split: str) -> ToyStreamConfig:
+        """Steps that no test trains on."""
+        return self.model_copy(update={"first": 10_000, "signal_at": -1})
+
 
 class ToyStream:
     def __init__(
@@ -134,6 +139,7 @@ class ToyStream:
         self.config, self.vocabulary = config, vocabulary
         self.seed, self.rank, self.world, self.step = seed, rank, world, config.first
         self.bytes_per_token = {"text": 2.0}
+        self.epoch = 0.0
 
     def next(self) -> list[Batch]:
         c = self.config
@@ -318,6 +324,35 @@ class ToyImages:
         pass
 
 
+@TASKS.register("toy_task")
+class ToyTaskConfig(Task):
+    """The sum of all weights of the model, and whatever ``act`` does."""
+
+    act: ClassVar[Any] = None
+
+    kind: Literal["toy_task"] = "toy_task"
+    data: Path = Path("somewhere/toys")
+
+    @classmethod
+    def smallest(cls) -> ToyTaskConfig:
+        return cls()
+
+    def evaluate(self, generator: Any, *, seed: int = 0) -> dict[str, Any]:
+        if ToyTaskConfig.act is not None:
+            ToyTaskConfig.act()
+        total = sum(float(p.detach().double().sum()) for p in generator.model.parameters())
+        return {"weights": total, "chance": 0.5}
+
+
+def load_saved(folder: Path) -> Any:
+    """Stands for `Generator.from_pretrained`, which knows no toy."""
+    from mm.decoders.generate import Generator
+
+    module = ToyLM(ToyConfig(), vocabulary().size)
+    module.load_state_dict(load_toy(Path(folder).parent))
+    return Generator(module, vocabulary(), {})
+
+
 KINDS: tuple[tuple[Registry, type[Config]], ...] = (
     (NETWORKS, ToyConfig),
     (NETWORKS, ToyCriticConfig),
@@ -325,6 +360,7 @@ KINDS: tuple[tuple[Registry, type[Config]], ...] = (
     (STREAMS, ToyImagesConfig),
     (OBJECTIVES, ToyGanConfig),
     (OBJECTIVES, ToyTeacherConfig),
+    (TASKS, ToyTaskConfig),
 )
 
 

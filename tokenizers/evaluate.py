@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mm.data.modalities.base import modality_of_value
+from mm.data.modalities.base import get_modality, modality_of_value, table
 from mm.errors import UserError
 from mm.specs import Encoded, ModalityTokenizer
 from mm.tokenizers.audio.mel import log_mel, resample
@@ -48,6 +48,7 @@ def evaluate(
         ``codebook_perplexity`` (of each book), ``alerts`` (sentences). Besides, by kind of raw
         value:
 
+        - files as bytes: ``bytes_per_token``, ``exact_round_trip_share``;
         - text: ``bytes_per_token``, ``fertility_tokens_per_word``, ``exact_round_trip_share``;
         - image: ``psnr_db``, ``ssim`` (absent under 11 pixels a side), ``bits_per_pixel``;
         - audio: ``si_sdr_db``, ``stoi``, ``mel_distance_db`` beside
@@ -62,7 +63,7 @@ def evaluate(
         raise UserError(
             "nothing to evaluate the tokenizer on: the split is empty; choose another with --split"
         )
-    measure = _measure_of(raws[0])
+    measure = _measure_of(raws[0], tokenizer)
     codes = tokenizer.encode(raws)
     decoded = tokenizer.decode(codes)
     spec = tokenizer.spec
@@ -84,8 +85,9 @@ def evaluate(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     figures |= measure(raws, decoded, bits, n_tokens, folder)
-    if (
-        measure is not _text
+    if measure not in (
+        _text,
+        _files,
     ):  # few texts use all merges; an unused code of a codebook is capacity lost
         figures["alerts"] = usage_alerts(counts)
     for alert in figures["alerts"]:
@@ -116,8 +118,11 @@ def usage_alerts(counts: np.ndarray) -> list[str]:
 Measure = Callable[[list[Any], list[Any], float, int, Path | None], dict[str, Any]]
 
 
-def _measure_of(raw: Any) -> Measure:
+def _measure_of(raw: Any, tokenizer: ModalityTokenizer) -> Measure:
     """What is measured of a modality besides its codes; of one without a measure here nothing."""
+    own = table().raw.get(tokenizer.spec.modality)
+    if isinstance(raw, bytes) and own is not None and not get_modality(own).is_text:
+        return _files
     try:
         kind = modality_of_value(raw).kind
     except UserError as error:
@@ -142,6 +147,17 @@ def _text(
         "exact_round_trip_share": float(
             np.mean([old == new for old, new in zip(as_bytes, again, strict=True)])
         ),
+    }
+
+
+def _files(
+    raws: list[bytes], decoded: list[bytes], bits: float, n_tokens: int, folder: Path | None
+) -> dict[str, Any]:
+    """Files of a modality that are read as bytes."""
+    same = [old == new for old, new in zip(raws, decoded, strict=True)]
+    return {
+        "bytes_per_token": sum(map(len, raws)) / max(n_tokens, 1),
+        "exact_round_trip_share": float(np.mean(same)),
     }
 
 

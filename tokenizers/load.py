@@ -17,6 +17,8 @@ import yaml
 from mm.config import Config, validate
 from mm.data.modalities.base import sort_key
 from mm.errors import UserError
+from mm.hashes import check_hashes, write_hashes
+from mm.reading import parse_yaml
 from mm.registry import TOKENIZERS
 from mm.specs import ModalityTokenizer
 
@@ -36,6 +38,7 @@ def load_tokenizer(path: str | Path) -> ModalityTokenizer:
             old ones would go on without any error.
     """
     folder = tokenizer_folder(path)
+    check_hashes(folder, "restore it, or train the tokenizer again with: mm tokenizer train CONFIG")
     card = _read_card(folder)
     claimed, found = card.pop("fingerprint", None), fingerprint(folder)
     if claimed != found:
@@ -51,9 +54,13 @@ def load_tokenizer(path: str | Path) -> ModalityTokenizer:
 def load_tokenizers(given: str | Path | Mapping[str, Any]) -> dict[str, ModalityTokenizer]:
     """Load tokenizers from a folder of one sub-folder a modality, or from modality -> folder.
 
+    What a sub-folder is called does not matter: the tokenizer in it says its modality.
+
     Raises:
-        UserError: none is found, or one speaks another modality than its name says.
+        UserError: none is found, two are of one modality, or a mapping's name is not the
+            modality of its tokenizer.
     """
+    named = isinstance(given, Mapping)
     if isinstance(given, Mapping):
         found = dict(given)
     else:
@@ -72,21 +79,26 @@ def load_tokenizers(given: str | Path | Mapping[str, Any]) -> dict[str, Modality
             raise UserError(
                 f"{root}: no sub-folder holds a tokenizer; expected {root}/text, {root}/image, ..."
             )
-    out = {}
-    for name in sorted(found, key=sort_key):
-        value = found[name]
+    out: dict[str, ModalityTokenizer] = {}
+    for name, value in found.items():
         tokenizer = value if isinstance(value, ModalityTokenizer) else load_tokenizer(value)
-        if tokenizer.spec.modality != name:
+        modality = tokenizer.spec.modality
+        if named and modality != name:
             raise UserError(
-                f"tokenizers: '{name}' is a tokenizer of '{tokenizer.spec.modality}': call it "
-                f"{tokenizer.spec.modality}={value}"
+                f"tokenizers: '{name}' is given a tokenizer of '{modality}': its key must be "
+                f"'{modality}'"
+            )
+        if modality in out:
+            raise UserError(
+                f"{given}: two tokenizers of '{modality}', one of them in {value}: move one of "
+                "them out of the folder"
             )
         if tokenizer.spec.continuous:
             raise UserError(
                 f"tokenizers: '{name}' gives continuous values, which token shards cannot hold"
             )
-        out[name] = tokenizer
-    return out
+        out[modality] = tokenizer
+    return {modality: out[modality] for modality in sorted(out, key=sort_key)}
 
 
 def tokenizer_folder(path: str | Path) -> Path:
@@ -152,13 +164,16 @@ def write_folder(
     config: Config,
     files: Mapping[str, bytes] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
+    *,
+    beside: Mapping[str, bytes] | None = None,
 ) -> str:
-    """Write a tokenizer folder; each file appears whole or not at all, ``tokenizer.yaml`` last.
+    """Write a tokenizer folder; each file appears whole or not at all, its hashes last.
 
     Args:
         config: of the tokenizer, with ``kind`` and ``modality``.
         files: data files by name, of `DATA_FILES`.
         tensors: state dict of a trained one, written as ``model.safetensors``.
+        beside: files that change no id, which the fingerprint does not cover.
     Returns:
         The fingerprint.
     """
@@ -169,7 +184,7 @@ def write_folder(
         raise ValueError(
             f"{sorted(unknown)} would not be covered by the fingerprint; known: {DATA_FILES}"
         )
-    contents = dict(files or {})
+    contents = {**(files or {}), **(beside or {})}
     if tensors is not None:
         from safetensors.torch import save
 
@@ -181,6 +196,7 @@ def write_folder(
         temporary = folder / (name + ".part")
         temporary.write_bytes(content)
         temporary.replace(folder / name)
+    write_hashes(folder)
     return mark
 
 
@@ -188,9 +204,11 @@ def _read_card(folder: Path) -> dict[str, Any]:
     if not (folder / CARD).is_file():
         raise UserError(f"no {CARD} in {folder}; make a tokenizer with: mm tokenizer train CONFIG")
     try:
-        card = yaml.safe_load((folder / CARD).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder / CARD}: not valid YAML; restore it from a backup") from error
+        card = parse_yaml((folder / CARD).read_bytes())
+    except ValueError as error:
+        raise UserError(
+            f"{folder / CARD}: not valid YAML ({error}); restore it from a backup"
+        ) from error
     if not isinstance(card, dict) or "kind" not in card:
         raise UserError(f"{folder / CARD}: has no 'kind'; restore it from a backup")
     return card

@@ -13,6 +13,7 @@ from mm.batch import Sum
 from mm.config import Config, validate
 from mm.errors import UserError
 from mm.model.layer import init_weights
+from mm.reading import parse_json
 from mm.registry import NETWORKS, TOKENIZERS
 from mm.tokenizers.load import fingerprint_of, write_folder
 from mm.tokenizers.quantizers.base import Quantizer
@@ -65,7 +66,7 @@ class TokenizerNetwork(nn.Module):
 
         folder = Path(folder)
         try:
-            values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            values = parse_json((folder / "config.json").read_bytes())
             net = validate(NETWORKS.get(cls.kind), values, str(folder / "config.json")).build()
             init_weights(net)  # tables that are not saved
             net.load_state_dict(load_file(folder / "model.safetensors"))

@@ -124,6 +124,23 @@ class AudioModality(Modality):
     def owns(self, value: Any) -> bool:
         return isinstance(value, Waveform)
 
+    def accept(self, value: Any) -> Waveform:
+        """A `Waveform`, also of a pair (samples (N,), sample rate in Hz)."""
+        if not isinstance(value, Waveform):
+            pair = isinstance(value, (tuple, list)) and len(value) == 2
+            if not pair or not isinstance(value[1], (int, np.integer)):
+                raise BadSample("audio: give a file, a Waveform, or (samples, sample rate in Hz)")
+            value = Waveform(value[0], int(value[1]))
+        samples = np.asarray(value.samples)
+        if samples.ndim != 1 or len(samples) == 0 or samples.dtype.kind != "f":
+            raise BadSample(
+                "audio: samples are (N,) floats in [-1, 1], mono; "
+                f"found {samples.dtype} {samples.shape}"
+            )
+        if not np.isfinite(samples).all():
+            raise BadSample("audio: samples are not finite")
+        return Waveform(np.clip(samples, -1, 1).astype(np.float32), value.sample_rate)
+
     def describe(self, value: Waveform) -> str:
         samples = np.asarray(value.samples)
         seconds = len(samples) / value.sample_rate
@@ -134,7 +151,13 @@ class AudioModality(Modality):
         import soundfile
 
         samples = np.clip(np.asarray(value.samples, np.float32), -1, 1)
-        soundfile.write(path, samples, value.sample_rate, subtype="PCM_16")
+        kind = {extension: name for name, extension in reversed(FORMATS.items())}.get(
+            path.suffix.removeprefix(".").lower(), "WAV"
+        )
+        lossless = soundfile.check_format(kind, "PCM_16")  # else what the format has by itself
+        soundfile.write(
+            path, samples, value.sample_rate, "PCM_16" if lossless else None, format=kind
+        )
 
     def vary(self, data: bytes, key: int) -> bytes:
         """A WAV that is a little faster or slower, with its pitch, and louder or softer."""

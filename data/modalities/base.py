@@ -8,6 +8,7 @@ a sample, units, colours, options, how a sample is shown and written.
 from __future__ import annotations
 
 import re
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -96,7 +97,83 @@ class Modality(Config):
 
     @abstractmethod
     def save(self, value: Any, path: Path) -> None:
-        """Write a raw value as a file of ``extensions[0]``."""
+        """Write a raw value as a file of ``extensions[0]``, or of the one that ``path`` has."""
+
+    def read(self, data: bytes, tokenizer: Any = None) -> Any:
+        """What a tokenizer takes of a file: its raw value, or the sound file as it is.
+
+        Raises BadSample.
+        """
+        if self.is_text or not getattr(tokenizer, "reads_files", False):
+            return self.decode(data)
+        self.check(data)
+        return data
+
+    def accept(self, value: Any) -> Any:
+        """Raw value of what a caller of Python has. Raises BadSample."""
+        if self.owns(value):
+            return value
+        raise BadSample(f"{self.kind}: a {type(value).__name__} is not {self.value_name}")
+
+    def file_of(self, value: Any) -> bytes:
+        """A raw value as the bytes of a file of ``extensions[0]``."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"value.{self.extensions[0]}"
+            self.save(value, path)
+            return path.read_bytes()
+
+    def write(self, value: Any, path: Path) -> Path:
+        """Write a raw value, or a file's bytes as they are; without a suffix it gets one.
+
+        Raises UserError on a suffix that is of no file of this modality.
+        """
+        as_it_is = isinstance(value, bytes) and not self.is_text
+        if not path.suffix:
+            path = path.with_suffix(
+                f".{self._extension(value) if as_it_is else self.extensions[0]}"
+            )
+        elif not as_it_is or path.suffix != ".bin":
+            self.check_ending(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if as_it_is:
+            path.write_bytes(value)
+        else:
+            self.save(value, path)
+        return path
+
+    def _extension(self, data: bytes) -> str:
+        try:
+            return self.check(data)[0]
+        except BadSample:
+            return "bin"
+
+    def check_ending(self, path: Path) -> None:
+        """Raises UserError unless the suffix, if there is one, is of a file of this modality."""
+        ending = path.suffix.removeprefix(".").lower()
+        other = table().extensions.get(ending)
+        if not ending or other == self.kind or (self.is_text and other is None):
+            return
+        is_of = f"is of {other}" if other else "is unknown"
+        raise UserError(
+            f"{path}: .{ending} {is_of}; {self.kind} is written as "
+            f".{', .'.join(self.extensions)}: write -o {path.with_suffix('.' + self.extensions[0])}"
+        )
+
+    def view(self, value: Any) -> Any:
+        """A raw value to look at: of a file's bytes what they hold, or why they cannot be read."""
+        if self.is_text or not isinstance(value, bytes):
+            return value
+        try:
+            return self.decode(value)
+        except BadSample as error:
+            return f"{len(value)} bytes that cannot be read: {error}"
+
+    def line(self, value: Any) -> str:
+        """`describe` of a raw value or of a file's bytes."""
+        shown = self.view(value)
+        if isinstance(shown, str) and not self.is_text:
+            return shown
+        return modality_of_value(shown).describe(shown)
 
     def vary(self, data: bytes, key: int) -> bytes:
         """Bytes of a file that shows the same otherwise, by ``key``; here the file itself.

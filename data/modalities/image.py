@@ -89,6 +89,17 @@ class ImageModality(Modality):
     def owns(self, value: Any) -> bool:
         return isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim in (2, 3)
 
+    def accept(self, value: Any) -> np.ndarray:
+        """uint8 (H, W, 3), also of (H, W), of (H, W, 1) and of a picture of Pillow."""
+        if hasattr(value, "convert") and hasattr(value, "mode"):
+            return _pixels(value)
+        pixels = np.asarray(value)
+        if pixels.dtype == np.uint8 and pixels.ndim == 2:
+            pixels = pixels[..., None]
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
+            raise BadSample(f"image: expected uint8 (H, W, 3), found {pixels.dtype} {pixels.shape}")
+        return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+
     def describe(self, value: np.ndarray) -> str:
         return f"{value.shape[1]}x{value.shape[0]} pixels, mean {np.asarray(value).mean():.0f}"
 
@@ -205,7 +216,7 @@ class Augment(Config):
     """Random affine change of images: ranges are symmetric around "unchanged"."""
 
     shift: Annotated[float, Field(ge=0, le=0.5, description="of the side")] = 0.0
-    rotate_deg: Annotated[float, Field(ge=0, le=180)] = 0.0
+    rotate_deg: Annotated[float, Field(ge=0, le=180, description="degrees")] = 0.0
     scale: Annotated[float, Field(ge=0, lt=1, description="relative")] = 0.0
     flip: Annotated[float, Field(ge=0, le=1, description="probability of a mirror image")] = 0.0
 

@@ -42,6 +42,9 @@ class TextModality(Modality):
         short = value[:PREVIEW].replace("\n", "\\n")
         return f"{len(value)} characters: {short}{'…' if len(value) > PREVIEW else ''}"
 
+    def accept(self, value: Any) -> str | bytes:
+        return super().accept(bytes(value) if isinstance(value, (bytearray, memoryview)) else value)
+
     def save(self, value: str | bytes, path: Path) -> None:
         path.write_bytes(value.encode() if isinstance(value, str) else value)
 

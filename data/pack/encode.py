@@ -91,7 +91,7 @@ class Encoder:
                 wanted.setdefault(digest, []).append((n, ordinal + modality))
                 if digest not in values and (modality, digest) not in self._cache:
                     try:
-                        values[digest] = self.modalities[raw].decode(data)
+                        values[digest] = self.modalities[raw].read(data, self.tokenizers[modality])
                     except BadSample as error:
                         bad[n] = f"{segment_words(member)}{error}"
                         wanted[digest].pop()

@@ -13,6 +13,7 @@ import numpy as np
 from mm.data.pack.encode import Item, Result
 from mm.data.shards.members import member_modality, segment_words
 from mm.errors import UserError
+from mm.reading import parse_json
 from mm.specs import Encoded, TokenSpec
 from mm.tokenizers.load import load_tokenizers
 
@@ -80,7 +81,7 @@ def foreign_spec(file: Path, modality: str) -> TokenSpec:
     count. Raises UserError on another file.
     """
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = parse_json(file.read_text(encoding="utf-8"))
         vocab = values["model"]["vocab"]
         ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
         ids += [token["id"] for token in values.get("added_tokens") or []]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mm.data.modalities.base import get_modality, modality_of_value
+from mm.data.modalities.base import get_modality, modality_of_value, raw_modality
 from mm.data.shards.members import member_modality, members_of
 from mm.data.shards.reader import VOCABULARY, ShardSet, read_manifest
 from mm.errors import UserError
@@ -126,12 +126,11 @@ def _example(
         own = modality_of_value(value)
     except UserError:  # a tokenizer of someone else may decode to anything
         return example | {"what": f"a {type(value).__name__}"}
-    example["what"] = own.describe(value)
+    if isinstance(value, bytes):
+        own = raw_modality(modality)
+    example["what"] = own.line(value)
     if file is not None:
-        file = file.with_name(f"{file.name}.{own.extensions[0]}")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        own.save(value, file)
-        example["file"] = str(file)
+        example["file"] = str(own.write(value, file))
     return example
 
 

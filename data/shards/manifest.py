@@ -5,7 +5,6 @@ Sizes and sums must agree, and every name that becomes a path is one plain name.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mm.errors import UserError
 from mm.names import PlainName
+from mm.reading import parse_json
 from mm.specs import MODALITY
 
 FORMAT, VERSION = "mm-shards", 1
@@ -113,15 +113,13 @@ def parse_manifest(path: str | Path, data: bytes) -> dict[str, Any]:
     Raises UserError naming the first key that is wrong.
     """
     try:
-        raw = json.loads(data.decode("utf-8"))
+        raw = parse_json(data)
         Manifest.model_validate(raw)
         return raw
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "it"
         why = f"{where}: {first['msg'].removeprefix('Value error, ')}"
-    except RecursionError:
-        why = "nested too deep"
     except ValueError as error:
         why = str(error)
     raise UserError(

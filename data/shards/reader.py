@@ -6,7 +6,6 @@ N samples.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from mm.data.shards.manifest import parse_manifest
 from mm.data.shards.members import member_modality, members_of, segment_words, split_ordinal
 from mm.data.shards.remote import cache_folder, fetch, is_url, join, read_small
 from mm.errors import UserError, did_you_mean
+from mm.reading import parse_json
 from mm.specs import Encoded, Sample, TokenSpec
 from mm.vocabulary import Vocabulary
 
@@ -56,6 +56,11 @@ def read_manifest(root: str | Path) -> dict[str, Any]:
     return parse_manifest(path, path.read_bytes())
 
 
+def split_samples(root: str | Path, split: str) -> int:
+    """Samples of one split of packed data; 0 when there is none of that name."""
+    return int(read_manifest(root)["splits"].get(split, {}).get("samples", 0))
+
+
 class ShardSet:
     """Random access to one split. Small sets are held in memory, larger ones are memory-mapped.
 
@@ -83,6 +88,7 @@ class ShardSet:
                     f"{root} --overwrite"
                 )
             total += shard["bytes"]
+        self.tokenizers: Mapping[str, Any] = {}  # those of bytes get files as they are
         self._in_memory = total <= cache_mb * 1e6
         self._buffers: list[np.ndarray | None] = [None] * len(self.paths)
         self.index = self._load_index(entry)
@@ -188,7 +194,8 @@ class ShardSet:
 
     def _decoded(self, i: int, member: str, e: int) -> Any:
         try:
-            return get_modality(member_modality(member)).decode(bytes(self._bytes(e)))
+            modality, data = member_modality(member), bytes(self._bytes(e))
+            return get_modality(modality).read(data, self.tokenizers.get(modality))
         except BadSample as error:
             raise UserError(
                 f"{self._where(i)}: {segment_words(member)}{error}; run: mm data verify {self.root}"
@@ -360,10 +367,10 @@ class ShardSet:
         if e is None:
             return {}
         try:
-            return json.loads(bytes(self._bytes(e)))
-        except (ValueError, RecursionError) as error:
+            return parse_json(bytes(self._bytes(e)))
+        except ValueError as error:
             raise UserError(
-                f"{self._where(i)}: its metadata is no JSON ({type(error).__name__}); run: "
+                f"{self._where(i)}: its metadata is no JSON ({error}); run: "
                 f"mm data verify {self.root}"
             ) from error
 

@@ -28,6 +28,7 @@ from mm.data.sources.base import (
     split_of,
 )
 from mm.errors import UserError
+from mm.reading import parse_json
 from mm.registry import SOURCES
 
 _HASH_UP_TO = (
@@ -357,7 +358,7 @@ def metadata(values: dict[str, Any]) -> bytes:
 def read_metadata(data: bytes) -> dict[str, Any]:
     """Decode a metadata member. Raises BadSample."""
     try:
-        value = json.loads(data)
+        value = parse_json(data)
     except ValueError as error:
         raise BadSample(f"json: {one_line(error)}") from error
     if not isinstance(value, dict):

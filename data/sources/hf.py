@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from mm.data.sources.base import SPLITS, Record, Source, TableConfig, TableSource
 from mm.errors import UserError
+from mm.reading import parse_json
 from mm.registry import SOURCES
 
 STATE, DICT, INFO = "state.json", "dataset_dict.json", "dataset_info.json"
@@ -148,7 +148,7 @@ def _batches(file: Path) -> Iterator[Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("no object")
         return value

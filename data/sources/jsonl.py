@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any, Literal
 
 from mm.data.sources.base import TableConfig, TableSource
 from mm.errors import UserError
+from mm.reading import parse_json
 from mm.registry import SOURCES
 
 HEAD = 1000  # rows that tell which columns there are
@@ -36,8 +36,8 @@ class JsonlSource(TableSource):
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
+                    row = parse_json(line)
+                except ValueError as error:
                     yield where, f"json: {str(error)[:160]}"
                     continue
                 yield where, row if isinstance(row, dict) else "json: the line is no object"

@@ -87,6 +87,11 @@ class BucketedConfig(SingleSourceConfig):
     def stream(self) -> type[BucketedStream]:
         return BucketedStream
 
+    def held_out(self, split: str = "val") -> BucketedConfig | None:
+        found = super().held_out(split)
+        # The split's longest bucket may be over the budget of the one that trains.
+        return found and found.model_copy(update={"tokens": None})
+
 
 class Buckets(NamedTuple):
     """``of`` (N,) int64: bucket of every sample; ``bound`` (K, A) int64: its longest lengths."""

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from mm.config import Config
 from mm.data.shards.members import member_modality
-from mm.data.shards.reader import ShardSet
+from mm.data.shards.reader import ShardSet, split_samples
 from mm.data.shards.remote import Location
 from mm.data.streams.base import Stream, rank_rows
 from mm.data.streams.shuffle import generator, key_of
@@ -28,8 +28,8 @@ Weight = Positive | dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=
 class TokenSource(Config):
     """One folder of token shards, or its URL."""
 
-    path: Location
-    split: str = "train"
+    path: Annotated[Location, Field(description="folder of token shards, or its URL")]
+    split: Annotated[str, Field(description="split that is read")] = "train"
     weight: Annotated[
         Weight,
         Field(
@@ -51,6 +51,13 @@ class TokenSource(Config):
         if not len(shards):
             raise UserError(f"{self.path}: split '{self.split}' is empty")
         return shards
+
+    def held_out(self, split: str) -> TokenSource | None:
+        """The same source with another split; None where it has none, or is that split."""
+        if split == self.split or not split_samples(self.path, split):
+            return None
+        weight = max(self.weight.values()) if isinstance(self.weight, dict) else self.weight
+        return self.model_copy(update={"split": split, "weight": weight})
 
 
 class TokenStreamConfig(Config):
@@ -81,6 +88,10 @@ class TokenStreamConfig(Config):
     @abstractmethod
     def stream(self) -> type[Any]:
         """Class of the stream, made with this config and the arguments of `build`."""
+
+    @abstractmethod
+    def held_out(self, split: str = "val") -> TokenStreamConfig | None:
+        """The same stream over another split of its sources; None when no source has it."""
 
     def build(
         self,

@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from mm.data.batching.collate import document_length, to_batch
+from mm.data.shards.reader import split_samples
 from mm.data.shards.remote import is_url
 from mm.data.streams import mixing
 from mm.data.streams.base import Step
@@ -40,7 +41,9 @@ class PackedConfig(TokenStreamConfig):
     """Rows of ``seq_len`` tokens filled with whole documents."""
 
     kind: Literal["packed"] = "packed"
-    sources: tuple[TokenSource, ...] = Field(min_length=1)
+    sources: Annotated[
+        tuple[TokenSource, ...], Field(min_length=1, description="token shards with their weights")
+    ]
     seq_len: Annotated[int, Field(gt=3, description="tokens of a row")] = 256
     max_documents: Annotated[
         int, Field(gt=0, description="documents of one row; shapes depend on it")
@@ -86,6 +89,20 @@ class PackedConfig(TokenStreamConfig):
     @property
     def stream(self) -> type[PackedStream]:
         return PackedStream
+
+    def held_out(self, split: str = "val") -> PackedConfig | None:
+        found = [s for source in self.sources if (s := source.held_out(split)) is not None]
+        if not found:
+            return None
+        samples = sum(split_samples(source.path, split) for source in found)
+        changed = {
+            "sources": tuple(found),
+            # about one pass over the split is one block
+            "block_samples": max(len(found), min(self.block_samples, samples)),
+            "modality_tokens": None,  # the split may lack one of them
+            "prefetch": 0,
+        }
+        return self.model_copy(update=changed)
 
 
 class Document(NamedTuple):

@@ -17,7 +17,7 @@ from mm.batch import Batch, Values
 from mm.config import Config
 from mm.data.modalities.base import Modality, get_modality, modalities
 from mm.data.modalities.image import Augment
-from mm.data.shards.reader import ShardSet
+from mm.data.shards.reader import ShardSet, split_samples
 from mm.data.streams.base import Step, Stream, rank_rows
 from mm.data.streams.shuffle import key_of, permute
 from mm.errors import UserError
@@ -33,11 +33,15 @@ class ItemsConfig(Config):
     """
 
     kind: Literal["items"] = "items"
-    path: Path
-    split: str = "train"
-    modality: Annotated[str, Field(json_schema_extra=lambda s: s.update(enum=_with_items()))] = (
-        "image"
-    )
+    path: Annotated[Path, Field(description="folder of packed raw data")]
+    split: Annotated[str, Field(description="split that is read")] = "train"
+    modality: Annotated[
+        str,
+        Field(
+            description="modality of the items",
+            json_schema_extra=lambda s: s.update(enum=_with_items()),
+        ),
+    ] = "image"
     options: Annotated[
         dict[str, Any], Field(description="settings of the modality, such as image's max_pixels")
     ] = {}
@@ -54,7 +58,9 @@ class ItemsConfig(Config):
         ),
     ] = 32
     gray: Annotated[bool, Field(description="image: one channel")] = False
-    augment: Augment = Augment()
+    augment: Annotated[Augment, Field(description="image: random shifts, turns and mirrors")] = (
+        Augment()
+    )
     sample_rate: Annotated[int, Field(gt=0, description="audio: Hz")] = 16000
     crop_seconds: Annotated[
         float, Field(gt=0, description="audio: random crop; shorter items are padded with zeros")
@@ -90,6 +96,13 @@ class ItemsConfig(Config):
     @classmethod
     def smallest(cls) -> ItemsConfig:
         return cls(path=Path("shards"), batch_size=4, size=8)
+
+    def held_out(self, split: str = "val") -> ItemsConfig | None:
+        """The same stream over another split, without augmentation; None when there is none."""
+        if split == self.split or not split_samples(self.path, split):
+            return None
+        changed = {"split": split, "augment": Augment(), "prefetch": 0}
+        return self.model_copy(update=changed)
 
     def build(
         self,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
+
+from pydantic import Field
 
 from mm.data.shards.reader import ShardSet
 from mm.data.streams.documents import DocumentStream, TokenSource, TokenStreamConfig
@@ -11,11 +13,17 @@ from mm.data.streams.documents import DocumentStream, TokenSource, TokenStreamCo
 class SingleSourceConfig(TokenStreamConfig):
     """Base of the configs whose stream reads one source."""
 
-    source: TokenSource
+    source: Annotated[TokenSource, Field(description="token shards")]
 
     @property
     def token_sources(self) -> tuple[TokenSource, ...]:
         return (self.source,)
+
+    def held_out(self, split: str = "val") -> Self | None:
+        source = self.source.held_out(split)
+        if source is None:
+            return None
+        return self.model_copy(update={"source": source, "prefetch": 0})
 
 
 C = TypeVar("C", bound=SingleSourceConfig)

@@ -43,7 +43,12 @@ class AnyToAnyConfig(Config):
     """
 
     kind: Literal["any_to_any"] = "any_to_any"
-    tasks: dict[str, Annotated[float, Field(ge=0)]]
+    tasks: Annotated[
+        dict[str, Annotated[float, Field(ge=0)]],
+        Field(
+            description="`conditions>targets`, such as image+text>audio, or targets alone -> weight"
+        ),
+    ]
     condition_dropout: Annotated[
         float,
         Field(

@@ -17,9 +17,15 @@ class ChunkConfig(Config):
     """Keep at most ``tokens`` codes of a modality; the window is drawn anew in every epoch."""
 
     kind: Literal["chunk"] = "chunk"
-    modality: str = "text"
+    modality: Annotated[str, Field(description="modality whose spans are cut")] = "text"
     tokens: Annotated[int, Field(gt=0, description="codes kept; begin and end come on top")] = 254
-    window: Literal["random", "first"] = "random"
+    window: Annotated[
+        Literal["random", "first"], Field(description="where the kept codes start")
+    ] = "random"
+
+    @classmethod
+    def smallest(cls) -> ChunkConfig:
+        return cls(modality="text", tokens=254)
 
     def build(self) -> Chunk:
         return Chunk(self.modality, self.tokens, self.window)

@@ -24,6 +24,10 @@ class MaskConditionsConfig(Config):
         0.15
     )
 
+    @classmethod
+    def smallest(cls) -> MaskConditionsConfig:
+        return cls(rate=0.15)
+
     def build(self) -> MaskConditions:
         return MaskConditions(self.rate)
 

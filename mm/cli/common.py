@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mm.errors import UserError
+from mm.errors import UserError, did_you_mean
 
 JsonFile = Annotated[
     Path | None,
@@ -186,6 +186,19 @@ def existing(path: Path, what: str, mend: str) -> Path:
     if not path.exists():
         raise UserError(f"{path}: no such {what}; {mend}")
     return path
+
+
+def existing_config(given: str) -> str:
+    """Return the name of a YAML that is there. Raises UserError with those that can be trained."""
+    from mm import config
+
+    try:
+        config.find(given)
+    except UserError:
+        shipped = sorted(f"configs/{name}" for name in config.trainable())
+        hint = did_you_mean(given, shipped)
+        raise UserError(f"{given}: no such file{hint.replace('; known:', '; shipped:')}") from None
+    return given
 
 
 def run_config(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""`mm config`: the JSON Schema of a Run, and a YAML after bases and overrides."""
+"""`mm config`: keys of a Run, its JSON Schema, and a YAML after bases and overrides."""
 
 from __future__ import annotations
 
@@ -8,12 +8,38 @@ from typing import Annotated
 
 import typer
 
-from mm.cli.common import PASS_OVERRIDES, JsonFile, Overrides, console, overrides, write_json
+from mm.cli.common import (
+    PASS_OVERRIDES,
+    JsonFile,
+    Overrides,
+    console,
+    overrides,
+    write_json,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Show the JSON Schema of a Run, or a YAML with bases and overrides resolved.",
+    help="List the keys of a Run, show its JSON Schema, or a YAML as it would run.",
 )
+
+
+@app.command(
+    help="List keys of a run's YAML with type, default and meaning.\n\nWithout PATTERN those "
+    "outside of kinds. A word is looked for in names: mm config keys lr. With a dot it is a path, "
+    "where * is anything: mm config keys 'stages.*.optimizer*'"
+)
+def keys(
+    pattern: Annotated[
+        str | None, typer.Argument(metavar="PATTERN", help="Word, or path with *.")
+    ] = None,
+    json: JsonFile = None,
+) -> None:
+    from mm.cli.keys import list_keys, show
+
+    found = list_keys(pattern)
+    for line in show(found):
+        console().print(line)
+    write_json(json, [key._asdict() for key in found])
 
 
 @app.command(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import track
@@ -23,6 +24,9 @@ from mm.cli.common import (
     write_json,
 )
 from mm.errors import UserError
+
+if TYPE_CHECKING:
+    from mm.run import Run
 
 app = typer.Typer()
 
@@ -52,10 +56,11 @@ def evaluate(
     json: JsonFile = None,
 ) -> None:
     from mm.run import Run
+    from mm.tasks.base import by_name
 
     config = Run.load(run_config(run), overrides(changes))
-    tasks = [task for stage in config.stages for task in stage.tasks]
-    if not tasks:
+    named = by_name([task for stage in config.stages for task in stage.tasks])
+    if not named:
         raise UserError(
             f"{run / 'config.yaml'}: no stage has `tasks:`; for a tokenizer: mm tokenizer "
             f"eval {run} --data SHARDS"
@@ -64,10 +69,11 @@ def evaluate(
     from mm.tasks.run import measure
 
     if split:
-        tasks = [
-            t.model_copy(update={"split": split}) if "split" in type(t).model_fields else t
-            for t in tasks
-        ]
+        named = {
+            name: t.model_copy(update={"split": split}) if "split" in type(t).model_fields else t
+            for name, t in named.items()
+        }
+    tasks = list(named.values())
     generator = Generator.from_pretrained(run)
     found: dict[int, dict[str, Any]] = {}
     each = measure(tasks, lambda task: plain(task.build().evaluate(generator, seed=seed)))
@@ -81,20 +87,14 @@ def evaluate(
         found[n] = one
     if not is_main():
         return
-    rows: list[dict[str, Any]] = []
-    raw: list[dict[str, Any]] = []
-    seconds: dict[str, float] = {}
+    figures = {name: found[n]["figures"] for n, name in enumerate(named)}
+    rows = task_rows(figures)
     sampling: dict[str, Any] = {}
-    for n, task in enumerate(tasks):
-        figures, taken = found[n]["figures"], found[n]["seconds"]
-        raw.append({"task": task.to_dict(), "figures": figures, "seconds": taken})
-        sampling |= {
-            k.removesuffix("_settings"): v for k, v in figures.items() if k.endswith("_settings")
-        }
-        mine = figure_rows(figures)
-        rows += mine
-        seconds[mine[0]["name"] if mine else task.to_dict()["kind"]] = taken
+    for each in figures.values():  # of two tasks of one direction the first one's
+        chosen = {k.removesuffix("_settings"): v for k, v in each.items() if "_settings" in k}
+        sampling = chosen | sampling
     figure_table(f"{run}: {split or 'held-out'} split", rows)
+    seconds = {name: found[n]["seconds"] for n, name in enumerate(named)}
     write_json(
         json,
         {
@@ -103,19 +103,61 @@ def evaluate(
             "figures": rows,
             "sampling": sampling,
             "seconds": seconds,
-            "tasks": raw,
+            "tasks": [
+                {
+                    "name": name,
+                    "task": task.to_dict(),
+                    "figures": figures[name],
+                    "seconds": seconds[name],
+                }
+                for name, task in named.items()
+            ],
         },
     )
+    mirror_to_tracker(config, run, figures)
+
+
+def mirror_to_tracker(config: Run, folder: Path, figures: Mapping[str, Mapping[str, Any]]) -> None:
+    """Set the figures in the summary of the run's W&B page, if it has one."""
+    from mm.trainer.checkpoint.format import newest_state
+    from mm.trainer.log.tracker import Tracker
+
+    tracker = Tracker.go_on(config, folder, newest_state(folder / "checkpoints").get("tracker"))
+    tracker.summary({f"eval/{name}/{k}": v for name, f in figures.items() for k, v in f.items()})
+    tracker.finish()
+
+
+def task_rows(figures: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of several tasks: task -> figures.
+
+    Each row says its ``task``; a figure that two of them give has ``<task>/`` before its name.
+    """
+    rows = [row | {"task": task} for task, found in figures.items() for row in figure_rows(found)]
+    times = Counter(row["name"] for row in rows)
+    for row in rows:
+        if times[row["name"]] > 1:
+            row["name"] = f"{row['task']}/{row['name']}"
+    return rows
 
 
 def figure_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows of `figure_rows`: each figure beside its bar, chance level and judge."""
+    """Print rows of `task_rows`: each figure beside its bar, chance level and judge."""
     beside = [c for c in ("bar", "chance", "judge", "probe", "n") if any(c in row for row in rows)]
     cells = []
     for row in rows:
-        others = (amount(row.get(c), row["unit"] if c != "n" else "") for c in beside)
+        share = "share" if row["unit"] == "share" else ""
+        others = (amount(row.get(c), share if c != "n" else "") for c in beside)
         cells.append((row["name"], amount(row["value"], row["unit"]), *others))
     table(title, ("figure", "value", *beside), cells)
+    units = {row["unit"] for row in rows}
+    if "share" in units and "chance" in beside:
+        console().print("chance of an accuracy: the share of the commonest class", style="dim")
+    if "bits/byte" in units:
+        console().print(
+            "bits per raw byte that the codes take (those of images and audio are lossy); chance: "
+            "every code that may come is equally likely",
+            style="dim",
+        )
 
 
 def figure_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -157,4 +199,6 @@ def unit(name: str) -> str:
 def amount(value: Any, unit: str) -> str:
     if unit == "share" and isinstance(value, (int, float)):
         return f"{100 * value:.1f} %"
+    if unit in ("bits/byte", "dB") and isinstance(value, (int, float)):
+        return f"{number(value)} {unit}"
     return number(value)

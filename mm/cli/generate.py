@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from json import loads
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +11,7 @@ import typer
 
 from mm.cli.common import JsonFile, console, existing, table, with_options, write_json
 from mm.errors import UserError
+from mm.reading import parse_json
 
 HELP = "Generate any modality from any mix of modalities."
 
@@ -19,7 +20,12 @@ def generate(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="Run folder, or the folder of a saved model.")
     ],
-    to: Annotated[str, typer.Option("--to", metavar="MODALITY", help="Modality to generate.")],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to", metavar="MODALITY", help="What to generate; asked for where it is not clear."
+        ),
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Text; with --to text it is continued.")
     ] = None,
@@ -48,14 +54,29 @@ def generate(
     **conditions: Path | None,
 ) -> None:
     existing(run, "run folder", "make one with: mm train CONFIG")
-    raws = read_prompt({"text": prompt, **conditions}, to)
-    from mm.data.modalities.base import modality_of_value
+    for modality, file in conditions.items():
+        if file is not None and not file.is_file():
+            raise UserError(f"--{modality} {file}: no such file")
+    from mm.data.modalities.base import raw_modality
     from mm.decoders.generate import Generator, save_media
+    from mm.decoders.raws import parse_prompt
 
+    given = parse_prompt(prompt, conditions)
     generator = Generator.from_pretrained(run)
-    generator.tokenizer(to)  # a modality that the run does not know is said before a missing -o
-    if out is None and to != "text":
-        raise UserError(f"--to {to} writes a file: name it with -o FILE")
+    to = chosen_modality(generator, to)
+    own = generator.modality(to)
+    generator.tokenizer(own)
+    raw = raw_modality(own)
+    if out is None and not raw.is_text:
+        raise UserError(f"--to {to} writes a file: name it with -o FILE.{raw.extensions[0]}")
+    if out is not None:
+        raw.check_ending(out)
+    # What is generated comes last in the prompt, because it is continued.
+    raws = {m: v for at_end in (False, True) for m, v in given.items() if (m == to) is at_end}
+    if not raws:
+        typer.echo(f"no prompt: {to} as the model makes it without a condition", err=True)
+    if note := generator.unseen([raws]):
+        typer.echo(note, err=True)
     named = {
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "cfg_scale": cfg_scale,
         "repeats": repeats,
@@ -65,15 +86,11 @@ def generate(
     values = generator.generate([raws] * n, to, max_tokens=max_tokens, seed=seed, **sampling)
     rows = []
     for i, value in enumerate(values):
-        text = (
-            value.decode("utf-8", "replace")
-            if isinstance(value, bytes)
-            else value
-            if isinstance(value, str)
-            else None
-        )
-        file = save_media(value, numbered_path(out, i, n)) if out else None
-        rows.append({"file": file, "text": text, "what": modality_of_value(value).describe(value)})
+        text = None
+        if raw.is_text:
+            text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+        file = save_media(value, numbered_path(out, i, n), own) if out else None
+        rows.append({"file": file, "text": text, "what": raw.line(value)})
         if text is not None and out is None:
             console().print(text, markup=False)
     if out:
@@ -99,40 +116,44 @@ def full_app() -> typer.Typer:
     return full
 
 
+def chosen_modality(generator: Any, to: str | None) -> str:
+    """What to generate: as asked, the only modality of the model, or the answer at a terminal.
+
+    Raises:
+        UserError: it is not clear, and nobody can be asked; names the choices.
+    """
+    if to is not None:
+        generator.modality(to)
+        return to
+    known = [m for m in generator.vocabulary.modalities if m in generator.tokenizers]
+    if len(known) > 1 and at_terminal():
+        to = ask(known)
+        generator.modality(to)
+        return to
+    if len(known) > 1:
+        raise UserError(f"--to is missing: --to {' or --to '.join(known)}")
+    return generator.modality()
+
+
+def at_terminal() -> bool:
+    """True where somebody can answer."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def ask(known: Sequence[str]) -> str:
+    """The modality that somebody at the terminal names."""
+    return typer.prompt(f"generate which modality ({', '.join(known)})")
+
+
 def chosen_sampling(run: Path, conditions: Iterable[str], to: str) -> dict[str, Any]:
     """Settings that `mm eval RUN --json RUN/results.json` chose for this direction, or none."""
     try:
-        every = loads((run / "results.json").read_text())["sampling"]
+        every = parse_json((run / "results.json").read_text())["sampling"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     settings = every.get(f"{'_'.join(m for m in conditions if m != to)}_to_{to}", {})
     known = ("temperature", "top_k", "top_p", "cfg_scale", "repeats")
     return {k: settings[k] for k in known if k in settings}
-
-
-def read_prompt(given: dict[str, Any], to: str) -> dict[str, Any]:
-    """Raw values of the given conditions.
-
-    One of the modality that is generated comes last, because it is continued.
-
-    Raises:
-        UserError: a file is missing or cannot be decoded.
-    """
-    from mm.data.modalities.base import BadSample, get_modality
-
-    raws: dict[str, Any] = {}
-    for modality, value in sorted(given.items(), key=lambda item: item[0] == to):
-        if value is None:
-            continue
-        if isinstance(value, Path):
-            if not value.is_file():
-                raise UserError(f"--{modality} {value}: no such file")
-            try:
-                value = get_modality(modality).decode(value.read_bytes())
-            except BadSample as error:
-                raise UserError(f"--{modality} {given[modality]}: {error}") from error
-        raws[modality] = value
-    return raws
 
 
 def numbered_path(out: Path | None, i: int, n: int) -> Path:

@@ -36,12 +36,12 @@ def run_schema() -> dict[str, Any]:
     """
     load_plugins()
     definitions: dict[str, Any] = {}
-    run = _definition(Run, "Run", definitions)
+    run = definition(Run, "Run", definitions)
     for registry in Registry.every.values():
         branches: list[dict[str, Any]] = [{"type": "string", "enum": list(registry)}]
         for kind in registry:
             name = f"{registry.name}.{kind}"
-            body = _definition(registry.get(kind), name, definitions)
+            body = definition(registry.get(kind), name, definitions)
             body["properties"]["kind"] = {"const": kind, "type": "string"}
             body["required"] = ["kind", *(key for key in body.get("required", ()) if key != "kind")]
             definitions[name] = body
@@ -60,7 +60,7 @@ def run_schema() -> dict[str, Any]:
     }
 
 
-def _definition(cls: type[Config], name: str, definitions: dict[str, Any]) -> dict[str, Any]:
+def definition(cls: type[Config], name: str, definitions: dict[str, Any]) -> dict[str, Any]:
     """Schema of one Config; its own nested models join ``definitions`` under ``<name>.<model>``."""
     body = cls.model_json_schema(schema_generator=_Schema)
     nested = body.pop("$defs", {})
@@ -76,9 +76,10 @@ def _link(node: Any, renamed: dict[str, str]) -> Any:
         return [_link(item, renamed) for item in node]
     if not isinstance(node, dict):
         return node
-    if node.get("title") in Registry.every and "anyOf" in node:
-        rest = {key: value for key, value in node.items() if key not in ("title", "anyOf")}
-        return {"$ref": f"#/$defs/{node['title']}", **rest}
+    if node.get("$comment") in Registry.every and "anyOf" in node:
+        known = ("title", "$comment", "anyOf")
+        rest = {key: value for key, value in node.items() if key not in known}
+        return {"$ref": f"#/$defs/{node['$comment']}", **rest}
     reference = str(node.get("$ref", ""))
     out = {key: _link(value, renamed) for key, value in node.items()}
     if reference.startswith("#/$defs/") and (old := reference.removeprefix("#/$defs/")) in renamed:

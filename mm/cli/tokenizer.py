@@ -19,6 +19,7 @@ from mm.cli.common import (
     overrides,
     write_json,
 )
+from mm.cli.trained import print_trained
 from mm.errors import UserError
 
 app = typer.Typer(
@@ -59,6 +60,7 @@ def train(
             raise UserError(f"{config}: fitting needs --data SHARDS and --out DIR")
         chosen: Any = resolve(config, assignments)
         result = fit(chosen.tokenizer, data, out, configs.dump(chosen))
+        figures(f"Tokenizer {out}", result)
     else:
         if data is not None:
             assignments.append(f"stages.0.data.path={data}")
@@ -67,20 +69,34 @@ def train(
         from mm.trainer import loop
 
         result = loop.train(config, assignments)
-    if is_main():
-        figures(f"Tokenizer {out or config}", result)
-        if out:
-            console().print(f"next: mm tokenizer eval {out} --data {data or 'SHARDS'}")
+        if is_main():
+            print_trained(f"Tokenizer {out or config}", result)
+    if is_main() and out:
+        console().print(next_command(out, data))
     write_json(json, result)
 
 
+def next_command(out: Path, data: Path | None) -> str:
+    """What to run after a training: the measure on a split that the data have."""
+    from mm.data.shards.reader import split_samples
+
+    held_out = [s for s in ("test", "val") if data is not None and split_samples(data, s)]
+    if data is not None and not held_out:
+        return (
+            f"{data} has no split 'test' or 'val': to measure {out} on held-out data, pack them "
+            "with --val-share 0.05 and train again"
+        )
+    split = "" if "test" in held_out or data is None else f" --split {held_out[0]}"
+    return f"next: mm tokenizer eval {out} --data {data or 'SHARDS'}{split}"
+
+
 def fit(chosen: Any, data: Path, out: Path, config: str) -> dict[str, Any]:
-    """Fit a tokenizer without gradients on the train split's text; save it as ``out/model``.
+    """Fit a tokenizer without gradients on the train split; save it as ``out/model``.
 
     Raises:
-        UserError: the kind cannot be fitted, or the split has no text.
+        UserError: the kind cannot be fitted, or the split has nothing of its modality.
     """
-    from mm.data.modalities.base import TEXT, get_modality
+    from mm.data.modalities.base import TEXT, get_modality, table
     from mm.data.shards.reader import ShardSet
 
     if not hasattr(chosen, "fit"):
@@ -89,20 +105,21 @@ def fit(chosen: Any, data: Path, out: Path, config: str) -> dict[str, Any]:
             "configs/tokenizer/image.yaml"
         )
     shards = ShardSet.open(data, split="train")
-    text = get_modality(TEXT)
-    found = shards.each(TEXT)
+    # A modality of one's own name, such as `code`, is text.
+    own = get_modality(table().raw.get(chosen.modality, TEXT))
+    found = shards.each(own.kind)
     if not found:
         raise UserError(
-            f"{data}: no text in split 'train'; see what it has with: mm data inspect {data}"
+            f"{data}: no {own.kind} in split 'train'; see what it has with: mm data inspect {data}"
         )
 
-    def texts() -> Iterator[str]:
+    def values() -> Iterator[Any]:
         for i, member in found:
             raw = shards.raw(i, member)  # alone: decoding the pictures beside it would cost minutes
             if raw is not None:
-                yield text.decode(raw[1])
+                yield own.decode(raw[1])
 
-    tokenizer = chosen.fit(texts())
+    tokenizer = chosen.fit(values())
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(out / "model")
     (out / "config.yaml").write_text(config, encoding="utf-8")
@@ -110,7 +127,7 @@ def fit(chosen: Any, data: Path, out: Path, config: str) -> dict[str, Any]:
     return {
         "modality": spec.modality,
         "vocab_size": spec.vocab_size,
-        "texts": len(found),
+        "items": len(found),
         "fingerprint": spec.fingerprint[:12],
         "folder": out,
     }
@@ -146,7 +163,7 @@ def evaluate(
     from mm.tokenizers.load import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
-    raws = read_raws(data, split, loaded.spec.modality, limit)
+    raws = read_raws(data, split, loaded, limit)
     result = measure(loaded, raws, out)
     figures(
         f"{tokenizer}: {split} split of {data}", {k: v for k, v in result.items() if k != "alerts"}
@@ -156,8 +173,8 @@ def evaluate(
     write_json(json, {"tokenizer": tokenizer, "data": data, "split": split, **result})
 
 
-def read_raws(data: Path, split: str, modality: str, limit: int) -> list[Any]:
-    """At most ``limit`` raw values of a modality, evenly spread over a split.
+def read_raws(data: Path, split: str, tokenizer: Any, limit: int) -> list[Any]:
+    """At most ``limit`` values that a tokenizer reads, evenly spread over a split.
 
     Raises UserError when it has none.
     """
@@ -165,7 +182,7 @@ def read_raws(data: Path, split: str, modality: str, limit: int) -> list[Any]:
     from mm.data.shards.reader import ShardSet
 
     shards = ShardSet.open(data, split=split)
-    raw = raw_modality(modality)
+    raw = raw_modality(tokenizer.spec.modality)
     having = shards.each(raw.kind)
     if not having:
         raise UserError(
@@ -174,4 +191,4 @@ def read_raws(data: Path, split: str, modality: str, limit: int) -> list[Any]:
         )
     n = min(limit, len(having))
     found = (shards.raw(*having[i * len(having) // n]) for i in range(n))
-    return [raw.decode(member[1]) for member in found if member is not None]
+    return [raw.read(member[1], tokenizer) for member in found if member is not None]

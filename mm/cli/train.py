@@ -3,28 +3,53 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from mm.cli.common import (
     PASS_OVERRIDES,
     JsonFile,
     Overrides,
     console,
-    figures,
+    existing_config,
     is_main,
     overrides,
     run_config,
     write_json,
 )
-from mm.cli.eval import figure_rows, figure_table
+from mm.cli.eval import figure_table, task_rows
+from mm.cli.trained import print_trained
 from mm.trainer.health.signals import starting
 
 app = typer.Typer()
 
+# Keys that are changed most, with the kinds that they are shown of.
+USED = (
+    "name", "seed", "model.d_model", "model.backbone.pattern", "model.backbone.depth",
+    "stages.0.budget.steps", "stages.0.data.batch_size", "stages.0.data.seq_len",
+    "stages.0.optimizer.lr", "stages.0.schedule.warmup", "checkpoints.every", "engine.zero_stage",
+    "engine.precision", "tracking.mode", "evaluate",
+)  # fmt: skip
+KINDS = {"network": "lm", "backbone": "stack", "data": "packed", "optimizer": "adamw"}
+
+
+class TrainCommand(typer.core.TyperCommand):
+    """Its help ends with the keys that are changed most, as the configs describe them."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # type: ignore[override]
+        super().format_help(ctx, formatter)
+        from mm.cli.keys import find_key, show
+
+        console().print("Keys that are changed most, as KEY=VALUE:")
+        for line in show(find_key(path, KINDS) for path in USED):
+            console().print("  ", line, sep="")
+        console().print("All of them: mm config keys; some: mm config keys 'stages.*.optimizer*'")
+
 
 @app.command(
+    cls=TrainCommand,
     help="Train what CONFIG describes.\n\nRun the same command again to resume. Several processes: "
     "torchrun --nproc_per_node 2 -m mm train CONFIG",
     context_settings=PASS_OVERRIDES,
@@ -37,17 +62,20 @@ def train(
     changes: Overrides = None,
     json: JsonFile = None,
 ) -> None:
-    path = run_config(Path(config)) if Path(config).is_dir() else config
     assignments = overrides(changes)
+    path = run_config(Path(config)) if Path(config).is_dir() else existing_config(config)
     with starting():
         from mm.trainer import loop
 
         result = loop.train(path, assignments)
     if is_main():
-        training = {k: v for k, v in result.items() if not k.startswith("eval/")}
-        figures(f"Trained {config}", training)
-        measured = {k.split("/")[-1]: v for k, v in result.items() if k.startswith("eval/")}
-        if rows := figure_rows(measured):
+        print_trained(f"Trained {config}", result)
+        measured: dict[str, dict[str, Any]] = {}
+        for key, value in result.items():
+            if key.startswith("eval/"):
+                _, name, figure = key.split("/", 2)
+                measured.setdefault(name, {})[figure] = value
+        if rows := task_rows(measured):
             figure_table("Evaluated at the end", rows)
         if folder := result.get("folder"):
             console().print(f"run folder: {folder}; next: mm eval {folder} · mm report {folder}")

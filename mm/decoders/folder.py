@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from torch import nn
 
 from mm.errors import UserError
+from mm.reading import parse_json
 from mm.registry import NETWORKS
 from mm.vocabulary import Vocabulary
 
@@ -55,9 +54,10 @@ def _saved(where: Path) -> Loaded:
 
 def _checkpoint(run: Path, step: Path) -> Loaded:
     """Rebuild the model of an unfinished run: its resolved config, the weights of one step."""
+    from mm import config as configs
     from mm.model.folder import load_into
 
-    values: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text()) or {}
+    values: dict[str, Any] = configs.read(run / "config.yaml")
     for name in values.get("imports") or ():
         importlib.import_module(name)
     if not values.get("vocabulary"):
@@ -79,6 +79,9 @@ def _newest(checkpoints: Path) -> Path | None:
         if weights.is_file() and mark.is_file():
             with weights.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
-            if json.loads(mark.read_text()).get(weights.name) == found:
-                return step
+            try:
+                if parse_json(mark.read_text()).get(weights.name) == found:
+                    return step
+            except (ValueError, AttributeError):
+                continue
     return None

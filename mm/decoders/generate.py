@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mm.data.batching.collate import document_length, to_batch
+from mm.data.modalities.base import TEXT, table
 from mm.decoders import rules as rule_kinds
 from mm.decoders.base import Ask, Rule, is_fixed
 from mm.decoders.folder import load
 from mm.decoders.media import save_media
 from mm.decoders.prompts import batch, check, continues, distinct, prepare
+from mm.decoders.raws import own_modality, parse_prompt, read_raw, unseen_words
+from mm.decoders.score import evaluating, sequence_nll
 from mm.errors import UserError, did_you_mean
 from mm.registry import DECODERS
 from mm.specs import Encoded, ModalityTokenizer, Segment
@@ -31,17 +33,9 @@ __all__ = [
     "stream_tokens",
 ]
 
+log = logging.getLogger(__name__)
+
 MAX_SLOTS = 512  # sequences decoded together
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    before = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(before)
 
 
 def _ask_rules(temperature: float, top_k: int, top_p: float, extra: Sequence[Rule]) -> list[Rule]:
@@ -108,7 +102,7 @@ def stream_tokens(
     )
     device = next(model.parameters()).device
     run = DECODERS.parse(decoder).build().run
-    with _evaluating(model):
+    with evaluating(model):
         yield from run({"model": model}, batch(streams, vocabulary).to(device), ask, ask_rules)
 
 
@@ -159,45 +153,6 @@ def generate_tokens(
             codes = row[(row >= target.first) & (row < target.stop)] - target.first
             spans.append(np.concatenate([np.asarray(continued, np.int64), codes]).astype(np.int32))
     return spans
-
-
-@torch.no_grad()
-def sequence_nll(
-    model: nn.Module,
-    vocabulary: Vocabulary,
-    documents: Sequence[Sequence[Segment]],
-    *,
-    max_places: int = 16384,
-) -> list[dict[str, tuple[float, int]]]:
-    """Score documents: for each, modality -> (nats summed over its targets, number of targets).
-
-    Args:
-        documents: segments with the roles of training; only targets are scored, their ends
-            included.
-        max_places: places of one forward, padding included; bounds memory.
-    """
-    device = next(model.parameters()).device
-    lengths = np.array([document_length(d) for d in documents])
-    names = ("", *vocabulary.modalities)
-    scores: list[dict[str, tuple[float, int]]] = [{} for _ in documents]
-    order = list(np.argsort(lengths, kind="stable"))
-    while order:
-        longest = int(lengths[order[-1]])
-        some = [order.pop() for _ in range(min(len(order), max(1, max_places // max(longest, 1))))]
-        b = to_batch([[documents[i]] for i in some], vocabulary)
-        places = b.places["tokens"].long()
-        if len(places) == 0:
-            continue
-        with _evaluating(model):
-            out = model(b.to(device), heads=("tokens",))
-        nll = out.heads["tokens"].nll.double().cpu().numpy()
-        row = (places // b.layout.shape[1]).numpy()
-        modality = b.labels["target_modality"].flatten()[places].numpy()
-        for r, i in enumerate(some):
-            for m in np.unique(modality[row == r]):
-                mine = nll[(row == r) & (modality == m)]
-                scores[i][names[m]] = (float(mine.sum()), len(mine))
-    return scores
 
 
 class _Tokenizers(Mapping[str, ModalityTokenizer]):
@@ -256,11 +211,28 @@ class Generator:
             )
         return self.tokenizers[modality]
 
+    def modality(self, name: str | None = None) -> str:
+        """The model's modality that a name means; without one, the only one there is.
+
+        Raises UserError, naming those that there are.
+        """
+        if name is not None:
+            return own_modality(name, self.vocabulary.modalities)
+        known = [m for m in self.vocabulary.modalities if m in self.tokenizers]
+        if len(known) == 1:
+            return known[0]
+        choices = ", ".join(known) or "none: there is no tokenizer beside the model"
+        raise UserError(f"say which modality to generate; this model has: {choices}")
+
     def encode(
         self, modality: str, raws: Sequence[Any], *, max_items: int = 256
     ) -> list[np.ndarray]:
-        """Local ids `(L,)` of raw values of one modality; every distinct str is encoded once."""
+        """Local ids `(L,)` of raw values of one modality; every distinct str is encoded once.
+
+        A value may also be a file's path, or what else `mm.decoders.raws.read_raw` takes.
+        """
         tokenizer = self.tokenizer(modality)
+        raws = [read_raw(modality, raw, tokenizer) for raw in raws]
         strings = all(isinstance(raw, str) for raw in raws)
         todo = list(dict.fromkeys(raws)) if strings else list(raws)
         ids: list[np.ndarray] = []
@@ -284,7 +256,8 @@ class Generator:
 
     def segments(self, prompts: Sequence[Mapping[str, Any]], to: str) -> list[list[Segment]]:
         """Raw prompts to segments; a last value of modality ``to`` without a grid is continued."""
-        self.vocabulary.spec(to)
+        to = self.modality(to)
+        prompts = [{self.modality(m): raw for m, raw in prompt.items()} for prompt in prompts]
         raws: dict[str, list[Any]] = {}
         for prompt in prompts:
             for modality, raw in prompt.items():
@@ -303,19 +276,31 @@ class Generator:
         """Generate one raw value of modality ``to`` for each prompt.
 
         Args:
-            prompts: modality -> raw value (str, uint8 image `(H, W, 3)`, Waveform), conditions in
-                the given order; an empty one asks unconditionally. A last text prompt with
-                ``to="text"`` is continued (and comes back with its continuation).
+            prompts: modality -> raw value (str, uint8 image `(H, W, 3)`, Waveform) or the path of
+                its file, conditions in the given order; an empty one asks unconditionally. A last
+                text prompt with ``to="text"`` is continued (and comes back with its continuation).
             **settings: see `generate_tokens`.
         Raises:
             UserError: an unknown modality, a missing tokenizer, or what `generate_tokens` refuses.
         """
         if isinstance(prompts, Mapping):
             raise UserError("prompts must be a list of prompts: generate([{'text': ...}], to=...)")
+        own = self.modality(to)
         spans = generate_tokens(
-            self.model, self.vocabulary, self.segments(prompts, to), to, **settings
+            self.model, self.vocabulary, self.segments(prompts, own), own, **settings
         )
-        return self.decode(to, spans)
+        values = self.decode(own, spans)
+        if to == TEXT != own:  # of a model of bytes
+            return [value.decode("utf-8", "replace") for value in values]
+        return values
+
+    def unseen(self, prompts: Sequence[Mapping[str, Any]]) -> str:
+        """A sentence on words of the prompts that the text tokenizer never met; "" without any."""
+        own = [{self.modality(m): raw for m, raw in prompt.items()} for prompt in prompts]
+        words = unseen_words(own, self.tokenizers)
+        shown = ", ".join(f"'{word}'" for word in words[:8]) + (" ..." if len(words) > 8 else "")
+        met = "never seen in the text that the tokenizer was trained on"
+        return f"{met}: {shown}; the model can but guess" if words else ""
 
     def nll(
         self, documents: Sequence[Sequence[Segment]], **kw: Any
@@ -330,26 +315,43 @@ class Generator:
 
 def generate(
     source: str | Path | Generator,
-    prompt: str | Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    prompt: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     *,
-    to: str,
+    to: str | None = None,
     **settings: Any,
 ) -> Any:
     """Generate from a run folder, a saved model or a ready `Generator`.
 
+    ``generate(run, "seven", to="image")``, ``generate(run, image="seven.png", to="text")``,
+    ``generate(run, audio=(samples, 16000), to="text")``.
+
     Args:
         source: folder or Generator; loading takes longer than generating, so keep a Generator for
             many calls.
-        prompt: a str (text), one prompt (modality -> raw value), a list of prompts, or None
-            (unconditional).
-        to: modality to generate.
-        **settings: see `generate_tokens`.
+        prompt: a str (text), the path of a text, one prompt (modality -> raw value), a list of
+            prompts, or None (unconditional, where no modality is given by name either).
+        to: modality to generate; default the only one that the model has.
+        **settings: a condition by the name of its modality (``image``, ``audio``, ...): the path
+            of a file, uint8 `(H, W, 3)` or a picture of Pillow, a Waveform or (samples `(N,)`
+            float in [-1, 1], sample rate in Hz); and the settings of `generate_tokens`.
     Returns:
-        One raw value, or a list of them for a list of prompts.
+        One raw value, or a list of them for a list of prompts: str, uint8 `(H, W, 3)`, Waveform; of
+        a tokenizer of bytes the bytes of a file.
+    Raises:
+        UserError: no model, an unknown modality, a file that is missing or damaged, or what
+            `generate_tokens` refuses.
     """
+    conditions = {k: settings.pop(k) for k in list(settings) if k in table().raw}
     generator = source if isinstance(source, Generator) else Generator.from_pretrained(source)
-    if prompt is None or isinstance(prompt, str):
-        prompt = {"text": prompt} if prompt else {}
-    many = not isinstance(prompt, Mapping)
-    values = generator.generate(list(prompt) if many else [prompt], to, **settings)
+    to = generator.modality() if to is None else to
+    many = not (prompt is None or isinstance(prompt, (str, Path, Mapping)))
+    if many and conditions:
+        raise UserError(
+            f"'{next(iter(conditions))}' beside a list of prompts: put it into each prompt"
+        )
+    given: Any = prompt
+    prompts: list[Any] = list(given) if many else [parse_prompt(given, conditions)]
+    if note := generator.unseen(prompts):
+        log.warning(note)
+    values = generator.generate(prompts, to, **settings)
     return values if many else values[0]

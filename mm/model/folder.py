@@ -1,8 +1,9 @@
-"""A model as a folder: `config.json` and `model.safetensors`, written whole or not at all."""
+"""A model as a folder: config, weights and their hashes, written whole or not at all."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mm.errors import UserError
+from mm.hashes import check_hashes, write_hashes
+from mm.reading import parse_json
+
+log = logging.getLogger(__name__)
 
 ALIASES = "aliases"  # metadata key: JSON of {name: name of the tensor that it is}
 
@@ -24,7 +29,8 @@ ALIASES = "aliases"  # metadata key: JSON of {name: name of the tensor that it i
 def whole(folder: str | Path) -> Iterator[Path]:
     """Yield a temporary folder that takes the place of ``folder`` when the block ends.
 
-    It lies beside ``folder``, and is removed after an error.
+    The hashes of its files are written then. It lies beside ``folder``, and is removed after an
+    error.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -34,6 +40,7 @@ def whole(folder: str | Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        write_hashes(temporary)
         if folder.exists():
             folder.rename(old)
         temporary.rename(folder)
@@ -71,7 +78,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            aliases = json.loads((file.metadata() or {}).get(ALIASES, "{}"))
+            aliases = parse_json((file.metadata() or {}).get(ALIASES, "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: damaged ({error}); copy or save it again") from error
     return tensors | {alias: tensors[name] for alias, name in aliases.items()}
@@ -83,17 +90,33 @@ def write_config(folder: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """Read `config.json` of a saved model. Raises UserError when it is missing or not JSON."""
+    """Read `config.json` of a saved model, after every file of it was compared with its hash.
+
+    Raises UserError when a file is missing or damaged.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(
             f"no saved model at {folder} (it has no config.json); a run keeps its own in "
             "<run folder>/model"
         )
+    run = Path(folder).parent
+    again = f"remove {folder} and run: mm train {run}" if (run / "checkpoints").is_dir() else ""
+    mend = f"copy it again{', or ' if again else ''}{again}"
+    if not check_hashes(folder, mend):
+        log.warning(
+            "%s: saved without hashes, so that damage goes unseen; write them: "
+            "python -c \"from mm.hashes import write_hashes; write_hashes('%s')\"",
+            folder,
+            folder,
+        )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_bytes())
+        if not isinstance(values, dict):
+            raise ValueError("no object")
+        return values
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
+        raise UserError(f"{path}: not valid JSON ({error}); {mend}") from error
 
 
 def load_into(build: Callable[[], nn.Module], path: str | Path) -> nn.Module:

@@ -81,6 +81,13 @@ class CodecObjective(Objective):
             books = 1.0 - rng.random()  # in (0, 1]: at least the first book
         return {"bypass": float(step < self.config.bypass_steps), "books": books}
 
+    def scheduled_held_out(self) -> dict[str, float]:
+        return {"bypass": 0.0, "books": 1.0}
+
+    def held_out(self, n: Mapping[str, Any]) -> tuple[str, ...]:
+        """The reconstruction: what a critic says moves with the critic."""
+        return ("mel", "wave")
+
     def counts(self, b: Batch) -> dict[str, Tensor]:
         """Samples, by item length alone.
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from mm.errors import UserError
 from mm.model.layer import ModelOut
 
 NONE: Mapping[str, Any] = {}
+AFTER_WARM_UP = 2**40  # a step that no warm-up reaches
 
 
 class Network(NamedTuple):
@@ -90,6 +92,17 @@ class Objective(ABC):
     def scheduled(self, step: int, rng: Any) -> dict[str, float]:
         """Host values of a step, equal on all ranks (``rng``: numpy Generator of (seed, step))."""
         return {}
+
+    def scheduled_held_out(self) -> dict[str, float]:
+        """Host values of a held-out loss: after every warm-up, so that it compares over steps."""
+        return self.scheduled(AFTER_WARM_UP, np.random.default_rng(0))
+
+    def held_out(self, n: Mapping[str, Any]) -> tuple[str, ...]:
+        """Those of the losses ``n`` that the held-out loss is made of; default: its own ones.
+
+        Losses that modules report (``aux_weights``) say nothing about held-out data.
+        """
+        return tuple(name for name in n if name not in self.aux_weights)
 
     def corrupt(self, b: Batch, rng: Any, scheduled: Mapping[str, float]) -> Batch:
         """Shape-preserving change on the device: masks, noise, times."""

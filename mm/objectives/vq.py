@@ -73,6 +73,10 @@ class VqObjective(Objective):
         """ "bypass": 1 during the warm-up, in which latents are decoded as they are."""
         return {"bypass": float(step < self.config.bypass_steps)}
 
+    def held_out(self, n: Mapping[str, Any]) -> tuple[str, ...]:
+        """The reconstruction: what a critic says moves with the critic."""
+        return ("reconstruction",)
+
     def counts(self, b: Batch) -> dict[str, Tensor]:
         """Images; the zero item of a rank that has none does not count."""
         n = self._valid(b).sum()

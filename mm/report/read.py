@@ -5,15 +5,13 @@ Everything is optional: a run that was stopped half-way has a report too.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mm.data.modalities.base import modalities
+from mm.reading import parse_json, parse_yaml
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +58,8 @@ def read_run(folder: Path, *, nested: bool = True) -> RunData:
     text = _text(folder / "config.yaml")
     config: Any = {}
     try:
-        config = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+        config = parse_yaml(text) or {}
+    except ValueError as error:
         notes.append(f"config.yaml could not be read: {' '.join(str(error).split())[:200]}")
     metrics, last = read_metrics(folder / "metrics.jsonl", notes)
     results = _json(folder / "results.json", notes)
@@ -101,7 +99,7 @@ def read_metrics(file: Path, notes: list[str]) -> tuple[dict[str, Series], dict[
     broken = 0
     for line in _text(file).splitlines():
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             step = float(row["step"])
         except (ValueError, KeyError, TypeError):
             broken += bool(line.strip())
@@ -138,7 +136,7 @@ def _json(file: Path, notes: list[str]) -> Any:
     if not text.strip():
         return {}
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         notes.append(f"{file.name} is not valid JSON: {error}")
         return {}

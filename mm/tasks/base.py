@@ -10,14 +10,15 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
 from mm.config import Config
 from mm.decoders.generate import Generator
 from mm.errors import UserError
-from mm.specs import Sample
+from mm.specs import NONE, Sample
 from mm.vocabulary import Vocabulary
 
 Figures = dict[str, Any]
@@ -28,6 +29,35 @@ class Task(Config):
 
     A Config that names its shards and split; `build` returns itself, ready to evaluate.
     """
+
+    name: Annotated[
+        str,
+        Field(
+            pattern=r"^[\w.-]*$",
+            description="what its figures are called: `eval/<name>/<figure>`; default: its kind, "
+            "modalities and data folder, such as recognition_image_to_text_digits",
+        ),
+    ] = ""
+    every: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="steps between two evaluations of the weights that train; 0 = only of what "
+            "the stage leaves",
+        ),
+    ] = 0
+
+    @property
+    def about(self) -> str:
+        """The modalities that it measures, for its default name."""
+        return ""
+
+    @property
+    def full_name(self) -> str:
+        """Its `name`, or the default one."""
+        data = getattr(self, "data", None)
+        parts = (str(getattr(self, "kind", "")), self.about, Path(data).name if data else "")
+        return self.name or re.sub(r"[^\w.-]+", "-", "_".join(filter(None, parts)))
 
     def build(self) -> Task:
         return self
@@ -51,14 +81,28 @@ class Task(Config):
         """
 
 
+def by_name(tasks: Sequence[Task]) -> dict[str, Task]:
+    """Tasks by `Task.full_name`; the second of one name is called name_2."""
+    found: dict[str, Task] = {}
+    for task in tasks:
+        name, n = task.full_name, 1
+        while name in found:
+            n += 1
+            name = f"{task.full_name}_{n}"
+        found[name] = task
+    return found
+
+
 class Settings(Config):
     """Sampling settings that may be chosen on a validation split."""
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    cfg_scale: float = 1.0
-    repeats: int = 1
+    temperature: Annotated[float, Field(description="of sampling; 0 = greedy")] = 1.0
+    top_k: Annotated[int, Field(description="keep the k likeliest ids; 0 = off")] = 0
+    top_p: Annotated[
+        float, Field(description="keep the likeliest ids up to this probability; 1 = off")
+    ] = 1.0
+    cfg_scale: Annotated[float, Field(description="classifier-free guidance; 1 = off")] = 1.0
+    repeats: Annotated[int, Field(description="times that the conditions are read")] = 1
 
 
 class Item(NamedTuple):
@@ -68,11 +112,19 @@ class Item(NamedTuple):
     label: str
 
 
-def open_split(data: Path, split: str) -> Any:
-    """Open the shards of one split. Raises UserError when it is absent."""
+def open_split(data: Path, split: str, tokenizers: Mapping[str, Any] = NONE) -> Any:
+    """Open the shards of one split. Raises UserError when it is absent.
+
+    Args:
+        data: packed data.
+        split: of it.
+        tokenizers: that will read the values; one of bytes gets the files as they are.
+    """
     from mm.data.shards.reader import ShardSet
 
-    return ShardSet.open(data, split=split)
+    shards = ShardSet.open(data, split=split)
+    shards.tokenizers = tokenizers
+    return shards
 
 
 def spread(n: int, limit: int | None) -> list[int]:
@@ -90,16 +142,17 @@ def read_items(
     classes: Sequence[str] = (),
     label: str = "label",
     limit: int | None = None,
+    tokenizers: Mapping[str, Any] = NONE,
 ) -> list[Item]:
     """Labelled samples of a split that hold all of ``modalities``.
 
     The class is the metadata value ``label`` (a number is a place in ``classes``), else the class
-    word of the caption.
+    word of the caption. ``tokenizers`` are as of `open_split`.
 
     Raises:
         UserError: no sample of this split has these modalities and a class.
     """
-    shards = open_split(data, split)
+    shards = open_split(data, split, tokenizers)
     found = []
     for i in shards.having(modalities[0]):
         if all(shards.lengths(m)[i] >= 0 for m in modalities):

@@ -18,6 +18,7 @@ from mm.errors import UserError
 from mm.registry import TASKS
 from mm.specs import Segment, TokenSpec
 from mm.tasks.base import Figures, Task, open_split, spread
+from mm.tasks.chance import uniform_nats
 from mm.tasks.check import require_modalities
 from mm.vocabulary import Vocabulary
 
@@ -34,8 +35,8 @@ class BitsPerByte(Task):
     """
 
     kind: Literal["bits_per_byte"] = "bits_per_byte"
-    data: Path
-    split: str = "test"
+    data: Annotated[Path, Field(description="packed raw data that is measured on")]
+    split: Annotated[str, Field(description="split that is reported")] = "test"
     modalities: Annotated[
         tuple[str, ...], Field(description="default: all of the vocabulary that the split has")
     ] = ()
@@ -59,16 +60,20 @@ class BitsPerByte(Task):
         float, Field(ge=0, lt=1, description="share of a window that is context of the next one")
     ] = 0.5
 
+    @property
+    def about(self) -> str:
+        return "_".join(self.modalities)
+
     @classmethod
     def smallest(cls) -> BitsPerByte:
-        return cls(data=Path("data"))
+        return cls(data=Path("data/mine"), split="val")
 
     def evaluate(self, generator: Generator, *, seed: int = 0) -> Figures:
         """Bits per byte, nats per token, chance and counts of each modality; ``seed`` is not used.
 
         Nothing is sampled.
         """
-        shards = open_split(self.data, self.split)
+        shards = open_split(self.data, self.split, generator.tokenizers)
         wanted = self.modalities or generator.vocabulary.modalities
         figures: Figures = {}
         for modality in wanted:
@@ -107,7 +112,10 @@ class BitsPerByte(Task):
         raw = own.kind
         before = self.given.get(modality, "none" if own.is_text else "null")
         values = [
-            v for v in values if own.n_bytes(v[raw]) and (before in ("none", "null") or before in v)
+            v
+            for v in values
+            if (isinstance(v[raw], bytes) or own.n_bytes(v[raw]))
+            and (before in ("none", "null") or before in v)
         ]
         if not values:
             raise UserError(
@@ -147,6 +155,8 @@ def input_bytes(
 ) -> int:
     """Bytes of what the tokenizer read: an image scaled to its grid, a recording at its rate."""
     tokenizer, own = generator.tokenizer(modality), raw_modality(modality)
+    if not own.is_text and tokenizer.reads_files:
+        return sum(map(len, spans))
     if is_fixed(tokenizer.spec) and isinstance(raws[0], np.ndarray):
         decoded = generator.decode(modality, spans[:1])[0]
         return modality_of_value(decoded).n_bytes(decoded) * len(raws)
@@ -178,16 +188,3 @@ def windows(span: Segment, spec: TokenSpec, max_tokens: int, overlap: float) -> 
         if scored == n:
             break
     return out
-
-
-def uniform_nats(n: int, spec: TokenSpec) -> float:
-    """Nats of a span of ``n`` ids when all that the grammar allows is equally likely.
-
-    A grid's end is certain.
-    """
-    K = spec.vocab_size
-    if is_fixed(spec):
-        return n * math.log(K)
-    frames = n // spec.n_codebooks
-    # The first id cannot be the end; later frame borders and the last one offer K codes or the end.
-    return (n - frames + 1) * math.log(K) + frames * math.log(K + 1)

@@ -32,6 +32,8 @@ from mm.tasks.check import require_items, require_modalities
 from mm.tasks.judges import Judge
 from mm.vocabulary import Vocabulary
 
+UNREADABLE = "unreadable"
+
 
 def trained_judge(
     data: Path, split: str, modality: str, classes: tuple[str, ...], label: str, limit: int | None
@@ -67,26 +69,36 @@ class JudgedGeneration(Task):
     """
 
     kind: Literal["judged_generation"] = "judged_generation"
-    data: Path
+    data: Annotated[Path, Field(description="packed raw data that is measured on")]
     judge_data: Annotated[
         Path | None, Field(description="shards with real items of modality `to`; default: data")
     ] = None
-    sources: Annotated[tuple[str, ...], Field(min_length=1)] = ("text",)
-    to: str = "image"
-    split: str = "test"
-    val_split: str = "val"
-    train_split: str = "train"
-    classes: tuple[str, ...] = ()
-    label: str = "label"
+    sources: Annotated[
+        tuple[str, ...], Field(min_length=1, description="modalities that are given")
+    ] = ("text",)
+    to: Annotated[str, Field(description="modality that is generated and judged")] = "image"
+    split: Annotated[str, Field(description="split that is reported")] = "test"
+    val_split: Annotated[str, Field(description="split on which `settings` are chosen")] = "val"
+    train_split: Annotated[str, Field(description="split that the judge learns from")] = "train"
+    classes: Annotated[
+        tuple[str, ...], Field(description="class words; default: the labels of the split")
+    ] = ()
+    label: Annotated[
+        str, Field(description="metadata column of the class; else the caption's class word")
+    ] = "label"
     limit: Annotated[int | None, Field(ge=1, description="generations at most, evenly spread")] = (
         None
     )
-    judge_limit: Annotated[int | None, Field(ge=1)] = 4000
+    judge_limit: Annotated[
+        int | None, Field(ge=1, description="real items that the judge learns from")
+    ] = 4000
     settings: Annotated[
         tuple[Settings, ...], Field(min_length=1, description="more than one: chosen on val_split")
     ] = (Settings(temperature=0.7, cfg_scale=2.0),)
     bar: Annotated[float | None, Field(description="accuracy to reach; printed beside")] = None
-    reconstruction_bar: float | None = None
+    reconstruction_bar: Annotated[
+        float | None, Field(description="accuracy of round trips to reach; printed beside")
+    ] = None
     max_tokens: Annotated[
         int | None, Field(ge=1, description="of audio; an image has its grid")
     ] = None
@@ -105,10 +117,10 @@ class JudgedGeneration(Task):
 
     @classmethod
     def smallest(cls) -> JudgedGeneration:
-        return cls(data=Path("data"))
+        return cls(data=Path("data/mine"), to="image", classes=("cat", "ship"))
 
     @property
-    def name(self) -> str:
+    def about(self) -> str:
         return f"{'_'.join(self.sources)}_to_{self.to}"
 
     def evaluate(self, generator: Generator, *, seed: int = 0) -> Figures:
@@ -125,41 +137,47 @@ class JudgedGeneration(Task):
         )
         settings, tried = self.settings[0], []
         if len(self.settings) > 1:
-            held_in = self._items(self.val_split)
+            held_in = self._items(self.val_split, generator)
             score = lambda s: _right(
-                held_in, judge.predict(self._make(generator, held_in, s, seed))
+                held_in, self._judged(judge, self._make(generator, held_in, s, seed))
             )
             settings, tried = choose(self.settings, score)
-        items = self._items(self.split)
-        answers = judge.predict(self._make(generator, items, settings, seed))
+        items = self._items(self.split, generator)
+        answers = self._judged(judge, self._make(generator, items, settings, seed))
         truth = [item.label for item in items]
         classes = sorted(set(truth) | set(answers) | set(self.classes))
         originals = [item.sample.values[self.to] for item in real]
         figures: Figures = {
-            f"{self.name}_accuracy": _right(items, answers),
-            f"{self.name}_chance": chance(truth, len(classes)),
-            f"{self.name}_n": len(items),
-            f"{self.name}_judge_on_real_accuracy": _right(real, judge.predict(originals)),
-            f"{self.name}_classes": classes,
-            f"{self.name}_confusion": confusion(truth, answers, classes),
-            f"{self.name}_settings": settings.to_dict(),
+            f"{self.about}_accuracy": _right(items, answers),
+            f"{self.about}_chance": chance(truth, len(classes)),
+            f"{self.about}_n": len(items),
+            f"{self.about}_judge_on_real_accuracy": _right(real, judge.predict(originals)),
+            f"{self.about}_classes": classes,
+            f"{self.about}_confusion": confusion(truth, answers, classes),
+            f"{self.about}_settings": settings.to_dict(),
         }
         if self.bar is not None:
-            figures[f"{self.name}_bar"] = self.bar
+            figures[f"{self.about}_bar"] = self.bar
         if tried:
-            figures[f"{self.name}_tried_on_{self.val_split}"] = tried
+            figures[f"{self.about}_tried_on_{self.val_split}"] = tried
         if self.reconstruction:
             again = generator.decode(self.to, generator.encode(self.to, originals))
-            figures[f"{self.name}_judge_on_reconstruction_accuracy"] = _right(
-                real, judge.predict(again)
+            figures[f"{self.about}_judge_on_reconstruction_accuracy"] = _right(
+                real, self._judged(judge, again)
             )
             if self.reconstruction_bar is not None:
-                figures[f"{self.name}_judge_on_reconstruction_bar"] = self.reconstruction_bar
+                figures[f"{self.about}_judge_on_reconstruction_bar"] = self.reconstruction_bar
         return figures
 
-    def _items(self, split: str) -> list[Item]:
+    def _items(self, split: str, generator: Generator) -> list[Item]:
         return read_items(
-            self.data, split, self.sources, classes=self.classes, label=self.label, limit=self.limit
+            self.data,
+            split,
+            self.sources,
+            classes=self.classes,
+            label=self.label,
+            limit=self.limit,
+            tokenizers=generator.tokenizers,
         )
 
     def check(self, vocabulary: Vocabulary | None, tokenizers: Mapping[str, Any]) -> None:
@@ -170,6 +188,13 @@ class JudgedGeneration(Task):
         require_items(self.data, self.split, self.sources, *own, known_only=False)
         if len(self.settings) > 1:
             require_items(self.data, self.val_split, self.sources, *own, known_only=False)
+
+    def _judged(self, judge: Judge, made: Sequence[Any]) -> list[str]:
+        """Class of each; a file that a model of bytes wrote and nobody can read has none."""
+        seen = [get_modality(self.to).view(value) for value in made]
+        good = [value for value in seen if not isinstance(value, str)]
+        classes = iter(judge.predict(good) if good else [])
+        return [UNREADABLE if isinstance(value, str) else next(classes) for value in seen]
 
     def _make(
         self, generator: Generator, items: Sequence[Item], settings: Settings, seed: int

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from mm.data.modalities.base import get_modality
 from mm.decoders.generate import Generator
 from mm.registry import TASKS
 from mm.tasks.base import (
@@ -34,12 +35,16 @@ class Recognition(Task):
     """
 
     kind: Literal["recognition"] = "recognition"
-    data: Path
-    sources: Annotated[tuple[str, ...], Field(min_length=1)] = ("image",)
-    to: str = "text"
-    split: str = "test"
-    val_split: str = "val"
-    train_split: str = "train"
+    data: Annotated[Path, Field(description="packed raw data that is measured on")]
+    sources: Annotated[
+        tuple[str, ...], Field(min_length=1, description="modalities that are given")
+    ] = ("image",)
+    to: Annotated[str, Field(description="modality of the answer")] = "text"
+    split: Annotated[str, Field(description="split that is reported")] = "test"
+    val_split: Annotated[str, Field(description="split on which `settings` are chosen")] = "val"
+    train_split: Annotated[str, Field(description="split that the linear probe learns from")] = (
+        "train"
+    )
     classes: Annotated[
         tuple[str, ...], Field(description="class words; default: the labels of the split")
     ] = ()
@@ -51,18 +56,20 @@ class Recognition(Task):
         tuple[Settings, ...], Field(min_length=1, description="more than one: chosen on val_split")
     ] = (Settings(temperature=0.0),)
     bar: Annotated[float | None, Field(description="accuracy to reach; printed beside")] = None
-    max_tokens: Annotated[int, Field(ge=1)] = 32
+    max_tokens: Annotated[int, Field(ge=1, description="ids of an answer at most")] = 32
     linear_probe: Annotated[
         bool, Field(description="also print logistic regression on raw pixels")
     ] = False
-    probe_limit: Annotated[int | None, Field(ge=1)] = 5000
+    probe_limit: Annotated[
+        int | None, Field(ge=1, description="items that the linear probe learns from")
+    ] = 5000
 
     @classmethod
     def smallest(cls) -> Recognition:
-        return cls(data=Path("data"))
+        return cls(data=Path("data/mine"), sources=("image",), classes=("cat", "ship"))
 
     @property
-    def name(self) -> str:
+    def about(self) -> str:
         return f"{'_'.join(self.sources)}_to_{self.to}"
 
     def evaluate(self, generator: Generator, *, seed: int = 0) -> Figures:
@@ -70,12 +77,12 @@ class Recognition(Task):
 
         See `Task.evaluate`.
         """
-        items = self._items(self.split)
+        items = self._items(self.split, generator)
         classes = self.classes or tuple(sorted({item.label for item in items}))
         settings = self.settings[0]
         tried: list[Figures] = []
         if len(self.settings) > 1:
-            held_in = self._items(self.val_split)
+            held_in = self._items(self.val_split, generator)
             score = lambda s: self._accuracy(
                 held_in, self._answers(generator, held_in, classes, s, seed)
             )
@@ -83,17 +90,17 @@ class Recognition(Task):
         answers = self._answers(generator, items, classes, settings, seed)
         truth = [item.label for item in items]
         figures: Figures = {
-            f"{self.name}_accuracy": self._accuracy(items, answers),
-            f"{self.name}_chance": chance(truth, len(classes)),
-            f"{self.name}_n": len(items),
-            f"{self.name}_classes": list(classes),
-            f"{self.name}_confusion": confusion(truth, answers, classes),
-            f"{self.name}_settings": settings.to_dict(),
+            f"{self.about}_accuracy": self._accuracy(items, answers),
+            f"{self.about}_chance": chance(truth, len(classes)),
+            f"{self.about}_n": len(items),
+            f"{self.about}_classes": list(classes),
+            f"{self.about}_confusion": confusion(truth, answers, classes),
+            f"{self.about}_settings": settings.to_dict(),
         }
         if self.bar is not None:
-            figures[f"{self.name}_bar"] = self.bar
+            figures[f"{self.about}_bar"] = self.bar
         if tried:
-            figures[f"{self.name}_tried_on_{self.val_split}"] = tried
+            figures[f"{self.about}_tried_on_{self.val_split}"] = tried
         if self.linear_probe:
             from mm.tasks.judges import linear_probe
 
@@ -105,17 +112,23 @@ class Recognition(Task):
                 label=self.label,
                 limit=self.probe_limit,
             )
-            figures[f"{self.name}_linear_probe_accuracy"] = linear_probe(
+            figures[f"{self.about}_linear_probe_accuracy"] = linear_probe(
                 [item.sample.values["image"] for item in train],
                 [item.label for item in train],
-                [item.sample.values["image"] for item in items],
+                [get_modality("image").view(item.sample.values["image"]) for item in items],
                 truth,
             )
         return figures
 
-    def _items(self, split: str) -> list[Item]:
+    def _items(self, split: str, generator: Generator) -> list[Item]:
         return read_items(
-            self.data, split, self.sources, classes=self.classes, label=self.label, limit=self.limit
+            self.data,
+            split,
+            self.sources,
+            classes=self.classes,
+            label=self.label,
+            limit=self.limit,
+            tokenizers=generator.tokenizers,
         )
 
     def check(self, vocabulary: Vocabulary | None, tokenizers: Mapping[str, Any]) -> None:

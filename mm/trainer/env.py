@@ -54,8 +54,8 @@ class Nets(Mapping[str, Callable[..., ModelOut]]):
             out = run(batch, **kw)
             if torch.is_grad_enabled():
                 self.sums.setdefault(name, MetricSum()).add_aux(out.aux)
-                if carried is not None:
-                    carried.after(self.env.number(batch), out)
+            if carried is not None:
+                carried.after(self.env.number(batch), out)
             return out
 
         return call

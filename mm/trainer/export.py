@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +11,14 @@ import torch
 from torch import Tensor
 
 from mm.run import Run
-from mm.trainer.stage import load_weights, make_module
+from mm.tokenizers.load import tokenizer_folder
+from mm.trainer.checkpoint import format as checkpoint
+from mm.trainer.checkpoint.format import Snapshot
+from mm.trainer.held_out import Best
+from mm.trainer.stage import load_weights, make_module, stage_result
 from mm.vocabulary import Vocabulary
+
+log = logging.getLogger("mm.trainer")
 
 
 def export(
@@ -23,7 +30,26 @@ def export(
     final, part = run.folder / "model", run.folder / "model.part"
     shutil.rmtree(part, ignore_errors=True)
     saving: Any = module.eval()
-    saving.save_pretrained(part, vocabulary=vocabulary, tokenizers=dict(run.tokenizers))
+    # Of a tokenizer's run folder the tokenizer alone: not its checkpoints, logs and samples.
+    tokenizers = {modality: tokenizer_folder(path) for modality, path in run.tokenizers.items()}
+    saving.save_pretrained(part, vocabulary=vocabulary, tokenizers=tokenizers)
     shutil.rmtree(final, ignore_errors=True)
     part.rename(final)
-    (run.folder / "model.step").write_text(str(step))
+    (run.folder / "model.step").write_text(mark(run, step))
+
+
+def mark(run: Run, step: int) -> str:
+    """What ``model.step`` says of the saved model of a run that ended at ``step``."""
+    return str(step) if run.export == "last" else f"{step} {run.export}"
+
+
+def chosen_weights(run: Run, last: Snapshot, best: Best | None) -> dict[str, Tensor]:
+    """The weights that `Run.export` asks for: of what the last stage left, or of its best step."""
+    if run.export == "last" or best is None or best.step == last.state["step"]:
+        return last.tensors("model")
+    saved = checkpoint.load(run.folder / "checkpoints", best.step)
+    if saved is None:
+        log.warning("step %d was best and its checkpoint is gone: the last is exported", best.step)
+        return last.tensors("model")
+    log.info("exported: step %d, the best held-out loss (%.4g)", best.step, best.loss)
+    return stage_result(run.stages[-1], saved, "model")

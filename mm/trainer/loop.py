@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,26 @@ import torch.distributed as dist
 from torch import nn
 
 from mm.batch import Batch
+from mm.config import places_from
 from mm.launch import environment
 from mm.registry import CALLBACKS
 from mm.run import Run
 from mm.trainer import final_eval, folder, start, survey, warm_start
 from mm.trainer.callbacks.base import Callback
+from mm.trainer.callbacks.tasks import TasksWhileTraining
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint import resume_check
 from mm.trainer.checkpoint.format import Saved, Snapshot
+from mm.trainer.checkpoint.writer import Writer
 from mm.trainer.engine.deepspeed import join, resolve_precision
 from mm.trainer.env import TrainerEnv
-from mm.trainer.export import export
+from mm.trainer.export import chosen_weights, export
 from mm.trainer.health import heartbeat
 from mm.trainer.health.anomaly import Guard, RollBack, out_of_memory
 from mm.trainer.health.signals import INTERRUPTED, Stop
+from mm.trainer.held_out import HeldOut
 from mm.trainer.log.metrics import BytesPerToken, CodebookUsage, MetricsFile, of_step
+from mm.trainer.log.summary import Summary
 from mm.trainer.log.tracker import Tracker
 from mm.trainer.ranks import leave_before_step, on_any, on_main
 from mm.trainer.stage import StageState, end_of_stage, enter_stage
@@ -52,19 +57,22 @@ class Trainer:
         self.run, self.folder = run, run.folder
         self.vocabulary = Vocabulary.load(run.vocabulary) if run.vocabulary is not None else None
         self.is_main, self.world = environment.ranks().is_main, environment.ranks().world
-        self.steps = sum(stage.budget.steps for stage in run.stages)
-        self.state = TrainState(Guard(run, self.is_main), BytesPerToken())
+        self.held_out = HeldOut(run, self.is_main)
+        self.state = TrainState(Guard(run, self.is_main), BytesPerToken(), self.held_out)
         self.batches: list[Batch] = []  # host micro-batches of the last step
         self.metrics: dict[str, Any] = {}  # of the last step
         self.tracker = Tracker.none()
         kinds = {config.kind for config in run.callbacks}
         progress = [] if "progress" in kinds else [CALLBACKS.parse("progress")]
         own: list[Callback] = [config.build() for config in (*run.callbacks, *progress)]
-        self.callbacks = [self.state.guard, self.state.bytes_per_token, *own, *callbacks]
+        figures = [self.state.guard, self.state.bytes_per_token, self.held_out]
+        self.summary = Summary()
+        self.callbacks = [*figures, TasksWhileTraining(), self.summary, *own, *callbacks]
+        self._evaluated: dict[str, Any] = {}
         self._started: list[Callback] = []
         self._usage = CodebookUsage()
         self._stop = Stop()
-        self._writer = checkpoint.Writer(run.checkpoints.background)
+        self._writer = Writer(run.checkpoints.background)
         self._tokenizers: dict[str, Any] | None = None
         self._told: dict[str, Any] = {}  # at the start: `start.json`
         self._init_from: dict[str, Any] | None = None  # what the run began with
@@ -91,22 +99,25 @@ class Trainer:
                 if self.is_main and first > self.steps:
                     say = "%s: %d steps are done and the budget is %d: nothing to train"
                     log.warning(say, self.folder, first, self.steps)
-                if final_eval.is_done(self.run, self.step):
+                if final_eval.is_done(self.run, self.step, self.steps):
                     log.info("%s: nothing to do, all %d steps are done", self.folder, self.steps)
                     return done | {"folder": str(self.folder)}
                 self._open(saved, stack)
             last = self._train_stages(saved)
-            self._phase("export", self.step)
+            self.phase("export", self.step)
             if self.is_main:
-                export(self.run, self.vocabulary, last.tensors("model"), self.step)
+                weights = chosen_weights(self.run, last, self.held_out.best)
+                export(self.run, self.vocabulary, weights, self.step)
             dist.barrier()
-            evaluated = self._evaluate()
+            self._evaluate(len(self.run.stages) - 1)
             if on_any(self._stop.asked, self.device):
                 raise SystemExit(INTERRUPTED)
             new = {"step": self.step, "new_steps": self.step - first}
             seconds = time.monotonic() - begun
-            return {**self.metrics, **evaluated, **done, **new, "seconds": seconds} | {
-                "folder": str(self.folder)
+            return {**self.metrics, **self._evaluated, **done, **new, "seconds": seconds} | {
+                "folder": str(self.folder),
+                "best": self.held_out.best and list(self.held_out.best),
+                "summary": self.summary.result(self),
             }
 
     def _train_stages(self, snapshot: Snapshot | None) -> Snapshot:
@@ -114,36 +125,38 @@ class Trainer:
 
         Returns the results of the last.
         """
-        end, first, last = 0, self.stage.index, len(self.run.stages) - 1
+        first, last = self.stage.index, len(self.run.stages) - 1
         for index, config in enumerate(self.run.stages):
-            end += config.budget.steps
-            if self.step < end or index == last:
+            if self.step < self.held_out.ends()[index] or index == last:
                 if index != first:  # which `_open` has built
                     with self._starting():
                         self._enter(index, snapshot)
                 try:
-                    snapshot = self._train(end) or snapshot
+                    snapshot = self._train() or snapshot
                 finally:
                     self.stream.close()
                 assert snapshot is not None  # a stage has a step, and its last one is saved
                 snapshot = end_of_stage(config, snapshot, self.stage.nets)
+            ended = self.step == self.held_out.ends()[index]
+            if ended and index < last and config.tasks and snapshot is not None:
+                self._evaluate(index, end_of_stage(config, snapshot, ["model"]))
         assert snapshot is not None
         return snapshot
 
-    def _train(self, end: int) -> Snapshot | None:
-        """Fetch, step, report, save, until ``end``; go back where the guard says so.
+    def _train(self) -> Snapshot | None:
+        """Fetch, step, report, save, until the stage ends; go back where the guard says so.
 
-        Returns what was saved at ``end``; None when all steps were done before.
+        Returns what was saved at its end; None when all steps were done before.
         """
         every = self.run.checkpoints.every
         snapshot: Snapshot | None = None
-        while self.step < end:
+        while self.step < self.stage_end:
             begun = time.monotonic()
-            self._phase("data", self.step + 1)
+            self.phase("data", self.step + 1)
             self.batches = list(self.stream.next())
             waited = time.monotonic() - begun
             keys = [key for b in self.batches for key in b.keys]
-            self._phase("step", self.step + 1, keys)
+            self.phase("step", self.step + 1, keys)
             facts = self._step()
             stop = facts.pop("stop") > 0
             try:
@@ -151,15 +164,15 @@ class Trainer:
             except RollBack as why:
                 self._roll_back(why)
                 continue
-            if stop or self.step == end or (every and self.step % every == 0):
+            is_best = self.run.keeps_best and self.held_out.new_best
+            ended = self.step == self.stage_end  # perhaps early: the step may have said so
+            if stop or ended or is_best or (every and self.step % every == 0):
                 snapshot = self._save()
-                if self.step < end:
+                if not ended:
                     snapshot = None  # nobody asks for it: its memory is free again
             if stop:
                 self._on_main(self._writer.wait)
-                log.warning(
-                    "stopped by a signal at step %d; run the same command to go on", self.step
-                )
+                self._warn("stopped by a signal at step %d; run the same command to go on")
                 raise SystemExit(INTERRUPTED)
         self._on_main(self._writer.wait)
         return snapshot
@@ -180,7 +193,7 @@ class Trainer:
     def _report(self, facts: Mapping[str, Any], seconds: float, waited: float) -> None:
         """Count the step and tell all callbacks; the guard, first of them, may raise RollBack."""
         self.state.step += 1
-        self._phase("report", self.step)
+        self.phase("report", self.step)
         metrics = of_step(facts, seconds, waited, getattr(self.stream, "stats", {}))
         for callback in self.callbacks:
             callback.post_step(self, self.step, metrics)
@@ -188,7 +201,7 @@ class Trainer:
 
     def _save(self) -> Snapshot:
         """Write a checkpoint: all ranks gather, the main one writes (perhaps in the background)."""
-        self._phase("save", self.step)
+        self.phase("save", self.step)
         facts = {
             "world": self.world,
             "vocabulary": self._fingerprint,
@@ -198,8 +211,9 @@ class Trainer:
         }
         snapshot = self.state.save(facts, self.batches[0])
         root, keep = self.folder / "checkpoints", self.run.checkpoints
+        best = self.held_out.best.step if self.run.keeps_best and self.held_out.best else None
         write = lambda: checkpoint.save(
-            root, snapshot, keep.keep_last, keep.keep_every, self._on_file
+            root, snapshot, keep.keep_last, keep.keep_every, self._on_file, best
         )
         self._on_main(lambda: self._writer(write))
         for callback in self.callbacks:
@@ -216,6 +230,8 @@ class Trainer:
         data, carried = self.stream.state_dict(), self.stage.nets.carried
         self.stream.close()
         self.state.step = to
+        assert saved is not None  # the guard raised where there is none
+        self.held_out.load_state_dict(saved.state.get("held_out", {}))
         self._enter(index, saved)
         self.stream.load_state_dict(data)
         self.stage.nets.carried = carried
@@ -236,7 +252,7 @@ class Trainer:
 
         So a refusal leaves every file of the run as it was. ``stack`` ends what is begun here.
         """
-        self._phase("start", self.step)
+        self.phase("start", self.step)
         precision = resolve_precision(self.run.engine.precision, self.device)
         self.env = TrainerEnv(self.run.seed, self.device, precision)
         index = start.first_stage(self.run, self.step)
@@ -250,7 +266,8 @@ class Trainer:
         self._write_start(saved, stack)
         if saved is not None:
             log.info("resumed %s from step %d of %d", self.folder, self.step, self.steps)
-        stack.callback(self._end_callbacks)
+        # One that failed to start has nothing to end.
+        stack.callback(lambda: [callback.on_end(self) for callback in self._started])
         self._start_callbacks()
 
     def _write_start(self, saved: Saved | None, stack: contextlib.ExitStack) -> None:
@@ -272,7 +289,7 @@ class Trainer:
             resumed = saved.state.get("tracker") if saved is not None else None
             self.tracker = Tracker.start(self.run, self.folder, described, resumed)
             stack.callback(self.tracker.finish)
-            self.callbacks[3:3] = [self.file, self.tracker]  # after heartbeat, guard and counts
+            self.callbacks[6:6] = [self.file, self.tracker]  # after heartbeat, guard and figures
 
     def _enter(self, index: int, snapshot: Snapshot | None) -> None:
         """Build a stage, from ``snapshot`` when there is one, and start the callbacks."""
@@ -280,10 +297,11 @@ class Trainer:
         self._start_callbacks()
 
     def _build(self, index: int, snapshot: Snapshot | None) -> None:
-        self._phase("stage", self.step)
+        self.phase("stage", self.step)
         self.state.stage = None  # its memory is free before the next one is built
+        begin = self.held_out.ends()[index - 1] if index else 0
         stage = enter_stage(
-            self.run, index, self.env, snapshot, self.vocabulary, self._code_vectors
+            self.run, index, begin, self.env, snapshot, self.vocabulary, self._code_vectors
         )
         self.state.stage = stage
         if snapshot is not None and snapshot.state["stage"] == index:
@@ -295,21 +313,27 @@ class Trainer:
             if callback not in self._started:
                 self._started.append(callback)
 
-    def _evaluate(self) -> dict[str, float]:
-        """Run the last stage's tasks on the saved model: one more line of metrics.jsonl."""
-        self._phase("evaluate", self.step)
-        if not (self.is_main and self.run.evaluate and self.run.stages[-1].tasks):
-            return {}
-        found = final_eval.evaluate(self.run, self._stop)
+    def _evaluate(self, index: int, left: Snapshot | None = None) -> None:
+        """Run a stage's tasks on what it ``left``, or on the saved model: a line of metrics.jsonl.
+
+        What a stage before the last left: once, a resumed run does what was not come to.
+        """
+        self.phase("evaluate", self.step)
+        found = final_eval.of_stage(self, index, self._stop, left) if self.is_main else {}
         if found:
             self.file.write({"step": self.step, **found})
             self.tracker.log(found, self.step)
-        return found
+        self._evaluated |= found
 
     def _starting(self) -> contextlib.AbstractContextManager[None]:
         return leave_before_step(self._stop, lambda: self.step + 1, self.device)
 
-    def _phase(self, name: str, step: int, keys: Sequence[str] = ()) -> None:
+    def _warn(self, message: str, ahead: int = 0) -> None:
+        """A line on the step, ``ahead`` of the last one done: by one process, as all agree."""
+        if self.is_main:
+            log.warning(message, self.step + ahead)
+
+    def phase(self, name: str, step: int, keys: Sequence[str] = ()) -> None:
         for callback in self.callbacks:
             callback.on_phase(self, name, step, keys)
 
@@ -317,16 +341,20 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_file(path)
 
-    def _end_callbacks(self) -> None:
-        for callback in self._started:  # one that failed to start has nothing to end
-            callback.on_end(self)
-
     def _on_main(self, work: Any) -> None:
         on_main(work, self.device, self.folder)
 
     @property
     def step(self) -> int:
         return self.state.step
+
+    @property
+    def steps(self) -> int:
+        return self.held_out.ends()[-1]
+
+    @property
+    def stage_end(self) -> int:
+        return self.held_out.ends()[self.stage.index]
 
     @property
     def stage(self) -> StageState:
@@ -354,15 +382,8 @@ class Trainer:
     def _fingerprint(self) -> str | None:
         return self.vocabulary.fingerprint if self.vocabulary is not None else None
 
-    @contextlib.contextmanager
-    def unsharded(self, name: str = "model") -> Iterator[nn.Module]:
-        """A network in eval mode with all weights present; enter and leave it on ALL ranks."""
-        with self.stage.engines[name].unsharded() as module:
-            module.eval()
-            try:
-                yield module
-            finally:
-                module.train()
+    def unsharded(self, name: str = "model") -> contextlib.AbstractContextManager[nn.Module]:
+        return self.stage.unsharded(name)
 
 
 def train(run: Run | str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -370,6 +391,8 @@ def train(run: Run | str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
 
     Returns the last metrics.
     """
+    origin = run.name if isinstance(run, Run) else str(run)
     if not isinstance(run, Run):
         run = Run.load(run, overrides)
-    return Trainer(run).fit()
+    with places_from(run, origin):
+        return Trainer(run).fit()

@@ -54,5 +54,6 @@ def leave_before_step(
             return
     except Interrupted:
         pass
-    log.warning("stopped by a signal before step %d; run the same command", next_step())
+    if environment.ranks().is_main:
+        log.warning("stopped by a signal before step %d; run the same command", next_step())
     raise SystemExit(INTERRUPTED)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,18 @@ class StageState:
         self.env.begin(step, scheduled)
         return scheduled
 
+    @contextlib.contextmanager
+    def unsharded(self, name: str) -> Iterator[nn.Module]:
+        """A network in eval mode with all weights present; enter and leave it on ALL ranks."""
+        with self.engines[name].unsharded() as module:
+            was = [m for m in module.modules() if m.training]
+            module.eval()
+            try:
+                yield module
+            finally:
+                for m in was:
+                    m.training = True
+
     def lr_factor(self, step: int) -> float:
         """Multiplier of the learning rates at ``step`` of the run."""
         return self.config.schedule(step - self.begin, self.config.budget.steps)
@@ -58,6 +71,7 @@ class StageState:
 def enter_stage(
     run: Run,
     index: int,
+    begin: int,
     env: TrainerEnv,
     snapshot: Snapshot | None,
     vocabulary: Vocabulary | None,
@@ -66,6 +80,7 @@ def enter_stage(
     """Build a stage: objective, networks as in ``snapshot`` or fresh, engines, data.
 
     Args:
+        begin: steps of the run before it.
         code_vectors: vectors of the tokenizers' codes by modality, for a fresh model.
     """
     config, ranks = run.stages[index], environment.ranks()
@@ -114,7 +129,6 @@ def enter_stage(
         stream.load_state_dict(inside.state["data"])
         if nets.carried is not None:
             nets.carried.load(inside)
-    begin = sum(stage.budget.steps for stage in run.stages[:index])
     return StageState(
         index,
         begin,

@@ -12,6 +12,7 @@ from mm.trainer.checkpoint import resume_check
 from mm.trainer.checkpoint.collect import collect
 from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.health.anomaly import Guard
+from mm.trainer.held_out import HeldOut
 from mm.trainer.log.metrics import BytesPerToken
 from mm.trainer.stage import StageState
 
@@ -25,6 +26,7 @@ class TrainState:
 
     guard: Guard
     bytes_per_token: BytesPerToken
+    held_out: HeldOut
     step: int = 0  # optimizer steps done, over all stages
     stage: StageState | None = None  # None before the first one is built
 
@@ -47,6 +49,7 @@ class TrainState:
             "data": stage.stream.state_dict(),
             "optimizers": scalars,
             "bytes_per_token": self.bytes_per_token.totals,
+            "held_out": self.held_out.state_dict(),
             "rng": {
                 "seed": stage.env.seed,
                 "rule": "every generator is seeded by (seed, step, rank)",
@@ -62,3 +65,4 @@ class TrainState:
         if "guard" in snapshot.state:
             self.guard.load_state_dict(snapshot.state["guard"])
         self.bytes_per_token.load(snapshot.state["bytes_per_token"])
+        self.held_out.load_state_dict(snapshot.state.get("held_out", {}))

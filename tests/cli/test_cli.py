@@ -67,7 +67,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     ("words", "message"),
     [
         (["trian"], "did you mean 'train'?"),
-        (["train", "configs/no_such"], "no config 'configs/no_such'"),
+        (["train", "configs/no_such"], "configs/no_such: no such file"),
         (["train", "x.yaml", "lonely"], "'lonely' is neither an option nor an override"),
         (
             ["report", "no/such/run"],

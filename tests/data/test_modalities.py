@@ -14,7 +14,7 @@ import typer.main
 from data_toys import ToyTokenizer, png, toys, wav
 
 from mm.batch import Values
-from mm.cli.generate import full_app, read_prompt
+from mm.cli.generate import full_app
 from mm.data.modalities.base import (
     BadSample,
     Features,
@@ -32,12 +32,14 @@ from mm.data.shards.verify import verify
 from mm.data.streams.packed import PackedConfig
 from mm.data.streams.raw_items import ItemsConfig
 from mm.decoders.media import save_media
+from mm.decoders.raws import read_raw
 from mm.errors import UserError
 from mm.registry import MODALITIES
 from mm.report import build_report
 from mm.specs import Encoded
 from mm.tasks.judges import Judge
 from mm.tokenizers.evaluate import evaluate
+from mm.tokenizers.text.bytes import BytesConfig
 
 N = 24
 
@@ -219,9 +221,7 @@ def test_prompts_files_judges_and_the_report(tmp_path: Path) -> None:
     assert modality_of_value(values(0)).kind == "series" == raw_modality("series").kind
     run = tmp_path / "run"
     file = save_media(values(2), run / "samples/step_000001/00_text-seven_to_series")
-    assert file.suffix == ".dat" and np.array_equal(
-        read_prompt({"series": file}, "text")["series"], values(2)
-    )
+    assert file.suffix == ".dat" and np.array_equal(read_raw("series", file), values(2))
     command = typer.main.get_command(full_app())
     assert {"--image", "--audio", "--series"} <= {o for p in command.params for o in p.opts}
     shares = {"data/token_shares/series": 0.5, "data/token_shares/text": 0.5}
@@ -275,6 +275,14 @@ def test_every_modality_keeps_the_contract(kind: str, tmp_path: Path) -> None:
     again = m.decode(file.read_bytes())
     assert m.describe(again) == m.describe(value) and "\n" not in m.describe(value)
     assert m.n_bytes(value) > 0 and m.media(value)["kind"] == m.shown_as
+    assert m.describe(m.accept(value)) == m.describe(value)
+    bytes_of = BytesConfig(modality=kind).build()
+    read = m.read(data, bytes_of)  # text, or the file as it is
+    assert bytes_of.decode(bytes_of.encode([read, value]))[0] == data
+    assert m.decode(m.file_of(value)) is not None and m.line(read) == m.describe(value)
+    m.check_ending(Path(f"x.{m.extensions[0].upper()}"))
+    with pytest.raises(UserError, match=f"is written as .{m.extensions[0]}"):
+        m.check_ending(Path("x.wav" if kind != "audio" else "x.png"))
     with pytest.raises(BadSample, match=f"^{kind}: "):
         m.decode(b"\xff\x00\xfe no file of any kind")
     if m.has_items:

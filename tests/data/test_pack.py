@@ -307,7 +307,7 @@ def test_the_vocabulary_is_appended_to(tmp_path: Path) -> None:
     assert new.modalities == ("image", "text", "audio") and old.is_prefix_of(new)
     with pytest.raises(UserError, match="is taken by tokenizer"):
         quiet(src, tmp_path / "c", tokenizers={"image": ToyTokenizer("image", 8)}, vocabulary=old)
-    with pytest.raises(UserError, match="'picture' is a tokenizer of 'image'"):
+    with pytest.raises(UserError, match="'picture' is given a tokenizer of 'image'"):
         quiet(src, tmp_path / "c", tokenizers={"picture": ToyTokenizer("image")})
     partly = quiet(src, tmp_path / "d", tokenizers={"image": ToyTokenizer("image")})
     assert partly.left_out == ("audio", "text")

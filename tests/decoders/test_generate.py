@@ -380,12 +380,12 @@ def test_missing_models_and_changed_tokenizers_are_named(saved, tmp_path):
 
 def test_a_file_is_asked_for_after_the_modality_is_known(tmp_path):
     """An unknown modality must not be answered with "name a file"."""
-    BytesConfig(modality="bytes").build().save(tmp_path / "tokenizer")
+    BytesConfig(modality="image").build().save(tmp_path / "tokenizer")
     vocabulary = extend_vocabulary([load_tokenizer(tmp_path / "tokenizer").spec])
     tiny("hybrid", vocabulary=vocabulary).float().save_pretrained(
-        tmp_path / "model", vocabulary=vocabulary, tokenizers={"bytes": tmp_path / "tokenizer"}
+        tmp_path / "model", vocabulary=vocabulary, tokenizers={"image": tmp_path / "tokenizer"}
     )
     with pytest.raises(UserError, match="vidio"):
         command(tmp_path, to="vidio")
     with pytest.raises(UserError, match="-o FILE"):
-        command(tmp_path, to="bytes")
+        command(tmp_path, to="image")

@@ -132,6 +132,7 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
         Model.from_pretrained(tmp_path / "m")
     weights.write_bytes(whole)
     config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "hashes.json").unlink()
     config["backbone"]["depth"] = 3
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="missing backbone.layers.2"):

@@ -22,6 +22,7 @@ from mm.model.model import Model
 from mm.run import Run
 from mm.specs import Segment
 from mm.trainer.checkpoint import format as checkpoint
+from mm.trainer.log import metrics
 from mm.trainer.loop import INTERRUPTED, Trainer, train
 from mm.trainer.stage import make_module
 
@@ -60,6 +61,7 @@ def make_run(root: Path, out: Path, name: str, *, steps: int = 6, **change: Any)
                     "optimizer": {"kind": "adamw", "lr": 1e-2},
                     "schedule": {"shape": "constant", "warmup": 2},
                 }
+                | change.pop("stage_keys", {})
             ],
             "engine": {"precision": "fp32", "zero_stage": change.pop("stage", 1)},
             "checkpoints": {"every": 2},
@@ -203,3 +205,30 @@ def test_carried_states_go_on_with_another_number_of_processes(data: Path, tmp_p
         torchrun(world, runs, timeout_s=600)
     for run in runs:
         assert losses(run) == pytest.approx(losses(whole), rel=2e-5), run.name
+
+
+def test_a_held_out_loss_carries_states_of_its_own(tmp_path: Path) -> None:
+    """Six windows of 11 tokens cost what one of 66 does, and training carries on as without."""
+    token_shards(tmp_path / "data", 37, val_share=0.3)
+    still = {"optimizer": {"kind": "adamw", "lr": 1e-12, "weight_decay": 0.0}}
+    found = []
+    for name, seq_len, batches in (("windows", 11, 6), ("whole", 66, 1)):
+        run = make_run(
+            tmp_path / "data",
+            tmp_path,
+            name,
+            steps=1,
+            data={"seq_len": seq_len, "max_documents": 8},
+            stage_keys=still | {"eval_every": 1, "eval_batches": batches},
+        )
+        train(run)
+        found.append(metrics.read(run.folder / "metrics.jsonl")[-1])
+    for key in ("val/loss", "val/text/loss", "val/image/loss", "val/audio/loss_chance"):
+        assert found[0][key] == pytest.approx(found[1][key], rel=1e-5), key
+    runs = [
+        make_run(tmp_path / "data", tmp_path, f"every{n}", steps=4, stage_keys={"eval_every": n})
+        for n in (0, 1)
+    ]
+    for run in runs:
+        train(run)
+    assert losses(runs[0]) == losses(runs[1])

@@ -21,6 +21,7 @@ from mm.trainer.env import TrainerEnv
 from mm.trainer.loop import train
 from mm.trainer.stage import all_networks, build, make_module
 
+HELD_OUT = {"eval_every": 2, "eval_batches": 2}
 SAME = {"rel": 2e-6, "abs": 1e-6}  # printed precision
 
 
@@ -40,7 +41,8 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """
     out = tmp_path_factory.mktemp("two")
     runs = {
-        f"lack{s}": make_run(out, f"lack{s}", stage=s, data={"by_rank": True}) for s in range(4)
+        f"lack{s}": make_run(out, f"lack{s}", stage=s, data={"by_rank": True}, stage_keys=HELD_OUT)
+        for s in range(4)
     }
     runs |= {
         f"gan{s}": make_run(out, f"gan{s}", stage=s, objective="toy_gan", data={"micro": 2})
@@ -50,24 +52,36 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
         f"half{s}": make_run(out, f"half{s}", stage=s, data={"signal_at": 2}) for s in range(4)
     }
     runs["sums"] = adafactor_run(out, "sums", stage=2)
+    still = {"optimizer": {"kind": "adamw", "lr": 1e-12, "weight_decay": 0.0}}
+    keys = still | HELD_OUT | {"eval_every": 1, "early_stop": 2}
+    runs["early"] = make_run(out, "early", stage=3, stage_keys=keys)
+    runs["early"] = Run.model_validate(runs["early"].to_dict() | {"export": "best"})
     os.environ["WANDB_MODE"] = "disabled"
-    torchrun(2, list(runs.values()))
+    said = torchrun(2, list(runs.values()))
+    (out / "stderr.txt").write_text(said)
     return runs
+
+
+def test_two_ranks_say_once_that_a_signal_stopped_them(two_ranks: dict[str, Run]) -> None:
+    said = (two_ranks["half0"].out / "stderr.txt").read_text()
+    assert said.count("stopped by a signal at step") == 4  # of half0 to half3
 
 
 def test_stages_are_equal_with_a_rank_that_lacks_a_modality(
     two_ranks: dict[str, Run], tmp_path: Path
 ) -> None:
-    """Losses of ZeRO 0 to 3 with 1 and 2 processes are equal to printed precision.
+    """Losses, held-out ones too, of ZeRO 0 to 3 with 1 and 2 processes are equal as printed.
 
     fp32 and AdamW.
     """
-    alone = make_run(tmp_path, "alone", stage=0, data={"by_rank": True})
+    alone = make_run(tmp_path, "alone", stage=0, data={"by_rank": True}, stage_keys=HELD_OUT)
     train(alone)
-    for name in ("loss/total", "loss/text", "loss/image", "optim/grad_norm"):
-        expected = [row[name] for row in rows(alone)]
+    held_out = [k for k in rows(alone)[-1] if k.startswith("val/")]
+    assert len(held_out) >= 6
+    for name in ("loss/total", "loss/text", "loss/image", "optim/grad_norm", *held_out):
+        expected = [row[name] for row in rows(alone) if name in row]
         for s in range(4):
-            found = [row[name] for row in rows(two_ranks[f"lack{s}"])]
+            found = [row[name] for row in rows(two_ranks[f"lack{s}"]) if name in row]
             assert found == pytest.approx(expected, rel=2e-5 if "grad" in name else 2e-6), (name, s)
 
 
@@ -77,6 +91,14 @@ def test_sums_over_a_parameter_are_those_of_all_ranks(
     alone = adafactor_run(tmp_path, "alone", stage=0)
     train(alone)
     assert losses(two_ranks["sums"]) == pytest.approx(losses(alone), rel=1e-5)
+
+
+def test_two_ranks_end_a_stage_early_together(two_ranks: dict[str, Run]) -> None:
+    """Where nothing is learnt: what rounding makes of a loss is the same on both."""
+    run = two_ranks["early"]
+    assert 3 <= rows(run)[-1]["step"] <= 5
+    assert (run.folder / "checkpoints" / "best").is_file()
+    assert (run.folder / "model.step").read_text().endswith("best")
 
 
 def test_two_networks_are_equal_with_two_ranks(two_ranks: dict[str, Run], tmp_path: Path) -> None:

@@ -6,25 +6,25 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+import trainer_toys as toys
 from trainer_runs import losses, make_run, rows
 from trainer_toys import toys_registered  # noqa: F401
 
+from mm.decoders.generate import Generator
 from mm.faults.inject import AtPhase
-from mm.registry import TASKS
-from mm.run import Run
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.loop import INTERRUPTED, Trainer, train
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("phase", ["data", "step", "save", "report"])
+@pytest.mark.parametrize("phase", ["data", "step", "save", "report", "held_out"])
 def test_a_signal_in_every_phase_saves_and_exits_75(
     tmp_path: Path, phase: str, number: signal.Signals
 ) -> None:
-    run = make_run(tmp_path, steps=6, checkpoints={"every": 2})
+    keys = {"eval_every": 2}
+    run = make_run(tmp_path, steps=6, checkpoints={"every": 2}, stage_keys=keys)
     fault = AtPhase({"phase": phase, "step": 2}, lambda: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as stopped:
         Trainer(run, [fault]).fit()
@@ -32,9 +32,10 @@ def test_a_signal_in_every_phase_saves_and_exits_75(
     at = checkpoint.newest(run.folder / "checkpoints").state["step"]
     assert at == len(rows(run)) and 2 <= at <= 3
     assert train(run)["resumed_from"] == at
-    whole = make_run(tmp_path, "whole")
+    whole = make_run(tmp_path, "whole", stage_keys=keys)
     train(whole)
     assert losses(run) == losses(whole)
+    assert losses(run, "val/loss") == losses(whole, "val/loss")
 
 
 @pytest.mark.parametrize("phase", ["start", "stage"])
@@ -77,37 +78,18 @@ def test_a_signal_before_there_is_a_trainer_exits_75(
 def test_a_signal_in_the_evaluation_leaves_it_and_the_next_start_does_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import mm.decoders.generate as generate
+    def wait() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
 
-    class Task:
-        kind = "toy_task"
-        signals = True
-
-        def build(self) -> Task:
-            return self
-
-        def evaluate(self, generator: Any, seed: int) -> dict[str, float]:
-            if Task.signals:
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(30)
-            return {"figure": 1.0}
-
-    assert "toy_task" not in TASKS
-    monkeypatch.setattr(generate.Generator, "from_pretrained", lambda folder: None)
-    run = make_run(tmp_path, steps=2)
-    stage = run.stages[0].model_copy(update={"tasks": (Task(),)})
-    trainer = Trainer(run)
-    object.__setattr__(trainer, "run", run.model_copy(update={"stages": (stage,)}))
-    monkeypatch.setattr(
-        Run, "to_dict", lambda self: run.model_dump(mode="json", exclude={"stages"})
-    )
-    monkeypatch.setattr("mm.trainer.folder.write", lambda *a: None)
+    monkeypatch.setattr(Generator, "from_pretrained", toys.load_saved)
+    monkeypatch.setattr(toys.ToyTaskConfig, "act", wait)
+    run = make_run(tmp_path, steps=2, stage_keys={"tasks": ["toy_task"]})
     begun = time.monotonic()
     with pytest.raises(SystemExit) as stopped:
-        trainer.fit()
+        train(run)
     assert stopped.value.code == INTERRUPTED and time.monotonic() - begun < 20
-    Task.signals = False
-    again = Trainer(trainer.run)
-    out = again.fit()
-    assert out["new_steps"] == 0 and out["eval/toy_task/figure"] == 1.0
-    assert "eval/toy_task/figure" not in Trainer(trainer.run).fit()  # now there is nothing to do
+    monkeypatch.setattr(toys.ToyTaskConfig, "act", None)
+    out = train(run)
+    assert out["new_steps"] == 0 and out["eval/toy_task_toys/chance"] == 0.5
+    assert "eval/toy_task_toys/chance" not in train(run)  # now there is nothing to do

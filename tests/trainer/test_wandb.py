@@ -25,12 +25,13 @@ from mm.trainer.loop import train
 
 HELPERS = Path(__file__).parents[1]
 CHILD = """
-import sys, numpy as np
+import sys, time, numpy as np
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import trainer_toys
 from trainer_runs import make_run
 trainer_toys.register()
+from mm.cli.eval import mirror_to_tracker
 from mm.trainer.loop import Trainer
 from mm.trainer.callbacks.base import Callback
 
@@ -40,8 +41,13 @@ class Media(Callback):
             trainer.tracker.media("picture", "image", np.zeros((8, 8, 3), np.uint8), step)
             trainer.tracker.media("sound", "audio", np.zeros(9, np.float32), step, sample_rate=8000)
             trainer.tracker.media("words", "text", "a < b", step)
+            asked = {"t_confusion": [[3, 1, 0], [0, 2, 1]], "t_classes": ["cat", "dog"]}
+            trainer.tracker.log({f"eval/t/{k}": v for k, v in asked.items()}, step)
 
-Trainer(make_run(Path(sys.argv[1]), steps=3), [Media()]).fit()
+run = make_run(Path(sys.argv[1]), steps=3)
+Trainer(run, [Media()]).fit()
+time.sleep(1.1)  # wandb names its folders by the second
+mirror_to_tracker(run, run.folder, {"t": {"x_accuracy": 0.75, "x_classes": ["cat"]}})
 """
 
 
@@ -81,7 +87,8 @@ def test_offline_run_holds_scalars_axis_media_and_config(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr[-3000:]
     assert "wandb" not in done.stderr.lower(), done.stderr
     run = make_run(tmp_path, steps=3)
-    (file,) = (run.folder / "wandb").glob("offline-run-*/run-*.wandb")
+    file, evaluated = sorted((run.folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert file.name == evaluated.name  # one run: its id
     history: list[dict[str, Any]] = []
     config: dict[str, Any] = {}
     axes: dict[str, str] = {}
@@ -112,6 +119,15 @@ def test_offline_run_holds_scalars_axis_media_and_config(tmp_path: Path) -> None
     assert media["samples/words._type"] == "html-file"
     html = file.parent / "files" / media["samples/words.path"]
     assert "a &lt; b" in html.read_text()
+    (plot,) = {k.partition("_table")[0] for h in history for k in h if "t_confusion" in k}
+    assert plot == "eval/t/t_confusion"
+    summary = {
+        item.key or "/".join(item.nested_key): json.loads(item.value_json)
+        for record in records(evaluated)
+        if record.WhichOneof("record_type") == "summary"
+        for item in record.summary.update
+    }
+    assert summary["eval/t/x_accuracy"] == 0.75 and "eval/t/x_classes" not in summary
     assert config["model"]["kind"] == "toy_lm" and config["environment"]["precision"] == "fp32"
 
 

@@ -19,6 +19,7 @@ from mm.errors import UserError
 from mm.registry import TOKENIZERS
 from mm.specs import Encoded, ModalityTokenizer, TokenSpec
 from mm.tokenizers.load import fingerprint_of, load_tokenizer, write_folder
+from mm.tokenizers.text.words import Words
 
 
 class BpeTokenizer(ModalityTokenizer):
@@ -29,8 +30,8 @@ class BpeTokenizer(ModalityTokenizer):
     character.
     """
 
-    def __init__(self, config: BpeConfig, inner: Tokenizer):
-        self.config, self.inner = config, inner
+    def __init__(self, config: BpeConfig, inner: Tokenizer, words: Words | None = None):
+        self.config, self.inner, self.words = config, inner, words or Words()
         if inner.get_added_tokens_decoder():
             raise UserError(
                 f"{config.modality}: the BPE holds added tokens, which would be parsed inside user "
@@ -55,7 +56,7 @@ class BpeTokenizer(ModalityTokenizer):
         return self.inner.decode_batch(rows, skip_special_tokens=False)
 
     def save(self, folder: str | Path) -> None:
-        write_folder(folder, self.config, self._files())
+        write_folder(folder, self.config, self._files(), beside=self.words.files())
 
     @classmethod
     def load(cls, folder: str | Path) -> ModalityTokenizer:
@@ -95,7 +96,12 @@ class BpeConfig(Config):
             raise UserError(
                 "no text to fit a BPE on; check the data path and split of the tokenizer's YAML"
             )
-        inner = _empty()
+        if not isinstance(first, str):
+            raise UserError(
+                f"a BPE reads text, and '{self.modality}' is none: "
+                "take `kind: bytes`, which reads any file"
+            )
+        inner, words = _empty(), Words()
         trainer = trainers.BpeTrainer(
             vocab_size=self.vocab_size,
             min_frequency=self.min_frequency,
@@ -103,8 +109,8 @@ class BpeConfig(Config):
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         )
         every = (well_formed(text) for text in itertools.chain([first], rows))
-        inner.train_from_iterator(every, trainer)
-        return BpeTokenizer(self, inner)
+        inner.train_from_iterator(words.watch(every), trainer)
+        return BpeTokenizer(self, inner, words)
 
     def build(self, folder: str | Path) -> BpeTokenizer:
         """Read a saved one. Raises UserError when ``tokenizer.json`` is missing or unreadable."""
@@ -115,7 +121,7 @@ class BpeConfig(Config):
             raise UserError(
                 f"{file}: not a BPE file ({error}); fit it again with: mm tokenizer train"
             ) from error
-        return BpeTokenizer(self, inner)
+        return BpeTokenizer(self, inner, Words.read(folder))
 
     @classmethod
     def smallest_tokenizer(cls) -> BpeTokenizer:

@@ -59,6 +59,11 @@ class Training(Protocol):
         ...
 
     @property
+    def stage_end(self) -> int:
+        """Optimizer steps of the run when the stage that trains ends."""
+        ...
+
+    @property
     def batches(self) -> Sequence[Batch]:
         """Host micro-batches of the last step."""
         ...
@@ -69,7 +74,16 @@ class Training(Protocol):
         ...
 
     @property
+    def stage(self) -> Any:
+        """The `StageState` that trains: its config, objective, engines."""
+        ...
+
+    @property
     def tracker(self) -> MediaSink: ...
+    def phase(self, name: str, step: int, keys: Sequence[str] = ()) -> None:
+        """Say to all callbacks that something that may last begins, or goes on."""
+        ...
+
     def unsharded(self, name: str = "model") -> AbstractContextManager[nn.Module]:
         """A network in eval mode with all its weights; enter and leave it on ALL ranks."""
         ...
@@ -79,7 +93,8 @@ class Callback:
     """Plug point; every hook is optional.
 
     Hooks run on ALL ranks, in step: ask ``trainer.is_main`` before writing. Phases in their order:
-    start, stage, (data, step, report, save)*, export, evaluate.
+    start, stage, (data, step, report, held_out or evaluate where they are due, save)*, export,
+    evaluate.
     """
 
     def check(self, trainer: Training) -> None:

@@ -21,6 +21,10 @@ class ProgressConfig(Config):
         float, Field(gt=0, description="seconds between lines without a terminal")
     ] = 10.0
 
+    @classmethod
+    def smallest(cls) -> ProgressConfig:
+        return cls(every_s=60)
+
     def build(self) -> Progress:
         return Progress(self)
 
@@ -70,15 +74,19 @@ class Progress(Callback):
     def post_step(self, trainer: Training, step: int, metrics: dict[str, Any]) -> None:
         if not trainer.is_main:
             return
-        self._metrics = metrics
+        held_out = {"val/loss": self._metrics["val/loss"]} if "val/loss" in self._metrics else {}
+        self._metrics = held_out | metrics  # the newest held-out loss stays until the next one
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, tail=_tail(metrics))
+            tail = _tail(self._metrics)
+            self._bar.update(self._task, completed=step, total=trainer.steps, tail=tail)
         elif now - self._told >= self.config.every_s:
             self._told = now
             pace = (now - self._begun) / max(1, step - self._first)
             left = _clock(pace * (trainer.steps - step))
-            self._say(f"{trainer.run.name} {step}/{trainer.steps} {_tail(metrics)} ETA {left}")
+            self._say(
+                f"{trainer.run.name} {step}/{trainer.steps} {_tail(self._metrics)} ETA {left}"
+            )
 
     def on_end(self, trainer: Training) -> None:
         if not trainer.is_main:
@@ -96,6 +104,8 @@ class Progress(Callback):
 
 def _tail(metrics: dict[str, Any]) -> str:
     parts = [f"loss {metrics['loss/total']:.4f}"] if "loss/total" in metrics else []
+    if "val/loss" in metrics:
+        parts.append(f"held-out {metrics['val/loss']:.4f}")
     for unit in ("tokens", "items"):
         if f"perf/{unit}_per_second" in metrics:
             parts.append(f"{metrics[f'perf/{unit}_per_second']:,.0f} {unit}/s")

@@ -34,12 +34,15 @@ class SamplesConfig(Config):
         Field(description="modality: value (text as it is, else a file) in order, and `to`"),
     ] = ()
     items: Annotated[int, Field(gt=0, description="reconstructions of a tokenizer run")] = 4
-    temperature: Annotated[float, Field(ge=0)] = 0.7
-    top_k: Annotated[int, Field(ge=0)] = 0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    cfg_scale: Annotated[float, Field(ge=0)] = 1.0
-    max_tokens: Annotated[int, Field(gt=0)] = 64
-    seed: int = 0
+    temperature: Annotated[float, Field(ge=0, description="0 = greedy")] = 0.7
+    top_k: Annotated[int, Field(ge=0, description="keep the k likeliest ids; 0 = off")] = 0
+    top_p: Annotated[
+        float,
+        Field(gt=0, le=1, description="keep the likeliest ids up to this probability; 1 = off"),
+    ] = 1.0
+    cfg_scale: Annotated[float, Field(ge=0, description="classifier-free guidance; 1 = off")] = 1.0
+    max_tokens: Annotated[int, Field(gt=0, description="ids of a span whose length is free")] = 64
+    seed: Annotated[int, Field(description="of the noise")] = 0
 
     @model_validator(mode="after")
     def _each_says_where_to(self) -> SamplesConfig:
@@ -47,6 +50,10 @@ class SamplesConfig(Config):
             if "to" not in prompt:
                 raise ValueError(f"prompt {prompt} needs 'to': the modality to generate")
         return self
+
+    @classmethod
+    def smallest(cls) -> SamplesConfig:
+        return cls(every=250, prompts=({"text": "a cat", "to": "image"},))
 
     def build(self) -> Samples:
         return Samples(self)
@@ -135,7 +142,8 @@ class Samples(Callback):
             except UserError as error:  # samples never end a run; the next step may do better
                 log.warning("samples to %s: %s", to, error)
                 continue
-            out += [(i, _name(c.prompts[i]), v) for i, v in zip(at, values, strict=True)]
+            own = raw_modality(to)
+            out += [(i, _name(c.prompts[i]), own.view(v)) for i, v in zip(at, values, strict=True)]
         return [(name, value) for _, name, value in sorted(out, key=lambda each: each[0])]
 
 
@@ -151,12 +159,13 @@ def _name(prompt: dict[str, str]) -> str:
 
 
 def _raw(modality: str, value: str) -> Any:
-    """A prompt's value: text as it is, bytes as UTF-8, anything else decoded from its file."""
+    """A prompt's value: text as it is, bytes as UTF-8, else the path of a sound file."""
     own = raw_modality(modality)
     if own.is_text:
         return value if modality == own.kind else value.encode()
     try:
-        return own.decode(Path(value).read_bytes())
+        own.check(Path(value).read_bytes())
+        return Path(value)
     except (OSError, BadSample) as error:
         raise UserError(f"callbacks.samples: prompt file {value}: {error}") from error
 

@@ -6,8 +6,6 @@ state is not (somebody edited and signed it) is refused by key.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +14,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mm.errors import UserError
+from mm.hashes import digest
+from mm.reading import parse_json
 
 SCHEMA = 1
 STATE, MARK = "state.json", "COMPLETE"
@@ -80,7 +80,7 @@ def fault_of(folder: Path) -> str | None:
     mark = folder / MARK
     if not mark.is_file():
         return "its save did not finish"
-    hashes = _object(mark)
+    hashes = json_object(mark)
     if hashes is None or not all(isinstance(value, str) for value in hashes.values()):
         return f"{MARK} is not readable"
     here = {path.name for path in folder.iterdir()} - {MARK}
@@ -90,9 +90,9 @@ def fault_of(folder: Path) -> str | None:
     for name in sorted(here):
         if name not in hashes:
             return f"{name} is not vouched for by {MARK}"
-        if sha256(folder / name) != hashes[name]:
+        if digest(folder / name) != hashes[name]:
             return f"{name} does not match its SHA-256"
-    state = _object(folder / STATE)
+    state = json_object(folder / STATE)
     if state is None:
         return f"{STATE} is not readable"
     if state.get("schema") != SCHEMA:
@@ -123,10 +123,11 @@ def require_state(state: Mapping[str, Any], origin: str, n_stages: int) -> None:
         )
 
 
-def _object(path: Path) -> dict[str, Any] | None:
+def json_object(path: Path) -> dict[str, Any] | None:
+    """A JSON object from a file; None when it holds anything else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        value = parse_json(path.read_bytes())
+    except ValueError:
         return None
     return value if isinstance(value, dict) else None
 
@@ -142,9 +143,3 @@ def _header_fault(path: Path) -> str | None:
             return None
     except (SafetensorError, OSError, ValueError) as error:
         return f"{path.name} is no file of tensors ({error})"
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

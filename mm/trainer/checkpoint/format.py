@@ -6,6 +6,7 @@
         <network>.optimizer.safetensors  elementwise states, as "<state>/<parameter>"
         COMPLETE                         SHA-256 of every file; written last
     checkpoints/latest                   name of the newest complete one
+    checkpoints/best                     that of the best held-out loss, with keep_best
 
 A save is made in a temporary folder, synced, marked and renamed: a kill at any moment leaves the
 previous one good.
@@ -18,7 +19,6 @@ import json
 import logging
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +28,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mm.errors import UserError
+from mm.hashes import digest
 from mm.launch import environment
 from mm.run import Run
 from mm.trainer.checkpoint import check
@@ -35,7 +36,7 @@ from mm.trainer.checkpoint.check import MARK, SCHEMA, STATE
 
 log = logging.getLogger("mm.trainer")
 
-LATEST = "latest"
+LATEST, BEST = "latest", "best"
 PART = ".part_"
 RETRY_S = (0.2, 1.0, 5.0)  # pauses before another try, when the folder cannot be written
 
@@ -130,6 +131,7 @@ def save(
     keep_last: int,
     keep_every: int = 0,
     on_file: Callable[[Path], Any] = lambda path: None,
+    best: int | None = None,
 ) -> Path:
     """Write ``root/step_NNNNNN`` and move ``latest`` to it; then remove what need not be kept.
 
@@ -141,6 +143,7 @@ def save(
         keep_last: complete checkpoints to keep.
         keep_every: those of steps that it divides stay for good; 0 = none.
         on_file: called with every file of tensors once it is written, then with the folder.
+        best: step whose checkpoint stays, too; ``root/best`` names it.
     Raises:
         UserError: the disk is full or cannot be written; the checkpoints before are intact.
     """
@@ -164,7 +167,9 @@ def save(
                 ) from error
             log.warning("%s: %s; trying again in %.1f s", root, reason, pause)
             time.sleep(pause)
-    _retain(root, keep_last, keep_every)
+    if best == step:
+        _point(root, BEST, final.name)
+    _retain(root, keep_last, keep_every, best)
     return final
 
 
@@ -180,7 +185,7 @@ def _write(root: Path, snapshot: Snapshot, on_file: Callable[[Path], Any]) -> Pa
                 _write_tensors(part / f"{name}.safetensors", tensors)
                 on_file(part / f"{name}.safetensors")
         (part / STATE).write_text(json.dumps({"schema": SCHEMA, **snapshot.state}, indent=1))
-        hashes = {file.name: check.sha256(file) for file in sorted(part.iterdir())}
+        hashes = {file.name: digest(file) for file in sorted(part.iterdir())}
         for file in part.iterdir():
             _sync(file)
         (part / MARK).write_text(json.dumps(hashes, indent=1))
@@ -193,7 +198,7 @@ def _write(root: Path, snapshot: Snapshot, on_file: Callable[[Path], Any]) -> Pa
         on_file(final)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    _point(root, final.name)
+    _point(root, LATEST, final.name)
     return final
 
 
@@ -203,19 +208,20 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({k: t.contiguous() for k, t in tensors.items()}, str(path))
 
 
-def _point(root: Path, name: str) -> None:
-    """Move ``latest``; only people read it: a resume looks at the folders themselves."""
-    pointer = root / f".{LATEST}.part"
-    pointer.write_text(name)
-    _sync(pointer)
-    pointer.replace(root / LATEST)
+def _point(root: Path, pointer: str, name: str) -> None:
+    """Move ``latest`` or ``best``; only people read it: a resume looks at the folders."""
+    part = root / f".{pointer}.part"
+    part.write_text(name)
+    _sync(part)
+    part.replace(root / pointer)
     _sync(root)
 
 
-def _retain(root: Path, keep_last: int, keep_every: int) -> None:
+def _retain(root: Path, keep_last: int, keep_every: int, best: int | None) -> None:
     complete = [folder for folder in check.folders(root) if (folder / MARK).is_file()]
     for folder in complete[keep_last:]:
-        if not keep_every or check.step_of(folder) % keep_every:
+        step = check.step_of(folder)
+        if step != best and (not keep_every or step % keep_every):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -224,48 +230,6 @@ def _disk_error(error: Exception) -> str | None:
     if isinstance(error, OSError):
         return error.strerror or str(error)
     return str(error) if type(error).__name__ == "SafetensorError" else None
-
-
-class Writer:
-    """Saves in the background, one at a time.
-
-    The caller stalls for the save before, if that is still being written, and for nothing else.
-    A save is crash-safe wherever it runs: until its rename it is not there.
-    """
-
-    def __init__(self, background: bool):
-        self.background = background
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    def __call__(self, write: Callable[[], Any]) -> None:
-        """Run ``write`` (which owns all that it needs) now or in the background.
-
-        Raises what this or the save before raised.
-        """
-        self.wait()
-        if not self.background:
-            write()
-            return
-
-        def work() -> None:
-            try:
-                write()
-            except BaseException as error:  # noqa: BLE001  raised in `wait`
-                self._error = error
-
-        # not a daemon: the interpreter waits for it before it ends
-        self._thread = threading.Thread(target=work, name="mm-checkpoint")
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Wait for the save under way. Raises what it raised."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            thread.join()
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
 
 
 def clean(root: Path) -> list[str]:
@@ -324,12 +288,26 @@ def require_space(root: Path, n_bytes: int) -> None:
 
 def newest(root: Path) -> Saved | None:
     """The newest checkpoint whose files match their hashes; a damaged one is passed over."""
-    for folder in check.folders(root):
-        fault = check.fault_of(folder)
-        if fault is None:
-            return Saved(folder, json.loads((folder / STATE).read_text()))
-        log.warning("checkpoint %s is not used: %s", folder.name, fault)
+    steps = map(check.step_of, check.folders(root))
+    return next((saved for step in steps if (saved := load(root, step)) is not None), None)
+
+
+def load(root: Path, step: int) -> Saved | None:
+    """The checkpoint of one step; None, and a warning, where it is not there or is damaged."""
+    folder = root / f"step_{step:06d}"
+    fault = check.fault_of(folder)
+    if fault is None:
+        return Saved(folder, json.loads((folder / STATE).read_text()))
+    log.warning("checkpoint %s is not used: %s", folder.name, fault)
     return None
+
+
+def newest_state(root: Path) -> dict[str, Any]:
+    """What is JSON of the newest checkpoint; {} without one, or where its state is damaged."""
+    for folder in check.folders(root):
+        if (folder / MARK).is_file():
+            return check.json_object(folder / STATE) or {}
+    return {}
 
 
 def _sync(path: Path) -> None:

@@ -5,18 +5,17 @@ For another number of processes or ZeRO stage it must be what it was.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mm.batch import Batch, Values
 from mm.errors import UserError
 from mm.layout import Fields, Layout
+from mm.trainer import forward_only
 from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.ranks import on_main
 from mm.trainer.stage import StageState
@@ -39,34 +38,15 @@ def keep(stage: StageState, step: int, batch: Batch) -> tuple[dict[str, Any], di
     return {"losses": clean, "precision": stage.env.precision, "batch": tree}, tensors
 
 
-@torch.no_grad()
 def losses(stage: StageState, step: int, batch: Batch) -> dict[str, float]:
     """Mean of every named loss over one micro-batch, in eval mode. Call on all ranks.
 
     Documents begin at its rows: no State is carried into them.
     """
-    objective, env = stage.objective, stage.env
     scheduled = stage.begin_step(step)
-    modules = [engine.raw for engine in stage.engines.values()]
-    for module in modules:
-        module.eval()
-    carried, stage.nets.carried = stage.nets.carried, None
-    compiled = stage.compiled
-    eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
-    try:
-        micro = objective.corrupt(batch.to(env.device), env.rng, scheduled)
-        env.know([micro])
-        n = objective.counts(micro)
-        sums: dict[str, Tensor] = {}
-        with eager:
-            for term in objective.terms([micro], stage.nets, env):
-                for name, value in term.losses.items():
-                    sums[name] = sums[name] + value if name in sums else value
-        return {k: float(s.float() / n[k].float().clamp_min(1e-12)) for k, s in sums.items()}
-    finally:
-        stage.nets.carried = carried
-        for module in modules:
-            module.train()
+    with forward_only.in_eval_mode(stage, carried=None):
+        sums, n = forward_only.losses(stage, [batch], scheduled)
+    return {k: float(s / n[k].clamp_min(1e-12)) for k, s in sums.items()}
 
 
 def check(stage: StageState, snapshot: Snapshot, world: int, zero_stage: int) -> None:

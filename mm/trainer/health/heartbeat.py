@@ -30,7 +30,7 @@ KEYS = 32
 # They may last; only rank 0 works in them.
 UNWATCHED = ("start", "stage", "evaluate", "export", "end")
 # A rank in these may be waiting for another one.
-SHARED = ("step", "save")
+SHARED = ("step", "held_out", "save")
 
 
 class Heartbeat(Callback):

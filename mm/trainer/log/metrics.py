@@ -162,7 +162,8 @@ class BytesPerToken(Callback):
     DOCUMENTS = 256
     FEW = 8
 
-    def __init__(self) -> None:
+    def __init__(self, documents: int = DOCUMENTS) -> None:
+        self.documents = documents
         self.totals: dict[str, list[float]] = {}  # modality -> [documents, tokens, bytes]
 
     def load(self, totals: Mapping[str, Sequence[float]]) -> None:
@@ -187,7 +188,7 @@ class BytesPerToken(Callback):
         for modality in vocabulary.modalities:
             seen = self.totals.setdefault(modality, [0, 0, 0])
             raw = table().modalities.get(table().raw.get(modality, ""))
-            limit = self.DOCUMENTS if raw is not None and raw.is_text else self.FEW
+            limit = self.documents if raw is not None and raw.is_text else self.FEW
             if modality not in tokenizers or seen[0] >= limit:
                 continue
             span = vocabulary.range(modality)

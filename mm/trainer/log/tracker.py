@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,43 +63,31 @@ class Tracker(Callback):
         mode = resolve_mode(run.tracking.mode)
         if mode == "disabled":
             return cls.none()
+        config = {**run.to_dict(), "environment": dict(environment)}
+        return cls(
+            _with_timeout("start", lambda: _init(run, folder, mode, run_id, config), INIT_TIMEOUT_S)
+        )
 
-        def init() -> Any:
-            import wandb
-
-            settings = wandb.Settings(
-                init_timeout=INIT_TIMEOUT_S - 5,
-                silent=True,
-                disable_git=True,
-                disable_code=True,
-                x_disable_stats=True,
-                console="off",
-                quiet=True,
-            )
-            made = wandb.init(
-                project=run.tracking.project,
-                name=run.name,
-                tags=list(run.tracking.tags),
-                dir=str(folder),
-                mode=mode,
-                id=run_id,
-                resume="allow" if run_id else None,
-                settings=settings,
-                config={**run.to_dict(), "environment": dict(environment)},
-            )
-            made.define_metric("step")
-            made.define_metric("*", step_metric="step")
-            return made
-
-        made = _with_timeout("start", init, INIT_TIMEOUT_S)
-        return cls(made)
+    @classmethod
+    def go_on(cls, run: Run, folder: Path, run_id: str | None) -> Tracker:
+        """The wandb run of a training that is over, such as to add to its summary."""
+        mode = resolve_mode(run.tracking.mode)
+        if mode == "disabled" or run_id is None:
+            return cls.none()
+        return cls(
+            _with_timeout("start", lambda: _init(run, folder, mode, run_id, None), INIT_TIMEOUT_S)
+        )
 
     def post_step(self, trainer: Training, step: int, metrics: dict[str, Any]) -> None:
         self.log(metrics, step)
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Mirror the metrics of ``step``."""
-        self._try("log", lambda run: run.log({**metrics, "step": step}))
+        self._try("log", lambda run: run.log({**_shown(metrics), "step": step}))
+
+    def summary(self, figures: Mapping[str, Any]) -> None:
+        """Set figures of the whole run, beside the last value of each metric."""
+        self._try("summary", lambda run: run.summary.update(_numbers(figures)))
 
     def media(
         self, name: str, kind: MediaKind, value: Any, step: int, *, sample_rate: int = 16000
@@ -137,6 +125,64 @@ class Tracker(Callback):
                 what,
                 error,
             )
+
+
+def _init(
+    run: Run, folder: Path, mode: Any, run_id: str | None, config: Mapping[str, Any] | None
+) -> Any:
+    import wandb
+
+    settings = wandb.Settings(
+        init_timeout=INIT_TIMEOUT_S - 5,
+        silent=True,
+        disable_git=True,
+        disable_code=True,
+        x_disable_stats=True,
+        console="off",
+        quiet=True,
+    )
+    made = wandb.init(
+        project=run.tracking.project,
+        name=run.name,
+        tags=list(run.tracking.tags),
+        dir=str(folder),
+        mode=mode,
+        id=run_id,
+        resume="allow" if run_id else None,
+        settings=settings,
+        config=dict(config) if config is not None else None,
+    )
+    made.define_metric("step")
+    made.define_metric("*", step_metric="step")
+    return made
+
+
+def _numbers(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures that are one number."""
+    return {k: v for k, v in figures.items() if isinstance(v, (bool, int, float))}
+
+
+def _shown(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics as a page shows them: numbers as they are, a confusion matrix as a plot."""
+    shown = {k: v for k, v in metrics.items() if not isinstance(v, (list, Mapping))}
+    for key, counts in metrics.items():
+        stem = key.removesuffix("_confusion")
+        if stem != key and f"{stem}_classes" in metrics:
+            shown[key] = _confusion_plot(counts, metrics[f"{stem}_classes"], stem)
+    return shown
+
+
+def _confusion_plot(counts: Sequence[Sequence[int]], classes: Sequence[str], title: str) -> Any:
+    """A plot of counts (C, C + 1), whose last column are answers of no class."""
+    import wandb
+
+    pairs = [(i, j) for i, row in enumerate(counts) for j, n in enumerate(row) for _ in range(n)]
+    return wandb.plot.confusion_matrix(
+        y_true=[i for i, _ in pairs],
+        preds=[j for _, j in pairs],
+        class_names=[*classes, "(none)"],
+        title=title,
+    )
 
 
 def _escape(text: str) -> str:

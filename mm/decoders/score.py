@@ -1,0 +1,64 @@
+"""What a model says of documents that are given: their nats, by modality."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from mm.data.batching.collate import document_length, to_batch
+from mm.specs import Segment
+from mm.vocabulary import Vocabulary
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode."""
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
+@torch.no_grad()
+def sequence_nll(
+    model: nn.Module,
+    vocabulary: Vocabulary,
+    documents: Sequence[Sequence[Segment]],
+    *,
+    max_places: int = 16384,
+) -> list[dict[str, tuple[float, int]]]:
+    """Score documents: for each, modality -> (nats summed over its targets, number of targets).
+
+    Args:
+        documents: segments with the roles of training; only targets are scored, their ends
+            included.
+        max_places: places of one forward, padding included; bounds memory.
+    """
+    device = next(model.parameters()).device
+    lengths = np.array([document_length(d) for d in documents])
+    names = ("", *vocabulary.modalities)
+    scores: list[dict[str, tuple[float, int]]] = [{} for _ in documents]
+    order = list(np.argsort(lengths, kind="stable"))
+    while order:
+        longest = int(lengths[order[-1]])
+        some = [order.pop() for _ in range(min(len(order), max(1, max_places // max(longest, 1))))]
+        b = to_batch([[documents[i]] for i in some], vocabulary)
+        places = b.places["tokens"].long()
+        if len(places) == 0:
+            continue
+        with evaluating(model):
+            out = model(b.to(device), heads=("tokens",))
+        nll = out.heads["tokens"].nll.double().cpu().numpy()
+        row = (places // b.layout.shape[1]).numpy()
+        modality = b.labels["target_modality"].flatten()[places].numpy()
+        for r, i in enumerate(some):
+            for m in np.unique(modality[row == r]):
+                mine = nll[(row == r) & (modality == m)]
+                scores[i][names[m]] = (float(mine.sum()), len(mine))
+    return scores
