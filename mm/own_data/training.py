@@ -116,6 +116,9 @@ def train_config(
         "name": "first",
         "out": str(out / "runs"),
         "evaluate": Chosen(False, "mm eval is a step of its own"),
+        "export": Chosen(
+            "best", "small data are learnt by heart in the end: the best on val is kept"
+        ),
         "vocabulary": str(out / "tokens" / "vocabulary.json"),
         "tokenizers": {p.modality: str(out / "tokenizers" / p.modality) for p in plans},
         "model": model,
