@@ -103,7 +103,7 @@ def _is_there(words: Sequence[str]) -> bool:
     return all(path.exists() for path in made)
 
 
-def readread_json(file: Path) -> Any:
+def read_json(file: Path) -> Any:
     """What a file holds; an empty mapping where there is none."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
