@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 MAX_DEPTH = 64  # nested lists and mappings; every walk over a config recurses
-MAX_PARTS = 1_000_000  # lists and mappings of one level, where aliases of YAML multiply them
+MAX_PARTS = 1_000_000  # lists and mappings of one level
+MAX_YAML_VALUES = 500_000  # of one level: aliases multiply them
 MAX_JSON_BYTES = 256_000_000
 MAX_YAML_BYTES = 4_000_000  # it is read at about 1 MB a second
 
@@ -39,7 +40,7 @@ def parse_yaml(text: str | bytes) -> Any:
         value = yaml.load(text, _ShallowLoader)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(" ".join(str(error).split())) from error
-    _require_flat(value)
+    _require_flat(value, MAX_YAML_VALUES)
     return value
 
 
@@ -57,14 +58,16 @@ class _ShallowLoader(yaml.SafeLoader):
         return node
 
 
-def _require_flat(value: Any) -> None:
-    """Raise ValueError on too many levels, or too many parts of one."""
+def _require_flat(value: Any, most_values: int | None = None) -> None:
+    """Raise ValueError on too many levels, or too many parts or values of one."""
     is_nest = lambda part: isinstance(part, (dict, list))
     level, depth = list(filter(is_nest, [value])), 0
     while level:
         depth += 1
         if depth > MAX_DEPTH:
             raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+        if most_values is not None and sum(map(len, level)) > most_values:
+            raise ValueError(f"more than {most_values} values: its aliases unfold to too many")
         if len(level) > MAX_PARTS:
             raise ValueError(f"more than {MAX_PARTS} lists and mappings")
         inside = chain.from_iterable(v.values() if isinstance(v, dict) else v for v in level)

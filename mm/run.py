@@ -258,6 +258,12 @@ class Tracking(Config):
         Literal["auto", "online", "offline", "disabled"],
         Field(description="auto: online with a key, else offline"),
     ] = "auto"
+    entity: Annotated[str | None, Field(description="user or team; default: the key's own")] = None
+    group: Annotated[
+        str | None, Field(description="runs that belong together, such as seeds of one trial")
+    ] = None
+    job_type: Annotated[str | None, Field(description="such as tokenizer, pretrain")] = None
+    notes: Annotated[str | None, Field(description="what the run is for, in a sentence")] = None
     tags: Annotated[tuple[str, ...], Field(description="tags of the run")] = ()
 
 

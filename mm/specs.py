@@ -21,6 +21,20 @@ class Sample(NamedTuple):
     values: Mapping[str, Any]
 
 
+class FileBytes(bytes):
+    """A whole file of the modality ``kind``: other `bytes` are text."""
+
+    kind: str
+
+    def __new__(cls, data: bytes, kind: str) -> FileBytes:
+        made = super().__new__(cls, data)
+        made.kind = kind
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (bytes(self), self.kind)
+
+
 class Waveform(NamedTuple):
     """Mono audio: ``samples`` (N,) float32 in [-1, 1] at ``sample_rate`` Hz."""
 

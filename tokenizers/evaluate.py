@@ -26,7 +26,7 @@ MEL_FLOOR = 1e-4  # -80 dB of full scale: below it two kinds of silence would di
 N_MELS, HOP = 64, 160  # of the mel distance and its picture
 STOI_SECONDS = 3.0  # STOI needs 0.4 s of speech; shorter clips are joined
 STOI_STRETCHES = 10  # that many are heard, evenly spread: 0.1 s of CPU each
-N_SHOWN = 16
+N_SHOWN, N_SPECTRA = 16, 10
 USAGE_ALERT = 0.5
 
 
@@ -95,6 +95,15 @@ def evaluate(
     return figures
 
 
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most ``count`` of ``items``, evenly: shards are in the order of keys, so often of classes.
+
+    The middle of each of ``count`` equal parts, so that every class of a sorted split is met.
+    """
+    n = min(count, len(items))
+    return [items[(2 * i + 1) * len(items) // (2 * n)] for i in range(n)]
+
+
 def histogram(codes: Sequence[Encoded], n_codebooks: int, vocab_size: int) -> np.ndarray:
     """How often each code of each book occurs: (Q, K) int64."""
     ids = [np.asarray(code.ids, np.int64).reshape(-1) for code in codes]
@@ -139,7 +148,8 @@ def _text(
     as_bytes, again = ([_utf8(text) for text in texts] for texts in (raws, decoded))
     n_words = sum(len(raw.split()) for raw in raws)
     if folder is not None:
-        shown = [f"{raw!r}\n{new!r}\n" for raw, new in zip(raws[:N_SHOWN], decoded, strict=False)]
+        pairs = list(zip(raws, decoded, strict=True))
+        shown = [f"{raw!r}\n{new!r}\n" for raw, new in spread(pairs, N_SHOWN)]
         (folder / "reconstructions.txt").write_text("\n".join(shown), encoding="utf-8")
     return {
         "bytes_per_token": sum(map(len, as_bytes)) / max(n_tokens, 1),
@@ -191,7 +201,7 @@ def _image(
             similarity.append(float(ssim(b, a, data_range=1.0)))  # type: ignore[arg-type]
     mse = squared / n_values
     if folder is not None:
-        _image_grid(pairs[:N_SHOWN], folder / "reconstructions.png")
+        _image_grid(spread(pairs, N_SHOWN), folder / "reconstructions.png")
     figures = {
         "psnr_db": min(PSNR_CAP_DB, -10 * math.log10(max(mse, 1e-300))),
         "bits_per_pixel": bits / n_pixels,
@@ -249,7 +259,7 @@ def _audio(
     seconds = sum(len(a) for a, _ in pairs) / rate
     distance, baseline = mel_distances_db(pairs, rate)
     if folder is not None:
-        _audio_files(pairs[:N_SHOWN], rate, folder)
+        _audio_files(spread(pairs, N_SHOWN), rate, folder)
     figures = {
         "si_sdr_db": float(np.mean([float(si_sdr(b.double(), a.double())) for a, b in pairs])),
         "mel_distance_db": distance,
@@ -324,7 +334,7 @@ def _audio_files(pairs: list[tuple[Tensor, Tensor]], rate: int, folder: Path) ->
     FigureCanvasAgg(figure)  # a canvas of its own: pyplot would open a display and keep state
     axes = figure.subplots(2, 1, sharex=True)
     for row, name in enumerate(("original", "reconstructed")):
-        mels = [_log_mel(pair[row], rate) * DB_PER_NAT for pair in pairs[:10]]
+        mels = [_log_mel(pair[row], rate) * DB_PER_NAT for pair in spread(pairs, N_SPECTRA)]
         joined = torch.cat([part for mel in mels for part in (mel, gap)][:-1])
         extent = (0.0, len(joined) * HOP / rate, 0.0, float(N_MELS))
         axes[row].imshow(

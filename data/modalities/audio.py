@@ -177,9 +177,6 @@ class AudioModality(Modality):
         rate = getattr(tokenizer, "sample_rate", value.sample_rate) / value.sample_rate
         return round(2 * len(value.samples) * rate)
 
-    def media(self, value: Waveform) -> dict[str, Any]:
-        return {"kind": "audio", "value": value.samples, "sample_rate": value.sample_rate}
-
     def item(self, value: Waveform, config: Any) -> np.ndarray:
         samples = resample(value, config.sample_rate).samples
         return np.ascontiguousarray(loudness(samples, config.loudness), np.float32)

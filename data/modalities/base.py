@@ -58,6 +58,7 @@ class Modality(Config):
     # Token modalities made from its values (its own first) -> colour 0..7 in every chart:
     tokens: ClassVar[Mapping[str, int]] = {}
     shown_as: ClassVar[Literal["text", "image", "audio"]] = "text"  # by trackers and reports
+    any_ending: ClassVar[bool] = False  # its files may end as they like, but as no other's
     is_text: ClassVar[bool] = False  # values stand in tables and prompts themselves
     has_items: ClassVar[bool] = False  # data kind `items` can batch it: `item` and `stack`
     reconstruction: ClassVar[str] = ""  # what a tokenizer network calls its output: `from_network`
@@ -151,7 +152,7 @@ class Modality(Config):
         """Raises UserError unless the suffix, if there is one, is of a file of this modality."""
         ending = path.suffix.removeprefix(".").lower()
         other = table().extensions.get(ending)
-        if not ending or other == self.kind or (self.is_text and other is None):
+        if not ending or other == self.kind or (self.any_ending and other is None):
             return
         is_of = f"is of {other}" if other else "is unknown"
         raise UserError(
@@ -185,10 +186,6 @@ class Modality(Config):
     def n_bytes(self, value: Any, tokenizer: Any = None) -> int:
         """Bytes of a raw value; with a tokenizer, of what it reads of the value."""
         return int(np.asarray(value).nbytes)
-
-    def media(self, value: Any) -> dict[str, Any]:
-        """Arguments of a tracker's `media` that show a raw value as `shown_as`."""
-        return {"kind": self.shown_as, "value": value}
 
     def item(self, value: Any, config: Any) -> np.ndarray:
         """All of an item's preparation that is the same in every epoch. Of `has_items`.

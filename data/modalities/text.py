@@ -23,6 +23,7 @@ class TextModality(Modality):
     extensions: ClassVar[tuple[str, ...]] = ("txt",)
     value_name: ClassVar[str] = "text"
     tokens: ClassVar[Mapping[str, int]] = {"text": 1, "bytes": 4}
+    any_ending: ClassVar[bool] = True
     is_text: ClassVar[bool] = True
 
     def decode(self, data: bytes) -> str:
@@ -34,7 +35,9 @@ class TextModality(Modality):
             raise BadSample(f"text: no valid UTF-8 at byte {error.start}") from error
 
     def owns(self, value: Any) -> bool:
-        return isinstance(value, (str, bytes, bytearray))
+        return isinstance(value, (str, bytes, bytearray)) and (
+            getattr(value, "kind", self.kind) == self.kind  # of `FileBytes`
+        )
 
     def describe(self, value: str | bytes) -> str:
         if not isinstance(value, str):
@@ -50,7 +53,3 @@ class TextModality(Modality):
 
     def n_bytes(self, value: str | bytes, tokenizer: Any = None) -> int:
         return len(value.encode() if isinstance(value, str) else value)
-
-    def media(self, value: str | bytes) -> dict[str, Any]:
-        text = value if isinstance(value, str) else value.decode("utf-8", "replace")
-        return {"kind": "text", "value": text}

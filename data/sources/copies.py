@@ -41,6 +41,7 @@ class Copies(Source):
                     for member, read in record.values.items()
                 }
                 yield record._replace(key=key, where=f"{record.where}{MARK}{number}", values=values)
+        self.ignored = self.source.ignored
 
 
 @dataclass(frozen=True, slots=True)

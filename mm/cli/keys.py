@@ -77,7 +77,7 @@ def find_key(path: str, kinds: Mapping[str, str]) -> Key:
         kinds: kind that is taken of each plug point on the way.
     """
     wanted = _wanted(path)
-    fitting = [key for key in walk(wanted, kinds) if _fits(key.path, wanted)]
+    fitting = [key for key in walk(wanted, kinds) if key.path == wanted]
     if not fitting:
         raise KeyError(path)
     return fitting[0]._replace(path=path)

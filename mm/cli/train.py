@@ -29,7 +29,8 @@ app = typer.Typer()
 USED = (
     "name", "seed", "model.d_model", "model.backbone.pattern", "model.backbone.depth",
     "stages.0.budget.steps", "stages.0.data.batch_size", "stages.0.data.seq_len",
-    "stages.0.optimizer.lr", "stages.0.schedule.warmup", "checkpoints.every", "engine.zero_stage",
+    "stages.0.optimizer.lr", "stages.0.schedule.warmup", "stages.0.eval_every",
+    "stages.0.early_stop", "checkpoints.every", "export", "engine.zero_stage",
     "engine.precision", "tracking.mode", "evaluate",
 )  # fmt: skip
 KINDS = {"network": "lm", "backbone": "stack", "data": "packed", "optimizer": "adamw"}

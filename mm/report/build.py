@@ -8,13 +8,17 @@ from __future__ import annotations
 import time
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from mm.errors import UserError
-from mm.report import sections
-from mm.report.charts import short
+from mm.report.curves import curves
 from mm.report.data import data
+from mm.report.figures import figures
+from mm.report.header import chips
 from mm.report.read import RunData, read_run
+from mm.report.samples import samples
+from mm.report.times import commands, times
+from mm.report.tokenizers import tokenizers
+from mm.report.words import facts
 
 HERE = Path(__file__).parent
 # The page may load nothing: a browser refuses what a sample or a config tries to smuggle in.
@@ -23,16 +27,32 @@ POLICY = (
     "'unsafe-inline'"
 )
 
+MAX_CONFIG = 200_000  # letters of a config that a page shows
+
+
+def environment(run: RunData) -> str:
+    return facts(run.environment)
+
+
+def config(run: RunData) -> str:
+    if not run.config_text.strip():
+        return ""
+    lines, text = run.config_text.count("\n"), run.config_text[:MAX_CONFIG]
+    return (
+        f"<details><summary>config.yaml, {lines} lines</summary><pre>{escape(text)}</pre></details>"
+    )
+
+
 SECTIONS = (
-    ("figures", "Results on the held-out split", sections.figures),
-    ("samples", "Samples over time", sections.samples),
-    ("curves", "Training", sections.curves),
+    ("figures", "Results on the held-out split", figures),
+    ("samples", "Samples over time", samples),
+    ("curves", "Training", curves),
     ("data", "Data", data),
-    ("tokenizers", "Tokenizers", sections.tokenizers),
-    ("sampling", "Sampling and time", sections.sampling),
-    ("commands", "Commands", sections.commands),
-    ("environment", "Environment", sections.environment),
-    ("config", "Config", sections.config),
+    ("tokenizers", "Tokenizers", tokenizers),
+    ("time", "Time", times),
+    ("commands", "Commands", commands),
+    ("environment", "Environment", environment),
+    ("config", "Config", config),
 )
 
 
@@ -55,6 +75,7 @@ def build_report(run_folder: str | Path) -> Path:
         or run.config_text
         or run.tokenizers
         or run.samples
+        or run.start
         or run.evaluation
     ):
         raise UserError(
@@ -62,8 +83,16 @@ def build_report(run_folder: str | Path) -> Path:
             "make one with: mm train CONFIG"
         )
     page = folder / "report" / "index.html"
-    page.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        page.parent.mkdir(exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(
+            f"{page.parent} is no folder; move it away: mv {page.parent} {page.parent}.old"
+        ) from error
+    if page.parent.is_symlink():
+        raise UserError(f"{page.parent} is a link; remove it: rm {page.parent}")
     part = page.with_name("index.html.part")
+    part.unlink(missing_ok=True)  # a link there would be written through
     part.write_text(render(run), encoding="utf-8")
     part.replace(page)
     return page
@@ -92,75 +121,9 @@ def render(run: RunData) -> str:
         f'<link rel="icon" href="data:,"><title>{escape(run.name)} · mm '
         f"report</title><style>{style}</style></head><body>"
         "<header><p class='kicker'>mm run "
-        f"report</p><h1>{escape(run.name)}</h1>{_chips(run)}</header>"
+        f"report</p><h1>{escape(run.name)}</h1>{chips(run)}</header>"
         f"<nav>{nav}</nav><main>{main}{notes}</main>"
-        f"<footer>SlotWrites {time.strftime('%Y-%m-%d %H:%M')} by mm report "
+        f"<footer>Written {time.strftime('%Y-%m-%d %H:%M')} by mm report "
         f"{escape(str(run.folder))}</footer>"
         f"<script>{script}</script></body></html>"
     )
-
-
-def _chips(run: RunData) -> str:
-    """What the run is, in a line: model, size, steps, tokens, modalities, time."""
-    model = run.config.get("model")
-    model = model if isinstance(model, dict) else {"kind": model}
-    inner = model.get("backbone")
-    backbone: dict[str, Any] = inner if isinstance(inner, dict) else {}
-    facts: list[tuple[str, Any]] = [
-        ("model", model.get("kind")),
-        ("pattern", model.get("pattern") or backbone.get("pattern")),
-        ("depth", model.get("depth") or backbone.get("depth")),
-        ("width", model.get("d_model") or model.get("d") or backbone.get("d_model")),
-        ("parameters", _first(run, "parameters", "n_parameters", "params")),
-        ("steps", f"{run.steps:,}" if run.steps else None),
-        ("modalities", ", ".join(_modalities(run)) or None),
-        ("precision", _first(run, "precision")),
-        ("ZeRO stage", _nested(run.config, "engine", "zero_stage")),
-        ("seed", run.config.get("seed")),
-        ("training time", _duration(run)),
-    ]
-    items = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(_brief(v))}</dd></div>"
-        for name, v in facts
-        if v is not None
-    )
-    return f'<dl class="chips">{items}</dl>' if items else ""
-
-
-def _brief(value: Any) -> str:
-    return short(float(value)) if isinstance(value, (int, float)) and value > 9999 else str(value)
-
-
-def _first(run: RunData, *names: str) -> Any:
-    """The first of ``names`` that the environment, the results or the last metrics line knows."""
-    for place in (run.environment, run.results, run.last_line):
-        for name in names:
-            for key, value in place.items():
-                if key.split("/")[-1] == name and isinstance(value, (int, float, str)):
-                    return value
-    return None
-
-
-def _nested(values: dict[str, Any], *keys: str) -> Any:
-    node: Any = values
-    for key in keys:
-        node = node.get(key) if isinstance(node, dict) else None
-    return node
-
-
-def _modalities(run: RunData) -> list[str]:
-    shares = [
-        n.removeprefix("tokens/").removesuffix("_share")
-        for n in run.metrics
-        if n.startswith("tokens/") and n.endswith("_share")
-    ]
-    return shares or list(run.tokenizers)
-
-
-def _duration(run: RunData) -> str | None:
-    series = run.metrics.get("perf/step_seconds")
-    if series is None:
-        return None
-    # Steps that were not logged took about as long as the logged ones.
-    total = sum(series.values) / len(series.values) * max(run.steps, len(series.values))
-    return f"{total / 60:.1f} min" if total >= 60 else f"{total:.0f} s"

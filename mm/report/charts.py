@@ -6,9 +6,10 @@ import json
 import math
 from collections.abc import Mapping
 from html import escape
+from typing import NamedTuple
 
 from mm.data.modalities.base import table
-from mm.report.read import Series
+from mm.report.folder import Series
 
 WIDTH, HEIGHT = 640, 250
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 30
@@ -17,13 +18,26 @@ POINTS = 280  # a series is averaged into this many columns: more than a screen 
 LOSSES = {"codec": "audio", "vq": "image"}
 
 
+class Line(NamedTuple):
+    """A series with a look of its own.
+
+    ``colour`` 0..7 (None: by its name), ``dashed``, and a ring around the value at step ``ring``.
+    """
+
+    series: Series
+    colour: int | None = None
+    dashed: bool = False
+    ring: float | None = None
+
+
 def line_chart(
     title: str,
-    series: Mapping[str, Series],
+    series: Mapping[str, Series | Line],
     *,
     unit: str = "",
     log: bool | None = None,
     low: float | None = None,
+    note: str = "",
 ) -> str:
     """Return a ``<figure>`` with one line a series, or "" when there is nothing to draw.
 
@@ -34,8 +48,11 @@ def line_chart(
         log: logarithmic values; None chooses it when they span more than a factor 100 and are
             positive.
         low: lower end of the value axis at the latest (0 for rates and shares).
+        note: a sentence below it.
     """
-    drawn = {name: _thin(s) for name, s in series.items() if s.steps}
+    lines = {k: s if isinstance(s, Line) else Line(s) for k, s in series.items()}
+    lines = {k: line for k, line in lines.items() if line.series.steps}
+    drawn = {name: _thin(line.series) for name, line in lines.items()}
     if not drawn:
         return ""
     xs = [x for s in drawn.values() for x in s.steps]
@@ -75,8 +92,10 @@ def line_chart(
             )
     legend, data, used = [], [], set()
     for name, s in drawn.items():
-        colour = _colour(name, used)
+        look = lines[name]
+        colour = _colour(name, used) if look.colour is None else look.colour
         used.add(colour)
+        dashed = " dashed" if look.dashed else ""
         if len(s.steps) == 1:
             mark = (
                 f'<circle class="dot s{colour}" cx="{px(s.steps[0]):.1f}" '
@@ -86,10 +105,20 @@ def line_chart(
             points = " ".join(
                 f"{px(x):.1f},{py(y):.1f}" for x, y in zip(s.steps, s.values, strict=True)
             )
-            mark = f'<polyline class="line s{colour}" points="{points}"/>'
+            mark = f'<polyline class="line s{colour}{dashed}" points="{points}"/>'
         parts.append(mark)
         last = f"{short(s.values[-1])}{unit}"
-        legend.append(f'<li><i class="s{colour}"></i>{escape(name)} <b>{escape(last)}</b></li>')
+        ring = ""
+        if look.ring in look.series.steps:
+            at = look.series.values[look.series.steps.index(look.ring)]
+            parts.append(
+                f'<circle class="ring s{colour}" cx="{px(look.ring):.1f}" cy="{py(at):.1f}" r="5"/>'
+            )
+            ring = f" (best {short(at)}{unit} at step {short(look.ring)})"
+        legend.append(
+            f'<li><i class="s{colour}{dashed}"></i>{escape(name)} <b>{escape(last)}</b>'
+            f"{escape(ring)}</li>"
+        )
         data.append(
             {
                 "n": name,
@@ -99,6 +128,8 @@ def line_chart(
                 "y": s.values,
             }
         )
+    parts.append(f'<text class="tick" x="2" y="{HEIGHT - 9}">step</text>')
+    below = f'<p class="note">{escape(note)}</p>' if note else ""
     payload = escape(json.dumps(data, separators=(",", ":"), default=float), quote=True)
     return (
         f'<figure class="chart" data-series="{payload}" '
@@ -108,7 +139,7 @@ def line_chart(
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(title, quote=True)} over steps">{"".join(parts)}'
         f'<line class="cross" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/></svg><div '
-        'class="tip" hidden></div></figure>'
+        f'class="tip" hidden></div>{below}</figure>'
     )
 
 

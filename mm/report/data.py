@@ -8,8 +8,10 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from mm.report.charts import line_chart
-from mm.report.read import RunData, Series
-from mm.report.sections import facts
+from mm.report.folder import Series
+from mm.report.read import RunData
+from mm.report.start import start
+from mm.report.words import facts
 
 SHARES = "data/{}_shares/"
 
@@ -28,7 +30,8 @@ class Share(NamedTuple):
 def data(run: RunData) -> str:
     """Achieved shares of tokens and samples as bars with a mark at the configured weight.
 
-    Below them their course, the padding share and the rejects of the last stage.
+    Before them what the run said at its start; below them their course, the padding share and the
+    rejects of the last stage.
     """
     config = _stage_data(run.config)
     sources = [s for s in config.get("sources") or [config.get("source")] if isinstance(s, Mapping)]
@@ -74,11 +77,11 @@ def data(run: RunData) -> str:
         counts["mean padding share"] = f"{100 * sum(padding.values) / len(padding.values):.1f} %"
     prefix = "data/rejects/"
     counts |= {
-        f"samples {k.removeprefix(prefix)}": f"{s.values[-1]:,.0f}"
+        f"samples {k.removeprefix(prefix)} so far": f"{s.values[-1]:,.0f}"
         for k, s in run.metrics.items()
         if k.startswith(prefix)
     }
-    body = bars + facts(counts)
+    body = start(run) + bars + facts(counts)
     return f'{body}<div class="charts">{charts}</div>' if body and charts else body
 
 

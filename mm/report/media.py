@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mm.report.read import shown_as
+from mm.report.folder import shown_as
 
 MAX_PIXELS = 1600  # of the longer side: a report stays mailable
 MAX_SOUND_BYTES = 3_000_000
@@ -31,10 +31,11 @@ MAGMA = np.array(
 )
 
 
-def figure(file: Path, caption: str = "", *, small: bool = False) -> str:
+def figure(file: Path, caption: str = "", *, small: bool = False, strip: bool = False) -> str:
     """Return the HTML of one media file with a caption.
 
-    A picture, playable audio over its spectrogram, or text.
+    A picture, playable audio over its spectrogram, or text. A ``strip`` is a wide picture, which
+    scrolls rather than shrinks.
     """
     try:
         body = _body(file, small)
@@ -46,6 +47,8 @@ def figure(file: Path, caption: str = "", *, small: bool = False) -> str:
             f"({escape(type(error).__name__)})</p>"
         )
     label = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    if strip:
+        return f'<figure class="media strip"><div class="scroll">{body}</div>{label}</figure>'
     return f'<figure class="media">{body}{label}</figure>'
 
 

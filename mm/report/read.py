@@ -1,25 +1,19 @@
 """Read a run folder into plain values.
 
-Everything is optional: a run that was stopped half-way has a report too.
+Everything is optional: a run that was stopped half-way has a report too. A page may be made of a
+stranger's folder: a link that leads out of it is not followed, and no file can exhaust the memory.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mm.data.modalities.base import modalities
-from mm.reading import parse_json, parse_yaml
-
-
-@dataclass(frozen=True, slots=True)
-class Series:
-    """One metric over steps: ``steps`` and finite ``values`` of equal length."""
-
-    steps: list[float]
-    values: list[float]
+from mm.reading import parse_yaml
+from mm.report.find import n_parameters, samples, tokenizer_runs
+from mm.report.folder import Folder, Sampled, Series, number
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +24,16 @@ class RunData:
     config: dict[str, Any]
     config_text: str
     environment: dict[str, Any]
+    start: dict[str, Any]
     metrics: dict[str, Series]
     results: dict[str, Any]
     commands: list[dict[str, Any]]
     evaluation: dict[str, Any]
-    samples: dict[int, list[Path]]
+    times: dict[str, Any]
+    events: list[dict[str, Any]]
+    vocabulary: dict[str, Any]
+    parameters: int | None
+    samples: list[Sampled]
     reconstructions: list[Path]
     tokenizers: dict[str, RunData]
     last_line: dict[str, Any]
@@ -42,124 +41,86 @@ class RunData:
 
     @property
     def name(self) -> str:
-        return str(self.config.get("name") or self.folder.name)
+        name = self.config.get("name")
+        return name if isinstance(name, str) and name else self.folder.name
 
     @property
     def steps(self) -> int:
-        return int(self.last_line.get("step", 0))
+        step = number(self.last_line.get("step"))
+        return int(step) if step is not None and 0 <= step < 1e15 else 0
+
+    @property
+    def stages(self) -> list[Mapping[str, Any]]:
+        stages = self.config.get("stages")
+        return [s for s in stages if isinstance(s, Mapping)] if isinstance(stages, list) else []
 
 
 def read_run(folder: Path, *, nested: bool = True) -> RunData:
-    """Read ``folder`` and, when ``nested``, the tokenizer runs below it.
-
-    They lie in ``tokenizers/<modality>/``.
-    """
+    """Read ``folder`` and, when ``nested``, the runs that its tokenizers were trained in."""
     notes: list[str] = []
-    text = _text(folder / "config.yaml")
-    config: Any = {}
-    try:
-        config = parse_yaml(text) or {}
-    except ValueError as error:
-        notes.append(f"config.yaml could not be read: {' '.join(str(error).split())[:200]}")
-    metrics, last = read_metrics(folder / "metrics.jsonl", notes)
-    results = _json(folder / "results.json", notes)
-    commands = _json(folder / "commands.json", notes)
+    inside = Folder(folder, notes)
+    text = inside.text("config.yaml")
+    config = _config(text, notes)
+    metrics, last = read_metrics(inside)
+    commands = inside.json("commands.json")
+    vocabulary = _mapping(inside.json("model/vocabulary.json"))
     tokenizers = {}
-    if nested and (folder / "tokenizers").is_dir():
-        for child in sorted((folder / "tokenizers").iterdir()):
-            if child.is_dir() and any(child.iterdir()):
-                tokenizers[child.name] = read_run(child, nested=False)
-                notes += [
-                    f"tokenizers/{child.name}/{note}" for note in tokenizers[child.name].notes
-                ]
+    if nested:
+        for modality, where in tokenizer_runs(inside, config, vocabulary).items():
+            tokenizers[modality] = part = read_run(where, nested=False)
+            notes += [f"tokenizers/{modality}/{note}" for note in part.notes]
     return RunData(
         folder=folder,
-        config=config if isinstance(config, dict) else {},
+        config=config,
         config_text=text,
-        environment=_mapping(_json(folder / "environment.json", notes)),
+        environment=_mapping(inside.json("environment.json")),
+        start=_mapping(inside.json("start.json")),
         metrics=metrics,
-        results=_mapping(results),
+        results=_mapping(inside.json("results.json")),
         commands=[c for c in commands if isinstance(c, dict)] if isinstance(commands, list) else [],
-        evaluation=_mapping(_json(folder / "eval.json", notes)),
-        samples=_samples(folder / "samples"),
-        reconstructions=_media(folder / "eval"),
+        evaluation=_mapping(inside.json("eval.json")),
+        times=_mapping(inside.json("times.json")),
+        events=inside.lines("events.jsonl"),
+        vocabulary=vocabulary,
+        parameters=n_parameters(inside.file("model/model.safetensors")),
+        samples=samples(inside),
+        reconstructions=inside.media("eval"),
         tokenizers=tokenizers,
         last_line=last,
         notes=notes,
     )
 
 
-def read_metrics(file: Path, notes: list[str]) -> tuple[dict[str, Series], dict[str, Any]]:
-    """Read metrics.jsonl to ``{name: Series}`` and its last complete line.
-
-    A broken line is counted and skipped.
-    """
+def read_metrics(inside: Folder) -> tuple[dict[str, Series], dict[str, Any]]:
+    """Read metrics.jsonl to ``{name: Series}`` and the newest value of everything in it."""
     columns: dict[str, dict[float, float]] = {}
     last: dict[str, Any] = {}
-    broken = 0
-    for line in _text(file).splitlines():
-        try:
-            row = parse_json(line)
-            step = float(row["step"])
-        except (ValueError, KeyError, TypeError):
-            broken += bool(line.strip())
+    without = 0
+    for row in inside.lines("metrics.jsonl"):
+        step = number(row.get("step"))
+        if step is None:
+            without += 1
             continue
-        last = {**last, **row}
+        last.update(row)
         for name, value in row.items():
-            number = _number(value)
-            if name != "step" and number is not None:
+            drawn = number(value)
+            if name != "step" and drawn is not None:
                 columns.setdefault(name, {})[step] = (
-                    number  # a resumed run repeats steps: the later line holds
+                    drawn  # a resumed run repeats steps: the later line holds
                 )
-    if broken:
-        notes.append(f"{file.name}: {broken} unreadable line(s) left out")
+    if without:
+        inside.notes.append(f"metrics.jsonl: {without} line(s) without a step left out")
     return {name: Series(sorted(c), [c[s] for s in sorted(c)]) for name, c in columns.items()}, last
 
 
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool):
-        return float(value)
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        return float(value)
-    return None
-
-
-def _text(file: Path) -> str:
+def _config(text: str, notes: list[str]) -> dict[str, Any]:
     try:
-        return file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def _json(file: Path, notes: list[str]) -> Any:
-    text = _text(file)
-    if not text.strip():
-        return {}
-    try:
-        return parse_json(text)
+        values = parse_yaml(text) or {}
     except ValueError as error:
-        notes.append(f"{file.name} is not valid JSON: {error}")
+        notes.append(f"config.yaml could not be read: {str(error)[:200]}")
         return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _samples(folder: Path) -> dict[int, list[Path]]:
-    out: dict[int, list[Path]] = {}
-    for child in sorted(folder.glob("step_*")):
-        digits = child.name.removeprefix("step_")
-        if child.is_dir() and digits.isdigit() and (files := _media(child, texts=True)):
-            out[int(digits)] = files
-    return out
-
-
-def _media(folder: Path, *, texts: bool = False) -> list[Path]:
-    wanted = {suffix for suffix, kind in shown_as().items() if texts or kind != "text"}
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in wanted)
-
-
-def shown_as() -> dict[str, str]:
-    """Suffix of a sample's file -> how a page shows it: "image", "audio" or "text"."""
-    return {f".{e}": m.shown_as for m in modalities() for e in m.extensions}

@@ -101,8 +101,7 @@ class HeldOut(Callback):
         self._read, self._warned = index, set()
         config, found = self.run.stages[index], "its eval_every is 0"
         if config.held_out_every:
-            tokenizers = trainer.tokenizers if trainer.vocabulary is not None else {}
-            found = held_out_batches(trainer.stage, trainer.vocabulary, tokenizers)
+            found = held_out_batches(trainer.stage, trainer.vocabulary, lambda: trainer.tokenizers)
         self._data = None if isinstance(found, str) else found
         if not isinstance(found, str):
             return

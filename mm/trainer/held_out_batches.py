@@ -5,7 +5,7 @@ B rows, T tokens of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,7 +42,7 @@ class HeldOutBatches(NamedTuple):
 
 
 def held_out_batches(
-    stage: StageState, vocabulary: Vocabulary | None, tokenizers: Mapping[str, Any]
+    stage: StageState, vocabulary: Vocabulary | None, tokenizers: Callable[[], Mapping[str, Any]]
 ) -> HeldOutBatches | str:
     """The first batches of the data's split "val", or the reason why there are none.
 
@@ -58,8 +58,8 @@ def held_out_batches(
     chance, ratio = {}, {}
     if vocabulary is not None:
         micros = [batch for step in steps for batch in step]
-        chance, ratio = _beside(micros, vocabulary, tokenizers, stage.env.device)
-        if not chance:
+        chance, ratio = _beside(micros, vocabulary, tokenizers(), stage.env.device)
+        if not chance and all("target_modality" in batch.labels for batch in micros):
             return f"the split '{SPLIT}' has no target after the transforms"
     carrying = stream if getattr(stream, "carried_rows", 0) else None
     ratio = {**ratio, **(getattr(stream, "bytes_per_token", None) or {})}

@@ -21,6 +21,7 @@ from mm.run import Run
 from mm.trainer import final_eval, folder, start, survey, warm_start
 from mm.trainer.callbacks.base import Callback
 from mm.trainer.callbacks.tasks import TasksWhileTraining
+from mm.trainer.callbacks.times import Times
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint import resume_check
 from mm.trainer.checkpoint.format import Saved, Snapshot
@@ -66,8 +67,10 @@ class Trainer:
         progress = [] if "progress" in kinds else [CALLBACKS.parse("progress")]
         own: list[Callback] = [config.build() for config in (*run.callbacks, *progress)]
         figures = [self.state.guard, self.state.bytes_per_token, self.held_out]
-        self.summary = Summary()
-        self.callbacks = [*figures, TasksWhileTraining(), self.summary, *own, *callbacks]
+        self.times = Times()
+        self.summary = Summary(self.times)
+        tasks = TasksWhileTraining()
+        self.callbacks = [*figures, tasks, self.summary, *own, *callbacks, self.times]
         self._evaluated: dict[str, Any] = {}
         self._started: list[Callback] = []
         self._usage = CodebookUsage()
@@ -259,10 +262,10 @@ class Trainer:
         self._on_main(lambda: start.check(self, index))
         begin, self._init_from = warm_start.begin(self.run, self.vocabulary, saved)
         self._build(index, begin)
+        self._on_main(lambda: self._told.update(start.survey(self, index)))
         if self.step < self.steps:
             root, n_bytes = self.folder / "checkpoints", self.stage.save_bytes
             self._on_main(lambda: checkpoint.rehearse(root, n_bytes))
-        self._on_main(lambda: self._told.update(start.survey(self, index)))
         self._write_start(saved, stack)
         if saved is not None:
             log.info("resumed %s from step %d of %d", self.folder, self.step, self.steps)
@@ -391,8 +394,6 @@ def train(run: Run | str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
 
     Returns the last metrics.
     """
-    origin = run.name if isinstance(run, Run) else str(run)
-    if not isinstance(run, Run):
-        run = Run.load(run, overrides)
-    with places_from(run, origin):
-        return Trainer(run).fit()
+    given = run if isinstance(run, Run) else Run.load(run, overrides)
+    with places_from(given, given.name if given is run else str(run)):
+        return Trainer(given).fit()

@@ -56,12 +56,9 @@ def check(trainer: Starting, index: int) -> None:
     for number in range(index, len(run.stages)):
         check_shards(f"stages.{number}.data", run.stages[number].data, run, vocabulary)
     check_tokenizers(trainer, vocabulary)
-    for number, stage in enumerate(run.stages):
-        for place, task in enumerate(stage.tasks):
-            # `every`: it is measured while its stage trains
-            if not (getattr(task, "every", 0) and number >= index) and not (
-                run.evaluate and number == len(run.stages) - 1
-            ):
+    for number in range(index, len(run.stages)):
+        for place, task in enumerate(run.stages[number].tasks):
+            if not (run.evaluate or getattr(task, "every", 0)):  # it is never measured
                 continue
             try:
                 task.check(vocabulary, trainer.tokenizers)

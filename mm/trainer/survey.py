@@ -121,7 +121,7 @@ def _empty(
     weights = getattr(stage.objective, "weights", {})
     asked = getattr(stage.data, "modality_tokens", None) or {}
     in_tasks = {m for task in tasks for m in _parts(task)}
-    chunked = {p.modality for p in stage.data.transform if p.kind == "chunk"}
+    chunked = {p.modality for p in getattr(stage.data, "transform", ()) if p.kind == "chunk"}
     for m in sorted(in_tasks | set(asked) | chunked):
         if m not in words.modalities:
             where = next((f"any_to_any task '{t}'" for t in tasks if m in _parts(t)), f"{key}.data")
@@ -129,6 +129,10 @@ def _empty(
                 f"{key}: {where} names '{m}', which is no modality of the vocabulary"
                 f"{did_you_mean(m, words.modalities)}"
             )
+    known = (*words.modalities, *tasks, *(str(source["source"]) for source in found))
+    for name in stage.allow_empty:
+        if name not in known:
+            yield f"{key}.allow_empty: nothing is called '{name}'{did_you_mean(name, known)}"
     named = (in_tasks if tasks else set(having)) | {m for m, w in weights.items() if w}
     allow = lambda name: f"or allow it: {key}.allow_empty=[{name}]"
     mends = next((_mend(key, s, stream) for s in found if s["left_out"]), "")

@@ -274,7 +274,7 @@ def test_every_modality_keeps_the_contract(kind: str, tmp_path: Path) -> None:
     assert file.suffix == f".{m.extensions[0]}"
     again = m.decode(file.read_bytes())
     assert m.describe(again) == m.describe(value) and "\n" not in m.describe(value)
-    assert m.n_bytes(value) > 0 and m.media(value)["kind"] == m.shown_as
+    assert m.n_bytes(value) > 0
     assert m.describe(m.accept(value)) == m.describe(value)
     bytes_of = BytesConfig(modality=kind).build()
     read = m.read(data, bytes_of)  # text, or the file as it is

@@ -22,7 +22,7 @@ SECTIONS = {
     "samples",
     "curves",
     "tokenizers",
-    "sampling",
+    "time",
     "commands",
     "environment",
     "config",

@@ -7,12 +7,21 @@ import math
 
 import numpy as np
 import pytest
+import soundfile
+from PIL import Image
 
 from mm.errors import UserError
 from mm.specs import Encoded, ModalityTokenizer, TokenSpec, Waveform
 from mm.tokenizers.audio.mel import log_mel
 from mm.tokenizers.audio.tokenizer import AudioCodecTokenizerConfig
-from mm.tokenizers.evaluate import MEL_FLOOR, evaluate, histogram, mel_distances_db, usage_alerts
+from mm.tokenizers.evaluate import (
+    MEL_FLOOR,
+    evaluate,
+    histogram,
+    mel_distances_db,
+    spread,
+    usage_alerts,
+)
 from mm.tokenizers.text.bytes import BytesConfig
 
 
@@ -207,3 +216,24 @@ def test_nothing_to_evaluate_is_said():
         evaluate(Gray(), [3.0])
     with pytest.raises(UserError, match="every recording is empty"):
         evaluate(Pcm(), [Waveform(np.zeros(0, np.float32), 8000)])
+
+
+def test_what_is_shown_is_spread_over_the_split(tmp_path) -> None:
+    """Shards are in the order of keys, so often of classes: the first 16 would be of one."""
+    shades = [16 * (i // 20) + 8 for i in range(200)]  # ten classes of twenty
+    raws = [np.full((8, 8, 3), shade, np.uint8) for shade in shades]
+    evaluate(Gray(), raws, tmp_path / "image")
+    with Image.open(tmp_path / "image/reconstructions.png") as picture:
+        row = np.asarray(picture.convert("L"))[4]
+    assert {int(v) for v in row} - {255} == set(shades)
+    texts = [f"class {i // 20}" for i in range(200)]
+    evaluate(BytesConfig.smallest_tokenizer(), texts, tmp_path / "text")
+    shown = (tmp_path / "text/reconstructions.txt").read_text()
+    assert all(f"'class {n}'" in shown for n in range(10))
+    assert spread([], 4) == [] and spread("abc", 16) == ["a", "b", "c"]
+    clips = [Waveform(np.full(800, 0.1 * (i // 4), np.float32), 16000) for i in range(40)]
+    evaluate(Pcm(), clips, tmp_path / "audio")
+    levels = set()
+    for file in sorted((tmp_path / "audio").glob("*_original.wav")):
+        levels.add(round(float(soundfile.read(file)[0].mean()), 1))
+    assert levels == {round(0.1 * n, 1) for n in range(10)}

@@ -77,7 +77,7 @@ def test_the_best_checkpoint_stays_and_is_exported(
 
 def test_a_new_best_is_saved_between_the_save_points(tmp_path: Path, script: list[float]) -> None:
     script += [4.0, 3.0, 2.0, 2.2, 2.6, 2.7]
-    keep = {"every": 0, "keep_last": 1, "keep_best": True}
+    keep = {"every": 0, "keep_last": 1, "keep_best": True, "background": True}
     run = make_run(tmp_path, checkpoints=keep, stage_keys=EVERY_STEP)
     train(run)
     assert kept(run) == [3, 6] and exported_step(run, [3, 6]) == 6

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import trainer_toys as toys
-from data_toys import folder
+from data_toys import folder, token_shards
 from trainer_runs import losses, make_run, rows
 from trainer_toys import toys_registered  # noqa: F401
 
@@ -157,3 +157,22 @@ def test_a_tokenizer_gives_its_reconstruction_loss(tmp_path: Path) -> None:
     for figures in held_out(made[2]).values():
         assert set(figures) == {"val/loss", "val/reconstruction/loss"}
         assert figures["val/loss"] == figures["val/reconstruction/loss"] > 0
+
+
+def test_a_split_that_gives_nothing_is_said_and_the_run_trains(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    token_shards(tmp_path, 24, val_share=0.3)
+    caplog.set_level("INFO", "mm.trainer")
+    data = {
+        "kind": "packed",
+        "sources": [{"path": tmp_path / "tokens"}],
+        "seq_len": 8,  # all that the split has is longer
+        "batch_size": 4,
+    }
+    run = make_run(tmp_path, steps=2, stage_keys={"eval_every": 1, "data": data})
+    run = run.model_copy(update={"vocabulary": tmp_path / "tokens" / "vocabulary.json"})
+    train(run)
+    said = [r.getMessage() for r in caplog.records if "held-out" in r.getMessage()]
+    assert len(said) == 1 and "7 longer than seq_len 8" in said[0]
+    assert len(losses(run)) == 2

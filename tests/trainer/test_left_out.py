@@ -79,6 +79,9 @@ def test_a_modality_that_gets_nothing_stops_the_run(root: Path, tmp_path: Path) 
     line = told(make_run(root, tmp_path, data=data, stage={"allow_left_out": 1.0}))
     assert "stages.0: 'image' gets nothing: all 40 samples that have it are left out" in line
     assert "stages.0.data.seq_len=" in line and "stages.0.allow_empty=[image]" in line
+    wrong = {"allow_left_out": 1.0, "allow_empty": ["imag"]}
+    line = told(make_run(root, tmp_path, data=data, stage=wrong))
+    assert "stages.0.allow_empty: nothing is called 'imag'" in line and "image" in line
     stage = {"allow_left_out": 1.0, "allow_empty": ["image"]}
     run = make_run(root, tmp_path, "allowed", data=data, stage=stage, steps=1)
     train(run)

@@ -294,7 +294,9 @@ def test_a_tokenizer_trains_in_the_same_loop_and_shows_reconstructions(tmp_path:
     assert 0 < row["codebook/usage"] <= 1 and row["perf/items_per_second"] > 0
     for step in (4, 8):
         names = sorted(p.name for p in (run.folder / "samples" / f"step_{step:06d}").iterdir())
-        assert len(names) == 4 and names[0].endswith("original.png"), names
+        assert names == ["00_image0.png", "01_image1.png"]
+    originals = sorted(p.name for p in (run.folder / "samples" / "prompts").iterdir())
+    assert originals == ["00_image.png", "01_image.png"]
     assert (run.folder / "model" / "model.safetensors").is_file()
 
 

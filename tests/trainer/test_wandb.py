@@ -5,8 +5,10 @@ The run is read back with wandb's own protobuf.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -24,8 +26,11 @@ from mm.trainer.log.tracker import Tracker
 from mm.trainer.loop import train
 
 HELPERS = Path(__file__).parents[1]
-CHILD = """
-import sys, time, numpy as np
+PNG = b"\x89PNG of a picture"
+CHILD = (
+    f"PNG = {PNG.hex()!r}\n"
+    + """
+import sys, time
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import trainer_toys
@@ -35,20 +40,30 @@ from mm.cli.eval import mirror_to_tracker
 from mm.trainer.loop import Trainer
 from mm.trainer.callbacks.base import Callback
 
-class Media(Callback):
+out = Path(sys.argv[1])
+out.joinpath("a.png").write_bytes(bytes.fromhex(PNG))
+out.joinpath("a.wav").write_bytes(b"RIFF of a sound")
+out.joinpath("a.txt").write_text("words < file")
+
+class Samples(Callback):
     def post_step(self, trainer, step, metrics):
         if step == 2:
-            trainer.tracker.media("picture", "image", np.zeros((8, 8, 3), np.uint8), step)
-            trainer.tracker.media("sound", "audio", np.zeros(9, np.float32), step, sample_rate=8000)
-            trainer.tracker.media("words", "text", "a < b", step)
+            rows = [{"step": step, "prompt text": "a < b", "sample image": out / "a.png"},
+                    {"step": step, "prompt image": out / "a.png", "sample audio": out / "a.wav"},
+                    {"step": step, "sample text": out / "a.txt"}]
+            trainer.tracker.table("samples", rows, step)
             asked = {"t_confusion": [[3, 1, 0], [0, 2, 1]], "t_classes": ["cat", "dog"]}
             trainer.tracker.log({f"eval/t/{k}": v for k, v in asked.items()}, step)
 
-run = make_run(Path(sys.argv[1]), steps=3)
-Trainer(run, [Media()]).fit()
+run = make_run(out, steps=3)
+tracking = {"project": "p", "entity": "e", "group": "g", "job_type": "j"}
+tracking |= {"notes": "n", "tags": ["t"]}
+run = type(run).model_validate(run.to_dict() | {"tracking": tracking})
+Trainer(run, [Samples()]).fit()
 time.sleep(1.1)  # wandb names its folders by the second
 mirror_to_tracker(run, run.folder, {"t": {"x_accuracy": 0.75, "x_classes": ["cat"]}})
 """
+)
 
 
 def records(path: Path) -> Iterator[Any]:
@@ -92,6 +107,8 @@ def test_offline_run_holds_scalars_axis_media_and_config(tmp_path: Path) -> None
     history: list[dict[str, Any]] = []
     config: dict[str, Any] = {}
     axes: dict[str, str] = {}
+    filed: Any = None
+    measured = False  # cores, memory, GPU
     for record in records(file):
         kind = record.WhichOneof("record_type")
         if kind == "history":
@@ -105,7 +122,9 @@ def test_offline_run_holds_scalars_axis_media_and_config(tmp_path: Path) -> None
             axes[record.metric.glob_name or record.metric.name] = record.metric.step_metric
         elif kind == "run":
             config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
-            assert record.run.display_name == "run" and record.run.project == "mm"
+            filed = record.run
+        elif kind == "stats":
+            measured = True
     assert axes.get("*") == "step"
     for row in rows(run):
         for name in ("loss/text", "loss/image", "tokens/image_share", "optim/lr"):
@@ -113,12 +132,18 @@ def test_offline_run_holds_scalars_axis_media_and_config(tmp_path: Path) -> None
                 h.get("step") == row["step"] and h.get(name) == pytest.approx(row[name])
                 for h in history
             ), name
-    media = {k: v for h in history for k, v in h.items() if k.startswith("samples/")}
-    assert media["samples/picture._type"] == "image-file"
-    assert media["samples/sound._type"] == "audio-file"
-    assert media["samples/words._type"] == "html-file"
-    html = file.parent / "files" / media["samples/words.path"]
-    assert "a &lt; b" in html.read_text()
+    assert measured and filed.display_name == "run"
+    for field, value in (("project", "p"), ("entity", "e"), ("run_group", "g"), ("job_type", "j")):
+        assert getattr(filed, field) == value, field
+    assert filed.notes == "n" and list(filed.tags) == ["t"]
+    (table,) = (h for h in history if "samples.path" in h)
+    assert table["samples._type"] == "html-file" and table["step"] == 2
+    html = (file.parent / "files" / table["samples.path"]).read_text()
+    columns = ["step", "prompt text", "sample image", "prompt image", "sample audio", "sample text"]
+    assert re.findall("<th>(.*?)</th>", html) == columns
+    assert "a &lt; b" in html and "words &lt; file" in html
+    assert html.count(base64.b64encode(PNG).decode()) == 2
+    assert base64.b64encode(b"RIFF of a sound").decode() in html and "<audio" in html
     (plot,) = {k.partition("_table")[0] for h in history for k in h if "t_confusion" in k}
     assert plot == "eval/t/t_confusion"
     summary = {
@@ -172,5 +197,5 @@ def test_a_failing_backend_is_dropped_after_one_warning(caplog: pytest.LogCaptur
     mirror = Tracker(broken)
     mirror.log({"loss/total": 1.0}, 1)
     mirror.log({"loss/total": 1.0}, 2)
-    mirror.media("x", "text", "x", 2)
+    mirror.table("x", [{"a": 1}], 2)
     assert broken.calls == 1 and caplog.text.count("tracking is off") == 1

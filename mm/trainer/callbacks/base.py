@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -14,8 +14,6 @@ from mm.batch import Batch
 from mm.run import Run
 from mm.vocabulary import Vocabulary
 
-MediaKind = Literal["image", "audio", "text"]
-
 
 class MediaSink(Protocol):
     """Where samples are shown."""
@@ -23,10 +21,8 @@ class MediaSink(Protocol):
     @property
     def id(self) -> str | None: ...
 
-    def media(
-        self, name: str, kind: MediaKind, value: Any, step: int, *, sample_rate: int = 16000
-    ) -> None:
-        """Show a sample: image (H, W, C) uint8, audio (N,) float32 in [-1, 1], or text str."""
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Show rows: column -> a number, a word, or the `Path` of a picture, a sound or a text."""
         ...
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -14,7 +15,7 @@ from torch import nn
 
 from mm.batch import Batch, Values
 from mm.config import Config
-from mm.data.modalities.base import BadSample, modality_of_value, raw_modality, table
+from mm.data.modalities.base import BadSample, raw_modality, table
 from mm.decoders.base import is_fixed
 from mm.errors import UserError
 from mm.registry import CALLBACKS
@@ -59,8 +60,23 @@ class SamplesConfig(Config):
         return Samples(self)
 
 
+class Made(NamedTuple):
+    """One sample: the number of its prompt or item, its name, what was asked and what came."""
+
+    number: int
+    name: str
+    prompt: Mapping[str, Any]  # modality -> raw value
+    to: str
+    value: Any
+
+
 class Samples(Callback):
-    """Writes ``samples/step_NNNNNN/NN_<name>.{png,wav,txt}``."""
+    """Writes ``samples/step_NNNNNN/NN_<name>.{png,wav,txt}`` and what they are.
+
+    ``samples/index.jsonl`` says it, a line a sample: ``step``, ``number``, ``prompt`` (modality ->
+    the words themselves, or ``{"file": ...}``), ``to`` and ``file``; files are named from
+    ``samples/``, those of prompts lie in ``samples/prompts/``. The tracker gets one table a step.
+    """
 
     def __init__(self, config: SamplesConfig):
         self.config = config
@@ -114,17 +130,15 @@ class Samples(Callback):
                 made = self._generate(trainer, module)
             else:
                 made = _reconstruct(module, self._kept or {}, trainer.device)
-        folder = trainer.folder / "samples" / f"step_{step:06d}"
-        for i, (name, value) in enumerate(made):
-            _write(trainer, folder, i, name, value, step)
+        _write(trainer, made, step)
 
-    def _generate(self, trainer: Training, module: nn.Module) -> list[tuple[str, Any]]:
+    def _generate(self, trainer: Training, module: nn.Module) -> list[Made]:
         from mm.decoders.generate import Generator
 
         c = self.config
         assert trainer.vocabulary is not None  # `check` asked for it
         generator = Generator(module, trainer.vocabulary, trainer.tokenizers)
-        out: list[tuple[int, str, Any]] = []
+        out: list[Made] = []
         for to in dict.fromkeys(p["to"] for p in c.prompts):
             at = [i for i, p in enumerate(c.prompts) if p["to"] == to]
             raw = [{m: _raw(m, v) for m, v in c.prompts[i].items() if m != "to"} for i in at]
@@ -142,9 +156,12 @@ class Samples(Callback):
             except UserError as error:  # samples never end a run; the next step may do better
                 log.warning("samples to %s: %s", to, error)
                 continue
-            own = raw_modality(to)
-            out += [(i, _name(c.prompts[i]), own.view(v)) for i, v in zip(at, values, strict=True)]
-        return [(name, value) for _, name, value in sorted(out, key=lambda each: each[0])]
+            view = raw_modality(to).view
+            out += [
+                Made(i, _name(c.prompts[i]), prompt, to, view(value))
+                for i, prompt, value in zip(at, raw, values, strict=True)
+            ]
+        return sorted(out, key=lambda one: one.number)
 
 
 def _name(prompt: dict[str, str]) -> str:
@@ -179,8 +196,8 @@ def _items(batches: Sequence[Batch], n: int) -> dict[str, torch.Tensor]:
 
 def _reconstruct(
     module: nn.Module, kept: dict[str, torch.Tensor], device: torch.device
-) -> list[tuple[str, Any]]:
-    """What a tokenizer network makes of the kept items, the originals beside them."""
+) -> list[Made]:
+    """What a tokenizer network makes of the kept items: the original is the prompt."""
     for modality, data in kept.items():
         own = table().modalities.get(modality)
         if own is None or not own.reconstruction:
@@ -194,14 +211,54 @@ def _reconstruct(
         )
         made = []
         for i, (a, b, n) in enumerate(zip(data, again, kept["length"].tolist(), strict=True)):
-            for what, x in (("original", a), ("reconstruction", b)):
-                made.append((f"{modality}{i}_{what}", own.from_network(x, n, int(rate))))
+            original, new = (own.from_network(x, n, int(rate)) for x in (a, b))
+            made.append(Made(i, f"{modality}{i}", {modality: original}, modality, new))
         return made
     return []
 
 
-def _write(trainer: Training, folder: Path, i: int, name: str, value: Any, step: int) -> None:
+def _write(trainer: Training, made: Sequence[Made], step: int) -> None:
+    """Files, lines of the index and a table of the tracker."""
     from mm.decoders.media import save_media
 
-    save_media(value, folder / f"{i:02d}_{name}")
-    trainer.tracker.media(name, step=step, **modality_of_value(value).media(value))
+    root = trainer.folder / "samples"
+    lines, rows = [], []
+    for one in made:
+        file = save_media(one.value, root / f"step_{step:06d}" / f"{one.number:02d}_{one.name}")
+        prompt: dict[str, Any] = {}
+        row: dict[str, Any] = {"step": step}
+        for modality, value in one.prompt.items():
+            if raw_modality(modality).is_text:
+                row[f"prompt {modality}"] = prompt[modality] = _words(value)
+                continue
+            if isinstance(value, Path):
+                value = raw_modality(modality).decode(value.read_bytes())
+            # The same at every step; written again, it is right after a change of the config, too.
+            given = save_media(value, root / "prompts" / f"{one.number:02d}_{modality}")
+            prompt[modality] = {"file": given.relative_to(root).as_posix()}
+            row[f"prompt {modality}"] = given
+        line = {"step": step, "number": one.number, "prompt": prompt, "to": one.to}
+        lines.append(line | {"file": file.relative_to(root).as_posix()})
+        rows.append(row | {f"sample {one.to}": file})
+    if lines:
+        _append(root / "index.jsonl", lines, step)
+        trainer.tracker.table("samples", rows, step)
+
+
+def _append(file: Path, lines: Sequence[Mapping[str, Any]], step: int) -> None:
+    """Add lines to the index; older ones of this step and of later ones go: a resume makes them."""
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            if json.loads(line)["step"] < step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):  # cut by a kill
+            continue
+    text = "".join(f"{line}\n" for line in (*kept, *map(json.dumps, lines)))
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
+
+
+def _words(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import deque
-from collections.abc import Sequence
 from typing import Any
 
 from mm.trainer.callbacks.base import Callback, Training
+from mm.trainer.callbacks.times import Times
 
 WINDOW, SHARE = 100, 0.1  # steps of a mean: at most, and of the whole run
 CUMULATIVE = ("skipped", "data/rejects/", "data/token_shares/")  # their last value counts
@@ -17,16 +16,10 @@ CUMULATIVE = ("skipped", "data/rejects/", "data/token_shares/")  # their last va
 class Summary(Callback):
     """Collects the summary of what this process trained; see `result`."""
 
-    def __init__(self) -> None:
+    def __init__(self, times: Times) -> None:
+        self._times = times
         self._rows: deque[dict[str, float]] = deque(maxlen=WINDOW)
         self._held_out: dict[str, float] = {}
-        self._seconds: dict[str, float] = {}
-        self._phase, self._begun = "start", time.monotonic()
-
-    def on_phase(self, trainer: Training, name: str, step: int, keys: Sequence[str] = ()) -> None:
-        now = time.monotonic()
-        self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._begun
-        self._phase, self._begun = name, now
 
     def post_step(self, trainer: Training, step: int, metrics: dict[str, Any]) -> None:
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float))}
@@ -42,7 +35,6 @@ class Summary(Callback):
         figures, ``seconds`` by phase: start, stage, data, step, held_out, report, save, export,
         evaluate.
         """
-        self.on_phase(trainer, "end", trainer.step)
         rows = list(self._rows)[-max(1, min(WINDOW, round(SHARE * trainer.steps))) :]
         means: dict[str, float] = {}
         for name in dict.fromkeys(k for row in rows for k in row):
@@ -55,5 +47,5 @@ class Summary(Callback):
             "steps": len(rows),
             "means": means,
             "held_out": self._held_out,
-            "seconds": {k: round(v, 2) for k, v in self._seconds.items()},
+            "seconds": {k: round(v, 2) for k, v in self._times.by_phase().items()},
         }

@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mm.run import Run
-from mm.trainer.callbacks.base import Callback, MediaKind, Training
+from mm.run import Run, Tracking
+from mm.trainer.callbacks.base import Callback, Training
+from mm.trainer.log.html_table import html_table
 
 log = logging.getLogger("mm.trainer")
 
@@ -89,23 +90,19 @@ class Tracker(Callback):
         """Set figures of the whole run, beside the last value of each metric."""
         self._try("summary", lambda run: run.summary.update(_numbers(figures)))
 
-    def media(
-        self, name: str, kind: MediaKind, value: Any, step: int, *, sample_rate: int = 16000
-    ) -> None:
-        """Log a sample: image (H, W, C) uint8, audio (N,) float32 in [-1, 1], or text str."""
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Log rows (see `html_table`) as one page with its pictures and sounds in it.
+
+        No `wandb.Table`: that one leaves media of an offline run in the home folder, so that they
+        are lost when the run folder is uploaded from another machine.
+        """
 
         def send(run: Any) -> None:
             import wandb
 
-            if kind == "image":
-                item: Any = wandb.Image(value)
-            elif kind == "audio":
-                item = wandb.Audio(value, sample_rate=sample_rate)
-            else:
-                item = wandb.Html(f"<pre>{_escape(str(value))}</pre>", inject=False)
-            run.log({f"samples/{name}": item, "step": step})
+            run.log({name: wandb.Html(html_table(rows), inject=False), "step": step})
 
-        self._try("media", send)
+        self._try("table", send)
 
     def finish(self) -> None:
         """Close the run; waits at most `FINISH_TIMEOUT_S` for an upload."""
@@ -127,6 +124,18 @@ class Tracker(Callback):
             )
 
 
+def _place(tracking: Tracking) -> dict[str, Any]:
+    """Where a run is filed, as `wandb.init` calls it."""
+    return {
+        "project": tracking.project,
+        "entity": tracking.entity,
+        "group": tracking.group,
+        "job_type": tracking.job_type,
+        "notes": tracking.notes,
+        "tags": list(tracking.tags),
+    }
+
+
 def _init(
     run: Run, folder: Path, mode: Any, run_id: str | None, config: Mapping[str, Any] | None
 ) -> Any:
@@ -137,14 +146,12 @@ def _init(
         silent=True,
         disable_git=True,
         disable_code=True,
-        x_disable_stats=True,
         console="off",
         quiet=True,
     )
     made = wandb.init(
-        project=run.tracking.project,
         name=run.name,
-        tags=list(run.tracking.tags),
+        **_place(run.tracking),
         dir=str(folder),
         mode=mode,
         id=run_id,
@@ -183,12 +190,6 @@ def _confusion_plot(counts: Sequence[Sequence[int]], classes: Sequence[str], tit
         class_names=[*classes, "(none)"],
         title=title,
     )
-
-
-def _escape(text: str) -> str:
-    import html
-
-    return html.escape(text)
 
 
 def _with_timeout(what: str, action: Callable[[], Any], timeout_s: float) -> Any:
