@@ -56,7 +56,8 @@ def choose(found: Found, options: Options, speed: Speed) -> Plan:
                 "hand: docs/how-to/modality.md"
             )
         names[modality] = plans[-1].modality
-    copies = training.copies(found)
+    n_train = len(found.keys) - (found.held_out(share) if share else 0)
+    copies = training.copies(found, n_train)
     split = "test" if found.splits.get("test") else "val"
     left = 60 * options.minutes - START_SECONDS - sum(plan.cpu_seconds for plan in plans)
     left -= 60 * options.minutes * 0.15  # `mm eval`
@@ -69,6 +70,7 @@ def choose(found: Found, options: Options, speed: Speed) -> Plan:
         share=share,
         seconds=max(5.0, left),
         speed=speed,
+        n_train=n_train,
         copies=copies.value if copies else 1,
     )
     configs = {f"tokenizer-{p.modality}.yaml": p.config for p in plans} | {"train.yaml": train}
@@ -106,16 +108,16 @@ def _packing(found: Found, options: Options) -> tuple[Found, Step, float, list[C
         )
         return found, Step(tuple(words), "raw files to checked shards"), 0.0, notes
     shares = SHARES if options.val_share is None else (options.val_share,)
-    taken = lambda s: round(s * found.samples) if found.kind == "text" else found.held_out(s)
-    share = next((s for s in shares if 0 < taken(s) < len(found.keys)), None)
+    n = len(found.keys)
+    share = next((s for s in shares if 0 < found.held_out(s) < n), None)
     if share is None:
         raise UserError(
-            f"{found.src}: {len(found.keys)} samples to train on, too few to hold any out: give "
+            f"{found.src}: {n} samples to train on, too few to hold any out: give "
             "more, or put some into a folder called val"
         )
     words += ["--val-share", str(share)]
     where = "the end of the file" if found.kind == "text" else "by the hash of its name"
-    notes.append(Chosen("val", f"{taken(share):,} samples are held out ({where})"))
+    notes.append(Chosen("val", f"{found.held_out(share):,} samples are held out ({where})"))
     return found, Step(tuple(words), "raw files to checked shards, some held out"), share, notes
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from mm.data.modalities.base import BadSample, get_modality, table
 from mm.data.shards.members import split_ordinal
-from mm.data.sources.base import SPLITS, Record
+from mm.data.sources.base import SPLITS, Record, read_inside
 from mm.data.sources.detect import open_source
 from mm.data.sources.folder import FolderSource
 from mm.data.sources.text import TextSource
@@ -105,6 +105,8 @@ class Found(NamedTuple):
 
     def held_out(self, share: float) -> int:
         """Samples that `mm data pack --val-share` would take out of train."""
+        if self.kind == "text":  # its end
+            return round(share * len(self.keys))
         return sum(key_of("val", key) < share * 2**64 for key in self.keys)
 
 
@@ -199,7 +201,7 @@ class Reader:
         out = []
         for r in self.records[:: max(1, len(self.records) // 500)]:
             read = r.values.get(modality)
-            if isinstance(read, partial) and len(read.args) == 2:  # of `read_inside`
+            if isinstance(read, partial) and read.func is read_inside:
                 path = Path(read.args[0], read.args[1])
                 out.append(SampleFile(r.key, SPLITS.get(r.split or "", r.split), path))
         return tuple(out)

@@ -32,8 +32,8 @@ def run(folder: Path) -> Path:
     home = run_folder(lines, folder)
     home.mkdir(parents=True, exist_ok=True)
     steps = Steps(home, f"run {folder}")
-    done: dict[str, str] = _json(folder / DONE)
-    seconds = {old["command"]: old["seconds"] for old in _json(home / "commands.json") or ()}
+    done: dict[str, str] = read_json(folder / DONE)
+    seconds = {old["command"]: old["seconds"] for old in read_json(home / "commands.json") or ()}
     anew = False
     for words in lines:
         line = shlex.join(["mm", *words])
@@ -103,7 +103,8 @@ def _is_there(words: Sequence[str]) -> bool:
     return all(path.exists() for path in made)
 
 
-def _json(file: Path) -> Any:
+def read_json(file: Path) -> Any:
+    """What a file holds; an empty mapping where there is none."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -39,9 +39,8 @@ def tasks(found: Found, names: Mapping[str, str]) -> Chosen | None:
     return Chosen(values, why)
 
 
-def copies(found: Found) -> Chosen | None:
+def copies(found: Found, n: int) -> Chosen | None:
     """Varied copies of every training sample; None where there are enough samples, or only text."""
-    n = len(found.keys)
     wanted = min(8, SAMPLES // max(1, n))
     if wanted < 2 or not {"image", "audio"} & {*found.modalities}:
         return None
@@ -75,6 +74,7 @@ def train_config(
     share: float,
     seconds: float,
     speed: Speed,
+    n_train: int,
     copies: int,
 ) -> dict[str, Any]:
     """The Run YAML of the backbone.
@@ -83,18 +83,17 @@ def train_config(
         split: what the figures are measured on.
         share: of train that becomes val.
         seconds: what is left of the budget for this training.
-        copies: of every training sample.
+        n_train: samples to train on, and ``copies`` of each.
     """
     row, too_long = row_length(found, plans)
     batch = 8
     mean = sum(p.mean * n for p in plans for pair, n in found.pairs.items()
                if raw_modality(p.modality).kind in pair)  # fmt: skip
-    n_train = copies * len(found.keys)
     per_document = min(row.value, mean / found.samples)
     model = model_config(plans)
     ids = 16 + sum(p.n_ids for p in plans)
     step = speed(plain(model), ids, row.value, batch)
-    epoch = max(1, round(n_train * mean / found.samples / (0.95 * row.value * batch)))
+    epoch = max(1, round(copies * n_train * mean / found.samples / (0.95 * row.value * batch)))
     steps = budget(found, step, seconds, epoch, copies)
     data: dict[str, Any] = {
         "kind": "packed",
@@ -117,6 +116,9 @@ def train_config(
         "name": "first",
         "out": str(out / "runs"),
         "evaluate": Chosen(False, "mm eval is a step of its own"),
+        "export": Chosen(
+            "best", "small data are learnt by heart in the end: the best on val is kept"
+        ),
         "vocabulary": str(out / "tokens" / "vocabulary.json"),
         "tokenizers": {p.modality: str(out / "tokenizers" / p.modality) for p in plans},
         "model": model,

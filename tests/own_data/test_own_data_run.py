@@ -118,7 +118,7 @@ def test_the_first_hour(kind: str, tmp_path: Path) -> None:
     assert (home / "report" / "index.html").stat().st_size > 20_000
     if kind == "photographs":
         row = figures["image_to_text_accuracy"]
-        assert 0 <= row["value"] <= 1 and row["probe"] > 0.7  # China is no flower
+        assert 0 <= row["value"] <= 1 and row["probe"] > 0.5  # of few
         assert any(p.suffix == ".png" for p in (home / "samples").rglob("*"))
         mm("generate", home, "--prompt", PHOTOS[0], "--to", "image", "-o", "a.png", cwd=tmp_path)
         assert np.asarray(Image.open(tmp_path / "a.png")).shape == (32, 32, 3)
