@@ -41,6 +41,7 @@ class Draws:
 
     def __init__(self, gray: bool = False):
         self._image, self.gray = Palette(), gray
+        self.tokenizers: dict[str, Any] = {}
 
     def tokenizer(self, modality: str) -> Any:
         return self._image
