@@ -13,6 +13,7 @@ from mm.data.shards.reader import MANIFEST
 from mm.errors import UserError
 from mm.own_data.write import COMMANDS
 from mm.quickstart.steps import Steps
+from mm.reading import parse_json
 
 DONE = "done.json"  # command -> digest of what it was given
 PLACES = ("--out", "--json")  # of what a command makes
@@ -106,6 +107,6 @@ def _is_there(words: Sequence[str]) -> bool:
 def read_json(file: Path) -> Any:
     """What a file holds; an empty mapping where there is none."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return parse_json(file.read_bytes())
     except (OSError, ValueError):
         return {}

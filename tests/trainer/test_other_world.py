@@ -17,6 +17,7 @@ from trainer_toys import toys_registered  # noqa: F401
 
 from mm.batch import Batch, Values
 from mm.errors import UserError
+from mm.hashes import digest
 from mm.run import Run
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint import resume_check
@@ -74,7 +75,7 @@ def test_weights_that_changed_on_the_way_are_found_by_the_probe(tmp_path: Path) 
         file.write_bytes(data)
         mark = found.folder / checkpoint.MARK
         hashes = json.loads(mark.read_text())
-        mark.write_text(json.dumps(hashes | {file.name: checkpoint._sha256(file)}))
+        mark.write_text(json.dumps(hashes | {file.name: digest(file)}))
 
     weights["up.weight"] = weights["up.weight"].flip(0)
     save_file(weights, str(tmp_path / "flipped.safetensors"))

@@ -31,7 +31,7 @@ def test_means_of_the_last_part_and_seconds_by_phase(
     assert 0.9 * out["seconds"] < sum(taken.values()) < 1.1 * out["seconds"]
     print_trained("Trained toys", out)
     said = capsys.readouterr().out
-    for words in ("last 3 steps", "held-out", "chance", "best held-out loss", "seconds: start"):
+    for words in ("last 3 steps", "held-out", "chance", "best held-out loss", "seconds: "):
         assert words in said
     assert "optim/lr" not in said and "data/" not in said
     print_trained("Trained toys", train(run))

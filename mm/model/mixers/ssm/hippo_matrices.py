@@ -69,10 +69,12 @@ def hippo(measure: Measure, n: int) -> tuple[Tensor, Tensor]:
             rotation[2 * j, 2 * j + 1] = -2 * torch.pi * j
             rotation[2 * j + 1, 2 * j] = 2 * torch.pi * j
         return rotation - 2 * torch.outer(b, b), 2 * b
-    sign = torch.where(row < column, (-1.0) ** (row - column), torch.ones_like(row - column))
+    # Not (-1.0) ** n: torch.compile with backend "eager" writes it down as -(1.0 ** n).
+    parity = lambda exponent: 1 - 2 * (exponent % 2)
+    sign = torch.where(row < column, parity(row - column), torch.ones_like(row - column))
     if measure == "lmu":
-        sign = torch.where(row < column, -torch.ones_like(sign), (-1.0) ** (row - column + 1))
-        return (2 * row + 1) * sign, (2 * k + 1) * (-1.0) ** k
+        sign = torch.where(row < column, -torch.ones_like(sign), parity(row - column + 1))
+        return (2 * row + 1) * sign, (2 * k + 1) * parity(k)
     p = (2 * k + 1).sqrt()
     return -sign * torch.outer(p, p), p
 
