@@ -52,9 +52,13 @@ TARGETS = (
     "tokenizers/quantizers/*.py",
 )
 LINKED = ("data", "tokenizers", "kernels", "launch", "configs")  # mm/<name> is a link to <name>
-# Test files whose lines a quick run measures: those that name what they test.
-QUICK = ("tests/data/*", "tests/trainer/*", "tests/tasks/*", "tests/tokenizers/*",
-         "tests/decoders/*", "tests/model/test_positions*", "tests/model/test_rope*")  # fmt: skip
+# Parts of the program and the test files that are named after them, for a quick run of one.
+PARTS = {
+    "data": ("data/*", "tests/data/*"),
+    "trainer": ("mm/trainer/*", "tests/trainer/*"),
+    "tokenizers": ("tokenizers/*", "tests/tokenizers/*"),
+    "tasks": ("mm/tasks/*", "tests/tasks/*"),
+}
 SECONDS_A_MUTANT = 150.0  # of test files, once: what is quicker runs, the rest is left out
 
 
@@ -171,7 +175,7 @@ def run(
     seed: str = "0",
     per_module: int | None = None,
     workers: int | None = None,
-    quick: bool = False,
+    part: str | None = None,
     build: Path = ROOT / "build" / "mutants",
 ) -> list[dict[str, Any]]:
     """Measure lines where needed, test mutants, write the report; returns this run's rows."""
@@ -182,8 +186,9 @@ def run(
     n = workers or len(os.sched_getaffinity(0))
     trees = [copy_of_tree(build / f"tree{i}") for i in range(n)]
     tests = sorted(str(f.relative_to(ROOT)) for f in (ROOT / "tests").rglob("test_*.py"))
-    if quick:
-        tests = [t for t in tests if any(fnmatch.fnmatch(t, pattern) for pattern in QUICK)]
+    if part is not None:
+        only, of_tests = PARTS[part]
+        tests = [t for t in tests if fnmatch.fnmatch(t, of_tests)]
     tests = [t for t in tests if not t.startswith("tests/mutation/")]
     lines = processes.lines_of_tests(ROOT, tests, trees, build / "lines.json", LINKED)
     files = target_files(only)
@@ -239,5 +244,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", default="0", help="text, or HEAD for the commit's hash")
     parser.add_argument("--per-module", type=int, help="at most so many mutants of a file")
     parser.add_argument("--workers", type=int, help="processes; default: one a core")
-    parser.add_argument("--quick", action="store_true", help="test files of QUICK alone")
+    parser.add_argument("--part", choices=PARTS, help="one part, by its own test files alone")
     run(**vars(parser.parse_args()))
