@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -56,8 +57,10 @@ class Times(Callback):
         for name, value in (self._before or {}).items():
             seconds[name] = seconds.get(name, 0.0) + value
         part = trainer.folder / f"{FILE}.part"
-        part.write_text(json.dumps({"seconds": {k: round(v, 3) for k, v in seconds.items()}}))
-        part.replace(trainer.folder / FILE)
+        text = json.dumps({"seconds": {k: round(v, 3) for k, v in seconds.items()}})
+        with contextlib.suppress(OSError):  # a full disk: the save says so, times are no reason
+            part.write_text(text)
+            part.replace(trainer.folder / FILE)
 
 
 def _read(file: Path) -> dict[str, Any]:
