@@ -135,7 +135,7 @@ class PackJob:
                 listed = written.abort(out)
                 if listed is None:
                     raise
-                raise UserError(f"{error}; all of them are in {listed}") from error
+                raise UserError(f"{error}; what was left out is listed in {listed}") from error
             manifest = self._manifest(written)
             if self.vocabulary:
                 self.vocabulary.save(part / VOCABULARY)
