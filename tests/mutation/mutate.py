@@ -120,7 +120,8 @@ def _inside(function: ast.AST) -> Iterator[ast.AST]:
             if field in skipped:
                 continue
             for child in reversed(value if isinstance(value, list) else [value]):
-                if isinstance(child, ast.AST):
+                # `zip(strict=True)` guards against what does not happen
+                if isinstance(child, ast.AST) and getattr(child, "arg", None) != "strict":
                     stack.append(child)
 
 
@@ -163,10 +164,11 @@ def _unary(node: ast.UnaryOp) -> Iterator[ast.AST]:
 
 
 def _constant(node: ast.Constant) -> Iterator[ast.AST]:
+    # Settings of classifiers and the like, 10.0 for 11.0, say nothing about a test.
     if isinstance(node.value, bool):
         yield ast.Constant(not node.value)
-    elif _number(node):
-        yield ast.Constant(node.value + 1)  # type: ignore[operator]
+    elif isinstance(node.value, int) and abs(node.value) <= 2:
+        yield ast.Constant(node.value + 1)
 
 
 def _condition(node: ast.If | ast.IfExp) -> Iterator[ast.AST]:
@@ -188,12 +190,6 @@ def _statement(node: ast.Expr | ast.AugAssign) -> Iterator[ast.AST]:
         yield ast.Pass()
 
 
-def _keyword(node: ast.Call) -> Iterator[ast.AST]:
-    """A call without its last keyword argument."""
-    if len(node.keywords) > 1 and node.keywords[-1].arg is not None:
-        yield ast.Call(node.func, node.args, node.keywords[:-1])
-
-
 RULES: tuple[tuple[type | tuple[type, ...], Callable[..., Iterator[ast.AST]]], ...] = (
     (ast.Compare, _compare),
     (ast.BinOp, _arithmetic),
@@ -202,6 +198,5 @@ RULES: tuple[tuple[type | tuple[type, ...], Callable[..., Iterator[ast.AST]]], .
     (ast.Constant, _constant),
     (ast.IfExp, _condition),
     (ast.Call, _name),
-    (ast.Call, _keyword),
     ((ast.Expr, ast.AugAssign), _statement),
 )
