@@ -30,6 +30,7 @@ def write(folder: Path, found: Mapping[str, Any]) -> None:
 
 def show(run: Run, found: Mapping[str, Any]) -> None:
     """Print the table on standard error."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -44,10 +45,13 @@ def show(run: Run, found: Mapping[str, Any]) -> None:
         f"{run.name}: {sizes}; {found['device']}, {found['precision']}, {world}; {steps:,} steps"
     )
     table = Table(title=title, title_justify="left", title_style="bold")
+    table.box, table.padding, table.pad_edge = box.SIMPLE_HEAD, (0, 1, 0, 0), False
     many = len(found["stages"]) > 1
     columns = ("source", "modality", "samples", "tokens", "bytes", "left out", "of tokens")
     for i, name in enumerate((*["stage"] * many, *columns, "epochs")):
-        table.add_column(name, overflow="fold", justify="left" if i < 2 + many else "right")
+        side = "right" if i >= 2 + many else "left"
+        # Of a short line the source's name is broken, never a number.
+        table.add_column(name, overflow="fold", justify=side, no_wrap=i >= 1)
     for stage in found["stages"]:
         for source in stage["sources"]:
             for cells in _rows(source):
@@ -57,12 +61,14 @@ def show(run: Run, found: Mapping[str, Any]) -> None:
 
 def _rows(source: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """Cells of a source: a line a modality, what is said of the whole source in the first."""
+    from rich.filesize import decimal
+
     named = f"{'/'.join(Path(source['source']).parts[-2:])} ({source['split']})"
     samples, tokens = left_out(source)
     shares = (f"{samples:.1%}", f"{tokens:.1%}") if max(samples, tokens) else ("none", "")
     for n, (modality, entry) in enumerate(source["modalities"].items()):
         size = f"{entry['tokens']:,}" if "tokens" in entry else ""
-        line = (modality, f"{entry['samples']:,}", size, f"{entry['bytes']:,}")
+        line = (modality, f"{entry['samples']:,}", size, decimal(entry["bytes"]))
         whole = ("",) * 4 if n else (named, *shares, f"{source['epochs']:.3g}")
         yield (whole[0], *line, *whole[1:])
 
