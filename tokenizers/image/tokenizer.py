@@ -110,7 +110,7 @@ def fit(raw: Any, size: int) -> Tensor:
         x = x[..., None]
     if x.ndim != 3 or x.shape[-1] not in (1, 3, 4) or x.dtype != np.uint8 or 0 in x.shape:
         raise UserError(f"image tokenizer: expected uint8 (H, W, 3), got {x.dtype} {np.shape(raw)}")
-    image = torch.from_numpy(np.ascontiguousarray(x)).permute(2, 0, 1).float() / 255
+    image = torch.from_numpy(np.array(x)).permute(2, 0, 1).float() / 255
     if len(image) == 4:
         image = image[:3] * image[3:] + (1 - image[3:])
     image = image.expand(3, -1, -1)
