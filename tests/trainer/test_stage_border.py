@@ -63,8 +63,15 @@ def assert_same(whole: Run, other: Run) -> None:
     assert left.read_bytes() == right.read_bytes()
 
 
-@pytest.mark.parametrize("zero", [0, 1, 3])
-@pytest.mark.parametrize("form", sorted(FORMS))
+# At stage 3, which takes longest to start, one form by default.
+BORDERS = [
+    pytest.param(form, zero, marks=[pytest.mark.slow] * (zero == 3 and form != "ema"))
+    for form in sorted(FORMS)
+    for zero in (0, 1, 3)
+]
+
+
+@pytest.mark.parametrize("form, zero", BORDERS)
 def test_a_resume_at_the_border_is_as_the_unbroken_run(
     tmp_path: Path, form: str, zero: int
 ) -> None:
