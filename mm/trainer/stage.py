@@ -83,7 +83,7 @@ def enter_stage(
         begin: steps of the run before it.
         code_vectors: vectors of the tokenizers' codes by modality, for a fresh model.
     """
-    config, ranks = run.stages[index], environment.ranks()
+    config = run.stages[index]
     objective: Objective = build(config.objective, vocabulary=vocabulary)
     inside = snapshot if snapshot is not None and snapshot.state["stage"] == index else None
     engines: dict[str, Engine] = {}
@@ -116,14 +116,7 @@ def enter_stage(
     averages = Averages(wanted, engines, frozen, snapshot)
     env.lend(engines, frozen)
     nets = Nets(engines, frozen, env)
-    stream = build(
-        config.data,
-        vocabulary=vocabulary,
-        transform=objective.transform,
-        seed=run.seed,
-        rank=ranks.rank,
-        world=ranks.world,
-    )
+    stream = make_stream(run, index, objective, vocabulary)
     nets.carried = CarriedStates.of(stream, engines["model"], env.autocast())
     if inside is not None:
         stream.load_state_dict(inside.state["data"])
@@ -143,6 +136,19 @@ def enter_stage(
         run.engine.compile,
         12 * sum(parameters.values()),  # fp32, two states
         parameters,
+    )
+
+
+def make_stream(run: Run, index: int, objective: Objective, vocabulary: Vocabulary | None) -> Any:
+    """The data of a stage as this rank reads them. Raises UserError."""
+    ranks = environment.ranks()
+    return build(
+        run.stages[index].data,
+        vocabulary=vocabulary,
+        transform=objective.transform,
+        seed=run.seed,
+        rank=ranks.rank,
+        world=ranks.world,
     )
 
 

@@ -17,7 +17,7 @@ from mm.trainer import folder
 from mm.trainer import survey as figures
 from mm.trainer.callbacks.base import Callback, Training
 from mm.trainer.env import TrainerEnv
-from mm.trainer.stage import StageState, build
+from mm.trainer.stage import StageState, build, make_stream
 from mm.vocabulary import Vocabulary
 
 log = logging.getLogger("mm.trainer")
@@ -130,20 +130,6 @@ def check_tokenizers(trainer: Training, vocabulary: Vocabulary | None) -> None:
             )
 
 
-def make_stream(run: Run, index: int, vocabulary: Vocabulary | None) -> Any:
-    """The data of a stage as this rank would read them. Raises UserError."""
-    stage, ranks = run.stages[index], environment.ranks()
-    objective = build(stage.objective, vocabulary=vocabulary)
-    return build(
-        stage.data,
-        vocabulary=vocabulary,
-        transform=objective.transform,
-        seed=run.seed,
-        rank=ranks.rank,
-        world=ranks.world,
-    )
-
-
 def describe(trainer: Starting, init_from: Mapping[str, Any] | None) -> dict[str, Any]:
     """`environment.json`: what the run is made with and begins from."""
     facts: dict[str, Any] = {
@@ -192,7 +178,13 @@ def survey(trainer: Starting, index: int) -> dict[str, Any]:
     streams = {}
     for number in range(index, len(run.stages)):
         first = number == index
-        stream = trainer.stream if first else make_stream(run, number, words)
+        stream = (
+            trainer.stream
+            if first
+            else make_stream(
+                run, number, build(run.stages[number].objective, vocabulary=words), words
+            )
+        )
         steps = run.stages[number].budget.steps
         sources = stream.survey(steps) if hasattr(stream, "survey") else []
         found["stages"].append({"stage": number, "steps": steps, "sources": sources})
