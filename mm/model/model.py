@@ -135,11 +135,11 @@ class Model(nn.Module):
         layout, mask = batch.layout, mask or self.config.default_mask()
         if layout.fields.extra and isinstance(mask, Causal | Full | Window):
             # These read no named field: none is cached, or regrouped with each layer.
-            layout = replace(layout, fields=layout.fields._replace(extra={}))
+            layout = layout.map_fields(lambda f: f._replace(extra={}))
         elif mask.atomic and mask.atomic not in layout.fields.extra:
-            none = {mask.atomic: torch.zeros_like(layout.fields.document)}  # nobody has a prefix
-            layout = replace(
-                layout, fields=layout.fields._replace(extra={**layout.fields.extra, **none})
+            name = mask.atomic  # nobody has a prefix
+            layout = layout.map_fields(
+                lambda f: f._replace(extra={**f.extra, name: torch.zeros_like(f.document)})
             )
         ctx = Ctx(
             layout,
