@@ -66,10 +66,15 @@ def held_out_batches(
     return HeldOutBatches(steps, carrying, chance, ratio)
 
 
+def held_out_data(data: Any) -> Any:
+    """The config of a stage's data over its split "val"; None where no source has one."""
+    return data.held_out(SPLIT) if hasattr(data, "held_out") else None
+
+
 def _read(stage: StageState, vocabulary: Vocabulary | None) -> tuple[list[list[Batch]], Any] | str:
     config, ranks = stage.config, environment.ranks()
     try:
-        data = config.data.held_out(SPLIT) if hasattr(config.data, "held_out") else None
+        data = held_out_data(config.data)
         if data is None:
             return NO_SPLIT
         stream = build(
