@@ -124,6 +124,13 @@ def test_rounding_never_drifts() -> None:
         plan([1.0, 1.0], 10, "tokens", None, [{"text": 3.0}, {}])
 
 
+def test_the_points_of_schedules_are_put_in_order() -> None:
+    mix = plan([{4096: 2.0, 0: 1.0}, {9: 3.0, 0: 1.0}], 2)
+    assert mix.at.tolist() == [0, 4.5, 2048]
+    first = 1 + 9 / 4096  # nine samples on the way from 1 to 2
+    np.testing.assert_allclose(mix.shares[:, 0], [1 / 2, first / (first + 3), 2 / 5])
+
+
 def test_reach_changes_no_more_than_it_has_to() -> None:
     tokens = [{"text": 9.0, "image": 1.0}, {"text": 9.0, "image": 1.0}, {"image": 4.0}]
     share = reach({"text": 0.45, "image": 0.55}, np.array([0.6, 0.2, 0.2]), tokens)

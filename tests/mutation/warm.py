@@ -203,10 +203,10 @@ class Session:
             finally:
                 path.write_bytes(original)
             if by is not None and by not in self.good:
-                before = tests[: [name for name, _ in tests].index(by) + 1]
-                alone = self._fresh(before) if found is None else self._run(before, [])
+                own = [t for t in tests if t[0] == by]
+                alone = self._fresh(own) if found is None else self._run(own, [])
                 if alone[0] is not None:
-                    self.flaky.add(alone[0])
+                    self.flaky.add(by)
                     continue
                 self.good.add(by)
             row = {"caught": by is not None, "by": by, "status": status, "ran": len(tests)}
