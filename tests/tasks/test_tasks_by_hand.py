@@ -1,4 +1,4 @@
-"""Figures of tasks that can be counted by hand: a generator without a model that answers as told."""
+"""Figures of tasks counted by hand: a generator without a model that answers as told."""
 
 from __future__ import annotations
 
