@@ -61,6 +61,20 @@ def test_a_dropout_of_nothing_drops_nothing_whatever_is_drawn() -> None:
     assert out is not None and out[0].ids is not None
 
 
+def test_a_draw_above_all_borders_takes_the_last_task() -> None:
+    """Six shares of 1 / 6 sum to a little less than 1."""
+
+    class Ones:
+        def random(self, n: int) -> np.ndarray:
+            return np.nextafter(np.ones(n), 0)
+
+    names = ["a", "b", "c", "d", "e", "f"]
+    assert sum([1 / 6] * 6) < 1
+    transform = AnyToAnyConfig(tasks=dict.fromkeys(names, 1.0), condition_dropout=0).build()
+    out = transform(segments(*names), Ones())
+    assert out is not None and [s.modality for s in out] == ["f"]
+
+
 def test_any_to_any_is_pure() -> None:
     transform = AnyToAnyConfig.smallest().build()
     given = segments("text", "image")

@@ -118,3 +118,12 @@ def test_a_moved_layout_by_hand() -> None:
     left = layout.derive(document=number)
     assert values(left.cu_seqlens) == [4, 4, 7] and values(left.fields.document) == values(number)
     assert np.array_equal(left.fields.position, layout.fields.position)
+
+
+def test_all_of_a_layout_moves() -> None:
+    doc = Doc(4, extra={"stream": [1, 2, 3, 4]}, grids=[Grid(0, (2, 2))])
+    there = Layout.from_rows([[doc]], axes=3).to("meta")
+    fields = there.fields
+    tensors = [fields.position, fields.document, fields.modality, *fields.extra.values()]
+    tensors += [there.cu_seqlens, there.slot, there.fresh, *there.grids.values()]
+    assert len(tensors) == 8 and all(t.device.type == "meta" for t in tensors)

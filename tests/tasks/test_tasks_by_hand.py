@@ -15,7 +15,7 @@ from mm.data.pack.job import pack
 from mm.decoders.media import save_media
 from mm.errors import UserError
 from mm.registry import TASKS
-from mm.tasks.base import label_of
+from mm.tasks.base import label_of, read_items
 from mm.tasks.judged_generation import reconstruction_judged
 from mm.tokenizers.text.bytes import BytesConfig
 from mm.vocabulary import extend_vocabulary
@@ -32,7 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             key = f"{split}-{i:03d}"
             save_media(make_image(i % 3, rng), root / "source" / f"{key}.png")
             row = {"key": key, "image": f"{key}.png", "split": split, "text": f"no. {i % 3}"}
-            rows.append(row | {"pattern": WORDS[i % 3]})
+            rows.append(row | {"pattern": WORDS[i % 3], "number": i % 3})
     manifest = root / "source" / "manifest.jsonl"
     manifest.write_text("\n".join(map(json.dumps, rows)))
     pack(manifest, root / "packed", progress=False)
@@ -48,6 +48,7 @@ class Answers:
     def __init__(self) -> None:
         self.tokenizers: dict[str, Any] = {}
         self.asked: list[dict[str, Any]] = []
+        self.encoded: list[int] = []  # items of every call
 
     def tokenizer(self, modality: str) -> Any:
         return Palette() if modality == "image" else BytesConfig(modality="text").build()
@@ -70,6 +71,7 @@ class Answers:
         return 0 if of_rows > 0.9 else 1 if of_columns > 0.9 else 2
 
     def encode(self, modality: str, raws: Sequence[Any]) -> list[Any]:
+        self.encoded.append(len(raws))
         return list(raws)
 
     def decode(self, modality: str, spans: Sequence[Any]) -> list[Any]:
@@ -133,11 +135,35 @@ def test_judged_generation_is_counted_by_hand(data: Path) -> None:
 
 
 def test_judged_generation_within_a_limit_and_without_reconstruction(data: Path) -> None:
+    generator = Answers()
+    evaluate(data, generator, kind="judged_generation", limit=5)
+    assert generator.encoded == [5], "so many real items are judged"
     values = {"limit": 5, "reconstruction": False, "reconstruction_bar": 0.4, "classes": WORDS}
     figures = evaluate(data, kind="judged_generation", **values)
     assert figures["text_to_image_n"] == 5 and figures["text_to_image_accuracy"] == 1
     assert figures["text_to_image_judge_on_real_accuracy"] == 1
     assert not any("reconstruction" in name or name.endswith("bar") for name in figures)
+
+
+@pytest.mark.parametrize("kind", ["recognition", "judged_generation"])
+def test_numbers_name_the_classes_in_their_order(data: Path, kind: str) -> None:
+    """A column of 0, 1 and 2 of rows, columns and checks."""
+    figures = evaluate(data, kind=kind, label="number", classes=WORDS)
+    values = {name.split("_to_")[1].split("_", 1)[1]: v for name, v in figures.items()}
+    assert values["accuracy"] == 1 and set(values["classes"]) == set(WORDS)
+    assert values.get("judge_on_real_accuracy", 1) == 1
+
+
+def test_items_have_all_that_is_asked_for(data: Path, tmp_path: Path) -> None:
+    rng, rows = np.random.default_rng(3), []
+    for i in range(4):
+        save_media(make_image(i % 2, rng), tmp_path / "source" / f"{i}.png")
+        text = {"text": "rows"} if i else {}
+        rows.append({"key": str(i), "image": f"{i}.png", "split": "test", "label": "a"} | text)
+    (tmp_path / "source" / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pack(tmp_path / "source" / "manifest.jsonl", tmp_path / "packed", progress=False)
+    count = lambda *modalities: len(read_items(tmp_path / "packed", "test", modalities))
+    assert (count("image"), count("text"), count("image", "text")) == (4, 3, 3)
 
 
 def test_judges_of_other_data_and_of_few_items(data: Path, tmp_path: Path) -> None:
