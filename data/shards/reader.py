@@ -281,9 +281,15 @@ class ShardSet:
         mine = [member_modality(self._members.get(kind, "")) == modality for kind in self._kinds]
         return int(self.index.size[np.array(mine, bool)[self.index.kind]].sum())
 
-    def shard_of(self) -> np.ndarray:
-        """Number of the shard that each sample stands in: (N,) int32, ascending."""
-        return np.asarray(self.index.shard[np.asarray(self.index.start[:-1])])
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples of every shard, in order."""
+        return [shard["samples"] for shard in self._entry["shards"]]
+
+    @property
+    def totals(self) -> dict[str, tuple[int, int]]:
+        """Modality -> samples that have it, and the sum of their lengths."""
+        return {m: (e["count"], e["total"]) for m, e in self._entry["lengths"].items()}
 
     def close(self) -> None:
         """Drop buffers and maps."""
