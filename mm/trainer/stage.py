@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.ema import Averages
 from mm.trainer.engine.deepspeed import Engine
 from mm.trainer.env import Nets, TrainerEnv
+from mm.trainer.log.clock import StepClock
 from mm.trainer.stateful import CarriedStates
 from mm.vocabulary import Vocabulary
 
@@ -43,6 +44,9 @@ class StageState:
     compiled: bool
     save_bytes: int  # of a checkpoint, about
     parameters: dict[str, int]  # of each network that trains
+    clock: StepClock
+    # Called with the name of a network and its engine, between its last backward and its update.
+    gradient_readers: list[Callable[[str, Engine], None]] = field(default_factory=list)
 
     def begin_step(self, step: int) -> dict[str, float]:
         """Seed everything random of ``step``; returns the objective's scheduled values."""
@@ -136,6 +140,7 @@ def enter_stage(
         run.engine.compile,
         12 * sum(parameters.values()),  # fp32, two states
         parameters,
+        StepClock(env.device),
     )
 
 
