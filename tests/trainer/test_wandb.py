@@ -6,7 +6,6 @@ The run is read back with wandb's own protobuf.
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import os
 import re
@@ -76,7 +75,7 @@ class Segment:
         self.summary: dict[str, Any] = {}
         self.axes: dict[str, str] = {}
         self.alerts: list[tuple[str, str]] = []
-        self.artifacts: list[tuple[str, str, dict[str, str]]] = []
+        self.artifacts: list[tuple[str, str, dict[str, str]]] = []  # kind, name, file -> place
         self.filed: Any = None
         self.measured = False  # cores, memory, GPU
         for record in records(path):
@@ -109,7 +108,7 @@ class Segment:
             self.measured = True
 
     def _artifact(self, artifact: Any) -> None:
-        entries = {entry.path: entry.ref for entry in artifact.manifest.contents}
+        entries = {e.path: e.ref or e.local_path for e in artifact.manifest.contents}
         self.artifacts.append((artifact.type, artifact.name, entries))
 
 
@@ -188,17 +187,20 @@ def check_media(segment: Segment, files: Path, below: Path) -> None:
     """The save of samples: one table whose cells are what was sampled, and a page of the same."""
     (row,) = (h for h in segment.history if "samples.path" in h)
     assert row["samples._type"] == "table-file" and row["step"] == 2
-    table = json.loads((files / row["samples.path"]).read_text())
-    assert table["columns"] == COLUMNS
-    cells = [dict(zip(COLUMNS, line, strict=True)) for line in table["data"]]
+    # The file of the history has words alone; what a page shows is the artifact that it refers to.
+    (files_of,) = (f for kind, name, f in segment.artifacts if name.endswith("-samples"))
+    table = json.loads(Path(files_of["samples.table.json"]).read_text())
+    assert table["columns"] == [*COLUMNS, "note"]
+    cells = [dict(zip(table["columns"], line, strict=True)) for line in table["data"]]
     assert cells[0]["prompt text"] == "a < b" and cells[2]["sample text"] == "words < file"
     assert cells[0]["sample image"]["_type"] == cells[1]["prompt image"]["_type"] == "image-file"
     assert cells[1]["sample audio"]["_type"] == "audio-file"
-    assert "cannot be shown" in cells[2]["sample image"]  # and the tracking went on
+    assert "bad.png: cannot be shown" in cells[2]["note"]  # and the tracking went on
     # What the cells refer to lies in the run folder, so that it moves with it.
-    kept = {hashlib.md5(f.read_bytes()).hexdigest() for f in below.rglob("*") if f.is_file()}
-    shown = files.parents[3] / "a.png", files.parents[3] / "a.wav"
-    assert {hashlib.md5(f.read_bytes()).hexdigest() for f in shown} <= kept
+    shown = below.parents[1] / "a.png", below.parents[1] / "a.wav"
+    for cell, file in ((cells[0]["sample image"], shown[0]), (cells[1]["sample audio"], shown[1])):
+        sent = Path(files_of[cell["path"]])
+        assert sent.is_relative_to(below) and sent.read_bytes() == file.read_bytes()
     html = (files / row["samples_page.path"]).read_text()
     assert re.findall("<th>(.*?)</th>", html) == COLUMNS
     assert "a &lt; b" in html and "words &lt; file" in html

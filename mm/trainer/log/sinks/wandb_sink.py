@@ -113,10 +113,16 @@ class WandbSink(Sink):
         import wandb
 
         columns = list(dict.fromkeys(column for row in rows for column in row))
-        cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+        cells, notes = [], []
+        for row in rows:
+            found = [_cell(row.get(column)) for column in columns]
+            cells.append([value for value, _ in found])
+            notes.append("; ".join(note for _, note in found if note) or None)
+        if any(notes):  # in a column of their own: a column has one type
+            columns.append("note")
+            cells = [[*line, note] for line, note in zip(cells, notes, strict=True)]
+        made = wandb.Table(columns=columns, data=cells)
         page = wandb.Html(html_table(rows), inject=False)
-        # Columns hold text in one row and a picture in the next: no type of one column fits.
-        made = wandb.Table(columns=columns, data=cells, allow_mixed_types=True)
         self._send({name: made, f"{name}_page": page}, step)
 
     def summary(self, figures: Mapping[str, Any]) -> None:
@@ -176,22 +182,22 @@ def _place(tracking: Tracking) -> dict[str, Any]:
     }
 
 
-def _cell(value: Any) -> Any:
-    """A value of a table; a file as what it shows."""
+def _cell(value: Any) -> tuple[Any, str]:
+    """A value of a table, a file as what it shows; and a note where it cannot be shown."""
     import wandb
 
     if not isinstance(value, Path):
-        return value if value is None or isinstance(value, (int, float)) else str(value)
+        return value if value is None or isinstance(value, (int, float)) else str(value), ""
     modality = table().modalities.get(table().extensions.get(value.suffix[1:].lower(), ""))
     shown = modality.shown_as if modality is not None else "text"
-    if shown == "text":
-        return value.read_text(encoding="utf-8", errors="replace")[:MAX_LETTERS]
-    if value.stat().st_size > MAX_BYTES:
-        return f"{value.name}: too long to show"
     try:
-        return wandb.Image(str(value)) if shown == "image" else wandb.Audio(str(value))
+        if shown == "text":
+            return value.read_text(encoding="utf-8", errors="replace")[:MAX_LETTERS], ""
+        if value.stat().st_size > MAX_BYTES:
+            return None, f"{value.name}: too long to show"
+        return (wandb.Image(str(value)) if shown == "image" else wandb.Audio(str(value))), ""
     except (OSError, ValueError) as error:  # one damaged file is no end of the tracking
-        return f"{value.name}: cannot be shown: {error}"
+        return None, f"{value.name}: cannot be shown: {error}"
 
 
 def _shown(metrics: Mapping[str, Any]) -> dict[str, Any]:
