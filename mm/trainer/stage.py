@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,8 +45,6 @@ class StageState:
     save_bytes: int  # of a checkpoint, about
     parameters: dict[str, int]  # of each network that trains
     clock: StepClock
-    # Called with the name of a network and its engine, between its last backward and its update.
-    gradient_readers: list[Callable[[str, Engine], None]] = field(default_factory=list)
 
     def begin_step(self, step: int) -> dict[str, float]:
         """Seed everything random of ``step``; returns the objective's scheduled values."""

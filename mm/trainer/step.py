@@ -103,8 +103,6 @@ def _update(
     for key in [key for key in host if key.startswith(COUNT)]:
         if host.pop(key) == 0:  # a loss without targets is absent: 0 would read as perfect
             del host[f"loss/{key.removeprefix(COUNT)}"]
-    for read in stage.gradient_readers:
-        read(network, engine)
     lr = engine.set_lr(stage.lr_factor(step))
     applied, norm_before = engine.step(host.pop("norm", None))
     after = getattr(engine.raw, "after_step", None)

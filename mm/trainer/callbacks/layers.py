@@ -8,7 +8,7 @@ feed-forward layer or an op of yours is seen like any other.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -58,7 +58,7 @@ class Layers(Callback):
         self._loads: dict[str, Tensor] = {}
         self._inside: list[str] = []  # paths of the layers that run now
         self._hooks: list[Any] = []
-        self._asking = False
+        self._asking = self._due = False
 
     def check(self, trainer: Training) -> None:
         if trainer.run.engine.compile:
@@ -71,17 +71,21 @@ class Layers(Callback):
         self._leave()
         if (trainer.step + 1) % self.config.every:
             return
-        self._sums, self._loads, self._inside = {}, {}, []
+        self._sums, self._loads, self._inside, self._due = {}, {}, [], True
         for engine in trainer.stage.engines.values():
             for path, module in engine.raw.named_modules():
                 if isinstance(module, (Block, Mixer, FeedForward)):
                     self._watch(path, module)
         Op.observer = self._observe
 
+    def on_phase(self, trainer: Training, name: str, step: int, keys: Sequence[str] = ()) -> None:
+        if name != "step":  # a held-out loss is none of its business
+            self._leave()
+
     def post_step(self, trainer: Training, step: int, metrics: dict[str, Any]) -> None:
-        if not self._hooks:
+        if not self._due:
             return
-        self._leave()
+        self._due = False
         names, loads = sorted(self._sums), sorted(self._loads)
         parts = [part for name in names for part in self._sums[name]]
         parts = all_reduce([*parts, *(self._loads[name] for name in loads)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -13,8 +14,9 @@ from mm.config import Config
 from mm.model.layer import Embedder, Head, HeadOut
 from mm.registry import CALLBACKS
 from mm.trainer.callbacks.base import Callback, Training
-from mm.trainer.engine.deepspeed import Engine
+from mm.trainer.engine.gradients import Gradients, unclip
 from mm.trainer.log.metrics import all_reduce
+from mm.vocabulary import Vocabulary
 
 
 @CALLBACKS.register("modalities")
@@ -48,10 +50,9 @@ class Modalities(Callback):
         self._norms: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
         self._inside = False
-        self._batch: Batch | None = None
 
     def pre_step(self, trainer: Training, batches: list[Batch]) -> None:
-        self._leave(trainer)
+        self._leave()
         words = trainer.vocabulary
         step = trainer.step + 1
         if words is None or (step % self.config.every and step != 1):
@@ -63,32 +64,36 @@ class Modalities(Callback):
         for head in (m for m in module.modules() if isinstance(m, Head)):
             guess = lambda head, given, out: self._guess(head, given, out, starts)
             self._hooks.append(head.register_forward_hook(guess))
-        self._norms = {}
-        read = lambda network, engine: self._read(trainer, network, engine)
-        trainer.stage.gradient_readers.append(read)
-        self._hooks.append(_Removable(trainer.stage.gradient_readers, read))
+        self._norms, engine = {}, trainer.stage.engines["model"]
+        tables = tables_of(engine.raw, words.size)
+        take = lambda name, grad: self._take(tables[name], grad, words)
+        self._hooks.append(Gradients(engine, tables, take))
+
+    def on_phase(self, trainer: Training, name: str, step: int, keys: Sequence[str] = ()) -> None:
+        if name != "step":  # a held-out loss is none of its business
+            self._leave()
 
     def post_step(self, trainer: Training, step: int, metrics: dict[str, Any]) -> None:
-        words = trainer.vocabulary
-        if words is None or not self._hooks:
+        words, counted, self._sums = trainer.vocabulary, self._sums, None
+        if words is None or counted is None:
             return
-        self._leave(trainer)
-        assert self._sums is not None
-        (sums,) = all_reduce([self._sums])
+        (sums,) = all_reduce([counted])
         right, asked = sums.tolist()
         for i, name in enumerate(words.modalities, start=1):
             if asked[i]:
                 metrics[f"accuracy/{name}"] = right[i] / asked[i]
         if self._norms:
             values = torch.stack(list(self._norms.values())).tolist()
-            metrics |= dict(zip(self._norms, values, strict=True))
+            clip = trainer.stage.engines["model"].grad_clip
+            factor = unclip(metrics["optim/grad_norm"], clip)
+            metrics |= {k: factor * v for k, v in zip(self._norms, values, strict=True)}
         wanted = getattr(trainer.stage.config.data, "modality_tokens", None) or {}
         fixed = {k: v for k, v in wanted.items() if isinstance(v, (int, float))}
         if fixed and len(fixed) == len(wanted):
             total = sum(fixed.values())
             metrics |= {f"targets/{k}_wanted": v / total for k, v in fixed.items() if total}
 
-    def _leave(self, trainer: Training) -> None:
+    def _leave(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -117,34 +122,22 @@ class Modalities(Callback):
         self._sums[0].index_add_(0, known, right)
         self._sums[1].index_add_(0, known, torch.ones_like(right))
 
-    def _read(self, trainer: Training, network: str, engine: Engine) -> None:
-        """Take the norms of the ranges' rows of the tables. Runs on all ranks."""
-        words = trainer.vocabulary
-        if network != "model" or words is None:
-            return
-        seen: set[int] = set()
-        for kind, suffix in ((Embedder, "embedding"), (Head, "head")):
-            for module in (m for m in engine.raw.modules() if isinstance(m, kind)):
-                weight: Any = module.weight
-                if id(weight) in seen or not weight.requires_grad:
-                    continue
-                seen.add(id(weight))
-                grad = engine.full_grad(weight)
-                if grad is None or grad.shape[0] < words.size:
-                    continue
-                rows = grad.detach().float().norm(dim=1)
-                for name in words.modalities:
-                    span = words.range(name)
-                    key, norm = f"grad/{name}_{suffix}", rows[span.begin : span.stop].norm()
-                    self._norms[key] = norm  # of several heads the last one's
+    def _take(self, suffix: str, grad: Tensor, words: Vocabulary) -> None:
+        """Keep the norms of the ranges' rows of a table's gradient (N, D)."""
+        rows = grad.norm(dim=1)
+        for name in words.modalities:
+            span = words.range(name)
+            self._norms[f"grad/{name}_{suffix}"] = rows[span.begin : span.stop].norm()
 
 
-class _Removable:
-    """Takes a reader off its list, as a hook's handle does."""
-
-    def __init__(self, readers: list[Any], one: Any):
-        self._readers, self._one = readers, one
-
-    def remove(self) -> None:
-        if self._one in self._readers:
-            self._readers.remove(self._one)
+def tables_of(module: nn.Module, n_ids: int) -> dict[str, str]:
+    """Names of the parameters with a row for each id: "embedding" or "head"; a shared one once."""
+    names = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
+    out: dict[str, str] = {}
+    for kind, suffix in ((Embedder, "embedding"), (Head, "head")):
+        for part in (m for m in module.modules() if isinstance(m, kind)):
+            weight: Any = part.weight
+            shape = getattr(weight, "ds_shape", weight.shape)
+            if id(weight) in names and shape[0] >= n_ids:
+                out.setdefault(names[id(weight)], suffix)
+    return out

@@ -226,17 +226,6 @@ class Engine:
         """Trainable parameters once each (tied ones under their first name)."""
         return ((name, p) for name, p in self.raw.named_parameters() if p.requires_grad)
 
-    def full_grad(self, parameter: nn.Parameter) -> Tensor | None:
-        """The gradient of a parameter, in its shape, averaged over ranks and not clipped yet.
-
-        Call on all ranks, between the last backward (at stage 0: `reduce`) and `step`.
-        """
-        if self.zero_stage == 0:
-            return parameter.grad
-        from deepspeed.utils import safe_get_full_grad
-
-        return safe_get_full_grad(parameter)
-
     def weights(self) -> dict[str, Tensor]:
         """Full CPU tensors of parameters (fp32 masters) and persistent buffers, by their names."""
         from deepspeed.utils import safe_get_full_fp32_param

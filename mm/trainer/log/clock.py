@@ -42,7 +42,7 @@ class StepClock:
         marks = self._before if self._on_gpu else self._marks
         if self._on_gpu and marks and not marks[-1][1].query():
             return {}
-        out = dict.fromkeys(PARTS, 0.0) if len(marks) > 1 else {}
+        out: dict[str, float] = {part: 0.0 for part in PARTS} if len(marks) > 1 else {}
         for (_, begun), (part, ended) in zip(marks, marks[1:], strict=False):
             took = begun.elapsed_time(ended) / 1000 if self._on_gpu else ended - begun
             out[part] += took

@@ -39,7 +39,7 @@ class MlflowSink(Sink):
     def __init__(self, config: MlflowConfig, place: Place):
         import os
 
-        from mlflow import MlflowClient
+        from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
 
         tracking = place.run.tracking
         default = f"sqlite:///{(place.run.out / 'mlflow.db').resolve()}"
@@ -58,14 +58,14 @@ class MlflowSink(Sink):
         )
         self._id = run.info.run_id
         if place.config is not None and not mine:
-            from mlflow.entities import Param
+            from mlflow.entities import Param  # pyright: ignore[reportMissingImports]
 
             flat = [Param(k, str(v)[:LONGEST]) for k, v in _flat(place.config)]
             for i in range(0, len(flat), 100):  # of one request
                 self._client.log_batch(self._id, params=flat[i : i + 100])
 
     def log(self, row: Mapping[str, Any], step: int) -> None:
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]
 
         now = int(1000 * time.time())
         found = {k: float(v) for k, v in numbers(row).items()}

@@ -112,8 +112,9 @@ class WandbSink(Sink):
         """
         import wandb
 
-        columns = list(dict.fromkeys(column for row in rows for column in row))
-        cells, notes = [], []
+        columns: list[Any] = list(dict.fromkeys(column for row in rows for column in row))
+        cells: list[Any] = []
+        notes: list[str | None] = []
         for row in rows:
             found = [_cell(row.get(column)) for column in columns]
             cells.append([value for value, _ in found])
