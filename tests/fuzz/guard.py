@@ -21,8 +21,8 @@ _PROGRAM = {os.path.realpath(p) for p in (sys.prefix, sys.base_prefix, Path(__fi
 _READ = tuple(f"{p.rstrip('/')}/" for p in (*sorted(_PROGRAM), "/usr", "/proc", "/sys", "/dev"))
 _RUN = {"os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "socket.connect",
         "pickle.find_class"}  # fmt: skip
-_CHANGE = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "shutil.rmtree",
-           "shutil.move"}  # fmt: skip
+_CHANGE = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink",
+           "shutil.rmtree", "shutil.move"}  # fmt: skip
 
 
 def _audit(event: str, args: tuple[Any, ...]) -> None:
