@@ -64,6 +64,7 @@ TESTS = (
     "tests/model/mixers/test_mixer_attention_positions.py",
     "tests/own_data/*",
     "tests/test_config.py",
+    "tests/test_vocabulary.py",
     "tests/test_registry.py",
     "tests/test_hashes.py",
     "tests/test_reading.py",
