@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -188,7 +189,9 @@ def test_one_text_file_is_cut_and_joins_again(tmp_path: Path) -> None:
 
 def test_rerun_is_safe_and_a_change_needs_overwrite(tmp_path: Path) -> None:
     src = folder(tmp_path / "src", 3)
+    begun = time.monotonic()
     first = quiet(src, tmp_path / "out")
+    assert first.seconds <= time.monotonic() - begun
     before = (tmp_path / "out/manifest.json").read_bytes()
     again = quiet(src, tmp_path / "out")
     assert again.already and not first.already and again.samples == first.samples
