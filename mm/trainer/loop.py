@@ -195,7 +195,7 @@ class Trainer:
         """Count the step and tell all callbacks; the guard, first of them, may raise RollBack."""
         self.state.step += 1
         self.phase("report", self.step)
-        metrics = of_step(facts, seconds, waited, getattr(self.stream, "stats", {}))
+        metrics = of_step(facts, seconds, waited, self.stream)
         for callback in self.callbacks:
             callback.post_step(self, self.step, metrics)
         self.metrics = metrics

@@ -36,7 +36,8 @@ def optimizer_step(
         stop: this rank was asked to stop.
 
     Returns:
-        Metrics on the host, and "stop": how many ranks were asked to.
+        Metrics on the host, "stop": how many ranks were asked to, and "stream": what the rows of
+        all ranks hold, by the names that the stream counts.
     """
     objective, env, world = stage.objective, stage.env, dist.get_world_size()
     clock = stage.clock
@@ -98,8 +99,11 @@ def _update(
     stage.clock.mark("communication")
     if norm is not None:
         device["norm"] = norm
-    values = torch.stack([t.detach().float() for t in device.values()]).tolist()
-    host = dict(zip(device, values, strict=True))
+    flat = torch.cat([t.detach().double().reshape(-1) for t in device.values()]).tolist()
+    host: dict[str, Any] = {}
+    for key, t in device.items():
+        values, flat = flat[: t.numel()], flat[t.numel() :]
+        host[key] = values if t.dim() else values[0]
     for key in [key for key in host if key.startswith(COUNT)]:
         if host.pop(key) == 0:  # a loss without targets is absent: 0 would read as perfect
             del host[f"loss/{key.removeprefix(COUNT)}"]
@@ -132,8 +136,11 @@ def _global_counts(
     mine = [torch.stack([c[k].float() for c in each if k in c]).sum() for k in names]
     tokens = tokens_by_modality(batches, len(modalities or ()))
     host = torch.cat([tokens, torch.tensor([float(n_items(batches)), float(stop)])])
-    *reduced, seen = all_reduce([*mine, host.to(stage.env.device, non_blocking=True)])
-    total, facts = seen[:-2].sum(), {"stop": seen[-1]}
+    rows = torch.tensor(list(getattr(stage.stream, "counts", {}).values()), dtype=torch.float64)
+    *reduced, seen, held = all_reduce(
+        [*mine, *(t.to(stage.env.device, non_blocking=True) for t in (host, rows))]
+    )
+    total, facts = seen[:-2].sum(), {"stop": seen[-1], "stream": held}
     if modalities is not None:
         facts |= {
             f"tokens/{m}_share": seen[i] / total.clamp_min(1)
