@@ -14,7 +14,7 @@ from mm.report.words import grid
 MAX_STEPS, MAX_SAMPLES, MAX_FIGURES, MAX_LETTERS = 8, 8, 10, 400
 
 
-def explained(run: RunData) -> str:
+def explanations(run: RunData) -> str:
     """A part for each step, newest step last; "" where nothing was explained."""
     inside = Folder(run.folder, run.notes)
     root = run.folder / "explain"
