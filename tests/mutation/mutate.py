@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from operators import IDLE_KEYWORDS, SAID, changes_of, root_of
 
-TELLS = {"__repr__", "__str__", "_warn", "_bar", "describe", "_describe"}  # they make words
+TELLS = {"__repr__", "__str__", "_warn", "_bar", "describe", "smallest"}  # they make words
 
 
 class Mutant(NamedTuple):

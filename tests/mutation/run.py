@@ -64,6 +64,7 @@ TESTS = (
     "tests/model/mixers/test_mixer_attention_positions.py",
     "tests/own_data/*",
     "tests/test_config.py",
+    "tests/test_vocabulary.py",
     "tests/test_registry.py",
     "tests/test_hashes.py",
     "tests/test_reading.py",
@@ -216,6 +217,7 @@ def run(
     workers: int | None = None,
     tests: Sequence[str] = TESTS,
     seconds: float = SECONDS_A_MUTANT,
+    survivors: bool = False,
     build: Path = ROOT / "build" / "mutants",
 ) -> list[dict[str, Any]]:
     """Measure lines where needed, test mutants, write the report; returns this run's rows."""
@@ -251,7 +253,10 @@ def run(
             )
 
         todo = [c for c in wanted if not settled(c)]
-        todo.sort(key=lambda c: f"{c.key}@{hash_of(c.file)}" in done)  # survivors last
+        tested = lambda c: f"{c.key}@{hash_of(c.file)}" in done
+        todo.sort(key=tested)  # survivors last
+        if survivors:
+            todo = [c for c in todo if tested(c)]
         print(f"{len(wanted)} mutants, {len(wanted) - len(todo)} tested before", flush=True)
         jobs = [(c.file, c.mutant.source, c.tests, c.at_import) for c in todo]
         begun = time.monotonic()
@@ -270,7 +275,7 @@ def run(
     (build / "report.md").write_text(text)
     print(text.split("\nSurvivors")[0])
     print(f"survivors: {build / 'report.md'}")
-    return [done[f"{c.key}@{hash_of(c.file)}"] for c in wanted]
+    return [row for c in wanted if (row := done.get(f"{c.key}@{hash_of(c.file)}")) is not None]
 
 
 if __name__ == "__main__":
@@ -282,5 +287,6 @@ if __name__ == "__main__":
     parser.add_argument("--per-module", type=int, help="at most so many mutants of a file")
     parser.add_argument("--workers", type=int, help="processes; default: one a core")
     parser.add_argument("--tests", nargs="*", default=TESTS, help="test files of these patterns")
+    parser.add_argument("--survivors", action="store_true", help="those that lived, again")
     parser.add_argument("--seconds", type=float, default=SECONDS_A_MUTANT, help="a mutant")
     run(**vars(parser.parse_args()))
