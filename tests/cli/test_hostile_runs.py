@@ -123,6 +123,18 @@ def test_a_value_that_cannot_work_is_refused_by_key(
     assert found <= {home / "runs", home / "runs/tiny", home / "runs/tiny/.lock"}, "half-written"
 
 
+def test_486_a_vocabulary_smaller_than_the_ids_of_its_shards_is_refused(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = json.loads((home / "tokens/vocabulary.json").read_text())
+    raw.pop("sha256")
+    raw["ranges"][0]["vocab_size"] = 4
+    digest = hashlib.sha256(json.dumps(raw, indent=1).encode()).hexdigest()
+    (tmp_path / "v.json").write_text(json.dumps(raw | {"sha256": digest}))
+    words = ("train", str(home / "run.yaml"), f"vocabulary={tmp_path / 'v.json'}")
+    assert "v.json" in refuse(capsys, *words)
+
+
 DEEP_FLOW, DEEP_BLOCK = "[" * 10_000, "".join(f"{' ' * i}a:\n" for i in range(3000))
 FILES: dict[str, str] = {
     "354 378 nested 10k lists": f"a: {DEEP_FLOW}",

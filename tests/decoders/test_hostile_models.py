@@ -85,6 +85,20 @@ def test_an_option_that_cannot_work_is_refused(
     assert says in refuse(capsys, saved, *TEXT, *words)
 
 
+def test_546_ids_of_a_tokenizer_beyond_its_vocabulary_are_refused(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run / "tokenizers/text/tokenizer.json"
+    raw = json.loads(path.read_text())
+    raw["model"]["vocab"] = {word: i + 2**31 for word, i in raw["model"]["vocab"].items()}
+    path.write_text(json.dumps(raw))
+    write_hashes(run / "tokenizers/text")
+    shutil.rmtree(run / "model/tokenizers/text")
+    shutil.copytree(run / "tokenizers/text", run / "model/tokenizers/text")
+    write_hashes(run / "model")
+    assert "tokenizer" in refuse(capsys, run, *TEXT)
+
+
 @pytest.mark.parametrize("seconds", [1500])
 def test_643_minutes_of_audio_are_refused_before_they_are_encoded(
     saved: Path, tmp_path: Path, seconds: int, capsys: pytest.CaptureFixture[str]

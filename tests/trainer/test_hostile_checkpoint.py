@@ -77,6 +77,7 @@ SIGNED: dict[str, Callable[[Path], Any]] = {
     ),
     "weights a pickle": lambda f: torch.save({"w": torch.ones(2)}, f / "model.safetensors"),
     "weights empty": lambda f: (f / "model.safetensors").write_bytes(b""),
+    "weights gone": lambda f: (f / "model.safetensors").unlink(),
     "optimizer empty": lambda f: (f / "model.optimizer.safetensors").write_bytes(b""),
     "shapes that overflow": lambda f: header(
         f / "model.safetensors",
@@ -158,3 +159,20 @@ def test_weights_without_a_name_that_the_model_has_are_refused(run: Run) -> None
 def test_a_good_one_has_no_fault(trained: Run) -> None:
     assert check.fault_of(last(trained)) is None
     assert checkpoint.newest(trained.folder / "checkpoints") is not None
+
+
+def test_690_weights_that_are_not_finite_save_no_model(run: Run) -> None:
+    path = last(run) / "model.safetensors"
+    save_file({n: torch.full_like(w, float("nan")) for n, w in load_file(path).items()}, path)
+    sign(last(run))
+    with pytest.raises(UserError, match=r"was not applied|were not finite|not finite"):
+        train(run)
+    assert (run.folder / "model.step").read_text() == "4"  # that of the run before
+
+
+def test_693_a_file_in_the_place_of_the_checkpoints_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path, steps=2)
+    run.folder.mkdir()
+    (run.folder / "checkpoints").write_text("a file")
+    with pytest.raises(UserError, match="checkpoints"):
+        train(run)
