@@ -64,25 +64,31 @@ PASSED_OVER: dict[str, Callable[[Path], Any]] = {
     "one more file": lambda f: (f / "more.safetensors").write_bytes(b""),
     "a byte of the state": lambda f: (f / "state.json").write_text("{}"),
 }
-SIGNED: dict[str, Callable[[Path], Any]] = {
+STATES: dict[str, Callable[[Path], Any]] = {
     "state a list": lambda f: (f / "state.json").write_text("[]"),
     "state empty": lambda f: (f / "state.json").write_text(""),
     "state binary": lambda f: (f / "state.json").write_bytes(b"\xff\xfe"),
     "state nested": lambda f: (f / "state.json").write_text("[" * 100_000),
-    "weights of 100 GB": lambda f: (f / "model.safetensors").write_bytes(
-        struct.pack("<Q", 10**11) + b"{}"
-    ),
-    "weights beyond the file": lambda f: header(
-        f / "model.safetensors", b'{"w":{"dtype":"F32","shape":[99],"data_offsets":[0,396]}}'
-    ),
-    "weights a pickle": lambda f: torch.save({"w": torch.ones(2)}, f / "model.safetensors"),
-    "weights empty": lambda f: (f / "model.safetensors").write_bytes(b""),
     "weights gone": lambda f: (f / "model.safetensors").unlink(),
-    "optimizer empty": lambda f: (f / "model.optimizer.safetensors").write_bytes(b""),
-    "shapes that overflow": lambda f: header(
-        f / "model.safetensors",
+}
+TENSORS: dict[str, Callable[[Path], Any]] = {
+    "of 100 GB": lambda p: p.write_bytes(struct.pack("<Q", 10**11) + b"{}"),
+    "beyond the file": lambda p: header(
+        p, b'{"w":{"dtype":"F32","shape":[99],"data_offsets":[0,396]}}'
+    ),
+    "a pickle": lambda p: torch.save({"w": torch.ones(2)}, p),
+    "empty": lambda p: p.write_bytes(b""),
+    "truncated": lambda p: p.write_bytes(p.read_bytes()[:-8]),
+    "of shapes that overflow": lambda p: header(
+        p,
         b'{"w":{"dtype":"F32","shape":[4294967296,4294967296,4294967296],"data_offsets":[0,64]}}',
     ),
+}
+FILES = {"weights": "model.safetensors", "optimizer": "model.optimizer.safetensors"}
+SIGNED = STATES | {
+    f"{what} {case}": (lambda f, case=case, name=name: TENSORS[case](f / name))
+    for case in TENSORS
+    for what, name in FILES.items()
 }
 
 
@@ -129,7 +135,9 @@ def test_an_edited_state_is_refused_by_key(run: Run, key: str) -> None:
         train(run)
 
 
-@pytest.mark.parametrize("change", [{"schema": 99}, {"step": -1}, {"step": "4"}, {"step": 3}])
+@pytest.mark.parametrize(
+    "change", [{"schema": 99}, {"step": -1}, {"step": "4"}, {"step": None}, {"step": 3}]
+)
 def test_a_state_of_another_program_or_step_is_passed_over(run: Run, change: JSON) -> None:
     edit(last(run), lambda s: s.update(change))
     if change == {"schema": 99}:
