@@ -6,6 +6,7 @@ N samples, E entries.
 from __future__ import annotations
 
 import hashlib
+import mmap
 import re
 import tarfile
 import zipfile
@@ -22,6 +23,7 @@ from mm.data.shards.token_codec import tokens_header
 from mm.errors import UserError
 from mm.specs import MODALITY
 
+SEQUENTIAL = 1 << 28  # bytes of an index that may as well be read ahead
 SAFE_MODALITY = re.compile(MODALITY)
 
 
@@ -139,6 +141,8 @@ def map_npz(path: Path) -> dict[str, np.ndarray]:
     Raises ValueError on a compressed or foreign member.
     """
     whole = np.memmap(path, np.uint8, mode="r")
+    if path.stat().st_size > SEQUENTIAL:  # samples are looked up here and there: read no neighbours
+        whole._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
     out: dict[str, np.ndarray] = {}
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():

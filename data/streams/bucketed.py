@@ -21,11 +21,11 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from mm.data.batching.collate import document_length, to_batch
+from mm.data.streams import stats
 from mm.data.streams.base import Step
 from mm.data.streams.documents import TokenSource
 from mm.data.streams.shuffle import key_of, permute
 from mm.data.streams.single_source import SingleSourceConfig, SingleSourceStream
-from mm.data.streams.stats import accumulate, summarize
 from mm.data.streams.survey import Drawn
 from mm.errors import UserError, did_you_mean
 from mm.registry import STREAMS
@@ -200,6 +200,10 @@ class BucketedStream(SingleSourceStream[BucketedConfig]):
 
     def prepare(self) -> dict[str, Any]:
         config, shards = self.config, self.shards
+        self.counted = stats.names_with_sums(
+            ("rows", "used", "places", "rejects/filtered", "samples/0")
+            + tuple(f"tokens/{m}" for m in self.vocabulary.modalities)
+        )
         self._check_axes()
         whole = sum(  # a begin and an end for each segment
             np.maximum(shards.lengths(s.modality), 0) + 2 * shards.segments(s.modality)
@@ -270,60 +274,53 @@ class BucketedStream(SingleSourceStream[BucketedConfig]):
         epoch, batch = cursor["epoch"], cursor["batch"]
         plan = self._plan(epoch)
         step = plan[batch]
-        documents: list[list[Segment]] = []
-        filtered = 0
-        real = len(step.samples) - step.fillers
-        for n, i in enumerate(step.samples):
-            segments = self.segments(0, int(i))
-            made: list[Segment] | None = None
-            if n < real:
-                made = self.apply_transforms(0, segments, "bucketed", epoch, int(i))
-                filtered += not made
-            if not made:  # its row stays, which keeps the shape, and costs no loss
-                made = [s._replace(weight=0.0) for s in segments]
-            if document_length(made) > step.length:
-                raise UserError(
-                    f"data.transform makes sample '{self.shards.key(int(i))}' "
-                    f"{document_length(made)} tokens long; its bucket has {step.length}"
-                )
-            documents.append(made)
+        counts = dict.fromkeys((n for n in self.counted if not n.startswith(stats.SEEN)), 0)
         scale = len(step.samples) // self.config.batch_size
         micros = []
         for unit in self.own_rows:
             own = range(unit.start * scale, unit.stop * scale)
-            micros.append(
-                to_batch(
-                    [[documents[r]] for r in own],
-                    self.vocabulary,
-                    step.length,
-                    len(own),
-                    [self.shards.key(int(step.samples[r])) for r in own],
-                )
-            )
-        tokens: dict[str, int] = {}
-        for document in documents[:real]:
-            for s in document:
-                if s.ids is not None:
-                    tokens[s.modality] = tokens.get(s.modality, 0) + len(s.ids) + 2
-        used = sum(document_length(d) for d in documents[:real])
-        seen = accumulate(
-            cursor,
-            tokens=tokens,
-            samples={0: real - filtered},
-            rejects={"filtered": filtered},
-        )
-        stats = {
-            "padding_share": 1 - used / (len(documents) * step.length),
-            "rows": len(documents),
-            "length": step.length,
-            "tokens": tokens,
-            "filtered": filtered,
-            "left_out": self.left_out,
-            **summarize(seen),
-        }
+            rows = [[self._read(step, epoch, n, counts)] for n in own]
+            keys = [self.shards.key(int(step.samples[n])) for n in own]
+            micros.append(to_batch(rows, self.vocabulary, step.length, len(own), keys))
+            counts["rows"] += len(own)
+            counts["places"] += len(own) * step.length
+        seen = stats.accumulate(cursor, counts)
         last = batch + 1 == len(plan)
         after = {"epoch": epoch + last, "batch": 0 if last else batch + 1}
-        return Step(micros, {"step": cursor["step"] + 1, **after, **seen}, stats)
+        counted = stats.with_sums(counts, seen)
+        return Step(micros, {"step": cursor["step"] + 1, **after, **seen}, counted)
+
+    def _read(self, step: PlannedStep, epoch: int, n: int, counts: dict[str, int]) -> list[Segment]:
+        """Row ``n`` of a step, which is counted; without loss where it only fills it."""
+        i, real = int(step.samples[n]), n < len(step.samples) - step.fillers
+        segments = self.segments(0, i)
+        made = self.apply_transforms(0, segments, "bucketed", epoch, i) if real else None
+        counts["rejects/filtered"] += real and not made
+        counts["samples/0"] += real and bool(made)
+        if not made:  # its row stays, which keeps the shape, and costs no loss
+            made = [s._replace(weight=0.0) for s in segments]
+        if document_length(made) > step.length:
+            raise UserError(
+                f"data.transform makes sample '{self.shards.key(i)}' "
+                f"{document_length(made)} tokens long; its bucket has {step.length}"
+            )
+        if real:
+            counts["used"] += document_length(made)
+            for s in made:
+                if s.ids is not None:
+                    counts[f"tokens/{s.modality}"] += len(s.ids) + 2
+        return made
+
+    def summarize(self, counts: Mapping[str, int]) -> dict[str, Any]:
+        return {
+            "padding_share": stats.padding_share(counts),
+            "rows": counts["rows"],
+            "length": counts["places"] // max(1, counts["rows"]),
+            "tokens": {m: n for m, n in stats.in_group(counts, "tokens").items() if n},
+            "filtered": counts["rejects/filtered"],
+            "left_out": self.left_out,
+            **stats.summarize(counts),
+        }
 
     def _plan(self, epoch: int) -> list[PlannedStep]:
         """Steps of one epoch. What does not fill a step goes on to the next longer bucket."""

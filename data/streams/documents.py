@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 from pydantic import Field
 
 from mm.config import Config
@@ -118,6 +119,9 @@ class TokenStreamConfig(Config):
 C = TypeVar("C", bound=TokenStreamConfig)
 
 
+ZEROS = np.broadcast_to(np.int32(0), 1 << 40)  # codes without their memory
+
+
 class DocumentStream(Stream, Generic[C]):
     """Batches of token documents. Subclasses add `prepare` and what `Stream` asks for.
 
@@ -195,6 +199,18 @@ class DocumentStream(Stream, Generic[C]):
         """Sample ``i`` as it stands in the shards."""
         found = self.sources[source].tokens(i)
         return [Segment(member_modality(member), ids) for member, ids in found.items()]
+
+    def outline(self, source: int, i: int) -> list[Segment]:
+        """Sample ``i`` as the index knows it: its codes are all 0, and nothing is read.
+
+        For transforms that look at lengths alone. Not of interleaved shards.
+        """
+        shards, out = self.sources[source], []
+        for spec in shards.specs:
+            n = int(shards.lengths(spec.modality)[i])
+            if n >= 0:
+                out.append(Segment(spec.modality, ZEROS[:n]))
+        return out
 
     def apply_transforms(
         self, source: int, segments: list[Segment], *draw: int | str

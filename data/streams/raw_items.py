@@ -126,7 +126,9 @@ def _with_items() -> list[Any]:
 
 
 class ItemsStream(Stream):
-    """See `ItemsConfig`."""
+    """See `ItemsConfig`. Row r of step k reads item k R + r of the order."""
+
+    counted = ("items",)
 
     def __init__(self, config: ItemsConfig, seed: int, rank: int, world: int):
         self.config, self.seed = config, seed
@@ -200,7 +202,8 @@ class ItemsStream(Stream):
             values = self.reader.batch(picked, counts, key_of(self.seed, "augment"))
             keys = tuple(self.shards.key(int(self.numbers[i])) for i in picked)
             micros.append(Batch.of_values({self.config.modality: values}, keys))
-        return Step(micros, {"step": cursor["step"] + 1}, {"items": self.config.batch_size})
+        own = sum(map(len, self.own_rows))
+        return Step(micros, {"step": cursor["step"] + 1}, {"items": own})
 
     def _order(self, counts: np.ndarray) -> np.ndarray:
         """Item of each global sample number. (G,) int64."""

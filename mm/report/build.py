@@ -12,6 +12,7 @@ from pathlib import Path
 from mm.errors import UserError
 from mm.report.curves import curves
 from mm.report.data import data
+from mm.report.explained import explanations
 from mm.report.figures import figures
 from mm.report.header import chips
 from mm.report.read import RunData, read_run
@@ -47,6 +48,7 @@ SECTIONS = (
     ("figures", "Results on the held-out split", figures),
     ("samples", "Samples over time", samples),
     ("curves", "Training", curves),
+    ("explained", "Why did it spike", explanations),
     ("data", "Data", data),
     ("tokenizers", "Tokenizers", tokenizers),
     ("time", "Time", times),

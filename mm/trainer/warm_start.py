@@ -105,12 +105,12 @@ class WarmStart(Snapshot):
                     f"--vocabulary {folder / WORDS}"
                 )
             self.new_modalities = vocabulary.modalities[len(old.modalities) :]
-        mark = folder.parent / "model.step"
+        mark = folder.parent / "model.step"  # the step, and `best` where that was exported
         with (folder / WEIGHTS).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         self.facts: dict[str, Any] = {
             "folder": str(folder),
-            "step": int(mark.read_text()) if mark.is_file() else None,
+            "step": int(mark.read_text().split()[0]) if mark.is_file() else None,
             "sha256": digest,
         }
 

@@ -14,7 +14,7 @@ from stream_cases import CASES
 from mm.config import Config
 from mm.data.streams.base import rank_rows
 from mm.data.streams.bucketed import BucketedConfig
-from mm.data.streams.mixing import window_order
+from mm.data.streams.order import Windows
 from mm.data.streams.packed import PackedConfig
 from mm.data.streams.raw_items import ItemsConfig
 from mm.data.streams.stateful import StatefulConfig
@@ -96,7 +96,7 @@ def test_ranks_with_micro_batches_make_the_rows_of_one_process(config: Any) -> N
 
 
 def test_every_window_is_mixed_in_its_own_way() -> None:
-    order = window_order(np.repeat(np.arange(3), 64), 64, key=11)
+    order = Windows(np.array([64] * 3), 64, key=11)(np.arange(192))
     parts = [tuple(part % 64) for part in order.reshape(3, 64)]
     assert all(sorted(part) == list(range(64)) for part in parts)
     assert len(set(parts)) == 3
