@@ -237,6 +237,14 @@ def n_codes(head: bytes, size: int) -> int:
     return tokens_header(head, size)[1]
 
 
+def has_codes(data: np.ndarray, n: int) -> bool:
+    """Whether a token member (bytes,) says itself that it holds ``n`` codes."""
+    try:
+        return n_codes(bytes(data[:128]), len(data)) == n
+    except BadSample:
+        return False
+
+
 def build(paths: Sequence[Path], known: Mapping[str, Mapping[str, int]] | None = None) -> Index:
     """Index shards, checking every name, kind and token header on the way.
 

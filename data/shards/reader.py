@@ -207,13 +207,20 @@ class ShardSet:
             return [(i, modality) for i in having]
         return [(i, member) for i in having for member in members_of(self.members(i), modality)]
 
-    def segments(self, modality: str) -> np.ndarray:
-        """Segments of that modality in each sample: (N,) int64; 0 or 1 if not interleaved."""
+    def segments(self, modality: str, samples: np.ndarray | None = None) -> np.ndarray:
+        """Segments of that modality in each sample: (N,) int64; 0 or 1 if not interleaved.
+
+        Of all samples, or of some that lie close together.
+        """
         if not self.interleaved:
-            return (self.lengths(modality) >= 0).astype(np.int64)
+            lengths = self.lengths(modality)
+            return ((lengths if samples is None else lengths[samples]) >= 0).astype(np.int64)
+        at = np.arange(len(self)) if samples is None else samples
+        start = self.index.start[int(at.min()) : int(at.max()) + 2]
         mine = [member_modality(self._members.get(kind, "")) == modality for kind in self._kinds]
-        hits = np.concatenate([[0], np.cumsum(np.array(mine, np.int64)[self.index.kind])])
-        return hits[self.index.start[1:]] - hits[self.index.start[:-1]]
+        kinds = self.index.kind[int(start[0]) : int(start[-1])]
+        hits = np.concatenate([[0], np.cumsum(np.array(mine, np.int64)[kinds])])[start - start[0]]
+        return (hits[1:] - hits[:-1])[at - at.min()]
 
     def meta(self, i: int) -> dict[str, Any]:
         """Metadata of sample i: labels and whatever else the source had."""
@@ -240,7 +247,7 @@ class ShardSet:
             if e is not None:
                 n = int(self.lengths(spec.modality)[i])
                 data = self._bytes(e)
-                if not 0 <= 4 * n <= len(data) or not (self._hashed or _has_codes(data, n)):
+                if not 0 <= 4 * n <= len(data) or not (self._hashed or index.has_codes(data, n)):
                     raise self._damaged(f"sample {i} has {n} codes in {len(data)} bytes")
                 out[spec.modality] = data[len(data) - 4 * n :].view("<i4")
         return out
@@ -390,11 +397,3 @@ class ShardSet:
     def _where(self, i: int) -> str:
         shard = self._entry["shards"][self.index.shard[self.index.start[i]]]["name"]
         return f"{self.root.name}/{self.split}/{shard}:{self.index.key(i)}"
-
-
-def _has_codes(data: np.ndarray, n: int) -> bool:
-    """Whether a token member says itself that it holds ``n`` codes."""
-    try:
-        return index.n_codes(bytes(data[:128]), len(data)) == n
-    except BadSample:
-        return False
