@@ -14,6 +14,7 @@ from mm.registry import (
     NetworkField,
     ObjectiveField,
     OptimizerField,
+    SinkField,
     StreamField,
     TaskField,
 )
@@ -248,12 +249,17 @@ class GuardConfig(Config):
 
 
 class Tracking(Config):
-    """Weights & Biases mirror of metrics.jsonl.
+    """Where metrics.jsonl is mirrored to, and how a run is filed there.
 
     WANDB_MODE wins over `mode`; without a key the default is offline.
     """
 
-    project: Annotated[str, Field(description="project of Weights & Biases")] = "mm"
+    sinks: Annotated[
+        tuple[SinkField, ...], Field(description="`wandb`, `tensorboard`, `mlflow`; [] = none")
+    ] = Field(default=("wandb",), validate_default=True)
+    project: Annotated[
+        str, Field(description="project of Weights & Biases, experiment of MLflow")
+    ] = "mm"
     mode: Annotated[
         Literal["auto", "online", "offline", "disabled"],
         Field(description="auto: online with a key, else offline"),
@@ -265,6 +271,13 @@ class Tracking(Config):
     job_type: Annotated[str | None, Field(description="such as tokenizer, pretrain")] = None
     notes: Annotated[str | None, Field(description="what the run is for, in a sentence")] = None
     tags: Annotated[tuple[str, ...], Field(description="tags of the run")] = ()
+    upload: Annotated[
+        tuple[Literal["model", "data"], ...],
+        Field(
+            description="what is sent besides figures and samples; all else is only referred to by "
+            "its path"
+        ),
+    ] = ()
 
 
 class Run(Config):
@@ -302,7 +315,9 @@ class Run(Config):
     guard: Annotated[GuardConfig, Field(description="what to do when a run goes wrong")] = (
         GuardConfig()
     )
-    tracking: Annotated[Tracking, Field(description="Weights & Biases")] = Tracking()
+    tracking: Annotated[Tracking, Field(description="Weights & Biases and others")] = Field(
+        default_factory=Tracking
+    )
     callbacks: Annotated[
         tuple[CallbackField, ...], Field(description="samples and other work while training")
     ] = ()

@@ -114,7 +114,7 @@ class ImageModality(Modality):
         import torch
 
         raw = self.decode(data)
-        change = VARY if np.ptp(raw, axis=2).max() <= 8 else VARY.model_copy(update={"flip": 0.5})
+        change = VARY if np.ptp(raw, axis=2).max() <= 8 else VARY_PHOTOGRAPH
         x = torch.from_numpy(raw).permute(2, 0, 1).to(torch.float32).div(255)
         moved = affine(x[None], change, np.zeros(1, np.int64), key)[0]
         out = io.BytesIO()
@@ -226,6 +226,7 @@ class Augment(Config):
 
 
 VARY = Augment(shift=0.08, rotate_deg=6, scale=0.12)
+VARY_PHOTOGRAPH = Augment(shift=0.125, rotate_deg=8, scale=0.2, flip=0.5)
 
 
 def fit_image(raw: np.ndarray, size: int, gray: bool = False) -> np.ndarray:

@@ -68,11 +68,16 @@ def held_out_batches(
     return HeldOutBatches(steps, carrying, chance, ratio)
 
 
+def held_out_data(data: Any) -> Any:
+    """The config of a stage's data over its split "val"; None where no source has one."""
+    return data.held_out(SPLIT) if hasattr(data, "held_out") else None
+
+
 def _open(stage: StageState, vocabulary: Vocabulary | None) -> Any:
     """The stream of the split, or why there is none."""
     config, ranks = stage.config, environment.ranks()
     try:
-        data = config.data.held_out(SPLIT) if hasattr(config.data, "held_out") else None
+        data = held_out_data(config.data)
         if data is None:
             return NO_SPLIT
         return build(

@@ -16,10 +16,10 @@ from torch import nn
 from mm.batch import Batch
 from mm.config import places_from
 from mm.launch import environment
-from mm.registry import CALLBACKS
 from mm.run import Run
 from mm.trainer import final_eval, folder, start, survey, warm_start
 from mm.trainer.callbacks.base import Callback
+from mm.trainer.callbacks.chosen import of_run
 from mm.trainer.callbacks.tasks import TasksWhileTraining
 from mm.trainer.callbacks.times import Times
 from mm.trainer.checkpoint import format as checkpoint
@@ -63,14 +63,12 @@ class Trainer:
         self.batches: list[Batch] = []  # host micro-batches of the last step
         self.metrics: dict[str, Any] = {}  # of the last step
         self.tracker = Tracker.none()
-        kinds = {config.kind for config in run.callbacks}
-        progress = [] if "progress" in kinds else [CALLBACKS.parse("progress")]
-        own: list[Callback] = [config.build() for config in (*run.callbacks, *progress)]
-        figures = [self.state.guard, self.state.bytes_per_token, self.held_out]
-        self.times = Times()
+        self.guard, self.times = self.state.guard, Times()
         self.summary = Summary(self.times)
-        tasks = TasksWhileTraining()
-        self.callbacks = [*figures, tasks, self.summary, *own, *callbacks, self.times]
+        own, rest = of_run(run.callbacks)
+        figures = [self.guard, self.state.bytes_per_token, self.held_out, TasksWhileTraining()]
+        self._figures = [*figures, *own, self.summary]  # what they say is in metrics.jsonl
+        self.callbacks = [*self._figures, *rest, *callbacks, self.times]
         self._evaluated: dict[str, Any] = {}
         self._started: list[Callback] = []
         self._usage = CodebookUsage()
@@ -292,7 +290,8 @@ class Trainer:
             resumed = saved.state.get("tracker") if saved is not None else None
             self.tracker = Tracker.start(self.run, self.folder, described, resumed)
             stack.callback(self.tracker.finish)
-            self.callbacks[6:6] = [self.file, self.tracker]  # after heartbeat, guard and figures
+            at = 1 + len(self._figures)  # after the heartbeat and them
+            self.callbacks[at:at] = [self.file, self.tracker]
 
     def _enter(self, index: int, snapshot: Snapshot | None) -> None:
         """Build a stage, from ``snapshot`` when there is one, and start the callbacks."""

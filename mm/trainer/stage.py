@@ -22,6 +22,7 @@ from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.ema import Averages
 from mm.trainer.engine.deepspeed import Engine
 from mm.trainer.env import Nets, TrainerEnv
+from mm.trainer.log.clock import StepClock
 from mm.trainer.stateful import CarriedStates
 from mm.vocabulary import Vocabulary
 
@@ -43,6 +44,7 @@ class StageState:
     compiled: bool
     save_bytes: int  # of a checkpoint, about
     parameters: dict[str, int]  # of each network that trains
+    clock: StepClock
 
     def begin_step(self, step: int) -> dict[str, float]:
         """Seed everything random of ``step``; returns the objective's scheduled values."""
@@ -136,6 +138,7 @@ def enter_stage(
         run.engine.compile,
         12 * sum(parameters.values()),  # fp32, two states
         parameters,
+        StepClock(env.device),
     )
 
 

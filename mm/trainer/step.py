@@ -40,29 +40,37 @@ def optimizer_step(
         all ranks hold, by the names that the stream counts.
     """
     objective, env, world = stage.objective, stage.env, dist.get_world_size()
+    clock = stage.clock
+    clock.start()
     scheduled = stage.begin_step(step)
     micros = [objective.corrupt(b.to(env.device), env.rng, scheduled) for b in batches]
     env.know(micros)
+    clock.mark("forward")
     n, facts = _global_counts(stage, batches, micros, modalities, stop)
+    clock.mark("communication")
     scales = objective.scales(n)
     factors = {k: scales[k] / n[k].clamp_min(1e-12) for k in n}
     row: dict[str, Any] = {}
     by_network: dict[str, MetricSum] = {}
     for term in objective.terms(micros, stage.nets, env):
+        clock.mark("forward")
         engine = stage.engines[term.network]
         metrics = by_network.setdefault(term.network, MetricSum())
         metrics.add_losses(term.losses)
         loss = world * torch.stack([factors[k] * s for k, s in term.losses.items()]).sum()
         if not term.step:
             engine.backward(loss)
+            clock.mark("backward")
             continue
         # Losses are reduced BEFORE the last backward: if their global sum is not finite, this
         # backward makes every gradient NaN on every rank, so that all of them skip the step, at
         # each ZeRO stage, without asking the host.
         metrics.aux = stage.nets.take(term.network).aux
         metrics.reduce()
+        clock.mark("communication")
         total = torch.stack([factors[k] * s for k, s in metrics.losses.items()]).sum()
         engine.backward(loss * torch.where(torch.isfinite(total), 1.0, float("nan")))
+        clock.mark("backward")
         device = _device_metrics(term, metrics, total, n) | usage.update(metrics.aux) | facts
         row |= _update(stage, step, term.network, metrics, device)
         del by_network[term.network]
@@ -88,6 +96,7 @@ def _update(
     """Step one network. The only device-to-host copy of the step is the one `tolist` here."""
     engine = stage.engines[network]
     norm = engine.reduce()
+    stage.clock.mark("communication")
     if norm is not None:
         device["norm"] = norm
     flat = torch.cat([t.detach().double().reshape(-1) for t in device.values()]).tolist()
@@ -106,6 +115,7 @@ def _update(
             after({k: Sum(s.total, s.count) for k, s in metrics.aux.items()})
     if applied:
         stage.averages.follow(network)
+    stage.clock.mark("optimizer")
     prefix = "optim" if network == "model" else f"optim/{network}"
     return host | {f"{prefix}/lr": lr, f"{prefix}/grad_norm": norm_before}
 
@@ -137,6 +147,9 @@ def _global_counts(
             for i, m in enumerate(modalities, start=1)
         }
         facts["tokens/step"] = total
+        targets = {m: reduced[names.index(m)] for m in modalities if m in names}
+        whole = torch.stack([*targets.values()]).sum().clamp_min(1e-12) if targets else total
+        facts |= {f"targets/{m}_share": count / whole for m, count in targets.items()}
     else:
         facts["items/step"] = seen[-2]
     return dict(zip(names, reduced, strict=True)), facts

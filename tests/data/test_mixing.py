@@ -125,10 +125,28 @@ def test_rounding_never_drifts() -> None:
         plan([1.0, 1.0], 10, "tokens", None, [{"text": 3.0}, {}])
 
 
+def test_the_points_of_schedules_are_put_in_order() -> None:
+    mix = plan([{4096: 2.0, 0: 1.0}, {9: 3.0, 0: 1.0}], 2)
+    assert mix.at.tolist() == [0, 4.5, 2048]
+    first = 1 + 9 / 4096  # nine samples on the way from 1 to 2
+    np.testing.assert_allclose(mix.shares[:, 0], [1 / 2, first / (first + 3), 2 / 5])
+
+
 def test_reach_changes_no_more_than_it_has_to() -> None:
     tokens = [{"text": 9.0, "image": 1.0}, {"text": 9.0, "image": 1.0}, {"image": 4.0}]
     share = reach({"text": 0.45, "image": 0.55}, np.array([0.6, 0.2, 0.2]), tokens)
     np.testing.assert_allclose(share, [0.375, 0.125, 0.5], atol=1e-4)
+
+
+def test_samples_keep_their_ratio_where_modalities_allow_it() -> None:
+    """By hand: text in half of the tokens at 0.9, so sources 0 and 1 give half of all tokens."""
+    tokens = [{"text": 9.0, "image": 1.0}, {"text": 18.0, "image": 2.0}, {"image": 4.0}]
+    goal = {"text": 0.45, "image": 0.55}
+    (share,) = plan([1.0, 1.0, 1.0], 100, "samples", goal, tokens).shares
+    # 10 and 20 tokens of the first two are 1/6 and 1/3, 4 of the third 1/2
+    np.testing.assert_allclose(share, np.array([1, 1, 7.5]) / 9.5, atol=1e-4)
+    (share,) = plan([1.0, 1.0, 1.0], 100, "tokens", goal, tokens).shares
+    np.testing.assert_allclose(share, np.array([1, 0.5, 5]) / 6.5, atol=1e-4)
 
 
 def test_window_order_reads_shard_after_shard() -> None:

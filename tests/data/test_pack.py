@@ -191,6 +191,7 @@ def test_rerun_is_safe_and_a_change_needs_overwrite(tmp_path: Path) -> None:
     before = (tmp_path / "out/manifest.json").read_bytes()
     again = quiet(src, tmp_path / "out")
     assert again.already and not first.already and again.samples == first.samples
+    assert again.seconds == 0 < first.seconds
     (src / "train/item000.txt").write_text("train caption X")
     for change in ({}, {"shard_mb": 1.0}):
         with pytest.raises(UserError, match="--overwrite"):

@@ -144,8 +144,14 @@ class StackConfig(Config):
     renamed: ClassVar[dict[str, str]] = {"channel": "ffn"}
 
     kind: Literal["stack"] = "stack"
-    depth: Annotated[int, Field(gt=0)] | None = None
-    pattern: str = "attention"
+    depth: Annotated[
+        Annotated[int, Field(gt=0)] | None,
+        Field(description="layers; the pattern is repeated; default: as it is written, once"),
+    ] = None
+    pattern: Annotated[
+        str,
+        Field(description="mixers from below, such as `2*rg_lru attention`: docs/mixers.md"),
+    ] = "attention"
     mixers: dict[str, MixerField] = {}
     ffn: FfnField | None = Field(default="swiglu", validate_default=True)
     block: BlockField = Field(default="prenorm", validate_default=True)

@@ -147,7 +147,8 @@ class CodebookUsage:
             self._seen[name] = seen
             p = seen / seen.sum(-1, keepdim=True).clamp_min(1e-12)
             prefix = "codebook" if name == "usage" else f"codebook/{name[:-6]}"
-            out[f"{prefix}/usage"] = (seen > USAGE_SEEN).float().mean()
+            out[f"{prefix}/usage"] = used = (seen > USAGE_SEEN).float().mean()
+            out[f"{prefix}/dead_codes"] = (1 - used) * seen.numel()
             out[f"{prefix}/perplexity"] = torch.special.entr(p).sum(-1).exp().mean()
         return out
 
