@@ -103,8 +103,8 @@ class ShardSet:
         }
         # True where a sample may have several segments of one modality
         self.interleaved = any(split_ordinal(member)[0] for member in self._members.values())
-        names = [spec.modality for spec in self.specs] or table().modalities
-        self._order = {name: n for n, name in enumerate(names)}  # of the values of a sample
+        names = enumerate([spec.modality for spec in self.specs] or table().modalities)
+        self._order = {name: n for n, name in names}  # of the values of a sample
 
     @classmethod
     def open(cls, root: str | Path, split: str = "train", cache_mb: float = 512) -> ShardSet:
@@ -130,13 +130,13 @@ class ShardSet:
 
     @property
     def specs(self) -> tuple[TokenSpec, ...]:
-        """Token ranges that the shards use (none for raw shards)."""
+        """Token ranges that the shards use; none if raw."""
         return self.vocabulary.ranges if self.vocabulary else ()
 
     @property
     def fingerprint(self) -> str:
         """Short hash of the split's content: the SHA-256 of all its shards."""
-        parts = "".join(shard["sha256"] for shard in self.manifest["splits"][self.split]["shards"])
+        parts = "".join(shard["sha256"] for shard in self._entry["shards"])
         return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
     def key(self, i: int) -> str:
@@ -215,12 +215,7 @@ class ShardSet:
         if not self.interleaved:
             lengths = self.lengths(modality)
             return ((lengths if samples is None else lengths[samples]) >= 0).astype(np.int64)
-        at = np.arange(len(self)) if samples is None else samples
-        start = self.index.start[int(at.min()) : int(at.max()) + 2]
-        mine = [member_modality(self._members.get(kind, "")) == modality for kind in self._kinds]
-        kinds = self.index.kind[int(start[0]) : int(start[-1])]
-        hits = np.concatenate([[0], np.cumsum(np.array(mine, np.int64)[kinds])])[start - start[0]]
-        return (hits[1:] - hits[:-1])[at - at.min()]
+        return self.index.members_of(self._of(modality), samples)
 
     def meta(self, i: int) -> dict[str, Any]:
         """Metadata of sample i: labels and whatever else the source had."""
@@ -271,10 +266,14 @@ class ShardSet:
         """Bytes of all shards of the split."""
         return sum(shard["bytes"] for shard in self._entry["shards"])
 
-    def bytes_of(self, modality: str) -> int:
-        """Bytes of all files of one modality."""
-        mine = [member_modality(self._members.get(kind, "")) == modality for kind in self._kinds]
-        return int(self.index.size[np.array(mine, bool)[self.index.kind]].sum())
+    def bytes_of(self, modality: str, most: int = 1 << 22) -> int:
+        """Bytes of all files of one modality; of more files than ``most``, told by some of them."""
+        return self.index.bytes_of(self._of(modality), most)
+
+    def _of(self, modality: str) -> np.ndarray:
+        """Which kinds of members are of a modality, (K,) bool."""
+        found = [member_modality(self._members.get(kind, "")) == modality for kind in self._kinds]
+        return np.array(found, bool)
 
     @property
     def shard_sizes(self) -> list[int]:

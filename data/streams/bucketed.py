@@ -21,10 +21,11 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from mm.data.batching.collate import document_length, to_batch
+from mm.data.shards.index import spread
 from mm.data.streams import stats
 from mm.data.streams.base import Step
 from mm.data.streams.buckets import make_buckets
-from mm.data.streams.classes import Classes, spread
+from mm.data.streams.classes import Classes
 from mm.data.streams.documents import TokenSource
 from mm.data.streams.shuffle import key_of, permute
 from mm.data.streams.single_source import SingleSourceConfig, SingleSourceStream

@@ -70,11 +70,3 @@ class OfClass:
         if not 0 <= n < len(self):
             raise IndexError(f"sample {n} of {len(self)}")
         return int(self._classes.select(self._k, np.array([n]))[0])
-
-
-def spread(n: int, most: int) -> np.ndarray:
-    """All of ``n`` samples, or chunks of about ``most`` that lie evenly among them; ascending."""
-    if n <= most:
-        return np.arange(n)
-    firsts = np.linspace(0, n - CHUNK, most // CHUNK).astype(np.int64)
-    return np.unique(firsts[:, None] + np.arange(CHUNK))

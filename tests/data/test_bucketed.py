@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from data_toys import token_shards
 
+from mm.data.shards.index import spread
 from mm.data.streams import bucketed, classes
 from mm.data.streams.bucketed import BucketedConfig
 from mm.data.streams.buckets import make_buckets
@@ -178,7 +179,7 @@ def test_a_sample_is_found_by_its_class_without_an_array(monkeypatch: pytest.Mon
                 assert (found.select(k, order) == expected[order]).all()
                 assert classes.OfClass(found, k)[len(expected) - 1] == expected[-1]
     assert len(found._kept) <= 3
-    some = classes.spread(1000, 64)
+    some = spread(1000, 64, 16)
     assert len(some) == 64 and some[0] == 0 and some[-1] == 999 and (np.diff(some) > 0).all()
 
 
@@ -188,7 +189,7 @@ def test_the_cuts_of_some_samples_bound_all(
     """A bucket is as long as the longest of all its samples, fitted or not; each comes once."""
     token_shards(tmp_path, 61)
     monkeypatch.setattr(classes, "CHUNK", 4)
-    monkeypatch.setattr(bucketed, "FITTED", 12)
+    monkeypatch.setattr(bucketed, "spread", lambda n, most: spread(n, 12, 4))
     config = BucketedConfig(
         source={"path": tmp_path / "tokens"}, buckets=3, batch_size=2, prefetch=0
     )
