@@ -82,7 +82,7 @@ FORWARD: dict[str, Formula] = {
     "rms_norm": _each(4),
     "dropout": _each(2),
 }
-_TIMES = {"attention": TILES, "rms_norm": 3.0, "linear_cross_entropy": 3.0}
+_TIMES = {"attention": TILES, "rms_norm": 3.0}
 
 
 def formula_of(name: str) -> Formula | None:

@@ -94,11 +94,19 @@ class Subject:
                 frozen[name] = module.eval().requires_grad_(False)
         return trained, frozen
 
+    def state_bytes(self, tokens: int) -> int:
+        """Bytes of the State of one sequence in generation; 0 of a network without one."""
+        with fake_mode():
+            declared = getattr(self.networks()[0].get("model"), "state_bytes", None)
+            return int(declared(1, tokens)) if declared is not None else 0
+
     def trace(self, batch: Batch, zero_stage: int) -> tuple[Trace, Networks]:
         """Trace one micro-batch, and describe the networks."""
         env = TrainerEnv(self.run.seed, CPU, self.precision)
         scheduled = self.objective.scheduled(1, np.random.default_rng(0))
         env.begin(1, scheduled)
+        # a layout of its own: what layers remember of it here has no content
+        batch = replace(batch, layout=replace(batch.layout))
         batch = self.objective.corrupt(batch, env.rng, scheduled)
         env.know([batch])
         with fake_mode() as fake:

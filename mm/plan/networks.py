@@ -50,12 +50,12 @@ class Networks:
             max(sizes),
             first.element_size(),
             sum(map(size_of, others)),
-            state_bytes(optimizer, trained),
+            state_bytes(optimizer),
             dict(parameters_by_part(trained)),
         )
 
 
-def state_bytes(optimizer: Any, trained: dict[str, nn.Module]) -> float:
+def state_bytes(optimizer: Any) -> float:
     """Bytes of an optimizer's states, an element; asks the optimizer itself for one small step."""
     module = nn.Module()
     module.weight = nn.Parameter(torch.zeros(64, 64))

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _get_sequence_nr
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.autograd import _get_sequence_nr  # pyright: ignore[reportAttributeAccessIssue]
 from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -64,12 +64,12 @@ class Trace:
     tokens: int = 0
     unknown: set[str] = field(default_factory=set)
 
-    def flops(self, *phases: str) -> Counter[str]:
+    def flops(self, *phases: str) -> dict[str, float]:
         """Operations by part, of some phases or of all."""
-        out: Counter[str] = Counter()
+        out: dict[str, float] = {}
         for w in self.work:
             if not phases or w.phase in phases:
-                out[w.part] += w.flops  # type: ignore[assignment]
+                out[w.part] = out.get(w.part, 0.0) + w.flops
         return out
 
 
