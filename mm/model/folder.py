@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mm.errors import UserError
 from mm.hashes import check_hashes, write_hashes
+from mm.model.size import require_room
 from mm.reading import parse_json
 
 log = logging.getLogger(__name__)
@@ -124,6 +125,7 @@ def load_into(build: Callable[[], nn.Module], path: str | Path) -> nn.Module:
 
     Raises UserError naming what does not fit.
     """
+    require_room(build, 1, torch.device("cpu"), str(path))
     tensors = load_tensors(path)
     with torch.device("meta"):
         module = build()

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
+from mm import config as configs
 from mm.errors import UserError
 from mm.model.folder import load_tensors
 from mm.run import Run
@@ -38,7 +38,7 @@ def resolve(run: Run) -> Run:
         )
     written = run.folder / "config.yaml"
     if written.is_file():
-        values = yaml.safe_load(written.read_text(encoding="utf-8"))
+        values = configs.read(written)
         vocabulary = values.get("vocabulary")
         words = Path(vocabulary) if vocabulary else None
         tokenizers = {m: Path(path) for m, path in (values.get("tokenizers") or {}).items()}
