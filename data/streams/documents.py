@@ -14,7 +14,7 @@ from mm.data.shards.members import member_modality
 from mm.data.shards.reader import ShardSet, split_samples
 from mm.data.shards.remote import Location
 from mm.data.streams.base import Stream, rank_rows
-from mm.data.streams.shuffle import generator, key_of
+from mm.data.streams.shuffle import Reseeded, key_of
 from mm.data.streams.survey import Drawn, survey_documents
 from mm.data.transforms.compose import chain
 from mm.errors import UserError
@@ -166,7 +166,7 @@ class DocumentStream(Stream, Generic[C]):
         rank: int,
         world: int,
     ):
-        self.config, self.seed = config, seed
+        self.config, self.seed, self._generator = config, seed, Reseeded()
         self.own_rows = rank_rows(config.batch_size, config.micro_batch_size, rank, world)
         given = config.token_sources
         self.sources = [source.build() for source in given]
@@ -237,4 +237,4 @@ class DocumentStream(Stream, Generic[C]):
         transform = self.transforms[source]
         if not transform.parts:
             return segments
-        return transform(segments, generator(self.seed, *draw))
+        return transform(segments, self._generator(self.seed, *draw))

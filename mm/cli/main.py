@@ -24,6 +24,7 @@ COMMANDS = (
     "tokenizer",
     "data",
     "train",
+    "plan",
     "generate",
     "eval",
     "report",

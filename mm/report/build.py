@@ -15,6 +15,7 @@ from mm.report.data import data
 from mm.report.explained import explanations
 from mm.report.figures import figures
 from mm.report.header import chips
+from mm.report.lineage import lineage
 from mm.report.read import RunData, read_run
 from mm.report.samples import samples
 from mm.report.times import commands, times
@@ -51,6 +52,7 @@ SECTIONS = (
     ("explained", "Why did it spike", explanations),
     ("data", "Data", data),
     ("tokenizers", "Tokenizers", tokenizers),
+    ("lineage", "Made from", lineage),
     ("time", "Time", times),
     ("commands", "Commands", commands),
     ("environment", "Environment", environment),

@@ -19,7 +19,7 @@ from mm.data.streams.base import Step, Stream
 from mm.data.streams.blocks import Document, first_fit, lay_rows
 from mm.data.streams.packed import PackedConfig
 from mm.data.streams.raw_items import ItemsConfig
-from mm.data.streams.shuffle import fold_seed, permute, uniform
+from mm.data.streams.shuffle import Reseeded, fold_seed, generator, permute, uniform
 from mm.data.streams.stateful import StatefulConfig
 from mm.errors import UserError
 from mm.registry import STREAMS
@@ -320,6 +320,19 @@ def test_an_old_kind_and_an_old_cursor_are_refused_by_name(data: Path) -> None:
     state["cursor"] = {k.replace("index/", "place/"): n for k, n in state["cursor"].items()}
     with pytest.raises(UserError, match="the checkpoint's cursor has no 'index/0'"):
         stream.load_state_dict(state)
+
+
+def test_a_reseeded_generator_draws_as_a_new_one() -> None:
+    """Whatever was drawn before: a buffered half of 64 bits must not be left over."""
+    again = Reseeded()
+    for parts in ((1, "source", 3), (0, 0, 7, 2), (1, "source", 3)):
+        for draw in (
+            lambda g: g.random(5),
+            lambda g: g.integers(0, 9, 7),
+            lambda g: g.integers(0, 5, 3, dtype=np.uint32),
+            lambda g: g.normal(size=3),
+        ):
+            np.testing.assert_array_equal(draw(again(*parts)), draw(generator(*parts)))
 
 
 def test_fold_seed_keeps_its_values() -> None:

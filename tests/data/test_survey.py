@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from stream_cases import CASES, TASKS
 
+from mm.data.shards.index import spread
 from mm.data.streams import survey
 from mm.data.streams.packed import PackedConfig, PackedStream
 from mm.data.streams.stateful import StatefulConfig
@@ -122,6 +123,19 @@ def test_shares_left_out_are_those_of_an_epoch(data: Path, tasks: bool) -> None:
     assert sum(found["tasks"].values()) == pytest.approx(1.0)
 
 
+def test_some_samples_stand_for_very_many(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums are scaled to all, shares are about those of all."""
+    stream = CASES["packed-transform"](data).build(seed=0)
+    (whole,) = stream.survey(10)
+    monkeypatch.setattr(survey, "spread", lambda n, most: spread(n, 24, 4))
+    (some,) = stream.survey(10)
+    assert some["samples"] == whole["samples"]
+    assert some["tokens"] == pytest.approx(whole["tokens"], rel=0.15)
+    for m, entry in whole["modalities"].items():
+        assert some["modalities"][m]["tokens"] == pytest.approx(entry["tokens"], rel=0.3)
+    assert sum(some["tasks"].values()) == pytest.approx(1.0)
+
+
 def survey_share(found: dict[str, Any], why: str) -> float:
     return found["left_out"].get(why, {"samples": 0.0})["samples"]
 
@@ -147,7 +161,7 @@ def test_a_hundred_thousand_samples_take_less_than_a_second(
     shards = stream.sources[0]
     monkeypatch.setattr(type(shards), "__len__", lambda self: n)
     monkeypatch.setattr(shards, "lengths", lambda m: lengths[m])
-    monkeypatch.setattr(shards, "segments", lambda m: (lengths[m] >= 0).astype(np.int64))
+    monkeypatch.setattr(shards, "segments", lambda m, at: (lengths[m][at] >= 0).astype(np.int64))
     monkeypatch.setattr(shards, "tokens", lambda i: pytest.fail("a document was read"))
     begun = time.process_time()
     (found,) = survey.survey_documents(stream, 1000)

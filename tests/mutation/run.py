@@ -30,10 +30,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE)]
 
-from mutate import Mutant, mutants_of  # noqa: E402
+from mutate import Mutant, digest, mutants_of  # noqa: E402
 from processes import Workers, copy_of_tree  # noqa: E402
 from table import report  # noqa: E402
-from warm import digest  # noqa: E402
 
 # Where a silent error costs a run.
 TARGETS = (
@@ -83,6 +82,11 @@ class Case(NamedTuple):
     @property
     def key(self) -> str:
         return f"{self.file}: {self.mutant.key}"
+
+    @property
+    def id(self) -> str:
+        """Under which its result is kept: it holds until the function changes."""
+        return f"{self.key}@{self.mutant.within}"
 
 
 def files_like(patterns: Sequence[str]) -> list[str]:
@@ -196,11 +200,11 @@ def chosen(found: list[Case], sample: int | None, seed: str, per_module: int | N
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """Results of earlier runs by key and hash of the file that they were for."""
+    """Results of earlier runs by `Case.id`."""
     if not path.is_file():
         return {}
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {f"{row['key']}@{row['hash']}": row for row in rows}
+    return {f"{row['key']}@{row['within']}": row for row in rows}
 
 
 def head() -> str:
@@ -244,7 +248,7 @@ def run(
         done = read(path)
 
         def settled(case: Case) -> bool:
-            row = done.get(f"{case.key}@{hash_of(case.file)}")
+            row = done.get(case.id)
             return row is not None and (row["caught"] or row["tests"] == state(case))
 
         def state(case: Case) -> str:
@@ -253,7 +257,7 @@ def run(
             )
 
         todo = [c for c in wanted if not settled(c)]
-        tested = lambda c: f"{c.key}@{hash_of(c.file)}" in done
+        tested = lambda c: c.id in done
         todo.sort(key=tested)  # survivors last
         if survivors:
             todo = [c for c in todo if tested(c)]
@@ -262,20 +266,20 @@ def run(
         begun = time.monotonic()
         for i, (number, found) in enumerate(pool.map("mutate", jobs), start=1):
             case = todo[number]
-            row = {"key": case.key, "hash": hash_of(case.file), "line": case.mutant.line}
+            row = {"key": case.key, "within": case.mutant.within, "line": case.mutant.line}
             row |= {"operator": case.mutant.operator, "tests": state(case), **found}
-            done[f"{row['key']}@{row['hash']}"] = row
+            done[case.id] = row
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             left = (time.monotonic() - begun) / i * (len(todo) - i)
             word = "caught  " if row["caught"] else "SURVIVED"
             print(f"{i}/{len(todo)} {word} {row['key']}  ({left / 60:.0f} min left)", flush=True)
-    every_key = {f"{c.key}@{hash_of(c.file)}": c for c in every}
-    text = report([row for k, row in done.items() if k in every_key and row["ran"]], every)
+    known = {c.id for c in every}
+    text = report([row for k, row in done.items() if k in known and row["ran"]], every)
     (build / "report.md").write_text(text)
     print(text.split("\nSurvivors")[0])
     print(f"survivors: {build / 'report.md'}")
-    return [row for c in wanted if (row := done.get(f"{c.key}@{hash_of(c.file)}")) is not None]
+    return [row for c in wanted if (row := done.get(c.id)) is not None]
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ def test_samples_are_decoded_for_the_eye_and_in_the_report(run: Run) -> None:
     assert pictures and all((place / name).suffix == ".png" for name in pictures)
     page = build_report(run.folder).read_text()
     assert "Replayed from step 3, bit by bit as it was" in page
+    assert 'id="lineage"' in page and "tokens-tokens" in page and "Seconds of its parts" in page
     assert told["samples"][0]["key"] in page and words[0][:20] in page
 
 

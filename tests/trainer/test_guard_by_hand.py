@@ -16,7 +16,11 @@ from mm.batch import Batch, Values
 from mm.errors import UserError
 from mm.layout import Doc, Layout
 from mm.run import GuardConfig
+from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.health.anomaly import Guard, RollBack, append, out_of_memory
+from mm.trainer.held_out import HeldOut
+from mm.trainer.log.metrics import BytesPerToken
+from mm.trainer.state import TrainState
 
 STEADY = [1.0, 1.2] * 10  # median 1.1, deviation from it 0.1 everywhere
 
@@ -150,6 +154,24 @@ def test_only_the_main_rank_writes_and_a_resumed_guard_decides_alike(tmp_path: P
     for _ in range(40):
         again.loss(30, 1.1, [])
     assert len(again.state_dict()["losses"]) == 30, "the window has its length again"
+
+
+def test_a_resumed_run_has_its_guard_counts_and_held_out_decisions(tmp_path: Path) -> None:
+    guard = guard_of(tmp_path, max_skips=9)
+    guard.skip(3, "model", {}, [])
+    held_out = {"stage": 0, "best": [2, 1.5], "since": 4, "ended": {}}
+    totals = {"text": [1.0, 2.0, 3.0]}
+    state = {"step": 4, "guard": guard.state_dict(), "bytes_per_token": totals}
+    new = guard_of(tmp_path)
+    run = make_run(tmp_path)
+    found = TrainState(new, BytesPerToken(), HeldOut(run, True))
+    found.load(Snapshot(state | {"held_out": held_out}, {}))
+    assert found.step == 4 and new.skipped == 1 and new.state_dict()["bad"] == [3]
+    assert found.bytes_per_token.totals == totals
+    assert found.held_out.state_dict() == held_out
+    del state["guard"]  # of an older version
+    found.load(Snapshot(state, {}))
+    assert new.skipped == 1 and found.held_out.best is None
 
 
 def test_memory_that_runs_out_is_told_with_the_longest_span_of_each_modality() -> None:

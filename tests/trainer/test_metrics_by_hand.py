@@ -77,7 +77,7 @@ def test_codebook_usage_forgets_after_about_a_hundred_steps() -> None:
     seen = lambda *counts: {"usage": Sum(torch.tensor([counts]), torch.tensor(1.0))}
     first = usage.update(seen(1.0, 1.0, 0.0, 0.0) | {"other": Sum(torch.ones(1), torch.ones(1))})
     assert {k: float(v) for k, v in first.items()} == pytest.approx(
-        {"codebook/usage": 0.5, "codebook/perplexity": 2.0}
+        {"codebook/usage": 0.5, "codebook/dead_codes": 2.0, "codebook/perplexity": 2.0}
     )
     for _ in range(98):
         last = usage.update(seen(0.0, 0.0, 1.0, 0.0))
@@ -153,9 +153,16 @@ def test_tokens_by_modality_leave_padding_out() -> None:
 
 
 def test_a_line_of_a_step() -> None:
-    facts = {"tokens/step": 30, "items/step": 6, "loss/total": 1.0}
-    stats = {"padding_share": 0.25, "tokens_seen": {"text": 3}, "rejects": {"too_long": 2}}
-    row = metrics.of_step(facts, 1.5, 0.5, stats | {"token_shares": {"text": 1.0}, "name": "x"})
+    """``stream``: the counts of the stream over all ranks, in the order of its own."""
+    facts = {"tokens/step": 30, "items/step": 6, "loss/total": 1.0, "stream": [6.0, 2.0]}
+
+    def summarize(totals: dict[str, int]) -> dict[str, Any]:
+        assert totals == {"tokens": 6, "too_long": 2}
+        stats = {"padding_share": 0.25, "tokens_seen": {"text": 3}, "rejects": {"too_long": 2}}
+        return stats | {"token_shares": {"text": 1.0}, "name": "x"}
+
+    stream = SimpleNamespace(counts={"tokens": 3, "too_long": 1}, summarize=summarize)
+    row = metrics.of_step(facts, 1.5, 0.5, stream)
     assert row == {
         "loss/total": 1.0,
         "perf/tokens_per_second": 20.0,
@@ -166,7 +173,8 @@ def test_a_line_of_a_step() -> None:
         "data/rejects/too_long": 2,
         "data/token_shares/text": 1.0,
     }
-    assert metrics.of_step({}, 2.0, 0.0, {}) == {"perf/step_seconds": 2.0, "data/wait_seconds": 0.0}
+    bare = metrics.of_step({}, 2.0, 0.0, SimpleNamespace())
+    assert bare == {"perf/step_seconds": 2.0, "data/wait_seconds": 0.0}
     row = {"optim/grad_norm": math.inf, "optim/critic/grad_norm": math.nan, "loss/total": math.inf}
     assert metrics.skipped_networks(row) == ["model", "critic"]
     assert metrics.skipped_networks({"optim/grad_norm": 1.0}) == []
