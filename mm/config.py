@@ -84,7 +84,10 @@ def _placing(build: Callable[..., Any]) -> Callable[..., Any]:
 def faults(error: ValidationError) -> list[str]:
     """One line a fault of pydantic's: keys, and why."""
     lines = []
-    for fault in error.errors():
+    found = error.errors()
+    # a tuple whose parts are wrong is too short, says pydantic, for want of valid ones
+    causes = [f for f in found if "after validation" not in f["msg"]]
+    for fault in causes or found:
         where = ".".join(str(part) for part in fault["loc"])
         message = fault["msg"].removeprefix("Value error, ")
         lines.append(f"{where + ': ' if where else ''}{message}")

@@ -307,7 +307,7 @@ class Run(Config):
     model: Annotated[NetworkField, Field(description="what is trained: `lm`, or a tokenizer's net")]
     stages: Annotated[
         tuple[Stage, ...],
-        Field(min_length=1, description="trained one after the other, each with its own data"),
+        Field(description="trained one after the other, each with its own data"),
     ]
     engine: Annotated[EngineConfig, Field(description="ZeRO, precision, threads")] = EngineConfig()
     checkpoints: Annotated[Checkpoints, Field(description="when to save, what to keep")] = (
@@ -341,6 +341,8 @@ class Run(Config):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Run:
+        if not self.stages:
+            raise ValueError("stages: at least one is needed")
         for i, stage in enumerate(self.stages):
             refusal = getattr(stage.optimizer, "refusal", None)
             why = (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -85,6 +87,7 @@ def generate(
         raise UserError(f"--to {to} writes a file: name it with -o FILE.{raw.extensions[0]}")
     if out is not None:
         raw.check_ending(out)
+        make_room(out)
     # What is generated comes last in the prompt, because it is continued.
     raws = {m: v for at_end in (False, True) for m, v in given.items() if (m == to) is at_end}
     if not raws:
@@ -105,7 +108,10 @@ def generate(
         text = None
         if raw.is_text:
             text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-        file = save_media(value, numbered_path(out, i, n), own) if out else None
+        try:
+            file = save_media(value, numbered_path(out, i, n), own) if out else None
+        except OSError as error:
+            raise UserError(f"-o {out}: cannot be written ({error.strerror})") from error
         rows.append({"file": file, "text": text, "what": raw.line(value)})
         if text is not None and out is None:
             console().print(text, markup=False)
@@ -195,6 +201,18 @@ def chosen_sampling(run: Path, conditions: Iterable[str], to: str) -> dict[str, 
             f"{file}: sampling.{direction} cannot be read ({error}); write it again: mm eval "
             f"{run} --json {file}"
         ) from error
+
+
+def make_room(out: Path) -> None:
+    """Make the folder that a file is to be written into. Raises UserError where it cannot be."""
+    if out.is_dir():
+        raise UserError(f"-o {out}: is a folder; name a file in it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(out.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, "not writable")
+    except OSError as error:
+        raise UserError(f"-o {out}: cannot be written ({error.strerror})") from error
 
 
 def numbered_path(out: Path | None, i: int, n: int) -> Path:

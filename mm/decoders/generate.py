@@ -326,7 +326,7 @@ class Generator:
         """A sentence on words of the prompts that the text tokenizer never met; "" without any."""
         own = [{self.modality(m): raw for m, raw in prompt.items()} for prompt in prompts]
         words = unseen_words(own, self.tokenizers)
-        shown = ", ".join(f"'{word}'" for word in words[:8]) + (" ..." if len(words) > 8 else "")
+        shown = ", ".join(f"'{w[:40]}'" for w in words[:8]) + (" ..." if len(words) > 8 else "")
         met = "never seen in the text that the tokenizer was trained on"
         return f"{met}: {shown}; the model can but guess" if words else ""
 

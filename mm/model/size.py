@@ -13,7 +13,7 @@ from mm.errors import UserError
 from mm.launch import environment
 
 FLOAT32 = 4  # bytes
-NO_MEMORY = ("allocate memory", "overflow", "out of range", "too large", "INT_MAX")
+NO_MEMORY = ("allocate memory", "overflow", "out of range", "too large", "int_max")
 
 
 class _TooLarge(Exception):
@@ -57,7 +57,7 @@ def require_room(
         with torch.device("meta"):
             build()
     except (_TooLarge, MemoryError, OverflowError, RuntimeError, TypeError) as error:
-        text = str(error)
+        text = str(error).lower()
         if isinstance(error, (RuntimeError, TypeError)) and not any(w in text for w in NO_MEMORY):
             raise
         known = isinstance(error, _TooLarge)
