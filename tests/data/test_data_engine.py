@@ -20,7 +20,8 @@ import pytest
 import torch
 from data_toys import ToyTokenizer, folder, png, token_shards, toys
 
-from mm.data.pack import output
+from mm.data.modalities.base import table
+from mm.data.pack import encode, output
 from mm.data.pack.job import pack
 from mm.data.pack.writer import write_manifest
 from mm.data.shards.index import Index, sha256
@@ -47,9 +48,7 @@ def rows(root: Path, n: int = 1200) -> Path:
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from typing import Any
 from data_toys import ToyTokenizer
-from mm.data.pack import output
 from mm.data.pack import output
 from mm.data.pack.job import pack
 
@@ -99,6 +98,20 @@ def test_a_killed_pack_goes_on(tmp_path: Path) -> None:
                 tmp_path / "whole" / name
             ).read_bytes()
     assert not list(tmp_path.glob(".out.part-*"))
+
+
+def test_codes_are_kept_while_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """50 ids are 400 bytes with what is around them: two of them fit."""
+    monkeypatch.setattr(encode, "CACHE_BYTES", 1000)
+    toy = ToyTokenizer("text", 64)
+    encoder = encode.Encoder({"text": toy}, table().modalities)
+    items = [encode.Item({"text": bytes([97 + i]) * 50}, i) for i in range(5)]
+    for again, seen in ((items, 5), (items[3:], 5), (items[:1], 6), (items[:1] * 3, 6)):
+        results = encoder.encode(again)
+        assert [r.rest for r in results] == [item.rest for item in again]
+        assert all(r.encoded["text"].ids[0] == (97 + r.rest) % 64 for r in results)
+        assert toy.seen == seen and len(encoder._cache) == 2
+    assert encoder._held == 800
 
 
 class Interrupted(ToyTokenizer):
