@@ -39,7 +39,7 @@ def test_first_fit() -> None:
 
 
 def test_rows_are_packed_the_better_way() -> None:
-    """Longest first wastes less; a drawn order does where few documents fill a row by number."""
+    """In a drawn order; longest first where that takes at least 2 % fewer rows."""
     named = lambda lengths: [Document(0, 0, i, 0, n) for i, n in enumerate(lengths)]
     rng = np.random.default_rng(0)
     for lengths, most in ((rng.integers(2, 100, 200), 50), ([90] * 40 + [5] * 160, 6)):
@@ -49,7 +49,7 @@ def test_rows_are_packed_the_better_way() -> None:
         assert all(sum(d.length for d in row) <= 100 and len(row) <= most for row in rows)
         mixed = np.array([d.length for d in documents])
         either = [first_fit(np.sort(mixed)[::-1], 100, most), first_fit(mixed, 100, most)]
-        assert len(rows) <= min(len(e) for e in either) + 1
+        assert len(rows) <= 1.04 * min(len(e) for e in either) + 1
         assert lay_rows(documents, 100, most, key=4) != rows
 
 
