@@ -15,7 +15,7 @@ STARTS_PROCESSES := tests/trainer tests/docs tests/data tests/own_data
 
 help:
 	@echo "make quickstart   install, then train and evaluate an any-to-any model (4 to 6 minutes on 2 CPU cores)"
-	@echo "make test         install, then the test suite (up to 10 minutes on 2 CPU cores)"
+	@echo "make test         install, then the test suite (about 6 minutes on 2 CPU cores)"
 	@echo "make test-slow    the long tests: the quickstart at reduced steps, several processes, the wheel"
 	@echo "make mutants      one-line bugs that no test would notice; hours, goes on where it was"
 	@echo "make fuzz         100,000 damaged files through every reader; goes on where it was"

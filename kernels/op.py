@@ -48,6 +48,8 @@ class Op:
     """
 
     every: dict[str, Op] = {}
+    # Told of every call outside compiled code, with its arguments and result; None: nobody looks.
+    observer: Callable[[Op, tuple[Any, ...], dict[str, Any], Any], None] | None = None
 
     def __init__(self, reference: Callable):
         functools.update_wrapper(self, reference)
@@ -96,7 +98,10 @@ class Op:
             log.info("%s: using %s%s", self.name, name, f" ({reasons})" if reasons else "")
         if self._forced is None and name != "reference" and check.is_checkable(args):
             name = self._trusted(name, args, kw)
-        return self.implementations[name][0](*args, **kw)
+        result = self.implementations[name][0](*args, **kw)
+        if Op.observer is not None:
+            Op.observer(self, args, kw, result)
+        return result
 
     def _trusted(self, name: str, args: tuple[Any, ...], kw: dict[str, Any]) -> str:
         """``name``, or the first one after it that equals the reference on calls of this kind."""

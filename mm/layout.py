@@ -5,15 +5,17 @@ B rows, T tokens, A axes, M documents.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 NONE: Mapping[str, Any] = {}
+# From a layout, the index and the document numbers that `Layout.derive` takes.
+Moves: TypeAlias = "Callable[[Layout], tuple[Tensor | None, Tensor | None]]"
 
 
 class Fields(NamedTuple):
@@ -79,6 +81,17 @@ def places_of(doc: Doc, axes: int) -> np.ndarray:
     return position
 
 
+class Arrays(NamedTuple):
+    """What grouping documents on the host looks at (`Layout.arrays`); P = B * T positions."""
+
+    document: np.ndarray  # (P,)
+    time: np.ndarray  # (P,)
+    start: np.ndarray  # (M,) first flat position of each document
+    length: np.ndarray  # (M,) its tokens
+    slot: np.ndarray  # (M,)
+    fresh: np.ndarray  # (M,) bool
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Documents of a batch, made on the host.
@@ -110,9 +123,9 @@ class Layout:
         return self.fields.document.shape[0], self.fields.document.shape[1]
 
     def to(self, device: Any) -> Layout:
-        """Copy to a device."""
+        """Copy to a device; the copy remembers where it came from (`on_host`)."""
         move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
-        return replace(
+        made = replace(
             self,
             fields=self.fields.map(move),
             cu_seqlens=move(self.cu_seqlens),
@@ -120,12 +133,54 @@ class Layout:
             fresh=move(self.fresh),
             grids={k: move(v) for k, v in self.grids.items()},
         )
+        if not made.is_on_host:
+            made.memo["host"] = self.on_host
+        return made
+
+    @property
+    def is_on_host(self) -> bool:
+        return self.fields.document.device.type == "cpu"
+
+    def on_host(self) -> Layout:
+        """This layout in host memory, for what looks at values.
+
+        Layouts are made on the host, so a copy on a device knows it without asking the device; one
+        whose documents only the device knows (`derive` by a tensor) is read, which waits for it.
+        """
+        if self.is_on_host:
+            return self
+        found = self.memo.get("host")
+        host = found() if found is not None else self.to("cpu")
+        self.memo["host"] = lambda: host
+        return host
+
+    def arrays(self) -> Arrays:
+        """What the host knows of the documents, as numpy, from `on_host`; made once."""
+        if "arrays" not in self.memo:
+            self.memo["arrays"] = self._arrays()
+        return self.memo["arrays"]
+
+    def _arrays(self) -> Arrays:
+        host = self.on_host()
+        document = host.fields.document.numpy().reshape(-1)
+        time = host.fields.position.numpy()[..., 0].reshape(-1)
+        starts, slot, fresh = (t.numpy() for t in (host.cu_seqlens, host.slot, host.fresh))
+        lengths = np.bincount(document, minlength=len(starts))[1:]
+        return Arrays(document, time, starts[:-1], lengths, slot, fresh)
+
+    def map_fields(self, f: Callable[[Fields], Fields]) -> Layout:
+        """Other named fields for the same documents: ``f`` makes them from those that are there."""
+        made = replace(self, fields=f(self.fields))
+        if not made.is_on_host:
+            made.memo["host"] = lambda: self.on_host().map_fields(f)
+        return made
 
     def derive(
         self,
         index: Tensor | None = None,
         *,
         document: Tensor | None = None,
+        again: Moves | None = None,
         time: Literal["moves", "stays"] = "moves",
         slots: bool = True,
     ) -> Layout:
@@ -138,6 +193,8 @@ class Layout:
                 p then holds what stood at ``index[p]``. None: nothing moves.
             document: `(B, T)` int32 document numbers before the move; a position that loses its
                 number becomes padding. None: as they are.
+            again: makes ``index`` and ``document`` from any copy of this layout: so the host knows
+                the result without asking the device (`on_host`).
             time: whether axis 0 of the positions moves with the content, or stays: then the new
                 order is the order of time. Other axes, modality and named fields always move.
             slots: keep the slots of States; False: documents of the result read and write none.
@@ -156,13 +213,22 @@ class Layout:
                 went = torch.empty_like(index)
                 went[index] = torch.arange(len(index), device=index.device)
                 grids = {k: went[v.long()].to(v.dtype) for k, v in grids.items()}
-        return replace(
+        made = replace(
             self,
             fields=f,
             cu_seqlens=_starts(f.document, self.slot.shape[0]),
             slot=self.slot if slots else torch.full_like(self.slot, -1),
             grids=grids,
         )
+        if again is not None and not made.is_on_host and not torch.compiler.is_compiling():
+
+            def host() -> Layout:
+                layout = self.on_host()
+                index, document = again(layout)
+                return layout.derive(index, document=document, time=time, slots=slots)
+
+            made.memo["host"] = host
+        return made
 
     @staticmethod
     def from_rows(

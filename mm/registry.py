@@ -335,6 +335,18 @@ CALLBACKS = Registry(
     {
         "samples": "mm.trainer.callbacks.samples",
         "progress": "mm.trainer.callbacks.progress",
+        "machine": "mm.trainer.callbacks.machine",
+        "modalities": "mm.trainer.callbacks.modalities",
+        "layers": "mm.trainer.callbacks.layers",
+        "alerts": "mm.trainer.callbacks.alerts",
+    },
+)
+SINKS = Registry(
+    "sink",
+    {
+        "wandb": "mm.trainer.log.sinks.wandb_sink",
+        "tensorboard": "mm.trainer.log.sinks.tensorboard_sink",
+        "mlflow": "mm.trainer.log.sinks.mlflow_sink",
     },
 )
 
@@ -359,6 +371,7 @@ if TYPE_CHECKING:
     OptimizerField = Any
     TaskField = Any
     CallbackField = Any
+    SinkField = Any
 else:
     NetworkField = NETWORKS.field
     BackboneField = BACKBONES.field
@@ -378,3 +391,4 @@ else:
     OptimizerField = OPTIMIZERS.field
     TaskField = TASKS.field
     CallbackField = CALLBACKS.field
+    SinkField = SINKS.field

@@ -14,6 +14,7 @@ from mm.registry import (
     NetworkField,
     ObjectiveField,
     OptimizerField,
+    SinkField,
     StreamField,
     TaskField,
 )
@@ -25,7 +26,7 @@ CHEAP = 10  # steps for each batch of a held-out loss
 class Budget(Config):
     """How long a stage lasts."""
 
-    steps: Annotated[int, Field(gt=0, description="optimizer steps")] = 1000
+    steps: Annotated[int, Field(gt=0, le=10**9, description="optimizer steps")] = 1000
 
 
 class Schedule(Config):
@@ -182,7 +183,7 @@ class EngineConfig(Config):
         int, Field(ge=0, description="non-finite steps tolerated in `guard.window`")
     ] = 3
     threads: Annotated[
-        int | None,
+        Annotated[int, Field(ge=1, le=1024)] | None,
         Field(description="CPU threads a process; default: cores / processes on this machine"),
     ] = None
     compile: Annotated[
@@ -248,12 +249,17 @@ class GuardConfig(Config):
 
 
 class Tracking(Config):
-    """Weights & Biases mirror of metrics.jsonl.
+    """Where metrics.jsonl is mirrored to, and how a run is filed there.
 
     WANDB_MODE wins over `mode`; without a key the default is offline.
     """
 
-    project: Annotated[str, Field(description="project of Weights & Biases")] = "mm"
+    sinks: Annotated[
+        tuple[SinkField, ...], Field(description="`wandb`, `tensorboard`, `mlflow`; [] = none")
+    ] = Field(default=("wandb",), validate_default=True)
+    project: Annotated[
+        str, Field(description="project of Weights & Biases, experiment of MLflow")
+    ] = "mm"
     mode: Annotated[
         Literal["auto", "online", "offline", "disabled"],
         Field(description="auto: online with a key, else offline"),
@@ -265,6 +271,13 @@ class Tracking(Config):
     job_type: Annotated[str | None, Field(description="such as tokenizer, pretrain")] = None
     notes: Annotated[str | None, Field(description="what the run is for, in a sentence")] = None
     tags: Annotated[tuple[str, ...], Field(description="tags of the run")] = ()
+    upload: Annotated[
+        tuple[Literal["model", "data"], ...],
+        Field(
+            description="what is sent besides figures and samples; all else is only referred to by "
+            "its path"
+        ),
+    ] = ()
 
 
 class Run(Config):
@@ -293,7 +306,8 @@ class Run(Config):
     ] = None
     model: Annotated[NetworkField, Field(description="what is trained: `lm`, or a tokenizer's net")]
     stages: Annotated[
-        tuple[Stage, ...], Field(description="trained one after the other, each with its own data")
+        tuple[Stage, ...],
+        Field(description="trained one after the other, each with its own data"),
     ]
     engine: Annotated[EngineConfig, Field(description="ZeRO, precision, threads")] = EngineConfig()
     checkpoints: Annotated[Checkpoints, Field(description="when to save, what to keep")] = (
@@ -302,7 +316,9 @@ class Run(Config):
     guard: Annotated[GuardConfig, Field(description="what to do when a run goes wrong")] = (
         GuardConfig()
     )
-    tracking: Annotated[Tracking, Field(description="Weights & Biases")] = Tracking()
+    tracking: Annotated[Tracking, Field(description="Weights & Biases and others")] = Field(
+        default_factory=Tracking
+    )
     callbacks: Annotated[
         tuple[CallbackField, ...], Field(description="samples and other work while training")
     ] = ()
@@ -325,6 +341,8 @@ class Run(Config):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Run:
+        if not self.stages:
+            raise ValueError("stages: at least one is needed")
         for i, stage in enumerate(self.stages):
             refusal = getattr(stage.optimizer, "refusal", None)
             why = (
@@ -350,13 +368,14 @@ class Run(Config):
         return self.out / self.name
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Any = ()) -> Run:
-        """Read a run YAML; its `imports:` are imported first. Raises UserError."""
-        import importlib
+    def load(cls, path: str | Path, overrides: Any = (), *, trust_code: bool = True) -> Run:
+        """Read a run YAML; its `imports:` are imported first. Raises UserError.
 
+        Args:
+            trust_code: False for a file that nobody chose by name, as that of a run's folder.
+        """
         from mm import config
 
         values = config.override(config.read(path), overrides)
-        for name in values.get("imports", ()):
-            importlib.import_module(name)
+        config.import_modules(values, str(path), trust_code)
         return config.validate(cls, values, str(path))

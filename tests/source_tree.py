@@ -41,6 +41,7 @@ TIERS = {
     "bench": 7,
     "cli": 7,
     "report": 7,
+    "sweep": 7,
     "quickstart": 7,
     "own_data": 7,
     "faults": 7,

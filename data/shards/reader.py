@@ -18,6 +18,7 @@ from mm.data.modalities.base import BadSample, get_modality, table
 from mm.data.shards import index
 from mm.data.shards.index import Index
 from mm.data.shards.manifest import parse_manifest
+from mm.data.shards.maps import ShardBytes
 from mm.data.shards.members import member_modality, members_of, segment_words, split_ordinal
 from mm.data.shards.remote import cache_folder, fetch, is_url, join, read_small
 from mm.errors import UserError, did_you_mean
@@ -31,6 +32,8 @@ MANIFEST, VOCABULARY, INDEX, QUARANTINE = (
     "index.npz",
     "quarantine.jsonl",
 )
+CHECKED = 4096  # shards whose sizes are looked at when a split is opened; of more, when first read
+HASHED = 1 << 28  # bytes of an index that is hashed when it is opened
 log = logging.getLogger(__name__)
 
 
@@ -71,27 +74,12 @@ class ShardSet:
         self.root, self.split, self.manifest, self.url = root, split, manifest, url
         entry = manifest["splits"][split]
         self._entry = entry
-        self.paths = [root / split / shard["name"] for shard in entry["shards"]]
-        total = 0
-        for path, shard in zip(self.paths, entry["shards"], strict=True):
-            have = path.stat().st_size if path.is_file() else None
-            if url:
-                have = shard["bytes"]
-            if have != shard["bytes"]:
-                what = (
-                    "is missing"
-                    if have is None
-                    else f"has {have} bytes, the manifest says {shard['bytes']}"
-                )
-                raise UserError(
-                    f"{path}: {what}; restore it or pack again with: mm data pack SRC --out "
-                    f"{root} --overwrite"
-                )
-            total += shard["bytes"]
+        if not url and len(entry["shards"]) <= CHECKED:
+            for shard in range(len(entry["shards"])):
+                self._local(shard)
         self.tokenizers: Mapping[str, Any] = {}  # those of bytes get files as they are
-        self._in_memory = total <= cache_mb * 1e6
-        self._buffers: list[np.ndarray | None] = [None] * len(self.paths)
-        self.index = self._load_index(entry)
+        self._contents = ShardBytes(self._path, self.n_bytes <= cache_mb * 1e6)
+        self.index, self._hashed = self._load_index(entry)
         if len(self.index) != entry["samples"]:
             raise UserError(
                 f"{root}/{split}: index has {len(self.index)} samples, the manifest "
@@ -115,8 +103,8 @@ class ShardSet:
         }
         # True where a sample may have several segments of one modality
         self.interleaved = any(split_ordinal(member)[0] for member in self._members.values())
-        names = [spec.modality for spec in self.specs] or table().modalities
-        self._order = {name: n for n, name in enumerate(names)}  # of the values of a sample
+        names = enumerate([spec.modality for spec in self.specs] or table().modalities)
+        self._order = {name: n for n, name in names}  # of the values of a sample
 
     @classmethod
     def open(cls, root: str | Path, split: str = "train", cache_mb: float = 512) -> ShardSet:
@@ -142,13 +130,13 @@ class ShardSet:
 
     @property
     def specs(self) -> tuple[TokenSpec, ...]:
-        """Token ranges that the shards use (none for raw shards)."""
+        """Token ranges that the shards use; none if raw."""
         return self.vocabulary.ranges if self.vocabulary else ()
 
     @property
     def fingerprint(self) -> str:
         """Short hash of the split's content: the SHA-256 of all its shards."""
-        parts = "".join(shard["sha256"] for shard in self.manifest["splits"][self.split]["shards"])
+        parts = "".join(shard["sha256"] for shard in self._entry["shards"])
         return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
     def key(self, i: int) -> str:
@@ -219,13 +207,15 @@ class ShardSet:
             return [(i, modality) for i in having]
         return [(i, member) for i in having for member in members_of(self.members(i), modality)]
 
-    def segments(self, modality: str) -> np.ndarray:
-        """Segments of that modality in each sample: (N,) int64; 0 or 1 if not interleaved."""
+    def segments(self, modality: str, samples: np.ndarray | None = None) -> np.ndarray:
+        """Segments of that modality in each sample: (N,) int64; 0 or 1 if not interleaved.
+
+        Of all samples, or of some that lie close together.
+        """
         if not self.interleaved:
-            return (self.lengths(modality) >= 0).astype(np.int64)
-        mine = [member_modality(self._members.get(kind, "")) == modality for kind in self._kinds]
-        hits = np.concatenate([[0], np.cumsum(np.array(mine, np.int64)[self.index.kind])])
-        return hits[self.index.start[1:]] - hits[self.index.start[:-1]]
+            lengths = self.lengths(modality)
+            return ((lengths if samples is None else lengths[samples]) >= 0).astype(np.int64)
+        return self.index.members_of(self._of(modality), samples)
 
     def meta(self, i: int) -> dict[str, Any]:
         """Metadata of sample i: labels and whatever else the source had."""
@@ -252,7 +242,7 @@ class ShardSet:
             if e is not None:
                 n = int(self.lengths(spec.modality)[i])
                 data = self._bytes(e)
-                if not 0 <= 4 * n <= len(data):
+                if not 0 <= 4 * n <= len(data) or not (self._hashed or index.has_codes(data, n)):
                     raise self._damaged(f"sample {i} has {n} codes in {len(data)} bytes")
                 out[spec.modality] = data[len(data) - 4 * n :].view("<i4")
         return out
@@ -276,34 +266,51 @@ class ShardSet:
         """Bytes of all shards of the split."""
         return sum(shard["bytes"] for shard in self._entry["shards"])
 
-    def bytes_of(self, modality: str) -> int:
-        """Bytes of all files of one modality."""
-        mine = [member_modality(self._members.get(kind, "")) == modality for kind in self._kinds]
-        return int(self.index.size[np.array(mine, bool)[self.index.kind]].sum())
+    def bytes_of(self, modality: str, most: int = 1 << 22) -> int:
+        """Bytes of all files of one modality; of more files than ``most``, told by some of them."""
+        return self.index.bytes_of(self._of(modality), most)
 
-    def shard_of(self) -> np.ndarray:
-        """Number of the shard that each sample stands in: (N,) int32, ascending."""
-        return np.asarray(self.index.shard[np.asarray(self.index.start[:-1])])
+    def _of(self, modality: str) -> np.ndarray:
+        """Which kinds of members are of a modality, (K,) bool."""
+        found = [member_modality(self._members.get(kind, "")) == modality for kind in self._kinds]
+        return np.array(found, bool)
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples of every shard, in order."""
+        return [shard["samples"] for shard in self._entry["shards"]]
+
+    @property
+    def totals(self) -> dict[str, tuple[int, int]]:
+        """Modality -> samples that have it, and the sum of their lengths."""
+        return {m: (e["count"], e["total"]) for m, e in self._entry["lengths"].items()}
 
     def close(self) -> None:
         """Drop buffers and maps."""
-        self._buffers = [None] * len(self.paths)
+        self._contents.clear()
 
     # ---- inside ----
 
-    def _load_index(self, entry: Mapping[str, Any]) -> Index:
+    def _load_index(self, entry: Mapping[str, Any]) -> tuple[Index, bool]:
+        """The index, and whether it is known to be what was packed.
+
+        One that is too large to be hashed at every start is told by its size and its shapes; what
+        it says of a sample is then held against the header of the sample's tokens.
+        """
+        said, shards = entry["index"], len(entry["shards"])
         if self.url:
-            where = join(self.url, self.split, entry["index"]["name"])
-            found = fetch(where, entry["index"]["sha256"], entry["index"].get("bytes"))
-            return Index.load(found, len(self.paths))
-        path = self.root / self.split / entry["index"]["name"]
-        if path.is_file() and index.sha256(path) == entry["index"]["sha256"]:
+            where = join(self.url, self.split, said["name"])
+            return Index.load(fetch(where, said["sha256"], said.get("bytes")), shards), True
+        path = self.root / self.split / said["name"]
+        have = path.stat().st_size if path.is_file() else -1
+        hashed = have <= HASHED or said.get("bytes") is None
+        if index.sha256(path) == said["sha256"] if hashed and have >= 0 else have == said["bytes"]:
             try:
-                return Index.load(path, len(self.paths))
+                return Index.load(path, shards), hashed
             except UserError as error:
                 log.warning("%s", error)
         log.warning("%s is missing or damaged: reading all shards of '%s' again", path, self.split)
-        return index.build(self.paths)
+        return index.build([self._local(shard) for shard in range(shards)]), True
 
     def _damaged(self, what: str) -> UserError:
         where = self.root / self.split / self._entry["index"]["name"]
@@ -332,13 +339,32 @@ class ShardSet:
             part.replace(path)
         return path
 
+    @property
+    def paths(self) -> list[Path]:
+        """Files of the shards, where they are local."""
+        folder = self.root / self.split
+        return [folder / shard["name"] for shard in self._entry["shards"]]
+
     def _path(self, shard: int) -> Path:
         """Local path of a shard; fetched where the set is behind a URL."""
         if not self.url:
-            return self.paths[shard]
+            return self._local(shard)
         entry = self._entry["shards"][shard]
         url = join(self.url, self.split, entry["name"])
         return fetch(url, entry["sha256"], entry["bytes"])
+
+    def _local(self, shard: int) -> Path:
+        """Path of a local shard. Raises UserError where it is missing or has another size."""
+        entry = self._entry["shards"][shard]
+        path = self.root / self.split / entry["name"]
+        have = path.stat().st_size if path.is_file() else None
+        if have == entry["bytes"]:
+            return path
+        what = f"has {have} bytes, the manifest says {entry['bytes']}"
+        raise UserError(
+            f"{path}: {'is missing' if have is None else what}; restore it or pack again with: "
+            f"mm data pack SRC --out {self.root} --overwrite"
+        )
 
     def _number(self, i: int) -> int:
         if not -len(self) <= i < len(self):
@@ -347,16 +373,9 @@ class ShardSet:
 
     def _bytes(self, e: int) -> np.ndarray:
         s = int(self.index.shard[e])
-        if not 0 <= s < len(self.paths):
-            raise self._damaged(f"entry {e} is in shard {s} of {len(self.paths)}")
-        buffer = self._buffers[s]
-        if buffer is None:
-            read = (
-                np.fromfile
-                if self._in_memory
-                else lambda path, dtype: np.memmap(path, dtype, mode="r")
-            )
-            buffer = self._buffers[s] = read(self._path(s), np.uint8)
+        if not 0 <= s < len(self._entry["shards"]):
+            raise self._damaged(f"entry {e} is in shard {s} of {len(self._entry['shards'])}")
+        buffer = self._contents(s)
         at, size = int(self.index.offset[e]), int(self.index.size[e])
         if at < 0 or size < 0 or at + size > len(buffer):
             raise self._damaged(f"entry {e} is at {at} to {at + size} of {len(buffer)} bytes")
@@ -375,5 +394,5 @@ class ShardSet:
             ) from error
 
     def _where(self, i: int) -> str:
-        shard = self.paths[self.index.shard[self.index.start[i]]].name
+        shard = self._entry["shards"][self.index.shard[self.index.start[i]]]["name"]
         return f"{self.root.name}/{self.split}/{shard}:{self.index.key(i)}"

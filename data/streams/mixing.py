@@ -3,6 +3,11 @@
 By weights in samples or tokens, or by token shares of modalities, constant or scheduled. Everything
 is a pure function of the block number, so a stream seeks in O(1).
 
+What is exact: the blocks 0 .. n - 1 together, over all row streams, take of every source its share
+of the samples within half a sample, for every n; so a single block is within one sample. Weights in
+tokens, and shares of modalities, are turned into shares of samples by the mean tokens of a sample
+of each source (`PackedStream.prepare`), the same on all ranks, and are as exact as these.
+
 S sources, K knots, M modalities.
 """
 
@@ -13,7 +18,6 @@ from typing import NamedTuple, TypeGuard
 
 import numpy as np
 
-from mm.data.streams.shuffle import permute
 from mm.errors import UserError
 
 Schedule = float | Mapping[int, float]  # a constant, or samples drawn so far -> value
@@ -21,15 +25,11 @@ TOLERANCE = 0.02  # absolute error of a modality's share that counts as reached
 
 
 class Plan(NamedTuple):
-    """Shares of the samples at some points of the run, linear between them.
-
-    ``counts`` is set where a block takes the same samples of every source.
-    """
+    """Shares of the samples at some points of the run, linear between them."""
 
     at: np.ndarray  # (K,) float64, blocks
     shares: np.ndarray  # (K, S) float64, each row sums to 1
     block_samples: int
-    counts: tuple[int, ...] | None = None
 
     def drawn_before(self, block: int) -> list[int]:
         """Samples that each source gave before ``block``: (S,).
@@ -37,8 +37,8 @@ class Plan(NamedTuple):
         The rounded integral of the shares: whatever the block, no source is more than one sample
         away from its exact part.
         """
-        if self.counts is not None:
-            return [block * n for n in self.counts]
+        if len(self.at) == 1:
+            return [int(x) for x in np.floor(self.shares[0] * (block * self.block_samples) + 0.5)]
         total = np.zeros(self.shares.shape[1])
         edges = [0.0, *(float(a) for a in self.at if 0 < a < block), float(block)]
         for left, right in zip(edges, edges[1:], strict=False):
@@ -69,15 +69,11 @@ def plan(
     Raises:
         UserError: all weights are 0 somewhere, or no mixture of the sources has these shares.
     """
-    if unit == "samples" and not modality_tokens and not any(map(_varies, weights)):
-        counts = tuple(shares([_value(w, 0) for w in weights], block_samples))
-        total = sum(counts)
-        return Plan(np.zeros(1), np.array([[n / total for n in counts]]), block_samples, counts)
     wanted = modality_tokens or {}
     points = sorted({0, *(int(p) for s in (*weights, *wanted.values()) if _varies(s) for p in s)})
     rows = []
     for point in points:
-        share = np.array([_value(w, point) for w in weights])
+        share = np.array([value_at(w, point) for w in weights])
         if share.sum() <= 0:
             raise UserError(f"data.sources: every weight is 0 after {point} samples")
         if unit == "tokens" or wanted:
@@ -90,7 +86,7 @@ def plan(
             if unit == "samples":
                 share = share * size
             if wanted:
-                goal = {m: _value(s, point) for m, s in wanted.items()}
+                goal = {m: value_at(s, point) for m, s in wanted.items()}
                 share = reach(goal, share / share.sum(), tokens)
             share = share / size
         rows.append(share / share.sum())
@@ -143,49 +139,12 @@ def reach(
     return share
 
 
-def shares(weights: Sequence[float], total: int) -> list[int]:
-    """Split ``total`` by weight, by largest remainder, at least one each."""
-    exact = [w / sum(weights) * total for w in weights]
-    out = [max(1, int(x)) for x in exact]
-    for i in sorted(range(len(exact)), key=lambda i: exact[i] - int(exact[i]), reverse=True):
-        if sum(out) < total:
-            out[i] += 1
-    return out
-
-
-def window_order(groups: np.ndarray, window: int, key: int) -> np.ndarray:
-    """An order that reads shard after shard: shards permuted, then samples within a window.
-
-    Args:
-        groups: (N,) shard of every sample, ascending.
-        window: samples that are mixed with each other.
-        key: of the order.
-    Returns:
-        (N,) int64: the sample at every position; a permutation.
-    """
-    n = len(groups)
-    edges = np.flatnonzero(np.diff(groups, prepend=groups[:1] - 1 if n else 0))
-    stops = np.append(edges[1:], n)
-    order = permute(np.arange(len(edges)), len(edges), key)
-    line = (
-        np.concatenate([np.arange(int(edges[s]), int(stops[s])) for s in order])
-        if n
-        else groups[:0]
-    )
-    out = np.empty(n, np.int64)
-    for number, start in enumerate(range(0, n, window)):
-        part = line[start : start + window]
-        out[start : start + len(part)] = part[
-            permute(np.arange(len(part)), len(part), key ^ (number + 1))
-        ]
-    return out
-
-
 def _varies(schedule: Schedule) -> TypeGuard[Mapping[int, float]]:
     return isinstance(schedule, Mapping)
 
 
-def _value(schedule: Schedule, at: int) -> float:
+def value_at(schedule: Schedule, at: int) -> float:
+    """A weight after ``at`` samples."""
     if not isinstance(schedule, Mapping):
         return float(schedule)
     points = sorted(schedule)

@@ -1,19 +1,19 @@
 """Packed rows of token documents.
 
-The order is a pure function of (seed, sample number), each block of (seed, block). A block takes
-samples of every source (by weight, see `mm.data.streams.mixing`), in the order of that source's own
-counter-based permutation, transforms each with a generator of its own, and packs the documents
-first-fit into rows. Every rank plans all rows and makes batches of its own ones.
+Row r of every step is the next row of stream r, whatever process reads it; stream r is the rows of
+its blocks, one of every round of `batch_size` blocks. A block takes samples of every source (by
+weight, see `mm.data.streams.mixing`), in the order of that source's own keyed bijection, and packs
+their documents into rows by their lengths, which stand in the index: nothing is read. A row's
+samples are read, and transformed each with a generator of its own, when its step is made.
 
 N samples, B rows of one micro-batch.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -21,11 +21,12 @@ from pydantic import Field
 from mm.data.batching.collate import document_length, to_batch
 from mm.data.shards.reader import split_samples
 from mm.data.shards.remote import is_url
-from mm.data.streams import mixing
+from mm.data.streams import mixing, stats
 from mm.data.streams.base import Step
+from mm.data.streams.blocks import Block, Document, block_of, first_fit, lay_rows
 from mm.data.streams.documents import DocumentStream, TokenSource, TokenStreamConfig, Weight
+from mm.data.streams.order import SourceOrder
 from mm.data.streams.shuffle import key_of, permute
-from mm.data.streams.stats import accumulate, summarize
 from mm.data.streams.survey import Drawn
 from mm.data.transforms.chunk import window
 from mm.errors import UserError
@@ -34,6 +35,8 @@ from mm.specs import Segment
 
 SURVEYED = 1024  # documents that are packed to tell the epochs
 PROBE = 256  # samples of a source that tell its mean tokens after the transforms
+BLOCK_ROWS = 64  # rows that a block fills, about, where the config does not say its samples
+HOPELESS = 8192  # samples in a row that give no document
 
 
 @STREAMS.register("packed")
@@ -48,7 +51,12 @@ class PackedConfig(TokenStreamConfig):
     max_documents: Annotated[
         int, Field(gt=0, description="documents of one row; shapes depend on it")
     ] = 32
-    block_samples: Annotated[int, Field(gt=0, description="samples packed together")] = 1024
+    block_samples: Annotated[
+        int | None,
+        Field(
+            gt=0, le=10**8, description="samples packed together; default: what fills about 64 rows"
+        ),
+    ] = None
     weights: Annotated[
         Literal["samples", "tokens"], Field(description="what the sources' weights are shares of")
     ] = "samples"
@@ -95,39 +103,14 @@ class PackedConfig(TokenStreamConfig):
         if not found:
             return None
         samples = sum(split_samples(source.path, split) for source in found)
+        part = -(-samples // self.batch_size)  # about one pass over the split is one round
         changed = {
             "sources": tuple(found),
-            # about one pass over the split is one block
-            "block_samples": max(len(found), min(self.block_samples, samples)),
+            "block_samples": max(len(found), min(self.block_samples or SURVEYED, part)),
             "modality_tokens": None,  # the split may lack one of them
             "prefetch": 0,
         }
         return self.model_copy(update=changed)
-
-
-class Document(NamedTuple):
-    """One document and the number of its source."""
-
-    key: str
-    segments: list[Segment]
-    source: int = 0
-
-
-class Row(NamedTuple):
-    """Documents of one row."""
-
-    documents: list[list[Segment]]
-    keys: list[str]
-    sources: list[int]
-    length: int
-
-
-class Block(NamedTuple):
-    """Rows of one block and what was left out of it."""
-
-    rows: list[Row]
-    filtered: int
-    too_long: int
 
 
 class PackedStream(DocumentStream[PackedConfig]):
@@ -139,161 +122,175 @@ class PackedStream(DocumentStream[PackedConfig]):
     """
 
     def prepare(self) -> dict[str, Any]:
-        config = self.config
-        probe = config.weights == "tokens" or bool(config.modality_tokens)
+        config, sources = self.config, range(len(self.sources))
+        self.counted = stats.names_with_sums(
+            ("documents", "used", "places", "rejects/filtered", "rejects/too_long")
+            + tuple(f"tokens/{m}" for m in self.vocabulary.modalities)
+            + tuple(f"{group}/{s}" for group in ("source", "samples") for s in sources)
+        )
+        # Planning goes by lengths alone where these tell all; else a block's own samples are read.
+        self._by_length = [
+            not shards.interleaved and all(part.by_length for part in chain.parts)
+            for shards, chain in zip(self.sources, self.transforms, strict=True)
+        ]
+        means = [self._mean_tokens(s) for s in sources]
+        self.block_samples = config.block_samples or self._filling(means)
         self.mix = mixing.plan(
             [s.weight for s in config.sources],
-            config.block_samples,
+            self.block_samples,
             config.weights,
             config.modality_tokens,
-            [self._mean_tokens(s) for s in range(len(self.sources))] if probe else (),
+            means,
         )
-        self._blocks: OrderedDict[int, Block] = OrderedDict()
-        self._order: dict[tuple[int, int], np.ndarray] = {}
+        windows = [config.window_samples * self._windowed(s) for s in sources]
+        self._orders = [
+            SourceOrder(self.seed, s, len(shards), shards.shard_sizes, window)
+            for s, (shards, window) in enumerate(zip(self.sources, windows, strict=True))
+        ]
+        self._blocks: dict[int, tuple[int, Block]] = {}  # own row -> its block by number
         plan: dict[str, Any] = {
+            "order": "row streams",
             "seq_len": config.seq_len,
             "cut": config.cut,
             "max_documents": config.max_documents,
-            "block_samples": config.block_samples,
+            "block_samples": self.block_samples,
             "sources": [
                 [shards.split, len(shards), n, shards.fingerprint]
-                for shards, n in zip(self.sources, self.counts, strict=True)
+                for shards, n in zip(self.sources, self.mix.drawn_before(1), strict=True)
             ],
             "transforms": self.transform_keys,
+            "mix": key_of(self.mix.at.tolist(), self.mix.shares.tolist()) % 2**32,
         }
-        if self.mix.counts is None:
-            plan["mix"] = key_of(self.mix.at.tolist(), self.mix.shares.tolist()) % 2**32
-        windows = [config.window_samples * self._windowed(s) for s in range(len(self.sources))]
-        if any(windows):
-            plan["window"] = windows
-        return plan
+        return plan | ({"window": windows} if any(windows) else {})
 
     def start(self) -> dict[str, int]:
-        return {"step": 0, "block": 0, "row": 0}
-
-    @property
-    def counts(self) -> list[int]:
-        """Samples that the first block takes of each source."""
-        return self.mix.drawn_before(1)
+        """``block/r``: blocks that row stream r is done with; ``row/r``: its row in the next."""
+        own = [r for numbers in self.own_rows for r in numbers]
+        return {"step": 0, **{f"{k}/{r}": 0 for r in own for k in ("block", "row")}}
 
     @property
     def epoch(self) -> float:
-        """Passes over the source that was seen least, up to the last consumed step's block."""
-        seen = self.mix.drawn_before(self._cursor["block"])
+        """Passes over the source that was seen least, by the own row that is behind."""
+        behind = min(n for key, n in self._cursor.items() if key.startswith("block/"))
+        seen = self.mix.drawn_before(behind * self.config.batch_size)
         return min(n / len(s) for s, n in zip(self.sources, seen, strict=True))
 
     def advance(self, cursor: Mapping[str, int]) -> Step:
-        block, row = cursor["block"], cursor["row"]
-        rows: list[Row] = []
-        filtered = too_long = empty = 0
-        while len(rows) < self.config.batch_size:
-            plan = self._block(block)
-            if row == 0:
-                filtered, too_long = filtered + plan.filtered, too_long + plan.too_long
-            take = plan.rows[row : row + self.config.batch_size - len(rows)]
-            rows += take
-            row += len(take)
-            if row >= len(plan.rows):
-                empty = 0 if plan.rows else empty + 1
-                if empty >= 8:
-                    raise UserError(
-                        f"data: {empty} blocks of {self.config.block_samples} samples gave no "
-                        "document "
-                        f"({plan.filtered} filtered by transforms, {plan.too_long} longer than "
-                        "seq_len "
-                        f"{self.config.seq_len}): raise data.seq_len, set data.cut=true or add a "
-                        "chunk transform"
-                    )
-                block, row = block + 1, 0
+        config = self.config
+        after = {"step": cursor["step"] + 1}
+        counts = {name: 0 for name in self.counted if not name.startswith(stats.SEEN)}
         micros = []
         for numbers in self.own_rows:
-            part = [rows[i] for i in numbers]
-            micros.append(
-                to_batch(
-                    [r.documents for r in part],
-                    self.vocabulary,
-                    self.config.seq_len,
-                    self.config.max_documents * len(part),
-                    [key for r in part for key in r.keys],
-                )
-            )
-        used = sum(r.length for r in rows)
-        tokens: dict[str, int] = {}
-        by_source = dict.fromkeys(range(len(self.sources)), 0)
-        by_samples = dict.fromkeys(range(len(self.sources)), 0)
-        for r in rows:
-            for source, document in zip(r.sources, r.documents, strict=True):
-                by_samples[source] += 1
-                for s in document:
-                    if s.ids is not None:
-                        tokens[s.modality] = tokens.get(s.modality, 0) + len(s.ids) + 2
-                        by_source[source] += len(s.ids) + 2
-        seen = accumulate(
-            cursor,
-            tokens=tokens,
-            source=by_source,
-            samples=by_samples,
-            rejects={"filtered": filtered, "too_long": too_long},
-        )
-        stats = {
-            "padding_share": 1 - used / (self.config.batch_size * self.config.seq_len),
-            "tokens": tokens,
-            "documents": sum(len(r.documents) for r in rows),
-            "filtered": filtered,
-            "too_long": too_long,
-            **summarize(seen),
+            rows, keys = [], []
+            for r in numbers:
+                row = self._next_row(r, cursor, after, counts)
+                rows.append([self._read(document, counts) for document in row])
+                keys += [self.sources[d.source].key(d.sample) for d in row]
+                counts["documents"] += len(row)
+                counts["used"] += sum(d.length for d in row)
+            counts["places"] += len(rows) * config.seq_len
+            most = config.max_documents * len(rows)
+            micros.append(to_batch(rows, self.vocabulary, config.seq_len, most, keys))
+        seen = stats.accumulate(cursor, counts)
+        return Step(micros, {**after, **seen}, stats.with_sums(counts, seen))
+
+    def summarize(self, counts: Mapping[str, int]) -> dict[str, Any]:
+        return {
+            "padding_share": stats.padding_share(counts),
+            "tokens": {m: n for m, n in stats.in_group(counts, "tokens").items() if n},
+            "documents": counts["documents"],
+            **stats.in_group(counts, "rejects"),
+            **stats.summarize(counts),
         }
-        return Step(micros, {"step": cursor["step"] + 1, "block": block, "row": row, **seen}, stats)
 
-    def _block(self, number: int) -> Block:
-        if number not in self._blocks:
-            self._blocks[number] = self._plan(number)
-            while len(self._blocks) > 2:
-                self._blocks.popitem(last=False)
-        return self._blocks[number]
+    def _next_row(
+        self, r: int, cursor: Mapping[str, int], after: dict[str, int], counts: dict[str, int]
+    ) -> list[Document]:
+        """The row of stream ``r`` at ``cursor``; writes where the next one is to ``after``."""
+        turn, row = cursor[f"block/{r}"], cursor[f"row/{r}"]
+        filtered = too_long = 0
+        while True:
+            block = self._block(r, turn)
+            if row == 0:
+                filtered, too_long = filtered + block.filtered, too_long + block.too_long
+            if row < len(block.rows):
+                break
+            turn, row = turn + 1, 0
+            if not block.rows and filtered + too_long >= max(HOPELESS, 8 * self.block_samples):
+                raise UserError(
+                    f"data: {filtered + too_long} samples in a row gave no document "
+                    f"({filtered} filtered by transforms, {too_long} longer than seq_len "
+                    f"{self.config.seq_len}): raise data.seq_len, set data.cut=true or add a "
+                    "chunk transform"
+                )
+        counts["rejects/filtered"] += filtered
+        counts["rejects/too_long"] += too_long
+        last = row + 1 == len(block.rows)
+        after[f"block/{r}"], after[f"row/{r}"] = (turn + 1, 0) if last else (turn, row + 1)
+        return block.rows[row]
 
-    def _plan(self, block: int) -> Block:
-        """Draw, transform and pack one block; depends on the seed and the number alone."""
+    def _block(self, r: int, turn: int) -> Block:
+        """Block number ``turn`` of row stream ``r``."""
+        number = block_of(self.seed, r, turn, self.config.batch_size)
+        if r not in self._blocks or self._blocks[r][0] != number:
+            self._blocks[r] = (number, self.plan_block(number))
+        return self._blocks[r][1]
+
+    def plan_block(self, number: int) -> Block:
+        """Draw and pack one block; depends on the seed and the number alone."""
         documents: list[Document] = []
         filtered = too_long = 0
-        begin, end = self.mix.drawn_before(block), self.mix.drawn_before(block + 1)
-        for s, shards in enumerate(self.sources):
-            for count in range(begin[s], end[s]):
-                epoch, position = divmod(count, len(shards))
-                i = int(self._epoch_order(s, epoch)[position])
-                segments = self._segments(s, epoch, i) or []
-                why = self.fate(segments, segments)
+        begin, end = self.mix.drawn_before(number), self.mix.drawn_before(number + 1)
+        for s, order in enumerate(self._orders):
+            epochs, samples = order(np.arange(begin[s], end[s]))
+            for epoch, i in zip(epochs.tolist(), samples.tolist(), strict=True):
+                made = self._made(s, epoch, i, self._by_length[s]) or []
+                why = self.fate(made, made)
                 filtered, too_long = filtered + (why == "filtered"), too_long + (why == "too_long")
                 if not why:
-                    documents += [Document(shards.key(i), d, s) for d in self._cut(segments)]
-        order = permute(
-            np.arange(len(documents)), len(documents), key_of(self.seed, "block", block)
-        )
-        rows = first_fit(
-            [documents[i] for i in order], self.config.seq_len, self.config.max_documents
-        )
-        # The rows that were opened last are the emptier ones: spread them over the steps of the
-        # block.
-        order = permute(np.arange(len(rows)), len(rows), key_of(self.seed, "rows", block))
-        return Block([rows[i] for i in order], filtered, too_long)
+                    lengths = self._lengths(made)
+                    documents += [Document(s, epoch, i, p, n) for p, n in enumerate(lengths)]
+        key = key_of(self.seed, "block", number)
+        rows = lay_rows(documents, self.config.seq_len, self.config.max_documents, key)
+        return Block(rows, filtered, too_long)
 
-    def _segments(self, source: int, epoch: int, i: int) -> list[Segment] | None:
+    def _made(self, source: int, epoch: int, i: int, outline: bool = False) -> list[Segment] | None:
         """Sample ``i`` after the transforms; None where they filter it out."""
-        return self.apply_transforms(source, self.segments(source, i), source, epoch, i)
+        raw = self.outline(source, i) if outline else self.segments(source, i)
+        return self.apply_transforms(source, raw, source, epoch, i)
+
+    def _read(self, d: Document, counts: dict[str, int]) -> list[Segment]:
+        """The segments of a planned document, which are counted."""
+        made = self._made(d.source, d.epoch, d.sample) or []
+        if document_length(made) > self.config.seq_len:
+            made = piece(made[0], d.part, self.config.seq_len - 2)
+        if document_length(made) != d.length:
+            shards = self.sources[d.source]
+            raise UserError(
+                f"{shards.root}/{shards.split}: sample '{shards.key(d.sample)}' has "
+                f"{document_length(made)} tokens and was planned with {d.length}: a transform that "
+                "is not a function of its segments and generator, or a damaged index; run: "
+                f"mm data verify {shards.root}"
+            )
+        counts[f"samples/{d.source}"] += 1
+        for s in made:
+            if s.ids is not None:
+                counts[f"tokens/{s.modality}"] += len(s.ids) + 2
+                counts[f"source/{d.source}"] += len(s.ids) + 2
+        return made
 
     def _mean_tokens(self, source: int) -> dict[str, float]:
         """Mean tokens of one sample by modality, as they will stand in a row.
 
-        From the index where nothing changes them, else from the first samples of the order.
+        From the manifest where nothing changes them, else from the first samples of an order.
         """
         shards, n = self.sources[source], len(self.sources[source])
         if not self.transforms[source].parts and self.config.cut and not shards.interleaved:
-            have = {s.modality: shards.lengths(s.modality) for s in shards.specs}
-            return {m: float((v + 2).sum(where=v >= 0)) / n for m, v in have.items()}
+            return {m: (t + 2 * c) / n for m, (c, t) in shards.totals.items()}
         total: dict[str, float] = {}
         picked = permute(np.arange(min(n, PROBE)), n, key_of("probe", source))
-        for i in picked:
-            segments = self._segments(source, 0, int(i)) or []
+        for i in picked.tolist():
+            segments = self._made(source, 0, i, self._by_length[source]) or []
             if self.fate(segments, segments):
                 continue
             for s in segments:
@@ -301,37 +298,46 @@ class PackedStream(DocumentStream[PackedConfig]):
                     total[s.modality] = total.get(s.modality, 0.0) + len(s.ids) + 2
         return {m: t / len(picked) for m, t in total.items()}
 
+    def _filling(self, means: Sequence[Mapping[str, float]]) -> int:
+        """Samples that fill about `BLOCK_ROWS` rows, by the weights that the run begins with."""
+        weights = [mixing.value_at(s.weight, 0) for s in self.config.sources]
+        tokens = [w * sum(mean.values()) for w, mean in zip(weights, means, strict=True)]
+        mean = max(1.0, sum(tokens) / max(1e-12, sum(weights)))
+        a_row = min(self.config.seq_len / mean, self.config.max_documents)
+        return max(16, len(means), round(BLOCK_ROWS * a_row))
+
     def fate(self, raw: list[Segment], made: list[Segment] | None) -> str:
         if not made:
             return "filtered"
         fits = document_length(made) <= self.config.seq_len
         return "" if fits or (self.config.cut and len(made) == 1) else "too_long"
 
-    def _cut(self, segments: list[Segment]) -> list[list[Segment]]:
-        """The documents that a sample becomes: one, or pieces of a single segment."""
-        if document_length(segments) <= self.config.seq_len:
-            return [segments]
-        return pieces(segments[0], self.config.seq_len - 2)
+    def _lengths(self, made: list[Segment]) -> list[int]:
+        """Tokens of the documents that a sample becomes: one, or pieces of a single segment."""
+        n, size = document_length(made), self.config.seq_len - 2
+        if n <= self.config.seq_len:
+            return [n]
+        return [min(size, n - 2 - start) + 2 for start in range(0, n - 2, size)]
 
     def epochs_of(self, steps: int, drawn: Sequence[Drawn]) -> list[float]:
         """From packing a few blocks of the drawn documents by their lengths."""
-        size, rng = min(self.config.block_samples, SURVEYED), np.random.default_rng(37)
+        config, rng = self.config, np.random.default_rng(37)
+        size = min(self.block_samples, SURVEYED)
         blocks, rows = max(1, SURVEYED // size), 0
         for _ in range(blocks):
-            documents = []
-            for s, (n, found) in enumerate(zip(self.counts, drawn, strict=True)):
+            lengths: list[int] = []
+            for n, found in zip(self.mix.drawn_before(1), drawn, strict=True):
                 left_out = max(0.0, 1 - float(found.weight.sum()))
                 p = np.append(found.weight, left_out)
-                chosen = rng.choice(
-                    len(p), round(n * size / self.config.block_samples), p=p / p.sum()
-                )
+                chosen = rng.choice(len(p), round(n * size / self.block_samples), p=p / p.sum())
                 kept = [found.segments[k] for k in chosen if k < len(found.segments)]
-                documents += [Document("", d, s) for segments in kept for d in self._cut(segments)]
-            rows += len(first_fit(documents, self.config.seq_len, self.config.max_documents))
-        per_block = rows / blocks * self.config.block_samples / size
+                lengths += [n for segments in kept for n in self._lengths(segments)]
+            longest = np.sort(np.array(lengths, np.int64))[::-1]
+            rows += len(first_fit(longest, config.seq_len, config.max_documents))
+        per_block = rows / blocks * self.block_samples / size
         if not rows:
             return [0.0 for _ in self.sources]
-        whole, part = divmod(steps * self.config.batch_size / per_block, 1)
+        whole, part = divmod(steps * config.batch_size / per_block, 1)
         before, after = (self.mix.drawn_before(int(whole) + k) for k in (0, 1))
         return [
             (a + part * (b - a)) / len(shards)
@@ -350,49 +356,10 @@ class PackedStream(DocumentStream[PackedConfig]):
         mode = self.config.shuffle
         return mode == "window" or (mode is None and is_url(self.config.sources[source].path))
 
-    def _epoch_order(self, source: int, epoch: int) -> np.ndarray:
-        key = (source, epoch)
-        if key not in self._order:
-            n = len(self.sources[source])
-            for old in [k for k in self._order if k[0] == source and k[1] < epoch - 1]:
-                del self._order[old]
-            own = key_of(self.seed, "source", source, epoch)
-            self._order[key] = (
-                mixing.window_order(
-                    self.sources[source].shard_of(), self.config.window_samples, own
-                )
-                if self._windowed(source)
-                else permute(np.arange(n), n, own)
-            )
-        return self._order[key]
 
-
-def pieces(s: Segment, tokens: int) -> list[list[Segment]]:
-    """Cut one segment into documents of at most ``tokens`` codes.
+def piece(s: Segment, part: int, tokens: int) -> list[Segment]:
+    """Part number ``part`` of a segment that is cut into documents of at most ``tokens`` codes.
 
     Only the last one's `end` is a target.
     """
-    return [
-        [window(s, start, min(start + tokens, len(s.ids)))]
-        for start in range(0, len(s.ids), tokens)
-    ]
-
-
-def first_fit(documents: Sequence[Document], seq_len: int, max_documents: int) -> list[Row]:
-    """Put each document into the first row that has room for it, opening rows as needed."""
-    free = np.zeros(max(1, len(documents)), np.int64)
-    rows: list[Row] = []
-    for key, segments, source in documents:
-        n = document_length(segments)
-        at = int(np.argmax(free[: len(rows)] >= n)) if rows else 0
-        if not rows or free[at] < n:
-            at = len(rows)
-            free[at] = seq_len
-            rows.append(Row([], [], [], 0))
-        row = rows[at]
-        row.documents.append(segments)
-        row.keys.append(key)
-        row.sources.append(source)
-        rows[at] = row._replace(length=row.length + n)
-        free[at] = 0 if len(row.documents) >= max_documents else free[at] - n
-    return rows
+    return [window(s, part * tokens, min((part + 1) * tokens, len(s.ids)))]

@@ -24,6 +24,7 @@ from mm.data.batching.collate import (
     document_tokens,
     pieces_to_batch,
 )
+from mm.data.streams import stats
 from mm.data.streams.base import Step
 from mm.data.streams.documents import TokenSource
 from mm.data.streams.shuffle import key_of, permute
@@ -80,6 +81,10 @@ class StatefulStream(SingleSourceStream[StatefulConfig]):
         config = self.config
         self.carried_rows, self.max_length = config.batch_size, config.max_length
         self._documents: dict[int, DocumentTokens | str] = {}  # of the samples that rows are in
+        self.counted = (
+            *("documents", "filtered", "too_long", "used", "places"),
+            *(f"tokens/{m}" for m in self.vocabulary.modalities),
+        )
         return self.source_plan() | {
             "seq_len": config.seq_len,
             "max_documents": config.max_documents,
@@ -88,72 +93,87 @@ class StatefulStream(SingleSourceStream[StatefulConfig]):
 
     def start(self) -> dict[str, int]:
         """``number/r``: samples that row r is done with; ``index/r``: its token in the next one."""
-        rows = range(self.config.batch_size)
-        return {"step": 0, **{f"{k}/{r}": 0 for r in rows for k in ("number", "index")}}
+        own = [r for numbers in self.own_rows for r in numbers]
+        return {"step": 0, **{f"{k}/{r}": 0 for r in own for k in ("number", "index")}}
 
     @property
     def epoch(self) -> float:
-        """Passes over the source of the row that is behind, up to the last consumed step."""
-        done = min(self._cursor[f"number/{r}"] for r in range(self.carried_rows))
+        """Passes over the source of the own row that is behind, up to the last consumed step."""
+        done = min(n for key, n in self._cursor.items() if key.startswith("number/"))
         return done * self.carried_rows / len(self.shards)
 
     def advance(self, cursor: Mapping[str, int]) -> Step:
         after = {"step": cursor["step"] + 1}
-        stats: dict[str, Any] = dict.fromkeys(("documents", "filtered", "too_long"), 0)
-        rows, keys, used = [], [], 0
-        for r in range(self.carried_rows):
-            number, index = cursor[f"number/{r}"], cursor[f"index/{r}"]
-            row, free, skipped = [], self.config.seq_len, 0
-            while free and len(row) < self.config.max_documents:
-                sample = number * self.carried_rows + r
-                document = self._document(sample)
-                if isinstance(document, str):
-                    stats[document] += 1
-                    number, skipped = number + 1, skipped + 1
-                    if skipped > max(64, len(self.shards)):
-                        raise UserError(
-                            f"{self.config.source.path}: row {r} found no document of at most "
-                            f"data.max_length {self.config.max_length} in {skipped} samples: raise "
-                            "it, or change the transform"
-                        )
-                    continue
-                n = min(free, len(document.ids) - index)
-                here = slice(index, index + n)
-                row.append(
-                    Piece(
-                        document.part(index, index + n),
-                        document.target_modality[here],
-                        start=index,
-                        fresh=index == 0,
-                    )
-                )
-                keys.append((r, self._key(sample)))
-                stats["documents"] += index == 0
-                free, index = free - n, index + n
-                if index == len(document.ids):
-                    number, index = number + 1, 0
-                    self._documents.pop(sample, None)
-            rows.append(row)
-            used += self.config.seq_len - free
-            after |= {f"number/{r}": number, f"index/{r}": index}
+        counts = dict.fromkeys(self.counted, 0)
         micros = []
         for numbers in self.own_rows:
-            part = [[piece._replace(slot=b) for piece in rows[r]] for b, r in enumerate(numbers)]
+            rows, keys = [], []
+            for b, r in enumerate(numbers):
+                row, samples = self._next_row(r, cursor, after, counts)
+                rows.append([p._replace(slot=b) for p in row])
+                keys += [self._key(sample) for sample in samples]
             batch = pieces_to_batch(
-                part,
+                rows,
                 self.vocabulary,
                 self.config.seq_len,
-                self.config.max_documents * len(part),
-                [key for r, key in keys if r in numbers],
+                self.config.max_documents * len(rows),
+                keys,
             )
             numbered = torch.tensor(list(numbers), dtype=torch.int32)
             micros.append(replace(batch, labels={**batch.labels, "row": numbered}))
-        seen = np.concatenate([p.tokens.modality for row in rows for p in row] or [np.zeros(0)])
+            counts["places"] += len(rows) * self.config.seq_len
+            self._count_tokens([piece for row in rows for piece in row], counts)
+        return Step(micros, after, counts)
+
+    def _next_row(
+        self, r: int, cursor: Mapping[str, int], after: dict[str, int], counts: dict[str, int]
+    ) -> tuple[list[Piece], list[int]]:
+        """Pieces of row ``r`` and their samples; writes where it goes on to ``after``."""
+        number, index = cursor[f"number/{r}"], cursor[f"index/{r}"]
+        row: list[Piece] = []
+        samples: list[int] = []
+        free, skipped = self.config.seq_len, 0
+        while free and len(row) < self.config.max_documents:
+            sample = number * self.carried_rows + r
+            document = self._document(sample)
+            if isinstance(document, str):
+                counts[document] += 1
+                number, skipped = number + 1, skipped + 1
+                if skipped > max(64, len(self.shards)):
+                    raise UserError(
+                        f"{self.config.source.path}: row {r} found no document of at most "
+                        f"data.max_length {self.config.max_length} in {skipped} samples: raise "
+                        "it, or change the transform"
+                    )
+                continue
+            n = min(free, len(document.ids) - index)
+            goal = document.target_modality[index : index + n]
+            part = document.part(index, index + n)
+            row.append(Piece(part, goal, start=index, fresh=index == 0))
+            samples.append(sample)
+            counts["documents"] += index == 0
+            free, index = free - n, index + n
+            if index == len(document.ids):
+                number, index = number + 1, 0
+                self._documents.pop(sample, None)
+        after[f"number/{r}"], after[f"index/{r}"] = number, index
+        return row, samples
+
+    def _count_tokens(self, pieces: Sequence[Piece], counts: dict[str, int]) -> None:
+        seen = np.concatenate([p.tokens.modality for p in pieces] or [np.zeros(0)])
         total = np.bincount(seen.astype(np.int64), minlength=1)
         ranges = {self.vocabulary.range(m).index: m for m in self.vocabulary.modalities}
-        stats["tokens"] = {ranges[i]: int(n) for i, n in enumerate(total) if n and i in ranges}
-        stats["padding_share"] = 1 - used / (self.carried_rows * self.config.seq_len)
-        return Step(micros, after, stats)
+        for i, n in enumerate(total.tolist()):
+            counts["used"] += n
+            if i in ranges:
+                counts[f"tokens/{ranges[i]}"] += n
+
+    def summarize(self, counts: Mapping[str, int]) -> dict[str, Any]:
+        return {
+            **{name: counts[name] for name in ("documents", "filtered", "too_long")},
+            "tokens": {m: n for m, n in stats.in_group(counts, "tokens").items() if n},
+            "padding_share": stats.padding_share(counts),
+        }
 
     def fate(self, raw: list[Segment], made: list[Segment] | None) -> str:
         if not made:
@@ -186,7 +206,9 @@ class StatefulStream(SingleSourceStream[StatefulConfig]):
             segments = segments or []
             why = self.fate(segments, segments)
             found = why or document_tokens(segments, self.vocabulary)
-            while len(self._documents) > 4 * self.carried_rows:  # a stream that was moved left some
+            while len(self._documents) > 4 * sum(
+                map(len, self.own_rows)
+            ):  # a stream that was moved left some
                 self._documents.pop(next(iter(self._documents)))
             self._documents[sample] = found
         return self._documents[sample]

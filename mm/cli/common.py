@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -29,6 +30,12 @@ JsonFile = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Overrides: a.b=c or --a.b c.", show_default=False),
+]
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code", help="Import the Python modules that the folder's config names (imports:)."
+    ),
 ]
 PASS_OVERRIDES = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
 
@@ -147,16 +154,29 @@ def number(value: Any) -> str:
 def table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, left: int = 1
 ) -> None:
-    """Print one table on the main process; its first ``left`` columns are text, then numbers."""
+    """Print one table on the main process; its first ``left`` columns are text, then numbers.
+
+    Where the terminal is too narrow, a row is its first cell and, on the next line, the others by
+    name: no name is broken in two.
+    """
     if not is_main():
         return
+    rows = [[cell if isinstance(cell, Text) else Text(number(cell)) for cell in r] for r in rows]
     out = Table(title=title, title_justify="left", title_style="bold")
     for i, name in enumerate(columns):
         out.add_column(name, overflow="fold", justify="left" if i < left else "right")
     for row in rows:
-        # As Text: a caption or path that holds [brackets] is no markup.
-        out.add_row(*(cell if isinstance(cell, Text) else Text(number(cell)) for cell in row))
-    console().print(out)
+        out.add_row(*row)  # Text: a caption or path that holds [brackets] is no markup
+    to = console()
+    if Measurement.get(to, to.options.update(max_width=10**4), out).maximum <= to.width:
+        to.print(out)
+        return
+    to.print(Text(title, "bold"))
+    for first, *others in rows:
+        named = zip(columns[1:], others, strict=False)
+        said = [Text.assemble(f"{n} " if n else "", c) for n, c in named if c.plain not in "–"]
+        to.print(first)
+        to.print(Text("  ") + Text(", ").join(said))
 
 
 def flatten(figures: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

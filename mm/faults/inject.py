@@ -133,13 +133,14 @@ class WandbDown(AtPhase):
     """The server that the run was started with goes down."""
 
     def __init__(self, options: Options):
-        from mm.trainer.log import tracker
+        from mm.trainer.log.sinks import wandb_sink
 
-        tracker.INIT_TIMEOUT_S = 120.0  # a slow machine is not the fault that is tried here
+        wandb_sink.INIT_TIMEOUT_S = 120.0  # a slow machine is not the fault that is tried here
         super().__init__({"phase": "step", **options}, self.down)
 
     def on_stage_start(self, trainer: Training) -> None:
-        self.tracked = trainer.tracker.id is not None
+        tracker: Any = trainer.tracker
+        self.tracked = tracker.wait_until_open(120)
 
     def down(self) -> None:
         from urllib.request import urlopen

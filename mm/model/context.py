@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from mm.layout import Layout
+from mm.layout import Layout, Moves
 from mm.mask import Mask
 
 T = TypeVar("T")
@@ -92,6 +92,7 @@ class Ctx:
         index: Tensor | None = None,
         *,
         document: Tensor | None = None,
+        again: Moves | None = None,
         mask: Mask | None = None,
         time: Literal["moves", "stays"] = "moves",
         slots: bool = True,
@@ -101,7 +102,7 @@ class Ctx:
         What was published belongs to the old layout and stays behind. Without ``slots`` nothing is
         carried, so nothing is drafted. ``mask``: of the new context; default the same.
         """
-        layout = self.layout.derive(index, document=document, time=time, slots=slots)
+        layout = self.layout.derive(index, document=document, again=again, time=time, slots=slots)
         ids = self.ids
         if ids is not None and index is not None:
             ids = ids.flatten(0, 1)[index].view_as(ids)

@@ -168,14 +168,11 @@ class LengthBuckets:
 
         ``in_place``: on a CPU, take long documents where they are (`LengthBuckets.runs`).
 
-        Runs on the host, once per pass: on an accelerator it costs one synchronisation.
+        Runs on the host, once per pass, and asks no device (`Layout.on_host`).
         """
         B, T = layout.shape
         f = layout.fields
-        document = f.document.reshape(-1).cpu().numpy()
-        time = f.position[..., 0].reshape(-1).cpu().numpy()
-        starts = layout.cu_seqlens[:-1].cpu().numpy()
-        lengths = np.bincount(document, minlength=len(starts) + 1)[1:]
+        document, time, starts, lengths = layout.arrays()[:4]
         same = (document[1:] == document[:-1]) & (document[1:] > 0)
         apart = (time[1:] - time[:-1])[same]
         ordered, steady = not (apart <= 0).any(), not (apart != 1).any()

@@ -135,11 +135,11 @@ class Model(nn.Module):
         layout, mask = batch.layout, mask or self.config.default_mask()
         if layout.fields.extra and isinstance(mask, Causal | Full | Window):
             # These read no named field: none is cached, or regrouped with each layer.
-            layout = replace(layout, fields=layout.fields._replace(extra={}))
+            layout = layout.map_fields(lambda f: f._replace(extra={}))
         elif mask.atomic and mask.atomic not in layout.fields.extra:
-            none = {mask.atomic: torch.zeros_like(layout.fields.document)}  # nobody has a prefix
-            layout = replace(
-                layout, fields=layout.fields._replace(extra={**layout.fields.extra, **none})
+            name = mask.atomic  # nobody has a prefix
+            layout = layout.map_fields(
+                lambda f: f._replace(extra={**f.extra, name: torch.zeros_like(f.document)})
             )
         ctx = Ctx(
             layout,
@@ -297,7 +297,7 @@ class LmConfig(Config):
     """A language model over the shared vocabulary, whose size sets the table's."""
 
     kind: Literal["lm"] = "lm"
-    d_model: Annotated[int, Field(gt=0)] = 128
+    d_model: Annotated[int, Field(gt=0, description="width of the vectors between layers")] = 128
     backbone: BackboneField = Field(default="stack", validate_default=True)
     embedder: EmbedderField = Field(default="sum", validate_default=True)
     adapters: dict[str, AdapterField] = {}

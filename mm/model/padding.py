@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mm.layout import Layout
 from mm.model.context import Ctx
 
 
@@ -13,10 +14,19 @@ def move_padding_last(x: Tensor, ctx: Ctx) -> tuple[Tensor, Ctx, Tensor]:
 
     Returns `(B, T, D)` and its context, and for each position `(B, T)` where it went in its row.
     """
-    B, T, _ = x.shape
-    order = (ctx.layout.fields.document == 0).to(torch.int8).argsort(dim=1, stable=True)
-    index = (order + T * torch.arange(B, device=x.device)[:, None]).reshape(-1)
-    return x.flatten(0, 1)[index].view_as(x), ctx.derive(index), order.argsort(dim=1)
+    order = _order(ctx.layout)
+    index = _index(order)
+    moved = ctx.derive(index, again=lambda layout: (_index(_order(layout)), None))
+    return x.flatten(0, 1)[index].view_as(x), moved, order.argsort(dim=1)
+
+
+def _order(layout: Layout) -> Tensor:
+    return (layout.fields.document == 0).to(torch.int8).argsort(dim=1, stable=True)
+
+
+def _index(order_BT: Tensor) -> Tensor:
+    B, T = order_BT.shape
+    return (order_BT + T * torch.arange(B, device=order_BT.device)[:, None]).reshape(-1)
 
 
 def restore_order(x: Tensor, index_BT: Tensor) -> Tensor:

@@ -44,6 +44,21 @@ def pieces(size: int, *given: Tensor | None) -> list[tuple[Any, ...]]:
     )
 
 
+def refuse_overflow(outgrown: Tensor, capacity: int) -> None:
+    """Refuse documents longer than the State that `initial_state` made for them.
+
+    Raises:
+        ValueError: on a CPU. An accelerator is not waited for: it stops the run when it gets here.
+    """
+    message = (
+        f"a document outgrew its State of {capacity} tokens; give initial_state a larger max_len"
+    )
+    if outgrown.device.type != "cpu":
+        torch.ops.aten._assert_async.msg(~outgrown.any(), message)
+    elif bool(outgrown.any()):
+        raise ValueError(message)
+
+
 def merge_fields(f: Callable[[Tensor, Tensor], Tensor], a: Fields, b: Fields) -> Fields:
     """Apply ``f`` to each field of both sides; a side that lacks a named field has zeros there."""
     names = dict.fromkeys((*a.extra, *b.extra))
@@ -89,7 +104,15 @@ class PackedRows(NamedTuple):
     fresh: Tensor  # (R,) bool
     direct: bool  # row r has slot r or none, and there are R slots: states need no gather
     slots: int  # N
-    shape: tuple[int, int]  # B, T
+    layout: Layout
+
+    def own_slots(self) -> bool:
+        """Whether every row has a slot of its own, in order; asks no device."""
+        return self.direct and bool((self.layout.arrays().slot[: self.slots] >= 0).all())
+
+    def some_fresh(self) -> bool:
+        """Whether a document begins here; asks no device."""
+        return bool(self.layout.arrays().fresh.any())
 
     @staticmethod
     def of(layout: Layout, n_slots: int) -> PackedRows:
@@ -102,7 +125,7 @@ class PackedRows(NamedTuple):
         if layout.aligned:
             valid = document > 0
             slot, fresh = layout.slot[:B].long(), layout.fresh[:B]
-            return PackedRows(None, valid, valid.sum(1), slot, fresh, n_slots == B, n_slots, (B, T))
+            return PackedRows(None, valid, valid.sum(1), slot, fresh, n_slots == B, n_slots, layout)
         M = layout.slot.shape[0]
         flat = document.reshape(-1).long()
         count = flat.new_zeros(M + 1).index_add_(0, flat, torch.ones_like(flat))[1:]
@@ -112,7 +135,7 @@ class PackedRows(NamedTuple):
         last = (start + count - 1).clamp_min(0)
         index = torch.minimum(start[:, None] + positions, last[:, None]).clamp_max(B * T - 1)
         slot, fresh = layout.slot.long(), layout.fresh
-        return PackedRows(index, valid, count, slot, fresh, False, n_slots, (B, T))
+        return PackedRows(index, valid, count, slot, fresh, False, n_slots, layout)
 
     def unpack(self, x_BT: Tensor) -> Tensor:
         """`(B, T, ...)` to `(R, L, ...)`; past a document's end its own last position repeats."""
@@ -122,7 +145,7 @@ class PackedRows(NamedTuple):
         """Inverse of `unpack`; padding gets zeros."""
         if self.index is None:
             return y_RL
-        B, T = self.shape
+        B, T = self.layout.shape
         # Invalid positions write into one index past the end, which is cut off.
         index = torch.where(self.valid, self.index, B * T).reshape(-1)
         out = y_RL.new_zeros(B * T + 1, *y_RL.shape[2:]).index_copy(0, index, y_RL.flatten(0, 1))

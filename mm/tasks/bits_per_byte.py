@@ -66,7 +66,7 @@ class BitsPerByte(Task):
 
     @classmethod
     def smallest(cls) -> BitsPerByte:
-        return cls(data=Path("data/mine"), split="val")
+        return cls(data=Path("my_run/data"), split="val")
 
     def evaluate(self, generator: Generator, *, seed: int = 0) -> Figures:
         """Bits per byte, nats per token, chance and counts of each modality; ``seed`` is not used.

@@ -21,7 +21,6 @@ from mm.tasks.base import (
     Figures,
     Item,
     Settings,
-    Task,
     chance,
     choose,
     conditions,
@@ -29,6 +28,7 @@ from mm.tasks.base import (
     read_items,
 )
 from mm.tasks.check import require_items, require_modalities
+from mm.tasks.classes import ClassTask
 from mm.tasks.judges import Judge
 from mm.vocabulary import Vocabulary
 
@@ -61,7 +61,7 @@ def _trained_judge(
 
 
 @TASKS.register("judged_generation")
-class JudgedGeneration(Task):
+class JudgedGeneration(ClassTask):
     """X to image or audio: share of generations that a judge puts into the condition's class.
 
     The judge sees only real training-split data; its own accuracy on real held-out data stands
@@ -69,7 +69,6 @@ class JudgedGeneration(Task):
     """
 
     kind: Literal["judged_generation"] = "judged_generation"
-    data: Annotated[Path, Field(description="packed raw data that is measured on")]
     judge_data: Annotated[
         Path | None, Field(description="shards with real items of modality `to`; default: data")
     ] = None
@@ -77,25 +76,12 @@ class JudgedGeneration(Task):
         tuple[str, ...], Field(min_length=1, description="modalities that are given")
     ] = ("text",)
     to: Annotated[str, Field(description="modality that is generated and judged")] = "image"
-    split: Annotated[str, Field(description="split that is reported")] = "test"
-    val_split: Annotated[str, Field(description="split on which `settings` are chosen")] = "val"
-    train_split: Annotated[str, Field(description="split that the judge learns from")] = "train"
-    classes: Annotated[
-        tuple[str, ...], Field(description="class words; default: the labels of the split")
-    ] = ()
-    label: Annotated[
-        str, Field(description="metadata column of the class; else the caption's class word")
-    ] = "label"
-    limit: Annotated[int | None, Field(ge=1, description="generations at most, evenly spread")] = (
-        None
-    )
     judge_limit: Annotated[
         int | None, Field(ge=1, description="real items that the judge learns from")
     ] = 4000
     settings: Annotated[
         tuple[Settings, ...], Field(min_length=1, description="more than one: chosen on val_split")
     ] = (Settings(temperature=0.7, cfg_scale=2.0),)
-    bar: Annotated[float | None, Field(description="accuracy to reach; printed beside")] = None
     reconstruction_bar: Annotated[
         float | None, Field(description="accuracy of round trips to reach; printed beside")
     ] = None
@@ -117,11 +103,7 @@ class JudgedGeneration(Task):
 
     @classmethod
     def smallest(cls) -> JudgedGeneration:
-        return cls(data=Path("data/mine"), to="image", classes=("cat", "ship"))
-
-    @property
-    def about(self) -> str:
-        return f"{'_'.join(self.sources)}_to_{self.to}"
+        return cls(data=Path("my_run/data"), to="image", classes=("cat", "ship"))
 
     def evaluate(self, generator: Generator, *, seed: int = 0) -> Figures:
         """Judged accuracy, chance, the judge on real and on re-synthesised held-out items.
@@ -137,12 +119,12 @@ class JudgedGeneration(Task):
         )
         settings, tried = self.settings[0], []
         if len(self.settings) > 1:
-            held_in = self._items(self.val_split, generator)
+            held_in = self.items(self.val_split, generator)
             score = lambda s: _right(
                 held_in, self._judged(judge, self._make(generator, held_in, s, seed))
             )
             settings, tried = choose(self.settings, score)
-        items = self._items(self.split, generator)
+        items = self.items(self.split, generator)
         answers = self._judged(judge, self._make(generator, items, settings, seed))
         truth = [item.label for item in items]
         classes = sorted(set(truth) | set(answers) | set(self.classes))
@@ -168,17 +150,6 @@ class JudgedGeneration(Task):
             if self.reconstruction_bar is not None:
                 figures[f"{self.about}_judge_on_reconstruction_bar"] = self.reconstruction_bar
         return figures
-
-    def _items(self, split: str, generator: Generator) -> list[Item]:
-        return read_items(
-            self.data,
-            split,
-            self.sources,
-            classes=self.classes,
-            label=self.label,
-            limit=self.limit,
-            tokenizers=generator.tokenizers,
-        )
 
     def check(self, vocabulary: Vocabulary | None, tokenizers: Mapping[str, Any]) -> None:
         require_modalities((*self.sources, self.to), vocabulary, tokenizers)

@@ -15,7 +15,6 @@ from mm.tasks.base import (
     Figures,
     Item,
     Settings,
-    Task,
     chance,
     choose,
     conditions,
@@ -24,38 +23,25 @@ from mm.tasks.base import (
     read_items,
 )
 from mm.tasks.check import require_items, require_modalities
+from mm.tasks.classes import ClassTask
 from mm.vocabulary import Vocabulary
 
 
 @TASKS.register("recognition")
-class Recognition(Task):
+class Recognition(ClassTask):
     """X to text: accuracy of the first class word that the model writes.
 
     An answer without one is wrong.
     """
 
     kind: Literal["recognition"] = "recognition"
-    data: Annotated[Path, Field(description="packed raw data that is measured on")]
     sources: Annotated[
         tuple[str, ...], Field(min_length=1, description="modalities that are given")
     ] = ("image",)
     to: Annotated[str, Field(description="modality of the answer")] = "text"
-    split: Annotated[str, Field(description="split that is reported")] = "test"
-    val_split: Annotated[str, Field(description="split on which `settings` are chosen")] = "val"
-    train_split: Annotated[str, Field(description="split that the linear probe learns from")] = (
-        "train"
-    )
-    classes: Annotated[
-        tuple[str, ...], Field(description="class words; default: the labels of the split")
-    ] = ()
-    label: Annotated[
-        str, Field(description="metadata column of the class; else the caption's class word")
-    ] = "label"
-    limit: Annotated[int | None, Field(ge=1, description="items at most, evenly spread")] = None
     settings: Annotated[
         tuple[Settings, ...], Field(min_length=1, description="more than one: chosen on val_split")
     ] = (Settings(temperature=0.0),)
-    bar: Annotated[float | None, Field(description="accuracy to reach; printed beside")] = None
     max_tokens: Annotated[int, Field(ge=1, description="ids of an answer at most")] = 32
     linear_probe: Annotated[
         bool, Field(description="also print logistic regression on raw pixels")
@@ -66,23 +52,19 @@ class Recognition(Task):
 
     @classmethod
     def smallest(cls) -> Recognition:
-        return cls(data=Path("data/mine"), sources=("image",), classes=("cat", "ship"))
-
-    @property
-    def about(self) -> str:
-        return f"{'_'.join(self.sources)}_to_{self.to}"
+        return cls(data=Path("my_run/data"), sources=("image",), classes=("cat", "ship"))
 
     def evaluate(self, generator: Generator, *, seed: int = 0) -> Figures:
         """Accuracy, chance (share of the commonest class), number of items and confusion matrix.
 
         See `Task.evaluate`.
         """
-        items = self._items(self.split, generator)
+        items = self.items(self.split, generator)
         classes = self.classes or tuple(sorted({item.label for item in items}))
         settings = self.settings[0]
         tried: list[Figures] = []
         if len(self.settings) > 1:
-            held_in = self._items(self.val_split, generator)
+            held_in = self.items(self.val_split, generator)
             score = lambda s: self._accuracy(
                 held_in, self._answers(generator, held_in, classes, s, seed)
             )
@@ -119,17 +101,6 @@ class Recognition(Task):
                 truth,
             )
         return figures
-
-    def _items(self, split: str, generator: Generator) -> list[Item]:
-        return read_items(
-            self.data,
-            split,
-            self.sources,
-            classes=self.classes,
-            label=self.label,
-            limit=self.limit,
-            tokenizers=generator.tokenizers,
-        )
 
     def check(self, vocabulary: Vocabulary | None, tokenizers: Mapping[str, Any]) -> None:
         require_modalities((*self.sources, self.to), vocabulary, tokenizers)

@@ -21,12 +21,13 @@ from mm.run import Run
 from mm.trainer import forward_only
 from mm.trainer.callbacks.base import Callback, Training
 from mm.trainer.health.anomaly import append
-from mm.trainer.held_out_batches import HeldOutBatches, held_out_batches
+from mm.trainer.held_out_batches import NO_SPLIT, HeldOutBatches, held_out_batches, held_out_data
 from mm.trainer.log.metrics import LN2
 from mm.trainer.stateful import CarriedStates
 
 log = logging.getLogger("mm.trainer")
 
+NEVER = "its eval_every is 0"
 PATIENCE = 1 / 3  # share of a stage after which its held-out loss should be better than it is
 
 
@@ -92,6 +93,23 @@ class HeldOut(Callback):
             out.append(early or (out[-1] if out else 0) + stage.budget.steps)
         return out
 
+    def check(self, trainer: Training) -> None:
+        for index in range(self.stage, len(self.run.stages)):
+            stage = self.run.stages[index]
+            if not stage.held_out_every:
+                self._refuse(index, NEVER)
+            elif held_out_data(stage.data) is None:
+                self._refuse(index, NO_SPLIT)
+
+    def _refuse(self, index: int, why: str) -> None:
+        """Raise UserError where a stage asks for what only held-out losses can say."""
+        last = index == len(self.run.stages) - 1
+        if self.run.stages[index].early_stop or (self.run.keeps_best and last):
+            raise UserError(
+                f"stages.{index}: early_stop, keep_best and export: best need held-out losses: "
+                f"{why}"
+            )
+
     def on_stage_start(self, trainer: Training) -> None:
         index = trainer.stage.index
         if index != self.stage:
@@ -99,17 +117,13 @@ class HeldOut(Callback):
         if self._read == index:  # a return to a checkpoint
             return
         self._read, self._warned = index, set()
-        config, found = self.run.stages[index], "its eval_every is 0"
+        config, found = self.run.stages[index], NEVER
         if config.held_out_every:
             found = held_out_batches(trainer.stage, trainer.vocabulary, lambda: trainer.tokenizers)
         self._data = None if isinstance(found, str) else found
         if not isinstance(found, str):
             return
-        if config.early_stop or (self.run.keeps_best and index == len(self.run.stages) - 1):
-            raise UserError(
-                f"stages.{index}: early_stop, keep_best and export: best need held-out losses: "
-                f"{found}"
-            )
+        self._refuse(index, found)
         if config.held_out_every and self.is_main:
             log.info("stages.%d: no held-out loss while training: %s", index, found)
 

@@ -18,7 +18,7 @@ from mm.errors import UserError
 from mm.launch import environment
 from mm.tasks.chance import nats_at
 from mm.trainer.log.metrics import BytesPerToken
-from mm.trainer.ranks import on_any
+from mm.trainer.ranks import most, on_any
 from mm.trainer.stage import StageState, build
 from mm.vocabulary import MASK, Vocabulary
 
@@ -49,12 +49,14 @@ def held_out_batches(
     Through the transforms of the training data, drawn with a seed of their own. All ranks together
     have the same rows, however many there are. Call on all ranks.
     """
-    made = _read(stage, vocabulary)
-    failed = isinstance(made, str)
-    if on_any(failed, stage.env.device):
-        return made if isinstance(made, str) else "another process cannot read it"
-    assert not isinstance(made, str)
-    steps, stream = made
+    stream = _open(stage, vocabulary)
+    steps: list[list[Batch]] = []
+    for part in (_pass_over, _as_far_as_all):
+        made = stream if isinstance(stream, str) else part(stream, steps, stage)
+        if on_any(isinstance(made, str), stage.env.device):
+            return made if isinstance(made, str) else "another process cannot read it"
+    assert not isinstance(stream, str)
+    stream.close()
     chance, ratio = {}, {}
     if vocabulary is not None:
         micros = [batch for step in steps for batch in step]
@@ -66,13 +68,19 @@ def held_out_batches(
     return HeldOutBatches(steps, carrying, chance, ratio)
 
 
-def _read(stage: StageState, vocabulary: Vocabulary | None) -> tuple[list[list[Batch]], Any] | str:
+def held_out_data(data: Any) -> Any:
+    """The config of a stage's data over its split "val"; None where no source has one."""
+    return data.held_out(SPLIT) if hasattr(data, "held_out") else None
+
+
+def _open(stage: StageState, vocabulary: Vocabulary | None) -> Any:
+    """The stream of the split, or why there is none."""
     config, ranks = stage.config, environment.ranks()
     try:
-        data = config.data.held_out(SPLIT) if hasattr(config.data, "held_out") else None
+        data = held_out_data(config.data)
         if data is None:
             return NO_SPLIT
-        stream = build(
+        return build(
             data,
             vocabulary=vocabulary,
             transform=stage.objective.transform,
@@ -80,13 +88,29 @@ def _read(stage: StageState, vocabulary: Vocabulary | None) -> tuple[list[list[B
             rank=ranks.rank,
             world=ranks.world,
         )
-        steps: list[list[Batch]] = []
-        while len(steps) < config.held_out_batches and not (steps and stream.epoch >= 1):
-            steps.append(list(stream.next()))
-        stream.close()
     except UserError as error:
         return str(error)
-    return steps, stream
+
+
+def _pass_over(stream: Any, steps: list[list[Batch]], stage: StageState) -> str | None:
+    """Read until the own rows have passed over the split; returns what went wrong."""
+    try:
+        while len(steps) < stage.config.held_out_batches and not (steps and stream.epoch >= 1):
+            steps.append(list(stream.next()))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _as_far_as_all(stream: Any, steps: list[list[Batch]], stage: StageState) -> str | None:
+    """Read on until the rows of all ranks have; returns what went wrong. Call on all ranks."""
+    wanted = most(len(steps), stage.env.device)
+    try:
+        while len(steps) < wanted:
+            steps.append(list(stream.next()))
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _beside(

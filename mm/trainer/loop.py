@@ -16,10 +16,10 @@ from torch import nn
 from mm.batch import Batch
 from mm.config import places_from
 from mm.launch import environment
-from mm.registry import CALLBACKS
 from mm.run import Run
 from mm.trainer import final_eval, folder, start, survey, warm_start
 from mm.trainer.callbacks.base import Callback
+from mm.trainer.callbacks.chosen import of_run
 from mm.trainer.callbacks.tasks import TasksWhileTraining
 from mm.trainer.callbacks.times import Times
 from mm.trainer.checkpoint import format as checkpoint
@@ -63,14 +63,12 @@ class Trainer:
         self.batches: list[Batch] = []  # host micro-batches of the last step
         self.metrics: dict[str, Any] = {}  # of the last step
         self.tracker = Tracker.none()
-        kinds = {config.kind for config in run.callbacks}
-        progress = [] if "progress" in kinds else [CALLBACKS.parse("progress")]
-        own: list[Callback] = [config.build() for config in (*run.callbacks, *progress)]
-        figures = [self.state.guard, self.state.bytes_per_token, self.held_out]
-        self.times = Times()
+        self.guard, self.times = self.state.guard, Times()
         self.summary = Summary(self.times)
-        tasks = TasksWhileTraining()
-        self.callbacks = [*figures, tasks, self.summary, *own, *callbacks, self.times]
+        own, rest = of_run(run.callbacks)
+        figures = [self.guard, self.state.bytes_per_token, self.held_out, TasksWhileTraining()]
+        self._figures = [*figures, *own, self.summary]  # what they say is in metrics.jsonl
+        self.callbacks = [*self._figures, *rest, *callbacks, self.times]
         self._evaluated: dict[str, Any] = {}
         self._started: list[Callback] = []
         self._usage = CodebookUsage()
@@ -107,6 +105,7 @@ class Trainer:
                     return done | {"folder": str(self.folder)}
                 self._open(saved, stack)
             last = self._train_stages(saved)
+            self.guard.require_applied(self.step, self.stage.index)
             self.phase("export", self.step)
             if self.is_main:
                 weights = chosen_weights(self.run, last, self.held_out.best)
@@ -197,7 +196,7 @@ class Trainer:
         """Count the step and tell all callbacks; the guard, first of them, may raise RollBack."""
         self.state.step += 1
         self.phase("report", self.step)
-        metrics = of_step(facts, seconds, waited, getattr(self.stream, "stats", {}))
+        metrics = of_step(facts, seconds, waited, self.stream)
         for callback in self.callbacks:
             callback.post_step(self, self.step, metrics)
         self.metrics = metrics
@@ -292,7 +291,8 @@ class Trainer:
             resumed = saved.state.get("tracker") if saved is not None else None
             self.tracker = Tracker.start(self.run, self.folder, described, resumed)
             stack.callback(self.tracker.finish)
-            self.callbacks[6:6] = [self.file, self.tracker]  # after heartbeat, guard and figures
+            at = 1 + len(self._figures)  # after the heartbeat and them
+            self.callbacks[at:at] = [self.file, self.tracker]
 
     def _enter(self, index: int, snapshot: Snapshot | None) -> None:
         """Build a stage, from ``snapshot`` when there is one, and start the callbacks."""
@@ -389,11 +389,10 @@ class Trainer:
         return self.stage.unsharded(name)
 
 
-def train(run: Run | str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Train a `Run` or a run YAML to its end, resuming when its folder has a checkpoint.
-
-    Returns the last metrics.
-    """
-    given = run if isinstance(run, Run) else Run.load(run, overrides)
+def train(
+    run: Run | str | Path, overrides: Sequence[str] = (), *, trust_code: bool = True
+) -> dict[str, Any]:
+    """Train a `Run` or a run YAML (``trust_code``: of `Run.load`) as `Trainer.fit` does."""
+    given = run if isinstance(run, Run) else Run.load(run, overrides, trust_code=trust_code)
     with places_from(given, given.name if given is run else str(run)):
         return Trainer(given).fit()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mm.data.streams.base import merge_states
 from mm.errors import UserError
 from mm.launch import environment
 from mm.trainer.health.signals import INTERRUPTED, Interrupted, Stop
@@ -22,6 +23,26 @@ def on_any(flag: bool, device: torch.device) -> bool:
     total = torch.tensor(float(flag), device=device)
     dist.all_reduce(total)
     return bool(total > 0)
+
+
+def most(n: int, device: torch.device) -> int:
+    """The largest ``n`` of all ranks. Call on all ranks."""
+    total = torch.tensor(n, device=device)
+    dist.all_reduce(total, dist.ReduceOp.MAX)
+    return int(total)
+
+
+def of_all_rows(stream: Any) -> dict[str, Any]:
+    """The state of a stream with the rows of all ranks. Call on all ranks.
+
+    A few integers a row go round.
+    """
+    mine = stream.state_dict()
+    if dist.get_world_size() == 1 or not mine.get("rows"):
+        return mine
+    states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(states, mine)
+    return merge_states(states)
 
 
 def on_main(work: Callable[[], Any], device: torch.device, where: object) -> None:

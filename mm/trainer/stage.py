@@ -16,12 +16,14 @@ from mm.config import Config
 from mm.errors import UserError
 from mm.launch import environment
 from mm.model.layer import Block, init_weights
+from mm.model.size import require_room
 from mm.objectives.objective import Network, Objective
 from mm.run import Run, Stage
 from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.ema import Averages
 from mm.trainer.engine.deepspeed import Engine
 from mm.trainer.env import Nets, TrainerEnv
+from mm.trainer.log.clock import StepClock
 from mm.trainer.stateful import CarriedStates
 from mm.vocabulary import Vocabulary
 
@@ -43,6 +45,7 @@ class StageState:
     compiled: bool
     save_bytes: int  # of a checkpoint, about
     parameters: dict[str, int]  # of each network that trains
+    clock: StepClock
 
     def begin_step(self, step: int) -> dict[str, float]:
         """Seed everything random of ``step``; returns the objective's scheduled values."""
@@ -91,6 +94,9 @@ def enter_stage(
     parameters: dict[str, int] = {}
     wanted = all_networks(run, objective)
     for name, network in wanted.items():
+        copies = 2 if network.mode == "train" else 1  # its gradients, too
+        make = lambda config=network.config: build(config, vocabulary=vocabulary)
+        require_room(make, copies, env.device, f"{run.name}: network '{name}'")
         module = make_module(network.config, vocabulary, run.seed, env.device)
         have = weights_at_start(run, index, snapshot, name) if snapshot is not None else {}
         new = snapshot.new_modalities if snapshot is not None and have else run.tokenizers
@@ -136,6 +142,7 @@ def enter_stage(
         run.engine.compile,
         12 * sum(parameters.values()),  # fp32, two states
         parameters,
+        StepClock(env.device),
     )
 
 

@@ -63,6 +63,8 @@ def check(trainer: Starting, index: int) -> None:
                 task.check(vocabulary, trainer.tokenizers)
             except UserError as error:
                 raise UserError(f"stages.{number}.tasks.{place} ({task.kind}): {error}") from error
+    for sink in run.tracking.sinks:
+        sink.check()
     for callback in trainer.callbacks:
         callback.check(trainer)
 

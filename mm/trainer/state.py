@@ -14,6 +14,7 @@ from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.health.anomaly import Guard
 from mm.trainer.held_out import HeldOut
 from mm.trainer.log.metrics import BytesPerToken
+from mm.trainer.ranks import of_all_rows
 from mm.trainer.stage import StageState
 
 
@@ -46,7 +47,7 @@ class TrainState:
             "stage": stage.index,
             "skipped": self.guard.skipped,
             "guard": self.guard.state_dict(),
-            "data": stage.stream.state_dict(),
+            "data": of_all_rows(stage.stream),
             "optimizers": scalars,
             "bytes_per_token": self.bytes_per_token.totals,
             "held_out": self.held_out.state_dict(),

@@ -36,32 +36,41 @@ def optimizer_step(
         stop: this rank was asked to stop.
 
     Returns:
-        Metrics on the host, and "stop": how many ranks were asked to.
+        Metrics on the host, "stop": how many ranks were asked to, and "stream": what the rows of
+        all ranks hold, by the names that the stream counts.
     """
     objective, env, world = stage.objective, stage.env, dist.get_world_size()
+    clock = stage.clock
+    clock.start()
     scheduled = stage.begin_step(step)
     micros = [objective.corrupt(b.to(env.device), env.rng, scheduled) for b in batches]
     env.know(micros)
+    clock.mark("forward")
     n, facts = _global_counts(stage, batches, micros, modalities, stop)
+    clock.mark("communication")
     scales = objective.scales(n)
     factors = {k: scales[k] / n[k].clamp_min(1e-12) for k in n}
     row: dict[str, Any] = {}
     by_network: dict[str, MetricSum] = {}
     for term in objective.terms(micros, stage.nets, env):
+        clock.mark("forward")
         engine = stage.engines[term.network]
         metrics = by_network.setdefault(term.network, MetricSum())
         metrics.add_losses(term.losses)
         loss = world * torch.stack([factors[k] * s for k, s in term.losses.items()]).sum()
         if not term.step:
             engine.backward(loss)
+            clock.mark("backward")
             continue
         # Losses are reduced BEFORE the last backward: if their global sum is not finite, this
         # backward makes every gradient NaN on every rank, so that all of them skip the step, at
         # each ZeRO stage, without asking the host.
         metrics.aux = stage.nets.take(term.network).aux
         metrics.reduce()
+        clock.mark("communication")
         total = torch.stack([factors[k] * s for k, s in metrics.losses.items()]).sum()
         engine.backward(loss * torch.where(torch.isfinite(total), 1.0, float("nan")))
+        clock.mark("backward")
         device = _device_metrics(term, metrics, total, n) | usage.update(metrics.aux) | facts
         row |= _update(stage, step, term.network, metrics, device)
         del by_network[term.network]
@@ -87,10 +96,14 @@ def _update(
     """Step one network. The only device-to-host copy of the step is the one `tolist` here."""
     engine = stage.engines[network]
     norm = engine.reduce()
+    stage.clock.mark("communication")
     if norm is not None:
         device["norm"] = norm
-    values = torch.stack([t.detach().float() for t in device.values()]).tolist()
-    host = dict(zip(device, values, strict=True))
+    flat = torch.cat([t.detach().double().reshape(-1) for t in device.values()]).tolist()
+    host: dict[str, Any] = {}
+    for key, t in device.items():
+        values, flat = flat[: t.numel()], flat[t.numel() :]
+        host[key] = values if t.dim() else values[0]
     for key in [key for key in host if key.startswith(COUNT)]:
         if host.pop(key) == 0:  # a loss without targets is absent: 0 would read as perfect
             del host[f"loss/{key.removeprefix(COUNT)}"]
@@ -102,6 +115,7 @@ def _update(
             after({k: Sum(s.total, s.count) for k, s in metrics.aux.items()})
     if applied:
         stage.averages.follow(network)
+    stage.clock.mark("optimizer")
     prefix = "optim" if network == "model" else f"optim/{network}"
     return host | {f"{prefix}/lr": lr, f"{prefix}/grad_norm": norm_before}
 
@@ -122,14 +136,20 @@ def _global_counts(
     mine = [torch.stack([c[k].float() for c in each if k in c]).sum() for k in names]
     tokens = tokens_by_modality(batches, len(modalities or ()))
     host = torch.cat([tokens, torch.tensor([float(n_items(batches)), float(stop)])])
-    *reduced, seen = all_reduce([*mine, host.to(stage.env.device, non_blocking=True)])
-    total, facts = seen[:-2].sum(), {"stop": seen[-1]}
+    rows = torch.tensor(list(getattr(stage.stream, "counts", {}).values()), dtype=torch.float64)
+    *reduced, seen, held = all_reduce(
+        [*mine, *(t.to(stage.env.device, non_blocking=True) for t in (host, rows))]
+    )
+    total, facts = seen[:-2].sum(), {"stop": seen[-1], "stream": held}
     if modalities is not None:
         facts |= {
             f"tokens/{m}_share": seen[i] / total.clamp_min(1)
             for i, m in enumerate(modalities, start=1)
         }
         facts["tokens/step"] = total
+        targets = {m: reduced[names.index(m)] for m in modalities if m in names}
+        whole = torch.stack([*targets.values()]).sum().clamp_min(1e-12) if targets else total
+        facts |= {f"targets/{m}_share": count / whole for m, count in targets.items()}
     else:
         facts["items/step"] = seen[-2]
     return dict(zip(names, reduced, strict=True)), facts

@@ -64,3 +64,16 @@ def test_a_yaml_that_is_not_there_is_said_with_those_that_train(
     assert "mixer/" not in err and "backbone/" not in err and "tokenizer/text" not in err
     code, _, err = said(capsys, "train", "configs/quickstart/hybird.yaml")
     assert code == 2 and "did you mean 'configs/quickstart/hybrid'" in err
+
+
+def test_a_table_too_wide_for_the_terminal_is_lines_with_whole_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mm.cli.common import table
+
+    monkeypatch.setenv("COLUMNS", "60")
+    long = "recognition_audio_to_text_theo/audio_to_text_accuracy"
+    table("t", ("figure", "value", "bar", "n"), [(long, "94.0 %", None, 50)])
+    assert capsys.readouterr().out == f"t\n{long}\n  value 94.0 %, n 50\n"
+    table("t", ("figure", "value"), [("short", 1)])
+    assert "│ short" in capsys.readouterr().out

@@ -18,7 +18,9 @@ from stream_cases import CASES
 
 from mm.batch import Batch
 from mm.config import Config
+from mm.data.streams.base import merge_states
 from mm.data.streams.raw_items import ItemsConfig
+from mm.data.streams.shuffle import key_of
 from mm.errors import UserError
 from mm.registry import SOURCES, STREAMS, TRANSFORMS
 
@@ -98,6 +100,16 @@ def test_the_seed_is_what_the_order_depends_on(config: Any) -> None:
     assert first[0].keys != other[0].keys
 
 
+def joined(ranks: list[Any]) -> dict[str, Any]:
+    return merge_states([json.loads(json.dumps(s.state_dict())) for s in ranks])
+
+
+def totals(ranks: list[Any]) -> dict[str, Any]:
+    """What the trainer says of a step: the counts of all ranks, summed."""
+    assert len({tuple(s.counts) for s in ranks}) == 1, "the same names in the same order"
+    return ranks[0].summarize({k: sum(s.counts[k] for s in ranks) for k in ranks[0].counts})
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_world_sizes_partition_the_global_batch(config: Any, world: int) -> None:
     one = config.build(seed=3)
@@ -114,22 +126,34 @@ def test_world_sizes_partition_the_global_batch(config: Any, world: int) -> None
             assert torch.equal(value.data, torch.cat([p.values[modality].data for p in parts])), (
                 step
             )
-        assert all(s.state_dict() == one.state_dict() for s in ranks)
-        assert all(s.stats == one.stats for s in ranks)
+        assert joined(ranks) == one.state_dict()
+        assert totals(ranks) == one.stats
     for stream in (one, *ranks):
         stream.close()
 
 
-def test_resume_with_another_world_size(config: Any) -> None:
-    one = config.build(seed=3)
-    take(one, 5)
-    ranks = [config.build(seed=3, rank=r, world=2) for r in range(2)]
-    for stream in ranks:
-        stream.load_state_dict(one.state_dict())
-    (whole,) = one.next()
-    assert whole.keys == tuple(k for s in ranks for b in s.next() for k in b.keys)
-    for stream in (one, *ranks):
-        stream.close()
+def test_the_same_rows_whatever_the_worlds_between_stops(config: Any) -> None:
+    """Law `same whatever W`: stopped and gone on with 4, 1, 2 and 4 processes."""
+    one = config.model_copy(update={"prefetch": 0}).build(seed=3)
+    state: dict[str, Any] | None = None
+    for world in (4, 1, 2, 4):
+        ranks = [config.build(seed=3, rank=r, world=world) for r in range(world)]
+        for stream in ranks:
+            if state is not None:
+                stream.load_state_dict(state)
+        for _ in range(5):
+            (whole,) = one.next()
+            parts = [b for stream in ranks for b in stream.next()]
+            assert whole.keys == tuple(k for p in parts for k in p.keys)
+            assert torch.equal(whole.weight, torch.cat([p.weight for p in parts]))
+            assert totals(ranks) == one.stats
+        state = joined(ranks)
+        assert state == one.state_dict()
+        for stream in ranks:
+            own = json.loads(json.dumps(stream.state_dict()))
+            stream.load_state_dict(own)  # as a run that goes back does
+            assert stream.state_dict() == own
+            stream.close()
 
 
 def test_micro_batches_partition_the_rows_of_a_rank(config: Any) -> None:
@@ -169,3 +193,13 @@ def test_items_come_once_an_epoch(data: Path) -> None:
         keys = [k for (b,) in take(stream, 3) for k in b.keys]
         assert len(set(keys)) == len(keys) == 27
     stream.close()
+
+
+def test_items_without_options_go_on_under_the_plan_of_before_there_were_any(data: Path) -> None:
+    config = CASES["items"](data)
+    aside = {"path", "micro_batch_size", "prefetch", "cache_mb", "options"}
+    before = key_of(config.model_dump_json(exclude=aside)) % 2**32
+    assert config.build(seed=0).plan["settings"] == before
+    moved = config.model_copy(update={"cache_mb": 1, "prefetch": 0, "micro_batch_size": 1})
+    assert moved.build(seed=0).plan["settings"] == before
+    assert config.model_copy(update={"repeat": "unique"}).build(seed=0).plan["settings"] != before

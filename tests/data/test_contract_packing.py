@@ -72,7 +72,7 @@ def test_packing_drops_and_mixes_nothing(data: Path) -> None:
     assert longest <= 64, "the toys fit"
     found: Counter[Any] = Counter()
     keys: list[str] = []
-    while stream.state_dict()["cursor"]["block"] == 0:
+    while stream.state_dict()["cursor"]["block/0"] == 0:
         (b,) = stream.next()
         found.update(read_back(b, stream.vocabulary))
         keys += b.keys
@@ -92,7 +92,7 @@ def test_cut_documents_join_to_the_whole(data: Path) -> None:
     stream = config.build(seed=0)
     pieces: dict[str, list[tuple[int, ...]]] = {}
     ends = 0
-    while stream.state_dict()["cursor"]["block"] == 0:
+    while stream.state_dict()["cursor"]["block/0"] == 0:
         (b,) = stream.next()
         for key, document in zip(b.keys, read_back(b, stream.vocabulary), strict=True):
             pieces.setdefault(key, []).append(document[0][1])
@@ -120,7 +120,7 @@ def test_long_documents_are_counted_and_a_hopeless_length_is_an_error(data: Path
         for m in ("text", "image", "audio")
     )
     stream.next()
-    assert stream.stats["too_long"] == int((lengths > 26).sum()) > 0
+    assert stream.stats["too_long"] == 2 * int((lengths > 26).sum()) > 0, "a block of each row"
     stream.close()
     with pytest.raises(UserError, match="gave no document .* raise data.seq_len"):
         config.model_copy(update={"seq_len": 4, "batch_size": 1}).build().next()
@@ -136,14 +136,10 @@ def test_shares_of_sources_hold_in_every_block(data: Path) -> None:
         },
     ]
     stream = PackedConfig(sources=sources, seq_len=64, block_samples=40, prefetch=0).build()
-    assert stream.counts == [30, 10]
     for number in range(4):
-        block = stream._block(number)
-        documents = [d for row in block.rows for d in row.documents]
-        assert len(documents) + block.filtered == 40
-        assert (
-            sum(len(d) == 1 and d[0].modality == "image" for d in documents) + block.filtered == 10
-        )
+        block = stream.plan_block(number)
+        taken = Counter(d.source for row in block.rows for d in row)
+        assert taken[0] == 30 and taken[1] + block.filtered == 10
 
 
 def test_every_sample_and_epoch_draws_anew(data: Path) -> None:
@@ -151,12 +147,11 @@ def test_every_sample_and_epoch_draws_anew(data: Path) -> None:
     transform = {"kind": "any_to_any", "tasks": tasks, "condition_dropout": 0}
     source = {"path": data / "tokens", "transform": [transform]}
     stream = PackedConfig(sources=[source], seq_len=64, block_samples=N, prefetch=0).build(seed=0)
-    drawn: list[dict[str, str]] = []
+    drawn: list[dict[int, str]] = []
     for number in range(2):  # a block is an epoch here
-        rows = stream._block(number).rows
-        keys = [k for row in rows for k in row.keys]
-        firsts = [d[0].modality for row in rows for d in row.documents]
-        drawn.append(dict(zip(keys, firsts, strict=True)))
+        documents = [d for row in stream.plan_block(number).rows for d in row]
+        made = [stream._made(d.source, d.epoch, d.sample) for d in documents]
+        drawn.append({d.sample: m[0].modality for d, m in zip(documents, made, strict=True)})
     assert len(drawn[0]) == 27 and 5 < sum(m == "image" for m in drawn[0].values()) < 22
     changed = sum(drawn[0][k] != drawn[1][k] for k in drawn[0])
     assert 5 < changed < 22, "the same sample meets another task in the next epoch"

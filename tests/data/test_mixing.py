@@ -10,7 +10,8 @@ import pytest
 from data_toys import ToyTokenizer, token_shards
 
 from mm.data.pack.job import pack
-from mm.data.streams.mixing import plan, reach, window_order
+from mm.data.streams.mixing import plan, reach
+from mm.data.streams.order import Windows
 from mm.data.streams.packed import PackedConfig
 from mm.data.streams.shuffle import key_of
 from mm.errors import UserError
@@ -50,7 +51,7 @@ def test_weights_in_tokens(data: Path) -> None:
     for _ in range(80):
         by_samples.next()
     assert by_samples.stats["source_shares"]["0"] == pytest.approx(35 / (35 + 3 * 8), abs=0.03)
-    assert "mix" not in by_samples.plan and "mix" in by_tokens.plan
+    assert by_samples.plan["mix"] != by_tokens.plan["mix"]
 
 
 def test_weights_in_tokens_count_what_the_transforms_leave(data: Path) -> None:
@@ -90,8 +91,8 @@ def test_a_schedule_moves_the_shares(data: Path) -> None:
     assert (np.diff(counts[:10, 0]) < 0).all() and (counts[10:, 0] == 0).all()
     assert counts[:10, 0].sum() == 320, "half of the first ten blocks"
     for b in (11, 3):  # in any order
-        documents = [k for row in s._block(b).rows for k in row.keys]
-        assert sum(k.startswith("long") for k in documents) == counts[b, 0]
+        documents = [d for row in s.plan_block(b).rows for d in row]
+        assert sum(d.source == 0 for d in documents) == counts[b, 0]
 
 
 def test_the_report_goes_on_after_a_resume(data: Path) -> None:
@@ -124,20 +125,43 @@ def test_rounding_never_drifts() -> None:
         plan([1.0, 1.0], 10, "tokens", None, [{"text": 3.0}, {}])
 
 
+def test_the_points_of_schedules_are_put_in_order() -> None:
+    mix = plan([{4096: 2.0, 0: 1.0}, {9: 3.0, 0: 1.0}], 2)
+    assert mix.at.tolist() == [0, 4.5, 2048]
+    first = 1 + 9 / 4096  # nine samples on the way from 1 to 2
+    np.testing.assert_allclose(mix.shares[:, 0], [1 / 2, first / (first + 3), 2 / 5])
+
+
 def test_reach_changes_no_more_than_it_has_to() -> None:
     tokens = [{"text": 9.0, "image": 1.0}, {"text": 9.0, "image": 1.0}, {"image": 4.0}]
     share = reach({"text": 0.45, "image": 0.55}, np.array([0.6, 0.2, 0.2]), tokens)
     np.testing.assert_allclose(share, [0.375, 0.125, 0.5], atol=1e-4)
 
 
+def test_samples_keep_their_ratio_where_modalities_allow_it() -> None:
+    """By hand: text in half of the tokens at 0.9, so sources 0 and 1 give half of all tokens."""
+    tokens = [{"text": 9.0, "image": 1.0}, {"text": 18.0, "image": 2.0}, {"image": 4.0}]
+    goal = {"text": 0.45, "image": 0.55}
+    (share,) = plan([1.0, 1.0, 1.0], 100, "samples", goal, tokens).shares
+    # 10 and 20 tokens of the first two are 1/6 and 1/3, 4 of the third 1/2
+    np.testing.assert_allclose(share, np.array([1, 1, 7.5]) / 9.5, atol=1e-4)
+    (share,) = plan([1.0, 1.0, 1.0], 100, "tokens", goal, tokens).shares
+    np.testing.assert_allclose(share, np.array([1, 0.5, 5]) / 6.5, atol=1e-4)
+
+
 def test_window_order_reads_shard_after_shard() -> None:
     groups = np.repeat(np.arange(20), 50)
-    order = window_order(groups, 100, key_of(3))
+    window_order = lambda sizes, window, key: Windows(np.array(sizes), window, key)(
+        np.arange(sum(sizes))
+    )
+    order = window_order([50] * 20, 100, key_of(3))
     assert sorted(order) == list(range(1000))
     for start in range(0, 1000, 100):
         assert len(set(groups[order[start : start + 100]])) == 2, "two shards fill a window"
     firsts = groups[order[::100]]
     assert firsts.tolist() != sorted(firsts.tolist()), "shards are permuted"
     assert (np.diff(order[:100]) == 1).mean() < 0.1, "and samples within the window"
-    assert (window_order(groups, 100, key_of(4)) != order).mean() > 0.5
-    assert sorted(window_order(groups[:7], 3, 1)) == list(range(7))
+    assert (window_order([50] * 20, 100, key_of(4)) != order).mean() > 0.5
+    assert sorted(window_order([4, 0, 1, 2], 3, 1)) == list(range(7))
+    some = np.array([999, 3, 512, 513])
+    assert (Windows(np.array([50] * 20), 100, key_of(3))(some) == order[some]).all()

@@ -14,10 +14,11 @@ from stream_cases import CASES
 from mm.config import Config
 from mm.data.streams.base import rank_rows
 from mm.data.streams.bucketed import BucketedConfig
-from mm.data.streams.mixing import window_order
+from mm.data.streams.order import Windows
 from mm.data.streams.packed import PackedConfig
 from mm.data.streams.raw_items import ItemsConfig
 from mm.data.streams.stateful import StatefulConfig
+from mm.errors import UserError
 
 
 @pytest.fixture(params=list(CASES))
@@ -95,7 +96,15 @@ def test_ranks_with_micro_batches_make_the_rows_of_one_process(config: Any) -> N
 
 
 def test_every_window_is_mixed_in_its_own_way() -> None:
-    order = window_order(np.repeat(np.arange(3), 64), 64, key=11)
+    order = Windows(np.array([64] * 3), 64, key=11)(np.arange(192))
     parts = [tuple(part % 64) for part in order.reshape(3, 64)]
     assert all(sorted(part) == list(range(64)) for part in parts)
     assert len(set(parts)) == 3
+
+
+def test_sizes_that_do_not_divide_are_refused_with_those_that_do() -> None:
+    with pytest.raises(UserError, match=r"size 9 .* 5 processes; possible: \[1, 3, 9\]"):
+        rank_rows(9, None, 0, 5)
+    with pytest.raises(UserError, match=r"size 4 .* the 6 rows .* possible: \[1, 2, 3, 6\]"):
+        rank_rows(12, 4, 0, 2)
+    assert rank_rows(12, 99, 1, 2) == [range(6, 12)]

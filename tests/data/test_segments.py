@@ -228,7 +228,7 @@ def test_one_document_a_sample_with_a_span_for_each_segment(data: Path) -> None:
     buckets = BucketedConfig(source={"path": data / "tokens"}, buckets=4, batch_size=4)
     other = buckets.build(seed=1)
     whole = [sum(len(ids) + 2 for ids in by_key[shards.key(i)].values()) for i in range(N)]
-    assert other.lengths.tolist() == whole
+    assert other._lengths_of(np.arange(N))[1].tolist() == whole
     other.close()
     tokens = {"path": data / "tokens"}
     stateful = StatefulConfig(source=tokens, seq_len=96, batch_size=4, prefetch=0)
@@ -295,7 +295,7 @@ def test_trains_with_document_masks(data: Path, monkeypatch: pytest.MonkeyPatch)
     vocabulary = model.vocabulary
     shards = ShardSet.open(data / "tokens")
     stream = PackedConfig(sources=({"path": data / "tokens"},), seq_len=96).build()
-    documents = [stream._segments(0, 0, i) for i in (0, 1, 2)]
+    documents = [stream._made(0, 0, i) for i in (0, 1, 2)]
     stream.close()
     assert shards.vocabulary == vocabulary
     with torch.no_grad():
@@ -307,7 +307,7 @@ def test_trains_with_document_masks(data: Path, monkeypatch: pytest.MonkeyPatch)
 def test_any_to_any_leaves_interleaved_samples_alone(data: Path) -> None:
     source = {"path": data / "tokens", "transform": [{"kind": "any_to_any", "tasks": {"text": 1}}]}
     stream = PackedConfig(sources=(source,), seq_len=96, block_samples=N, prefetch=0).build()
-    kept = [stream._segments(0, 0, i) for i in range(N)]
+    kept = [stream._made(0, 0, i) for i in range(N)]
     assert [len(s or ()) for s in kept] == [len(ORDERS[i % 4]) for i in range(N)]
 
 

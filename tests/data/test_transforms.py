@@ -44,6 +44,37 @@ def test_any_to_any_draws_possible_tasks_by_weight() -> None:
     assert any(o is not None and len(o) == 1 and o[0].modality == "audio" for o in everything)
 
 
+def test_any_to_any_gives_the_roles_whatever_they_were() -> None:
+    given = [s._replace(role="condition") for s in segments("text", "image")]
+    transform = AnyToAnyConfig(tasks={"image>text": 1.0}, condition_dropout=0).build()
+    out = transform(given, generator(0))
+    assert out is not None and [s.role for s in out] == ["condition", "target"]
+
+
+def test_a_dropout_of_nothing_drops_nothing_whatever_is_drawn() -> None:
+    class Zeros:
+        def random(self, n: int) -> np.ndarray:
+            return np.zeros(n)
+
+    transform = AnyToAnyConfig(tasks={"image>text": 1.0}, condition_dropout=0).build()
+    out = transform(segments("text", "image"), Zeros())
+    assert out is not None and out[0].ids is not None
+
+
+def test_a_draw_above_all_borders_takes_the_last_task() -> None:
+    """Six shares of 1 / 6 sum to a little less than 1."""
+
+    class Ones:
+        def random(self, n: int) -> np.ndarray:
+            return np.nextafter(np.ones(n), 0)
+
+    names = ["a", "b", "c", "d", "e", "f"]
+    assert sum([1 / 6] * 6) < 1
+    transform = AnyToAnyConfig(tasks=dict.fromkeys(names, 1.0), condition_dropout=0).build()
+    out = transform(segments(*names), Ones())
+    assert out is not None and [s.modality for s in out] == ["f"]
+
+
 def test_any_to_any_is_pure() -> None:
     transform = AnyToAnyConfig.smallest().build()
     given = segments("text", "image")

@@ -118,6 +118,13 @@ def test_irpe_is_the_papers_table_pair_by_pair(method: str, mode: str) -> None:
                 torch.testing.assert_close(got[0, h, i, j], torch.stack(rows).sum())
 
 
+def test_irpe_has_a_row_for_every_bucket() -> None:
+    """Seven to either side and none with beta = 3; by rows and columns, or in pairs."""
+    for method, n in (("euclidean", 7), ("quantization", 7), ("cross", 14), ("product", 49)):
+        build_ = POSITIONS.get("irpe")(method=method, mode="bias").build
+        assert build_(6, heads=2).table.shape == (2, n)
+
+
 def test_irpe_sees_offsets_only() -> None:
     layer = build(position="irpe")
     (x,) = documents(12)

@@ -6,44 +6,28 @@ A mutant is text: the source with one expression or statement replaced, all othe
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
-COMPARE: dict[type[ast.cmpop], type[ast.cmpop]] = {
-    ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot,
-    ast.IsNot: ast.Is,
-    ast.In: ast.NotIn,
-    ast.NotIn: ast.In,
-}
-ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
-    ast.Mult: ast.Div,
-    ast.Div: ast.Mult,
-    ast.FloorDiv: ast.Mult,
-    ast.Mod: ast.FloorDiv,
-    ast.BitAnd: ast.BitOr,
-    ast.BitOr: ast.BitAnd,
-}
-SWAPPED_NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "floor": "ceil"}
-SAID = {"log", "warnings", "logging"}  # calls of these only tell: no test need hold their words
+from operators import IDLE_KEYWORDS, SAID, changes_of, root_of
+
+TELLS = {"__repr__", "__str__", "_warn", "_bar", "describe", "smallest"}  # they make words
 
 
 class Mutant(NamedTuple):
     """One change of one file.
 
     ``key`` names it free of line numbers: function, what was there, what is there, and which of
-    several such places it is.
+    several such places it is. ``line`` and ``last_line`` hold the statement it is in, without the
+    body that belongs to it. ``within`` is a digest of the function.
     """
 
     line: int
+    last_line: int
     key: str
+    within: str
+    operator: str
     source: str
 
 
@@ -58,145 +42,96 @@ def mutants_of(source: str) -> list[Mutant]:
     at = lambda line, column: starts[line - 1] + column
     found: list[Mutant] = []
     seen: dict[str, int] = {}
-    for function, node, changed in _changes(tree):
+    for (function, body), span, operator, node, changed in _changes(tree):
         begin = at(node.lineno, node.col_offset)  # type: ignore[attr-defined]
         end = at(node.end_lineno, node.end_col_offset)  # type: ignore[attr-defined]
         before, after = raw[begin:end].decode(), ast.unparse(changed)
-        if isinstance(node, ast.expr) and not isinstance(node, (ast.Constant, ast.Name)):
-            after = f"({after})"
-        after += "\n" * before.count("\n") if isinstance(node, ast.stmt) else ""
-        name = f"{function}: {_short(before)} -> {_short(after)}"
+        name = f"{function}: {' -> '.join(_shortened(ast.unparse(node), after))}"
         seen[name] = seen.get(name, -1) + 1
-        key = f"{name} #{seen[name]}"
+        kept = "\n" * before.count("\n")  # the lines below keep their numbers
+        if isinstance(node, ast.stmt):
+            after += kept
+        elif kept or not isinstance(changed, (ast.Constant, ast.Name)):
+            after = f"({after}{kept})"
         text = (raw[:begin] + after.encode() + raw[end:]).decode()
         try:
             ast.parse(text)
-        except SyntaxError:  # the brackets of an expression over several lines
+        except SyntaxError:  # a target in brackets, and the like
             continue
-        found.append(Mutant(node.lineno, key, text))  # type: ignore[attr-defined]
+        found.append(Mutant(*span, f"{name} #{seen[name]}", digest(body), operator, text))
     return found
 
 
-def _short(text: str) -> str:
-    return " ".join(text.split())[:90]
+def digest(*texts: str | bytes) -> str:
+    whole = hashlib.sha256()
+    for text in texts:
+        whole.update(text if isinstance(text, bytes) else text.encode())
+        whole.update(b"\0")
+    return whole.hexdigest()[:12]
 
 
-def _changes(tree: ast.Module) -> Iterator[tuple[str, ast.AST, ast.AST]]:
-    """(name of the function, node, what stands in its place) inside all functions."""
+def _shortened(before: str, after: str, most: int = 80) -> tuple[str, str]:
+    """Both texts on one line, cut to the part that differs."""
+    before, after = " ".join(before.split()), " ".join(after.split())
+    same = next(
+        (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b),
+        min(len(before), len(after)),
+    )
+    start = max(0, same - 30) if max(len(before), len(after)) > most else 0
+    cut = lambda text: ("…" if start else "") + text[start : start + most]
+    return cut(before), cut(after)
+
+
+def _changes(
+    tree: ast.Module,
+) -> Iterator[tuple[tuple[str, str], tuple[int, int], str, ast.AST, ast.AST]]:
+    """(function and its text, lines of the statement, operator, node, what stands there)."""
 
     def functions(node: ast.AST, path: str) -> Iterator[tuple[str, ast.AST]]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                yield f"{path}{child.name}", child
+                words = {root_of(d) for d in child.decorator_list}
+                if child.name not in TELLS and not words & {"overload", "abstractmethod"}:
+                    yield f"{path}{child.name}", child
             elif isinstance(child, (ast.ClassDef, ast.If)):
                 name = f"{path}{child.name}." if isinstance(child, ast.ClassDef) else path
                 yield from functions(child, name)
 
     for name, function in functions(tree, ""):
-        for node in _inside(function):
-            for changed in _of_node(node):
-                yield name, node, changed
+        text = ast.unparse(function)
+        for statement in function.body:  # type: ignore[attr-defined]
+            for span, node in _inside(statement, (0, 0)):
+                for operator, old, new in changes_of(node, name):
+                    yield (name, text), span, operator, old, new
 
 
-def _inside(function: ast.AST) -> Iterator[ast.AST]:
+def _inside(node: ast.AST, span: tuple[int, int]) -> Iterator[tuple[tuple[int, int], ast.AST]]:
     """Nodes of a function's body but its text: docstrings, annotations, messages, assertions."""
-    stack = list(reversed(function.body))  # type: ignore[attr-defined]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, (ast.Raise, ast.Assert, ast.JoinedStr, ast.Import, ast.ImportFrom)):
+    if isinstance(node, (ast.Assert, ast.JoinedStr, ast.Import, ast.ImportFrom)):
+        return
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return
+    if isinstance(node, ast.Call) and (root_of(node.func) in SAID or root_of(node.func) == "cast"):
+        return
+    if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("_warn", "warning"):
+        return
+    if isinstance(node, ast.Expr) and isinstance(node.value, (ast.Call, ast.Await)):
+        if root_of(node.value) in SAID:
+            return
+    if isinstance(node, ast.If) and root_of(node.test) == "TYPE_CHECKING":
+        return
+    if isinstance(node, (ast.stmt, ast.ExceptHandler)):
+        body = getattr(node, "body", None)
+        last = max(node.lineno, body[0].lineno - 1) if body else node.end_lineno or node.lineno
+        span = (node.lineno, last)
+    yield span, node
+    if isinstance(node, ast.Raise):
+        return
+    skipped = {"annotation", "returns", "decorator_list", "ops", "op", "ctx"}
+    for field, value in ast.iter_fields(node):
+        if field in skipped:
             continue
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            continue
-        if isinstance(node, ast.Call) and _root(node.func) in SAID:
-            continue
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-            if _root(node.value.func) in SAID:
-                continue
-        if isinstance(node, ast.If) and _root(node.test) == "TYPE_CHECKING":
-            continue
-        yield node
-        skipped = {"annotation", "returns", "decorator_list", "ops", "op", "ctx"}
-        for field, value in reversed(list(ast.iter_fields(node))):
-            if field in skipped:
-                continue
-            for child in reversed(value if isinstance(value, list) else [value]):
-                # `zip(strict=True)` guards against what does not happen
-                if isinstance(child, ast.AST) and getattr(child, "arg", None) != "strict":
-                    stack.append(child)
-
-
-def _root(node: ast.AST) -> str:
-    while isinstance(node, (ast.Attribute, ast.Call)):
-        node = node.value if isinstance(node, ast.Attribute) else node.func
-    return node.id if isinstance(node, ast.Name) else ""
-
-
-def _of_node(node: ast.AST) -> Iterator[ast.AST]:
-    for kind, make in RULES:
-        if isinstance(node, kind):
-            yield from make(node)
-
-
-def _compare(node: ast.Compare) -> Iterator[ast.AST]:
-    if len(node.ops) == 1 and type(node.ops[0]) in COMPARE:
-        yield ast.Compare(node.left, [COMPARE[type(node.ops[0])]()], node.comparators)
-
-
-def _arithmetic(node: ast.BinOp) -> Iterator[ast.AST]:
-    text = any(isinstance(n, (ast.JoinedStr, ast.Constant)) and not _number(n)
-               for n in (node.left, node.right))  # fmt: skip
-    if type(node.op) in ARITHMETIC and not text:
-        yield ast.BinOp(node.left, ARITHMETIC[type(node.op)](), node.right)
-
-
-def _number(node: ast.AST) -> bool:
-    value = getattr(node, "value", None)
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _boolean(node: ast.BoolOp) -> Iterator[ast.AST]:
-    yield ast.BoolOp(ast.And() if isinstance(node.op, ast.Or) else ast.Or(), node.values)
-
-
-def _unary(node: ast.UnaryOp) -> Iterator[ast.AST]:
-    if isinstance(node.op, (ast.Not, ast.USub)):
-        yield node.operand
-
-
-def _constant(node: ast.Constant) -> Iterator[ast.AST]:
-    # Settings of classifiers and the like, 10.0 for 11.0, say nothing about a test.
-    if isinstance(node.value, bool):
-        yield ast.Constant(not node.value)
-    elif isinstance(node.value, int) and abs(node.value) <= 2:
-        yield ast.Constant(node.value + 1)
-
-
-def _condition(node: ast.If | ast.IfExp) -> Iterator[ast.AST]:
-    if isinstance(node, ast.IfExp) and not isinstance(node.test, ast.Compare):
-        yield ast.IfExp(ast.UnaryOp(ast.Not(), node.test), node.body, node.orelse)
-
-
-def _name(node: ast.Call) -> Iterator[ast.AST]:
-    function = node.func
-    if isinstance(function, ast.Name) and function.id in SWAPPED_NAMES:
-        yield ast.Call(ast.Name(SWAPPED_NAMES[function.id]), node.args, node.keywords)
-    elif isinstance(function, ast.Attribute) and function.attr in SWAPPED_NAMES:
-        swapped = ast.Attribute(function.value, SWAPPED_NAMES[function.attr])
-        yield ast.Call(swapped, node.args, node.keywords)
-
-
-def _statement(node: ast.Expr | ast.AugAssign) -> Iterator[ast.AST]:
-    if isinstance(node, ast.AugAssign) or isinstance(node.value, ast.Call):
-        yield ast.Pass()
-
-
-RULES: tuple[tuple[type | tuple[type, ...], Callable[..., Iterator[ast.AST]]], ...] = (
-    (ast.Compare, _compare),
-    (ast.BinOp, _arithmetic),
-    (ast.BoolOp, _boolean),
-    (ast.UnaryOp, _unary),
-    (ast.Constant, _constant),
-    (ast.IfExp, _condition),
-    (ast.Call, _name),
-    ((ast.Expr, ast.AugAssign), _statement),
-)
+        for child in value if isinstance(value, list) else [value]:
+            idle = getattr(child, "arg", None) in IDLE_KEYWORDS and isinstance(child, ast.keyword)
+            if isinstance(child, ast.AST) and not idle:
+                yield from _inside(child, span)

@@ -1,26 +1,24 @@
 """Mutation run: the one-line bugs that no test would notice.
 
-    python tests/mutation/run.py            # all modules of TARGETS; hours, resumable
-    python tests/mutation/run.py --sample 30 --seed HEAD
-    python tests/mutation/run.py --only 'mm/trainer/*' --per-module 10
+    python tests/mutation/run.py            # all modules of TARGETS; hours, goes on where it was
+    python tests/mutation/run.py --per-module 8 --workers 1
+    python tests/mutation/run.py --only 'mm/trainer/*' --sample 30 --seed HEAD
 
-First every test file runs once under `coverage` (build/mutants/lines.json: which test files run
-which lines, and how long each takes). Then every mutant is tested by the files that run its line,
-quickest first, in a process forked from one that has torch and DeepSpeed loaded, in a copy of the
-tree. Results are lines of build/mutants/results.jsonl: a run that is started again goes on. The
-report is build/mutants/report.md; tests/mutation/accepted.tsv holds survivors that may live, with
-the reason.
+First every test file runs once under `coverage` (build/mutants/lines/: which test runs which
+lines, and how long it takes; measured again where the test file or a module that it runs has
+changed). Then every mutant is tested by the tests that run its statement, the quickest and those of
+the fewest lines first, for so many seconds, until one fails. Results are lines of
+build/mutants/results.jsonl; a survivor is tested again once its tests or --seconds have changed.
+The report is build/mutants/report.md; accepted.tsv beside this file holds survivors that may live,
+with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
-import hashlib
 import json
 import os
-import random
-import shutil
 import subprocess
 import sys
 import time
@@ -32,13 +30,13 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE)]
 
-import processes  # noqa: E402
-from mutate import Mutant, mutants_of  # noqa: E402
+from mutate import Mutant, digest, mutants_of  # noqa: E402
+from processes import Workers, copy_of_tree  # noqa: E402
+from table import report  # noqa: E402
 
 # Where a silent error costs a run.
 TARGETS = (
     "mm/trainer/*.py",
-    "mm/trainer/*/*.py",
     "mm/objectives/*.py",
     "mm/tasks/*.py",
     "mm/mask.py",
@@ -51,176 +49,47 @@ TARGETS = (
     "data/transforms/*.py",
     "tokenizers/quantizers/*.py",
 )
-LINKED = ("data", "tokenizers", "kernels", "launch", "configs")  # mm/<name> is a link to <name>
-# Parts of the program and the test files that are named after them, for a quick run of one.
-PARTS = {
-    "data": ("data/*", "tests/data/*"),
-    "trainer": ("mm/trainer/*", "tests/trainer/*"),
-    "tokenizers": ("tokenizers/*", "tests/tokenizers/*"),
-    "tasks": ("mm/tasks/*", "tests/tasks/*"),
-}
-SECONDS_A_MUTANT = 150.0  # of test files, once: what is quicker runs, the rest is left out
+# Test files that run in the process that collects them and matter to the targets. Commands,
+# kernels, mixers and pages have none of the targets' lines to themselves.
+TESTS = (
+    "tests/trainer/*",
+    "tests/data/*",
+    "tests/tasks/*",
+    "tests/tokenizers/*",
+    "tests/decoders/*",
+    "tests/surgery/*",
+    "tests/model/test_*",
+    "tests/model/mixers/test_attention_settings.py",
+    "tests/model/mixers/test_mixer_attention_positions.py",
+    "tests/own_data/*",
+    "tests/test_config.py",
+    "tests/test_vocabulary.py",
+    "tests/test_registry.py",
+    "tests/test_hashes.py",
+    "tests/test_reading.py",
+)
+SECONDS_A_MUTANT = 5.0  # of tests, as measured; what comes after is left out
 
 
 class Case(NamedTuple):
-    """A mutant of a file, and the test files that run its line, quickest first."""
+    """A mutant of a file, and the tests that run its statement, in the order to run them."""
 
     file: str
     mutant: Mutant
-    tests: list[str]
+    tests: list[tuple[str, float]]
+    at_import: bool
 
     @property
     def key(self) -> str:
         return f"{self.file}: {self.mutant.key}"
 
-
-def target_files(only: str | None) -> list[str]:
-    listed = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    chosen = [f for f in listed if any(fnmatch.fnmatch(f, t) for t in TARGETS)]
-    return [f for f in chosen if only is None or fnmatch.fnmatch(f, only)]
+    @property
+    def id(self) -> str:
+        """Under which its result is kept: it holds until the function changes."""
+        return f"{self.key}@{self.mutant.within}"
 
 
-def cases(files: Sequence[str], lines: dict[str, Any]) -> list[Case]:
-    """Mutants of lines that some test file runs; others are told as not covered."""
-    seconds = {t: found["seconds"] for t, found in lines.items() if found["passed"]}
-    runs: dict[tuple[str, int], list[str]] = {}
-    for test in seconds:
-        for file, numbers in lines[test]["lines"].items():
-            for number in numbers:
-                runs.setdefault((file, number), []).append(test)
-    out = []
-    for file in files:
-        for mutant in mutants_of((ROOT / file).read_text()):
-            tests = sorted(runs.get((file, mutant.line), []), key=lambda t: seconds[t])
-            total, kept = 0.0, []
-            for test in tests:
-                total += seconds[test]
-                if not kept or total < SECONDS_A_MUTANT:
-                    kept.append(test)
-            out.append(Case(file, mutant, kept))
-    return out
-
-
-def chosen(found: list[Case], sample: int | None, seed: str, per_module: int | None) -> list[Case]:
-    """A sample drawn by ``seed``, and at most ``per_module`` of every file."""
-    found = [c for c in found if c.tests]
-    draw = random.Random(hashlib.sha256(seed.encode()).hexdigest())
-    if per_module is not None:
-        by_file: dict[str, list[Case]] = {}
-        for case in found:
-            by_file.setdefault(case.file, []).append(case)
-        found = [
-            c for group in by_file.values() for c in draw.sample(group, min(per_module, len(group)))
-        ]
-    if sample is not None:
-        found = draw.sample(found, min(sample, len(found)))
-    return found
-
-
-def accepted() -> dict[str, str]:
-    """Survivors with the reason why no test need notice them, by key."""
-    path = HERE / "accepted.tsv"
-    rows = [line.split("\t") for line in path.read_text().splitlines() if line.strip()]
-    return {key: reason for key, reason in rows}
-
-
-def read(path: Path) -> dict[str, dict[str, Any]]:
-    """Results of earlier runs by key and hash of the file that they were for."""
-    if not path.is_file():
-        return {}
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {f"{row['key']}@{row['hash']}": row for row in rows}
-
-
-def hash_of(file: str) -> str:
-    return hashlib.sha256((ROOT / file).read_bytes()).hexdigest()[:12]
-
-
-def report(found: Sequence[Case], results: dict[str, dict[str, Any]], uncovered: int) -> str:
-    """Markdown: a table by module, then every survivor."""
-    known = accepted()
-    by_file: dict[str, list[dict[str, Any]]] = {}
-    for case in found:
-        row = results.get(f"{case.key}@{hash_of(case.file)}")
-        if row is not None:
-            by_file.setdefault(case.file, []).append(row)
-    total = [row for rows in by_file.values() for row in rows]
-    caught = sum(row["caught"] for row in total)
-    share = caught / max(1, len(total))
-    out = [
-        f"{caught} of {len(total)} mutants caught ({share:.1%}); "
-        f"{uncovered} more are on lines that no test file runs in its own process",
-        "",
-        "| module | mutants | caught | accepted |",
-        "|---|---|---|---|",
-    ]
-    survivors = []
-    for file, rows in sorted(by_file.items()):
-        alive = [row for row in rows if not row["caught"]]
-        fine = [row for row in alive if row["key"] in known]
-        out.append(f"| {file} | {len(rows)} | {len(rows) - len(alive)} | {len(fine)} |")
-        survivors += [
-            f"- line {row['line']} `{row['key']}`"
-            + (f": {known[row['key']]}" if row["key"] in known else f" (ran {row['ran']})")
-            for row in alive
-        ]
-    return "\n".join([*out, "", "Survivors:", "", *survivors]) + "\n"
-
-
-def run(
-    only: str | None = None,
-    sample: int | None = None,
-    seed: str = "0",
-    per_module: int | None = None,
-    workers: int | None = None,
-    part: str | None = None,
-    build: Path = ROOT / "build" / "mutants",
-) -> list[dict[str, Any]]:
-    """Measure lines where needed, test mutants, write the report; returns this run's rows."""
-    build.mkdir(parents=True, exist_ok=True)
-    if seed == "HEAD":
-        git = ["git", "rev-parse", "HEAD"]
-        seed = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    n = workers or len(os.sched_getaffinity(0))
-    trees = [copy_of_tree(build / f"tree{i}") for i in range(n)]
-    tests = sorted(str(f.relative_to(ROOT)) for f in (ROOT / "tests").rglob("test_*.py"))
-    if part is not None:
-        only, of_tests = PARTS[part]
-        tests = [t for t in tests if fnmatch.fnmatch(t, of_tests)]
-    tests = [t for t in tests if not t.startswith("tests/mutation/")]
-    lines = processes.lines_of_tests(ROOT, tests, trees, build / "lines.json", LINKED)
-    files = target_files(only)
-    every = cases(files, lines)
-    wanted = chosen(every, sample, seed, per_module)
-    path = build / "results.jsonl"
-    done = read(path)
-    todo = [c for c in wanted if f"{c.key}@{hash_of(c.file)}" not in done]
-    print(f"{len(wanted)} mutants, {len(wanted) - len(todo)} tested before", flush=True)
-    begun, caught = time.monotonic(), 0
-    with path.open("a") as file:
-        jobs = [(c.file, c.mutant.source, c.tests) for c in todo]
-        for i, (number, found) in enumerate(processes.test_mutants(trees, jobs, lines), start=1):
-            case = todo[number]
-            row = {"key": case.key, "hash": hash_of(case.file), "line": case.mutant.line, **found}
-            done[f"{row['key']}@{row['hash']}"] = row
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            caught += row["caught"]
-            left = (time.monotonic() - begun) / i * (len(todo) - i)
-            word = "caught  " if row["caught"] else "SURVIVED"
-            print(f"{i}/{len(todo)} {word} {row['key']}  ({left / 60:.0f} min left)", flush=True)
-    uncovered = sum(not c.tests for c in every)
-    text = report(wanted, done, uncovered)
-    (build / "report.md").write_text(text)
-    print(text.split("\nSurvivors")[0])
-    print(f"survivors: {build / 'report.md'}")
-    return [done[f"{c.key}@{hash_of(c.file)}"] for c in wanted]
-
-
-def copy_of_tree(to: Path) -> Path:
-    """A copy of all files that git knows or would take, links as links."""
+def files_like(patterns: Sequence[str]) -> list[str]:
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"],
         cwd=ROOT,
@@ -228,21 +97,200 @@ def copy_of_tree(to: Path) -> Path:
         text=True,
         check=True,
     ).stdout.splitlines()
-    shutil.rmtree(to, ignore_errors=True)
-    for name in listed:
-        source = ROOT / name
-        if source.exists() or source.is_symlink():
-            (to / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, to / name, follow_symlinks=False)
-    return to
+    return sorted(f for f in listed if any(fnmatch.fnmatch(f, p) for p in patterns))
+
+
+def hash_of(file: str) -> str:
+    return digest((ROOT / file).read_bytes())
+
+
+def lines_of_tests(
+    workers: Workers, tests: Sequence[str], targets: Sequence[str], build: Path
+) -> dict[str, dict[str, Any]]:
+    """Lines and seconds of every test, by test file, measured where they are not known."""
+    known = {t: _known(build / "lines" / f"{t.replace('/', '.')}.json", t) for t in tests}
+    todo = [t for t in tests if known[t] is None]
+    (build / "lines").mkdir(parents=True, exist_ok=True)
+    for i, (number, found) in enumerate(workers.map("measure", [(t,) for t in todo]), start=1):
+        test = todo[number]
+        ran = sorted({file for one in found.values() for file in one["lines"]})
+        known[test] = {"hashes": {f: hash_of(f) for f in [test, *ran]}, "tests": found}
+        path = build / "lines" / f"{test.replace('/', '.')}.json"
+        path.write_text(json.dumps(known[test]))
+        seconds = sum(one["seconds"] for one in found.values())
+        failed = [name for name, one in found.items() if not one["passed"]]
+        say = f"; left out, they fail here: {failed}" if failed else ""
+        print(f"lines {i}/{len(todo)} {test} {seconds:.0f} s, {len(found)} tests{say}", flush=True)
+    return {t: found for t, found in known.items() if found is not None}
+
+
+def _known(path: Path, test: str) -> dict[str, Any] | None:
+    found = json.loads(path.read_text()) if path.is_file() else None
+    if found is None or test not in found["hashes"]:
+        return None
+    same = all((ROOT / f).is_file() and hash_of(f) == h for f, h in found["hashes"].items())
+    return found if same else None
+
+
+def lines_at_import(workers: Workers, targets: Sequence[str], build: Path) -> dict[str, set[int]]:
+    """Lines that run when modules are imported: a warm process cannot change what they made."""
+    path, state = build / "import.json", digest(*(hash_of(t) for t in targets))
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    if found.get("state") != state:
+        ((_, lines),) = workers.map("lines_at_import", [()])
+        found = {"state": state, "lines": lines}
+        path.write_text(json.dumps(found))
+    return {file: set(numbers) for file, numbers in found["lines"].items()}
+
+
+def cases(
+    targets: Sequence[str],
+    lines: dict[str, dict[str, Any]],
+    at_import: dict[str, set[int]],
+    seconds: float,
+) -> list[Case]:
+    """Mutants with the tests that run their statements; none of a test that fails anyway."""
+    runs: dict[tuple[str, int], set[str]] = {}
+    tests = {n: one for f in lines.values() for n, one in f["tests"].items() if one["passed"]}
+    for name, one in tests.items():
+        one["n_lines"] = sum(map(len, one["lines"].values()))
+        for file, numbers in one["lines"].items():
+            for number in numbers:
+                runs.setdefault((file, number), set()).add(name)
+    out = []
+    for file in targets:
+        for mutant in mutants_of((ROOT / file).read_text()):
+            span = range(mutant.line, mutant.last_line + 1)
+            names = set().union(*(runs.get((file, n), ()) for n in span))
+            imported = any(n in at_import.get(file, ()) for n in span)
+            out.append(Case(file, mutant, _tests_first(names, tests, seconds), imported))
+    return out
+
+
+def _tests_first(names: set[str], tests: dict[str, Any], seconds: float) -> list[tuple[str, float]]:
+    """Tests in the order to run, with their seconds: quick ones that look at little come first.
+
+    Up to the limit; what a test shares with others of its file counts once.
+    """
+    cost = {n: tests[n]["seconds"] + tests[n]["shared"] for n in names}
+    total, kept, paid = 0.0, [], dict[str, float]()
+    for name in sorted(names, key=lambda n: ((cost[n] + 0.02) * tests[n]["n_lines"] ** 0.5, n)):
+        file, shared = name.split("::")[0], tests[name]["shared"]
+        total += tests[name]["seconds"] + max(0.0, shared - paid.get(file, 0.0))
+        paid[file] = max(paid.get(file, 0.0), shared)
+        if kept and total > seconds:
+            break
+        kept.append((name, cost[name]))
+    return kept
+
+
+def chosen(found: list[Case], sample: int | None, seed: str, per_module: int | None) -> list[Case]:
+    """Covered mutants in an order drawn by ``seed``, at most ``per_module`` of every file.
+
+    The order is by hashes of their names: more tests or mutants change no other one's place.
+    """
+    ranked = sorted((c for c in found if c.tests), key=lambda c: digest(seed, c.key))
+    taken: dict[str, int] = {}
+    kept = []
+    for case in ranked:
+        taken[case.file] = taken.get(case.file, 0) + 1
+        if per_module is None or taken[case.file] <= per_module:
+            kept.append(case)
+    return kept[:sample]
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """Results of earlier runs by `Case.id`."""
+    if not path.is_file():
+        return {}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {f"{row['key']}@{row['within']}": row for row in rows}
+
+
+def head() -> str:
+    git = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def run(
+    only: str | None = None,
+    skip: Sequence[str] = (),
+    sample: int | None = None,
+    seed: str = "0",
+    per_module: int | None = None,
+    workers: int | None = None,
+    tests: Sequence[str] = TESTS,
+    seconds: float = SECONDS_A_MUTANT,
+    survivors: bool = False,
+    build: Path = ROOT / "build" / "mutants",
+) -> list[dict[str, Any]]:
+    """Measure lines where needed, test mutants, write the report; returns this run's rows."""
+    build.mkdir(parents=True, exist_ok=True)
+    trees = [
+        copy_of_tree(ROOT, build / f"tree{i}")
+        for i in range(workers or len(os.sched_getaffinity(0)))
+    ]
+    targets = files_like(TARGETS)
+    files = [f for f in files_like(tests) if Path(f).name.startswith("test_")]
+    wanted_files = [
+        f
+        for f in targets
+        if (only is None or fnmatch.fnmatch(f, only))
+        and not any(fnmatch.fnmatch(f, s) for s in skip)
+    ]
+    stamps = {f: hash_of(f) for f in files}
+    with Workers(trees, files, targets, measures=True) as pool:
+        at_import = lines_at_import(pool, targets, build)
+        lines = lines_of_tests(pool, files, targets, build)
+        every = cases(wanted_files, lines, at_import, seconds)
+        wanted = chosen(every, sample, head() if seed == "HEAD" else seed, per_module)
+        path = build / "results.jsonl"
+        done = read(path)
+
+        def settled(case: Case) -> bool:
+            row = done.get(case.id)
+            return row is not None and (row["caught"] or row["tests"] == state(case))
+
+        def state(case: Case) -> str:
+            return digest(
+                *(f"{name} {stamps[name.split('::')[0]]}" for name, _ in sorted(case.tests))
+            )
+
+        todo = [c for c in wanted if not settled(c)]
+        tested = lambda c: c.id in done
+        todo.sort(key=tested)  # survivors last
+        if survivors:
+            todo = [c for c in todo if tested(c)]
+        print(f"{len(wanted)} mutants, {len(wanted) - len(todo)} tested before", flush=True)
+        jobs = [(c.file, c.mutant.source, c.tests, c.at_import) for c in todo]
+        begun = time.monotonic()
+        for i, (number, found) in enumerate(pool.map("mutate", jobs), start=1):
+            case = todo[number]
+            row = {"key": case.key, "within": case.mutant.within, "line": case.mutant.line}
+            row |= {"operator": case.mutant.operator, "tests": state(case), **found}
+            done[case.id] = row
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            left = (time.monotonic() - begun) / i * (len(todo) - i)
+            word = "caught  " if row["caught"] else "SURVIVED"
+            print(f"{i}/{len(todo)} {word} {row['key']}  ({left / 60:.0f} min left)", flush=True)
+    known = {c.id for c in every}
+    text = report([row for k, row in done.items() if k in known and row["ran"]], every)
+    (build / "report.md").write_text(text)
+    print(text.split("\nSurvivors")[0])
+    print(f"survivors: {build / 'report.md'}")
+    return [row for c in wanted if (row := done.get(c.id)) is not None]
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help="files of this pattern, such as 'mm/trainer/*'")
+    parser = argparse.ArgumentParser(description="One-line bugs that no test would notice.")
+    parser.add_argument("--only", help="modules of this pattern, such as 'mm/trainer/*'")
+    parser.add_argument("--skip", nargs="*", default=(), help="no modules of these patterns")
     parser.add_argument("--sample", type=int, help="so many mutants, drawn by --seed")
     parser.add_argument("--seed", default="0", help="text, or HEAD for the commit's hash")
     parser.add_argument("--per-module", type=int, help="at most so many mutants of a file")
     parser.add_argument("--workers", type=int, help="processes; default: one a core")
-    parser.add_argument("--part", choices=PARTS, help="one part, by its own test files alone")
+    parser.add_argument("--tests", nargs="*", default=TESTS, help="test files of these patterns")
+    parser.add_argument("--survivors", action="store_true", help="those that lived, again")
+    parser.add_argument("--seconds", type=float, default=SECONDS_A_MUTANT, help="a mutant")
     run(**vars(parser.parse_args()))

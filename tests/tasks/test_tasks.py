@@ -100,6 +100,17 @@ def test_windows_score_every_id_and_the_end_exactly_once(n, overlap):
     assert scored == [*range(r.first, r.first + n), r.end]
 
 
+def test_windows_move_on_by_the_share_that_is_no_context():
+    starts = lambda overlap: [
+        int(p.ids[0])
+        for p in windows(Segment("text", np.arange(20)), TokenSpec("text", 50), 8, overlap)
+    ]
+    assert starts(0.0) == [0, 8, 16]
+    assert starts(0.5) == [0, 4, 8, 12]
+    assert starts(0.75) == [0, 2, 4, 6, 8, 10, 12]
+    assert starts(0.99) == list(range(13)), "at least one id"
+
+
 def test_windows_cut_at_frame_borders_and_never_cut_a_grid():
     pieces = windows(
         Segment("audio", np.arange(12) % 9), TokenSpec("audio", 9, n_codebooks=2), 9, 0.4

@@ -149,3 +149,4 @@ def test_what_needs_held_out_losses_is_refused_without(
     monkeypatch.setattr(toys.ToyStreamConfig, "held_out", lambda self, split: None)
     with pytest.raises(UserError, match="--val-share"):
         train(make_run(tmp_path, stage_keys={"eval_every": 1, "early_stop": 2}))
+    assert not [*tmp_path.rglob("config.yaml")]  # a refusal writes nothing

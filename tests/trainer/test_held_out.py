@@ -176,5 +176,5 @@ def test_a_split_that_gives_nothing_is_said_and_the_run_trains(
     run = run.model_copy(update={"vocabulary": tmp_path / "tokens" / "vocabulary.json"})
     train(run)
     said = [r.getMessage() for r in caplog.records if "held-out" in r.getMessage()]
-    assert len(said) == 1 and "7 longer than seq_len 8" in said[0]
+    assert len(said) == 1 and "8192 longer than seq_len 8" in said[0]
     assert len(losses(run)) == 2

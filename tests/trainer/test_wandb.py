@@ -1,4 +1,4 @@
-"""The W&B mirror: an offline run, and a tracker that cannot hurt a run.
+"""The W&B mirror of a run, offline.
 
 The run is read back with wandb's own protobuf.
 """
@@ -12,7 +12,6 @@ import re
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,19 +20,14 @@ import pytest
 from trainer_runs import make_run, rows
 from trainer_toys import toys_registered  # noqa: F401
 
-from mm.trainer.log import tracker
-from mm.trainer.log.tracker import Tracker
-from mm.trainer.loop import train
-
 HELPERS = Path(__file__).parents[1]
-PNG = b"\x89PNG of a picture"
-CHILD = (
-    f"PNG = {PNG.hex()!r}\n"
-    + """
+CHILD = """
 import sys, time
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
+import soundfile
 import trainer_toys
+from PIL import Image
 from trainer_runs import make_run
 trainer_toys.register()
 from mm.cli.eval import mirror_to_tracker
@@ -41,8 +35,9 @@ from mm.trainer.loop import Trainer
 from mm.trainer.callbacks.base import Callback
 
 out = Path(sys.argv[1])
-out.joinpath("a.png").write_bytes(bytes.fromhex(PNG))
-out.joinpath("a.wav").write_bytes(b"RIFF of a sound")
+Image.new("RGB", (8, 8), (200, 10, 10)).save(out / "a.png")
+soundfile.write(out / "a.wav", [0.1, -0.1] * 400, 8000)
+out.joinpath("bad.png").write_bytes(b"no picture")
 out.joinpath("a.txt").write_text("words < file")
 
 class Samples(Callback):
@@ -50,7 +45,7 @@ class Samples(Callback):
         if step == 2:
             rows = [{"step": step, "prompt text": "a < b", "sample image": out / "a.png"},
                     {"step": step, "prompt image": out / "a.png", "sample audio": out / "a.wav"},
-                    {"step": step, "sample text": out / "a.txt"}]
+                    {"step": step, "sample text": out / "a.txt", "sample image": out / "bad.png"}]
             trainer.tracker.table("samples", rows, step)
             asked = {"t_confusion": [[3, 1, 0], [0, 2, 1]], "t_classes": ["cat", "dog"]}
             trainer.tracker.log({f"eval/t/{k}": v for k, v in asked.items()}, step)
@@ -62,8 +57,59 @@ run = type(run).model_validate(run.to_dict() | {"tracking": tracking})
 Trainer(run, [Samples()]).fit()
 time.sleep(1.1)  # wandb names its folders by the second
 mirror_to_tracker(run, run.folder, {"t": {"x_accuracy": 0.75, "x_classes": ["cat"]}})
+time.sleep(1.1)
+longer = make_run(out, steps=4).to_dict() | {"tracking": tracking}
+Trainer(type(run).model_validate(longer)).fit()  # goes on, as after a kill or a re-queue
 """
-)
+
+
+COLUMNS = ["step", "prompt text", "sample image", "prompt image", "sample audio", "sample text"]
+
+
+class Segment:
+    """What one .wandb file of an offline run holds."""
+
+    def __init__(self, path: Path):
+        self.history: list[dict[str, Any]] = []
+        self.config: dict[str, Any] = {}
+        self.summary: dict[str, Any] = {}
+        self.axes: dict[str, str] = {}
+        self.alerts: list[tuple[str, str]] = []
+        self.artifacts: list[tuple[str, str, dict[str, str]]] = []  # kind, name, file -> place
+        self.filed: Any = None
+        self.measured = False  # cores, memory, GPU
+        for record in records(path):
+            self._read(record)
+
+    def _read(self, record: Any) -> None:
+        kind = record.WhichOneof("record_type")
+        if kind == "history":
+            items = record.history.item
+            row = {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items}
+            self.history.append(row)
+        elif kind == "metric":
+            named = record.metric.glob_name or record.metric.name
+            self.axes[named] = record.metric.step_metric
+        elif kind == "run":
+            update = record.run.config.update
+            self.config |= {item.key: json.loads(item.value_json) for item in update}
+            self.filed = record.run
+        elif kind == "summary":
+            for item in record.summary.update:
+                key = item.key or "/".join(item.nested_key)
+                self.summary[key] = json.loads(item.value_json)
+        elif kind == "alert":
+            self.alerts.append((record.alert.title, record.alert.level))
+        elif kind == "request" and record.request.WhichOneof("request_type") == "log_artifact":
+            self._artifact(record.request.log_artifact.artifact)
+        elif kind == "artifact":
+            self._artifact(record.artifact)
+        elif kind == "stats":
+            self.measured = True
+
+    def _artifact(self, artifact: Any) -> None:
+        entries = {e.path: e.ref or e.local_path for e in artifact.manifest.contents}
+        self.artifacts.append((artifact.type, artifact.name, entries))
 
 
 def records(path: Path) -> Iterator[Any]:
@@ -102,100 +148,61 @@ def test_offline_run_holds_scalars_axis_media_and_config(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr[-3000:]
     assert "wandb" not in done.stderr.lower(), done.stderr
     run = make_run(tmp_path, steps=3)
-    file, evaluated = sorted((run.folder / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert file.name == evaluated.name  # one run: its id
-    history: list[dict[str, Any]] = []
-    config: dict[str, Any] = {}
-    axes: dict[str, str] = {}
-    filed: Any = None
-    measured = False  # cores, memory, GPU
-    for record in records(file):
-        kind = record.WhichOneof("record_type")
-        if kind == "history":
-            history.append(
-                {
-                    (item.key or ".".join(item.nested_key)): json.loads(item.value_json)
-                    for item in record.history.item
-                }
-            )
-        elif kind == "metric":
-            axes[record.metric.glob_name or record.metric.name] = record.metric.step_metric
-        elif kind == "run":
-            config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
-            filed = record.run
-        elif kind == "stats":
-            measured = True
-    assert axes.get("*") == "step"
+    file, evaluated, resumed = sorted((run.folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert file.name == evaluated.name == resumed.name  # one run: its id
+    assert json.loads((run.folder / "run_id.json").read_text())["id"] in file.name
+    first, second = Segment(file), Segment(resumed)
+    assert first.axes.get("*") == "step"
     for row in rows(run):
-        for name in ("loss/text", "loss/image", "tokens/image_share", "optim/lr"):
+        of = first if row["step"] <= 3 else second
+        for name in ("loss/text", "loss/image", "tokens/image_share", "optim/lr", "time/forward"):
             assert any(
-                h.get("step") == row["step"] and h.get(name) == pytest.approx(row[name])
-                for h in history
+                h.get("step") == h["_step"] == row["step"] and h.get(name) == pytest.approx(v)
+                for h in of.history
+                if (v := row[name]) is not None
             ), name
-    assert measured and filed.display_name == "run"
+    assert {h["step"] for h in second.history} == {4}  # no step twice
+    assert first.measured and first.filed.display_name == "run"
     for field, value in (("project", "p"), ("entity", "e"), ("run_group", "g"), ("job_type", "j")):
-        assert getattr(filed, field) == value, field
-    assert filed.notes == "n" and list(filed.tags) == ["t"]
-    (table,) = (h for h in history if "samples.path" in h)
-    assert table["samples._type"] == "html-file" and table["step"] == 2
-    html = (file.parent / "files" / table["samples.path"]).read_text()
-    columns = ["step", "prompt text", "sample image", "prompt image", "sample audio", "sample text"]
-    assert re.findall("<th>(.*?)</th>", html) == columns
-    assert "a &lt; b" in html and "words &lt; file" in html
-    assert html.count(base64.b64encode(PNG).decode()) == 2
-    assert base64.b64encode(b"RIFF of a sound").decode() in html and "<audio" in html
-    (plot,) = {k.partition("_table")[0] for h in history for k in h if "t_confusion" in k}
+        assert getattr(first.filed, field) == value, field
+    assert first.filed.notes == "n" and list(first.filed.tags) == ["t"]
+    assert first.config["model"]["kind"] == "toy_lm"
+    assert first.config["environment"]["precision"] == "fp32"
+    assert Segment(evaluated).summary["eval/t/x_accuracy"] == 0.75
+    assert "eval/t/x_classes" not in Segment(evaluated).summary
+    (plot,) = {k.partition("_table")[0] for h in first.history for k in h if "t_confusion" in k}
     assert plot == "eval/t/t_confusion"
-    summary = {
-        item.key or "/".join(item.nested_key): json.loads(item.value_json)
-        for record in records(evaluated)
-        if record.WhichOneof("record_type") == "summary"
-        for item in record.summary.update
-    }
-    assert summary["eval/t/x_accuracy"] == 0.75 and "eval/t/x_classes" not in summary
-    assert config["model"]["kind"] == "toy_lm" and config["environment"]["precision"] == "fp32"
+    assert ("run: run ended", "INFO") in first.alerts
+    made = {(kind, name) for kind, name, _ in first.artifacts}
+    assert ("model", "model-run") in made
+    (model,) = (entries for kind, _, entries in first.artifacts if kind == "model")
+    assert {name.partition("/")[0] for name in model} == {"model", "step_000003"}
+    assert all(uri.startswith("file://") for uri in model.values())  # nothing of it was copied
+    if first.config["environment"]["commit"]:
+        assert any(kind == "code" for kind, _ in made)
+    check_media(first, file.parent / "files", run.folder / "wandb")
 
 
-def test_mode_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """WANDB_MODE, then the config, then offline without a key."""
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    assert tracker.resolve_mode("auto") == "offline"
-    assert tracker.resolve_mode("online") == "online"
-    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    assert tracker.resolve_mode("auto") == "online"
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert tracker.resolve_mode("online") == "disabled"
-
-
-def test_a_dead_server_does_not_end_or_hold_up_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # the discard port: nothing listens
-    monkeypatch.setattr(tracker, "INIT_TIMEOUT_S", 6.0)
-    run = make_run(tmp_path, steps=2)
-    begun = time.monotonic()
-    assert train(run)["step"] == 2
-    assert time.monotonic() - begun < 40
-    assert len(rows(run)) == 2
-    assert "tracking is off" in caplog.text
-
-
-def test_a_failing_backend_is_dropped_after_one_warning(caplog: pytest.LogCaptureFixture) -> None:
-    class Broken:
-        id = "abc"
-        calls = 0
-
-        def log(self, row: Any) -> None:
-            self.calls += 1
-            raise OSError("disk full")
-
-    broken = Broken()
-    mirror = Tracker(broken)
-    mirror.log({"loss/total": 1.0}, 1)
-    mirror.log({"loss/total": 1.0}, 2)
-    mirror.table("x", [{"a": 1}], 2)
-    assert broken.calls == 1 and caplog.text.count("tracking is off") == 1
+def check_media(segment: Segment, files: Path, below: Path) -> None:
+    """The save of samples: one table whose cells are what was sampled, and a page of the same."""
+    (row,) = (h for h in segment.history if "samples.path" in h)
+    assert row["samples._type"] == "table-file" and row["step"] == 2
+    # The file of the history has words alone; what a page shows is the artifact that it refers to.
+    (files_of,) = (f for kind, name, f in segment.artifacts if name.endswith("-samples"))
+    table = json.loads(Path(files_of["samples.table.json"]).read_text())
+    assert table["columns"] == [*COLUMNS, "note"]
+    cells = [dict(zip(table["columns"], line, strict=True)) for line in table["data"]]
+    assert cells[0]["prompt text"] == "a < b" and cells[2]["sample text"] == "words < file"
+    assert cells[0]["sample image"]["_type"] == cells[1]["prompt image"]["_type"] == "image-file"
+    assert cells[1]["sample audio"]["_type"] == "audio-file"
+    assert "bad.png: cannot be shown" in cells[2]["note"]  # and the tracking went on
+    # What the cells refer to lies in the run folder, so that it moves with it.
+    shown = below.parents[1] / "a.png", below.parents[1] / "a.wav"
+    for cell, file in ((cells[0]["sample image"], shown[0]), (cells[1]["sample audio"], shown[1])):
+        sent = Path(files_of[cell["path"]])
+        assert sent.is_relative_to(below) and sent.read_bytes() == file.read_bytes()
+    html = (files / row["samples_page.path"]).read_text()
+    assert re.findall("<th>(.*?)</th>", html) == COLUMNS
+    assert "a &lt; b" in html and "words &lt; file" in html
+    picture, sound = (base64.b64encode(f.read_bytes()).decode() for f in shown)
+    assert html.count(picture) == 2 and html.count(sound) == 1 and "<audio" in html

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import nn
@@ -20,6 +20,10 @@ class MediaSink(Protocol):
 
     @property
     def id(self) -> str | None: ...
+
+    def alert(self, title: str, text: str, level: Literal["info", "warn", "error"]) -> None:
+        """Tell somebody now."""
+        ...
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         """Show rows: column -> a number, a word, or the `Path` of a picture, a sound or a text."""
@@ -75,6 +79,16 @@ class Training(Protocol):
         ...
 
     @property
+    def guard(self) -> Any:
+        """The `Guard` of the run."""
+        ...
+
+    @property
+    def held_out(self) -> Any:
+        """The `HeldOut` of the run."""
+        ...
+
+    @property
     def tracker(self) -> MediaSink: ...
     def phase(self, name: str, step: int, keys: Sequence[str] = ()) -> None:
         """Say to all callbacks that something that may last begins, or goes on."""
@@ -92,6 +106,9 @@ class Callback:
     start, stage, (data, step, report, held_out or evaluate where they are due, save)*, export,
     evaluate.
     """
+
+    # What its `post_step` adds to the metrics is in metrics.jsonl: it runs before they are written.
+    adds_metrics: ClassVar[bool] = False
 
     def check(self, trainer: Training) -> None:
         """Before anything is built or written, main rank alone: raise UserError for bad settings.

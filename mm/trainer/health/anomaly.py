@@ -45,7 +45,7 @@ class Guard(Callback):
         self.rollbacks = 0
         self._bad: list[int] = []  # steps not applied, inside the window
         self._losses: deque[float] = deque(maxlen=self.config.window)
-        self._spikes = 0  # in a row
+        self.spikes = 0  # in a row
         self._why = ""
 
     def state_dict(self) -> dict[str, Any]:
@@ -54,12 +54,12 @@ class Guard(Callback):
             "rollbacks": self.rollbacks,
             "bad": list(self._bad),
             "losses": list(self._losses),
-            "spikes": self._spikes,
+            "spikes": self.spikes,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.skipped, self.rollbacks = state["skipped"], state["rollbacks"]
-        self._bad, self._spikes = list(state["bad"]), state["spikes"]
+        self._bad, self.spikes = list(state["bad"]), state["spikes"]
         self._losses = deque(state["losses"], maxlen=self.config.window)
 
     def post_step(self, trainer: Training, step: int, metrics: dict[str, Any]) -> None:
@@ -108,10 +108,10 @@ class Guard(Callback):
             return
         if len(self._losses) < min(MIN_HISTORY, self.config.window) or not self._is_spike(value):
             self._losses.append(value)
-            self._spikes = 0
+            self.spikes = 0
             return
-        self._spikes += 1  # a spike does not move the window that it is measured by
-        if self._spikes == 1:
+        self.spikes += 1  # a spike does not move the window that it is measured by
+        if self.spikes == 1:
             median = statistics.median(self._losses)
             log.warning("step %d: loss %.4g, the median was %.4g: a spike", step, value, median)
             self._note(
@@ -124,17 +124,26 @@ class Guard(Callback):
                     "keys": [key for b in batches for key in b.keys],
                 },
             )
-        if self._spikes >= self.config.window:  # it stays there: the new level
+        if self.spikes >= self.config.window:  # it stays there: the new level
             self._losses.clear()
-            self._spikes = 0
-        elif self.config.spike == "rollback" and self._spikes >= self.config.spike_steps:
-            raise RollBack(f"the loss was a spike for {self._spikes} steps (up to step {step})")
+            self.spikes = 0
+        elif self.config.spike == "rollback" and self.spikes >= self.config.spike_steps:
+            raise RollBack(f"the loss was a spike for {self.spikes} steps (up to step {step})")
 
     def _is_spike(self, value: float) -> bool:
         median = statistics.median(self._losses)
         # 1.4826: a median deviation as a standard one; the floor is for a loss that stands still
         spread = 1.4826 * statistics.median(abs(x - median) for x in self._losses)
         return value > median + self.config.spike_sigma * max(spread, 0.01 * abs(median))
+
+    def require_applied(self, step: int, stage: int) -> None:
+        """Raise UserError where ``step``, the last one done, was not applied: nothing is saved."""
+        if step - 1 in self._bad:
+            raise UserError(
+                f"{self.folder}: step {step}, the last one, was not applied, because its loss or "
+                "gradient is not finite: no model is saved. Begin again with a lower "
+                f"stages.{stage}.optimizer.lr and another name: name=..."
+            )
 
     def roll_back(self, why: RollBack, step: int, to: int | None) -> None:
         """Count a return from ``step`` to the checkpoint of step ``to``.
@@ -149,7 +158,7 @@ class Guard(Callback):
                 "on from the last checkpoint"
             ) from why
         self.rollbacks += 1
-        self._bad, self._spikes = [], 0
+        self._bad, self.spikes = [], 0
         log.warning("%s; back to step %d, past the batches since", why, to)
         self._note("events", {"step": step, "event": "rollback", "to": to, "why": str(why)})
 

@@ -87,16 +87,18 @@ def _step_of(line: str) -> float:
 
 
 def all_reduce(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Sum tensors of any shapes over the ranks in one collective of float32.
+    """Sum tensors of any shapes over the ranks in one collective.
 
-    One rank gets them as they are.
+    Of float32, or of float64 where one of them is that: counts up to 2**53 stay exact. One rank
+    gets them as they are.
     """
     if not tensors or not dist.is_initialized() or dist.get_world_size() == 1:
         return list(tensors)
-    flat = torch.cat([t.detach().reshape(-1).float() for t in tensors])
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    flat = torch.cat([t.detach().reshape(-1).to(wide) for t in tensors])
     dist.all_reduce(flat)
     return [
-        part.view(t.shape)
+        part.view(t.shape).to(wide if t.dtype == wide else torch.float32)
         for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)
     ]
 
@@ -145,7 +147,8 @@ class CodebookUsage:
             self._seen[name] = seen
             p = seen / seen.sum(-1, keepdim=True).clamp_min(1e-12)
             prefix = "codebook" if name == "usage" else f"codebook/{name[:-6]}"
-            out[f"{prefix}/usage"] = (seen > USAGE_SEEN).float().mean()
+            out[f"{prefix}/usage"] = used = (seen > USAGE_SEEN).float().mean()
+            out[f"{prefix}/dead_codes"] = (1 - used) * seen.numel()
             out[f"{prefix}/perplexity"] = torch.special.entr(p).sum(-1).exp().mean()
         return out
 
@@ -234,11 +237,15 @@ def tokens_by_modality(batches: Sequence[Batch], n_modalities: int) -> Tensor:
     return total
 
 
-def of_step(
-    facts: Mapping[str, Any], seconds: float, waited: float, stats: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The metrics of a step: its ``facts``, speed, times and what the stream's ``stats`` say."""
+def of_step(facts: Mapping[str, Any], seconds: float, waited: float, stream: Any) -> dict[str, Any]:
+    """The metrics of a step: its ``facts``, speed, times and what its stream says of it.
+
+    ``facts["stream"]`` are the stream's counts, summed over the ranks.
+    """
     row = dict(facts)
+    counts = getattr(stream, "counts", {})
+    totals = {k: int(n) for k, n in zip(counts, row.pop("stream", ()), strict=False)}
+    stats = stream.summarize(totals) if totals else {}
     for unit in ("tokens", "items"):
         if f"{unit}/step" in row:
             row[f"perf/{unit}_per_second"] = row.pop(f"{unit}/step") / seconds

@@ -15,7 +15,7 @@ from torch import Tensor
 from mm.layout import Fields
 from mm.model.context import Ctx
 from mm.model.layer import StatePart
-from mm.model.varlen import PackedRows, merge_fields
+from mm.model.varlen import PackedRows, merge_fields, refuse_overflow
 from mm.state import DataclassState, State
 
 
@@ -35,7 +35,7 @@ class KV(DataclassState):
         Each row has a slot of its own, and nothing that a token still sees is overwritten: a ring
         loses, to one token, only what is out of reach.
         """
-        return docs.direct and (L == 1 or not self.ring) and bool((docs.slot >= 0).all())
+        return (L == 1 or not self.ring) and docs.own_slots()
 
     def contents(self) -> tuple[Tensor, Tensor, Fields]:
         """Keys `(N, C, G, K)`, values and Fields of all slots, cut to the fullest one."""
@@ -53,9 +53,17 @@ class KV(DataclassState):
         return docs.read(self.k), docs.read(self.v), self._shaped_like(f).fields.map(docs.read)
 
     def append(
-        self, k_NLGK: Tensor, v_NLGV: Tensor, f: Fields, length_N: Tensor, fresh_N: Tensor
+        self,
+        k_NLGK: Tensor,
+        v_NLGV: Tensor,
+        f: Fields,
+        length_N: Tensor,
+        fresh_N: Tensor,
+        some_fresh: bool,
     ) -> KV:
         """Store the first ``length_N`` tokens of each slot's row; a fresh slot is emptied first.
+
+        ``some_fresh``: whether there may be fresh slots at all, as the host knows.
 
         Raises:
             ValueError: a document outgrows ``max_len`` of `initial_state`.
@@ -64,11 +72,9 @@ class KV(DataclassState):
         base = self._shaped_like(f)
         in_place = not torch.is_grad_enabled()
         count = torch.where(fresh_N, 0, base.count)
-        if not self.ring and bool((count + length_N > C).any()):
-            raise ValueError(
-                f"a document outgrew its State of {C} tokens; give initial_state a larger max_len"
-            )
-        if bool((fresh_N & (base.count > 0)).any()):
+        if not self.ring:
+            refuse_overflow(count + length_N > C, C)
+        if some_fresh and _any(fresh_N & (base.count > 0)):
             base = base.map(lambda t: t.masked_fill(fresh_N.view(-1, *[1] * (t.dim() - 1)), 0))
         if L == 0:
             return replace(base, count=count)
@@ -103,8 +109,8 @@ class KV(DataclassState):
         k, v = w.take(k_RLGK).to(self.k.dtype), w.take(v_RLGV).to(self.v.dtype)
         fields = f.map(w.take)
         if draft:
-            return DraftKV(self, k, v, fields, w.length, w.fresh)
-        return self.append(k, v, fields, w.length, w.fresh)
+            return DraftKV(self, k, v, fields, w.length, w.fresh, docs.some_fresh())
+        return self.append(k, v, fields, w.length, w.fresh, docs.some_fresh())
 
     def _shaped_like(self, f: Fields) -> KV:
         """Grow position axes and extra fields to those of the call: no State knows them before."""
@@ -128,12 +134,13 @@ class DraftKV(DataclassState):
     fields: Fields
     length: Tensor  # (N,) tokens drafted
     fresh: Tensor  # (N,) bool
+    some_fresh: bool
 
     def accept(self, n_N: Tensor) -> KV:
         n = torch.minimum(n_N.to(self.length), self.length)
         valid = torch.arange(self.k.shape[1], device=n.device) < n[:, None]
         fields = self.fields._replace(document=valid.to(torch.int32))
-        return self.base.append(self.k, self.v, fields, n, self.fresh)
+        return self.base.append(self.k, self.v, fields, n, self.fresh, self.some_fresh)
 
     def commit(self) -> KV:
         """Everything drafted counts."""
@@ -263,6 +270,11 @@ class KeyValueCache(StatePart):
         return torch.promote_types(dtype, torch.float32) if self.in_wide else dtype
 
 
+def _any(t: Tensor) -> bool:
+    """Whether any is true; an accelerator is not asked: there it may be."""
+    return t.device.type != "cpu" or bool(t.any())
+
+
 def _expand(index: Tensor, like: Tensor) -> Tensor:
     """`(N, L)` indices to the shape of `(N, [G,] L, [K])`."""
     if like.dim() == 4:
@@ -285,6 +297,6 @@ def _scatter(old: Tensor, x: Tensor, to: Tensor, valid: Tensor, in_place: bool) 
     # Invalid tokens write back what is there: their targets are distinct from all valid ones, since
     # L <= C.
     value = x.to(old.dtype)
-    if not bool(valid.all()):
+    if _any(~valid):
         value = torch.where(_expand(valid, old), value, old.gather(dim, index))
     return old.scatter_(dim, index, value) if in_place else old.scatter(dim, index, value)

@@ -136,7 +136,7 @@ class Mega(AttentionBase):
             return super().groups(ctx)
         return ctx.cached_on_host(
             f"mega.chunks.{size}",
-            lambda layout, mask: LengthBuckets.of(cut_chunks(layout, size), mask, in_place=True),
+            lambda layout, mask: LengthBuckets.of(_chunks(layout, size), mask, in_place=True),
         )
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
@@ -159,6 +159,10 @@ class Mega(AttentionBase):
 
     def mask(self, ctx: Ctx) -> Mask:
         return ctx.mask if self.chunk is None else ctx.mask & SameChunk(self.chunk)
+
+
+def _chunks(layout: Layout, size: int) -> Layout:
+    return cut_chunks(layout.on_host(), size).to(layout.fields.document.device)
 
 
 def cut_chunks(layout: Layout, size: int) -> Layout:

@@ -19,7 +19,7 @@ from mm.model.context import Ctx
 from mm.model.layer import LinearFactory, Mixer, Out, StatePart
 from mm.model.layer_config import LayerConfig
 from mm.model.mixers.conv.state import ShortConv
-from mm.model.varlen import PackedRows, per_document
+from mm.model.varlen import PackedRows, per_document, refuse_overflow
 from mm.registry import MIXERS
 from mm.state import DataclassState, State, join_parts, parts_of
 
@@ -79,10 +79,7 @@ class LongConv(StatePart):
         rows = docs.unpack(u_BTW)
         L = rows.shape[1]
         past, count = docs.read(state.u).to(rows.dtype), docs.read(state.count, 0)
-        if bool((count + docs.length > P).any()):
-            raise ValueError(
-                f"a document outgrew its State of {P} tokens; give initial_state a larger max_len"
-            )
+        refuse_overflow(count + docs.length > P, P)
         at = torch.arange(P + L, device=rows.device)
         index = (count[:, None] + at[:L])[..., None].expand_as(rows)
         # Filled, not multiplied: what follows a document in its row may hold inf.

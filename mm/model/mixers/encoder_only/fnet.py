@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,20 +32,21 @@ class FNet(BothWays):
     def mix(self, x_RLD: Tensor, length_R: Tensor, ctx: Ctx) -> Tensor:
         wide = torch.promote_types(x_RLD.dtype, torch.float32)
         with torch.autocast(x_RLD.device.type, enabled=False):
-            f = self._places(torch.fft.fft(x_RLD.to(wide), dim=-1), length_R)
+            f = self._places(torch.fft.fft(x_RLD.to(wide), dim=-1), length_R, ctx)
         if self.unitary:
             scale = (length_R.clamp_min(1) * x_RLD.shape[-1]).to(wide).rsqrt()
             f = f * scale[:, None, None]
         return f.to(x_RLD.dtype)
 
-    def _places(self, f: Tensor, length_R: Tensor) -> Tensor:
+    def _places(self, f: Tensor, length_R: Tensor, ctx: Ctx) -> Tensor:
         """Real part of the transform of complex `(R, L, D)` over the first ``length`` positions."""
         if torch.compiler.is_compiling():  # a graph knows no lengths
             c, s = dft(length_R, f.shape[1], f.real.dtype)
             return c @ f.real + s @ f.imag
         y = torch.zeros_like(f.real)
-        for n in length_R.unique().tolist():  # documents of one length at a time
-            rows = (length_R == n).nonzero()[:, 0]
+        lengths = ctx.layout.arrays().length[: len(f)]
+        for n in np.unique(lengths).tolist():  # documents of one length at a time
+            rows = torch.from_numpy(np.flatnonzero(lengths == n)).to(f.device)
             part = torch.fft.fft(f[rows, :n], dim=1).real if n else f.real[rows, :n]
             pad = y.new_zeros(len(rows), f.shape[1] - n, f.shape[2])
             y = y.index_copy(0, rows, torch.cat((part, pad), dim=1))

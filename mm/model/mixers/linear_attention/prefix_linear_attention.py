@@ -56,7 +56,7 @@ class PrefixLinearAttention(Mixer):
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         refuse_state("prefix_linear_attention", ctx, state)
-        inside = both_ways(ctx)
+        inside = both_ways(ctx.layout, ctx.mask)
         tail, memory = parts_of(state, 2)
         f, tail = self.inner.features(x_BTD, ctx, tail)
         if inside is None:

@@ -54,7 +54,7 @@ class Bidirectional(Mixer):
         refuse_state("bidirectional", ctx, state)
         causal = replace(ctx, mask=Causal())
         out = self.ahead(x_BTD, causal, state)
-        inside = both_ways(ctx)
+        inside = both_ways(ctx.layout, ctx.mask)
         if inside is None:
             return out._replace(
                 y=out.y + zero_gradient_touch(self.back.parameters(), out.y),

@@ -8,7 +8,7 @@ n axes of a grid.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal
 
 import numpy as np
@@ -90,6 +90,12 @@ def read_order(layout: Layout, order: Order, reverse: bool, inside: Tensor) -> T
     return index
 
 
+def _again(mask: Mask, order: Order, reverse: bool, layout: Layout) -> tuple[Tensor, None]:
+    inside = both_ways(layout, mask)
+    assert inside is not None
+    return read_order(layout, order, reverse, inside), None
+
+
 class ScanOrder(Mixer):
     """Permute the cells of each grid, run a causal mixer in that order, permute back.
 
@@ -121,7 +127,7 @@ class ScanOrder(Mixer):
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         refuse_state("scan_order", ctx, state)
-        inside = both_ways(ctx)
+        inside = both_ways(ctx.layout, ctx.mask)
         raster = all(o == "row" and not r for o, r in zip(self.orders, self.reverse, strict=True))
         if inside is None and ctx.layout.grids and not raster:
             raise UserError(
@@ -138,10 +144,10 @@ class ScanOrder(Mixer):
                 out = inner(x_BTD, causal, old)
             else:
                 index = read_order(ctx.layout, order, self.reverse[i], inside)
+                again = partial(_again, ctx.mask, order, self.reverse[i])
                 # The mixer's time is the order itself.
-                out = inner(
-                    reorder(x_BTD, index), ctx.derive(index, mask=Causal(), time="stays"), old
-                )
+                inside_order = ctx.derive(index, again=again, mask=Causal(), time="stays")
+                out = inner(reorder(x_BTD, index), inside_order, old)
                 back = torch.empty_like(index).scatter_(
                     0, index, torch.arange(len(index), device=index.device)
                 )

@@ -1,0 +1,87 @@
+"""Blocks of a packed stream: whole documents laid into rows by their lengths, before any is read.
+
+A block is a pure function of the seed and its number. Row stream r of R owns one block of every
+round of R blocks.
+
+D documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mm.data.streams.shuffle import key_of, permute
+
+
+class Document(NamedTuple):
+    """One document of a row: which sample it is, or which part of one that is cut."""
+
+    source: int
+    epoch: int
+    sample: int
+    part: int
+    length: int  # tokens
+
+
+class Block(NamedTuple):
+    """Rows of one block and what was left out of it."""
+
+    rows: list[list[Document]]
+    filtered: int
+    too_long: int
+
+
+def block_of(seed: int, row: int, turn: int, rows: int) -> int:
+    """Number of the block that row stream ``row`` of ``rows`` reads as its ``turn``-th.
+
+    A round of ``rows`` blocks goes to the streams in their order, begun at a drawn place: so none
+    always gets the block in which a rare source comes.
+    """
+    return turn * rows + (row + key_of(seed, "turn", turn)) % rows
+
+
+def lay_rows(
+    documents: Sequence[Document], seq_len: int, max_documents: int, key: int
+) -> list[list[Document]]:
+    """Rows of documents, mixed.
+
+    Packed first fit, longest first or in a drawn order, whichever takes fewer rows: the former
+    wastes less at the end of a small block, the latter where ``max_documents`` is what fills rows.
+    """
+    drawn = permute(np.arange(len(documents)), len(documents), key)
+    lengths = np.array([d.length for d in documents], np.int64)
+    longest = drawn[np.argsort(-lengths[drawn], kind="stable")]
+    rows = min(
+        (first_fit(lengths[order], seq_len, max_documents, order) for order in (longest, drawn)),
+        key=len,
+    )
+    # The rows that were opened last are the emptier ones: spread them over the steps of the block.
+    mixed = permute(np.arange(len(rows)), len(rows), key_of(key, "rows"))
+    return [[documents[i] for i in rows[r]] for r in mixed.tolist()]
+
+
+def first_fit(
+    lengths: np.ndarray, seq_len: int, max_documents: int, names: np.ndarray | None = None
+) -> list[list[int]]:
+    """Put each document into the first row that has room for it, opening rows as needed.
+
+    Args:
+        lengths: (D,) tokens, each at most ``seq_len``.
+        names: (D,) of the documents in the rows; default their numbers.
+    """
+    free = np.zeros(max(1, len(lengths)), np.int64)
+    rows: list[list[int]] = []
+    for n, name in zip(
+        lengths.tolist(), range(len(lengths)) if names is None else names.tolist(), strict=True
+    ):
+        at = int(np.argmax(free[: len(rows)] >= n)) if rows else 0
+        if not rows or free[at] < n:
+            at = len(rows)
+            free[at] = seq_len
+            rows.append([])
+        rows[at].append(name)
+        free[at] = -1 if len(rows[at]) >= max_documents else free[at] - n
+    return rows
