@@ -45,6 +45,7 @@ TIERS = {
     "quickstart": 7,
     "own_data": 7,
     "faults": 7,
+    "plan": 7,
     "__main__": 7,
     "launch": -1,  # tier 0 only: it starts before torch
 }

@@ -61,6 +61,23 @@ class Index(NamedTuple):
         raw = bytes(self.key_bytes[self.key_start[i] : self.key_start[i + 1]])
         return raw.decode(errors="replace")
 
+    def members_of(self, kinds: np.ndarray, samples: np.ndarray | None = None) -> np.ndarray:
+        """Members of some ``kinds`` (K,) bool in every sample, (N,) int64.
+
+        Of all samples, or of some that lie close together.
+        """
+        at = np.arange(len(self)) if samples is None else samples
+        start = self.start[int(at.min()) : int(at.max()) + 2]
+        inside = kinds[self.kind[int(start[0]) : int(start[-1])]]
+        hits = np.concatenate([[0], np.cumsum(inside, dtype=np.int64)])[start - start[0]]
+        return (hits[1:] - hits[:-1])[at - at.min()]
+
+    def bytes_of(self, kinds: np.ndarray, most: int) -> int:
+        """Bytes of all members of some kinds; of more than ``most``, told by some of them."""
+        at = spread(len(self.kind), most)
+        found = int(self.size[at][kinds[self.kind[at]]].sum())
+        return found * len(self.kind) // max(1, len(at))
+
     def save(self, path: Path) -> None:
         """Write as .npz, without pickle."""
         arrays = {name: getattr(self, name) for name in self._fields if name != "lengths"}
@@ -237,6 +254,14 @@ def n_codes(head: bytes, size: int) -> int:
     return tokens_header(head, size)[1]
 
 
+def has_codes(data: np.ndarray, n: int) -> bool:
+    """Whether a token member (bytes,) says itself that it holds ``n`` codes."""
+    try:
+        return n_codes(bytes(data[:128]), len(data)) == n
+    except BadSample:
+        return False
+
+
 def build(paths: Sequence[Path], known: Mapping[str, Mapping[str, int]] | None = None) -> Index:
     """Index shards, checking every name, kind and token header on the way.
 
@@ -308,6 +333,14 @@ def build(paths: Sequence[Path], known: Mapping[str, Mapping[str, int]] | None =
         np.cumsum([0, *map(len, keys)]).astype(np.int64),
         columns,
     )
+
+
+def spread(n: int, most: int, chunk: int = 4096) -> np.ndarray:
+    """All of ``n`` numbers, or chunks of about ``most`` that lie evenly among them; ascending."""
+    if n <= most:
+        return np.arange(n)
+    firsts = np.linspace(0, n - chunk, max(1, most // chunk)).astype(np.int64)
+    return np.unique(firsts[:, None] + np.arange(chunk))
 
 
 def sha256(path: Path) -> str:

@@ -103,8 +103,8 @@ class ShardSet:
         }
         # True where a sample may have several segments of one modality
         self.interleaved = any(split_ordinal(member)[0] for member in self._members.values())
-        names = [spec.modality for spec in self.specs] or table().modalities
-        self._order = {name: n for n, name in enumerate(names)}  # of the values of a sample
+        names = enumerate([spec.modality for spec in self.specs] or table().modalities)
+        self._order = {name: n for n, name in names}  # of the values of a sample
 
     @classmethod
     def open(cls, root: str | Path, split: str = "train", cache_mb: float = 512) -> ShardSet:
@@ -130,13 +130,13 @@ class ShardSet:
 
     @property
     def specs(self) -> tuple[TokenSpec, ...]:
-        """Token ranges that the shards use (none for raw shards)."""
+        """Token ranges that the shards use; none if raw."""
         return self.vocabulary.ranges if self.vocabulary else ()
 
     @property
     def fingerprint(self) -> str:
         """Short hash of the split's content: the SHA-256 of all its shards."""
-        parts = "".join(shard["sha256"] for shard in self.manifest["splits"][self.split]["shards"])
+        parts = "".join(shard["sha256"] for shard in self._entry["shards"])
         return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
     def key(self, i: int) -> str:
@@ -207,13 +207,15 @@ class ShardSet:
             return [(i, modality) for i in having]
         return [(i, member) for i in having for member in members_of(self.members(i), modality)]
 
-    def segments(self, modality: str) -> np.ndarray:
-        """Segments of that modality in each sample: (N,) int64; 0 or 1 if not interleaved."""
+    def segments(self, modality: str, samples: np.ndarray | None = None) -> np.ndarray:
+        """Segments of that modality in each sample: (N,) int64; 0 or 1 if not interleaved.
+
+        Of all samples, or of some that lie close together.
+        """
         if not self.interleaved:
-            return (self.lengths(modality) >= 0).astype(np.int64)
-        mine = [member_modality(self._members.get(kind, "")) == modality for kind in self._kinds]
-        hits = np.concatenate([[0], np.cumsum(np.array(mine, np.int64)[self.index.kind])])
-        return hits[self.index.start[1:]] - hits[self.index.start[:-1]]
+            lengths = self.lengths(modality)
+            return ((lengths if samples is None else lengths[samples]) >= 0).astype(np.int64)
+        return self.index.members_of(self._of(modality), samples)
 
     def meta(self, i: int) -> dict[str, Any]:
         """Metadata of sample i: labels and whatever else the source had."""
@@ -240,7 +242,7 @@ class ShardSet:
             if e is not None:
                 n = int(self.lengths(spec.modality)[i])
                 data = self._bytes(e)
-                if not 0 <= 4 * n <= len(data) or not (self._hashed or _has_codes(data, n)):
+                if not 0 <= 4 * n <= len(data) or not (self._hashed or index.has_codes(data, n)):
                     raise self._damaged(f"sample {i} has {n} codes in {len(data)} bytes")
                 out[spec.modality] = data[len(data) - 4 * n :].view("<i4")
         return out
@@ -264,10 +266,14 @@ class ShardSet:
         """Bytes of all shards of the split."""
         return sum(shard["bytes"] for shard in self._entry["shards"])
 
-    def bytes_of(self, modality: str) -> int:
-        """Bytes of all files of one modality."""
-        mine = [member_modality(self._members.get(kind, "")) == modality for kind in self._kinds]
-        return int(self.index.size[np.array(mine, bool)[self.index.kind]].sum())
+    def bytes_of(self, modality: str, most: int = 1 << 22) -> int:
+        """Bytes of all files of one modality; of more files than ``most``, told by some of them."""
+        return self.index.bytes_of(self._of(modality), most)
+
+    def _of(self, modality: str) -> np.ndarray:
+        """Which kinds of members are of a modality, (K,) bool."""
+        found = [member_modality(self._members.get(kind, "")) == modality for kind in self._kinds]
+        return np.array(found, bool)
 
     @property
     def shard_sizes(self) -> list[int]:
@@ -390,11 +396,3 @@ class ShardSet:
     def _where(self, i: int) -> str:
         shard = self._entry["shards"][self.index.shard[self.index.start[i]]]["name"]
         return f"{self.root.name}/{self.split}/{shard}:{self.index.key(i)}"
-
-
-def _has_codes(data: np.ndarray, n: int) -> bool:
-    """Whether a token member says itself that it holds ``n`` codes."""
-    try:
-        return index.n_codes(bytes(data[:128]), len(data)) == n
-    except BadSample:
-        return False

@@ -3,7 +3,8 @@
 Where documents may not share a row, padding is what costs. Samples are put into buckets by the
 lengths of two modalities (or of more, or by their own); a step takes its rows from one bucket, the
 same on all ranks, and as many as the token budget has room for. Every sample comes once an epoch.
-The plan of an epoch is a pure function of (seed, epoch), so a seek is O(1). Source: EMMeTT
+Which sample a row of a step is, is computed where it is asked for: a seek is O(1), and a process
+looks at its own rows alone. Source: EMMeTT
 (arXiv:2409.13523) and Zelasko et al. 2025 (arXiv:2503.05931): 2-D bucketing with a batch size of
 its own for each bucket.
 
@@ -12,7 +13,6 @@ N samples, B rows of one micro-batch, K buckets.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
@@ -21,8 +21,11 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from mm.data.batching.collate import document_length, to_batch
+from mm.data.shards.index import spread
 from mm.data.streams import stats
 from mm.data.streams.base import Step
+from mm.data.streams.buckets import make_buckets
+from mm.data.streams.classes import Classes
 from mm.data.streams.documents import TokenSource
 from mm.data.streams.shuffle import key_of, permute
 from mm.data.streams.single_source import SingleSourceConfig, SingleSourceStream
@@ -32,6 +35,7 @@ from mm.registry import STREAMS
 from mm.specs import Segment
 
 TOTAL = "total"  # the axis of whole documents
+FITTED = 1 << 20  # samples, at most, that the cuts between the buckets are fitted to
 
 
 @STREAMS.register("bucketed")
@@ -93,101 +97,23 @@ class BucketedConfig(SingleSourceConfig):
         return found and found.model_copy(update={"tokens": None})
 
 
-class Buckets(NamedTuple):
-    """``of`` (N,) int64: bucket of every sample; ``bound`` (K, A) int64: its longest lengths."""
+class Line(NamedTuple):
+    """Samples of one bucket in an epoch: first the ``before`` that the shorter ones left over."""
 
-    of: np.ndarray
-    bound: np.ndarray
-
-
-class _Part(NamedTuple):
-    """A bucket that may still be cut: its cells sorted by each axis, and the best cut of it."""
-
-    orders: list[np.ndarray]  # an axis: (C,) int64
-    saved: int  # tokens of padding that the cut saves
-    axis: int
-    last: int  # index of the last cell on its near side, in the order of `axis`
-
-
-def make_buckets(lengths: np.ndarray, count: int, least: int = 1) -> Buckets:
-    """Cut samples of several lengths into buckets that pad as little as may be.
-
-    Best first, as a decision tree is grown: of all buckets and axes, the cut that saves the most
-    padding is made next, until there are ``count``. A grid of quantiles pads half as much again.
-    Samples of equal lengths are one cell, which stays together, so the time goes with the number of
-    different lengths; each axis is sorted once.
-
-    Args:
-        lengths: (N, A) int64, one column an axis; padding is that of all axes together.
-        count: wanted buckets; there are fewer where no cut saves anything.
-        least: samples that a bucket must have.
-    Returns:
-        Buckets with the longest lengths inside each as bounds, from short to long.
-    """
-    if not len(lengths):
-        return Buckets(np.empty(0, np.int64), np.empty((0, lengths.shape[1]), np.int64))
-    cell = np.zeros(len(lengths), np.int64)
-    for column in lengths.T:
-        cell = np.unique(cell * (int(column.max()) + 1) + column, return_inverse=True)[1]
-    sizes = np.bincount(cell)
-    first = np.full(len(sizes), len(lengths))
-    np.minimum.at(first, cell, np.arange(len(lengths)))
-    axes = [np.ascontiguousarray(column) for column in lengths[first].T]
-    heap: list[tuple[int, int, _Part]] = []
-
-    def grow(orders: list[np.ndarray], number: int) -> None:
-        part = _cut(axes, sizes, orders, least)
-        heapq.heappush(heap, (-part.saved, number, part))
-
-    grow([np.argsort(column, kind="stable") for column in axes], 0)
-    made, near = 0, np.zeros(len(sizes), bool)
-    while len(heap) < count and heap[0][2].saved:
-        orders, _, axis, last = heapq.heappop(heap)[2]
-        near[orders[axis][: last + 1]] = True
-        near[orders[axis][last + 1 :]] = False
-        for half in (True, False):
-            made += 1
-            grow([order[near[order] == half] for order in orders], made)
-    found = [(part.orders[0], [int(x[part.orders[0]].max()) for x in axes]) for _, _, part in heap]
-    found.sort(key=lambda pair: (sum(pair[1]), int(first[pair[0]].min())))
-    bucket = np.empty(len(sizes), np.int64)
-    for k, (cells, _) in enumerate(found):
-        bucket[cells] = k
-    return Buckets(bucket[cell], np.array([bound for _, bound in found], np.int64))
-
-
-def _cut(axes: list[np.ndarray], sizes: np.ndarray, orders: list[np.ndarray], least: int) -> _Part:
-    """The part with the cut in two that saves most padding; 0 saved where there is none."""
-    best = _Part(orders, 0, 0, 0)
-    n = int(sizes[orders[0]].sum())
-    longest = [int(x[order[-1]]) for x, order in zip(axes, orders, strict=True)]
-    for axis, order in enumerate(orders):
-        own = axes[axis][order]
-        at = np.flatnonzero(own[1:] != own[:-1])
-        near = np.cumsum(sizes[order])[at]
-        fits = (near >= least) & (n - near >= least)
-        at, near = at[fits], near[fits]
-        if not len(at):
-            continue
-        below, above = own[at], np.full(len(at), longest[axis])  # longest on each side
-        for x in (x for other, x in enumerate(axes) if other != axis):
-            ordered = x[order]
-            below += np.maximum.accumulate(ordered)[at]
-            above += np.maximum.accumulate(ordered[::-1])[::-1][at + 1]
-        padded = near * below + (n - near) * above
-        k = int(padded.argmin())
-        saved = n * sum(longest) - int(padded[k])
-        if saved > best.saved:
-            best = _Part(orders, saved, axis, int(at[k]))
-    return best
+    bucket: int
+    before: int
+    rows: int  # of a step
+    steps: int
 
 
 class PlannedStep(NamedTuple):
-    """One step: a bucket's length, the samples, and how many rows at the end only fill it."""
+    """One step: a line's number, its first place there, its rows, and how many only fill it."""
 
-    length: int
-    samples: np.ndarray  # (B,) int64
+    line: int
+    first: int
+    rows: int
     fillers: int
+    length: int
 
 
 class BucketedStream(SingleSourceStream[BucketedConfig]):
@@ -205,23 +131,24 @@ class BucketedStream(SingleSourceStream[BucketedConfig]):
             + tuple(f"tokens/{m}" for m in self.vocabulary.modalities)
         )
         self._check_axes()
-        whole = sum(  # a begin and an end for each segment
-            np.maximum(shards.lengths(s.modality), 0) + 2 * shards.segments(s.modality)
-            for s in shards.specs
-        )
-        self.lengths = np.asarray(whole, np.int64)
-        fits = (self.lengths > 0) & (self.lengths <= (config.max_length or self.lengths.max()))
+        lengths, whole = self._lengths_of(spread(len(shards), FITTED))
+        fits = self._fits(whole)
         if not fits.any():
             raise UserError(
                 f"{config.source.path}: no document of at most data.max_length {config.max_length}"
             )
-        self.left_out = int((~fits).sum())
-        kept = np.flatnonzero(fits)
-        axes = [whole if m == TOTAL else np.maximum(shards.lengths(m), 0) for m in config.axes]
-        lengths = np.stack(axes, 1).astype(np.int64)[kept]
-        inside = make_buckets(lengths, config.buckets, min(config.batch_size, len(kept)))
-        self.bucket_samples = [kept[inside.of == k] for k in range(len(inside.bound))]
-        self.bounds = np.array([self.lengths[samples].max() for samples in self.bucket_samples])
+        least = min(config.batch_size, int(fits.sum()))
+        buckets = make_buckets(lengths[fits], config.buckets, least)
+        K, longest = len(buckets.bound), np.zeros(len(buckets.bound), np.int64)
+
+        def bucket_of(first: int, stop: int) -> np.ndarray:
+            lengths, whole = self._lengths_of(np.arange(first, stop))
+            found = np.where(self._fits(whole), buckets.of(lengths), K)
+            np.maximum.at(longest, found[found < K], whole[found < K])
+            return found
+
+        self.classes = Classes(len(shards), K + 1, bucket_of)
+        self.left_out, self.bounds = self.classes.count(K), longest.copy()
         self.budget = config.tokens or int(self.bounds.max()) * config.batch_size
         if self.budget < self.bounds.max() * config.batch_size:
             raise UserError(
@@ -229,7 +156,7 @@ class BucketedStream(SingleSourceStream[BucketedConfig]):
                 f"{int(self.bounds.max()) * config.batch_size}: raise it, or lower "
                 "data.batch_size or data.max_length"
             )
-        self._plans: dict[int, list[PlannedStep]] = {}
+        self._lines = self._make_lines()
         return self.source_plan() | {
             "tokens": self.budget,
             "axes": list(config.axes),
@@ -250,7 +177,7 @@ class BucketedStream(SingleSourceStream[BucketedConfig]):
         return "" if n and made else "filtered"
 
     def epochs_of(self, steps: int, drawn: Sequence[Drawn]) -> list[float]:
-        return [steps / len(self._plan(0))]
+        return [steps / self.steps_of_epoch]
 
     def mend(self, why: str, longest: int) -> str:
         too_long = f"data.max_length={longest} takes all"
@@ -263,7 +190,7 @@ class BucketedStream(SingleSourceStream[BucketedConfig]):
     def epoch(self) -> float:
         """Passes over the source, up to the last consumed step."""
         at = self._cursor
-        return at["epoch"] + at["batch"] / len(self._plan(at["epoch"]))
+        return at["epoch"] + at["batch"] / self.steps_of_epoch
 
     def rows(self, bucket: int) -> int:
         """Rows of a step of this bucket: as many batch_size as the budget has room for."""
@@ -272,37 +199,41 @@ class BucketedStream(SingleSourceStream[BucketedConfig]):
 
     def advance(self, cursor: Mapping[str, int]) -> Step:
         epoch, batch = cursor["epoch"], cursor["batch"]
-        plan = self._plan(epoch)
-        step = plan[batch]
+        step = self._step(epoch, batch)
         counts = dict.fromkeys((n for n in self.counted if not n.startswith(stats.SEEN)), 0)
-        scale = len(step.samples) // self.config.batch_size
+        scale = step.rows // self.config.batch_size
         micros = []
         for unit in self.own_rows:
             own = range(unit.start * scale, unit.stop * scale)
-            rows = [[self._read(step, epoch, n, counts)] for n in own]
-            keys = [self.shards.key(int(step.samples[n])) for n in own]
+            samples = self._samples(step, epoch, np.arange(own.start, own.stop)).tolist()
+            rows = [
+                [self._read(i, n < step.rows - step.fillers, epoch, step.length, counts)]
+                for n, i in zip(own, samples, strict=True)
+            ]
+            keys = [self.shards.key(i) for i in samples]
             micros.append(to_batch(rows, self.vocabulary, step.length, len(own), keys))
             counts["rows"] += len(own)
             counts["places"] += len(own) * step.length
         seen = stats.accumulate(cursor, counts)
-        last = batch + 1 == len(plan)
+        last = batch + 1 == self.steps_of_epoch
         after = {"epoch": epoch + last, "batch": 0 if last else batch + 1}
         counted = stats.with_sums(counts, seen)
         return Step(micros, {"step": cursor["step"] + 1, **after, **seen}, counted)
 
-    def _read(self, step: PlannedStep, epoch: int, n: int, counts: dict[str, int]) -> list[Segment]:
-        """Row ``n`` of a step, which is counted; without loss where it only fills it."""
-        i, real = int(step.samples[n]), n < len(step.samples) - step.fillers
+    def _read(
+        self, i: int, real: bool, epoch: int, length: int, counts: dict[str, int]
+    ) -> list[Segment]:
+        """Sample ``i`` for a row, which is counted; without loss where it only fills the step."""
         segments = self.segments(0, i)
         made = self.apply_transforms(0, segments, "bucketed", epoch, i) if real else None
         counts["rejects/filtered"] += real and not made
         counts["samples/0"] += real and bool(made)
         if not made:  # its row stays, which keeps the shape, and costs no loss
             made = [s._replace(weight=0.0) for s in segments]
-        if document_length(made) > step.length:
+        if document_length(made) > length:
             raise UserError(
                 f"data.transform makes sample '{self.shards.key(i)}' "
-                f"{document_length(made)} tokens long; its bucket has {step.length}"
+                f"{document_length(made)} tokens long; its bucket has {length}"
             )
         if real:
             counts["used"] += document_length(made)
@@ -322,24 +253,69 @@ class BucketedStream(SingleSourceStream[BucketedConfig]):
             **stats.summarize(counts),
         }
 
-    def _plan(self, epoch: int) -> list[PlannedStep]:
-        """Steps of one epoch. What does not fill a step goes on to the next longer bucket."""
-        if epoch not in self._plans:
-            steps: list[PlannedStep] = []
-            rest = np.empty(0, np.int64)
-            for k in np.argsort(self.bounds, kind="stable"):
-                own = self.bucket_samples[k]
-                mixed = permute(np.arange(len(own)), len(own), key_of(self.seed, epoch, int(k)))
-                line = np.concatenate([rest, own[mixed]])
-                rows, length = self.rows(int(k)), int(self.bounds[k])
-                full = len(line) // rows * rows
-                steps += [PlannedStep(length, line[i : i + rows], 0) for i in range(0, full, rows)]
-                rest = line[full:]
-            if len(rest):  # once an epoch: repeats without loss keep the rows divisible
-                missing = -len(rest) % self.config.batch_size
-                filled = np.concatenate([rest, np.resize(rest, missing)])
-                steps.append(PlannedStep(int(self.bounds.max()), filled, missing))
-            order = permute(np.arange(len(steps)), len(steps), key_of(self.seed, "steps", epoch))
-            self._plans = {e: p for e, p in self._plans.items() if e >= epoch - 1}
-            self._plans[epoch] = [steps[i] for i in order]
-        return self._plans[epoch]
+    def _lengths_of(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Lengths on the axes (N, A), and of whole documents (N,), of some samples; int64."""
+        whole = np.zeros(len(samples), np.int64)
+        own: dict[str, np.ndarray] = {TOTAL: whole}
+        for spec in self.shards.specs:
+            n = np.maximum(self.shards.lengths(spec.modality)[samples], 0)
+            own[spec.modality] = n
+            whole += n + 2 * self.shards.segments(spec.modality, samples)  # a begin and an end each
+        return np.stack([own[m] for m in self.config.axes], 1).astype(np.int64), whole
+
+    def _fits(self, whole: np.ndarray) -> np.ndarray:
+        return (whole > 0) & (whole <= (self.config.max_length or np.iinfo(np.int64).max))
+
+    def _make_lines(self) -> list[Line]:
+        """The lines from short to long.
+
+        What does not fill a step goes on to the next longer bucket.
+        """
+        lines: list[Line] = []
+        rest = 0
+        for k in np.argsort(self.bounds, kind="stable").tolist():
+            rows = self.rows(k)
+            steps, after = divmod(rest + self.classes.count(k), rows)
+            lines.append(Line(k, rest, rows, steps))
+            rest = after
+        missing = -rest % self.config.batch_size
+        # repeats without loss keep the rows divisible, once an epoch
+        self._last = PlannedStep(
+            len(lines) - 1,
+            lines[-1].steps * lines[-1].rows,
+            rest + missing,
+            missing,
+            int(self.bounds.max()),
+        )
+        self._first_step = np.cumsum([0, *(line.steps for line in lines)])
+        self.steps_of_epoch = int(self._first_step[-1]) + (rest > 0)
+        return lines
+
+    def _step(self, epoch: int, batch: int) -> PlannedStep:
+        """Step ``batch`` of an epoch, whose steps are mixed."""
+        key = key_of(self.seed, "steps", epoch)
+        step = int(permute(np.array([batch]), self.steps_of_epoch, key)[0])
+        number = int(np.searchsorted(self._first_step, step, side="right")) - 1
+        if number == len(self._lines):
+            return self._last
+        line = self._lines[number]
+        first = (step - int(self._first_step[number])) * line.rows
+        return PlannedStep(number, first, line.rows, 0, int(self.bounds[line.bucket]))
+
+    def _samples(self, step: PlannedStep, epoch: int, rows: np.ndarray) -> np.ndarray:
+        """Samples of some rows of a step. (B,) int64."""
+        return self._in_line(step.line, step.first + rows % (step.rows - step.fillers), epoch)
+
+    def _in_line(self, number: int, places: np.ndarray, epoch: int) -> np.ndarray:
+        """Samples at places (B,) of a line, its own ones mixed anew in every epoch."""
+        line, out = self._lines[number], np.empty(len(places), np.int64)
+        old = places < line.before
+        if old.any():
+            shorter = self._lines[number - 1]
+            at = shorter.steps * shorter.rows + places[old]
+            out[old] = self._in_line(number - 1, at, epoch)
+        if not old.all():
+            key = key_of(self.seed, epoch, line.bucket)
+            own = permute(places[~old] - line.before, self.classes.count(line.bucket), key)
+            out[~old] = self.classes.select(line.bucket, own)
+        return out

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mm.config import Config
 from mm.data.shards.members import member_modality
 from mm.data.shards.reader import ShardSet, split_samples
 from mm.data.shards.remote import Location
 from mm.data.streams.base import Stream, rank_rows
-from mm.data.streams.shuffle import generator, key_of
+from mm.data.streams.shuffle import Reseeded, key_of
 from mm.data.streams.survey import Drawn, survey_documents
 from mm.data.transforms.compose import chain
 from mm.errors import UserError
+from mm.launch import environment
 from mm.registry import TransformField
 from mm.specs import Segment
 from mm.vocabulary import Vocabulary
@@ -61,6 +62,9 @@ class TokenSource(Config):
         return self.model_copy(update={"split": split, "weight": weight})
 
 
+BYTES_A_PLACE = 24  # ids, targets, weight, position, document, modality
+
+
 class TokenStreamConfig(Config):
     """Base of the configs of streams of token documents."""
 
@@ -79,6 +83,20 @@ class TokenStreamConfig(Config):
         Field(description="before the objective's own"),
     ] = ()
     prefetch: Annotated[int, Field(ge=0, description="steps made ahead")] = 2
+
+    @model_validator(mode="after")
+    def _fits_memory(self) -> TokenStreamConfig:
+        """Refuse a step whose rows alone take more memory than there is."""
+        have = environment.memory_bytes()
+        for key, n_bytes in (("seq_len", BYTES_A_PLACE), ("max_documents", 4)):
+            need = self.batch_size * getattr(self, key, 0) * n_bytes
+            if need > have:
+                raise ValueError(
+                    f"batch_size {self.batch_size} x {key} {getattr(self, key)} takes "
+                    f"{need / 2**30:,.0f} GiB a step, this machine has {have / 2**30:,.0f}: "
+                    f"lower batch_size or {key}"
+                )
+        return self
 
     @property
     @abstractmethod
@@ -148,7 +166,7 @@ class DocumentStream(Stream, Generic[C]):
         rank: int,
         world: int,
     ):
-        self.config, self.seed = config, seed
+        self.config, self.seed, self._generator = config, seed, Reseeded()
         self.own_rows = rank_rows(config.batch_size, config.micro_batch_size, rank, world)
         given = config.token_sources
         self.sources = [source.build() for source in given]
@@ -219,4 +237,4 @@ class DocumentStream(Stream, Generic[C]):
         transform = self.transforms[source]
         if not transform.parts:
             return segments
-        return transform(segments, generator(self.seed, *draw))
+        return transform(segments, self._generator(self.seed, *draw))

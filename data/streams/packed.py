@@ -35,7 +35,7 @@ from mm.specs import Segment
 
 SURVEYED = 1024  # documents that are packed to tell the epochs
 PROBE = 256  # samples of a source that tell its mean tokens after the transforms
-BLOCK_ROWS = 64  # rows that a block fills, about, where the config does not say its samples
+BLOCK_ROWS = 128  # rows that a block fills, about, where the config does not say its samples
 HOPELESS = 8192  # samples in a row that give no document
 
 
@@ -53,7 +53,11 @@ class PackedConfig(TokenStreamConfig):
     ] = 32
     block_samples: Annotated[
         int | None,
-        Field(gt=0, description="samples packed together; default: what fills about 64 rows"),
+        Field(
+            gt=0,
+            le=10**8,
+            description="samples packed together; default: what fills about 128 rows",
+        ),
     ] = None
     weights: Annotated[
         Literal["samples", "tokens"], Field(description="what the sources' weights are shares of")

@@ -19,6 +19,7 @@ from mm.data.modalities.base import Modality, get_modality, modalities
 from mm.data.modalities.image import Augment
 from mm.data.shards.reader import ShardSet, split_samples
 from mm.data.streams.base import Step, Stream, rank_rows
+from mm.data.streams.classes import Classes, OfClass
 from mm.data.streams.shuffle import key_of, permute
 from mm.errors import UserError
 from mm.registry import STREAMS
@@ -136,7 +137,7 @@ class ItemsStream(Stream):
         self.shards = ShardSet.open(config.path, config.split)
         if self.shards.tokenized:
             raise UserError(f"{config.path}: token shards hold no raw items; give the raw shards")
-        self.numbers = self.shards.having(config.modality)
+        self.numbers: Sequence[int] | np.ndarray | OfClass = self._having(config.modality)
         if not len(self.numbers):
             have = [m for m in self.shards.modalities if len(self.shards.having(m))]
             raise UserError(
@@ -215,16 +216,25 @@ class ItemsStream(Stream):
             out[here] = permute(positions[here], n, key_of(self.seed, "items", int(epoch)))
         return out
 
+    def _having(self, modality: str) -> range | OfClass:
+        """Samples that have a modality, ascending."""
+        n = len(self.shards)
+        if self.shards.totals.get(modality, (0, 0))[0] == n:
+            return range(n)
+        lengths = self.shards.lengths(modality)
+        return OfClass(Classes(n, 2, lambda first, stop: lengths[first:stop] >= 0), 1)
+
     def _unique(self) -> None:
         """Keep the first of identical files."""
         seen: dict[bytes, int] = {}
-        for n, i in enumerate(self.numbers):
+        for n in range(len(self.numbers)):
+            i = self.numbers[n]
             member = self.members[n] if self.members else self.config.modality
             found = self.shards.raw(int(i), member)
             assert found is not None
             seen.setdefault(hashlib.sha256(found[1]).digest(), n)
         kept = sorted(seen.values())
-        self.numbers = self.numbers[kept]
+        self.numbers = [int(self.numbers[n]) for n in kept]
         self.members = [self.members[n] for n in kept] if self.members else None
 
 
@@ -235,7 +245,7 @@ class ItemReader:
         self,
         config: ItemsConfig,
         shards: ShardSet,
-        numbers: np.ndarray,
+        numbers: Sequence[int] | np.ndarray | OfClass,
         members: Sequence[str] | None = None,
     ):
         self.config, self.shards, self.numbers, self.members = config, shards, numbers, members

@@ -1,8 +1,8 @@
 """What a stage will read, told from the index before it begins: what is left out, and epochs.
 
 Documents of equal lengths fare alike, so one of each kind goes through the transforms, without
-reading data (a transform that reads ids gets some real documents). Where there are too many kinds
-some documents stand for all.
+reading data (a transform that reads ids gets some real documents). Where there are too many kinds,
+or samples, some documents stand for all.
 
 N samples, M modalities, R kinds of documents.
 """
@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mm.data.shards.index import spread
 from mm.data.streams.shuffle import key_of, permute
 from mm.data.transforms.any_to_any import AnyToAny
 from mm.data.transforms.compose import Chain
 from mm.specs import Segment
 
+LOOKED_AT = 1 << 20  # samples whose lengths are looked at, at most
 KINDS = 4096  # documents that go through the transforms at most
 REAL = 512  # of those that must be read
 DRAWS = 16  # of a random transform, at most
@@ -66,9 +68,13 @@ class _Source:
         parts = () if self.shards.interleaved else self.chain.parts
         self.tasks = [p for p in parts if isinstance(p, AnyToAny)]
         self.real = not all(p.by_length for p in self.chain.parts)
-        columns = [np.maximum(self.shards.lengths(m), 0) for m in self.names]
+        n = len(self.shards)
+        self.at = spread(n, LOOKED_AT)  # N from here on
+        self.scale = n / len(self.at)
+        columns = [np.maximum(self.shards.lengths(m)[self.at], 0) for m in self.names]
         self.codes = np.stack(columns, 1).astype(np.int64)
-        self.spans = np.stack([self.shards.segments(m) for m in self.names], 1).astype(np.int64)
+        spans = [self.shards.segments(m, self.at) for m in self.names]
+        self.spans = np.stack(spans, 1).astype(np.int64)
         self.tokens = self.codes + 2 * self.spans
         self.whole = self.tokens.sum(1)
 
@@ -100,8 +106,8 @@ class _Source:
         reach = (used * having).sum(0) / np.maximum(having.sum(0), 1e-12)
         modalities = {
             m: {
-                "samples": int(n),
-                "tokens": int(t),
+                "samples": round(n * self.scale),
+                "tokens": round(t * self.scale),
                 "bytes": self.shards.bytes_of(m),
                 "used": float(u),
             }
@@ -110,16 +116,16 @@ class _Source:
         }
         for m, entry in modalities.items():  # a rare one may be among what was not looked at
             if not entry["used"]:
-                entry["used"] = self._smallest_fits([m]) / len(self.shards)
+                entry["used"] = self._smallest_fits([m]) / len(self.at)
         total = max(1e-12, sum(tasks.values()))
         for task, share in tasks.items():
             wanted = task.replace(">", "+").split("+")
-            tasks[task] = share / total or self._smallest_fits(wanted, task) / len(self.shards)
+            tasks[task] = share / total or self._smallest_fits(wanted, task) / len(self.at)
         figures = {
             "source": str(self.stream.config.token_sources[self.s].path),
             "split": self.shards.split,
             "samples": len(self.shards),
-            "tokens": int(self.whole.sum()),
+            "tokens": round(int(self.whole.sum()) * self.scale),
             "bytes": self.shards.n_bytes,
             "longest": int(self.whole.max()),
             "left_out": {
@@ -141,7 +147,7 @@ class _Source:
             numbers (R,), samples and tokens that each stands for (R,), and its samples with each
             modality (R, M).
         """
-        n, limit = len(self.shards), REAL if self.real else KINDS
+        n, limit = len(self.at), REAL if self.real else KINDS
         if self.chain.parts:
             columns = (*self.codes.T, *self.spans.T)
         else:  # what tells their fate as they are
@@ -164,7 +170,7 @@ class _Source:
 
     def _segments(self, i: int) -> list[Segment]:
         if self.real:
-            return self.stream.segments(self.s, i)
+            return self.stream.segments(self.s, int(self.at[i]))
         out = []
         for m, codes, spans in zip(
             self.names, self.codes[i].tolist(), self.spans[i].tolist(), strict=True

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from data_toys import token_shards
 
-from mm.data.streams.bucketed import BucketedConfig, make_buckets
+from mm.data.shards.index import spread
+from mm.data.streams import bucketed, classes
+from mm.data.streams.bucketed import BucketedConfig
+from mm.data.streams.buckets import make_buckets
 from mm.errors import UserError
 
 
@@ -44,7 +47,8 @@ def test_padding_of_long_tailed_lengths() -> None:
     text = audio * rng.lognormal(-1.0, 0.5, 20000)
     lengths = np.stack([audio, text], 1).astype(np.int64) + 1
     random = np.array_split(rng.permutation(20000), 20000 // 16)
-    groups = lambda b: [np.flatnonzero(b.of == k) for k in range(len(b.bound))]
+    groups = lambda b: [np.flatnonzero(of(b) == k) for k in range(len(b.bound))]
+    of = lambda b: b.of(lengths[:, : b.bound.shape[1]])
     batches = lambda gs: [p for g in gs for p in np.array_split(g, max(1, len(g) // 16))]
     two = groups(make_buckets(lengths, 104))
     one = groups(make_buckets(lengths[:, :1], 104))
@@ -70,7 +74,7 @@ def test_each_cut_is_the_best_one() -> None:
                 if 0 < short.sum() < 9:
                     options.add(cells(np.flatnonzero(short)) + cells(np.flatnonzero(~short)))
         made = make_buckets(lengths, 2)
-        got = sum(cells(np.flatnonzero(made.of == k)) for k in range(len(made.bound)))
+        got = sum(cells(np.flatnonzero(made.of(lengths) == k)) for k in range(len(made.bound)))
         assert got == min(options)
 
 
@@ -80,14 +84,15 @@ def test_equal_lengths_are_one_cell_and_a_million_are_fitted_at_once() -> None:
     few = rng.integers(1, 40, (300, 2))
     once, often = make_buckets(few, 16), make_buckets(np.tile(few, (7, 1)), 16)
     np.testing.assert_array_equal(often.bound, once.bound)
-    np.testing.assert_array_equal(often.of, np.tile(once.of, 7))
+    np.testing.assert_array_equal(often.of(np.tile(few, (7, 1))), np.tile(once.of(few), 7))
     audio = rng.lognormal(5.0, 0.7, 1_000_000)
     text = audio * rng.lognormal(-1.0, 0.5, len(audio))
     lengths = np.stack([audio, text], 1).astype(np.int64) + 1
     begun = time.thread_time()
     made = make_buckets(lengths, 64, 8)
     assert time.thread_time() - begun < 1.0
-    assert (lengths <= made.bound[made.of]).all() and np.bincount(made.of).min() >= 8
+    of = made.of(lengths)
+    assert (lengths <= made.bound[of]).all() and np.bincount(of).min() >= 8
 
 
 def test_buckets_partition_and_bound() -> None:
@@ -96,8 +101,9 @@ def test_buckets_partition_and_bound() -> None:
         lengths = rng.integers(0, 9, (n, 2))
         found = make_buckets(lengths, count, least)
         assert 1 <= len(found.bound) <= count
-        assert (lengths <= found.bound[found.of]).all()
-        counts = np.bincount(found.of, minlength=len(found.bound))
+        of = found.of(lengths)
+        assert (lengths <= found.bound[of]).all()
+        counts = np.bincount(of, minlength=len(found.bound))
         assert (counts >= min(least, n)).all()
         assert (np.diff(found.bound.sum(1)) >= 0).all(), "from short to long"
 
@@ -155,3 +161,42 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     short.next()
     assert short.stats["left_out"] > 0 and short.stats["length"] <= 26
     short.close()
+
+
+def test_a_sample_is_found_by_its_class_without_an_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over several chunks, more than are kept; as `flatnonzero` of all classes would."""
+    monkeypatch.setattr(classes, "CHUNK", 16)
+    monkeypatch.setattr(classes, "KEPT", 3)
+    rng = np.random.default_rng(0)
+    for n in (1, 16, 17, 500):
+        kinds = rng.choice(4, n, p=[0.5, 0.45, 0.05, 0.0])
+        found = classes.Classes(n, 4, lambda first, stop, kinds=kinds: kinds[first:stop])
+        for k in range(4):
+            expected = np.flatnonzero(kinds == k)
+            assert found.count(k) == len(expected) == len(classes.OfClass(found, k))
+            if len(expected):
+                order = rng.permutation(len(expected))
+                assert (found.select(k, order) == expected[order]).all()
+                assert classes.OfClass(found, k)[len(expected) - 1] == expected[-1]
+    assert len(found._kept) <= 3
+    some = spread(1000, 64, 16)
+    assert len(some) == 64 and some[0] == 0 and some[-1] == 999 and (np.diff(some) > 0).all()
+
+
+def test_the_cuts_of_some_samples_bound_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bucket is as long as the longest of all its samples, fitted or not; each comes once."""
+    token_shards(tmp_path, 61)
+    monkeypatch.setattr(classes, "CHUNK", 4)
+    monkeypatch.setattr(bucketed, "spread", lambda n, most: spread(n, 12, 4))
+    config = BucketedConfig(
+        source={"path": tmp_path / "tokens"}, buckets=3, batch_size=2, prefetch=0
+    )
+    stream = config.build(seed=1)
+    seen: Counter[str] = Counter()
+    while stream.state_dict()["cursor"]["epoch"] == 0:
+        (b,) = stream.next()
+        weighed = (b.weight.sum(1) > 0).tolist()
+        seen.update(k for k, w in zip(b.keys, weighed, strict=True) if w)
+    assert len(seen) == 61 and set(seen.values()) == {1}

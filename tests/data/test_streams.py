@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_toys import ToyTokenizer, folder, token_shards
+from data_toys import ToyTokenizer, folder
 
 from mm.data.modalities.audio import loudness
 from mm.data.modalities.image import Augment, affine, fit_image
@@ -19,7 +19,7 @@ from mm.data.streams.base import Step, Stream
 from mm.data.streams.blocks import Document, first_fit, lay_rows
 from mm.data.streams.packed import PackedConfig
 from mm.data.streams.raw_items import ItemsConfig
-from mm.data.streams.shuffle import fold_seed, permute, uniform
+from mm.data.streams.shuffle import Reseeded, fold_seed, generator, permute, uniform
 from mm.data.streams.stateful import StatefulConfig
 from mm.errors import UserError
 from mm.registry import STREAMS
@@ -39,7 +39,7 @@ def test_first_fit() -> None:
 
 
 def test_rows_are_packed_the_better_way() -> None:
-    """Longest first wastes less; a drawn order does where few documents fill a row by number."""
+    """In a drawn order; longest first where that takes at least 2 % fewer rows."""
     named = lambda lengths: [Document(0, 0, i, 0, n) for i, n in enumerate(lengths)]
     rng = np.random.default_rng(0)
     for lengths, most in ((rng.integers(2, 100, 200), 50), ([90] * 40 + [5] * 160, 6)):
@@ -49,7 +49,7 @@ def test_rows_are_packed_the_better_way() -> None:
         assert all(sum(d.length for d in row) <= 100 and len(row) <= most for row in rows)
         mixed = np.array([d.length for d in documents])
         either = [first_fit(np.sort(mixed)[::-1], 100, most), first_fit(mixed, 100, most)]
-        assert len(rows) <= min(len(e) for e in either) + 1
+        assert len(rows) <= 1.04 * min(len(e) for e in either) + 1
         assert lay_rows(documents, 100, most, key=4) != rows
 
 
@@ -113,21 +113,6 @@ def test_wrong_folders(data: Path, tmp_path: Path) -> None:
         ItemsConfig(path=tmp_path / "out").build()
     with pytest.raises(UserError, match="no packed data at"):
         ItemsConfig(path=tmp_path / "none").build()
-
-
-def test_a_step_costs_little(tmp_path: Path) -> None:
-    token_shards(tmp_path, 200)
-    config = PackedConfig(
-        sources=[{"path": tmp_path / "tokens"}], seq_len=256, batch_size=4, prefetch=0
-    )
-    tasks = {"image>text": 1, "text>image": 1, "audio>text": 1, "text": 1}
-    stream = config.build(transform={"kind": "any_to_any", "tasks": tasks})
-    times = []
-    for _ in range(60):
-        start = time.process_time()
-        stream.next()
-        times.append(time.process_time() - start)
-    assert np.median(times) < 0.004, "2 ms is the aim; the machine may be busy"
 
 
 # ---- prefetching -----------------------------------------------------------------------------
@@ -335,6 +320,19 @@ def test_an_old_kind_and_an_old_cursor_are_refused_by_name(data: Path) -> None:
     state["cursor"] = {k.replace("index/", "place/"): n for k, n in state["cursor"].items()}
     with pytest.raises(UserError, match="the checkpoint's cursor has no 'index/0'"):
         stream.load_state_dict(state)
+
+
+def test_a_reseeded_generator_draws_as_a_new_one() -> None:
+    """Whatever was drawn before: a buffered half of 64 bits must not be left over."""
+    again = Reseeded()
+    for parts in ((1, "source", 3), (0, 0, 7, 2), (1, "source", 3)):
+        for draw in (
+            lambda g: g.random(5),
+            lambda g: g.integers(0, 9, 7),
+            lambda g: g.integers(0, 5, 3, dtype=np.uint32),
+            lambda g: g.normal(size=3),
+        ):
+            np.testing.assert_array_equal(draw(again(*parts)), draw(generator(*parts)))
 
 
 def test_fold_seed_keeps_its_values() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from stream_cases import CASES, TASKS
 
+from mm.data.shards.index import spread
 from mm.data.streams import survey
 from mm.data.streams.packed import PackedConfig, PackedStream
 from mm.data.streams.stateful import StatefulConfig
@@ -83,6 +84,18 @@ def _drawn(stream: PackedStream, block: int) -> tuple[list[int], list[float]]:
     return [block, block + 1], each
 
 
+@pytest.mark.parametrize("name", ["packed", "packed-transform", "bucketed"])
+def test_documents_that_stand_for_all_have_the_weight_of_what_is_not_left_out(
+    data: Path, name: str
+) -> None:
+    built = CASES[name](data).build(seed=0)
+    for s in range(len(built.sources)):
+        figures, drawn = survey._Source(built, s).survey()
+        gone = sum(share["samples"] for share in figures["left_out"].values())
+        assert drawn.weight.sum() == pytest.approx(1 - gone)
+        assert len(drawn.weight) == len(drawn.segments)
+
+
 @pytest.mark.parametrize("tasks", [False, True])
 def test_shares_left_out_are_those_of_an_epoch(data: Path, tasks: bool) -> None:
     """By samples and tokens; drawn tasks within their chance."""
@@ -97,11 +110,30 @@ def test_shares_left_out_are_those_of_an_epoch(data: Path, tasks: bool) -> None:
         share = found["left_out"]["too_long"]
         assert share["samples"] == pytest.approx(too_long.mean())
         assert share["tokens"] == pytest.approx(whole[too_long].sum() / whole.sum())
+        assert found["longest"] == whole.max() > 30
+        for m, n in zip(LENGTHS, columns, strict=True):
+            entry = found["modalities"][m]
+            assert entry["samples"] == (n >= 0).sum()
+            assert entry["tokens"] == (n[n >= 0] + 2).sum()
+            assert entry["used"] == pytest.approx((~too_long[n >= 0]).mean())
         return
     blocks = [stream.plan_block(block) for block in range(20)]
     measured = sum(b.too_long for b in blocks) / (20 * 37)
     assert survey_share(found, "too_long") == pytest.approx(measured, abs=0.04)
     assert sum(found["tasks"].values()) == pytest.approx(1.0)
+
+
+def test_some_samples_stand_for_very_many(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums are scaled to all, shares are about those of all."""
+    stream = CASES["packed-transform"](data).build(seed=0)
+    (whole,) = stream.survey(10)
+    monkeypatch.setattr(survey, "spread", lambda n, most: spread(n, 24, 4))
+    (some,) = stream.survey(10)
+    assert some["samples"] == whole["samples"]
+    assert some["tokens"] == pytest.approx(whole["tokens"], rel=0.15)
+    for m, entry in whole["modalities"].items():
+        assert some["modalities"][m]["tokens"] == pytest.approx(entry["tokens"], rel=0.3)
+    assert sum(some["tasks"].values()) == pytest.approx(1.0)
 
 
 def survey_share(found: dict[str, Any], why: str) -> float:
@@ -129,7 +161,7 @@ def test_a_hundred_thousand_samples_take_less_than_a_second(
     shards = stream.sources[0]
     monkeypatch.setattr(type(shards), "__len__", lambda self: n)
     monkeypatch.setattr(shards, "lengths", lambda m: lengths[m])
-    monkeypatch.setattr(shards, "segments", lambda m: (lengths[m] >= 0).astype(np.int64))
+    monkeypatch.setattr(shards, "segments", lambda m, at: (lengths[m][at] >= 0).astype(np.int64))
     monkeypatch.setattr(shards, "tokens", lambda i: pytest.fail("a document was read"))
     begun = time.process_time()
     (found,) = survey.survey_documents(stream, 1000)
