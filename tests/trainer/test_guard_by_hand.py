@@ -118,7 +118,7 @@ def test_skipped_steps_are_counted_in_a_window(tmp_path: Path) -> None:
 
 def test_returns_to_a_checkpoint_are_counted(tmp_path: Path) -> None:
     guard, why = guard_of(tmp_path, max_rollbacks=2), RollBack("it went wrong")
-    guard._bad, guard._spikes = [3], 2
+    guard._bad, guard.spikes = [3], 2
     guard.roll_back(why, 7, 4)
     assert guard.state_dict()["bad"] == [] and guard.state_dict()["spikes"] == 0
     assert lines(guard, "events") == [

@@ -124,13 +124,14 @@ class Tracker(Callback):
 
         Writes ``run_id.json``, ``lineage.json`` and, where the code was changed, ``code.diff``.
         """
+        goes_on = bool(_read(folder) or run_id)
         run_id = own_id(folder, run_id)
         commit = environment.get("commit")
         lineage.write_diff(folder, commit)
         read = [*lineage.inputs(run), *lineage.code(folder, commit)]
         told = lineage.write(folder, read, lineage.outputs(run, 0))
         config = {**run.to_dict(), "environment": dict(environment), "lineage": told["inputs"]}
-        return cls._open(Place(run, folder, run_id, config, read))
+        return cls._open(Place(run, folder, run_id, config, read, goes_on))
 
     @classmethod
     def go_on(cls, run: Run, folder: Path, run_id: str | None) -> Tracker:

@@ -32,6 +32,7 @@ class Place:
     run_id: str  # the same over restarts, re-queues and world sizes
     config: Mapping[str, Any] | None = None
     artifacts: Sequence[Artifact] = ()
+    goes_on: bool = True  # an earlier part of the run was there
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,8 @@ from mm.registry import SINKS
 from mm.run import Tracking
 from mm.trainer.log.html_table import MAX_BYTES, MAX_LETTERS, html_table
 from mm.trainer.log.sinks.base import Artifact, Level, Place, Sink, SinkConfig, numbers
+
+log = logging.getLogger("mm.trainer")
 
 INIT_TIMEOUT_S = 20.0
 # Lower is better, else higher: what a summary keeps as the best of a run.
@@ -75,7 +79,7 @@ class WandbSink(Sink):
             dir=str(place.folder),
             mode=mode,  # pyright: ignore[reportArgumentType]
             id=place.run_id,
-            resume="allow",
+            resume="allow" if place.goes_on else None,
             settings=wandb.Settings(
                 init_timeout=INIT_TIMEOUT_S - 5,
                 silent=True,
@@ -95,8 +99,18 @@ class WandbSink(Sink):
         self._seen: set[str] = set()
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        for artifact in place.artifacts:
-            self.artifact(artifact)
+        # A server may keep a run waiting for what it makes of an artifact: figures do not wait.
+        self._lineage = threading.Thread(
+            target=self._show, args=(list(place.artifacts),), daemon=True, name="mm-lineage"
+        )
+        self._lineage.start()
+
+    def _show(self, artifacts: Sequence[Artifact]) -> None:
+        try:
+            for artifact in artifacts:
+                self.artifact(artifact)
+        except Exception as error:  # the lineage is not shown, all else is
+            log.info("wandb: lineage is not shown (lineage.json has it): %s", error)
 
     def log(self, row: Mapping[str, Any], step: int) -> None:
         if step <= self._sent:  # a resumed run makes the same steps again: they are there
@@ -147,6 +161,7 @@ class WandbSink(Sink):
             self._run.log_artifact(made)
 
     def finish(self) -> None:
+        self._lineage.join(5.0)
         self._run.finish()
 
     def _send(self, row: dict[str, Any], step: int) -> None:
