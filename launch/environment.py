@@ -63,6 +63,19 @@ def cores() -> int:
         return max(1, os.cpu_count() or 1)
 
 
+def memory_bytes() -> int:
+    """Main memory that this machine has, or that its control group may use."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            limit = Path("/sys/fs/cgroup", name).read_text().strip()
+        except OSError:
+            continue
+        if limit.isdigit():
+            found = min(found, int(limit))
+    return found
+
+
 def cpu_threads(asked: int | None = None) -> int:
     """Threads for this process: ``asked``, else OMP_NUM_THREADS, else its share of the cores."""
     if asked is not None:

@@ -6,6 +6,8 @@ Frozen pydantic models, YAML with a one-parent `base:`, and `a.b=c` overrides.
 from __future__ import annotations
 
 import functools
+import importlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,7 +84,10 @@ def _placing(build: Callable[..., Any]) -> Callable[..., Any]:
 def faults(error: ValidationError) -> list[str]:
     """One line a fault of pydantic's: keys, and why."""
     lines = []
-    for fault in error.errors():
+    found = error.errors()
+    # a tuple whose parts are wrong is too short, says pydantic, for want of valid ones
+    causes = [f for f in found if "after validation" not in f["msg"]]
+    for fault in causes or found:
         where = ".".join(str(part) for part in fault["loc"])
         message = fault["msg"].removeprefix("Value error, ")
         lines.append(f"{where + ': ' if where else ''}{message}")
@@ -184,6 +189,8 @@ def read(
     if not isinstance(values, dict):
         raise UserError(f"{path}: the top level must be 'key: value' pairs")
     base = values.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise UserError(f"{path}: base: must be the path of one YAML")
     return merge(read(base, file.parent, (*seen, file)), values) if base else values
 
 
@@ -248,6 +255,34 @@ def validate(cls: type[T], values: Mapping[str, Any], origin: str) -> T:
 def load(path: str | Path, cls: type[T], overrides: Iterable[str] = ()) -> T:
     """Read, merge, override and validate one YAML file. Raises UserError."""
     return validate(cls, override(read(path), overrides), str(path))
+
+
+def import_modules(values: Mapping[str, Any], origin: str, trust_code: bool) -> None:
+    """Import the modules that `imports:` names, so that their kinds are known.
+
+    Raises UserError: no list of names, a module that is missing, or one that is not imported yet
+    and whose folder is not trusted with code.
+    """
+    names = values.get("imports") or ()
+    if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+        raise UserError(f"{origin}: imports: must be a list of names of Python modules")
+    for name in names:
+        if not all(word.isidentifier() for word in name.split(".")):
+            raise UserError(f"{origin}: imports: '{name[:80]}' is no name of a Python module")
+        if name in sys.modules:
+            continue
+        if not trust_code:
+            raise UserError(
+                f"{origin}: imports: '{name}' is code that this folder asks to run; if you trust "
+                "it: --trust-code (in Python: trust_code=True)"
+            )
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"{origin}: imports: no module '{error.name}'; install it, or name its folder: "
+                "PYTHONPATH=FOLDER mm ..."
+            ) from error
 
 
 def dump(config: Config) -> str:

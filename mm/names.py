@@ -19,7 +19,7 @@ def plain_name(value: str) -> str:
     """
     if not value.strip() or set(value) == {"."} or _CONTROL.search(value):
         raise ValueError(
-            f"'{value[:40]}' is no plain name: no slash, no control character, not '.'"
+            f"{value[:40]!r} is no plain name: no slash, no control character, not '.'"
         )
     try:
         size = len(value.encode())

@@ -26,7 +26,7 @@ CHEAP = 10  # steps for each batch of a held-out loss
 class Budget(Config):
     """How long a stage lasts."""
 
-    steps: Annotated[int, Field(gt=0, description="optimizer steps")] = 1000
+    steps: Annotated[int, Field(gt=0, le=10**9, description="optimizer steps")] = 1000
 
 
 class Schedule(Config):
@@ -183,7 +183,7 @@ class EngineConfig(Config):
         int, Field(ge=0, description="non-finite steps tolerated in `guard.window`")
     ] = 3
     threads: Annotated[
-        int | None,
+        Annotated[int, Field(ge=1, le=1024)] | None,
         Field(description="CPU threads a process; default: cores / processes on this machine"),
     ] = None
     compile: Annotated[
@@ -306,7 +306,8 @@ class Run(Config):
     ] = None
     model: Annotated[NetworkField, Field(description="what is trained: `lm`, or a tokenizer's net")]
     stages: Annotated[
-        tuple[Stage, ...], Field(description="trained one after the other, each with its own data")
+        tuple[Stage, ...],
+        Field(description="trained one after the other, each with its own data"),
     ]
     engine: Annotated[EngineConfig, Field(description="ZeRO, precision, threads")] = EngineConfig()
     checkpoints: Annotated[Checkpoints, Field(description="when to save, what to keep")] = (
@@ -340,6 +341,8 @@ class Run(Config):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Run:
+        if not self.stages:
+            raise ValueError("stages: at least one is needed")
         for i, stage in enumerate(self.stages):
             refusal = getattr(stage.optimizer, "refusal", None)
             why = (
@@ -365,13 +368,14 @@ class Run(Config):
         return self.out / self.name
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Any = ()) -> Run:
-        """Read a run YAML; its `imports:` are imported first. Raises UserError."""
-        import importlib
+    def load(cls, path: str | Path, overrides: Any = (), *, trust_code: bool = True) -> Run:
+        """Read a run YAML; its `imports:` are imported first. Raises UserError.
 
+        Args:
+            trust_code: False for a file that nobody chose by name, as that of a run's folder.
+        """
         from mm import config
 
         values = config.override(config.read(path), overrides)
-        for name in values.get("imports", ()):
-            importlib.import_module(name)
+        config.import_modules(values, str(path), trust_code)
         return config.validate(cls, values, str(path))

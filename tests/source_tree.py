@@ -41,9 +41,11 @@ TIERS = {
     "bench": 7,
     "cli": 7,
     "report": 7,
+    "sweep": 7,
     "quickstart": 7,
     "own_data": 7,
     "faults": 7,
+    "plan": 7,
     "__main__": 7,
     "launch": -1,  # tier 0 only: it starts before torch
 }

@@ -72,7 +72,9 @@ def torchrun(n: int, runs: list[Run], timeout_s: float = 120) -> str:
     for run in runs:
         run.folder.mkdir(parents=True, exist_ok=True)
         path = run.out / f"{run.name}_{n}.yaml"
-        path.write_text(configs.dump(run.model_copy(update={"imports": ("trainer_toys",)})))
+        path.write_text(
+            configs.dump(run.model_copy(update={"imports": ("trainer_toys", *run.imports)}))
+        )
         paths.append(str(path))
     env = {
         k: v

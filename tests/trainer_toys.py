@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,14 +18,12 @@ from torch import nn
 
 from mm.batch import Batch, Sum, Values
 from mm.config import Config
-from mm.launch import environment
 from mm.layout import Doc, Layout
 from mm.model.layer import HeadOut, ModelOut
 from mm.objectives.objective import LossTerm, Network, Objective
-from mm.registry import CALLBACKS, NETWORKS, OBJECTIVES, STREAMS, TASKS, Registry
+from mm.registry import NETWORKS, OBJECTIVES, STREAMS, TASKS, Registry
 from mm.specs import TokenSpec
 from mm.tasks.base import Task
-from mm.trainer.callbacks.base import Callback
 from mm.vocabulary import Vocabulary, extend_vocabulary
 
 
@@ -359,33 +356,6 @@ def load_saved(folder: Path) -> Any:
     return Generator(module, vocabulary(), {})
 
 
-@CALLBACKS.register("toy_slow")
-class ToySlowConfig(Config):
-    """One rank sleeps before some steps."""
-
-    kind: Literal["toy_slow"] = "toy_slow"
-    rank: int = 0
-    seconds: float = 0.05
-    first: int = 0  # step done before which it does not sleep
-
-    @classmethod
-    def smallest(cls) -> ToySlowConfig:
-        return cls()
-
-    def build(self) -> ToySlow:
-        return ToySlow(self)
-
-
-class ToySlow(Callback):
-    def __init__(self, config: ToySlowConfig):
-        self.config = config
-
-    def pre_step(self, trainer: Any, batches: list[Batch]) -> None:
-        c = self.config
-        if trainer.step >= c.first and environment.ranks().rank == c.rank:
-            time.sleep(c.seconds)
-
-
 KINDS: tuple[tuple[Registry, type[Config]], ...] = (
     (NETWORKS, ToyConfig),
     (NETWORKS, ToyCriticConfig),
@@ -394,7 +364,6 @@ KINDS: tuple[tuple[Registry, type[Config]], ...] = (
     (OBJECTIVES, ToyGanConfig),
     (OBJECTIVES, ToyTeacherConfig),
     (TASKS, ToyTaskConfig),
-    (CALLBACKS, ToySlowConfig),
 )
 
 

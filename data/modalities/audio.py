@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 # Names of libsndfile -> extension. Nothing else is read.
 FORMATS = {"WAV": "wav", "WAVEX": "wav", "FLAC": "flac", "OGG": "ogg", "MP3": "mp3", "AIFF": "aiff"}
+LOWPASS_ZEROS = 6  # of torchaudio's filter
+MAX_TAPS = 2**28  # 1 GiB
 STREAMED = 0x7FFFF000  # lengths from here on stand for "not known" in a WAV header
 
 
@@ -245,10 +248,21 @@ def _promised_bytes(data: bytes) -> tuple[int, int] | None:
 def resample(wave: Waveform, sample_rate: int) -> Waveform:
     """Change the sample rate by windowed-sinc interpolation.
 
-    Returns ``wave`` itself when it has that rate.
+    Returns ``wave`` itself when it has that rate. Raises BadSample where the two rates have next
+    to no common divisor, so that the filter would take gigabytes.
     """
     if wave.sample_rate == sample_rate:
         return wave
+    common = math.gcd(wave.sample_rate, sample_rate)
+    old, new = wave.sample_rate // common, sample_rate // common
+    # One filter a phase; each reaches LOWPASS_ZEROS zero crossings of the lower rate to both sides.
+    taps = new * (old + 2 * math.ceil(LOWPASS_ZEROS * old / min(old, new)))
+    if taps > MAX_TAPS:
+        raise BadSample(
+            f"audio: {wave.sample_rate} Hz to {sample_rate} Hz takes a filter of {taps:,} taps, "
+            f"the limit is {MAX_TAPS:,}; convert the file first: sox IN.wav -r {sample_rate} "
+            "OUT.wav"
+        )
     import torch
     from torchaudio.functional import resample as convert
 

@@ -109,14 +109,21 @@ class ImageModality(Modality):
         PIL.Image.fromarray(value).save(path)
 
     def vary(self, data: bytes, key: int) -> bytes:
-        """A PNG: moved, turned, scaled a little; in colour mirrored, which writing may not be."""
+        """A PNG: moved, turned, scaled a little.
+
+        What has colour is a photograph: moved further, mirrored, which writing may not be, and in
+        another light.
+        """
         import PIL.Image
         import torch
 
         raw = self.decode(data)
-        change = VARY if np.ptp(raw, axis=2).max() <= 8 else VARY_PHOTOGRAPH
+        photograph = np.ptp(raw, axis=2).max() > 8
         x = torch.from_numpy(raw).permute(2, 0, 1).to(torch.float32).div(255)
+        change = VARY_PHOTOGRAPH if photograph else VARY
         moved = affine(x[None], change, np.zeros(1, np.int64), key)[0]
+        if photograph:
+            moved = relight(moved, key)
         out = io.BytesIO()
         PIL.Image.fromarray(self.from_network(moved, 0, 0)).save(out, "PNG")
         return out.getvalue()
@@ -227,6 +234,7 @@ class Augment(Config):
 
 VARY = Augment(shift=0.08, rotate_deg=6, scale=0.12)
 VARY_PHOTOGRAPH = Augment(shift=0.125, rotate_deg=8, scale=0.2, flip=0.5)
+LIGHT = 0.3  # how much of its contrast a copy of a photograph may lose or gain
 
 
 def fit_image(raw: np.ndarray, size: int, gray: bool = False) -> np.ndarray:
@@ -246,6 +254,16 @@ def fit_image(raw: np.ndarray, size: int, gray: bool = False) -> np.ndarray:
     if gray:  # ITU-R 601 luma, as Pillow's "L"
         raw = np.rint(raw @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)[..., None]
     return np.ascontiguousarray(raw)
+
+
+def relight(x_CHW: Tensor, key: int) -> Tensor:
+    """Another contrast, tint and brightness of a picture in [0, 1]."""
+    import torch
+
+    u = torch.from_numpy(uniform(key, np.arange(5), draw=9) * 2 - 1).to(x_CHW.dtype)
+    mean = x_CHW.mean((1, 2), keepdim=True)
+    tint = 1 + LIGHT / 2 * u[2:, None, None]
+    return (x_CHW - mean) * (1 + LIGHT * u[0]) + mean * tint + LIGHT / 4 * u[1]
 
 
 def affine(images: Tensor, augment: Augment, counts: np.ndarray, key: int) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from stat import S_ISREG
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -171,6 +172,10 @@ class TableSource(Source):
             key = str(given) if given not in (None, "") else f"{self.path.stem}-{number:08d}"
             split = row.get("split")
             bad = ""
+            if not is_unicode(key):
+                why = "its key is no valid Unicode: lone surrogates"
+                yield Record(readable(key), where, {}, bad=why)
+                continue
             try:
                 values = {member: self._reader(m, v) for member, m, v in self._found(row, mapping)}
             except BadSample as error:
@@ -192,9 +197,15 @@ class TableSource(Source):
                 path = value.get("path") if isinstance(value, dict) else value
                 if not isinstance(value, dict) and self._inline(modality):
                     continue
-                if isinstance(path, str) and (self.root / path).is_file():
+                if not isinstance(path, str):
+                    continue
+                try:
                     stat = (self.root / path).stat()
-                    digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
+                except (OSError, ValueError):
+                    continue  # nor this
+                if not S_ISREG(stat.st_mode):
+                    continue
+                digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
         return digest.hexdigest()
 
     def _found(
@@ -281,14 +292,28 @@ def read_inside(root: Path, relative: str, follow_links: bool = False) -> bytes:
     try:
         if not follow_links and not path.resolve().is_relative_to(root.resolve()):
             raise BadSample(
-                f"'{relative}' leads out of {root}; give the folder of the files with --root"
+                f"'{relative[:200]}' leads out of {root}; give the folder of the files with --root"
             )
         return path.read_bytes()
     except (OSError, ValueError) as error:
         if isinstance(error, BadSample):
             raise
         reason = "no such file" if isinstance(error, FileNotFoundError) else type(error).__name__
-        raise BadSample(f"'{relative}': {reason}") from error
+        raise BadSample(f"'{relative[:200]}': {reason}") from error
+
+
+def is_unicode(text: str) -> bool:
+    """False of a text with lone surrogates, as names of files and JSON may hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def readable(text: str) -> str:
+    """The text with its lone surrogates written out."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 @dataclass(frozen=True, slots=True)

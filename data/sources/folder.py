@@ -24,7 +24,9 @@ from mm.data.sources.base import (
     Source,
     SourceConfig,
     Unreadable,
+    is_unicode,
     read_inside,
+    readable,
     split_of,
 )
 from mm.errors import UserError
@@ -132,6 +134,12 @@ class FolderSource(Source):
             ignored: Counter[str] = Counter()
             known = {*table().extensions, *PICKLES, "json"}
             for file in sorted(self._files(), key=lambda f: f.path):
+                if not is_unicode(file.path):
+                    name = readable(file.path)
+                    found[f"{name}.{REFUSED}"] = {
+                        REFUSED: [_refused(name, "its name is no valid UTF-8; rename it")]
+                    }
+                    continue
                 stem, extension = _split(file.path)
                 if extension == REFUSED:  # keeps its name, so that it joins no sample
                     found[file.path] = {REFUSED: [file]}
@@ -294,7 +302,11 @@ def walk(root: Path, follow_links: bool) -> Iterator[File]:
                 continue
             path, inside = Path(entry.path), True
             if entry.is_symlink():
-                target = path.resolve()
+                try:
+                    target = path.resolve()
+                except (OSError, RuntimeError):
+                    yield _refused(at(path), "a link that leads to itself")
+                    continue
                 inside = target.is_relative_to(root.resolve())
                 if not target.exists():
                     yield _refused(at(path), "a link to nothing")

@@ -84,10 +84,23 @@ class ParquetSource(TableSource):
             ) from error
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any] | str]]:
+        import pyarrow
+
         number = 0
         with self._open() as file:
-            for batch in file.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
+            batches = file.iter_batches(batch_size=256)
+            while True:
+                try:
+                    batch = next(batches, None)
+                    rows = batch.to_pylist() if batch is not None else []
+                except (pyarrow.ArrowException, OSError, ValueError) as error:
+                    raise UserError(
+                        f"{self.path}: damaged from row {number} on ({str(error)[:120]}); copy it "
+                        "again"
+                    ) from error
+                if batch is None:
+                    return
+                for row in rows:
                     yield f"{self.path.name}:{number}", row
                     number += 1
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mm.config import Config
 from mm.data.shards.members import member_modality
@@ -18,6 +18,7 @@ from mm.data.streams.shuffle import Reseeded, key_of
 from mm.data.streams.survey import Drawn, survey_documents
 from mm.data.transforms.compose import chain
 from mm.errors import UserError
+from mm.launch import environment
 from mm.registry import TransformField
 from mm.specs import Segment
 from mm.vocabulary import Vocabulary
@@ -61,6 +62,9 @@ class TokenSource(Config):
         return self.model_copy(update={"split": split, "weight": weight})
 
 
+BYTES_A_PLACE = 24  # ids, targets, weight, position, document, modality
+
+
 class TokenStreamConfig(Config):
     """Base of the configs of streams of token documents."""
 
@@ -79,6 +83,20 @@ class TokenStreamConfig(Config):
         Field(description="before the objective's own"),
     ] = ()
     prefetch: Annotated[int, Field(ge=0, description="steps made ahead")] = 2
+
+    @model_validator(mode="after")
+    def _fits_memory(self) -> TokenStreamConfig:
+        """Refuse a step whose rows alone take more memory than there is."""
+        have = environment.memory_bytes()
+        for key, n_bytes in (("seq_len", BYTES_A_PLACE), ("max_documents", 4)):
+            need = self.batch_size * getattr(self, key, 0) * n_bytes
+            if need > have:
+                raise ValueError(
+                    f"batch_size {self.batch_size} x {key} {getattr(self, key)} takes "
+                    f"{need / 2**30:,.0f} GiB a step, this machine has {have / 2**30:,.0f}: "
+                    f"lower batch_size or {key}"
+                )
+        return self
 
     @property
     @abstractmethod

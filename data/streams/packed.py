@@ -53,7 +53,11 @@ class PackedConfig(TokenStreamConfig):
     ] = 32
     block_samples: Annotated[
         int | None,
-        Field(gt=0, description="samples packed together; default: what fills about 128 rows"),
+        Field(
+            gt=0,
+            le=10**8,
+            description="samples packed together; default: what fills about 128 rows",
+        ),
     ] = None
     weights: Annotated[
         Literal["samples", "tokens"], Field(description="what the sources' weights are shares of")

@@ -31,6 +31,12 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Overrides: a.b=c or --a.b c.", show_default=False),
 ]
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code", help="Import the Python modules that the folder's config names (imports:)."
+    ),
+]
 PASS_OVERRIDES = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
 
 

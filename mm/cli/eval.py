@@ -14,6 +14,7 @@ from mm.cli.common import (
     PASS_OVERRIDES,
     JsonFile,
     Overrides,
+    TrustCode,
     console,
     is_main,
     number,
@@ -49,6 +50,7 @@ BESIDE = {
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
     changes: Overrides = None,
+    trust_code: TrustCode = False,
     split: Annotated[
         str | None, typer.Option(help="Instead of the split that each task names.")
     ] = None,
@@ -58,7 +60,7 @@ def evaluate(
     from mm.run import Run
     from mm.tasks.base import by_name
 
-    config = Run.load(run_config(run), overrides(changes))
+    config = Run.load(run_config(run), overrides(changes), trust_code=trust_code)
     named = by_name([task for stage in config.stages for task in stage.tasks])
     if not named:
         raise UserError(
@@ -74,7 +76,7 @@ def evaluate(
             for name, t in named.items()
         }
     tasks = list(named.values())
-    generator = Generator.from_pretrained(run)
+    generator = Generator.from_pretrained(run, trust_code=trust_code)
     found: dict[int, dict[str, Any]] = {}
     each = measure(tasks, lambda task: plain(task.build().evaluate(generator, seed=seed)))
     for n, one in track(

@@ -34,7 +34,7 @@ def faults(
     ] = False,
     json: JsonFile = None,
 ) -> None:
-    from mm.faults.run import inject, markdown, read
+    from mm.faults.run import beside, inject, markdown, read
 
     def report(rows: list[dict[str, Any]]) -> None:  # after each fault: an hour may be cut short
         row = rows[-1]
@@ -50,7 +50,7 @@ def faults(
     table("mm faults", columns, [[row[c] for c in columns] for row in rows])
     write_json(json, rows)
     if write is not None:
-        write.write_text(markdown(rows, quick), encoding="utf-8")
+        write.write_text(markdown(rows, quick) + beside(write), encoding="utf-8")
         console().print(f"wrote {write}", markup=False)
     if any(row["survived"] < row["tries"] or not row["tries"] for row in rows):
         raise typer.Exit(1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,7 +12,15 @@ from typing import Annotated, Any
 
 import typer
 
-from mm.cli.common import JsonFile, console, existing, table, with_options, write_json
+from mm.cli.common import (
+    JsonFile,
+    TrustCode,
+    console,
+    existing,
+    table,
+    with_options,
+    write_json,
+)
 from mm.errors import UserError
 from mm.reading import parse_json
 
@@ -33,7 +44,7 @@ def generate(
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="File to write; suffix optional."),
     ] = None,
-    n: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 1,
+    n: Annotated[int, typer.Option("-n", min=1, max=100_000, help="How many.")] = 1,
     temperature: Annotated[
         float | None,
         typer.Option(min=0, help="0 = greedy. Default: what mm eval chose for the run, else 1."),
@@ -47,9 +58,14 @@ def generate(
         int | None, typer.Option(min=1, help="Times that conditions are read. Default: likewise.")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="New ids at most, where the length is free.")
+        int | None,
+        typer.Option(min=1, max=1_000_000, help="New ids at most, where the length is free."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longer prompts are refused. Default: 16384.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
+    trust_code: TrustCode = False,
     json: JsonFile = None,
     **conditions: Path | None,
 ) -> None:
@@ -62,7 +78,7 @@ def generate(
     from mm.decoders.raws import parse_prompt
 
     given = parse_prompt(prompt, conditions)
-    generator = Generator.from_pretrained(run)
+    generator = Generator.from_pretrained(run, trust_code=trust_code)
     to = chosen_modality(generator, to)
     own = generator.modality(to)
     generator.tokenizer(own)
@@ -71,6 +87,7 @@ def generate(
         raise UserError(f"--to {to} writes a file: name it with -o FILE.{raw.extensions[0]}")
     if out is not None:
         raw.check_ending(out)
+        make_room(out)
     # What is generated comes last in the prompt, because it is continued.
     raws = {m: v for at_end in (False, True) for m, v in given.items() if (m == to) is at_end}
     if not raws:
@@ -83,13 +100,18 @@ def generate(
     }  # fmt: skip
     chosen = chosen_sampling(run, raws, to)
     sampling = chosen | {k: v for k, v in named.items() if v is not None}
+    if max_prompt_tokens is not None:
+        sampling["max_prompt_tokens"] = max_prompt_tokens
     values = generator.generate([raws] * n, to, max_tokens=max_tokens, seed=seed, **sampling)
     rows = []
     for i, value in enumerate(values):
         text = None
         if raw.is_text:
             text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-        file = save_media(value, numbered_path(out, i, n), own) if out else None
+        try:
+            file = save_media(value, numbered_path(out, i, n), own) if out else None
+        except OSError as error:
+            raise UserError(f"-o {out}: cannot be written ({error.strerror})") from error
         rows.append({"file": file, "text": text, "what": raw.line(value)})
         if text is not None and out is None:
             console().print(text, markup=False)
@@ -145,15 +167,52 @@ def ask(known: Sequence[str]) -> str:
     return typer.prompt(f"generate which modality ({', '.join(known)})")
 
 
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"no finite number: {str(value)[:40]!r}")
+    return value
+
+
+def _whole_number(value: Any) -> int:
+    if not float(_number(value)).is_integer():
+        raise ValueError(f"no whole number: {value}")
+    return int(value)
+
+
+SAMPLING = {
+    "temperature": _number,
+    "top_k": _whole_number,
+    "top_p": _number,
+    "cfg_scale": _number,
+    "repeats": _whole_number,
+}
+
+
 def chosen_sampling(run: Path, conditions: Iterable[str], to: str) -> dict[str, Any]:
     """Settings that `mm eval RUN --json RUN/results.json` chose for this direction, or none."""
-    try:
-        every = parse_json((run / "results.json").read_text())["sampling"]
-    except (OSError, ValueError, KeyError, TypeError):
+    file, direction = run / "results.json", f"{'_'.join(m for m in conditions if m != to)}_to_{to}"
+    if not file.is_file():
         return {}
-    settings = every.get(f"{'_'.join(m for m in conditions if m != to)}_to_{to}", {})
-    known = ("temperature", "top_k", "top_p", "cfg_scale", "repeats")
-    return {k: settings[k] for k in known if k in settings}
+    try:
+        settings = parse_json(file.read_bytes()).get("sampling", {}).get(direction, {})
+        return {k: kind(settings[k]) for k, kind in SAMPLING.items() if k in settings}
+    except (OSError, ValueError, AttributeError, TypeError, OverflowError) as error:
+        raise UserError(
+            f"{file}: sampling.{direction} cannot be read ({error}); write it again: mm eval "
+            f"{run} --json {file}"
+        ) from error
+
+
+def make_room(out: Path) -> None:
+    """Make the folder that a file is to be written into. Raises UserError where it cannot be."""
+    if out.is_dir():
+        raise UserError(f"-o {out}: is a folder; name a file in it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(out.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, "not writable")
+    except OSError as error:
+        raise UserError(f"-o {out}: cannot be written ({error.strerror})") from error
 
 
 def numbered_path(out: Path | None, i: int, n: int) -> Path:

@@ -24,9 +24,13 @@ COMMANDS = (
     "tokenizer",
     "data",
     "train",
+    "plan",
     "generate",
     "eval",
     "report",
+    "explain",
+    "sweep",
+    "wandb",
     "bench",
     "doctor",
     "faults",
@@ -136,9 +140,8 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if debug:
             raise
-        _complain(
-            f"{type(error).__name__}: {error}; for the traceback: mm --debug {' '.join(rest)}"
-        )
+        command = " ".join(w if len(w) <= 200 else f"{w[:200]}..." for w in rest)
+        _complain(f"{type(error).__name__}: {error}; for the traceback: mm --debug {command}")
         return 1
     return 0
 

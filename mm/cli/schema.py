@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,8 +90,7 @@ def resolve(path: str, assignments: Sequence[str] = ()) -> Config:
     """Read any YAML of the project: a Run, or a file with `tokenizer:`. Raises UserError."""
     values = config.override(config.read(path), assignments)
     if "tokenizer" in values and "stages" not in values:
-        for name in values.get("imports", ()):
-            importlib.import_module(name)
+        config.import_modules(values, path, trust_code=True)
         model = create_model(
             "TokenizerFile",
             __base__=Config,

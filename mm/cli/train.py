@@ -12,6 +12,7 @@ from mm.cli.common import (
     PASS_OVERRIDES,
     JsonFile,
     Overrides,
+    TrustCode,
     console,
     existing_config,
     is_main,
@@ -61,14 +62,17 @@ def train(
         typer.Argument(metavar="CONFIG", help="Run YAML (or the folder of a run to go on with)."),
     ],
     changes: Overrides = None,
+    trust_code: TrustCode = False,
     json: JsonFile = None,
 ) -> None:
     assignments = overrides(changes)
-    path = run_config(Path(config)) if Path(config).is_dir() else existing_config(config)
+    is_folder = Path(config).is_dir()
+    path = run_config(Path(config)) if is_folder else existing_config(config)
     with starting():
         from mm.trainer import loop
 
-        result = loop.train(path, assignments)
+        # A YAML that was named is the user's own; the config in a folder may be anybody's.
+        result = loop.train(path, assignments, trust_code=trust_code or not is_folder)
     if is_main():
         print_trained(f"Trained {config}", result)
         measured: dict[str, dict[str, Any]] = {}

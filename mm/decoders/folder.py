@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from mm import config as configs
 from mm.errors import UserError
 from mm.reading import parse_json
-from mm.registry import NETWORKS
+from mm.registry import NetworkField
 from mm.vocabulary import Vocabulary
 
 
@@ -23,9 +23,11 @@ class Loaded(NamedTuple):
     tokenizers: dict[str, Path]
 
 
-def load(folder: str | Path) -> Loaded:
+def load(folder: str | Path, trust_code: bool = False) -> Loaded:
     """Load the model of ``folder``.
 
+    Args:
+        trust_code: import what the config of an unfinished run names under `imports:`.
     Raises:
         UserError: no model there, or its vocabulary is missing; names the command that makes one.
     """
@@ -41,7 +43,7 @@ def load(folder: str | Path) -> Loaded:
             f"{folder}: no trained model (no model/, no complete checkpoint); make one with: "
             "mm train CONFIG.yaml"
         )
-    return _checkpoint(folder, step)
+    return _checkpoint(folder, step, trust_code)
 
 
 def _saved(where: Path) -> Loaded:
@@ -52,23 +54,30 @@ def _saved(where: Path) -> Loaded:
     return Loaded(Model.from_pretrained(where), vocabulary, beside)
 
 
-def _checkpoint(run: Path, step: Path) -> Loaded:
+def _checkpoint(run: Path, step: Path, trust_code: bool) -> Loaded:
     """Rebuild the model of an unfinished run: its resolved config, the weights of one step."""
-    from mm import config as configs
     from mm.model.folder import load_into
 
     values: dict[str, Any] = configs.read(run / "config.yaml")
-    for name in values.get("imports") or ():
-        importlib.import_module(name)
+    configs.import_modules(values, f"{run}/config.yaml", trust_code)
     if not values.get("vocabulary"):
         raise UserError(
             f"{run}/config.yaml: names no vocabulary; this run trains no language model"
         )
-    vocabulary = Vocabulary.load(values["vocabulary"])
-    config = NETWORKS.parse(values["model"])
-    model = load_into(lambda: config.build(vocabulary), step / "model.safetensors")
-    named = {modality: Path(path) for modality, path in (values.get("tokenizers") or {}).items()}
-    return Loaded(model, vocabulary, named)
+    saved = configs.validate(
+        _Saved, {k: values[k] for k in _Saved.model_fields if k in values}, f"{run}/config.yaml"
+    )
+    vocabulary = Vocabulary.load(saved.vocabulary)
+    model = load_into(lambda: saved.model.build(vocabulary), step / "model.safetensors")
+    return Loaded(model, vocabulary, dict(saved.tokenizers))
+
+
+class _Saved(configs.Config):
+    """Of a run's config what generation needs."""
+
+    vocabulary: Path
+    model: NetworkField
+    tokenizers: dict[str, Path] = {}
 
 
 def _newest(checkpoints: Path) -> Path | None:

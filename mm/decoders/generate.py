@@ -17,8 +17,22 @@ from mm.decoders import rules as rule_kinds
 from mm.decoders.base import Ask, Rule, is_fixed
 from mm.decoders.folder import load
 from mm.decoders.media import save_media
-from mm.decoders.prompts import batch, check, continues, distinct, prepare
-from mm.decoders.raws import own_modality, parse_prompt, read_raw, unseen_words
+from mm.decoders.prompts import (
+    MAX_PROMPT_TOKENS,
+    batch,
+    check,
+    continues,
+    distinct,
+    prepare,
+    require_short,
+)
+from mm.decoders.raws import (
+    expected_tokens,
+    own_modality,
+    parse_prompt,
+    read_raw,
+    unseen_words,
+)
 from mm.decoders.score import evaluating, sequence_nll
 from mm.errors import UserError, did_you_mean
 from mm.registry import DECODERS
@@ -39,23 +53,6 @@ log = logging.getLogger(__name__)
 MAX_SLOTS = 512  # sequences decoded together
 
 
-def _ask_rules(temperature: float, top_k: int, top_p: float, extra: Sequence[Rule]) -> list[Rule]:
-    if temperature < 0:
-        raise UserError(f"temperature must be 0 (greedy) or more, not {temperature}")
-    if top_k < 0:
-        raise UserError(f"top_k must be 0 (off) or more, not {top_k}")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p must be in (0, 1], not {top_p}")
-    rules: list[Rule] = [rule_kinds.span_grammar, *extra]
-    if temperature > 0:
-        rules.append(rule_kinds.temperature(temperature))
-        if top_k:
-            rules.append(rule_kinds.top_k(top_k))
-        if top_p < 1:
-            rules.append(rule_kinds.top_p(top_p))
-    return rules
-
-
 def stream_tokens(
     model: nn.Module,
     vocabulary: Vocabulary,
@@ -72,17 +69,20 @@ def stream_tokens(
     rules: Sequence[Rule] = (),
     decoder: Any = "ar",
     repeats: int = 1,
+    max_prompt_tokens: int = MAX_PROMPT_TOKENS,
 ) -> Iterator[Tensor]:
     """Generate one span of modality ``to`` for each prompt, step by step.
 
     Arguments as for `generate_tokens`. Yields `(N,)` int64 CPU tensors of vocabulary ids (the
     span's end included); -1 where a sequence is done.
     """
-    ask_rules = _ask_rules(temperature, top_k, top_p, rules)
+    ask_rules = rule_kinds.sampling(temperature, top_k, top_p, cfg_scale, rules)
     ready = [
         prepare(p, to, vocabulary, max_tokens, f"prompt {i}", repeats)
         for i, p in enumerate(prompts)
     ]
+    for i, p in enumerate(ready):
+        require_short(len(p.ids), max_prompt_tokens, f"prompt {i}")
     if not ready:
         return
     N = len(ready)
@@ -129,7 +129,9 @@ def generate_tokens(
         **settings: `temperature` (0 = greedy), `top_k` (0 = off), `top_p`, `cfg_scale` (1 = no
             guidance; uncond + scale * (cond - uncond) on the logits), `max_tokens` (new ids of a
             span without a grid), `seed`, `rules` (applied after the span grammar), `decoder` (kind
-            or config of the DECODERS registry), `repeats` (2 = conditions are read twice).
+            or config of the DECODERS registry), `repeats` (2 = conditions are read twice),
+            `max_prompt_tokens` (longer prompts are refused: attention takes memory of their
+            square).
     Returns:
         Local ids `(L,)` int32 of each span, a continued prefix included.
     Raises:
@@ -200,13 +202,17 @@ class Generator:
         self.model, self.vocabulary, self.tokenizers = model, vocabulary, tokenizers
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Generator:
+    def from_pretrained(
+        cls, folder: str | Path, device: str | torch.device = "cpu", *, trust_code: bool = False
+    ) -> Generator:
         """Load a saved model, or a run folder's `model/`, else its newest good checkpoint.
 
+        Args:
+            trust_code: import what the config of a run's folder names under `imports:`.
         Raises:
-            UserError: nothing there, or the folder lacks its vocabulary.
+            UserError: nothing there, the folder lacks its vocabulary, or asks to run code.
         """
-        loaded = load(folder)
+        loaded = load(folder, trust_code)
         tokenizers = _Tokenizers(loaded.tokenizers, loaded.vocabulary)
         return cls(loaded.model.to(device).eval(), loaded.vocabulary, tokenizers)
 
@@ -263,13 +269,26 @@ class Generator:
             out += tokenizer.decode([Encoded(ids) for ids in spans[at : at + max_items]])
         return out
 
-    def segments(self, prompts: Sequence[Mapping[str, Any]], to: str) -> list[list[Segment]]:
-        """Raw prompts to segments; a last value of modality ``to`` without a grid is continued."""
+    def segments(
+        self,
+        prompts: Sequence[Mapping[str, Any]],
+        to: str,
+        *,
+        max_tokens: int = MAX_PROMPT_TOKENS,
+    ) -> list[list[Segment]]:
+        """Raw prompts to segments; a last value of modality ``to`` without a grid is continued.
+
+        ``max_tokens``: recordings that make more are refused before they are encoded.
+        """
         to = self.modality(to)
         prompts = [{self.modality(m): raw for m, raw in prompt.items()} for prompt in prompts]
         raws: dict[str, list[Any]] = {}
         for prompt in prompts:
             for modality, raw in prompt.items():
+                raw = read_raw(modality, raw, self.tokenizer(modality))
+                require_short(
+                    expected_tokens(self.vocabulary.spec(modality), raw), max_tokens, modality
+                )
                 raws.setdefault(modality, []).append(raw)
         ids = {modality: iter(self.encode(modality, values)) for modality, values in raws.items()}
         free = is_fixed(self.vocabulary.spec(to)) is None
@@ -295,9 +314,9 @@ class Generator:
         if isinstance(prompts, Mapping):
             raise UserError("prompts must be a list of prompts: generate([{'text': ...}], to=...)")
         own = self.modality(to)
-        spans = generate_tokens(
-            self.model, self.vocabulary, self.segments(prompts, own), own, **settings
-        )
+        most = settings.get("max_prompt_tokens", MAX_PROMPT_TOKENS)
+        segments = self.segments(prompts, own, max_tokens=most)
+        spans = generate_tokens(self.model, self.vocabulary, segments, own, **settings)
         values = self.decode(own, spans)
         if to == TEXT != own:  # of a model of bytes
             return [value.decode("utf-8", "replace") for value in values]
@@ -307,7 +326,7 @@ class Generator:
         """A sentence on words of the prompts that the text tokenizer never met; "" without any."""
         own = [{self.modality(m): raw for m, raw in prompt.items()} for prompt in prompts]
         words = unseen_words(own, self.tokenizers)
-        shown = ", ".join(f"'{word}'" for word in words[:8]) + (" ..." if len(words) > 8 else "")
+        shown = ", ".join(f"'{w[:40]}'" for w in words[:8]) + (" ..." if len(words) > 8 else "")
         met = "never seen in the text that the tokenizer was trained on"
         return f"{met}: {shown}; the model can but guess" if words else ""
 
@@ -327,6 +346,7 @@ def generate(
     prompt: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     *,
     to: str | None = None,
+    trust_code: bool = False,
     **settings: Any,
 ) -> Any:
     """Generate from a run folder, a saved model or a ready `Generator`.
@@ -340,6 +360,7 @@ def generate(
         prompt: a str (text), the path of a text, one prompt (modality -> raw value), a list of
             prompts, or None (unconditional, where no modality is given by name either).
         to: modality to generate; default the only one that the model has.
+        trust_code: of `Generator.from_pretrained`.
         **settings: a condition by the name of its modality (``image``, ``audio``, ...): the path
             of a file, uint8 `(H, W, 3)` or a picture of Pillow, a Waveform or (samples `(N,)`
             float in [-1, 1], sample rate in Hz); and the settings of `generate_tokens`.
@@ -355,7 +376,11 @@ def generate(
         raise UserError(
             f"no setting or modality '{name}'{did_you_mean(name, (*SETTINGS, *table().raw))}"
         )
-    generator = source if isinstance(source, Generator) else Generator.from_pretrained(source)
+    generator = (
+        source
+        if isinstance(source, Generator)
+        else Generator.from_pretrained(source, trust_code=trust_code)
+    )
     to = generator.modality() if to is None else to
     many = not (prompt is None or isinstance(prompt, (str, Path, Mapping)))
     if many and conditions:

@@ -17,6 +17,16 @@ from mm.specs import Segment
 from mm.vocabulary import Vocabulary
 
 DEFAULT_MAX_TOKENS = 512  # of a span whose length is free
+MAX_PROMPT_TOKENS = 16_384  # a mask of all pairs of them is 256 MiB
+
+
+def require_short(n_tokens: int, most: int, origin: str) -> None:
+    """Raise UserError where a prompt has more ids than ``most``, with the key that raises it."""
+    if n_tokens > most:
+        raise UserError(
+            f"{origin}: a prompt of {n_tokens:,} tokens; the limit is {most:,}, because attention "
+            f"takes memory of its square: shorten it, or --max-prompt-tokens {n_tokens}"
+        )
 
 
 class Prompt(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 
 from mm.data.modalities.base import TEXT, BadSample, raw_modality, table
 from mm.errors import UserError, did_you_mean
-from mm.specs import ModalityTokenizer
+from mm.specs import ModalityTokenizer, TokenSpec, Waveform
 
 
 def own_modality(name: str, known: Sequence[str]) -> str:
@@ -84,6 +84,13 @@ def unseen_words(
                 words = getattr(tokenizers[modality], "words", None)
                 found |= dict.fromkeys(words.unseen(text) if words is not None else ())
     return list(found)
+
+
+def expected_tokens(spec: TokenSpec, value: Any) -> int:
+    """Ids that a recording is encoded to, by its seconds; 0 of whatever has none."""
+    if spec.tokens_per_second is None or not isinstance(value, Waveform):
+        return 0
+    return int(spec.tokens_per_second * len(value.samples) / value.sample_rate)
 
 
 def raw_is_text(modality: str) -> bool:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from mm.decoders.base import Rule, Session, is_fixed
+from mm.errors import UserError
 
 NEVER = float("-inf")
+COLDEST, HOTTEST = 1e-4, 1e4  # temperatures; far beyond, logits are all equal or not finite
 
 
 def span_grammar(logits: Tensor, session: Session) -> Tensor:
@@ -81,3 +85,28 @@ def top_p(p: float) -> Rule:
         return logits.masked_fill(torch.zeros_like(drop).scatter(-1, place, drop), NEVER)
 
     return rule
+
+
+def sampling(
+    t: float, k: int, p: float, cfg_scale: float, extra: Sequence[Rule] = ()
+) -> list[Rule]:
+    """All rules of one call in their order: the grammar, ``extra``, temperature, top-k, top-p.
+
+    Raises UserError on a setting out of range, NaN among them.
+    """
+    if t != 0 and not COLDEST <= t <= HOTTEST:
+        raise UserError(f"temperature must be 0 (greedy) or {COLDEST:g} to {HOTTEST:g}, not {t}")
+    if k < 0:
+        raise UserError(f"top_k must be 0 (off) or more, not {k}")
+    if not 0 < p <= 1:
+        raise UserError(f"top_p must be in (0, 1], not {p}")
+    if not abs(cfg_scale) <= HOTTEST:
+        raise UserError(f"cfg_scale must be -{HOTTEST:g} to {HOTTEST:g}, not {cfg_scale}")
+    rules: list[Rule] = [span_grammar, *extra]
+    if t > 0:
+        rules.append(temperature(t))
+        if k:
+            rules.append(top_k(k))
+        if p < 1:
+            rules.append(top_p(p))
+    return rules

@@ -18,6 +18,7 @@ from mm.faults.bench import Bench
 from mm.faults.cases import CASES, Case
 from mm.launch import environment
 
+DAMAGED = "\n## Damaged files"  # heading of what `make fuzz` found, written by hand
 Row = dict[str, Any]
 
 
@@ -100,6 +101,14 @@ def versions() -> str:
     found = [f"{name} {version(name)}" for name in ("mm-stack", "torch", "deepspeed")]
     machine = f"{platform.system()} {platform.machine()}, {environment.cores()} CPU cores"
     return f"{', '.join(found)}, Python {platform.python_version()}, {machine}"
+
+
+def beside(page: Path) -> str:
+    """What a page says that this command does not write: from the heading `DAMAGED` on."""
+    if not page.is_file():
+        return ""
+    _, heading, rest = page.read_text(encoding="utf-8").partition(DAMAGED)
+    return heading + rest
 
 
 def markdown(rows: Sequence[Row], quick: bool) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mm.errors import UserError
 from mm.hashes import check_hashes, write_hashes
+from mm.model.size import require_room
 from mm.reading import parse_json
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,10 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             aliases = parse_json((file.metadata() or {}).get(ALIASES, "{}"))
+        if not isinstance(aliases, dict) or not all(
+            isinstance(name, str) and name in tensors for name in aliases.values()
+        ):
+            raise ValueError("its aliases name no tensors of it")
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: damaged ({error}); copy or save it again") from error
     return tensors | {alias: tensors[name] for alias, name in aliases.items()}
@@ -124,6 +129,7 @@ def load_into(build: Callable[[], nn.Module], path: str | Path) -> nn.Module:
 
     Raises UserError naming what does not fit.
     """
+    require_room(build, 1, torch.device("cpu"), str(path))
     tensors = load_tensors(path)
     with torch.device("meta"):
         module = build()

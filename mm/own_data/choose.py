@@ -6,16 +6,18 @@ No file is read or written here; the speed of this machine comes in as a functio
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mm.errors import UserError
 from mm.own_data import tokenizers, training
 from mm.own_data.look import Found
-from mm.own_data.plan import Chosen, Plan, Step
+from mm.own_data.plan import Chosen, Plan, Step, plain
 from mm.own_data.training import Speed
 
 SHARES = (0.1, 0.2, 0.3, 0.5)
 START_SECONDS = 25  # of importing, reporting and packing, over all steps
+COPY_SECONDS = 0.0025  # to vary a value and turn it to ids
+EVAL_SHARE = 0.15  # of the minutes at most, for `mm eval`
 
 
 class Options(NamedTuple):
@@ -59,8 +61,18 @@ def choose(found: Found, options: Options, speed: Speed) -> Plan:
     n_train = len(found.keys) - (found.held_out(share) if share else 0)
     copies = training.copies(found, n_train)
     split = "test" if found.splits.get("test") else "val"
-    left = 60 * options.minutes - START_SECONDS - sum(plan.cpu_seconds for plan in plans)
-    left -= 60 * options.minutes * 0.15  # `mm eval`
+    spent = {
+        "tokenizers": sum(plan.cpu_seconds for plan in plans),
+        "packing and starts": START_SECONDS
+        + COPY_SECONDS * n_train * (copies.value if copies else 0),
+    }
+    left = 60 * options.minutes * (1 - EVAL_SHARE) - sum(spent.values())
+    taken: list[float] = []
+
+    def step_seconds(*of: Any) -> float:
+        taken.append(speed(*of))
+        return taken[-1]
+
     train = training.train_config(
         found,
         out,
@@ -69,9 +81,17 @@ def choose(found: Found, options: Options, speed: Speed) -> Plan:
         split=split,
         share=share,
         seconds=max(5.0, left),
-        speed=speed,
+        speed=step_seconds,
         n_train=n_train,
         copies=copies.value if copies else 1,
+    )
+    spent["backbone"] = taken[-1] * plain(train)["stages"][0]["budget"]["steps"]
+    parts = ", ".join(f"{part} {seconds / 60:.1f}" for part, seconds in spent.items())
+    minutes = sum(spent.values()) / 60
+    notes.append(
+        Chosen(
+            "time", f"about {minutes:.0f} minutes on this machine when idle: {parts}; and figures"
+        )
     )
     configs = {f"tokenizer-{p.modality}.yaml": p.config for p in plans} | {"train.yaml": train}
     return Plan(configs, tuple(_steps(out, plans, pack, copies, split)), tuple(notes))

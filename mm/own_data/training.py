@@ -9,19 +9,28 @@ from typing import Any
 from mm.data.modalities.base import raw_modality
 from mm.own_data.look import Found
 from mm.own_data.plan import Chosen, plain
-from mm.own_data.tokenizers import TokenizerPlan
+from mm.own_data.tokenizers import CELLS, TokenizerPlan
 
 ROW, LONGEST_ROW = 256, 1024  # ids
 SAMPLES = 8000  # pairs to train on that are enough without varied copies
+COPIES, COPIES_OF_PICTURES = 8, 16  # at most; docs/lab-notes.md has what more of them gave
+TEXT_WEIGHT, DROPOUT = 5.0, 0.1  # of few pictures
+GRID = {"kind": "sum", "position": {"kind": "grid", "max_cells": CELLS**2}}
 PROMPTS = 4  # of each kind
 Speed = Callable[[Mapping[str, Any], int, int, int], float]  # model, ids, row, rows -> s a step
 
 
-def tasks(found: Found, names: Mapping[str, str]) -> Chosen | None:
+def few_pictures(found: Found, n_train: int) -> bool:
+    """Pictures of classes and nothing else, so few that a class would be learnt by heart."""
+    return {*found.modalities} <= {"image", "text"} and bool(found.classes) and n_train < SAMPLES
+
+
+def tasks(found: Found, names: Mapping[str, str], n_train: int) -> Chosen | None:
     """Which directions are learnt, by weight; None where there is one modality.
 
     Args:
         names: modality of the source -> modality of its tokens.
+        n_train: samples to train on.
     """
     kinds = [names[m] for m in found.modalities]
     if len(kinds) == 1:
@@ -33,6 +42,10 @@ def tasks(found: Found, names: Mapping[str, str]) -> Chosen | None:
     why = "all directions between what a sample has"
     if found.classes:
         why += "; naming the class counts most"
+    if few_pictures(found, n_train):  # `a+b`: both cost loss, in this order
+        values = {task.replace(f">{text}", f"+{text}"): w for task, w in values.items()}
+        why += ", and the picture before it is learnt, too: few class words alone are soon learnt "
+        why += "by heart"
     if len(found.pairs) > 1 or (text and not found.classes):
         values |= {kind: 0.1 for kind in kinds}
         why += "; and each alone"
@@ -41,7 +54,8 @@ def tasks(found: Found, names: Mapping[str, str]) -> Chosen | None:
 
 def copies(found: Found, n: int) -> Chosen | None:
     """Varied copies of every training sample; None where there are enough samples, or only text."""
-    wanted = min(8, SAMPLES // max(1, n))
+    most = COPIES_OF_PICTURES if few_pictures(found, n) else COPIES
+    wanted = min(most, most * SAMPLES // COPIES // max(1, n))
     if wanted < 2 or not {"image", "audio"} & {*found.modalities}:
         return None
     return Chosen(wanted, f"{n:,} samples to train on are few: {wanted - 1} varied copies of each")
@@ -60,6 +74,11 @@ def row_length(found: Found, plans: Sequence[TokenizerPlan]) -> tuple[Chosen, bo
             f"the longest sample has about {longest:,} ids: rows of that length cost too much here"
         )
         return Chosen(LONGEST_ROW, why), True
+    if {*found.modalities} == {"image", "text"} and 3 * longest <= ROW:  # all about as long
+        mean = sum(p.mean for p in plans)
+        return Chosen(
+            8 * round(mean * 4 / 8 + 1), "four samples fill it, with little padding"
+        ), False
     rounded = max(ROW, -(-longest // 64) * 64)
     return Chosen(rounded, f"the longest sample has about {longest:,} ids"), False
 
@@ -90,7 +109,8 @@ def train_config(
     mean = sum(p.mean * n for p in plans for pair, n in found.pairs.items()
                if raw_modality(p.modality).kind in pair)  # fmt: skip
     per_document = min(row.value, mean / found.samples)
-    model = model_config(plans)
+    few = few_pictures(found, n_train)
+    model = model_of_few_pictures() if few else model_config(plans)
     ids = 16 + sum(p.n_ids for p in plans)
     step = speed(plain(model), ids, row.value, batch)
     epoch = max(1, round(copies * n_train * mean / found.samples / (0.95 * row.value * batch)))
@@ -103,7 +123,10 @@ def train_config(
         "sources": [{"path": str(out / "tokens")}],
     }
     objective: dict[str, Any] = {"kind": "next_token"}
-    directions = tasks(found, names)
+    if few:
+        weights = {names["text"]: TEXT_WEIGHT}
+        objective["weights"] = Chosen(weights, "a class word is few ids beside its picture's")
+    directions = tasks(found, names, n_train)
     if directions is not None:
         objective["transform"] = {
             "kind": "any_to_any",
@@ -128,7 +151,7 @@ def train_config(
                 "objective": objective,
                 "optimizer": {
                     "kind": "adamw",
-                    "lr": 2.0e-3,
+                    "lr": 3.0e-3 if few else 2.0e-3,
                     "betas": [0.9, 0.98],
                     "weight_decay": 0.1,
                 },
@@ -151,12 +174,35 @@ def train_config(
     }
 
 
+def model_of_few_pictures() -> dict[str, Any]:
+    """A small model that sees neighbours in the grid: settings measured in docs/lab-notes.md."""
+    width = CELLS + 2
+    near = "a convolution that reaches a row of the grid back: a code meets its neighbours"
+    return {
+        "kind": "lm",
+        "d_model": Chosen(128, "few pictures: more passes of a smaller model"),
+        "embedder": Chosen(GRID, "which cell of the picture a code stands in"),
+        "backbone": {
+            "kind": "stack",
+            "depth": 6,
+            "pattern": Chosen("2*short_conv local_attention", near),
+            "mixers": {
+                "short_conv": {"conv_size": Chosen(width, f"a row of {CELLS} codes and two")},
+                "local_attention": {"heads": 4, "kv_heads": 2},
+            },
+            "ffn": {"kind": "swiglu", "hidden": 352},
+            "block": Chosen(
+                {"kind": "prenorm", "dropout": DROPOUT}, "few pictures are learnt by heart without"
+            ),
+        },
+    }
+
+
 def model_config(plans: Sequence[TokenizerPlan]) -> dict[str, Any]:
     """Griffin's pattern at the width that the figures of docs/results.md were reached with."""
     model: dict[str, Any] = {"kind": "lm", "d_model": 192}
     if any(p.modality == "image" for p in plans):
-        embedder = {"kind": "sum", "position": {"kind": "grid", "max_cells": 64}}
-        model["embedder"] = Chosen(embedder, "which cell of the picture a code stands in")
+        model["embedder"] = Chosen(GRID, "which cell of the picture a code stands in")
     why = "cheap on a CPU; or attention, or any words of docs/mixers.md"
     dropout = {"kind": "prenorm", "dropout": 0.1}
     model["backbone"] = {

@@ -12,8 +12,10 @@ from pathlib import Path
 from mm.errors import UserError
 from mm.report.curves import curves
 from mm.report.data import data
+from mm.report.explained import explanations
 from mm.report.figures import figures
 from mm.report.header import chips
+from mm.report.lineage import lineage
 from mm.report.read import RunData, read_run
 from mm.report.samples import samples
 from mm.report.times import commands, times
@@ -47,8 +49,10 @@ SECTIONS = (
     ("figures", "Results on the held-out split", figures),
     ("samples", "Samples over time", samples),
     ("curves", "Training", curves),
+    ("explained", "Why did it spike", explanations),
     ("data", "Data", data),
     ("tokenizers", "Tokenizers", tokenizers),
+    ("lineage", "Made from", lineage),
     ("time", "Time", times),
     ("commands", "Commands", commands),
     ("environment", "Environment", environment),

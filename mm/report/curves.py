@@ -10,12 +10,13 @@ from mm.report.charts import Line, line_chart, short
 from mm.report.figures import PREFIX
 from mm.report.folder import Series
 from mm.report.read import RunData
-from mm.report.words import as_text, pretty
+from mm.report.words import as_text, pretty, spread
 
 HELD_OUT = "val/"
 # Endings of figures that stand beside another one and are no curve of their own.
 BESIDE = ("_chance", "_n", "_bar", "_tokens", "_bytes", "_nats_per_token")
 MAX_EVENTS = 20
+MAX_LAYERS = 8  # lines of a chart: the first, the last and some between
 
 
 def curves(run: RunData) -> str:
@@ -70,7 +71,11 @@ def curves(run: RunData) -> str:
             low=0,
         ),
         line_chart("Share of target tokens", shares, log=False, low=0),
+        line_chart("Accuracy of the next token", below(run, "accuracy/"), log=False, low=0),
+        line_chart("Gradient norm in the tables", below(run, "grad/"), low=0),
         line_chart("Seconds of a step", seconds, unit=" s"),
+        line_chart("Seconds of its parts", below(run, "time/"), unit=" s", low=0),
+        *layers(run),
     ]
     body = f'<div class="charts">{"".join(charts)}</div>' if any(charts) else ""
     return body + events(run)
@@ -197,6 +202,18 @@ def _tasks(run: RunData) -> list[str]:
         title = f"{pretty(figure)} ({task})" if task else pretty(figure)
         charts.append(line_chart(title, _drawn(lines), log=False, low=0))
     return charts
+
+
+def layers(run: RunData) -> list[str]:
+    """A chart of each figure that was taken layer by layer (callback `layers`)."""
+    found: dict[str, dict[str, Series | Line]] = {}
+    for name, series in below(run, "layers/").items():
+        path, _, figure = name.rpartition("/")
+        found.setdefault(figure, {})[path] = series
+    return [
+        line_chart(f"{pretty(figure)} by layer", dict(spread(list(lines.items()), MAX_LAYERS)))
+        for figure, lines in sorted(found.items())
+    ]
 
 
 def usage(run: RunData) -> dict[str, Series]:

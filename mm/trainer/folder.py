@@ -37,7 +37,12 @@ def lock(folder: Path) -> Iterator[None]:
 
     Raises UserError when another one trains there; a killed one holds nothing.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be made ({error.strerror}); write elsewhere: out=FOLDER"
+        ) from error
     with (folder / ".lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

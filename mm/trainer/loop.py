@@ -105,6 +105,7 @@ class Trainer:
                     return done | {"folder": str(self.folder)}
                 self._open(saved, stack)
             last = self._train_stages(saved)
+            self.guard.require_applied(self.step, self.stage.index)
             self.phase("export", self.step)
             if self.is_main:
                 weights = chosen_weights(self.run, last, self.held_out.best)
@@ -388,11 +389,10 @@ class Trainer:
         return self.stage.unsharded(name)
 
 
-def train(run: Run | str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Train a `Run` or a run YAML to its end, resuming when its folder has a checkpoint.
-
-    Returns the last metrics.
-    """
-    given = run if isinstance(run, Run) else Run.load(run, overrides)
+def train(
+    run: Run | str | Path, overrides: Sequence[str] = (), *, trust_code: bool = True
+) -> dict[str, Any]:
+    """Train a `Run` or a run YAML (``trust_code``: of `Run.load`) as `Trainer.fit` does."""
+    given = run if isinstance(run, Run) else Run.load(run, overrides, trust_code=trust_code)
     with places_from(given, given.name if given is run else str(run)):
         return Trainer(given).fit()

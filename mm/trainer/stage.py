@@ -16,6 +16,7 @@ from mm.config import Config
 from mm.errors import UserError
 from mm.launch import environment
 from mm.model.layer import Block, init_weights
+from mm.model.size import require_room
 from mm.objectives.objective import Network, Objective
 from mm.run import Run, Stage
 from mm.trainer.checkpoint.format import Snapshot
@@ -93,6 +94,9 @@ def enter_stage(
     parameters: dict[str, int] = {}
     wanted = all_networks(run, objective)
     for name, network in wanted.items():
+        copies = 2 if network.mode == "train" else 1  # its gradients, too
+        make = lambda config=network.config: build(config, vocabulary=vocabulary)
+        require_room(make, copies, env.device, f"{run.name}: network '{name}'")
         module = make_module(network.config, vocabulary, run.seed, env.device)
         have = weights_at_start(run, index, snapshot, name) if snapshot is not None else {}
         new = snapshot.new_modalities if snapshot is not None and have else run.tokenizers

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
+from mm import config as configs
 from mm.errors import UserError
 from mm.model.folder import load_tensors
 from mm.run import Run
@@ -38,7 +38,7 @@ def resolve(run: Run) -> Run:
         )
     written = run.folder / "config.yaml"
     if written.is_file():
-        values = yaml.safe_load(written.read_text(encoding="utf-8"))
+        values = configs.read(written)
         vocabulary = values.get("vocabulary")
         words = Path(vocabulary) if vocabulary else None
         tokenizers = {m: Path(path) for m, path in (values.get("tokenizers") or {}).items()}
@@ -105,12 +105,12 @@ class WarmStart(Snapshot):
                     f"--vocabulary {folder / WORDS}"
                 )
             self.new_modalities = vocabulary.modalities[len(old.modalities) :]
-        mark = folder.parent / "model.step"
+        mark = folder.parent / "model.step"  # the step, and `best` where that was exported
         with (folder / WEIGHTS).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         self.facts: dict[str, Any] = {
             "folder": str(folder),
-            "step": int(mark.read_text()) if mark.is_file() else None,
+            "step": int(mark.read_text().split()[0]) if mark.is_file() else None,
             "sha256": digest,
         }
 

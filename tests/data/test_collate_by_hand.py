@@ -58,6 +58,8 @@ def test_targets_of_their_own_and_a_cut() -> None:
     other = document_tokens([text(1, 2, 3, targets=np.array([4, -1, 0]))], VOCABULARY)
     assert other.targets.tolist() == [f + 4, -1, f, TEXT.end, -1]
     assert other.weights.tolist() == [1, 0, 1, 1, 0]
+    last = document_tokens([text(1, 2, targets=np.array([1, -1]))], VOCABULARY)
+    assert last.weights.tolist() == [1, 0, 1, 0], "the last code is no target, the end is one"
     cut = document_tokens([text(1, 2, targets=np.array([1, 2, -1]))], VOCABULARY)
     assert cut.targets.tolist() == [f + 1, f + 2, TEXT.end, -1]
     assert cut.weights.tolist() == [1, 1, 0, 0], "the end stands there and is not learned"

@@ -20,6 +20,7 @@ from mm.batch import Batch
 from mm.config import Config
 from mm.data.streams.base import merge_states
 from mm.data.streams.raw_items import ItemsConfig
+from mm.data.streams.shuffle import key_of
 from mm.errors import UserError
 from mm.registry import SOURCES, STREAMS, TRANSFORMS
 
@@ -192,3 +193,13 @@ def test_items_come_once_an_epoch(data: Path) -> None:
         keys = [k for (b,) in take(stream, 3) for k in b.keys]
         assert len(set(keys)) == len(keys) == 27
     stream.close()
+
+
+def test_items_without_options_go_on_under_the_plan_of_before_there_were_any(data: Path) -> None:
+    config = CASES["items"](data)
+    aside = {"path", "micro_batch_size", "prefetch", "cache_mb", "options"}
+    before = key_of(config.model_dump_json(exclude=aside)) % 2**32
+    assert config.build(seed=0).plan["settings"] == before
+    moved = config.model_copy(update={"cache_mb": 1, "prefetch": 0, "micro_batch_size": 1})
+    assert moved.build(seed=0).plan["settings"] == before
+    assert config.model_copy(update={"repeat": "unique"}).build(seed=0).plan["settings"] != before

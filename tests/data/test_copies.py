@@ -12,7 +12,7 @@ from sklearn.datasets import load_sample_images
 import mm
 from mm.data.modalities.audio import AudioModality
 from mm.data.modalities.image import ImageModality
-from mm.data.shards.reader import ShardSet
+from mm.data.shards.reader import ShardSet, read_manifest
 from mm.errors import UserError
 from mm.specs import Waveform
 
@@ -44,6 +44,16 @@ def test_only_training_samples_are_copied(packed: Path, tmp_path: Path) -> None:
         same = np.array_equal(sample["image"], original["image"])
         assert same == (not number), train.key(i)
         assert sample["image"].shape == original["image"].shape
+
+
+def test_settings_stand_in_the_manifest_where_they_are_not_the_default(
+    packed: Path, tmp_path: Path
+) -> None:
+    """A pack of before the setting existed is the same pack."""
+    mm.pack(packed, tmp_path / "out", copies=2, dedupe="image")
+    settings = [read_manifest(folder)["settings"] for folder in (packed, tmp_path / "out")]
+    assert not {"copies", "dedupe"} & settings[0].keys()
+    assert (settings[1]["copies"], settings[1]["dedupe"]) == (2, "image")
 
 
 def test_copies_are_the_same_every_time(packed: Path, tmp_path: Path) -> None:

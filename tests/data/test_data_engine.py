@@ -13,12 +13,15 @@ import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from data_toys import folder, png, token_shards, toys
+from data_toys import ToyTokenizer, folder, png, token_shards, toys
 
+from mm.data.modalities.base import table
+from mm.data.pack import encode, output
 from mm.data.pack.job import pack
 from mm.data.pack.writer import write_manifest
 from mm.data.shards.index import Index, sha256
@@ -95,6 +98,46 @@ def test_a_killed_pack_goes_on(tmp_path: Path) -> None:
                 tmp_path / "whole" / name
             ).read_bytes()
     assert not list(tmp_path.glob(".out.part-*"))
+
+
+def test_codes_are_kept_while_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """50 ids are 400 bytes with what is around them: two of them fit."""
+    monkeypatch.setattr(encode, "CACHE_BYTES", 1000)
+    toy = ToyTokenizer("text", 64)
+    encoder = encode.Encoder({"text": toy}, table().modalities)
+    items = [encode.Item({"text": bytes([97 + i]) * 50}, i) for i in range(5)]
+    for again, seen in ((items, 5), (items[3:], 5), (items[:1], 6), (items[:1] * 3, 6)):
+        results = encoder.encode(again)
+        assert [r.rest for r in results] == [item.rest for item in again]
+        assert all(r.encoded["text"].ids[0] == (97 + r.rest) % 64 for r in results)
+        assert toy.seen == seen and len(encoder._cache) == 2
+    assert encoder._held == 800
+
+
+class Interrupted(ToyTokenizer):
+    """Stops as Ctrl-C does once it has encoded 100 values."""
+
+    def encode(self, raws: Any) -> Any:
+        if self.seen >= 100:
+            raise KeyboardInterrupt
+        return super().encode(raws)
+
+
+def test_an_interrupted_pack_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "JOURNAL_SECONDS", 0.0)
+    src, given = rows(tmp_path / "src", 300), {"progress": False, "workers": 1, "max_bad": 0.5}
+    whole = pack(src, tmp_path / "whole", tokenizers={"text": ToyTokenizer("text", 64)}, **given)
+    with pytest.raises(KeyboardInterrupt):
+        pack(src, tmp_path / "out", tokenizers={"text": Interrupted("text", 64)}, **given)
+    (part,) = tmp_path.glob(".out.part-*")
+    journal = json.loads((part / "progress.json").read_text())
+    assert journal["good"] + journal["bad"] == journal["records"] >= 100
+    again = ToyTokenizer("text", 64)
+    assert pack(src, tmp_path / "out", tokenizers={"text": again}, **given).samples == whole.samples
+    assert again.seen <= 300 - journal["records"]
+    for path in (p for p in (tmp_path / "whole").rglob("*") if p.is_file()):
+        other = tmp_path / "out" / path.relative_to(tmp_path / "whole")
+        assert other.read_bytes() == path.read_bytes(), path.name
 
 
 def test_a_journal_of_another_source_is_not_used(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from stream_cases import CASES
 
 from mm.config import Config
 from mm.data.shards.reader import ShardSet
+from mm.data.streams.documents import TokenSource
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,13 @@ def test_there_is_none_without_the_split_or_of_the_split_that_trains(
     assert case(data).held_out() is None
     assert case(split).held_out("test") is None
     assert case(split).held_out().held_out() is None
+
+
+def test_a_source_whose_weight_moves_has_its_largest(split: Path) -> None:
+    """A source that fades out is held out all the same."""
+    source = TokenSource(path=split / "tokens", weight={0: 3.0, 9: 0.0})
+    held_out = source.held_out("val")
+    assert held_out is not None and held_out.weight == 3.0 and held_out.split == "val"
 
 
 def test_images_are_not_augmented(split: Path) -> None:

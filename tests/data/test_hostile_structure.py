@@ -144,9 +144,16 @@ def test_an_index_that_lies_is_seen_by_verify_and_harms_nobody(shards: Path, cas
     assert done.exception is None or isinstance(done.exception, (UserError, SystemExit))
 
 
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0xFF
+    path.write_bytes(data)
+
+
 DAMAGE: dict[str, Callable[[Path], Any]] = {
     "truncated": lambda p: p.write_bytes(p.read_bytes()[:1000]),
     "empty": lambda p: p.write_bytes(b""),
+    "a flipped byte": lambda p: flip(p, 200),
     "no zip": lambda p: p.write_bytes(b"x" * 5000),
     "compressed": lambda p: np.savez_compressed(p.open("wb"), **columns(p)),
     "an object": lambda p: np.savez(p.open("wb"), start=np.array([{}], dtype=object)),

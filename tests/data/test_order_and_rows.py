@@ -18,6 +18,7 @@ from mm.data.streams.order import Windows
 from mm.data.streams.packed import PackedConfig
 from mm.data.streams.raw_items import ItemsConfig
 from mm.data.streams.stateful import StatefulConfig
+from mm.errors import UserError
 
 
 @pytest.fixture(params=list(CASES))
@@ -99,3 +100,11 @@ def test_every_window_is_mixed_in_its_own_way() -> None:
     parts = [tuple(part % 64) for part in order.reshape(3, 64)]
     assert all(sorted(part) == list(range(64)) for part in parts)
     assert len(set(parts)) == 3
+
+
+def test_sizes_that_do_not_divide_are_refused_with_those_that_do() -> None:
+    with pytest.raises(UserError, match=r"size 9 .* 5 processes; possible: \[1, 3, 9\]"):
+        rank_rows(9, None, 0, 5)
+    with pytest.raises(UserError, match=r"size 4 .* the 6 rows .* possible: \[1, 2, 3, 6\]"):
+        rank_rows(12, 4, 0, 2)
+    assert rank_rows(12, 99, 1, 2) == [range(6, 12)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from data_toys import ToyTokenizer, folder, png, tar_of, token_shards, toys, wav
 from mm.cli.data import full_app
 from mm.data.pack.config import PackConfig
 from mm.data.pack.job import pack
-from mm.data.pack.writer import safe_key, secure_webdataset
+from mm.data.pack.worker import content
+from mm.data.pack.writer import histogram, safe_key, secure_webdataset
 from mm.data.shards.inspect import inspect
 from mm.data.shards.reader import ShardSet
 from mm.data.shards.verify import verify
@@ -187,11 +189,14 @@ def test_one_text_file_is_cut_and_joins_again(tmp_path: Path) -> None:
 
 def test_rerun_is_safe_and_a_change_needs_overwrite(tmp_path: Path) -> None:
     src = folder(tmp_path / "src", 3)
+    begun = time.monotonic()
     first = quiet(src, tmp_path / "out")
+    assert first.seconds <= time.monotonic() - begun
     before = (tmp_path / "out/manifest.json").read_bytes()
     again = quiet(src, tmp_path / "out")
     assert again.already and not first.already and again.samples == first.samples
     assert again.seconds == 0 < first.seconds
+    assert quiet(src, tmp_path / "new/folder/out").samples == first.samples
     (src / "train/item000.txt").write_text("train caption X")
     for change in ({}, {"shard_mb": 1.0}):
         with pytest.raises(UserError, match="--overwrite"):
@@ -383,3 +388,25 @@ def test_every_setting_is_an_option_and_no_other_is_taken(tmp_path: Path) -> Non
         pack(tmp_path, tmp_path.parent / "x", max_bat=1)
     with pytest.raises(UserError, match="--split Train: use a plain lower-case word"):
         pack(tmp_path, tmp_path.parent / "x", split="Train")
+
+
+def test_histogram_by_power_of_two() -> None:
+    lengths = np.array([0, 0, 1, 2, 3, 4, 63, 64, 127, 128])
+    assert histogram(lengths) == {"0": 2, "1": 1, "2": 2, "4": 1, "32": 1, "64": 2, "128": 1}
+
+
+def test_limits_stand_in_the_manifest_in_their_order(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    quiet(tmp_path / "a.txt", tmp_path / "out", limits={"audio": {"min_seconds": 0.5}})
+    names = list(json.loads((tmp_path / "out/manifest.json").read_text())["settings"]["limits"])
+    assert names == sorted(names) and "audio.min_seconds" in names
+
+
+def test_duplicates_are_told_by_what_belongs_to_which_member() -> None:
+    """Bytes that run on from one member into the next are no duplicate."""
+    of = lambda dedupe="sample", **raws: content(raws, dedupe)
+    assert of(image=b"ab", text=b"c") != of(image=b"a", text=b"bc")
+    assert of(image=b"a") != of(text=b"a")
+    assert of(image=b"a", text=b"b") == of(text=b"b", image=b"a")
+    assert of("text", image=b"a", text=b"b") == of("text", image=b"x", text=b"b") != b""
+    assert of("audio", text=b"b") == b"" == of(None, text=b"b")

@@ -11,6 +11,7 @@ import pytest
 from data_toys import token_shards
 
 from mm.data.shards.reader import VOCABULARY
+from mm.data.streams.stats import as_shares
 from mm.report import build_report
 from mm.run import Run
 from mm.trainer.log import metrics
@@ -107,3 +108,8 @@ def test_the_page_marks_what_is_off(tmp_path: Path) -> None:
     assert "configured 25.0 %" in found["text"] and "off" not in found["text"]
     assert "configured 75.0 %" in found["image"] and "off</span>" in found["image"]
     assert "<z>" not in text.split('<section id="config">')[0] and "0: &lt;z&gt;" in text
+
+
+def test_shares_of_counts() -> None:
+    assert as_shares({"a": 1}) == {"a": 1.0} and as_shares({"a": 0}) == {"a": 0.0}
+    assert as_shares({"a": 1, "b": 3}) == {"a": 0.25, "b": 0.75} and as_shares({}) == {}

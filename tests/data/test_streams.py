@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_toys import ToyTokenizer, folder, token_shards
+from data_toys import ToyTokenizer, folder
 
 from mm.data.modalities.audio import loudness
 from mm.data.modalities.image import Augment, affine, fit_image
@@ -113,21 +113,6 @@ def test_wrong_folders(data: Path, tmp_path: Path) -> None:
         ItemsConfig(path=tmp_path / "out").build()
     with pytest.raises(UserError, match="no packed data at"):
         ItemsConfig(path=tmp_path / "none").build()
-
-
-def test_a_step_costs_little(tmp_path: Path) -> None:
-    token_shards(tmp_path, 200)
-    config = PackedConfig(
-        sources=[{"path": tmp_path / "tokens"}], seq_len=256, batch_size=4, prefetch=0
-    )
-    tasks = {"image>text": 1, "text>image": 1, "audio>text": 1, "text": 1}
-    stream = config.build(transform={"kind": "any_to_any", "tasks": tasks})
-    times = []
-    for _ in range(60):
-        start = time.process_time()
-        stream.next()
-        times.append(time.process_time() - start)
-    assert np.median(times) < 0.004, "2 ms is the aim; the machine may be busy"
 
 
 # ---- prefetching -----------------------------------------------------------------------------

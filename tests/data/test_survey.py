@@ -84,6 +84,18 @@ def _drawn(stream: PackedStream, block: int) -> tuple[list[int], list[float]]:
     return [block, block + 1], each
 
 
+@pytest.mark.parametrize("name", ["packed", "packed-transform", "bucketed"])
+def test_documents_that_stand_for_all_have_the_weight_of_what_is_not_left_out(
+    data: Path, name: str
+) -> None:
+    built = CASES[name](data).build(seed=0)
+    for s in range(len(built.sources)):
+        figures, drawn = survey._Source(built, s).survey()
+        gone = sum(share["samples"] for share in figures["left_out"].values())
+        assert drawn.weight.sum() == pytest.approx(1 - gone)
+        assert len(drawn.weight) == len(drawn.segments)
+
+
 @pytest.mark.parametrize("tasks", [False, True])
 def test_shares_left_out_are_those_of_an_epoch(data: Path, tasks: bool) -> None:
     """By samples and tokens; drawn tasks within their chance."""
@@ -98,6 +110,12 @@ def test_shares_left_out_are_those_of_an_epoch(data: Path, tasks: bool) -> None:
         share = found["left_out"]["too_long"]
         assert share["samples"] == pytest.approx(too_long.mean())
         assert share["tokens"] == pytest.approx(whole[too_long].sum() / whole.sum())
+        assert found["longest"] == whole.max() > 30
+        for m, n in zip(LENGTHS, columns, strict=True):
+            entry = found["modalities"][m]
+            assert entry["samples"] == (n >= 0).sum()
+            assert entry["tokens"] == (n[n >= 0] + 2).sum()
+            assert entry["used"] == pytest.approx((~too_long[n >= 0]).mean())
         return
     blocks = [stream.plan_block(block) for block in range(20)]
     measured = sum(b.too_long for b in blocks) / (20 * 37)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from data_toys import png, wav
+from generation_toys import save_model
 from PIL import Image
 
 from mm import generate
@@ -17,30 +17,10 @@ from mm.data.modalities.base import get_modality
 from mm.decoders.generate import Generator
 from mm.decoders.raws import own_modality, read_raw
 from mm.errors import UserError
-from mm.model.layer import init_weights
-from mm.registry import NETWORKS
 from mm.specs import Waveform
-from mm.tokenizers.load import load_tokenizer
 from mm.tokenizers.text.bpe import BpeConfig
 from mm.tokenizers.text.bytes import BytesConfig
 from mm.tokenizers.text.words import MOST, Words
-from mm.vocabulary import extend_vocabulary
-
-CAPTIONS = ["the digit seven", "the digit three"]
-
-
-def save_model(root: Path, **tokenizers: BpeConfig | BytesConfig) -> Path:
-    """A saved random model of these tokenizers, by modality."""
-    for name, config in tokenizers.items():
-        config.fit(CAPTIONS).save(root / "tokenizers" / name)
-    folders = {name: root / "tokenizers" / name for name in tokenizers}
-    vocabulary = extend_vocabulary([load_tokenizer(f).spec for f in folders.values()])
-    torch.manual_seed(0)
-    config = {"kind": "lm", "d_model": 16, "backbone": {"kind": "stack", "depth": 1}}
-    model = NETWORKS.parse(config).build(vocabulary)
-    init_weights(model)
-    model.save_pretrained(root / "model", vocabulary=vocabulary, tokenizers=folders)
-    return root
 
 
 @pytest.fixture(scope="module")

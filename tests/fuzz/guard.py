@@ -14,24 +14,40 @@ from typing import Any
 from doors import REFUSALS, Door
 
 SECONDS = 10
-opened: list[str] = []
-_watch: list[Path] = []  # folders that a door may write into; empty: nobody watches
+touched: list[str] = []
+_watch: list[str] = []  # the folder that a door may write into; empty: nobody watches
+# What a door may read besides: the program, its libraries, what the system tells of itself.
+_PROGRAM = {os.path.realpath(p) for p in (sys.prefix, sys.base_prefix, Path(__file__).parents[2])}
+_READ = tuple(f"{p.rstrip('/')}/" for p in (*sorted(_PROGRAM), "/usr", "/proc", "/sys", "/dev"))
+_RUN = {"os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "socket.connect",
+        "pickle.find_class"}  # fmt: skip
+_CHANGE = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink",
+           "shutil.rmtree", "shutil.move"}  # fmt: skip
 
 
 def _audit(event: str, args: tuple[Any, ...]) -> None:
-    """Note files that are opened for writing elsewhere, and whatever runs a program."""
+    """Note whatever runs a program, and files elsewhere that are read, written or changed.
+
+    It sees what Python opens; a library in C or Rust that opens a path by itself is not seen.
+    """
     if not _watch:
         return
-    if event in ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "pickle.find_class"):
-        opened.append(f"{event} {args[0]!r}")
-    elif event == "open" and isinstance(args[0], (str, bytes)):
-        mode, flags = args[1], args[2]
-        if (isinstance(mode, str) and set(mode) & set("wax+")) or (flags or 0) & (
-            os.O_WRONLY | os.O_RDWR
-        ):
-            path = os.path.abspath(os.fsdecode(args[0]))
-            if not any(path.startswith(str(root)) for root in _watch) and path != os.devnull:
-                opened.append(f"write {path}")
+    if event in _RUN:
+        touched.append(f"{event} {args[0]!r}")
+    elif event in ("open", "os.listdir", "os.scandir") or event in _CHANGE:
+        below = event in _CHANGE and isinstance(args[-1], int) and args[-1] > 2
+        if below or not isinstance(args[0], (str, bytes, os.PathLike)):
+            return  # a descriptor, or a name below one: it was opened before
+        path = os.path.realpath(os.fsdecode(args[0]))
+        if path == os.devnull or f"{path}/".startswith(_watch[0]):
+            return
+        writes = event in _CHANGE
+        if event == "open":
+            mode, flags = args[1], args[2]
+            writes = bool(isinstance(mode, str) and set(mode) & set("wax+"))
+            writes = writes or bool((flags or 0) & (os.O_WRONLY | os.O_RDWR))
+        if writes or not f"{path}/".startswith(_READ):
+            touched.append(f"{event} {path}")
 
 
 sys.addaudithook(_audit)
@@ -69,14 +85,17 @@ def warm(door: Door, seed: Path) -> None:
 def pass_through(door: Door, seed: Path, edits: Any) -> str:
     """Damage a copy of ``seed`` and let the door read it: "taken" or "refused".
 
-    Raises what the door raised, `TooSlow`, or AssertionError where it wrote elsewhere.
+    Raises what the door raised, `TooSlow`, or AssertionError where it touched what lies elsewhere.
     """
-    folder = Path(tempfile.mkdtemp(prefix="mm-fuzz-"))
+    folder = Path(os.path.realpath(tempfile.mkdtemp(prefix="mm-fuzz-")))
+    before = tempfile.tempdir
     try:
         shutil.copytree(seed, folder / "in")
+        (folder / "tmp").mkdir()
         door.damage(folder / "in", edits)
-        opened.clear()
-        _watch[:] = [folder, Path(tempfile.gettempdir()), Path("/dev/shm"), Path("/proc/self")]
+        touched.clear()
+        tempfile.tempdir = str(folder / "tmp")
+        _watch[:] = [f"{folder}/"]
         with _limited():
             try:
                 door.enter(folder / "in")
@@ -84,8 +103,9 @@ def pass_through(door: Door, seed: Path, edits: Any) -> str:
             except REFUSALS as error:
                 assert len(str(error)) < 4000, "a refusal is one line"
                 outcome = "refused"
-        assert not opened, f"touched what is not its own: {opened}"
+        assert not touched, f"touched what is not its own: {touched[:3]}"
         return outcome
     finally:
         _watch.clear()
+        tempfile.tempdir = before
         shutil.rmtree(folder, ignore_errors=True)

@@ -40,6 +40,7 @@ def batch(name: str, number: int) -> dict[str, Any]:
     from hypothesis import seed as seeded
 
     door, found, faults = DOORS[name], Counter[str](), []
+    slowest = [0.0]
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mm-fuzz-") as folder:
         seed = Path(folder) / "seed"
@@ -57,6 +58,7 @@ def batch(name: str, number: int) -> dict[str, Any]:
         @seeded(number)
         @given(edits=door.strategy)
         def check(edits: Any) -> None:
+            started = time.monotonic()
             try:
                 found[pass_through(door, seed, edits)] += 1
             except (Exception, TooSlow) as error:  # noqa: BLE001  counted, and told with its edits
@@ -64,11 +66,13 @@ def batch(name: str, number: int) -> dict[str, Any]:
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 text = f"{type(error).__name__}: {str(error)[:200]} ({where.name})"
                 faults.append({"error": text, "edits": repr(edits)[:2000]})
+            slowest[0] = max(slowest[0], time.monotonic() - started)
 
         check()
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     seconds = time.monotonic() - begun
     row = {"door": name, "batch": number, "mib": rss, "seconds": round(seconds, 1)}
+    row["slowest"] = round(slowest[0], 2)
     return row | dict(found) | {"faults": faults}
 
 
@@ -80,7 +84,7 @@ def _safe(job: tuple[str, int]) -> dict[str, Any]:
         return {"door": job[0], "batch": job[1], "fault": 1, "faults": [said]}
 
 
-def run(inputs: int, only: str | None, build: Path = ROOT / "build" / "fuzz") -> int:
+def run(inputs: int, only: str | None, workers: int, build: Path = ROOT / "build" / "fuzz") -> int:
     """Run what is missing of ``inputs``, print the table; returns the number of faults."""
     from doors import DOORS
 
@@ -92,21 +96,24 @@ def run(inputs: int, only: str | None, build: Path = ROOT / "build" / "fuzz") ->
     each = -(-inputs // BATCH // len(names)) or 1
     jobs = [(name, n) for n in range(each) for name in names if (name, n) not in done]
     context = multiprocessing.get_context("spawn")
-    with context.Pool(len(os.sched_getaffinity(0)), maxtasksperchild=1) as pool:
+    with context.Pool(workers, maxtasksperchild=1) as pool:
         with path.open("a") as file:
             for i, row in enumerate(pool.imap_unordered(_safe, jobs), start=1):
                 rows.append(row)
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 print(f"{i}/{len(jobs)} {row['door']} {row['batch']}: {len(row['faults'])} faults")
-    print("\n| door | inputs | taken | refused | faults | most MiB |\n|---|---|---|---|---|---|")
+    print("\n| door | inputs | taken | refused | faults | slowest, s | MiB |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
     faults = 0
     for name in names:
         mine = [row for row in rows if row["door"] == name]
         count = {k: sum(row.get(k, 0) for row in mine) for k in ("taken", "refused", "fault")}
         most = max((row.get("mib", 0) for row in mine), default=0)
         print(f"| {name} | {sum(count.values()):,} |", end=" ")
-        print(f"{count['taken']:,} | {count['refused']:,} | {count['fault']} | {most:,} |")
+        slow = max((row.get("slowest", 0) for row in mine), default=0)
+        print(f"{count['taken']:,} | {count['refused']:,} | {count['fault']} |", end=" ")
+        print(f"{slow:.1f} | {most:,} |")
         faults += count["fault"]
         for text in sorted({f["error"] for row in mine for f in row["faults"]}):
             print(f"  {name}: {text}")
@@ -118,4 +125,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--only", help="one door")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=cores, help="batches at a time")
     raise SystemExit(1 if run(**vars(parser.parse_args())) else 0)

@@ -142,6 +142,19 @@ def test_the_embedder_refuses_positions_that_belong_to_a_mixer(position: Any) ->
         EMBEDDERS.get("sum")(position=position).build(11, D)
 
 
+def test_temperatures_and_growth_with_length_multiply_the_queries() -> None:
+    """By hand: a factor of each head, and log n / log 4 from the fifth token on."""
+    position = POSITIONS.get("none")(temperature=True, trained=4).build(3, heads=2)
+    with torch.no_grad():
+        position.temperature.copy_(torch.tensor([0.5, 3.0]))
+    q, f = torch.randn(1, 4, 2, 3), fields(0, 3, 7, 15)
+    got, k = position.rotate(q, q, f, f)
+    growth = [1, 1, math.log(8) / math.log(4), 2]
+    factor = torch.tensor([[g * h for h in (0.5, 3.0)] for g in growth])
+    torch.testing.assert_close(got, q * factor[..., None])
+    assert torch.equal(k, q)
+
+
 @pytest.mark.parametrize("kind", ["learned", "sinusoidal"])
 def test_a_model_with_absolute_positions_steps_as_it_reads(kind: str) -> None:
     base = NETWORKS.get("lm").smallest().model_dump()

@@ -6,12 +6,13 @@ A mutant is text: the source with one expression or statement replaced, all othe
 from __future__ import annotations
 
 import ast
+import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from operators import IDLE_KEYWORDS, SAID, changes_of, root_of
 
-TELLS = {"__repr__", "__str__", "_warn", "_bar", "describe", "_describe"}  # they make words
+TELLS = {"__repr__", "__str__", "_warn", "_bar", "describe", "smallest"}  # they make words
 
 
 class Mutant(NamedTuple):
@@ -19,12 +20,13 @@ class Mutant(NamedTuple):
 
     ``key`` names it free of line numbers: function, what was there, what is there, and which of
     several such places it is. ``line`` and ``last_line`` hold the statement it is in, without the
-    body that belongs to it.
+    body that belongs to it. ``within`` is a digest of the function.
     """
 
     line: int
     last_line: int
     key: str
+    within: str
     operator: str
     source: str
 
@@ -40,7 +42,7 @@ def mutants_of(source: str) -> list[Mutant]:
     at = lambda line, column: starts[line - 1] + column
     found: list[Mutant] = []
     seen: dict[str, int] = {}
-    for function, span, operator, node, changed in _changes(tree):
+    for (function, body), span, operator, node, changed in _changes(tree):
         begin = at(node.lineno, node.col_offset)  # type: ignore[attr-defined]
         end = at(node.end_lineno, node.end_col_offset)  # type: ignore[attr-defined]
         before, after = raw[begin:end].decode(), ast.unparse(changed)
@@ -56,8 +58,16 @@ def mutants_of(source: str) -> list[Mutant]:
             ast.parse(text)
         except SyntaxError:  # a target in brackets, and the like
             continue
-        found.append(Mutant(*span, f"{name} #{seen[name]}", operator, text))
+        found.append(Mutant(*span, f"{name} #{seen[name]}", digest(body), operator, text))
     return found
+
+
+def digest(*texts: str | bytes) -> str:
+    whole = hashlib.sha256()
+    for text in texts:
+        whole.update(text if isinstance(text, bytes) else text.encode())
+        whole.update(b"\0")
+    return whole.hexdigest()[:12]
 
 
 def _shortened(before: str, after: str, most: int = 80) -> tuple[str, str]:
@@ -74,8 +84,8 @@ def _shortened(before: str, after: str, most: int = 80) -> tuple[str, str]:
 
 def _changes(
     tree: ast.Module,
-) -> Iterator[tuple[str, tuple[int, int], str, ast.AST, ast.AST]]:
-    """(function, lines of the statement, operator, node, what stands in its place)."""
+) -> Iterator[tuple[tuple[str, str], tuple[int, int], str, ast.AST, ast.AST]]:
+    """(function and its text, lines of the statement, operator, node, what stands there)."""
 
     def functions(node: ast.AST, path: str) -> Iterator[tuple[str, ast.AST]]:
         for child in ast.iter_child_nodes(node):
@@ -88,10 +98,11 @@ def _changes(
                 yield from functions(child, name)
 
     for name, function in functions(tree, ""):
+        text = ast.unparse(function)
         for statement in function.body:  # type: ignore[attr-defined]
             for span, node in _inside(statement, (0, 0)):
                 for operator, old, new in changes_of(node, name):
-                    yield name, span, operator, old, new
+                    yield (name, text), span, operator, old, new
 
 
 def _inside(node: ast.AST, span: tuple[int, int]) -> Iterator[tuple[tuple[int, int], ast.AST]]:

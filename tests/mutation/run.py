@@ -30,10 +30,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE)]
 
-from mutate import Mutant, mutants_of  # noqa: E402
+from mutate import Mutant, digest, mutants_of  # noqa: E402
 from processes import Workers, copy_of_tree  # noqa: E402
 from table import report  # noqa: E402
-from warm import digest  # noqa: E402
 
 # Where a silent error costs a run.
 TARGETS = (
@@ -64,6 +63,7 @@ TESTS = (
     "tests/model/mixers/test_mixer_attention_positions.py",
     "tests/own_data/*",
     "tests/test_config.py",
+    "tests/test_vocabulary.py",
     "tests/test_registry.py",
     "tests/test_hashes.py",
     "tests/test_reading.py",
@@ -82,6 +82,11 @@ class Case(NamedTuple):
     @property
     def key(self) -> str:
         return f"{self.file}: {self.mutant.key}"
+
+    @property
+    def id(self) -> str:
+        """Under which its result is kept: it holds until the function changes."""
+        return f"{self.key}@{self.mutant.within}"
 
 
 def files_like(patterns: Sequence[str]) -> list[str]:
@@ -195,11 +200,11 @@ def chosen(found: list[Case], sample: int | None, seed: str, per_module: int | N
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """Results of earlier runs by key and hash of the file that they were for."""
+    """Results of earlier runs by `Case.id`."""
     if not path.is_file():
         return {}
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {f"{row['key']}@{row['hash']}": row for row in rows}
+    return {f"{row['key']}@{row['within']}": row for row in rows}
 
 
 def head() -> str:
@@ -216,6 +221,7 @@ def run(
     workers: int | None = None,
     tests: Sequence[str] = TESTS,
     seconds: float = SECONDS_A_MUTANT,
+    survivors: bool = False,
     build: Path = ROOT / "build" / "mutants",
 ) -> list[dict[str, Any]]:
     """Measure lines where needed, test mutants, write the report; returns this run's rows."""
@@ -242,7 +248,7 @@ def run(
         done = read(path)
 
         def settled(case: Case) -> bool:
-            row = done.get(f"{case.key}@{hash_of(case.file)}")
+            row = done.get(case.id)
             return row is not None and (row["caught"] or row["tests"] == state(case))
 
         def state(case: Case) -> str:
@@ -251,26 +257,29 @@ def run(
             )
 
         todo = [c for c in wanted if not settled(c)]
-        todo.sort(key=lambda c: f"{c.key}@{hash_of(c.file)}" in done)  # survivors last
+        tested = lambda c: c.id in done
+        todo.sort(key=tested)  # survivors last
+        if survivors:
+            todo = [c for c in todo if tested(c)]
         print(f"{len(wanted)} mutants, {len(wanted) - len(todo)} tested before", flush=True)
         jobs = [(c.file, c.mutant.source, c.tests, c.at_import) for c in todo]
         begun = time.monotonic()
         for i, (number, found) in enumerate(pool.map("mutate", jobs), start=1):
             case = todo[number]
-            row = {"key": case.key, "hash": hash_of(case.file), "line": case.mutant.line}
+            row = {"key": case.key, "within": case.mutant.within, "line": case.mutant.line}
             row |= {"operator": case.mutant.operator, "tests": state(case), **found}
-            done[f"{row['key']}@{row['hash']}"] = row
+            done[case.id] = row
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             left = (time.monotonic() - begun) / i * (len(todo) - i)
             word = "caught  " if row["caught"] else "SURVIVED"
             print(f"{i}/{len(todo)} {word} {row['key']}  ({left / 60:.0f} min left)", flush=True)
-    every_key = {f"{c.key}@{hash_of(c.file)}": c for c in every}
-    text = report([row for k, row in done.items() if k in every_key and row["ran"]], every)
+    known = {c.id for c in every}
+    text = report([row for k, row in done.items() if k in known and row["ran"]], every)
     (build / "report.md").write_text(text)
     print(text.split("\nSurvivors")[0])
     print(f"survivors: {build / 'report.md'}")
-    return [done[f"{c.key}@{hash_of(c.file)}"] for c in wanted]
+    return [row for c in wanted if (row := done.get(c.id)) is not None]
 
 
 if __name__ == "__main__":
@@ -282,5 +291,6 @@ if __name__ == "__main__":
     parser.add_argument("--per-module", type=int, help="at most so many mutants of a file")
     parser.add_argument("--workers", type=int, help="processes; default: one a core")
     parser.add_argument("--tests", nargs="*", default=TESTS, help="test files of these patterns")
+    parser.add_argument("--survivors", action="store_true", help="those that lived, again")
     parser.add_argument("--seconds", type=float, default=SECONDS_A_MUTANT, help="a mutant")
     run(**vars(parser.parse_args()))

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE))
 
 from mutate import mutants_of  # noqa: E402
 from processes import Workers  # noqa: E402
+from table import accepted  # noqa: E402
 
 SOURCE = '''
 def scale(x, n, *, out=None):
@@ -139,3 +142,11 @@ def test_mutants_are_caught_in_place_in_processes_and_at_import(
     job = ("program.py", mutant.source, [(f"test_program.py::{test}", 1.0)], fresh)
     ((_, row),) = pool.map("mutate", [job])
     assert row["caught"] is caught
+
+
+def test_accepted_survivors_are_mutants_of_the_program_as_it_is() -> None:
+    """A line that has changed takes its reason with it."""
+    known = accepted()
+    files = {key.split(": ")[0] for key in known}
+    keys = {f"{f}: {m.key}" for f in files for m in mutants_of((ROOT / f).read_text())}
+    assert set(known) <= keys and all(len(reason) > 10 for reason in known.values())

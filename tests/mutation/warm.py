@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import hashlib
 import json
 import os
 import resource
@@ -296,14 +295,6 @@ def _codes_of(source: str) -> dict[tuple[str, int, int], CodeType]:
 
     walk(compile(source, "mutant", "exec", dont_inherit=True))
     return found
-
-
-def digest(*texts: str | bytes) -> str:
-    whole = hashlib.sha256()
-    for text in texts:
-        whole.update(text if isinstance(text, bytes) else text.encode())
-        whole.update(b"\0")
-    return whole.hexdigest()[:12]
 
 
 def _forked(limit_s: float, call: Any) -> int:

@@ -17,6 +17,7 @@ from mm.cli.schema import resolve
 from mm.config import validate
 from mm.data.pack.config import PackConfig
 from mm.errors import UserError
+from mm.own_data import training
 from mm.own_data.choose import Options, choose
 from mm.own_data.look import Found, look, one_word
 from mm.own_data.plan import Chosen, Plan, plain, to_yaml
@@ -67,14 +68,30 @@ def test_photographs(seen: dict[str, Found], tmp_path: Path) -> None:
     assert not image["stages"][0]["data"]["gray"]
     assert train["model"]["embedder"]["position"]["kind"] == "grid"
     stage = train["stages"][0]
-    assert stage["objective"]["transform"]["tasks"].keys() == {"image>text", "text>image"}
+    assert stage["objective"]["transform"]["tasks"].keys() == {"image+text", "text>image"}
+    assert stage["data"]["seq_len"] >= 4 * (64 + 2 + 3)  # four pictures with their words
+    assert train["model"]["d_model"] == 128
     (task,) = [t for t in stage["tasks"] if t["kind"] == "recognition"]
     assert task["classes"] == list(PHOTOS) and task["linear_probe"] and task["split"] == "val"
-    assert "--copies 8" in plan.steps[-4].line  # 60 photographs are few
+    assert "--copies 16" in plan.steps[-4].line  # 60 photographs are few
     prompts = train["callbacks"][1]["prompts"]
     assert {"text": "china", "to": "image"} in prompts
     files = [Path(prompt["image"]) for prompt in prompts if "image" in prompt]
     assert files and all(file.is_file() for file in files)
+
+
+def test_many_pictures_and_recordings_keep_the_larger_model(seen: dict[str, Found]) -> None:
+    photos = seen["photographs"]
+    assert training.few_pictures(photos, 7999) and not training.few_pictures(photos, 8000)
+    assert not training.few_pictures(photos._replace(classes=None), 60)
+    assert not training.few_pictures(seen["recordings"], 18)
+    assert not training.few_pictures(seen["book"], 60)
+
+
+def test_the_time_is_told(seen: dict[str, Found], tmp_path: Path) -> None:
+    told = {str(note.value): note.why for note in plan_of(seen["book"], tmp_path).notes}
+    steps = plan_of(seen["book"], tmp_path).configs["train.yaml"]["stages"][0]["budget"]["steps"]
+    assert f"backbone {steps.value * 0.5 / 60:.1f}" in told["time"]
 
 
 def test_prompts_are_files_that_pack_holds_out(seen: dict[str, Found], tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_recognition_within_a_limit_with_classes_in_their_order(data: Path) -> N
     figures = evaluate(data, kind="recognition", limit=4, classes=WORDS, linear_probe=True)
     assert figures["image_to_text_n"] == 4 and figures["image_to_text_accuracy"] == 1
     assert figures["image_to_text_classes"] == list(WORDS)
-    assert figures["image_to_text_linear_probe_accuracy"] > 0.7
+    assert figures["image_to_text_linear_probe_accuracy"] in (0.75, 1)
     assert "image_to_text_bar" not in figures
 
 

@@ -64,6 +64,16 @@ def test_decode_of_the_first_books_is_what_forward_gave():
         assert torch.equal(out.ids[..., :k], module(x).ids[..., :k])
 
 
+def test_code_zero_of_every_later_book_is_the_zero_vector():
+    for module in (rvq(), fit(rvq(), steps=3)):
+        first, *later = module.books
+        assert first.codes[0].any()
+        for book in later:
+            assert not book.codes[0].any() and book.codes[1:].any(1).all()
+        ids = torch.tensor([[3, 0, 0], [3, -1, -1]])
+        torch.testing.assert_close(module.decode(ids), module.decode(ids[:, :1]))
+
+
 def test_kmeans_start_fills_every_level_and_dead_codes_come_back():
     module = fit(rvq(), steps=30)
     counts = sum(module(clusters(2000, seed=s)).aux["usage"].total for s in (1, 2))

@@ -88,6 +88,14 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     assert faults.read(tmp_path / "none", quick=True) == []
 
 
+def test_what_others_wrote_on_the_page_stays(tmp_path: Path) -> None:
+    page = tmp_path / "reliability.md"
+    assert faults.beside(page) == ""
+    page.write_text(f"# old\n{faults.DAMAGED}\n\nby hand\n")
+    assert faults.beside(page) == f"{faults.DAMAGED}\n\nby hand\n"
+    assert faults.DAMAGED in (Path(__file__).parents[2] / "docs/reliability.md").read_text()
+
+
 def test_the_page_is_made_of_the_rows_and_an_unknown_fault_is_named() -> None:
     row = {"fault": "a | b", "outcome": "c", "tries": 2, "survived": 1, "lost": "x | y"}
     page = faults.markdown([row | {"seconds": 1.0}], quick=True)

@@ -64,24 +64,31 @@ PASSED_OVER: dict[str, Callable[[Path], Any]] = {
     "one more file": lambda f: (f / "more.safetensors").write_bytes(b""),
     "a byte of the state": lambda f: (f / "state.json").write_text("{}"),
 }
-SIGNED: dict[str, Callable[[Path], Any]] = {
+STATES: dict[str, Callable[[Path], Any]] = {
     "state a list": lambda f: (f / "state.json").write_text("[]"),
     "state empty": lambda f: (f / "state.json").write_text(""),
     "state binary": lambda f: (f / "state.json").write_bytes(b"\xff\xfe"),
     "state nested": lambda f: (f / "state.json").write_text("[" * 100_000),
-    "weights of 100 GB": lambda f: (f / "model.safetensors").write_bytes(
-        struct.pack("<Q", 10**11) + b"{}"
+    "weights gone": lambda f: (f / "model.safetensors").unlink(),
+}
+TENSORS: dict[str, Callable[[Path], Any]] = {
+    "of 100 GB": lambda p: p.write_bytes(struct.pack("<Q", 10**11) + b"{}"),
+    "beyond the file": lambda p: header(
+        p, b'{"w":{"dtype":"F32","shape":[99],"data_offsets":[0,396]}}'
     ),
-    "weights beyond the file": lambda f: header(
-        f / "model.safetensors", b'{"w":{"dtype":"F32","shape":[99],"data_offsets":[0,396]}}'
-    ),
-    "weights a pickle": lambda f: torch.save({"w": torch.ones(2)}, f / "model.safetensors"),
-    "weights empty": lambda f: (f / "model.safetensors").write_bytes(b""),
-    "optimizer empty": lambda f: (f / "model.optimizer.safetensors").write_bytes(b""),
-    "shapes that overflow": lambda f: header(
-        f / "model.safetensors",
+    "a pickle": lambda p: torch.save({"w": torch.ones(2)}, p),
+    "empty": lambda p: p.write_bytes(b""),
+    "truncated": lambda p: p.write_bytes(p.read_bytes()[:-8]),
+    "of shapes that overflow": lambda p: header(
+        p,
         b'{"w":{"dtype":"F32","shape":[4294967296,4294967296,4294967296],"data_offsets":[0,64]}}',
     ),
+}
+FILES = {"weights": "model.safetensors", "optimizer": "model.optimizer.safetensors"}
+SIGNED = STATES | {
+    f"{what} {case}": (lambda f, case=case, name=name: TENSORS[case](f / name))
+    for case in TENSORS
+    for what, name in FILES.items()
 }
 
 
@@ -128,7 +135,9 @@ def test_an_edited_state_is_refused_by_key(run: Run, key: str) -> None:
         train(run)
 
 
-@pytest.mark.parametrize("change", [{"schema": 99}, {"step": -1}, {"step": "4"}, {"step": 3}])
+@pytest.mark.parametrize(
+    "change", [{"schema": 99}, {"step": -1}, {"step": "4"}, {"step": None}, {"step": 3}]
+)
 def test_a_state_of_another_program_or_step_is_passed_over(run: Run, change: JSON) -> None:
     edit(last(run), lambda s: s.update(change))
     if change == {"schema": 99}:
@@ -158,3 +167,20 @@ def test_weights_without_a_name_that_the_model_has_are_refused(run: Run) -> None
 def test_a_good_one_has_no_fault(trained: Run) -> None:
     assert check.fault_of(last(trained)) is None
     assert checkpoint.newest(trained.folder / "checkpoints") is not None
+
+
+def test_690_weights_that_are_not_finite_save_no_model(run: Run) -> None:
+    path = last(run) / "model.safetensors"
+    save_file({n: torch.full_like(w, float("nan")) for n, w in load_file(path).items()}, path)
+    sign(last(run))
+    with pytest.raises(UserError, match=r"was not applied|were not finite|not finite"):
+        train(run)
+    assert (run.folder / "model.step").read_text() == "4"  # that of the run before
+
+
+def test_693_a_file_in_the_place_of_the_checkpoints_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path, steps=2)
+    run.folder.mkdir()
+    (run.folder / "checkpoints").write_text("a file")
+    with pytest.raises(UserError, match="checkpoints"):
+        train(run)

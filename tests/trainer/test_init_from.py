@@ -19,6 +19,7 @@ from mm.errors import UserError
 from mm.model.folder import load_tensors
 from mm.run import Run
 from mm.tokenizers.text.bytes import BytesConfig
+from mm.trainer.export import mark
 from mm.trainer.loop import train
 
 
@@ -43,11 +44,15 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_tensors(run / "model" / "model.safetensors")
 
 
-def test_a_run_begins_with_the_weights_of_another(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("exported", ["last", "best"])
+def test_a_run_begins_with_the_weights_of_another(
+    root: Path, tmp_path: Path, exported: str
+) -> None:
     """Its resume does not read them again; both files say what it began with."""
     base = tmp_path / "base"
     shutil.copytree(root / "runs" / "base", base)
     run = tuned(root, tmp_path).model_copy(update={"init_from": base})
+    (base / "model.step").write_text(mark(run.model_copy(update={"export": exported}), 3))
     before = files(base)
     train(run)
     old, new = weights(base), weights(run.folder)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import trainer_toys as toys
-from trainer_runs import losses, make_run
+from trainer_runs import Calls, losses, make_run
 from trainer_toys import toys_registered  # noqa: F401
 
 from mm.run import Run
 from mm.trainer.checkpoint import format as checkpoint
-from mm.trainer.loop import INTERRUPTED, train
+from mm.trainer.loop import INTERRUPTED, Trainer, train
 
 STEPS = 3  # of the first stage
 FORMS: dict[str, dict[str, Any]] = {
@@ -131,3 +131,15 @@ def test_a_frozen_network_keeps_the_weights_of_the_stage_before(tmp_path: Path) 
     found = teachers(runs[1])
     assert not torch.equal(found[0], found[1])
     assert all(torch.equal(found[STEPS - 1], after) for after in found[STEPS:])
+
+
+def test_a_frozen_network_takes_no_gradient(tmp_path: Path) -> None:
+    found: list[bool] = []
+
+    def look(trainer: Any) -> None:
+        for module in trainer.stage.frozen.values():
+            assert not module.training
+            found.extend(p.requires_grad or p.grad is not None for p in module.parameters())
+
+    Trainer(make_run(tmp_path, steps=1, objective="toy_teacher"), [Calls("post_step", look)]).fit()
+    assert found and not any(found)

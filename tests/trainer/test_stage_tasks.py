@@ -84,7 +84,7 @@ def test_every_stage_is_measured_at_its_own_end(tmp_path: Path) -> None:
     whole = two_stages(tmp_path, "whole")
     out = train(whole)
     found = evaluated(whole)
-    assert list(found) == [3, 6]
+    assert [r["step"] for r in rows(whole) if any(k.startswith("eval/") for k in r)] == [3, 6]
     assert set(found[3]) == {KEY, "eval/toy_task_toys/chance"}
     assert set(found[6]) == {"eval/last/weights", "eval/last/chance"}
     saved = sum(
@@ -101,6 +101,15 @@ def test_every_stage_is_measured_at_its_own_end(tmp_path: Path) -> None:
     assert stopped.value.code == INTERRUPTED
     train(broken)
     assert evaluated(broken) == found
+
+
+def test_a_task_with_every_counts_from_the_begin_of_its_stage(tmp_path: Path) -> None:
+    run = make_run(tmp_path, steps=4, checkpoints={"every": 0})
+    first, second = (run.stages[0].to_dict() for _ in range(2))
+    later = second | {"tasks": [{"kind": "toy_task", "every": 3}]}
+    run = Run.model_validate(run.to_dict() | {"stages": [first, later]})
+    train(run)
+    assert list(evaluated(run)) == [7, 8], "after three of its steps, and at its end"
 
 
 def test_a_task_with_every_measures_the_weights_that_train(tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ def test_run_folder_and_metric_names(tmp_path: Path) -> None:
         "config.yaml",
         "environment.json",
         "metrics.jsonl",
+        "start.json",
         "checkpoints/latest",
         "model/config.json",
     ):
@@ -91,6 +92,8 @@ def test_run_folder_and_metric_names(tmp_path: Path) -> None:
         "skipped",
     }
     assert wanted <= row.keys()
+    assert all(0 <= r["data/wait_seconds"] <= r["perf/step_seconds"] for r in rows(run))
+    assert sum(r["perf/step_seconds"] for r in rows(run)) <= summary["seconds"]
     assert row["tokens/text_share"] + row["tokens/image_share"] == pytest.approx(1)
     assert row["bits_per_byte/text"] == pytest.approx(row["loss/text"] / 0.693147 / 2.0, rel=1e-4)
     assert losses(run)[-1] < losses(run)[0]

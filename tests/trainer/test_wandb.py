@@ -150,7 +150,7 @@ def test_offline_run_holds_scalars_axis_media_and_config(tmp_path: Path) -> None
     run = make_run(tmp_path, steps=3)
     file, evaluated, resumed = sorted((run.folder / "wandb").glob("offline-run-*/run-*.wandb"))
     assert file.name == evaluated.name == resumed.name  # one run: its id
-    assert json.loads((run.folder / "tracking.json").read_text())["id"] in file.name
+    assert json.loads((run.folder / "run_id.json").read_text())["id"] in file.name
     first, second = Segment(file), Segment(resumed)
     assert first.axes.get("*") == "step"
     for row in rows(run):

@@ -173,7 +173,7 @@ class DecoderDecoderConfig(HeadsConfig):
     )
     ffn: FfnField | None = Field(default="swiglu", validate_default=True)
     block: BlockField = Field(default="prenorm", validate_default=True)
-    eps: float = 1e-6
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-6
     recompute: Recompute = "none"
 
     small = {

@@ -9,18 +9,22 @@ import re
 
 from mm.errors import UserError
 
+MAX_LAYERS = 4096
+MAX_NESTING = 16
 _TOKEN = re.compile(r"\s*(?:(\d+)\s*\*|([A-Za-z_][\w\-./]*)|(\()|(\)))")
 
 
 def parse(pattern: str) -> list[str]:
     """Expand a pattern to its words, left to right. Raises UserError pointing at the fault."""
-    words, at = _sequence(pattern, 0, nested=False)
+    words, at = _sequence(pattern, 0, 0)
     if not words:
         raise UserError(f"pattern '{pattern}' names no mixer")
     return words
 
 
-def _sequence(text: str, at: int, nested: bool) -> tuple[list[str], int]:
+def _sequence(text: str, at: int, nested: int) -> tuple[list[str], int]:
+    if nested > MAX_NESTING:
+        raise _fault(text, at, f"groups are nested deeper than {MAX_NESTING}")
     words: list[str] = []
     times: int | None = None
     while text[at:].strip():
@@ -29,7 +33,7 @@ def _sequence(text: str, at: int, nested: bool) -> tuple[list[str], int]:
             raise _fault(text, at, "expected a word, a number with *, or a parenthesis")
         number, word, opened, closed = match.groups()
         if number:
-            if times is not None or int(number) < 1:
+            if times is not None or len(number) > 9 or int(number) < 1:
                 raise _fault(text, at, "a repeat count is a positive number before a word or group")
             times, at = int(number), match.end()
             continue
@@ -37,7 +41,10 @@ def _sequence(text: str, at: int, nested: bool) -> tuple[list[str], int]:
             if not nested or times is not None:
                 raise _fault(text, at, "nothing to close here")
             return words, match.end()
-        group, at = _sequence(text, match.end(), nested=True) if opened else ([word], match.end())
+        inside = match.end()
+        group, at = _sequence(text, inside, nested + 1) if opened else ([word], inside)
+        if len(words) + len(group) * (times or 1) > MAX_LAYERS:
+            raise _fault(text, inside, f"more than {MAX_LAYERS} layers")
         words += group * (times or 1)
         times = None
     if nested:
@@ -48,7 +55,8 @@ def _sequence(text: str, at: int, nested: bool) -> tuple[list[str], int]:
 
 
 def _fault(text: str, at: int, why: str) -> UserError:
-    return UserError(f"pattern '{text}', character {min(at, len(text)) + 1}: {why}")
+    shown = text if len(text) <= 120 else f"{text[:120]}..."
+    return UserError(f"pattern '{shown}', character {min(at, len(text)) + 1}: {why}")
 
 
 def tile(words: list[str], depth: int | None) -> list[str]:

@@ -14,7 +14,7 @@ from mm import config as yaml_config
 from mm.config import Config
 from mm.errors import UserError, did_you_mean
 from mm.model import recompute as recomputing
-from mm.model.backbones.pattern import parse, tile
+from mm.model.backbones.pattern import MAX_LAYERS, parse, tile
 from mm.model.context import Ctx
 from mm.model.layer import (
     Backbone,
@@ -145,7 +145,7 @@ class StackConfig(Config):
 
     kind: Literal["stack"] = "stack"
     depth: Annotated[
-        Annotated[int, Field(gt=0)] | None,
+        Annotated[int, Field(gt=0, le=MAX_LAYERS)] | None,
         Field(description="layers; the pattern is repeated; default: as it is written, once"),
     ] = None
     pattern: Annotated[
@@ -158,7 +158,7 @@ class StackConfig(Config):
     blocks: dict[str, BlockField] = Field(
         default={}, description="words of the pattern with a block of their own"
     )
-    eps: float = 1e-6
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-6
     norm: Kind = Field(default="rms", description="of what the heads read")
     recompute: recomputing.Recompute = "none"
 

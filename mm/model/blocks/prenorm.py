@@ -69,7 +69,7 @@ class PreNormConfig(Config):
     """Residual block with norms before mixer and feed-forward, after them, or on both sides."""
 
     kind: Literal["prenorm"] = "prenorm"
-    eps: float = 1e-6
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-6
     dropout: float = Field(
         default=0.0, ge=0, lt=1, description="of what mixer and feed-forward add; for small data"
     )

@@ -109,7 +109,7 @@ class RopeConfig(Config):
     """Rotary positions on axis 0 (time)."""
 
     kind: Literal["rope"] = "rope"
-    theta: float = 10000.0
+    theta: Annotated[float, Field(gt=1, le=1e12)] = 10000.0
     scaling: RopeScaling | None = None
     fraction: float = Field(
         default=1.0, gt=0, le=1, description="of a head's width that is rotated, its first part"

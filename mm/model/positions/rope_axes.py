@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -59,7 +59,7 @@ class RopeAxesConfig(Config):
     """Rotary positions on several axes: n-D grids, hierarchies."""
 
     kind: Literal["rope_axes"] = "rope_axes"
-    theta: float = 10000.0
+    theta: Annotated[float, Field(gt=1, le=1e12)] = 10000.0
     axes: list[int] = Field(
         default=[0, 1], min_length=1, description="axis of each section; 0 is time"
     )

@@ -99,6 +99,10 @@ def fault_of(folder: Path) -> str | None:
         return f"{STATE} has schema {str(state.get('schema'))[:20]}, this program reads {SCHEMA}"
     if state.get("step") != step_of(folder):
         return f"{STATE} is of step {str(state.get('step'))[:20]}"
+    trained = state.get("optimizers")
+    for name in trained if isinstance(trained, dict) else ():
+        if f"{name}.safetensors" not in here:
+            return f"{name[:40]}.safetensors is missing"
     return next((f for name in sorted(here) if (f := _header_fault(folder / name))), None)
 
 

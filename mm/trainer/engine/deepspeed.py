@@ -19,7 +19,7 @@ import datetime
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -381,3 +381,13 @@ class Engine:
             for flat, old in zip(flats, before, strict=True):
                 flat.grad = None
                 flat.copy_(old)  # -0.0 became 0.0
+
+
+def linear_of_stage(zero_stage: int) -> Callable[..., Tensor]:
+    """What `torch.nn.functional.linear` is at a ZeRO stage: stage 3 keeps no cast of the weight."""
+    if zero_stage < 3:
+        return torch.nn.functional.linear
+    _deepspeed()
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    return zero3_linear_wrap

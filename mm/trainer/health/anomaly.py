@@ -136,6 +136,15 @@ class Guard(Callback):
         spread = 1.4826 * statistics.median(abs(x - median) for x in self._losses)
         return value > median + self.config.spike_sigma * max(spread, 0.01 * abs(median))
 
+    def require_applied(self, step: int, stage: int) -> None:
+        """Raise UserError where ``step``, the last one done, was not applied: nothing is saved."""
+        if step - 1 in self._bad:
+            raise UserError(
+                f"{self.folder}: step {step}, the last one, was not applied, because its loss or "
+                "gradient is not finite: no model is saved. Begin again with a lower "
+                f"stages.{stage}.optimizer.lr and another name: name=..."
+            )
+
     def roll_back(self, why: RollBack, step: int, to: int | None) -> None:
         """Count a return from ``step`` to the checkpoint of step ``to``.
 

@@ -26,7 +26,7 @@ from mm.trainer.log.sinks.base import Artifact, Level, Place, Sink
 
 log = logging.getLogger("mm.trainer")
 
-FILE = "tracking.json"
+FILE = "run_id.json"
 QUEUE = 10_000  # things to say that a sink may be behind
 FINISH_TIMEOUT_S = 30.0  # of all sinks together
 Action = Callable[[Sink], None]
@@ -122,7 +122,7 @@ class Tracker(Callback):
     ) -> Tracker:
         """Open (or, with the id of an earlier part, continue) the run in every sink.
 
-        Writes ``tracking.json``, ``lineage.json`` and, where the code was changed, ``code.diff``.
+        Writes ``run_id.json``, ``lineage.json`` and, where the code was changed, ``code.diff``.
         """
         run_id = own_id(folder, run_id)
         commit = environment.get("commit")

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import nn
 
 from mm.registry import OPTIMIZERS
-from mm.trainer.optimizers.base import OptimizerConfig
+from mm.trainer.optimizers.base import Beta, OptimizerConfig
 
 
 @OPTIMIZERS.register("adamw")
@@ -23,7 +23,7 @@ class AdamWConfig(OptimizerConfig):
     lr: Annotated[
         float, Field(gt=0, description="peak learning rate; the schedule multiplies it")
     ] = 3e-3
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
     eps: Annotated[float, Field(gt=0)] = 1e-8
 
     mup: ClassVar[bool] = True

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mm.config import Config
 from mm.trainer.engine.zero_shards import Shards
 
+Beta = Annotated[float, Field(ge=0, lt=1, description="share of the old average kept")]
 Needs = Literal["elements", "gather", "tensors"]
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.registry import OPTIMIZERS
-from mm.trainer.optimizers.base import OptimizerConfig, ShardOptimizer
+from mm.trainer.optimizers.base import Beta, OptimizerConfig, ShardOptimizer
 
 
 class Lion(ShardOptimizer):
@@ -38,7 +38,7 @@ class LionConfig(OptimizerConfig):
         float, Field(gt=0, description="peak learning rate; the schedule multiplies it")
     ] = 3e-4
     weight_decay: Annotated[float, Field(ge=0, description="decoupled, times the rate")] = 1.0
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
 
     mup: ClassVar[bool] = True
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.registry import OPTIMIZERS
-from mm.trainer.optimizers.base import Needs, OptimizerConfig, ShardOptimizer, adamw_update
+from mm.trainer.optimizers.base import Beta, Needs, OptimizerConfig, ShardOptimizer, adamw_update
 
 
 def orthogonalize(m: Tensor, steps: int = 5) -> Tensor:
@@ -79,7 +79,7 @@ class MuonConfig(OptimizerConfig):
     adamw: Annotated[
         tuple[str, ...], Field(description="words in the names of matrices left to AdamW")
     ] = ("embed", "heads", "conv")
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
     eps: Annotated[float, Field(gt=0)] = 1e-8
 
     @property

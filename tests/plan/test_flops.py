@@ -1,0 +1,105 @@
+"""Operations of a traced step: every operator has a formula, and the formulas count right."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import pytest
+import torch
+
+import mm.kernels
+from mm.kernels.attention.spec import MaskSpec
+from mm.plan import flops
+from mm.plan.inputs import documents
+from mm.plan.trace import fake_mode, trace_step
+from mm.registry import BACKBONES, NETWORKS
+
+
+def _operators() -> list[str]:
+    for found in pkgutil.walk_packages(mm.kernels.__path__, "mm.kernels."):
+        if "triton" not in found.name:
+            importlib.import_module(found.name)
+    names = torch._C._dispatch_get_all_op_names()
+    # operators of tests stand in files of tests
+    return sorted({n.removeprefix("mm::").partition(".")[0] for n in names if n[:4] == "mm::"})
+
+
+def test_every_operator_of_ours_has_a_formula() -> None:
+    """A new kernel without one would be free in every plan: add it to `mm.plan.flops.FORWARD`."""
+    names = _operators()
+    assert len(names) > 40
+    without = [n for n in names if flops.formula_of(n) is None]
+    assert not without, f"no formula in mm/plan/flops.py: {without}"
+
+
+@pytest.mark.parametrize("T, S", [(1, 1), (5, 5), (3, 8), (8, 8)])
+@pytest.mark.parametrize("causal, window", [(False, None), (True, None), (True, 1), (True, 4)])
+def test_pairs_are_those_of_the_mask(T: int, S: int, causal: bool, window: int | None) -> None:
+    mask = MaskSpec(causal=causal, window=window).dense(T, S, torch.device("cpu"))
+    counted = T * S if mask is None else int(mask.sum())
+    assert flops.pairs(T, S, causal, window) == counted
+
+
+def _trace(pattern: str, tokens: int, document: int, heads: int = 2, **backbone: object) -> object:
+    config = NETWORKS.parse("lm").model_copy(
+        update={
+            "d_model": 64,
+            "backbone": BACKBONES.parse(
+                {"kind": "stack", "depth": 2, "pattern": pattern} | backbone
+            ),
+        }
+    )
+    with fake_mode() as fake:
+        model = config.build().train()
+    batch = documents(1, tokens, document, None)
+    losses = lambda: iter([model(batch, seed=1).heads["tokens"].nll.sum()])
+    return trace_step(fake, {"model": model}, losses, tokens), model
+
+
+def test_a_dense_layer_counts_six_operations_a_weight() -> None:
+    """Kaplan et al. 2020: two forward and four backward, for every weight of a matrix."""
+    trace, model = _trace("attention", 64, 1)  # documents of one token: no attention to speak of
+    matrices = sum(
+        p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embedder" not in n
+    )
+    total = sum(trace.flops("forward", "backward").values()) / 64
+    assert total == pytest.approx(6 * matrices, rel=0.05)
+
+
+def test_packed_documents_cost_what_they_cost_apart() -> None:
+    """Attention of documents grows with their own lengths, not with the row's."""
+    long, _ = _trace("attention", 2048, 2048)
+    short, _ = _trace("attention", 2048, 128)
+    d, depth = 64, 2
+    more = long.flops("forward")["attention"] - short.flops("forward")["attention"]
+    expected = 2 * 2 * d * depth * (2048 * 2049 / 2 - 16 * 128 * 129 / 2)
+    assert more == pytest.approx(expected, rel=0.15)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_what_is_made_again_is_no_operation_of_the_model(mode: str) -> None:
+    plain, _ = _trace("rg_lru attention", 64, 64)
+    again, _ = _trace("rg_lru attention", 64, 64, recompute=mode)
+    count = lambda t: sum(t.flops("forward", "backward").values())
+    assert count(again) == pytest.approx(count(plain), rel=0.01)
+    assert sum(again.flops("recompute").values()) > 0
+    assert not plain.flops("recompute")
+    assert again.forward_peak < plain.forward_peak
+
+
+MIXERS_OF_ALL_FAMILIES = (
+    "attention", "latent_attention", "gla", "rwkv6", "gated_deltanet", "mlstm", "mamba", "s4d",
+    "s5", "rg_lru", "min_gru", "lstm", "short_conv", "hyena", "ttt",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXERS_OF_ALL_FAMILIES)
+def test_any_mixer_is_traced(name: str) -> None:
+    """No table a mixer: the same code runs as in training."""
+    trace, _ = _trace(name, 32, 16)
+    assert not trace.unknown
+    forward, backward = trace.flops("forward"), trace.flops("backward")
+    mixers = set(forward) - {"blocks", "head", "embedder", "swiglu", "other"}
+    assert mixers and all(forward[m] > 0 and backward[m] > 0 for m in mixers)
+    assert all(trace.saved[m] > 0 for m in mixers)
