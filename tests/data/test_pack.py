@@ -16,8 +16,7 @@ from data_toys import ToyTokenizer, folder, png, tar_of, token_shards, toys, wav
 from mm.cli.data import full_app
 from mm.data.pack.config import PackConfig
 from mm.data.pack.job import pack
-from mm.data.pack.worker import content
-from mm.data.pack.writer import histogram, safe_key, secure_webdataset
+from mm.data.pack.writer import secure_webdataset
 from mm.data.shards.inspect import inspect
 from mm.data.shards.reader import ShardSet
 from mm.data.shards.verify import verify
@@ -355,29 +354,6 @@ def test_inspect_raw(tmp_path: Path) -> None:
         inspect(tmp_path / "out", split="tset")
 
 
-def test_safe_key_is_injective() -> None:
-    names = [
-        "a.b",
-        "a_b",
-        "a%2Eb",
-        "a b",
-        "a\nb",
-        "é",
-        "e",
-        "x/y.z",
-        "x/y/z",
-        "../a",
-        "漢" * 60,
-        "漢" * 61,
-        "a" * 300,
-    ]
-    keys = [safe_key(n) for n in names]
-    assert len(set(keys)) == len(names)
-    assert all(
-        len(k) <= 80 and "." not in k and "\n" not in k and not k.startswith("/") for k in keys
-    )
-
-
 def test_every_setting_is_an_option_and_no_other_is_taken(tmp_path: Path) -> None:
     command = typer.main.get_command(full_app())
     assert isinstance(command, typer.core.TyperGroup)
@@ -390,23 +366,8 @@ def test_every_setting_is_an_option_and_no_other_is_taken(tmp_path: Path) -> Non
         pack(tmp_path, tmp_path.parent / "x", split="Train")
 
 
-def test_histogram_by_power_of_two() -> None:
-    lengths = np.array([0, 0, 1, 2, 3, 4, 63, 64, 127, 128])
-    assert histogram(lengths) == {"0": 2, "1": 1, "2": 2, "4": 1, "32": 1, "64": 2, "128": 1}
-
-
 def test_limits_stand_in_the_manifest_in_their_order(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     quiet(tmp_path / "a.txt", tmp_path / "out", limits={"audio": {"min_seconds": 0.5}})
     names = list(json.loads((tmp_path / "out/manifest.json").read_text())["settings"]["limits"])
     assert names == sorted(names) and "audio.min_seconds" in names
-
-
-def test_duplicates_are_told_by_what_belongs_to_which_member() -> None:
-    """Bytes that run on from one member into the next are no duplicate."""
-    of = lambda dedupe="sample", **raws: content(raws, dedupe)
-    assert of(image=b"ab", text=b"c") != of(image=b"a", text=b"bc")
-    assert of(image=b"a") != of(text=b"a")
-    assert of(image=b"a", text=b"b") == of(text=b"b", image=b"a")
-    assert of("text", image=b"a", text=b"b") == of("text", image=b"x", text=b"b") != b""
-    assert of("audio", text=b"b") == b"" == of(None, text=b"b")
