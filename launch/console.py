@@ -11,7 +11,8 @@ _RANK = re.compile(r"\[rank (\d+)\] ?")
 _ERROR = re.compile(r"Traceback \(most recent call last\)|^mm: ")
 # What a rank says that only lost another one, or was told to stop.
 _CONSEQUENCE = re.compile(
-    r"Connection (reset|closed|refused)|closed by (remote )?peer|Broken pipe|SIGTERM|SignalException"
+    r"Connection (reset|closed|refused)|closed by (remote )?peer|Broken pipe|SIGTERM"
+    r"|SignalException"
     r"|the main process stopped|NCCL communicator was aborted|DistBackendError|recvValue failed"
     r"|DistNetworkError|Timed out waiting|heartbeat"
 )

@@ -80,7 +80,8 @@ def select(hosts: list[Host], include: str = "", exclude: str = "") -> list[Host
         for number in numbers.split(","):
             if not number.isdigit() or int(number) not in known[name].slots:
                 raise UserError(
-                    f"{word}: '{name}' has no slot '{number}', only 0 to {len(known[name].slots) - 1}"
+                    f"{word}: '{name}' has no slot '{number}', only "
+                    f"0 to {len(known[name].slots) - 1}"
                 )
             slots.append(int(number))
         named[name] = tuple(slots)

@@ -138,11 +138,13 @@ def first_address(hosts: list[Host], hostfile: Path) -> str:
         found = socket.gethostbyname(name)
     except OSError as error:
         raise UserError(
-            f"{hostfile}:{first.line}: '{first.name}' has no address here ({error.args[-1]}); {mend}"
+            f"{hostfile}:{first.line}: '{first.name}' has no address here "
+            f"({error.args[-1]}); {mend}"
         ) from error
     if ipaddress.ip_address(found).is_loopback:
         raise UserError(
-            f"{hostfile}:{first.line}: '{first.name}' is {found} here, which no other host reaches; "
+            f"{hostfile}:{first.line}: '{first.name}' is {found} here, which no other host "
+            "reaches; "
             f"{mend}"
         )
     return found
