@@ -272,6 +272,13 @@ MODALITIES = Registry(
         "audio": "mm.data.modalities.audio",
     },
 )
+LAUNCHERS = Registry(
+    "launcher",
+    {
+        "local": "mm.launch.local",
+        "ssh": "mm.launch.ssh",
+    },
+)
 SOURCES = Registry(
     "source",
     {

@@ -24,6 +24,7 @@ COMMANDS = (
     "tokenizer",
     "data",
     "train",
+    "launch",
     "plan",
     "generate",
     "eval",
@@ -121,10 +122,10 @@ def run(arguments: list[str]) -> int:
     """
     debug = "--debug" in arguments or bool(os.environ.get("MM_DEBUG"))
     rest = [argument for argument in arguments if argument != "--debug"]
-    prepare()  # before torch is imported
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
+        prepare()  # before torch is imported
         typer.main.get_command(app)(args=["--debug", *rest] if debug else rest, prog_name="mm")
     except SystemExit as stop:
         code = stop.code

@@ -54,12 +54,15 @@ def test_help_takes_under_a_second_and_no_torch() -> None:
         "config show",
         "config schema",
         "bench mixers",
+        "launch local",
+        "launch ssh",
+        "launch status",
     ],
 )
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = said(capsys, *command.split(), "--help")
     assert code == 0 and "Usage" in out
-    if command not in ("tokenizer", "data", "config", "bench", "wandb"):
+    if command not in ("tokenizer", "data", "config", "bench", "wandb", "launch"):
         assert "--json" in out
 
 

@@ -231,7 +231,7 @@ def test_every_plug_point_is_in_the_table() -> None:
     assert sorted(row[0].strip("`") for row in found) == sorted(tables)
     sources = "\n".join(
         p.read_text(encoding="utf-8")
-        for folder in ("mm", "data", "tokenizers")
+        for folder in ("mm", "data", "tokenizers", "launch")
         for p in (ROOT / folder).rglob("*.py")
     )
     for table, contract, _, _, hooks in found:

@@ -1,0 +1,37 @@
+"""The arithmetic of the global batch: rows of a step, of a process, of a pass."""
+
+from __future__ import annotations
+
+from mm.errors import UserError
+from mm.run import Run
+
+
+def batch_arithmetic(run: Run, world: int) -> list[str]:
+    """A line a stage: how the rows of one step fall on ``world`` processes.
+
+    Raises UserError when they do not divide, with the numbers of processes that do.
+    """
+    lines = []
+    for i, stage in enumerate(run.stages):
+        rows = getattr(stage.data, "batch_size", None)
+        if rows is None:
+            lines.append(f"stages.{i}: {stage.data.kind}: its rows are its own business")  # pyright: ignore[reportAttributeAccessIssue]
+            continue
+        if rows % world:
+            fits = [n for n in range(1, rows + 1) if rows % n == 0]
+            raise UserError(
+                f"stages.{i}.data.batch_size: {rows} rows do not divide over {world} processes; "
+                f"numbers of processes that do: {', '.join(map(str, fits))}; or say "
+                f"stages.{i}.data.batch_size={-(-rows // world) * world}"
+            )
+        mine = rows // world
+        micro = min(getattr(stage.data, "micro_batch_size", None) or mine, mine)
+        passes = -(-mine // micro)
+        length = getattr(stage.data, "seq_len", None)
+        tokens = f" of up to {length} tokens = {rows * length:,} tokens" if length else ""
+        lines.append(
+            f"stages.{i}: global batch {rows} rows{tokens} = {world} processes x {passes} "
+            f"{'pass' if passes == 1 else 'passes'} x {micro} rows"
+            + ("" if mine % micro == 0 else f" (the last has {mine % micro})")
+        )
+    return lines

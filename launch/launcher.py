@@ -1,0 +1,110 @@
+"""What every launcher is: a cluster YAML that turns a job into files, nodes and commands."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
+
+from mm.config import Config
+
+PORT = 29500
+
+
+class Job(NamedTuple):
+    """What is to be trained."""
+
+    config: str
+    overrides: tuple[str, ...]
+    name: str
+    folder: Path  # of the run, absolute
+    environ: Mapping[str, str]  # forwarded, secrets among them
+    workdir: Path
+
+    @property
+    def train(self) -> tuple[str, ...]:
+        """Arguments of ``python -m``."""
+        return ("mm", "train", self.config, *self.overrides)
+
+    @property
+    def home(self) -> Path:
+        """Where what the launcher writes is found again."""
+        return self.folder / "launch"
+
+
+class Node(NamedTuple):
+    """A shell on one machine: its script goes to the standard input of ``transport``."""
+
+    name: str
+    transport: tuple[str, ...]
+    script: str
+    processes: int
+
+
+class Plan(NamedTuple):
+    """What a launcher would do.
+
+    Either ``nodes`` are started and watched from here, or ``commands`` hand the job to a scheduler.
+    """
+
+    world: int
+    files: dict[str, str]  # name below `Job.home` -> text
+    nodes: tuple[Node, ...] = ()
+    commands: tuple[tuple[str, ...], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class Launcher(Config):
+    """Keys that every cluster YAML has."""
+
+    nodes: Annotated[int | None, Field(gt=0, description="machines")] = None
+    gpus_per_node: Annotated[
+        int | None, Field(gt=0, description="processes a machine, one a GPU; on CPUs: processes")
+    ] = None
+    python: Annotated[
+        str | None, Field(description="interpreter on the nodes; default: this one")
+    ] = None
+    workdir: Annotated[
+        Path | None, Field(description="folder that the nodes work in; default: this one")
+    ] = None
+    port: Annotated[
+        int | None, Field(gt=0, lt=65536, description="of the rendezvous on the first node")
+    ] = None
+    env: Annotated[dict[str, str], Field(description="variables that every node gets")] = {}
+    forward: Annotated[
+        tuple[str, ...], Field(description="more prefixes of variables that are forwarded")
+    ] = ()
+
+    @property
+    def interpreter(self) -> str:
+        return self.python or sys.executable
+
+    def plan(self, job: Job) -> Plan:
+        """What would be done for ``job``. Raises UserError; needs no cluster."""
+        raise NotImplementedError
+
+    def status(self, record: Mapping[str, Any]) -> str:
+        """One line about a job that a scheduler has; '' when this machine watches it."""
+        return ""
+
+    def stop_commands(self, record: Mapping[str, Any], now: bool) -> Sequence[Sequence[str]]:
+        """Commands that end a job of a scheduler: after a checkpoint, or at once."""
+        return ()
+
+    def log_command(self, record: Mapping[str, Any]) -> Sequence[str]:
+        """Command that shows the logs where they are no files of the run folder."""
+        return ()
+
+
+def quote(words: Sequence[str]) -> str:
+    """A shell command of these words."""
+    return shlex.join(words)
+
+
+def exports(variables: Mapping[str, str]) -> str:
+    """Lines that export variables."""
+    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())

@@ -1,0 +1,162 @@
+"""`mm launch`: start a run on this machine or a cluster, and find it again by its folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from mm.cli.common import (
+    PASS_OVERRIDES,
+    JsonFile,
+    Overrides,
+    console,
+    existing,
+    existing_config,
+    overrides,
+    run_config,
+    table,
+    write_json,
+)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Start a run on this machine or a cluster; find it again by its folder.\n\nThe cluster is "
+    "a YAML, configs/cluster/KIND.yaml or --cluster FILE; cluster.KEY=VALUE changes a key of it. "
+    "--dry-run prints the files and commands and needs no cluster.",
+)
+
+Config = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="Run YAML (or the folder of a run to go on with).")
+]
+Cluster = Annotated[
+    str | None,
+    typer.Option("--cluster", metavar="FILE", help="Cluster YAML; default: the shipped one."),
+]
+Nodes = Annotated[int | None, typer.Option("--nodes", min=1, help="Machines.")]
+Gpus = Annotated[
+    int | None,
+    typer.Option("--gpus-per-node", min=1, help="Processes a machine: one a GPU."),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")
+]
+Folder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
+
+
+def _launch(
+    kind: str,
+    config: str,
+    changes: list[str] | None,
+    cluster: str | None,
+    nodes: int | None,
+    gpus_per_node: int | None,
+    dry_run: bool,
+    json: Path | None,
+) -> None:
+    from mm.launch import start
+    from mm.launch.batch import batch_arithmetic
+    from mm.run import Run
+
+    words = overrides(changes)
+    own = [word.removeprefix("cluster.") for word in words if word.startswith("cluster.")]
+    rest = [word for word in words if not word.startswith("cluster.")]
+    path = str(run_config(Path(config))) if Path(config).is_dir() else existing_config(config)
+    run = Run.load(path, rest)  # a config that is wrong is refused before anything is started
+    launcher = start.cluster(kind, cluster, own, nodes, gpus_per_node)
+    job = start.job(run, path, rest, launcher.forward, Path.cwd())
+    plan = launcher.plan(job)
+    arithmetic = batch_arithmetic(run, plan.world)
+    if dry_run:
+        _show(kind, job, plan, launcher, arithmetic)
+        write_json(json, start.as_values(kind, job, plan, arithmetic))
+        return
+    out = console()
+    outcome = start.start(
+        kind, launcher, job, plan, lambda line: out.print(line, markup=False, soft_wrap=True)
+    )
+    write_json(json, {"code": outcome.code, "why": outcome.why, "folder": job.folder})
+    if outcome.code:
+        typer.echo(f"mm: {outcome.why}", err=True)
+        raise typer.Exit(outcome.code)
+    if outcome.why:
+        out.print(outcome.why, markup=False)
+
+
+def _show(kind: str, job: Any, plan: Any, launcher: Any, arithmetic: list[str]) -> None:
+    from mm.launch import forward, start
+
+    out = console()
+    for name, text in plan.files.items():
+        out.print(f"[bold]file {escape(str(job.home / name))}[/bold]")
+        out.print(text, markup=False)
+    out.print("[bold]commands[/bold]")
+    for line in start.command_lines(job, plan):
+        out.print(f"  {line}", markup=False)
+    variables = forward.masked(dict(job.environ) | launcher.env)
+    table("forwarded environment", ("name", "value"), variables.items(), left=2)
+    for line in (*plan.notes, *arithmetic):
+        out.print(line, markup=False)
+    out.print(f"run folder: {job.folder}; nothing was started (--dry-run)", markup=False)
+
+
+def _command(kind: str, about: str) -> None:
+    @app.command(kind, help=about, context_settings=PASS_OVERRIDES)
+    def command(
+        config: Config,
+        changes: Overrides = None,
+        cluster: Cluster = None,
+        nodes: Nodes = None,
+        gpus_per_node: Gpus = None,
+        dry_run: DryRun = False,
+        json: JsonFile = None,
+    ) -> None:
+        _launch(kind, config, changes, cluster, nodes, gpus_per_node, dry_run, json)
+
+
+for _kind, _about in {
+    "local": "Train on this machine: torchrun with a free port, a log file a rank.",
+    "ssh": "Train on the machines of a hostfile, over ssh.",
+}.items():
+    _command(_kind, f"{_about}\n\nCtrl-C saves a checkpoint and ends; the same command goes on.")
+
+
+@app.command(help="Say what was launched into RUN and how it is going.")
+def status(folder: Folder, json: JsonFile = None) -> None:
+    from mm.launch import control
+
+    values = control.status(existing(folder, "run folder", "start one with: mm launch"))
+    rows = [(key, value) for key, value in values.items() if key != "ranks"]
+    table(f"{folder}", ("", ""), rows, left=2)
+    columns = ("rank", "host", "step", "phase", "since")
+    if values["ranks"]:
+        table("ranks", columns, [[rank[c] for c in columns] for rank in values["ranks"]], left=2)
+    write_json(json, values)
+
+
+@app.command(help="Print the last lines of every rank's log of RUN.")
+def logs(
+    folder: Folder,
+    lines: Annotated[int, typer.Option("--lines", min=1, help="Of each rank.")] = 20,
+    rank: Annotated[int | None, typer.Option("--rank", min=0, help="Of this rank only.")] = None,
+) -> None:
+    from mm.launch import control
+
+    existing(folder, "run folder", "start one with: mm launch")
+    for line in control.logs(folder, lines, rank):
+        console().print(line, markup=False)
+
+
+@app.command(help="Save a checkpoint and end what was launched into RUN.")
+def stop(
+    folder: Folder,
+    now: Annotated[bool, typer.Option("--now", help="Without a checkpoint.")] = False,
+) -> None:
+    from mm.launch import control
+
+    existing(folder, "run folder", "start one with: mm launch")
+    os.environ.setdefault("LC_ALL", "C")
+    console().print(control.stop(folder, now), markup=False)
