@@ -40,6 +40,19 @@ def need(*programs: str) -> None:
             pytest.skip(f"launch machines: needs Debian's {PACKAGES[program]}")
 
 
+def need_namespaces() -> None:
+    """Skip by name where this kernel lets root make no network namespace or bridge."""
+    name = "mmtestprobe"
+    try:
+        _ip("netns", "add", name)
+        _ip("link", "add", name, "type", "bridge")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"launch: this kernel gives no network namespaces: {error.stderr!r}")
+    finally:
+        _ip("link", "del", name, check=False)
+        _ip("netns", "del", name, check=False)
+
+
 def toy_run(folder: Path, steps: int = 6, **change: object) -> Path:
     """A YAML of the trainer's toy run below ``folder``."""
     trainer_toys.register()
