@@ -48,7 +48,7 @@ def beats(folder: Path) -> list[dict[str, Any]]:
     found = []
     for file in sorted((folder / "health").glob("rank_*.json")):
         try:
-            found.append(json.loads(file.read_text()))
+            found.append(parse_json(file.read_text()))
         except (OSError, ValueError):
             continue  # it is being written
     return found

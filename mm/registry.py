@@ -1,10 +1,9 @@
 """Every plug point of the project: a lazy table from `kind` to the module that defines it.
 
 A new idea is one new file and one line here. Modules are imported on first use, so a missing
-optional package
-hurts only its user and `mm --help` stays fast. Outside code joins by `imports: [my_pkg]` in a YAML
-(the import runs
-its own `register` decorators) or by the entry-point group ``mm.plugins``.
+optional package hurts only its user and `mm --help` stays fast. Outside code joins by
+`imports: [my_pkg]` in a YAML (the import runs its own `register` decorators) or by the entry-point
+group ``mm.plugins``.
 """
 
 from __future__ import annotations

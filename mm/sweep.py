@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mm.errors import UserError, did_you_mean
+from mm.reading import parse_json
 
 KNOWN = ("name", "method", "metric", "parameters", "seed", "program", "command", "run_cap")
 DISTRIBUTIONS = ("uniform", "log_uniform_values", "int_uniform", "q_uniform")
@@ -102,12 +103,12 @@ def read_result(folder: Path, plan: Sweep, values: Mapping[str, Any]) -> float |
     if not (folder / "model.step").is_file():
         return None
     kept = folder / "sweep.json"
-    if kept.is_file() and json.loads(kept.read_text()) != dict(values):
+    if kept.is_file() and parse_json(kept.read_text()) != dict(values):
         raise UserError(f"{folder}: was trained with other settings; remove it, or name it anew")
     kept.write_text(json.dumps(dict(values)))
     found, keys = None, set[str]()
     for line in (folder / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
+        row = parse_json(line)
         keys |= row.keys()
         found = row.get(plan.metric, found)
     if plan.metric not in keys:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mm.launch import environment
+from mm.reading import parse_json
 
 WARM = 1  # steps that make the optimizer's states
 
@@ -68,7 +69,7 @@ def measure_run(
     done = subprocess.run([*command, *changes], capture_output=True, text=True, env=dict(environ))
     if done.returncode:
         raise RuntimeError(done.stderr[-1500:])
-    return json.loads(file.read_text())
+    return parse_json(file.read_text())
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from html import escape
-from typing import Any
+from typing import Any, TypeGuard
 
 from mm.report import media
 from mm.report.folder import Folder
@@ -77,5 +77,5 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, (int, float)) else "not finite"
 
 
-def _is_rows(value: Any) -> bool:
+def _is_rows(value: Any) -> TypeGuard[list[Mapping[str, Any]]]:
     return isinstance(value, list) and all(isinstance(row, Mapping) for row in value)

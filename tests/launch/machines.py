@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trainer_runs
@@ -53,7 +54,7 @@ def need_namespaces() -> None:
         _ip("netns", "del", name, check=False)
 
 
-def toy_run(folder: Path, steps: int = 6, **change: object) -> Path:
+def toy_run(folder: Path, steps: int = 6, **change: Any) -> Path:
     """A YAML of the trainer's toy run below ``folder``."""
     trainer_toys.register()
     try:
