@@ -78,6 +78,7 @@ def test_a_fault_is_named_by_its_key(change: dict[str, Any], named: str) -> None
         list(sweep(method="bayes").trials())
 
 
+@pytest.mark.slow
 def test_trials_are_trained_ranked_and_not_trained_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

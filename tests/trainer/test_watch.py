@@ -202,6 +202,7 @@ def test_mfu_counts_what_a_token_is_multiplied_with(root: Path, tmp_path: Path) 
     assert not any("mfu" in k for r in rows(run) for k in r)  # not known of this machine
 
 
+@pytest.mark.slow
 def test_the_slowest_rank_is_named(tmp_path: Path) -> None:
     run = make_run(tmp_path, "slow", steps=6)
     slow = {"kind": "toy_slow", "rank": 1, "seconds": 0.1}
