@@ -108,6 +108,7 @@ class Ssh(Launcher):
             where += ["--no_ssh", f"--node_rank={self.node_rank}"]
         else:
             where += ["--launcher=pdsh", "--force_multi"]
+        where += ["--no_local_rank"]  # `mm train` reads the environment
         words = [self.interpreter, "-m", "deepspeed.launcher.runner", *where]
         words += ["--module", *job.train]
         script = (

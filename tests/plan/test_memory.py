@@ -109,7 +109,7 @@ def test_a_large_model_on_two_processes(name: str, stage: int, tmp_path: Path) -
         import plan as benchmark
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))
-    asked = SimpleNamespace(d_model=768, depth=15, tokens=128, rows=2, precision="fp32")
+    asked = SimpleNamespace(d_model=768, depth=15, tokens=256, rows=4, precision="fp32")
     assert os.environ.get("OMP_NUM_THREADS")
     found = benchmark.compare(benchmark.prepare(tmp_path, asked, name), stage, 2)
     assert found["parameters"] >= 100e6
