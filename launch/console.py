@@ -82,7 +82,7 @@ class Console:
             own = [error for error in ranks if not error.is_consequence]
             return (own or ranks or [None])[0]
 
-    def killed(self) -> tuple[str, int] | None:
+    def first_kill(self) -> tuple[str, int] | None:
         """Node and signal of a rank that was killed from outside, the first that is known."""
         with self._lock:
             found = [(node, -code) for node, code in self.exit_codes if code < 0 and code != -15]

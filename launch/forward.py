@@ -19,7 +19,7 @@ def is_secret(name: str) -> bool:
     return _SECRET.search(name) is not None
 
 
-def forwarded(
+def variables_to_forward(
     extra: Iterable[str] = (), environ: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """Variables of this process that travel: those of `PREFIXES`, and of ``extra`` prefixes."""
@@ -44,6 +44,6 @@ def secrets(variables: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in variables.items() if is_secret(name)}
 
 
-def masked(variables: Mapping[str, str]) -> dict[str, str]:
+def mask_secrets(variables: Mapping[str, str]) -> dict[str, str]:
     """As they are printed: of a secret only that it is set."""
     return {name: "***" if is_secret(name) else value for name, value in variables.items()}

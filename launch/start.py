@@ -44,7 +44,7 @@ def job(run: Run, path: str, changes: Sequence[str], prefixes: Sequence[str], wo
     """What is trained, seen from the nodes: a file of this machine gets its whole path."""
     file = configs.find(path)
     named = str(file.resolve()) if Path(path).exists() else path
-    environ = forward.forwarded(prefixes)
+    environ = forward.variables_to_forward(prefixes)
     if "PYTHONPATH" in os.environ:
         environ["PYTHONPATH"] = os.environ["PYTHONPATH"]
     folder = run.folder if run.folder.is_absolute() else workdir / run.folder
@@ -68,7 +68,7 @@ def as_values(kind: str, job: Job, plan: Plan, arithmetic: Sequence[str]) -> dic
         "world": plan.world,
         "files": {str(job.home / name): text for name, text in plan.files.items()},
         "commands": command_lines(job, plan),
-        "environment": forward.masked(job.environ),
+        "environment": forward.mask_secrets(job.environ),
         "batch": list(arithmetic),
     }
 

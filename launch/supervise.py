@@ -148,7 +148,7 @@ def _outcome(job: Job, channels: Sequence[_Channel], console: Console, asked: bo
     guilty = min(bad, key=lambda c: c.ended_at or float("inf"))
     lost = [c.node.name for c in bad if c.poll() == SSH_LOST]
     said = console.first_error()
-    killed = console.killed()
+    killed = console.first_kill()
     if killed is not None and (said is None or said.is_consequence):
         node, number = killed
         name = signal.Signals(number).name

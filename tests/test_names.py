@@ -17,6 +17,7 @@ IRREGULAR = set(
 ALLOWED = {
     "allowed": "the predicate of a mask: `mask.allowed(query, key)`",
     "embed": "the verb",
+    "feed": "the verb: input for a reader that takes it piece by piece, as in `HTMLParser.feed`",
     "cached": "what a pass makes once and hands out again, as in `functools.cached_property`",
     "scheduled": "an objective's values of a step that follow a schedule, as in `Ctx.scheduled`",
     "unsharded": "a context with whole parameters, as after FSDP2's `unshard`",

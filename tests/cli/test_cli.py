@@ -247,4 +247,5 @@ def test_generate_takes_what_eval_chose_for_the_direction(tmp_path: Path) -> Non
     assert chosen_sampling(tmp_path, ["text", "image"], "image") == chosen  # image is continued
     assert chosen_sampling(tmp_path, ["audio"], "image") == {}
     (tmp_path / "results.json").write_text("half a fi")
-    assert chosen_sampling(tmp_path, ["text"], "image") == {}
+    with pytest.raises(UserError, match="write it again: mm eval"):
+        chosen_sampling(tmp_path, ["text"], "image")

@@ -41,9 +41,9 @@ def test_hosts_are_taken_in_and_left_out() -> None:
 
 def test_only_the_allow_list_travels_and_secrets_are_masked() -> None:
     given = {"WANDB_API_KEY": "s", "NCCL_DEBUG": "INFO", "HOME": "/x", "MINE_A": "1"}
-    found = forward.forwarded(("MINE_",), given)
+    found = forward.variables_to_forward(("MINE_",), given)
     assert found == {"MINE_A": "1", "NCCL_DEBUG": "INFO", "WANDB_API_KEY": "s"}
-    assert forward.masked(found)["WANDB_API_KEY"] == "***"
+    assert forward.mask_secrets(found)["WANDB_API_KEY"] == "***"
     assert "WANDB_API_KEY" not in forward.public(found)
 
 
