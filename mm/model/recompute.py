@@ -70,7 +70,11 @@ class _KeptOnly(TorchDispatchMode):
         return super().__enter__()
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func not in KEPT:
             return func(*args, **(kwargs or {}))
