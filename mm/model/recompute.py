@@ -65,8 +65,9 @@ class _KeptOnly(TorchDispatchMode):
         self._mode = mode
 
     def __enter__(self) -> _KeptOnly:
-        if hasattr(self._mode, "func_counter"):
-            self._mode.func_counter.clear()
+        counter = getattr(self._mode, "func_counter", None)
+        if counter is not None:  # every pass counts from 0
+            counter.clear()
         return super().__enter__()
 
     def __torch_dispatch__(
