@@ -19,6 +19,7 @@ from mm.launch.environment import ranks
 if TYPE_CHECKING:
     from mm.tasks.base import Task
 
+GIVEN_UP = "mm/tasks/given_up"
 PATIENCE = timedelta(days=2)  # one process may have the longest task
 _calls, _meetings = itertools.count(), itertools.count()
 
@@ -69,7 +70,7 @@ def measure(
     finally:  # a signal leaves, too
         left = store.add(f"{here}/left", 1)
     # The first process may hold the store: it stays until nobody asks any more.
-    while rank == 0 and left < size:
+    while rank == 0 and left < size and not store.check([GIVEN_UP]):
         time.sleep(0.05)
         yield from arrivals()
         left = store.add(f"{here}/left", 0)
@@ -88,6 +89,12 @@ def _meet() -> Any:
         store = dist.distributed_c10d._get_default_store()
         return store, dist.get_rank(), dist.get_world_size()
     return next(rendezvous("env://", timeout=PATIENCE))
+
+
+def give_up() -> None:
+    """Tell the first process not to wait for this one: a signal ends the run."""
+    if ranks().world > 1:
+        _meet()[0].set(GIVEN_UP, "1")
 
 
 def wait_for_all() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mm.errors import UserError
 from mm.run import Run
 from mm.tasks.base import by_name
-from mm.tasks.run import measure, wait_for_all
+from mm.tasks.run import give_up, measure, wait_for_all
 from mm.trainer.callbacks.base import Training
 from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.export import mark
@@ -72,6 +72,7 @@ def of_stage(trainer: Training, index: int, stop: Stop, left: Snapshot | None) -
                 out |= {f"eval/{list(named)[n]}/{k}": v for k, v in figures.items()}
     except Interrupted:
         interrupted = True
+        give_up()
     except UserError as error:
         problem = error
     wait_for_all()
