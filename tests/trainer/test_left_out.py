@@ -63,7 +63,7 @@ def test_a_terminal_of_80_columns_breaks_no_name(
     survey.show(run, found | {"stages": [{"stage": 0, "sources": sources[1:]}]})
     lines = capsys.readouterr().err.splitlines()
     for name in ("tokens (train)", "photographs"):
-        (line,) = [line for line in lines if line.startswith(name)]
+        (line,) = [line for line in lines if line.strip().startswith(name)]
         assert "1,234,567" in line and "123,456,789" in line and "none" in line
     assert "of tokens" not in "".join(lines), "nothing is left out"
     sources[1] |= {"left_out": {"too_long": {"samples": 0.05, "tokens": 0.28}}}
@@ -72,7 +72,7 @@ def test_a_terminal_of_80_columns_breaks_no_name(
     assert "of tokens" in shown and "5.0%" in shown and "28.0%" in shown
     if columns == "200":  # both are called tokens
         assert "photographs_run/tokens (train)" in shown
-        assert "recordings_run/tokens (train)" in shown and "\nphotographs (train)" in shown
+        assert "recordings_run/tokens (train)" in shown and "\n photographs (train)" in shown
 
 
 def test_more_than_a_tenth_left_out_stops_the_run_and_names_the_keys(
