@@ -15,6 +15,7 @@ from mm.errors import UserError
 from mm.launch import forward, record, supervise
 from mm.launch.launcher import Job, Launcher, Plan, quote
 from mm.launch.supervise import Outcome
+from mm.processes import is_alive
 from mm.registry import LAUNCHERS
 from mm.run import Run
 
@@ -115,22 +116,11 @@ def _refuse_second(folder: Path) -> None:
     except UserError:
         return
     if before.get("state") == "running" and before.get("host") == socket.gethostname():
-        if before.get("pid") != os.getpid() and alive(before.get("pid", 0)):
+        if before.get("pid") != os.getpid() and is_alive(before.get("pid", 0)):
             raise UserError(
                 f"{folder}: process {before['pid']} launched it and watches it; wait, or: "
                 f"mm launch stop {folder}"
             )
-
-
-def alive(pid: int) -> bool:
-    """True while a process of this machine is there."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid > 0
 
 
 def _submit(job: Job, plan: Plan) -> Outcome:
