@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from machines import environment, steps_done, toy_run
 
-from mm.launch import allocation
+from mm.launch import allocation, interface
 from mm.launch.environment import free_port
 
 pytestmark = pytest.mark.timeout(600)
@@ -56,6 +56,30 @@ def test_a_rank_of_another_starter_is_one_of_torchruns(source: str, given: dict[
     assert [environ[name] for name in names] == ["1", "2", "1", "2"]
     assert environ["MASTER_ADDR"] in ("127.0.0.1", "n1") and environ["MASTER_PORT"].isdigit()
     assert allocation.adopt_ranks(environ) is None  # torchrun's own win
+
+
+def test_deepspeeds_ranks_know_how_many_are_on_their_node() -> None:
+    environ = {"RANK": "2", "WORLD_SIZE": "4", "CROSS_RANK": "1", "LOCAL_SIZE": "2"}
+    allocation.adopt_ranks(environ)
+    assert environ["LOCAL_WORLD_SIZE"] == "2" and environ["RANK"] == "2"
+
+
+@pytest.mark.parametrize(("here", "is_set"), [("1", True), ("2", False)])
+def test_ranks_of_several_nodes_talk_over_the_interface_to_the_first(
+    here: str, is_set: bool
+) -> None:
+    names = {a: n for n, a in interface.addresses().items() if not a.startswith("127.")}
+    if not names:
+        pytest.skip("this machine has a loopback alone")
+    address = next(iter(names))
+    environ = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": here, "MASTER_ADDR": address}
+    interface.set_interface(environ)
+    expected = names[address] if is_set else None
+    assert environ.get("GLOO_SOCKET_IFNAME") == environ.get("NCCL_SOCKET_IFNAME") == expected
+    for own in ({"MASTER_ADDR": "127.0.1.1"}, {"GLOO_SOCKET_IFNAME": "mine"}):
+        environ = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": address} | own
+        interface.set_interface(environ)
+        assert environ.get("GLOO_SOCKET_IFNAME") == own.get("GLOO_SOCKET_IFNAME")
 
 
 def start(words: list[str], folder: Path, **env: str) -> subprocess.Popen[str]:
