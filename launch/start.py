@@ -78,19 +78,23 @@ def start(
     kind: str, launcher: Launcher, job: Job, plan: Plan, write: Callable[[str], None]
 ) -> Outcome:
     """Write the files, then run the nodes to their end, or hand the job to the scheduler."""
-    _refuse_second(job.folder)
+    if plan.keeps_record:
+        _refuse_second(job.folder, launcher)
     try:
         job.home.mkdir(parents=True, exist_ok=True)
         for name, text in plan.files.items():
             (job.home / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{job.home}: cannot be written: {error.strerror}") from error
+    if not plan.keeps_record:
+        return supervise.run(job, plan.nodes, write)
     facts: dict[str, Any] = {
         "kind": kind,
         "cluster": launcher.to_dict(),
         "config": job.config,
         "overrides": list(job.overrides),
         "world": plan.world,
+        "home": str(job.home),
         "nodes": [node.name for node in plan.nodes],
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -109,8 +113,8 @@ def start(
     return _submit(job, plan)
 
 
-def _refuse_second(folder: Path) -> None:
-    """Raise UserError while another launcher of this machine works on the folder."""
+def _refuse_second(folder: Path, launcher: Launcher) -> None:
+    """Raise UserError while another launcher of this machine, or a scheduler, has the folder."""
     try:
         before = record.read(folder)
     except UserError:
@@ -120,6 +124,12 @@ def _refuse_second(folder: Path) -> None:
             raise UserError(
                 f"{folder}: process {before['pid']} launched it and watches it; wait, or: "
                 f"mm launch stop {folder}"
+            )
+    if before.get("state") == "submitted" and before["kind"] == launcher.to_dict()["kind"]:
+        if launcher.has(before):
+            raise UserError(
+                f"{folder}: its job {', '.join(before['jobs'])} is with the scheduler still; wait, "
+                f"or: mm launch stop {folder}"
             )
 
 
@@ -138,6 +148,6 @@ def _submit(job: Job, plan: Plan) -> Outcome:
             why = " ".join((done.stderr or done.stdout).split())
             record.update(job.home, state="ended", code=2, why=why)
             raise UserError(f"{quote(words)}: {why}")
-        said.append(done.stdout.strip().split(";")[0])
+        said.append(" ".join(done.stdout.split(";")[0].split()))
     record.update(job.home, state="submitted", jobs=said)
     return Outcome(0, f"submitted: {', '.join(said)}; watch it: mm launch status {job.folder}")

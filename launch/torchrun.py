@@ -68,7 +68,10 @@ def node_script(
         port=str(port),
         logs=logs,
     )
-    interface = f'eval "$({shlex.quote(python)} -m mm.launch.interface {address})" || exit 3\n'
+    interface = (
+        f"found=$({shlex.quote(python)} -m mm.launch.interface {address}) "
+        '&& eval "$found" || exit 3\n'
+    )
     return (
         "{\n"  # a group is read whole before it runs: what follows on the input is for `read`
         f"cd {shlex.quote(str(workdir))} || exit 3\n"
@@ -82,13 +85,16 @@ def node_script(
     )
 
 
-def watch_input() -> str:
-    """Shell that waits for the last background process, and for words on standard input."""
+def watch_input(ask: str = "kill -USR1 $(cat /proc/$run/task/*/children)") -> str:
+    """Shell that waits for the last background process, and for words on standard input.
+
+    ``ask`` is the command that asks the ranks for a checkpoint and an end.
+    """
     return (
         "run=$!\n"
         "exec 3<&0\n"
         "{ while read -r word <&3; do\n"
-        '    [ "$word" = stop ] && kill -USR1 $(cat /proc/$run/task/*/children)\n'
+        f'    [ "$word" = stop ] && {ask}\n'
         "  done\n"
         "  kill -TERM $run 2>/dev/null\n"
         f"  for _ in $(seq {GRACE_S}); do kill -0 $run 2>/dev/null || exit; sleep 1; done\n"

@@ -96,7 +96,7 @@ def _show(kind: str, job: Any, plan: Any, launcher: Any, arithmetic: list[str]) 
     out.print("[bold]commands[/bold]")
     for line in start.command_lines(job, plan):
         out.print(f"  {line}", markup=False)
-    variables = forward.masked(dict(job.environ) | launcher.env)
+    variables = forward.mask_secrets(dict(job.environ) | launcher.env)
     table("forwarded environment", ("name", "value"), variables.items(), left=2)
     for line in (*plan.notes, *arithmetic):
         out.print(line, markup=False)
@@ -120,8 +120,18 @@ def _command(kind: str, about: str) -> None:
 for _kind, _about in {
     "local": "Train on this machine: torchrun with a free port, a log file a rank.",
     "ssh": "Train on the machines of a hostfile, over ssh.",
+    "mpi": "Train by Open MPI's mpirun, here or on the machines of a hostfile.",
 }.items():
     _command(_kind, f"{_about}\n\nCtrl-C saves a checkpoint and ends; the same command goes on.")
+_command(
+    "slurm",
+    "Hand an sbatch file to Slurm: it saves before its limit, requeues itself and resumes.\n\n"
+    "cluster.interactive=true: on this console, now, over salloc and srun.",
+)
+_command(
+    "k8s",
+    "Hand a job to Kubernetes with kubectl.\n\ncluster.resource=job, pytorchjob or trainjob.",
+)
 
 
 @app.command(help="Say what was launched into RUN and how it is going.")
