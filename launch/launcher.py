@@ -11,6 +11,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field
 
 from mm.config import Config
+from mm.launch.preflight.check import Endpoint
 
 PORT = 29500
 
@@ -86,6 +87,14 @@ class Launcher(Config):
     def plan(self, job: Job) -> Plan:
         """What would be done for ``job``. Raises UserError; needs no cluster."""
         raise NotImplementedError
+
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """Hosts that this machine itself reaches, for the preflight; none of a scheduler's."""
+        return ()
+
+    def meeting_point(self) -> tuple[str, int]:
+        """Address and port of the first host, as all hosts reach it. Raises UserError."""
+        return "127.0.0.1", self.port or PORT
 
     def status(self, record: Mapping[str, Any]) -> str:
         """One line about a job that a scheduler has; '' when this machine watches it."""

@@ -15,6 +15,7 @@ from mm.errors import UserError
 from mm.launch.forward import public
 from mm.launch.hostfile import Host, read_hostfile, select
 from mm.launch.launcher import PORT, Job, Launcher, Node, Plan, exports, quote
+from mm.launch.preflight.check import Endpoint
 from mm.launch.torchrun import node_script, watch_input
 from mm.registry import LAUNCHERS
 
@@ -69,11 +70,17 @@ class Ssh(Launcher):
         """Command whose standard input is a shell of the host."""
         return ("ssh", *shlex.split(self.options), host.name, "bash -s")
 
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        return tuple(Endpoint(h.name, self.transport(h), len(h.slots)) for h in self.hosts())
+
+    def meeting_point(self) -> tuple[str, int]:
+        address = self.address or first_address(self.hosts(), self.hostfile)
+        return address, self.port or PORT
+
     def plan(self, job: Job) -> Plan:
         hosts = self.hosts()
         world = sum(len(host.slots) for host in hosts)
-        address = self.address or first_address(hosts, self.hostfile)
-        port = self.port or PORT
+        address, port = self.meeting_point()
         if self.through == "deepspeed":
             return self._deepspeed(job, hosts, world, address, port)
         files, nodes = {}, []

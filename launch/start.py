@@ -14,6 +14,7 @@ from mm import config as configs
 from mm.errors import UserError
 from mm.launch import forward, record, supervise
 from mm.launch.launcher import Job, Launcher, Plan, quote
+from mm.launch.preflight import drive
 from mm.launch.supervise import Outcome
 from mm.registry import LAUNCHERS
 from mm.run import Run
@@ -44,11 +45,35 @@ def job(run: Run, path: str, changes: Sequence[str], prefixes: Sequence[str], wo
     """What is trained, seen from the nodes: a file of this machine gets its whole path."""
     file = configs.find(path)
     named = str(file.resolve()) if Path(path).exists() else path
+    environ = _environ(prefixes)
+    folder = run.folder if run.folder.is_absolute() else workdir / run.folder
+    return Job(named, tuple(changes), run.name, folder, environ, workdir)
+
+
+def preflight(launcher: Launcher, job: Job | None) -> drive.Report:
+    """Check the hosts of a cluster before a job, or without one. Raises UserError."""
+    endpoints = launcher.endpoints()
+    address, port = launcher.meeting_point()
+    workdir = launcher.workdir or Path.cwd()
+    return drive.run(
+        endpoints,
+        job,
+        address=address,
+        port=port,
+        folder=job.folder.parent if job else workdir / "runs",
+        python=launcher.interpreter,
+        workdir=workdir,
+        env=launcher.env,
+        environ=job.environ if job else _environ(launcher.forward),
+    )
+
+
+def _environ(prefixes: Sequence[str]) -> dict[str, str]:
+    """Variables of this process that travel to the nodes."""
     environ = forward.variables_to_forward(prefixes)
     if "PYTHONPATH" in os.environ:
         environ["PYTHONPATH"] = os.environ["PYTHONPATH"]
-    folder = run.folder if run.folder.is_absolute() else workdir / run.folder
-    return Job(named, tuple(changes), run.name, folder, environ, workdir)
+    return environ
 
 
 def command_lines(job: Job, plan: Plan) -> list[str]:

@@ -129,11 +129,15 @@ def _ip(*words: str, check: bool = True) -> None:
 
 
 class Hosts:
-    """Two machines of their own network: 10.77.0.1 and 10.77.0.2, this one is 10.77.0.254."""
+    """Two machines of their own network: 10.77.0.1 and 10.77.0.2, this one is 10.77.0.254.
 
-    names = ("mmtest1", "mmtest2")
-    addresses = ("10.77.0.1", "10.77.0.2")
-    bridge = "mmtestbr"
+    MM_TEST_NET=78 takes another network: two trees test at once on one machine.
+    """
+
+    net = int(os.environ.get("MM_TEST_NET", "77"))
+    names = (f"mmtest{net}a", f"mmtest{net}b")
+    addresses = (f"10.{net}.0.1", f"10.{net}.0.2")
+    bridge = f"mmtest{net}br"
 
     def __init__(self, folder: Path):
         self.folder, self.daemons = folder, {}
@@ -149,9 +153,10 @@ class Hosts:
         run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", f"{self.folder}/key")
         shutil.copy(f"{self.folder}/key.pub", f"{self.folder}/authorized")
         _ip("link", "add", self.bridge, "type", "bridge")
-        _ip("addr", "add", "10.77.0.254/24", "dev", self.bridge)
+        _ip("addr", "add", f"10.{self.net}.0.254/24", "dev", self.bridge)
         _ip("link", "set", self.bridge, "up")
         Path("/run/sshd").mkdir(exist_ok=True)
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         for name, address in zip(self.names, self.addresses, strict=True):
             _ip("netns", "add", name)
             _ip("link", "add", f"{name}v", "type", "veth", "peer", "name", "eth7", "netns", name)
@@ -166,6 +171,8 @@ class Hosts:
                 f"ListenAddress {address}\nPermitRootLogin yes\nPasswordAuthentication no\n"
                 f"AuthorizedKeysFile {self.folder}/authorized\nStrictModes no\nUsePAM no\n"
                 "MaxStartups 50\n"
+                # no start-up files of this machine's user: they take their time and may wait
+                f"SetEnv HOME={self.folder} XDG_CACHE_HOME={cache}\n"
             )
             command = ["ip", "netns", "exec", name, "/usr/sbin/sshd", "-D", "-e", "-f", str(config)]
             with (self.folder / f"log_{name}").open("w") as log:
