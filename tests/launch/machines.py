@@ -28,6 +28,9 @@ PACKAGES = {
     "mpirun": "openmpi-bin",
     "slurmctld": "slurm-wlm",
     "munged": "munge",
+    "nft": "nftables",
+    "faketime": "faketime",
+    "tc": "iproute2",
 }
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
@@ -156,7 +159,6 @@ class Hosts:
         _ip("addr", "add", f"10.{self.net}.0.254/24", "dev", self.bridge)
         _ip("link", "set", self.bridge, "up")
         Path("/run/sshd").mkdir(exist_ok=True)
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         for name, address in zip(self.names, self.addresses, strict=True):
             _ip("netns", "add", name)
             _ip("link", "add", f"{name}v", "type", "veth", "peer", "name", "eth7", "netns", name)
@@ -165,26 +167,39 @@ class Hosts:
             _ip("-n", name, "link", "set", "eth7", "up")
             _ip("-n", name, "link", "set", "lo", "up")
             run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", f"{self.folder}/host_{name}")
-            config = self.folder / f"sshd_{name}"
-            config.write_text(
-                f"HostKey {self.folder}/host_{name}\nPidFile {self.folder}/pid_{name}\n"
-                f"ListenAddress {address}\nPermitRootLogin yes\nPasswordAuthentication no\n"
-                f"AuthorizedKeysFile {self.folder}/authorized\nStrictModes no\nUsePAM no\n"
-                "MaxStartups 50\n"
-                # no start-up files of this machine's user: they take their time and may wait
-                f"SetEnv HOME={self.folder} XDG_CACHE_HOME={cache}\n"
-            )
-            command = ["ip", "netns", "exec", name, "/usr/sbin/sshd", "-D", "-e", "-f", str(config)]
-            with (self.folder / f"log_{name}").open("w") as log:
-                self.daemons[name] = subprocess.Popen(command, stderr=log, env={"PATH": PATH})
-        for address in self.addresses:
-            answers = lambda address=address: (
-                subprocess.run(
-                    ["ssh", *self.options.split(), address, "true"], capture_output=True
-                ).returncode
-                == 0
-            )
-            wait_for(answers, 20, f"sshd of {address}")
+            self.serve(name)
+
+    def serve(self, name: str, **environment: str) -> None:
+        """Start the machine's sshd, or start it again: its sessions have this environment."""
+        if name in self.daemons:
+            self.daemons[name].terminate()
+            self.daemons[name].wait(10)
+        address = self.addresses[self.names.index(name)]
+        cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        # no start-up files of this machine's user: they take their time, and may wait for a lock
+        given = {"HOME": str(self.folder), "XDG_CACHE_HOME": cache} | environment
+        config = self.folder / f"sshd_{name}"
+        config.write_text(
+            f"HostKey {self.folder}/host_{name}\nPidFile {self.folder}/pid_{name}\n"
+            f"ListenAddress {address}\nPermitRootLogin yes\nPasswordAuthentication no\n"
+            f"AuthorizedKeysFile {self.folder}/authorized\nStrictModes no\nUsePAM no\n"
+            f"MaxStartups 50\nSetEnv {' '.join(f'{k}={v}' for k, v in given.items())}\n"
+        )
+        command = ["ip", "netns", "exec", name, "/usr/sbin/sshd", "-D", "-e", "-f", str(config)]
+        with (self.folder / f"log_{name}").open("a") as log:
+            self.daemons[name] = subprocess.Popen(command, stderr=log, env={"PATH": PATH})
+        answers = lambda: (
+            subprocess.run(
+                ["ssh", *self.options.split(), address, "true"], capture_output=True
+            ).returncode
+            == 0
+        )
+        wait_for(answers, 20, f"sshd of {address}")
+
+    def inside(self, name: str, *command: str) -> None:
+        """Run a command with the machine's network and mounts, which other machines do not see."""
+        where = ["nsenter", "-t", str(self.daemons[name].pid), "-m", "-n", "--"]
+        subprocess.run([*where, *command], check=True, capture_output=True, env={"PATH": PATH})
 
     def ssh_for_all(self) -> str:
         """A PATH whose `ssh` has these machines' key: for DeepSpeed, whose check takes no options.
