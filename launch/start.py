@@ -12,7 +12,7 @@ from typing import Any
 
 from mm import config as configs
 from mm.errors import UserError
-from mm.launch import forward, record, supervise
+from mm.launch import forward, record, restarts
 from mm.launch.launcher import Job, Launcher, Plan, quote
 from mm.launch.preflight import drive
 from mm.launch.supervise import Outcome
@@ -99,16 +99,11 @@ def as_values(kind: str, job: Job, plan: Plan, arithmetic: Sequence[str]) -> dic
 
 
 def start(
-    kind: str, launcher: Launcher, job: Job, plan: Plan, write: Callable[[str], None]
+    kind: str, launcher: Launcher, run: Run, job: Job, plan: Plan, write: Callable[[str], None]
 ) -> Outcome:
     """Write the files, then run the nodes to their end, or hand the job to the scheduler."""
     _refuse_second(job.folder)
-    try:
-        job.home.mkdir(parents=True, exist_ok=True)
-        for name, text in plan.files.items():
-            (job.home / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{job.home}: cannot be written: {error.strerror}") from error
+    _write_files(job, plan)
     facts: dict[str, Any] = {
         "kind": kind,
         "cluster": launcher.to_dict(),
@@ -125,12 +120,29 @@ def start(
     if plan.nodes:
         outcome = Outcome(1, "the launcher itself failed")
         try:
-            outcome = supervise.run(job, plan.nodes, write)
+            outcome = restarts.run(launcher, run, job, plan, write, _on_plan)
         finally:
             done = {"state": "ended", "ended": time.time()}
             record.update(job.home, **done, code=outcome.code, why=outcome.why)
         return outcome
     return _submit(job, plan)
+
+
+def _write_files(job: Job, plan: Plan) -> None:
+    """Write the files of a plan. Raises UserError."""
+    try:
+        job.home.mkdir(parents=True, exist_ok=True)
+        for name, text in plan.files.items():
+            (job.home / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{job.home}: cannot be written: {error.strerror}") from error
+
+
+def _on_plan(job: Job, plan: Plan) -> None:
+    """Write down what is started in place of the first plan."""
+    _write_files(job, plan)
+    nodes = [node.name for node in plan.nodes]
+    record.update(job.home, world=plan.world, nodes=nodes, overrides=list(job.overrides))
 
 
 def _refuse_second(folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.text import Text
 
 from mm.cli.common import console, existing_config, overrides, run_config, table
+from mm.errors import UserError
 
 STYLE = {"OK": "green", "WARN": "yellow", "FIX": "bold red"}
 
@@ -35,6 +36,23 @@ def check_hosts(
         run = Run.load(path, rest)
         job = start.job(run, path, rest, launcher.forward, Path.cwd())
     return start.preflight(launcher, job)
+
+
+def pass_preflight(launcher: Any, job: Any) -> None:
+    """Check the hosts of a job before it is started. Raises UserError where one is not fit."""
+    from mm.launch import start
+
+    report = start.preflight(launcher, job)
+    if all(row.light == "OK" for row in report.rows):
+        said = f"preflight: {report.hosts} hosts are fine, {report.seconds:.1f} s"
+        console().print(said, markup=False)
+        return
+    show(report)
+    if report.to_mend:
+        raise UserError(
+            f"preflight: {len(report.to_mend)} to mend, see above; to start all the same: "
+            "--no-preflight"
+        )
 
 
 def show(report: Any) -> None:
