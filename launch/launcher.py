@@ -57,6 +57,7 @@ class Plan(NamedTuple):
     nodes: tuple[Node, ...] = ()
     commands: tuple[tuple[str, ...], ...] = ()
     notes: tuple[str, ...] = ()
+    keeps_record: bool = True  # False: another node of a scheduler's job does
 
 
 class Launcher(Config):
@@ -136,6 +137,10 @@ class Launcher(Config):
     def status(self, record: Mapping[str, Any]) -> str:
         """One line about a job that a scheduler has; '' when this machine watches it."""
         return ""
+
+    def has(self, record: Mapping[str, Any]) -> bool:
+        """True while a scheduler has a job of this record: no second one is to be handed over."""
+        return False
 
     def stop_commands(self, record: Mapping[str, Any], now: bool) -> Sequence[Sequence[str]]:
         """Commands that end a job of a scheduler: after a checkpoint, or at once."""

@@ -12,10 +12,11 @@ from typing import Any
 
 from mm import config as configs
 from mm.errors import UserError
-from mm.launch import forward, record, restarts
+from mm.launch import forward, record, restarts, supervise
 from mm.launch.launcher import Job, Launcher, Plan, quote
 from mm.launch.preflight import drive
 from mm.launch.supervise import Outcome
+from mm.processes import is_alive
 from mm.registry import LAUNCHERS
 from mm.run import Run
 
@@ -102,14 +103,19 @@ def start(
     kind: str, launcher: Launcher, run: Run, job: Job, plan: Plan, write: Callable[[str], None]
 ) -> Outcome:
     """Write the files, then run the nodes to their end, or hand the job to the scheduler."""
-    _refuse_second(job.folder)
+    if plan.keeps_record:
+        _refuse_second(job.folder, launcher)
     _write_files(job, plan)
+    if not plan.keeps_record:
+        with supervise.Signals() as signals:
+            return supervise.run(job, plan.nodes, write, signals)
     facts: dict[str, Any] = {
         "kind": kind,
         "cluster": launcher.to_dict(),
         "config": job.config,
         "overrides": list(job.overrides),
         "world": plan.world,
+        "home": str(job.home),
         "nodes": [node.name for node in plan.nodes],
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -145,29 +151,24 @@ def _on_plan(job: Job, plan: Plan) -> None:
     record.update(job.home, world=plan.world, nodes=nodes, overrides=list(job.overrides))
 
 
-def _refuse_second(folder: Path) -> None:
-    """Raise UserError while another launcher of this machine works on the folder."""
+def _refuse_second(folder: Path, launcher: Launcher) -> None:
+    """Raise UserError while another launcher of this machine, or a scheduler, has the folder."""
     try:
         before = record.read(folder)
     except UserError:
         return
     if before.get("state") == "running" and before.get("host") == socket.gethostname():
-        if before.get("pid") != os.getpid() and alive(before.get("pid", 0)):
+        if before.get("pid") != os.getpid() and is_alive(before.get("pid", 0)):
             raise UserError(
                 f"{folder}: process {before['pid']} launched it and watches it; wait, or: "
                 f"mm launch stop {folder}"
             )
-
-
-def alive(pid: int) -> bool:
-    """True while a process of this machine is there."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid > 0
+    if before.get("state") == "submitted" and before["kind"] == launcher.to_dict()["kind"]:
+        if launcher.has(before):
+            raise UserError(
+                f"{folder}: its job {', '.join(before['jobs'])} is with the scheduler still; wait, "
+                f"or: mm launch stop {folder}"
+            )
 
 
 def _submit(job: Job, plan: Plan) -> Outcome:
@@ -185,6 +186,6 @@ def _submit(job: Job, plan: Plan) -> Outcome:
             why = " ".join((done.stderr or done.stdout).split())
             record.update(job.home, state="ended", code=2, why=why)
             raise UserError(f"{quote(words)}: {why}")
-        said.append(done.stdout.strip().split(";")[0])
+        said.append(" ".join(done.stdout.split(";")[0].split()))
     record.update(job.home, state="submitted", jobs=said)
     return Outcome(0, f"submitted: {', '.join(said)}; watch it: mm launch status {job.folder}")

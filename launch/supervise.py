@@ -208,7 +208,9 @@ def _outcome(
     codes = [channel.poll() for channel in channels]
     if all(code == 0 for code in codes):
         return Outcome(0, "")
-    reported = {code for _, code in console.exit_codes}
+    reported = {code for _, code in console.exit_codes} | {
+        code for code in codes if code == STOPPED
+    }
     # torchrun ends with 1 whatever its ranks end with; it tells their codes
     if STOPPED in reported and not reported - {STOPPED, -signal.SIGTERM}:
         return Outcome(STOPPED, "stopped with a checkpoint; the same command goes on")

@@ -74,7 +74,10 @@ def node_script(
         port=str(port),
         logs=logs,
     )
-    interface = f'eval "$({shlex.quote(python)} -m mm.launch.interface {address})" || exit 3\n'
+    interface = (
+        f"found=$({shlex.quote(python)} -m mm.launch.interface {address}) "
+        '&& eval "$found" || exit 3\n'
+    )
     return (
         "{\n"  # a group is read whole before it runs: what follows on the input is for `read`
         f"cd {shlex.quote(str(workdir))} || exit 3\n"

@@ -128,8 +128,18 @@ def _command(kind: str, about: str) -> None:
 for _kind, _about in {
     "local": "Train on this machine: torchrun with a free port, a log file a rank.",
     "ssh": "Train on the machines of a hostfile, over ssh.",
+    "mpi": "Train by Open MPI's mpirun, here or on the machines of a hostfile.",
 }.items():
     _command(_kind, f"{_about}\n\nCtrl-C saves a checkpoint and ends; the same command goes on.")
+_command(
+    "slurm",
+    "Hand an sbatch file to Slurm: it saves before its limit, requeues itself and resumes.\n\n"
+    "cluster.interactive=true: on this console, now, over salloc and srun.",
+)
+_command(
+    "k8s",
+    "Hand a job to Kubernetes with kubectl.\n\ncluster.resource=job, pytorchjob or trainjob.",
+)
 
 
 @app.command(help="Say what was launched into RUN and how it is going.")

@@ -27,6 +27,8 @@ PACKAGES = {
     "ip": "iproute2",
     "mpirun": "openmpi-bin",
     "slurmctld": "slurm-wlm",
+    "slurmd": "slurm-wlm",
+    "sbatch": "slurm-wlm",
     "munged": "munge",
     "nft": "nftables",
     "faketime": "faketime",

@@ -24,7 +24,8 @@ STEPS = 40
 def config(root: Path, name: str = "run", **change: Any) -> Path:
     """A run on real token shards: rows of a step fall on two machines, or on one."""
     slow = {"imports": ["slow_rank"], "callbacks": [{"kind": "toy_slow"}]}  # 0.05 s a step
-    change = slow | {"checkpoints": {"every": 5}, "data": {"batch_size": 4, "seq_len": 128}} | change
+    data = {"batch_size": 4, "seq_len": 128}
+    change = slow | {"checkpoints": {"every": 5}, "data": data} | change
     stage = {"eval_every": 0, "allow_left_out": 1.0}
     values = start_toys.values(root, root / "out", name, steps=STEPS, stage=stage, **change)
     (root / f"{name}.yaml").write_text(yaml.safe_dump(values))
