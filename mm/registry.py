@@ -243,7 +243,14 @@ POSITIONS = Registry(
 )
 LINEARS = Registry("linear", {"dense": "mm.model.linears.dense"})
 EMBEDDERS = Registry("embedder", {"sum": "mm.model.embedders.sum"})
-ADAPTERS = Registry("adapter", {"linear": "mm.model.adapters.linear"})
+ADAPTERS = Registry(
+    "adapter",
+    {
+        "linear": "mm.model.adapters.linear",
+        "patches": "mm.model.adapters.patches",
+        "mel": "mm.model.adapters.mel",
+    },
+)
 HEADS = Registry("head", {"softmax": "mm.model.heads.softmax"})
 TOKENIZERS = Registry(
     "tokenizer",
@@ -251,7 +258,9 @@ TOKENIZERS = Registry(
         "bpe": "mm.tokenizers.text.bpe",
         "bytes": "mm.tokenizers.text.bytes",
         "image_vq": "mm.tokenizers.image.tokenizer",
+        "image_patches": "mm.tokenizers.image.patches",
         "audio_codec": "mm.tokenizers.audio.tokenizer",
+        "mel_frames": "mm.tokenizers.audio.mel_frames",
     },
 )
 QUANTIZERS = Registry(
@@ -305,6 +314,7 @@ TRANSFORMS = Registry(
     {
         "any_to_any": "mm.data.transforms.any_to_any",
         "chunk": "mm.data.transforms.chunk",
+        "augment_image": "mm.data.transforms.augment_image",
         "mask_conditions": "mm.data.transforms.mask_conditions",
     },
 )

@@ -186,7 +186,7 @@ class PackJob:
                 "fingerprint": words.fingerprint,
                 "size": words.size,
                 "ranges": [
-                    spec._asdict() | words.range(spec.modality)._asdict() for spec in words.ranges
+                    spec.to_dict() | words.range(spec.modality)._asdict() for spec in words.ranges
                 ],
             }
         return manifest

@@ -115,6 +115,10 @@ def _example(
         example["segments"] = segment_sizes(shards, i)
     if shards.tokenized:
         code = shards.read_encoded(i)[member]
+        if code.values is not None:
+            shape, kind = code.values.shape, code.values.dtype
+            said = f"values {'x'.join(map(str, shape[:-1]))} of {shape[-1]} features, {kind}"
+            return example | {"what": said}
         example["tokens"] = code.ids[:16].tolist()
         if modality not in tokenizers:
             said = f"{len(code.ids)} tokens; decode them with --tokenizers DIR"
@@ -137,7 +141,10 @@ def _example(
 def segment_sizes(shards: ShardSet, i: int) -> str:
     """What an interleaved sample is made of: ``text 12, image 64, text 3``; tokens, else bytes."""
     if shards.tokenized:
-        sizes = {member: len(ids) for member, ids in shards.tokens(i).items()}
+        sizes = {
+            member: len(found) if found.ndim == 1 else math.prod(found.shape[:-1])
+            for member, found in shards.tokens(i).items()
+        }
     else:
         sizes = {member: int(shards.index.size[e]) for member, e in shards.members(i).items()}
     return ", ".join(f"{member_modality(member)} {n}" for member, n in sizes.items())

@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from mm.config import Config
+from mm.data.batching.collate import of_array
 from mm.data.shards.members import member_modality
 from mm.data.shards.reader import ShardSet, split_samples
 from mm.data.shards.remote import Location
@@ -216,7 +217,10 @@ class DocumentStream(Stream, Generic[C]):
     def segments(self, source: int, i: int) -> list[Segment]:
         """Sample ``i`` as it stands in the shards."""
         found = self.sources[source].tokens(i)
-        return [Segment(member_modality(member), ids) for member, ids in found.items()]
+        return [
+            of_array(self.vocabulary.spec(modality), array)
+            for modality, array in ((member_modality(m), array) for m, array in found.items())
+        ]
 
     def outline(self, source: int, i: int) -> list[Segment]:
         """Sample ``i`` as the index knows it: its codes are all 0, and nothing is read.

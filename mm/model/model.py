@@ -68,6 +68,7 @@ class Model(nn.Module):
         self.config, self.vocabulary = config, vocabulary
         self.embedder = embedder
         self.adapters = nn.ModuleDict(adapters)
+        config.check_adapters(vocabulary)
         self.backbone = backbone
         self.heads = nn.ModuleDict(heads)
         self._tie()
@@ -162,7 +163,8 @@ class Model(nn.Module):
         x = self.embedder(batch.ids, ctx)
         aux: dict[str, Sum] = {}
         inner, back = ctx, None
-        if len(self.adapters):
+        # Each rank runs each adapter, whatever its rows hold; a step of decoding holds no values.
+        if len(self.adapters) and (batch.values or state is None):
             x, ctx = self._fill(x, batch, ctx, aux)
             x, inner, back = move_padding_last(x, ctx)
         out = self.backbone(x, inner, state, path)
@@ -324,6 +326,24 @@ class LmConfig(Config):
         ):
             raise ValueError("mup_base needs heads of their own: set heads.*.tied to false")
         return self
+
+    def check_adapters(self, vocabulary: Vocabulary) -> None:
+        """Raise UserError where values of the vocabulary have no adapter that fits them."""
+        for spec in vocabulary.ranges:
+            name, n = spec.modality, spec.n_features
+            if not spec.continuous:
+                continue
+            adapter = self.adapters.get(name)
+            if adapter is None:
+                raise UserError(
+                    f"model.adapters has none for '{name}', which is read as values: set "
+                    f"model.adapters={{{name}: {{kind: linear, d_in: {n}}}}}"
+                )
+            if adapter.d_in != n:
+                raise UserError(
+                    f"model.adapters.{name} reads {adapter.d_in} features a place, the data have "
+                    f"{n}: set it to what its tokenizer gives"
+                )
 
     def default_mask(self) -> Mask:
         """The Mask of a pass that names none."""
