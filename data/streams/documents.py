@@ -17,6 +17,7 @@ from mm.data.shards.remote import Location
 from mm.data.streams.base import Stream, rank_rows
 from mm.data.streams.shuffle import Reseeded, key_of
 from mm.data.streams.survey import Drawn, survey_documents
+from mm.data.transforms.any_to_any import AnyToAny
 from mm.data.transforms.compose import chain
 from mm.errors import UserError
 from mm.launch import environment
@@ -178,12 +179,26 @@ class DocumentStream(Stream, Generic[C]):
             self.vocabulary.require(shards.specs, str(source.path))
         own = [config.transform if s.transform is None else s.transform for s in given]
         self.transforms = [chain(parts, transform) for parts in own]
+        self._refuse_written_values()
         named = transform if isinstance(transform, (Config, dict, str)) else None
         self.transform_keys = [
             key_of(config.transform, source.transform, named) % 2**32 for source in given
         ]
         plan = {"seed": seed, "batch_size": config.batch_size, **self.prepare()}
         super().__init__(plan, config.prefetch)
+
+    def _refuse_written_values(self) -> None:
+        """Raise UserError where a task asks for what the model can only read."""
+        values = {spec.modality for spec in self.vocabulary.ranges if spec.continuous}
+        for own in self.transforms:
+            for part in own.parts:
+                for task in part.tasks if isinstance(part, AnyToAny) else ():
+                    for name in values.intersection(task.targets):
+                        said = f"{'+'.join(task.conditions)}>{'+'.join(task.targets)}"
+                        raise UserError(
+                            f"any_to_any.tasks '{said.lstrip('>')}': '{name}' is read as values, "
+                            "it can only stand before the '>'"
+                        )
 
     @abstractmethod
     def prepare(self) -> dict[str, Any]:
