@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from mm.data.modalities.base import get_modality, modality_of_value, raw_modality
+from mm.data.shards.manifest import read_manifest
 from mm.data.shards.members import member_modality, members_of
-from mm.data.shards.reader import VOCABULARY, ShardSet, read_manifest
+from mm.data.shards.reader import VOCABULARY, ShardSet
 from mm.errors import UserError
 from mm.specs import Encoded, ModalityTokenizer
 from mm.tokenizers.load import load_tokenizers

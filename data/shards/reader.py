@@ -18,7 +18,7 @@ import numpy as np
 from mm.data.modalities.base import BadSample, get_modality, table
 from mm.data.shards import index
 from mm.data.shards.index import Index
-from mm.data.shards.manifest import parse_manifest
+from mm.data.shards.manifest import read_manifest
 from mm.data.shards.maps import ShardBytes
 from mm.data.shards.members import member_modality, members_of, segment_words, split_ordinal
 from mm.data.shards.remote import cache_folder, fetch, is_url, join, read_small
@@ -28,42 +28,10 @@ from mm.reading import parse_json
 from mm.specs import Encoded, Sample, TokenSpec
 from mm.vocabulary import Vocabulary
 
-MANIFEST, VOCABULARY, INDEX, QUARANTINE = (
-    "manifest.json",
-    "vocabulary.json",
-    "index.npz",
-    "quarantine.jsonl",
-)
+VOCABULARY, INDEX, QUARANTINE = "vocabulary.json", "index.npz", "quarantine.jsonl"
 CHECKED = 4096  # shards whose sizes are looked at when a split is opened; of more, when first read
 HASHED = 1 << 28  # bytes of an index that is hashed when it is opened
 log = logging.getLogger(__name__)
-
-
-def read_manifest(root: str | Path) -> dict[str, Any]:
-    """Read ``root/manifest.json``.
-
-    Raises UserError with the mending command when there is none or it is no manifest.
-    """
-    if is_url(root):
-        return parse_manifest(join(str(root), MANIFEST), read_small(join(str(root), MANIFEST)))
-    root = Path(root)
-    path = root / MANIFEST
-    if not path.is_file():
-        if not root.is_dir():
-            raise UserError(
-                f"no packed data at {root}; make it with: mm data pack SRC --out {root}"
-            )
-        foreign = " (there are tar files: foreign shards)" if any(root.rglob("*.tar")) else ""
-        raise UserError(
-            f"{root}: no {MANIFEST}{foreign}; pack it with: mm data pack {root} --out "
-            f"{root.name}-packed"
-        )
-    return parse_manifest(path, path.read_bytes())
-
-
-def split_samples(root: str | Path, split: str) -> int:
-    """Samples of one split of packed data; 0 when there is none of that name."""
-    return int(read_manifest(root)["splits"].get(split, {}).get("samples", 0))
 
 
 class ShardSet:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from mm.data.shards import index
+from mm.data.shards.manifest import read_manifest
 from mm.data.shards.members import member_modality
-from mm.data.shards.reader import VOCABULARY, ShardSet, read_manifest
+from mm.data.shards.reader import VOCABULARY, ShardSet
 from mm.errors import UserError
 from mm.vocabulary import Vocabulary
 

@@ -11,8 +11,9 @@ from pydantic import Field, model_validator
 
 from mm.config import Config
 from mm.data.batching.collate import of_array
+from mm.data.shards.manifest import split_samples
 from mm.data.shards.members import member_modality
-from mm.data.shards.reader import ShardSet, split_samples
+from mm.data.shards.reader import ShardSet
 from mm.data.shards.remote import Location
 from mm.data.streams.base import Stream, rank_rows
 from mm.data.streams.shuffle import Reseeded, key_of

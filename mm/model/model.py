@@ -329,20 +329,16 @@ class LmConfig(Config):
 
     def check_adapters(self, vocabulary: Vocabulary) -> None:
         """Raise UserError where values of the vocabulary have no adapter that fits them."""
-        for spec in vocabulary.ranges:
-            name, n = spec.modality, spec.n_features
-            if not spec.continuous:
-                continue
-            adapter = self.adapters.get(name)
-            if adapter is None:
+        for name, n in ((s.modality, s.n_features) for s in vocabulary.ranges if s.continuous):
+            if name not in self.adapters:
                 raise UserError(
                     f"model.adapters has none for '{name}', which is read as values: set "
                     f"model.adapters={{{name}: {{kind: linear, d_in: {n}}}}}"
                 )
-            if adapter.d_in != n:
+            if (have := self.adapters[name].d_in) != n:
                 raise UserError(
-                    f"model.adapters.{name} reads {adapter.d_in} features a place, the data have "
-                    f"{n}: set it to what its tokenizer gives"
+                    f"model.adapters.{name} reads {have} features a place, the data have {n}: set "
+                    "it to what its tokenizer gives"
                 )
 
     def default_mask(self) -> Mask:

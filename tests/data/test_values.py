@@ -180,6 +180,7 @@ def test_an_item_is_read_as_if_it_were_alone(kind: str) -> None:
     L, g = 6, torch.Generator().manual_seed(2)
     lengths = torch.tensor([r * c for r, c in shapes], dtype=torch.int32)
     width = adapter.zero_item(torch.device("cpu")).shape[-1]
+    assert width == config.d_in
     data = torch.randn(4, L, width, generator=g, dtype=torch.float64)  # noise after the end, too
     values = Values(data, lengths, lengths, lengths, tuple(shapes))
     together = adapter(values, None)

@@ -295,7 +295,9 @@ def test_patches_of_a_picture_that_fits_are_its_pixels() -> None:
     assert np.array_equal(code.values[1, 2].reshape(4, 4, 3), picture[4:, 8:])
     assert np.array_equal(tokenizer.decode([code])[0], picture)
     large = np.zeros((400, 100, 3), np.uint8)
-    assert np.prod(config(patch=4, max_patches=64).build().encode([large])[0].values.shape[:2]) <= 64  # type: ignore[call-arg]
+    assert (
+        np.prod(config(patch=4, max_patches=64).build().encode([large])[0].values.shape[:2]) <= 64
+    )  # type: ignore[call-arg]
 
 
 def test_mel_frames_are_those_of_torchaudio() -> None:
