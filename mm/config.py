@@ -214,6 +214,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def override(values: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
     """Apply `a.b=c` (list places by number: `stages.0.budget.steps=10`); the value is YAML."""
     for text in assignments:
+        if not text.isascii() and text != text.encode(errors="replace").decode():
+            raise UserError(f"override '{text}' has half a character, which no text can hold")
         path, equals, raw = text.partition("=")
         if not equals or not path:
             raise UserError(f"override '{text}' is not of the form key.sub=value")

@@ -37,10 +37,7 @@ class Registry:
         Registry.every[name] = self
 
     def register(self, kind: str) -> Callable[[C], C]:
-        """Class decorator: bind ``kind`` to a Config class.
-
-        Raises ValueError on a second class of that name.
-        """
+        """Class decorator: bind ``kind`` to a Config class; ValueError on a second of that name."""
 
         def bind(cls: C) -> C:
             old = self._classes.get(kind)
@@ -285,6 +282,9 @@ LAUNCHERS = Registry(
     {
         "local": "mm.launch.local",
         "ssh": "mm.launch.ssh",
+        "slurm": "mm.launch.slurm",
+        "mpi": "mm.launch.mpi",
+        "k8s": "mm.launch.k8s",
     },
 )
 SOURCES = Registry(

@@ -23,6 +23,7 @@ TIERS = {
     "names": 0,
     "errors": 0,
     "hashes": 0,
+    "processes": 0,
     "reading": 0,
     "run": 0,
     "kernels": 1,

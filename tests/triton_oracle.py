@@ -1,4 +1,4 @@
-"""Triton without a GPU: an interpreter that computes what the GPU would, and builds for sm_90.
+"""Triton without a GPU: an interpreter that computes what the GPU would, and builds.
 
     with interpreted():                       # CPU tensors, forward and backward
         with linear_scan.using("triton"):
@@ -50,8 +50,9 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from mm.kernels import device
 
 Handle = interpreter.TensorHandle
-HOPPER = GPUTarget("cuda", 90, 32)
-SHARED_LIMIT = 227 * 1024  # bytes a block may use on sm_90
+# Bytes of shared memory a block may use, by compute capability: A100, H100 and B200.
+# Source: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability".
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 def _widened(bits: np.ndarray) -> np.ndarray:
@@ -287,20 +288,22 @@ def recorded() -> Iterator[list[Launch]]:
 
 @dataclass
 class Built:
-    """What a kernel's binary for sm_90 holds."""
+    """What a kernel's binary for one card holds."""
 
     name: str
     registers: int  # a thread
     spills: int  # bytes of local memory a thread, stores and loads in it included
     shared: int  # bytes a block
     wgmma: int  # warp-group matrix instructions
-    mma: int  # warp matrix instructions
+    mma: int  # warp matrix instructions, and those of tensor memory (sm_100)
     grid: tuple[int, ...] = ()
+    card: int = 90
 
     def check(self, dot: bool = False) -> Built:
         """Assert no spills, shared memory that fits, matrix instructions where ``dot`` says so."""
         assert self.spills == 0, f"{self.name} spills: {self}"
-        assert self.shared <= SHARED_LIMIT, f"{self.name} needs too much shared memory: {self}"
+        fits = self.shared <= SHARED_LIMIT[self.card]
+        assert fits, f"{self.name} needs too much shared memory: {self}"
         if dot:
             assert self.wgmma + self.mma > 0, f"{self.name} has no matrix instruction: {self}"
         # HMMA/HGMMA/IMMA alone are tensor cores; a large grid dimension fails at launch only.
@@ -308,16 +311,17 @@ class Built:
         return self
 
 
-def built(launch: Launch) -> Built:
-    """Compile a recorded launch for sm_90, exactly as a launch there would, and read its binary."""
-    kernel, backend = launch.kernel, make_backend(HOPPER)
+def built(launch: Launch, card: int = 90) -> Built:
+    """Compile a recorded launch for a card, as a launch there would, and read its binary."""
+    target = GPUTarget("cuda", card, 32)
+    kernel, backend = launch.kernel, make_backend(target)
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     keywords = {"debug": False, "instrumentation_mode": "", **launch.options}
     bound, specialization, rest = binder(*launch.args, **keywords)
     options, signature, constants, attrs = kernel._pack_args(
         backend, keywords, bound, specialization, rest
     )
-    made = triton.compile(ASTSource(kernel, signature, constants, attrs), HOPPER, options.__dict__)
+    made = triton.compile(ASTSource(kernel, signature, constants, attrs), target, options.__dict__)
     sass, usage = _disassembled(made.asm["cubin"])
     figure = lambda key: int((re.search(rf"{key}:(\d+)", usage) or [0, 0])[1])
     spilled = len(re.findall(r"\b(?:STL|LDL)\b", sass))
@@ -327,8 +331,9 @@ def built(launch: Launch) -> Built:
         spills=max(figure("STACK"), figure("LOCAL"), spilled),
         shared=int(made.metadata.shared),
         wgmma=len(re.findall(r"\b[A-Z]*GMMA\b", sass)),
-        mma=len(re.findall(r"\b[HIDQ]MMA\b", sass)),
+        mma=len(re.findall(r"\b(?:[HIDQ]MMA|UTC[A-Z]*MMA)\b", sass)),
         grid=launch.grid,
+        card=card,
     )
 
 

@@ -21,6 +21,7 @@ TABLES = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
+TEXTS = (".txt", ".text", ".md")
 
 
 def open_source(
@@ -51,7 +52,7 @@ def open_source(
             kind = TABLES[src.suffix.lower()]
         elif src.suffix.lower() == ".tar":
             kind = "folder"
-        elif src.suffix.lower() in (".txt", ".text", ".md"):
+        elif src.suffix.lower() in TEXTS:
             kind = "text"
         else:
             raise UserError(

@@ -129,6 +129,8 @@ def _triton_why_not(
         return reason
     if mask.prefix_RT is not None:
         return "it has no prefix_RT"
+    if max(q.shape[-1], v.shape[-1]) > 128 and torch.float32 in (q.dtype, k.dtype, v.dtype):
+        return "float32 heads wider than 128: no tile fits the registers"
     if max(x.shape[1:].numel() for x in (q, k, v)) >= 1 << 31:
         return "a row of 2^31 numbers or more"
     return device.why_not(q, k, v)

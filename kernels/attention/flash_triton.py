@@ -22,13 +22,26 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def tile(width: int, item: int, way: str) -> tuple[int, int, int, int]:
-    """Queries and keys of a tile, warps, stages: what fits registers and shared memory of sm_90."""
+    """Queries and keys of a tile, warps, stages: what fits registers and shared memory.
+
+    Of sm_80, sm_90 and sm_100, with all settings on: `tests/kernels/test_launches.py`.
+
+    Args:
+        width: of the wider of keys and values, a power of two.
+        item: bytes of an element.
+        way: "forward", "queries" or "keys".
+    """
     if item == 4:
-        return (32, 32, 8, 1)
+        if width <= 64:
+            return (32, 32, 8, 1)
+        return {"forward": (32, 16, 8, 1), "queries": (16, 16, 4, 1), "keys": (16, 16, 8, 1)}[way]
+    if way == "keys":  # 64 queries at a time spill
+        return (32, 64, 8, 1)
+    if width > 128:
+        return (64, 32, 8, 2)
     if way == "forward":
         return (128, 128, 8, 3) if width <= 64 else (128, 64, 8, 3)
-    # By keys, 64 queries at a time spill with all settings on.
-    return (32, 64, 8, 1) if way == "keys" else (128, 64, 8, 2)
+    return (128, 64, 8, 2)
 
 
 @triton.jit

@@ -292,6 +292,8 @@ def _settings(q: Tensor, v: Tensor, g: Tensor | None) -> tuple[dict[str, Any], d
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else None,
     }
     passes = {**shared, "BK": block(K, WIDEST), "BV": block(V, 32), "num_warps": 4}
+    if K > 128:  # loads ahead would need more shared memory than a card has
+        passes.update(num_warps=8, num_stages=1)
     return passes, {**shared, "BK": block(K, 64), "BV": block(V, 64), "num_warps": 4}
 
 

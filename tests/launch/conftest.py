@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from machines import Hosts, need, need_namespaces
+from slurm_cluster import Slurm
 
 
 @pytest.fixture
@@ -14,6 +15,18 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     need("ip", "ssh", "sshd")
     need_namespaces()
     made = Hosts(tmp_path_factory.mktemp("hosts"))
+    try:
+        made.up()
+        yield made
+    finally:
+        made.down()
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """A Slurm of two nodes."""
+    need("munged", "slurmctld", "slurmd", "sbatch")
+    made = Slurm(tmp_path_factory.mktemp("slurm"))
     try:
         made.up()
         yield made

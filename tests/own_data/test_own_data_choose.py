@@ -137,6 +137,17 @@ def test_a_book_in_bytes_loses_nothing(seen: dict[str, Found], tmp_path: Path) -
     assert "tokenizer-text.yaml" in bpe.configs
 
 
+def test_a_folder_with_one_text_is_that_text(seen: dict[str, Found], tmp_path: Path) -> None:
+    """A folder's file is one document: nothing of it could be held out."""
+    text = book(tmp_path / "plays")
+    (tmp_path / "plays" / ".DS_Store").write_bytes(b"x")
+    found = look(tmp_path / "plays")
+    assert found == seen["book"]._replace(src=text) and found.samples > 1
+    assert plan_of(found, tmp_path / "out").steps[0].words[2] == str(text)
+    (tmp_path / "plays" / "more.txt").write_text("more")
+    assert look(tmp_path / "plays").src == tmp_path / "plays"
+
+
 def test_the_budget_is_time_or_data(seen: dict[str, Found], tmp_path: Path) -> None:
     steps = lambda plan: plan.configs["train.yaml"]["stages"][0]["budget"]["steps"]
     short = steps(plan_of(seen["book"], tmp_path, minutes=1.0))

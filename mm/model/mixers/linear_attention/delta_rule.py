@@ -40,7 +40,7 @@ class DeltaRule(LinearMixer):
 
     def __init__(self, d_model: int, config: DeltaRuleConfig, linear: LinearFactory):
         super().__init__()
-        c, H = config, config.heads
+        c, H = config, config.heads or default_heads(d_model, config.key_dim)
         if c.key_dim is None and d_model % H:
             raise ValueError(
                 f"delta_rule: d_model {d_model} is not a multiple of heads {H}; set key_dim"
@@ -131,13 +131,26 @@ class DeltaRule(LinearMixer):
         return self.out(y.to(x_BTD.dtype), ctx)
 
 
+WIDEST = 256  # keys that the kernels of a GPU take
+
+
+def default_heads(d_model: int, key_dim: int | None) -> int:
+    """4 heads; twice as many, and again, while their keys were wider than `WIDEST`."""
+    heads = 4
+    while key_dim is None and d_model // heads > WIDEST and d_model % (2 * heads) == 0:
+        heads *= 2
+    return heads
+
+
 @MIXERS.register("delta_rule")
 class DeltaRuleConfig(LayerConfig):
     """Delta rule (fast weights that overwrite), optionally gated."""
 
     kind: Literal["delta_rule"] = "delta_rule"
     renamed: ClassVar[dict[str, str]] = {"taps": "conv_size"}
-    heads: Annotated[int, Field(gt=0)] = 4
+    heads: Annotated[int, Field(gt=0)] | None = Field(
+        default=None, description="default: 4, or more so that a key is at most 256 wide"
+    )
     key_dim: Annotated[int, Field(gt=0, description="default: d_model / heads")] | None = None
     value_dim: Annotated[int, Field(gt=0, description="default: key_dim")] | None = None
     conv_size: int = Field(default=4, gt=0, description="width of the causal convolution; 1: none")

@@ -1,0 +1,167 @@
+"""Law `no silent host` of whole models: what every YAML of `configs/` trains, on fake CUDA tensors.
+
+The trainer's own optimizer step without DeepSpeed, which may read the device once a network, then a
+prefill and a decoding step, which may not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from laws import ROOT
+
+from mm import config as yaml_config
+from mm.batch import Batch, Values
+from mm.errors import UserError
+from mm.layout import Doc, Layout
+from mm.model.backbones.pattern import parse
+from mm.model.backbones.stack import presets
+from mm.plan.fake_cuda import CUDA, Reads, fake_cuda
+from mm.plan.fake_step import build_stage, train_step
+from mm.plan.inputs import documents
+from mm.registry import BACKBONES
+from mm.run import Run
+from mm.specs import TokenSpec
+from mm.vocabulary import Vocabulary, extend_vocabulary
+
+PREFILL = Layout.from_rows([[Doc(5)], [Doc(3)]], 5)
+STEP = Layout.from_rows([[Doc(1, slot=i, fresh=False, start=5)] for i in range(2)], 1)
+THE_READ = "mm/trainer/step.py:"
+
+
+def runs() -> list[str]:
+    """Every run that is another than its base alone, by its file."""
+    read = {f: yaml_config.read(f) for f in sorted((ROOT / "configs").rglob("*.yaml"))}
+    found: dict[str, str] = {}
+    for file, values in read.items():
+        if "stages" in values:
+            found.setdefault(str((values["model"], values["stages"])), str(file.relative_to(ROOT)))
+    return sorted(found.values())
+
+
+def backbones() -> list[str]:
+    return sorted(p.stem for p in (ROOT / "configs" / "backbone").glob("*.yaml"))
+
+
+def shallow(backbone: Any) -> Any:
+    """A backbone with one layer of each mixer that it names."""
+    if backbone is None or not hasattr(backbone, "pattern"):
+        lower = getattr(backbone, "lower", None)
+        change = {"upper": 1, "lower": lower and shallow(lower)}
+        return backbone and backbone.model_copy(update=change)
+    words = " ".join(dict.fromkeys(parse(backbone.pattern)))
+    return backbone.model_copy(update={"pattern": words, "depth": None})
+
+
+def with_backbone(run: Run, backbone: Any) -> Run:
+    if backbone is None:
+        return run
+    model = run.model.model_copy(update={"backbone": backbone})
+    return run.model_copy(update={"model": model})
+
+
+def smallest(run: Run) -> Run:
+    return with_backbone(run, shallow(getattr(run.model, "backbone", None)))
+
+
+def words_of(run: Run) -> Vocabulary | None:
+    if run.vocabulary is None:
+        return None
+    return extend_vocabulary([TokenSpec(m, 20, fingerprint=m) for m in run.tokenizers])
+
+
+def batch_of(run: Run, index: int, vocabulary: Vocabulary | None) -> Batch:
+    """Documents of ids, or raw items of the stage's modality."""
+    if vocabulary is not None:
+        return documents(2, 24, 12, vocabulary)
+    data: Any = run.stages[index].data
+    model: Any = run.model
+    if data.modality == "image":
+        shape = (2, model.channels, data.size, data.size)
+    else:
+        shape = (2, int(data.crop_seconds * data.sample_rate))
+    return Batch.of_values({data.modality: Values.items(torch.rand(shape))})
+
+
+def hold_the_law(run: Run, micro_batches: int = 1) -> None:
+    for index in range(len(run.stages)):
+        vocabulary = words_of(run)
+        micros = [batch_of(run, index, vocabulary) for _ in range(micro_batches)]
+        with fake_cuda() as reads:
+            stage = build_stage(run, index, vocabulary)
+            asked: Any = getattr(stage.objective, "config", None)
+            critic = getattr(asked, "adversarial", None)
+            late = [critic.start_step] if critic else []
+            for step in late or [0]:
+                found = train_step(reads, stage, step, micros, vocabulary)
+                assert all(place.startswith(THE_READ) for place in found), found
+                assert len(found) == len(stage.engines), found
+                for engine in stage.engines.values():
+                    untouched = [n for n, p in engine.trainable() if p not in engine.base.state]
+                    assert untouched == [], "no gradient reached them"
+            decode(stage.engines["model"].raw, reads)
+
+
+def decode(model: Any, reads: Reads) -> None:
+    """A prefill and a step, where the model has a State."""
+    reads.places.clear()
+    if not hasattr(model, "initial_state"):
+        return
+    try:
+        state = model.eval().initial_state(2, 16)
+    except UserError:  # it mixes both ways
+        return
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        for layout in (PREFILL, STEP):
+            ids = torch.full((*layout.shape, 1), 20, dtype=torch.int32, device=CUDA)
+            last = torch.tensor([layout.shape[1] - 1, 2 * layout.shape[1] - 1], dtype=torch.int32)
+            batch = Batch.of_ids(ids, layout.to(CUDA))
+            batch = dataclasses.replace(batch, places={"tokens": last.to(CUDA)})
+            out = model(batch, state=state, heads=("tokens",), loss=False)
+            state = out.state
+    assert out.heads["tokens"].dist.logits.device.type == "cuda"
+    assert reads.places == []
+
+
+@pytest.mark.parametrize("file", runs())
+def test_no_run_asks_the_device(file: str) -> None:
+    hold_the_law(smallest(Run.load(ROOT / file)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", runs())
+def test_no_whole_run_asks_the_device(file: str) -> None:
+    hold_the_law(Run.load(ROOT / file), micro_batches=2)
+
+
+QUICKSTART = Path("configs/quickstart/backbone.yaml")
+
+
+@pytest.mark.parametrize("name", backbones())
+def test_no_backbone_asks_the_device(name: str) -> None:
+    backbone = BACKBONES.parse(yaml_config.read(ROOT / "configs" / "backbone" / f"{name}.yaml"))
+    hold_the_law(with_backbone(Run.load(ROOT / QUICKSTART), shallow(backbone)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("word", presets())
+def test_no_model_of_a_preset_asks_the_device(word: str) -> None:
+    backbone = BACKBONES.parse({"kind": "stack", "pattern": word, "ffn": {"hidden": 32}})
+    run = with_backbone(Run.load(ROOT / QUICKSTART), backbone)
+    if yaml_config.read(f"mixer/{word}").get("kind") == "plstm":
+        run = run.model_copy(update={"model": run.model.model_copy(update={"mask": "full"})})
+    hold_the_law(run)
+
+
+def test_the_law_sees_a_read_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mm.trainer import step as trainer_step
+
+    real = trainer_step._device_metrics
+    asks = lambda term, metrics, total, n: (float(total), real(term, metrics, total, n))[1]
+    monkeypatch.setattr(trainer_step, "_device_metrics", asks)
+    with pytest.raises(AssertionError, match="test_no_silent_host_models.py:.* a value"):
+        hold_the_law(smallest(Run.load(ROOT / QUICKSTART)))
