@@ -296,12 +296,8 @@ class Generator:
         free = is_fixed(self.vocabulary.spec(to)) is None
         out = []
         for prompt in prompts:
-            line = [
-                of_array(self.vocabulary.spec(modality), next(ids[modality]))._replace(
-                    role="condition"
-                )
-                for modality in prompt
-            ]
+            line = [of_array(self.vocabulary.spec(m), next(ids[m])) for m in prompt]
+            line = [segment._replace(role="condition") for segment in line]
             if line and line[-1].modality == to and free:
                 line[-1] = line[-1]._replace(role="target")
             out.append(line)
