@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -21,6 +21,7 @@ from mm.reading import parse_json, parse_yaml
 
 T = TypeVar("T", bound="Config")
 SHIPPED = Path(__file__).parent / "configs"
+LARGEST = 2**48  # of any whole number of a config: 281 TB, where it counts bytes
 
 
 class CannotBuild(UserError, ValueError):
@@ -77,8 +78,19 @@ def _placing(build: Callable[..., Any]) -> Callable[..., Any]:
         except ValueError as error:
             reason = "; ".join(faults(error)) if isinstance(error, ValidationError) else str(error)
             raise CannotBuild(self, " ".join(reason.split())) from error
+        except (MemoryError, RuntimeError) as error:
+            if not _is_too_large(error):
+                raise
+            raise CannotBuild(self, "too large for this machine; make its sizes smaller") from error
 
     return placed
+
+
+def _is_too_large(error: Exception) -> bool:
+    """Whether torch or numpy said that what was asked for does not fit, or no number holds it."""
+    words = ("allocate memory", "out of memory", "Storage size calculation overflowed",
+             "numel: integer multiplication overflow")  # fmt: skip
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def faults(error: ValidationError) -> list[str]:
@@ -131,6 +143,16 @@ class Config(BaseModel):
                         f"unknown key '{key}'{did_you_mean(str(key), cls.model_fields)}"
                     )
         return value
+
+    @model_validator(mode="after")
+    def _numbers_end(self) -> Self:
+        for name, value in self:
+            if type(value) is not int or abs(value) <= LARGEST:
+                continue
+            bounds = type(self).model_fields[name].metadata
+            if not any(hasattr(b, "le") or hasattr(b, "lt") for b in bounds):  # it has its own
+                raise ValueError(f"{name}: larger than {LARGEST}")
+        return self
 
     def build(self, *args: Any, **kw: Any) -> Any:
         """Make the thing that this config describes."""

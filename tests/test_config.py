@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from generation_toys import VOCABULARY
 
-from mm.config import CannotBuild, Config, places_from
+from mm.config import CannotBuild, Config, places_from, validate
 from mm.errors import UserError
+from mm.model.model import LmConfig
 
 
 class Part(Config):
@@ -85,3 +86,19 @@ def test_a_run_names_the_key_of_its_yaml(
     assert cli.run(["train", str(file), "--model.backbone.mixers.attention.heads", "5"]) == 2
     place = "model.backbone.mixers.attention: d_model 32 is not a multiple of heads 5"
     assert capsys.readouterr().err.startswith(f"mm: {file}: {place}")
+
+
+def test_sizes_end_somewhere() -> None:
+    """Whatever a number counts: what no machine holds is told in one line, not by an allocator."""
+    for d_model in (2**20 + 1, 2**31, 10**30):
+        with pytest.raises(UserError, match=r"^x: d_model: "):
+            validate(LmConfig, {"d_model": d_model}, "x")
+    ffn = lambda hidden: {"kind": "swiglu", "hidden": hidden}
+    stack = lambda hidden: {"kind": "stack", "depth": 1, "ffn": ffn(hidden)}
+    for hidden in (2**48 + 1, 2**63, 10**30):
+        with pytest.raises(UserError, match="hidden: larger than"):
+            validate(LmConfig, {"d_model": 16, "backbone": stack(hidden)}, "x")
+    for hidden in (2**40, 2**48):
+        config = validate(LmConfig, {"d_model": 16, "backbone": stack(hidden)}, "x")
+        with pytest.raises(UserError, match="too large for this machine"):
+            config.build()

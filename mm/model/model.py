@@ -299,7 +299,9 @@ class LmConfig(Config):
     """A language model over the shared vocabulary, whose size sets the table's."""
 
     kind: Literal["lm"] = "lm"
-    d_model: Annotated[int, Field(gt=0, description="width of the vectors between layers")] = 128
+    d_model: Annotated[
+        int, Field(gt=0, le=2**20, description="width of the vectors between layers")
+    ] = 128
     backbone: BackboneField = Field(default="stack", validate_default=True)
     embedder: EmbedderField = Field(default="sum", validate_default=True)
     adapters: dict[str, AdapterField] = {}

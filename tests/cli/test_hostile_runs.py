@@ -205,11 +205,30 @@ def test_the_code_of_a_strangers_folder_runs_only_where_it_is_trusted(
         assert mark.exists()
 
 
-def test_a_yaml_that_was_named_runs_its_imports(
+@pytest.mark.parametrize("whole", [True, False], ids=["run", "tokenizer"])
+def test_looking_at_a_config_runs_its_code_only_where_it_is_trusted(
+    home: Path,
+    tmp_path: Path,
+    whole: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, mark = stranger(home, tmp_path, monkeypatch)
+    file = run / "config.yaml"
+    if not whole:
+        file.write_text("imports: [mm_test_plugin]\ntokenizer: {kind: bytes}\n")
+    line = refuse(capsys, "config", "show", str(file))
+    assert "'mm_test_plugin'" in line and "--trust-code" in line and not mark.exists()
+    assert cli.run(["config", "show", str(file), "--trust-code"]) == 0
+    assert mark.exists()
+
+
+def test_modules_that_are_typed_are_trusted(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, mark = stranger(home, tmp_path, monkeypatch)
-    assert cli.run(["config", "show", str(run / "config.yaml")]) == 0
+    asked = ["config", "show", str(run / "config.yaml"), "imports=[mm_test_plugin]"]
+    assert cli.run(asked) == 0
     assert mark.exists()
 
 
