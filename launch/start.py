@@ -107,7 +107,8 @@ def start(
         _refuse_second(job.folder, launcher)
     _write_files(job, plan)
     if not plan.keeps_record:
-        return supervise.run(job, plan.nodes, write)
+        with supervise.Signals() as signals:
+            return supervise.run(job, plan.nodes, write, signals)
     facts: dict[str, Any] = {
         "kind": kind,
         "cluster": launcher.to_dict(),
