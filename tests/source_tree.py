@@ -17,6 +17,7 @@ FOLDERS = ("tokenizers", "data", "kernels", "launch")
 TIERS = {
     "": 0,
     "config": 0,
+    "plug_point": 0,
     "registry": 0,
     "vocabulary": 0,
     "specs": 0,

@@ -22,7 +22,8 @@ from urllib.parse import quote
 import numpy as np
 
 from mm.data.shards import index
-from mm.data.shards.reader import INDEX, MANIFEST
+from mm.data.shards.manifest import MANIFEST
+from mm.data.shards.reader import INDEX
 from mm.errors import UserError
 from mm.processes import is_alive
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from mm.config import validate
 from mm.data.modalities.base import table
-from mm.data.shards.reader import MANIFEST
+from mm.data.shards.manifest import MANIFEST
 from mm.data.sources.base import Source
 from mm.data.sources.hf import is_saved_dataset
 from mm.errors import UserError

@@ -17,7 +17,6 @@ from mm import __version__
 from mm.cli.common import console, flatten, number, plain, table
 from mm.launch import allocation, environment, forward, source
 from mm.launch.preflight.machine import read_gpus
-from mm.launch.preflight.software import package_versions
 
 app = typer.Typer()
 PREFIXES = (
@@ -45,6 +44,8 @@ def env(
 
 def describe() -> dict[str, dict[str, Any]]:
     """Versions, machine, devices, git and variables; of secrets only that they are set."""
+    from mm.launch.preflight.software import package_versions  # reads the types of a run
+
     status = source.git("status", "--porcelain", "-uno")
     return {
         "versions": {

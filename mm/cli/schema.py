@@ -11,7 +11,8 @@ from pydantic.json_schema import GenerateJsonSchema
 from mm import config
 from mm.config import Config
 from mm.errors import UserError
-from mm.registry import Registry, TokenizerField, load_plugins
+from mm.plug_point import Registry, load_plugins
+from mm.registry import TokenizerField
 from mm.run import Run
 
 

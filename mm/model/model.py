@@ -68,6 +68,7 @@ class Model(nn.Module):
         self.config, self.vocabulary = config, vocabulary
         self.embedder = embedder
         self.adapters = nn.ModuleDict(adapters)
+        config.check_adapters(vocabulary)
         self.backbone = backbone
         self.heads = nn.ModuleDict(heads)
         self._tie()
@@ -162,7 +163,8 @@ class Model(nn.Module):
         x = self.embedder(batch.ids, ctx)
         aux: dict[str, Sum] = {}
         inner, back = ctx, None
-        if len(self.adapters):
+        # Each rank runs each adapter, whatever its rows hold; a step of decoding holds no values.
+        if len(self.adapters) and (batch.values or state is None):
             x, ctx = self._fill(x, batch, ctx, aux)
             x, inner, back = move_padding_last(x, ctx)
         out = self.backbone(x, inner, state, path)
@@ -324,6 +326,20 @@ class LmConfig(Config):
         ):
             raise ValueError("mup_base needs heads of their own: set heads.*.tied to false")
         return self
+
+    def check_adapters(self, vocabulary: Vocabulary) -> None:
+        """Raise UserError where values of the vocabulary have no adapter that fits them."""
+        for name, n in ((s.modality, s.n_features) for s in vocabulary.ranges if s.continuous):
+            if name not in self.adapters:
+                raise UserError(
+                    f"model.adapters has none for '{name}', which is read as values: set "
+                    f"model.adapters={{{name}: {{kind: linear, d_in: {n}}}}}"
+                )
+            if (have := self.adapters[name].d_in) != n:
+                raise UserError(
+                    f"model.adapters.{name} reads {have} features a place, the data have {n}: set "
+                    "it to what its tokenizer gives"
+                )
 
     def default_mask(self) -> Mask:
         """The Mask of a pass that names none."""

@@ -21,7 +21,7 @@ import yaml
 
 from mm.cli import main as cli
 from mm.cli.schema import resolve, run_schema
-from mm.registry import Registry
+from mm.plug_point import Registry
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -29,7 +29,8 @@ from damage import (
 from mm.config import read
 from mm.data.modalities.base import BadSample, get_modality
 from mm.data.pack.job import pack
-from mm.data.shards.reader import ShardSet, read_manifest
+from mm.data.shards.manifest import read_manifest
+from mm.data.shards.reader import ShardSet
 from mm.data.shards.verify import verify
 from mm.errors import UserError
 from mm.vocabulary import Vocabulary

@@ -19,7 +19,7 @@ from mm.model.mixers.linear_attention.delta_rule import DeltaRuleConfig
 
 CARDS = sorted(SHARED_LIMIT)
 # Tiles of 128 queries at width 128 are made for sm_90: they spill 8 to 32 bytes a thread on sm_80.
-NARROW = pytest.mark.xfail(reason="issue 15: tiles by card", strict=True)
+NARROW = pytest.mark.xfail(reason="open: tiles by card", strict=True)
 
 
 def everything() -> tuple[MaskSpec, ScoreSpec]:

@@ -27,7 +27,8 @@ def test_two_hosts_train_as_one_world(hosts: Hosts, tmp_path: Path) -> None:
     config = toy_run(tmp_path)
     code, said = mm(*words(hosts, config), cwd=tmp_path, WANDB_API_KEY="k" * 40)
     assert code == 0, said
-    assert "2 processes; 6 steps" in said and f"[{hosts.addresses[0]} rank 0]" in said
+    assert "preflight" in said and "2 processes; 6 steps" in said
+    assert f"[{hosts.addresses[0]} rank 0]" in said
     beats = [json.loads(f.read_text()) for f in sorted((tmp_path / "run/health").glob("*.json"))]
     assert [beat["rank"] for beat in beats] == [0, 1] and steps_done(tmp_path / "run") == 6
     for file in (tmp_path / "run" / "launch").rglob("*"):
@@ -51,7 +52,7 @@ def test_deepspeeds_launcher_over_pdsh(hosts: Hosts, tmp_path: Path) -> None:
 
 def test_a_host_that_is_not_there_is_named(hosts: Hosts, tmp_path: Path) -> None:
     config = toy_run(tmp_path)
-    given = words(hosts, config)
+    given = words(hosts, config, "--no-preflight", "cluster.restarts=0")
     gone = f"10.{hosts.net}.0.9"
     (hosts.folder / "hostfile").write_text(f"{hosts.addresses[0]} slots=1\n{gone} slots=1\n")
     begun = time.monotonic()
@@ -65,7 +66,8 @@ def test_a_host_that_is_not_there_is_named(hosts: Hosts, tmp_path: Path) -> None
 def test_a_node_that_dies_ends_the_job_and_is_named(hosts: Hosts, tmp_path: Path) -> None:
     config = toy_run(tmp_path, steps=100_000, checkpoints={"every": 20})
     folder = tmp_path / "run"
-    with background(*words(hosts, config), cwd=tmp_path) as child:
+    given = words(hosts, config, "--no-preflight", "cluster.restarts=0")
+    with background(*given, cwd=tmp_path) as child:
         wait_for(lambda: steps_done(folder) > 5 or child.poll() is not None, 300, "the first steps")
         assert child.poll() is None, child.communicate()[0]
         hosts.kill(hosts.names[1])
@@ -79,7 +81,7 @@ def test_a_node_that_dies_ends_the_job_and_is_named(hosts: Hosts, tmp_path: Path
 def test_stop_saves_a_checkpoint_and_the_same_command_goes_on(hosts: Hosts, tmp_path: Path) -> None:
     config = toy_run(tmp_path, steps=100_000, checkpoints={"every": 0})
     folder = tmp_path / "run"
-    with background(*words(hosts, config), cwd=tmp_path) as child:
+    with background(*words(hosts, config, "--no-preflight"), cwd=tmp_path) as child:
         wait_for(lambda: steps_done(folder) > 2 or child.poll() is not None, 300, "the first steps")
         code, told = mm("launch", "stop", str(folder), cwd=tmp_path)
         said, _ = child.communicate(timeout=180)

@@ -73,11 +73,22 @@ def test_photographs(seen: dict[str, Found], tmp_path: Path) -> None:
     assert train["model"]["d_model"] == 128
     (task,) = [t for t in stage["tasks"] if t["kind"] == "recognition"]
     assert task["classes"] == list(PHOTOS) and task["linear_probe"] and task["split"] == "val"
+    assert task["views"] == 8
     assert "--copies 16" in plan.steps[-4].line  # 60 photographs are few
     prompts = train["callbacks"][1]["prompts"]
     assert {"text": "china", "to": "image"} in prompts
     files = [Path(prompt["image"]) for prompt in prompts if "image" in prompt]
     assert files and all(file.is_file() for file in files)
+
+
+def test_varied_copies_vote_where_that_takes_seconds(seen: dict[str, Found]) -> None:
+    photos = seen["photographs"]
+    assert training.views(photos._replace(splits={"test": 1000}), "test", 0.0) is not None
+    assert training.views(photos._replace(splits={"test": 1001}), "test", 0.0) is None
+    held_out = photos.held_out(0.5)
+    assert held_out > 5 and training.views(photos, "val", 0.5) is not None
+    training_keys = tuple(str(i) for i in range(4000))
+    assert training.views(photos._replace(keys=training_keys), "val", 0.5) is None
 
 
 def test_many_pictures_and_recordings_keep_the_larger_model(seen: dict[str, Found]) -> None:

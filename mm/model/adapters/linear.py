@@ -36,7 +36,7 @@ class LinearAdapter(Adapter):
         return torch.zeros(1, 1, self.d_in, device=device, dtype=self.weight.dtype)
 
     def forward(self, values: Values, ctx: Ctx) -> AdapterOutput:
-        x = nn.functional.linear(values.data.to(self.weight.dtype), self.weight, self.bias)
+        x = nn.functional.linear(values.floats(self.weight.dtype), self.weight, self.bias)
         return AdapterOutput(x, None, values.length)
 
 

@@ -192,7 +192,8 @@ class BytesPerToken(Callback):
             seen = self.totals.setdefault(modality, [0, 0, 0])
             raw = table().modalities.get(table().raw.get(modality, ""))
             limit = self.documents if raw is not None and raw.is_text else self.FEW
-            if modality not in tokenizers or seen[0] >= limit:
+            values = vocabulary.spec(modality).continuous
+            if values or modality not in tokenizers or seen[0] >= limit:
                 continue
             span = vocabulary.range(modality)
             codes = [c for b in batches for c in _spans(b, span.begin, span.end)][
