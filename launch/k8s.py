@@ -61,7 +61,7 @@ class K8s(Launcher):
     save_s: Annotated[
         int, Field(gt=0, description="seconds that a pod has for a checkpoint before it is ended")
     ] = 180
-    retries: Annotated[int, Field(ge=0, description="failures of a node that are made good")] = 10
+    restarts: Annotated[int, Field(ge=0, description="failures of a node that are made good")] = 10
     runtime: Annotated[str, Field(description="trainjob: name of its runtime")] = (
         "torch-distributed"
     )
@@ -108,7 +108,7 @@ class K8s(Launcher):
             claims={self.claim: str(mount)} | self.claims,
             shared_memory_gib=self.shared_memory_gib,
             save_s=self.save_s,
-            retries=self.retries,
+            restarts=self.restarts,
             runtime=self.runtime,
             more=self.pod,
             config=yaml.safe_dump(values, sort_keys=False, allow_unicode=True),

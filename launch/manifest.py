@@ -32,7 +32,7 @@ class Pod(NamedTuple):
     claims: Mapping[str, str]  # PersistentVolumeClaim -> folder
     shared_memory_gib: int
     save_s: int
-    retries: int
+    restarts: int
     runtime: str
     more: Mapping[str, Any]
     config: str  # text of the run's YAML
@@ -179,7 +179,7 @@ def _job(pod: Pod) -> list[dict[str, Any]]:
             "completionMode": "Indexed",
             "completions": pod.nodes,
             "parallelism": pod.nodes,
-            "backoffLimit": pod.retries * pod.nodes,  # one that fails takes the others with it
+            "backoffLimit": pod.restarts * pod.nodes,  # one that fails takes the others with it
             "podFailurePolicy": {
                 "rules": [
                     {"action": "Ignore", "onExitCodes": codes},
@@ -201,7 +201,7 @@ def _pytorchjob(pod: Pod) -> list[dict[str, Any]]:
         specs["Worker"] = {"replicas": pod.nodes - 1, **replica}
     spec = {
         "nprocPerNode": str(pod.processes),
-        "runPolicy": {"backoffLimit": pod.retries * pod.nodes, "cleanPodPolicy": "Running"},
+        "runPolicy": {"backoffLimit": pod.restarts * pod.nodes, "cleanPodPolicy": "Running"},
         "pytorchReplicaSpecs": specs,
     }
     head = {"apiVersion": "kubeflow.org/v1", "kind": "PyTorchJob", "metadata": pod.metadata}

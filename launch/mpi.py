@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field
 
@@ -33,6 +33,12 @@ class Mpi(Launcher):
         str | None, Field(description="of the first node, as all nodes reach it")
     ] = None
     options: Annotated[str, Field(description="more options of mpirun")] = ""
+
+    def slots(self) -> int:
+        return sum(len(host.slots) for host in self._hosts())
+
+    def of_size(self, processes: int) -> Self:
+        return self  # mpirun has no spare hosts
 
     def plan(self, job: Job) -> Plan:
         hosts = self._hosts()

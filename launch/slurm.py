@@ -7,7 +7,7 @@ import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -64,7 +64,7 @@ class Slurm(Launcher):
     save_before_s: Annotated[
         int, Field(gt=0, description="seconds before the limit at which a checkpoint is asked for")
     ] = 180
-    restarts: Annotated[
+    after_limit: Annotated[
         Literal["requeue", "chain", "array"],
         Field(
             description="what goes on after the limit: the job requeues itself; or a chain of "
@@ -72,8 +72,8 @@ class Slurm(Launcher):
         ),
     ] = "requeue"
     attempts: Annotated[int, Field(gt=0, description="of a chain or an array")] = 1
-    retries: Annotated[
-        int, Field(ge=0, description="of a job that requeues itself, after an error of a rank")
+    restarts: Annotated[
+        int, Field(ge=0, description="how often a job is requeued after an error of a rank")
     ] = 1
     container: Annotated[Container | None, Field(description="image of the ranks")] = None
     options: Annotated[tuple[str, ...], Field(description="more #SBATCH options")] = ()
@@ -84,14 +84,20 @@ class Slurm(Launcher):
 
     @model_validator(mode="after")
     def _values_fit(self) -> Slurm:
-        if self.attempts > 1 and self.restarts == "requeue":
+        if self.attempts > 1 and self.after_limit == "requeue":
             raise ValueError(
                 "attempts: a job that requeues itself goes on until it is done; for a fixed number "
-                "say restarts=chain or restarts=array"
+                "say after_limit=chain or after_limit=array"
             )
         if self.save_before_s >= 60 * self.limit_min:
             raise ValueError(f"save_before_s: must be below limit_min, {60 * self.limit_min} s")
         return self
+
+    def slots(self) -> int:
+        return (self.nodes or 1) * (self.gpus_per_node or 1)
+
+    def of_size(self, processes: int) -> Self:
+        return self  # its nodes are Slurm's choice: all of them or none
 
     def plan(self, job: Job) -> Plan:
         nodes, processes = self.nodes or 1, self.gpus_per_node or 1
@@ -103,7 +109,7 @@ class Slurm(Launcher):
             return Plan(nodes * processes, {"slurm.sh": script}, (node,))
         file = str(job.home / FILE)
         commands = [("sbatch", "--parsable", file)]
-        if self.restarts == "chain":
+        if self.after_limit == "chain":
             # an attempt that saved ends with 0, one that failed ends the chain
             after = ("--dependency=afterok:{job}", "--kill-on-invalid-dep=yes")
             commands += [("sbatch", "--parsable", *after, file)] * (self.attempts - 1)
@@ -124,7 +130,7 @@ class Slurm(Launcher):
     def _batch_options(self, job: Job) -> list[str]:
         """Options of sbatch, one a line of the file."""
         out = [*self._resources(job), f"--signal=B:USR1@{self.save_before_s}", "--requeue"]
-        if self.restarts == "array":
+        if self.after_limit == "array":
             out.append(f"--array=1-{self.attempts}%1")
         return [*out, f"--output={job.home}/slurm-%j.out", "--open-mode=append"]
 
@@ -147,8 +153,8 @@ class Slurm(Launcher):
         )
         if self.interactive:
             return slurm_file.interactive(body)
-        options = self._batch_options(job)
-        return slurm_file.batch(body, options, job.home, self.restarts, self.retries)
+        options, world = self._batch_options(job), nodes * processes
+        return slurm_file.batch(body, options, job, world, self.after_limit, self.restarts)
 
     def _queue(self, record: Mapping[str, Any]) -> list[str]:
         """A line a job that Slurm still has. Raises OSError where there is no Slurm."""

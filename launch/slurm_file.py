@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mm.launch.launcher import Job
+from mm.launch.restarts import HISTORY
 from mm.launch.torchrun import command, watch_input
 
 ATTEMPTS = "attempts.log"  # a line a start and an end of a job
@@ -49,16 +50,20 @@ def body(
     )
 
 
-def batch(body: str, options: Sequence[str], home: Path, restarts: str, retries: int) -> str:
+def batch(
+    body: str, options: Sequence[str], job: Job, world: int, after_limit: str, restarts: int
+) -> str:
     """A file for sbatch that stands alone."""
-    again = {"requeue": _REQUEUE, "chain": _CHAIN, "array": _ARRAY}[restarts]
+    again = {"requeue": _REQUEUE, "chain": _CHAIN, "array": _ARRAY}[after_limit]
     return _BATCH.format(
         options="\n".join(f"#SBATCH {shlex.quote(option)}" for option in options),
-        home=shlex.quote(str(home)),
+        home=shlex.quote(str(job.home)),
+        history=HISTORY,
+        world=world,
         attempts=ATTEMPTS,
         stop=STOP,
         body=body,
-        again=again.format(retries=retries, attempts=ATTEMPTS),
+        again=again.format(restarts=restarts, attempts=ATTEMPTS),
     )
 
 
@@ -100,6 +105,8 @@ tell() {{ # a line of the history, and of this job's output
   echo "$(date '+%F %T') job $SLURM_JOB_ID restart ${{SLURM_RESTART_COUNT:-0}}: $1" |
     tee -a "$home/{attempts}"
 }}
+saved() {{ ls "$home/../checkpoints" 2>/dev/null | sed -n 's/^step_0*//p' | sort -n | tail -n 1; }}
+begun=$(date +%s) from=$(saved)
 tell "starts on $SLURM_JOB_NODELIST"
 {body}step=$!
 
@@ -122,6 +129,13 @@ elif [ -n "$asked" ] || scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime
 else how="failed with exit code $code"
 fi
 tell "ended: $how"
+# The same as a line of the run's history, which its report shows.
+list=$(printf '"%s", ' "${{nodes[@]}}")
+printf '{{"attempt": %d, "started": %d, "ended": %d, "nodes": [%s], "world": {world}, ' \\
+  $(($(cat "$home/{history}" 2>/dev/null | wc -l) + 1)) "$begun" "$(date +%s)" "${{list%, }}" \\
+  >> "$home/{history}"
+printf '"step_from": %d, "step_to": %d, "code": %d, "why": "%s"}}\\n' \\
+  "$from" "$(saved)" "$code" "job $SLURM_JOB_ID: $how" >> "$home/{history}"
 {again}exit $code
 """
 
@@ -131,7 +145,7 @@ _REQUEUE = """
 errors=$(grep -c "job $SLURM_JOB_ID restart .*: ended: failed" "$home/{attempts}")
 case $how in
   saved*) again=1 ;;
-  failed*) [ "$errors" -le {retries} ] && again=1 ;;
+  failed*) [ "$errors" -le {restarts} ] && again=1 ;;
 esac
 if [ -n "${{again:-}}" ]; then
   scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends this shell

@@ -22,9 +22,9 @@ SHIPPED = "configs/quickstart/hybrid.yaml"
 IMAGE = "{image: i.sqsh, mounts: ['/a:/b'], runtime: "
 PLANS = {
     "local": (),
-    "slurm": ("restarts=requeue", "cpus_per_task=4"),
-    "slurm chain": ("restarts=chain", "attempts=3", f"container={IMAGE}pyxis}}"),
-    "slurm array": ("restarts=array", "attempts=3", f"container={IMAGE}apptainer}}"),
+    "slurm": ("after_limit=requeue", "cpus_per_task=4"),
+    "slurm chain": ("after_limit=chain", "attempts=3", f"container={IMAGE}pyxis}}"),
+    "slurm array": ("after_limit=array", "attempts=3", f"container={IMAGE}apptainer}}"),
     "slurm console": ("interactive=true",),
     "mpi": (),
     "k8s": (),

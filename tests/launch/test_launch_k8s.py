@@ -121,7 +121,7 @@ def test_kubeflows_trainjob(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("resource", ["job", "pytorchjob"])
 def test_pods_train_save_when_they_are_evicted_and_go_on(tmp_path: Path, resource: str) -> None:
     """The command of the manifest's container as two processes, with what a cluster sets."""
@@ -161,14 +161,14 @@ def test_pods_train_save_when_they_are_evicted_and_go_on(tmp_path: Path, resourc
     both = pods()
     try:
         ready = lambda: steps_done(folder) > 5 or any(pod.poll() is not None for pod in both)
-        wait_for(ready, 150, "first steps")
+        wait_for(ready, 300, "first steps")
         both[1].send_signal(signal.SIGTERM)  # one is evicted: both save
-        said = [pod.communicate(timeout=90)[0] for pod in both]
+        said = [pod.communicate(timeout=400)[0] for pod in both]
         assert both[1].returncode == 75, said
         saved = max(int(f.name.split("_")[1]) for f in (folder / "checkpoints").glob("step_*"))
         run["stages"][0]["budget"]["steps"] = saved + 4
         both = pods()
-        said = [pod.communicate(timeout=200)[0] for pod in both]
+        said = [pod.communicate(timeout=400)[0] for pod in both]
         assert [pod.returncode for pod in both] == [0, 0], said
         assert f"run {saved + 4}/{saved + 4}" in said[0].replace("My_run", "run")
     finally:

@@ -12,7 +12,7 @@ from machines import environment, steps_done, toy_run
 from mm.launch import allocation, interface
 from mm.launch.environment import free_port
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_every_node_of_a_skypilot_job_runs_mm_launch_local(tmp_path: Path) -> No
     sky = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1"}
     words.append(f"cluster.port={free_port()}")
     both = [start(words, tmp_path, **sky, SKYPILOT_NODE_RANK=rank) for rank in "01"]
-    said = [child.communicate(timeout=200)[0] for child in both]
+    said = [child.communicate(timeout=400)[0] for child in both]
     assert [child.returncode for child in both] == [0, 0], said
     assert "2 processes; 6 steps" in said[0] and steps_done(tmp_path / "run") == 6
 

@@ -11,9 +11,10 @@ import pytest
 from machines import background, steps_done, toy_run, wait_for
 from slurm_cluster import Slurm
 
+from mm.launch import restarts
 from mm.trainer.log import metrics
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS = 200
 
 
@@ -71,21 +72,24 @@ def test_two_nodes_train_as_one_world(slurm: Slurm, unbroken: Path) -> None:
             assert "k" * 40 not in file.read_text(errors="replace"), f"{file} holds a secret"
 
 
-@pytest.mark.parametrize("restarts", ["requeue", "chain", "array"])
+@pytest.mark.parametrize("after_limit", ["requeue", "chain", "array"])
 def test_a_run_cut_by_the_limit_goes_on_with_the_losses_of_an_unbroken_one(
-    slurm: Slurm, unbroken: Path, tmp_path: Path, restarts: str
+    slurm: Slurm, unbroken: Path, tmp_path: Path, after_limit: str
 ) -> None:
-    more = () if restarts == "requeue" else ("cluster.attempts=3",)
-    job = submit(slurm, tmp_path, f"cluster.restarts={restarts}", *more)
+    more = () if after_limit == "requeue" else ("cluster.attempts=3",)
+    job = submit(slurm, tmp_path, f"cluster.after_limit={after_limit}", *more)
     wait_until_trained(tmp_path)
     # what `--signal=B:USR1@180` sends
-    slurm.ask("scancel", "--batch", "--signal=USR1", job + "_1" * (restarts == "array"))
+    slurm.ask("scancel", "--batch", "--signal=USR1", job + "_1" * (after_limit == "array"))
     wait_until(tmp_path, "ended: saved")
     assert list((tmp_path / "run/checkpoints").glob("step_*"))
     wait_until(tmp_path, "ended: all steps are done", 150)
     assert losses(tmp_path) == losses(unbroken)
     wait_for(lambda: not slurm.ask("squeue", "--noheader"), 90, "an empty queue")
     assert history(tmp_path).count("ended: saved") == 1
+    first, second = restarts.read_history(tmp_path / "run")[:2]  # a chain's third does nothing
+    assert first["step_to"] == second["step_from"] > 0 and second["step_to"] == STEPS
+    assert first["nodes"] == ["n1", "n2"] and first["code"] != 0 and second["code"] == 0
 
 
 def test_the_limit_itself_is_heard_in_time(slurm: Slurm, tmp_path: Path) -> None:
