@@ -255,9 +255,7 @@ class Model(nn.Module):
         tokenizers: Mapping[str, str | Path] = NONE,
         tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write a folder that needs nothing else.
-
-        Config, weights, vocabulary and copies of the tokenizers.
+        """Write a folder that needs nothing else: config, weights, vocabulary, tokenizers.
 
         Args:
             folder: replaced as a whole by one rename.
