@@ -48,6 +48,7 @@ class Values:
     room: Tensor  # (G,) int32 reserved places; unfilled ones become padding
     # On the host: rows and columns of each item's cells; None: each is one row
     grid: tuple[tuple[int, int], ...] | None = None
+    is_full: bool = False  # known on the host: every item is as long as its room
 
     def grids(self) -> tuple[Tensor, Tensor]:
         """Rows and columns of every item, (G,) int64 each, on the host."""
@@ -64,7 +65,7 @@ class Values:
 
     def to(self, device: Any) -> Values:
         parts = (self.data, self.length, self.place, self.room)
-        return Values(*(t.to(device, non_blocking=True) for t in parts), self.grid)
+        return Values(*(t.to(device, non_blocking=True) for t in parts), self.grid, self.is_full)
 
     @staticmethod
     def items(data: Tensor, length: Tensor | None = None) -> Values:

@@ -318,4 +318,4 @@ def values_of(items: Sequence[tuple[int, Features]]) -> Values:
         row[: len(each)] = each
     first = torch.tensor([place for place, _ in items], dtype=torch.int32)
     grids = [(f.grid[0], f.grid[1]) if len(f.grid) == 2 else (1, len(f.data)) for _, f in items]
-    return Values(torch.from_numpy(padded), lengths, first, lengths, tuple(grids))
+    return Values(torch.from_numpy(padded), lengths, first, lengths, tuple(grids), is_full=True)

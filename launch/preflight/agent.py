@@ -12,6 +12,7 @@ from typing import Any
 
 from mm.launch.preflight.check import Asked
 from mm.launch.preflight.checks import CHECKS
+from mm.reading import parse_json
 
 MARK = "mm-preflight "
 
@@ -38,7 +39,7 @@ def main() -> None:
     import time
 
     for line in sys.stdin:
-        words = json.loads(line)
+        words = parse_json(line)
         if words["round"] < 0:  # how far is it, and what time is it there?
             said: Any = {"time": time.time()}
         else:

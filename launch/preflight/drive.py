@@ -24,6 +24,7 @@ from mm.launch.preflight.check import FIX, Asked, Endpoint, Row, Seen, copy_comm
 from mm.launch.preflight.checks import CHECKS, ROUNDS, judge
 from mm.launch.preflight.network import MEET_S
 from mm.launch.preflight.software import FOLDERS
+from mm.reading import parse_json
 
 START_S, ROUND_S = 40.0, 60.0
 CLOCK_ROUNDS = 3
@@ -86,7 +87,7 @@ class _Agent:
         """The next answer and when it came; None when the agent is gone or late."""
         while True:
             try:
-                return json.loads(self.said.get(timeout=0.05)), time.time()
+                return parse_json(self.said.get(timeout=0.05)), time.time()
             except queue.Empty:
                 is_over = self._process.poll() is not None and not self._threads[0].is_alive()
                 if (is_over and self.said.empty()) or time.monotonic() > deadline:

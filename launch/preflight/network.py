@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import json
 import os
 import shutil
 import signal
@@ -28,6 +27,7 @@ from mm.launch.preflight.check import (
     leave_out,
     n_bytes,
 )
+from mm.reading import parse_json
 
 CONNECT_S = 3.0
 MEET_S = 60.0
@@ -213,7 +213,7 @@ def meet(asked: Asked, told: Mapping[int, Any]) -> dict[str, Any]:
     for child in children:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
-    found = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    found = [parse_json(line) for line in out.splitlines() if line.startswith("{")]
     return {"why": why, **(found[0] if found and not why else {})}
 
 

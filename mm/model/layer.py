@@ -284,6 +284,8 @@ class Embedder(nn.Module):
 class Adapter(nn.Module):
     """Plug point: continuous values to embeddings of their reserved places."""
 
+    keeps_length: bool = False  # an item of L values fills L places, always
+
     def zero_item(self, device: torch.device) -> Tensor:
         """`(1, L, ...)`: what a batch without this modality runs, so that all ranks run alike."""
         raise NotImplementedError

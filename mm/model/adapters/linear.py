@@ -21,6 +21,8 @@ from mm.registry import ADAPTERS
 class LinearAdapter(Adapter):
     """``data @ weight.T + bias``: feature vector l of an item fills its l-th reserved place."""
 
+    keeps_length = True
+
     def __init__(self, d_in: int, d_model: int):
         super().__init__()
         self.d_in = d_in

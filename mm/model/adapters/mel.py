@@ -25,6 +25,8 @@ class MelAdapter(Adapter):
     would be alone. Source: Radford et al. 2022 (arXiv:2212.04356), section 2.2.
     """
 
+    keeps_length = True
+
     def __init__(self, n_mels: int, stack: int, width: int, d_model: int):
         super().__init__()
         self.n_mels, self.stack = n_mels, stack

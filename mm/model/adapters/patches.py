@@ -56,6 +56,8 @@ class PatchesAdapter(Adapter):
     is read as it would be alone. Source: Xiao et al. 2021 (arXiv:2106.14881), section 4.
     """
 
+    keeps_length = True
+
     def __init__(self, patch: int, width: int, blocks: int, d_model: int):
         super().__init__()
         self.patch = patch
