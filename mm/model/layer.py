@@ -1,7 +1,4 @@
-"""The one shape of everything between embedding and head.
-
-B rows, T tokens, D model, S streams, N slots, P places.
-"""
+"""Everything between ids and losses. B rows, T tokens, D model, S streams, N slots, P places."""
 
 from __future__ import annotations
 
