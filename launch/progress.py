@@ -14,7 +14,7 @@ from mm.launch.launcher import Node
 WATCHED = ("data", "step", "report")
 LONGEST = 10  # times the longest step seen
 STOPPED_S = 8.0  # a process that is stopped for so long is not stopped by chance
-SILENT_S = 30.0  # a node that does not answer
+SILENT_S = 45.0  # a node that does not answer
 WAITING = ("torch/distributed/", "deepspeed/comm/", "torch/autograd/")
 
 
@@ -66,6 +66,10 @@ class Progress:
                 stopped.setdefault(int(words[0]), now)
             else:
                 stopped.pop(int(words[0]), None)
+
+    def silence(self, node: str) -> float:
+        """Seconds since a node last said anything; 0 when it never did."""
+        return self._clock() - self._heard.get(node, self._clock())
 
     @property
     def step(self) -> int:

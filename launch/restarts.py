@@ -22,6 +22,7 @@ from mm.reading import parse_json
 from mm.run import Run
 
 HISTORY = "history.jsonl"
+COMPILES = 15  # times as long until nothing moving is a hang
 FAILURES = 2  # of a node, after which it is left out
 
 
@@ -63,7 +64,10 @@ def run(
     with Signals() as signals:
         while True:
             begun, saved = time.time(), newest_step(job.folder)
-            outcome = _attempt(launcher, job, plan, write, signals, saved, history, begun)
+            # torch.compile may take minutes in the middle of a run, at a new length of rows
+            hang_s = launcher.hang_s * (COMPILES if run_.engine.compile else 1)
+            outcome = _attempt(job, plan, write, signals, saved, history, begun, hang_s)
+            ended = time.monotonic()
             if outcome.code in (0, 2, STOPPED) or signals.count:
                 return outcome
             if not launcher.restarts:
@@ -85,7 +89,8 @@ def run(
             job = first_job._replace(overrides=(*first_job.overrides, *overrides))
             if overrides:
                 plan = launcher.plan(job)
-            _wait(launcher, lost, signals)
+            if lost:
+                _wait(launcher.lease_s - (time.monotonic() - ended) - outcome.silent_s, signals)
             if signals.count:
                 return outcome
             names = ", ".join(node.name for node in plan.nodes)
@@ -95,7 +100,6 @@ def run(
 
 
 def _attempt(
-    launcher: Launcher,
     job: Job,
     plan: Plan,
     write: Callable[[str], None],
@@ -103,6 +107,7 @@ def _attempt(
     saved: int,
     history: _History,
     begun: float,
+    hang_s: float,
 ) -> Outcome:
     """One attempt, and its line of the history."""
     trains_after: list[float] = []
@@ -111,7 +116,7 @@ def _attempt(
         if step > saved and not trains_after:
             trains_after.append(round(time.time() - begun, 1))
 
-    outcome = supervise.run(job, plan.nodes, write, signals, launcher.hang_s, on_step)
+    outcome = supervise.run(job, plan.nodes, write, signals, hang_s, on_step)
     left = newest_step(job.folder)
     history.add(
         started=begun,
@@ -164,9 +169,9 @@ def _plan_again(
     raise UserError("no host is left")
 
 
-def _wait(launcher: Launcher, lost: set[str], signals: Signals) -> None:
+def _wait(seconds: float, signals: Signals) -> None:
     """Until what runs on a host that was lost has ended itself."""
-    deadline = time.monotonic() + (launcher.lease_s if lost else 0)
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and not signals.count:
         time.sleep(0.1)
 

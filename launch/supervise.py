@@ -31,6 +31,7 @@ class Outcome(NamedTuple):
     why: str
     node: str = ""  # that is to blame, where one is known
     step: int = 0  # done, as far as the ranks said
+    silent_s: float = 0.0  # since that node was last heard of
 
 
 class Signals:
@@ -147,9 +148,10 @@ def run(
     progress.look()
     if hang is not None:
         rank = f" rank {hang.rank}" if hang.rank is not None else ""
-        return Outcome(1, f"{hang.node}{rank}: {hang.why}", hang.node, progress.step)
-    outcome = _outcome(channels, console, progress, signals.count > heard)
-    return outcome._replace(step=progress.step)
+        outcome = Outcome(1, f"{hang.node}{rank}: {hang.why}", hang.node)
+    else:
+        outcome = _outcome(channels, console, progress, signals.count > heard)
+    return outcome._replace(step=progress.step, silent_s=progress.silence(outcome.node))
 
 
 def _watch(

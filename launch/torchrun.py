@@ -10,7 +10,7 @@ from mm.launch.launcher import Job, exports, quote
 
 GRACE_S = 40  # torchrun gives its workers 30 s
 QUIT_S = 8  # to ranks whose job has failed already
-LEASE_S = 20
+LEASE_S = 30  # a node that hears nothing for so long ends its ranks
 STATE = "mm-state"  # begins a line of a node about one of its ranks: process, state
 RANKS = "$(cat /proc/$run/task/*/children)"
 

@@ -92,9 +92,9 @@ def test_a_stopped_process_and_a_silent_node_are_named(tmp_path: Path) -> None:
     ranks.progress.hear("b", ())
     ranks.train(5, 2.0)
     ranks.progress.hear("a", ())
-    ranks.now += 22
+    ranks.now += 36
     hang = ranks.progress.look()
-    assert hang is not None and hang.node == "b" and "not answered for 32 s" in hang.why
+    assert hang is not None and hang.node == "b" and "not answered for 46 s" in hang.why
 
 
 def test_of_ranks_in_one_place_the_one_that_waits_for_nobody_is_named(tmp_path: Path) -> None:
