@@ -81,7 +81,7 @@ def environment(**more: str) -> dict[str, str]:
     return keep | own | more
 
 
-def mm(*words: str, cwd: Path, timeout_s: float = 110, **env: str) -> tuple[int, str]:
+def mm(*words: str, cwd: Path, timeout_s: float = 300, **env: str) -> tuple[int, str]:
     """Run `mm WORDS`: exit code and all that it wrote."""
     done = subprocess.run(
         [sys.executable, "-m", "mm", *words],
