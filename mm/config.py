@@ -21,6 +21,7 @@ from mm.reading import parse_json, parse_yaml
 
 T = TypeVar("T", bound="Config")
 SHIPPED = Path(__file__).parent / "configs"
+MOST_FAULTS = 20  # that one message names
 LARGEST = 2**48  # of any whole number of a config: 281 TB, where it counts bytes
 
 
@@ -94,7 +95,7 @@ def _is_too_large(error: Exception) -> bool:
 
 
 def faults(error: ValidationError) -> list[str]:
-    """One line a fault of pydantic's: keys, and why."""
+    """One line a fault of pydantic's: keys, and why; of many faults the first `MOST_FAULTS`."""
     lines = []
     found = error.errors()
     # a tuple whose parts are wrong is too short, says pydantic, for want of valid ones
@@ -103,7 +104,9 @@ def faults(error: ValidationError) -> list[str]:
         where = ".".join(str(part) for part in fault["loc"])
         message = fault["msg"].removeprefix("Value error, ")
         lines.append(f"{where + ': ' if where else ''}{message}")
-    return list(dict.fromkeys(lines))
+    lines = list(dict.fromkeys(lines))
+    more = len(lines) - MOST_FAULTS
+    return lines if more <= 0 else [*lines[:MOST_FAULTS], f"and {more} faults more"]
 
 
 class Config(BaseModel):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from generation_toys import VOCABULARY
 
+from mm import config as configs
 from mm.config import CannotBuild, Config, places_from, validate
 from mm.errors import UserError
 from mm.model.model import LmConfig
+from mm.run import Run
 
 
 class Part(Config):
@@ -102,3 +106,16 @@ def test_sizes_end_somewhere() -> None:
         config = validate(LmConfig, {"d_model": 16, "backbone": stack(hidden)}, "x")
         with pytest.raises(UserError, match="too large for this machine"):
             config.build()
+
+
+def test_thousands_of_faults_are_told_by_the_first_of_them(tmp_path: Path) -> None:
+    """Found by `make fuzz`: a list of 3,000 wrong entries was a message of 3,000 lines."""
+    file = tmp_path / "run.yaml"
+    values = configs.read("configs/quickstart/hybrid.yaml")
+    values["stages"][0]["tasks"][0] = {"kind": "recognition", "sources": list(range(3000))}
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError) as told:
+        Run.load(file)
+    lines = str(told.value).splitlines()
+    assert len(lines) <= 21 and "sources.0" in str(told.value)
+    assert re.search(r"and \d+ faults more", lines[-1])
