@@ -24,7 +24,8 @@ def test_every_key_of_a_run_says_what_it_is(definitions: dict[str, Any]) -> None
     silent = [
         f"{name}: {key}"
         for name, body in definitions.items()
-        if name.split(".")[0] in DESCRIBED
+        # kinds of tests, which other files of this process may have registered, are called toy
+        if name.split(".")[0] in DESCRIBED and "toy" not in name
         for key, of in body.get("properties", {}).items()
         if key != "kind" and "description" not in of
     ]

@@ -56,8 +56,8 @@ DATA, OPTIMIZER, STACK = "stages.0.data", "stages.0.optimizer", "model.backbone"
 THETA = f"{STACK}.mixers.attention.position.theta"
 # id -> (override, what the line says)
 OVERRIDES: dict[str, tuple[str, str]] = {
-    "397 d_model 10**9": ("model.d_model=1000000000", "lower d_model"),
-    "398 d_model 10**30": (f"model.d_model={10**30}", "lower d_model"),
+    "397 d_model 10**9": ("model.d_model=1000000000", "d_model: Input should be less"),
+    "398 d_model 10**30": (f"model.d_model={10**30}", "d_model: Input should be less"),
     "401 d_model 33": ("model.d_model=33", "not a multiple of heads"),
     "402 depth 10**6": (f"{STACK}.depth=1000000", "depth: "),
     "404 heads 10**9": (f"{STACK}.mixers.attention.heads=1000000000", "heads"),
