@@ -39,7 +39,7 @@ def said_by_job(folder: Path) -> str:
 
 def wait_until_trained(folder: Path, steps: int = 20) -> None:
     have = lambda: steps_done(folder / "run") > steps or "ended: " in history(folder)
-    wait_for(have, 100, f"{steps} steps")
+    wait_for(have, 300, f"{steps} steps")
     assert "ended: " not in history(folder), said_by_job(folder)
 
 
