@@ -70,8 +70,11 @@ def child(rows: Path, record: bool, overrides: list[str]) -> None:
     steps = iter(pickle.loads(file.read_bytes()))
     own = packed.PackedStream.next
 
+    fresh = [True]
+
     def give(stream: Any) -> Any:
-        if not any(stream.counts.values()):  # the counts of one step, for what reads them
+        if fresh:  # the counts of one step, for what reads them
+            fresh.clear()
             own(stream)
             stream.close()
         given, sizes = next(steps)
