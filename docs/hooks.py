@@ -20,7 +20,7 @@ from mkdocs.structure.files import File, Files
 
 from mm.cli import main as cli
 from mm.cli.schema import run_schema
-from mm.registry import Registry
+from mm.plug_point import Registry
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "build" / "docs-source"  # `paths` of mkdocs.yml

@@ -89,6 +89,8 @@ def adopt_ranks(environ: MutableMapping[str, str] | None = None) -> str | None:
     no MASTER_ADDR: a guess would be every node's own loopback.
     """
     e = os.environ if environ is None else environ
+    if "CROSS_RANK" in e and "LOCAL_SIZE" in e:  # DeepSpeed's launcher; the rest are as torchrun's
+        e.setdefault("LOCAL_WORLD_SIZE", e["LOCAL_SIZE"])
     if "RANK" in e or "WORLD_SIZE" in e:
         return None
     for source, names in PROCESSES.items():

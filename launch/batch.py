@@ -35,3 +35,20 @@ def batch_arithmetic(run: Run, world: int) -> list[str]:
             + ("" if mine % micro == 0 else f" (the last has {mine % micro})")
         )
     return lines
+
+
+def keep_micro_batches(run: Run, before: int, now: int) -> list[str]:
+    """Overrides with which ``now`` processes take no more rows at a time than ``before`` did.
+
+    The rows of a step stay, so fewer processes take more passes.
+    """
+    out = []
+    for i, stage in enumerate(run.stages):
+        rows = getattr(stage.data, "batch_size", None)
+        if rows is None or not hasattr(stage.data, "micro_batch_size") or now >= before:
+            continue
+        most = min(stage.data.micro_batch_size or rows // before, rows // before)  # pyright: ignore[reportAttributeAccessIssue]
+        mine = rows // now
+        micro = next(m for m in range(min(most, mine), 0, -1) if mine % m == 0)
+        out.append(f"stages.{i}.data.micro_batch_size={micro}")
+    return out

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mm.errors import UserError
-from mm.launch import record, start
+from mm.launch import record
 from mm.launch.launcher import Launcher, quote
+from mm.processes import is_alive
 from mm.registry import LAUNCHERS
 
 WAIT_S = 120.0
@@ -31,7 +32,7 @@ def status(folder: Path) -> dict[str, Any]:
     values = record.read(folder)
     state = values.get("state", "?")
     if state == "running" and values["host"] == socket.gethostname():
-        if not start.alive(values["pid"]):
+        if not is_alive(values["pid"]):
             state = "lost: the launcher is gone and has not said why"
     if state == "submitted":
         state = _launcher(values).status(values) or state
@@ -91,7 +92,7 @@ def stop(folder: Path, now: bool = False) -> str:
             f"{folder}: launched on {values['host']}; say there: mm launch stop {folder}"
         )
     pid = values["pid"]
-    if not start.alive(pid):
+    if not is_alive(pid):
         record.update(folder / "launch", state="ended", code=1, why="the launcher was lost")
         return f"{folder}: its launcher, process {pid}, is gone"
     for _ in range(2 if now else 1):
@@ -99,7 +100,7 @@ def stop(folder: Path, now: bool = False) -> str:
             os.kill(pid, signal.SIGTERM)
         time.sleep(0.3)
     deadline = time.monotonic() + WAIT_S
-    while start.alive(pid) and time.monotonic() < deadline:
+    while is_alive(pid) and time.monotonic() < deadline:
         time.sleep(0.2)
         if record.read(folder)["state"] == "ended":
             break

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mm.launch.allocation import adopt_ranks
+from mm.launch.interface import set_interface
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -48,10 +49,12 @@ def prepare(environ: MutableMapping[str, str] | None = None) -> None:
       steps 20 times slower.
     - DeepSpeed's C++ builds go to a folder of this project: a stale lock in the shared one hangs
       `deepspeed.init_distributed` for ever.
-    - Ranks that MPI, Slurm or submitit have given become torchrun's variables.
+    - Ranks that MPI, Slurm, submitit or DeepSpeed have given become torchrun's variables.
+    - Ranks of several nodes talk over the network interface that leads to the first one.
     """
     environ = os.environ if environ is None else environ
     adopt_ranks(environ)
+    set_interface(environ)
     environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environ.setdefault("GOMP_SPINCOUNT", "0")
     environ.setdefault("TOKENIZERS_PARALLELISM", "false")

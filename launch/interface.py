@@ -12,6 +12,7 @@ import os
 import socket
 import struct
 import sys
+from collections.abc import MutableMapping
 
 _SIOCGIFADDR = 0x8915
 NAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -41,6 +42,25 @@ def interface(towards: str) -> str | None:
     """Name of the interface that leads to ``towards``; None when no name has its address."""
     address = local_address(towards)
     return next((name for name, own in addresses().items() if own == address), None)
+
+
+def set_interface(environ: MutableMapping[str, str]) -> None:
+    """Set the interface for a rank of several nodes, unless it is set or is a loopback.
+
+    A loopback is what the first node's own name may be to itself: no other node reaches it.
+    """
+    count = lambda name: int(environ.get(name) or 1)
+    here = count("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environ else count("WORLD_SIZE")
+    if count("WORLD_SIZE") == here or "MASTER_ADDR" not in environ:
+        return
+    try:
+        towards = socket.gethostbyname(environ["MASTER_ADDR"])
+        found = None if towards.startswith("127.") else interface(towards)
+    except OSError:
+        return  # the rendezvous itself will tell
+    if found is not None:
+        for name in NAMES:
+            environ.setdefault(name, found)
 
 
 def main(towards: str) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import Field
 
 from mm.config import Config
+from mm.launch.preflight.check import Endpoint
 
 PORT = 29500
 
@@ -56,6 +57,7 @@ class Plan(NamedTuple):
     nodes: tuple[Node, ...] = ()
     commands: tuple[tuple[str, ...], ...] = ()
     notes: tuple[str, ...] = ()
+    keeps_record: bool = True  # False: another node of a scheduler's job does
 
 
 class Launcher(Config):
@@ -74,6 +76,22 @@ class Launcher(Config):
     port: Annotated[
         int | None, Field(gt=0, lt=65536, description="of the rendezvous on the first node")
     ] = None
+    restarts: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="how often a job that failed is started again from its newest checkpoint, "
+            "on the hosts that are left",
+        ),
+    ] = 0
+    hang_s: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="seconds without a change inside a step, and 10 times the longest step at "
+            "least, after which the launcher calls it a hang; 0 = never",
+        ),
+    ] = 40.0
     env: Annotated[dict[str, str], Field(description="variables that every node gets")] = {}
     forward: Annotated[
         tuple[str, ...], Field(description="more prefixes of variables that are forwarded")
@@ -87,9 +105,42 @@ class Launcher(Config):
         """What would be done for ``job``. Raises UserError; needs no cluster."""
         raise NotImplementedError
 
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """Hosts that this machine itself reaches, for the preflight; none of a scheduler's."""
+        return ()
+
+    def meeting_point(self) -> tuple[str, int]:
+        """Address and port of the first host, as all hosts reach it. Raises UserError."""
+        return "127.0.0.1", self.port or PORT
+
+    @property
+    def lease_s(self) -> float:
+        """Seconds after which a host that was lost has ended its ranks itself."""
+        return 0.0
+
+    def is_there(self, host: str) -> bool:
+        """Whether a host that failed can be reached."""
+        return True
+
+    def without(self, hosts: Collection[str]) -> Self:
+        """This launcher without some hosts, spares in their place. Raises UserError: none left."""
+        return self
+
+    def slots(self) -> int:
+        """Processes that the hosts have room for, no more than at first."""
+        return self.gpus_per_node or 1
+
+    def of_size(self, processes: int) -> Self:
+        """This launcher with that many processes, no more than `slots`."""
+        return self.model_copy(update={"gpus_per_node": processes})
+
     def status(self, record: Mapping[str, Any]) -> str:
         """One line about a job that a scheduler has; '' when this machine watches it."""
         return ""
+
+    def has(self, record: Mapping[str, Any]) -> bool:
+        """True while a scheduler has a job of this record: no second one is to be handed over."""
+        return False
 
     def stop_commands(self, record: Mapping[str, Any], now: bool) -> Sequence[Sequence[str]]:
         """Commands that end a job of a scheduler: after a checkpoint, or at once."""

@@ -47,4 +47,5 @@ class Local(Launcher):
         notes = (f"node {place.rank} of {place.nodes}, by {place.source}",) if given else ()
         name = f"node_{place.rank}"
         node = Node(name, ("bash", "-s"), script, processes)
-        return Plan(processes * place.nodes, {f"{name}.sh": script}, (node,), notes=notes)
+        files, world = {f"{name}.sh": script}, processes * place.nodes
+        return Plan(world, files, (node,), notes=notes, keeps_record=place.rank == 0)

@@ -6,16 +6,18 @@ import ipaddress
 import shlex
 import socket
 import subprocess
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
-from mm.errors import UserError
+from mm.errors import UserError, did_you_mean
 from mm.launch.forward import public
 from mm.launch.hostfile import Host, read_hostfile, select
 from mm.launch.launcher import PORT, Job, Launcher, Node, Plan, exports, quote
-from mm.launch.torchrun import node_script, watch_input
+from mm.launch.preflight.check import Endpoint
+from mm.launch.torchrun import LEASE_S, node_script, watch_input
 from mm.registry import LAUNCHERS
 
 # A key or nothing, an end to waiting, and a dead host noticed after 15 s.
@@ -48,32 +50,102 @@ class Ssh(Launcher):
     ] = None
     options: Annotated[str, Field(description="options of ssh")] = OPTIONS
 
+    spares: Annotated[
+        tuple[str, ...],
+        Field(description="hosts of the hostfile that wait until another one is left out"),
+    ] = ()
+    restarts: Annotated[
+        int, Field(ge=0, description="starts after a failure, on the hosts that are left")
+    ] = 3
+    _out: frozenset[str] = PrivateAttr(frozenset())
+    _size: int | None = PrivateAttr(None)
+
     def hosts(self) -> list[Host]:
         """The hosts that are used, with the slots that are used. Raises UserError."""
         found = select(read_hostfile(self.hostfile), self.include, self.exclude)
+        names = [host.name for host in found]
+        for name in self.spares:
+            if name not in names:
+                raise UserError(f"spares: no host '{name}'{did_you_mean(name, names)}")
+        chosen = [host for host in found if host.name not in self.spares]
+        waiting = [host for host in found if host.name in self.spares]
         if self.nodes is not None:
-            if self.nodes > len(found):
-                raise UserError(f"{self.hostfile}: has {len(found)} hosts, asked are {self.nodes}")
-            found = found[: self.nodes]
+            if self.nodes > len(chosen):
+                raise UserError(f"{self.hostfile}: has {len(chosen)} hosts, asked are {self.nodes}")
+            chosen, waiting = chosen[: self.nodes], chosen[self.nodes :] + waiting
         if self.gpus_per_node is not None:
-            for host in found:
+            for host in chosen:
                 if self.gpus_per_node > len(host.slots):
                     raise UserError(
                         f"{self.hostfile}:{host.line}: '{host.name}' has {len(host.slots)} slots, "
                         f"asked are {self.gpus_per_node}"
                     )
-            found = [h._replace(slots=h.slots[: self.gpus_per_node]) for h in found]
-        return found
+            most = self.gpus_per_node
+            chosen, waiting = (
+                [host._replace(slots=host.slots[:most]) for host in hosts]
+                for hosts in (chosen, waiting)
+            )
+        if not chosen:
+            raise UserError(f"{self.hostfile}: all of its hosts are spares")
+        return self._left(chosen, waiting)
+
+    def _left(self, chosen: list[Host], waiting: list[Host]) -> list[Host]:
+        """Of the hosts those that are not left out, filled up from those that wait."""
+        room = self._size or sum(len(host.slots) for host in chosen)
+        hosts = [host for host in chosen if host.name not in self._out]
+        if self._out:
+            hosts += [host for host in waiting if host.name not in self._out]
+        out = []
+        for host in hosts:
+            if room > 0:
+                out.append(host._replace(slots=host.slots[:room]))
+                room -= len(host.slots)
+        if not out:
+            raise UserError("no host is left")
+        return out
+
+    def without(self, hosts: Collection[str]) -> Self:
+        made = self.model_copy()
+        made._out = frozenset(hosts)
+        made.hosts()
+        return made
+
+    def slots(self) -> int:
+        return sum(len(host.slots) for host in self.hosts())
+
+    def of_size(self, processes: int) -> Self:
+        made = self.model_copy()
+        made._size = processes
+        return made
+
+    @property
+    def lease_s(self) -> float:
+        return LEASE_S + 2.0
+
+    def is_there(self, host: str) -> bool:
+        if self.through == "deepspeed":  # what failed is its launcher, on this machine
+            return True
+        command = ["ssh", *shlex.split(self.options), host, "true"]
+        try:
+            return not subprocess.run(command, capture_output=True, timeout=20).returncode
+        except subprocess.TimeoutExpired:
+            return False
 
     def transport(self, host: Host) -> tuple[str, ...]:
         """Command whose standard input is a shell of the host."""
         return ("ssh", *shlex.split(self.options), host.name, "bash -s")
 
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        return tuple(Endpoint(h.name, self.transport(h), len(h.slots)) for h in self.hosts())
+
+    def meeting_point(self) -> tuple[str, int]:
+        address = self.address or first_address(self.hosts(), self.hostfile)
+        return address, self.port or PORT
+
     def plan(self, job: Job) -> Plan:
         hosts = self.hosts()
         world = sum(len(host.slots) for host in hosts)
-        address = self.address or first_address(hosts, self.hostfile)
-        port = self.port or PORT
+        address, port = self.meeting_point()
         if self.through == "deepspeed":
             return self._deepspeed(job, hosts, world, address, port)
         files, nodes = {}, []
@@ -91,6 +163,7 @@ class Ssh(Launcher):
                 processes=len(host.slots),
                 address=address,
                 port=port,
+                lease_s=LEASE_S,
             )
             files[f"node_{rank}.sh"] = script
             nodes.append(Node(host.name, self.transport(host), script, len(host.slots)))

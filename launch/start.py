@@ -12,9 +12,11 @@ from typing import Any
 
 from mm import config as configs
 from mm.errors import UserError
-from mm.launch import forward, record, supervise
+from mm.launch import forward, record, restarts, supervise
 from mm.launch.launcher import Job, Launcher, Plan, quote
+from mm.launch.preflight import drive
 from mm.launch.supervise import Outcome
+from mm.processes import is_alive
 from mm.registry import LAUNCHERS
 from mm.run import Run
 
@@ -44,11 +46,35 @@ def job(run: Run, path: str, changes: Sequence[str], prefixes: Sequence[str], wo
     """What is trained, seen from the nodes: a file of this machine gets its whole path."""
     file = configs.find(path)
     named = str(file.resolve()) if Path(path).exists() else path
+    environ = _environ(prefixes)
+    folder = run.folder if run.folder.is_absolute() else workdir / run.folder
+    return Job(named, tuple(changes), run.name, folder, environ, workdir)
+
+
+def preflight(launcher: Launcher, job: Job | None) -> drive.Report:
+    """Check the hosts of a cluster before a job, or without one. Raises UserError."""
+    endpoints = launcher.endpoints()
+    address, port = launcher.meeting_point()
+    workdir = launcher.workdir or Path.cwd()
+    return drive.run(
+        endpoints,
+        job,
+        address=address,
+        port=port,
+        folder=job.folder.parent if job else workdir / "runs",
+        python=launcher.interpreter,
+        workdir=workdir,
+        env=launcher.env,
+        environ=job.environ if job else _environ(launcher.forward),
+    )
+
+
+def _environ(prefixes: Sequence[str]) -> dict[str, str]:
+    """Variables of this process that travel to the nodes."""
     environ = forward.variables_to_forward(prefixes)
     if "PYTHONPATH" in os.environ:
         environ["PYTHONPATH"] = os.environ["PYTHONPATH"]
-    folder = run.folder if run.folder.is_absolute() else workdir / run.folder
-    return Job(named, tuple(changes), run.name, folder, environ, workdir)
+    return environ
 
 
 def command_lines(job: Job, plan: Plan) -> list[str]:
@@ -74,22 +100,22 @@ def as_values(kind: str, job: Job, plan: Plan, arithmetic: Sequence[str]) -> dic
 
 
 def start(
-    kind: str, launcher: Launcher, job: Job, plan: Plan, write: Callable[[str], None]
+    kind: str, launcher: Launcher, run: Run, job: Job, plan: Plan, write: Callable[[str], None]
 ) -> Outcome:
     """Write the files, then run the nodes to their end, or hand the job to the scheduler."""
-    _refuse_second(job.folder)
-    try:
-        job.home.mkdir(parents=True, exist_ok=True)
-        for name, text in plan.files.items():
-            (job.home / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{job.home}: cannot be written: {error.strerror}") from error
+    if plan.keeps_record:
+        _refuse_second(job.folder, launcher)
+    _write_files(job, plan)
+    if not plan.keeps_record:
+        with supervise.Signals() as signals:
+            return supervise.run(job, plan.nodes, write, signals)
     facts: dict[str, Any] = {
         "kind": kind,
         "cluster": launcher.to_dict(),
         "config": job.config,
         "overrides": list(job.overrides),
         "world": plan.world,
+        "home": str(job.home),
         "nodes": [node.name for node in plan.nodes],
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -100,7 +126,7 @@ def start(
     if plan.nodes:
         outcome = Outcome(1, "the launcher itself failed")
         try:
-            outcome = supervise.run(job, plan.nodes, write)
+            outcome = restarts.run(launcher, run, job, plan, write, _on_plan)
         finally:
             done = {"state": "ended", "ended": time.time()}
             record.update(job.home, **done, code=outcome.code, why=outcome.why)
@@ -108,29 +134,41 @@ def start(
     return _submit(job, plan)
 
 
-def _refuse_second(folder: Path) -> None:
-    """Raise UserError while another launcher of this machine works on the folder."""
+def _write_files(job: Job, plan: Plan) -> None:
+    """Write the files of a plan. Raises UserError."""
+    try:
+        job.home.mkdir(parents=True, exist_ok=True)
+        for name, text in plan.files.items():
+            (job.home / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{job.home}: cannot be written: {error.strerror}") from error
+
+
+def _on_plan(job: Job, plan: Plan) -> None:
+    """Write down what is started in place of the first plan."""
+    _write_files(job, plan)
+    nodes = [node.name for node in plan.nodes]
+    record.update(job.home, world=plan.world, nodes=nodes, overrides=list(job.overrides))
+
+
+def _refuse_second(folder: Path, launcher: Launcher) -> None:
+    """Raise UserError while another launcher of this machine, or a scheduler, has the folder."""
     try:
         before = record.read(folder)
     except UserError:
         return
     if before.get("state") == "running" and before.get("host") == socket.gethostname():
-        if before.get("pid") != os.getpid() and alive(before.get("pid", 0)):
+        if before.get("pid") != os.getpid() and is_alive(before.get("pid", 0)):
             raise UserError(
                 f"{folder}: process {before['pid']} launched it and watches it; wait, or: "
                 f"mm launch stop {folder}"
             )
-
-
-def alive(pid: int) -> bool:
-    """True while a process of this machine is there."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid > 0
+    if before.get("state") == "submitted" and before["kind"] == launcher.to_dict()["kind"]:
+        if launcher.has(before):
+            raise UserError(
+                f"{folder}: its job {', '.join(before['jobs'])} is with the scheduler still; wait, "
+                f"or: mm launch stop {folder}"
+            )
 
 
 def _submit(job: Job, plan: Plan) -> Outcome:
@@ -148,6 +186,6 @@ def _submit(job: Job, plan: Plan) -> Outcome:
             why = " ".join((done.stderr or done.stdout).split())
             record.update(job.home, state="ended", code=2, why=why)
             raise UserError(f"{quote(words)}: {why}")
-        said.append(done.stdout.strip().split(";")[0])
+        said.append(" ".join(done.stdout.split(";")[0].split()))
     record.update(job.home, state="submitted", jobs=said)
     return Outcome(0, f"submitted: {', '.join(said)}; watch it: mm launch status {job.folder}")

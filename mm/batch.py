@@ -46,14 +46,26 @@ class Values:
     length: Tensor  # (G,) int32: valid part of L
     place: Tensor  # (G,) int32 first flat place
     room: Tensor  # (G,) int32 reserved places; unfilled ones become padding
+    # On the host: rows and columns of each item's cells; None: each is one row
+    grid: tuple[tuple[int, int], ...] | None = None
+    is_full: bool = False  # known on the host: every item is as long as its room
+
+    def grids(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns of every item, (G,) int64 each, on the host."""
+        G, L = self.data.shape[:2]
+        pairs = self.grid or ((1, L),) * G
+        rows, columns = torch.tensor(pairs, dtype=torch.int64).unbind(1)
+        return rows, columns
+
+    def floats(self, dtype: torch.dtype) -> Tensor:
+        """``data`` in a dtype of floats; 0 and 255 of uint8 become -1 and 1."""
+        if self.data.dtype == torch.uint8:
+            return self.data.to(dtype) * (2 / 255) - 1
+        return self.data.to(dtype)
 
     def to(self, device: Any) -> Values:
-        return Values(
-            *(
-                t.to(device, non_blocking=True)
-                for t in (self.data, self.length, self.place, self.room)
-            )
-        )
+        parts = (self.data, self.length, self.place, self.room)
+        return Values(*(t.to(device, non_blocking=True) for t in parts), self.grid, self.is_full)
 
     @staticmethod
     def items(data: Tensor, length: Tensor | None = None) -> Values:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -21,6 +21,8 @@ from mm.reading import parse_json, parse_yaml
 
 T = TypeVar("T", bound="Config")
 SHIPPED = Path(__file__).parent / "configs"
+MOST_FAULTS = 20  # that one message names
+LARGEST = 2**48  # of any whole number of a config: 281 TB, where it counts bytes
 
 
 class CannotBuild(UserError, ValueError):
@@ -77,12 +79,23 @@ def _placing(build: Callable[..., Any]) -> Callable[..., Any]:
         except ValueError as error:
             reason = "; ".join(faults(error)) if isinstance(error, ValidationError) else str(error)
             raise CannotBuild(self, " ".join(reason.split())) from error
+        except (MemoryError, RuntimeError) as error:
+            if not _is_too_large(error):
+                raise
+            raise CannotBuild(self, "too large for this machine; make its sizes smaller") from error
 
     return placed
 
 
+def _is_too_large(error: Exception) -> bool:
+    """Whether torch or numpy said that what was asked for does not fit, or no number holds it."""
+    words = ("allocate memory", "out of memory", "Storage size calculation overflowed",
+             "numel: integer multiplication overflow")  # fmt: skip
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
 def faults(error: ValidationError) -> list[str]:
-    """One line a fault of pydantic's: keys, and why."""
+    """One line a fault of pydantic's: keys, and why; of many faults the first `MOST_FAULTS`."""
     lines = []
     found = error.errors()
     # a tuple whose parts are wrong is too short, says pydantic, for want of valid ones
@@ -91,7 +104,9 @@ def faults(error: ValidationError) -> list[str]:
         where = ".".join(str(part) for part in fault["loc"])
         message = fault["msg"].removeprefix("Value error, ")
         lines.append(f"{where + ': ' if where else ''}{message}")
-    return list(dict.fromkeys(lines))
+    lines = list(dict.fromkeys(lines))
+    more = len(lines) - MOST_FAULTS
+    return lines if more <= 0 else [*lines[:MOST_FAULTS], f"and {more} faults more"]
 
 
 class Config(BaseModel):
@@ -131,6 +146,16 @@ class Config(BaseModel):
                         f"unknown key '{key}'{did_you_mean(str(key), cls.model_fields)}"
                     )
         return value
+
+    @model_validator(mode="after")
+    def _numbers_end(self) -> Self:
+        for name, value in self:
+            if type(value) is not int or abs(value) <= LARGEST:
+                continue
+            bounds = type(self).model_fields[name].metadata
+            if not any(hasattr(b, "le") or hasattr(b, "lt") for b in bounds):  # it has its own
+                raise ValueError(f"{name}: larger than {LARGEST}")
+        return self
 
     def build(self, *args: Any, **kw: Any) -> Any:
         """Make the thing that this config describes."""
@@ -214,6 +239,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def override(values: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
     """Apply `a.b=c` (list places by number: `stages.0.budget.steps=10`); the value is YAML."""
     for text in assignments:
+        if not text.isascii() and text != text.encode(errors="replace").decode():
+            raise UserError(f"override '{text}' has half a character, which no text can hold")
         path, equals, raw = text.partition("=")
         if not equals or not path:
             raise UserError(f"override '{text}' is not of the form key.sub=value")

@@ -46,7 +46,11 @@ MODALITY = r"[a-z][a-z0-9_]{0,31}"  # a regular expression: it becomes names of 
 
 
 class TokenSpec(NamedTuple):
-    """What a tokenizer promises, without importing it. ``vocab_size`` is that of ONE codebook."""
+    """What a tokenizer promises, without importing it. ``vocab_size`` is that of ONE codebook.
+
+    One that gives values in place of ids is ``continuous``: it has no ids (``vocab_size`` 0), fills
+    every place with ``n_features`` numbers, and an adapter of the model reads them.
+    """
 
     modality: str
     vocab_size: int
@@ -55,11 +59,17 @@ class TokenSpec(NamedTuple):
     grid: tuple[int, ...] | None = None
     continuous: bool = False
     fingerprint: str = ""
+    n_features: int = 0
 
     @property
     def n_ids(self) -> int:
         """Ids that the modality takes in a flattened stream."""
         return self.vocab_size * self.n_codebooks
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; what only values have is left out of a spec of ids."""
+        values = self._asdict()
+        return values if self.continuous else {k: values[k] for k in values if k != "n_features"}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> TokenSpec:
@@ -71,7 +81,8 @@ class Encoded(NamedTuple):
     """Tokens of one item.
 
     ``ids`` (L,) int32 codes that start at 0, flattened book by book within a frame (book q adds q *
-    vocab_size); ``side``: what decode needs besides (length, size, scale).
+    vocab_size); of a continuous modality ``values`` (L, C) instead, or (rows, columns, C) of a
+    grid; ``side``: what decode needs besides (length, size, scale).
     """
 
     ids: Any = None
@@ -86,7 +97,9 @@ class Segment(NamedTuple):
 
     ``role`` is "target" (has loss) or "condition" (has none); a condition with ids None is the null
     condition.
-    ``part`` "" is the main sequence; ``room`` reserves places for continuous ``values``.
+    A continuous one has ``values`` (L, C), ``ids`` of -1 that keep their L places, and the
+    ``grid`` that they are the cells of, if any.
+    ``part`` "" is the main sequence.
     """
 
     modality: str

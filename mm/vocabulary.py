@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mm.errors import UserError, did_you_mean
 from mm.reading import parse_json
@@ -33,7 +33,7 @@ class _Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     modality: Annotated[str, Field(pattern=rf"^{MODALITY}$")]
-    vocab_size: Annotated[int, Field(ge=1, lt=2**31, strict=True)]
+    vocab_size: Annotated[int, Field(ge=0, lt=2**31, strict=True)]
     n_codebooks: Annotated[int, Field(ge=1, le=4096, strict=True)] = 1
     tokens_per_second: Annotated[float, Field(gt=0, strict=True)] | None = None
     grid: (
@@ -45,6 +45,13 @@ class _Spec(BaseModel):
     ) = None
     continuous: Annotated[bool, Field(strict=True)] = False
     fingerprint: Annotated[str, Field(max_length=200)] = ""
+    n_features: Annotated[int, Field(ge=0, lt=2**24, strict=True)] = 0
+
+    @model_validator(mode="after")
+    def _ids_or_values(self) -> _Spec:
+        if (self.vocab_size == 0) != self.continuous or (self.n_features > 0) != self.continuous:
+            raise ValueError("a modality has either ids (vocab_size) or values (n_features)")
+        return self
 
 
 class _Ranges(BaseModel):
@@ -129,7 +136,7 @@ class Vocabulary(NamedTuple):
 
     def to_json(self) -> str:
         return json.dumps(
-            {"specials": self.specials, "ranges": [spec._asdict() for spec in self.ranges]},
+            {"specials": self.specials, "ranges": [spec.to_dict() for spec in self.ranges]},
             indent=1,
         )
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.kernels.op import Op
 
 TOL = {torch.float64: {"rtol": 1e-10, "atol": 1e-11}, torch.float32: {"rtol": 2e-5, "atol": 2e-5}}
@@ -84,3 +85,14 @@ def others(op: Op) -> list[str]:
 
 
 dtypes = pytest.mark.parametrize("dtype", TOL, ids=["fp64", "fp32"])
+
+
+def everything() -> tuple[MaskSpec, ScoreSpec]:
+    """All settings that the kernel has: what takes the most registers."""
+    fade = torch.empty(1, 64, 8, requires_grad=True)
+    document = torch.ones(1, 64, dtype=torch.int32)
+    sink = torch.empty(8, requires_grad=True)
+    return (
+        MaskSpec(causal=True, window=32, document_RT=document, document_RS=document),
+        ScoreSpec(fade_RTH=fade, fade_RSH=fade, softcap=30.0, sink_H=sink),
+    )

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from generation_toys import VOCABULARY
 
-from mm.config import CannotBuild, Config, places_from
+from mm import config as configs
+from mm.config import CannotBuild, Config, places_from, validate
 from mm.errors import UserError
+from mm.model.model import LmConfig
+from mm.run import Run
 
 
 class Part(Config):
@@ -85,3 +90,32 @@ def test_a_run_names_the_key_of_its_yaml(
     assert cli.run(["train", str(file), "--model.backbone.mixers.attention.heads", "5"]) == 2
     place = "model.backbone.mixers.attention: d_model 32 is not a multiple of heads 5"
     assert capsys.readouterr().err.startswith(f"mm: {file}: {place}")
+
+
+def test_sizes_end_somewhere() -> None:
+    """Whatever a number counts: what no machine holds is told in one line, not by an allocator."""
+    for d_model in (2**20 + 1, 2**31, 10**30):
+        with pytest.raises(UserError, match=r"^x: d_model: "):
+            validate(LmConfig, {"d_model": d_model}, "x")
+    ffn = lambda hidden: {"kind": "swiglu", "hidden": hidden}
+    stack = lambda hidden: {"kind": "stack", "depth": 1, "ffn": ffn(hidden)}
+    for hidden in (2**48 + 1, 2**63, 10**30):
+        with pytest.raises(UserError, match="hidden: larger than"):
+            validate(LmConfig, {"d_model": 16, "backbone": stack(hidden)}, "x")
+    for hidden in (2**40, 2**48):
+        config = validate(LmConfig, {"d_model": 16, "backbone": stack(hidden)}, "x")
+        with pytest.raises(UserError, match="too large for this machine"):
+            config.build()
+
+
+def test_thousands_of_faults_are_told_by_the_first_of_them(tmp_path: Path) -> None:
+    """Found by `make fuzz`: a list of 3,000 wrong entries was a message of 3,000 lines."""
+    file = tmp_path / "run.yaml"
+    values = configs.read("configs/quickstart/hybrid.yaml")
+    values["stages"][0]["tasks"][0] = {"kind": "recognition", "sources": list(range(3000))}
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError) as told:
+        Run.load(file)
+    lines = str(told.value).splitlines()
+    assert len(lines) <= 21 and "sources.0" in str(told.value)
+    assert re.search(r"and \d+ faults more", lines[-1])

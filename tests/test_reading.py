@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from source_tree import TREES, module
 
 from mm.cli import main as cli
+from mm.errors import UserError
 from mm.reading import MAX_DEPTH, MAX_YAML_BYTES, parse_json, parse_yaml
 from mm.tokenizers.text.bytes import BytesConfig
 
@@ -80,3 +82,40 @@ def test_nobody_else_parses_what_may_be_hostile() -> None:
         and node.value.id in ("json", "yaml")
     ]
     assert not found, f"take mm.reading.parse_json or parse_yaml: {', '.join(found)}"
+
+
+@pytest.mark.parametrize("parse", [parse_json, parse_yaml])
+@pytest.mark.parametrize("text", ['["\\ud800"]', '{"a\\uDFFFb": 1}', '{"k": [{"x": "\\udc80"}]}'])
+def test_half_a_character_is_a_value_error(parse, text: str) -> None:
+    """No file name and no UTF-8 can hold it, so it would be an exception much later."""
+    for given in (text, text.encode()):
+        with pytest.raises(ValueError, match=r"half a character|invalid Unicode"):
+            parse(given)
+
+
+def test_whole_characters_stay() -> None:
+    for text in ('["\\ud83d\\ude00"]', '["\\\\ud800"]', '["é"]'):
+        assert parse_json(text) == parse_json(text.encode()) == json.loads(text)
+    assert parse_yaml('["é", "\\\\ud800"]') == ["é", "\\ud800"]
+    with pytest.raises(ValueError):
+        parse_json(b'["\xed\xa0\x80"]')  # the same in bytes, which json.loads takes
+
+
+def test_yaml_without_libyaml_has_the_same_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mm.reading._SafeLoader", yaml.SafeLoader)
+    test_yaml_that_multiplies_itself_is_refused()
+    test_what_is_nested_too_deep_is_a_value_error(parse_yaml)
+    test_half_a_character_is_a_value_error(parse_yaml, '["\\ud800"]')
+
+
+def test_a_user_error_can_be_shown_whatever_it_tells() -> None:
+    text = str(UserError(f"file.yaml: key '{'x' * 50_000}\ud800' is unknown; run: mm config keys"))
+    assert text.encode() and len(text) < 2_100
+    assert text.startswith("file.yaml: key 'xxx") and text.endswith("; run: mm config keys")
+    assert str(UserError("two\nlines")) == "two\nlines"
+
+
+def test_an_override_of_half_a_character_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ("name=a\udcff", "\udcff=1"):
+        assert cli.run(["config", "show", "quickstart/backbone", words]) == 2
+        assert "half a character" in capsys.readouterr().err

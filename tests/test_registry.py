@@ -11,7 +11,7 @@ from source_tree import ROOT
 
 from mm import config as configs
 from mm.cli.schema import resolve
-from mm.registry import Registry
+from mm.plug_point import Registry
 
 ENTRIES = [(r.name, kind) for r in Registry.every.values() for kind in r]
 

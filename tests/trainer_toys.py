@@ -21,7 +21,8 @@ from mm.config import Config
 from mm.layout import Doc, Layout
 from mm.model.layer import HeadOut, ModelOut
 from mm.objectives.objective import LossTerm, Network, Objective
-from mm.registry import NETWORKS, OBJECTIVES, STREAMS, TASKS, Registry
+from mm.plug_point import Registry
+from mm.registry import NETWORKS, OBJECTIVES, STREAMS, TASKS
 from mm.specs import TokenSpec
 from mm.tasks.base import Task
 from mm.vocabulary import Vocabulary, extend_vocabulary

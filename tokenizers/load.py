@@ -93,10 +93,6 @@ def load_tokenizers(given: str | Path | Mapping[str, Any]) -> dict[str, Modality
                 f"{given}: two tokenizers of '{modality}', one of them in {value}: move one of "
                 "them out of the folder"
             )
-        if tokenizer.spec.continuous:
-            raise UserError(
-                f"tokenizers: '{name}' gives continuous values, which token shards cannot hold"
-            )
         out[modality] = tokenizer
     return {modality: out[modality] for modality in sorted(out, key=sort_key)}
 

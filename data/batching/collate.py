@@ -17,10 +17,29 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mm.batch import Batch
+from mm.batch import Batch, Values
 from mm.layout import Doc, Grid, Layout
 from mm.specs import Segment, TokenSpec
 from mm.vocabulary import MASK, NULL, Range, Vocabulary
+
+NO_ID = np.int32(-1)
+
+
+class Features(NamedTuple):
+    """Values of consecutive places of one document, whose ids are -1."""
+
+    modality: str
+    start: int  # first place in the document
+    data: np.ndarray  # (L, C)
+    grid: tuple[int, ...] = ()  # they are its cells, in raster order
+
+    def part(self, start: int, stop: int) -> Features:
+        """Those of the document's places ``start`` to ``stop``; a cut grid is none."""
+        first, last = max(start, self.start), min(stop, self.start + len(self.data))
+        if (first, last) == (self.start, self.start + len(self.data)):
+            return self._replace(start=self.start - start)
+        data = self.data[first - self.start : max(first, last) - self.start]
+        return Features(self.modality, first - start, data)
 
 
 class DocumentTokens(NamedTuple):
@@ -32,9 +51,14 @@ class DocumentTokens(NamedTuple):
     modality: np.ndarray  # (L,) int32: range index of the input token; 0 = control token
     prefix: np.ndarray  # (L,) int32: 1 = of the leading conditions, 0 = not
 
+    features: tuple[Features, ...] = ()
+
     def part(self, start: int, stop: int) -> DocumentTokens:
         """Tokens ``start`` to ``stop`` alone; the last still predicts what comes after it."""
-        return DocumentTokens(*(each[start:stop] for each in self))
+        inside = (f.part(start, stop) for f in self.features)
+        return DocumentTokens(
+            *(each[start:stop] for each in self[:-1]), tuple(f for f in inside if len(f.data))
+        )
 
     @property
     def target_modality(self) -> np.ndarray:
@@ -61,13 +85,14 @@ def ranges(vocabulary: Vocabulary) -> Mapping[str, Range]:
 @lru_cache(maxsize=32)
 def grid_modalities(vocabulary: Vocabulary) -> Sequence[tuple[Range, TokenSpec]]:
     """The modalities whose codes lie on a grid of at least rows and columns."""
-    specs = [spec for spec in vocabulary.ranges if spec.grid is not None and len(spec.grid) > 1]
+    specs = [s for s in vocabulary.ranges if s.grid and len(s.grid) > 1 and not s.continuous]
     return [(vocabulary.range(spec.modality), spec) for spec in specs]
 
 
 def axes_of(vocabulary: Vocabulary) -> int:
     """Axes of positions in every batch of a vocabulary: time, and those of its largest grid."""
-    return 1 + max((len(spec.grid or ()) for _, spec in grid_modalities(vocabulary)), default=0)
+    grids = (len(spec.grid) for spec in vocabulary.ranges if spec.grid and len(spec.grid) > 1)
+    return 1 + max(grids, default=0)
 
 
 def grids_of(ids: np.ndarray, vocabulary: Vocabulary) -> list[Grid]:
@@ -105,21 +130,21 @@ def document_tokens(segments: Sequence[Segment], vocabulary: Vocabulary) -> Docu
     Raises:
         UserError: the vocabulary lacks a modality.
         ValueError: a code lies outside its range (it would be read as another modality), a target
-            has no ids, or a segment uses continuous values, parts, own positions or other fields,
-            which a token stream cannot carry.
+            has no ids, values are a target or have other places than ids, or a segment uses parts,
+            own positions or other fields, which a token stream cannot carry.
     """
     table = ranges(vocabulary)
     n = document_length(segments)
     stream, goal = np.empty(n, np.int32), np.empty(n, np.int32)
     weight, modality = np.zeros(n, np.float32), np.zeros(n, np.int32)
     prefix, hidden = np.zeros(n, np.int32), []
+    features: list[Features] = []
     at, leading = 0, True
     for s in segments:
         other = s.fields.keys() - ({"masked"} if s.role == "condition" else set())
-        if s.values is not None or s.part or s.room or s.position is not None or other:
+        if s.part or s.room or s.position is not None or other:
             raise ValueError(
-                f"segment '{s.modality}': values, room, part, position and fields are no plain "
-                "tokens"
+                f"segment '{s.modality}': room, part, position and fields are no plain tokens"
             )
         if s.ids is None:
             if s.role != "condition":
@@ -131,7 +156,10 @@ def document_tokens(segments: Sequence[Segment], vocabulary: Vocabulary) -> Docu
         r = table.get(s.modality) or vocabulary.range(s.modality)
         codes = np.asarray(s.ids)
         stop = at + len(codes) + 2
-        if len(codes):
+        if s.values is not None:
+            features.append(_features(s, at + 1))
+            stream[at + 1 : stop - 1] = -1
+        elif len(codes):
             if codes.min() < 0 or codes.max() >= r.stop - r.first:
                 raise ValueError(
                     f"segment '{s.modality}': code {int(codes.min())}..{int(codes.max())} outside "
@@ -164,7 +192,33 @@ def document_tokens(segments: Sequence[Segment], vocabulary: Vocabulary) -> Docu
         weights[:-1], weights[-1] = weight[1:], 0.0
     for index, share in hidden:
         targets[index], weights[index], stream[index] = stream[index], share, MASK
-    return DocumentTokens(stream, targets, weights, modality, prefix)
+    return DocumentTokens(stream, targets, weights, modality, prefix, tuple(features))
+
+
+def _features(s: Segment, start: int) -> Features:
+    """The values of a segment whose first one stands at ``start``. Raises ValueError."""
+    if s.role == "target":
+        raise ValueError(
+            f"segment '{s.modality}': values can be read, not predicted: give it the role "
+            "'condition', as in the task 'image>text'"
+        )
+    if np.ndim(s.values) != 2 or len(s.values) != len(s.ids):
+        raise ValueError(
+            f"segment '{s.modality}': values {np.shape(s.values)} at {len(s.ids)} places"
+        )
+    if s.grid and int(np.prod(s.grid)) != len(s.values):
+        raise ValueError(f"segment '{s.modality}': grid {s.grid} has not {len(s.values)} cells")
+    return Features(s.modality, start, s.values, tuple(s.grid))
+
+
+def of_array(spec: TokenSpec, array: np.ndarray) -> Segment:
+    """The segment of what a token shard holds of an item: codes (L,), or values (..., C)."""
+    if not spec.continuous:
+        return Segment(spec.modality, array)
+    values = array.reshape(-1, array.shape[-1])
+    grid = array.shape[:-1] if array.ndim > 2 else ()
+    ids = np.broadcast_to(NO_ID, len(values))
+    return Segment(spec.modality, ids, values, role="condition", grid=grid)
 
 
 def to_batch(
@@ -185,8 +239,9 @@ def to_batch(
     Returns:
         ``ids`` and ``targets`` (B, T, 1) int32, ``weight`` (B, T) float32, ``places["tokens"]``
         (P,) int32, ``labels["target_modality"]`` (B, T) int32: the range index of the target, 0 =
-        none. Codes of modalities with a grid have rows and columns on position axes 1, 2, .. and
-        stand in ``layout.grids``. ``layout.fields.extra["prefix"]`` marks leading conditions.
+        none. ``values[modality]``: the items of continuous modalities, at places without ids. Codes
+        and values of a grid have rows and columns on position axes 1, 2, .. and stand in
+        ``layout.grids``. ``layout.fields.extra["prefix"]`` marks leading conditions.
     Raises:
         ValueError: a row does not fit ``seq_len``, or more documents than ``max_documents``.
     """
@@ -215,7 +270,10 @@ def pieces_to_batch(
                     slot=p.slot,
                     fresh=p.fresh,
                     start=p.start,
-                    grids=grids_of(p.tokens.ids, vocabulary),
+                    grids=[
+                        *grids_of(p.tokens.ids, vocabulary),
+                        *(Grid(f.start, f.grid) for f in p.tokens.features if f.grid),
+                    ],
                 )
                 for p in row
             ]
@@ -228,12 +286,15 @@ def pieces_to_batch(
     B, T = layout.shape
     ids, targets = np.full((B, T), -1, np.int32), np.full((B, T), -1, np.int32)
     weight, goal = np.zeros((B, T), np.float32), np.zeros((B, T), np.int32)
+    features: dict[str, list[tuple[int, Features]]] = {}
     for b, row in enumerate(rows):
         at = 0
         for d, of_target, *_ in row:
             here = slice(at, at + len(d.ids))
             ids[b, here], targets[b, here] = d.ids, d.targets
             weight[b, here], goal[b, here] = d.weights, of_target
+            for f in d.features:
+                features.setdefault(f.modality, []).append((b * T + at + f.start, f))
             at = here.stop
     places = np.flatnonzero(weight > 0).astype(np.int32)
     return Batch(
@@ -242,6 +303,19 @@ def pieces_to_batch(
         torch.from_numpy(targets)[..., None],
         torch.from_numpy(weight),
         places={"tokens": torch.from_numpy(places)},
+        values={modality: values_of(items) for modality, items in features.items()},
         labels={"target_modality": torch.from_numpy(goal)},
         keys=tuple(keys),
     )
+
+
+def values_of(items: Sequence[tuple[int, Features]]) -> Values:
+    """Items of one modality, each with its first flat place; values are padded at the end."""
+    data = [f.data for _, f in items]
+    lengths = torch.tensor([len(each) for each in data], dtype=torch.int32)
+    padded = np.zeros((len(items), int(lengths.max()), data[0].shape[1]), data[0].dtype)
+    for row, each in zip(padded, data, strict=True):
+        row[: len(each)] = each
+    first = torch.tensor([place for place, _ in items], dtype=torch.int32)
+    grids = [(f.grid[0], f.grid[1]) if len(f.grid) == 2 else (1, len(f.data)) for _, f in items]
+    return Values(torch.from_numpy(padded), lengths, first, lengths, tuple(grids), is_full=True)

@@ -41,7 +41,7 @@ class AudioModality(Modality):
     extensions: ClassVar[tuple[str, ...]] = ("wav", "flac", "ogg", "mp3", "aiff")
     value_name: ClassVar[str] = "a Waveform"
     unit: ClassVar[str] = "frames"
-    tokens: ClassVar[Mapping[str, int]] = {"audio": 3}
+    tokens: ClassVar[Mapping[str, int]] = {"audio": 3, "mel": 5}
     shown_as: ClassVar[Literal["text", "image", "audio"]] = "audio"
     has_items: ClassVar[bool] = True
     reconstruction: ClassVar[str] = "wave"

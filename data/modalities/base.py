@@ -19,7 +19,8 @@ import numpy as np
 
 from mm.config import Config
 from mm.errors import UserError, did_you_mean
-from mm.registry import MODALITIES, load_plugins
+from mm.plug_point import load_plugins
+from mm.registry import MODALITIES
 
 TEXT = "text"  # what a prompt, a caption and a text file are
 

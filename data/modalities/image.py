@@ -41,7 +41,7 @@ class ImageModality(Modality):
     extensions: ClassVar[tuple[str, ...]] = ("png", "jpg", "jpeg", "webp", "bmp", "gif")
     value_name: ClassVar[str] = "a uint8 image (H, W, C)"
     unit: ClassVar[str] = "pixels"
-    tokens: ClassVar[Mapping[str, int]] = {"image": 2}
+    tokens: ClassVar[Mapping[str, int]] = {"image": 2, "pixels": 4}
     shown_as: ClassVar[Literal["text", "image", "audio"]] = "image"
     has_items: ClassVar[bool] = True
     reconstruction: ClassVar[str] = "image"

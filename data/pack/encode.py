@@ -11,8 +11,9 @@ import numpy as np
 
 from mm.data.modalities.base import BadSample, Modality, table
 from mm.data.shards.members import member_modality, segment_words, split_ordinal
+from mm.data.shards.token_codec import MOST_AXES, VALUES
 from mm.errors import UserError, did_you_mean
-from mm.specs import Encoded, ModalityTokenizer
+from mm.specs import Encoded, ModalityTokenizer, TokenSpec
 from mm.vocabulary import Vocabulary, extend_vocabulary
 
 CACHE_BYTES = 512_000_000
@@ -96,24 +97,19 @@ class Encoder:
                         bad[n] = f"{segment_words(member)}{error}"
                         wanted[digest].pop()
             if values:
-                n_ids = self.tokenizers[modality].spec.n_ids
+                spec = self.tokenizers[modality].spec
                 for digest, code in zip(
                     values, self.tokenizers[modality].encode(list(values.values())), strict=True
                 ):
-                    ids = np.ascontiguousarray(np.asarray(code.ids).reshape(-1), np.int32)
-                    if len(ids) and (ids.min() < 0 or ids.max() >= n_ids):
-                        raise ValueError(
-                            f"tokenizer '{modality}' gave ids {ids.min()}..{ids.max()} outside "
-                            f"0..{n_ids - 1}"
-                        )
-                    self._cache[modality, digest] = Encoded(ids, side=plain(code.side))
-                    self._held += ids.nbytes + 200
+                    kept = _values(code, spec) if spec.continuous else _ids(code, spec)
+                    self._cache[modality, digest] = kept
+                    self._held += _n_bytes(kept)
             for digest, found_at in wanted.items():
                 for n, member in found_at:
                     encoded[n][member] = self._cache[modality, digest]
         while self._held > CACHE_BYTES and self._cache:
             _, old = self._cache.popitem(last=False)
-            self._held -= old.ids.nbytes + 200
+            self._held -= _n_bytes(old)
         return [
             Result(
                 item.rest,
@@ -122,6 +118,35 @@ class Encoder:
             )
             for n, item in enumerate(items)
         ]
+
+
+def _ids(code: Encoded, spec: TokenSpec) -> Encoded:
+    """Codes as they are stored. Raises ValueError where one lies outside of its range."""
+    ids = np.ascontiguousarray(np.asarray(code.ids).reshape(-1), np.int32)
+    if len(ids) and (ids.min() < 0 or ids.max() >= spec.n_ids):
+        raise ValueError(
+            f"tokenizer '{spec.modality}' gave ids {ids.min()}..{ids.max()} outside "
+            f"0..{spec.n_ids - 1}"
+        )
+    return Encoded(ids, side=plain(code.side))
+
+
+def _values(code: Encoded, spec: TokenSpec) -> Encoded:
+    """Values as they are stored. Raises ValueError where shape or type are not as promised."""
+    values = np.ascontiguousarray(code.values)
+    fits = values.dtype in VALUES and 2 <= values.ndim <= MOST_AXES
+    if not fits or values.shape[-1] != spec.n_features:
+        raise ValueError(
+            f"tokenizer '{spec.modality}' gave {values.dtype} {values.shape}, not uint8, float16 "
+            f"or float32 (L, {spec.n_features})"
+        )
+    if not np.isfinite(values).all():
+        raise ValueError(f"tokenizer '{spec.modality}' gave values that are not finite")
+    return Encoded(values=values, side=plain(code.side))
+
+
+def _n_bytes(code: Encoded) -> int:
+    return (code.ids if code.values is None else code.values).nbytes + 200
 
 
 def plain(value: Any) -> Any:

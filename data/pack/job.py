@@ -24,8 +24,8 @@ from mm.data.pack.pretokenized import TokenIds, token_specs
 from mm.data.pack.report import PackReport
 from mm.data.pack.worker import PreparedBatch, Work
 from mm.data.pack.writer import atomic_folder, write_manifest
-from mm.data.shards.manifest import FORMAT, VERSION
-from mm.data.shards.reader import MANIFEST, QUARANTINE, VOCABULARY, read_manifest
+from mm.data.shards.manifest import FORMAT, MANIFEST, VERSION, read_manifest
+from mm.data.shards.reader import QUARANTINE, VOCABULARY
 from mm.data.sources.base import SEGMENTS
 from mm.data.sources.copies import Copies
 from mm.data.sources.detect import open_source
@@ -186,7 +186,7 @@ class PackJob:
                 "fingerprint": words.fingerprint,
                 "size": words.size,
                 "ranges": [
-                    spec._asdict() | words.range(spec.modality)._asdict() for spec in words.ranges
+                    spec.to_dict() | words.range(spec.modality)._asdict() for spec in words.ranges
                 ],
             }
         return manifest

@@ -21,7 +21,7 @@ from mm.data.pack.worker import PreparedRecord
 from mm.data.pack.writer import PROGRESS, SAMPLES, SplitWriter, safe_key
 from mm.data.shards.members import sum_by_modality
 from mm.data.shards.reader import QUARANTINE
-from mm.data.shards.token_codec import encode_tokens
+from mm.data.shards.token_codec import encode_member
 from mm.data.sources.base import SAFE_SPLIT, SPLITS, Record
 from mm.data.sources.folder import metadata
 from mm.data.streams.shuffle import key_of
@@ -157,11 +157,12 @@ class PackOutput:
                 self._log([safe_key(p.record.key), p.record.where, None, None, ""])
                 self._reject(p.record, bad)
                 continue
-            files = {f"{m}.npy": encode_tokens(code.ids) for m, code in encoded.items()}
+            members = {m: encode_member(code) for m, code in encoded.items()}
+            files = {f"{m}.npy": data for m, (data, _) in members.items()}
             side = {m: code.side for m, code in encoded.items() if code.side}
             if side:
                 files["side.json"] = metadata(side)
-            self._write(p, files, {m: len(code.ids) for m, code in encoded.items()})
+            self._write(p, files, {m: places for m, (_, places) in members.items()})
 
     def _duplicate(self, p: PreparedRecord) -> None:
         self.duplicates += 1

@@ -22,8 +22,10 @@ from urllib.parse import quote
 import numpy as np
 
 from mm.data.shards import index
-from mm.data.shards.reader import INDEX, MANIFEST
+from mm.data.shards.manifest import MANIFEST
+from mm.data.shards.reader import INDEX
 from mm.errors import UserError
+from mm.processes import is_alive
 
 PROGRESS, SAMPLES = "progress.json", "samples.jsonl"  # of an unfinished pack
 
@@ -199,7 +201,7 @@ def atomic_folder(out: Path, identity: str = "") -> Iterator[Path]:
     part = out.parent / f"{prefix}{os.getpid()}"
     for stale in sorted(out.parent.glob(f"{prefix}*")):
         pid = re.fullmatch(r"\d+", stale.name.removeprefix(prefix))
-        if not pid or (_alive(int(pid.group())) and stale != part):
+        if not pid or (is_alive(int(pid.group())) and stale != part):
             continue
         if identity and _identity(stale) == identity and (stale == part or not part.exists()):
             stale.rename(part)
@@ -245,13 +247,3 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     (folder / MANIFEST).write_text(
         json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

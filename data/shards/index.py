@@ -250,8 +250,8 @@ def modality_of_kind(kind: str) -> str | None:
 
 @lru_cache(maxsize=4096)
 def n_codes(head: bytes, size: int) -> int:
-    """Codes of a token member. Raises BadSample."""
-    return tokens_header(head, size)[1]
+    """Codes of a token member, or its vectors of values. Raises BadSample."""
+    return tokens_header(head, size).places
 
 
 def has_codes(data: np.ndarray, n: int) -> bool:

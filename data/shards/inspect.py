@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from mm.data.modalities.base import get_modality, modality_of_value, raw_modality
+from mm.data.shards.manifest import read_manifest
 from mm.data.shards.members import member_modality, members_of
-from mm.data.shards.reader import VOCABULARY, ShardSet, read_manifest
+from mm.data.shards.reader import VOCABULARY, ShardSet
 from mm.errors import UserError
 from mm.specs import Encoded, ModalityTokenizer
 from mm.tokenizers.load import load_tokenizers
@@ -115,6 +116,10 @@ def _example(
         example["segments"] = segment_sizes(shards, i)
     if shards.tokenized:
         code = shards.read_encoded(i)[member]
+        if code.values is not None:
+            shape, kind = code.values.shape, code.values.dtype
+            said = f"values {'x'.join(map(str, shape[:-1]))} of {shape[-1]} features, {kind}"
+            return example | {"what": said}
         example["tokens"] = code.ids[:16].tolist()
         if modality not in tokenizers:
             said = f"{len(code.ids)} tokens; decode them with --tokenizers DIR"
@@ -137,7 +142,10 @@ def _example(
 def segment_sizes(shards: ShardSet, i: int) -> str:
     """What an interleaved sample is made of: ``text 12, image 64, text 3``; tokens, else bytes."""
     if shards.tokenized:
-        sizes = {member: len(ids) for member, ids in shards.tokens(i).items()}
+        sizes = {
+            member: len(found) if found.ndim == 1 else math.prod(found.shape[:-1])
+            for member, found in shards.tokens(i).items()
+        }
     else:
         sizes = {member: int(shards.index.size[e]) for member, e in shards.members(i).items()}
     return ", ".join(f"{member_modality(member)} {n}" for member, n in sizes.items())

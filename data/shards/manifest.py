@@ -12,12 +12,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import TypedDict
 
+from mm.data.shards.remote import is_url, join, read_small
 from mm.errors import UserError
 from mm.names import PlainName
 from mm.reading import parse_json
 from mm.specs import MODALITY
 
 FORMAT, VERSION = "mm-shards", 1
+MANIFEST = "manifest.json"
 
 Count = Annotated[int, Field(ge=0, lt=2**62, strict=True)]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -132,3 +134,30 @@ def parse_manifest(path: str | Path, data: bytes) -> dict[str, Any]:
         f"{path}: not a shard manifest of this version ({why}); pack again with: mm data pack "
         "SRC --out DIR --overwrite"
     )
+
+
+def read_manifest(root: str | Path) -> dict[str, Any]:
+    """Read ``root/manifest.json``.
+
+    Raises UserError with the mending command when there is none or it is no manifest.
+    """
+    if is_url(root):
+        return parse_manifest(join(str(root), MANIFEST), read_small(join(str(root), MANIFEST)))
+    root = Path(root)
+    path = root / MANIFEST
+    if not path.is_file():
+        if not root.is_dir():
+            raise UserError(
+                f"no packed data at {root}; make it with: mm data pack SRC --out {root}"
+            )
+        foreign = " (there are tar files: foreign shards)" if any(root.rglob("*.tar")) else ""
+        raise UserError(
+            f"{root}: no {MANIFEST}{foreign}; pack it with: mm data pack {root} --out "
+            f"{root.name}-packed"
+        )
+    return parse_manifest(path, path.read_bytes())
+
+
+def split_samples(root: str | Path, split: str) -> int:
+    """Samples of one split of packed data; 0 when there is none of that name."""
+    return int(read_manifest(root)["splits"].get(split, {}).get("samples", 0))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,51 +18,20 @@ import numpy as np
 from mm.data.modalities.base import BadSample, get_modality, table
 from mm.data.shards import index
 from mm.data.shards.index import Index
-from mm.data.shards.manifest import parse_manifest
+from mm.data.shards.manifest import read_manifest
 from mm.data.shards.maps import ShardBytes
 from mm.data.shards.members import member_modality, members_of, segment_words, split_ordinal
 from mm.data.shards.remote import cache_folder, fetch, is_url, join, read_small
+from mm.data.shards.token_codec import decode_values
 from mm.errors import UserError, did_you_mean
 from mm.reading import parse_json
 from mm.specs import Encoded, Sample, TokenSpec
 from mm.vocabulary import Vocabulary
 
-MANIFEST, VOCABULARY, INDEX, QUARANTINE = (
-    "manifest.json",
-    "vocabulary.json",
-    "index.npz",
-    "quarantine.jsonl",
-)
+VOCABULARY, INDEX, QUARANTINE = "vocabulary.json", "index.npz", "quarantine.jsonl"
 CHECKED = 4096  # shards whose sizes are looked at when a split is opened; of more, when first read
 HASHED = 1 << 28  # bytes of an index that is hashed when it is opened
 log = logging.getLogger(__name__)
-
-
-def read_manifest(root: str | Path) -> dict[str, Any]:
-    """Read ``root/manifest.json``.
-
-    Raises UserError with the mending command when there is none or it is no manifest.
-    """
-    if is_url(root):
-        return parse_manifest(join(str(root), MANIFEST), read_small(join(str(root), MANIFEST)))
-    root = Path(root)
-    path = root / MANIFEST
-    if not path.is_file():
-        if not root.is_dir():
-            raise UserError(
-                f"no packed data at {root}; make it with: mm data pack SRC --out {root}"
-            )
-        foreign = " (there are tar files: foreign shards)" if any(root.rglob("*.tar")) else ""
-        raise UserError(
-            f"{root}: no {MANIFEST}{foreign}; pack it with: mm data pack {root} --out "
-            f"{root.name}-packed"
-        )
-    return parse_manifest(path, path.read_bytes())
-
-
-def split_samples(root: str | Path, split: str) -> int:
-    """Samples of one split of packed data; 0 when there is none of that name."""
-    return int(read_manifest(root)["splits"].get(split, {}).get("samples", 0))
 
 
 class ShardSet:
@@ -224,7 +194,8 @@ class ShardSet:
     def tokens(self, i: int) -> dict[str, np.ndarray]:
         """Codes of sample i by member: (L,) int32 views, ids from 0.
 
-        In vocabulary order; of an interleaved sample segment by segment.
+        In vocabulary order; of an interleaved sample segment by segment. Of a continuous modality
+        its values: (L, C), or a grid of more axes.
         """
         out: dict[str, np.ndarray] = {}
         if self.interleaved:
@@ -234,18 +205,39 @@ class ShardSet:
                     n = index.n_codes(bytes(data[:128]), len(data))
                 except BadSample as error:
                     raise self._damaged(f"entry {e}: {error}") from error
-                out[member] = data[len(data) - 4 * n :].view("<i4")
+                spec = next(s for s in self.specs if s.modality == member_modality(member))
+                out[member] = (
+                    self._values(i, e, spec, n) if spec.continuous else self._codes(i, e, n)
+                )
             return out
         found = self._entries(i)
         for spec in self.specs:
             e = found.get(f"{spec.modality}.npy")
             if e is not None:
                 n = int(self.lengths(spec.modality)[i])
-                data = self._bytes(e)
-                if not 0 <= 4 * n <= len(data) or not (self._hashed or index.has_codes(data, n)):
-                    raise self._damaged(f"sample {i} has {n} codes in {len(data)} bytes")
-                out[spec.modality] = data[len(data) - 4 * n :].view("<i4")
+                out[spec.modality] = (
+                    self._values(i, e, spec, n) if spec.continuous else self._codes(i, e, n)
+                )
         return out
+
+    def _codes(self, i: int, e: int, n: int) -> np.ndarray:
+        """The ``n`` codes of an entry, (n,) int32, as its index says."""
+        data = self._bytes(e)
+        if not 0 <= 4 * n <= len(data) or not (self._hashed or index.has_codes(data, n)):
+            raise self._damaged(f"sample {i} has {n} codes in {len(data)} bytes")
+        return data[len(data) - 4 * n :].view("<i4")
+
+    def _values(self, i: int, e: int, spec: TokenSpec, n: int) -> np.ndarray:
+        """The values of an entry at ``n`` places, (n, C), or a grid of more axes."""
+        try:
+            values = decode_values(self._bytes(e), spec.n_features)
+        except BadSample as error:
+            raise UserError(
+                f"{self._where(i)}: {spec.modality}: {error}; run: mm data verify {self.root}"
+            ) from error
+        if math.prod(values.shape[:-1]) != n:
+            raise self._damaged(f"sample {i} has {n} places and values {values.shape}")
+        return values
 
     def read_encoded(self, i: int) -> dict[str, Encoded]:
         """Tokens of sample i with the side information that decoding needs.
@@ -259,7 +251,13 @@ class ShardSet:
             )
         i = self._number(i)
         side = self._json(i, "side.json")
-        return {m: Encoded(ids, side=side.get(m, {})) for m, ids in self.tokens(i).items()}
+        continuous = {spec.modality for spec in self.specs if spec.continuous}
+        return {
+            m: Encoded(None, found, side.get(m, {}))
+            if member_modality(m) in continuous
+            else Encoded(found, side=side.get(m, {}))
+            for m, found in self.tokens(i).items()
+        }
 
     @property
     def n_bytes(self) -> int:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mm.data.shards import index
+from mm.data.shards.manifest import read_manifest
 from mm.data.shards.members import member_modality
-from mm.data.shards.reader import VOCABULARY, ShardSet, read_manifest
+from mm.data.shards.reader import VOCABULARY, ShardSet
 from mm.errors import UserError
 from mm.vocabulary import Vocabulary
 
@@ -126,8 +129,16 @@ def _ids_in_range(root: Path, manifest: dict[str, Any]) -> list[str]:
         limits = {spec.modality: spec.n_ids for spec in shards.specs}
         for i in range(len(shards)):
             sample = f"{root / split}: sample '{shards.key(i)}'"
-            for member, ids in shards.tokens(i).items():
+            try:
+                found = shards.tokens(i)
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            for member, ids in found.items():
                 top = limits[member_modality(member)]
-                if len(ids) and (ids.min() < 0 or ids.max() >= top):
+                if not top:  # values
+                    if not np.isfinite(ids).all():
+                        problems.append(f"{sample}: {member} has values that are not finite")
+                elif len(ids) and (ids.min() < 0 or ids.max() >= top):
                     problems.append(f"{sample}: {member} ids outside 0..{top - 1}")
     return problems

@@ -8,7 +8,7 @@ from typing import Any
 
 from mm.config import validate
 from mm.data.modalities.base import table
-from mm.data.shards.reader import MANIFEST
+from mm.data.shards.manifest import MANIFEST
 from mm.data.sources.base import Source
 from mm.data.sources.hf import is_saved_dataset
 from mm.errors import UserError
@@ -21,6 +21,7 @@ TABLES = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
+TEXTS = (".txt", ".text", ".md")
 
 
 def open_source(
@@ -51,7 +52,7 @@ def open_source(
             kind = TABLES[src.suffix.lower()]
         elif src.suffix.lower() == ".tar":
             kind = "folder"
-        elif src.suffix.lower() in (".txt", ".text", ".md"):
+        elif src.suffix.lower() in TEXTS:
             kind = "text"
         else:
             raise UserError(

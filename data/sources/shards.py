@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from mm.data.shards.index import sha256
-from mm.data.shards.reader import MANIFEST, ShardSet, read_manifest
+from mm.data.shards.manifest import MANIFEST, read_manifest
+from mm.data.shards.reader import ShardSet
 from mm.data.sources.base import InlineBytes, Record, Source, SourceConfig, split_of
 from mm.data.sources.folder import FolderConfig, FolderSource
 from mm.errors import UserError

@@ -10,12 +10,15 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from mm.config import Config
+from mm.data.batching.collate import of_array
+from mm.data.shards.manifest import split_samples
 from mm.data.shards.members import member_modality
-from mm.data.shards.reader import ShardSet, split_samples
+from mm.data.shards.reader import ShardSet
 from mm.data.shards.remote import Location
 from mm.data.streams.base import Stream, rank_rows
 from mm.data.streams.shuffle import Reseeded, key_of
 from mm.data.streams.survey import Drawn, survey_documents
+from mm.data.transforms.any_to_any import AnyToAny
 from mm.data.transforms.compose import chain
 from mm.errors import UserError
 from mm.launch import environment
@@ -177,12 +180,26 @@ class DocumentStream(Stream, Generic[C]):
             self.vocabulary.require(shards.specs, str(source.path))
         own = [config.transform if s.transform is None else s.transform for s in given]
         self.transforms = [chain(parts, transform) for parts in own]
+        self._refuse_written_values()
         named = transform if isinstance(transform, (Config, dict, str)) else None
         self.transform_keys = [
             key_of(config.transform, source.transform, named) % 2**32 for source in given
         ]
         plan = {"seed": seed, "batch_size": config.batch_size, **self.prepare()}
         super().__init__(plan, config.prefetch)
+
+    def _refuse_written_values(self) -> None:
+        """Raise UserError where a task asks for what the model can only read."""
+        values = {spec.modality for spec in self.vocabulary.ranges if spec.continuous}
+        for own in self.transforms:
+            for part in own.parts:
+                for task in part.tasks if isinstance(part, AnyToAny) else ():
+                    for name in values.intersection(task.targets):
+                        said = f"{'+'.join(task.conditions)}>{'+'.join(task.targets)}"
+                        raise UserError(
+                            f"any_to_any.tasks '{said.lstrip('>')}': '{name}' is read as values, "
+                            "it can only stand before the '>'"
+                        )
 
     @abstractmethod
     def prepare(self) -> dict[str, Any]:
@@ -216,7 +233,10 @@ class DocumentStream(Stream, Generic[C]):
     def segments(self, source: int, i: int) -> list[Segment]:
         """Sample ``i`` as it stands in the shards."""
         found = self.sources[source].tokens(i)
-        return [Segment(member_modality(member), ids) for member, ids in found.items()]
+        return [
+            of_array(self.vocabulary.spec(modality), array)
+            for modality, array in ((member_modality(m), array) for m, array in found.items())
+        ]
 
     def outline(self, source: int, i: int) -> list[Segment]:
         """Sample ``i`` as the index knows it: its codes are all 0, and nothing is read.

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from mm.data.batching.collate import document_length, to_batch
-from mm.data.shards.reader import split_samples
+from mm.data.shards.manifest import split_samples
 from mm.data.shards.remote import is_url
 from mm.data.streams import mixing, stats
 from mm.data.streams.base import Step

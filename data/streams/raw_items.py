@@ -17,7 +17,8 @@ from mm.batch import Batch, Values
 from mm.config import Config
 from mm.data.modalities.base import Modality, get_modality, modalities
 from mm.data.modalities.image import Augment
-from mm.data.shards.reader import ShardSet, split_samples
+from mm.data.shards.manifest import split_samples
+from mm.data.shards.reader import ShardSet
 from mm.data.streams.base import Step, Stream, rank_rows
 from mm.data.streams.classes import Classes, OfClass
 from mm.data.streams.shuffle import key_of, permute

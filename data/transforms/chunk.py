@@ -66,4 +66,6 @@ def window(s: Segment, start: int, stop: int) -> Segment:
         targets = s.targets[start:]
     else:
         targets = None
+    if s.values is not None:  # what is left of a grid is none
+        return s._replace(ids=ids, values=s.values[start:stop], grid=())
     return s._replace(ids=ids, targets=targets)

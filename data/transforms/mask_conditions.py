@@ -47,7 +47,7 @@ class MaskConditions(Transform):
     def __call__(self, segments: list[Segment], rng: Any) -> list[Segment] | None:
         return [
             s._replace(fields={**s.fields, "masked": rng.random(len(s.ids)) < self.rate})
-            if s.role == "condition" and s.ids is not None
+            if s.role == "condition" and s.ids is not None and s.values is None
             else s
             for s in segments
         ]

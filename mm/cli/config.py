@@ -12,6 +12,7 @@ from mm.cli.common import (
     PASS_OVERRIDES,
     JsonFile,
     Overrides,
+    TrustCode,
     console,
     overrides,
     write_json,
@@ -73,11 +74,12 @@ def show(
         typer.Argument(metavar="FILE", help="Run or tokenizer YAML, or the name of a shipped one."),
     ],
     changes: Overrides = None,
+    trust_code: TrustCode = False,
     json: JsonFile = None,
 ) -> None:
     from mm import config
     from mm.cli.schema import resolve
 
-    resolved = resolve(file, overrides(changes))
+    resolved = resolve(file, overrides(changes), trust_code=trust_code)
     typer.echo(config.dump(resolved), nl=False)
     write_json(json, resolved.to_dict())

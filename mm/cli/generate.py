@@ -131,7 +131,8 @@ app.command(help=HELP)(with_options(generate, {}))
 
 def full_app() -> typer.Typer:
     """The command with a file option for every modality but text, which is --prompt."""
-    from mm.registry import MODALITIES, load_plugins
+    from mm.plug_point import load_plugins
+    from mm.registry import MODALITIES
 
     load_plugins()
     file = lambda kind: typer.Option(metavar="FILE", help=f"{kind.capitalize()} condition.")

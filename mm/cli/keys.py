@@ -14,7 +14,7 @@ from rich.text import Text
 from mm.cli.schema import definition
 from mm.config import Config
 from mm.errors import UserError, did_you_mean
-from mm.registry import Registry, load_plugins
+from mm.plug_point import Registry, load_plugins
 from mm.run import Run
 
 ANY = "*"  # a place of a list, or a key of a mapping

@@ -21,6 +21,7 @@ from mm.cli.common import (
     table,
     write_json,
 )
+from mm.cli.preflight import pass_preflight
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,6 +45,9 @@ Gpus = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")
 ]
+Preflight = Annotated[
+    bool, typer.Option(" /--no-preflight", help="Start without checking the hosts (mm doctor).")
+]
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
 
 
@@ -55,6 +59,7 @@ def _launch(
     nodes: int | None,
     gpus_per_node: int | None,
     dry_run: bool,
+    preflight: bool,
     json: Path | None,
 ) -> None:
     from mm.launch import start
@@ -74,9 +79,11 @@ def _launch(
         _show(kind, job, plan, launcher, arithmetic)
         write_json(json, start.as_values(kind, job, plan, arithmetic))
         return
+    if preflight and len(launcher.endpoints()) > 1:
+        pass_preflight(launcher, job)
     out = console()
     outcome = start.start(
-        kind, launcher, job, plan, lambda line: out.print(line, markup=False, soft_wrap=True)
+        kind, launcher, run, job, plan, lambda line: out.print(line, markup=False, soft_wrap=True)
     )
     write_json(json, {"code": outcome.code, "why": outcome.why, "folder": job.folder})
     if outcome.code:
@@ -96,7 +103,7 @@ def _show(kind: str, job: Any, plan: Any, launcher: Any, arithmetic: list[str]) 
     out.print("[bold]commands[/bold]")
     for line in start.command_lines(job, plan):
         out.print(f"  {line}", markup=False)
-    variables = forward.masked(dict(job.environ) | launcher.env)
+    variables = forward.mask_secrets(dict(job.environ) | launcher.env)
     table("forwarded environment", ("name", "value"), variables.items(), left=2)
     for line in (*plan.notes, *arithmetic):
         out.print(line, markup=False)
@@ -112,16 +119,27 @@ def _command(kind: str, about: str) -> None:
         nodes: Nodes = None,
         gpus_per_node: Gpus = None,
         dry_run: DryRun = False,
+        preflight: Preflight = True,
         json: JsonFile = None,
     ) -> None:
-        _launch(kind, config, changes, cluster, nodes, gpus_per_node, dry_run, json)
+        _launch(kind, config, changes, cluster, nodes, gpus_per_node, dry_run, preflight, json)
 
 
 for _kind, _about in {
     "local": "Train on this machine: torchrun with a free port, a log file a rank.",
     "ssh": "Train on the machines of a hostfile, over ssh.",
+    "mpi": "Train by Open MPI's mpirun, here or on the machines of a hostfile.",
 }.items():
     _command(_kind, f"{_about}\n\nCtrl-C saves a checkpoint and ends; the same command goes on.")
+_command(
+    "slurm",
+    "Hand an sbatch file to Slurm: it saves before its limit, requeues itself and resumes.\n\n"
+    "cluster.interactive=true: on this console, now, over salloc and srun.",
+)
+_command(
+    "k8s",
+    "Hand a job to Kubernetes with kubectl.\n\ncluster.resource=job, pytorchjob or trainjob.",
+)
 
 
 @app.command(help="Say what was launched into RUN and how it is going.")

@@ -34,6 +34,7 @@ COMMANDS = (
     "wandb",
     "bench",
     "doctor",
+    "env",
     "faults",
     "config",
 )

@@ -11,7 +11,8 @@ from pydantic.json_schema import GenerateJsonSchema
 from mm import config
 from mm.config import Config
 from mm.errors import UserError
-from mm.registry import Registry, TokenizerField, load_plugins
+from mm.plug_point import Registry, load_plugins
+from mm.registry import TokenizerField
 from mm.run import Run
 
 
@@ -86,11 +87,17 @@ def _link(node: Any, renamed: dict[str, str]) -> Any:
     return out
 
 
-def resolve(path: str, assignments: Sequence[str] = ()) -> Config:
-    """Read any YAML of the project: a Run, or a file with `tokenizer:`. Raises UserError."""
+def resolve(path: str, assignments: Sequence[str] = (), *, trust_code: bool = True) -> Config:
+    """Read any YAML of the project: a Run, or a file with `tokenizer:`. Raises UserError.
+
+    Args:
+        trust_code: False for a file that is looked at before it is trusted. What an assignment
+            names in `imports=` was typed, and is imported.
+    """
+    trust_code = trust_code or any(a.lstrip("-").startswith("imports=") for a in assignments)
     values = config.override(config.read(path), assignments)
     if "tokenizer" in values and "stages" not in values:
-        config.import_modules(values, path, trust_code=True)
+        config.import_modules(values, path, trust_code)
         model = create_model(
             "TokenizerFile",
             __base__=Config,
@@ -105,4 +112,4 @@ def resolve(path: str, assignments: Sequence[str] = ()) -> Config:
                 f"{path}: kind '{values['kind']}' is of no plug point; see: mm config schema"
             )
         return config.validate(fitting[0].get(values["kind"]), values, path)
-    return Run.load(path, assignments)
+    return Run.load(path, assignments, trust_code=trust_code)

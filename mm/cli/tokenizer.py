@@ -78,7 +78,7 @@ def train(
 
 def next_command(out: Path, data: Path | None) -> str:
     """What to run after a training: the measure on a split that the data have."""
-    from mm.data.shards.reader import split_samples
+    from mm.data.shards.manifest import split_samples
 
     held_out = [s for s in ("test", "val") if data is not None and split_samples(data, s)]
     if data is not None and not held_out:

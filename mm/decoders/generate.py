@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mm.data.batching.collate import of_array
 from mm.data.modalities.base import TEXT, table
 from mm.decoders import rules as rule_kinds
 from mm.decoders.base import Ask, Rule, is_fixed
@@ -82,13 +83,11 @@ def stream_tokens(
         for i, p in enumerate(prompts)
     ]
     for i, p in enumerate(ready):
-        require_short(len(p.ids), max_prompt_tokens, f"prompt {i}")
+        require_short(len(p.tokens.ids), max_prompt_tokens, f"prompt {i}")
     if not ready:
         return
     N = len(ready)
-    streams, rows = distinct(
-        [p.ids for p in ready] + [p.null_ids for p in ready] * (cfg_scale != 1)
-    )
+    streams, rows = distinct([p.tokens for p in ready] + [p.null for p in ready] * (cfg_scale != 1))
     ask = Ask(
         vocabulary,
         to,
@@ -244,6 +243,8 @@ class Generator:
     ) -> list[np.ndarray]:
         """Local ids `(L,)` of raw values of one modality; every distinct str is encoded once.
 
+        Of a continuous modality its values, `(L, C)` or a grid of them.
+
         A value may also be a file's path, or what else `mm.decoders.raws.read_raw` takes.
         """
         tokenizer = self.tokenizer(modality)
@@ -253,7 +254,8 @@ class Generator:
         ids: list[np.ndarray] = []
         for at in range(0, len(todo), max_items):
             ids += [
-                np.asarray(e.ids, np.int32) for e in tokenizer.encode(todo[at : at + max_items])
+                np.asarray(e.ids, np.int32) if e.values is None else np.asarray(e.values)
+                for e in tokenizer.encode(todo[at : at + max_items])
             ]
         if not strings:
             return ids
@@ -294,7 +296,8 @@ class Generator:
         free = is_fixed(self.vocabulary.spec(to)) is None
         out = []
         for prompt in prompts:
-            line = [Segment(modality, next(ids[modality]), role="condition") for modality in prompt]
+            line = [of_array(self.vocabulary.spec(m), next(ids[m])) for m in prompt]
+            line = [segment._replace(role="condition") for segment in line]
             if line and line[-1].modality == to and free:
                 line[-1] = line[-1]._replace(role="target")
             out.append(line)

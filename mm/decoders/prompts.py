@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from mm.batch import Batch
-from mm.data.batching.collate import axes_of, document_tokens, grids_of
+from mm.data.batching.collate import Features, axes_of, document_tokens, grids_of, values_of
 from mm.decoders.base import is_fixed
 from mm.errors import UserError
-from mm.layout import Doc, Layout
-from mm.specs import Segment
+from mm.layout import Doc, Grid, Layout
+from mm.specs import Segment, TokenSpec
 from mm.vocabulary import Vocabulary
 
 DEFAULT_MAX_TOKENS = 512  # of a span whose length is free
@@ -29,11 +29,24 @@ def require_short(n_tokens: int, most: int, origin: str) -> None:
         )
 
 
+class Stream(NamedTuple):
+    """Tokens of a prompt, with the values that stand among them."""
+
+    ids: np.ndarray  # (T,) int32
+    features: tuple[Features, ...] = ()
+
+    @property
+    def content(self) -> bytes:
+        """Equal where two streams are."""
+        parts = (f"{f.start} {f.grid} ".encode() + f.data.tobytes() for f in self.features)
+        return b"|".join((self.ids.tobytes(), *parts))
+
+
 class Prompt(NamedTuple):
     """One sequence to go on with."""
 
-    ids: np.ndarray  # (T,) int32
-    null_ids: np.ndarray  # (T',) int32
+    tokens: Stream
+    null: Stream
     have: int  # local ids of the unfinished span
     limit: int  # most ids of that span
 
@@ -50,6 +63,8 @@ def check(
             nothing left to add; the model would read it as something it never saw and answer noise.
     """
     spec = vocabulary.spec(segment.modality)
+    if spec.continuous:
+        return _check_values(segment, spec, origin)
     ids = np.asarray([] if segment.ids is None else segment.ids, np.int64).reshape(-1)
     where = f"{origin}: {segment.modality} span"
     if len(ids) and (ids.min() < 0 or ids.max() >= spec.n_ids):
@@ -81,6 +96,16 @@ def check(
     return ids
 
 
+def _check_values(segment: Segment, spec: TokenSpec, origin: str) -> np.ndarray:
+    shape = np.shape(segment.values)
+    if len(shape) != 2 or shape[1] != spec.n_features or shape[0] != len(segment.ids):
+        raise UserError(
+            f"{origin}: {spec.modality} span: values of shape {shape}, expected (places, "
+            f"{spec.n_features})"
+        )
+    return np.asarray(segment.ids, np.int64)
+
+
 def continues(segments: Sequence[Segment], to: str) -> bool:
     """True where the last segment is an unfinished span of ``to`` to go on with."""
     return bool(segments) and segments[-1].modality == to and segments[-1].role == "target"
@@ -104,6 +129,12 @@ def prepare(
         UserError: see `check`; or ``max_tokens`` leaves no room for a span.
     """
     spec, target = vocabulary.spec(to), vocabulary.range(to)
+    if spec.continuous:
+        made = [s.modality for s in vocabulary.ranges if not s.continuous]
+        raise UserError(
+            f"{origin}: '{to}' is read as values, the model cannot write it; it writes: "
+            f"{', '.join(made) or 'nothing'}"
+        )
     conditions, prefix = list(segments), np.zeros(0, np.int64)
     if continues(segments, to):
         prefix = check(conditions.pop(), vocabulary, whole=False, origin=origin)
@@ -119,7 +150,10 @@ def prepare(
     null = [Segment(segment.modality, role="condition") for segment in conditions]
     given = [segment._replace(role="condition") for segment in conditions]
     opening = np.concatenate([[target.begin], target.first + prefix]).astype(np.int32)
-    stream = lambda parts: np.concatenate([document_tokens(parts, vocabulary).ids, opening])
+
+    def stream(parts: Sequence[Segment]) -> Stream:
+        made = document_tokens(parts, vocabulary)
+        return Stream(np.concatenate([made.ids, opening]), made.features)
 
     total = is_fixed(spec)
     if total is not None:
@@ -140,24 +174,29 @@ def prepare(
     return Prompt(stream(given), stream(null), len(prefix), limit)
 
 
-def batch(streams: Sequence[np.ndarray], vocabulary: Vocabulary) -> Batch:
+def batch(streams: Sequence[Stream], vocabulary: Vocabulary) -> Batch:
     """Lay one stream a row, slot i, padded at the right; the head is asked at each last place.
 
     What stands before the span that is generated (the last ``begin``) is the prefix.
     """
-    T = max(map(len, streams))
+    T = max(len(stream.ids) for stream in streams)
     begins = [vocabulary.range(modality).begin for modality in vocabulary.modalities]
     ids = np.full((len(streams), T), -1, np.int32)
     rows = []
-    for i, stream in enumerate(streams):
+    items: dict[str, list[tuple[int, Features]]] = {}
+    for i, (stream, features) in enumerate(streams):
         ids[i, : len(stream)] = stream
         modality, grids = vocabulary.modality_of(stream), grids_of(stream, vocabulary)
+        for f in features:
+            modality[f.start : f.start + len(f.data)] = vocabulary.range(f.modality).index
+            grids += [Grid(f.start, f.grid)] if f.grid else []
+            items.setdefault(f.modality, []).append((i * T + f.start, f))
         opening = np.flatnonzero(np.isin(stream, begins))[-1:]
         prefix = (np.arange(len(stream)) < opening.sum()).astype(np.int32)
         extra = {"prefix": prefix}
         rows.append([Doc(len(stream), modality=modality, extra=extra, slot=i, grids=grids)])
     layout = Layout.from_rows(rows, T, axes=axes_of(vocabulary))
-    lengths = torch.tensor([len(stream) for stream in streams], dtype=torch.int32)
+    lengths = torch.tensor([len(stream.ids) for stream in streams], dtype=torch.int32)
     tokens = torch.from_numpy(ids)[..., None]
     return Batch(
         layout,
@@ -165,13 +204,13 @@ def batch(streams: Sequence[np.ndarray], vocabulary: Vocabulary) -> Batch:
         torch.full_like(tokens, -1),
         torch.zeros(len(streams), T),
         places={"tokens": layout.cu_seqlens[:-1] + lengths - 1},
+        values={modality: values_of(each) for modality, each in items.items()},
     )
 
 
-def distinct(streams: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
+def distinct(streams: Sequence[Stream]) -> tuple[list[Stream], np.ndarray]:
     """The different streams, and which of them each one is `(N,)`."""
     number: dict[bytes, int] = {}
-    rows = np.array(
-        [number.setdefault(stream.tobytes(), len(number)) for stream in streams], np.int64
-    )
-    return [np.frombuffer(key, np.int32) for key in number], rows
+    rows = np.array([number.setdefault(s.content, len(number)) for s in streams], np.int64)
+    first = {int(row): stream for row, stream in zip(rows[::-1], streams[::-1], strict=True)}
+    return [first[row] for row in range(len(number))], rows

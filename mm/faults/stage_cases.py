@@ -60,7 +60,8 @@ def rollback_across_border(bench: Bench, quick: bool) -> Iterator[str]:
             whole = bench.whole(config, faults=past)
             nan = {"nan": {"step": STEPS + 1, "times": 2}}
             ended = bench.train(config, faults=nan)
-            back = (bench.folder(config) / "events.jsonl").read_text()
+            events = bench.folder(config) / "events.jsonl"
+            back = events.read_text() if events.is_file() else "no events"
             if ended.codes != [0] or f'"to": {STEPS}' not in back:
                 yield f"exit codes {ended.codes}, {back}: {ended.said[-300:]}"
                 continue

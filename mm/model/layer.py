@@ -1,7 +1,4 @@
-"""The one shape of everything between embedding and head.
-
-B rows, T tokens, D model, S streams, N slots, P places.
-"""
+"""Everything between ids and losses. B rows, T tokens, D model, S streams, N slots, P places."""
 
 from __future__ import annotations
 
@@ -283,6 +280,8 @@ class Embedder(nn.Module):
 
 class Adapter(nn.Module):
     """Plug point: continuous values to embeddings of their reserved places."""
+
+    keeps_length: bool = False  # an item of L values fills L places, always
 
     def zero_item(self, device: torch.device) -> Tensor:
         """`(1, L, ...)`: what a batch without this modality runs, so that all ranks run alike."""

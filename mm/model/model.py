@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mm.batch import Batch, Sum, Values
+from mm.batch import Batch, Sum
 from mm.config import Config, validate
 from mm.errors import UserError
 from mm.mask import Causal, Full, Mask, Prefix, Window
@@ -24,9 +24,9 @@ from mm.model import folder as files
 from mm.model import mup
 from mm.model.backbones.stack import INTERMEDIATE
 from mm.model.context import Ctx, Memory
+from mm.model.fill import fill
 from mm.model.layer import (
     NONE,
-    Adapter,
     Backbone,
     Embedder,
     Head,
@@ -68,6 +68,7 @@ class Model(nn.Module):
         self.config, self.vocabulary = config, vocabulary
         self.embedder = embedder
         self.adapters = nn.ModuleDict(adapters)
+        config.check_adapters(vocabulary)
         self.backbone = backbone
         self.heads = nn.ModuleDict(heads)
         self._tie()
@@ -162,9 +163,12 @@ class Model(nn.Module):
         x = self.embedder(batch.ids, ctx)
         aux: dict[str, Sum] = {}
         inner, back = ctx, None
-        if len(self.adapters):
-            x, ctx = self._fill(x, batch, ctx, aux)
-            x, inner, back = move_padding_last(x, ctx)
+        # Each rank runs each adapter, whatever its rows hold; a step of decoding holds no values.
+        if len(self.adapters) and (batch.values or state is None):
+            x, inner = fill(x, batch, ctx, self.adapters, self.embedder, aux)
+            if inner is not ctx:
+                ctx = inner
+                x, inner, back = move_padding_last(x, ctx)
         out = self.backbone(x, inner, state, path)
         aux |= out.aux
         shared = out.ctx.published if out.ctx is not None else {}
@@ -199,38 +203,6 @@ class Model(nn.Module):
             aux,
         )
 
-    def _fill(self, x: Tensor, batch: Batch, ctx: Ctx, aux: dict[str, Sum]) -> tuple[Tensor, Ctx]:
-        """Put the adapters' embeddings into their places; unfilled places become padding."""
-        B, T, D = x.shape
-        end = B * T  # what does not fit an item's room is written here, and dropped
-        flat = torch.cat((x.reshape(end, D), x.new_zeros(1, D)))
-        empty = torch.zeros(end + 1, dtype=torch.bool, device=x.device)
-        for name, adapter in self.adapters.items():
-            assert isinstance(adapter, Adapter)
-            values = batch.values.get(name)
-            if values is None:
-                # Same modules on every rank: one zero item with no room, so that ZeRO-3 gathers
-                # here too.
-                one = torch.zeros(1, dtype=torch.int32, device=x.device)
-                values = Values(adapter.zero_item(x.device), one + 1, one, one)
-            filled = adapter(values, ctx)
-            aux.update({f"adapters.{name}.{k}": v for k, v in filled.aux.items()})
-            embedded = filled.x if filled.x is not None else self.embedder(filled.ids, ctx)
-            at = torch.arange(embedded.shape[1], device=x.device)
-            first = values.place.long()
-            used = at < torch.minimum(filled.length, values.room)[:, None]
-            target = torch.where(used, first[:, None] + at, end)
-            flat = flat.index_put((target.reshape(-1),), embedded.to(flat.dtype).flatten(0, 1))
-            # Rooms are intervals: a running sum of their ends says which positions they cover.
-            edge = torch.zeros(end + 1, dtype=torch.int32, device=x.device)
-            one = torch.ones_like(first, dtype=torch.int32)
-            edge.index_add_(0, first, one).index_add_(0, first + values.room, -one)
-            room = edge.cumsum(0) > 0
-            empty |= room.index_put((target.reshape(-1),), room.new_zeros(()))
-        document = ctx.layout.fields.document
-        document = document.masked_fill(empty[:-1].view(B, T), 0)
-        return flat[:-1].view(B, T, D), ctx.derive(document=document)
-
     def initial_state(self, n: int, max_len: int, path: Sequence[int] | None = None) -> StateTuple:
         """State of ``n`` fresh slots for documents of at most ``max_len`` tokens."""
         if path is None:
@@ -253,9 +225,7 @@ class Model(nn.Module):
         tokenizers: Mapping[str, str | Path] = NONE,
         tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write a folder that needs nothing else.
-
-        Config, weights, vocabulary and copies of the tokenizers.
+        """Write a folder that needs nothing else: config, weights, vocabulary, tokenizers.
 
         Args:
             folder: replaced as a whole by one rename.
@@ -297,7 +267,9 @@ class LmConfig(Config):
     """A language model over the shared vocabulary, whose size sets the table's."""
 
     kind: Literal["lm"] = "lm"
-    d_model: Annotated[int, Field(gt=0, description="width of the vectors between layers")] = 128
+    d_model: Annotated[
+        int, Field(gt=0, le=2**20, description="width of the vectors between layers")
+    ] = 128
     backbone: BackboneField = Field(default="stack", validate_default=True)
     embedder: EmbedderField = Field(default="sum", validate_default=True)
     adapters: dict[str, AdapterField] = {}
@@ -324,6 +296,20 @@ class LmConfig(Config):
         ):
             raise ValueError("mup_base needs heads of their own: set heads.*.tied to false")
         return self
+
+    def check_adapters(self, vocabulary: Vocabulary) -> None:
+        """Raise UserError where values of the vocabulary have no adapter that fits them."""
+        for name, n in ((s.modality, s.n_features) for s in vocabulary.ranges if s.continuous):
+            if name not in self.adapters:
+                raise UserError(
+                    f"model.adapters has none for '{name}', which is read as values: set "
+                    f"model.adapters={{{name}: {{kind: linear, d_in: {n}}}}}"
+                )
+            if (have := self.adapters[name].d_in) != n:
+                raise UserError(
+                    f"model.adapters.{name} reads {have} features a place, the data have {n}: set "
+                    "it to what its tokenizer gives"
+                )
 
     def default_mask(self) -> Mask:
         """The Mask of a pass that names none."""

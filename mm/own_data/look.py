@@ -17,7 +17,7 @@ import numpy as np
 from mm.data.modalities.base import BadSample, get_modality, table
 from mm.data.shards.members import split_ordinal
 from mm.data.sources.base import SPLITS, Record, read_inside
-from mm.data.sources.detect import open_source
+from mm.data.sources.detect import TEXTS, open_source
 from mm.data.sources.folder import FolderSource
 from mm.data.sources.text import TextSource
 from mm.data.streams.shuffle import key_of
@@ -112,6 +112,7 @@ class Found(NamedTuple):
 
 def look(src: Path) -> Found:
     """Statistics of a source. Raises UserError when there is nothing to pack in ``src``."""
+    src = one_text(src)
     source = open_source(src, None, {})
     if isinstance(source, FolderSource):  # what is incomplete counts here
         source = open_source(src, None, {"incomplete": "keep"})
@@ -145,6 +146,15 @@ def look(src: Path) -> Found:
         bad=tuple(bad),
     )
     return found
+
+
+def one_text(src: Path) -> Path:
+    """The file of a folder that holds one text alone: it has many documents, the folder one."""
+    if not src.is_dir():
+        return src
+    files = [path for path in src.iterdir() if not path.name.startswith(".")]
+    alone = len(files) == 1 and files[0].is_file() and files[0].suffix.lower() in TEXTS
+    return files[0] if alone else src
 
 
 class Reader:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mm.data.shards.reader import MANIFEST
+from mm.data.shards.manifest import MANIFEST
 from mm.errors import UserError
 from mm.own_data.write import COMMANDS
 from mm.quickstart.steps import Steps

@@ -17,6 +17,7 @@ COPIES, COPIES_OF_PICTURES = 8, 16  # at most; docs/lab-notes.md has what more o
 TEXT_WEIGHT, DROPOUT = 5.0, 0.1  # of few pictures
 GRID = {"kind": "sum", "position": {"kind": "grid", "max_cells": CELLS**2}}
 PROMPTS = 4  # of each kind
+VIEWS, VIEWED = 8, 1000  # of a picture that is measured, and the most of those
 Speed = Callable[[Mapping[str, Any], int, int, int], float]  # model, ids, row, rows -> s a step
 
 
@@ -157,7 +158,9 @@ def train_config(
                 },
                 "schedule": {"shape": "wsd", "warmup": min(100, steps.value // 10), "decay": 0.5},
                 "budget": {"steps": steps},
-                "tasks": figures(found, out, plans, split, row.value),
+                "tasks": figures(
+                    found, out, plans, split, row.value, views(found, split, share) if few else None
+                ),
             }
         ],
         "engine": {"zero_stage": 1, "precision": "auto", "grad_clip": 1.0},
@@ -247,8 +250,20 @@ def _shorten(
         )
 
 
+def views(found: Found, split: str, share: float) -> Chosen | None:
+    """Views of a picture that is measured, itself one; None where there are too many to measure."""
+    if (found.splits.get(split) or found.held_out(share)) > VIEWED:
+        return None
+    return Chosen(VIEWS, f"also the answer that it and {VIEWS - 1} varied copies give most often")
+
+
 def figures(
-    found: Found, out: Path, plans: Sequence[TokenizerPlan], split: str, row: int
+    found: Found,
+    out: Path,
+    plans: Sequence[TokenizerPlan],
+    split: str,
+    row: int,
+    views: Chosen | None = None,
 ) -> list[dict[str, Any]]:
     """The tasks of `mm eval`."""
     data, text = (
@@ -270,6 +285,8 @@ def figures(
                     task["linear_probe"] = Chosen(
                         True, "what logistic regression on pixels reaches, beside"
                     )
+                    if views is not None:
+                        task["views"] = views
                 made.append(task)
     measure: dict[str, Any] = {"kind": "bits_per_byte", "data": data, "split": split, "limit": 2000}
     measure["max_tokens"] = Chosen(row - 2, "windows as long as in training")

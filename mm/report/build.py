@@ -18,6 +18,7 @@ from mm.report.header import chips
 from mm.report.lineage import lineage
 from mm.report.read import RunData, read_run
 from mm.report.samples import samples
+from mm.report.starts import starts
 from mm.report.times import commands, times
 from mm.report.tokenizers import tokenizers
 from mm.report.words import facts
@@ -53,6 +54,7 @@ SECTIONS = (
     ("data", "Data", data),
     ("tokenizers", "Tokenizers", tokenizers),
     ("lineage", "Made from", lineage),
+    ("starts", "Starts and failures", starts),
     ("time", "Time", times),
     ("commands", "Commands", commands),
     ("environment", "Environment", environment),

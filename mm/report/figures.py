@@ -15,7 +15,12 @@ from mm.report.words import amount, pretty
 
 LOWER_IS_BETTER = re.compile(r"distance|bits_per|perplexity|loss|error|nats|fertility|wer\b")
 PREFIX = "eval/"
-MARKS = {"chance": "chance", "bar": "bar to reach", "judge": "judge on real data"}
+MARKS = {
+    "chance": "chance",
+    "bar": "bar to reach",
+    "judge": "judge on real data",
+    "probe": "logistic regression on pixels",
+}
 
 
 def figures(run: RunData) -> str:
@@ -48,7 +53,7 @@ def by_task(run: RunData) -> dict[str, dict[str, Any]]:
 
 
 def rows(run: RunData) -> list[dict[str, Any]]:
-    """Figures with their bar, chance, judge, n, unit, and ``task`` where two have one name."""
+    """Figures with unit, n and what stands beside them; ``task`` where two have one name."""
     from mm.cli.eval import figure_rows
 
     given = run.results.get("figures")
@@ -93,7 +98,9 @@ def _tasks(run: RunData) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _card(row: Mapping[str, Any]) -> str:
     unit = str(row.get("unit") or "")
-    value, bar, chance, judge = (number(row.get(k)) for k in ("value", "bar", "chance", "judge"))
+    value = number(row.get("value"))
+    beside = {kind: number(row.get(kind)) for kind in MARKS}
+    bar, chance = beside["bar"], beside["chance"]
     lower = bool(LOWER_IS_BETTER.search(row["name"]))
     if "better" in row or "lower_is_better" in row:
         lower = row.get("better") == "lower" or row.get("lower_is_better") is True
@@ -108,18 +115,17 @@ def _card(row: Mapping[str, Any]) -> str:
     notes = []
     if bar is not None:
         notes.append(f"bar {sign} {amount(bar, unit)}")
-    if chance is not None:
-        notes.append(f"chance {amount(chance, unit)}")
-    if judge is not None:
-        notes.append(f"judge on real data {amount(judge, unit)}")
+    for kind in ("chance", "judge", "probe"):
+        if beside[kind] is not None:
+            notes.append(f"{MARKS[kind]} {amount(beside[kind], unit)}")
     if isinstance(row.get("n"), int):
         notes.append(f"n = {row['n']:,}")
     meter = ""
     if unit == "share" and value is not None:
         marks = "".join(
             f'<i class="{kind}" style="left:{100 * min(1, max(0, mark)):.1f}%" title="{says}"></i>'
-            for (kind, says), mark in zip(MARKS.items(), (chance, bar, judge), strict=True)
-            if mark is not None
+            for kind, says in MARKS.items()
+            if (mark := beside[kind]) is not None
         )
         meter = (
             '<div class="meter"><span '

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from mm.data.batching.collate import of_array
 from mm.data.modalities.base import modality_of_value, raw_modality
 from mm.data.transforms.chunk import window
 from mm.decoders.base import is_fixed
@@ -130,7 +131,8 @@ class BitsPerByte(Task):
             conditions = [[Segment(modality, role="condition")] for _ in values]
         else:
             codes = generator.encode(before, [v[raw_modality(before).kind] for v in values])
-            conditions = [[Segment(before, ids, role="condition")] for ids in codes]
+            of = generator.vocabulary.spec(before)
+            conditions = [[of_array(of, found)._replace(role="condition")] for found in codes]
         documents = [
             [*condition, piece]
             for condition, span in zip(conditions, spans, strict=True)

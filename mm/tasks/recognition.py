@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mm.data.modalities.base import get_modality
+from mm.data.modalities.base import get_modality, raw_modality
+from mm.data.streams.shuffle import key_of
 from mm.decoders.generate import Generator
 from mm.registry import TASKS
 from mm.tasks.base import (
@@ -43,6 +45,14 @@ class Recognition(ClassTask):
         tuple[Settings, ...], Field(min_length=1, description="more than one: chosen on val_split")
     ] = (Settings(temperature=0.0),)
     max_tokens: Annotated[int, Field(ge=1, description="ids of an answer at most")] = 32
+    views: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="also the most frequent answer to an item and its views - 1 varied copies "
+            "(test-time augmentation)",
+        ),
+    ] = 1
     linear_probe: Annotated[
         bool, Field(description="also print logistic regression on raw pixels")
     ] = False
@@ -79,6 +89,9 @@ class Recognition(ClassTask):
             f"{self.about}_confusion": confusion(truth, answers, classes),
             f"{self.about}_settings": settings.to_dict(),
         }
+        if self.views > 1:
+            voted = self._voted(generator, items, answers, classes, settings, seed)
+            figures[f"{self.about}_of_{self.views}_views_accuracy"] = self._accuracy(items, voted)
         if self.bar is not None:
             figures[f"{self.about}_bar"] = self.bar
         if tried:
@@ -130,6 +143,36 @@ class Recognition(ClassTask):
         )
         as_text = lambda raw: raw.decode("utf-8", "replace") if isinstance(raw, bytes) else raw
         return [first_class(as_text(raw), classes) for raw in texts]
+
+    def _voted(
+        self,
+        generator: Generator,
+        items: Sequence[Item],
+        answers: Sequence[str | None],
+        classes: Sequence[str],
+        settings: Settings,
+        seed: int,
+    ) -> list[str | None]:
+        """The most frequent of an item's ``answers`` and those to its copies; of equals the first.
+
+        Source: Krizhevsky et al. 2012 (AlexNet), section 4.1, which averages over 10 patches.
+        """
+        asked = [answers]
+        for number in range(1, self.views):
+            copies = [self._copy(item, number, generator) for item in items]
+            asked.append(self._answers(generator, copies, classes, settings, seed))
+        ballots = [Counter(a for a in each if a is not None) for each in zip(*asked, strict=True)]
+        return [next((a for a, _ in b.most_common(1)), None) for b in ballots]
+
+    def _copy(self, item: Item, number: int, generator: Generator) -> Item:
+        """The item with its sources varied as `mm data pack --copies` varies them."""
+        values = dict(item.sample.values)
+        for name in self.sources:
+            modality, value = raw_modality(name), values[name]
+            file = value if isinstance(value, bytes) else modality.file_of(value)
+            key = key_of("view", f"{item.sample.key}~{number}", name)
+            values[name] = modality.read(modality.vary(file, key), generator.tokenizers.get(name))
+        return item._replace(sample=item.sample._replace(values=values))
 
     @staticmethod
     def _accuracy(items: Sequence[Item], answers: Sequence[str | None]) -> float:

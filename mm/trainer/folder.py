@@ -12,13 +12,14 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mm import config as configs
 from mm.errors import UserError
 from mm.launch import environment
 from mm.run import Run
 
+LOCK = ".lock"
 PACKAGES = (
     "mm-stack",
     "torch",
@@ -33,32 +34,52 @@ PACKAGES = (
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold the folder for this job.
+    """Hold the folder for this job; a refused start leaves no folder that it made.
 
     Raises UserError when another one trains there; a killed one holds nothing.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"{folder}: cannot be made ({error.strerror}); write elsewhere: out=FOLDER"
         ) from error
-    with (folder / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise UserError(
-                f"{folder}: process {file.read().strip() or '?'} trains here already; wait for it, "
-                "or give this run another name: name=..."
-            ) from error
+    with _locked(folder) as file:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         try:
             yield
         finally:
-            file.truncate(0)  # a run that is refused leaves no trace of itself
+            with contextlib.suppress(OSError):  # a folder that is not empty, or gone already
+                (folder / LOCK).unlink()
+                for path in made:
+                    path.rmdir()
+
+
+def _locked(folder: Path) -> IO[str]:
+    """The folder's lock file, held. Raises UserError when another process holds it."""
+    while True:
+        try:
+            file = (folder / LOCK).open("a+")
+        except FileNotFoundError:  # a refused start has just removed the folder
+            folder.mkdir(parents=True, exist_ok=True)
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            with file:
+                raise UserError(
+                    f"{folder}: process {file.read().strip() or '?'} trains here already; wait for "
+                    "it, or give this run another name: name=..."
+                ) from error
+        # Its last holder may have removed the file between opening and locking it.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat()):
+                return file
+        file.close()
 
 
 def describe(run: Run, facts: dict[str, Any]) -> dict[str, Any]:

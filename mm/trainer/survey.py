@@ -47,30 +47,49 @@ def show(run: Run, found: Mapping[str, Any]) -> None:
     table = Table(title=title, title_justify="left", title_style="bold")
     table.box, table.padding, table.pad_edge = box.SIMPLE_HEAD, (0, 1, 0, 0), False
     many = len(found["stages"]) > 1
-    columns = ("source", "modality", "samples", "tokens", "bytes", "left out", "of tokens")
-    for i, name in enumerate((*["stage"] * many, *columns, "epochs")):
+    sources = [source for stage in found["stages"] for source in stage["sources"]]
+    names = endings([str(source["source"]) for source in sources])
+    some = any(max(left_out(source)) > 0 for source in sources)  # else a column less to read
+    columns = ("source", "modality", "samples", "tokens", "bytes", "left out")
+    for i, name in enumerate((*["stage"] * many, *columns, *["of tokens"] * some, "epochs")):
         side = "right" if i >= 2 + many else "left"
         # Of a short line the source's name is broken, never a number.
         table.add_column(name, overflow="fold", justify=side, no_wrap=i >= 1)
     for stage in found["stages"]:
         for source in stage["sources"]:
-            for cells in _rows(source):
+            for cells in _rows(source, names[str(source["source"])], some):
                 table.add_row(*[Text(c) for c in (*[str(stage["stage"])] * many, *cells)])
     Console(stderr=True, highlight=False, soft_wrap=True).print(table)
 
 
-def _rows(source: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Cells of a source: a line a modality, what is said of the whole source in the first."""
+def _rows(source: Mapping[str, Any], name: str, some: bool) -> Iterator[tuple[str, ...]]:
+    """Cells of a source: a line a modality, what is said of the whole source in the first.
+
+    Args:
+        name: what to call it.
+        some: whether any source leaves something out.
+    """
     from rich.filesize import decimal
 
-    named = f"{'/'.join(Path(source['source']).parts[-2:])} ({source['split']})"
     samples, tokens = left_out(source)
     shares = (f"{samples:.1%}", f"{tokens:.1%}") if max(samples, tokens) else ("none", "")
     for n, (modality, entry) in enumerate(source["modalities"].items()):
         size = f"{entry['tokens']:,}" if "tokens" in entry else ""
         line = (modality, f"{entry['samples']:,}", size, decimal(entry["bytes"]))
-        whole = ("",) * 4 if n else (named, *shares, f"{source['epochs']:.3g}")
+        whole = (f"{name} ({source['split']})", *shares[: 1 + some], f"{source['epochs']:.3g}")
+        whole = whole if n == 0 else ("",) * len(whole)
         yield (whole[0], *line, *whole[1:])
+
+
+def endings(paths: Sequence[str]) -> dict[str, str]:
+    """The shortest ends of paths that tell them apart: path -> end."""
+    parts = {path: Path(path).parts for path in paths}
+    out = {}
+    for path, own in parts.items():
+        others = [other for each, other in parts.items() if each != path]
+        n = next((n for n in range(1, len(own)) if all(o[-n:] != own[-n:] for o in others)), 0)
+        out[path] = "/".join(own[-n:]) if n else path
+    return out
 
 
 def left_out(source: Mapping[str, Any]) -> tuple[float, float]:

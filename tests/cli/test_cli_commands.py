@@ -165,7 +165,7 @@ def test_config_show_resolves_bases_and_overrides(
 
 
 def test_config_schema_holds_every_kind(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    from mm.registry import Registry
+    from mm.plug_point import Registry
 
     code, _, err = said(capsys, "config", "schema", "--out", str(tmp_path / "schema.json"))
     assert code == 0, err

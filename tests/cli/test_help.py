@@ -24,7 +24,8 @@ def test_every_key_of_a_run_says_what_it_is(definitions: dict[str, Any]) -> None
     silent = [
         f"{name}: {key}"
         for name, body in definitions.items()
-        if name.split(".")[0] in DESCRIBED
+        # kinds of tests, which other files of this process may have registered, are called toy
+        if name.split(".")[0] in DESCRIBED and "toy" not in name
         for key, of in body.get("properties", {}).items()
         if key != "kind" and "description" not in of
     ]
@@ -60,7 +61,7 @@ def test_a_yaml_that_is_not_there_is_said_with_those_that_train(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     code, _, err = said(capsys, "train", "nope.yaml")
-    assert code == 2 and err.startswith("mm: nope.yaml: no such file; shipped: configs/pretrain")
+    assert code == 2 and err.startswith("mm: nope.yaml: no such file; shipped: configs/members")
     assert "mixer/" not in err and "backbone/" not in err and "tokenizer/text" not in err
     code, _, err = said(capsys, "train", "configs/quickstart/hybird.yaml")
     assert code == 2 and "did you mean 'configs/quickstart/hybrid'" in err

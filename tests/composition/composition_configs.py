@@ -19,7 +19,8 @@ from mm.errors import UserError
 from mm.model.backbones.stack import StackConfig, presets
 from mm.model.layer import init_weights
 from mm.model.model import LmConfig, Model
-from mm.registry import FFNS, MIXERS, Registry
+from mm.plug_point import Registry
+from mm.registry import FFNS, MIXERS
 from mm.specs import TokenSpec
 from mm.vocabulary import Vocabulary
 

@@ -22,7 +22,8 @@ from composition_configs import (
 
 from mm.config import Config
 from mm.model.backbones.stack import StackConfig, presets
-from mm.registry import ADAPTERS, BACKBONES, BLOCKS, EMBEDDERS, FFNS, HEADS, MIXERS, Registry
+from mm.plug_point import Registry
+from mm.registry import ADAPTERS, BACKBONES, BLOCKS, EMBEDDERS, FFNS, HEADS, MIXERS
 
 
 def varied(rng: random.Random, cls: type[Config], values: dict[str, Any], times: int) -> None:

@@ -12,7 +12,8 @@ from sklearn.datasets import load_sample_images
 import mm
 from mm.data.modalities.audio import AudioModality
 from mm.data.modalities.image import ImageModality
-from mm.data.shards.reader import ShardSet, read_manifest
+from mm.data.shards.manifest import read_manifest
+from mm.data.shards.reader import ShardSet
 from mm.errors import UserError
 from mm.specs import Waveform
 

@@ -25,7 +25,8 @@ from mm.data.pack import encode, output
 from mm.data.pack.job import pack
 from mm.data.pack.writer import write_manifest
 from mm.data.shards.index import Index, sha256
-from mm.data.shards.reader import ShardSet, read_manifest
+from mm.data.shards.manifest import read_manifest
+from mm.data.shards.reader import ShardSet
 from mm.data.shards.remote import fetch, is_url, join
 from mm.data.streams.packed import PackedConfig
 from mm.errors import UserError

@@ -18,7 +18,8 @@ from mm.data.pack.job import pack
 from mm.data.pack.pretokenized import foreign_spec
 from mm.data.pack.report import PackReport
 from mm.data.shards.inspect import inspect
-from mm.data.shards.reader import QUARANTINE, ShardSet, read_manifest
+from mm.data.shards.manifest import read_manifest
+from mm.data.shards.reader import QUARANTINE, ShardSet
 from mm.data.shards.verify import verify
 from mm.data.streams.packed import PackedConfig
 from mm.errors import UserError

@@ -13,7 +13,8 @@ from mm.data.pack.job import pack
 from mm.data.pack.writer import write_manifest
 from mm.data.shards import maps, reader
 from mm.data.shards.index import Index, sha256
-from mm.data.shards.reader import ShardSet, read_manifest
+from mm.data.shards.manifest import read_manifest
+from mm.data.shards.reader import ShardSet
 from mm.errors import UserError
 
 

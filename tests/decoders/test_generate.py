@@ -18,7 +18,7 @@ from mm.decoders.generate import (
     sequence_nll,
     stream_tokens,
 )
-from mm.decoders.prompts import batch
+from mm.decoders.prompts import Stream, batch
 from mm.errors import UserError
 from mm.model.layer import init_weights
 from mm.registry import NETWORKS
@@ -73,7 +73,7 @@ def stream_of(segments: list[Segment], to: str) -> list[int]:
 
 def full_logits(model, stream: list[int]) -> torch.Tensor:
     """Logits after a stream by one forward without any state."""
-    b = batch([np.array(stream, np.int32)], VOCABULARY)
+    b = batch([Stream(np.array(stream, np.int32))], VOCABULARY)
     return model(b, heads=("tokens",), loss=False).heads["tokens"].dist.logits.detach().double()
 
 

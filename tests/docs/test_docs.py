@@ -21,7 +21,7 @@ import yaml
 
 from mm.cli import main as cli
 from mm.cli.schema import resolve, run_schema
-from mm.registry import Registry
+from mm.plug_point import Registry
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -111,7 +111,8 @@ def test_every_command_exists_with_its_options(page: Path) -> None:
             context = node.make_context(name, [], parent=context, resilient_parsing=True)
             if not words:
                 break
-        options = {o for p in getattr(node, "params", ()) for o in getattr(p, "opts", ())}
+        given = getattr(node, "params", ())
+        options = {o for p in given for o in (*p.opts, *p.secondary_opts)}
         for word in words:
             if word.startswith("--") and "." not in word and word != "--help":
                 assert word.split("=")[0] in options, f"{page.name}: no {word} in '{command}'"

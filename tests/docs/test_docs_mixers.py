@@ -11,7 +11,8 @@ import mm.mask
 from mm import config as yaml_config
 from mm.kernels.op import Op
 from mm.model.backbones.stack import presets
-from mm.registry import BACKBONES, MIXERS, OBJECTIVES, POSITIONS, TRANSFORMS, Registry
+from mm.plug_point import Registry
+from mm.registry import BACKBONES, MIXERS, OBJECTIVES, POSITIONS, TRANSFORMS
 
 TEXT = (ROOT / "docs" / "mixers.md").read_text(encoding="utf-8")
 HEADER = "| name | how | file | state | paper |"

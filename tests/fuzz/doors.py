@@ -9,32 +9,45 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
-from damage import byte_edits, edit_bytes, edit_tree, tree_edits
-from hypothesis import strategies as st
+from damage import (
+    byte_edits,
+    edit_bytes,
+    edit_tree,
+    tree_edits,
+    tree_or_byte_edits,
+    word_of,
+)
 
 from mm.config import read
 from mm.data.modalities.base import BadSample, get_modality
 from mm.data.pack.job import pack
-from mm.data.shards.reader import ShardSet, read_manifest
+from mm.data.shards.manifest import read_manifest
+from mm.data.shards.reader import ShardSet
 from mm.data.shards.verify import verify
 from mm.errors import UserError
 from mm.vocabulary import Vocabulary
 
 REFUSALS = (UserError, BadSample)
 ITEMS = 2  # samples that a door looks at
+PACKED = 3  # samples of a seed
 
 
 class Door(NamedTuple):
-    """``seed`` fills a folder once; ``damage`` changes files of a copy; ``enter`` reads it."""
+    """``seed`` fills a folder once; ``damage`` changes files of a copy; ``enter`` reads it.
+
+    ``draw`` makes the edits that ``damage`` applies.
+    """
 
     seed: Callable[[Path], Any]
-    strategy: st.SearchStrategy[Any]
+    draw: Callable[[Random], Any]
     damage: Callable[[Path, Any], Any]
     enter: Callable[[Path], Any]
 
@@ -54,12 +67,22 @@ def resign_manifest(root: Path, split: str = "train") -> None:
 def shards_seed(folder: Path) -> None:
     from data_toys import token_shards
 
-    token_shards(folder, 8)
+    token_shards(folder, PACKED)
+    for name in ("raw", "shards"):
+        shutil.rmtree(folder / name)
+
+
+def edit_json(path: Path, edits: Any) -> None:
+    """Apply edits of the tree or of the bytes of a JSON file."""
+    tree, of_bytes = edits
+    if of_bytes:
+        path.write_bytes(edit_bytes(path.read_bytes(), of_bytes))
+    else:
+        path.write_text(json.dumps(edit_tree(json.loads(path.read_text()), tree)))
 
 
 def manifest_damage(folder: Path, edits: Any) -> None:
-    path = folder / "tokens" / "manifest.json"
-    path.write_text(json.dumps(edit_tree(json.loads(path.read_text()), edits)))
+    edit_json(folder / "tokens" / "manifest.json", edits)
 
 
 def index_damage(folder: Path, edits: Any) -> None:
@@ -72,7 +95,8 @@ def index_damage(folder: Path, edits: Any) -> None:
         if what == "drop":
             del columns[name]
         elif what == "rename":
-            columns[str(value)[:20].replace("/", "").replace("\0", "") or "x"] = columns.pop(name)
+            word = word_of(value)[:300].encode(errors="replace").decode()
+            columns[word.replace("/", "").replace("\0", "") or "x"] = columns.pop(name)
         elif what == "twice":
             columns[name] = np.concatenate([columns[name], columns[name][-1:]])
         elif len(columns[name]):
@@ -92,9 +116,9 @@ def _integer(value: Any) -> int:
 
 def shards_enter(folder: Path) -> None:
     root = folder / "tokens"
-    whole = False
+    found = {"ok": False}
     try:
-        whole = verify(root)["ok"]
+        found = verify(root)
     finally:
         manifest = read_manifest(root)
         for split in manifest["splits"]:
@@ -103,9 +127,16 @@ def shards_enter(folder: Path) -> None:
                 shards.lengths(modality)
             for i in range(min(ITEMS, len(shards))):
                 shards.key(i), shards.meta(i), shards.tokens(i), shards.read_encoded(i)
-    if whole:
-        again = verify(root)
-        assert again["ok"] and again["samples"] == 8, "another set is called whole"
+    if found["ok"]:
+        assert found["samples"] == PACKED, "another set is called whole"
+
+
+def tar_seed(folder: Path) -> None:
+    from data_toys import token_shards
+
+    token_shards(folder, PACKED)
+    for name in ("raw", "tokens"):
+        shutil.rmtree(folder / name)
 
 
 def tar_damage(folder: Path, edits: Any) -> None:
@@ -207,7 +238,15 @@ def config_seed(folder: Path) -> None:
 
 def config_damage(folder: Path, edits: Any) -> None:
     path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(edit_tree(yaml.safe_load(path.read_text()), edits)))
+    tree, of_bytes = edits
+    if of_bytes:
+        path.write_bytes(edit_bytes(path.read_bytes(), of_bytes))
+        return
+    values = edit_tree(yaml.load(path.read_text(), yaml.CSafeLoader), tree)
+    try:
+        path.write_text(yaml.dump(values, Dumper=yaml.CSafeDumper))
+    except UnicodeEncodeError:  # JSON, which is YAML, says half a character by its number
+        path.write_text(json.dumps(values))
 
 
 def config_enter(folder: Path) -> None:
@@ -260,16 +299,16 @@ def media_enter(folder: Path) -> None:
 def table_seed(folder: Path) -> None:
     from data_toys import png
 
-    for i in range(4):
+    for i in range(3):
         (folder / f"{i}.png").write_bytes(png(i))
-    rows = [{"key": f"k{i}", "text": f"row {i}", "image": f"{i}.png"} for i in range(4)]
+    rows = [{"key": f"k{i}", "text": f"row {i}", "image": f"{i}.png"} for i in range(3)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def table_damage(folder: Path, edits: Any) -> None:
-    tree, of_bytes, binary = edits
+    tree, of_bytes = edits
     path = folder / "rows.jsonl"
-    if binary:
+    if of_bytes:
         path.write_bytes(edit_bytes(path.read_bytes(), of_bytes))
         return
     rows = edit_tree([json.loads(line) for line in path.read_text().splitlines()], tree)
@@ -283,19 +322,22 @@ def table_enter(folder: Path) -> None:
 
 
 DOORS: Mapping[str, Door] = {
-    "manifest": Door(shards_seed, tree_edits, manifest_damage, shards_enter),
+    "manifest": Door(shards_seed, tree_or_byte_edits, manifest_damage, shards_enter),
     "index": Door(shards_seed, tree_edits, index_damage, shards_enter),
-    "tar": Door(shards_seed, byte_edits, tar_damage, tar_enter),
+    "tar": Door(tar_seed, byte_edits, tar_damage, tar_enter),
     "vocabulary": Door(vocabulary_seed, tree_edits, vocabulary_damage, vocabulary_enter),
     "checkpoint": Door(
         checkpoint_seed,
-        st.tuples(tree_edits, byte_edits, st.integers(0, 3)),
+        lambda draw: (tree_edits(draw), byte_edits(draw), draw.randrange(4)),
         checkpoint_damage,
         checkpoint_enter,
     ),
-    "config": Door(config_seed, tree_edits, config_damage, config_enter),
-    "media": Door(media_seed, st.tuples(st.integers(0, 20), byte_edits), media_damage, media_enter),
-    "table": Door(
-        table_seed, st.tuples(tree_edits, byte_edits, st.booleans()), table_damage, table_enter
+    "config": Door(config_seed, tree_or_byte_edits, config_damage, config_enter),
+    "media": Door(
+        media_seed,
+        lambda draw: (draw.randrange(21), byte_edits(draw)),
+        media_damage,
+        media_enter,
     ),
+    "table": Door(table_seed, tree_or_byte_edits, table_damage, table_enter),
 }

@@ -308,16 +308,6 @@ def test_triton(
         assert error < {torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype], (i, error)
 
 
-def everything() -> tuple[MaskSpec, ScoreSpec]:
-    fade = torch.empty(1, 64, 8, requires_grad=True)
-    document = torch.ones(1, 64, dtype=torch.int32)
-    sink = torch.empty(8, requires_grad=True)
-    return (
-        MaskSpec(causal=True, window=32, document_RT=document, document_RS=document),
-        ScoreSpec(fade_RTH=fade, fade_RSH=fade, softcap=30.0, sink_H=sink),
-    )
-
-
 def test_triton_refuses_what_no_tile_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     from mm.kernels import device
 

@@ -27,7 +27,12 @@ PACKAGES = {
     "ip": "iproute2",
     "mpirun": "openmpi-bin",
     "slurmctld": "slurm-wlm",
+    "slurmd": "slurm-wlm",
+    "sbatch": "slurm-wlm",
     "munged": "munge",
+    "nft": "nftables",
+    "faketime": "faketime",
+    "tc": "iproute2",
 }
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
@@ -76,7 +81,7 @@ def environment(**more: str) -> dict[str, str]:
     return keep | own | more
 
 
-def mm(*words: str, cwd: Path, timeout_s: float = 110, **env: str) -> tuple[int, str]:
+def mm(*words: str, cwd: Path, timeout_s: float = 300, **env: str) -> tuple[int, str]:
     """Run `mm WORDS`: exit code and all that it wrote."""
     done = subprocess.run(
         [sys.executable, "-m", "mm", *words],
@@ -129,11 +134,15 @@ def _ip(*words: str, check: bool = True) -> None:
 
 
 class Hosts:
-    """Two machines of their own network: 10.77.0.1 and 10.77.0.2, this one is 10.77.0.254."""
+    """Two machines of their own network: 10.77.0.1 and 10.77.0.2, this one is 10.77.0.254.
 
-    names = ("mmtest1", "mmtest2")
-    addresses = ("10.77.0.1", "10.77.0.2")
-    bridge = "mmtestbr"
+    MM_TEST_NET=78 takes another network: two trees test at once on one machine.
+    """
+
+    net = int(os.environ.get("MM_TEST_NET", "77"))
+    names = (f"mmtest{net}a", f"mmtest{net}b")
+    addresses = (f"10.{net}.0.1", f"10.{net}.0.2")
+    bridge = f"mmtest{net}br"
 
     def __init__(self, folder: Path):
         self.folder, self.daemons = folder, {}
@@ -149,7 +158,7 @@ class Hosts:
         run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", f"{self.folder}/key")
         shutil.copy(f"{self.folder}/key.pub", f"{self.folder}/authorized")
         _ip("link", "add", self.bridge, "type", "bridge")
-        _ip("addr", "add", "10.77.0.254/24", "dev", self.bridge)
+        _ip("addr", "add", f"10.{self.net}.0.254/24", "dev", self.bridge)
         _ip("link", "set", self.bridge, "up")
         Path("/run/sshd").mkdir(exist_ok=True)
         for name, address in zip(self.names, self.addresses, strict=True):
@@ -160,24 +169,39 @@ class Hosts:
             _ip("-n", name, "link", "set", "eth7", "up")
             _ip("-n", name, "link", "set", "lo", "up")
             run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", f"{self.folder}/host_{name}")
-            config = self.folder / f"sshd_{name}"
-            config.write_text(
-                f"HostKey {self.folder}/host_{name}\nPidFile {self.folder}/pid_{name}\n"
-                f"ListenAddress {address}\nPermitRootLogin yes\nPasswordAuthentication no\n"
-                f"AuthorizedKeysFile {self.folder}/authorized\nStrictModes no\nUsePAM no\n"
-                "MaxStartups 50\n"
-            )
-            command = ["ip", "netns", "exec", name, "/usr/sbin/sshd", "-D", "-e", "-f", str(config)]
-            with (self.folder / f"log_{name}").open("w") as log:
-                self.daemons[name] = subprocess.Popen(command, stderr=log, env={"PATH": PATH})
-        for address in self.addresses:
-            answers = lambda address=address: (
-                subprocess.run(
-                    ["ssh", *self.options.split(), address, "true"], capture_output=True
-                ).returncode
-                == 0
-            )
-            wait_for(answers, 20, f"sshd of {address}")
+            self.serve(name)
+
+    def serve(self, name: str, **environment: str) -> None:
+        """Start the machine's sshd, or start it again: its sessions have this environment."""
+        if name in self.daemons:
+            self.daemons[name].terminate()
+            self.daemons[name].wait(10)
+        address = self.addresses[self.names.index(name)]
+        cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        # no start-up files of this machine's user: they take their time, and may wait for a lock
+        given = {"HOME": str(self.folder), "XDG_CACHE_HOME": cache} | environment
+        config = self.folder / f"sshd_{name}"
+        config.write_text(
+            f"HostKey {self.folder}/host_{name}\nPidFile {self.folder}/pid_{name}\n"
+            f"ListenAddress {address}\nPermitRootLogin yes\nPasswordAuthentication no\n"
+            f"AuthorizedKeysFile {self.folder}/authorized\nStrictModes no\nUsePAM no\n"
+            f"MaxStartups 50\nSetEnv {' '.join(f'{k}={v}' for k, v in given.items())}\n"
+        )
+        command = ["ip", "netns", "exec", name, "/usr/sbin/sshd", "-D", "-e", "-f", str(config)]
+        with (self.folder / f"log_{name}").open("a") as log:
+            self.daemons[name] = subprocess.Popen(command, stderr=log, env={"PATH": PATH})
+        answers = lambda: (
+            subprocess.run(
+                ["ssh", *self.options.split(), address, "true"], capture_output=True
+            ).returncode
+            == 0
+        )
+        wait_for(answers, 20, f"sshd of {address}")
+
+    def inside(self, name: str, *command: str) -> None:
+        """Run a command with the machine's network and mounts, which other machines do not see."""
+        where = ["nsenter", "-t", str(self.daemons[name].pid), "-m", "-n", "--"]
+        subprocess.run([*where, *command], check=True, capture_output=True, env={"PATH": PATH})
 
     def ssh_for_all(self) -> str:
         """A PATH whose `ssh` has these machines' key: for DeepSpeed, whose check takes no options.

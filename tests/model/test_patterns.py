@@ -39,6 +39,10 @@ def test_patterns(pattern: str, words: list[str]) -> None:
         ("0*a", "repeat count"),
         ("a, b", "expected a word"),
         ("2*3*a", "repeat count"),
+        ("00*a", "repeat count"),
+        ("4097*a", "more than 4096 layers"),
+        (f"{10**9}*a", "more than 4096 layers"),
+        ("9" * 5_000 + "*a", "more than 4096 layers"),  # more digits than int() takes
         ("2*(a 2*)", "nothing to close"),
         ("()", "names no mixer"),
     ],

@@ -73,11 +73,22 @@ def test_photographs(seen: dict[str, Found], tmp_path: Path) -> None:
     assert train["model"]["d_model"] == 128
     (task,) = [t for t in stage["tasks"] if t["kind"] == "recognition"]
     assert task["classes"] == list(PHOTOS) and task["linear_probe"] and task["split"] == "val"
+    assert task["views"] == 8
     assert "--copies 16" in plan.steps[-4].line  # 60 photographs are few
     prompts = train["callbacks"][1]["prompts"]
     assert {"text": "china", "to": "image"} in prompts
     files = [Path(prompt["image"]) for prompt in prompts if "image" in prompt]
     assert files and all(file.is_file() for file in files)
+
+
+def test_varied_copies_vote_where_that_takes_seconds(seen: dict[str, Found]) -> None:
+    photos = seen["photographs"]
+    assert training.views(photos._replace(splits={"test": 1000}), "test", 0.0) is not None
+    assert training.views(photos._replace(splits={"test": 1001}), "test", 0.0) is None
+    held_out = photos.held_out(0.5)
+    assert held_out > 5 and training.views(photos, "val", 0.5) is not None
+    training_keys = tuple(str(i) for i in range(4000))
+    assert training.views(photos._replace(keys=training_keys), "val", 0.5) is None
 
 
 def test_many_pictures_and_recordings_keep_the_larger_model(seen: dict[str, Found]) -> None:
@@ -135,6 +146,17 @@ def test_a_book_in_bytes_loses_nothing(seen: dict[str, Found], tmp_path: Path) -
     assert [task["kind"] for task in stage["tasks"]] == ["bits_per_byte"]
     bpe = plan_of(seen["book"], tmp_path, text="bpe")
     assert "tokenizer-text.yaml" in bpe.configs
+
+
+def test_a_folder_with_one_text_is_that_text(seen: dict[str, Found], tmp_path: Path) -> None:
+    """A folder's file is one document: nothing of it could be held out."""
+    text = book(tmp_path / "plays")
+    (tmp_path / "plays" / ".DS_Store").write_bytes(b"x")
+    found = look(tmp_path / "plays")
+    assert found == seen["book"]._replace(src=text) and found.samples > 1
+    assert plan_of(found, tmp_path / "out").steps[0].words[2] == str(text)
+    (tmp_path / "plays" / "more.txt").write_text("more")
+    assert look(tmp_path / "plays").src == tmp_path / "plays"
 
 
 def test_the_budget_is_time_or_data(seen: dict[str, Found], tmp_path: Path) -> None:

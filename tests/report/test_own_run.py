@@ -83,6 +83,17 @@ def test_two_tasks_of_one_kind_stand_side_by_side(tmp_path: Path) -> None:
     assert [re.sub("<.*?>", "", t)[-1] for t in titles] == ["a", "b"]
 
 
+def test_what_a_probe_on_pixels_reaches_stands_on_the_card(tmp_path: Path) -> None:
+    figures = {"image_to_text_accuracy": 0.44, "image_to_text_linear_probe_accuracy": 0.405}
+    write(tmp_path, "metrics.jsonl", [{"step": 1} | evaluated(recognition=figures)])
+    page = section(build_report(tmp_path).read_text(), "figures")
+    ((title, card),) = cards(page)
+    assert title == "Image → text accuracy" and "logistic regression on pixels 40.5 %" in card
+    mark = re.search(r'<i class="probe" style="left:([\d.]+)%"', card)
+    assert mark and mark[1] == "40.5"
+    assert '<li><i class="probe"></i>logistic regression on pixels</li>' in page
+
+
 @pytest.mark.parametrize("from_results", [False, True])
 def test_the_confusion_matrix_is_a_heat_map(tmp_path: Path, from_results: bool) -> None:
     figures = recognition(0.77)

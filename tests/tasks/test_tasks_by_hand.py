@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from test_tasks_learned import WORDS, Palette, make_image
 
+from mm.cli.eval import figure_rows
 from mm.data.pack.job import pack
 from mm.decoders.media import save_media
 from mm.errors import UserError
@@ -96,6 +97,47 @@ def test_recognition_is_counted_by_hand(data: Path) -> None:
     assert figures["image_to_text_confusion"] == [[3, 0, 1, 0], [1, 3, 0, 0], [0, 1, 3, 0]]
     assert generator.asked[0]["max_tokens"] == 7 and generator.asked[0]["seed"] == 5
     assert "image_to_text_tried_on_val" not in figures
+
+
+class ByTurns(Answers):
+    """Right but for some items of each call: a class too far, or no class at all."""
+
+    def __init__(self, wrong: Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        self.wrong, self.images = list(wrong), []
+
+    def generate(self, prompts: Sequence[Any], to: str, **settings: Any) -> list[Any]:
+        wrong = self.wrong.pop(0)
+        self.images.append([prompt["image"] for prompt in prompts])
+        says = lambda i: "?" if i == 11 else WORDS[(i + (i in wrong)) % 3]
+        return [says(i) for i in range(len(prompts))]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ([(0, 4), ()], 9),  # one against one: the item's own answer counts
+        ([(0, 4), (), ()], 11),
+        ([(0, 4), (1, 4), (2, 4)], 10),
+    ],
+)
+def test_answers_to_varied_copies_vote(
+    data: Path, wrong: Sequence[Sequence[int]], right: int
+) -> None:
+    """The last item gets no class from any view; the plain accuracy stays what it is."""
+    generator = ByTurns(wrong)
+    figures = evaluate(data, generator, kind="recognition", views=len(wrong))
+    assert figures["image_to_text_accuracy"] == 9 / 12
+    assert figures[f"image_to_text_of_{len(wrong)}_views_accuracy"] == right / 12
+    first, *copies = generator.images
+    for seen in copies:
+        assert all(a.shape == b.shape and (a != b).any() for a, b in zip(first, seen, strict=True))
+    again = ByTurns(wrong)
+    evaluate(data, again, kind="recognition", views=len(wrong))
+    for a, b in zip(generator.images[-1], again.images[-1], strict=True):
+        assert (a == b).all(), "the same copies every time"
+    (plain, views) = figure_rows({k: v for k, v in figures.items() if "confusion" not in k})
+    assert views["n"] == plain["n"] == 12 and views["chance"] == plain["chance"]
 
 
 def test_recognition_within_a_limit_with_classes_in_their_order(data: Path) -> None:

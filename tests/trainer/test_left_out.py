@@ -10,6 +10,7 @@ import pytest
 from start_toys import make_run, packed
 
 from mm.errors import UserError
+from mm.trainer import survey
 from mm.trainer.log import metrics
 from mm.trainer.loop import train
 
@@ -43,6 +44,35 @@ def test_the_start_is_a_table_and_a_file(
     shown = capsys.readouterr().err
     assert f"{found['parameters']['model']:,} parameters; cpu, fp32, 1 process" in shown
     assert "240" in shown and "epochs" in shown
+
+
+@pytest.mark.parametrize("columns", ["80", "200"])
+def test_a_terminal_of_80_columns_breaks_no_name(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    columns: str,
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    entry = {"samples": 1_234_567, "tokens": 123_456_789, "bytes": 987_654_321}
+    source = {"split": "train", "epochs": 12.34, "modalities": {"image": entry, "text": entry}}
+    paths = ("photographs_run/tokens", "recordings_run/tokens", "elsewhere/photographs")
+    sources = [source | {"source": path, "left_out": {}} for path in paths]
+    found = {"parameters": {"model": 1}, "world": 1, "device": "cpu", "precision": "fp32"}
+    run = make_run(tmp_path, tmp_path)
+    survey.show(run, found | {"stages": [{"stage": 0, "sources": sources[1:]}]})
+    lines = capsys.readouterr().err.splitlines()
+    for name in ("tokens (train)", "photographs"):
+        (line,) = [line for line in lines if line.strip().startswith(name)]
+        assert "1,234,567" in line and "123,456,789" in line and "none" in line
+    assert "of tokens" not in "".join(lines), "nothing is left out"
+    sources[1] |= {"left_out": {"too_long": {"samples": 0.05, "tokens": 0.28}}}
+    survey.show(run, found | {"stages": [{"stage": 0, "sources": sources}]})
+    shown = capsys.readouterr().err
+    assert "of tokens" in shown and "5.0%" in shown and "28.0%" in shown
+    if columns == "200":  # both are called tokens
+        assert "photographs_run/tokens (train)" in shown
+        assert "recordings_run/tokens (train)" in shown and "\n photographs (train)" in shown
 
 
 def test_more_than_a_tenth_left_out_stops_the_run_and_names_the_keys(

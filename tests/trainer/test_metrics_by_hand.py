@@ -105,7 +105,7 @@ def test_bytes_per_token_from_the_first_documents() -> None:
     """A byte a token and one more for the end: 5 + 3 bytes, 6 + 4 tokens."""
     found = metrics.BytesPerToken(documents=3)
     cut = rows_of("never ends")
-    cut = dataclasses.replace(cut, ids=cut.ids[:, :4])
+    cut = dataclasses.replace(cut, ids=cut.ids[:, :4], targets=cut.targets[:, :4])
     found.observe([rows_of("hello", "abc"), cut], WORDS, {"text": TEXT})
     assert found.totals == {"text": [2, 10, 8], "audio": [0, 0, 0]}
     assert found.ratio() == {"text": 0.8}
@@ -116,6 +116,18 @@ def test_bytes_per_token_from_the_first_documents() -> None:
     other = metrics.BytesPerToken()
     other.load(found.totals)
     assert other.ratio() == {"text": 10 / 13} and other.totals["text"] is not found.totals["text"]
+
+
+def test_bytes_per_token_where_codes_of_a_condition_are_hidden() -> None:
+    """`mask_conditions` leaves the mask id, which no tokenizer knows; the target has the code."""
+    code = TEXT.encode(["hello"])[0]
+    given = Segment("text", code.ids, role="condition", fields={"masked": np.arange(5) != 2})
+    answer = Segment("audio", np.zeros(2, np.int32))
+    found, read = metrics.BytesPerToken(), []
+    spy = SimpleNamespace(decode=lambda codes: read.extend(codes) or TEXT.decode(codes))
+    found.observe([to_batch([[[given, answer]]], WORDS)], WORDS, {"text": spy})
+    assert found.totals["text"] == [1, 6, 5]
+    assert read[0].ids.tolist() == code.ids.tolist()
 
 
 @pytest.mark.parametrize("tokenizers", [{"text": TEXT}, {"text": TEXT, "audio": None}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -15,6 +16,7 @@ from mm.data.pack.job import pack
 from mm.errors import UserError
 from mm.registry import CALLBACKS, TASKS
 from mm.run import Run
+from mm.trainer import folder
 from mm.trainer.loop import train
 from mm.vocabulary import Vocabulary
 
@@ -57,6 +59,38 @@ def test_a_refused_resume_changes_no_file(
     before = files(done / "run")
     assert named in refused(make_run(root, done, steps=4, **change))
     assert files(done / "run") == before
+
+
+@pytest.mark.parametrize("there", ["nothing", "a folder", "a file"])
+def test_a_refused_start_leaves_nothing_new_behind(root: Path, tmp_path: Path, there: str) -> None:
+    """Neither the folder that it made, nor those above, nor a lock in what was there."""
+    out = tmp_path / "new" / "runs"
+    if there != "nothing":
+        (out / "run").mkdir(parents=True)
+    if there == "a file":
+        (out / "run" / "notes.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    gone: dict[str, Any] = {"stage": {"tasks": [{"kind": "bits_per_byte", "data": "nowhere"}]}}
+    assert "nowhere" in refused(make_run(root, out, **gone))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_lock_that_was_removed_while_it_was_opened_is_made_anew(tmp_path: Path) -> None:
+    """Else two processes would hold two files of one name."""
+    real, opened = fcntl.flock, []
+
+    def flock(file: Any, how: int) -> None:
+        real(file, how)
+        opened.append(file)
+        if len(opened) == 1:
+            (tmp_path / ".lock").unlink()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "flock", flock)
+        with folder.lock(tmp_path):
+            assert len(opened) == 2
+            with pytest.raises(UserError, match=f"process {os.getpid()} trains here already"):
+                folder.lock(tmp_path).__enter__()
 
 
 def test_a_run_with_nothing_left_to_do_changes_no_file(

@@ -97,10 +97,8 @@ class ImageVqTokenizer(ModalityTokenizer):
         return torch.cat([x, rest]).to(next(self.net.parameters()).device)
 
 
-def fit(raw: Any, size: int) -> Tensor:
-    """A uint8 image as ``(3, size, size)`` float32 in [0, 1].
-
-    Alpha over white, short side resized, middle kept.
+def as_pixels(raw: Any) -> Tensor:
+    """A uint8 image as ``(3, H, W)`` float32 in [0, 1], alpha over white.
 
     Raises:
         UserError: no uint8 array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
@@ -113,7 +111,18 @@ def fit(raw: Any, size: int) -> Tensor:
     image = torch.from_numpy(np.array(x)).permute(2, 0, 1).float() / 255
     if len(image) == 4:
         image = image[:3] * image[3:] + (1 - image[3:])
-    image = image.expand(3, -1, -1)
+    return image.expand(3, -1, -1)
+
+
+def fit(raw: Any, size: int) -> Tensor:
+    """A uint8 image as ``(3, size, size)`` float32 in [0, 1].
+
+    Alpha over white, short side resized, middle kept.
+
+    Raises:
+        UserError: no uint8 array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
+    """
+    image = as_pixels(raw)
     if image.shape[1:] != (size, size):
         h, w = image.shape[1:]
         scale = size / min(h, w)

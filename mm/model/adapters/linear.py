@@ -21,6 +21,8 @@ from mm.registry import ADAPTERS
 class LinearAdapter(Adapter):
     """``data @ weight.T + bias``: feature vector l of an item fills its l-th reserved place."""
 
+    keeps_length = True
+
     def __init__(self, d_in: int, d_model: int):
         super().__init__()
         self.d_in = d_in
@@ -36,7 +38,7 @@ class LinearAdapter(Adapter):
         return torch.zeros(1, 1, self.d_in, device=device, dtype=self.weight.dtype)
 
     def forward(self, values: Values, ctx: Ctx) -> AdapterOutput:
-        x = nn.functional.linear(values.data.to(self.weight.dtype), self.weight, self.bias)
+        x = nn.functional.linear(values.floats(self.weight.dtype), self.weight, self.bias)
         return AdapterOutput(x, None, values.length)
 
 

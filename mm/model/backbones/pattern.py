@@ -33,8 +33,10 @@ def _sequence(text: str, at: int, nested: int) -> tuple[list[str], int]:
             raise _fault(text, at, "expected a word, a number with *, or a parenthesis")
         number, word, opened, closed = match.groups()
         if number:
-            if times is not None or len(number) > 9 or int(number) < 1:
+            if times is not None or not number.strip("0"):
                 raise _fault(text, at, "a repeat count is a positive number before a word or group")
+            if len(number.lstrip("0")) > 9:  # int() of a stranger's 5,000 digits raises
+                raise _fault(text, at, f"more than {MAX_LAYERS} layers")
             times, at = int(number), match.end()
             continue
         if closed:

@@ -1,7 +1,7 @@
 """What every rank is doing, on disk: a file per rank, and the verdict when one hangs or dies.
 
     <run folder>/health/rank_0000.json        rank, pid, host, step, phase, since, keys
-    <run folder>/health/rank_0000.stacks.txt  stacks of all threads, when it hung
+    <run folder>/health/rank_0000.stacks.txt  stacks of all threads, when it hung or got a SIGUSR2
 
 A phase change is one `pwrite` (some microseconds). A watching thread of each rank dumps the stacks
 and ends the process when a phase lasts longer than ``guard.hang_s``.
@@ -13,6 +13,7 @@ import faulthandler
 import json
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -46,6 +47,9 @@ class Heartbeat(Callback):
         self.phase("start", 0)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        # What a launcher asks for when nothing moves: it works while the main thread is in C.
+        self._stacks = (folder / f"rank_{rank:04d}.stacks.txt").open("a")
+        faulthandler.register(signal.SIGUSR2, self._stacks, all_threads=True)
         if hang_s:
             self._thread = threading.Thread(target=self._watch, name="mm-watch", daemon=True)
             self._thread.start()
@@ -81,6 +85,10 @@ class Heartbeat(Callback):
             self._thread.join()
         self.phase("end", self._beat["step"])
         os.close(self._fd)
+        faulthandler.unregister(signal.SIGUSR2)
+        if not os.fstat(self._stacks.fileno()).st_size:
+            Path(self._stacks.name).unlink(missing_ok=True)
+        self._stacks.close()
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self.hang_s / 4)):

@@ -17,7 +17,7 @@ from mm.batch import Batch, Sum
 from mm.data.modalities.base import modality_of_value, table
 from mm.specs import Encoded
 from mm.trainer.callbacks.base import Callback, Training
-from mm.vocabulary import Vocabulary
+from mm.vocabulary import MASK, Vocabulary
 
 LN2 = 0.6931471805599453
 USAGE_DECAY, USAGE_SEEN = (
@@ -192,7 +192,8 @@ class BytesPerToken(Callback):
             seen = self.totals.setdefault(modality, [0, 0, 0])
             raw = table().modalities.get(table().raw.get(modality, ""))
             limit = self.documents if raw is not None and raw.is_text else self.FEW
-            if modality not in tokenizers or seen[0] >= limit:
+            values = vocabulary.spec(modality).continuous
+            if values or modality not in tokenizers or seen[0] >= limit:
                 continue
             span = vocabulary.range(modality)
             codes = [c for b in batches for c in _spans(b, span.begin, span.end)][
@@ -214,8 +215,8 @@ class BytesPerToken(Callback):
 
 def _spans(b: Batch, begin: int, end: int) -> list[np.ndarray]:
     """Codes of the whole spans ``begin .. end`` of a host batch, whatever their role."""
-    out = []
-    for row in b.ids[..., 0].numpy():
+    out, ids, targets = [], b.ids[..., 0].numpy(), b.targets[..., 0].numpy()
+    for row in np.where(ids == MASK, targets, ids):  # a hidden code is its own place's target
         stops = np.flatnonzero(row == end)
         for start in np.flatnonzero(row == begin):
             stop = stops[np.searchsorted(stops, start) :][:1]

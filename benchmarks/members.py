@@ -1,0 +1,127 @@
+"""Members of the plug points on real files, by the ordinary commands: a table of figures and bars.
+
+    python benchmarks/members.py DIR [--only photos] [--seeds 3]
+
+DIR holds cifar10-images.tar and spoken-digits.tar (any folders of the same shape do). Writes
+runs/members; a part that is done is not done again. What it reached stands in docs/results.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = Path("runs/members")
+WORDS = "zero one two three four five six seven eight nine".split()
+
+
+class Part(NamedTuple):
+    """One config with its data, its figure and its bar."""
+
+    archive: str
+    pack: tuple[str, ...]
+    tokenizers: dict[str, str]  # modality -> config with overrides
+    figure: str
+    bar: float
+    minutes: float
+
+
+PARTS = {
+    "photos": Part(
+        "cifar10-images.tar",
+        ("--caption-from", "parent"),
+        {
+            "image": "configs/tokenizer/patches.yaml",
+            "text": "configs/tokenizer/text.yaml tokenizer.vocab_size=300",
+        },
+        "image_to_text_accuracy",
+        0.55,
+        15,
+    ),
+    "digits": Part(
+        "spoken-digits.tar",
+        (
+            "--caption-regex",
+            r"(?P<text>\d)_",
+            *(w for i, n in enumerate(WORDS) for w in ("--caption-map", f"{i}={n}")),
+        ),
+        {
+            "audio": "configs/tokenizer/mel.yaml",
+            "text": "configs/tokenizer/text.yaml tokenizer.vocab_size=300",
+        },
+        "audio_to_text_accuracy",
+        0.98,
+        8,
+    ),
+}
+
+
+def mm(*words: str, done: Path | None = None) -> float:
+    """Run one command of the program, unless ``done`` is there; the seconds that it took."""
+    if done is not None and done.exists():
+        return 0.0
+    print(f"$ mm {shlex.join(words)}", flush=True)
+    begun = time.perf_counter()
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "PYTHONPATH": path, "WANDB_MODE": "disabled"}
+    subprocess.run([sys.executable, "-m", "mm", *words], env=env, check=True)
+    return time.perf_counter() - begun
+
+
+def run(name: str, part: Part, source: Path, seed: int) -> tuple[float, float]:
+    """Figure and minutes of one part: pack, tokenizers, training and evaluation."""
+    seconds = 0.0
+    data, tokens = OUT / "data" / name, OUT / "tokens" / name
+    archive = str(source / part.archive)
+    seconds += mm("data", "pack", archive, "--out", str(data), *part.pack, done=data)
+    for modality, words in part.tokenizers.items():
+        config, *changes = words.split()
+        to = OUT / "tokenizers" / name / modality
+        given = (str(ROOT / config), "--data", str(data), "--out", str(to), *changes)
+        seconds += mm("tokenizer", "train", *given, done=to / "model")
+    made = ("--tokenizers", str(OUT / "tokenizers" / name), "--out", str(tokens))
+    seconds += mm("data", "pack", str(data), *made, done=tokens)
+    folder = OUT / f"{name}_{seed}"
+    config = str(ROOT / "configs" / "members" / f"{name}.yaml")
+    seconds += mm("train", config, f"name={folder.name}", f"seed={seed}", done=folder / "model")
+    results = folder / "results.json"
+    seconds += mm("eval", str(folder), "--json", str(results), done=results)
+    found = json.loads(results.read_text())
+    print(json.dumps({k: v for k, v in found.items() if isinstance(v, (int, float))}, indent=1))
+    return float(found[part.figure]), seconds / 60
+
+
+def main() -> None:
+    """Print a line a part."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, help="folder with the archives")
+    parser.add_argument("--only", choices=[*PARTS], action="append")
+    parser.add_argument("--seeds", type=int, default=1)
+    args = parser.parse_args()
+    lines = []
+    for name in args.only or PARTS:
+        part = PARTS[name]
+        found = [run(name, part, args.source, seed) for seed in range(args.seeds)]
+        figures = [figure for figure, _ in found]
+        minutes = ", ".join(f"{m:.1f}" for _, m in found)
+        mean = statistics.mean(figures)
+        met = "met" if mean >= part.bar else "missed"
+        each = ", ".join(f"{f:.3f}" for f in figures)
+        lines.append(
+            f"{name}: {part.figure} {mean:.3f} ({each}); bar {part.bar}: {met}; "
+            f"minutes {minutes} (bar {part.minutes:.0f})"
+        )
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

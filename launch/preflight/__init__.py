@@ -1,0 +1,1 @@
+"""What is checked on every node before a run: `CHECKS` in checks.py, a line a check."""

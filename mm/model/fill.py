@@ -1,0 +1,62 @@
+"""Embeddings of values in the places that their documents keep for them.
+
+B rows, T tokens, D model, G items.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mm.batch import Batch, Sum, Values
+from mm.model.context import Ctx
+from mm.model.layer import Adapter, Embedder
+
+
+def fill(
+    x: Tensor,
+    batch: Batch,
+    ctx: Ctx,
+    adapters: nn.ModuleDict,
+    embedder: Embedder,
+    aux: dict[str, Sum],
+) -> tuple[Tensor, Ctx]:
+    """Put the adapters' embeddings into their places; unfilled places become padding.
+
+    Returns ``ctx`` itself where the host knows that none is unfilled.
+    """
+    B, T, D = x.shape
+    end = B * T  # what does not fit an item's room is written here, and dropped
+    flat = torch.cat((x.reshape(end, D), x.new_zeros(1, D)))
+    empty = torch.zeros(end + 1, dtype=torch.bool, device=x.device)
+    is_full = True
+    for name, adapter in adapters.items():
+        assert isinstance(adapter, Adapter)
+        values = batch.values.get(name)
+        if values is None:
+            # Same modules on every rank: one zero item with no room, so that ZeRO-3 gathers
+            # here too.
+            one = torch.zeros(1, dtype=torch.int32, device=x.device)
+            values = Values(adapter.zero_item(x.device), one + 1, one, one, is_full=True)
+        filled = adapter(values, ctx)
+        aux.update({f"adapters.{name}.{k}": v for k, v in filled.aux.items()})
+        embedded = filled.x if filled.x is not None else embedder(filled.ids, ctx)
+        at = torch.arange(embedded.shape[1], device=x.device)
+        first = values.place.long()
+        used = at < torch.minimum(filled.length, values.room)[:, None]
+        target = torch.where(used, first[:, None] + at, end)
+        flat = flat.index_put((target.reshape(-1),), embedded.to(flat.dtype).flatten(0, 1))
+        if values.is_full and adapter.keeps_length:
+            continue
+        is_full = False
+        # Rooms are intervals: a running sum of their ends says which positions they cover.
+        edge = torch.zeros(end + 1, dtype=torch.int32, device=x.device)
+        one = torch.ones_like(first, dtype=torch.int32)
+        edge.index_add_(0, first, one).index_add_(0, first + values.room, -one)
+        room = edge.cumsum(0) > 0
+        empty |= room.index_put((target.reshape(-1),), room.new_zeros(()))
+    if is_full:
+        return flat[:-1].view(B, T, D), ctx
+    document = ctx.layout.fields.document
+    document = document.masked_fill(empty[:-1].view(B, T), 0)
+    return flat[:-1].view(B, T, D), ctx.derive(document=document)
