@@ -152,7 +152,8 @@ def test_no_backbone_asks_the_device(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("word", presets())
 def test_no_model_of_a_preset_asks_the_device(word: str) -> None:
-    backbone = BACKBONES.parse({"kind": "stack", "pattern": word, "ffn": {"hidden": 32}})
+    ffn = {"kind": "swiglu", "hidden": 32}
+    backbone = BACKBONES.parse({"kind": "stack", "pattern": word, "ffn": ffn})
     run = with_backbone(Run.load(ROOT / QUICKSTART), backbone)
     if yaml_config.read(f"mixer/{word}").get("kind") == "plstm":
         run = run.model_copy(update={"model": run.model.model_copy(update={"mask": "full"})})

@@ -60,6 +60,10 @@ class _KeptOnly(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # as torch's own: a layer under this mode is compiled all the same
+
     def __init__(self, mode: TorchDispatchMode):
         super().__init__()
         self._mode = mode
