@@ -21,7 +21,8 @@ def run_of(size: str, shape: str) -> Any:
     from mm.run import Run
 
     d_model, depth = SIZES[size]
-    mixers = {"attention": {"heads": d_model // 128, "kv_heads": 4}}
+    heads = d_model // 128
+    mixers = {"attention": {"heads": heads, "kv_heads": min(4, heads)}}
     backbone = {"kind": "stack", "depth": depth, "pattern": PATTERNS[shape], "mixers": mixers}
     data = {"kind": "packed", "sources": [{"path": "absent"}], "seq_len": TOKENS, "batch_size": 1}
     return Run.model_validate(
