@@ -10,7 +10,7 @@ PYTEST_FLAGS ?=
 # Their slow tests start several processes each: they run one after the other.
 STARTS_PROCESSES := tests/trainer tests/docs tests/data tests/own_data tests/launch
 
-.PHONY: help quickstart test test-slow mutants fuzz lint docs clean
+.PHONY: help quickstart test test-slow mutants fuzz gpu lint docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test-slow    the long tests: the quickstart at reduced steps, several processes, the wheel"
 	@echo "make mutants      one-line bugs that no test would notice; hours, goes on where it was"
 	@echo "make fuzz         100,000 damaged files through every reader; goes on where it was"
+	@echo "make gpu          what only a GPU can say, in nine minutes; goes on where it was; without one: what it would run"
 	@echo "make lint         ruff (rules and format) and pyright"
 	@echo "make docs         the site, in build/site/index.html"
 
@@ -37,6 +38,9 @@ mutants: $(VENV)/.installed-dev
 
 fuzz: $(VENV)/.installed-dev
 	$(BIN)/python tests/fuzz/run.py $(FUZZ_FLAGS)
+
+gpu: $(VENV)/.installed
+	$(BIN)/python benchmarks/gpu.py $(GPU_FLAGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -10,12 +10,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from laws import ROOT
 
 from mm import config as yaml_config
 from mm.batch import Batch, Values
+from mm.decoders.generate import stream_tokens
 from mm.errors import UserError
 from mm.layout import Doc, Layout
 from mm.model.backbones.pattern import parse
@@ -25,7 +27,7 @@ from mm.plan.fake_step import build_stage, train_step
 from mm.plan.inputs import documents
 from mm.registry import BACKBONES
 from mm.run import Run
-from mm.specs import TokenSpec
+from mm.specs import Segment, TokenSpec
 from mm.vocabulary import Vocabulary, extend_vocabulary
 
 PREFILL = Layout.from_rows([[Doc(5)], [Doc(3)]], 5)
@@ -156,6 +158,25 @@ def test_no_model_of_a_preset_asks_the_device(word: str) -> None:
     if yaml_config.read(f"mixer/{word}").get("kind") == "plstm":
         run = run.model_copy(update={"model": run.model.model_copy(update={"mask": "full"})})
     hold_the_law(run)
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_generation_reads_the_device_once_a_token(temperature: float, cfg_scale: float) -> None:
+    """Sampled and greedy, with and without guidance; sequences of unlike lengths drop out."""
+    run = smallest(Run.load(ROOT / QUICKSTART))
+    vocabulary = words_of(run)
+    assert vocabulary is not None
+    prompts = [[Segment("text", np.arange(n, dtype=np.int32), role="target")] for n in (3, 5, 9, 9)]
+    with fake_cuda() as reads:
+        model = build_stage(run, 0, vocabulary).engines["model"].raw
+        reads.places.clear()
+        settings: Any = {"temperature": temperature, "cfg_scale": cfg_scale, "max_tokens": 6}
+        if temperature:
+            settings |= {"top_k": 5, "top_p": 0.9}
+        steps = list(stream_tokens(model, vocabulary, prompts, "text", **settings))
+    assert len(steps) == len(reads.places) == 6, reads.places
+    assert all(place.startswith("mm/decoders/ar.py:") for place in reads.places), reads.places
 
 
 def test_the_law_sees_a_read_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -348,7 +348,7 @@ class ToyTaskConfig(Task):
         return {"weights": total, "chance": 0.5}
 
 
-def load_saved(folder: Path) -> Any:
+def load_saved(folder: Path, device: Any = "cpu") -> Any:
     """Stands for `Generator.from_pretrained`, which knows no toy."""
     from mm.decoders.generate import Generator
 

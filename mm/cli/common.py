@@ -37,6 +37,10 @@ TrustCode = Annotated[
         "--trust-code", help="Import the Python modules that the folder's config names (imports:)."
     ),
 ]
+Device = Annotated[
+    str,
+    typer.Option(metavar="DEVICE", help="auto (the best there is), cpu, cuda or cuda:N."),
+]
 PASS_OVERRIDES = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
 
 

@@ -12,6 +12,7 @@ from rich.progress import track
 
 from mm.cli.common import (
     PASS_OVERRIDES,
+    Device,
     JsonFile,
     Overrides,
     TrustCode,
@@ -55,6 +56,7 @@ def evaluate(
         str | None, typer.Option(help="Instead of the split that each task names.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of whatever is sampled.")] = 0,
+    device: Device = "auto",
     json: JsonFile = None,
 ) -> None:
     from mm.run import Run
@@ -67,6 +69,7 @@ def evaluate(
             f"{run / 'config.yaml'}: no stage has `tasks:`; for a tokenizer: mm tokenizer "
             f"eval {run} --data SHARDS"
         )
+    from mm.decoders.device import choose_device
     from mm.decoders.generate import Generator
     from mm.tasks.run import measure
 
@@ -76,7 +79,7 @@ def evaluate(
             for name, t in named.items()
         }
     tasks = list(named.values())
-    generator = Generator.from_pretrained(run, trust_code=trust_code)
+    generator = Generator.from_pretrained(run, choose_device(device), trust_code=trust_code)
     found: dict[int, dict[str, Any]] = {}
     each = measure(tasks, lambda task: plain(task.build().evaluate(generator, seed=seed)))
     for n, one in track(

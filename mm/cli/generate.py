@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from mm.cli.common import (
+    Device,
     JsonFile,
     TrustCode,
     console,
@@ -65,6 +66,7 @@ def generate(
         int | None, typer.Option(min=1, help="Longer prompts are refused. Default: 16384.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
+    device: Device = "auto",
     trust_code: TrustCode = False,
     json: JsonFile = None,
     **conditions: Path | None,
@@ -74,11 +76,12 @@ def generate(
         if file is not None and not file.is_file():
             raise UserError(f"--{modality} {file}: no such file")
     from mm.data.modalities.base import raw_modality
+    from mm.decoders.device import choose_device
     from mm.decoders.generate import Generator, save_media
     from mm.decoders.raws import parse_prompt
 
     given = parse_prompt(prompt, conditions)
-    generator = Generator.from_pretrained(run, trust_code=trust_code)
+    generator = Generator.from_pretrained(run, choose_device(device), trust_code=trust_code)
     to = chosen_modality(generator, to)
     own = generator.modality(to)
     generator.tokenizer(own)

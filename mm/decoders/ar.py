@@ -5,6 +5,7 @@ N sequences, n of them running, U distinct prompts, V ids.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -73,6 +74,7 @@ class ARDecoder(Decoder):
         state = model.initial_state(prompt.layout.shape[0], max_len)
         logits, state = self._forward(model, prompt, state)
         slots = ask.row if null_row is None else np.concatenate([ask.row, null_row])
+        place = np.diff(prompt.layout.on_host().cu_seqlens.numpy()).astype(np.int64)[slots]
         slots = torch.from_numpy(slots).long().to(device)
         state, logits, position = state.select(slots), logits[slots], prompt_length_U[slots]
 
@@ -82,49 +84,63 @@ class ARDecoder(Decoder):
             uniform = noise(ask.seed, indices, steps).to(device)
         to = lambda a: torch.from_numpy(np.asarray(a, np.int64)).to(device)
         session = Session(ask.vocabulary, ask.to, to(ask.have), to(ask.limit))
-        alive = torch.arange(N, device=device)  # sequence of each running slot
-        done = torch.zeros(N, dtype=torch.bool, device=device)
         produced = torch.zeros(N, 0, dtype=torch.int64, device=device)
+        # What ends a sequence is counted on the host, which reads the device once a token.
+        alive, done = np.arange(N), np.zeros(N, bool)  # sequence of each running slot
+        length, limit = np.array(ask.have), np.array(ask.limit)
+        running = torch.arange(N, device=device)  # `alive` on the device
 
         for step in range(steps):
             n = len(alive)
             if guided:
                 logits = logits[n:] + ask.cfg_scale * (logits[:n] - logits[n:])
-            if not (logits < torch.inf).all():
+            damaged = ~(logits < torch.inf).all()
+            session.step, session.ids = step, produced
+            for rule in rules:
+                logits = rule(logits, session)
+            ids = logits.argmax(-1) if uniform is None else draw(logits, uniform[running, step])
+
+            *drawn, is_damaged = torch.cat([ids, damaged[None].long()]).tolist()
+            if is_damaged:
                 raise UserError(
                     f"generation to '{ask.to}', step {step}: the model's logits are not finite; "
                     "its weights are damaged: generate from an earlier checkpoint"
                 )
-            session.step, session.ids = step, produced
-            for rule in rules:
-                logits = rule(logits, session)
-            ids = logits.argmax(-1) if uniform is None else draw(logits, uniform[alive, step])
-
-            shown = torch.full((N,), -1, dtype=torch.int64)
-            shown[alive[~done].cpu()] = ids[~done].cpu()
-            yield shown
+            shown = np.full(N, -1, np.int64)
+            shown[alive[~done]] = np.array(drawn)[~done]
+            yield torch.from_numpy(shown)
 
             produced = torch.cat([produced, ids[:, None]], 1)
-            done = done | (ids == end)
             session.length = session.length + 1
+            length = length + 1
             # At the limit the end is the only choice: no forward is spent on it.
-            done = done | (session.length >= session.limit)
+            done = done | (np.array(drawn) == end) | (length >= limit)
             finished = int(done.sum())
             if finished == n:
                 return
             if finished >= self.config.drop_share * n:
-                keep = (~done).nonzero()[:, 0]
+                kept = np.flatnonzero(~done)
+                keep = to(kept)
                 both = torch.cat([keep, keep + n]) if guided else keep
                 state, position = state.select(both), position[both]
-                alive, done, ids, produced = alive[keep], done[keep], ids[keep], produced[keep]
+                place = place[np.concatenate([kept, kept + n]) if guided else kept]
+                alive, done, length, limit = alive[kept], done[kept], length[kept], limit[kept]
+                ids, produced, running = ids[keep], produced[keep], running[keep]
                 session.length, session.limit = session.length[keep], session.limit[keep]
             # Which id of the span each token is: on a grid, its cell.
-            index = session.length - 1
-            if guided:
-                ids, index = torch.cat([ids, ids]), torch.cat([index, index])
-            batch = _step_batch(ids, index, position, ask, prompt.layout.fields)
+            index, copies = session.length - 1, 1 + guided
+            layout = _step_layout(index.repeat(copies), position, ask, prompt.layout.fields)
+            if device.type != "cpu":
+                layout.memo["host"] = functools.partial(
+                    _step_layout,
+                    torch.from_numpy(np.tile(length - 1, copies)),
+                    torch.from_numpy(place),
+                    ask,
+                    prompt.layout.on_host().fields,
+                )
+            batch = _step_batch(ids.repeat(copies), layout)
             logits, state = self._forward(model, batch, state)
-            position = position + 1
+            position, place = position + 1, place + 1
 
     def _forward(self, model: Any, batch: Batch, state: State) -> tuple[Tensor, State]:
         """Logits `(P, V)` float32 at the batch's places, and the next state."""
@@ -135,14 +151,12 @@ class ARDecoder(Decoder):
         return logits if logits.dtype == torch.float64 else logits.float(), out.state
 
 
-def _step_batch(
-    ids_n: Tensor, index_n: Tensor, position_n: Tensor, ask: Ask, like: Fields
-) -> Batch:
-    """One token for each running slot: row i is document i + 1, slot i.
+def _step_layout(index_n: Tensor, position_n: Tensor, ask: Ask, like: Fields) -> Layout:
+    """The layout of one token for each running slot: row i is document i + 1, slot i.
 
-    It is id ``index`` of its span. Made on the device.
+    It is id ``index`` of its span, at ``position`` of its document. Made where these are.
     """
-    n, device = len(ids_n), ids_n.device
+    n, device = len(position_n), position_n.device
     number = torch.arange(n, dtype=torch.int32, device=device)
     # As `mm.layout.places_of` has it.
     position = position_n.to(torch.int32)[:, None, None].repeat(1, 1, like.position.shape[-1])
@@ -155,7 +169,7 @@ def _step_batch(
         (n, 1), ask.vocabulary.range(ask.to).index, dtype=torch.int32, device=device
     )
     extra = {name: torch.zeros(n, 1, dtype=torch.int32, device=device) for name in like.extra}
-    layout = Layout(
+    return Layout(
         Fields(position, number[:, None] + 1, modality, extra),
         torch.arange(n + 1, dtype=torch.int32, device=device),
         number,
@@ -163,6 +177,12 @@ def _step_batch(
         max_seqlen=1,
         aligned=True,
     )
+
+
+def _step_batch(ids_n: Tensor, layout: Layout) -> Batch:
+    """One token for each running slot, made on the device."""
+    n, device = len(ids_n), ids_n.device
     ids = ids_n.to(torch.int32)[:, None, None]
+    places = {"tokens": torch.arange(n, dtype=torch.int32, device=device)}
     weight = torch.zeros(n, 1, device=device)
-    return Batch(layout, ids, torch.full_like(ids, -1), weight, places={"tokens": number})
+    return Batch(layout, ids, torch.full_like(ids, -1), weight, places=places)

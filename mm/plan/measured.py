@@ -26,7 +26,8 @@ def child(config: str, file: str, changes: Sequence[str]) -> None:
     from mm.errors import UserError
     from mm.plan.tally import Measure
     from mm.run import Run
-    from mm.trainer.engine.deepspeed import join, resolve_precision
+    from mm.trainer.engine.deepspeed import resolve_precision
+    from mm.trainer.engine.process_group import join
     from mm.trainer.env import TrainerEnv
     from mm.trainer.log.metrics import CodebookUsage
     from mm.trainer.stage import enter_stage

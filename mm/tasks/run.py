@@ -19,8 +19,9 @@ from mm.launch.environment import ranks
 if TYPE_CHECKING:
     from mm.tasks.base import Task
 
+GIVEN_UP = "mm/tasks/given_up"
 PATIENCE = timedelta(days=2)  # one process may have the longest task
-_calls = itertools.count()
+_calls, _meetings = itertools.count(), itertools.count()
 
 
 def measure(
@@ -54,19 +55,22 @@ def measure(
             else:
                 yield n, said
 
-    while (mine := store.add(f"{here}/taken", 1) - 1) < len(tasks):
-        try:
-            said = _timed(tasks[mine], evaluate)
-        except Exception as error:
-            said = {"error": str(error)}
-            problems.append(error)
-            store.add(f"{here}/taken", len(tasks))  # nobody begins another one
-        store.set(f"{here}/{mine}", json.dumps(said))
-        if rank == 0:
-            yield from arrivals()
+    left = 0
+    try:
+        while (mine := store.add(f"{here}/taken", 1) - 1) < len(tasks):
+            try:
+                said = _timed(tasks[mine], evaluate)
+            except Exception as error:
+                said = {"error": str(error)}
+                problems.append(error)
+                store.add(f"{here}/taken", len(tasks))  # nobody begins another one
+            store.set(f"{here}/{mine}", json.dumps(said))
+            if rank == 0:
+                yield from arrivals()
+    finally:  # a signal leaves, too
+        left = store.add(f"{here}/left", 1)
     # The first process may hold the store: it stays until nobody asks any more.
-    left = store.add(f"{here}/left", 1)
-    while rank == 0 and left < size:
+    while rank == 0 and left < size and not store.check([GIVEN_UP]):
         time.sleep(0.05)
         yield from arrivals()
         left = store.add(f"{here}/left", 0)
@@ -78,9 +82,31 @@ def measure(
 
 @functools.cache
 def _meet() -> Any:
+    import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
+    if dist.is_initialized():  # in a run: its ranks have met
+        store = dist.distributed_c10d._get_default_store()
+        return store, dist.get_rank(), dist.get_world_size()
     return next(rendezvous("env://", timeout=PATIENCE))
+
+
+def give_up() -> None:
+    """Tell the first process not to wait for this one: a signal ends the run."""
+    if ranks().world > 1:
+        _meet()[0].set(GIVEN_UP, "1")
+
+
+def wait_for_all() -> None:
+    """Wait for all ranks of a run without a collective, which would time out. Call on all."""
+    if ranks().world == 1:
+        return
+    store, _, size = _meet()
+    key = f"mm/tasks/met/{next(_meetings)}"
+    here = store.add(key, 1)
+    while here < size:
+        time.sleep(0.05)
+        here = store.add(key, 0)
 
 
 def _timed(task: Task, evaluate: Callable[[Task], dict[str, Any]]) -> dict[str, Any]:

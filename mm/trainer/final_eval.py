@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from mm.errors import UserError
 from mm.run import Run
 from mm.tasks.base import by_name
+from mm.tasks.run import give_up, measure, wait_for_all
 from mm.trainer.callbacks.base import Training
 from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.export import mark
 from mm.trainer.health.signals import Interrupted, Stop
 from mm.trainer.log import metrics
+from mm.trainer.ranks import on_any
 from mm.trainer.stage import load_weights, make_module
+
+if TYPE_CHECKING:
+    from mm.decoders.generate import Generator
 
 log = logging.getLogger("mm.trainer")
 
@@ -39,30 +43,56 @@ def was_evaluated(run: Run, index: int, step: int) -> bool:
 
 
 def of_stage(trainer: Training, index: int, stop: Stop, left: Snapshot | None) -> dict[str, Any]:
-    """Figures of the tasks of stage ``index``, by ``eval/<task>/<figure>``.
+    """Figures of the tasks of stage ``index``, by ``eval/<task>/<figure>``. Call on all ranks.
 
     Of the model that the run saved; or of what the stage ``left``, if they are not in metrics.jsonl
-    yet. A signal leaves it at once with none: a resumed run does it again.
-    """
-    from mm.decoders.generate import Generator
+    yet. The ranks take tasks from one list, each on its device; what a task finds does not depend
+    on who does it. Nobody waits in a collective. The main rank gets the figures, the others none. A
+    signal leaves it at once with none: a resumed run does it again.
 
-    run, out = trainer.run, dict[str, Any]()
+    Raises UserError on all ranks where a task fails on one.
+    """
+    run = trainer.run
     if not run.evaluate or not run.stages[index].tasks:
         return {}
-    if left is not None and was_evaluated(run, index, trainer.step):
-        return {}
+    if left is not None:
+        done = trainer.is_main and was_evaluated(run, index, trainer.step)
+        if on_any(done, trainer.device):
+            return {}
+    named = by_name(run.stages[index].tasks)
+    out: dict[str, Any] = {}
+    problem: UserError | None = None
+    interrupted = False
     try:
         with stop.at_once():
-            if left is None or trainer.vocabulary is None:
-                generator = Generator.from_pretrained(run.folder / "model")
-            else:
-                module = make_module(run.model, trainer.vocabulary, run.seed, torch.device("cpu"))
-                load_weights(module, left.tensors("model"), f"stage {index}")
-                generator = Generator(module.eval(), trainer.vocabulary, trainer.tokenizers)
-            for name, config in by_name(run.stages[index].tasks).items():
-                figures = config.build().evaluate(generator, seed=run.seed)
-                out |= {f"eval/{name}/{k}": v for k, v in figures.items()}
+            generator = _generator(trainer, index, left)
+            each = lambda task: task.build().evaluate(generator, seed=run.seed)
+            for n, found in measure(list(named.values()), each):
+                figures = found["figures"]
+                out |= {f"eval/{list(named)[n]}/{k}": v for k, v in figures.items()}
     except Interrupted:
+        interrupted = True
+        give_up()
+    except UserError as error:
+        problem = error
+    wait_for_all()
+    if on_any(problem is not None, trainer.device):
+        raise problem or UserError(
+            f"{trainer.folder}: a task failed on another process, which says why"
+        )
+    if on_any(interrupted, trainer.device):
         log.warning("stopped by a signal in the evaluation; run the same command to do it")
         return {}
     return out
+
+
+def _generator(trainer: Training, index: int, left: Snapshot | None) -> Generator:
+    """The model to evaluate, on this rank's device."""
+    from mm.decoders.generate import Generator
+
+    run = trainer.run
+    if left is None or trainer.vocabulary is None:
+        return Generator.from_pretrained(run.folder / "model", trainer.device)
+    module = make_module(run.model, trainer.vocabulary, run.seed, trainer.device)
+    load_weights(module, left.tensors("model"), f"stage {index}")
+    return Generator(module.eval(), trainer.vocabulary, trainer.tokenizers)

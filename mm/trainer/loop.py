@@ -26,7 +26,8 @@ from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint import resume_check
 from mm.trainer.checkpoint.format import Saved, Snapshot
 from mm.trainer.checkpoint.writer import Writer
-from mm.trainer.engine.deepspeed import join, resolve_precision
+from mm.trainer.engine.deepspeed import resolve_precision
+from mm.trainer.engine.process_group import join
 from mm.trainer.env import TrainerEnv
 from mm.trainer.export import chosen_weights, export
 from mm.trainer.health import heartbeat
@@ -322,7 +323,7 @@ class Trainer:
         What a stage before the last left: once, a resumed run does what was not come to.
         """
         self.phase("evaluate", self.step)
-        found = final_eval.of_stage(self, index, self._stop, left) if self.is_main else {}
+        found = final_eval.of_stage(self, index, self._stop, left)
         if found:
             self.file.write({"step": self.step, **found})
             self.tracker.log(found, self.step)

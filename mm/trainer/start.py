@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from mm.data.shards.reader import ShardSet
+from mm.decoders.device import warn_of_driver
 from mm.errors import UserError
 from mm.launch import environment
 from mm.run import Run
@@ -19,8 +18,6 @@ from mm.trainer.callbacks.base import Callback, Training
 from mm.trainer.env import TrainerEnv
 from mm.trainer.stage import StageState, build, make_stream
 from mm.vocabulary import Vocabulary
-
-log = logging.getLogger("mm.trainer")
 
 
 class Starting(Training, Protocol):
@@ -51,7 +48,7 @@ def check(trainer: Starting, index: int) -> None:
         UserError: naming the key, what it names and what mends it.
     """
     run, vocabulary = trainer.run, trainer.vocabulary
-    warn_of_driver()
+    warn_of_driver("training on the CPU")
     for number in range(index, len(run.stages)):
         check_shards(f"stages.{number}.data", run.stages[number].data, run, vocabulary)
     check_tokenizers(trainer, vocabulary)
@@ -143,24 +140,6 @@ def describe(trainer: Starting, init_from: Mapping[str, Any] | None) -> dict[str
     if init_from is not None:
         facts["init_from"] = dict(init_from)
     return folder.describe(trainer.run, facts)
-
-
-def warn_of_driver() -> None:
-    """Say once when the machine has a GPU that PyTorch cannot use: the run would take its CPU."""
-    if torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
-        return
-    why = "this PyTorch is a CPU build"
-    if torch.version.cuda:
-        why = f"PyTorch was built for CUDA {torch.version.cuda}"
-        try:
-            torch.cuda.init()
-        except (RuntimeError, AssertionError) as error:
-            why += f" and says: {str(error).strip().splitlines()[0][:160]}"
-    log.warning(
-        "this machine has an NVIDIA driver, but PyTorch sees no GPU (%s): training on the CPU; "
-        "for more: mm doctor",
-        why,
-    )
 
 
 def survey(trainer: Starting, index: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from mm.errors import UserError
 from mm.run import Run
 from mm.specs import Segment, TokenSpec
 from mm.tokenizers.text.bytes import BytesConfig
-from mm.trainer.engine.deepspeed import join
+from mm.trainer.engine.process_group import join
 from mm.trainer.held_out import Best, HeldOut, _means
 from mm.trainer.held_out_batches import _beside, _targets
 from mm.vocabulary import extend_vocabulary

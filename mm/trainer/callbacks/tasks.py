@@ -7,15 +7,19 @@ from typing import Any
 
 from mm.errors import UserError
 from mm.tasks.base import Task, by_name
+from mm.tasks.run import measure, wait_for_all
 from mm.trainer.callbacks.base import Callback, Training
 
 log = logging.getLogger("mm.trainer")
+
+PROBLEM = "problem"  # in place of a figure
 
 
 class TasksWhileTraining(Callback):
     """Adds ``eval/<task>/<figure>`` to the metrics of the steps that a task asks for.
 
-    Not of a stage's last step: its end measures what it leaves.
+    The ranks take the tasks from one list. Not of a stage's last step: its end measures what it
+    leaves.
     """
 
     def __init__(self) -> None:
@@ -33,13 +37,19 @@ class TasksWhileTraining(Callback):
 
         trainer.phase("evaluate", step)
         with trainer.unsharded() as module:
-            if trainer.is_main:
-                generator = Generator(module, trainer.vocabulary, trainer.tokenizers)
-                for name, task in due.items():
-                    try:
-                        figures = task.build().evaluate(generator, seed=trainer.run.seed)
-                    except UserError as error:  # such as logits that are not finite yet
-                        log.warning("step %d: task %s: %s", step, name, error)
-                        continue
-                    metrics |= {f"eval/{name}/{k}": v for k, v in figures.items()}
+            generator = Generator(module, trainer.vocabulary, trainer.tokenizers)
+
+            def figures_of(task: Task) -> dict[str, Any]:
+                try:
+                    return task.build().evaluate(generator, seed=trainer.run.seed)
+                except UserError as error:  # such as logits that are not finite yet
+                    return {PROBLEM: str(error)}
+
+            for n, found in measure(list(due.values()), figures_of):
+                name, figures = list(due)[n], found["figures"]
+                if PROBLEM in figures:
+                    log.warning("step %d: task %s: %s", step, name, figures[PROBLEM])
+                    continue
+                metrics |= {f"eval/{name}/{k}": v for k, v in figures.items()}
+            wait_for_all()  # a rank without a task would time out in the next collective
         trainer.phase("report", step)

@@ -13,9 +13,7 @@ What was found out about DeepSpeed 0.19.8 and is relied on here:
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import datetime
 import logging
 import os
 import warnings
@@ -86,40 +84,6 @@ def _deepspeed() -> Any:
     )  # it warns of every skipped step; the trainer does too
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def join(threads: int | None = None) -> torch.device:
-    """Enter the process group of all ranks (once a process) and return this rank's device.
-
-    Alone it needs no port and no variables; under torchrun it takes them. The group lives until the
-    process ends, because DeepSpeed keeps handles of its subgroups for good; then it is destroyed,
-    whatever ended the process: without that 3 of 10 DeepSpeed CPU runs abort at exit. A group that
-    the caller made is used and left alone.
-    """
-    me = environment.ranks()
-    if torch.cuda.is_available():
-        device = torch.device("cuda", me.local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-        torch.set_num_threads(environment.cpu_threads(threads))
-        environment.keep_freed_memory()
-    if not dist.is_initialized():
-        from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
-
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        os.environ.setdefault("LOCAL_RANK", str(me.local_rank))  # DeepSpeed asserts on it
-        if me.world == 1:
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-        else:
-            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
-        atexit.register(_leave)
-    return device
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 class Engine:

@@ -1,0 +1,204 @@
+"""Training steps and decoding of 300 M and 1 B models, for `make gpu`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+SIZES = {"300M": (1024, 24), "1B": (2048, 20)}  # d_model, depth
+PATTERNS = {"dense": "attention", "hybrid": "3*gated_deltanet attention"}
+IDS, TOKENS = 32_000, 8192
+DOCUMENTS = {"plain": TOKENS, "packed": TOKENS // 12}  # tokens of a document
+STEPS, WARM = 6, 3
+
+
+def run_of(size: str, shape: str) -> Any:
+    """The run: one row of 8,192 tokens a step, heads of 128, 4 key heads."""
+    from mm.run import Run
+
+    d_model, depth = SIZES[size]
+    heads = d_model // 128
+    mixers = {"attention": {"heads": heads, "kv_heads": min(4, heads)}}
+    backbone = {"kind": "stack", "depth": depth, "pattern": PATTERNS[shape], "mixers": mixers}
+    data = {"kind": "packed", "sources": [{"path": "absent"}], "seq_len": TOKENS, "batch_size": 1}
+    return Run.model_validate(
+        {
+            "name": f"{size}-{shape}",
+            "vocabulary": "absent",
+            "model": {"kind": "lm", "d_model": d_model, "backbone": backbone},
+            "stages": [{"data": data, "objective": "next_token", "optimizer": "adamw"}],
+            "engine": {"precision": "auto"},
+        }
+    )
+
+
+def cases() -> list[tuple[str, str, str]]:
+    """Size, pattern and documents, by worth."""
+    every = [(s, p, d) for s in SIZES for p in PATTERNS for d in DOCUMENTS]
+    return sorted(every, key=lambda case: (case[1] != "dense", case[2] != "plain", case[0] != "1B"))
+
+
+def predicted(size: str, shape: str, documents: str, card: str) -> dict[str, Any]:
+    """What `mm plan` says of it on one card."""
+    from mm.plan.gpus import find
+    from mm.plan.inputs import Assumed
+    from mm.plan.plan import Cluster, make_plan
+
+    run, cluster = run_of(size, shape), Cluster(find(card), 1, 1)
+    assumed = Assumed(DOCUMENTS[documents], IDS)
+    return make_plan(run, cluster, assumed=assumed, longest=False, variants=False)
+
+
+def card_here() -> str:
+    """The data sheet of the GPU that is here; an H100's where it has none."""
+    from mm.plan.gpus import GPUS
+
+    name = torch.cuda.get_device_name(0).lower().replace(" ", "")
+    return next((known for known in GPUS if known in name), "h100")
+
+
+def stage_of(size: str, shape: str, documents: str) -> tuple[Any, Any]:
+    """The model on the GPU, and its batch."""
+    from mm.plan.inputs import Assumed, open_subject
+    from mm.trainer.stage import make_module
+
+    run = run_of(size, shape)
+    subject = open_subject(run, 0, "autocast_bf16", Assumed(DOCUMENTS[documents], IDS))
+    module = make_module(run.model, subject.vocabulary, 0, torch.device("cuda"))
+    return module, subject.batches(1)[0]
+
+
+def train_rows() -> Iterator[Row]:
+    """Steps of a fused AdamW under bf16 autocast; predicted and measured, then dearest kernels."""
+    card = card_here()
+    for size, shape, documents in cases():
+        row: Row = {"model": size, "pattern": shape, "documents": documents}
+        try:
+            plan = predicted(size, shape, documents, card)
+            module, batch = stage_of(size, shape, documents)
+            optimizer = run_of(size, shape).stages[0].optimizer.build(module.train())
+            step = lambda m=module, b=batch, o=optimizer: _step(m, b, o)
+            seconds = _seconds(step)
+            flops = plan["flops_a_token"]["total"] * plan["batch"]["tokens"]
+            row |= {
+                "parameters": plan["parameters"]["total"],
+                "predicted s": plan["step"]["seconds"],
+                "measured s": seconds,
+                "predicted MFU": plan["step"]["mfu"],
+                "measured MFU": flops / seconds / plan["gpu"]["bf16"],
+                "tokens/s": plan["batch"]["tokens"] / seconds,
+                "GiB": torch.cuda.max_memory_allocated() / 2**30,
+            }
+            yield row
+            yield from ({**dict.fromkeys(("model", "pattern", "documents"), ""), **k,
+                         "model": size, "pattern": shape} for k in dearest(step))  # fmt: skip
+        except Exception as error:
+            yield row | {"state": f"{type(error).__name__}: {error}".splitlines()[0][:160]}
+        module = batch = optimizer = step = None
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _step(module: Any, batch: Any, optimizer: Any) -> None:
+    with torch.autocast("cuda", torch.bfloat16):
+        nll = module(batch.to("cuda"), seed=1).heads["tokens"].nll
+    nll.mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _seconds(step: Any) -> float:
+    for _ in range(WARM):
+        step()
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for _ in range(STEPS):
+        step()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - begun) / STEPS
+
+
+def dearest(step: Any, n: int = 10) -> Iterator[Row]:
+    """The kernels that take most of a step."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+        step()
+        torch.cuda.synchronize()
+    events = [e for e in found.key_averages() if e.self_device_time_total]
+    whole = sum(e.self_device_time_total for e in events)
+    for e in sorted(events, key=lambda e: -e.self_device_time_total)[:n]:
+        share = e.self_device_time_total / whole
+        yield {"kernel": e.key[:60], "calls": e.count, "share of step": float(share)}
+
+
+def predicted_lines() -> Iterator[str]:
+    """What would run, with predictions for an H100; and a step of the smallest on fake tensors."""
+    for size, shape, documents in cases():
+        if documents == "plain":
+            plan = predicted(size, shape, documents, "h100")
+            step, count = plan["step"], plan["parameters"]["total"]
+            yield (
+                f"{size} {shape}: {count / 1e6:.0f} M parameters, predicted on an H100 (mm plan): "
+                f"{step['seconds']:.3f} s a step, MFU {step['mfu']:.0%}"
+            )
+    yield f"{len(cases())} runs of {WARM + STEPS} steps, {len(cases())} traces"
+
+
+SLOTS, NEW = (1, 16, 128), 64
+
+
+def decode_rows() -> Iterator[Row]:
+    """Greedy decoding of the dense and the hybrid 300 M model from prompts of 512 ids."""
+    for shape in PATTERNS:
+        module, _ = stage_of("300M", shape, "plain")
+        for slots in SLOTS:
+            row: Row = {"model": f"300M {shape}", "sequences": slots}
+            try:
+                decode(module.bfloat16().eval(), slots, prompt=512, new=8)
+                torch.cuda.synchronize()
+                begun = time.perf_counter()
+                decode(module, slots, prompt=512, new=NEW)
+                torch.cuda.synchronize()
+                seconds = time.perf_counter() - begun
+                yield row | {"tokens/s": slots * NEW / seconds, "ms a step": 1e3 * seconds / NEW}
+            except Exception as error:
+                yield row | {"state": f"{type(error).__name__}: {error}".splitlines()[0][:160]}
+
+
+def decode(model: Any, slots: int, prompt: int, new: int) -> int:
+    """Generate; returns how many steps there were."""
+    import numpy as np
+
+    from mm.decoders.generate import stream_tokens
+    from mm.specs import Segment
+
+    words = model.vocabulary
+    first = words.modalities[0]
+    ids = lambda i: np.arange(prompt, dtype=np.int32) + i
+    prompts = [[Segment(first, ids(i), role="target")] for i in range(slots)]
+    steps = stream_tokens(model, words, prompts, first, temperature=0, max_tokens=new)
+    return sum(1 for _ in steps)
+
+
+def decode_lines() -> Iterator[str]:
+    """What would run; two steps of a small model on fake tensors, which count what is read."""
+    from mm.plan.fake_cuda import CUDA, fake_cuda
+    from mm.plan.inputs import Assumed, open_subject
+    from mm.trainer.stage import make_module
+
+    yield f"{' and '.join(PATTERNS)} 300 M model, {SLOTS} sequences, {NEW} new ids each"
+    for shape in PATTERNS:
+        run = run_of("300M", shape)
+        backbone = run.model.backbone.model_copy(update={"depth": None})  # one period
+        config = run.model.model_copy(update={"backbone": backbone})
+        words = open_subject(run, 0, "fp32", Assumed(TOKENS, IDS)).vocabulary
+        with fake_cuda() as reads:
+            model = make_module(config, words, 0, CUDA)
+            reads.places.clear()
+            steps = decode(model.eval(), 2, prompt=4, new=3)
+        yield f"{shape}: {len(reads.places)} reads of the device in {steps} steps"

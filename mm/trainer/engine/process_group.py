@@ -1,0 +1,107 @@
+"""The process group of all ranks: entered once a process, one device a rank."""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mm.errors import UserError
+from mm.launch import environment
+
+TIMEOUT = datetime.timedelta(minutes=30)  # of a collective
+
+
+def join(threads: int | None = None) -> torch.device:
+    """Enter the process group of all ranks (once a process) and return this rank's device.
+
+    Alone it needs no port and no variables; under torchrun it takes them. The group lives until the
+    process ends, because DeepSpeed keeps handles of its subgroups for good; then it is destroyed,
+    whatever ended the process: without that 3 of 10 DeepSpeed CPU runs abort at exit. A group that
+    the caller made is used and left alone.
+
+    Raises UserError where processes have no GPU of their own on a machine with GPUs.
+    """
+    me = environment.ranks()
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_device(me, torch.cuda.device_count()))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(environment.cpu_threads(threads))
+        environment.keep_freed_memory()
+    if not dist.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", str(me.local_rank))  # DeepSpeed asserts on it
+        _init(me, device)
+        atexit.register(_leave)
+    return device
+
+
+def _init(me: environment.Ranks, device: torch.device) -> None:
+    from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
+    from torch.distributed.rendezvous import rendezvous
+
+    if device.type != "cuda":
+        if me.world == 1:
+            dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group("gloo", timeout=TIMEOUT)
+        return
+    store, rank, world = HashStore(), 0, 1
+    if me.world > 1:
+        store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
+        # before NCCL connects: it waits, or fails without naming them, where two ranks share a GPU
+        mine = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
+        require_own_devices(tell_all(store, rank, world, mine))
+    dist.init_process_group(
+        "nccl", store=store, rank=rank, world_size=world, timeout=TIMEOUT, device_id=device
+    )
+
+
+def local_device(me: environment.Ranks, count: int) -> int:
+    """Number of this process's GPU among the ``count`` that it sees.
+
+    The only one where the launcher shows each process its own (`require_own_devices` finds two
+    processes on one). Raises UserError where there are fewer GPUs than processes.
+    """
+    if me.local_rank < count:
+        return me.local_rank
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if count == 1 and shown and "," not in shown:
+        return 0
+    raise UserError(
+        f"process {me.local_rank} of {me.local_world} on this machine sees {count} GPUs: start one "
+        f"process a GPU (torchrun --nproc-per-node {count} ..., srun --ntasks-per-node {count} ...)"
+    )
+
+
+def require_own_devices(names: Sequence[str]) -> None:
+    """Check that no two ranks have one GPU. ``names``: machine and GPU of each rank.
+
+    Raises UserError naming two ranks.
+    """
+    first: dict[str, int] = {}
+    for rank, name in enumerate(names):
+        if name in first:
+            raise UserError(
+                f"ranks {first[name]} and {rank} share the GPU {name}: start one process a GPU, or "
+                "let the launcher show each process its own (srun --gpus-per-task 1)"
+            )
+        first[name] = rank
+
+
+def tell_all(store: Any, rank: int, world: int, mine: str) -> list[str]:
+    """``mine`` of every rank, in their order, without a collective."""
+    store.set(f"mm/device/{rank}", mine)
+    return [store.get(f"mm/device/{other}").decode() for other in range(world)]
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
