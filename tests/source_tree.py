@@ -22,6 +22,7 @@ TIERS = {
     "vocabulary": 0,
     "specs": 0,
     "names": 0,
+    "disk": 0,
     "errors": 0,
     "hashes": 0,
     "processes": 0,

@@ -16,6 +16,7 @@ import yaml
 
 from mm.config import Config, validate
 from mm.data.modalities.base import sort_key
+from mm.disk import tell_if_full
 from mm.errors import UserError
 from mm.hashes import check_hashes, write_hashes
 from mm.reading import parse_yaml
@@ -163,7 +164,7 @@ def write_folder(
     *,
     beside: Mapping[str, bytes] | None = None,
 ) -> str:
-    """Write a tokenizer folder; each file appears whole or not at all, its hashes last.
+    """Write a tokenizer folder: all files whole, or none; its hashes last.
 
     Args:
         config: of the tokenizer, with ``kind`` and ``modality``.
@@ -172,6 +173,8 @@ def write_folder(
         beside: files that change no id, which the fingerprint does not cover.
     Returns:
         The fingerprint.
+    Raises:
+        UserError: the disk is full.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -188,11 +191,17 @@ def write_folder(
     mark = fingerprint_of(config, files, tensors)
     card = config.to_dict() | {"fingerprint": mark}
     contents[CARD] = yaml.safe_dump(card, sort_keys=False, allow_unicode=True).encode()
-    for name, content in contents.items():
-        temporary = folder / (name + ".part")
-        temporary.write_bytes(content)
-        temporary.replace(folder / name)
-    write_hashes(folder)
+    parts = {name: folder / (name + ".part") for name in contents}
+    try:
+        with tell_if_full(folder, ", and save it again"):
+            for name, content in contents.items():
+                parts[name].write_bytes(content)
+            for name, part in parts.items():
+                part.replace(folder / name)
+            write_hashes(folder)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
     return mark
 
 

@@ -5,7 +5,6 @@ Everything goes to a temporary folder that is renamed when it is complete.
 
 from __future__ import annotations
 
-import errno
 import importlib
 import json
 import os
@@ -24,6 +23,7 @@ import numpy as np
 from mm.data.shards import index
 from mm.data.shards.manifest import MANIFEST
 from mm.data.shards.reader import INDEX
+from mm.disk import is_full
 from mm.errors import UserError
 from mm.processes import is_alive
 
@@ -221,7 +221,7 @@ def atomic_folder(out: Path, identity: str = "") -> Iterator[Path]:
         part.rename(out)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_full(str(error)):
             raise
         have = shutil.disk_usage(out.parent).free
         raise UserError(

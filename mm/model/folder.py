@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mm.disk import tell_if_full
 from mm.errors import UserError
 from mm.hashes import check_hashes, write_hashes
 from mm.model.size import require_room
@@ -31,20 +32,21 @@ def whole(folder: str | Path) -> Iterator[Path]:
     """Yield a temporary folder that takes the place of ``folder`` when the block ends.
 
     The hashes of its files are written then. It lies beside ``folder``, and is removed after an
-    error.
+    error; a full disk is a UserError.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.part-{os.getpid()}")
     old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
-        yield temporary
-        write_hashes(temporary)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
+        with tell_if_full(folder, "; what was there before is as it was"):
+            temporary.mkdir()
+            yield temporary
+            write_hashes(temporary)
+            if folder.exists():
+                folder.rename(old)
+            temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,7 +33,7 @@ sys.path[:0] = [str(HERE), str(ROOT / "tests"), str(ROOT)]
 os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
 
 from doors import DOORS  # noqa: E402
-from guard import Desk, TooSlow, pass_through, warm  # noqa: E402
+from guard import Desk, TooSlow, memory_folder, pass_through, warm  # noqa: E402
 
 BATCH = 250
 MEMORY = 8 << 30
@@ -43,11 +44,11 @@ def batch(name: str, number: int, seed: Path) -> dict[str, Any]:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     door, found, faults = DOORS[name], Counter[str](), []
     slowest, begun = 0.0, time.monotonic()
-    desk = Desk(seed)
+    desk = Desk(seed, seed.parent)
     try:
         for i in range(BATCH):
             edits = door.draw(Random(f"{name} {number} {i}"))
-            started = time.monotonic()
+            started = time.process_time()
             try:
                 found[pass_through(door, desk, edits)] += 1
             except (Exception, TooSlow) as error:  # noqa: BLE001  counted, and told with its edits
@@ -55,7 +56,7 @@ def batch(name: str, number: int, seed: Path) -> dict[str, Any]:
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 text = f"{type(error).__name__}: {str(error)[:200]} ({where.name})"
                 faults.append({"error": text, "input": i, "edits": repr(edits)[:2000]})
-            slowest = max(slowest, time.monotonic() - started)
+            slowest = max(slowest, time.process_time() - started)
     finally:
         desk.close()
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -73,21 +74,27 @@ def in_forks(jobs: Sequence[tuple[str, int, Path]], workers: int) -> Iterator[di
             child = os.fork()
             if child == 0:
                 try:
-                    into.write(json.dumps(batch(*job)).encode())
+                    try:
+                        row = batch(*job)
+                    except BaseException as error:  # noqa: BLE001
+                        row = _failed(job, f"{type(error).__name__}: {error}")
+                    into.write(json.dumps(row).encode())
                     into.flush()
                 finally:
                     os._exit(0)
             running[child] = (job, into)
         child, status = os.wait()
         job, into = running.pop(child)
-        into.seek(0)
-        text = into.read()
-        into.close()
-        if text:
-            yield json.loads(text)
-        else:  # killed, out of memory, or ended in C: a fault, too
-            said = {"error": f"ended by itself (status {status})", "input": -1, "edits": ""}
-            yield {"door": job[0], "batch": job[1], "fault": 1, "faults": [said]}
+        with into:
+            into.seek(0)
+            text = into.read()
+        yield json.loads(text) if text else _failed(job, f"killed (status {status})")
+
+
+def _failed(job: tuple[str, int, Path], why: str) -> dict[str, Any]:
+    """The row of a batch that ended badly, in memory or in C: a fault, too."""
+    said = {"error": why, "input": -1, "edits": ""}
+    return {"door": job[0], "batch": job[1], "fault": 1, "faults": [said]}
 
 
 def run(inputs: int, only: str | None, workers: int, build: Path = ROOT / "build" / "fuzz") -> int:
@@ -99,7 +106,9 @@ def run(inputs: int, only: str | None, workers: int, build: Path = ROOT / "build
     done = {(row["door"], row["batch"]) for row in rows}
     names = [name for name in DOORS if only in (None, name)]
     each = -(-inputs // BATCH // len(names)) or 1
-    with tempfile.TemporaryDirectory(prefix="mm-fuzz-") as folder, path.open("a") as file:
+    memory, git = memory_folder(), ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    with tempfile.TemporaryDirectory(dir=memory) as folder, path.open("a") as file:
         for name in names:
             seed = Path(folder) / name
             seed.mkdir()
@@ -108,8 +117,8 @@ def run(inputs: int, only: str | None, workers: int, build: Path = ROOT / "build
         every = [(name, n) for n in range(each) for name in names]
         jobs = [(name, n, Path(folder) / name) for name, n in every if (name, n) not in done]
         for i, row in enumerate(in_forks(jobs, workers), start=1):
-            rows.append(row)
-            file.write(json.dumps(row) + "\n")
+            rows.append(row | {"commit": commit})
+            file.write(json.dumps(rows[-1]) + "\n")
             file.flush()
             print(
                 f"{i}/{len(jobs)} {row['door']} {row['batch']}: {len(row['faults'])} faults",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
 
 from doors import DOORS, Door  # noqa: E402
-from guard import Desk, pass_through, warm  # noqa: E402
+from guard import Desk, TooSlow, pass_through, warm  # noqa: E402
 
 QUICK = 300  # inputs of the default suite over all doors; `make fuzz` runs 100,000
 
@@ -100,5 +102,26 @@ def test_the_guard_sees_what_lies_elsewhere(touch: Any, tmp_path: Path) -> None:
     try:
         with pytest.raises(AssertionError, match="touched what is not its own"):
             pass_through(door, desk, None)
+    finally:
+        desk.close()
+
+
+def test_a_door_that_works_or_waits_for_too_long_is_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("guard.SECONDS", 0.2)
+    monkeypatch.setattr("guard.WAIT", 1.0)
+
+    def work(folder: Path) -> None:
+        while True:
+            with contextlib.suppress(Exception):
+                sum(range(1000))
+
+    desk = Desk(tmp_path)
+    try:
+        for enter, limit in ((work, "of work|over 1.0 s"), (lambda f: time.sleep(60), "over 1.0")):
+            door = Door(lambda f: None, lambda d: None, lambda f, e: None, enter)
+            with pytest.raises(TooSlow, match=limit):
+                pass_through(door, desk, None)
     finally:
         desk.close()

@@ -9,6 +9,7 @@ import queue
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,18 +45,31 @@ class Workers:
             process.terminate()
             process.join()
 
-    def map(self, work: str, jobs: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        """(number of the job, result) as they end; ``work`` names a method of a session."""
-        for number, given in enumerate(jobs):
-            self.todo.put((number, work, given))
-        for _ in jobs:
-            while True:
-                try:
-                    yield self.done.get(timeout=5)
+    def map(
+        self, work: str, jobs: Sequence[tuple[Any, ...]], until: float | None = None
+    ) -> Iterator[tuple[int, Any]]:
+        """(number of the job, result) as they end; ``work`` names a method of a session.
+
+        No job begins after ``until``, a time of `time.monotonic`: those have no result.
+        """
+        waiting, running = iter(enumerate(jobs)), 0
+        while True:
+            while running < len(self.processes) and (until is None or time.monotonic() < until):
+                job = next(waiting, None)
+                if job is None:
                     break
-                except queue.Empty:
-                    if not any(p.is_alive() for p in self.processes):
-                        raise RuntimeError("all workers ended; see the messages above") from None
+                self.todo.put((job[0], work, job[1]))
+                running += 1
+            if not running:
+                return
+            try:
+                found = self.done.get(timeout=5)
+            except queue.Empty:
+                if not any(p.is_alive() for p in self.processes):
+                    raise RuntimeError("all workers ended; see the messages above") from None
+                continue
+            running -= 1
+            yield found
 
 
 def _serve(
@@ -80,17 +94,18 @@ def _serve(
     session.run(tests, serve)
 
 
-def copy_of_tree(root: Path, to: Path) -> Path:
-    """A copy of all files that git knows or would take, links as links."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=True,
+def files_of(root: Path) -> list[str]:
+    """All files that git knows or would take."""
+    git = ["git", "ls-files", "-co", "--exclude-standard"]
+    return subprocess.run(
+        git, cwd=root, capture_output=True, text=True, check=True
     ).stdout.splitlines()
+
+
+def copy_of_tree(root: Path, to: Path) -> Path:
+    """A copy of `files_of` a tree, links as links."""
     shutil.rmtree(to, ignore_errors=True)
-    for name in listed:
+    for name in files_of(root):
         source = root / name
         if source.exists() or source.is_symlink():
             (to / name).parent.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE)]
 
 from mutate import Mutant, digest, mutants_of  # noqa: E402
-from processes import Workers, copy_of_tree  # noqa: E402
+from processes import Workers, copy_of_tree, files_of  # noqa: E402
 from table import report  # noqa: E402
 
 # Where a silent error costs a run.
@@ -90,14 +90,7 @@ class Case(NamedTuple):
 
 
 def files_like(patterns: Sequence[str]) -> list[str]:
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
-    return sorted(f for f in listed if any(fnmatch.fnmatch(f, p) for p in patterns))
+    return sorted(f for f in files_of(ROOT) if any(fnmatch.fnmatch(f, p) for p in patterns))
 
 
 def hash_of(file: str) -> str:
@@ -105,13 +98,14 @@ def hash_of(file: str) -> str:
 
 
 def lines_of_tests(
-    workers: Workers, tests: Sequence[str], targets: Sequence[str], build: Path
+    workers: Workers, tests: Sequence[str], build: Path, until: float | None
 ) -> dict[str, dict[str, Any]]:
     """Lines and seconds of every test, by test file, measured where they are not known."""
     known = {t: _known(build / "lines" / f"{t.replace('/', '.')}.json", t) for t in tests}
     todo = [t for t in tests if known[t] is None]
     (build / "lines").mkdir(parents=True, exist_ok=True)
-    for i, (number, found) in enumerate(workers.map("measure", [(t,) for t in todo]), start=1):
+    measured = workers.map("measure", [(t,) for t in todo], until)
+    for i, (number, found) in enumerate(measured, start=1):
         test = todo[number]
         ran = sorted({file for one in found.values() for file in one["lines"]})
         known[test] = {"hashes": {f: hash_of(f) for f in [test, *ran]}, "tests": found}
@@ -121,6 +115,9 @@ def lines_of_tests(
         failed = [name for name, one in found.items() if not one["passed"]]
         say = f"; left out, they fail here: {failed}" if failed else ""
         print(f"lines {i}/{len(todo)} {test} {seconds:.0f} s, {len(found)} tests{say}", flush=True)
+    left = [t for t, found in known.items() if found is None]
+    if left:
+        print(f"not run, the time was over: {len(left)} test files: {' '.join(left)}", flush=True)
     return {t: found for t, found in known.items() if found is not None}
 
 
@@ -222,9 +219,15 @@ def run(
     tests: Sequence[str] = TESTS,
     seconds: float = SECONDS_A_MUTANT,
     survivors: bool = False,
+    minutes: float | None = None,
     build: Path = ROOT / "build" / "mutants",
 ) -> list[dict[str, Any]]:
-    """Measure lines where needed, test mutants, write the report; returns this run's rows."""
+    """Measure lines where needed, test mutants, write the report; returns this run's rows.
+
+    Of ``minutes`` a half may go to lines; mutants that no time was left for have no row.
+    """
+    begun = time.monotonic()
+    ends = (None, None) if minutes is None else (begun + 30 * minutes, begun + 60 * minutes)
     build.mkdir(parents=True, exist_ok=True)
     trees = [
         copy_of_tree(ROOT, build / f"tree{i}")
@@ -241,7 +244,7 @@ def run(
     stamps = {f: hash_of(f) for f in files}
     with Workers(trees, files, targets, measures=True) as pool:
         at_import = lines_at_import(pool, targets, build)
-        lines = lines_of_tests(pool, files, targets, build)
+        lines = lines_of_tests(pool, files, build, ends[0])
         every = cases(wanted_files, lines, at_import, seconds)
         wanted = chosen(every, sample, head() if seed == "HEAD" else seed, per_module)
         path = build / "results.jsonl"
@@ -263,8 +266,8 @@ def run(
             todo = [c for c in todo if tested(c)]
         print(f"{len(wanted)} mutants, {len(wanted) - len(todo)} tested before", flush=True)
         jobs = [(c.file, c.mutant.source, c.tests, c.at_import) for c in todo]
-        begun = time.monotonic()
-        for i, (number, found) in enumerate(pool.map("mutate", jobs), start=1):
+        begun, i = time.monotonic(), 0
+        for i, (number, found) in enumerate(pool.map("mutate", jobs, ends[1]), start=1):
             case = todo[number]
             row = {"key": case.key, "within": case.mutant.within, "line": case.mutant.line}
             row |= {"operator": case.mutant.operator, "tests": state(case), **found}
@@ -274,6 +277,8 @@ def run(
             left = (time.monotonic() - begun) / i * (len(todo) - i)
             word = "caught  " if row["caught"] else "SURVIVED"
             print(f"{i}/{len(todo)} {word} {row['key']}  ({left / 60:.0f} min left)", flush=True)
+        if i < len(todo):
+            print(f"not run, the time was over: {len(todo) - i} mutants", flush=True)
     known = {c.id for c in every}
     text = report([row for k, row in done.items() if k in known and row["ran"]], every)
     (build / "report.md").write_text(text)
@@ -292,5 +297,6 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, help="processes; default: one a core")
     parser.add_argument("--tests", nargs="*", default=TESTS, help="test files of these patterns")
     parser.add_argument("--survivors", action="store_true", help="those that lived, again")
+    parser.add_argument("--minutes", type=float, help="end after about so many")
     parser.add_argument("--seconds", type=float, default=SECONDS_A_MUTANT, help="a mutant")
     run(**vars(parser.parse_args()))

@@ -1,8 +1,7 @@
-"""Thirty mutants drawn by the commit's hash: most are caught."""
+"""Mutants drawn by the commit's hash: most are caught."""
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -13,27 +12,40 @@ sys.path.insert(0, str(Path(__file__).parent))
 import run  # noqa: E402
 from table import accepted  # noqa: E402
 
-# Not measured here, for their time: the targets' lines that they run are run by others too.
-LONG = ("tests/decoders/", "tests/model/test_peers", "tests/surgery/", "tests/test_")
-LONG_FILES = ("test_recompute.py", "test_autocast.py", "test_audio_codec.py")
+# Test files of a second or a few, which caught most of what was caught over all of them. Lines that
+# only longer ones run are not drawn from here: `make mutants` does.
+QUICK = {
+    ".": "vocabulary",
+    "data": "collate_by_hand contract_data contract_packing copies file_bytes held_out_streams "
+    "hostile hostile_sources hostile_structure left_behind mixing modalities order_and_rows pack "
+    "pack_parts pretokenized segments stream_stats streams transforms",
+    "model": "layout_rows positions positions_relative rope_by_hand",
+    "model/mixers": "mixer_attention_positions",
+    "tasks": "bits_of_segments tasks tasks_by_hand",
+    "tokenizers": "adversarial_by_hand commitment image_vq_objective quantizers rvq",
+    "trainer": "guard_by_hand held_out_by_hand metrics_by_hand",
+}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.skipif(
-    not os.environ.get("MM_MUTATION_SAMPLE"),
-    reason="not seen to end within 11 minutes on a busy machine yet: MM_MUTATION_SAMPLE=1 runs it",
-)
+@pytest.mark.timeout(900)
 def test_a_sample_of_mutants_is_caught(tmp_path: Path) -> None:
-    """At least 18 of 30.
+    """At least 60 % of up to thirty, within five minutes or so.
 
     Of mutants that no test was written for, 76 % were caught when last measured (docs/lab-notes.md,
     346 mutants); thirty draws at 76 % catch fewer than 18 once in 70 commits, at 60 % in half of
-    them. Raise the limit with the share: at 92 %, the aim, it is 24 (once in 120).
+    them. Raise the limit with the share. What a busy machine had no time for is printed and counts
+    for nothing, but ten must have been tested.
     """
-    files = run.files_like(run.TESTS)
-    tests = [f for f in files if not f.startswith(LONG) and not f.endswith(LONG_FILES)]
-    rows = run.run(sample=30, seed="HEAD", workers=1, tests=tests, build=tmp_path)
+    tests = [
+        str(Path("tests", folder, f"test_{name}.py"))
+        for folder, names in QUICK.items()
+        for name in names.split()
+    ]
+    assert len(run.files_like(tests)) == len(tests)  # none was renamed
+    rows = run.run(
+        sample=30, seed="HEAD", workers=1, tests=tests, seconds=3.0, minutes=5, build=tmp_path
+    )
     alive = [row["key"] for row in rows if not row["caught"] and row["key"] not in accepted()]
-    assert len(rows) == 30
-    assert len(alive) <= 12, "\n".join(alive)
+    assert len(rows) >= 10
+    assert len(alive) <= 0.4 * len(rows), "\n".join(alive)

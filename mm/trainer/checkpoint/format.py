@@ -27,6 +27,7 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from mm.disk import disk_error, is_full
 from mm.errors import UserError
 from mm.hashes import digest
 from mm.launch import environment
@@ -156,11 +157,10 @@ def save(
             final = _write(root, snapshot, on_file)
             break
         except Exception as error:
-            reason = _disk_error(error)
+            reason = disk_error(error)
             if reason is None:
                 raise
-            full = "No space left" in reason or "too large" in reason
-            if pause is None or full:
+            if pause is None or is_full(reason):
                 raise UserError(
                     f"{root}: step {step} could not be saved ({need / 2**20:.0f} MiB): {reason}; "
                     "the checkpoints before it are intact. Mend the disk and run again"
@@ -225,13 +225,6 @@ def _retain(root: Path, keep_last: int, keep_every: int, best: int | None) -> No
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _disk_error(error: Exception) -> str | None:
-    """What the disk said, for an error of its own or of safetensors; None for any other error."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    return str(error) if type(error).__name__ == "SafetensorError" else None
-
-
 def clean(root: Path) -> list[str]:
     """Remove what saves that were killed left behind; their names. Call with the run locked."""
     left = sorted(root.glob(f"{PART}*")) if root.is_dir() else []
@@ -265,7 +258,7 @@ def rehearse(root: Path, n_bytes: int) -> None:
         same = torch.equal(_load(final / "x.safetensors")["x"], wrote)
         shutil.rmtree(final)
     except Exception as error:
-        reason = _disk_error(error)
+        reason = disk_error(error)
         if reason is None:
             raise
         raise UserError(
