@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+LEAST = 10  # seconds: no part is begun with less
 RESULTS = ROOT / "docs" / "gpu-results.md"
 SCRIPT = Path(__file__).with_name("gpu_parts.py")
 # In order of worth, with the seconds that each may take: nine minutes in all.
@@ -81,7 +82,7 @@ def run(parts: Sequence[str], seconds: float, fresh: bool, out: Path) -> int:
             say(f"{part}: done before")
             continue
         left = min(end - time.monotonic(), PARTS[part][1])
-        if left < 10:
+        if left < LEAST:
             say(f"{part}: no time left; say make gpu again")
             continue
         say(f"{part}: {PARTS[part][0]} (up to {left:.0f} s)")
