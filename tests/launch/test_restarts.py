@@ -74,7 +74,6 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, 
     return root, losses(root / "out" / "whole")
 
 
-@pytest.mark.xfail(run=False, reason="not seen to pass yet: the machine was never quiet: open")
 @pytest.mark.parametrize("death", DEATHS)
 def test_training_goes_on_after_a_death(
     unbroken: tuple[Path, dict[int, float]], hosts: Hosts, death: str, capsys: Any
