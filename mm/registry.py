@@ -98,6 +98,7 @@ MIXERS = Registry(
 FFNS = Registry(
     "ffn",
     {
+        "mlp": "mm.model.ffn.mlp",
         "swiglu": "mm.model.ffn.swiglu",
         "rwkv_ffn": "mm.model.ffn.rwkv_ffn",
     },
