@@ -98,6 +98,8 @@ MIXERS = Registry(
 FFNS = Registry(
     "ffn",
     {
+        "mlp": "mm.model.ffn.mlp",
+        "moe": "mm.model.ffn.moe",
         "swiglu": "mm.model.ffn.swiglu",
         "rwkv_ffn": "mm.model.ffn.rwkv_ffn",
     },
