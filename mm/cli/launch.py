@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,8 +77,11 @@ def _launch(
     plan = launcher.plan(job)
     arithmetic = batch_arithmetic(run, plan.world)
     if dry_run:
-        _show(kind, job, plan, launcher, arithmetic)
-        write_json(json, start.as_values(kind, job, plan, arithmetic))
+        from mm.launch import predict
+
+        memory = predict.memory(job, launcher, plan, len(run.stages))
+        _show(kind, job, plan, launcher, [*arithmetic, *_memory_lines(memory)])
+        write_json(json, start.as_values(kind, job, plan, arithmetic, memory))
         return
     if preflight and len(launcher.endpoints()) > 1:
         pass_preflight(launcher, job)
@@ -91,6 +95,28 @@ def _launch(
         raise typer.Exit(outcome.code)
     if outcome.why:
         out.print(outcome.why, markup=False)
+
+
+def _memory_lines(memory: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line a stage: memory of one GPU by part, or why it is not known."""
+    from mm.cli.plan import size
+
+    out = []
+    for i, found in enumerate(memory):
+        if "why" in found:
+            out.append(f"stages.{i}: memory per GPU: not predicted: {found['why']}")
+            continue
+        by_part = "memory.by_part."
+        held = {k.removeprefix(by_part): v for k, v in found.items() if k.startswith(by_part)}
+        parts = [f"{part} {size(n)}" for part, n in held.items() if n]
+        out.append(
+            f"stages.{i}: memory per GPU: {size(found['memory.total_bytes'])} of tensors "
+            f"({', '.join(parts)}) and {size(found['memory.reserve_bytes'])} of the allocator, of "
+            f"{size(found['memory.device_bytes'])}: {'fits' if found['fits'] else 'DOES NOT FIT'} "
+            f"(predicted for {found['gpu.name']} by mm plan; evaluation and compilation are not in "
+            "it)"
+        )
+    return out
 
 
 def _show(kind: str, job: Any, plan: Any, launcher: Any, arithmetic: list[str]) -> None:
