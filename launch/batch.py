@@ -28,11 +28,11 @@ def batch_arithmetic(run: Run, world: int) -> list[str]:
         micro = min(getattr(stage.data, "micro_batch_size", None) or mine, mine)
         passes = -(-mine // micro)
         length = getattr(stage.data, "seq_len", None)
-        tokens = f" of up to {length} tokens = {rows * length:,} tokens" if length else ""
+        tokens = f", {rows} x {length} = {rows * length:,} tokens at most" if length else ""
+        last = "" if mine % micro == 0 else f" (the last micro-batch has {mine % micro})"
         lines.append(
-            f"stages.{i}: global batch {rows} rows{tokens} = {world} processes x {passes} "
-            f"{'pass' if passes == 1 else 'passes'} x {micro} rows"
-            + ("" if mine % micro == 0 else f" (the last has {mine % micro})")
+            f"stages.{i}: global batch = {micro} rows a micro-batch x {passes} accumulated x "
+            f"{world} processes = {rows} rows a step{tokens}{last}"
         )
     return lines
 

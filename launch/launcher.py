@@ -67,6 +67,13 @@ class Launcher(Config):
     gpus_per_node: Annotated[
         int | None, Field(gt=0, description="processes a machine, one a GPU; on CPUs: processes")
     ] = None
+    gpu: Annotated[
+        str | None,
+        Field(
+            description="card of the machines, for the memory that --dry-run predicts: a name of "
+            "mm plan --gpu"
+        ),
+    ] = None
     python: Annotated[
         str | None, Field(description="interpreter on the nodes; default: this one")
     ] = None

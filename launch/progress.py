@@ -13,6 +13,7 @@ from mm.launch.launcher import Node
 # A rank in another phase may take as long as `guard.hang_s` of the run lets it.
 WATCHED = ("data", "step", "report")
 LONGEST = 10  # times the longest step seen
+FIRST = 3  # steps of a process that build and compile, and may take any time
 STOPPED_S = 8.0  # a process that is stopped for so long is not stopped by chance
 SILENT_S = 45.0  # a node that does not answer
 WAITING = ("torch/distributed/", "deepspeed/comm/", "torch/autograd/")
@@ -44,7 +45,7 @@ class Progress:
         self._old = {_key(beat) for beat in record.beats(folder)}  # of the attempt before
         self._last: dict[int, tuple[Any, ...]] = {}
         self._changed = clock()
-        self._longest, self._changes = 0.0, 0
+        self._longest = 0.0
         self._stopped: dict[str, dict[int, float]] = {}
         self._heard: dict[str, float] = {}
         self.beats: list[dict[str, Any]] = []
@@ -79,13 +80,12 @@ class Progress:
 
     def look(self) -> Hang | None:
         """Read the heartbeats; the hang, where there is one."""
-        now = self._clock()
+        now, was_warm = self._clock(), self._is_warm()
         self.beats = [b for b in record.beats(self._folder) if _key(b) not in self._old]
         seen = {beat["rank"]: _key(beat) for beat in self.beats}
         if seen != self._last:
-            if self._changes > 3 * len(seen):  # the first steps build and compile
+            if was_warm:
                 self._longest = max(self._longest, now - self._changed)
-            self._changes += 1
             self._last, self._changed = seen, now
         for node, stopped in self._stopped.items():
             for pid, since in stopped.items():
@@ -99,7 +99,7 @@ class Progress:
 
     def _stalled(self, now: float) -> Hang | None:
         lasted = now - self._changed
-        if not self._hang_s or self._changes <= 3 * len(self._last) or not self.beats:
+        if not self._hang_s or not self._is_warm():
             return None
         if lasted < max(self._hang_s, LONGEST * self._longest):
             return None
@@ -109,6 +109,9 @@ class Progress:
         guilty = min(inside, key=lambda b: (b["step"], b["phase"] == "step", b["since"]))
         why = f"nothing has changed for {lasted:.0f} s"
         return Hang(self.node_of(guilty["rank"]), guilty["rank"], why)
+
+    def _is_warm(self) -> bool:
+        return min((b.get("steps", 0) for b in self.beats), default=0) >= FIRST
 
     def accuse(self, hang: Hang, stacks: Path) -> Hang:
         """Of ranks in one phase of one step, the one whose stack waits for no other."""

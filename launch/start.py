@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,13 @@ def command_lines(job: Job, plan: Plan) -> list[str]:
     return lines + [quote(command) for command in plan.commands]
 
 
-def as_values(kind: str, job: Job, plan: Plan, arithmetic: Sequence[str]) -> dict[str, Any]:
+def as_values(
+    kind: str,
+    job: Job,
+    plan: Plan,
+    arithmetic: Sequence[str],
+    memory: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
     """The plan as JSON, without secrets."""
     return {
         "kind": kind,
@@ -96,6 +102,7 @@ def as_values(kind: str, job: Job, plan: Plan, arithmetic: Sequence[str]) -> dic
         "commands": command_lines(job, plan),
         "environment": forward.mask_secrets(job.environ),
         "batch": list(arithmetic),
+        "memory": [dict(stage) for stage in memory],
     }
 
 

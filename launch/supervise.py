@@ -231,8 +231,10 @@ def _outcome(
         return Outcome(1, why, lost[0])
     if said is not None:
         place = f"{said.node} rank {said.rank}" if said.rank else said.node
-        is_input = said.lines[0].startswith("mm: ")
-        text = said.lines[0].removeprefix("mm: ") if is_input else "\n".join(said.lines)
+        ours = said.lines[0].startswith("mm: ")
+        text = said.lines[0].removeprefix("mm: ") if ours else "\n".join(said.lines)
+        # an exception is told in one line, too: the exit code says whose mistake it was
+        is_input = ours and 2 in {*codes, *reported}
         return Outcome(2 if is_input else 1, f"{place}: {text}", said.node)
     if asked:
         return Outcome(1, "ended at once; the newest checkpoint is where the same command goes on")

@@ -29,7 +29,14 @@ BACKBONES = Registry(
         "decoder_decoder": "mm.model.backbones.decoder_decoder",
     },
 )
-BLOCKS = Registry("block", {"prenorm": "mm.model.blocks.prenorm"})
+BLOCKS = Registry(
+    "block",
+    {
+        "prenorm": "mm.model.blocks.prenorm",
+        "parallel": "mm.model.blocks.parallel",
+        "layer_drop": "mm.model.blocks.layer_drop",
+    },
+)
 MIXERS = Registry(
     "mixer",
     {
@@ -98,6 +105,8 @@ MIXERS = Registry(
 FFNS = Registry(
     "ffn",
     {
+        "mlp": "mm.model.ffn.mlp",
+        "moe": "mm.model.ffn.moe",
         "swiglu": "mm.model.ffn.swiglu",
         "rwkv_ffn": "mm.model.ffn.rwkv_ffn",
     },

@@ -83,8 +83,12 @@ def clear_folder(asked: Asked, told: Mapping[int, Any]) -> None:
         place = _place(Path(folder), asked)
         with contextlib.suppress(OSError):
             (place / str(asked.rank)).unlink(missing_ok=True)
+            made = [p.name for p in place.iterdir()] == [MADE]
+            if made:
+                (place / MADE).unlink()
             place.rmdir()
-            place.parent.rmdir()  # holds something: stays
+            if made:
+                place.parent.rmdir()  # holds something: stays
 
 
 def judge_folder(seen: Seen) -> Iterator[Row]:
@@ -145,6 +149,9 @@ def _mend(seen: Seen, node: int, full: bool) -> str:
     return host.on(show)
 
 
+MADE = "made"  # a file beside the tokens: the folder was not there before
+
+
 def _place(folder: Path, asked: Asked) -> Path:
     return folder / f".mm-preflight-{asked.nonce}"
 
@@ -155,7 +162,10 @@ def _write(folder: Path, asked: Asked, size: int) -> dict[str, Any]:
     out |= {"user": os.environ.get("USER") or str(os.getuid()), "remount": ""}
     place = _place(folder, asked)
     try:
+        made = not folder.exists()
         place.mkdir(parents=True, exist_ok=True)
+        if made:
+            (place / MADE).touch()
         part, whole = place / f"{asked.rank}.part", place / str(asked.rank)
         try:
             begun = time.monotonic()
@@ -280,7 +290,7 @@ def judge_secrets(seen: Seen) -> Iterator[Row]:
     if found[0]["wandb"]:
         yield Row("secrets", host.name, OK, "a key for W&B is there")
     elif wanted:
-        said = "tracking.mode is online and there is no key for W&B"
-        yield Row("secrets", host.name, FIX, said, "tracking.mode=offline, or here: wandb login")
+        said = "tracking.mode is online and there is no key for W&B (wandb login there, or offline)"
+        yield Row("secrets", host.name, FIX, said, "tracking.mode=offline")
     else:
         yield Row("secrets", host.name, OK, "no key for W&B: runs stay offline")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from mm.cli.common import (
     write_json,
 )
 from mm.cli.preflight import pass_preflight
+from mm.errors import UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,6 +50,15 @@ DryRun = Annotated[
 Preflight = Annotated[
     bool, typer.Option(" /--no-preflight", help="Start without checking the hosts (mm doctor).")
 ]
+Rehearse = Annotated[
+    int | None,
+    typer.Option(
+        "--rehearse",
+        min=1,
+        metavar="N",
+        help="Only step it a few times as rank 0 of N, on this machine, over a fake process group.",
+    ),
+]
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
 
 
@@ -61,6 +72,7 @@ def _launch(
     dry_run: bool,
     preflight: bool,
     json: Path | None,
+    rehearse: int | None = None,
 ) -> None:
     from mm.launch import start
     from mm.launch.batch import batch_arithmetic
@@ -73,11 +85,17 @@ def _launch(
     run = Run.load(path, rest)  # a config that is wrong is refused before anything is started
     launcher = start.cluster(kind, cluster, own, nodes, gpus_per_node)
     job = start.job(run, path, rest, launcher.forward, Path.cwd())
+    if rehearse is not None:
+        _rehearse(run, job, launcher, rehearse, dry_run, json)
+        return
     plan = launcher.plan(job)
     arithmetic = batch_arithmetic(run, plan.world)
     if dry_run:
-        _show(kind, job, plan, launcher, arithmetic)
-        write_json(json, start.as_values(kind, job, plan, arithmetic))
+        from mm.launch import predict
+
+        memory = predict.memory(job, launcher, plan, len(run.stages))
+        _show(kind, job, plan, launcher, [*arithmetic, *_memory_lines(memory)])
+        write_json(json, start.as_values(kind, job, plan, arithmetic, memory))
         return
     if preflight and len(launcher.endpoints()) > 1:
         pass_preflight(launcher, job)
@@ -91,6 +109,46 @@ def _launch(
         raise typer.Exit(outcome.code)
     if outcome.why:
         out.print(outcome.why, markup=False)
+
+
+def _rehearse(
+    run: Any, job: Any, launcher: Any, processes: int, dry_run: bool, json: Path | None
+) -> None:
+    """Step a job as rank 0 of ``processes``. Raises UserError."""
+    from mm.cli import rehearse as page
+    from mm.launch import rehearse
+    from mm.launch.batch import batch_arithmetic
+
+    if dry_run:
+        raise UserError("--rehearse and --dry-run: say one of them")
+    arithmetic = batch_arithmetic(run, processes)
+    found = rehearse.rehearse(job, processes, min(processes, launcher.gpus_per_node or 1))
+    page.show(run.name, found)
+    for line in (*arithmetic, f"nothing was written below {job.folder.parent} (--rehearse)"):
+        console().print(line, markup=False)
+    write_json(json, {**found, "batch": arithmetic})
+
+
+def _memory_lines(memory: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line a stage: memory of one GPU by part, or why it is not known."""
+    from mm.cli.plan import size
+
+    out = []
+    for i, found in enumerate(memory):
+        if "why" in found:
+            out.append(f"stages.{i}: memory per GPU: not predicted: {found['why']}")
+            continue
+        by_part = "memory.by_part."
+        held = {k.removeprefix(by_part): v for k, v in found.items() if k.startswith(by_part)}
+        parts = [f"{part} {size(n)}" for part, n in held.items() if n]
+        out.append(
+            f"stages.{i}: memory per GPU: {size(found['memory.total_bytes'])} of tensors "
+            f"({', '.join(parts)}) and {size(found['memory.reserve_bytes'])} of the allocator, of "
+            f"{size(found['memory.device_bytes'])}: {'fits' if found['fits'] else 'DOES NOT FIT'} "
+            f"(predicted for {found['gpu.name']} by mm plan; evaluation and compilation are not in "
+            "it)"
+        )
+    return out
 
 
 def _show(kind: str, job: Any, plan: Any, launcher: Any, arithmetic: list[str]) -> None:
@@ -125,12 +183,31 @@ def _command(kind: str, about: str) -> None:
         _launch(kind, config, changes, cluster, nodes, gpus_per_node, dry_run, preflight, json)
 
 
-for _kind, _about in {
-    "local": "Train on this machine: torchrun with a free port, a log file a rank.",
-    "ssh": "Train on the machines of a hostfile, over ssh.",
-    "mpi": "Train by Open MPI's mpirun, here or on the machines of a hostfile.",
-}.items():
-    _command(_kind, f"{_about}\n\nCtrl-C saves a checkpoint and ends; the same command goes on.")
+GOES_ON = "Ctrl-C saves a checkpoint and ends; the same command goes on."
+
+
+@app.command(
+    help="Train on this machine: torchrun with a free port, a log file a rank.\n\n" + GOES_ON,
+    context_settings=PASS_OVERRIDES,
+)
+def local(
+    config: Config,
+    changes: Overrides = None,
+    cluster: Cluster = None,
+    nodes: Nodes = None,
+    gpus_per_node: Gpus = None,
+    dry_run: DryRun = False,
+    rehearse: Rehearse = None,
+    preflight: Preflight = True,
+    json: JsonFile = None,
+) -> None:
+    _launch(
+        "local", config, changes, cluster, nodes, gpus_per_node, dry_run, preflight, json, rehearse
+    )
+
+
+_command("ssh", f"Train on the machines of a hostfile, over ssh.\n\n{GOES_ON}")
+_command("mpi", f"Train by Open MPI's mpirun, here or on the machines of a hostfile.\n\n{GOES_ON}")
 _command(
     "slurm",
     "Hand an sbatch file to Slurm: it saves before its limit, requeues itself and resumes.\n\n"

@@ -71,6 +71,7 @@ FORWARD: dict[str, Formula] = {
     "linear_attention": _linear_attention,
     "delta_rule": _delta_rule,
     "linear_cross_entropy": _cross_entropy,
+    "grouped_linear": lambda x, weight, *_: 2.0 * x.numel() * weight.shape[1],  # each row, once
     "linear_scan": _each(2),
     "complex_scan": lambda a, b, *_: 8.0 * b.numel(),  # complex multiply-add
     # exp(dt a) h + dt u b and c . h: decay 2, input 2, state 2, output 2

@@ -103,8 +103,13 @@ def test_wrapper_and_mixer_under_every_mask(wrapper: str, mixer: str, mask: str)
 
 @pytest.mark.parametrize("mixer", [*MIXERS])
 def test_block_and_mixer_and_feed_forward(mixer: str) -> None:
-    """One stack: a layer for every block, feed-forwards in turn, so that each pair is there."""
-    blocks, ffns = variants(BLOCKS), [*variants(FFNS), None]
+    """One stack: a layer for every block, feed-forwards in turn, so that each pair is there.
+
+    The switches of a feed-forward are turned from mixer to mixer.
+    """
+    blocks, turn = variants(BLOCKS), [*MIXERS].index(mixer)
+    by_kind = [[v for v in variants(FFNS) if v["kind"] == kind] for kind in FFNS]
+    ffns = [*(each[turn % len(each)] for each in by_kind), None]
     count = max(len(blocks), len(ffns))
     words = [f"m{i}" for i in range(count)]
     halves = []

@@ -9,13 +9,23 @@ import pytest
 import torch
 from composition_cases import TEXT
 from composition_checks import difference, first_fault, listeners
-from composition_configs import D, Refused, all_mixers, builds, fixed, layers, wrapped, wrappers
+from composition_configs import (
+    D,
+    Refused,
+    all_mixers,
+    builds,
+    fixed,
+    layers,
+    smallest,
+    wrapped,
+    wrappers,
+)
 from composition_shrink import report
 
 from mm.batch import Batch, Values
 from mm.errors import UserError
 from mm.model.layer import init_weights
-from mm.registry import MIXERS, NETWORKS, QUANTIZERS
+from mm.registry import BLOCKS, FFNS, MIXERS, NETWORKS, QUANTIZERS
 from mm.tokenizers.quantizers.base import Quantizer
 
 
@@ -52,6 +62,16 @@ def test_some_mixers_listen() -> None:
 def test_in_a_stack(name: str, recompute: str) -> None:
     mixer, other = LISTENING[name], {"kind": "attention"}
     holds(layers(mixer, other, mixer, recompute=recompute))
+
+
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+@pytest.mark.parametrize("kind", [*FFNS])
+def test_in_feed_forwards(kind: str, recompute: str) -> None:
+    """Those that listen and those that do not; blocks pass statistics of both parts on."""
+    mixer, ffn = LISTENING["transformer_vq"], smallest(FFNS, kind)
+    for block in BLOCKS:
+        wiring = {"ffn": ffn, "block": smallest(BLOCKS, block), "recompute": recompute}
+        holds(layers(mixer, mixer, **wiring))
 
 
 @pytest.mark.parametrize("name", LISTENING)

@@ -18,6 +18,7 @@ from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.kernels.causal_conv import causal_conv
 from mm.kernels.cross_entropy import linear_cross_entropy
 from mm.kernels.glu import glu
+from mm.kernels.grouped_linear import grouped_linear
 from mm.kernels.linear_scan import linear_scan
 from mm.kernels.op import Op
 from mm.kernels.rg_lru import rg_lru_gates
@@ -229,6 +230,20 @@ def test_rms_norm(
 def test_glu(name: str, dtype: torch.dtype, activation: str, shape: tuple[int, ...]) -> None:
     gate = (randn(*shape) * 4).to(dtype)
     check(glu, name, (gate, randn(*shape, dtype=dtype, seed=1)), dtype, activation=activation)
+
+
+@dtypes
+@pytest.mark.parametrize("name", others(grouped_linear))
+@pytest.mark.parametrize(
+    "rows,ends",
+    [(16, [16]), (48, [0, 16, 16, 48]), (48, [0, 0, 32]), (32, [0, 0]), (0, [0, 0])],
+    ids=str,
+)
+def test_grouped_linear(name: str, dtype: torch.dtype, rows: int, ends: list[int]) -> None:
+    """Experts without rows, and rows behind the last end, which are zeros with zero gradients."""
+    weight = randn(len(ends), 7, 5, dtype=dtype, seed=1)
+    places = torch.tensor(ends, dtype=torch.int32)
+    check(grouped_linear, name, (randn(rows, 5, dtype=dtype), weight, places), dtype)
 
 
 @dtypes

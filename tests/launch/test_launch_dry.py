@@ -7,13 +7,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from machines import ROOT, toy_run
+from machines import ROOT, mm, toy_run
 from typer.testing import CliRunner
 
 from mm.cli.launch import app
 from mm.errors import UserError
-from mm.launch import start
-from mm.launch.launcher import Job
+from mm.launch import predict, start
+from mm.launch.launcher import Job, Node, Plan
 
 JOB = Job(
     "run.yaml", ("seed=1",), "a run", Path("/shared/a run"), {"WANDB_API_KEY": "k"}, Path("/")
@@ -100,13 +100,48 @@ def test_a_dry_run_prints_all_and_starts_nothing(
         "#SBATCH --nodes=2",
         "sbatch --parsable",
         "export NCCL_DEBUG=INFO",
-        "global batch",
+        "global batch = 4 rows a micro-batch x 1 accumulated x 2 processes = 8 rows a step, 8 x ",
+        "memory per GPU: not predicted: say which card the machines have: cluster.gpu=h100",
     ):
         assert text in done.output
     assert "k" * 40 not in done.output + told.read_text() and "***" in done.output
     values = json.loads(told.read_text())
     assert values["world"] == 2 and values["environment"]["WANDB_API_KEY"] == "***"
     assert list(tmp_path.iterdir()) == [told]
+
+
+@pytest.mark.parametrize(
+    ("kind", "nodes", "processes", "asked"),
+    [("slurm", 2, 4, (2, 4)), ("local", None, 4, (1, 4)), ("mpi", None, 2, (1, 2))],
+)
+def test_a_prediction_is_of_the_machines_of_the_plan(
+    kind: str, nodes: int | None, processes: int, asked: tuple[int, int]
+) -> None:
+    launcher = start.cluster(kind, None, ("gpu=h100",), nodes, processes)
+    plan = launcher.plan(JOB)
+    assert predict.shape(launcher, plan) == asked
+    words = predict.command(JOB, launcher, plan, 1)
+    assert words[3:6] == ["plan", "run.yaml", "seed=1"] and words[6:8] == ["--gpu", "h100"]
+    assert words[-5:] == ["--stage", "1", "--no-longest", "--json", "-"]
+
+
+def test_machines_that_are_not_alike_are_counted_by_process() -> None:
+    nodes = tuple(Node(name, (), "", n) for name, n in (("a", 2), ("b", 1)))
+    assert predict.shape(start.cluster("local", None, ()), Plan(3, {}, nodes)) == (3, 1)
+
+
+def test_a_dry_run_predicts_memory_and_says_why_it_cannot(tmp_path: Path) -> None:
+    file, told = toy_run(tmp_path), tmp_path / "told.json"
+    words = ("launch", "local", str(file), "--gpus-per-node", "2", "--dry-run")
+    code, said = mm(*words, "cluster.gpu=h100", "--json", str(told), cwd=tmp_path)
+    assert code == 0 and "stages.0: memory per GPU: " in said, said
+    assert "of 80 GB: fits (predicted for h100 by mm plan" in said and "weights " in said
+    found = json.loads(told.read_text())["memory"][0]
+    assert found["gpus"] == 2 and found["memory.total_bytes"] > 0
+    code, said = mm(*words, "cluster.gpu=h10", cwd=tmp_path)
+    assert code == 0 and "Traceback" not in said
+    assert "not predicted: --gpu h10: no such device; did you mean 'h100'?" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_where_slurm_is_not_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,11 +36,6 @@ def test_two_hosts_train_as_one_world(hosts: Hosts, tmp_path: Path) -> None:
             assert "k" * 40 not in file.read_text(errors="replace"), f"{file} holds a secret"
 
 
-@pytest.mark.xfail(
-    run=False,
-    reason="ranks took the loopback of their host's name (mm.launch.interface.set_interface mends "
-    "that); no run has confirmed it yet",
-)
 def test_deepspeeds_launcher_over_pdsh(hosts: Hosts, tmp_path: Path) -> None:
     need("pdsh")
     config = toy_run(tmp_path)

@@ -31,7 +31,7 @@ class Ranks:
 
     def say(self, rank: int, step: int, phase: str, pid: int = 0) -> None:
         beat = {"rank": rank, "pid": pid or 100 + rank, "step": step, "phase": phase}
-        beat |= {"since": self.now + rank / 1000}
+        beat |= {"since": self.now + rank / 1000, "steps": max(0, step - 1)}
         (self.folder / "health" / f"rank_{rank:04d}.json").write_text(json.dumps(beat))
 
     def all(self, step: int, phase: str) -> None:
@@ -58,6 +58,16 @@ def test_a_rank_that_keeps_the_others_waiting_is_named(tmp_path: Path) -> None:
     ranks.now += 2
     hang = ranks.progress.look()
     assert hang is not None and (hang.node, hang.rank) == ("b", 1) and "41 s" in hang.why
+
+
+def test_steps_that_nobody_saw_count_and_first_steps_may_last(tmp_path: Path) -> None:
+    """A run may hang before the launcher has looked a second time; it may also compile."""
+    ranks = Ranks(tmp_path)
+    for step, hangs in ((2, False), (9, True)):
+        ranks.all(step, "step")
+        assert ranks.progress.look() is None
+        ranks.now += 41
+        assert (ranks.progress.look() is not None) == hangs
 
 
 def test_long_steps_and_other_work_are_no_hang(tmp_path: Path) -> None:

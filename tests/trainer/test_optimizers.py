@@ -23,15 +23,13 @@ from mm.trainer.stage import make_module
 KINDS = sorted(OPTIMIZERS)
 STAGES = [0, 1, 2, 3]
 SOME = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
-# Stage 3 takes seconds a run: by default one optimizer of single values and one of matrices. The
-# stages of all are compared below.
+# Stage 3 takes seconds a run: by default optimizers of single values, of factors and of matrices.
+BY_DEFAULT = ("adamw", "adafactor", "muon")
 RESUMED = [
     pytest.param(
         kind,
         stage,
-        marks=pytest.mark.slow
-        if stage in (1, 2) or kind not in ("adamw", "muon") and stage
-        else (),
+        marks=pytest.mark.slow if stage in (1, 2) or kind not in BY_DEFAULT and stage else (),
     )
     for kind in KINDS
     for stage in STAGES
@@ -77,7 +75,9 @@ def test_law_resume_is_bitwise(tmp_path: Path, kind: str, stage: int) -> None:
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=() if k in BY_DEFAULT else pytest.mark.slow) for k in KINDS]
+)
 def test_law_stages_are_equal_and_another_stage_goes_on(tmp_path: Path, kind: str) -> None:
     """Runs that change their ZeRO stage at step 3 have the losses of one that stays at stage 0."""
     whole = optimizer_run(tmp_path, "whole", kind, steps=6, stage=0)

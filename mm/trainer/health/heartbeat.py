@@ -1,6 +1,6 @@
 """What every rank is doing, on disk: a file per rank, and the verdict when one hangs or dies.
 
-    <run folder>/health/rank_0000.json        rank, pid, host, step, phase, since, keys
+    <run folder>/health/rank_0000.json        rank, pid, host, step, steps, phase, since, keys
     <run folder>/health/rank_0000.stacks.txt  stacks of all threads, when it hung or got a SIGUSR2
 
 A phase change is one `pwrite` (some microseconds). A watching thread of each rank dumps the stacks
@@ -43,6 +43,7 @@ class Heartbeat(Callback):
         self._fd = os.open(_path(folder, rank), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         self._host, self._pid = socket.gethostname(), os.getpid()
         self._beat: dict[str, Any] = {}
+        self._first: int | None = None  # step that this process began with
         self._begun = time.monotonic()
         self.phase("start", 0)
         self._stop = threading.Event()
@@ -63,11 +64,14 @@ class Heartbeat(Callback):
     def phase(self, name: str, step: int, keys: Sequence[str] = ()) -> None:
         """Say what begins now. ``keys``: samples of the batch."""
         self._begun = time.monotonic()
+        if name == "step" and self._first is None:
+            self._first = step
         self._beat = {
             "rank": self.rank,
             "pid": self._pid,
             "host": self._host,
             "step": step,
+            "steps": 0 if self._first is None else step - self._first,  # done by this process
             "phase": name,
             "since": time.time(),
             "keys": [key[:80] for key in keys[:KEYS]],
