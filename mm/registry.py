@@ -29,7 +29,14 @@ BACKBONES = Registry(
         "decoder_decoder": "mm.model.backbones.decoder_decoder",
     },
 )
-BLOCKS = Registry("block", {"prenorm": "mm.model.blocks.prenorm"})
+BLOCKS = Registry(
+    "block",
+    {
+        "prenorm": "mm.model.blocks.prenorm",
+        "parallel": "mm.model.blocks.parallel",
+        "layer_drop": "mm.model.blocks.layer_drop",
+    },
+)
 MIXERS = Registry(
     "mixer",
     {

@@ -38,6 +38,12 @@ def dropout(x: Tensor, p: float, ctx: Ctx, layer: Layer, name: str) -> Tensor:
 
 
 @torch.compiler.disable  # a graph holds no generator
+def uniform(n: int, ctx: Ctx, layer: Layer, name: str, device: torch.device) -> Tensor:
+    """`(n,)` float32 in [0, 1)."""
+    return torch.rand(n, generator=generator(ctx, layer, name, device), device=device)
+
+
+@torch.compiler.disable  # a graph holds no generator
 def _drawn(x: Tensor, ctx: Ctx, layer: Layer, name: str) -> Tensor:
     """Uniform int16, one for each element of ``x`` at least."""
     # Four 16-bit draws from each 64-bit word: a quarter of the generator's work.

@@ -121,9 +121,11 @@ def test_mixers_of_a_wrapper_draw_apart(kind: str, monkeypatch: pytest.MonkeyPat
 def test_branches_of_all_blocks_draw_apart(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in BLOCKS:
         values = smallest(BLOCKS, name)
-        if "dropout" not in BLOCKS.get(name).model_fields:
-            continue
-        backbone = smallest(BACKBONES, kind) | {"block": values | {"dropout": 0.5}}
+        fields = BLOCKS.get(name).model_fields
+        values |= {f: 0.5 for f in ("dropout", "rate") if f in fields}
+        if "block" in fields:  # what it holds draws, too
+            values["block"] = {"kind": "prenorm", "dropout": 0.5}
+        backbone = smallest(BACKBONES, kind) | {"block": values}
         config = BACKBONES.get(kind).smallest()
         for field in type(config).model_fields:
             if registry_of(getattr(config, field)) is BACKBONES:  # the block of what is below

@@ -9,7 +9,17 @@ import pytest
 import torch
 from composition_cases import TEXT
 from composition_checks import difference, first_fault, listeners
-from composition_configs import D, Refused, all_mixers, builds, fixed, layers, wrapped, wrappers
+from composition_configs import (
+    D,
+    Refused,
+    all_mixers,
+    builds,
+    fixed,
+    layers,
+    smallest,
+    wrapped,
+    wrappers,
+)
 from composition_shrink import report
 
 from mm.batch import Batch, Values
@@ -58,9 +68,10 @@ def test_in_a_stack(name: str, recompute: str) -> None:
 @pytest.mark.parametrize("kind", [*FFNS])
 def test_in_feed_forwards(kind: str, recompute: str) -> None:
     """Those that listen and those that do not; blocks pass statistics of both parts on."""
-    mixer, ffn = LISTENING["transformer_vq"], FFNS.get(kind).smallest().to_dict()
+    mixer, ffn = LISTENING["transformer_vq"], smallest(FFNS, kind)
     for block in BLOCKS:
-        holds(layers(mixer, mixer, ffn=ffn, block=block, recompute=recompute))
+        wiring = {"ffn": ffn, "block": smallest(BLOCKS, block), "recompute": recompute}
+        holds(layers(mixer, mixer, **wiring))
 
 
 @pytest.mark.parametrize("name", LISTENING)
