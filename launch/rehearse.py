@@ -27,7 +27,8 @@ def rehearse(job: Job, processes: int, of_machine: int) -> dict[str, Any]:
     Args:
         of_machine: processes that share this machine's cores in the real job.
     Raises:
-        UserError: the run would be refused, or cannot be rehearsed.
+        UserError: the run would be refused.
+        RuntimeError: it cannot be rehearsed.
     """
     out = job.folder.parent
     place = next(folder for folder in (out, *out.parents) if folder.is_dir())
@@ -56,8 +57,9 @@ def _child(job: Job, processes: int, of_machine: int, home: Path) -> dict[str, A
         found = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         code = done.returncode
-        why = "killed; is memory out?" if code == -9 else f"ended with exit code {code}"
-        raise UserError(f"{job.config}: the rehearsal of {processes} processes {why}") from None
+        found = {"crash": "killed; is memory out?" if code == -9 else f"exit code {code}"}
+    if "crash" in found:
+        raise RuntimeError(f"{job.config} as rank 0 of {processes}: {found['crash']}")
     if "error" in found:
         raise UserError(found["error"].replace(str(home), str(job.folder.parent)))
     return found

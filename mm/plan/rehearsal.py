@@ -188,7 +188,7 @@ def rehearse(run: Run, origin: str, processes: int, out: Path) -> dict[str, Any]
 
 
 def main(config: str, file: str, processes: int, changes: Sequence[str]) -> None:
-    """Write the figures to ``file``, or {"error": one line} where there are none."""
+    """Write the figures to ``file``; {"error": line} of the input, {"crash": line} of a fault."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
         found = rehearse(Run.load(config, changes), config, processes, Path(file).parent)
@@ -198,10 +198,7 @@ def main(config: str, file: str, processes: int, changes: Sequence[str]) -> None
         if os.environ.get("MM_DEBUG"):
             raise
         text = " ".join(str(error).split())
-        found = {
-            "error": f"{config}: as one of {processes} processes over a fake group: "
-            f"{type(error).__name__}: {text}; for the traceback: MM_DEBUG=1"
-        }
+        found = {"crash": f"{type(error).__name__}: {text}; its traceback: MM_DEBUG=1"}
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from typer.testing import CliRunner
 
 from mm.cli.launch import app
 from mm.errors import UserError
+from mm.launch import rehearse as child
+from mm.launch.launcher import Job
 from mm.plan.measured import measure_run
 
 WIDE = ("model.d=256",)  # what the steps keep is much more than what surrounds them
@@ -64,6 +67,16 @@ def test_a_config_that_the_run_refuses_is_refused_in_a_line(tmp_path: Path) -> N
 def test_what_needs_no_step_is_refused_before(words: tuple[str, ...], message: str) -> None:
     done = CliRunner().invoke(app, ["local", "configs/quickstart/hybrid.yaml", *words])
     assert isinstance(done.exception, UserError) and message in str(done.exception)
+
+
+def test_a_child_that_dies_is_told_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    job = Job("run.yaml", (), "run", tmp_path / "not" / "there" / "run", {}, tmp_path)
+    with pytest.raises(RuntimeError, match="run.yaml as rank 0 of 8: exit code 1"):
+        child.rehearse(job, 8, 1)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
