@@ -63,7 +63,10 @@ def seconds_to_first_step(hosts: Hosts, root: Path, way: str, n: int) -> float:
     begun = time.monotonic()
     first = lambda: steps_done(folder) > 0
     if way == "by hand":
-        running = [subprocess.Popen(c, stdout=subprocess.DEVNULL) for c in by_hand(hosts, config)]
+        running = [
+            subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            for c in by_hand(hosts, config)
+        ]
         try:
             wait_for(first, 300, f"the first step {way}")
             return time.monotonic() - begun

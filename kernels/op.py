@@ -50,6 +50,8 @@ class Op:
     every: dict[str, Op] = {}
     # Told of every call outside compiled code, with its arguments and result; None: nobody looks.
     observer: Callable[[Op, tuple[Any, ...], dict[str, Any], Any], None] | None = None
+    # Name of the implementation that every op runs, whatever else is forced; None: each its own.
+    everywhere: str | None = None
 
     def __init__(self, reference: Callable):
         functools.update_wrapper(self, reference)
@@ -76,14 +78,15 @@ class Op:
 
         Raises KernelUnavailable when the forced one cannot.
         """
-        if self._forced is not None:
-            if self._forced not in self.implementations:
+        forced = Op.everywhere or self._forced
+        if forced is not None:
+            if forced not in self.implementations:
                 have = ", ".join(self.implementations)
-                raise KernelUnavailable(f"{self.name}: no implementation '{self._forced}' ({have})")
-            reason = self.implementations[self._forced][1](*args, **kw)
+                raise KernelUnavailable(f"{self.name}: no implementation '{forced}' ({have})")
+            reason = self.implementations[forced][1](*args, **kw)
             if reason:
-                raise KernelUnavailable(f"{self.name}: {self._forced}: {reason}")
-            return self._forced
+                raise KernelUnavailable(f"{self.name}: {forced}: {reason}")
+            return forced
         for name in reversed(self.implementations):
             if self.implementations[name][1](*args, **kw) is None:
                 return name

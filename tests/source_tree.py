@@ -49,6 +49,7 @@ TIERS = {
     "own_data": 7,
     "faults": 7,
     "plan": 7,
+    "verify": 7,
     "__main__": 7,
     "launch": -1,  # tier 0 only: it starts before torch
 }

@@ -23,6 +23,7 @@ from mm.cli.common import (
     write_json,
 )
 from mm.cli.preflight import pass_preflight
+from mm.errors import UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,6 +50,15 @@ DryRun = Annotated[
 Preflight = Annotated[
     bool, typer.Option(" /--no-preflight", help="Start without checking the hosts (mm doctor).")
 ]
+Rehearse = Annotated[
+    int | None,
+    typer.Option(
+        "--rehearse",
+        min=1,
+        metavar="N",
+        help="Only step it a few times as rank 0 of N, on this machine, over a fake process group.",
+    ),
+]
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
 
 
@@ -62,6 +72,7 @@ def _launch(
     dry_run: bool,
     preflight: bool,
     json: Path | None,
+    rehearse: int | None = None,
 ) -> None:
     from mm.launch import start
     from mm.launch.batch import batch_arithmetic
@@ -74,6 +85,9 @@ def _launch(
     run = Run.load(path, rest)  # a config that is wrong is refused before anything is started
     launcher = start.cluster(kind, cluster, own, nodes, gpus_per_node)
     job = start.job(run, path, rest, launcher.forward, Path.cwd())
+    if rehearse is not None:
+        _rehearse(run, job, launcher, rehearse, dry_run, json)
+        return
     plan = launcher.plan(job)
     arithmetic = batch_arithmetic(run, plan.world)
     if dry_run:
@@ -95,6 +109,24 @@ def _launch(
         raise typer.Exit(outcome.code)
     if outcome.why:
         out.print(outcome.why, markup=False)
+
+
+def _rehearse(
+    run: Any, job: Any, launcher: Any, processes: int, dry_run: bool, json: Path | None
+) -> None:
+    """Step a job as rank 0 of ``processes``. Raises UserError."""
+    from mm.cli import rehearse as page
+    from mm.launch import rehearse
+    from mm.launch.batch import batch_arithmetic
+
+    if dry_run:
+        raise UserError("--rehearse and --dry-run: say one of them")
+    arithmetic = batch_arithmetic(run, processes)
+    found = rehearse.rehearse(job, processes, min(processes, launcher.gpus_per_node or 1))
+    page.show(run.name, found)
+    for line in (*arithmetic, f"nothing was written below {job.folder.parent} (--rehearse)"):
+        console().print(line, markup=False)
+    write_json(json, {**found, "batch": arithmetic})
 
 
 def _memory_lines(memory: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -151,12 +183,31 @@ def _command(kind: str, about: str) -> None:
         _launch(kind, config, changes, cluster, nodes, gpus_per_node, dry_run, preflight, json)
 
 
-for _kind, _about in {
-    "local": "Train on this machine: torchrun with a free port, a log file a rank.",
-    "ssh": "Train on the machines of a hostfile, over ssh.",
-    "mpi": "Train by Open MPI's mpirun, here or on the machines of a hostfile.",
-}.items():
-    _command(_kind, f"{_about}\n\nCtrl-C saves a checkpoint and ends; the same command goes on.")
+GOES_ON = "Ctrl-C saves a checkpoint and ends; the same command goes on."
+
+
+@app.command(
+    help="Train on this machine: torchrun with a free port, a log file a rank.\n\n" + GOES_ON,
+    context_settings=PASS_OVERRIDES,
+)
+def local(
+    config: Config,
+    changes: Overrides = None,
+    cluster: Cluster = None,
+    nodes: Nodes = None,
+    gpus_per_node: Gpus = None,
+    dry_run: DryRun = False,
+    rehearse: Rehearse = None,
+    preflight: Preflight = True,
+    json: JsonFile = None,
+) -> None:
+    _launch(
+        "local", config, changes, cluster, nodes, gpus_per_node, dry_run, preflight, json, rehearse
+    )
+
+
+_command("ssh", f"Train on the machines of a hostfile, over ssh.\n\n{GOES_ON}")
+_command("mpi", f"Train by Open MPI's mpirun, here or on the machines of a hostfile.\n\n{GOES_ON}")
 _command(
     "slurm",
     "Hand an sbatch file to Slurm: it saves before its limit, requeues itself and resumes.\n\n"

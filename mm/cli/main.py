@@ -26,6 +26,7 @@ COMMANDS = (
     "train",
     "launch",
     "plan",
+    "verify",
     "generate",
     "eval",
     "report",

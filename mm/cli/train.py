@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from mm.cli.common import (
     is_main,
     overrides,
     run_config,
+    table,
     write_json,
 )
 from mm.cli.eval import figure_table, task_rows
@@ -62,6 +64,14 @@ def train(
         typer.Argument(metavar="CONFIG", help="Run YAML (or the folder of a run to go on with)."),
     ],
     changes: Overrides = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIRST:LAST",
+            help="Trace these steps (10:13: four of them) on the main process: a Chrome trace and "
+            "the ten dearest operators, in the run's folder.",
+        ),
+    ] = None,
     trust_code: TrustCode = False,
     json: JsonFile = None,
 ) -> None:
@@ -70,9 +80,11 @@ def train(
     path = run_config(Path(config)) if is_folder else existing_config(config)
     with starting():
         from mm.trainer import loop
+        from mm.trainer.callbacks.profile import Profile, parse_steps
 
+        traced = [Profile(*parse_steps(profile), _show_ops)] if profile is not None else []
         # A YAML that was named is the user's own; the config in a folder may be anybody's.
-        result = loop.train(path, assignments, trust_code=trust_code or not is_folder)
+        result = loop.train(path, assignments, traced, trust_code=trust_code or not is_folder)
     if is_main():
         print_trained(f"Trained {config}", result)
         measured: dict[str, dict[str, Any]] = {}
@@ -85,3 +97,10 @@ def train(
         if folder := result.get("folder"):
             console().print(f"run folder: {folder}; next: mm eval {folder} · mm report {folder}")
     write_json(json, result)
+
+
+def _show_ops(rows: Sequence[Mapping[str, Any]], trace: str) -> None:
+    """Print the dearest operators of the steps that were traced."""
+    cells = [(r["op"], r["calls"], r["ms"], f"{r['share']:.1%}") for r in rows]
+    table("Dearest operators of these steps, own time", ("op", "calls", "ms", "share"), cells)
+    console().print(f"trace, for Perfetto or chrome://tracing: {trace}", markup=False)

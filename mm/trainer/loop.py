@@ -175,7 +175,9 @@ class Trainer:
                     snapshot = None  # nobody asks for it: its memory is free again
             if stop:
                 self._on_main(self._writer.wait)
-                self._warn("stopped by a signal at step %d; run the same command to go on")
+                if self.is_main:
+                    say = "stopped by a signal at step %d; run the same command to go on"
+                    log.warning(say, self.step)
                 raise SystemExit(INTERRUPTED)
         self._on_main(self._writer.wait)
         return snapshot
@@ -332,11 +334,6 @@ class Trainer:
     def _starting(self) -> contextlib.AbstractContextManager[None]:
         return leave_before_step(self._stop, lambda: self.step + 1, self.device)
 
-    def _warn(self, message: str, ahead: int = 0) -> None:
-        """A line on the step, ``ahead`` of the last one done: by one process, as all agree."""
-        if self.is_main:
-            log.warning(message, self.step + ahead)
-
     def phase(self, name: str, step: int, keys: Sequence[str] = ()) -> None:
         for callback in self.callbacks:
             callback.on_phase(self, name, step, keys)
@@ -391,9 +388,13 @@ class Trainer:
 
 
 def train(
-    run: Run | str | Path, overrides: Sequence[str] = (), *, trust_code: bool = True
+    run: Run | str | Path,
+    overrides: Sequence[str] = (),
+    callbacks: Sequence[Callback] = (),
+    *,
+    trust_code: bool = True,
 ) -> dict[str, Any]:
     """Train a `Run` or a run YAML (``trust_code``: of `Run.load`) as `Trainer.fit` does."""
     given = run if isinstance(run, Run) else Run.load(run, overrides, trust_code=trust_code)
     with places_from(given, given.name if given is run else str(run)):
-        return Trainer(given).fit()
+        return Trainer(given, callbacks).fit()

@@ -81,3 +81,20 @@ def test_the_guard_forgets_bad_steps_outside_its_window(tmp_path: Path) -> None:
         guard.skip(step, "model", {}, [])
     with pytest.raises(RollBack, match="3 of the last 10 steps"):
         guard.skip(56, "model", {}, [])
+
+
+def test_a_resumed_run_remembers_its_bad_steps(tmp_path: Path) -> None:
+    run = make_run(tmp_path, steps=6, checkpoints={"every": 2})
+    kept: list[dict[str, Any]] = []
+
+    def skip_and_stop(trainer: Any) -> None:
+        if trainer.step == 1:
+            trainer.state.guard.skip(1, "model", {}, [])
+        if trainer.step == 3:
+            raise KeyboardInterrupt
+
+    note = lambda trainer: kept.append(trainer.state.guard.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(run, [Calls("post_step", skip_and_stop), Calls("on_save", note)]).fit()
+    Trainer(run, [Calls("pre_step", note)]).fit()
+    assert kept[0] == kept[1] != Guard(run, is_main=False).state_dict()

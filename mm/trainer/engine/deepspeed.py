@@ -218,7 +218,7 @@ class Engine:
         scalars: dict[str, float] = {}
         listed = getattr(self.base, "per_parameter", ())
         for x, spans in self.shards.spans.items():
-            for key, value in self._states(x).items():
+            for key, value in self.states(x).items():
                 if not isinstance(value, Tensor) or value.dim() == 0:
                     scalars[key] = float(value)
                     continue
@@ -252,7 +252,7 @@ class Engine:
         try:
             with torch.no_grad():
                 for x, spans in self.shards.spans.items():
-                    for key, value in self._states(x).items():
+                    for key, value in self.states(x).items():
                         if key == "ema" and "ema_updates" not in scalars:
                             continue
                         if not isinstance(value, Tensor):
@@ -306,7 +306,7 @@ class Engine:
         flats, groups = optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups
         return Shards.of_slices(flats, groups, names, optimizer.sub_group_to_group_id)
 
-    def _states(self, x: Tensor) -> dict[str, Any]:
+    def states(self, x: Tensor) -> dict[str, Any]:
         """All states of one of the optimizer's tensors, the EMA among them."""
         out = dict(self.base.state[x])
         return out | ({"ema": self._averages[x]} if self.ema is not None else {})

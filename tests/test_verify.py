@@ -1,0 +1,136 @@
+"""`mm verify`: agrees where the setting is right, names what is wrong where it is not."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trainer_toys as toys
+from trainer_runs import make_run
+from trainer_toys import toys_registered  # noqa: F401
+
+from mm import config as configs
+from mm.cli import main
+from mm.errors import UserError
+from mm.registry import NETWORKS, STREAMS
+from mm.verify import verify as judge
+from mm.verify.record import rows_of
+from mm.verify.tolerance import rounding
+
+IMPORTS = ("trainer_toys", "verify_faults")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _faults_forgotten() -> Iterator[None]:
+    """Take the plug-ins of `verify_faults` out again: no other law is to run over them."""
+    yield
+    for registry, kind in ((NETWORKS, "summed_lm"), (STREAMS, "same_rows")):
+        registry._modules.pop(kind, None)
+        registry._classes.pop(kind, None)
+
+
+def rows(rank: int, world: int) -> list[str]:
+    """Digests of the rows of the first step that one of ``world`` processes reads."""
+    words = toys.vocabulary()
+    stream = toys.ToyStream(toys.ToyStreamConfig(micro=2), words, 0, rank, world)
+    return [row for batch in stream.next() for row in rows_of(batch)]
+
+
+def facts(rows_: list[str], change: float = 0.0, loss: float = 1.0) -> dict[str, Any]:
+    """One step as the runs tell it; ``change``: of the gradient of the second parameter."""
+    gradients = [("model.a", 1e-8, 1e-5), ("model.b", change, 1e-5)]
+    updates = [("model.a", 0.0, 1e-5), ("model.b", 0.0, 1e-5)]
+    judged = {"gradients": gradients, "updates": updates, "allowed": {"model": 1e-5}}
+    return {"rows": rows_, "losses": {"loss/total": loss}, **judged}
+
+
+def test_rows_of_two_processes_are_those_of_one_whatever_the_micro_batches() -> None:
+    one, two = rows(0, 1), rows(0, 2) + rows(1, 2)
+    assert len(one) == 8 and one == two and len(set(one)) == 8
+    assert judge._data([("1", facts(two), facts(one))]).agrees
+
+
+def test_rows_that_two_processes_read_are_found() -> None:
+    twice = rows(0, 2) + rows(0, 2)
+    found = judge._data([("1", facts(twice), facts(rows(0, 1)))])
+    assert not found.agrees
+    assert "step 1: 4 of 8 rows missing, 4 read twice" in found.found
+
+
+@pytest.mark.parametrize("change", [1e-4, math.inf, math.nan])
+def test_the_first_parameter_that_differs_is_named(change: float) -> None:
+    good, bad = facts([]), facts([], change)
+    assert judge._worst("gradients", [("1", good, good)]).agrees
+    found = judge._worst("gradients", [("1", good, good), ("2", good, bad), ("3", good, bad)])
+    assert not found.agrees and found.found.startswith("first: model.b at step 2")
+    assert judge._worst("updates", [("1", good, bad)]).agrees
+
+
+@pytest.mark.parametrize("loss", [1.001, math.nan])
+def test_a_loss_that_differs_is_named(loss: float) -> None:
+    good = facts([])
+    assert judge._losses([("1", good, good)]).agrees
+    found = judge._losses([("1", facts([], loss=loss), good)])
+    assert not found.agrees and found.found.startswith("first: loss/total at step 1")
+
+
+def test_a_wrong_factor_is_over_what_any_precision_allows() -> None:
+    """A rank of 8 left out of a mean, in a model of 12 layers of 7 matrices and 1 M tokens."""
+    assert rounding("fp32", 2**20, 84) < rounding("bf16", 2**20, 84) < 1 / 8
+    assert rounding("fp32", 100, 4) < 1e-5
+
+
+def test_one_step_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="need two"):
+        judge.verify(make_run(tmp_path, steps=1), 2)
+
+
+def verified(tmp_path: Path, capfd: Any, *words: str, **change: Any) -> tuple[int, Any, str]:
+    """Exit code, JSON and standard error of the command on a run of the toys."""
+    run = make_run(tmp_path, **change).model_copy(update={"imports": IMPORTS})
+    file = tmp_path / "run.yaml"
+    file.write_text(configs.dump(run))
+    code = main.run(["verify", str(file), *words, "--json", str(tmp_path / "out.json")])
+    assert not run.folder.exists()
+    told = tmp_path / "out.json"
+    return code, json.loads(told.read_text()) if told.is_file() else None, capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "autocast_bf16", "bf16"])
+def test_every_stage_and_precision_agrees(
+    tmp_path: Path, capfd: Any, stage: int, precision: str
+) -> None:
+    code, told, said = verified(
+        tmp_path, capfd, "--processes", "2", stage=stage, engine={"precision": precision}
+    )
+    assert code == 0 and told["agrees"], (told, said)
+
+
+@pytest.mark.slow
+def test_a_sum_in_place_of_a_mean_is_found(tmp_path: Path, capfd: Any) -> None:
+    words = ("model.kind=summed_lm",)
+    code, told, said = verified(tmp_path, capfd, *words, stage=2)
+    failed = {c["name"]: c["found"] for c in told["checks"] if not c["agrees"]}
+    assert code == 2 and set(failed) == {"gradient of every parameter"}
+    assert failed["gradient of every parameter"].startswith("first: model.down.weight at step 1")
+    assert said.count("mm: ") == 1 and "model.down.weight" in said
+
+
+@pytest.mark.slow
+def test_rows_read_twice_are_found(tmp_path: Path, capfd: Any) -> None:
+    code, told, _ = verified(tmp_path, capfd, "stages.0.data.kind=same_rows")
+    failed = [c["name"] for c in told["checks"] if not c["agrees"]]
+    assert code == 2 and failed[0] == "rows of data"
+
+
+@pytest.mark.slow
+def test_data_that_are_not_there_are_named(tmp_path: Path, capfd: Any) -> None:
+    sources = [{"path": str(tmp_path / "nowhere")}]
+    code, told, said = verified(tmp_path, capfd, data={"kind": "packed", "sources": sources})
+    assert code == 2 and told is None and said.count("mm: ") == 1 and "nowhere" in said
