@@ -111,5 +111,7 @@ def _not_on_the_device(x: Tensor, weight: Tensor, ends: Tensor) -> str | None:
 def _on_the_device(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     # It leaves rows behind the last end unwritten, in the gradient of x, too.
     nobody = (torch.arange(x.shape[0], device=x.device) >= ends[-1])[:, None]
-    y = F.grouped_mm(x.masked_fill(nobody, 0), weight.transpose(1, 2), offs=ends)
+    # The self-check of kernels cuts rows, not ends.
+    offs = ends.clamp_max(x.shape[0])
+    y = F.grouped_mm(x.masked_fill(nobody, 0), weight.transpose(1, 2), offs=offs)
     return y.masked_fill(nobody, 0)

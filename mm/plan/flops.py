@@ -120,8 +120,9 @@ def _sdpa_cpu(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: boo
 
 
 aten = torch.ops.aten
-# torch has no formulas of attention on a CPU
+# torch has no formulas of attention on a CPU, and none of products by group
 _FUSED: dict[Any, Formula] = {
+    aten._grouped_mm: lambda a, b, *_: 2.0 * a.numel() * b.shape[-1],  # gradients are such, too
     aten._scaled_dot_product_flash_attention_for_cpu: lambda *a: _sdpa_cpu(*a[:5]),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda g, q, k, v, out, lse, dropout, causal, *_: TILES * _sdpa_cpu(q, k, v, 0.0, causal)

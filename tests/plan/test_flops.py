@@ -34,6 +34,14 @@ def test_every_operator_of_ours_has_a_formula() -> None:
     assert not without, f"no formula in mm/plan/flops.py: {without}"
 
 
+def test_products_by_group_count_every_row_once() -> None:
+    """Rows by the matrices of their groups, and the gradient of these: two a multiply-add."""
+    op, offs = torch.ops.aten._grouped_mm.default, torch.tensor([16, 32], dtype=torch.int32)
+    x, weight, dy = torch.ones(32, 8), torch.ones(2, 8, 24), torch.ones(32, 24)
+    for a, b in ((x, weight), (dy, weight.transpose(1, 2)), (x.T, dy)):
+        assert flops.flops_of(op, (a, b, offs), {}, op(a, b, offs)) == 2 * 32 * 8 * 24
+
+
 @pytest.mark.parametrize("T, S", [(1, 1), (5, 5), (3, 8), (8, 8)])
 @pytest.mark.parametrize("causal, window", [(False, None), (True, None), (True, 1), (True, 4)])
 def test_pairs_are_those_of_the_mask(T: int, S: int, causal: bool, window: int | None) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import trainer_toys as toys
 from trainer_runs import losses, make_run, rows
 from trainer_toys import toys_registered  # noqa: F401
 
@@ -57,6 +59,22 @@ def test_losses_and_loads_of_stages_0_and_3_are_equal(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_losses_and_loads_of_all_stages_are_equal(tmp_path: Path) -> None:
     check_stages(tmp_path, 0, 1, 2, 3)
+
+
+def test_a_resume_goes_on_with_the_biases(tmp_path: Path) -> None:
+    """Train 6 = train 3 + resume 3, bit by bit."""
+    whole = moe_run(tmp_path, "whole", stage=1)
+    train(whole)
+    halves = moe_run(tmp_path, "halves", data={"signal_at": 2}, stage=1)
+    with pytest.raises(SystemExit):
+        train(halves)
+    assert train(halves)["resumed_from"] == 3
+    assert losses(whole) == losses(halves)
+    saved = "checkpoints/step_000006/model.safetensors"
+    a, b = (toys.load_file(str(run.folder / saved)) for run in (whole, halves))
+    biases = [name for name in a if name.endswith("ffn.bias")]
+    assert len(biases) == 2 and all(a[name].abs().max() > 0 for name in biases)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_choices_over_the_capacity_are_told(tmp_path: Path) -> None:
