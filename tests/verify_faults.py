@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from torch import Tensor, nn
 from trainer_toys import ToyConfig, ToyLM, ToyStream, ToyStreamConfig
 
 from mm.launch import environment
@@ -22,6 +23,31 @@ class SummedConfig(ToyConfig):
         world = environment.ranks().world
         made.down.weight.register_hook(lambda grad: grad * world)
         return made
+
+
+@NETWORKS.register("twice_lm")
+class TwiceConfig(ToyConfig):
+    """Nothing is wrong with it: its middle runs three times in a forward, as in a looped model."""
+
+    kind: Literal["twice_lm"] = "twice_lm"  # type: ignore[assignment]
+
+    def build(self, vocabulary: Vocabulary | None = None) -> ToyLM:
+        made = super().build(vocabulary)
+        made.norm = Again(made.norm, made.up, made.down)  # type: ignore[assignment]
+        return made
+
+
+class Again(nn.Module):
+    """Two passes through modules that the model itself calls once more."""
+
+    def __init__(self, norm: nn.Module, up: nn.Module, down: nn.Module):
+        super().__init__()
+        self.norm, self.up, self.down = norm, up, down
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+        return self.norm(x)
 
 
 @STREAMS.register("same_rows")

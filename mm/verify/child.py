@@ -1,6 +1,6 @@
-"""One run of `mm verify` in processes of its own: ``-m mm.verify.child ROLE ROOT``.
+"""One run of `mm verify` in processes of its own: ``-m mm.verify.child ROLE ROOT...``.
 
-``ROOT/<role>.yaml`` is what it trains; it ends once it has seen its steps.
+``ROOT/<role>.yaml`` is what it trains; it ends once it has seen its steps. Several roots: in turn.
 """
 
 from __future__ import annotations
@@ -55,4 +55,4 @@ def main(role: str, root: Path) -> int:
 
 if __name__ == "__main__":
     environment.prepare()
-    sys.exit(main(sys.argv[1], Path(sys.argv[2])))
+    sys.exit(max(main(sys.argv[1], Path(root)) for root in sys.argv[2:]))
