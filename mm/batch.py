@@ -64,8 +64,10 @@ class Values:
         return self.data.to(dtype)
 
     def to(self, device: Any) -> Values:
-        parts = (self.data, self.length, self.place, self.room)
-        return Values(*(t.to(device, non_blocking=True) for t in parts), self.grid, self.is_full)
+        data, length, place, room = (
+            t.to(device, non_blocking=True) for t in (self.data, self.length, self.place, self.room)
+        )
+        return Values(data, length, place, room, self.grid, self.is_full)
 
     @staticmethod
     def items(data: Tensor, length: Tensor | None = None) -> Values:

@@ -56,8 +56,8 @@ class DocumentTokens(NamedTuple):
     def part(self, start: int, stop: int) -> DocumentTokens:
         """Tokens ``start`` to ``stop`` alone; the last still predicts what comes after it."""
         inside = (f.part(start, stop) for f in self.features)
-        return DocumentTokens(
-            *(each[start:stop] for each in self[:-1]), tuple(f for f in inside if len(f.data))
+        return self._make(
+            (*(each[start:stop] for each in self[:-1]), tuple(f for f in inside if len(f.data)))
         )
 
     @property

@@ -63,7 +63,8 @@ class ImagePatches(ModalityTokenizer):
         """Rows and columns of patches: the image's own, scaled down where they are too many."""
         p, most = self.config.patch, self.config.max_patches
         if self.config.size:
-            return (self.config.size // p,) * 2
+            side = self.config.size // p
+            return side, side
         scale = min(1.0, math.sqrt(most * p * p / (height * width)))
         rows = min(most, max(1, round(height * scale / p)))
         return rows, max(1, min(most // rows, round(width * scale / p)))

@@ -6,7 +6,7 @@ G items, L patches, R rows and C columns of patches, p pixels of a patch's side,
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Any, Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -43,7 +43,7 @@ class Stage(nn.Module):
         return x
 
 
-def _norm(x: Tensor, inside: Tensor, norm: nn.Module) -> Tensor:
+def _norm(x: Tensor, inside: Tensor, norm: Any) -> Tensor:
     """Normalise over the channels of every pixel: a picture does not see how large others are."""
     y = nn.functional.layer_norm(x.movedim(1, -1), x.shape[1:2], norm.weight, norm.bias)
     return y.movedim(-1, 1)
