@@ -6,7 +6,7 @@ G items, L patches, R rows and C columns of patches, p pixels of a patch's side,
 from __future__ import annotations
 
 import math
-from typing import Any, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
