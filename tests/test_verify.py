@@ -101,12 +101,14 @@ def verified(tmp_path: Path, capfd: Any, *words: str, **change: Any) -> tuple[in
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_setting_that_is_right_agrees(tmp_path: Path, capfd: Any) -> None:
     code, told, said = verified(tmp_path, capfd, stage=3, engine={"precision": "bf16"})
     assert code == 0 and told["agrees"], (told, said)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_sum_in_place_of_a_mean_is_found(tmp_path: Path, capfd: Any) -> None:
     words = ("model.kind=summed_lm",)
     code, told, said = verified(tmp_path, capfd, *words, stage=2)
@@ -117,6 +119,7 @@ def test_a_sum_in_place_of_a_mean_is_found(tmp_path: Path, capfd: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_rows_read_twice_are_found(tmp_path: Path, capfd: Any) -> None:
     code, told, _ = verified(tmp_path, capfd, "stages.0.data.kind=same_rows")
     failed = [c["name"] for c in told["checks"] if not c["agrees"]]
@@ -124,6 +127,7 @@ def test_rows_read_twice_are_found(tmp_path: Path, capfd: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_data_that_are_not_there_are_named(tmp_path: Path, capfd: Any) -> None:
     sources = [{"path": str(tmp_path / "nowhere")}]
     code, told, said = verified(tmp_path, capfd, data={"kind": "packed", "sources": sources})
