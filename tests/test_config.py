@@ -80,7 +80,7 @@ def test_a_run_names_the_key_of_its_yaml(
     )
 
     class BuildsAtOnce(loop.Trainer):
-        def __init__(self, run: Any):
+        def __init__(self, run: Any, callbacks: Any = ()):
             self.run = run
 
         def fit(self) -> dict[str, Any]:

@@ -150,8 +150,14 @@ def test_the_configs_are_found() -> None:
 COMPILED = [n for n in VARIANTS if n.split(":")[0] in ("mixer", "preset", "ffn", "block")]
 
 
-# Presets are other settings of the same layers: the slow test compiles them, too.
-@pytest.mark.parametrize("name", [n for n in COMPILED if not n.startswith("preset:")])
+# Mixers of all families; the slow test compiles all of them, and presets.
+FAMILIES = "attention gla rwkv6 gated_deltanet mlstm mamba s5 rg_lru lstm short_conv ttt plstm"
+BY_DEFAULT = {f"mixer:{name}" for name in FAMILIES.split()}
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in COMPILED if n in BY_DEFAULT or n.startswith(("ffn:", "block:"))]
+)
 def test_compile_captures_a_block_as_one_graph(name: str) -> None:
     one_graph(name, backend="eager")
 
@@ -287,7 +293,12 @@ def test_there_are_ops() -> None:
 
 
 @pytest.mark.parametrize(
-    "name,implementation", [(n, i) for n, op in ops().items() for i in op.implementations]
+    "name,implementation",
+    [
+        pytest.param(n, i, marks=pytest.mark.slow if i == "reference" and len(each) > 1 else ())
+        for n, each in ((n, op.implementations) for n, op in ops().items())
+        for i in each
+    ],
 )
 def test_every_op_compiles_with_its_gradient(name: str, implementation: str) -> None:
     op, arguments = ops()[name], example(name)

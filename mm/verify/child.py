@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from mm.errors import UserError
 from mm.launch import environment
+from mm.reading import parse_json
 
 
 def main(role: str, root: Path) -> int:
@@ -22,13 +22,13 @@ def main(role: str, root: Path) -> int:
     from mm.trainer.loop import Trainer
     from mm.verify import record
 
-    job = json.loads((root / "job.json").read_text())
+    job = parse_json((root / "job.json").read_text())
     made: Any
     if role == "reference":
         from mm.kernels.op import Op
 
         Op.everywhere = "reference"
-        precision = json.loads((root / "setting.json").read_text())["precision"]
+        precision = parse_json((root / "setting.json").read_text())["precision"]
         made = record.Reference(root, role, job["steps"], precision)
     else:
         kind = record.Setting if role == "setting" else record.Resumed

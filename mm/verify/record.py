@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mm.batch import Batch
+from mm.reading import parse_json
 from mm.trainer.callbacks.base import Callback, Training
 from mm.trainer.engine.gradients import Gradients, unclip
 from mm.verify.tolerance import ROUNDOFF, SAFETY, UPDATE, rounding
@@ -200,7 +201,7 @@ class Reference(Record):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        setting = json.loads((self.root / "setting.json").read_text())["steps"][str(step)]
+        setting = parse_json((self.root / "setting.json").read_text())["steps"][str(step)]
         after = load_file(self._file("weights", step))
         facts["gradients"], facts["updates"] = [], []
         for network, engine in trainer.stage.engines.items():

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from mm.config import dump
 from mm.errors import UserError
 from mm.launch import environment
+from mm.reading import parse_json
 from mm.run import EngineConfig, Run
 from mm.verify.tolerance import UPDATE
 
@@ -76,7 +77,7 @@ def verify(
         _start(setting, root, "resumed", processes, say)
         _start(as_reference(setting), root, "reference", 1, say)
         told = {
-            role: json.loads((root / f"{role}.json").read_text())
+            role: parse_json((root / f"{role}.json").read_text())
             for role in ("setting", "resumed", "reference")
         }
     finally:

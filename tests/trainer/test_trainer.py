@@ -24,9 +24,18 @@ from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.folder import lock
 from mm.trainer.loop import INTERRUPTED, Trainer, train
 
+# Stage 3, and each other stage and precision once.
+BY_DEFAULT = ((0, "fp32"), (1, "autocast_bf16"), (2, "bf16"))
 
-@pytest.mark.parametrize("precision", ["fp32", "autocast_bf16", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        pytest.param(s, p, marks=() if s == 3 or (s, p) in BY_DEFAULT else pytest.mark.slow)
+        for s in range(4)
+        for p in ("fp32", "autocast_bf16", "bf16")
+    ],
+)
 def test_resume_is_bit_exact(tmp_path: Path, stage: int, precision: str) -> None:
     """Train 6 = train 3 + resume 3.
 
