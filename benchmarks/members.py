@@ -96,8 +96,9 @@ def run(name: str, part: Part, source: Path, seed: int) -> tuple[float, float]:
     results = folder / "results.json"
     seconds += mm("eval", str(folder), "--json", str(results), done=results)
     found = json.loads(results.read_text())
-    print(json.dumps({k: v for k, v in found.items() if isinstance(v, (int, float))}, indent=1))
-    return float(found[part.figure]), seconds / 60
+    figures = {row["name"]: float(row["value"]) for row in found["figures"]}
+    print(json.dumps(figures, indent=1))
+    return figures[part.figure], seconds / 60
 
 
 def main() -> None:
