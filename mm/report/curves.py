@@ -22,11 +22,14 @@ MAX_LAYERS = 8  # lines of a chart: the first, the last and some between
 def curves(run: RunData) -> str:
     """Losses, throughput, learning rate, gradient norm, codebook usage, and each task over time."""
     m = run.metrics
-    shares = {
-        name.removesuffix("_share"): s
-        for name, s in below(run, "tokens/").items()
-        if name.endswith("_share")
-    }
+    targets, tokens = (
+        {
+            name.removesuffix("_share"): s
+            for name, s in below(run, place).items()
+            if name.endswith("_share")
+        }
+        for place in ("targets/", "tokens/")
+    )
     rate = {k: s for k, s in below(run, "perf/").items() if k.endswith("per_second")}
     bits = {
         name.removeprefix("bits_per_byte").strip("/_") or "all": s
@@ -70,7 +73,8 @@ def curves(run: RunData) -> str:
             {k: s for k, s in below(run, "codebook/").items() if "perplexity" in k},
             low=0,
         ),
-        line_chart("Share of target tokens", shares, log=False, low=0),
+        line_chart("Share of target tokens", targets, log=False, low=0),
+        line_chart("Share of tokens", tokens, log=False, low=0),
         line_chart("Accuracy of the next token", below(run, "accuracy/"), log=False, low=0),
         line_chart("Gradient norm in the tables", below(run, "grad/"), low=0),
         line_chart("Seconds of a step", seconds, unit=" s"),
@@ -113,7 +117,8 @@ def losses(run: RunData) -> tuple[dict[str, Series | Line], str]:
 
 def _per_token(run: RunData, parts: Mapping[str, Series]) -> Series | None:
     """Mean loss of a token over all modalities, at the steps where all is known."""
-    shares = {k: run.metrics.get(f"tokens/{k}_share") for k in parts}
+    get = run.metrics.get
+    shares = {k: get(f"targets/{k}_share") or get(f"tokens/{k}_share") for k in parts}
     known = {k: (parts[k], share) for k, share in shares.items() if share is not None}
     if len(known) < 2:
         return None
