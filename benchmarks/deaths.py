@@ -25,7 +25,7 @@ BAR = 60.0  # seconds
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tries", type=int, default=10)
     parser.add_argument("--only", nargs="*", default=list(DEATHS), choices=list(DEATHS))
     parser.add_argument("--json", type=Path)

@@ -30,7 +30,7 @@ PORT = 29533
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tries", type=int, default=3)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()

@@ -103,7 +103,7 @@ def run(name: str, part: Part, source: Path, seed: int) -> tuple[float, float]:
 
 def main() -> None:
     """Print a line a part."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("source", type=Path, help="folder with the archives")
     parser.add_argument("--only", choices=[*PARTS], action="append")
     parser.add_argument("--seeds", type=int, default=1)

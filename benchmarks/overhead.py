@@ -261,7 +261,7 @@ def measure(out: Path, size: str, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0] if __doc__ else "")
     parser.add_argument("--only", action="append", choices=SIZES)
     parser.add_argument("--steps", type=int, help="default: 12; 6 at 100M; 60 of the quickstart")
     parser.add_argument("--json", type=Path)

@@ -96,7 +96,7 @@ def compare(config: Path, stage: int, processes: int, rows: int | None = None) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0] if __doc__ else "")
     parser.add_argument("--d-model", type=int, default=768)
     parser.add_argument("--depth", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=256)

@@ -85,7 +85,7 @@ def child(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0] if __doc__ else "")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--depth", type=int, default=8)

@@ -108,7 +108,7 @@ def seconds(
 
 def main() -> None:
     """Print a line a pair, then the ratio."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("before", type=Path, nargs="?", help="source tree of the other version")
     parser.add_argument("--pairs", type=int, default=6)
     parser.add_argument("--out", type=Path, default=HERE / "build" / "step_ratio")

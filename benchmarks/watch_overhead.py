@@ -96,7 +96,7 @@ def train(out: Path, steps: int, layers: int) -> tuple[list[float], Spent]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0] if __doc__ else "")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument(
         "--every", type=int, default=100, help="steps between looks into the layers"

@@ -66,7 +66,7 @@ def curve(config: Path, out: Path, precision: str, stage: int, steps: int, n: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0] if __doc__ else "")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/zero_stages"))
