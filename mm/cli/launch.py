@@ -177,35 +177,18 @@ def _command(kind: str, about: str) -> None:
         nodes: Nodes = None,
         gpus_per_node: Gpus = None,
         dry_run: DryRun = False,
+        rehearse: Rehearse = None,
         preflight: Preflight = True,
         json: JsonFile = None,
     ) -> None:
-        _launch(kind, config, changes, cluster, nodes, gpus_per_node, dry_run, preflight, json)
+        given = (config, changes, cluster, nodes, gpus_per_node, dry_run, preflight, json)
+        _launch(kind, *given, rehearse)
 
 
 GOES_ON = "Ctrl-C saves a checkpoint and ends; the same command goes on."
 
 
-@app.command(
-    help="Train on this machine: torchrun with a free port, a log file a rank.\n\n" + GOES_ON,
-    context_settings=PASS_OVERRIDES,
-)
-def local(
-    config: Config,
-    changes: Overrides = None,
-    cluster: Cluster = None,
-    nodes: Nodes = None,
-    gpus_per_node: Gpus = None,
-    dry_run: DryRun = False,
-    rehearse: Rehearse = None,
-    preflight: Preflight = True,
-    json: JsonFile = None,
-) -> None:
-    _launch(
-        "local", config, changes, cluster, nodes, gpus_per_node, dry_run, preflight, json, rehearse
-    )
-
-
+_command("local", f"Train on this machine: torchrun, a free port, a log file a rank.\n\n{GOES_ON}")
 _command("ssh", f"Train on the machines of a hostfile, over ssh.\n\n{GOES_ON}")
 _command("mpi", f"Train by Open MPI's mpirun, here or on the machines of a hostfile.\n\n{GOES_ON}")
 _command(
