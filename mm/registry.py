@@ -27,6 +27,7 @@ BACKBONES = Registry(
     {
         "stack": "mm.model.backbones.stack",
         "decoder_decoder": "mm.model.backbones.decoder_decoder",
+        "encoder_decoder": "mm.model.backbones.encoder_decoder",
     },
 )
 BLOCKS = Registry(
@@ -35,6 +36,7 @@ BLOCKS = Registry(
         "prenorm": "mm.model.blocks.prenorm",
         "parallel": "mm.model.blocks.parallel",
         "layer_drop": "mm.model.blocks.layer_drop",
+        "gated": "mm.model.blocks.gated",
     },
 )
 MIXERS = Registry(
@@ -64,6 +66,7 @@ MIXERS = Registry(
         "s5": "mm.model.mixers.ssm.s5",
         "gru": "mm.model.mixers.rnn.gru",
         "lstm": "mm.model.mixers.rnn.lstm",
+        "cross_attention": "mm.model.mixers.attention.cross_attention",
         "latent_attention": "mm.model.mixers.attention.latent_attention",
         "kv_shift": "mm.model.mixers.attention.kv_shift",
         "irpe_attention": "mm.model.mixers.attention.irpe_attention",

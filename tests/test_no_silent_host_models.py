@@ -52,8 +52,9 @@ def backbones() -> list[str]:
 def shallow(backbone: Any) -> Any:
     """A backbone with one layer of each mixer that it names."""
     if backbone is None or not hasattr(backbone, "pattern"):
-        lower = getattr(backbone, "lower", None)
-        change = {"upper": 1, "lower": lower and shallow(lower)}
+        parts = backbone or {}
+        change = {name: shallow(part) for name, part in parts if hasattr(part, "pattern")}
+        change |= {"upper": 1} if hasattr(backbone, "upper") else {}
         return backbone and backbone.model_copy(update=change)
     words = " ".join(dict.fromkeys(parse(backbone.pattern)))
     return backbone.model_copy(update={"pattern": words, "depth": None})

@@ -31,10 +31,12 @@ from mm.model.layer import (
     Embedder,
     Head,
     HeadOut,
+    Layer,
     ModelOut,
     hand_back,
     name_layers,
 )
+from mm.model.memories import memories_read
 from mm.model.padding import move_padding_last, restore_order
 from mm.registry import (
     BACKBONES,
@@ -74,6 +76,13 @@ class Model(nn.Module):
         self._tie()
         name_layers(self)
         backbone.check_mask(config.default_mask())
+        for name in memories_read(backbone):
+            raise UserError(
+                f"model.backbone: a layer attends to the memory '{name}', which nothing makes: "
+                "take a backbone encoder_decoder"
+            )
+        layers = (m for m in backbone.modules() if isinstance(m, Layer))
+        self.fields_read = frozenset().union(*(layer.caps.reads for layer in layers))
 
     def init_weights(self) -> None:
         if self.config.mup_base is not None:
@@ -136,7 +145,8 @@ class Model(nn.Module):
         layout, mask = batch.layout, mask or self.config.default_mask()
         if layout.fields.extra and isinstance(mask, Causal | Full | Window):
             # These read no named field: none is cached, or regrouped with each layer.
-            layout = layout.map_fields(lambda f: f._replace(extra={}))
+            kept = [name for name in layout.fields.extra if name in self.fields_read]
+            layout = layout.map_fields(lambda f: f._replace(extra={k: f.extra[k] for k in kept}))
         elif mask.atomic and mask.atomic not in layout.fields.extra:
             name = mask.atomic  # nobody has a prefix
             layout = layout.map_fields(

@@ -12,6 +12,7 @@ from composition_configs import (
     D,
     alternatives,
     builds,
+    memories_of,
     plain,
     preset,
     registry_of,
@@ -87,7 +88,7 @@ def any_of(rng: random.Random, registry: Registry, nested: int = 2) -> dict[str,
         elif many is MIXERS:
             values[name] = [any_mixer(rng, nested - 1) for _ in value]
         elif isinstance(value, StackConfig):
-            values[name] = stack(rng)
+            values[name] = with_readers(stack(rng), value)
         elif part is not None and rng.random() < 0.5:
             values[name] = any_of(rng, part, nested)
     if rng.random() < 0.5:
@@ -118,6 +119,15 @@ def stack(rng: random.Random) -> dict[str, Any]:
     if rng.random() < 0.2:
         made["recompute"] = rng.choice(["full", "selective"])
     return made
+
+
+def with_readers(drawn: dict[str, Any], like: StackConfig) -> dict[str, Any]:
+    """A drawn stack with the layers of another that attend to a memory of their backbone."""
+    for word in like.words():
+        if memories_of(mixer := plain(like.mixer(word))):
+            drawn["pattern"] += f" {word}"
+            drawn["mixers"][word] = mixer
+    return drawn
 
 
 def any_case(seed: int, mask: str | None = None) -> Case:

@@ -158,6 +158,10 @@ class StackConfig(Config):
     blocks: dict[str, BlockField] = Field(
         default={}, description="words of the pattern with a block of their own"
     )
+    ffns: dict[str, FfnField | None] = Field(
+        default={},
+        description="words of the pattern with a feed-forward of their own; null: without one",
+    )
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-6
     norm: Kind = Field(default="rms", description="of what the heads read")
     recompute: recomputing.Recompute = "none"
@@ -185,8 +189,9 @@ class StackConfig(Config):
             words = self.words()
             for word in words:
                 self.mixer(word)
-            for word in self.blocks.keys() - {*words}:
-                raise UserError(f"blocks: '{word}' is no word of the pattern")
+            for name, given in (("blocks", self.blocks), ("ffns", self.ffns)):
+                for word in given.keys() - {*words}:
+                    raise UserError(f"{name}: '{word}' is no word of the pattern")
         except UserError as error:  # pydantic reports it with its path in the file
             raise ValueError(str(error)) from error
         return self
@@ -210,7 +215,7 @@ class StackConfig(Config):
             self.blocks.get(word, self.block).build(
                 d_model,
                 self.mixer(word).build(d_model, linear),
-                self.ffn.build(d_model, linear) if self.ffn else None,
+                ffn.build(d_model, linear) if (ffn := self.ffns.get(word, self.ffn)) else None,
             )
             for word in self.words()
         ]

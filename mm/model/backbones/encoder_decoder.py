@@ -1,0 +1,158 @@
+"""Encoder and decoder: what is given is read both ways, what follows attends to it.
+
+B rows, T tokens, D model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mm.config import Config
+from mm.layout import Layout
+from mm.mask import Full, Mask, Prefix
+from mm.model.backbones.stack import INTERMEDIATE, Stack, StackConfig
+from mm.model.context import Ctx, Memory
+from mm.model.layer import Backbone, Caps, LinearFactory, Out, Stateful
+from mm.model.linears.dense import dense
+from mm.model.memories import MEMORIES, memories_read
+from mm.model.mixers.wrappers.reverse import both_ways
+from mm.model.recompute import Recompute
+from mm.model.split import Part, split_off
+from mm.registry import BACKBONES, BlockField
+from mm.state import State
+
+SOURCE = "source"  # the memory that the encoder makes
+CONDITIONS = "prefix"  # the field that marks the conditions which a document begins with
+
+
+class EncoderDecoder(Backbone):
+    """A decoder over what an encoder made of each document's conditions.
+
+    The conditions that a document begins with go through the encoder alone, which reads them both
+    ways; all that follows goes through the decoder alone, under the pass's mask. Heads read the
+    encoder's output where conditions stand. A pass with a State runs the encoder where documents
+    begin: conditions come whole, in one call. ``path`` and intermediates are the decoder's.
+
+    Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.1; norms before each branch and after
+    each half: Raffel et al. 2019, T5 (arXiv:1910.10683), section 2.1.
+    """
+
+    caps = Caps(
+        causal=True,
+        bidirectional=True,
+        reads=frozenset({CONDITIONS}),
+        publishes=frozenset({MEMORIES + SOURCE}),
+    )
+
+    def __init__(self, encoder: Stack, decoder: Stack):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The layers that a path names."""
+        return self.decoder.layers
+
+    def stateful_parts(self) -> list[Stateful]:
+        return [self.decoder]
+
+    def initial_state(
+        self, n: int, max_len: int, path: Sequence[int] | None = None
+    ) -> State | None:
+        return self.decoder.initial_state(n, max_len, path)
+
+    def check_mask(self, mask: Mask) -> None:
+        self.encoder.check_mask(Full())
+        self.decoder.check_mask(mask)
+
+    def forward(
+        self, x_BTD: Tensor, ctx: Ctx, state: State | None = None, path: Sequence[int] | None = None
+    ) -> Out:
+        if state is not None and not torch.is_grad_enabled():
+            if not ctx.layout.arrays().fresh.any():  # nothing to encode, such as a decoding step
+                return self.decoder(x_BTD, ctx, state, path)
+        parts = ctx.cached_on_host("encoder_decoder.parts", lambda layout, mask: split(layout))
+        assert parts is not None
+        source, target = parts
+        encoded = self.encoder(
+            source.take(x_BTD),
+            _inside(replace(ctx, mask=Full(), draft=False), source),
+        )
+        memory = Memory(source.layout, Full(), encoded.y)
+        inner = _inside(ctx, target)
+        inner = replace(inner, memories={**ctx.memories, SOURCE: memory})
+        out = self.decoder(target.take(x_BTD), inner, state, path)
+        given = source.inside[..., None]
+        join = lambda y: torch.where(given, source.put(encoded.y), target.put(y))
+        assert out.ctx is not None
+        found = {k: join(v) for k, v in out.ctx.published.items() if k.startswith(INTERMEDIATE)}
+        after = replace(ctx, published={**ctx.published, **found})
+        return Out(join(out.y), out.state, after, {**encoded.aux, **out.aux})
+
+
+def _inside(ctx: Ctx, part: Part) -> Ctx:
+    """The context of a part of the call."""
+    ids = None if ctx.ids is None else part.take(ctx.ids)
+    return replace(ctx, layout=part.layout, ids=ids, published={})
+
+
+def split(layout: Layout) -> tuple[Part, Part]:
+    """The conditions that documents begin with, and all else; both as the host knows them."""
+    host = layout.on_host()
+    marked = both_ways(host, Prefix(CONDITIONS))
+    first = np.zeros(host.shape, bool) if marked is None else marked.numpy()
+    return split_off(layout, first), split_off(layout, ~first)
+
+
+@BACKBONES.register("encoder_decoder")
+class EncoderDecoderConfig(Config):
+    """An encoder of the conditions, and a decoder of the rest that attends to its output."""
+
+    kind: Literal["encoder_decoder"] = "encoder_decoder"
+    encoder: StackConfig = Field(
+        default_factory=lambda: StackConfig(pattern="attention", depth=4),
+        description="the layers that read conditions both ways",
+    )
+    decoder: StackConfig = Field(
+        default_factory=lambda: StackConfig(
+            pattern="attention cross_attention", depth=8, ffns={"attention": None}
+        ),
+        description="the layers of all else; the word cross_attention attends to the encoder",
+    )
+    block: BlockField | None = Field(
+        default=None, description="of both halves; default: each has its own"
+    )
+    recompute: Recompute = "none"
+
+    small = {
+        "encoder": {"pattern": "attention", "mixers": {"attention": {"heads": 2}}, "ffn": None},
+        "decoder": {
+            "pattern": "attention cross_attention",
+            "mixers": {"attention": {"heads": 2}, "cross_attention": {"heads": 2}},
+            "ffn": {"kind": "swiglu", "hidden": 8},
+            "ffns": {"attention": None},
+        },
+    }
+
+    def build(self, d_model: int, linear: LinearFactory = dense) -> EncoderDecoder:
+        change: dict[str, Any] = {} if self.block is None else {"block": self.block}
+        halves = []
+        for half in (self.encoder, self.decoder):
+            again = half.recompute if half.recompute != "none" else self.recompute
+            halves.append(half.model_copy(update={**change, "recompute": again}))
+        encoder, decoder = (half.build(d_model, linear) for half in halves)
+        if SOURCE in memories_read(encoder):
+            raise ValueError(f"encoder: a layer attends to '{SOURCE}', which the encoder makes")
+        if SOURCE not in memories_read(decoder):
+            raise ValueError(
+                "decoder: no layer attends to the encoder's output: put cross_attention into its "
+                "pattern"
+            )
+        return EncoderDecoder(encoder, decoder)
