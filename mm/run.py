@@ -94,6 +94,10 @@ class Stage(Config):
         Schedule()
     )
     budget: Annotated[Budget, Field(description="how long the stage lasts")] = Budget()
+    mask: Annotated[
+        str | None,
+        Field(description="who sees whom in this stage and what it leaves; default: model.mask"),
+    ] = None
     ema: Annotated[
         Ema | None, Field(description="a moving average of the weights; null = none")
     ] = None
@@ -351,10 +355,11 @@ class Run(Config):
             if why:
                 raise ValueError(f"stages.{i}: {why}")
             goes_on = getattr(stage.data, "continues_documents", False)
-            if getattr(self.model, "mask", None) == "prefix" and goes_on:
+            whole = getattr(self.model_of(i), "needs_whole_documents", None)
+            if goes_on and whole and (why := whole()):
                 raise ValueError(
-                    f"stages.{i}.data: '{stage.data.kind}' cuts documents, and a prefix is read in "
-                    "one piece; take packed or bucketed, or model.mask causal"
+                    f"stages.{i}.data: '{stage.data.kind}' cuts documents, and {why} in one piece; "
+                    "take packed or bucketed, or model.mask causal"
                 )
         if self.engine.compile and self.engine.zero_stage == 3:
             raise ValueError(
@@ -362,6 +367,22 @@ class Run(Config):
                 "the graphs to pieces; set engine.zero_stage to 0, 1 or 2"
             )
         return self
+
+    def model_of(self, index: int) -> Any:
+        """The model's config in a stage, whose own mask it has.
+
+        Raises ValueError where the model has none, or cannot have this one.
+        """
+        mask = self.stages[index].mask
+        if mask is None:
+            return self.model
+        if "mask" not in type(self.model).model_fields:
+            raise ValueError(f"stages.{index}.mask: '{self.model.kind}' has no mask")
+        return type(self.model).model_validate(self.model.to_dict() | {"mask": mask})
+
+    def for_stage(self, index: int) -> Run:
+        """The run with the model's config that a stage has."""
+        return self.model_copy(update={"model": self.model_of(index)})
 
     @property
     def folder(self) -> Path:

@@ -25,7 +25,7 @@ def export(
     run: Run, vocabulary: Vocabulary | None, weights: Mapping[str, Tensor], step: int
 ) -> None:
     """Save the model with full fp32 ``weights`` of ``step`` as ``<run folder>/model``."""
-    module = make_module(run.model, vocabulary, run.seed, torch.device("cpu"))
+    module = make_module(run.model_of(-1), vocabulary, run.seed, torch.device("cpu"))
     load_weights(module, weights, "the trained model")
     final, part = run.folder / "model", run.folder / "model.part"
     shutil.rmtree(part, ignore_errors=True)

@@ -93,6 +93,6 @@ def _generator(trainer: Training, index: int, left: Snapshot | None) -> Generato
     run = trainer.run
     if left is None or trainer.vocabulary is None:
         return Generator.from_pretrained(run.folder / "model", trainer.device)
-    module = make_module(run.model, trainer.vocabulary, run.seed, trainer.device)
+    module = make_module(run.model_of(index), trainer.vocabulary, run.seed, trainer.device)
     load_weights(module, left.tensors("model"), f"stage {index}")
     return Generator(module.eval(), trainer.vocabulary, trainer.tokenizers)

@@ -86,6 +86,7 @@ def enter_stage(
         begin: steps of the run before it.
         code_vectors: vectors of the tokenizers' codes by modality, for a fresh model.
     """
+    run = run.for_stage(index)
     config = run.stages[index]
     objective: Objective = build(config.objective, vocabulary=vocabulary)
     inside = snapshot if snapshot is not None and snapshot.state["stage"] == index else None
@@ -105,6 +106,8 @@ def enter_stage(
             network.config.prepare(module, vectors)
         if snapshot is not None and have:
             load_weights(module, snapshot.fit(module, have), snapshot.origin, snapshot.mend)
+        if name == "model":
+            objective.check_model(module)
         if network.mode != "train":
             frozen[name] = module.eval().requires_grad_(False)
             continue

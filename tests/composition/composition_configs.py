@@ -148,7 +148,7 @@ def all_mixers() -> dict[str, dict[str, Any]]:
 def fixed(model: dict[str, Any], mask: str, documents: list[dict[str, Any]]) -> Case:
     """A case that nobody drew."""
     base = {"kind": "lm", "d_model": D}
-    base |= {"mask": mask} if mask in ("full", "prefix") else {}
+    base |= {"mask": mask} if mask not in ("causal", "window") else {}
     return {"model": base | model, "mask": mask, "seed": 0, "documents": documents}
 
 

@@ -6,6 +6,7 @@ import random
 import typing
 from typing import Any, Literal
 
+from composition_cases import EXPRESSION
 from composition_configs import (
     ITEM,
     Case,
@@ -133,10 +134,12 @@ def with_readers(drawn: dict[str, Any], like: StackConfig) -> dict[str, Any]:
 def any_case(seed: int, mask: str | None = None) -> Case:
     """The random composition of a seed."""
     rng = random.Random(seed)
-    mask = mask or rng.choice(["causal", "causal", "prefix", "prefix", "full", "window"])
+    mask = mask or rng.choice(
+        ["causal", "causal", "prefix", "prefix", "full", "window", EXPRESSION]
+    )
     backbone = stack(rng) if rng.random() < 0.8 else any_of(rng, BACKBONES)
     model: dict[str, Any] = {"kind": "lm", "d_model": D, "backbone": backbone}
-    if mask in ("full", "prefix"):
+    if mask not in ("causal", "window"):
         model["mask"] = mask
     if rng.random() < 0.3:
         model["embedder"] = any_of(rng, EMBEDDERS)
@@ -171,7 +174,7 @@ def any_document(rng: random.Random, mask: str, items: bool, grids: bool) -> dic
         cells = shape[0] * shape[1]
         if cells <= length:
             made["grid"] = [rng.randint(0, length - cells), *shape]
-    if mask == "prefix" and rng.random() < 0.7:
+    if mask in ("prefix", EXPRESSION) and rng.random() < 0.7:
         end = rng.randint(1, length)
         if "grid" in made and rng.random() < 0.7:
             end = max(end, made["grid"][0] + made["grid"][1] * made["grid"][2])

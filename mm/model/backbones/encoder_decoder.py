@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -116,6 +116,7 @@ class EncoderDecoderConfig(Config):
     """An encoder of the conditions, and a decoder of the rest that attends to its output."""
 
     kind: Literal["encoder_decoder"] = "encoder_decoder"
+    encodes: ClassVar[bool] = True  # conditions, each document's in one call
     encoder: StackConfig = Field(
         default_factory=lambda: StackConfig(pattern="attention", depth=4),
         description="the layers that read conditions both ways",
