@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mm.errors import did_you_mean
 from mm.layout import Fields
-from mm.mask import Causal, Full, Mask, Window
+from mm.mask import Causal, Full, Mask, Prefix, Window
 
 AXES = ("time", "row", "column")
 ALWAYS = ("modality", "document", *AXES)  # fields that every layout has
@@ -107,10 +107,13 @@ class Distance(Mask):
         return _BY_SIGN[self.sign](far, self.value)
 
 
+WORDS: Mapping[str, Mask] = {"causal": Causal(), "full": Full(), "prefix": Prefix()}
+
+
 def parse_mask(
     text: str, modalities: Mapping[str, int] | None = None, fields: Sequence[str] = ()
 ) -> Mask:
-    """The mask that ``text`` says.
+    """The mask that ``text`` says: one of `WORDS`, or an expression.
 
     Args:
         modalities: number of each modality's name; None: they are not known yet, and any name
@@ -119,6 +122,8 @@ def parse_mask(
     Raises:
         ValueError: it is no such expression, or names a field or modality that is not there.
     """
+    if text.strip() in WORDS:
+        return WORDS[text.strip()]
     if len(text) > MAX_LENGTH:
         raise ValueError(f"a mask of {len(text)} characters: {MAX_LENGTH} at most")
     words = text.replace("&", " and ").replace("|", " or ").replace("~", " not ")

@@ -209,12 +209,15 @@ TRANSFORMS = Registry(
         "chunk": "mm.data.transforms.chunk",
         "augment_image": "mm.data.transforms.augment_image",
         "mask_conditions": "mm.data.transforms.mask_conditions",
+        "span_denoising": "mm.data.transforms.span_denoising",
+        "fill_in_the_middle": "mm.data.transforms.fill_in_the_middle",
     },
 )
 OBJECTIVES = Registry(
     "objective",
     {
         "next_token": "mm.objectives.next_token",
+        "masked": "mm.objectives.masked",
         "vq": "mm.objectives.vq",
         "codec": "mm.objectives.codec",
     },

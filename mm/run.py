@@ -355,8 +355,8 @@ class Run(Config):
             if why:
                 raise ValueError(f"stages.{i}: {why}")
             goes_on = getattr(stage.data, "continues_documents", False)
-            whole = getattr(self.model_of(i), "needs_whole_documents", None)
-            if goes_on and whole and (why := whole()):
+            whole = getattr(self.model, "needs_whole_documents", None)
+            if goes_on and whole and (why := whole(stage.mask)):
                 raise ValueError(
                     f"stages.{i}.data: '{stage.data.kind}' cuts documents, and {why} in one piece; "
                     "take packed or bucketed, or model.mask causal"
@@ -367,22 +367,6 @@ class Run(Config):
                 "the graphs to pieces; set engine.zero_stage to 0, 1 or 2"
             )
         return self
-
-    def model_of(self, index: int) -> Any:
-        """The model's config in a stage, whose own mask it has.
-
-        Raises ValueError where the model has none, or cannot have this one.
-        """
-        mask = self.stages[index].mask
-        if mask is None:
-            return self.model
-        if "mask" not in type(self.model).model_fields:
-            raise ValueError(f"stages.{index}.mask: '{self.model.kind}' has no mask")
-        return type(self.model).model_validate(self.model.to_dict() | {"mask": mask})
-
-    def for_stage(self, index: int) -> Run:
-        """The run with the model's config that a stage has."""
-        return self.model_copy(update={"model": self.model_of(index)})
 
     @property
     def folder(self) -> Path:

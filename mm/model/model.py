@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mm.batch import Batch, Sum
 from mm.config import Config, validate
 from mm.errors import UserError
-from mm.mask import Causal, Full, Mask, Prefix
+from mm.mask import Full, Mask
 from mm.mask_expression import parse_mask
 from mm.model import folder as files
 from mm.model import mup
@@ -314,10 +314,11 @@ class LmConfig(Config):
         self.make_mask(None)
         return self
 
-    def needs_whole_documents(self) -> str | None:
-        """What of a document is read in one piece, so that no call may cut it; None: nothing."""
-        if self.mask not in ("causal", "full"):
-            return "a prefix is read" if self.mask == "prefix" else "what its mask shows is read"
+    def needs_whole_documents(self, mask: str | None = None) -> str | None:
+        """What of a document no call may cut, under a mask or the own one; None: nothing."""
+        mask = mask or self.mask
+        if mask not in ("causal", "full"):
+            return "a prefix is read" if mask == "prefix" else "what its mask shows is read"
         return "conditions are encoded" if getattr(self.backbone, "encodes", False) else None
 
     def check_adapters(self, vocabulary: Vocabulary) -> None:
@@ -334,19 +335,12 @@ class LmConfig(Config):
                     "it to what its tokenizer gives"
                 )
 
-    def make_mask(self, vocabulary: Vocabulary | None, text: str | None = None) -> Mask:
-        """The Mask of a pass that names none, or what ``text`` says.
+    def make_mask(self, vocabulary: Vocabulary | None) -> Mask:
+        """The Mask of a pass that names none.
 
         Raises ValueError where it names a field or a modality that is not there.
         """
-        text = (text or self.mask).strip()
-        words: dict[str, Mask] = {"causal": Causal(), "full": Full(), "prefix": Prefix()}
-        if text in words:
-            return words[text]
-        known = None
-        if vocabulary is not None:
-            known = {m: vocabulary.range(m).index for m in vocabulary.modalities}
-        return parse_mask(text, known, self.mask_fields)
+        return parse_mask(self.mask, vocabulary and vocabulary.numbers, self.mask_fields)
 
     def build(self, vocabulary: Vocabulary | None = None) -> Model:
         """Allocate the model; `mm.model.layer.init_weights` fills it.

@@ -70,7 +70,7 @@ def split_off(layout: Layout, inside: np.ndarray) -> Part:
         host,
         fields=fields._replace(document=document),
         cu_seqlens=first_places(document, M),
-        max_seqlen=int(longest),
+        max_seqlen=max(1, int(longest)),  # some layers do nothing with rows of no length
         grids=grids,
     )
     device = layout.fields.document.device

@@ -119,11 +119,15 @@ class NextToken(Objective):
             factors[MASKED] = self.config.masked
         return factors
 
+    def run_model(self, model: Callable[..., ModelOut], b: Batch) -> ModelOut:
+        """One pass over a micro-batch."""
+        return model(b)
+
     def terms(
         self, micros: Sequence[Batch], nets: Mapping[str, Callable[..., ModelOut]], env: Env
     ) -> Iterator[LossTerm]:
         for i, b in enumerate(micros):
-            out = nets["model"](b)
+            out = self.run_model(nets["model"], b)
             nll = out.heads[self.config.head].nll
             assert nll is not None  # targets were given
             places = b.places[self.config.head]

@@ -24,6 +24,7 @@ from mm.trainer.ema import Averages
 from mm.trainer.engine.deepspeed import Engine
 from mm.trainer.env import Nets, TrainerEnv
 from mm.trainer.log.clock import StepClock
+from mm.trainer.stage_model import run_of
 from mm.trainer.stateful import CarriedStates
 from mm.vocabulary import Vocabulary
 
@@ -86,7 +87,7 @@ def enter_stage(
         begin: steps of the run before it.
         code_vectors: vectors of the tokenizers' codes by modality, for a fresh model.
     """
-    run = run.for_stage(index)
+    run = run_of(run, index)
     config = run.stages[index]
     objective: Objective = build(config.objective, vocabulary=vocabulary)
     inside = snapshot if snapshot is not None and snapshot.state["stage"] == index else None
@@ -106,8 +107,6 @@ def enter_stage(
             network.config.prepare(module, vectors)
         if snapshot is not None and have:
             load_weights(module, snapshot.fit(module, have), snapshot.origin, snapshot.mend)
-        if name == "model":
-            objective.check_model(module)
         if network.mode != "train":
             frozen[name] = module.eval().requires_grad_(False)
             continue
@@ -131,6 +130,7 @@ def enter_stage(
         stream.load_state_dict(inside.state["data"])
         if nets.carried is not None:
             nets.carried.load(inside)
+    objective.check_model(engines["model"].raw)
     return StageState(
         index,
         begin,

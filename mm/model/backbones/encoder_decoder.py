@@ -19,7 +19,7 @@ from mm.layout import Layout
 from mm.mask import Full, Mask, Prefix
 from mm.model.backbones.stack import INTERMEDIATE, Stack, StackConfig
 from mm.model.context import Ctx, Memory
-from mm.model.layer import Backbone, Caps, LinearFactory, Out, Stateful
+from mm.model.layer import Backbone, Caps, LinearFactory, Out, Stateful, zero_gradient_touch
 from mm.model.linears.dense import dense
 from mm.model.memories import MEMORIES, memories_read
 from mm.model.mixers.wrappers.reverse import both_ways
@@ -89,8 +89,11 @@ class EncoderDecoder(Backbone):
         inner = _inside(ctx, target)
         inner = replace(inner, memories={**ctx.memories, SOURCE: memory})
         out = self.decoder(target.take(x_BTD), inner, state, path)
+        read = source.put(encoded.y)
+        if not source.layout.arrays().length.any():  # gradients of its weights: zeros, not missing
+            read = read + zero_gradient_touch(self.encoder.parameters(), read)
         given = source.inside[..., None]
-        join = lambda y: torch.where(given, source.put(encoded.y), target.put(y))
+        join = lambda y: torch.where(given, read, target.put(y))
         assert out.ctx is not None
         found = {k: join(v) for k, v in out.ctx.published.items() if k.startswith(INTERMEDIATE)}
         after = replace(ctx, published={**ctx.published, **found})
