@@ -25,6 +25,7 @@ from mm.decoders.prompts import (
     continues,
     distinct,
     prepare,
+    require_causal,
     require_short,
 )
 from mm.decoders.raws import (
@@ -36,7 +37,6 @@ from mm.decoders.raws import (
 )
 from mm.decoders.score import evaluating, sequence_nll
 from mm.errors import UserError, did_you_mean
-from mm.mask_expression import looks_ahead
 from mm.registry import DECODERS
 from mm.specs import Encoded, ModalityTokenizer, Segment
 from mm.vocabulary import Vocabulary
@@ -78,12 +78,7 @@ def stream_tokens(
     Arguments as for `generate_tokens`. Yields `(N,)` int64 CPU tensors of vocabulary ids (the
     span's end included); -1 where a sequence is done.
     """
-    mask = getattr(model, "mask", None)
-    if mask is not None and looks_ahead(mask, vocabulary.range(to).index):
-        raise UserError(
-            f"the mask {mask.key} shows '{to}' what comes after: it cannot be generated token by "
-            "token; train a stage under a mask that is causal there"
-        )
+    require_causal(model, vocabulary, to)
     ask_rules = rule_kinds.sampling(temperature, top_k, top_p, cfg_scale, rules)
     ready = [
         prepare(p, to, vocabulary, max_tokens, f"prompt {i}", repeats)
