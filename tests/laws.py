@@ -128,9 +128,12 @@ def apply(layer: Layer, x: Tensor, layout: Layout, state: State | None = None, *
 
 
 def context(layer: Layer, x: Tensor, layout: Layout, **ctx: Any) -> Ctx:
-    """What a layer is told: the mask that it is made for, ids, and the memories that it reads."""
+    """What a layer is told: the mask that it is made for, ids, the fields and memories it reads."""
     # Mixers that look at tokens need some: the same for the same vector, few, so that they recur.
     ctx.setdefault("ids", (x[..., :1].detach() > 0).int())
+    if "prefix" in layer.caps.reads:  # one token, which no chunk cuts
+        first = lambda f: (f.position[..., 0] == 0).int()
+        layout = layout.map_fields(lambda f: f._replace(extra={"prefix": first(f)}))
     names = memories_read(layer)
     if names and "memories" not in ctx:
         ctx["memories"] = {name: memory(x.detach(), layout) for name in names}

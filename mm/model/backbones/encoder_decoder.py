@@ -6,7 +6,7 @@ B rows, T tokens, D model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -19,17 +19,32 @@ from mm.layout import Layout
 from mm.mask import Full, Mask, Prefix
 from mm.model.backbones.stack import INTERMEDIATE, Stack, StackConfig
 from mm.model.context import Ctx, Memory
-from mm.model.layer import Backbone, Caps, LinearFactory, Out, Stateful, zero_gradient_touch
+from mm.model.layer import Backbone, Caps, Layer, LinearFactory, Out, Stateful, zero_gradient_touch
 from mm.model.linears.dense import dense
 from mm.model.memories import MEMORIES, memories_read
 from mm.model.mixers.wrappers.reverse import both_ways
 from mm.model.recompute import Recompute
 from mm.model.split import Part, split_off
+from mm.model.varlen import PackedRows
 from mm.registry import BACKBONES, BlockField
-from mm.state import State
+from mm.state import DataclassState, State
 
 SOURCE = "source"  # the memory that the encoder makes
 CONDITIONS = "prefix"  # the field that marks the conditions which a document begins with
+
+
+@dataclass(frozen=True)
+class DraftDecoder(DataclassState):
+    """The decoder's State after a draft call that began with conditions."""
+
+    decoder: State
+    given: Tensor  # (N,) conditions of each slot's document in the call
+
+    def accept(self, n_N: Tensor) -> State:
+        return self.decoder.accept((n_N.to(self.given) - self.given).clamp_min(0))
+
+    def commit(self) -> State:
+        return self.decoder.commit()
 
 
 class EncoderDecoder(Backbone):
@@ -45,8 +60,6 @@ class EncoderDecoder(Backbone):
     """
 
     caps = Caps(
-        causal=True,
-        bidirectional=True,
         reads=frozenset({CONDITIONS}),
         publishes=frozenset({MEMORIES + SOURCE}),
     )
@@ -54,6 +67,9 @@ class EncoderDecoder(Backbone):
     def __init__(self, encoder: Stack, decoder: Stack):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
+        inside = (m for m in self.modules() if isinstance(m, Layer) and m is not self)
+        # Named fields that a layer of a half may ask for; none other is cached.
+        self.fields_read = frozenset().union(*(layer.caps.reads for layer in inside))
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -75,10 +91,14 @@ class EncoderDecoder(Backbone):
     def forward(
         self, x_BTD: Tensor, ctx: Ctx, state: State | None = None, path: Sequence[int] | None = None
     ) -> Out:
+        state = None if state is None else state.commit()
         if state is not None and not torch.is_grad_enabled():
             if not ctx.layout.arrays().fresh.any():  # nothing to encode, such as a decoding step
-                return self.decoder(x_BTD, ctx, state, path)
-        parts = ctx.cached_on_host("encoder_decoder.parts", lambda layout, mask: split(layout))
+                layout = _with_fields(ctx.layout, self.fields_read | ctx.mask.fields)
+                return self.decoder(x_BTD, replace(ctx, layout=layout), state, path)
+        parts = ctx.cached_on_host(
+            "encoder_decoder.parts", lambda layout, mask: split(layout, self.fields_read, mask)
+        )
         assert parts is not None
         source, target = parts
         encoded = self.encoder(
@@ -97,7 +117,11 @@ class EncoderDecoder(Backbone):
         assert out.ctx is not None
         found = {k: join(v) for k, v in out.ctx.published.items() if k.startswith(INTERMEDIATE)}
         after = replace(ctx, published={**ctx.published, **found})
-        return Out(join(out.y), out.state, after, {**encoded.aux, **out.aux})
+        left = out.state
+        if left is not None and ctx.draft:
+            slots = next(left.leaves()).shape[0]
+            left = DraftDecoder(left, PackedRows.of(source.layout, slots).slot_writes().length)
+        return Out(join(out.y), left, after, {**encoded.aux, **out.aux})
 
 
 def _inside(ctx: Ctx, part: Part) -> Ctx:
@@ -106,12 +130,27 @@ def _inside(ctx: Ctx, part: Part) -> Ctx:
     return replace(ctx, layout=part.layout, ids=ids, published={})
 
 
-def split(layout: Layout) -> tuple[Part, Part]:
-    """The conditions that documents begin with, and all else; both as the host knows them."""
+def split(layout: Layout, names: frozenset[str], mask: Mask) -> tuple[Part, Part]:
+    """The conditions that documents begin with, and all else; both as the host knows them.
+
+    With the fields ``names``, and for the second those of ``mask``.
+    """
     host = layout.on_host()
     marked = both_ways(host, Prefix(CONDITIONS))
     first = np.zeros(host.shape, bool) if marked is None else marked.numpy()
-    return split_off(layout, first), split_off(layout, ~first)
+    return (
+        split_off(_with_fields(layout, names), first),
+        split_off(_with_fields(layout, names | mask.fields), ~first),
+    )
+
+
+def _with_fields(layout: Layout, names: frozenset[str]) -> Layout:
+    """A layout with those of its named fields alone."""
+    have = layout.fields.extra
+    if have.keys() <= names:
+        return layout
+    kept = [name for name in have if name in names]
+    return layout.map_fields(lambda f: f._replace(extra={n: f.extra[n] for n in kept}))
 
 
 @BACKBONES.register("encoder_decoder")

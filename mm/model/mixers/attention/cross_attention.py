@@ -31,19 +31,12 @@ from mm.state import DataclassState, State
 
 @dataclass(frozen=True)
 class DraftMemory(DataclassState):
-    """What the slots remember before and after a draft call."""
+    """What the slots remember after a draft call: the same, however many tokens are accepted."""
 
-    before: KV
     after: KV
-    length: Tensor  # (N,) tokens drafted
-    begins: bool  # whether any document begins in the call, as the host knows
 
     def accept(self, n_N: Tensor) -> KV:
-        if not self.begins:
-            return self.after
-        none = torch.minimum(n_N.to(self.length), self.length) == 0  # as if it had not begun
-        keep = lambda old, new: torch.where(none.view(-1, *[1] * (new.dim() - 1)), old, new)
-        return self.before.map(keep, self.after)
+        return self.after
 
     def commit(self) -> KV:
         return self.after
@@ -127,7 +120,6 @@ class CrossAttention(Mixer):
         f = docs.fields(ctx.layout.fields)
         begins = docs.some_fresh()
         mask = Full() if memory is None else memory.mask
-        before = state.fork() if begins and ctx.draft else state
         after = state
         if not begins and docs.own_slots():
             seen = state.contents()
@@ -145,10 +137,7 @@ class CrossAttention(Mixer):
         k, v, known = seen
         allowed = MaskSpec(mask.dense(f, known))
         y = docs.pack(attention(docs.unpack(q), k.to(q.dtype), v.to(q.dtype), allowed))
-        if not ctx.draft:
-            return y, after
-        w = docs.slot_writes()
-        return y, DraftMemory(before, after, w.length, begins)
+        return y, DraftMemory(after) if ctx.draft else after
 
     def _begin(
         self, q: Tensor, memory: Memory | None, ctx: Ctx, docs: PackedRows, state: KV
