@@ -36,17 +36,18 @@ def with_fields(
             f"the mask {mask.key} reads a field '{name}', which these data have not"
             f"{did_you_mean(name, {*have, *MARKED})}"
         )
-    made = {}
-    if "item" in wanted and "item" not in have:
-        made["item"] = number_items(layout.fields, ids_BTS, vocabulary)
+    item = "item" in wanted and "item" not in have
+    new = sorted(wanted - {*have} - {"item"})
+    names = [*(n for n in have if n in wanted), *new]
     # Nobody has a prefix where none is marked.
-    zero = torch.zeros_like(layout.fields.document) if wanted - {*have, *made} else None
-    names = [n for n in have if n in wanted] + sorted(wanted - {*have})
-    pick = lambda f: {n: f.extra.get(n, made.get(n, zero)) for n in names}
-    if not made and zero is None:
-        return layout.map_fields(lambda f: f._replace(extra=pick(f)))
-    after = replace(layout, fields=layout.fields._replace(extra=pick(layout.fields)))
-    if not after.is_on_host:  # the host needs no more than it knew
+    given = lambda f, n: f.extra[n] if n in f.extra else torch.zeros_like(f.document)
+    layout = layout.map_fields(lambda f: f._replace(extra={n: given(f, n) for n in names}))
+    if not item:
+        return layout
+    f = layout.fields
+    made = number_items(f, ids_BTS, vocabulary)
+    after = replace(layout, fields=f._replace(extra={**f.extra, "item": made}))
+    if not after.is_on_host:  # which does not need it
         after.memo["host"] = layout.on_host
     return after
 
