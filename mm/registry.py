@@ -28,6 +28,7 @@ BACKBONES = Registry(
         "stack": "mm.model.backbones.stack",
         "decoder_decoder": "mm.model.backbones.decoder_decoder",
         "encoder_decoder": "mm.model.backbones.encoder_decoder",
+        "looped": "mm.model.backbones.looped",
     },
 )
 BLOCKS = Registry(
