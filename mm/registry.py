@@ -206,6 +206,10 @@ TRANSFORMS = Registry(
         "chunk": "mm.data.transforms.chunk",
         "augment_image": "mm.data.transforms.augment_image",
         "mask_conditions": "mm.data.transforms.mask_conditions",
+        "mark": "mm.data.transforms.mark",
+        "room": "mm.data.transforms.room",
+        "to_label": "mm.data.transforms.to_label",
+        "to_part": "mm.data.transforms.to_part",
     },
 )
 OBJECTIVES = Registry(

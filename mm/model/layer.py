@@ -310,10 +310,11 @@ class HeadOut(NamedTuple):
     aux: Mapping[str, Sum] = NONE
 
 
-class Head(nn.Module):
-    """Plug point: hidden states to unreduced nll per place, or a Distribution."""
+class Head(Stateful):
+    """Plug point: hidden states to unreduced nll per place, or a Distribution; may hold Layers."""
 
     reads: str = "hidden"  # the intermediate that it reads
+    predicts: str = ""  # whose places and targets of the batch it takes; "" = those of its name
     tied: bool = False  # whether its matrix is the embedder's
     weight: Tensor  # the matrix to the ids
 
