@@ -138,7 +138,15 @@ ADAPTERS = Registry(
         "mel": "mm.model.adapters.mel",
     },
 )
-HEADS = Registry("head", {"softmax": "mm.model.heads.softmax"})
+HEADS = Registry(
+    "head",
+    {
+        "softmax": "mm.model.heads.softmax",
+        "mixture": "mm.model.heads.mixture",
+        "ctc": "mm.model.heads.ctc",
+        "multi_token": "mm.model.heads.multi_token",
+    },
+)
 TOKENIZERS = Registry(
     "tokenizer",
     {
@@ -148,6 +156,7 @@ TOKENIZERS = Registry(
         "image_patches": "mm.tokenizers.image.patches",
         "audio_codec": "mm.tokenizers.audio.tokenizer",
         "mel_frames": "mm.tokenizers.audio.mel_frames",
+        "series_patches": "mm.tokenizers.series.patches",
     },
 )
 QUANTIZERS = Registry(
@@ -165,6 +174,7 @@ MODALITIES = Registry(
         "text": "mm.data.modalities.text",
         "image": "mm.data.modalities.image",
         "audio": "mm.data.modalities.audio",
+        "time_series": "mm.data.modalities.time_series",
     },
 )
 LAUNCHERS = Registry(
@@ -238,6 +248,8 @@ TASKS = Registry(
         "bits_per_byte": "mm.tasks.bits_per_byte",
         "recognition": "mm.tasks.recognition",
         "judged_generation": "mm.tasks.judged_generation",
+        "forecast": "mm.tasks.forecast",
+        "transcription": "mm.tasks.transcription",
     },
 )
 CALLBACKS = Registry(

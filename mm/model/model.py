@@ -23,6 +23,7 @@ from mm.mask import Causal, Full, Mask, Prefix, Window
 from mm.model import folder as files
 from mm.model import mup
 from mm.model.backbones.stack import INTERMEDIATE
+from mm.model.code_rows import rows_of_codes
 from mm.model.context import Ctx, Memory
 from mm.model.fill import fill
 from mm.model.layer import (
@@ -185,6 +186,8 @@ class Model(nn.Module):
             assert isinstance(head, Head)
             key = name if name in batch.places else head.predicts
             places, target = batch.places.get(key), batch.head_targets.get(key)
+            if loss and target is None and not head.predicts_ids:
+                continue  # of this stage's data none has a target for it, on any rank
             if places is None:
                 places = torch.arange(
                     batch.ids.shape[0] * batch.ids.shape[1], device=batch.ids.device
@@ -333,6 +336,12 @@ class LmConfig(Config):
                     f"model.adapters.{name} reads {have} features a place, the data have {n}: set "
                     "it to what its tokenizer gives"
                 )
+            head = self.heads.get(name)
+            if head is not None and (out := getattr(head, "d_out", None)) != n:
+                raise UserError(
+                    f"model.heads.{name} predicts {out or 'no'} values a place, the data have {n}: "
+                    f"set model.heads.{name}={{kind: mixture, d_out: {n}}}"
+                )
 
     def default_mask(self) -> Mask:
         """The Mask of a pass that names none."""
@@ -374,17 +383,7 @@ class LmConfig(Config):
         for modality, vectors in code_vectors.items():
             span = module.vocabulary.range(modality)
             spec = module.vocabulary.spec(modality)
-            books = np.asarray(vectors, np.float32).reshape(spec.n_codebooks, spec.vocab_size, -1)
-            books = books - books.mean(1, keepdims=True)
-            books = books / np.maximum(np.sqrt((books**2).mean((1, 2), keepdims=True)), 1e-8)
-            flat = books.reshape(spec.n_ids, -1)
-            C = flat.shape[1]
-            rng = np.random.default_rng([17, span.index])
-            rows = (
-                flat
-                @ rng.standard_normal((C, self.d_model)).astype(np.float32)
-                / np.sqrt(C * self.d_model)
-            )
+            rows = rows_of_codes(vectors, spec, span.index, self.d_model)
             with torch.no_grad():
                 new = torch.from_numpy(rows).to(weight)
                 own = weight[span.first : span.stop]
