@@ -17,6 +17,7 @@ import zipfile
 from pathlib import Path
 
 WEEK = 336  # half hours
+CONTEXT = 2 * WEEK
 HORIZON = 48
 TRAIN = 10 * WEEK
 MEMBER = "pmdarima/datasets/taylor.py"
@@ -38,9 +39,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
     points = read(args.wheel)
-    size = WEEK + HORIZON
-    spans = [("train", i) for i in range(0, TRAIN - size + 1, 3)]
-    spans += [("test", i) for i in range(TRAIN - WEEK, len(points) - size + 1, 12)]
+    size = CONTEXT + HORIZON
+    spans = [("train", i) for i in range(0, TRAIN - size + 1, 2)]
+    spans += [("test", i) for i in range(TRAIN - CONTEXT, len(points) - size + 1, 12)]
     with tarfile.open(args.out, "w") as archive:
         for split, start in spans:
             body = "".join(f"{x}\n" for x in points[start : start + size]).encode()

@@ -136,6 +136,8 @@ ADAPTERS = Registry(
         "linear": "mm.model.adapters.linear",
         "patches": "mm.model.adapters.patches",
         "mel": "mm.model.adapters.mel",
+        "encoder": "mm.model.adapters.encoder",
+        "resampler": "mm.model.adapters.resampler",
     },
 )
 HEADS = Registry(

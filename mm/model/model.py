@@ -201,7 +201,8 @@ class Model(nn.Module):
             found[name] = head(
                 seen[str(head.reads)], inner, places, target if loss else None, carried.get(name)
             )
-            aux |= {f"heads.{name}.{k}": v for k, v in found[name].aux.items()}
+            whole = f"heads.{name}."  # layers inside a head report by their whole name
+            aux |= {whole + k.removeprefix(whole): v for k, v in found[name].aux.items()}
         if out.state is not None and stateful:
             left = {n: found[n].state if n in found else s for n, s in carried.items()}
             out = out._replace(state=join_parts(out.state, *left.values()))
