@@ -80,6 +80,17 @@ PARTS = {
         8,
         at_most=True,
     ),
+    "contrast": Part(
+        "cifar10-images.tar",
+        ("--caption-from", "parent"),
+        {
+            "image": "configs/tokenizer/patches.yaml",
+            "text": "configs/tokenizer/text.yaml tokenizer.vocab_size=300",
+        },
+        "image_to_text_recall_at_1",
+        0.5,
+        15,
+    ),
     "series": Part(
         "taylor-windows.tar",
         (),

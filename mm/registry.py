@@ -146,6 +146,8 @@ HEADS = Registry(
         "softmax": "mm.model.heads.softmax",
         "mixture": "mm.model.heads.mixture",
         "ctc": "mm.model.heads.ctc",
+        "embedding": "mm.model.heads.embedding",
+        "classes": "mm.model.heads.classes",
         "multi_token": "mm.model.heads.multi_token",
     },
 )
@@ -228,6 +230,7 @@ OBJECTIVES = Registry(
     "objective",
     {
         "next_token": "mm.objectives.next_token",
+        "contrastive": "mm.objectives.contrastive",
         "vq": "mm.objectives.vq",
         "codec": "mm.objectives.codec",
     },
@@ -252,6 +255,7 @@ TASKS = Registry(
         "judged_generation": "mm.tasks.judged_generation",
         "forecast": "mm.tasks.forecast",
         "transcription": "mm.tasks.transcription",
+        "retrieval": "mm.tasks.retrieval",
     },
 )
 CALLBACKS = Registry(
