@@ -2,8 +2,8 @@
 
     python benchmarks/members.py DIR [--only photos] [--seeds 3]
 
-DIR holds cifar10-images.tar and spoken-digits.tar (any folders of the same shape do), and what
-benchmarks/series_windows.py wrote. Writes
+DIR holds cifar10-images.tar, spoken-digits.tar, tinyshakespeare.txt (or what has their shape) and
+what benchmarks/series_windows.py wrote, taylor-windows.tar. Writes
 runs/members; a part that is done is not done again. What it reached stands in docs/results.md.
 """
 
@@ -90,6 +90,14 @@ PARTS = {
         "image_to_text_recall_at_1",
         0.5,
         15,
+    ),
+    "blocks": Part(
+        "tinyshakespeare.txt",
+        ("--val-share", "0.1"),
+        {"text": "configs/tokenizer/text.yaml tokenizer.vocab_size=512"},
+        "text_ids_a_forward",
+        1.2,
+        8,
     ),
     "series": Part(
         "taylor-windows.tar",

@@ -254,6 +254,7 @@ TASKS = Registry(
         "recognition": "mm.tasks.recognition",
         "judged_generation": "mm.tasks.judged_generation",
         "forecast": "mm.tasks.forecast",
+        "block_decoding": "mm.tasks.block_decoding",
         "transcription": "mm.tasks.transcription",
         "retrieval": "mm.tasks.retrieval",
     },

@@ -17,11 +17,12 @@ from torch.distributions.transforms import AffineTransform, SigmoidTransform
 
 from mm.batch import Batch
 from mm.data.batching.collate import to_batch
+from mm.decoders.blockwise import decode_blocks
 from mm.errors import UserError
 from mm.layout import Doc, Layout
 from mm.mask import Causal
 from mm.model.context import Ctx
-from mm.model.heads.ctc import Alignments
+from mm.model.heads.ctc import Alignments, sum_alignments
 from mm.model.heads.mixture import MixtureConfig
 from mm.model.heads.multi_token import MultiTokenConfig
 from mm.model.heads.softmax import Softmax, SoftmaxConfig
@@ -114,6 +115,18 @@ def test_ctc_sums_over_every_alignment() -> None:
                 total += math.exp(sum(float(log_probs[i, t, c]) for t, c in enumerate(path)))
         wanted.append(math.log(total))
     torch.testing.assert_close(dist.log_prob(labels), torch.tensor(wanted, dtype=torch.float64))
+    # The form for accelerators says the same, gradients too, of empty labels and too few frames.
+    # (torch's own gradient is one of logits, not of log-probabilities.)
+    more = torch.tensor([[1, 1, 1], [-1, -1, -1]])
+    for asked in (labels, more):
+        x = [log_probs.clone().requires_grad_() for _ in range(2)]
+        sizes, n = (asked >= 0).sum(-1), dist.length
+        one = Alignments(x[0].log_softmax(-1), n).log_prob(asked)
+        two = sum_alignments(x[1].log_softmax(-1), asked.clamp_min(0), n, sizes)
+        torch.testing.assert_close(one, two)
+        for each in (one, two):
+            each[torch.isfinite(each)].sum().backward()
+        torch.testing.assert_close(x[0].grad, x[1].grad)
     best = torch.full((1, 5, 4), -9.0)
     best[0, torch.arange(5), torch.tensor([1, 1, 0, 1, 2])] = 0.0
     read = Alignments(best, torch.tensor([5])).sample(torch.Generator())
@@ -256,3 +269,21 @@ def test_every_head_runs_without_any_place(kind: str) -> None:
     total.backward()
     for name, p in head.named_parameters():
         assert p.grad is not None and torch.isfinite(p.grad).all(), name
+
+
+def test_blocks_write_what_greedy_writes() -> None:
+    """Whatever the further heads propose: here what an untrained one does, and an oracle."""
+    model = build(tokens={"kind": "multi_token", "ahead": 3, "hidden": 8})
+    begin = VOCABULARY.range("text").begin
+    given = [np.array([begin, 18, 19]), np.array([begin]), np.array([begin, 20, 21, 22, 18])]
+    plain = decode_blocks(model, VOCABULARY, given, 9, block=1)
+    assert plain.forwards == [9, 9, 9]
+    made = decode_blocks(model, VOCABULARY, given, 9)
+    for a, b in zip(made.ids, plain.ids, strict=True):
+        assert np.array_equal(a, b) and made.ids
+    assert all(n <= 9 for n in made.forwards)
+    model.heads["tokens"].down.data.zero_()  # each further head says what the first one does
+    again = decode_blocks(model, VOCABULARY, given, 9)
+    assert all(np.array_equal(a, b) for a, b in zip(again.ids, plain.ids, strict=True))
+    with pytest.raises(UserError, match="multi_token, ahead"):
+        decode_blocks(build(), VOCABULARY, given, 2)

@@ -14,6 +14,7 @@ from mm.model.heads.softmax import Softmax, SoftmaxConfig
 from mm.model.layer import HeadOut
 from mm.registry import HEADS
 from mm.state import State
+from mm.vocabulary import PAD
 
 
 class Classes(Softmax):
@@ -52,6 +53,10 @@ class ClassesConfig(SoftmaxConfig):
     pool: Annotated[
         Pool, Field(description="last: the state at the place; mean: of the whole document")
     ] = "mean"
+
+    def example(self, n: int) -> Tensor:
+        """Targets of ``n`` places, for plans."""
+        return torch.full((n, 1), PAD + 1)
 
     def build(self, d_model: int, n_ids: int) -> Classes:
         return Classes(d_model, n_ids, self)

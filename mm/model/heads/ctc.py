@@ -20,6 +20,7 @@ from mm.state import State
 from mm.vocabulary import PAD
 
 BLANK = PAD  # no label holds it
+NEVER = -1e30  # log-probability of what cannot be: an infinite one has no gradient
 
 
 class Alignments:
@@ -37,15 +38,13 @@ class Alignments:
 
     def log_prob(self, value: Tensor) -> Tensor:
         """`(P,)` log-probability of ids `(P, L)`, over all alignments; -inf: of too few frames."""
-        sizes = (value >= 0).sum(-1)
-        return -nn.functional.ctc_loss(
-            self.log_probs.transpose(0, 1),
-            value.long().clamp_min(0),
-            self.length,
-            sizes,
-            BLANK,
-            "none",
-        )
+        sizes, ids = (value >= 0).sum(-1), value.long().clamp_min(0)
+        if self.log_probs.device.type != "cpu":  # torch's own asks the device for the lengths
+            return sum_alignments(self.log_probs, ids, self.length, sizes)
+        frames = self.log_probs.transpose(0, 1)
+        nll = nn.functional.ctc_loss(frames, ids, self.length, sizes, BLANK, "none", True)
+        twice = (value[:, 1:] == value[:, :-1]) & (value[:, 1:] >= 0)  # a blank between them
+        return torch.where(self.length < sizes + twice.sum(-1), -torch.inf, -nll)
 
     def sample(self, generator: torch.Generator, temperature: float = 0.0) -> Tensor:
         """`(P, F)` ids of the alignment that is likeliest (0) or drawn, collapsed."""
@@ -59,6 +58,35 @@ class Alignments:
         kept = new & (frames != BLANK) & (at < self.length[:, None])
         order = (~kept).to(torch.int8).argsort(dim=1, stable=True)
         return torch.where(kept, frames, -1).gather(1, order)
+
+
+def sum_alignments(log_probs: Tensor, ids: Tensor, length: Tensor, sizes: Tensor) -> Tensor:
+    """`(P,)` log-probability of all alignments, frame after frame; -inf where there is none.
+
+    Source: Graves et al. 2006, section 4.1: the forward variables over labels between blanks.
+    """
+    P, F, _ = log_probs.shape
+    L = ids.shape[1]
+    states = ids.new_full((P, 2 * L + 1), BLANK)
+    states[:, 1::2] = ids
+    said = log_probs.gather(2, states[:, None].expand(-1, F, -1))
+    # A label may follow the one before it without a blank, where the two differ.
+    skips = torch.zeros_like(states, dtype=torch.bool)
+    skips[:, 3::2] = ids[:, 1:] != ids[:, :-1]
+    at = torch.arange(2 * L + 1, device=ids.device)
+    alpha = torch.where(at < 2, said[:, 0], NEVER)
+    back = lambda a, n: nn.functional.pad(a, (n, 0), value=NEVER)[:, : a.shape[1]]
+    for f in range(1, F):
+        two = torch.where(skips, back(alpha, 2), NEVER)
+        new = torch.stack((alpha, back(alpha, 1), two)).logsumexp(0) + said[:, f]
+        alpha = torch.where((f < length)[:, None], new, alpha)
+    last = 2 * sizes[:, None]
+    ends = torch.cat((alpha.gather(1, last), alpha.gather(1, (last - 1).clamp_min(0))), 1)
+    only = torch.where(
+        (sizes == 0)[:, None] & (torch.arange(2, device=ids.device) == 1), NEVER, ends
+    )
+    total = only.logsumexp(1)
+    return torch.where(total > NEVER / 2, total, -torch.inf)
 
 
 class Ctc(Head):
@@ -119,8 +147,7 @@ class Ctc(Head):
             return HeadOut(nll, None, aux={"too_short": Sum(nll.sum(), nll.detach().sum())})
         nll = -dist.log_prob(target)
         lost = ~torch.isfinite(nll.detach())
-        count = torch.tensor(float(len(nll)), device=nll.device)
-        aux = {"too_short": Sum(lost.float().sum(), count)}
+        aux = {"too_short": Sum(lost.float().sum(), torch.ones_like(nll).sum().detach())}
         return HeadOut(torch.where(lost, nll.new_zeros(()), nll), None, aux=aux)
 
 
@@ -136,6 +163,10 @@ class CtcConfig(Config):
         int, Field(gt=0, le=16, description="frames of a place, for labels longer than the input")
     ] = 1
     reads: Annotated[str, Field(description="hidden states that it reads")] = "hidden"
+
+    def example(self, n: int) -> Tensor:
+        """Targets of ``n`` places, for plans."""
+        return torch.full((n, 2), PAD + 1)
 
     def build(self, d_model: int, n_ids: int) -> Ctc:
         return Ctc(d_model, n_ids, self)

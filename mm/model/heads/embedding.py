@@ -64,7 +64,7 @@ class Embedding(Head):
         self.reads, self.pool, self.start = config.reads, config.pool, config.scale
         self.most = math.log(config.max_scale)
         self.weight = nn.Parameter(torch.empty(config.d_out, d_model))
-        self.log_scale = nn.Parameter(torch.empty(()))
+        self.log_scale = nn.Parameter(torch.empty(1))
 
     def init_weights(self) -> None:
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)

@@ -155,6 +155,10 @@ class MixtureConfig(Config):
     ] = 1e-3
     reads: Annotated[str, Field(description="hidden states that it reads")] = "hidden"
 
+    def example(self, n: int) -> Tensor:
+        """Targets of ``n`` places, for plans."""
+        return torch.zeros(n, self.d_out)
+
     def build(self, d_model: int, n_ids: int) -> Mixture:
         return Mixture(d_model, self)
 
