@@ -216,6 +216,8 @@ def _part(
 def _declared(rows: Sequence[Sequence[Piece]], declared: Declared | None) -> Declared:
     """What the batch has. Raises UserError where a document has what is not declared."""
     docs = [p.tokens for row in rows for p in row]
+    if not any(d.goals or d.labels or d.fields or d.parts for d in docs):
+        return declared or Declared()
     sequences = [s for d in docs for s in (d, *d.parts.values())]
     found = Declared(
         tuple(sorted({name for d in docs for name in d.parts})),
@@ -232,7 +234,7 @@ def _declared(rows: Sequence[Sequence[Piece]], declared: Declared | None) -> Dec
                 f"data.transform: one makes {kind} '{min(missing)}' and does not say so: set "
                 f"`makes_{kind}` of its class"
             )
-    taken = {TOKENS} & {*declared.values, *declared.labels}
+    taken = TOKENS in (*declared.values, *declared.labels)
     if taken or set(declared.values) & set(declared.labels):
         raise ValueError("a head predicts one thing: ids ('tokens'), values or labels")
     return declared

@@ -99,15 +99,9 @@ class DocumentTokens(NamedTuple):
 
 
 @lru_cache(maxsize=32)
-def ranges(vocabulary: Vocabulary) -> Mapping[str, Range]:
-    """Every modality's `Range`, computed once a vocabulary."""
-    return {modality: vocabulary.range(modality) for modality in vocabulary.modalities}
-
-
-@lru_cache(maxsize=32)
-def value_specs(vocabulary: Vocabulary) -> Mapping[str, TokenSpec]:
-    """Specs of the modalities that have values in place of ids."""
-    return {spec.modality: spec for spec in vocabulary.ranges if spec.continuous}
+def ranges(vocabulary: Vocabulary) -> Mapping[str, tuple[Range, TokenSpec]]:
+    """Every modality's `Range` and spec, computed once a vocabulary."""
+    return {spec.modality: (vocabulary.range(spec.modality), spec) for spec in vocabulary.ranges}
 
 
 def is_main(s: Segment) -> bool:
@@ -196,16 +190,16 @@ def _sequence(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTo
             continue
         if s.room and s.values is None:
             raise ValueError(f"segment '{s.modality}': room for {s.room} values, and none there")
-        r = table.get(s.modality) or vocabulary.range(s.modality)
+        r, spec = table.get(s.modality) or (vocabulary.range(s.modality), None)
         codes = np.asarray(s.ids)
         stop = at + len(codes) + 2
         if s.values is not None:
-            item = _features(s, at + 1, vocabulary)
+            item = _features(s, at + 1, spec)
             features.append(item)
             stream[at + 1 : stop - 1] = -1
             if s.role == "target":
                 goals.append(item._replace(start=at, grid=()))
-        elif s.modality in value_specs(vocabulary):
+        elif spec is not None and spec.continuous:
             raise ValueError(f"segment '{s.modality}': ids in place of values")
         elif len(codes):
             if codes.min() < 0 or codes.max() >= r.stop - r.first:
@@ -257,11 +251,10 @@ def _sequence(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTo
     )
 
 
-def _features(s: Segment, start: int, vocabulary: Vocabulary) -> Features:
+def _features(s: Segment, start: int, spec: TokenSpec | None) -> Features:
     """The values of a segment whose first place is ``start``. Raises ValueError."""
     where, shape = f"segment '{s.modality}'", np.shape(s.values)
-    spec = value_specs(vocabulary).get(s.modality)
-    if spec is None:
+    if spec is None or not spec.continuous:
         raise ValueError(f"{where}: values of a modality of ids")
     if len(shape) != 2 or shape[1] != spec.n_features:
         raise ValueError(f"{where}: values {shape}, its tokenizer gives {spec.n_features} a place")

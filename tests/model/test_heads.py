@@ -167,6 +167,22 @@ def test_ctc_reads_each_document_alone_and_tells_what_is_too_short() -> None:
     assert float(counts["text_label"]) == 8 and float(counts["text"]) == 2
 
 
+@pytest.mark.parametrize("pool", ["mean", "last"])
+def test_a_class_is_told_of_the_whole_document(pool: str) -> None:
+    model = build(text={"kind": "classes", "pool": pool})
+    values = np.arange(9, dtype=np.float32).reshape(3, 3)
+    series = Segment("series", np.full(3, -1), values, role="condition")
+    rows = [[[series, Segment("text", np.array([k]), role="label")] for k in (1, 4)]]
+    batch = to_batch(rows, VOCABULARY)
+    out = model(batch)
+    at = slice(5, 10) if pool == "mean" else slice(5, 6)  # of the second document
+    logits = out.hidden[0, at].mean(0) @ model.heads["text"].weight.T
+    span = VOCABULARY.range("text")
+    torch.testing.assert_close(
+        out.heads["text"].nll[1], -logits.log_softmax(-1)[span.first + 4], rtol=1e-5, atol=1e-6
+    )
+
+
 def test_values_and_ids_are_predicted_side_by_side() -> None:
     model = build(series={"kind": "mixture", "d_out": 3})
     rng = np.random.default_rng(1)

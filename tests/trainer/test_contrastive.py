@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from mm.batch import Batch
 from mm.data.batching.collate import to_batch
@@ -85,7 +85,7 @@ def rank(number: int, store: str, out: str) -> None:
 
 def test_ranks_and_micro_batches_are_one_loss(tmp_path: Path) -> None:
     whole = gradient([batch(ALL[0], lacking=5), batch(ALL[1], lacking=5)])
-    mp.spawn(rank, args=(str(tmp_path / "store"), str(tmp_path / "found")), nprocs=2)
+    spawn(rank, args=(str(tmp_path / "store"), str(tmp_path / "found")), nprocs=2)
     for name, g in torch.load(tmp_path / "found").items():
         torch.testing.assert_close(g, whole[name], rtol=1e-6, atol=1e-9, msg=name)
     # Plain back-propagation through every vector at once.

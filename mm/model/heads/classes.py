@@ -27,7 +27,7 @@ class Classes(Softmax):
 
     def __init__(self, d_model: int, n_ids: int, config: ClassesConfig):
         super().__init__(d_model, n_ids, config)
-        self.pool = config.pool
+        self.pool: Pool = config.pool
 
     def forward(
         self,

@@ -61,7 +61,8 @@ class Embedding(Head):
 
     def __init__(self, d_model: int, config: EmbeddingConfig):
         super().__init__()
-        self.reads, self.pool, self.start = config.reads, config.pool, config.scale
+        self.reads, self.start = config.reads, config.scale
+        self.pool: Pool = config.pool
         self.most = math.log(config.max_scale)
         self.weight = nn.Parameter(torch.empty(config.d_out, d_model))
         self.log_scale = nn.Parameter(torch.empty(1))
