@@ -30,6 +30,13 @@ class InitFrom(Config):
             "is then read from the newest checkpoint"
         ),
     ] = "model"
+    adapters: Annotated[
+        Path | None,
+        Field(
+            description="a run of `linear: lora` whose adapters are put upon these weights: the "
+            "folder, or its adapters.safetensors"
+        ),
+    ] = None
     allow_missing: Annotated[
         Patterns, Field(description="parameters that the folder lacks: they begin fresh")
     ] = ()

@@ -128,7 +128,15 @@ POSITIONS = Registry(
         "urpe": "mm.model.positions.urpe",
     },
 )
-LINEARS = Registry("linear", {"dense": "mm.model.linears.dense"})
+LINEARS = Registry(
+    "linear",
+    {
+        "dense": "mm.model.linears.dense",
+        "lora": "mm.model.linears.lora",
+        "nf4": "mm.model.linears.nf4",
+        "ternary": "mm.model.linears.ternary",
+    },
+)
 EMBEDDERS = Registry("embedder", {"sum": "mm.model.embedders.sum"})
 ADAPTERS = Registry(
     "adapter",

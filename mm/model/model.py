@@ -25,6 +25,7 @@ from mm.model import mup
 from mm.model.backbones.stack import INTERMEDIATE
 from mm.model.context import Ctx, Memory
 from mm.model.fill import fill
+from mm.model.hand_back import hand_back
 from mm.model.layer import (
     NONE,
     Backbone,
@@ -32,7 +33,6 @@ from mm.model.layer import (
     Head,
     HeadOut,
     ModelOut,
-    hand_back,
     name_layers,
 )
 from mm.model.padding import move_padding_last, restore_order

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.init_from import InitFrom
+from mm.model.layer import Linear
 from mm.vocabulary import RESERVED, Vocabulary
 
 SHOWN = 3  # names that a line tells of each kind
@@ -56,6 +57,7 @@ def fit_weights(
         The tensors, what became of each, and names of what is not allowed, by its key.
     """
     own, first = module.state_dict(), _first_names(module)
+    added = set(adapters(module))  # an adapter changes nothing as it begins
     out: dict[str, Tensor] = {}
     told = Fitted()
     mismatched: list[str] = []
@@ -76,13 +78,32 @@ def fit_weights(
         else:
             mismatched.append(name)
     told.new = [name for name in own if first.get(name, name) not in out]
-    missing = [n for n in first if n in told.new and n not in weights and first[n] == n]
+    missing = [n for n in told.new if n not in weights and first.get(n, n) == n]
     faults = {
-        "allow_missing": [n for n in missing if not matches(n, asked.allow_missing)],
+        "allow_missing": [n for n in missing if not matches(n, (*asked.allow_missing, *added))],
         "allow_mismatched": [n for n in mismatched if not matches(n, asked.allow_mismatched)],
         "allow_unexpected": [n for n in told.left if not matches(n, asked.allow_unexpected)],
     }
     return out, told, {k: v for k, v in faults.items() if v}
+
+
+def for_linears(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with those of dense matrices as the linears of ``module`` hold them."""
+    out, own = dict(weights), module.state_dict()
+    for path, part in module.named_modules():
+        names = [n for n in ("weight", "bias") if f"{path}.{n}" in out]
+        if isinstance(part, Linear) and "weight" in names and f"{path}.weight" not in own:
+            dense = {n: out.pop(f"{path}.{n}") for n in names}
+            for name, value in part.from_dense(dense).items():
+                out.setdefault(f"{path}.{name}", value)  # those of a saved adapter are given
+    return out
+
+
+def adapters(module: nn.Module) -> Iterator[str]:
+    """Names of parameters that adapt a matrix which stays as it is."""
+    for path, part in module.named_modules():
+        for name in part.adapter_parameters if isinstance(part, Linear) else ():
+            yield f"{path}.{name}"
 
 
 def _first_names(module: nn.Module) -> dict[str, str]:

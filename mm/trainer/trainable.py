@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
 from mm.errors import UserError, did_you_mean
 from mm.run import Stage
-from mm.trainer.fit_weights import matches
+from mm.trainer.fit_weights import adapters, matches
 
 
 def set_trainable(module: nn.Module, stage: Stage, key: str, network: str = "model") -> None:
@@ -39,13 +39,6 @@ def set_trainable(module: nn.Module, stage: Stage, key: str, network: str = "mod
         raise UserError(f"{key}: train and freeze leave no parameter of '{network}' to train")
     for _, p in named:
         p.requires_grad_(p in wanted)
-
-
-def adapters(module: nn.Module) -> Iterator[str]:
-    """Names of parameters that adapt a matrix which stays as it is."""
-    for path, part in module.named_modules():
-        for name in getattr(part, "adapter_parameters", ()):
-            yield f"{path}.{name}" if path else name
 
 
 def n_trained(module: nn.Module) -> int:

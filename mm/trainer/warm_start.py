@@ -18,10 +18,11 @@ from mm.registry import NETWORKS
 from mm.run import Run
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint.format import Snapshot
-from mm.trainer.fit_weights import fit_weights, refusal, rows_of
+from mm.trainer.fit_weights import fit_weights, for_linears, refusal, rows_of
 from mm.vocabulary import Vocabulary
 
 WEIGHTS, WORDS, TOKENIZERS = "model.safetensors", "vocabulary.json", "tokenizers"
+ADAPTERS = "adapters.safetensors"
 
 
 def resolve(run: Run) -> Run:
@@ -124,9 +125,14 @@ class WarmStart(Snapshot):
                 raise UserError(f"{key}: no checkpoint of {asked.path} has '{asked.network}'")
             folder, step = saved.folder, saved.state["step"]
             file, tensors = folder / f"{asked.network}.safetensors", saved.tensors(asked.network)
+        if asked.adapters is not None:
+            tensors |= load_tensors(_adapters(key, asked.adapters))
         super().__init__({"stage": -1}, {name: tensors})
         self.origin = str(folder)
         self.facts: dict[str, Any] = {"folder": str(folder), "step": step, "sha256": digest(file)}
+        if asked.adapters is not None:
+            found = _adapters(key, asked.adapters)
+            self.facts |= {"adapters": str(found), "adapters_sha256": digest(found)}
         if vocabulary is not None and (folder / WORDS).is_file():
             self._compare(Vocabulary.load(folder / WORDS), vocabulary, words, exact)
 
@@ -157,6 +163,7 @@ class WarmStart(Snapshot):
 
         Raises UserError naming what does not fit.
         """
+        weights = for_linears(module, weights)
         out, told, faults = fit_weights(module, weights, self.asked, self.rows, self.sizes)
         if faults:
             why = refusal(self.key, faults, module, weights)
@@ -176,6 +183,14 @@ def begin(
         return None, None
     warm = WarmStart("init_from", run.init_from, vocabulary, words=run.vocabulary)
     return warm, warm.facts
+
+
+def _adapters(key: str, path: Path) -> Path:
+    """The file of adapters at ``path``, or in the run there. Raises UserError naming ``key``."""
+    for file in (path / ADAPTERS, path):
+        if file.is_file():
+            return file
+    raise UserError(f"{key}.adapters: {path} has no {ADAPTERS}; name a run of model.linear: lora")
 
 
 def _step(run: Path) -> int | None:

@@ -266,3 +266,48 @@ def test_a_tokenizer_begins_with_a_saved_one(root: Path, tmp_path: Path) -> None
     train(run("again", tmp_path / "tuned"))
     with pytest.raises(UserError, match=r"does not fit.*and \d+ more"):
         train(run("wrong", root / "runs" / "base"))
+
+
+@pytest.mark.parametrize("linear", ["lora", "dora on nf4", "ternary"])
+def test_a_dense_model_goes_on_with_other_linears(root: Path, tmp_path: Path, linear: str) -> None:
+    """Adapters alone train, on weights that stay; the file of them and the base are the model."""
+    forms = {
+        "lora": {"kind": "lora", "rank": 2},
+        "dora on nf4": {"kind": "lora", "base_layer": "nf4", "dora": True},
+        "ternary": {"kind": "ternary"},
+    }
+    made = tuned(root, tmp_path, linear, steps=4, stage={"eval_every": 0})
+    model = made.model.to_dict() | {"linear": forms[linear]}
+    values = made.to_dict() | {"model": model, "checkpoints": {"every": 2, "keep_last": 9}}
+    values["stages"][0]["optimizer"]["lr"] = 1e-2
+    run = Run.model_validate(values)
+    train(run)
+    old, new, told = weights(root / "runs" / "base"), weights(run.folder), named(run.folder)
+    shutil.copytree(run.folder, tmp_path / "again" / linear)
+    for done in ("000004", "000003"):
+        shutil.rmtree(tmp_path / "again" / linear / f"checkpoints/step_{done}", ignore_errors=True)
+    assert train(run.model_copy(update={"out": tmp_path / "again"}))["resumed_from"] == 2
+    again = weights(tmp_path / "again" / linear)
+    assert all(torch.equal(new[k], again[k]) for k in new)
+    if linear == "ternary":
+        assert told["new"] == [] and not any(torch.equal(old[k], new[k]) for k in old)
+        return
+    adapters = load_tensors(run.folder / "adapters.safetensors")
+    assert set(told["new"]) <= adapters.keys() and told["left"] == []
+    stay = new.keys() - adapters.keys()
+    for k in stay:
+        same = old.get(k.replace(".base.weight", ".weight"))
+        assert same is None or torch.equal(same, new[k]), k
+    given = {"path": str(root / "runs" / "base"), "adapters": str(run.folder)}
+    values = run.to_dict() | {"name": "put on", "init_from": given}
+    values["stages"][0]["optimizer"] |= {"lr": 1e-12, "weight_decay": 0.0}
+    put_on = Run.model_validate(values)
+    train(put_on)
+    found = weights(put_on.folder)
+    assert all(
+        torch.allclose(found[k], new[k], atol=1e-7) for k in new if new[k].is_floating_point()
+    )
+    with pytest.raises(UserError, match=r"adapters: .* has no adapters\.safetensors"):
+        train(
+            Run.model_validate(values | {"name": "x", "init_from": given | {"adapters": str(root)}})
+        )
