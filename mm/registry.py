@@ -220,6 +220,7 @@ OBJECTIVES = Registry(
     "objective",
     {
         "next_token": "mm.objectives.next_token",
+        "distil": "mm.objectives.distil",
         "vq": "mm.objectives.vq",
         "codec": "mm.objectives.codec",
     },

@@ -163,6 +163,7 @@ def _items(modality: str, make: Any) -> Any:
 
 RECIPES: dict[str, tuple[str, Any]] = {  # objective -> (network it trains, batch of given rows)
     "next_token": ("toy_lm", _tokens),
+    "distil": ("lm", _tokens),
     "toy_gan": ("toy_lm", _tokens),
     "vq": ("image_vq", _items("image", lambda g: torch.rand(3, 32, 32, generator=g))),
     "codec": ("audio_codec", _items("audio", lambda g: 0.1 * torch.randn(8000, generator=g))),
