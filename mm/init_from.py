@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, WrapSerializer
 
 from mm.config import Config
+from mm.registry import SurgeryField
 
 Patterns = tuple[str, ...]
 
@@ -37,6 +38,10 @@ class InitFrom(Config):
             "folder, or its adapters.safetensors"
         ),
     ] = None
+    surgery: Annotated[
+        tuple[SurgeryField, ...],
+        Field(description="operations on the weights, in order, before they must fit"),
+    ] = ()
     allow_missing: Annotated[
         Patterns, Field(description="parameters that the folder lacks: they begin fresh")
     ] = ()

@@ -216,6 +216,19 @@ TRANSFORMS = Registry(
         "mask_conditions": "mm.data.transforms.mask_conditions",
     },
 )
+SURGERIES = Registry(
+    "surgery",
+    {
+        "deepen": "mm.surgery.deepen",
+        "extend_vocabulary": "mm.surgery.extend_vocabulary",
+        "keep_layers": "mm.surgery.keep_layers",
+        "linearize": "mm.surgery.linearize",
+        "merge_lora": "mm.surgery.merge_lora",
+        "pool_heads": "mm.surgery.pool_heads",
+        "prune_heads": "mm.surgery.prune_heads",
+        "widen": "mm.surgery.widen",
+    },
+)
 OBJECTIVES = Registry(
     "objective",
     {
@@ -285,6 +298,7 @@ if TYPE_CHECKING:
     ObjectiveField = Any
     OptimizerField = Any
     TaskField = Any
+    SurgeryField = Any
     CallbackField = Any
     SinkField = Any
 else:
@@ -305,5 +319,6 @@ else:
     ObjectiveField = OBJECTIVES.field
     OptimizerField = OPTIMIZERS.field
     TaskField = TASKS.field
+    SurgeryField = SURGERIES.field
     CallbackField = CALLBACKS.field
     SinkField = SINKS.field

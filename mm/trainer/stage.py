@@ -26,7 +26,7 @@ from mm.trainer.env import Nets, TrainerEnv
 from mm.trainer.log.clock import StepClock
 from mm.trainer.stateful import CarriedStates
 from mm.trainer.trainable import n_trained, set_trainable
-from mm.trainer.warm_start import WarmStart, saved_config
+from mm.trainer.warm_start import WarmStart, config_at_start
 from mm.vocabulary import Vocabulary
 
 
@@ -196,7 +196,7 @@ def all_networks(run: Run, objective: Objective, key: str = "objective") -> dict
     for name, network in networks.items():
         if network.config is None and network.init_from is not None:
             networks[name] = network._replace(
-                config=saved_config(f"{key}.{name}", network.init_from)
+                config=config_at_start(f"{key}.{name}", network.init_from)
             )
         elif network.mode == "ema" or (network.mode == "frozen" and network.of):
             of = networks.get(network.of or "")

@@ -16,6 +16,7 @@ from mm.init_from import InitFrom
 from mm.model.folder import load_tensors, read_config
 from mm.registry import NETWORKS
 from mm.run import Run
+from mm.surgery.base import Operated
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.fit_weights import fit_weights, for_linears, refusal, rows_of
@@ -83,6 +84,17 @@ def saved_config(key: str, asked: InitFrom) -> Config:
     return validate(NETWORKS.get(str(values.get("kind"))), values, str(folder / "config.json"))
 
 
+def config_at_start(key: str, asked: InitFrom) -> Config:
+    """`saved_config` after the operations of ``asked``. Raises UserError naming ``key``."""
+    config = saved_config(key, asked)
+    if not asked.surgery:
+        return config
+    folder = saved_model(key, asked.path)
+    old = Vocabulary.load(folder / WORDS) if (folder / WORDS).is_file() else None
+    it = Operated(config, load_tensors(folder / WEIGHTS), old)
+    return operate(key, asked, it, old).config
+
+
 class WarmStart(Snapshot):
     """Trained weights as what a network begins with.
 
@@ -127,14 +139,19 @@ class WarmStart(Snapshot):
             file, tensors = folder / f"{asked.network}.safetensors", saved.tensors(asked.network)
         if asked.adapters is not None:
             tensors |= load_tensors(_adapters(key, asked.adapters))
+        old = Vocabulary.load(folder / WORDS) if (folder / WORDS).is_file() else None
+        self.operated: Config | None = None
+        if asked.surgery:
+            it = operate(key, asked, Operated(saved_config(key, asked), tensors, old), vocabulary)
+            self.operated, tensors, old = it
         super().__init__({"stage": -1}, {name: tensors})
         self.origin = str(folder)
         self.facts: dict[str, Any] = {"folder": str(folder), "step": step, "sha256": digest(file)}
         if asked.adapters is not None:
             found = _adapters(key, asked.adapters)
             self.facts |= {"adapters": str(found), "adapters_sha256": digest(found)}
-        if vocabulary is not None and (folder / WORDS).is_file():
-            self._compare(Vocabulary.load(folder / WORDS), vocabulary, words, exact)
+        if vocabulary is not None and old is not None:
+            self._compare(old, vocabulary, words, exact)
 
     def _compare(self, old: Vocabulary, new: Vocabulary, words: Path | None, exact: bool) -> None:
         """Find which rows of ids are taken; raises UserError."""
@@ -167,10 +184,29 @@ class WarmStart(Snapshot):
         out, told, faults = fit_weights(module, weights, self.asked, self.rows, self.sizes)
         if faults:
             why = refusal(self.key, faults, module, weights)
-            raise UserError(f"{self.key}: {self.origin} does not fit: {why}")
+            raise UserError(f"{self.key}: {self.origin} does not fit: {why}{self._made(module)}")
         self.told = self.facts | told.to_dict()
         fresh = {name: p.detach() for name, p in module.named_parameters()}
         return fresh | out
+
+    def _made(self, module: nn.Module) -> str:
+        """What the operations made of the model's config, where it is another than this one."""
+        own = getattr(module, "config", None)
+        if self.operated is None or not isinstance(own, Config):
+            return ""
+        found = checkpoint.differences(own.to_dict(), self.operated.to_dict())
+        told = [f"{name} is {new} (here {old})" for name, (old, new) in found.items()]
+        return f"; after the surgery {', '.join(told[:8])}" if told else ""
+
+
+def operate(key: str, asked: InitFrom, it: Operated, vocabulary: Vocabulary | None) -> Operated:
+    """The network after the operations of ``asked``. Raises UserError naming ``key``."""
+    for number, surgery in enumerate(asked.surgery):
+        try:
+            it = surgery.apply(it, vocabulary)
+        except UserError as error:
+            raise UserError(f"{key}.surgery.{number}: {error}") from error
+    return it
 
 
 def begin(

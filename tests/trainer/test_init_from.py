@@ -311,3 +311,25 @@ def test_a_dense_model_goes_on_with_other_linears(root: Path, tmp_path: Path, li
         train(
             Run.model_validate(values | {"name": "x", "init_from": given | {"adapters": str(root)}})
         )
+
+
+def test_operations_stand_in_the_yaml(root: Path, tmp_path: Path) -> None:
+    """A deeper model begins where the old one ended; one that does not fit says what it is."""
+    run = tuned(root, tmp_path, stage={"eval_every": 2})
+    values = run.to_dict() | {
+        "init_from": {"path": str(root / "runs" / "base"), "surgery": [{"kind": "deepen"}]}
+    }
+    with pytest.raises(UserError, match=r"after the surgery backbone\.pattern is attention att"):
+        train(Run.model_validate(values))
+    values["model"]["backbone"]["pattern"] = "2*attention"
+    values["stages"][0]["optimizer"] |= {"lr": 1e-12, "weight_decay": 0.0}
+    deep = Run.model_validate(values)
+    train(deep)
+    plain = tuned(root, tmp_path, "plain").to_dict()
+    plain["stages"][0]["optimizer"] |= {"lr": 1e-12, "weight_decay": 0.0}
+    train(Run.model_validate(plain))
+    assert losses(deep) == pytest.approx(losses(Run.model_validate(plain)), rel=1e-5)
+    wrong = values | {"name": "wrong", "init_from": values["init_from"] | {
+        "surgery": ["deepen", {"kind": "keep_layers", "layers": [7]}]}}  # fmt: skip
+    with pytest.raises(UserError, match=r"^init_from\.surgery\.1: surgery 'keep_layers'"):
+        train(Run.model_validate(wrong))

@@ -60,7 +60,10 @@ class Lora(Linear):
 
     def rescale(self, factor: float) -> None:
         self.base.rescale(factor)
-        self._measure()
+        with torch.no_grad():
+            self.lora_b.mul_(factor)
+            if self.magnitude is not None:
+                self.magnitude.mul_(factor)
 
     @torch.no_grad()
     def _measure(self) -> None:
@@ -140,7 +143,8 @@ class Lora(Linear):
 
 
 def _norm(weight: Tensor) -> Tensor:
-    return weight.norm(dim=1)
+    """Lengths of rows, `(d_out,)`; a row of zeros stays one whatever it is divided by."""
+    return weight.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _refuse_merged(module: Any, prefix: str, keep_vars: bool) -> None:
