@@ -234,6 +234,7 @@ OBJECTIVES = Registry(
     {
         "next_token": "mm.objectives.next_token",
         "distil": "mm.objectives.distil",
+        "dpo": "mm.objectives.dpo",
         "vq": "mm.objectives.vq",
         "codec": "mm.objectives.codec",
     },
