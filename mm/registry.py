@@ -128,7 +128,15 @@ POSITIONS = Registry(
         "urpe": "mm.model.positions.urpe",
     },
 )
-LINEARS = Registry("linear", {"dense": "mm.model.linears.dense"})
+LINEARS = Registry(
+    "linear",
+    {
+        "dense": "mm.model.linears.dense",
+        "lora": "mm.model.linears.lora",
+        "nf4": "mm.model.linears.nf4",
+        "ternary": "mm.model.linears.ternary",
+    },
+)
 EMBEDDERS = Registry("embedder", {"sum": "mm.model.embedders.sum"})
 ADAPTERS = Registry(
     "adapter",
@@ -226,11 +234,26 @@ TRANSFORMS = Registry(
         "to_part": "mm.data.transforms.to_part",
     },
 )
+SURGERIES = Registry(
+    "surgery",
+    {
+        "deepen": "mm.surgery.deepen",
+        "extend_vocabulary": "mm.surgery.extend_vocabulary",
+        "keep_layers": "mm.surgery.keep_layers",
+        "linearize": "mm.surgery.linearize",
+        "merge_lora": "mm.surgery.merge_lora",
+        "pool_heads": "mm.surgery.pool_heads",
+        "prune_heads": "mm.surgery.prune_heads",
+        "widen": "mm.surgery.widen",
+    },
+)
 OBJECTIVES = Registry(
     "objective",
     {
         "next_token": "mm.objectives.next_token",
         "contrastive": "mm.objectives.contrastive",
+        "distil": "mm.objectives.distil",
+        "dpo": "mm.objectives.dpo",
         "vq": "mm.objectives.vq",
         "codec": "mm.objectives.codec",
     },
@@ -299,6 +322,7 @@ if TYPE_CHECKING:
     ObjectiveField = Any
     OptimizerField = Any
     TaskField = Any
+    SurgeryField = Any
     CallbackField = Any
     SinkField = Any
 else:
@@ -319,5 +343,6 @@ else:
     ObjectiveField = OBJECTIVES.field
     OptimizerField = OPTIMIZERS.field
     TaskField = TASKS.field
+    SurgeryField = SURGERIES.field
     CallbackField = CALLBACKS.field
     SinkField = SINKS.field

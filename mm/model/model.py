@@ -26,6 +26,7 @@ from mm.model.backbones.stack import INTERMEDIATE
 from mm.model.code_rows import rows_of_codes
 from mm.model.context import Ctx, Memory
 from mm.model.fill import fill
+from mm.model.hand_back import hand_back
 from mm.model.layer import (
     NONE,
     Backbone,
@@ -33,7 +34,6 @@ from mm.model.layer import (
     Head,
     HeadOut,
     ModelOut,
-    hand_back,
     name_layers,
 )
 from mm.model.padding import move_padding_last, moved_places, restore_order

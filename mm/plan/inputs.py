@@ -21,6 +21,7 @@ from mm.specs import NONE, TokenSpec
 from mm.trainer.engine.deepspeed import linear_of_stage
 from mm.trainer.env import TrainerEnv
 from mm.trainer.stage import all_networks, build, make_stream
+from mm.trainer.trainable import set_trainable
 from mm.vocabulary import Vocabulary, extend_vocabulary
 
 CPU = torch.device("cpu")
@@ -90,6 +91,8 @@ class Subject:
             if self.precision == "bf16":
                 to_dtype(module, torch.bfloat16)
             if network.mode == "train":
+                stage, key = self.run.stages[self.index], f"stages.{self.index}"
+                set_trainable(module, stage, key, name)
                 trained[name] = module.train()
             else:
                 frozen[name] = module.eval().requires_grad_(False)

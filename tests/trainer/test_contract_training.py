@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,13 @@ def _tokens(rows_: range) -> Batch:
     return toys.ToyStream(toys.ToyStreamConfig(), toys.vocabulary(), 0, 0, 1)._batch(rows_)
 
 
+def _pairs(rows_: range) -> Batch:
+    """Each row beside another one of its length: document m of both is a pair."""
+    b = _tokens(rows_)
+    other = lambda ids: torch.where(ids >= 20, 18 + (ids * 5) % 7, ids)
+    return replace(b, parts={"rejected": replace(b, ids=other(b.ids), targets=other(b.targets))})
+
+
 def _items(modality: str, make: Any) -> Any:
     def batch(rows_: range) -> Batch:
         data = torch.stack([make(torch.Generator().manual_seed(r)) for r in rows_])
@@ -184,6 +192,8 @@ EMBEDS = {
 
 RECIPES: dict[str, tuple[str, Any]] = {  # objective -> (network it trains, batch of given rows)
     "next_token": ("toy_lm", _tokens),
+    "distil": ("lm", _tokens),
+    "dpo": ("lm", _pairs),
     "toy_gan": ("toy_lm", _tokens),
     "vq": ("image_vq", _items("image", lambda g: torch.rand(3, 32, 32, generator=g))),
     "codec": ("audio_codec", _items("audio", lambda g: 0.1 * torch.randn(8000, generator=g))),
