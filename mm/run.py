@@ -106,6 +106,10 @@ class Stage(Config):
         tuple[str, ...],
         Field(description="parameters that do not train, taken from those of `train`"),
     ] = ()
+    mask: Annotated[
+        str | None,
+        Field(description="who sees whom in this stage and what it leaves; default: model.mask"),
+    ] = None
     ema: Annotated[
         Ema | None, Field(description="a moving average of the weights; null = none")
     ] = None
@@ -363,10 +367,11 @@ class Run(Config):
             if why:
                 raise ValueError(f"stages.{i}: {why}")
             goes_on = getattr(stage.data, "continues_documents", False)
-            if getattr(self.model, "mask", None) == "prefix" and goes_on:
+            whole = getattr(self.model, "needs_whole_documents", None)
+            if goes_on and whole and (why := whole(stage.mask)):
                 raise ValueError(
-                    f"stages.{i}.data: '{stage.data.kind}' cuts documents, and a prefix is read in "
-                    "one piece; take packed or bucketed, or model.mask causal"
+                    f"stages.{i}.data: '{stage.data.kind}' cuts documents, and {why} in one piece; "
+                    "take packed or bucketed, or model.mask causal"
                 )
         if self.engine.compile and self.engine.zero_stage == 3:
             raise ValueError(

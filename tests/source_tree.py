@@ -32,6 +32,7 @@ TIERS = {
     "kernels": 1,
     "batch": 1,
     "mask": 1,
+    "mask_expression": 1,
     "state": 1,
     "layout": 1,
     "model": 2,

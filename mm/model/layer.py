@@ -33,6 +33,7 @@ class Caps:
     exact: bool = True
     sequential: bool = False  # token t waits for token t - 1: its paper has no parallel form
     shard: Literal["ulysses", "carry", "halo", None] = None
+    # Named fields, published values, memories ("memories.source") that it needs, that it provides
     reads: frozenset[str] = frozenset()
     publishes: frozenset[str] = frozenset()
 

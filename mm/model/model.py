@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from mm.batch import Batch, Sum
 from mm.config import Config, validate
 from mm.errors import UserError
-from mm.mask import Causal, Full, Mask, Prefix, Window
+from mm.mask import Full, Mask
+from mm.mask_expression import parse_mask
 from mm.model import folder as files
 from mm.model import mup
 from mm.model.backbones.stack import INTERMEDIATE
@@ -27,15 +28,18 @@ from mm.model.code_rows import rows_of_codes
 from mm.model.context import Ctx, Memory
 from mm.model.fill import fill
 from mm.model.hand_back import hand_back
+from mm.model.items import with_fields
 from mm.model.layer import (
     NONE,
     Backbone,
     Embedder,
     Head,
     HeadOut,
+    Layer,
     ModelOut,
     name_layers,
 )
+from mm.model.memories import memories_read
 from mm.model.padding import move_padding_last, moved_places, restore_order
 from mm.registry import (
     BACKBONES,
@@ -74,7 +78,18 @@ class Model(nn.Module):
         self.heads = nn.ModuleDict(heads)
         self._tie()
         name_layers(self)
-        backbone.check_mask(config.default_mask())
+        try:
+            self.mask = config.make_mask(vocabulary)
+        except ValueError as error:  # a modality that the vocabulary lacks
+            raise UserError(f"model.{error}") from None
+        backbone.check_mask(self.mask)
+        for name in memories_read(backbone):
+            raise UserError(
+                f"model.backbone: a layer attends to the memory '{name}', which nothing makes: "
+                "take a backbone encoder_decoder"
+            )
+        layers = (m for m in backbone.modules() if isinstance(m, Layer))
+        self.fields_read = frozenset().union(*(layer.caps.reads for layer in layers))
 
     def init_weights(self) -> None:
         if self.config.mup_base is not None:
@@ -134,15 +149,8 @@ class Model(nn.Module):
         """
         tapped = [h for h in self.heads if heads is None or h in heads]
         taps_read = {str(self.heads[h].reads) for h in tapped} - {"hidden"}
-        layout, mask = batch.layout, mask or self.config.default_mask()
-        if layout.fields.extra and isinstance(mask, Causal | Full | Window):
-            # These read no named field: none is cached, or regrouped with each layer.
-            layout = layout.map_fields(lambda f: f._replace(extra={}))
-        elif mask.atomic and mask.atomic not in layout.fields.extra:
-            name = mask.atomic  # nobody has a prefix
-            layout = layout.map_fields(
-                lambda f: f._replace(extra={**f.extra, name: torch.zeros_like(f.document)})
-            )
+        mask = mask or self.mask
+        layout = with_fields(batch.layout, mask, self.fields_read, batch.ids, self.vocabulary)
         ctx = Ctx(
             layout,
             mask,
@@ -302,9 +310,13 @@ class LmConfig(Config):
     adapters: dict[str, AdapterField] = {}
     heads: dict[str, HeadField] = Field(default={"tokens": "softmax"}, validate_default=True)
     linear: LinearField = Field(default="dense", validate_default=True)
-    mask: Literal["causal", "full", "prefix"] = Field(
+    mask: str = Field(
         default="causal",
-        description="prefix: causal, but leading conditions see each other both ways",
+        description="causal, full, prefix (causal, but leading conditions see each other both "
+        "ways), or an expression of fields: docs/how-to/masks.md",
+    )
+    mask_fields: tuple[str, ...] = Field(
+        default=(), description="named fields of the data's own that the mask may read"
     )
     mup_base: int | None = Field(
         None,
@@ -323,6 +335,18 @@ class LmConfig(Config):
         ):
             raise ValueError("mup_base needs heads of their own: set heads.*.tied to false")
         return self
+
+    @model_validator(mode="after")
+    def _mask_is_read(self) -> LmConfig:
+        self.make_mask(None)
+        return self
+
+    def needs_whole_documents(self, mask: str | None = None) -> str | None:
+        """What of a document no call may cut, under a mask or the own one; None: nothing."""
+        mask = mask or self.mask
+        if mask not in ("causal", "full"):
+            return "a prefix is read" if mask == "prefix" else "what its mask shows is read"
+        return "conditions are encoded" if getattr(self.backbone, "encodes", False) else None
 
     def check_adapters(self, vocabulary: Vocabulary) -> None:
         """Raise UserError where values of the vocabulary have no adapter that fits them."""
@@ -344,9 +368,12 @@ class LmConfig(Config):
                     f"set model.heads.{name}={{kind: mixture, d_out: {n}}}"
                 )
 
-    def default_mask(self) -> Mask:
-        """The Mask of a pass that names none."""
-        return {"causal": Causal(), "full": Full(), "prefix": Prefix()}[self.mask]
+    def make_mask(self, vocabulary: Vocabulary | None) -> Mask:
+        """The Mask of a pass that names none.
+
+        Raises ValueError where it names a field or a modality that is not there.
+        """
+        return parse_mask(self.mask, vocabulary and vocabulary.numbers, self.mask_fields)
 
     def build(self, vocabulary: Vocabulary | None = None) -> Model:
         """Allocate the model; `mm.model.layer.init_weights` fills it.

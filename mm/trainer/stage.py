@@ -24,6 +24,7 @@ from mm.trainer.ema import Averages
 from mm.trainer.engine.deepspeed import Engine
 from mm.trainer.env import Nets, TrainerEnv
 from mm.trainer.log.clock import StepClock
+from mm.trainer.stage_model import run_of
 from mm.trainer.stateful import CarriedStates
 from mm.trainer.trainable import n_trained, set_trainable
 from mm.trainer.warm_start import WarmStart, config_at_start
@@ -97,6 +98,7 @@ def enter_stage(
         begin: steps of the run before it.
         code_vectors: vectors of the tokenizers' codes by modality, for a fresh model.
     """
+    run = run_of(run, index)
     config = run.stages[index]
     objective: Objective = build(config.objective, vocabulary=vocabulary)
     inside = snapshot if snapshot is not None and snapshot.state["stage"] == index else None
@@ -146,6 +148,7 @@ def enter_stage(
         stream.load_state_dict(inside.state["data"])
         if nets.carried is not None:
             nets.carried.load(inside)
+    objective.check_model(engines["model"].raw)
     return StageState(
         index,
         begin,

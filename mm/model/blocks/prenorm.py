@@ -46,21 +46,22 @@ class PreNorm(Block):
         read = x_BTD if self.mixer_norm is None else self.mixer_norm(x_BTD)
         mixed = self.mixer(read, ctx, mixer_state)
         y = mixed.y if self.mixer_post_norm is None else self.mixer_post_norm(mixed.y)
-        x = (read if self.normed_residual else x_BTD) + self._drop(y, ctx, "mixer")
+        x = (read if self.normed_residual else x_BTD) + self.scale_branch(y, ctx, "mixer")
         ctx_after = mixed.ctx or ctx
         aux = dict(mixed.aux)
         if self.ffn is not None:
             read = x if self.ffn_norm is None else self.ffn_norm(x)
             fed = self.ffn(read, ctx_after, ffn_state)
             y = fed.y if self.ffn_post_norm is None else self.ffn_post_norm(fed.y)
-            x = (read if self.normed_residual else x) + self._drop(y, ctx, "ffn")
+            x = (read if self.normed_residual else x) + self.scale_branch(y, ctx, "ffn")
             ctx_after = fed.ctx or ctx_after
             ffn_state = fed.state
             aux |= fed.aux
         states = (mixed.state, ffn_state) if self.ffn is not None else (mixed.state,)
         return Out(x, join_parts(*states), ctx_after if ctx_after is not ctx else None, aux)
 
-    def _drop(self, y: Tensor, ctx: Ctx, name: str) -> Tensor:
+    def scale_branch(self, y: Tensor, ctx: Ctx, name: str) -> Tensor:
+        """What a branch adds, on its way to the residual stream."""
         return dropout(y, self.dropout, ctx, self, name) if self.dropout and self.training else y
 
 

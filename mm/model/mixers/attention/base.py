@@ -46,15 +46,14 @@ def changes(position: Position, hook: str) -> bool:
     return getattr(type(position), hook) is not getattr(Position, hook)
 
 
-class HeadsConfig(LayerConfig):
-    """Heads and positions of an attention mixer."""
+class HeadSizesConfig(LayerConfig):
+    """Heads of an attention mixer."""
 
     heads: Annotated[int, Field(gt=0)] = 4
     kv_heads: int | None = Field(
         default=None, gt=0, description="key heads; default: as many as heads"
     )
     head_dim: Annotated[int, Field(gt=0, description="default: d_model / heads")] | None = None
-    position: PositionField = Field(default="rope", validate_default=True)
 
     small: ClassVar = {"heads": 2, "kv_heads": 1}
 
@@ -68,6 +67,12 @@ class HeadsConfig(LayerConfig):
         if self.heads % kv_heads:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {kv_heads}")
         return self.heads, kv_heads, head_dim_of(d_model, self.heads, self.head_dim)
+
+
+class HeadsConfig(HeadSizesConfig):
+    """Heads and positions of an attention mixer."""
+
+    position: PositionField = Field(default="rope", validate_default=True)
 
     def build_position(self, width: int, d_model: int) -> Position:
         """The position of parts of ``width``."""
