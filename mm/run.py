@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mm.config import Config
+from mm.init_from import InitFromField
 from mm.names import PlainName
 from mm.registry import (
     CallbackField,
@@ -94,6 +95,17 @@ class Stage(Config):
         Schedule()
     )
     budget: Annotated[Budget, Field(description="how long the stage lasts")] = Budget()
+    train: Annotated[
+        tuple[str, ...] | None,
+        Field(
+            description="parameters of the model that train, as globs over their names, such as "
+            "`heads.*`; default: all, or those of its adapters (`linear: lora`) alone"
+        ),
+    ] = None
+    freeze: Annotated[
+        tuple[str, ...],
+        Field(description="parameters that do not train, taken from those of `train`"),
+    ] = ()
     mask: Annotated[
         str | None,
         Field(description="who sees whom in this stage and what it leaves; default: model.mask"),
@@ -302,10 +314,10 @@ class Run(Config):
         Field(description="modality -> folder, for samples, generation and the saved model"),
     ] = {}
     init_from: Annotated[
-        Path | None,
+        InitFromField | None,
         Field(
             description="a run, or a saved model, whose weights this new run begins with; also its "
-            "vocabulary and tokenizers, where none are named"
+            "vocabulary and tokenizers, where none are named. A mapping says what need not fit"
         ),
     ] = None
     model: Annotated[NetworkField, Field(description="what is trained: `lm`, or a tokenizer's net")]

@@ -28,6 +28,7 @@ TIERS = {
     "processes": 0,
     "reading": 0,
     "run": 0,
+    "init_from": 0,
     "kernels": 1,
     "batch": 1,
     "mask": 1,

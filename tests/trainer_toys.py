@@ -18,6 +18,7 @@ from torch import nn
 
 from mm.batch import Batch, Sum, Values
 from mm.config import Config
+from mm.init_from import InitFromField
 from mm.layout import Doc, Layout
 from mm.model.layer import HeadOut, ModelOut
 from mm.objectives.objective import LossTerm, Network, Objective
@@ -273,6 +274,8 @@ class ToyGan(Objective):
 class ToyTeacherConfig(Config):
     kind: Literal["toy_teacher"] = "toy_teacher"
     frozen: bool = False  # the teacher stays as it is
+    given: InitFromField | None = None  # a folder that the teacher is
+    copied: bool = False  # the teacher is the model as the stage begins with it
 
     def build(self, vocabulary: Vocabulary) -> ToyTeacher:
         return ToyTeacher(self)
@@ -282,8 +285,14 @@ class ToyTeacher(Objective):
     """Next token plus the squared distance to the hidden states of an average of the model."""
 
     def __init__(self, config: ToyTeacherConfig):
-        average = Network(None, "ema", of="model", decay=0.8)
-        self.networks = {"teacher": Network(ToyConfig(), "frozen") if config.frozen else average}
+        teacher = Network(None, "ema", of="model", decay=0.8)
+        if config.given is not None:
+            teacher = Network(None, "frozen", init_from=config.given)
+        elif config.copied:
+            teacher = Network(None, "frozen", of="model")
+        elif config.frozen:
+            teacher = Network(ToyConfig(), "frozen")
+        self.networks = {"teacher": teacher}
 
     def counts(self, b: Batch) -> dict[str, torch.Tensor]:
         return {"nll": b.weight.sum(), "near": b.weight.sum()}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mm.batch import Batch, Sum
 from mm.errors import UserError
+from mm.init_from import InitFrom
 from mm.model.layer import ModelOut
 
 NONE: Mapping[str, Any] = {}
@@ -26,13 +27,15 @@ AFTER_WARM_UP = 2**40  # a step that no warm-up reaches
 class Network(NamedTuple):
     """A further network of an objective.
 
-    "train" has its own engine and optimizer, "ema" follows ``of``, "frozen" stays as it is.
+    "train" has its own engine and optimizer, "ema" follows ``of``, "frozen" stays as it is: as
+    ``init_from`` has it, or as ``of`` is when the network is first used.
     """
 
-    config: Any  # a network Config; None: that of ``of``
+    config: Any = None  # a network Config; None: that of ``init_from``, else of ``of``
     mode: Literal["train", "frozen", "ema"] = "train"
     of: str | None = None  # a trained network
     decay: float = 0.999  # of the average, after each applied step of ``of``
+    init_from: InitFrom | None = None  # trained weights that it begins with
 
 
 class LossTerm(NamedTuple):

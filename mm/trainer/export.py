@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mm.model.linears.lora import adapter_tensors, save_adapters
 from mm.run import Run
 from mm.tokenizers.load import tokenizer_folder
 from mm.trainer.checkpoint import format as checkpoint
@@ -17,6 +18,7 @@ from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.held_out import Best
 from mm.trainer.stage import load_weights, make_module, stage_result
 from mm.trainer.stage_model import model_of
+from mm.trainer.warm_start import ADAPTERS
 from mm.vocabulary import Vocabulary
 
 log = logging.getLogger("mm.trainer")
@@ -36,6 +38,8 @@ def export(
     saving.save_pretrained(part, vocabulary=vocabulary, tokenizers=tokenizers)
     shutil.rmtree(final, ignore_errors=True)
     part.rename(final)
+    if adapter_tensors(module):
+        save_adapters(module, run.folder / ADAPTERS)
     (run.folder / "model.step").write_text(mark(run, step))
 
 

@@ -49,6 +49,7 @@ class TrainState:
             "guard": self.guard.state_dict(),
             "data": of_all_rows(stage.stream),
             "optimizers": scalars,
+            "given": stage.from_folders,
             "bytes_per_token": self.bytes_per_token.totals,
             "held_out": self.held_out.state_dict(),
             "rng": {
