@@ -5,12 +5,43 @@ B rows, T tokens, D model, G items.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from mm.batch import Batch, Sum, Values
+from mm.errors import UserError
 from mm.model.context import Ctx
 from mm.model.layer import Adapter, Embedder
+from mm.vocabulary import Vocabulary
+
+
+def check_adapters(
+    adapters: Mapping[str, Any], heads: Mapping[str, Any], vocabulary: Vocabulary
+) -> None:
+    """Raise UserError where values of the vocabulary have no adapter, or head, that fits them.
+
+    Both are configs, by modality.
+    """
+    for name, n in ((s.modality, s.n_features) for s in vocabulary.ranges if s.continuous):
+        if name not in adapters:
+            raise UserError(
+                f"model.adapters has none for '{name}', which is read as values: set "
+                f"model.adapters={{{name}: {{kind: linear, d_in: {n}}}}}"
+            )
+        if (have := adapters[name].d_in) != n:
+            raise UserError(
+                f"model.adapters.{name} reads {have} features a place, the data have {n}: set "
+                "it to what its tokenizer gives"
+            )
+        head = heads.get(name)
+        if head is not None and (out := getattr(head, "d_out", None)) != n:
+            raise UserError(
+                f"model.heads.{name} predicts {out or 'no'} values a place, the data have {n}: "
+                f"set model.heads.{name}={{kind: mixture, d_out: {n}}}"
+            )
 
 
 def fill(

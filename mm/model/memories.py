@@ -5,12 +5,14 @@ R rows of one document, S positions of a memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import nn
 
+from mm.errors import UserError
 from mm.kernels.attention.spec import MaskSpec
 from mm.layout import Fields, Layout
 from mm.model.context import Ctx, Memory
@@ -25,6 +27,21 @@ def memories_read(module: nn.Module) -> set[str]:
     caps = [m.caps for m in module.modules() if isinstance(m, Layer)]
     names = lambda kind: {n for c in caps for n in getattr(c, kind) if n.startswith(MEMORIES)}
     return {n.removeprefix(MEMORIES) for n in names("reads") - names("publishes")}
+
+
+def check_memories(backbone: nn.Module, parts: Sequence[str]) -> None:
+    """Raise UserError where a layer attends to what neither the backbone nor the batch brings."""
+    for name in sorted(memories_read(backbone) - {*parts}):
+        raise UserError(
+            f"model.backbone: a layer attends to the memory '{name}', which nothing makes: take a "
+            "backbone encoder_decoder, or name a second sequence of the data in model.parts"
+        )
+
+
+def fields_read(module: nn.Module) -> frozenset[str]:
+    """What Layers in a module say that they read, named fields among it."""
+    caps = (m.caps for m in module.modules() if isinstance(m, Layer))
+    return frozenset().union(*(c.reads for c in caps))
 
 
 def memory_groups(ctx: Ctx, memory: Memory) -> LengthBuckets | None:

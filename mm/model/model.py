@@ -26,7 +26,7 @@ from mm.model import mup
 from mm.model.backbones.stack import INTERMEDIATE
 from mm.model.code_rows import rows_of_codes
 from mm.model.context import Ctx, Memory
-from mm.model.fill import fill
+from mm.model.fill import check_adapters, fill
 from mm.model.hand_back import hand_back
 from mm.model.items import with_fields
 from mm.model.layer import (
@@ -35,11 +35,10 @@ from mm.model.layer import (
     Embedder,
     Head,
     HeadOut,
-    Layer,
     ModelOut,
     name_layers,
 )
-from mm.model.memories import memories_read
+from mm.model.memories import check_memories, fields_read
 from mm.model.padding import move_padding_last, moved_places, restore_order
 from mm.registry import (
     BACKBONES,
@@ -73,7 +72,7 @@ class Model(nn.Module):
         self.config, self.vocabulary = config, vocabulary
         self.embedder = embedder
         self.adapters = nn.ModuleDict(adapters)
-        config.check_adapters(vocabulary)
+        check_adapters(config.adapters, config.heads, vocabulary)
         self.backbone = backbone
         self.heads = nn.ModuleDict(heads)
         self._tie()
@@ -83,13 +82,8 @@ class Model(nn.Module):
         except ValueError as error:  # a modality that the vocabulary lacks
             raise UserError(f"model.{error}") from None
         backbone.check_mask(self.mask)
-        for name in memories_read(backbone):
-            raise UserError(
-                f"model.backbone: a layer attends to the memory '{name}', which nothing makes: "
-                "take a backbone encoder_decoder"
-            )
-        layers = (m for m in backbone.modules() if isinstance(m, Layer))
-        self.fields_read = frozenset().union(*(layer.caps.reads for layer in layers))
+        check_memories(backbone, config.parts)
+        self.fields_read = fields_read(backbone)
 
     def init_weights(self) -> None:
         if self.config.mup_base is not None:
@@ -318,6 +312,9 @@ class LmConfig(Config):
     mask_fields: tuple[str, ...] = Field(
         default=(), description="named fields of the data's own that the mask may read"
     )
+    parts: tuple[str, ...] = Field(
+        default=(), description="second sequences of the batches that layers attend to by name"
+    )
     mup_base: int | None = Field(
         None,
         gt=0,
@@ -347,26 +344,6 @@ class LmConfig(Config):
         if mask not in ("causal", "full"):
             return "a prefix is read" if mask == "prefix" else "what its mask shows is read"
         return "conditions are encoded" if getattr(self.backbone, "encodes", False) else None
-
-    def check_adapters(self, vocabulary: Vocabulary) -> None:
-        """Raise UserError where values of the vocabulary have no adapter that fits them."""
-        for name, n in ((s.modality, s.n_features) for s in vocabulary.ranges if s.continuous):
-            if name not in self.adapters:
-                raise UserError(
-                    f"model.adapters has none for '{name}', which is read as values: set "
-                    f"model.adapters={{{name}: {{kind: linear, d_in: {n}}}}}"
-                )
-            if (have := self.adapters[name].d_in) != n:
-                raise UserError(
-                    f"model.adapters.{name} reads {have} features a place, the data have {n}: set "
-                    "it to what its tokenizer gives"
-                )
-            head = self.heads.get(name)
-            if head is not None and (out := getattr(head, "d_out", None)) != n:
-                raise UserError(
-                    f"model.heads.{name} predicts {out or 'no'} values a place, the data have {n}: "
-                    f"set model.heads.{name}={{kind: mixture, d_out: {n}}}"
-                )
 
     def make_mask(self, vocabulary: Vocabulary | None) -> Mask:
         """The Mask of a pass that names none.

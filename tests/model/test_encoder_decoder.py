@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, cast
 
 import pytest
@@ -75,6 +76,40 @@ def test_only_what_a_half_reads_is_in_its_rows() -> None:
     doc = Doc(512, extra={"prefix": [1] * 100 + [0] * 412})
     model(Batch.of_ids(ids(1, 512), Layout.from_rows([[doc]])))
     assert widths == [128, 448]
+
+
+def test_a_second_sequence_of_the_batch_is_attended_to_by_name() -> None:
+    """Packed = separate, and served: the part comes where its document begins, and never again."""
+    words = {"word": {"kind": "cross_attention", "heads": 2, "memory": "notes"}}
+    mixers = {"attention": {"heads": 2}, **words}
+    backbone = {"kind": "stack", "pattern": "attention word", "mixers": mixers}
+    model = make(backbone=backbone, parts=["notes"]).double()
+
+    def batch(rows: list[list[tuple[int, int]]], slot: int = -1) -> Batch:
+        """Documents of a length each with notes of another, the ids by these numbers."""
+        lay = lambda n: Layout.from_rows([[Doc(d[n], slot=slot) for d in row] for row in rows])
+        fill = lambda n: torch.cat([ids(1, d[n], seed=sum(d)) for row in rows for d in row], 1)
+        notes = Batch.of_ids(fill(1), lay(1))
+        return dataclasses.replace(Batch.of_ids(fill(0), lay(0)), parts={"notes": notes})
+
+    with torch.no_grad():
+        both = model(batch([[(5, 3), (4, 6)]])).hidden[0]
+        first, second = (model(batch([[d]])).hidden[0] for d in ((5, 3), (4, 6)))
+        torch.testing.assert_close(both, torch.cat((first, second)), rtol=1e-9, atol=1e-10)
+        other = model(batch([[(5, 4)]])).hidden[0]
+        assert not torch.equal(other[0], first[0])
+        state, got = model.initial_state(1, 8), []
+        whole = batch([[(5, 3)]], slot=0)
+        for t in range(5):
+            layout = Layout.from_rows([[Doc(1, slot=0, fresh=not t, start=t)]])
+            parts = whole.parts if not t else {}
+            step = dataclasses.replace(
+                Batch.of_ids(whole.ids[:, t : t + 1, 0], layout), parts=parts
+            )
+            out = model(step, state=state)
+            state = out.state
+            got.append(out.hidden[0])
+        torch.testing.assert_close(torch.cat(got), first, rtol=1e-9, atol=1e-10)
 
 
 def test_cross_attention_is_torchs() -> None:
