@@ -97,8 +97,12 @@ class Batch:
     labels: Mapping[str, Tensor] = field(
         default_factory=dict
     )  # per document, item or place: "target_modality" (B, T) int32, ...
+    # Second sequences of the same documents: document m of each goes with document m of this one
     parts: Mapping[str, Batch] = field(default_factory=dict)
     keys: tuple[str, ...] = ()
+    head_targets: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # head -> (P, ...) what it predicts at its `places`, where that is no id of `targets`
 
     def to(self, device: Any) -> Batch:
         """Copy every tensor to a device."""
@@ -113,6 +117,7 @@ class Batch:
             values={k: v.to(device) for k, v in self.values.items()},
             labels={k: move(v) for k, v in self.labels.items()},
             parts={k: v.to(device) for k, v in self.parts.items()},
+            head_targets={k: move(v) for k, v in self.head_targets.items()},
         )
 
     @staticmethod

@@ -144,9 +144,21 @@ ADAPTERS = Registry(
         "linear": "mm.model.adapters.linear",
         "patches": "mm.model.adapters.patches",
         "mel": "mm.model.adapters.mel",
+        "encoder": "mm.model.adapters.encoder",
+        "resampler": "mm.model.adapters.resampler",
     },
 )
-HEADS = Registry("head", {"softmax": "mm.model.heads.softmax"})
+HEADS = Registry(
+    "head",
+    {
+        "softmax": "mm.model.heads.softmax",
+        "mixture": "mm.model.heads.mixture",
+        "ctc": "mm.model.heads.ctc",
+        "embedding": "mm.model.heads.embedding",
+        "classes": "mm.model.heads.classes",
+        "multi_token": "mm.model.heads.multi_token",
+    },
+)
 TOKENIZERS = Registry(
     "tokenizer",
     {
@@ -156,6 +168,7 @@ TOKENIZERS = Registry(
         "image_patches": "mm.tokenizers.image.patches",
         "audio_codec": "mm.tokenizers.audio.tokenizer",
         "mel_frames": "mm.tokenizers.audio.mel_frames",
+        "series_patches": "mm.tokenizers.series.patches",
     },
 )
 QUANTIZERS = Registry(
@@ -173,6 +186,7 @@ MODALITIES = Registry(
         "text": "mm.data.modalities.text",
         "image": "mm.data.modalities.image",
         "audio": "mm.data.modalities.audio",
+        "time_series": "mm.data.modalities.time_series",
     },
 )
 LAUNCHERS = Registry(
@@ -214,6 +228,10 @@ TRANSFORMS = Registry(
         "chunk": "mm.data.transforms.chunk",
         "augment_image": "mm.data.transforms.augment_image",
         "mask_conditions": "mm.data.transforms.mask_conditions",
+        "mark": "mm.data.transforms.mark",
+        "room": "mm.data.transforms.room",
+        "to_label": "mm.data.transforms.to_label",
+        "to_part": "mm.data.transforms.to_part",
     },
 )
 SURGERIES = Registry(
@@ -233,6 +251,7 @@ OBJECTIVES = Registry(
     "objective",
     {
         "next_token": "mm.objectives.next_token",
+        "contrastive": "mm.objectives.contrastive",
         "distil": "mm.objectives.distil",
         "dpo": "mm.objectives.dpo",
         "vq": "mm.objectives.vq",
@@ -257,6 +276,10 @@ TASKS = Registry(
         "bits_per_byte": "mm.tasks.bits_per_byte",
         "recognition": "mm.tasks.recognition",
         "judged_generation": "mm.tasks.judged_generation",
+        "forecast": "mm.tasks.forecast",
+        "block_decoding": "mm.tasks.block_decoding",
+        "transcription": "mm.tasks.transcription",
+        "retrieval": "mm.tasks.retrieval",
     },
 )
 CALLBACKS = Registry(

@@ -79,7 +79,7 @@ def words_of(run: Run) -> Vocabulary | None:
 def batch_of(run: Run, index: int, vocabulary: Vocabulary | None) -> Batch:
     """Documents of ids, or raw items of the stage's modality."""
     if vocabulary is not None:
-        return documents(2, 24, 12, vocabulary)
+        return documents(2, 24, 12, vocabulary, getattr(run.model, "heads", {}))
     data: Any = run.stages[index].data
     model: Any = run.model
     if data.modality == "image":
@@ -111,7 +111,7 @@ def hold_the_law(run: Run, micro_batches: int = 1) -> None:
 def decode(model: Any, reads: Reads) -> None:
     """A prefill and a step, where the model has a State."""
     reads.places.clear()
-    if not hasattr(model, "initial_state"):
+    if not hasattr(model, "initial_state") or "tokens" not in model.heads:
         return
     try:
         state = model.eval().initial_state(2, 16)

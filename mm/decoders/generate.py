@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mm.data.batching.collate import of_array
+from mm.data.batching.document import of_array
 from mm.data.modalities.base import TEXT, table
 from mm.decoders import rules as rule_kinds
 from mm.decoders.base import Ask, Rule, is_fixed

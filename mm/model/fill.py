@@ -39,7 +39,10 @@ def fill(
             one = torch.zeros(1, dtype=torch.int32, device=x.device)
             values = Values(adapter.zero_item(x.device), one + 1, one, one, is_full=True)
         filled = adapter(values, ctx)
-        aux.update({f"adapters.{name}.{k}": v for k, v in filled.aux.items()})
+        for k, value in filled.aux.items():
+            # Layers inside an adapter report by their whole name; second sequences report, too.
+            key = k if k.startswith(f"adapters.{name}.") else f"adapters.{name}.{k}"
+            aux[key] = aux[key] + value if key in aux else value
         embedded = filled.x if filled.x is not None else embedder(filled.ids, ctx)
         at = torch.arange(embedded.shape[1], device=x.device)
         first = values.place.long()

@@ -319,10 +319,12 @@ class HeadOut(NamedTuple):
     aux: Mapping[str, Sum] = NONE
 
 
-class Head(nn.Module):
-    """Plug point: hidden states to unreduced nll per place, or a Distribution."""
+class Head(Stateful):
+    """Plug point: hidden states to unreduced nll per place, or a Distribution; may hold Layers."""
 
     reads: str = "hidden"  # the intermediate that it reads
+    predicts: str = ""  # whose places and targets of the batch it takes; "" = those of its name
+    predicts_ids: bool = True  # False: it runs where a batch has targets of its own for it
     tied: bool = False  # whether its matrix is the embedder's
     weight: Tensor  # the matrix to the ids
 
@@ -352,10 +354,7 @@ class ModelOut(NamedTuple):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Run `init_weights` of every submodule that has one, parents after children.
-
-    So a parent may rescale.
-    """
+    """Run `init_weights` of every submodule, parents after children: a parent may rescale."""
     for child in module.children():
         init_weights(child)
     own = getattr(module, "init_weights", None)

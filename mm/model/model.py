@@ -23,6 +23,7 @@ from mm.mask import Causal, Full, Mask, Prefix, Window
 from mm.model import folder as files
 from mm.model import mup
 from mm.model.backbones.stack import INTERMEDIATE
+from mm.model.code_rows import rows_of_codes
 from mm.model.context import Ctx, Memory
 from mm.model.fill import fill
 from mm.model.hand_back import hand_back
@@ -35,7 +36,7 @@ from mm.model.layer import (
     ModelOut,
     name_layers,
 )
-from mm.model.padding import move_padding_last, restore_order
+from mm.model.padding import move_padding_last, moved_places, restore_order
 from mm.registry import (
     BACKBONES,
     NETWORKS,
@@ -45,7 +46,7 @@ from mm.registry import (
     HeadField,
     LinearField,
 )
-from mm.state import State, StateTuple
+from mm.state import State, StateTuple, join_parts, parts_of
 from mm.vocabulary import RESERVED, Vocabulary
 
 
@@ -151,18 +152,14 @@ class Model(nn.Module):
             seed=seed,
             draft=draft,
         )
-        parts = {
-            name: Memory(
-                part.layout,
-                Full(),
-                self.embedder(part.ids, replace(ctx, layout=part.layout, ids=part.ids)),
-            )
-            for name, part in batch.parts.items()
-        }
+        aux: dict[str, Sum] = {}
+        parts = {name: self._memory(part, ctx, aux) for name, part in batch.parts.items()}
         ctx = replace(ctx, memories={**parts, **memories})
         x = self.embedder(batch.ids, ctx)
-        aux: dict[str, Sum] = {}
         inner, back = ctx, None
+        stateful = self._stateful_heads()
+        state, *of_heads = parts_of(state, 1 + len(stateful))
+        carried = dict(zip(stateful, of_heads, strict=True))
         # Each rank runs each adapter, whatever its rows hold; a step of decoding holds no values.
         if len(self.adapters) and (batch.values or state is None):
             x, inner = fill(x, batch, ctx, self.adapters, self.embedder, aux)
@@ -170,11 +167,13 @@ class Model(nn.Module):
                 ctx = inner
                 x, inner, back = move_padding_last(x, ctx)
         out = self.backbone(x, inner, state, path)
-        aux |= out.aux
+        for key, value in out.aux.items():
+            aux[key] = aux[key] + value if key in aux else value
         shared = out.ctx.published if out.ctx is not None else {}
         intermediates = {
             k.removeprefix(INTERMEDIATE): v for k, v in shared.items() if k.startswith(INTERMEDIATE)
         }
+        seen = {"hidden": out.y, **intermediates}  # by heads, in the order of the layers
         hidden = out.y
         if back is not None:
             hidden, intermediates = (
@@ -184,17 +183,29 @@ class Model(nn.Module):
         found: dict[str, HeadOut] = {}
         for name in tapped:
             head = self.heads[name]
-            places = batch.places.get(name)
+            assert isinstance(head, Head)
+            key = name if name in batch.places else head.predicts
+            places, target = batch.places.get(key), batch.head_targets.get(key)
+            if loss and target is None and not head.predicts_ids:
+                continue  # of this stage's data none has a target for it, on any rank
             if places is None:
                 places = torch.arange(
                     batch.ids.shape[0] * batch.ids.shape[1], device=batch.ids.device
                 )
-            target = batch.targets.flatten(0, 1).index_select(0, places.long()) if loss else None
-            if target is not None and name not in batch.places:
-                target = target.clamp_min(0)  # -1 = none: its weight is 0
-            h = hidden if head.reads == "hidden" else intermediates[str(head.reads)]
-            found[name] = head(h, ctx, places, target)
-            aux |= {f"heads.{name}.{k}": v for k, v in found[name].aux.items()}
+            if target is None:
+                target = batch.targets.flatten(0, 1).index_select(0, places.long())
+                if key not in batch.places:
+                    target = target.clamp_min(0)  # -1 = none: its weight is 0
+            if back is not None:
+                places = moved_places(places, back)
+            found[name] = head(
+                seen[str(head.reads)], inner, places, target if loss else None, carried.get(name)
+            )
+            whole = f"heads.{name}."  # layers inside a head report by their whole name
+            aux |= {whole + k.removeprefix(whole): v for k, v in found[name].aux.items()}
+        if out.state is not None and stateful:
+            left = {n: found[n].state if n in found else s for n, s in carried.items()}
+            out = out._replace(state=join_parts(out.state, *left.values()))
         return ModelOut(
             hidden,
             found,
@@ -204,14 +215,30 @@ class Model(nn.Module):
         )
 
     def initial_state(self, n: int, max_len: int, path: Sequence[int] | None = None) -> StateTuple:
-        """State of ``n`` fresh slots for documents of at most ``max_len`` tokens."""
-        if path is None:
-            return self.backbone.initial_state(n, max_len)  # type: ignore[return-value]
-        return self.backbone.initial_state(n, max_len, path=path)  # type: ignore[call-arg]
+        """State of ``n`` fresh slots for documents of at most ``max_len`` tokens.
+
+        That of the backbone, and of the heads that have one.
+        """
+        more: dict[str, Any] = {} if path is None else {"path": path}
+        own = [h.initial_state(n, max_len) for h in self._stateful_heads().values()]
+        return join_parts(self.backbone.initial_state(n, max_len, **more), *own)  # type: ignore
 
     def state_bytes(self, n: int, max_len: int) -> int:
         """Declared bytes of `initial_state`."""
-        return self.backbone.state_bytes(n, max_len)
+        heads = sum(h.state_bytes(n, max_len) for h in self._stateful_heads().values())
+        return self.backbone.state_bytes(n, max_len) + heads
+
+    def _stateful_heads(self) -> dict[str, Head]:
+        named = ((n, h) for n, h in self.heads.items() if isinstance(h, Head))
+        return {name: head for name, head in named if head.stateful_parts()}
+
+    def _memory(self, part: Batch, ctx: Ctx, aux: dict[str, Sum]) -> Memory:
+        """A second sequence, embedded as the main one is."""
+        own = replace(ctx, layout=part.layout, ids=part.ids)
+        x = self.embedder(part.ids, own)
+        if len(self.adapters):
+            x, own = fill(x, part, own, self.adapters, self.embedder, aux)
+        return Memory(own.layout, Full(), x)
 
     def after_step(self, stats: Mapping[str, Sum]) -> None:
         """Hand globally summed statistics to the modules that reported them."""
@@ -310,6 +337,12 @@ class LmConfig(Config):
                     f"model.adapters.{name} reads {have} features a place, the data have {n}: set "
                     "it to what its tokenizer gives"
                 )
+            head = self.heads.get(name)
+            if head is not None and (out := getattr(head, "d_out", None)) != n:
+                raise UserError(
+                    f"model.heads.{name} predicts {out or 'no'} values a place, the data have {n}: "
+                    f"set model.heads.{name}={{kind: mixture, d_out: {n}}}"
+                )
 
     def default_mask(self) -> Mask:
         """The Mask of a pass that names none."""
@@ -351,17 +384,7 @@ class LmConfig(Config):
         for modality, vectors in code_vectors.items():
             span = module.vocabulary.range(modality)
             spec = module.vocabulary.spec(modality)
-            books = np.asarray(vectors, np.float32).reshape(spec.n_codebooks, spec.vocab_size, -1)
-            books = books - books.mean(1, keepdims=True)
-            books = books / np.maximum(np.sqrt((books**2).mean((1, 2), keepdims=True)), 1e-8)
-            flat = books.reshape(spec.n_ids, -1)
-            C = flat.shape[1]
-            rng = np.random.default_rng([17, span.index])
-            rows = (
-                flat
-                @ rng.standard_normal((C, self.d_model)).astype(np.float32)
-                / np.sqrt(C * self.d_model)
-            )
+            rows = rows_of_codes(vectors, spec, span.index, self.d_model)
             with torch.no_grad():
                 new = torch.from_numpy(rows).to(weight)
                 own = weight[span.first : span.stop]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from mm.objectives.objective import Objective
 from mm.plan.networks import Networks
 from mm.plan.trace import Trace, fake_mode, to_dtype, trace_step
 from mm.run import Run
-from mm.specs import TokenSpec
+from mm.specs import NONE, TokenSpec
 from mm.trainer.engine.deepspeed import linear_of_stage
 from mm.trainer.env import TrainerEnv
 from mm.trainer.stage import all_networks, build, make_stream
@@ -66,7 +66,8 @@ class Subject:
         """A micro-batch of ``rows`` rows of the data, after the objective's corruption."""
         if self.assumed is not None:
             length = getattr(self.data, "seq_len", None) or self.assumed.document
-            return [documents(rows, length, self.assumed.document, self.vocabulary)]
+            heads = getattr(self.run.model, "heads", {})
+            return [documents(rows, length, self.assumed.document, self.vocabulary, heads)]
         changed = {"batch_size": rows, "micro_batch_size": None, "prefetch": 0}
         have = {k: v for k, v in changed.items() if k in type(self.data).model_fields}
         stage = self.run.stages[self.index]
@@ -173,8 +174,17 @@ def _assumed_vocabulary(run: Run, index: int, ids: int) -> Vocabulary | None:
     return extend_vocabulary([TokenSpec(m, each, fingerprint=f"assumed {m}") for m in modalities])
 
 
-def documents(rows: int, length: int, document: int, vocabulary: Vocabulary | None) -> Batch:
-    """A micro-batch of equal documents of ids, every place a target."""
+def documents(
+    rows: int,
+    length: int,
+    document: int,
+    vocabulary: Vocabulary | None,
+    heads: Mapping[str, Any] = NONE,
+) -> Batch:
+    """A micro-batch of equal documents of ids, every place a target.
+
+    ``heads`` with targets of their own (configs by name) have one at the start of each document.
+    """
     document = min(document, length)
     row = [Doc(document)] * (length // document)
     if rest := length % document:
@@ -186,4 +196,14 @@ def documents(rows: int, length: int, document: int, vocabulary: Vocabulary | No
     places = {"tokens": torch.arange(rows * length, dtype=torch.int32)}
     one = torch.ones(rows, length, dtype=torch.int32)
     labels = {"target_modality": one}
-    return Batch(layout, ids, ids, torch.ones(rows, length), places, labels=labels)
+    made = {name: head.example for name, head in heads.items() if hasattr(head, "example")}
+    starts = layout.cu_seqlens[:-1]
+    return Batch(
+        layout,
+        ids,
+        ids,
+        torch.ones(rows, length),
+        places | dict.fromkeys(made, starts),
+        labels=labels,
+        head_targets={name: example(len(starts)) for name, example in made.items()},
+    )

@@ -169,7 +169,7 @@ def enter_stage(
 def make_stream(run: Run, index: int, objective: Objective, vocabulary: Vocabulary | None) -> Any:
     """The data of a stage as this rank reads them. Raises UserError."""
     ranks = environment.ranks()
-    return build(
+    stream = build(
         run.stages[index].data,
         vocabulary=vocabulary,
         transform=objective.transform,
@@ -177,6 +177,13 @@ def make_stream(run: Run, index: int, objective: Objective, vocabulary: Vocabula
         rank=ranks.rank,
         world=ranks.world,
     )
+    heads = getattr(run.model, "heads", None)
+    if heads is not None and hasattr(stream, "require_heads"):
+        try:
+            stream.require_heads([*heads])
+        except UserError as error:
+            raise UserError(f"stages.{index}: {error}") from error
+    return stream
 
 
 def build(config: Config, **offered: Any) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import trainer_toys as toys
@@ -14,9 +15,11 @@ from trainer_runs import losses, make_run, rows, torchrun
 from trainer_toys import toys_registered  # noqa: F401
 
 from mm.batch import Batch, Values
+from mm.data.batching.collate import to_batch
 from mm.model.layer import ModelOut
 from mm.registry import NETWORKS, OBJECTIVES, OPTIMIZERS
 from mm.run import Run
+from mm.specs import Segment
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.env import TrainerEnv
 from mm.trainer.loop import train
@@ -169,6 +172,24 @@ def _items(modality: str, make: Any) -> Any:
     return batch
 
 
+def _pairs(rows_: range) -> Batch:
+    """A picture of a few codes and its caption; two of the captions are the same."""
+    rows: list[list[list[Segment]]] = []
+    for r in rows_:
+        codes = np.random.default_rng(r).integers(0, 8, 3 + r)
+        image = Segment("image", codes, role="condition")
+        rows.append([[image, Segment("text", np.array([r % 3, 1]))]])
+    return to_batch(rows, toys.vocabulary(), 16, len(rows))
+
+
+EMBEDS = {
+    "kind": "lm",
+    "d_model": 16,
+    "backbone": {"kind": "stack", "depth": 1, "pattern": "attention"},
+    "heads": {"embedding": {"kind": "embedding", "d_out": 8}},
+}
+
+
 RECIPES: dict[str, tuple[str, Any]] = {  # objective -> (network it trains, batch of given rows)
     "next_token": ("toy_lm", _tokens),
     "distil": ("lm", _tokens),
@@ -176,10 +197,11 @@ RECIPES: dict[str, tuple[str, Any]] = {  # objective -> (network it trains, batc
     "toy_gan": ("toy_lm", _tokens),
     "vq": ("image_vq", _items("image", lambda g: torch.rand(3, 32, 32, generator=g))),
     "codec": ("audio_codec", _items("audio", lambda g: 0.1 * torch.randn(8000, generator=g))),
+    "contrastive": (EMBEDS, _pairs),  # type: ignore[dict-item]
 }
 
 
-def recipe(kind: str) -> tuple[str, Any]:
+def recipe(kind: str) -> tuple[Any, Any]:
     """The recipe of an objective, or of the one whose config its own extends."""
     for cls in OBJECTIVES.get(kind).__mro__:
         declared = getattr(cls, "model_fields", {}).get("kind")
@@ -195,7 +217,8 @@ def gradients(kind: str, micro: int, rows_: int = 4) -> dict[str, torch.Tensor]:
     """
     network, make = recipe(kind)
     vocabulary = toys.vocabulary()
-    config = NETWORKS.get(network).smallest()
+    named = isinstance(network, str)
+    config = NETWORKS.get(network).smallest() if named else NETWORKS.parse(network)
     run = Run.model_construct(model=config)
     objective = build(OBJECTIVES.get(kind).smallest(), vocabulary=vocabulary)
     nets = {

@@ -183,14 +183,15 @@ class Engine:
                 for grad in grads:
                     grad.mul_(self.grad_clip / (norm + 1e-6))
         self.ds.step()
-        applied = self.ds.was_step_applied()
-        if applied:
-            self._average(self.updates)
-            self.updates += 1
+        if not self.ds.was_step_applied():
+            return False, float("inf")
+        self._average(self.updates)
+        self.updates += 1
         if norm is None:
             found = self.ds.get_global_grad_norm()
-            norm = float(found) if found is not None else 0.0
-        return applied, norm if applied else float("inf")
+            assert found is not None, "DeepSpeed tells the norm where it has it computed"
+            norm = float(found)
+        return True, norm
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Trainable parameters once each (tied ones under their first name)."""
