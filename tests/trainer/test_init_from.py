@@ -337,7 +337,9 @@ def test_operations_stand_in_the_yaml(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("linear", ["dora", "dora on nf4", "ternary"])
-def test_linears_are_alike_at_every_zero_stage(root: Path, tmp_path: Path, linear: str) -> None:
+def test_linears_are_alike_at_every_zero_stage(
+    root: Path, tmp_path: Path, linear: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """Also where ZeRO-3 has the base's matrix in its own forward alone."""
     forms: dict[str, Any] = {
         "dora": {"kind": "lora", "dora": True, "dropout": 0.1},
@@ -351,5 +353,6 @@ def test_linears_are_alike_at_every_zero_stage(root: Path, tmp_path: Path, linea
         made["model"]["linear"] = forms[linear]
         train(run := Run.model_validate(made))
         found.append(losses(run))
+    assert ("nothing was learnt by: set init_from" in caplog.text) == (linear != "ternary")
     assert found[1] == pytest.approx(found[0], rel=1e-6)
     assert found[2] == pytest.approx(found[0], rel=1e-6)
