@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mm.layout import Layout
+from mm.shard import Shard
 
 
 class Sum(NamedTuple):
@@ -99,6 +100,7 @@ class Batch:
     )  # per document, item or place: "target_modality" (B, T) int32, ...
     parts: Mapping[str, Batch] = field(default_factory=dict)
     keys: tuple[str, ...] = ()
+    shard: Shard | None = None  # the batch is a slice of the tokens of its rows
 
     def to(self, device: Any) -> Batch:
         """Copy every tensor to a device."""
@@ -113,6 +115,7 @@ class Batch:
             values={k: v.to(device) for k, v in self.values.items()},
             labels={k: move(v) for k, v in self.labels.items()},
             parts={k: v.to(device) for k, v in self.parts.items()},
+            shard=self.shard.to(device) if self.shard is not None else None,
         )
 
     @staticmethod

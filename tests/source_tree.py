@@ -33,6 +33,7 @@ TIERS = {
     "mask": 1,
     "state": 1,
     "layout": 1,
+    "shard": 1,
     "model": 2,
     "tokenizers": 3,
     "data": 3,

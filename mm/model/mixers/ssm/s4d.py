@@ -20,6 +20,7 @@ from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.mixers.ssm.hippo_matrices import StepsConfig
 from mm.model.mixers.ssm.scan import RecurrentState, starts
+from mm.model.sequence import Link
 from mm.registry import MIXERS
 from mm.state import State
 
@@ -115,17 +116,27 @@ class S4D(Mixer):
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         a, c = self.discrete()
+        wide = lambda docs: docs.unpack(x_BTD.to(a.dtype))
+        run = lambda docs, h: diagonal_ssm(wide(docs), a, c, None, h, docs.length)
         if state is None:
-            y, after = diagonal_ssm(x_BTD, a, c, starts(ctx.layout))[0], None
+            fresh = lambda: diagonal_ssm(x_BTD, a, c, starts(ctx.layout))[0]
+            y, after = self.memory.across(fresh, run, ctx, lambda: _link(a, x_BTD.shape[1])), None
         else:
-            u = x_BTD.to(a.dtype)
-            y, after = self.memory.advance(
-                lambda docs, before: diagonal_ssm(docs.unpack(u), a, c, None, before, docs.length),
-                ctx,
-                state,
-            )
+            y, after = self.memory.advance(run, ctx, state)
         y = y.to(x_BTD.dtype) + self.skip * x_BTD
         return Out(self.out(F.gelu(y), ctx), after)
+
+
+def _link(a_PDN: Tensor, n: int) -> Link:
+    """``n`` tokens multiply a state by ``a ** n``, which every process knows."""
+    size, angle = torch.hypot(*a_PDN).pow(n), torch.atan2(a_PDN[1], a_PDN[0]) * n
+    re, im = size * angle.cos(), size * angle.sin()
+
+    def join(_: None, before: Tensor, own: Tensor) -> Tensor:
+        x, y = before.unbind(1)
+        return own + torch.stack((re * x - im * y, re * y + im * x), 1)
+
+    return Link(None, join)
 
 
 @MIXERS.register("s4d")

@@ -1,0 +1,259 @@
+"""What processes that share the tokens of a row pass each other, with gradients.
+
+N processes, B rows, T tokens of a row, t = T / N of a slice, H heads.
+
+Every process calls the same collectives in the same order, forward and backward, whatever its
+slice holds: else they wait for each other, or for a weight that ZeRO stage 3 gathers, for ever. So
+what one process has no use for is tied to its output all the same (`tie`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mm.model.layer import Adapter, Embedder, Head, Layer
+from mm.model.varlen import PackedRows
+from mm.shard import Shard
+
+
+class _AllToAll(torch.autograd.Function):
+    """Cut along one dimension, send part i to rank i, join what comes along another."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any, size: int, cut: int, join: int) -> Tensor:
+        ctx.given = group, size, join, cut
+        sent = torch.stack(x.chunk(size, cut))
+        got = torch.empty_like(sent)
+        dist.all_to_all_single(got, sent, group=group)
+        return torch.cat(got.unbind(0), join)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _AllToAll.apply(grad, *ctx.given), None, None, None, None
+
+
+def tokens_to_heads(x: Tensor, shard: Shard) -> Tensor:
+    """`(B, t, H, ...)` to `(B, T, H / N, ...)`: all tokens of some heads (Ulysses).
+
+    Source: Jacobs et al. 2023 (arXiv:2309.14509), section 3.1.
+    """
+    return _AllToAll.apply(x, shard.group, shard.size, 2, 1)
+
+
+def heads_to_tokens(x: Tensor, shard: Shard) -> Tensor:
+    """Inverse of `tokens_to_heads`."""
+    return _AllToAll.apply(x, shard.group, shard.size, 1, 2)
+
+
+def _send(x: Tensor, shard: Shard, step: int) -> Tensor:
+    """``x`` of rank ``rank - step``; zeros where there is no such rank."""
+    n, to, source = x.numel(), shard.rank + step, shard.rank - step
+    size = lambda other: [n * (rank == other) for rank in range(shard.size)]
+    got = x.new_empty(n if 0 <= source < shard.size else 0)
+    sent = x.reshape(-1) if 0 <= to < shard.size else x.new_empty(0)
+    dist.all_to_all_single(got, sent, size(source), size(to), group=shard.group)
+    return got.view_as(x) if len(got) else torch.zeros_like(x)
+
+
+class _Shift(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shard: Shard) -> Tensor:
+        ctx.shard = shard
+        return _send(x.contiguous(), shard, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _send(grad.contiguous(), ctx.shard, -1), None
+
+
+def shift(x: Tensor, shard: Shard) -> Tensor:
+    """``x`` of the process before; zeros in the first one."""
+    return _Shift.apply(x, shard)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shard: Shard) -> Tensor:
+        ctx.shard = shard
+        out = x.new_empty(shard.size * x.numel())
+        dist.all_gather_into_tensor(out, x.reshape(-1), group=shard.group)
+        return out.view(shard.size, *x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        out = grad.new_empty(grad[0].numel())
+        dist.reduce_scatter_tensor(out, grad.reshape(-1), group=ctx.shard.group)
+        return out.view_as(grad[0]), None
+
+
+def gather(x: Tensor, shard: Shard) -> Tensor:
+    """``x`` of every process, `(N, ...)`."""
+    return _Gather.apply(x, shard)
+
+
+class _Tie(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *others: Tensor) -> Tensor:
+        ctx.like = [(x.shape, x.dtype, x.device) for x in others]
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        zeros = [torch.zeros(shape, dtype=d, device=at) for shape, d, at in ctx.like]
+        return grad, *zeros
+
+
+def tie(y: Tensor, *others: Tensor) -> Tensor:
+    """``y``, with gradients of zero for ``others``: their backward runs in every process."""
+    return _Tie.apply(y, *others)
+
+
+def halo(x_BtW: Tensor, n: int, shard: Shard) -> tuple[Tensor, Tensor]:
+    """The slice with the ``n`` tokens before it `(B, n + t, W)`, and their documents `(B, n + t)`.
+
+    The documents have the numbers of the whole row. Raises ValueError where a slice is shorter.
+    """
+    document = torch.cat(
+        [shard.before(shard.whole.fields.document, n), shard.slice(shard.whole.fields.document)], 1
+    )
+    if n > shard.tokens:
+        raise ValueError(f"a slice of {shard.tokens} tokens cannot lend {n}")
+    return torch.cat((shift(x_BtW[:, shard.tokens - n :], shard), x_BtW), 1), document
+
+
+class Link(NamedTuple):
+    """How the state before a slice that is all one document becomes the one after it.
+
+    Attributes:
+        total: `(B, ...)` what the slice does to a state, sent along with its own; None where each
+            process knows it without.
+        join: ``join(total, before, own)`` is the state after the slice: ``own`` is what it leaves
+            that began from the initial state.
+    """
+
+    total: Tensor | None
+    join: Callable[[Any, Tensor, Tensor], Tensor]
+
+
+def decay(total: Tensor) -> Link:
+    """``total * before + own``."""
+    return Link(total, lambda a, before, own: a * before + own)
+
+
+Run = Callable[[PackedRows, Tensor], tuple[Tensor, Tensor]]
+
+
+def carry_over(
+    fresh: Callable[[], Tensor], run: Run, initial_B: Tensor, shard: Shard, link: Link | None
+) -> Tensor:
+    """Outputs `(B, t, ...)` of a recurrence over documents that go through several processes.
+
+    With a ``link`` all processes work at once: each makes the state that its slice leaves from
+    nothing, all gather them, each joins those before its own and runs what goes on from there.
+    Without one they wait for each other, but for the recurrence alone. Bytes: states, whatever T.
+
+    Args:
+        fresh: outputs `(B, t, ...)` with every document of the slice taken for a whole one.
+        run: outputs and last states of rows that begin from given states.
+        initial_B: `(B, ...)` a document's initial state.
+    """
+    B = initial_B.shape[0]
+    # Also where no document goes on, or none ends the row: all processes pass states alike.
+    head = PackedRows.of(shard.head, B) if shard.head is not None else None
+    tail = PackedRows.of(shard.tail, B)
+    _, own = run(tail, initial_B)
+    passes = shard.passes.view(shard.size, B, *[1] * (own.dim() - 1))
+    if link is None:
+        return _one_after_another(fresh, run, initial_B, own, head, shard, passes)
+    parts = [own] if link.total is None else [own, link.total.expand(B, *link.total.shape[1:])]
+    flat = gather(torch.cat([x.flatten(1).to(own.dtype) for x in parts], 1), shard)
+    before = initial_B.to(own.dtype)
+    for rank in range(shard.rank):
+        split = flat[rank].split([x[0].numel() for x in parts], 1)
+        state, *total = (x.view(p.shape) for x, p in zip(split, parts, strict=True))
+        # Zeros elsewhere: what is not chosen has a gradient, too, and may begin from -inf.
+        inner = lambda x, here=passes[rank]: torch.where(here, x, 0.0)
+        joined = link.join(total[0] if total else None, inner(before), inner(state))
+        before = torch.where(passes[rank], joined, state)
+    return tie(_joined(fresh, run, head, shard, before), flat)
+
+
+def _joined(
+    fresh: Callable[[], Tensor], run: Run, head: PackedRows | None, shard: Shard, before: Tensor
+) -> Tensor:
+    """Outputs of what goes on from ``before`` and of what begins in the slice."""
+    if head is None:
+        return fresh()
+    y, _ = run(head, before)
+    if not shard.begins:
+        return y
+    valid = head.valid.view(*head.valid.shape, *[1] * (y.dim() - 2))
+    return torch.where(valid, y, fresh())
+
+
+class _Round(torch.autograd.Function):
+    """One state goes one rank on, while all others take part; the token orders the rounds."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, state: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
+        ctx.shard = shard
+        return token.clone(), _send(state.contiguous(), shard, 1)
+
+    @staticmethod
+    def backward(ctx: Any, token: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return token, _send(grad.contiguous(), ctx.shard, -1), None
+
+
+def _one_after_another(
+    fresh: Callable[[], Tensor],
+    run: Run,
+    initial: Tensor,
+    own: Tensor,
+    head: PackedRows | None,
+    shard: Shard,
+    passes: Tensor,
+) -> Tensor:
+    """`carry_over` in rounds: in round r, rank r knows what it begins from and passes on."""
+    token = own.new_zeros(()).requires_grad_(torch.is_grad_enabled())
+    before, y = initial.to(own.dtype), own.new_zeros(())
+    for r in range(shard.size):
+        after = own.detach()
+        if r == shard.rank:
+            y, after = fresh(), own
+            if head is not None:
+                late, last = run(head, before)
+                valid = head.valid.view(*head.valid.shape, *[1] * (late.dim() - 2))
+                y = torch.where(valid, late, y)
+                after = torch.where(passes[r], last, own)
+        if r == shard.size - 1:
+            break
+        token, got = _Round.apply(token, after, shard)
+        if r == shard.rank - 1:
+            before = got
+    return tie(y, token)
+
+
+def why_not(module: nn.Module, size: int, tokens: int) -> str | None:
+    """Why ``size`` processes cannot share rows of ``tokens`` in a network; None: they can.
+
+    Everything in it says how in `Caps.shard`, or in its ``shard`` where it is no layer: local
+    (nothing goes from one token to another), ulysses (each process takes all tokens of some heads),
+    carry (states go from one to the next) or halo (the last tokens do). What says nothing is
+    refused.
+    """
+    for name, part in module.named_modules():
+        where = name or "the layer"
+        known = isinstance(part, Layer | Embedder | Adapter | Head)
+        shard = part.caps.shard if isinstance(part, Layer) else getattr(part, "shard", None)
+        if known and shard is None:
+            kind = getattr(part, "kind", "") or type(part).__name__
+            return f"{where}: {kind} cannot share the tokens of a row"
+        asked = getattr(part, "check_shard", None)
+        if asked is not None and (why := asked(size, tokens // size)) is not None:
+            return f"{where}: {why}"
+    return None
