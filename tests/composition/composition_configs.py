@@ -5,6 +5,7 @@ A case is YAML: `model` (a language model's config), `mask`, `path`, `seed` and 
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import json
@@ -81,8 +82,13 @@ def smallest(registry: Registry, kind: str) -> dict[str, Any]:
     return plain(registry.get(kind).smallest())
 
 
-def preset(word: str) -> dict[str, Any]:
+@functools.cache
+def _preset(word: str) -> dict[str, Any]:
     return plain(StackConfig(pattern=word).mixer(word))
+
+
+def preset(word: str) -> dict[str, Any]:
+    return copy.deepcopy(_preset(word))
 
 
 def wrapped(kind: str, inner: dict[str, Any]) -> dict[str, Any]:
@@ -176,7 +182,7 @@ def build(case: Case) -> Model:
         "adapters", {}
     ):
         raise Refused("documents with items need an adapter")
-    torch.manual_seed(7)
+    torch.default_generator.manual_seed(7)  # torch.manual_seed asks every kind of device
     try:
         model = validate(LmConfig, case["model"], "case").build(VOCABULARY)
     except (UserError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, cast
@@ -228,9 +229,10 @@ def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
             yield from _own_modules(child)
 
 
-def presets() -> list[str]:
+@functools.cache
+def presets() -> tuple[str, ...]:
     """Names of the shipped mixer presets."""
-    return sorted(path.stem for path in (yaml_config.SHIPPED / "mixer").glob("*.yaml"))
+    return tuple(sorted(path.stem for path in (yaml_config.SHIPPED / "mixer").glob("*.yaml")))
 
 
 def _raw(word: str) -> dict[str, Any]:
