@@ -73,6 +73,7 @@ def compare(
     y = layer(given, Ctx(whole, mask, ids, seed=5)).y
     (y * w).sum().backward()
     expected = {k: p.grad.clone() for k, p in layer.named_parameters() if p.grad is not None}
+    assert given.grad is not None
     expected |= {"y": y.detach(), "x": given.grad}
     layer.zero_grad()
     shard, own = Shard.of(whole, rank, size, dist.group.WORLD)
@@ -80,6 +81,7 @@ def compare(
     with counted() as sent:
         out = layer(part, Ctx(own, mask, shard.slice(ids), seed=5, shard=shard)).y
         (out * shard.slice(w)).sum().backward()
+    assert part.grad is not None
     found = {"y": out.detach(), "x": part.grad}
     for name, p in layer.named_parameters():
         grad = torch.zeros_like(p) if p.grad is None else p.grad

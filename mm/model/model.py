@@ -6,7 +6,7 @@ B rows, T tokens, S streams, D model, P places, G items, N slots.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mm.batch import Batch, Sum
 from mm.config import Config, validate
 from mm.errors import UserError
+from mm.layout import Fields
 from mm.mask import Causal, Full, Mask, Prefix, Window
 from mm.model import folder as files
 from mm.model import mup
@@ -134,14 +135,10 @@ class Model(nn.Module):
         tapped = [h for h in self.heads if heads is None or h in heads]
         taps_read = {str(self.heads[h].reads) for h in tapped} - {"hidden"}
         layout, mask = batch.layout, mask or self.config.default_mask()
-        if layout.fields.extra and isinstance(mask, Causal | Full | Window):
-            # These read no named field: none is cached, or regrouped with each layer.
-            layout = layout.map_fields(lambda f: f._replace(extra={}))
-        elif mask.atomic and mask.atomic not in layout.fields.extra:
-            name = mask.atomic  # nobody has a prefix
-            layout = layout.map_fields(
-                lambda f: f._replace(extra={**f.extra, name: torch.zeros_like(f.document)})
-            )
+        shard = batch.shard
+        if (needed := _fields_for(mask, layout.fields)) is not None:
+            layout = layout.map_fields(needed)
+            shard = replace(shard, whole=shard.whole.map_fields(needed)) if shard else None
         ctx = Ctx(
             layout,
             mask,
@@ -150,6 +147,7 @@ class Model(nn.Module):
             return_intermediates=return_intermediates | frozenset(taps_read),
             seed=seed,
             draft=draft,
+            shard=shard,
         )
         parts = {
             name: Memory(
@@ -260,6 +258,17 @@ class Model(nn.Module):
         model = files.load_into(lambda: config.build(vocabulary), folder / "model.safetensors")
         assert isinstance(model, Model)
         return model.eval()
+
+
+def _fields_for(mask: Mask, f: Fields) -> Callable[[Fields], Fields] | None:
+    """What makes of the fields ``f`` those that a mask asks for; None: they are these."""
+    if f.extra and isinstance(mask, Causal | Full | Window):
+        # These read no named field: none is cached, or regrouped with each layer.
+        return lambda f: f._replace(extra={})
+    name = mask.atomic
+    if name and name not in f.extra:  # nobody has a prefix
+        return lambda f: f._replace(extra={**f.extra, name: torch.zeros_like(f.document)})
+    return None
 
 
 @NETWORKS.register("lm")

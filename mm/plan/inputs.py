@@ -154,6 +154,11 @@ def open_subject(run: Run, index: int, precision: str, assumed: Assumed | None) 
                 f"{error}; to plan without the data: mm plan CONFIG --document TOKENS --ids N"
             ) from error
     objective = build(run.stages[index].objective, vocabulary=vocabulary)
+    if (size := run.engine.sequence) > 1:
+        raise UserError(
+            f"engine.sequence {size}: mm plan does not know what a slice of a row costs; plan with "
+            f"engine.sequence=1 and a seq_len of a {size}th"
+        )
     return Subject(run, index, objective, vocabulary, precision, assumed)
 
 

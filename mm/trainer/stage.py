@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.errors import UserError
-from mm.launch import environment
 from mm.model.layer import Block, init_weights
 from mm.model.size import require_room
 from mm.objectives.objective import Network, Objective
@@ -24,6 +23,7 @@ from mm.trainer.ema import Averages
 from mm.trainer.engine.deepspeed import Engine
 from mm.trainer.env import Nets, TrainerEnv
 from mm.trainer.log.clock import StepClock
+from mm.trainer.sequence import data_ranks, require_shares
 from mm.trainer.stateful import CarriedStates
 from mm.vocabulary import Vocabulary
 
@@ -98,6 +98,7 @@ def enter_stage(
         make = lambda config=network.config: build(config, vocabulary=vocabulary)
         require_room(make, copies, env.device, f"{run.name}: network '{name}'")
         module = make_module(network.config, vocabulary, run.seed, env.device)
+        require_shares(run, index, objective, module, name)
         have = weights_at_start(run, index, snapshot, name) if snapshot is not None else {}
         new = snapshot.new_modalities if snapshot is not None and have else run.tokenizers
         if name == "model" and run.tokenizers and new and hasattr(network.config, "prepare"):
@@ -148,7 +149,7 @@ def enter_stage(
 
 def make_stream(run: Run, index: int, objective: Objective, vocabulary: Vocabulary | None) -> Any:
     """The data of a stage as this rank reads them. Raises UserError."""
-    ranks = environment.ranks()
+    ranks = data_ranks(run.engine.sequence)
     return build(
         run.stages[index].data,
         vocabulary=vocabulary,

@@ -215,7 +215,8 @@ class AttentionBase(Mixer):
         fits = [
             n for n in range(1, self.heads + 1) if self.heads % n == 0 and not (G % n and n % G)
         ]
-        return f"{self.heads} heads, {G} of keys, do not divide over {size} processes; possible: {fits}"
+        heads = f"{self.heads} heads, {G} of keys,"
+        return f"{heads} do not divide over {size} processes; possible: {fits}"
 
     def _forward_full(self, parts: tuple[Tensor, ...], ctx: Ctx) -> Tensor:
         """`attend` inside the call's documents."""
