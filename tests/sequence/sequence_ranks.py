@@ -32,8 +32,8 @@ ROWS = ([11, 9, 12], [29], [32], [8, 8, 5, 11], [3, 2, 6])
 COLLECTIVES = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor")
 
 
-def _attention(**settings: Any) -> Callable[[], Layer]:
-    return lambda: MIXERS.get("attention")(heads=4, **settings).build(laws.D)
+def _attention(kind: str = "attention", **settings: Any) -> Callable[[], Layer]:
+    return lambda: MIXERS.parse({"kind": kind, "heads": 4, **settings}).build(laws.D)
 
 
 # Besides the laws' own ones: of four heads, for four processes.
@@ -44,6 +44,13 @@ VARIANTS = laws.VARIANTS | {
     **{
         f"4 heads, {p}": _attention(position=p)
         for p in ("alibi", "t5_bias", "urpe", "randomised", "learned")
+    },
+    **{
+        f"4 heads, {kind}": _attention(kind)
+        for kind in (
+            *("latent_attention", "differential_attention", "path_attention", "cog_attention"),
+            *("topk_attention", "combiner", "kv_only", "kv_shift"),
+        )
     },
 }
 

@@ -203,9 +203,9 @@ class AttentionBase(Mixer):
         """`scores`, of the heads that this process has."""
         if ctx.shard is None:
             return self.scores(q, fq, fk)
-        n = self.heads // ctx.shard.size
         every = q[:, :, :1].expand(-1, -1, self.heads, -1)  # positions count heads
-        return self.scores(every, fq, fk).of_heads(ctx.shard.rank * n, n)
+        n = self.heads // ctx.shard.size
+        return self.scores(every, fq, fk).of_heads(n * ctx.shard.rank, n)
 
     def check_shard(self, size: int, tokens: int) -> str | None:
         """Why ``size`` processes of ``tokens`` each cannot share its heads, or None."""
