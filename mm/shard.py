@@ -34,6 +34,8 @@ class Shard:
     tail: Layout  # the last document of each row
     earlier: Tensor  # (B,) int32 tokens that the row's first document has before the slice
     begins: bool  # a document begins in this slice
+    through: bool  # one fills it that began before it
+    alone: bool  # all that it holds are the last documents of rows
 
     @property
     def tokens(self) -> int:
@@ -92,6 +94,8 @@ class Shard:
             _rows(whole, rank, t, ((mine == mine[:, -1:]) & (mine > 0)) * row, ~passes[rank]),
             torch.from_numpy(earlier.astype(np.int32)),
             bool(((mine > 0) & ~goes_on).any()),
+            bool(passes[rank].any()),
+            bool(((mine == mine[:, -1:]) | (mine == 0)).all()),
         )
         return made, _slice(whole, rank, t)
 

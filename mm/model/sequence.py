@@ -21,15 +21,21 @@ from mm.model.varlen import PackedRows
 from mm.shard import Shard
 
 
+def _exchange(x_N: Tensor, group: Any) -> Tensor:
+    """Entry i goes to rank i; entry i of the result comes from there."""
+    sent = x_N.contiguous()
+    got = torch.empty_like(sent)
+    dist.all_to_all_single(got, sent, group=group)
+    return got
+
+
 class _AllToAll(torch.autograd.Function):
     """Cut along one dimension, send part i to rank i, join what comes along another."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any, size: int, cut: int, join: int) -> Tensor:
         ctx.given = group, size, join, cut
-        sent = torch.stack(x.chunk(size, cut))
-        got = torch.empty_like(sent)
-        dist.all_to_all_single(got, sent, group=group)
+        got = _exchange(torch.stack(x.chunk(size, cut)), group)
         return torch.cat(got.unbind(0), join)
 
     @staticmethod
@@ -80,15 +86,11 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shard: Shard) -> Tensor:
         ctx.shard = shard
-        out = x.new_empty(shard.size * x.numel())
-        dist.all_gather_into_tensor(out, x.reshape(-1), group=shard.group)
-        return out.view(shard.size, *x.shape)
+        return _exchange(x.expand(shard.size, *x.shape), shard.group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        out = grad.new_empty(grad[0].numel())
-        dist.reduce_scatter_tensor(out, grad.reshape(-1), group=ctx.shard.group)
-        return out.view_as(grad[0]), None
+        return _exchange(grad, ctx.shard.group).sum(0), None
 
 
 def gather(x: Tensor, shard: Shard) -> Tensor:
@@ -130,19 +132,21 @@ class Link(NamedTuple):
     """How the state before a slice that is all one document becomes the one after it.
 
     Attributes:
-        total: `(B, ...)` what the slice does to a state, sent along with its own; None where each
-            process knows it without.
         join: ``join(total, before, own)`` is the state after the slice: ``own`` is what it leaves
             that began from the initial state.
+        total: makes `(B, ...)`, what the slice does to a state, sent along with its own; None where
+            each process knows it without.
+        shape: of one row of it.
     """
 
-    total: Tensor | None
     join: Callable[[Any, Tensor, Tensor], Tensor]
+    total: Callable[[], Tensor] | None = None
+    shape: tuple[int, ...] = ()
 
 
-def decay(total: Tensor) -> Link:
+def decay(total: Callable[[], Tensor], *shape: int) -> Link:
     """``total * before + own``."""
-    return Link(total, lambda a, before, own: a * before + own)
+    return Link(lambda a, before, own: a * before + own, total, shape)
 
 
 Run = Callable[[PackedRows, Tensor], tuple[Tensor, Tensor]]
@@ -163,16 +167,25 @@ def carry_over(
         initial_B: `(B, ...)` a document's initial state.
     """
     B = initial_B.shape[0]
-    # Also where no document goes on, or none ends the row: all processes pass states alike.
     head = PackedRows.of(shard.head, B) if shard.head is not None else None
-    tail = PackedRows.of(shard.tail, B)
-    _, own = run(tail, initial_B)
+    own = initial_B.detach()
+    if shard.rank < shard.size - 1:  # what the last slice leaves nobody reads
+        tail = PackedRows.of(shard.tail, B)
+        y, own = run(tail, initial_B)
+        if shard.alone:  # the last document of each row is its only one
+            fresh = lambda: tail.pack(y)
+    if torch.is_grad_enabled() and not own.requires_grad:
+        own = own.detach().requires_grad_()  # all processes alike
     passes = shard.passes.view(shard.size, B, *[1] * (own.dim() - 1))
     if link is None:
         return _one_after_another(fresh, run, initial_B, own, head, shard, passes)
-    parts = [own] if link.total is None else [own, link.total.expand(B, *link.total.shape[1:])]
-    flat = gather(torch.cat([x.flatten(1).to(own.dtype) for x in parts], 1), shard)
-    before = initial_B.to(own.dtype)
+    parts = [own]
+    if link.total is not None:
+        # Asked for where a state goes in and out.
+        needed = 0 < shard.rank < shard.size - 1 and shard.through
+        parts.append(link.total() if needed else own.new_zeros(B, *link.shape))
+    flat = gather(torch.cat([x.flatten(1).to(initial_B.dtype) for x in parts], 1), shard)
+    before = initial_B
     for rank in range(shard.rank):
         split = flat[rank].split([x[0].numel() for x in parts], 1)
         state, *total = (x.view(p.shape) for x, p in zip(split, parts, strict=True))
@@ -180,20 +193,20 @@ def carry_over(
         inner = lambda x, here=passes[rank]: torch.where(here, x, 0.0)
         joined = link.join(total[0] if total else None, inner(before), inner(state))
         before = torch.where(passes[rank], joined, state)
-    return tie(_joined(fresh, run, head, shard, before), flat)
+    return tie(_joined(fresh, run, head, shard, before)[0], flat)
 
 
 def _joined(
     fresh: Callable[[], Tensor], run: Run, head: PackedRows | None, shard: Shard, before: Tensor
-) -> Tensor:
-    """Outputs of what goes on from ``before`` and of what begins in the slice."""
+) -> tuple[Tensor, Tensor]:
+    """Outputs of what goes on from ``before`` and of what begins here; the former's last states."""
     if head is None:
-        return fresh()
-    y, _ = run(head, before)
+        return fresh(), before
+    y, last = run(head, before)
     if not shard.begins:
-        return y
+        return y, last
     valid = head.valid.view(*head.valid.shape, *[1] * (y.dim() - 2))
-    return torch.where(valid, y, fresh())
+    return torch.where(valid, y, fresh()), last
 
 
 class _Round(torch.autograd.Function):
@@ -224,12 +237,8 @@ def _one_after_another(
     for r in range(shard.size):
         after = own.detach()
         if r == shard.rank:
-            y, after = fresh(), own
-            if head is not None:
-                late, last = run(head, before)
-                valid = head.valid.view(*head.valid.shape, *[1] * (late.dim() - 2))
-                y = torch.where(valid, late, y)
-                after = torch.where(passes[r], last, own)
+            y, last = _joined(fresh, run, head, shard, before)
+            after = torch.where(passes[r], last, own)
         if r == shard.size - 1:
             break
         token, got = _Round.apply(token, after, shard)

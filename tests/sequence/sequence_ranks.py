@@ -29,7 +29,7 @@ from mm.shard import Shard
 T = 32
 # Documents that end inside slices, at their ends, that fill several, and rows that end in padding.
 ROWS = ([11, 9, 12], [29], [32], [8, 8, 5, 11], [3, 2, 6])
-COLLECTIVES = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor")
+COLLECTIVES = ("all_to_all_single",)
 
 
 def _attention(kind: str = "attention", **settings: Any) -> Callable[[], Layer]:

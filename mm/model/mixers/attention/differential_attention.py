@@ -95,7 +95,7 @@ class DifferentialAttention(AttentionBase):
             bias = by_part.flatten(1, 3)
         keys, values = k.reshape(R, S, 2 * G, self.width), v.repeat_interleave(2, dim=2)
         o = attention(q, keys, values, mask, ScoreSpec(bias))
-        first, second = o.view(R, T, G, 2, -1, V).unbind(3)
+        first, second = o.view(R, T, G, 2, q.shape[2] // (2 * G), V).unbind(3)
         return (first - self.balance().to(o.dtype) * second).flatten(2, 3)
 
 

@@ -73,17 +73,30 @@ class MatrixMemory(RecurrentState):
         """What a slice of one document does to the matrix before it."""
         B, T = ctx.layout.shape
         H, K, _ = self.shape
-        if self.change == "scale":
-            g = parts[-1]
-            if g is None:
-                return Link(None, lambda _, before, own: before + own)
-            total = g.expand(B, T, -1).sum(1) if g.dim() == 1 else g.sum(1)  # (B, H) or (B, H, K)
-            return decay(total.exp().view(B, H, -1, 1))
-        one = torch.eye(K, dtype=self.dtype, device=self.like.device).expand(B, H, K, K)
+        if self.change == "map":
+            return Link(
+                lambda a, before, own: a @ before + own, lambda: self._map(op, parts), (H, K, K)
+            )
+        g = parts[-1]
+        if g is None:
+            return Link(lambda _, before, own: before + own)
+        by_head = g.dim() < 4
+
+        def total() -> Tensor:
+            summed = g.expand(B, T, -1).sum(1) if g.dim() == 1 else g.sum(1)
+            return summed.exp().view(B, H, -1, 1)
+
+        return decay(total, H, 1 if by_head else K, 1)
+
+    def _map(
+        self, op: Callable[..., tuple[Tensor, Tensor]], parts: Sequence[Tensor | None]
+    ) -> Tensor:
+        """`(B, H, K, K)`: what becomes of the unit matrix where nothing is written."""
         q, k, v, *rest = parts
-        assert v is not None and k is not None
-        total = op(q, k, v.new_zeros(*v.shape[:3], K), *rest, one.contiguous())[1]
-        return Link(total, lambda a, before, own: a @ before + own)
+        assert v is not None
+        B, H, K = len(v), *self.shape[:2]
+        one = torch.eye(K, dtype=self.dtype, device=v.device).expand(B, H, K, K).contiguous()
+        return op(q, k, v.new_zeros(*v.shape[:3], K), *rest, one)[1]
 
 
 class ScaledSums(RecurrentState):
@@ -125,9 +138,7 @@ class ScaledSums(RecurrentState):
             return o, docs.last(h, before)
 
         if state is None:
-            return self.across(
-                fresh, run, ctx, lambda: Link(None, self._join(spread, fall()))
-            ), None
+            return self.across(fresh, run, ctx, lambda: Link(self._join(spread, fall()))), None
         return self.advance(run, ctx, state)
 
     def _join(

@@ -61,8 +61,8 @@ class Peak(RecurrentState):
 
         if state is None:
             highest = lambda total, before, own: torch.maximum(total + before, own)
-            link = lambda: Link(f_BTH.double().sum(1), highest)
-            both, after = self.across(fresh, run, ctx, link), None
+            link = Link(highest, lambda: f_BTH.double().sum(1), self.shape)
+            both, after = self.across(fresh, run, ctx, lambda: link), None
         else:
             both, after = self.advance(run, ctx, state)
         m, fall = both.unbind(2)

@@ -41,4 +41,4 @@ class DenseMemory(RecurrentState):
 def _link(a: Tensor, n: int) -> Link:
     """``n`` tokens multiply a state by ``a ** n``, which every process knows."""
     power = torch.linalg.matrix_power(a, n)
-    return Link(None, lambda _, before, own: (power @ before[..., None])[..., 0] + own)
+    return Link(lambda _, before, own: (power @ before[..., None])[..., 0] + own)

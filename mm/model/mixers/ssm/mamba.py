@@ -58,8 +58,8 @@ class SelectiveScan(RecurrentState):
             return selective_scan(u, dt, a_SE, b, docs.unpack(c_BTS), skip_E, None, before)
 
         if state is None:
-            link = lambda: decay((dt_BTE.sum(1)[:, None] * a_SE).exp())
-            return self.across(fresh, run, ctx, link), None
+            total = lambda: (dt_BTE.sum(1)[:, None] * a_SE).exp()
+            return self.across(fresh, run, ctx, lambda: decay(total, *self.shape)), None
         return self.advance(run, ctx, state)
 
 

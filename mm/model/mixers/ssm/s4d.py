@@ -136,7 +136,7 @@ def _link(a_PDN: Tensor, n: int) -> Link:
         x, y = before.unbind(1)
         return own + torch.stack((re * x - im * y, re * y + im * x), 1)
 
-    return Link(None, join)
+    return Link(join)
 
 
 @MIXERS.register("s4d")

@@ -142,14 +142,20 @@ class DiagonalScan(RecurrentState):
     def _link(self, scan: Callable[..., tuple[Tensor, Tensor]], a: Tensor, b_BTW: Tensor) -> Link:
         """What a slice of one document does to the state before it."""
         if self.initial:  # logarithms
-            return Link(a.sum(1), lambda a, before, own: torch.logaddexp(a + before, own))
-        one = torch.ones_like(b_BTW[:, 0], dtype=self.dtype)
-        nothing = torch.zeros_like(b_BTW)
-        if scan is not complex_scan:
-            return decay(scan(a, nothing, None, one)[1])
-        real, _ = one.chunk(2, -1)
-        total = scan(a, nothing, None, torch.cat((real, torch.zeros_like(real)), -1))[1]
-        return Link(total, lambda a, before, own: multiply(a, before) + own)
+            add = lambda total, before, own: torch.logaddexp(total + before, own)
+            return Link(add, lambda: a.sum(1), self.shape)
+
+        def total() -> Tensor:
+            one = torch.ones_like(b_BTW[:, 0], dtype=self.dtype)
+            if scan is complex_scan:
+                real, _ = one.chunk(2, -1)
+                one = torch.cat((real, torch.zeros_like(real)), -1)
+            return scan(a, torch.zeros_like(b_BTW), None, one)[1]
+
+        if scan is complex_scan:
+            turn = lambda total, before, own: multiply(total, before) + own
+            return Link(turn, total, self.shape)
+        return decay(total, *self.shape)
 
 
 def starts(layout: Layout) -> Tensor:
