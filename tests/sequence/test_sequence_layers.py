@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import laws
 import pytest
 from sequence_ranks import VARIANTS, build
+
+from mm.registry import FFNS, MIXERS
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 HERE = Path(__file__).parent
@@ -117,6 +121,23 @@ def test_the_backward_of_every_collective_is_its_transpose(quick: Any) -> None:
 def test_every_variant_in_slices(tmp_path: Path) -> None:
     jobs = [job(n, size, dtype) for n in SHARED for size in (2, 4) for dtype in TOLERANCE]
     equal(jobs, run(tmp_path, 4, jobs))
+
+
+def test_the_page_names_every_layer_by_the_way_it_shares() -> None:
+    page = (laws.ROOT / "docs" / "how-to" / "sequence-parallel.md").read_text()
+    lines = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
+    said = {
+        cells[1].strip(" `"): set(re.findall(r"`(\w+)`", cells[4]))
+        for cells in lines
+        if len(cells) > 5
+    }
+    for prefix, registry in (("mixer", MIXERS), ("ffn", FFNS)):
+        for kind in registry:
+            way = declared(f"{prefix}:{kind}") or "no way"
+            if prefix == "mixer" and kind == "mixed_heads":  # that of its parts
+                way = "local"
+            for other, names in said.items():
+                assert (kind in names) == (other == way), f"{kind}: {way}, the page says {other}"
 
 
 def test_every_way_to_share_is_known() -> None:

@@ -36,7 +36,7 @@ def run_of(out: Path, name: str, **change: Any) -> Run:
         name,
         model=change.pop("model", HYBRID),
         stage_keys=keys,
-        data={"micro": 4},
+        data={"micro": 4} | change.pop("data", {}),
         **change,
     )
 
@@ -46,6 +46,7 @@ def in_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """ZeRO stages 0 and 3 in ONE torchrun of two processes that share all rows."""
     out = tmp_path_factory.mktemp("sequence")
     runs = {f"stage{s}": run_of(out, f"stage{s}", stage=s) for s in (0, 3)}
+    runs["half"] = run_of(out, "half", stage=2, data={"signal_at": 2})
     os.environ["WANDB_MODE"] = "disabled"
     torchrun(2, list(runs.values()))
     return runs
@@ -55,12 +56,25 @@ def test_zero_stages_have_the_losses_of_one_process(in_two: dict[str, Run], tmp_
     alone = run_of(tmp_path, "alone", engine={"sequence": 1})
     train(alone)
     keys = ("loss/total", "loss/text", "val/loss", "optim/grad_norm")
-    for name, run in in_two.items():
+    for name in ("stage0", "stage3"):
+        run = in_two[name]
         for key in keys:
             assert losses(run, key) == pytest.approx(losses(alone, key), rel=1e-5), (name, key)
         # What processes share counts once.
         shares = "tokens/text_share"
         assert losses(run, shares) == losses(alone, shares)
+
+
+def test_a_run_goes_on_with_whole_rows_in_one_process(
+    in_two: dict[str, Run], tmp_path: Path
+) -> None:
+    """Stopped by a signal after 3 steps; the loss of the batch that is kept with it is checked."""
+    half = in_two["half"]
+    assert len(losses(half)) == 3
+    train(Run.model_validate(half.to_dict() | {"engine": {"precision": "fp32", "zero_stage": 1}}))
+    alone = run_of(tmp_path, "alone", engine={"sequence": 1})
+    train(alone)
+    assert losses(half) == pytest.approx(losses(alone), rel=1e-5)
 
 
 REFUSED = {
