@@ -58,23 +58,25 @@ def heads_to_tokens(x: Tensor, shard: Shard) -> Tensor:
 
 def _send(x: Tensor, shard: Shard, step: int) -> Tensor:
     """``x`` of rank ``rank - step``; zeros where there is no such rank."""
-    n, to, source = x.numel(), shard.rank + step, shard.rank - step
-    size = lambda other: [n * (rank == other) for rank in range(shard.size)]
-    got = x.new_empty(n if 0 <= source < shard.size else 0)
-    sent = x.reshape(-1) if 0 <= to < shard.size else x.new_empty(0)
-    dist.all_to_all_single(got, sent, size(source), size(to), group=shard.group)
-    return got.view_as(x) if len(got) else torch.zeros_like(x)
+    N, n, source = shard.size, x.numel(), shard.rank - step
+    sizes = lambda other: [n * (rank == other % N) for rank in range(N)]
+    sent = x.contiguous()
+    got = torch.empty_like(sent)
+    # In a circle: not every backend takes empty buffers.
+    given = sizes(source), sizes(shard.rank + step)
+    dist.all_to_all_single(got.view(-1), sent.view(-1), *given, group=shard.group)
+    return got if 0 <= source < N else torch.zeros_like(x)
 
 
 class _Shift(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shard: Shard) -> Tensor:
         ctx.shard = shard
-        return _send(x.contiguous(), shard, 1)
+        return _send(x, shard, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _send(grad.contiguous(), ctx.shard, -1), None
+        return _send(grad, ctx.shard, -1), None
 
 
 def shift(x: Tensor, shard: Shard) -> Tensor:
@@ -215,11 +217,11 @@ class _Round(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token: Tensor, state: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
         ctx.shard = shard
-        return token.clone(), _send(state.contiguous(), shard, 1)
+        return token.clone(), _send(state, shard, 1)
 
     @staticmethod
     def backward(ctx: Any, token: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return token, _send(grad.contiguous(), ctx.shard, -1), None
+        return token, _send(grad, ctx.shard, -1), None
 
 
 def _one_after_another(

@@ -144,6 +144,13 @@ def open_subject(run: Run, index: int, precision: str, assumed: Assumed | None) 
 
     Raises UserError where its data are not there and nothing is assumed instead.
     """
+    if (size := run.engine.sequence) > 1:
+        length = getattr(run.stages[index].data, "seq_len", None)
+        short = f" and stages.{index}.data.seq_len={length // size}" if length else ""
+        raise UserError(
+            f"engine.sequence {size}: mm plan does not know what a slice of a row costs; plan the "
+            f"tokens of one slice: engine.sequence=1{short}"
+        )
     if assumed is not None:
         vocabulary = _assumed_vocabulary(run, index, assumed.ids)
     else:
@@ -154,11 +161,6 @@ def open_subject(run: Run, index: int, precision: str, assumed: Assumed | None) 
                 f"{error}; to plan without the data: mm plan CONFIG --document TOKENS --ids N"
             ) from error
     objective = build(run.stages[index].objective, vocabulary=vocabulary)
-    if (size := run.engine.sequence) > 1:
-        raise UserError(
-            f"engine.sequence {size}: mm plan does not know what a slice of a row costs; plan with "
-            f"engine.sequence=1 and a seq_len of a {size}th"
-        )
     return Subject(run, index, objective, vocabulary, precision, assumed)
 
 

@@ -64,7 +64,18 @@ class SequenceGroup:
         return SequenceGroup(environment.ranks().rank % size, size, groups[mine.rank])
 
     def split(self, batch: Batch) -> Batch:
-        """The own slice of the tokens of a batch on the host; rows are padded until they divide."""
+        """The own slice of the tokens of a batch on the host; rows are padded until they divide.
+
+        Raises UserError where it holds more than tokens of rows.
+        """
+        known = batch.ids.shape[:2]
+        other = [*batch.values, *batch.parts]
+        other += [name for name, v in batch.labels.items() if v.shape[:2] != known]
+        if other:
+            raise UserError(
+                f"engine.sequence {self.size}: '{other[0]}' of a batch is no token of a row and "
+                "cannot be split; set engine.sequence=1"
+            )
         batch = _padded(batch, self.size)
         T = batch.ids.shape[1]
         t = T // self.size

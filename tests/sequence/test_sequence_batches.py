@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from mm.batch import Batch
+from mm.batch import Batch, Values
 from mm.config import validate
 from mm.errors import UserError
 from mm.layout import Doc, Layout
@@ -60,6 +61,15 @@ def test_slices_hold_every_token_and_place_once(size: int) -> None:
         assert (p.weight.flatten()[at] > 0).all()
         goal = 1 + p.ids.flatten()[at] % 2
         assert torch.equal(p.labels["target_modality"].flatten()[at], goal)
+
+
+def test_what_is_no_token_of_a_row_is_refused_by_name() -> None:
+    whole = batch()
+    items = replace(whole, values={"image": Values.items(torch.zeros(1, 4, 2))})
+    labels = replace(whole, labels={"class": torch.zeros(5)})
+    for given, name in ((items, "image"), (labels, "class")):
+        with pytest.raises(UserError, match=f"engine.sequence 2: '{name}' of a batch is no token"):
+            slices(given, 2)
 
 
 def test_documents_of_a_slice_and_what_crosses_its_ends() -> None:

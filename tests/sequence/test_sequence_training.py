@@ -12,6 +12,7 @@ from trainer_toys import toys_registered  # noqa: F401
 
 from mm.errors import UserError
 from mm.launch.batch import batch_arithmetic
+from mm.plan.inputs import open_subject
 from mm.run import Run
 from mm.trainer.loop import train
 
@@ -123,6 +124,11 @@ def test_the_arithmetic_of_the_batch_counts_groups(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="engine.sequence: 2 processes share rows, 3 do not"):
         batch_arithmetic(run, 3)
+
+
+def test_a_plan_says_that_it_does_not_know_slices(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="engine.sequence 2: mm plan does not .* engine.sequence=1"):
+        open_subject(run_of(tmp_path, "run"), 0, "fp32", None)
 
 
 class _Rows:
