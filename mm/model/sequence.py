@@ -120,14 +120,15 @@ def tie(y: Tensor, *others: Tensor) -> Tensor:
 def halo(x_BtW: Tensor, n: int, shard: Shard) -> tuple[Tensor, Tensor]:
     """The slice with the ``n`` tokens before it `(B, n + t, W)`, and their documents `(B, n + t)`.
 
-    The documents have the numbers of the whole row. Raises ValueError where a slice is shorter.
+    The documents have the numbers of the whole row.
     """
-    document = torch.cat(
-        [shard.before(shard.whole.fields.document, n), shard.slice(shard.whole.fields.document)], 1
-    )
-    if n > shard.tokens:
-        raise ValueError(f"a slice of {shard.tokens} tokens cannot lend {n}")
-    return torch.cat((shift(x_BtW[:, shard.tokens - n :], shard), x_BtW), 1), document
+    t, document = shard.tokens, shard.whole.fields.document
+    if n <= t:
+        past = shift(x_BtW[:, t - n :], shard)
+    else:  # from several slices
+        past = shard.before(torch.cat(gather(x_BtW, shard).unbind(0), 1), n)
+    both = torch.cat((shard.before(document, n), shard.slice(document)), 1)
+    return torch.cat((past, x_BtW), 1), both
 
 
 class Link(NamedTuple):
@@ -249,8 +250,8 @@ def _one_after_another(
     return tie(y, token)
 
 
-def why_not(module: nn.Module, size: int, tokens: int) -> str | None:
-    """Why ``size`` processes cannot share rows of ``tokens`` in a network; None: they can.
+def why_not(module: nn.Module, size: int) -> str | None:
+    """Why ``size`` processes cannot share the tokens of rows in a network; None: they can.
 
     Everything in it says how in `Caps.shard`, or in its ``shard`` where it is no layer: local
     (nothing goes from one token to another), ulysses (each process takes all tokens of some heads),
@@ -265,6 +266,6 @@ def why_not(module: nn.Module, size: int, tokens: int) -> str | None:
             kind = getattr(part, "kind", "") or type(part).__name__
             return f"{where}: {kind} cannot share the tokens of a row"
         asked = getattr(part, "check_shard", None)
-        if asked is not None and (why := asked(size, tokens // size)) is not None:
+        if asked is not None and (why := asked(size)) is not None:
             return f"{where}: {why}"
     return None

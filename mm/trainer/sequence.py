@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -152,6 +151,6 @@ def require_shares(
         fits = [n for n in range(1, length + 1) if length % n == 0 and n <= 1024]
         why = f"stages.{index}.data.seq_len {length} does not divide; numbers that do: {fits}"
     else:
-        why = why_not(module, size, length or np.iinfo(np.int32).max)
+        why = why_not(module, size)
     if why is not None:
         raise UserError(f"engine.sequence {size}: {why}; or set engine.sequence=1")

@@ -36,8 +36,9 @@ def _attention(kind: str = "attention", **settings: Any) -> Callable[[], Layer]:
     return lambda: MIXERS.parse({"kind": kind, "heads": 4, **settings}).build(laws.D)
 
 
-# Besides the laws' own ones: of four heads, for four processes.
+# Besides the laws' own ones: of four heads, for four processes; and longer than a slice of 8.
 VARIANTS = laws.VARIANTS | {
+    "halo of 19": lambda: MIXERS.parse({"kind": "gated_cnn", "conv_size": 20}).build(laws.D),
     "4 heads, 2 of keys": _attention(kv_heads=2, window=9),
     "4 heads, 1 of keys": _attention(kv_heads=1, sinks=True, softcap=5.0),
     "4 heads, forget gate": _attention(forget_gate=True, token_shift=True, out_norm=True),
@@ -187,7 +188,7 @@ def do(job: dict[str, Any], rank: int, group: Any) -> Any:
         return adjoint(rank, size, group)
     dtype, times = getattr(torch, job["dtype"]), job.get("times", 1)
     layer = build(job["name"], dtype)
-    if (why := sequence.why_not(layer, size, T * times)) is not None:
+    if (why := sequence.why_not(layer, size)) is not None:
         return {"refused": why}
     return compare(layer, times, dtype, rank, size, group, job.get("fault", False))
 

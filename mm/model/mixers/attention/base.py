@@ -207,8 +207,8 @@ class AttentionBase(Mixer):
         n = self.heads // ctx.shard.size
         return self.scores(every, fq, fk).of_heads(n * ctx.shard.rank, n)
 
-    def check_shard(self, size: int, tokens: int) -> str | None:
-        """Why ``size`` processes of ``tokens`` each cannot share its heads, or None."""
+    def check_shard(self, size: int) -> str | None:
+        """Why ``size`` processes cannot share its heads, or None."""
         G = getattr(self, "kv_heads", self.heads)
         if self.heads % size == 0 and (G % size == 0 or size % G == 0):
             return None

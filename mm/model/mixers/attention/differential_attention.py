@@ -75,7 +75,7 @@ class DifferentialAttention(AttentionBase):
         y = self.norm(y) * (1 - self.lambda_init)
         return self.out(y.flatten(2), ctx)
 
-    def check_shard(self, size: int, tokens: int) -> str | None:
+    def check_shard(self, size: int) -> str | None:
         if self.kv_heads % size == 0:
             return None
         return f"{self.kv_heads} key heads do not divide over {size} processes"

@@ -91,12 +91,6 @@ class TokenTail(StatePart):
         y = causal_conv(inputs, weight_CW, bias_W, same)[:, self.size :]
         return docs.pack(y), after
 
-    def check_shard(self, size: int, tokens: int) -> str | None:
-        """Why ``size`` processes of ``tokens`` each cannot pass what it keeps, or None."""
-        if tokens >= self.size:
-            return None
-        return f"it looks {self.size} tokens back, {size} processes hold {tokens} of a row each"
-
     def initial_state(self, n: int, max_len: int) -> Tail:
         return Tail(self.like.new_zeros(n, self.size, self.width))
 
