@@ -40,5 +40,5 @@ class DenseMemory(RecurrentState):
 
 def _link(a: Tensor, n: int) -> Link:
     """``n`` tokens multiply a state by ``a ** n``, which every process knows."""
-    power = torch.linalg.matrix_power(a, n)
+    power = torch.linalg.matrix_power(a.double(), n).to(a.dtype)  # rounding grows with n
     return Link(lambda _, before, own: (power @ before[..., None])[..., 0] + own)

@@ -129,14 +129,19 @@ class S4D(Mixer):
 
 def _link(a_PDN: Tensor, n: int) -> Link:
     """``n`` tokens multiply a state by ``a ** n``, which every process knows."""
-    size, angle = torch.hypot(*a_PDN).pow(n), torch.atan2(a_PDN[1], a_PDN[0]) * n
-    re, im = size * angle.cos(), size * angle.sin()
 
-    def join(_: None, before: Tensor, own: Tensor) -> Tensor:
-        x, y = before.unbind(1)
-        return own + torch.stack((re * x - im * y, re * y + im * x), 1)
+    def times(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        return a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]
 
-    return Link(join)
+    # By squaring in float64: no logarithm of zero, and no rounding that grows with n.
+    square = a_PDN.double().unbind(0)
+    power: tuple[Tensor, ...] = (torch.ones_like(square[0]), torch.zeros_like(square[0]))
+    for bit in range(n.bit_length()):
+        if n >> bit & 1:
+            power = times(power, square)
+        square = times(square, square)
+    known = [x.to(a_PDN.dtype) for x in power]
+    return Link(lambda _, h, own: own + torch.stack(times(tuple(known), h.unbind(1)), 1))
 
 
 @MIXERS.register("s4d")
