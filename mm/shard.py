@@ -5,6 +5,7 @@ B rows, T tokens of a whole row, t = T / size of a slice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +37,7 @@ class Shard:
     begins: bool  # a document begins in this slice
     through: bool  # one fills it that began before it
     alone: bool  # all that it holds are the last documents of rows
+    ids: Tensor | None = None  # (B, T, S) of all tokens, for fields that are made of them
 
     @property
     def tokens(self) -> int:
@@ -50,6 +52,7 @@ class Shard:
             head=self.head.to(device) if self.head is not None else None,
             tail=self.tail.to(device),
             earlier=self.earlier.to(device, non_blocking=True),
+            ids=self.ids.to(device, non_blocking=True) if self.ids is not None else None,
         )
 
     def slice(self, x_BT: Tensor) -> Tensor:
@@ -62,6 +65,20 @@ class Shard:
         found = x_BT[:, max(0, first - n) : first]
         missing = x_BT.new_zeros(x_BT.shape[0], n - found.shape[1], *x_BT.shape[2:])
         return torch.cat((missing, found), 1)
+
+    def with_fields(
+        self, make: Callable[[Layout, Tensor | None], Layout], own: Layout
+    ) -> tuple[Shard, Layout]:
+        """Other named fields: ``make`` finds them for a layout and its ids, of all tokens.
+
+        Returns this with that layout, and ``own``, the layout of the slice, with its part of them.
+        """
+        whole = make(self.whole, self.ids)
+        if whole is self.whole:
+            return self, own
+        extra = {name: self.slice(x) for name, x in whole.fields.extra.items()}
+        put = lambda f: f._replace(extra={k: x.to(f.document.device) for k, x in extra.items()})
+        return replace(self, whole=whole), own.map_fields(put)
 
     @staticmethod
     def of(whole: Layout, rank: int, size: int, group: Any = None) -> tuple[Shard, Layout]:

@@ -6,7 +6,7 @@ B rows, T tokens, S streams, D model, P places, G items, N slots.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mm.batch import Batch, Sum
 from mm.config import Config, validate
 from mm.errors import UserError
-from mm.layout import Fields
+from mm.layout import Layout
 from mm.mask import Causal, Full, Mask, Prefix, Window
 from mm.model import folder as files
 from mm.model import mup
@@ -134,11 +134,12 @@ class Model(nn.Module):
         """
         tapped = [h for h in self.heads if heads is None or h in heads]
         taps_read = {str(self.heads[h].reads) for h in tapped} - {"hidden"}
-        layout, mask = batch.layout, mask or self.config.default_mask()
-        shard = batch.shard
-        if (needed := _fields_for(mask, layout.fields)) is not None:
-            layout = layout.map_fields(needed)
-            shard = replace(shard, whole=shard.whole.map_fields(needed)) if shard else None
+        layout, shard = batch.layout, batch.shard
+        mask = mask or self.config.default_mask()
+        if shard is None:
+            layout = _with_fields(layout, mask)
+        else:
+            shard, layout = shard.with_fields(lambda of, ids: _with_fields(of, mask), layout)
         ctx = Ctx(
             layout,
             mask,
@@ -260,15 +261,16 @@ class Model(nn.Module):
         return model.eval()
 
 
-def _fields_for(mask: Mask, f: Fields) -> Callable[[Fields], Fields] | None:
-    """What makes of the fields ``f`` those that a mask asks for; None: they are these."""
-    if f.extra and isinstance(mask, Causal | Full | Window):
+def _with_fields(layout: Layout, mask: Mask) -> Layout:
+    """A layout with the named fields that a mask asks for."""
+    if layout.fields.extra and isinstance(mask, Causal | Full | Window):
         # These read no named field: none is cached, or regrouped with each layer.
-        return lambda f: f._replace(extra={})
+        return layout.map_fields(lambda f: f._replace(extra={}))
     name = mask.atomic
-    if name and name not in f.extra:  # nobody has a prefix
-        return lambda f: f._replace(extra={**f.extra, name: torch.zeros_like(f.document)})
-    return None
+    if name and name not in layout.fields.extra:  # nobody has a prefix
+        zeros = lambda f: {**f.extra, name: torch.zeros_like(f.document)}
+        return layout.map_fields(lambda f: f._replace(extra=zeros(f)))
+    return layout
 
 
 @NETWORKS.register("lm")

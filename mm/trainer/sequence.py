@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from mm.model.sequence import why_not
 from mm.objectives.objective import Objective
 from mm.run import Run
 from mm.shard import Shard
+
+# Fields of a batch that `SequenceGroup.split` knows.
+CUT = ("layout", "ids", "targets", "weight", "places", "labels", "keys", "shard")
 
 
 def data_ranks(size: int) -> Ranks:
@@ -67,9 +70,10 @@ class SequenceGroup:
 
         Raises UserError where it holds more than tokens of rows.
         """
-        known = batch.ids.shape[:2]
-        other = [*batch.values, *batch.parts]
-        other += [name for name, v in batch.labels.items() if v.shape[:2] != known]
+        rows = batch.ids.shape[:2]
+        unknown = [getattr(batch, f.name) for f in fields(batch) if f.name not in CUT]
+        other = [name for found in unknown if found for name in found]
+        other += [name for name, v in batch.labels.items() if v.shape[:2] != rows]
         if other:
             raise UserError(
                 f"engine.sequence {self.size}: '{other[0]}' of a batch is no token of a row and "
@@ -93,7 +97,7 @@ class SequenceGroup:
             weight=cut(batch.weight),
             places={k: own(v) for k, v in batch.places.items()},
             labels={k: cut(v) for k, v in batch.labels.items()},
-            shard=shard,
+            shard=replace(shard, ids=batch.ids),
         )
 
     def total(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
