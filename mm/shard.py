@@ -59,6 +59,15 @@ class Shard:
         """The own part of ``(B, T, ...)``."""
         return x_BT[:, self.rank * self.tokens : (self.rank + 1) * self.tokens]
 
+    def own(self, places: Tensor, missing: int) -> Tensor:
+        """Flat places of whole rows as those of the slice; ``missing`` where it has not got them.
+
+        Places past the rows are missing, too.
+        """
+        (B, T), t = self.whole.shape, self.tokens
+        row, at = places // T, places % T - self.rank * t
+        return torch.where((at >= 0) & (at < t) & (row < B), row * t + at, missing)
+
     def before(self, x_BT: Tensor, n: int) -> Tensor:
         """The ``n`` tokens before the slice of ``(B, T, ...)``; zeros before the row's start."""
         first = self.rank * self.tokens

@@ -9,7 +9,7 @@ what one process has no use for is tied to its output all the same (`tie`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -256,12 +256,15 @@ def why_not(module: nn.Module, size: int) -> str | None:
     Everything in it says how in `Caps.shard`, or in its ``shard`` where it is no layer: local
     (nothing goes from one token to another), ulysses (each process takes all tokens of some heads),
     carry (states go from one to the next) or halo (the last tokens do). What says nothing is
-    refused.
+    refused. Adapters fill their places, as many as there are values, in every process.
     """
-    for name, part in module.named_modules():
+    for name, part in _shared_parts(module):
         where = name or "the layer"
         known = isinstance(part, Layer | Embedder | Adapter | Head)
-        shard = part.caps.shard if isinstance(part, Layer) else getattr(part, "shard", None)
+        if isinstance(part, Adapter):
+            shard = "local" if part.keeps_length else None
+        else:
+            shard = part.caps.shard if isinstance(part, Layer) else getattr(part, "shard", None)
         if known and shard is None:
             kind = getattr(part, "kind", "") or type(part).__name__
             return f"{where}: {kind} cannot share the tokens of a row"
@@ -269,3 +272,11 @@ def why_not(module: nn.Module, size: int) -> str | None:
         if asked is not None and (why := asked(size)) is not None:
             return f"{where}: {why}"
     return None
+
+
+def _shared_parts(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """A module and all in it, but not in adapters: each process runs these on whole items."""
+    yield name, module
+    if not isinstance(module, Adapter):
+        for child_name, child in module.named_children():
+            yield from _shared_parts(child, f"{name}.{child_name}" if name else child_name)

@@ -23,7 +23,7 @@ from mm.run import Run
 from mm.shard import Shard
 
 # Fields of a batch that `SequenceGroup.split` knows.
-CUT = ("layout", "ids", "targets", "weight", "places", "labels", "keys", "shard")
+CUT = ("layout", "ids", "targets", "weight", "places", "labels", "values", "keys", "shard")
 
 
 def data_ranks(size: int) -> Ranks:
@@ -74,20 +74,19 @@ class SequenceGroup:
         unknown = [getattr(batch, f.name) for f in fields(batch) if f.name not in CUT]
         other = [name for found in unknown if found for name in found]
         other += [name for name, v in batch.labels.items() if v.shape[:2] != rows]
+        other += [name for name, v in batch.values.items() if not v.is_full]
         if other:
             raise UserError(
                 f"engine.sequence {self.size}: '{other[0]}' of a batch is no token of a row and "
                 "cannot be split; set engine.sequence=1"
             )
         batch = _padded(batch, self.size)
-        T = batch.ids.shape[1]
-        t = T // self.size
         shard, layout = Shard.of(batch.layout, self.rank, self.size, self.group)
         cut = lambda x: shard.slice(x).contiguous()
 
         def own(places: Tensor) -> Tensor:
-            row, at = places.long() // T, places.long() % T - self.rank * t
-            return (row * t + at)[(at >= 0) & (at < t)].to(places.dtype)
+            found = shard.own(places.long(), -1)
+            return found[found >= 0].to(places.dtype)
 
         return replace(
             batch,
@@ -127,6 +126,7 @@ def _padded(batch: Batch, size: int) -> Batch:
         weight=pad(batch.weight),
         places={k: moved(v) for k, v in batch.places.items()},
         labels={k: pad(v) for k, v in batch.labels.items()},
+        values={k: replace(v, place=moved(v.place)) for k, v in batch.values.items()},
     )
 
 

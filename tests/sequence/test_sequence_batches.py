@@ -7,11 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from mm.batch import Batch, Values
 from mm.config import validate
 from mm.errors import UserError
 from mm.layout import Doc, Layout
+from mm.mask import Causal
+from mm.model.context import Ctx
+from mm.model.fill import fill
+from mm.model.layer import init_weights
+from mm.registry import ADAPTERS
 from mm.run import EngineConfig
 from mm.shard import Shard
 from mm.trainer.sequence import SequenceGroup, data_ranks
@@ -65,11 +71,38 @@ def test_slices_hold_every_token_and_place_once(size: int) -> None:
 
 def test_what_is_no_token_of_a_row_is_refused_by_name() -> None:
     whole = batch()
-    items = replace(whole, values={"image": Values.items(torch.zeros(1, 4, 2))})
+    items = replace(whole, values={"image": Values.items(torch.zeros(1, 4, 2))})  # not full
+    parts = replace(whole, parts={"source": whole})
     labels = replace(whole, labels={"class": torch.zeros(5)})
-    for given, name in ((items, "image"), (labels, "class")):
+    for given, name in ((items, "image"), (labels, "class"), (parts, "source")):
         with pytest.raises(UserError, match=f"engine.sequence 2: '{name}' of a batch is no token"):
             slices(given, 2)
+
+
+@pytest.mark.parametrize("size", [2, 4, 5])
+def test_values_fill_their_places_in_every_slice(size: int) -> None:
+    """Items that lie over the ends of slices, and rows that are padded; gradients add up."""
+    whole = batch()
+    data = torch.randn(3, 5, 2, generator=torch.Generator().manual_seed(1))
+    n = torch.tensor([4, 5, 2], dtype=torch.int32)
+    place = torch.tensor([0, 12 + 3, 24 + 5], dtype=torch.int32)
+    whole = replace(whole, values={"image": Values(data, n, place, n, is_full=True)})
+    adapters = nn.ModuleDict({"image": ADAPTERS.parse({"kind": "linear", "d_in": 2}).build(3)})
+    init_weights(adapters)
+    weight = adapters["image"].get_parameter("weight")
+
+    def filled(b: Batch) -> tuple[Tensor, Tensor]:
+        ctx = Ctx(b.layout, Causal(), b.ids, shard=b.shard)
+        x, after = fill(torch.zeros(*b.ids.shape[:2], 3), b, ctx, adapters, None, {})  # type: ignore[arg-type]
+        assert after is ctx
+        (grad,) = torch.autograd.grad((x * b.ids).sum(), weight)
+        return x.detach(), grad
+
+    x, grad = filled(whole)
+    assert (x != 0).any(-1).sum() == 11
+    each = [filled(part) for part in slices(whole, size)]
+    assert torch.equal(torch.cat([y for y, _ in each], 1)[:, :12], x)
+    assert torch.allclose(torch.stack([g for _, g in each]).sum(0), grad, rtol=1e-5)
 
 
 def test_documents_of_a_slice_and_what_crosses_its_ends() -> None:
