@@ -140,11 +140,13 @@ class Link(NamedTuple):
         total: makes `(B, ...)`, what the slice does to a state, sent along with its own; None where
             each process knows it without.
         shape: of one row of it.
+        leave: ``own`` of rows of one document, where outputs take longer; None: they are run.
     """
 
     join: Callable[[Any, Tensor, Tensor], Tensor]
     total: Callable[[], Tensor] | None = None
     shape: tuple[int, ...] = ()
+    leave: Callable[[PackedRows], Tensor] | None = None
 
 
 def decay(total: Callable[[], Tensor], *shape: int) -> Link:
@@ -174,9 +176,12 @@ def carry_over(
     own = initial_B.detach()
     if shard.rank < shard.size - 1:  # what the last slice leaves nobody reads
         tail = PackedRows.of(shard.tail, B)
-        y, own = run(tail, initial_B)
-        if shard.alone:  # the last document of each row is its only one
-            fresh = lambda: tail.pack(y)
+        if link is not None and link.leave is not None:
+            own = link.leave(tail)
+        else:
+            y, own = run(tail, initial_B)
+            if shard.alone:  # the last document of each row is its only one
+                fresh = lambda: tail.pack(y)
     if torch.is_grad_enabled() and not own.requires_grad:
         own = own.detach().requires_grad_()  # all processes alike
     passes = shard.passes.view(shard.size, B, *[1] * (own.dim() - 1))

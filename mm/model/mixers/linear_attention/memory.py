@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mm.kernels.op import exact
 from mm.model.context import Ctx
 from mm.model.mixers.ssm.scan import Hidden, RecurrentState
 from mm.model.sequence import Link, decay
@@ -53,40 +54,58 @@ class MatrixMemory(RecurrentState):
             constants = [t for t in parts if t is not None and t.dim() == 1]
             return per_document(lambda *x: op(*x, *constants)[0], ctx, *tokens)
 
-        def run(docs: PackedRows, before: Tensor) -> tuple[Tensor, Tensor]:
-            def rows(t: Tensor | None) -> Tensor | None:
-                if t is None:
-                    return None
-                t = docs.unpack(t if t.dim() > 1 else t.expand(*ctx.layout.shape, -1))
-                # Zeros where there is no token: it writes nothing, and nothing decays.
-                return t.masked_fill(~docs.valid.view(*docs.valid.shape, *[1] * (t.dim() - 2)), 0)
+        def rows(docs: PackedRows, t: Tensor | None) -> Tensor | None:
+            if t is None:
+                return None
+            t = docs.unpack(t if t.dim() > 1 else t.expand(*ctx.layout.shape, -1))
+            # Zeros where there is no token: it writes nothing, and nothing decays.
+            return t.masked_fill(~docs.valid.view(*docs.valid.shape, *[1] * (t.dim() - 2)), 0)
 
-            return op(*map(rows, parts), before)
+        def run(docs: PackedRows, before: Tensor) -> tuple[Tensor, Tensor]:
+            return op(*(rows(docs, t) for t in parts), before)
 
         if state is None:
-            return self.across(fresh, run, ctx, lambda: self._link(op, parts, ctx)), None
+            return self.across(fresh, run, ctx, lambda: self._link(op, parts, rows, ctx)), None
         return self.advance(run, ctx, state)
 
     def _link(
-        self, op: Callable[..., tuple[Tensor, Tensor]], parts: Sequence[Tensor | None], ctx: Ctx
+        self,
+        op: Callable[..., tuple[Tensor, Tensor]],
+        parts: Sequence[Tensor | None],
+        rows: Callable[[PackedRows, Tensor | None], Tensor | None],
+        ctx: Ctx,
     ) -> Link:
         """What a slice of one document does to the matrix before it."""
-        B, T = ctx.layout.shape
-        H, K, _ = self.shape
+        (B, T), (H, K, _) = ctx.layout.shape, self.shape
         if self.change == "map":
-            return Link(
-                lambda a, before, own: a @ before + own, lambda: self._map(op, parts), (H, K, K)
-            )
-        g = parts[-1]
+            change = lambda a, before, own: a @ before + own
+            return Link(change, lambda: self._map(op, parts), (H, K, K))
+        _, _, _, g = parts
+
+        @exact
+        def leave(k: Tensor, v: Tensor, g: Tensor | None) -> Tensor:
+            """Sum of keys times values, each with the decays after it."""
+            k, v = k.to(self.dtype), v.to(self.dtype)
+            if g is not None:
+                # Summed from the end: a difference of two long sums would lose bits.
+                late = torch.cat((g[:, 1:], torch.zeros_like(g[:, :1])), 1).to(self.dtype)
+                after = late.flip(1).cumsum(1).flip(1).exp()
+                k = k * (after if after.dim() == 4 else after[..., None])
+            return torch.einsum("rlhk,rlhv->rhkv", k, v)
+
+        def own(docs: PackedRows) -> Tensor:
+            k, v, decays = (rows(docs, t) for t in parts[1:])
+            assert k is not None and v is not None
+            return leave(k, v, decays)
+
         if g is None:
-            return Link(lambda _, before, own: before + own)
-        by_head = g.dim() < 4
+            return Link(lambda _, before, after: before + after, leave=own)
 
         def total() -> Tensor:
             summed = g.expand(B, T, -1).sum(1) if g.dim() == 1 else g.sum(1)
             return summed.exp().view(B, H, -1, 1)
 
-        return decay(total, H, 1 if by_head else K, 1)
+        return decay(total, H, K if g.dim() == 4 else 1, 1)._replace(leave=own)
 
     def _map(
         self, op: Callable[..., tuple[Tensor, Tensor]], parts: Sequence[Tensor | None]
