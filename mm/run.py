@@ -202,6 +202,15 @@ class EngineConfig(Config):
         Annotated[int, Field(ge=1, le=1024)] | None,
         Field(description="CPU threads a process; default: cores / processes on this machine"),
     ] = None
+    sequence: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=1024,
+            description="processes that share the tokens of each row: for rows that do not fit "
+            "one; attention takes a share of the heads, recurrences pass their states",
+        ),
+    ] = 1
     compile: Annotated[
         bool, Field(description="torch.compile of every block; a minute or more at the start")
     ] = False

@@ -35,6 +35,7 @@ TIERS = {
     "mask_expression": 1,
     "state": 1,
     "layout": 1,
+    "shard": 1,
     "model": 2,
     "tokenizers": 3,
     "data": 3,

@@ -5,6 +5,8 @@ B rows, T tokens, D model, G items.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -23,8 +25,10 @@ def fill(
 ) -> tuple[Tensor, Ctx]:
     """Put the adapters' embeddings into their places; unfilled places become padding.
 
-    Returns ``ctx`` itself where the host knows that none is unfilled.
+    Returns ``ctx`` itself where the host knows that none is unfilled. Where processes share the
+    rows, each embeds all values, whose places are those of whole rows, and takes what is its own.
     """
+    alone = replace(ctx, shard=None)
     B, T, D = x.shape
     end = B * T  # what does not fit an item's room is written here, and dropped
     flat = torch.cat((x.reshape(end, D), x.new_zeros(1, D)))
@@ -38,7 +42,7 @@ def fill(
             # here too.
             one = torch.zeros(1, dtype=torch.int32, device=x.device)
             values = Values(adapter.zero_item(x.device), one + 1, one, one, is_full=True)
-        filled = adapter(values, ctx)
+        filled = adapter(values, alone)
         for k, value in filled.aux.items():
             # Layers inside an adapter report by their whole name; second sequences report, too.
             key = k if k.startswith(f"adapters.{name}.") else f"adapters.{name}.{k}"
@@ -48,6 +52,8 @@ def fill(
         first = values.place.long()
         used = at < torch.minimum(filled.length, values.room)[:, None]
         target = torch.where(used, first[:, None] + at, end)
+        if ctx.shard is not None:
+            target = torch.where(used, ctx.shard.own(first[:, None] + at, end), end)
         flat = flat.index_put((target.reshape(-1),), embedded.to(flat.dtype).flatten(0, 1))
         if values.is_full and adapter.keeps_length:
             continue

@@ -150,7 +150,12 @@ class Model(nn.Module):
         tapped = [h for h in self.heads if heads is None or h in heads]
         taps_read = {str(self.heads[h].reads) for h in tapped} - {"hidden"}
         mask = mask or self.mask
-        layout = with_fields(batch.layout, mask, self.fields_read, batch.ids, self.vocabulary)
+        fields = lambda of, ids: with_fields(of, mask, self.fields_read, ids, self.vocabulary)
+        layout, shard = batch.layout, batch.shard
+        if shard is None:
+            layout = fields(layout, batch.ids)
+        else:
+            shard, layout = shard.with_fields(fields, layout)
         ctx = Ctx(
             layout,
             mask,
@@ -159,6 +164,7 @@ class Model(nn.Module):
             return_intermediates=return_intermediates | frozenset(taps_read),
             seed=seed,
             draft=draft,
+            shard=shard,
         )
         aux: dict[str, Sum] = {}
         parts = {name: self._memory(part, ctx, aux) for name, part in batch.parts.items()}

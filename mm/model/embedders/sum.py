@@ -22,6 +22,8 @@ from mm.registry import EMBEDDERS, PositionField
 class SumEmbedder(Embedder):
     """``sqrt(D) * sum_s table[ids[..., s]]``; id -1 adds nothing."""
 
+    shard = "local"
+
     def __init__(self, n_ids: int, d_model: int, position: Position | None = None):
         super().__init__()
         self.position = position or Position()
