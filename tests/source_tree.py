@@ -27,6 +27,7 @@ TIERS = {
     "hashes": 0,
     "processes": 0,
     "reading": 0,
+    "schedule": 0,
     "run": 0,
     "init_from": 0,
     "kernels": 1,

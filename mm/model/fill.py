@@ -5,14 +5,19 @@ B rows, T tokens, D model, G items.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mm.batch import Batch, Sum, Values
-from mm.model.context import Ctx
+from mm.errors import UserError
+from mm.mask import Full
+from mm.model.context import Ctx, Memory
 from mm.model.layer import Adapter, Embedder
+from mm.vocabulary import Vocabulary
 
 
 def fill(
@@ -69,3 +74,37 @@ def fill(
     document = ctx.layout.fields.document
     document = document.masked_fill(empty[:-1].view(B, T), 0)
     return flat[:-1].view(B, T, D), ctx.derive(document=document)
+
+
+def embed_part(
+    part: Batch, ctx: Ctx, adapters: nn.ModuleDict, embedder: Embedder, aux: dict[str, Sum]
+) -> Memory:
+    """A second sequence, embedded as the main one is."""
+    own = replace(ctx, layout=part.layout, ids=part.ids)
+    x = embedder(part.ids, own)
+    if len(adapters):
+        x, own = fill(x, part, own, adapters, embedder, aux)
+    return Memory(own.layout, Full(), x)
+
+
+def require_adapters(
+    adapters: Mapping[str, Any], heads: Mapping[str, Any], vocabulary: Vocabulary
+) -> None:
+    """Raise UserError where values of the vocabulary have no adapter, or head, that fits them."""
+    for name, n in ((s.modality, s.n_features) for s in vocabulary.ranges if s.continuous):
+        if name not in adapters:
+            raise UserError(
+                f"model.adapters has none for '{name}', which is read as values: set "
+                f"model.adapters={{{name}: {{kind: linear, d_in: {n}}}}}"
+            )
+        if (have := adapters[name].d_in) != n:
+            raise UserError(
+                f"model.adapters.{name} reads {have} features a place, the data have {n}: set "
+                "it to what its tokenizer gives"
+            )
+        head = heads.get(name)
+        if head is not None and (out := getattr(head, "d_out", None)) != n:
+            raise UserError(
+                f"model.heads.{name} predicts {out or 'no'} values a place, the data have {n}: "
+                f"set model.heads.{name}={{kind: mixture, d_out: {n}}}"
+            )

@@ -5,7 +5,6 @@ B rows, T tokens, S streams, D model, P places, G items, N slots.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +18,14 @@ from torch import Tensor, nn
 from mm.batch import Batch, Sum
 from mm.config import Config, validate
 from mm.errors import UserError
-from mm.mask import Full, Mask
+from mm.mask import Mask
 from mm.mask_expression import parse_mask
 from mm.model import folder as files
 from mm.model import mup
 from mm.model.backbones.stack import INTERMEDIATE
 from mm.model.code_rows import rows_of_codes
 from mm.model.context import Ctx, Memory
-from mm.model.fill import fill
+from mm.model.fill import embed_part, fill, require_adapters
 from mm.model.hand_back import hand_back
 from mm.model.items import with_fields
 from mm.model.layer import (
@@ -167,7 +166,8 @@ class Model(nn.Module):
             shard=shard,
         )
         aux: dict[str, Sum] = {}
-        parts = {name: self._memory(part, ctx, aux) for name, part in batch.parts.items()}
+        more = self.adapters, self.embedder, aux
+        parts = {name: embed_part(part, ctx, *more) for name, part in batch.parts.items()}
         ctx = replace(ctx, memories={**parts, **memories})
         x = self.embedder(batch.ids, ctx)
         inner, back = ctx, None
@@ -176,7 +176,7 @@ class Model(nn.Module):
         carried = dict(zip(stateful, of_heads, strict=True))
         # Each rank runs each adapter, whatever its rows hold; a step of decoding holds no values.
         if len(self.adapters) and (batch.values or state is None):
-            x, inner = fill(x, batch, ctx, self.adapters, self.embedder, aux)
+            x, inner = fill(x, batch, ctx, *more)
             if inner is not ctx:
                 ctx = inner
                 x, inner, back = move_padding_last(x, ctx)
@@ -246,14 +246,6 @@ class Model(nn.Module):
         named = ((n, h) for n, h in self.heads.items() if isinstance(h, Head))
         return {name: head for name, head in named if head.stateful_parts()}
 
-    def _memory(self, part: Batch, ctx: Ctx, aux: dict[str, Sum]) -> Memory:
-        """A second sequence, embedded as the main one is."""
-        own = replace(ctx, layout=part.layout, ids=part.ids)
-        x = self.embedder(part.ids, own)
-        if len(self.adapters):
-            x, own = fill(x, part, own, self.adapters, self.embedder, aux)
-        return Memory(own.layout, Full(), x)
-
     def after_step(self, stats: Mapping[str, Sum]) -> None:
         """Hand globally summed statistics to the modules that reported them."""
         hand_back(self, stats)
@@ -275,14 +267,13 @@ class Model(nn.Module):
             tensors: the state dict to store; default this module's own (a ZeRO-3 engine passes
                 gathered ones).
         """
-        with files.whole(folder) as temporary:
-            files.write_config(temporary, self.config.to_dict())
-            files.save_tensors(
-                temporary / "model.safetensors", self.state_dict() if tensors is None else tensors
-            )
-            (vocabulary or self.vocabulary).save(temporary / "vocabulary.json")
-            for modality, source in tokenizers.items():
-                shutil.copytree(source, temporary / "tokenizers" / modality)
+        files.save_model(
+            folder,
+            self.config.to_dict(),
+            self.state_dict() if tensors is None else tensors,
+            vocabulary or self.vocabulary,
+            tokenizers,
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Model:
@@ -290,9 +281,7 @@ class Model(nn.Module):
 
         Raises UserError naming the file that is wrong.
         """
-        folder = Path(folder)
-        if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
-            folder = folder / "model"
+        folder = files.model_folder(Path(folder))
         values = files.read_config(folder)
         if values.get("kind") != "lm":
             raise UserError(f"{folder}: a saved '{values.get('kind')}', not a language model")
@@ -356,23 +345,7 @@ class LmConfig(Config):
 
     def check_adapters(self, vocabulary: Vocabulary) -> None:
         """Raise UserError where values of the vocabulary have no adapter that fits them."""
-        for name, n in ((s.modality, s.n_features) for s in vocabulary.ranges if s.continuous):
-            if name not in self.adapters:
-                raise UserError(
-                    f"model.adapters has none for '{name}', which is read as values: set "
-                    f"model.adapters={{{name}: {{kind: linear, d_in: {n}}}}}"
-                )
-            if (have := self.adapters[name].d_in) != n:
-                raise UserError(
-                    f"model.adapters.{name} reads {have} features a place, the data have {n}: set "
-                    "it to what its tokenizer gives"
-                )
-            head = self.heads.get(name)
-            if head is not None and (out := getattr(head, "d_out", None)) != n:
-                raise UserError(
-                    f"model.heads.{name} predicts {out or 'no'} values a place, the data have {n}: "
-                    f"set model.heads.{name}={{kind: mixture, d_out: {n}}}"
-                )
+        require_adapters(self.adapters, self.heads, vocabulary)
 
     def make_mask(self, vocabulary: Vocabulary | None) -> Mask:
         """The Mask of a pass that names none.

@@ -22,7 +22,7 @@ from mm.model.layer_config import LayerConfig
 from mm.model.length_buckets import LengthBuckets
 from mm.model.mixers.attention.forget_gate import ForgetGate, add_fade
 from mm.model.mixers.attention.kv_cache import KeyValueCache, VisibleKeys
-from mm.model.norm import HeadNorm, RMSNorm
+from mm.model.norm import FullNorm, HeadNorm, RMSNorm, ZeroCentredNorm
 from mm.model.positions.base import Position
 from mm.model.positions.randomised import refuse_drawn
 from mm.model.sequence import heads_to_tokens, tokens_to_heads
@@ -40,6 +40,15 @@ def head_dim_of(d_model: int, heads: int, head_dim: int | None) -> int:
     if head_dim is None and d_model % heads:
         raise ValueError(f"d_model {d_model} is not a multiple of heads {heads}; set head_dim")
     return head_dim or d_model // heads
+
+
+def qk_norm_of(kind: bool | str, heads: int, width: int, eps: float) -> nn.Module:
+    """The norm of queries or keys `(..., heads, width)`; ``kind`` as in `AttentionConfig`."""
+    if kind == "heads":
+        return HeadNorm(heads, width, eps)
+    if kind == "full":
+        return FullNorm(heads * width, eps)
+    return (ZeroCentredNorm if kind == "zero_centred" else RMSNorm)(width, eps)
 
 
 def changes(position: Position, hook: str) -> bool:
@@ -283,9 +292,9 @@ class GroupedAttention(AttentionBase):
         self.qkv = linear(d_model, (H + 2 * G) * K, "qkv")
         self.out = linear(H * K, d_model, "out")
         qk_norm = getattr(config, "qk_norm", False)
-        norm = lambda n: HeadNorm(n, K) if qk_norm == "heads" else RMSNorm(K)
-        self.q_norm = norm(H) if qk_norm else None
-        self.k_norm = norm(G) if qk_norm else None
+        eps = getattr(config, "norm_eps", 1e-6)
+        self.q_norm = qk_norm_of(qk_norm, H, K, eps) if qk_norm else None
+        self.k_norm = qk_norm_of(qk_norm, G, K, eps) if qk_norm else None
 
     def make_cache(self) -> KeyValueCache:
         """What keeps keys and values."""
