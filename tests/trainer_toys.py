@@ -1,4 +1,4 @@
-"""Tiny model, stream and two-network objective of the trainer's tests: `imports: [trainer_toys]`."""
+"""Tiny model, stream, two-network objective of the trainer's tests: `imports: [trainer_toys]`."""
 
 from __future__ import annotations
 
