@@ -27,6 +27,8 @@ BACKBONES = Registry(
     {
         "stack": "mm.model.backbones.stack",
         "decoder_decoder": "mm.model.backbones.decoder_decoder",
+        "encoder_decoder": "mm.model.backbones.encoder_decoder",
+        "looped": "mm.model.backbones.looped",
     },
 )
 BLOCKS = Registry(
@@ -35,6 +37,7 @@ BLOCKS = Registry(
         "prenorm": "mm.model.blocks.prenorm",
         "parallel": "mm.model.blocks.parallel",
         "layer_drop": "mm.model.blocks.layer_drop",
+        "gated": "mm.model.blocks.gated",
     },
 )
 MIXERS = Registry(
@@ -64,6 +67,7 @@ MIXERS = Registry(
         "s5": "mm.model.mixers.ssm.s5",
         "gru": "mm.model.mixers.rnn.gru",
         "lstm": "mm.model.mixers.rnn.lstm",
+        "cross_attention": "mm.model.mixers.attention.cross_attention",
         "latent_attention": "mm.model.mixers.attention.latent_attention",
         "kv_shift": "mm.model.mixers.attention.kv_shift",
         "irpe_attention": "mm.model.mixers.attention.irpe_attention",
@@ -246,6 +250,8 @@ SURGERIES = Registry(
         "pool_heads": "mm.surgery.pool_heads",
         "prune_heads": "mm.surgery.prune_heads",
         "widen": "mm.surgery.widen",
+        "span_denoising": "mm.data.transforms.span_denoising",
+        "fill_in_the_middle": "mm.data.transforms.fill_in_the_middle",
     },
 )
 OBJECTIVES = Registry(
@@ -255,6 +261,7 @@ OBJECTIVES = Registry(
         "contrastive": "mm.objectives.contrastive",
         "distil": "mm.objectives.distil",
         "dpo": "mm.objectives.dpo",
+        "masked": "mm.objectives.masked",
         "vq": "mm.objectives.vq",
         "codec": "mm.objectives.codec",
     },

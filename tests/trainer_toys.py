@@ -1,7 +1,4 @@
-"""A tiny language model, a stream and a two-network objective for the trainer's tests; `imports.
-
-[trainer_toys]`.
-"""
+"""Tiny model, stream, two-network objective of the trainer's tests: `imports: [trainer_toys]`."""
 
 from __future__ import annotations
 
@@ -169,8 +166,13 @@ class ToyStream:
                 ids[i, 0] = 17  # the end-of-text id, which no row holds otherwise
         modality = self.vocabulary.modality_of(ids)
         lengths = [T - r % 3 for r in rows]
+        given = ((modality == 2) & (np.arange(T) < 4)).astype(np.int32)  # of image rows alone
         layout = Layout.from_rows(
-            [[Doc(n, modality=m[:n])] for n, m in zip(lengths, modality, strict=True)], T
+            [
+                [Doc(n, modality=m[:n], extra={"prefix": g[:n]})]
+                for n, m, g in zip(lengths, modality, given, strict=True)
+            ],
+            T,
         )
         weight = np.zeros((len(rows), T), np.float32)
         for i, n in enumerate(lengths):

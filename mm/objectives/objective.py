@@ -111,6 +111,13 @@ class Objective(ABC):
         """Shape-preserving change on the device: masks, noise, times."""
         return b
 
+    def check_model(self, model: nn.Module) -> None:  # noqa: B027  most train any
+        """Refuse a "model" that this cannot train, such as one whose mask shows what it predicts.
+
+        Raises:
+            UserError: says what it needs.
+        """
+
     @abstractmethod
     def counts(self, b: Batch) -> dict[str, Tensor]:
         """Denominator of every named loss, from the batch alone.

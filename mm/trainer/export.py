@@ -17,6 +17,7 @@ from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.held_out import Best
 from mm.trainer.stage import load_weights, make_module, stage_result
+from mm.trainer.stage_model import model_of
 from mm.trainer.warm_start import ADAPTERS
 from mm.vocabulary import Vocabulary
 
@@ -27,7 +28,7 @@ def export(
     run: Run, vocabulary: Vocabulary | None, weights: Mapping[str, Tensor], step: int
 ) -> None:
     """Save the model with full fp32 ``weights`` of ``step`` as ``<run folder>/model``."""
-    module = make_module(run.model, vocabulary, run.seed, torch.device("cpu"))
+    module = make_module(model_of(run, -1), vocabulary, run.seed, torch.device("cpu"))
     load_weights(module, weights, "the trained model")
     final, part = run.folder / "model", run.folder / "model.part"
     shutil.rmtree(part, ignore_errors=True)
