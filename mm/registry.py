@@ -237,6 +237,8 @@ TRANSFORMS = Registry(
         "to_label": "mm.data.transforms.to_label",
         "preference": "mm.data.transforms.preference",
         "to_part": "mm.data.transforms.to_part",
+        "span_denoising": "mm.data.transforms.span_denoising",
+        "fill_in_the_middle": "mm.data.transforms.fill_in_the_middle",
     },
 )
 SURGERIES = Registry(
@@ -250,8 +252,6 @@ SURGERIES = Registry(
         "pool_heads": "mm.surgery.pool_heads",
         "prune_heads": "mm.surgery.prune_heads",
         "widen": "mm.surgery.widen",
-        "span_denoising": "mm.data.transforms.span_denoising",
-        "fill_in_the_middle": "mm.data.transforms.fill_in_the_middle",
     },
 )
 OBJECTIVES = Registry(
