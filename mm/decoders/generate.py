@@ -28,6 +28,7 @@ from mm.decoders.prompts import (
     require_short,
 )
 from mm.decoders.raws import (
+    by_reader,
     expected_tokens,
     own_modality,
     parse_prompt,
@@ -366,7 +367,7 @@ def generate(
         trust_code: of `Generator.from_pretrained`.
         **settings: a condition by the name of its modality (``image``, ``audio``, ...): the path
             of a file, uint8 `(H, W, 3)` or a picture of Pillow, a Waveform or (samples `(N,)`
-            float in [-1, 1], sample rate in Hz); and the settings of `generate_tokens`.
+            float in [-1, 1], sample rate in Hz), see `by_reader`; and what `generate_tokens` takes.
     Returns:
         One raw value, or a list of them for a list of prompts: str, uint8 `(H, W, 3)`, Waveform; of
         a tokenizer of bytes the bytes of a file.
@@ -392,6 +393,7 @@ def generate(
         )
     given: Any = prompt
     prompts: list[Any] = list(given) if many else [parse_prompt(given, conditions)]
+    prompts = [by_reader(each, generator.vocabulary.ranges) for each in prompts]
     if note := generator.unseen(prompts):
         log.warning(note)
     values = generator.generate(prompts, to, **settings)
