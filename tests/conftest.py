@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -22,6 +23,18 @@ for _name, _value in {
     "MM_SELF_CHECK": "0",  # every implementation has its own tests (tests/kernels)
 }.items():
     os.environ.setdefault(_name, _value)
+
+
+def pytest_collection_finish() -> None:
+    """Records of torch's loggers go up to the root logger.
+
+    pytest hangs its handlers on every logger that keeps its records to itself, twelve times a test;
+    torch has sixty of those.
+    """
+    for name, logger in logging.Logger.manager.loggerDict.items():
+        if name.partition(".")[0] == "torch" and isinstance(logger, logging.Logger):
+            logger.propagate = True
+
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -5,6 +5,7 @@ A case is YAML: `model` (a language model's config), `mask`, `path`, `seed` and 
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import json
@@ -18,9 +19,10 @@ from mm.config import Config, validate
 from mm.errors import UserError
 from mm.model.backbones.stack import StackConfig, presets
 from mm.model.layer import init_weights
+from mm.model.memories import MEMORIES, memories_read
 from mm.model.model import LmConfig, Model
 from mm.plug_point import Registry
-from mm.registry import FFNS, MIXERS
+from mm.registry import BACKBONES, FFNS, MIXERS
 from mm.specs import TokenSpec
 from mm.vocabulary import Vocabulary
 
@@ -81,8 +83,13 @@ def smallest(registry: Registry, kind: str) -> dict[str, Any]:
     return plain(registry.get(kind).smallest())
 
 
-def preset(word: str) -> dict[str, Any]:
+@functools.cache
+def _preset(word: str) -> dict[str, Any]:
     return plain(StackConfig(pattern=word).mixer(word))
+
+
+def preset(word: str) -> dict[str, Any]:
+    return copy.deepcopy(_preset(word))
 
 
 def wrapped(kind: str, inner: dict[str, Any]) -> dict[str, Any]:
@@ -147,16 +154,37 @@ def all_mixers() -> dict[str, dict[str, Any]]:
 def fixed(model: dict[str, Any], mask: str, documents: list[dict[str, Any]]) -> Case:
     """A case that nobody drew."""
     base = {"kind": "lm", "d_model": D}
-    base |= {"mask": mask} if mask in ("full", "prefix") else {}
+    base |= {"mask": mask} if mask not in ("causal", "window") else {}
     return {"model": base | model, "mask": mask, "seed": 0, "documents": documents}
 
 
 def layers(*mixers: dict[str, Any], **settings: Any) -> dict[str, Any]:
-    """A backbone of these mixers, without feed-forwards if ``settings`` name none."""
+    """A backbone of these mixers, without feed-forwards if ``settings`` name none.
+
+    Of mixers that attend to a memory: the decoder of a backbone that makes it.
+    """
     words = [f"m{i}" for i in range(len(mixers))]
     made = {"kind": "stack", "pattern": " ".join(words)}
     made["mixers"] = dict(zip(words, mixers, strict=True))
-    return made | {FFNS.name: None} | settings
+    made |= {FFNS.name: None} | settings
+    read = {name for mixer in mixers if builds(mixer) for name in memories_of(mixer)}
+    if not read:
+        return made
+    (maker,) = (kind for kind in BACKBONES if makes(kind) >= read)
+    return smallest(BACKBONES, maker) | {"decoder": made}
+
+
+def memories_of(mixer: dict[str, Any]) -> set[str]:
+    """Names of the memories that a mixer attends to."""
+    with torch.device("meta"):
+        return memories_read(MIXERS.parse(mixer).build(D))
+
+
+def makes(backbone: str) -> set[str]:
+    """Names of the memories that a backbone makes."""
+    with torch.device("meta"):
+        layer = BACKBONES.get(backbone).smallest().build(D)
+    return {n.removeprefix(MEMORIES) for n in layer.caps.publishes if n.startswith(MEMORIES)}
 
 
 # ---- models ----
@@ -176,7 +204,7 @@ def build(case: Case) -> Model:
         "adapters", {}
     ):
         raise Refused("documents with items need an adapter")
-    torch.manual_seed(7)
+    torch.default_generator.manual_seed(7)  # torch.manual_seed asks every kind of device
     try:
         model = validate(LmConfig, case["model"], "case").build(VOCABULARY)
     except (UserError, ValueError) as error:
