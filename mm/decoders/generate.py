@@ -382,11 +382,8 @@ def generate(
         raise UserError(
             f"no setting or modality '{name}'{did_you_mean(name, (*SETTINGS, *table().raw))}"
         )
-    generator = (
-        source
-        if isinstance(source, Generator)
-        else Generator.from_pretrained(source, trust_code=trust_code)
-    )
+    ready = isinstance(source, Generator)
+    generator = source if ready else Generator.from_pretrained(source, trust_code=trust_code)
     to = generator.modality() if to is None else to
     many = not (prompt is None or isinstance(prompt, (str, Path, Mapping)))
     if many and conditions:
