@@ -235,6 +235,7 @@ TRANSFORMS = Registry(
         "mark": "mm.data.transforms.mark",
         "room": "mm.data.transforms.room",
         "to_label": "mm.data.transforms.to_label",
+        "preference": "mm.data.transforms.preference",
         "to_part": "mm.data.transforms.to_part",
     },
 )

@@ -129,7 +129,7 @@ def enter_stage(
             continue
         if run.engine.compile:
             compile_blocks(module)
-        set_trainable(module, config, f"stages.{index}", name)
+        set_trainable(module, config, f"stages.{index}", name, fresh=not have)
         parameters[name] = sum(p.numel() for p in module.parameters())
         trained[name] = n_trained(module)
         optimizer = config.optimizer.build(module)
