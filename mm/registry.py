@@ -27,6 +27,8 @@ BACKBONES = Registry(
     {
         "stack": "mm.model.backbones.stack",
         "decoder_decoder": "mm.model.backbones.decoder_decoder",
+        "encoder_decoder": "mm.model.backbones.encoder_decoder",
+        "looped": "mm.model.backbones.looped",
     },
 )
 BLOCKS = Registry(
@@ -35,6 +37,7 @@ BLOCKS = Registry(
         "prenorm": "mm.model.blocks.prenorm",
         "parallel": "mm.model.blocks.parallel",
         "layer_drop": "mm.model.blocks.layer_drop",
+        "gated": "mm.model.blocks.gated",
     },
 )
 MIXERS = Registry(
@@ -64,6 +67,7 @@ MIXERS = Registry(
         "s5": "mm.model.mixers.ssm.s5",
         "gru": "mm.model.mixers.rnn.gru",
         "lstm": "mm.model.mixers.rnn.lstm",
+        "cross_attention": "mm.model.mixers.attention.cross_attention",
         "latent_attention": "mm.model.mixers.attention.latent_attention",
         "kv_shift": "mm.model.mixers.attention.kv_shift",
         "irpe_attention": "mm.model.mixers.attention.irpe_attention",
@@ -128,7 +132,15 @@ POSITIONS = Registry(
         "urpe": "mm.model.positions.urpe",
     },
 )
-LINEARS = Registry("linear", {"dense": "mm.model.linears.dense"})
+LINEARS = Registry(
+    "linear",
+    {
+        "dense": "mm.model.linears.dense",
+        "lora": "mm.model.linears.lora",
+        "nf4": "mm.model.linears.nf4",
+        "ternary": "mm.model.linears.ternary",
+    },
+)
 EMBEDDERS = Registry("embedder", {"sum": "mm.model.embedders.sum"})
 ADAPTERS = Registry(
     "adapter",
@@ -226,11 +238,29 @@ TRANSFORMS = Registry(
         "to_part": "mm.data.transforms.to_part",
     },
 )
+SURGERIES = Registry(
+    "surgery",
+    {
+        "deepen": "mm.surgery.deepen",
+        "extend_vocabulary": "mm.surgery.extend_vocabulary",
+        "keep_layers": "mm.surgery.keep_layers",
+        "linearize": "mm.surgery.linearize",
+        "merge_lora": "mm.surgery.merge_lora",
+        "pool_heads": "mm.surgery.pool_heads",
+        "prune_heads": "mm.surgery.prune_heads",
+        "widen": "mm.surgery.widen",
+        "span_denoising": "mm.data.transforms.span_denoising",
+        "fill_in_the_middle": "mm.data.transforms.fill_in_the_middle",
+    },
+)
 OBJECTIVES = Registry(
     "objective",
     {
         "next_token": "mm.objectives.next_token",
         "contrastive": "mm.objectives.contrastive",
+        "distil": "mm.objectives.distil",
+        "dpo": "mm.objectives.dpo",
+        "masked": "mm.objectives.masked",
         "vq": "mm.objectives.vq",
         "codec": "mm.objectives.codec",
     },
@@ -299,6 +329,7 @@ if TYPE_CHECKING:
     ObjectiveField = Any
     OptimizerField = Any
     TaskField = Any
+    SurgeryField = Any
     CallbackField = Any
     SinkField = Any
 else:
@@ -319,5 +350,6 @@ else:
     ObjectiveField = OBJECTIVES.field
     OptimizerField = OPTIMIZERS.field
     TaskField = TASKS.field
+    SurgeryField = SURGERIES.field
     CallbackField = CALLBACKS.field
     SinkField = SINKS.field

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,11 +14,22 @@ from mm.data.batching.document import Features, document_tokens
 from mm.decoders.base import is_fixed
 from mm.errors import UserError
 from mm.layout import Doc, Grid, Layout
+from mm.mask_expression import looks_ahead
 from mm.specs import Segment, TokenSpec
 from mm.vocabulary import Vocabulary
 
 DEFAULT_MAX_TOKENS = 512  # of a span whose length is free
 MAX_PROMPT_TOKENS = 16_384  # a mask of all pairs of them is 256 MiB
+
+
+def require_causal(model: Any, vocabulary: Vocabulary, to: str) -> None:
+    """Raise UserError where the model's mask shows a token of ``to`` what comes after it."""
+    mask = getattr(model, "mask", None)
+    if mask is not None and looks_ahead(mask, vocabulary.range(to).index):
+        raise UserError(
+            f"the mask {mask.key} shows '{to}' what comes after: it cannot be generated token by "
+            "token; train a stage under a mask that is causal there"
+        )
 
 
 def require_short(n_tokens: int, most: int, origin: str) -> None:

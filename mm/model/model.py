@@ -5,7 +5,6 @@ B rows, T tokens, S streams, D model, P places, G items, N slots.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,23 +18,27 @@ from torch import Tensor, nn
 from mm.batch import Batch, Sum
 from mm.config import Config, validate
 from mm.errors import UserError
-from mm.mask import Causal, Full, Mask, Prefix, Window
+from mm.mask import Mask
+from mm.mask_expression import parse_mask
 from mm.model import folder as files
 from mm.model import mup
 from mm.model.backbones.stack import INTERMEDIATE
 from mm.model.code_rows import rows_of_codes
 from mm.model.context import Ctx, Memory
-from mm.model.fill import fill
+from mm.model.fill import embed_part, fill, require_adapters
+from mm.model.hand_back import hand_back
+from mm.model.items import with_fields
 from mm.model.layer import (
     NONE,
     Backbone,
     Embedder,
     Head,
     HeadOut,
+    Layer,
     ModelOut,
-    hand_back,
     name_layers,
 )
+from mm.model.memories import memories_read
 from mm.model.padding import move_padding_last, moved_places, restore_order
 from mm.registry import (
     BACKBONES,
@@ -74,7 +77,18 @@ class Model(nn.Module):
         self.heads = nn.ModuleDict(heads)
         self._tie()
         name_layers(self)
-        backbone.check_mask(config.default_mask())
+        try:
+            self.mask = config.make_mask(vocabulary)
+        except ValueError as error:  # a modality that the vocabulary lacks
+            raise UserError(f"model.{error}") from None
+        backbone.check_mask(self.mask)
+        for name in memories_read(backbone):
+            raise UserError(
+                f"model.backbone: a layer attends to the memory '{name}', which nothing makes: "
+                "take a backbone encoder_decoder"
+            )
+        layers = (m for m in backbone.modules() if isinstance(m, Layer))
+        self.fields_read = frozenset().union(*(layer.caps.reads for layer in layers))
 
     def init_weights(self) -> None:
         if self.config.mup_base is not None:
@@ -134,15 +148,13 @@ class Model(nn.Module):
         """
         tapped = [h for h in self.heads if heads is None or h in heads]
         taps_read = {str(self.heads[h].reads) for h in tapped} - {"hidden"}
-        layout, mask = batch.layout, mask or self.config.default_mask()
-        if layout.fields.extra and isinstance(mask, Causal | Full | Window):
-            # These read no named field: none is cached, or regrouped with each layer.
-            layout = layout.map_fields(lambda f: f._replace(extra={}))
-        elif mask.atomic and mask.atomic not in layout.fields.extra:
-            name = mask.atomic  # nobody has a prefix
-            layout = layout.map_fields(
-                lambda f: f._replace(extra={**f.extra, name: torch.zeros_like(f.document)})
-            )
+        mask = mask or self.mask
+        fields = lambda of, ids: with_fields(of, mask, self.fields_read, ids, self.vocabulary)
+        layout, shard = batch.layout, batch.shard
+        if shard is None:
+            layout = fields(layout, batch.ids)
+        else:
+            shard, layout = shard.with_fields(fields, layout)
         ctx = Ctx(
             layout,
             mask,
@@ -151,9 +163,11 @@ class Model(nn.Module):
             return_intermediates=return_intermediates | frozenset(taps_read),
             seed=seed,
             draft=draft,
+            shard=shard,
         )
         aux: dict[str, Sum] = {}
-        parts = {name: self._memory(part, ctx, aux) for name, part in batch.parts.items()}
+        more = self.adapters, self.embedder, aux
+        parts = {name: embed_part(part, ctx, *more) for name, part in batch.parts.items()}
         ctx = replace(ctx, memories={**parts, **memories})
         x = self.embedder(batch.ids, ctx)
         inner, back = ctx, None
@@ -162,7 +176,7 @@ class Model(nn.Module):
         carried = dict(zip(stateful, of_heads, strict=True))
         # Each rank runs each adapter, whatever its rows hold; a step of decoding holds no values.
         if len(self.adapters) and (batch.values or state is None):
-            x, inner = fill(x, batch, ctx, self.adapters, self.embedder, aux)
+            x, inner = fill(x, batch, ctx, *more)
             if inner is not ctx:
                 ctx = inner
                 x, inner, back = move_padding_last(x, ctx)
@@ -232,14 +246,6 @@ class Model(nn.Module):
         named = ((n, h) for n, h in self.heads.items() if isinstance(h, Head))
         return {name: head for name, head in named if head.stateful_parts()}
 
-    def _memory(self, part: Batch, ctx: Ctx, aux: dict[str, Sum]) -> Memory:
-        """A second sequence, embedded as the main one is."""
-        own = replace(ctx, layout=part.layout, ids=part.ids)
-        x = self.embedder(part.ids, own)
-        if len(self.adapters):
-            x, own = fill(x, part, own, self.adapters, self.embedder, aux)
-        return Memory(own.layout, Full(), x)
-
     def after_step(self, stats: Mapping[str, Sum]) -> None:
         """Hand globally summed statistics to the modules that reported them."""
         hand_back(self, stats)
@@ -261,14 +267,13 @@ class Model(nn.Module):
             tensors: the state dict to store; default this module's own (a ZeRO-3 engine passes
                 gathered ones).
         """
-        with files.whole(folder) as temporary:
-            files.write_config(temporary, self.config.to_dict())
-            files.save_tensors(
-                temporary / "model.safetensors", self.state_dict() if tensors is None else tensors
-            )
-            (vocabulary or self.vocabulary).save(temporary / "vocabulary.json")
-            for modality, source in tokenizers.items():
-                shutil.copytree(source, temporary / "tokenizers" / modality)
+        files.save_model(
+            folder,
+            self.config.to_dict(),
+            self.state_dict() if tensors is None else tensors,
+            vocabulary or self.vocabulary,
+            tokenizers,
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Model:
@@ -276,9 +281,7 @@ class Model(nn.Module):
 
         Raises UserError naming the file that is wrong.
         """
-        folder = Path(folder)
-        if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
-            folder = folder / "model"
+        folder = files.model_folder(Path(folder))
         values = files.read_config(folder)
         if values.get("kind") != "lm":
             raise UserError(f"{folder}: a saved '{values.get('kind')}', not a language model")
@@ -302,9 +305,13 @@ class LmConfig(Config):
     adapters: dict[str, AdapterField] = {}
     heads: dict[str, HeadField] = Field(default={"tokens": "softmax"}, validate_default=True)
     linear: LinearField = Field(default="dense", validate_default=True)
-    mask: Literal["causal", "full", "prefix"] = Field(
+    mask: str = Field(
         default="causal",
-        description="prefix: causal, but leading conditions see each other both ways",
+        description="causal, full, prefix (causal, but leading conditions see each other both "
+        "ways), or an expression of fields: docs/how-to/masks.md",
+    )
+    mask_fields: tuple[str, ...] = Field(
+        default=(), description="named fields of the data's own that the mask may read"
     )
     mup_base: int | None = Field(
         None,
@@ -324,29 +331,28 @@ class LmConfig(Config):
             raise ValueError("mup_base needs heads of their own: set heads.*.tied to false")
         return self
 
+    @model_validator(mode="after")
+    def _mask_is_read(self) -> LmConfig:
+        self.make_mask(None)
+        return self
+
+    def needs_whole_documents(self, mask: str | None = None) -> str | None:
+        """What of a document no call may cut, under a mask or the own one; None: nothing."""
+        mask = mask or self.mask
+        if mask not in ("causal", "full"):
+            return "a prefix is read" if mask == "prefix" else "what its mask shows is read"
+        return "conditions are encoded" if getattr(self.backbone, "encodes", False) else None
+
     def check_adapters(self, vocabulary: Vocabulary) -> None:
         """Raise UserError where values of the vocabulary have no adapter that fits them."""
-        for name, n in ((s.modality, s.n_features) for s in vocabulary.ranges if s.continuous):
-            if name not in self.adapters:
-                raise UserError(
-                    f"model.adapters has none for '{name}', which is read as values: set "
-                    f"model.adapters={{{name}: {{kind: linear, d_in: {n}}}}}"
-                )
-            if (have := self.adapters[name].d_in) != n:
-                raise UserError(
-                    f"model.adapters.{name} reads {have} features a place, the data have {n}: set "
-                    "it to what its tokenizer gives"
-                )
-            head = self.heads.get(name)
-            if head is not None and (out := getattr(head, "d_out", None)) != n:
-                raise UserError(
-                    f"model.heads.{name} predicts {out or 'no'} values a place, the data have {n}: "
-                    f"set model.heads.{name}={{kind: mixture, d_out: {n}}}"
-                )
+        require_adapters(self.adapters, self.heads, vocabulary)
 
-    def default_mask(self) -> Mask:
-        """The Mask of a pass that names none."""
-        return {"causal": Causal(), "full": Full(), "prefix": Prefix()}[self.mask]
+    def make_mask(self, vocabulary: Vocabulary | None) -> Mask:
+        """The Mask of a pass that names none.
+
+        Raises ValueError where it names a field or a modality that is not there.
+        """
+        return parse_mask(self.mask, vocabulary and vocabulary.numbers, self.mask_fields)
 
     def build(self, vocabulary: Vocabulary | None = None) -> Model:
         """Allocate the model; `mm.model.layer.init_weights` fills it.

@@ -7,11 +7,12 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm.batch import Batch
 from mm.config import Config
 from mm.errors import UserError
+from mm.mask_expression import looks_ahead
 from mm.model.layer import ModelOut
 from mm.objectives.objective import AuxWeights, Env, LossTerm, Objective
 from mm.registry import OBJECTIVES, TransformField
@@ -83,7 +84,24 @@ class NextToken(Objective):
         self.transform = config.transform
         self.weights, self.aux_weights = config.weights, config.aux_weights
         self.modalities = vocabulary.modalities
+        # By number, those that a target can be of
+        self.targets = {
+            vocabulary.range(s.modality).index: s.modality
+            for s in vocabulary.ranges
+            if not s.continuous
+        }
         self.names = (*self.modalities, *([MASKED] if config.masked is not None else []))
+
+    def check_model(self, model: nn.Module) -> None:
+        mask = getattr(model, "mask", None)
+        if mask is None:  # of another network
+            return
+        for number, modality in self.targets.items():
+            if looks_ahead(mask, number):
+                raise UserError(
+                    f"the mask {mask.key} shows a target of '{modality}' what it predicts; let "
+                    "conditions alone be read both ways, such as: causal | (same_item & prefix)"
+                )
 
     def _split(self, b: Batch, value_P: Tensor, places_P: Tensor) -> dict[str, Tensor]:
         """Sum ``value_P`` (P,) float32 by the modality of the target."""
@@ -113,11 +131,15 @@ class NextToken(Objective):
             factors[MASKED] = self.config.masked
         return factors
 
+    def run_model(self, model: Callable[..., ModelOut], b: Batch) -> ModelOut:
+        """One pass over a micro-batch."""
+        return model(b)
+
     def terms(
         self, micros: Sequence[Batch], nets: Mapping[str, Callable[..., ModelOut]], env: Env
     ) -> Iterator[LossTerm]:
         for i, b in enumerate(micros):
-            out = nets["model"](b)
+            out = self.run_model(nets["model"], b)
             nll = out.heads[self.config.head].nll
             assert nll is not None  # targets were given
             places = b.places[self.config.head]
