@@ -232,6 +232,8 @@ TRANSFORMS = Registry(
         "chunk": "mm.data.transforms.chunk",
         "augment_image": "mm.data.transforms.augment_image",
         "mask_conditions": "mm.data.transforms.mask_conditions",
+        "span_denoising": "mm.data.transforms.span_denoising",
+        "fill_in_the_middle": "mm.data.transforms.fill_in_the_middle",
         "mark": "mm.data.transforms.mark",
         "room": "mm.data.transforms.room",
         "to_label": "mm.data.transforms.to_label",

@@ -29,6 +29,7 @@ from mm.decoders.prompts import (
     require_short,
 )
 from mm.decoders.raws import (
+    by_reader,
     expected_tokens,
     own_modality,
     parse_prompt,
@@ -368,7 +369,7 @@ def generate(
         trust_code: of `Generator.from_pretrained`.
         **settings: a condition by the name of its modality (``image``, ``audio``, ...): the path
             of a file, uint8 `(H, W, 3)` or a picture of Pillow, a Waveform or (samples `(N,)`
-            float in [-1, 1], sample rate in Hz); and the settings of `generate_tokens`.
+            float in [-1, 1], sample rate in Hz), see `by_reader`; and what `generate_tokens` takes.
     Returns:
         One raw value, or a list of them for a list of prompts: str, uint8 `(H, W, 3)`, Waveform; of
         a tokenizer of bytes the bytes of a file.
@@ -381,11 +382,8 @@ def generate(
         raise UserError(
             f"no setting or modality '{name}'{did_you_mean(name, (*SETTINGS, *table().raw))}"
         )
-    generator = (
-        source
-        if isinstance(source, Generator)
-        else Generator.from_pretrained(source, trust_code=trust_code)
-    )
+    ready = isinstance(source, Generator)
+    generator = source if ready else Generator.from_pretrained(source, trust_code=trust_code)
     to = generator.modality() if to is None else to
     many = not (prompt is None or isinstance(prompt, (str, Path, Mapping)))
     if many and conditions:
@@ -394,6 +392,7 @@ def generate(
         )
     given: Any = prompt
     prompts: list[Any] = list(given) if many else [parse_prompt(given, conditions)]
+    prompts = [by_reader(each, generator.vocabulary.ranges) for each in prompts]
     if note := generator.unseen(prompts):
         log.warning(note)
     values = generator.generate(prompts, to, **settings)

@@ -31,7 +31,7 @@ def with_fields(
     wanted = {*mask.fields} | ({*more} & {*have})
     if wanted == {*have}:
         return layout
-    for name in sorted(mask.fields - {*have} - {*MARKED}):
+    for name in sorted(mask.fields - {*have, *MARKED, mask.atomic}):
         raise UserError(
             f"the mask {mask.key} reads a field '{name}', which these data have not"
             f"{did_you_mean(name, {*have, *MARKED})}"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from laws import VARIANTS, D, build, mask_of
+from laws import VARIANTS, D, build, context
 
 from mm.kernels.delta_rule import delta_rule
 from mm.kernels.linear_attention import linear_attention
 from mm.kernels.op import Op
 from mm.layout import Layout
-from mm.model.context import Ctx
 
 
 @pytest.mark.parametrize("name", [n for n in VARIANTS if n.startswith(("mixer:", "preset:"))])
@@ -19,7 +18,7 @@ def test_a_mixer_trains_under_autocast(name: str) -> None:
     layer = build(name, torch.float32)
     T = min(70, getattr(layer, "max_len", None) or 70)
     x = torch.randn(2, T, D, generator=torch.Generator().manual_seed(1))
-    ctx = Ctx(Layout.plain(2, T), mask_of(layer))
+    ctx = context(layer, x, Layout.plain(2, T))
     found = []
     for enabled in (False, True):
         leaf = x.clone().requires_grad_()
