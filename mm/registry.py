@@ -239,8 +239,6 @@ TRANSFORMS = Registry(
         "to_label": "mm.data.transforms.to_label",
         "preference": "mm.data.transforms.preference",
         "to_part": "mm.data.transforms.to_part",
-        "span_denoising": "mm.data.transforms.span_denoising",
-        "fill_in_the_middle": "mm.data.transforms.fill_in_the_middle",
     },
 )
 SURGERIES = Registry(
