@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mm.layout import Layout
+from mm.shard import Shard
 
 
 class Sum(NamedTuple):
@@ -97,8 +98,13 @@ class Batch:
     labels: Mapping[str, Tensor] = field(
         default_factory=dict
     )  # per document, item or place: "target_modality" (B, T) int32, ...
+    # Second sequences of the same documents: document m of each goes with document m of this one
     parts: Mapping[str, Batch] = field(default_factory=dict)
     keys: tuple[str, ...] = ()
+    head_targets: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # head -> (P, ...) what it predicts at its `places`, where that is no id of `targets`
+    shard: Shard | None = None  # the batch is a slice of the tokens of its rows
 
     def to(self, device: Any) -> Batch:
         """Copy every tensor to a device."""
@@ -113,6 +119,8 @@ class Batch:
             values={k: v.to(device) for k, v in self.values.items()},
             labels={k: move(v) for k, v in self.labels.items()},
             parts={k: v.to(device) for k, v in self.parts.items()},
+            head_targets={k: move(v) for k, v in self.head_targets.items()},
+            shard=self.shard.to(device) if self.shard is not None else None,
         )
 
     @staticmethod

@@ -216,7 +216,7 @@ class Layout:
         made = replace(
             self,
             fields=f,
-            cu_seqlens=_starts(f.document, self.slot.shape[0]),
+            cu_seqlens=first_places(f.document, self.slot.shape[0]),
             slot=self.slot if slots else torch.full_like(self.slot, -1),
             grids=grids,
         )
@@ -303,7 +303,7 @@ class Layout:
         return Layout.from_rows([[Doc(T)] for _ in range(B)], T)
 
 
-def _starts(document_BT: Tensor, n: int) -> Tensor:
+def first_places(document_BT: Tensor, n: int) -> Tensor:
     """`(n + 1,)` int32 ascending first flat position of each document.
 
     One without positions begins where the next one does; what follows the last holds B * T.

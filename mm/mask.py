@@ -37,6 +37,11 @@ class Mask(ABC):
         """Names what the predicate is: equal masks have equal keys (`Ctx.cached`)."""
         return repr(self)
 
+    @property
+    def fields(self) -> frozenset[str]:
+        """Named fields (`Fields.extra`) that the predicate reads."""
+        return frozenset()
+
     @abstractmethod
     def allowed(self, q: Fields, k: Fields) -> Tensor:
         """`(B, Tq, Tk)` bool by broadcasting."""
@@ -121,6 +126,10 @@ class Prefix(Mask):
     def atomic(self) -> str:  # type: ignore[override]
         return self.name
 
+    @property
+    def fields(self) -> frozenset[str]:
+        return frozenset({self.name})
+
     def allowed(self, q: Fields, k: Fields) -> Tensor:
         tq, tk = _times(q, k)
         gq, gk = q.extra[self.name][:, :, None], k.extra[self.name][:, None, :]
@@ -138,6 +147,10 @@ class ParallelBlocks(Mask):
     """
 
     name: str = "block"  # field: 0 = prefix, 1.. = pieces, -1 = question
+
+    @property
+    def fields(self) -> frozenset[str]:
+        return frozenset({self.name})
 
     def allowed(self, q: Fields, k: Fields) -> Tensor:
         tq, tk = _times(q, k)
@@ -177,6 +190,10 @@ class And(Mask):
     def atomic(self) -> str | None:  # type: ignore[override]
         return self.a.atomic or self.b.atomic
 
+    @property
+    def fields(self) -> frozenset[str]:
+        return self.a.fields | self.b.fields
+
     def allowed(self, q: Fields, k: Fields) -> Tensor:
         return self.a.allowed(q, k) & self.b.allowed(q, k)
 
@@ -199,6 +216,10 @@ class Or(Mask):
     def atomic(self) -> str | None:  # type: ignore[override]
         return self.a.atomic or self.b.atomic
 
+    @property
+    def fields(self) -> frozenset[str]:
+        return self.a.fields | self.b.fields
+
     def allowed(self, q: Fields, k: Fields) -> Tensor:
         return self.a.allowed(q, k) | self.b.allowed(q, k)
 
@@ -210,6 +231,10 @@ class Not(Mask):
     @property
     def key(self) -> str:
         return f"~{self.a.key}"
+
+    @property
+    def fields(self) -> frozenset[str]:
+        return self.a.fields
 
     def allowed(self, q: Fields, k: Fields) -> Tensor:
         return ~self.a.allowed(q, k)

@@ -27,6 +27,8 @@ BACKBONES = Registry(
     {
         "stack": "mm.model.backbones.stack",
         "decoder_decoder": "mm.model.backbones.decoder_decoder",
+        "encoder_decoder": "mm.model.backbones.encoder_decoder",
+        "looped": "mm.model.backbones.looped",
     },
 )
 BLOCKS = Registry(
@@ -35,6 +37,7 @@ BLOCKS = Registry(
         "prenorm": "mm.model.blocks.prenorm",
         "parallel": "mm.model.blocks.parallel",
         "layer_drop": "mm.model.blocks.layer_drop",
+        "gated": "mm.model.blocks.gated",
     },
 )
 MIXERS = Registry(
@@ -64,6 +67,7 @@ MIXERS = Registry(
         "s5": "mm.model.mixers.ssm.s5",
         "gru": "mm.model.mixers.rnn.gru",
         "lstm": "mm.model.mixers.rnn.lstm",
+        "cross_attention": "mm.model.mixers.attention.cross_attention",
         "latent_attention": "mm.model.mixers.attention.latent_attention",
         "kv_shift": "mm.model.mixers.attention.kv_shift",
         "irpe_attention": "mm.model.mixers.attention.irpe_attention",
@@ -128,7 +132,15 @@ POSITIONS = Registry(
         "urpe": "mm.model.positions.urpe",
     },
 )
-LINEARS = Registry("linear", {"dense": "mm.model.linears.dense"})
+LINEARS = Registry(
+    "linear",
+    {
+        "dense": "mm.model.linears.dense",
+        "lora": "mm.model.linears.lora",
+        "nf4": "mm.model.linears.nf4",
+        "ternary": "mm.model.linears.ternary",
+    },
+)
 EMBEDDERS = Registry("embedder", {"sum": "mm.model.embedders.sum"})
 ADAPTERS = Registry(
     "adapter",
@@ -136,9 +148,21 @@ ADAPTERS = Registry(
         "linear": "mm.model.adapters.linear",
         "patches": "mm.model.adapters.patches",
         "mel": "mm.model.adapters.mel",
+        "encoder": "mm.model.adapters.encoder",
+        "resampler": "mm.model.adapters.resampler",
     },
 )
-HEADS = Registry("head", {"softmax": "mm.model.heads.softmax"})
+HEADS = Registry(
+    "head",
+    {
+        "softmax": "mm.model.heads.softmax",
+        "mixture": "mm.model.heads.mixture",
+        "ctc": "mm.model.heads.ctc",
+        "embedding": "mm.model.heads.embedding",
+        "classes": "mm.model.heads.classes",
+        "multi_token": "mm.model.heads.multi_token",
+    },
+)
 TOKENIZERS = Registry(
     "tokenizer",
     {
@@ -149,6 +173,7 @@ TOKENIZERS = Registry(
         "image_patches": "mm.tokenizers.image.patches",
         "audio_codec": "mm.tokenizers.audio.tokenizer",
         "mel_frames": "mm.tokenizers.audio.mel_frames",
+        "series_patches": "mm.tokenizers.series.patches",
     },
 )
 QUANTIZERS = Registry(
@@ -166,6 +191,7 @@ MODALITIES = Registry(
         "text": "mm.data.modalities.text",
         "image": "mm.data.modalities.image",
         "audio": "mm.data.modalities.audio",
+        "time_series": "mm.data.modalities.time_series",
     },
 )
 LAUNCHERS = Registry(
@@ -207,12 +233,35 @@ TRANSFORMS = Registry(
         "chunk": "mm.data.transforms.chunk",
         "augment_image": "mm.data.transforms.augment_image",
         "mask_conditions": "mm.data.transforms.mask_conditions",
+        "mark": "mm.data.transforms.mark",
+        "room": "mm.data.transforms.room",
+        "to_label": "mm.data.transforms.to_label",
+        "to_part": "mm.data.transforms.to_part",
+    },
+)
+SURGERIES = Registry(
+    "surgery",
+    {
+        "deepen": "mm.surgery.deepen",
+        "extend_vocabulary": "mm.surgery.extend_vocabulary",
+        "keep_layers": "mm.surgery.keep_layers",
+        "linearize": "mm.surgery.linearize",
+        "merge_lora": "mm.surgery.merge_lora",
+        "pool_heads": "mm.surgery.pool_heads",
+        "prune_heads": "mm.surgery.prune_heads",
+        "widen": "mm.surgery.widen",
+        "span_denoising": "mm.data.transforms.span_denoising",
+        "fill_in_the_middle": "mm.data.transforms.fill_in_the_middle",
     },
 )
 OBJECTIVES = Registry(
     "objective",
     {
         "next_token": "mm.objectives.next_token",
+        "contrastive": "mm.objectives.contrastive",
+        "distil": "mm.objectives.distil",
+        "dpo": "mm.objectives.dpo",
+        "masked": "mm.objectives.masked",
         "vq": "mm.objectives.vq",
         "codec": "mm.objectives.codec",
     },
@@ -235,6 +284,10 @@ TASKS = Registry(
         "bits_per_byte": "mm.tasks.bits_per_byte",
         "recognition": "mm.tasks.recognition",
         "judged_generation": "mm.tasks.judged_generation",
+        "forecast": "mm.tasks.forecast",
+        "block_decoding": "mm.tasks.block_decoding",
+        "transcription": "mm.tasks.transcription",
+        "retrieval": "mm.tasks.retrieval",
     },
 )
 CALLBACKS = Registry(
@@ -292,6 +345,7 @@ if TYPE_CHECKING:
     ObjectiveField = Any
     OptimizerField = Any
     TaskField = Any
+    SurgeryField = Any
     CallbackField = Any
     SinkField = Any
 else:
@@ -312,5 +366,6 @@ else:
     ObjectiveField = OBJECTIVES.field
     OptimizerField = OPTIMIZERS.field
     TaskField = TASKS.field
+    SurgeryField = SURGERIES.field
     CallbackField = CALLBACKS.field
     SinkField = SINKS.field

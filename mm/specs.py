@@ -95,11 +95,14 @@ class Segment(NamedTuple):
 
     ``ids`` are local codes (from 0); packing adds the vocabulary range, begin and end.
 
-    ``role`` is "target" (has loss) or "condition" (has none); a condition with ids None is the null
-    condition.
-    A continuous one has ``values`` (L, C), ``ids`` of -1 that keep their L places, and the
-    ``grid`` that they are the cells of, if any.
-    ``part`` "" is the main sequence.
+    ``role`` is "target" (has loss), "condition" (has none; with ids None it is the null condition)
+    or "label": ids that stand in no sequence, which a head predicts of the whole document.
+    A continuous one has ``values`` (L, C), ``ids`` of -1 that keep their places, and the ``grid``
+    that they are the cells of, if any. ``room`` is the number of places where the adapter does not
+    fill one with each value.
+    ``position`` (places, axes) int: axes 1, 2, .. of each place, from the segment's first on.
+    ``fields``: name -> one integer, or one a place (`Fields.extra`).
+    ``part`` "" is the main sequence, another name a second one of the same document.
     """
 
     modality: str
@@ -124,6 +127,10 @@ class Transform(ABC):
     # True: what it does depends on modalities and lengths alone, not on the ids. A stage's start
     # can then tell from the index what it leaves out.
     by_length: ClassVar[bool] = False
+    # What its segments add to a batch: then every batch has it, whatever its rows hold.
+    makes_parts: Sequence[str] = ()  # names of second sequences
+    makes_fields: Sequence[str] = ()  # names of fields
+    makes_labels: Sequence[str] = ()  # modalities of label segments
 
     @abstractmethod
     def __call__(self, segments: list[Segment], rng: Any) -> list[Segment] | None:

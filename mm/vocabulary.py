@@ -85,6 +85,11 @@ class Vocabulary(NamedTuple):
     def modalities(self) -> tuple[str, ...]:
         return tuple(spec.modality for spec in self.ranges)
 
+    @property
+    def numbers(self) -> dict[str, int]:
+        """Each modality's number in `Fields.modality`: 1, 2, .."""
+        return {modality: i for i, modality in enumerate(self.modalities, start=1)}
+
     def add(self, spec: TokenSpec) -> Vocabulary:
         """Append a range.
 

@@ -17,8 +17,9 @@ import mm
 from mm.layout import Doc, Layout
 from mm.mask import Causal, Full, Mask
 from mm.model.backbones.stack import StackConfig, presets
-from mm.model.context import Ctx
+from mm.model.context import Ctx, Memory
 from mm.model.layer import Layer, Out, init_weights
+from mm.model.memories import memories_read
 from mm.registry import (
     BACKBONES,
     BLOCKS,
@@ -123,9 +124,41 @@ def mask_of(layer: Layer) -> Mask:
 
 
 def apply(layer: Layer, x: Tensor, layout: Layout, state: State | None = None, **ctx: Any) -> Out:
+    return layer(x, context(layer, x, layout, **ctx), state)
+
+
+def context(layer: Layer, x: Tensor, layout: Layout, **ctx: Any) -> Ctx:
+    """What a layer is told: the mask that it is made for, ids, the fields and memories it reads."""
     # Mixers that look at tokens need some: the same for the same vector, few, so that they recur.
     ctx.setdefault("ids", (x[..., :1].detach() > 0).int())
-    return layer(x, Ctx(layout, ctx.pop("mask", mask_of(layer)), **ctx), state)
+    if "prefix" in layer.caps.reads:  # one token, which no chunk cuts
+        first = lambda f: (f.position[..., 0] == 0).int()
+        layout = layout.map_fields(lambda f: f._replace(extra={"prefix": first(f)}))
+    names = memories_read(layer)
+    if names and "memories" not in ctx:
+        ctx["memories"] = {name: memory(x.detach(), layout) for name in names}
+    return Ctx(layout, ctx.pop("mask", mask_of(layer)), **ctx)
+
+
+def memory(x: Tensor, layout: Layout) -> Memory:
+    """Two or three vectors for each document that begins, which its first token names."""
+    found, lengths = [], []
+    known = layout.arrays()
+    g = torch.Generator().manual_seed(3)
+    base = torch.randn(3, x.shape[-1], dtype=torch.float64, generator=g).to(x)
+    flat = x.flatten(0, 1)
+    for start, length, fresh in zip(known.start, known.length, known.fresh, strict=True):
+        many = start % 2 if flat.device.type != "cpu" else 0 < flat[start, 0] < torch.inf
+        lengths.append(2 + bool(many) if fresh and length else 0)
+        found.append(base[: lengths[-1]] + (flat[start] if length else 0))
+    M = len(lengths)
+    host = layout.on_host()
+    rows = [
+        [Doc(n, slot=int(host.slot[i]), fresh=bool(host.fresh[i])) for i, n in enumerate(lengths)]
+    ]
+    own = Layout.from_rows(rows, sum(lengths) + 1, M)
+    filled = torch.cat([*found, base.new_full((1, base.shape[-1]), 1e3)])[None]
+    return Memory(own.to(x.device), Full(), filled)
 
 
 def documents(*lengths: int, seed: int = 0) -> list[Tensor]:

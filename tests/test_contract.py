@@ -28,9 +28,9 @@ from laws import (
     alone,
     apply,
     build,
+    context,
     documents,
     layers,
-    mask_of,
     packed,
     serve,
     unpacked,
@@ -246,7 +246,7 @@ def test_recomputation_is_bit_exact_and_a_forward_changes_nothing(
     before = {k: v.clone() for k, v in layer.state_dict().items()}
     x, layout = packed([[(0, docs[0], 0), (1, docs[1], 0)]], pad=1)
     weight = torch.randn_like(x)
-    ctx = Ctx(layout, mask_of(layer), seed=3)
+    ctx = context(layer, x, layout, ids=None, seed=3)
 
     def gradients(recompute: bool) -> tuple[Tensor, ...]:
         inputs = x.clone().requires_grad_()

@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from laws import ROOT, TOL, VARIANTS, VOCABULARY, D, apply, build, layers, mask_of
+from laws import ROOT, TOL, VARIANTS, VOCABULARY, D, apply, build, context, layers
 from torch import Tensor, nn
 
 from mm import config as yaml_config
 from mm.kernels.attention.spec import MaskSpec
 from mm.kernels.op import Op
 from mm.layout import Layout
-from mm.model.context import Ctx
 from mm.model.layer import Layer, Linear, init_weights
 from mm.registry import (
     ADAPTERS,
@@ -181,7 +180,7 @@ def one_graph(name: str, backend: str) -> None:
     else:
         layer = build(name)
     x = torch.randn(2, 5, D, dtype=torch.float64, requires_grad=True)
-    ctx = Ctx(Layout.plain(2, 5), mask_of(layer))
+    ctx = context(layer, x, Layout.plain(2, 5), ids=None)
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     y, expected = compiled(x, ctx).y, layer(x, ctx).y
     torch.testing.assert_close(y, expected, **TOL)

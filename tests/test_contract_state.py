@@ -173,5 +173,6 @@ def test_a_state_takes_the_bytes_that_were_declared(name: str, dtype: torch.dtyp
                 torch.randn(n, 1, D, dtype=dtype),
                 Layout.from_rows([[Doc(1, slot=i)] for i in range(n)]),
                 state,
+                memories={},  # longer than the documents are
             ).state
         assert after is not None and after.n_bytes() == layer.state_bytes(n, max_len)

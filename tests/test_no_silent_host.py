@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from laws import VARIANTS, D, mask_of
+from laws import VARIANTS, D, context
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mm.kernels.op import Op
 from mm.layout import Doc, Layout
-from mm.model.context import Ctx
 from mm.model.layer import Layer
 from mm.plan.fake_cuda import CUDA, backward, fake_cuda, grad
 
@@ -31,8 +30,8 @@ def run(layer: Layer, layout: Layout, state: Any = None) -> Any:
     """One call under bf16 autocast; of a new document with its backward."""
     shape = layout.shape
     ids = torch.zeros(*shape, 1, dtype=torch.int32, device=CUDA)
-    ctx = Ctx(layout.to(CUDA), mask_of(layer), ids)
     x = torch.empty(*shape, D, device=CUDA, requires_grad=state is None)
+    ctx = context(layer, x, layout.to(CUDA), ids=ids)
     with torch.autocast("cuda", torch.bfloat16), torch.set_grad_enabled(state is None):
         layer.prefetch(ctx, state is not None)
         out = layer(x, ctx, state)

@@ -30,7 +30,10 @@ from mm.run import Run
 from mm.specs import Segment, TokenSpec
 from mm.vocabulary import Vocabulary, extend_vocabulary
 
-PREFILL = Layout.from_rows([[Doc(5)], [Doc(3)]], 5)
+GIVEN = {"prefix": [1, 1, 0, 0, 0]}
+PREFILL = Layout.from_rows(
+    [[Doc(5, extra=GIVEN, slot=0)], [Doc(3, extra={"prefix": [1, 0, 0]}, slot=1)]], 5
+)
 STEP = Layout.from_rows([[Doc(1, slot=i, fresh=False, start=5)] for i in range(2)], 1)
 THE_READ = "mm/trainer/step.py:"
 
@@ -52,8 +55,9 @@ def backbones() -> list[str]:
 def shallow(backbone: Any) -> Any:
     """A backbone with one layer of each mixer that it names."""
     if backbone is None or not hasattr(backbone, "pattern"):
-        lower = getattr(backbone, "lower", None)
-        change = {"upper": 1, "lower": lower and shallow(lower)}
+        parts = backbone or {}
+        change = {name: shallow(part) for name, part in parts if hasattr(part, "pattern")}
+        change |= {"upper": 1} if hasattr(backbone, "upper") else {}
         return backbone and backbone.model_copy(update=change)
     words = " ".join(dict.fromkeys(parse(backbone.pattern)))
     return backbone.model_copy(update={"pattern": words, "depth": None})
@@ -79,7 +83,9 @@ def words_of(run: Run) -> Vocabulary | None:
 def batch_of(run: Run, index: int, vocabulary: Vocabulary | None) -> Batch:
     """Documents of ids, or raw items of the stage's modality."""
     if vocabulary is not None:
-        return documents(2, 24, 12, vocabulary)
+        batch = documents(2, 24, 12, vocabulary, getattr(run.model, "heads", {}))
+        given = lambda f: f._replace(extra={"prefix": (f.position[..., 0] < 4).int()})
+        return dataclasses.replace(batch, layout=batch.layout.map_fields(given))
     data: Any = run.stages[index].data
     model: Any = run.model
     if data.modality == "image":
@@ -111,7 +117,7 @@ def hold_the_law(run: Run, micro_batches: int = 1) -> None:
 def decode(model: Any, reads: Reads) -> None:
     """A prefill and a step, where the model has a State."""
     reads.places.clear()
-    if not hasattr(model, "initial_state"):
+    if not hasattr(model, "initial_state") or "tokens" not in model.heads:
         return
     try:
         state = model.eval().initial_state(2, 16)
@@ -147,6 +153,11 @@ QUICKSTART = Path("configs/quickstart/backbone.yaml")
 def test_no_backbone_asks_the_device(name: str) -> None:
     backbone = BACKBONES.parse(yaml_config.read(ROOT / "configs" / "backbone" / f"{name}.yaml"))
     hold_the_law(with_backbone(Run.load(ROOT / QUICKSTART), shallow(backbone)))
+
+
+def test_a_mask_of_fields_asks_no_device() -> None:
+    run = smallest(Run.load(ROOT / QUICKSTART, ["model.mask=causal | (same_item & prefix)"]))
+    hold_the_law(run)
 
 
 @pytest.mark.slow

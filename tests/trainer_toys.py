@@ -1,7 +1,4 @@
-"""A tiny language model, a stream and a two-network objective for the trainer's tests; `imports.
-
-[trainer_toys]`.
-"""
+"""Tiny model, stream, two-network objective of the trainer's tests: `imports: [trainer_toys]`."""
 
 from __future__ import annotations
 
@@ -18,6 +15,7 @@ from torch import nn
 
 from mm.batch import Batch, Sum, Values
 from mm.config import Config
+from mm.init_from import InitFromField
 from mm.layout import Doc, Layout
 from mm.model.layer import HeadOut, ModelOut
 from mm.objectives.objective import LossTerm, Network, Objective
@@ -168,8 +166,13 @@ class ToyStream:
                 ids[i, 0] = 17  # the end-of-text id, which no row holds otherwise
         modality = self.vocabulary.modality_of(ids)
         lengths = [T - r % 3 for r in rows]
+        given = ((modality == 2) & (np.arange(T) < 4)).astype(np.int32)  # of image rows alone
         layout = Layout.from_rows(
-            [[Doc(n, modality=m[:n])] for n, m in zip(lengths, modality, strict=True)], T
+            [
+                [Doc(n, modality=m[:n], extra={"prefix": g[:n]})]
+                for n, m, g in zip(lengths, modality, given, strict=True)
+            ],
+            T,
         )
         weight = np.zeros((len(rows), T), np.float32)
         for i, n in enumerate(lengths):
@@ -268,6 +271,8 @@ class ToyGan(Objective):
 class ToyTeacherConfig(Config):
     kind: Literal["toy_teacher"] = "toy_teacher"
     frozen: bool = False  # the teacher stays as it is
+    given: InitFromField | None = None  # a folder that the teacher is
+    copied: bool = False  # the teacher is the model as the stage begins with it
 
     def build(self, vocabulary: Vocabulary) -> ToyTeacher:
         return ToyTeacher(self)
@@ -277,8 +282,14 @@ class ToyTeacher(Objective):
     """Next token plus the squared distance to the hidden states of an average of the model."""
 
     def __init__(self, config: ToyTeacherConfig):
-        average = Network(None, "ema", of="model", decay=0.8)
-        self.networks = {"teacher": Network(ToyConfig(), "frozen") if config.frozen else average}
+        teacher = Network(None, "ema", of="model", decay=0.8)
+        if config.given is not None:
+            teacher = Network(None, "frozen", init_from=config.given)
+        elif config.copied:
+            teacher = Network(None, "frozen", of="model")
+        elif config.frozen:
+            teacher = Network(ToyConfig(), "frozen")
+        self.networks = {"teacher": teacher}
 
     def counts(self, b: Batch) -> dict[str, torch.Tensor]:
         return {"nll": b.weight.sum(), "near": b.weight.sum()}

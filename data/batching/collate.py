@@ -1,69 +1,22 @@
-"""Segments to ids: here alone local codes become vocabulary ids, and rows a `Batch`.
-
-The token stream of a document is, for each segment in order, ``begin, codes + first, end``. A null
-condition is the single id ``NULL``. Token t predicts stream[t + 1]; only the codes and the ``end``
-of a target segment cost loss. A masked code of a condition is the id ``MASK`` and predicts itself.
-The conditions that a document begins with are its prefix, which `mask: prefix` reads both ways.
-
-B rows, T tokens, M documents, L tokens of one document.
-"""
+"""Rows of documents to a `Batch`. B rows, T tokens, M documents, L tokens of one document."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from mm.batch import Batch, Values
-from mm.layout import Doc, Grid, Layout
+from mm.data.batching.document import DEFAULT, DocumentTokens, Features, document_tokens
+from mm.errors import UserError
+from mm.layout import Doc, Grid, Layout, places_of
 from mm.specs import Segment, TokenSpec
-from mm.vocabulary import MASK, NULL, Range, Vocabulary
+from mm.vocabulary import MASK, Range, Vocabulary
 
-NO_ID = np.int32(-1)
-
-
-class Features(NamedTuple):
-    """Values of consecutive places of one document, whose ids are -1."""
-
-    modality: str
-    start: int  # first place in the document
-    data: np.ndarray  # (L, C)
-    grid: tuple[int, ...] = ()  # they are its cells, in raster order
-
-    def part(self, start: int, stop: int) -> Features:
-        """Those of the document's places ``start`` to ``stop``; a cut grid is none."""
-        first, last = max(start, self.start), min(stop, self.start + len(self.data))
-        if (first, last) == (self.start, self.start + len(self.data)):
-            return self._replace(start=self.start - start)
-        data = self.data[first - self.start : max(first, last) - self.start]
-        return Features(self.modality, first - start, data)
-
-
-class DocumentTokens(NamedTuple):
-    """The stream of one document, L tokens long."""
-
-    ids: np.ndarray  # (L,) int32
-    targets: np.ndarray  # (L,) int32: what each token predicts; -1 = nothing (the last one)
-    weights: np.ndarray  # (L,) float32: weight of that prediction
-    modality: np.ndarray  # (L,) int32: range index of the input token; 0 = control token
-    prefix: np.ndarray  # (L,) int32: 1 = of the leading conditions, 0 = not
-
-    features: tuple[Features, ...] = ()
-
-    def part(self, start: int, stop: int) -> DocumentTokens:
-        """Tokens ``start`` to ``stop`` alone; the last still predicts what comes after it."""
-        inside = (f.part(start, stop) for f in self.features)
-        return self._make(
-            (*(each[start:stop] for each in self[:-1]), tuple(f for f in inside if len(f.data)))
-        )
-
-    @property
-    def target_modality(self) -> np.ndarray:
-        """Range index of each target, (L,) int32; 0 = none. Of a whole document."""
-        return np.append(self.modality[1:], np.int32(0))[: len(self.modality)].astype(np.int32)
+TOKENS = "tokens"  # the head that predicts ids
 
 
 class Piece(NamedTuple):
@@ -76,10 +29,13 @@ class Piece(NamedTuple):
     fresh: bool = True  # it begins its document
 
 
-@lru_cache(maxsize=32)
-def ranges(vocabulary: Vocabulary) -> Mapping[str, Range]:
-    """Every modality's `Range`, computed once a vocabulary."""
-    return {modality: vocabulary.range(modality) for modality in vocabulary.modalities}
+class Declared(NamedTuple):
+    """What every batch of a stream has, whatever its rows hold: so that all ranks run alike."""
+
+    parts: tuple[str, ...] = ()  # second sequences
+    fields: tuple[str, ...] = ()  # named fields of the layout
+    values: tuple[str, ...] = ()  # modalities whose values are predicted
+    labels: tuple[str, ...] = ()  # modalities that label documents
 
 
 @lru_cache(maxsize=32)
@@ -113,120 +69,14 @@ def grids_of(ids: np.ndarray, vocabulary: Vocabulary) -> list[Grid]:
     return found
 
 
-def document_length(segments: Sequence[Segment]) -> int:
-    """Tokens of a document: two more than the codes of each segment, one for a null condition."""
-    return sum(1 if s.ids is None else len(s.ids) + 2 for s in segments)
-
-
-def document_tokens(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTokens:
-    """Write one document's segments as ids of ``vocabulary``.
-
-    Args:
-        segments: in order; ``ids`` are local codes in [0, spec.n_ids). A condition without ids is
-            the null condition. ``targets`` (codes, -1 = none) may replace what is predicted at each
-            code; one entry more, -1, says that the segment was cut there, so that its ``end`` is no
-            target. ``fields["masked"]`` (codes, bool) of a condition says which codes are hidden.
-        vocabulary: gives every modality its range.
-    Raises:
-        UserError: the vocabulary lacks a modality.
-        ValueError: a code lies outside its range (it would be read as another modality), a target
-            has no ids, values are a target or have other places than ids, or a segment uses parts,
-            own positions or other fields, which a token stream cannot carry.
-    """
-    table = ranges(vocabulary)
-    n = document_length(segments)
-    stream, goal = np.empty(n, np.int32), np.empty(n, np.int32)
-    weight, modality = np.zeros(n, np.float32), np.zeros(n, np.int32)
-    prefix, hidden = np.zeros(n, np.int32), []
-    features: list[Features] = []
-    at, leading = 0, True
-    for s in segments:
-        other = s.fields.keys() - ({"masked"} if s.role == "condition" else set())
-        if s.part or s.room or s.position is not None or other:
-            raise ValueError(
-                f"segment '{s.modality}': room, part, position and fields are no plain tokens"
-            )
-        if s.ids is None:
-            if s.role != "condition":
-                raise ValueError(f"segment '{s.modality}': a target needs ids")
-            stream[at] = goal[at] = NULL
-            prefix[at] = leading
-            at += 1
-            continue
-        r = table.get(s.modality) or vocabulary.range(s.modality)
-        codes = np.asarray(s.ids)
-        stop = at + len(codes) + 2
-        if s.values is not None:
-            features.append(_features(s, at + 1))
-            stream[at + 1 : stop - 1] = -1
-        elif len(codes):
-            if codes.min() < 0 or codes.max() >= r.stop - r.first:
-                raise ValueError(
-                    f"segment '{s.modality}': code {int(codes.min())}..{int(codes.max())} outside "
-                    f"0..{r.stop - r.first - 1}"
-                )
-            stream[at + 1 : stop - 1] = codes
-            stream[at + 1 : stop - 1] += r.first
-        stream[at], stream[stop - 1] = r.begin, r.end
-        goal[at:stop] = stream[at:stop]
-        modality[at:stop] = r.index
-        leading = leading and s.role == "condition"
-        prefix[at:stop] = leading
-        if s.role == "target":
-            weight[at + 1 : stop] = s.weight
-        if "masked" in s.fields:
-            hidden.append((at + 1 + np.flatnonzero(s.fields["masked"]), s.weight))
-        if s.targets is not None:
-            other = np.asarray(s.targets)
-            own = other[: len(codes)]
-            goal[at + 1 : stop - 1] = np.where(own < 0, -1, own + r.first)
-            weight[at + 1 : stop - 1] *= own >= 0
-            if (
-                len(other) > len(codes) and other[-1] < 0
-            ):  # cut short: `end` stands here, but not because the item ends
-                weight[stop - 1] = 0.0
-        at = stop
-    targets, weights = np.empty(n, np.int32), np.empty(n, np.float32)
-    if n:
-        targets[:-1], targets[-1] = goal[1:], -1
-        weights[:-1], weights[-1] = weight[1:], 0.0
-    for index, share in hidden:
-        targets[index], weights[index], stream[index] = stream[index], share, MASK
-    return DocumentTokens(stream, targets, weights, modality, prefix, tuple(features))
-
-
-def _features(s: Segment, start: int) -> Features:
-    """The values of a segment whose first one stands at ``start``. Raises ValueError."""
-    if s.role == "target":
-        raise ValueError(
-            f"segment '{s.modality}': values can be read, not predicted: give it the role "
-            "'condition', as in the task 'image>text'"
-        )
-    if np.ndim(s.values) != 2 or len(s.values) != len(s.ids):
-        raise ValueError(
-            f"segment '{s.modality}': values {np.shape(s.values)} at {len(s.ids)} places"
-        )
-    if s.grid and int(np.prod(s.grid)) != len(s.values):
-        raise ValueError(f"segment '{s.modality}': grid {s.grid} has not {len(s.values)} cells")
-    return Features(s.modality, start, s.values, tuple(s.grid))
-
-
-def of_array(spec: TokenSpec, array: np.ndarray) -> Segment:
-    """The segment of what a token shard holds of an item: codes (L,), or values (..., C)."""
-    if not spec.continuous:
-        return Segment(spec.modality, array)
-    values = array.reshape(-1, array.shape[-1])
-    grid = array.shape[:-1] if array.ndim > 2 else ()
-    ids = np.broadcast_to(NO_ID, len(values))
-    return Segment(spec.modality, ids, values, role="condition", grid=grid)
-
-
 def to_batch(
     rows: Sequence[Sequence[Sequence[Segment]]],
     vocabulary: Vocabulary,
     seq_len: int | None = None,
     max_documents: int | None = None,
     keys: Sequence[str] = (),
+    declared: Declared | None = None,
+    part_len: int | None = None,
 ) -> Batch:
     """Lay rows of documents of segments out as one micro-batch on the host.
 
@@ -235,21 +85,43 @@ def to_batch(
         vocabulary: id space of the model.
         seq_len: T; default the longest row.
         max_documents: static M of the whole batch; default the number of documents.
-        keys: sample keys, for error messages and quarantine.
+        keys: sample keys, for error messages and quarantine; one a document, if any.
+        declared: what the batch has besides; default what its documents have.
+        part_len: T of second sequences; default the longest row of each.
     Returns:
         ``ids`` and ``targets`` (B, T, 1) int32, ``weight`` (B, T) float32, ``places["tokens"]``
         (P,) int32, ``labels["target_modality"]`` (B, T) int32: the range index of the target, 0 =
         none. ``values[modality]``: the items of continuous modalities, at places without ids. Codes
         and values of a grid have rows and columns on position axes 1, 2, .. and stand in
-        ``layout.grids``. ``layout.fields.extra["prefix"]`` marks leading conditions.
+        ``layout.grids``. ``layout.fields.extra["prefix"]`` marks leading conditions. Values that
+        are predicted: ``places[modality]`` (P,) and ``head_targets[modality]`` (P, C). Labels:
+        the first place of each document that has one in ``places[modality]`` (P,), its ids in
+        ``head_targets[modality]`` (P, L), padded with -1. Each of ``parts`` has the same
+        documents.
     Raises:
         ValueError: a row does not fit ``seq_len``, or more documents than ``max_documents``.
+        UserError: segments that cannot be written, with ``keys``: names the sample.
     """
-    pieces = []
-    for row in rows:
-        tokens = [document_tokens(segments, vocabulary) for segments in row]
-        pieces.append([Piece(d, d.target_modality) for d in tokens])
-    return pieces_to_batch(pieces, vocabulary, seq_len, max_documents, keys)
+    named = iter(keys)
+    pieces = [[_piece(segments, vocabulary, next(named, None)) for segments in row] for row in rows]
+    return pieces_to_batch(
+        pieces, vocabulary, seq_len, max_documents, keys, declared, part_len=part_len
+    )
+
+
+def _piece(segments: Sequence[Segment], vocabulary: Vocabulary, key: str | None) -> Piece:
+    tokens = written(segments, vocabulary, key)
+    return Piece(tokens, tokens.target_modality)
+
+
+def written(segments: Sequence[Segment], vocabulary: Vocabulary, key: str | None) -> DocumentTokens:
+    """`document_tokens` of sample ``key``, which a UserError names; None: as it raises."""
+    try:
+        return document_tokens(segments, vocabulary)
+    except ValueError as error:
+        if key is None:
+            raise
+        raise UserError(f"sample '{key}': {error}") from error
 
 
 def pieces_to_batch(
@@ -258,35 +130,20 @@ def pieces_to_batch(
     seq_len: int | None = None,
     max_documents: int | None = None,
     keys: Sequence[str] = (),
+    declared: Declared | None = None,
+    part_len: int | None = None,
 ) -> Batch:
     """Lay rows of pieces of documents out; the rest as of `to_batch`."""
-    layout = Layout.from_rows(
-        [
-            [
-                Doc(
-                    len(p.tokens.ids),
-                    modality=p.tokens.modality,
-                    extra={"prefix": p.tokens.prefix},
-                    slot=p.slot,
-                    fresh=p.fresh,
-                    start=p.start,
-                    grids=[
-                        *grids_of(p.tokens.ids, vocabulary),
-                        *(Grid(f.start, f.grid) for f in p.tokens.features if f.grid),
-                    ],
-                )
-                for p in row
-            ]
-            for row in rows
-        ],
-        seq_len,
-        max_documents,
-        axes_of(vocabulary),
-    )
+    axes = axes_of(vocabulary)
+    known = _declared(rows, declared)
+    docs = [[_doc(p, vocabulary, axes, known.fields) for p in row] for row in rows]
+    layout = Layout.from_rows(docs, seq_len, max_documents, axes)
     B, T = layout.shape
     ids, targets = np.full((B, T), -1, np.int32), np.full((B, T), -1, np.int32)
     weight, goal = np.zeros((B, T), np.float32), np.zeros((B, T), np.int32)
     features: dict[str, list[tuple[int, Features]]] = {}
+    goals: dict[str, list[tuple[int, np.ndarray]]] = {m: [] for m in known.values}
+    labels: dict[str, list[tuple[int, np.ndarray]]] = {m: [] for m in known.labels}
     for b, row in enumerate(rows):
         at = 0
         for d, of_target, *_ in row:
@@ -295,18 +152,128 @@ def pieces_to_batch(
             weight[b, here], goal[b, here] = d.weights, of_target
             for f in d.features:
                 features.setdefault(f.modality, []).append((b * T + at + f.start, f))
+            for f in d.goals:
+                kept = np.flatnonzero(d.weights[f.start : f.start + len(f.data)] > 0)
+                goals[f.modality] += [(b * T + at + f.start + i, f.data[i]) for i in kept.tolist()]
+            for m, label in d.labels.items():
+                labels[m].append((b * T + at, label))
             at = here.stop
-    places = np.flatnonzero(weight > 0).astype(np.int32)
+    predicted = weight > 0
+    if known.values:  # a place that predicts values predicts no id
+        predicted &= targets >= 0
+    places = {TOKENS: torch.from_numpy(np.flatnonzero(predicted).astype(np.int32))}
+    head_targets = {}
+    for m, found in goals.items():
+        C = vocabulary.spec(m).n_features
+        places[m] = torch.tensor([place for place, _ in found], dtype=torch.int32)
+        stacked = np.stack([v for _, v in found]) if found else np.zeros((0, C), np.float32)
+        head_targets[m] = torch.from_numpy(stacked)
+    for m, found in labels.items():
+        places[m] = torch.tensor([place for place, _ in found], dtype=torch.int32)
+        head_targets[m] = torch.from_numpy(_padded([ids for _, ids in found], -1))
     return Batch(
         layout,
         torch.from_numpy(ids)[..., None],
         torch.from_numpy(targets)[..., None],
         torch.from_numpy(weight),
-        places={"tokens": torch.from_numpy(places)},
+        places=places,
         values={modality: values_of(items) for modality, items in features.items()},
         labels={"target_modality": torch.from_numpy(goal)},
+        parts={
+            name: _part(name, rows, vocabulary, max_documents, known, part_len)
+            for name in known.parts
+        },
         keys=tuple(keys),
+        head_targets=head_targets,
     )
+
+
+EMPTY = document_tokens([], Vocabulary())
+
+
+def _part(
+    name: str,
+    rows: Sequence[Sequence[Piece]],
+    vocabulary: Vocabulary,
+    max_documents: int | None,
+    known: Declared,
+    part_len: int | None,
+) -> Batch:
+    """A second sequence: document m of it goes with document m of the main one, or is empty."""
+    own = [[p.tokens.parts.get(name, EMPTY) for p in row] for row in rows]
+    longest = max((sum(len(d.ids) for d in row) for row in own), default=0)
+    size = part_len or max(1, longest)
+    if longest > size:
+        raise UserError(
+            f"part '{name}': a row of {longest} tokens does not fit data.part_len {size}: raise it"
+        )
+    pieces = [[Piece(d, d.target_modality) for d in row] for row in own]
+    return pieces_to_batch(
+        pieces, vocabulary, size, max_documents, declared=Declared(fields=known.fields)
+    )
+
+
+def _declared(rows: Sequence[Sequence[Piece]], declared: Declared | None) -> Declared:
+    """What the batch has. Raises UserError where a document has what is not declared."""
+    docs = [p.tokens for row in rows for p in row]
+    if not any(d.goals or d.labels or d.fields or d.parts for d in docs):
+        return declared or Declared()
+    sequences = [s for d in docs for s in (d, *d.parts.values())]
+    found = Declared(
+        tuple(sorted({name for d in docs for name in d.parts})),
+        tuple(sorted({name for d in sequences for name in d.fields})),
+        tuple(sorted({f.modality for d in docs for f in d.goals})),
+        tuple(sorted({m for d in docs for m in d.labels})),
+    )
+    if declared is None:
+        declared = found
+    for kind, given, have in zip(Declared._fields, declared, found, strict=True):
+        missing = set(have) - set(given)
+        if missing:
+            raise UserError(
+                f"data.transform: one makes {kind} '{min(missing)}' and does not say so: set "
+                f"`makes_{kind}` of its class"
+            )
+    taken = TOKENS in (*declared.values, *declared.labels)
+    if taken or set(declared.values) & set(declared.labels):
+        raise ValueError("a head predicts one thing: ids ('tokens'), values or labels")
+    return declared
+
+
+def _doc(p: Piece, vocabulary: Vocabulary, axes: int, fields: Iterable[str]) -> Doc:
+    d = p.tokens
+    extra: dict[str, Any] = {name: np.int32(0) for name in fields}
+    doc = Doc(
+        len(d.ids),
+        modality=d.modality,
+        extra={**extra, **d.fields, "prefix": d.prefix},
+        slot=p.slot,
+        fresh=p.fresh,
+        start=p.start,
+        grids=[
+            *grids_of(d.ids, vocabulary),
+            *(Grid(f.start, f.grid) for f in d.features if f.grid and not f.room),
+        ],
+    )
+    if d.position is None:
+        return doc
+    if d.position.shape[1] >= axes:
+        raise UserError(
+            f"data.transform: one gives positions of {d.position.shape[1]} axes; the grids of the "
+            f"vocabulary have {axes - 1}"
+        )
+    position = places_of(doc, axes)
+    own = position[:, 1 : 1 + d.position.shape[1]]
+    np.copyto(own, d.position, where=d.position != DEFAULT)
+    return doc._replace(position=position)
+
+
+def _padded(rows: Sequence[np.ndarray], fill: int) -> np.ndarray:
+    """Rows of ids, (P, longest) int32."""
+    out = np.full((len(rows), max(map(len, rows), default=0)), fill, np.int32)
+    for row, each in zip(out, rows, strict=True):
+        row[: len(each)] = each
+    return out
 
 
 def values_of(items: Sequence[tuple[int, Features]]) -> Values:
@@ -317,5 +284,7 @@ def values_of(items: Sequence[tuple[int, Features]]) -> Values:
     for row, each in zip(padded, data, strict=True):
         row[: len(each)] = each
     first = torch.tensor([place for place, _ in items], dtype=torch.int32)
+    room = torch.tensor([f.places for _, f in items], dtype=torch.int32)
     grids = [(f.grid[0], f.grid[1]) if len(f.grid) == 2 else (1, len(f.data)) for _, f in items]
-    return Values(torch.from_numpy(padded), lengths, first, lengths, tuple(grids), is_full=True)
+    is_full = not any(f.room for _, f in items)
+    return Values(torch.from_numpy(padded), lengths, first, room, tuple(grids), is_full=is_full)

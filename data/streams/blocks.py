@@ -26,6 +26,7 @@ class Document(NamedTuple):
     sample: int
     part: int
     length: int  # tokens
+    others: tuple[int, ...] = ()  # tokens of its second sequences
 
 
 class Block(NamedTuple):
@@ -46,18 +47,23 @@ def block_of(seed: int, row: int, turn: int, rows: int) -> int:
 
 
 def lay_rows(
-    documents: Sequence[Document], seq_len: int, max_documents: int, key: int
+    documents: Sequence[Document], seq_len: int, max_documents: int, key: int, part_len: int = 0
 ) -> list[list[Document]]:
     """Rows of documents, mixed.
 
     Packed first fit in a drawn order; longest first where that takes `WORTH` fewer rows. Rows of a
-    drawn order are alike, so what a step holds varies less.
+    drawn order are alike, so what a step holds varies less. Second sequences share rows of
+    ``part_len`` tokens as their documents do.
     """
     drawn = permute(np.arange(len(documents)), len(documents), key)
     lengths = np.array([d.length for d in documents], np.int64)
     longest = drawn[np.argsort(-lengths[drawn], kind="stable")]
+    others = np.array([d.others for d in documents], np.int64).reshape(
+        len(documents), len(documents[0].others) if documents else 0
+    )
     rows, other = (
-        first_fit(lengths[order], seq_len, max_documents, order) for order in (drawn, longest)
+        first_fit(lengths[order], seq_len, max_documents, order, others[order], part_len)
+        for order in (drawn, longest)
     )
     if len(other) < (1 - WORTH) * len(rows):
         rows = other
@@ -67,24 +73,36 @@ def lay_rows(
 
 
 def first_fit(
-    lengths: np.ndarray, seq_len: int, max_documents: int, names: np.ndarray | None = None
+    lengths: np.ndarray,
+    seq_len: int,
+    max_documents: int,
+    names: np.ndarray | None = None,
+    others: np.ndarray | None = None,
+    part_len: int = 0,
 ) -> list[list[int]]:
     """Put each document into the first row that has room for it, opening rows as needed.
 
     Args:
         lengths: (D,) tokens, each at most ``seq_len``.
         names: (D,) of the documents in the rows; default their numbers.
+        others: (D, K) tokens of second sequences, each at most ``part_len``, the room of a row.
     """
     free = np.zeros(max(1, len(lengths)), np.int64)
+    more = np.zeros((len(lengths), 0), np.int64) if others is None else others
+    spare = np.zeros((max(1, len(lengths)), more.shape[1]), np.int64)
     rows: list[list[int]] = []
-    for n, name in zip(
-        lengths.tolist(), range(len(lengths)) if names is None else names.tolist(), strict=True
+    for i, (n, name) in enumerate(
+        zip(lengths.tolist(), range(len(lengths)) if names is None else names.tolist(), strict=True)
     ):
-        at = int(np.argmax(free[: len(rows)] >= n)) if rows else 0
-        if not rows or free[at] < n:
+        fits = free[: len(rows)] >= n
+        if more.shape[1]:
+            fits &= (spare[: len(rows)] >= more[i]).all(1)
+        at = int(np.argmax(fits)) if rows else 0
+        if not rows or not fits[at]:
             at = len(rows)
-            free[at] = seq_len
+            free[at], spare[at] = seq_len, part_len
             rows.append([])
         rows[at].append(name)
         free[at] = -1 if len(rows[at]) >= max_documents else free[at] - n
+        spare[at] -= more[i]
     return rows

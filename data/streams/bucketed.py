@@ -20,7 +20,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field, field_validator
 
-from mm.data.batching.collate import document_length, to_batch
+from mm.data.batching.collate import to_batch
+from mm.data.batching.document import document_length, part_lengths
 from mm.data.shards.index import spread
 from mm.data.streams import stats
 from mm.data.streams.base import Step
@@ -211,7 +212,10 @@ class BucketedStream(SingleSourceStream[BucketedConfig]):
                 for n, i in zip(own, samples, strict=True)
             ]
             keys = [self.shards.key(i) for i in samples]
-            micros.append(to_batch(rows, self.vocabulary, step.length, len(own), keys))
+            parts = step.length if self.declared.parts else None
+            micros.append(
+                to_batch(rows, self.vocabulary, step.length, len(own), keys, self.declared, parts)
+            )
             counts["rows"] += len(own)
             counts["places"] += len(own) * step.length
         seen = stats.accumulate(cursor, counts)
@@ -230,16 +234,15 @@ class BucketedStream(SingleSourceStream[BucketedConfig]):
         counts["samples/0"] += real and bool(made)
         if not made:  # its row stays, which keeps the shape, and costs no loss
             made = [s._replace(weight=0.0) for s in segments]
-        if document_length(made) > length:
+        longest = max(document_length(made), *part_lengths(made).values(), 0)
+        if longest > length:
             raise UserError(
-                f"data.transform makes sample '{self.shards.key(i)}' "
-                f"{document_length(made)} tokens long; its bucket has {length}"
+                f"data.transform makes sample '{self.shards.key(i)}' {longest} tokens long; its "
+                f"bucket has {length}"
             )
         if real:
             counts["used"] += document_length(made)
-            for s in made:
-                if s.ids is not None:
-                    counts[f"tokens/{s.modality}"] += len(s.ids) + 2
+            self.count(made, counts)
         return made
 
     def summarize(self, counts: Mapping[str, int]) -> dict[str, Any]:

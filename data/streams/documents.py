@@ -10,7 +10,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from mm.config import Config
-from mm.data.batching.collate import of_array
+from mm.data.batching.collate import Declared
+from mm.data.batching.document import of_array, segment_length
 from mm.data.shards.manifest import split_samples
 from mm.data.shards.members import member_modality
 from mm.data.shards.reader import ShardSet
@@ -180,7 +181,7 @@ class DocumentStream(Stream, Generic[C]):
             self.vocabulary.require(shards.specs, str(source.path))
         own = [config.transform if s.transform is None else s.transform for s in given]
         self.transforms = [chain(parts, transform) for parts in own]
-        self._refuse_written_values()
+        self.declared = self._declare()
         named = transform if isinstance(transform, (Config, dict, str)) else None
         self.transform_keys = [
             key_of(config.transform, source.transform, named) % 2**32 for source in given
@@ -188,18 +189,29 @@ class DocumentStream(Stream, Generic[C]):
         plan = {"seed": seed, "batch_size": config.batch_size, **self.prepare()}
         super().__init__(plan, config.prefetch)
 
-    def _refuse_written_values(self) -> None:
-        """Raise UserError where a task asks for what the model can only read."""
+    def _declare(self) -> Declared:
+        """What every batch has: of all transforms, so that all ranks run alike."""
         values = {spec.modality for spec in self.vocabulary.ranges if spec.continuous}
-        for own in self.transforms:
-            for part in own.parts:
-                for task in part.tasks if isinstance(part, AnyToAny) else ():
-                    for name in values.intersection(task.targets):
-                        said = f"{'+'.join(task.conditions)}>{'+'.join(task.targets)}"
-                        raise UserError(
-                            f"any_to_any.tasks '{said.lstrip('>')}': '{name}' is read as values, "
-                            "it can only stand before the '>'"
-                        )
+        own = [part for chain in self.transforms for part in chain.parts]
+        tasks = [task for part in own if isinstance(part, AnyToAny) for task in part.tasks]
+        gather = lambda names: tuple(sorted({name for each in names for name in each}))
+        return Declared(
+            gather(part.makes_parts for part in own),
+            gather(part.makes_fields for part in own),
+            tuple(sorted(values & {name for task in tasks for name in task.targets})),
+            gather(part.makes_labels for part in own),
+        )
+
+    def require_heads(self, heads: Sequence[str]) -> None:
+        """Raise UserError where no head of the model predicts what the transforms make a target."""
+        for kind in ("values", "labels"):
+            for name in getattr(self.declared, kind):
+                if name not in heads:
+                    raise UserError(
+                        f"'{name}' is predicted ({kind}), and model.heads has none of that name, "
+                        f"only {', '.join(heads)}: add model.heads.{name}, or let '{name}' stand "
+                        "before the '>' of any_to_any.tasks"
+                    )
 
     @abstractmethod
     def prepare(self) -> dict[str, Any]:
@@ -249,6 +261,14 @@ class DocumentStream(Stream, Generic[C]):
             if n >= 0:
                 out.append(Segment(spec.modality, ZEROS[:n]))
         return out
+
+    @staticmethod
+    def count(segments: Sequence[Segment], counts: dict[str, int], *more: str) -> None:
+        """Add the tokens of a document to ``tokens/<modality>``, and to counts ``more``."""
+        for s in segments:
+            if s.ids is not None and s.role != "label":
+                for name in (f"tokens/{s.modality}", *more):
+                    counts[name] += segment_length(s)
 
     def apply_transforms(
         self, source: int, segments: list[Segment], *draw: int | str

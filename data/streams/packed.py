@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from mm.data.batching.collate import document_length, to_batch
+from mm.data.batching.collate import to_batch
+from mm.data.batching.document import document_length, is_main, part_lengths
 from mm.data.shards.manifest import split_samples
 from mm.data.shards.remote import is_url
 from mm.data.streams import mixing, stats
@@ -48,6 +49,10 @@ class PackedConfig(TokenStreamConfig):
         tuple[TokenSource, ...], Field(min_length=1, description="token shards with their weights")
     ]
     seq_len: Annotated[int, Field(gt=3, description="tokens of a row")] = 256
+    part_len: Annotated[
+        int | None,
+        Field(gt=3, description="tokens of a row of a second sequence; default seq_len"),
+    ] = None
     max_documents: Annotated[
         int, Field(gt=0, description="documents of one row; shapes depend on it")
     ] = 32
@@ -153,6 +158,7 @@ class PackedStream(DocumentStream[PackedConfig]):
         plan: dict[str, Any] = {
             "order": "row streams",
             "seq_len": config.seq_len,
+            **({"part_len": self.part_len} if self.declared.parts else {}),
             "cut": config.cut,
             "max_documents": config.max_documents,
             "block_samples": self.block_samples,
@@ -192,7 +198,10 @@ class PackedStream(DocumentStream[PackedConfig]):
                 counts["used"] += sum(d.length for d in row)
             counts["places"] += len(rows) * config.seq_len
             most = config.max_documents * len(rows)
-            micros.append(to_batch(rows, self.vocabulary, config.seq_len, most, keys))
+            batch = to_batch(
+                rows, self.vocabulary, config.seq_len, most, keys, self.declared, self.part_len
+            )
+            micros.append(batch)
         seen = stats.accumulate(cursor, counts)
         return Step(micros, {**after, **seen}, stats.with_sums(counts, seen))
 
@@ -251,9 +260,12 @@ class PackedStream(DocumentStream[PackedConfig]):
                 filtered, too_long = filtered + (why == "filtered"), too_long + (why == "too_long")
                 if not why:
                     lengths = self._lengths(made)
-                    documents += [Document(s, epoch, i, p, n) for p, n in enumerate(lengths)]
+                    more = self._part_lengths(made)
+                    documents += [Document(s, epoch, i, p, n, more) for p, n in enumerate(lengths)]
         key = key_of(self.seed, "block", number)
-        rows = lay_rows(documents, self.config.seq_len, self.config.max_documents, key)
+        rows = lay_rows(
+            documents, self.config.seq_len, self.config.max_documents, key, self.part_len
+        )
         return Block(rows, filtered, too_long)
 
     def _made(self, source: int, epoch: int, i: int, outline: bool = False) -> list[Segment] | None:
@@ -275,10 +287,7 @@ class PackedStream(DocumentStream[PackedConfig]):
                 f"mm data verify {shards.root}"
             )
         counts[f"samples/{d.source}"] += 1
-        for s in made:
-            if s.ids is not None:
-                counts[f"tokens/{s.modality}"] += len(s.ids) + 2
-                counts[f"source/{d.source}"] += len(s.ids) + 2
+        self.count(made, counts, f"source/{d.source}")
         return made
 
     def _mean_tokens(self, source: int) -> dict[str, float]:
@@ -296,7 +305,7 @@ class PackedStream(DocumentStream[PackedConfig]):
             if self.fate(segments, segments):
                 continue
             for s in segments:
-                if s.ids is not None:
+                if s.ids is not None and is_main(s):
                     total[s.modality] = total.get(s.modality, 0.0) + len(s.ids) + 2
         return {m: t / len(picked) for m, t in total.items()}
 
@@ -309,10 +318,24 @@ class PackedStream(DocumentStream[PackedConfig]):
         return max(16, len(means), round(BLOCK_ROWS * a_row))
 
     def fate(self, raw: list[Segment], made: list[Segment] | None) -> str:
-        if not made:
+        if not made or not document_length(made):
             return "filtered"
+        if max(self._part_lengths(made), default=0) > self.part_len:
+            return "too_long"
         fits = document_length(made) <= self.config.seq_len
         return "" if fits or (self.config.cut and len(made) == 1) else "too_long"
+
+    @property
+    def part_len(self) -> int:
+        """Tokens of a row of a second sequence."""
+        return self.config.part_len or self.config.seq_len
+
+    def _part_lengths(self, made: list[Segment]) -> tuple[int, ...]:
+        """Tokens of a document's second sequences, in the order of `Declared.parts`."""
+        if not self.declared.parts:
+            return ()
+        lengths = part_lengths(made)
+        return tuple(lengths.get(name, 0) for name in self.declared.parts)
 
     def _lengths(self, made: list[Segment]) -> list[int]:
         """Tokens of the documents that a sample becomes: one, or pieces of a single segment."""

@@ -17,13 +17,8 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from mm.data.batching.collate import (
-    DocumentTokens,
-    Piece,
-    document_length,
-    document_tokens,
-    pieces_to_batch,
-)
+from mm.data.batching.collate import Piece, pieces_to_batch, written
+from mm.data.batching.document import DocumentTokens, document_length
 from mm.data.streams import stats
 from mm.data.streams.base import Step
 from mm.data.streams.documents import TokenSource
@@ -80,6 +75,11 @@ class StatefulStream(SingleSourceStream[StatefulConfig]):
     def prepare(self) -> dict[str, Any]:
         config = self.config
         self.carried_rows, self.max_length = config.batch_size, config.max_length
+        if self.declared.labels:
+            raise UserError(
+                f"data 'stateful': '{self.declared.labels[0]}' labels whole documents, which its "
+                "windows cut: use data 'packed' or 'bucketed'"
+            )
         self._documents: dict[int, DocumentTokens | str] = {}  # of the samples that rows are in
         self.counted = (
             *("documents", "filtered", "too_long", "used", "places"),
@@ -118,6 +118,7 @@ class StatefulStream(SingleSourceStream[StatefulConfig]):
                 self.config.seq_len,
                 self.config.max_documents * len(rows),
                 keys,
+                self.declared,
             )
             numbered = torch.tensor(list(numbers), dtype=torch.int32)
             micros.append(replace(batch, labels={**batch.labels, "row": numbered}))
@@ -148,7 +149,12 @@ class StatefulStream(SingleSourceStream[StatefulConfig]):
                 continue
             n = min(free, len(document.ids) - index)
             goal = document.target_modality[index : index + n]
-            part = document.part(index, index + n)
+            try:
+                part = document.part(index, index + n)
+            except ValueError as error:
+                raise UserError(
+                    f"sample '{self._key(sample)}': {error}: use data 'packed' or 'bucketed'"
+                ) from error
             row.append(Piece(part, goal, start=index, fresh=index == 0))
             samples.append(sample)
             counts["documents"] += index == 0
@@ -176,7 +182,7 @@ class StatefulStream(SingleSourceStream[StatefulConfig]):
         }
 
     def fate(self, raw: list[Segment], made: list[Segment] | None) -> str:
-        if not made:
+        if not made or not document_length(made):
             return "filtered"
         return "too_long" if document_length(made) > self.config.max_length else ""
 
@@ -205,7 +211,7 @@ class StatefulStream(SingleSourceStream[StatefulConfig]):
             segments = self.apply_transforms(0, self.segments(0, i), key_of(SALT), epoch, i)
             segments = segments or []
             why = self.fate(segments, segments)
-            found = why or document_tokens(segments, self.vocabulary)
+            found = why or written(segments, self.vocabulary, self.shards.key(i))
             while len(self._documents) > 4 * sum(
                 map(len, self.own_rows)
             ):  # a stream that was moved left some

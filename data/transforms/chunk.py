@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from mm.config import Config
+from mm.errors import UserError
 from mm.registry import TRANSFORMS
 from mm.specs import Segment, Transform
 
@@ -59,7 +60,18 @@ def window(s: Segment, start: int, stop: int) -> Segment:
     Marks its `end` as no target where the segment goes on.
     """
     ids = s.ids[start:stop]
-    targets = ids if s.targets is None else s.targets[start:stop]
+    if s.room:
+        raise UserError(
+            f"'{s.modality}' fills {s.room} places together, which cannot be cut: put the "
+            "transform `room` after `chunk`"
+        )
+    s = s._replace(
+        position=None if s.position is None else s.position[start:stop],
+        fields={k: v[start:stop] if np.ndim(v) else v for k, v in s.fields.items()},
+    )
+    # Of values, 0: each predicts itself
+    own = ids if s.values is None else np.zeros(len(ids), np.int32)
+    targets = own if s.targets is None else s.targets[start:stop]
     if stop < len(s.ids):
         targets = np.append(targets, -1)
     elif s.targets is not None:
@@ -67,5 +79,5 @@ def window(s: Segment, start: int, stop: int) -> Segment:
     else:
         targets = None
     if s.values is not None:  # what is left of a grid is none
-        return s._replace(ids=ids, values=s.values[start:stop], grid=())
+        return s._replace(ids=ids, values=s.values[start:stop], targets=targets, grid=())
     return s._replace(ids=ids, targets=targets)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mm.data.batching.collate import of_array
+from mm.data.batching.document import of_array
 from mm.data.modalities.base import TEXT, table
 from mm.decoders import rules as rule_kinds
 from mm.decoders.base import Ask, Rule, is_fixed
@@ -25,6 +25,7 @@ from mm.decoders.prompts import (
     continues,
     distinct,
     prepare,
+    require_causal,
     require_short,
 )
 from mm.decoders.raws import (
@@ -77,6 +78,7 @@ def stream_tokens(
     Arguments as for `generate_tokens`. Yields `(N,)` int64 CPU tensors of vocabulary ids (the
     span's end included); -1 where a sequence is done.
     """
+    require_causal(model, vocabulary, to)
     ask_rules = rule_kinds.sampling(temperature, top_k, top_p, cfg_scale, rules)
     ready = [
         prepare(p, to, vocabulary, max_tokens, f"prompt {i}", repeats)

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from mm.batch import Batch
-from mm.data.batching.collate import Features, axes_of, document_tokens, grids_of, values_of
+from mm.data.batching.collate import axes_of, grids_of, values_of
+from mm.data.batching.document import Features, document_tokens
 from mm.decoders.base import is_fixed
 from mm.errors import UserError
 from mm.layout import Doc, Grid, Layout
+from mm.mask_expression import looks_ahead
 from mm.specs import Segment, TokenSpec
 from mm.vocabulary import Vocabulary
 
 DEFAULT_MAX_TOKENS = 512  # of a span whose length is free
 MAX_PROMPT_TOKENS = 16_384  # a mask of all pairs of them is 256 MiB
+
+
+def require_causal(model: Any, vocabulary: Vocabulary, to: str) -> None:
+    """Raise UserError where the model's mask shows a token of ``to`` what comes after it."""
+    mask = getattr(model, "mask", None)
+    if mask is not None and looks_ahead(mask, vocabulary.range(to).index):
+        raise UserError(
+            f"the mask {mask.key} shows '{to}' what comes after: it cannot be generated token by "
+            "token; train a stage under a mask that is causal there"
+        )
 
 
 def require_short(n_tokens: int, most: int, origin: str) -> None:
@@ -38,7 +50,7 @@ class Stream(NamedTuple):
     @property
     def content(self) -> bytes:
         """Equal where two streams are."""
-        parts = (f"{f.start} {f.grid} ".encode() + f.data.tobytes() for f in self.features)
+        parts = (f"{f.start} {f.grid} {f.room} ".encode() + f.data.tobytes() for f in self.features)
         return b"|".join((self.ids.tobytes(), *parts))
 
 
@@ -98,7 +110,8 @@ def check(
 
 def _check_values(segment: Segment, spec: TokenSpec, origin: str) -> np.ndarray:
     shape = np.shape(segment.values)
-    if len(shape) != 2 or shape[1] != spec.n_features or shape[0] != len(segment.ids):
+    n = segment.room or shape[0]
+    if len(shape) != 2 or shape[1] != spec.n_features or n != len(segment.ids):
         raise UserError(
             f"{origin}: {spec.modality} span: values of shape {shape}, expected (places, "
             f"{spec.n_features})"
@@ -188,8 +201,8 @@ def batch(streams: Sequence[Stream], vocabulary: Vocabulary) -> Batch:
         ids[i, : len(stream)] = stream
         modality, grids = vocabulary.modality_of(stream), grids_of(stream, vocabulary)
         for f in features:
-            modality[f.start : f.start + len(f.data)] = vocabulary.range(f.modality).index
-            grids += [Grid(f.start, f.grid)] if f.grid else []
+            modality[f.start : f.start + f.places] = vocabulary.range(f.modality).index
+            grids += [Grid(f.start, f.grid)] if f.grid and not f.room else []
             items.setdefault(f.modality, []).append((i * T + f.start, f))
         opening = np.flatnonzero(np.isin(stream, begins))[-1:]
         prefix = (np.arange(len(stream)) < opening.sum()).astype(np.int32)

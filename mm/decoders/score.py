@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from mm.data.batching.collate import document_length, to_batch
+from mm.data.batching.collate import to_batch
+from mm.data.batching.document import document_length
 from mm.specs import Segment
 from mm.vocabulary import Vocabulary
 

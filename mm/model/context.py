@@ -14,19 +14,23 @@ from torch import Tensor
 
 from mm.layout import Layout, Moves
 from mm.mask import Mask
+from mm.shard import Shard
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Something else to attend to: encoder states, neighbours, compressed context."""
+    """Something else to attend to: encoder states, neighbours, compressed context.
 
-    layout: Layout  # its `document` holds the READER's document ids: that is the link
-    mask: Mask
-    x: Tensor | None = None  # (B, Tm, Dm), or instead kv: reader layer -> (K, V)
-    kv: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    bias: Tensor | None = None  # (B, Tm) added to logits, with gradient
+    With a State it is read where a document begins, and kept: later calls need not bring it.
+    """
+
+    # The READER's document numbers, slots and fresh flags, as many of each: that is the link. A
+    # document may have no position here.
+    layout: Layout
+    mask: Mask  # of reader Fields and memory Fields
+    x: Tensor  # (B, Tm, D)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,8 @@ class Ctx:
     seed: Tensor | int = 0
     visit: int = 0  # how many layers ran before in this pass
     draft: bool = False  # the returned State must be able to accept() a prefix of this call
-    shard: Any = None
+    # Where processes share the tokens of a row: `layout` is that of the own slice.
+    shard: Shard | None = None
 
     def cached(self, name: str, make: Callable[[Layout, Mask], T]) -> T:
         """What all layers of a pass share: made on demand, once for each (name, layout, mask).

@@ -5,7 +5,7 @@ B rows, T tokens, D model, N slots, L longest row of a call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from mm.layout import Fields, Layout
-from mm.model.context import Ctx
-from mm.model.varlen import PackedRows
+from mm.model.context import Ctx, Memory
+from mm.model.varlen import PackedRows, memory_rows
 from mm.state import DataclassState, State
 
 
@@ -30,6 +30,7 @@ class Draft(DataclassState):
     fresh: Tensor  # (N,) bool
     fields: Fields  # (N, L)
     ids: Tensor | None  # (N, L, S)
+    memories: Mapping[str, tuple[Tensor, Tensor, Fields]]  # (N, S, D), lengths (N,), (N, S)
     ctx: Ctx  # of the call, whose layout is not used again
     forward: Callable[[Tensor, Ctx, State], Any]  # of the layer, to its `Out`
 
@@ -38,22 +39,32 @@ class Draft(DataclassState):
 
     def accept(self, n_N: Tensor) -> State:
         n = torch.minimum(n_N.to(self.length), self.length)
-        N, L = self.x.shape[:2]
+        L = self.x.shape[1]
         if not L:
             return self.after  # nothing was fed
-        here = torch.arange(N, device=n.device)
         taken = (torch.arange(L, device=n.device) < n[:, None]) & self.written[:, None]
-        document = torch.where(taken, here[:, None] + 1, 0).to(torch.int32)
-        layout = Layout(
-            self.fields._replace(document=document),
-            cu_seqlens=torch.arange(N + 1, dtype=torch.int32, device=n.device) * L,
+        memories = {}
+        for name, (x, length, fields) in self.memories.items():
+            there = torch.arange(x.shape[1], device=n.device) < length[:, None]
+            layout = self._rows(fields, there & self.written[:, None])
+            memories[name] = Memory(layout, self.ctx.memories[name].mask, x)
+        layout = self._rows(self.fields, taken)
+        ctx = replace(self.ctx, layout=layout, ids=self.ids, memories=memories)
+        return self.forward(self.x, ctx, self.before.fork()).state
+
+    def _rows(self, fields: Fields, taken_NL: Tensor) -> Layout:
+        """Row i is document i + 1, of slot i."""
+        N, L = taken_NL.shape
+        here = torch.arange(N, device=taken_NL.device)
+        document = torch.where(taken_NL, here[:, None] + 1, 0).to(torch.int32)
+        return Layout(
+            fields._replace(document=document),
+            cu_seqlens=torch.arange(N + 1, dtype=torch.int32, device=here.device) * L,
             slot=torch.where(self.written, here, -1).to(torch.int32),
             fresh=self.fresh,
             max_seqlen=L,
             aligned=True,
         )
-        ctx = replace(self.ctx, layout=layout, ids=self.ids)
-        return self.forward(self.x, ctx, self.before.fork()).state
 
 
 def draft_call(
@@ -71,6 +82,12 @@ def draft_call(
     docs = PackedRows.of(ctx.layout, N)
     w = docs.slot_writes()
     rows = lambda t: w.take(docs.unpack(t))
+    memories = {}
+    for name, memory in ctx.memories.items():
+        there = memory_rows(memory.layout, ctx.layout, N)
+        own = there.slot_writes()
+        take = lambda t, r=there, own=own: own.take(r.unpack(t))
+        memories[name] = take(memory.x), own.length, memory.layout.fields.map(take)
     draft = Draft(
         before,
         out.state,
@@ -80,6 +97,7 @@ def draft_call(
         w.fresh,
         ctx.layout.fields.map(rows),
         rows(ctx.ids) if ctx.ids is not None else None,
+        memories,
         plain,
         forward,
     )

@@ -32,7 +32,9 @@ class Caps:
     lookahead: int = 0
     exact: bool = True
     sequential: bool = False  # token t waits for token t - 1: its paper has no parallel form
-    shard: Literal["ulysses", "carry", "halo", None] = None
+    # how processes share the tokens of a row (mm/model/sequence.py); None: they cannot
+    shard: Literal["local", "ulysses", "carry", "halo", None] = None
+    # Named fields, published values, memories ("memories.source") that it needs, that it provides
     reads: frozenset[str] = frozenset()
     publishes: frozenset[str] = frozenset()
 
@@ -150,7 +152,7 @@ class Layer(Stateful):
     def after_step(self, stats: Mapping[str, Sum]) -> None:
         """Apply the layer's own globally summed statistics (EMA codebooks, balance).
 
-        They come by their short names; `hand_back` calls it. A forward mutates no buffer.
+        They come by their short names; `mm.model.hand_back` calls it. A forward mutates no buffer.
         """
 
 
@@ -242,6 +244,11 @@ class Linear(nn.Module):
     """Plug point: every matrix of a layer is ``linear(d_in, d_out, name)``."""
 
     name: str = ""  # "out": the last matrix of a residual branch, which depth scales down
+    path: str = ""  # its qualified name in the network (`name_layers`)
+    adapter_parameters: tuple[str, ...] = ()  # own ones that by default train alone (LoRA)
+    exact: bool = True  # its output is one matrix times its input
+    # Own matrices that read as many values as it does: the model's width sets their rate (muP).
+    wide_parameters: tuple[str, ...] = ("weight",)
 
     @property
     def ends_branch(self) -> bool:
@@ -251,6 +258,10 @@ class Linear(nn.Module):
     def rescale(self, factor: float) -> None:
         """Multiply the map by ``factor``."""
         raise NotImplementedError
+
+    def from_dense(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Its own tensors that stand for those of a `Dense`, ``weight`` and perhaps ``bias``."""
+        return dict(tensors)
 
     def forward(self, x: Tensor, ctx: Ctx | None = None) -> Tensor:
         raise NotImplementedError
@@ -310,10 +321,12 @@ class HeadOut(NamedTuple):
     aux: Mapping[str, Sum] = NONE
 
 
-class Head(nn.Module):
-    """Plug point: hidden states to unreduced nll per place, or a Distribution."""
+class Head(Stateful):
+    """Plug point: hidden states to unreduced nll per place, or a Distribution; may hold Layers."""
 
     reads: str = "hidden"  # the intermediate that it reads
+    predicts: str = ""  # whose places and targets of the batch it takes; "" = those of its name
+    predicts_ids: bool = True  # False: it runs where a batch has targets of its own for it
     tied: bool = False  # whether its matrix is the embedder's
     weight: Tensor  # the matrix to the ids
 
@@ -343,10 +356,7 @@ class ModelOut(NamedTuple):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Run `init_weights` of every submodule that has one, parents after children.
-
-    So a parent may rescale.
-    """
+    """Run `init_weights` of every submodule, parents after children: a parent may rescale."""
     for child in module.children():
         init_weights(child)
     own = getattr(module, "init_weights", None)
@@ -368,27 +378,10 @@ def _nearest(module: nn.Module, kind: type[M]) -> Iterator[M]:
 
 
 def name_layers(root: nn.Module) -> None:
-    """Tell every Layer of a network its qualified name. What builds a network calls it, once."""
+    """Tell every Layer and Linear of a network its qualified name. What builds one calls it."""
     for name, module in root.named_modules():
-        if isinstance(module, Layer):
+        if isinstance(module, (Layer, Linear)):
             module.path = name
-
-
-def hand_back(root: nn.Module, stats: Mapping[str, Sum]) -> None:
-    """Call `after_step` of every module that reported statistics, with its own by short name.
-
-    Args:
-        root: the network that `name_layers` named.
-        stats: by qualified name, as `Layer.report` made them, summed over micro-batches and ranks.
-    """
-    own: dict[str, dict[str, Sum]] = {}
-    for key, value in stats.items():
-        path, _, name = key.rpartition(".")
-        own.setdefault(path, {})[name] = value
-    for name, module in root.named_modules():
-        after = getattr(module, "after_step", None)
-        if name in own and name and callable(after):
-            after(own[name])
 
 
 def zero_gradient_touch(parameters: Iterable[nn.Parameter], like: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ MIN_TOKENS_IN_PLACE, MAX_RUNS = 128, 64
 SHORTEST = 16  # tokens; documents of as many or fewer are one group
 
 
-class _Regroup(torch.autograd.Function):
+class Regroup(torch.autograd.Function):
     """Row gather whose backward is a row gather.
 
     Every row that counts occurs once on either side.
@@ -44,7 +44,7 @@ class _Regroup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         index, inverse, unread = ctx.saved_tensors
-        back = _Regroup.apply(grad, inverse, index)
+        back = Regroup.apply(grad, inverse, index)
         if unread is not None:
             back = back.masked_fill(unread[:, None], 0)
         return back, None, None, None
@@ -128,7 +128,7 @@ class LengthBuckets:
         sizes = [group.rows * group.length for group in self.groups]
         # The last row is no position's: padding gets its gradient, which is zero.
         flat = [
-            _Regroup.apply(x.reshape(x.shape[0] * x.shape[1], -1), self.index, self.inverse).split(
+            Regroup.apply(x.reshape(x.shape[0] * x.shape[1], -1), self.index, self.inverse).split(
                 [*sizes, 1]
             )
             for x in x_BT
@@ -154,7 +154,7 @@ class LengthBuckets:
             return y[0]
         parts = [part.reshape(part.shape[0] * part.shape[1], -1) for part in y]
         # The last row is what padding reads.
-        out = _Regroup.apply(
+        out = Regroup.apply(
             torch.cat((*parts, parts[0].new_zeros(1, parts[0].shape[1]))),
             self.inverse,
             self.index,

@@ -5,7 +5,6 @@ B rows, T tokens, S streams, D model, P places, G items, N slots.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,23 +18,28 @@ from torch import Tensor, nn
 from mm.batch import Batch, Sum
 from mm.config import Config, validate
 from mm.errors import UserError
-from mm.mask import Causal, Full, Mask, Prefix, Window
+from mm.mask import Mask
+from mm.mask_expression import parse_mask
 from mm.model import folder as files
 from mm.model import mup
 from mm.model.backbones.stack import INTERMEDIATE
+from mm.model.code_rows import rows_of_codes
 from mm.model.context import Ctx, Memory
-from mm.model.fill import fill
+from mm.model.fill import embed_part, fill, require_adapters
+from mm.model.hand_back import hand_back
+from mm.model.items import with_fields
 from mm.model.layer import (
     NONE,
     Backbone,
     Embedder,
     Head,
     HeadOut,
+    Layer,
     ModelOut,
-    hand_back,
     name_layers,
 )
-from mm.model.padding import move_padding_last, restore_order
+from mm.model.memories import memories_read
+from mm.model.padding import move_padding_last, moved_places, restore_order
 from mm.registry import (
     BACKBONES,
     NETWORKS,
@@ -45,7 +49,7 @@ from mm.registry import (
     HeadField,
     LinearField,
 )
-from mm.state import State, StateTuple
+from mm.state import State, StateTuple, join_parts, parts_of
 from mm.vocabulary import RESERVED, Vocabulary
 
 
@@ -73,7 +77,18 @@ class Model(nn.Module):
         self.heads = nn.ModuleDict(heads)
         self._tie()
         name_layers(self)
-        backbone.check_mask(config.default_mask())
+        try:
+            self.mask = config.make_mask(vocabulary)
+        except ValueError as error:  # a modality that the vocabulary lacks
+            raise UserError(f"model.{error}") from None
+        backbone.check_mask(self.mask)
+        for name in memories_read(backbone):
+            raise UserError(
+                f"model.backbone: a layer attends to the memory '{name}', which nothing makes: "
+                "take a backbone encoder_decoder"
+            )
+        layers = (m for m in backbone.modules() if isinstance(m, Layer))
+        self.fields_read = frozenset().union(*(layer.caps.reads for layer in layers))
 
     def init_weights(self) -> None:
         if self.config.mup_base is not None:
@@ -133,15 +148,13 @@ class Model(nn.Module):
         """
         tapped = [h for h in self.heads if heads is None or h in heads]
         taps_read = {str(self.heads[h].reads) for h in tapped} - {"hidden"}
-        layout, mask = batch.layout, mask or self.config.default_mask()
-        if layout.fields.extra and isinstance(mask, Causal | Full | Window):
-            # These read no named field: none is cached, or regrouped with each layer.
-            layout = layout.map_fields(lambda f: f._replace(extra={}))
-        elif mask.atomic and mask.atomic not in layout.fields.extra:
-            name = mask.atomic  # nobody has a prefix
-            layout = layout.map_fields(
-                lambda f: f._replace(extra={**f.extra, name: torch.zeros_like(f.document)})
-            )
+        mask = mask or self.mask
+        fields = lambda of, ids: with_fields(of, mask, self.fields_read, ids, self.vocabulary)
+        layout, shard = batch.layout, batch.shard
+        if shard is None:
+            layout = fields(layout, batch.ids)
+        else:
+            shard, layout = shard.with_fields(fields, layout)
         ctx = Ctx(
             layout,
             mask,
@@ -150,31 +163,31 @@ class Model(nn.Module):
             return_intermediates=return_intermediates | frozenset(taps_read),
             seed=seed,
             draft=draft,
+            shard=shard,
         )
-        parts = {
-            name: Memory(
-                part.layout,
-                Full(),
-                self.embedder(part.ids, replace(ctx, layout=part.layout, ids=part.ids)),
-            )
-            for name, part in batch.parts.items()
-        }
+        aux: dict[str, Sum] = {}
+        more = self.adapters, self.embedder, aux
+        parts = {name: embed_part(part, ctx, *more) for name, part in batch.parts.items()}
         ctx = replace(ctx, memories={**parts, **memories})
         x = self.embedder(batch.ids, ctx)
-        aux: dict[str, Sum] = {}
         inner, back = ctx, None
+        stateful = self._stateful_heads()
+        state, *of_heads = parts_of(state, 1 + len(stateful))
+        carried = dict(zip(stateful, of_heads, strict=True))
         # Each rank runs each adapter, whatever its rows hold; a step of decoding holds no values.
         if len(self.adapters) and (batch.values or state is None):
-            x, inner = fill(x, batch, ctx, self.adapters, self.embedder, aux)
+            x, inner = fill(x, batch, ctx, *more)
             if inner is not ctx:
                 ctx = inner
                 x, inner, back = move_padding_last(x, ctx)
         out = self.backbone(x, inner, state, path)
-        aux |= out.aux
+        for key, value in out.aux.items():
+            aux[key] = aux[key] + value if key in aux else value
         shared = out.ctx.published if out.ctx is not None else {}
         intermediates = {
             k.removeprefix(INTERMEDIATE): v for k, v in shared.items() if k.startswith(INTERMEDIATE)
         }
+        seen = {"hidden": out.y, **intermediates}  # by heads, in the order of the layers
         hidden = out.y
         if back is not None:
             hidden, intermediates = (
@@ -184,17 +197,29 @@ class Model(nn.Module):
         found: dict[str, HeadOut] = {}
         for name in tapped:
             head = self.heads[name]
-            places = batch.places.get(name)
+            assert isinstance(head, Head)
+            key = name if name in batch.places else head.predicts
+            places, target = batch.places.get(key), batch.head_targets.get(key)
+            if loss and target is None and not head.predicts_ids:
+                continue  # of this stage's data none has a target for it, on any rank
             if places is None:
                 places = torch.arange(
                     batch.ids.shape[0] * batch.ids.shape[1], device=batch.ids.device
                 )
-            target = batch.targets.flatten(0, 1).index_select(0, places.long()) if loss else None
-            if target is not None and name not in batch.places:
-                target = target.clamp_min(0)  # -1 = none: its weight is 0
-            h = hidden if head.reads == "hidden" else intermediates[str(head.reads)]
-            found[name] = head(h, ctx, places, target)
-            aux |= {f"heads.{name}.{k}": v for k, v in found[name].aux.items()}
+            if target is None:
+                target = batch.targets.flatten(0, 1).index_select(0, places.long())
+                if key not in batch.places:
+                    target = target.clamp_min(0)  # -1 = none: its weight is 0
+            if back is not None:
+                places = moved_places(places, back)
+            found[name] = head(
+                seen[str(head.reads)], inner, places, target if loss else None, carried.get(name)
+            )
+            whole = f"heads.{name}."  # layers inside a head report by their whole name
+            aux |= {whole + k.removeprefix(whole): v for k, v in found[name].aux.items()}
+        if out.state is not None and stateful:
+            left = {n: found[n].state if n in found else s for n, s in carried.items()}
+            out = out._replace(state=join_parts(out.state, *left.values()))
         return ModelOut(
             hidden,
             found,
@@ -204,14 +229,22 @@ class Model(nn.Module):
         )
 
     def initial_state(self, n: int, max_len: int, path: Sequence[int] | None = None) -> StateTuple:
-        """State of ``n`` fresh slots for documents of at most ``max_len`` tokens."""
-        if path is None:
-            return self.backbone.initial_state(n, max_len)  # type: ignore[return-value]
-        return self.backbone.initial_state(n, max_len, path=path)  # type: ignore[call-arg]
+        """State of ``n`` fresh slots for documents of at most ``max_len`` tokens.
+
+        That of the backbone, and of the heads that have one.
+        """
+        more: dict[str, Any] = {} if path is None else {"path": path}
+        own = [h.initial_state(n, max_len) for h in self._stateful_heads().values()]
+        return join_parts(self.backbone.initial_state(n, max_len, **more), *own)  # type: ignore
 
     def state_bytes(self, n: int, max_len: int) -> int:
         """Declared bytes of `initial_state`."""
-        return self.backbone.state_bytes(n, max_len)
+        heads = sum(h.state_bytes(n, max_len) for h in self._stateful_heads().values())
+        return self.backbone.state_bytes(n, max_len) + heads
+
+    def _stateful_heads(self) -> dict[str, Head]:
+        named = ((n, h) for n, h in self.heads.items() if isinstance(h, Head))
+        return {name: head for name, head in named if head.stateful_parts()}
 
     def after_step(self, stats: Mapping[str, Sum]) -> None:
         """Hand globally summed statistics to the modules that reported them."""
@@ -234,14 +267,13 @@ class Model(nn.Module):
             tensors: the state dict to store; default this module's own (a ZeRO-3 engine passes
                 gathered ones).
         """
-        with files.whole(folder) as temporary:
-            files.write_config(temporary, self.config.to_dict())
-            files.save_tensors(
-                temporary / "model.safetensors", self.state_dict() if tensors is None else tensors
-            )
-            (vocabulary or self.vocabulary).save(temporary / "vocabulary.json")
-            for modality, source in tokenizers.items():
-                shutil.copytree(source, temporary / "tokenizers" / modality)
+        files.save_model(
+            folder,
+            self.config.to_dict(),
+            self.state_dict() if tensors is None else tensors,
+            vocabulary or self.vocabulary,
+            tokenizers,
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Model:
@@ -249,9 +281,7 @@ class Model(nn.Module):
 
         Raises UserError naming the file that is wrong.
         """
-        folder = Path(folder)
-        if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
-            folder = folder / "model"
+        folder = files.model_folder(Path(folder))
         values = files.read_config(folder)
         if values.get("kind") != "lm":
             raise UserError(f"{folder}: a saved '{values.get('kind')}', not a language model")
@@ -275,9 +305,13 @@ class LmConfig(Config):
     adapters: dict[str, AdapterField] = {}
     heads: dict[str, HeadField] = Field(default={"tokens": "softmax"}, validate_default=True)
     linear: LinearField = Field(default="dense", validate_default=True)
-    mask: Literal["causal", "full", "prefix"] = Field(
+    mask: str = Field(
         default="causal",
-        description="prefix: causal, but leading conditions see each other both ways",
+        description="causal, full, prefix (causal, but leading conditions see each other both "
+        "ways), or an expression of fields: docs/how-to/masks.md",
+    )
+    mask_fields: tuple[str, ...] = Field(
+        default=(), description="named fields of the data's own that the mask may read"
     )
     mup_base: int | None = Field(
         None,
@@ -297,23 +331,28 @@ class LmConfig(Config):
             raise ValueError("mup_base needs heads of their own: set heads.*.tied to false")
         return self
 
+    @model_validator(mode="after")
+    def _mask_is_read(self) -> LmConfig:
+        self.make_mask(None)
+        return self
+
+    def needs_whole_documents(self, mask: str | None = None) -> str | None:
+        """What of a document no call may cut, under a mask or the own one; None: nothing."""
+        mask = mask or self.mask
+        if mask not in ("causal", "full"):
+            return "a prefix is read" if mask == "prefix" else "what its mask shows is read"
+        return "conditions are encoded" if getattr(self.backbone, "encodes", False) else None
+
     def check_adapters(self, vocabulary: Vocabulary) -> None:
         """Raise UserError where values of the vocabulary have no adapter that fits them."""
-        for name, n in ((s.modality, s.n_features) for s in vocabulary.ranges if s.continuous):
-            if name not in self.adapters:
-                raise UserError(
-                    f"model.adapters has none for '{name}', which is read as values: set "
-                    f"model.adapters={{{name}: {{kind: linear, d_in: {n}}}}}"
-                )
-            if (have := self.adapters[name].d_in) != n:
-                raise UserError(
-                    f"model.adapters.{name} reads {have} features a place, the data have {n}: set "
-                    "it to what its tokenizer gives"
-                )
+        require_adapters(self.adapters, self.heads, vocabulary)
 
-    def default_mask(self) -> Mask:
-        """The Mask of a pass that names none."""
-        return {"causal": Causal(), "full": Full(), "prefix": Prefix()}[self.mask]
+    def make_mask(self, vocabulary: Vocabulary | None) -> Mask:
+        """The Mask of a pass that names none.
+
+        Raises ValueError where it names a field or a modality that is not there.
+        """
+        return parse_mask(self.mask, vocabulary and vocabulary.numbers, self.mask_fields)
 
     def build(self, vocabulary: Vocabulary | None = None) -> Model:
         """Allocate the model; `mm.model.layer.init_weights` fills it.
@@ -351,17 +390,7 @@ class LmConfig(Config):
         for modality, vectors in code_vectors.items():
             span = module.vocabulary.range(modality)
             spec = module.vocabulary.spec(modality)
-            books = np.asarray(vectors, np.float32).reshape(spec.n_codebooks, spec.vocab_size, -1)
-            books = books - books.mean(1, keepdims=True)
-            books = books / np.maximum(np.sqrt((books**2).mean((1, 2), keepdims=True)), 1e-8)
-            flat = books.reshape(spec.n_ids, -1)
-            C = flat.shape[1]
-            rng = np.random.default_rng([17, span.index])
-            rows = (
-                flat
-                @ rng.standard_normal((C, self.d_model)).astype(np.float32)
-                / np.sqrt(C * self.d_model)
-            )
+            rows = rows_of_codes(vectors, spec, span.index, self.d_model)
             with torch.no_grad():
                 new = torch.from_numpy(rows).to(weight)
                 own = weight[span.first : span.stop]

@@ -27,8 +27,8 @@ def rates(model: nn.Module, base: int, d_model: int) -> dict[str, float]:
     for where in ("backbone", "heads"):
         for path, module in getattr(model, where).named_modules(prefix=where):
             if isinstance(module, Linear):
-                wide = (n for n, p in module.named_parameters(recurse=False) if p.dim() > 1)
-                out |= {f"{path}.{n}": ratio for n in wide}
+                own = {name for name, _ in module.named_parameters(recurse=False)}
+                out |= {f"{path}.{n}": ratio for n in own.intersection(module.wide_parameters)}
     for name in model.heads:  # type: ignore[union-attr]
         out[f"heads.{name}.weight"] = ratio
     out["embedder.weight"] = ratio**0.5

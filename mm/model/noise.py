@@ -9,14 +9,16 @@ from torch import Tensor
 
 from mm.kernels import dropout as kernel
 from mm.model.context import Ctx
-from mm.model.layer import Layer
+from mm.model.layer import Layer, Linear
 
 
 def _hash(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
-def generator(ctx: Ctx, layer: Layer | None, name: str, device: torch.device) -> torch.Generator:
+def generator(
+    ctx: Ctx, layer: Layer | Linear | None, name: str, device: torch.device
+) -> torch.Generator:
     """A generator of its own for one use of one layer call.
 
     Args:
@@ -30,7 +32,7 @@ def generator(ctx: Ctx, layer: Layer | None, name: str, device: torch.device) ->
     return torch.Generator(device).manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
 
 
-def dropout(x: Tensor, p: float, ctx: Ctx, layer: Layer, name: str) -> Tensor:
+def dropout(x: Tensor, p: float, ctx: Ctx, layer: Layer | Linear, name: str) -> Tensor:
     """Zero a share ``p`` of ``x``, to 1 / 65,536, and scale the rest by 1 / (1 - p)."""
     lost = min(round(p * kernel.LEVELS), kernel.LEVELS - 1)
     drawn = _drawn(x, ctx, layer, name)  # type: ignore[reportCallIssue]  the decorator has no types
@@ -38,15 +40,17 @@ def dropout(x: Tensor, p: float, ctx: Ctx, layer: Layer, name: str) -> Tensor:
 
 
 @torch.compiler.disable  # a graph holds no generator
-def uniform(n: int, ctx: Ctx, layer: Layer, name: str, device: torch.device) -> Tensor:
+def uniform(n: int, ctx: Ctx, layer: Layer | Linear, name: str, device: torch.device) -> Tensor:
     """`(n,)` float32 in [0, 1)."""
     return torch.rand(n, generator=generator(ctx, layer, name, device), device=device)
 
 
 @torch.compiler.disable  # a graph holds no generator
-def _drawn(x: Tensor, ctx: Ctx, layer: Layer, name: str) -> Tensor:
+def _drawn(x: Tensor, ctx: Ctx, layer: Layer | Linear, name: str) -> Tensor:
     """Uniform int16, one for each element of ``x`` at least."""
     # Four 16-bit draws from each 64-bit word: a quarter of the generator's work.
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    if ctx.shard is not None:  # other noise in each slice of a row
+        name = f"{name}.{ctx.shard.rank}"
     words.random_(-(2**63), None, generator=generator(ctx, layer, name, x.device))
     return words.view(torch.int16)

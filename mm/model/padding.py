@@ -32,3 +32,10 @@ def _index(order_BT: Tensor) -> Tensor:
 def restore_order(x: Tensor, index_BT: Tensor) -> Tensor:
     """Put `(B, T, D)` back where `move_padding_last` took it from."""
     return x.gather(1, index_BT[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def moved_places(places_P: Tensor, index_BT: Tensor) -> Tensor:
+    """Where `move_padding_last` took flat places ``(P,)``."""
+    T = index_BT.shape[1]
+    at = places_P.long()
+    return (at // T * T + index_BT.flatten()[at]).to(places_P.dtype)

@@ -204,6 +204,20 @@ class PackedRows(NamedTuple):
         return SlotWrites(row, hit, torch.where(hit, self.length[row], 0), self.fresh[row] & hit)
 
 
+def memory_rows(memory: Layout, reader: Layout, n_slots: int) -> PackedRows:
+    """The documents of a memory as rows, in the order of the reader's rows."""
+    aligned = memory.aligned and reader.aligned
+    rows = PackedRows.of(replace(memory, aligned=aligned), n_slots)
+    if aligned or not reader.aligned:
+        return rows
+    n = reader.shape[0]
+    assert rows.index is not None
+    return rows._replace(
+        index=rows.index[:n], valid=rows.valid[:n], length=rows.length[:n],
+        slot=rows.slot[:n], fresh=rows.fresh[:n],
+    )  # fmt: skip
+
+
 class SlotWrites(NamedTuple):
     """What each slot is written from."""
 

@@ -7,22 +7,28 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm.batch import Batch
 from mm.config import Config
 from mm.errors import UserError
+from mm.mask_expression import looks_ahead
 from mm.model.layer import ModelOut
 from mm.objectives.objective import AuxWeights, Env, LossTerm, Objective
 from mm.registry import OBJECTIVES, TransformField
 from mm.vocabulary import MASK, Vocabulary
 
 MASKED = "masked"  # name of the loss of masked places
+VALUES, LABEL = "_values", "_label"  # after a modality: losses of its values, of its labels
 
 
 @OBJECTIVES.register("next_token")
 class NextTokenConfig(Config):
-    """Cross-entropy of the next token, summed per modality of the target."""
+    """Cross-entropy of the next token, summed per modality of the target.
+
+    Values that are predicted cost ``<modality>_values`` a place, labels of documents
+    ``<modality>_label`` an id: each loss is a mean of its own.
+    """
 
     kind: Literal["next_token"] = "next_token"
     transform: TransformField | None = None
@@ -48,13 +54,14 @@ class NextTokenConfig(Config):
             raise UserError(
                 "objective 'next_token' needs token shards: set vocabulary: DIR/vocabulary.json"
             )
-        unknown = set(self.weights) - set(vocabulary.modalities)
+        names = [m + end for end in ("", VALUES, LABEL) for m in vocabulary.modalities]
+        unknown = set(self.weights) - set(names)
         if unknown:
             raise UserError(
                 f"objective.weights: the vocabulary has no modality '{min(unknown)}', only "
                 f"{', '.join(vocabulary.modalities)}"
             )
-        taken = set(self.aux_weights) & {*vocabulary.modalities, MASKED}
+        taken = set(self.aux_weights) & {*names, MASKED}
         if taken:
             raise UserError(
                 f"objective.aux_weights: '{min(taken)}' is a loss of this objective; set "
@@ -77,7 +84,24 @@ class NextToken(Objective):
         self.transform = config.transform
         self.weights, self.aux_weights = config.weights, config.aux_weights
         self.modalities = vocabulary.modalities
+        # By number, those that a target can be of
+        self.targets = {
+            vocabulary.range(s.modality).index: s.modality
+            for s in vocabulary.ranges
+            if not s.continuous
+        }
         self.names = (*self.modalities, *([MASKED] if config.masked is not None else []))
+
+    def check_model(self, model: nn.Module) -> None:
+        mask = getattr(model, "mask", None)
+        if mask is None:  # of another network
+            return
+        for number, modality in self.targets.items():
+            if looks_ahead(mask, number):
+                raise UserError(
+                    f"the mask {mask.key} shows a target of '{modality}' what it predicts; let "
+                    "conditions alone be read both ways, such as: causal | (same_item & prefix)"
+                )
 
     def _split(self, b: Batch, value_P: Tensor, places_P: Tensor) -> dict[str, Tensor]:
         """Sum ``value_P`` (P,) float32 by the modality of the target."""
@@ -90,7 +114,13 @@ class NextToken(Objective):
 
     def counts(self, b: Batch) -> dict[str, Tensor]:
         places = b.places[self.config.head]
-        return self._split(b, b.weight.flatten()[places].float(), places) | self.aux_counts(b)
+        counts = self._split(b, b.weight.flatten()[places].float(), places)
+        for name, target in b.head_targets.items():
+            if target.is_floating_point() or target.dtype == torch.uint8:
+                counts[name + VALUES] = b.weight.flatten()[b.places[name]].float().sum()
+            else:
+                counts[name + LABEL] = (target >= 0).sum().float()
+        return counts | self.aux_counts(b)
 
     def scales(self, n: Mapping[str, Tensor]) -> Mapping[str, Tensor | float]:
         factors: dict[str, Tensor | float] = {**super().scales(n)}
@@ -101,14 +131,31 @@ class NextToken(Objective):
             factors[MASKED] = self.config.masked
         return factors
 
+    def run_model(self, model: Callable[..., ModelOut], b: Batch) -> ModelOut:
+        """One pass over a micro-batch."""
+        return model(b)
+
     def terms(
         self, micros: Sequence[Batch], nets: Mapping[str, Callable[..., ModelOut]], env: Env
     ) -> Iterator[LossTerm]:
         for i, b in enumerate(micros):
-            out = nets["model"](b)
+            out = self.run_model(nets["model"], b)
             nll = out.heads[self.config.head].nll
             assert nll is not None  # targets were given
             places = b.places[self.config.head]
             weight = b.weight.flatten()[places]
-            losses = self._split(b, nll.float() * weight, places) | self.aux_losses(out, b)
-            yield LossTerm(losses, step=i == len(micros) - 1)
+            losses = self._split(b, nll.float() * weight, places) | self._others(out, b)
+            yield LossTerm(losses | self.aux_losses(out, b), step=i == len(micros) - 1)
+
+    def _others(self, out: ModelOut, b: Batch) -> dict[str, Tensor]:
+        """Sums of the losses of values and labels."""
+        losses = {}
+        for name, target in b.head_targets.items():
+            nll = out.heads[name].nll
+            assert nll is not None
+            if target.is_floating_point() or target.dtype == torch.uint8:
+                weight = b.weight.flatten()[b.places[name]]
+                losses[name + VALUES] = (nll.float() * weight).sum()
+            else:
+                losses[name + LABEL] = nll.float().sum()
+        return losses

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mm.batch import Batch, Sum
 from mm.errors import UserError
+from mm.init_from import InitFrom
 from mm.model.layer import ModelOut
 
 NONE: Mapping[str, Any] = {}
@@ -26,13 +27,15 @@ AFTER_WARM_UP = 2**40  # a step that no warm-up reaches
 class Network(NamedTuple):
     """A further network of an objective.
 
-    "train" has its own engine and optimizer, "ema" follows ``of``, "frozen" stays as it is.
+    "train" has its own engine and optimizer, "ema" follows ``of``, "frozen" stays as it is: as
+    ``init_from`` has it, or as ``of`` is when the network is first used.
     """
 
-    config: Any  # a network Config; None: that of ``of``
+    config: Any = None  # a network Config; None: that of ``init_from``, else of ``of``
     mode: Literal["train", "frozen", "ema"] = "train"
     of: str | None = None  # a trained network
     decay: float = 0.999  # of the average, after each applied step of ``of``
+    init_from: InitFrom | None = None  # trained weights that it begins with
 
 
 class LossTerm(NamedTuple):
@@ -107,6 +110,13 @@ class Objective(ABC):
     def corrupt(self, b: Batch, rng: Any, scheduled: Mapping[str, float]) -> Batch:
         """Shape-preserving change on the device: masks, noise, times."""
         return b
+
+    def check_model(self, model: nn.Module) -> None:  # noqa: B027  most train any
+        """Refuse a "model" that this cannot train, such as one whose mask shows what it predicts.
+
+        Raises:
+            UserError: says what it needs.
+        """
 
     @abstractmethod
     def counts(self, b: Batch) -> dict[str, Tensor]:

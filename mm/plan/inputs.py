@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,10 +17,11 @@ from mm.objectives.objective import Objective
 from mm.plan.networks import Networks
 from mm.plan.trace import Trace, fake_mode, to_dtype, trace_step
 from mm.run import Run
-from mm.specs import TokenSpec
+from mm.specs import NONE, TokenSpec
 from mm.trainer.engine.deepspeed import linear_of_stage
 from mm.trainer.env import TrainerEnv
 from mm.trainer.stage import all_networks, build, make_stream
+from mm.trainer.trainable import set_trainable
 from mm.vocabulary import Vocabulary, extend_vocabulary
 
 CPU = torch.device("cpu")
@@ -65,7 +66,10 @@ class Subject:
         """A micro-batch of ``rows`` rows of the data, after the objective's corruption."""
         if self.assumed is not None:
             length = getattr(self.data, "seq_len", None) or self.assumed.document
-            return [documents(rows, length, self.assumed.document, self.vocabulary)]
+            heads = getattr(self.run.model, "heads", {})
+            encodes = getattr(getattr(self.run.model, "backbone", None), "encodes", False)
+            made = documents(rows, length, self.assumed.document, self.vocabulary, heads)
+            return [half_given(made) if encodes else made]
         changed = {"batch_size": rows, "micro_batch_size": None, "prefetch": 0}
         have = {k: v for k, v in changed.items() if k in type(self.data).model_fields}
         stage = self.run.stages[self.index]
@@ -89,6 +93,8 @@ class Subject:
             if self.precision == "bf16":
                 to_dtype(module, torch.bfloat16)
             if network.mode == "train":
+                stage, key = self.run.stages[self.index], f"stages.{self.index}"
+                set_trainable(module, stage, key, name)
                 trained[name] = module.train()
             else:
                 frozen[name] = module.eval().requires_grad_(False)
@@ -144,6 +150,13 @@ def open_subject(run: Run, index: int, precision: str, assumed: Assumed | None) 
 
     Raises UserError where its data are not there and nothing is assumed instead.
     """
+    if (size := run.engine.sequence) > 1:
+        length = getattr(run.stages[index].data, "seq_len", None)
+        short = f" and stages.{index}.data.seq_len={length // size}" if length else ""
+        raise UserError(
+            f"engine.sequence {size}: mm plan does not know what a slice of a row costs; plan the "
+            f"tokens of one slice: engine.sequence=1{short}"
+        )
     if assumed is not None:
         vocabulary = _assumed_vocabulary(run, index, assumed.ids)
     else:
@@ -170,8 +183,27 @@ def _assumed_vocabulary(run: Run, index: int, ids: int) -> Vocabulary | None:
     return extend_vocabulary([TokenSpec(m, each, fingerprint=f"assumed {m}") for m in modalities])
 
 
-def documents(rows: int, length: int, document: int, vocabulary: Vocabulary | None) -> Batch:
-    """A micro-batch of equal documents of ids, every place a target."""
+def half_given(batch: Batch) -> Batch:
+    """The same with the first half of every document as conditions."""
+    known = batch.layout.arrays()
+    half = torch.from_numpy(np.append(0, known.length // 2)[known.document])
+    mark = lambda f: f._replace(
+        extra={"prefix": (f.position[..., 0].flatten() < half).int().view(f.document.shape)}
+    )
+    return replace(batch, layout=batch.layout.map_fields(mark))
+
+
+def documents(
+    rows: int,
+    length: int,
+    document: int,
+    vocabulary: Vocabulary | None,
+    heads: Mapping[str, Any] = NONE,
+) -> Batch:
+    """A micro-batch of equal documents of ids, every place a target.
+
+    ``heads`` with targets of their own (configs by name) have one at the start of each document.
+    """
     document = min(document, length)
     row = [Doc(document)] * (length // document)
     if rest := length % document:
@@ -183,4 +215,14 @@ def documents(rows: int, length: int, document: int, vocabulary: Vocabulary | No
     places = {"tokens": torch.arange(rows * length, dtype=torch.int32)}
     one = torch.ones(rows, length, dtype=torch.int32)
     labels = {"target_modality": one}
-    return Batch(layout, ids, ids, torch.ones(rows, length), places, labels=labels)
+    made = {name: head.example for name, head in heads.items() if hasattr(head, "example")}
+    starts = layout.cu_seqlens[:-1]
+    return Batch(
+        layout,
+        ids,
+        ids,
+        torch.ones(rows, length),
+        places | dict.fromkeys(made, starts),
+        labels=labels,
+        head_targets={name: example(len(starts)) for name, example in made.items()},
+    )

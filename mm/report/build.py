@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 
 from mm.errors import UserError
+from mm.report.begun import begun
 from mm.report.curves import curves
 from mm.report.data import data
 from mm.report.explained import explanations
@@ -53,6 +54,7 @@ SECTIONS = (
     ("explained", "Why did it spike", explanations),
     ("data", "Data", data),
     ("tokenizers", "Tokenizers", tokenizers),
+    ("begun", "Began with", begun),
     ("lineage", "Made from", lineage),
     ("starts", "Starts and failures", starts),
     ("time", "Time", times),

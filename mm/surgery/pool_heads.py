@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from mm.errors import UserError
 from mm.model.mixers.attention.attention import Attention
+from mm.registry import SURGERIES
+from mm.surgery.base import Operated, Surgery, network_of, stack_of, with_stack
+from mm.vocabulary import Vocabulary
+
+
+@SURGERIES.register("pool_heads")
+class PoolHeads(Surgery):
+    """Fewer key heads in every `attention` layer, each the mean of those that it replaces."""
+
+    kind: Literal["pool_heads"] = "pool_heads"
+    kv_heads: Annotated[int, Field(gt=0)] = 1
+
+    def apply(self, before: Operated, wanted: Vocabulary | None) -> Operated:
+        stack = stack_of(before.config, self.kind)
+        tensors = mean_pooled(network_of(before), self.kv_heads)
+        mixers = {word: stack.mixer(word).to_dict() for word in dict.fromkeys(stack.words())}
+        for mixer in mixers.values():
+            if mixer["kind"] == "attention":
+                mixer["kv_heads"] = self.kv_heads
+        return Operated(with_stack(before.config, mixers=mixers), tensors, before.vocabulary)
 
 
 def mean_pooled(model: nn.Module, kv_heads: int) -> dict[str, Tensor]:

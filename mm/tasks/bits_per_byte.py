@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from mm.data.batching.collate import of_array
+from mm.data.batching.document import of_array
 from mm.data.modalities.base import modality_of_value, raw_modality
 from mm.data.transforms.chunk import window
 from mm.decoders.base import is_fixed

@@ -22,8 +22,8 @@ class Averages:
         networks: all of the stage.
         engines: those that train.
         frozen: raw modules, the averages among them.
-        snapshot: what the stage begins from; an average that is not in it begins as what it
-            follows.
+        snapshot: what the stage begins from; an average that is not in it, and that no folder
+            gives, begins as what it follows. So does a frozen network that follows one.
     """
 
     def __init__(
@@ -35,8 +35,9 @@ class Averages:
     ):
         self._networks = {k: n for k, n in networks.items() if n.mode == "ema"}
         self._engines, self._frozen = engines, frozen
-        for name, network in self._networks.items():
-            if snapshot is None or not snapshot.has(name):
+        for name, network in networks.items():
+            given = network.init_from is not None or (snapshot is not None and snapshot.has(name))
+            if network.mode != "train" and network.of and not given:
                 self._move(name, str(network.of), 0.0)
 
     def follow(self, source: str) -> None:

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mm.model.linears.lora import adapter_tensors, save_adapters
 from mm.run import Run
 from mm.tokenizers.load import tokenizer_folder
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.held_out import Best
 from mm.trainer.stage import load_weights, make_module, stage_result
+from mm.trainer.stage_model import model_of
+from mm.trainer.warm_start import ADAPTERS
 from mm.vocabulary import Vocabulary
 
 log = logging.getLogger("mm.trainer")
@@ -25,7 +28,7 @@ def export(
     run: Run, vocabulary: Vocabulary | None, weights: Mapping[str, Tensor], step: int
 ) -> None:
     """Save the model with full fp32 ``weights`` of ``step`` as ``<run folder>/model``."""
-    module = make_module(run.model, vocabulary, run.seed, torch.device("cpu"))
+    module = make_module(model_of(run, -1), vocabulary, run.seed, torch.device("cpu"))
     load_weights(module, weights, "the trained model")
     final, part = run.folder / "model", run.folder / "model.part"
     shutil.rmtree(part, ignore_errors=True)
@@ -35,6 +38,8 @@ def export(
     saving.save_pretrained(part, vocabulary=vocabulary, tokenizers=tokenizers)
     shutil.rmtree(final, ignore_errors=True)
     part.rename(final)
+    if adapter_tensors(module):
+        save_adapters(module, run.folder / ADAPTERS)
     (run.folder / "model.step").write_text(mark(run, step))
 
 

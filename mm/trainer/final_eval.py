@@ -16,6 +16,7 @@ from mm.trainer.health.signals import Interrupted, Stop
 from mm.trainer.log import metrics
 from mm.trainer.ranks import on_any
 from mm.trainer.stage import load_weights, make_module
+from mm.trainer.stage_model import model_of
 
 if TYPE_CHECKING:
     from mm.decoders.generate import Generator
@@ -93,6 +94,6 @@ def _generator(trainer: Training, index: int, left: Snapshot | None) -> Generato
     run = trainer.run
     if left is None or trainer.vocabulary is None:
         return Generator.from_pretrained(run.folder / "model", trainer.device)
-    module = make_module(run.model, trainer.vocabulary, run.seed, trainer.device)
+    module = make_module(model_of(run, index), trainer.vocabulary, run.seed, trainer.device)
     load_weights(module, left.tensors("model"), f"stage {index}")
     return Generator(module.eval(), trainer.vocabulary, trainer.tokenizers)

@@ -155,7 +155,8 @@ class HeldOut(Callback):
                         into[name] = into[name] + value if name in into else value
         n, means = _means(sums, counts)
         wanted = [k for k in objective.held_out(n) if k in means]
-        scales = objective.scales(n)
+        own = objective.held_out(n)
+        scales = objective.scales({k: v for k, v in n.items() if k in own})
         total = sum(float(scales[k]) * means[k] for k in wanted)
         out = {"val/loss": total}
         for name in wanted:

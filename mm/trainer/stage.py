@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.errors import UserError
-from mm.launch import environment
 from mm.model.layer import Block, init_weights
 from mm.model.size import require_room
 from mm.objectives.objective import Network, Objective
@@ -24,7 +23,11 @@ from mm.trainer.ema import Averages
 from mm.trainer.engine.deepspeed import Engine
 from mm.trainer.env import Nets, TrainerEnv
 from mm.trainer.log.clock import StepClock
+from mm.trainer.sequence import data_ranks, require_shares
+from mm.trainer.stage_model import run_of
 from mm.trainer.stateful import CarriedStates
+from mm.trainer.trainable import n_trained, set_trainable
+from mm.trainer.warm_start import WarmStart, config_at_start
 from mm.vocabulary import Vocabulary
 
 
@@ -46,6 +49,15 @@ class StageState:
     save_bytes: int  # of a checkpoint, about
     parameters: dict[str, int]  # of each network that trains
     clock: StepClock
+    trained: dict[str, int] = field(default_factory=dict)  # of `parameters`, those that train
+    begun: dict[str, dict[str, Any]] = field(default_factory=dict)  # network -> its `init_from`
+
+    @property
+    def from_folders(self) -> dict[str, dict[str, Any]]:
+        """Folder and hash of frozen networks that come from one: no checkpoint holds them."""
+        known = ("folder", "step", "sha256")
+        begun = {name: told for name, told in self.begun.items() if name in self.frozen}
+        return {name: {k: told[k] for k in known} for name, told in begun.items()}
 
     def begin_step(self, step: int) -> dict[str, float]:
         """Seed everything random of ``step``; returns the objective's scheduled values."""
@@ -86,31 +98,40 @@ def enter_stage(
         begin: steps of the run before it.
         code_vectors: vectors of the tokenizers' codes by modality, for a fresh model.
     """
+    run = run_of(run, index)
     config = run.stages[index]
     objective: Objective = build(config.objective, vocabulary=vocabulary)
     inside = snapshot if snapshot is not None and snapshot.state["stage"] == index else None
     engines: dict[str, Engine] = {}
     frozen: dict[str, nn.Module] = {}
     parameters: dict[str, int] = {}
-    wanted = all_networks(run, objective)
+    begun: dict[str, dict[str, Any]] = {}
+    trained: dict[str, int] = {}
+    wanted = all_networks(run, objective, f"stages.{index}.objective")
     for name, network in wanted.items():
         copies = 2 if network.mode == "train" else 1  # its gradients, too
         make = lambda config=network.config: build(config, vocabulary=vocabulary)
         require_room(make, copies, env.device, f"{run.name}: network '{name}'")
         module = make_module(network.config, vocabulary, run.seed, env.device)
-        have = weights_at_start(run, index, snapshot, name) if snapshot is not None else {}
-        new = snapshot.new_modalities if snapshot is not None and have else run.tokenizers
+        require_shares(run, index, objective, module, name)
+        source = weights_of(run, index, snapshot, name, network, vocabulary)
+        have = weights_at_start(run, index, source, name) if source is not None else {}
+        new = source.new_modalities if source is not None and have else run.tokenizers
         if name == "model" and run.tokenizers and new and hasattr(network.config, "prepare"):
             vectors = {m: v for m, v in code_vectors().items() if v is not None and m in new}
             network.config.prepare(module, vectors)
-        if snapshot is not None and have:
-            load_weights(module, snapshot.fit(module, have), snapshot.origin, snapshot.mend)
+        if source is not None and have:
+            load_weights(module, source.fit(module, have), source.origin, source.mend)
+        if isinstance(source, WarmStart):
+            begun[name] = source.told
         if network.mode != "train":
             frozen[name] = module.eval().requires_grad_(False)
             continue
         if run.engine.compile:
             compile_blocks(module)
+        set_trainable(module, config, f"stages.{index}", name)
         parameters[name] = sum(p.numel() for p in module.parameters())
+        trained[name] = n_trained(module)
         optimizer = config.optimizer.build(module)
         engine = Engine(module.train(), optimizer, run.engine, env.precision, config.ema)
         if inside is not None:
@@ -128,6 +149,7 @@ def enter_stage(
         stream.load_state_dict(inside.state["data"])
         if nets.carried is not None:
             nets.carried.load(inside)
+    objective.check_model(engines["model"].raw)
     return StageState(
         index,
         begin,
@@ -140,16 +162,18 @@ def enter_stage(
         nets,
         stream,
         run.engine.compile,
-        12 * sum(parameters.values()),  # fp32, two states
+        4 * sum(parameters.values()) + 8 * sum(trained.values()),  # fp32, two states
         parameters,
         StepClock(env.device),
+        trained,
+        begun,
     )
 
 
 def make_stream(run: Run, index: int, objective: Objective, vocabulary: Vocabulary | None) -> Any:
     """The data of a stage as this rank reads them. Raises UserError."""
-    ranks = environment.ranks()
-    return build(
+    ranks = data_ranks(run.engine.sequence)
+    stream = build(
         run.stages[index].data,
         vocabulary=vocabulary,
         transform=objective.transform,
@@ -157,6 +181,13 @@ def make_stream(run: Run, index: int, objective: Objective, vocabulary: Vocabula
         rank=ranks.rank,
         world=ranks.world,
     )
+    heads = getattr(run.model, "heads", None)
+    if heads is not None and hasattr(stream, "require_heads"):
+        try:
+            stream.require_heads([*heads])
+        except UserError as error:
+            raise UserError(f"stages.{index}: {error}") from error
+    return stream
 
 
 def build(config: Config, **offered: Any) -> Any:
@@ -166,15 +197,19 @@ def build(config: Config, **offered: Any) -> Any:
     return config.build(**{k: v for k, v in offered.items() if takes_all or k in known})
 
 
-def all_networks(run: Run, objective: Objective) -> dict[str, Network]:
+def all_networks(run: Run, objective: Objective, key: str = "objective") -> dict[str, Network]:
     """The model and the objective's own networks.
 
-    An average takes the config of what it follows where it has none. Raises UserError when that is
-    not a trained network.
+    One without a config takes that of the folder it begins from, else of the network that it
+    follows. Raises UserError when that is not a trained network.
     """
     networks = {"model": Network(run.model), **objective.networks}
     for name, network in networks.items():
-        if network.mode == "ema":
+        if network.config is None and network.init_from is not None:
+            networks[name] = network._replace(
+                config=config_at_start(f"{key}.{name}", network.init_from)
+            )
+        elif network.mode == "ema" or (network.mode == "frozen" and network.of):
             of = networks.get(network.of or "")
             if of is None or of.mode != "train":
                 raise UserError(
@@ -182,6 +217,41 @@ def all_networks(run: Run, objective: Objective) -> dict[str, Network]:
                 )
             networks[name] = network._replace(config=network.config or of.config)
     return networks
+
+
+def weights_of(
+    run: Run,
+    index: int,
+    snapshot: Snapshot | None,
+    name: str,
+    network: Network,
+    vocabulary: Vocabulary | None,
+) -> Snapshot | None:
+    """What a network begins with: the snapshot, else the folder that it names; None: it is fresh.
+
+    Raises UserError where a folder is another than it was when the stage began.
+    """
+    if snapshot is not None and snapshot.has(name):
+        return snapshot
+    if network.init_from is None:
+        return None
+    key = f"stages.{index}.objective.{name}"
+    warm = WarmStart(
+        key,
+        network.init_from,
+        vocabulary,
+        name=name,
+        exact=network.mode == "frozen",
+        words=run.vocabulary,
+    )
+    inside = snapshot is not None and snapshot.state["stage"] == index
+    was = snapshot.state.get("given", {}).get(name) if snapshot is not None and inside else None
+    if was is not None and was["sha256"] != warm.facts["sha256"]:
+        raise UserError(
+            f"{key}: the weights in {warm.origin} are not those that this run began with; put "
+            "them back, or begin a new run: name=..."
+        )
+    return warm
 
 
 def make_module(config: Config, vocabulary: Any, seed: int, device: torch.device) -> nn.Module:
@@ -269,4 +339,5 @@ def weights_at_start(run: Run, index: int, snapshot: Snapshot, network: str) -> 
 
 def end_of_stage(stage: Stage, snapshot: Snapshot, networks: Iterable[str]) -> Snapshot:
     """The part of a stage's last snapshot that the next one needs: without optimizer states."""
-    return Snapshot(snapshot.state, {n: stage_result(stage, snapshot, n) for n in networks})
+    kept = [n for n in networks if snapshot.has(n)]
+    return Snapshot(snapshot.state, {n: stage_result(stage, snapshot, n) for n in kept})

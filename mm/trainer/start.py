@@ -12,7 +12,7 @@ from mm.decoders.device import warn_of_driver
 from mm.errors import UserError
 from mm.launch import environment
 from mm.run import Run
-from mm.trainer import folder
+from mm.trainer import begun, folder
 from mm.trainer import survey as figures
 from mm.trainer.callbacks.base import Callback, Training
 from mm.trainer.env import TrainerEnv
@@ -150,6 +150,7 @@ def survey(trainer: Starting, index: int) -> dict[str, Any]:
     run, words = trainer.run, trainer.vocabulary
     found: dict[str, Any] = {
         "parameters": dict(trainer.stage.parameters),
+        "trained": dict(trainer.stage.trained),
         "device": str(trainer.device),
         "precision": trainer.env.precision,
         "world": environment.ranks().world,
@@ -171,6 +172,7 @@ def survey(trainer: Starting, index: int) -> dict[str, Any]:
         found["stages"].append({"stage": number, "steps": steps, "sources": sources})
         streams[number] = stream
     figures.show(run, found)
+    begun.show(trainer.stage.begun)
     for entry in found["stages"]:
         number = entry["stage"]
         if words is not None and entry["sources"]:

@@ -36,7 +36,9 @@ def show(run: Run, found: Mapping[str, Any]) -> None:
     from rich.text import Text
 
     sizes = ", ".join(
-        f"{n:,} parameters" + (f" of '{name}'" if name != "model" else "")
+        f"{n:,} parameters"
+        + (f" of '{name}'" if name != "model" else "")
+        + (f" ({found['trained'][name]:,} train)" if found["trained"][name] != n else "")
         for name, n in found["parameters"].items()
     )
     world = f"{found['world']} process" + "es" * (found["world"] > 1)

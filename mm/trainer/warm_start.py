@@ -1,23 +1,29 @@
-"""`init_from`: a new run that begins with the weights of another run's saved model."""
+"""`init_from`: networks that begin with the weights of a saved model or of another run."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mm import config as configs
+from mm.config import Config, validate
 from mm.errors import UserError
-from mm.model.folder import load_tensors
+from mm.hashes import digest
+from mm.init_from import InitFrom
+from mm.model.folder import load_tensors, read_config
+from mm.registry import NETWORKS
 from mm.run import Run
+from mm.surgery.base import Operated
+from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint.format import Snapshot
+from mm.trainer.fit_weights import fit_weights, for_linears, refusal, rows_of
 from mm.vocabulary import Vocabulary
 
 WEIGHTS, WORDS, TOKENIZERS = "model.safetensors", "vocabulary.json", "tokenizers"
+ADAPTERS = "adapters.safetensors"
 
 
 def resolve(run: Run) -> Run:
@@ -30,11 +36,11 @@ def resolve(run: Run) -> Run:
     """
     if run.init_from is None:
         return run
-    own, given = run.folder.resolve(), run.init_from.resolve()
+    own, given = run.folder.resolve(), run.init_from.path.resolve()
     if own in (given, *given.parents):
         raise UserError(
-            f"init_from: {run.init_from} is the folder of this run itself; to go on with it leave "
-            "init_from out, to begin a new one give it another name: name=..."
+            f"init_from: {run.init_from.path} is the folder of this run itself; to go on with it "
+            "leave init_from out, to begin a new one give it another name: name=..."
         )
     written = run.folder / "config.yaml"
     if written.is_file():
@@ -43,7 +49,7 @@ def resolve(run: Run) -> Run:
         words = Path(vocabulary) if vocabulary else None
         tokenizers = {m: Path(path) for m, path in (values.get("tokenizers") or {}).items()}
     else:
-        folder = model_folder(run)
+        folder = saved_model("init_from", run.init_from.path)
         words = folder / WORDS if (folder / WORDS).is_file() else None
         beside = sorted((folder / TOKENIZERS).glob("*"))
         tokenizers = {path.name: path for path in beside if path.is_dir()}
@@ -53,15 +59,154 @@ def resolve(run: Run) -> Run:
     )
 
 
-def model_folder(run: Run) -> Path:
-    """The saved model that ``init_from`` names, or that of the run it names. Raises UserError."""
-    assert run.init_from is not None
-    for folder in (run.init_from / "model", run.init_from):
+def saved_model(key: str, path: Path) -> Path:
+    """The saved model at ``path``, or that of the run there. Raises UserError naming ``key``."""
+    for folder in (path / "model", path):
         if (folder / WEIGHTS).is_file():
             return folder
-    trained = (run.init_from / "checkpoints").is_dir()
+    trained = (path / "checkpoints").is_dir()
     why = "its training has not ended: mm train it to its end" if trained else "name a run folder"
-    raise UserError(f"init_from: {run.init_from} holds no saved model ({WEIGHTS}); {why}")
+    raise UserError(f"{key}: {path} holds no saved model ({WEIGHTS}); {why}")
+
+
+def saved_config(key: str, asked: InitFrom) -> Config:
+    """The config of a saved network, whose files are compared with their hashes.
+
+    Raises UserError naming ``key``.
+    """
+    if asked.network != "model":
+        raise UserError(
+            f"{key}: only a saved model brings its config; '{asked.network}' of {asked.path} needs "
+            "one here"
+        )
+    folder = saved_model(key, asked.path)
+    values = read_config(folder)
+    return validate(NETWORKS.get(str(values.get("kind"))), values, str(folder / "config.json"))
+
+
+def config_at_start(key: str, asked: InitFrom) -> Config:
+    """`saved_config` after the operations of ``asked``. Raises UserError naming ``key``."""
+    config = saved_config(key, asked)
+    if not asked.surgery:
+        return config
+    folder = saved_model(key, asked.path)
+    old = Vocabulary.load(folder / WORDS) if (folder / WORDS).is_file() else None
+    it = Operated(config, load_tensors(folder / WEIGHTS), old)
+    return operate(key, asked, it, old).config
+
+
+class WarmStart(Snapshot):
+    """Trained weights as what a network begins with.
+
+    Attributes:
+        facts: folder, step and hash of what they come from.
+        told: that, and what became of every tensor (`Fitted`), once they were fitted.
+
+    Args:
+        key: that names them, for messages.
+        asked: where they are, and what need not fit.
+        vocabulary: of the run.
+        name: of the network.
+        exact: whether the vocabulary must be the very one that they were trained with.
+        words: path of the run's vocabulary, for messages.
+    Raises:
+        UserError: nothing is saved there, or the vocabularies do not fit.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        asked: InitFrom,
+        vocabulary: Vocabulary | None,
+        *,
+        name: str = "model",
+        exact: bool = False,
+        words: Path | None = None,
+    ):
+        self.key, self.asked = key, asked
+        self.rows: list[tuple[slice, slice]] | None = None
+        self.sizes = (0, 0)
+        self.told: dict[str, Any] = {}
+        if asked.network == "model":
+            folder = saved_model(key, asked.path)
+            file, step = folder / WEIGHTS, _step(folder.parent)
+            tensors = load_tensors(file)
+        else:
+            saved = checkpoint.newest(asked.path / "checkpoints")
+            if saved is None or not saved.has(asked.network):
+                raise UserError(f"{key}: no checkpoint of {asked.path} has '{asked.network}'")
+            folder, step = saved.folder, saved.state["step"]
+            file, tensors = folder / f"{asked.network}.safetensors", saved.tensors(asked.network)
+        if asked.adapters is not None:
+            tensors |= load_tensors(_adapters(key, asked.adapters))
+        old = Vocabulary.load(folder / WORDS) if (folder / WORDS).is_file() else None
+        self.operated: Config | None = None
+        if asked.surgery:
+            it = operate(key, asked, Operated(saved_config(key, asked), tensors, old), vocabulary)
+            self.operated, tensors, old = it
+        super().__init__({"stage": -1}, {name: tensors})
+        self.origin = str(folder)
+        self.facts: dict[str, Any] = {"folder": str(folder), "step": step, "sha256": digest(file)}
+        if asked.adapters is not None:
+            found = _adapters(key, asked.adapters)
+            self.facts |= {"adapters": str(found), "adapters_sha256": digest(found)}
+        if vocabulary is not None and old is not None:
+            self._compare(old, vocabulary, words, exact)
+
+    def _compare(self, old: Vocabulary, new: Vocabulary, words: Path | None, exact: bool) -> None:
+        """Find which rows of ids are taken; raises UserError."""
+        named = f"{self.key}: the vocabulary{f' {words}' if words else ''}"
+        if exact and old != new:
+            raise UserError(
+                f"{named} is not that of {self.origin} ({', '.join(old.modalities)}), so its ids "
+                f"would mean something else: set vocabulary={self.asked.path / WORDS}"
+            )
+        try:
+            self.rows = rows_of(old, new, self.asked.vocabulary)
+        except ValueError:
+            raise UserError(
+                f"{named} does not begin with that of {self.origin} "
+                f"({', '.join(old.modalities)}), so its ids would mean something else; pack the "
+                "data with: mm data pack SRC --out DIR --tokenizers ... --vocabulary "
+                f"{Path(self.origin) / WORDS}, or take what both have: "
+                f"{self.key}.vocabulary=matched"
+            ) from None
+        self.sizes = (old.size, new.size)
+        known = [spec for spec in old.ranges if spec in new.ranges]
+        self.new_modalities = [s.modality for s in new.ranges if s not in known]
+
+    def fit(self, module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights as ``module`` takes them, and its own where they begin fresh.
+
+        Raises UserError naming what does not fit.
+        """
+        weights = for_linears(module, weights)
+        out, told, faults = fit_weights(module, weights, self.asked, self.rows, self.sizes)
+        if faults:
+            why = refusal(self.key, faults, module, weights)
+            raise UserError(f"{self.key}: {self.origin} does not fit: {why}{self._made(module)}")
+        self.told = self.facts | told.to_dict()
+        fresh = {name: p.detach() for name, p in module.named_parameters()}
+        return fresh | out
+
+    def _made(self, module: nn.Module) -> str:
+        """What the operations made of the model's config, where it is another than this one."""
+        own = getattr(module, "config", None)
+        if self.operated is None or not isinstance(own, Config):
+            return ""
+        found = checkpoint.differences(own.to_dict(), self.operated.to_dict())
+        told = [f"{name} is {new} (here {old})" for name, (old, new) in found.items()]
+        return f"; after the surgery {', '.join(told[:8])}" if told else ""
+
+
+def operate(key: str, asked: InitFrom, it: Operated, vocabulary: Vocabulary | None) -> Operated:
+    """The network after the operations of ``asked``. Raises UserError naming ``key``."""
+    for number, surgery in enumerate(asked.surgery):
+        try:
+            it = surgery.apply(it, vocabulary)
+        except UserError as error:
+            raise UserError(f"{key}.surgery.{number}: {error}") from error
+    return it
 
 
 def begin(
@@ -72,57 +217,19 @@ def begin(
         return saved, saved.state.get("init_from")
     if run.init_from is None:
         return None, None
-    warm = WarmStart(run, vocabulary)
+    warm = WarmStart("init_from", run.init_from, vocabulary, words=run.vocabulary)
     return warm, warm.facts
 
 
-class WarmStart(Snapshot):
-    """A saved model as what the first stage begins with.
+def _adapters(key: str, path: Path) -> Path:
+    """The file of adapters at ``path``, or in the run there. Raises UserError naming ``key``."""
+    for file in (path / ADAPTERS, path):
+        if file.is_file():
+            return file
+    raise UserError(f"{key}.adapters: {path} has no {ADAPTERS}; name a run of model.linear: lora")
 
-    A longer vocabulary is taken where the old one is its beginning: ids that are new begin as in
-    a fresh model.
 
-    Args:
-        run: with ``init_from``.
-        vocabulary: of the run.
-    Raises:
-        UserError: the vocabularies do not fit.
-    """
-
-    def __init__(self, run: Run, vocabulary: Vocabulary | None):
-        folder = model_folder(run)
-        super().__init__({"stage": -1}, {"model": load_tensors(folder / WEIGHTS)})
-        self.origin = str(folder)
-        self.mend = f"init_from takes a model of the same config: set model: as {folder} has it"
-        self.old = self.new = vocabulary
-        if vocabulary is not None and (folder / WORDS).is_file():
-            self.old = old = Vocabulary.load(folder / WORDS)
-            if not old.is_prefix_of(vocabulary):
-                raise UserError(
-                    f"init_from: the vocabulary {run.vocabulary} does not begin with that of "
-                    f"{folder} ({', '.join(old.modalities)}), so its ids would mean something "
-                    f"else; pack the data with: mm data pack SRC --out DIR --tokenizers ... "
-                    f"--vocabulary {folder / WORDS}"
-                )
-            self.new_modalities = vocabulary.modalities[len(old.modalities) :]
-        mark = folder.parent / "model.step"  # the step, and `best` where that was exported
-        with (folder / WEIGHTS).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self.facts: dict[str, Any] = {
-            "folder": str(folder),
-            "step": int(mark.read_text().split()[0]) if mark.is_file() else None,
-            "sha256": digest,
-        }
-
-    def fit(self, module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tables of one row an id get the fresh rows of ``module`` for ids that are new."""
-        out, own = dict(weights), module.state_dict()
-        if self.old is None or self.new is None or not self.new_modalities:
-            return out
-        had, has = self.old.size, self.new.size
-        for name, tensor in weights.items():
-            fresh = own.get(name)
-            if fresh is not None and fresh.dim() and tensor.shape == (had, *fresh.shape[1:]):
-                if len(fresh) == has:
-                    out[name] = torch.cat([tensor, fresh[had:].to(tensor)])
-        return out
+def _step(run: Path) -> int | None:
+    """The step of a run's saved model; None where nothing says it."""
+    mark = run / "model.step"  # the step, and `best` where that was exported
+    return int(mark.read_text().split()[0]) if mark.is_file() else None

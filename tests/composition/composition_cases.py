@@ -26,6 +26,7 @@ MASKS: dict[str, Mask] = {
     "prefix": Prefix(),
     "window": Window(3),
 }
+EXPRESSION = "causal & ~(item != 0 & q.prefix) | same_prefix"  # of named fields, given and made
 TEXT = [{"length": 7}, {"length": 1}, {"length": 5}]
 MARKED = [
     {"length": 7, "blocks": [[0, 3]]},

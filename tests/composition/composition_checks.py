@@ -37,15 +37,25 @@ class Fault(NamedTuple):
 def run(model: Model, case: Case, call: Call, state: Any = None, **settings: Any) -> ModelOut:
     if case["mask"] == "window":
         settings["mask"] = MASKS["window"]
+    settings.setdefault("return_intermediates", frozenset({"drafts"}))
     return model(call.batch, state=state, path=case.get("path"), loss=False, **settings)
 
 
+def said(dist: Any) -> list[Tensor]:
+    """`(P, .)` of each place: logits, the mean of a density, the first frame of alignments."""
+    found = [getattr(dist, "logits", None), getattr(dist, "mean", None)]
+    found += [dist.drafts.flatten(1)] if hasattr(dist, "drafts") else []
+    found += [dist.log_probs[:, 0]] if hasattr(dist, "log_probs") else []
+    known = [t for t in found if t is not None]
+    assert known, type(dist)
+    return known
+
+
 def outputs(out: ModelOut, call: Call) -> list[Tensor]:
-    """`(L, .)` of each piece: hidden states and the logits of every head."""
+    """`(L, .)` of each piece: hidden states and what every head says at each place."""
     parts = [out.hidden.flatten(0, 1)]
     for head in out.heads.values():
-        assert head.dist is not None and head.dist.logits is not None
-        parts.append(head.dist.logits)
+        parts += said(head.dist)
     y = torch.cat(parts, -1)
     return [y[at] for at in call.at]
 

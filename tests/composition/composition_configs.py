@@ -19,9 +19,10 @@ from mm.config import Config, validate
 from mm.errors import UserError
 from mm.model.backbones.stack import StackConfig, presets
 from mm.model.layer import init_weights
+from mm.model.memories import MEMORIES, memories_read
 from mm.model.model import LmConfig, Model
 from mm.plug_point import Registry
-from mm.registry import FFNS, MIXERS
+from mm.registry import BACKBONES, FFNS, MIXERS
 from mm.specs import TokenSpec
 from mm.vocabulary import Vocabulary
 
@@ -153,16 +154,37 @@ def all_mixers() -> dict[str, dict[str, Any]]:
 def fixed(model: dict[str, Any], mask: str, documents: list[dict[str, Any]]) -> Case:
     """A case that nobody drew."""
     base = {"kind": "lm", "d_model": D}
-    base |= {"mask": mask} if mask in ("full", "prefix") else {}
+    base |= {"mask": mask} if mask not in ("causal", "window") else {}
     return {"model": base | model, "mask": mask, "seed": 0, "documents": documents}
 
 
 def layers(*mixers: dict[str, Any], **settings: Any) -> dict[str, Any]:
-    """A backbone of these mixers, without feed-forwards if ``settings`` name none."""
+    """A backbone of these mixers, without feed-forwards if ``settings`` name none.
+
+    Of mixers that attend to a memory: the decoder of a backbone that makes it.
+    """
     words = [f"m{i}" for i in range(len(mixers))]
     made = {"kind": "stack", "pattern": " ".join(words)}
     made["mixers"] = dict(zip(words, mixers, strict=True))
-    return made | {FFNS.name: None} | settings
+    made |= {FFNS.name: None} | settings
+    read = {name for mixer in mixers if builds(mixer) for name in memories_of(mixer)}
+    if not read:
+        return made
+    (maker,) = (kind for kind in BACKBONES if makes(kind) >= read)
+    return smallest(BACKBONES, maker) | {"decoder": made}
+
+
+def memories_of(mixer: dict[str, Any]) -> set[str]:
+    """Names of the memories that a mixer attends to."""
+    with torch.device("meta"):
+        return memories_read(MIXERS.parse(mixer).build(D))
+
+
+def makes(backbone: str) -> set[str]:
+    """Names of the memories that a backbone makes."""
+    with torch.device("meta"):
+        layer = BACKBONES.get(backbone).smallest().build(D)
+    return {n.removeprefix(MEMORIES) for n in layer.caps.publishes if n.startswith(MEMORIES)}
 
 
 # ---- models ----

@@ -6,12 +6,14 @@ import random
 import typing
 from typing import Any, Literal
 
+from composition_cases import EXPRESSION
 from composition_configs import (
     ITEM,
     Case,
     D,
     alternatives,
     builds,
+    memories_of,
     plain,
     preset,
     registry_of,
@@ -87,7 +89,7 @@ def any_of(rng: random.Random, registry: Registry, nested: int = 2) -> dict[str,
         elif many is MIXERS:
             values[name] = [any_mixer(rng, nested - 1) for _ in value]
         elif isinstance(value, StackConfig):
-            values[name] = stack(rng)
+            values[name] = with_readers(stack(rng), value)
         elif part is not None and rng.random() < 0.5:
             values[name] = any_of(rng, part, nested)
     if rng.random() < 0.5:
@@ -120,13 +122,24 @@ def stack(rng: random.Random) -> dict[str, Any]:
     return made
 
 
+def with_readers(drawn: dict[str, Any], like: StackConfig) -> dict[str, Any]:
+    """A drawn stack with the layers of another that attend to a memory of their backbone."""
+    for word in like.words():
+        if memories_of(mixer := plain(like.mixer(word))):
+            drawn["pattern"] += f" {word}"
+            drawn["mixers"][word] = mixer
+    return drawn
+
+
 def any_case(seed: int, mask: str | None = None) -> Case:
     """The random composition of a seed."""
     rng = random.Random(seed)
-    mask = mask or rng.choice(["causal", "causal", "prefix", "prefix", "full", "window"])
+    mask = mask or rng.choice(
+        ["causal", "causal", "prefix", "prefix", "full", "window", EXPRESSION]
+    )
     backbone = stack(rng) if rng.random() < 0.8 else any_of(rng, BACKBONES)
     model: dict[str, Any] = {"kind": "lm", "d_model": D, "backbone": backbone}
-    if mask in ("full", "prefix"):
+    if mask not in ("causal", "window"):
         model["mask"] = mask
     if rng.random() < 0.3:
         model["embedder"] = any_of(rng, EMBEDDERS)
@@ -161,7 +174,7 @@ def any_document(rng: random.Random, mask: str, items: bool, grids: bool) -> dic
         cells = shape[0] * shape[1]
         if cells <= length:
             made["grid"] = [rng.randint(0, length - cells), *shape]
-    if mask == "prefix" and rng.random() < 0.7:
+    if mask in ("prefix", EXPRESSION) and rng.random() < 0.7:
         end = rng.randint(1, length)
         if "grid" in made and rng.random() < 0.7:
             end = max(end, made["grid"][0] + made["grid"][1] * made["grid"][2])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from composition_cases import TEXT, lay, packed_rows
 from composition_checks import recorded, run
-from composition_configs import D, build, fixed, layers, registry_of, smallest, wrappers
+from composition_configs import D, build, fixed, layers, plain, registry_of, smallest, wrappers
 from torch import Tensor
 
 from mm.layout import Layout
@@ -129,7 +129,7 @@ def test_branches_of_all_blocks_draw_apart(kind: str, monkeypatch: pytest.Monkey
         config = BACKBONES.get(kind).smallest()
         for field in type(config).model_fields:
             if registry_of(getattr(config, field)) is BACKBONES:  # the block of what is below
-                below = smallest(BACKBONES, "stack") | {"block": backbone["block"]}
+                below = plain(getattr(config, field)) | {"block": backbone["block"]}
                 backbone[field] = below
         case = fixed({"backbone": backbone}, "causal", TEXT)
         model = build(case)

@@ -5,15 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mm.data.batching.collate import (
-    Piece,
-    axes_of,
-    document_length,
-    document_tokens,
-    grids_of,
-    pieces_to_batch,
-    to_batch,
-)
+from mm.data.batching.collate import Piece, axes_of, grids_of, pieces_to_batch, to_batch
+from mm.data.batching.document import document_length, document_tokens
 from mm.layout import Grid
 from mm.specs import Segment, TokenSpec
 from mm.vocabulary import MASK, NULL, extend_vocabulary
@@ -82,10 +75,18 @@ def test_what_is_no_plain_token_is_refused() -> None:
             document_tokens([text(0, code)], VOCABULARY)
     with pytest.raises(ValueError, match="a target needs ids"):
         document_tokens([Segment("text", None)], VOCABULARY)
-    for more in ({"position": np.zeros((1, 1))}, {"part": "x"}, {"room": 1}, {"fields": {"a": 1}}):
-        with pytest.raises(ValueError, match="are no plain tokens"):
+    for more, why in (
+        ({"position": np.zeros((1, 1))}, r"positions float64 \(1, 1\) at 1 places"),
+        ({"part": "x"}, "part 'x' goes with nothing"),
+        ({"room": 1}, "room for 1 values, and none there"),
+        ({"fields": {"a": 0.5}}, "field 'a': float64"),
+        ({"fields": {"a": np.ones(2, int)}}, "one integer or one a code"),
+        ({"fields": {"prefix": 1}}, "field 'prefix' is made by packing"),
+        ({"values": np.zeros((1, 2))}, "values of a modality of ids"),
+    ):
+        with pytest.raises(ValueError, match=why):
             document_tokens([text(0)._replace(**more)], VOCABULARY)
-    with pytest.raises(ValueError, match="are no plain tokens"):  # a target is not hidden
+    with pytest.raises(ValueError, match="can be masked"):  # a target is not hidden
         document_tokens([text(0, fields={"masked": np.array([True])})], VOCABULARY)
     assert len(document_tokens([], VOCABULARY).ids) == 0
     assert document_tokens([text()], VOCABULARY).ids.tolist() == [TEXT.begin, TEXT.end]

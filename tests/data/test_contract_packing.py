@@ -14,7 +14,8 @@ import torch
 from stream_cases import CASES, N
 
 from mm.batch import Batch
-from mm.data.batching.collate import document_tokens, to_batch
+from mm.data.batching.collate import to_batch
+from mm.data.batching.document import document_tokens
 from mm.data.shards.reader import ShardSet
 from mm.data.streams.packed import PackedConfig
 from mm.errors import UserError

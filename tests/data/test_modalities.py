@@ -261,6 +261,7 @@ def test_what_is_unknown_is_refused_by_name() -> None:
 # ---- over whatever is registered -------------------------------------------------------------
 
 FILES = {"text": b"a text", "image": png(), "audio": wav(), "series": b"1\n2\n3\n4\n5\n"}
+FILES["time_series"] = b"1 2\n3,4.5\n"
 
 
 @pytest.mark.parametrize("kind", [*MODALITIES, "series"])

@@ -32,15 +32,20 @@ def test_pairs_turn_by_the_base_to_the_share_of_what_is_rotated(fraction: float)
         assert new[n:] == old[n:]
 
 
-def test_yarn_interpolates_between_its_two_corners() -> None:
-    """Peng et al. 2023 (arXiv:2309.00071), eq. 22 to 25, corners rounded down and up."""
-    dim, theta, factor, original = 64, 10000.0, 8.0, 512
+@pytest.mark.parametrize("original", [512, 100])
+def test_yarn_interpolates_between_its_two_corners(original: int) -> None:
+    """Peng et al. 2023 (arXiv:2309.00071), eq. 22 to 25, corners rounded down and up.
+
+    Of 100 places no pair makes 32 turns: the first corner is pair 0.
+    """
+    dim, theta, factor = 64, 10000.0, 8.0
     scaling = {"rule": "yarn", "factor": factor, "original": original}
     rope = POSITIONS.get("rope")(theta=theta, scaling=scaling).build(dim)
     cos, sin = rope.prepare(Layout.plain(1, 2).fields)[:, 0, 1, 0].double()
     corner = lambda turns: dim * math.log(original / (turns * 2 * math.pi)) / 2 / math.log(theta)
-    begin, end = math.floor(corner(32.0)), math.ceil(corner(1.0))
-    assert begin < corner(32.0) and end > corner(1.0) and 0 < begin < end < dim // 2
+    begin, end = max(math.floor(corner(32.0)), 0), math.ceil(corner(1.0))
+    assert end > corner(1.0) and begin < end < dim // 2
+    assert 0 < begin < corner(32.0) if original == 512 else corner(32.0) < 0 == begin
     length = 0.1 * math.log(factor) + 1
     for i in range(dim // 2):
         share = min(1.0, max(0.0, (i - begin) / (end - begin)))

@@ -119,6 +119,31 @@ def test_the_index_says_what_was_asked_and_what_came(home: Path, tmp_path: Path)
     assert [(th.count("<img"), td.count("<img")) for th, td in cells] == [(0, 2), (1, 0), (1, 2)]
 
 
+def test_the_tracker_gets_one_table_a_step_with_the_files(home: Path, tmp_path: Path) -> None:
+    given: list[tuple[str, int, list[dict[str, Any]]]] = []
+
+    class Listen(Callback):
+        def on_stage_start(self, trainer: Any) -> None:
+            table = trainer.tracker.table
+
+            def listening(name: str, rows: Any, step: int) -> None:
+                given.append((name, step, [dict(row) for row in rows]))
+                table(name, rows, step)
+
+            trainer.tracker.table = listening
+
+    run = run_of(home, tmp_path, 2)
+    train(run, callbacks=[Listen()])
+    [(name, step, rows)] = given
+    assert (name, step, len(rows)) == ("samples", 2, 3)
+    files = [run.folder / "samples" / row["file"] for row in index(run)]
+    assert [
+        row[f"sample {to}"] for row, to in zip(rows, ("image", "text", "image"), strict=True)
+    ] == files
+    assert rows[0]["prompt text"] == "a caption <7>" and rows[0]["step"] == 2
+    assert rows[1]["prompt image"].read_bytes()[:4] == png(7)[:4]
+
+
 class Remove(Callback):
     """Removes a file at the first step."""
 

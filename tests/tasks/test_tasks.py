@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mm.data.batching.collate import document_tokens
+from mm.data.batching.document import document_tokens
 from mm.data.modalities.audio import audio_features
 from mm.data.modalities.base import modality_of_value
 from mm.data.modalities.image import image_features

@@ -22,7 +22,7 @@ from mm.vocabulary import RESERVED, extend_vocabulary
 
 KINDS = list(TOKENIZERS)
 EXACT = {"bpe", "bytes"}  # the others lose information, but not shape
-CONTINUOUS = {"image_patches", "mel_frames"}  # they give values in place of ids
+CONTINUOUS = {"image_patches", "mel_frames", "series_patches"}  # they give values in place of ids
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -124,6 +124,9 @@ def test_round_trip(kind: str, tokenizer: ModalityTokenizer, examples: list[Any]
             if kind in CONTINUOUS:  # up to a whole place
                 spare += 1 / tokenizer.spec.tokens_per_second  # type: ignore[operator]
             assert abs(len(samples) / out.sample_rate - seconds) < spare
+        elif kind == "series_patches":
+            assert out.dtype == np.float32 and out.shape == raw.shape
+            np.testing.assert_allclose(out, raw, rtol=1e-5, atol=1e-5)
         elif kind in CONTINUOUS:  # each its own shape
             assert out.dtype == np.uint8 and out.ndim == 3 and out.shape[2] == 3
         else:

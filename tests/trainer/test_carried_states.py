@@ -14,7 +14,8 @@ import torch
 from data_toys import token_shards
 from trainer_runs import Calls, losses, torchrun
 
-from mm.data.batching.collate import document_tokens, to_batch
+from mm.data.batching.collate import to_batch
+from mm.data.batching.document import document_tokens
 from mm.data.shards.reader import ShardSet
 from mm.data.streams.stateful import StatefulConfig
 from mm.errors import UserError

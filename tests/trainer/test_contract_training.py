@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import trainer_toys as toys
@@ -13,9 +15,11 @@ from trainer_runs import losses, make_run, rows, torchrun
 from trainer_toys import toys_registered  # noqa: F401
 
 from mm.batch import Batch, Values
+from mm.data.batching.collate import to_batch
 from mm.model.layer import ModelOut
-from mm.registry import NETWORKS, OBJECTIVES, OPTIMIZERS
+from mm.registry import BACKBONES, NETWORKS, OBJECTIVES, OPTIMIZERS
 from mm.run import Run
+from mm.specs import Segment
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.env import TrainerEnv
 from mm.trainer.loop import train
@@ -31,6 +35,16 @@ def adafactor_run(out: Path, name: str, stage: int) -> Run:
     optimizer = OPTIMIZERS.parse({"kind": "adafactor", "factored": False, "lr": 1e-2})
     stages = (run.stages[0].model_copy(update={"optimizer": optimizer}),)
     return run.model_copy(update={"stages": stages})
+
+
+def encoder_decoder_run(out: Path, name: str, stage: int, recompute: str) -> Run:
+    """A run whose rank 1 alone has conditions to encode."""
+    backbone = BACKBONES.get("encoder_decoder").smallest()
+    model = NETWORKS.get("lm")(
+        d_model=16, backbone=backbone.model_copy(update={"recompute": recompute})
+    )  # type: ignore[call-arg]
+    run = make_run(out, name, stage=stage, data={"by_rank": True})
+    return run.model_copy(update={"model": model})
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +64,10 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     }
     runs |= {
         f"half{s}": make_run(out, f"half{s}", stage=s, data={"signal_at": 2}) for s in range(4)
+    }
+    runs |= {
+        f"halves{s}": encoder_decoder_run(out, f"halves{s}", s, again)
+        for s, again in ((1, "full"), (3, "selective"))
     }
     runs["sums"] = adafactor_run(out, "sums", stage=2)
     still = {"optimizer": {"kind": "adamw", "lr": 1e-12, "weight_decay": 0.0}}
@@ -91,6 +109,15 @@ def test_sums_over_a_parameter_are_those_of_all_ranks(
     alone = adafactor_run(tmp_path, "alone", stage=0)
     train(alone)
     assert losses(two_ranks["sums"]) == pytest.approx(losses(alone), rel=1e-5)
+
+
+def test_an_encoder_runs_on_a_rank_without_conditions(
+    two_ranks: dict[str, Run], tmp_path: Path
+) -> None:
+    alone = encoder_decoder_run(tmp_path, "alone", 0, "none")
+    train(alone)
+    for s in (1, 3):
+        assert losses(two_ranks[f"halves{s}"]) == pytest.approx(losses(alone), rel=2e-6), s
 
 
 def test_two_ranks_end_a_stage_early_together(two_ranks: dict[str, Run]) -> None:
@@ -150,6 +177,13 @@ def _tokens(rows_: range) -> Batch:
     return toys.ToyStream(toys.ToyStreamConfig(), toys.vocabulary(), 0, 0, 1)._batch(rows_)
 
 
+def _pairs(rows_: range) -> Batch:
+    """Each row beside another one of its length: document m of both is a pair."""
+    b = _tokens(rows_)
+    other = lambda ids: torch.where(ids >= 20, 18 + (ids * 5) % 7, ids)
+    return replace(b, parts={"rejected": replace(b, ids=other(b.ids), targets=other(b.targets))})
+
+
 def _items(modality: str, make: Any) -> Any:
     def batch(rows_: range) -> Batch:
         data = torch.stack([make(torch.Generator().manual_seed(r)) for r in rows_])
@@ -161,15 +195,36 @@ def _items(modality: str, make: Any) -> Any:
     return batch
 
 
-RECIPES: dict[str, tuple[str, Any]] = {  # objective -> (network it trains, batch of given rows)
-    "next_token": ("toy_lm", _tokens),
-    "toy_gan": ("toy_lm", _tokens),
-    "vq": ("image_vq", _items("image", lambda g: torch.rand(3, 32, 32, generator=g))),
-    "codec": ("audio_codec", _items("audio", lambda g: 0.1 * torch.randn(8000, generator=g))),
+def _pairs(rows_: range) -> Batch:
+    """A picture of a few codes and its caption; two of the captions are the same."""
+    rows: list[list[list[Segment]]] = []
+    for r in rows_:
+        codes = np.random.default_rng(r).integers(0, 8, 3 + r)
+        image = Segment("image", codes, role="condition")
+        rows.append([[image, Segment("text", np.array([r % 3, 1]))]])
+    return to_batch(rows, toys.vocabulary(), 16, len(rows))
+
+
+EMBEDS = {
+    "kind": "lm",
+    "d_model": 16,
+    "backbone": {"kind": "stack", "depth": 1, "pattern": "attention"},
+    "heads": {"embedding": {"kind": "embedding", "d_out": 8}},
 }
 
 
-def recipe(kind: str) -> tuple[str, Any]:
+RECIPES: dict[str, tuple[str, Any]] = {  # objective -> (network it trains, batch of given rows)
+    "next_token": ("toy_lm", _tokens),
+    "distil": ("lm", _tokens),
+    "dpo": ("lm", _pairs),
+    "toy_gan": ("toy_lm", _tokens),
+    "vq": ("image_vq", _items("image", lambda g: torch.rand(3, 32, 32, generator=g))),
+    "codec": ("audio_codec", _items("audio", lambda g: 0.1 * torch.randn(8000, generator=g))),
+    "contrastive": (EMBEDS, _pairs),  # type: ignore[dict-item]
+}
+
+
+def recipe(kind: str) -> tuple[Any, Any]:
     """The recipe of an objective, or of the one whose config its own extends."""
     for cls in OBJECTIVES.get(kind).__mro__:
         declared = getattr(cls, "model_fields", {}).get("kind")
@@ -185,7 +240,8 @@ def gradients(kind: str, micro: int, rows_: int = 4) -> dict[str, torch.Tensor]:
     """
     network, make = recipe(kind)
     vocabulary = toys.vocabulary()
-    config = NETWORKS.get(network).smallest()
+    named = isinstance(network, str)
+    config = NETWORKS.get(network).smallest() if named else NETWORKS.parse(network)
     run = Run.model_construct(model=config)
     objective = build(OBJECTIVES.get(kind).smallest(), vocabulary=vocabulary)
     nets = {

@@ -196,6 +196,8 @@ def test_memory_that_runs_out_is_told_with_the_longest_span_of_each_modality() -
     assert "longest: image 7;" in say(MemoryError(), raw) and "(no memory)" in say(
         MemoryError(), raw
     )
+    none = {"audio": Values(torch.zeros(2, 9), 0 * n, 0 * n, 0 * n)}
+    assert "longest: image 7;" in say(MemoryError(), raw, Batch.of_values(none))
     assert "2x8" in say(RuntimeError("x: can't allocate memory: y"), tokens, raw)
     assert "image 7" in say(RuntimeError("not enough memory"), tokens, raw)
     assert out_of_memory(RuntimeError("another"), [tokens], None, 1) is None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, Protocol, cast
 
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from mm import config as yaml_config
+from mm.batch import Sum
 from mm.config import Config
 from mm.errors import UserError, did_you_mean
 from mm.model import recompute as recomputing
@@ -20,6 +21,7 @@ from mm.model.context import Ctx
 from mm.model.layer import (
     Backbone,
     Block,
+    Caps,
     Layer,
     Linear,
     LinearFactory,
@@ -37,6 +39,18 @@ from mm.state import State, StateTuple
 INTERMEDIATE = "intermediate."
 
 
+class Visits(Protocol):
+    """One pass through a stack, as something that may change what goes on looks at it."""
+
+    def see(self, visit: int, x_BTD: Tensor) -> Tensor:
+        """What goes on after a visit that gave ``x``."""
+        ...
+
+    def result(self, x_BTD: Tensor) -> tuple[Tensor, dict[str, Sum]]:
+        """What the last norm reads, and what is reported."""
+        ...
+
+
 class Stack(Backbone):
     """Blocks one after another, then a norm.
 
@@ -44,6 +58,8 @@ class Stack(Backbone):
     `hidden.i` (input of visit i) and `hidden` (what the heads read) are published under
     `intermediate.hidden.i`.
     """
+
+    caps = Caps(shard="local")
 
     def __init__(
         self,
@@ -73,10 +89,18 @@ class Stack(Backbone):
     def _layer(self, i: int) -> Block:
         return cast(Block, self.layers[i])
 
+    def default_path(self) -> list[int]:
+        """The layers of a pass that names none, in order."""
+        return list(range(len(self.layers)))
+
+    def watch(self, ctx: Ctx) -> Visits | None:
+        """What looks at the outputs of the default path's layers; None: nobody does."""
+        return None
+
     def init_weights(self) -> None:
         # Runs after the children: residual branches shrink with depth. Source: Radford et al. 2019
         # (GPT-2), section 2.3.
-        factor = (2 * len(self.layers)) ** -0.5
+        factor = (2 * len(self.default_path())) ** -0.5
         for module in _own_modules(self.layers):
             if isinstance(module, Linear) and module.ends_branch:
                 module.rescale(factor)
@@ -84,7 +108,8 @@ class Stack(Backbone):
     def forward(
         self, x_BTD: Tensor, ctx: Ctx, state: State | None = None, path: Sequence[int] | None = None
     ) -> Out:
-        visits = list(path) if path is not None else list(range(len(self.layers)))
+        visits = list(path) if path is not None else self.default_path()
+        watch = self.watch(ctx) if path is None else None
         parts: list[State | None] = [None] * len(visits)
         if state is not None:
             if not isinstance(state, StateTuple) or len(state) != len(visits):
@@ -115,9 +140,13 @@ class Stack(Backbone):
             else:
                 out = layer(x, here, parts[visit])
             x, parts[visit] = out.y, out.state
+            x = x if watch is None else watch.see(visit, x)
             ctx = replace(out.ctx, visit=ctx.visit) if out.ctx is not None else ctx
             for name, value in out.aux.items():
                 aux[name] = aux[name] + value if name in aux else value
+        if watch is not None:
+            x, more = watch.result(x)
+            aux |= more
         y = self.norm(x)
         if intermediates or "hidden" in ctx.return_intermediates:
             intermediates |= (
@@ -128,7 +157,7 @@ class Stack(Backbone):
         return Out(y, after, replace(ctx, provided=outer), aux)
 
     def initial_state(self, n: int, max_len: int, path: Sequence[int] | None = None) -> StateTuple:
-        visits = path if path is not None else range(len(self.layers))
+        visits = path if path is not None else self.default_path()
         return StateTuple(*(self._layer(i).initial_state(n, max_len) for i in visits))
 
 
@@ -159,6 +188,10 @@ class StackConfig(Config):
     blocks: dict[str, BlockField] = Field(
         default={}, description="words of the pattern with a block of their own"
     )
+    ffns: dict[str, FfnField | None] = Field(
+        default={},
+        description="words of the pattern with a feed-forward of their own; null: without one",
+    )
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-6
     norm: Kind = Field(default="rms", description="of what the heads read")
     recompute: recomputing.Recompute = "none"
@@ -186,8 +219,9 @@ class StackConfig(Config):
             words = self.words()
             for word in words:
                 self.mixer(word)
-            for word in self.blocks.keys() - {*words}:
-                raise UserError(f"blocks: '{word}' is no word of the pattern")
+            for name, given in (("blocks", self.blocks), ("ffns", self.ffns)):
+                for word in given.keys() - {*words}:
+                    raise UserError(f"{name}: '{word}' is no word of the pattern")
         except UserError as error:  # pydantic reports it with its path in the file
             raise ValueError(str(error)) from error
         return self
@@ -207,15 +241,20 @@ class StackConfig(Config):
             raise UserError(f"pattern: no mixer '{word}'{did_you_mean(word, known)}") from None
 
     def build(self, d_model: int, linear: LinearFactory = dense) -> Stack:
-        layers = [
+        return Stack(
+            self.build_layers(d_model, linear), d_model, self.eps, self.recompute, self.norm
+        )
+
+    def build_layers(self, d_model: int, linear: LinearFactory) -> list[Block]:
+        """The layers of `words`."""
+        return [
             self.blocks.get(word, self.block).build(
                 d_model,
                 self.mixer(word).build(d_model, linear),
-                self.ffn.build(d_model, linear) if self.ffn else None,
+                ffn.build(d_model, linear) if (ffn := self.ffns.get(word, self.ffn)) else None,
             )
             for word in self.words()
         ]
-        return Stack(layers, d_model, self.eps, self.recompute, self.norm)
 
 
 def _own_modules(module: nn.Module) -> Iterator[nn.Module]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mm.config import Config
 from mm.model.context import Ctx
-from mm.model.layer import Block, FeedForward, Mixer, Out
+from mm.model.layer import Block, Caps, FeedForward, Mixer, Out
 from mm.model.noise import dropout
 from mm.model.norm import Kind, norm
 from mm.registry import BLOCKS
@@ -28,6 +28,8 @@ class PreNorm(Block):
     section 2. ``normed_residual``: the branch is added to what it read, as in MiniMax-01
     (arXiv:2501.08313), section 2, whose residual begins behind the norm.
     """
+
+    caps = Caps(shard="local")
 
     def __init__(self, d_model: int, mixer: Mixer, ffn: FeedForward | None, config: PreNormConfig):
         super().__init__()
@@ -46,21 +48,22 @@ class PreNorm(Block):
         read = x_BTD if self.mixer_norm is None else self.mixer_norm(x_BTD)
         mixed = self.mixer(read, ctx, mixer_state)
         y = mixed.y if self.mixer_post_norm is None else self.mixer_post_norm(mixed.y)
-        x = (read if self.normed_residual else x_BTD) + self._drop(y, ctx, "mixer")
+        x = (read if self.normed_residual else x_BTD) + self.scale_branch(y, ctx, "mixer")
         ctx_after = mixed.ctx or ctx
         aux = dict(mixed.aux)
         if self.ffn is not None:
             read = x if self.ffn_norm is None else self.ffn_norm(x)
             fed = self.ffn(read, ctx_after, ffn_state)
             y = fed.y if self.ffn_post_norm is None else self.ffn_post_norm(fed.y)
-            x = (read if self.normed_residual else x) + self._drop(y, ctx, "ffn")
+            x = (read if self.normed_residual else x) + self.scale_branch(y, ctx, "ffn")
             ctx_after = fed.ctx or ctx_after
             ffn_state = fed.state
             aux |= fed.aux
         states = (mixed.state, ffn_state) if self.ffn is not None else (mixed.state,)
         return Out(x, join_parts(*states), ctx_after if ctx_after is not ctx else None, aux)
 
-    def _drop(self, y: Tensor, ctx: Ctx, name: str) -> Tensor:
+    def scale_branch(self, y: Tensor, ctx: Ctx, name: str) -> Tensor:
+        """What a branch adds, on its way to the residual stream."""
         return dropout(y, self.dropout, ctx, self, name) if self.dropout and self.training else y
 
 

@@ -22,6 +22,8 @@ from mm.registry import EMBEDDERS, PositionField
 class SumEmbedder(Embedder):
     """``scale * sum_s table[ids[..., s]]``, ``scale`` by default sqrt(D); id -1 adds nothing."""
 
+    shard = "local"
+
     def __init__(
         self,
         n_ids: int,

@@ -41,7 +41,8 @@ class Randomised(nn.Module, Position):
         Raises:
             UserError: a document is longer than the range.
         """
-        n = ctx.layout.max_seqlen
+        layout = ctx.layout if ctx.shard is None else ctx.shard.whole
+        n = layout.max_seqlen
         if isinstance(ctx.seed, int) and ctx.seed == 0 or not n:
             return f.position
         if n > self.length:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mm.registry import CALLBACKS
+from mm.trainer.begun import Begun
 from mm.trainer.callbacks.base import Callback
 
 ALWAYS = ("progress", "machine", "modalities", "alerts")
@@ -18,5 +19,5 @@ def of_run(named: Sequence[Any]) -> tuple[list[Callback], list[Callback]]:
     """
     kinds = {config.kind for config in named}
     rest = [CALLBACKS.parse(kind) for kind in ALWAYS if kind not in kinds]
-    built = [config.build() for config in (*named, *rest)]
+    built = [*(config.build() for config in (*named, *rest)), Begun()]
     return [c for c in built if c.adds_metrics], [c for c in built if not c.adds_metrics]

@@ -20,6 +20,8 @@ def collect(stage: StageState) -> tuple[dict[str, dict[str, Tensor]], dict[str, 
         files[name] = engine.weights()
         files[f"{name}.optimizer"], scalars[name] = engine.optimizer_state()
     for name, module in stage.frozen.items():
+        if name in stage.from_folders:
+            continue
         files[name] = {k: v.to("cpu", copy=True) for k, v in module.state_dict().items()}
     if stage.nets.carried is not None:
         files[stateful.FILE] = stage.nets.carried.full_tensors()

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from mm.errors import UserError
 from mm.launch import environment
-from mm.run import Ema, EngineConfig
+from mm.run import EngineConfig
+from mm.schedule import Ema
 from mm.trainer.engine.zero_shards import Shards
 from mm.trainer.optimizers.base import ShardOptimizer
 
@@ -108,6 +109,12 @@ class Engine:
         if not any(p.requires_grad for p in module.parameters()):
             raise UserError(f"network {type(module).__name__} has no trainable parameter")
         n_params = sum(p.numel() for p in module.parameters())
+        # DeepSpeed rounds all weights to bf16 and keeps masters only of those that train.
+        self._frozen = {
+            name: p.detach().to("cpu", copy=True)
+            for name, p in module.named_parameters()
+            if precision == "bf16" and not p.requires_grad
+        }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if not deepspeed.comm.is_initialized():
@@ -177,14 +184,15 @@ class Engine:
                 for grad in grads:
                     grad.mul_(self.grad_clip / (norm + 1e-6))
         self.ds.step()
-        applied = self.ds.was_step_applied()
-        if applied:
-            self._average(self.updates)
-            self.updates += 1
+        if not self.ds.was_step_applied():
+            return False, float("inf")
+        self._average(self.updates)
+        self.updates += 1
         if norm is None:
             found = self.ds.get_global_grad_norm()
-            norm = float(found) if found is not None else 0.0
-        return applied, norm if applied else float("inf")
+            assert found is not None, "DeepSpeed tells the norm where it has it computed"
+            norm = float(found)
+        return True, norm
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Trainable parameters once each (tied ones under their first name)."""
@@ -196,7 +204,7 @@ class Engine:
 
         out = {}
         for name, p in self.raw.named_parameters():
-            full = safe_get_full_fp32_param(p) if p.requires_grad else None
+            full = safe_get_full_fp32_param(p) if p.requires_grad else self._frozen.get(name)
             if full is None:
                 with self._gather([p]):
                     full = p.detach()

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mm.init_from import folders
 from mm.reading import parse_json
 from mm.run import Run
 from mm.trainer.log.sinks.base import Artifact
@@ -25,7 +26,7 @@ MARKS = ("manifest.json", "tokenizer.yaml", "hashes.json", "model.safetensors")
 
 
 def inputs(run: Run) -> list[Artifact]:
-    """What the run reads: its data with what they were packed from, tokenizers, the model before.
+    """What the run reads: data with what they were packed from, tokenizers, models it begins from.
 
     Raises nothing: a path that is not there has no version.
     """
@@ -36,8 +37,8 @@ def inputs(run: Run) -> list[Artifact]:
     for modality, path in run.tokenizers.items():
         one = _folder(run, "tokenizer", path, {"modality": modality})
         found.setdefault((one.kind, one.name), one)
-    if run.init_from is not None:
-        one = _folder(run, "model", run.init_from, {})
+    for begun in folders(run):
+        one = _folder(run, "model", begun.path, {})
         found.setdefault((one.kind, one.name), one)
     return list(found.values())
 

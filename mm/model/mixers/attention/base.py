@@ -25,6 +25,7 @@ from mm.model.mixers.attention.kv_cache import KeyValueCache, VisibleKeys
 from mm.model.norm import FullNorm, HeadNorm, RMSNorm, ZeroCentredNorm
 from mm.model.positions.base import Position
 from mm.model.positions.randomised import refuse_drawn
+from mm.model.sequence import heads_to_tokens, tokens_to_heads
 from mm.model.varlen import PackedRows, narrow_mask
 from mm.registry import PositionField
 from mm.state import State, join_parts, parts_of
@@ -55,15 +56,14 @@ def changes(position: Position, hook: str) -> bool:
     return getattr(type(position), hook) is not getattr(Position, hook)
 
 
-class HeadsConfig(LayerConfig):
-    """Heads and positions of an attention mixer."""
+class HeadSizesConfig(LayerConfig):
+    """Heads of an attention mixer."""
 
     heads: Annotated[int, Field(gt=0)] = 4
     kv_heads: int | None = Field(
         default=None, gt=0, description="key heads; default: as many as heads"
     )
     head_dim: Annotated[int, Field(gt=0, description="default: d_model / heads")] | None = None
-    position: PositionField = Field(default="rope", validate_default=True)
 
     small: ClassVar = {"heads": 2, "kv_heads": 1}
 
@@ -77,6 +77,12 @@ class HeadsConfig(LayerConfig):
         if self.heads % kv_heads:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {kv_heads}")
         return self.heads, kv_heads, head_dim_of(d_model, self.heads, self.head_dim)
+
+
+class HeadsConfig(HeadSizesConfig):
+    """Heads and positions of an attention mixer."""
+
+    position: PositionField = Field(default="rope", validate_default=True)
 
     def build_position(self, width: int, d_model: int) -> Position:
         """The position of parts of ``width``."""
@@ -180,7 +186,7 @@ class AttentionBase(Mixer):
             self.check_mask(ctx.mask)
         if state is None:
             parts, _ = self.project(x_BTD, ctx, None, False)
-            return Out(self.finish(self._forward_full(parts, ctx), x_BTD, ctx, False))
+            return Out(self.finish(self._forward_shared(parts, ctx), x_BTD, ctx, False))
         cache, *caches = parts_of(state, len(self.stateful_parts()))
         tails = [caches.pop(0)] if self.tailed else []
         parts, tail = self.project(x_BTD, ctx, tails[0] if tails else None, True)
@@ -195,6 +201,37 @@ class AttentionBase(Mixer):
             return f
         return f._replace(position=self.position.ids(f, ctx))
 
+    def _forward_shared(self, parts: tuple[Tensor, ...], ctx: Ctx) -> Tensor:
+        """`_forward_full`; where processes share the tokens, each takes all of some heads."""
+        shard = ctx.shard
+        if shard is None:
+            return self._forward_full(parts, ctx)
+        N = shard.size
+        # Each process needs a key head of its own.
+        alike = lambda x: x.repeat_interleave(N // x.shape[2], 2) if x.shape[2] < N else x
+        whole = [tokens_to_heads(alike(x), shard) for x in parts]
+        y = self._forward_full(tuple(whole), replace(ctx, layout=shard.whole))
+        return heads_to_tokens(y, shard)
+
+    def _scores(self, q: Tensor, fq: Fields, fk: Fields, ctx: Ctx) -> ScoreSpec:
+        """`scores`, of the heads that this process has."""
+        if ctx.shard is None:
+            return self.scores(q, fq, fk)
+        every = q[:, :, :1].expand(-1, -1, self.heads, -1)  # positions count heads
+        n = self.heads // ctx.shard.size
+        return self.scores(every, fq, fk).of_heads(n * ctx.shard.rank, n)
+
+    def check_shard(self, size: int) -> str | None:
+        """Why ``size`` processes cannot share its heads, or None."""
+        G = getattr(self, "kv_heads", self.heads)
+        if self.heads % size == 0 and (G % size == 0 or size % G == 0):
+            return None
+        fits = [
+            n for n in range(1, self.heads + 1) if self.heads % n == 0 and not (G % n and n % G)
+        ]
+        heads = f"{self.heads} heads, {G} of keys,"
+        return f"{heads} do not divide over {size} processes; possible: {fits}"
+
     def _forward_full(self, parts: tuple[Tensor, ...], ctx: Ctx) -> Tensor:
         """`attend` inside the call's documents."""
         true = ctx.layout.fields
@@ -207,7 +244,8 @@ class AttentionBase(Mixer):
                 f, true = docs.fields(f), docs.fields(true)
             q, k, v, *more = parts
             spec = MaskSpec(self.mask(ctx).dense(true, true))
-            y = self.attend(AttentionRows(q, k, v, spec, self.scores(q, f, f), tuple(more)))
+            score = self._scores(q, f, f, ctx)
+            y = self.attend(AttentionRows(q, k, v, spec, score, tuple(more)))
             return y if docs is None else docs.pack(y)
         known = [f.position, f.document, f.modality, *f.extra.values()] if self.scored else []
         done = []
@@ -216,7 +254,7 @@ class AttentionBase(Mixer):
             if rest:
                 position, document, modality, *extra = rest
                 f = Fields(position, document, modality, dict(zip(f.extra, extra, strict=True)))
-            score = self.scores(q, f, f)
+            score = self._scores(q, f, f, ctx)
             done.append(self.attend(AttentionRows(q, k, v, group.mask, score, tuple(more))))
         return groups.join(done, *ctx.layout.shape)
 

@@ -1,0 +1,94 @@
+"""`init_from`: the trained weights that a network begins with, as a YAML says them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, WrapSerializer
+
+from mm.config import Config
+from mm.registry import SurgeryField
+
+Patterns = tuple[str, ...]
+
+
+class InitFrom(Config):
+    """A folder with weights, and what need not fit; a bare path is short for ``{path: ...}``.
+
+    Everything that does not fit is refused by name unless a key here allows it. Patterns are globs
+    over names of parameters, such as ``backbone.layers.1.*``.
+    """
+
+    path: Annotated[
+        Path, Field(description="a run, or a saved model: the folder that holds model.safetensors")
+    ]
+    network: Annotated[
+        str,
+        Field(
+            description="which network of the run: `model`, or one that its objective named, which "
+            "is then read from the newest checkpoint"
+        ),
+    ] = "model"
+    adapters: Annotated[
+        Path | None,
+        Field(
+            description="a run of `linear: lora` whose adapters are put upon these weights: the "
+            "folder, or its adapters.safetensors"
+        ),
+    ] = None
+    surgery: Annotated[
+        tuple[SurgeryField, ...],
+        Field(description="operations on the weights, in order, before they must fit"),
+    ] = ()
+    allow_missing: Annotated[
+        Patterns, Field(description="parameters that the folder lacks: they begin fresh")
+    ] = ()
+    allow_unexpected: Annotated[
+        Patterns, Field(description="tensors of the folder that the network lacks: they are left")
+    ] = ()
+    allow_mismatched: Annotated[
+        Patterns, Field(description="parameters of another shape there: they begin fresh")
+    ] = ()
+    vocabulary: Annotated[
+        Literal["extended", "matched"],
+        Field(
+            description="extended: the old vocabulary must be the beginning of the new one; "
+            "matched: rows of ids are taken by modality, where both have the same tokenizer, and "
+            "all others begin fresh"
+        ),
+    ] = "extended"
+
+
+def folders(value: Any) -> Iterator[InitFrom]:
+    """Every InitFrom below a config, such as a run's own and those of its objectives."""
+    if isinstance(value, InitFrom):
+        yield value
+    elif isinstance(value, Config):
+        for name in type(value).model_fields:
+            yield from folders(getattr(value, name))
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from folders(inner)
+
+
+def _read(value: Any) -> Any:
+    """A bare path as a mapping; ``init_from=PATH init_from.key=...`` comes as {"kind": PATH}."""
+    if isinstance(value, (str, Path)):
+        return {"path": value}
+    if isinstance(value, Mapping) and "kind" in value and "path" not in value:
+        rest = {k: v for k, v in value.items() if k != "kind"}
+        return {"path": value["kind"], **rest}
+    return value
+
+
+def _write(value: InitFrom, dump: SerializerFunctionWrapHandler) -> Any:
+    return str(value.path) if value == InitFrom(path=value.path) else dump(value)
+
+
+# The annotation of a config field: to pydantic a path or a mapping, to a type checker an InitFrom.
+if TYPE_CHECKING:
+    InitFromField = InitFrom
+else:
+    InitFromField = Annotated[InitFrom, BeforeValidator(_read), WrapSerializer(_write)]

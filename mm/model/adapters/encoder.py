@@ -1,0 +1,107 @@
+"""Any stack of the model's own layers over each item, both ways: an encoder as an adapter.
+
+G items, L places of the longest, W width, D model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mm.batch import Values
+from mm.config import Config
+from mm.layout import Doc, Grid, Layout
+from mm.mask import Full
+from mm.model.context import Ctx
+from mm.model.layer import Adapter, AdapterOutput, Backbone
+from mm.model.positions.base import Position
+from mm.registry import ADAPTERS, AdapterField, BackboneField, LinearField, PositionField
+
+
+class EncoderAdapter(Adapter):
+    """``out(backbone(position(inner(values))))``: each item is a document that sees itself alone.
+
+    With patches, learned places and attention it is a ViT. Source: Dosovitskiy et al. 2020
+    (arXiv:2010.11929), section 3.1, without the class token: every patch keeps its place.
+    """
+
+    def __init__(self, inner: Adapter, position: Position, backbone: Backbone, out: nn.Linear):
+        super().__init__()
+        self.inner, self.position, self.backbone, self.out = inner, position, backbone, out
+        self.keeps_length = inner.keeps_length
+        backbone.check_mask(Full())
+
+    def init_weights(self) -> None:
+        nn.init.normal_(self.out.weight, std=self.out.weight.shape[1] ** -0.5)
+        nn.init.zeros_(self.out.bias)
+
+    def zero_item(self, device: torch.device) -> Tensor:
+        """That of the inner adapter."""
+        return self.inner.zero_item(device)
+
+    def forward(self, values: Values, ctx: Ctx) -> AdapterOutput:
+        filled = self.inner(values, ctx)
+        assert filled.x is not None
+        layout = layout_of(values, filled.x, filled.length, self.inner.keeps_length)
+        own = Ctx(layout, Full()) if ctx is None else replace(
+            ctx, layout=layout, mask=Full(), ids=None, memories={}, published={}, draft=False
+        )  # fmt: skip
+        x = self.position.embed(filled.x, layout.fields)
+        y = self.backbone(x, own)
+        return AdapterOutput(self.out(y.y), None, filled.length, aux={**filled.aux, **y.aux})
+
+
+def layout_of(values: Values, x: Tensor, length: Tensor, keeps: bool) -> Layout:
+    """A row for each item, made on the host where it knows the lengths."""
+    G, L = x.shape[:2]
+    grids: list[tuple[int, ...]] = [()] * G
+    if keeps and values.grid is not None:
+        sizes = [rows * columns for rows, columns in values.grid]
+        grids = [shape if shape[0] > 1 else () for shape in values.grid]
+    elif keeps and values.is_full:
+        sizes = [L] * G
+    else:
+        sizes = length.tolist()
+    docs = [
+        [Doc(n, grids=[Grid(0, shape)] if shape else [])]
+        for n, shape in zip(sizes, grids, strict=True)
+    ]
+    return Layout.from_rows(docs, L, G, 3).to(x.device)
+
+
+@ADAPTERS.register("encoder")
+class EncoderAdapterConfig(Config):
+    """Layers of ``width`` over what another adapter makes of an item."""
+
+    kind: Literal["encoder"] = "encoder"
+    inner: Annotated[AdapterField, Field(description="adapter that makes the encoder's input")] = (
+        Field(default="linear", validate_default=True)
+    )
+    width: Annotated[int, Field(gt=0, le=2**16, description="of the encoder's layers")] = 128
+    backbone: BackboneField = Field(default="stack", validate_default=True)
+    position: Annotated[
+        PositionField, Field(description="added to the encoder's input: learned, sinusoidal, grid")
+    ] = Field(default="none", validate_default=True)
+    linear: LinearField = Field(default="dense", validate_default=True)
+
+    @property
+    def d_in(self) -> int:
+        return self.inner.d_in
+
+    def build(self, d_model: int) -> EncoderAdapter:
+        return EncoderAdapter(
+            self.inner.build(self.width),
+            self.position.build(self.width, d_model=self.width),
+            self.backbone.build(self.width, self.linear.build),
+            nn.Linear(self.width, d_model),
+        )
+
+    @classmethod
+    def smallest(cls) -> EncoderAdapterConfig:
+        inner: Any = {"kind": "linear", "d_in": 3}
+        backbone: Any = {"kind": "stack", "depth": 1, "pattern": "attention"}
+        return cls(inner=inner, width=8, backbone=backbone)

@@ -1,0 +1,123 @@
+"""Weights of four bits that stay as they are: what adapters are trained upon.
+
+N elements of a matrix, K blocks of 64, L blocks of 256 blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from mm.config import Config
+from mm.model.context import Ctx
+from mm.model.layer import Linear
+from mm.registry import LINEARS
+
+BLOCK, OUTER = 64, 256
+# Quantiles of the normal distribution, scaled to [-1, 1], with 0 among them: QLoRA, appendix E.
+LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+class Nf4(Linear):
+    """A matrix in four-bit NormalFloat, 4.5 bits a weight, or 4.13 with ``double``.
+
+    It does not learn. The scales are kept as bytes, so that no precision of training rounds them.
+
+    Source: Dettmers et al. 2023, QLoRA (arXiv:2305.14314), section 3 and appendix E: blocks of 64
+    by their largest magnitude; ``double``: these, less their mean, as 8-bit floats (e4m3) in blocks
+    of 256.
+    """
+
+    wide_parameters = ()
+
+    def __init__(self, d_in: int, d_out: int, name: str = "", double: bool = False):
+        super().__init__()
+        self.name, self.doubly, self.shape = name, double, (d_out, d_in)
+        n = d_in * d_out
+        K = -(-n // BLOCK)
+        L = -(-K // OUTER)
+        empty = lambda size: torch.empty(size, dtype=torch.uint8)
+        self.codes: Tensor
+        self.scales: Tensor
+        self.outer: Tensor | None
+        self.register_buffer("codes", empty(K * BLOCK // 2))
+        self.register_buffer("scales", empty(K if double else 4 * K))
+        self.register_buffer("outer", empty(4 * (L + 1)) if double else None)
+
+    def init_weights(self) -> None:
+        fresh = torch.randn(self.shape, device=self.codes.device) * self.shape[1] ** -0.5
+        self._set(fresh)
+
+    def rescale(self, factor: float) -> None:
+        self._set(self.matrix() * factor)
+
+    def _set(self, weight: Tensor) -> None:
+        with torch.no_grad():
+            for name, value in self.from_dense({"weight": weight}).items():
+                getattr(self, name).copy_(value)
+
+    def from_dense(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Quantize ``weight``; a bias has no place here and keeps its name."""
+        codes, largest = quantize(tensors["weight"])
+        out = {k: v for k, v in tensors.items() if k != "weight"} | {"codes": codes}
+        if not self.doubly:
+            return out | {"scales": _bytes(largest)}
+        mean = largest.mean()
+        blocks = F.pad(largest - mean, (0, -len(largest) % OUTER)).view(-1, OUTER)
+        top = torch.finfo(torch.float8_e4m3fn).max
+        outer = (blocks.abs().amax(1) / top).clamp_min(torch.finfo(torch.float32).tiny)
+        eight = (blocks / outer[:, None]).flatten()[: len(largest)].to(torch.float8_e4m3fn)
+        return out | {"scales": _bytes(eight), "outer": _bytes(torch.cat((outer, mean[None])))}
+
+    def matrix(self) -> Tensor:
+        """`(d_out, d_in)` float32."""
+        if self.outer is None:
+            largest = self.scales.view(torch.float32)
+        else:
+            *outer, mean = self.outer.view(torch.float32).split([len(self.outer) // 4 - 1, 1])
+            eight = self.scales.view(torch.float8_e4m3fn).float()
+            largest = eight * outer[0].repeat_interleave(OUTER)[: len(eight)] + mean
+        levels = torch.tensor(LEVELS, device=self.codes.device)
+        pairs = torch.stack((self.codes >> 4, self.codes & 15), 1).flatten().long()
+        flat = (levels[pairs].view(-1, BLOCK) * largest[:, None]).flatten()
+        return flat[: self.shape[0] * self.shape[1]].view(self.shape)
+
+    def forward(self, x: Tensor, ctx: Ctx | None = None) -> Tensor:
+        return F.linear(x, self.matrix().to(x.dtype))
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Two codes a byte `(ceil(N / 64) * 32,)` uint8, and the largest magnitudes `(K,)` float32."""
+    flat = weight.detach().float().flatten()
+    blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    largest = blocks.abs().amax(1)
+    levels = torch.tensor(LEVELS, device=flat.device)
+    borders = (levels[1:] + levels[:-1]) / 2
+    scaled = blocks / largest.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    codes = torch.bucketize(scaled, borders).to(torch.uint8).flatten()
+    return codes[::2] << 4 | codes[1::2], largest
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+@LINEARS.register("nf4")
+class Nf4Config(Config):
+    """Four-bit NormalFloat matrices that do not learn; `lora` upon them is QLoRA."""
+
+    kind: Literal["nf4"] = "nf4"
+    double: bool = Field(default=False, description="quantize the scales of the blocks, too")
+
+    def build(self, d_in: int, d_out: int, name: str = "") -> Nf4:
+        return Nf4(d_in, d_out, name, self.double)

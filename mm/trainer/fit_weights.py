@@ -1,0 +1,193 @@
+"""Trained tensors and a network that they were not made for: what is taken, new and left."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mm.init_from import InitFrom
+from mm.model.layer import Linear
+from mm.vocabulary import RESERVED, Vocabulary
+
+SHOWN = 3  # names that a line tells of each kind
+
+
+@dataclass
+class Fitted:
+    """What became of every tensor.
+
+    Attributes:
+        taken: names of tensors that the network begins with.
+        partial: those of which only some rows were taken, with how many.
+        new: names that begin fresh.
+        left: names of the folder that nothing takes.
+    """
+
+    taken: list[str] = field(default_factory=list)
+    partial: dict[str, str] = field(default_factory=dict)
+    new: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"taken": self.taken, "partial": self.partial, "new": self.new, "left": self.left}
+
+
+def fit_weights(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    asked: InitFrom,
+    rows: Sequence[tuple[slice, slice]] | None,
+    sizes: tuple[int, int],
+) -> tuple[dict[str, Tensor], Fitted, dict[str, list[str]]]:
+    """The tensors of ``weights`` as ``module`` takes them, those that begin fresh left out.
+
+    Args:
+        module: built and initialised.
+        weights: by name, as another network had them.
+        asked: what need not fit.
+        rows: of a table with a row an id: places there and here; None: both vocabularies are one.
+        sizes: ids of the vocabulary there and here.
+    Returns:
+        The tensors, what became of each, and names of what is not allowed, by its key.
+    """
+    own, first = module.state_dict(), _first_names(module)
+    added = set(adapters(module))  # an adapter changes nothing as it begins
+    out: dict[str, Tensor] = {}
+    told = Fitted()
+    mismatched: list[str] = []
+    for name, tensor in weights.items():
+        fresh, before = own.get(name), weights.get(first.get(name, name))
+        if fresh is None or (before is not None and not _is_same(before, tensor)):
+            told.left.append(name)  # of another layer, or two matrices there that are one here
+        elif rows is not None and _is_table(tensor, fresh, sizes):
+            table = fresh.to(tensor, copy=True)
+            for there, here in rows:
+                table[here] = tensor[there]
+            n = sum(there.stop - there.start for there, _ in rows)
+            out[first.get(name, name)] = table
+            told.partial[name] = f"{n:,} of {len(table):,} rows"
+        elif fresh.shape == tensor.shape:
+            out[first.get(name, name)] = tensor
+            told.taken.append(name)
+        else:
+            mismatched.append(name)
+    told.new = [name for name in own if first.get(name, name) not in out]
+    missing = [n for n in told.new if n not in weights and first.get(n, n) == n]
+    faults = {
+        "allow_missing": [n for n in missing if not matches(n, (*asked.allow_missing, *added))],
+        "allow_mismatched": [n for n in mismatched if not matches(n, asked.allow_mismatched)],
+        "allow_unexpected": [n for n in told.left if not matches(n, asked.allow_unexpected)],
+    }
+    return out, told, {k: v for k, v in faults.items() if v}
+
+
+def for_linears(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with those of dense matrices as the linears of ``module`` hold them."""
+    out, own = dict(weights), module.state_dict()
+    for path, part in module.named_modules():
+        names = [n for n in ("weight", "bias") if f"{path}.{n}" in out]
+        if isinstance(part, Linear) and "weight" in names and f"{path}.weight" not in own:
+            dense = {n: out.pop(f"{path}.{n}") for n in names}
+            for name, value in part.from_dense(dense).items():
+                out.setdefault(f"{path}.{name}", value)  # those of a saved adapter are given
+    return out
+
+
+def adapters(module: nn.Module) -> Iterator[str]:
+    """Names of parameters that adapt a matrix which stays as it is."""
+    for path, part in module.named_modules():
+        for name in part.adapter_parameters if isinstance(part, Linear) else ():
+            yield f"{path}.{name}"
+
+
+def _first_names(module: nn.Module) -> dict[str, str]:
+    """Every name of a parameter -> the first name of the same one."""
+    seen: dict[int, str] = {}
+    named = module.named_parameters(remove_duplicate=False)
+    return {name: seen.setdefault(id(p), name) for name, p in named}
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and torch.equal(a, b))
+
+
+def _size(x: Tensor) -> str:
+    return str(tuple(x.shape))
+
+
+def _is_table(tensor: Tensor, fresh: Tensor, sizes: tuple[int, int]) -> bool:
+    """Whether both have a row for each id of their vocabularies, and rows of one shape."""
+    same = tensor.dim() == fresh.dim() > 0 and tensor.shape[1:] == fresh.shape[1:]
+    return same and (len(tensor), len(fresh)) == sizes
+
+
+def refusal(
+    key: str, faults: Mapping[str, Sequence[str]], module: nn.Module, weights: Mapping[str, Tensor]
+) -> str:
+    """What does not fit, and the keys below ``key`` that allow it."""
+    own = module.state_dict()
+    parts = []
+    if names := faults.get("allow_missing"):
+        parts.append(f"it has no {some(names)}")
+    if names := faults.get("allow_mismatched"):
+        each = [f"'{n}' is {_size(weights[n])} there and {_size(own[n])} here" for n in names]
+        parts.append("; ".join(each[:SHOWN]) + _more(names))
+    if names := faults.get("allow_unexpected"):
+        parts.append(f"nothing takes its {some(names)}")
+    everything = {*own, *weights}
+    keys = [
+        f"{key}.{name}=[{','.join(patterns(given, everything - {*given}))}]"
+        for name, given in faults.items()
+    ]
+    return f"{'; '.join(parts)}; set model: as it is there, or allow it: {' '.join(keys)}"
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, quoted, and how many more there are."""
+    return ", ".join(f"'{n}'" for n in names[:SHOWN]) + _more(names)
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+
+
+def patterns(names: Iterable[str], others: Collection[str]) -> list[str]:
+    """Globs that match ``names`` and none of ``others``: the shortest beginnings that do."""
+    found: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        heads = (".".join(parts[:i]) for i in range(1, len(parts)))
+        head = next((h for h in heads if not any(o.startswith(f"{h}.") for o in others)), None)
+        found[name if head is None else f"{head}.*"] = None
+    return list(found)
+
+
+def matches(name: str, globs: Iterable[str]) -> bool:
+    """Whether a name fits one of some globs."""
+    return any(fnmatchcase(name, glob) for glob in globs)
+
+
+def rows_of(old: Vocabulary, new: Vocabulary, how: str) -> list[tuple[slice, slice]] | None:
+    """Where rows of ids stand in both vocabularies; None where nothing moves or is added.
+
+    Raises:
+        ValueError: ``how`` is "extended" and ids of the old one would mean something else.
+    """
+    if old == new:
+        return None
+    if old.is_prefix_of(new):
+        return [(slice(0, old.size), slice(0, old.size))]
+    if how == "extended":
+        raise ValueError("does not begin with the old one")
+    rows = [(slice(0, RESERVED), slice(0, RESERVED))]
+    for spec in old.ranges:
+        if spec in new.ranges:
+            a, b = old.range(spec.modality), new.range(spec.modality)
+            rows.append((slice(a.begin, a.stop), slice(b.begin, b.stop)))
+    return rows
