@@ -168,6 +168,7 @@ TOKENIZERS = Registry(
     {
         "bpe": "mm.tokenizers.text.bpe",
         "bytes": "mm.tokenizers.text.bytes",
+        "hf": "mm.tokenizers.text.hf",
         "image_vq": "mm.tokenizers.image.tokenizer",
         "image_patches": "mm.tokenizers.image.patches",
         "audio_codec": "mm.tokenizers.audio.tokenizer",
@@ -307,6 +308,21 @@ SINKS = Registry(
         "wandb": "mm.trainer.log.sinks.wandb_sink",
         "tensorboard": "mm.trainer.log.sinks.tensorboard_sink",
         "mlflow": "mm.trainer.log.sinks.mlflow_sink",
+    },
+)
+FAMILIES = Registry(
+    "family",
+    {
+        "llama": "mm.interchange.families.llama",
+        "mistral": "mm.interchange.families.mistral",
+        "qwen2": "mm.interchange.families.qwen2",
+        "qwen3": "mm.interchange.families.qwen3",
+        "qwen3_moe": "mm.interchange.families.qwen3_moe",
+        "mixtral": "mm.interchange.families.mixtral",
+        "olmo2": "mm.interchange.families.olmo2",
+        "gemma2": "mm.interchange.families.gemma2",
+        "gemma3_text": "mm.interchange.families.gemma3_text",
+        "gpt2": "mm.interchange.families.gpt2",
     },
 )
 

@@ -43,6 +43,7 @@ TIERS = {
     "decoders": 4,
     "objectives": 5,
     "tasks": 5,
+    "interchange": 5,
     "surgery": 5,
     "trainer": 6,
     "bench": 7,
