@@ -15,7 +15,7 @@ from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import Embedder
 from mm.model.positions.base import Position
-from mm.model.positions.randomised import adds_to_input
+from mm.model.positions.randomised import build_added
 from mm.registry import EMBEDDERS, PositionField
 
 
@@ -67,9 +67,4 @@ class SumEmbedderConfig(Config):
     scale: float | None = Field(default=None, gt=0, description="of rows; default sqrt(d_model)")
 
     def build(self, n_ids: int, d_model: int) -> SumEmbedder:
-        position = self.position.build(d_model, d_model=d_model)
-        if type(position) is not Position and not adds_to_input(position):
-            raise ValueError(
-                f"position '{self.position.kind}' adds nothing to embeddings: it belongs to a mixer"
-            )
-        return SumEmbedder(n_ids, d_model, position, self.scale)
+        return SumEmbedder(n_ids, d_model, build_added(self.position, d_model), self.scale)

@@ -89,6 +89,20 @@ def adds_to_input(position: Position) -> bool:
     return type(position).embed is not Position.embed
 
 
+def build_added(config: Any, width: int) -> Position:
+    """The position of a config, which is added to vectors of ``width``.
+
+    Raises:
+        ValueError: it belongs into a mixer.
+    """
+    position = config.build(width, d_model=width)
+    if type(position) is not Position and not adds_to_input(position):
+        raise ValueError(
+            f"position '{config.kind}' adds nothing to embeddings: it belongs to a mixer"
+        )
+    return position
+
+
 def refuse_drawn(position: Position, mixer: str) -> None:
     """Raise UserError where a mixer would not ask a position for its drawn ids."""
     if type(position).ids is not Position.ids:
