@@ -151,7 +151,9 @@ def chosen_modality(generator: Any, to: str | None) -> str:
     if to is not None:
         generator.modality(to)
         return to
-    known = [m for m in generator.vocabulary.modalities if m in generator.tokenizers]
+    from mm.decoders.raws import writable_modalities
+
+    known = writable_modalities(generator.vocabulary.ranges, generator.tokenizers)
     if len(known) > 1 and at_terminal():
         to = ask(known)
         generator.modality(to)

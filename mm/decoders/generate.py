@@ -35,6 +35,7 @@ from mm.decoders.raws import (
     parse_prompt,
     read_raw,
     unseen_words,
+    writable_modalities,
 )
 from mm.decoders.score import evaluating, sequence_nll
 from mm.errors import UserError, did_you_mean
@@ -235,7 +236,7 @@ class Generator:
         """
         if name is not None:
             return own_modality(name, self.vocabulary.modalities)
-        known = [m for m in self.vocabulary.modalities if m in self.tokenizers]
+        known = writable_modalities(self.vocabulary.ranges, self.tokenizers)
         if len(known) == 1:
             return known[0]
         choices = ", ".join(known) or "none: there is no tokenizer beside the model"

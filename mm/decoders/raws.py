@@ -88,6 +88,11 @@ def by_reader(prompt: Mapping[str, Any], specs: Sequence[TokenSpec]) -> dict[str
     return out
 
 
+def writable_modalities(specs: Sequence[TokenSpec], tokenizers: Mapping[str, Any]) -> list[str]:
+    """Modalities that a model can generate: values are only read, and ids need their tokenizer."""
+    return [s.modality for s in specs if s.modality in tokenizers and not s.continuous]
+
+
 def unseen_words(
     prompts: Iterable[Mapping[str, Any]], tokenizers: Mapping[str, ModalityTokenizer]
 ) -> list[str]:

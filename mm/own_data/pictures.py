@@ -110,7 +110,7 @@ def model() -> dict[str, Any]:
 
 def average() -> Chosen:
     """Of the weights, which is what is measured and saved."""
-    return Chosen({"decay": EMA}, "the mean of the last 500 steps' weights names classes better")
+    return Chosen({"decay": EMA}, "the mean of about the last 500 steps is measured and saved")
 
 
 def views(found: Found, split: str, share: float) -> Chosen | None:

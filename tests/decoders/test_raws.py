@@ -15,7 +15,7 @@ from mm.cli import generate as command
 from mm.cli import main as cli
 from mm.data.modalities.base import get_modality
 from mm.decoders.generate import Generator
-from mm.decoders.raws import by_reader, own_modality, read_raw
+from mm.decoders.raws import by_reader, own_modality, read_raw, writable_modalities
 from mm.errors import UserError
 from mm.specs import TokenSpec, Waveform
 from mm.tokenizers.text.bpe import BpeConfig
@@ -189,3 +189,6 @@ def test_of_codes_and_values_of_pictures_the_values_are_read() -> None:
     assert by_reader(both, (text, codes, values)) == both
     alone = values._replace(modality="image")
     assert by_reader({"image": 1}, (text, alone)) == {"image": 1}
+    tokenizers = dict.fromkeys(("text", "image", "pixels"))
+    assert writable_modalities((text, codes, values), tokenizers) == ["text", "image"]
+    assert writable_modalities((text, codes, values), {"pixels": None, "text": None}) == ["text"]
