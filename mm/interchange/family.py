@@ -17,31 +17,31 @@ class Settings(Mapping[str, Any]):
     """A checkpoint's `config.json`, which remembers what was asked of it."""
 
     def __init__(self, values: Mapping[str, Any], origin: str):
-        self.values, self.origin = values, origin
+        self._given, self.origin = values, origin
         self.asked: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
         self.asked.add(key)
         try:
-            return self.values[key]
+            return self._given[key]
         except KeyError:
             raise UserError(
                 f"{self.origin}: has no '{key}'; copy config.json from the model's own folder"
             ) from None
 
     def __contains__(self, key: object) -> bool:
-        return key in self.values
+        return key in self._given
 
     def get(self, key: str, default: Any = None) -> Any:
         self.asked.add(key)
-        value = self.values.get(key)
+        value = self._given.get(key)
         return default if value is None else value
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.values)
+        return iter(self._given)
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self._given)
 
     def whole(self, key: str, default: int | None = None) -> int:
         """A positive whole number. Raises UserError naming the key."""
