@@ -20,7 +20,7 @@ from mm.errors import UserError
 from mm.interchange.check import Report, compare
 from mm.interchange.family import SILENT, Family, Settings
 from mm.interchange.parts import Entry
-from mm.interchange.weights import Checkpoint, Planned, listed, open_checkpoint, write_file
+from mm.interchange.weights import Checkpoint, Planned, few_names, open_checkpoint, write_file
 from mm.model import folder as files
 from mm.model.model import LmConfig
 from mm.reading import parse_json
@@ -48,7 +48,7 @@ def import_model(folder: str | Path, out: str | Path, *, check: bool = True) -> 
     family = family_of(c)
     lm = validate(LmConfig, family.model(c), c.origin)
     if unread := sorted(k for k in c if k not in c.asked and k not in SILENT):
-        log.warning("%s: nothing here reads %s", c.origin, listed(unread, 20))
+        log.warning("%s: nothing here reads %s", c.origin, few_names(unread, 20))
     tokenizer = read_tokenizer(folder, c)
     vocabulary = Vocabulary().add(tokenizer.spec)
     with open_checkpoint(folder) as given, files.whole(out) as part:
@@ -144,7 +144,7 @@ def plan_of(
     missing = [n for n in wanted if n not in given]
     if missing or extra:
         faults = [
-            f"{what} {listed(names)}"
+            f"{what} {few_names(names)}"
             for what, names in (("lacks", missing), ("holds what no layer takes:", extra))
             if names
         ]
@@ -173,7 +173,7 @@ def require_all(shapes: Mapping[str, tuple[int, ...]], plan: list[Planned], tied
     """A family's table names each tensor of ours."""
     left = sorted(shapes.keys() - {p.name for p in plan} - ({HEAD} if tied else set()))
     if left:
-        raise AssertionError(f"the family's table lacks {listed(left)}")
+        raise AssertionError(f"the family's table lacks {few_names(left)}")
 
 
 def rows_of(table_VD: Tensor, tokens: HfConfig) -> Tensor:

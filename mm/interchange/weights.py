@@ -83,7 +83,9 @@ def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
                         f"{folder / name}: holds no '{tensor}', {INDEX} says so; copy it again"
                     )
             if extra := sorted(held.keys() - places.keys()):
-                raise UserError(f"{folder / INDEX}: does not name {listed(extra)}; copy it again")
+                raise UserError(
+                    f"{folder / INDEX}: does not name {few_names(extra)}; copy it again"
+                )
         yield Checkpoint(held, folder)
 
 
@@ -112,7 +114,7 @@ def _places(folder: Path) -> dict[str, str]:
     return places
 
 
-def listed(names: Sequence[str], most: int = 5) -> str:
+def few_names(names: Sequence[str], most: int = 5) -> str:
     """A few names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

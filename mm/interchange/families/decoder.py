@@ -204,11 +204,11 @@ class Mixture(Decoder):
             "top_k": c.whole("num_experts_per_tok"),
             "hidden": c.whole(self.hidden_key),
             "gate": "softmax",
-            "normalise": self.normalised(c),
+            "normalise": self.normalises(c),
             "bias_rate": 0.0,
         }
 
-    def normalised(self, c: Settings) -> bool:
+    def normalises(self, c: Settings) -> bool:
         return True
 
     def ffn_config(self, ffn: Any) -> dict[str, Any]:

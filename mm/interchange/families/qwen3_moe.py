@@ -27,7 +27,7 @@ class Qwen3Moe(Mixture):
     def window_config(self, types: list[str], window: int | None) -> dict[str, Any]:
         return {"use_sliding_window": window is not None, "sliding_window": window}
 
-    def normalised(self, c: Settings) -> bool:
+    def normalises(self, c: Settings) -> bool:
         return bool(c.get("norm_topk_prob", False))
 
     def ffn_config(self, ffn: Any) -> dict[str, Any]:
