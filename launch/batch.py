@@ -11,7 +11,14 @@ def batch_arithmetic(run: Run, world: int) -> list[str]:
 
     Raises UserError when they do not divide, with the numbers of processes that do.
     """
-    lines = []
+    lines, share = [], run.engine.sequence
+    if world % share:
+        raise UserError(
+            f"engine.sequence: {share} processes share rows, {world} do not divide by it; numbers "
+            f"of processes that do: {share}, {2 * share}, {3 * share}, ..."
+        )
+    world //= share  # groups of processes that have rows of their own
+    groups = "processes" if share == 1 else f"groups of {share} processes"
     for i, stage in enumerate(run.stages):
         rows = getattr(stage.data, "batch_size", None)
         if rows is None:
@@ -20,8 +27,8 @@ def batch_arithmetic(run: Run, world: int) -> list[str]:
         if rows % world:
             fits = [n for n in range(1, rows + 1) if rows % n == 0]
             raise UserError(
-                f"stages.{i}.data.batch_size: {rows} rows do not divide over {world} processes; "
-                f"numbers of processes that do: {', '.join(map(str, fits))}; or say "
+                f"stages.{i}.data.batch_size: {rows} rows do not divide over {world} {groups}; "
+                f"numbers of {groups} that do: {', '.join(map(str, fits))}; or say "
                 f"stages.{i}.data.batch_size={-(-rows // world) * world}"
             )
         mine = rows // world
@@ -32,7 +39,7 @@ def batch_arithmetic(run: Run, world: int) -> list[str]:
         last = "" if mine % micro == 0 else f" (the last micro-batch has {mine % micro})"
         lines.append(
             f"stages.{i}: global batch = {micro} rows a micro-batch x {passes} accumulated x "
-            f"{world} processes = {rows} rows a step{tokens}{last}"
+            f"{world} {groups} = {rows} rows a step{tokens}{last}"
         )
     return lines
 
@@ -42,6 +49,7 @@ def keep_micro_batches(run: Run, before: int, now: int) -> list[str]:
 
     The rows of a step stay, so fewer processes take more passes.
     """
+    before, now = before // run.engine.sequence, now // run.engine.sequence
     out = []
     for i, stage in enumerate(run.stages):
         rows = getattr(stage.data, "batch_size", None)

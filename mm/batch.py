@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mm.layout import Layout
+from mm.shard import Shard
 
 
 class Sum(NamedTuple):
@@ -103,6 +104,7 @@ class Batch:
     head_targets: Mapping[str, Tensor] = field(
         default_factory=dict
     )  # head -> (P, ...) what it predicts at its `places`, where that is no id of `targets`
+    shard: Shard | None = None  # the batch is a slice of the tokens of its rows
 
     def to(self, device: Any) -> Batch:
         """Copy every tensor to a device."""
@@ -118,6 +120,7 @@ class Batch:
             labels={k: move(v) for k, v in self.labels.items()},
             parts={k: v.to(device) for k, v in self.parts.items()},
             head_targets={k: move(v) for k, v in self.head_targets.items()},
+            shard=self.shard.to(device) if self.shard is not None else None,
         )
 
     @staticmethod

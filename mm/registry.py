@@ -168,6 +168,7 @@ TOKENIZERS = Registry(
     {
         "bpe": "mm.tokenizers.text.bpe",
         "bytes": "mm.tokenizers.text.bytes",
+        "hf": "mm.tokenizers.text.hf",
         "image_vq": "mm.tokenizers.image.tokenizer",
         "image_patches": "mm.tokenizers.image.patches",
         "audio_codec": "mm.tokenizers.audio.tokenizer",
@@ -232,9 +233,12 @@ TRANSFORMS = Registry(
         "chunk": "mm.data.transforms.chunk",
         "augment_image": "mm.data.transforms.augment_image",
         "mask_conditions": "mm.data.transforms.mask_conditions",
+        "span_denoising": "mm.data.transforms.span_denoising",
+        "fill_in_the_middle": "mm.data.transforms.fill_in_the_middle",
         "mark": "mm.data.transforms.mark",
         "room": "mm.data.transforms.room",
         "to_label": "mm.data.transforms.to_label",
+        "preference": "mm.data.transforms.preference",
         "to_part": "mm.data.transforms.to_part",
     },
 )
@@ -249,8 +253,6 @@ SURGERIES = Registry(
         "pool_heads": "mm.surgery.pool_heads",
         "prune_heads": "mm.surgery.prune_heads",
         "widen": "mm.surgery.widen",
-        "span_denoising": "mm.data.transforms.span_denoising",
-        "fill_in_the_middle": "mm.data.transforms.fill_in_the_middle",
     },
 )
 OBJECTIVES = Registry(
@@ -306,6 +308,21 @@ SINKS = Registry(
         "wandb": "mm.trainer.log.sinks.wandb_sink",
         "tensorboard": "mm.trainer.log.sinks.tensorboard_sink",
         "mlflow": "mm.trainer.log.sinks.mlflow_sink",
+    },
+)
+FAMILIES = Registry(
+    "family",
+    {
+        "llama": "mm.interchange.families.llama",
+        "mistral": "mm.interchange.families.mistral",
+        "qwen2": "mm.interchange.families.qwen2",
+        "qwen3": "mm.interchange.families.qwen3",
+        "qwen3_moe": "mm.interchange.families.qwen3_moe",
+        "mixtral": "mm.interchange.families.mixtral",
+        "olmo2": "mm.interchange.families.olmo2",
+        "gemma2": "mm.interchange.families.gemma2",
+        "gemma3_text": "mm.interchange.families.gemma3_text",
+        "gpt2": "mm.interchange.families.gpt2",
     },
 )
 

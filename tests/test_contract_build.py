@@ -42,7 +42,7 @@ def assert_init_fills(module: nn.Module) -> None:
             if t.is_floating_point():
                 t.fill_(float("nan"))
             elif t.dtype != torch.bool:
-                t.fill_(-(10**6))
+                t.fill_(max(-(10**6), torch.iinfo(t.dtype).min))
             assert t.device.type == "cpu", name
     init_weights(module)
     left = [

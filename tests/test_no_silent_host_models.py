@@ -85,7 +85,9 @@ def batch_of(run: Run, index: int, vocabulary: Vocabulary | None) -> Batch:
     if vocabulary is not None:
         batch = documents(2, 24, 12, vocabulary, getattr(run.model, "heads", {}))
         given = lambda f: f._replace(extra={"prefix": (f.position[..., 0] < 4).int()})
-        return dataclasses.replace(batch, layout=batch.layout.map_fields(given))
+        batch = dataclasses.replace(batch, layout=batch.layout.map_fields(given))
+        other = getattr(run.stages[index].objective, "rejected", None)
+        return dataclasses.replace(batch, parts={other: batch} if other else {})
     data: Any = run.stages[index].data
     model: Any = run.model
     if data.modality == "image":
@@ -95,7 +97,21 @@ def batch_of(run: Run, index: int, vocabulary: Vocabulary | None) -> Batch:
     return Batch.of_values({data.modality: Values.items(torch.rand(shape))})
 
 
+def without_folders(run: Run) -> Run:
+    """The same with a copy of the model where the run reads one that another run has trained."""
+    of = lambda s: s.objective
+    alone = {"teacher": None}
+    stages = [
+        s.model_copy(update={"objective": of(s).model_copy(update=alone)})
+        if getattr(of(s), "teacher", None)
+        else s
+        for s in run.stages
+    ]
+    return run.model_copy(update={"stages": tuple(stages), "init_from": None})
+
+
 def hold_the_law(run: Run, micro_batches: int = 1) -> None:
+    run = without_folders(run)
     for index in range(len(run.stages)):
         vocabulary = words_of(run)
         micros = [batch_of(run, index, vocabulary) for _ in range(micro_batches)]

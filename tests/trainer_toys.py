@@ -1,7 +1,4 @@
-"""A tiny language model, a stream and a two-network objective for the trainer's tests; `imports.
-
-[trainer_toys]`.
-"""
+"""Tiny model, stream, two-network objective of the trainer's tests: `imports: [trainer_toys]`."""
 
 from __future__ import annotations
 

@@ -110,11 +110,13 @@ def to_batch(
 
 
 def _piece(segments: Sequence[Segment], vocabulary: Vocabulary, key: str | None) -> Piece:
-    tokens = written(segments, vocabulary, key)
+    tokens = document_of(segments, vocabulary, key)
     return Piece(tokens, tokens.target_modality)
 
 
-def written(segments: Sequence[Segment], vocabulary: Vocabulary, key: str | None) -> DocumentTokens:
+def document_of(
+    segments: Sequence[Segment], vocabulary: Vocabulary, key: str | None
+) -> DocumentTokens:
     """`document_tokens` of sample ``key``, which a UserError names; None: as it raises."""
     try:
         return document_tokens(segments, vocabulary)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from mm.data.batching.collate import Piece, pieces_to_batch, written
+from mm.data.batching.collate import Piece, document_of, pieces_to_batch
 from mm.data.batching.document import DocumentTokens, document_length
 from mm.data.streams import stats
 from mm.data.streams.base import Step
@@ -211,7 +211,7 @@ class StatefulStream(SingleSourceStream[StatefulConfig]):
             segments = self.apply_transforms(0, self.segments(0, i), key_of(SALT), epoch, i)
             segments = segments or []
             why = self.fate(segments, segments)
-            found = why or written(segments, self.vocabulary, self.shards.key(i))
+            found = why or document_of(segments, self.vocabulary, self.shards.key(i))
             while len(self._documents) > 4 * sum(
                 map(len, self.own_rows)
             ):  # a stream that was moved left some

@@ -87,6 +87,18 @@ class ScoreSpec(NamedTuple):
     sink_H: Tensor | None = None
     """`(H,)` score of a key that every query sees and whose value is zero."""
 
+    def of_heads(self, first: int, n: int) -> ScoreSpec:
+        """Return the spec of ``n`` query heads from ``first`` on."""
+        own = lambda x, dim: x if x is None or x.shape[dim] == 1 else x.narrow(dim, first, n)
+        return self._replace(
+            bias_RHTS=own(self.bias_RHTS, -3),
+            gain_RHTS=own(self.gain_RHTS, -3),
+            fade_RTH=own(self.fade_RTH, -1),
+            fade_RSH=own(self.fade_RSH, -1),
+            relative_NH=own(self.relative_NH, -1),
+            sink_H=own(self.sink_H, 0),
+        )
+
     def factor(self, width: int) -> float:
         """Return the factor of the products for keys of this width."""
         return self.scale or 1 / math.sqrt(width)

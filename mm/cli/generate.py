@@ -78,10 +78,10 @@ def generate(
     from mm.data.modalities.base import raw_modality
     from mm.decoders.device import choose_device
     from mm.decoders.generate import Generator, save_media
-    from mm.decoders.raws import parse_prompt
+    from mm.decoders.raws import by_reader, parse_prompt
 
-    given = parse_prompt(prompt, conditions)
     generator = Generator.from_pretrained(run, choose_device(device), trust_code=trust_code)
+    given = by_reader(parse_prompt(prompt, conditions), generator.vocabulary.ranges)
     to = chosen_modality(generator, to)
     own = generator.modality(to)
     generator.tokenizer(own)
@@ -151,7 +151,9 @@ def chosen_modality(generator: Any, to: str | None) -> str:
     if to is not None:
         generator.modality(to)
         return to
-    known = [m for m in generator.vocabulary.modalities if m in generator.tokenizers]
+    from mm.decoders.raws import writable_modalities
+
+    known = writable_modalities(generator.vocabulary.ranges, generator.tokenizers)
     if len(known) > 1 and at_terminal():
         to = ask(known)
         generator.modality(to)

@@ -29,6 +29,8 @@ COMMANDS = (
     "verify",
     "generate",
     "eval",
+    "import",
+    "export",
     "report",
     "explain",
     "sweep",

@@ -29,11 +29,13 @@ from mm.decoders.prompts import (
     require_short,
 )
 from mm.decoders.raws import (
+    by_reader,
     expected_tokens,
     own_modality,
     parse_prompt,
     read_raw,
     unseen_words,
+    writable_modalities,
 )
 from mm.decoders.score import evaluating, sequence_nll
 from mm.errors import UserError, did_you_mean
@@ -234,7 +236,7 @@ class Generator:
         """
         if name is not None:
             return own_modality(name, self.vocabulary.modalities)
-        known = [m for m in self.vocabulary.modalities if m in self.tokenizers]
+        known = writable_modalities(self.vocabulary.ranges, self.tokenizers)
         if len(known) == 1:
             return known[0]
         choices = ", ".join(known) or "none: there is no tokenizer beside the model"
@@ -368,7 +370,7 @@ def generate(
         trust_code: of `Generator.from_pretrained`.
         **settings: a condition by the name of its modality (``image``, ``audio``, ...): the path
             of a file, uint8 `(H, W, 3)` or a picture of Pillow, a Waveform or (samples `(N,)`
-            float in [-1, 1], sample rate in Hz); and the settings of `generate_tokens`.
+            float in [-1, 1], sample rate in Hz), see `by_reader`; and what `generate_tokens` takes.
     Returns:
         One raw value, or a list of them for a list of prompts: str, uint8 `(H, W, 3)`, Waveform; of
         a tokenizer of bytes the bytes of a file.
@@ -381,11 +383,8 @@ def generate(
         raise UserError(
             f"no setting or modality '{name}'{did_you_mean(name, (*SETTINGS, *table().raw))}"
         )
-    generator = (
-        source
-        if isinstance(source, Generator)
-        else Generator.from_pretrained(source, trust_code=trust_code)
-    )
+    ready = isinstance(source, Generator)
+    generator = source if ready else Generator.from_pretrained(source, trust_code=trust_code)
     to = generator.modality() if to is None else to
     many = not (prompt is None or isinstance(prompt, (str, Path, Mapping)))
     if many and conditions:
@@ -394,6 +393,7 @@ def generate(
         )
     given: Any = prompt
     prompts: list[Any] = list(given) if many else [parse_prompt(given, conditions)]
+    prompts = [by_reader(each, generator.vocabulary.ranges) for each in prompts]
     if note := generator.unseen(prompts):
         log.warning(note)
     values = generator.generate(prompts, to, **settings)

@@ -72,6 +72,27 @@ def parse_prompt(
     return {m: v for m, v in {**first, **given}.items() if not (isinstance(v, str) and v == "")}
 
 
+def by_reader(prompt: Mapping[str, Any], specs: Sequence[TokenSpec]) -> dict[str, Any]:
+    """A prompt by the modalities that read it: of a picture its values, where a model has both.
+
+    Values are there to be read, and codes beside them to be written.
+
+    Args:
+        prompt: name of raw data, or of a modality of the model -> what was given.
+        specs: of the model.
+    """
+    out = {}
+    for name, value in prompt.items():
+        of_it = [s.modality for s in specs if s.continuous and table().raw.get(s.modality) == name]
+        out[of_it[0] if len(of_it) == 1 and of_it[0] not in prompt else name] = value
+    return out
+
+
+def writable_modalities(specs: Sequence[TokenSpec], tokenizers: Mapping[str, Any]) -> list[str]:
+    """Modalities that a model can generate: values are only read, and ids need their tokenizer."""
+    return [s.modality for s in specs if s.modality in tokenizers and not s.continuous]
+
+
 def unseen_words(
     prompts: Iterable[Mapping[str, Any]], tokenizers: Mapping[str, ModalityTokenizer]
 ) -> list[str]:

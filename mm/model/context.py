@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mm.layout import Layout, Moves
 from mm.mask import Mask
+from mm.shard import Shard
 
 T = TypeVar("T")
 
@@ -53,7 +54,8 @@ class Ctx:
     seed: Tensor | int = 0
     visit: int = 0  # how many layers ran before in this pass
     draft: bool = False  # the returned State must be able to accept() a prefix of this call
-    shard: Any = None
+    # Where processes share the tokens of a row: `layout` is that of the own slice.
+    shard: Shard | None = None
 
     def cached(self, name: str, make: Callable[[Layout, Mask], T]) -> T:
         """What all layers of a pass share: made on demand, once for each (name, layout, mask).

@@ -21,6 +21,7 @@ from mm.errors import UserError
 from mm.hashes import check_hashes, write_hashes
 from mm.model.size import require_room
 from mm.reading import parse_json
+from mm.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -150,3 +151,26 @@ def load_into(build: Callable[[], nn.Module], path: str | Path) -> nn.Module:
     module.to_empty(device="cpu")
     module.load_state_dict(tensors)
     return module
+
+
+def model_folder(folder: Path) -> Path:
+    """A saved model's folder: ``folder``, or ``model`` in it where that is a run's."""
+    inner = folder / "model"
+    is_run = not (folder / "config.json").is_file() and (inner / "config.json").is_file()
+    return inner if is_run else folder
+
+
+def save_model(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    vocabulary: Vocabulary,
+    tokenizers: Mapping[str, str | Path],
+) -> None:
+    """Write config, weights, vocabulary and copies of tokenizers (modality -> folder) as one."""
+    with whole(folder) as temporary:
+        write_config(temporary, config)
+        save_tensors(temporary / "model.safetensors", tensors)
+        vocabulary.save(temporary / "vocabulary.json")
+        for modality, source in tokenizers.items():
+            shutil.copytree(source, temporary / "tokenizers" / modality)

@@ -32,7 +32,8 @@ class Caps:
     lookahead: int = 0
     exact: bool = True
     sequential: bool = False  # token t waits for token t - 1: its paper has no parallel form
-    shard: Literal["ulysses", "carry", "halo", None] = None
+    # how processes share the tokens of a row (mm/model/sequence.py); None: they cannot
+    shard: Literal["local", "ulysses", "carry", "halo", None] = None
     # Named fields, published values, memories ("memories.source") that it needs, that it provides
     reads: frozenset[str] = frozenset()
     publishes: frozenset[str] = frozenset()

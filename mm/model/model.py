@@ -5,7 +5,6 @@ B rows, T tokens, S streams, D model, P places, G items, N slots.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +18,14 @@ from torch import Tensor, nn
 from mm.batch import Batch, Sum
 from mm.config import Config, validate
 from mm.errors import UserError
-from mm.mask import Full, Mask
+from mm.mask import Mask
 from mm.mask_expression import parse_mask
 from mm.model import folder as files
 from mm.model import mup
 from mm.model.backbones.stack import INTERMEDIATE
 from mm.model.code_rows import rows_of_codes
 from mm.model.context import Ctx, Memory
-from mm.model.fill import check_adapters, fill
+from mm.model.fill import embed_part, fill, require_adapters
 from mm.model.hand_back import hand_back
 from mm.model.items import with_fields
 from mm.model.layer import (
@@ -72,7 +71,7 @@ class Model(nn.Module):
         self.config, self.vocabulary = config, vocabulary
         self.embedder = embedder
         self.adapters = nn.ModuleDict(adapters)
-        check_adapters(config.adapters, config.heads, vocabulary)
+        config.check_adapters(vocabulary)
         self.backbone = backbone
         self.heads = nn.ModuleDict(heads)
         self._tie()
@@ -144,7 +143,12 @@ class Model(nn.Module):
         tapped = [h for h in self.heads if heads is None or h in heads]
         taps_read = {str(self.heads[h].reads) for h in tapped} - {"hidden"}
         mask = mask or self.mask
-        layout = with_fields(batch.layout, mask, self.fields_read, batch.ids, self.vocabulary)
+        fields = lambda of, ids: with_fields(of, mask, self.fields_read, ids, self.vocabulary)
+        layout, shard = batch.layout, batch.shard
+        if shard is None:
+            layout = fields(layout, batch.ids)
+        else:
+            shard, layout = shard.with_fields(fields, layout)
         ctx = Ctx(
             layout,
             mask,
@@ -153,9 +157,11 @@ class Model(nn.Module):
             return_intermediates=return_intermediates | frozenset(taps_read),
             seed=seed,
             draft=draft,
+            shard=shard,
         )
         aux: dict[str, Sum] = {}
-        parts = {name: self._memory(part, ctx, aux) for name, part in batch.parts.items()}
+        more = self.adapters, self.embedder, aux
+        parts = {name: embed_part(part, ctx, *more) for name, part in batch.parts.items()}
         ctx = replace(ctx, memories={**parts, **memories})
         x = self.embedder(batch.ids, ctx)
         inner, back = ctx, None
@@ -164,7 +170,7 @@ class Model(nn.Module):
         carried = dict(zip(stateful, of_heads, strict=True))
         # Each rank runs each adapter, whatever its rows hold; a step of decoding holds no values.
         if len(self.adapters) and (batch.values or state is None):
-            x, inner = fill(x, batch, ctx, self.adapters, self.embedder, aux)
+            x, inner = fill(x, batch, ctx, *more)
             if inner is not ctx:
                 ctx = inner
                 x, inner, back = move_padding_last(x, ctx)
@@ -234,14 +240,6 @@ class Model(nn.Module):
         named = ((n, h) for n, h in self.heads.items() if isinstance(h, Head))
         return {name: head for name, head in named if head.stateful_parts()}
 
-    def _memory(self, part: Batch, ctx: Ctx, aux: dict[str, Sum]) -> Memory:
-        """A second sequence, embedded as the main one is."""
-        own = replace(ctx, layout=part.layout, ids=part.ids)
-        x = self.embedder(part.ids, own)
-        if len(self.adapters):
-            x, own = fill(x, part, own, self.adapters, self.embedder, aux)
-        return Memory(own.layout, Full(), x)
-
     def after_step(self, stats: Mapping[str, Sum]) -> None:
         """Hand globally summed statistics to the modules that reported them."""
         hand_back(self, stats)
@@ -263,14 +261,13 @@ class Model(nn.Module):
             tensors: the state dict to store; default this module's own (a ZeRO-3 engine passes
                 gathered ones).
         """
-        with files.whole(folder) as temporary:
-            files.write_config(temporary, self.config.to_dict())
-            files.save_tensors(
-                temporary / "model.safetensors", self.state_dict() if tensors is None else tensors
-            )
-            (vocabulary or self.vocabulary).save(temporary / "vocabulary.json")
-            for modality, source in tokenizers.items():
-                shutil.copytree(source, temporary / "tokenizers" / modality)
+        files.save_model(
+            folder,
+            self.config.to_dict(),
+            self.state_dict() if tensors is None else tensors,
+            vocabulary or self.vocabulary,
+            tokenizers,
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Model:
@@ -278,9 +275,7 @@ class Model(nn.Module):
 
         Raises UserError naming the file that is wrong.
         """
-        folder = Path(folder)
-        if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
-            folder = folder / "model"
+        folder = files.model_folder(Path(folder))
         values = files.read_config(folder)
         if values.get("kind") != "lm":
             raise UserError(f"{folder}: a saved '{values.get('kind')}', not a language model")
@@ -344,6 +339,10 @@ class LmConfig(Config):
         if mask not in ("causal", "full"):
             return "a prefix is read" if mask == "prefix" else "what its mask shows is read"
         return "conditions are encoded" if getattr(self.backbone, "encodes", False) else None
+
+    def check_adapters(self, vocabulary: Vocabulary) -> None:
+        """Raise UserError where values of the vocabulary have no adapter that fits them."""
+        require_adapters(self.adapters, self.heads, vocabulary)
 
     def make_mask(self, vocabulary: Vocabulary | None) -> Mask:
         """The Mask of a pass that names none.

@@ -50,5 +50,7 @@ def _drawn(x: Tensor, ctx: Ctx, layer: Layer | Linear, name: str) -> Tensor:
     """Uniform int16, one for each element of ``x`` at least."""
     # Four 16-bit draws from each 64-bit word: a quarter of the generator's work.
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    if ctx.shard is not None:  # other noise in each slice of a row
+        name = f"{name}.{ctx.shard.rank}"
     words.random_(-(2**63), None, generator=generator(ctx, layer, name, x.device))
     return words.view(torch.int16)

@@ -46,6 +46,20 @@ class LayerNorm(RMSNorm):
         return F.layer_norm(x.to(wide), weight.shape, weight, bias, self.eps).to(x.dtype)
 
 
+class ZeroCentredNorm(RMSNorm):
+    """RMSNorm whose scale is ``1 + weight``.
+
+    Source: Gemma (arXiv:2403.08295), as in its code; weight decay then pulls the scale to 1.
+    """
+
+    def init_weights(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return rms_norm(x, 1 + self.weight.to(wide), self.eps)
+
+
 class HeadNorm(nn.Module):
     """RMSNorm of each head `(..., H, K)`, with scales of its own."""
 
@@ -62,9 +76,20 @@ class HeadNorm(nn.Module):
         return (plain * self.weight).to(x.dtype)
 
 
-Kind = Literal["rms", "layer"]
+class FullNorm(RMSNorm):
+    """RMSNorm over all heads of `(..., H, K)` together, as OLMo 2 norms queries and keys.
+
+    Source: OLMo 2 (arXiv:2501.00656), section 2.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x.flatten(-2), self.weight, self.eps).view(x.shape)
+
+
+Kind = Literal["rms", "layer", "zero_centred"]
+NORMS = {"rms": RMSNorm, "layer": LayerNorm, "zero_centred": ZeroCentredNorm}
 
 
 def norm(kind: Kind, d: int, eps: float) -> RMSNorm:
     """`(..., D)` to the same."""
-    return LayerNorm(d, eps) if kind == "layer" else RMSNorm(d, eps)
+    return NORMS[kind](d, eps)

@@ -81,8 +81,18 @@ class Contrastive(Objective):
         self.transform, self.aux_weights = config.transform, config.aux_weights
 
     def corrupt(self, b: Batch, rng: Any, scheduled: Mapping[str, float]) -> Batch:
-        """Each modality of the pair becomes a document: 2 m - 1 and 2 m of document m."""
+        """Each modality of the pair becomes a document: 2 m - 1 and 2 m of document m.
+
+        Raises UserError where a sample alternates between them.
+        """
         b = replace(b, layout=self.apart(b.layout))
+        number = b.layout.on_host().fields.document.flatten()
+        number = number[number > 0]
+        if (number[1:] < number[:-1]).any():
+            raise UserError(
+                "objective.pair: a sample has several parts of one of "
+                f"{' and '.join(self.config.pair)}: give it one of each"
+            )
         return replace(b, places={**b.places, self.config.head: self._side(b).last.flatten()})
 
     def apart(self, layout: Layout) -> Layout:
@@ -102,9 +112,18 @@ class Contrastive(Objective):
         return wide.derive(document=self._numbered(layout))
 
     def _numbered(self, layout: Layout) -> Tensor:
+        """In the order in which they stand, as documents must be."""
         f = layout.fields
         one, two = (f.modality == n for n in self.numbers)
-        number = 2 * f.document - one.to(f.document.dtype)
+        document = f.document.flatten().long()
+        at = torch.arange(len(document), device=document.device)
+        begin = torch.full((layout.slot.shape[0] + 1,), len(at), device=at.device)
+        first, second = (
+            begin.scatter_reduce(0, torch.where(mine.flatten(), document, 0), at, "amin")
+            for mine in (one, two)
+        )
+        one_leads = (first < second)[document].view_as(one)
+        number = 2 * f.document - (one == one_leads).to(f.document.dtype)
         return torch.where((f.document > 0) & (one | two), number, 0)
 
     def _side(self, b: Batch) -> Side:
@@ -113,14 +132,16 @@ class Contrastive(Objective):
         at = torch.arange(len(document), device=document.device)
         last = torch.zeros(M + 1, dtype=torch.long, device=document.device)
         last = last.scatter_reduce(0, document, at, "amax")[1:].view(-1, 2)
+        swapped = (b.layout.fields.modality.flatten()[last[:, 1]] == self.numbers[0])[:, None]
         size = torch.zeros(M + 1, dtype=torch.long, device=document.device)
         size = size.index_add(0, document, torch.ones_like(document))[1:].view(-1, 2)
         begin = b.layout.cu_seqlens[:-1].long()
         place = at - torch.cat((begin.new_zeros(1), begin))[document]
         code = ((b.ids[..., 0].flatten().long() + 2) * (place + 7) * PRIME) % MODULUS
         content = torch.zeros(M + 1, dtype=torch.long, device=document.device)
-        content = content.index_add(0, document, code)[1:].view(-1, 2)[:, 1] % MODULUS
-        return Side(last, (size > 0).all(1), content.double())
+        both = content.index_add(0, document, code)[1:].view(-1, 2) % MODULUS
+        last, both = (torch.where(swapped, t.flip(1), t) for t in (last, both))
+        return Side(last, (size > 0).all(1), both[:, 1].double())
 
     def counts(self, b: Batch) -> dict[str, Tensor]:
         return {LOSS: self._side(b).there.sum().float()} | self.aux_counts(b)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from mm.errors import UserError
-from mm.own_data import tokenizers, training
+from mm.own_data import pictures, tokenizers, training
 from mm.own_data.look import Found
 from mm.own_data.plan import Chosen, Plan, Step, plain
 from mm.own_data.training import Speed
@@ -36,7 +36,7 @@ def choose(found: Found, options: Options, speed: Speed) -> Plan:
     Args:
         found: what `mm.own_data.look.look` saw.
         options: what the user said.
-        speed: (model, ids, ids of a row, rows) -> seconds of an optimizer step on this machine.
+        speed: seconds of an optimizer step of a model on this machine, see `training.Speed`.
     Raises:
         UserError: the source is too small to hold anything out.
     """
@@ -59,6 +59,9 @@ def choose(found: Found, options: Options, speed: Speed) -> Plan:
             )
         names[modality] = plans[-1].modality
     n_train = len(found.keys) - (found.held_out(share) if share else 0)
+    if pictures.few_pictures(found, n_train):
+        image = next(plan for plan in plans if plan.modality == "image")
+        plans.append(tokenizers.of_pixels(plain(image.config)["model"]["size"]))
     copies = training.copies(found, n_train)
     split = "test" if found.splits.get("test") else "val"
     spent = {
@@ -165,7 +168,7 @@ def _steps(
         steps.append(Step(train, f"{plan.modality} to ids"))
         measure = ("tokenizer", "eval", folder, "--data", data, "--split", split)
         measure += ("--out", f"{folder}/eval", "--json", f"{folder}/eval.json")
-        if plan.modality != "bytes":
+        if plan.modality not in ("bytes", tokenizers.PIXELS):  # they keep all of it
             steps.append(Step(measure, "what it keeps of held-out data; look into its folder eval"))
     words = ("data", "pack", data, "--tokenizers", str(out / "tokenizers"), "--out", tokens)
     why = "every sample to ids"

@@ -11,6 +11,7 @@ import numpy as np
 from mm.config import validate
 from mm.launch.environment import cpu_threads, keep_freed_memory
 from mm.model.model import LmConfig
+from mm.own_data.training import Work
 from mm.specs import Segment, TokenSpec
 from mm.vocabulary import RESERVED, Vocabulary
 
@@ -18,8 +19,8 @@ STEPS = 5
 OPTIMIZER = 1.15  # the update of the weights and the trainer's own work, beside both passes
 
 
-def step_seconds(model: Mapping[str, Any], n_ids: int, row: int, rows: int) -> float:
-    """Seconds of a step over ``rows`` rows of ``row`` ids, forward and backward, with `OPTIMIZER`.
+def step_seconds(model: Mapping[str, Any], work: Work) -> float:
+    """Seconds of a step, forward and backward, with `OPTIMIZER`.
 
     The shortest of five after one that is not counted, on the device that `mm train` would take:
     what else runs makes a step longer, never shorter. On a CPU it is the time that the processors
@@ -35,14 +36,16 @@ def step_seconds(model: Mapping[str, Any], n_ids: int, row: int, rows: int) -> f
     threads = cpu_threads()
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    codes = n_ids - RESERVED - 2
+    codes, values = work.n_ids - RESERVED - 2, work.values
     vocabulary = Vocabulary().add(TokenSpec("text", codes))
+    if values is not None:
+        grid = (values.side, values.side)
+        of = TokenSpec(values.modality, 0, grid=grid, continuous=True, n_features=values.n_features)
+        vocabulary = vocabulary.add(of)
     network = validate(LmConfig, model, "mm init: model").build(vocabulary)
     init_weights(network)
     network.to(device)
-    ids = np.random.default_rng(0).integers(codes, size=(rows, row - 2))
-    documents = [[[Segment("text", line.astype(np.int32))]] for line in ids]
-    batch = to_batch(documents, vocabulary, row, rows).to(device)
+    batch = to_batch(_rows(work, codes), vocabulary, work.row).to(device)
     on_gpu = device.type == "cuda"
     clock = time.perf_counter if on_gpu else lambda: time.process_time() / threads
     mixed = resolve_precision("auto", device) != "fp32"
@@ -56,3 +59,31 @@ def step_seconds(model: Mapping[str, Any], n_ids: int, row: int, rows: int) -> f
             torch.cuda.synchronize()
         taken.append(clock() - start)
     return OPTIMIZER * min(taken[1:])
+
+
+def _rows(work: Work, codes: int) -> list[list[list[Segment]]]:
+    """Documents of each row: one of ids, or of pictures and of ids, as `Work.values` says."""
+    rng, values = np.random.default_rng(0), work.values
+    text = lambda n: Segment("text", rng.integers(codes, size=n).astype(np.int32))
+    if values is None:
+        return [[[text(work.row - 2)]] for _ in range(work.rows)]
+    cells = values.side**2
+    pixels = rng.integers(256, size=(cells, values.n_features)).astype(np.uint8)
+    picture = Segment(
+        values.modality, np.full(cells, -1, np.int32), pixels, role="condition",
+        grid=(values.side, values.side),
+    )  # fmt: skip
+    length = cells + 2 + 3
+    rows: list[list[list[Segment]]] = [[] for _ in range(work.rows)]
+    free = [work.row] * work.rows
+    n_pictures = round(values.share * work.row * work.rows / length)
+    for document, ids, n in (
+        ([picture, text(1)], length, n_pictures),
+        ([text(values.others - 2)], values.others, work.rows * work.row // values.others),
+    ):
+        for _ in range(n):
+            row = max(range(work.rows), key=free.__getitem__)
+            if free[row] >= ids:
+                rows[row].append(document)
+                free[row] -= ids
+    return rows

@@ -12,6 +12,7 @@ from mm.own_data.plan import Chosen
 SMALL_TEXT = 20_000_000  # bytes: up to here whole bytes are affordable
 SIDES = (32, 64)  # pixels
 CELLS = 8  # a side of the grid of codes
+PIXELS, PATCH = "pixels", 8  # pictures of values beside those of codes; a patch's side
 RUN: Mapping[str, Any] = {
     "engine": {"zero_stage": 1, "precision": "auto", "grad_clip": 1.0},
     "checkpoints": {"every": 250, "keep_last": 1},
@@ -93,6 +94,21 @@ def of_image(found: Found, packed: Path, side: int | None, minutes: float) -> To
     ids = CELLS * CELLS + 2
     seconds = steps * 0.045 * (size / SIDES[0]) ** 2
     return TokenizerPlan("image", config, ids, ids, 242, seconds)
+
+
+def of_pixels(side: int) -> TokenizerPlan:
+    """Patches of the same pictures as values, which a model reads and never writes."""
+    why = "few pictures: a class is learnt from the pixels themselves, as codes lose some"
+    config = {
+        "tokenizer": {
+            "kind": Chosen("image_patches", why),
+            "modality": PIXELS,
+            "patch": PATCH,
+            "size": Chosen(side, "as the pictures of codes have"),
+        }
+    }
+    ids = (side // PATCH) ** 2 + 2
+    return TokenizerPlan(PIXELS, config, ids, ids, 2, 0)
 
 
 def of_audio(found: Found, packed: Path, minutes: float) -> TokenizerPlan:

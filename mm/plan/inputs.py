@@ -150,6 +150,13 @@ def open_subject(run: Run, index: int, precision: str, assumed: Assumed | None) 
 
     Raises UserError where its data are not there and nothing is assumed instead.
     """
+    if (size := run.engine.sequence) > 1:
+        length = getattr(run.stages[index].data, "seq_len", None)
+        short = f" and stages.{index}.data.seq_len={length // size}" if length else ""
+        raise UserError(
+            f"engine.sequence {size}: mm plan does not know what a slice of a row costs; plan the "
+            f"tokens of one slice: engine.sequence=1{short}"
+        )
     if assumed is not None:
         vocabulary = _assumed_vocabulary(run, index, assumed.ids)
     else:

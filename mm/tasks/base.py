@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from mm.config import Config
+from mm.data.modalities.base import raw_modality
 from mm.decoders.generate import Generator
 from mm.errors import UserError
 from mm.specs import NONE, Sample
@@ -154,11 +155,10 @@ def read_items(
     """
     shards = open_split(data, split, tokenizers)
     found = []
-    for i in shards.having(modalities[0]):
-        if all(shards.lengths(m)[i] >= 0 for m in modalities):
-            name = label_of(shards, int(i), classes, label)
-            if name is not None:
-                found.append((int(i), name))
+    for i in having(shards, modalities):
+        name = label_of(shards, i, classes, label)
+        if name is not None:
+            found.append((i, name))
     if not found:
         raise UserError(
             f"{data}: no sample of split '{split}' has {' and '.join(modalities)} and a class; "
@@ -166,6 +166,13 @@ def read_items(
         )
     # Only what is kept is decoded.
     return [Item(shards[found[k][0]], found[k][1]) for k in spread(len(found), limit)]
+
+
+def having(shards: Any, modalities: Sequence[str]) -> list[int]:
+    """Samples of raw shards with values that all of these token modalities are made from."""
+    kinds = [raw_modality(m).kind for m in modalities]
+    some = shards.having(kinds[0]).tolist()
+    return [i for i in some if all(shards.lengths(kind)[i] >= 0 for kind in kinds)]
 
 
 def label_of(shards: Any, i: int, classes: Sequence[str], label: str = "label") -> str | None:
@@ -233,5 +240,5 @@ def choose(grid: Sequence[Settings], score: Any) -> tuple[Settings, list[Figures
 
 
 def conditions(item: Item, sources: Sequence[str]) -> Mapping[str, Any]:
-    """The prompt of an item: its raw values of ``sources``, in that order."""
-    return {modality: item.sample.values[modality] for modality in sources}
+    """The prompt of an item: token modality -> raw value that it is made from, in that order."""
+    return {m: item.sample.values[raw_modality(m).kind] for m in sources}

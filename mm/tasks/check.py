@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mm.errors import UserError, did_you_mean
-from mm.tasks.base import label_of, open_split, spread
+from mm.tasks.base import having, label_of, open_split, spread
 from mm.vocabulary import Vocabulary
 
 LOOKED_AT = 2000  # samples of a split whose class is read at once; all where these have none
@@ -46,11 +46,7 @@ def require_items(
         UserError: naming the split and what it lacks.
     """
     shards = open_split(data, split)
-    have = [
-        int(i)
-        for i in shards.having(modalities[0])
-        if all(shards.lengths(m)[i] >= 0 for m in modalities)
-    ]
+    have = having(shards, modalities)
     found: set[str] = set()
     for numbers in ([have[k] for k in spread(len(have), LOOKED_AT)], have):
         labels = (label_of(shards, i, classes, label) for i in numbers)

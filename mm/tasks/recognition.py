@@ -168,10 +168,12 @@ class Recognition(ClassTask):
         """The item with its sources varied as `mm data pack --copies` varies them."""
         values = dict(item.sample.values)
         for name in self.sources:
-            modality, value = raw_modality(name), values[name]
+            modality = raw_modality(name)
+            value = values[modality.kind]
             file = value if isinstance(value, bytes) else modality.file_of(value)
-            key = key_of("view", f"{item.sample.key}~{number}", name)
-            values[name] = modality.read(modality.vary(file, key), generator.tokenizers.get(name))
+            key = key_of("view", f"{item.sample.key}~{number}", modality.kind)
+            varied = modality.vary(file, key)
+            values[modality.kind] = modality.read(varied, generator.tokenizers.get(name))
         return item._replace(sample=item.sample._replace(values=values))
 
     @staticmethod

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from mm.batch import Batch
 from mm.data.streams.shuffle import fold_seed
 from mm.model.layer import ModelOut
-from mm.trainer.engine.deepspeed import Engine
+from mm.run import Run
+from mm.trainer.engine.deepspeed import Engine, resolve_precision
 from mm.trainer.log.metrics import MetricSum
+from mm.trainer.sequence import SequenceGroup
 from mm.trainer.stateful import CarriedStates
 
 
@@ -71,8 +73,14 @@ class TrainerEnv:
     Everything random is a pure function of (seed, step, rank): a resume needs no saved state.
     """
 
-    def __init__(self, seed: int, device: torch.device, precision: str):
-        self.device = device
+    def __init__(
+        self,
+        seed: int,
+        device: torch.device,
+        precision: str,
+        sequence: SequenceGroup | None = None,
+    ):
+        self.device, self.sequence = device, sequence
         self.step = 0
         self.rng = torch.Generator(device=device)
         self.scheduled: Mapping[str, float] = {}
@@ -81,7 +89,15 @@ class TrainerEnv:
         self._micros: dict[int, int] = {}
         self._engines: Mapping[str, Engine] = {}
         self._frozen: Mapping[str, nn.Module] = {}
-        self._rank = dist.get_rank() if dist.is_initialized() else 0
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        # Processes that share rows draw alike.
+        self._rank = rank if sequence is None else rank // sequence.size
+
+    @staticmethod
+    def of(run: Run, device: torch.device) -> TrainerEnv:
+        """That of a run. Call on all ranks."""
+        precision = resolve_precision(run.engine.precision, device)
+        return TrainerEnv(run.seed, device, precision, SequenceGroup.join(run.engine.sequence))
 
     def lend(self, engines: Mapping[str, Engine], frozen: Mapping[str, nn.Module]) -> None:
         """Set the networks of this stage."""
@@ -97,6 +113,15 @@ class TrainerEnv:
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank speaks for its rows, where several share them."""
+        return self.sequence is None or self.sequence.rank == 0
+
+    def take(self, batch: Batch) -> Batch:
+        """What this rank has of a micro-batch on the host, on its device."""
+        return (self.sequence.split(batch) if self.sequence else batch).to(self.device)
 
     def know(self, micros: Sequence[Batch]) -> None:
         """Number the micro-batches of the step, so that two passes over one draw the same noise."""

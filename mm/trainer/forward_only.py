@@ -45,7 +45,7 @@ def losses(
         scheduled: values of the objective.
     """
     objective, env, carried = stage.objective, stage.env, stage.nets.carried
-    micros = [objective.corrupt(b.to(env.device), env.rng, scheduled) for b in batches]
+    micros = [objective.corrupt(env.take(b), env.rng, scheduled) for b in batches]
     env.know(micros)
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from mm.batch import Batch
 from mm.errors import UserError
-from mm.launch import environment
 from mm.tasks.chance import nats_at
 from mm.trainer.log.metrics import BytesPerToken
 from mm.trainer.ranks import most, on_any
+from mm.trainer.sequence import data_ranks
 from mm.trainer.stage import StageState, build
 from mm.vocabulary import MASK, Vocabulary
 
@@ -75,7 +75,8 @@ def held_out_data(data: Any) -> Any:
 
 def _open(stage: StageState, vocabulary: Vocabulary | None) -> Any:
     """The stream of the split, or why there is none."""
-    config, ranks = stage.config, environment.ranks()
+    config = stage.config
+    ranks = data_ranks(stage.env.sequence.size if stage.env.sequence else 1)
     try:
         data = held_out_data(config.data)
         if data is None:

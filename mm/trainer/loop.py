@@ -26,7 +26,6 @@ from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint import resume_check
 from mm.trainer.checkpoint.format import Saved, Snapshot
 from mm.trainer.checkpoint.writer import Writer
-from mm.trainer.engine.deepspeed import resolve_precision
 from mm.trainer.engine.process_group import join
 from mm.trainer.env import TrainerEnv
 from mm.trainer.export import chosen_weights, export
@@ -258,8 +257,7 @@ class Trainer:
         So a refusal leaves every file of the run as it was. ``stack`` ends what is begun here.
         """
         self.phase("start", self.step)
-        precision = resolve_precision(self.run.engine.precision, self.device)
-        self.env = TrainerEnv(self.run.seed, self.device, precision)
+        self.env = TrainerEnv.of(self.run, self.device)
         index = start.first_stage(self.held_out.ends(), self.step)
         self._on_main(lambda: start.check(self, index))
         begin, self._init_from = warm_start.begin(self.run, self.vocabulary, saved)
@@ -311,7 +309,7 @@ class Trainer:
         )
         self.state.stage = stage
         if snapshot is not None and snapshot.state["stage"] == index:
-            resume_check.check(stage, snapshot, self.world, self.run.engine.zero_stage)
+            resume_check.check(stage, snapshot, self.world, self.run.engine)
 
     def _start_callbacks(self) -> None:
         for callback in self.callbacks:

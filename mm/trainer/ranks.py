@@ -32,17 +32,17 @@ def most(n: int, device: torch.device) -> int:
     return int(total)
 
 
-def of_all_rows(stream: Any) -> dict[str, Any]:
-    """The state of a stream with the rows of all ranks. Call on all ranks.
+def of_all_rows(stream: Any, share: int = 1) -> dict[str, Any]:
+    """The state of a stream with the rows of all ranks, of which ``share`` each have the same ones.
 
-    A few integers a row go round.
+    Call on all ranks. A few integers a row go round.
     """
     mine = stream.state_dict()
     if dist.get_world_size() == 1 or not mine.get("rows"):
         return mine
     states: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(states, mine)
-    return merge_states(states)
+    return merge_states(states[::share])
 
 
 def on_main(work: Callable[[], Any], device: torch.device, where: object) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.errors import UserError
-from mm.launch import environment
 from mm.model.layer import Block, init_weights
 from mm.model.size import require_room
 from mm.objectives.objective import Network, Objective
@@ -24,6 +23,7 @@ from mm.trainer.ema import Averages
 from mm.trainer.engine.deepspeed import Engine
 from mm.trainer.env import Nets, TrainerEnv
 from mm.trainer.log.clock import StepClock
+from mm.trainer.sequence import data_ranks, require_shares
 from mm.trainer.stage_model import run_of
 from mm.trainer.stateful import CarriedStates
 from mm.trainer.trainable import n_trained, set_trainable
@@ -113,6 +113,7 @@ def enter_stage(
         make = lambda config=network.config: build(config, vocabulary=vocabulary)
         require_room(make, copies, env.device, f"{run.name}: network '{name}'")
         module = make_module(network.config, vocabulary, run.seed, env.device)
+        require_shares(run, index, objective, module, name)
         source = weights_of(run, index, snapshot, name, network, vocabulary)
         have = weights_at_start(run, index, source, name) if source is not None else {}
         new = source.new_modalities if source is not None and have else run.tokenizers
@@ -128,7 +129,7 @@ def enter_stage(
             continue
         if run.engine.compile:
             compile_blocks(module)
-        set_trainable(module, config, f"stages.{index}", name)
+        set_trainable(module, config, f"stages.{index}", name, fresh=not have)
         parameters[name] = sum(p.numel() for p in module.parameters())
         trained[name] = n_trained(module)
         optimizer = config.optimizer.build(module)
@@ -171,7 +172,7 @@ def enter_stage(
 
 def make_stream(run: Run, index: int, objective: Objective, vocabulary: Vocabulary | None) -> Any:
     """The data of a stage as this rank reads them. Raises UserError."""
-    ranks = environment.ranks()
+    ranks = data_ranks(run.engine.sequence)
     stream = build(
         run.stages[index].data,
         vocabulary=vocabulary,

@@ -47,7 +47,7 @@ class TrainState:
             "stage": stage.index,
             "skipped": self.guard.skipped,
             "guard": self.guard.state_dict(),
-            "data": of_all_rows(stage.stream),
+            "data": of_all_rows(stage.stream, stage.env.sequence.size if stage.env.sequence else 1),
             "optimizers": scalars,
             "given": stage.from_folders,
             "bytes_per_token": self.bytes_per_token.totals,

@@ -43,7 +43,7 @@ def optimizer_step(
     clock = stage.clock
     clock.start()
     scheduled = stage.begin_step(step)
-    micros = [objective.corrupt(b.to(env.device), env.rng, scheduled) for b in batches]
+    micros = [objective.corrupt(env.take(b), env.rng, scheduled) for b in batches]
     env.know(micros)
     clock.mark("forward")
     n, facts = _global_counts(stage, batches, micros, modalities, stop)
@@ -134,9 +134,11 @@ def _global_counts(
     each = [stage.objective.counts(b) for b in micros]
     names = sorted({k for counts in each for k in counts})
     mine = [torch.stack([c[k].float() for c in each if k in c]).sum() for k in names]
+    batches = batches if stage.env.leads else ()  # what several share counts once
     tokens = tokens_by_modality(batches, len(modalities or ()))
     host = torch.cat([tokens, torch.tensor([float(n_items(batches)), float(stop)])])
     rows = torch.tensor(list(getattr(stage.stream, "counts", {}).values()), dtype=torch.float64)
+    rows = rows * stage.env.leads
     *reduced, seen, held = all_reduce(
         [*mine, *(t.to(stage.env.device, non_blocking=True) for t in (host, rows))]
     )

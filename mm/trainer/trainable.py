@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from torch import nn
 
 from mm.errors import UserError, did_you_mean
+from mm.launch import environment
 from mm.run import Stage
 from mm.trainer.fit_weights import adapters, matches
 
+log = logging.getLogger("mm.trainer")
 
-def set_trainable(module: nn.Module, stage: Stage, key: str, network: str = "model") -> None:
+
+def set_trainable(
+    module: nn.Module, stage: Stage, key: str, network: str = "model", *, fresh: bool = False
+) -> None:
     """Turn gradients on for what trains, and off for all else.
 
     `Stage.train` and `Stage.freeze` are of the model; further networks train whole. Of a network
@@ -20,6 +26,7 @@ def set_trainable(module: nn.Module, stage: Stage, key: str, network: str = "mod
 
     Args:
         key: of the stage, for messages.
+        fresh: its weights were never trained, which is warned of where adapters train alone.
     Raises:
         UserError: a pattern fits no parameter, or nothing is left to train.
     """
@@ -33,6 +40,9 @@ def set_trainable(module: nn.Module, stage: Stage, key: str, network: str = "mod
                 raise UserError(f"{key}.{field}: no parameter is called '{glob}'{near}")
     if train is None:
         train = tuple(adapters(module)) or ("*",)
+        if fresh and train != ("*",) and environment.ranks().is_main:
+            say = "%s: adapters train on weights that nothing was learnt by: set init_from"
+            log.warning(say, key)
     wanted = {p for name, p in named if matches(name, train)}
     wanted -= {p for name, p in named if matches(name, freeze)}
     if not wanted:

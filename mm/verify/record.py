@@ -63,8 +63,9 @@ class Record(Callback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        mine = [row for batch in trainer.batches for row in rows_of(batch)]
-        tokens = sum(int((b.layout.fields.document > 0).sum()) for b in trainer.batches)
+        batches = trainer.batches if trainer.stage.env.leads else []  # several share rows
+        mine = [row for batch in batches for row in rows_of(batch)]
+        tokens = sum(int((b.layout.fields.document > 0).sum()) for b in batches)
         every: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(every, (mine, tokens))
         weights = self.weights(trainer)

@@ -25,11 +25,10 @@ from composition_configs import (
     wrappers,
 )
 from composition_shrink import report
+from laws import context
 
 from mm.errors import UserError
 from mm.layout import Layout
-from mm.mask import Causal, Full
-from mm.model.context import Ctx
 from mm.model.layer import init_weights
 from mm.registry import (
     ADAPTERS,
@@ -250,9 +249,11 @@ def reads_ids(mixer: dict[str, Any]) -> bool:
     layer = cast(Any, MIXERS.parse(mixer)).build(D)
     init_weights(layer)
     x, layout = torch.randn(1, 6, D), Layout.plain(1, 6)
-    mask = Causal() if layer.caps.causal else Full()
     few = torch.tensor([[1, 2, 1, 2, 1, 2]])[..., None]
-    y, other = (layer(x, Ctx(layout, mask, ids)).y for ids in (few, torch.arange(6).view(1, 6, 1)))
+    y, other = (
+        layer(x, context(layer, x, layout, ids=ids)).y
+        for ids in (few, torch.arange(6).view(1, 6, 1))
+    )
     return not torch.equal(y, other)
 
 

@@ -9,6 +9,7 @@ from mm.data.streams.shuffle import generator
 from mm.data.transforms.any_to_any import AnyToAnyConfig, parse_task
 from mm.data.transforms.chunk import ChunkConfig
 from mm.data.transforms.compose import chain
+from mm.data.transforms.preference import PreferenceConfig
 from mm.specs import Segment
 
 
@@ -119,3 +120,21 @@ def test_chain_of_configs_and_objects() -> None:
     assert (
         chain(AnyToAnyConfig(tasks={"audio": 1.0}), "chunk")(segments("text"), generator(0)) is None
     )
+
+
+def test_the_last_two_items_of_a_sample_are_a_preference() -> None:
+    """Prompt and better answer are the document, prompt and worse one its second sequence."""
+    transform = PreferenceConfig(part="worse").build()
+    rng = np.random.default_rng(0)
+    made = transform([Segment("text", [1]), Segment("image", [2]), Segment("image", [3])], rng)
+    assert made is not None and transform.makes_parts == ("worse",)
+    assert [(s.modality, s.ids, s.role, s.part) for s in made] == [
+        ("text", [1], "condition", ""),
+        ("image", [2], "target", ""),
+        ("text", [1], "condition", "worse"),
+        ("image", [3], "condition", "worse"),
+    ]
+    assert transform([Segment("text", [1]), Segment("image", [2])], rng) is None
+    assert transform([Segment("image", [2])], rng) is None
+    pair = transform([Segment("image", [2]), Segment("image", [3])], rng)
+    assert pair is not None and [s.part for s in pair] == ["", "worse"]

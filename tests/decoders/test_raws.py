@@ -15,9 +15,9 @@ from mm.cli import generate as command
 from mm.cli import main as cli
 from mm.data.modalities.base import get_modality
 from mm.decoders.generate import Generator
-from mm.decoders.raws import own_modality, read_raw
+from mm.decoders.raws import by_reader, own_modality, read_raw, writable_modalities
 from mm.errors import UserError
-from mm.specs import Waveform
+from mm.specs import TokenSpec, Waveform
 from mm.tokenizers.text.bpe import BpeConfig
 from mm.tokenizers.text.bytes import BytesConfig
 from mm.tokenizers.text.words import MOST, Words
@@ -177,3 +177,18 @@ def test_a_raw_name_means_the_only_modality_made_of_it() -> None:
     assert own_modality("text", ["text", "bytes"]) == "text"
     with pytest.raises(UserError, match="knows no modality 'audio'; known: bytes, image"):
         own_modality("audio", ["image", "bytes"])
+
+
+def test_of_codes_and_values_of_pictures_the_values_are_read() -> None:
+    text, codes = TokenSpec("text", 10), TokenSpec("image", 240, grid=(8, 8))
+    values = TokenSpec("pixels", 0, grid=(4, 4), continuous=True, n_features=12)
+    assert by_reader({"text": "a", "image": 1}, (text, codes, values)) == {"text": "a", "pixels": 1}
+    assert by_reader({"image": 1}, (text, values)) == {"pixels": 1}
+    assert by_reader({"image": 1}, (text, codes)) == {"image": 1}
+    both = {"image": 1, "pixels": 2}  # each by its own name
+    assert by_reader(both, (text, codes, values)) == both
+    alone = values._replace(modality="image")
+    assert by_reader({"image": 1}, (text, alone)) == {"image": 1}
+    tokenizers = dict.fromkeys(("text", "image", "pixels"))
+    assert writable_modalities((text, codes, values), tokenizers) == ["text", "image"]
+    assert writable_modalities((text, codes, values), {"pixels": None, "text": None}) == ["text"]

@@ -18,7 +18,7 @@ def test_a_mixer_trains_under_autocast(name: str) -> None:
     layer = build(name, torch.float32)
     T = min(70, getattr(layer, "max_len", None) or 70)
     x = torch.randn(2, T, D, generator=torch.Generator().manual_seed(1))
-    ctx = context(layer, x, Layout.plain(2, T), ids=None)
+    ctx = context(layer, x, Layout.plain(2, T))
     found = []
     for enabled in (False, True):
         leaf = x.clone().requires_grad_()

@@ -303,3 +303,34 @@ def test_blocks_write_what_greedy_writes() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(again.ids, plain.ids, strict=True))
     with pytest.raises(UserError, match="multi_token, ahead"):
         decode_blocks(build(), VOCABULARY, given, 2)
+
+
+def test_layers_inside_adapters_report_by_their_own_names() -> None:
+    """Experts of an encoder: their losses reach the objective, their statistics their module."""
+    experts = {"kind": "moe", "experts": 4, "top_k": 2, "hidden": 8}
+    backbone = {"kind": "stack", "depth": 1, "pattern": "attention", "ffn": experts}
+    inner = {"kind": "linear", "d_in": 3}
+    encoder = {"kind": "encoder", "inner": inner, "width": 8, "backbone": backbone}
+    for adapter, path in (
+        (encoder, "adapters.series"),
+        (
+            {"kind": "resampler", "inner": encoder, "queries": 2, "heads": 2},
+            "adapters.series.inner",
+        ),
+    ):
+        given = {**MODEL, "adapters": {"series": adapter}}
+        model: Any = NETWORKS.parse(given).build(VOCABULARY).double()
+        init_weights(model)
+        values = np.ones((4, 3), np.float32)
+        series = Segment("series", np.full(4, -1), values, role="condition")
+        text = Segment("text", np.array([1]))
+        source = [series._replace(part="source"), series, text]
+        out = model(to_batch([[source]], VOCABULARY))
+        own = {k: v for k, v in out.aux.items() if k.startswith("adapters.")}
+        assert own
+        for key in own:
+            owner = model.get_submodule(key.rpartition(".")[0])
+            assert owner.path == f"{path}.backbone.layers.0.ffn", key
+        counted = OBJECTIVES.parse({"kind": "next_token", "aux_weights": {"balance": 0.1}})
+        losses = counted.build(VOCABULARY).aux_losses(out, to_batch([[source]], VOCABULARY))
+        assert float(losses["balance"].detach()) > 0

@@ -35,7 +35,7 @@ def test_selective_recomputation_is_bit_exact(name: str) -> None:
     """A layer that writes over results that would be kept says so (`Layer.overwrites`)."""
     layer, docs = build(name), documents(4, 5)
     x, layout = packed([[(0, docs[0], 0), (1, docs[1], 0)]], pad=1)
-    weight, ctx = torch.randn_like(x), context(layer, x, layout, ids=None, seed=3)
+    weight, ctx = torch.randn_like(x), context(layer, x, layout, seed=3)
     mode, found = recompute.resolve_mode("selective", layer), []
     for call in (layer, partial(recompute.run, mode, layer)):
         inputs = x.clone().requires_grad_()

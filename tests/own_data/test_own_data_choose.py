@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer.main
 import yaml
@@ -17,12 +18,15 @@ from mm.cli.schema import resolve
 from mm.config import validate
 from mm.data.pack.config import PackConfig
 from mm.errors import UserError
-from mm.own_data import training
+from mm.own_data import pictures, timing, training
 from mm.own_data.choose import Options, choose
 from mm.own_data.look import Found, look, one_word
 from mm.own_data.plan import Chosen, Plan, plain, to_yaml
+from mm.own_data.timing import step_seconds
 from mm.own_data.write import write
 from mm.run import Run
+from mm.tasks.base import conditions, read_items
+from mm.tasks.check import require_items
 
 
 @pytest.fixture(scope="module")
@@ -68,35 +72,71 @@ def test_photographs(seen: dict[str, Found], tmp_path: Path) -> None:
     assert not image["stages"][0]["data"]["gray"]
     assert train["model"]["embedder"]["position"]["kind"] == "grid"
     stage = train["stages"][0]
-    assert stage["objective"]["transform"]["tasks"].keys() == {"image+text", "text>image"}
-    assert stage["data"]["seq_len"] >= 4 * (64 + 2 + 3)  # four pictures with their words
-    assert train["model"]["d_model"] == 128
+    assert stage["objective"]["transform"]["tasks"].keys() == {"pixels>text", "text>image"}
+    assert "ema" in stage and train["model"]["mask"] == "prefix"
+    (change,) = stage["data"]["transform"]
+    assert (change["modality"], change["mirror"], change["shift"]) == ("pixels", 0.5, 4)
     (task,) = [t for t in stage["tasks"] if t["kind"] == "recognition"]
     assert task["classes"] == list(PHOTOS) and task["linear_probe"] and task["split"] == "val"
-    assert task["views"] == 8
+    assert task["sources"] == ["pixels"] and task["views"] == 8
     assert "--copies 16" in plan.steps[-4].line  # 60 photographs are few
     prompts = train["callbacks"][1]["prompts"]
     assert {"text": "china", "to": "image"} in prompts
-    files = [Path(prompt["image"]) for prompt in prompts if "image" in prompt]
+    files = [Path(prompt["pixels"]) for prompt in prompts if "pixels" in prompt]
     assert files and all(file.is_file() for file in files)
+
+
+def test_pictures_are_read_as_values_where_they_are_few(
+    seen: dict[str, Found], tmp_path: Path
+) -> None:
+    plan = plan_of(seen["photographs"], tmp_path, image_size=64)
+    tokenizer = plain(plan.configs["tokenizer-pixels.yaml"])["tokenizer"]
+    assert tokenizer["size"] == 64 and tokenizer["modality"] == "pixels"
+    adapter = plain(plan.configs["train.yaml"])["model"]["adapters"]["pixels"]
+    assert adapter["patch"] == tokenizer["patch"]
+    assert not any("eval" in s.words and str(tmp_path / "tokenizers/pixels") in s.words
+                   for s in plan.steps)  # fmt: skip
+    many = seen["photographs"]._replace(keys=tuple(str(i) for i in range(20_000)))
+    plan = plan_of(many, tmp_path)
+    assert "tokenizer-pixels.yaml" not in plan.configs
+    stage = plain(plan.configs["train.yaml"])["stages"][0]
+    assert stage["objective"]["transform"]["tasks"].keys() == {"image>text", "text>image"}
+
+
+def test_gray_pictures_of_classes_are_not_mirrored(tmp_path: Path) -> None:
+    for file in sorted(photographs(tmp_path / "a", 30).glob("*.png")):
+        Image.open(file).convert("L").save(file)
+    stage = plain(plan_of(look(tmp_path / "a"), tmp_path).configs["train.yaml"])["stages"][0]
+    (change,) = stage["data"]["transform"]
+    assert change["mirror"] == 0 and change["shift"] == 1
+
+
+def test_the_time_of_a_step_is_measured_with_pictures() -> None:
+    values = pictures.Values("pixels", 4, 192, share=0.6, others=69)
+    work = training.Work(n_ids=800, row=256, rows=1, values=values)
+    assert 0 < step_seconds(plain(pictures.model()), work) < 60
+    rows = timing._rows(work, codes=700)
+    have = [s.modality for row in rows for document in row for s in document]
+    ids = sum(len(s.ids) + 2 for row in rows for document in row for s in document)
+    assert have.count("pixels") == 7 and 200 < ids <= 256  # .6 of the ids are theirs
 
 
 def test_varied_copies_vote_where_that_takes_seconds(seen: dict[str, Found]) -> None:
     photos = seen["photographs"]
-    assert training.views(photos._replace(splits={"test": 1000}), "test", 0.0) is not None
-    assert training.views(photos._replace(splits={"test": 1001}), "test", 0.0) is None
+    assert pictures.views(photos._replace(splits={"test": 1000}), "test", 0.0) is not None
+    assert pictures.views(photos._replace(splits={"test": 1001}), "test", 0.0) is None
     held_out = photos.held_out(0.5)
-    assert held_out > 5 and training.views(photos, "val", 0.5) is not None
+    assert held_out > 5 and pictures.views(photos, "val", 0.5) is not None
     training_keys = tuple(str(i) for i in range(4000))
-    assert training.views(photos._replace(keys=training_keys), "val", 0.5) is None
+    assert pictures.views(photos._replace(keys=training_keys), "val", 0.5) is None
 
 
 def test_many_pictures_and_recordings_keep_the_larger_model(seen: dict[str, Found]) -> None:
     photos = seen["photographs"]
-    assert training.few_pictures(photos, 7999) and not training.few_pictures(photos, 8000)
-    assert not training.few_pictures(photos._replace(classes=None), 60)
-    assert not training.few_pictures(seen["recordings"], 18)
-    assert not training.few_pictures(seen["book"], 60)
+    assert pictures.few_pictures(photos, 7999) and not pictures.few_pictures(photos, 8000)
+    assert not pictures.few_pictures(photos._replace(classes=None), 60)
+    assert not pictures.few_pictures(seen["recordings"], 18)
+    assert not pictures.few_pictures(seen["book"], 60)
 
 
 def test_the_time_is_told(seen: dict[str, Found], tmp_path: Path) -> None:
@@ -116,6 +156,23 @@ def test_prompts_are_files_that_pack_holds_out(seen: dict[str, Found], tmp_path:
     assert len(val) == found.held_out(0.1)
     keys = {val.key(i) for i in range(len(val))}
     assert {f.stem for f in found.held_out_files("image", "val", 0.1)} == keys
+
+
+def test_pixels_are_measured_on_the_pictures_that_they_are_made_from(tmp_path: Path) -> None:
+    import mm
+
+    mm.pack(photographs(tmp_path / "photos", 10), tmp_path / "data", val_share=0.3)
+    given: Any = {"classes": PHOTOS}
+    items = read_items(tmp_path / "data", "val", ("pixels",), **given)
+    codes = read_items(tmp_path / "data", "val", ("image",), **given)
+    assert len(items) > 2 and [i.label for i in items] == [i.label for i in codes]
+    for item, same in zip(items, codes, strict=True):
+        prompt = conditions(item, ("pixels",))
+        assert prompt.keys() == {"pixels"}
+        assert np.array_equal(prompt["pixels"], conditions(same, ("image",))["image"])
+    require_items(tmp_path / "data", "val", ("pixels",), PHOTOS, "label")
+    with pytest.raises(UserError, match="no sample of split 'val' has audio"):
+        require_items(tmp_path / "data", "val", ("audio",), PHOTOS, "label")
 
 
 def test_gray_and_large_pictures(tmp_path: Path) -> None:

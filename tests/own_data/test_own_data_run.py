@@ -120,11 +120,13 @@ def test_the_first_hour(kind: str, tmp_path: Path) -> None:
     )  # as many as there was time for
     assert (home / "report" / "index.html").stat().st_size > 20_000
     if kind == "photographs":
-        row = figures["image_to_text_accuracy"]
+        row = figures["pixels_to_text_accuracy"]
         assert 0 <= row["value"] <= 1 and row["probe"] > 0.5  # of few
         assert any(p.suffix == ".png" for p in (home / "samples").rglob("*"))
         mm("generate", home, "--prompt", PHOTOS[0], "--to", "image", "-o", "a.png", cwd=tmp_path)
         assert np.asarray(Image.open(tmp_path / "a.png")).shape == (32, 32, 3)
+        said = mm("generate", home, "--image", "a.png", "--to", "text", cwd=tmp_path)
+        assert any(word in said for word in PHOTOS)  # read by its pixels
     elif kind == "recordings":
         assert figures["audio_to_text_accuracy"]["n"] == 2 * len(WORDS)
         mm("generate", home, "--prompt", "one", "--to", "audio", "-o", "a.wav", cwd=tmp_path)

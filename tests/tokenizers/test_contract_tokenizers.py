@@ -21,7 +21,7 @@ from mm.tokenizers.load import fingerprint, load_tokenizer
 from mm.vocabulary import RESERVED, extend_vocabulary
 
 KINDS = list(TOKENIZERS)
-EXACT = {"bpe", "bytes"}  # the others lose information, but not shape
+EXACT = {"bpe", "hf", "bytes"}  # the others lose information, but not shape
 CONTINUOUS = {"image_patches", "mel_frames", "series_patches"}  # they give values in place of ids
 
 

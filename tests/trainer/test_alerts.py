@@ -117,6 +117,8 @@ def test_a_spike(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
                 trainer.stage.engines["model"].raw.embed.weight.mul_(50)
 
     found = told(run, Calls("pre_step", jump))
+    # Steps of a toy may wait for others on a busy machine.
+    found = [one for one in found if not one[0].endswith("slow")]
     assert titles(found) == ["spike", "run ended"] and "mm explain" in found[0][1]
     assert sum("a spike" in r.getMessage() for r in caplog.records) == 1
 

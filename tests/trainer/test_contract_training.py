@@ -195,7 +195,7 @@ def _items(modality: str, make: Any) -> Any:
     return batch
 
 
-def _pairs(rows_: range) -> Batch:
+def _captioned(rows_: range) -> Batch:
     """A picture of a few codes and its caption; two of the captions are the same."""
     rows: list[list[list[Segment]]] = []
     for r in rows_:
@@ -220,7 +220,7 @@ RECIPES: dict[str, tuple[str, Any]] = {  # objective -> (network it trains, batc
     "toy_gan": ("toy_lm", _tokens),
     "vq": ("image_vq", _items("image", lambda g: torch.rand(3, 32, 32, generator=g))),
     "codec": ("audio_codec", _items("audio", lambda g: 0.1 * torch.randn(8000, generator=g))),
-    "contrastive": (EMBEDS, _pairs),  # type: ignore[dict-item]
+    "contrastive": (EMBEDS, _captioned),  # type: ignore[dict-item]
 }
 
 

@@ -49,8 +49,10 @@ def sample(r: int) -> list[Segment]:
 
 
 def batch(rows: list[list[int]], lacking: int = -1) -> Batch:
-    """Samples by number; ``lacking`` has no text."""
-    made = [[sample(r)[: 1 if r == lacking else 2] for r in row] for row in rows]
+    """Samples by number; ``lacking`` has no text, and in odd ones the text comes first."""
+    made = [
+        [sample(r)[: 1 if r == lacking else 2][:: -1 if r % 2 else 1] for r in row] for row in rows
+    ]
     return to_batch(made, VOCABULARY, 40, 4)
 
 
@@ -97,7 +99,8 @@ def test_ranks_and_micro_batches_are_one_loss(tmp_path: Path) -> None:
         for s in (image, text):
             b = to_batch([[[s._replace(role="condition")]]], VOCABULARY)
             # Each is read from where it stands in its sample.
-            start = 0 if s is image else len(image.ids) + 2
+            before = (text if r % 2 else None) if s is image else (None if r % 2 else image)
+            start = 0 if before is None else len(before.ids) + 2
             f = b.layout.fields
             moved = replace(b.layout, fields=f._replace(position=f.position + start))
             last = torch.tensor([b.layout.shape[1] - 1])
@@ -125,6 +128,10 @@ def test_equal_texts_are_right_answers_and_missing_ones_no_wrong_ones() -> None:
         p = scores.log_softmax(1)
         want = want - 0.5 * (0.5 * (p[0, 0] + p[0, 1] + p[1, 0] + p[1, 1]) + p[2, 2])
     torch.testing.assert_close(same, want)
+    twice = to_batch([[[*sample(0), sample(1)[0]]]], VOCABULARY)
+    objective = OBJECTIVES.parse({"kind": "contrastive", "pair": ["image", "text"]})
+    with pytest.raises(UserError, match="several parts of one of image and text"):
+        objective.build(VOCABULARY).corrupt(twice, None, {})
     for pair, why in ((["image", "sound"], "has no 'sound'"), (["text", "text"], "with itself")):
         with pytest.raises(UserError, match=why):
             OBJECTIVES.parse({"kind": "contrastive", "pair": pair}).build(VOCABULARY)

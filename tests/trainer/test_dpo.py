@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from data_toys import png
 from generation_toys import VOCABULARY, V
+from start_toys import packed, values
+from trainer_runs import rows
 
 from mm.batch import Batch
+from mm.data.pack.job import pack
 from mm.errors import UserError
 from mm.layout import Doc, Layout
+from mm.model.folder import load_tensors
 from mm.model.layer import ModelOut, init_weights
 from mm.objectives.dpo import DpoConfig, preference
 from mm.registry import NETWORKS
+from mm.run import Run
+from mm.trainer.loop import train
 
 PROMPT, ANSWER = 3, 5
 
@@ -144,3 +154,39 @@ def test_what_is_preferred_becomes_likelier_than_the_reference_has_it() -> None:
     assert first["dpo"] == pytest.approx(0.6931, abs=1e-3) and abs(first["margin"]) < 1e-4
     assert last["accuracy"] == 1.0 and last["margin"] > 5 and last["dpo"] < 0.4
     assert last["nll"] < first["nll"]
+
+
+def test_pairs_from_raw_files_train_and_resume(tmp_path: Path) -> None:
+    """`a.000.txt a.001.png a.002.png`: red is preferred; the reference stays the base model."""
+    root = packed(tmp_path / "base")
+    base = Run.model_validate(values(root, tmp_path, "base", steps=3))
+    train(base)
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for i in range(24):
+        (raw / f"{i}.000.txt").write_text(f"a cat {i % 3}")
+        (raw / f"{i}.001.png").write_bytes(png(2 * i))
+        (raw / f"{i}.002.png").write_bytes(png(2 * i + 1))
+    pack(raw, tmp_path / "data", segments=True, progress=False)
+    words = tmp_path / "base" / "model" / "vocabulary.json"
+    given = {"tokenizers": root / "tokenizers", "vocabulary": words, "progress": False}
+    pack(tmp_path / "data", tmp_path / "tokens", **given)
+    made = values(root, tmp_path, "whole", steps=4)
+    made["stages"][0]["data"]["sources"] = [{"path": str(tmp_path / "tokens")}]
+    made["stages"][0]["objective"] = {"kind": "dpo", "transform": "preference"}
+    made |= {"init_from": str(base.folder), "checkpoints": {"every": 2, "keep_last": 9}}
+    whole = Run.model_validate(made)
+    train(whole)
+    found = rows(whole)
+    assert found[0]["loss/dpo"] == pytest.approx(math.log(2)) and found[0]["loss/margin"] == 0
+    assert found[-1]["loss/margin"] != 0
+    saved = load_tensors(base.folder / "model" / "model.safetensors")
+    kept = whole.folder / "checkpoints" / "step_000004" / "reference.safetensors"
+    reference = load_tensors(kept)
+    assert all(torch.equal(saved[k], reference[k]) for k in saved)
+    again = whole.model_copy(update={"out": tmp_path / "again"})
+    shutil.copytree(whole.folder, again.folder)
+    shutil.rmtree(again.folder / "checkpoints" / "step_000004")
+    assert train(again)["resumed_from"] == 2
+    a, b = (load_tensors(r.folder / "model" / "model.safetensors") for r in (whole, again))
+    assert all(torch.equal(a[k], b[k]) for k in a)

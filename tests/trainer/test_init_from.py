@@ -333,3 +333,26 @@ def test_operations_stand_in_the_yaml(root: Path, tmp_path: Path) -> None:
         "surgery": ["deepen", {"kind": "keep_layers", "layers": [7]}]}}  # fmt: skip
     with pytest.raises(UserError, match=r"^init_from\.surgery\.1: surgery 'keep_layers'"):
         train(Run.model_validate(wrong))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("linear", ["dora", "dora on nf4", "ternary"])
+def test_linears_are_alike_at_every_zero_stage(
+    root: Path, tmp_path: Path, linear: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where ZeRO-3 has the base's matrix in its own forward alone."""
+    forms: dict[str, Any] = {
+        "dora": {"kind": "lora", "dora": True, "dropout": 0.1},
+        "dora on nf4": {"kind": "lora", "base_layer": "nf4", "dora": True},
+        "ternary": {"kind": "ternary"},
+    }
+    found = []
+    for zero in (0, 1, 3):
+        made = values(root, tmp_path, f"zero{zero}", steps=3)
+        made["engine"]["zero_stage"] = zero
+        made["model"]["linear"] = forms[linear]
+        train(run := Run.model_validate(made))
+        found.append(losses(run))
+    assert ("nothing was learnt by: set init_from" in caplog.text) == (linear != "ternary")
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert found[2] == pytest.approx(found[0], rel=1e-6)

@@ -58,7 +58,8 @@ def test_a_terminal_of_80_columns_breaks_no_name(
     source = {"split": "train", "epochs": 12.34, "modalities": {"image": entry, "text": entry}}
     paths = ("photographs_run/tokens", "recordings_run/tokens", "elsewhere/photographs")
     sources = [source | {"source": path, "left_out": {}} for path in paths]
-    found = {"parameters": {"model": 1}, "world": 1, "device": "cpu", "precision": "fp32"}
+    found: dict[str, Any] = {"parameters": {"model": 1}, "trained": {"model": 1}, "world": 1}
+    found |= {"device": "cpu", "precision": "fp32"}
     run = make_run(tmp_path, tmp_path)
     survey.show(run, found | {"stages": [{"stage": 0, "sources": sources[1:]}]})
     lines = capsys.readouterr().err.splitlines()

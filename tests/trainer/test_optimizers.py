@@ -15,7 +15,8 @@ from trainer_toys import toys_registered  # noqa: F401
 
 from mm.errors import UserError
 from mm.registry import OPTIMIZERS
-from mm.run import Ema, Run, Schedule
+from mm.run import Run
+from mm.schedule import Ema, Schedule
 from mm.trainer.loop import INTERRUPTED, train
 from mm.trainer.optimizers.muon import orthogonalize
 from mm.trainer.stage import make_module

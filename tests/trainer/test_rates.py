@@ -9,7 +9,8 @@ import pytest
 from trainer_runs import Calls, make_run, rows
 from trainer_toys import toys_registered  # noqa: F401
 
-from mm.run import Run, Schedule
+from mm.run import Run
+from mm.schedule import Schedule
 from mm.trainer.loop import Trainer, train
 
 

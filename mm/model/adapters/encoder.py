@@ -19,6 +19,7 @@ from mm.mask import Full
 from mm.model.context import Ctx
 from mm.model.layer import Adapter, AdapterOutput, Backbone
 from mm.model.positions.base import Position
+from mm.model.positions.randomised import build_added, refuse_drawn
 from mm.registry import ADAPTERS, AdapterField, BackboneField, LinearField, PositionField
 
 
@@ -93,9 +94,11 @@ class EncoderAdapterConfig(Config):
         return self.inner.d_in
 
     def build(self, d_model: int) -> EncoderAdapter:
+        position = build_added(self.position, self.width)
+        refuse_drawn(position, "an adapter")
         return EncoderAdapter(
             self.inner.build(self.width),
-            self.position.build(self.width, d_model=self.width),
+            position,
             self.backbone.build(self.width, self.linear.build),
             nn.Linear(self.width, d_model),
         )

@@ -21,6 +21,7 @@ from mm.model.context import Ctx
 from mm.model.layer import (
     Backbone,
     Block,
+    Caps,
     Layer,
     Linear,
     LinearFactory,
@@ -57,6 +58,8 @@ class Stack(Backbone):
     `hidden.i` (input of visit i) and `hidden` (what the heads read) are published under
     `intermediate.hidden.i`.
     """
+
+    caps = Caps(shard="local")
 
     def __init__(
         self,

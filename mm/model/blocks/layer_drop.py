@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mm.config import Config
 from mm.model.context import Ctx
-from mm.model.layer import Block, FeedForward, Mixer, Out
+from mm.model.layer import Block, Caps, FeedForward, Mixer, Out
 from mm.model.noise import uniform
 from mm.registry import BLOCKS, BlockField
 from mm.state import State
@@ -29,6 +29,8 @@ class LayerDrop(Block):
     instead; of whole transformer layers: Fan et al. 2019, LayerDrop (arXiv:1909.11556), section 3.
     """
 
+    caps = Caps(shard="local")
+
     def __init__(self, block: Block, rate: float):
         super().__init__()
         self.block, self.rate = block, rate
@@ -40,7 +42,10 @@ class LayerDrop(Block):
         n = ctx.layout.cu_seqlens.shape[0]  # documents are numbered from 1
         device = x_BTD.device
         drawn = uniform(n, ctx, self, "layer", device)  # type: ignore[reportCallIssue]  untyped
-        kept = (drawn >= self.rate)[ctx.layout.fields.document.long()][..., None]
+        document = ctx.layout.fields.document
+        if ctx.shard is not None:  # all processes that share a document draw alike
+            document = ctx.shard.slice(ctx.shard.whole.fields.document)
+        kept = (drawn >= self.rate)[document.long()][..., None]
         y = torch.where(kept, x_BTD + (out.y - x_BTD) / (1 - self.rate), x_BTD)
         return out._replace(y=y)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mm.config import Config
 from mm.model.context import Ctx
-from mm.model.layer import Block, FeedForward, Mixer, Out
+from mm.model.layer import Block, Caps, FeedForward, Mixer, Out
 from mm.model.noise import dropout
 from mm.model.norm import Kind, norm
 from mm.registry import BLOCKS
@@ -25,6 +25,8 @@ class Parallel(Block):
     Source: Wang and Komatsuzaki 2021, GPT-J; Chowdhery et al. 2022, PaLM (arXiv:2204.02311),
     section 2. In training the branches pass dropout.
     """
+
+    caps = Caps(shard="local")
 
     def __init__(self, d_model: int, mixer: Mixer, ffn: FeedForward | None, config: ParallelConfig):
         super().__init__()

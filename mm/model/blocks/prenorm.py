@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mm.config import Config
 from mm.model.context import Ctx
-from mm.model.layer import Block, FeedForward, Mixer, Out
+from mm.model.layer import Block, Caps, FeedForward, Mixer, Out
 from mm.model.noise import dropout
 from mm.model.norm import Kind, norm
 from mm.registry import BLOCKS
@@ -28,6 +28,8 @@ class PreNorm(Block):
     section 2. ``normed_residual``: the branch is added to what it read, as in MiniMax-01
     (arXiv:2501.08313), section 2, whose residual begins behind the norm.
     """
+
+    caps = Caps(shard="local")
 
     def __init__(self, d_model: int, mixer: Mixer, ffn: FeedForward | None, config: PreNormConfig):
         super().__init__()

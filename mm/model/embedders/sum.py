@@ -15,25 +15,34 @@ from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import Embedder
 from mm.model.positions.base import Position
-from mm.model.positions.randomised import adds_to_input
+from mm.model.positions.randomised import build_added
 from mm.registry import EMBEDDERS, PositionField
 
 
 class SumEmbedder(Embedder):
-    """``sqrt(D) * sum_s table[ids[..., s]]``; id -1 adds nothing."""
+    """``scale * sum_s table[ids[..., s]]``, ``scale`` by default sqrt(D); id -1 adds nothing."""
 
-    def __init__(self, n_ids: int, d_model: int, position: Position | None = None):
+    shard = "local"
+
+    def __init__(
+        self,
+        n_ids: int,
+        d_model: int,
+        position: Position | None = None,
+        scale: float | None = None,
+    ):
         super().__init__()
+        self.scale = d_model**0.5 if scale is None else scale
         self.position = position or Position()
         self.weight = nn.Parameter(torch.empty(n_ids, d_model))
 
     def init_weights(self) -> None:
         # Unit variance after the factor sqrt(D), and logits of unit variance where a head shares
-        # the table.
+        # the table; another factor is for a table that comes with the weights of others.
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
     def forward(self, ids_BTS: Tensor, ctx: Ctx) -> Tensor:
-        scale = self.weight.shape[1] ** 0.5
+        scale = self.scale
         weight = self.weight
         parts = []
         for ids in ids_BTS.unbind(-1):
@@ -55,11 +64,7 @@ class SumEmbedderConfig(Config):
         PositionField,
         Field(description="absolute positions, added here: learned, sinusoidal"),
     ] = Field(default="none", validate_default=True)
+    scale: float | None = Field(default=None, gt=0, description="of rows; default sqrt(d_model)")
 
     def build(self, n_ids: int, d_model: int) -> SumEmbedder:
-        position = self.position.build(d_model, d_model=d_model)
-        if type(position) is not Position and not adds_to_input(position):
-            raise ValueError(
-                f"position '{self.position.kind}' adds nothing to embeddings: it belongs to a mixer"
-            )
-        return SumEmbedder(n_ids, d_model, position)
+        return SumEmbedder(n_ids, d_model, build_added(self.position, d_model), self.scale)

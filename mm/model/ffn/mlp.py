@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mm.kernels.glu import glu
 from mm.model.context import Ctx
-from mm.model.layer import FeedForward, LinearFactory, Out
+from mm.model.layer import Caps, FeedForward, LinearFactory, Out
 from mm.model.layer_config import LayerConfig
 from mm.registry import FFNS
 from mm.state import State
@@ -43,6 +43,8 @@ class MLP(FeedForward):
     2016 (arXiv:1606.08415); squared ReLU: So et al. 2021, Primer (arXiv:2109.08668), section 3;
     gates (ReGLU, GEGLU, SwiGLU): Shazeer 2020 (arXiv:2002.05202), eq. 6.
     """
+
+    caps = Caps(shard="local")
 
     def __init__(self, d_model: int, config: MlpConfig, linear: LinearFactory):
         super().__init__()

@@ -74,7 +74,8 @@ class MoE(FeedForward):
         super().__init__()
         c = self.config = config
         # The kept choices of a pass depend on all of its tokens.
-        self.caps = dataclasses.replace(type(self).caps, exact=not c.capacity)
+        whole = None if c.capacity else "local"
+        self.caps = dataclasses.replace(type(self).caps, exact=not c.capacity, shard=whole)
         width = c.width(d_model)
         self.router = Router(d_model, c.experts)
         first = 2 * width if c.gated else width

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mm.kernels.glu import glu
 from mm.model.context import Ctx
-from mm.model.layer import FeedForward, LinearFactory, Out
+from mm.model.layer import Caps, FeedForward, LinearFactory, Out
 from mm.model.layer_config import LayerConfig
 from mm.registry import FFNS
 from mm.state import State
@@ -23,6 +23,8 @@ class SwiGLU(FeedForward):
 
     Source: Shazeer 2020 (arXiv:2002.05202), eq. 6.
     """
+
+    caps = Caps(shard="local")
 
     def __init__(self, d_model: int, config: SwiGLUConfig, linear: LinearFactory):
         super().__init__()

@@ -41,6 +41,8 @@ class Softmax(Head):
     The loss never holds all logits at once; the distribution is built only when asked for.
     """
 
+    shard = "local"
+
     def __init__(self, d_model: int, n_ids: int, config: SoftmaxConfig):
         super().__init__()
         self.z_loss, self.softcap = config.z_loss, config.softcap

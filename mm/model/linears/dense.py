@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
@@ -38,13 +39,16 @@ class Dense(Linear):
 
 @LINEARS.register("dense")
 class DenseConfig(Config):
-    """A matrix without bias."""
+    """A matrix without bias, or with one: everywhere, or in the layers that a list names."""
 
     kind: Literal["dense"] = "dense"
-    bias: bool = False
+    bias: bool | list[str] = Field(
+        default=False, description="a list: names of the matrices that have one, such as [qkv]"
+    )
 
     def build(self, d_in: int, d_out: int, name: str = "") -> Dense:
-        return Dense(d_in, d_out, name, self.bias)
+        bias = self.bias if isinstance(self.bias, bool) else name in self.bias
+        return Dense(d_in, d_out, name, bias)
 
 
 dense: LinearFactory = DenseConfig().build  # what a layer is built of where nothing else is said

@@ -41,7 +41,8 @@ class Randomised(nn.Module, Position):
         Raises:
             UserError: a document is longer than the range.
         """
-        n = ctx.layout.max_seqlen
+        layout = ctx.layout if ctx.shard is None else ctx.shard.whole
+        n = layout.max_seqlen
         if isinstance(ctx.seed, int) and ctx.seed == 0 or not n:
             return f.position
         if n > self.length:
@@ -86,6 +87,20 @@ def adds_to_input(position: Position) -> bool:
     while isinstance(position, Randomised):
         position = position.inner
     return type(position).embed is not Position.embed
+
+
+def build_added(config: Any, width: int) -> Position:
+    """The position of a config, which is added to vectors of ``width``.
+
+    Raises:
+        ValueError: it belongs into a mixer.
+    """
+    position = config.build(width, d_model=width)
+    if type(position) is not Position and not adds_to_input(position):
+        raise ValueError(
+            f"position '{config.kind}' adds nothing to embeddings: it belongs to a mixer"
+        )
+    return position
 
 
 def refuse_drawn(position: Position, mixer: str) -> None:

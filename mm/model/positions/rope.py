@@ -74,6 +74,10 @@ class RopeScaling(Config):
     high: float | None = Field(
         default=None, gt=0, description="yarn (32 there) and llama3 (4 there)"
     )
+    length: float | None = Field(
+        default=None, gt=0, description="yarn: of rotated vectors; default 0.1 ln(factor) + 1"
+    )
+    round: Annotated[bool, Field(description="yarn: corner indices to whole pairs")] = True
 
 
 def frequencies(rule: RopeScaling, theta: float, half: Tensor) -> tuple[Tensor, float]:
@@ -97,11 +101,14 @@ def frequencies(rule: RopeScaling, theta: float, half: Tensor) -> tuple[Tensor, 
         return keep * speed + (1 - keep) * speed / rule.factor, 1.0
     # The pair that makes `turns` turns, as a real index.
     index = lambda turns: pairs * math.log(rule.original / (turns * 2 * math.pi)) / math.log(theta)
-    begin = max(math.floor(index(rule.high or 32.0)), 0)
-    end = min(math.ceil(index(rule.low)), 2 * pairs - 1)
+    begin, end = index(rule.high or 32.0), index(rule.low)
+    if rule.round:
+        begin, end = math.floor(begin), math.ceil(end)
+    begin, end = max(begin, 0), min(end, 2 * pairs - 1)
+    length = rule.length or 0.1 * math.log(rule.factor) + 1.0
     at = torch.arange(pairs, device=half.device, dtype=half.dtype)
     slowed = ((at - begin) / max(end - begin, 1e-3)).clamp(0, 1)
-    return (1 - slowed) * speed + slowed * speed / rule.factor, 0.1 * math.log(rule.factor) + 1.0
+    return (1 - slowed) * speed + slowed * speed / rule.factor, length
 
 
 @POSITIONS.register("rope")

@@ -15,6 +15,7 @@ from torch import Tensor
 from mm.batch import Batch, Values
 from mm.errors import UserError
 from mm.layout import Fields, Layout
+from mm.run import EngineConfig
 from mm.trainer import forward_only
 from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.ranks import on_main
@@ -46,10 +47,12 @@ def losses(stage: StageState, step: int, batch: Batch) -> dict[str, float]:
     scheduled = stage.begin_step(step)
     with forward_only.in_eval_mode(stage, carried=None):
         sums, n = forward_only.losses(stage, [batch], scheduled)
+    if stage.env.sequence is not None:
+        sums, n = stage.env.sequence.total(sums), stage.env.sequence.total(n)
     return {k: float(s / n[k].clamp_min(1e-12)) for k, s in sums.items()}
 
 
-def check(stage: StageState, snapshot: Snapshot, world: int, zero_stage: int) -> None:
+def check(stage: StageState, snapshot: Snapshot, world: int, engine: EngineConfig) -> None:
     """Compare the losses of the kept batch with those of the save, when the tensors were cut anew.
 
     Call on all ranks.
@@ -58,8 +61,9 @@ def check(stage: StageState, snapshot: Snapshot, world: int, zero_stage: int) ->
         UserError: on all ranks; they differ by more than rounding.
     """
     kept = snapshot.state.get(FILE)
-    was = (snapshot.state["world"], snapshot.state["config"]["engine"]["zero_stage"])
-    now = (world, zero_stage)
+    before = snapshot.state["config"]["engine"]
+    was = (snapshot.state["world"], before["zero_stage"], before.get("sequence", 1))
+    now = (world, engine.zero_stage, engine.sequence)
     if kept is None or was == now:
         return
     batch = _restore(kept["batch"], snapshot.tensors(FILE))

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from mm.errors import UserError
 from mm.launch import environment
-from mm.run import Ema, EngineConfig
+from mm.run import EngineConfig
+from mm.schedule import Ema
 from mm.trainer.engine.zero_shards import Shards
 from mm.trainer.optimizers.base import ShardOptimizer
 

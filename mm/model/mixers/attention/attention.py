@@ -45,6 +45,8 @@ class Attention(GroupedAttention):
         super().__init__(d_model, config, linear)
         H, G, K = self.heads, self.kv_heads, self.head_dim
         self.softcap, self.log_n = config.softcap, config.log_n
+        scale = config.query_scale
+        self.query_factor = None if scale is None else scale * K**0.5
         self.out_norm = HeadNorm(H, K) if config.out_norm else None
         # What was shifted cannot be cut: a draft call runs again.
         self.replays = self.tailed = config.token_shift
@@ -67,6 +69,8 @@ class Attention(GroupedAttention):
         self, x_BTD: Tensor, ctx: Ctx, tail: State | None, serving: bool
     ) -> tuple[tuple[Tensor, ...], State | None]:
         (q, *kv), tail = super().project(x_BTD, ctx, tail, serving)
+        if self.query_factor is not None:
+            q = q * self.query_factor
         if self.log_n is not None:
             q = self._scale_by_log_n(q, ctx.layout.fields)
         return (q, *kv), tail
@@ -107,8 +111,14 @@ class AttentionConfig(HeadsConfig):
     window: int | None = Field(
         default=None, gt=0, description="tokens a query sees, itself included"
     )
-    qk_norm: bool | Literal["heads"] = Field(
-        default=True, description="heads: with scales of each head's own"
+    qk_norm: bool | Literal["heads", "full", "zero_centred"] = Field(
+        default=True,
+        description="heads: with scales of each head's own; full: over all heads; "
+        "zero_centred: scales 1 + weight",
+    )
+    norm_eps: Annotated[float, Field(gt=0, le=1, description="of qk_norm")] = 1e-6
+    query_scale: float | None = Field(
+        default=None, gt=0, description="factor of the logits; default 1 / sqrt(head_dim)"
     )
     softcap: Annotated[float, Field(gt=0, description="bound of the logits")] | None = None
     sinks: bool = Field(default=False, description="a learned logit a head that attends to nothing")

@@ -22,9 +22,10 @@ from mm.model.layer_config import LayerConfig
 from mm.model.length_buckets import LengthBuckets
 from mm.model.mixers.attention.forget_gate import ForgetGate, add_fade
 from mm.model.mixers.attention.kv_cache import KeyValueCache, VisibleKeys
-from mm.model.norm import HeadNorm, RMSNorm
+from mm.model.norm import FullNorm, HeadNorm, RMSNorm, ZeroCentredNorm
 from mm.model.positions.base import Position
 from mm.model.positions.randomised import refuse_drawn
+from mm.model.sequence import heads_to_tokens, tokens_to_heads
 from mm.model.varlen import PackedRows, narrow_mask
 from mm.registry import PositionField
 from mm.state import State, join_parts, parts_of
@@ -39,6 +40,15 @@ def head_dim_of(d_model: int, heads: int, head_dim: int | None) -> int:
     if head_dim is None and d_model % heads:
         raise ValueError(f"d_model {d_model} is not a multiple of heads {heads}; set head_dim")
     return head_dim or d_model // heads
+
+
+def qk_norm_of(kind: bool | str, heads: int, width: int, eps: float) -> nn.Module:
+    """The norm of queries or keys `(..., heads, width)`; ``kind`` as in `AttentionConfig`."""
+    if kind == "heads":
+        return HeadNorm(heads, width, eps)
+    if kind == "full":
+        return FullNorm(heads * width, eps)
+    return (ZeroCentredNorm if kind == "zero_centred" else RMSNorm)(width, eps)
 
 
 def changes(position: Position, hook: str) -> bool:
@@ -176,7 +186,7 @@ class AttentionBase(Mixer):
             self.check_mask(ctx.mask)
         if state is None:
             parts, _ = self.project(x_BTD, ctx, None, False)
-            return Out(self.finish(self._forward_full(parts, ctx), x_BTD, ctx, False))
+            return Out(self.finish(self._forward_shared(parts, ctx), x_BTD, ctx, False))
         cache, *caches = parts_of(state, len(self.stateful_parts()))
         tails = [caches.pop(0)] if self.tailed else []
         parts, tail = self.project(x_BTD, ctx, tails[0] if tails else None, True)
@@ -191,6 +201,37 @@ class AttentionBase(Mixer):
             return f
         return f._replace(position=self.position.ids(f, ctx))
 
+    def _forward_shared(self, parts: tuple[Tensor, ...], ctx: Ctx) -> Tensor:
+        """`_forward_full`; where processes share the tokens, each takes all of some heads."""
+        shard = ctx.shard
+        if shard is None:
+            return self._forward_full(parts, ctx)
+        N = shard.size
+        # Each process needs a key head of its own.
+        alike = lambda x: x.repeat_interleave(N // x.shape[2], 2) if x.shape[2] < N else x
+        whole = [tokens_to_heads(alike(x), shard) for x in parts]
+        y = self._forward_full(tuple(whole), replace(ctx, layout=shard.whole))
+        return heads_to_tokens(y, shard)
+
+    def _scores(self, q: Tensor, fq: Fields, fk: Fields, ctx: Ctx) -> ScoreSpec:
+        """`scores`, of the heads that this process has."""
+        if ctx.shard is None:
+            return self.scores(q, fq, fk)
+        every = q[:, :, :1].expand(-1, -1, self.heads, -1)  # positions count heads
+        n = self.heads // ctx.shard.size
+        return self.scores(every, fq, fk).of_heads(n * ctx.shard.rank, n)
+
+    def check_shard(self, size: int) -> str | None:
+        """Why ``size`` processes cannot share its heads, or None."""
+        G = getattr(self, "kv_heads", self.heads)
+        if self.heads % size == 0 and (G % size == 0 or size % G == 0):
+            return None
+        fits = [
+            n for n in range(1, self.heads + 1) if self.heads % n == 0 and not (G % n and n % G)
+        ]
+        heads = f"{self.heads} heads, {G} of keys,"
+        return f"{heads} do not divide over {size} processes; possible: {fits}"
+
     def _forward_full(self, parts: tuple[Tensor, ...], ctx: Ctx) -> Tensor:
         """`attend` inside the call's documents."""
         true = ctx.layout.fields
@@ -203,7 +244,8 @@ class AttentionBase(Mixer):
                 f, true = docs.fields(f), docs.fields(true)
             q, k, v, *more = parts
             spec = MaskSpec(self.mask(ctx).dense(true, true))
-            y = self.attend(AttentionRows(q, k, v, spec, self.scores(q, f, f), tuple(more)))
+            score = self._scores(q, f, f, ctx)
+            y = self.attend(AttentionRows(q, k, v, spec, score, tuple(more)))
             return y if docs is None else docs.pack(y)
         known = [f.position, f.document, f.modality, *f.extra.values()] if self.scored else []
         done = []
@@ -212,7 +254,7 @@ class AttentionBase(Mixer):
             if rest:
                 position, document, modality, *extra = rest
                 f = Fields(position, document, modality, dict(zip(f.extra, extra, strict=True)))
-            score = self.scores(q, f, f)
+            score = self._scores(q, f, f, ctx)
             done.append(self.attend(AttentionRows(q, k, v, group.mask, score, tuple(more))))
         return groups.join(done, *ctx.layout.shape)
 
@@ -250,9 +292,9 @@ class GroupedAttention(AttentionBase):
         self.qkv = linear(d_model, (H + 2 * G) * K, "qkv")
         self.out = linear(H * K, d_model, "out")
         qk_norm = getattr(config, "qk_norm", False)
-        norm = lambda n: HeadNorm(n, K) if qk_norm == "heads" else RMSNorm(K)
-        self.q_norm = norm(H) if qk_norm else None
-        self.k_norm = norm(G) if qk_norm else None
+        eps = getattr(config, "norm_eps", 1e-6)
+        self.q_norm = qk_norm_of(qk_norm, H, K, eps) if qk_norm else None
+        self.k_norm = qk_norm_of(qk_norm, G, K, eps) if qk_norm else None
 
     def make_cache(self) -> KeyValueCache:
         """What keeps keys and values."""

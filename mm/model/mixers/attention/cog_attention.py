@@ -6,6 +6,7 @@ R rows of one document, T queries, S keys, H heads, G key heads, K head width.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -41,6 +42,8 @@ class CogAttention(GroupedAttention):
     Source: Lv et al. 2024 (arXiv:2411.07176), section 3; its models keep softmax in the first and
     the last layer, which a pattern says.
     """
+
+    caps = replace(GroupedAttention.caps, shard="ulysses")
 
     def attend(self, rows: AttentionRows) -> Tensor:
         mask, score = rows.mask, rows.score

@@ -6,6 +6,7 @@ R rows of one document, L tokens, S keys, H heads, K head width, n regions of c 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -28,6 +29,8 @@ class Combiner(IndexedAttention):
 
     Source: Ren et al. 2021 (arXiv:2107.05768), Combiner-Fixed, causal.
     """
+
+    caps = replace(IndexedAttention.caps, shard="ulysses")
 
     keeps_queries = True
 

@@ -6,6 +6,7 @@ document, S keys.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -32,6 +33,8 @@ class DifferentialAttention(AttentionBase):
 
     Source: Ye et al. 2024, Differential Transformer (arXiv:2410.05258), section 2.1, eq. 1-3.
     """
+
+    caps = replace(AttentionBase.caps, shard="ulysses")
 
     def __init__(self, d_model: int, config: DifferentialAttentionConfig, linear: LinearFactory):
         heads, kv_heads, head_dim = config.sizes(d_model)
@@ -72,6 +75,11 @@ class DifferentialAttention(AttentionBase):
         y = self.norm(y) * (1 - self.lambda_init)
         return self.out(y.flatten(2), ctx)
 
+    def check_shard(self, size: int) -> str | None:
+        if self.kv_heads % size == 0:
+            return None
+        return f"{self.kv_heads} key heads do not divide over {size} processes"
+
     def balance(self) -> Tensor:
         """lambda, ``()`` float32 or wider."""
         wide = self.lambdas.to(torch.promote_types(self.lambdas.dtype, torch.float32))
@@ -87,7 +95,7 @@ class DifferentialAttention(AttentionBase):
             bias = by_part.flatten(1, 3)
         keys, values = k.reshape(R, S, 2 * G, self.width), v.repeat_interleave(2, dim=2)
         o = attention(q, keys, values, mask, ScoreSpec(bias))
-        first, second = o.view(R, T, G, 2, self.heads // G, V).unbind(3)
+        first, second = o.view(R, T, G, 2, q.shape[2] // (2 * G), V).unbind(3)
         return (first - self.balance().to(o.dtype) * second).flatten(2, 3)
 
 

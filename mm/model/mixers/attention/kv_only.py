@@ -5,6 +5,7 @@ B rows, T tokens, D model, H heads, K head width.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor
@@ -25,6 +26,8 @@ class KVOnly(AttentionBase):
     Source: Borji 2023, Key-Value Transformer (arXiv:2305.19129), section 2; its KV+Pos adds a
     positional term to the scores: a position that scores (`t5_bias`, `alibi`).
     """
+
+    caps = replace(AttentionBase.caps, shard="ulysses")
 
     def __init__(self, d_model: int, config: KVOnlyConfig, linear: LinearFactory):
         heads, kv_heads, head_dim = config.sizes(d_model)

@@ -5,6 +5,7 @@ B rows, T tokens, D model, H heads, G key heads, K head width.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -26,6 +27,8 @@ class KVShift(GroupedAttention):
     Source: Xu et al. 2024, KV Shifting Attention (arXiv:2411.19574), section 3; keys are rotated
     after the shift. The two weights of a head begin with sum 1.
     """
+
+    caps = replace(GroupedAttention.caps, shard="ulysses")
 
     tailed = True
     replays = True

@@ -6,6 +6,7 @@ its rotated part, V value width, R rows of one document, S keys.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -36,6 +37,8 @@ class LatentAttention(AttentionBase):
     (decoupled rotary positions); absorbed form: there, after eq. 11. The latents pass RMS norms as
     in its appendix on hyper-parameters.
     """
+
+    caps = replace(AttentionBase.caps, shard="ulysses")
 
     def __init__(self, d_model: int, config: LatentAttentionConfig, linear: LinearFactory):
         heads, K = config.heads, head_dim_of(d_model, config.heads, config.head_dim)
@@ -80,20 +83,29 @@ class LatentAttention(AttentionBase):
         # One cached head: the normed latent, then the rotated key.
         k = torch.cat((self.kv_norm(latent)[:, :, None], k_rotary), dim=-1)
         q = torch.cat((q[..., :K], q_rotary), dim=-1)
+        if ctx.shard is not None:  # others take whole heads
+            return (q, *self._raise(k)), None
         return (q, k, k[..., :0]), None
 
+    def _raise(self, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all heads `(R, S, H, .)` from the one that is cached."""
+        latent = k[:, :, 0, : self.latent]
+        key_up, value_up = self.key_up.to(k.dtype), self.value_up.to(k.dtype)
+        rotary = k[..., self.latent :].expand(-1, -1, self.heads, -1)
+        k = torch.cat((torch.einsum("rsc,hkc->rshk", latent, key_up), rotary), dim=-1)
+        return k, torch.einsum("rsc,hcv->rshv", latent, value_up)
+
     def attend(self, rows: AttentionRows) -> Tensor:
-        q, k, mask, score = rows.q, rows.k, rows.mask, rows.score._replace(scale=self.scale)
-        K = self.widths[0]
-        key_up, value_up = self.key_up.to(q.dtype), self.value_up.to(q.dtype)
-        latent = k[..., : self.latent]
+        q, k, v = rows.q, rows.k, rows.v
+        mask, score = rows.mask, rows.score._replace(scale=self.scale)
         if rows.cached:
+            K, latent = self.widths[0], k[..., : self.latent]
+            key_up, value_up = self.key_up.to(q.dtype), self.value_up.to(q.dtype)
             raised = torch.einsum("rthk,hkc->rthc", q[..., :K], key_up)
             o = attention(torch.cat((raised, q[..., K:]), dim=-1), k, latent, mask, score)
             return torch.einsum("rthc,hcv->rthv", o, value_up)
-        rotary = k[..., self.latent :].expand(-1, -1, self.heads, -1)
-        k = torch.cat((torch.einsum("rsc,hkc->rshk", latent[:, :, 0], key_up), rotary), dim=-1)
-        v = torch.einsum("rsc,hcv->rshv", latent[:, :, 0], value_up)
+        if not v.shape[-1]:
+            k, v = self._raise(k)
         return attention(q, k, v, mask, score)
 
 

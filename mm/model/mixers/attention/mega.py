@@ -100,7 +100,6 @@ class Mega(AttentionBase):
     function.
     """
 
-    caps = replace(AttentionBase.caps, shard="ulysses")
     knows = frozenset({"gain"})
     replays = True
 

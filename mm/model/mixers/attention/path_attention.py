@@ -41,7 +41,7 @@ class PathAttention(GroupedAttention):
     `mm.model.mixers.attention.forget_gate`.
     """
 
-    caps = Caps(causal=True, step=True)
+    caps = Caps(causal=True, step=True, shard="ulysses")
     replays = True
     tailed = True
     separate_rows = True

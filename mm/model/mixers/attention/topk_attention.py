@@ -6,6 +6,7 @@ R rows of one document, L tokens, S keys, H heads, G key heads, K head width.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -47,6 +48,8 @@ class TopKAttention(IndexedAttention):
     Source: Mao et al. 2024, IceFormer (ICLR 2024), section 4, with exact search for its index;
     with training: Gupta et al. 2021 (arXiv:2106.06899).
     """
+
+    caps = replace(IndexedAttention.caps, shard="ulysses")
 
     def __init__(self, d_model: int, config: TopKAttentionConfig, linear: LinearFactory):
         super().__init__(d_model, config, linear)

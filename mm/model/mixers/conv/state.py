@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mm.kernels.causal_conv import causal_conv
 from mm.model.context import Ctx
 from mm.model.layer import StatePart
+from mm.model.sequence import halo
 from mm.model.varlen import PackedRows
 from mm.state import DataclassState, State
 
@@ -51,14 +52,22 @@ class TokenTail(StatePart):
 
         Zeros before a document's start.
         """
-        P, T = self.size, x_BTW.shape[1]
+        P = self.size
         if state is not None:
             inputs, docs, after = self.extend(x_BTW, ctx, state)
             L = inputs.shape[1] - P
             back = [docs.pack(inputs[:, P - j : P - j + L]) for j in range(P + 1)]
             return back, after
-        document, back = ctx.layout.fields.document, [x_BTW]
-        for j in range(1, P + 1):
+        document = ctx.layout.fields.document
+        if ctx.shard is not None:  # what is before the slice of a row comes from another process
+            x_BTW, document = halo(x_BTW, P, ctx.shard)
+            back, _ = self._look_back(x_BTW, document)
+            return [x[:, P:] for x in back], None
+        return self._look_back(x_BTW, document)
+
+    def _look_back(self, x_BTW: Tensor, document: Tensor) -> tuple[list[Tensor], None]:
+        T, back = x_BTW.shape[1], [x_BTW]
+        for j in range(1, self.size + 1):
             if j >= T:
                 back.append(torch.zeros_like(x_BTW))
                 continue
@@ -71,6 +80,9 @@ class TokenTail(StatePart):
         self, u_BTW: Tensor, weight_CW: Tensor, bias_W: Tensor, ctx: Ctx, state: State | None
     ) -> tuple[Tensor, Tail | None]:
         """`causal_conv` of `(B, T, W)` with C = ``size + 1``, and the State after the call."""
+        if state is None and ctx.shard is not None:
+            u_BTW, document = halo(u_BTW, self.size, ctx.shard)
+            return causal_conv(u_BTW, weight_CW, bias_W, document)[:, self.size :], None
         if state is None:
             return causal_conv(u_BTW, weight_CW, bias_W, ctx.layout.fields.document), None
         inputs, docs, after = self.extend(u_BTW, ctx, state)

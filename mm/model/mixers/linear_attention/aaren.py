@@ -49,7 +49,8 @@ class Aaren(Mixer):
         k, v = self.kv(x_BTD, ctx).to(wide).chunk(2, -1)
         score = torch.einsum("bthv,hv->bth", k.unflatten(-1, (H, V)), self.query.to(wide))
         score = score * V**-0.5
-        o, after = self.sums(self._average, (score, v), ctx, state)
+        spread = lambda unit: torch.cat((unit, unit.repeat_interleave(V, -1)), -1)
+        o, after = self.sums(self._average, (score, v), ctx, state, spread)
         return Out(self.out(o.to(x_BTD.dtype), ctx), after)
 
     def _average(self, score: Tensor, v: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:

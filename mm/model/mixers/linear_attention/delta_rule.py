@@ -56,7 +56,7 @@ class DeltaRule(LinearMixer):
         self.out = linear(H * V, d_model, "out")
         self.norm = RMSNorm(V)
         self.conv = ShortConv(width, c.conv_size, bias=False) if c.conv_size > 1 else NoConv()
-        self.memory = MatrixMemory(H, K, V)
+        self.memory = MatrixMemory(H, K, V, change="map")
         self.log_decay = nn.Parameter(torch.empty(H)) if gated else None
         self.rate_bias = nn.Parameter(torch.empty(H)) if gated else None
 

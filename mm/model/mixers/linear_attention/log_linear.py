@@ -22,6 +22,7 @@ from mm.model.mixers.linear_attention.linear_attention import (
     SMALL_SCALAR,
     require_head_decay,
 )
+from mm.model.sequence import carry_over
 from mm.model.varlen import PackedRows, per_document, pieces
 from mm.registry import MIXERS, MixerField
 from mm.state import DataclassState, State, join_parts, parts_of
@@ -210,13 +211,28 @@ class BucketMemory(StatePart):
         g = f.get("g", q.new_zeros(())).expand(q.shape[:3])
         parts = (q, k, v, g, gain, *([f["beta"]] if "beta" in f else []))
         if state is None:
-            return per_document(self._first, ctx, *parts), None
+            return self._whole(ctx, parts), None
         assert isinstance(state, Fenwick)
         docs = PackedRows.of(ctx.layout, state.S.shape[0])
         q, k, v, g, gain, *rest = map(docs.unpack, parts)
         S, count = docs.read(state.S), docs.read(state.count, 0).long()
         o, S = chunks(q, k, v, g, rest[0] if rest else None, gain, S, count, docs.length)
         return docs.pack(o), docs.write(state, S=S, count=count + docs.length)
+
+    def _whole(self, ctx: Ctx, parts: tuple[Tensor, ...]) -> Tensor:
+        """Outputs of documents that begin here, or of the own slice of those of several ones."""
+        fresh = lambda: per_document(self._first, ctx, *parts)
+        if ctx.shard is None:
+            return fresh()
+        shard, B = ctx.shard, ctx.layout.shape[0]
+
+        def run(docs: PackedRows, S: Tensor) -> tuple[Tensor, Tensor]:
+            q, k, v, g, gain, *rest = map(docs.unpack, parts)
+            count = shard.earlier.long() if docs.layout is shard.head else shard.earlier.long() * 0
+            return chunks(q, k, v, g, rest[0] if rest else None, gain, S, count, docs.length)
+
+        # A bucket's place depends on how many tokens came before: processes go one after another.
+        return carry_over(fresh, run, self.zeros(B, *self.shape), shard, None)
 
     def _first(
         self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, gain: Tensor, beta: Tensor | None = None

@@ -24,6 +24,7 @@ from mm.model.mixers.linear_attention.linear_attention import (
 )
 from mm.model.mixers.linear_attention.memory import MatrixMemory
 from mm.model.mixers.ssm.scan import Hidden, RecurrentState
+from mm.model.sequence import Link
 from mm.model.varlen import PackedRows
 from mm.registry import MIXERS
 from mm.state import State, join_parts, parts_of
@@ -54,9 +55,14 @@ class Peak(RecurrentState):
             fall = torch.cat((first[:, None], m[:, :-1]), 1)[:, : m.shape[1]] - m
             return torch.stack((m, fall), 2), docs.last(m, first)
 
+        def fresh() -> Tensor:
+            docs = PackedRows.of(ctx.layout, 0)
+            return docs.pack(run(docs, self.begin(len(docs.length)))[0])
+
         if state is None:
-            docs, after = PackedRows.of(ctx.layout, 0), None
-            both = docs.pack(run(docs, self.begin(len(docs.length)))[0])
+            highest = lambda total, before, own: torch.maximum(total + before, own)
+            link = Link(highest, lambda: f_BTH.double().sum(1), self.shape)
+            both, after = self.across(fresh, run, ctx, lambda: link), None
         else:
             both, after = self.advance(run, ctx, state)
         m, fall = both.unbind(2)

@@ -62,7 +62,9 @@ class RWKV4(Mixer):
         )
         wide = torch.promote_types(x.dtype, torch.float32)
         k, v = k.to(wide), v.to(wide)
-        o, sums = self.sums(self._average, (k, v), ctx, sums)
+        spread = lambda unit: torch.cat((unit, unit), -1)
+        fall = lambda: k.shape[1] * self.log_decay.to(wide).exp()
+        o, sums = self.sums(self._average, (k, v), ctx, sums, spread, fall)
         return Out(self.out(r.sigmoid() * o.to(r.dtype), ctx), join_parts(tail, sums))
 
     def _average(self, k: Tensor, v: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:

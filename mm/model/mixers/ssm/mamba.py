@@ -22,6 +22,7 @@ from mm.model.layer_config import LayerConfig
 from mm.model.mixers.conv.state import ShortConv
 from mm.model.mixers.ssm.scan import Hidden, RecurrentState, starts
 from mm.model.norm import RMSNorm
+from mm.model.sequence import decay
 from mm.model.varlen import PackedRows
 from mm.registry import MIXERS
 from mm.state import State, join_parts, parts_of
@@ -44,9 +45,10 @@ class SelectiveScan(RecurrentState):
         state: State | None,
     ) -> tuple[Tensor, Hidden | None]:
         """Outputs `(B, T, E)` and the State after the call; arguments as in `selective_scan`."""
-        if state is None:
+
+        def fresh() -> Tensor:
             reset = starts(ctx.layout)
-            return selective_scan(u_BTE, dt_BTE, a_SE, b_BTS, c_BTS, skip_E, reset)[0], None
+            return selective_scan(u_BTE, dt_BTE, a_SE, b_BTS, c_BTS, skip_E, reset)[0]
 
         def run(docs: PackedRows, before: Tensor) -> tuple[Tensor, Tensor]:
             # A position of zeros leaves the state as it is: the last one is that of the last token.
@@ -55,6 +57,9 @@ class SelectiveScan(RecurrentState):
             u, dt, b = only(u_BTE), only(dt_BTE), only(b_BTS)
             return selective_scan(u, dt, a_SE, b, docs.unpack(c_BTS), skip_E, None, before)
 
+        if state is None:
+            total = lambda: (dt_BTE.sum(1)[:, None] * a_SE).exp()
+            return self.across(fresh, run, ctx, lambda: decay(total, *self.shape)), None
         return self.advance(run, ctx, state)
 
 

@@ -20,6 +20,7 @@ from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.mixers.ssm.hippo_matrices import StepsConfig
 from mm.model.mixers.ssm.scan import RecurrentState, starts
+from mm.model.sequence import Link
 from mm.registry import MIXERS
 from mm.state import State
 
@@ -115,17 +116,32 @@ class S4D(Mixer):
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         a, c = self.discrete()
+        wide = lambda docs: docs.unpack(x_BTD.to(a.dtype))
+        run = lambda docs, h: diagonal_ssm(wide(docs), a, c, None, h, docs.length)
         if state is None:
-            y, after = diagonal_ssm(x_BTD, a, c, starts(ctx.layout))[0], None
+            fresh = lambda: diagonal_ssm(x_BTD, a, c, starts(ctx.layout))[0]
+            y, after = self.memory.across(fresh, run, ctx, lambda: _link(a, x_BTD.shape[1])), None
         else:
-            u = x_BTD.to(a.dtype)
-            y, after = self.memory.advance(
-                lambda docs, before: diagonal_ssm(docs.unpack(u), a, c, None, before, docs.length),
-                ctx,
-                state,
-            )
+            y, after = self.memory.advance(run, ctx, state)
         y = y.to(x_BTD.dtype) + self.skip * x_BTD
         return Out(self.out(F.gelu(y), ctx), after)
+
+
+def _link(a_PDN: Tensor, n: int) -> Link:
+    """``n`` tokens multiply a state by ``a ** n``, which every process knows."""
+
+    def times(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        return a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]
+
+    # By squaring in float64: no logarithm of zero, and no rounding that grows with n.
+    square = a_PDN.double().unbind(0)
+    power: tuple[Tensor, ...] = (torch.ones_like(square[0]), torch.zeros_like(square[0]))
+    for bit in range(n.bit_length()):
+        if n >> bit & 1:
+            power = times(power, square)
+        square = times(square, square)
+    known = [x.to(a_PDN.dtype) for x in power]
+    return Link(lambda _, h, own: own + torch.stack(times(tuple(known), h.unbind(1)), 1))
 
 
 @MIXERS.register("s4d")

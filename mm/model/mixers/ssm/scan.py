@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mm.kernels.complex_scan import complex_scan, multiply
 from mm.layout import Layout
 from mm.model.context import Ctx
 from mm.model.layer import StatePart
+from mm.model.sequence import Link, carry_over, decay
 from mm.model.varlen import PackedRows
 from mm.state import DataclassState, State
 
@@ -76,6 +78,26 @@ class RecurrentState(StatePart):
         y, last = run(docs, docs.read(state.h, self.first()))
         return docs.pack(y), docs.write(state, h=last)
 
+    def across(
+        self,
+        fresh: Callable[[], Tensor],
+        run: Callable[[PackedRows, Tensor], tuple[Tensor, Tensor]],
+        ctx: Ctx,
+        link: Callable[[], Link] | None = None,
+    ) -> Tensor:
+        """Outputs `(B, T, ...)` of a call without a State: where rows are shared, of the own slice.
+
+        Args:
+            fresh: makes those of documents that all begin in this call.
+            run: as of `advance`.
+            link: as of `carry_over`.
+        """
+        shard = ctx.shard
+        if shard is None:
+            return fresh()
+        first = self.begin(ctx.layout.shape[0])
+        return carry_over(fresh, run, first, shard, link() if link is not None else None)
+
     def initial_state(self, n: int, max_len: int) -> Hidden:
         return Hidden(self.begin(n))
 
@@ -106,15 +128,34 @@ class DiagonalScan(RecurrentState):
             a: `(B, T, W)`, or `(W,)` where ``scan`` takes a constant.
             b_BTW: `(B, T, W)`.
         """
-        if state is None:
-            return scan(a, b_BTW, starts(ctx.layout))[0], None
 
         def run(docs: PackedRows, before: Tensor) -> tuple[Tensor, Tensor]:
             rates = docs.unpack(a) if a.dim() == 3 else a
             h, _ = scan(rates, docs.unpack(b_BTW), None, before)
             return h, docs.last(h, before)
 
+        if state is None:
+            fresh = lambda: scan(a, b_BTW, starts(ctx.layout))[0]
+            return self.across(fresh, run, ctx, lambda: self._link(scan, a, b_BTW)), None
         return self.advance(run, ctx, state)
+
+    def _link(self, scan: Callable[..., tuple[Tensor, Tensor]], a: Tensor, b_BTW: Tensor) -> Link:
+        """What a slice of one document does to the state before it."""
+        if self.initial:  # logarithms
+            add = lambda total, before, own: torch.logaddexp(total + before, own)
+            return Link(add, lambda: a.sum(1), self.shape)
+
+        def total() -> Tensor:
+            one = torch.ones_like(b_BTW[:, 0], dtype=self.dtype)
+            if scan is complex_scan:
+                real, _ = one.chunk(2, -1)
+                one = torch.cat((real, torch.zeros_like(real)), -1)
+            return scan(a, torch.zeros_like(b_BTW), None, one)[1]
+
+        if scan is complex_scan:
+            turn = lambda total, before, own: multiply(total, before) + own
+            return Link(turn, total, self.shape)
+        return decay(total, *self.shape)
 
 
 def starts(layout: Layout) -> Tensor:

@@ -35,7 +35,6 @@ class MixedHeads(Mixer):
         parts = [part.build(d_model, linear) for part in config.parts]
         self.parts = nn.ModuleList(parts)
         caps = [part.caps for part in parts]
-        shards = {c.shard for c in caps}
         self.caps = replace(
             caps[0],
             causal=all(c.causal for c in caps),
@@ -45,7 +44,7 @@ class MixedHeads(Mixer):
             lookahead=max(c.lookahead for c in caps),
             exact=all(c.exact for c in caps),
             sequential=any(c.sequential for c in caps),
-            shard=shards.pop() if len(shards) == 1 else None,
+            shard="local" if all(c.shard for c in caps) else None,  # each part sees to itself
             reads=frozenset().union(*(c.reads for c in caps)),
             publishes=frozenset().union(*(c.publishes for c in caps)),
         )

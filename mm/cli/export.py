@@ -1,0 +1,42 @@
+"""`mm export`: a run's model for other people's tools."""
+
+from __future__ import annotations
+
+import importlib
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mm.cli.common import JsonFile, console, existing
+
+app = typer.Typer()
+
+
+class Format(StrEnum):
+    hf = "hf"
+
+
+@app.command(help="Write the model of RUN so that transformers and what builds on it load it.")
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or a saved model.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")],
+    format: Annotated[
+        Format, typer.Option("--format", help="hf: Hugging Face's layout.")
+    ] = Format.hf,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Compare no logits with transformers.")
+    ] = False,
+    json: JsonFile = None,
+) -> None:
+    existing(run, "run folder", "make one with: mm train CONFIG")
+    shared = importlib.import_module("mm.cli.import")  # no name that `import x` could spell
+    shared.refuse_existing(out)
+    from mm.interchange.check import require_peer
+    from mm.interchange.write import export_model
+
+    if not no_check:
+        require_peer()
+    shared.say(export_model(run, out, check=not no_check), out, json)
+    console().print(f"load it: AutoModelForCausalLM.from_pretrained('{out}')")

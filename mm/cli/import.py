@@ -1,0 +1,58 @@
+"""`mm import`: a model in Hugging Face's layout becomes a saved model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mm.cli.common import JsonFile, console, existing, write_json
+from mm.errors import UserError
+
+app = typer.Typer()
+NoCheck = Annotated[bool, typer.Option("--no-check", help="Compare no logits with transformers.")]
+
+
+@app.command(
+    name="import",
+    help="Write the model of DIR, a folder in Hugging Face's layout, as a saved model for "
+    "init_from, mm generate, mm eval and mm export.",
+)
+def import_(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="config.json, *.safetensors, tokenizer.json.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder to write.")],
+    no_check: NoCheck = False,
+    json: JsonFile = None,
+) -> None:
+    existing(folder, "folder", "name one that holds config.json and *.safetensors")
+    refuse_existing(out)
+    from mm.interchange.check import require_peer
+    from mm.interchange.read import import_model
+
+    if not no_check:
+        require_peer()
+    say(import_model(folder, out, check=not no_check), out, json)
+    console().print(
+        f"train it further: init_from={out}; ask it: mm generate {out} --to text -p ..."
+    )
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise UserError where a folder would be overwritten."""
+    if out.exists():
+        raise UserError(f"--out {out}: is there already; name another or remove it")
+
+
+def say(report: Any, out: Path, json: Path | None) -> None:
+    """Print what was written and what a comparison found."""
+    if report is None:
+        console().print(f"wrote {out}; its logits were compared with nothing")
+    else:
+        console().print(
+            f"wrote {out}; {report.logits:,} logits differ from transformers' by at most "
+            f"{report.difference:.1e}, the greedy continuation is the same"
+        )
+    write_json(json, {"out": out, "check": report._asdict() if report else None})

@@ -1,0 +1,116 @@
+"""Logits of a saved model beside those of `transformers` for the checkpoint. T tokens, V ids."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mm.batch import Batch
+from mm.errors import UserError
+from mm.hashes import write_hashes
+from mm.layout import Layout
+from mm.model.model import Model
+
+TOLERANCE = 1e-4  # of float32 logits
+ROWS, LONG, STEPS = 2, 48, 8
+
+
+class Report(NamedTuple):
+    """What a comparison found."""
+
+    difference: float  # the largest between two logits
+    logits: int  # compared
+    spread: float  # standard deviation of the logits
+    continued: int  # ids of the greedy continuation, equal in both
+
+
+def require_peer() -> None:
+    """Raise UserError where `transformers` is not installed."""
+    if find_spec("transformers") is None:
+        raise UserError(
+            "nothing compares the logits, because transformers is not installed: pip install "
+            "'mm-stack[peers]', or go on unchecked with --no-check"
+        )
+
+
+def compare(
+    ours: Path, theirs: Path, ready: Callable[[Model], None] = lambda model: None
+) -> Report:
+    """Compare a saved model with a folder in Hugging Face's layout, in float32 on the CPU.
+
+    The probe: `ROWS` rows of `LONG` ids from a fixed seed, then `STEPS` greedy ids.
+
+    Args:
+        ready: what is done to our model first.
+    Raises:
+        UserError: `transformers` is missing or cannot load the folder, or the two differ.
+    """
+    require_peer()
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")
+    import transformers
+
+    quiet = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        peer = transformers.AutoModelForCausalLM.from_pretrained(
+            theirs,
+            dtype=torch.float32,
+            local_files_only=True,
+            attn_implementation="eager",
+            use_safetensors=True,
+        ).eval()
+    except (ValueError, OSError, RuntimeError) as error:
+        raise UserError(f"{theirs}: transformers cannot load it ({str(error)[:200]})") from error
+    finally:
+        transformers.logging.set_verbosity(quiet)
+    if not (ours / "hashes.json").is_file():
+        write_hashes(ours)  # of a folder that is being written: they are written again at its end
+    model = Model.from_pretrained(ours).float()
+    ready(model)
+    report = _compare(model, peer)
+    if not report.difference <= TOLERANCE:
+        raise UserError(
+            f"{theirs}: logits differ from transformers' by {report.difference:.2g} (allowed "
+            f"{TOLERANCE:g}, they spread over {report.spread:.2g}): what this family writes in its "
+            "config is not all understood; go on unchecked with --no-check"
+        )
+    if report.continued < STEPS * ROWS:
+        raise UserError(f"{theirs}: the greedy continuation differs from that of transformers")
+    return report
+
+
+@torch.no_grad()
+def _compare(model: Model, peer: Any) -> Report:
+    V = model.vocabulary.ranges[0].vocab_size
+    places = getattr(peer.config, "max_position_embeddings", None) or LONG + STEPS
+    long = max(1, min(LONG, places - STEPS))
+    probe = torch.randint(V, (ROWS, long), generator=torch.Generator().manual_seed(17))
+    wanted, found = peer(input_ids=probe).logits.float(), logits_of(model, probe)
+    difference = float((wanted - found).abs().max())
+    equal, ids = 0, probe
+    for _ in range(STEPS):
+        a = peer(input_ids=ids).logits[:, -1].float()
+        b = logits_of(model, ids)[:, -1]
+        # Of two that are as likely either may be taken.
+        taken = b.argmax(-1, keepdim=True)
+        equal += int((a.gather(-1, taken) >= a.max(-1, keepdim=True).values - TOLERANCE).sum())
+        ids = torch.cat([ids, a.argmax(-1, keepdim=True)], 1)
+    return Report(difference, wanted.numel(), float(wanted.std()), equal)
+
+
+def logits_of(model: Model, ids_BT: Tensor) -> Tensor:
+    """`(B, T, V)` logits over the checkpoint's ids."""
+    B, T = ids_BT.shape
+    span = model.vocabulary.range(model.vocabulary.modalities[0])
+    ids = (ids_BT + span.first).int()[..., None]
+    none = torch.full_like(ids, -1)
+    batch = Batch(Layout.plain(B, T), ids, none, torch.zeros(B, T))
+    dist: Any = model(batch, loss=False).heads["tokens"].dist
+    return dist.logits.view(B, T, -1)[..., span.first : span.stop]

@@ -1,0 +1,176 @@
+"""A family of models: its config and its tensors in ours, read in both directions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from mm.config import Config
+from mm.errors import UserError
+from mm.interchange.parts import Entry
+from mm.model.backbones.stack import StackConfig
+from mm.model.model import LmConfig
+
+
+class Settings(Mapping[str, Any]):
+    """A checkpoint's `config.json`, which remembers what was asked of it."""
+
+    def __init__(self, values: Mapping[str, Any], origin: str):
+        self._given, self.origin = values, origin
+        self.asked: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        try:
+            return self._given[key]
+        except KeyError:
+            raise UserError(
+                f"{self.origin}: has no '{key}'; copy config.json from the model's own folder"
+            ) from None
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._given
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        value = self._given.get(key)
+        return default if value is None else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._given)
+
+    def __len__(self) -> int:
+        return len(self._given)
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A positive whole number. Raises UserError naming the key."""
+        value = self[key] if default is None else self.get(key, default)
+        if type(value) is not int or value < 1:
+            raise self.refuse(key, "is no positive whole number")
+        return value
+
+    def only(self, key: str, wanted: Any, default: Any = None) -> None:
+        """Refuse any value of ``key`` but ``wanted``."""
+        if self.get(key, wanted if default is None else default) != wanted:
+            raise self.refuse(key, f"has no equal here; only {wanted!r} has")
+
+    def refuse(self, key: str, why: str) -> UserError:
+        return UserError(f"{self.origin}: {key} = {str(self.get(key))[:60]!r} {why}")
+
+
+# What a checkpoint's config says of its training or its tools, and not of its mathematics.
+SILENT = frozenset(
+    """_name_or_path _sliding_window_pattern architectures attention_dropout attn_pdrop
+    cache_implementation dtype embd_pdrop eos_token_id bos_token_id pad_token_id unk_token_id
+    gradient_checkpointing initializer_range max_position_embeddings max_window_layers
+    mm_tokens mm_vocabulary model_type output_router_logits pretraining_tp resid_pdrop
+    router_aux_loss_coef summary_activation summary_first_dropout summary_proj_to_labels
+    summary_type summary_use_proj task_specific_params torch_dtype transformers_version use_cache
+    vocab_size n_ctx add_cross_attention chunk_size_feed_forward is_encoder_decoder id2label
+    label2id return_dict keys_to_ignore_at_inference""".split()
+)
+
+
+class Family(Config):
+    """Plug point: how one ``model_type`` of Hugging Face's layout is written in our settings."""
+
+    architecture: ClassVar[str] = ""  # class of `transformers`
+    table: ClassVar[tuple[str, str, str]] = ("model.embed_tokens.weight", "lm_head.weight", "model")
+    # Names that hold nothing that is learned: tables that older versions stored.
+    silent: ClassVar[str] = r"\.rotary_emb\.inv_freq$"
+
+    def build(self) -> Family:
+        return self
+
+    def model(self, c: Settings) -> dict[str, Any]:
+        """Values of our `LmConfig`. Raises UserError naming a key that has no equal."""
+        raise NotImplementedError
+
+    def config(self, lm: LmConfig) -> dict[str, Any]:
+        """The checkpoint's config without its vocabulary; need not be right where none is."""
+        raise NotImplementedError
+
+    def entries(self, lm: LmConfig) -> Iterator[Entry]:
+        """A line for each of our tensors but the embedding table and the head."""
+        raise NotImplementedError
+
+
+def rope(c: Settings, layer_type: str | None = None) -> dict[str, Any]:
+    """Our rotary position, of ``layer_type`` where each has its own.
+
+    Source of the keys: `rope_parameters`, or as they were before it, `rope_theta` and
+    `rope_scaling`.
+    """
+    given = c.get("rope_parameters")
+    if isinstance(given, Mapping) and layer_type in given:
+        given = given[layer_type]
+    if not isinstance(given, Mapping):
+        given = c.get("rope_scaling", {})
+        if layer_type == "sliding_attention" and "rope_local_base_freq" in c:
+            given = {"rope_theta": c["rope_local_base_freq"]}
+    key = "rope_parameters" if "rope_parameters" in c else "rope_scaling"
+    if not isinstance(given, Mapping):
+        raise c.refuse(key, "is no mapping")
+    theta = given.get("rope_theta") or c.get("rope_theta", 10000.0)
+    position: dict[str, Any] = {"kind": "rope", "theta": theta}
+    share = given.get("partial_rotary_factor") or c.get("partial_rotary_factor", 1.0)
+    if share != 1.0:
+        position["fraction"] = share
+    rule = given.get("rope_type", given.get("type", "default"))
+    if rule == "default":
+        return position
+    if rule not in ("linear", "llama3", "yarn"):
+        raise c.refuse(key, f"scales rotations by '{rule}', which depends on a pass's length")
+    scaling = {"rule": rule, "factor": given.get("factor")}
+    if rule != "linear":
+        known = given.get("original_max_position_embeddings") or c.get("max_position_embeddings")
+        scaling["original"] = known
+    if rule == "llama3":
+        scaling |= {"low": given.get("low_freq_factor"), "high": given.get("high_freq_factor")}
+    if rule == "yarn":
+        scaling |= {
+            "low": given.get("beta_slow") or 1.0,
+            "high": given.get("beta_fast") or 32.0,
+            "round": given.get("truncate", True),
+            "length": _length(given),
+        }
+    return position | {"scaling": scaling}
+
+
+def _length(given: Mapping[str, Any]) -> float | None:
+    """YaRN's length of rotated vectors where it is not the usual one."""
+    if given.get("attention_factor"):
+        return given["attention_factor"]
+    m, every = given.get("mscale"), given.get("mscale_all_dim")
+    if not (m and every):
+        return None
+    grown = lambda x: 0.1 * x * math.log(given["factor"]) + 1.0
+    return grown(m) / grown(every)
+
+
+def rope_parameters(position: Any) -> dict[str, Any]:
+    """`rope_parameters` of our rotary position."""
+    out: dict[str, Any] = {"rope_type": "default", "rope_theta": position.theta}
+    if position.fraction != 1.0:
+        out["partial_rotary_factor"] = position.fraction
+    s = position.scaling
+    if s is None:
+        return out
+    out |= {"rope_type": s.rule, "factor": s.factor}
+    if s.rule != "linear":
+        out["original_max_position_embeddings"] = s.original
+    if s.rule == "llama3":
+        out |= {"low_freq_factor": s.low, "high_freq_factor": s.high or 4.0}
+    if s.rule == "yarn":
+        out |= {"beta_slow": s.low, "beta_fast": s.high or 32.0, "truncate": s.round}
+        if s.length is not None:
+            out["attention_factor"] = s.length
+    return out
+
+
+def stack_of(lm: LmConfig) -> StackConfig:
+    """The stack of a model. Raises UserError when it has another backbone."""
+    if not isinstance(lm.backbone, StackConfig):
+        raise UserError(f"model.backbone: a '{lm.backbone.kind}' has no equal; only 'stack' has")
+    return lm.backbone

@@ -1,0 +1,145 @@
+"""Law: every layer that says how processes may share a row gives what one process gives.
+
+In one set of gloo processes for all layers, so that it costs seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import laws
+import pytest
+from sequence_ranks import VARIANTS, build
+
+from mm.registry import FFNS, MIXERS
+
+TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
+HERE = Path(__file__).parent
+
+
+def run(folder: Path, world: int, jobs: list[dict[str, Any]]) -> list[Any]:
+    """What ``world`` processes found of every job."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    words = [sys.executable, str(HERE / "sequence_ranks.py")]
+    rest = [str(world), str(folder / "store"), str(folder / "jobs.json"), str(folder / "out.json")]
+    logs = [open(folder / f"{rank}.log", "wb") for rank in range(world)]  # noqa: SIM115
+    children = [
+        subprocess.Popen([*words, str(rank), *rest], env=env, stdout=log, stderr=log)
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        codes = [child.wait(600) for child in children]
+    finally:
+        for child, log in zip(children, logs, strict=True):
+            child.kill()
+            log.close()
+    said = "\n".join((folder / f"{rank}.log").read_text()[-1500:] for rank in range(world))
+    assert codes == [0] * world, said
+    return json.loads((folder / "out.json").read_text())
+
+
+def declared(name: str) -> Any:
+    return build(name).caps.shard
+
+
+SHARED = [name for name in VARIANTS if declared(name) is not None]
+PASSING = [name for name in SHARED if declared(name) in ("carry", "halo")]
+QUICK = [
+    *(name for name in SHARED if name.startswith(("mixer:", "ffn:", "4 heads", "halo"))),
+    "stack, recomputed hybrid",
+]
+
+
+def equal(jobs: list[dict[str, Any]], found: list[Any]) -> None:
+    wrong = [
+        f"{j['name']}, {j['size']} processes, {j['dtype']}: {out['where']} off by {out['off']:.1e}"
+        for j, out in zip(jobs, found, strict=True)
+        if "refused" not in out and not out["off"] <= TOLERANCE[j["dtype"]]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def job(name: str, size: int, dtype: str = "float64", **more: Any) -> dict[str, Any]:
+    return {"do": "compare", "name": name, "size": size, "dtype": dtype, **more}
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Any], Any]]:
+    """All that the default suite asks of four processes."""
+    jobs = [job(name, size) for name in QUICK for size in (2, 4)]
+    jobs += [job(name, 4, "float32") for name in QUICK]
+    jobs += [job(n, 4, times=4) for n in QUICK if n in PASSING and n.startswith(("mixer", "ffn"))]
+    jobs += [job(name, 2, fault=True) for name in QUICK if name in PASSING]
+    jobs += [{"do": "collectives", "size": size} for size in (2, 4)]
+    return list(zip(jobs, run(tmp_path_factory.mktemp("ranks"), 4, jobs), strict=True))
+
+
+def chosen(quick: list[tuple[dict[str, Any], Any]], **wanted: Any) -> list[tuple[Any, Any]]:
+    keys = ("do", "times", "fault", "size", "dtype")
+    plain = {"do": "compare", "times": None, "fault": None} | wanted
+    return [(j, out) for j, out in quick if all(j.get(k) == plain[k] for k in keys if k in plain)]
+
+
+def test_a_layer_in_slices_gives_what_it_gives_whole(quick: Any) -> None:
+    for dtype in TOLERANCE:
+        pairs = chosen(quick, dtype=dtype)
+        equal([j for j, _ in pairs], [out for _, out in pairs])
+    ran = {j["name"] for j, out in chosen(quick, size=4) if "refused" not in out}
+    assert set(PASSING) & set(QUICK) <= ran
+    assert {name for name in QUICK if name.startswith("4 heads")} <= ran
+
+
+def test_what_processes_pass_each_other_does_not_grow_with_the_row(quick: Any) -> None:
+    short = {j["name"]: out for j, out in chosen(quick, size=4, dtype="float64")}
+    for j, out in chosen(quick, times=4):
+        assert out["bytes"] == short[j["name"]]["bytes"] > 0, j["name"]
+
+
+def test_states_that_begin_anew_in_every_process_are_found(quick: Any) -> None:
+    """No loss curve shows it (accelerate #4177, DeepSpeed #8114): the law above does."""
+    found = chosen(quick, fault=True)
+    assert len(found) > 15
+    for j, out in found:
+        assert out["off"] > 1e-3, j["name"]
+
+
+def test_the_backward_of_every_collective_is_its_transpose(quick: Any) -> None:
+    for _, out in chosen(quick, do="collectives"):
+        assert len(out) == 4 and max(out.values()) < 1e-12, out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_variant_in_slices(tmp_path: Path) -> None:
+    jobs = [job(n, size, dtype) for n in SHARED for size in (2, 4) for dtype in TOLERANCE]
+    equal(jobs, run(tmp_path, 4, jobs))
+
+
+def test_the_page_names_every_layer_by_the_way_it_shares() -> None:
+    page = (laws.ROOT / "docs" / "how-to" / "sequence-parallel.md").read_text()
+    lines = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
+    said = {
+        cells[1].strip(" `"): set(re.findall(r"`(\w+)`", cells[4]))
+        for cells in lines
+        if len(cells) > 5
+    }
+    for prefix, registry in (("mixer", MIXERS), ("ffn", FFNS)):
+        for kind in registry:
+            way = declared(f"{prefix}:{kind}") or "no way"
+            if prefix == "mixer" and kind == "mixed_heads":  # that of its parts
+                way = "local"
+            for other, names in said.items():
+                assert (kind in names) == (other == way), f"{kind}: {way}, the page says {other}"
+
+
+def test_every_way_to_share_is_known() -> None:
+    ways = {declared(name) for name in VARIANTS}
+    assert ways == {None, "local", "ulysses", "carry", "halo"}
