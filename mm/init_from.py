@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, WrapSerializer
 
 from mm.config import Config
+from mm.errors import UserError
+from mm.reading import parse_json
 from mm.registry import SurgeryField
 
 Patterns = tuple[str, ...]
@@ -71,6 +73,39 @@ def folders(value: Any) -> Iterator[InitFrom]:
     elif isinstance(value, (list, tuple)):
         for inner in value:
             yield from folders(inner)
+
+
+def with_saved_model(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's values whose `model` is that of the folder of `init_from`, where it has no `kind`.
+
+    What such a `model` says is put upon the saved one, mapping by mapping; one with a kind stands
+    for itself. Surgery changes the weights alone: what it makes is said in `model`.
+
+    Raises:
+        UserError: there is no saved model, or its config is damaged.
+    """
+    given, asked = values.get("model"), _read(values.get("init_from"))
+    whole = given is not None and not (isinstance(given, Mapping) and "kind" not in given)
+    if whole or not isinstance(asked, Mapping) or asked.get("network", "model") != "model":
+        return dict(values)
+    path = Path(str(asked.get("path")))
+    file = next((f for d in ("model", "") if (f := path / d / "config.json").is_file()), None)
+    if file is None:
+        raise UserError(
+            f"init_from: {path} holds no saved model (config.json) whose `model` could be taken; "
+            "name a run that has ended or a saved model, or write `model`"
+        )
+    try:
+        saved = parse_json(file.read_bytes())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file}: not valid JSON ({error}); copy it again") from error
+    return {**values, "model": _onto(saved, given or {})}
+
+
+def _onto(saved: Any, given: Any) -> Any:
+    if not isinstance(saved, Mapping) or not isinstance(given, Mapping) or "kind" in given:
+        return given
+    return {**saved, **{key: _onto(saved.get(key), value) for key, value in given.items()}}
 
 
 def _read(value: Any) -> Any:

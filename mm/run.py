@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mm.config import Config
-from mm.init_from import InitFromField
+from mm.init_from import InitFromField, with_saved_model
 from mm.names import PlainName
 from mm.registry import (
     CallbackField,
@@ -348,4 +348,4 @@ class Run(Config):
 
         values = config.override(config.read(path), overrides)
         config.import_modules(values, str(path), trust_code)
-        return config.validate(cls, values, str(path))
+        return config.validate(cls, with_saved_model(values), str(path))

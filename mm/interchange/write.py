@@ -6,6 +6,7 @@ V ids of the checkpoint, D model.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from mm.interchange.weights import Checkpoint, Planned, write_shards
 from mm.model import folder as files
 from mm.model.model import LmConfig, Model
 from mm.reading import parse_json
-from mm.registry import FAMILIES
+from mm.registry import FAMILIES, SURGERIES
+from mm.surgery.base import Operated
 from mm.tokenizers.load import load_tokenizer
 from mm.tokenizers.text.hf import FILE, HfConfig, HfTokenizer
 from mm.vocabulary import Vocabulary
@@ -52,8 +54,13 @@ def export_model(
     if values.get("kind") != "lm":
         raise UserError(f"{folder}: a saved '{values.get('kind')}', not a language model")
     lm = validate(LmConfig, values, str(folder / "config.json"))
-    family, config = fitting(lm)
     vocabulary = Vocabulary.load(folder / "vocabulary.json")
+    if lm.linear.kind in ("lora", "nf4"):
+        with tempfile.TemporaryDirectory() as temporary:
+            merged = Path(temporary) / "model"
+            merge(folder, lm, vocabulary, merged)
+            return export_model(merged, out, check=check, most=most)
+    family, config = fitting(lm)
     tokenizer = own_tokenizer(folder, vocabulary)
     tokens = tokenizer.config
     config |= {
@@ -80,6 +87,14 @@ def export_model(
             for name, content in tokenizer.beside.items():
                 (part / name).write_bytes(content)
             return compare(folder, part, lambda model: fold_model(model, tokens)) if check else None
+
+
+def merge(folder: Path, lm: LmConfig, vocabulary: Vocabulary, out: Path) -> None:
+    """Write a saved model whose adapters are part of their matrices."""
+    before = Operated(lm, files.load_tensors(folder / "model.safetensors"), vocabulary)
+    after = SURGERIES.parse("merge_lora").apply(before, None)
+    tokenizers = {path.name: path for path in (folder / "tokenizers").iterdir()}
+    files.save_model(out, after.config.to_dict(), after.tensors, vocabulary, tokenizers)
 
 
 def fitting(lm: LmConfig) -> tuple[Family, dict[str, Any]]:

@@ -33,5 +33,11 @@ class MergeLora(Surgery):
         inside = tuple(f"{path}." for path in dense)
         tensors = {k: t for k, t in before.tensors.items() if not k.startswith(inside)}
         tensors |= {f"{path}.weight": weight for path, weight in dense.items()}
-        config = before.config.model_copy(update={"linear": LINEARS.parse("dense")})
+        for path, m in found.items():
+            if (bias := getattr(m.base, "bias", None)) is not None:
+                tensors[f"{path}.bias"] = bias.detach()
+        below = getattr(before.config.linear, "base_layer", None)
+        keeps = below is not None and below.kind == "dense"  # its biases
+        linear = below if keeps else LINEARS.parse("dense")
+        config = before.config.model_copy(update={"linear": linear})
         return Operated(config, tensors, before.vocabulary)

@@ -39,9 +39,8 @@ class Lora(Linear):
     def __init__(self, d_in: int, d_out: int, name: str, config: LoraConfig):
         super().__init__()
         self.name = name
-        self.base: Linear = config.base_layer.build(
-            d_in, d_out, ""
-        )  # no end of a branch of its own
+        self.base: Linear = config.base_layer.build(d_in, d_out, name)
+        self.base.name = ""  # it is no end of a branch of its own
         R = config.rank
         self.scale = config.alpha / (math.sqrt(R) if config.rs else R)
         self.dropout, self.merged = config.dropout, False
@@ -86,7 +85,10 @@ class Lora(Linear):
         """`(d_out, d_in)` of the base, read through its forward: ZeRO-3 has it nowhere else."""
         one = torch.eye(self.lora_a.shape[1], dtype=self.lora_a.dtype, device=self.lora_a.device)
         with torch.no_grad(), torch.autocast(one.device.type, enabled=False):
-            return self.base(one).T.contiguous()
+            y = self.base(one)
+            if getattr(self.base, "bias", None) is not None:
+                y = y - self.base(torch.zeros_like(one[:1]))
+            return y.T.contiguous()
 
     def update(self) -> Tensor:
         """`(d_out, d_in)`: what the adapter adds to the base's matrix."""
