@@ -16,6 +16,7 @@ from mm.mask import Causal, Mask
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out, Stateful, zero_gradient_touch
 from mm.model.layer_config import LayerConfig
+from mm.model.memories import memories_read
 from mm.model.mixers.wrappers.reverse import (
     both_ways,
     refuse_state,
@@ -43,6 +44,11 @@ class Bidirectional(Mixer):
     def __init__(self, d_model: int, config: BidirectionalConfig, linear: LinearFactory):
         super().__init__()
         self.ahead, self.back = (config.inner.build(d_model, linear) for _ in range(2))
+        if memories_read(self):
+            raise ValueError(
+                f"bidirectional: '{config.inner.kind}' attends to a memory, whose order says "
+                "nothing to it; name it without the wrapper"
+            )
 
     def check_mask(self, mask: Mask) -> None:
         super().check_mask(Causal())
