@@ -13,10 +13,9 @@ from mm.data.modalities.base import raw_modality
 from mm.decoders.blockwise import decode_blocks
 from mm.decoders.generate import Generator
 from mm.decoders.score import evaluating
-from mm.errors import UserError
 from mm.registry import TASKS
 from mm.tasks.base import Figures, Task, open_split, spread
-from mm.tasks.check import require_modalities
+from mm.tasks.check import require_modalities, require_raw
 from mm.vocabulary import Vocabulary
 
 
@@ -42,9 +41,7 @@ class BlockDecoding(Task):
 
     def check(self, vocabulary: Vocabulary | None, tokenizers: Mapping[str, Any]) -> None:
         require_modalities((self.modality,), vocabulary, tokenizers)
-        raw = raw_modality(self.modality).kind
-        if not len(open_split(self.data, self.split).having(raw)):
-            raise UserError(f"{self.data}: no sample of split '{self.split}' has '{raw}'")
+        require_raw(self.data, self.split, self.modality)
 
     def evaluate(self, generator: Generator, *, seed: int = 0) -> Figures:
         """Ids a forward (1 = plain decoding), and the share of sequences equal to plain ones."""

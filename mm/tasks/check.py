@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mm.data.modalities.base import raw_modality
 from mm.errors import UserError, did_you_mean
 from mm.tasks.base import having, label_of, open_split, spread
 from mm.vocabulary import Vocabulary
@@ -25,6 +26,13 @@ def require_modalities(
             )
         if modality not in tokenizers:
             raise UserError(f"no tokenizer of '{modality}': set tokenizers.{modality}")
+
+
+def require_raw(data: Path, split: str, modality: str) -> None:
+    """Check that a split has raw samples of what ``modality`` is made of. Raises UserError."""
+    raw = raw_modality(modality).kind
+    if not len(open_split(data, split).having(raw)):
+        raise UserError(f"{data}: no sample of split '{split}' has '{raw}'")
 
 
 def require_items(

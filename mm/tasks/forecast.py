@@ -15,7 +15,7 @@ from mm.decoders.values import continue_values
 from mm.errors import UserError
 from mm.registry import TASKS
 from mm.tasks.base import Figures, Task, open_split, spread
-from mm.tasks.check import require_modalities
+from mm.tasks.check import require_modalities, require_raw
 from mm.vocabulary import Vocabulary
 
 
@@ -51,10 +51,7 @@ class Forecast(Task):
 
     def check(self, vocabulary: Vocabulary | None, tokenizers: Mapping[str, Any]) -> None:
         require_modalities((self.modality,), vocabulary, tokenizers)
-        shards = open_split(self.data, self.split)
-        raw = raw_modality(self.modality).kind
-        if not len(shards.having(raw)):
-            raise UserError(f"{self.data}: no sample of split '{self.split}' has '{raw}'")
+        require_raw(self.data, self.split, self.modality)
 
     def evaluate(self, generator: Generator, *, seed: int = 0) -> Figures:
         """Errors of the model and of the seasonal-naive forecast. See `Task.evaluate`."""
