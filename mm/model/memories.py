@@ -38,6 +38,14 @@ def check_memories(backbone: nn.Module, parts: Sequence[str]) -> None:
         )
 
 
+def refuse_memories(backbone: nn.Module, where: str) -> None:
+    """Raise UserError where a backbone that sees an item alone attends to a memory."""
+    for name in sorted(memories_read(backbone)):
+        raise UserError(
+            f"x"
+        )
+
+
 def fields_read(module: nn.Module) -> frozenset[str]:
     """What Layers in a module say that they read, named fields among it."""
     caps = (m.caps for m in module.modules() if isinstance(m, Layer))

@@ -16,7 +16,7 @@ from mm.layout import Doc, Layout
 from mm.mask import Causal, Full
 from mm.model.context import Ctx, Memory
 from mm.model.layer import init_weights
-from mm.registry import BLOCKS, FFNS, MIXERS
+from mm.registry import ADAPTERS, BLOCKS, FFNS, MIXERS
 
 BACKBONE = {
     "kind": "encoder_decoder",
@@ -159,3 +159,10 @@ def test_what_does_not_fit_is_refused_in_one_line(backbone: dict[str, Any], said
     with pytest.raises((UserError, ValueError), match=said) as error:
         make(backbone=backbone)
     assert "\n" not in str(error.value)
+
+
+def test_an_encoder_adapter_refuses_layers_that_attend_to_a_memory() -> None:
+    layers = {"kind": "stack", "pattern": "cross_attention", "depth": 1}
+    config = {"kind": "encoder", "inner": {"kind": "linear", "d_in": 3}, "backbone": layers}
+    with pytest.raises(UserError, match="adapter encoder, backbone: .*the memory 'source'"):
+        ADAPTERS.parse(config).build(8)

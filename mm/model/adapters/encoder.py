@@ -18,6 +18,7 @@ from mm.layout import Doc, Grid, Layout
 from mm.mask import Full
 from mm.model.context import Ctx
 from mm.model.layer import Adapter, AdapterOutput, Backbone
+from mm.model.memories import refuse_memories
 from mm.model.positions.base import Position
 from mm.model.positions.randomised import build_added, refuse_drawn
 from mm.registry import ADAPTERS, AdapterField, BackboneField, LinearField, PositionField
@@ -96,10 +97,12 @@ class EncoderAdapterConfig(Config):
     def build(self, d_model: int) -> EncoderAdapter:
         position = build_added(self.position, self.width)
         refuse_drawn(position, "an adapter")
+        backbone = self.backbone.build(self.width, self.linear.build)
+        refuse_memories(backbone, "adapter encoder, backbone")
         return EncoderAdapter(
             self.inner.build(self.width),
             position,
-            self.backbone.build(self.width, self.linear.build),
+            backbone,
             nn.Linear(self.width, d_model),
         )
 
