@@ -41,9 +41,7 @@ def check_memories(backbone: nn.Module, parts: Sequence[str]) -> None:
 def refuse_memories(backbone: nn.Module, where: str) -> None:
     """Raise UserError where a backbone that sees an item alone attends to a memory."""
     for name in sorted(memories_read(backbone)):
-        raise UserError(
-            f"x"
-        )
+        raise UserError("x")
 
 
 def fields_read(module: nn.Module) -> frozenset[str]:
