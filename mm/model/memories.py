@@ -41,7 +41,10 @@ def check_memories(backbone: nn.Module, parts: Sequence[str]) -> None:
 def refuse_memories(backbone: nn.Module, where: str) -> None:
     """Raise UserError where a backbone that sees an item alone attends to a memory."""
     for name in sorted(memories_read(backbone)):
-        raise UserError("x")
+        raise UserError(
+            f"{where}: a layer attends to the memory '{name}', but items are read alone: take "
+            "attention"
+        )
 
 
 def fields_read(module: nn.Module) -> frozenset[str]:
