@@ -31,6 +31,7 @@ COMMANDS = (
     "eval",
     "import",
     "export",
+    "average",
     "report",
     "explain",
     "sweep",
