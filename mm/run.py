@@ -25,6 +25,24 @@ EVALUATIONS = 20  # held-out losses of a stage, about
 CHEAP = 10  # steps for each batch of a held-out loss
 
 
+class BestBy(Config):
+    """A task's figure in place of the held-out loss, where the best step is asked for."""
+
+    task: Annotated[str, Field(description="name of a task of the stage that has `every`")]
+    figure: Annotated[str, Field(description="one of its figures, as after eval/<task>/")]
+    goal: Annotated[Literal["highest", "lowest"], Field(description="which value is best")] = (
+        "highest"
+    )
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}/{self.figure}"
+
+    def score(self, value: float) -> float:
+        """Of which less is better; `score` of that is the value again."""
+        return -value if self.goal == "highest" else value
+
+
 class Stage(Config):
     """The only place where parameters, networks or the optimizer change."""
 
@@ -77,6 +95,10 @@ class Stage(Config):
         int | None,
         Field(gt=0, description="held-out losses without a new best after which the stage ends"),
     ] = None
+    best_by: Annotated[
+        BestBy | None,
+        Field(description="what keep_best, early_stop and export: best go by; null = loss"),
+    ] = None
     tasks: Annotated[
         tuple[TaskField, ...], Field(description="figures that are measured on held-out data")
     ] = ()
@@ -96,7 +118,7 @@ class Stage(Config):
 
     @model_validator(mode="after")
     def _early_stop_has_losses(self) -> Stage:
-        if self.early_stop is not None and self.eval_every == 0:
+        if self.early_stop is not None and self.eval_every == 0 and self.best_by is None:
             raise ValueError("early_stop: it needs held-out losses; eval_every is 0")
         return self
 

@@ -33,8 +33,9 @@ def print_trained(title: str, result: Mapping[str, Any]) -> None:
     table("", ("figure", "value"), figure_rows(result, summary["means"]))
     best = result.get("best")
     if best:
-        step, loss = best
-        console().print(f"best held-out loss: {number(loss)} at step {step}")
+        step, value, *name = best
+        what = name[0] if name else "held-out loss"
+        console().print(f"best {what}: {number(value)} at step {step}")
     seconds: dict[str, float] = {}
     for phase, taken in summary["seconds"].items():
         name = PHASES.get(phase, "start")

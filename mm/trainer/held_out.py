@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mm.errors import UserError
 from mm.objectives.objective import AFTER_WARM_UP
-from mm.run import Run
+from mm.run import BestBy, Run
 from mm.trainer import forward_only
 from mm.trainer.callbacks.base import Callback, Training
 from mm.trainer.health.anomaly import append
@@ -93,9 +93,19 @@ class HeldOut(Callback):
             out.append(early or (out[-1] if out else 0) + stage.budget.steps)
         return out
 
+    def result(self) -> list[Any] | None:
+        """Step and value of the last stage's best; with what it is, where that is no loss."""
+        if self.best is None:
+            return None
+        by = self.run.stages[self.stage].best_by
+        name, value = told(by, self.best)
+        return [self.best.step, value] if by is None else [self.best.step, value, name]
+
     def check(self, trainer: Training) -> None:
         for index in range(self.stage, len(self.run.stages)):
             stage = self.run.stages[index]
+            if stage.best_by is not None:
+                continue
             if not stage.held_out_every:
                 self._refuse(index, NEVER)
             elif held_out_data(stage.data) is None:
@@ -121,7 +131,7 @@ class HeldOut(Callback):
         if config.held_out_every:
             found = held_out_batches(trainer.stage, trainer.vocabulary, lambda: trainer.tokenizers)
         self._data = None if isinstance(found, str) else found
-        if not isinstance(found, str):
+        if not isinstance(found, str) or config.best_by is not None:
             return
         self._refuse(index, found)
         if config.held_out_every and self.is_main:
@@ -172,19 +182,9 @@ class HeldOut(Callback):
     def _judge(self, step: int, share: float) -> None:
         """Move `best` and say once a stage what is wrong. The same on all ranks."""
         loss = self.figures["val/loss"]
-        if math.isfinite(loss) and (self.best is None or loss < self.best.loss):
-            self.best, self.since, self.new_best = Best(step, loss), 0, True
-        else:
-            self.since += 1
-        patience = self.run.stages[self.stage].early_stop
-        if patience is not None and self.since >= patience and share < 1:
-            self.ended[self.stage] = step
-            if self.is_main:
-                best = f"since step {self.best.step} ({self.best.loss:.4g})" if self.best else ""
-                log.info(
-                    "stages.%d ends early at step %d: %d held-out losses without a new best %s",
-                    *(self.stage, step, self.since, best),
-                )
+        by_figure = self.run.stages[self.stage].best_by is not None
+        if not by_figure:
+            self.judge(step, loss, share)
         if share < PATIENCE:
             return
         for key, value in self.figures.items():
@@ -199,13 +199,37 @@ class HeldOut(Callback):
                     "heart",
                 )
         steps = self.run.stages[self.stage].budget.steps
-        if self.best is not None and step - self.best.step >= PATIENCE * steps:
+        if not by_figure and self.best is not None and step - self.best.step >= PATIENCE * steps:
             self._warn(
                 step,
                 "rising",
                 f"held-out loss is {loss:.4g} and was best at step {self.best.step} "
                 f"({self.best.loss:.4g}): since then the training data are learnt by heart",
             )
+
+    def judge(self, step: int, loss: float, share: float) -> None:
+        """Move `best`, and end the stage where it asks for that. The same on all ranks.
+
+        Args:
+            loss: what the best step has least of: the held-out loss, or a figure that counts so.
+            share: of the stage's steps that are done.
+        """
+        if math.isfinite(loss) and (self.best is None or loss < self.best.loss):
+            self.best, self.since, self.new_best = Best(step, loss), 0, True
+        else:
+            self.since += 1
+        patience = self.run.stages[self.stage].early_stop
+        if patience is not None and self.since >= patience and share < 1:
+            self.ended[self.stage] = step
+            if self.is_main:
+                by = self.run.stages[self.stage].best_by
+                value = told(by, self.best)[1]
+                best = f"since step {self.best.step} ({value:.4g})" if self.best else ""
+                what = "held-out losses" if by is None else f"times {by.name}"
+                log.info(
+                    "stages.%d ends early at step %d: %d %s without a new best %s",
+                    *(self.stage, step, self.since, what, best),
+                )
 
     def _warn(self, step: int, what: str, text: str) -> None:
         if what in self._warned:
@@ -215,6 +239,12 @@ class HeldOut(Callback):
             log.warning("step %d: %s", step, text)
             event = {"step": step, "event": f"held-out: {what}", "why": text}
             append(self.run.folder / "events.jsonl", event)
+
+
+def told(by: BestBy | None, best: Best | None) -> tuple[str, float]:
+    """What the best step is chosen by, and its value; NaN without one."""
+    loss = best.loss if best is not None else math.nan
+    return ("held-out loss", loss) if by is None else (by.name, by.score(loss))
 
 
 def _means(

@@ -19,6 +19,7 @@ from mm.launch import environment
 from mm.run import Run
 from mm.trainer import final_eval, folder, start, survey, warm_start
 from mm.trainer.callbacks.base import Callback
+from mm.trainer.callbacks.best_by import BestByFigure
 from mm.trainer.callbacks.chosen import of_run
 from mm.trainer.callbacks.tasks import TasksWhileTraining
 from mm.trainer.callbacks.times import Times
@@ -67,6 +68,7 @@ class Trainer:
         self.summary = Summary(self.times)
         own, rest = of_run(run.callbacks)
         figures = [self.guard, self.state.bytes_per_token, self.held_out, TasksWhileTraining()]
+        figures.append(BestByFigure(run, self.held_out))
         self._figures = [*figures, *own, self.summary]  # what they say is in metrics.jsonl
         self.callbacks = [*self._figures, *rest, *callbacks, self.times]
         self._evaluated: dict[str, Any] = {}
@@ -118,7 +120,7 @@ class Trainer:
             seconds = time.monotonic() - begun
             return {**self.metrics, **self._evaluated, **done, **new, "seconds": seconds} | {
                 "folder": str(self.folder),
-                "best": self.held_out.best and list(self.held_out.best),
+                "best": self.held_out.result(),
                 "summary": self.summary.result(self),
             }
 

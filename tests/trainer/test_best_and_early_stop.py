@@ -102,6 +102,41 @@ def test_a_stage_ends_early_and_knows_it(
     assert losses(run) == losses(whole)
 
 
+def test_the_best_step_by_a_tasks_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is exported, and ends the stage, whatever the held-out loss says."""
+    caplog.set_level("INFO", "mm.trainer")
+    figures = iter([0.1, 0.9, 0.2, 0.3, 0.5])
+    found = lambda self, generator, seed=0: {"accuracy": next(figures)}
+    monkeypatch.setattr(toys.ToyTaskConfig, "evaluate", found)
+    tasks = [{"kind": "toy_task", "name": "toys", "every": 1}]
+    by = {"task": "toys", "figure": "accuracy"}
+    keys = {"tasks": tasks, "best_by": by, "early_stop": 2, "eval_every": 0}
+    run = make_run(tmp_path, steps=9, stage_keys=keys)
+    run = Run.model_validate(run.to_dict() | {"export": "best", "evaluate": False})
+    out = train(run)
+    assert out["step"] == 4 and out["best"] == [2, 0.9, "toys/accuracy"]
+    assert exported_step(run, kept(run)) == 2
+    assert "2 times toys/accuracy without a new best since step 2 (0.9)" in caplog.text
+    assert "exported: step 2, the best toys/accuracy (0.9)" in caplog.text
+
+    figures = iter([0.5, 0.1, 0.2])
+    low = keys | {"best_by": by | {"goal": "lowest"}, "early_stop": None}
+    run = make_run(tmp_path, "low", steps=4, stage_keys=low)
+    out = train(Run.model_validate(run.to_dict() | {"evaluate": False}))
+    assert out["best"] == [2, 0.1, "toys/accuracy"]
+    refused = (
+        ({"task": "toy"}, "no task 'toy' with `every`"),
+        ({"figure": "wer"}, "no figure 'wer'"),
+    )
+    for n, (change, line) in enumerate(refused):
+        figures = iter([0.5, 0.1, 0.2])
+        bad = make_run(tmp_path, f"bad{n}", stage_keys=keys | {"best_by": by | change})
+        with pytest.raises(UserError, match=line):
+            train(bad)
+
+
 def test_the_next_stage_begins_where_one_ended_early(
     tmp_path: Path, script: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:

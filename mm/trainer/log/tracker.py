@@ -158,9 +158,10 @@ class Tracker(Callback):
 
     def on_end(self, trainer: Training) -> None:
         """Show what a run that came to its end has made, and its best."""
-        best = trainer.held_out.best
+        best = trainer.held_out.result()
         if best is not None:
-            self.summary({"best/step": best.step, "best/val_loss": best.loss})
+            step, value, *name = best
+            self.summary({"best/step": step, f"best/{name[0] if name else 'val_loss'}": value})
         if trainer.step < trainer.steps:
             return
         made = lineage.outputs(trainer.run, trainer.step)
