@@ -81,7 +81,7 @@ def inspect_loss(
     return out
 
 
-def coloured(runs: Sequence[tuple[str, bool]], plain: bool = False) -> Any:
+def colour_runs(runs: Sequence[tuple[str, bool]], plain: bool = False) -> Any:
     """A `rich` text: what is learnt green; where there is no colour, between ⟦ and ⟧."""
     from rich.text import Text
 

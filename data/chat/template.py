@@ -218,15 +218,15 @@ class ChatTemplate(Config):
             full, prompt, asked = self._texts(_probe(), [(4, False), (3, True), (3, False)])
         except RefusedConversation as error:
             raise TemplateError(f"cannot write a plain conversation ({error})") from error
-        first, second, third, last = WORDS
-        if not full.startswith(prompt) or not full[len(prompt) :].startswith(last):
+        *_, third, last = WORDS
+        if not full.startswith(prompt) or not full[len(prompt) :].lstrip().startswith(last):
             raise TemplateError(
                 "its generation prompt is not what its own turns begin with: serving would ask "
                 f"after {prompt[-40:]!r}, training would answer after "
                 f"{full[: full.rfind(last)][-40:]!r}"
             )
         header = prompt[len(asked) :] if prompt.startswith(asked) else ""
-        tail = full[len(prompt) + len(last) :].strip()
+        tail = full[full.rfind(last) + len(last) :].strip()
         stop = next((t for t in (END, *special.known) if tail.startswith(t)), tail)
         if not stop:
             raise TemplateError("ends no turn of the assistant: a model would never stop")

@@ -83,7 +83,7 @@ def pack(
 
 def show_conversations(job: Any) -> None:
     """Print how the columns of conversations are read, and the first ones as a model reads them."""
-    from mm.data.chat.show import coloured
+    from mm.data.chat.show import colour_runs
     from mm.data.pack.preview import preview
 
     shown = preview(job)
@@ -94,7 +94,7 @@ def show_conversations(job: Any) -> None:
     console().print(f"map: {words} ({how}); template: {job.template.origin}", markup=False)
     for key, runs in shown:
         console().print(f"--- {key}", style="bold", markup=False)
-        console().print(coloured(runs, plain=not console().color_system))
+        console().print(colour_runs(runs, plain=not console().color_system))
 
 
 def full_app() -> typer.Typer:
@@ -176,7 +176,7 @@ def inspect_loss(
     found = show.inspect_loss(shards, tokenizers, split, sample)
     for each in found:
         console().print(f"--- {each['key']}", style="bold", markup=False)
-        console().print(show.coloured(each["runs"], plain=not console().color_system))
+        console().print(show.colour_runs(each["runs"], plain=not console().color_system))
     write_json(json, {"samples": found})
 
 
