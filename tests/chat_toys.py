@@ -20,8 +20,9 @@ CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 BRACKETS = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}\
-[INST] {{ m.content }} [/INST]{% elif m.role == 'assistant' %} {{ m.content | trim }}{{ eos_token }}\
-{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"""
+[INST] {{ m.content }} [/INST]{% elif m.role == 'assistant' %}\
+ {{ m.content | trim }}{{ eos_token }}{% else %}\
+{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"""
 HEADERS = """{{ bos_token }}{% for m in messages %}<|header|>{{ m.role }}<|body|>
 
 {{ m.content | trim }}<|eot|>{% endfor %}{% if add_generation_prompt %}<|header|>assistant<|body|>

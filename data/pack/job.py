@@ -166,7 +166,7 @@ class PackJob:
                 self._write(written, progress)
                 written.check_budget(final=True)
                 if not written.good:
-                    why = written.reasons() or "the source has no sample"
+                    why = written.reasons() or written.left_out_words()
                     raise UserError(f"{self.config.src}: nothing to pack; {why}")
             except UserError as error:
                 listed = written.abort(out)

@@ -242,6 +242,11 @@ class PackOutput:
             f"{count} x {self._first[kind]}" for kind, count in self.kinds.most_common(n)
         )
 
+    def left_out_words(self) -> str:
+        """Why sound samples were left out; that there is none, where none was."""
+        found = ", ".join(f"{count} x {why}" for why, count in self.skipped.most_common())
+        return f"left out: {found}" if found else "the source has no sample"
+
     def examples(self, n: int = 10) -> dict[str, str]:
         """The commonest kinds of reasons -> the first of each in full, with its sample."""
         return {kind: self._first[kind] for kind, _ in self.kinds.most_common(n)}
