@@ -63,6 +63,10 @@ class ChatEncoder(Encoder):
         self.pieces = reading_special(self.tokenizers[self.text])
         self.max_tokens, self.every = max_tokens, every
 
+    def note(self, items: Sequence[Item]) -> None:
+        super().note(items)
+        self.left_out.discard("text")
+
     def encode(self, items: Sequence[Item]) -> list[Result]:
         """Encode a batch; ``side["loss"]`` of each member says what is learnt of it."""
         texts, media = [], []

@@ -65,9 +65,9 @@ def special_tokens(tokenizer: Any) -> Special:
         return Special()
     settings = _tokenizer_config(beside)
     inner, config = tokenizer.inner, tokenizer.config
-    written = lambda name: _word(settings.get(name))
-    name = lambda i: (inner.id_to_token(i) or "") if i is not None else ""
     added = inner.get_added_tokens_decoder()
+    written = lambda name: _word(settings.get(name))
+    name = lambda i: added[i].content if i in added else ""
     return Special(
         written("bos_token") or name(config.bos),
         written("eos_token") or name(next(iter(config.eos), None)),

@@ -73,8 +73,8 @@ def check_templates(trainer: Training, index: int) -> None:
         own = template_beside(tokenizer)
         if own and own != found[0][1].source:
             name = f"the tokenizer at {run.tokenizers[tokenizer.spec.modality]}"
-            require_one_template([found[0], (name, template_of(tokenizer))])
             mend = "pack again without --template, or put that template into the tokenizer's folder"
+            require_one_template([found[0], (name, template_of(tokenizer))])
     except UserError as error:
         raise UserError(f"{error}; {mend}") from error
 
