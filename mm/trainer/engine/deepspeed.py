@@ -93,6 +93,8 @@ def _deepspeed() -> Any:
 class Engine:
     """One trainable network: forward, backward, step and full fp32 tensors at any ZeRO stage."""
 
+    _order: GradientOrder | None = None  # until the first step
+
     def __init__(
         self,
         module: nn.Module,
@@ -144,8 +146,8 @@ class Engine:
             self.ds.enable_backward_allreduce = (
                 False  # `reduce` below does it, so that the norm is known before the step
             )
-        shared = self.zero_stage > 1 and dist.get_world_size() > 1
-        self._order = GradientOrder(self.trainable()) if shared else None
+        if self.zero_stage > 1 and dist.get_world_size() > 1:
+            self._order = GradientOrder(self.trainable())
 
     def __call__(self, *args: Any, **kw: Any) -> Any:
         return self.ds(*args, **kw)
