@@ -179,7 +179,7 @@ def test_a_pool_that_is_left_ends_its_busy_workers() -> None:
     """Not when they are done: a video that takes an hour is among what they read."""
     worker: Any = Worker.__new__(Worker)
     worker.process = subprocess.Popen(
-        [sys.executable, "-S", "-c", "import time; time.sleep(30)"],
+        [sys.executable, "-S", "-c", "import time; time.sleep(10)"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
