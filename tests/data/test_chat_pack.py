@@ -14,9 +14,10 @@ from chat_toys import bpe, hf, jsonl, learnt, media_talk, talk
 from data_toys import ToyTokenizer, png, wav
 
 from mm.data.batching.document import document_tokens
+from mm.data.chat.choose import template_of
 from mm.data.chat.loss import LOSS, learn, sample_segments
 from mm.data.chat.show import inspect_loss
-from mm.data.chat.template import ChatTemplate, template_of
+from mm.data.chat.template import ChatTemplate
 from mm.data.pack.config import PackConfig
 from mm.data.pack.job import PackJob, pack
 from mm.data.pack.preview import preview
