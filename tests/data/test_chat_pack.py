@@ -289,8 +289,8 @@ BAD = {
     ),
     "no base64": (media_talk({"url": "data:image/png;base64,%%"}, "a.wav"), "no base64"),
     "an unknown part": (
-        {"messages": [{"role": "user", "content": [{"type": "video", "video": "a"}]}]},
-        "message 0, part 0: unknown type 'video'",
+        {"messages": [{"role": "user", "content": [{"type": "smell", "smell": "a"}]}]},
+        "message 0, part 0: unknown type 'smell'",
     ),
     "an unknown role": (
         {"messages": [{"role": "asistant", "content": "x"}]},
