@@ -283,6 +283,7 @@ class ChatTemplate(Config):
         """
         self._check_words(conversation)
         turns = [i for i, m in enumerate(conversation.messages) if m.role == ASSISTANT]
+        last = max((i for i in turns if conversation.messages[i].learnt), default=-1)
         whole = (len(conversation.messages), prompt)
         try:
             full, *prompts = self._texts(conversation, [whole, *((i, True) for i in turns)])
@@ -290,9 +291,11 @@ class ChatTemplate(Config):
             raise BadSample(f"the template refuses it: {error}") from error
         spans: list[tuple[int, int]] = []
         for turn, before in zip(turns, prompts, strict=True):
+            if not conversation.messages[turn].learnt:
+                continue
             at = full.find(self.stop, len(before)) if full.startswith(before) else -1
             if at < 0:
-                if turn == turns[-1] and not prompt:
+                if turn == last and not prompt:
                     raise BadSample(
                         f"message {turn}: the template writes another text before it than it asks "
                         "a server to: it cannot be learnt"
