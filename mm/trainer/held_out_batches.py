@@ -132,7 +132,7 @@ def _beside(
     rows = []
     for m in names:
         scored = sum((_targets(b, m, vocabulary) for b in micros), torch.zeros(4).double())
-        spans, tokens, size = seen.totals[m]
+        spans, tokens, size = seen.totals.get(m, (0, 0, 0))
         rows.append(torch.cat([scored, torch.tensor([tokens - spans, size]).double()]))
     total = torch.stack(rows).to(device)
     if dist.get_world_size() > 1:
