@@ -31,8 +31,9 @@ def run(folder: Path, world: int, jobs: list[dict[str, Any]]) -> list[Any]:
     words = [sys.executable, str(HERE / "sequence_ranks.py")]
     rest = [str(world), str(folder / "store"), str(folder / "jobs.json"), str(folder / "out.json")]
     logs = [open(folder / f"{rank}.log", "wb") for rank in range(world)]  # noqa: SIM115
+    hashed = [env | {"PYTHONHASHSEED": str(rank)} for rank in range(world)]  # orders of sets
     children = [
-        subprocess.Popen([*words, str(rank), *rest], env=env, stdout=log, stderr=log)
+        subprocess.Popen([*words, str(rank), *rest], env=hashed[rank], stdout=log, stderr=log)
         for rank, log in enumerate(logs)
     ]
     try:
@@ -57,6 +58,8 @@ QUICK = [
     "stack, recomputed hybrid",
 ]
 
+IN_ORDER = [name for name in VARIANTS if name.startswith(("mixer:", "ffn:"))]
+
 
 def equal(jobs: list[dict[str, Any]], found: list[Any]) -> None:
     wrong = [
@@ -79,6 +82,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Any]
     jobs += [job(n, 4, times=4) for n in QUICK if n in PASSING and n.startswith(("mixer", "ffn"))]
     jobs += [job(name, 2, fault=True) for name in QUICK if name in PASSING]
     jobs += [{"do": "collectives", "size": size} for size in (2, 4)]
+    jobs += [{"do": "order", "size": 4, "name": name} for name in IN_ORDER]
     return list(zip(jobs, run(tmp_path_factory.mktemp("ranks"), 4, jobs), strict=True))
 
 
@@ -114,6 +118,13 @@ def test_states_that_begin_anew_in_every_process_are_found(quick: Any) -> None:
 def test_the_backward_of_every_collective_is_its_transpose(quick: Any) -> None:
     for _, out in chosen(quick, do="collectives"):
         assert len(out) == 4 and max(out.values()) < 1e-12, out
+
+
+def test_gradients_are_ready_in_one_order_in_all_processes(quick: Any) -> None:
+    """ZeRO from stage 2 on joins them as they come: two of a convolution once changed places."""
+    found = chosen(quick, do="order")
+    assert len(found) == len(IN_ORDER) and sum(out["n"] for _, out in found) > 200
+    assert [(j["name"], out["first"]) for j, out in found if out["first"]] == []
 
 
 @pytest.mark.slow

@@ -121,7 +121,10 @@ def test_the_arithmetic_of_the_batch_counts_groups(tmp_path: Path) -> None:
     assert "4 rows a micro-batch x 1 accumulated x 2 groups of 2 processes" in " ".join(
         batch_arithmetic(run, 4)
     )
-    with pytest.raises(UserError, match="engine.sequence: 2 processes share rows, 3 do not"):
+    with pytest.raises(
+        UserError,
+        match="engine.sequence 2 does not divide 3 .*; start 2 or 4: torchrun --nproc_per_node 4 ",
+    ):
         batch_arithmetic(run, 3)
 
 
