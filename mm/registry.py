@@ -211,6 +211,8 @@ SOURCES = Registry(
     {
         "folder": "mm.data.sources.folder",
         "jsonl": "mm.data.sources.jsonl",
+        "json": "mm.data.sources.jsonl",
+        "chat": "mm.data.sources.chat",
         "csv": "mm.data.sources.table",
         "parquet": "mm.data.sources.table",
         "hf": "mm.data.sources.hf",
