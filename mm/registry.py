@@ -292,6 +292,7 @@ TASKS = Registry(
         "forecast": "mm.tasks.forecast",
         "block_decoding": "mm.tasks.block_decoding",
         "text_error": "mm.tasks.text_error",
+        "token_loss": "mm.tasks.token_loss",
         "transcription": "mm.tasks.transcription",
         "retrieval": "mm.tasks.retrieval",
     },

@@ -64,7 +64,7 @@ def config_of(
             "seq_len": row,
             "batch_size": Chosen(rows, f"about {a_pass} steps a pass over {amount.ids:,} ids"),
             "max_documents": max(2, min(64, round(1.5 * row.value / max(1, amount.mean)))),
-            "sources": sources(data.tokens, again, share),
+            "sources": sources(base, data, again, share),
         },
         "objective": objective(base, data, amount, bool(again)),
         "optimizer": {
@@ -75,13 +75,14 @@ def config_of(
         },
         "schedule": {"shape": "wsd", "warmup": max(1, min(50, steps.value // 10)), "decay": 0.5},
         "budget": {"steps": steps},
-        "early_stop": Chosen(PATIENCE, "held-out losses without a new best"),
-        "tasks": tasks(base, data, row.value),
+        "tasks": tasks(base, data, amount, row.value),
     }
+    if amount.held_out:
+        stage["early_stop"] = Chosen(PATIENCE, "held-out losses without a new best")
     transform = base.run.stages[-1].data.to_dict().get("transform") if base.run else None
     if transform:
         stage["data"]["transform"] = Chosen(transform, "as the base was trained")
-    if amount.longest > row.value and len(amount.modalities) == 1:
+    if amount.longest > row.value and len(amount.modalities) == 1 and not data.is_chat:
         stage["data"]["cut"] = Chosen(True, "a document over seq_len becomes several")
     init: Any = str(base.folder)
     if base.is_adapted:
@@ -96,7 +97,9 @@ def config_of(
         "name": out.name,
         "out": str(out.parent),
         "evaluate": Chosen(False, "mm eval is a step of its own, of the base too"),
-        "export": Chosen("best", "small data are learnt by heart in the end: the best on val"),
+        "export": Chosen("best", "small data are learnt by heart in the end: the best on val")
+        if amount.held_out
+        else Chosen("last", "nothing is held out"),
         "init_from": init,
         **({"model": dict(how.model)} if how.model else {}),
         "stages": [stage],
@@ -134,22 +137,27 @@ def row_length(base: Base, amount: Amount) -> Chosen:
     return Chosen(max(training.ROW, -(-amount.longest // 64) * 64), longest)
 
 
-def sources(tokens: Path, again: Sequence[Mapping[str, Any]], share: float) -> Any:
+def sources(base: Base, data: Data, again: Sequence[Mapping[str, Any]], share: float) -> Any:
     """The user's shards, and a share of the base's own."""
+    tokens = data.tokens
     if not again:
         return [{"path": str(tokens)}]
     total = sum(source["weight"] for source in again)
     rest = [{**s, "weight": round(share * s["weight"] / total, 4)} for s in again]
+    if data.is_chat and (known := directions(own_objective(base).get("transform"))):
+        rest = [{**s, "transform": [any_to_any(known, 0.1)]} for s in rest]
     why = f"{share:.0%} of the samples are the base's own: less is forgotten; --replay 0: none"
     return Chosen([{"path": str(tokens), "weight": round(1 - share, 4)}, *rest], why)
 
 
 def objective(base: Base, data: Data, amount: Amount, replays: bool) -> dict[str, Any]:
     """The base's objective, in the directions that the data have."""
-    own = base.run.stages[-1].objective.to_dict() if base.run else {}
+    own = own_objective(base)
     out: dict[str, Any] = {"kind": "next_token"}
     if own.get("kind") == "next_token" and own.get("weights"):
         out["weights"] = Chosen(own["weights"], "as the base was trained")
+    if data.is_chat:
+        return out
     have = set(amount.modalities)
     known = directions(own.get("transform"))
     if replays and known:
@@ -169,9 +177,18 @@ def objective(base: Base, data: Data, amount: Amount, replays: bool) -> dict[str
             named = {f"{m}>{text}": 1.0 for m in sorted(have) if text and m != text}
         weights = Chosen(named, "the base's directions that the data have")
     if weights.value:
-        dropout = 0.1 if known else 0.0
-        out["transform"] = {"kind": "any_to_any", "condition_dropout": dropout, "tasks": weights}
+        out["transform"] = any_to_any(weights, 0.1 if known else 0.0)
     return out
+
+
+def own_objective(base: Base) -> dict[str, Any]:
+    """What the base's last stage learnt; {} where its run is not there."""
+    return base.run.stages[-1].objective.to_dict() if base.run else {}
+
+
+def any_to_any(weights: Any, dropout: float) -> dict[str, Any]:
+    """The transform of these tasks."""
+    return {"kind": "any_to_any", "condition_dropout": dropout, "tasks": weights}
 
 
 def directions(transform: Any) -> dict[str, float]:
@@ -182,11 +199,13 @@ def directions(transform: Any) -> dict[str, float]:
     return {}
 
 
-def tasks(base: Base, data: Data, row: int) -> Any:
+def tasks(base: Base, data: Data, amount: Amount, row: int) -> Any:
     """Figures on the user's held-out part, then those of the base's own run."""
     made: list[dict[str, Any]] = []
     if data.raw is not None and data.found is not None:
         made = own_tasks(base, data, row)
+    elif amount.held_out:
+        made = [{"kind": "token_loss", "data": str(data.tokens), "limit": 500}]
     return Chosen([*made, *base.tasks()], "before and after; base.*: what may be forgotten")
 
 

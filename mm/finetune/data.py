@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mm.data.shards.manifest import MANIFEST, read_manifest
+from mm.data.shards.manifest import MANIFEST, read_manifest, split_samples
 from mm.data.shards.reader import ShardSet
+from mm.data.sources.chat import ChatSource
+from mm.data.sources.detect import open_source
 from mm.errors import UserError
 from mm.finetune.base import Base
 from mm.own_data import training
@@ -17,9 +19,11 @@ from mm.own_data.look import Found, look
 from mm.own_data.plan import Chosen, Step
 from mm.trainer.warm_start import TOKENIZERS, WORDS
 
+SHARE = 0.1  # of conversations that are held out
+
 
 class Data(NamedTuple):
-    """``raw`` is None where the user gave token shards; ``found`` is as it is packed."""
+    """``raw`` and ``found`` are None of token shards and of conversations, which become those."""
 
     raw: Path | None
     tokens: Path
@@ -28,6 +32,7 @@ class Data(NamedTuple):
     found: Found | None = None
     split: str = "val"
     copies: int = 1
+    is_chat: bool = False
 
 
 class Amount(NamedTuple):
@@ -37,6 +42,7 @@ class Amount(NamedTuple):
     ids: int
     longest: int
     modalities: tuple[str, ...]
+    held_out: int  # samples of the split val
 
     @property
     def mean(self) -> float:
@@ -56,6 +62,8 @@ def read_data(src: Path, base: Base, out: Path) -> Data:
             base.vocabulary.require(ShardSet.open(src).specs, str(src))
             note = Chosen("tokens", f"{src} is packed: figures that need raw values are left out")
             return Data(None, src, (), (note,))
+    elif isinstance(open_source(src, None, {}), ChatSource):
+        return _conversations(src, base, out)
     found = look(src)
     base.require(found.modalities, src)
     steps: list[Step] = []
@@ -69,8 +77,7 @@ def read_data(src: Path, base: Base, out: Path) -> Data:
         raw = out / "data"
     splits = read_manifest(raw)["splits"] if raw == src else found.splits
     copies = training.copies(found, len(found.keys))
-    words = ["data", "pack", str(raw), "--tokenizers", str(base.model / TOKENIZERS)]
-    words += ["--vocabulary", str(base.model / WORDS), "--out", str(out / "tokens")]
+    words = _to_tokens(raw, base, out)
     why = "every sample to the base's ids"
     if copies is not None:
         words += ["--copies", str(copies.value)]
@@ -79,6 +86,20 @@ def read_data(src: Path, base: Base, out: Path) -> Data:
     split = "test" if "test" in splits else "val"
     times = copies.value if copies else 1
     return Data(raw, out / "tokens", tuple(steps), tuple(notes), found, split, times)
+
+
+def _conversations(src: Path, base: Base, out: Path) -> Data:
+    """Conversations become tokens at once: what a template writes depends on the tokenizers."""
+    words = [*_to_tokens(src, base, out), "--val-share", str(SHARE)]
+    step = Step(tuple(words), "conversations to the base's ids, some held out")
+    note = Chosen("conversations", "what the assistant says, and the end of its turns, is learnt")
+    return Data(None, out / "tokens", (step,), (note,), is_chat=True)
+
+
+def _to_tokens(raw: Path, base: Base, out: Path) -> list[str]:
+    """Words of the command that turns raw data into ids of the base."""
+    words = ["data", "pack", str(raw), "--tokenizers", str(base.model / TOKENIZERS)]
+    return [*words, "--vocabulary", str(base.model / WORDS), "--out", str(out / "tokens")]
 
 
 def amount_of(tokens: Path) -> Amount:
@@ -93,4 +114,5 @@ def amount_of(tokens: Path) -> Amount:
         total += np.where(lengths >= 0, lengths + 2 * spans, 0)
     if not len(shards) or not total.any():
         raise UserError(f"{tokens}: its split 'train' is empty; give more data")
-    return Amount(len(shards), int(total.sum()), int(total.max()), tuple(modalities))
+    val = split_samples(str(tokens), "val")
+    return Amount(len(shards), int(total.sum()), int(total.max()), tuple(modalities), val)
