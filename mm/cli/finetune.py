@@ -50,7 +50,7 @@ def finetune(
     ] = 10.0,
     replay: Annotated[
         float, typer.Option(min=0, max=0.95, help="Share of the base's own data, if it is there.")
-    ] = 0.3,
+    ] = 0.5,
     trust_code: TrustCode = False,
     json: JsonFile = None,
 ) -> None:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mm.config import override
-from mm.data.modalities.base import raw_modality
-from mm.data.transforms.any_to_any import parse_task
 from mm.finetune.base import Base
 from mm.finetune.data import Amount, Data
+from mm.finetune.learnt import objective, sources
 from mm.finetune.method import Asked, Method
 from mm.own_data import training
 from mm.own_data.plan import Chosen, plain
@@ -20,7 +19,6 @@ MOST_ROWS, STEPS_A_PASS = 16, 20  # rows of a step at most, and steps of a pass 
 STEPS, PASSES, MOST_PASSES = 300, 3, 20
 LONGEST = 1024  # ids of a row, where the base does not say
 PATIENCE = 6  # held-out losses, of twenty
-PROMPTS = 4  # of each kind
 CHECKPOINT = 4  # a run
 
 
@@ -29,7 +27,7 @@ class Options(NamedTuple):
 
     method: Asked = "auto"
     minutes: float = 10.0
-    replay: float = 0.3
+    replay: float = 0.5
     changes: Sequence[str] = ()
 
 
@@ -64,9 +62,9 @@ def config_of(
             "seq_len": row,
             "batch_size": Chosen(rows, f"about {a_pass} steps a pass over {amount.ids:,} ids"),
             "max_documents": max(2, min(64, round(1.5 * row.value / max(1, amount.mean)))),
-            "sources": sources(base, data, again, share),
+            "sources": sources(base, data, amount, again, share),
         },
-        "objective": objective(base, data, amount, bool(again)),
+        "objective": objective(base),
         "optimizer": {
             "kind": "adamw",
             "lr": how.lr,
@@ -79,9 +77,6 @@ def config_of(
     }
     if amount.held_out:
         stage["early_stop"] = Chosen(PATIENCE, "held-out losses without a new best")
-    transform = base.run.stages[-1].data.to_dict().get("transform") if base.run else None
-    if transform:
-        stage["data"]["transform"] = Chosen(transform, "as the base was trained")
     if amount.longest > row.value and len(amount.modalities) == 1 and not data.is_chat:
         stage["data"]["cut"] = Chosen(True, "a document over seq_len becomes several")
     init: Any = str(base.folder)
@@ -135,68 +130,6 @@ def row_length(base: Base, amount: Amount) -> Chosen:
     if amount.longest > most:
         return Chosen(most, f"{longest}: rows as {'the base has' if known else 'fit a start'}")
     return Chosen(max(training.ROW, -(-amount.longest // 64) * 64), longest)
-
-
-def sources(base: Base, data: Data, again: Sequence[Mapping[str, Any]], share: float) -> Any:
-    """The user's shards, and a share of the base's own."""
-    tokens = data.tokens
-    if not again:
-        return [{"path": str(tokens)}]
-    total = sum(source["weight"] for source in again)
-    rest = [{**s, "weight": round(share * s["weight"] / total, 4)} for s in again]
-    if data.is_chat and (known := directions(own_objective(base).get("transform"))):
-        rest = [{**s, "transform": [any_to_any(known, 0.1)]} for s in rest]
-    why = f"{share:.0%} of the samples are the base's own: less is forgotten; --replay 0: none"
-    return Chosen([{"path": str(tokens), "weight": round(1 - share, 4)}, *rest], why)
-
-
-def objective(base: Base, data: Data, amount: Amount, replays: bool) -> dict[str, Any]:
-    """The base's objective, in the directions that the data have."""
-    own = own_objective(base)
-    out: dict[str, Any] = {"kind": "next_token"}
-    if own.get("kind") == "next_token" and own.get("weights"):
-        out["weights"] = Chosen(own["weights"], "as the base was trained")
-    if data.is_chat:
-        return out
-    have = set(amount.modalities)
-    known = directions(own.get("transform"))
-    if replays and known:
-        weights = Chosen(known, "the base's; a sample takes those that it has")
-    else:
-        fits = lambda task: have.issuperset(
-            m for side in parse_task(task) for m in side
-        )  # it is "a+b>c"
-        named = {task: w for task, w in known.items() if fits(task)}
-        if data.found and data.found.classes and len(have) > 1:
-            names = {raw_modality(m).kind: m for m in sorted(have, reverse=True)}
-            ours = training.tasks(data.found, names)
-            kept = {t: w for t, w in ours.value.items() if t in named or not known} if ours else {}
-            named = kept or named
-        if not named and len(have) > 1:
-            text = next((m for m in have if raw_modality(m).is_text), None)
-            named = {f"{m}>{text}": 1.0 for m in sorted(have) if text and m != text}
-        weights = Chosen(named, "the base's directions that the data have")
-    if weights.value:
-        out["transform"] = any_to_any(weights, 0.1 if known else 0.0)
-    return out
-
-
-def own_objective(base: Base) -> dict[str, Any]:
-    """What the base's last stage learnt; {} where its run is not there."""
-    return base.run.stages[-1].objective.to_dict() if base.run else {}
-
-
-def any_to_any(weights: Any, dropout: float) -> dict[str, Any]:
-    """The transform of these tasks."""
-    return {"kind": "any_to_any", "condition_dropout": dropout, "tasks": weights}
-
-
-def directions(transform: Any) -> dict[str, float]:
-    """Tasks of the `any_to_any` among the transforms of an objective."""
-    for each in transform if isinstance(transform, list) else [transform]:
-        if isinstance(each, Mapping) and each.get("kind") == "any_to_any":
-            return {task: float(weight) for task, weight in each["tasks"].items()}
-    return {}
 
 
 def tasks(base: Base, data: Data, amount: Amount, row: int) -> Any:

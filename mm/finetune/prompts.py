@@ -7,10 +7,12 @@ from typing import Any
 
 from mm.data.shards.reader import ShardSet
 from mm.finetune.base import Base
-from mm.finetune.choose import PROMPTS, directions, objective
 from mm.finetune.data import Amount, Data
-from mm.own_data.plan import Chosen, plain
+from mm.finetune.learnt import directions_of
+from mm.own_data.plan import Chosen
 from mm.tasks.base import having, spread
+
+PROMPTS = 4  # of each kind
 
 
 def prompts_of(base: Base, data: Data, amount: Amount, out: Path) -> Chosen | None:
@@ -27,7 +29,8 @@ def prompts_of(base: Base, data: Data, amount: Amount, out: Path) -> Chosen | No
     made: list[dict[str, str]] = []
     if text and not media:
         made = [{text: f"{word}\n", "to": text} for word in data.found.starts[:PROMPTS]]
-    learnt = directions(plain(objective(base, data, amount, False)).get("transform"))
+    tasks = directions_of(base, data, amount)
+    learnt = tasks.value if tasks is not None else {}
     for kind, names in media.items():
         read = next((m for m in names if base.vocabulary.spec(m).continuous), names[0])
         if f"{read}>{text}" in learnt:

@@ -53,7 +53,7 @@ def test_the_yaml_says_what_ran_and_why(tuned: Path) -> None:
     assert values["model"]["linear"]["kind"] == "lora" and values["export"] == "best"
     assert "adapters forget less" in text and "steps: 12  # as you said" in text
     weights = [s["weight"] for s in values["stages"][0]["data"]["sources"]]
-    assert weights == [0.7, 0.3]  # the base's own data, in part
+    assert weights == [0.5, 0.5]  # the base's own data, in part
     ran = yaml.safe_load((tuned / "config.yaml").read_text())
     assert ran["stages"][0]["budget"]["steps"] == 12
     assert (tuned / "adapters.safetensors").is_file()
