@@ -291,6 +291,8 @@ TASKS = Registry(
         "judged_generation": "mm.tasks.judged_generation",
         "forecast": "mm.tasks.forecast",
         "block_decoding": "mm.tasks.block_decoding",
+        "text_error": "mm.tasks.text_error",
+        "token_loss": "mm.tasks.token_loss",
         "transcription": "mm.tasks.transcription",
         "retrieval": "mm.tasks.retrieval",
     },
