@@ -108,8 +108,11 @@ class PackJob:
                 every = config.loss == "all"
                 encoder = ChatEncoder(opened, self.modalities, config.max_tokens, every)
                 texts = encoder.tokenizers[encoder.text]
-                thinking = self.source.thinks()
-                template = template_of(texts, config.template, thinking)
+                older, template = config.vocabulary, None
+                if config.template is None and isinstance(older, Path):  # as what was there
+                    template = ChatTemplate.load(older.parent)
+                if template is None:
+                    template = template_of(texts, config.template, self.source.thinks())
                 self.template = self.source.template = template
                 self.encoder = encoder
             else:
