@@ -63,7 +63,7 @@ class ChatTemplate(Config):
     stop: str = ""  # what ends it, `END` where the segment does
     lists: bool = False  # contents are lists even where they are text alone
     places: dict[str, str] = {}  # modality -> what stands in a text where its items do
-    seconds: float = SECONDS
+    seconds: int = SECONDS
 
     @cached_property
     def sandbox(self) -> Sandbox:
