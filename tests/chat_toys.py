@@ -101,6 +101,19 @@ def talk(i: int = 0, turns: int = 1, **more: Any) -> dict[str, Any]:
     return {"messages": messages, **more}
 
 
+def media_talk(image: Any, audio: Any, answer: Any = "it is red.") -> dict[str, Any]:
+    """A row whose user shows a picture and a recording."""
+    asked = [
+        {"type": "text", "text": "see"},
+        {"type": "image_url", "image_url": image},
+        {"type": "text", "text": "and hear"},
+        {"type": "input_audio", "input_audio": audio},
+    ]
+    return {
+        "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    }
+
+
 def jsonl(path: Path, rows: list[Any]) -> Path:
     """Write rows; a str stands as it is."""
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]

@@ -14,7 +14,13 @@ from pydantic import Field
 
 from mm.config import Config, validate
 from mm.data.chat.conversation import ASSISTANT, Conversation, Media, Message
-from mm.data.chat.sandbox import SECONDS, RefusedConversation, Sandbox, TemplateError
+from mm.data.chat.sandbox import (
+    SECONDS,
+    TODAY,
+    RefusedConversation,
+    Sandbox,
+    TemplateError,
+)
 from mm.data.modalities.base import BadSample, table
 from mm.errors import UserError
 from mm.reading import parse_json
@@ -31,7 +37,8 @@ DEFAULT = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '\\n\\n### Assistant\\n' }}{%- endif -%}
 """
-LOOKS_SPECIAL = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?s>|<(?:start|end)_of_turn>")
+LOOKS_SPECIAL = re.compile(r"<[|\uff5c][^|<>\s]{1,40}[|\uff5c]>|</?s>|<(?:start|end)_of_turn>")
+DATE = "2024-07-26"  # the day of templates that will not write without one
 MEND = "give another with --template FILE, or --template default"
 
 
@@ -187,7 +194,8 @@ class ChatTemplate(Config):
         except TemplateError:
             if "enable_thinking" not in self.source:
                 raise
-            quiet = made.model_copy(update={"arguments": {"enable_thinking": False}})
+            arguments = {**made.arguments, "enable_thinking": False}
+            quiet = made.model_copy(update={"arguments": arguments})
             made = quiet._probe_turns(special)
         text = made._texts(_probe(), [(4, False)])[0]
         missing = sorted({w for w in LOOKS_SPECIAL.findall(text) if w not in special.known})
@@ -206,6 +214,9 @@ class ChatTemplate(Config):
                 text = made._texts(_probe(), [(4, False)])[0]
             except RefusedConversation as error:
                 refused = str(error)
+                if "'strftime_now' is undefined" in refused and TODAY not in self.arguments:
+                    dated = self.model_copy(update={"arguments": {TODAY: DATE}})
+                    return dated._probe_lists()
                 continue
             if all(word in text for word in WORDS):
                 return made
@@ -283,6 +294,7 @@ class ChatTemplate(Config):
         """
         self._check_words(conversation)
         turns = [i for i, m in enumerate(conversation.messages) if m.role == ASSISTANT]
+        last = max((i for i in turns if conversation.messages[i].learnt), default=-1)
         whole = (len(conversation.messages), prompt)
         try:
             full, *prompts = self._texts(conversation, [whole, *((i, True) for i in turns)])
@@ -290,9 +302,11 @@ class ChatTemplate(Config):
             raise BadSample(f"the template refuses it: {error}") from error
         spans: list[tuple[int, int]] = []
         for turn, before in zip(turns, prompts, strict=True):
+            if not conversation.messages[turn].learnt:
+                continue
             at = full.find(self.stop, len(before)) if full.startswith(before) else -1
             if at < 0:
-                if turn == turns[-1] and not prompt:
+                if turn == last and not prompt:
                     raise BadSample(
                         f"message {turn}: the template writes another text before it than it asks "
                         "a server to: it cannot be learnt"

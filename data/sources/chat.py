@@ -184,7 +184,7 @@ class ChatSource(Source):
 def reader(media: Media, root: Path) -> Any:
     """A function that reads an item's bytes, in a worker process or here."""
     if isinstance(media.value, dict):
-        return InlineBytes(bytes(media.value["bytes"]))
+        return InlineBytes(media.value["bytes"])
     return partial(read_inside, root, media.value)
 
 

@@ -56,6 +56,10 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(help="Instead of the split that each task names.")
     ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="What is measured instead, by RUN's tasks."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of whatever is sampled.")] = 0,
     device: Device = "auto",
     json: JsonFile = None,
@@ -96,7 +100,9 @@ def evaluate(
             for name, t in named.items()
         }
     tasks = list(named.values())
-    generator = Generator.from_pretrained(run, choose_device(device), trust_code=trust_code)
+    generator = Generator.from_pretrained(
+        model or run, choose_device(device), trust_code=trust_code
+    )
     found: dict[int, dict[str, Any]] = {}
     each = measure(tasks, lambda task: plain(task.build().evaluate(generator, seed=seed)))
     for n, one in track(
@@ -115,12 +121,12 @@ def evaluate(
     for each in figures.values():  # of two tasks of one direction the first one's
         chosen = {k.removesuffix("_settings"): v for k, v in each.items() if "_settings" in k}
         sampling = chosen | sampling
-    figure_table(f"{run}: {split or 'held-out'} split", rows)
+    figure_table(f"{model or run}: {split or 'held-out'} split", rows)
     seconds = {name: found[n]["seconds"] for n, name in enumerate(named)}
     write_json(
         json,
         {
-            "run": run,
+            "run": model or run,
             "seed": seed,
             "figures": rows,
             "sampling": sampling,
@@ -136,7 +142,8 @@ def evaluate(
             ],
         },
     )
-    mirror_to_tracker(config, run, figures)
+    if model is None:
+        mirror_to_tracker(config, run, figures)
 
 
 def _harness(

@@ -93,6 +93,16 @@ def test_what_a_template_does_is_found_out(name: str) -> None:
     assert ("image" in found.places) == (name == "parts")
 
 
+def test_a_day_is_told_to_templates_that_need_one_and_to_no_other() -> None:
+    needs = "{{ strftime_now('%d %b %Y') }}" + CHATML
+    asks = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% endif %}" + CHATML
+    found = [template_of(hf("chatml", source)) for source in (needs, asks)]
+    assert [t.arguments for t in found] == [{"today": "2024-07-26"}, {}]
+    (part,), (other,) = (pieces(t, talk()) for t in found)
+    assert part.pieces[0][0].startswith("26 Jul 2024<|im_start|>user")
+    assert other.pieces[0][0].startswith("<|im_start|>user")
+
+
 def pieces(template: ChatTemplate, row: dict[str, Any], prompt: bool = False) -> list[Any]:
     conversation = read_row(row, {"messages": "messages"})
     return template.parts(conversation, prompt)
@@ -157,6 +167,10 @@ REFUSED = {
     "writes tokens that are none": (
         CHATML.replace("<|im_start|>", "<|start|>"),
         "writes <.start.>, which the tokenizer has no id for",
+    ),
+    "writes tokens that are none between wide bars": (
+        "<\uff5cUser\uff5c>" + CHATML,
+        "writes <.User.>, which the tokenizer has no id for",
     ),
     "leaves out what is said": ("{{ eos_token }}", "does not stand in its text"),
     "fails": ("{{ raise_exception('never') }}", "cannot write a plain conversation .never"),

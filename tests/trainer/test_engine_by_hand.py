@@ -96,7 +96,8 @@ def test_saved_states_are_not_those_that_train() -> None:
         base=None, shards=Shards(("x", x)), states=lambda p: states, ema=None
     )
     tensors, scalars = deepspeed.Engine.optimizer_state(engine)
-    moment.zero_(), whole.zero_()
+    moment.zero_()
+    whole.zero_()
     assert scalars == {"step": 4.0}
     assert {k: v.tolist() for k, v in tensors.items()} == {
         "exp_avg/x": [1.0] * 3,
@@ -172,7 +173,9 @@ def test_parts_of_a_step_begin_at_its_start(monkeypatch: pytest.MonkeyPatch) -> 
     times = iter([1.0, 3.0, 7.0])
     monkeypatch.setattr("mm.trainer.log.clock.time.perf_counter", lambda: next(times))
     clock = StepClock(CPU)
-    clock.start(), clock.mark("forward"), clock.mark("optimizer")
+    clock.start()
+    clock.mark("forward")
+    clock.mark("optimizer")
     found = clock.seconds()
     assert found == {"forward": 2.0, "backward": 0.0, "optimizer": 4.0, "communication": 0.0}
 

@@ -93,22 +93,40 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
-def git(*args: str) -> str | None:
-    here = Path(folder.__file__).parent
-    done = subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of a repository of one commit, in which the program seems to lie."""
+    file = tmp_path / "repository" / "module.py"
+    file.parent.mkdir()
+    file.write_text("a = 1\n")
+    who = ("-c", "user.name=x", "-c", "user.email=x@x")
+    for args in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "first"]):
+        subprocess.run(["git", *args], cwd=file.parent, check=True)
+    for module in (folder, lineage):
+        monkeypatch.setattr(module, "__file__", str(file))
+    return file
 
 
-def test_the_commit_is_git_s() -> None:
-    commit = git("rev-parse", "HEAD")
-    changed = commit is not None and bool(git("status", "--porcelain", "-uno"))
-    assert folder._commit() == (f"{commit}+" if changed else commit)
+def test_the_commit_is_git_s_and_its_changes_lie_beside_it(source: Path, tmp_path: Path) -> None:
+    git = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(git, cwd=source.parent, capture_output=True, text=True).stdout.strip()
+    diff = tmp_path / lineage.DIFF
+    assert len(commit) == 40 and folder._commit() == commit
+    source.write_text("a = 2\n")
+    assert folder._commit() == f"{commit}+"
+    lineage.write_diff(tmp_path, f"{commit}+")
+    assert "+a = 2" in diff.read_text()
+    for told in (commit, None):
+        lineage.write_diff(tmp_path, told)
+        assert not diff.exists(), "that of an earlier part is gone, too"
 
 
-def test_changes_are_written_beside_a_commit_that_has_some(tmp_path: Path) -> None:
-    for commit, there in ((None, False), ("abc", False), ("abc+", git("diff", "HEAD") is not None)):
-        lineage.write_diff(tmp_path, commit)
-        assert (tmp_path / lineage.DIFF).is_file() == there
+def test_outside_of_a_repository_there_is_no_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "__file__", str(tmp_path / "module.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert folder._commit() is None
 
 
 def test_what_a_run_reads_is_marked_as_its_input(tmp_path: Path) -> None:
