@@ -30,7 +30,7 @@ HEADERS = """{{ bos_token }}{% for m in messages %}<|header|>{{ m.role }}<|body|
 {% endif %}"""
 THINKING = """{% for m in messages %}<|im_start|>{{ m.role }}
 {% if m.role == 'assistant' and loop.last %}<think>
-
+{{ m.reasoning_content or '' }}
 </think>
 
 {% endif %}{{ m.content }}<|im_end|>

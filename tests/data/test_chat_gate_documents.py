@@ -63,3 +63,15 @@ def test_sound_documents_pass_and_moved_ones_do_not(name: str, tmp_path: Path) -
             assert "of a turn: it would not stop" in gate.fault(silent)
             blind = [s._replace(role="condition") if s.modality == "image" else s for s in segments]
             assert gate.fault(blind)
+
+
+def test_all_is_learnt_where_a_pack_says_so_and_nowhere_else(tmp_path: Path) -> None:
+    src = jsonl(tmp_path / "talks.jsonl", [talk(0, turns=2)])
+    pack(src, tmp_path / "out", tokenizers={"text": bpe()}, loss="all", progress=False)
+    shards, template = ShardSet.open(tmp_path / "out"), ChatTemplate.load(tmp_path / "out")
+    assert shards.vocabulary is not None and template is not None
+    segments = sample_segments(shards, 0, shards.vocabulary)
+    assert Gate(template, bpe(), shards.vocabulary, every=True).fault(segments) == ""
+    said = Gate(template, bpe(), shards.vocabulary).fault(segments)
+    assert said == "all of its tokens are learnt, what the user says among them"
+    assert shards.manifest["settings"]["chat"]["loss"] == "all"

@@ -14,9 +14,10 @@ from chat_toys import bpe, hf, jsonl, learnt, media_talk, talk
 from data_toys import ToyTokenizer, png, wav
 
 from mm.data.batching.document import document_tokens
+from mm.data.chat.choose import template_of
 from mm.data.chat.loss import LOSS, learn, sample_segments
 from mm.data.chat.show import inspect_loss
-from mm.data.chat.template import ChatTemplate, template_of
+from mm.data.chat.template import DEFAULT, ChatTemplate
 from mm.data.pack.config import PackConfig
 from mm.data.pack.job import PackJob, pack
 from mm.data.pack.preview import preview
@@ -374,6 +375,19 @@ def test_what_was_packed_before_is_told_from_what_another_template_makes(tmp_pat
     assert quiet(src, tmp_path / "out", tokenizers=tools).already
     with pytest.raises(UserError, match="packed from another source or with other settings"):
         quiet(src, tmp_path / "out", tokenizers=tools, template=Path("default"))
+
+
+def test_what_is_appended_to_a_vocabulary_is_written_as_what_was_there(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text(DEFAULT.replace("###", "##"))
+    src = jsonl(tmp_path / "talks.jsonl", [talk(i) for i in range(2)])
+    quiet(src, tmp_path / "one", template=file)
+    quiet(src, tmp_path / "two", vocabulary=tmp_path / "one" / "vocabulary.json")
+    one, two = (ChatTemplate.load(tmp_path / name) for name in ("one", "two"))
+    assert one == two and one is not None and one.header == "\n\n## Assistant\n"
+    again = {"vocabulary": tmp_path / "one" / "vocabulary.json", "template": Path("default")}
+    quiet(src, tmp_path / "three", **again)
+    assert ChatTemplate.load(tmp_path / "three") != one
 
 
 def test_tables_with_columns_of_modalities_are_read_as_before(tmp_path: Path) -> None:

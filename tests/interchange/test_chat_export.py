@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from chat_toys import CHATML, bpe, hf
 
-from mm.data.chat.template import JINJA, OWN, template_of
+from mm.data.chat.choose import template_of
+from mm.data.chat.template import JINJA, OWN
 from mm.interchange.write import write_template
 
 
