@@ -51,7 +51,7 @@ TIERS = {
     "report": 7,
     "sweep": 7,
     "quickstart": 7,
-    "own_data": 7,
+    "own_data", "finetune": 7,
     "faults": 7,
     "plan": 7,
     "verify": 7,
