@@ -38,6 +38,7 @@ BLOCKS = Registry(
         "parallel": "mm.model.blocks.parallel",
         "layer_drop": "mm.model.blocks.layer_drop",
         "gated": "mm.model.blocks.gated",
+        "hyper": "mm.model.blocks.hyper",
     },
 )
 MIXERS = Registry(
@@ -150,6 +151,7 @@ ADAPTERS = Registry(
         "mel": "mm.model.adapters.mel",
         "encoder": "mm.model.adapters.encoder",
         "resampler": "mm.model.adapters.resampler",
+        "project": "mm.model.adapters.project",
     },
 )
 HEADS = Registry(

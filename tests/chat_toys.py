@@ -30,7 +30,7 @@ HEADERS = """{{ bos_token }}{% for m in messages %}<|header|>{{ m.role }}<|body|
 {% endif %}"""
 THINKING = """{% for m in messages %}<|im_start|>{{ m.role }}
 {% if m.role == 'assistant' and loop.last %}<think>
-
+{{ m.reasoning_content or '' }}
 </think>
 
 {% endif %}{{ m.content }}<|im_end|>
@@ -99,6 +99,19 @@ def talk(i: int = 0, turns: int = 1, **more: Any) -> dict[str, Any]:
         messages.append({"role": "user", "content": f"what is {i} + {k}?"})
         messages.append({"role": "assistant", "content": f"it is {i + k}."})
     return {"messages": messages, **more}
+
+
+def media_talk(image: Any, audio: Any, answer: Any = "it is red.") -> dict[str, Any]:
+    """A row whose user shows a picture and a recording."""
+    asked = [
+        {"type": "text", "text": "see"},
+        {"type": "image_url", "image_url": image},
+        {"type": "text", "text": "and hear"},
+        {"type": "input_audio", "input_audio": audio},
+    ]
+    return {
+        "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    }
 
 
 def jsonl(path: Path, rows: list[Any]) -> Path:

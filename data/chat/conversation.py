@@ -46,6 +46,7 @@ class Message(NamedTuple):
     role: str
     parts: tuple[str | Media, ...]
     more: Mapping[str, Any] = {}
+    learnt: bool = True  # False where its row says `"weight": 0`
 
     @property
     def empty(self) -> bool:
@@ -71,7 +72,8 @@ def guess_map(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[s
     media = _media_columns(names)
     for column in COLUMNS["messages"]:
         if any(_is_turns(row.get(column)) for row in rows):
-            return {"messages": column} | media
+            system = [c for c in COLUMNS["system"] if c in names]
+            return {"messages": column} | dict(zip(["system"], system, strict=False)) | media
     found = {
         kind: next(c for c in usual if c in names)
         for kind, usual in COLUMNS.items()
@@ -91,10 +93,10 @@ def check_map(given: Mapping[str, str], names: Sequence[str], origin: str) -> di
                 f"{origin}: --map {kind}={column}: no column '{column}'; columns: "
                 f"{', '.join(names)}"
             )
-    if "messages" in given and given.keys() & {"user", "assistant", "input", "system"}:
+    if "messages" in given and given.keys() & {"user", "assistant", "input"}:
         raise UserError(
-            f"--map messages={given['messages']} holds whole conversations: map media beside it, "
-            "and nothing else"
+            f"--map messages={given['messages']} holds whole conversations: map system and media "
+            "beside it, and nothing else"
         )
     if "messages" not in given and not {"user", "assistant"} <= given.keys():
         raise UserError(
@@ -112,14 +114,16 @@ def read_row(row: Mapping[str, Any], mapping: Mapping[str, str]) -> Conversation
     """
     if "messages" in mapping:
         messages = list(read_messages(row.get(mapping["messages"])))
+        if not any(m.role == SYSTEM for m in messages):
+            messages = [*_system(row, mapping), *messages]
     else:
         messages = list(_pair(row, mapping))
     columns = {k: _items(k, row.get(c)) for k, c in mapping.items() if k in _kinds()}
     messages = _place_media(messages, {k: v for k, v in columns.items() if v})
     if not messages:
         raise BadSample(f"{EMPTY}no message")
-    if not any(m.role == ASSISTANT for m in messages):
-        raise BadSample(f"{EMPTY}no turn of the assistant")
+    if not any(m.role == ASSISTANT and m.learnt for m in messages):
+        raise BadSample(f"{EMPTY}no turn of the assistant to learn")
     for number, message in enumerate(messages):
         if message.role == ASSISTANT and message.empty:
             raise BadSample(f"{EMPTY}message {number} of the assistant says nothing")
@@ -178,7 +182,7 @@ def _turns(value: Any) -> Iterator[Message]:
             )
         more = {k: turn[k] for k in PASSED if turn.get(k)}
         content = turn.get("content", turn.get("value"))
-        yield Message(role, tuple(_parts(content, where)), more)
+        yield Message(role, tuple(_parts(content, where)), more, turn.get("weight") != 0)
 
 
 def _parts(content: Any, where: str) -> Iterator[str | Media]:
@@ -220,7 +224,10 @@ def _value(value: Any, where: str) -> Any:
     """What a table source reads: a path, or {"bytes": ..} of a data URI. No URL is fetched."""
     if isinstance(value, dict):
         if value.get("bytes") is not None:
-            return {"bytes": value["bytes"]}
+            value = value["bytes"]
+            if not isinstance(value, (bytes, bytearray)):
+                raise BadSample(f"{where}: bytes that are {type(value).__name__}")
+            return {"bytes": bytes(value)}
         if isinstance(value.get("data"), str):  # OpenAI's input_audio
             return {"bytes": _decoded(value["data"], where)}
         value = value.get("url", value.get("path"))
@@ -246,18 +253,31 @@ def _decoded(text: str, where: str) -> bytes:
         raise BadSample(f"{where}: no base64 ({error})") from error
 
 
-def _pair(row: Mapping[str, Any], mapping: Mapping[str, str]) -> Iterator[Message]:
-    def cell(kind: str) -> str:
-        value = row.get(mapping[kind]) if kind in mapping else None
-        if value is not None and not isinstance(value, str):
-            raise BadSample(f"{mapping[kind]}: expected text, found {value!r:.60}")
-        return value or ""
+def _system(row: Mapping[str, Any], mapping: Mapping[str, str]) -> Iterator[Message]:
+    if text := _cell(row, mapping, "system").strip():
+        yield Message(SYSTEM, (text,))
 
-    if cell("system"):
-        yield Message(SYSTEM, (cell("system"),))
-    asked = "\n\n".join(text for text in (cell("user"), cell("input")) if text.strip())
-    yield Message(USER, (asked,))
-    yield Message(ASSISTANT, (cell("assistant"),))
+
+def _pair(row: Mapping[str, Any], mapping: Mapping[str, str]) -> Iterator[Message]:
+    """One question, one answer; each may also be a list of turns."""
+    yield from _system(row, mapping)
+    asked, said = (row.get(mapping[kind]) for kind in ("user", "assistant"))
+    if _is_turns(asked):
+        yield from _turns(asked)
+    else:
+        texts = (_cell(row, mapping, kind) for kind in ("user", "input"))
+        yield Message(USER, ("\n\n".join(text for text in texts if text.strip()),))
+    if _is_turns(said):
+        yield from _turns(said)
+    else:
+        yield Message(ASSISTANT, (_cell(row, mapping, "assistant"),))
+
+
+def _cell(row: Mapping[str, Any], mapping: Mapping[str, str], kind: str) -> str:
+    value = row.get(mapping[kind]) if kind in mapping else None
+    if value is not None and not isinstance(value, str):
+        raise BadSample(f"{mapping[kind]}: expected text, found {value!r:.60}")
+    return value or ""
 
 
 def _kinds() -> list[str]:

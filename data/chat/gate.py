@@ -54,21 +54,38 @@ class Gate:
         )
         if learnt[~begins].all() and not self.every:
             return "all of its tokens are learnt, what the user says among them"
-        own = learnt & (document.modality == self.range.index)
         if self.every:
             return ""
-        return next(self._faults(document, own), "")
+        return next(self._faults(document, learnt), "") or self._after_media(document, learnt)
 
-    def _faults(self, document: DocumentTokens, own: np.ndarray) -> Iterator[str]:
+    def _faults(self, document: DocumentTokens, learnt: np.ndarray) -> Iterator[str]:
+        own = learnt & (document.modality == self.range.index)
         edges = np.flatnonzero(np.diff(np.concatenate([[0], own.astype(np.int8), [0]])))
         for first, stop in edges.reshape(-1, 2).tolist():
             begin = self._begin(document, first)
             resumed = first == begin + 1 and begin > 0 and self._is_media(document, begin - 1)
-            if not resumed and (fault := self._at_start(document, begin, first, stop)):
+            if not (resumed and learnt[begin - 1]) and (
+                fault := self._at_start(document, begin, first, stop)
+            ):
                 yield fault
             broken = stop < len(own) and document.ids[stop] == self.range.end
             if not (broken and stop + 1 < len(own) and self._is_media(document, stop + 1)):
                 yield from self._at_end(document, first, stop)
+
+    def _after_media(self, document: DocumentTokens, learnt: np.ndarray) -> str:
+        """A turn that goes on without a loss after or before what it shows."""
+        for modality in self.vocabulary.modalities:
+            r = self.vocabulary.range(modality)
+            if r.index == self.range.index:
+                continue
+            for at in np.flatnonzero(document.ids == r.end).tolist():
+                if learnt[at] and not learnt[at + 2 : at + 3].any():
+                    return f"nothing is learnt after the {modality} of a turn: it would not stop"
+            for at in np.flatnonzero(document.ids == r.begin).tolist():
+                before = at > 1 and document.ids[at - 1] == self.range.end and learnt[at - 2]
+                if before and not learnt[at - 1] and not learnt[at + 1]:
+                    return f"the {modality} that the assistant shows is not learnt"
+        return ""
 
     def _at_start(self, document: DocumentTokens, begin: int, first: int, stop: int) -> str:
         """A loss that does not begin where a turn does."""

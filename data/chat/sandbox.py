@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from mm.errors import UserError
@@ -22,6 +23,7 @@ from mm.errors import UserError
 SECONDS = 10.0  # that one conversation may take
 START_SECONDS = 60.0  # that importing Jinja may take, on a busy machine
 MEMORY_BYTES = 1 << 30
+TODAY = "today"  # of the variables: what `strftime_now` tells
 OUTPUT_CHARACTERS = 8_000_000  # of one rendering
 
 
@@ -198,11 +200,15 @@ def _limit() -> None:
 
 def _served(template: Any, request: dict[str, Any]) -> dict[str, Any]:
     messages, texts = request["messages"], []
+    variables = dict(request["variables"])
+    if TODAY in variables:  # no clock: what is packed again must be the same
+        today = datetime.fromisoformat(variables.pop(TODAY))
+        variables["strftime_now"] = today.strftime
     try:
         for n, prompt in request["cuts"]:
             parts, length = [], 0
             for part in template.generate(
-                **request["variables"], messages=messages[:n], add_generation_prompt=prompt
+                **variables, messages=messages[:n], add_generation_prompt=prompt
             ):
                 length += len(part)
                 if length > OUTPUT_CHARACTERS:

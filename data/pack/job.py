@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mm.config import validate
+from mm.data.chat.choose import template_of
 from mm.data.chat.encode import ChatEncoder
-from mm.data.chat.template import ChatTemplate, template_of
+from mm.data.chat.template import ChatTemplate
 from mm.data.modalities.base import Modality, get_modality, sort_key, table
 from mm.data.pack.config import PackConfig
 from mm.data.pack.encode import Encoder, vocabulary_of
@@ -107,7 +108,12 @@ class PackJob:
                 every = config.loss == "all"
                 encoder = ChatEncoder(opened, self.modalities, config.max_tokens, every)
                 texts = encoder.tokenizers[encoder.text]
-                self.template = self.source.template = template_of(texts, config.template)
+                older, template = config.vocabulary, None
+                if config.template is None and isinstance(older, Path):  # as what was there
+                    template = ChatTemplate.load(older.parent)
+                if template is None:
+                    template = template_of(texts, config.template, self.source.thinks())
+                self.template = self.source.template = template
                 self.encoder = encoder
             else:
                 self.encoder = Encoder(opened, self.modalities)

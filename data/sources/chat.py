@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,7 +13,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from mm.config import validate
-from mm.data.chat.conversation import LOOKED_AT, Media, check_map, guess_map, read_row
+from mm.data.chat.conversation import (
+    ASSISTANT,
+    LOOKED_AT,
+    Media,
+    check_map,
+    guess_map,
+    read_row,
+)
 from mm.data.chat.encode import text_bytes
 from mm.data.chat.sandbox import TemplateError
 from mm.data.chat.template import ChatTemplate, MediaPart, TextPart
@@ -103,6 +111,17 @@ class ChatSource(Source):
         self.guessed = config.map is None
         self.template: ChatTemplate | None = None
 
+    def thinks(self) -> bool:
+        """Whether turns of the first rows hold thoughts, which a template then has to show."""
+        found = []
+        for row in (row for table, _ in self.parts for row in head(table)):
+            with suppress(BadSample):
+                found += read_row(row, self.mapping).messages
+        said = (p for m in found if m.role == ASSISTANT for p in m.parts)
+        return any("reasoning_content" in m.more for m in found) or any(
+            isinstance(p, str) and "</think>" in p for p in said
+        )
+
     def count(self) -> int | None:
         counts = [table.count() for table, _ in self.parts]
         return None if None in counts else sum(n or 0 for n in counts)
@@ -184,7 +203,7 @@ class ChatSource(Source):
 def reader(media: Media, root: Path) -> Any:
     """A function that reads an item's bytes, in a worker process or here."""
     if isinstance(media.value, dict):
-        return InlineBytes(bytes(media.value["bytes"]))
+        return InlineBytes(media.value["bytes"])
     return partial(read_inside, root, media.value)
 
 

@@ -11,16 +11,11 @@ import torch
 from torch import Tensor
 
 from mm.data.batching.document import of_array
+from mm.data.chat.choose import template_beside, template_of
 from mm.data.chat.conversation import Conversation, Media, read_messages
 from mm.data.chat.encode import ChatEncoder, text_bytes
 from mm.data.chat.show import decode_text
-from mm.data.chat.template import (
-    END,
-    ChatTemplate,
-    TextPart,
-    template_beside,
-    template_of,
-)
+from mm.data.chat.template import END, ChatTemplate, TextPart
 from mm.data.modalities.base import BadSample, table
 from mm.data.pack.encode import Item
 from mm.data.shards.members import member_modality, member_name

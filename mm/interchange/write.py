@@ -17,7 +17,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mm.config import validate
-from mm.data.chat.template import END, JINJA, ChatTemplate, template_beside
+from mm.data.chat.choose import template_beside
+from mm.data.chat.template import END, JINJA, ChatTemplate
 from mm.errors import UserError
 from mm.interchange.check import Report, compare
 from mm.interchange.family import Family, Settings

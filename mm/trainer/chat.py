@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from mm.data.chat.choose import template_beside, template_of
 from mm.data.chat.gate import Gate, require_one_template
-from mm.data.chat.template import FILE, ChatTemplate, template_beside, template_of
+from mm.data.chat.template import FILE, ChatTemplate
 from mm.data.modalities.base import table
 from mm.data.shards.reader import ShardSet
 from mm.errors import UserError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -18,6 +19,8 @@ from mm.trainer.callbacks.base import Callback, Training
 from mm.trainer.env import TrainerEnv
 from mm.trainer.stage import StageState, build, make_stream
 from mm.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
 
 
 class Starting(Training, Protocol):
@@ -55,12 +58,13 @@ def check(trainer: Starting, index: int) -> None:
     chat.check_templates(trainer, index)
     for number in range(index, len(run.stages)):
         for place, task in enumerate(run.stages[number].tasks):
-            if not (run.evaluate or getattr(task, "every", 0)):  # it is never measured
-                continue
+            key = f"stages.{number}.tasks.{place} ({task.kind})"
             try:
                 task.check(vocabulary, trainer.tokenizers)
             except UserError as error:
-                raise UserError(f"stages.{number}.tasks.{place} ({task.kind}): {error}") from error
+                if run.evaluate or getattr(task, "every", 0):
+                    raise UserError(f"{key}: {error}") from error
+                log.warning(f"{key}: {error}; evaluate is false, but mm eval will need it")
     for sink in run.tracking.sinks:
         sink.check()
     for callback in trainer.callbacks:

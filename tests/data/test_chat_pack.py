@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chat_toys import bpe, hf, jsonl, learnt, talk
+from chat_toys import bpe, hf, jsonl, learnt, media_talk, talk
 from data_toys import ToyTokenizer, png, wav
 
 from mm.data.batching.document import document_tokens
+from mm.data.chat.choose import template_of
 from mm.data.chat.loss import LOSS, learn, sample_segments
 from mm.data.chat.show import inspect_loss
-from mm.data.chat.template import ChatTemplate, template_of
+from mm.data.chat.template import DEFAULT, ChatTemplate
 from mm.data.pack.config import PackConfig
 from mm.data.pack.job import PackJob, pack
 from mm.data.pack.preview import preview
@@ -49,7 +50,11 @@ def shape(name: str, i: int) -> dict[str, Any]:
             "conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
         },
         "alpaca": {"instruction": "what is", "input": f"{i} + 0?", "output": said},
-        "pair": {"question": asked, "answer": said, "text": None},
+        "pair": {"question": asked, "answer": said},
+        "pair of turns": {
+            "prompt": talk(i)["messages"][:1],
+            "completion": talk(i)["messages"][1:],
+        },
     }[name]
 
 
@@ -74,6 +79,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 CASES = [
     ("openai", ".jsonl"), ("openai", ".json"), ("openai", ".parquet"), ("parts", ".jsonl"),
     ("openai as json", ".csv"), ("sharegpt", ".json"), ("sharegpt", ".parquet"),
+    ("pair", ".csv"), ("pair of turns", ".jsonl"),
     ("alpaca", ".json"), ("alpaca", ".csv"), ("alpaca", ".parquet"),
 ]  # fmt: skip
 
@@ -146,6 +152,24 @@ def test_loss_is_on_the_assistant_and_what_stops_it_alone(tmp_path: Path) -> Non
     assert "".join(learnt(tmp_path / "all", bpe())).startswith("### User\nwhat is 0 + 0?")
 
 
+def test_a_turn_of_weight_zero_is_read_alone(tmp_path: Path) -> None:
+    first, second, none = (talk(i, turns=2) for i in range(3))
+    first["messages"][1]["weight"] = second["messages"][3]["weight"] = 0
+    none["messages"][1]["weight"] = none["messages"][3]["weight"] = 0
+    src = jsonl(tmp_path / "talks.jsonl", [first, second, none])
+    report = quiet(src, tmp_path / "out")
+    assert report.skipped == {"empty": 1}
+    assert [learnt(tmp_path / "out", bpe(), i) for i in (0, 1)] == [["it is 1.■"], ["it is 1.■"]]
+
+
+def test_a_system_column_goes_before_the_turns(tmp_path: Path) -> None:
+    src = jsonl(tmp_path / "talks.jsonl", [talk(0, system="be kind"), talk(1, system="")])
+    quiet(src, tmp_path / "out")
+    found = inspect_loss(tmp_path / "out", {"text": bpe()})
+    assert found[0]["runs"][0][0].startswith("### System\nbe kind\n\n### User")
+    assert found[1]["runs"][0][0].startswith("### User")
+
+
 def test_spans_become_targets_and_weights() -> None:
     ids = np.array([3, 4, 5], np.int32)
     plain = Segment("text", ids)
@@ -190,18 +214,6 @@ def test_packed_rows_carry_the_loss_and_a_resume_is_exact(tmp_path: Path) -> Non
             assert [weight[t] for t in at] == pytest.approx(wanted[1])
     stream.close()
     again.close()
-
-
-def media_talk(image: Any, audio: Any, answer: Any = "it is red.") -> dict[str, Any]:
-    asked = [
-        {"type": "text", "text": "see"},
-        {"type": "image_url", "image_url": image},
-        {"type": "text", "text": "and hear"},
-        {"type": "input_audio", "input_audio": audio},
-    ]
-    return {
-        "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-    }
 
 
 @pytest.mark.parametrize("name", ["own", "chatml", "parts"])
@@ -289,8 +301,8 @@ BAD = {
     ),
     "no base64": (media_talk({"url": "data:image/png;base64,%%"}, "a.wav"), "no base64"),
     "an unknown part": (
-        {"messages": [{"role": "user", "content": [{"type": "video", "video": "a"}]}]},
-        "message 0, part 0: unknown type 'video'",
+        {"messages": [{"role": "user", "content": [{"type": "smell", "smell": "a"}]}]},
+        "message 0, part 0: unknown type 'smell'",
     ),
     "an unknown role": (
         {"messages": [{"role": "asistant", "content": "x"}]},
@@ -363,6 +375,19 @@ def test_what_was_packed_before_is_told_from_what_another_template_makes(tmp_pat
     assert quiet(src, tmp_path / "out", tokenizers=tools).already
     with pytest.raises(UserError, match="packed from another source or with other settings"):
         quiet(src, tmp_path / "out", tokenizers=tools, template=Path("default"))
+
+
+def test_what_is_appended_to_a_vocabulary_is_written_as_what_was_there(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text(DEFAULT.replace("###", "##"))
+    src = jsonl(tmp_path / "talks.jsonl", [talk(i) for i in range(2)])
+    quiet(src, tmp_path / "one", template=file)
+    quiet(src, tmp_path / "two", vocabulary=tmp_path / "one" / "vocabulary.json")
+    one, two = (ChatTemplate.load(tmp_path / name) for name in ("one", "two"))
+    assert one == two and one is not None and one.header == "\n\n## Assistant\n"
+    again = {"vocabulary": tmp_path / "one" / "vocabulary.json", "template": Path("default")}
+    quiet(src, tmp_path / "three", **again)
+    assert ChatTemplate.load(tmp_path / "three") != one
 
 
 def test_tables_with_columns_of_modalities_are_read_as_before(tmp_path: Path) -> None:

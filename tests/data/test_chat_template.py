@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from chat_toys import CHATML, TEMPLATES, bpe, hf, talk
 
+from mm.data.chat.choose import template_of
 from mm.data.chat.conversation import Conversation, Message, read_row
 from mm.data.chat.sandbox import RefusedConversation, Sandbox, TemplateError
-from mm.data.chat.template import END, ChatTemplate, MediaPart, TextPart, template_of
+from mm.data.chat.template import END, ChatTemplate, MediaPart, TextPart
 from mm.data.modalities.base import BadSample
 from mm.errors import UserError
 
@@ -93,6 +94,16 @@ def test_what_a_template_does_is_found_out(name: str) -> None:
     assert ("image" in found.places) == (name == "parts")
 
 
+def test_a_day_is_told_to_templates_that_need_one_and_to_no_other() -> None:
+    needs = "{{ strftime_now('%d %b %Y') }}" + CHATML
+    asks = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% endif %}" + CHATML
+    found = [template_of(hf("chatml", source)) for source in (needs, asks)]
+    assert [t.arguments for t in found] == [{"today": "2024-07-26"}, {}]
+    (part,), (other,) = (pieces(t, talk()) for t in found)
+    assert part.pieces[0][0].startswith("26 Jul 2024<|im_start|>user")
+    assert other.pieces[0][0].startswith("<|im_start|>user")
+
+
 def pieces(template: ChatTemplate, row: dict[str, Any], prompt: bool = False) -> list[Any]:
     conversation = read_row(row, {"messages": "messages"})
     return template.parts(conversation, prompt)
@@ -110,6 +121,18 @@ def test_every_turn_of_the_assistant_is_learnt_with_what_stops_it(name: str) -> 
     # A server that asks for no thought begins after an empty one, which a history does not show.
     assert own == (wanted[1:] if name == "thinking" else wanted)
     assert part.pieces[-1][1], "what follows the last turn is left out"
+
+
+def test_thoughts_are_learnt_where_a_table_has_them_and_empty_ones_are_not() -> None:
+    row = talk(4, turns=2)
+    (quiet,) = pieces(template_of(hf("thinking")), row)
+    assert [t for t, learnt in quiet.pieces if learnt] == ["it is 5.<|im_end|>"]
+    row["messages"][3]["reasoning_content"] = "4 and 1"
+    (part,) = pieces(template_of(hf("thinking"), thinking=True), row)
+    said = "<think>\n4 and 1\n</think>\n\nit is 5.<|im_end|>"
+    assert [t for t, learnt in part.pieces if learnt] == [said], "the first shows no thought now"
+    with pytest.raises(BadSample, match="another text before it than it asks"):
+        pieces(template_of(hf("thinking")), row)
 
 
 def test_the_default_ends_a_segment_with_each_turn() -> None:
@@ -157,6 +180,10 @@ REFUSED = {
     "writes tokens that are none": (
         CHATML.replace("<|im_start|>", "<|start|>"),
         "writes <.start.>, which the tokenizer has no id for",
+    ),
+    "writes tokens that are none between wide bars": (
+        "<\uff5cUser\uff5c>" + CHATML,
+        "writes <.User.>, which the tokenizer has no id for",
     ),
     "leaves out what is said": ("{{ eos_token }}", "does not stand in its text"),
     "fails": ("{{ raise_exception('never') }}", "cannot write a plain conversation .never"),

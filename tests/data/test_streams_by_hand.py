@@ -18,6 +18,7 @@ from mm.data.pack.encode import Item
 from mm.data.pack.output import PackOutput
 from mm.data.pack.pool import Pool, Worker
 from mm.data.pack.pretokenized import TokenIds
+from mm.data.pack.report import PackReport
 from mm.data.pack.worker import PreparedRecord
 from mm.data.shards.index import spread
 from mm.data.sources.base import Record
@@ -173,6 +174,17 @@ def test_the_journal_counts_all_records_that_were_looked_at(tmp_path: Path) -> N
     first.save(None, seconds=0.0)
     again = output()
     assert (again.records, again.good, again.bad) == (4, 3, 1)
+
+
+def test_a_report_adds_up_the_splits_of_a_manifest() -> None:
+    """Of one that says nothing about duplicates, as older ones do."""
+    split = {"samples": 2, "bytes": 10, "lengths": {"text": {"count": 2, "total": 7}}}
+    splits = {"train": split, "val": split}
+    manifest = {"kind": "raw", "splits": splits, "quarantined": 1, "ignored": {}}
+    found = PackReport.of(Path("out"), manifest, 1.5)
+    assert (found.samples, found.bytes) == ({"train": 2, "val": 2}, 20)
+    assert (found.modalities, found.lengths) == ({"text": 4}, {"text": 14})
+    assert (found.quarantined, found.duplicates, found.seconds) == (1, 0, 1.5)
 
 
 def test_a_pool_that_is_left_ends_its_busy_workers() -> None:

@@ -50,3 +50,5 @@ def test_every_command_of_the_page_runs(
     assert packed.count("⟦it is 2.") == inspected.count("⟦it is 2.") == 1
     assert answered.strip() and "⟦" not in answered
     assert (tmp_path / "runs" / "chat" / "model" / "chat.json").is_file()
+    exec(fences("python")[0], {})
+    assert capsys.readouterr().out.strip()

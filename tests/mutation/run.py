@@ -10,7 +10,7 @@ changed). Then every mutant is tested by the tests that run its statement, the q
 that look at little besides its file first, for so many seconds, until one fails. Results are lines
 of build/mutants/results.jsonl; a survivor is tested again once its tests or --seconds have changed.
 The report is build/mutants/report.md; accepted.tsv beside this file holds survivors that may live,
-with the reason.
+with the reason; they are tested once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ sys.path[:0] = [str(HERE)]
 
 from mutate import Mutant, digest, mutants_of  # noqa: E402
 from processes import Workers, copy_of_tree, files_of  # noqa: E402
-from table import report  # noqa: E402
+from table import accepted, report  # noqa: E402
 
 # Where a silent error costs a run.
 TARGETS = (
@@ -266,11 +266,13 @@ def run(
         every = cases(wanted_files, lines, at_import, seconds)
         wanted = chosen(every, sample, head() if seed == "HEAD" else seed, per_module)
         path = build / "results.jsonl"
-        done = read(path)
+        done, fine = read(path), accepted()
 
         def settled(case: Case) -> bool:
             row = done.get(case.id)
-            return row is not None and (row["caught"] or row["tests"] == state(case))
+            return row is not None and (
+                row["caught"] or case.key in fine or row["tests"] == state(case)
+            )
 
         def state(case: Case) -> str:
             return digest(

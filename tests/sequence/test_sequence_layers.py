@@ -15,9 +15,13 @@ from typing import Any
 
 import laws
 import pytest
-from sequence_ranks import VARIANTS, build
+import torch
+from sequence_ranks import VARIANTS, build, layout
 
+from mm.model.context import Ctx
+from mm.model.sequence import Unconnected
 from mm.registry import FFNS, MIXERS
+from mm.shard import Shard
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 HERE = Path(__file__).parent
@@ -105,6 +109,18 @@ def test_what_processes_pass_each_other_does_not_grow_with_the_row(quick: Any) -
     short = {j["name"]: out for j, out in chosen(quick, size=4, dtype="float64")}
     for j, out in chosen(quick, times=4):
         assert out["bytes"] == short[j["name"]]["bytes"] > 0, j["name"]
+
+
+def test_what_a_plan_counts_is_what_processes_pass(quick: Any) -> None:
+    """A group whose other processes are not there counts the same bytes."""
+    told = {j["name"]: out for j, out in chosen(quick, size=4, dtype="float64")}
+    for name in ("4 heads, 2 of keys", "mixer:delta_rule", "mixer:rg_lru", "mixer:log_linear"):
+        group, layer = Unconnected(), build(name)
+        shard, own = Shard.of(layout(), 1, 4, group)
+        x = torch.randn(*own.shape, laws.D, dtype=torch.float64, requires_grad=True)
+        ids = (x[..., :1] > 0).int()
+        layer(x, Ctx(own, laws.mask_of(layer), ids, seed=5, shard=shard)).y.sum().backward()
+        assert group.sent.total() == told[name]["bytes"], name
 
 
 def test_states_that_begin_anew_in_every_process_are_found(quick: Any) -> None:

@@ -12,15 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_metrics_by_hand import training
+from test_metrics_by_hand import WORDS, training
+from torch import nn
 
 from mm.decoders import generate
 from mm.kernels.linear_scan import linear_scan
-from mm.trainer.callbacks import machine, profile, progress, samples
+from mm.model.layer import Embedder, Head
+from mm.trainer.callbacks import machine, modalities, profile, progress, samples
 from mm.trainer.callbacks.alerts import AGAIN, Alerts, AlertsConfig, _command
 from mm.trainer.callbacks.layers import DECAYS, Layers, LayersConfig
+from mm.trainer.callbacks.modalities import Modalities, ModalitiesConfig
 from mm.trainer.callbacks.tasks import TasksWhileTraining
 from mm.trainer.callbacks.times import Times
+from mm.trainer.explain import Look
 
 CPU = torch.device("cpu")
 
@@ -178,6 +182,88 @@ def test_what_is_left_is_told_by_the_pace_of_this_process(
     shown.on_stage_start(at)
     shown.post_step(at, 6, {"loss/total": 1.5})
     assert capsys.readouterr().err.strip() == "toys[red] 6/10 loss 1.5000 ETA 0:40"
+
+
+def looking(step: int, words: Any = WORDS) -> Any:
+    """A training of a network that is one table of all ids, after so many steps."""
+    embedder = nn.Embedding(10, 2)
+    engine = SimpleNamespace(
+        raw=nn.ModuleList([Embedding(embedder.weight), TwoHeads(), TwoHeads()]),
+        base=torch.optim.SGD(embedder.parameters(), lr=0.1),
+        grad_clip=0.0,
+        trainable=lambda: iter([("0.weight", embedder.weight)]),
+    )
+    stage = SimpleNamespace(
+        engines={"model": engine},
+        clock=SimpleNamespace(seconds=dict),
+        config=SimpleNamespace(data=SimpleNamespace(modality_tokens={"text": 3, "audio": 1})),
+        env=SimpleNamespace(precision="fp32"),
+    )
+    return training(step=step, vocabulary=words, device=CPU, stage=stage, tokenizers={})
+
+
+class Embedding(Embedder):
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+class TwoHeads(Head):
+    """One of two: it has no matrix."""
+
+    weight = torch.zeros(0)
+
+
+def test_modalities_are_looked_at_in_the_first_step_and_in_every_so_many() -> None:
+    look = Modalities(ModalitiesConfig(every=50))
+    due = {}
+    for step in (1, 2, 48, 49, 50, 51, 100):
+        look._sums = None
+        look.pre_step(looking(step - 1), [])
+        due[step] = look._sums is not None and len(look._hooks) == 3
+    assert [step for step, is_due in due.items() if is_due] == [1, 50, 100]
+    look._sums = None
+    look.pre_step(looking(0, words=None), [])
+    assert look._sums is None and look._hooks == []
+
+
+def test_accuracies_are_those_of_the_modality_after_the_control_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(modalities, "all_reduce", lambda tensors: tensors)
+    look = Modalities(ModalitiesConfig())
+    look._sums = torch.tensor([[1.0, 3.0, 2.0], [1.0, 4.0, 8.0]])  # control, text, audio
+    look.post_step(looking(0), 1, found := {})
+    assert found == {
+        "accuracy/text": 0.75,
+        "accuracy/audio": 0.25,
+        "targets/text_wanted": 0.75,
+        "targets/audio_wanted": 0.25,
+    }
+
+
+def test_the_share_of_the_device_s_speed_is_told_where_it_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """6 FLOPs a token and weight; the table of 20 is only looked up."""
+    monkeypatch.setattr(machine, "peak_flops", lambda device, precision: 1000.0)
+    monkeypatch.setattr(machine, "multiplied_weights", lambda module: 30)
+    monkeypatch.setattr(machine.dist, "get_world_size", lambda: 1)
+    at, look = looking(0), machine.Machine(machine.MachineConfig(every=10))
+    look.on_stage_start(at)
+    look.pre_step(at, [])
+    found = {"perf/tokens_per_second": 5.0, "data/wait_seconds": 0.25}
+    look.post_step(at, 3, found)
+    assert found["perf/mfu"] == 6 * 30 * 5.0 / 1000.0 and found["time/data"] == 0.25
+    assert not any(name.startswith("memory/") for name in found)
+
+
+def test_a_step_that_is_explained_is_looked_at_in_one_head() -> None:
+    """A second one would count each sample twice."""
+    look = Look(4)
+    look.pre_step(looking(3), [])
+    assert len(look._hooks) == 2  # gradients, and the head
+    assert look.batches == []
 
 
 def test_a_prompt_is_text_or_bytes_or_a_file(tmp_path: Path) -> None:
