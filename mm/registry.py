@@ -163,6 +163,7 @@ HEADS = Registry(
         "embedding": "mm.model.heads.embedding",
         "classes": "mm.model.heads.classes",
         "multi_token": "mm.model.heads.multi_token",
+        "binary": "mm.model.heads.binary",
     },
 )
 TOKENIZERS = Registry(
@@ -265,6 +266,7 @@ OBJECTIVES = Registry(
         "distil": "mm.objectives.distil",
         "dpo": "mm.objectives.dpo",
         "masked": "mm.objectives.masked",
+        "replaced_token": "mm.objectives.replaced_token",
         "vq": "mm.objectives.vq",
         "codec": "mm.objectives.codec",
     },
