@@ -71,6 +71,7 @@ MIXERS = Registry(
         "cross_attention": "mm.model.mixers.attention.cross_attention",
         "latent_attention": "mm.model.mixers.attention.latent_attention",
         "kv_shift": "mm.model.mixers.attention.kv_shift",
+        "value_residual": "mm.model.mixers.attention.value_residual",
         "irpe_attention": "mm.model.mixers.attention.irpe_attention",
         "differential_attention": "mm.model.mixers.attention.differential_attention",
         "path_attention": "mm.model.mixers.attention.path_attention",
