@@ -112,6 +112,7 @@ FFNS = Registry(
     "ffn",
     {
         "mlp": "mm.model.ffn.mlp",
+        "sub_norm": "mm.model.ffn.sub_norm",
         "moe": "mm.model.ffn.moe",
         "swiglu": "mm.model.ffn.swiglu",
         "rwkv_ffn": "mm.model.ffn.rwkv_ffn",
