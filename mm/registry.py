@@ -179,6 +179,7 @@ TOKENIZERS = Registry(
         "audio_codec": "mm.tokenizers.audio.tokenizer",
         "mel_frames": "mm.tokenizers.audio.mel_frames",
         "series_patches": "mm.tokenizers.series.patches",
+        "video_tubes": "mm.tokenizers.video.tubes",
     },
 )
 QUANTIZERS = Registry(
@@ -196,6 +197,7 @@ MODALITIES = Registry(
         "text": "mm.data.modalities.text",
         "image": "mm.data.modalities.image",
         "audio": "mm.data.modalities.audio",
+        "video": "mm.data.modalities.video",
         "time_series": "mm.data.modalities.time_series",
     },
 )
@@ -214,6 +216,8 @@ SOURCES = Registry(
     {
         "folder": "mm.data.sources.folder",
         "jsonl": "mm.data.sources.jsonl",
+        "json": "mm.data.sources.jsonl",
+        "chat": "mm.data.sources.chat",
         "csv": "mm.data.sources.table",
         "parquet": "mm.data.sources.table",
         "hf": "mm.data.sources.hf",
@@ -293,6 +297,8 @@ TASKS = Registry(
         "judged_generation": "mm.tasks.judged_generation",
         "forecast": "mm.tasks.forecast",
         "block_decoding": "mm.tasks.block_decoding",
+        "text_error": "mm.tasks.text_error",
+        "token_loss": "mm.tasks.token_loss",
         "transcription": "mm.tasks.transcription",
         "retrieval": "mm.tasks.retrieval",
     },

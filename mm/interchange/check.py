@@ -39,8 +39,20 @@ def require_peer() -> None:
         )
 
 
+def require_peft() -> None:
+    """Raise UserError where `peft` is not installed."""
+    if find_spec("peft") is None:
+        raise UserError(
+            "nothing compares the logits, because peft is not installed: pip install "
+            "'mm-stack[peers]', or go on unchecked with --no-check"
+        )
+
+
 def compare(
-    ours: Path, theirs: Path, ready: Callable[[Model], None] = lambda model: None
+    ours: Path,
+    theirs: Path,
+    ready: Callable[[Model], None] = lambda model: None,
+    adapter: Path | None = None,
 ) -> Report:
     """Compare a saved model with a folder in Hugging Face's layout, in float32 on the CPU.
 
@@ -48,6 +60,7 @@ def compare(
 
     Args:
         ready: what is done to our model first.
+        adapter: a folder of PEFT's format, which `peft` puts upon theirs.
     Raises:
         UserError: `transformers` is missing or cannot load the folder, or the two differ.
     """
@@ -66,6 +79,11 @@ def compare(
             attn_implementation="eager",
             use_safetensors=True,
         ).eval()
+        if adapter is not None:
+            require_peft()
+            import peft
+
+            peer = peft.PeftModel.from_pretrained(peer, adapter).eval()
     except (ValueError, OSError, RuntimeError) as error:
         raise UserError(f"{theirs}: transformers cannot load it ({str(error)[:200]})") from error
     finally:

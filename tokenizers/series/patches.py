@@ -103,8 +103,8 @@ class SeriesPatchesConfig(Config):
         int,
         Field(
             ge=0,
-            description="first points whose mean and spread normalise the series; 0: it stays as it "
-            "is, for features that another model made",
+            description="first points whose mean and spread normalise the series; 0: it stays as "
+            "it is, for features that another model made",
         ),
     ] = 12
 
