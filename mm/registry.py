@@ -71,6 +71,7 @@ MIXERS = Registry(
         "cross_attention": "mm.model.mixers.attention.cross_attention",
         "latent_attention": "mm.model.mixers.attention.latent_attention",
         "kv_shift": "mm.model.mixers.attention.kv_shift",
+        "value_residual": "mm.model.mixers.attention.value_residual",
         "irpe_attention": "mm.model.mixers.attention.irpe_attention",
         "differential_attention": "mm.model.mixers.attention.differential_attention",
         "path_attention": "mm.model.mixers.attention.path_attention",
@@ -111,6 +112,7 @@ FFNS = Registry(
     "ffn",
     {
         "mlp": "mm.model.ffn.mlp",
+        "sub_norm": "mm.model.ffn.sub_norm",
         "moe": "mm.model.ffn.moe",
         "swiglu": "mm.model.ffn.swiglu",
         "rwkv_ffn": "mm.model.ffn.rwkv_ffn",
@@ -163,6 +165,7 @@ HEADS = Registry(
         "embedding": "mm.model.heads.embedding",
         "classes": "mm.model.heads.classes",
         "multi_token": "mm.model.heads.multi_token",
+        "binary": "mm.model.heads.binary",
     },
 )
 TOKENIZERS = Registry(
@@ -269,6 +272,7 @@ OBJECTIVES = Registry(
         "distil": "mm.objectives.distil",
         "dpo": "mm.objectives.dpo",
         "masked": "mm.objectives.masked",
+        "replaced_token": "mm.objectives.replaced_token",
         "vq": "mm.objectives.vq",
         "codec": "mm.objectives.codec",
     },
