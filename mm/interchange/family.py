@@ -20,6 +20,12 @@ class Settings(Mapping[str, Any]):
         self._given, self.origin = values, origin
         self.asked: set[str] = set()
 
+    def with_usual(self, usual: Mapping[str, Any]) -> Settings:
+        """These, and ``usual`` where they say nothing; both remember what was asked."""
+        made = Settings({**usual, **{k: v for k, v in self.items() if v is not None}}, self.origin)
+        made.asked = self.asked
+        return made
+
     def __getitem__(self, key: str) -> Any:
         self.asked.add(key)
         try:
@@ -77,6 +83,7 @@ class Family(Config):
 
     architecture: ClassVar[str] = ""  # class of `transformers`
     table: ClassVar[tuple[str, str, str]] = ("model.embed_tokens.weight", "lm_head.weight", "model")
+    mixers: ClassVar[tuple[str, ...]] = ("attention",)  # kinds that it may have
     # Names that hold nothing that is learned: tables that older versions stored.
     silent: ClassVar[str] = r"\.rotary_emb\.inv_freq$"
 
@@ -96,8 +103,10 @@ class Family(Config):
         raise NotImplementedError
 
 
-def rope(c: Settings, layer_type: str | None = None) -> dict[str, Any]:
+def rope(c: Settings, layer_type: str | None = None, usual: float = 1.0) -> dict[str, Any]:
     """Our rotary position, of ``layer_type`` where each has its own.
+
+    ``usual``: share of a head that is rotated, where nothing says it.
 
     Source of the keys: `rope_parameters`, or as they were before it, `rope_theta` and
     `rope_scaling`.
@@ -114,7 +123,7 @@ def rope(c: Settings, layer_type: str | None = None) -> dict[str, Any]:
         raise c.refuse(key, "is no mapping")
     theta = given.get("rope_theta") or c.get("rope_theta", 10000.0)
     position: dict[str, Any] = {"kind": "rope", "theta": theta}
-    share = given.get("partial_rotary_factor") or c.get("partial_rotary_factor", 1.0)
+    share = given.get("partial_rotary_factor") or c.get("partial_rotary_factor", usual)
     if share != 1.0:
         position["fraction"] = share
     rule = given.get("rope_type", given.get("type", "default"))

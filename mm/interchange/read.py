@@ -24,7 +24,7 @@ from mm.interchange.weights import Checkpoint, Planned, few_names, open_checkpoi
 from mm.model import folder as files
 from mm.model.model import LmConfig
 from mm.reading import parse_json
-from mm.registry import FAMILIES
+from mm.registry import ENCODERS, FAMILIES
 from mm.tokenizers.text.hf import BESIDE, FILE, HfConfig, HfTokenizer
 from mm.vocabulary import RESERVED, Vocabulary
 
@@ -84,7 +84,7 @@ def family_of(c: Settings) -> Family:
     """The family that ``model_type`` names. Raises UserError listing those that there are."""
     kind = c["model_type"]
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise c.refuse("model_type", f"is none of: {', '.join(FAMILIES)}")
+        raise c.refuse("model_type", f"is none of: {', '.join([*FAMILIES, *ENCODERS])}")
     family = FAMILIES.parse(kind)
     assert isinstance(family, Family)
     return family
@@ -163,8 +163,10 @@ def plan_of(
         make = lambda s=source: rows_of(given[s], tokens)
         plan.append(Planned(name, shapes[name], given.dtype(source), make))
     for line in lines:
-        make = lambda line=line: line.part.join([given[n] for n in line.theirs])
-        plan.append(Planned(line.ours, shapes[line.ours], given.dtype(line.theirs[0]), make))
+        join = lambda line=line: line.part.join([given[n] for n in line.theirs])
+        for i, name in enumerate(line.own):
+            make = lambda join=join, i=i: join()[i]
+            plan.append(Planned(name, shapes[name], given.dtype(line.theirs[0]), make))
     require_all(shapes, plan, tied.tied)
     return plan
 
