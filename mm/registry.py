@@ -320,6 +320,7 @@ FAMILIES = Registry(
         "qwen3": "mm.interchange.families.qwen3",
         "qwen3_moe": "mm.interchange.families.qwen3_moe",
         "mixtral": "mm.interchange.families.mixtral",
+        "phi3": "mm.interchange.families.phi3",
         "olmo2": "mm.interchange.families.olmo2",
         "gemma2": "mm.interchange.families.gemma2",
         "gemma3_text": "mm.interchange.families.gemma3_text",

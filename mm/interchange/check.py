@@ -102,7 +102,12 @@ def compare(
 @torch.no_grad()
 def _compare(model: Model, peer: Any, own: Tensor) -> Report:
     V = len(own)
-    places = getattr(peer.config, "max_position_embeddings", None) or LONG + STEPS
+    known = peer.config.to_dict()
+    rope, most = known.get("rope_parameters") or {}, known.get("max_position_embeddings")
+    if "long_factor" in rope:  # beyond the first length it is another function
+        key = "original_max_position_embeddings"
+        most = rope.get(key) or known.get(key) or most
+    places = most or LONG + STEPS
     long = max(1, min(LONG, places - STEPS))
     probe = torch.randint(V, (ROWS, long), generator=torch.Generator().manual_seed(17))
     wanted, found = peer(input_ids=probe).logits.float(), logits_of(model, probe, own)

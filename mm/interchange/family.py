@@ -73,8 +73,9 @@ SILENT = frozenset(
     mm_tokens mm_vocabulary model_type output_router_logits pretraining_tp resid_pdrop
     router_aux_loss_coef summary_activation summary_first_dropout summary_proj_to_labels
     summary_type summary_use_proj task_specific_params torch_dtype transformers_version use_cache
-    vocab_size n_ctx add_cross_attention chunk_size_feed_forward is_encoder_decoder id2label
-    label2id return_dict keys_to_ignore_at_inference""".split()
+    vocab_size n_ctx original_max_position_embeddings add_cross_attention
+    chunk_size_feed_forward is_encoder_decoder id2label label2id return_dict
+    keys_to_ignore_at_inference""".split()
 )
 
 
@@ -129,12 +130,21 @@ def rope(c: Settings, layer_type: str | None = None, usual: float = 1.0) -> dict
     rule = given.get("rope_type", given.get("type", "default"))
     if rule == "default":
         return position
-    if rule not in ("linear", "llama3", "yarn"):
-        raise c.refuse(key, f"scales rotations by '{rule}', which depends on a pass's length")
+    rule = {"su": "longrope"}.get(rule, rule)
+    if rule not in ("linear", "llama3", "yarn", "dynamic", "longrope"):
+        raise c.refuse(key, f"scales rotations by '{rule}', which has no equal")
     scaling = {"rule": rule, "factor": given.get("factor")}
-    if rule != "linear":
-        known = given.get("original_max_position_embeddings") or c.get("max_position_embeddings")
-        scaling["original"] = known
+    most = c.get("max_position_embeddings")
+    if rule == "dynamic":
+        scaling["original"] = most
+    elif rule != "linear":
+        known = given.get("original_max_position_embeddings")
+        scaling["original"] = known or c.get("original_max_position_embeddings", most)
+    if rule == "longrope":
+        factor = scaling["factor"] = given.get("factor") or most / scaling["original"]
+        grown = 1 + math.log(max(factor, 1.0)) / math.log(scaling["original"])
+        scaling["length"] = given.get("attention_factor") or grown**0.5
+        scaling |= {"short": given.get("short_factor"), "long": given.get("long_factor")}
     if rule == "llama3":
         scaling |= {"low": given.get("low_freq_factor"), "high": given.get("high_freq_factor")}
     if rule == "yarn":
@@ -167,8 +177,10 @@ def rope_parameters(position: Any) -> dict[str, Any]:
     if s is None:
         return out
     out |= {"rope_type": s.rule, "factor": s.factor}
-    if s.rule != "linear":
+    if s.rule not in ("linear", "dynamic"):
         out["original_max_position_embeddings"] = s.original
+    if s.rule == "longrope":
+        out |= {"short_factor": s.short, "long_factor": s.long, "attention_factor": s.length or 1.0}
     if s.rule == "llama3":
         out |= {"low_freq_factor": s.low, "high_freq_factor": s.high or 4.0}
     if s.rule == "yarn":
@@ -176,6 +188,17 @@ def rope_parameters(position: Any) -> dict[str, Any]:
         if s.length is not None:
             out["attention_factor"] = s.length
     return out
+
+
+def places(position: Any) -> dict[str, Any]:
+    """`max_position_embeddings` where a rotation's rule depends on it."""
+    s = position.scaling
+    if s is None or s.rule not in ("dynamic", "longrope"):
+        return {}
+    if s.rule == "dynamic":
+        return {"max_position_embeddings": s.original}
+    most = round(s.original * s.factor)
+    return {"max_position_embeddings": most, "original_max_position_embeddings": s.original}
 
 
 def stack_of(lm: LmConfig) -> StackConfig:

@@ -25,12 +25,13 @@ from mm.model import folder as files
 from mm.model.model import LmConfig
 from mm.reading import parse_json
 from mm.registry import ENCODERS, FAMILIES
-from mm.tokenizers.text.hf import BESIDE, FILE, HfConfig, HfTokenizer
+from mm.tokenizers.text.hf import BESIDE, FILE, ORIGIN, HfConfig, HfTokenizer
 from mm.vocabulary import RESERVED, Vocabulary
 
 log = logging.getLogger(__name__)
 TABLE, HEAD = "embedder.weight", "heads.tokens.weight"
 TEXT = "text"
+PLACES = "max_position_embeddings"
 
 
 def import_model(folder: str | Path, out: str | Path, *, check: bool = True) -> Report | None:
@@ -106,6 +107,8 @@ def read_tokenizer(folder: Path, c: Settings) -> HfTokenizer:
         eos=[id for id in (eos if isinstance(eos, list) else [eos]) if known(id)],
     )
     beside = {name: (folder / name).read_bytes() for name in BESIDE if (folder / name).is_file()}
+    known_of = {key: c.get(key) for key in ("model_type", PLACES) if c.get(key) is not None}
+    beside[ORIGIN] = (json.dumps(known_of) + "\n").encode()
     try:
         return HfTokenizer(config, (folder / FILE).read_bytes(), beside)
     except UserError as error:

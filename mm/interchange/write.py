@@ -22,14 +22,14 @@ from mm.interchange.check import Report, compare
 from mm.interchange.explicit import make_explicit
 from mm.interchange.family import Family, Settings
 from mm.interchange.ids import Ids, ids_of
-from mm.interchange.read import HEAD, TABLE, shapes_of
+from mm.interchange.read import HEAD, PLACES, TABLE, shapes_of
 from mm.interchange.weights import Checkpoint, Planned, few_names, write_shards
 from mm.model import folder as files
 from mm.model.model import LmConfig
 from mm.reading import parse_json
 from mm.registry import FAMILIES, SURGERIES
 from mm.surgery.base import Operated
-from mm.tokenizers.text.hf import FILE
+from mm.tokenizers.text.hf import FILE, ORIGIN
 from mm.vocabulary import Vocabulary
 
 MOST = 5 * 10**9  # bytes of a file of weights
@@ -64,8 +64,10 @@ def export_model(
             return export_model(merged, out, check=check, most=most)
     require_text(folder, lm, vocabulary)
     lm = make_explicit(lm)
-    family, config, factor = fitting_scaled(lm)
     ids = ids_of(folder, vocabulary)
+    origin = parse_json(ids.tokenizer.beside.get(ORIGIN, b"{}"))
+    family, config, factor = fitting_scaled(lm, origin.get("model_type"))
+    config = {key: value for key, value in origin.items() if key == PLACES} | config
     tokenizer, tokens = ids.tokenizer, ids.config
     config |= {
         "architectures": [family.architecture],
@@ -89,7 +91,8 @@ def export_model(
             (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             (part / FILE).write_bytes(tokenizer.source)
             for name, content in tokenizer.beside.items():
-                (part / name).write_bytes(content)
+                if name != ORIGIN:
+                    (part / name).write_bytes(content)
             return compare(folder, part, ids.fold_model, ids.own()) if check else None
 
 
@@ -125,15 +128,17 @@ def require_text(folder: Path, lm: LmConfig, vocabulary: Vocabulary) -> None:
         raise UserError(f"{folder}: has no equal in Hugging Face's layout: {'; '.join(faults)}")
 
 
-def fitting(lm: LmConfig) -> tuple[Family, dict[str, Any]]:
+def fitting(lm: LmConfig, first: str | None = None) -> tuple[Family, dict[str, Any]]:
     """The first family whose config, read back, gives ``lm``, and that config.
+
+    ``first`` is tried before all others.
 
     Raises UserError naming the keys in which the nearest family differs.
     """
     nearest: tuple[int, str] | None = None
     stack: Any = lm.backbone
     mixers, refused = {stack.mixer(word).kind for word in stack.words()}, []
-    for kind in FAMILIES:
+    for kind in sorted(FAMILIES, key=lambda kind: kind != first):
         family = FAMILIES.parse(kind)
         assert isinstance(family, Family)
         try:
@@ -155,19 +160,19 @@ def fitting(lm: LmConfig) -> tuple[Family, dict[str, Any]]:
     raise UserError(f"no model of Hugging Face's is like this one: {why}")
 
 
-def fitting_scaled(lm: LmConfig) -> tuple[Family, dict[str, Any], float]:
+def fitting_scaled(lm: LmConfig, first: str | None = None) -> tuple[Family, dict[str, Any], float]:
     """`fitting`, and the factor of the embeddings that becomes part of their rows.
 
     It can where the head has rows of its own.
     """
     given, head = lm.embedder, lm.heads["tokens"]
     try:
-        return *fitting(lm), 1.0
+        return *fitting(lm, first), 1.0
     except UserError:
         if given.kind != "sum" or head.tied:  # type: ignore[union-attr]
             raise
         plain = lm.model_copy(update={"embedder": given.model_copy(update={"scale": 1.0})})
-        return *fitting(plain), given.scale
+        return *fitting(plain, first), given.scale
 
 
 def meaning(lm: LmConfig) -> dict[str, Any]:

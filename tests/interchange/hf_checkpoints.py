@@ -85,6 +85,30 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Llama",
         {"rope_parameters": {**YARN, "attention_factor": 1.25, "truncate": False}},
     ),
+    "llama, dynamic": (
+        "llama",
+        "Llama",
+        {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+            "max_position_embeddings": 48,
+        },
+    ),
+    "phi3": ("phi3", "Phi3", {"sliding_window": 9}),
+    "phi3, longrope": (
+        "phi3",
+        "Phi3",
+        {
+            "max_position_embeddings": 128,
+            "original_max_position_embeddings": 40,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.8,
+                "short_factor": [1.0, 1.5, 2.0, 3.0],
+                "long_factor": [1.0, 4.0, 8.0, 16.0],
+            },
+        },
+    ),
     "mistral, window": ("mistral", "Mistral", {"sliding_window": 9, "rms_norm_eps": 1e-5}),
     "mistral, linear": (
         "mistral",

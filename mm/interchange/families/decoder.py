@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from mm.errors import UserError
-from mm.interchange.family import Family, Settings, rope, rope_parameters, stack_of
+from mm.interchange.family import Family, Settings, places, rope, rope_parameters, stack_of
 from mm.interchange.parts import Entry, Experts, Part, Rows
 from mm.model.mixers.attention.attention import AttentionConfig
 from mm.model.model import LmConfig
@@ -31,6 +31,7 @@ class Decoder(Family):
     tied: ClassVar[bool] = False  # where the config does not say it
     scaled: ClassVar[bool] = False  # embeddings times sqrt(D)
     share: ClassVar[float] = 1.0  # of a head that is rotated, where the config does not say it
+    partial: ClassVar[bool] = False  # `transformers` knows heads that are rotated in part
     attention: ClassVar[str] = "self_attn"
     mlp: ClassVar[str] = "mlp"
     last: ClassVar[str] = "norm"
@@ -116,13 +117,16 @@ class Decoder(Family):
             if kind == RECURRENT:
                 mixers[WORDS[kind]] = self.recurrent(c)
                 continue
+            position = rope(c, kind, self.share)
+            if "fraction" in position and not self.partial:
+                raise c.refuse("rope_parameters", "rotates a part of each head, which it cannot")
             mixers[WORDS[kind]] = {
                 "kind": "attention",
                 "heads": H,
                 "kv_heads": c.whole("num_key_value_heads", H),
                 "head_dim": c.whole("head_dim", D // H),
                 "qk_norm": self.qk_norm,
-                "position": rope(c, kind, self.share),
+                "position": position,
                 "window": self.window(c) if kind == SLIDING else None,
                 **({"norm_eps": eps} if self.qk_norm else {}),
                 **self.more(c),
@@ -180,6 +184,7 @@ class Decoder(Family):
             "head_dim": K,
             "rms_norm_eps": stack.eps,
             "tie_word_embeddings": head.tied,
+            **places(first.position),
             "rope_parameters": one if all(r == one for r in ropes.values()) else ropes,
             **self.ffn_config(stack.ffn),
             **self.bias_config(lm.linear.bias),

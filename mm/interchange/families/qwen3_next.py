@@ -22,6 +22,7 @@ class Qwen3Next(Mixture):
     """Qwen team 2025, Qwen3-Next; every layer has experts."""
 
     kind: Literal["qwen3_next"] = "qwen3_next"
+    partial: ClassVar[bool] = True
     architecture: ClassVar[str] = "Qwen3NextForCausalLM"
     mixers: ClassVar[tuple[str, ...]] = ("attention", "delta_rule")
     norm: ClassVar[str] = "zero_centred"

@@ -23,6 +23,7 @@ class RecurrentGemma(Decoder):
     """Botev et al. 2024 (arXiv:2404.07839)."""
 
     kind: Literal["recurrent_gemma"] = "recurrent_gemma"
+    partial: ClassVar[bool] = True
     architecture: ClassVar[str] = "RecurrentGemmaForCausalLM"
     mixers: ClassVar[tuple[str, ...]] = ("attention", "rg_lru")
     norm: ClassVar[str] = "zero_centred"
