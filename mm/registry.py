@@ -38,6 +38,7 @@ BLOCKS = Registry(
         "parallel": "mm.model.blocks.parallel",
         "layer_drop": "mm.model.blocks.layer_drop",
         "gated": "mm.model.blocks.gated",
+        "hyper": "mm.model.blocks.hyper",
     },
 )
 MIXERS = Registry(
@@ -150,6 +151,7 @@ ADAPTERS = Registry(
         "mel": "mm.model.adapters.mel",
         "encoder": "mm.model.adapters.encoder",
         "resampler": "mm.model.adapters.resampler",
+        "project": "mm.model.adapters.project",
     },
 )
 HEADS = Registry(
@@ -174,6 +176,7 @@ TOKENIZERS = Registry(
         "audio_codec": "mm.tokenizers.audio.tokenizer",
         "mel_frames": "mm.tokenizers.audio.mel_frames",
         "series_patches": "mm.tokenizers.series.patches",
+        "video_tubes": "mm.tokenizers.video.tubes",
     },
 )
 QUANTIZERS = Registry(
@@ -191,6 +194,7 @@ MODALITIES = Registry(
         "text": "mm.data.modalities.text",
         "image": "mm.data.modalities.image",
         "audio": "mm.data.modalities.audio",
+        "video": "mm.data.modalities.video",
         "time_series": "mm.data.modalities.time_series",
     },
 )
@@ -209,6 +213,8 @@ SOURCES = Registry(
     {
         "folder": "mm.data.sources.folder",
         "jsonl": "mm.data.sources.jsonl",
+        "json": "mm.data.sources.jsonl",
+        "chat": "mm.data.sources.chat",
         "csv": "mm.data.sources.table",
         "parquet": "mm.data.sources.table",
         "hf": "mm.data.sources.hf",
@@ -288,6 +294,8 @@ TASKS = Registry(
         "judged_generation": "mm.tasks.judged_generation",
         "forecast": "mm.tasks.forecast",
         "block_decoding": "mm.tasks.block_decoding",
+        "text_error": "mm.tasks.text_error",
+        "token_loss": "mm.tasks.token_loss",
         "transcription": "mm.tasks.transcription",
         "retrieval": "mm.tasks.retrieval",
     },

@@ -10,12 +10,14 @@ from typing import Annotated
 import typer
 
 from mm.cli.common import JsonFile, console, existing
+from mm.errors import UserError
 
 app = typer.Typer()
 
 
 class Format(StrEnum):
     hf = "hf"
+    peft = "peft"
 
 
 @app.command(help="Write the model of RUN so that transformers and what builds on it load it.")
@@ -23,8 +25,20 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or a saved model.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")],
     format: Annotated[
-        Format, typer.Option("--format", help="hf: Hugging Face's layout.")
+        Format,
+        typer.Option(
+            "--format", help="hf: the whole model in Hugging Face's layout; peft: its adapters."
+        ),
     ] = Format.hf,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            "--base",
+            metavar="DIR",
+            help="peft: the folder in Hugging Face's layout that the adapters are for; logits are "
+            "compared on it.",
+        ),
+    ] = None,
     no_check: Annotated[
         bool, typer.Option("--no-check", help="Compare no logits with transformers.")
     ] = False,
@@ -33,7 +47,20 @@ def export(
     existing(run, "run folder", "make one with: mm train CONFIG")
     shared = importlib.import_module("mm.cli.import")  # no name that `import x` could spell
     shared.refuse_existing(out)
-    from mm.interchange.check import require_peer
+    from mm.interchange.check import require_peer, require_peft
+
+    if format is Format.peft:
+        from mm.interchange.adapter import export_adapter
+
+        if base is not None:
+            existing(base, "folder", "name the one that was imported")
+            if not no_check:
+                require_peft()
+        shared.say(export_adapter(run, out, base=base, check=not no_check), out, json)
+        console().print(f"load it: PeftModel.from_pretrained(model, '{out}')")
+        return
+    if base is not None:
+        raise UserError("--base is of --format peft; the whole model needs none")
     from mm.interchange.write import export_model
 
     if not no_check:

@@ -16,19 +16,37 @@ NoCheck = Annotated[bool, typer.Option("--no-check", help="Compare no logits wit
 
 @app.command(
     name="import",
-    help="Write the model of DIR, a folder in Hugging Face's layout, as a saved model for "
-    "init_from, mm generate, mm eval and mm export.",
+    help="Write the model of DIR, a folder in Hugging Face's layout or an adapter in PEFT's "
+    "format, as a saved model for init_from, mm generate, mm eval and mm export.",
 )
 def import_(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="config.json, *.safetensors, tokenizer.json.")
     ],
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder to write.")],
+    base: Annotated[
+        Path | None,
+        typer.Option("--base", metavar="MODEL", help="Saved model that an adapter is put upon."),
+    ] = None,
     no_check: NoCheck = False,
     json: JsonFile = None,
 ) -> None:
     existing(folder, "folder", "name one that holds config.json and *.safetensors")
     refuse_existing(out)
+    from mm.interchange.adapter import import_adapter, is_adapter
+
+    if is_adapter(folder):
+        if base is None:
+            raise UserError(
+                f"{folder}: an adapter, no whole model: name the imported model that it is for "
+                "with --base"
+            )
+        existing(base, "saved model", "make one with: mm import")
+        import_adapter(folder, base, out)
+        say(None, out, json)
+        return
+    if base is not None:
+        raise UserError(f"--base: {folder} is no adapter (it has no adapter_config.json)")
     from mm.interchange.check import require_peer
     from mm.interchange.read import import_model, read_settings
     from mm.interchange.read_encoder import import_encoder

@@ -14,6 +14,7 @@ from torch import Tensor
 from mm.batch import Batch
 from mm.errors import UserError
 from mm.hashes import write_hashes
+from mm.interchange.ids import ids_of
 from mm.layout import Layout
 from mm.model.model import Model
 
@@ -39,8 +40,20 @@ def require_peer() -> None:
         )
 
 
-def load_peer(folder: Path, auto: str) -> Any:
-    """`transformers`' model of a folder in float32. Raises UserError where it cannot load it."""
+def require_peft() -> None:
+    """Raise UserError where `peft` is not installed."""
+    if find_spec("peft") is None:
+        raise UserError(
+            "nothing compares the logits, because peft is not installed: pip install "
+            "'mm-stack[peers]', or go on unchecked with --no-check"
+        )
+
+
+def load_peer(folder: Path, auto: str, adapter: Path | None = None) -> Any:
+    """`transformers`' model of a folder in float32, with an adapter of `peft`'s upon it.
+
+    Raises UserError where it cannot load it.
+    """
     require_peer()
     os.environ.setdefault("USE_HUB_KERNELS", "NO")
     import transformers
@@ -49,17 +62,19 @@ def load_peer(folder: Path, auto: str) -> Any:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        return (
-            getattr(transformers, auto)
-            .from_pretrained(
-                folder,
-                dtype=torch.float32,
-                local_files_only=True,
-                attn_implementation="eager",
-                use_safetensors=True,
-            )
-            .eval()
+        peer = getattr(transformers, auto).from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            attn_implementation="eager",
+            use_safetensors=True,
         )
+        if adapter is not None:
+            require_peft()
+            import peft
+
+            peer = peft.PeftModel.from_pretrained(peer, adapter)
+        return peer.eval()
     except (ValueError, OSError, RuntimeError) as error:
         raise UserError(f"{folder}: transformers cannot load it ({str(error)[:200]})") from error
     finally:
@@ -70,7 +85,7 @@ def compare(
     ours: Path,
     theirs: Path,
     ready: Callable[[Model], None] = lambda model: None,
-    own: Tensor | None = None,
+    adapter: Path | None = None,
 ) -> Report:
     """Compare a saved model with a folder in Hugging Face's layout, in float32 on the CPU.
 
@@ -78,16 +93,16 @@ def compare(
 
     Args:
         ready: what is done to our model first.
-        own: `(V,)` our id of each of the checkpoint's; default: the codes of our only modality.
+        adapter: a folder of PEFT's format, which `peft` puts upon theirs.
     Raises:
         UserError: `transformers` is missing or cannot load the folder, or the two differ.
     """
-    peer = load_peer(theirs, "AutoModelForCausalLM")
+    peer = load_peer(theirs, "AutoModelForCausalLM", adapter)
     if not (ours / "hashes.json").is_file():
         write_hashes(ours)  # of a folder that is being written: they are written again at its end
     model = Model.from_pretrained(ours).float()
     ready(model)
-    report = _compare(model, peer, codes_of(model) if own is None else own)
+    report = _compare(model, peer, ids_of(ours, model.vocabulary).own())
     if not report.difference <= TOLERANCE:
         raise UserError(
             f"{theirs}: logits differ from transformers' by {report.difference:.2g} (allowed "
@@ -130,7 +145,7 @@ def codes_of(model: Model) -> Tensor:
 
 
 def logits_of(model: Model, ids_BT: Tensor, own: Tensor | None = None) -> Tensor:
-    """`(B, T, V)` logits over the checkpoint's ids; ``own``: as of `compare`."""
+    """`(B, T, V)` logits over the checkpoint's ids, which are the ids ``own`` `(V,)` of ours."""
     B, T = ids_BT.shape
     own = codes_of(model) if own is None else own
     ids = own[ids_BT].int()[..., None]

@@ -6,6 +6,7 @@ V ids of the checkpoint, D model.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mm.config import validate
+from mm.data.chat.choose import template_beside
+from mm.data.chat.template import END, JINJA, ChatTemplate
 from mm.errors import UserError
 from mm.interchange.check import Report, compare
 from mm.interchange.explicit import make_explicit
@@ -29,9 +32,10 @@ from mm.model.model import LmConfig
 from mm.reading import parse_json
 from mm.registry import FAMILIES, SURGERIES
 from mm.surgery.base import Operated
-from mm.tokenizers.text.hf import FILE, ORIGIN
+from mm.tokenizers.text.hf import FILE, ORIGIN, HfTokenizer
 from mm.vocabulary import Vocabulary
 
+log = logging.getLogger(__name__)
 MOST = 5 * 10**9  # bytes of a file of weights
 # Settings of training alone, which a checkpoint does not hold.
 TRAINING = {"code_init", "recompute", "dropout", "z_loss", "bias_rate", "capacity"}
@@ -93,7 +97,8 @@ def export_model(
             for name, content in tokenizer.beside.items():
                 if name != ORIGIN:
                     (part / name).write_bytes(content)
-            return compare(folder, part, ids.fold_model, ids.own()) if check else None
+            write_template(part, ChatTemplate.load(folder), tokenizer)
+            return compare(folder, part, ids.fold_model) if check else None
 
 
 def merge(folder: Path, lm: LmConfig, vocabulary: Vocabulary, out: Path) -> None:
@@ -102,6 +107,18 @@ def merge(folder: Path, lm: LmConfig, vocabulary: Vocabulary, out: Path) -> None
     after = SURGERIES.parse("merge_lora").apply(before, None)
     tokenizers = {path.name: path for path in (folder / "tokenizers").iterdir()}
     files.save_model(out, after.config.to_dict(), after.tensors, vocabulary, tokenizers)
+    if (template := ChatTemplate.load(folder)) is not None:
+        template.save(out)
+
+
+def write_template(out: Path, template: ChatTemplate | None, tokenizer: HfTokenizer) -> None:
+    """The chat template of the training, where it is not the one that the tokenizer brings."""
+    if template is None or template.source == template_beside(tokenizer):
+        return
+    if template.stop == END:
+        log.warning("no chat template is exported: a turn ends with a text, which no token says")
+        return
+    (out / JINJA).write_text(template.source, encoding="utf-8")
 
 
 def require_text(folder: Path, lm: LmConfig, vocabulary: Vocabulary) -> None:

@@ -26,8 +26,8 @@ class GraftAdapter(Surgery):
 
     kind: Literal["graft_adapter"] = "graft_adapter"
     keeps_function: ClassVar[bool] = True
-    modality: Annotated[str, Field(description="whose values it reads")]
-    path: Annotated[Path, Field(description="what `mm import` wrote of an encoder")]
+    modality: Annotated[str, Field(description="whose values it reads")] = "image"
+    path: Annotated[Path, Field(description="what `mm import` wrote of an encoder")] = Path()
 
     def apply(self, before: Operated, wanted: Vocabulary | None) -> Operated:
         if not hasattr(before.config, "adapters"):

@@ -25,6 +25,7 @@ from mm.model.layer import ModelOut, init_weights
 from mm.objectives.dpo import DpoConfig, preference
 from mm.registry import NETWORKS
 from mm.run import Run
+from mm.trainer.env import TrainerEnv
 from mm.trainer.loop import train
 
 PROMPT, ANSWER = 3, 5
@@ -112,6 +113,46 @@ def test_forms_by_hand() -> None:
     torch.testing.assert_close(preference(h, "sigmoid", 0.5, 0.1), log + 0.05 * h)
     with pytest.raises(UserError, match="label_smoothing is of loss: sigmoid"):
         DpoConfig(loss="ipo", label_smoothing=0.1).build()
+
+
+@pytest.mark.parametrize("form", ["kto", "orpo"])
+def test_forms_of_answers_alone_by_hand(form: Any) -> None:
+    """The papers' equations over the answers' tokens, the prompt nowhere in them."""
+    policy, reference, b = model(1), model(2), pairs()
+    time = b.layout.fields.position[..., 0]
+    b = replace(b, weight=b.weight * (time >= PROMPT - 1))
+    config = DpoConfig(loss=form, beta=0.3, undesirable=0.5 if form == "kto" else 1.0)
+    nets = {"model": policy, "reference": reference}
+    objective = config.build()
+    env = TrainerEnv(0, torch.device("cpu"), "fp32")
+    (term,) = objective.terms([b], nets, env)
+    other = b.parts["rejected"]
+    log = lambda net, x: torch.stack([answer_log_prob(net, x, m) for m in range(1, 5)])
+    if form == "kto":
+        assert set(objective.networks) == {"reference"}
+        r_w, r_l = (log(policy, x) - log(reference, x) for x in (b, other))
+        z_w, z_l = (r.mean().clamp_min(0).detach() for r in (r_w, r_l))
+        wanted = 1 - (0.3 * (r_w - z_l)).sigmoid() + 0.5 * (1 - (0.3 * (z_w - r_l)).sigmoid())
+        margin = r_w - r_l
+    else:
+        assert not objective.networks, "it needs no reference"
+        counts = [
+            torch.tensor([int((x.layout.fields.document == m).sum()) - PROMPT for m in range(1, 5)])
+            for x in (b, other)
+        ]
+        p_w, p_l = ((log(policy, x) / n).exp() for x, n in zip((b, other), counts, strict=True))
+        margin = (p_w / (1 - p_w)).log() - (p_l / (1 - p_l)).log()
+        wanted = -margin.sigmoid().log()
+        assert objective.weights["dpo"] == 0.3 and objective.weights["nll"] == 1.0
+        nll = -log(policy, b).sum()
+        torch.testing.assert_close(term.losses["nll"], nll, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(term.losses["dpo"], wanted.sum(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(term.losses["margin"], margin.sum(), rtol=1e-4, atol=1e-3)
+    if form == "kto":  # the means are of a step, whatever its micro-batches
+        alone = objective._mean_gains([b], nets, env)
+        torch.testing.assert_close(objective._mean_gains([b, b], nets, env), alone)
+    with pytest.raises(UserError, match="orpo has no reference"):
+        DpoConfig.model_validate({"loss": "orpo", "reference": "runs/x"}).build()
 
 
 def test_a_document_without_a_rejected_answer_is_no_pair() -> None:

@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from generation_toys import VOCABULARY
 from trainer_runs import Calls, make_run, rows
 from trainer_toys import toys_registered  # noqa: F401
 
+from mm.errors import UserError
+from mm.registry import NETWORKS
 from mm.run import Run
 from mm.schedule import Schedule
 from mm.trainer.loop import Trainer, train
+from mm.trainer.optimizers.adamw import AdamWConfig
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -63,3 +68,38 @@ def test_every_step_draws_its_scheduled_values_anew(tmp_path: Path) -> None:
     once, twice = seen[:6], seen[6:]
     assert once == twice and once[0] == -1.0  # the first step is over when the hook replaces it
     assert len(set(once[1:])) == 5
+
+
+def test_rates_by_pattern_reach_the_groups() -> None:
+    """LoRA+ (B 16 times as fast as A) and rates by layer are one setting; decay goes with them."""
+    model = NETWORKS.parse(
+        {"kind": "lm", "d_model": 16, "linear": "lora", "backbone": {"kind": "stack", "depth": 2}}
+    ).build(VOCABULARY)
+    rates = {"*.lora_b": 16.0, "backbone.layers.0.*": 0.5}
+    optimizer = AdamWConfig(lr=1e-2, rates=rates)
+    names = {id(p): name for name, p in model.named_parameters()}
+    seen = {}
+    for group in optimizer.groups(model):
+        for p in group["params"]:
+            seen[names[id(p)]] = (group["lr"], group["weight_decay"])
+    assert seen.keys() == {*names.values()}
+    for name, (lr, decay) in seen.items():
+        wanted = 1e-2 * (16 if name.endswith("lora_b") else 1)
+        wanted *= 0.5 if name.startswith("backbone.layers.0.") else 1
+        assert lr == pytest.approx(wanted), name
+        assert decay in (0.0, 0.1), name
+    with pytest.raises(UserError, match="no parameter that trains is called 'nothing'"):
+        AdamWConfig(rates={"nothing": 2.0}).groups(model)
+
+
+def test_a_step_moves_by_its_own_rate() -> None:
+    """One step of AdamW moves every element by its rate, whatever the gradient."""
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    optimizer = AdamWConfig(lr=1e-3, weight_decay=0.0, rates={"1.*": 8.0}, eps=1e-12).build(net)
+    net(torch.randn(5, 3)).square().sum().backward()
+    optimizer.step()
+    for name, p in net.named_parameters():
+        wanted = 8e-3 if name.startswith("1.") else 1e-3
+        moved = (p - before[name]).abs()
+        torch.testing.assert_close(moved, torch.full_like(moved, wanted), rtol=1e-3, atol=1e-7)

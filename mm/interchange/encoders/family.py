@@ -90,7 +90,7 @@ def both(ours: str, theirs: str, part: Part | None = None) -> Iterator[Entry]:
         yield Entry(f"{ours}.{kind}", (f"{theirs}.{kind}",), part or Part())
 
 
-def joined(ours: str, theirs: tuple[str, ...], width: int) -> Iterator[Entry]:
+def join_rows(ours: str, theirs: tuple[str, ...], width: int) -> Iterator[Entry]:
     """Weight and bias of matrices that are one here."""
     for kind in ("weight", "bias"):
         names = tuple(f"{name}.{kind}" for name in theirs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
-from mm.interchange.encoders.family import Patch, Vision, both, joined
+from mm.interchange.encoders.family import Patch, Vision, both, join_rows
 from mm.interchange.family import Settings
 from mm.interchange.parts import Entry
 from mm.model.adapters.encoder import EncoderAdapterConfig
@@ -31,7 +31,7 @@ class SiglipVision(Vision):
             ours, theirs = f"backbone.layers.{i}", f"encoder.layers.{i}"
             qkv = tuple(f"{theirs}.self_attn.{name}_proj" for name in "qkv")
             yield from both(f"{ours}.mixer_norm", f"{theirs}.layer_norm1")
-            yield from joined(f"{ours}.mixer.qkv", qkv, config.width)
+            yield from join_rows(f"{ours}.mixer.qkv", qkv, config.width)
             yield from both(f"{ours}.mixer.out", f"{theirs}.self_attn.out_proj")
             yield from both(f"{ours}.ffn_norm", f"{theirs}.layer_norm2")
             yield from both(f"{ours}.ffn.up", f"{theirs}.mlp.fc1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
-from mm.interchange.encoders.family import Patch, Vision, both, joined
+from mm.interchange.encoders.family import Patch, Vision, both, join_rows
 from mm.interchange.family import Settings
 from mm.interchange.parts import Entry, First
 from mm.model.adapters.encoder import EncoderAdapterConfig
@@ -36,7 +36,7 @@ class Vit(Vision):
             names = ("query", "key", "value")
             qkv = tuple(f"{theirs}.attention.attention.{name}" for name in names)
             yield from both(f"{ours}.mixer_norm", f"{theirs}.layernorm_before")
-            yield from joined(f"{ours}.mixer.qkv", qkv, config.width)
+            yield from join_rows(f"{ours}.mixer.qkv", qkv, config.width)
             yield from both(f"{ours}.mixer.out", f"{theirs}.attention.output.dense")
             yield from both(f"{ours}.ffn_norm", f"{theirs}.layernorm_after")
             yield from both(f"{ours}.ffn.up", f"{theirs}.intermediate.dense")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from math import prod
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -10,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
+from mm.errors import UserError
 from mm.trainer.engine.zero_shards import Shards
 
 Beta = Annotated[float, Field(ge=0, lt=1, description="share of the old average kept")]
@@ -27,6 +30,14 @@ class OptimizerConfig(Config):
         Literal["matrices", "all"],
         Field(description="what decays; matrices: no norm, bias or embedding"),
     ] = "matrices"
+
+    rates: Annotated[
+        dict[str, Annotated[float, Field(gt=0)]],
+        Field(
+            description="multiples of `lr` by globs over names of parameters, such as {'*.lora_b': "
+            "16} (LoRA+) or {'backbone.layers.0.*': 0.5}; of several that fit, their product"
+        ),
+    ] = {}
 
     # Rates of muP are known for update rules whose step has the same size whatever the gradient's.
     mup: ClassVar[bool] = False
@@ -65,20 +76,30 @@ class OptimizerConfig(Config):
     ) -> list[dict[str, Any]]:
         """Trainable parameters by (``rule``, weight decay, rate), decayed ones first.
 
-        A module with `rates` (muP) says which multiple of the rate each parameter takes.
+        A module with `rates` (muP) says which multiple of the rate each parameter takes; `rates` of
+        the settings come upon that, and upon the decay, which is times the rate.
+
+        Raises UserError where a glob of `rates` fits no parameter that trains.
+
+        Source: a higher rate of B than of A: Hayou et al. 2024, LoRA+ (arXiv:2402.12354), section
+        3; rates by layer: Howard & Ruder 2018, ULMFiT (arXiv:1801.06146), section 3.2.
         """
         rates = module.rates() if hasattr(module, "rates") else {}  # type: ignore[operator]
         if rates and not self.mup:
             kind = getattr(self, "kind", type(self).__name__)
             raise ValueError(f"optimizer '{kind}' has no muP rates: use adamw or lion")
         found: dict[tuple[str, float, float], list[nn.Parameter]] = {}
-        for name, p in module.named_parameters():
-            if p.requires_grad:
-                decays = self.decay == "all" or (p.dim() > 1 and "embed" not in name.lower())
-                rate = rates.get(name, 1.0)
-                # decay is times the rate: divided here, so that muP leaves it as it is
-                key = rule(name, p), -(self.weight_decay / rate if decays else 0.0), -rate
-                found.setdefault(key, []).append(p)
+        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        for glob in self.rates:
+            if not any(fnmatchcase(name, glob) for name, _ in trained):
+                raise UserError(f"optimizer.rates: no parameter that trains is called '{glob}'")
+        for name, p in trained:
+            decays = self.decay == "all" or (p.dim() > 1 and "embed" not in name.lower())
+            rate = rates.get(name, 1.0)
+            # decay is times the rate: divided here, so that muP leaves it as it is
+            decay = self.weight_decay / rate if decays else 0.0
+            rate *= prod(factor for glob, factor in self.rates.items() if fnmatchcase(name, glob))
+            found.setdefault((rule(name, p), -decay, -rate), []).append(p)
         return [
             {"params": found[key], "rule": key[0], "weight_decay": -key[1], "lr": -key[2] * self.lr}
             for key in sorted(found)

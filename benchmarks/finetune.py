@@ -1,0 +1,184 @@
+"""LoRA beside full fine-tuning, and beside PEFT with transformers, on one imported checkpoint.
+
+    python benchmarks/finetune.py                  # 98 M parameters, one row of 512 tokens
+    python benchmarks/finetune.py --pairs 2 --layers 2
+
+`transformers` makes a random Llama, `mm import` takes it. Memory: the peak of live tensor bytes of
+one step of AdamW whose states are there (mm/plan/tally.py counts both alike). Time: a step of ours
+and a step of PEFT's on the same weights, with adapters on the same matrices, in turn, by processor
+time; both losses are printed: before the first update they must be equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import Ratio
+from torch import Tensor, nn
+
+from mm.batch import Batch
+from mm.interchange.check import compare
+from mm.interchange.peft import adapted
+from mm.interchange.read import import_model
+from mm.layout import Layout
+from mm.model.folder import load_tensors, read_config
+from mm.model.model import LmConfig, Model
+from mm.plan.tally import Measure
+from mm.tokenizers.text.hf import HfConfig
+from mm.trainer.fit_weights import adapters, for_linears
+from mm.trainer.optimizers.adamw import AdamWConfig
+from mm.vocabulary import Vocabulary
+
+RANK = 8
+THEIRS = ["q_proj", "k_proj", "v_proj"]
+
+
+def checkpoint(folder: Path, layers: int, vocab: int) -> Path:
+    """A random Llama with a tokenizer."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        hidden_size=768,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        intermediate_size=2048,
+        vocab_size=vocab,
+        tie_word_embeddings=True,
+        bos_token_id=3,
+        eos_token_id=4,
+        max_position_embeddings=2048,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes(HfConfig.smallest_tokenizer().source)
+    return folder
+
+
+def own(folder: Path, lora: bool) -> Model:
+    """Our model of an imported folder, with adapters upon queries, keys and values or without."""
+    lm = LmConfig.model_validate(read_config(folder))
+    words = {"rank": RANK, "alpha": 2.0 * RANK, "targets": ["qkv"]}
+    config = adapted(lm, **words) if lora else lm
+    model = config.build(Vocabulary.load(folder / "vocabulary.json"))
+    assert isinstance(model, Model)
+    given = for_linears(model, load_tensors(folder / "model.safetensors"))
+    fresh = dict(model.state_dict())
+    model.load_state_dict({**fresh, **given})
+    if lora:
+        names = set(adapters(model))
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in names)
+            if name.endswith("lora_a"):
+                nn.init.kaiming_uniform_(p, a=5**0.5)
+            elif name.endswith("lora_b"):
+                nn.init.zeros_(p)
+    return model.train()
+
+
+def step_of(model: nn.Module, loss_of: Callable[[], Tensor], optimizer: Any) -> Callable[[], float]:
+    def step() -> float:
+        loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return step
+
+
+def our_step(model: Model, ids_BT: Tensor) -> Callable[[], float]:
+    """A step of AdamW: the mean loss of every next token."""
+    B, T = ids_BT.shape
+    ids = (ids_BT + model.vocabulary.range("text").first).int()[..., None]
+    targets = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -1)], 1)
+
+    def loss() -> Tensor:
+        weight = (targets[..., 0] >= 0).float()
+        places = {"tokens": weight.flatten().nonzero()[:, 0].int()}
+        batch = Batch(Layout.plain(B, T), ids, targets, weight, places=places)
+        nll = model(batch, heads=("tokens",)).heads["tokens"].nll
+        return nll.sum() / weight.sum()
+
+    return step_of(model, loss, AdamWConfig(lr=1e-4).build(model))
+
+
+def their_step(folder: Path, ids_BT: Tensor) -> Callable[[], float]:
+    """The same with PEFT upon transformers, attention by PyTorch's own kernel."""
+    import peft
+    import transformers
+
+    kind = transformers.AutoModelForCausalLM
+    model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules=THEIRS
+    )
+    model = peft.get_peft_model(model, config).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    return step_of(model, lambda: model(input_ids=ids_BT, labels=ids_BT).loss, optimizer)
+
+
+def peak(step: Callable[[], float]) -> int:
+    """Bytes at the peak of the second step."""
+    step()
+    gc.collect()
+    with Measure() as measure:
+        step()
+    return measure.live.peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--vocab", type=int, default=16384)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--no-time", action="store_true", help="memory alone")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        theirs, ours = Path(temporary) / "theirs", Path(temporary) / "ours"
+        checkpoint(theirs, args.layers, args.vocab)
+        import_model(theirs, ours, check=False)
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(args.vocab, (1, args.tokens), generator=generator)
+        for name, lora in (("full", False), ("lora", True)):
+            model = own(ours, lora)
+            found[f"{name}_parameters"] = sum(p.numel() for p in model.parameters())
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            found[f"{name}_trained"] = trained
+            found[f"{name}_peak_bytes"] = peak(our_step(model, ids))
+            del model
+            gc.collect()
+        found["peak_share"] = found["lora_peak_bytes"] / found["full_peak_bytes"]
+        print(json.dumps(found, indent=1), flush=True)
+        if not args.no_time:
+            found["differ"] = compare(ours, theirs).difference
+            mine, other = our_step(own(ours, True), ids), their_step(theirs, ids)
+            found["first_losses"] = [mine(), other()]
+            times: list[list[float]] = [[], []]
+            for _ in range(args.pairs):
+                for kept, step in zip(times, (mine, other), strict=True):
+                    begun = time.process_time()
+                    step()
+                    kept.append(time.process_time() - begun)
+            ratio = Ratio.of([b / a for a, b in zip(*times, strict=True)])
+            found["seconds"], found["ratio"] = times, ratio._asdict()
+    print(json.dumps(found, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
