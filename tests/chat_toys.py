@@ -20,7 +20,9 @@ CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 BRACKETS = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}\
-[INST] {{ m.content }} [/INST]{% elif m.role == 'assistant' %}\
+[INST] {{ m.content }} [/INST]{% elif m.role == 'tool' %}\
+[TOOL]{{ m.content }}, {{ m.tool_call_id }}[/TOOL]{% elif m.tool_calls is defined %}\
+[CALL]{{ m.tool_calls | tojson }}{{ eos_token }}{% elif m.role == 'assistant' %}\
  {{ m.content | trim }}{{ eos_token }}{% else %}\
 {{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"""
 HEADERS = """{{ bos_token }}{% for m in messages %}<|header|>{{ m.role }}<|body|>
@@ -50,7 +52,12 @@ IM = ("<|im_start|>", "<|im_end|>")
 # name -> template, special tokens, what a turn begins after, what ends it
 TEMPLATES = {
     "chatml": (CHATML, IM, "<|im_start|>assistant\n", "<|im_end|>"),
-    "brackets": (BRACKETS, ("<s>", "</s>"), " [/INST]", "</s>"),
+    "brackets": (
+        BRACKETS,
+        ("<s>", "</s>", "[CALL]", "[TOOL]", "[/TOOL]"),
+        " [/INST]",
+        "</s>",
+    ),
     "headers": (
         HEADERS,
         ("<s>", "<|header|>", "<|body|>", "<|eot|>"),

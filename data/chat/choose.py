@@ -154,7 +154,28 @@ def _turns(template: ChatTemplate, special: Special, thinks: bool) -> ChatTempla
     if not stop:
         raise TemplateError("ends no turn of the assistant: a model would never stop")
     header = header or prompt[prompt.rfind(third) + len(third) :]
-    return template.model_copy(update={"header": header, "stop": stop})
+    told = _after_tool(template, special)
+    told = "" if told.endswith(header) else told
+    return template.model_copy(update={"header": header, "tool_header": told, "stop": stop})
+
+
+def _after_tool(template: ChatTemplate, special: Special) -> str:
+    """What a turn of the assistant begins after where a tool spoke before it; "" for no tools."""
+    first, _, third, _ = WORDS
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": {}}}
+    talk = Conversation(
+        (
+            Message("user", (first,)),
+            Message(ASSISTANT, (), {"tool_calls": [call]}),
+            Message("tool", (third,), {"tool_call_id": "abcdefghi", "name": "f"}),
+        )
+    )
+    try:
+        (asked,) = template.texts(talk, [(3, True)])
+    except RefusedConversation:
+        return ""
+    tail = asked[asked.rfind(third) + len(third) :] if third in asked else ""
+    return next((word for word in special.known if tail.endswith(word)), tail)
 
 
 def _places(template: ChatTemplate) -> dict[str, str]:

@@ -89,8 +89,8 @@ class Gate:
 
     def _at_start(self, document: DocumentTokens, begin: int, first: int, stop: int) -> str:
         """A loss that does not begin where a turn does."""
-        header = self.template.header
-        after = lambda at: self._text(document, begin, at).endswith(header)
+        headers = tuple(h for h in (self.template.header, self.template.tool_header) if h)
+        after = lambda at: self._text(document, begin, at).endswith(headers)
         if after(first):
             return ""
         for off in range(1, AROUND):

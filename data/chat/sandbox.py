@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -20,8 +21,8 @@ from typing import Any
 
 from mm.errors import UserError
 
-SECONDS = 10.0  # that one conversation may take
-START_SECONDS = 60.0  # that importing Jinja may take, on a busy machine
+SECONDS = 10  # of the processor's time that one conversation may take
+WAIT_SECONDS = 120.0  # of the clock's: so many that a busy machine is no fault
 MEMORY_BYTES = 1 << 30
 TODAY = "today"  # of the variables: what `strftime_now` tells
 OUTPUT_CHARACTERS = 8_000_000  # of one rendering
@@ -40,10 +41,10 @@ class Sandbox:
 
     Args:
         source: the template.
-        seconds: that one conversation may take.
+        seconds: of the processor's time that one conversation may take.
     """
 
-    def __init__(self, source: str, seconds: float = SECONDS):
+    def __init__(self, source: str, seconds: int = SECONDS):
         self.source, self.seconds = source, seconds
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -64,18 +65,21 @@ class Sandbox:
         if self._child is None:
             self._child = _start()
             with contextlib.suppress(OSError, TimeoutError):  # the request then tells
-                _exchange(self._child, b"", time.monotonic() + START_SECONDS)
-            request = json.dumps(self.source).encode() + b"\n" + request
+                _exchange(self._child, b"", time.monotonic() + WAIT_SECONDS)
+            first = json.dumps({"source": self.source, "seconds": self.seconds})
+            request = first.encode() + b"\n" + request
         try:
-            return json.loads(_exchange(self._child, request, time.monotonic() + self.seconds))
+            return json.loads(_exchange(self._child, request, time.monotonic() + WAIT_SECONDS))
         except TimeoutError:
             self.close()
-            raise TemplateError(
-                f"it does not end: stopped after {self.seconds:g} seconds on one conversation"
-            ) from None
+            raise TemplateError(f"it does not end: no answer in {WAIT_SECONDS:g} seconds") from None
         except (OSError, ValueError):
             code = self._child.wait()
             self.close()
+            if code == -signal.SIGXCPU:
+                raise TemplateError(
+                    f"it does not end: stopped after {self.seconds} seconds on one conversation"
+                ) from None
             raise TemplateError(f"its rendering ended the sandbox ({_ending(code)})") from None
 
     def close(self) -> None:
@@ -173,15 +177,16 @@ def main() -> None:
 
     template, broken = None, ""
     _answer("ready")
-    source = json.loads(sys.stdin.buffer.readline())
-    _limit()
+    first = json.loads(sys.stdin.buffer.readline())
+    _limit(first["seconds"])
     try:
-        template = environment().from_string(source)
+        template = environment().from_string(first["source"])
     except TemplateSyntaxError as error:
         broken = f"no Jinja template (line {error.lineno}: {error.message})"
     except Exception as error:
         broken = f"no Jinja template ({type(error).__name__}: {str(error)[:200]})"
     for line in sys.stdin.buffer:
+        _limit(first["seconds"])
         _answer({"broken": broken} if template is None else _served(template, json.loads(line)))
 
 
@@ -190,12 +195,14 @@ def _answer(value: Any) -> None:
     sys.stdout.buffer.flush()
 
 
-def _limit() -> None:
-    """Let the system refuse memory that no template needs."""
+def _limit(seconds: int) -> None:
+    """Let the system refuse memory, and time from now on, that no template needs."""
     with contextlib.suppress(ImportError, OSError, ValueError):  # not every system has it
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+        used, hard = int(time.process_time()) + 1, resource.getrlimit(resource.RLIMIT_CPU)[1]
+        resource.setrlimit(resource.RLIMIT_CPU, (used + seconds, hard))
 
 
 def _served(template: Any, request: dict[str, Any]) -> dict[str, Any]:

@@ -60,10 +60,11 @@ class ChatTemplate(Config):
     arguments: Annotated[dict[str, Any], Field(description="more variables of the template")] = {}
     tokens: tuple[str, ...] = ()  # that no message may hold
     header: str = ""  # what a turn of the assistant begins after
+    tool_header: str = ""  # likewise after what a tool said, where that is another
     stop: str = ""  # what ends it, `END` where the segment does
     lists: bool = False  # contents are lists even where they are text alone
     places: dict[str, str] = {}  # modality -> what stands in a text where its items do
-    seconds: float = SECONDS
+    seconds: int = SECONDS
 
     @cached_property
     def sandbox(self) -> Sandbox:

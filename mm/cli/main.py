@@ -32,6 +32,7 @@ COMMANDS = (
     "eval",
     "import",
     "export",
+    "average",
     "report",
     "explain",
     "sweep",

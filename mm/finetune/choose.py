@@ -18,7 +18,6 @@ from mm.own_data.plan import Chosen, plain
 MOST_ROWS, STEPS_A_PASS = 16, 20  # rows of a step at most, and steps of a pass at least
 STEPS, PASSES, MOST_PASSES = 300, 3, 20
 LONGEST = 1024  # ids of a row, where the base does not say
-PATIENCE = 6  # held-out losses, of twenty
 CHECKPOINT = 4  # a run
 
 
@@ -54,8 +53,7 @@ def config_of(
     share = options.replay if again else 0.0
     a_pass = max(1, math.ceil(amount.ids / (0.95 * row.value * rows * (1 - share))))
     passes = min(MOST_PASSES, max(PASSES, STEPS // a_pass))
-    why = f"{passes} passes of {a_pass} steps; it ends before, where held-out losses stay"
-    steps = Chosen(passes * a_pass, why)
+    steps = Chosen(passes * a_pass, f"{passes} passes of {a_pass} steps")
     stage: dict[str, Any] = {
         "data": {
             "kind": "packed",
@@ -75,8 +73,6 @@ def config_of(
         "budget": {"steps": steps},
         "tasks": tasks(base, data, amount, row.value),
     }
-    if amount.held_out:
-        stage["early_stop"] = Chosen(PATIENCE, "held-out losses without a new best")
     if amount.longest > row.value and len(amount.modalities) == 1 and not data.is_chat:
         stage["data"]["cut"] = Chosen(True, "a document over seq_len becomes several")
     init: Any = str(base.folder)

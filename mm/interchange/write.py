@@ -38,7 +38,7 @@ from mm.vocabulary import Vocabulary
 log = logging.getLogger(__name__)
 MOST = 5 * 10**9  # bytes of a file of weights
 # Settings of training alone, which a checkpoint does not hold.
-TRAINING = {"code_init", "recompute", "dropout", "z_loss", "bias_rate", "capacity"}
+TRAINING = {"code_init", "noise", "recompute", "dropout", "z_loss", "bias_rate", "capacity"}
 
 
 def export_model(

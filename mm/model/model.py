@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -23,7 +24,7 @@ from mm.mask_expression import parse_mask
 from mm.model import folder as files
 from mm.model import mup
 from mm.model.backbones.stack import INTERMEDIATE
-from mm.model.code_rows import rows_of_codes
+from mm.model.code_rows import seed_rows
 from mm.model.context import Ctx, Memory
 from mm.model.fill import embed_part, fill, require_adapters
 from mm.model.hand_back import hand_back
@@ -39,6 +40,7 @@ from mm.model.layer import (
 )
 from mm.model.memories import check_memories, fields_read
 from mm.model.padding import move_padding_last, moved_places, restore_order
+from mm.model.start_state import StartConfig, StartState
 from mm.registry import (
     BACKBONES,
     NETWORKS,
@@ -66,6 +68,7 @@ class Model(nn.Module):
         adapters: Mapping[str, nn.Module],
         backbone: Backbone,
         heads: Mapping[str, Head],
+        start: StartState | None = None,
     ):
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
@@ -74,6 +77,7 @@ class Model(nn.Module):
         config.check_adapters(vocabulary)
         self.backbone = backbone
         self.heads = nn.ModuleDict(heads)
+        self.start = start
         self._tie()
         name_layers(self)
         try:
@@ -174,7 +178,8 @@ class Model(nn.Module):
             if inner is not ctx:
                 ctx = inner
                 x, inner, back = move_padding_last(x, ctx)
-        out = self.backbone(x, inner, state, path)
+        run = self.backbone if self.start is None else partial(self.start.run, self.backbone)
+        out = run(x, inner, state, path)
         for key, value in out.aux.items():
             aux[key] = aux[key] + value if key in aux else value
         shared = out.ctx.published if out.ctx is not None else {}
@@ -228,11 +233,13 @@ class Model(nn.Module):
         That of the backbone, and of the heads that have one.
         """
         more: dict[str, Any] = {} if path is None else {"path": path}
+        max_len += self.start.length if self.start is not None else 0
         own = [h.initial_state(n, max_len) for h in self._stateful_heads().values()]
         return join_parts(self.backbone.initial_state(n, max_len, **more), *own)  # type: ignore
 
     def state_bytes(self, n: int, max_len: int) -> int:
         """Declared bytes of `initial_state`."""
+        max_len += self.start.length if self.start is not None else 0
         heads = sum(h.state_bytes(n, max_len) for h in self._stateful_heads().values())
         return self.backbone.state_bytes(n, max_len) + heads
 
@@ -307,6 +314,9 @@ class LmConfig(Config):
     mask_fields: tuple[str, ...] = Field(
         default=(), description="named fields of the data's own that the mask may read"
     )
+    start: StartConfig | None = Field(
+        default=None, description="what documents begin from, learned: state, prefix, prompt"
+    )
     parts: tuple[str, ...] = Field(
         default=(), description="second sequences of the batches that layers attend to by name"
     )
@@ -357,13 +367,15 @@ class LmConfig(Config):
         Without a vocabulary: 256 byte ids.
         """
         n_ids = vocabulary.size if vocabulary is not None else RESERVED + 256
+        backbone = self.backbone.build(self.d_model, self.linear.build)
         return Model(
             self,
             vocabulary or Vocabulary(),
             self.embedder.build(n_ids, self.d_model),
             {name: adapter.build(self.d_model) for name, adapter in self.adapters.items()},
-            self.backbone.build(self.d_model, self.linear.build),
+            backbone,
             {name: head.build(self.d_model, n_ids) for name, head in self.heads.items()},
+            self.start.build(backbone, self.d_model) if self.start is not None else None,
         )
 
     def prepare(self, module: nn.Module, code_vectors: Mapping[str, np.ndarray]) -> None:
@@ -383,14 +395,6 @@ class LmConfig(Config):
         if not self.code_init:
             return
         assert isinstance(module, Model)
-        weight = module.embedder.weight
-        for modality, vectors in code_vectors.items():
-            span = module.vocabulary.range(modality)
-            spec = module.vocabulary.spec(modality)
-            rows = rows_of_codes(vectors, spec, span.index, self.d_model)
-            with torch.no_grad():
-                new = torch.from_numpy(rows).to(weight)
-                own = weight[span.first : span.stop]
-                weight[span.first : span.stop] = 0.97**0.5 * new + 0.03**0.5 * own
+        seed_rows(module.embedder.weight, module.vocabulary, code_vectors)
 
     small = {"d_model": 16, "backbone": BACKBONES.get("stack").smallest()}

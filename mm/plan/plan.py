@@ -18,7 +18,7 @@ from mm.plan.inputs import CPU, Assumed, Subject, documents, open_subject
 from mm.plan.networks import Networks
 from mm.plan.speed import step_time
 from mm.plan.trace import Trace
-from mm.plan.zero import Memory, collectives, memory, passed
+from mm.plan.zero import Memory, bytes_passed, collectives, memory
 from mm.run import Run
 from mm.trainer.engine.deepspeed import resolve_precision
 
@@ -142,7 +142,7 @@ def make_plan(
         if variants
         else [],
         "collectives": collectives(net, stage, cluster.world, division.micros)
-        | passed(trace, division.micros),
+        | bytes_passed(trace, division.micros),
         "step": describe_step(trace, net, cluster, stage, division),
         "by_nodes": by_nodes(subject, trace, net, cluster, stage, division, ema),
         "without_formula": sorted(trace.unknown),

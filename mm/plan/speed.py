@@ -14,7 +14,7 @@ import torch
 from mm.plan.gpus import Gpu
 from mm.plan.networks import Networks
 from mm.plan.trace import Trace, Work
-from mm.plan.zero import collectives, passed, traffic
+from mm.plan.zero import bytes_passed, collectives, traffic
 
 PRODUCTS = 0.7  # of the peak that large matrix products reach
 MEMORY = 0.8  # of the bandwidth that elementwise operators reach
@@ -77,7 +77,7 @@ def network_seconds(
     trace: Trace, net: Networks, gpu: Gpu, stage: int, world: int, per_node: int, micros: int
 ) -> float:
     """Seconds of the collectives of a step, none of it hidden (``overlap_comm`` is off)."""
-    sizes = collectives(net, stage, world, micros) | passed(trace, micros)
+    sizes = collectives(net, stage, world, micros) | bytes_passed(trace, micros)
     if not sizes:
         return 0.0
     link = gpu.inside if world <= per_node else min(gpu.inside, gpu.outside)

@@ -124,7 +124,7 @@ def collectives(net: Networks, stage: int, world: int, micros: int) -> dict[str,
     }
 
 
-def passed(trace: Trace, micros: int) -> dict[str, int]:
+def bytes_passed(trace: Trace, micros: int) -> dict[str, int]:
     """Bytes of whole messages of one step between processes that share rows; none without."""
     return {f"rows: {what}": n * micros for what, n in sorted(trace.passed.items())}
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mm.init_from import InitFrom
 from mm.model.layer import Linear
+from mm.model.start_state import StartState
 from mm.vocabulary import RESERVED, Vocabulary
 
 SHOWN = 3  # names that a line tells of each kind
@@ -100,9 +101,9 @@ def for_linears(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, T
 
 
 def adapters(module: nn.Module) -> Iterator[str]:
-    """Names of parameters that adapt a matrix which stays as it is."""
+    """Names of parameters that adapt a network which stays as it is."""
     for path, part in module.named_modules():
-        for name in part.adapter_parameters if isinstance(part, Linear) else ():
+        for name in part.adapter_parameters if isinstance(part, (Linear, StartState)) else ():
             yield f"{path}.{name}"
 
 

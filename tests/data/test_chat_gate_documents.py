@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chat_toys import bpe, hf, jsonl, media_talk, talk
+from chat_toys import bpe, hf, jsonl, learnt, media_talk, talk
 from data_toys import ToyTokenizer, png, wav
 
 from mm.data.chat.gate import Gate
@@ -63,6 +63,27 @@ def test_sound_documents_pass_and_moved_ones_do_not(name: str, tmp_path: Path) -
             assert "of a turn: it would not stop" in gate.fault(silent)
             blind = [s._replace(role="condition") if s.modality == "image" else s for s in segments]
             assert gate.fault(blind)
+
+
+@pytest.mark.parametrize("name", ["own", "chatml", "brackets"])
+def test_calls_of_tools_are_learnt_and_what_tools_say_is_not(name: str, tmp_path: Path) -> None:
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": {}}}
+    row = talk(2)
+    row["messages"][1:1] = [
+        {"role": "assistant", "content": "I add", "tool_calls": [call]},
+        {"role": "tool", "content": "the sum is 2", "tool_call_id": "abcdefghi"},
+    ]
+    text = bpe() if name == "own" else hf(name)
+    src = jsonl(tmp_path / "talks.jsonl", [row])
+    pack(src, tmp_path / "out", tokenizers={"text": text}, progress=False)
+    shards, template = ShardSet.open(tmp_path / "out"), ChatTemplate.load(tmp_path / "out")
+    assert shards.vocabulary is not None and template is not None
+    assert template.tool_header == ("[/TOOL]" if name == "brackets" else "")
+    segments = sample_segments(shards, 0, shards.vocabulary)
+    assert Gate(template, text, shards.vocabulary).fault(segments) == ""
+    said = learnt(tmp_path / "out", text)
+    assert len(said) == 2 and not any("sum" in run for run in said)
+    assert ("add" in said[0]) and said[1].lstrip().startswith("it is 2.")
 
 
 def test_all_is_learnt_where_a_pack_says_so_and_nowhere_else(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from mm.data.modalities.base import BadSample
 from mm.errors import UserError
 
 
-def render(source: str, seconds: float = 1.0) -> str:
+def render(source: str, seconds: int = 1) -> str:
     sandbox = Sandbox(source, seconds)
     try:
         return sandbox.render([{"role": "user", "content": "x"}], {}, [(1, False)])[0]
@@ -44,10 +43,8 @@ HOSTILE = {
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_template_is_stopped_that(case: str) -> None:
     source, why = HOSTILE[case]
-    started = time.monotonic()
     with pytest.raises((TemplateError, RefusedConversation), match=why):
         render(source)
-    assert time.monotonic() - started < 30
 
 
 @pytest.mark.parametrize(

@@ -118,3 +118,18 @@ def test_reasons_stay_where_nothing_changed() -> None:
     new = said(old, {"a": 5, "b": {"c": {"d": 4}, "e": 3}, "f": 6})
     assert new["a"] == Chosen(5, "as you said") and new["f"] == Chosen(6, "as you said")
     assert new["b"]["e"] == 3 and plain(new["b"]["c"]) == {"d": 4}
+
+
+def test_token_loss_is_the_perplexity_of_the_shards(base: Path) -> None:
+    from mm.decoders.generate import Generator
+    from mm.errors import UserError
+    from mm.registry import TASKS
+
+    task: Any = TASKS.parse({"kind": "token_loss", "data": str(base.parent / "tokens")})
+    generator = Generator.from_pretrained(base)
+    found = task.evaluate(generator)
+    assert 1 < found["bytes_perplexity"] < found["bytes_perplexity_chance"] == 257
+    assert found["bytes_perplexity_n"] > 1000
+    raw: Any = TASKS.parse({"kind": "token_loss", "data": str(base.parent / "data")})
+    with pytest.raises(UserError, match="reads token shards"):
+        raw.check(generator.vocabulary, generator.tokenizers)

@@ -158,16 +158,19 @@ def cases(
                 runs.setdefault((file, number), set()).add(name)
     out = []
     for file in targets:
+        order: dict[frozenset[str], list[tuple[str, float]]] = {}  # most statements share theirs
         for mutant in mutants_of((ROOT / file).read_text()):
             span = range(mutant.line, mutant.last_line + 1)
-            names = set().union(*(runs.get((file, n), ()) for n in span))
+            names = frozenset().union(*(runs.get((file, n), ()) for n in span))
+            if names not in order:
+                order[names] = _tests_first(file, names, tests, seconds)
             imported = any(n in at_import.get(file, ()) for n in span)
-            out.append(Case(file, mutant, _tests_first(file, names, tests, seconds), imported))
+            out.append(Case(file, mutant, order[names], imported))
     return out
 
 
 def _tests_first(
-    file: str, names: set[str], tests: dict[str, Any], seconds: float
+    file: str, names: frozenset[str], tests: dict[str, Any], seconds: float
 ) -> list[tuple[str, float]]:
     """Tests in the order to run, with their seconds, up to the limit.
 

@@ -14,7 +14,7 @@ from mm.batch import Batch, Sum
 from mm.model.layer import ModelOut
 from mm.objectives.adversarial import generator_losses
 from mm.objectives.objective import AFTER_WARM_UP, LossTerm, Objective
-from mm.trainer import step
+from mm.trainer import stage, step
 from mm.trainer.log import metrics
 
 
@@ -59,13 +59,13 @@ def test_losses_of_a_step_are_those_of_all_ranks(monkeypatch: pytest.MonkeyPatch
     )
     backward: list[float] = []
     engine = SimpleNamespace(
-        backward=lambda loss: backward.append(float(loss)),
+        backward=lambda loss: backward.append(float(loss.detach())),
         reduce=lambda: None,
         set_lr=lambda factor: factor,
         step=lambda norm: (True, 1.0),
         raw=SimpleNamespace(),
     )
-    stage: Any = SimpleNamespace(
+    own: Any = SimpleNamespace(
         objective=objective,
         env=SimpleNamespace(take=lambda b: b, rng=None, know=lambda micros: None),
         clock=SimpleNamespace(start=lambda: None, mark=lambda part: None),
@@ -76,9 +76,40 @@ def test_losses_of_a_step_are_those_of_all_ranks(monkeypatch: pytest.MonkeyPatch
         averages=SimpleNamespace(follow=lambda name: None),
     )
     usage: Any = SimpleNamespace(update=lambda aux: {})
-    row = step.optimizer_step(stage, 0, [], usage, None, False)  # type: ignore[arg-type]
+    row = step.optimizer_step(own, 0, [], usage, None, False)  # type: ignore[arg-type]
     assert row["loss/x"] == row["loss/total"] == 3.0
     assert backward == [3.0], "ranks average their gradients: each gives its own loss twice"
+
+
+def test_a_stream_is_given_what_the_objective_and_the_launch_ask_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And the names of the model's heads, where it wants to know them."""
+    heads: list[Any] = []
+
+    class Data:
+        def build(self, **given: Any) -> Any:
+            self.given = given
+            return SimpleNamespace(require_heads=heads.extend)
+
+    data = Data()
+    monkeypatch.setattr(stage, "data_ranks", lambda size: SimpleNamespace(rank=size, world=6))
+    run: Any = SimpleNamespace(
+        seed=3,
+        engine=SimpleNamespace(sequence=2),
+        stages=[None, SimpleNamespace(data=data)],
+        model=SimpleNamespace(heads={"tokens": None, "values": None}),
+    )
+    words: Any = "vocabulary"
+    stage.make_stream(run, 1, SimpleNamespace(transform="masks"), words)  # type: ignore[arg-type]
+    assert data.given == {
+        "vocabulary": words,
+        "transform": "masks",
+        "seed": 3,
+        "rank": 2,
+        "world": 6,
+    }
+    assert heads == ["tokens", "values"]
 
 
 def test_held_out_knobs_are_the_same_in_every_run() -> None:

@@ -19,13 +19,14 @@ import numpy as np
 import pytest
 import torch
 from test_guard_by_hand import STEADY, batch, guard_of, lines
+from trainer_runs import make_run
 from trainer_toys import toys_registered  # noqa: F401
 
 from mm.data.batching.collate import to_batch
 from mm.errors import UserError
 from mm.specs import Segment
 from mm.tokenizers.text.bytes import BytesConfig
-from mm.trainer import final_eval, folder, held_out_batches, start
+from mm.trainer import explain, final_eval, folder, held_out_batches, start
 from mm.trainer.checkpoint.check import MARK, SCHEMA, STATE, fault_of, require_state
 from mm.trainer.health import heartbeat
 from mm.trainer.health.signals import Interrupted
@@ -320,3 +321,29 @@ def test_bytes_of_a_modality_that_only_another_rank_has(monkeypatch: pytest.Monk
     _, alone = beside("text")
     _, both = beside("other", sent[0])
     assert alone["text"] == both["text"] > 0
+
+
+def test_a_step_is_explained_by_a_run_that_nothing_ends_or_marks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that are not finite are what it is to see, however many; it saves and tells nothing."""
+
+    class Begun(Exception):
+        pass
+
+    def trainer(run: Any, callbacks: Any) -> Any:
+        raise Begun(run)
+
+    run = make_run(tmp_path)
+    run.folder.mkdir(parents=True)
+    (run.folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    monkeypatch.setattr(explain, "Trainer", trainer)
+    monkeypatch.setattr(explain, "_copy", lambda run, to, step: 0)
+    with pytest.raises(UserError, match="has no step 3; it has done 2 steps"):
+        explain.explain(run, 3)
+    with pytest.raises(Begun) as begun:
+        explain.explain(run, 2)
+    (replay,) = begun.value.args
+    assert replay.engine.max_skips > 10**6 and replay.guard.spike == "off"
+    assert (replay.checkpoints.every, replay.tracking.sinks, replay.callbacks) == (0, (), ())
+    assert replay.folder != run.folder and replay.seed == run.seed

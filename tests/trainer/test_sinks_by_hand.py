@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import deque
 from pathlib import Path
@@ -19,7 +20,7 @@ from mm.trainer.log.lineage import Artifact
 from mm.trainer.log.sinks.base import Place
 from mm.trainer.log.sinks.mlflow_sink import MlflowConfig, MlflowSink, _flat
 from mm.trainer.log.sinks.tensorboard_sink import TensorboardSink
-from mm.trainer.log.sinks.wandb_sink import WandbSink, _high
+from mm.trainer.log.sinks.wandb_sink import WandbConfig, WandbSink, _high
 from mm.trainer.log.summary import WINDOW, Summary
 
 
@@ -57,6 +58,36 @@ def test_wandb_gets_a_step_again_but_never_one_behind() -> None:
     assert rows == [
         ({"loss": 1.0, "step": step}, at) for step, at in ((3, 3), (3, 3), (4, 4), (2, None))
     ]
+
+
+@pytest.mark.parametrize(("resumed", "sent"), [(False, [0, 1, 8]), (True, [8])])
+def test_wandb_gets_every_step_that_the_server_has_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, resumed: bool, sent: list[int]
+) -> None:
+    """A run that begins has sent none, whatever its summary says; one gone on with up to its 7."""
+    run = Recorder()
+    run.resumed, run.summary = resumed, {"step": 7}  # type: ignore[attr-defined]
+    asked: dict[str, Any] = {}
+    init = lambda **kw: asked.update(kw) or run
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=dict))
+    monkeypatch.delenv("WANDB_DATA_DIR", raising=False)
+    place = Place(make_run(tmp_path), tmp_path, "an id", {"a": 1}, goes_on=resumed)
+    sink = WandbSink(WandbConfig(), place, "offline")
+    for step in (0, 1, 8):
+        sink.log({"loss": 1.0}, step)
+    assert [kw["step"] for name, _, kw in run.calls if name == "log"] == sent
+    told = {k: asked[k] for k in ("id", "mode", "resume", "config", "name", "dir")}
+    assert told == {
+        "id": "an id",
+        "mode": "offline",
+        "resume": "allow" if resumed else None,
+        "config": {"a": 1},
+        "name": "run",
+        "dir": str(tmp_path),
+    }
+    steps = [(args, kw) for name, args, kw in run.calls if name == "define_metric"]
+    assert steps[:2] == [(("step",), {}), (("*",), {"step_metric": "step"})]
+    assert os.environ.pop("WANDB_DATA_DIR") == str(tmp_path.resolve() / "wandb" / "data")
 
 
 def test_wandb_keeps_the_best_of_held_out_figures() -> None:
