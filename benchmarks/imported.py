@@ -86,7 +86,7 @@ def pair(family: str, folder: Path, device: str) -> tuple[Any, Model]:
     assert report is not None
     print(f"{family}: logits differ by {report.difference:.1e}", flush=True)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        folder / "theirs", dtype=torch.float32, attn_implementation="sdpa"
+        folder / "theirs", dtype=torch.float32
     )
     return theirs.to(device), Model.from_pretrained(folder / "ours").float().to(device)
 
