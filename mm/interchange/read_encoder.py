@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,8 @@ def import_encoder(folder: Path, out: Path, c: Settings, *, check: bool = True) 
     family = ENCODERS.parse(c["model_type"])
     assert isinstance(family, EncoderFamily)
     if family.inside is not None:
+        if not isinstance(c[family.inside], Mapping):
+            raise c.refuse(family.inside, "is no mapping")
         c = Settings(c[family.inside], f"{c.origin}: {family.inside}")
     config = validate(EncoderAdapterConfig, family.adapter(c), c.origin)
     require_usual_pixels(folder, family)
@@ -77,7 +80,10 @@ def require_usual_pixels(folder: Path, family: EncoderFamily) -> None:
     file = folder / MEAN
     if family.modality != "image" or not file.is_file():
         return
-    values = parse_json(file.read_bytes())
+    try:
+        values = parse_json(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); copy it again") from None
     for key in ("image_mean", "image_std"):
         found = values.get(key) if isinstance(values, dict) else None
         if found not in (None, [0.5] * 3, 0.5):

@@ -144,6 +144,9 @@ def test_refusals(tmp_path: Path) -> None:
     (given / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4, 0.5, 0.5]}))
     with pytest.raises(UserError, match="image_mean = .*: only 0.5"):
         import_encoder(given, out, read_settings(given))
+    (given / "preprocessor_config.json").write_text("{")
+    with pytest.raises(UserError, match="preprocessor_config.json: not valid JSON"):
+        import_encoder(given, out, read_settings(given))
     (given / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.5, 0.5]}))
     tensors = load_file(given / "model.safetensors")
     bias = tensors.pop("layernorm.bias")
