@@ -100,7 +100,9 @@ class K8s(Launcher):
             processes=processes,
             image=self.image,
             workdir=str(self.workdir) if self.workdir else None,
-            script=pod_script(self.interpreter, inside, self.resource, nodes, processes),
+            script=pod_script(
+                self.interpreter, inside, self.resource, nodes, processes, self.preflight
+            ),
             port=port,
             environ=public(environ) | self.env,
             secrets=self.secrets,

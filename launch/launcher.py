@@ -99,6 +99,9 @@ class Launcher(Config):
             "least, after which the launcher calls it a hang; 0 = never",
         ),
     ] = 40.0
+    preflight: Annotated[
+        bool, Field(description="check several nodes before they train; off: --no-preflight")
+    ] = True
     env: Annotated[dict[str, str], Field(description="variables that every node gets")] = {}
     forward: Annotated[
         tuple[str, ...], Field(description="more prefixes of variables that are forwarded")

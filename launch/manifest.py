@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 import yaml
 
 from mm.launch.launcher import Job
+from mm.launch.preflight import inside
 from mm.launch.torchrun import command
 
 CONTAINER = {"job": "trainer", "pytorchjob": "pytorch", "trainjob": "node"}  # as operators name it
 STOPPED = 75  # of `mm train`: a checkpoint is saved
+REFUSED = 2  # of the preflight: what another pod would find as well
+COMES_S = 900  # images are pulled
 
 
 class Pod(NamedTuple):
@@ -42,7 +45,9 @@ class Pod(NamedTuple):
         return {"name": self.name} | ({"namespace": self.namespace} if self.namespace else {})
 
 
-def pod_script(python: str, job: Job, resource: str, nodes: int, processes: int) -> str:
+def pod_script(
+    python: str, job: Job, resource: str, nodes: int, processes: int, preflight: bool
+) -> str:
     """Shell of a pod, its first process: at TERM the ranks save and end."""
     rank = "$JOB_COMPLETION_INDEX" if resource == "job" else "$PET_NODE_RANK"
     prefix = "" if resource == "job" else "PET_"
@@ -57,9 +62,20 @@ def pod_script(python: str, job: Job, resource: str, nodes: int, processes: int)
         port=f"${prefix}MASTER_PORT",
         logs=logs,
     )
+    check = inside.command(
+        python,
+        job,
+        nodes=nodes,
+        processes=processes,
+        node_rank=rank,
+        address=f"${prefix}MASTER_ADDR",
+        port=f"${prefix}MASTER_PORT",
+        wait_s=COMES_S,
+    )
     return (
         f"mkdir -p {logs}\n"
-        "trap '' USR1  # torchrun would die of it; the ranks save and end\n"
+        + (f"{check} || exit $?\n" if preflight and nodes > 1 else "")
+        + "trap '' USR1  # torchrun would die of it; the ranks save and end\n"
         f"{run} &\n"
         "run=$! asked=\n"
         "trap 'asked=1; kill -USR1 $(cat /proc/$run/task/*/children)' TERM\n"
@@ -169,6 +185,7 @@ def _job(pod: Pod) -> list[dict[str, Any]]:
     first = f"{pod.name}-0.{pod.name}"
     template = _template(pod, "job", "Never", MASTER_ADDR=first, MASTER_PORT=str(pod.port))
     template["spec"]["subdomain"] = pod.name
+    refused = {"containerName": CONTAINER["job"], "operator": "In", "values": [REFUSED]}
     codes = {"containerName": CONTAINER["job"], "operator": "In", "values": [STOPPED]}
     disrupted = {"type": "DisruptionTarget", "status": "True"}
     job = {
@@ -182,6 +199,7 @@ def _job(pod: Pod) -> list[dict[str, Any]]:
             "backoffLimit": pod.restarts * pod.nodes,  # one that fails takes the others with it
             "podFailurePolicy": {
                 "rules": [
+                    {"action": "FailJob", "onExitCodes": refused},
                     {"action": "Ignore", "onExitCodes": codes},
                     {"action": "Ignore", "onPodConditions": [disrupted]},
                 ]

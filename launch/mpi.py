@@ -14,6 +14,7 @@ from mm.launch.environment import free_port
 from mm.launch.forward import public
 from mm.launch.hostfile import Host, read_hostfile
 from mm.launch.launcher import PORT, Job, Launcher, Node, Plan, exports, quote
+from mm.launch.preflight import inside
 from mm.launch.ssh import first_address
 from mm.launch.torchrun import watch_input
 from mm.registry import LAUNCHERS
@@ -60,20 +61,41 @@ class Mpi(Launcher):
         env |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
         # `-x NAME` takes the value from the environment: secrets stand on no command line
         names = sorted({*env, *job.environ, "PATH"})
-        words = ["mpirun", "-np", str(world), *options, *shlex.split(self.options)]
-        words += [word for name in names for word in ("-x", name)]
+        given = [*options, *shlex.split(self.options)]
+        given += [word for name in names for word in ("-x", name)]
+        words = ["mpirun", "-np", str(world), *given]
         root = "OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
         files["mpirun.sh"] = (
             "{\n"
             f"cd {shlex.quote(str(self.workdir or job.workdir))} || exit 3\n"
             f"{exports(env)}"
             f"[ $(id -u) != 0 ] || export {root} # as in a container\n"
+            f"{self._check(job, hosts, given, address, port)}"
             f"{quote([*words, *rank])} < /dev/null \\\n"
             f"    > >(sed -u '{_PREFIX}' | tee {shlex.quote(str(job.home / LOG))}) 2>&1 &\n"
             f"{watch_input('kill -USR1 $run')}"  # mpirun passes it on
             "}\n"
         )
         return Plan(world, files, (Node("mpirun", ("bash", "-s"), files["mpirun.sh"], world),))
+
+    def _check(
+        self, job: Job, hosts: Sequence[Host], given: Sequence[str], address: str, port: int
+    ) -> str:
+        """Shell that checks the hosts, one process on each, before the ranks."""
+        if not self.preflight or len(hosts) < 2:
+            return ""
+        check = inside.command(
+            self.interpreter,
+            job,
+            nodes=len(hosts),
+            processes=len(hosts[0].slots),
+            node_rank="$OMPI_COMM_WORLD_RANK",
+            address=address,
+            port=str(port),
+        )
+        words = ["mpirun", "-np", str(len(hosts)), "--map-by", "ppr:1:node", *given]
+        words += ["bash", "-c", check]
+        return f"{quote(words)} < /dev/null || exit 2\n"
 
     def _hosts(self) -> list[Host]:
         """The hosts and slots that are used. Raises UserError."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from typing import Any
 
 from mm.errors import UserError
 from mm.launch.launcher import Job
+from mm.processes import unwind_on_sigterm
 from mm.reading import parse_json
 
 NAME = ".mm-rehearsal-"
@@ -38,12 +38,11 @@ def rehearse(job: Job, processes: int, of_machine: int) -> dict[str, Any]:
         raise UserError(
             f"{place}: cannot be written: {error.strerror}; set out: elsewhere"
         ) from error
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        return _child(job, processes, of_machine, home)  # it is killed where this is left early
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
-        signal.signal(signal.SIGTERM, before)
+    with unwind_on_sigterm():
+        try:
+            return _child(job, processes, of_machine, home)  # it is killed where this is left early
+        finally:
+            shutil.rmtree(home, ignore_errors=True)
 
 
 def _child(job: Job, processes: int, of_machine: int, home: Path) -> dict[str, Any]:

@@ -150,6 +150,7 @@ class Slurm(Launcher):
             srun=shlex.join(srun),
             nodes=nodes,
             processes=processes,
+            preflight=self.preflight and nodes > 1,
         )
         if self.interactive:
             return slurm_file.interactive(body)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mm.launch.launcher import Job
+from mm.launch.preflight import inside
 from mm.launch.restarts import HISTORY
 from mm.launch.torchrun import command, watch_input
 
@@ -25,6 +26,7 @@ def body(
     srun: str,
     nodes: int,
     processes: int,
+    preflight: bool,
 ) -> str:
     """Shell up to the start of the ranks in the background: one task a node, torchrun in each."""
     logs = shlex.quote(str(job.home / "logs"))
@@ -38,6 +40,16 @@ def body(
         port="$MASTER_PORT",
         logs=f"{logs}/node_$SLURM_NODEID",
     )
+    check = inside.command(
+        python,
+        job,
+        nodes=nodes,
+        processes=processes,
+        node_rank="$SLURM_NODEID",
+        address="$MASTER_ADDR",
+        port="$MASTER_PORT",
+        exclude="cluster.options=[--exclude={}]",
+    )
     return _BODY.format(
         workdir=shlex.quote(str(workdir)),
         variables=variables,
@@ -47,6 +59,7 @@ def body(
         python=shlex.quote(python),
         logs=logs,
         run=run,
+        check=f"{check} || exit $?\n" if preflight else "",
     )
 
 
@@ -90,7 +103,7 @@ trap '' USR1  # torchrun would die of it; the ranks save and end
 [ "$SLURM_NODEID" = 0 ] && MM_PEER=$MM_PEER_OF_FIRST
 found=$({python} -m mm.launch.interface $MM_PEER) && eval "$found" || exit 3
 mkdir -p {logs}/node_$SLURM_NODEID
-exec {run}
+{check}exec {run}
 NODE
 {srun} bash -c "$node" < /dev/null &
 """
@@ -100,7 +113,7 @@ _BATCH = """#!/bin/bash
 
 set -uo pipefail
 home={home}
-rm -f "$home/{stop}"
+rm -f "$home/{stop}" "$home/refused"
 tell() {{ # a line of the history, and of this job's output
   echo "$(date '+%F %T') job $SLURM_JOB_ID restart ${{SLURM_RESTART_COUNT:-0}}: $1" |
     tee -a "$home/{attempts}"
@@ -126,6 +139,7 @@ if [ $code = 0 ]; then how="all steps are done"
 elif [ -e "$home/{stop}" ]; then how="stopped with a checkpoint by mm launch stop"
 elif [ -n "$asked" ] || scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'; then
   how="saved; goes on from the checkpoint"
+elif [ -s "$home/refused" ]; then how="refused by the $(cat "$home/refused")"
 else how="failed with exit code $code"
 fi
 tell "ended: $how"

@@ -38,6 +38,7 @@ BLOCKS = Registry(
         "parallel": "mm.model.blocks.parallel",
         "layer_drop": "mm.model.blocks.layer_drop",
         "gated": "mm.model.blocks.gated",
+        "hyper": "mm.model.blocks.hyper",
     },
 )
 MIXERS = Registry(
@@ -70,6 +71,7 @@ MIXERS = Registry(
         "cross_attention": "mm.model.mixers.attention.cross_attention",
         "latent_attention": "mm.model.mixers.attention.latent_attention",
         "kv_shift": "mm.model.mixers.attention.kv_shift",
+        "value_residual": "mm.model.mixers.attention.value_residual",
         "irpe_attention": "mm.model.mixers.attention.irpe_attention",
         "differential_attention": "mm.model.mixers.attention.differential_attention",
         "path_attention": "mm.model.mixers.attention.path_attention",
@@ -110,6 +112,7 @@ FFNS = Registry(
     "ffn",
     {
         "mlp": "mm.model.ffn.mlp",
+        "sub_norm": "mm.model.ffn.sub_norm",
         "moe": "mm.model.ffn.moe",
         "swiglu": "mm.model.ffn.swiglu",
         "rwkv_ffn": "mm.model.ffn.rwkv_ffn",
@@ -150,6 +153,7 @@ ADAPTERS = Registry(
         "mel": "mm.model.adapters.mel",
         "encoder": "mm.model.adapters.encoder",
         "resampler": "mm.model.adapters.resampler",
+        "project": "mm.model.adapters.project",
     },
 )
 HEADS = Registry(
@@ -161,6 +165,7 @@ HEADS = Registry(
         "embedding": "mm.model.heads.embedding",
         "classes": "mm.model.heads.classes",
         "multi_token": "mm.model.heads.multi_token",
+        "binary": "mm.model.heads.binary",
     },
 )
 TOKENIZERS = Registry(
@@ -174,6 +179,7 @@ TOKENIZERS = Registry(
         "audio_codec": "mm.tokenizers.audio.tokenizer",
         "mel_frames": "mm.tokenizers.audio.mel_frames",
         "series_patches": "mm.tokenizers.series.patches",
+        "video_tubes": "mm.tokenizers.video.tubes",
     },
 )
 QUANTIZERS = Registry(
@@ -191,6 +197,7 @@ MODALITIES = Registry(
         "text": "mm.data.modalities.text",
         "image": "mm.data.modalities.image",
         "audio": "mm.data.modalities.audio",
+        "video": "mm.data.modalities.video",
         "time_series": "mm.data.modalities.time_series",
     },
 )
@@ -209,6 +216,8 @@ SOURCES = Registry(
     {
         "folder": "mm.data.sources.folder",
         "jsonl": "mm.data.sources.jsonl",
+        "json": "mm.data.sources.jsonl",
+        "chat": "mm.data.sources.chat",
         "csv": "mm.data.sources.table",
         "parquet": "mm.data.sources.table",
         "hf": "mm.data.sources.hf",
@@ -247,6 +256,7 @@ SURGERIES = Registry(
     {
         "deepen": "mm.surgery.deepen",
         "extend_vocabulary": "mm.surgery.extend_vocabulary",
+        "graft_adapter": "mm.surgery.graft_adapter",
         "keep_layers": "mm.surgery.keep_layers",
         "linearize": "mm.surgery.linearize",
         "merge_lora": "mm.surgery.merge_lora",
@@ -263,6 +273,7 @@ OBJECTIVES = Registry(
         "distil": "mm.objectives.distil",
         "dpo": "mm.objectives.dpo",
         "masked": "mm.objectives.masked",
+        "replaced_token": "mm.objectives.replaced_token",
         "vq": "mm.objectives.vq",
         "codec": "mm.objectives.codec",
     },
@@ -287,6 +298,8 @@ TASKS = Registry(
         "judged_generation": "mm.tasks.judged_generation",
         "forecast": "mm.tasks.forecast",
         "block_decoding": "mm.tasks.block_decoding",
+        "text_error": "mm.tasks.text_error",
+        "token_loss": "mm.tasks.token_loss",
         "transcription": "mm.tasks.transcription",
         "retrieval": "mm.tasks.retrieval",
     },
@@ -319,10 +332,24 @@ FAMILIES = Registry(
         "qwen3": "mm.interchange.families.qwen3",
         "qwen3_moe": "mm.interchange.families.qwen3_moe",
         "mixtral": "mm.interchange.families.mixtral",
+        "phi3": "mm.interchange.families.phi3",
         "olmo2": "mm.interchange.families.olmo2",
         "gemma2": "mm.interchange.families.gemma2",
         "gemma3_text": "mm.interchange.families.gemma3_text",
         "gpt2": "mm.interchange.families.gpt2",
+        "mamba": "mm.interchange.families.mamba",
+        "mamba2": "mm.interchange.families.mamba2",
+        "recurrent_gemma": "mm.interchange.families.recurrent_gemma",
+        "qwen3_next": "mm.interchange.families.qwen3_next",
+    },
+)
+ENCODERS = Registry(
+    "encoder",
+    {
+        "siglip": "mm.interchange.encoders.siglip",
+        "siglip_vision_model": "mm.interchange.encoders.siglip",
+        "vit": "mm.interchange.encoders.vit",
+        "whisper": "mm.interchange.encoders.whisper",
     },
 )
 

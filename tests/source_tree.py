@@ -52,6 +52,7 @@ TIERS = {
     "sweep": 7,
     "quickstart": 7,
     "own_data": 7,
+    "finetune": 7,
     "faults": 7,
     "plan": 7,
     "verify": 7,

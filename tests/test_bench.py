@@ -70,6 +70,13 @@ def test_a_mixer_of_bounded_length_is_measured_up_to_it() -> None:
     assert rows[0].tokens_per_second and "decoding fails" in rows[0].note
 
 
+def test_what_attends_to_a_memory_has_one_as_long_as_its_document() -> None:
+    small, large = bench.Bench([16, 1024], 16).run("cross_attention")
+    for row in (small, large):
+        assert row.tokens_per_second and not row.note, row
+    assert large.decode_us and large.state_bytes
+
+
 def test_growth_and_prediction() -> None:
     seconds = {n: 3e-9 * n**2 for n in (1024, 2048, 4096)}
     assert bench.exponent(seconds) == pytest.approx(2)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trainer_toys as toys
-from trainer_runs import make_run
+from trainer_runs import HERE, make_run
 from trainer_toys import toys_registered  # noqa: F401
 
 from mm import config as configs
@@ -98,6 +104,45 @@ def verified(tmp_path: Path, capfd: Any, *words: str, **change: Any) -> tuple[in
     assert not run.folder.exists()
     told = tmp_path / "out.json"
     return code, json.loads(told.read_text()) if told.is_file() else None, capfd.readouterr().err
+
+
+def lines_of(folder: Path) -> dict[int, str]:
+    """Command lines, by process, that name a folder."""
+    found = {}
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            line = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if f"{folder}/mm-verify-" in line:
+                found[int(file.parent.name)] = line
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
+@pytest.mark.timeout(180)
+def test_sigterm_leaves_neither_processes_nor_a_folder(tmp_path: Path) -> None:
+    """Sent once the launcher and both of its processes are there."""
+    run = make_run(tmp_path).model_copy(update={"imports": IMPORTS})
+    (tmp_path / "run.yaml").write_text(configs.dump(run))
+    path = os.pathsep.join((str(HERE), os.environ.get("PYTHONPATH", "")))
+    words = [sys.executable, "-m", "mm", "verify", str(tmp_path / "run.yaml"), "--processes", "2"]
+    env = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": path}
+    child = subprocess.Popen(words, env=env, stderr=subprocess.DEVNULL, cwd=HERE.parent)
+    try:
+        until = time.monotonic() + 120
+        while len(lines_of(tmp_path)) < 3:
+            assert child.poll() is None and time.monotonic() < until
+            time.sleep(0.1)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(60) == 128 + signal.SIGTERM
+        until = time.monotonic() + 10
+        while (left := lines_of(tmp_path)) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert not left and not [*tmp_path.glob("mm-verify-*")]
+    finally:
+        for number in (child.pid, *lines_of(tmp_path)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        child.wait()
 
 
 @pytest.mark.slow

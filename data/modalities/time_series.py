@@ -19,7 +19,7 @@ SHOWN = 6  # points of a description
 class TimeSeriesModality(Modality):
     """float32 (L, C). A file has a line a point, with white space or commas between the channels.
 
-    Length: points.
+    A first line without a number is names of columns. Length: points.
     """
 
     kind: Literal["time_series"] = "time_series"
@@ -40,6 +40,8 @@ class TimeSeriesModality(Modality):
             try:
                 row = [float(word) for word in line.replace(b",", b" ").split()]
             except ValueError as error:
+                if number == 1 and not any(map(_is_number, line.replace(b",", b" ").split())):
+                    continue
                 raise BadSample(f"time_series: line {number} is not numbers") from error
             if not row and not line.strip():
                 continue
@@ -82,3 +84,11 @@ class TimeSeriesModality(Modality):
     def save(self, value: np.ndarray, path: Path) -> None:
         lines = (" ".join(f"{x:.9g}" for x in row) for row in value)
         path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def _is_number(word: bytes) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

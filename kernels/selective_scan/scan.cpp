@@ -85,6 +85,7 @@ void forward(const F* u, const F* dt, const F* A, const F* b, const F* c, const 
 template <class F>
 void backward(const F* u, const F* dt, const F* A, const F* b, const F* c, const F* skip, const uint8_t* reset, const F* kept,
               const F* /*initial*/, const F* gy, const F* glast, F* du, F* ddt, F* dA, F* db, F* dc, F* dskip, F* dinitial, i64 R, i64 T, i64 D, i64 N) {
+  const FlushSubnormals flush;  // gradients decay on their way back
   std::memset(dA, 0, N * D * sizeof(F));
   std::memset(db, 0, R * T * N * sizeof(F));
   std::memset(dc, 0, R * T * N * sizeof(F));

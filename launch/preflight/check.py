@@ -34,6 +34,7 @@ class Endpoint:
     name: str
     transport: tuple[str, ...]  # its standard input is a shell there
     processes: int
+    exclude: str = "cluster.exclude={}"  # the override that starts without it
 
     def on(self, command: str) -> str:
         """The line that runs a command there, as it would be typed here."""
@@ -105,7 +106,7 @@ def copy_command(source: Endpoint, to: Endpoint, folder: str, names: Sequence[st
 
 def leave_out(host: Endpoint) -> str:
     """The override that starts without a host."""
-    return f"cluster.exclude={host.name}"
+    return host.exclude.format(host.name)
 
 
 def n_bytes(count: float) -> str:

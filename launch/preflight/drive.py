@@ -12,7 +12,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,13 +42,65 @@ class Report(NamedTuple):
         return [row for row in self.rows if row.light == FIX]
 
 
-class _Agent:
-    """The agent of one host, and threads that read what it says."""
+class Agent:
+    """The agent of one host: what it says is read by a thread of its own."""
 
-    def __init__(self, endpoint: Endpoint, first: str):
+    def __init__(self, endpoint: Endpoint):
         self.endpoint = endpoint
         self.said: queue.Queue[str] = queue.Queue()
         self.complaints: list[str] = []
+        self._reader: threading.Thread | None = None
+
+    def listen(self, lines: Iterable[str]) -> None:
+        """Read its lines from now on."""
+        self._reader = threading.Thread(target=self._read, args=(lines,), daemon=True)
+        self._reader.start()
+
+    def _read(self, lines: Iterable[str]) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            for line in lines:
+                if line.startswith(MARK):
+                    self.said.put(line.removeprefix(MARK))
+                else:  # what a login shell prints, and errors of a shell
+                    self.complaints.append(line.strip())
+
+    def write(self, text: str) -> None:
+        """Send it a line, or a script; nothing where it is gone."""
+        raise NotImplementedError
+
+    @property
+    def code(self) -> int | None:
+        """Exit code, None while it lives."""
+        return None if self._reader is not None and self._reader.is_alive() else 1
+
+    def answer(self, deadline: float) -> tuple[Any, float] | None:
+        """The next answer and when it came; None when the agent is gone or late."""
+        while True:
+            try:
+                return parse_json(self.said.get(timeout=0.05)), time.time()
+            except queue.Empty:
+                reads = self._reader is not None and self._reader.is_alive()
+                is_over = self.code is not None and not reads
+                if (is_over and self.said.empty()) or time.monotonic() > deadline:
+                    return None
+
+    @property
+    def why(self) -> str:
+        """What is known about an agent that does not answer."""
+        text = next((line for line in reversed(self.complaints) if line), "")
+        if self.code is None:
+            return f"no answer in time{f'; last: {text[:160]}' if text else ''}"
+        return text[:200] or f"ended with exit code {self.code} and said nothing"
+
+    def end(self) -> None:
+        """Let it go."""
+
+
+class _Shell(Agent):
+    """An agent that a shell on its host starts."""
+
+    def __init__(self, endpoint: Endpoint, first: str):
+        super().__init__(endpoint)
         self._process = subprocess.Popen(
             endpoint.transport,
             stdin=subprocess.PIPE,
@@ -58,10 +110,9 @@ class _Agent:
             errors="replace",
             start_new_session=True,
         )
-        readers = (self._read_answers, self._read_complaints)
-        self._threads = [threading.Thread(target=reader, daemon=True) for reader in readers]
-        for thread in self._threads:
-            thread.start()
+        assert self._process.stdout is not None
+        self.listen(self._process.stdout)
+        threading.Thread(target=self._read_complaints, daemon=True).start()
         self.write(first)
 
     def write(self, text: str) -> None:
@@ -70,37 +121,14 @@ class _Agent:
             self._process.stdin.write(text)
             self._process.stdin.flush()
 
-    def _read_answers(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith(MARK):
-                self.said.put(line.removeprefix(MARK))
-            else:  # what a login shell prints, and errors of a shell
-                self.complaints.append(line.strip())
-
     def _read_complaints(self) -> None:
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self.complaints.append(line.strip())
 
-    def answer(self, deadline: float) -> tuple[Any, float] | None:
-        """The next answer and when it came; None when the agent is gone or late."""
-        while True:
-            try:
-                return parse_json(self.said.get(timeout=0.05)), time.time()
-            except queue.Empty:
-                is_over = self._process.poll() is not None and not self._threads[0].is_alive()
-                if (is_over and self.said.empty()) or time.monotonic() > deadline:
-                    return None
-
     @property
-    def why(self) -> str:
-        """What is known about an agent that does not answer."""
-        code = self._process.poll()
-        text = next((line for line in reversed(self.complaints) if line), "")
-        if code is None:
-            return f"no answer in time{f'; last: {text[:160]}' if text else ''}"
-        return text[:200] or f"ended with exit code {code} and said nothing"
+    def code(self) -> int | None:
+        return self._process.poll()
 
     def end(self) -> None:
         assert self._process.stdin is not None
@@ -132,7 +160,7 @@ def run(
         f"exec {shlex.quote(python)} -m mm.launch.preflight.agent\n}}\n"
     )
     nonce = random.token_hex(4)
-    agents = {i: _Agent(endpoint, script) for i, endpoint in enumerate(endpoints)}
+    agents = {i: _Shell(endpoint, script) for i, endpoint in enumerate(endpoints)}
     asked = {
         i: Asked(
             i,
@@ -148,17 +176,23 @@ def run(
         for i, endpoint in enumerate(endpoints)
     }
     try:
-        seen, answered = _rounds(tuple(endpoints), agents, asked)
-        rows = [_lost(endpoints, i, agents[i].why) for i in agents if i not in answered]
+        rows = examine(agents, asked)
     finally:
         for agent in agents.values():
             agent.end()
-    rows += judge(seen)
     return Report(rows, len(endpoints), time.monotonic() - begun)
 
 
+def examine(agents: Mapping[int, Agent], asked: Mapping[int, Any]) -> list[Row]:
+    """All rounds with these agents, and what comes of it; ``asked``: a node's `Asked` as a dict."""
+    endpoints = tuple(agents[i].endpoint for i in sorted(agents))
+    seen, answered = _rounds(endpoints, agents, asked)
+    rows = [_lost(endpoints, i, agents[i].why) for i in agents if i not in answered]
+    return rows + judge(seen)
+
+
 def _rounds(
-    hosts: tuple[Endpoint, ...], agents: Mapping[int, _Agent], asked: Mapping[int, Any]
+    hosts: tuple[Endpoint, ...], agents: Mapping[int, Agent], asked: Mapping[int, Any]
 ) -> tuple[Seen, set[int]]:
     """Clocks, then the rounds of all checks: what was seen, and which nodes answered to the end."""
     skew: dict[int, float] = {}

@@ -87,6 +87,7 @@ def judge_interface(seen: Seen) -> Iterator[Row]:
 def listen(asked: Asked, told: Mapping[int, Any]) -> dict[str, Any]:
     """What the meeting point is called here; on the first node, hold its port open."""
     out: dict[str, Any] = {"resolves": [], "listens": "", "spare": [], "own": True}
+    out["network"] = _network()
     try:
         infos = socket.getaddrinfo(asked.address, asked.port, socket.AF_INET, socket.SOCK_STREAM)
         out["resolves"] = sorted({str(info[4][0]) for info in infos})
@@ -134,9 +135,11 @@ def judge_rendezvous(seen: Seen) -> Iterator[Row]:
     if 0 not in said:  # that it does not answer is a row of its own
         return
     first, bad = said[0], False
+    # Nodes of a scheduler that are one machine reach each other by its loopback.
+    several = len({v["network"] for v in said.values()}) > 1
     routable = [a for v in said.values() for a in v["resolves"] if not _is_loopback(a)]
     for i, value in said.items():
-        loop = [a for a in value["resolves"] if _is_loopback(a)] if len(said) > 1 else []
+        loop = [a for a in value["resolves"] if _is_loopback(a)] if several else []
         if loop or (not value["resolves"] and value["listens"]):
             bad = True
             why = f"resolves to {loop[0]}: its own loopback" if loop else value["listens"]
@@ -177,6 +180,14 @@ def judge_rendezvous(seen: Seen) -> Iterator[Row]:
     if not bad:
         answered = "" if len(said) == 1 else f", answers {len(tried) - (0 in tried)} other hosts"
         yield Row("rendezvous", ALL, OK, f"{', '.join(first['resolves'])}{answered}")
+
+
+def _network() -> str:
+    """What two nodes share that are one machine with one network."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/net')}"
+    return socket.gethostname()
 
 
 def meet(asked: Asked, told: Mapping[int, Any]) -> dict[str, Any]:

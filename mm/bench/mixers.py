@@ -21,8 +21,9 @@ from mm.kernels.op import Op
 from mm.layout import Doc, Layout
 from mm.mask import Causal, Full
 from mm.model.backbones.stack import StackConfig, presets
-from mm.model.context import Ctx
+from mm.model.context import Ctx, Memory
 from mm.model.layer import Layer, init_weights
+from mm.model.memories import memories_read
 from mm.registry import LINEARS, MIXERS
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
@@ -135,7 +136,7 @@ class Bench:
         """Seconds (median of up to five) and peak MiB of forward and backward."""
         x = torch.randn(1, n, self.d_model, device=self.device, requires_grad=True)
         dy = torch.randn_like(x)
-        ctx = Ctx(Layout.plain(1, n).to(self.device), _mask(layer))
+        ctx = _told(layer, Layout.plain(1, n), x, n)
 
         def work() -> None:
             torch.autograd.backward(layer(x, ctx).y, dy)
@@ -171,14 +172,13 @@ class Bench:
         state = layer.initial_state(1, n + STEPS) if layer.caps.step else None
         if state is None:
             return None, None
-        size = layer.state_bytes(1, n)
-        mask = _mask(layer)
+        size, wanted = layer.state_bytes(1, n), memories_read(layer)
 
         def feed(at: int, count: int) -> None:
             nonlocal state
             layout = Layout.from_rows([[Doc(count, slot=0, fresh=at == 0, start=at)]])
             x = torch.randn(1, count, self.d_model, device=self.device)
-            state = layer(x, Ctx(layout.to(self.device), mask), state).state
+            state = layer(x, _told(layer, layout, x, n, wanted), state).state
 
         with torch.no_grad():
             for at in range(0, n, PREFILL):
@@ -187,8 +187,27 @@ class Bench:
         return 1e6 * statistics.median(steps), size
 
 
-def _mask(layer: Layer) -> Causal | Full:
-    return Causal() if layer.caps.causal else Full()
+def _told(
+    layer: Layer, layout: Layout, x: Tensor, size: int, wanted: frozenset[str] | None = None
+) -> Ctx:
+    """The mask that a layer is made for, and ``size`` vectors a document of what it attends to.
+
+    ``wanted`` are the names of the latter, where they are known.
+    """
+    mask = Causal() if layer.caps.causal else Full()
+    wanted = memories_read(layer) if wanted is None else wanted
+    if not wanted or not layout.fresh.any():  # a State remembers it
+        return Ctx(layout.to(x.device), mask)
+    known, memories = layout.arrays(), {}
+    docs = [
+        Doc(size * bool(length), slot=slot)
+        for length, slot in zip(known.length, layout.slot.tolist(), strict=True)
+    ]
+    for name in sorted(wanted):
+        own = Layout.from_rows([docs], max_documents=len(docs))
+        made = torch.randn(1, own.shape[1], x.shape[-1], generator=torch.Generator().manual_seed(0))
+        memories[name] = Memory(own.to(x.device), Full(), made.to(x.device))
+    return Ctx(layout.to(x.device), mask, memories=memories)
 
 
 def _line(error: Exception) -> str:
@@ -235,7 +254,7 @@ def parity_fault(layer: Layer, d_model: int, device: torch.device) -> str:
         g = torch.Generator().manual_seed(sum(layout.shape))
         x = torch.randn(*layout.shape, d_model, generator=g).to(device)
         dy = torch.randn(x.shape, generator=g).to(device)
-        ctx = Ctx(layout.to(device), _mask(layer))
+        ctx = _told(layer, layout, x, max(AWKWARD))
         with references(set(Op.every) | _kernels()):
             expected = _results(layer, x, dy, ctx)
         if (error := _error(_results(layer, x, dy, ctx), expected)) <= PARITY:

@@ -5,6 +5,7 @@ No torch here.
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import math
@@ -234,3 +235,15 @@ def run_config(folder: Path) -> Path:
             f"{folder}: no config.yaml, so not a run folder; make one with: mm train CONFIG"
         )
     return file
+
+
+def make_room(out: Path) -> None:
+    """Make the folder that a file is to be written into. Raises UserError where it cannot be."""
+    if out.is_dir():
+        raise UserError(f"-o {out}: is a folder; name a file in it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(out.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, "not writable")
+    except OSError as error:
+        raise UserError(f"-o {out}: cannot be written ({error.strerror})") from error

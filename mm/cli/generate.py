@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import math
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,10 +16,12 @@ from mm.cli.common import (
     TrustCode,
     console,
     existing,
+    make_room,
     table,
     with_options,
     write_json,
 )
+from mm.cli.series import tell
 from mm.errors import UserError
 from mm.reading import parse_json
 
@@ -41,11 +41,19 @@ def generate(
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Text; with --to text it is continued.")
     ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Answer --prompt, asked through the chat template.")
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="File to write; suffix optional."),
     ] = None,
-    n: Annotated[int, typer.Option("-n", min=1, max=100_000, help="How many.")] = 1,
+    n: Annotated[
+        int | None,
+        typer.Option(
+            "-n", min=1, max=100_000, help="How many. Default 1; 100 continuations of a series."
+        ),
+    ] = None,
     temperature: Annotated[
         float | None,
         typer.Option(min=0, help="0 = greedy. Default: what mm eval chose for the run, else 1."),
@@ -62,6 +70,10 @@ def generate(
         int | None,
         typer.Option(min=1, max=1_000_000, help="New ids at most, where the length is free."),
     ] = None,
+    horizon: Annotated[
+        int | None,
+        typer.Option(min=1, max=1_000_000, help="Points that a series goes on for. Default: 24."),
+    ] = None,
     max_prompt_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longer prompts are refused. Default: 16384.")
     ] = None,
@@ -75,6 +87,14 @@ def generate(
     for modality, file in conditions.items():
         if file is not None and not file.is_file():
             raise UserError(f"--{modality} {file}: no such file")
+    if chat:
+        named = {
+            "temperature": temperature, "top_k": top_k, "top_p": top_p, "cfg_scale": cfg_scale,
+            "max_tokens": max_tokens, "max_prompt_tokens": max_prompt_tokens,
+        }  # fmt: skip
+        asked = {k: v for k, v in named.items() if v is not None} | {"seed": seed}
+        answer(run, prompt, conditions, n or 1, device, trust_code, json, asked)
+        return
     from mm.data.modalities.base import raw_modality
     from mm.decoders.device import choose_device
     from mm.decoders.generate import Generator, save_media
@@ -86,6 +106,21 @@ def generate(
     own = generator.modality(to)
     generator.tokenizer(own)
     raw = raw_modality(own)
+    if generator.vocabulary.spec(own).continuous:
+        asked = {"horizon": horizon, "draws": n, "temperature": temperature}
+        of_ids = {
+            "top-k": top_k, "top-p": top_p, "cfg-scale": cfg_scale, "repeats": repeats,
+            "max-tokens": max_tokens, "max-prompt-tokens": max_prompt_tokens,
+        }  # fmt: skip
+        for name in (name for name, value in of_ids.items() if value is not None):
+            raise UserError(f"--{name} is of ids; a series takes --horizon, --temperature and -n")
+        if note := generator.unseen([given]):
+            typer.echo(note, err=True)
+        tell(generator, run, given, to, out, json, seed, asked)
+        return
+    if horizon is not None:
+        raise UserError(f"--horizon: of series alone, and --to is {to}: leave it out")
+    n = n or 1
     if out is None and not raw.is_text:
         raise UserError(f"--to {to} writes a file: name it with -o FILE.{raw.extensions[0]}")
     if out is not None:
@@ -125,6 +160,35 @@ def generate(
     write_json(json, {"run": run, "to": to, "seed": seed, "sampling": sampling, "outputs": rows})
 
 
+def answer(
+    run: Path,
+    prompt: str | None,
+    conditions: dict[str, Path | None],
+    n: int,
+    device: Any,
+    trust_code: bool,
+    json: Path | None,
+    settings: dict[str, Any],
+) -> None:
+    """Print what the assistant says to a question, with the files that go with it before it."""
+    from mm.decoders.chat import Chat
+    from mm.decoders.device import choose_device
+
+    media = [
+        {"type": modality, modality: str(file.resolve())}
+        for modality, file in conditions.items()
+        if file is not None
+    ]
+    if not prompt and not media:
+        raise UserError("--chat answers a question: give one with --prompt")
+    content = [*media, {"type": "text", "text": prompt or ""}]
+    asking = Chat.from_pretrained(run, choose_device(device), trust_code=trust_code)
+    said = asking.answer([[{"role": "user", "content": content}]] * n, Path("/"), **settings)
+    for text in said:
+        console().print(text, markup=False)
+    write_json(json, {"run": run, "sampling": settings, "outputs": said})
+
+
 app = typer.Typer()  # what `mm --help` reads
 app.command(help=HELP)(with_options(generate, {}))
 
@@ -153,7 +217,9 @@ def chosen_modality(generator: Any, to: str | None) -> str:
         return to
     from mm.decoders.raws import writable_modalities
 
-    known = writable_modalities(generator.vocabulary.ranges, generator.tokenizers)
+    known = writable_modalities(
+        generator.vocabulary.ranges, generator.tokenizers, generator.model.heads
+    )
     if len(known) > 1 and at_terminal():
         to = ask(known)
         generator.modality(to)
@@ -207,18 +273,6 @@ def chosen_sampling(run: Path, conditions: Iterable[str], to: str) -> dict[str, 
             f"{file}: sampling.{direction} cannot be read ({error}); write it again: mm eval "
             f"{run} --json {file}"
         ) from error
-
-
-def make_room(out: Path) -> None:
-    """Make the folder that a file is to be written into. Raises UserError where it cannot be."""
-    if out.is_dir():
-        raise UserError(f"-o {out}: is a folder; name a file in it")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(out.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, "not writable")
-    except OSError as error:
-        raise UserError(f"-o {out}: cannot be written ({error.strerror})") from error
 
 
 def numbered_path(out: Path | None, i: int, n: int) -> Path:

@@ -84,6 +84,8 @@ def _launch(
     path = str(run_config(Path(config))) if Path(config).is_dir() else existing_config(config)
     run = Run.load(path, rest)  # a config that is wrong is refused before anything is started
     launcher = start.cluster(kind, cluster, own, nodes, gpus_per_node)
+    if not preflight:
+        launcher = launcher.model_copy(update={"preflight": False})
     job = start.job(run, path, rest, launcher.forward, Path.cwd())
     if rehearse is not None:
         _rehearse(run, job, launcher, rehearse, dry_run, json)
@@ -97,7 +99,7 @@ def _launch(
         _show(kind, job, plan, launcher, [*arithmetic, *_memory_lines(memory)])
         write_json(json, start.as_values(kind, job, plan, arithmetic, memory))
         return
-    if preflight and len(launcher.endpoints()) > 1:
+    if launcher.preflight and len(launcher.endpoints()) > 1:
         pass_preflight(launcher, job)
     out = console()
     outcome = start.start(

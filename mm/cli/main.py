@@ -24,6 +24,7 @@ COMMANDS = (
     "tokenizer",
     "data",
     "train",
+    "finetune",
     "launch",
     "plan",
     "verify",

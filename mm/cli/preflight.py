@@ -1,7 +1,12 @@
-"""The table of the preflight, of `mm doctor --nodes` and of `mm launch`."""
+"""The table of the preflight: of `mm doctor --nodes`, of `mm launch`, and inside a job.
+
+``python -m mm.cli.preflight NODE ADDRESS PORT JSON`` is what a job's script runs on every node.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +15,7 @@ from rich.text import Text
 
 from mm.cli.common import console, existing_config, overrides, run_config, table
 from mm.errors import UserError
+from mm.reading import parse_json
 
 STYLE = {"OK": "green", "WARN": "yellow", "FIX": "bold red"}
 
@@ -70,3 +76,33 @@ def as_values(report: Any) -> dict[str, Any]:
     """The report as JSON."""
     rows = [row._asdict() for row in report.rows]
     return {"hosts": report.hosts, "seconds": report.seconds, "rows": rows}
+
+
+def inside(node: int, address: str, port: int, told: dict[str, Any]) -> int:
+    """Check this node among those of its job; the first one prints. Returns an exit code."""
+    from mm.launch.preflight import inside
+    from mm.launch.preflight.check import Asked
+
+    home, exclude, wait_s = Path(told.pop("home")), told.pop("exclude"), told.pop("wait_s")
+    told["overrides"] = tuple(told["overrides"])
+    # common to the nodes of a job, and no other job's: files of that name are written and removed
+    nonce = hashlib.sha256(f"{home} {address} {port}".encode()).hexdigest()[:8]
+    asked = Asked(rank=node, address=address, port=port, nonce=nonce, **told)
+    name = inside.host_name()
+    code, report = inside.run(asked, name, exclude or "leave {} out", wait_s)
+    if report is not None:
+        inside.note(home, report, code or 0)
+        show(report)
+        if code:
+            left = "; to start all the same: --no-preflight"
+            sys.stderr.write(f"mm: preflight: {len(report.to_mend)} to mend, see above{left}\n")
+    elif code is None:
+        where = f"{address}:{inside.meeting_port(asked)}"
+        why = "cannot be opened" if node == 0 else "does not answer, the first node asks there"
+        left = "another port: cluster.port=N; without these checks: --no-preflight"
+        sys.stderr.write(f"mm: {name}: preflight: {where} {why}; {left}\n")
+    return 1 if code is None else code
+
+
+if __name__ == "__main__":
+    sys.exit(inside(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), parse_json(sys.argv[4])))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from mm import config as configs
+from mm.data.chat.template import ChatTemplate
 from mm.errors import UserError
 from mm.reading import parse_json
 from mm.registry import NetworkField
+from mm.specs import ModalityTokenizer
 from mm.vocabulary import Vocabulary
 
 
@@ -21,6 +24,8 @@ class Loaded(NamedTuple):
     model: nn.Module
     vocabulary: Vocabulary
     tokenizers: dict[str, Path]
+    template: ChatTemplate | None = None  # of its conversations
+    moved: tuple[str, ...] | None = None  # conditions of its second sequence; None: all
 
 
 def load(folder: str | Path, trust_code: bool = False) -> Loaded:
@@ -51,7 +56,9 @@ def _saved(where: Path) -> Loaded:
 
     vocabulary = Vocabulary.load(where / "vocabulary.json")
     beside = {p.name: p for p in sorted((where / "tokenizers").glob("*")) if p.is_dir()}
-    return Loaded(Model.from_pretrained(where), vocabulary, beside)
+    model = Model.from_pretrained(where)
+    moved = _moved(where.parent / "config.yaml") if model.config.parts else None
+    return Loaded(model, vocabulary, beside, ChatTemplate.load(where), moved)
 
 
 def _checkpoint(run: Path, step: Path, trust_code: bool) -> Loaded:
@@ -69,7 +76,22 @@ def _checkpoint(run: Path, step: Path, trust_code: bool) -> Loaded:
     )
     vocabulary = Vocabulary.load(saved.vocabulary)
     model = load_into(lambda: saved.model.build(vocabulary), step / "model.safetensors")
-    return Loaded(model, vocabulary, dict(saved.tokenizers))
+    template, moved = ChatTemplate.load(run), _moved(run / "config.yaml")
+    return Loaded(model, vocabulary, dict(saved.tokenizers), template, moved)
+
+
+def _moved(file: Path) -> tuple[str, ...] | None:
+    """Modalities that `to_part` moved in the last stage of a run; None: all conditions."""
+    if not file.is_file():
+        return None
+    stages = configs.read(file).get("stages")
+    todo: list[Any] = list(stages[-1:]) if isinstance(stages, list) else []
+    while todo:
+        node = todo.pop()
+        if isinstance(node, dict) and node.get("kind") == "to_part":
+            return tuple(node.get("modalities") or ()) or None
+        todo += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return None
 
 
 class _Saved(configs.Config):
@@ -94,3 +116,30 @@ def _newest(checkpoints: Path) -> Path | None:
             except (ValueError, AttributeError):
                 continue
     return None
+
+
+class Tokenizers(Mapping[str, ModalityTokenizer]):
+    """Tokenizers by modality, loaded on first use: text to text needs no audio codec."""
+
+    def __init__(self, folders: Mapping[str, Path], vocabulary: Vocabulary):
+        self._folders, self._vocabulary = dict(folders), vocabulary
+        self._loaded: dict[str, ModalityTokenizer] = {}
+
+    def __getitem__(self, modality: str) -> ModalityTokenizer:
+        if modality not in self._loaded:
+            from mm.tokenizers.load import load_tokenizer
+
+            folder = self._folders[modality]
+            tokenizer = load_tokenizer(folder)
+            self._vocabulary.require([tokenizer.spec], str(folder))
+            self._loaded[modality] = tokenizer
+        return self._loaded[modality]
+
+    def __contains__(self, modality: object) -> bool:  # the inherited one would load it
+        return modality in self._folders
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._folders)
+
+    def __len__(self) -> int:
+        return len(self._folders)

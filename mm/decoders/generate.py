@@ -16,7 +16,7 @@ from mm.data.batching.document import of_array
 from mm.data.modalities.base import TEXT, table
 from mm.decoders import rules as rule_kinds
 from mm.decoders.base import Ask, Rule, is_fixed
-from mm.decoders.folder import load
+from mm.decoders.folder import Tokenizers, load
 from mm.decoders.media import save_media
 from mm.decoders.prompts import (
     MAX_PROMPT_TOKENS,
@@ -87,7 +87,7 @@ def stream_tokens(
         for i, p in enumerate(prompts)
     ]
     for i, p in enumerate(ready):
-        require_short(len(p.tokens.ids), max_prompt_tokens, f"prompt {i}")
+        require_short(p.tokens.n_tokens, max_prompt_tokens, f"prompt {i}")
     if not ready:
         return
     N = len(ready)
@@ -169,40 +169,19 @@ SETTINGS = {
 }
 
 
-class _Tokenizers(Mapping[str, ModalityTokenizer]):
-    """Tokenizers by modality, loaded on first use: text to text needs no audio codec."""
-
-    def __init__(self, folders: Mapping[str, Path], vocabulary: Vocabulary):
-        self._folders, self._vocabulary = dict(folders), vocabulary
-        self._loaded: dict[str, ModalityTokenizer] = {}
-
-    def __getitem__(self, modality: str) -> ModalityTokenizer:
-        if modality not in self._loaded:
-            from mm.tokenizers.load import load_tokenizer
-
-            folder = self._folders[modality]
-            tokenizer = load_tokenizer(folder)
-            self._vocabulary.require([tokenizer.spec], str(folder))
-            self._loaded[modality] = tokenizer
-        return self._loaded[modality]
-
-    def __contains__(self, modality: object) -> bool:  # the inherited one would load it
-        return modality in self._folders
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._folders)
-
-    def __len__(self) -> int:
-        return len(self._folders)
-
-
 class Generator:
     """A model with its vocabulary and tokenizers: raw values in, raw values out."""
 
     def __init__(
-        self, model: nn.Module, vocabulary: Vocabulary, tokenizers: Mapping[str, ModalityTokenizer]
+        self,
+        model: nn.Module,
+        vocabulary: Vocabulary,
+        tokenizers: Mapping[str, ModalityTokenizer],
+        moved: Sequence[str] | None = None,
     ):
+        """``moved``: conditions that a second sequence of the model takes; default all of them."""
         self.model, self.vocabulary, self.tokenizers = model, vocabulary, tokenizers
+        self.moved = moved
 
     @classmethod
     def from_pretrained(
@@ -216,8 +195,9 @@ class Generator:
             UserError: nothing there, the folder lacks its vocabulary, or asks to run code.
         """
         loaded = load(folder, trust_code)
-        tokenizers = _Tokenizers(loaded.tokenizers, loaded.vocabulary)
-        return cls(loaded.model.to(device).eval(), loaded.vocabulary, tokenizers)
+        tokenizers = Tokenizers(loaded.tokenizers, loaded.vocabulary)
+        model = loaded.model.to(device).eval()
+        return cls(model, loaded.vocabulary, tokenizers, loaded.moved)
 
     def tokenizer(self, modality: str) -> ModalityTokenizer:
         """Tokenizer of a modality. Raises UserError when the vocabulary or the folder has none."""
@@ -236,7 +216,8 @@ class Generator:
         """
         if name is not None:
             return own_modality(name, self.vocabulary.modalities)
-        known = writable_modalities(self.vocabulary.ranges, self.tokenizers)
+        heads = getattr(self.model, "heads", ())
+        known = writable_modalities(self.vocabulary.ranges, self.tokenizers, heads)
         if len(known) == 1:
             return known[0]
         choices = ", ".join(known) or "none: there is no tokenizer beside the model"
@@ -304,8 +285,25 @@ class Generator:
             line = [segment._replace(role="condition") for segment in line]
             if line and line[-1].modality == to and free:
                 line[-1] = line[-1]._replace(role="target")
-            out.append(line)
+            out.append(self.in_parts(line, to))
         return out
+
+    def in_parts(self, segments: list[Segment], to: str) -> list[Segment]:
+        """Conditions where the model reads them: in its second sequence, if it has one.
+
+        Raises UserError of a model with several, as none is known to be meant.
+        """
+        names = getattr(getattr(self.model, "config", None), "parts", ())
+        if not names:
+            return segments
+        if len(names) > 1:
+            raise UserError(
+                f"the model reads {len(names)} second sequences ({', '.join(names)}): give "
+                "generate_tokens segments whose part is named"
+            )
+        moves = lambda s: s.role == "condition" and (self.moved is None or s.modality in self.moved)
+        given = segments or [Segment(to, role="condition")]
+        return [s._replace(part=names[0]) if moves(s) else s for s in given]
 
     def generate(self, prompts: Sequence[Mapping[str, Any]], to: str, **settings: Any) -> list[Any]:
         """Generate one raw value of modality ``to`` for each prompt.

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from mm.batch import Batch
-from mm.data.batching.collate import axes_of, grids_of, values_of
-from mm.data.batching.document import Features, document_tokens
+from mm.data.batching.collate import (
+    EMPTY,
+    Piece,
+    axes_of,
+    grids_of,
+    pieces_to_batch,
+    values_of,
+)
+from mm.data.batching.document import DocumentTokens, Features, document_tokens
 from mm.decoders.base import is_fixed
 from mm.errors import UserError
 from mm.layout import Doc, Grid, Layout
 from mm.mask_expression import looks_ahead
-from mm.specs import Segment, TokenSpec
+from mm.specs import NONE, Segment, TokenSpec
 from mm.vocabulary import Vocabulary
 
 DEFAULT_MAX_TOKENS = 512  # of a span whose length is free
@@ -27,8 +34,8 @@ def require_causal(model: Any, vocabulary: Vocabulary, to: str) -> None:
     mask = getattr(model, "mask", None)
     if mask is not None and looks_ahead(mask, vocabulary.range(to).index):
         raise UserError(
-            f"the mask {mask.key} shows '{to}' what comes after: it cannot be generated token by "
-            "token; train a stage under a mask that is causal there"
+            f"the mask {mask.key} shows '{to}' what comes after: token by token it is neither "
+            "generated nor scored; train a stage under a mask that is causal there"
         )
 
 
@@ -46,12 +53,24 @@ class Stream(NamedTuple):
 
     ids: np.ndarray  # (T,) int32
     features: tuple[Features, ...] = ()
+    parts: Mapping[str, DocumentTokens] = NONE  # second sequences
+
+    @property
+    def n_tokens(self) -> int:
+        """Of all sequences."""
+        return len(self.ids) + sum(len(part.ids) for part in self.parts.values())
 
     @property
     def content(self) -> bytes:
         """Equal where two streams are."""
-        parts = (f"{f.start} {f.grid} {f.room} ".encode() + f.data.tobytes() for f in self.features)
-        return b"|".join((self.ids.tobytes(), *parts))
+        out = [self.ids.tobytes(), *map(_content, self.features)]
+        for name, part in self.parts.items():
+            out += [name.encode(), part.ids.tobytes(), *map(_content, part.features)]
+        return b"|".join(out)
+
+
+def _content(f: Features) -> bytes:
+    return f"{f.start} {f.grid} {f.room} ".encode() + f.data.tobytes()
 
 
 class Prompt(NamedTuple):
@@ -145,8 +164,8 @@ def prepare(
     if spec.continuous:
         made = [s.modality for s in vocabulary.ranges if not s.continuous]
         raise UserError(
-            f"{origin}: '{to}' is read as values, the model cannot write it; it writes: "
-            f"{', '.join(made) or 'nothing'}"
+            f"{origin}: '{to}' is values, not ids: a series goes on by mm.decoders.forecast, "
+            f"ids are written of: {', '.join(made) or 'nothing'}"
         )
     conditions, prefix = list(segments), np.zeros(0, np.int64)
     if continues(segments, to):
@@ -160,13 +179,19 @@ def prepare(
         raise UserError(f"repeats must be 1 or more, not {repeats}")
     conditions *= repeats
     # As condition dropout in training: every condition becomes a null condition, all together.
-    null = [Segment(segment.modality, role="condition") for segment in conditions]
+    null = [Segment(s.modality, role="condition", part=s.part) for s in conditions]
     given = [segment._replace(role="condition") for segment in conditions]
     opening = np.concatenate([[target.begin], target.first + prefix]).astype(np.int32)
 
-    def stream(parts: Sequence[Segment]) -> Stream:
-        made = document_tokens(parts, vocabulary)
-        return Stream(np.concatenate([made.ids, opening]), made.features)
+    def stream(segments: Sequence[Segment]) -> Stream:
+        made = document_tokens([s for s in segments if not s.part], vocabulary)
+        parts = {
+            name: document_tokens(
+                [s._replace(part="") for s in segments if s.part == name], vocabulary
+            )
+            for name in sorted({s.part for s in segments} - {""})
+        }
+        return Stream(np.concatenate([made.ids, opening]), made.features, parts)
 
     total = is_fixed(spec)
     if total is not None:
@@ -197,7 +222,7 @@ def batch(streams: Sequence[Stream], vocabulary: Vocabulary) -> Batch:
     ids = np.full((len(streams), T), -1, np.int32)
     rows = []
     items: dict[str, list[tuple[int, Features]]] = {}
-    for i, (stream, features) in enumerate(streams):
+    for i, (stream, features, _) in enumerate(streams):
         ids[i, : len(stream)] = stream
         modality, grids = vocabulary.modality_of(stream), grids_of(stream, vocabulary)
         for f in features:
@@ -211,6 +236,7 @@ def batch(streams: Sequence[Stream], vocabulary: Vocabulary) -> Batch:
     layout = Layout.from_rows(rows, T, axes=axes_of(vocabulary))
     lengths = torch.tensor([len(stream.ids) for stream in streams], dtype=torch.int32)
     tokens = torch.from_numpy(ids)[..., None]
+    names = sorted({name for stream in streams for name in stream.parts})
     return Batch(
         layout,
         tokens,
@@ -218,7 +244,15 @@ def batch(streams: Sequence[Stream], vocabulary: Vocabulary) -> Batch:
         torch.zeros(len(streams), T),
         places={"tokens": layout.cu_seqlens[:-1] + lengths - 1},
         values={modality: values_of(each) for modality, each in items.items()},
+        parts={name: _second(name, streams, vocabulary) for name in names},
     )
+
+
+def _second(name: str, streams: Sequence[Stream], vocabulary: Vocabulary) -> Batch:
+    """The second sequence of each stream, empty where it has none."""
+    own = [stream.parts.get(name, EMPTY) for stream in streams]
+    rows = [[Piece(d, d.target_modality, slot=i)] for i, d in enumerate(own)]
+    return pieces_to_batch(rows, vocabulary)
 
 
 def distinct(streams: Sequence[Stream]) -> tuple[list[Stream], np.ndarray]:

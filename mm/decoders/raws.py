@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +88,12 @@ def by_reader(prompt: Mapping[str, Any], specs: Sequence[TokenSpec]) -> dict[str
     return out
 
 
-def writable_modalities(specs: Sequence[TokenSpec], tokenizers: Mapping[str, Any]) -> list[str]:
-    """Modalities that a model can generate: values are only read, and ids need their tokenizer."""
-    return [s.modality for s in specs if s.modality in tokenizers and not s.continuous]
+def writable_modalities(
+    specs: Sequence[TokenSpec], tokenizers: Mapping[str, Any], heads: Container[str] = ()
+) -> list[str]:
+    """Modalities that a model can generate: values need a head, and all their tokenizer."""
+    made = lambda s: not s.continuous or s.modality in heads
+    return [s.modality for s in specs if s.modality in tokenizers and made(s)]
 
 
 def unseen_words(

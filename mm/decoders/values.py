@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from mm.data.batching.collate import to_batch
+from mm.data.batching.document import document_length
 from mm.errors import UserError
 from mm.specs import Segment
 from mm.vocabulary import Vocabulary
@@ -26,6 +27,7 @@ def continue_values(
     given: Sequence[np.ndarray],
     n: int,
     *,
+    conditions: Sequence[Segment] = (),
     temperature: float = 0.0,
     seed: int = 0,
     max_places: int = 16384,
@@ -35,6 +37,7 @@ def continue_values(
     The whole sequence is read again for each place.
 
     Args:
+        conditions: what all of them are told after, their parts named.
         temperature: 0 = the mean of each prediction; else spread of what is drawn.
         max_places: of one forward; bounds memory.
     Raises:
@@ -48,15 +51,19 @@ def continue_values(
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     out: list[np.ndarray] = []
-    longest = max((len(x) for x in given), default=0) + n + 2
+    before = document_length(conditions)
+    longest = before + max((len(x) for x in given), default=0) + n + 2
     size = max(1, max_places // longest)
     for begin in range(0, len(given), size):
         some = [np.asarray(x, np.float32) for x in given[begin : begin + size]]
         for _ in range(n):
-            rows = [[[Segment(modality, np.full(len(x), -1), x, role="condition")]] for x in some]
+            told = [Segment(modality, np.full(len(x), -1), x, role="target") for x in some]
+            rows = [[[*conditions, segment]] for segment in told]
             batch = to_batch(rows, vocabulary)
             B, T = batch.layout.shape
-            last = torch.tensor([b * T + len(x) for b, x in enumerate(some)], dtype=torch.int32)
+            last = torch.tensor(
+                [b * T + before + len(x) for b, x in enumerate(some)], dtype=torch.int32
+            )
             batch = replace(batch, places={modality: last}).to(device)
             dist = model(batch, heads=(modality,), loss=False).heads[modality].dist
             new = dist.sample(generator, temperature).float().cpu().numpy()

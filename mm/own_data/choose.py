@@ -40,7 +40,7 @@ def choose(found: Found, options: Options, speed: Speed) -> Plan:
     Raises:
         UserError: the source is too small to hold anything out.
     """
-    found, pack, share, notes = _packing(found, options)
+    found, pack, share, notes = packing(found, options)
     out, plans, names = options.out, [], {}
     for modality in found.modalities:
         if modality == "text":
@@ -100,7 +100,7 @@ def choose(found: Found, options: Options, speed: Speed) -> Plan:
     return Plan(configs, tuple(_steps(out, plans, pack, copies, split)), tuple(notes))
 
 
-def _packing(found: Found, options: Options) -> tuple[Found, Step, float, list[Chosen]]:
+def packing(found: Found, options: Options) -> tuple[Found, Step, float, list[Chosen]]:
     """The first command, what it makes of the source, and what to tell."""
     words, notes = ["data", "pack", str(found.src), "--out", str(options.out / "data")], []
     samples = ", ".join(f"{n:,} of {'+'.join(p)}" for p, n in found.pairs.items())

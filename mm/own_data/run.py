@@ -19,20 +19,22 @@ DONE = "done.json"  # command -> digest of what it was given
 PLACES = ("--out", "--json")  # of what a command makes
 
 
-def run(folder: Path) -> Path:
+def run(folder: Path, again: str = "") -> Path:
     """Run what ``folder/run.sh`` says, and return the run folder.
 
     A command is done when it ended well before, its line and its YAML are as they were, what it
     made is there, and no command before it has done anything. `mm data pack` is always asked: it
     looks whether its source has changed.
 
+    Args:
+        again: words after ``mm`` of what the user calls after a failure; default: run FOLDER.
     Raises:
         UserError: no such file, a line that is no command of `mm`, or a command that failed.
     """
     lines = read_commands(folder / COMMANDS)
     home = run_folder(lines, folder)
     home.mkdir(parents=True, exist_ok=True)
-    steps = Steps(home, f"run {folder}")
+    steps = Steps(home, again or f"run {folder}")
     done: dict[str, str] = read_json(folder / DONE)
     seconds = {old["command"]: old["seconds"] for old in read_json(home / "commands.json") or ()}
     anew = False

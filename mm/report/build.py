@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mm.errors import UserError
 from mm.report.begun import begun
+from mm.report.comparison import comparison
 from mm.report.curves import curves
 from mm.report.data import data
 from mm.report.explained import explanations
@@ -48,6 +49,7 @@ def config(run: RunData) -> str:
 
 
 SECTIONS = (
+    ("comparison", "Before and after", comparison),
     ("figures", "Results on the held-out split", figures),
     ("samples", "Samples over time", samples),
     ("curves", "Training", curves),

@@ -10,8 +10,8 @@ import numpy as np
 from pydantic import Field
 
 from mm.data.modalities.base import raw_modality
+from mm.decoders.forecast import HORIZON, continue_series
 from mm.decoders.generate import Generator
-from mm.decoders.values import continue_values
 from mm.errors import UserError
 from mm.registry import TASKS
 from mm.tasks.base import Figures, Task, open_split, spread
@@ -32,7 +32,7 @@ class Forecast(Task):
     data: Annotated[Path, Field(description="packed raw series")]
     split: Annotated[str, Field(description="split that is reported")] = "test"
     modality: Annotated[str, Field(description="of the model")] = "time_series"
-    horizon: Annotated[int, Field(gt=0, description="points that are told")] = 24
+    horizon: Annotated[int, Field(gt=0, description="points that are told")] = HORIZON
     period: Annotated[int, Field(gt=0, description="points of a season")] = 12
     samples: Annotated[
         int, Field(ge=0, description="drawn continuations whose median is told; 0 = their mean")
@@ -83,23 +83,16 @@ class Forecast(Task):
         return season[np.arange(self.horizon) % self.period]
 
     def _told(self, generator: Generator, given: list[np.ndarray], seed: int) -> list[np.ndarray]:
-        tokenizer = generator.tokenizer(self.modality)
-        codes = tokenizer.encode(given)
-        points = len(tokenizer.decode([codes[0]._replace(side={})])[0]) // len(codes[0].values)
-        n = -(-self.horizon // points)  # places
-        draws = []
-        for number in range(max(1, self.samples)):
-            new = continue_values(
+        draws = [
+            continue_series(
                 generator.model,
                 generator.vocabulary,
-                self.modality,
-                [code.values for code in codes],
-                n,
+                generator.tokenizer(self.modality),
+                given,
+                self.horizon,
                 temperature=1.0 if self.samples else 0.0,
                 seed=seed + number,
             )
-            sides = [{k: v for k, v in code.side.items() if k != "points"} for code in codes]
-            pairs = zip(codes, new, sides, strict=True)
-            made = tokenizer.decode([c._replace(values=v, side=side) for c, v, side in pairs])
-            draws.append([x[: self.horizon] for x in made])
+            for number in range(max(1, self.samples))
+        ]
         return [np.median(np.stack(each), 0) for each in zip(*draws, strict=True)]

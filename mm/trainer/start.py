@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -12,12 +13,14 @@ from mm.decoders.device import warn_of_driver
 from mm.errors import UserError
 from mm.launch import environment
 from mm.run import Run
-from mm.trainer import begun, folder
+from mm.trainer import begun, chat, folder
 from mm.trainer import survey as figures
 from mm.trainer.callbacks.base import Callback, Training
 from mm.trainer.env import TrainerEnv
 from mm.trainer.stage import StageState, build, make_stream
 from mm.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
 
 
 class Starting(Training, Protocol):
@@ -52,14 +55,16 @@ def check(trainer: Starting, index: int) -> None:
     for number in range(index, len(run.stages)):
         check_shards(f"stages.{number}.data", run.stages[number].data, run, vocabulary)
     check_tokenizers(trainer, vocabulary)
+    chat.check_templates(trainer, index)
     for number in range(index, len(run.stages)):
         for place, task in enumerate(run.stages[number].tasks):
-            if not (run.evaluate or getattr(task, "every", 0)):  # it is never measured
-                continue
+            key = f"stages.{number}.tasks.{place} ({task.kind})"
             try:
                 task.check(vocabulary, trainer.tokenizers)
             except UserError as error:
-                raise UserError(f"stages.{number}.tasks.{place} ({task.kind}): {error}") from error
+                if run.evaluate or getattr(task, "every", 0):
+                    raise UserError(f"{key}: {error}") from error
+                log.warning(f"{key}: {error}; evaluate is false, but mm eval will need it")
     for sink in run.tracking.sinks:
         sink.check()
     for callback in trainer.callbacks:
@@ -175,6 +180,7 @@ def survey(trainer: Starting, index: int) -> dict[str, Any]:
     begun.show(trainer.stage.begun)
     for entry in found["stages"]:
         number = entry["stage"]
+        chat.check_loss(f"stages.{number}", trainer, streams[number])
         if words is not None and entry["sources"]:
             figures.judge(number, run.stages[number], streams[number], entry["sources"], words)
         if number != index:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from mm.config import dump
 from mm.errors import UserError
 from mm.launch import environment
+from mm.processes import unwind_on_sigterm
 from mm.reading import parse_json
 from mm.run import EngineConfig, Run
 from mm.verify.tolerance import UPDATE
@@ -64,8 +65,7 @@ def verify(
     steps = min(steps, run.stages[0].budget.steps)
     if steps < 2:
         raise UserError(f"--steps {steps}: a save and a resume need two; stages.0.budget.steps too")
-    root = Path(tempfile.mkdtemp(prefix="mm-verify-"))
-    try:
+    with unwind_on_sigterm(), _own_folder() as root:
         (root / "tensors").mkdir()
         half = steps // 2
         job = {"steps": steps, "config": origin or run.name}
@@ -80,14 +80,22 @@ def verify(
             role: parse_json((root / f"{role}.json").read_text())
             for role in ("setting", "resumed", "reference")
         }
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
     if processes > 1 and told["setting"].get("noise"):
         raise UserError(
             f"{origin or run.name}: a layer draws noise, other noise in every process, so that "
             "several cannot be compared with one; verify it alone: --processes 1"
         )
     return _judge(run, processes, steps, told)
+
+
+@contextlib.contextmanager
+def _own_folder() -> Iterator[Path]:
+    """A temporary folder that is removed, whatever happens inside."""
+    root = Path(tempfile.mkdtemp(prefix="mm-verify-"))
+    try:
+        yield root
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
 
 
 def as_reference(run: Run) -> Run:

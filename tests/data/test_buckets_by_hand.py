@@ -1,4 +1,4 @@
-"""Buckets against all cuts there are, and moved pictures against their pixels."""
+"""Buckets against all cuts there are; moved pictures and windows against their pixels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from mm.data.streams.buckets import make_buckets
 from mm.data.transforms.augment_image import AugmentImageConfig
+from mm.data.transforms.chunk import window
 from mm.specs import Segment
 
 
@@ -61,6 +62,12 @@ def test_cells_are_told_apart_on_every_axis() -> None:
     assert all(first[b] < first[b + 1] for b in range(15) if sums[b] == sums[b + 1])
 
 
+def test_cells_are_told_apart_where_one_axis_has_few_lengths() -> None:
+    lengths = np.array([*itertools.product(range(4), range(2), range(3))])
+    of = make_buckets(lengths, 24).of(lengths)
+    assert len(set(of.tolist())) == 24
+
+
 def as_patches(pixels: np.ndarray, p: int) -> Segment:
     rows, columns = pixels.shape[0] // p, pixels.shape[1] // p
     values = np.stack(
@@ -76,7 +83,7 @@ def as_patches(pixels: np.ndarray, p: int) -> Segment:
 @pytest.mark.parametrize("mirror", [0.0, 1.0])
 def test_a_moved_picture_is_its_pixels_elsewhere_with_edges_repeated(mirror: float) -> None:
     """Pictures of unequal sides; every move of up to two pixels is met, and none other."""
-    p, rows, columns, shift = 2, 2, 3, 2
+    p, rows, columns, shift = 2, 3, 2, 2
     pixels = np.arange(rows * p * columns * p * 3).reshape(rows * p, columns * p, 3)
     given = as_patches(pixels, p)
     seen = set()
@@ -113,3 +120,14 @@ def test_directions_are_those_of_the_draw() -> None:
         down, right = rng.integers(-1, 2, 2)
         y, x = np.clip(np.arange(4) + down, 0, 3), np.clip(np.arange(4) + right, 0, 3)
         assert np.array_equal(moved.values, as_patches(pixels[y][:, x], 2).values)  # type: ignore[arg-type]
+
+
+def test_a_window_of_patches_is_no_grid_and_its_end_no_target() -> None:
+    """Six patches in two rows of three: the middle four are in no rectangle."""
+    given = as_patches(np.arange(4 * 6 * 3).reshape(4, 6, 3), 2)
+    given = given._replace(ids=np.zeros(6, np.int32))
+    made = window(given, 1, 5)
+    assert given.grid == (2, 3) and made.grid == ()
+    assert np.array_equal(made.values, given.values[1:5])  # type: ignore[index,arg-type]
+    assert made.targets is not None and made.targets.tolist() == [0, 0, 0, 0, -1]
+    assert window(given, 2, 6).targets is None

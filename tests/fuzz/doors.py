@@ -11,6 +11,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -27,11 +28,14 @@ from damage import (
 )
 
 from mm.config import read
+from mm.data.chat.conversation import Media, read_row
 from mm.data.modalities.base import BadSample, get_modality
 from mm.data.pack.job import pack
 from mm.data.shards.manifest import read_manifest
 from mm.data.shards.reader import ShardSet
 from mm.data.shards.verify import verify
+from mm.data.sources.chat import ChatConfig
+from mm.data.sources.chat import reader as media_reader
 from mm.errors import UserError
 from mm.vocabulary import Vocabulary
 
@@ -321,7 +325,34 @@ def table_enter(folder: Path) -> None:
     assert verify(folder / "out")["ok"]
 
 
+# ---- conversations ----
+
+
+def chat_seed(folder: Path) -> None:
+    asked = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "0.png"}}]
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "red"}]
+    other = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "blue"}]
+    rows: list[Any] = [{"messages": turns}, {"messages": other, "image": ["0.png"], "tools": []}]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def chat_enter(folder: Path) -> None:
+    """All but the template's process: it may start no program while it is watched."""
+    source = ChatConfig(path=folder / "rows.jsonl", table="jsonl").build()
+    source.fingerprint()
+    for table, _ in source.parts:
+        for _, row in table.rows():
+            with suppress(BadSample):
+                if isinstance(row, dict):
+                    for part in (
+                        p for m in read_row(row, source.mapping).messages for p in m.parts
+                    ):
+                        if isinstance(part, Media):
+                            media_reader(part, folder)()
+
+
 DOORS: Mapping[str, Door] = {
+    "chat": Door(chat_seed, tree_or_byte_edits, table_damage, chat_enter),
     "manifest": Door(shards_seed, tree_or_byte_edits, manifest_damage, shards_enter),
     "index": Door(shards_seed, tree_edits, index_damage, shards_enter),
     "tar": Door(tar_seed, byte_edits, tar_damage, tar_enter),

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from machines import background, mm, need, steps_done, toy_run, wait_for
+from machines import Hosts, background, mm, need, steps_done, toy_run, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -39,3 +39,13 @@ def test_the_error_of_a_rank_is_told(tmp_path: Path) -> None:
         "launch", "mpi", str(config), "--gpus-per-node", "2", cwd=tmp_path, timeout_s=400
     )
     assert code == 2 and "vocabulary.json" in said.splitlines()[-1], said
+
+
+def test_two_hosts_are_checked_by_mpirun_before_they_train(hosts: Hosts, tmp_path: Path) -> None:
+    need("mpirun")
+    config = toy_run(tmp_path)
+    given = ("launch", "mpi", str(config), "--nodes", "2", f"cluster.hostfile={hosts.hostfile()}")
+    options = f"cluster.options=--mca btl_tcp_if_include 10.{hosts.net}.0.0/24"
+    code, said = mm(*given, options, cwd=tmp_path, timeout_s=400, PATH=hosts.ssh_for_all())
+    assert code == 0, said
+    assert "preflight of 2 hosts" in said and "2 processes" in said and "run 6/6" in said

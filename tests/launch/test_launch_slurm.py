@@ -62,6 +62,7 @@ def unbroken(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_nodes_train_as_one_world(slurm: Slurm, unbroken: Path) -> None:
+    assert "preflight of 2 hosts" in said_by_job(unbroken)
     assert "2 processes" in said_by_job(unbroken) and len(losses(unbroken)) == STEPS
     code, said = slurm.mm("launch", "status", "run", cwd=unbroken)
     assert code == 0 and "all steps are done" in said, said
@@ -70,6 +71,16 @@ def test_two_nodes_train_as_one_world(slurm: Slurm, unbroken: Path) -> None:
     for file in (unbroken / "run" / "launch").rglob("*"):
         if file.is_file():
             assert "k" * 40 not in file.read_text(errors="replace"), f"{file} holds a secret"
+
+
+def test_nodes_that_do_not_fit_are_refused_before_a_step(slurm: Slurm, tmp_path: Path) -> None:
+    job = submit(slurm, tmp_path, "cluster.env.GLOO_SOCKET_IFNAME=ib9")
+    wait_until(tmp_path, "ended: ")
+    assert "ended: refused by the preflight: 2 to mend" in history(tmp_path), said_by_job(tmp_path)
+    said = said_by_job(tmp_path)
+    assert "FIX: interface, n1: cluster.env.GLOO_SOCKET_IFNAME=" in said and "n2" in said
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+    wait_for(lambda: slurm.state(job) == "FAILED", 60, "the end of a job that is not tried again")
 
 
 @pytest.mark.parametrize("after_limit", ["requeue", "chain", "array"])
@@ -125,7 +136,7 @@ def test_a_preempted_job_saves_goes_on_and_stops_when_told(slurm: Slurm, tmp_pat
 
 
 def test_an_error_is_tried_twice_and_not_a_third_time(slurm: Slurm, tmp_path: Path) -> None:
-    held = ("cluster.options=[--hold]",)
+    held = ("cluster.options=[--hold]", "cluster.preflight=false")
     job = submit(slurm, tmp_path, *held)
     (tmp_path / "vocabulary.json").unlink()
     slurm.ask("scontrol", "release", job)

@@ -157,13 +157,15 @@ def test_an_interface_must_lead_to_the_first_host() -> None:
 
 def meeting(first: Any = None, second: Any = None, tried: Any = None) -> list[Row]:
     good = {"resolves": ["10.0.0.1"], "listens": "", "spare": [4000, 4001], "own": True}
-    said = {0: good | (first or {}), 1: good | (second or {})}
+    said = {0: good | {"network": "x"} | (first or {}), 1: good | {"network": "y"} | (second or {})}
     answers = {0: {}, 1: tried or {"29500": "", "4000": "", "4001": ""}}
     return to_mend(network.judge_rendezvous(seen(rendezvous=[said, answers])))
 
 
 def test_the_meeting_point_is_never_a_loopback_and_answers() -> None:
     assert meeting() == []
+    loop = {"resolves": ["127.0.0.1"], "network": "one machine"}
+    assert meeting(first=loop, second=loop) == []
     (row,) = meeting(second={"resolves": ["127.0.1.1"]})
     assert (row.host, row.mend) == ("b", "cluster.address=10.0.0.1") and "loopback" in row.found
     (row,) = meeting(second={"resolves": ["10.9.9.9"]})

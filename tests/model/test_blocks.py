@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -85,3 +86,57 @@ def test_layers_are_dropped_apart() -> None:
     apply(stack, inputs())
     assert len(seen) == 3 and not torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[1], seen[2])
+
+
+def hyper(n: int, **settings: Any) -> list[Any]:
+    """Two blocks with every parameter away from its start."""
+    blocks = [cast(Any, build({"kind": "hyper", "streams": n, **settings})) for _ in range(2)]
+    with torch.no_grad():
+        for p in (p for block in blocks for p in block.parameters()):
+            p.add_(0.2 * torch.randn_like(p))
+    return blocks
+
+
+def connected(part: Any, h: list[Tensor], place: int, layer: Any) -> list[Tensor]:
+    """Equations of arXiv:2409.19606 stream by stream: A_m, A_r and B as static plus dynamic."""
+    n, seen = len(h), [part.norm(x) for x in h]
+    dot = lambda x, w: (x * w).sum(-1, keepdim=True).tanh()
+    alpha = lambda i, j: (  # what stream i gives: j = 0 to the layer, else to stream j - 1
+        (part.read[i] + (place % n == i) if j == 0 else part.mix[i, j - 1])
+        + part.scale[0] * dot(seen[i], part.to_alpha[j])
+    )
+    beta = [part.beta[i] + part.scale[1] * dot(seen[i], part.to_beta[0]) for i in range(n)]
+    y = layer(sum(alpha(i, 0) * h[i] for i in range(n)))
+    return [sum(alpha(i, j + 1) * h[i] for i in range(n)) + beta[j] * y for j in range(n)]
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_hyper_connections_are_the_papers_stream_by_stream(between: bool) -> None:
+    """A block of another kind between adds to all streams alike."""
+    blocks, x, plain = hyper(3), inputs(), cast(Any, build("prenorm"))
+    h = [x] * 3
+    ctx, found = Ctx(LAYOUT, Causal()), x
+    for i, block in enumerate(blocks):
+        for j, name in enumerate(("mixer", "ffn")):
+            run = getattr(block, name)
+            normed = getattr(block, f"{name}_norm")
+            part = getattr(block, f"{name}_connections")
+            h = connected(part, h, 2 * i + j, lambda v, r=run, w=normed: apply(r, w(v)))
+        out = block(found, replace(ctx, visit=i))
+        found, ctx = out.y, out.ctx
+        if between and i == 0:
+            more = apply(plain, found) - found
+            h, found = [x + more for x in h], found + more
+    torch.testing.assert_close(found, sum(h) / 3)
+
+
+@pytest.mark.parametrize("settings", [{}, {"dynamic": False}, {"streams": 1}])
+def test_hyper_connections_begin_as_a_prenorm_stack(settings: dict[str, Any]) -> None:
+    build_stack = lambda block: StackConfig(depth=3, block=block).build(D).double()
+    plain, wide = build_stack("prenorm"), build_stack({"kind": "hyper", **settings})
+    for stack in (plain, wide):
+        init_weights(stack)
+    own = {k: v for k, v in plain.state_dict().items()}
+    missing = wide.load_state_dict(own, strict=False).missing_keys
+    assert missing and all("connections" in name for name in missing)
+    torch.testing.assert_close(apply(wide, inputs()), apply(plain, inputs()))

@@ -29,6 +29,23 @@ def output(layer: FeedForward, x: Tensor) -> Tensor:
     return layer(x, Ctx(Layout.plain(*x.shape[:2]), Causal())).y
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_sub_norm_norms_what_the_last_matrix_reads(gated: bool) -> None:
+    layer = cast(Any, build("sub_norm", hidden=HIDDEN, gated=gated, activation="gelu"))
+    x = torch.randn(2, 5, D)
+    with torch.no_grad():
+        layer.norm.weight.add_(0.2 * torch.randn(HIDDEN))
+        layer.norm.bias.add_(0.2 * torch.randn(HIDDEN))
+    if gated:
+        gate, up = (x @ layer.gate_up.weight.T).chunk(2, -1)
+        h = F.gelu(gate) * up
+    else:
+        h = F.gelu(x @ layer.up.weight.T)
+    h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
+    y = (h * layer.norm.weight + layer.norm.bias) @ layer.out.weight.T
+    torch.testing.assert_close(output(layer, x), y)
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("hidden", [None, HIDDEN])
 def test_a_gated_mlp_is_swiglu_bit_for_bit(activation: str, hidden: int | None) -> None:

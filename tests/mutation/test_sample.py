@@ -16,14 +16,16 @@ from table import accepted  # noqa: E402
 # only longer ones run are not drawn from here: `make mutants` does.
 QUICK = {
     ".": "vocabulary",
-    "data": "collate_by_hand contract_data contract_packing copies file_bytes held_out_streams "
-    "hostile hostile_sources hostile_structure left_behind mixing modalities order_and_rows pack "
-    "pack_parts pretokenized segments stream_stats streams transforms",
-    "model": "layout_rows positions positions_relative rope_by_hand",
+    "data": "buckets_by_hand collate_by_hand contract_data contract_packing copies file_bytes "
+    "held_out_streams hostile hostile_sources hostile_structure left_behind mixing modalities "
+    "order_and_rows pack pack_by_hand pack_parts pretokenized segments stream_stats streams "
+    "streams_by_hand transforms",
+    "model": "layout_rows positions positions_by_hand positions_relative rope_by_hand",
     "model/mixers": "mixer_attention_positions",
-    "tasks": "bits_of_segments tasks tasks_by_hand",
+    "tasks": "bits_of_segments meetings_by_hand tasks tasks_by_hand",
     "tokenizers": "adversarial_by_hand commitment image_vq_objective quantizers rvq",
-    "trainer": "guard_by_hand held_out_by_hand metrics_by_hand",
+    "trainer": "callbacks_by_hand engine_by_hand guard_by_hand held_out_by_hand metrics_by_hand "
+    "objectives_by_hand run_folder_by_hand sinks_by_hand",
 }
 
 

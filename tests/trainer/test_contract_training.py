@@ -220,6 +220,7 @@ RECIPES: dict[str, tuple[str, Any]] = {  # objective -> (network it trains, batc
     "toy_gan": ("toy_lm", _tokens),
     "vq": ("image_vq", _items("image", lambda g: torch.rand(3, 32, 32, generator=g))),
     "codec": ("audio_codec", _items("audio", lambda g: 0.1 * torch.randn(8000, generator=g))),
+    "replaced_token": (EMBEDS | {"heads": {"replaced": "binary"}}, _tokens),  # type: ignore
     "contrastive": (EMBEDS, _captioned),  # type: ignore[dict-item]
 }
 

@@ -174,6 +174,15 @@ def test_a_task_that_cannot_be_measured_stops_the_run_before_it_trains(
     assert told.startswith(f"stages.0.tasks.0 ({task['kind']}): ") and named in told
 
 
+def test_a_task_that_is_measured_later_is_asked_for_at_the_start(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tasks = [{"kind": "recognition", "data": "nowhere"}]
+    train(make_run(root, tmp_path, stage={"tasks": tasks}, steps=1, evaluate=False))
+    said = [r.message for r in caplog.records if r.message.startswith("stages.0.tasks.0")]
+    assert len(said) == 1 and "no packed data at nowhere" in said[0] and "mm eval" in said[0]
+
+
 @pytest.mark.parametrize("kind", list(TASKS))
 def test_law_every_task_asks_for_its_data_before_a_run_trains(kind: str) -> None:
     """Law of `Task.check`: a task whose data are not there is refused, not after the training."""

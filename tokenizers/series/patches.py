@@ -60,8 +60,9 @@ class SeriesPatches(ModalityTokenizer):
                 f"series patches: expected finite numbers (points, {c.channels}), got "
                 f"{np.shape(raw)}: set tokenizer.channels to what the data have"
             )
-        loc = x[: c.norm_points].mean(0)
-        scale = x[: c.norm_points].std(0)
+        first = x[: c.norm_points]
+        loc = first.mean(0) if len(first) else np.zeros(c.channels)
+        scale = first.std(0) if len(first) else np.ones(c.channels)
         flat = scale <= FLAT * np.maximum(np.abs(loc), 1e-30)
         scale = np.where(flat, np.maximum(np.abs(loc), 1.0), scale)
         front = -len(x) % c.patch
@@ -99,7 +100,12 @@ class SeriesPatchesConfig(Config):
     patch: Annotated[int, Field(gt=0, le=65536, description="points of a place")] = 12
     channels: Annotated[int, Field(gt=0, le=4096, description="numbers of a point")] = 1
     norm_points: Annotated[
-        int, Field(gt=0, description="first points whose mean and spread normalise the series")
+        int,
+        Field(
+            ge=0,
+            description="first points whose mean and spread normalise the series; 0: it stays as "
+            "it is, for features that another model made",
+        ),
     ] = 12
 
     def fit(self, recordings: Iterable[Any] = ()) -> SeriesPatches:

@@ -58,13 +58,15 @@ class MLP(FeedForward):
             self.up = linear(d_model, d_hidden, "up")
         self.out = linear(d_hidden, d_model, "out")
 
-    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
+    def hidden_units(self, x_BTD: Tensor, ctx: Ctx) -> Tensor:
+        """`(B, T, F)` that the last matrix reads."""
         if self.gated:
             gate, up = self.gate_up(x_BTD, ctx).chunk(2, dim=-1)
-            hidden = gated_product(gate, up, self.activation)
-        else:
-            hidden = ACTIVATIONS[self.activation](self.up(x_BTD, ctx))
-        return Out(self.out(hidden, ctx))
+            return gated_product(gate, up, self.activation)
+        return ACTIVATIONS[self.activation](self.up(x_BTD, ctx))
+
+    def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
+        return Out(self.out(self.hidden_units(x_BTD, ctx), ctx))
 
 
 @FFNS.register("mlp")

@@ -30,6 +30,9 @@ class SamplesConfig(Config):
 
     kind: Literal["samples"] = "samples"
     every: Annotated[int, Field(gt=0, description="steps")] = 250
+    at_start: Annotated[
+        bool, Field(description="also before the first step: of what the run begins with")
+    ] = False
     prompts: Annotated[
         tuple[dict[str, str], ...],
         Field(description="modality: value (text as it is, else a file) in order, and `to`"),
@@ -114,6 +117,10 @@ class Samples(Callback):
         """Most new ids of a span; a grid has its own."""
         fixed = is_fixed(generator.vocabulary.spec(to)) is not None
         return None if fixed else self.config.max_tokens
+
+    def on_stage_start(self, trainer: Training) -> None:
+        if self.config.at_start and self.config.prompts and trainer.step == 0:
+            self._sample(trainer, 0)
 
     def post_step(self, trainer: Training, step: int, metrics: dict[str, Any]) -> None:
         if self._kept is None and not self.config.prompts:

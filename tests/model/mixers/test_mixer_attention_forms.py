@@ -14,7 +14,10 @@ from laws import TOL, D, alone, documents
 from torch.nn import functional as F
 
 from mm.errors import UserError
+from mm.layout import Layout
+from mm.mask import Causal
 from mm.model.backbones.stack import StackConfig
+from mm.model.context import Ctx
 from mm.model.layer import init_weights
 from mm.model.mixers.attention.cog_attention import signed_softmax
 from mm.registry import MIXERS
@@ -115,6 +118,34 @@ def test_kv_shift_begins_with_shares_of_sum_one() -> None:
     init_weights(layer)
     torch.testing.assert_close(layer.mix.sum(0), torch.ones(2, 4))
     assert (layer.mix >= 0).all()
+
+
+# ---- value residual ----
+
+
+def test_value_residual_mixes_the_values_of_the_first_layer() -> None:
+    """In two calls: the second layer gets what the first one published; the first its own."""
+    first, second = build("value_residual", kv_heads=1), build("value_residual", kv_heads=1)
+    (x,) = documents(9)
+    y, ctx = x[None], Ctx(Layout.plain(1, 9), Causal())
+    values = None
+    for layer in (first, second):
+        q, k, v = heads(y[0] @ layer.qkv.weight.T, 2, 1, 1)
+        values = v if values is None else values
+        a, b = layer.share.tolist()
+        o = causal_softmax(q @ k.mT * 8**-0.5) @ (a * values + b * v)
+        out = layer(y, ctx)
+        torch.testing.assert_close(out.y[0], merged(o) @ layer.out.weight.T, **TOL)
+        y, ctx = out.y, out.ctx or ctx
+    assert ctx.published
+
+
+def test_value_residual_begins_by_halves_and_passes_the_first_layer_by() -> None:
+    layer, plain, (x,) = build("value_residual"), build("attention", qk_norm=False), documents(9)
+    layer.init_weights()
+    assert layer.share.tolist() == [0.5, 0.5]
+    plain.load_state_dict({n: p for n, p in layer.state_dict().items() if n != "share"})
+    torch.testing.assert_close(alone(layer, x), alone(plain, x), **TOL)
 
 
 # ---- differential attention ----
