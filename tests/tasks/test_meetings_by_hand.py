@@ -10,14 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from test_tasks_by_hand import Answers, data  # noqa: F401
 
 from mm.data.modalities.base import get_modality
 from mm.registry import TASKS
+from mm.specs import TokenSpec
 from mm.tasks import run
 from mm.tasks.judges import Judge, linear_probe
+from mm.tasks.transcription import Transcription
 from mm.tokenizers.text.bytes import BytesConfig
+from mm.vocabulary import extend_vocabulary
 
 
 def in_a_launch_of(monkeypatch: pytest.MonkeyPatch, size: int) -> Any:
@@ -121,3 +125,28 @@ def test_a_tokenizer_of_bytes_is_given_the_file_as_it_is(data: Path) -> None:  #
     task: Any = TASKS.parse({"kind": "recognition", "data": data, "label": "pattern"}).build()
     item = task.items("test", generator)[0]
     assert bytes(item.sample.values["image"])[:4] == b"\x89PNG"
+
+
+class Hears(torch.nn.Module):
+    """Says the bytes of "a word", with codes of other ranges among them."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.ids = torch.tensor([[0, *(first + byte for byte in b"a word"), first - 1]])
+
+    def forward(self, batch: Any, heads: Any, loss: bool) -> Any:
+        assert heads == ("text",) and not loss
+        dist = SimpleNamespace(sample=lambda generator, temperature: self.ids)
+        return SimpleNamespace(heads={"text": SimpleNamespace(dist=dist)})
+
+
+def test_a_transcript_is_what_the_codes_of_its_own_range_say() -> None:
+    text = BytesConfig(modality="text").build()
+    words = extend_vocabulary([TokenSpec("audio", 4), text.spec])
+    generator: Any = SimpleNamespace(
+        model=Hears(words.range("text").first), vocabulary=words, tokenizer=lambda modality: text
+    )
+    task: Any = SimpleNamespace(source="audio", to="text")
+    codes = [np.array([1, 2, 3], np.int32)]
+    assert Transcription._read(task, generator, codes) == [["a", "word"]]
