@@ -6,7 +6,8 @@
 `transformers` makes a random Llama, `mm import` takes it. Memory: the peak of live tensor bytes of
 one step of AdamW whose states are there (mm/plan/tally.py counts both alike). Time: a step of ours
 and a step of PEFT's on the same weights, with adapters on the same matrices, in turn, by processor
-time; both losses are printed: before the first update they must be equal.
+time; both losses are printed: before the first update they are equal but for 18 ids of ours, in
+the softmax alone, that their tokenizer lacks.
 """
 
 from __future__ import annotations
@@ -144,6 +145,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--no-time", action="store_true", help="memory alone")
+    parser.add_argument("--no-memory", action="store_true", help="time alone")
+    parser.add_argument("--check", action="store_true", help="also compare logits of both")
     args = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
@@ -153,7 +156,7 @@ def main() -> None:
         import_model(theirs, ours, check=False)
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(args.vocab, (1, args.tokens), generator=generator)
-        for name, lora in (("full", False), ("lora", True)):
+        for name, lora in () if args.no_memory else (("full", False), ("lora", True)):
             model = own(ours, lora)
             found[f"{name}_parameters"] = sum(p.numel() for p in model.parameters())
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -161,10 +164,12 @@ def main() -> None:
             found[f"{name}_peak_bytes"] = peak(our_step(model, ids))
             del model
             gc.collect()
-        found["peak_share"] = found["lora_peak_bytes"] / found["full_peak_bytes"]
-        print(json.dumps(found, indent=1), flush=True)
+        if not args.no_memory:
+            found["peak_share"] = found["lora_peak_bytes"] / found["full_peak_bytes"]
+            print(json.dumps(found, indent=1), flush=True)
         if not args.no_time:
-            found["differ"] = compare(ours, theirs).difference
+            if args.check:
+                found["differ"] = compare(ours, theirs).difference
             mine, other = our_step(own(ours, True), ids), their_step(theirs, ids)
             found["first_losses"] = [mine(), other()]
             times: list[list[float]] = [[], []]
@@ -173,6 +178,7 @@ def main() -> None:
                     begun = time.process_time()
                     step()
                     kept.append(time.process_time() - begun)
+                print("a pair:", times[0][-1], times[1][-1], flush=True)
             ratio = Ratio.of([b / a for a, b in zip(*times, strict=True)])
             found["seconds"], found["ratio"] = times, ratio._asdict()
     print(json.dumps(found, indent=1))

@@ -256,6 +256,7 @@ SURGERIES = Registry(
     {
         "deepen": "mm.surgery.deepen",
         "extend_vocabulary": "mm.surgery.extend_vocabulary",
+        "graft_adapter": "mm.surgery.graft_adapter",
         "keep_layers": "mm.surgery.keep_layers",
         "linearize": "mm.surgery.linearize",
         "merge_lora": "mm.surgery.merge_lora",
@@ -331,10 +332,24 @@ FAMILIES = Registry(
         "qwen3": "mm.interchange.families.qwen3",
         "qwen3_moe": "mm.interchange.families.qwen3_moe",
         "mixtral": "mm.interchange.families.mixtral",
+        "phi3": "mm.interchange.families.phi3",
         "olmo2": "mm.interchange.families.olmo2",
         "gemma2": "mm.interchange.families.gemma2",
         "gemma3_text": "mm.interchange.families.gemma3_text",
         "gpt2": "mm.interchange.families.gpt2",
+        "mamba": "mm.interchange.families.mamba",
+        "mamba2": "mm.interchange.families.mamba2",
+        "recurrent_gemma": "mm.interchange.families.recurrent_gemma",
+        "qwen3_next": "mm.interchange.families.qwen3_next",
+    },
+)
+ENCODERS = Registry(
+    "encoder",
+    {
+        "siglip": "mm.interchange.encoders.siglip",
+        "siglip_vision_model": "mm.interchange.encoders.siglip",
+        "vit": "mm.interchange.encoders.vit",
+        "whisper": "mm.interchange.encoders.whisper",
     },
 )
 

@@ -83,6 +83,20 @@ def variants() -> dict[str, Callable[[], Layer]]:
     made["rg_lru, other width and conv_size"] = lambda: rg_lru(
         width=12, heads=3, conv_size=2
     ).build(D)
+    made["rg_lru, first token unscaled"] = lambda: rg_lru(heads=2, first_unscaled=True).build(D)
+    made["mamba, no bias of the convolution"] = lambda: MIXERS.get("mamba")(
+        expand=1, states=3, conv_bias=False
+    ).build(D)
+    made["linear_attention, norm by key head"] = lambda: MIXERS.get("linear_attention")(
+        heads=4, key_heads=2, feature="silu", normalise=False, decay="step", norm="key_head",
+        norm_eps=1e-3, conv_size=3, conv_bias=False, gate="silu", gate_first=True,
+    ).build(D)  # fmt: skip
+    made["delta_rule, shared keys"] = lambda: MIXERS.get("delta_rule")(
+        heads=4, key_heads=2, key_dim=3, gate="scalar", output_gate=True, norm_eps=1e-3
+    ).build(D)
+    made["moe, gated shared expert"] = lambda: FFNS.get("moe")(
+        experts=4, hidden=8, shared=1, shared_gate=True
+    ).build(D)
     made["stack, recomputed hybrid"] = lambda: StackConfig(
         depth=3,
         pattern="rg_lru local_attention",

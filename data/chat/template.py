@@ -160,9 +160,10 @@ class ChatTemplate(Config):
                     )
                 continue  # as it stands in a history, a server never asks for it
             spans.append((len(before), end))
+        told = conversation.messages
         if not prompt:
-            full = full[: spans[-1][1]]
-        media = [p for m in conversation.messages for p in m.parts if isinstance(p, Media)]
+            full, told = full[: spans[-1][1]], told[: last + 1]
+        media = [p for m in told for p in m.parts if isinstance(p, Media)]
         return list(self._split(full, spans, media))
 
     def _check_words(self, conversation: Conversation) -> None:

@@ -228,13 +228,15 @@ def _forward(
 def _backward(
     passes: str, h: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
     dtype: torch.dtype, softcap: float, lse: Tensor, kept: Tensor, dnll: Tensor, dlse: Tensor,
+    ask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of h, weight and bias, those that ``ask`` names: a frozen head has none."""
     with torch.autocast(h.device.type, enabled=False):
         x = h.to(dtype)
         (P, _), N, wide = h.shape, weight.shape[0], lse.dtype
         step = max(1, chunk_classes(P, N))
         dh = torch.zeros(h.shape, dtype=wide, device=h.device)
-        dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        dw = torch.empty_like(weight if ask[1] else h[:0], memory_format=torch.contiguous_format)
         db = torch.empty(0 if bias is None else N, dtype=wide, device=h.device)
         rows = Rows(target, lse, (dnll + dlse).to(wide), dnll)
         made = _logits_dtype(passes, dtype, bias, softcap)
@@ -247,11 +249,12 @@ def _backward(
             if bias is not None:
                 db[C] = g.sum(0)
             g = g.to(dtype)
-            if dw.dtype == dtype:
+            if ask[1] and dw.dtype == dtype:
                 torch.mm(g.T, x, out=dw[C])
-            else:
+            elif ask[1]:
                 dw[C] = g.T @ x
-            dh += g @ weight[C].to(dtype)
+            if ask[0]:
+                dh += g @ weight[C].to(dtype)
         return dh.to(h.dtype), dw, db if bias is None else db.to(bias.dtype)
 
 
@@ -278,6 +281,7 @@ def _register(name: str, passes: str) -> None:
         kept="logits",
         saved="h weight target bias dtype softcap lse logits",
         gradients="h weight bias",
+        ask=True,
     )
 
     @linear_cross_entropy.register(name, partial(_why_not, passes))

@@ -108,6 +108,14 @@ def generate(
     raw = raw_modality(own)
     if generator.vocabulary.spec(own).continuous:
         asked = {"horizon": horizon, "draws": n, "temperature": temperature}
+        of_ids = {
+            "top-k": top_k, "top-p": top_p, "cfg-scale": cfg_scale, "repeats": repeats,
+            "max-tokens": max_tokens, "max-prompt-tokens": max_prompt_tokens,
+        }  # fmt: skip
+        for name in (name for name, value in of_ids.items() if value is not None):
+            raise UserError(f"--{name} is of ids; a series takes --horizon, --temperature and -n")
+        if note := generator.unseen([given]):
+            typer.echo(note, err=True)
         tell(generator, run, given, to, out, json, seed, asked)
         return
     if horizon is not None:

@@ -48,10 +48,23 @@ def import_(
     if base is not None:
         raise UserError(f"--base: {folder} is no adapter (it has no adapter_config.json)")
     from mm.interchange.check import require_peer
-    from mm.interchange.read import import_model
+    from mm.interchange.read import import_model, read_settings
+    from mm.interchange.read_encoder import import_encoder
+    from mm.registry import ENCODERS
 
     if not no_check:
         require_peer()
+    c = read_settings(folder)
+    if c.get("model_type") in ENCODERS:
+        found = import_encoder(folder, out, c, check=not no_check)
+        by = "nothing" if found is None else f"transformers: at most {found.difference:.1e} apart"
+        console().print(f"wrote {out}; its last hidden states were compared with {by}")
+        console().print(
+            f"put it into a model: `init_from.surgery: [{{kind: graft_adapter, path: {out}, "
+            f"modality: ...}}]`, and {out}/config.json as `model.adapters`"
+        )
+        write_json(json, {"out": out, "check": found._asdict() if found else None})
+        return
     say(import_model(folder, out, check=not no_check), out, json)
     console().print(
         f"train it further: init_from={out}; ask it: mm generate {out} --to text -p ..."

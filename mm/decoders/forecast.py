@@ -167,6 +167,7 @@ def _plot(given: np.ndarray, between: np.ndarray, file: Path) -> None:
         axes.grid(True, alpha=0.3)
         axes.set_ylabel(f"channel {c}" if C > 1 else "value")
         if c == 0:
-            axes.legend(loc="upper left", frameon=False, fontsize=8)
+            above_axes = {"loc": "lower left", "bbox_to_anchor": (0, 1)}
+            axes.legend(ncols=4, frameon=False, fontsize=8, **above_axes)
     axes.set_xlabel("point")
     figure.savefig(file, dpi=120)

@@ -14,6 +14,7 @@ from torch import Tensor
 from mm.batch import Batch
 from mm.errors import UserError
 from mm.hashes import write_hashes
+from mm.interchange.ids import ids_of
 from mm.layout import Layout
 from mm.model.model import Model
 
@@ -48,6 +49,38 @@ def require_peft() -> None:
         )
 
 
+def load_peer(folder: Path, auto: str, adapter: Path | None = None) -> Any:
+    """`transformers`' model of a folder in float32, with an adapter of `peft`'s upon it.
+
+    Raises UserError where it cannot load it.
+    """
+    require_peer()
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")
+    import transformers
+
+    quiet = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        peer = getattr(transformers, auto).from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            attn_implementation="eager",
+            use_safetensors=True,
+        )
+        if adapter is not None:
+            require_peft()
+            import peft
+
+            peer = peft.PeftModel.from_pretrained(peer, adapter)
+        return peer.eval()
+    except (ValueError, OSError, RuntimeError) as error:
+        raise UserError(f"{folder}: transformers cannot load it ({str(error)[:200]})") from error
+    finally:
+        transformers.logging.set_verbosity(quiet)
+
+
 def compare(
     ours: Path,
     theirs: Path,
@@ -64,35 +97,12 @@ def compare(
     Raises:
         UserError: `transformers` is missing or cannot load the folder, or the two differ.
     """
-    require_peer()
-    os.environ.setdefault("USE_HUB_KERNELS", "NO")
-    import transformers
-
-    quiet = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        peer = transformers.AutoModelForCausalLM.from_pretrained(
-            theirs,
-            dtype=torch.float32,
-            local_files_only=True,
-            attn_implementation="eager",
-            use_safetensors=True,
-        ).eval()
-        if adapter is not None:
-            require_peft()
-            import peft
-
-            peer = peft.PeftModel.from_pretrained(peer, adapter).eval()
-    except (ValueError, OSError, RuntimeError) as error:
-        raise UserError(f"{theirs}: transformers cannot load it ({str(error)[:200]})") from error
-    finally:
-        transformers.logging.set_verbosity(quiet)
+    peer = load_peer(theirs, "AutoModelForCausalLM", adapter)
     if not (ours / "hashes.json").is_file():
         write_hashes(ours)  # of a folder that is being written: they are written again at its end
     model = Model.from_pretrained(ours).float()
     ready(model)
-    report = _compare(model, peer)
+    report = _compare(model, peer, ids_of(ours, model.vocabulary).own())
     if not report.difference <= TOLERANCE:
         raise UserError(
             f"{theirs}: logits differ from transformers' by {report.difference:.2g} (allowed "
@@ -105,17 +115,22 @@ def compare(
 
 
 @torch.no_grad()
-def _compare(model: Model, peer: Any) -> Report:
-    V = model.vocabulary.ranges[0].vocab_size
-    places = getattr(peer.config, "max_position_embeddings", None) or LONG + STEPS
+def _compare(model: Model, peer: Any, own: Tensor) -> Report:
+    V = len(own)
+    known = peer.config.to_dict()
+    rope, most = known.get("rope_parameters") or {}, known.get("max_position_embeddings")
+    if "long_factor" in rope:  # beyond the first length it is another function
+        key = "original_max_position_embeddings"
+        most = rope.get(key) or known.get(key) or most
+    places = most or LONG + STEPS
     long = max(1, min(LONG, places - STEPS))
     probe = torch.randint(V, (ROWS, long), generator=torch.Generator().manual_seed(17))
-    wanted, found = peer(input_ids=probe).logits.float(), logits_of(model, probe)
+    wanted, found = peer(input_ids=probe).logits.float(), logits_of(model, probe, own)
     difference = float((wanted - found).abs().max())
     equal, ids = 0, probe
     for _ in range(STEPS):
         a = peer(input_ids=ids).logits[:, -1].float()
-        b = logits_of(model, ids)[:, -1]
+        b = logits_of(model, ids, own)[:, -1]
         # Of two that are as likely either may be taken.
         taken = b.argmax(-1, keepdim=True)
         equal += int((a.gather(-1, taken) >= a.max(-1, keepdim=True).values - TOLERANCE).sum())
@@ -123,12 +138,18 @@ def _compare(model: Model, peer: Any) -> Report:
     return Report(difference, wanted.numel(), float(wanted.std()), equal)
 
 
-def logits_of(model: Model, ids_BT: Tensor) -> Tensor:
-    """`(B, T, V)` logits over the checkpoint's ids."""
-    B, T = ids_BT.shape
+def codes_of(model: Model) -> Tensor:
+    """`(V,)` ids of our only modality, begin and end aside."""
     span = model.vocabulary.range(model.vocabulary.modalities[0])
-    ids = (ids_BT + span.first).int()[..., None]
+    return torch.arange(span.first, span.stop)
+
+
+def logits_of(model: Model, ids_BT: Tensor, own: Tensor | None = None) -> Tensor:
+    """`(B, T, V)` logits over the checkpoint's ids, which are the ids ``own`` `(V,)` of ours."""
+    B, T = ids_BT.shape
+    own = codes_of(model) if own is None else own
+    ids = own[ids_BT].int()[..., None]
     none = torch.full_like(ids, -1)
     batch = Batch(Layout.plain(B, T), ids, none, torch.zeros(B, T))
     dist: Any = model(batch, loss=False).heads["tokens"].dist
-    return dist.logits.view(B, T, -1)[..., span.first : span.stop]
+    return dist.logits.view(B, T, -1)[..., own]

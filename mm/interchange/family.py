@@ -20,6 +20,12 @@ class Settings(Mapping[str, Any]):
         self._given, self.origin = values, origin
         self.asked: set[str] = set()
 
+    def with_usual(self, usual: Mapping[str, Any]) -> Settings:
+        """These, and ``usual`` where they say nothing; both remember what was asked."""
+        made = Settings({**usual, **{k: v for k, v in self.items() if v is not None}}, self.origin)
+        made.asked = self.asked
+        return made
+
     def __getitem__(self, key: str) -> Any:
         self.asked.add(key)
         try:
@@ -67,8 +73,9 @@ SILENT = frozenset(
     mm_tokens mm_vocabulary model_type output_router_logits pretraining_tp resid_pdrop
     router_aux_loss_coef summary_activation summary_first_dropout summary_proj_to_labels
     summary_type summary_use_proj task_specific_params torch_dtype transformers_version use_cache
-    vocab_size n_ctx add_cross_attention chunk_size_feed_forward is_encoder_decoder id2label
-    label2id return_dict keys_to_ignore_at_inference""".split()
+    vocab_size n_ctx original_max_position_embeddings add_cross_attention
+    chunk_size_feed_forward is_encoder_decoder id2label label2id return_dict
+    keys_to_ignore_at_inference""".split()
 )
 
 
@@ -77,6 +84,7 @@ class Family(Config):
 
     architecture: ClassVar[str] = ""  # class of `transformers`
     table: ClassVar[tuple[str, str, str]] = ("model.embed_tokens.weight", "lm_head.weight", "model")
+    mixers: ClassVar[tuple[str, ...]] = ("attention",)  # kinds that it may have
     # Names that hold nothing that is learned: tables that older versions stored.
     silent: ClassVar[str] = r"\.rotary_emb\.inv_freq$"
 
@@ -96,8 +104,10 @@ class Family(Config):
         raise NotImplementedError
 
 
-def rope(c: Settings, layer_type: str | None = None) -> dict[str, Any]:
+def rope(c: Settings, layer_type: str | None = None, usual: float = 1.0) -> dict[str, Any]:
     """Our rotary position, of ``layer_type`` where each has its own.
+
+    ``usual``: share of a head that is rotated, where nothing says it.
 
     Source of the keys: `rope_parameters`, or as they were before it, `rope_theta` and
     `rope_scaling`.
@@ -114,18 +124,27 @@ def rope(c: Settings, layer_type: str | None = None) -> dict[str, Any]:
         raise c.refuse(key, "is no mapping")
     theta = given.get("rope_theta") or c.get("rope_theta", 10000.0)
     position: dict[str, Any] = {"kind": "rope", "theta": theta}
-    share = given.get("partial_rotary_factor") or c.get("partial_rotary_factor", 1.0)
+    share = given.get("partial_rotary_factor") or c.get("partial_rotary_factor", usual)
     if share != 1.0:
         position["fraction"] = share
     rule = given.get("rope_type", given.get("type", "default"))
     if rule == "default":
         return position
-    if rule not in ("linear", "llama3", "yarn"):
-        raise c.refuse(key, f"scales rotations by '{rule}', which depends on a pass's length")
+    rule = {"su": "longrope"}.get(rule, rule)
+    if rule not in ("linear", "llama3", "yarn", "dynamic", "longrope"):
+        raise c.refuse(key, f"scales rotations by '{rule}', which has no equal")
     scaling = {"rule": rule, "factor": given.get("factor")}
-    if rule != "linear":
-        known = given.get("original_max_position_embeddings") or c.get("max_position_embeddings")
-        scaling["original"] = known
+    most = c.get("max_position_embeddings")
+    if rule == "dynamic":
+        scaling["original"] = most
+    elif rule != "linear":
+        known = given.get("original_max_position_embeddings")
+        scaling["original"] = known or c.get("original_max_position_embeddings", most)
+    if rule == "longrope":
+        factor = scaling["factor"] = given.get("factor") or most / scaling["original"]
+        grown = 1 + math.log(max(factor, 1.0)) / math.log(scaling["original"])
+        scaling["length"] = given.get("attention_factor") or grown**0.5
+        scaling |= {"short": given.get("short_factor"), "long": given.get("long_factor")}
     if rule == "llama3":
         scaling |= {"low": given.get("low_freq_factor"), "high": given.get("high_freq_factor")}
     if rule == "yarn":
@@ -158,8 +177,10 @@ def rope_parameters(position: Any) -> dict[str, Any]:
     if s is None:
         return out
     out |= {"rope_type": s.rule, "factor": s.factor}
-    if s.rule != "linear":
+    if s.rule not in ("linear", "dynamic"):
         out["original_max_position_embeddings"] = s.original
+    if s.rule == "longrope":
+        out |= {"short_factor": s.short, "long_factor": s.long, "attention_factor": s.length or 1.0}
     if s.rule == "llama3":
         out |= {"low_freq_factor": s.low, "high_freq_factor": s.high or 4.0}
     if s.rule == "yarn":
@@ -167,6 +188,17 @@ def rope_parameters(position: Any) -> dict[str, Any]:
         if s.length is not None:
             out["attention_factor"] = s.length
     return out
+
+
+def places(position: Any) -> dict[str, Any]:
+    """`max_position_embeddings` where a rotation's rule depends on it."""
+    s = position.scaling
+    if s is None or s.rule not in ("dynamic", "longrope"):
+        return {}
+    if s.rule == "dynamic":
+        return {"max_position_embeddings": s.original}
+    most = round(s.original * s.factor)
+    return {"max_position_embeddings": most, "original_max_position_embeddings": s.original}
 
 
 def stack_of(lm: LmConfig) -> StackConfig:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from mm.errors import UserError
+from mm.interchange.explicit import make_explicit
 from mm.interchange.family import Family
-from mm.interchange.parts import Rows, Transposed
+from mm.interchange.parts import Part, Rows, Transposed
 from mm.interchange.weights import few_names
 from mm.interchange.write import fitting
 from mm.model.linears.lora import Lora
@@ -68,7 +69,7 @@ def plain(lm: LmConfig) -> LmConfig:
     """The model as a checkpoint has it: dense matrices, without adapters."""
     below = getattr(lm.linear, "base_layer", lm.linear)
     dense = below if below.kind == "dense" else LINEARS.parse("dense")
-    return lm.model_copy(update={"linear": dense})
+    return make_explicit(lm.model_copy(update={"linear": dense}))
 
 
 def family_of(lm: LmConfig) -> Family:
@@ -84,8 +85,11 @@ def sites(lm: LmConfig, vocabulary: Vocabulary) -> list[Site]:
     found = {path: m for path, m in module.named_modules() if isinstance(m, Lora)}
     out = []
     for line in family_of(lm).entries(base):
-        ours = line.ours.removesuffix(".weight")
-        if ours == line.ours or ours not in found:
+        if len(line.own) > 1 or type(line.part) not in (Part, Rows, Transposed):
+            continue  # pieces of several matrices: no pair of factors is of one of theirs
+        (name,) = line.own
+        ours = name.removesuffix(".weight")
+        if ours == name or ours not in found:
             continue
         m = found[ours]
         rows = line.part.sizes if isinstance(line.part, Rows) else (m.lora_b.shape[0],)

@@ -24,13 +24,14 @@ from mm.interchange.weights import Checkpoint, Planned, few_names, open_checkpoi
 from mm.model import folder as files
 from mm.model.model import LmConfig
 from mm.reading import parse_json
-from mm.registry import FAMILIES
-from mm.tokenizers.text.hf import BESIDE, FILE, HfConfig, HfTokenizer
+from mm.registry import ENCODERS, FAMILIES
+from mm.tokenizers.text.hf import BESIDE, FILE, ORIGIN, HfConfig, HfTokenizer
 from mm.vocabulary import RESERVED, Vocabulary
 
 log = logging.getLogger(__name__)
 TABLE, HEAD = "embedder.weight", "heads.tokens.weight"
 TEXT = "text"
+PLACES = "max_position_embeddings"
 
 
 def import_model(folder: str | Path, out: str | Path, *, check: bool = True) -> Report | None:
@@ -84,7 +85,7 @@ def family_of(c: Settings) -> Family:
     """The family that ``model_type`` names. Raises UserError listing those that there are."""
     kind = c["model_type"]
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise c.refuse("model_type", f"is none of: {', '.join(FAMILIES)}")
+        raise c.refuse("model_type", f"is none of: {', '.join([*FAMILIES, *ENCODERS])}")
     family = FAMILIES.parse(kind)
     assert isinstance(family, Family)
     return family
@@ -106,6 +107,8 @@ def read_tokenizer(folder: Path, c: Settings) -> HfTokenizer:
         eos=[id for id in (eos if isinstance(eos, list) else [eos]) if known(id)],
     )
     beside = {name: (folder / name).read_bytes() for name in BESIDE if (folder / name).is_file()}
+    known_of = {key: c.get(key) for key in ("model_type", PLACES) if c.get(key) is not None}
+    beside[ORIGIN] = (json.dumps(known_of) + "\n").encode()
     try:
         return HfTokenizer(config, (folder / FILE).read_bytes(), beside)
     except UserError as error:
@@ -163,8 +166,10 @@ def plan_of(
         make = lambda s=source: rows_of(given[s], tokens)
         plan.append(Planned(name, shapes[name], given.dtype(source), make))
     for line in lines:
-        make = lambda line=line: line.part.join([given[n] for n in line.theirs])
-        plan.append(Planned(line.ours, shapes[line.ours], given.dtype(line.theirs[0]), make))
+        join = lambda line=line: line.part.join([given[n] for n in line.theirs])
+        for i, name in enumerate(line.own):
+            make = lambda join=join, i=i: join()[i]
+            plan.append(Planned(name, shapes[name], given.dtype(line.theirs[0]), make))
     require_all(shapes, plan, tied.tied)
     return plan
 

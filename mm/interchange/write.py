@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,16 +22,17 @@ from mm.data.chat.choose import template_beside
 from mm.data.chat.template import END, JINJA, ChatTemplate
 from mm.errors import UserError
 from mm.interchange.check import Report, compare
+from mm.interchange.explicit import make_explicit
 from mm.interchange.family import Family, Settings
-from mm.interchange.read import HEAD, TABLE, TEXT, shapes_of
-from mm.interchange.weights import Checkpoint, Planned, write_shards
+from mm.interchange.ids import Ids, ids_of
+from mm.interchange.read import HEAD, PLACES, TABLE, shapes_of
+from mm.interchange.weights import Checkpoint, Planned, few_names, write_shards
 from mm.model import folder as files
-from mm.model.model import LmConfig, Model
+from mm.model.model import LmConfig
 from mm.reading import parse_json
 from mm.registry import FAMILIES, SURGERIES
 from mm.surgery.base import Operated
-from mm.tokenizers.load import load_tokenizer
-from mm.tokenizers.text.hf import FILE, HfConfig, HfTokenizer
+from mm.tokenizers.text.hf import FILE, ORIGIN, HfTokenizer
 from mm.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -64,9 +66,13 @@ def export_model(
             merged = Path(temporary) / "model"
             merge(folder, lm, vocabulary, merged)
             return export_model(merged, out, check=check, most=most)
-    family, config = fitting(lm)
-    tokenizer = own_tokenizer(folder, vocabulary)
-    tokens = tokenizer.config
+    require_text(folder, lm, vocabulary)
+    lm = make_explicit(lm)
+    ids = ids_of(folder, vocabulary)
+    origin = parse_json(ids.tokenizer.beside.get(ORIGIN, b"{}"))
+    family, config, factor = fitting_scaled(lm, origin.get("model_type"))
+    config = {key: value for key, value in origin.items() if key == PLACES} | config
+    tokenizer, tokens = ids.tokenizer, ids.config
     config |= {
         "architectures": [family.architecture],
         "model_type": family.kind,  # type: ignore[attr-defined]
@@ -82,16 +88,17 @@ def export_model(
         read = lambda name: given[aliases.get(name, name)]
         kind = given.dtype(TABLE)
         config["dtype"] = str(kind).removeprefix("torch.")
-        plan = plan_of(family, lm, vocabulary, tokens, read)
+        plan = plan_of(family, lm, vocabulary, ids, read, factor)
         plan = [p._replace(dtype=kind) for p in plan]
         with files.whole(out) as part:
             write_shards(part, plan, most)
             (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             (part / FILE).write_bytes(tokenizer.source)
             for name, content in tokenizer.beside.items():
-                (part / name).write_bytes(content)
+                if name != ORIGIN:
+                    (part / name).write_bytes(content)
             write_template(part, ChatTemplate.load(folder), tokenizer)
-            return compare(folder, part, lambda model: fold_model(model, tokens)) if check else None
+            return compare(folder, part, ids.fold_model) if check else None
 
 
 def merge(folder: Path, lm: LmConfig, vocabulary: Vocabulary, out: Path) -> None:
@@ -114,54 +121,88 @@ def write_template(out: Path, template: ChatTemplate | None, tokenizer: HfTokeni
     (out / JINJA).write_text(template.source, encoding="utf-8")
 
 
-def fitting(lm: LmConfig) -> tuple[Family, dict[str, Any]]:
+def require_text(folder: Path, lm: LmConfig, vocabulary: Vocabulary) -> None:
+    """Raise UserError naming each part of a model that no language model of text has."""
+    faults = [f"vocabulary.{name}" for name in vocabulary.modalities[1:]]
+    faults += [f"model.adapters.{name}" for name in lm.adapters]
+    faults += [
+        f"model.heads.{name} ('{head.kind}')"
+        for name, head in lm.heads.items()
+        if name != "tokens" or head.kind != "softmax"
+    ]
+    stack: Any = lm.backbone
+    if not hasattr(stack, "words"):
+        faults.append(f"model.backbone ('{stack.kind}')")
+    else:
+        known = {name for kind in FAMILIES for name in FAMILIES.get(kind).mixers}
+        mixers = {word: stack.mixer(word).kind for word in dict.fromkeys(stack.words())}
+        faults += [f"mixers.{w} ('{kind}')" for w, kind in mixers.items() if kind not in known]
+    if "tokens" not in lm.heads:
+        faults.append("model.heads (none is 'tokens')")
+    if not vocabulary.modalities:
+        faults.append("vocabulary (no modality)")
+    if faults:
+        raise UserError(f"{folder}: has no equal in Hugging Face's layout: {'; '.join(faults)}")
+
+
+def fitting(lm: LmConfig, first: str | None = None) -> tuple[Family, dict[str, Any]]:
     """The first family whose config, read back, gives ``lm``, and that config.
 
-    Raises UserError naming the key in which the nearest family differs.
+    ``first`` is tried before all others.
+
+    Raises UserError naming the keys in which the nearest family differs.
     """
-    if list(lm.heads) != ["tokens"] or lm.heads["tokens"].kind != "softmax":
-        raise UserError("model.heads: only one `softmax` head named 'tokens' has an equal")
-    if lm.adapters:
-        raise UserError(f"model.adapters: {', '.join(lm.adapters)} has no equal in a text model")
     nearest: tuple[int, str] | None = None
-    for kind in FAMILIES:
+    stack: Any = lm.backbone
+    mixers, refused = {stack.mixer(word).kind for word in stack.words()}, []
+    for kind in sorted(FAMILIES, key=lambda kind: kind != first):
         family = FAMILIES.parse(kind)
         assert isinstance(family, Family)
         try:
             config = family.config(lm)
             back = validate(LmConfig, family.model(Settings(config, kind)), kind)
-        except (UserError, ValueError, AttributeError, TypeError, KeyError):
+        except UserError as error:
+            refused += [f"'{kind}': {error}"] if mixers <= {*family.mixers} else []
+            continue
+        except (ValueError, AttributeError, TypeError, KeyError):
             continue  # not even the same kinds of layers
         faults = differences(meaning(lm), meaning(back))
         if not faults:
             return family, config
         if nearest is None or len(faults) < nearest[0]:
-            nearest = len(faults), f"nearest is '{kind}', but {faults[0]}"
-    why = nearest[1] if nearest else f"none of {', '.join(FAMILIES)} has such layers"
+            # The same key in many layers is one fault.
+            each = {re.sub(r"\.\d+\.", ".*.", fault): fault for fault in faults}
+            nearest = len(faults), f"nearest is '{kind}', but {few_names([*each.values()], 8)}"
+    why = nearest[1] if nearest else "; ".join(refused[:3]) or "none mixes such layers"
     raise UserError(f"no model of Hugging Face's is like this one: {why}")
+
+
+def fitting_scaled(lm: LmConfig, first: str | None = None) -> tuple[Family, dict[str, Any], float]:
+    """`fitting`, and the factor of the embeddings that becomes part of their rows.
+
+    It can where the head has rows of its own.
+    """
+    given, head = lm.embedder, lm.heads["tokens"]
+    try:
+        return *fitting(lm, first), 1.0
+    except UserError:
+        if given.kind != "sum" or head.tied:  # type: ignore[union-attr]
+            raise
+        plain = lm.model_copy(update={"embedder": given.model_copy(update={"scale": 1.0})})
+        return *fitting(plain, first), given.scale
 
 
 def meaning(lm: LmConfig) -> dict[str, Any]:
     """The settings that change what a model computes, layer by layer."""
+    lm = make_explicit(lm)
     values = lm.to_dict()
     stack: Any = lm.backbone
     backbone = values["backbone"]
-    if hasattr(stack, "words"):
-        mixers = [stack.mixer(word).to_dict() for word in stack.words()]
-        for mixer in mixers:
-            H, G, K = stack.mixer(stack.words()[0]).sizes(lm.d_model)
-            mixer |= {"heads": H, "kv_heads": G, "head_dim": K}
-            if mixer.get("query_scale") == K**-0.5:
-                mixer["query_scale"] = None
-        blocks = [stack.blocks.get(word, stack.block).to_dict() for word in stack.words()]
-        for key in ("pattern", "depth", "mixers", "block", "blocks"):
-            backbone.pop(key, None)
-        backbone |= {"layers": mixers, "wiring": blocks}
-        ffn = backbone.get("ffn") or {}
-        if ffn.get("kind") == "swiglu":
-            ffn["hidden"] = ffn["hidden"] or -(-8 * lm.d_model // 96) * 32
-    scale = values["embedder"].get("scale")
-    values["embedder"]["scale"] = lm.d_model**0.5 if scale is None else scale
+    words = stack.words()
+    for key in ("pattern", "depth", "mixers", "block", "blocks"):
+        backbone.pop(key, None)
+    backbone["layers"] = [stack.mixer(word).to_dict() for word in words]
+    backbone["wiring"] = [stack.blocks.get(word, stack.block).to_dict() for word in words]
     return values
 
 
@@ -177,35 +218,29 @@ def differences(ours: Any, theirs: Any, path: str = "model") -> list[str]:
     return [] if ours == theirs else [f"{path} is {ours!r}, there {theirs!r}"]
 
 
-def own_tokenizer(folder: Path, vocabulary: Vocabulary) -> HfTokenizer:
-    """The text tokenizer of an imported model. Raises UserError where it is another."""
-    place = folder / "tokenizers" / TEXT
-    tokenizer = load_tokenizer(place) if place.is_dir() else None
-    if not isinstance(tokenizer, HfTokenizer) or vocabulary.modalities != (TEXT,):
-        raise UserError(
-            f"{folder}: only a model of text alone, whose tokenizer came by `mm import`, can be "
-            f"exported; this one has: {', '.join(vocabulary.modalities) or 'nothing'}"
-        )
-    return tokenizer
-
-
 def plan_of(
-    family: Family, lm: LmConfig, vocabulary: Vocabulary, tokens: HfConfig, read: Any
+    family: Family, lm: LmConfig, vocabulary: Vocabulary, ids: Ids, read: Any, factor: float
 ) -> list[Planned]:
-    """What is written, tensor by tensor; ``read``: our tensor of a name."""
+    """What is written, tensor by tensor.
+
+    Args:
+        read: our tensor of a name.
+        factor: of the embeddings, which the family has none for.
+    """
     table, head, _ = family.table
     tied: Any = lm.heads["tokens"]
-    shapes, V = shapes_of(lm, vocabulary), tokens.vocab_size
+    shapes, V = shapes_of(lm, vocabulary), ids.config.vocab_size
     dtype = read(TABLE).dtype
     size = (V, lm.d_model)
-    fold = lambda name: fold_rows(read(name), tokens, name == TABLE, tied.tied)
-    plan = [Planned(table, size, dtype, lambda: fold(TABLE))]
+    fold = lambda name: ids.fold(read(name), name == TABLE, tied.tied)
+    rows = lambda: fold(TABLE) if factor == 1.0 else fold(TABLE) * factor
+    plan = [Planned(table, size, dtype, rows)]
     if not tied.tied:
         plan.append(Planned(head, size, dtype, lambda: fold(HEAD)))
     for line in family.entries(lm):
-        on_meta = line.part.split(meta(shapes[line.ours]))
+        on_meta = line.part.split([meta(shapes[name]) for name in line.own])
         for i, name in enumerate(line.theirs):
-            make = lambda line=line, i=i: line.part.split(read(line.ours))[i]
+            make = lambda line=line, i=i: line.part.split([read(n) for n in line.own])[i]
             plan.append(Planned(name, tuple(on_meta[i].shape), dtype, make))
     return plan
 
@@ -213,28 +248,3 @@ def plan_of(
 def meta(shape: tuple[int, ...]) -> Tensor:
     """A tensor of a shape, without values."""
     return torch.empty(shape, device="meta")
-
-
-def fold_rows(table: Tensor, tokens: HfConfig, embeds: bool, tied: bool) -> Tensor:
-    """A checkpoint's rows of ours; what training did to begin and end goes to its own ids.
-
-    Begin counts where it is read, end where it is written. Where one row is both and tied, what is
-    written counts.
-    """
-    begin, end, rows = table[-tokens.vocab_size - 2], table[-tokens.vocab_size - 1], None
-    own = table[-tokens.vocab_size :]
-    first = next(iter(tokens.eos), None)
-    starts = tokens.bos if tokens.bos is not None else first
-    for id, row, counts in ((starts, begin, embeds), (first, end, tied or not embeds)):
-        if id is not None and counts and not own[id].equal(row):
-            rows = own.clone() if rows is None else rows
-            rows[id] = row
-    return own if rows is None else rows
-
-
-def fold_model(model: Model, tokens: HfConfig) -> None:
-    """`fold_rows` of a built model."""
-    head: Any = model.heads["tokens"]
-    with torch.no_grad():
-        for weight, embeds in ((model.embedder.weight, True), (head.weight, False)):
-            weight[-tokens.vocab_size :] = fold_rows(weight, tokens, embeds, head.tied)

@@ -61,7 +61,8 @@ def test_a_yaml_that_is_not_there_is_said_with_those_that_train(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     code, _, err = said(capsys, "train", "nope.yaml")
-    assert code == 2 and err.startswith("mm: nope.yaml: no such file; shipped: configs/members")
+    assert code == 2 and err.startswith("mm: nope.yaml: no such file; shipped: configs/")
+    assert "configs/members/digits" in err and "configs/quickstart/hybrid" in err
     assert "mixer/" not in err and "backbone/" not in err and "tokenizer/text" not in err
     code, _, err = said(capsys, "train", "configs/quickstart/hybird.yaml")
     assert code == 2 and "did you mean 'configs/quickstart/hybrid'" in err

@@ -165,6 +165,15 @@ def test_media_stand_where_the_template_puts_them() -> None:
         assert "<|pad|>" not in before.pieces[-1][0] + after.pieces[0][0]
 
 
+def test_what_follows_the_last_answer_is_left_out_with_its_media() -> None:
+    row = talk()
+    shown = [{"type": "text", "text": "and"}, {"type": "image", "image": "a.png"}]
+    row["messages"].append({"role": "user", "content": shown})
+    for tokenizer in (hf("parts"), bpe()):
+        (part,) = pieces(template_of(tokenizer), row)
+        assert "and" not in "".join(t for t, _ in part.pieces)
+
+
 REFUSED = {
     "ends no turn": (
         "{% for m in messages %}{{ m.content }}\n{% endfor %}",

@@ -130,6 +130,7 @@ def test_what_cannot_be_told_is_one_line(
         ([*to, "--time-series", past, "-o", tmp_path / "x" / "a.png"], "is written as .csv"),
         ([*to, "-o", tmp_path / "a.csv"], "goes on with a series: give one, --time-series FILE"),
         (["generate", told, "--to", "text", "--horizon", "3"], "--horizon: of series alone"),
+        ([*to, "--time-series", past, "--top-k", "3"], "--top-k is of ids; a series takes"),
     ):
         assert call(*words) == 2, words
         assert why in capsys.readouterr().err

@@ -53,6 +53,13 @@ YARN = {
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+HEADLESS = {
+    name: SHAPE[name]
+    for name in "hidden_size vocab_size num_hidden_layers bos_token_id eos_token_id".split()
+}
+MAMBA = {**HEADLESS, "state_size": 5, "time_step_rank": 3, "layer_norm_epsilon": 1e-3}
+MAMBA2 = {**HEADLESS, "state_size": 6, "num_heads": 4, "head_dim": 20, "chunk_size": 16}
+GRIFFIN = {"num_attention_heads": 5, "num_key_value_heads": 1}  # half of a head is rotated
 
 # Name -> (family, config class, class, settings).
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -77,6 +84,30 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "llama",
         "Llama",
         {"rope_parameters": {**YARN, "attention_factor": 1.25, "truncate": False}},
+    ),
+    "llama, dynamic": (
+        "llama",
+        "Llama",
+        {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+            "max_position_embeddings": 48,
+        },
+    ),
+    "phi3": ("phi3", "Phi3", {"sliding_window": 9}),
+    "phi3, longrope": (
+        "phi3",
+        "Phi3",
+        {
+            "max_position_embeddings": 128,
+            "original_max_position_embeddings": 40,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.8,
+                "short_factor": [1.0, 1.5, 2.0, 3.0],
+                "long_factor": [1.0, 4.0, 8.0, 16.0],
+            },
+        },
     ),
     "mistral, window": ("mistral", "Mistral", {"sliding_window": 9, "rms_norm_eps": 1e-5}),
     "mistral, linear": (
@@ -129,6 +160,48 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Qwen3Moe",
         {**EXPERTS, "num_experts": 4, "norm_topk_prob": True, "tie_word_embeddings": True},
     ),
+    "mamba": ("mamba", "Mamba", MAMBA),
+    "mamba, other biases": (
+        "mamba",
+        "Mamba",
+        {**MAMBA, "use_conv_bias": False, "use_bias": True, "tie_word_embeddings": False},
+    ),
+    "mamba2": ("mamba2", "Mamba2", {**MAMBA2, "n_groups": 1}),
+    "mamba2, groups, biases": (
+        "mamba2",
+        "Mamba2",
+        {**MAMBA2, "n_groups": 2, "use_bias": True, "use_conv_bias": False},
+    ),
+    "recurrent_gemma": (
+        "recurrent_gemma",
+        "RecurrentGemma",
+        {**GRIFFIN, "num_hidden_layers": 3, "attention_window_size": 7, "lru_width": 60},
+    ),
+    "recurrent_gemma, biases": (
+        "recurrent_gemma",
+        "RecurrentGemma",
+        {
+            **GRIFFIN,
+            "block_types": ["attention", "recurrent"],
+            "attention_bias": True,
+            "logits_soft_cap": 5.0,
+        },
+    ),
+    "qwen3_next": (
+        "qwen3_next",
+        "Qwen3Next",
+        {
+            **EXPERTS,
+            "num_experts": 4,
+            "head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+            "shared_expert_intermediate_size": 32,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 6,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 5,
+        },
+    ),
 }
 CLASSES = {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM"}
 
@@ -140,7 +213,7 @@ def checkpoint(folder: Path, case: str = "llama", shard: str = "40KB", **more: A
 
     transformers.logging.disable_progress_bar()
     _, name, settings = CASES[case]
-    values = settings if name == "GPT2" else {**SHAPE, **settings}
+    values = settings if name in ("GPT2", "Mamba", "Mamba2") else {**SHAPE, **settings}
     config = getattr(transformers, f"{name}Config")(**values | more)
     torch.manual_seed(3)
     model = getattr(transformers, CLASSES.get(name, f"{name}ForCausalLM"))(config).float().eval()

@@ -100,9 +100,9 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown family": (lambda d: config(d, model_type="llamma"), "is none of: gemma2"),
     "no family": (lambda d: config(d, model_type=None), "is none of"),
     "unknown activation": (lambda d: config(d, hidden_act="relu6"), "hidden_act = 'relu6'"),
-    "rotations by the length": (
-        lambda d: config(d, rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
-        "scales rotations by 'dynamic'",
+    "rotations by another rule": (
+        lambda d: config(d, rope_parameters={"rope_type": "proportional", "factor": 2.0}),
+        "scales rotations by 'proportional'",
     ),
     "no number": (lambda d: config(d, num_attention_heads="4"), "num_attention_heads = '4'"),
     "no width": (lambda d: config(d, hidden_size=-1), "hidden_size = '-1'"),

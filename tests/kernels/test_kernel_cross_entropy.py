@@ -19,6 +19,7 @@ from mm.kernels.cross_entropy import linear_cross_entropy, rows_cpp
 from mm.layout import Layout
 from mm.mask import Causal
 from mm.model.context import Ctx
+from mm.plan.tally import Measure
 from mm.registry import HEADS
 
 SETTINGS: list[dict[str, Any]] = [
@@ -193,3 +194,24 @@ def test_triton_is_built_for_hopper() -> None:
         loss = linear_cross_entropy(h, w, torch.zeros(16).long(), softcap=30.0, z_loss=1e-4)
         loss.sum().backward()
     assert [built(one).check().name for one in launches] == ["_absorb_kernel", "_gradient_kernel"]
+
+
+def test_a_frozen_head_takes_no_gradient_and_no_memory_for_one() -> None:
+    """The gradient of what it reads is that beside a head that trains, bit by bit."""
+    g = torch.Generator().manual_seed(2)
+    h, target = torch.randn(64, 16, generator=g), torch.randint(4096, (64,), generator=g)
+    weight, found, peaks = torch.randn(4096, 16, generator=g), [], []
+    for frozen in (True, False):
+        x, w = h.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
+        loss = linear_cross_entropy(x, w, target).sum()
+        loss.backward()  # compared with the reference, where it first meets such a call
+        x.grad = w.grad = None
+        loss = linear_cross_entropy(x, w, target).sum()
+        with Measure() as measure:
+            before = measure.live.now
+            loss.backward()
+        peaks.append(measure.live.peak - before)
+        assert (w.grad is None) == frozen
+        found.append(x.grad)
+    assert torch.equal(*found)
+    assert peaks[1] - peaks[0] >= weight.numel() * 4 * 0.9, peaks

@@ -28,6 +28,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "softmax": {"gate": "softmax"},
     "softmax of one": {"gate": "softmax", "top_k": 1, "normalise": False},
     "sigmoid, shared": {"shared": 1, "scale": 2.0},
+    "softmax, shared with a gate": {"gate": "softmax", "shared": 2, "shared_gate": True},
     "not normalised, no gate": {"normalise": False, "gated": False, "activation": "relu_squared"},
     "all experts": {"top_k": 4, "activation": "gelu"},
     "capacity": {"capacity": 0.75},
@@ -83,7 +84,10 @@ def by_loop(layer: MoE, x: Tensor, layout: Layout = LAYOUT) -> tuple[Tensor, int
             y[r] = y[r] + c.scale * score[e] / norm * (layer.out.weight[e] @ hidden)
     whole = torch.stack(y).view_as(x)
     if layer.shared is not None:
-        whole = whole + layer.shared(x, Ctx(layout, Causal())).y
+        always = layer.shared(x, Ctx(layout, Causal())).y
+        if layer.shared_gate is not None:
+            always = always / (1 + (-x @ layer.shared_gate.weight.T).exp())
+        whole = whole + always
     return whole, dropped
 
 

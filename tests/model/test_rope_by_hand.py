@@ -52,3 +52,26 @@ def test_yarn_interpolates_between_its_two_corners(original: int) -> None:
         speed = theta ** (-2 * i / dim) * (1 - share + share / factor)
         assert float(cos[i]) == pytest.approx(length * math.cos(speed), abs=1e-6), i
         assert float(sin[i]) == pytest.approx(length * math.sin(speed), abs=1e-6), i
+
+
+def test_rules_that_depend_on_the_length_hold_within_the_first_one() -> None:
+    """LongRoPE divides each pair's speed by its own factor; dynamic changes nothing; both stop."""
+    dim, theta, slow = 8, 1000.0, [1.0, 1.25, 2.0, 4.0]
+    kind = POSITIONS.get("rope")
+    more = {"factor": 4.0, "original": 6}
+    scaling = {"rule": "longrope", "short": slow, "long": [8.0] * 4, "length": 1.5, **more}
+    rope = kind(theta=theta, scaling=scaling).build(dim)
+    cos, sin = rope.prepare(Layout.plain(1, 6).fields)[:, 0, :, 0].double()
+    for place in range(6):
+        for i in range(dim // 2):
+            angle = place * theta ** (-2 * i / dim) / slow[i]
+            assert float(cos[place, i]) == pytest.approx(1.5 * math.cos(angle), abs=1e-6)
+            assert float(sin[place, i]) == pytest.approx(1.5 * math.sin(angle), abs=1e-6)
+    dynamic = kind(theta=theta, scaling={"rule": "dynamic", **more}).build(dim)
+    plain, fields = kind(theta=theta).build(dim), Layout.plain(1, 6).fields
+    assert torch.equal(dynamic.prepare(fields), plain.prepare(fields))
+    for bounded in (rope, dynamic):
+        with pytest.raises(ValueError, match="beyond the 6 for which"):
+            bounded.prepare(Layout.plain(1, 7).fields)
+    with pytest.raises(ValueError, match="need 4 factors each"):
+        kind(theta=theta, scaling={**scaling, "short": [1.0]}).build(dim)

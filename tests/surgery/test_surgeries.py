@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from generation_toys import VOCABULARY, V
 from mm.batch import Batch
 from mm.errors import UserError
 from mm.layout import Doc, Layout
+from mm.model import folder
 from mm.model.layer import init_weights
-from mm.registry import NETWORKS, SURGERIES
+from mm.registry import ADAPTERS, NETWORKS, SURGERIES
 from mm.specs import TokenSpec
 from mm.surgery.base import Operated, network_of, own_tensors
 from mm.vocabulary import Vocabulary
@@ -39,6 +41,7 @@ DENSE = ("attention", "heads", "hybrid", "mamba_moe", "parallel", "post", "tied"
 RECIPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # settings, models it works on
     "deepen": ({"times": 3}, (*DENSE, "lora", "qdora", "ternary")),
     "extend_vocabulary": ({}, ("attention", "tied", "lora")),
+    "graft_adapter": ({"modality": "image", "path": "encoder"}, ("attention", "tied")),
     "keep_layers": ({"layers": [1]}, ("attention", "hybrid", "mamba_moe")),
     "linearize": ({}, ("attention", "heads", "hybrid")),
     "merge_lora": ({}, ("lora", "qdora")),
@@ -77,7 +80,14 @@ def test_every_surgery_has_a_recipe() -> None:
 
 
 @pytest.mark.parametrize("kind, name", CASES)
-def test_a_surgery_is_whole_and_pure_and_keeps_what_it_promises(kind: str, name: str) -> None:
+def test_a_surgery_is_whole_and_pure_and_keeps_what_it_promises(
+    kind: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if kind == "graft_adapter":
+        config = ADAPTERS.get("encoder").smallest()
+        weights = own_tensors(config.build(32))
+        folder.save_model("encoder", config.to_dict(), weights, VOCABULARY, {})
     before = model(name)
     copies = {k: t.clone() for k, t in before.tensors.items()}
     surgery = SURGERIES.parse({"kind": kind, **RECIPES[kind][0]})

@@ -18,8 +18,10 @@ from mm.tokenizers.load import fingerprint_of, load_tokenizer, write_folder
 from mm.tokenizers.text.bpe import well_formed
 
 FILE = "tokenizer.json"
+ORIGIN = "origin.json"  # what `mm import` knows of the model that `mm export` asks for
 # What tools read beside it; they change no id.
 BESIDE = (
+    ORIGIN,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from mm.errors import UserError
-from mm.interchange.family import Family, Settings, rope, rope_parameters, stack_of
+from mm.interchange.family import Family, Settings, places, rope, rope_parameters, stack_of
 from mm.interchange.parts import Entry, Experts, Part, Rows
 from mm.model.mixers.attention.attention import AttentionConfig
 from mm.model.model import LmConfig
 
-FULL, SLIDING = "full_attention", "sliding_attention"
-WORDS = {FULL: "attention", SLIDING: "sliding"}
+FULL, SLIDING, RECURRENT = "full_attention", "sliding_attention", "linear_attention"
+WORDS = {FULL: "attention", SLIDING: "sliding", RECURRENT: "recurrent"}
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
 
@@ -30,6 +30,11 @@ class Decoder(Family):
     qk_norm: ClassVar[Any] = False
     tied: ClassVar[bool] = False  # where the config does not say it
     scaled: ClassVar[bool] = False  # embeddings times sqrt(D)
+    share: ClassVar[float] = 1.0  # of a head that is rotated, where the config does not say it
+    partial: ClassVar[bool] = False  # `transformers` knows heads that are rotated in part
+    attention: ClassVar[str] = "self_attn"
+    mlp: ClassVar[str] = "mlp"
+    last: ClassVar[str] = "norm"
     activation_key: ClassVar[str] = "hidden_act"
     activation: ClassVar[str] = "silu"
     eps: ClassVar[float] = 1e-6
@@ -39,6 +44,10 @@ class Decoder(Family):
     def types(self, c: Settings) -> list[str]:
         """Type of each layer: `FULL` or `SLIDING`."""
         return [FULL] * c.whole("num_hidden_layers")
+
+    def window(self, c: Settings) -> int:
+        """Tokens that a query of a `SLIDING` layer sees."""
+        return c.whole("sliding_window")
 
     def bias(self, c: Settings) -> bool | list[str]:
         c.only("attention_bias", False)
@@ -60,6 +69,23 @@ class Decoder(Family):
     def softcap(self, c: Settings) -> float | None:
         return None
 
+    def recurrent(self, c: Settings) -> dict[str, Any]:
+        """Settings of the layers without attention. Raises UserError: there are none."""
+        raise c.refuse("layer_types", "names layers without attention")
+
+    def recurrent_config(self, mixer: Any) -> dict[str, Any]:
+        """What `recurrent` reads. Raises UserError where ``mixer`` is another."""
+        raise UserError(f"a '{mixer.kind}' is no attention with rotary positions")
+
+    def recurrent_entries(
+        self, lm: LmConfig, mixer: Any, ours: str, theirs: str
+    ) -> Iterator[Entry]:
+        raise NotImplementedError
+
+    def scale(self, D: int) -> float | None:
+        """Factor of the embeddings; None: the square root of the width."""
+        return None if self.scaled else 1.0
+
     def ffn(self, c: Settings) -> dict[str, Any]:
         given = c.get(self.activation_key, self.activation)
         if given not in ACTIVATIONS:
@@ -73,9 +99,10 @@ class Decoder(Family):
 
     def ffn_entries(self, lm: LmConfig, ours: str, theirs: str) -> Iterator[Entry]:
         hidden = stack_of(lm).ffn.hidden  # type: ignore[union-attr]
-        both = (f"{theirs}.mlp.gate_proj", f"{theirs}.mlp.up_proj")
+        theirs = f"{theirs}.{self.mlp}"
+        both = (f"{theirs}.gate_proj", f"{theirs}.up_proj")
         yield from self.matrix(lm, "gate_up", f"{ours}.ffn.gate_up", both, Rows(hidden, hidden))
-        yield from self.matrix(lm, "out", f"{ours}.ffn.out", (f"{theirs}.mlp.down_proj",))
+        yield from self.matrix(lm, "out", f"{ours}.ffn.out", (f"{theirs}.down_proj",))
 
     # ---- the two directions ----
 
@@ -87,14 +114,20 @@ class Decoder(Family):
         mixers = {}
         eps = c.get("rms_norm_eps", self.eps)
         for kind in dict.fromkeys(types):
+            if kind == RECURRENT:
+                mixers[WORDS[kind]] = self.recurrent(c)
+                continue
+            position = rope(c, kind, self.share)
+            if "fraction" in position and not self.partial:
+                raise c.refuse("rope_parameters", "rotates a part of each head, which it cannot")
             mixers[WORDS[kind]] = {
                 "kind": "attention",
                 "heads": H,
                 "kv_heads": c.whole("num_key_value_heads", H),
                 "head_dim": c.whole("head_dim", D // H),
                 "qk_norm": self.qk_norm,
-                "position": rope(c, kind),
-                "window": c.whole("sliding_window") if kind == SLIDING else None,
+                "position": position,
+                "window": self.window(c) if kind == SLIDING else None,
                 **({"norm_eps": eps} if self.qk_norm else {}),
                 **self.more(c),
             }
@@ -111,7 +144,7 @@ class Decoder(Family):
                 "eps": eps,
                 "norm": self.norm,
             },
-            "embedder": {"kind": "sum", "scale": None if self.scaled else 1.0},
+            "embedder": {"kind": "sum", "scale": self.scale(D)},
             "heads": {
                 "tokens": {
                     "kind": "softmax",
@@ -124,14 +157,20 @@ class Decoder(Family):
 
     def config(self, lm: LmConfig) -> dict[str, Any]:
         stack, words = stack_of(lm), stack_of(lm).words()
-        found = {word: stack.mixer(word) for word in dict.fromkeys(words)}
-        for word, mixer in found.items():
-            if not isinstance(mixer, AttentionConfig) or mixer.position.kind != "rope":
+        attentions: dict[str, Any] = {}
+        kind, more = {}, {}
+        for word in dict.fromkeys(words):
+            mixer: Any = stack.mixer(word)
+            if not isinstance(mixer, AttentionConfig):
+                kind[word], more = RECURRENT, self.recurrent_config(mixer)
+            elif mixer.position.kind != "rope":
                 raise UserError(f"mixers.{word}: no attention with rotary positions")
-        attentions: dict[str, Any] = found
-        kind = {w: SLIDING if a.window else FULL for w, a in attentions.items()}
+            else:
+                kind[word], attentions[word] = SLIDING if mixer.window else FULL, mixer
+        if not attentions:
+            raise UserError("model.backbone.pattern: no layer of attention")
         ropes = {kind[w]: rope_parameters(a.position) for w, a in attentions.items()}
-        first: Any = attentions[words[0]]
+        first: Any = next(iter(attentions.values()))
         H, G, K = first.sizes(lm.d_model)
         one = next(iter(ropes.values()))
         types = [kind[word] for word in words]
@@ -145,11 +184,13 @@ class Decoder(Family):
             "head_dim": K,
             "rms_norm_eps": stack.eps,
             "tie_word_embeddings": head.tied,
+            **places(first.position),
             "rope_parameters": one if all(r == one for r in ropes.values()) else ropes,
             **self.ffn_config(stack.ffn),
             **self.bias_config(lm.linear.bias),
             **self.window_config(types, window),
             **self.more_config(first),
+            **more,
         }
 
     def entries(self, lm: LmConfig) -> Iterator[Entry]:
@@ -160,9 +201,13 @@ class Decoder(Family):
             for slot, name in zip(slots, self.norms, strict=True):
                 if name is not None:
                     yield Entry(f"{ours}.{slot}.weight", (f"{theirs}.{name}.weight",))
-            yield from self.attention_entries(lm, stack.mixer(word), ours, f"{theirs}.self_attn")
+            mixer: Any = stack.mixer(word)
+            if isinstance(mixer, AttentionConfig):
+                yield from self.attention_entries(lm, mixer, ours, f"{theirs}.{self.attention}")
+            else:
+                yield from self.recurrent_entries(lm, mixer, ours, theirs)
             yield from self.ffn_entries(lm, ours, theirs)
-        yield Entry("backbone.norm.weight", (f"{self.table[2]}.norm.weight",))
+        yield Entry("backbone.norm.weight", (f"{self.table[2]}.{self.last}.weight",))
 
     def attention_entries(
         self, lm: LmConfig, mixer: Any, ours: str, theirs: str
@@ -212,6 +257,8 @@ class Mixture(Decoder):
         return True
 
     def ffn_config(self, ffn: Any) -> dict[str, Any]:
+        if ffn is None or ffn.kind != "moe":
+            raise UserError("model.backbone.ffn is no 'moe'")
         return {
             self.experts_key: ffn.experts,
             "num_experts_per_tok": ffn.top_k,

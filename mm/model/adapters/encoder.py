@@ -28,11 +28,21 @@ class EncoderAdapter(Adapter):
     """``out(backbone(position(inner(values))))``: each item is a document that sees itself alone.
 
     With patches, learned places and attention it is a ViT. Source: Dosovitskiy et al. 2020
-    (arXiv:2010.11929), section 3.1, without the class token: every patch keeps its place.
+    (arXiv:2010.11929), section 3.1. Every patch keeps its place; a class token takes part, before
+    them, and is not handed on.
     """
 
-    def __init__(self, inner: Adapter, position: Position, backbone: Backbone, out: nn.Linear):
+    def __init__(
+        self,
+        inner: Adapter,
+        position: Position,
+        backbone: Backbone,
+        out: nn.Linear,
+        class_width: int | None = None,
+    ):
         super().__init__()
+        token = None if class_width is None else nn.Parameter(torch.empty(1, class_width))
+        self.class_token = token
         self.inner, self.position, self.backbone, self.out = inner, position, backbone, out
         self.keeps_length = inner.keeps_length
         backbone.check_mask(Full())
@@ -40,6 +50,8 @@ class EncoderAdapter(Adapter):
     def init_weights(self) -> None:
         nn.init.normal_(self.out.weight, std=self.out.weight.shape[1] ** -0.5)
         nn.init.zeros_(self.out.bias)
+        if self.class_token is not None:
+            nn.init.normal_(self.class_token, std=0.02)
 
     def zero_item(self, device: torch.device) -> Tensor:
         """That of the inner adapter."""
@@ -48,28 +60,37 @@ class EncoderAdapter(Adapter):
     def forward(self, values: Values, ctx: Ctx) -> AdapterOutput:
         filled = self.inner(values, ctx)
         assert filled.x is not None
-        layout = layout_of(values, filled.x, filled.length, self.inner.keeps_length)
+        x, length, before = filled.x, filled.length, 0
+        if self.class_token is not None:
+            first = self.class_token.to(x.dtype).expand(len(x), 1, -1)
+            x, length, before = torch.cat((first, x), 1), length + 1, 1
+        layout = layout_of(values, x, length, self.inner.keeps_length, before)
         own = Ctx(layout, Full()) if ctx is None else replace(
             ctx, layout=layout, mask=Full(), ids=None, memories={}, published={}, draft=False
         )  # fmt: skip
-        x = self.position.embed(filled.x, layout.fields)
+        x = self.position.embed(x, layout.fields)
         y = self.backbone(x, own)
-        return AdapterOutput(self.out(y.y), None, filled.length, aux={**filled.aux, **y.aux})
+        return AdapterOutput(
+            self.out(y.y[:, before:]), None, filled.length, aux={**filled.aux, **y.aux}
+        )
 
 
-def layout_of(values: Values, x: Tensor, length: Tensor, keeps: bool) -> Layout:
-    """A row for each item, made on the host where it knows the lengths."""
+def layout_of(values: Values, x: Tensor, length: Tensor, keeps: bool, before: int = 0) -> Layout:
+    """A row for each item, made on the host where it knows the lengths.
+
+    ``before``: places of ``x`` and of ``length`` before the item's own.
+    """
     G, L = x.shape[:2]
     grids: list[tuple[int, ...]] = [()] * G
     if keeps and values.grid is not None:
-        sizes = [rows * columns for rows, columns in values.grid]
+        sizes = [before + rows * columns for rows, columns in values.grid]
         grids = [shape if shape[0] > 1 else () for shape in values.grid]
     elif keeps and values.is_full:
         sizes = [L] * G
     else:
         sizes = length.tolist()
     docs = [
-        [Doc(n, grids=[Grid(0, shape)] if shape else [])]
+        [Doc(n, grids=[Grid(before, shape)] if shape else [])]
         for n, shape in zip(sizes, grids, strict=True)
     ]
     return Layout.from_rows(docs, L, G, 3).to(x.device)
@@ -89,6 +110,9 @@ class EncoderAdapterConfig(Config):
         PositionField, Field(description="added to the encoder's input: learned, sinusoidal, grid")
     ] = Field(default="none", validate_default=True)
     linear: LinearField = Field(default="dense", validate_default=True)
+    class_token: bool = Field(
+        default=False, description="a learned vector before each item, which is not handed on"
+    )
 
     @property
     def d_in(self) -> int:
@@ -104,6 +128,7 @@ class EncoderAdapterConfig(Config):
             position,
             backbone,
             nn.Linear(self.width, d_model),
+            self.width if self.class_token else None,
         )
 
     @classmethod

@@ -65,7 +65,8 @@ class MoE(FeedForward):
     Source: Shazeer et al. 2017 (arXiv:1701.06538), eq. 1; balance: Fedus et al. 2021, Switch
     (arXiv:2101.03961), eq. 4-6; capacity: Lepikhin et al. 2020, GShard (arXiv:2006.16668), section
     2.2; router_z: Zoph et al. 2022, ST-MoE (arXiv:2202.08906), eq. 5; bias, shared experts and
-    sigmoid gates: DeepSeek-V3 (arXiv:2412.19437), eq. 12-16.
+    sigmoid gates: DeepSeek-V3 (arXiv:2412.19437), eq. 12-16; gated shared experts: Qwen2
+    (arXiv:2407.10671), section 2.2.2, as in its code.
     """
 
     bias: Tensor | None
@@ -81,10 +82,11 @@ class MoE(FeedForward):
         first = 2 * width if c.gated else width
         self.up = StackedLinear(c.experts, d_model, first, "gate_up" if c.gated else "up")
         self.out = StackedLinear(c.experts, width, d_model, "out")
-        self.shared = None
+        self.shared = self.shared_gate = None
         if c.shared:
             like = MlpConfig(hidden=c.shared * width, activation=c.activation, gated=c.gated)
             self.shared = MLP(d_model, like, linear)
+            self.shared_gate = linear(d_model, 1, "shared_gate") if c.shared_gate else None
         self.register_buffer("bias", torch.empty(c.experts) if c.bias_rate else None)
 
     def init_weights(self) -> None:
@@ -122,7 +124,10 @@ class MoE(FeedForward):
         given = from_experts(self.out(hidden, plan.ends), plan).unflatten(0, (-1, x.shape[0]))
         y = (given.to(gate.dtype) * gate[..., None]).sum(0).to(given.dtype).view(x_BTD.shape)
         if self.shared is not None:
-            y = y + self.shared(x_BTD, ctx).y
+            always = self.shared(x_BTD, ctx).y
+            if self.shared_gate is not None:
+                always = always * self.shared_gate(x_BTD, ctx).sigmoid().to(always.dtype)
+            y = y + always
         return Out(y, aux=self._report(logits, score, real, plan) if training else {})
 
     def _choose(self, score_RE: Tensor, real_R: Tensor, training: bool) -> tuple[Plan, Tensor]:
@@ -170,6 +175,9 @@ class MoeConfig(LayerConfig):
     experts: Annotated[int, Field(gt=1)] = 8
     top_k: Annotated[int, Field(gt=0, description="experts of a token")] = 2
     shared: int = Field(default=0, ge=0, description="experts that every token uses")
+    shared_gate: bool = Field(
+        default=False, description="sigmoid gate, one a token, of what the shared experts give"
+    )
     hidden: Annotated[int, Field(gt=0)] | None = Field(default=None, description="of one expert")
     activation: Activation = "silu"
     gated: bool = True
@@ -194,6 +202,8 @@ class MoeConfig(LayerConfig):
             raise ValueError(f"moe: top_k {self.top_k} is more than experts {self.experts}")
         if self.top_k == 1 and self.normalise:
             raise ValueError("moe: top_k 1 needs normalise: false, or its router learns nothing")
+        if self.shared_gate and not self.shared:
+            raise ValueError("moe: shared_gate needs shared experts")
         return self
 
     def width(self, d_model: int) -> int:

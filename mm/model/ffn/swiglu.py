@@ -29,7 +29,7 @@ class SwiGLU(FeedForward):
     def __init__(self, d_model: int, config: SwiGLUConfig, linear: LinearFactory):
         super().__init__()
         self.activation = config.activation
-        d_hidden = config.hidden or -(-8 * d_model // 96) * 32
+        d_hidden = config.width(d_model)
         self.gate_up = linear(d_model, 2 * d_hidden, "gate_up")
         self.out = linear(d_hidden, d_model, "out")
 
@@ -49,3 +49,7 @@ class SwiGLUConfig(LayerConfig):
     )
 
     layer = SwiGLU
+
+    def width(self, d_model: int) -> int:
+        """Hidden units F."""
+        return self.hidden or -(-8 * d_model // 96) * 32

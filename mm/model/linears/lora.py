@@ -100,7 +100,7 @@ class Lora(Linear):
             return y
         if self.dropout and self.training and ctx is not None:
             x = dropout(x, self.dropout, ctx, self, "lora")
-        low = F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scale
+        low = F.linear(F.linear(x, self.lora_a) * self.scale, self.lora_b)
         if self.magnitude is None:
             return y + low
         with torch.no_grad():

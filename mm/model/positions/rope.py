@@ -53,6 +53,8 @@ class Rope(Position):
         speed, length = self.theta**-half, 1.0
         if self.scaling is not None:
             speed, length = frequencies(self.scaling, self.theta, half)
+            if self.scaling.rule in BOUNDED:
+                refuse_beyond(f.position[:, :, 0], self.scaling.original)
         angle = f.position[:, :, :1, None].to(torch.float64) * speed
         return (length * torch.stack((angle.cos(), angle.sin()))).to(torch.float32)
 
@@ -62,10 +64,33 @@ class Rope(Position):
         return torch.cat((turn(x[..., : self.rotated], prepared), x[..., self.rotated :]), dim=-1)
 
 
+# Rules that rotate the same token otherwise in a longer pass, which no cache of keys can follow:
+# they hold for `original` places, and later ones are refused.
+BOUNDED = ("dynamic", "longrope")
+
+
+def refuse_beyond(place_BT: Tensor, most: int) -> None:
+    """Refuse places from ``most`` on.
+
+    Raises:
+        ValueError: on the CPU. An accelerator is not waited for: it stops the run when it gets
+            here.
+    """
+    message = (
+        f"a place lies beyond the {most} for which these rotations are the model's own; cut the "
+        "documents, or give it a scaling that is the same for all lengths, such as yarn"
+    )
+    outside = (place_BT >= most).any()
+    if place_BT.device.type != "cpu":
+        torch.ops.aten._assert_async.msg(~outside, message)
+    elif not torch.compiler.is_compiling() and bool(outside):
+        raise ValueError(message)
+
+
 class RopeScaling(Config):
     """How a model trained on ``original`` tokens is made to read ``factor`` times as many."""
 
-    rule: Literal["linear", "ntk", "yarn", "llama3"]
+    rule: Literal["linear", "ntk", "yarn", "llama3", "dynamic", "longrope"]
     factor: Annotated[float, Field(ge=1)]
     original: Annotated[int, Field(gt=0, description="tokens of the first training")] = 2048
     # Turns within `original` tokens: pairs with fewer than `low` are slowed by `factor`, with more
@@ -75,7 +100,15 @@ class RopeScaling(Config):
         default=None, gt=0, description="yarn (32 there) and llama3 (4 there)"
     )
     length: float | None = Field(
-        default=None, gt=0, description="yarn: of rotated vectors; default 0.1 ln(factor) + 1"
+        default=None,
+        gt=0,
+        description="yarn, longrope: of rotated vectors; default 0.1 ln(factor) + 1, 1",
+    )
+    short: list[Annotated[float, Field(gt=0)]] | None = Field(
+        default=None, description="longrope: what each pair is slowed by within `original` places"
+    )
+    long: list[Annotated[float, Field(gt=0)]] | None = Field(
+        default=None, description="longrope: beyond them; kept for `mm export`"
     )
     round: Annotated[bool, Field(description="yarn: corner indices to whole pairs")] = True
 
@@ -86,10 +119,15 @@ def frequencies(rule: RopeScaling, theta: float, half: Tensor) -> tuple[Tensor, 
     ``half`` = ``2i / K``. Source: linear: Chen et al. 2023 (arXiv:2306.15595), eq. 4; ntk: the
     fixed "NTK-aware" base, Peng et al. 2023 (arXiv:2309.00071), definition 1; yarn: there, eq. 22
     to 25, with the corner indices rounded as in its code; llama3: Dubey et al. 2024
-    (arXiv:2407.21783), as in its code.
+    (arXiv:2407.21783), as in its code; longrope: Ding et al. 2024 (arXiv:2402.13753), section 3,
+    within the first length, where dynamic (of Peng et al., too) is no scaling.
     """
     speed = theta**-half
     pairs = half.shape[0]
+    if rule.rule == "dynamic":
+        return speed, 1.0
+    if rule.rule == "longrope":
+        return speed / speed.new_tensor(rule.short), rule.length or 1.0
     if rule.rule == "linear":
         return speed / rule.factor, 1.0
     if rule.rule == "ntk":
@@ -129,4 +167,7 @@ class RopeConfig(Config):
         rule: Any = self.scaling
         if rule is not None and rule.high is not None and rule.high <= rule.low:
             raise ValueError(f"rope scaling: high {rule.high} must exceed low {rule.low}")
+        if rule is not None and rule.rule == "longrope":
+            if any(len(given or ()) != rotated // 2 for given in (rule.short, rule.long)):
+                raise ValueError(f"rope scaling: short and long need {rotated // 2} factors each")
         return Rope(head_dim, self.theta, rule, rotated)

@@ -21,6 +21,7 @@ SETTINGS = {
     "no convolution": {"conv_size": 1},
     "gated": {"gate": "scalar", "output_gate": True},
     "reflecting": {"negative_eigenvalues": True, "value_dim": 3},
+    "shared keys": {"heads": 4, "key_heads": 2, "key_dim": 5, "norm_eps": 1e-3, "gate": "scalar"},
 }
 
 
@@ -33,7 +34,7 @@ def build(dtype: torch.dtype = torch.float64, **settings: object) -> DeltaRule:
 
 def by_hand(layer: DeltaRule, x_TD: Tensor) -> Tensor:
     """The paper's equations, head by head and token by token."""
-    H, K, V = layer.heads, layer.key_dim, layer.value_dim
+    H, G, K, V = layer.heads, layer.key_heads, layer.key_dim, layer.value_dim
     u = layer.qkv(x_TD)
     if isinstance(layer.conv, ShortConv):
         past = torch.cat((u.new_zeros(layer.conv.size, u.shape[1]), u))
@@ -42,9 +43,10 @@ def by_hand(layer: DeltaRule, x_TD: Tensor) -> Tensor:
     rates = layer.rates(x_TD)
     out = []
     for h in range(H):
-        q = F.normalize(u[:, h * K : (h + 1) * K], dim=-1) * K**-0.5
-        k = F.normalize(u[:, (H + h) * K : (H + h + 1) * K], dim=-1)
-        v = u[:, 2 * H * K + h * V : 2 * H * K + (h + 1) * V]
+        g = h * G // H
+        q = F.normalize(u[:, g * K : (g + 1) * K], dim=-1) * K**-0.5
+        k = F.normalize(u[:, (G + g) * K : (G + g + 1) * K], dim=-1)
+        v = u[:, 2 * G * K + h * V : 2 * G * K + (h + 1) * V]
         beta = layer.top * rates[:, h].sigmoid()
         alpha = torch.ones_like(beta)
         if layer.log_decay is not None and layer.rate_bias is not None:
@@ -56,7 +58,8 @@ def by_hand(layer: DeltaRule, x_TD: Tensor) -> Tensor:
             S = erase @ (alpha[t] * S) + beta[t] * torch.outer(k[t], v[t])
             reads.append(q[t] @ S)
         o = torch.stack(reads)
-        out.append(o * (o.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * layer.norm.weight)
+        eps = layer.norm.eps
+        out.append(o * (o.square().mean(-1, keepdim=True) + eps).rsqrt() * layer.norm.weight)
     y = torch.cat(out, -1)
     if layer.gate is not None:
         y = y * F.silu(layer.gate(x_TD))

@@ -1,6 +1,6 @@
 """DeltaNet and Gated DeltaNet.
 
-B rows, T tokens, D model, H heads, K key width, V value width, C conv size.
+B rows, T tokens, D model, H heads, G key heads, K key width, V value width, C conv size.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class DeltaRule(LinearMixer):
     Queries, keys and values: a short causal convolution, SiLU, then unit length (queries, keys).
     Source: Yang et al. 2024, DeltaNet (arXiv:2406.06484), section 3.3; gate: Yang et al. 2024,
     Gated DeltaNet (arXiv:2412.06464), section 3.4, decay ``exp(-A softplus(a + bias))`` as in Dao &
-    Gu 2024 (arXiv:2405.21060); negative eigenvalues: Grazzi et al. 2024 (arXiv:2411.12537).
+    Gu 2024 (arXiv:2405.21060); negative eigenvalues: Grazzi et al. 2024 (arXiv:2411.12537); fewer
+    key heads than heads: Qwen3-Next.
     """
 
     caps = Caps(causal=True, step=True, shard="carry")
@@ -47,14 +48,17 @@ class DeltaRule(LinearMixer):
             )
         K = c.key_dim or d_model // H
         V = c.value_dim or K
+        self.key_heads = G = c.key_heads or H
+        if H % G:
+            raise ValueError(f"delta_rule: heads {H} is not a multiple of key_heads {G}")
         self.heads, self.key_dim, self.value_dim = H, K, V
         self.top = 2.0 if c.negative_eigenvalues else 1.0
-        width, gated = H * (2 * K + V), c.gate == "scalar"
+        width, gated = 2 * G * K + H * V, c.gate == "scalar"
         self.qkv = linear(d_model, width, "qkv")
         self.rates = linear(d_model, H * (1 + gated), "rates")
         self.gate = linear(d_model, H * V, "gate") if c.output_gate else None
         self.out = linear(H * V, d_model, "out")
-        self.norm = RMSNorm(V)
+        self.norm = RMSNorm(V, c.norm_eps)
         self.conv = ShortConv(width, c.conv_size, bias=False) if c.conv_size > 1 else NoConv()
         self.memory = MatrixMemory(H, K, V, change="map")
         self.log_decay = nn.Parameter(torch.empty(H)) if gated else None
@@ -79,15 +83,18 @@ class DeltaRule(LinearMixer):
         found: dict[str, Tensor] = {}
         u, rates = self.qkv(x_BTD, ctx), self.rates(x_BTD, ctx)
         u, after = self.conv(u, ctx, state)
-        H, K, V = self.heads, self.key_dim, self.value_dim
+        H, G, K, V = self.heads, self.key_heads, self.key_dim, self.value_dim
         wide = torch.promote_types(rates.dtype, torch.float32)
-        q, k, v = (x.unflatten(-1, (H, -1)) for x in F.silu(u).split((H * K, H * K, H * V), -1))
+        q, k, v = F.silu(u).split((G * K, G * K, H * V), -1)
+        q, k, v = q.unflatten(-1, (G, K)), k.unflatten(-1, (G, K)), v.unflatten(-1, (H, V))
         beta, *rest = rates.to(wide).unflatten(-1, (-1, H)).unbind(-2)
         if self.log_decay is not None and self.rate_bias is not None:
             step = F.softplus(rest[0] + self.rate_bias.to(wide))
             found["g"] = -self.log_decay.to(wide).exp() * step
         beta = self.top * beta.sigmoid()
         q, k = self._unit(q, K**-0.5), self._unit(k)
+        if G < H:  # a query and a key for each group of heads
+            q, k = (x.repeat_interleave(H // G, dim=2) for x in (q, k))
         return {"q": q, "k": k, "v": v, "beta": beta, **found}, after
 
     def _unit(self, x: Tensor, length: float = 1.0) -> Tensor:
@@ -153,6 +160,9 @@ class DeltaRuleConfig(LayerConfig):
     )
     key_dim: Annotated[int, Field(gt=0, description="default: d_model / heads")] | None = None
     value_dim: Annotated[int, Field(gt=0, description="default: key_dim")] | None = None
+    key_heads: int | None = Field(
+        default=None, gt=0, description="query and key heads; default: heads"
+    )
     conv_size: int = Field(default=4, gt=0, description="width of the causal convolution; 1: none")
     gate: Literal["none", "scalar"] = Field(
         default="none", description="decay of the state, one for each head"
@@ -161,6 +171,7 @@ class DeltaRuleConfig(LayerConfig):
         default=False, description="writing strengths in (0, 2), for tracking states, not (0, 1)"
     )
     output_gate: bool = Field(default=False, description="SiLU gate after the norm of the output")
+    norm_eps: Annotated[float, Field(gt=0, le=1, description="of the norm of the output")] = 1e-6
 
     layer = DeltaRule
     small = {

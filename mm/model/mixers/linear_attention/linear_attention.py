@@ -25,7 +25,7 @@ from mm.model.layer_config import LayerConfig
 from mm.model.mixers.conv.state import NoConv, ShortConv
 from mm.model.mixers.linear_attention.lower_bounds import shared_bound, shared_bounds
 from mm.model.mixers.linear_attention.memory import MatrixMemory
-from mm.model.norm import RMSNorm
+from mm.model.norm import HeadNorm, RMSNorm
 from mm.model.positions.base import Position
 from mm.model.positions.randomised import refuse_drawn
 from mm.registry import MIXERS, PositionField
@@ -80,9 +80,12 @@ class LinearAttention(LinearMixer):
             self.log_rate = nn.Parameter(torch.empty(H))
         if c.skip:
             self.skip = nn.Parameter(torch.empty(H))
-        norms = {"head": value_dim, "full": H * value_dim}
-        self.norm = RMSNorm(norms[c.norm]) if c.norm in norms else None
-        self.conv = ShortConv(sum(self.sizes), c.conv_size) if c.conv_size else NoConv()
+        widths, groups = {"head": value_dim, "full": H * value_dim}, self.key_heads
+        self.norm = RMSNorm(widths[c.norm], c.norm_eps) if c.norm in widths else None
+        if c.norm == "key_head":
+            self.norm = HeadNorm(groups, H * value_dim // groups, c.norm_eps)
+        conv = lambda: ShortConv(sum(self.sizes), c.conv_size, c.conv_bias)
+        self.conv = conv() if c.conv_size else NoConv()
         mapped = 1 + key_dim + key_dim**2 if c.feature == "taylor" else key_dim
         self.memory = MatrixMemory(H, mapped, value_dim + c.normalise)
 
@@ -235,6 +238,8 @@ class LinearAttention(LinearMixer):
             return F.layer_norm(o.to(wide), o.shape[-1:], eps=EPS).to(o.dtype)
         if self.norm is None:
             return o
+        if isinstance(self.norm, HeadNorm):
+            return self.norm(o.flatten(2).unflatten(2, (self.key_heads, -1))).view_as(o)
         return self.norm(o.flatten(2)).view_as(o) if self.config.norm == "full" else self.norm(o)
 
 
@@ -293,10 +298,13 @@ class LinearAttentionConfig(LayerConfig):
     key: Literal["free", "one_minus_decay"] = "free"
     skip: Annotated[bool, Field(description="add a learned share of the token's own value")] = False
     conv_size: Annotated[int, Field(ge=0, description="of a short convolution; 0 = none")] = 0
-    norm: Literal["none", "head", "layer", "full"] = Field(
+    conv_bias: Annotated[bool, Field(description="of the convolution")] = True
+    norm: Literal["none", "head", "layer", "full", "key_head"] = Field(
         default="none",
-        description="RMS by head, layer norm by head without scale, RMS over all heads",
+        description="RMS by head, layer norm by head without scale, RMS over all heads, "
+        "RMS over the heads that share a key head",
     )
+    norm_eps: Annotated[float, Field(gt=0, le=1, description="of an RMS norm")] = 1e-6
     gate: Literal["none", "silu", "sigmoid"] = "none"
     gate_first: Annotated[bool, Field(description="gate before the norm")] = False
 

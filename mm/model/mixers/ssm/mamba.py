@@ -82,7 +82,7 @@ class Mamba(Mixer):
         self.select = linear(width, rank + 2 * states, "select")
         self.step = linear(rank, width, "step")
         self.out = linear(width, d_model, "out")
-        self.conv = ShortConv(width, config.conv_size, init="uniform")
+        self.conv = ShortConv(width, config.conv_size, config.conv_bias, "uniform")
         self.scan = SelectiveScan(states, width)
         self.step_bias = nn.Parameter(torch.empty(width))
         self.log_rate = nn.Parameter(torch.empty(states, width))  # log(-A), transposed
@@ -130,6 +130,7 @@ class MambaConfig(LayerConfig):
     expand: Annotated[int, Field(gt=0, description="inner width / d_model")] = 2
     states: Annotated[int, Field(gt=0, description="states of a channel")] = 16
     conv_size: Annotated[int, Field(gt=1, description="width of the causal convolution")] = 4
+    conv_bias: Annotated[bool, Field(description="of the convolution")] = True
     rank: int | None = Field(
         default=None, gt=0, description="of the step size; default d_model / 16"
     )

@@ -29,7 +29,8 @@ SHARPNESS = 8.0  # the constant c of the paper
 class RGLRU(Mixer):
     """``out(gelu(gate(x)) * rg_lru(conv(in(x))))`` with block-diagonal recurrence and input gates.
 
-    Source: De et al. 2024, Griffin (arXiv:2402.19427), section 2.4, eq. 1-4 and appendix A.
+    Source: De et al. 2024, Griffin (arXiv:2402.19427), section 2.4, eq. 1-4 and appendix A; the
+    first token unscaled: Botev et al. 2024, RecurrentGemma (arXiv:2404.07839), as in its code.
     """
 
     caps = Caps(causal=True, step=True, shard="carry")
@@ -40,6 +41,7 @@ class RGLRU(Mixer):
         heads, conv_size = config.heads, config.conv_size
         if width % heads:
             raise ValueError(f"rg_lru: width {width} is not a multiple of heads {heads}")
+        self.first_unscaled = config.first_unscaled
         self.inner = linear(d_model, 2 * width, "inner")
         self.out = linear(width, d_model, "out")
         self.conv = ShortConv(width, conv_size)
@@ -64,6 +66,9 @@ class RGLRU(Mixer):
         gate, u = self.inner(x_BTD, ctx).chunk(2, dim=-1)
         u, conv = self.conv(u, ctx, conv)
         a, b = self._gates(u)
+        if self.first_unscaled:
+            first = ctx.layout.fields.position[..., :1] == 0
+            b = torch.where(first, self._input(u).to(b.dtype), b)
         h, hidden = self.scan(linear_scan, a, b, ctx, hidden)
         return Out(self.out(glu(gate, h, "gelu_tanh"), ctx), join_parts(conv, hidden))
 
@@ -76,6 +81,13 @@ class RGLRU(Mixer):
         a, b = rg_lru_gates(gates, self.gate_bias, rate, u.reshape(R * L, W).to(gates.dtype))
         return a.view(R, L, W), b.view(R, L, W)
 
+    def _input(self, u: Tensor) -> Tensor:
+        """``sigmoid(input gate) * u``, float32 or wider."""
+        wide = torch.promote_types(u.dtype, torch.float32)
+        heads, K = u.unflatten(-1, (self.heads, -1)), u.shape[-1] // self.heads
+        gate = torch.einsum("blhk,hkj->blhj", heads, self.gate_weight[..., K:].to(u.dtype))
+        return ((gate.to(wide) + self.gate_bias[:, K:].to(wide)).sigmoid() * heads).flatten(-2)
+
 
 @MIXERS.register("rg_lru")
 class RGLRUConfig(LayerConfig):
@@ -86,6 +98,9 @@ class RGLRUConfig(LayerConfig):
     width: Annotated[int, Field(gt=0, description="default d_model")] | None = None
     heads: Annotated[int, Field(gt=0, description="blocks of the block-diagonal gates")] = 4
     conv_size: Annotated[int, Field(gt=1, description="width of the causal convolution")] = 4
+    first_unscaled: bool = Field(
+        default=False, description="the token at place 0 enters as it is, without sqrt(1 - a^2)"
+    )
 
     layer = RGLRU
     small = {"heads": 2}
