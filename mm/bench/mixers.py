@@ -7,7 +7,7 @@ import importlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -188,7 +188,7 @@ class Bench:
 
 
 def _told(
-    layer: Layer, layout: Layout, x: Tensor, size: int, wanted: frozenset[str] | None = None
+    layer: Layer, layout: Layout, x: Tensor, size: int, wanted: Set[str] | None = None
 ) -> Ctx:
     """The mask that a layer is made for, and ``size`` vectors a document of what it attends to.
 

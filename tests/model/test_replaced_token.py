@@ -97,6 +97,13 @@ def test_draws_follow_the_generator_among_the_codes_of_the_modality() -> None:
     torch.testing.assert_close(found, share / share.sum(), atol=0.012, rtol=0)
 
 
+def test_both_logits_of_a_bernoulli_are_its_probabilities() -> None:
+    told = Bernoulli(torch.tensor([-2.0, 0.0, 3.0]))
+    each = torch.stack([told.log_prob(torch.full((3,), float(v))) for v in (0, 1)], -1)
+    torch.testing.assert_close(told.logits.log_softmax(-1), each)
+    assert told.sample(torch.Generator(), temperature=0).tolist() == [0, 0, 1]
+
+
 def test_a_model_without_the_head_or_with_another_one_is_refused() -> None:
     made = objective()
     made.check_model(make(heads={"replaced": "binary"}))

@@ -22,6 +22,11 @@ class Bernoulli:
     def __init__(self, logit: Tensor):
         self.logit = logit
 
+    @property
+    def logits(self) -> Tensor:
+        """`(P, 2)` of 0 and 1."""
+        return torch.stack((torch.zeros_like(self.logit), self.logit), -1)
+
     def log_prob(self, value: Tensor) -> Tensor:
         """`(P,)` log-probability of 0 or 1 `(P,)`."""
         return -F.binary_cross_entropy_with_logits(
