@@ -45,7 +45,8 @@ BESIDE = {
 @app.command(
     name="eval",
     help="Run the tasks that the config of RUN names, and print every figure beside its chance "
-    "level.\n\nUnder torchrun the processes share the tasks; the figures stay the same.",
+    "level.\n\nUnder torchrun the processes share the tasks; the figures stay the same.\n\n"
+    "--harness arc_easy, or a YAML of its form: tasks of lm-eval in their place.",
     context_settings=PASS_OVERRIDES,
 )
 def evaluate(
@@ -58,10 +59,26 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="Of whatever is sampled.")] = 0,
     device: Device = "auto",
     json: JsonFile = None,
+    harness: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK", help="Task of lm-eval, or the YAML of one; more than once."),
+    ] = None,
+    few_shot: Annotated[
+        int | None, typer.Option(min=0, help="Of --harness: examples before each question.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Of --harness: questions of each task.")
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(min=8, help="Of --harness: ids of a question with its answer.")
+    ] = 1024,
 ) -> None:
     from mm.run import Run
     from mm.tasks.base import by_name
 
+    if harness:
+        _harness(run, harness, few_shot, limit, max_tokens, device, trust_code, json)
+        return
     config = Run.load(run_config(run), overrides(changes), trust_code=trust_code)
     named = by_name([task for stage in config.stages for task in stage.tasks])
     if not named:
@@ -120,6 +137,29 @@ def evaluate(
         },
     )
     mirror_to_tracker(config, run, figures)
+
+
+def _harness(
+    run: Path,
+    tasks: Sequence[str],
+    few_shot: int | None,
+    limit: int | None,
+    max_tokens: int,
+    device: str,
+    trust_code: bool,
+    json: Path | None,
+) -> None:
+    """Run tasks of lm-eval, and print their figures."""
+    from mm.decoders.device import choose_device
+    from mm.decoders.generate import Generator
+    from mm.tasks import harness
+
+    generator = Generator.from_pretrained(run, choose_device(device), trust_code=trust_code)
+    model = harness.language_model(generator, max_tokens=max_tokens)
+    figures, errors = harness.run(model, tasks, few_shot, limit)
+    rows = [(name, number(value)) for name, value in figures.items()]
+    table(f"{run}: lm-eval", ("figure", "value"), rows)
+    write_json(json, {"run": run, "figures": figures, "standard_errors": errors})
 
 
 def mirror_to_tracker(config: Run, folder: Path, figures: Mapping[str, Mapping[str, Any]]) -> None:

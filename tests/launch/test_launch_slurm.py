@@ -136,7 +136,7 @@ def test_a_preempted_job_saves_goes_on_and_stops_when_told(slurm: Slurm, tmp_pat
 
 
 def test_an_error_is_tried_twice_and_not_a_third_time(slurm: Slurm, tmp_path: Path) -> None:
-    held = ("cluster.options=[--hold]",)
+    held = ("cluster.options=[--hold]", "cluster.preflight=false")
     job = submit(slurm, tmp_path, *held)
     (tmp_path / "vocabulary.json").unlink()
     slurm.ask("scontrol", "release", job)
