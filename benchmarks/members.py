@@ -3,7 +3,7 @@
     python benchmarks/members.py DIR [--only photos] [--seeds 3]
 
 DIR holds cifar10-images.tar, spoken-digits.tar, tinyshakespeare.txt (or what has their shape) and
-what benchmarks/series_windows.py wrote, taylor-windows.tar. Writes
+what benchmarks/series_windows.py and moving_photographs.py wrote. Writes
 runs/members; a part that is done is not done again. What it reached stands in docs/results.md.
 """
 
@@ -97,6 +97,17 @@ PARTS = {
         {"text": "configs/tokenizer/text.yaml tokenizer.vocab_size=512"},
         "text_ids_a_forward",
         1.2,
+        8,
+    ),
+    "video": Part(
+        "moving-photographs.tar",
+        (),
+        {
+            "video": "configs/tokenizer/video.yaml tokenizer.fps=8 tokenizer.size=48",
+            "text": "configs/tokenizer/text.yaml tokenizer.vocab_size=300",
+        },
+        "video_to_text_accuracy",
+        0.9,
         8,
     ),
     "series": Part(

@@ -90,8 +90,9 @@ def register_kernel(
             saved=saved, gradients=gradients, kept=kept, only=only, dense=dense, fill=True,
         )  # fmt: skip
         tensors = [n for n in names if kinds[n].startswith("Tensor")]
-        widened = {*wide.split(), *(own.split() if way != "triton" else ())}
-        widen = [names.index(n) for n in widened]
+        widened = [*wide.split(), *(own.split() if way != "triton" else ())]
+        # In one order in every process: ZeRO joins gradients in the order of their backward.
+        widen = sorted({names.index(n) for n in widened})
         pack = [names.index(n) for n in tensors if strided != "*" and n not in strided.split()]
 
         def call(*args: Any, **kw: Any) -> Any:

@@ -12,11 +12,7 @@ def batch_arithmetic(run: Run, world: int) -> list[str]:
     Raises UserError when they do not divide, with the numbers of processes that do.
     """
     lines, share = [], run.engine.sequence
-    if world % share:
-        raise UserError(
-            f"engine.sequence: {share} processes share rows, {world} do not divide by it; numbers "
-            f"of processes that do: {share}, {2 * share}, {3 * share}, ..."
-        )
+    require_groups(world, share)
     world //= share  # groups of processes that have rows of their own
     groups = "processes" if share == 1 else f"groups of {share} processes"
     for i, stage in enumerate(run.stages):
@@ -42,6 +38,23 @@ def batch_arithmetic(run: Run, world: int) -> list[str]:
             f"{world} {groups} = {rows} rows a step{tokens}{last}"
         )
     return lines
+
+
+def require_groups(world: int, share: int) -> None:
+    """Check that ``world`` processes divide into groups of ``share`` that share rows.
+
+    Raises:
+        UserError: they do not; with the numbers of processes next to it that do and the command.
+    """
+    if world % share == 0:
+        return
+    below, above = world // share * share, -(-world // share) * share
+    fits = " or ".join(str(n) for n in (below, above) if n)
+    divisors = [n for n in range(1, world + 1) if world % n == 0]
+    raise UserError(
+        f"engine.sequence {share} does not divide {world} processes; start {fits}: torchrun "
+        f"--nproc_per_node {above} -m mm train CONFIG; or set engine.sequence to one of {divisors}"
+    )
 
 
 def keep_micro_batches(run: Run, before: int, now: int) -> list[str]:

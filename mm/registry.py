@@ -174,6 +174,7 @@ TOKENIZERS = Registry(
         "audio_codec": "mm.tokenizers.audio.tokenizer",
         "mel_frames": "mm.tokenizers.audio.mel_frames",
         "series_patches": "mm.tokenizers.series.patches",
+        "video_tubes": "mm.tokenizers.video.tubes",
     },
 )
 QUANTIZERS = Registry(
@@ -191,6 +192,7 @@ MODALITIES = Registry(
         "text": "mm.data.modalities.text",
         "image": "mm.data.modalities.image",
         "audio": "mm.data.modalities.audio",
+        "video": "mm.data.modalities.video",
         "time_series": "mm.data.modalities.time_series",
     },
 )
@@ -209,6 +211,8 @@ SOURCES = Registry(
     {
         "folder": "mm.data.sources.folder",
         "jsonl": "mm.data.sources.jsonl",
+        "json": "mm.data.sources.jsonl",
+        "chat": "mm.data.sources.chat",
         "csv": "mm.data.sources.table",
         "parquet": "mm.data.sources.table",
         "hf": "mm.data.sources.hf",

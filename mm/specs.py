@@ -42,6 +42,13 @@ class Waveform(NamedTuple):
     sample_rate: int
 
 
+class Video(NamedTuple):
+    """Moving pictures: ``frames`` (F, H, W, 3) uint8, ``rate`` of them a second."""
+
+    frames: Any
+    rate: float
+
+
 MODALITY = r"[a-z][a-z0-9_]{0,31}"  # a regular expression: it becomes names of files
 
 

@@ -48,8 +48,8 @@ class PackConfig(Config):
     source: Annotated[
         str | None,
         Field(
-            description="folder, jsonl, csv, parquet, hf, text or shards, where SRC's name does "
-            "not tell."
+            description="folder, jsonl, json, csv, parquet, hf, chat, text or shards, where SRC's "
+            "name does not tell."
         ),
         Option("KIND"),
     ] = None
@@ -136,6 +136,34 @@ class PackConfig(Config):
             "tokenizer.json; default the one beside SRC)."
         ),
     ] = False
+    map: Annotated[
+        Words,
+        Field(
+            description="Of conversations: messages=COLUMN, or user=, assistant=, system=, input= "
+            "and image=, ... ; repeatable. Default: guessed and printed."
+        ),
+        Option("NAME=COLUMN", ("--map",)),
+    ] = None
+    template: Annotated[
+        Path | None,
+        Field(
+            description="Chat template (Jinja); `default` is this project's. Default: the text "
+            "tokenizer's own, else this project's."
+        ),
+        Option("FILE"),
+    ] = None
+    loss: Annotated[
+        str,
+        Field(
+            pattern="^(assistant|all)$",
+            description="Of conversations: what is learnt, the turns of the assistant or all.",
+        ),
+        Option("assistant|all"),
+    ] = "assistant"
+    max_tokens: Annotated[
+        int | None,
+        Field(ge=1, description="Of conversations: longer ones are left out and counted."),
+    ] = None
     license: Annotated[str, Field(description="Goes into the manifest."), Option("TEXT")] = ""
     dedupe: Annotated[
         str | None,

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mm.config import validate
+from mm.data.chat.encode import ChatEncoder
+from mm.data.chat.template import ChatTemplate, template_of
 from mm.data.modalities.base import Modality, get_modality, sort_key, table
 from mm.data.pack.config import PackConfig
 from mm.data.pack.encode import Encoder, vocabulary_of
@@ -27,6 +29,7 @@ from mm.data.pack.writer import atomic_folder, write_manifest
 from mm.data.shards.manifest import FORMAT, MANIFEST, VERSION, read_manifest
 from mm.data.shards.reader import QUARANTINE, VOCABULARY
 from mm.data.sources.base import SEGMENTS
+from mm.data.sources.chat import ChatSource
 from mm.data.sources.copies import Copies
 from mm.data.sources.detect import open_source
 from mm.data.sources.shards import PackedShards
@@ -40,7 +43,7 @@ REASONS = 50  # that the manifest lists
 # Settings of the source itself; "root" says where its files are, not what they hold.
 OF_SOURCE = (
     "columns", "root", "caption_from", "caption_regex", "caption_map", "incomplete",
-    "document_bytes", "segments", "follow_links",
+    "document_bytes", "segments", "follow_links", "map",
 )  # fmt: skip
 
 
@@ -92,6 +95,7 @@ class PackJob:
         self.modalities = {m: get_modality(m, config.limits.get(m)) for m in table().modalities}
         self.encoder: Encoder | TokenIds | None = None
         self.vocabulary: Vocabulary | None = None
+        self.template: ChatTemplate | None = None  # of conversations
         old = config.vocabulary
         old = Vocabulary.load(old) if isinstance(old, Path) else old
         if config.tokenized:
@@ -99,7 +103,15 @@ class PackJob:
         elif config.tokenizers is not None:
             opened = load_tokenizers(config.tokenizers)
             self.vocabulary = vocabulary_of(opened, old)
-            self.encoder = Encoder(opened, self.modalities)
+            if isinstance(self.source, ChatSource):
+                every = config.loss == "all"
+                encoder = ChatEncoder(opened, self.modalities, config.max_tokens, every)
+                texts = encoder.tokenizers[encoder.text]
+                self.template = self.source.template = template_of(texts, config.template)
+                self.encoder = encoder
+            else:
+                self.encoder = Encoder(opened, self.modalities)
+        self._require_fitting_options()
         settings = {k: v for k, v in given.items() if v is not None and k != "root"} | {
             "split": config.split,
             "val_share": config.val_share,
@@ -110,11 +122,36 @@ class PackJob:
         }
         if config.copies > 1:
             settings["copies"] = config.copies
-        if config.dedupe is not None:
-            settings["dedupe"] = config.dedupe
+        self.dedupe = config.dedupe or ("sample" if self.template else None)
+        if self.dedupe is not None:
+            settings["dedupe"] = self.dedupe
+        if self.template is not None:
+            settings["chat"] = {
+                "template": self.template.fingerprint,
+                "loss": config.loss,
+                "max_tokens": config.max_tokens,
+            }
         self.settings = json.loads(json.dumps(settings))
         parts = [VERSION, self.source.fingerprint(), self.settings]
         self.identity = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _require_fitting_options(self) -> None:
+        """Raise UserError on options of conversations for another source, or the other way."""
+        config = self.config
+        if isinstance(self.source, ChatSource):
+            if self.template is None:
+                raise UserError(
+                    f"{config.src}: conversations are packed as tokens, because what a template "
+                    "writes depends on them: add --tokenizers DIR"
+                )
+            return
+        defaults = {"template": None, "max_tokens": None, "loss": "assistant"}
+        for name, value in defaults.items():
+            if getattr(config, name) != value:
+                raise UserError(
+                    f"{config.src}: --{name.replace('_', '-')} is of conversations, and this "
+                    "source holds none; map its columns: --map user=COLUMN --map assistant=COLUMN"
+                )
 
     def run(self, progress: bool = True) -> PackReport:
         """Pack, unless it is done already. Raises UserError, see `pack`."""
@@ -129,7 +166,7 @@ class PackJob:
                 self._write(written, progress)
                 written.check_budget(final=True)
                 if not written.good:
-                    why = written.reasons() or "the source has no sample"
+                    why = written.reasons() or written.left_out_words()
                     raise UserError(f"{self.config.src}: nothing to pack; {why}")
             except UserError as error:
                 listed = written.abort(out)
@@ -139,6 +176,8 @@ class PackJob:
             manifest = self._manifest(written)
             if self.vocabulary:
                 self.vocabulary.save(part / VOCABULARY)
+            if self.template:
+                self.template.save(part)
             write_manifest(part, manifest)
         (out.parent / f"{out.name}.{QUARANTINE}").unlink(missing_ok=True)  # of a pack that stopped
         return PackReport.of(out, manifest, time.monotonic() - started)
@@ -148,7 +187,7 @@ class PackJob:
         config, encoder = self.config, self.encoder
         # A batch is the same after a restart: the journal is written between two of them.
         rest = islice(self.source, written.records, None)
-        work = Work(self.modalities, config.dedupe, encoder)
+        work = Work(self.modalities, self.dedupe, encoder)
         ready = batches(rest, work, BATCH if encoder else 1, config.workers or cores())
         with contextlib.closing(ready):  # ends the workers whatever happens here
             shown: Iterable[PreparedBatch] = ready
@@ -179,6 +218,8 @@ class PackJob:
             "ignored": self.source.ignored,
             "splits": entries,
         }
+        if self.template:
+            manifest["skipped"] = dict(written.skipped)
         if self.encoder and self.vocabulary:
             words = self.vocabulary
             manifest["left_out"] = sorted(self.encoder.left_out | written.left_out)

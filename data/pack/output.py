@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mm.data.chat.conversation import EMPTY
+from mm.data.chat.encode import TOO_LONG
 from mm.data.pack.config import PackConfig
 from mm.data.pack.encode import Encoder, Item, Result
 from mm.data.pack.pretokenized import TokenIds
@@ -29,7 +31,8 @@ from mm.errors import UserError
 
 EARLY = 1000  # samples after which the budget may stop a pack before its end
 JOURNAL_SECONDS = 10.0  # work that a kill may cost
-DUPLICATES = "duplicates.jsonl"
+DUPLICATES, SKIPPED = "duplicates.jsonl", "skipped.jsonl"
+SKIPS = (EMPTY, TOO_LONG)  # reasons of samples that are sound: they do not count against max_bad
 
 
 class PackOutput:
@@ -52,13 +55,14 @@ class PackOutput:
         self.records = self.good = self.bad = self.duplicates = 0
         self.left_out: set[str] = set()
         self.kinds: Counter[str] = Counter()
+        self.skipped: Counter[str] = Counter()  # of fine samples that nothing can be learnt of
         self._first: dict[str, str] = {}
         self._saved = time.monotonic()
         state = self._restore()
         sizes = state.get("files", {})
         self._files = {
             name: _open_at(part / name, sizes.get(name, 0))
-            for name in (QUARANTINE, DUPLICATES, SAMPLES)
+            for name in (QUARANTINE, DUPLICATES, SKIPPED, SAMPLES)
         }
 
     def _restore(self) -> dict[str, Any]:
@@ -71,6 +75,7 @@ class PackOutput:
             setattr(self, name, state[name])
         self.kinds, self._first = Counter(state["kinds"]), state["first"]
         self.left_out = set(state["left_out"])
+        self.skipped = Counter(state.get("skipped", {}))
         lengths: dict[str, dict[str, dict[str, int]]] = {}
         with open(self.part / SAMPLES, "rb") as file:
             for line in file.read(state["files"][SAMPLES]).splitlines():
@@ -102,6 +107,7 @@ class PackOutput:
             "duplicates": self.duplicates,
             "kinds": self.kinds,
             "first": self._first,
+            "skipped": self.skipped,
             "left_out": sorted(self.left_out | (encoder.left_out if encoder else set())),
             "files": {name: file.tell() for name, file in self._files.items()},
             "splits": {split: writer.state() for split, writer in self.writers.items()},
@@ -206,6 +212,11 @@ class PackOutput:
         self.good += 1
 
     def _reject(self, record: Record, reason: str) -> None:
+        if (skip := next((s for s in SKIPS if reason.startswith(s)), None)) is not None:
+            self.skipped[skip.removesuffix(": ")] += 1
+            line = {"source": record.where, "key": record.key, "reason": reason}
+            _line(self._files[SKIPPED], line)
+            return
         self.bad += 1
         kind = re.sub(r"'[^']*'|\d+", "*", reason)
         self.kinds[kind] += 1
@@ -231,6 +242,11 @@ class PackOutput:
             f"{count} x {self._first[kind]}" for kind, count in self.kinds.most_common(n)
         )
 
+    def left_out_words(self) -> str:
+        """Why sound samples were left out; that there is none, where none was."""
+        found = ", ".join(f"{count} x {why}" for why, count in self.skipped.most_common())
+        return f"left out: {found}" if found else "the source has no sample"
+
     def examples(self, n: int = 10) -> dict[str, str]:
         """The commonest kinds of reasons -> the first of each in full, with its sample."""
         return {kind: self._first[kind] for kind, _ in self.kinds.most_common(n)}
@@ -250,6 +266,8 @@ class PackOutput:
             (self.part / QUARANTINE).unlink()
         if not self.duplicates:
             (self.part / DUPLICATES).unlink()
+        if not self.skipped:
+            (self.part / SKIPPED).unlink()
         order = {"train": 0, "val": 1, "test": 2}
         return {
             s: self.writers[s].finish()

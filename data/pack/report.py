@@ -29,6 +29,8 @@ class PackReport:
     # Of the commonest reasons the first in full, with its sample:
     examples: dict[str, str] = field(default_factory=dict)
     duplicates: int = 0  # samples left out because an earlier one has the same content
+    # Of conversations: "empty", "too long" -> samples left out
+    skipped: dict[str, int] = field(default_factory=dict)
     # split -> modality -> "64": samples of length 64..127
     histograms: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
 
@@ -58,6 +60,7 @@ class PackReport:
             dict(manifest.get("rejected", {})),
             dict(manifest.get("examples", {})),
             manifest.get("duplicates", 0),
+            dict(manifest.get("skipped", {})),
             {s: e.get("histograms", {}) for s, e in manifest["splits"].items()},
         )
 

@@ -57,9 +57,10 @@ class ShardSet:
             )
         self.modalities: tuple[str, ...] = tuple(manifest["modalities"])
         self.tokenized: bool = manifest["kind"] == "tokens"
+        self.says_loss = "chat" in manifest.get("settings", {})  # see `mm.data.chat.loss`
         self.vocabulary: Vocabulary | None = None
         if self.tokenized:
-            self.vocabulary = Vocabulary.load(self._small(VOCABULARY))
+            self.vocabulary = Vocabulary.load(self.small_file(VOCABULARY))
             if self.vocabulary.fingerprint != manifest["vocabulary"]["fingerprint"]:
                 raise UserError(
                     f"{root / VOCABULARY}: is not the vocabulary these shards were made with; "
@@ -239,6 +240,10 @@ class ShardSet:
             raise self._damaged(f"sample {i} has {n} places and values {values.shape}")
         return values
 
+    def side(self, i: int) -> dict[str, Any]:
+        """Side information of sample i by member."""
+        return self._json(self._number(i), "side.json")
+
     def read_encoded(self, i: int) -> dict[str, Encoded]:
         """Tokens of sample i with the side information that decoding needs.
 
@@ -250,7 +255,7 @@ class ShardSet:
                 f"{self.root} --out DIR --tokenizers DIR"
             )
         i = self._number(i)
-        side = self._json(i, "side.json")
+        side = self.side(i)
         continuous = {spec.modality for spec in self.specs if spec.continuous}
         return {
             m: Encoded(None, found, side.get(m, {}))
@@ -286,8 +291,6 @@ class ShardSet:
     def close(self) -> None:
         """Drop buffers and maps."""
         self._contents.clear()
-
-    # ---- inside ----
 
     def _load_index(self, entry: Mapping[str, Any]) -> tuple[Index, bool]:
         """The index, and whether it is known to be what was packed.
@@ -327,7 +330,7 @@ class ShardSet:
             raise self._damaged(f"sample {i} has a member of kind {max(kinds)}")
         return {self._kinds[k]: first + n for n, k in enumerate(kinds)}
 
-    def _small(self, *parts: str) -> Path:
+    def small_file(self, *parts: str) -> Path:
         """Path of a file that is no shard; fetched where the set is behind a URL."""
         path = self.root.joinpath(*parts)
         if self.url:

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from mm.config import validate
+from mm.data.chat.conversation import guess_map
 from mm.data.modalities.base import table
 from mm.data.shards.manifest import MANIFEST
-from mm.data.sources.base import Source
+from mm.data.sources.base import SEGMENTS, Source
+from mm.data.sources.chat import head, tables
 from mm.data.sources.hf import is_saved_dataset
 from mm.errors import UserError
 from mm.registry import SOURCES
 
 TABLES = {
     ".jsonl": "jsonl",
+    ".json": "json",
     ".ndjson": "jsonl",
     ".csv": "csv",
     ".tsv": "csv",
@@ -37,15 +40,18 @@ def open_source(
     if kind is None:
         if src.is_dir():
             manifests = [
-                src / f"{name}{suffix}" for name in ("manifest", "metadata") for suffix in TABLES
+                src / f"{name}{suffix}"
+                for name in ("manifest", "metadata")
+                for suffix in TABLES
+                if suffix != ".json"  # what others call their settings, and this project its shards
             ]
-            table = next((m for m in manifests if m.is_file()), None)
+            manifest = next((m for m in manifests if m.is_file()), None)
             if is_saved_dataset(src):
                 kind = "hf"
             elif (src / MANIFEST).is_file() or _only_tars(src):
                 kind = "shards"
-            elif table is not None:
-                kind, path = TABLES[table.suffix], table
+            elif manifest is not None:
+                kind, path = TABLES[manifest.suffix], manifest
             else:
                 kind = "folder"
         elif src.suffix.lower() in TABLES:
@@ -59,8 +65,12 @@ def open_source(
                 f"{src}: '{src.suffix}' is no source; give a folder, .tar, .jsonl, .csv, .parquet "
                 "or .txt, or say which with --source"
             )
-    cls = SOURCES.get(kind)
     values = {k: v for k, v in given.items() if v is not None}
+    if holds_chat(path, kind, values):
+        kind, values["table"] = "chat", kind
+    elif kind == "chat":
+        values["table"] = "hf" if path.is_dir() else TABLES.get(path.suffix.lower())
+    cls = SOURCES.get(kind)
     flags = {k: "--" + k.replace("_", "-").replace("columns", "column") for k in values}
     wrong = [flags[k] for k in values if k not in cls.model_fields]
     if wrong:
@@ -73,6 +83,24 @@ def open_source(
         str(src),
     )
     return config.build()
+
+
+def holds_chat(path: Path, kind: str, given: Mapping[str, Any]) -> bool:
+    """True for a table of conversations, by its map or its first rows.
+
+    Columns of turns say so at once; questions and answers only where no column is a modality.
+    """
+    if kind not in {*TABLES.values(), "hf"} or given.keys() & {"columns", "tokenized"}:
+        return False
+    if "map" in given:
+        return True
+    first = tables(path, kind)[0][0]
+    names = first.names()
+    found = guess_map(names, head(first))
+    if found is None:
+        return False
+    usual = {*table().modalities, SEGMENTS}
+    return "messages" in found or not usual & set(names)
 
 
 def _only_tars(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""JSONL manifest: one object a line."""
+"""JSONL manifest, one object a line; or a JSON file, one list of objects."""
 
 from __future__ import annotations
 
@@ -58,3 +58,39 @@ class JsonlSource(TableSource):
     def count(self) -> int:
         with open(self.path, "rb") as file:
             return sum(1 for line in file if line.strip())
+
+
+@SOURCES.register("json")
+class JsonConfig(TableConfig):
+    """One list of objects, one sample each."""
+
+    kind: Literal["json"] = "json"
+
+    def build(self) -> JsonSource:
+        return JsonSource(self)
+
+
+class JsonSource(TableSource):
+    """See `JsonConfig`. The file is read whole."""
+
+    def rows(self) -> Iterator[tuple[str, dict[str, Any] | str]]:
+        try:
+            values = parse_json(self.path.read_bytes())
+        except ValueError as error:
+            raise UserError(
+                f"{self.path}: no JSON ({str(error)[:160]}); mend that place"
+            ) from error
+        if not isinstance(values, list):
+            raise UserError(f"{self.path}: no list of objects; write one object a line as .jsonl")
+        for number, row in enumerate(values):
+            where = f"{self.path.name}[{number}]"
+            yield where, row if isinstance(row, dict) else "json: the item is no object"
+
+    def names(self) -> list[str]:
+        found: dict[str, None] = {}
+        for _, row in self.rows():
+            if isinstance(row, dict):
+                found |= dict.fromkeys(row)
+        if not found:
+            raise UserError(f"{self.path}: no object in its list")
+        return list(found)

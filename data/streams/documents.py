@@ -11,9 +11,9 @@ from pydantic import Field, model_validator
 
 from mm.config import Config
 from mm.data.batching.collate import Declared
-from mm.data.batching.document import of_array, segment_length
+from mm.data.batching.document import segment_length
+from mm.data.chat.loss import sample_segments
 from mm.data.shards.manifest import split_samples
-from mm.data.shards.members import member_modality
 from mm.data.shards.reader import ShardSet
 from mm.data.shards.remote import Location
 from mm.data.streams.base import Stream, rank_rows
@@ -244,11 +244,7 @@ class DocumentStream(Stream, Generic[C]):
 
     def segments(self, source: int, i: int) -> list[Segment]:
         """Sample ``i`` as it stands in the shards."""
-        found = self.sources[source].tokens(i)
-        return [
-            of_array(self.vocabulary.spec(modality), array)
-            for modality, array in ((member_modality(m), array) for m, array in found.items())
-        ]
+        return sample_segments(self.sources[source], i, self.vocabulary)
 
     def outline(self, source: int, i: int) -> list[Segment]:
         """Sample ``i`` as the index knows it: its codes are all 0, and nothing is read.

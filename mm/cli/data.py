@@ -55,10 +55,12 @@ def pack(
     from mm.data.pack.job import PackJob
 
     out = given["out"]
-    for name in ("columns", "caption_map"):
+    for name in ("columns", "caption_map", "map"):
         given[name] = pairs(PackConfig.option(name).flags[0], given[name])
     config = validate(PackConfig, {"src": src, **given}, "mm data pack")
-    report = PackJob(config).run(progress=is_main())
+    job = PackJob(config)
+    show_conversations(job)
+    report = job.run(progress=is_main())
     values = report.to_dict()
     title = f"{src} is packed in {out} already" if report.already else f"Packed {src}"
     figures(
@@ -79,6 +81,22 @@ def pack(
     write_json(json, values)
 
 
+def show_conversations(job: Any) -> None:
+    """Print how the columns of conversations are read, and the first ones as a model reads them."""
+    from mm.data.chat.show import colour_runs
+    from mm.data.pack.preview import preview
+
+    shown = preview(job)
+    if job.template is None:
+        return
+    words = " ".join(f"{name}={column}" for name, column in job.source.mapping.items())
+    how = "guessed; another: --map NAME=COLUMN" if job.source.guessed else "as given"
+    console().print(f"map: {words} ({how}); template: {job.template.origin}", markup=False)
+    for key, runs in shown:
+        console().print(f"--- {key}", style="bold", markup=False)
+        console().print(colour_runs(runs, plain=not console().color_system))
+
+
 def full_app() -> typer.Typer:
     """The group with `pack`, whose options are the fields of `PackConfig`."""
     from mm.data.pack.config import PackConfig
@@ -88,7 +106,7 @@ def full_app() -> typer.Typer:
         if name in ("src", "limits"):
             continue
         own, annotation = PackConfig.option(name), field.annotation
-        if name in ("columns", "caption_map"):
+        if name in ("columns", "caption_map", "map"):
             annotation = list[str] | None  # NAME=VALUE, repeatable
         elif Path in get_args(annotation):
             annotation = Path | None
@@ -115,9 +133,15 @@ def inspect(
         Path | None,
         typer.Option("--out", "-o", metavar="DIR", help="Also write the decoded samples here."),
     ] = None,
+    loss: Annotated[
+        bool, typer.Option("--loss", help="Show what is learnt of three samples, in colour.")
+    ] = False,
     json: JsonFile = None,
 ) -> None:
     existing(shards, "packed data", f"make it with: mm data pack SRC --out {shards}")
+    if loss:
+        inspect_loss(shards, tokenizers, split, sample, json)
+        return
     from mm.data.shards import inspect as inspecting
 
     found = inspecting.inspect(shards, out=out, tokenizers=tokenizers, split=split, sample=sample)
@@ -141,6 +165,19 @@ def inspect(
             f"{found['quarantined']} unreadable: see {shards / 'quarantine.jsonl'}", style="yellow"
         )
     write_json(json, found)
+
+
+def inspect_loss(
+    shards: Path, tokenizers: Path | None, split: str | None, sample: int, json: Path | None
+) -> None:
+    """Print three samples with what is learnt in green."""
+    from mm.data.chat import show
+
+    found = show.inspect_loss(shards, tokenizers, split, sample)
+    for each in found:
+        console().print(f"--- {each['key']}", style="bold", markup=False)
+        console().print(show.colour_runs(each["runs"], plain=not console().color_system))
+    write_json(json, {"samples": found})
 
 
 @app.command(

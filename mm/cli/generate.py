@@ -41,6 +41,9 @@ def generate(
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Text; with --to text it is continued.")
     ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Answer --prompt, asked through the chat template.")
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="File to write; suffix optional."),
@@ -75,6 +78,14 @@ def generate(
     for modality, file in conditions.items():
         if file is not None and not file.is_file():
             raise UserError(f"--{modality} {file}: no such file")
+    if chat:
+        named = {
+            "temperature": temperature, "top_k": top_k, "top_p": top_p, "cfg_scale": cfg_scale,
+            "max_tokens": max_tokens, "max_prompt_tokens": max_prompt_tokens,
+        }  # fmt: skip
+        asked = {k: v for k, v in named.items() if v is not None} | {"seed": seed}
+        answer(run, prompt, conditions, n, device, trust_code, json, asked)
+        return
     from mm.data.modalities.base import raw_modality
     from mm.decoders.device import choose_device
     from mm.decoders.generate import Generator, save_media
@@ -123,6 +134,35 @@ def generate(
             f"Generated {to}", ("file", "what"), [(str(row["file"]), row["what"]) for row in rows]
         )
     write_json(json, {"run": run, "to": to, "seed": seed, "sampling": sampling, "outputs": rows})
+
+
+def answer(
+    run: Path,
+    prompt: str | None,
+    conditions: dict[str, Path | None],
+    n: int,
+    device: Any,
+    trust_code: bool,
+    json: Path | None,
+    settings: dict[str, Any],
+) -> None:
+    """Print what the assistant says to a question, with the files that go with it before it."""
+    from mm.decoders.chat import Chat
+    from mm.decoders.device import choose_device
+
+    media = [
+        {"type": modality, modality: str(file.resolve())}
+        for modality, file in conditions.items()
+        if file is not None
+    ]
+    if not prompt and not media:
+        raise UserError("--chat answers a question: give one with --prompt")
+    content = [*media, {"type": "text", "text": prompt or ""}]
+    asking = Chat.from_pretrained(run, choose_device(device), trust_code=trust_code)
+    said = asking.answer([[{"role": "user", "content": content}]] * n, Path("/"), **settings)
+    for text in said:
+        console().print(text, markup=False)
+    write_json(json, {"run": run, "sampling": settings, "outputs": said})
 
 
 app = typer.Typer()  # what `mm --help` reads

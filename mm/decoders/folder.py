@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from mm import config as configs
+from mm.data.chat.template import ChatTemplate
 from mm.errors import UserError
 from mm.reading import parse_json
 from mm.registry import NetworkField
@@ -21,6 +22,7 @@ class Loaded(NamedTuple):
     model: nn.Module
     vocabulary: Vocabulary
     tokenizers: dict[str, Path]
+    template: ChatTemplate | None = None  # of its conversations
 
 
 def load(folder: str | Path, trust_code: bool = False) -> Loaded:
@@ -51,7 +53,7 @@ def _saved(where: Path) -> Loaded:
 
     vocabulary = Vocabulary.load(where / "vocabulary.json")
     beside = {p.name: p for p in sorted((where / "tokenizers").glob("*")) if p.is_dir()}
-    return Loaded(Model.from_pretrained(where), vocabulary, beside)
+    return Loaded(Model.from_pretrained(where), vocabulary, beside, ChatTemplate.load(where))
 
 
 def _checkpoint(run: Path, step: Path, trust_code: bool) -> Loaded:
@@ -69,7 +71,7 @@ def _checkpoint(run: Path, step: Path, trust_code: bool) -> Loaded:
     )
     vocabulary = Vocabulary.load(saved.vocabulary)
     model = load_into(lambda: saved.model.build(vocabulary), step / "model.safetensors")
-    return Loaded(model, vocabulary, dict(saved.tokenizers))
+    return Loaded(model, vocabulary, dict(saved.tokenizers), ChatTemplate.load(run))
 
 
 class _Saved(configs.Config):

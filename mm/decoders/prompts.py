@@ -27,8 +27,8 @@ def require_causal(model: Any, vocabulary: Vocabulary, to: str) -> None:
     mask = getattr(model, "mask", None)
     if mask is not None and looks_ahead(mask, vocabulary.range(to).index):
         raise UserError(
-            f"the mask {mask.key} shows '{to}' what comes after: it cannot be generated token by "
-            "token; train a stage under a mask that is causal there"
+            f"the mask {mask.key} shows '{to}' what comes after: token by token it is neither "
+            "generated nor scored; train a stage under a mask that is causal there"
         )
 
 

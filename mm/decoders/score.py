@@ -11,6 +11,7 @@ from torch import nn
 
 from mm.data.batching.collate import to_batch
 from mm.data.batching.document import document_length
+from mm.decoders.prompts import require_causal
 from mm.specs import Segment
 from mm.vocabulary import Vocabulary
 
@@ -40,7 +41,11 @@ def sequence_nll(
         documents: segments with the roles of training; only targets are scored, their ends
             included.
         max_places: places of one forward, padding included; bounds memory.
+    Raises:
+        UserError: the model's mask shows a target what it predicts: what it says of it is no score.
     """
+    for modality in sorted({s.modality for d in documents for s in d if s.role == "target"}):
+        require_causal(model, vocabulary, modality)
     device = next(model.parameters()).device
     lengths = np.array([document_length(d) for d in documents])
     names = ("", *vocabulary.modalities)

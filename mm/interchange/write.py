@@ -6,6 +6,7 @@ V ids of the checkpoint, D model.
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mm.config import validate
+from mm.data.chat.template import END, JINJA, ChatTemplate, template_beside
 from mm.errors import UserError
 from mm.interchange.check import Report, compare
 from mm.interchange.family import Family, Settings
@@ -30,6 +32,7 @@ from mm.tokenizers.load import load_tokenizer
 from mm.tokenizers.text.hf import FILE, HfConfig, HfTokenizer
 from mm.vocabulary import Vocabulary
 
+log = logging.getLogger(__name__)
 MOST = 5 * 10**9  # bytes of a file of weights
 # Settings of training alone, which a checkpoint does not hold.
 TRAINING = {"code_init", "recompute", "dropout", "z_loss", "bias_rate", "capacity"}
@@ -86,6 +89,7 @@ def export_model(
             (part / FILE).write_bytes(tokenizer.source)
             for name, content in tokenizer.beside.items():
                 (part / name).write_bytes(content)
+            write_template(part, ChatTemplate.load(folder), tokenizer)
             return compare(folder, part, lambda model: fold_model(model, tokens)) if check else None
 
 
@@ -95,6 +99,18 @@ def merge(folder: Path, lm: LmConfig, vocabulary: Vocabulary, out: Path) -> None
     after = SURGERIES.parse("merge_lora").apply(before, None)
     tokenizers = {path.name: path for path in (folder / "tokenizers").iterdir()}
     files.save_model(out, after.config.to_dict(), after.tensors, vocabulary, tokenizers)
+    if (template := ChatTemplate.load(folder)) is not None:
+        template.save(out)
+
+
+def write_template(out: Path, template: ChatTemplate | None, tokenizer: HfTokenizer) -> None:
+    """The chat template of the training, where it is not the one that the tokenizer brings."""
+    if template is None or template.source == template_beside(tokenizer):
+        return
+    if template.stop == END:
+        log.warning("no chat template is exported: a turn ends with a text, which no token says")
+        return
+    (out / JINJA).write_text(template.source, encoding="utf-8")
 
 
 def fitting(lm: LmConfig) -> tuple[Family, dict[str, Any]]:

@@ -9,6 +9,7 @@ what one process has no use for is tied to its output all the same (`tie`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,11 +22,27 @@ from mm.model.varlen import PackedRows
 from mm.shard import Shard
 
 
-def _exchange(x_N: Tensor, group: Any) -> Tensor:
-    """Entry i goes to rank i; entry i of the result comes from there."""
-    sent = x_N.contiguous()
+class Unconnected:
+    """Stands for a group whose other processes are not there: nothing comes, what goes is counted.
+
+    `mm plan` passes it as the group of a `Shard`.
+    """
+
+    def __init__(self) -> None:
+        self.sent: Counter[str] = Counter()  # bytes of whole messages: "heads" and "states"
+
+
+def _pass(what: str, x: Tensor, group: Any, *sizes: list[int]) -> Tensor:
+    """What comes for ``x``, as large as it.
+
+    Entry i of ``x`` goes to rank i and that of the result comes from there, or ``sizes`` elements.
+    """
+    sent = x.contiguous()
+    if isinstance(group, Unconnected):
+        group.sent[what] += sent.numel() * sent.element_size()
+        return torch.zeros_like(sent)
     got = torch.empty_like(sent)
-    dist.all_to_all_single(got, sent, group=group)
+    dist.all_to_all_single(got.view(-1), sent.view(-1), *sizes, group=group)
     return got
 
 
@@ -35,7 +52,7 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any, size: int, cut: int, join: int) -> Tensor:
         ctx.given = group, size, join, cut
-        got = _exchange(torch.stack(x.chunk(size, cut)), group)
+        got = _pass("heads", torch.stack(x.chunk(size, cut)), group)
         return torch.cat(got.unbind(0), join)
 
     @staticmethod
@@ -60,11 +77,8 @@ def _send(x: Tensor, shard: Shard, step: int) -> Tensor:
     """``x`` of rank ``rank - step``; zeros where there is no such rank."""
     N, n, source = shard.size, x.numel(), shard.rank - step
     sizes = lambda other: [n * (rank == other % N) for rank in range(N)]
-    sent = x.contiguous()
-    got = torch.empty_like(sent)
     # In a circle: not every backend takes empty buffers.
-    given = sizes(source), sizes(shard.rank + step)
-    dist.all_to_all_single(got.view(-1), sent.view(-1), *given, group=shard.group)
+    got = _pass("states", x, shard.group, sizes(source), sizes(shard.rank + step))
     return got if 0 <= source < N else torch.zeros_like(x)
 
 
@@ -88,11 +102,11 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shard: Shard) -> Tensor:
         ctx.shard = shard
-        return _exchange(x.expand(shard.size, *x.shape), shard.group)
+        return _pass("states", x.expand(shard.size, *x.shape), shard.group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _exchange(grad, ctx.shard.group).sum(0), None
+        return _pass("states", grad, ctx.shard.group).sum(0), None
 
 
 def gather(x: Tensor, shard: Shard) -> Tensor:

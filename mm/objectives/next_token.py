@@ -90,13 +90,21 @@ class NextToken(Objective):
             for s in vocabulary.ranges
             if not s.continuous
         }
+        # Those of values: targets where the model has a head of that name.
+        self.values = {
+            vocabulary.range(s.modality).index: s.modality
+            for s in vocabulary.ranges
+            if s.continuous
+        }
         self.names = (*self.modalities, *([MASKED] if config.masked is not None else []))
 
     def check_model(self, model: nn.Module) -> None:
         mask = getattr(model, "mask", None)
         if mask is None:  # of another network
             return
-        for number, modality in self.targets.items():
+        heads = getattr(model, "heads", ())
+        predicted = {number: m for number, m in self.values.items() if m in heads}
+        for number, modality in (self.targets | predicted).items():
             if looks_ahead(mask, number):
                 raise UserError(
                     f"the mask {mask.key} shows a target of '{modality}' what it predicts; let "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,16 +15,19 @@ from mm.own_data.training import Work
 from mm.specs import Segment, TokenSpec
 from mm.vocabulary import RESERVED, Vocabulary
 
-STEPS = 5
+STEPS = 4
 OPTIMIZER = 1.15  # the update of the weights and the trainer's own work, beside both passes
+ALONE = 0.3  # of a small model's step, what further threads do not make shorter
 
 
 def step_seconds(model: Mapping[str, Any], work: Work) -> float:
     """Seconds of a step, forward and backward, with `OPTIMIZER`.
 
-    The shortest of five after one that is not counted, on the device that `mm train` would take:
-    what else runs makes a step longer, never shorter. On a CPU it is the time that the processors
-    worked for this process, which others still lengthen by the caches that they empty.
+    The shortest of four after one that is not counted, on the device that `mm train` would take:
+    what else runs makes a step longer, never shorter. On a CPU the steps are also made in one
+    thread, by its processor time, which does not grow while others have the processor; the lesser
+    counts. (That time in several threads does grow: each spins while it waits for one that lost
+    its processor.)
     """
     import torch
 
@@ -47,18 +50,32 @@ def step_seconds(model: Mapping[str, Any], work: Work) -> float:
     network.to(device)
     batch = to_batch(_rows(work, codes), vocabulary, work.row).to(device)
     on_gpu = device.type == "cuda"
-    clock = time.perf_counter if on_gpu else lambda: time.process_time() / threads
     mixed = resolve_precision("auto", device) != "fp32"
-    taken = []
-    for _ in range(1 + STEPS):
-        start = clock()
+
+    def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
             loss = network(batch).heads["tokens"].nll.mean()
         loss.backward()
         if on_gpu:
             torch.cuda.synchronize()
+
+    seconds = _shortest(step, time.perf_counter)
+    if not on_gpu:
+        torch.set_num_threads(1)
+        one = _shortest(step, time.process_time)
+        torch.set_num_threads(threads)
+        seconds = min(seconds, one * (ALONE + (1 - ALONE) / threads))
+    return OPTIMIZER * seconds
+
+
+def _shortest(step: Callable[[], None], clock: Callable[[], float]) -> float:
+    """Seconds of the shortest of `STEPS` steps after one more, as allocations are made in it."""
+    taken = []
+    for _ in range(1 + STEPS):
+        start = clock()
+        step()
         taken.append(clock() - start)
-    return OPTIMIZER * min(taken[1:])
+    return min(taken[1:])
 
 
 def _rows(work: Work, codes: int) -> list[list[list[Segment]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 from mm.errors import UserError
@@ -75,11 +76,13 @@ def _best(
     (one, net), (two, _) = traced
     ema = run.stages[index].ema is not None
     batch = getattr(subject.data, "batch_size", 1)
-    most = max(1, batch // cluster.world)  # the rows of a step are the user's choice
+    most = max(
+        1, batch * subject.sequence // cluster.world
+    )  # the rows of a step are the user's choice
     best: dict[str, Any] = {}
     rows = 1
     while rows <= most:
-        cut = Division.of(subject.data, cluster.world, rows)
+        cut = Division.of(subject.data, cluster.world // subject.sequence, rows)
         trace = of_rows(one, two, cut.rows)
         held = memory(net, trace, stage, cluster.world, cut.micros, ema)
         time = step_time(
@@ -117,7 +120,9 @@ def of_rows(one: Trace, two: Trace, rows: int) -> Trace:
         for name in ("forward_peak", "peak", "peak_released", "tokens")
     }
     saved = {k: int(line(v, two.saved.get(k, v))) for k, v in one.saved.items()}
-    return dataclasses.replace(one, work=work, saved=type(one.saved)(saved), **sizes)
+    passed = {k: int(line(v, two.passed[k])) for k, v in one.passed.items()}
+    counters = {"saved": Counter(saved), "passed": Counter(passed)}
+    return dataclasses.replace(one, work=work, **counters, **sizes)
 
 
 def _overrides(chosen: dict[str, Any], subject: Subject, index: int) -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mm.batch import Batch
 from mm.errors import UserError
 from mm.layout import Doc, Layout
+from mm.model.sequence import Unconnected
 from mm.objectives.objective import Objective
 from mm.plan.networks import Networks
 from mm.plan.trace import Trace, fake_mode, to_dtype, trace_step
@@ -20,6 +21,7 @@ from mm.run import Run
 from mm.specs import NONE, TokenSpec
 from mm.trainer.engine.deepspeed import linear_of_stage
 from mm.trainer.env import TrainerEnv
+from mm.trainer.sequence import SequenceGroup, require_shares
 from mm.trainer.stage import all_networks, build, make_stream
 from mm.trainer.trainable import set_trainable
 from mm.vocabulary import Vocabulary, extend_vocabulary
@@ -56,6 +58,11 @@ class Subject:
     def data(self) -> Any:
         return self.run.stages[self.index].data
 
+    @property
+    def sequence(self) -> int:
+        """Processes that share each row."""
+        return self.run.engine.sequence
+
     def with_recompute(self, mode: str) -> Subject:
         """The same with another recomputation of the backbone."""
         backbone = self.run.model.backbone.model_copy(update={"recompute": mode})
@@ -90,6 +97,7 @@ class Subject:
         frozen: dict[str, nn.Module] = {}
         for name, network in all_networks(self.run, self.objective).items():
             module = build(network.config, vocabulary=self.vocabulary)
+            require_shares(self.run, self.index, self.objective, module, name)
             if self.precision == "bf16":
                 to_dtype(module, torch.bfloat16)
             if network.mode == "train":
@@ -107,12 +115,17 @@ class Subject:
             return int(declared(1, tokens)) if declared is not None else 0
 
     def trace(self, batch: Batch, zero_stage: int) -> tuple[Trace, Networks]:
-        """Trace one micro-batch, and describe the networks."""
+        """Trace one micro-batch, and describe the networks.
+
+        Of several processes that share its rows it is the second, which gets and passes states.
+        """
         env = TrainerEnv(self.run.seed, CPU, self.precision)
         scheduled = self.objective.scheduled(1, np.random.default_rng(0))
         env.begin(1, scheduled)
         # a layout of its own: what layers remember of it here has no content
-        batch = replace(batch, layout=replace(batch.layout))
+        batch, group = replace(batch, layout=replace(batch.layout)), Unconnected()
+        if self.sequence > 1:
+            batch = SequenceGroup(1, self.sequence, group).split(batch)
         batch = self.objective.corrupt(batch, env.rng, scheduled)
         env.know([batch])
         with fake_mode() as fake:
@@ -135,7 +148,8 @@ class Subject:
 
         tokens = int((batch.layout.fields.document > 0).sum())
         linear = linear_of_stage(zero_stage)
-        return trace_step(fake, trained, losses, tokens, linear), described
+        trace = trace_step(fake, trained, losses, tokens, linear)
+        return replace(trace, passed=group.sent), described
 
 
 @dataclass(frozen=True)
@@ -150,13 +164,6 @@ def open_subject(run: Run, index: int, precision: str, assumed: Assumed | None) 
 
     Raises UserError where its data are not there and nothing is assumed instead.
     """
-    if (size := run.engine.sequence) > 1:
-        length = getattr(run.stages[index].data, "seq_len", None)
-        short = f" and stages.{index}.data.seq_len={length // size}" if length else ""
-        raise UserError(
-            f"engine.sequence {size}: mm plan does not know what a slice of a row costs; plan the "
-            f"tokens of one slice: engine.sequence=1{short}"
-        )
     if assumed is not None:
         vocabulary = _assumed_vocabulary(run, index, assumed.ids)
     else:

@@ -18,7 +18,7 @@ from mm.plan.inputs import CPU, Assumed, Subject, documents, open_subject
 from mm.plan.networks import Networks
 from mm.plan.speed import step_time
 from mm.plan.trace import Trace
-from mm.plan.zero import Memory, collectives, memory
+from mm.plan.zero import Memory, collectives, memory, passed
 from mm.run import Run
 from mm.trainer.engine.deepspeed import resolve_precision
 
@@ -106,7 +106,7 @@ def make_plan(
     subject = open_stage(run, cluster, index, assumed)
     stage = run.engine.effective_zero_stage
     ema = run.stages[index].ema is not None
-    division = Division.of(subject.data, cluster.world)
+    division = Division.of(subject.data, cluster.world // subject.sequence)
     batch = subject.batches(division.rows)[0]
     trace, net = subject.trace(batch, stage)
     B, T = batch.layout.shape
@@ -133,6 +133,7 @@ def make_plan(
             "longest_document": max(lengths, default=0),
             "note": division.note,
             "assumed": assumed is not None,
+            "slices": subject.sequence,
         },
         "flops_a_token": flops_a_token(trace),
         "memory": describe(held, cluster),
@@ -140,7 +141,8 @@ def make_plan(
         "recompute": _recompute(subject, batch, stage, cluster, division, ema, trace, held)
         if variants
         else [],
-        "collectives": collectives(net, stage, cluster.world, division.micros),
+        "collectives": collectives(net, stage, cluster.world, division.micros)
+        | passed(trace, division.micros),
         "step": describe_step(trace, net, cluster, stage, division),
         "by_nodes": by_nodes(subject, trace, net, cluster, stage, division, ema),
         "without_formula": sorted(trace.unknown),
@@ -160,6 +162,11 @@ def open_stage(run: Run, cluster: Cluster, index: int, assumed: Assumed | None) 
     asked = run.engine.precision
     on_cpu = cluster.gpu.name == "cpu"
     precision = resolve_precision(asked, CPU) if on_cpu or asked != "auto" else "autocast_bf16"
+    if cluster.world % (size := run.engine.sequence):
+        raise UserError(
+            f"engine.sequence {size} does not divide {cluster.world} devices: plan for a multiple "
+            f"of it, such as --gpus-per-node {size}"
+        )
     return open_subject(run, index, precision, assumed)
 
 
@@ -221,13 +228,16 @@ def by_nodes(
     counts = NODES if cluster.gpu.name != "cpu" else NODES[:4]
     for nodes in sorted({*counts, cluster.nodes}):
         here = dataclasses.replace(cluster, nodes=nodes)
-        cut = Division.of(subject.data, here.world, division.rows)
+        if here.world % subject.sequence:
+            continue
+        groups = here.world // subject.sequence
+        cut = Division.of(subject.data, groups, division.rows)
         held = memory(net, trace, stage, here.world, cut.micros, ema)
         rows.append(
             {
                 "nodes": nodes,
                 "gpus": here.world,
-                "rows_a_step": here.world * division.rows * cut.micros,
+                "rows_a_step": groups * division.rows * cut.micros,
                 "memory_bytes": held.total,
                 "fits": here.fits(held.total),
                 **describe_step(trace, net, here, stage, cut),

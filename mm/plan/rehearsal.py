@@ -93,6 +93,7 @@ class Watch(Callback):
 
     def _figures(self, trainer: Training) -> dict[str, Any]:
         stage, world = trainer.stage, dist.get_world_size()
+        groups = world // trainer.run.engine.sequence  # that have rows of their own
         data, mine = stage.config.data, statistics.fmean(self._tokens)
         rows = getattr(data, "batch_size", None)
         out = {
@@ -103,10 +104,10 @@ class Watch(Callback):
             "zero_stage": trainer.run.engine.effective_zero_stage,
             "parameters": stage.parameters,
             "shapes": self._shapes,
-            "rows": rows and rows // world,
+            "rows": rows and rows // groups,
             "rows_of_all": rows,
             "tokens": mine,
-            "tokens_of_all": mine * world,  # as if all ranks had as many
+            "tokens_of_all": mine * groups,  # as if all ranks had as many
             "step_seconds": statistics.median(self._seconds),
             "data_seconds": statistics.median(self._waited),
             "peak_tensor_bytes": self._measure.live.peak,

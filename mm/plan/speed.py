@@ -14,7 +14,7 @@ import torch
 from mm.plan.gpus import Gpu
 from mm.plan.networks import Networks
 from mm.plan.trace import Trace, Work
-from mm.plan.zero import collectives, traffic
+from mm.plan.zero import collectives, passed, traffic
 
 PRODUCTS = 0.7  # of the peak that large matrix products reach
 MEMORY = 0.8  # of the bandwidth that elementwise operators reach
@@ -74,10 +74,10 @@ def operator_times(trace: Trace, gpu: Gpu) -> dict[str, float]:
 
 
 def network_seconds(
-    net: Networks, gpu: Gpu, stage: int, world: int, per_node: int, micros: int
+    trace: Trace, net: Networks, gpu: Gpu, stage: int, world: int, per_node: int, micros: int
 ) -> float:
     """Seconds of the collectives of a step, none of it hidden (``overlap_comm`` is off)."""
-    sizes = collectives(net, stage, world, micros)
+    sizes = collectives(net, stage, world, micros) | passed(trace, micros)
     if not sizes:
         return 0.0
     link = gpu.inside if world <= per_node else min(gpu.inside, gpu.outside)
@@ -99,7 +99,7 @@ def step_time(
     share = net.elements / (world if stage else 1)
     touched = share * (2 * net.state_bytes + 4 + 8) + net.elements * 2 * net.weight_bytes
     parts["optimizer"] = touched / (gpu.bandwidth * (1 if gpu.measured else MEMORY))
-    parts["network"] = network_seconds(net, gpu, stage, world, per_node, micros)
+    parts["network"] = network_seconds(trace, net, gpu, stage, world, per_node, micros)
     flops = sum(trace.flops("forward", "backward").values()) * micros
     narrow = any(w.dtype in (torch.bfloat16, torch.float16) for w in trace.work if w.flops)
     return StepTime(parts, flops, trace.tokens * micros, gpu.bf16 if narrow else gpu.fp32)

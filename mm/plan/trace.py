@@ -53,6 +53,7 @@ class Trace:
         gradients: bytes of all gradients.
         tokens: that are no padding.
         unknown: operators without a formula.
+        passed: bytes of whole messages to processes that share rows: "heads" and "states".
     """
 
     work: list[Work] = field(default_factory=list)
@@ -63,6 +64,7 @@ class Trace:
     gradients: int = 0
     tokens: int = 0
     unknown: set[str] = field(default_factory=set)
+    passed: Counter[str] = field(default_factory=Counter)
 
     def flops(self, *phases: str) -> dict[str, float]:
         """Operations by part, of some phases or of all."""

@@ -124,6 +124,11 @@ def collectives(net: Networks, stage: int, world: int, micros: int) -> dict[str,
     }
 
 
+def passed(trace: Trace, micros: int) -> dict[str, int]:
+    """Bytes of whole messages of one step between processes that share rows; none without."""
+    return {f"rows: {what}": n * micros for what, n in sorted(trace.passed.items())}
+
+
 def traffic(sizes: dict[str, int], world: int) -> float:
     """Bytes that each process sends in rings."""
     share = (world - 1) / world

@@ -15,6 +15,7 @@ from mm.data.modalities.base import modality_of_value, raw_modality
 from mm.data.transforms.chunk import window
 from mm.decoders.base import is_fixed
 from mm.decoders.generate import Generator
+from mm.decoders.raws import writable_modalities
 from mm.errors import UserError
 from mm.registry import TASKS
 from mm.specs import Segment, TokenSpec
@@ -75,11 +76,10 @@ class BitsPerByte(Task):
         Nothing is sampled.
         """
         shards = open_split(self.data, self.split, generator.tokenizers)
-        wanted = self.modalities or generator.vocabulary.modalities
+        known = writable_modalities(generator.vocabulary.ranges, generator.tokenizers)
+        wanted = self.modalities or known
         figures: Figures = {}
         for modality in wanted:
-            if modality not in generator.tokenizers and not self.modalities:
-                continue
             raw = raw_modality(modality).kind
             where = shards.each(raw)
             if not where:
@@ -88,6 +88,7 @@ class BitsPerByte(Task):
                         f"{self.data}: no sample of split '{self.split}' has '{modality}'"
                     )
                 continue
+            _require_ids(modality, generator.vocabulary)
             chosen = [where[k] for k in spread(len(where), self.limit)]
             values = [  # a segment of an interleaved sample is measured alone
                 shards[i].values if member == raw else {raw: shards.value(i, member)}
@@ -100,7 +101,11 @@ class BitsPerByte(Task):
         before = [m for m in self.given.values() if m not in ("none", "null")]
         require_modalities((*self.modalities, *before), vocabulary, tokenizers)
         shards = open_split(self.data, self.split)
-        wanted = self.modalities or tuple(tokenizers)
+        for modality in self.modalities:
+            _require_ids(modality, vocabulary)
+        ranges = vocabulary.ranges if vocabulary is not None else None
+        known = writable_modalities(ranges, tokenizers) if ranges is not None else [*tokenizers]
+        wanted = self.modalities or tuple(known)
         missing = [m for m in wanted if not len(shards.having(raw_modality(m).kind))]
         if self.modalities and missing or len(missing) == len(wanted):
             raise UserError(
@@ -150,6 +155,16 @@ class BitsPerByte(Task):
             f"{modality}_bytes": n_bytes,
             f"{modality}_n": len(values),
         }
+
+
+def _require_ids(modality: str, vocabulary: Vocabulary | None) -> None:
+    """Raise UserError for a modality of values, which no number of bits says."""
+    if vocabulary is not None and vocabulary.spec(modality).continuous:
+        ids = [s.modality for s in vocabulary.ranges if not s.continuous]
+        raise UserError(
+            f"bits_per_byte: '{modality}' has values in place of ids, so it has no bits; set "
+            f"modalities to some of: {', '.join(ids) or 'none here'}"
+        )
 
 
 def input_bytes(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mm.data.chat.template import ChatTemplate
 from mm.model.linears.lora import adapter_tensors, save_adapters
 from mm.run import Run
 from mm.tokenizers.load import tokenizer_folder
@@ -36,6 +37,8 @@ def export(
     # Of a tokenizer's run folder the tokenizer alone: not its checkpoints, logs and samples.
     tokenizers = {modality: tokenizer_folder(path) for modality, path in run.tokenizers.items()}
     saving.save_pretrained(part, vocabulary=vocabulary, tokenizers=tokenizers)
+    if (template := ChatTemplate.load(run.folder)) is not None:
+        template.save(part)
     shutil.rmtree(final, ignore_errors=True)
     part.rename(final)
     if adapter_tensors(module):

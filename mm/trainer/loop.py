@@ -17,7 +17,7 @@ from mm.batch import Batch
 from mm.config import places_from
 from mm.launch import environment
 from mm.run import Run
-from mm.trainer import final_eval, folder, start, survey, warm_start
+from mm.trainer import chat, final_eval, folder, start, survey, warm_start
 from mm.trainer.callbacks.base import Callback
 from mm.trainer.callbacks.chosen import of_run
 from mm.trainer.callbacks.tasks import TasksWhileTraining
@@ -286,6 +286,7 @@ class Trainer:
             described = start.describe(self, self._init_from)
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             folder.write(self.folder, self.run, described)
+            chat.save_template(self.run, self.folder)
             survey.write(self.folder, self._told)
             self.file = MetricsFile(self.folder / "metrics.jsonl", self.step)
             stack.callback(self.file.close)

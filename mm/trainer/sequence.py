@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mm.batch import Batch
 from mm.errors import UserError
 from mm.launch import environment
+from mm.launch.batch import require_groups
 from mm.launch.environment import Ranks
 from mm.layout import Layout
 from mm.model.model import Model
@@ -33,12 +34,7 @@ def data_ranks(size: int) -> Ranks:
         UserError: the processes do not divide into groups of ``size``.
     """
     me = environment.ranks()
-    if me.world % size:
-        fits = [n for n in range(1, me.world + 1) if me.world % n == 0]
-        raise UserError(
-            f"engine.sequence {size} does not divide {me.world} processes; possible: {fits}, or "
-            f"start a multiple of {size}: torchrun --nproc_per_node N -m mm train CONFIG"
-        )
+    require_groups(me.world, size)
     return me._replace(rank=me.rank // size, world=me.world // size)
 
 
@@ -152,8 +148,8 @@ def require_shares(
     elif type(objective).corrupt is not Objective.corrupt:
         why = f"stages.{index}.objective draws for whole rows: use next_token"
     elif length is not None and length % size:
-        fits = [n for n in range(1, length + 1) if length % n == 0 and n <= 1024]
-        why = f"stages.{index}.data.seq_len {length} does not divide; numbers that do: {fits}"
+        near = max(size, (length + size // 2) // size * size)
+        why = f"stages.{index}.data.seq_len {length} does not divide: set it to {near}, the nearest"
     else:
         why = why_not(module, size)
     if why is not None:

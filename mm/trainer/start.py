@@ -12,7 +12,7 @@ from mm.decoders.device import warn_of_driver
 from mm.errors import UserError
 from mm.launch import environment
 from mm.run import Run
-from mm.trainer import begun, folder
+from mm.trainer import begun, chat, folder
 from mm.trainer import survey as figures
 from mm.trainer.callbacks.base import Callback, Training
 from mm.trainer.env import TrainerEnv
@@ -52,6 +52,7 @@ def check(trainer: Starting, index: int) -> None:
     for number in range(index, len(run.stages)):
         check_shards(f"stages.{number}.data", run.stages[number].data, run, vocabulary)
     check_tokenizers(trainer, vocabulary)
+    chat.check_templates(trainer, index)
     for number in range(index, len(run.stages)):
         for place, task in enumerate(run.stages[number].tasks):
             if not (run.evaluate or getattr(task, "every", 0)):  # it is never measured
@@ -175,6 +176,7 @@ def survey(trainer: Starting, index: int) -> dict[str, Any]:
     begun.show(trainer.stage.begun)
     for entry in found["stages"]:
         number = entry["stage"]
+        chat.check_loss(f"stages.{number}", trainer, streams[number])
         if words is not None and entry["sources"]:
             figures.judge(number, run.stages[number], streams[number], entry["sources"], words)
         if number != index:

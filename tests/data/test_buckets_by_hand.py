@@ -61,6 +61,12 @@ def test_cells_are_told_apart_on_every_axis() -> None:
     assert all(first[b] < first[b + 1] for b in range(15) if sums[b] == sums[b + 1])
 
 
+def test_cells_are_told_apart_where_one_axis_has_few_lengths() -> None:
+    lengths = np.array([*itertools.product(range(4), range(2), range(3))])
+    of = make_buckets(lengths, 24).of(lengths)
+    assert len(set(of.tolist())) == 24
+
+
 def as_patches(pixels: np.ndarray, p: int) -> Segment:
     rows, columns = pixels.shape[0] // p, pixels.shape[1] // p
     values = np.stack(
@@ -76,7 +82,7 @@ def as_patches(pixels: np.ndarray, p: int) -> Segment:
 @pytest.mark.parametrize("mirror", [0.0, 1.0])
 def test_a_moved_picture_is_its_pixels_elsewhere_with_edges_repeated(mirror: float) -> None:
     """Pictures of unequal sides; every move of up to two pixels is met, and none other."""
-    p, rows, columns, shift = 2, 2, 3, 2
+    p, rows, columns, shift = 2, 3, 2, 2
     pixels = np.arange(rows * p * columns * p * 3).reshape(rows * p, columns * p, 3)
     given = as_patches(pixels, p)
     seen = set()

@@ -25,6 +25,7 @@ from mm.data.modalities.base import (
     sort_key,
     table,
 )
+from mm.data.modalities.video import VideoModality
 from mm.data.pack.job import pack
 from mm.data.shards.inspect import inspect
 from mm.data.shards.reader import QUARANTINE, ShardSet
@@ -36,7 +37,7 @@ from mm.decoders.raws import read_raw
 from mm.errors import UserError
 from mm.registry import MODALITIES
 from mm.report import build_report
-from mm.specs import Encoded
+from mm.specs import Encoded, Video
 from mm.tasks.judges import Judge
 from mm.tokenizers.evaluate import evaluate
 from mm.tokenizers.text.bytes import BytesConfig
@@ -262,6 +263,7 @@ def test_what_is_unknown_is_refused_by_name() -> None:
 
 FILES = {"text": b"a text", "image": png(), "audio": wav(), "series": b"1\n2\n3\n4\n5\n"}
 FILES["time_series"] = b"1 2\n3,4.5\n"
+FILES["video"] = VideoModality().file_of(Video(np.zeros((4, 8, 8, 3), np.uint8), 8.0))
 
 
 @pytest.mark.parametrize("kind", [*MODALITIES, "series"])

@@ -126,8 +126,8 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_the_table_of_modalities_is_true() -> None:
-    rows = re.findall(r"^\| (text|bytes|image|audio|time_series) \|(.*)$", README, re.M)
-    assert [row[0] for row in rows] == ["text", "bytes", "image", "audio", "time_series"]
+    rows = re.findall(r"^\| (text|bytes|image|audio|video|time_series) \|(.*)$", README, re.M)
+    assert [row[0] for row in rows] == ["text", "bytes", "image", "audio", "video", "time_series"]
     for modality, row in rows:
         for extension in re.findall(r"\.(\w+)", row.split("|")[0]):
             assert table().extensions[extension] == modality

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,14 +11,14 @@ from model_toys import VOCABULARY, ids, make
 
 from mm.batch import Batch
 from mm.data.batching.collate import to_batch
-from mm.decoders.generate import generate_tokens
+from mm.decoders.generate import generate_tokens, sequence_nll
 from mm.errors import UserError
 from mm.layout import Doc, Layout
 from mm.mask import Causal, Full, Mask
 from mm.mask_expression import looks_ahead, parse_mask
 from mm.model.items import number_items
 from mm.objectives.next_token import NextTokenConfig
-from mm.specs import Segment
+from mm.specs import Segment, TokenSpec
 
 NUMBERS = {m: VOCABULARY.range(m).index for m in VOCABULARY.modalities}
 IMAGES = "causal | (same_document & same_item & modality == image)"
@@ -129,6 +131,29 @@ def test_such_targets_are_neither_trained_nor_generated() -> None:
     with pytest.raises(UserError, match="shows 'image' what comes after"):
         generate_tokens(model, VOCABULARY, [[text(2, "condition")]], "image")
     objective.check_model(make(mask="causal | (same_item & prefix)"))
+
+
+def test_values_that_a_head_predicts_are_targets_too() -> None:
+    """They are read both ways where they are conditions alone."""
+    pixels = TokenSpec("pixels", 0, continuous=True, n_features=3, fingerprint="p")
+    words = VOCABULARY.add(pixels)
+    numbers = NUMBERS | {"pixels": words.range("pixels").index}
+    both_ways = parse_mask("causal | (modality == pixels & same_item)", numbers)
+    objective = NextTokenConfig().build(words)
+    reads = SimpleNamespace(mask=both_ways, heads={"tokens": None})
+    objective.check_model(reads)  # type: ignore[arg-type]
+    writes = SimpleNamespace(mask=both_ways, heads={"tokens": None, "pixels": None})
+    with pytest.raises(UserError, match="shows a target of 'pixels' what it predicts"):
+        objective.check_model(writes)  # type: ignore[arg-type]
+
+
+def test_a_model_that_sees_its_targets_has_no_score() -> None:
+    model = make(mask=IMAGES)
+    score = lambda *segments: sequence_nll(model, VOCABULARY, [list(segments)])
+    assert score(text(4))[0]["text"][1] == 5
+    assert score(image(), text(4))
+    with pytest.raises(UserError, match="shows 'image' what comes after: .* nor scored"):
+        score(text(2, "condition"), image("target"))
 
 
 def test_what_may_be_generated_gets_the_logits_of_the_whole_pass() -> None:

@@ -52,6 +52,9 @@ def test_urpe_has_one_gain_a_distance_and_a_direction(both_ways: bool) -> None:
         for j in range(T):
             row = min(abs(i - j), far - 1) + (far if both_ways and j > i else 0)
             assert gain[0, :, i, j].tolist() == [2 * row, 2 * row + 1], (i, j)
+    late = f.map(lambda x: x[:, 4:])  # two queries, as when a text is gone on with
+    later = urpe.scores(torch.zeros(1, 2, 2, 8), late, f).gain_RHTS
+    assert torch.equal(later, gain[:, :, 4:])
 
 
 def test_relative_buckets_of_no_distance_are_exact() -> None:
@@ -86,3 +89,40 @@ def test_randomised_times_are_drawn_of_the_whole_range() -> None:
     assert torch.equal(
         made.ids(layout.fields, Ctx(layout, Causal(), seed=0)), layout.fields.position
     )
+
+
+def test_drawn_times_leave_the_other_axes_as_they_are() -> None:
+    from mm.mask import Causal
+    from mm.model.context import Ctx
+
+    layout = Layout.plain(1, 3)
+    f = layout.fields._replace(position=torch.arange(9, dtype=torch.int32).view(1, 3, 3) % 3)
+    ids = POSITIONS.get("randomised")(length=6).build(8, 1).ids(f, Ctx(layout, Causal(), seed=3))
+    assert ids.shape == f.position.shape and torch.equal(ids[..., 1:], f.position[..., 1:])
+
+
+def test_a_position_without_a_shared_table_turns_by_the_fields_it_is_given() -> None:
+    """Those with drawn times where there are some, else those of the call."""
+    from mm.layout import Fields
+    from mm.mask import Causal
+    from mm.model.context import Ctx
+    from mm.model.positions.base import Position
+
+    class Adds(Position):
+        def rotate(self, q, k, fq: Fields, fk: Fields):  # type: ignore[no-untyped-def]
+            return q + fq.position[..., None], k + fk.position[..., None]
+
+    layout = Layout.plain(1, 3)
+    ctx, x = Ctx(layout, Causal()), torch.zeros(1, 3, 1, 1)
+    drawn = layout.fields._replace(position=layout.fields.position * 10)
+    for fields, factor in ((None, 1), (drawn, 10)):
+        for y in Adds().rotate_call(ctx, x, x, fields):
+            assert y.flatten().tolist() == [0, factor, 2 * factor]
+
+
+@pytest.mark.parametrize("kind", ["learned", "grid"])
+def test_learned_places_of_no_token_are_none(kind: str) -> None:
+    made = POSITIONS.get(kind)().build(8, 1, 4)
+    made.init_weights()
+    f = Layout.plain(1, 2).fields.map(lambda x: x[:, :0])
+    assert made.embed(torch.zeros(1, 0, 4), f).shape == (1, 0, 4)

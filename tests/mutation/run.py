@@ -6,9 +6,9 @@
 
 First every test file runs once under `coverage` (build/mutants/lines/: which test runs which
 lines, and how long it takes; measured again where the test file or a module that it runs has
-changed). Then every mutant is tested by the tests that run its statement, the quickest and those of
-the fewest lines first, for so many seconds, until one fails. Results are lines of
-build/mutants/results.jsonl; a survivor is tested again once its tests or --seconds have changed.
+changed). Then every mutant is tested by the tests that run its statement, the quickest and those
+that look at little besides its file first, for so many seconds, until one fails. Results are lines
+of build/mutants/results.jsonl; a survivor is tested again once its tests or --seconds have changed.
 The report is build/mutants/report.md; accepted.tsv beside this file holds survivors that may live,
 with the reason.
 """
@@ -162,23 +162,39 @@ def cases(
             span = range(mutant.line, mutant.last_line + 1)
             names = set().union(*(runs.get((file, n), ()) for n in span))
             imported = any(n in at_import.get(file, ()) for n in span)
-            out.append(Case(file, mutant, _tests_first(names, tests, seconds), imported))
+            out.append(Case(file, mutant, _tests_first(file, names, tests, seconds), imported))
     return out
 
 
-def _tests_first(names: set[str], tests: dict[str, Any], seconds: float) -> list[tuple[str, float]]:
-    """Tests in the order to run, with their seconds: quick ones that look at little come first.
+def _tests_first(
+    file: str, names: set[str], tests: dict[str, Any], seconds: float
+) -> list[tuple[str, float]]:
+    """Tests in the order to run, with their seconds, up to the limit.
 
-    Up to the limit; what a test shares with others of its file counts once.
+    Quick ones that look at little besides come first, and those that run more of the mutant's own
+    ``file``; each further test of one test file comes later, as they are alike. What a test shares
+    with others of its test file counts once.
     """
     cost = {n: tests[n]["seconds"] + tests[n]["shared"] for n in names}
+    own = {n: len(tests[n]["lines"].get(file, ())) for n in names}
+    most = max(own.values(), default=1)
+    worth = {
+        n: (cost[n] + 0.02) * tests[n]["n_lines"] ** 0.5 * (most / max(1, own[n])) ** 2
+        for n in names
+    }
+    before: dict[str, int] = {}
+    for name in sorted(names, key=lambda n: (worth[n], n)):
+        test_file = name.split("::")[0]
+        before[test_file] = before.get(test_file, 0) + 1
+        worth[name] *= before[test_file]
     total, kept, paid = 0.0, [], dict[str, float]()
-    for name in sorted(names, key=lambda n: ((cost[n] + 0.02) * tests[n]["n_lines"] ** 0.5, n)):
-        file, shared = name.split("::")[0], tests[name]["shared"]
-        total += tests[name]["seconds"] + max(0.0, shared - paid.get(file, 0.0))
-        paid[file] = max(paid.get(file, 0.0), shared)
-        if kept and total > seconds:
-            break
+    for name in sorted(names, key=lambda n: (worth[n], n)):
+        test_file, shared = name.split("::")[0], tests[name]["shared"]
+        more = tests[name]["seconds"] + max(0.0, shared - paid.get(test_file, 0.0))
+        if kept and total + more > seconds:
+            continue
+        total += more
+        paid[test_file] = max(paid.get(test_file, 0.0), shared)
         kept.append((name, cost[name]))
     return kept
 

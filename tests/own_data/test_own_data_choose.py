@@ -18,11 +18,10 @@ from mm.cli.schema import resolve
 from mm.config import validate
 from mm.data.pack.config import PackConfig
 from mm.errors import UserError
-from mm.own_data import pictures, timing, training
+from mm.own_data import pictures
 from mm.own_data.choose import Options, choose
 from mm.own_data.look import Found, look, one_word
 from mm.own_data.plan import Chosen, Plan, plain, to_yaml
-from mm.own_data.timing import step_seconds
 from mm.own_data.write import write
 from mm.run import Run
 from mm.tasks.base import conditions, read_items
@@ -109,16 +108,6 @@ def test_gray_pictures_of_classes_are_not_mirrored(tmp_path: Path) -> None:
     stage = plain(plan_of(look(tmp_path / "a"), tmp_path).configs["train.yaml"])["stages"][0]
     (change,) = stage["data"]["transform"]
     assert change["mirror"] == 0 and change["shift"] == 1
-
-
-def test_the_time_of_a_step_is_measured_with_pictures() -> None:
-    values = pictures.Values("pixels", 4, 192, share=0.6, others=69)
-    work = training.Work(n_ids=800, row=256, rows=1, values=values)
-    assert 0 < step_seconds(plain(pictures.model()), work) < 60
-    rows = timing._rows(work, codes=700)
-    have = [s.modality for row in rows for document in row for s in document]
-    ids = sum(len(s.ids) + 2 for row in rows for document in row for s in document)
-    assert have.count("pixels") == 7 and 200 < ids <= 256  # .6 of the ids are theirs
 
 
 def test_varied_copies_vote_where_that_takes_seconds(seen: dict[str, Found]) -> None:

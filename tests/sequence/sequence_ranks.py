@@ -182,10 +182,30 @@ def adjoint(rank: int, size: int, group: Any) -> dict[str, float]:
     return found
 
 
+def order(name: str, group: Any) -> dict[str, Any]:
+    """The first parameter whose gradient is not ready in its turn in all processes, in bf16.
+
+    There weights are cast on their way into kernels: that is where an order comes from.
+    """
+    layer, whole = build(name, torch.bfloat16), Layout.from_rows([[Doc(5), Doc(4)], [Doc(8)]], 9)
+    ready: list[str] = []
+    for key, p in layer.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda _, key=key: ready.append(key))
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(*whole.shape, laws.D, generator=g).bfloat16().requires_grad_()
+    laws.apply(layer, x, whole, seed=5).y.sum().backward()
+    every: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, ready, group=group)
+    other = [keys for keys in zip(*every, strict=True) if len({*keys}) > 1]
+    return {"first": other[0] if other else None, "n": len(ready)}
+
+
 def do(job: dict[str, Any], rank: int, group: Any) -> Any:
     size = job["size"]
     if job["do"] == "collectives":
         return adjoint(rank, size, group)
+    if job["do"] == "order":
+        return order(job["name"], group)
     dtype, times = getattr(torch, job["dtype"]), job.get("times", 1)
     layer = build(job["name"], dtype)
     if (why := sequence.why_not(layer, size)) is not None:

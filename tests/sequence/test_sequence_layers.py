@@ -15,9 +15,13 @@ from typing import Any
 
 import laws
 import pytest
-from sequence_ranks import VARIANTS, build
+import torch
+from sequence_ranks import VARIANTS, build, layout
 
+from mm.model.context import Ctx
+from mm.model.sequence import Unconnected
 from mm.registry import FFNS, MIXERS
+from mm.shard import Shard
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 HERE = Path(__file__).parent
@@ -31,8 +35,9 @@ def run(folder: Path, world: int, jobs: list[dict[str, Any]]) -> list[Any]:
     words = [sys.executable, str(HERE / "sequence_ranks.py")]
     rest = [str(world), str(folder / "store"), str(folder / "jobs.json"), str(folder / "out.json")]
     logs = [open(folder / f"{rank}.log", "wb") for rank in range(world)]  # noqa: SIM115
+    hashed = [env | {"PYTHONHASHSEED": str(rank)} for rank in range(world)]  # orders of sets
     children = [
-        subprocess.Popen([*words, str(rank), *rest], env=env, stdout=log, stderr=log)
+        subprocess.Popen([*words, str(rank), *rest], env=hashed[rank], stdout=log, stderr=log)
         for rank, log in enumerate(logs)
     ]
     try:
@@ -57,6 +62,8 @@ QUICK = [
     "stack, recomputed hybrid",
 ]
 
+IN_ORDER = [name for name in VARIANTS if name.startswith(("mixer:", "ffn:"))]
+
 
 def equal(jobs: list[dict[str, Any]], found: list[Any]) -> None:
     wrong = [
@@ -79,6 +86,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Any]
     jobs += [job(n, 4, times=4) for n in QUICK if n in PASSING and n.startswith(("mixer", "ffn"))]
     jobs += [job(name, 2, fault=True) for name in QUICK if name in PASSING]
     jobs += [{"do": "collectives", "size": size} for size in (2, 4)]
+    jobs += [{"do": "order", "size": 4, "name": name} for name in IN_ORDER]
     return list(zip(jobs, run(tmp_path_factory.mktemp("ranks"), 4, jobs), strict=True))
 
 
@@ -103,6 +111,18 @@ def test_what_processes_pass_each_other_does_not_grow_with_the_row(quick: Any) -
         assert out["bytes"] == short[j["name"]]["bytes"] > 0, j["name"]
 
 
+def test_what_a_plan_counts_is_what_processes_pass(quick: Any) -> None:
+    """A group whose other processes are not there counts the same bytes."""
+    told = {j["name"]: out for j, out in chosen(quick, size=4, dtype="float64")}
+    for name in ("4 heads, 2 of keys", "mixer:delta_rule", "mixer:rg_lru", "mixer:log_linear"):
+        group, layer = Unconnected(), build(name)
+        shard, own = Shard.of(layout(), 1, 4, group)
+        x = torch.randn(*own.shape, laws.D, dtype=torch.float64, requires_grad=True)
+        ids = (x[..., :1] > 0).int()
+        layer(x, Ctx(own, laws.mask_of(layer), ids, seed=5, shard=shard)).y.sum().backward()
+        assert group.sent.total() == told[name]["bytes"], name
+
+
 def test_states_that_begin_anew_in_every_process_are_found(quick: Any) -> None:
     """No loss curve shows it (accelerate #4177, DeepSpeed #8114): the law above does."""
     found = chosen(quick, fault=True)
@@ -114,6 +134,13 @@ def test_states_that_begin_anew_in_every_process_are_found(quick: Any) -> None:
 def test_the_backward_of_every_collective_is_its_transpose(quick: Any) -> None:
     for _, out in chosen(quick, do="collectives"):
         assert len(out) == 4 and max(out.values()) < 1e-12, out
+
+
+def test_gradients_are_ready_in_one_order_in_all_processes(quick: Any) -> None:
+    """ZeRO from stage 2 on joins them as they come: two of a convolution once changed places."""
+    found = chosen(quick, do="order")
+    assert len(found) == len(IN_ORDER) and sum(out["n"] for _, out in found) > 200
+    assert [(j["name"], out["first"]) for j, out in found if out["first"]] == []
 
 
 @pytest.mark.slow

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trainer_toys as toys
 from trainer_runs import losses, make_run, torchrun
 from trainer_toys import toys_registered  # noqa: F401
 
 from mm.errors import UserError
 from mm.launch.batch import batch_arithmetic
-from mm.plan.inputs import open_subject
+from mm.plan.inputs import Assumed, Subject, documents
+from mm.plan.trace import Trace
 from mm.run import Run
 from mm.trainer.loop import train
+from mm.trainer.stage import build
 
 HYBRID = {
     "kind": "lm",
@@ -121,13 +124,31 @@ def test_the_arithmetic_of_the_batch_counts_groups(tmp_path: Path) -> None:
     assert "4 rows a micro-batch x 1 accumulated x 2 groups of 2 processes" in " ".join(
         batch_arithmetic(run, 4)
     )
-    with pytest.raises(UserError, match="engine.sequence: 2 processes share rows, 3 do not"):
+    with pytest.raises(
+        UserError,
+        match="engine.sequence 2 does not divide 3 .*; start 2 or 4: torchrun --nproc_per_node 4 ",
+    ):
         batch_arithmetic(run, 3)
 
 
-def test_a_plan_says_that_it_does_not_know_slices(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="engine.sequence 2: mm plan does not .* engine.sequence=1"):
-        open_subject(run_of(tmp_path, "run"), 0, "fp32", None)
+def test_a_plan_counts_what_slices_hold_and_pass(tmp_path: Path) -> None:
+    """Half the activations of a row; heads grow with it, states do not."""
+
+    def planned(size: int, length: int = 24) -> Trace:
+        run = run_of(tmp_path, "run", engine={"sequence": size, "zero_stage": 2})
+        words = toys.vocabulary()
+        subject = Subject(run, 0, build(run.stages[0].objective, vocabulary=words), words, "fp32",
+                          Assumed(length))  # fmt: skip
+        return subject.trace(documents(4, length, length, words), 2)[0]
+
+    whole, half = planned(1), planned(2)
+    assert half.tokens * 2 == whole.tokens and not whole.passed
+    assert 0.45 < half.forward_peak / whole.forward_peak < 0.65
+    # Of 4 rows, 12 tokens, 2 heads of 8: q, k, v and y, forward and backward, in 4 bytes.
+    assert half.passed["heads"] == 2 * 4 * (4 * 12 * 16) * 4
+    longer = planned(2, 48)
+    assert longer.passed["heads"] == 2 * half.passed["heads"]
+    assert longer.passed["states"] == half.passed["states"] > 0
 
 
 class _Rows:

@@ -232,8 +232,8 @@ def test_bits_per_byte_of_what_was_learned(generator, data):
 
 
 def test_missing_modality_and_missing_classes_are_named(generator, data):
-    with pytest.raises(UserError, match="unknown modality 'video'; known: audio, image, text"):
-        parse(kind="bits_per_byte", data=data, modalities=("video",)).evaluate(generator)
+    with pytest.raises(UserError, match="unknown modality 'smell'; known: audio, image, text"):
+        parse(kind="bits_per_byte", data=data, modalities=("smell",)).evaluate(generator)
     with pytest.raises(UserError, match="a column 'genre'"):
         parse(kind="recognition", data=data, label="genre").evaluate(generator)
     by_caption = parse(kind="recognition", data=data, label="genre", classes=WORDS).evaluate(

@@ -16,13 +16,14 @@ import yaml
 from mm.errors import UserError
 from mm.hashes import FILE as HASHES
 from mm.registry import TOKENIZERS
-from mm.specs import Encoded, ModalityTokenizer, Waveform
+from mm.specs import Encoded, ModalityTokenizer, Video, Waveform
 from mm.tokenizers.load import fingerprint, load_tokenizer
 from mm.vocabulary import RESERVED, extend_vocabulary
 
 KINDS = list(TOKENIZERS)
 EXACT = {"bpe", "hf", "bytes"}  # the others lose information, but not shape
-CONTINUOUS = {"image_patches", "mel_frames", "series_patches"}  # they give values in place of ids
+# They give values in place of ids.
+CONTINUOUS = {"image_patches", "mel_frames", "series_patches", "video_tubes"}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -43,6 +44,8 @@ def examples(kind: str) -> list[Any]:
 def same(a: Any, b: Any) -> bool:
     if isinstance(a, Waveform):
         return a.sample_rate == b.sample_rate and np.array_equal(a.samples, b.samples)
+    if isinstance(a, Video):
+        return a.rate == b.rate and np.array_equal(a.frames, b.frames)
     if isinstance(a, np.ndarray):
         return a.dtype == b.dtype and np.array_equal(a, b)
     return a == b
@@ -127,6 +130,10 @@ def test_round_trip(kind: str, tokenizer: ModalityTokenizer, examples: list[Any]
         elif kind == "series_patches":
             assert out.dtype == np.float32 and out.shape == raw.shape
             np.testing.assert_allclose(out, raw, rtol=1e-5, atol=1e-5)
+        elif isinstance(raw, Video):
+            assert out.frames.dtype == np.uint8 and out.frames.shape[3] == 3
+            moment = tokenizer.spec.n_features / (3 * 4 * 4)  # frames of a tube
+            assert abs(len(out.frames) / out.rate - len(raw.frames) / raw.rate) <= moment
         elif kind in CONTINUOUS:  # each its own shape
             assert out.dtype == np.uint8 and out.ndim == 3 and out.shape[2] == 3
         else:

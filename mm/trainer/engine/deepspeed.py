@@ -7,6 +7,8 @@ What was found out about DeepSpeed 0.19.8 and is relied on here:
 - With `managed_gradient_accumulation: false` the caller's `step` is the accumulation boundary.
 - Stage 0 applies non-finite gradients, stages 1-3 skip the step: stage 0 is clipped and checked
   here.
+- Stages 2 and 3 take gradients to be ready in one order in all processes (`GradientOrder`); stages
+  0 and 1 reduce them in the order of the parameters.
 - Its shared-memory all-reduce is compiled at the first start (39 s here, and a stale lock hangs
   it): switched off.
 """
@@ -28,6 +30,7 @@ from mm.errors import UserError
 from mm.launch import environment
 from mm.run import EngineConfig
 from mm.schedule import Ema
+from mm.trainer.engine.gradient_order import GradientOrder
 from mm.trainer.engine.zero_shards import Shards
 from mm.trainer.optimizers.base import ShardOptimizer
 
@@ -90,6 +93,8 @@ def _deepspeed() -> Any:
 class Engine:
     """One trainable network: forward, backward, step and full fp32 tensors at any ZeRO stage."""
 
+    _order: GradientOrder | None = None  # until the first step
+
     def __init__(
         self,
         module: nn.Module,
@@ -141,6 +146,8 @@ class Engine:
             self.ds.enable_backward_allreduce = (
                 False  # `reduce` below does it, so that the norm is known before the step
             )
+        if self.zero_stage > 1 and dist.get_world_size() > 1:
+            self._order = GradientOrder(self.trainable())
 
     def __call__(self, *args: Any, **kw: Any) -> Any:
         return self.ds(*args, **kw)
@@ -174,7 +181,12 @@ class Engine:
         Returns:
             Whether the update was applied, and the gradient norm before clipping (inf when it was
             not).
+
+        Raises UserError as `GradientOrder.check`.
         """
+        if self._order is not None:
+            self._order.check(self.ds.device)
+            self._order = None
         if norm is not None:
             if not norm < float("inf"):  # NaN too
                 self.ds.zero_grad()

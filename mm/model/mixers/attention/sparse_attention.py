@@ -76,7 +76,7 @@ class SparseAttention(IndexedAttention):
     def _blocks(self, use: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (R, L, H, K), G, b = q.shape, k.shape[2], self.stride
         n = -(-L // b)
-        wide = torch.promote_types(v.dtype, torch.float32)
+        narrow, wide = v.dtype, torch.promote_types(v.dtype, torch.float32)
         # Padding comes after every real query, so that causality hides it.
         q, k, v = (F.pad(t.to(wide), (0, 0, 0, 0, 0, n * b - L)) for t in (q, k, v))
         q = q.view(R, n, b, G, H // G, K) * K**-0.5
@@ -123,7 +123,7 @@ class SparseAttention(IndexedAttention):
                     )
                 ]
             ).sum(0)
-        return y.reshape(R, n * b, H, K)[:, :L].to(v.dtype)
+        return y.reshape(R, n * b, H, K)[:, :L].to(narrow)
 
 
 def _before(blocks: Tensor) -> Tensor:
