@@ -73,8 +73,7 @@ class Trainer:
         self.callbacks = [*self._figures, *rest, *callbacks, self.times]
         self._evaluated: dict[str, Any] = {}
         self._started: list[Callback] = []
-        self._usage = CodebookUsage()
-        self._stop = Stop()
+        self._usage, self._stop = CodebookUsage(), Stop()
         self._writer = Writer(run.checkpoints.background)
         self._tokenizers: dict[str, Any] | None = None
         self._told: dict[str, Any] = {}  # at the start: `start.json`
