@@ -16,6 +16,7 @@ from mm.data.pack.encode import Encoder, Item, Result
 from mm.data.shards.members import split_ordinal
 from mm.data.shards.token_codec import encode_member
 from mm.errors import UserError
+from mm.reading import parse_json
 from mm.specs import Encoded, ModalityTokenizer
 
 TOO_LONG = "too long: "
@@ -72,7 +73,7 @@ class ChatEncoder(Encoder):
         texts, media = [], []
         for item in items:
             own = {m: d for m, d in item.raws.items() if split_ordinal(m)[1] == "text"}
-            texts.append({m: json.loads(d) for m, d in own.items()})
+            texts.append({m: parse_json(d) for m, d in own.items()})
             media.append({m: d for m, d in item.raws.items() if m not in own})
         spoken = [part for each in texts for part in each.values()]
         ids = self._ids([p for part in spoken for p in prefixes(part)])

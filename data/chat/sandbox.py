@@ -20,6 +20,7 @@ from datetime import datetime
 from typing import Any
 
 from mm.errors import UserError
+from mm.reading import parse_json
 
 SECONDS = 10  # of the processor's time that one conversation may take
 WAIT_SECONDS = 120.0  # of the clock's: so many that a busy machine is no fault
@@ -69,12 +70,16 @@ class Sandbox:
             first = json.dumps({"source": self.source, "seconds": self.seconds})
             request = first.encode() + b"\n" + request
         try:
-            return json.loads(_exchange(self._child, request, time.monotonic() + WAIT_SECONDS))
+            return parse_json(_exchange(self._child, request, time.monotonic() + WAIT_SECONDS))
         except TimeoutError:
             self.close()
             raise TemplateError(f"it does not end: no answer in {WAIT_SECONDS:g} seconds") from None
         except (OSError, ValueError):
-            code = self._child.wait()
+            try:
+                code = self._child.wait(5)
+            except subprocess.TimeoutExpired:  # it lives: what it said is no text
+                self.close()
+                raise TemplateError("its text holds half a character, or is too long") from None
             self.close()
             if code == -signal.SIGXCPU:
                 raise TemplateError(
@@ -177,7 +182,7 @@ def main() -> None:
 
     template, broken = None, ""
     _answer("ready")
-    first = json.loads(sys.stdin.buffer.readline())
+    first = parse_json(sys.stdin.buffer.readline())
     _limit(first["seconds"])
     try:
         template = environment().from_string(first["source"])
@@ -187,7 +192,7 @@ def main() -> None:
         broken = f"no Jinja template ({type(error).__name__}: {str(error)[:200]})"
     for line in sys.stdin.buffer:
         _limit(first["seconds"])
-        _answer({"broken": broken} if template is None else _served(template, json.loads(line)))
+        _answer({"broken": broken} if template is None else _served(template, parse_json(line)))
 
 
 def _answer(value: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mm.cli.common import console, existing
+from mm.cli.common import JsonFile, console, existing, write_json
 from mm.errors import UserError
 
 app = typer.Typer()
@@ -33,6 +33,7 @@ def average(
         list[float] | None,
         typer.Option("--share", min=0, help="Share of a source, once for each, over their sum."),
     ] = None,
+    json: JsonFile = None,
 ) -> None:
     for source in sources:
         existing(source, "source", "name a run, a saved model, or a folder of RUN/checkpoints")
@@ -45,3 +46,6 @@ def average(
     average_models(sources, out, shares)
     told = ", ".join(f"{s:.3g} of {p}" for s, p in zip(shares, sources, strict=True))
     console().print(f"wrote {out}: {told}")
+    write_json(
+        json, {"out": out, "shares": {str(p): s for s, p in zip(shares, sources, strict=True)}}
+    )

@@ -62,7 +62,7 @@ class Base(NamedTuple):
                     f"modality take the recipe {RECIPE}"
                 )
 
-    def found(self, path: Path) -> Path | None:
+    def find(self, path: Path) -> Path | None:
         """A path of the base's config, from here or from where its run was started."""
         parents = [parent / path for parent in self.folder.resolve().parents]
         return next((each for each in (path, *parents) if each.exists()), None)
@@ -73,7 +73,7 @@ class Base(NamedTuple):
         for stage in self.run.stages if self.run else ():
             for task in stage.tasks:
                 data = getattr(task, "data", None)
-                here = self.found(Path(data)) if data else None
+                here = self.find(Path(data)) if data else None
                 if here is not None:
                     values = {k: v for k, v in task.to_dict().items() if k not in BARS}
                     out.append({**values, "name": f"base.{task.full_name}", "data": str(here)})
@@ -84,7 +84,7 @@ class Base(NamedTuple):
         data = self.run.stages[-1].data if self.run else None
         out: list[dict[str, Any]] = []
         for source in getattr(data, "sources", ()):
-            here = self.found(Path(source.path))
+            here = self.find(Path(source.path))
             if here is not None:
                 out.append({"path": str(here), "weight": float(source.weight)})
         return out

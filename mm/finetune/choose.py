@@ -99,20 +99,20 @@ def config_of(
         "callbacks": callbacks,
     }
     changed = override(plain(config), options.changes)
-    return Said(said(config, changed), a_pass)
+    return Said(keep_reasons(config, changed), a_pass)
 
 
-def said(old: Any, new: Any) -> Any:
+def keep_reasons(old: Any, new: Any) -> Any:
     """``new`` with the reasons of ``old`` where nothing changed."""
     if plain(old) == new:
         return old
     if isinstance(old, Chosen) and isinstance(old.value, Mapping) and isinstance(new, Mapping):
-        return Chosen(said(old.value, new), old.why)
+        return Chosen(keep_reasons(old.value, new), old.why)
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         fresh = lambda value: Chosen(value, "as you said")
-        return {k: said(old[k], v) if k in old else fresh(v) for k, v in new.items()}
+        return {k: keep_reasons(old[k], v) if k in old else fresh(v) for k, v in new.items()}
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [said(a, b) for a, b in zip(old, new, strict=True)]
+        return [keep_reasons(a, b) for a, b in zip(old, new, strict=True)]
     return Chosen(new, "as you said")
 
 

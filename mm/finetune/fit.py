@@ -10,7 +10,7 @@ from typing import Any
 
 from mm.config import override, validate
 from mm.errors import UserError
-from mm.finetune.choose import Said, said
+from mm.finetune.choose import Said, keep_reasons
 from mm.finetune.method import Method
 from mm.init_from import with_saved_model
 from mm.own_data.plan import Chosen, plain
@@ -37,7 +37,7 @@ def this_device() -> Gpu:
     return dataclasses.replace(like, name=name, memory=memory)
 
 
-def fitted(
+def fit_device(
     methods: Sequence[Method],
     config_of: Callable[[Method], Said],
     minutes: float,
@@ -89,7 +89,7 @@ def _fit(config: dict[str, Any], cluster: Cluster) -> tuple[dict[str, Any], Mapp
     why = f"so that it fits {cluster.gpu.memory / 1e9:.3g} GB"
     tokens = plan["batch"]["tokens_a_row"] * chosen["rows_a_step"]
     seconds = tokens / chosen["tokens_per_second"]
-    return _because(said(config, new), why), {**chosen, "seconds": seconds}
+    return _because(keep_reasons(config, new), why), {**chosen, "seconds": seconds}
 
 
 def run_of(config: Mapping[str, Any]) -> Run:

@@ -56,7 +56,7 @@ def method(base: Base, ids: int, name: Asked, why: str) -> Method:
     width = int(base.config.get("d_model") or WIDTH)
     rate = LORA_LR * (WIDTH / width) ** POWER
     if name == "full":
-        lr = Chosen(rounded(rate / TIMES), f"by the width {width}, for all weights")
+        lr = Chosen(two_digits(rate / TIMES), f"by the width {width}, for all weights")
         model = {"linear": base.dense} if base.is_adapted else {}
         return Method(name, why, model, lr, 0.01)
     rank = next((rank for most, rank in RANKS if ids < most), LARGEST_RANK)
@@ -69,10 +69,10 @@ def method(base: Base, ids: int, name: Asked, why: str) -> Method:
         linear["base_layer"] = {"kind": "nf4", "double": True}
     elif base.dense != {"kind": "dense"}:  # its biases, or its own kind of matrix
         linear["base_layer"] = base.dense
-    lr = Chosen(rounded(rate), f"by the width {width}; {TIMES} times that of all weights")
+    lr = Chosen(two_digits(rate), f"by the width {width}; {TIMES} times that of all weights")
     return Method(name, why, {"linear": Chosen(linear, why)}, lr, 0.0)
 
 
-def rounded(rate: float) -> float:
+def two_digits(rate: float) -> float:
     """Two digits."""
     return float(f"{rate:.1e}")

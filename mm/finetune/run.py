@@ -12,7 +12,7 @@ from mm.finetune.base import open_base
 from mm.finetune.choose import Options, config_of
 from mm.finetune.compare import BASE, TUNED, compare
 from mm.finetune.data import amount_of, read_data
-from mm.finetune.fit import fitted
+from mm.finetune.fit import fit_device
 from mm.finetune.method import candidates
 from mm.finetune.prompts import prompts_of
 from mm.own_data import run as commands
@@ -91,7 +91,7 @@ def _choose(
     amount = amount_of(read.tokens)
     methods = candidates(base, amount.ids // read.copies, options.method)
     prompts = prompts_of(base, read, amount, out / "prompts")
-    config, notes = fitted(
+    config, notes = fit_device(
         methods,
         lambda how: config_of(base, read, amount, out, how, options, prompts),
         options.minutes,

@@ -58,7 +58,7 @@ class Piece(NamedTuple):
     length: Tensor | None  # (rows,) of DoRA
 
 
-def adapted(lm: LmConfig, **lora: Any) -> LmConfig:
+def with_adapters(lm: LmConfig, **lora: Any) -> LmConfig:
     """The model with adapters upon its matrices."""
     below = getattr(lm.linear, "base_layer", lm.linear).to_dict()
     linear = LINEARS.parse({"kind": "lora", "base_layer": below, **lora})
@@ -81,7 +81,7 @@ def sites(lm: LmConfig, vocabulary: Vocabulary) -> list[Site]:
     """Every matrix that can have an adapter. Raises UserError of a model without an equal."""
     base = plain(lm)
     with torch.device("meta"):
-        module = adapted(base).build(vocabulary)
+        module = with_adapters(base).build(vocabulary)
     found = {path: m for path, m in module.named_modules() if isinstance(m, Lora)}
     out = []
     for line in family_of(lm).entries(base):
@@ -272,7 +272,7 @@ def from_peft(
         "dora": dora,
         "targets": sorted(targets),
     }
-    return adapted(lm, **lora), tensors
+    return with_adapters(lm, **lora), tensors
 
 
 def _pieces(

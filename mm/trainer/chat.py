@@ -16,7 +16,6 @@ from mm.data.shards.reader import ShardSet
 from mm.errors import UserError
 from mm.run import Run
 from mm.trainer.callbacks.base import Training
-from mm.trainer.warm_start import saved_model
 
 LOOKED_AT = 64  # samples of a source, spread over it
 
@@ -112,7 +111,8 @@ def save_template(run: Run, folder: Path) -> None:
         for _, path, shards in conversations(stage.data):
             read_template(path, shards).save(folder)
             return
-    if run.init_from is not None:
-        before = ChatTemplate.load(saved_model("init_from", run.init_from.path))
-        if before is not None:
-            before.save(folder)
+    if run.init_from is not None:  # which may be gone where the run is resumed
+        for place in (run.init_from.path / "model", run.init_from.path):
+            if (before := ChatTemplate.load(place)) is not None:
+                before.save(folder)
+                return

@@ -250,7 +250,7 @@ def test_what_does_not_fit_is_refused_by_name(root: Path, model: Any, tmp_path: 
     with pytest.raises(UserError, match=r"'image' is predicted \(values\).*add model.heads.image"):
         asked.require_heads(["tokens"])
     generator = Generator(model, vocabulary, tokenizers())
-    with pytest.raises(UserError, match=r"'image' is read as values.*it writes: text"):
+    with pytest.raises(UserError, match=r"'image' is values, not ids.*are written of: text"):
         generator.generate([{"text": "x"}], "image")
     with pytest.raises(ValueError, match="values .* at 3 places"):
         document_tokens(

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from finetune_toys import call, text_base
 
-from mm.finetune.choose import said
+from mm.finetune.choose import keep_reasons
 from mm.own_data.plan import Chosen, plain
 from mm.report.build import build_report
 
@@ -114,8 +114,8 @@ def test_a_wrong_word_is_refused_before_anything_is_written(
 
 def test_reasons_stay_where_nothing_changed() -> None:
     old = {"a": Chosen(1, "why"), "b": {"c": Chosen({"d": 2}, "so"), "e": 3}}
-    assert said(old, plain(old)) == old
-    new = said(old, {"a": 5, "b": {"c": {"d": 4}, "e": 3}, "f": 6})
+    assert keep_reasons(old, plain(old)) == old
+    new = keep_reasons(old, {"a": 5, "b": {"c": {"d": 4}, "e": 3}, "f": 6})
     assert new["a"] == Chosen(5, "as you said") and new["f"] == Chosen(6, "as you said")
     assert new["b"]["e"] == 3 and plain(new["b"]["c"]) == {"d": 4}
 

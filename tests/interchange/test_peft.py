@@ -15,7 +15,7 @@ from mm.cli import main as cli
 from mm.errors import UserError
 from mm.interchange.adapter import export_adapter, import_adapter, read_model
 from mm.interchange.check import logits_of
-from mm.interchange.peft import adapted
+from mm.interchange.peft import with_adapters
 from mm.interchange.read import import_model
 from mm.model import folder as files
 from mm.model.linears.lora import loras_in, merge_adapters, unmerge_adapters
@@ -39,7 +39,7 @@ def base(folder: Path, case: str = "llama", **more: Any) -> tuple[Path, Path]:
 def tuned(mine: Path, out: Path, **lora: Any) -> Path:
     """A saved model with adapters that are not nothing."""
     lm, tensors, vocabulary = read_model(mine)
-    config = adapted(lm, **lora)
+    config = with_adapters(lm, **lora)
     with torch.device("meta"):
         own = config.build(vocabulary).state_dict()
     below = lambda name: ".base.".join(name.rsplit(".", 1))
