@@ -281,3 +281,8 @@ def test_ids_are_those_of_transformers(name: str) -> None:
 def test_a_message_without_content_is_read_as_empty() -> None:
     assert Message("user", ()).empty and Message("user", (" \n",)).empty
     assert not Message("assistant", (), {"tool_calls": [1]}).empty
+
+
+def test_a_template_that_writes_half_a_character_is_refused() -> None:
+    with pytest.raises(TemplateError, match="half a character"):
+        Sandbox(r"{{ '\ud800' }}", 5).render([], {}, [(0, False)])
