@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import AddedToken, Tokenizer, processors
@@ -62,7 +62,8 @@ class Ids(NamedTuple):
         """`fold` of a built model, which then gives the checkpoint's logits."""
         if self.appended:
             return
-        embedder, head = model.get_submodule("embedder"), model.get_submodule("heads.tokens")
+        embedder: Any = model.get_submodule("embedder")
+        head: Any = model.get_submodule("heads.tokens")
         with torch.no_grad():
             for module, embeds in ((embedder, True), (head, False)):
                 weight = module.get_parameter("weight")

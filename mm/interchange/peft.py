@@ -87,7 +87,7 @@ def sites(lm: LmConfig, vocabulary: Vocabulary) -> list[Site]:
     for line in family_of(lm).entries(base):
         if len(line.own) > 1 or type(line.part) not in (Part, Rows, Transposed):
             continue  # pieces of several matrices: no pair of factors is of one of theirs
-        (name,) = line.own
+        [name] = list(line.own)
         ours = name.removesuffix(".weight")
         if ours == name or ours not in found:
             continue

@@ -104,7 +104,8 @@ def export_model(
 def merge(folder: Path, lm: LmConfig, vocabulary: Vocabulary, out: Path) -> None:
     """Write a saved model whose adapters are part of their matrices."""
     before = Operated(lm, files.load_tensors(folder / "model.safetensors"), vocabulary)
-    after = SURGERIES.parse("merge_lora").apply(before, None)
+    surgery: Any = SURGERIES.parse("merge_lora")
+    after = surgery.apply(before, None)
     tokenizers = {path.name: path for path in (folder / "tokenizers").iterdir()}
     files.save_model(out, after.config.to_dict(), after.tensors, vocabulary, tokenizers)
     if (template := ChatTemplate.load(folder)) is not None:
@@ -134,7 +135,8 @@ def require_text(folder: Path, lm: LmConfig, vocabulary: Vocabulary) -> None:
     if not hasattr(stack, "words"):
         faults.append(f"model.backbone ('{stack.kind}')")
     else:
-        known = {name for kind in FAMILIES for name in FAMILIES.get(kind).mixers}
+        families: list[Any] = [FAMILIES.get(kind) for kind in FAMILIES]
+        known = {name for family in families for name in family.mixers}
         mixers = {word: stack.mixer(word).kind for word in dict.fromkeys(stack.words())}
         faults += [f"mixers.{w} ('{kind}')" for w, kind in mixers.items() if kind not in known]
     if "tokens" not in lm.heads:

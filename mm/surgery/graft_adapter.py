@@ -33,10 +33,10 @@ class GraftAdapter(Surgery):
         if not hasattr(before.config, "adapters"):
             raise UserError("surgery 'graft_adapter' needs a language model")
         values = read_config(self.path)
-        kind = values.get("kind")
+        kind = str(values.get("kind"))
         if kind not in ADAPTERS:
             raise UserError(f"{self.path}: a saved '{kind}' is no adapter")
-        config = validate(ADAPTERS.get(str(kind)), values, str(self.path / "config.json"))
+        config = validate(ADAPTERS.get(kind), values, str(self.path / "config.json"))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             module = config.build(before.config.d_model)

@@ -37,7 +37,8 @@ class RecurrentGemma(Decoder):
     norms: ClassVar[tuple[str | None, ...]] = ("temporal_pre_norm", None, "channel_pre_norm", None)
 
     def types(self, c: Settings) -> list[str]:
-        c.get("w_init_variance_scale"), c.get("final_w_init_variance_scale")  # of first weights
+        for of_first_weights in ("w_init_variance_scale", "final_w_init_variance_scale"):
+            c.get(of_first_weights)
         given = c.get("block_types", ["recurrent", "recurrent", "attention"])
         n = c.whole("num_hidden_layers")
         if not isinstance(given, list) or {*given} - {*NAMES}:
