@@ -16,7 +16,7 @@ from mm.run import Run
 from mm.tokenizers.load import tokenizer_folder
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint.format import Snapshot
-from mm.trainer.held_out import Best, told
+from mm.trainer.held_out import Best, chosen_figure
 from mm.trainer.stage import load_weights, make_module, stage_result
 from mm.trainer.stage_model import model_of
 from mm.trainer.warm_start import ADAPTERS
@@ -59,6 +59,6 @@ def chosen_weights(run: Run, last: Snapshot, best: Best | None) -> dict[str, Ten
     if saved is None:
         log.warning("step %d was best and its checkpoint is gone: the last is exported", best.step)
         return last.tensors("model")
-    name, value = told(run.stages[-1].best_by, best)
+    name, value = chosen_figure(run.stages[-1].best_by, best)
     log.info("exported: step %d, the best %s (%.4g)", best.step, name, value)
     return stage_result(run.stages[-1], saved, "model")

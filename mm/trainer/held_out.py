@@ -98,7 +98,7 @@ class HeldOut(Callback):
         if self.best is None:
             return None
         by = self.run.stages[self.stage].best_by
-        name, value = told(by, self.best)
+        name, value = chosen_figure(by, self.best)
         return [self.best.step, value] if by is None else [self.best.step, value, name]
 
     def check(self, trainer: Training) -> None:
@@ -223,7 +223,7 @@ class HeldOut(Callback):
             self.ended[self.stage] = step
             if self.is_main:
                 by = self.run.stages[self.stage].best_by
-                value = told(by, self.best)[1]
+                value = chosen_figure(by, self.best)[1]
                 best = f"since step {self.best.step} ({value:.4g})" if self.best else ""
                 what = "held-out losses" if by is None else f"times {by.name}"
                 log.info(
@@ -241,7 +241,7 @@ class HeldOut(Callback):
             append(self.run.folder / "events.jsonl", event)
 
 
-def told(by: BestBy | None, best: Best | None) -> tuple[str, float]:
+def chosen_figure(by: BestBy | None, best: Best | None) -> tuple[str, float]:
     """What the best step is chosen by, and its value; NaN without one."""
     loss = best.loss if best is not None else math.nan
     return ("held-out loss", loss) if by is None else (by.name, by.score(loss))

@@ -339,7 +339,9 @@ class Weights:
 
 
 def test_the_exported_weights_are_of_the_best_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    run: Any = SimpleNamespace(export="best", folder=Path("run"), stages=[None])
+    run: Any = SimpleNamespace(
+        export="best", folder=Path("run"), stages=[SimpleNamespace(best_by=None)]
+    )
     monkeypatch.setattr(export.checkpoint, "load", lambda folder, step: Weights(step))
     monkeypatch.setattr(export, "stage_result", lambda stage, saved, name: saved.tensors(name))
     best = lambda step: SimpleNamespace(step=step, loss=1.0)
