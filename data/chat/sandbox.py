@@ -76,7 +76,7 @@ class Sandbox:
             raise TemplateError(f"it does not end: no answer in {WAIT_SECONDS:g} seconds") from None
         except (OSError, ValueError):
             try:
-                code = self._child.wait(5)
+                code = self._child.wait(2)
             except subprocess.TimeoutExpired:  # it lives: what it said is no text
                 self.close()
                 raise TemplateError("its text holds half a character, or is too long") from None
