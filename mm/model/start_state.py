@@ -101,11 +101,15 @@ class StartState(nn.Module):
         self, backbone: Backbone, x: Tensor, ctx: Ctx, state: State | None, path: Any = None
     ) -> Out:
         """A call of the backbone whose documents begin from it; a State only where one is given."""
-        begun, layout = self(backbone, ctx, state)
+        begun, layout = self.begin(backbone, ctx, state)
         out = backbone(x, replace(ctx, layout=layout), begun, path)
         return out if state is not None else out._replace(state=None)
 
-    def forward(self, backbone: Backbone, ctx: Ctx, state: State | None) -> tuple[State, Layout]:
+    def forward(self) -> tuple[Tensor, ...]:
+        """Copies of what is learned: tensors alone, so that ZeRO-3 knows its backward pass, too."""
+        return tuple(p.clone() for p in self.leaves)
+
+    def begin(self, backbone: Backbone, ctx: Ctx, state: State | None) -> tuple[State, Layout]:
         """The State that a pass begins from, and its layout, of which no document is fresh.
 
         Args:
@@ -137,9 +141,10 @@ class StartState(nn.Module):
 
     def _put(self, backbone: Backbone, ctx: Ctx, state: State, fresh_N: Tensor) -> State:
         """The state with what is learned in the slots ``fresh_N``."""
+        leaves = self()
         if self.config.kind == "prompt":
-            return self._read(backbone, ctx, state, fresh_N)
-        own, blank = iter(self.leaves), _nodes(backbone.initial_state(1, 1))
+            return self._read(leaves[0], backbone, ctx, state, fresh_N)
+        own, blank = iter(leaves), _nodes(backbone.initial_state(1, 1))
 
         def begin(node: State) -> State:
             fresh = next(blank)
@@ -153,9 +158,10 @@ class StartState(nn.Module):
 
         return _rebuild(state, begin)
 
-    def _read(self, backbone: Backbone, ctx: Ctx, state: State, fresh_N: Tensor) -> State:
-        """The prompt, read by the network at the places before a document's first."""
-        (x,) = self.leaves
+    def _read(
+        self, x: Tensor, backbone: Backbone, ctx: Ctx, state: State, fresh_N: Tensor
+    ) -> State:
+        """The prompt (P, D), read by the network at the places before a document's first."""
         P = len(x)
         layout = Layout.from_rows([[Doc(P, start=-P, slot=0)]]).to(x.device)
         zeros = layout.fields.document.new_zeros(1, P)
