@@ -41,6 +41,11 @@ class Report(NamedTuple):
     def to_mend(self) -> list[Row]:
         return [row for row in self.rows if row.light == FIX]
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        rows = [row._asdict() for row in self.rows]
+        return {"hosts": self.hosts, "seconds": self.seconds, "rows": rows}
+
 
 class Agent:
     """The agent of one host: what it says is read by a thread of its own."""

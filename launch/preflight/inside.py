@@ -194,10 +194,7 @@ def note(home: Path, report: drive.Report, code: int) -> None:
     refused = home / "refused"
     with suppress(OSError):
         home.mkdir(parents=True, exist_ok=True)
-        rows = [row._asdict() for row in report.rows]
-        text = json.dumps(
-            {"hosts": report.hosts, "seconds": report.seconds, "rows": rows}, indent=1
-        )
+        text = json.dumps(report.to_dict(), indent=1)
         (home / "preflight.json").write_text(text + "\n")
         refused.unlink(missing_ok=True)
         if code == 2:

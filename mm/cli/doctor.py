@@ -8,7 +8,7 @@ import typer
 from rich.text import Text
 
 from mm.cli.common import PASS_OVERRIDES, JsonFile, Overrides, console, table, write_json
-from mm.cli.preflight import as_values, check_hosts, show
+from mm.cli.preflight import check_hosts, show
 from mm.cli.this_machine import examine
 from mm.errors import UserError
 
@@ -41,7 +41,7 @@ def doctor(
     if nodes is not None:
         report = check_hosts(nodes, config, changes, cluster)
         show(report)
-        write_json(json, as_values(report))
+        write_json(json, report.to_dict())
         if report.to_mend:
             raise typer.Exit(2)
         return

@@ -72,12 +72,6 @@ def show(report: Any) -> None:
             console().print(line, style=STYLE[row.light], markup=False)
 
 
-def as_values(report: Any) -> dict[str, Any]:
-    """The report as JSON."""
-    rows = [row._asdict() for row in report.rows]
-    return {"hosts": report.hosts, "seconds": report.seconds, "rows": rows}
-
-
 def inside(node: int, address: str, port: int, told: dict[str, Any]) -> int:
     """Check this node among those of its job; the first one prints. Returns an exit code."""
     from mm.launch.preflight import inside

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import socket
 import subprocess
 import sys
@@ -47,7 +46,7 @@ def nodes(
     ]
     made = [
         subprocess.Popen(
-            shlex.split(line),
+            ["bash", "-c", f"exec {line}"],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
