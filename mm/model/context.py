@@ -45,7 +45,8 @@ class Ctx:
     ids: Tensor | None = None  # (B, T, S), for mixers that look at tokens
     memories: Mapping[str, Memory] = field(default_factory=dict)
     provided: Mapping[str, Tensor] = field(default_factory=dict)  # what Providers made, by name
-    # What earlier layers left for later ones, by name; it belongs to this layout.
+    # What earlier layers left for later ones, by name; it belongs to this layout, and a tensor is
+    # (B, T, ...): the replay of a draft takes its rows.
     published: Mapping[str, Any] = field(default_factory=dict)
     scheduled: Mapping[str, float] = field(default_factory=dict)  # host values equal on all ranks
     # Intermediates and statistics asked for; nothing is paid when empty.

@@ -31,6 +31,7 @@ class Draft(DataclassState):
     fields: Fields  # (N, L)
     ids: Tensor | None  # (N, L, S)
     memories: Mapping[str, tuple[Tensor, Tensor, Fields]]  # (N, S, D), lengths (N,), (N, S)
+    published: Mapping[str, Tensor]  # (N, L, ...) what earlier layers left at each position
     ctx: Ctx  # of the call, whose layout is not used again
     forward: Callable[[Tensor, Ctx, State], Any]  # of the layer, to its `Out`
 
@@ -49,7 +50,9 @@ class Draft(DataclassState):
             layout = self._rows(fields, there & self.written[:, None])
             memories[name] = Memory(layout, self.ctx.memories[name].mask, x)
         layout = self._rows(self.fields, taken)
-        ctx = replace(self.ctx, layout=layout, ids=self.ids, memories=memories)
+        ctx = replace(
+            self.ctx, layout=layout, ids=self.ids, memories=memories, published=self.published
+        )
         return self.forward(self.x, ctx, self.before.fork()).state
 
     def _rows(self, fields: Fields, taken_NL: Tensor) -> Layout:
@@ -98,6 +101,7 @@ def draft_call(
         ctx.layout.fields.map(rows),
         rows(ctx.ids) if ctx.ids is not None else None,
         memories,
+        {k: rows(v) for k, v in ctx.published.items() if isinstance(v, Tensor)},
         plain,
         forward,
     )

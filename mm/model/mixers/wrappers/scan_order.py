@@ -137,7 +137,9 @@ class ScanOrder(Mixer):
             )
         parts = parts_of(state, len(self.inners))
         ys, states, aux = [], [], {}
-        causal = replace(ctx, mask=Causal())
+        # In an order of their own, parts share no values of positions: neither with earlier layers
+        # nor with each other, whether or not the call has a grid.
+        causal = replace(ctx, mask=Causal(), published={})
         for i, (inner, order) in enumerate(zip(self.inners, self.orders, strict=True)):
             old = parts[i]
             if inside is None or not ctx.layout.grids:
@@ -152,11 +154,10 @@ class ScanOrder(Mixer):
                     0, index, torch.arange(len(index), device=index.device)
                 )
                 out = out._replace(y=reorder(out.y, back))
-            causal = causal.hand_on(out.ctx) or causal
             ys.append(out.y)
             states.append(out.state)
             aux |= out.aux
-        return Out(sum(ys[1:], ys[0]), join_parts(*states), ctx.hand_on(causal), aux)
+        return Out(sum(ys[1:], ys[0]), join_parts(*states), aux=aux)
 
 
 @MIXERS.register("scan_order")
