@@ -96,6 +96,10 @@ def _again(mask: Mask, order: Order, reverse: bool, layout: Layout) -> tuple[Ten
     return read_order(layout, order, reverse, inside), None
 
 
+def _tensors(ctx: Ctx) -> list[tuple[str, Tensor]]:
+    return [(k, v) for k, v in ctx.published.items() if isinstance(v, Tensor)]
+
+
 class ScanOrder(Mixer):
     """Permute the cells of each grid, run a causal mixer in that order, permute back.
 
@@ -137,9 +141,7 @@ class ScanOrder(Mixer):
             )
         parts = parts_of(state, len(self.inners))
         ys, states, aux = [], [], {}
-        # In an order of their own, parts share no values of positions: neither with earlier layers
-        # nor with each other, whether or not the call has a grid.
-        causal = replace(ctx, mask=Causal(), published={})
+        causal = replace(ctx, mask=Causal())
         for i, (inner, order) in enumerate(zip(self.inners, self.orders, strict=True)):
             old = parts[i]
             if inside is None or not ctx.layout.grids:
@@ -149,15 +151,22 @@ class ScanOrder(Mixer):
                 again = partial(_again, ctx.mask, order, self.reverse[i])
                 # The mixer's time is the order itself.
                 inside_order = ctx.derive(index, again=again, mask=Causal(), time="stays")
+                # What was published of a token goes with it, there and back.
+                there = {k: reorder(v, index) for k, v in _tensors(causal)}
+                inside_order = replace(inside_order, published=there)
                 out = inner(reorder(x_BTD, index), inside_order, old)
                 back = torch.empty_like(index).scatter_(
                     0, index, torch.arange(len(index), device=index.device)
                 )
-                out = out._replace(y=reorder(out.y, back))
+                made = _tensors(out.ctx or inside_order)
+                new = {k: reorder(v, back) for k, v in made if k not in there}
+                after = replace(causal, published={**causal.published, **new})
+                out = out._replace(y=reorder(out.y, back), ctx=after)
+            causal = causal.hand_on(out.ctx) or causal
             ys.append(out.y)
             states.append(out.state)
             aux |= out.aux
-        return Out(sum(ys[1:], ys[0]), join_parts(*states), aux=aux)
+        return Out(sum(ys[1:], ys[0]), join_parts(*states), ctx.hand_on(causal), aux)
 
 
 @MIXERS.register("scan_order")
