@@ -107,7 +107,11 @@ def test_wrapper_and_mixer_under_every_mask(wrapper: str, mixer: str, mask: str)
     holds(*under_masks(wrapper, all_mixers()[mixer], mask), chunks=True)
 
 
-@pytest.mark.parametrize("mixer", [*MIXERS])
+# Every third by default: `test_contract` and the wrappers run each mixer on its own.
+@pytest.mark.parametrize(
+    "mixer",
+    [pytest.param(m, marks=pytest.mark.slow if i % 3 else ()) for i, m in enumerate(MIXERS)],
+)
 def test_block_and_mixer_and_feed_forward(mixer: str) -> None:
     """One stack: a layer for every block, feed-forwards in turn, so that each pair is there.
 

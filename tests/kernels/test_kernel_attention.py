@@ -278,7 +278,11 @@ def test_what_runs_where() -> None:
 TRITON = ["causal", "window", "documents", "documents and window", "none"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)],
+    ids=["fp32", "bf16"],
+)
 @pytest.mark.parametrize("sizes", [(2, 3, 3, 4, 2), (2, 35, 35, 4, 2), (1, 9, 40, 2, 1)], ids=str)
 @pytest.mark.parametrize(
     "mask,kind", zip(TRITON, ["plain", "sinks and soft-cap", "fade"] * 2, strict=False)

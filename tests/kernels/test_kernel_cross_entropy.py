@@ -183,6 +183,7 @@ def test_triton(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> No
         assert error < 3e-2
 
 
+@pytest.mark.slow
 def test_triton_is_built_for_hopper() -> None:
     pytest.importorskip("triton")
     from triton_oracle import built, recorded

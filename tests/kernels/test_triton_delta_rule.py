@@ -148,10 +148,6 @@ def hopper(D: int, gated: bool) -> None:
         assert binary.wgmma > 0, binary
 
 
-def test_binaries_for_hopper() -> None:
-    hopper(64, gated=True)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("D", [64, 128])

@@ -141,11 +141,6 @@ def hopper(decay: str, D: int, dtype: torch.dtype = torch.bfloat16) -> None:
         assert binary.wgmma > 0, binary
 
 
-@pytest.mark.parametrize("decay", ["scalar"])
-def test_binaries_for_hopper(decay: str) -> None:
-    hopper(decay, 64)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("D", [64, 128])

@@ -130,6 +130,7 @@ def test_autotuned_kernel_runs_a_loop_of_unknown_length():
     torch.testing.assert_close(out[0], x.sum())
 
 
+@pytest.mark.slow
 def test_binaries_for_hopper_are_read_before_and_after_interpreting():
     with recorded() as launches:
         x = torch.empty(128, 128, dtype=torch.bfloat16)

@@ -28,6 +28,7 @@ def rehearse(file: Path, processes: int, *words: str) -> tuple[dict, str]:
     return json.loads(told.read_text()), said
 
 
+@pytest.mark.slow
 def test_a_rehearsal_tells_and_leaves_nothing(tmp_path: Path) -> None:
     file = toy_run(tmp_path, stage=2)
     before = sorted(tmp_path.iterdir())

@@ -144,6 +144,7 @@ def test_mutants_are_caught_in_place_in_processes_and_at_import(
     assert row["caught"] is caught
 
 
+@pytest.mark.slow
 def test_accepted_survivors_are_mutants_of_the_program_as_it_is() -> None:
     """A line that has changed takes its reason with it."""
     known = accepted()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -32,8 +33,18 @@ def test_live_bytes_follow_storages() -> None:
     assert live.now == 0 and live.peak == 1024 and live.at_peak["a"] == 1024
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("pattern", ["attention", "2*rg_lru attention", "gated_deltanet mamba2"])
+PEAKS = list(
+    itertools.product(
+        ["attention", "2*rg_lru attention", "gated_deltanet mamba2"], ["none", "selective", "full"]
+    )
+)
+
+
+# Each pattern and each way once; the slow suite takes all pairs.
+@pytest.mark.parametrize(
+    "pattern,recompute",
+    [pytest.param(*p, marks=pytest.mark.slow if i % 4 else ()) for i, p in enumerate(PEAKS)],
+)
 def test_the_peak_of_a_step_is_the_predicted_one(pattern: str, recompute: str) -> None:
     backbone = {"kind": "stack", "depth": 3, "pattern": pattern, "recompute": recompute}
     config = NETWORKS.parse("lm").model_copy(

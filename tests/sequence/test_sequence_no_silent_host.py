@@ -34,6 +34,7 @@ def copied(out: Tensor, given: Tensor, *sizes: Any, group: Any = None) -> None:
     out.copy_(given.view_as(out))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARED)
 def test_no_layer_asks_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sequence, "dist", SimpleNamespace(all_to_all_single=copied))
