@@ -130,6 +130,7 @@ def test_machines_that_are_not_alike_are_counted_by_process() -> None:
     assert predict.shape(start.cluster("local", None, ()), Plan(3, {}, nodes)) == (3, 1)
 
 
+@pytest.mark.slow
 def test_a_dry_run_predicts_memory_and_says_why_it_cannot(tmp_path: Path) -> None:
     file, told = toy_run(tmp_path), tmp_path / "told.json"
     words = ("launch", "local", str(file), "--gpus-per-node", "2", "--dry-run")

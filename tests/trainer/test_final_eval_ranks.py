@@ -88,6 +88,7 @@ def by_two(run: Run, name: str, **variables: str) -> list[dict]:
     return [json.loads((folder / f"{name}_{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_ranks_share_the_tasks_and_find_what_one_finds(trained: Run) -> None:
     alone = json.loads((trained.out.parent / "alone.json").read_text())
     main, other = by_two(trained, "shared")
@@ -98,6 +99,7 @@ def test_ranks_share_the_tasks_and_find_what_one_finds(trained: Run) -> None:
     assert len(main["done"]) + len(other["done"]) == 3
 
 
+@pytest.mark.slow
 def test_a_task_that_fails_on_one_rank_ends_all(trained: Run) -> None:
     main, other = by_two(trained, "broken", BREAK="both")
     assert "this task is broken" in main["found"]
