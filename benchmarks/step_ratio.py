@@ -59,9 +59,9 @@ def child(rows: Path, record: bool, overrides: list[str]) -> None:
     if record:
         kept: list[Any] = []
 
-        def keep(given: Any, vocabulary: Any, *sizes: Any) -> Any:
-            kept.append(([[[tuple(s) for s in d] for d in row] for row in given], sizes))
-            return to_batch(given, vocabulary, *sizes)
+        def keep(given: Any, vocabulary: Any, *sizes: Any, **more: Any) -> Any:
+            kept.append(([[[s._asdict() for s in d] for d in row] for row in given], sizes[:2]))
+            return to_batch(given, vocabulary, *sizes, **more)
 
         packed.to_batch = keep
         trainer.fit()
@@ -78,7 +78,9 @@ def child(rows: Path, record: bool, overrides: list[str]) -> None:
             own(stream)
             stream.close()
         given, sizes = next(steps)
-        again = [[[Segment(*s) for s in d] for d in row] for row in given]
+        # An older tree knows fewer fields of a segment.
+        own_fields = lambda s: Segment(**{k: v for k, v in s.items() if k in Segment._fields})
+        again = [[[own_fields(s) for s in d] for d in row] for row in given]
         return [to_batch(again, stream.vocabulary, *sizes)]
 
     packed.PackedStream.next = give
@@ -99,7 +101,7 @@ def seconds(
         cwd=tree,
         env=environment(tree),
         check=True,
-        capture_output=True,
+        stdout=subprocess.DEVNULL,
     )
     found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [row["perf/step_seconds"] for row in found if "perf/step_seconds" in row][8:]
