@@ -176,8 +176,10 @@ TOKENIZERS = Registry(
         "hf": "mm.tokenizers.text.hf",
         "image_vq": "mm.tokenizers.image.tokenizer",
         "image_patches": "mm.tokenizers.image.patches",
+        "image_processed": "mm.tokenizers.image.processed",
         "audio_codec": "mm.tokenizers.audio.tokenizer",
         "mel_frames": "mm.tokenizers.audio.mel_frames",
+        "whisper_mel": "mm.tokenizers.audio.whisper_mel",
         "series_patches": "mm.tokenizers.series.patches",
         "video_tubes": "mm.tokenizers.video.tubes",
     },
@@ -327,6 +329,7 @@ FAMILIES = Registry(
     "family",
     {
         "llama": "mm.interchange.families.llama",
+        "llava": "mm.interchange.families.llava",
         "mistral": "mm.interchange.families.mistral",
         "qwen2": "mm.interchange.families.qwen2",
         "qwen3": "mm.interchange.families.qwen3",
@@ -346,6 +349,8 @@ FAMILIES = Registry(
 ENCODERS = Registry(
     "encoder",
     {
+        "clip": "mm.interchange.encoders.clip",
+        "clip_vision_model": "mm.interchange.encoders.clip",
         "siglip": "mm.interchange.encoders.siglip",
         "siglip_vision_model": "mm.interchange.encoders.siglip",
         "vit": "mm.interchange.encoders.vit",

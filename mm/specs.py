@@ -56,7 +56,8 @@ class TokenSpec(NamedTuple):
     """What a tokenizer promises, without importing it. ``vocab_size`` is that of ONE codebook.
 
     One that gives values in place of ids is ``continuous``: it has no ids (``vocab_size`` 0), fills
-    every place with ``n_features`` numbers, and an adapter of the model reads them.
+    every place with ``n_features`` numbers, and an adapter of the model reads them. One
+    that is ``inline`` stands inside the span of ids around it, without a begin or an end.
     """
 
     modality: str
@@ -67,6 +68,7 @@ class TokenSpec(NamedTuple):
     continuous: bool = False
     fingerprint: str = ""
     n_features: int = 0
+    inline: bool = False
 
     @property
     def n_ids(self) -> int:
@@ -75,8 +77,8 @@ class TokenSpec(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; what only values have is left out of a spec of ids."""
-        values = self._asdict()
-        return values if self.continuous else {k: values[k] for k in values if k != "n_features"}
+        of_values = {"n_features": self.continuous, "inline": self.inline}
+        return {k: v for k, v in self._asdict().items() if of_values.get(k, True)}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> TokenSpec:
@@ -110,6 +112,7 @@ class Segment(NamedTuple):
     ``position`` (places, axes) int: axes 1, 2, .. of each place, from the segment's first on.
     ``fields``: name -> one integer, or one a place (`Fields.extra`).
     ``part`` "" is the main sequence, another name a second one of the same document.
+    ``inline``: as of its `TokenSpec`.
     """
 
     modality: str
@@ -123,6 +126,7 @@ class Segment(NamedTuple):
     fields: Mapping[str, Any] = NONE
     part: str = ""
     grid: tuple[int, ...] = ()
+    inline: bool = False
 
 
 class Transform(ABC):

@@ -46,11 +46,14 @@ class _Spec(BaseModel):
     continuous: Annotated[bool, Field(strict=True)] = False
     fingerprint: Annotated[str, Field(max_length=200)] = ""
     n_features: Annotated[int, Field(ge=0, lt=2**24, strict=True)] = 0
+    inline: Annotated[bool, Field(strict=True)] = False
 
     @model_validator(mode="after")
     def _ids_or_values(self) -> _Spec:
         if (self.vocab_size == 0) != self.continuous or (self.n_features > 0) != self.continuous:
             raise ValueError("a modality has either ids (vocab_size) or values (n_features)")
+        if self.inline and not self.continuous:
+            raise ValueError("only values stand inline")
         return self
 
 

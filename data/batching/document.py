@@ -1,7 +1,8 @@
 """Segments to ids: here alone local codes become vocabulary ids.
 
-The token stream of a document is, for each segment in order, ``begin, codes + first, end``. A null
-condition is the single id ``NULL``. Token t predicts stream[t + 1]; only the codes and the ``end``
+The token stream of a document is, for each segment in order, ``begin, codes + first, end``; values
+that are inline stand inside a span of ids, see `borders`. A null condition is the single id
+``NULL``. Token t predicts stream[t + 1]; only the codes and the ``end``
 of a target segment cost loss. A masked code of a condition is the id ``MASK`` and predicts itself.
 The conditions that a document begins with are its prefix, which `mask: prefix` reads both ways.
 Values stand at places whose id is -1; those of a target are predicted by the place before each.
@@ -109,25 +110,62 @@ def is_main(s: Segment) -> bool:
     return not s.part and s.role != "label"
 
 
-def segment_length(s: Segment) -> int:
-    """Tokens of a segment: two more than its codes, one of a null condition, none of a label."""
-    if s.role == "label":
-        return 0
-    return 1 if s.ids is None else len(s.ids) + 2
+class Border(NamedTuple):
+    """Ids around a segment's codes: modality whose begin stands before, whose end behind, or ""."""
+
+    begin: str
+    end: str
+
+
+def borders(segments: Sequence[Segment]) -> list[Border]:
+    """The borders of each segment of one sequence.
+
+    A segment has its own begin and end. One that is inline has none: it belongs to the span before
+    it, else to the one behind it, and that span goes on after it where the same modality does. So
+    text, picture, text are one span of text, as LLaVA (arXiv:2304.08485) reads them. Labels and
+    null conditions have no borders.
+    """
+    spans: list[list[int]] = []
+    open_span = False  # nothing stands between the last one and what comes
+    for i, s in enumerate(segments):
+        if s.role == "label":
+            continue
+        before = spans[-1] if open_span else []
+        joins = before and (s.inline or segments[before[-1]].inline)
+        if joins and (s.inline or _host(segments, before) in ("", s.modality)):
+            before.append(i)
+        elif s.ids is not None:
+            spans.append([i])
+        open_span = s.ids is not None
+    out = [Border("", "")] * len(segments)
+    for span in spans:
+        name = _host(segments, span) or segments[span[0]].modality
+        out[span[0]] = out[span[0]]._replace(begin=name)
+        out[span[-1]] = out[span[-1]]._replace(end=name)
+    return out
+
+
+def _host(segments: Sequence[Segment], span: Sequence[int]) -> str:
+    """Modality of a span's ids; "" of values alone."""
+    return next((segments[i].modality for i in span if not segments[i].inline), "")
+
+
+def segment_lengths(segments: Sequence[Segment]) -> list[int]:
+    """Tokens of each segment of one sequence with its borders, 1 of a null condition."""
+    codes = [0 if s.role == "label" else 1 if s.ids is None else len(s.ids) for s in segments]
+    around = [bool(b.begin) + bool(b.end) for b in borders(segments)]
+    return [n + m for n, m in zip(codes, around, strict=True)]
 
 
 def document_length(segments: Sequence[Segment]) -> int:
-    """Tokens of a document's main sequence, see `segment_length`."""
-    return sum(segment_length(s) for s in segments if not s.part)
+    """Tokens of a document's main sequence, see `segment_lengths`."""
+    return sum(segment_lengths([s for s in segments if not s.part]))
 
 
 def part_lengths(segments: Sequence[Segment]) -> dict[str, int]:
     """Tokens of each second sequence of a document."""
-    lengths: dict[str, int] = {}
-    for s in segments:
-        if s.part:
-            lengths[s.part] = lengths.get(s.part, 0) + segment_length(s)
-    return lengths
+    names = dict.fromkeys(s.part for s in segments if s.part)
+    return {name: sum(segment_lengths([s for s in segments if s.part == name])) for name in names}
 
 
 def document_tokens(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTokens:
@@ -165,7 +203,8 @@ def document_tokens(segments: Sequence[Segment], vocabulary: Vocabulary) -> Docu
 
 def _sequence(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTokens:
     table = ranges(vocabulary)
-    n = document_length(segments)
+    around, lengths = borders(segments), segment_lengths(segments)
+    n = sum(lengths)
     stream, goal = np.empty(n, np.int32), np.empty(n, np.int32)
     weight, modality = np.zeros(n, np.float32), np.zeros(n, np.int32)
     prefix, hidden = np.zeros(n, np.int32), []
@@ -175,12 +214,13 @@ def _sequence(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTo
     labels: dict[str, np.ndarray] = {}
     position: np.ndarray | None = None
     at, leading = 0, True
-    for s in segments:
+    for s, border, length in zip(segments, around, lengths, strict=True):
         if s.role == "label":
             labels[s.modality] = _label(s, vocabulary, labels)
             continue
+        first = at + bool(border.begin)
         if s.fields.keys() - {"masked"}:
-            _mark(fields, s, at, n)
+            _mark(fields, s, slice(at, at + length), first, n)
         if s.ids is None:
             if s.role != "condition":
                 raise ValueError(f"segment '{s.modality}': a target needs ids")
@@ -192,13 +232,13 @@ def _sequence(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTo
             raise ValueError(f"segment '{s.modality}': room for {s.room} values, and none there")
         r, spec = table.get(s.modality) or (vocabulary.range(s.modality), None)
         codes = np.asarray(s.ids)
-        stop = at + len(codes) + 2
+        last, stop = first + len(codes), at + length
         if s.values is not None:
-            item = _features(s, at + 1, spec)
+            item = _features(s, first, spec)
             features.append(item)
-            stream[at + 1 : stop - 1] = -1
+            stream[first:last] = -1
             if s.role == "target":
-                goals.append(item._replace(start=at, grid=()))
+                goals.append(item._replace(start=first - 1, grid=()))
         elif spec is not None and spec.continuous:
             raise ValueError(f"segment '{s.modality}': ids in place of values")
         elif len(codes):
@@ -207,29 +247,34 @@ def _sequence(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTo
                     f"segment '{s.modality}': code {int(codes.min())}..{int(codes.max())} outside "
                     f"0..{r.stop - r.first - 1}"
                 )
-            stream[at + 1 : stop - 1] = codes
-            stream[at + 1 : stop - 1] += r.first
-        stream[at], stream[stop - 1] = r.begin, r.end
-        goal[at:stop] = stream[at:stop]
+            stream[first:last] = codes
+            stream[first:last] += r.first
         modality[at:stop] = r.index
+        if border.begin:
+            host = vocabulary.range(border.begin) if border.begin != s.modality else r
+            stream[at], modality[at] = host.begin, host.index
+        if border.end:
+            host = vocabulary.range(border.end) if border.end != s.modality else r
+            stream[last], modality[last] = host.end, host.index
+        goal[at:stop] = stream[at:stop]
         leading = leading and s.role == "condition"
         prefix[at:stop] = leading
         if s.role == "target":
-            weight[at + 1 : stop] = s.weight
+            weight[first:stop] = s.weight
         if "masked" in s.fields:
-            hidden.append((_masked(s, at + 1), s.weight))
+            hidden.append((_masked(s, first), s.weight))
         if s.position is not None:
-            position = _positions(s, at + 1, n, position)
+            position = _positions(s, first, n, position)
         if s.targets is not None:
             other = np.asarray(s.targets)
             own = other[: len(codes)]
             if s.values is None:
-                goal[at + 1 : stop - 1] = np.where(own < 0, -1, own + r.first)
-            weight[at + 1 : stop - 1] *= own >= 0
+                goal[first:last] = np.where(own < 0, -1, own + r.first)
+            weight[first:last] *= own >= 0
             if (
                 len(other) > len(codes) and other[-1] < 0
             ):  # cut short: `end` stands here, but not because the item ends
-                weight[stop - 1] = 0.0
+                weight[last:stop] = 0.0
         at = stop
     targets, weights = np.empty(n, np.int32), np.empty(n, np.float32)
     if n:
@@ -275,23 +320,23 @@ def _masked(s: Segment, first: int) -> np.ndarray:
     return first + np.flatnonzero(s.fields["masked"])
 
 
-def _mark(fields: dict[str, np.ndarray], s: Segment, at: int, n: int) -> None:
-    """Write the named fields of a segment that begins at ``at`` of ``n`` tokens."""
+def _mark(fields: dict[str, np.ndarray], s: Segment, where: slice, first: int, n: int) -> None:
+    """Write the named fields of a segment, whose first code is ``first`` of ``n`` tokens."""
     for name, given in s.fields.items():
         if name == "masked":
             continue
-        values, where = np.asarray(given), f"segment '{s.modality}': field '{name}'"
+        values, told = np.asarray(given), f"segment '{s.modality}': field '{name}'"
         if name in RESERVED_FIELDS:
-            raise ValueError(f"{where} is made by packing: take another name")
+            raise ValueError(f"{told} is made by packing: take another name")
         if values.dtype.kind not in "iub" or values.shape not in ((), np.shape(s.ids)):
             raise ValueError(
-                f"{where}: {values.dtype} {values.shape}, expected one integer or one a code"
+                f"{told}: {values.dtype} {values.shape}, expected one integer or one a code"
             )
         into = fields.setdefault(name, np.zeros(n, np.int32))
         if values.ndim:
-            into[at + 1 : at + 1 + len(values)] = values
+            into[first : first + len(values)] = values
         else:
-            into[at : at + segment_length(s)] = values
+            into[where] = values
 
 
 def _positions(s: Segment, first: int, n: int, position: np.ndarray | None) -> np.ndarray:
@@ -328,4 +373,4 @@ def of_array(spec: TokenSpec, array: np.ndarray) -> Segment:
     values = array.reshape(-1, array.shape[-1])
     grid = array.shape[:-1] if array.ndim > 2 else ()
     ids = np.broadcast_to(NO_ID, len(values))
-    return Segment(spec.modality, ids, values, role="condition", grid=grid)
+    return Segment(spec.modality, ids, values, role="condition", grid=grid, inline=spec.inline)

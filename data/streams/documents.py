@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from mm.config import Config
 from mm.data.batching.collate import Declared
-from mm.data.batching.document import segment_length
+from mm.data.batching.document import segment_lengths
 from mm.data.chat.loss import sample_segments
 from mm.data.shards.manifest import split_samples
 from mm.data.shards.reader import ShardSet
@@ -255,16 +255,18 @@ class DocumentStream(Stream, Generic[C]):
         for spec in shards.specs:
             n = int(shards.lengths(spec.modality)[i])
             if n >= 0:
-                out.append(Segment(spec.modality, ZEROS[:n]))
+                out.append(Segment(spec.modality, ZEROS[:n], inline=spec.inline))
         return out
 
     @staticmethod
     def count(segments: Sequence[Segment], counts: dict[str, int], *more: str) -> None:
         """Add the tokens of a document to ``tokens/<modality>``, and to counts ``more``."""
-        for s in segments:
-            if s.ids is not None and s.role != "label":
-                for name in (f"tokens/{s.modality}", *more):
-                    counts[name] += segment_length(s)
+        names = dict.fromkeys(s.part for s in segments)
+        for own in ([s for s in segments if s.part == part] for part in names):
+            for s, length in zip(own, segment_lengths(own), strict=True):
+                if s.ids is not None and s.role != "label":
+                    for name in (f"tokens/{s.modality}", *more):
+                        counts[name] += length
 
     def apply_transforms(
         self, source: int, segments: list[Segment], *draw: int | str

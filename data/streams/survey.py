@@ -177,7 +177,8 @@ class _Source:
         ):
             for k in range(spans):  # an interleaved sample's are all of about one length
                 size = codes // spans + (k < codes % spans)
-                out.append(Segment(m, np.broadcast_to(ZERO, size)))
+                inline = self.stream.vocabulary.spec(m).inline
+                out.append(Segment(m, np.broadcast_to(ZERO, size), inline=inline))
         return out
 
     def _task_names(self) -> list[str]:

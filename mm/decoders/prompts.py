@@ -17,7 +17,12 @@ from mm.data.batching.collate import (
     pieces_to_batch,
     values_of,
 )
-from mm.data.batching.document import DocumentTokens, Features, document_tokens
+from mm.data.batching.document import (
+    DocumentTokens,
+    Features,
+    document_tokens,
+    segment_lengths,
+)
 from mm.decoders.base import is_fixed
 from mm.errors import UserError
 from mm.layout import Doc, Grid, Layout
@@ -54,6 +59,7 @@ class Stream(NamedTuple):
     ids: np.ndarray  # (T,) int32
     features: tuple[Features, ...] = ()
     parts: Mapping[str, DocumentTokens] = NONE  # second sequences
+    opening: int = 0  # tokens before what is generated, its begin, and what of it is given
 
     @property
     def n_tokens(self) -> int:
@@ -63,7 +69,7 @@ class Stream(NamedTuple):
     @property
     def content(self) -> bytes:
         """Equal where two streams are."""
-        out = [self.ids.tobytes(), *map(_content, self.features)]
+        out = [self.ids.tobytes(), b"%d" % self.opening, *map(_content, self.features)]
         for name, part in self.parts.items():
             out += [name.encode(), part.ids.tobytes(), *map(_content, part.features)]
         return b"|".join(out)
@@ -160,7 +166,7 @@ def prepare(
     Raises:
         UserError: see `check`; or ``max_tokens`` leaves no room for a span.
     """
-    spec, target = vocabulary.spec(to), vocabulary.range(to)
+    spec = vocabulary.spec(to)
     if spec.continuous:
         made = [s.modality for s in vocabulary.ranges if not s.continuous]
         raise UserError(
@@ -181,17 +187,18 @@ def prepare(
     # As condition dropout in training: every condition becomes a null condition, all together.
     null = [Segment(s.modality, role="condition", part=s.part) for s in conditions]
     given = [segment._replace(role="condition") for segment in conditions]
-    opening = np.concatenate([[target.begin], target.first + prefix]).astype(np.int32)
+    begun = Segment(to, prefix, role="target")
 
     def stream(segments: Sequence[Segment]) -> Stream:
-        made = document_tokens([s for s in segments if not s.part], vocabulary)
+        main = [*(s for s in segments if not s.part), begun]
+        made, opening = document_tokens(main, vocabulary), segment_lengths(main)[-1]
         parts = {
             name: document_tokens(
                 [s._replace(part="") for s in segments if s.part == name], vocabulary
             )
             for name in sorted({s.part for s in segments} - {""})
         }
-        return Stream(np.concatenate([made.ids, opening]), made.features, parts)
+        return Stream(made.ids[:-1], made.features, parts, len(made.ids) - opening)
 
     total = is_fixed(spec)
     if total is not None:
@@ -215,22 +222,20 @@ def prepare(
 def batch(streams: Sequence[Stream], vocabulary: Vocabulary) -> Batch:
     """Lay one stream a row, slot i, padded at the right; the head is asked at each last place.
 
-    What stands before the span that is generated (the last ``begin``) is the prefix.
+    What stands before the span that is generated is the prefix.
     """
     T = max(len(stream.ids) for stream in streams)
-    begins = [vocabulary.range(modality).begin for modality in vocabulary.modalities]
     ids = np.full((len(streams), T), -1, np.int32)
     rows = []
     items: dict[str, list[tuple[int, Features]]] = {}
-    for i, (stream, features, _) in enumerate(streams):
+    for i, (stream, features, _, opening) in enumerate(streams):
         ids[i, : len(stream)] = stream
         modality, grids = vocabulary.modality_of(stream), grids_of(stream, vocabulary)
         for f in features:
             modality[f.start : f.start + f.places] = vocabulary.range(f.modality).index
             grids += [Grid(f.start, f.grid)] if f.grid and not f.room else []
             items.setdefault(f.modality, []).append((i * T + f.start, f))
-        opening = np.flatnonzero(np.isin(stream, begins))[-1:]
-        prefix = (np.arange(len(stream)) < opening.sum()).astype(np.int32)
+        prefix = (np.arange(len(stream)) < opening).astype(np.int32)
         extra = {"prefix": prefix}
         rows.append([Doc(len(stream), modality=modality, extra=extra, slot=i, grids=grids)])
     layout = Layout.from_rows(rows, T, axes=axes_of(vocabulary))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mm.batch import Batch
+from mm.batch import Batch, Values
 from mm.errors import UserError
 from mm.hashes import write_hashes
 from mm.interchange.ids import ids_of
@@ -20,6 +21,16 @@ from mm.model.model import Model
 
 TOLERANCE = 1e-4  # of float32 logits
 ROWS, LONG, STEPS = 2, 48, 8
+BEFORE = 5  # ids before what is shown
+
+
+class Media(NamedTuple):
+    """What stands in each row of a probe besides text."""
+
+    modality: str
+    values: Values  # an item a row
+    shown: Mapping[str, Tensor]  # the same, as `transformers` takes it
+    token: int  # the checkpoint's id at its places
 
 
 class Report(NamedTuple):
@@ -86,6 +97,9 @@ def compare(
     theirs: Path,
     ready: Callable[[Model], None] = lambda model: None,
     adapter: Path | None = None,
+    *,
+    auto: str = "AutoModelForCausalLM",
+    media: Media | None = None,
 ) -> Report:
     """Compare a saved model with a folder in Hugging Face's layout, in float32 on the CPU.
 
@@ -94,15 +108,17 @@ def compare(
     Args:
         ready: what is done to our model first.
         adapter: a folder of PEFT's format, which `peft` puts upon theirs.
+        auto: class of `transformers` that loads theirs.
+        media: what else the probe shows, behind its first `BEFORE` ids.
     Raises:
         UserError: `transformers` is missing or cannot load the folder, or the two differ.
     """
-    peer = load_peer(theirs, "AutoModelForCausalLM", adapter)
+    peer = load_peer(theirs, auto, adapter)
     if not (ours / "hashes.json").is_file():
         write_hashes(ours)  # of a folder that is being written: they are written again at its end
     model = Model.from_pretrained(ours).float()
     ready(model)
-    report = _compare(model, peer, ids_of(ours, model.vocabulary).own())
+    report = _compare(model, peer, ids_of(ours, model.vocabulary).own(), media)
     if not report.difference <= TOLERANCE:
         raise UserError(
             f"{theirs}: logits differ from transformers' by {report.difference:.2g} (allowed "
@@ -115,22 +131,30 @@ def compare(
 
 
 @torch.no_grad()
-def _compare(model: Model, peer: Any, own: Tensor) -> Report:
+def _compare(model: Model, peer: Any, own: Tensor, media: Media | None) -> Report:
     V = len(own)
-    known = peer.config.to_dict()
+    known = peer.config.get_text_config().to_dict()
     rope, most = known.get("rope_parameters") or {}, known.get("max_position_embeddings")
     if "long_factor" in rope:  # beyond the first length it is another function
         key = "original_max_position_embeddings"
         most = rope.get(key) or known.get(key) or most
     places = most or LONG + STEPS
-    long = max(1, min(LONG, places - STEPS))
+    kept = 0 if media is None else int(media.values.length.max())
+    long = max(1, min(LONG, places - STEPS - kept))
     probe = torch.randint(V, (ROWS, long), generator=torch.Generator().manual_seed(17))
-    wanted, found = peer(input_ids=probe).logits.float(), logits_of(model, probe, own)
+    more: dict[str, Any] = {}
+    if media is not None:
+        probe = torch.where(probe == media.token, 0, probe)
+        first, last = probe[:, : min(BEFORE, long // 2)], probe[:, min(BEFORE, long // 2) :]
+        probe = torch.cat([first, probe.new_full((ROWS, kept), media.token), last], 1)
+        more = dict(media.shown)
+    wanted = peer(input_ids=probe, **more).logits.float()
+    found = logits_of(model, probe, own, media)
     difference = float((wanted - found).abs().max())
     equal, ids = 0, probe
     for _ in range(STEPS):
-        a = peer(input_ids=ids).logits[:, -1].float()
-        b = logits_of(model, ids, own)[:, -1]
+        a = peer(input_ids=ids, **more).logits[:, -1].float()
+        b = logits_of(model, ids, own, media)[:, -1]
         # Of two that are as likely either may be taken.
         taken = b.argmax(-1, keepdim=True)
         equal += int((a.gather(-1, taken) >= a.max(-1, keepdim=True).values - TOLERANCE).sum())
@@ -144,12 +168,24 @@ def codes_of(model: Model) -> Tensor:
     return torch.arange(span.first, span.stop)
 
 
-def logits_of(model: Model, ids_BT: Tensor, own: Tensor | None = None) -> Tensor:
-    """`(B, T, V)` logits over the checkpoint's ids, which are the ids ``own`` `(V,)` of ours."""
+def logits_of(
+    model: Model, ids_BT: Tensor, own: Tensor | None = None, media: Media | None = None
+) -> Tensor:
+    """`(B, T, V)` logits over the checkpoint's ids, which are the ids ``own`` `(V,)` of ours.
+
+    ``media``: of an item a row, whose places hold its token.
+    """
     B, T = ids_BT.shape
     own = codes_of(model) if own is None else own
-    ids = own[ids_BT].int()[..., None]
+    ids, values = own[ids_BT].int(), {}
+    if media is not None:
+        there = ids_BT == media.token
+        ids = torch.where(there, -1, ids)
+        place = there.int().argmax(1).int() + torch.arange(B, dtype=torch.int32) * T
+        given = media.values
+        values = {media.modality: replace(given, place=place)}
+    ids = ids[..., None]
     none = torch.full_like(ids, -1)
-    batch = Batch(Layout.plain(B, T), ids, none, torch.zeros(B, T))
+    batch = Batch(Layout.plain(B, T), ids, none, torch.zeros(B, T), values=values)
     dist: Any = model(batch, loss=False).heads["tokens"].dist
     return dist.logits.view(B, T, -1)[..., own]

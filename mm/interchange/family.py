@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 from mm.config import Config
 from mm.errors import UserError
+from mm.interchange.check import Media
 from mm.interchange.parts import Entry
 from mm.model.backbones.stack import StackConfig
 from mm.model.model import LmConfig
+from mm.specs import ModalityTokenizer
 
 
 class Settings(Mapping[str, Any]):
@@ -19,12 +22,28 @@ class Settings(Mapping[str, Any]):
     def __init__(self, values: Mapping[str, Any], origin: str):
         self._given, self.origin = values, origin
         self.asked: set[str] = set()
+        self.parts: dict[str, Settings] = {}  # what `inside` made
 
     def with_usual(self, usual: Mapping[str, Any]) -> Settings:
         """These, and ``usual`` where they say nothing; both remember what was asked."""
         made = Settings({**usual, **{k: v for k, v in self.items() if v is not None}}, self.origin)
-        made.asked = self.asked
+        made.asked, made.parts = self.asked, self.parts
         return made
+
+    def inside(self, key: str, usual: Mapping[str, Any]) -> Settings:
+        """The settings below ``key``. Raises UserError where they are no mapping."""
+        if key not in self.parts:
+            given = self[key]
+            if not isinstance(given, Mapping):
+                raise self.refuse(key, "is no mapping")
+            self.parts[key] = Settings(given, f"{self.origin}: {key}")
+        return self.parts[key].with_usual(usual)
+
+    def unread(self) -> list[str]:
+        """Keys that nobody asked for and that are not of training or tools alone, sorted."""
+        own = [k for k in self if k not in self.asked and k not in SILENT]
+        inner = [f"{k}.{name}" for k, part in self.parts.items() for name in part.unread()]
+        return sorted([*own, *inner])
 
     def __getitem__(self, key: str) -> Any:
         self.asked.add(key)
@@ -75,6 +94,8 @@ SILENT = frozenset(
     summary_type summary_use_proj task_specific_params torch_dtype transformers_version use_cache
     vocab_size n_ctx original_max_position_embeddings add_cross_attention
     chunk_size_feed_forward is_encoder_decoder id2label label2id return_dict
+    dropout image_seq_length image_token_id image_token_index initializer_factor processor_class
+    projection_dim vision_use_head
     keys_to_ignore_at_inference""".split()
 )
 
@@ -87,6 +108,8 @@ class Family(Config):
     mixers: ClassVar[tuple[str, ...]] = ("attention",)  # kinds that it may have
     # Names that hold nothing that is learned: tables that older versions stored.
     silent: ClassVar[str] = r"\.rotary_emb\.inv_freq$"
+    auto: ClassVar[str] = "AutoModelForCausalLM"  # what loads it in `transformers`
+    origin: ClassVar[tuple[str, ...]] = ()  # keys that no setting of ours holds and that come back
 
     def build(self) -> Family:
         return self
@@ -102,6 +125,51 @@ class Family(Config):
     def entries(self, lm: LmConfig) -> Iterator[Entry]:
         """A line for each of our tensors but the embedding table and the head."""
         raise NotImplementedError
+
+    # ---- of a family that reads more than text ----
+
+    def text(self, c: Settings) -> Settings:
+        """The settings of its text: vocabulary, begin and end."""
+        return c
+
+    def rename(self, name: str) -> str:
+        """A tensor's name as the table has it, of a file by another tool."""
+        return name
+
+    def readers(
+        self, c: Settings, folder: Path, lm: LmConfig
+    ) -> tuple[LmConfig, dict[str, ModalityTokenizer]]:
+        """The model and, by modality, what makes the values that its adapters read.
+
+        Raises UserError naming a key of the folder's processor without an equal.
+        """
+        return lm, {}
+
+    def is_unread(self, lm: LmConfig, name: str) -> bool:
+        """Whether nothing there reads a tensor, so that it is left out."""
+        return False
+
+    def media(
+        self, folder: Path, c: Settings, tokenizers: Mapping[str, ModalityTokenizer]
+    ) -> Media | None:
+        """What stands in the probe besides text."""
+        return None
+
+    def finish(
+        self,
+        config: dict[str, Any],
+        outer: Mapping[str, Any],
+        text: Mapping[str, Any],
+        tokenizers: Mapping[str, ModalityTokenizer],
+    ) -> dict[str, Any]:
+        """The whole config: ``outer`` says which model it is, ``text`` what its vocabulary is."""
+        return {**config, **outer, **own_places(config, text)}
+
+    def beside(
+        self, lm: LmConfig, tokenizers: Mapping[str, ModalityTokenizer], have: Mapping[str, bytes]
+    ) -> dict[str, Any]:
+        """Further files of an exported folder, as JSON; ``have``: those that came with its text."""
+        return {}
 
 
 def rope(c: Settings, layer_type: str | None = None, usual: float = 1.0) -> dict[str, Any]:
@@ -199,6 +267,11 @@ def places(position: Any) -> dict[str, Any]:
         return {"max_position_embeddings": s.original}
     most = round(s.original * s.factor)
     return {"max_position_embeddings": most, "original_max_position_embeddings": s.original}
+
+
+def own_places(config: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+    """``text`` without the number of places where a rotation's rule says it."""
+    return {k: v for k, v in text.items() if k not in config or k != "max_position_embeddings"}
 
 
 def stack_of(lm: LmConfig) -> StackConfig:

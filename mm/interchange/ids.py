@@ -71,8 +71,8 @@ class Ids(NamedTuple):
 
 
 def ids_of(folder: Path, vocabulary: Vocabulary) -> Ids:
-    """The ids of a saved model of one modality. Raises UserError where it is no text."""
-    (modality,) = vocabulary.modalities
+    """The ids of a saved model of one modality of ids. Raises UserError where it is no text."""
+    (modality,) = (spec.modality for spec in vocabulary.ranges if not spec.continuous)
     place = folder / "tokenizers" / modality
     tokenizer = load_tokenizer(place) if place.is_dir() else None
     span = vocabulary.range(modality)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from mm.config import validate
+from mm.data.chat.template import JINJA
 from mm.errors import UserError
 from mm.interchange.check import Report, compare
-from mm.interchange.family import SILENT, Family, Settings
+from mm.interchange.family import Family, Settings
 from mm.interchange.parts import Entry
 from mm.interchange.weights import Checkpoint, Planned, few_names, open_checkpoint, write_file
 from mm.model import folder as files
@@ -26,12 +27,13 @@ from mm.model.model import LmConfig
 from mm.reading import parse_json
 from mm.registry import ENCODERS, FAMILIES
 from mm.tokenizers.text.hf import BESIDE, FILE, ORIGIN, HfConfig, HfTokenizer
-from mm.vocabulary import RESERVED, Vocabulary
+from mm.vocabulary import RESERVED, Vocabulary, extend_vocabulary
 
 log = logging.getLogger(__name__)
 TABLE, HEAD = "embedder.weight", "heads.tokens.weight"
 TEXT = "text"
 PLACES = "max_position_embeddings"
+OLDER = "chat_template.json"
 
 
 def import_model(folder: str | Path, out: str | Path, *, check: bool = True) -> Report | None:
@@ -48,20 +50,25 @@ def import_model(folder: str | Path, out: str | Path, *, check: bool = True) -> 
     c = read_settings(folder)
     family = family_of(c)
     lm = validate(LmConfig, family.model(c), c.origin)
-    if unread := sorted(k for k in c if k not in c.asked and k not in SILENT):
+    lm, readers = family.readers(c, folder, lm)
+    tokenizer = read_tokenizer(folder, c, family)
+    if unread := c.unread():
         log.warning("%s: nothing here reads %s", c.origin, few_names(unread, 20))
-    tokenizer = read_tokenizer(folder, c)
-    vocabulary = Vocabulary().add(tokenizer.spec)
-    with open_checkpoint(folder) as given, files.whole(out) as part:
+    vocabulary = extend_vocabulary([tokenizer.spec, *(each.spec for each in readers.values())])
+    with open_checkpoint(folder) as found, files.whole(out) as part:
+        given = found.renamed(family.rename)
         plan = plan_of(family, lm, vocabulary, given, tokenizer.config)
         files.write_config(part, lm.to_dict())
         vocabulary.save(part / "vocabulary.json")
-        tokenizer.save(part / "tokenizers" / TEXT)
+        for modality, each in {TEXT: tokenizer, **readers}.items():
+            each.save(part / "tokenizers" / modality)
         tied: Any = lm.heads["tokens"]
         aliases = {HEAD: TABLE} if tied.tied else {}
         metadata = {files.ALIASES: json.dumps(aliases), "format": "pt"}
         write_file(part / "model.safetensors", plan, metadata)
-        return compare(part, folder) if check else None
+        if not check:
+            return None
+        return compare(part, folder, auto=family.auto, media=family.media(folder, c, readers))
 
 
 def read_settings(folder: Path) -> Settings:
@@ -91,13 +98,14 @@ def family_of(c: Settings) -> Family:
     return family
 
 
-def read_tokenizer(folder: Path, c: Settings) -> HfTokenizer:
+def read_tokenizer(folder: Path, outer: Settings, family: Family) -> HfTokenizer:
     """The tokenizer of the folder. Raises UserError when there is none."""
     if not (folder / FILE).is_file():
         raise UserError(
             f'{folder}: no {FILE}; write it with: python -c "from transformers import '
             f"AutoTokenizer as A; A.from_pretrained('{folder}').save_pretrained('{folder}')\""
         )
+    c = family.text(outer)
     V, eos = c.whole("vocab_size"), c.get("eos_token_id", [])
     known = lambda id: isinstance(id, int) and 0 <= id < V
     bos = c.get("bos_token_id")
@@ -107,12 +115,24 @@ def read_tokenizer(folder: Path, c: Settings) -> HfTokenizer:
         eos=[id for id in (eos if isinstance(eos, list) else [eos]) if known(id)],
     )
     beside = {name: (folder / name).read_bytes() for name in BESIDE if (folder / name).is_file()}
-    known_of = {key: c.get(key) for key in ("model_type", PLACES) if c.get(key) is not None}
+    if (older := folder / OLDER).is_file() and JINJA not in beside:
+        beside |= read_older_template(older)
+    known_of = {key: outer.get(key) for key in ("model_type", *family.origin)}
+    known_of = {k: v for k, v in {**known_of, PLACES: c.get(PLACES)}.items() if v is not None}
     beside[ORIGIN] = (json.dumps(known_of) + "\n").encode()
     try:
         return HfTokenizer(config, (folder / FILE).read_bytes(), beside)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
+
+
+def read_older_template(file: Path) -> dict[str, bytes]:
+    """A chat template as older processors store it. Raises UserError."""
+    try:
+        source = parse_json(file.read_bytes())["chat_template"]
+        return {JINJA: source.encode()}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"{file}: no chat template ({error}); copy it again") from None
 
 
 def shapes_of(lm: LmConfig, vocabulary: Vocabulary) -> dict[str, tuple[int, ...]]:
@@ -138,12 +158,16 @@ def plan_of(
     lines = list(family.entries(lm))
     table, head, _ = family.table
     tied: Any = lm.heads["tokens"]
-    wanted = [name for line in lines for name in line.theirs] + [table]
+    wanted = [name for line in lines if line.own for name in line.theirs] + [table]
     wanted += [] if tied.tied else [head]
     spare = {head} if tied.tied else set()  # a copy of the table that some files carry
     extra = sorted(
         n for n in given if n not in {*wanted, *spare} and not re.search(family.silent, n)
     )
+    if left_out := [n for n in extra if family.is_unread(lm, n)]:
+        said = "%s: nothing reads %s: left out"
+        log.warning(said, given.origin, few_names(left_out, 20))
+    extra = [n for n in extra if n not in left_out]
     missing = [n for n in wanted if n not in given]
     if missing or extra:
         faults = [
@@ -163,7 +187,8 @@ def plan_of(
                 f"{given.origin}: {source} is {list(given.shape(source))}, config.json says "
                 f"{[tokens.vocab_size, lm.d_model]}"
             )
-        make = lambda s=source: rows_of(given[s], tokens)
+        more = shapes[name][0] - tokens.vocab_size - RESERVED - 2  # begins and ends of values
+        make = lambda s=source, more=more: rows_of(given[s], tokens, more)
         plan.append(Planned(name, shapes[name], given.dtype(source), make))
     for line in lines:
         join = lambda line=line: line.part.join([given[n] for n in line.theirs])
@@ -181,8 +206,8 @@ def require_all(shapes: Mapping[str, tuple[int, ...]], plan: list[Planned], tied
         raise AssertionError(f"the family's table lacks {few_names(left)}")
 
 
-def rows_of(table_VD: Tensor, tokens: HfConfig) -> Tensor:
-    """Our table of a checkpoint's: control ids, begin, end, then its own rows.
+def rows_of(table_VD: Tensor, tokens: HfConfig, more: int = 0) -> Tensor:
+    """Our table of a checkpoint's: control ids, begin, end, then its own rows, and ``more``.
 
     A document begins with the row of its ``bos``, else ``eos``, and ends with that of ``eos``;
     what it has no id for is the mean of all rows, which a softmax leaves small.
@@ -191,7 +216,8 @@ def rows_of(table_VD: Tensor, tokens: HfConfig) -> Tensor:
     begin = tokens.bos if tokens.bos is not None else next(iter(tokens.eos), None)
     end = next(iter(tokens.eos), None)
     row = lambda id: mean if id is None else table_VD[id : id + 1]
-    return torch.cat([mean.expand(RESERVED, -1), row(begin), row(end), table_VD])
+    first = mean.expand(RESERVED, -1)
+    return torch.cat([first, row(begin), row(end), table_VD, mean.expand(more, -1)])
 
 
 __all__ = ["Entry", "import_model"]

@@ -18,10 +18,7 @@ from mm.interchange.family import Settings
 from mm.interchange.weights import Planned, few_names, open_checkpoint, write_file
 from mm.model import folder as files
 from mm.model.adapters.encoder import EncoderAdapterConfig
-from mm.reading import parse_json
 from mm.registry import ENCODERS
-
-MEAN = "preprocessor_config.json"
 
 
 class HiddenReport(NamedTuple):
@@ -48,10 +45,10 @@ def import_encoder(folder: Path, out: Path, c: Settings, *, check: bool = True) 
             raise c.refuse(family.inside, "is no mapping")
         c = Settings(c[family.inside], f"{c.origin}: {family.inside}")
     config = validate(EncoderAdapterConfig, family.adapter(c), c.origin)
-    require_usual_pixels(folder, family)
+    config, tokenizer = family.fit_reader(c, folder, config)
     with open_checkpoint(folder) as given, files.whole(out) as part:
         lines = list(family.entries(config))
-        wanted = [name for line in lines for name in line.theirs]
+        wanted = [name for line in lines if line.own for name in line.theirs]
         fits = lambda prefix: sum(f"{prefix}{name}" in given for name in wanted)
         prefix = max(family.prefixes, key=fits)
         missing = [f"{prefix}{name}" for name in wanted if f"{prefix}{name}" not in given]
@@ -72,22 +69,8 @@ def import_encoder(folder: Path, out: Path, c: Settings, *, check: bool = True) 
             raise AssertionError(f"the family's table lacks {few_names(sorted(left))}")
         (part / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
         write_file(part / "model.safetensors", plan, {"format": "pt"})
+        tokenizer.save(part / "tokenizers" / family.modality)
         return compare_states(family, c, config, part, folder) if check else None
-
-
-def require_usual_pixels(folder: Path, family: EncoderFamily) -> None:
-    """Raise UserError where pictures are scaled otherwise than to [-1, 1]."""
-    file = folder / MEAN
-    if family.modality != "image" or not file.is_file():
-        return
-    try:
-        values = parse_json(file.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error}); copy it again") from None
-    for key in ("image_mean", "image_std"):
-        found = values.get(key) if isinstance(values, dict) else None
-        if found not in (None, [0.5] * 3, 0.5):
-            raise UserError(f"{file}: {key} = {found}: only 0.5 (values from -1 to 1) has an equal")
 
 
 @torch.no_grad()
@@ -96,7 +79,7 @@ def compare_states(
 ) -> HiddenReport:
     """Compare last hidden states in float32. Raises UserError where they differ."""
     peer = load_peer(theirs, "AutoModel")
-    values, given = family.probe(c)
+    values, given = family.probe(c, theirs)
     wanted = family.run(peer, given)
     found = hidden_states(config, files.load_tensors(ours / "model.safetensors"), values)
     difference = float((wanted - found).abs().max())

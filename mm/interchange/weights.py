@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mm.errors import UserError
 from mm.reading import parse_json
+from mm.specs import NONE
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "tf_model.h5")
@@ -29,8 +30,16 @@ NAMES = {name: dtype for dtype, name in DTYPES.items()}
 class Checkpoint:
     """Tensors by name, in any number of files, of which one is in memory at a time."""
 
-    def __init__(self, files: Mapping[str, Any], origin: Path):
+    def __init__(self, files: Mapping[str, Any], origin: Path, stored: Mapping[str, str] = NONE):
         self.files, self.origin = files, origin
+        self.stored = stored  # name in the file, where it is another one
+
+    def renamed(self, rename: Callable[[str], str]) -> Checkpoint:
+        """The same tensors by other names."""
+        names = {rename(name): name for name in self.files}
+        if len(names) < len(self.files):
+            raise UserError(f"{self.origin}: holds tensors twice, by an old name and a new one")
+        return Checkpoint({new: self.files[old] for new, old in names.items()}, self.origin, names)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -39,11 +48,14 @@ class Checkpoint:
         return name in self.files
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.files[name].get_slice(name).get_shape())
+        return tuple(self.files[name].get_slice(self._stored(name)).get_shape())
+
+    def _stored(self, name: str) -> str:
+        return self.stored.get(name, name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Raises UserError on a tensor of whole numbers or of eight bits."""
-        word = self.files[name].get_slice(name).get_dtype()
+        word = self.files[name].get_slice(self._stored(name)).get_dtype()
         if word not in NAMES:
             raise UserError(
                 f"{self.origin}: {name} holds {word}, quantised weights; take the model before it "
@@ -52,7 +64,7 @@ class Checkpoint:
         return NAMES[word]
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.files[name].get_tensor(name)
+        return self.files[name].get_tensor(self._stored(name))
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from mm.model.model import LmConfig
 from mm.reading import parse_json
 from mm.registry import FAMILIES, SURGERIES
 from mm.surgery.base import Operated
+from mm.tokenizers.load import load_tokenizer
 from mm.tokenizers.text.hf import FILE, ORIGIN, HfTokenizer
 from mm.vocabulary import Vocabulary
 
@@ -71,16 +72,20 @@ def export_model(
     ids = ids_of(folder, vocabulary)
     origin = parse_json(ids.tokenizer.beside.get(ORIGIN, b"{}"))
     family, config, factor = fitting_scaled(lm, origin.get("model_type"))
-    config = {key: value for key, value in origin.items() if key == PLACES} | config
     tokenizer, tokens = ids.tokenizer, ids.config
-    config |= {
-        "architectures": [family.architecture],
-        "model_type": family.kind,  # type: ignore[attr-defined]
+    values_of = [spec.modality for spec in vocabulary.ranges if spec.continuous]
+    readers = {m: load_tokenizer(folder / "tokenizers" / m) for m in values_of}
+    text = {key: value for key, value in origin.items() if key == PLACES} | {
         "vocab_size": tokens.vocab_size,
         "bos_token_id": tokens.bos,
         "eos_token_id": tokens.eos[0] if len(tokens.eos) == 1 else tokens.eos or None,
         "pad_token_id": None,
     }
+    outer = {key: value for key, value in origin.items() if key in family.origin} | {
+        "architectures": [family.architecture],
+        "model_type": family.kind,  # type: ignore[attr-defined]
+    }
+    config = family.finish(config, outer, text, readers)
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         aliases = parse_json((file.metadata() or {}).get(files.ALIASES, "{}"))
         names = [*file.keys(), *aliases]
@@ -98,7 +103,12 @@ def export_model(
                 if name != ORIGIN:
                     (part / name).write_bytes(content)
             write_template(part, ChatTemplate.load(folder), tokenizer)
-            return compare(folder, part, ids.fold_model) if check else None
+            for name, values in family.beside(lm, readers, tokenizer.beside).items():
+                (part / name).write_text(json.dumps(values, indent=2) + "\n")
+            if not check:
+                return None
+            media = family.media(part, Settings(config, str(part)), readers)
+            return compare(folder, part, ids.fold_model, auto=family.auto, media=media)
 
 
 def merge(folder: Path, lm: LmConfig, vocabulary: Vocabulary, out: Path) -> None:
@@ -124,8 +134,9 @@ def write_template(out: Path, template: ChatTemplate | None, tokenizer: HfTokeni
 
 def require_text(folder: Path, lm: LmConfig, vocabulary: Vocabulary) -> None:
     """Raise UserError naming each part of a model that no language model of text has."""
-    faults = [f"vocabulary.{name}" for name in vocabulary.modalities[1:]]
-    faults += [f"model.adapters.{name}" for name in lm.adapters]
+    inline = {spec.modality for spec in vocabulary.ranges if spec.inline}
+    faults = [f"vocabulary.{name}" for name in vocabulary.modalities[1:] if name not in inline]
+    faults += [f"model.adapters.{name}" for name in lm.adapters if name not in inline]
     faults += [
         f"model.heads.{name} ('{head.kind}')"
         for name, head in lm.heads.items()
@@ -203,6 +214,9 @@ def meaning(lm: LmConfig) -> dict[str, Any]:
     words = stack.words()
     for key in ("pattern", "depth", "mixers", "block", "blocks"):
         backbone.pop(key, None)
+    for adapter in values["adapters"].values():  # they stand in the file of the processor
+        for key in ("mean", "std"):
+            adapter.get("inner", {}).pop(key, None)
     backbone["layers"] = [stack.mixer(word).to_dict() for word in words]
     backbone["wiring"] = [stack.blocks.get(word, stack.block).to_dict() for word in words]
     return values

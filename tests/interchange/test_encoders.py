@@ -16,6 +16,7 @@ from mm.cli import main as cli
 from mm.config import validate
 from mm.errors import UserError
 from mm.interchange.check import TOLERANCE
+from mm.interchange.family import Settings
 from mm.interchange.read import read_settings
 from mm.interchange.read_encoder import hidden_states, import_encoder
 from mm.model.adapters.encoder import EncoderAdapterConfig
@@ -23,6 +24,7 @@ from mm.model.folder import load_tensors, read_config
 from mm.model.model import LmConfig
 from mm.registry import ENCODERS, SURGERIES
 from mm.surgery.base import Operated
+from mm.tokenizers.load import load_tokenizers
 from mm.vocabulary import Vocabulary
 
 VISION = {
@@ -50,7 +52,7 @@ WHISPER = {
     "d_model": 24,
     "encoder_ffn_dim": 40,
     "decoder_ffn_dim": 32,
-    "max_source_positions": 20,
+    "max_source_positions": 50,  # of 20 ms
     "max_target_positions": 20,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -61,6 +63,13 @@ WHISPER = {
 CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "vit": ("vit", "ViTConfig", "ViTModel", VISION),
     "vit, a classifier": ("vit", "ViTConfig", "ViTForImageClassification", VISION),
+    "clip": ("clip_vision_model", "CLIPVisionConfig", "CLIPVisionModel", VISION),
+    "clip, whole": (
+        "clip",
+        "CLIPConfig",
+        "CLIPModel",
+        {"text_config": {**TEXT, "eos_token_id": 2}, "vision_config": VISION},
+    ),
     "siglip": ("siglip_vision_model", "SiglipVisionConfig", "SiglipVisionModel", VISION),
     "siglip, whole": (
         "siglip",
@@ -71,6 +80,26 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "whisper": ("whisper", "WhisperConfig", "WhisperModel", WHISPER),
     "whisper, whole": ("whisper", "WhisperConfig", "WhisperForConditionalGeneration", WHISPER),
 }
+
+
+SIDE = {"height": 14, "width": 14}
+CUT = {"size": {"shortest_edge": 16}, "crop_size": SIDE}
+# Name -> (class, settings) of what makes pictures and sounds for them.
+PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": ("ViTImageProcessor", {"size": SIDE}),
+    "clip": ("CLIPImageProcessor", CUT),
+    "clip, whole": ("CLIPImageProcessor", {"size": SIDE, "do_center_crop": False}),
+    "siglip": ("SiglipImageProcessor", {"size": SIDE, "image_std": [0.3, 0.4, 0.6]}),
+    "whisper": ("WhisperFeatureExtractor", {"feature_size": 6, "chunk_length": 1}),
+}
+
+
+def processor(folder: Path, case: str) -> Path:
+    """Write what makes the values of an encoder, of `transformers`, beside it."""
+    transformers = pytest.importorskip("transformers")
+    name, settings = PROCESSORS[case]
+    getattr(transformers, name)(**settings).save_pretrained(folder)
+    return folder
 
 
 def encoder(folder: Path, case: str = "vit") -> Path:
@@ -96,6 +125,34 @@ def test_hidden_states_are_those_of_transformers(case: str, tmp_path: Path) -> N
     given = encoder(tmp_path / "given", case)
     report = import_encoder(given, tmp_path / "ours", read_settings(given))
     assert report.difference <= TOLERANCE and report.spread > 0.1
+
+
+@pytest.mark.parametrize("case", PROCESSORS)
+def test_pictures_and_sounds_are_made_as_by_the_folders_own_processor(
+    case: str, tmp_path: Path
+) -> None:
+    given = processor(encoder(tmp_path / "given", case), case)
+    report = import_encoder(given, tmp_path / "ours", read_settings(given))
+    assert report.difference <= TOLERANCE
+    c = read_settings(given)
+    family: Any = ENCODERS.parse(c["model_type"])
+    c = c if family.inside is None else Settings(c[family.inside], "")
+    values, wanted = family.probe(c, given)
+    config = validate(EncoderAdapterConfig, read_config(tmp_path / "ours"), "ours")
+    if family.modality == "audio":
+        found = values.data.unflatten(2, (2, 6)).flatten(1, 2).transpose(1, 2)
+    else:
+        found = values.data.float() / 255
+        if config.inner.mean is not None:
+            found = found.unflatten(2, (16, 3))
+            found = (found - torch.tensor(config.inner.mean)) / torch.tensor(config.inner.std)
+        else:
+            found = 2 * found.unflatten(2, (16, 3)) - 1
+        found = found.unflatten(2, (4, 4)).unflatten(1, (3, 3)).permute(0, 5, 1, 3, 2, 4)
+        found, wanted = found.reshape(2, 3, 12, 12), wanted[..., :12, :12]
+    assert found.std() > 0.1 and (found - wanted).abs().max() <= 1e-4
+    (tokenizer,) = load_tokenizers(tmp_path / "ours" / "tokenizers").values()
+    assert tokenizer.spec.n_features == config.d_in
 
 
 @pytest.mark.parametrize("case", ["vit", "siglip"])
@@ -141,13 +198,21 @@ def test_it_becomes_an_adapter_of_an_imported_model(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path) -> None:
     given = encoder(tmp_path / "given")
     out = tmp_path / "out"
-    (given / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4, 0.5, 0.5]}))
-    with pytest.raises(UserError, match="image_mean = .*: only 0.5"):
-        import_encoder(given, out, read_settings(given))
-    (given / "preprocessor_config.json").write_text("{")
+    pixels = given / "preprocessor_config.json"
+    for values, match in (
+        ({"image_mean": [0.4, 0.5]}, "image_mean = .* is not three numbers"),
+        ({"size": {"height": 20, "width": 20}}, "size = .* is not image_size 14 of the model"),
+        ({"resample": 0}, "resample = '0' has no equal"),
+        ({"do_pad": True}, "do_pad = 'True' has no equal"),
+        ({"size": {"shortest_edge": 14}}, "makes pictures of many shapes"),
+    ):
+        pixels.write_text(json.dumps(values))
+        with pytest.raises(UserError, match=match):
+            import_encoder(given, out, read_settings(given))
+    pixels.write_text("{")
     with pytest.raises(UserError, match="preprocessor_config.json: not valid JSON"):
         import_encoder(given, out, read_settings(given))
-    (given / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.5, 0.5]}))
+    pixels.unlink()
     tensors = load_file(given / "model.safetensors")
     bias = tensors.pop("layernorm.bias")
     save_file(tensors, given / "model.safetensors", {"format": "pt"})

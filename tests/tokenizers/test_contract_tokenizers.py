@@ -23,7 +23,14 @@ from mm.vocabulary import RESERVED, extend_vocabulary
 KINDS = list(TOKENIZERS)
 EXACT = {"bpe", "hf", "bytes"}  # the others lose information, but not shape
 # They give values in place of ids.
-CONTINUOUS = {"image_patches", "mel_frames", "series_patches", "video_tubes"}
+CONTINUOUS = {
+    "image_patches",
+    "image_processed",
+    "mel_frames",
+    "series_patches",
+    "video_tubes",
+    "whisper_mel",
+}
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -49,15 +49,20 @@ class ImagePatches(ModalityTokenizer):
         return [Encoded(values=self._patches(as_pixels(raw))) for raw in raws]
 
     def _patches(self, image: torch.Tensor) -> np.ndarray:
-        rows, columns = self._shape(*image.shape[1:])
-        p = self.config.patch
-        if image.shape[1:] != (rows * p, columns * p):
-            image = torch.nn.functional.interpolate(
-                image[None], (rows * p, columns * p), mode="bilinear", antialias=True
-            )[0]
-        pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8)
+        pixels, p = self._pixels(image), self.config.patch
+        rows, columns = pixels.shape[1] // p, pixels.shape[2] // p
         parts = pixels.reshape(3, rows, p, columns, p).permute(1, 3, 2, 4, 0)
         return parts.reshape(rows, columns, -1).contiguous().numpy()
+
+    def _pixels(self, image: torch.Tensor) -> torch.Tensor:
+        """`(3, H, W)` in [0, 1] to uint8 of whole patches."""
+        p = self.config.patch
+        height, width = (n * p for n in self._shape(*image.shape[1:]))
+        if image.shape[1:] != (height, width):
+            image = torch.nn.functional.interpolate(
+                image[None], (height, width), mode="bilinear", antialias=True
+            )[0]
+        return (image.clamp(0, 1) * 255).round().to(torch.uint8)
 
     def _shape(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches: the image's own, scaled down where they are too many."""

@@ -26,6 +26,7 @@ BESIDE = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "generation_config.json",
+    "processor_config.json",
 )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -10,15 +12,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm.batch import Values
-from mm.config import Config
+from mm.config import Config, validate
+from mm.errors import UserError
 from mm.interchange.family import Settings
 from mm.interchange.parts import Entry, Part, Rows
+from mm.interchange.probes import peer_pixels, picture_values, random_pictures
+from mm.interchange.processor import Pixels, read_pixels
 from mm.model.adapters.encoder import EncoderAdapterConfig
+from mm.model.backbones.stack import StackConfig
+from mm.model.ffn.mlp import MlpConfig
+from mm.model.mixers.attention.attention import AttentionConfig
+from mm.model.positions.learned import LearnedConfig
+from mm.specs import ModalityTokenizer
+from mm.tokenizers.image.processed import ProcessedPatchesConfig
 
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
     "relu": "relu",
 }
 
@@ -42,7 +54,16 @@ class EncoderFamily(Config):
         """A line for each of our tensors but those of the last projection."""
         raise NotImplementedError
 
-    def probe(self, c: Settings) -> tuple[Values, Tensor]:
+    def fit_reader(
+        self, c: Settings, folder: Path, config: EncoderAdapterConfig
+    ) -> tuple[EncoderAdapterConfig, ModalityTokenizer]:
+        """The adapter, and the tokenizer whose values it reads, as the folder's processor says.
+
+        Raises UserError naming a key of the processor without an equal.
+        """
+        raise NotImplementedError
+
+    def probe(self, c: Settings, folder: Path) -> tuple[Values, Tensor]:
         """The same random items for us and for `transformers`."""
         raise NotImplementedError
 
@@ -111,7 +132,13 @@ class Patch(Part):
 class Vision(EncoderFamily):
     """Square pictures of one size, cut into patches, with a learned place each."""
 
+    usual: ClassVar[Mapping[str, Any]] = {}  # what a config means that does not say it
+    processor: ClassVar[str] = ""  # class of the image processor, where the folder names none
+    last_norm: ClassVar[str] = "layer"
+    written: ClassVar[Mapping[str, Any]] = {}  # further keys of the config
+
     def adapter(self, c: Settings) -> dict[str, Any]:
+        c = c.with_usual(self.usual)
         c.only("num_channels", 3)
         patch, size = c.whole("patch_size"), c.whole("image_size")
         made = layers(
@@ -122,6 +149,7 @@ class Vision(EncoderFamily):
             activation_of(c, "hidden_act", "gelu"),
             c["layer_norm_eps"],
         )
+        made["backbone"]["norm"] = self.last_norm
         places = (size // patch) ** 2 + self.before
         return {
             "kind": "encoder",
@@ -131,14 +159,47 @@ class Vision(EncoderFamily):
             **made,
         }
 
-    def probe(self, c: Settings) -> tuple[Values, Tensor]:
-        p, size = c["patch_size"], c["image_size"]
-        side = size // p
-        images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(17)) * 2 - 1
-        cut = images[..., : side * p, : side * p].reshape(2, 3, side, p, side, p)
-        values = Values.items(cut.permute(0, 2, 4, 3, 5, 1).reshape(2, side**2, -1))
-        grid = ((side, side),) * 2
-        return Values(values.data, values.length, values.place, values.room, grid), images
+    def config(self, a: EncoderAdapterConfig) -> dict[str, Any]:
+        """What `adapter` reads; ``image_size`` without pixels that fill no patch."""
+        stack, position, inner = a.backbone, a.position, a.inner
+        if not isinstance(stack, StackConfig) or not isinstance(position, LearnedConfig):
+            raise UserError("its layers are no stack with learned places")
+        mixer, ffn = stack.mixer("attention"), stack.ffn
+        if not isinstance(mixer, AttentionConfig) or not isinstance(ffn, MlpConfig):
+            raise UserError("its layers are no attention with an 'mlp'")
+        patch = math.isqrt(inner.d_in // 3)
+        words = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+        return {
+            "model_type": self.kind,  # type: ignore[attr-defined]
+            "num_channels": 3,
+            "hidden_size": a.width,
+            "num_attention_heads": mixer.sizes(a.width)[0],
+            "num_hidden_layers": len(stack.words()),
+            "intermediate_size": ffn.width(a.width),
+            "hidden_act": words[ffn.activation],
+            "layer_norm_eps": stack.eps,
+            "patch_size": patch,
+            "image_size": math.isqrt(position.max_length - self.before) * patch,
+            **self.written,
+        }
+
+    def reader(self, c: Settings, folder: Path) -> tuple[Pixels, ProcessedPatchesConfig]:
+        """How the folder's pictures are made, and what makes them here. Raises UserError."""
+        c = c.with_usual(self.usual)
+        pixels = read_pixels(folder, self.processor, c.whole("image_size"))
+        return pixels, ProcessedPatchesConfig(**pixels.tokenizer(c.whole("patch_size")))
+
+    def fit_reader(
+        self, c: Settings, folder: Path, config: EncoderAdapterConfig
+    ) -> tuple[EncoderAdapterConfig, ModalityTokenizer]:
+        pixels, made = self.reader(c, folder)
+        inner = validate(type(config.inner), config.inner.to_dict() | pixels.channels, str(folder))
+        return config.model_copy(update={"inner": inner}), made.build()
+
+    def probe(self, c: Settings, folder: Path) -> tuple[Values, Tensor]:
+        pixels, config = self.reader(c, folder)
+        raws = random_pictures(config.size, config.shorter)
+        return picture_values(config, raws), peer_pixels(folder, config, pixels, raws)
 
     def run(self, peer: Any, given: Tensor) -> Tensor:
         peer = getattr(peer, "vision_model", peer)
@@ -156,3 +217,21 @@ class Padded(Part):
 
     def split(self, ours: Any) -> list[Tensor]:
         return [t[..., : -self.more] for t in ours]
+
+
+class Written(Part):
+    """A norm that nothing here reads: what changes nothing goes out in its place."""
+
+    def __init__(self, width: int):
+        self.width = width
+
+    def join(self, given: Any) -> list[Tensor]:
+        return []
+
+    def split(self, ours: Any) -> list[Tensor]:
+        return [torch.ones(self.width), torch.zeros(self.width)]
+
+
+def unread(width: int) -> Iterator[Entry]:
+    """The norm of a tower's pooling head, which is not here."""
+    yield Entry((), ("post_layernorm.weight", "post_layernorm.bias"), Written(width))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
-from mm.interchange.encoders.family import Patch, Vision, both, join_rows
-from mm.interchange.family import Settings
+from mm.interchange.encoders.family import Patch, Vision, both, join_rows, unread
 from mm.interchange.parts import Entry
 from mm.model.adapters.encoder import EncoderAdapterConfig
 from mm.registry import ENCODERS
@@ -19,9 +18,18 @@ class SiglipVision(Vision):
     kind: Literal["siglip_vision_model"] = "siglip_vision_model"
     prefixes: ClassVar[tuple[str, ...]] = ("", "vision_model.")
 
-    def adapter(self, c: Settings) -> dict[str, Any]:
-        usual = {"layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh", "patch_size": 16}
-        return super().adapter(c.with_usual({**usual, "image_size": 224}))
+    processor: ClassVar[str] = "SiglipImageProcessor"
+    usual: ClassVar[dict[str, Any]] = {
+        "layer_norm_eps": 1e-6,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "patch_size": 16,
+        "image_size": 224,
+    }
+    written: ClassVar[dict[str, Any]] = {"vision_use_head": False}
 
     def entries(self, config: EncoderAdapterConfig) -> Iterator[Entry]:
         yield Entry("inner.weight", ("embeddings.patch_embedding.weight",), Patch())
@@ -36,7 +44,8 @@ class SiglipVision(Vision):
             yield from both(f"{ours}.ffn_norm", f"{theirs}.layer_norm2")
             yield from both(f"{ours}.ffn.up", f"{theirs}.mlp.fc1")
             yield from both(f"{ours}.ffn.out", f"{theirs}.mlp.fc2")
-        yield from both("backbone.norm", "post_layernorm")
+        last = config.backbone.norm == "layer"  # type: ignore[attr-defined]
+        yield from both("backbone.norm", "post_layernorm") if last else unread(config.width)
 
 
 @ENCODERS.register("siglip")

@@ -19,11 +19,20 @@ class Vit(Vision):
     kind: Literal["vit"] = "vit"
     prefixes: ClassVar[tuple[str, ...]] = ("", "vit.")
     before: ClassVar[int] = 1
+    processor: ClassVar[str] = "ViTImageProcessor"
+    usual: ClassVar[dict[str, Any]] = {
+        "layer_norm_eps": 1e-12,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "patch_size": 16,
+        "image_size": 224,
+    }
 
     def adapter(self, c: Settings) -> dict[str, Any]:
         c.only("qkv_bias", True)
-        usual = {"layer_norm_eps": 1e-12, "patch_size": 16, "image_size": 224}
-        return super().adapter(c.with_usual(usual))
+        return super().adapter(c)
 
     def entries(self, config: EncoderAdapterConfig) -> Iterator[Entry]:
         projection = "embeddings.patch_embeddings.projection"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,8 +13,12 @@ from mm.batch import Values
 from mm.interchange.encoders.family import EncoderFamily, Padded, activation_of, both, layers
 from mm.interchange.family import Settings
 from mm.interchange.parts import Entry, Part, Rows
+from mm.interchange.probes import peer_frames, random_sounds
+from mm.interchange.processor import read_sound
 from mm.model.adapters.encoder import EncoderAdapterConfig
 from mm.registry import ENCODERS
+from mm.specs import ModalityTokenizer
+from mm.tokenizers.audio.whisper_mel import WhisperMelConfig
 
 STACK = 2  # frames of a place: the stride of its second convolution
 
@@ -73,10 +78,23 @@ class Whisper(EncoderFamily):
             yield from both(f"{ours}.ffn.out", f"{theirs}.fc2")
         yield from both("backbone.norm", "layer_norm")
 
-    def probe(self, c: Settings) -> tuple[Values, Tensor]:
-        M, places = c.get("num_mel_bins", 80), c.get("max_source_positions", 1500)
-        frames = torch.randn(2, places * STACK, M, generator=torch.Generator().manual_seed(17))
-        return Values.items(frames.reshape(2, places, -1)), frames.transpose(1, 2)
+    def reader(self, c: Settings, folder: Path) -> WhisperMelConfig:
+        """What makes the frames that the encoder reads. Raises UserError."""
+        M, places = c.whole("num_mel_bins", 80), c.whole("max_source_positions", 1500)
+        return WhisperMelConfig(**read_sound(folder, M, places, STACK))
+
+    def fit_reader(
+        self, c: Settings, folder: Path, config: EncoderAdapterConfig
+    ) -> tuple[EncoderAdapterConfig, ModalityTokenizer]:
+        return config, self.reader(c, folder).build()
+
+    def probe(self, c: Settings, folder: Path) -> tuple[Values, Tensor]:
+        config = self.reader(c, folder)
+        sounds = random_sounds(config.sample_rate, config.seconds)
+        values = torch.stack(
+            [torch.from_numpy(code.values) for code in config.build().encode(sounds)]
+        )
+        return Values.items(values), peer_frames(folder, config, sounds)
 
     def run(self, peer: Any, given: Tensor) -> Tensor:
         return getattr(peer, "encoder", peer)(given).last_hidden_state

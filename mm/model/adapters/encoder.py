@@ -19,17 +19,20 @@ from mm.mask import Full
 from mm.model.context import Ctx
 from mm.model.layer import Adapter, AdapterOutput, Backbone
 from mm.model.memories import refuse_memories
+from mm.model.norm import LayerNorm
 from mm.model.positions.base import Position
 from mm.model.positions.randomised import build_added, refuse_drawn
 from mm.registry import ADAPTERS, AdapterField, BackboneField, LinearField, PositionField
 
 
 class EncoderAdapter(Adapter):
-    """``out(backbone(position(inner(values))))``: each item is a document that sees itself alone.
+    """``out(backbone(norm(position(inner(values)))))``: each item sees itself alone.
 
     With patches, learned places and attention it is a ViT. Source: Dosovitskiy et al. 2020
     (arXiv:2010.11929), section 3.1. Every patch keeps its place; a class token takes part, before
-    them, and is not handed on.
+    them, and is not handed on. The norm is CLIP's: Radford et al. 2021 (arXiv:2103.00020), section
+    2.4. ``out`` is a linear map, or several with a GELU between: LLaVA-1.5 (arXiv:2310.03744),
+    section 3.
     """
 
     def __init__(
@@ -37,19 +40,23 @@ class EncoderAdapter(Adapter):
         inner: Adapter,
         position: Position,
         backbone: Backbone,
-        out: nn.Linear,
+        out: nn.Module,
         class_width: int | None = None,
+        norm: LayerNorm | None = None,
     ):
         super().__init__()
         token = None if class_width is None else nn.Parameter(torch.empty(1, class_width))
         self.class_token = token
         self.inner, self.position, self.backbone, self.out = inner, position, backbone, out
+        self.norm = norm
         self.keeps_length = inner.keeps_length
         backbone.check_mask(Full())
 
     def init_weights(self) -> None:
-        nn.init.normal_(self.out.weight, std=self.out.weight.shape[1] ** -0.5)
-        nn.init.zeros_(self.out.bias)
+        for layer in self.out.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+                nn.init.zeros_(layer.bias)
         if self.class_token is not None:
             nn.init.normal_(self.class_token, std=0.02)
 
@@ -69,7 +76,7 @@ class EncoderAdapter(Adapter):
             ctx, layout=layout, mask=Full(), ids=None, memories={}, published={}, draft=False
         )  # fmt: skip
         x = self.position.embed(x, layout.fields)
-        y = self.backbone(x, own)
+        y = self.backbone(x if self.norm is None else self.norm(x), own)
         return AdapterOutput(
             self.out(y.y[:, before:]), None, filled.length, aux={**filled.aux, **y.aux}
         )
@@ -114,6 +121,13 @@ class EncoderAdapterConfig(Config):
         default=False, description="a learned vector before each item, which is not handed on"
     )
 
+    input_norm: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="eps of a LayerNorm of what the layers read, as CLIP has it"
+    )
+    out_layers: Annotated[int, Field(gt=0, le=8)] = Field(
+        default=1, description="linear maps to d_model, a GELU between two of them"
+    )
+
     @property
     def d_in(self) -> int:
         return self.inner.d_in
@@ -127,9 +141,17 @@ class EncoderAdapterConfig(Config):
             self.inner.build(self.width),
             position,
             backbone,
-            nn.Linear(self.width, d_model),
+            self._out(d_model),
             self.width if self.class_token else None,
+            None if self.input_norm is None else LayerNorm(self.width, self.input_norm),
         )
+
+    def _out(self, d_model: int) -> nn.Module:
+        """A linear map, or ``0``, ``2``, .. of a sequence of them."""
+        maps: list[nn.Module] = [nn.Linear(self.width, d_model)]
+        for _ in range(self.out_layers - 1):
+            maps += [nn.GELU(), nn.Linear(d_model, d_model)]
+        return maps[0] if len(maps) == 1 else nn.Sequential(*maps)
 
     @classmethod
     def smallest(cls) -> EncoderAdapterConfig:

@@ -67,11 +67,11 @@ class Stack(Backbone):
         d_model: int,
         eps: float,
         recompute: str,
-        last: Kind = "rms",
+        last: Kind | Literal["none"] = "rms",
     ):
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.norm = norm(last, d_model, eps)
+        self.norm = nn.Identity() if last == "none" else norm(last, d_model, eps)
         self.recompute = [recomputing.resolve_mode(recompute, layer) for layer in layers]
         self.providers = nn.ModuleDict()
         readers: dict[str, list[Layer]] = {}
@@ -193,7 +193,7 @@ class StackConfig(Config):
         description="words of the pattern with a feed-forward of their own; null: without one",
     )
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-6
-    norm: Kind = Field(default="rms", description="of what the heads read")
+    norm: Kind | Literal["none"] = Field(default="rms", description="of what the heads read")
     recompute: recomputing.Recompute = "none"
 
     small = {

@@ -19,10 +19,11 @@ from mm.model.layer_config import LayerConfig
 from mm.registry import FFNS
 from mm.state import State
 
-Activation = Literal["gelu", "gelu_tanh", "relu", "relu_squared", "silu"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "relu_squared", "silu"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * (1.702 * x).sigmoid(),
     "relu": F.relu,
     "relu_squared": lambda x: F.relu(x).square(),
     "silu": F.silu,
@@ -39,9 +40,10 @@ def gated_product(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
 class MLP(FeedForward):
     """``out(activation(up(x)))``, or ``out(activation(gate(x)) * up(x))`` with a gate.
 
-    Source: Vaswani et al. 2017 (arXiv:1706.03762), eq. 2, with ReLU; GELU: Hendrycks and Gimpel
-    2016 (arXiv:1606.08415); squared ReLU: So et al. 2021, Primer (arXiv:2109.08668), section 3;
-    gates (ReGLU, GEGLU, SwiGLU): Shazeer 2020 (arXiv:2002.05202), eq. 6.
+    Source: Vaswani et al. 2017 (arXiv:1706.03762), eq. 2, with ReLU; GELU, and by a sigmoid
+    (section 2: quick_gelu, which CLIP has): Hendrycks and Gimpel 2016 (arXiv:1606.08415); squared
+    ReLU: So et al. 2021, Primer (arXiv:2109.08668), section 3; gates (ReGLU, GEGLU, SwiGLU):
+    Shazeer 2020 (arXiv:2002.05202), eq. 6.
     """
 
     caps = Caps(shard="local")

@@ -221,7 +221,8 @@ def _spans(b: Batch, begin: int, end: int) -> list[np.ndarray]:
         for start in np.flatnonzero(row == begin):
             stop = stops[np.searchsorted(stops, start) :][:1]
             if len(stop):
-                out.append(row[start + 1 : stop[0]])
+                codes = row[start + 1 : stop[0]]
+                out.append(codes[codes >= 0])  # values that stand inline are none
     return out
 
 
