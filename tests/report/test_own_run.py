@@ -344,4 +344,8 @@ def test_steps_that_were_not_logged_count(tmp_path: Path) -> None:
     write(tmp_path, "metrics.jsonl", [{"step": s, **row} for s in (10, 20)])
     page = build_report(tmp_path).read_text()
     assert "<dt>time</dt><dd>40 s</dd>" in page and "<dt>tokens seen</dt><dd>4000</dd>" in page
+    counts = {"tokens/seen": 3_210_000, "data/epoch": 1.5}
+    write(tmp_path, "metrics.jsonl", [{"step": s, **row, **counts} for s in (10, 20)])
+    page = build_report(tmp_path).read_text()
+    assert "<dt>tokens seen</dt><dd>3.21M</dd>" in page and "<dt>epochs</dt><dd>1.5</dd>" in page
     assert "<th>waiting for data</th>" in page and "<td>10 s</td><td>25.0 %</td>" in page
