@@ -193,6 +193,14 @@ def test_what_weighs_the_total_is_said(tmp_path: Path) -> None:
     assert charts(build_report(tmp_path).read_text())["Loss per modality"]["note"] == ""
 
 
+def test_what_one_modality_says_twice_is_drawn_once(tmp_path: Path) -> None:
+    row = {"loss/bytes": 1.25, "loss/total": 1.2500001, "tokens/bytes_share": 1.0}
+    row |= {"targets/bytes_share": 1.0, "data/token_shares/bytes": 1.0}
+    write(tmp_path, "metrics.jsonl", [{"step": s, **row} for s in (1, 2)])
+    found = charts(build_report(tmp_path).read_text())
+    assert list(found) == ["Loss"] and list(found["Loss"]["lines"]) == ["bytes"]
+
+
 def index_row(step: int, number: int, prompt: Any, to: str, file: str) -> dict[str, Any]:
     return {"step": step, "number": number, "prompt": prompt, "to": to, "file": file}
 
