@@ -110,6 +110,14 @@ def test_the_confusion_matrix_is_a_heat_map(tmp_path: Path, from_results: bool) 
     assert "Most often mixed up: ship → none 4 · cat → dog 2 · dog → cat 1." in page
 
 
+def test_short_class_names_leave_room_for_none(tmp_path: Path) -> None:
+    figures = {"x_accuracy": 1.0, "x_confusion": [[1, 0, 0], [0, 1, 0]], "x_classes": ["0", "1"]}
+    write(tmp_path, "metrics.jsonl", [{"step": 1} | evaluated(recognition=figures)])
+    page = section(build_report(tmp_path).read_text(), "figures")
+    found = re.search(r'y="([\d.]+)" transform="rotate\(-45 [\d. ]+\)">none<', page)
+    assert found and float(found[1]) > 0.7 * 6.3 * len("none")  # its height, turned by 45 degrees
+
+
 @pytest.mark.parametrize(
     "counts", [[[1, 2], [3]], [[1, -1], [0, 1]], [["a", 1], [1, 1]], [], 7, [[1, 2, 3, 4]]]
 )
