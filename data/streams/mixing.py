@@ -31,7 +31,7 @@ class Plan(NamedTuple):
     shares: np.ndarray  # (K, S) float64, each row sums to 1
     block_samples: int
 
-    def drawn_before(self, block: int) -> list[int]:
+    def drawn_before(self, block: float) -> list[int]:
         """Samples that each source gave before ``block``: (S,).
 
         The rounded integral of the shares: whatever the block, no source is more than one sample

@@ -123,7 +123,8 @@ class PackedConfig(TokenStreamConfig):
 class PackedStream(DocumentStream[PackedConfig]):
     """See `PackedConfig`.
 
-    ``stats`` of the last step: padding_share, documents, tokens by modality, filtered, too_long;
+    ``stats`` of the last step: epoch, padding_share, documents, tokens by modality, filtered,
+    too_long;
     and those of the run so far that `mm.data.streams.stats.summarize` names (a sample is a document
     here).
     """
@@ -131,7 +132,7 @@ class PackedStream(DocumentStream[PackedConfig]):
     def prepare(self) -> dict[str, Any]:
         config, sources = self.config, range(len(self.sources))
         self.counted = stats.names_with_sums(
-            ("documents", "used", "places", "rejects/filtered", "rejects/too_long")
+            ("documents", "used", "places", "block_ppm", "rejects/filtered", "rejects/too_long")
             + tuple(f"tokens/{m}" for m in self.vocabulary.modalities)
             + tuple(f"{group}/{s}" for group in ("source", "samples") for s in sources)
         )
@@ -206,7 +207,10 @@ class PackedStream(DocumentStream[PackedConfig]):
         return Step(micros, {**after, **seen}, stats.with_sums(counts, seen))
 
     def summarize(self, counts: Mapping[str, int]) -> dict[str, Any]:
+        rows = max(1, counts["places"] // self.config.seq_len)
+        seen = self.mix.drawn_before(counts["block_ppm"] / 1e6 / rows * self.config.batch_size)
         return {
+            "epoch": min(n / len(s) for s, n in zip(self.sources, seen, strict=True)),
             "padding_share": stats.padding_share(counts),
             "tokens": {m: n for m, n in stats.in_group(counts, "tokens").items() if n},
             "documents": counts["documents"],
@@ -238,6 +242,7 @@ class PackedStream(DocumentStream[PackedConfig]):
         counts["rejects/too_long"] += too_long
         last = row + 1 == len(block.rows)
         after[f"block/{r}"], after[f"row/{r}"] = (turn + 1, 0) if last else (turn, row + 1)
+        counts["block_ppm"] += round(1e6 * (turn + (row + 1) / len(block.rows)))
         return block.rows[row]
 
     def _block(self, r: int, turn: int) -> Block:

@@ -77,7 +77,9 @@ def figure_rows(result: Mapping[str, Any], means: Mapping[str, float]) -> list[t
     resumed = result["resumed_from"]
     done = f"{number(result['step'])}"
     rows.append(("steps", done + (f", {number(result['new_steps'])} of them now" * bool(resumed))))
+    add("epochs", "data/epoch")
     for unit in ("tokens", "items"):
+        add(f"{unit} seen", f"{unit}/seen")
         add("speed", f"perf/{unit}_per_second", f"{unit} a second")
     add("time of a step", "perf/step_seconds", "s")
     add("of it waiting for data", "data/wait_seconds", "s")

@@ -72,10 +72,27 @@ def plain(node: Any) -> Any:
 
 def flow(value: Any) -> str:
     """One line of YAML."""
-    text = yaml.safe_dump(
-        plain(value), default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9
+    text = yaml.dump(
+        plain(value),
+        Dumper=_OneLine,
+        default_flow_style=True,
+        sort_keys=False,
+        allow_unicode=True,
+        width=10**9,
     )
     return text.removesuffix("\n").removesuffix("\n...")
+
+
+class _OneLine(yaml.SafeDumper):
+    """Text that has several lines stands in double quotes: else YAML breaks it, too."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_OneLine.add_representer(str, _text)
 
 
 def to_yaml(values: Mapping[str, Any], head: str) -> str:

@@ -41,8 +41,8 @@ def heat_map(title: str, counts: Any, classes: Any) -> str:
 
 def _svg(title: str, counts: list[list[int]], names: list[str], answers: list[str]) -> str:
     cell = CELL if len(names) <= NUMBERED else SMALL
-    longest = max(len(_cut(name)) for name in names)
-    left, top = LETTER * longest + 12, 0.72 * LETTER * longest + 16
+    longest, above = (max(len(_cut(name)) for name in of) for of in (names, answers))
+    left, top = LETTER * longest + 12, 0.72 * LETTER * above + 16
     gap = 6  # before the answers that are no class
     at = lambda j: left + j * cell + (gap if j == len(names) else 0)
     out = []

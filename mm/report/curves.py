@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from html import escape
 from typing import Any
@@ -73,8 +74,8 @@ def curves(run: RunData) -> str:
             {k: s for k, s in below(run, "codebook/").items() if "perplexity" in k},
             low=0,
         ),
-        line_chart("Share of target tokens", targets, log=False, low=0),
-        line_chart("Share of tokens", tokens, log=False, low=0),
+        line_chart("Share of target tokens", shares(targets), log=False, low=0),
+        line_chart("Share of tokens", shares(tokens), log=False, low=0),
         line_chart("Accuracy of the next token", below(run, "accuracy/"), log=False, low=0),
         line_chart("Gradient norm in the tables", below(run, "grad/"), low=0),
         line_chart("Seconds of a step", seconds, unit=" s"),
@@ -83,6 +84,11 @@ def curves(run: RunData) -> str:
     ]
     body = f'<div class="charts">{"".join(charts)}</div>' if any(charts) else ""
     return body + events(run)
+
+
+def shares(of: Mapping[str, Series]) -> Mapping[str, Series]:
+    """Lines of shares; none where all is one thing's."""
+    return of if len(of) > 1 else {}
 
 
 def below(run: RunData, prefix: str) -> dict[str, Series]:
@@ -97,8 +103,10 @@ def losses(run: RunData) -> tuple[dict[str, Series | Line], str]:
     parts = {k: s for k, s in below(run, "loss/").items() if k != "total"}
     if total is None or not parts:
         return loss, ""
-    if len(parts) == 1 and next(iter(parts.values())).values == total.values:
-        return dict(parts), ""  # a total of one loss is that loss: drawn once
+    if len(parts) == 1:
+        (only,) = parts.values()
+        if len(only.values) == len(total.values) and all(map(_close, only.values, total.values)):
+            return dict(parts), ""  # a total of one loss is that loss: drawn once
     objective = run.stages[-1].get("objective") if run.stages else None
     objective = objective if isinstance(objective, Mapping) else {}
     weights = {**_numbers(objective.get("weights")), **_numbers(objective.get("aux_weights"))}
@@ -113,6 +121,10 @@ def losses(run: RunData) -> tuple[dict[str, Series | Line], str]:
         return loss, note + "."
     loss["per token"] = Line(plain, colour=0, dashed=True)
     return loss, note + "; dashed: the mean of a token, without these weights."
+
+
+def _close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-5)  # one is summed in another order
 
 
 def _per_token(run: RunData, parts: Mapping[str, Series]) -> Series | None:

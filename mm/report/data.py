@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from mm.report.charts import line_chart
+from mm.report.curves import shares
 from mm.report.folder import Series
 from mm.report.read import RunData
 from mm.report.start import start
@@ -68,7 +69,7 @@ def data(run: RunData) -> str:
     by_source = _series(run, "sample") if len(sources) > 1 else {}
     drawn = {
         "Padding share": {"padding": padding} if padding else {},
-        "Share of tokens so far": _series(run, "token"),
+        "Share of tokens so far": shares(_series(run, "token")),
         "Share of samples so far": {_named(names, k): s for k, s in by_source.items()},
     }
     charts = "".join(line_chart(title, s, log=False, low=0) for title, s in drawn.items())

@@ -44,7 +44,9 @@ def chips(run: RunData) -> str:
 
 
 def tokens_seen(run: RunData) -> str | None:
-    """Tokens of all steps: a step's tokens per second times its seconds."""
+    """Tokens of all steps, as the run counted them; of one that did not, speed times seconds."""
+    if "tokens/seen" in run.metrics:
+        return short(run.metrics["tokens/seen"].values[-1])
     rate, seconds = (run.metrics.get(f"perf/{k}") for k in ("tokens_per_second", "step_seconds"))
     if rate is None or seconds is None:
         return None

@@ -79,7 +79,13 @@ def _alarm(name: str, why: str, shares: Mapping[str, Any]) -> str:
 
 
 def epochs(run: RunData) -> str | None:
-    """Times that the data are seen: the least and the most of all sources; None: not known."""
+    """Times that the data were seen, as the last step of a stage counted them.
+
+    Of several stages, and of runs that did not count: what the budget makes, the least and the most
+    of all sources. None: not known.
+    """
+    if "data/epoch" in run.metrics and len(run.stages) < 2:
+        return f"{run.metrics['data/epoch'].values[-1]:.3g}"
     seen: dict[str, float] = {}
     for _, source in sources(run):
         times, name = number(source.get("epochs")), str(source.get("source"))

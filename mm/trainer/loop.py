@@ -67,8 +67,8 @@ class Trainer:
         self.guard, self.times = self.state.guard, Times()
         self.summary = Summary(self.times)
         own, rest = of_run(run.callbacks)
-        figures = [self.guard, self.state.bytes_per_token, self.held_out, TasksWhileTraining()]
-        figures.append(BestByFigure(run, self.held_out))
+        figures = [self.guard, self.state.seen, self.state.bytes_per_token, self.held_out]
+        figures += [TasksWhileTraining(), BestByFigure(run, self.held_out)]
         self._figures = [*figures, *own, self.summary]  # what they say is in metrics.jsonl
         self.callbacks = [*self._figures, *rest, *callbacks, self.times]
         self._evaluated: dict[str, Any] = {}
@@ -197,7 +197,7 @@ class Trainer:
 
     def _report(self, facts: Mapping[str, Any], seconds: float, waited: float) -> None:
         """Count the step and tell all callbacks; the guard, first of them, may raise RollBack."""
-        self.state.step += 1
+        self.state.count(facts)
         self.phase("report", self.step)
         metrics = of_step(facts, seconds, waited, self.stream)
         for callback in self.callbacks:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mm.batch import Batch
+from mm.trainer.callbacks.seen import Seen
 from mm.trainer.checkpoint import resume_check
 from mm.trainer.checkpoint.collect import collect
 from mm.trainer.checkpoint.format import Snapshot
@@ -29,7 +30,13 @@ class TrainState:
     bytes_per_token: BytesPerToken
     held_out: HeldOut
     step: int = 0  # optimizer steps done, over all stages
+    seen: Seen = field(default_factory=Seen)
     stage: StageState | None = None  # None before the first one is built
+
+    def count(self, facts: Mapping[str, Any]) -> None:
+        """Count a step that was made, and what it read."""
+        self.step += 1
+        self.seen.count(facts)
 
     def save(self, facts: Mapping[str, Any], batch: Batch) -> Snapshot:
         """All of it, unchanged by what trains on. Call on all ranks.
@@ -52,6 +59,7 @@ class TrainState:
             "given": stage.from_folders,
             "bytes_per_token": self.bytes_per_token.totals,
             "held_out": self.held_out.state_dict(),
+            "seen": self.seen.sums,
             "rng": {
                 "seed": stage.env.seed,
                 "rule": "every generator is seeded by (seed, step, rank)",
@@ -68,3 +76,4 @@ class TrainState:
             self.guard.load_state_dict(snapshot.state["guard"])
         self.bytes_per_token.load(snapshot.state["bytes_per_token"])
         self.held_out.load_state_dict(snapshot.state.get("held_out", {}))
+        self.seen.sums = dict(snapshot.state.get("seen", {}))

@@ -63,6 +63,18 @@ def test_weights_in_tokens_count_what_the_transforms_leave(data: Path) -> None:
     assert s.stats["source_shares"]["0"] == pytest.approx(0.5, abs=0.02)
 
 
+def test_epochs_are_counted_of_the_source_that_was_seen_least(data: Path) -> None:
+    """Also inside a block: a source of few samples is not at 0 until it is at several passes."""
+    s = stream({"path": data / "long", "weight": 1}, {"path": data / "short", "weight": 3})
+    passes = []
+    for _ in range(30):
+        s.next()
+        seen = s.stats["source_samples"]
+        passes.append(min(seen[str(k)] / len(of) for k, of in enumerate(s.sources)))
+        assert s.stats["epoch"] == pytest.approx(passes[-1], abs=0.25)
+    assert passes[0] < 0.5 and passes[-1] > 1
+
+
 def test_tokens_by_modality(data: Path) -> None:
     """Three sources of other modalities each are mixed until the modalities have their shares."""
     task = lambda name: [{"kind": "any_to_any", "tasks": {name: 1}, "condition_dropout": 0}]

@@ -21,7 +21,7 @@ from mm.errors import UserError
 from mm.own_data import pictures
 from mm.own_data.choose import Options, choose
 from mm.own_data.look import Found, look, one_word
-from mm.own_data.plan import Chosen, Plan, plain, to_yaml
+from mm.own_data.plan import Chosen, Plan, flow, plain, to_yaml
 from mm.own_data.write import write
 from mm.run import Run
 from mm.tasks.base import conditions, read_items
@@ -252,6 +252,9 @@ def test_yaml_holds_the_values_and_every_reason(seen: dict[str, Found], tmp_path
     assert len(reasons) > 8 and all(why in text for why in reasons)
     nested = {"a": [{"b": Chosen("x: y", "why"), "c": [1, {"d": None}]}, {}], "e": Chosen([], "no")}
     assert yaml.safe_load(to_yaml(nested, "")) == plain(nested)
+    lines = [{"bytes": "ROMEO:\n"}, "true", "ü\n\n"]  # prompts of plays
+    assert flow(lines) == '[{bytes: "ROMEO:\\n"}, \'true\', "ü\\n\\n"]'
+    assert yaml.safe_load(flow(lines)) == lines
 
 
 def test_what_was_edited_is_kept(seen: dict[str, Found], tmp_path: Path) -> None:

@@ -110,6 +110,14 @@ def test_the_confusion_matrix_is_a_heat_map(tmp_path: Path, from_results: bool) 
     assert "Most often mixed up: ship → none 4 · cat → dog 2 · dog → cat 1." in page
 
 
+def test_short_class_names_leave_room_for_none(tmp_path: Path) -> None:
+    figures = {"x_accuracy": 1.0, "x_confusion": [[1, 0, 0], [0, 1, 0]], "x_classes": ["0", "1"]}
+    write(tmp_path, "metrics.jsonl", [{"step": 1} | evaluated(recognition=figures)])
+    page = section(build_report(tmp_path).read_text(), "figures")
+    found = re.search(r'y="([\d.]+)" transform="rotate\(-45 [\d. ]+\)">none<', page)
+    assert found and float(found[1]) > 0.7 * 6.3 * len("none")  # its height, turned by 45 degrees
+
+
 @pytest.mark.parametrize(
     "counts", [[[1, 2], [3]], [[1, -1], [0, 1]], [["a", 1], [1, 1]], [], 7, [[1, 2, 3, 4]]]
 )
@@ -191,6 +199,14 @@ def test_what_weighs_the_total_is_said(tmp_path: Path) -> None:
     assert loss["lines"]["per token"][:2] == ("s0 dashed", "2.5")
     write(tmp_path, "config.yaml", "{}")
     assert charts(build_report(tmp_path).read_text())["Loss per modality"]["note"] == ""
+
+
+def test_what_one_modality_says_twice_is_drawn_once(tmp_path: Path) -> None:
+    row = {"loss/bytes": 1.25, "loss/total": 1.2500001, "tokens/bytes_share": 1.0}
+    row |= {"targets/bytes_share": 1.0, "data/token_shares/bytes": 1.0}
+    write(tmp_path, "metrics.jsonl", [{"step": s, **row} for s in (1, 2)])
+    found = charts(build_report(tmp_path).read_text())
+    assert list(found) == ["Loss"] and list(found["Loss"]["lines"]) == ["bytes"]
 
 
 def index_row(step: int, number: int, prompt: Any, to: str, file: str) -> dict[str, Any]:
@@ -344,4 +360,8 @@ def test_steps_that_were_not_logged_count(tmp_path: Path) -> None:
     write(tmp_path, "metrics.jsonl", [{"step": s, **row} for s in (10, 20)])
     page = build_report(tmp_path).read_text()
     assert "<dt>time</dt><dd>40 s</dd>" in page and "<dt>tokens seen</dt><dd>4000</dd>" in page
+    counts = {"tokens/seen": 3_210_000, "data/epoch": 1.5}
+    write(tmp_path, "metrics.jsonl", [{"step": s, **row, **counts} for s in (10, 20)])
+    page = build_report(tmp_path).read_text()
+    assert "<dt>tokens seen</dt><dd>3.21M</dd>" in page and "<dt>epochs</dt><dd>1.5</dd>" in page
     assert "<th>waiting for data</th>" in page and "<td>10 s</td><td>25.0 %</td>" in page

@@ -251,15 +251,18 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
         shown = Progress(ProgressConfig(every_s=every))
         shown.on_stage_start(main)
         shown.post_step(main, 3, {"loss/total": 1.5, "val/loss": 2.0})
-        shown.post_step(main, 4, {"loss/total": 1.25, "perf/tokens_per_second": 1234.5})
+        metrics = {"loss/total": 1.25, "perf/tokens_per_second": 1234.5}
+        shown.post_step(main, 4, metrics | {"tokens/seen": 4_128_000, "data/epoch": 1.234})
         said = capsys.readouterr().err.splitlines()
         assert len(said) == lines
         if lines:
             assert said[0] == "toys 3/12 loss 1.5000 held-out 2.0000 ETA 0:00"
-            assert said[1].startswith("toys 4/12 loss 1.2500 held-out 2.0000 1,234 tokens/s ETA")
+            tail = "loss 1.2500 held-out 2.0000 1,234 tokens/s 4.1M tokens seen epoch 1.23"
+            assert said[1].startswith(f"toys 4/12 {tail} ETA")
         shown.on_end(training(run=run, step=12, steps=12))
         (end,) = capsys.readouterr().err.splitlines()
-        assert end.startswith("toys 12/12 loss 1.2500 held-out 2.0000 1,234 tokens/s in 0:0")
+        tail = "loss 1.2500 held-out 2.0000 1,234 tokens/s 4.1M tokens seen epoch 1.23"
+        assert end.startswith(f"toys 12/12 {tail} in 0:0")
     other = training(run=run, is_main=False)
     quiet = Progress(ProgressConfig(every_s=1e-9))
     quiet.on_stage_start(other)

@@ -57,6 +57,11 @@ def test_resume_is_bit_exact(tmp_path: Path, stage: int, precision: str) -> None
     again = train(halves)
     assert again["resumed_from"] == 3 and again["new_steps"] == 3
     assert losses(whole) == losses(halves)
+    read, total = [row["tokens/seen"] for row in rows(whole)], 0
+    assert [row["tokens/seen"] for row in rows(halves)] == read
+    for row, seen in zip(rows(whole), read, strict=True):
+        total += round(row["perf/tokens_per_second"] * row["perf/step_seconds"])
+        assert seen == total > 0
     for kind in ("model", "model.optimizer"):
         a, b = (
             toys.load_file(str(r.folder / "checkpoints" / "step_000006" / f"{kind}.safetensors"))

@@ -109,7 +109,19 @@ def _tail(metrics: dict[str, Any]) -> str:
     for unit in ("tokens", "items"):
         if f"perf/{unit}_per_second" in metrics:
             parts.append(f"{metrics[f'perf/{unit}_per_second']:,.0f} {unit}/s")
+    if "tokens/seen" in metrics:
+        parts.append(f"{_short(metrics['tokens/seen'])} tokens seen")
+    if "data/epoch" in metrics:
+        parts.append(f"epoch {metrics['data/epoch']:.2f}")
     return " ".join(parts)
+
+
+def _short(n: int) -> str:
+    """A count in four characters or so: 812, 4.1k, 38.2M."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.1f}{unit}"
+    return str(n)
 
 
 def _clock(seconds: float) -> str:

@@ -10,7 +10,8 @@ from mm.trainer.callbacks.base import Callback, Training
 from mm.trainer.callbacks.times import Times
 
 WINDOW, SHARE = 100, 0.1  # steps of a mean: at most, and of the whole run
-CUMULATIVE = ("skipped", "data/rejects/", "data/token_shares/")  # their last value counts
+COUNTS = ("tokens/seen", "items/seen", "data/epoch", "data/rejects/", "data/token_shares/")
+CUMULATIVE = ("skipped", *COUNTS)  # their last value counts
 
 
 class Summary(Callback):
