@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from mm.batch import Batch
+from mm.data.batching.codebooks import lay_out
 from mm.data.batching.collate import (
     EMPTY,
     Piece,
@@ -18,6 +19,7 @@ from mm.data.batching.collate import (
     values_of,
 )
 from mm.data.batching.document import DocumentTokens, Features, document_tokens
+from mm.data.transforms.delay import Delay
 from mm.decoders.base import is_fixed
 from mm.errors import UserError
 from mm.layout import Doc, Grid, Layout
@@ -51,7 +53,7 @@ def require_short(n_tokens: int, most: int, origin: str) -> None:
 class Stream(NamedTuple):
     """Tokens of a prompt, with the values that stand among them."""
 
-    ids: np.ndarray  # (T,) int32
+    ids: np.ndarray  # (T, S) int32
     features: tuple[Features, ...] = ()
     parts: Mapping[str, DocumentTokens] = NONE  # second sequences
 
@@ -63,9 +65,9 @@ class Stream(NamedTuple):
     @property
     def content(self) -> bytes:
         """Equal where two streams are."""
-        out = [self.ids.tobytes(), *map(_content, self.features)]
+        out = [str(self.ids.shape).encode(), self.ids.tobytes(), *map(_content, self.features)]
         for name, part in self.parts.items():
-            out += [name.encode(), part.ids.tobytes(), *map(_content, part.features)]
+            out += [name.encode(), streams_of(part).tobytes(), *map(_content, part.features)]
         return b"|".join(out)
 
 
@@ -80,6 +82,16 @@ class Prompt(NamedTuple):
     null: Stream
     have: int  # local ids of the unfinished span
     limit: int  # most ids of that span
+    known: np.ndarray | None = None  # (longest delay, C) ids of the span's next places, -1 = none
+
+
+def streams_of(d: DocumentTokens) -> np.ndarray:
+    """Ids `(L, S)` of a document."""
+    return d.ids[:, None] if d.codes is None else np.concatenate([d.ids[:, None], d.codes], 1)
+
+
+def _widen(ids: np.ndarray, S: int) -> np.ndarray:
+    return np.pad(ids, ((0, 0), (0, S - ids.shape[1])), constant_values=-1)
 
 
 def check(
@@ -150,12 +162,14 @@ def prepare(
     max_tokens: int | None,
     origin: str,
     repeats: int = 1,
+    delays: Mapping[str, tuple[int, ...]] = NONE,
 ) -> Prompt:
     """Check one prompt and write its token stream up to where generation begins.
 
     A last segment of modality ``to`` and role "target" is the unfinished span to go on with; all
     others are conditions, written ``repeats`` times in a row. Without any segment the model is
-    asked unconditionally (null condition).
+    asked unconditionally (null condition). ``delays``: how the model reads codebooks that share a
+    place; then the lengths count places of the first one.
 
     Raises:
         UserError: see `check`; or ``max_tokens`` leaves no room for a span.
@@ -181,7 +195,13 @@ def prepare(
     # As condition dropout in training: every condition becomes a null condition, all together.
     null = [Segment(s.modality, role="condition", part=s.part) for s in conditions]
     given = [segment._replace(role="condition") for segment in conditions]
-    opening = np.concatenate([[target.begin], target.first + prefix]).astype(np.int32)
+    known, given = None, Delay(delays)(given)
+    opening = np.concatenate([[target.begin], target.first + prefix]).astype(np.int32)[:, None]
+    if to in delays:
+        places = lay_out(target.first + prefix, delays[to])
+        n = len(prefix) // spec.n_codebooks
+        begin = _widen(np.array([[target.begin]], np.int32), spec.n_codebooks)
+        opening, known = np.concatenate([begin, places[:n]]), _known(places[n:], delays[to])
 
     def stream(segments: Sequence[Segment]) -> Stream:
         made = document_tokens([s for s in segments if not s.part], vocabulary)
@@ -191,7 +211,10 @@ def prepare(
             )
             for name in sorted({s.part for s in segments} - {""})
         }
-        return Stream(np.concatenate([made.ids, opening]), made.features, parts)
+        told = streams_of(made)
+        S = max(told.shape[1], opening.shape[1])
+        ids = np.concatenate([_widen(told, S), _widen(opening, S)])
+        return Stream(ids, made.features, parts)
 
     total = is_fixed(spec)
     if total is not None:
@@ -209,7 +232,13 @@ def prepare(
                 f"max_tokens={max_tokens}: one frame of '{to}' takes {spec.n_codebooks} ids"
             )
         limit = len(prefix) + room
-    return Prompt(stream(given), stream(null), len(prefix), limit)
+    books = spec.n_codebooks if to in delays else 1
+    return Prompt(stream(given), stream(null), len(prefix) // books, limit // books, known)
+
+
+def _known(places: np.ndarray, delays: Sequence[int]) -> np.ndarray:
+    """What a prompt holds of the places after it, padded to the longest delay."""
+    return np.pad(places, ((0, max(delays) - len(places)), (0, 0)), constant_values=-1)
 
 
 def batch(streams: Sequence[Stream], vocabulary: Vocabulary) -> Batch:
@@ -219,12 +248,15 @@ def batch(streams: Sequence[Stream], vocabulary: Vocabulary) -> Batch:
     """
     T = max(len(stream.ids) for stream in streams)
     begins = [vocabulary.range(modality).begin for modality in vocabulary.modalities]
-    ids = np.full((len(streams), T), -1, np.int32)
+    S = max(stream.ids.shape[1] for stream in streams)
+    ids = np.full((len(streams), T, S), -1, np.int32)
     rows = []
     items: dict[str, list[tuple[int, Features]]] = {}
-    for i, (stream, features, _) in enumerate(streams):
-        ids[i, : len(stream)] = stream
-        modality, grids = vocabulary.modality_of(stream), grids_of(stream, vocabulary)
+    for i, (each, features, _) in enumerate(streams):
+        ids[i, : len(each), : each.shape[1]] = each
+        stream = each[:, 0]
+        modality = vocabulary.modality_of(stream)
+        grids = grids_of(stream, vocabulary, each.shape[1] > 1)
         for f in features:
             modality[f.start : f.start + f.places] = vocabulary.range(f.modality).index
             grids += [Grid(f.start, f.grid)] if f.grid and not f.room else []
@@ -235,7 +267,7 @@ def batch(streams: Sequence[Stream], vocabulary: Vocabulary) -> Batch:
         rows.append([Doc(len(stream), modality=modality, extra=extra, slot=i, grids=grids)])
     layout = Layout.from_rows(rows, T, axes=axes_of(vocabulary))
     lengths = torch.tensor([len(stream.ids) for stream in streams], dtype=torch.int32)
-    tokens = torch.from_numpy(ids)[..., None]
+    tokens = torch.from_numpy(ids)
     names = sorted({name for stream in streams for name in stream.parts})
     return Batch(
         layout,
