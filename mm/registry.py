@@ -166,6 +166,8 @@ HEADS = Registry(
         "classes": "mm.model.heads.classes",
         "multi_token": "mm.model.heads.multi_token",
         "binary": "mm.model.heads.binary",
+        "parallel": "mm.model.heads.parallel",
+        "depth": "mm.model.heads.depth",
     },
 )
 TOKENIZERS = Registry(
@@ -251,6 +253,7 @@ TRANSFORMS = Registry(
         "to_label": "mm.data.transforms.to_label",
         "preference": "mm.data.transforms.preference",
         "to_part": "mm.data.transforms.to_part",
+        "delay": "mm.data.transforms.delay",
     },
 )
 SURGERIES = Registry(

@@ -8,7 +8,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
+
+from pydantic import AfterValidator, Field
 
 NONE: Mapping[str, Any] = {}
 
@@ -50,6 +52,19 @@ class Video(NamedTuple):
 
 
 MODALITY = r"[a-z][a-z0-9_]{0,31}"  # a regular expression: it becomes names of files
+
+
+def _first_begins(delays: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    for modality, each in delays.items():
+        if not each or each[0] != 0:
+            raise ValueError(f"{modality}: the first codebook's delay must be 0")
+    return delays
+
+
+# Modality -> places that each of its codebooks waits, where one place holds a code of each
+Delays = Annotated[
+    dict[str, tuple[Annotated[int, Field(ge=0, le=1024)], ...]], AfterValidator(_first_begins)
+]
 
 
 class TokenSpec(NamedTuple):
@@ -102,7 +117,8 @@ class Encoded(NamedTuple):
 class Segment(NamedTuple):
     """One modality's run in a sequence.
 
-    ``ids`` are local codes (from 0); packing adds the vocabulary range, begin and end.
+    ``ids`` are local codes (from 0); packing adds the vocabulary range, begin and end. (L, C) where
+    each place holds a code of every codebook, -1 = none (transform `delay`).
 
     ``role`` is "target" (has loss), "condition" (has none; with ids None it is the null condition)
     or "label": ids that stand in no sequence, which a head predicts of the whole document.
@@ -142,6 +158,8 @@ class Transform(ABC):
     makes_parts: Sequence[str] = ()  # names of second sequences
     makes_fields: Sequence[str] = ()  # names of fields
     makes_labels: Sequence[str] = ()  # modalities of label segments
+    # Modalities whose codebooks it lays out in one place -> places that each one waits
+    makes_codebooks: Mapping[str, tuple[int, ...]] = NONE
 
     @abstractmethod
     def __call__(self, segments: list[Segment], rng: Any) -> list[Segment] | None:

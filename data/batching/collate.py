@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from mm.batch import Batch, Values
+from mm.data.batching.codebooks import CODES
 from mm.data.batching.document import DEFAULT, DocumentTokens, Features, document_tokens
 from mm.errors import UserError
 from mm.layout import Doc, Grid, Layout, places_of
@@ -36,6 +37,7 @@ class Declared(NamedTuple):
     fields: tuple[str, ...] = ()  # named fields of the layout
     values: tuple[str, ...] = ()  # modalities whose values are predicted
     labels: tuple[str, ...] = ()  # modalities that label documents
+    codebooks: tuple[str, ...] = ()  # modalities with a code of every codebook in one place
 
 
 @lru_cache(maxsize=32)
@@ -51,10 +53,11 @@ def axes_of(vocabulary: Vocabulary) -> int:
     return 1 + max(grids, default=0)
 
 
-def grids_of(ids: np.ndarray, vocabulary: Vocabulary) -> list[Grid]:
+def grids_of(ids: np.ndarray, vocabulary: Vocabulary, streams: bool = False) -> list[Grid]:
     """The grids of a token stream (L,), each after the ``begin`` of its modality.
 
-    A grid that breaks off is told by its length.
+    A grid that breaks off is told by its length. ``streams``: other codebooks may stand in further
+    streams, and a cell then takes one place.
     """
     found = []
     for r, spec in grid_modalities(vocabulary):
@@ -65,6 +68,8 @@ def grids_of(ids: np.ndarray, vocabulary: Vocabulary) -> list[Grid]:
             outside = (codes < r.first) | (codes >= r.stop)
             other = np.flatnonzero(outside & (codes != MASK))
             n = int(other[0]) if len(other) else len(codes)
+            if streams and (codes[:n] < r.first + spec.vocab_size).all():
+                grid = grid._replace(books=1)
             found.append(grid._replace(length=n))
     return found
 
@@ -89,14 +94,15 @@ def to_batch(
         declared: what the batch has besides; default what its documents have.
         part_len: T of second sequences; default the longest row of each.
     Returns:
-        ``ids`` and ``targets`` (B, T, 1) int32, ``weight`` (B, T) float32, ``places["tokens"]``
-        (P,) int32, ``labels["target_modality"]`` (B, T) int32: the range index of the target, 0 =
-        none. ``values[modality]``: the items of continuous modalities, at places without ids. Codes
-        and values of a grid have rows and columns on position axes 1, 2, .. and stand in
-        ``layout.grids``. ``layout.fields.extra["prefix"]`` marks leading conditions. Values that
-        are predicted: ``places[modality]`` (P,) and ``head_targets[modality]`` (P, C). Labels:
-        the first place of each document that has one in ``places[modality]`` (P,), its ids in
-        ``head_targets[modality]`` (P, L), padded with -1. Each of ``parts`` has the same
+        ``ids`` and ``targets`` (B, T, S) int32, S = 1, or the most codebooks in one place,
+        ``weight`` (B, T) float32, ``places["tokens"]`` (P,) int32, of further codebooks
+        ``places["codes"]``, ``labels["target_modality"]`` (B, T) int32: the range index of the
+        target, 0 = none. ``values[modality]``: the items of continuous modalities, at places
+        without ids. Codes and values of a grid have rows and columns on position axes 1, 2, .. and
+        stand in ``layout.grids``. ``layout.fields.extra["prefix"]`` marks leading conditions.
+        Values that are predicted: ``places[modality]`` (P,) and ``head_targets[modality]`` (P, C).
+        Labels: the first place of each document that has one in ``places[modality]`` (P,), its ids
+        in ``head_targets[modality]`` (P, L), padded with -1. Each of ``parts`` has the same
         documents.
     Raises:
         ValueError: a row does not fit ``seq_len``, or more documents than ``max_documents``.
@@ -137,11 +143,12 @@ def pieces_to_batch(
 ) -> Batch:
     """Lay rows of pieces of documents out; the rest as of `to_batch`."""
     axes = axes_of(vocabulary)
-    known = _declared(rows, declared)
+    known = _declared(rows, vocabulary, declared)
     docs = [[_doc(p, vocabulary, axes, known.fields) for p in row] for row in rows]
     layout = Layout.from_rows(docs, seq_len, max_documents, axes)
     B, T = layout.shape
-    ids, targets = np.full((B, T), -1, np.int32), np.full((B, T), -1, np.int32)
+    S = max((vocabulary.spec(m).n_codebooks for m in known.codebooks), default=1)
+    ids, targets = np.full((B, T, S), -1, np.int32), np.full((B, T, S), -1, np.int32)
     weight, goal = np.zeros((B, T), np.float32), np.zeros((B, T), np.int32)
     features: dict[str, list[tuple[int, Features]]] = {}
     goals: dict[str, list[tuple[int, np.ndarray]]] = {m: [] for m in known.values}
@@ -150,7 +157,10 @@ def pieces_to_batch(
         at = 0
         for d, of_target, *_ in row:
             here = slice(at, at + len(d.ids))
-            ids[b, here], targets[b, here] = d.ids, d.targets
+            ids[b, here, 0], targets[b, here, 0] = d.ids, d.targets
+            if d.codes is not None:
+                ids[b, here, 1 : 1 + d.codes.shape[1]] = d.codes
+                targets[b, here, 1 : 1 + d.codes.shape[1]] = d.code_targets
             weight[b, here], goal[b, here] = d.weights, of_target
             for f in d.features:
                 features.setdefault(f.modality, []).append((b * T + at + f.start, f))
@@ -161,9 +171,12 @@ def pieces_to_batch(
                 labels[m].append((b * T + at, label))
             at = here.stop
     predicted = weight > 0
-    if known.values:  # a place that predicts values predicts no id
-        predicted &= targets >= 0
+    of_codes = predicted & (targets[..., 1:] >= 0).any(-1)
+    if known.values or S > 1:  # a place that predicts values, or other codes, predicts no id
+        predicted &= targets[..., 0] >= 0
     places = {TOKENS: torch.from_numpy(np.flatnonzero(predicted).astype(np.int32))}
+    if S > 1:
+        places[CODES] = torch.from_numpy(np.flatnonzero(of_codes).astype(np.int32))
     head_targets = {}
     for m, found in goals.items():
         C = vocabulary.spec(m).n_features
@@ -175,8 +188,8 @@ def pieces_to_batch(
         head_targets[m] = torch.from_numpy(_padded([ids for _, ids in found], -1))
     return Batch(
         layout,
-        torch.from_numpy(ids)[..., None],
-        torch.from_numpy(targets)[..., None],
+        torch.from_numpy(ids),
+        torch.from_numpy(targets),
         torch.from_numpy(weight),
         places=places,
         values={modality: values_of(items) for modality, items in features.items()},
@@ -210,15 +223,24 @@ def _part(
             f"part '{name}': a row of {longest} tokens does not fit data.part_len {size}: raise it"
         )
     pieces = [[Piece(d, d.target_modality) for d in row] for row in own]
-    return pieces_to_batch(
-        pieces, vocabulary, size, max_documents, declared=Declared(fields=known.fields)
-    )
+    declared = Declared(fields=known.fields, codebooks=known.codebooks)
+    return pieces_to_batch(pieces, vocabulary, size, max_documents, declared=declared)
 
 
-def _declared(rows: Sequence[Sequence[Piece]], declared: Declared | None) -> Declared:
+def _in_places(d: DocumentTokens, vocabulary: Vocabulary) -> set[str]:
+    """Modalities of a document that have several codebooks in one place."""
+    if d.codes is None:
+        return set()
+    numbers = np.unique(d.modality[(d.codes >= 0).any(1)]).tolist()
+    return {vocabulary.modalities[number - 1] for number in numbers}
+
+
+def _declared(
+    rows: Sequence[Sequence[Piece]], vocabulary: Vocabulary, declared: Declared | None
+) -> Declared:
     """What the batch has. Raises UserError where a document has what is not declared."""
     docs = [p.tokens for row in rows for p in row]
-    if not any(d.goals or d.labels or d.fields or d.parts for d in docs):
+    if not any(d.goals or d.labels or d.fields or d.parts or d.codes is not None for d in docs):
         return declared or Declared()
     sequences = [s for d in docs for s in (d, *d.parts.values())]
     found = Declared(
@@ -226,6 +248,7 @@ def _declared(rows: Sequence[Sequence[Piece]], declared: Declared | None) -> Dec
         tuple(sorted({name for d in sequences for name in d.fields})),
         tuple(sorted({f.modality for d in docs for f in d.goals})),
         tuple(sorted({m for d in docs for m in d.labels})),
+        tuple(sorted({m for d in sequences for m in _in_places(d, vocabulary)})),
     )
     if declared is None:
         declared = found
@@ -253,7 +276,7 @@ def _doc(p: Piece, vocabulary: Vocabulary, axes: int, fields: Iterable[str]) -> 
         fresh=p.fresh,
         start=p.start,
         grids=[
-            *grids_of(d.ids, vocabulary),
+            *grids_of(d.ids, vocabulary, d.codes is not None),
             *(Grid(f.start, f.grid) for f in d.features if f.grid and not f.room),
         ],
     )

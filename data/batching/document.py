@@ -6,6 +6,8 @@ that are inline stand inside a span of ids, see `borders`. A null condition is t
 of a target segment cost loss. A masked code of a condition is the id ``MASK`` and predicts itself.
 The conditions that a document begins with are its prefix, which `mask: prefix` reads both ways.
 Values stand at places whose id is -1; those of a target are predicted by the place before each.
+Where places hold a code of every codebook, `end` fills the first one from where that is over to
+where all are; predicted is the first of them.
 
 L tokens of one document, C features, A axes of positions.
 """
@@ -18,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mm.data.batching.codebooks import check_places
 from mm.specs import NONE, Segment, TokenSpec
 from mm.vocabulary import MASK, NULL, Range, Vocabulary
 
@@ -73,6 +76,9 @@ class DocumentTokens(NamedTuple):
     fields: Mapping[str, np.ndarray] = NONE  # name -> (L,) int32
     labels: Mapping[str, np.ndarray] = NONE  # modality -> ids of the vocabulary, of no place
     parts: Mapping[str, DocumentTokens] = NONE  # second sequences
+    # (L, C - 1) int32: ids of the further codebooks of each place, -1 = none; None: one id a place
+    codes: np.ndarray | None = None
+    code_targets: np.ndarray | None = None  # (L, C - 1) int32: what each place predicts of them
 
     def part(self, start: int, stop: int) -> DocumentTokens:
         """Tokens ``start`` to ``stop`` alone; the last still predicts what comes after it.
@@ -91,6 +97,8 @@ class DocumentTokens(NamedTuple):
             position=None if self.position is None else self.position[start:stop],
             fields={name: each[start:stop] for name, each in self.fields.items()},
             labels=self.labels if start == 0 else NONE,
+            codes=None if self.codes is None else self.codes[start:stop],
+            code_targets=None if self.code_targets is None else self.code_targets[start:stop],
         )
 
     @property
@@ -213,6 +221,7 @@ def _sequence(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTo
     fields: dict[str, np.ndarray] = {}
     labels: dict[str, np.ndarray] = {}
     position: np.ndarray | None = None
+    further: np.ndarray | None = None
     at, leading = 0, True
     for s, border, length in zip(segments, around, lengths, strict=True):
         if s.role == "label":
@@ -233,6 +242,11 @@ def _sequence(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTo
         r, spec = table.get(s.modality) or (vocabulary.range(s.modality), None)
         codes = np.asarray(s.ids)
         last, stop = first + len(codes), at + length
+        over = last  # the first place that `end` fills
+        if codes.ndim == 2 and spec is not None:
+            over = first + check_places(codes, spec)
+            further = _further(codes[:, 1:], r, first, n, further)
+            codes = codes[: over - first, 0]
         if s.values is not None:
             item = _features(s, first, spec)
             features.append(item)
@@ -247,8 +261,9 @@ def _sequence(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTo
                     f"segment '{s.modality}': code {int(codes.min())}..{int(codes.max())} outside "
                     f"0..{r.stop - r.first - 1}"
                 )
-            stream[first:last] = codes
-            stream[first:last] += r.first
+            stream[first:over] = codes
+            stream[first:over] += r.first
+        stream[over:last] = r.end
         modality[at:stop] = r.index
         if border.begin:
             host = vocabulary.range(border.begin) if border.begin != s.modality else r
@@ -257,22 +272,24 @@ def _sequence(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTo
             host = vocabulary.range(border.end) if border.end != s.modality else r
             stream[last], modality[last] = host.end, host.index
         goal[at:stop] = stream[at:stop]
+        goal[over + 1 : stop] = -1
         leading = leading and s.role == "condition"
         prefix[at:stop] = leading
         if s.role == "target":
-            weight[first:stop] = s.weight
+            weight[first : min(stop, max(over + 1, last))] = s.weight
         if "masked" in s.fields:
             hidden.append((_masked(s, first), s.weight))
         if s.position is not None:
             position = _positions(s, first, n, position)
         if s.targets is not None:
             other = np.asarray(s.targets)
-            own = other[: len(codes)]
-            if s.values is None:
-                goal[first:last] = np.where(own < 0, -1, own + r.first)
-            weight[first:last] *= own >= 0
+            if np.ndim(s.ids) == 1:
+                own = other[: len(codes)]
+                if s.values is None:
+                    goal[first:last] = np.where(own < 0, -1, own + r.first)
+                weight[first:last] *= own >= 0
             if (
-                len(other) > len(codes) and other[-1] < 0
+                len(other) > len(s.ids) and other[-1] < 0
             ):  # cut short: `end` stands here, but not because the item ends
                 weight[last:stop] = 0.0
         at = stop
@@ -293,7 +310,25 @@ def _sequence(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTo
         position,
         fields,
         labels,
+        codes=further,
+        code_targets=None if further is None else _next(further),
     )
+
+
+def _next(codes: np.ndarray) -> np.ndarray:
+    """What each place predicts of ``codes`` (L, C - 1); the last one nothing."""
+    return np.pad(codes[1:], ((0, 1), (0, 0)), constant_values=-1)
+
+
+def _further(
+    codes: np.ndarray, r: Range, first: int, n: int, have: np.ndarray | None
+) -> np.ndarray:
+    """``have`` with the further codebooks of a segment whose first code stands at ``first``."""
+    before = np.full((n, 0), -1, np.int32) if have is None else have
+    more = max(0, codes.shape[1] - before.shape[1])
+    out = np.pad(before, ((0, 0), (0, more)), constant_values=-1)
+    out[first : first + len(codes), : codes.shape[1]] = np.where(codes < 0, -1, codes + r.first)
+    return out
 
 
 def _features(s: Segment, start: int, spec: TokenSpec | None) -> Features:
@@ -315,8 +350,10 @@ def _features(s: Segment, start: int, spec: TokenSpec | None) -> Features:
 
 def _masked(s: Segment, first: int) -> np.ndarray:
     """Places of the hidden codes of a condition."""
-    if s.role != "condition" or s.values is not None:
-        raise ValueError(f"segment '{s.modality}': only codes of a condition can be masked")
+    if s.role != "condition" or s.values is not None or np.ndim(s.ids) != 1:
+        raise ValueError(
+            f"segment '{s.modality}': only codes of a condition, one a place, can be masked"
+        )
     return first + np.flatnonzero(s.fields["masked"])
 
 

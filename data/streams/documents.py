@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from mm.config import Config
+from mm.data.batching.codebooks import CODES
 from mm.data.batching.collate import Declared
 from mm.data.batching.document import segment_lengths
 from mm.data.chat.loss import sample_segments
@@ -24,7 +26,7 @@ from mm.data.transforms.compose import chain
 from mm.errors import UserError
 from mm.launch import environment
 from mm.registry import TransformField
-from mm.specs import Segment
+from mm.specs import Segment, Transform
 from mm.vocabulary import Vocabulary
 
 Positive = Annotated[float, Field(gt=0)]
@@ -200,10 +202,38 @@ class DocumentStream(Stream, Generic[C]):
             gather(part.makes_fields for part in own),
             tuple(sorted(values & {name for task in tasks for name in task.targets})),
             gather(part.makes_labels for part in own),
+            tuple(sorted(self._delays(own))),
         )
 
-    def require_heads(self, heads: Sequence[str]) -> None:
-        """Raise UserError where no head of the model predicts what the transforms make a target."""
+    def _delays(self, own: Sequence[Transform]) -> dict[str, tuple[int, ...]]:
+        """How the transforms lay codebooks out. Raises UserError where a vocabulary differs."""
+        found: dict[str, tuple[int, ...]] = {}
+        for m, delays in ((m, d) for part in own for m, d in part.makes_codebooks.items()):
+            if len(delays) != (n := self.vocabulary.spec(m).n_codebooks):
+                raise UserError(
+                    f"transform delay: '{m}' has {n} codebooks, and delays.{m} names {len(delays)}"
+                )
+            if found.setdefault(m, delays) != delays:
+                raise UserError(f"transform delay: two sources lay '{m}' out in two ways")
+        return found
+
+    def require_heads(self, heads: Mapping[str, Any]) -> None:
+        """Raise UserError where no head of the model predicts what the transforms make a target.
+
+        Args:
+            heads: configs by name.
+        """
+        laid = self._delays([part for chain in self.transforms for part in chain.parts])
+        said = getattr(heads.get(CODES), "delays", {})
+        for m in sorted({*laid, *(m for m in said if m in self.vocabulary.modalities)}):
+            if laid.get(m) != said.get(m):
+                shown = json.dumps({m: laid.get(m) or said.get(m)})
+                raise UserError(
+                    f"'{m}' is laid out with delays {list(laid.get(m, ())) or 'none'}, "
+                    f"model.heads.{CODES} says {list(said.get(m, ())) or 'none'}: set both alike, "
+                    f"such as delays={shown} of the last transform (kind: delay) and of "
+                    f"model.heads.{CODES} (kind: parallel or depth)"
+                )
         for kind in ("values", "labels"):
             for name in getattr(self.declared, kind):
                 if name not in heads:

@@ -71,6 +71,7 @@ def window(s: Segment, start: int, stop: int) -> Segment:
     )
     # Of values, 0: each predicts itself
     own = ids if s.values is None else np.zeros(len(ids), np.int32)
+    own = own[:, 0] if np.ndim(own) == 2 else own
     targets = own if s.targets is None else s.targets[start:stop]
     if stop < len(s.ids):
         targets = np.append(targets, -1)

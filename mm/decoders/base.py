@@ -40,6 +40,17 @@ class Ask:
     indices: Sequence[int] | None = (
         None  # (N,) number of each sequence in the noise; default 0, 1, 2, ...
     )
+    # Places that each codebook waits, where one place holds a code of each: then `have` and `limit`
+    # count places of the first one. (): one id a place
+    delays: tuple[int, ...] = ()
+    # (N, longest delay, C) ids that the prompt holds of the places after it, -1 = none
+    known: np.ndarray | None = None
+
+    @property
+    def spec(self) -> TokenSpec:
+        """That of ``to``, of a single codebook where all share a place."""
+        spec = self.vocabulary.spec(self.to)
+        return spec._replace(n_codebooks=1) if self.delays else spec
 
 
 @dataclass(slots=True)
@@ -55,10 +66,12 @@ class Session:
     memo: dict[str, Any] = field(
         default_factory=dict
     )  # tables that a rule wants to compute once a session
+    one_book: bool = False  # a place holds codes of all codebooks: the rules see the first one
 
     @property
     def spec(self) -> TokenSpec:
-        return self.vocabulary.spec(self.to)
+        spec = self.vocabulary.spec(self.to)
+        return spec._replace(n_codebooks=1) if self.one_book else spec
 
     @property
     def range(self) -> Range:
@@ -84,6 +97,8 @@ class Decoder(ABC):
         rules: Sequence[Rule],
     ) -> Iterator[Tensor]:
         """Yield `(N,)` int64 CPU tensors of vocabulary ids, one a step; -1 where one is done.
+
+        With ``ask.delays`` `(N, C)`, -1 also where a place has no code of a codebook.
 
         Args:
             nets: "model" is a language model with `initial_state(n, max_len)`.

@@ -16,6 +16,7 @@ from mm.data.batching.document import of_array
 from mm.data.modalities.base import TEXT, table
 from mm.decoders import rules as rule_kinds
 from mm.decoders.base import Ask, Rule, is_fixed
+from mm.decoders.books import delays_of, local_codes
 from mm.decoders.folder import Tokenizers, load
 from mm.decoders.media import save_media
 from mm.decoders.prompts import (
@@ -77,13 +78,13 @@ def stream_tokens(
 ) -> Iterator[Tensor]:
     """Generate one span of modality ``to`` for each prompt, step by step.
 
-    Arguments as for `generate_tokens`. Yields `(N,)` int64 CPU tensors of vocabulary ids (the
-    span's end included); -1 where a sequence is done.
+    Arguments as for `generate_tokens`, yields as `Decoder.run`; the span's end is included.
     """
     require_causal(model, vocabulary, to)
     ask_rules = rule_kinds.sampling(temperature, top_k, top_p, cfg_scale, rules)
+    delays = delays_of(model)
     ready = [
-        prepare(p, to, vocabulary, max_tokens, f"prompt {i}", repeats)
+        prepare(p, to, vocabulary, max_tokens, f"prompt {i}", repeats, delays)
         for i, p in enumerate(prompts)
     ]
     for i, p in enumerate(ready):
@@ -103,6 +104,8 @@ def stream_tokens(
         temperature == 0,
         seed,
         indices,
+        delays.get(to, ()),
+        np.array([p.known for p in ready]) if to in delays else None,
     )
     device = next(model.parameters()).device
     run = DECODERS.parse(decoder).build().run
@@ -156,8 +159,8 @@ def generate_tokens(
         ids = torch.stack(steps, 1).numpy()
         for segments, row in zip(some, ids, strict=True):
             continued = segments[-1].ids if continues(segments, to) else ()
-            codes = row[(row >= target.first) & (row < target.stop)] - target.first
-            spans.append(np.concatenate([np.asarray(continued, np.int64), codes]).astype(np.int32))
+            continued = np.asarray(continued, np.int64)
+            spans.append(local_codes(row, continued, target, delays_of(model).get(to, ())))
     return spans
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from mm.batch import Batch
+from mm.data.batching.codebooks import lay_out
 from mm.data.batching.collate import (
     EMPTY,
     Piece,
@@ -23,6 +24,7 @@ from mm.data.batching.document import (
     document_tokens,
     segment_lengths,
 )
+from mm.data.transforms.delay import Delay
 from mm.decoders.base import is_fixed
 from mm.errors import UserError
 from mm.layout import Doc, Grid, Layout
@@ -56,7 +58,7 @@ def require_short(n_tokens: int, most: int, origin: str) -> None:
 class Stream(NamedTuple):
     """Tokens of a prompt, with the values that stand among them."""
 
-    ids: np.ndarray  # (T,) int32
+    ids: np.ndarray  # (T, S) int32
     features: tuple[Features, ...] = ()
     parts: Mapping[str, DocumentTokens] = NONE  # second sequences
     opening: int = 0  # tokens before what is generated, its begin, and what of it is given
@@ -69,9 +71,10 @@ class Stream(NamedTuple):
     @property
     def content(self) -> bytes:
         """Equal where two streams are."""
-        out = [self.ids.tobytes(), b"%d" % self.opening, *map(_content, self.features)]
+        out = [str(self.ids.shape).encode(), self.ids.tobytes(), b"%d" % self.opening]
+        out += map(_content, self.features)
         for name, part in self.parts.items():
-            out += [name.encode(), part.ids.tobytes(), *map(_content, part.features)]
+            out += [name.encode(), streams_of(part).tobytes(), *map(_content, part.features)]
         return b"|".join(out)
 
 
@@ -86,6 +89,16 @@ class Prompt(NamedTuple):
     null: Stream
     have: int  # local ids of the unfinished span
     limit: int  # most ids of that span
+    known: np.ndarray | None = None  # (longest delay, C) ids of the span's next places, -1 = none
+
+
+def streams_of(d: DocumentTokens) -> np.ndarray:
+    """Ids `(L, S)` of a document."""
+    return d.ids[:, None] if d.codes is None else np.concatenate([d.ids[:, None], d.codes], 1)
+
+
+def _widen(ids: np.ndarray, S: int) -> np.ndarray:
+    return np.pad(ids, ((0, 0), (0, S - ids.shape[1])), constant_values=-1)
 
 
 def check(
@@ -156,12 +169,14 @@ def prepare(
     max_tokens: int | None,
     origin: str,
     repeats: int = 1,
+    delays: Mapping[str, tuple[int, ...]] = NONE,
 ) -> Prompt:
     """Check one prompt and write its token stream up to where generation begins.
 
     A last segment of modality ``to`` and role "target" is the unfinished span to go on with; all
     others are conditions, written ``repeats`` times in a row. Without any segment the model is
-    asked unconditionally (null condition).
+    asked unconditionally (null condition). ``delays``: how the model reads codebooks that share a
+    place; then the lengths count places of the first one.
 
     Raises:
         UserError: see `check`; or ``max_tokens`` leaves no room for a span.
@@ -187,18 +202,31 @@ def prepare(
     # As condition dropout in training: every condition becomes a null condition, all together.
     null = [Segment(s.modality, role="condition", part=s.part) for s in conditions]
     given = [segment._replace(role="condition") for segment in conditions]
+    known: np.ndarray | None = None
+    given = Delay(delays)(given)
     begun = Segment(to, prefix, role="target")
+    if to in delays:
+        target = vocabulary.range(to)
+        places = lay_out(target.first + prefix, delays[to])
+        n = len(prefix) // spec.n_codebooks
+        begin = _widen(np.array([[target.begin]], np.int32), spec.n_codebooks)
+        opening, known = np.concatenate([begin, places[:n]]), _known(places[n:], delays[to])
 
     def stream(segments: Sequence[Segment]) -> Stream:
-        main = [*(s for s in segments if not s.part), begun]
-        made, opening = document_tokens(main, vocabulary), segment_lengths(main)[-1]
+        main = [s for s in segments if not s.part] + ([begun] if known is None else [])
+        made, lengths = document_tokens(main, vocabulary), segment_lengths(main)
+        told = streams_of(made)
         parts = {
             name: document_tokens(
                 [s._replace(part="") for s in segments if s.part == name], vocabulary
             )
             for name in sorted({s.part for s in segments} - {""})
         }
-        return Stream(made.ids[:-1], made.features, parts, len(made.ids) - opening)
+        if known is None:
+            return Stream(told[:-1], made.features, parts, len(told) - lengths[-1])
+        S = max(told.shape[1], opening.shape[1])
+        ids = np.concatenate([_widen(told, S), _widen(opening, S)])
+        return Stream(ids, made.features, parts, len(told))
 
     total = is_fixed(spec)
     if total is not None:
@@ -216,7 +244,13 @@ def prepare(
                 f"max_tokens={max_tokens}: one frame of '{to}' takes {spec.n_codebooks} ids"
             )
         limit = len(prefix) + room
-    return Prompt(stream(given), stream(null), len(prefix), limit)
+    books = spec.n_codebooks if to in delays else 1
+    return Prompt(stream(given), stream(null), len(prefix) // books, limit // books, known)
+
+
+def _known(places: np.ndarray, delays: Sequence[int]) -> np.ndarray:
+    """What a prompt holds of the places after it, padded to the longest delay."""
+    return np.pad(places, ((0, max(delays) - len(places)), (0, 0)), constant_values=-1)
 
 
 def batch(streams: Sequence[Stream], vocabulary: Vocabulary) -> Batch:
@@ -225,12 +259,15 @@ def batch(streams: Sequence[Stream], vocabulary: Vocabulary) -> Batch:
     What stands before the span that is generated is the prefix.
     """
     T = max(len(stream.ids) for stream in streams)
-    ids = np.full((len(streams), T), -1, np.int32)
+    S = max(stream.ids.shape[1] for stream in streams)
+    ids = np.full((len(streams), T, S), -1, np.int32)
     rows = []
     items: dict[str, list[tuple[int, Features]]] = {}
-    for i, (stream, features, _, opening) in enumerate(streams):
-        ids[i, : len(stream)] = stream
-        modality, grids = vocabulary.modality_of(stream), grids_of(stream, vocabulary)
+    for i, (each, features, _, opening) in enumerate(streams):
+        ids[i, : len(each), : each.shape[1]] = each
+        stream = each[:, 0]
+        modality = vocabulary.modality_of(stream)
+        grids = grids_of(stream, vocabulary, each.shape[1] > 1)
         for f in features:
             modality[f.start : f.start + f.places] = vocabulary.range(f.modality).index
             grids += [Grid(f.start, f.grid)] if f.grid and not f.room else []
@@ -240,7 +277,7 @@ def batch(streams: Sequence[Stream], vocabulary: Vocabulary) -> Batch:
         rows.append([Doc(len(stream), modality=modality, extra=extra, slot=i, grids=grids)])
     layout = Layout.from_rows(rows, T, axes=axes_of(vocabulary))
     lengths = torch.tensor([len(stream.ids) for stream in streams], dtype=torch.int32)
-    tokens = torch.from_numpy(ids)[..., None]
+    tokens = torch.from_numpy(ids)
     names = sorted({name for stream in streams for name in stream.parts})
     return Batch(
         layout,

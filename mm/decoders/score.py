@@ -9,8 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from mm.data.batching.codebooks import CODES
 from mm.data.batching.collate import to_batch
 from mm.data.batching.document import document_length
+from mm.data.transforms.delay import Delay
+from mm.decoders.books import delays_of
 from mm.decoders.prompts import require_causal
 from mm.specs import Segment
 from mm.vocabulary import Vocabulary
@@ -47,6 +50,8 @@ def sequence_nll(
     for modality in sorted({s.modality for d in documents for s in d if s.role == "target"}):
         require_causal(model, vocabulary, modality)
     device = next(model.parameters()).device
+    lay_out = Delay(delays_of(model))
+    documents = [lay_out(list(d)) for d in documents]
     lengths = np.array([document_length(d) for d in documents])
     names = ("", *vocabulary.modalities)
     scores: list[dict[str, tuple[float, int]]] = [{} for _ in documents]
@@ -55,16 +60,25 @@ def sequence_nll(
         longest = int(lengths[order[-1]])
         some = [order.pop() for _ in range(min(len(order), max(1, max_places // max(longest, 1))))]
         b = to_batch([[documents[i]] for i in some], vocabulary)
-        places = b.places["tokens"].long()
-        if len(places) == 0:
+        heads = [h for h in ("tokens", CODES) if len(b.places.get(h, ()))]
+        if not heads:
             continue
         with evaluating(model):
-            out = model(b.to(device), heads=("tokens",))
-        nll = out.heads["tokens"].nll.double().cpu().numpy()
-        row = (places // b.layout.shape[1]).numpy()
-        modality = b.labels["target_modality"].flatten()[places].numpy()
-        for r, i in enumerate(some):
-            for m in np.unique(modality[row == r]):
-                mine = nll[(row == r) & (modality == m)]
-                scores[i][names[m]] = (float(mine.sum()), len(mine))
+            out = model(b.to(device), heads=heads)
+        for head in heads:
+            places = b.places[head].long()
+            nll = out.heads[head].nll.double().cpu().numpy()
+            number = np.ones(len(places), np.int64)
+            if head == CODES:
+                number = (b.targets.flatten(0, 1)[places, 1:] >= 0).sum(-1).numpy()
+            row = (places // b.layout.shape[1]).numpy()
+            modality = b.labels["target_modality"].flatten()[places].numpy()
+            for r, i in enumerate(some):
+                for m in np.unique(modality[row == r]):
+                    mine = (row == r) & (modality == m)
+                    nats, n = scores[i].get(names[m], (0.0, 0))
+                    scores[i][names[m]] = (
+                        nats + float(nll[mine].sum()),
+                        n + int(number[mine].sum()),
+                    )
     return scores

@@ -16,6 +16,7 @@ from mm.mask import Mask
 from mm.model.context import Ctx
 from mm.model.draft import draft_call
 from mm.state import State, join_parts, parts_of
+from mm.vocabulary import Vocabulary
 
 NONE: Mapping[str, Any] = {}
 M = TypeVar("M", bound=nn.Module)
@@ -326,7 +327,8 @@ class Head(Stateful):
 
     reads: str = "hidden"  # the intermediate that it reads
     predicts: str = ""  # whose places and targets of the batch it takes; "" = those of its name
-    predicts_ids: bool = True  # False: it runs where a batch has targets of its own for it
+    predicts_ids: bool = True  # False: it runs where a batch has places or targets of its own
+    vocabulary: Vocabulary = Vocabulary()  # of the model; which ids are of which codebook
     tied: bool = False  # whether its matrix is the embedder's
     weight: Tensor  # the matrix to the ids
 

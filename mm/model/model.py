@@ -101,6 +101,7 @@ class Model(nn.Module):
     def _tie(self) -> None:
         for head in self.heads.values():
             assert isinstance(head, Head)
+            head.vocabulary = self.vocabulary
             if head.tied:
                 head.tie(self.embedder)
 
@@ -199,7 +200,7 @@ class Model(nn.Module):
             assert isinstance(head, Head)
             key = name if name in batch.places else head.predicts
             places, target = batch.places.get(key), batch.head_targets.get(key)
-            if loss and target is None and not head.predicts_ids:
+            if loss and target is None and not head.predicts_ids and key not in batch.places:
                 continue  # of this stage's data none has a target for it, on any rank
             if places is None:
                 places = torch.arange(
@@ -383,9 +384,8 @@ class LmConfig(Config):
 
         Called once on a fresh start, all ranks alike.
 
-        Rows are a fixed random projection of the standardised code vectors, plus 3 % of
-        variance of their own, so that
-        equal vectors (dead codes, codes of other books) can still be told apart.
+        Rows are a fixed random projection of the standardised code vectors, plus 3 % of variance
+        of their own, so that equal vectors (dead codes, other books) can still be told apart.
 
         Args:
             module: the built and initialised `Model`.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mm.batch import Batch
 from mm.config import Config
+from mm.data.batching.codebooks import CODES
 from mm.errors import UserError
 from mm.mask_expression import looks_ahead
 from mm.model.layer import ModelOut
@@ -26,6 +27,7 @@ VALUES, LABEL = "_values", "_label"  # after a modality: losses of its values, o
 class NextTokenConfig(Config):
     """Cross-entropy of the next token, summed per modality of the target.
 
+    Where a place has several codebooks, each code is a target.
     Values that are predicted cost ``<modality>_values`` a place, labels of documents
     ``<modality>_label`` an id: each loss is a mean of its own.
     """
@@ -79,6 +81,8 @@ class NextToken(Objective):
     own. Source: Arora et al. 2024 (arXiv:2407.05483), JRT-RNN: the loss on the prefix.
     """
 
+    reads_codebooks = True
+
     def __init__(self, config: NextTokenConfig, vocabulary: Vocabulary):
         self.config = config
         self.transform = config.transform
@@ -123,6 +127,11 @@ class NextToken(Objective):
     def counts(self, b: Batch) -> dict[str, Tensor]:
         places = b.places[self.config.head]
         counts = self._split(b, b.weight.flatten()[places].float(), places)
+        if CODES in b.places:
+            places = b.places[CODES].long()
+            codes = (b.targets.flatten(0, 1)[places, 1:] >= 0).sum(-1)
+            of_codes = self._split(b, b.weight.flatten()[places].float() * codes, places)
+            counts = {k: n + of_codes[k] for k, n in counts.items()}
         for name, target in b.head_targets.items():
             if target.is_floating_point() or target.dtype == torch.uint8:
                 counts[name + VALUES] = b.weight.flatten()[b.places[name]].float().sum()
@@ -152,7 +161,13 @@ class NextToken(Objective):
             assert nll is not None  # targets were given
             places = b.places[self.config.head]
             weight = b.weight.flatten()[places]
-            losses = self._split(b, nll.float() * weight, places) | self._others(out, b)
+            losses = self._split(b, nll.float() * weight, places)
+            if CODES in b.places:
+                nll, places = out.heads[CODES].nll, b.places[CODES]
+                assert nll is not None
+                of_codes = self._split(b, nll.float() * b.weight.flatten()[places], places)
+                losses = {k: v + of_codes[k] for k, v in losses.items()}
+            losses |= self._others(out, b)
             yield LossTerm(losses | self.aux_losses(out, b), step=i == len(micros) - 1)
 
     def _others(self, out: ModelOut, b: Batch) -> dict[str, Tensor]:

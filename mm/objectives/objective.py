@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -88,6 +88,7 @@ class Objective(ABC):
     """Plug point. The trainer knows no objective by name."""
 
     networks: Mapping[str, Network] = NONE  # "model" is implied
+    reads_codebooks: ClassVar[bool] = False  # a place may be several targets, one a codebook
     transform: Any = None  # config of a Transform, run in the data workers
     weights: Mapping[str, float] = NONE  # of each named loss; default 1
     aux_weights: Mapping[str, float] = NONE  # of losses that modules report; default 0

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mm.batch import Batch
+from mm.data.batching.codebooks import flat_stream
 from mm.errors import UserError
 from mm.model.layer import Head, HeadOut
 from mm.run import Run
@@ -240,11 +241,8 @@ class Look(Callback):
         words, out = self._words, list[dict[str, Any]]()
         if words is None or batch.ids is None:
             return out
-        ids = (
-            batch.ids[..., 0]
-            .flatten()[(batch.layout.fields.document == document).flatten()]
-            .numpy()
-        )
+        own = batch.layout.fields.document == document
+        ids = flat_stream(batch.ids[own].numpy(), words)
         for modality, codes in _runs(ids, words):
             tokenizer = self._tokenizers.get(modality)
             part: dict[str, Any] = {"modality": modality, "tokens": len(codes)}

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mm.batch import Batch
+from mm.data.batching.codebooks import CODES
 from mm.errors import UserError
 from mm.tasks.chance import nats_at
 from mm.trainer.log.metrics import BytesPerToken
@@ -152,15 +153,24 @@ def _targets(b: Batch, modality: str, vocabulary: Vocabulary) -> Tensor:
     (4,) float64. Hidden codes, which predict themselves, are left out.
     """
     label = b.labels.get("target_modality")
-    if label is None or b.ids.shape[-1] != 1:
+    if label is None:
         return torch.zeros(4).double()
     span, spec = vocabulary.range(modality), vocabulary.spec(modality)
     ids, target, weight = b.ids[..., 0].numpy(), b.targets[..., 0].numpy(), b.weight.numpy()
     mine = (weight > 0) & (ids != MASK) & (label.numpy() == span.index)
+    further = np.zeros(0)
+    if CODES in b.places:
+        mine &= target >= 0
+        own = (weight > 0) & (label.numpy() == span.index)
+        codes = (b.targets[..., 1:].numpy() >= 0).sum(-1) * own
+        further = np.repeat(weight.flatten(), codes.flatten()).astype(np.float64)
+        if len(further):
+            spec = spec._replace(n_codebooks=1)
     at = np.arange(ids.shape[1])
     begin = np.maximum.accumulate(np.where(ids == span.begin, at, -1), axis=1)
     is_end = target[mine] == span.end
     nats = nats_at((at - begin)[mine], is_end, spec)
     counted = weight[mine].astype(np.float64)
     found = [counted.sum(), (counted * nats).sum(), len(is_end), (~is_end).sum()]
-    return torch.tensor(found, dtype=torch.float64)
+    more = further.sum(), (further * np.log(max(1, spec.vocab_size))).sum(), *[len(further)] * 2
+    return torch.tensor(found, dtype=torch.float64) + torch.tensor(more, dtype=torch.float64)

@@ -181,10 +181,16 @@ def make_stream(run: Run, index: int, objective: Objective, vocabulary: Vocabula
         rank=ranks.rank,
         world=ranks.world,
     )
+    several = getattr(getattr(stream, "declared", None), "codebooks", ())
+    if several and not objective.reads_codebooks:
+        raise UserError(
+            f"stages.{index}.objective: it learns one id a place, and the transform delay gives "
+            f"'{several[0]}' several: use next_token, or leave the transform out"
+        )
     heads = getattr(run.model, "heads", None)
     if heads is not None and hasattr(stream, "require_heads"):
         try:
-            stream.require_heads([*heads])
+            stream.require_heads(heads)
         except UserError as error:
             raise UserError(f"stages.{index}: {error}") from error
     return stream

@@ -248,7 +248,7 @@ def test_what_does_not_fit_is_refused_by_name(root: Path, model: Any, tmp_path: 
         parse({**adapters, "image": {"kind": "linear", "d_in": 3}})
     asked = stream(root, transform=[{"kind": "any_to_any", "tasks": {"text>image": 1.0}}])
     with pytest.raises(UserError, match=r"'image' is predicted \(values\).*add model.heads.image"):
-        asked.require_heads(["tokens"])
+        asked.require_heads({"tokens": None})
     generator = Generator(model, vocabulary, tokenizers())
     with pytest.raises(UserError, match=r"'image' is values, not ids.*are written of: text"):
         generator.generate([{"text": "x"}], "image")

@@ -73,7 +73,7 @@ def stream_of(segments: list[Segment], to: str) -> list[int]:
 
 def full_logits(model, stream: list[int]) -> torch.Tensor:
     """Logits after a stream by one forward without any state."""
-    b = batch([Stream(np.array(stream, np.int32))], VOCABULARY)
+    b = batch([Stream(np.array(stream, np.int32)[:, None])], VOCABULARY)
     return model(b, heads=("tokens",), loss=False).heads["tokens"].dist.logits.detach().double()
 
 

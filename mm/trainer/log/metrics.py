@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mm.batch import Batch, Sum
+from mm.data.batching.codebooks import flat_stream
 from mm.data.modalities.base import modality_of_value, table
 from mm.specs import Encoded
 from mm.trainer.callbacks.base import Callback, Training
@@ -196,7 +197,7 @@ class BytesPerToken(Callback):
             if values or modality not in tokenizers or seen[0] >= limit:
                 continue
             span = vocabulary.range(modality)
-            codes = [c for b in batches for c in _spans(b, span.begin, span.end)][
+            codes = [c for b in batches for c in _spans(b, vocabulary, span.begin, span.end)][
                 : limit - int(seen[0])
             ]
             if not codes:
@@ -213,10 +214,11 @@ class BytesPerToken(Callback):
         return {m: size / tokens for m, (_, tokens, size) in self.totals.items() if tokens}
 
 
-def _spans(b: Batch, begin: int, end: int) -> list[np.ndarray]:
+def _spans(b: Batch, vocabulary: Vocabulary, begin: int, end: int) -> list[np.ndarray]:
     """Codes of the whole spans ``begin .. end`` of a host batch, whatever their role."""
-    out, ids, targets = [], b.ids[..., 0].numpy(), b.targets[..., 0].numpy()
-    for row in np.where(ids == MASK, targets, ids):  # a hidden code is its own place's target
+    out, ids, targets = [], b.ids.numpy(), b.targets.numpy()
+    for places in np.where(ids == MASK, targets, ids):  # a hidden code is its own place's target
+        row = flat_stream(places, vocabulary)
         stops = np.flatnonzero(row == end)
         for start in np.flatnonzero(row == begin):
             stop = stops[np.searchsorted(stops, start) :][:1]
