@@ -2,7 +2,7 @@
 
 G items, N samples, F latent frames, Q books.
 
-One network for both front ends; it is trained by the objective `codec` and served by
+One network for all front ends; it is trained by the objective `codec` and served by
 `AudioCodecTokenizer`.
 """
 
@@ -20,13 +20,18 @@ from mm.batch import Batch, Sum
 from mm.config import Config
 from mm.model.layer import ModelOut
 from mm.registry import NETWORKS, QuantizerField
+from mm.tokenizers.audio.dac import DacFrontEndConfig
 from mm.tokenizers.audio.layers import Stream
 from mm.tokenizers.audio.losses import valid_samples
 from mm.tokenizers.audio.melcodec import MelFrontEndConfig
 from mm.tokenizers.audio.seanet import SeanetFrontEndConfig
+from mm.tokenizers.audio.seanet_transformer import SeanetTransformerConfig
 from mm.tokenizers.network import TokenizerNetwork
 
-FrontEndConfig = Annotated[MelFrontEndConfig | SeanetFrontEndConfig, Field(discriminator="kind")]
+FrontEndConfig = Annotated[
+    MelFrontEndConfig | SeanetFrontEndConfig | SeanetTransformerConfig | DacFrontEndConfig,
+    Field(discriminator="kind"),
+]
 
 
 class AudioCodec(TokenizerNetwork):
@@ -51,15 +56,16 @@ class AudioCodec(TokenizerNetwork):
         """
         hop = self.samples_per_frame
         wave = wave_GN * valid_samples(length_G, wave_GN.shape[1])
-        wave = nnf.pad(wave, (0, -wave.shape[1] % hop))
-        return self.frontend.encode(wave), valid_samples(
-            (length_G + hop - 1) // hop, wave.shape[1] // hop
-        )
+        if not self.frontend.fills_end:
+            wave = nnf.pad(wave, (0, -wave.shape[1] % hop))
+        z = self.frontend.encode(wave)
+        return z, valid_samples((length_G + hop - 1) // hop, z.shape[1])
 
     def encode(self, wave_GN: Tensor, length_G: Tensor) -> Tensor:
         """Ids (G, F, Q) int64 of waveforms (G, N) with lengths (G,) in samples.
 
-        Frames beyond an item's end are meaningless.
+        Frames beyond an item's end are meaningless. Where the front end has ``whole_items``, what
+        stands behind an item's end changes its last frames: lengths must be equal then.
         """
         z, valid = self.latents(wave_GN, length_G)
         return self.quantizer(z, valid=valid).ids
