@@ -107,8 +107,7 @@ def say_codec(report: Any, out: Path, json: Path | None) -> None:
         f"{spec.n_codebooks} codebooks of {spec.vocab_size} codes for '{spec.modality}'; write "
         f"data in its ids: mm data pack DATA --tokenizers FOLDER, which holds {out.name}"
     )
-    found = {"check": report._asdict() if report else None}
-    write_json(json, {"out": out, **found})
+    write_json(json, {"out": out, "check": report._asdict() if report else None})
 
 
 def say(report: Any, out: Path, json: Path | None) -> None:

@@ -53,8 +53,12 @@ def import_codec(
     if unread := sorted(k for k in c if k not in c.asked and k not in known):
         log.warning("%s: nothing here reads %s", c.origin, few_names(unread, 20))
     config = validate(NETWORKS.get(family.network_kind), values, c.origin)
-    with torch.device("meta"):
-        net: Any = config.build()  # type: ignore[attr-defined]
+    try:
+        with torch.device("meta"):
+            net: Any = config.build()  # type: ignore[attr-defined]
+    except (RuntimeError, ValueError, OverflowError, TypeError) as error:
+        what = " ".join(str(error).split())[:200]
+        raise UserError(f"{c.origin}: makes no network ({what}); copy it again") from None
     assert isinstance(net, TokenizerNetwork)
     with open_checkpoint(folder) as given:
         net.load_state_dict(tensors_of(family, config, net, given), assign=True)
@@ -120,7 +124,7 @@ def tensors_of(
             given.dtype(here[name])  # refuses quantised weights by name
         try:
             joined = line.part.join([given[here[name]].float() for name in line.theirs])
-        except (RuntimeError, ValueError, IndexError) as error:
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
             what = " ".join(str(error).split())[:160]
             raise UserError(f"{given.origin}: {', '.join(line.theirs)}: {what}") from None
         for own, tensor in zip(line.own, joined, strict=True):

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hf_codecs import CASES, IMAGES, RATE, codec, image_tokenizer, wave
+from hf_codecs import CASES, IMAGES, RATE, VQGAN, codec, image_tokenizer, wave
 
 from mm.errors import UserError
+from mm.interchange.family import Settings
 from mm.interchange.read import read_settings
 from mm.interchange.read_codec import TOLERANCE, import_codec
 from mm.registry import CODECS
 from mm.specs import Waveform
+from mm.tokenizers.audio import codec as audio_codec
+from mm.tokenizers.audio.codec import AudioCodec
 from mm.tokenizers.load import load_tokenizer
+
+
+def marked(cases: Iterable[str], slow: str) -> list[Any]:
+    """The cases, one of them in the slow suite."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name == slow else name for name in cases]
 
 
 def theirs(case: str, peer: Any, x: np.ndarray, books: int) -> tuple[torch.Tensor, np.ndarray]:
@@ -39,7 +48,7 @@ def test_every_family_has_a_case() -> None:
     assert {family for family, *_ in CASES.values()} | {*IMAGES} == {*CODECS}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", marked(CASES, "encodec, looks ahead"))
 def test_codes_and_sound_are_those_of_transformers(case: str, tmp_path: Path) -> None:
     peer = codec(tmp_path / "given", case)
     report = import_codec(tmp_path / "given", tmp_path / "ours", read_settings(tmp_path / "given"))
@@ -60,20 +69,27 @@ def test_codes_and_sound_are_those_of_transformers(case: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if "ahead" not in name])
-def test_a_long_signal_in_chunks_has_the_codes_of_the_whole(case: str, tmp_path: Path) -> None:
-    codec(tmp_path / "given", case)
+def test_a_long_signal_in_chunks_has_the_codes_of_the_whole(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = tmp_path / "given"
+    codec(given, case)
     import_codec(given, tmp_path / "ours", read_settings(given), check=False)
     tokenizer: Any = load_tokenizer(tmp_path / "ours")
-    net, hop = tokenizer.net.double(), tokenizer.net.samples_per_frame
-    x = torch.from_numpy(wave(60 * hop)).double()[None]
-    with torch.no_grad():
-        whole, stream = net.encode(x, torch.tensor([60 * hop])), {}
-        parts = [net.encode_stream(part, stream) for part in x.split([20 * hop, hop, 39 * hop], 1)]
-    assert torch.equal(torch.cat(parts, 1), whole)
+    hop = tokenizer.net.samples_per_frame
+    x = Waveform(wave(60 * hop + hop // 2 + 1), RATE)
+    (whole,) = tokenizer.encode([x])
+    calls: list[int] = []
+    stream = AudioCodec.encode_stream
+    count = lambda net, part, kept: (calls.append(part.shape[1]), stream(net, part, kept))[1]
+    monkeypatch.setattr(AudioCodec, "encode_stream", count)
+    monkeypatch.setattr(audio_codec, "LONG", 17)
+    (chunked,) = tokenizer.encode([x])
+    assert calls == [17 * hop] * 3 + [9 * hop + hop // 2 + 1]
+    assert np.array_equal(chunked.ids, whole.ids)
 
 
-@pytest.mark.parametrize("family", IMAGES)
+@pytest.mark.parametrize("family", marked(IMAGES, "janus"))
 def test_codes_and_pixels_are_those_of_transformers(family: str, tmp_path: Path) -> None:
     given, out = tmp_path / "given", tmp_path / "ours"
     peer = image_tokenizer(given, family)
@@ -119,24 +135,50 @@ def change(path: Path, **more: Any) -> None:
     path.write_text(json.dumps({**values, **more}))
 
 
-def test_refusals_of_encodec(tmp_path: Path) -> None:
-    given, out = tmp_path / "given", tmp_path / "out"
-    codec(given, "encodec")
-    kept = (given / "config.json").read_text()
-    for key, value in (
+KEYS: dict[str, list[tuple[str, Any]]] = {
+    "encodec": [
         ("audio_channels", 2),
         ("norm_type", "time_group_norm"),
         ("normalize", True),
         ("chunk_length_s", 1.0),
-        ("pad_mode", "circular"),
+        ("trim_right_ratio", 0.5),
+        ("pad_mode", ["circular"]),
+        ("use_causal_conv", "no"),
         ("codebook_dim", 4),
-        ("target_bandwidths", []),
+        ("codebook_size", 1),
+        ("target_bandwidths", [float("nan")]),
         ("upsampling_ratios", [0]),
         ("num_filters", 10**9),
-    ):
-        change(given / "config.json", **{key: value})
-        refused(given, f"config.json: {key} = ", out)
-        (given / "config.json").write_text(kept)
+    ],
+    "mimi": [
+        ("audio_channels", 2),
+        ("use_causal_conv", False),
+        ("attention_bias", True),
+        ("hidden_act", "swish2"),
+        ("frame_rate", 7.0),
+        ("codebook_dim", 5),
+        ("num_hidden_layers", 10**6),
+    ],
+    "dac": [("hop_length", 7), ("hidden_size", 5), ("decoder_hidden_size", 6)],
+    "janus_vqgan": [("double_latent", True), ("in_channels", 1), ("channel_multiplier", 2)],
+}
+
+
+@pytest.mark.parametrize("family", KEYS)
+def test_a_key_without_an_equal_is_named(family: str) -> None:
+    settings = next((case[3] for case in CASES.values() if case[0] == family), VQGAN)
+    kind: Any = CODECS.parse(family)
+    none = Settings({}, "preprocessor_config.json")
+    kind.network(Settings(settings, "config.json"), none, None)
+    for key, value in KEYS[family]:
+        with pytest.raises(UserError, match=f"^config.json: {key} = "):
+            kind.network(Settings({**settings, key: value}, "config.json"), none, None)
+
+
+def test_refusals_of_encodec(tmp_path: Path) -> None:
+    given, out = tmp_path / "given", tmp_path / "out"
+    codec(given, "encodec")
+    kept = (given / "config.json").read_text()
     change(given / "preprocessor_config.json", sampling_rate=16000)
     refused(given, "sampling_rate = '16000' is not that of config.json, 8000", out)
     change(given / "preprocessor_config.json", sampling_rate=RATE, feature_size=2)

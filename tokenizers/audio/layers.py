@@ -95,15 +95,14 @@ class CausalConv1d(nn.Module):
     def forward(self, x_GCT: Tensor, stream: Stream | None = None) -> Tensor:
         """(G, C, T) -> (G, C', ceil(T / stride)).
 
-        Chunks of a stream are multiples of ``stride``.
+        Chunks of a stream are multiples of ``stride``; one that is not is its last.
         """
         extra = -x_GCT.shape[-1] % self.stride
         if stream is None:
             x = pad(x_GCT, self.context, extra, self.padding)
-        elif extra:
-            raise ValueError(f"a chunk of {x_GCT.shape[-1]} steps is no multiple of {self.stride}")
         else:
             x = with_left(x_GCT, self.context, self, stream, self.padding)
+            x = pad(x, 0, extra, self.padding) if extra else x
         return nnf.conv1d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 

@@ -61,6 +61,8 @@ class Encodec(AudioFamily):
             if c.get(key) is not None:
                 raise c.refuse(key, "has no equal here; only null has: signals are not cut")
         hidden, size = bounded(c, "hidden_size"), bounded(c, "codebook_size")
+        if size < 2:
+            raise c.refuse("codebook_size", "is no choice of codes")
         c.only("codebook_dim", hidden, hidden)
         front, rate = seanet.front_end(c), self.sampling_rate(c, before)
         rates = c["target_bandwidths"]

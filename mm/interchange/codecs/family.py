@@ -157,6 +157,13 @@ def bounded(c: Settings, key: str, default: int | None = None, most: int = 2**20
     return value
 
 
+def flag(c: Settings, key: str) -> bool:
+    """True or false. Raises UserError naming the key."""
+    if type(c[key]) is not bool:
+        raise c.refuse(key, "is neither true nor false")
+    return c[key]
+
+
 class Pointwise(Part):
     """A convolution of one tap as a matrix."""
 

@@ -89,7 +89,8 @@ class JanusVqgan(TokenizerFamily):
         for key in ("image_mean", "image_std"):
             if before.get(key, 0.5) not in ([0.5] * 3, 0.5):
                 raise before.refuse(key, "has no equal here; only 0.5 (values from -1 to 1) has")
-        if abs(float(before.get("rescale_factor", 1 / 255)) - 1 / 255) > 1e-9:
+        scale = before.get("rescale_factor", 1 / 255)
+        if not isinstance(scale, int | float) or abs(scale - 1 / 255) > 1e-9:
             raise before.refuse("rescale_factor", "has no equal here; only 1 / 255 has")
         sides = before.get("size", size)
         for side in sides.values() if isinstance(sides, dict) else (sides,):

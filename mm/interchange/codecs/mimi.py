@@ -71,12 +71,14 @@ class Mimi(AudioFamily):
         c = c.with_usual(USUAL)
         c.only("use_causal_conv", True)
         c.only("attention_bias", False)
+        c.only("normalize", False)
         front, rate = seanet.front_end(c), self.sampling_rate(c, before)
         W, heads = bounded(c, "hidden_size"), bounded(c, "num_attention_heads")
         inner = math.ceil(rate / math.prod(front["strides"]))
         outer = c.get("_frame_rate") or c.get("frame_rate") or inner / 2
-        stride = inner / outer if isinstance(outer, int | float) and outer > 0 else 0
-        if stride < 2 or stride != int(stride) or stride > 64:
+        known = isinstance(outer, int | float) and outer > 0 and math.isfinite(outer)
+        stride = inner / outer if known else 0
+        if not 2 <= stride <= 64 or stride != int(stride):
             raise c.refuse("frame_rate", f"makes no whole stride over {inner} frames a second")
         attention = {
             "kind": "attention",

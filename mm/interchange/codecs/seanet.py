@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mm.interchange.codecs.family import MOST, PADDINGS, bounded, strides_of
+from mm.interchange.codecs.family import MOST, PADDINGS, bounded, flag, strides_of
 from mm.interchange.family import Settings
 from mm.interchange.parts import Entry
 from mm.tokenizers.audio.seanet import SeanetFrontEndConfig
@@ -17,7 +17,8 @@ def front_end(c: Settings) -> dict[str, Any]:
     """Values of our `SeanetFrontEndConfig`, without LSTM. Raises UserError naming a key."""
     c.only("audio_channels", 1)
     c.only("trim_right_ratio", 1.0)
-    if c["pad_mode"] not in PADDINGS:
+    padding = next((ours for name, ours in PADDINGS.items() if name == c["pad_mode"]), None)
+    if padding is None:
         raise c.refuse("pad_mode", f"has no equal here; {', '.join(PADDINGS)} have")
     growth = bounded(c, "dilation_growth_rate")
     units = bounded(c, "num_residual_layers", most=16)
@@ -30,9 +31,9 @@ def front_end(c: Settings) -> dict[str, Any]:
         "last_kernel": bounded(c, "last_kernel_size", most=MOST),
         "residual_kernel": bounded(c, "residual_kernel_size", most=MOST),
         "compress": bounded(c, "compress"),
-        "shortcut": bool(c["use_conv_shortcut"]),
-        "causal": bool(c["use_causal_conv"]),
-        "padding": PADDINGS[c["pad_mode"]],
+        "shortcut": flag(c, "use_conv_shortcut"),
+        "causal": flag(c, "use_causal_conv"),
+        "padding": padding,
         "end": "layers",
     }
 
