@@ -17,6 +17,7 @@ NETWORKS = Registry(
     {
         "lm": "mm.model.model",
         "image_vq": "mm.tokenizers.image.vq",
+        "image_vqgan": "mm.tokenizers.image.vqgan",
         "audio_codec": "mm.tokenizers.audio.codec",
         "patch_critic": "mm.tokenizers.image.critic",
         "ms_stft_critic": "mm.tokenizers.audio.critic",
@@ -177,6 +178,7 @@ TOKENIZERS = Registry(
         "bytes": "mm.tokenizers.text.bytes",
         "hf": "mm.tokenizers.text.hf",
         "image_vq": "mm.tokenizers.image.tokenizer",
+        "image_vqgan": "mm.tokenizers.image.vqgan_tokenizer",
         "image_patches": "mm.tokenizers.image.patches",
         "image_processed": "mm.tokenizers.image.processed",
         "audio_codec": "mm.tokenizers.audio.tokenizer",
@@ -193,6 +195,8 @@ QUANTIZERS = Registry(
         "fsq": "mm.tokenizers.quantizers.fsq",
         "lfq": "mm.tokenizers.quantizers.lfq",
         "rvq": "mm.tokenizers.quantizers.rvq",
+        "factorized_rvq": "mm.tokenizers.quantizers.factorized_rvq",
+        "split_rvq": "mm.tokenizers.quantizers.split_rvq",
     },
 )
 MODALITIES = Registry(
@@ -349,6 +353,9 @@ FAMILIES = Registry(
         "qwen3_next": "mm.interchange.families.qwen3_next",
     },
 )
+_FAMILIES = """llama mistral qwen2 qwen3 qwen3_moe mixtral phi3 olmo2 gemma2 gemma3_text gpt2
+mamba mamba2 recurrent_gemma qwen3_next""".split()
+FAMILIES = Registry("family", {name: f"mm.interchange.families.{name}" for name in _FAMILIES})
 ENCODERS = Registry(
     "encoder",
     {
@@ -358,6 +365,16 @@ ENCODERS = Registry(
         "siglip_vision_model": "mm.interchange.encoders.siglip",
         "vit": "mm.interchange.encoders.vit",
         "whisper": "mm.interchange.encoders.whisper",
+    },
+)
+CODECS = Registry(
+    "codec",
+    {
+        "dac": "mm.interchange.codecs.dac",
+        "encodec": "mm.interchange.codecs.encodec",
+        "janus": "mm.interchange.codecs.janus",
+        "janus_vqgan": "mm.interchange.codecs.janus",
+        "mimi": "mm.interchange.codecs.mimi",
     },
 )
 

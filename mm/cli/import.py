@@ -17,7 +17,8 @@ NoCheck = Annotated[bool, typer.Option("--no-check", help="Compare no logits wit
 @app.command(
     name="import",
     help="Write the model of DIR, a folder in Hugging Face's layout or an adapter in PEFT's "
-    "format, as a saved model for init_from, mm generate, mm eval and mm export.",
+    "format, as a saved model for init_from, mm generate, mm eval and mm export; a codec or an "
+    "image tokenizer as a tokenizer for mm data pack.",
 )
 def import_(
     folder: Annotated[
@@ -27,6 +28,12 @@ def import_(
     base: Annotated[
         Path | None,
         typer.Option("--base", metavar="MODEL", help="Saved model that an adapter is put upon."),
+    ] = None,
+    books: Annotated[
+        int | None,
+        typer.Option(
+            "--books", min=1, help="Codebooks of a codec to use; default: what its config says."
+        ),
     ] = None,
     no_check: NoCheck = False,
     json: JsonFile = None,
@@ -49,12 +56,19 @@ def import_(
         raise UserError(f"--base: {folder} is no adapter (it has no adapter_config.json)")
     from mm.interchange.check import require_peer
     from mm.interchange.read import import_model, read_settings
+    from mm.interchange.read_codec import import_codec
     from mm.interchange.read_encoder import import_encoder
-    from mm.registry import ENCODERS
+    from mm.registry import CODECS, ENCODERS
 
     if not no_check:
         require_peer()
     c = read_settings(folder)
+    if c.get("model_type") in CODECS:
+        report = import_codec(folder, out, c, check=not no_check, books=books)
+        say_codec(report, out, json)
+        return
+    if books is not None:
+        raise UserError(f"--books: {folder} is no codec (its model_type is {c['model_type']!r})")
     if c.get("model_type") in ENCODERS:
         found = import_encoder(folder, out, c, check=not no_check)
         by = "nothing" if found is None else f"transformers: at most {found.difference:.1e} apart"
@@ -75,6 +89,25 @@ def refuse_existing(out: Path) -> None:
     """Raise UserError where a folder would be overwritten."""
     if out.exists():
         raise UserError(f"--out {out}: is there already; name another or remove it")
+
+
+def say_codec(report: Any, out: Path, json: Path | None) -> None:
+    """Print what was written of a codec and what a comparison found."""
+    from mm.tokenizers.load import load_tokenizer
+
+    spec = load_tokenizer(out).spec
+    found = (
+        "its codes were compared with nothing"
+        if report is None
+        else f"{report.codes:,} codes are those of transformers, decoded values at most "
+        f"{report.difference:.1e} apart"
+    )
+    console().print(f"wrote {out}; {found}")
+    console().print(
+        f"{spec.n_codebooks} codebooks of {spec.vocab_size} codes for '{spec.modality}'; write "
+        f"data in its ids: mm data pack DATA --tokenizers FOLDER, which holds {out.name}"
+    )
+    write_json(json, {"out": out, "check": report._asdict() if report else None})
 
 
 def say(report: Any, out: Path, json: Path | None) -> None:

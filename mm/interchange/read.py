@@ -25,7 +25,7 @@ from mm.interchange.weights import Checkpoint, Planned, few_names, open_checkpoi
 from mm.model import folder as files
 from mm.model.model import LmConfig
 from mm.reading import parse_json
-from mm.registry import ENCODERS, FAMILIES
+from mm.registry import CODECS, ENCODERS, FAMILIES
 from mm.tokenizers.text.hf import BESIDE, FILE, ORIGIN, HfConfig, HfTokenizer
 from mm.vocabulary import RESERVED, Vocabulary, extend_vocabulary
 
@@ -92,7 +92,7 @@ def family_of(c: Settings) -> Family:
     """The family that ``model_type`` names. Raises UserError listing those that there are."""
     kind = c["model_type"]
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise c.refuse("model_type", f"is none of: {', '.join([*FAMILIES, *ENCODERS])}")
+        raise c.refuse("model_type", f"is none of: {', '.join([*FAMILIES, *ENCODERS, *CODECS])}")
     family = FAMILIES.parse(kind)
     assert isinstance(family, Family)
     return family

@@ -7,7 +7,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+from data_toys import wav
 from hf_checkpoints import checkpoint
+from hf_codecs import codec
 from source_tree import ROOT
 
 from mm.cli import main as cli
@@ -20,8 +22,13 @@ COMMANDS = [
 
 def test_every_command_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint(tmp_path / "their_model")
+    codec(tmp_path / "their_codec", "encodec")
+    for split, n in (("train", 3), ("test", 2)):
+        (tmp_path / "my_sounds" / split).mkdir(parents=True)
+        for i in range(n):
+            (tmp_path / "my_sounds" / split / f"{i}.wav").write_bytes(wav(i))
     monkeypatch.chdir(tmp_path)
-    assert len(COMMANDS) == 3
+    assert len(COMMANDS) == 7
     for line in COMMANDS:
         assert cli.run(shlex.split(line)[1:]) == 0, line
 

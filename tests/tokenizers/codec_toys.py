@@ -10,6 +10,7 @@ from mm.model.layer import init_weights
 from mm.tokenizers.audio.codec import AudioCodec, AudioCodecConfig
 from mm.tokenizers.audio.melcodec import MelFrontEndConfig
 from mm.tokenizers.audio.seanet import SeanetFrontEndConfig
+from mm.tokenizers.audio.seanet_transformer import SeanetTransformerConfig
 from mm.tokenizers.quantizers.rvq import RvqConfig
 
 FRONT_ENDS = {
@@ -17,6 +18,13 @@ FRONT_ENDS = {
     "seanet": SeanetFrontEndConfig(strides=(2, 4, 5), width=4),
     "seanet_lstm": SeanetFrontEndConfig(
         strides=(2, 4), width=4, lstm_layers=2, residual_dilations=(1, 3)
+    ),
+    "seanet_transformer": SeanetTransformerConfig(
+        seanet=SeanetFrontEndConfig(strides=(2, 4), width=4, last_kernel=3),
+        backbone={
+            "kind": "stack",
+            "mixers": {"attention": {"heads": 2, "head_dim": 4, "window": 5}},
+        },
     ),
 }
 

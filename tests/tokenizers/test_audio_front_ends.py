@@ -67,7 +67,7 @@ def test_chunk_by_chunk_encoding_equals_offline(name):
         assert torch.equal(ids, net.encode(x, torch.tensor([14 * hop] * 2)))
 
 
-@pytest.mark.parametrize("name", ["seanet", "seanet_lstm"])
+@pytest.mark.parametrize("name", ["seanet", "seanet_lstm", "seanet_transformer"])
 def test_chunk_by_chunk_decoding_equals_offline(name):
     front = codec(name).double().frontend
     z, valid = torch.randn(2, 11, 6, dtype=torch.float64), torch.ones(2, 11, dtype=torch.bool)

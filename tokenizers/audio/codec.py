@@ -2,7 +2,7 @@
 
 G items, N samples, F latent frames, Q books.
 
-One network for both front ends; it is trained by the objective `codec` and served by
+One network for all front ends; it is trained by the objective `codec` and served by
 `AudioCodecTokenizer`.
 """
 
@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+import torch
 import torch.nn.functional as nnf
 from pydantic import Field
 from torch import Tensor
@@ -20,13 +21,20 @@ from mm.batch import Batch, Sum
 from mm.config import Config
 from mm.model.layer import ModelOut
 from mm.registry import NETWORKS, QuantizerField
+from mm.tokenizers.audio.dac import DacFrontEndConfig
 from mm.tokenizers.audio.layers import Stream
 from mm.tokenizers.audio.losses import valid_samples
 from mm.tokenizers.audio.melcodec import MelFrontEndConfig
 from mm.tokenizers.audio.seanet import SeanetFrontEndConfig
+from mm.tokenizers.audio.seanet_transformer import SeanetTransformerConfig
 from mm.tokenizers.network import TokenizerNetwork
 
-FrontEndConfig = Annotated[MelFrontEndConfig | SeanetFrontEndConfig, Field(discriminator="kind")]
+LONG = 1024  # frames that are encoded at once
+
+FrontEndConfig = Annotated[
+    MelFrontEndConfig | SeanetFrontEndConfig | SeanetTransformerConfig | DacFrontEndConfig,
+    Field(discriminator="kind"),
+]
 
 
 class AudioCodec(TokenizerNetwork):
@@ -44,30 +52,39 @@ class AudioCodec(TokenizerNetwork):
         self.frontend = config.frontend.build(self.quantizer.d, config.sample_rate)
         self.samples_per_frame: int = self.frontend.samples_per_frame
 
+    def prepare(self, wave_GN: Tensor, length_G: Tensor) -> Tensor:
+        """What the front end reads: silence behind an item's end, whole frames if it needs them."""
+        wave = wave_GN * valid_samples(length_G, wave_GN.shape[1])
+        extra = 0 if self.frontend.fills_end else -wave.shape[1] % self.samples_per_frame
+        return nnf.pad(wave, (0, extra))
+
     def latents(self, wave_GN: Tensor, length_G: Tensor) -> tuple[Tensor, Tensor]:
         """Latents (G, F, D) of zero-padded (G, N), and which are real (G, F) bool.
 
         F = ceil(N / samples_per_frame).
         """
         hop = self.samples_per_frame
-        wave = wave_GN * valid_samples(length_G, wave_GN.shape[1])
-        wave = nnf.pad(wave, (0, -wave.shape[1] % hop))
-        return self.frontend.encode(wave), valid_samples(
-            (length_G + hop - 1) // hop, wave.shape[1] // hop
-        )
+        z = self.frontend.encode(self.prepare(wave_GN, length_G))
+        return z, valid_samples((length_G + hop - 1) // hop, z.shape[1])
 
     def encode(self, wave_GN: Tensor, length_G: Tensor) -> Tensor:
         """Ids (G, F, Q) int64 of waveforms (G, N) with lengths (G,) in samples.
 
-        Frames beyond an item's end are meaningless.
+        Frames beyond an item's end are meaningless. Where the front end has ``whole_items``, what
+        stands behind an item's end changes its last frames: lengths must be equal then. A causal
+        front end reads more than `LONG` frames chunk by chunk: memory grows with a chunk alone.
         """
-        z, valid = self.latents(wave_GN, length_G)
-        return self.quantizer(z, valid=valid).ids
+        wave, chunk = self.prepare(wave_GN, length_G), LONG * self.samples_per_frame
+        if self.frontend.encode_lookahead != 0 or wave.shape[1] <= chunk:
+            return self.quantizer(self.frontend.encode(wave)).ids
+        stream: Stream = {}
+        return torch.cat([self.encode_stream(part, stream) for part in wave.split(chunk, 1)], 1)
 
     def encode_stream(self, wave_GN: Tensor, stream: Stream) -> Tensor:
         """Ids (G, F, Q) of the next chunk; N a multiple of `samples_per_frame`.
 
-        ``stream`` starts as an empty dict.
+        ``stream`` starts as an empty dict. Where the front end fills the end of a signal itself,
+        the last chunk may have any length.
         """
         return self.quantizer(self.frontend.encode(wave_GN, stream)).ids
 

@@ -101,6 +101,9 @@ class IstftHead(nn.Module):
 class MelFrontEnd(nn.Module):
     """Causal encoder, and a decoder that looks ``decode_lookahead`` samples ahead (15 ms)."""
 
+    whole_items = False  # an item's ids are those that it has alone, whatever stands behind its end
+    fills_end = False  # takes whole frames
+
     def __init__(self, config: MelFrontEndConfig, d_code: int, sample_rate: int):
         super().__init__()
         c, self.config, self.sample_rate = config, config, sample_rate

@@ -56,27 +56,33 @@ class AudioCodecTokenizer(ModalityTokenizer):
         waves = [self._samples(raw) for raw in raws]
         if self._wide is None:
             self._wide = copy.deepcopy(self.net).double()
-        codes: list[Encoded] = []
-        size = self.config.batch_size
+        codes = [Encoded(np.zeros(0, np.int32), side={"n_samples": 0}) for _ in waves]
+        books = torch.arange(self.n_codebooks) * self.codebook_size
         with torch.no_grad():
-            for start in range(0, len(waves), size):
-                part = waves[start : start + size]
-                length = torch.tensor([len(w) for w in part])
+            for part in self._batches([len(w) for w in waves]):
+                length = torch.tensor([len(waves[i]) for i in part])
                 padded = torch.nn.utils.rnn.pad_sequence(
-                    [w.double() for w in part], batch_first=True
+                    [waves[i].double() for i in part], batch_first=True
                 )
-                frames = -(-length // self.net.samples_per_frame)
                 if padded.shape[1] == 0:  # nothing but empty clips
-                    codes += [Encoded(np.zeros(0, np.int32), side={"n_samples": 0}) for _ in part]
                     continue
-                ids = self._wide.encode(
-                    padded.to(self.net.quantizer.device), length.to(self.net.quantizer.device)
-                ).cpu()
-                books = torch.arange(self.n_codebooks) * self.codebook_size
-                for row, n, n_frames in zip(ids, length.tolist(), frames.tolist(), strict=True):
-                    flat = (row[:n_frames] + books).reshape(-1).to(torch.int32)
-                    codes.append(Encoded(flat.numpy(), side={"n_samples": n}))
+                device = self.net.quantizer.device
+                ids = self._wide.encode(padded.to(device), length.to(device)).cpu()
+                for row, i in zip(ids, part, strict=True):
+                    n = len(waves[i])
+                    flat = row[: -(-n // self.net.samples_per_frame)] + books
+                    codes[i] = Encoded(
+                        flat.reshape(-1).to(torch.int32).numpy(), side={"n_samples": n}
+                    )
         return codes
+
+    def _batches(self, lengths: list[int]) -> list[list[int]]:
+        """Indices of what is encoded at once: equal lengths, where others would change the ids."""
+        groups: dict[int, list[int]] = {}
+        for i, n in enumerate(lengths):
+            groups.setdefault(n if self.net.frontend.whole_items else 0, []).append(i)
+        size = self.config.batch_size
+        return [g[at : at + size] for g in groups.values() for at in range(0, len(g), size)]
 
     def decode(self, codes: Sequence[Encoded]) -> list[Waveform]:
         """Waveforms at the codec's rate, cut to side's n_samples where that is known.

@@ -16,6 +16,7 @@ from mm.model.layer import init_weights
 from mm.registry import TOKENIZERS
 from mm.specs import Encoded, ModalityTokenizer, TokenSpec
 from mm.tokenizers.image.vq import ImageVq, ImageVqConfig
+from mm.tokenizers.image.vqgan import ImageVqgan
 from mm.tokenizers.load import load_tokenizer
 
 # Every pass has exactly this many images: kernels choose their order of summation by shape, and a
@@ -29,7 +30,7 @@ class ImageVqTokenizer(ModalityTokenizer):
     Decoding gives ``(size, size, 3)`` uint8.
     """
 
-    def __init__(self, config: ImageVqTokenizerConfig, net: ImageVq):
+    def __init__(self, config: ImageVqTokenizerConfig, net: ImageVq | ImageVqgan):
         self.config, self.net = config, net.eval()
         quantizer = net.quantizer
         self.spec = TokenSpec(

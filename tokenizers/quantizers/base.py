@@ -78,6 +78,20 @@ class Quantizer(nn.Module):
         return self.decode(ids[:, None].expand(-1, self.n_codebooks))
 
 
+class Projection(nn.Linear):
+    """A matrix in the precision of what it reads: a quantizer's arithmetic is fp32 or wider."""
+
+    def init_weights(self) -> None:
+        nn.init.orthogonal_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) to (..., d_out)."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+
+
 @contextlib.contextmanager
 def full_precision(z: Tensor) -> Iterator[Tensor]:
     """Yield ``z`` as fp32 (fp64 stays) with autocast off.

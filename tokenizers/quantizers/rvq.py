@@ -29,7 +29,7 @@ class ResidualVectorQuantizer(Quantizer):
     """Q EMA codebooks in a row; the first k of them decode to a coarser version of the same latent.
 
     Code 0 of every book after the first is the zero vector, so one more book can never make a
-    vector's error larger.
+    vector's error larger; ``zero_code`` false leaves it to training.
 
     Source: Zeghidour et al. 2021, arXiv:2107.03312, algorithm 1 and section III-C (k-means start,
     dead codes, quantizer dropout); Defossez et al. 2022, arXiv:2210.13438, section 3.2 (commitment
@@ -43,7 +43,7 @@ class ResidualVectorQuantizer(Quantizer):
             config.codebook_size,
             config.d,
         )
-        self.normalize = config.normalize
+        self.normalize, self.zero_code = config.normalize, config.zero_code
         self.books = nn.ModuleList(
             EmaCodebook(
                 config.codebook_size,
@@ -60,7 +60,7 @@ class ResidualVectorQuantizer(Quantizer):
         self._zero_codes()
 
     def _zero_codes(self) -> None:
-        for book in list(self.books)[1:]:
+        for book in list(self.books)[1:] if self.zero_code else ():
             book.codes[0].zero_()  # type: ignore[union-attr, operator]
 
     def forward(
@@ -145,6 +145,7 @@ class RvqConfig(Config):
         int, Field(ge=0, description="first updates that are Lloyd iterations")
     ] = 10
     restart_below: Annotated[float, Field(ge=0, lt=0.5, description="part of the even share")] = 0.1
+    zero_code: Annotated[bool, Field(description="keep a zero vector in each later book")] = True
 
     def build(self) -> ResidualVectorQuantizer:
         """Allocate the quantizer; `mm.model.layer.init_weights` fills it."""
