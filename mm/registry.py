@@ -353,9 +353,6 @@ FAMILIES = Registry(
         "qwen3_next": "mm.interchange.families.qwen3_next",
     },
 )
-_FAMILIES = """llama mistral qwen2 qwen3 qwen3_moe mixtral phi3 olmo2 gemma2 gemma3_text gpt2
-mamba mamba2 recurrent_gemma qwen3_next""".split()
-FAMILIES = Registry("family", {name: f"mm.interchange.families.{name}" for name in _FAMILIES})
 ENCODERS = Registry(
     "encoder",
     {
