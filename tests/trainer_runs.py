@@ -66,8 +66,17 @@ def losses(run: Run, name: str = "loss/total") -> list[float]:
     return [row[name] for row in rows(run) if name in row]
 
 
-def torchrun(n: int, runs: list[Run], timeout_s: float = 120) -> str:
-    """Train runs one after the other in ``n`` processes; what they wrote to standard error."""
+def torchrun(
+    n: int,
+    runs: list[Run],
+    timeout_s: float = 120,
+    child: str = "trainer_child.py",
+    beside: Callable[[Run], list[str]] = lambda run: [],
+) -> str:
+    """Train runs one after the other in ``n`` processes; what they wrote to standard error.
+
+    ``beside``: arguments of the ``child`` after the YAML of each run.
+    """
     paths = []
     for run in runs:
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +84,7 @@ def torchrun(n: int, runs: list[Run], timeout_s: float = 120) -> str:
         path.write_text(
             configs.dump(run.model_copy(update={"imports": ("trainer_toys", *run.imports)}))
         )
-        paths.append(str(path))
+        paths += [str(path), *beside(run)]
     env = {
         k: v
         for k, v in os.environ.items()
@@ -89,7 +98,7 @@ def torchrun(n: int, runs: list[Run], timeout_s: float = 120) -> str:
         f"--nproc_per_node={n}",
         "--master_addr=127.0.0.1",
         f"--master_port={environment.free_port()}",
-        str(HERE / "trainer_child.py"),
+        str(HERE / child),
         *paths,
     ]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s)

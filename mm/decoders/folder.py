@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,8 @@ from torch import nn
 from mm import config as configs
 from mm.data.chat.template import ChatTemplate
 from mm.errors import UserError
+from mm.hashes import digest
+from mm.model.slices import INDEX, Slices
 from mm.reading import parse_json
 from mm.registry import NetworkField
 from mm.specs import ModalityTokenizer
@@ -75,7 +76,7 @@ def _checkpoint(run: Path, step: Path, trust_code: bool) -> Loaded:
         _Saved, {k: values[k] for k in _Saved.model_fields if k in values}, f"{run}/config.yaml"
     )
     vocabulary = Vocabulary.load(saved.vocabulary)
-    model = load_into(lambda: saved.model.build(vocabulary), step / "model.safetensors")
+    model = load_into(lambda: saved.model.build(vocabulary), step, Slices(step).tensors("model"))
     template, moved = ChatTemplate.load(run), _moved(run / "config.yaml")
     return Loaded(model, vocabulary, dict(saved.tokenizers), template, moved)
 
@@ -103,18 +104,16 @@ class _Saved(configs.Config):
 
 
 def _newest(checkpoints: Path) -> Path | None:
-    """The newest checkpoint whose weights match the hash that was written with them."""
+    """The newest checkpoint whose weights match the hashes that were written with them."""
     steps = [p for p in checkpoints.glob("step_*") if p.name[5:].isdigit()]
     for step in sorted(steps, key=lambda p: int(p.name[5:]), reverse=True):
-        weights, mark = step / "model.safetensors", step / "COMPLETE"
-        if weights.is_file() and mark.is_file():
-            with weights.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            try:
-                if parse_json(mark.read_text()).get(weights.name) == found:
-                    return step
-            except (ValueError, AttributeError):
-                continue
+        try:
+            hashes = parse_json((step / "COMPLETE").read_bytes())
+            paths = [INDEX, *Slices(step).paths("model")]
+            if all(hashes.get(path) == digest(step / path) for path in paths):
+                return step
+        except (OSError, UserError, ValueError, AttributeError, KeyError):
+            continue
     return None
 
 

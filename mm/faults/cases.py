@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mm.faults.bench import Bench
 from mm.faults.case import KILLED, USER_ERROR, Case, resume_and_compare
 from mm.faults.compare import differences
@@ -21,6 +23,7 @@ from mm.faults.stage_cases import (
     rollback_across_border,
 )
 from mm.faults.wandb_server import DOWN, wandb_server
+from mm.model.slices import Slices
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.health.heartbeat import HUNG
 from mm.trainer.health.signals import INTERRUPTED
@@ -44,6 +47,38 @@ def _kills_in_background(bench: Bench, quick: bool) -> Iterator[str]:
         config = bench.config(bench.fresh("background"), checkpoints=keep)
         ended = bench.train(config, faults={"kill_in_save": {"step": 4, "share": share}})
         yield resume_and_compare(bench, config, ended, KILLED)
+
+
+def _one_dies_in_save(bench: Bench, quick: bool) -> Iterator[str]:
+    """One rank of two, while the other writes; in the foreground and in the background."""
+    for background in (False, True):
+        for rank in (1,) if quick else (0, 1):
+            for share in (0.5,) if quick else (0.1, 0.5, 0.9):
+                keep = {"every": 2, "keep_last": 9, "background": background}
+                config = bench.config(bench.fresh("one"), zero=3, checkpoints=keep)
+                fault = {"kill_in_save": {"step": 4, "share": share, "rank": rank}}
+                ended = bench.train(config, world=2, faults=fault, timeout_s=120)
+                saved = checkpoint.newest(bench.folder(config) / "checkpoints")
+                if saved is None or saved.state["step"] != 2 or ended.codes[1 - rank] in (0, -9):
+                    yield f"rank {rank} at {share:.0%}: {ended.codes}: {ended.said[-300:]}"
+                else:
+                    yield resume_and_compare(bench, config, ended, KILLED, world=2)
+
+
+def _one_disk_full(bench: Bench, quick: bool) -> Iterator[str]:
+    """One rank of two gets no room: told by both, and by name."""
+    for background in (False, True):
+        for rank in (1,) if quick else (0, 1):
+            keep = {"every": 2, "keep_last": 9, "background": background}
+            config = bench.config(bench.fresh("quota"), zero=1, checkpoints=keep)
+            fault = {"small_files": {"step": 4, "bytes": 2**14, "rank": rank}}
+            ended = bench.train(config, world=2, faults=fault, timeout_s=120)
+            saved = checkpoint.newest(bench.folder(config) / "checkpoints")
+            told = f"process {rank}: File too large" in ended.said
+            if saved is None or saved.state["step"] != 2 or not told:
+                yield f"rank {rank}: exit codes {ended.codes}: {ended.said[-300:]}"
+            else:
+                yield resume_and_compare(bench, config, ended, USER_ERROR, world=2)
 
 
 def _kill_before_pointer(bench: Bench, quick: bool) -> Iterator[str]:
@@ -121,7 +156,8 @@ def _damage(bench: Bench, quick: bool) -> Iterator[str]:
         path.write_bytes(data)
 
     damages: list[Callable[[Path], Any]] = [flip, Path.unlink, lambda p: p.write_bytes(b"")]
-    files = ("model.safetensors", "model.optimizer.safetensors", "state.json", "COMPLETE")
+    tensors = ("model.safetensors", "model.optimizer.safetensors")
+    files = (*tensors, "state.json", "index.json", "COMPLETE")
     for damage in damages[:2] if quick else damages:
         for name in files[1:2] if quick else files:
             config = bench.config(bench.fresh("damage"))
@@ -141,10 +177,8 @@ def _nan(bench: Bench, quick: bool) -> Iterator[str]:
         if ended.codes != [0, 0]:
             yield f"stage {zero}: exit codes {ended.codes}: {ended.said[-300:]}"
             continue
-        name = "model.safetensors"
-        same = (root / "step_000002" / name).read_bytes() == (
-            root / "step_000003" / name
-        ).read_bytes()
+        two, three = (Slices(root / f"step_00000{step}").tensors("model") for step in (2, 3))
+        same = two.keys() == three.keys() and all(torch.equal(two[n], three[n]) for n in two)
         row = json.loads((bench.folder(config) / "skipped.jsonl").read_text().splitlines()[0])
         last = json.loads((bench.folder(config) / "metrics.jsonl").read_text().splitlines()[-1])
         good = same and row["step"] == 2 and last["skipped"] == 1 and last["loss/total"] is not None
@@ -277,6 +311,8 @@ def _soak(bench: Bench, quick: bool) -> Iterator[str]:
 CASES = (
     Case("kill -9 at 10, 50, 90 % of a save", "same bits after a resume", _kills_in_save),
     Case("kill -9 in a background save", "same bits after a resume", _kills_in_background),
+    Case("kill -9 of one rank in a save of two", "same bits after a resume", _one_dies_in_save),
+    Case("disk of one rank full in a save", "told by all; same bits", _one_disk_full),
     Case("kill -9 between rename and pointer", "the new checkpoint is used", _kill_before_pointer),
     Case("kill -9 in a step, ZeRO 0-3", "same bits after a resume", _kills_in_step),
     Case("kill -9 before the evaluation", "same bits, then evaluated", _kill_in_evaluation),

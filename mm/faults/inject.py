@@ -61,26 +61,42 @@ class Gone(AtPhase):
 
 
 class KillInSave(Callback):
-    """SIGKILL after ``share`` of the bytes of the save of ``step``; the file is cut there.
+    """SIGKILL after ``share`` of what this rank writes of the save of ``step``.
 
-    All saves of a run are equally large: the one before says how many bytes that is.
+    The file is cut there. All saves of a run are equally large: the one before says how many bytes
+    that is.
     """
 
     def __init__(self, options: Options):
         self.name = f"step_{options['step']:06d}"
         self.share = options["share"]
         self.before = self.written = 0
+        self.folder = ""
 
     def on_file(self, path: Path) -> None:
         if path.is_dir():
-            self.before, self.written = self.written, 0
             return
+        if path.parent.name != self.folder:
+            self.before, self.written, self.folder = self.written, 0, path.parent.name
         size = path.stat().st_size
         self.written += size
         left = self.share * self.before - self.written
-        if self.name in path.parent.name and left <= 0:
+        if self.name in self.folder and left <= 0:
             os.truncate(path, max(0, int(size + left)))
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class SmallFiles(AtPhase):
+    """From a save on, the kernel refuses this rank files above some ``bytes``: a quota."""
+
+    def __init__(self, options: Options):
+        super().__init__({"phase": "save", **options}, self.limit)
+
+    def limit(self) -> None:
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.options["bytes"], -1))
 
 
 class KillBeforePointer(Callback):
@@ -214,6 +230,7 @@ INJECT: dict[str, Callable[[Options], Callback]] = {
     "signal": send_signal,
     "sleep": sleep,
     "kill_in_save": KillInSave,
+    "small_files": SmallFiles,
     "kill_before_pointer": KillBeforePointer,
     "nan": Nan,
     "memory": Memory,

@@ -21,9 +21,10 @@ from mm.errors import UserError
 from mm.interchange.check import Report, compare
 from mm.interchange.family import Family, Settings
 from mm.interchange.parts import Entry
-from mm.interchange.weights import Checkpoint, Planned, few_names, open_checkpoint, write_file
+from mm.interchange.weights import Checkpoint, few_names, open_checkpoint
 from mm.model import folder as files
 from mm.model.model import LmConfig
+from mm.model.tensor_file import Planned, write_file
 from mm.reading import parse_json
 from mm.registry import CODECS, ENCODERS, FAMILIES
 from mm.tokenizers.text.hf import BESIDE, FILE, ORIGIN, HfConfig, HfTokenizer

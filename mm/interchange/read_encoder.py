@@ -15,9 +15,10 @@ from mm.errors import UserError
 from mm.interchange.check import TOLERANCE, load_peer
 from mm.interchange.encoders.family import EncoderFamily
 from mm.interchange.family import Settings
-from mm.interchange.weights import Planned, few_names, open_checkpoint, write_file
+from mm.interchange.weights import few_names, open_checkpoint
 from mm.model import folder as files
 from mm.model.adapters.encoder import EncoderAdapterConfig
+from mm.model.tensor_file import Planned, write_file
 from mm.registry import ENCODERS
 
 

@@ -6,25 +6,20 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mm.errors import UserError
+from mm.model.tensor_file import DTYPES, Planned, write_file
 from mm.reading import parse_json
 from mm.specs import NONE
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "tf_model.h5")
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
-NAMES = {name: dtype for dtype, name in DTYPES.items()}
+NAMES = {name: dtype for dtype, name in DTYPES.items() if dtype.is_floating_point}
 
 
 class Checkpoint:
@@ -130,48 +125,6 @@ def few_names(names: Sequence[str], most: int = 5) -> str:
     """A few names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-class Planned(NamedTuple):
-    """A tensor to write, made when its turn has come."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[], Tensor]
-
-    @property
-    def n_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-def write_file(path: Path, plan: Sequence[Planned], metadata: Mapping[str, str]) -> None:
-    """Write one safetensors file, tensor by tensor.
-
-    Source of the format: 8 bytes of the header's length, the header (JSON), the values.
-    """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    at = 0
-    for tensor in plan:
-        offsets = [at, at := at + tensor.n_bytes]
-        header[tensor.name] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": offsets,
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for tensor in plan:
-            made = tensor.make()
-            if tuple(made.shape) != tensor.shape:
-                raise UserError(
-                    f"{tensor.name}: {list(made.shape)} where the config asks for "
-                    f"{list(tensor.shape)}: config and weights are of different models"
-                )
-            flat = made.detach().to(tensor.dtype).cpu().contiguous().view(-1)
-            out.write(flat.view(torch.uint8).numpy().data)
 
 
 def write_shards(folder: Path, plan: Sequence[Planned], most: int) -> None:

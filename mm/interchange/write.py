@@ -26,9 +26,10 @@ from mm.interchange.explicit import make_explicit
 from mm.interchange.family import Family, Settings
 from mm.interchange.ids import Ids, ids_of
 from mm.interchange.read import HEAD, PLACES, TABLE, shapes_of
-from mm.interchange.weights import Checkpoint, Planned, few_names, write_shards
+from mm.interchange.weights import Checkpoint, few_names, write_shards
 from mm.model import folder as files
 from mm.model.model import LmConfig
+from mm.model.tensor_file import Planned
 from mm.reading import parse_json
 from mm.registry import FAMILIES, SURGERIES
 from mm.surgery.base import Operated

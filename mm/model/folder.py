@@ -20,6 +20,7 @@ from mm.disk import tell_if_full
 from mm.errors import UserError
 from mm.hashes import check_hashes, write_hashes
 from mm.model.size import require_room
+from mm.model.slices import Lazy
 from mm.reading import parse_json
 from mm.vocabulary import Vocabulary
 
@@ -77,19 +78,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
 
     Raises UserError on a missing or damaged file.
     """
-    if not Path(path).is_file():
-        raise UserError(f"no weights at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            aliases = parse_json((file.metadata() or {}).get(ALIASES, "{}"))
-        if not isinstance(aliases, dict) or not all(
-            isinstance(name, str) and name in tensors for name in aliases.values()
-        ):
-            raise ValueError("its aliases name no tensors of it")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error}); copy or save it again") from error
-    return tensors | {alias: tensors[name] for alias, name in aliases.items()}
+    return dict(open_tensors(path))
 
 
 def write_config(folder: Path, values: Mapping[str, Any]) -> None:
@@ -127,18 +116,47 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON ({error}); {mend}") from error
 
 
-def load_into(build: Callable[[], nn.Module], path: str | Path) -> nn.Module:
-    """Build on the meta device, then give every tensor its saved value.
+def open_tensors(path: str | Path) -> Lazy:
+    """What `save_tensors` wrote, aliases included; each tensor is read when it is asked for.
 
-    Raises UserError naming what does not fit.
+    Raises UserError on a missing or damaged file.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"no weights at {path}")
+    try:
+        file = safe_open(path, framework="pt")
+        shapes = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
+        aliases = parse_json((file.metadata() or {}).get(ALIASES, "{}"))
+        if not isinstance(aliases, dict) or not all(
+            isinstance(name, str) and name in shapes for name in aliases.values()
+        ):
+            raise ValueError("its aliases name no tensors of it")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error}); copy or save it again") from error
+    named = shapes | {alias: shapes[name] for alias, name in aliases.items()}
+    return Lazy(named, lambda name: file.get_tensor(aliases.get(name, name)))
+
+
+def load_into(
+    build: Callable[[], nn.Module], path: str | Path, tensors: Lazy | None = None
+) -> nn.Module:
+    """Build on the meta device, then give every tensor its saved value, one after the other.
+
+    Args:
+        build: makes the module.
+        path: the file of tensors; with ``tensors``, where they are, for messages.
+        tensors: default those of the file.
+    Raises:
+        UserError: naming what does not fit.
     """
     require_room(build, 1, torch.device("cpu"), str(path))
-    tensors = load_tensors(path)
+    tensors = open_tensors(path) if tensors is None else tensors
+    shapes = tensors.shapes
     with torch.device("meta"):
         module = build()
     have = module.state_dict()
-    wrong = [n for n in have if n in tensors and tensors[n].shape != have[n].shape]
-    missing, extra = sorted(have.keys() - tensors.keys()), sorted(tensors.keys() - have.keys())
+    wrong = [n for n in have if n in shapes and shapes[n] != tuple(have[n].shape)]
+    missing, extra = sorted(have.keys() - shapes.keys()), sorted(shapes.keys() - have.keys())
     if missing or extra or wrong:
         faults = [
             f"{what} {names[0]} and {len(names) - 1} more"
@@ -149,7 +167,9 @@ def load_into(build: Callable[[], nn.Module], path: str | Path) -> nn.Module:
         ]
         raise UserError(f"{path}: not the weights of this config.json: {'; '.join(faults)}")
     module.to_empty(device="cpu")
-    module.load_state_dict(tensors)
+    with torch.no_grad():
+        for name, own in module.state_dict().items():
+            own.copy_(tensors[name])
     return module
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mm.errors import UserError
 from mm.model import folder as files
+from mm.model.slices import Lazy, Slices
 from mm.trainer.checkpoint.check import MARK
 from mm.vocabulary import Vocabulary
 
@@ -51,10 +52,11 @@ def average_models(
                 raise UserError(f"{folder}: its config is another than that of {model}")
             if Vocabulary.load(folder / "vocabulary.json") != words:
                 raise UserError(f"{folder}: its vocabulary is another than that of {model}")
-        tensors = files.load_tensors(file)
+        tensors = open_source(file)
         if number:
             _require_alike(file, tensors, first, total)
-        for name, tensor in tensors.items():
+        for name in tensors:
+            tensor = tensors[name]
             kinds.setdefault(name, tensor.dtype)
             if not tensor.is_floating_point():
                 total[name] = tensor
@@ -64,29 +66,34 @@ def average_models(
                 total[name] = tensor.double() * share
     done = {name: tensor.to(kinds[name]) for name, tensor in total.items()}
     tokenizers = {path.name: path for path in (model / "tokenizers").glob("*") if path.is_dir()}
-    files.save_model(out, values, _tied(done, files.load_tensors(first)), words, tokenizers)
+    files.save_model(out, values, _tied(done, dict(open_source(first))), words, tokenizers)
     return done
 
 
 def place_of(source: Path) -> tuple[Path, Path]:
-    """The weights of a source, and the saved model that has its config. Raises UserError."""
+    """The weights of a source, and the saved model that has its config. Raises UserError.
+
+    Of a checkpoint its folder, of a saved model its file (`open_source`).
+    """
     if (source / MARK).is_file():  # a checkpoint
         model = source.parent.parent / "model"
         if not (model / "config.json").is_file():
             raise UserError(f"{source}: its run has no saved model yet: mm train it to its end")
-        return source / WEIGHTS, model
+        return source, model
     model = files.model_folder(source)
     if not (model / "config.json").is_file():
         raise UserError(f"{source}: no run, no saved model and no checkpoint")
     return model / WEIGHTS, model
 
 
-def _require_alike(
-    file: Path, tensors: dict[str, Tensor], first: Path, there: dict[str, Tensor]
-) -> None:
-    shapes = lambda given: {name: tuple(t.shape) for name, t in given.items()}
-    here, before = shapes(tensors), shapes(there)
-    odd = sorted(n for n in {*here, *before} if here.get(n) != before.get(n))
+def open_source(place: Path) -> Lazy:
+    """Weights of a checkpoint's folder, or of a file. Raises UserError."""
+    return Slices(place).tensors("model") if place.is_dir() else files.open_tensors(place)
+
+
+def _require_alike(file: Path, tensors: Lazy, first: Path, there: dict[str, Tensor]) -> None:
+    there_too = {name: tuple(t.shape) for name, t in there.items()}
+    odd = sorted(n for n in {*tensors, *there} if tensors.shapes.get(n) != there_too.get(n))
     if odd:
         raise UserError(f"{file}: '{odd[0]}' is another tensor than in {first}")
 

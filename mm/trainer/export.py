@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mm.data.chat.template import ChatTemplate
 from mm.model.linears.lora import adapter_tensors, save_adapters
+from mm.model.slices import Lazy
 from mm.run import Run
 from mm.tokenizers.load import tokenizer_folder
 from mm.trainer.checkpoint import format as checkpoint
@@ -51,7 +52,7 @@ def mark(run: Run, step: int) -> str:
     return str(step) if run.export == "last" else f"{step} {run.export}"
 
 
-def chosen_weights(run: Run, last: Snapshot, best: Best | None) -> dict[str, Tensor]:
+def chosen_weights(run: Run, last: Snapshot, best: Best | None) -> Lazy:
     """The weights that `Run.export` asks for: of what the last stage left, or of its best step."""
     if run.export == "last" or best is None or best.step == last.state["step"]:
         return last.tensors("model")

@@ -25,6 +25,7 @@ from mm.trainer.callbacks.tasks import TasksWhileTraining
 from mm.trainer.callbacks.times import Times
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint import resume_check
+from mm.trainer.checkpoint.folder import clean, rehearse
 from mm.trainer.checkpoint.format import Saved, Snapshot
 from mm.trainer.checkpoint.writer import Writer
 from mm.trainer.engine.process_group import join
@@ -37,7 +38,7 @@ from mm.trainer.held_out import HeldOut
 from mm.trainer.log.metrics import BytesPerToken, CodebookUsage, MetricsFile, of_step
 from mm.trainer.log.summary import Summary
 from mm.trainer.log.tracker import Tracker
-from mm.trainer.ranks import leave_before_step, on_any, on_main
+from mm.trainer.ranks import leave_before_step, newest_checkpoint, on_any, on_main
 from mm.trainer.stage import StageState, end_of_stage, enter_stage
 from mm.trainer.state import TrainState
 from mm.trainer.step import optimizer_step
@@ -151,8 +152,7 @@ class Trainer:
 
         Returns what was saved at its end; None when all steps were done before.
         """
-        every = self.run.checkpoints.every
-        snapshot: Snapshot | None = None
+        every, saved = self.run.checkpoints.every, False
         while self.step < self.stage_end:
             begun = time.monotonic()
             self.phase("data", self.step + 1)
@@ -170,17 +170,16 @@ class Trainer:
             is_best = self.run.keeps_best and self.held_out.new_best
             ended = self.step == self.stage_end  # perhaps early: the step may have said so
             if stop or ended or is_best or (every and self.step % every == 0):
-                snapshot = self._save()
-                if not ended:
-                    snapshot = None  # nobody asks for it: its memory is free again
+                self._save()
+                saved = True
             if stop:
-                self._on_main(self._writer.wait)
+                self._writer.wait()
                 if self.is_main:
                     say = "stopped by a signal at step %d; run the same command to go on"
                     log.warning(say, self.step)
                 raise SystemExit(INTERRUPTED)
-        self._on_main(self._writer.wait)
-        return snapshot
+        self._writer.wait()
+        return checkpoint.at(self.folder / "checkpoints", self.step) if saved else None
 
     def _step(self) -> dict[str, Any]:
         """One optimizer step on ``batches``; its facts on the host."""
@@ -204,8 +203,8 @@ class Trainer:
             callback.post_step(self, self.step, metrics)
         self.metrics = metrics
 
-    def _save(self) -> Snapshot:
-        """Write a checkpoint: all ranks gather, the main one writes (perhaps in the background)."""
+    def _save(self) -> None:
+        """Write a checkpoint: each rank what it holds (perhaps in the background)."""
         self.phase("save", self.step)
         facts = {
             "world": self.world,
@@ -214,21 +213,22 @@ class Trainer:
             "tracker": self.tracker.id,
             "init_from": self._init_from,
         }
-        snapshot = self.state.save(facts, self.batches[0])
-        root, keep = self.folder / "checkpoints", self.run.checkpoints
-        best = self.held_out.best.step if self.run.keeps_best and self.held_out.best else None
-        write = lambda: checkpoint.save(
-            root, snapshot, keep.keep_last, keep.keep_every, self._on_file, best
+        keep, best = self.run.checkpoints, self.held_out.best
+        self._writer(
+            self.folder / "checkpoints",
+            self.state.save(facts, self.batches[0]),
+            keep_last=keep.keep_last,
+            keep_every=keep.keep_every,
+            on_file=self._on_file,
+            best=best.step if self.run.keeps_best and best else None,
         )
-        self._on_main(lambda: self._writer(write))
         for callback in self.callbacks:
             callback.on_save(self, self.step)
-        return snapshot
 
     def _roll_back(self, why: RollBack) -> None:
         """Take weights and optimizer from the newest checkpoint; the data go on where they are."""
-        self._on_main(self._writer.wait)
-        saved = checkpoint.newest(self.folder / "checkpoints")
+        self._writer.wait()
+        saved = newest_checkpoint(self.folder / "checkpoints", self.device)
         to = saved.state["step"] if saved is not None else -1
         index, begin = self.stage.index, self.stage.begin
         self.state.guard.roll_back(why, self.step - 1, to if to >= begin else None)
@@ -246,7 +246,7 @@ class Trainer:
 
         Raises UserError when the run cannot go on from it.
         """
-        saved = checkpoint.newest(self.folder / "checkpoints")
+        saved = newest_checkpoint(self.folder / "checkpoints", self.device)
         if saved is not None:
             saved.require(self.run.to_dict(), self._fingerprint)
             self.state.load(saved)
@@ -266,7 +266,7 @@ class Trainer:
         self._on_main(lambda: self._told.update(start.survey(self, index)))
         if self.step < self.steps:
             root, n_bytes = self.folder / "checkpoints", self.stage.save_bytes
-            self._on_main(lambda: checkpoint.rehearse(root, n_bytes))
+            self._on_main(lambda: rehearse(root, n_bytes))
         self._write_start(saved, stack)
         if saved is not None:
             log.info("resumed %s from step %d of %d", self.folder, self.step, self.steps)
@@ -278,7 +278,7 @@ class Trainer:
         """Write the run's description and begin heartbeat, log and tracker; ``stack`` ends them."""
         rank, hang_s = environment.ranks().rank, self.run.guard.hang_s
         if self.is_main:
-            checkpoint.clean(self.folder / "checkpoints")
+            clean(self.folder / "checkpoints")
             heartbeat.clear(self.folder / "health")
         dist.barrier()  # no rank's file is cleared
         heart = stack.enter_context(heartbeat.Heartbeat(self.folder / "health", rank, hang_s))

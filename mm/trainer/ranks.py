@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ import torch.distributed as dist
 from mm.data.streams.base import merge_states
 from mm.errors import UserError
 from mm.launch import environment
+from mm.trainer.checkpoint import check
+from mm.trainer.checkpoint import format as checkpoint
+from mm.trainer.checkpoint.format import Saved
 from mm.trainer.health.signals import INTERRUPTED, Interrupted, Stop
 
 log = logging.getLogger("mm.trainer")
@@ -32,17 +36,28 @@ def most(n: int, device: torch.device) -> int:
     return int(total)
 
 
-def of_all_rows(stream: Any, share: int = 1) -> dict[str, Any]:
-    """The state of a stream with the rows of all ranks, of which ``share`` each have the same ones.
+def of_all_rows(states: Sequence[Any], share: int = 1) -> Any:
+    """The state of a stream with the rows of all ranks, of those of the ranks in their order.
 
-    Call on all ranks. A few integers a row go round.
+    ``share`` ranks each have the same rows.
     """
-    mine = stream.state_dict()
-    if dist.get_world_size() == 1 or not mine.get("rows"):
-        return mine
-    states: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(states, mine)
+    if len(states) == 1 or not states[0].get("rows"):
+        return states[0]
     return merge_states(states[::share])
+
+
+def newest_checkpoint(root: Path, device: torch.device) -> Saved | None:
+    """The newest checkpoint whose files match their hashes; a damaged one is passed over.
+
+    Each rank looks into its share of the files. Call on all ranks.
+    """
+    me = environment.ranks()
+    steps: list[Any] = [[check.step_of(folder) for folder in check.folders(root)]]
+    if me.world > 1:
+        dist.broadcast_object_list(steps, 0, device=device)
+    agree = lambda damaged: on_any(damaged, device)
+    found = (checkpoint.load(root, step, (me.rank, me.world), agree) for step in steps[0])
+    return next((saved for saved in found if saved is not None), None)
 
 
 def on_main(work: Callable[[], Any], device: torch.device, where: object) -> None:

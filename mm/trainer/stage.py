@@ -6,6 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from mm.config import Config
 from mm.errors import UserError
 from mm.model.layer import Block, init_weights
 from mm.model.size import require_room
+from mm.model.slices import Lazy, shapes_of
 from mm.objectives.objective import Network, Objective
 from mm.run import Run, Stage
 from mm.trainer.checkpoint.format import Snapshot
@@ -135,10 +137,10 @@ def enter_stage(
         optimizer = config.optimizer.build(module)
         engine = Engine(module.train(), optimizer, run.engine, env.precision, config.ema)
         if inside is not None:
-            engine.load_masters(have)
-            engine.load_optimizer_state(
-                inside.optimizer(name), inside.state["optimizers"].get(name, {})
-            )
+            engine.load_masters(partial(inside.read, name))
+            scalars = inside.state["optimizers"].get(name, {})
+            if scalars or inside.optimizer(name):
+                engine.load_optimizer_state(partial(inside.read, f"{name}.optimizer"), scalars)
         engines[name] = engine
     averages = Averages(wanted, engines, frozen, snapshot)
     env.lend(engines, frozen)
@@ -294,46 +296,50 @@ def load_weights(
     Raises UserError with ``mend`` when a name or shape does not fit.
     """
     own = module.state_dict(keep_vars=True)
-    for name, tensor in weights.items():
-        if name not in own or own[name].shape != tensor.shape:
+    for name, shape in shapes_of(weights).items():
+        if name not in own or own[name].shape != shape:
             have = tuple(own[name].shape) if name in own else "absent"
             raise UserError(
-                f"{origin}: '{name}' is {tuple(tensor.shape)} there and {have} in the model; {mend}"
+                f"{origin}: '{name}' is {tuple(shape)} there and {have} in the model; {mend}"
             )
     with torch.no_grad():
-        for name, tensor in weights.items():
-            own[name].copy_(tensor)
+        for name in weights:
+            own[name].copy_(weights[name])
     unset = {n for n, _ in module.named_parameters()} - set(weights)
     if unset:
         raise UserError(f"{origin}: has no '{min(unset)}'; {mend}")
 
 
-def stage_result(stage: Stage, snapshot: Snapshot, network: str) -> dict[str, Tensor]:
+def stage_result(stage: Stage, snapshot: Snapshot, network: str) -> Lazy:
     """What a stage leaves of a network to the next one, or to the saved model.
 
-    The only place that says it, for a snapshot in memory and for one in a folder: the weights, with
-    the EMA or the optimizer's own average in their place where there is one.
+    The only place that says it: the weights, with the EMA or the optimizer's own average in their
+    place where there is one. Each is read when it is asked for.
 
     Args:
         stage: the stage that the snapshot was taken in.
     """
-    out, states = snapshot.tensors(network), snapshot.optimizer(network)
-    by_parameter: dict[str, dict[str, Tensor]] = {}
-    for key, value in states.items():
+    weights, states = snapshot.tensors(network), snapshot.optimizer(network)
+    by_parameter: dict[str, dict[str, str]] = {}
+    for key in states:
         state, _, parameter = key.partition("/")
-        by_parameter.setdefault(parameter, {})[state] = value
-    for parameter, found in by_parameter.items():
+        by_parameter.setdefault(parameter, {})[state] = key
+
+    def result(name: str) -> Tensor:
+        keys = by_parameter.get(name, {})
         if stage.ema is not None and stage.ema.export:
-            average = found.get("ema")
-        else:
-            average = stage.optimizer.average(out[parameter], found)
-        if average is not None:
-            out[parameter] = average
-    return out
+            return states[keys["ema"]] if "ema" in keys else weights[name]
+        of_name = Lazy(
+            {k: states.shapes[key] for k, key in keys.items()}, lambda k: states[keys[k]]
+        )
+        average = stage.optimizer.average(weights[name], of_name) if keys else None
+        return weights[name] if average is None else average
+
+    return Lazy(weights.shapes, result)
 
 
-def weights_at_start(run: Run, index: int, snapshot: Snapshot, network: str) -> dict[str, Tensor]:
-    """What stage ``index`` begins a network with; {} when the snapshot has none of that name.
+def weights_at_start(run: Run, index: int, snapshot: Snapshot, network: str) -> Lazy:
+    """What stage ``index`` begins a network with; empty when the snapshot has none of that name.
 
     Inside the stage the weights as they are, else the result of the stage of the snapshot.
     """

@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mm.batch import Batch
+from mm.launch import environment
 from mm.trainer.callbacks.seen import Seen
 from mm.trainer.checkpoint import resume_check
 from mm.trainer.checkpoint.collect import collect
 from mm.trainer.checkpoint.format import Snapshot
+from mm.trainer.checkpoint.held import spread, whole
+from mm.trainer.checkpoint.save import Moment
 from mm.trainer.health.anomaly import Guard
 from mm.trainer.held_out import HeldOut
 from mm.trainer.log.metrics import BytesPerToken
@@ -21,7 +24,7 @@ from mm.trainer.stage import StageState
 
 @dataclass
 class TrainState:
-    """State of a run; a `Snapshot` is this as JSON and tensors.
+    """State of a run; a `Moment` is this as JSON and tensors.
 
     No generator is part of it: each is seeded by (seed, step, rank).
     """
@@ -38,8 +41,10 @@ class TrainState:
         self.step += 1
         self.seen.count(facts)
 
-    def save(self, facts: Mapping[str, Any], batch: Batch) -> Snapshot:
-        """All of it, unchanged by what trains on. Call on all ranks.
+    def save(self, facts: Mapping[str, Any], batch: Batch) -> Moment:
+        """What this process saves of it. Call on all ranks.
+
+        Its tensors are those that train: they are written, or copied, before the next step.
 
         Args:
             facts: JSON-able values that a resume compares: world, vocabulary, config, tracker.
@@ -48,13 +53,15 @@ class TrainState:
         stage = self.stage
         assert stage is not None
         files, scalars = collect(stage)
-        kept, files[resume_check.FILE] = resume_check.keep(stage, self.step, batch)
+        me = environment.ranks()
+        kept, tensors = resume_check.keep(stage, self.step, batch)
+        files[resume_check.FILE] = {n: whole(t, 0, me.rank) for n, t in tensors.items()}
         state = {
             "step": self.step,
             "stage": stage.index,
             "skipped": self.guard.skipped,
             "guard": self.guard.state_dict(),
-            "data": of_all_rows(stage.stream, stage.env.sequence.size if stage.env.sequence else 1),
+            "data": stage.stream.state_dict(),
             "optimizers": scalars,
             "given": stage.from_folders,
             "bytes_per_token": self.bytes_per_token.totals,
@@ -67,7 +74,9 @@ class TrainState:
             resume_check.FILE: kept,
             **facts,
         }
-        return Snapshot(copy.deepcopy(state), files)
+        share = stage.env.sequence.size if stage.env.sequence else 1
+        merge = lambda states: of_all_rows(states, share)
+        return Moment(copy.deepcopy(state), spread(files, me.rank, me.world), merge)
 
     def load(self, snapshot: Snapshot) -> None:
         """Take step, guard and counts; the networks and data are of `enter_stage`."""

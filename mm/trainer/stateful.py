@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from mm.errors import UserError
 from mm.model.layer import Mixer, ModelOut
+from mm.model.slices import Placed
+from mm.model.tensor_file import DTYPES
 from mm.state import State
 from mm.trainer.checkpoint.format import Snapshot
+from mm.trainer.checkpoint.held import Held, whole
 from mm.trainer.engine.deepspeed import Engine
 
 FILE = "carried_states"  # of the checkpoint, beside the networks' own
-BEFORE = "lanes"  # its name in checkpoints of older versions
 
 
 class CarriedStates:
@@ -77,34 +79,35 @@ class CarriedStates:
             first, *rest = (made[i] for i in range(len(self._mine)))
             self.state = first.cat(*rest) if rest else first
 
-    def full_tensors(self) -> dict[str, Tensor]:
-        """Leaves of all rows' States on the CPU, in the order of the rows. Call on all ranks."""
-        return {f"{i:03d}": _of_all(leaf) for i, leaf in enumerate(self.state.leaves())}
+    def held(self) -> dict[str, Held]:
+        """This rank's rows of the leaves of all rows' States, in the order of the rows."""
+        return {f"{i:03d}": self._held(leaf.detach()) for i, leaf in enumerate(self.state.leaves())}
+
+    def _held(self, leaf: Tensor) -> Held:
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        shape = (world * len(leaf), *leaf.shape[1:])
+        if not leaf.numel():
+            return whole(leaf.new_empty(shape))
+        mine = leaf.reshape(-1) if world > 1 else leaf
+        return Held(Placed(shape, DTYPES[leaf.dtype], None, 0, leaf.numel(), True), mine)
 
     def load(self, snapshot: Snapshot) -> None:
         """Take this rank's rows from a checkpoint, made by any number of processes."""
-        tensors = snapshot.tensors(FILE) or snapshot.tensors(BEFORE)
+        shapes = snapshot.tensors(FILE).shapes
         own = list(self.state.leaves())
-        if len(tensors) != len(own):
+        if len(shapes) != len(own):
             raise UserError(
-                f"{snapshot.origin}: holds {len(tensors)} State tensors a row, the model has "
+                f"{snapshot.origin}: holds {len(shapes)} State tensors a row, the model has "
                 f"{len(own)}: use another run name: name=..."
             )
-        rows = slice(self._first, self._mine[-1].stop)
-        leaves = iter([tensors[name] for name in sorted(tensors)])
+        names = iter(sorted(shapes))
 
-        self.state = self.state.map(lambda t: next(leaves)[rows].to(t.device, t.dtype))
+        def rows(leaf: Tensor) -> Tensor:
+            n = leaf.numel()
+            found = snapshot.read(FILE, next(names), n // len(leaf) * self._first, n)
+            return found.view(leaf.shape).to(leaf.device, leaf.dtype)
 
-
-def _of_all(leaf: Tensor) -> Tensor:
-    """`(all rows, ...)` on the CPU from every rank's `(N, ...)`; ranks have equally many."""
-    mine = leaf.detach().contiguous()
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return mine.to("cpu", copy=True)
-    raw = mine.reshape(-1).view(torch.uint8)  # gloo knows no bool and little bfloat16
-    parts = [torch.empty_like(raw) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, raw)
-    return torch.cat([part.view(mine.dtype).view(mine.shape) for part in parts]).to("cpu")
+        self.state = self.state.map(rows)
 
 
 def _require_states(module: nn.Module) -> None:

@@ -130,13 +130,13 @@ class WarmStart(Snapshot):
         if asked.network == "model":
             folder = saved_model(key, asked.path)
             file, step = folder / WEIGHTS, _step(folder.parent)
-            tensors = load_tensors(file)
+            tensors, sha256 = load_tensors(file), digest(file)
         else:
             saved = checkpoint.newest(asked.path / "checkpoints")
             if saved is None or not saved.has(asked.network):
                 raise UserError(f"{key}: no checkpoint of {asked.path} has '{asked.network}'")
             folder, step = saved.folder, saved.state["step"]
-            file, tensors = folder / f"{asked.network}.safetensors", saved.tensors(asked.network)
+            tensors, sha256 = dict(saved.tensors(asked.network)), saved.sha256(asked.network)
         if asked.adapters is not None:
             tensors |= load_tensors(_adapters(key, asked.adapters))
         old = Vocabulary.load(folder / WORDS) if (folder / WORDS).is_file() else None
@@ -146,7 +146,7 @@ class WarmStart(Snapshot):
             self.operated, tensors, old = it
         super().__init__({"stage": -1}, {name: tensors})
         self.origin = str(folder)
-        self.facts: dict[str, Any] = {"folder": str(folder), "step": step, "sha256": digest(file)}
+        self.facts: dict[str, Any] = {"folder": str(folder), "step": step, "sha256": sha256}
         if asked.adapters is not None:
             found = _adapters(key, asked.adapters)
             self.facts |= {"adapters": str(found), "adapters_sha256": digest(found)}

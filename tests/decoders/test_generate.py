@@ -25,7 +25,7 @@ from mm.registry import NETWORKS
 from mm.specs import Segment, TokenSpec, Waveform
 from mm.tokenizers.load import load_tokenizer
 from mm.tokenizers.text.bytes import BytesConfig
-from mm.trainer.checkpoint import format as checkpoint
+from mm.trainer.checkpoint.save import Moment, save
 from mm.vocabulary import Vocabulary, extend_vocabulary
 
 PATTERNS = {"attention": "attention", "window": "near", "hybrid": "rg_lru attention"}
@@ -352,8 +352,8 @@ def test_from_pretrained_takes_the_newest_good_checkpoint_of_a_run_without_model
     run = tmp_path / "run"
     other = tiny("hybrid", seed=9, vocabulary=vocabulary).float()
     for step, network in ((5, other), (10, model), (15, other)):
-        snapshot = checkpoint.Snapshot({"step": step}, {"model": network.state_dict()})
-        checkpoint.save(run / "checkpoints", snapshot, keep_last=9)
+        moment = Moment.of({"step": step}, {"model": network.state_dict()})
+        save(run / "checkpoints", moment, keep_last=9)
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     newest = run / "checkpoints" / "step_000015" / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1] + b"?")  # damaged: passed over

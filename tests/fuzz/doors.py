@@ -188,7 +188,7 @@ def vocabulary_enter(folder: Path) -> None:
 def checkpoint_seed(folder: Path) -> None:
     import torch
 
-    from mm.trainer.checkpoint import format as checkpoint
+    from mm.trainer.checkpoint.save import Moment, save
 
     guard = {"skipped": 0, "rollbacks": 0, "bad": [], "losses": [1.0], "spikes": 0}
     state = {
@@ -204,7 +204,10 @@ def checkpoint_seed(folder: Path) -> None:
         "tracker": None,
     }
     tensors = {"model": {"w": torch.ones(4)}, "model.optimizer": {"m/w": torch.ones(4)}}
-    checkpoint.save(folder / "checkpoints", checkpoint.Snapshot(state, tensors), 2)
+    save(folder / "checkpoints", Moment.of(state, tensors), 2)
+
+
+CHECKPOINT_FILES = ("model.safetensors", "model.optimizer.safetensors", "index.json", "COMPLETE")
 
 
 def checkpoint_damage(folder: Path, edits: Any) -> None:
@@ -213,9 +216,9 @@ def checkpoint_damage(folder: Path, edits: Any) -> None:
     path = step / "state.json"
     path.write_text(json.dumps(edit_tree(json.loads(path.read_text()), tree)))
     if which:
-        file = step / ("model.safetensors", "model.optimizer.safetensors", "COMPLETE")[which - 1]
+        file = step / CHECKPOINT_FILES[which - 1]
         file.write_bytes(edit_bytes(file.read_bytes(), of_bytes))
-    if which < 3:
+    if which < len(CHECKPOINT_FILES):
         files = [f for f in step.iterdir() if f.name != "COMPLETE"]
         hashes = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
         (step / "COMPLETE").write_text(json.dumps(hashes))
@@ -227,7 +230,7 @@ def checkpoint_enter(folder: Path) -> None:
     saved = checkpoint.newest(folder / "checkpoints")
     if saved is not None:
         saved.require({"model": {"kind": "x"}, "seed": 0, "stages": [{}]}, None)
-        saved.tensors("model"), saved.optimizer("model")
+        dict(saved.tensors("model")), dict(saved.optimizer("model"))
 
 
 # ---- configs ----

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mm.trainer.checkpoint import check
-from mm.trainer.checkpoint import format as checkpoint
+from mm.trainer.checkpoint.save import Moment, save
 
 
 def test_files_are_synced_before_the_mark_and_the_mark_before_the_rename(
@@ -36,15 +36,15 @@ def test_files_are_synced_before_the_mark_and_the_mark_before_the_rename(
     recorded(Path, "rename", "rename", str)
     tensors = {"model": {"w": torch.ones(3)}, "model.optimizer": {"m/w": torch.zeros(3)}}
     root = tmp_path / "checkpoints"
-    final = checkpoint.save(root, checkpoint.Snapshot({"step": 7}, tensors), keep_last=2)
+    final = save(root, Moment.of({"step": 7}, tensors), keep_last=2)
     assert check.fault_of(final) is None
-    mark = events.index(("write", checkpoint.MARK))
+    mark = events.index(("write", check.MARK))
     renamed = next(i for i, (kind, _) in enumerate(events) if kind == "rename")
     part = events[renamed][1]
-    files = {f.name for f in final.iterdir()} - {checkpoint.MARK}
-    assert files == {"state.json", "model.safetensors", "model.optimizer.safetensors"}
+    files = {f.name for f in final.iterdir()} - {check.MARK}
+    assert files == {"state.json", "index.json", "model.safetensors", "model.optimizer.safetensors"}
     written = [name for kind, name in events[:mark] if kind == "sync"]
     assert files <= set(written), "files that the mark vouches for"
     between = [name for kind, name in events[mark:renamed] if kind == "sync"]
-    assert between.index(checkpoint.MARK) < between.index(part)
+    assert between.index(check.MARK) < between.index(part)
     assert ("sync", root.name) in events[renamed:], "the new name itself"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +19,10 @@ from mm.batch import Batch, Sum
 from mm.errors import UserError
 from mm.objectives.objective import Network
 from mm.registry import OPTIMIZERS
-from mm.trainer import export, forward_only, ranks, stateful
-from mm.trainer.checkpoint import resume_check
+from mm.trainer import export, forward_only, ranks
+from mm.trainer.checkpoint import held, resume_check
 from mm.trainer.checkpoint.collect import collect
+from mm.trainer.checkpoint.save import Moment
 from mm.trainer.checkpoint.writer import Writer
 from mm.trainer.ema import Averages
 from mm.trainer.engine import deepspeed
@@ -88,36 +90,31 @@ def test_deepspeed_says_nothing_in_a_run_of_any_length(tmp_path: Path) -> None:
 
 
 def test_saved_states_are_not_those_that_train() -> None:
-    """The file is written while the next steps change them."""
+    """The file is written while the next steps change them; the next save takes their memory."""
     x = nn.Parameter(torch.zeros(3))
     moment, whole = torch.ones(3), torch.ones(2)
-    states = {"exp_avg": moment, "row": whole, "step": torch.tensor(4.0)}
+    found = {"exp_avg": moment, "row": whole, "step": torch.tensor(4.0)}
     engine: Any = SimpleNamespace(
-        base=None, shards=Shards(("x", x)), states=lambda p: states, ema=None
+        base=None, shards=Shards(("x", x)), states=lambda p: found, ema=None, zero_stage=0
     )
-    tensors, scalars = deepspeed.Engine.optimizer_state(engine)
-    moment.zero_()
-    whole.zero_()
-    assert scalars == {"step": 4.0}
-    assert {k: v.tolist() for k, v in tensors.items()} == {
-        "exp_avg/x": [1.0] * 3,
-        "row/x": [1.0] * 2,
-    }
-
-
-def test_saved_weights_of_networks_that_do_not_train_are_copies() -> None:
     frozen = nn.Linear(2, 2)
     stage: Any = SimpleNamespace(
         engines={}, frozen={"ema": frozen}, from_folders=(), nets=SimpleNamespace(carried=None)
     )
-    files, _ = collect(stage)
-    before = frozen.weight.detach().clone()
-    nn.init.zeros_(frozen.weight)
-    assert torch.equal(files["ema"]["weight"], before)
-    leaf = torch.ones(2, 3)
-    saved = stateful._of_all(leaf)
-    leaf.zero_()
-    assert saved.tolist() == torch.ones(2, 3).tolist()
+    tensors, scalars = held.states(engine)
+    files = held.spread({"optimizer": tensors, **collect(stage)[0]}, 0, 1)
+    copies = held.Copies()
+    first = copies.of(files)
+    values = lambda file, made: {k: h.mine.tolist() for k, h in made[file].items()}
+    for t in (moment, whole, frozen.weight.detach()):
+        t.zero_()
+    assert scalars == {"step": 4.0}
+    assert values("optimizer", first) == {"exp_avg/x": [1.0] * 3, "row/x": [1.0] * 2}
+    assert any(any(row) for row in values("ema", first)["weight"])
+    second = copies.of(files)
+    assert values("optimizer", second) == {"exp_avg/x": [0.0] * 3, "row/x": [0.0] * 2}
+    where = lambda made: [h.mine.data_ptr() for table in made.values() for h in table.values()]
+    assert where(first) == where(second)
 
 
 def test_the_default_optimizer_is_given_its_settings() -> None:
@@ -252,26 +249,30 @@ def test_losses_of_the_kept_batch_are_means(monkeypatch: pytest.MonkeyPatch) -> 
     assert resume_check.losses(stage, 3, "batch") == {"x": 1.5, "y": 0.0}  # type: ignore[arg-type]
 
 
-def test_saves_in_the_background_come_one_after_the_other() -> None:
+def test_saves_in_the_background_come_one_after_the_other(tmp_path: Path) -> None:
     order: list[str] = []
     first_may_end, writer = threading.Event(), Writer(background=True)
+
+    def save(step: int, told: Callable[[], Any]) -> None:
+        moment = Moment.of({"step": step}, {"model": {"w": torch.ones(2)}})
+        writer(tmp_path, moment, keep_last=9, on_file=lambda path: path.is_dir() and told())
 
     def first() -> None:
         first_may_end.wait(5)
         order.append("first")
 
-    writer(first)
+    save(1, first)
     threading.Timer(0.1, first_may_end.set).start()
-    writer(lambda: order.append("second"))
+    save(2, lambda: order.append("second"))
     writer.wait()
     assert order == ["first", "second"]
 
     def fails() -> None:
         raise UserError("the disk is full")
 
-    writer(fails)
+    save(3, fails)
     with pytest.raises(UserError, match="disk is full"):
-        writer(lambda: order.append("third"))
+        save(4, lambda: order.append("third"))
     assert order == ["first", "second"]
 
 
@@ -351,26 +352,15 @@ def test_the_exported_weights_are_of_the_best_step(monkeypatch: pytest.MonkeyPat
     assert chosen(4) == "model of step 9"
 
 
-def test_the_state_of_all_rows_is_asked_for_where_others_have_some(
+def test_the_state_of_all_rows_is_made_where_others_have_some(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[Any] = []
-
-    def gather(states: list[Any], mine: Any) -> None:
-        asked.append(mine)
-        states[:] = [mine, {"rows": "theirs"}]
-
-    monkeypatch.setattr(ranks.dist, "all_gather_object", gather)
     monkeypatch.setattr(ranks, "merge_states", lambda states: {"of": [s["rows"] for s in states]})
-    for world, state, want in (
-        (1, {"rows": "mine"}, {"rows": "mine"}),
-        (2, {"rows": "mine"}, {"of": ["mine", "theirs"]}),
-        (2, {"step": 4}, {"step": 4}),
-    ):
-        monkeypatch.setattr(ranks.dist, "get_world_size", lambda world=world: world)
-        stream = SimpleNamespace(state_dict=lambda state=state: state)
-        assert ranks.of_all_rows(stream) == want
-    assert asked == [{"rows": "mine"}]
+    mine, theirs = {"rows": "mine"}, {"rows": "theirs"}
+    assert ranks.of_all_rows([mine]) == mine
+    assert ranks.of_all_rows([mine, theirs]) == {"of": ["mine", "theirs"]}
+    assert ranks.of_all_rows([mine, mine, theirs, theirs], 2) == {"of": ["mine", "theirs"]}
+    assert ranks.of_all_rows([{"step": 4}, {"step": 4}]) == {"step": 4}
 
 
 def test_alone_a_signal_before_the_first_step_leaves_at_once(

@@ -19,6 +19,7 @@ from trainer_toys import toys_registered  # noqa: F401
 from mm.errors import UserError
 from mm.run import GuardConfig, Run
 from mm.trainer.callbacks.base import Callback, Training
+from mm.trainer.checkpoint import folder, save, writer
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.health import heartbeat
 from mm.trainer.health.anomaly import Guard, RollBack, out_of_memory
@@ -27,8 +28,8 @@ from mm.trainer.loop import Trainer, train
 SMALL = {"model": {"w": torch.arange(6.0)}, "model.optimizer": {"exp_avg/w": torch.ones(6)}}
 
 
-def small(step: int) -> checkpoint.Snapshot:
-    return checkpoint.Snapshot({"step": step, "stage": 0}, SMALL)
+def small(step: int) -> save.Moment:
+    return save.Moment.of({"step": step, "stage": 0}, SMALL)
 
 
 def guarded(run: Run, **change: Any) -> Run:
@@ -135,14 +136,14 @@ def test_a_background_save_stalls_the_loop_for_less_than_its_writing(
     """The same files as in the foreground; each save waits for the one before, no more."""
     plain = make_run(tmp_path, "plain", checkpoints={"every": 2, "keep_last": 9})
     train(plain)
-    real, threads = checkpoint.save, []
+    real, threads = writer.save, []
 
-    def slow(*args: Any) -> Path:
+    def slow(*args: Any, **keep: Any) -> Path:
         threads.append(threading.current_thread().name)
         time.sleep(0.4)
-        return real(*args)
+        return real(*args, **keep)
 
-    monkeypatch.setattr(checkpoint, "save", slow)
+    monkeypatch.setattr(writer, "save", slow)
     run = make_run(tmp_path, checkpoints={"every": 2, "keep_last": 9, "background": True})
     begun: list[float] = []
     stalls: list[float] = []
@@ -170,10 +171,10 @@ def test_a_background_save_stalls_the_loop_for_less_than_its_writing(
 def test_an_error_of_a_background_save_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*args: Any) -> None:
+    def fails(*args: Any, **keep: Any) -> None:
         raise UserError("the disk is full")
 
-    monkeypatch.setattr(checkpoint, "save", fails)
+    monkeypatch.setattr(writer, "save", fails)
     with pytest.raises(UserError, match="the disk is full"):
         train(make_run(tmp_path, checkpoints={"background": True}))
 
@@ -181,17 +182,17 @@ def test_an_error_of_a_background_save_ends_the_run(
 def test_a_folder_that_comes_back_is_saved_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real, calls = checkpoint._write_tensors, []
+    real, calls = save.write_tensors, []
 
-    def flaky(path: Path, tensors: Any) -> None:
+    def flaky(path: Path, tensors: Any) -> str:
         calls.append(path)
         if len(calls) < 3:
             raise OSError(116, "Stale file handle", str(path))
-        real(path, tensors)
+        return real(path, tensors)
 
-    monkeypatch.setattr(checkpoint, "_write_tensors", flaky)
-    monkeypatch.setattr(checkpoint, "RETRY_S", (0.01, 0.01))
-    checkpoint.save(tmp_path, small(1), 2)
+    monkeypatch.setattr(save, "write_tensors", flaky)
+    monkeypatch.setattr(save, "RETRY_S", (0.01, 0.01))
+    save.save(tmp_path, small(1), 2)
     assert checkpoint.newest(tmp_path).state["step"] == 1
     assert caplog.text.count("Stale file handle") == 2
 
@@ -199,44 +200,39 @@ def test_a_folder_that_comes_back_is_saved_to(
 def test_a_folder_that_stays_away_is_told_with_the_checkpoints_before_intact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint.save(tmp_path, small(1), 2)
+    save.save(tmp_path, small(1), 2)
 
     def gone(path: Path, tensors: Any) -> None:
         raise OSError(30, "Read-only file system", str(path))
 
-    monkeypatch.setattr(checkpoint, "_write_tensors", gone)
-    monkeypatch.setattr(checkpoint, "RETRY_S", (0.01,))
+    monkeypatch.setattr(save, "write_tensors", gone)
+    monkeypatch.setattr(save, "RETRY_S", (0.01,))
     with pytest.raises(UserError, match="Read-only file system; the checkpoints before"):
-        checkpoint.save(tmp_path, small(2), 1)
+        save.save(tmp_path, small(2), 1)
     assert checkpoint.newest(tmp_path).state["step"] == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_000001"]
 
 
 def test_the_rehearsal_refuses_before_the_first_step(tmp_path: Path) -> None:
-    checkpoint.rehearse(tmp_path / "good", 1000)
+    folder.rehearse(tmp_path / "good", 1000)
     assert list((tmp_path / "good").iterdir()) == []
     with pytest.raises(UserError, match="MiB free"):
-        checkpoint.rehearse(tmp_path, 2**62)
+        folder.rehearse(tmp_path, 2**62)
     run = make_run(tmp_path)
     (run.folder / "checkpoints").mkdir(parents=True)
-    (run.folder / "checkpoints" / f"{checkpoint.PART}rehearsal").symlink_to("/proc/nowhere")
+    (run.folder / "checkpoints" / f"{folder.PART}rehearsal").symlink_to("/proc/nowhere")
     trainer = Trainer(run, [Calls("pre_step", lambda trainer: pytest.fail("a step was taken"))])
-    checkpoint_clean = checkpoint.clean
-    try:
-        checkpoint.clean = lambda root: []
-        with pytest.raises(UserError, match="nothing can be saved here"):
-            trainer.fit()
-    finally:
-        checkpoint.clean = checkpoint_clean
+    with pytest.raises(UserError, match="nothing can be saved here"):
+        trainer.fit()
 
 
 def test_what_a_killed_save_left_is_removed_and_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    checkpoint.save(tmp_path, small(1), 2)
+    save.save(tmp_path, small(1), 2)
     (tmp_path / ".part_step_000002_77").mkdir()
     (tmp_path / ".part_step_000002_77" / "model.safetensors").write_bytes(b"half")
-    assert checkpoint.clean(tmp_path) == [".part_step_000002_77"]
+    assert folder.clean(tmp_path) == [".part_step_000002_77"]
     assert "was killed" in caplog.text
     assert checkpoint.newest(tmp_path).state["step"] == 1
 

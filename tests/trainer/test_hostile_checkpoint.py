@@ -53,6 +53,13 @@ def header(path: Path, table: bytes) -> None:
     path.write_bytes(struct.pack("<Q", len(table)) + table + b"\0" * 64)
 
 
+def indexed(folder: Path, **change: Any) -> None:
+    index = json.loads((folder / "index.json").read_text())
+    entry = index["files"]["model"]["up.weight"]
+    index["files"]["model"]["up.weight"] = {"shape": entry["shape"], "dtype": "F32"} | change
+    (folder / "index.json").write_text(json.dumps(index))
+
+
 PASSED_OVER: dict[str, Callable[[Path], Any]] = {
     "mark a list": lambda f: (f / "COMPLETE").write_text("[]"),
     "mark null": lambda f: (f / "COMPLETE").write_text("null"),
@@ -69,6 +76,14 @@ STATES: dict[str, Callable[[Path], Any]] = {
     "state empty": lambda f: (f / "state.json").write_text(""),
     "state binary": lambda f: (f / "state.json").write_bytes(b"\xff\xfe"),
     "state nested": lambda f: (f / "state.json").write_text("[" * 100_000),
+    "index a list": lambda f: (f / "index.json").write_text("[]"),
+    "index gone": lambda f: (f / "index.json").unlink(),
+    "index of other shapes": lambda f: indexed(f, shape=[9, 9, 9]),
+    "index of half a number of processes": lambda f: indexed(f, rank=0.5),
+    "index of a process that is not there": lambda f: indexed(f, rank=1),
+    "index of shards that do not hold it": lambda f: indexed(f, rank=None, first=0, size=1),
+    "index of more than there is": lambda f: indexed(f, shape=[2**40, 2**40]),
+    "index of no dtype": lambda f: indexed(f, dtype="X1"),
     "weights gone": lambda f: (f / "model.safetensors").unlink(),
 }
 TENSORS: dict[str, Callable[[Path], Any]] = {
@@ -159,6 +174,9 @@ def test_weights_without_a_name_that_the_model_has_are_refused(run: Run) -> None
     tensors = load_file(str(path))
     tensors.pop("up.weight")
     save_file(tensors, str(path))
+    index = json.loads((last(run) / "index.json").read_text())
+    index["files"]["model"].pop("up.weight")
+    (last(run) / "index.json").write_text(json.dumps(index))
     sign(last(run))
     with pytest.raises(UserError, match="has no 'up.weight'"):
         train(run)

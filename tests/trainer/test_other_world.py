@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,49 @@ def test_law_other_world_sizes_go_on(tmp_path: Path) -> None:
             assert losses(run) == pytest.approx(losses(whole), rel=2e-5), run.name
             other = saved(run, 10, "model.optimizer")["ema/embed.weight"]
             assert torch.allclose(other, average, rtol=1e-4, atol=1e-5), run.name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_law_masters_and_states_are_bit_equal_however_they_are_cut(tmp_path: Path) -> None:
+    """4 processes at stage 3, 2 at 1, 1 at 0, 4 at 2 and 2 at 3: no step between, no bit moves."""
+    hops = ((4, 3), (2, 1), (1, 0), (4, 2), (2, 3))
+    kinds = ("adamw", "sgd_sai", "muon", "lion", "bf16")
+
+    def run_of(kind: str, hop: int) -> Run:
+        change = {"engine": {"precision": "bf16"}} if kind == "bf16" else {}
+        optimizer = "adamw" if kind == "bf16" else kind
+        out = tmp_path / str(hop)
+        out.mkdir(exist_ok=True)
+        return optimizer_run(out, kind, optimizer, steps=2, stage=hops[hop][1], **change)
+
+    torchrun(4, [run_of(kind, 0) for kind in kinds], timeout_s=400)
+    before = {k: checkpoint.newest(run_of(k, 0).folder / "checkpoints") for k in kinds}
+    for hop in range(1, len(hops)):
+        runs = []
+        for kind in kinds:
+            run = run_of(kind, hop)
+            last = run_of(kind, hop - 1).folder / "checkpoints" / "step_000002"
+            shutil.copytree(last, run.folder / "checkpoints" / "step_000002")
+            runs.append(run.model_copy(update={"stages": (longer(run.stages[0]),)}))
+        beside = lambda run: [str(run.folder / "again")]
+        torchrun(hops[hop][0], runs, 400, "reshard_child.py", beside)
+        for kind, run in zip(kinds, runs, strict=True):
+            root = run.folder / "checkpoints"
+            shutil.rmtree(root)
+            (run.folder / "again").rename(root)
+            first, found = before[kind], checkpoint.newest(root)
+            assert first is not None and found is not None
+            assert found.state["optimizers"] == first.state["optimizers"], (kind, hop)
+            for file in ("model", "model.optimizer"):
+                one, two = first.tensors(file), found.tensors(file)
+                assert one.keys() == two.keys() and len(one) > 2
+                for name in one:
+                    assert torch.equal(one[name], two[name]), (kind, hop, name)
+
+
+def longer(stage: Any) -> Any:
+    return stage.model_copy(update={"budget": stage.budget.model_copy(update={"steps": 9})})
 
 
 def test_weights_that_changed_on_the_way_are_found_by_the_probe(tmp_path: Path) -> None:

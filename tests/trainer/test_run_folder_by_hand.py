@@ -24,6 +24,7 @@ from trainer_toys import toys_registered  # noqa: F401
 
 from mm.data.batching.collate import to_batch
 from mm.errors import UserError
+from mm.model.slices import INDEX
 from mm.specs import Segment
 from mm.tokenizers.text.bytes import BytesConfig
 from mm.trainer import explain, final_eval, folder, held_out_batches, start
@@ -55,9 +56,12 @@ def tensors(table: bytes) -> bytes:
 
 def test_a_file_of_tensors_is_looked_into_though_its_hash_is_right(tmp_path: Path) -> None:
     """Its table says eight bytes, and none are there."""
-    good = {"a.safetensors": tensors(b"{}")}
-    assert fault_of(checkpoint(tmp_path / "good", **good)) is None
+    entry = {"x": {"dtype": "F32", "shape": [2], "rank": 0}}
+    index = json.dumps({"world": 1, "files": {"a": entry, "b": entry}}).encode()
     bad = tensors(b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}')
+    good = {INDEX: index, "a.safetensors": bad + bytes(8)}
+    fine = checkpoint(tmp_path / "good", **good, **{"b.safetensors": bad + bytes(8)})
+    assert fault_of(fine) is None
     found = fault_of(checkpoint(tmp_path / "bad", **good, **{"b.safetensors": bad}))
     assert found is not None and found.startswith("b.safetensors is no file of tensors")
 

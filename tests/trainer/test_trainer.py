@@ -21,6 +21,7 @@ from mm.run import GuardConfig, Run
 from mm.specs import TokenSpec
 from mm.trainer.callbacks.base import Callback, Training
 from mm.trainer.checkpoint import format as checkpoint
+from mm.trainer.checkpoint.folder import require_space
 from mm.trainer.folder import lock
 from mm.trainer.loop import INTERRUPTED, Trainer, train
 
@@ -229,7 +230,7 @@ def test_keeps_the_last_checkpoints(tmp_path: Path) -> None:
 
 def test_no_room_is_said_before_writing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="MiB free"):
-        checkpoint.require_space(tmp_path, 2**62)
+        require_space(tmp_path, 2**62)
 
 
 def test_one_process_a_folder(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mm.errors import UserError
 from mm.hashes import digest
+from mm.model.slices import INDEX, Slices
 from mm.reading import parse_json
 
-SCHEMA = 1
+SCHEMA = 2
 STATE, MARK = "state.json", "COMPLETE"
 NAME = re.compile(r"step_([0-9]{1,15})")
 
@@ -75,8 +76,14 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
-def fault_of(folder: Path) -> str | None:
-    """Say what is wrong with the files of a checkpoint; None when they are as they were saved."""
+def fault_of(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+    """Say what is wrong with the files of a checkpoint; None when they are as they were saved.
+
+    Args:
+        share: ``(rank, world)``: of the files of tensors this looks into every ``world``-th.
+    Raises:
+        UserError: an older version of this program made it.
+    """
     mark = folder / MARK
     if not mark.is_file():
         return "its save did not finish"
@@ -87,23 +94,53 @@ def fault_of(folder: Path) -> str | None:
     missing = sorted({STATE, *hashes} - here)
     if missing:
         return f"{missing[0]} is missing"
-    for name in sorted(here):
-        if name not in hashes:
-            return f"{name} is not vouched for by {MARK}"
+    alone = next((name for name in sorted(here) if name not in hashes), None)
+    if alone is not None:
+        return f"{alone} is not vouched for by {MARK}"
+    small = [name for name in (STATE, INDEX) if name in here]
+    own = [*small, *sorted(here - {*small})[share[0] :: share[1]]]
+    for name in own:
         if digest(folder / name) != hashes[name]:
             return f"{name} does not match its SHA-256"
     state = json_object(folder / STATE)
     if state is None:
         return f"{STATE} is not readable"
+    _require_layout(folder, state.get("schema"))
     if state.get("schema") != SCHEMA:
         return f"{STATE} has schema {str(state.get('schema'))[:20]}, this program reads {SCHEMA}"
     if state.get("step") != step_of(folder):
         return f"{STATE} is of step {str(state.get('step'))[:20]}"
+    return _tensors_fault(folder, here, own, state)
+
+
+def _require_layout(folder: Path, schema: Any) -> None:
+    if isinstance(schema, int) and not isinstance(schema, bool) and 0 < schema < SCHEMA:
+        raise UserError(
+            f"{folder}: was saved by an older version of this program (schema {schema}), this one "
+            f"reads schema {SCHEMA}: end the run with that version, or begin another one: name=..."
+        )
+
+
+def _tensors_fault(
+    folder: Path, here: set[str], own: list[str], state: Mapping[str, Any]
+) -> str | None:
+    """Say whether the files of tensors are those of the index; ``own`` ones are looked into."""
+    if INDEX not in here:
+        return f"{INDEX} is missing"
+    try:
+        slices = Slices(folder)
+    except UserError:
+        return f"{INDEX} is not readable"
+    for file in slices.files:
+        for path in slices.paths(file):
+            if path not in here:
+                return f"{path[:60]} is missing"
     trained = state.get("optimizers")
     for name in trained if isinstance(trained, dict) else ():
-        if f"{name}.safetensors" not in here:
+        if name not in slices.files:
             return f"{name[:40]}.safetensors is missing"
-    return next((f for name in sorted(here) if (f := _header_fault(folder / name))), None)
+    faults = (_file_fault(folder / n, slices) for n in own if n.endswith(".safetensors"))
+    return next((f for f in faults if f), None)
 
 
 def require_state(state: Mapping[str, Any], origin: str, n_stages: int) -> None:
@@ -136,14 +173,18 @@ def json_object(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _header_fault(path: Path) -> str | None:
-    """Say whether the table of a file of tensors covers the file; the tensors are not read."""
-    if path.suffix != ".safetensors":
-        return None
+def _file_fault(path: Path, slices: Slices) -> str | None:
+    """Say whether a file has the tensors that the index says; their values are not read."""
     from safetensors import SafetensorError, safe_open
 
+    held = slices.held(path.name)
+    if held is None:
+        return f"{path.name} is not in {INDEX}"
     try:
-        with safe_open(str(path), "pt"):
-            return None
+        with safe_open(str(path), "pt") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {n: (tuple(p.get_shape()), p.get_dtype()) for n, p in parts.items()}
     except (SafetensorError, OSError, ValueError) as error:
         return f"{path.name} is no file of tensors ({error})"
+    odd = next((n for n in sorted({*held, *found}) if held.get(n) != found.get(n)), None)
+    return None if odd is None else f"{path.name} has another '{odd[:60]}' than {INDEX} says"

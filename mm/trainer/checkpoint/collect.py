@@ -1,28 +1,27 @@
-"""Full tensors of a stage on the CPU, by file of the checkpoint."""
+"""What this process holds of a stage, by file of the checkpoint."""
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from mm.trainer import stateful
+from mm.trainer.checkpoint.held import Held, masters, states, whole
 from mm.trainer.stage import StageState
 
 
-def collect(stage: StageState) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, float]]]:
-    """Weights and optimizer states of every network, States that are carried. Call on all ranks.
+def collect(stage: StageState) -> tuple[dict[str, dict[str, Held]], dict[str, dict[str, float]]]:
+    """Weights and optimizer states of every network, States that are carried: views, no copies.
 
     Returns:
         Tensors by file, and each engine's scalar optimizer states by network.
     """
-    files: dict[str, dict[str, Tensor]] = {}
+    files: dict[str, dict[str, Held]] = {}
     scalars = {}
     for name, engine in stage.engines.items():
-        files[name] = engine.weights()
-        files[f"{name}.optimizer"], scalars[name] = engine.optimizer_state()
+        files[name] = masters(engine)
+        files[f"{name}.optimizer"], scalars[name] = states(engine)
     for name, module in stage.frozen.items():
         if name in stage.from_folders:
             continue
-        files[name] = {k: v.to("cpu", copy=True) for k, v in module.state_dict().items()}
+        files[name] = {k: whole(v) for k, v in module.state_dict().items()}
     if stage.nets.carried is not None:
-        files[stateful.FILE] = stage.nets.carried.full_tensors()
+        files[stateful.FILE] = stage.nets.carried.held()
     return files, scalars

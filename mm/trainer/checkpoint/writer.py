@@ -1,48 +1,70 @@
-"""Saves in the background."""
+"""Saves of all processes, in the foreground or in the background."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
+
+from mm.trainer.checkpoint.held import Copies
+from mm.trainer.checkpoint.meeting import Meeting
+from mm.trainer.checkpoint.save import Moment, save
+
+
+def meet() -> None:
+    """Wait for all processes; fails where one is gone. Call on all ranks."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
 
 
 class Writer:
-    """Saves in the background, one at a time.
+    """One save at a time.
 
-    The caller stalls for the save before, if that is still being written, and for nothing else.
-    A save is crash-safe wherever it runs: until its rename it is not there.
+    In the background the caller stalls for the save before, if that is still being written, and
+    for nothing else. A save is crash-safe wherever it runs: until its rename it is not there.
     """
 
     def __init__(self, background: bool):
         self.background = background
+        self._copies = Copies()
         self._thread: threading.Thread | None = None
+        self._wrote = threading.Event()
         self._error: BaseException | None = None
 
-    def __call__(self, write: Callable[[], Any]) -> None:
-        """Run ``write`` (which owns all that it needs) now or in the background.
+    def __call__(self, root: Path, moment: Moment, **keep: Any) -> None:
+        """Save ``moment`` (``keep``: of `save`) now or in the background. Call on all ranks.
 
         Raises what this or the save before raised.
         """
-        self.wait()
+        self.wait()  # before its copies are written over
+        meeting = Meeting.of_all()
         if not self.background:
-            write()
+            save(root, moment, **keep, meeting=meeting, wrote=meet)
             return
+        copied = replace(moment, files=self._copies.of(moment.files))
+        self._wrote.clear()
 
         def work() -> None:
             try:
-                write()
+                save(root, copied, **keep, meeting=meeting, wrote=self._wrote.set)
             except BaseException as error:  # noqa: BLE001  raised in `wait`
                 self._error = error
+            finally:
+                self._wrote.set()
 
         # not a daemon: the interpreter waits for it before it ends
         self._thread = threading.Thread(target=work, name="mm-checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait for the save under way. Raises what it raised."""
+        """Wait for the save under way. Call on all ranks. Raises what it raised."""
         thread, self._thread = self._thread, None
         if thread is not None:
+            self._wrote.wait()
+            meet()  # a process that is gone is found here, and not waited for in the thread
             thread.join()
         error, self._error = self._error, None
         if error is not None:

@@ -19,7 +19,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,10 +31,12 @@ from mm.launch import environment
 from mm.run import EngineConfig
 from mm.schedule import Ema
 from mm.trainer.engine.gradient_order import GradientOrder
-from mm.trainer.engine.zero_shards import Shards
+from mm.trainer.engine.zero_shards import Shards, Span
 from mm.trainer.optimizers.base import ShardOptimizer
 
 log = logging.getLogger("mm.trainer")
+
+Read = Callable[[str, int, int], Tensor]
 
 
 def resolve_precision(asked: str, device: torch.device) -> str:
@@ -115,7 +117,7 @@ class Engine:
             raise UserError(f"network {type(module).__name__} has no trainable parameter")
         n_params = sum(p.numel() for p in module.parameters())
         # DeepSpeed rounds all weights to bf16 and keeps masters only of those that train.
-        self._frozen = {
+        self.frozen = {
             name: p.detach().to("cpu", copy=True)
             for name, p in module.named_parameters()
             if precision == "bf16" and not p.requires_grad
@@ -216,7 +218,7 @@ class Engine:
 
         out = {}
         for name, p in self.raw.named_parameters():
-            full = safe_get_full_fp32_param(p) if p.requires_grad else self._frozen.get(name)
+            full = safe_get_full_fp32_param(p) if p.requires_grad else self.frozen.get(name)
             if full is None:
                 with self._gather([p]):
                     full = p.detach()
@@ -229,42 +231,17 @@ class Engine:
         }
         return out
 
-    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Full elementwise states as ``key/parameter name`` on the CPU, and the scalar ones.
+    def load_optimizer_state(self, read: Read, scalars: Mapping[str, float]) -> None:
+        """Put back the states of a checkpoint, made at any stage and world size.
 
-        The EMA is among the former, Adam's step among the latter.
+        Of each only the range that this rank holds is read. Call before the first step.
+
+        Args:
+            read: elements ``start : start + n`` of state ``key/parameter name``, on the host.
+        Raises:
+            UserError: they are another optimizer's.
         """
-        tensors: dict[str, Tensor] = {}
-        scalars: dict[str, float] = {}
-        listed = getattr(self.base, "per_parameter", ())
-        for x, spans in self.shards.spans.items():
-            for key, value in self.states(x).items():
-                if not isinstance(value, Tensor) or value.dim() == 0:
-                    scalars[key] = float(value)
-                    continue
-                for i, span in enumerate(spans):
-                    if key in listed:
-                        full = value[i]
-                    elif value.shape == x.shape:
-                        full = self.shards.full(x, value, span)
-                    else:
-                        full = value  # of whole tensors: stage 0
-                    tensors[f"{key}/{span.name}"] = full.detach().to("cpu", copy=True)
-        if self.ema is not None:
-            scalars["ema_updates"] = self.updates
-        return tensors, scalars
-
-    def load_optimizer_state(
-        self, tensors: Mapping[str, Tensor], scalars: Mapping[str, float]
-    ) -> None:
-        """Put back what `optimizer_state` gave, at any stage and world size.
-
-        Call before the first step. Raises UserError when it was made by another optimizer.
-        """
-        if not tensors and not scalars:
-            return
         self._materialise()
-        listed = getattr(self.base, "per_parameter", ())
         self.updates = int(scalars.get("ema_updates", 0))
         if self.ema is not None and "ema_updates" not in scalars:
             log.info("the checkpoint has no EMA: it starts from its weights")
@@ -281,27 +258,37 @@ class Engine:
                         elif value.dim() == 0:
                             value.fill_(scalars[key])
                         else:
-                            for i, span in enumerate(spans):
-                                full = tensors[f"{key}/{span.name}"].to(value.device)
-                                if key in listed:
-                                    value[i] = full
-                                elif value.shape == x.shape:
-                                    self.shards.put(x, value, span, full)
-                                else:
-                                    value.copy_(full)
+                            self._load_state(read, x, key, value, spans)
         except KeyError as error:
             raise UserError(
                 f"the checkpoint has no optimizer state {error}: it was made with another "
                 "optimizer; set stages.N.optimizer back, or use another run name: name=..."
             ) from error
 
-    def load_masters(self, weights: Mapping[str, Tensor]) -> None:
-        """Set the fp32 masters (they differ from the weights only where these are bf16)."""
-        from deepspeed.utils import safe_set_full_fp32_param
+    def _load_state(
+        self, read: Read, x: Tensor, key: str, value: Tensor, spans: Sequence[Span]
+    ) -> None:
+        listed = key in getattr(self.base, "per_parameter", ())
+        for i, span in enumerate(spans):
+            name = f"{key}/{span.name}"
+            if listed:
+                value[i] = read(name, 0, value[i].numel()).view(value[i].shape)
+            elif value.shape == x.shape:
+                self.shards.put(value, span, lambda start, n, name=name: read(name, start, n))
+            else:
+                value.copy_(read(name, 0, value.numel()).view(value.shape))
 
+    def load_masters(self, read: Read) -> None:
+        """Set the fp32 masters (they differ from the weights only where these are bf16).
+
+        ``read``: elements ``start : start + n`` of a parameter; only this rank's are read.
+        """
         if self.zero_stage:
-            for name, p in self.trainable():
-                safe_set_full_fp32_param(p, weights[name].to(self.ds.device))
+            with torch.no_grad():
+                for x, spans in self.shards.spans.items():
+                    for span in spans:
+                        part = lambda start, n, name=span.name: read(name, start, n)
+                        self.shards.put(x, span, part)
 
     @contextlib.contextmanager
     def unsharded(self) -> Iterator[nn.Module]:

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-class Slice(NamedTuple):
-    """Elements ``start : start + n`` of a flattened parameter, at ``at`` of a rank's shard."""
-
-    start: int
-    at: int
-    n: int
+from mm.model.slices import Slice, slice_of
 
 
 @dataclass(frozen=True)
@@ -41,10 +34,7 @@ class Span:
 
     def on(self, rank: int) -> Slice:
         """The slice that ``rank`` holds; n = 0 when it holds none."""
-        start = rank * self.size if self.each else max(0, rank * self.size - self.first)
-        stop = (rank + 1) * self.size - (0 if self.each else self.first)
-        n = max(0, min(self.numel, stop) - start)
-        return Slice(start, self.first + (0 if self.each else start - rank * self.size), n)
+        return slice_of(rank, self.numel, self.first, self.size, self.each)
 
 
 class Shards:
@@ -161,9 +151,11 @@ class Shards:
         dist.all_reduce(out)
         return out.view(span.shape)
 
-    def put(self, x: Tensor, value: Tensor, span: Span, full: Tensor) -> None:
-        """Copy this rank's slice of the whole tensor ``full`` into ``value``."""
+    def put(self, value: Tensor, span: Span, read: Callable[[int, int], Tensor]) -> None:
+        """Fill this rank's slice of a parameter in ``value``, which is like its shard.
+
+        ``read``: elements ``start : start + n`` of the whole one.
+        """
         part = span.on(self.rank)
-        value.view(-1)[part.at : part.at + part.n].copy_(
-            full.reshape(-1)[part.start : part.start + part.n]
-        )
+        if part.n:
+            value.view(-1)[part.at : part.at + part.n].copy_(read(part.start, part.n))

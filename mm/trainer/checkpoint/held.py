@@ -1,0 +1,164 @@
+"""What this process holds of a checkpoint's tensors: its own slices, and where all others are.
+
+Nothing is gathered and nothing copied: a slice is a view of what trains. The places follow from
+how ZeRO cuts, so every process knows those of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mm.model.slices import Placed
+from mm.model.tensor_file import DTYPES
+from mm.trainer.engine.deepspeed import Engine
+from mm.trainer.engine.zero_shards import Shards, Span
+
+
+class Held(NamedTuple):
+    """A tensor of a checkpoint.
+
+    Attributes:
+        placed: where its elements are.
+        mine: those of this process, whole in its shape or flat; None: it has none.
+    """
+
+    placed: Placed
+    mine: Tensor | None
+
+
+Files = Mapping[str, Mapping[str, Held]]
+ANY = -1  # rank of what all processes have alike: `spread` says who writes it
+
+
+def whole(tensor: Tensor, rank: int = ANY, me: int | None = None) -> Held:
+    """All of a tensor, which ``rank`` writes; ``me``: this process, where only that one has it."""
+    tensor = tensor.detach()
+    placed = Placed(tuple(tensor.shape), DTYPES[tensor.dtype], rank)
+    return Held(placed, tensor if me in (None, rank) else None)
+
+
+def cut(shards: Shards, x: Tensor, value: Tensor, span: Span) -> Held:
+    """This rank's slice of one parameter in ``value``, which is like the shard ``x``."""
+    placed = Placed(tuple(span.shape), DTYPES[value.dtype], None, span.first, span.size, span.each)
+    part = span.on(shards.rank)
+    return Held(placed, _view(value.detach().reshape(-1)[part.at : part.at + part.n], placed))
+
+
+def _view(flat: Tensor, placed: Placed) -> Tensor | None:
+    if not flat.numel():
+        return None
+    return flat.view(placed.shape) if flat.numel() == placed.numel else flat
+
+
+def masters(engine: Engine) -> dict[str, Held]:
+    """fp32 parameters and persistent buffers of a network, by their names."""
+    shards = engine.shards
+    replicated = engine.zero_stage == 0
+    out: dict[str, Held] = {}
+    for x, spans in shards.spans.items():
+        for span in spans:
+            out[span.name] = whole(x) if replicated else cut(shards, x, x, span)
+    for name, p in engine.raw.named_parameters():
+        if name not in out:
+            out[name] = _frozen(engine, name, p)
+    kept = engine.raw.state_dict(keep_vars=True).keys()  # without the non-persistent buffers
+    return out | {n: whole(b) for n, b in engine.raw.named_buffers() if n in kept}
+
+
+def _frozen(engine: Engine, name: str, p: Tensor) -> Held:
+    """A parameter that does not train."""
+    if name in engine.frozen:  # in bf16 its fp32 is kept beside it
+        return whole(engine.frozen[name])
+    if not hasattr(p, "ds_tensor"):
+        return whole(p)
+    part: Tensor = p.ds_tensor  # type: ignore[attr-defined]
+    size, shape = part.numel(), tuple(p.ds_shape)  # type: ignore[attr-defined]
+    placed = Placed(shape, DTYPES[part.dtype], None, 0, size, True)
+    return Held(placed, _view(part.detach().reshape(-1)[: placed.on(engine.shards.rank).n], placed))
+
+
+def states(engine: Engine) -> tuple[dict[str, Held], dict[str, float]]:
+    """Elementwise optimizer states as ``key/parameter name``, the EMA among them; scalar ones."""
+    shards = engine.shards
+    listed = getattr(engine.base, "per_parameter", ())
+    tensors: dict[str, Held] = {}
+    scalars: dict[str, float] = {}
+    for x, spans in shards.spans.items():
+        for key, value in engine.states(x).items():
+            if not isinstance(value, Tensor) or value.dim() == 0:
+                scalars[key] = float(value)
+                continue
+            for i, span in enumerate(spans):
+                if key in listed:
+                    held = whole(value[i])
+                elif engine.zero_stage == 0 or value.shape != x.shape:
+                    held = whole(value)
+                else:
+                    held = cut(shards, x, value, span)
+                tensors[f"{key}/{span.name}"] = held
+    if engine.ema is not None:
+        scalars["ema_updates"] = engine.updates
+    return tensors, scalars
+
+
+def spread(files: Mapping[str, Mapping[str, Held]], rank: int, world: int) -> Files:
+    """Give what all processes have alike to one of them each, the largest first, evenly.
+
+    The same on every process, which keeps only what it writes.
+    """
+    alike = [(f, n) for f, table in files.items() for n, h in table.items() if _is_any(h)]
+    size = lambda key: files[key[0]][key[1]].placed.n_bytes
+    loads = [0] * world
+    owner: dict[tuple[str, str], int] = {}
+    for key in sorted(alike, key=lambda key: (-size(key), key)):
+        owner[key] = loads.index(min(loads))
+        loads[owner[key]] += size(key)
+
+    def given(file: str, name: str, held: Held) -> Held:
+        if not _is_any(held):
+            return held
+        to, was = owner[file, name], held.placed
+        placed = Placed(was.shape, was.dtype, to)
+        return Held(placed, held.mine if to == rank else None)
+
+    return {f: {n: given(f, n, h) for n, h in table.items()} for f, table in files.items()}
+
+
+def _is_any(held: Held) -> bool:
+    return held.placed.rank == ANY
+
+
+def mine(files: Files) -> Iterator[tuple[str, str, Tensor]]:
+    """File, name and elements of what this process writes."""
+    for file, table in files.items():
+        for name, held in table.items():
+            if held.mine is not None:
+                yield file, name, held.mine
+
+
+class Copies:
+    """Host memory for what a process writes while it trains on; kept from save to save."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, str], Tensor] = {}
+
+    def of(self, files: Files) -> dict[str, dict[str, Held]]:
+        """``files`` with copies on the host in place of what trains."""
+        old, self._buffers = self._buffers, {}
+        out = {file: dict(table) for file, table in files.items()}
+        on_device = False
+        for file, name, tensor in mine(files):
+            buffer = old.get((file, name))
+            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            buffer.copy_(tensor, non_blocking=tensor.is_cuda)
+            on_device |= tensor.is_cuda
+            self._buffers[file, name] = buffer
+            out[file][name] = Held(files[file][name].placed, buffer)
+        if on_device:
+            torch.cuda.synchronize()
+        return out
