@@ -12,6 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from mm.plug_point import Registry
 
+
+def _modules(package: str, names: str) -> dict[str, str]:
+    """Entries whose module has their name."""
+    return {name: f"{package}.{name}" for name in names.split()}
+
+
 NETWORKS = Registry(
     "network",
     {
@@ -122,19 +128,10 @@ FFNS = Registry(
 )
 POSITIONS = Registry(
     "position",
-    {
-        "alibi": "mm.model.positions.alibi",
-        "irpe": "mm.model.positions.irpe",
-        "grid": "mm.model.positions.grid",
-        "learned": "mm.model.positions.learned",
-        "none": "mm.model.positions.none",
-        "randomised": "mm.model.positions.randomised",
-        "rope": "mm.model.positions.rope",
-        "rope_axes": "mm.model.positions.rope_axes",
-        "sinusoidal": "mm.model.positions.sinusoidal",
-        "t5_bias": "mm.model.positions.t5_bias",
-        "urpe": "mm.model.positions.urpe",
-    },
+    _modules(
+        "mm.model.positions",
+        "alibi irpe grid learned none randomised rope rope_axes sinusoidal t5_bias urpe",
+    ),
 )
 LINEARS = Registry(
     "linear",
@@ -211,13 +208,10 @@ MODALITIES = Registry(
 )
 LAUNCHERS = Registry(
     "launcher",
-    {
-        "local": "mm.launch.local",
-        "ssh": "mm.launch.ssh",
-        "slurm": "mm.launch.slurm",
-        "mpi": "mm.launch.mpi",
-        "k8s": "mm.launch.k8s",
-    },
+    _modules(
+        "mm.launch",
+        "local ssh slurm mpi k8s",
+    ),
 )
 SOURCES = Registry(
     "source",
@@ -262,30 +256,18 @@ TRANSFORMS = Registry(
 )
 SURGERIES = Registry(
     "surgery",
-    {
-        "deepen": "mm.surgery.deepen",
-        "extend_vocabulary": "mm.surgery.extend_vocabulary",
-        "graft_adapter": "mm.surgery.graft_adapter",
-        "keep_layers": "mm.surgery.keep_layers",
-        "linearize": "mm.surgery.linearize",
-        "merge_lora": "mm.surgery.merge_lora",
-        "pool_heads": "mm.surgery.pool_heads",
-        "prune_heads": "mm.surgery.prune_heads",
-        "widen": "mm.surgery.widen",
-    },
+    _modules(
+        "mm.surgery",
+        "deepen extend_vocabulary graft_adapter keep_layers linearize merge_lora pool_heads "
+        "prune_heads widen",
+    ),
 )
 OBJECTIVES = Registry(
     "objective",
-    {
-        "next_token": "mm.objectives.next_token",
-        "contrastive": "mm.objectives.contrastive",
-        "distil": "mm.objectives.distil",
-        "dpo": "mm.objectives.dpo",
-        "masked": "mm.objectives.masked",
-        "replaced_token": "mm.objectives.replaced_token",
-        "vq": "mm.objectives.vq",
-        "codec": "mm.objectives.codec",
-    },
+    _modules(
+        "mm.objectives",
+        "next_token contrastive distil dpo masked replaced_token vq codec",
+    ),
 )
 OPTIMIZERS = Registry(
     "optimizer",
@@ -301,17 +283,11 @@ OPTIMIZERS = Registry(
 DECODERS = Registry("decoder", {"ar": "mm.decoders.ar"})
 TASKS = Registry(
     "task",
-    {
-        "bits_per_byte": "mm.tasks.bits_per_byte",
-        "recognition": "mm.tasks.recognition",
-        "judged_generation": "mm.tasks.judged_generation",
-        "forecast": "mm.tasks.forecast",
-        "block_decoding": "mm.tasks.block_decoding",
-        "text_error": "mm.tasks.text_error",
-        "token_loss": "mm.tasks.token_loss",
-        "transcription": "mm.tasks.transcription",
-        "retrieval": "mm.tasks.retrieval",
-    },
+    _modules(
+        "mm.tasks",
+        "bits_per_byte recognition judged_generation forecast block_decoding text_error "
+        "token_loss transcription retrieval",
+    ),
 )
 CALLBACKS = Registry(
     "callback",
@@ -334,24 +310,11 @@ SINKS = Registry(
 )
 FAMILIES = Registry(
     "family",
-    {
-        "llama": "mm.interchange.families.llama",
-        "llava": "mm.interchange.families.llava",
-        "mistral": "mm.interchange.families.mistral",
-        "qwen2": "mm.interchange.families.qwen2",
-        "qwen3": "mm.interchange.families.qwen3",
-        "qwen3_moe": "mm.interchange.families.qwen3_moe",
-        "mixtral": "mm.interchange.families.mixtral",
-        "phi3": "mm.interchange.families.phi3",
-        "olmo2": "mm.interchange.families.olmo2",
-        "gemma2": "mm.interchange.families.gemma2",
-        "gemma3_text": "mm.interchange.families.gemma3_text",
-        "gpt2": "mm.interchange.families.gpt2",
-        "mamba": "mm.interchange.families.mamba",
-        "mamba2": "mm.interchange.families.mamba2",
-        "recurrent_gemma": "mm.interchange.families.recurrent_gemma",
-        "qwen3_next": "mm.interchange.families.qwen3_next",
-    },
+    _modules(
+        "mm.interchange.families",
+        "llama llava mistral qwen2 qwen3 qwen3_moe mixtral phi3 olmo2 gemma2 gemma3_text gpt2 "
+        "mamba mamba2 recurrent_gemma qwen3_next",
+    ),
 )
 ENCODERS = Registry(
     "encoder",

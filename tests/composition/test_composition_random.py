@@ -12,7 +12,7 @@ from composition_configs import Refused
 from composition_draw import any_case
 from composition_shrink import report
 
-QUICK, ALL = 200, 3000
+QUICK, ALL = 300, 3000
 TRIES = 50
 
 
