@@ -272,5 +272,5 @@ def test_arrays_of_whole_spans() -> None:
     span = WORDS.range("text")
     ids = np.array([span.begin, 9, 8, span.end, span.end, span.begin, span.end, span.begin, 7])
     host = Batch.of_ids(torch.from_numpy(ids)[None])
-    found = [s.tolist() for s in metrics._spans(host, vocabulary, span.begin, span.end)]
+    found = [s.tolist() for s in metrics._spans(host, WORDS, span.begin, span.end)]
     assert found == [[9, 8], []], "the last one does not end"
