@@ -1,9 +1,8 @@
 """Every plug point of the project, see `Registry`.
 
 A new idea is one new file and one line here. Modules are imported on first use, so a missing
-optional package hurts only its user and `mm --help` stays fast. Outside code joins by
-`imports: [my_pkg]` in a YAML (the import runs its own `register` decorators) or by the entry-point
-group ``mm.plugins``.
+optional package hurts only its user and `mm --help` stays fast. Outside code joins by `imports:
+[my_pkg]` in a YAML (its `register` decorators run) or by the entry-point group ``mm.plugins``.
 """
 
 from __future__ import annotations
@@ -338,8 +337,7 @@ CODECS = Registry(
     },
 )
 
-# The annotation of a config field that holds one entry: to pydantic a parser (a kind, a mapping or
-# a Config becomes a Config), to a type checker anything.
+# A config field of one entry: pydantic parses it (kind, mapping, Config), a type checker takes it.
 if TYPE_CHECKING:
     NetworkField = Any
     BackboneField = Any

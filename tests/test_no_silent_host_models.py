@@ -77,7 +77,10 @@ def smallest(run: Run) -> Run:
 def words_of(run: Run) -> Vocabulary | None:
     if run.vocabulary is None:
         return None
-    return extend_vocabulary([TokenSpec(m, 20, fingerprint=m) for m in run.tokenizers])
+    codes = getattr(run.model, "heads", {}).get("codes")
+    books = {m: len(each) for m, each in getattr(codes, "delays", {}).items()}
+    specs = [TokenSpec(m, 20, books.get(m, 1), fingerprint=m) for m in run.tokenizers]
+    return extend_vocabulary(specs)
 
 
 def batch_of(run: Run, index: int, vocabulary: Vocabulary | None) -> Batch:
@@ -203,6 +206,22 @@ def test_generation_reads_the_device_once_a_token(temperature: float, cfg_scale:
             settings |= {"top_k": 5, "top_p": 0.9}
         steps = list(stream_tokens(model, vocabulary, prompts, "text", **settings))
     assert len(steps) == len(reads.places) == 6, reads.places
+    assert all(place.startswith("mm/decoders/ar.py:") for place in reads.places), reads.places
+
+
+@pytest.mark.parametrize("name", ["delay", "depth"])
+def test_codebooks_that_share_a_place_are_read_once_a_place(name: str) -> None:
+    """All of them together, sampled under guidance."""
+    run = smallest(Run.load(ROOT / f"configs/members/{name}.yaml"))
+    vocabulary = words_of(run)
+    assert vocabulary is not None
+    prompts = [[Segment("text", np.arange(n, dtype=np.int32), role="condition")] for n in (3, 5)]
+    with fake_cuda() as reads:
+        model = build_stage(run, 0, vocabulary).engines["model"].raw
+        reads.places.clear()
+        settings: Any = {"temperature": 0.7, "top_k": 5, "cfg_scale": 2.0, "max_tokens": 12}
+        steps = list(stream_tokens(model, vocabulary, prompts, "audio", **settings))
+    assert len(steps) == len(reads.places) > 1, reads.places
     assert all(place.startswith("mm/decoders/ar.py:") for place in reads.places), reads.places
 
 

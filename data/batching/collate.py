@@ -158,7 +158,7 @@ def pieces_to_batch(
         for d, of_target, *_ in row:
             here = slice(at, at + len(d.ids))
             ids[b, here, 0], targets[b, here, 0] = d.ids, d.targets
-            if d.codes is not None:
+            if d.codes is not None and d.code_targets is not None:
                 ids[b, here, 1 : 1 + d.codes.shape[1]] = d.codes
                 targets[b, here, 1 : 1 + d.codes.shape[1]] = d.code_targets
             weight[b, here], goal[b, here] = d.weights, of_target

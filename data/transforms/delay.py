@@ -29,7 +29,7 @@ class DelayConfig(Config):
 
     @classmethod
     def smallest(cls) -> DelayConfig:
-        return cls(delays={"audio": (0, 1)})
+        return cls(delays={"audio": (0, 1, 2)})
 
     def build(self) -> Delay:
         return Delay(self.delays)

@@ -58,7 +58,7 @@ def require_short(n_tokens: int, most: int, origin: str) -> None:
 class Stream(NamedTuple):
     """Tokens of a prompt, with the values that stand among them."""
 
-    ids: np.ndarray  # (T, S) int32
+    ids: np.ndarray  # (T,) or (T, S) int32
     features: tuple[Features, ...] = ()
     parts: Mapping[str, DocumentTokens] = NONE  # second sequences
     opening: int = 0  # tokens before what is generated, its begin, and what of it is given
@@ -259,11 +259,12 @@ def batch(streams: Sequence[Stream], vocabulary: Vocabulary) -> Batch:
     What stands before the span that is generated is the prefix.
     """
     T = max(len(stream.ids) for stream in streams)
-    S = max(stream.ids.shape[1] for stream in streams)
-    ids = np.full((len(streams), T, S), -1, np.int32)
+    told = [s.ids.reshape(len(s.ids), -1) for s in streams]
+    ids = np.full((len(streams), T, max(each.shape[1] for each in told)), -1, np.int32)
     rows = []
     items: dict[str, list[tuple[int, Features]]] = {}
-    for i, (each, features, _, opening) in enumerate(streams):
+    for i, (each, s) in enumerate(zip(told, streams, strict=True)):
+        features, opening = s.features, s.opening
         ids[i, : len(each), : each.shape[1]] = each
         stream = each[:, 0]
         modality = vocabulary.modality_of(stream)

@@ -76,6 +76,7 @@ class Distil(NextToken):
     """
 
     config: DistilConfig
+    reads_codebooks = False
 
     def __init__(self, config: DistilConfig, vocabulary: Vocabulary, modalities: tuple[str, ...]):
         super().__init__(config, vocabulary)

@@ -87,6 +87,8 @@ class Masked(NextToken):
     that a causal model keeps its shift: BehnamGhader et al. 2024, LLM2Vec (arXiv:2404.05961).
     """
 
+    reads_codebooks = False
+
     def __init__(self, config: MaskedConfig, vocabulary: Vocabulary):
         super().__init__(config, vocabulary)
         self.asked = config

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.batch import Batch
+from mm.data.batching.codebooks import CODES
 from mm.errors import UserError
 from mm.layout import Doc, Layout
 from mm.model.sequence import Unconnected
@@ -209,7 +210,8 @@ def documents(
 ) -> Batch:
     """A micro-batch of equal documents of ids, every place a target.
 
-    ``heads`` with targets of their own (configs by name) have one at the start of each document.
+    ``heads`` with targets of their own (configs by name) have one at the start of each document;
+    one of further codebooks has all of them at every place.
     """
     document = min(document, length)
     row = [Doc(document)] * (length // document)
@@ -220,6 +222,13 @@ def documents(
     first = min(n - 1, 18)  # codes of the first modality
     ids = torch.full((rows, length, 1), first, dtype=torch.int32)
     places = {"tokens": torch.arange(rows * length, dtype=torch.int32)}
+    if delays := getattr(heads.get(CODES), "delays", {}):
+        assert vocabulary is not None
+        m = max(delays, key=lambda m: len(delays[m]))
+        own, size = vocabulary.range(m), vocabulary.spec(m).vocab_size
+        codes = own.first + size * torch.arange(len(delays[m]), dtype=torch.int32)
+        ids = codes.expand(rows, length, -1).contiguous()
+        places[CODES] = places["tokens"]
     one = torch.ones(rows, length, dtype=torch.int32)
     labels = {"target_modality": one}
     made = {name: head.example for name, head in heads.items() if hasattr(head, "example")}

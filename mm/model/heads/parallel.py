@@ -87,9 +87,11 @@ class Parallel(Head):
             return HeadOut(None, Categorical(self._logits(h, known, ctx)))
         wide = torch.promote_types(h.dtype, torch.float32)
         ids = target.long() if target.dim() == 2 else target.long()[:, None]
-        nll = zero_gradient_touch(self.parameters(), h.new_zeros(len(h), dtype=wide))
+        nll = h.new_zeros(len(h), dtype=wide)
         if ids.shape[1] == 1:
-            return HeadOut(nll, None)
+            return HeadOut(nll + zero_gradient_touch(self.parameters(), nll), None)
+        # Its own parameter alone: those of layers below are used where ZeRO-3 gathers them.
+        nll = nll + zero_gradient_touch([self.weight], nll)
         # A micro-batch without any code runs one place of zeros, so that all ranks run alike.
         some = len(h) > 0
         given = h if some else h.new_zeros(1, h.shape[1])
