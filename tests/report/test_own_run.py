@@ -277,6 +277,11 @@ def test_tokenizers_are_shown_from_the_run_that_made_them(tmp_path: Path, claime
     assert uri(original) in page and 'class="pair"' in page
     assert "At step 2 of its training" in page and "<dt>vocab size</dt><dd>240</dd>" in page
     assert "Training curves of this tokenizer (2 steps)" in page and "mm tokenizer eval" in page
+    values = {"vocab_size": 0, "n_codebooks": 1, "continuous": True, "grid": [4, 4]}
+    write(run, "model/vocabulary.json", {"ranges": [ranges[0] | values]})
+    page = section(build_report(run).read_text(), "tokenizers")
+    assert "mm tokenizer eval" not in page and "codes" in page  # it refuses values
+    assert "<dt>vocab size" not in page and "<dt>grid</dt>" in page
 
 
 def test_empty_rows_are_left_out_and_alerts_are_sentences(tmp_path: Path) -> None:
