@@ -328,6 +328,7 @@ def test_the_header_says_size_tokens_epochs_and_machine(tmp_path: Path) -> None:
     expected |= {"device": "cuda:0", "processes": "2", "precision": "bf16", "commit": "abcdef0123+"}
     assert header == expected | {"time": "8.0 s"}
     data = section(page, "data")
+    assert "<th>bytes on disk</th>" in data  # of the packed ids, not of the raw files
     rows = dict(re.findall(r"<tr><th>(.*?)</th>(.*?)</tr>", data))
     assert re.findall("<td>(.*?)</td>", rows["a (train)"]) == [
         "100",
