@@ -56,8 +56,14 @@ def evaluate(
           would get) and their ``mel_distance_ratio``, ``bits_per_second``.
 
     Raises:
-        UserError: there is nothing to evaluate on, or a value of no modality.
+        UserError: there is nothing to evaluate on, a value of no modality, or a tokenizer that
+            makes no codes.
     """
+    if tokenizer.spec.continuous:
+        raise UserError(
+            f"tokenizer of '{tokenizer.spec.modality}' gives the values as they are: there are no "
+            "codes to measure; what a model reaches with them says: mm eval RUN"
+        )
     raws = list(raws)
     if not raws:
         raise UserError(

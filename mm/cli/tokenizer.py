@@ -72,14 +72,19 @@ def train(
         if is_main():
             print_trained(f"Tokenizer {out or config}", result)
     if is_main() and out:
-        console().print(next_command(out, data))
+        console().print(next_command(out, data, bool(result.get("continuous"))))
     write_json(json, result)
 
 
-def next_command(out: Path, data: Path | None) -> str:
-    """What to run after a training: the measure on a split that the data have."""
+def next_command(out: Path, data: Path | None, continuous: bool = False) -> str:
+    """What to run after a training: the measure on a split that the data have.
+
+    ``continuous``: it gives values as they are, of which there is nothing to measure.
+    """
     from mm.data.shards.manifest import split_samples
 
+    if continuous:
+        return f"next: mm data pack {data or 'SHARDS'} --tokenizers {out.parent} --out TOKENS"
     held_out = [s for s in ("test", "val") if data is not None and split_samples(data, s)]
     if data is not None and not held_out:
         return (
@@ -127,6 +132,7 @@ def fit(chosen: Any, data: Path, out: Path, config: str) -> dict[str, Any]:
     return {
         "modality": spec.modality,
         "vocab_size": spec.vocab_size,
+        "continuous": spec.continuous,
         "items": len(found),
         "fingerprint": spec.fingerprint[:12],
         "folder": out,

@@ -18,6 +18,7 @@ SAMPLES = 8000  # to train on that are enough without varied copies
 NAMING = 0.85  # share of the samples whose class is learnt; the others are drawn from it
 ROW = 256  # ids
 LR, EMA = 1.0e-3, 0.998
+PASSES = 7  # over all copies
 VIEWS, VIEWED = 8, 1000  # of a picture that is measured, and the most of those
 GRID = {"kind": "sum", "position": {"kind": "grid", "max_cells": CELLS**2}}
 
@@ -52,7 +53,7 @@ def directions(text: str) -> Chosen:
 def lengths(plans: Sequence[TokenizerPlan]) -> tuple[int, int]:
     """Ids of a picture's values with its class word, and of its codes with it."""
     of = {p.modality: p.longest for p in plans}
-    word = sum(n for modality, n in of.items() if modality not in (PIXELS, "image"))
+    word = sum(round(p.mean) for p in plans if p.modality not in (PIXELS, "image"))
     return of[PIXELS] + word, of["image"] + word
 
 

@@ -116,7 +116,8 @@ def train_config(
     model = pictures.model() if few else model_config(plans)
     step = speed(plain(model), work)
     epoch = max(1, round(copies * n_train * mean / (0.95 * row.value * batch)))
-    steps = budget(found, step, seconds, epoch, copies)
+    passes = pictures.PASSES if few else max(5, 20 // copies) if found.classes else 8
+    steps = budget(step, seconds, epoch, passes)
     data: dict[str, Any] = {
         "kind": "packed",
         "seq_len": row,
@@ -203,10 +204,9 @@ def model_config(plans: Sequence[TokenizerPlan]) -> dict[str, Any]:
     return model
 
 
-def budget(found: Found, step: float, seconds: float, epoch: int, copies: int) -> Chosen:
-    """Steps that fit the time, but no more passes over the data than pay."""
+def budget(step: float, seconds: float, epoch: int, passes: int) -> Chosen:
+    """Steps that fit the time, but no more ``passes`` over the data than pay."""
     fits = max(20, int(seconds / step))
-    passes = max(5, 20 // copies) if found.classes else 8
     pays = passes * epoch
     time = f"{step:.2f} s a step on this machine, {epoch} steps a pass"
     if fits <= pays:

@@ -43,7 +43,7 @@ def start(run: RunData) -> str:
         whole = {
             "samples": source.get("samples"),
             "tokens": source.get("tokens"),
-            "bytes": source.get("bytes"),
+            "bytes on disk": source.get("bytes"),
             "epochs": source.get("epochs"),
             "left out": _per_cent(share) if "left_out" in source else None,
         }
@@ -52,7 +52,8 @@ def start(run: RunData) -> str:
             each = _mapping(each)
             used = number(each.get("used"))
             rows[f"{name} · {modality}"] = {
-                **{k: each.get(k) for k in ("samples", "tokens", "bytes")},
+                **{k: each.get(k) for k in ("samples", "tokens")},
+                "bytes on disk": each.get("bytes"),
                 "drawn": _per_cent(used) if used is not None else None,
             }
         drawn = _mapping(source.get("tasks"))

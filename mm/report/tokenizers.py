@@ -18,6 +18,7 @@ AFTER = ("reconstructed", "reconstruction", "decoded", "output", "after", "recon
 SPECTRA = "spectrograms"
 STRIPS = ("reconstructions", SPECTRA)  # of mm tokenizer eval: originals in a row above
 NOT_SHOWN = ("tokenizer", "modality", "alerts")
+CODES = ("vocab_size", "n_codebooks")  # of a tokenizer that makes some
 MAX_PAIRS = 10
 
 
@@ -40,13 +41,17 @@ def _section(run: RunData, name: str, part: RunData) -> str:
     )
     measured = {_named(k): v for k, v in part.evaluation.items() if k not in NOT_SHOWN}
     if not measured and part is not run:
-        measured = {_named(k): v for k, v in _spec(run, name).items()}
+        spec = _spec(run, name)
         how = f"mm tokenizer eval {part.folder} --data SHARDS --out {part.folder / 'eval'} "
         how += f"--json {part.folder / 'eval.json'}"
         told = (
             '<p class="note">What it keeps of held-out data was not measured; that does: '
             f"<code>{escape(how)}</code></p>"
         )
+        if spec.pop("continuous", False):
+            told = '<p class="note">The values as they are, which the model reads: no codes.</p>'
+            spec = {k: v for k, v in spec.items() if k not in CODES}
+        measured = {_named(k): v for k, v in spec.items()}
     table = chips(measured) + told
     drawn = "" if part is run else curves(part)
     more = (
@@ -86,7 +91,7 @@ def _spec(run: RunData, modality: str) -> dict[str, Any]:
     ranges = run.vocabulary.get("ranges")
     for each in ranges if isinstance(ranges, list) else ():
         if isinstance(each, Mapping) and each.get("modality") == modality:
-            known = {k: v for k, v in each.items() if k not in ("modality", "continuous")}
+            known = {k: v for k, v in each.items() if k != "modality"}
             return known | {"fingerprint": str(known.get("fingerprint", ""))[:12]}
     return {}
 

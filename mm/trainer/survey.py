@@ -52,7 +52,7 @@ def show(run: Run, found: Mapping[str, Any]) -> None:
     sources = [source for stage in found["stages"] for source in stage["sources"]]
     names = endings([str(source["source"]) for source in sources])
     some = any(max(left_out(source)) > 0 for source in sources)  # else a column less to read
-    columns = ("source", "modality", "samples", "tokens", "bytes", "left out")
+    columns = ("source", "modality", "samples", "tokens", "on disk", "left out")
     for i, name in enumerate((*["stage"] * many, *columns, *["of tokens"] * some, "epochs")):
         side = "right" if i >= 2 + many else "left"
         # Of a short line the source's name is broken, never a number.

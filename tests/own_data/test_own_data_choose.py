@@ -22,6 +22,7 @@ from mm.own_data import pictures
 from mm.own_data.choose import Options, choose
 from mm.own_data.look import Found, look, one_word
 from mm.own_data.plan import Chosen, Plan, flow, plain, to_yaml
+from mm.own_data.tokenizers import TokenizerPlan
 from mm.own_data.write import write
 from mm.run import Run
 from mm.tasks.base import conditions, read_items
@@ -211,6 +212,13 @@ def test_the_budget_is_time_or_data(seen: dict[str, Found], tmp_path: Path) -> N
     assert 20 <= short.value <= 60 / 0.5 and "fits the time" in short.why
     long = steps(plan_of(seen["book"], tmp_path, minutes=600.0))
     assert "8 passes over the data" in long.why and long.value < 200
+
+
+def test_a_class_word_has_the_ids_that_words_have_not_those_of_the_longest() -> None:
+    ids = (("text", 12, 4.6), ("image", 66, 66), ("pixels", 18, 18))
+    plans = [TokenizerPlan(m, {}, longest, mean, 0, 0) for m, longest, mean in ids]
+    assert pictures.lengths(plans) == (23, 71)
+    assert pictures.mean_ids(plans) == pytest.approx(0.85 * 23 + 0.15 * 71)
 
 
 def test_folders_and_file_names_say_the_class(tmp_path: Path) -> None:

@@ -277,6 +277,11 @@ def test_tokenizers_are_shown_from_the_run_that_made_them(tmp_path: Path, claime
     assert uri(original) in page and 'class="pair"' in page
     assert "At step 2 of its training" in page and "<dt>vocab size</dt><dd>240</dd>" in page
     assert "Training curves of this tokenizer (2 steps)" in page and "mm tokenizer eval" in page
+    values = {"vocab_size": 0, "n_codebooks": 1, "continuous": True, "grid": [4, 4]}
+    write(run, "model/vocabulary.json", {"ranges": [ranges[0] | values]})
+    page = section(build_report(run).read_text(), "tokenizers")
+    assert "mm tokenizer eval" not in page and "codes" in page  # it refuses values
+    assert "<dt>vocab size" not in page and "<dt>grid</dt>" in page
 
 
 def test_empty_rows_are_left_out_and_alerts_are_sentences(tmp_path: Path) -> None:
@@ -323,6 +328,7 @@ def test_the_header_says_size_tokens_epochs_and_machine(tmp_path: Path) -> None:
     expected |= {"device": "cuda:0", "processes": "2", "precision": "bf16", "commit": "abcdef0123+"}
     assert header == expected | {"time": "8.0 s"}
     data = section(page, "data")
+    assert "<th>bytes on disk</th>" in data  # of the packed ids, not of the raw files
     rows = dict(re.findall(r"<tr><th>(.*?)</th>(.*?)</tr>", data))
     assert re.findall("<td>(.*?)</td>", rows["a (train)"]) == [
         "100",

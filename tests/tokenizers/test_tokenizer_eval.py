@@ -22,6 +22,7 @@ from mm.tokenizers.evaluate import (
     spread,
     usage_alerts,
 )
+from mm.tokenizers.image.patches import ImagePatchesConfig
 from mm.tokenizers.text.bytes import BytesConfig
 
 
@@ -85,6 +86,12 @@ def voices(n_items: int = 8, seconds: float = 0.6) -> list[Waveform]:
         wave = sum(0.2 / k * np.sin(k * 2 * np.pi * np.cumsum(f) / 8000) for k in range(1, 9))
         out.append(Waveform((wave * np.sin(np.pi * t / seconds) ** 2).astype(np.float32), 8000))
     return out
+
+
+def test_values_as_they_are_have_no_codes_to_measure():
+    raws = [np.zeros((8, 8, 3), np.uint8)]
+    with pytest.raises(UserError, match="gives the values as they are.* mm eval RUN"):
+        evaluate(ImagePatchesConfig.smallest_tokenizer(), raws)
 
 
 def test_text_bytes_cost_one_token_each():

@@ -65,3 +65,5 @@ def test_the_next_command_names_a_split_that_is_there(tmp_path: Path) -> None:
     assert found["train_test"].endswith(f"--data {tmp_path / 'train_test'}")
     assert found["train_val"].endswith("--split val")
     assert "--val-share" in found["train"] and "next:" not in found["train"]
+    words = next_command(out, tmp_path / "train_val", continuous=True)
+    assert "mm data pack" in words and "eval" not in words  # it would be refused
