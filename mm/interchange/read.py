@@ -57,7 +57,7 @@ def import_model(folder: str | Path, out: str | Path, *, check: bool = True) -> 
         log.warning("%s: nothing here reads %s", c.origin, few_names(unread, 20))
     vocabulary = extend_vocabulary([tokenizer.spec, *(each.spec for each in readers.values())])
     with open_checkpoint(folder) as found, files.whole(out) as part:
-        given = found.renamed(family.rename)
+        given = found.by_names(family.rename)
         plan = plan_of(family, lm, vocabulary, given, tokenizer.config)
         files.write_config(part, lm.to_dict())
         vocabulary.save(part / "vocabulary.json")

@@ -29,7 +29,7 @@ class Checkpoint:
         self.files, self.origin = files, origin
         self.stored = stored  # name in the file, where it is another one
 
-    def renamed(self, rename: Callable[[str], str]) -> Checkpoint:
+    def by_names(self, rename: Callable[[str], str]) -> Checkpoint:
         """The same tensors by other names."""
         names = {rename(name): name for name in self.files}
         if len(names) < len(self.files):

@@ -115,7 +115,7 @@ class _Entry(BaseModel):
     size: _Count = 0
     each: bool = False
 
-    def placed(self, world: int) -> Placed:
+    def place(self, world: int) -> Placed:
         whole = self.rank is not None
         if self.dtype not in KINDS or (self.rank or 0) >= world:
             raise ValueError(f"no dtype {self.dtype[:20]}, or no process {self.rank}")
@@ -184,7 +184,7 @@ class Slices:
             found = _Index.model_validate(parse_json((folder / INDEX).read_bytes()))
             self.world = found.world
             self.files = {
-                f: {n: entry.placed(found.world) for n, entry in entries.items()}
+                f: {n: entry.place(found.world) for n, entry in entries.items()}
                 for f, entries in found.files.items()
             }
         except (OSError, ValidationError, ValueError) as error:
@@ -199,7 +199,7 @@ class Slices:
         placed = [p for p in self.files[file].values() if p.numel or p.rank is not None]
         return {r for p in placed for r in p.holders(0, p.numel)}
 
-    def held(self, path: str) -> dict[str, tuple[tuple[int, ...], str]] | None:
+    def must_hold(self, path: str) -> dict[str, tuple[tuple[int, ...], str]] | None:
         """Shape and dtype of every tensor that a file must have; None: the index has no such file.
 
         A whole tensor has its shape, a slice is flat.

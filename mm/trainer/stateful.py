@@ -79,7 +79,7 @@ class CarriedStates:
             first, *rest = (made[i] for i in range(len(self._mine)))
             self.state = first.cat(*rest) if rest else first
 
-    def held(self) -> dict[str, Held]:
+    def own_rows(self) -> dict[str, Held]:
         """This rank's rows of the leaves of all rows' States, in the order of the rows."""
         return {f"{i:03d}": self._held(leaf.detach()) for i, leaf in enumerate(self.state.leaves())}
 

@@ -84,7 +84,8 @@ class Parallel(Head):
         h = h_BTD.flatten(0, 1).index_select(0, places_P.long())
         if target is None:
             known = h.new_zeros(len(h), 1, dtype=torch.long) if known is None else known
-            return HeadOut(None, Categorical(self._logits(h, known, ctx)))
+            states, aux = self.states(h, known, ctx)
+            return HeadOut(None, Categorical(self._logits(states, known)), aux=aux)
         wide = torch.promote_types(h.dtype, torch.float32)
         ids = target.long() if target.dim() == 2 else target.long()[:, None]
         nll = h.new_zeros(len(h), dtype=wide)
@@ -105,9 +106,8 @@ class Parallel(Head):
                 nll = nll + torch.where(own, cost, 0) if some else nll + 0 * cost.sum()
         return HeadOut(nll, None, aux=aux)
 
-    def _logits(self, h_PD: Tensor, known_PS: Tensor, ctx: Ctx) -> Tensor:
-        """`(P, N)` of the stream after ``known``."""
-        states, _ = self.states(h_PD, known_PS, ctx)
+    def _logits(self, states: Tensor, known_PS: Tensor) -> Tensor:
+        """`(P, N)` of the stream after ``known``, from `states` `(P, S, D)`."""
         logits = nn.functional.linear(states[:, -1], self.weight.to(states.dtype))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         other = torch.zeros_like(logits, dtype=torch.bool)

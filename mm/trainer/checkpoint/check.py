@@ -177,7 +177,7 @@ def _file_fault(path: Path, slices: Slices) -> str | None:
     """Say whether a file has the tensors that the index says; their values are not read."""
     from safetensors import SafetensorError, safe_open
 
-    held = slices.held(path.name)
+    held = slices.must_hold(path.name)
     if held is None:
         return f"{path.name} is not in {INDEX}"
     try:

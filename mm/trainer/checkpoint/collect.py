@@ -23,5 +23,5 @@ def collect(stage: StageState) -> tuple[dict[str, dict[str, Held]], dict[str, di
             continue
         files[name] = {k: whole(v) for k, v in module.state_dict().items()}
     if stage.nets.carried is not None:
-        files[stateful.FILE] = stage.nets.carried.held()
+        files[stateful.FILE] = stage.nets.carried.own_rows()
     return files, scalars
