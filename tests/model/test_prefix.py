@@ -57,7 +57,8 @@ def test_leading_conditions_are_the_prefix() -> None:
     layout = to_batch([[given, null], [[text(1, 2)]]], VOCABULARY).layout
     marked = layout.fields.extra["prefix"]
     assert marked.sum(1).tolist() == [12, 0] and marked[0, len(d.ids)] == 1
-    asked = batch([Stream(np.array([*d.ids[:11], TEXT.begin, TEXT.first], np.int32))], VOCABULARY)
+    ids = np.array([*d.ids[:11], TEXT.begin, TEXT.first], np.int32)
+    asked = batch([Stream(ids, opening=11)], VOCABULARY)
     assert asked.layout.fields.extra["prefix"].tolist() == [[1] * 11 + [0, 0]]
 
 
@@ -99,8 +100,8 @@ def test_conditions_are_repeated_alike_in_training_and_generation() -> None:
     assert [s.modality for s in segments] == ["image", "image", "text"]
     trained = document_tokens(segments, VOCABULARY).ids
     asked = prepare([PICTURE], "text", VOCABULARY, 5, "prompt", repeats=2)
-    assert asked.tokens.ids.tolist() == trained[:17].tolist()
-    assert asked.null.ids.tolist() == [NULL, NULL, TEXT.begin], "as dropped conditions"
+    assert asked.tokens.ids[:, 0].tolist() == trained[:17].tolist()
+    assert asked.null.ids[:, 0].tolist() == [NULL, NULL, TEXT.begin], "as dropped conditions"
     net = model("rg_lru")
     settings: dict[str, Any] = {"temperature": 0, "max_tokens": 4}
     spans = generate_tokens(net, VOCABULARY, [[PICTURE]], "text", repeats=2, **settings)
@@ -130,7 +131,7 @@ def test_generation_reads_the_prefix_as_training_does(pattern: str) -> None:
         torch.testing.assert_close(alone, expected)
         # What generation does: the prefix and the opening in one call, then token by token.
         begin = len(d.ids) - len(document[-1].ids) - 2
-        first = batch([Stream(d.ids[: begin + 1])], VOCABULARY)
+        first = batch([Stream(d.ids[: begin + 1], opening=begin)], VOCABULARY)
         out = net(first, state=net.initial_state(1, 32), heads=())
         torch.testing.assert_close(out.hidden[0], expected[: begin + 1])
     prompt = [Segment("text", np.array([5, 5, 6]), role="condition"), PICTURE]
