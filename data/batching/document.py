@@ -15,7 +15,7 @@ L tokens of one document, C features, A axes of positions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -125,6 +125,14 @@ class Border(NamedTuple):
     end: str
 
 
+NO_BORDER = Border("", "")
+
+
+@cache
+def _both(modality: str) -> Border:
+    return Border(modality, modality)
+
+
 def borders(segments: Sequence[Segment]) -> list[Border]:
     """The borders of each segment of one sequence.
 
@@ -133,6 +141,10 @@ def borders(segments: Sequence[Segment]) -> list[Border]:
     text, picture, text are one span of text, as LLaVA (arXiv:2304.08485) reads them. Labels and
     null conditions have no borders.
     """
+    if not any([s.inline for s in segments]):  # a list is quicker than a generator
+        return [
+            NO_BORDER if s.ids is None or s.role == "label" else _both(s.modality) for s in segments
+        ]
     spans: list[list[int]] = []
     open_span = False  # nothing stands between the last one and what comes
     for i, s in enumerate(segments):
@@ -145,7 +157,7 @@ def borders(segments: Sequence[Segment]) -> list[Border]:
         elif s.ids is not None:
             spans.append([i])
         open_span = s.ids is not None
-    out = [Border("", "")] * len(segments)
+    out = [NO_BORDER] * len(segments)
     for span in spans:
         name = _host(segments, span) or segments[span[0]].modality
         out[span[0]] = out[span[0]]._replace(begin=name)
@@ -160,9 +172,14 @@ def _host(segments: Sequence[Segment], span: Sequence[int]) -> str:
 
 def segment_lengths(segments: Sequence[Segment]) -> list[int]:
     """Tokens of each segment of one sequence with its borders, 1 of a null condition."""
-    codes = [0 if s.role == "label" else 1 if s.ids is None else len(s.ids) for s in segments]
-    around = [bool(b.begin) + bool(b.end) for b in borders(segments)]
-    return [n + m for n, m in zip(codes, around, strict=True)]
+    return _lengths(segments, borders(segments))
+
+
+def _lengths(segments: Sequence[Segment], around: Sequence[Border]) -> list[int]:
+    return [
+        0 if s.role == "label" else 1 if s.ids is None else len(s.ids) + (begin != "") + (end != "")
+        for s, (begin, end) in zip(segments, around, strict=True)
+    ]
 
 
 def document_length(segments: Sequence[Segment]) -> int:
@@ -211,7 +228,8 @@ def document_tokens(segments: Sequence[Segment], vocabulary: Vocabulary) -> Docu
 
 def _sequence(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTokens:
     table = ranges(vocabulary)
-    around, lengths = borders(segments), segment_lengths(segments)
+    around = borders(segments)
+    lengths = _lengths(segments, around)
     n = sum(lengths)
     stream, goal = np.empty(n, np.int32), np.empty(n, np.int32)
     weight, modality = np.zeros(n, np.float32), np.zeros(n, np.int32)
@@ -263,16 +281,22 @@ def _sequence(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTo
                 )
             stream[first:over] = codes
             stream[first:over] += r.first
-        stream[over:last] = r.end
         modality[at:stop] = r.index
         if border.begin:
-            host = vocabulary.range(border.begin) if border.begin != s.modality else r
-            stream[at], modality[at] = host.begin, host.index
+            host = r if border.begin == s.modality else vocabulary.range(border.begin)
+            stream[at] = host.begin
+            if host is not r:
+                modality[at] = host.index
         if border.end:
-            host = vocabulary.range(border.end) if border.end != s.modality else r
-            stream[last], modality[last] = host.end, host.index
+            host = r if border.end == s.modality else vocabulary.range(border.end)
+            stream[last] = host.end
+            if host is not r:
+                modality[last] = host.index
+        if over < last:
+            stream[over:last] = r.end
         goal[at:stop] = stream[at:stop]
-        goal[over + 1 : stop] = -1
+        if over < last:
+            goal[over + 1 : stop] = -1
         leading = leading and s.role == "condition"
         prefix[at:stop] = leading
         if s.role == "target":
