@@ -183,6 +183,7 @@ def _sequence(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTo
     labels: dict[str, np.ndarray] = {}
     position: np.ndarray | None = None
     further: np.ndarray | None = None
+    further_goals: np.ndarray | None = None
     at, leading = 0, True
     for s in segments:
         if s.role == "label":
@@ -206,6 +207,8 @@ def _sequence(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTo
         if codes.ndim == 2 and spec is not None:
             over = at + 1 + check_places(codes, spec)
             further = _further(codes[:, 1:], r, at + 1, n, further)
+            told = codes if np.ndim(s.targets) != 2 else s.targets[: len(codes)]
+            further_goals = _further(told[:, 1:], r, at + 1, n, further_goals)
             codes = codes[: over - at - 1, 0]
         if s.values is not None:
             item = _features(s, at + 1, spec)
@@ -242,8 +245,12 @@ def _sequence(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTo
                 if s.values is None:
                     goal[at + 1 : stop - 1] = np.where(own < 0, -1, own + r.first)
                 weight[at + 1 : stop - 1] *= own >= 0
+            elif other.ndim == 2:
+                own = other[: over - at - 1, 0]
+                goal[at + 1 : over] = np.where(own < 0, -1, own + r.first)
+                goal[over] = -1 if len(other) > len(s.ids) else goal[over]
             if (
-                len(other) > len(s.ids) and other[-1] < 0
+                len(other) > len(s.ids) and (other[-1] < 0).all()
             ):  # cut short: `end` stands here, but not because the item ends
                 weight[stop - 1] = 0.0
         at = stop
@@ -265,7 +272,7 @@ def _sequence(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTo
         fields,
         labels,
         codes=further,
-        code_targets=None if further is None else _next(further),
+        code_targets=None if further_goals is None else _next(further_goals),
     )
 
 

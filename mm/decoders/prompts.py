@@ -214,7 +214,7 @@ def prepare(
         told = streams_of(made)
         S = max(told.shape[1], opening.shape[1])
         ids = np.concatenate([_widen(told, S), _widen(opening, S)])
-        return Stream(ids, made.features, parts)
+        return Stream(ids[:, 0] if S == 1 else ids, made.features, parts)
 
     total = is_fixed(spec)
     if total is not None:
