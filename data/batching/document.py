@@ -240,6 +240,7 @@ def _sequence(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTo
     labels: dict[str, np.ndarray] = {}
     position: np.ndarray | None = None
     further: np.ndarray | None = None
+    further_goals: np.ndarray | None = None
     at, leading = 0, True
     for s, border, length in zip(segments, around, lengths, strict=True):
         if s.role == "label":
@@ -264,6 +265,8 @@ def _sequence(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTo
         if codes.ndim == 2 and spec is not None:
             over = first + check_places(codes, spec)
             further = _further(codes[:, 1:], r, first, n, further)
+            told = codes if np.ndim(s.targets) != 2 else s.targets[: len(codes)]
+            further_goals = _further(told[:, 1:], r, first, n, further_goals)
             codes = codes[: over - first, 0]
         if s.values is not None:
             item = _features(s, first, spec)
@@ -312,8 +315,12 @@ def _sequence(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTo
                 if s.values is None:
                     goal[first:last] = np.where(own < 0, -1, own + r.first)
                 weight[first:last] *= own >= 0
+            elif other.ndim == 2:
+                own = other[: over - first, 0]
+                goal[first:over] = np.where(own < 0, -1, own + r.first)
+                goal[over] = -1 if len(other) > len(s.ids) else goal[over]
             if (
-                len(other) > len(s.ids) and other[-1] < 0
+                len(other) > len(s.ids) and (other[-1] < 0).all()
             ):  # cut short: `end` stands here, but not because the item ends
                 weight[last:stop] = 0.0
         at = stop
@@ -335,7 +342,7 @@ def _sequence(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTo
         fields,
         labels,
         codes=further,
-        code_targets=None if further is None else _next(further),
+        code_targets=None if further_goals is None else _next(further_goals),
     )
 
 

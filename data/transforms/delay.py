@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from mm.config import Config
@@ -18,8 +19,9 @@ from mm.specs import Delays, Segment, Transform
 class DelayConfig(Config):
     """Lay the codebooks of a modality out in one place, codebook q ``delays[q]`` places later.
 
-    It comes last. 0, 1, 2, ..: each codebook is told by those of its frame before it. All 0: a
-    frame in one place, for the head `depth`. The model's head `codes` says the same delays.
+    It comes last, but before a `chunk`, which then cuts places. 0, 1, 2, ..: each codebook is told
+    by those of its frame before it. All 0: a frame in one place, for the head `depth`. The model's
+    head `codes` says the same delays.
     """
 
     kind: Literal["delay"] = "delay"
@@ -54,12 +56,17 @@ class Delay(Transform):
         if s.ids is None or s.role == "label":
             return s
         each = [name for name, v in s.fields.items() if getattr(v, "ndim", 0)]
-        if s.targets is not None or s.position is not None or each or s.ids.ndim != 1:
+        if s.position is not None or each or s.ids.ndim != 1:
             raise UserError(
-                f"transform delay: '{s.modality}' was cut, masked or placed code by code before: "
-                "several codebooks in one place go with none of these"
+                f"transform delay: '{s.modality}' was masked or placed code by code before: "
+                "several codebooks in one place go with neither"
             )
+        delays, targets = self.makes_codebooks[s.modality], s.targets
         try:
-            return s._replace(ids=lay_out(s.ids, self.makes_codebooks[s.modality]))
+            if targets is not None:
+                own = lay_out(np.asarray(targets)[: len(s.ids)], delays)
+                more = len(targets) - len(s.ids)  # the mark of a cut
+                targets = np.pad(own, ((0, more), (0, 0)), constant_values=-1)
+            return s._replace(ids=lay_out(s.ids, delays), targets=targets)
         except ValueError as error:
             raise UserError(f"transform delay: '{s.modality}': {error}") from error

@@ -29,9 +29,13 @@ def delays_of(model: Any) -> Mapping[str, tuple[int, ...]]:
 
 
 def local_codes(
-    row: np.ndarray, continued: np.ndarray, r: Range, delays: Sequence[int]
+    row: np.ndarray, given: Sequence[int], r: Range, delays: Sequence[int]
 ) -> np.ndarray:
-    """Local codes `(L,)` int32 of a span whose steps gave ``row`` (steps,) or (steps, C) ids."""
+    """Local codes `(L,)` int32 of a span whose steps gave ``row`` (steps,) or (steps, C) ids.
+
+    ``given``: those that it goes on from.
+    """
+    continued = np.asarray(given, np.int64)
     own = (row >= r.first) & (row < r.stop)
     if row.ndim == 1:
         return np.concatenate([continued, row[own] - r.first]).astype(np.int32)

@@ -159,7 +159,6 @@ def generate_tokens(
         ids = torch.stack(steps, 1).numpy()
         for segments, row in zip(some, ids, strict=True):
             continued = segments[-1].ids if continues(segments, to) else ()
-            continued = np.asarray(continued, np.int64)
             spans.append(local_codes(row, continued, target, delays_of(model).get(to, ())))
     return spans
 

@@ -223,10 +223,11 @@ def prepare(
             for name in sorted({s.part for s in segments} - {""})
         }
         if known is None:
-            return Stream(told[:-1], made.features, parts, len(told) - lengths[-1])
+            ids = told[:-1, 0] if told.shape[1] == 1 else told[:-1]
+            return Stream(ids, made.features, parts, len(told) - lengths[-1])
         S = max(told.shape[1], opening.shape[1])
         ids = np.concatenate([_widen(told, S), _widen(opening, S)])
-        return Stream(ids, made.features, parts, len(told))
+        return Stream(ids[:, 0] if S == 1 else ids, made.features, parts, len(told))
 
     total = is_fixed(spec)
     if total is not None:

@@ -17,7 +17,7 @@ from mm.data.streams.stateful import StatefulConfig
 from mm.registry import TRANSFORMS
 from mm.specs import Segment
 
-LENGTHS = {"text": (5, 13, 40), "image": (16,), "audio": (8, 30)}
+LENGTHS = {"text": (5, 13, 40), "image": (16,), "audio": (9, 30)}
 
 
 def documents(n: int = 24) -> list[list[Segment]]:

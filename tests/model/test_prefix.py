@@ -100,8 +100,8 @@ def test_conditions_are_repeated_alike_in_training_and_generation() -> None:
     assert [s.modality for s in segments] == ["image", "image", "text"]
     trained = document_tokens(segments, VOCABULARY).ids
     asked = prepare([PICTURE], "text", VOCABULARY, 5, "prompt", repeats=2)
-    assert asked.tokens.ids[:, 0].tolist() == trained[:17].tolist()
-    assert asked.null.ids[:, 0].tolist() == [NULL, NULL, TEXT.begin], "as dropped conditions"
+    assert asked.tokens.ids.tolist() == trained[:17].tolist()
+    assert asked.null.ids.tolist() == [NULL, NULL, TEXT.begin], "as dropped conditions"
     net = model("rg_lru")
     settings: dict[str, Any] = {"temperature": 0, "max_tokens": 4}
     spans = generate_tokens(net, VOCABULARY, [[PICTURE]], "text", repeats=2, **settings)

@@ -121,7 +121,7 @@ def make_run(data: Path, out: Path, name: str, head: str, **change: Any) -> Run:
     }  # fmt: skip
     for key, value in change.items():
         at, *rest = key.split("__")
-        node = given
+        node: Any = given
         while rest:
             node = node[int(at) if at.isdigit() else at]
             at, *rest = rest
