@@ -31,7 +31,7 @@ SCHEMA: dict[str, Any] = {}
 EXAMPLES = re.compile(r"(data|tokenizers)/(mine|new|books)")
 # Metrics of metrics.jsonl, which look like paths.
 METRICS = re.compile(
-    r"data/(source_shares|sample_shares|token_shares|wait_seconds|padding_share|rejects)"
+    r"data/(source_shares|sample_shares|token_shares|wait_seconds|padding_share|rejects|epoch)"
 )
 # First parts of the keys of a Run (`name` and the like are words of prose, too).
 KEYS = re.compile(r"(model|stages|engine|checkpoints|guard|tracking)[.\[]")
