@@ -386,7 +386,7 @@ def name_layers(root: nn.Module) -> None:
             module.path = name
 
 
-def zero_gradient_touch(parameters: Iterable[nn.Parameter], like: Tensor) -> Tensor:
+def zero_gradient_touch(parameters: Iterable[Tensor], like: Tensor) -> Tensor:
     """A zero that hangs on parameters which a pass does not need.
 
     Their gradients are zeros, not missing.

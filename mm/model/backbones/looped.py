@@ -39,7 +39,7 @@ class Looped(Stack):
         d_model: int,
         eps: float,
         recompute: str,
-        last: Kind,
+        last: Kind | Literal["none"],
         loops: int,
         halting: float | None,
     ):
