@@ -92,7 +92,7 @@ class Parallel(Head):
         if ids.shape[1] == 1:
             return HeadOut(nll + zero_gradient_touch(self.parameters(), nll), None)
         # Its own parameter alone: those of layers below are used where ZeRO-3 gathers them.
-        nll = nll + zero_gradient_touch([self.weight], nll)
+        nll = nll + zero_gradient_touch([cast(nn.Parameter, self.weight)], nll)
         # A micro-batch without any code runs one place of zeros, so that all ranks run alike.
         some = len(h) > 0
         given = h if some else h.new_zeros(1, h.shape[1])
