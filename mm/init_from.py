@@ -79,7 +79,8 @@ def with_saved_model(values: Mapping[str, Any]) -> dict[str, Any]:
     """A run's values whose `model` is that of the folder of `init_from`, where it has no `kind`.
 
     What such a `model` says is put upon the saved one, mapping by mapping; one with a kind stands
-    for itself. Surgery changes the weights alone: what it makes is said in `model`.
+    for itself. Surgery changes the weights alone: what it makes is said in `model`; but an adapter
+    that is grafted brings its own config, where `model` has none for its modality.
 
     Raises:
         UserError: there is no saved model, or its config is damaged.
@@ -99,7 +100,24 @@ def with_saved_model(values: Mapping[str, Any]) -> dict[str, Any]:
         saved = parse_json(file.read_bytes())
     except (ValueError, OSError) as error:
         raise UserError(f"{file}: not valid JSON ({error}); copy it again") from error
-    return {**values, "model": _onto(saved, given or {})}
+    return {**values, "model": _onto(_with_grafts(saved, asked.get("surgery")), given or {})}
+
+
+def _with_grafts(saved: Any, surgery: Any) -> Any:
+    """A saved model's config with the adapters that are grafted. Raises UserError."""
+    for each in surgery if isinstance(surgery, list | tuple) else ():
+        if not isinstance(each, Mapping) or each.get("kind") != "graft_adapter":
+            continue
+        file = Path(str(each.get("path"))) / "config.json"
+        if not file.is_file() or not isinstance(saved, Mapping):
+            continue  # the operation itself says what is wrong
+        try:
+            adapter = parse_json(file.read_bytes())
+        except (ValueError, OSError) as error:
+            raise UserError(f"{file}: not valid JSON ({error}); import it again") from error
+        adapters = {**(saved.get("adapters") or {}), each.get("modality", "image"): adapter}
+        saved = {**saved, "adapters": adapters}
+    return saved
 
 
 def _onto(saved: Any, given: Any) -> Any:

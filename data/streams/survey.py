@@ -75,7 +75,8 @@ class _Source:
         self.codes = np.stack(columns, 1).astype(np.int64)
         spans = [self.shards.segments(m, self.at) for m in self.names]
         self.spans = np.stack(spans, 1).astype(np.int64)
-        self.tokens = self.codes + 2 * self.spans
+        around = [0 if spec.inline else 2 for spec in self.shards.specs]  # begin and end
+        self.tokens = self.codes + np.array(around) * self.spans
         self.whole = self.tokens.sum(1)
 
     def survey(self) -> tuple[dict[str, Any], Drawn]:

@@ -66,4 +66,12 @@ def export(
     if not no_check:
         require_peer()
     shared.say(export_model(run, out, check=not no_check), out, json)
-    console().print(f"load it: AutoModelForCausalLM.from_pretrained('{out}')")
+    auto = auto_class(out)
+    console().print(f"load it: {auto}.from_pretrained('{out}')")
+
+
+def auto_class(out: Path) -> str:
+    """Class of `transformers` that loads an exported folder."""
+    from mm.interchange.read import family_of, read_settings
+
+    return family_of(read_settings(out)).auto
