@@ -16,8 +16,8 @@ from mm.interchange.codecs.family import (
     Pointwise,
     books_in_use,
     codebook_entry,
-    positive,
     strides_of,
+    whole_number,
 )
 from mm.interchange.encoders.family import both
 from mm.interchange.family import Settings
@@ -49,23 +49,23 @@ class Dac(AudioFamily):
     def network(self, c: Settings, before: Settings, books: int | None) -> dict[str, Any]:
         c = c.with_usual(USUAL)
         rate, strides = self.sampling_rate(c, before), strides_of(c, "downsampling_ratios")
-        hop, width = math.prod(strides), positive(c, "encoder_hidden_size")
-        wide, narrow = positive(c, "decoder_hidden_size"), 2 ** len(strides)
+        hop, width = math.prod(strides), whole_number(c, "encoder_hidden_size")
+        wide, narrow = whole_number(c, "decoder_hidden_size"), 2 ** len(strides)
         if wide % narrow:
             raise c.refuse("decoder_hidden_size", f"does not halve {len(strides)} times")
         c.only("hidden_size", width * narrow, width * narrow)
         for where in (c, before):
             where.only("hop_length", hop, hop)
-        all_books = positive(c, "n_codebooks")
+        all_books = whole_number(c, "n_codebooks")
         return {
             "sample_rate": rate,
             "frontend": {"kind": "dac", "strides": strides, "width": width, "decoder_width": wide},
             "quantizer": {
                 "kind": "factorized_rvq",
                 "n_codebooks": books_in_use(c, all_books, all_books, books),
-                "codebook_size": positive(c, "codebook_size"),
+                "codebook_size": whole_number(c, "codebook_size"),
                 "d": width * narrow,
-                "d_code": positive(c, "codebook_dim"),
+                "d_code": whole_number(c, "codebook_dim"),
                 "kmeans_steps": 0,
             },
         }

@@ -16,7 +16,7 @@ from mm.interchange.codecs.family import (
     Codebook,
     books_in_use,
     codebook_entry,
-    positive,
+    whole_number,
 )
 from mm.interchange.family import Settings
 from mm.interchange.parts import Entry, Part
@@ -60,7 +60,7 @@ class Encodec(AudioFamily):
         for key in ("chunk_length_s", "overlap"):
             if c.get(key) is not None:
                 raise c.refuse(key, "has no equal here; only null has: signals are not cut")
-        hidden, size = positive(c, "hidden_size"), positive(c, "codebook_size")
+        hidden, size = whole_number(c, "hidden_size"), whole_number(c, "codebook_size")
         if size < 2:
             raise c.refuse("codebook_size", "is no choice of codes")
         c.only("codebook_dim", hidden, hidden)
@@ -80,7 +80,7 @@ class Encodec(AudioFamily):
             "kmeans_steps": 0,
             "zero_code": False,
         }
-        layers = positive(c, "num_lstm_layers", most=16)
+        layers = whole_number(c, "num_lstm_layers", most=16)
         return {
             "sample_rate": rate,
             "frontend": front | {"lstm_layers": layers},
@@ -96,7 +96,7 @@ class Encodec(AudioFamily):
         )
 
     def entries(self, net: AudioCodecConfig) -> Iterator[Entry]:
-        yield from seanet.entries(net.frontend, "frontend.", weight_norm_entries)  # type: ignore[arg-type]
+        yield from seanet.entries(net.frontend, "frontend.", convolution_entries)  # type: ignore[arg-type]
         for q in range(net.quantizer.n_codebooks):
             theirs = f"quantizer.layers.{q}.codebook"
             names = (f"{theirs}.embed", f"{theirs}.cluster_size")
@@ -127,7 +127,7 @@ class WeightNorm(Part):
         return [(length * direction / norm).to(torch.float32)]
 
 
-def weight_norm_entries(ours: str, theirs: str) -> Iterator[Entry]:
+def convolution_entries(ours: str, theirs: str) -> Iterator[Entry]:
     """Lines of a convolution with weight normalisation."""
     both = tuple(f"{theirs}.parametrizations.weight.original{i}" for i in (0, 1))
     yield Entry(f"{ours}.weight", both, WeightNorm())

@@ -149,7 +149,7 @@ def strides_of(c: Settings, key: str) -> tuple[int, ...]:
     return tuple(given)
 
 
-def positive(c: Settings, key: str, default: int | None = None, most: int = 2**20) -> int:
+def whole_number(c: Settings, key: str, default: int | None = None, most: int = 2**20) -> int:
     """A positive whole number of at most ``most``. Raises UserError naming the key."""
     value = c.whole(key, default)
     if value > most:

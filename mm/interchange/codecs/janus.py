@@ -15,7 +15,7 @@ from mm.interchange.codecs.family import (
     TokenizerFamily,
     books_in_use,
     codebook_entry,
-    positive,
+    whole_number,
 )
 from mm.interchange.encoders.family import both, join_rows
 from mm.interchange.family import Settings
@@ -56,7 +56,7 @@ class JanusVqgan(TokenizerFamily):
         c.only("in_channels", 3)
         c.only("out_channels", 3)
         books_in_use(c, 1, 1, books)
-        factors, width = c["channel_multiplier"], positive(c, "base_channels")
+        factors, width = c["channel_multiplier"], whole_number(c, "base_channels")
         if (
             not isinstance(factors, list)
             or not 0 < len(factors) <= 12
@@ -65,20 +65,20 @@ class JanusVqgan(TokenizerFamily):
             raise c.refuse("channel_multiplier", "is no list of factors")
         if width % GROUPS:
             raise c.refuse("base_channels", f"is no multiple of {GROUPS}, the groups of each norm")
-        size = positive(c, "num_patches", most=1024) * 2 ** (len(factors) - 1)
+        size = whole_number(c, "num_patches", most=1024) * 2 ** (len(factors) - 1)
         self.require_pixels(before, size)
         return {
             "size": size,
             "width": width,
             "widths": [width * n for n in factors],
-            "blocks": positive(c, "num_res_blocks", most=64),
-            "latent": positive(c, "latent_channels"),
+            "blocks": whole_number(c, "num_res_blocks", most=64),
+            "latent": whole_number(c, "latent_channels"),
             "groups": GROUPS,
             "unit_codes": True,
             "quantizer": {
                 "kind": "vq",
-                "codebook_size": positive(c, "num_embeddings"),
-                "d": positive(c, "embed_dim"),
+                "codebook_size": whole_number(c, "num_embeddings"),
+                "d": whole_number(c, "embed_dim"),
                 "normalize": "none",
                 "kmeans_steps": 0,
             },

@@ -18,7 +18,7 @@ from mm.interchange.codecs.family import (
     Pointwise,
     books_in_use,
     codebook_entry,
-    positive,
+    whole_number,
 )
 from mm.interchange.encoders.family import activation_of, both
 from mm.interchange.family import Settings, rope
@@ -73,7 +73,7 @@ class Mimi(AudioFamily):
         c.only("attention_bias", False)
         c.only("normalize", False)
         front, rate = seanet.front_end(c), self.sampling_rate(c, before)
-        W, heads = positive(c, "hidden_size"), positive(c, "num_attention_heads")
+        W, heads = whole_number(c, "hidden_size"), whole_number(c, "num_attention_heads")
         inner = math.ceil(rate / math.prod(front["strides"]))
         outer = c.get("_frame_rate") or c.get("frame_rate") or inner / 2
         known = isinstance(outer, int | float) and outer > 0 and math.isfinite(outer)
@@ -83,28 +83,31 @@ class Mimi(AudioFamily):
         attention = {
             "kind": "attention",
             "heads": heads,
-            "kv_heads": positive(c, "num_key_value_heads"),
-            "head_dim": positive(c, "head_dim", max(1, W // heads)),
+            "kv_heads": whole_number(c, "num_key_value_heads"),
+            "head_dim": whole_number(c, "head_dim", max(1, W // heads)),
             "qk_norm": False,
             "position": rope(c),
-            "window": positive(c, "sliding_window"),
+            "window": whole_number(c, "sliding_window"),
         }
         activation = activation_of(c, "hidden_act", "gelu")
-        layers = positive(c, "num_hidden_layers", most=256)
+        layers = whole_number(c, "num_hidden_layers", most=256)
         backbone = {
             "kind": "stack",
             "pattern": " ".join(["attention"] * layers),
             "mixers": {"attention": attention},
             "ffn": {
                 "kind": "mlp",
-                "hidden": positive(c, "intermediate_size"),
+                "hidden": whole_number(c, "intermediate_size"),
                 "activation": activation,
             },
             "block": {"kind": "prenorm", "eps": c["norm_eps"], "norm": "layer"},
         }
-        code = positive(c, "vector_quantization_hidden_dimension")
+        code = whole_number(c, "vector_quantization_hidden_dimension")
         c.only("codebook_dim", code, code)
-        first, all_books = positive(c, "num_semantic_quantizers"), positive(c, "num_quantizers")
+        first, all_books = (
+            whole_number(c, "num_semantic_quantizers"),
+            whole_number(c, "num_quantizers"),
+        )
         used = books_in_use(c, all_books, all_books, books)
         if used <= first:
             raise UserError(f"--books {used}: {c.origin} has {first} books of speech; name more")
@@ -115,13 +118,13 @@ class Mimi(AudioFamily):
                 "seanet": front,
                 "backbone": backbone,
                 "stride": int(stride),
-                "up_groups": positive(c, "upsample_groups"),
+                "up_groups": whole_number(c, "upsample_groups"),
             },
             "quantizer": {
                 "kind": "split_rvq",
                 "n_codebooks": used,
                 "n_first": first,
-                "codebook_size": positive(c, "codebook_size"),
+                "codebook_size": whole_number(c, "codebook_size"),
                 "d": W,
                 "d_code": code,
                 "kmeans_steps": 0,

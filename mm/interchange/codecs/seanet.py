@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mm.interchange.codecs.family import MOST, PADDINGS, flag, positive, strides_of
+from mm.interchange.codecs.family import MOST, PADDINGS, flag, strides_of, whole_number
 from mm.interchange.family import Settings
 from mm.interchange.parts import Entry
 from mm.tokenizers.audio.seanet import SeanetFrontEndConfig
@@ -20,17 +20,17 @@ def front_end(c: Settings) -> dict[str, Any]:
     padding = next((ours for name, ours in PADDINGS.items() if name == c["pad_mode"]), None)
     if padding is None:
         raise c.refuse("pad_mode", f"has no equal here; {', '.join(PADDINGS)} have")
-    growth = positive(c, "dilation_growth_rate")
-    units = positive(c, "num_residual_layers", most=16)
+    growth = whole_number(c, "dilation_growth_rate")
+    units = whole_number(c, "num_residual_layers", most=16)
     return {
         "kind": "seanet",
         "strides": tuple(reversed(strides_of(c, "upsampling_ratios"))),
-        "width": positive(c, "num_filters"),
+        "width": whole_number(c, "num_filters"),
         "residual_dilations": tuple(min(growth**j, MOST) for j in range(units)),
-        "kernel": positive(c, "kernel_size", most=MOST),
-        "last_kernel": positive(c, "last_kernel_size", most=MOST),
-        "residual_kernel": positive(c, "residual_kernel_size", most=MOST),
-        "compress": positive(c, "compress"),
+        "kernel": whole_number(c, "kernel_size", most=MOST),
+        "last_kernel": whole_number(c, "last_kernel_size", most=MOST),
+        "residual_kernel": whole_number(c, "residual_kernel_size", most=MOST),
+        "compress": whole_number(c, "compress"),
         "shortcut": flag(c, "use_conv_shortcut"),
         "causal": flag(c, "use_causal_conv"),
         "padding": padding,
