@@ -178,9 +178,13 @@ def stranger(home: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple
     (run / "config.yaml").write_text(yaml.safe_dump(values))
     step = run / "checkpoints/step_000001"
     step.mkdir(parents=True)
-    (step / "model.safetensors").write_bytes(b"x")
-    digest = hashlib.sha256(b"x").hexdigest()
-    (step / "COMPLETE").write_text(json.dumps({"model.safetensors": digest}))
+    weights = {"w": {"shape": [1], "dtype": "F32", "rank": 0}}
+    index = json.dumps({"world": 1, "files": {"model": weights}}).encode()
+    files = {"model.safetensors": b"x", "index.json": index}
+    for name, data in files.items():
+        (step / name).write_bytes(data)
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    (step / "COMPLETE").write_text(json.dumps(hashes))
     (folder / "mm_test_plugin.py").write_text(PLUGIN.format(str(mark)))
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.delitem(__import__("sys").modules, "mm_test_plugin", raising=False)

@@ -6,7 +6,6 @@ lists where each is.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import struct
@@ -28,6 +27,7 @@ from mm.hashes import write_hashes
 from mm.specs import TokenSpec, Waveform
 from mm.tokenizers.text.bpe import BpeConfig
 from mm.tokenizers.text.bytes import BytesConfig
+from mm.trainer.checkpoint.save import Moment, save
 
 
 @pytest.fixture(scope="module")
@@ -191,12 +191,8 @@ def test_settings_of_an_evaluation_that_lie_are_refused_by_file(
 @pytest.fixture
 def unfinished(run: Path) -> Path:
     """A run folder without a saved model: one checkpoint, the config that it was made with."""
-    step = run / "checkpoints/step_000001"
-    step.mkdir(parents=True)
     tensors = load_file(run / "model/model.safetensors")
-    save_file(tensors, step / "model.safetensors")
-    digest = hashlib.sha256((step / "model.safetensors").read_bytes()).hexdigest()
-    (step / "COMPLETE").write_text(json.dumps({"model.safetensors": digest}))
+    save(run / "checkpoints", Moment.of({"step": 1}, {"model": tensors}), keep_last=1)
     values = json.loads((run / "model/config.json").read_text())
     shutil.move(run / "model/vocabulary.json", run / "vocabulary.json")
     shutil.rmtree(run / "model")

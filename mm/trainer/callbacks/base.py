@@ -132,7 +132,10 @@ class Callback:
         """The checkpoint of ``step`` is written, or handed to the background."""
 
     def on_file(self, path: Path) -> None:
-        """A file of a checkpoint is written, then its folder renamed: main rank, any thread."""
+        """A file of a checkpoint is written by this rank, then its folder renamed by the main one.
+
+        In any thread.
+        """
 
     def on_end(self, trainer: Training) -> None:
         """After the last step, also when the run was stopped or failed."""

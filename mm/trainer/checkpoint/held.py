@@ -37,21 +37,25 @@ ANY = -1  # rank of what all processes have alike: `spread` says who writes it
 def whole(tensor: Tensor, rank: int = ANY, me: int | None = None) -> Held:
     """All of a tensor, which ``rank`` writes; ``me``: this process, where only that one has it."""
     tensor = tensor.detach()
-    placed = Placed(tuple(tensor.shape), DTYPES[tensor.dtype], rank)
-    return Held(placed, tensor if me in (None, rank) else None)
+    place = Placed(tuple(tensor.shape), DTYPES[tensor.dtype], rank)
+    return Held(place, tensor if me in (None, rank) else None)
 
 
-def cut(shards: Shards, x: Tensor, value: Tensor, span: Span) -> Held:
-    """This rank's slice of one parameter in ``value``, which is like the shard ``x``."""
-    placed = Placed(tuple(span.shape), DTYPES[value.dtype], None, span.first, span.size, span.each)
-    part = span.on(shards.rank)
-    return Held(placed, _view(value.detach().reshape(-1)[part.at : part.at + part.n], placed))
+def placed(span: Span, dtype: torch.dtype) -> Placed:
+    """Where the slices of a parameter, or of a state that is like it, are."""
+    return Placed(tuple(span.shape), DTYPES[dtype], None, span.first, span.size, span.each)
 
 
-def _view(flat: Tensor, placed: Placed) -> Tensor | None:
+def cut(shards: Shards, value: Tensor, span: Span) -> Held:
+    """This rank's slice of one parameter in ``value``, which is like its shard."""
+    place, part = placed(span, value.dtype), span.on(shards.rank)
+    return Held(place, _view(value.detach().reshape(-1)[part.at : part.at + part.n], place))
+
+
+def _view(flat: Tensor, place: Placed) -> Tensor | None:
     if not flat.numel():
         return None
-    return flat.view(placed.shape) if flat.numel() == placed.numel else flat
+    return flat.view(place.shape) if flat.numel() == place.numel else flat
 
 
 def masters(engine: Engine) -> dict[str, Held]:
@@ -61,7 +65,7 @@ def masters(engine: Engine) -> dict[str, Held]:
     out: dict[str, Held] = {}
     for x, spans in shards.spans.items():
         for span in spans:
-            out[span.name] = whole(x) if replicated else cut(shards, x, x, span)
+            out[span.name] = whole(x) if replicated else cut(shards, x, span)
     for name, p in engine.raw.named_parameters():
         if name not in out:
             out[name] = _frozen(engine, name, p)
@@ -77,8 +81,8 @@ def _frozen(engine: Engine, name: str, p: Tensor) -> Held:
         return whole(p)
     part: Tensor = p.ds_tensor  # type: ignore[attr-defined]
     size, shape = part.numel(), tuple(p.ds_shape)  # type: ignore[attr-defined]
-    placed = Placed(shape, DTYPES[part.dtype], None, 0, size, True)
-    return Held(placed, _view(part.detach().reshape(-1)[: placed.on(engine.shards.rank).n], placed))
+    place = Placed(shape, DTYPES[part.dtype], None, 0, size, True)
+    return Held(place, _view(part.detach().reshape(-1)[: place.on(engine.shards.rank).n], place))
 
 
 def states(engine: Engine) -> tuple[dict[str, Held], dict[str, float]]:
@@ -98,7 +102,7 @@ def states(engine: Engine) -> tuple[dict[str, Held], dict[str, float]]:
                 elif engine.zero_stage == 0 or value.shape != x.shape:
                     held = whole(value)
                 else:
-                    held = cut(shards, x, value, span)
+                    held = cut(shards, value, span)
                 tensors[f"{key}/{span.name}"] = held
     if engine.ema is not None:
         scalars["ema_updates"] = engine.updates
@@ -122,8 +126,7 @@ def spread(files: Mapping[str, Mapping[str, Held]], rank: int, world: int) -> Fi
         if not _is_any(held):
             return held
         to, was = owner[file, name], held.placed
-        placed = Placed(was.shape, was.dtype, to)
-        return Held(placed, held.mine if to == rank else None)
+        return Held(Placed(was.shape, was.dtype, to), held.mine if to == rank else None)
 
     return {f: {n: given(f, n, h) for n, h in table.items()} for f, table in files.items()}
 
