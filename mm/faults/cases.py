@@ -57,7 +57,7 @@ def _one_dies_in_save(bench: Bench, quick: bool) -> Iterator[str]:
                 keep = {"every": 2, "keep_last": 9, "background": background}
                 config = bench.config(bench.fresh("one"), zero=3, checkpoints=keep)
                 fault = {"kill_in_save": {"step": 4, "share": share, "rank": rank}}
-                ended = bench.train(config, world=2, faults=fault, timeout_s=120)
+                ended = bench.train(config, world=2, faults=fault, timeout_s=300)
                 saved = checkpoint.newest(bench.folder(config) / "checkpoints")
                 if saved is None or saved.state["step"] != 2 or ended.codes[1 - rank] in (0, -9):
                     yield f"rank {rank} at {share:.0%}: {ended.codes}: {ended.said[-300:]}"
@@ -72,7 +72,7 @@ def _one_disk_full(bench: Bench, quick: bool) -> Iterator[str]:
             keep = {"every": 2, "keep_last": 9, "background": background}
             config = bench.config(bench.fresh("quota"), zero=1, checkpoints=keep)
             fault = {"small_files": {"step": 4, "bytes": 2**14, "rank": rank}}
-            ended = bench.train(config, world=2, faults=fault, timeout_s=120)
+            ended = bench.train(config, world=2, faults=fault, timeout_s=300)
             saved = checkpoint.newest(bench.folder(config) / "checkpoints")
             told = f"process {rank}: File too large" in ended.said
             if saved is None or saved.state["step"] != 2 or not told:

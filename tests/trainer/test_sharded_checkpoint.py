@@ -161,6 +161,19 @@ def test_without_the_word_of_one_there_is_no_mark(
     assert checkpoint.newest(tmp_path).state["step"] == 2  # type: ignore[union-attr]
 
 
+def test_one_that_came_and_died_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long before the time that one has to come: its beat stops. One that beats is waited for."""
+    monkeypatch.setattr(meeting, "BEAT_S", 0.05)
+    monkeypatch.setattr(meeting, "SILENT_S", 0.5)
+    store = HashStore()
+    here, other = Meeting(0, 2, store, "x"), Meeting(1, 2, store, "x")
+    threading.Timer(1.5, other.tell, ("slow", "done")).start()
+    assert here.hear("slow", [1]) == ["done"]
+    other._over.set()  # as its process ends
+    with pytest.raises(meeting.Gone, match="process 1 is gone: it showed no life"):
+        here.hear("never", [1])
+
+
 @pytest.mark.parametrize("fault", ["changed", "removed"])
 def test_what_is_not_on_the_disk_as_it_was_written_gets_no_mark(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str

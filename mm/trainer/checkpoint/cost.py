@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from mm.model.slices import Placed
-from mm.trainer.checkpoint.held import ANY, Files, Held, placed, spread
+from mm.trainer.checkpoint.held import ANY, Files, Held, place_of, spread
 from mm.trainer.engine.zero_shards import Span
 
 
@@ -53,7 +53,7 @@ def files_of(
     """What a checkpoint of one network holds: fp32 masters, and elementwise fp32 ``states``."""
     spans = spans_of(shapes, stage, world)
     alike = lambda span: Placed(tuple(span.shape), "F32", ANY)
-    places = {s.name: alike(s) if stage == 0 else placed(s, torch.float32) for s in spans}
+    places = {s.name: alike(s) if stage == 0 else place_of(s, torch.float32) for s in spans}
     model = {name: Held(place, None) for name, place in places.items()}
     kept = {f"{state}/{name}": held for state in states for name, held in model.items()}
     return {"model": model, "model.optimizer": kept}

@@ -41,14 +41,14 @@ def whole(tensor: Tensor, rank: int = ANY, me: int | None = None) -> Held:
     return Held(place, tensor if me in (None, rank) else None)
 
 
-def placed(span: Span, dtype: torch.dtype) -> Placed:
+def place_of(span: Span, dtype: torch.dtype) -> Placed:
     """Where the slices of a parameter, or of a state that is like it, are."""
     return Placed(tuple(span.shape), DTYPES[dtype], None, span.first, span.size, span.each)
 
 
 def cut(shards: Shards, value: Tensor, span: Span) -> Held:
     """This rank's slice of one parameter in ``value``, which is like its shard."""
-    place, part = placed(span, value.dtype), span.on(shards.rank)
+    place, part = place_of(span, value.dtype), span.on(shards.rank)
     return Held(place, _view(value.detach().reshape(-1)[part.at : part.at + part.n], place))
 
 

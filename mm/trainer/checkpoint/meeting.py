@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from mm.reading import parse_json
 
-TIMEOUT_S = 1800.0
+TIMEOUT_S = 1800.0  # for a process that has not come yet
+BEAT_S, SILENT_S = 1.0, 40.0  # each process shows that it lives; one that is silent so long is gone
 GRACE_S = 20.0  # for the others, once this process has nothing else to do: it is about to end
 POLL_S = (0.002, 0.1)  # first and longest pause between two looks
 
@@ -40,6 +41,27 @@ class Meeting:
         self.rank, self.world, self.name = rank, world, name or f"alone_{os.getpid()}"
         self._store = store
         self._own: dict[str, Any] = {}
+        self._seen: dict[int, tuple[bytes, float]] = {}  # last beat of others, and when it came
+        self._over = threading.Event()
+        if store is not None:
+            threading.Thread(target=self._beat, daemon=True, name="save-beat").start()
+
+    def _beat(self) -> None:
+        """Show the others that this process lives, while its files are written."""
+        count = 0
+        while True:
+            count += 1
+            try:
+                self._store.set(self._key("beat", self.rank), str(count))
+            except RuntimeError:  # the process that keeps the store is gone: `hear` says so
+                return
+            if self._over.wait(BEAT_S):
+                return
+
+    def end(self) -> None:
+        """This process has nothing else to say."""
+        self._over.set()
+        self.forget(["beat"])
 
     @classmethod
     def of_all(cls) -> Meeting:
@@ -69,8 +91,12 @@ class Meeting:
             return [self._own[about] for _ in ranks]
         keys = [self._key(about, rank) for rank in ranks]
         begun, pause, ended = time.monotonic(), POLL_S[0], None
-        while not self._store.check(keys):
+        looked = begun
+        while not self._all_there(keys):
             now = time.monotonic()
+            if now - looked > BEAT_S:
+                looked = now
+                self._look_at([r for r, k in zip(ranks, keys, strict=True) if not self._there(k)])
             if not threading.main_thread().is_alive():
                 ended = ended or now
             if now - begun > TIMEOUT_S or (ended is not None and now - ended > GRACE_S):
@@ -87,6 +113,24 @@ class Meeting:
         for about in words:
             with contextlib.suppress(RuntimeError):  # a store that knows no taking back
                 self._store.delete_key(self._key(about, self.rank))
+
+    def _all_there(self, keys: list[str]) -> bool:
+        try:
+            return self._store.check(keys)
+        except RuntimeError as error:
+            raise Gone("process 0, which keeps the words of all, is gone") from error
+
+    def _look_at(self, ranks: Iterable[int]) -> None:
+        """Raise `Gone` for a process that came and beats no more."""
+        for rank in ranks:
+            key, now = self._key("beat", rank), time.monotonic()
+            if not self._there(key):
+                continue
+            beat = self._store.get(key)
+            if rank not in self._seen or self._seen[rank][0] != beat:
+                self._seen[rank] = beat, now
+            elif now - self._seen[rank][1] > SILENT_S:
+                raise Gone(f"process {rank} is gone: it showed no life for {SILENT_S:.0f} s")
 
     def _there(self, key: str) -> bool:
         return self._store.check([key])

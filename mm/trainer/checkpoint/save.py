@@ -90,28 +90,43 @@ def save(
             intact.
     """
     meeting = meeting or Meeting()
+    try:
+        _save_together(root, moment, meeting, on_file, wrote)
+    finally:
+        meeting.end()
+    final = root / f"step_{moment.state['step']:06d}"
+    if meeting.rank == 0:
+        if best == moment.state["step"]:
+            point(root, BEST, final.name)
+        retain(root, keep_last, keep_every, best)
+    return final
+
+
+def _save_together(
+    root: Path,
+    moment: Moment,
+    meeting: Meeting,
+    on_file: Callable[[Path], Any],
+    wrote: Callable[[], Any],
+) -> None:
+    """Try until a folder has its name. Raises UserError."""
     step = moment.state["step"]
     for number, pause in enumerate((*RETRY_S, None)):
         one = _Try(root, moment, meeting, number, on_file)
         fault = one(wrote)
         if fault is None:
-            break
+            return
         if pause is None or fault["last"]:
             if one.own is not None:
                 raise one.own
             raise UserError(
                 f"{root}: step {step} could not be saved ({moment.n_bytes / 2**20:.0f} MiB): "
-                f"{fault['why']}; the checkpoints before it are intact. Mend the disk and run again"
+                f"{fault['why']}; the checkpoints before it are intact. "
+                + fault.get("mend", "Mend the disk and run again")
             ) from one.cause
         if meeting.rank == 0:
             log.warning("%s: %s; trying again in %.1f s", root, fault["why"], pause)
         time.sleep(pause)
-    final = root / f"step_{step:06d}"
-    if meeting.rank == 0:
-        if best == step:
-            point(root, BEST, final.name)
-        retain(root, keep_last, keep_every, best)
-    return final
 
 
 class _Try:
@@ -152,7 +167,7 @@ class _Try:
             (verdict,) = meeting.hear(f"verdict{self.number}", [0])
             meeting.forget([f"wrote{self.number}", f"read{self.number}"])
         except Gone as gone:
-            return {"why": str(gone), "last": True}
+            return {"why": str(gone), "last": True, "mend": "Run again"}
         return verdict if "why" in verdict else None
 
     def _said(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
