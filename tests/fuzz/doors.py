@@ -362,7 +362,11 @@ DOORS: Mapping[str, Door] = {
     "vocabulary": Door(vocabulary_seed, tree_edits, vocabulary_damage, vocabulary_enter),
     "checkpoint": Door(
         checkpoint_seed,
-        lambda draw: (tree_edits(draw), byte_edits(draw), draw.randrange(4)),
+        lambda draw: (
+            tree_edits(draw),
+            byte_edits(draw),
+            draw.randrange(1 + len(CHECKPOINT_FILES)),
+        ),
         checkpoint_damage,
         checkpoint_enter,
     ),
