@@ -1,7 +1,7 @@
 """Segments to ids: here alone local codes become vocabulary ids.
 
 The token stream of a document is, for each segment in order, ``begin, codes + first, end``; values
-that are inline stand inside a span of ids, see `borders`. A null condition is the single id
+that are inline stand inside a span of ids, see `borders.py`. A null condition is the single id
 ``NULL``. Token t predicts stream[t + 1]; only the codes and the ``end``
 of a target segment cost loss. A masked code of a condition is the id ``MASK`` and predicts itself.
 The conditions that a document begins with are its prefix, which `mask: prefix` reads both ways.
@@ -15,11 +15,12 @@ L tokens of one document, C features, A axes of positions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mm.data.batching.borders import borders, lengths_within
 from mm.data.batching.codebooks import check_places
 from mm.specs import NONE, Segment, TokenSpec
 from mm.vocabulary import MASK, NULL, Range, Vocabulary
@@ -113,86 +114,6 @@ def ranges(vocabulary: Vocabulary) -> Mapping[str, tuple[Range, TokenSpec]]:
     return {spec.modality: (vocabulary.range(spec.modality), spec) for spec in vocabulary.ranges}
 
 
-def is_main(s: Segment) -> bool:
-    """Whether a segment stands in the main sequence."""
-    return not s.part and s.role != "label"
-
-
-class Border(NamedTuple):
-    """Ids around a segment's codes: modality whose begin stands before, whose end behind, or ""."""
-
-    begin: str
-    end: str
-
-
-NO_BORDER = Border("", "")
-
-
-@cache
-def _both(modality: str) -> Border:
-    return Border(modality, modality)
-
-
-def borders(segments: Sequence[Segment]) -> list[Border]:
-    """The borders of each segment of one sequence.
-
-    A segment has its own begin and end. One that is inline has none: it belongs to the span before
-    it, else to the one behind it, and that span goes on after it where the same modality does. So
-    text, picture, text are one span of text, as LLaVA (arXiv:2304.08485) reads them. Labels and
-    null conditions have no borders.
-    """
-    if not any([s.inline for s in segments]):  # a list is quicker than a generator
-        return [
-            NO_BORDER if s.ids is None or s.role == "label" else _both(s.modality) for s in segments
-        ]
-    spans: list[list[int]] = []
-    open_span = False  # nothing stands between the last one and what comes
-    for i, s in enumerate(segments):
-        if s.role == "label":
-            continue
-        before = spans[-1] if open_span else []
-        joins = before and (s.inline or segments[before[-1]].inline)
-        if joins and (s.inline or _host(segments, before) in ("", s.modality)):
-            before.append(i)
-        elif s.ids is not None:
-            spans.append([i])
-        open_span = s.ids is not None
-    out = [NO_BORDER] * len(segments)
-    for span in spans:
-        name = _host(segments, span) or segments[span[0]].modality
-        out[span[0]] = out[span[0]]._replace(begin=name)
-        out[span[-1]] = out[span[-1]]._replace(end=name)
-    return out
-
-
-def _host(segments: Sequence[Segment], span: Sequence[int]) -> str:
-    """Modality of a span's ids; "" of values alone."""
-    return next((segments[i].modality for i in span if not segments[i].inline), "")
-
-
-def segment_lengths(segments: Sequence[Segment]) -> list[int]:
-    """Tokens of each segment of one sequence with its borders, 1 of a null condition."""
-    return _lengths(segments, borders(segments))
-
-
-def _lengths(segments: Sequence[Segment], around: Sequence[Border]) -> list[int]:
-    return [
-        0 if s.role == "label" else 1 if s.ids is None else len(s.ids) + (begin != "") + (end != "")
-        for s, (begin, end) in zip(segments, around, strict=True)
-    ]
-
-
-def document_length(segments: Sequence[Segment]) -> int:
-    """Tokens of a document's main sequence, see `segment_lengths`."""
-    return sum(segment_lengths([s for s in segments if not s.part]))
-
-
-def part_lengths(segments: Sequence[Segment]) -> dict[str, int]:
-    """Tokens of each second sequence of a document."""
-    names = dict.fromkeys(s.part for s in segments if s.part)
-    return {name: sum(segment_lengths([s for s in segments if s.part == name])) for name in names}
-
-
 def document_tokens(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTokens:
     """Write one document's segments as ids of ``vocabulary``.
 
@@ -229,7 +150,7 @@ def document_tokens(segments: Sequence[Segment], vocabulary: Vocabulary) -> Docu
 def _sequence(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTokens:
     table = ranges(vocabulary)
     around = borders(segments)
-    lengths = _lengths(segments, around)
+    lengths = lengths_within(segments, around)
     n = sum(lengths)
     stream, goal = np.empty(n, np.int32), np.empty(n, np.int32)
     weight, modality = np.zeros(n, np.float32), np.zeros(n, np.int32)

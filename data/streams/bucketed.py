@@ -20,8 +20,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field, field_validator
 
+from mm.data.batching.borders import document_length, part_lengths
 from mm.data.batching.collate import to_batch
-from mm.data.batching.document import document_length, part_lengths
 from mm.data.shards.index import spread
 from mm.data.streams import stats
 from mm.data.streams.base import Step

@@ -11,9 +11,9 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from mm.config import Config
+from mm.data.batching.borders import segment_lengths
 from mm.data.batching.codebooks import CODES
 from mm.data.batching.collate import Declared
-from mm.data.batching.document import segment_lengths
 from mm.data.chat.loss import sample_segments
 from mm.data.shards.manifest import split_samples
 from mm.data.shards.reader import ShardSet

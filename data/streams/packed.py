@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from mm.data.batching.borders import document_length, is_main, part_lengths
 from mm.data.batching.collate import to_batch
-from mm.data.batching.document import document_length, is_main, part_lengths
 from mm.data.shards.manifest import split_samples
 from mm.data.shards.remote import is_url
 from mm.data.streams import mixing, stats

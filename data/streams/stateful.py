@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from mm.data.batching.borders import document_length
 from mm.data.batching.collate import Piece, document_of, pieces_to_batch
-from mm.data.batching.document import DocumentTokens, document_length
+from mm.data.batching.document import DocumentTokens
 from mm.data.streams import stats
 from mm.data.streams.base import Step
 from mm.data.streams.documents import TokenSource

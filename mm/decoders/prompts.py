@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from mm.batch import Batch
+from mm.data.batching.borders import segment_lengths
 from mm.data.batching.codebooks import lay_out
 from mm.data.batching.collate import (
     EMPTY,
@@ -18,12 +19,7 @@ from mm.data.batching.collate import (
     pieces_to_batch,
     values_of,
 )
-from mm.data.batching.document import (
-    DocumentTokens,
-    Features,
-    document_tokens,
-    segment_lengths,
-)
+from mm.data.batching.document import DocumentTokens, Features, document_tokens
 from mm.data.transforms.delay import Delay
 from mm.decoders.base import is_fixed
 from mm.errors import UserError

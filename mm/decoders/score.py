@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from mm.data.batching.borders import document_length
 from mm.data.batching.codebooks import CODES
 from mm.data.batching.collate import to_batch
-from mm.data.batching.document import document_length
 from mm.data.transforms.delay import Delay
 from mm.decoders.books import delays_of
 from mm.decoders.prompts import require_causal

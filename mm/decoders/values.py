@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from mm.data.batching.borders import document_length
 from mm.data.batching.collate import to_batch
-from mm.data.batching.document import document_length
 from mm.errors import UserError
 from mm.specs import Segment
 from mm.vocabulary import Vocabulary

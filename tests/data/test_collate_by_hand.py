@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mm.data.batching.borders import document_length
 from mm.data.batching.collate import Piece, axes_of, grids_of, pieces_to_batch, to_batch
-from mm.data.batching.document import document_length, document_tokens
+from mm.data.batching.document import document_tokens
 from mm.layout import Grid
 from mm.specs import Segment, TokenSpec
 from mm.vocabulary import MASK, NULL, extend_vocabulary

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mm.data.batching.document import document_length, document_tokens, segment_lengths
+from mm.data.batching.borders import document_length, segment_lengths
+from mm.data.batching.document import document_tokens
 from mm.decoders.prompts import batch, prepare
 from mm.errors import UserError
 from mm.specs import Segment, TokenSpec

@@ -12,8 +12,9 @@ from data_toys import png, wav
 from PIL import Image
 
 from mm.batch import Values
+from mm.data.batching.borders import document_length
 from mm.data.batching.collate import to_batch
-from mm.data.batching.document import document_length, document_tokens, of_array
+from mm.data.batching.document import document_tokens, of_array
 from mm.data.modalities.base import get_modality
 from mm.data.pack.job import pack
 from mm.data.shards.reader import ShardSet

@@ -14,8 +14,9 @@ from test_values import SHAPES, tokenizers
 from torch import Tensor
 
 from mm.batch import Batch
+from mm.data.batching.borders import document_length, part_lengths
 from mm.data.batching.collate import Declared, to_batch
-from mm.data.batching.document import document_length, document_tokens, part_lengths
+from mm.data.batching.document import document_tokens
 from mm.data.pack.job import pack
 from mm.data.shards.reader import ShardSet
 from mm.data.streams.base import merge_states

@@ -1,0 +1,151 @@
+"""What a save costs each of several processes: host memory, collective bytes, seconds.
+
+    python benchmarks/checkpoint.py --processes 4 --stages 0 1 2 3 --out runs/checkpoint
+
+A decoder of about 100 M parameters in fp32 takes steps of AdamW on this repository's own files and
+saves after some; then the same with saves in the background. Measured is the save itself (of the
+last step, and by the process that needs most), without the forward pass whose losses are kept
+beside a checkpoint. ``more`` is what the resident memory of a process grew by while it saved. Then
+what a 70 B model costs 512 processes, on paper, by the code that places the tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from zero_stages import prepare
+
+HERE = Path(__file__).resolve()
+STEPS, EVERY = 9, 3
+SIZE = ["model.d_model=768", "model.backbone.depth=12", "model.backbone.pattern=attention"]
+SMALL = ["stages.0.data.seq_len=32", "stages.0.data.batch_size=4", "stages.0.eval_every=0"]
+
+
+class Collectives(TorchDispatchMode):
+    """Bytes of the tensors that collectives were given."""
+
+    n_bytes = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from mm.plan.tally import COLLECTIVES, tensors_in
+
+        if op.namespace == "c10d" and op._schema.name.split("::")[1] in COLLECTIVES:
+            self.n_bytes += sum(t.numel() * t.element_size() for t in tensors_in(args[0]))
+        return op(*args, **(kwargs or {}))
+
+
+def memory(key: str) -> int:
+    """Bytes of ``VmRSS`` or ``VmHWM`` of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def child(config: str, changes: list[str]) -> None:
+    """In one process: train, and write what each save cost it."""
+    from mm.run import Run
+    from mm.trainer.checkpoint.writer import Writer
+    from mm.trainer.loop import Trainer
+
+    rows: list[dict[str, Any]] = []
+    plain = Writer.__call__
+
+    def measured(self: Writer, root: Path, moment: Any, **keep: Any) -> None:
+        held = [h.mine for table in moment.files.values() for h in table.values()]
+        own = sum(t.numel() * t.element_size() for t in held if t is not None)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+        before, begun = memory("VmRSS"), time.perf_counter()
+        with Collectives() as found:
+            plain(self, root, moment, **keep)
+        seconds = time.perf_counter() - begun
+        more = memory("VmHWM") - before
+        rows.append({"own": own, "more": more, "sent": found.n_bytes, "seconds": seconds})
+
+    Writer.__call__ = measured  # type: ignore[method-assign]
+    run = Run.load(config, changes)
+    Trainer(run).fit()
+    (run.out / f"{run.name}.{os.environ['RANK']}.json").write_text(json.dumps(rows))
+
+
+def saves(config: Path, out: Path, processes: int, stage: int, background: bool) -> dict[str, Any]:
+    """Of the last save of a run: the dearest process; and the median seconds of all but one."""
+    name = f"stage{stage}-{'background' if background else 'waiting'}"
+    shutil.rmtree(out / name, ignore_errors=True)
+    changes = [f"name={name}", f"out={out}", f"engine.zero_stage={stage}", "engine.precision=fp32"]
+    changes += [
+        f"stages.0.budget.steps={STEPS}",
+        f"checkpoints.every={EVERY}",
+        "checkpoints.keep_last=1",
+    ]
+    changes += [f"checkpoints.background={str(background).lower()}", "tracking.mode=disabled"]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    words = [str(HERE), "--child", str(config), *changes, *SIZE, *SMALL]
+    subprocess.run(
+        [sys.executable, *launch, *words],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    ranks = [json.loads((out / f"{name}.{r}.json").read_text()) for r in range(processes)]
+    shutil.rmtree(out / name)
+    last = [rows[-1] for rows in ranks]
+    most = max(last, key=lambda row: row["more"] - row["own"])
+    stall = statistics.median(
+        max(rows[i]["seconds"] for rows in ranks) for i in range(1, len(ranks[0]))
+    )
+    return {**most, "sent": max(row["sent"] for row in last), "stall": stall}
+
+
+def on_paper() -> None:
+    """Llama-2's 70 B shapes and AdamW's two states on 512 processes, a node of 8."""
+    from mm.trainer.checkpoint.cost import cost, files_of
+
+    d, wide, few = 8192, 28672, 1024
+    shapes: dict[str, tuple[int, ...]] = {"embed": (32000, d), "head": (32000, d), "norm": (d,)}
+    for i in range(80):
+        shapes |= {f"{i}.qkv": (d + 2 * few, d), f"{i}.out": (d, d), f"{i}.down": (d, wide)}
+        shapes |= {f"{i}.gate_up": (2 * wide, d), f"{i}.norm": (d,), f"{i}.ffn_norm": (d,)}
+    for stage in range(4):
+        c = cost(files_of(shapes, stage, 512, ("exp_avg", "exp_avg_sq")), 512)
+        print(
+            f"70 B x 512, stage {stage}: {c.total / 1e9:.0f} GB, at most {c.most / 1e9:.2f} GB a "
+            f"process, {c.files} files, {c.seconds(1e9, 8):.1f} s at 1 GB/s a node"
+        )
+
+
+def main() -> None:
+    """Print a line a stage."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--out", type=Path, default=Path("runs/checkpoint"))
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args, changes = parser.parse_known_args()
+    if args.child:
+        return child(args.child, changes)
+    out, mb = args.out.resolve(), 2**20
+    config = prepare(out)
+    on_paper()
+    for stage in args.stages:
+        wait, back = (saves(config, out, args.processes, stage, b) for b in (False, True))
+        print(
+            f"stage {stage}: slices {wait['own'] / mb:.0f} MiB, more {wait['more'] / mb:.0f} MiB, "
+            f"collectives {wait['sent']} bytes, save {wait['stall']:.2f} s, stall in the "
+            f"background {back['stall']:.2f} s ({back['stall'] / wait['stall']:.1%})",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
