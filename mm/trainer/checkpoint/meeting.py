@@ -106,13 +106,27 @@ class Meeting:
             pause = min(2 * pause, POLL_S[1])
         return [parse_json(self._store.get(key)) for key in keys]
 
-    def forget(self, words: Iterable[str]) -> None:
-        """Take back what this process said, when all have heard it."""
+    def forget(self, words: Iterable[str], rank: int | None = None) -> None:
+        """Take back what this process, or ``rank``, said, when all have heard it."""
         if self._store is None:
             return
         for about in words:
             with contextlib.suppress(RuntimeError):  # a store that knows no taking back
-                self._store.delete_key(self._key(about, self.rank))
+                self._store.delete_key(self._key(about, self.rank if rank is None else rank))
+
+    def leave(self, last: str) -> None:
+        """Say that ``last`` was heard.
+
+        Process 0 keeps the words of all: it waits until they have heard it, as it may end next.
+        """
+        self.tell("left", True)
+        if self.rank or self._store is None:
+            return
+        with contextlib.suppress(Gone):  # who died since has nothing to lose
+            self.hear("left", range(self.world))
+        for rank in range(self.world):
+            self.forget(["left"], rank)
+        self.forget([last])
 
     def _all_there(self, keys: list[str]) -> bool:
         try:

@@ -166,6 +166,7 @@ class _Try:
                 meeting.tell(f"verdict{self.number}", verdict)
             (verdict,) = meeting.hear(f"verdict{self.number}", [0])
             meeting.forget([f"wrote{self.number}", f"read{self.number}"])
+            meeting.leave(f"verdict{self.number}")
         except Gone as gone:
             return {"why": str(gone), "last": True, "mend": "Run again"}
         return verdict if "why" in verdict else None
