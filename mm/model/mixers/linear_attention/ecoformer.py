@@ -22,7 +22,7 @@ def signs(x: Tensor) -> Tensor:
     """-1 or 1; the gradient passes where ``|x| <= 1`` (straight-through)."""
     hard = torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
     soft = x.clamp(-1, 1)
-    return soft + (hard - soft).detach()
+    return hard + (soft - soft.detach())  # exactly -1 or 1
 
 
 class EcoFormer(LinearAttention):
@@ -30,9 +30,10 @@ class EcoFormer(LinearAttention):
 
     ``h_r(x) = sign(sum_i a_ri kappa(x_i, x) + c_r)`` with learned anchors ``x_i`` and a Gaussian
     kernel; ``H(q) . H(k) = b - 2 * Hamming distance``, so ``phi(q) . phi(k) = (b + H(q) . H(k)) /
-    2`` with ``phi(x) = [H(x), sqrt(b)] / sqrt(2)`` counts the equal bits: never negative, and codes
-    need additions only. Here all parameters learn end to end, straight through the signs; the
-    authors fit a and c to pairs of high and low attention first (`hash_loss`).
+    2`` with ``phi(x) = [1 + H(x), 1 - H(x)] / 2`` counts the equal bits: never negative, a whole
+    number without rounding (none may be equal), and codes need additions only. Here all parameters
+    learn end to end, straight through the signs; the authors fit a and c to pairs of high and low
+    attention first (`hash_loss`).
 
     Source: Liu et al. 2022 (arXiv:2209.09004), section 4.
     """
@@ -40,8 +41,8 @@ class EcoFormer(LinearAttention):
     def __init__(self, d_model: int, own: EcoFormerConfig, linear: LinearFactory):
         base = LinearAttentionConfig(heads=own.heads, feature="relu", normalise=True)
         super().__init__(d_model, base, linear)
-        key_dim, self.bits = self.key_dim, own.bits
-        self.memory = MatrixMemory(own.heads, own.bits + 1, key_dim + 1)
+        key_dim = self.key_dim
+        self.memory = MatrixMemory(own.heads, 2 * own.bits, key_dim + 1)
         self.anchors = nn.Parameter(torch.empty(own.heads, own.anchors, key_dim))
         self.mix = nn.Parameter(torch.empty(own.heads, own.anchors, own.bits))
         self.shift = nn.Parameter(torch.empty(own.heads, own.bits))
@@ -67,7 +68,7 @@ class EcoFormer(LinearAttention):
 
     def _map(self, x: Tensor) -> Tensor:
         codes = signs(self.hash_values(x))
-        return torch.cat((codes, torch.full_like(codes[..., :1], self.bits**0.5)), -1) * 0.5**0.5
+        return torch.cat((1 + codes, 1 - codes), -1) / 2
 
 
 def hash_loss(codes_q: Tensor, codes_k: Tensor, attention: Tensor, pairs: int) -> Tensor:
