@@ -119,3 +119,13 @@ def resample(samples: Tensor, source_rate: int, target_rate: int) -> Tensor:
     from torchaudio.functional import resample as resample_sinc
 
     return resample_sinc(samples, source_rate, target_rate)
+
+
+def wave_of(spectrum_FB: Tensor, n_fft: int, hop: int) -> Tensor:
+    """Samples `(F * hop,)` whose magnitudes are ``spectrum_FB``, the phases by Griffin and Lim."""
+    from torchaudio.functional import griffinlim
+
+    n = len(spectrum_FB) * hop
+    given = torch.cat((spectrum_FB, spectrum_FB[-1:])).T[None]
+    window = torch.hann_window(n_fft)
+    return griffinlim(given, window, n_fft, hop, n_fft, 1.0, 32, 0.99, n, False)[0]

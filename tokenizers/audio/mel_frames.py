@@ -17,11 +17,10 @@ from mm.config import Config
 from mm.errors import UserError
 from mm.registry import TOKENIZERS
 from mm.specs import Encoded, ModalityTokenizer, TokenSpec, Waveform
-from mm.tokenizers.audio.mel import log_mel, mel_filterbank, resample
+from mm.tokenizers.audio.mel import log_mel, mel_filterbank, resample, wave_of
 from mm.tokenizers.load import fingerprint_of, load_tokenizer, write_folder
 
 FLOOR = 1e-5  # magnitude; its logarithm is the quietest value
-STEPS = 32  # of phase retrieval
 
 
 class MelFrames(ModalityTokenizer):
@@ -76,8 +75,6 @@ class MelFrames(ModalityTokenizer):
         return [self._decode(code) for code in codes]
 
     def _decode(self, code: Encoded) -> Waveform:
-        from torchaudio.functional import griffinlim
-
         c = self.config
         values = np.zeros((0, self.spec.n_features)) if code.values is None else code.values
         mel = _unscaled(torch.from_numpy(np.array(values, np.float32)).reshape(-1, c.n_mels)).exp()
@@ -85,20 +82,7 @@ class MelFrames(ModalityTokenizer):
         spectrum = (mel @ torch.linalg.pinv(bank)).clamp_min(0) * (c.n_fft / 2)
         if not len(spectrum):
             return Waveform(np.zeros(0, np.float32), c.sample_rate)
-        window = torch.hann_window(c.n_fft)
-        n = len(spectrum) * c.hop
-        wave = griffinlim(
-            torch.cat((spectrum, spectrum[-1:])).T[None],
-            window,
-            c.n_fft,
-            c.hop,
-            c.n_fft,
-            1.0,
-            STEPS,
-            0.99,
-            n,
-            False,
-        )[0]
+        wave = wave_of(spectrum, c.n_fft, c.hop)
         return Waveform(wave.clamp(-1, 1).numpy(), c.sample_rate)
 
     def save(self, folder: str | Path) -> None:

@@ -20,10 +20,9 @@ from mm.config import Config
 from mm.errors import UserError
 from mm.registry import TOKENIZERS
 from mm.specs import Encoded, ModalityTokenizer, TokenSpec, Waveform
-from mm.tokenizers.audio.mel import resample
+from mm.tokenizers.audio.mel import resample, wave_of
 from mm.tokenizers.load import fingerprint_of, load_tokenizer, write_folder
 
-STEPS = 32  # of phase retrieval
 TOP_HZ = 8000.0
 FLOOR, RANGE = 1e-10, 8.0  # of power; decades below the loudest that are told apart
 LINEAR_HZ, BREAK_MEL, STEP = 200 / 3, 15.0, math.log(6.4) / 27
@@ -88,8 +87,6 @@ class WhisperMel(ModalityTokenizer):
         return [self._decode(code) for code in codes]
 
     def _decode(self, code: Encoded) -> Waveform:
-        from torchaudio.functional import griffinlim
-
         c = self.config
         values = np.zeros((0, self.spec.n_features)) if code.values is None else code.values
         n = int(code.side.get("samples", len(values) * c.stack * c.hop))
@@ -100,10 +97,7 @@ class WhisperMel(ModalityTokenizer):
         log = torch.cat((log, log[-1:].expand(rows, -1)))[:rows]
         bank = slaney_filters(c.n_fft, c.n_mels, c.sample_rate)
         spectrum = (10 ** (4 * log - 4).clamp_max(4) @ torch.linalg.pinv(bank)).clamp_min(0).sqrt()
-        wave = griffinlim(
-            torch.cat((spectrum, spectrum[-1:])).T[None], torch.hann_window(c.n_fft), c.n_fft,
-            c.hop, c.n_fft, 1.0, STEPS, 0.99, len(spectrum) * c.hop, False,
-        )[0]  # fmt: skip
+        wave = wave_of(spectrum, c.n_fft, c.hop)
         return Waveform(wave[:n].clamp(-1, 1).numpy(), c.sample_rate)
 
     def save(self, folder: str | Path) -> None:
