@@ -20,6 +20,10 @@ from mm.launch.torchrun import watch_input
 from mm.registry import LAUNCHERS
 
 LOG = "mpirun.log"
+# Open MPI 4's daemons map the topology of the host into a hole of their address space. Now and
+# then that hole is where their stack grows, and they die of a segmentation fault. Without the map
+# each rank finds the topology itself.
+_NO_SHARED_TOPOLOGY = "OMPI_MCA_rtc_hwloc_vmhole=none"
 
 
 @LAUNCHERS.register("mpi")
@@ -70,6 +74,7 @@ class Mpi(Launcher):
             f"cd {shlex.quote(str(self.workdir or job.workdir))} || exit 3\n"
             f"{exports(env)}"
             f"[ $(id -u) != 0 ] || export {root} # as in a container\n"
+            f"export {_NO_SHARED_TOPOLOGY}\n"
             f"{self._check(job, hosts, given, address, port)}"
             f"{quote([*words, *rank])} < /dev/null \\\n"
             f"    > >(sed -u '{_PREFIX}' | tee {shlex.quote(str(job.home / LOG))}) 2>&1 &\n"

@@ -69,7 +69,9 @@ def measure_run(
     command = [sys.executable, *launch, "-m", "mm.plan.measured", str(config), str(file)]
     done = subprocess.run([*command, *changes], capture_output=True, text=True, env=dict(environ))
     if done.returncode:
-        raise RuntimeError(done.stderr[-1500:])
+        # what the processes said stands before torchrun's own words of their end
+        said = done.stderr.split("torch/distributed/elastic")[0]
+        raise RuntimeError(f"exit code {done.returncode}: {said[-3000:]}")
     return parse_json(file.read_text())
 
 
