@@ -267,7 +267,7 @@ def make_module(config: Config, vocabulary: Any, seed: int, device: torch.device
     torch.manual_seed(seed)
     with torch.device(device):
         module = build(config, vocabulary=vocabulary)
-        init_weights(module)
+        init_weights(module, seed)
     return module
 
 
