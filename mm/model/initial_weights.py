@@ -25,8 +25,11 @@ def children_first(
 
 
 def fill(module: nn.Module, name: str, seed: int) -> None:
-    """Run the ``init_weights`` of one module, where it has one, on random numbers of its own."""
-    own = getattr(module, "init_weights", None)
+    """Run the ``init_weights`` of one module, on random numbers of its own.
+
+    Of torch's own modules it is ``reset_parameters``; one without either is left as it is.
+    """
+    own = getattr(module, "init_weights", getattr(module, "reset_parameters", None))
     if callable(own):
         _seed(key_of(seed, name))
         own()
@@ -46,7 +49,9 @@ def fill_all(module: nn.Module, seed: int | None) -> None:
 
 def _seed(seed: int) -> None:
     # torch.manual_seed asks every kind of device, for every module
-    (torch.manual_seed if torch.cuda.is_initialized() else torch.default_generator.manual_seed)(seed)
+    (torch.manual_seed if torch.cuda.is_initialized() else torch.default_generator.manual_seed)(
+        seed
+    )
 
 
 def key_of(seed: int, name: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,17 +39,36 @@ class Fitted:
         return {"taken": self.taken, "partial": self.partial, "new": self.new, "left": self.left}
 
 
+class Rows(NamedTuple):
+    """Rows of a table of ids that go into another one.
+
+    Attributes:
+        tensor: the table that has them.
+        rows: places there and here.
+        shape: of the other one.
+    """
+
+    tensor: Tensor
+    rows: Sequence[tuple[slice, slice]]
+    shape: torch.Size
+
+    def put(self, into: Tensor) -> None:
+        """Copy them."""
+        for there, here in self.rows:
+            into[here] = self.tensor[there].to(into)
+
+
 def fit_weights(
     module: nn.Module,
     weights: Mapping[str, Tensor],
     asked: InitFrom,
     rows: Sequence[tuple[slice, slice]] | None,
     sizes: tuple[int, int],
-) -> tuple[dict[str, Tensor], Fitted, dict[str, list[str]]]:
+) -> tuple[dict[str, Tensor | Rows], Fitted, dict[str, list[str]]]:
     """The tensors of ``weights`` as ``module`` takes them, those that begin fresh left out.
 
     Args:
-        module: built and initialised.
+        module: built, perhaps on the meta device: none of its values is read.
         weights: by name, as another network had them.
         asked: what need not fit.
         rows: of a table with a row an id: places there and here; None: both vocabularies are one.
@@ -59,7 +78,7 @@ def fit_weights(
     """
     own, first = module.state_dict(), _first_names(module)
     added = set(adapters(module))  # an adapter changes nothing as it begins
-    out: dict[str, Tensor] = {}
+    out: dict[str, Tensor | Rows] = {}
     told = Fitted()
     mismatched: list[str] = []
     for name, tensor in weights.items():
@@ -67,12 +86,9 @@ def fit_weights(
         if fresh is None or (before is not None and not _is_same(before, tensor)):
             told.left.append(name)  # of another layer, or two matrices there that are one here
         elif rows is not None and _is_table(tensor, fresh, sizes):
-            table = fresh.to(tensor, copy=True)
-            for there, here in rows:
-                table[here] = tensor[there]
             n = sum(there.stop - there.start for there, _ in rows)
-            out[first.get(name, name)] = table
-            told.partial[name] = f"{n:,} of {len(table):,} rows"
+            out[first.get(name, name)] = Rows(tensor, rows, fresh.shape)
+            told.partial[name] = f"{n:,} of {len(fresh):,} rows"
         elif fresh.shape == tensor.shape:
             out[first.get(name, name)] = tensor
             told.taken.append(name)

@@ -175,8 +175,8 @@ class WarmStart(Snapshot):
         known = [spec for spec in old.ranges if spec in new.ranges]
         self.new_modalities = [s.modality for s in new.ranges if s not in known]
 
-    def fit(self, module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights as ``module`` takes them, and its own where they begin fresh.
+    def fit(self, module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The weights as ``module`` takes them, `Rows` of some; `told` says what begins fresh.
 
         Raises UserError naming what does not fit.
         """
@@ -186,8 +186,7 @@ class WarmStart(Snapshot):
             why = refusal(self.key, faults, module, weights)
             raise UserError(f"{self.key}: {self.origin} does not fit: {why}{self._made(module)}")
         self.told = self.facts | told.to_dict()
-        fresh = {name: p.detach() for name, p in module.named_parameters()}
-        return fresh | out
+        return out
 
     def _made(self, module: nn.Module) -> str:
         """What the operations made of the model's config, where it is another than this one."""
