@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mm.init_from import InitFrom
 from mm.model.layer import Linear
+from mm.model.slices import Lazy, shapes_of
 from mm.model.start_state import StartState
 from mm.vocabulary import RESERVED, Vocabulary
 
@@ -45,12 +46,10 @@ class Rows(NamedTuple):
     Attributes:
         tensor: the table that has them.
         rows: places there and here.
-        shape: of the other one.
     """
 
     tensor: Tensor
     rows: Sequence[tuple[slice, slice]]
-    shape: torch.Size
 
     def put(self, into: Tensor) -> None:
         """Copy them."""
@@ -64,7 +63,7 @@ def fit_weights(
     asked: InitFrom,
     rows: Sequence[tuple[slice, slice]] | None,
     sizes: tuple[int, int],
-) -> tuple[dict[str, Tensor | Rows], Fitted, dict[str, list[str]]]:
+) -> tuple[Lazy, Fitted, dict[str, list[str]]]:
     """The tensors of ``weights`` as ``module`` takes them, those that begin fresh left out.
 
     Args:
@@ -74,26 +73,35 @@ def fit_weights(
         rows: of a table with a row an id: places there and here; None: both vocabularies are one.
         sizes: ids of the vocabulary there and here.
     Returns:
-        The tensors, what became of each, and names of what is not allowed, by its key.
+        The tensors, each read when it is asked for, `Rows` of some; what became of each, and names
+        of what is not allowed, by its key.
     """
     own, first = module.state_dict(), _first_names(module)
     added = set(adapters(module))  # an adapter changes nothing as it begins
-    out: dict[str, Tensor | Rows] = {}
+    shapes, sources = shapes_of(weights), dict[str, str]()
+    out: dict[str, tuple[int, ...]] = {}
     told = Fitted()
     mismatched: list[str] = []
-    for name, tensor in weights.items():
-        fresh, before = own.get(name), weights.get(first.get(name, name))
-        if fresh is None or (before is not None and not _is_same(before, tensor)):
+    for name, there in shapes.items():
+        fresh, target = own.get(name), first.get(name, name)
+        tied = target != name and target in shapes
+        if fresh is None or (tied and not _is_same(weights[target], weights[name])):
             told.left.append(name)  # of another layer, or two matrices there that are one here
-        elif rows is not None and _is_table(tensor, fresh, sizes):
+        elif rows is not None and _is_table(there, fresh.shape, sizes):
+            sources[target], out[target] = name, tuple(fresh.shape)
             n = sum(there.stop - there.start for there, _ in rows)
-            out[first.get(name, name)] = Rows(tensor, rows, fresh.shape)
             told.partial[name] = f"{n:,} of {len(fresh):,} rows"
-        elif fresh.shape == tensor.shape:
-            out[first.get(name, name)] = tensor
+        elif tuple(fresh.shape) == tuple(there):
+            sources[target], out[target] = name, there
             told.taken.append(name)
         else:
             mismatched.append(name)
+
+    def read(target: str) -> Any:
+        name = sources[target]
+        partial = name in told.partial and rows is not None
+        return Rows(weights[name], rows) if partial else weights[name]
+
     told.new = [name for name in own if first.get(name, name) not in out]
     missing = [n for n in told.new if n not in weights and first.get(n, n) == n]
     faults = {
@@ -101,19 +109,26 @@ def fit_weights(
         "allow_mismatched": [n for n in mismatched if not matches(n, asked.allow_mismatched)],
         "allow_unexpected": [n for n in told.left if not matches(n, asked.allow_unexpected)],
     }
-    return out, told, {k: v for k, v in faults.items() if v}
+    return Lazy(out, read), told, {k: v for k, v in faults.items() if v}
 
 
-def for_linears(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with those of dense matrices as the linears of ``module`` hold them."""
-    out, own = dict(weights), module.state_dict()
+def for_linears(module: nn.Module, weights: Mapping[str, Tensor]) -> Lazy:
+    """The tensors with those of dense matrices as the linears of ``module`` hold them.
+
+    Only what is made of those matrices is in memory, all else is read when it is asked for.
+    """
+    shapes, own = dict(shapes_of(weights)), module.state_dict()
+    made: dict[str, Tensor] = {}
     for path, part in module.named_modules():
-        names = [n for n in ("weight", "bias") if f"{path}.{n}" in out]
+        names = [n for n in ("weight", "bias") if f"{path}.{n}" in shapes]
         if isinstance(part, Linear) and "weight" in names and f"{path}.weight" not in own:
-            dense = {n: out.pop(f"{path}.{n}") for n in names}
+            dense = {n: weights[f"{path}.{n}"] for n in names}
+            for n in names:
+                del shapes[f"{path}.{n}"]
             for name, value in part.from_dense(dense).items():
-                out.setdefault(f"{path}.{name}", value)  # those of a saved adapter are given
-    return out
+                if f"{path}.{name}" not in shapes:  # those of a saved adapter are given
+                    made[f"{path}.{name}"] = value
+    return Lazy(shapes, weights.__getitem__).with_tensors(made)
 
 
 def adapters(module: nn.Module) -> Iterator[str]:
@@ -138,10 +153,10 @@ def _size(x: Tensor) -> str:
     return str(tuple(x.shape))
 
 
-def _is_table(tensor: Tensor, fresh: Tensor, sizes: tuple[int, int]) -> bool:
+def _is_table(there: Sequence[int], here: Sequence[int], sizes: tuple[int, int]) -> bool:
     """Whether both have a row for each id of their vocabularies, and rows of one shape."""
-    same = tensor.dim() == fresh.dim() > 0 and tensor.shape[1:] == fresh.shape[1:]
-    return same and (len(tensor), len(fresh)) == sizes
+    same = len(there) == len(here) > 0 and tuple(there[1:]) == tuple(here[1:])
+    return same and (there[0], here[0]) == sizes
 
 
 def refusal(

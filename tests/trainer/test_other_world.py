@@ -87,7 +87,8 @@ def test_law_masters_and_states_are_bit_equal_however_they_are_cut(tmp_path: Pat
             root = run.folder / "checkpoints"
             shutil.rmtree(root)
             (run.folder / "again").rename(root)
-            assert_only_ranges(run, before[kind], *hops[hop])
+            stage = run.engine.effective_zero_stage
+            assert_only_ranges(run, before[kind], hops[hop][0], stage)
             first, found = before[kind], checkpoint.newest(root)
             assert first is not None and found is not None
             assert found.state["optimizers"] == first.state["optimizers"], (kind, hop)
