@@ -63,7 +63,7 @@ def measure_build(facts: dict[str, Any]) -> None:
     from mm.plan.tally import Measure
     from mm.trainer import loop, stage
 
-    facts |= {"read": 0, "filled": 0}
+    n_read = 0
     enter, engine, read = loop.enter_stage, stage.Engine, Slices.read
     found = Measure()
 
@@ -79,16 +79,19 @@ def measure_build(facts: dict[str, Any]) -> None:
 
     def measured(*args: Any) -> Any:
         begin = time.perf_counter()
+        before = n_read
         with found:
             facts["before"] = found.live.now
             made = enter(*args)
+        facts["read"] = n_read - before
         facts["built"] = found.live.peak - facts["before"]
         facts["seconds"] = time.perf_counter() - begin
         return made
 
     def counted(*args: Any) -> Any:
+        nonlocal n_read
         out = read(*args)
-        facts["read"] += out.numel() * out.element_size()
+        n_read += out.numel() * out.element_size()
         return out
 
     loop.enter_stage, stage.Engine, Slices.read = measured, begun, counted  # type: ignore

@@ -76,8 +76,7 @@ def write_file(
             while left:
                 left = left[out.write(left) :]
 
-        put(len(text).to_bytes(8, "little") + text)
-        for tensor in plan:
+        def put_values(tensor: Planned) -> None:  # of its own: nothing of it is left for the next
             made = tensor.make()
             if tuple(made.shape) != tensor.shape:
                 raise UserError(
@@ -88,6 +87,10 @@ def write_file(
             for start in range(0, flat.numel(), PIECE):
                 piece = flat[start : start + PIECE].to(tensor.dtype).cpu().contiguous()
                 put(piece.view(torch.uint8).numpy().data)
+
+        put(len(text).to_bytes(8, "little") + text)
+        for tensor in plan:
+            put_values(tensor)
         if sync:
             os.fsync(out.fileno())
     return found.hexdigest()
