@@ -1,12 +1,16 @@
-"""What a save costs each of several processes: host memory, collective bytes, seconds.
+"""What build, save and resume cost each of several processes: memory, bytes sent, seconds.
 
     python benchmarks/checkpoint.py --processes 4 --stages 0 1 2 3 --out runs/checkpoint
+    python benchmarks/checkpoint.py --processes 2 --small --out runs/checkpoint
 
-A decoder of about 100 M parameters in fp32 takes steps of AdamW on this repository's own files and
-saves after some; then the same with saves in the background. Measured is the save itself (of the
-last step, and by the process that needs most), without the forward pass whose losses are kept
-beside a checkpoint. ``more`` is what the resident memory of a process grew by while it saved. Then
-what a 70 B model costs 512 processes, on paper, by the code that places the tensors.
+A decoder of about 100 M parameters in fp32 (``--small``: 2 M) takes steps of AdamW on this
+repository's own files and saves after some; then the same with saves in the background, and once
+more from the last checkpoint. Measured is the save itself (of the last step, and by the process
+that needs most), without the forward pass whose losses are kept beside a checkpoint. ``more`` is
+what the resident memory of a process grew by while it saved. Of a build and of a resume it is the
+peak of live tensors until the network is filled, and until the engine has its states; read is what
+a process read of the checkpoint. Then what a 70 B model costs 512 processes, on paper, by the code
+that places the tensors.
 """
 
 from __future__ import annotations
@@ -27,9 +31,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zero_stages import prepare
 
 HERE = Path(__file__).resolve()
-STEPS, EVERY = 9, 3
+STEPS, EVERY, MB = 9, 3, 2**20
+WAITING = ["checkpoints.background=false"]
 SIZE = ["model.d_model=768", "model.backbone.depth=12", "model.backbone.pattern=attention"]
-SMALL = ["stages.0.data.seq_len=32", "stages.0.data.batch_size=4", "stages.0.eval_every=0"]
+TINY = ["model.d_model=128", "model.backbone.depth=8", "model.backbone.pattern=attention"]
+ROWS = ["stages.0.data.seq_len=32", "stages.0.data.batch_size=4", "stages.0.eval_every=0"]
 
 
 class Collectives(TorchDispatchMode):
@@ -51,12 +57,52 @@ def memory(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
+def measure_build(facts: dict[str, Any]) -> None:
+    """Put peaks of live tensors, values of the network and bytes read into ``facts``."""
+    from mm.model.by_module import units
+    from mm.model.slices import Slices
+    from mm.plan.tally import Measure
+    from mm.trainer import loop, stage
+
+    facts |= {"read": 0, "filled": 0}
+    enter, engine, read = loop.enter_stage, stage.Engine, Slices.read
+    found = Measure()
+
+    def begun(module: Any, *args: Any) -> Any:
+        size = lambda p: 4 * getattr(p, "ds_numel", p.numel())
+        parts = [
+            {p for _, m in u.parts for p in m.parameters(recurse=False)} for u in units(module)
+        ]
+        facts["weights"] = sum(size(p) for p in module.parameters())
+        facts["largest"] = max(sum(map(size, part)) for part in parts)
+        facts["filled"] = found.live.peak - facts["before"]
+        return engine(module, *args)
+
+    def measured(*args: Any) -> Any:
+        begin = time.perf_counter()
+        with found:
+            facts["before"] = found.live.now
+            made = enter(*args)
+        facts["built"] = found.live.peak - facts["before"]
+        facts["seconds"] = time.perf_counter() - begin
+        return made
+
+    def counted(*args: Any) -> Any:
+        out = read(*args)
+        facts["read"] += out.numel() * out.element_size()
+        return out
+
+    loop.enter_stage, stage.Engine, Slices.read = measured, begun, counted  # type: ignore
+
+
 def child(config: str, changes: list[str]) -> None:
-    """In one process: train, and write what each save cost it."""
+    """In one process: train, and write what its start and each save cost it."""
     from mm.run import Run
     from mm.trainer.checkpoint.writer import Writer
     from mm.trainer.loop import Trainer
 
+    start: dict[str, Any] = {}
+    measure_build(start)
     rows: list[dict[str, Any]] = []
     plain = Writer.__call__
 
@@ -74,36 +120,46 @@ def child(config: str, changes: list[str]) -> None:
     Writer.__call__ = measured  # type: ignore[method-assign]
     run = Run.load(config, changes)
     Trainer(run).fit()
-    (run.out / f"{run.name}.{os.environ['RANK']}.json").write_text(json.dumps(rows))
+    (run.out / f"{run.name}.{os.environ['RANK']}.json").write_text(json.dumps([start, rows]))
 
 
-def saves(config: Path, out: Path, processes: int, stage: int, background: bool) -> dict[str, Any]:
-    """Of the last save of a run: the dearest process; and the median seconds of all but one."""
-    name = f"stage{stage}-{'background' if background else 'waiting'}"
-    shutil.rmtree(out / name, ignore_errors=True)
-    changes = [f"name={name}", f"out={out}", f"engine.zero_stage={stage}", "engine.precision=fp32"]
-    changes += [
-        f"stages.0.budget.steps={STEPS}",
-        f"checkpoints.every={EVERY}",
-        "checkpoints.keep_last=1",
-    ]
-    changes += [f"checkpoints.background={str(background).lower()}", "tracking.mode=disabled"]
+Ranks = list[tuple[dict[str, Any], list[dict[str, Any]]]]
+
+
+def trained(config: Path, out: Path, processes: int, name: str, changes: list[str]) -> Ranks:
+    """Train in processes; what each of them measured of its start and of its saves."""
+    changes = [f"name={name}", f"out={out}", "engine.precision=fp32", *changes]
+    changes += [f"checkpoints.every={EVERY}", "checkpoints.keep_last=1", "tracking.mode=disabled"]
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    words = [str(HERE), "--child", str(config), *changes, *SIZE, *SMALL]
-    subprocess.run(
-        [sys.executable, *launch, *words],
-        check=True,
+    done = subprocess.run(
+        [sys.executable, *launch, str(HERE), "--child", str(config), *changes, *ROWS],
         stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    ranks = [json.loads((out / f"{name}.{r}.json").read_text()) for r in range(processes)]
-    shutil.rmtree(out / name)
+    if done.returncode:
+        raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+    return [json.loads((out / f"{name}.{r}.json").read_text()) for r in range(processes)]
+
+
+def saves(found: Ranks) -> dict[str, Any]:
+    """Of the last save of a run: the dearest process; and the median seconds of all but one."""
+    ranks = [rows for _, rows in found]
     last = [rows[-1] for rows in ranks]
     most = max(last, key=lambda row: row["more"] - row["own"])
-    stall = statistics.median(
-        max(rows[i]["seconds"] for rows in ranks) for i in range(1, len(ranks[0]))
+    times = [max(rows[i]["seconds"] for rows in ranks) for i in range(1, len(ranks[0]))]
+    return {**most, "sent": max(row["sent"] for row in last), "stall": statistics.median(times)}
+
+
+def starts(found: Ranks) -> str:
+    """Of a start: the dearest process, in words."""
+    most = {key: max(start[key] for start, _ in found) / MB for key in found[0][0]}
+    return (
+        f"weights {most['weights']:.0f} MiB, largest module {most['largest']:.0f}, peak until "
+        f"filled {most['filled']:.0f}, until the engine is there {most['built']:.0f}, "
+        f"read {most['read']:.0f}, {MB * most['seconds']:.1f} s"
     )
-    return {**most, "sent": max(row["sent"] for row in last), "stall": stall}
 
 
 def on_paper() -> None:
@@ -129,19 +185,31 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--out", type=Path, default=Path("runs/checkpoint"))
+    parser.add_argument("--small", action="store_true", help="2 M parameters: does it run?")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args, changes = parser.parse_known_args()
     if args.child:
         return child(args.child, changes)
-    out, mb = args.out.resolve(), 2**20
-    config = prepare(out)
+    out, n = args.out.resolve(), args.processes
+    config, size = prepare(out), TINY if args.small else SIZE
     on_paper()
     for stage in args.stages:
-        wait, back = (saves(config, out, args.processes, stage, b) for b in (False, True))
+        steps = lambda n: f"stages.0.budget.steps={n}"
+        zero = [f"engine.zero_stage={stage}", *size]
+        name, behind = f"stage{stage}", f"stage{stage}-background"
+        for folder in (name, behind):
+            shutil.rmtree(out / folder, ignore_errors=True)
+        first = trained(config, out, n, name, [*zero, steps(STEPS), *WAITING])
+        again = trained(config, out, n, name, [*zero, steps(STEPS + 1), *WAITING])
+        wait = saves(first)
+        back = saves(trained(config, out, n, behind, [*zero, steps(STEPS)]))
+        for folder in (name, behind):
+            shutil.rmtree(out / folder)
         print(
-            f"stage {stage}: slices {wait['own'] / mb:.0f} MiB, more {wait['more'] / mb:.0f} MiB, "
+            f"stage {stage}: slices {wait['own'] / MB:.0f} MiB, more {wait['more'] / MB:.0f} MiB, "
             f"collectives {wait['sent']} bytes, save {wait['stall']:.2f} s, stall in the "
-            f"background {back['stall']:.2f} s ({back['stall'] / wait['stall']:.1%})",
+            f"background {back['stall']:.2f} s ({back['stall'] / wait['stall']:.1%})\n"
+            f"  build: {starts(first)}\n  resume: {starts(again)}",
             flush=True,
         )
 

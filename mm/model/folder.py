@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mm.disk import tell_if_full
@@ -21,6 +20,7 @@ from mm.errors import UserError
 from mm.hashes import check_hashes, write_hashes
 from mm.model.size import require_room
 from mm.model.slices import Lazy
+from mm.model.tensor_file import Planned, write_file
 from mm.reading import parse_json
 from mm.vocabulary import Vocabulary
 
@@ -54,23 +54,29 @@ def whole(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write safetensors.
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write safetensors, one tensor in memory at a time.
 
     A tensor under several names is stored once, the other names become aliases.
+
+    Args:
+        tensors: to write; each is asked for once, when its turn has come.
+        like: shapes, dtypes and ties of those, perhaps on the meta device; default: they say them.
     """
-    first: dict[tuple[Any, ...], str] = {}
-    stored: dict[str, Tensor] = {}
+    first: dict[Any, str] = {}
     aliases: dict[str, str] = {}
-    for name, t in tensors.items():
-        t = t.detach()
-        key = (t.data_ptr(), t.shape, t.stride(), t.dtype) if t.numel() else (name,)
-        if key in first:
-            aliases[name] = first[key]
+    plan: list[Planned] = []
+    for name, t in (tensors if like is None else like).items():
+        key: Any = (t.data_ptr(), t.shape, t.stride(), t.dtype) if t.numel() else (name,)
+        if (where := first.setdefault(id(t) if t.is_meta else key, name)) != name:
+            aliases[name] = where
         else:
-            first[key] = name
-            stored[name] = t.cpu().contiguous()
-    save_file(stored, path, metadata={ALIASES: json.dumps(aliases), "format": "pt"})
+            make = lambda name=name: tensors[name].detach()
+            plan.append(Planned(name, tuple(t.shape), t.dtype, make))
+    plan.sort(key=lambda t: (-t.dtype.itemsize, t.name))  # no value at an odd place
+    write_file(path, plan, {ALIASES: json.dumps(aliases), "format": "pt"})
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -186,11 +192,15 @@ def save_model(
     tensors: Mapping[str, Tensor],
     vocabulary: Vocabulary,
     tokenizers: Mapping[str, str | Path],
+    like: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write config, weights, vocabulary and copies of tokenizers (modality -> folder) as one."""
+    """Write config, weights, vocabulary and copies of tokenizers (modality -> folder) as one.
+
+    ``tensors`` and ``like``: of `save_tensors`.
+    """
     with whole(folder) as temporary:
         write_config(temporary, config)
-        save_tensors(temporary / "model.safetensors", tensors)
+        save_tensors(temporary / "model.safetensors", tensors, like)
         vocabulary.save(temporary / "vocabulary.json")
         for modality, source in tokenizers.items():
             shutil.copytree(source, temporary / "tokenizers" / modality)

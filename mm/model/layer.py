@@ -15,6 +15,7 @@ from mm.errors import UserError
 from mm.mask import Mask
 from mm.model.context import Ctx
 from mm.model.draft import draft_call
+from mm.model.initial_weights import fill_all
 from mm.state import State, join_parts, parts_of
 from mm.vocabulary import Vocabulary
 
@@ -357,13 +358,12 @@ class ModelOut(NamedTuple):
     aux: Mapping[str, Sum]
 
 
-def init_weights(module: nn.Module) -> None:
-    """Run `init_weights` of every submodule, parents after children: a parent may rescale."""
-    for child in module.children():
-        init_weights(child)
-    own = getattr(module, "init_weights", None)
-    if callable(own):
-        own()
+def init_weights(module: nn.Module, seed: int | None = None) -> None:
+    """Run `init_weights` of every submodule, parents after children: a parent may rescale.
+
+    Random values follow from ``seed`` and the module's name; None: it is drawn.
+    """
+    fill_all(module, seed)
 
 
 def layers_in(module: nn.Module) -> Iterator[Layer]:

@@ -266,16 +266,12 @@ class Model(nn.Module):
             folder: replaced as a whole by one rename.
             vocabulary: default the one that the model was built with.
             tokenizers: modality -> folder of a saved tokenizer.
-            tensors: the state dict to store; default this module's own (a ZeRO-3 engine passes
-                gathered ones).
+            tensors: the state dict to store, each read when its turn has come; default this
+                module's own. With it the module may be on the meta device.
         """
-        files.save_model(
-            folder,
-            self.config.to_dict(),
-            self.state_dict() if tensors is None else tensors,
-            vocabulary or self.vocabulary,
-            tokenizers,
-        )
+        own = self.state_dict(keep_vars=True)
+        values, words = self.config.to_dict(), vocabulary or self.vocabulary
+        files.save_model(folder, values, tensors or own, words, tokenizers, own)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Model:

@@ -28,13 +28,13 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def require_room(
-    build: Callable[[], nn.Module], copies: int, device: torch.device, origin: str
+    build: Callable[[], nn.Module], copies: float, device: torch.device, origin: str
 ) -> None:
     """Raise UserError where ``copies`` of a network's parameters take more than ``device`` has.
 
     Args:
         build: makes the network; called on the meta device and stopped at the first excess.
-        copies: in float32; 2: weights and gradients.
+        copies: in float32; 2: weights and gradients; a part of that, where each process has one.
     """
     have = memory_bytes(device)
     most: list[tuple[int, str]] = []  # the largest parameter: its bytes, its name and shape
@@ -44,7 +44,7 @@ def require_room(
         nonlocal total
         if parameter is None:
             return
-        n_bytes = copies * FLOAT32 * math.prod(parameter.shape)
+        n_bytes = math.ceil(copies * FLOAT32 * math.prod(parameter.shape))
         total += n_bytes
         if not most or n_bytes > most[0][0]:
             shape = " x ".join(map(str, parameter.shape))

@@ -151,6 +151,11 @@ class Lazy(Mapping[str, Tensor]):
             raise KeyError(name)
         return self._read(name)
 
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Lazy:
+        """These, with ``tensors`` beside them or in the place of those of their names."""
+        shapes = {**self.shapes, **{name: tuple(t.shape) for name, t in tensors.items()}}
+        return Lazy(shapes, lambda n: tensors[n] if n in tensors else self._read(n))
+
     def __contains__(self, name: object) -> bool:  # the inherited one would read it
         return name in self.shapes
 

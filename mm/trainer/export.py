@@ -11,14 +11,18 @@ import torch
 from torch import Tensor
 
 from mm.data.chat.template import ChatTemplate
-from mm.model.linears.lora import adapter_tensors, save_adapters
+from mm.model.by_module import build_empty
+from mm.model.folder import save_tensors
+from mm.model.linears.lora import adapter_tensors
+from mm.model.model import LmConfig
 from mm.model.slices import Lazy
 from mm.run import Run
 from mm.tokenizers.load import tokenizer_folder
+from mm.trainer.begin_weights import load_weights, require_fit
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.held_out import Best, chosen_figure
-from mm.trainer.stage import load_weights, make_module, stage_result
+from mm.trainer.stage import build, make_module, stage_result
 from mm.trainer.stage_model import model_of
 from mm.trainer.warm_start import ADAPTERS
 from mm.vocabulary import Vocabulary
@@ -29,21 +33,31 @@ log = logging.getLogger("mm.trainer")
 def export(
     run: Run, vocabulary: Vocabulary | None, weights: Mapping[str, Tensor], step: int
 ) -> None:
-    """Save the model with full fp32 ``weights`` of ``step`` as ``<run folder>/model``."""
-    module = make_module(model_of(run, -1), vocabulary, run.seed, torch.device("cpu"))
-    load_weights(module, weights, "the trained model")
+    """Save the model with full fp32 ``weights`` of ``step`` as ``<run folder>/model``.
+
+    Of a language model one tensor at a time is in memory.
+    """
+    config, cpu = model_of(run, -1), torch.device("cpu")
+    streamed: dict[str, Any] = {}
+    if isinstance(config, LmConfig):
+        module = build_empty(lambda: build(config, vocabulary=vocabulary), cpu)
+        require_fit(module, weights, "the trained model")
+        streamed["tensors"] = weights
+    else:
+        module = make_module(config, vocabulary, run.seed, cpu)
+        load_weights(module, weights, "the trained model")
     final, part = run.folder / "model", run.folder / "model.part"
     shutil.rmtree(part, ignore_errors=True)
     saving: Any = module.eval()
     # Of a tokenizer's run folder the tokenizer alone: not its checkpoints, logs and samples.
     tokenizers = {modality: tokenizer_folder(path) for modality, path in run.tokenizers.items()}
-    saving.save_pretrained(part, vocabulary=vocabulary, tokenizers=tokenizers)
+    saving.save_pretrained(part, vocabulary=vocabulary, tokenizers=tokenizers, **streamed)
     if (template := ChatTemplate.load(run.folder)) is not None:
         template.save(part)
     shutil.rmtree(final, ignore_errors=True)
     part.rename(final)
-    if adapter_tensors(module):
-        save_adapters(module, run.folder / ADAPTERS)
+    if names := adapter_tensors(module):
+        save_tensors(run.folder / ADAPTERS, {name: weights[name] for name in names})
     (run.folder / "model.step").write_text(mark(run, step))
 
 

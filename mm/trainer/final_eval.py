@@ -9,13 +9,14 @@ from mm.errors import UserError
 from mm.run import Run
 from mm.tasks.base import by_name
 from mm.tasks.run import give_up, measure, wait_for_all
+from mm.trainer.begin_weights import load_weights
 from mm.trainer.callbacks.base import Training
 from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.export import mark
 from mm.trainer.health.signals import Interrupted, Stop
 from mm.trainer.log import metrics
 from mm.trainer.ranks import on_any
-from mm.trainer.stage import load_weights, make_module
+from mm.trainer.stage import make_module
 from mm.trainer.stage_model import model_of
 
 if TYPE_CHECKING:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mm.init_from import InitFrom
 from mm.model.layer import Linear
+from mm.model.slices import Lazy, shapes_of
 from mm.model.start_state import StartState
 from mm.vocabulary import RESERVED, Vocabulary
 
@@ -39,45 +40,68 @@ class Fitted:
         return {"taken": self.taken, "partial": self.partial, "new": self.new, "left": self.left}
 
 
+class Rows(NamedTuple):
+    """Rows of a table of ids that go into another one.
+
+    Attributes:
+        tensor: the table that has them.
+        rows: places there and here.
+    """
+
+    tensor: Tensor
+    rows: Sequence[tuple[slice, slice]]
+
+    def put(self, into: Tensor) -> None:
+        """Copy them."""
+        for there, here in self.rows:
+            into[here] = self.tensor[there].to(into)
+
+
 def fit_weights(
     module: nn.Module,
     weights: Mapping[str, Tensor],
     asked: InitFrom,
     rows: Sequence[tuple[slice, slice]] | None,
     sizes: tuple[int, int],
-) -> tuple[dict[str, Tensor], Fitted, dict[str, list[str]]]:
+) -> tuple[Lazy, Fitted, dict[str, list[str]]]:
     """The tensors of ``weights`` as ``module`` takes them, those that begin fresh left out.
 
     Args:
-        module: built and initialised.
+        module: built, perhaps on the meta device: none of its values is read.
         weights: by name, as another network had them.
         asked: what need not fit.
         rows: of a table with a row an id: places there and here; None: both vocabularies are one.
         sizes: ids of the vocabulary there and here.
     Returns:
-        The tensors, what became of each, and names of what is not allowed, by its key.
+        The tensors, each read when it is asked for, `Rows` of some; what became of each, and names
+        of what is not allowed, by its key.
     """
     own, first = module.state_dict(), _first_names(module)
     added = set(adapters(module))  # an adapter changes nothing as it begins
-    out: dict[str, Tensor] = {}
+    shapes, sources = shapes_of(weights), dict[str, str]()
+    out: dict[str, tuple[int, ...]] = {}
     told = Fitted()
     mismatched: list[str] = []
-    for name, tensor in weights.items():
-        fresh, before = own.get(name), weights.get(first.get(name, name))
-        if fresh is None or (before is not None and not _is_same(before, tensor)):
+    for name, there in shapes.items():
+        fresh, target = own.get(name), first.get(name, name)
+        tied = target != name and target in shapes
+        if fresh is None or (tied and not _is_same(weights[target], weights[name])):
             told.left.append(name)  # of another layer, or two matrices there that are one here
-        elif rows is not None and _is_table(tensor, fresh, sizes):
-            table = fresh.to(tensor, copy=True)
-            for there, here in rows:
-                table[here] = tensor[there]
+        elif rows is not None and _is_table(there, fresh.shape, sizes):
+            sources[target], out[target] = name, tuple(fresh.shape)
             n = sum(there.stop - there.start for there, _ in rows)
-            out[first.get(name, name)] = table
-            told.partial[name] = f"{n:,} of {len(table):,} rows"
-        elif fresh.shape == tensor.shape:
-            out[first.get(name, name)] = tensor
+            told.partial[name] = f"{n:,} of {len(fresh):,} rows"
+        elif tuple(fresh.shape) == tuple(there):
+            sources[target], out[target] = name, there
             told.taken.append(name)
         else:
             mismatched.append(name)
+
+    def read(target: str) -> Any:
+        name = sources[target]
+        partial = name in told.partial and rows is not None
+        return Rows(weights[name], rows) if partial else weights[name]
+
     told.new = [name for name in own if first.get(name, name) not in out]
     missing = [n for n in told.new if n not in weights and first.get(n, n) == n]
     faults = {
@@ -85,19 +109,26 @@ def fit_weights(
         "allow_mismatched": [n for n in mismatched if not matches(n, asked.allow_mismatched)],
         "allow_unexpected": [n for n in told.left if not matches(n, asked.allow_unexpected)],
     }
-    return out, told, {k: v for k, v in faults.items() if v}
+    return Lazy(out, read), told, {k: v for k, v in faults.items() if v}
 
 
-def for_linears(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with those of dense matrices as the linears of ``module`` hold them."""
-    out, own = dict(weights), module.state_dict()
+def for_linears(module: nn.Module, weights: Mapping[str, Tensor]) -> Lazy:
+    """The tensors with those of dense matrices as the linears of ``module`` hold them.
+
+    Only what is made of those matrices is in memory, all else is read when it is asked for.
+    """
+    shapes, own = dict(shapes_of(weights)), module.state_dict()
+    made: dict[str, Tensor] = {}
     for path, part in module.named_modules():
-        names = [n for n in ("weight", "bias") if f"{path}.{n}" in out]
+        names = [n for n in ("weight", "bias") if f"{path}.{n}" in shapes]
         if isinstance(part, Linear) and "weight" in names and f"{path}.weight" not in own:
-            dense = {n: out.pop(f"{path}.{n}") for n in names}
+            dense = {n: weights[f"{path}.{n}"] for n in names}
+            for n in names:
+                del shapes[f"{path}.{n}"]
             for name, value in part.from_dense(dense).items():
-                out.setdefault(f"{path}.{name}", value)  # those of a saved adapter are given
-    return out
+                if f"{path}.{name}" not in shapes:  # those of a saved adapter are given
+                    made[f"{path}.{name}"] = value
+    return Lazy(shapes, weights.__getitem__).with_tensors(made)
 
 
 def adapters(module: nn.Module) -> Iterator[str]:
@@ -122,10 +153,10 @@ def _size(x: Tensor) -> str:
     return str(tuple(x.shape))
 
 
-def _is_table(tensor: Tensor, fresh: Tensor, sizes: tuple[int, int]) -> bool:
+def _is_table(there: Sequence[int], here: Sequence[int], sizes: tuple[int, int]) -> bool:
     """Whether both have a row for each id of their vocabularies, and rows of one shape."""
-    same = tensor.dim() == fresh.dim() > 0 and tensor.shape[1:] == fresh.shape[1:]
-    return same and (len(tensor), len(fresh)) == sizes
+    same = len(there) == len(here) > 0 and tuple(there[1:]) == tuple(here[1:])
+    return same and (there[0], here[0]) == sizes
 
 
 def refusal(

@@ -15,13 +15,17 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.errors import UserError
+from mm.launch import environment
+from mm.model.by_module import build_empty
 from mm.model.layer import Block, init_weights
 from mm.model.size import require_room
-from mm.model.slices import Lazy, shapes_of
+from mm.model.slices import Lazy
 from mm.objectives.objective import Network, Objective
 from mm.run import Run, Stage
+from mm.trainer.begin_weights import fill_cut, fill_whole, require_fit
 from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.ema import Averages
+from mm.trainer.engine.cutter import Cutter
 from mm.trainer.engine.deepspeed import Engine
 from mm.trainer.env import Nets, TrainerEnv
 from mm.trainer.log.clock import StepClock
@@ -111,19 +115,30 @@ def enter_stage(
     trained: dict[str, int] = {}
     wanted = all_networks(run, objective, f"stages.{index}.objective")
     for name, network in wanted.items():
+        cut = network.mode == "train" and run.engine.effective_zero_stage == 3
         copies = 2 if network.mode == "train" else 1  # its gradients, too
         make = lambda config=network.config: build(config, vocabulary=vocabulary)
-        require_room(make, copies, env.device, f"{run.name}: network '{name}'")
-        module = make_module(network.config, vocabulary, run.seed, env.device)
+        share = copies / environment.ranks().world if cut else copies
+        require_room(make, share, env.device, f"{run.name}: network '{name}'")
+        if cut:
+            module = build_empty(make, env.device)
+        else:
+            module = make_module(network.config, vocabulary, run.seed, env.device)
         require_shares(run, index, objective, module, name)
         source = weights_of(run, index, snapshot, name, network, vocabulary)
         have = weights_at_start(run, index, source, name) if source is not None else {}
         new = source.new_modalities if source is not None and have else run.tokenizers
+        vectors = {}
         if name == "model" and run.tokenizers and new and hasattr(network.config, "prepare"):
             vectors = {m: v for m, v in code_vectors().items() if v is not None and m in new}
-            network.config.prepare(module, vectors)
+        prepare = partial(network.config.prepare, module, vectors) if vectors else None
+        fitted: Mapping[str, Any] = {}
         if source is not None and have:
-            load_weights(module, source.fit(module, have), source.origin, source.mend)
+            fitted = source.fit(module, have)
+            begins = source.told.get("new", ()) if isinstance(source, WarmStart) else ()
+            require_fit(module, fitted, source.origin, source.mend, begins)
+        if not cut:
+            fill_whole(module, fitted, prepare)
         if isinstance(source, WarmStart):
             begun[name] = source.told
         if network.mode != "train":
@@ -135,7 +150,13 @@ def enter_stage(
         parameters[name] = sum(p.numel() for p in module.parameters())
         trained[name] = n_trained(module)
         optimizer = config.optimizer.build(module)
-        engine = Engine(module.train(), optimizer, run.engine, env.precision, config.ema)
+        slices = None
+        if cut:
+            cutter = Cutter(run.engine, env.precision, parameters[name])
+            read = partial(inside.read, name) if inside is not None and have else None
+            fill_cut(module, env.device, run.seed, cutter, fitted, prepare, read)
+            slices = cutter.frozen
+        engine = Engine(module.train(), optimizer, run.engine, env.precision, config.ema, slices)
         if inside is not None:
             engine.load_masters(partial(inside.read, name))
             scalars = inside.state["optimizers"].get(name, {})
@@ -267,7 +288,7 @@ def make_module(config: Config, vocabulary: Any, seed: int, device: torch.device
     torch.manual_seed(seed)
     with torch.device(device):
         module = build(config, vocabulary=vocabulary)
-        init_weights(module)
+        init_weights(module, seed)
     return module
 
 
@@ -286,28 +307,6 @@ def compile_blocks(module: nn.Module) -> None:
     dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(parts))
     for part in parts:
         part.compile()
-
-
-def load_weights(
-    module: nn.Module, weights: Mapping[str, Tensor], origin: str, mend: str = Snapshot.mend
-) -> None:
-    """Copy full tensors into parameters and buffers.
-
-    Raises UserError with ``mend`` when a name or shape does not fit.
-    """
-    own = module.state_dict(keep_vars=True)
-    for name, shape in shapes_of(weights).items():
-        if name not in own or own[name].shape != shape:
-            have = tuple(own[name].shape) if name in own else "absent"
-            raise UserError(
-                f"{origin}: '{name}' is {tuple(shape)} there and {have} in the model; {mend}"
-            )
-    with torch.no_grad():
-        for name in weights:
-            own[name].copy_(weights[name])
-    unset = {n for n, _ in module.named_parameters()} - set(weights)
-    if unset:
-        raise UserError(f"{origin}: has no '{min(unset)}'; {mend}")
 
 
 def stage_result(stage: Stage, snapshot: Snapshot, network: str) -> Lazy:

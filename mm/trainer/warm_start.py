@@ -13,7 +13,8 @@ from mm.config import Config, validate
 from mm.errors import UserError
 from mm.hashes import digest
 from mm.init_from import InitFrom
-from mm.model.folder import load_tensors, read_config
+from mm.model.folder import load_tensors, open_tensors, read_config
+from mm.model.slices import Lazy
 from mm.registry import NETWORKS
 from mm.run import Run
 from mm.surgery.base import Operated
@@ -130,21 +131,23 @@ class WarmStart(Snapshot):
         if asked.network == "model":
             folder = saved_model(key, asked.path)
             file, step = folder / WEIGHTS, _step(folder.parent)
-            tensors, sha256 = load_tensors(file), digest(file)
+            tensors, sha256 = open_tensors(file), digest(file)
         else:
             saved = checkpoint.newest(asked.path / "checkpoints")
             if saved is None or not saved.has(asked.network):
                 raise UserError(f"{key}: no checkpoint of {asked.path} has '{asked.network}'")
             folder, step = saved.folder, saved.state["step"]
-            tensors, sha256 = dict(saved.tensors(asked.network)), saved.sha256(asked.network)
+            tensors, sha256 = saved.tensors(asked.network), saved.sha256(asked.network)
         if asked.adapters is not None:
-            tensors |= load_tensors(_adapters(key, asked.adapters))
+            tensors = tensors.with_tensors(load_tensors(_adapters(key, asked.adapters)))
         old = Vocabulary.load(folder / WORDS) if (folder / WORDS).is_file() else None
         self.operated: Config | None = None
         if asked.surgery:
-            it = operate(key, asked, Operated(saved_config(key, asked), tensors, old), vocabulary)
-            self.operated, tensors, old = it
-        super().__init__({"stage": -1}, {name: tensors})
+            it = Operated(saved_config(key, asked), dict(tensors), old)
+            self.operated, operated, old = operate(key, asked, it, vocabulary)
+            super().__init__({"stage": -1}, {name: operated})
+        else:
+            super().__init__({"stage": -1}, {name: tensors})
         self.origin = str(folder)
         self.facts: dict[str, Any] = {"folder": str(folder), "step": step, "sha256": sha256}
         if asked.adapters is not None:
@@ -175,8 +178,8 @@ class WarmStart(Snapshot):
         known = [spec for spec in old.ranges if spec in new.ranges]
         self.new_modalities = [s.modality for s in new.ranges if s not in known]
 
-    def fit(self, module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights as ``module`` takes them, and its own where they begin fresh.
+    def fit(self, module: nn.Module, weights: Mapping[str, Tensor]) -> Lazy:
+        """The weights as ``module`` takes them, `Rows` of some; `told` says what begins fresh.
 
         Raises UserError naming what does not fit.
         """
@@ -186,8 +189,7 @@ class WarmStart(Snapshot):
             why = refusal(self.key, faults, module, weights)
             raise UserError(f"{self.key}: {self.origin} does not fit: {why}{self._made(module)}")
         self.told = self.facts | told.to_dict()
-        fresh = {name: p.detach() for name, p in module.named_parameters()}
-        return fresh | out
+        return out
 
     def _made(self, module: nn.Module) -> str:
         """What the operations made of the model's config, where it is another than this one."""

@@ -20,6 +20,7 @@ from mm.errors import UserError
 from mm.objectives.objective import Network
 from mm.registry import OPTIMIZERS
 from mm.trainer import export, forward_only, ranks
+from mm.trainer.begin_weights import load_weights
 from mm.trainer.checkpoint import held, resume_check
 from mm.trainer.checkpoint.collect import collect
 from mm.trainer.checkpoint.save import Moment
@@ -32,7 +33,6 @@ from mm.trainer.health.signals import Stop
 from mm.trainer.log.clock import StepClock
 from mm.trainer.optimizers.adafactor import Adafactor
 from mm.trainer.optimizers.sgd_sai import SgdSai
-from mm.trainer.stage import load_weights
 from mm.trainer.stateful import CarriedStates
 from mm.trainer.step import _update
 

@@ -87,6 +87,8 @@ def test_law_masters_and_states_are_bit_equal_however_they_are_cut(tmp_path: Pat
             root = run.folder / "checkpoints"
             shutil.rmtree(root)
             (run.folder / "again").rename(root)
+            stage = run.engine.effective_zero_stage
+            assert_only_ranges(run, before[kind], hops[hop][0], stage)
             first, found = before[kind], checkpoint.newest(root)
             assert first is not None and found is not None
             assert found.state["optimizers"] == first.state["optimizers"], (kind, hop)
@@ -95,6 +97,27 @@ def test_law_masters_and_states_are_bit_equal_however_they_are_cut(tmp_path: Pat
                 assert one.keys() == two.keys() and len(one) > 2
                 for name in one:
                     assert torch.equal(one[name], two[name]), (kind, hop, name)
+
+
+def assert_only_ranges(run: Run, saved: Any, world: int, stage: int) -> None:
+    """A process reads its share of states and masters, and of weights at stage 3; a little more.
+
+    A tensor is cut to the next whole number, and what has no share (a state of a whole tensor, a
+    buffer) is read by all.
+    """
+    total = {f: sum(t.numel() for t in saved.tensors(f).values()) for f in saved.slices.files}
+    table = saved.tensors("model")
+    buffers = sum(t.numel() for n, t in table.items() if n == "seen")
+    share = lambda n: n // (world if stage else 1) + 16 * len(table)
+    model = total["model"] - buffers
+    masters = share(model) if stage else 0
+    weights = share(model) if stage == 3 else model
+    for rank in range(world):
+        read = json.loads((run.folder / f"read.{rank}.json").read_text())
+        assert 0 < read["model"] <= masters + weights + buffers, (world, stage)
+        states = total["model.optimizer"]
+        whole = sum(t.numel() for n, t in saved.tensors("model.optimizer").items() if t.dim() == 0)
+        assert read["model.optimizer"] <= 1.1 * share(states) + whole, (world, stage)
 
 
 def longer(stage: Any) -> Any:

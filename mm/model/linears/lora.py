@@ -83,7 +83,8 @@ class Lora(Linear):
 
     def base_matrix(self) -> Tensor:
         """`(d_out, d_in)` of the base, read through its forward: ZeRO-3 has it nowhere else."""
-        one = torch.eye(self.lora_a.shape[1], dtype=self.lora_a.dtype, device=self.lora_a.device)
+        at = next(t.device for t in (*self.base.buffers(), self.lora_a))  # which may be empty yet
+        one = torch.eye(self.lora_a.shape[1], dtype=self.lora_a.dtype, device=at)
         with torch.no_grad(), torch.autocast(one.device.type, enabled=False):
             y = self.base(one)
             if getattr(self.base, "bias", None) is not None:

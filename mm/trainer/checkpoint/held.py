@@ -75,12 +75,11 @@ def masters(engine: Engine) -> dict[str, Held]:
 
 def _frozen(engine: Engine, name: str, p: Tensor) -> Held:
     """A parameter that does not train."""
-    if name in engine.frozen:  # in bf16 its fp32 is kept beside it
-        return whole(engine.frozen[name])
+    kept = engine.frozen.get(name)  # in bf16 its fp32 is kept beside it
     if not hasattr(p, "ds_tensor"):
-        return whole(p)
-    part: Tensor = p.ds_tensor  # type: ignore[attr-defined]
-    size, shape = part.numel(), tuple(p.ds_shape)  # type: ignore[attr-defined]
+        return whole(p if kept is None else kept)
+    part: Tensor = p.ds_tensor if kept is None else kept  # type: ignore[attr-defined]
+    size, shape = p.ds_tensor.numel(), tuple(p.ds_shape)  # type: ignore[attr-defined]
     place = Placed(shape, DTYPES[part.dtype], None, 0, size, True)
     return Held(place, _view(part.detach().reshape(-1)[: place.on(engine.shards.rank).n], place))
 

@@ -31,7 +31,7 @@ from mm.launch import environment
 from mm.run import EngineConfig
 from mm.schedule import Ema
 from mm.trainer.engine.gradient_order import GradientOrder
-from mm.trainer.engine.zero_shards import Shards, Span
+from mm.trainer.engine.zero_shards import Shards, Span, joined
 from mm.trainer.optimizers.base import ShardOptimizer
 
 log = logging.getLogger("mm.trainer")
@@ -92,8 +92,24 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
+@contextlib.contextmanager
+def communicating() -> Iterator[Any]:
+    """DeepSpeed, quietly, on the process group that there is."""
+    deepspeed = _deepspeed()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if not deepspeed.comm.is_initialized():
+            backend = dist.get_backend()
+            deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+        yield deepspeed
+
+
 class Engine:
-    """One trainable network: forward, backward, step and full fp32 tensors at any ZeRO stage."""
+    """One trainable network: forward, backward, step and full fp32 tensors at any ZeRO stage.
+
+    Args:
+        frozen: of `Cutter`, which has cut all parameters for ZeRO stage 3; None: they are whole.
+    """
 
     _order: GradientOrder | None = None  # until the first step
 
@@ -104,8 +120,8 @@ class Engine:
         config: EngineConfig,
         precision: str,
         ema: Ema | None = None,
+        frozen: Mapping[str, Tensor] | None = None,
     ):
-        deepspeed = _deepspeed()
         self.raw = module
         self.zero_stage = config.effective_zero_stage
         self.grad_clip = config.grad_clip
@@ -115,18 +131,14 @@ class Engine:
             group.setdefault("initial_lr", group["lr"])
         if not any(p.requires_grad for p in module.parameters()):
             raise UserError(f"network {type(module).__name__} has no trainable parameter")
-        n_params = sum(p.numel() for p in module.parameters())
+        n_params = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
         # DeepSpeed rounds all weights to bf16 and keeps masters only of those that train.
-        self.frozen = {
+        self.frozen = frozen or {
             name: p.detach().to("cpu", copy=True)
             for name, p in module.named_parameters()
             if precision == "bf16" and not p.requires_grad
         }
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if not deepspeed.comm.is_initialized():
-                backend = dist.get_backend()
-                deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+        with communicating() as deepspeed:
             self.ds, self.optimizer, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=optimizer,
@@ -219,6 +231,8 @@ class Engine:
         out = {}
         for name, p in self.raw.named_parameters():
             full = safe_get_full_fp32_param(p) if p.requires_grad else self.frozen.get(name)
+            if full is not None and self.zero_stage == 3 and not p.requires_grad:
+                full = joined(full, p.ds_shape)  # type: ignore[attr-defined]
             if full is None:
                 with self._gather([p]):
                     full = p.detach()

@@ -58,6 +58,7 @@ def norms(layer: Mixer, T: int) -> Tensor:
     torch.manual_seed(0)
     init_weights(layer)
     inner = getattr(layer, "inner", layer)
+    init_weights(inner, 1)  # the same in a wrapper
     with torch.no_grad():
         inner.decay_bias.fill_(8.0)  # type: ignore[union-attr,operator]  # nothing is forgotten
         x, state, at, found = torch.randn(1, T, D), layer.initial_state(1, T), 0, []
@@ -77,7 +78,8 @@ def test_states_stay_as_large_as_in_training_at_64_times_its_length() -> None:
     free = norms(INNER.build(D), T)
     seen = float(free[: trained.bit_length()].max())
     assert free[-1] > 2.5 * seen, "the state of the mixer itself grows on"
-    held = norms(CappedStateConfig(inner=INNER, cap=seen).build(D), T)
+    cap = seen * (1 + 5e-6)  # what rounding alone would cut
+    held = norms(CappedStateConfig(inner=INNER, cap=cap).build(D), T)
     torch.testing.assert_close(held[: trained.bit_length()], free[: trained.bit_length()])
     assert held.max() <= seen * (1 + 1e-5)
     window = norms(WindowedStateConfig(inner=INNER, window=trained).build(D), T)

@@ -1,0 +1,111 @@
+"""A network filled module by module, so that one module of it at a time need be whole.
+
+It is built with its parameters on the meta device. A block, an embedder, a head or an adapter is
+filled as one; what holds those is run again for each of them, as it may rescale them, and finds the
+others without values: on the meta device, or cut. A network that fills all of its own, as a
+tokenizer does, is one unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from mm.errors import UserError
+from mm.model.initial_weights import children_first, fill
+from mm.model.layer import Backbone
+from mm.model.model import Model
+
+SCALE = (Model, Backbone)  # their ``init_weights`` only scales what it holds
+LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+class Unit(NamedTuple):
+    """What is filled as one.
+
+    Attributes:
+        name: of its module.
+        parts: modules whose tensors it has, children first; their names.
+        above: modules that hold it, the nearest first; their names.
+    """
+
+    name: str
+    parts: list[tuple[str, nn.Module]]
+    above: list[tuple[str, nn.Module]]
+
+
+def build_empty(build: Callable[[], nn.Module], device: torch.device) -> nn.Module:
+    """What ``build`` makes, its parameters on the meta device, its buffers on ``device``."""
+
+    def empty(module: nn.Module, name: str, p: nn.Parameter | None) -> nn.Parameter | None:
+        if p is None or p.is_meta:
+            return None
+        return nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
+
+    hook = register_module_parameter_registration_hook(empty)  # type: ignore[arg-type]
+    try:
+        with torch.device(device):
+            return build()
+    finally:
+        hook.remove()
+
+
+def units(network: nn.Module) -> list[Unit]:
+    """The units of a network, in the order of its modules; what holds others is one itself."""
+    return list(_units(network, "", []))
+
+
+def _units(module: nn.Module, name: str, above: list[tuple[str, nn.Module]]) -> Iterator[Unit]:
+    holds = isinstance(module, LISTS) or not (above or hasattr(module, "init_weights"))
+    if not holds and not isinstance(module, SCALE):
+        yield Unit(name, list(children_first(module, name)), above)
+        return
+    inside = [(name, module), *above]
+    for key, child in module.named_children():
+        yield from _units(child, f"{name}.{key}" if name else key, inside)
+    yield Unit(name, [(name, module)], above)
+
+
+def fill_by_module(
+    network: nn.Module, device: torch.device, seed: int
+) -> Iterator[tuple[str, dict[str, nn.Parameter]]]:
+    """Fill a network of `build_empty`, with the weights of `init_weights`.
+
+    Yields the name of each unit and its parameters, whole on ``device``, those that no unit before
+    had. They may be cut then: they are not asked for again. A parameter stays the same object.
+
+    Raises UserError where ``init_weights`` leaves one unfilled.
+    """
+    names = {id(p): name for name, p in network.named_parameters()}
+    for unit in units(network):
+        found: dict[str, nn.Parameter] = {}
+        for _, module in unit.parts:
+            for p in module.parameters(recurse=False):
+                if p.is_meta:
+                    _allocate(p, device)
+                    found[names[id(p)]] = p
+        with torch.device(device):
+            for name, module in (*unit.parts, *unit.above):
+                fill(module, name, seed)
+        for name, p in found.items():
+            if p.is_floating_point() and bool(p.detach().isnan().any()):
+                raise UserError(
+                    f"'{name}' has no initial values: init_weights of its module, or of one that "
+                    "holds it, has to fill it"
+                )
+        if found:
+            yield unit.name, found
+
+
+def _allocate(p: nn.Parameter, device: torch.device) -> None:
+    """Give a parameter memory; whoever holds it, an optimizer or a tied head, holds it still."""
+    values = torch.empty_like(p, device=device, requires_grad=False)
+    real = nn.Parameter(values, requires_grad=p.requires_grad)
+    if real.is_floating_point():
+        real.data.fill_(float("nan"))
+    vars(real).update(vars(p))  # type: ignore[union-attr]
+    torch.utils.swap_tensors(p, real)
