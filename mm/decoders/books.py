@@ -119,6 +119,7 @@ class Books:
         told = torch.where(after, -1, ids[0])
         ended = ids[0] == self.range.end
         fine = torch.ones((), dtype=torch.bool, device=self.device)
+        state = self.head.initial_state(len(hidden), len(self.delays) - 1)
         for q in range(1, len(self.delays)):
             frame = place - self.delays[q]
             has = (frame >= 0) & (frame < self.frames)
@@ -127,7 +128,8 @@ class Books:
                 continue
             known = torch.stack([told, *ids[1:]], 1).repeat(len(hidden) // n, 1)
             at = torch.arange(len(hidden), device=self.device)
-            said = self.head(hidden[None], Ctx(layout, Causal()), at, known=known).dist.logits
+            out = self.head(hidden[None], Ctx(layout, Causal()), at, state=state, known=known)
+            said, state = out.dist.logits, out.state
             begin = self.range.first + q * spec.vocab_size
             own = said[:, begin : begin + spec.vocab_size]
             own = own if own.dtype == torch.float64 else own.float()
