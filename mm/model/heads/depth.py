@@ -22,6 +22,10 @@ from mm.registry import HEADS, BackboneField, LinearField
 from mm.state import DataclassState, State
 
 MOST = 64  # codebooks of a place
+# Width times codebooks from which on a step from the State costs less than to run those before it
+# again, as measured on a CPU (docs/lab-notes.md): a small step's cost is that of its many small
+# operations.
+REPAYS = 2048
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Depth(Parallel):
 
     def __init__(self, d_model: int, n_ids: int, config: DepthConfig):
         super().__init__(config.width, n_ids, config)
+        self.width = config.width
         self.inp = nn.Linear(d_model, config.width)
         self.codes = nn.Parameter(torch.empty(n_ids, config.width))
         self.place = nn.Parameter(torch.empty(MOST, config.width))
@@ -60,9 +65,14 @@ class Depth(Parallel):
         """None: nothing of a place is carried to the next one."""
         return []
 
-    def initial_state(self, n: int, max_len: int) -> Told:
-        """Of ``n`` places that are told at most ``max_len`` codebooks, one or more a call."""
-        codes = self.codes.new_zeros(n, self.codes.shape[1])
+    def initial_state(self, n: int, max_len: int) -> Told | None:
+        """Of ``n`` places that are told at most ``max_len`` codebooks, one or more a call.
+
+        None where so few of them are sooner run again.
+        """
+        if self.width * max_len < REPAYS:
+            return None
+        codes = self.codes.new_zeros(n, self.width)
         return Told(codes, 0, self.backbone.initial_state(n, max_len))
 
     def states(
