@@ -70,8 +70,10 @@ class Depth(Parallel):
 
         None where so few of them are sooner run again.
         """
-        if self.width * max_len < REPAYS:
-            return None
+        return self.fresh(n, max_len) if self.width * max_len >= REPAYS else None
+
+    def fresh(self, n: int, max_len: int) -> Told:
+        """`initial_state`, however few the codebooks."""
         codes = self.codes.new_zeros(n, self.width)
         return Told(codes, 0, self.backbone.initial_state(n, max_len))
 
