@@ -132,22 +132,19 @@ def call(source: Path, function: str, *arguments: Tensor | int | float | None) -
 
     Tensors become pointers, ints int64, floats double, None a null pointer.
     """
-    _function(source, function)(*map(_argument, arguments))
+    # Once for each pattern of types: making an object of each argument costs more than a small call
+    kinds = tuple([Tensor if isinstance(x, Tensor) else type(x) for x in arguments])
+    _function(source, function, kinds)(
+        *[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+    )
 
 
 @functools.cache
-def _function(source: Path, name: str) -> Callable[..., None]:
+def _function(source: Path, name: str, kinds: tuple[type, ...]) -> Callable[..., None]:
     library, reason = load(source)
     if library is None:
         raise RuntimeError(f"{source.name}: {reason}")
     pointer = ctypes.c_void_p.in_dll(library, name).value
     assert pointer is not None
-    return ctypes.CFUNCTYPE(None)(pointer)
-
-
-def _argument(value: Tensor | int | float | None) -> object:
-    if isinstance(value, Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    if isinstance(value, int):
-        return ctypes.c_int64(value)
-    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_void_p(None)
+    types = {Tensor: ctypes.c_void_p, type(None): ctypes.c_void_p, float: ctypes.c_double}
+    return ctypes.CFUNCTYPE(None, *[types.get(kind, ctypes.c_int64) for kind in kinds])(pointer)
