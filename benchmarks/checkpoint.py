@@ -4,13 +4,13 @@
     python benchmarks/checkpoint.py --processes 2 --small --out runs/checkpoint
 
 A decoder of about 100 M parameters in fp32 (``--small``: 2 M) takes steps of AdamW on this
-repository's own files and saves after some; then the same with saves in the background, and once
-more from the last checkpoint. Measured is the save itself (of the last step, and by the process
-that needs most), without the forward pass whose losses are kept beside a checkpoint. ``more`` is
-what the resident memory of a process grew by while it saved. Of a build and of a resume it is the
-peak of live tensors until the network is filled, and until the engine has its states; read is what
-a process read of the checkpoint. Then what a 70 B model costs 512 processes, on paper, by the code
-that places the tensors.
+repository's own files and saves after some; then it goes on from the last checkpoint, with saves in
+the background. Measured is the save itself (of the last step, and by the process that needs most),
+without the forward pass whose losses are kept beside a checkpoint. ``more`` is what the resident
+memory of a process grew by while it saved. Of a build and of a resume it is the peak of live
+tensors until the network is filled, and until the engine has its states; read is what a process
+read of the checkpoint. Then what a 70 B model costs 512 processes, on paper, by the code that
+places the tensors.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zero_stages import prepare
 
 HERE = Path(__file__).resolve()
-STEPS, EVERY, MB = 9, 3, 2**20
-WAITING = ["checkpoints.background=false"]
+EVERY, MB = 3, 2**20
 SIZE = ["model.d_model=768", "model.backbone.depth=12", "model.backbone.pattern=attention"]
 TINY = ["model.d_model=128", "model.backbone.depth=8", "model.backbone.pattern=attention"]
 ROWS = ["stages.0.data.seq_len=32", "stages.0.data.batch_size=4", "stages.0.eval_every=0"]
@@ -129,7 +128,7 @@ Ranks = list[tuple[dict[str, Any], list[dict[str, Any]]]]
 def trained(config: Path, out: Path, processes: int, name: str, changes: list[str]) -> Ranks:
     """Train in processes; what each of them measured of its start and of its saves."""
     changes = [f"name={name}", f"out={out}", "engine.precision=fp32", *changes]
-    changes += [f"checkpoints.every={EVERY}", "checkpoints.keep_last=1", "tracking.mode=disabled"]
+    changes += ["checkpoints.keep_last=1", "tracking.mode=disabled"]
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     done = subprocess.run(
         [sys.executable, *launch, str(HERE), "--child", str(config), *changes, *ROWS],
@@ -191,20 +190,22 @@ def main() -> None:
     if args.child:
         return child(args.child, changes)
     out, n = args.out.resolve(), args.processes
-    config, size = prepare(out), TINY if args.small else SIZE
+    config, size, every = prepare(out), SIZE, EVERY
+    if args.small:
+        size, every = TINY, 1
     on_paper()
     for stage in args.stages:
-        steps = lambda n: f"stages.0.budget.steps={n}"
-        zero = [f"engine.zero_stage={stage}", *size]
-        name, behind = f"stage{stage}", f"stage{stage}-background"
-        for folder in (name, behind):
-            shutil.rmtree(out / folder, ignore_errors=True)
-        first = trained(config, out, n, name, [*zero, steps(STEPS), *WAITING])
-        again = trained(config, out, n, name, [*zero, steps(STEPS + 1), *WAITING])
-        wait = saves(first)
-        back = saves(trained(config, out, n, behind, [*zero, steps(STEPS)]))
-        for folder in (name, behind):
-            shutil.rmtree(out / folder)
+        name = f"stage{stage}"
+        shutil.rmtree(out / name, ignore_errors=True)
+        changes = [f"engine.zero_stage={stage}", *size, f"checkpoints.every={every}"]
+        ends = [f"stages.0.budget.steps={k * every}" for k in (3, 6)]
+        modes = [f"checkpoints.background={word}" for word in ("false", "true")]
+        first, again = (
+            trained(config, out, n, name, [*changes, end, mode])
+            for end, mode in zip(ends, modes, strict=True)
+        )
+        wait, back = saves(first), saves(again)
+        shutil.rmtree(out / name)
         print(
             f"stage {stage}: slices {wait['own'] / MB:.0f} MiB, more {wait['more'] / MB:.0f} MiB, "
             f"collectives {wait['sent']} bytes, save {wait['stall']:.2f} s, stall in the "

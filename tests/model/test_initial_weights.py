@@ -106,6 +106,8 @@ def test_law_plugs_filled_by_module_are_those_of_a_whole_network() -> None:
             assert_same_by_module(of(**{field: small(registry, kind)}))
     for kind in HEADS:
         assert_same_by_module(of(heads={"tokens": small(HEADS, kind)}, mup_base=4))
+    tied = HEADS.get("softmax").smallest().model_copy(update={"tied": True})
+    assert_same_by_module(of(heads={"tokens": tied}, mup_base=4))
     for kind in ADAPTERS:
         assert_same_by_module(of(adapters={"image": small(ADAPTERS, kind)}))
 
