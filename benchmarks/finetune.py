@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from mm.batch import Batch
 from mm.interchange.check import compare
-from mm.interchange.peft import adapted
+from mm.interchange.peft import with_adapters
 from mm.interchange.read import import_model
 from mm.layout import Layout
 from mm.model.folder import load_tensors, read_config
@@ -68,7 +68,7 @@ def own(folder: Path, lora: bool) -> Model:
     """Our model of an imported folder, with adapters upon queries, keys and values or without."""
     lm = LmConfig.model_validate(read_config(folder))
     words = {"rank": RANK, "alpha": 2.0 * RANK, "targets": ["qkv"]}
-    config = adapted(lm, **words) if lora else lm
+    config = with_adapters(lm, **words) if lora else lm
     model = config.build(Vocabulary.load(folder / "vocabulary.json"))
     assert isinstance(model, Model)
     given = for_linears(model, load_tensors(folder / "model.safetensors"))

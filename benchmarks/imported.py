@@ -60,6 +60,23 @@ DELTA = {
 # Family -> (class, settings).
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", SHARED),
+    "gpt2": (
+        "GPT2",
+        {
+            "n_embd": D,
+            "n_layer": LAYERS,
+            "n_head": HEADS,
+            "n_inner": 4 * D,
+            "vocab_size": IDS,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        },
+    ),
+    "qwen3": ("Qwen3", {**SHARED, "head_dim": D // HEADS}),
+    "gemma2": ("Gemma2", {**SHARED, "head_dim": D // HEADS, "sliding_window": 128}),
     "qwen3_moe": ("Qwen3Moe", {**SHARED, **EXPERTS}),
     "mamba": ("Mamba", BARE),
     "mamba2": ("Mamba2", {**BARE, "num_heads": 12, "head_dim": 64, "n_groups": 1}),

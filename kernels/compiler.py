@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,22 +133,28 @@ def call(source: Path, function: str, *arguments: Tensor | int | float | None) -
 
     Tensors become pointers, ints int64, floats double, None a null pointer.
     """
-    _function(source, function)(*map(_argument, arguments))
+    # Made once for each pattern of types: objects of all arguments cost more than a small call.
+    run, tensors = _function(source, function, tuple(map(type, arguments)))
+    values: list[Any] = list(arguments)
+    for i in tensors:
+        values[i] = values[i].data_ptr()
+    run(*values)
 
 
 @functools.cache
-def _function(source: Path, name: str) -> Callable[..., None]:
+def _function(
+    source: Path, name: str, kinds: tuple[type, ...]
+) -> tuple[Callable[..., None], tuple[int, ...]]:
+    """A function for arguments of these types, and which of them are tensors."""
     library, reason = load(source)
     if library is None:
         raise RuntimeError(f"{source.name}: {reason}")
     pointer = ctypes.c_void_p.in_dll(library, name).value
     assert pointer is not None
-    return ctypes.CFUNCTYPE(None)(pointer)
-
-
-def _argument(value: Tensor | int | float | None) -> object:
-    if isinstance(value, Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    if isinstance(value, int):
-        return ctypes.c_int64(value)
-    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_void_p(None)
+    tensors = tuple(i for i, kind in enumerate(kinds) if issubclass(kind, Tensor))
+    types = {type(None): ctypes.c_void_p, float: ctypes.c_double}
+    given = [
+        ctypes.c_void_p if i in tensors else types.get(kind, ctypes.c_int64)
+        for i, kind in enumerate(kinds)
+    ]
+    return ctypes.CFUNCTYPE(None, *given)(pointer), tensors

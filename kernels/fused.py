@@ -19,6 +19,7 @@ from mm.kernels import compiler, device
 from mm.kernels.op import Op
 
 Pair = tuple[Callable[..., Any], Callable[..., Any]]
+_OWN = frozenset((Tensor, torch.nn.Parameter, bool, int, float, str, type(None)))
 _SCHEMA = {"Tensor | None": "Tensor?"}  # what a schema calls otherwise than an annotation
 
 
@@ -270,7 +271,13 @@ def differentiable(
         def backward(ctx: Any, *above: Tensor | None) -> Any:
             return grads(ctx, *above, by=backward)
 
-    return lambda *inputs: traceable(*inputs) if is_traced(inputs) else Direct.apply(*inputs)
+    def call(*inputs: Any) -> Any:
+        if is_traced(inputs):
+            return traceable(*inputs)
+        # A graph that nobody asked for costs a step of decoding more than a small kernel.
+        return Direct.apply(*inputs) if torch.is_grad_enabled() else forward(*inputs)
+
+    return call
 
 
 def define(
@@ -298,12 +305,11 @@ def is_traced(args: tuple[Any, ...]) -> bool:
 
     That is a compiler, a mode, a transform or a tensor of a class of its own.
     """
-    return (
+    if (
         torch.compiler.is_compiling()
         or _get_current_dispatch_mode() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
-        or any(
-            isinstance(x, Tensor) and type(x) is not Tensor and type(x) is not torch.nn.Parameter
-            for x in args
-        )
-    )
+    ):
+        return True
+    others = set(map(type, args)) - _OWN
+    return any(issubclass(kind, Tensor) for kind in others)

@@ -36,8 +36,8 @@ class InitFrom(Config):
     adapters: Annotated[
         Path | None,
         Field(
-            description="a run of `linear: lora` whose adapters are put upon these weights: the "
-            "folder, or its adapters.safetensors"
+            description="adapters that are put upon these weights: a run of `linear: lora` or its "
+            "adapters.safetensors, or a folder that PEFT wrote"
         ),
     ] = None
     surgery: Annotated[

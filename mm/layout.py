@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 NONE: Mapping[str, Any] = {}
+T = TypeVar("T")
 # From a layout, the index and the document numbers that `Layout.derive` takes.
 Moves: TypeAlias = "Callable[[Layout], tuple[Tensor | None, Tensor | None]]"
 
@@ -116,7 +117,7 @@ class Layout:
     )  # (rows, cols, ..) -> (G, cells) int flat places of whole grids
     # What was computed from this layout alone (`Ctx.cached`). `dataclasses.replace` gives every
     # successor an empty one, so nothing made for one layout is ever read under another.
-    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -167,6 +168,19 @@ class Layout:
         starts, slot, fresh = (t.numpy() for t in (host.cu_seqlens, host.slot, host.fresh))
         lengths = np.bincount(document, minlength=len(starts))[1:]
         return Arrays(document, time, starts[:-1], lengths, slot, fresh)
+
+    def cached(self, make: Callable[[], T], *of: Any) -> T:
+        """What is made of this layout and ``of`` (a name, numbers, these very tensors), once.
+
+        It makes no gradients. Inside a graph of `torch.compile` each caller makes its own.
+        """
+        if torch.compiler.is_compiling():
+            return make()
+        key = tuple([id(x) if isinstance(x, Tensor) else x for x in of])
+        if key not in self.memo:
+            with torch.no_grad():  # kept with its tensors: no number may come to stand for another
+                self.memo[key] = of, make()
+        return self.memo[key][1]
 
     def map_fields(self, f: Callable[[Fields], Fields]) -> Layout:
         """Other named fields for the same documents: ``f`` makes them from those that are there."""

@@ -43,21 +43,34 @@ class State(ABC):
 
     def select(self, slots_n: Tensor) -> Self:
         """Keep (repeat, reorder) slots: beams, batch joins and leaves, tree paths."""
-        return self.map(lambda t: t.index_select(0, slots_n))
+        return self.map(once(lambda t: t.index_select(0, slots_n)))
 
     def fork(self) -> Self:
-        return self.map(torch.clone)
+        return self.map(once(torch.clone))
 
     def detach(self) -> Self:
         """Truncate back-propagation through time here; the caller's choice."""
         return self.map(torch.detach)
 
     def cat(self, *others: Self) -> Self:
-        return self.map(lambda *t: torch.cat(t), *others)
+        return self.map(once(lambda *t: torch.cat(t)), *others)
 
     def n_bytes(self) -> int:
         """Live bytes of all leaves."""
         return sum(t.numel() * t.element_size() for t in self.leaves())
+
+
+def once(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``f``, which makes one tensor of what several leaves share: they go on sharing it."""
+    made: dict[tuple[int, ...], tuple[Any, Tensor]] = {}
+
+    def run(*leaves: Tensor) -> Tensor:
+        key = tuple(map(id, leaves))
+        if key not in made:
+            made[key] = leaves, f(*leaves)  # kept: a number may not come to stand for another
+        return made[key][1]
+
+    return run
 
 
 def map_tree(f: Callable[..., Tensor], *trees: Any) -> Any:

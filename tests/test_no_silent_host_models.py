@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from laws import ROOT
+from thinned import every
 
 from mm import config as yaml_config
 from mm.batch import Batch, Values
@@ -154,7 +155,7 @@ def decode(model: Any, reads: Reads) -> None:
     assert reads.places == []
 
 
-@pytest.mark.parametrize("file", runs()[::3])
+@pytest.mark.parametrize("file", every(3, runs()[::3]))
 def test_no_run_asks_the_device(file: str) -> None:
     hold_the_law(smallest(Run.load(ROOT / file)))
 
@@ -168,7 +169,7 @@ def test_no_whole_run_asks_the_device(file: str) -> None:
 QUICKSTART = Path("configs/quickstart/backbone.yaml")
 
 
-@pytest.mark.parametrize("name", backbones())
+@pytest.mark.parametrize("name", every(3, backbones()))
 def test_no_backbone_asks_the_device(name: str) -> None:
     backbone = BACKBONES.parse(yaml_config.read(ROOT / "configs" / "backbone" / f"{name}.yaml"))
     hold_the_law(with_backbone(Run.load(ROOT / QUICKSTART), shallow(backbone)))

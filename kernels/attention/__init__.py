@@ -20,7 +20,7 @@ from torch import Tensor
 from mm.kernels import compiler, device
 from mm.kernels.attention import flash_cpp, ops
 from mm.kernels.attention.spec import NO_MASK, PLAIN_SCORE, MaskSpec, ScoreSpec, find_set
-from mm.kernels.op import Op
+from mm.kernels.op import Op, without_autocast
 
 
 @Op
@@ -177,7 +177,7 @@ def _sdpa(
     if score.sink_H is not None:
         y = _with_sink(q, k, v, seen, score.sink_H, score.factor(q.shape[-1]))
         return y.to(dtype)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -205,7 +205,7 @@ def _with_sink(
     v = F.pad(v, (0, width - V, 0, 0, 1, 0))
     if seen is None:
         seen = torch.ones(1, T, S, dtype=torch.bool, device=q.device)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),

@@ -14,18 +14,47 @@ from torch import Tensor
 
 from mm.batch import Batch
 from mm.data.batching.codebooks import CODES, flat_codes, lay_out
+from mm.data.batching.collate import to_batch
+from mm.data.transforms.delay import Delay
 from mm.decoders.base import Ask, Rule, Session, draw
 from mm.decoders.rules import NEVER, span_grammar
+from mm.errors import UserError
 from mm.mask import Causal
 from mm.model.context import Ctx
 from mm.model.layer import ModelOut
-from mm.vocabulary import Range
+from mm.specs import Segment
+from mm.vocabulary import Range, Vocabulary
 
 
 def delays_of(model: Any) -> Mapping[str, tuple[int, ...]]:
     """How the model reads codebooks in one place: modality -> places that each waits."""
     heads = getattr(model, "heads", {})
     return getattr(heads[CODES], "delays", {}) if CODES in heads else {}
+
+
+def laid_out(model: Any, documents: Sequence[Sequence[Segment]]) -> list[list[Segment]]:
+    """Documents of flat codes as the model reads them.
+
+    A forward that is not training takes this, or `documents_batch`, and lays nothing out itself.
+    """
+    lay = Delay(delays_of(model))
+    return [lay(list(document)) for document in documents]
+
+
+def documents_batch(
+    model: Any, vocabulary: Vocabulary, documents: Sequence[Sequence[Segment]]
+) -> Batch:
+    """One document a row, as the model reads it, on the host."""
+    return to_batch([[document] for document in laid_out(model, documents)], vocabulary)
+
+
+def require_one_book(model: Any, modality: str, who: str) -> None:
+    """Raise UserError where the model reads several codebooks of ``modality`` in one place."""
+    if modality in delays_of(model):
+        raise UserError(
+            f"{who}: the model has several codes of '{modality}' in one place, this takes one id a "
+            "place: another modality"
+        )
 
 
 def local_codes(
@@ -90,6 +119,7 @@ class Books:
         told = torch.where(after, -1, ids[0])
         ended = ids[0] == self.range.end
         fine = torch.ones((), dtype=torch.bool, device=self.device)
+        state = self.head.initial_state(len(hidden), len(self.delays) - 1)
         for q in range(1, len(self.delays)):
             frame = place - self.delays[q]
             has = (frame >= 0) & (frame < self.frames)
@@ -98,7 +128,8 @@ class Books:
                 continue
             known = torch.stack([told, *ids[1:]], 1).repeat(len(hidden) // n, 1)
             at = torch.arange(len(hidden), device=self.device)
-            said = self.head(hidden[None], Ctx(layout, Causal()), at, known=known).dist.logits
+            out = self.head(hidden[None], Ctx(layout, Causal()), at, state=state, known=known)
+            said, state = out.dist.logits, out.state
             begin = self.range.first + q * spec.vocab_size
             own = said[:, begin : begin + spec.vocab_size]
             own = own if own.dtype == torch.float64 else own.float()

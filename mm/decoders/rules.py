@@ -28,21 +28,24 @@ def span_grammar(logits: Tensor, session: Session) -> Tensor:
         tables = session.memo["span_grammar"] = _book_tables(session, logits)
     spec, ids = session.spec, session.range
     total = is_fixed(spec)
-    phase_N = session.length % spec.n_codebooks
-    must_end_N = (phase_N == 0) & (session.length >= (session.limit if total is None else total))
-    may_end_N = (phase_N == 0) & (session.length >= (1 if total is None else total))
-    allowed_NV = tables[phase_N] & ~must_end_N[:, None]
-    allowed_NV[:, ids.end] = may_end_N | must_end_N
-    return logits.masked_fill(~allowed_NV, NEVER)
+    must_end_N = session.length >= (session.limit if total is None else total)
+    may_end_N = session.length >= (1 if total is None else total)
+    if spec.n_codebooks > 1:
+        phase_N = session.length % spec.n_codebooks
+        tables = tables[phase_N]
+        must_end_N, may_end_N = must_end_N & (phase_N == 0), may_end_N & (phase_N == 0)
+    never_NV = tables | must_end_N[:, None]
+    never_NV[:, ids.end] = ~(may_end_N | must_end_N)
+    return logits.masked_fill(never_NV, NEVER)
 
 
 def _book_tables(session: Session, like: Tensor) -> Tensor:
-    """`(n_codebooks, V)` bool: ids that may stand at each place of a frame."""
+    """`(n_codebooks, V)` bool: ids that may not stand at each place of a frame."""
     spec, ids = session.spec, session.range
-    tables = torch.zeros(spec.n_codebooks, like.shape[-1], dtype=torch.bool, device=like.device)
+    tables = torch.ones(spec.n_codebooks, like.shape[-1], dtype=torch.bool, device=like.device)
     for book in range(spec.n_codebooks):
         first = ids.first + book * spec.vocab_size
-        tables[book, first : first + spec.vocab_size] = True
+        tables[book, first : first + spec.vocab_size] = False
     return tables
 
 

@@ -12,8 +12,7 @@ from torch import nn
 from mm.data.batching.borders import document_length
 from mm.data.batching.codebooks import CODES
 from mm.data.batching.collate import to_batch
-from mm.data.transforms.delay import Delay
-from mm.decoders.books import delays_of
+from mm.decoders.books import laid_out
 from mm.decoders.prompts import require_causal
 from mm.specs import Segment
 from mm.vocabulary import Vocabulary
@@ -50,8 +49,7 @@ def sequence_nll(
     for modality in sorted({s.modality for d in documents for s in d if s.role == "target"}):
         require_causal(model, vocabulary, modality)
     device = next(model.parameters()).device
-    lay_out = Delay(delays_of(model))
-    documents = [lay_out(list(d)) for d in documents]
+    documents = laid_out(model, documents)
     lengths = np.array([document_length(d) for d in documents])
     names = ("", *vocabulary.modalities)
     scores: list[dict[str, tuple[float, int]]] = [{} for _ in documents]

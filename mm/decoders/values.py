@@ -14,6 +14,7 @@ import torch
 
 from mm.data.batching.borders import document_length
 from mm.data.batching.collate import to_batch
+from mm.decoders.books import laid_out
 from mm.errors import UserError
 from mm.specs import Segment
 from mm.vocabulary import Vocabulary
@@ -51,6 +52,7 @@ def continue_values(
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     out: list[np.ndarray] = []
+    (conditions,) = laid_out(model, [conditions])
     before = document_length(conditions)
     longest = before + max((len(x) for x in given), default=0) + n + 2
     size = max(1, max_places // longest)

@@ -52,11 +52,12 @@ def finetune(
     Raises:
         UserError: something that the user can mend; a new folder was not begun, or goes on.
     """
+    packed: list[dict[str, Any]] = []
     if not (out / COMMANDS).is_file():
-        _choose(model, data, out, options, command, trust_code, show)
+        packed = _choose(model, data, out, options, command, trust_code, show)
     else:
         _require_same(out, command)
-    commands.run(out, again=command.removeprefix("mm "))
+    commands.run(out, again=command.removeprefix("mm "), just_run=packed)
     if not (out / BASE).is_file():
         return Tuned(out, None)
     return Tuned(out, compare(out))
@@ -74,8 +75,11 @@ def _require_same(out: Path, command: str) -> None:
 def _choose(
     model: Path, data: Path, out: Path, options: Options, command: str, trust_code: bool,
     show: Callable[[list[tuple[str, str, str, str]]], None] | None,
-) -> None:  # fmt: skip
-    """Pack the data, choose a config for them, and write it with its commands."""
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Pack the data, choose a config for them, and write it with its commands.
+
+    Returns the commands that packed, with their seconds.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is no folder; name another")
     if (out / "config.yaml").is_file():
@@ -107,6 +111,7 @@ def _choose(
     if show is not None:
         show(plan.rows())
     write(plan, out, command)
+    return steps.done
 
 
 def command_line(model: Path, data: Path, out: Path, options: Options) -> str:

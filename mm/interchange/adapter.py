@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -92,16 +91,18 @@ def import_adapter(folder: str | Path, base: str | Path, out: str | Path) -> Non
     """
     folder, base = Path(folder), files.model_folder(Path(base))
     lm, weights, vocabulary = read_model(base)
-    config, adapters = read_adapter(folder, lm, weights, vocabulary, base)
-    try:
-        with torch.device("meta"):
-            config.build(vocabulary)
-    except ValueError as error:  # DoRA upon a matrix with a bias
-        raise UserError(f"{folder}: has no equal here: {error}") from None
-    inside = {name.rsplit(".", 1)[0] for name in adapters}
-    tensors = {_below(name, inside): t for name, t in weights.items()} | adapters
+    config, tensors = put_adapter(folder, lm, weights, vocabulary, base)
     places = {path.name: path for path in (base / "tokenizers").glob("*") if path.is_dir()}
     files.save_model(out, config.to_dict(), tensors, vocabulary, places)
+
+
+def put_adapter(
+    folder: Path, lm: LmConfig, weights: Mapping[str, Tensor], vocabulary: Vocabulary, base: Path
+) -> tuple[LmConfig, dict[str, Tensor]]:
+    """Config and tensors of a base with the adapter of ``folder`` upon it. Raises UserError."""
+    config, adapters = read_adapter(folder, lm, weights, vocabulary, base)
+    inside = {name.rsplit(".", 1)[0] for name in adapters}
+    return config, {_below(name, inside): t for name, t in weights.items()} | adapters
 
 
 def read_adapter(

@@ -295,6 +295,7 @@ class Adapter(nn.Module):
     """Plug point: continuous values to embeddings of their reserved places."""
 
     keeps_length: bool = False  # an item of L values fills L places, always
+    looked_up: tuple[str, ...] = ()  # own parameters whose rows are taken, not multiplied (muP)
 
     def zero_item(self, device: torch.device) -> Tensor:
         """`(1, L, ...)`: what a batch without this modality runs, so that all ranks run alike."""
@@ -331,6 +332,8 @@ class Head(Stateful):
     predicts_ids: bool = True  # False: it runs where a batch has places or targets of its own
     vocabulary: Vocabulary = Vocabulary()  # of the model; which ids are of which codebook
     tied: bool = False  # whether its matrix is the embedder's
+    looked_up: tuple[str, ...] = ()  # own parameters whose rows are taken, not multiplied (muP)
+    scale_free: bool = False  # what it says does not depend on the length of `weight` (muP)
     weight: Tensor  # the matrix to the ids
 
     def tie(self, embedder: Embedder) -> None:

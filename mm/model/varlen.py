@@ -108,18 +108,29 @@ class PackedRows(NamedTuple):
 
     def own_slots(self) -> bool:
         """Whether every row has a slot of its own, in order; asks no device."""
-        return self.direct and bool((self.layout.arrays().slot[: self.slots] >= 0).all())
+        slot = lambda: self.layout.arrays().slot[: self.slots]
+        known = lambda: self.direct and bool((slot() >= 0).all())
+        return self.layout.cached(known, "own slots", self.slots)
+
+    def all_fresh(self) -> bool:
+        """Whether every slot is this call's, from its beginning; asks no device."""
+        known = lambda: self.own_slots() and bool(self.layout.arrays().fresh[: self.slots].all())
+        return self.layout.cached(known, "all fresh", self.slots)
 
     def some_fresh(self) -> bool:
         """Whether a document begins here; asks no device."""
-        return bool(self.layout.arrays().fresh.any())
+        return self.layout.cached(lambda: bool(self.layout.arrays().fresh.any()), "some fresh")
 
     @staticmethod
     def of(layout: Layout, n_slots: int) -> PackedRows:
-        """Rows of ``layout`` for a State of ``n_slots``.
+        """Rows of ``layout`` for a State of ``n_slots``; layers of a pass share them.
 
         No synchronisation: L is `Layout.max_seqlen`.
         """
+        return layout.cached(lambda: PackedRows._make_of(layout, n_slots), "rows", n_slots)
+
+    @staticmethod
+    def _make_of(layout: Layout, n_slots: int) -> PackedRows:
         B, T = layout.shape
         document = layout.fields.document
         if layout.aligned:
@@ -156,7 +167,9 @@ class PackedRows(NamedTuple):
 
         A row holds one document.
         """
-        return f.map(self.unpack)._replace(document=self.valid.to(torch.int32))
+        made = lambda: f.map(self.unpack)._replace(document=self.valid.to(torch.int32))
+        of = f.position, f.document, f.modality, *f.extra, *f.extra.values()
+        return self.layout.cached(made, "row fields", self.valid, *of)
 
     def read(self, leaf_N: Tensor, initial: Tensor | float = 0.0) -> Tensor:
         """`(N, ...)` state to what each row begins from, `(R, ...)`.
@@ -187,6 +200,9 @@ class PackedRows(NamedTuple):
 
     def slot_writes(self) -> SlotWrites:
         """Which row each slot takes over."""
+        return self.layout.cached(self._slot_writes, "slot writes", self.slots, self.slot)
+
+    def _slot_writes(self) -> SlotWrites:
         n_slots = self.slots
         if self.direct:
             length = torch.where(self.slot >= 0, self.length, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ DONE = "done.json"  # command -> digest of what it was given
 PLACES = ("--out", "--json")  # of what a command makes
 
 
-def run(folder: Path, again: str = "") -> Path:
+def run(folder: Path, again: str = "", just_run: Sequence[Mapping[str, Any]] = ()) -> Path:
     """Run what ``folder/run.sh`` says, and return the run folder.
 
     A command is done when it ended well before, its line and its YAML are as they were, what it
@@ -28,6 +28,7 @@ def run(folder: Path, again: str = "") -> Path:
 
     Args:
         again: words after ``mm`` of what the user calls after a failure; default: run FOLDER.
+        just_run: commands of the file that this call has run already, with their seconds.
     Raises:
         UserError: no such file, a line that is no command of `mm`, or a command that failed.
     """
@@ -37,10 +38,15 @@ def run(folder: Path, again: str = "") -> Path:
     steps = Steps(home, again or f"run {folder}")
     done: dict[str, str] = read_json(folder / DONE)
     seconds = {old["command"]: old["seconds"] for old in read_json(home / "commands.json") or ()}
+    fresh = {each["command"]: each["seconds"] for each in just_run}
     anew = False
     for words in lines:
         line = shlex.join(["mm", *words])
         packs = words[:2] == ["data", "pack"]
+        if line in fresh:
+            steps.record(line, fresh[line])
+            done[line] = digest(words)
+            continue
         if not anew and not packs and done.get(line) == digest(words) and _is_there(words):
             steps.echo(line)
             steps.console.print("done already")

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from mm.data.modalities.base import raw_modality
 from mm.decoders.blockwise import decode_blocks
+from mm.decoders.books import require_one_book
 from mm.decoders.generate import Generator
 from mm.decoders.score import evaluating
 from mm.registry import TASKS
@@ -45,6 +46,7 @@ class BlockDecoding(Task):
 
     def evaluate(self, generator: Generator, *, seed: int = 0) -> Figures:
         """Ids a forward (1 = plain decoding), and the share of sequences equal to plain ones."""
+        require_one_book(generator.model, self.modality, "task block_decoding")
         shards = open_split(self.data, self.split, generator.tokenizers)
         raw = raw_modality(self.modality).kind
         having = shards.having(raw)

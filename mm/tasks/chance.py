@@ -26,7 +26,11 @@ def nats_at(place_P: np.ndarray, is_end_P: np.ndarray, spec: TokenSpec) -> np.nd
     Args:
         place_P: (P,) int, number of the id in its span, the end's being the span's length.
         is_end_P: (P,) bool, it is the end.
+    Raises:
+        ValueError: values, of which there is no number to guess from.
     """
+    if spec.continuous:
+        raise ValueError(f"'{spec.modality}' has values in place of ids: there is no chance level")
     K = spec.vocab_size
     if is_fixed(spec):
         return np.where(is_end_P, 0.0, np.log(K))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mm.data.batching.collate import to_batch
+from mm.decoders.books import documents_batch, require_one_book
 from mm.decoders.generate import Generator
 from mm.decoders.score import evaluating
 from mm.errors import UserError
@@ -64,6 +64,7 @@ class Scorer:
     """Log-likelihoods in nats, and greedy or sampled answers, of a model's text."""
 
     def __init__(self, generator: Generator, modality: str, max_tokens: int, batch: int):
+        require_one_book(generator.model, modality, "the harness")
         self.generator, self.modality = generator, modality
         self.max_tokens, self.batch = max_tokens, batch
 
@@ -111,7 +112,7 @@ class Scorer:
         order = sorted(range(len(spans)), key=lambda i: len(spans[i].ids))
         for at in range(0, len(order), self.batch):
             some = order[at : at + self.batch]
-            b = to_batch([[[spans[i]]] for i in some], vocabulary)
+            b = documents_batch(model, vocabulary, [[spans[i]] for i in some])
             places = b.places["tokens"].long()
             if not len(places):
                 continue

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from mm.data.batching.collate import to_batch
 from mm.data.batching.document import of_array
+from mm.decoders.books import documents_batch
 from mm.decoders.generate import Generator
 from mm.errors import UserError
 from mm.registry import TASKS
@@ -87,11 +87,10 @@ class Retrieval(Task):
         found = []
         for at in range(0, len(raws), self.rows):
             codes = generator.encode(modality, raws[at : at + self.rows])
-            rows = [[[of_array(spec, code)._replace(role="condition")]] for code in codes]
-            batch = to_batch(rows, generator.vocabulary)
-            starts, T = batch.layout.cu_seqlens[:-1], batch.layout.shape[1]
+            rows = [[of_array(spec, code)._replace(role="condition")] for code in codes]
+            batch = documents_batch(model, generator.vocabulary, rows)
+            starts = batch.layout.cu_seqlens[:-1]
             sizes = (batch.layout.fields.document > 0).sum(1).to(torch.int32)
-            assert len(starts) == len(rows) and T
             batch = replace(batch, places={self.head: starts + sizes - 1}).to(device)
             out = model(batch, heads=(self.head,), loss=False)
             found.append(out.heads[self.head].dist.mean.float().cpu())

@@ -50,10 +50,8 @@ class TokenLoss(Task):
         for modality in dict.fromkeys(m for score in scores for m in score):
             mine = [score[modality] for score in scores if modality in score]
             nats, places = sum(s[0] for s in mine), sum(s[1] for s in mine)
-            size = vocabulary.spec(modality).vocab_size + 1  # or the span's end
-            figures |= {
-                f"{modality}_perplexity": math.exp(min(700.0, nats / places)),
-                f"{modality}_perplexity_chance": float(size),
-                f"{modality}_perplexity_n": places,
-            }
+            spec, name = vocabulary.spec(modality), f"{modality}_perplexity"
+            figures |= {name: math.exp(min(700.0, nats / places)), f"{name}_n": places}
+            if not spec.continuous:  # of which the end of the span alone is an id
+                figures[f"{name}_chance"] = float(spec.vocab_size + 1)  # or the span's end
         return figures

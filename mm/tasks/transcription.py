@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from mm.data.batching.collate import to_batch
 from mm.data.batching.document import of_array
 from mm.data.modalities.base import raw_modality
+from mm.decoders.books import documents_batch
 from mm.decoders.generate import Generator
 from mm.errors import UserError
 from mm.registry import TASKS
@@ -88,8 +88,8 @@ class Transcription(Task):
         model: Any = generator.model
         device = next(model.parameters()).device
         spec, span = generator.vocabulary.spec(self.source), generator.vocabulary.range(self.to)
-        segments = [of_array(spec, code)._replace(role="condition") for code in codes]
-        batch = to_batch([[[s]] for s in segments], generator.vocabulary)
+        documents = [[of_array(spec, code)._replace(role="condition")] for code in codes]
+        batch = documents_batch(model, generator.vocabulary, documents)
         places = batch.layout.cu_seqlens[:-1]
         batch = replace(batch, places={self.to: places}).to(device)
         dist = model(batch, heads=(self.to,), loss=False).heads[self.to].dist

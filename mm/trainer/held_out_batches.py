@@ -61,8 +61,8 @@ def held_out_batches(
     chance, ratio = {}, {}
     if vocabulary is not None:
         micros = [batch for step in steps for batch in step]
-        chance, ratio = _beside(micros, vocabulary, tokenizers(), stage.env.device)
-        if not chance and all("target_modality" in batch.labels for batch in micros):
+        chance, ratio, some = _beside(micros, vocabulary, tokenizers(), stage.env.device)
+        if not some and all("target_modality" in batch.labels for batch in micros):
             return f"the split '{SPLIT}' has no target after the transforms"
     carrying = stream if getattr(stream, "carried_rows", 0) else None
     ratio = {**ratio, **(getattr(stream, "bytes_per_token", None) or {})}
@@ -120,8 +120,10 @@ def _beside(
     vocabulary: Vocabulary,
     tokenizers: Mapping[str, Any],
     device: torch.device,
-) -> tuple[dict[str, float], dict[str, float]]:
+) -> tuple[dict[str, float], dict[str, float], bool]:
     """Chance and bytes per token of the modalities that have targets, over all ranks.
+
+    And whether any has. Values have no chance: there is no number of them to guess from.
 
     The bytes of text are those of all its whole spans; of others a few are decoded, as the bytes of
     a code hardly vary.
@@ -140,11 +142,11 @@ def _beside(
         dist.all_reduce(total)
     chance, ratio = {}, {}
     for m, (weight, nats, targets, codes, decoded, size) in zip(names, total.tolist(), strict=True):
-        if weight:
+        if weight and not vocabulary.spec(m).continuous:
             chance[m] = nats / weight
         if targets and decoded and size:
             ratio[m] = size / decoded * codes / targets
-    return chance, ratio
+    return chance, ratio, bool(total[:, 0].any())
 
 
 def _targets(b: Batch, modality: str, vocabulary: Vocabulary) -> Tensor:
@@ -169,7 +171,8 @@ def _targets(b: Batch, modality: str, vocabulary: Vocabulary) -> Tensor:
     at = np.arange(ids.shape[1])
     begin = np.maximum.accumulate(np.where(ids == span.begin, at, -1), axis=1)
     is_end = target[mine] == span.end
-    nats = nats_at((at - begin)[mine], is_end, spec)
+    place = (at - begin)[mine]
+    nats = np.zeros(len(place)) if spec.continuous else nats_at(place, is_end, spec)
     counted = weight[mine].astype(np.float64)
     found = [counted.sum(), (counted * nats).sum(), len(is_end), (~is_end).sum()]
     more = further.sum(), (further * np.log(max(1, spec.vocab_size))).sum(), *[len(further)] * 2

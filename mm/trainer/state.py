@@ -66,7 +66,7 @@ class TrainState:
             "given": stage.from_folders,
             "bytes_per_token": self.bytes_per_token.totals,
             "held_out": self.held_out.state_dict(),
-            "seen": self.seen.sums,
+            "seen": self.seen.state_dict(),
             "rng": {
                 "seed": stage.env.seed,
                 "rule": "every generator is seeded by (seed, step, rank)",
@@ -85,4 +85,4 @@ class TrainState:
             self.guard.load_state_dict(snapshot.state["guard"])
         self.bytes_per_token.load(snapshot.state["bytes_per_token"])
         self.held_out.load_state_dict(snapshot.state.get("held_out", {}))
-        self.seen.sums = dict(snapshot.state.get("seen", {}))
+        self.seen.load_state_dict(snapshot.state.get("seen", {}))

@@ -14,7 +14,8 @@ from mm.errors import UserError
 from mm.hashes import digest
 from mm.init_from import InitFrom
 from mm.model.folder import load_tensors, open_tensors, read_config
-from mm.model.slices import Lazy
+from mm.model.model import LmConfig
+from mm.model.slices import Lazy, shapes_of
 from mm.registry import NETWORKS
 from mm.run import Run
 from mm.surgery.base import Operated
@@ -25,6 +26,7 @@ from mm.vocabulary import Vocabulary
 
 WEIGHTS, WORDS, TOKENIZERS = "model.safetensors", "vocabulary.json", "tokenizers"
 ADAPTERS = "adapters.safetensors"
+PEFT_CONFIG, PEFT_ADAPTERS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def resolve(run: Run) -> Run:
@@ -138,12 +140,17 @@ class WarmStart(Snapshot):
                 raise UserError(f"{key}: no checkpoint of {asked.path} has '{asked.network}'")
             folder, step = saved.folder, saved.state["step"]
             tensors, sha256 = saved.tensors(asked.network), saved.sha256(asked.network)
-        if asked.adapters is not None:
-            tensors = tensors.with_tensors(load_tensors(_adapters(key, asked.adapters)))
         old = Vocabulary.load(folder / WORDS) if (folder / WORDS).is_file() else None
+        self.adapted: LmConfig | None = None
+        if asked.adapters is not None and (asked.adapters / PEFT_CONFIG).is_file():
+            self.adapted, whole = _put_adapter(key, asked, tensors, old)
+            tensors = Lazy(shapes_of(whole), whole.__getitem__)
+        elif asked.adapters is not None:
+            tensors = tensors.with_tensors(load_tensors(_adapters(key, asked.adapters)))
         self.operated: Config | None = None
         if asked.surgery:
-            it = Operated(saved_config(key, asked), dict(tensors), old)
+            begun = self.adapted or saved_config(key, asked)
+            it = Operated(begun, dict(tensors), old)
             self.operated, operated, old = operate(key, asked, it, vocabulary)
             super().__init__({"stage": -1}, {name: operated})
         else:
@@ -183,6 +190,8 @@ class WarmStart(Snapshot):
 
         Raises UserError naming what does not fit.
         """
+        if self.adapted is not None and not self.asked.surgery:
+            _require_linear(self.key, self.asked, self.adapted, module)
         weights = for_linears(module, weights)
         out, told, faults = fit_weights(module, weights, self.asked, self.rows, self.sizes)
         if faults:
@@ -225,10 +234,44 @@ def begin(
 
 def _adapters(key: str, path: Path) -> Path:
     """The file of adapters at ``path``, or in the run there. Raises UserError naming ``key``."""
-    for file in (path / ADAPTERS, path):
+    for file in (path / ADAPTERS, path / PEFT_ADAPTERS, path):
         if file.is_file():
             return file
-    raise UserError(f"{key}.adapters: {path} has no {ADAPTERS}; name a run of model.linear: lora")
+    raise UserError(
+        f"{key}.adapters: {path} has no {ADAPTERS}; name a run of model.linear: lora, or a folder "
+        f"that PEFT wrote ({PEFT_CONFIG})"
+    )
+
+
+def _put_adapter(
+    key: str, asked: InitFrom, tensors: Mapping[str, Tensor], vocabulary: Vocabulary | None
+) -> tuple[LmConfig, dict[str, Tensor]]:
+    """The base with an adapter in PEFT's format upon it. Raises UserError naming ``key``."""
+    from mm.interchange.adapter import put_adapter  # all families, which few runs need
+
+    lm, folder = saved_config(key, asked), asked.adapters
+    assert folder is not None
+    if not isinstance(lm, LmConfig) or vocabulary is None:
+        raise UserError(f"{key}.adapters: {asked.path} is no language model, which {folder} is for")
+    try:
+        return put_adapter(folder, lm, tensors, vocabulary, asked.path)
+    except UserError as error:
+        raise UserError(f"{key}.adapters: {error}") from error
+
+
+def _require_linear(key: str, asked: InitFrom, adapted: LmConfig, module: nn.Module) -> None:
+    """Refuse a model whose adapters compute something else. Raises UserError naming ``key``."""
+    need: Any = adapted.linear
+    own: Any = getattr(getattr(module, "config", None), "linear", None)
+    scale = lambda c: c.alpha / (c.rank**0.5 if c.rs else c.rank)
+    alike = getattr(own, "kind", "") == "lora" and (own.rank, own.dora) == (need.rank, need.dora)
+    if not alike or abs(scale(own) / scale(need) - 1) > 1e-6:
+        names = ", ".join(need.targets)
+        raise UserError(
+            f"{key}.adapters: {asked.adapters} needs model.linear={{kind: lora, rank: {need.rank}, "
+            f"alpha: {need.alpha:g}, rs: {str(need.rs).lower()}, dora: {str(need.dora).lower()}, "
+            f"targets: [{names}]}}"
+        )
 
 
 def _step(run: Path) -> int | None:

@@ -26,6 +26,7 @@ from composition_configs import (
 )
 from composition_shrink import report
 from laws import context
+from thinned import every
 
 from mm.errors import UserError
 from mm.layout import Layout
@@ -110,7 +111,7 @@ def test_wrapper_and_mixer_under_every_mask(wrapper: str, mixer: str, mask: str)
 # Every third by default: `test_contract` and the wrappers run each mixer on its own.
 @pytest.mark.parametrize(
     "mixer",
-    [pytest.param(m, marks=pytest.mark.slow if i % 3 else ()) for i, m in enumerate(MIXERS)],
+    every(6, MIXERS),
 )
 def test_block_and_mixer_and_feed_forward(mixer: str) -> None:
     """One stack: a layer for every block, feed-forwards in turn, so that each pair is there.

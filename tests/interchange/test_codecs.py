@@ -53,6 +53,7 @@ def test_codes_and_sound_are_those_of_transformers(case: str, tmp_path: Path) ->
     peer = codec(tmp_path / "given", case)
     report = import_codec(tmp_path / "given", tmp_path / "ours", read_settings(tmp_path / "given"))
     assert report is not None and report.different == 0 and report.codes > 50
+    print(f"{case}: {report.codes} codes the same, samples differ by {report.difference:.1e}")
     assert report.difference <= TOLERANCE and report.spread > 0.01
     ours: Any = load_tokenizer(tmp_path / "ours")
     hop = ours.net.samples_per_frame
@@ -95,6 +96,7 @@ def test_codes_and_pixels_are_those_of_transformers(family: str, tmp_path: Path)
     peer = image_tokenizer(given, family)
     report = import_codec(given, out, read_settings(given))
     assert report is not None and report.different == 0 and report.codes == 128
+    print(f"{family}: {report.codes} codes the same, pixels differ by {report.difference:.1e}")
     assert report.difference <= TOLERANCE and report.spread > 0.05
     ours: Any = load_tokenizer(out)
     assert ours.spec.grid == (8, 8) and ours.spec.vocab_size == 50

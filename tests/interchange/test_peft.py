@@ -13,14 +13,17 @@ from safetensors.torch import load_file, save_file
 
 from mm.cli import main as cli
 from mm.errors import UserError
+from mm.init_from import InitFrom
 from mm.interchange.adapter import export_adapter, import_adapter, read_model
 from mm.interchange.check import logits_of
 from mm.interchange.peft import with_adapters
 from mm.interchange.read import import_model
 from mm.model import folder as files
-from mm.model.linears.lora import loras_in, merge_adapters, unmerge_adapters
+from mm.model.linears.dense import DenseConfig
+from mm.model.linears.lora import Lora, LoraConfig, loras_in, merge_adapters, unmerge_adapters
 from mm.model.model import Model
 from mm.surgery.base import Operated, network_of
+from mm.trainer.warm_start import WarmStart
 
 PROBE = torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(5))
 SETTINGS = {
@@ -93,8 +96,6 @@ def ours(folder: Path) -> torch.Tensor:
 def test_exported_adapters_give_the_same_logits_and_come_back(
     tmp_path: Path, case: str, settings: str, record_property: Any
 ) -> None:
-    if case == "gpt2" and settings == "dora":
-        pytest.skip("DoRA takes no matrix with a bias")
     theirs, mine = base(tmp_path, case)
     model = tuned(mine, tmp_path / "tuned", **SETTINGS[settings])
     export_adapter(model, tmp_path / "adapter")
@@ -155,7 +156,7 @@ def test_what_peft_itself_wrote_comes_in(tmp_path: Path, case: str) -> None:
             "rank_pattern": {"v_proj": 5},
             "alpha_pattern": {"v_proj": 3},
         }
-    for number, more in enumerate(({}, {"use_rslora": True}, {"use_dora": case == "llama"})):
+    for number, more in enumerate(({}, {"use_rslora": True}, {"use_dora": True})):
         peer = transformers.AutoModelForCausalLM.from_pretrained(theirs, dtype=torch.float32)
         config = peft.LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=7, **many, **more)
         peer = peft.get_peft_model(peer, config).eval()
@@ -183,6 +184,61 @@ def test_what_peft_itself_wrote_comes_in(tmp_path: Path, case: str) -> None:
         ]
         assert scales[1]["use_dora"] == scales[0]["use_dora"]
         assert all(a[name].shape == b[name].shape for name in shared)
+
+
+def test_dora_of_a_matrix_with_a_bias_is_as_peft_has_it() -> None:
+    """Outputs and all gradients: the length scales the matrices, not the bias."""
+    peft = pytest.importorskip("peft", reason="needs peft (pip install peft)")
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 5)).double()
+    config = peft.LoraConfig(r=2, lora_alpha=3, use_dora=True, target_modules=["0"])
+    theirs = peft.get_peft_model(net, config).base_model.model[0]
+    part = LoraConfig(base_layer=DenseConfig(bias=True), rank=2, alpha=3, dora=True).build(6, 5)
+    assert isinstance(part, Lora) and part.magnitude is not None
+    part.double()
+    length = theirs.lora_magnitude_vector["default"].weight
+    both = [
+        (part.base.weight, theirs.base_layer.weight),
+        (part.base.bias, theirs.base_layer.bias),
+        (part.lora_a, theirs.lora_A["default"].weight),
+        (part.lora_b, theirs.lora_B["default"].weight),
+        (part.magnitude, length),
+    ]
+    with torch.no_grad():
+        for own, other in both:
+            other.requires_grad_()
+            own.copy_(other.normal_())
+    x = torch.randn(2, 7, 6, dtype=torch.float64, requires_grad=True)
+    y, wanted = part(x), theirs(x)
+    torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
+    weight = torch.randn_like(y)
+    grads = torch.autograd.grad((y * weight).sum(), [x, *(own for own, _ in both)])
+    peers = torch.autograd.grad((wanted * weight).sum(), [x, *(other for _, other in both)])
+    for found, other in zip(grads, peers, strict=True):
+        assert float(other.abs().max()) > 0
+        torch.testing.assert_close(found, other, rtol=1e-10, atol=1e-10)
+    merged = part.dense_weight()
+    torch.testing.assert_close(x @ merged.T + part.base.bias, y, rtol=1e-10, atol=1e-10)
+
+
+def test_a_run_begins_with_an_adapter_in_pefts_format(tmp_path: Path) -> None:
+    _, mine = base(tmp_path / "a")
+    _, deeper = base(tmp_path / "b", num_hidden_layers=1)
+    model, adapter = tuned(mine, tmp_path / "tuned", **SETTINGS["plain"]), tmp_path / "adapter"
+    export_adapter(model, adapter)
+    lm, _, words = read_model(mine)
+    begin = lambda path: WarmStart("init_from", InitFrom(path=path, adapters=adapter), words)
+
+    warm, module = begin(mine), with_adapters(lm, **SETTINGS["plain"]).build(words)
+    module.load_state_dict(warm.fit(module, dict(warm.tensors("model"))), strict=False)
+    assert torch.equal(logits_of(module.eval(), PROBE), ours(model))
+    assert warm.told["adapters"] == str(adapter / "adapter_model.safetensors")
+
+    other = with_adapters(lm, **SETTINGS["plain"] | {"alpha": 4.0}).build(words)
+    with pytest.raises(UserError, match=r"needs model\.linear=\{kind: lora, rank: 3, alpha: 5"):
+        warm.fit(other, dict(warm.tensors("model")))
+    with pytest.raises(UserError, match=r"^init_from\.adapters: .*layers\.1\..*another base \("):
+        begin(deeper)
 
 
 def test_an_adapter_of_another_base_is_refused_by_name(tmp_path: Path) -> None:

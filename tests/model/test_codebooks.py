@@ -17,6 +17,7 @@ from mm.data.transforms.delay import Delay
 from mm.decoders.generate import generate_tokens, sequence_nll
 from mm.errors import UserError
 from mm.layout import Doc, Layout
+from mm.model.heads import depth
 from mm.model.layer import init_weights
 from mm.registry import NETWORKS, OBJECTIVES
 from mm.specs import Segment, TokenSpec
@@ -36,10 +37,11 @@ LAYOUTS = [
 ]
 
 
-def build(kind: str, delays: dict[str, tuple[int, ...]], seed: int = 0) -> Any:
+def build(kind: str, delays: dict[str, tuple[int, ...]], seed: int = 0, **more: Any) -> Any:
     codes: dict[str, Any] = {"kind": kind, "delays": delays}
     if kind == "depth":
         codes |= {"width": 16, "backbone": {"kind": "stack", "depth": 1, "pattern": "attention"}}
+        codes |= more
     config = {
         "kind": "lm",
         "d_model": 16,
@@ -227,6 +229,36 @@ def test_chunks_of_streams_are_the_whole(kind: str, delays: Any) -> None:
         out = model(Batch.of_ids(ids[:, begin:end], Layout.from_rows(row)), state=state, loss=False)
         state, parts = out.state, [*parts, out.hidden]
     torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
+@pytest.mark.parametrize("pattern", ["attention", "gated_scan attention"])
+def test_the_depth_transformer_steps_from_codebook_to_codebook(
+    pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes one after another from its State, or several at once, say what all from nothing say."""
+    monkeypatch.setattr(depth, "REPAYS", 0)
+    backbone = {"kind": "stack", "depth": 2, "pattern": pattern}
+    model = build("depth", FLAT, backbone=backbone)
+    head, batch = model.heads["codes"], to_batch([[Delay(FLAT)(document(0))]], VOCABULARY)
+    hidden, ctx = torch.randn(1, 9, 16, dtype=torch.float64), _ctx(batch)
+    r, places = VOCABULARY.range("audio"), torch.arange(9)
+    known = r.first + torch.randint(0, V, (9, 4)) + torch.arange(4).clamp_max(C - 1) * V
+    known[2, 1:] = known[5, 0] = -1
+    for calls in ((1, 2, 3, 4), (2, 3), (1, 4)):
+        state = head.initial_state(9, 4)
+        for n in calls:
+            out = head(hidden, ctx, places, state=state, known=known[:, :n])
+            plain = head(hidden, ctx, places, known=known[:, :n])
+            assert plain.state is None
+            torch.testing.assert_close(out.dist.logits, plain.dist.logits, rtol=0, atol=1e-12)
+            state = out.state
+    prompts = [document(seed)[:2] for seed in range(3)]
+    write = lambda: generate_tokens(model, VOCABULARY, prompts, "audio", max_tokens=4 * C, seed=1)
+    stepped = write()
+    monkeypatch.setattr(depth, "REPAYS", 10**9)
+    assert head.initial_state(9, 4) is None
+    for one, other in zip(stepped, write(), strict=True):
+        assert np.array_equal(one, other)
 
 
 def test_what_is_drawn_follows_the_depth_transformers_conditionals() -> None:

@@ -43,6 +43,10 @@ def test_what_is_done_is_skipped(folder: Path, capsys: pytest.CaptureFixture[str
     assert done_already(capsys.readouterr().out) == [False, False, False]
     run(folder)
     assert done_already(capsys.readouterr().out) == [False, True, True]  # pack looks by itself
+    of_pack = json.loads((folder / "runs/first/commands.json").read_text())[:1]
+    run(folder, just_run=of_pack)  # as `mm finetune` has done
+    assert done_already(capsys.readouterr().out) == [True, True]
+    assert json.loads((folder / "runs/first/commands.json").read_text())[0] == of_pack[0]
     (folder / "eval.json").unlink()
     run(folder)
     assert done_already(capsys.readouterr().out) == [False, True, False]

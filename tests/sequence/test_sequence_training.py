@@ -56,6 +56,7 @@ def in_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     return runs
 
 
+@pytest.mark.slow
 def test_two_slices_have_the_losses_of_one_process(in_two: dict[str, Run], tmp_path: Path) -> None:
     alone = run_of(tmp_path, "alone", engine={"sequence": 1})
     train(alone)

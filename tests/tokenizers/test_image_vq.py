@@ -207,7 +207,7 @@ def test_shipped_yaml_learns_digits_in_a_few_seconds(shipped: Run) -> None:
 @pytest.mark.parametrize(
     ("quantizer", "weights"),
     [
-        ({"kind": "vq", "codebook_size": 64, "d": 8}, {}),
+        pytest.param({"kind": "vq", "codebook_size": 64, "d": 8}, {}, marks=pytest.mark.slow),
         ({"kind": "lfq", "bits": 6}, {"commitment": 0.01, "entropy": 0.01}),
     ],
     ids=lambda value: value.get("kind"),

@@ -22,6 +22,7 @@ from mm.trainer.callbacks import machine, modalities, profile, progress, samples
 from mm.trainer.callbacks.alerts import AGAIN, Alerts, AlertsConfig, _command
 from mm.trainer.callbacks.layers import DECAYS, Layers, LayersConfig
 from mm.trainer.callbacks.modalities import Modalities, ModalitiesConfig
+from mm.trainer.callbacks.seen import Seen
 from mm.trainer.callbacks.tasks import TasksWhileTraining
 from mm.trainer.callbacks.times import Times
 from mm.trainer.explain import Look
@@ -346,3 +347,24 @@ def test_times_of_a_run_that_was_cut_off_after_one_step_are_kept(tmp_path: Path)
     times.on_stage_start(training(folder=tmp_path, step=1))
     times.on_save(training(folder=tmp_path), 2)
     assert json.loads((tmp_path / "times.json").read_text())["seconds"]["step"] == 100.0
+
+
+def test_epochs_go_on_over_stages_that_read_the_same_sources() -> None:
+    """And over a resume between them; other sources begin anew."""
+    one, other = ({"sources": [SimpleNamespace(path=p, split="train")]} for p in "ab")
+    stages = [one, {**one, "seq_len": 7}, other]
+    seen, found = Seen(), []
+    for index, data in enumerate(stages):
+        for epoch in (0.5, 1.5):
+            config = SimpleNamespace(data=SimpleNamespace(**data))
+            trainer: Any = SimpleNamespace(
+                stage=SimpleNamespace(index=index, config=config),
+                stream=SimpleNamespace(epoch=epoch),
+            )
+            metrics: dict[str, Any] = {}
+            seen.post_step(trainer, 1, metrics)
+            found.append(metrics["data/epoch"])
+            again = Seen()
+            again.load_state_dict(json.loads(json.dumps(seen.state_dict())))
+            seen = again
+    assert found == [0.5, 1.5, 2.0, 3.0, 0.5, 1.5]

@@ -85,6 +85,7 @@ def rank(number: int, store: str, out: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_and_micro_batches_are_one_loss(tmp_path: Path) -> None:
     whole = gradient([batch(ALL[0], lacking=5), batch(ALL[1], lacking=5)])
     spawn(rank, args=(str(tmp_path / "store"), str(tmp_path / "found")), nprocs=2)

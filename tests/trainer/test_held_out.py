@@ -35,7 +35,7 @@ EVERY_STEP = {"eval_every": 1, "eval_batches": 2}
     [
         (0, {"model": {"dropout": 0.2}}),
         (2, {"model": {"dropout": 0.2}, "engine": {"precision": "autocast_bf16"}}),
-        (3, {"model": {"dropout": 0.2}}),
+        pytest.param(3, {"model": {"dropout": 0.2}}, marks=pytest.mark.slow),
         (1, {"objective": "toy_gan"}),
         (1, {"objective": "toy_teacher", "stage_keys": {"ema": {"decay": 0.9}}}),
     ],

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from trainer_runs import make_run
@@ -17,6 +18,7 @@ from mm.data.batching.collate import to_batch
 from mm.errors import UserError
 from mm.run import Run
 from mm.specs import Segment, TokenSpec
+from mm.tasks.chance import nats_at
 from mm.tokenizers.text.bytes import BytesConfig
 from mm.trainer.engine.process_group import join
 from mm.trainer.held_out import Best, HeldOut, _means
@@ -141,8 +143,25 @@ def test_chance_and_bytes_of_a_target_by_hand() -> None:
     assert (weight, targets, codes) == (6, 6, 5) and nats == pytest.approx(one + 5 * two)
     assert _targets(first, "audio", WORDS).tolist() == [0, 0, 0, 0]
     join(1)
-    chance, ratio = _beside([first, second], WORDS, {"text": TEXT}, torch.device("cpu"))
+    chance, ratio, some = _beside([first, second], WORDS, {"text": TEXT}, torch.device("cpu"))
+    assert some
     assert chance == {"text": pytest.approx((2 * one + (5 + 2) * two) / (6 + 3))}
     # 12 codes are 12 bytes; of the 9 targets 7 are codes
     assert ratio == {"text": pytest.approx(7 / 9)}
     assert _beside([first], WORDS, {}, torch.device("cpu"))[1] == {}
+
+
+@pytest.mark.filterwarnings("error")
+def test_values_have_targets_and_no_chance() -> None:
+    """They alone, and beside text; the split is not said to have no target."""
+    series = TokenSpec("time_series", 0, continuous=True, n_features=2)
+    vocabulary = extend_vocabulary([TEXT.spec, series])
+    x = np.ones((3, 2), np.float32)
+    values = Segment("time_series", np.full(3, -1), x, role="target")
+    join(1)
+    for row, known in (([values], set()), ([values, Segment("text", np.arange(3))], {"text"})):
+        batch = to_batch([[row]], vocabulary)
+        chance, _, some = _beside([batch], vocabulary, {"text": TEXT}, torch.device("cpu"))
+        assert some and chance.keys() == known and all(map(math.isfinite, chance.values()))
+    with pytest.raises(ValueError, match="'time_series' has values in place of ids: there is no"):
+        nats_at(np.arange(3), np.zeros(3, bool), series)

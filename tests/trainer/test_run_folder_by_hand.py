@@ -322,8 +322,8 @@ def test_bytes_of_a_modality_that_only_another_rank_has(monkeypatch: pytest.Monk
         return held_out_batches._beside([made], words, tokenizers, CPU)
 
     monkeypatch.setattr(held_out_batches.dist, "get_world_size", lambda: 2)
-    _, alone = beside("text")
-    _, both = beside("other", sent[0])
+    _, alone, _ = beside("text")
+    _, both, _ = beside("other", sent[0])
     assert alone["text"] == both["text"] > 0
 
 

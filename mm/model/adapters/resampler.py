@@ -60,6 +60,8 @@ class Resampler(Adapter):
     (Flamingo, arXiv:2204.14198), section 3.1 and figure 5: keys of the item and of the queries.
     """
 
+    looked_up = ("queries",)
+
     def __init__(self, inner: Adapter, d_model: int, config: ResamplerConfig):
         super().__init__()
         self.inner = inner

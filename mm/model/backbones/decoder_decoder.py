@@ -78,7 +78,7 @@ class SharedMemory(Block):
         made, after = Published(k, v), None
         if state is not None:
             seen, after = self.cache(k, v, ctx, state)
-            mask = MaskSpec(ctx.mask.dense(seen.fields, seen.known))
+            mask = seen.mask(ctx.mask)
             made = Published(seen.k, seen.v, seen, mask)
         return Out(x_BTD, after, replace(ctx, published={**ctx.published, MEMORY: made}))
 

@@ -5,7 +5,7 @@ P places, D model, S streams, W width of its layers, N ids.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -19,8 +19,22 @@ from mm.model.heads.parallel import Parallel, ParallelConfig
 from mm.model.layer import Backbone, Stateful
 from mm.model.memories import refuse_memories
 from mm.registry import HEADS, BackboneField, LinearField
+from mm.state import DataclassState, State
 
 MOST = 64  # codebooks of a place
+# Width times codebooks from which on a step from the State costs less than to run those before it
+# again, as measured on a CPU (docs/lab-notes.md): a small step's cost is that of its many small
+# operations.
+REPAYS = 2048
+
+
+@dataclass(frozen=True)
+class Told(DataclassState):
+    """What P places, each a slot, were told of their codebooks."""
+
+    codes: Tensor  # (P, W) sum of the embeddings
+    n: int  # codebooks
+    layers: State | None
 
 
 class Depth(Parallel):
@@ -32,6 +46,7 @@ class Depth(Parallel):
 
     def __init__(self, d_model: int, n_ids: int, config: DepthConfig):
         super().__init__(config.width, n_ids, config)
+        self.width = config.width
         self.inp = nn.Linear(d_model, config.width)
         self.codes = nn.Parameter(torch.empty(n_ids, config.width))
         self.place = nn.Parameter(torch.empty(MOST, config.width))
@@ -47,19 +62,37 @@ class Depth(Parallel):
         nn.init.zeros_(self.inp.bias)
 
     def stateful_parts(self) -> list[Stateful]:
-        """None: the codebooks of a place are told together."""
+        """None: nothing of a place is carried to the next one."""
         return []
 
-    def states(self, h_PD: Tensor, known_PS: Tensor, ctx: Ctx) -> tuple[Tensor, dict[str, Any]]:
-        P, S = known_PS.shape
-        told = nn.functional.embedding(known_PS.clamp_min(0), self.codes)
-        told = (told * (known_PS >= 0)[..., None]).cumsum(1)
-        h = self.inp(h_PD)
-        x = told.to(h.dtype) + self.place[:S].to(h.dtype)
-        x = torch.cat((x[:, :1] + h[:, None], x[:, 1:]), 1)
+    def initial_state(self, n: int, max_len: int) -> Told | None:
+        """Of ``n`` places that are told at most ``max_len`` codebooks, one or more a call.
+
+        None where so few of them are sooner run again.
+        """
+        return self.fresh(n, max_len) if self.width * max_len >= REPAYS else None
+
+    def fresh(self, n: int, max_len: int) -> Told:
+        """`initial_state`, however few the codebooks."""
+        codes = self.codes.new_zeros(n, self.width)
+        return Told(codes, 0, self.backbone.initial_state(n, max_len))
+
+    def states(
+        self, h_PD: Tensor, known_PS: Tensor, ctx: Ctx, state: State | None = None
+    ) -> tuple[Tensor, State | None, dict[str, Any]]:
+        assert state is None or isinstance(state, Told)
+        first = 0 if state is None else state.n
+        known = known_PS[:, first:]
+        P, S = known.shape
+        told = nn.functional.embedding(known.clamp_min(0), self.codes)
+        told = (told * (known >= 0)[..., None]).cumsum(1)
+        told = told if state is None else told + state.codes[:, None]
+        x = told + self.place[first : first + S]
+        if first == 0:
+            x = torch.cat((x[:, :1] + self.inp(h_PD)[:, None], x[:, 1:]), 1)
         inner = replace(
             ctx,
-            layout=_rows(P, S, h.device),
+            layout=_rows(P, S, first, state is not None, known.device),
             mask=Causal(),
             ids=None,
             memories={},
@@ -67,24 +100,28 @@ class Depth(Parallel):
             draft=False,
             shard=None,
         )
-        out = self.backbone(x, inner)
-        return out.y, dict(out.aux)
+        out = self.backbone(x, inner, None if state is None else state.layers)
+        after = None if state is None else Told(told[:, -1], first + S, out.state)
+        return out.y, after, dict(out.aux)
 
 
-def _rows(P: int, S: int, device: torch.device) -> Layout:
-    """P rows of one document of S tokens each, made where they are."""
-    time = torch.arange(S, dtype=torch.int32, device=device).expand(P, S)
+def _rows(P: int, S: int, first: int, slots: bool, device: torch.device) -> Layout:
+    """P rows of S tokens of one document each, from the ``first`` on, made where they are.
+
+    ``slots``: row i reads and writes slot i.
+    """
+    time = torch.arange(first, first + S, dtype=torch.int32, device=device).expand(P, S)
     document = torch.arange(1, P + 1, dtype=torch.int32, device=device)
     layout = Layout(
         Fields(time[..., None], document[:, None].expand(P, S), torch.zeros_like(time)),
         torch.arange(P + 1, dtype=torch.int32, device=device) * S,
-        torch.full((P,), -1, dtype=torch.int32, device=device),
-        torch.ones(P, dtype=torch.bool, device=device),
+        document - 1 if slots else torch.full_like(document, -1),
+        torch.full((P,), first == 0, dtype=torch.bool, device=device),
         max_seqlen=S,
         aligned=True,
     )
     if not layout.is_on_host:
-        layout.memo["host"] = lambda: _rows(P, S, torch.device("cpu"))
+        layout.memo["host"] = lambda: _rows(P, S, first, slots, torch.device("cpu"))
     return layout
 
 

@@ -58,6 +58,7 @@ class Embedding(Head):
     """
 
     predicts_ids = False
+    scale_free = True
 
     def __init__(self, d_model: int, config: EmbeddingConfig):
         super().__init__()

@@ -56,12 +56,15 @@ class Parallel(Head):
             found.append((first, first + spec.vocab_size, r))
         return found
 
-    def states(self, h_PD: Tensor, known_PS: Tensor, ctx: Ctx) -> tuple[Tensor, dict[str, Any]]:
+    def states(
+        self, h_PD: Tensor, known_PS: Tensor, ctx: Ctx, state: State | None = None
+    ) -> tuple[Tensor, State | None, dict[str, Any]]:
         """Hidden states of streams 1 to S `(P, S, D)`, told the ids of streams 0 to S - 1.
 
-        And what is reported.
+        With a ``state`` of those that it was not told yet alone. Then the State after them, and
+        what is reported.
         """
-        return h_PD[:, None].expand(-1, known_PS.shape[1], -1), {}
+        return h_PD[:, None].expand(-1, known_PS.shape[1], -1), state, {}
 
     def forward(
         self,
@@ -80,12 +83,14 @@ class Parallel(Head):
             known: `(P, n)` int ids of the first streams, where there is no target: the
                 distribution is that of stream n, -inf at ids that are not of that codebook of the
                 first one's modality.
+            state: `initial_state` of P places, or that of a call with fewer streams of theirs:
+                only what it was not told is computed.
         """
         h = h_BTD.flatten(0, 1).index_select(0, places_P.long())
         if target is None:
             known = h.new_zeros(len(h), 1, dtype=torch.long) if known is None else known
-            states, aux = self.states(h, known, ctx)
-            return HeadOut(None, Categorical(self._logits(states, known)), aux=aux)
+            states, state, aux = self.states(h, known, ctx, state)
+            return HeadOut(None, Categorical(self._logits(states, known)), state, aux)
         wide = torch.promote_types(h.dtype, torch.float32)
         ids = target.long() if target.dim() == 2 else target.long()[:, None]
         nll = h.new_zeros(len(h), dtype=wide)
@@ -97,7 +102,7 @@ class Parallel(Head):
         some = len(h) > 0
         given = h if some else h.new_zeros(1, h.shape[1])
         told = ids if some else ids.new_zeros(1, ids.shape[1])
-        states, aux = self.states(given, told[:, :-1], ctx)
+        states, _, aux = self.states(given, told[:, :-1], ctx)
         for q in range(1, ids.shape[1]):
             for first, stop, _ in self.books(q):
                 own = (told[:, q] >= first) & (told[:, q] < stop)

@@ -27,7 +27,8 @@ class Lora(Linear):
     """``base(x) + scale * B A x``, B zeros at first; by default A and B alone train.
 
     With ``magnitude`` each row of ``W + scale * B A`` keeps its direction and takes a length that
-    is learned; the norm that it is divided by counts as a constant of the backward pass.
+    is learned; the norm that it is divided by counts as a constant of the backward pass. A bias of
+    the base is added after that, as it is.
 
     Source: Hu et al. 2021, LoRA (arXiv:2106.09685), section 4.1; the scale ``alpha / sqrt(R)``:
     Kalajdzievski 2023, rsLoRA (arXiv:2312.03732); magnitude: Liu et al. 2024, DoRA
@@ -48,8 +49,8 @@ class Lora(Linear):
         self.lora_b = nn.Parameter(torch.empty(d_out, R))
         self.magnitude = nn.Parameter(torch.empty(d_out)) if config.dora else None
         self.adapter_parameters = ("lora_a", "lora_b", *(["magnitude"] if config.dora else []))
-        if config.dora and (not self.base.exact or getattr(self.base, "bias", None) is not None):
-            raise ValueError("dora needs a base that is a plain matrix: dense without bias, or nf4")
+        if config.dora and not self.base.exact:
+            raise ValueError("dora needs a base that is a plain matrix: dense or nf4")
         self.register_state_dict_pre_hook(_refuse_merged)
 
     def init_weights(self) -> None:
@@ -87,9 +88,14 @@ class Lora(Linear):
         one = torch.eye(self.lora_a.shape[1], dtype=self.lora_a.dtype, device=at)
         with torch.no_grad(), torch.autocast(one.device.type, enabled=False):
             y = self.base(one)
-            if getattr(self.base, "bias", None) is not None:
-                y = y - self.base(torch.zeros_like(one[:1]))
-            return y.T.contiguous()
+            bias = self._base_bias(one)
+            return (y if bias is None else y - bias).T.contiguous()
+
+    def _base_bias(self, x: Tensor) -> Tensor | None:
+        """`(1, d_out)` of the base, read through its forward as `base_matrix` is."""
+        if getattr(self.base, "bias", None) is None:
+            return None
+        return self.base(x.new_zeros(1, x.shape[-1]))
 
     def update(self) -> Tensor:
         """`(d_out, d_in)`: what the adapter adds to the base's matrix."""
@@ -101,12 +107,15 @@ class Lora(Linear):
             return y
         if self.dropout and self.training and ctx is not None:
             x = dropout(x, self.dropout, ctx, self, "lora")
-        low = F.linear(F.linear(x, self.lora_a) * self.scale, self.lora_b)
+        inner = F.linear(x, self.lora_a) * self.scale
         if self.magnitude is None:
-            return y + low
+            return _add_product(y, inner, self.lora_b)
+        low = F.linear(inner, self.lora_b)
         with torch.no_grad():
             norm = _norm(self.base_matrix() + self.update())
-        return (y + low) * (self.magnitude / norm).to(y.dtype)
+        scale = (self.magnitude / norm).to(y.dtype)
+        bias = self._base_bias(x)
+        return (y + low) * scale if bias is None else (y - bias + low) * scale + bias
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
@@ -143,6 +152,13 @@ class Lora(Linear):
             whole = whole * (self._length / self.magnitude)[:, None]
         self.base.weight.copy_(whole - self.update())
         self.merged = False
+
+
+def _add_product(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``y + x @ weight.T`` in one pass over ``y``; autocast and mixed types take two."""
+    if y.dim() < 2 or not y.dtype == x.dtype == weight.dtype or not y.is_contiguous():
+        return y + F.linear(x, weight)
+    return torch.addmm(y.flatten(0, -2), x.flatten(0, -2), weight.t()).view(y.shape)
 
 
 def _norm(weight: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from mm.registry import POSITIONS
 
 def turn(x: Tensor, cos_sin: Tensor) -> Tensor:
     """Rotate pairs (i, i + K/2) of `(B, T, H, K)` by the angles of `(2, B, T, 1, K/2)`."""
-    cos, sin = cos_sin.to(torch.promote_types(x.dtype, torch.float32))
+    cos, sin = cos_sin.to(torch.promote_types(x.dtype, torch.float32)).unbind()
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 

@@ -272,7 +272,7 @@ class AttentionBase(Mixer):
 
     def attend_cached(self, q: Tensor, seen: VisibleKeys, ctx: Ctx, *fades: Tensor) -> Tensor:
         """`attend` of queries `(R, L, H, K)` to what they may look at."""
-        mask = MaskSpec(self.mask(ctx).dense(seen.fields, seen.known))
+        mask = seen.mask(self.mask(ctx))
         score = self.scores(q, seen.fields, seen.known)
         rows = AttentionRows(q, seen.k.to(q.dtype), seen.v, mask, score, fades, cached=True)
         return self.attend(rows)
@@ -310,14 +310,21 @@ class GroupedAttention(AttentionBase):
         self, x_BTD: Tensor, ctx: Ctx, tail: State | None, serving: bool
     ) -> tuple[tuple[Tensor, ...], State | None]:
         H, G, K = self.heads, self.kv_heads, self.head_dim
+        rotated = False
         f = self.position_fields(ctx, serving)
         x_BTD = self.position.embed(x_BTD, f)
         qkv = self.qkv(x_BTD, ctx).view(*x_BTD.shape[:2], H + 2 * G, K)
-        q, kv = qkv.split((H, 2 * G), dim=2)
-        kv, tail = self.shift_keys(x_BTD, kv, ctx, tail)
-        k, v = kv.split(G, dim=2)
+        q, kv = qkv.split_with_sizes((H, 2 * G), dim=2)
+        moved, tail = self.shift_keys(x_BTD, kv, ctx, tail)
+        k, v = moved.split_with_sizes((G, G), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self.position.rotate_call(ctx, q, k, f)
+        elif serving and moved is kv and self.position.key:  # side by side still: one rotation
+            table = self.position.prepare_call(ctx, f)
+            turned = self.position.apply(qkv.narrow(2, 0, H + G), table)
+            q, k = turned.split_with_sizes((H, G), dim=2)
+            rotated = True
+        if not rotated:
+            q, k = self.position.rotate_call(ctx, q, k, f)
         kept = () if self.forget is None else (self.forget(x_BTD, ctx),)
         return (q, k, v, *kept), tail

@@ -12,11 +12,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mm.layout import Fields
+from mm.kernels.attention.spec import NO_MASK, MaskSpec
+from mm.layout import Fields, Layout
+from mm.mask import Mask
 from mm.model.context import Ctx
 from mm.model.layer import StatePart
 from mm.model.varlen import PackedRows, merge_fields, refuse_overflow
 from mm.state import DataclassState, State
+
+
+class Writes(NamedTuple):
+    """Where the tokens of a call go in a cache, and what lies in it then."""
+
+    before: Tensor  # (N,) int64 tokens seen, of slots that go on
+    fields: Fields  # (N, C) after the call
+    after: Tensor  # (N,) int64 tokens seen
+    filled: int  # entries of the fullest slot
+    known: Fields  # `fields` of these
+    masks: dict[str, MaskSpec]  # of the call's one way to look at ``known``, by key
+    fresh: Tensor | None  # (N,) slots that are emptied first; None: none
+    # Where each new token goes `(N, L)`; ``pull``: which one each entry takes `(N, C)`. None: none
+    index: Tensor | None = None
+    some: Tensor | None = None  # those of ``index`` that do; None: all
+    pull: bool = False
 
 
 @dataclass(frozen=True)
@@ -29,19 +47,17 @@ class KV(DataclassState):
     count: Tensor  # (N,) int64 tokens seen
     ring: bool  # old tokens may be overwritten (bounded reach); else C is the longest document
 
-    def holds_call(self, docs: PackedRows, L: int) -> bool:
-        """Whether rows may read the cache with this call already in it.
+    def holds_call(self, L: int) -> bool:
+        """Whether rows with slots of their own may read the cache with this call already in it.
 
-        Each row has a slot of its own, and nothing that a token still sees is overwritten: a ring
-        loses, to one token, only what is out of reach.
+        Nothing that a token still sees is overwritten: a ring loses, to one token, only what is
+        out of reach.
         """
-        return (L == 1 or not self.ring) and docs.own_slots()
+        return L == 1 or not self.ring
 
     def contents(self) -> tuple[Tensor, Tensor, Fields]:
         """Keys `(N, C, G, K)`, values and Fields of all slots, cut to the fullest one."""
-        C = self.k.shape[2]
-        if self.k.device.type == "cpu":  # elsewhere the longest count would cost a synchronisation
-            C = min(C, int(self.count.max()))
+        C = _fullest(self.count, self.k.shape[2])
         return (
             self.k[:, :, :C].transpose(1, 2),
             self.v[:, :, :C].transpose(1, 2),
@@ -68,38 +84,53 @@ class KV(DataclassState):
         Raises:
             ValueError: a document outgrows ``max_len`` of `initial_state`.
         """
-        C, L = self.k.shape[2], k_NLGK.shape[1]
-        base = self._shaped_like(f)
-        in_place = not torch.is_grad_enabled()
-        count = torch.where(fresh_N, 0, base.count)
+        L = k_NLGK.shape[1]
+        writes = self.plan(f, L, length_N, fresh_N, some_fresh)
+        return self.store(k_NLGK, v_NLGV, writes)
+
+    def plan(
+        self, f: Fields, L: int, length_N: Tensor, fresh_N: Tensor, some_fresh: bool
+    ) -> Writes:
+        """Where `append` stores; caches whose tokens lie alike share it."""
+        C = self.k.shape[2]
+        base = self._shaped_like(f).fields
+        fresh = fresh_N if some_fresh else None
+        count = self.count if fresh is None else torch.where(fresh, 0, self.count)
+        after = count + length_N
         if not self.ring:
-            refuse_overflow(count + length_N > C, C)
-        if some_fresh and _any(fresh_N & (base.count > 0)):
-            base = base.map(lambda t: t.masked_fill(fresh_N.view(-1, *[1] * (t.dim() - 1)), 0))
+            refuse_overflow(after > C, C)
+        if fresh is not None and _any(fresh & (self.count > 0)):
+            base = base.map(lambda t: _empty(t, fresh))
         if L == 0:
-            return replace(base, count=count)
+            return Writes(count, base, count, C, base, {}, fresh)
         if L > C or L * 4 > C:
             # Pull: for each cache entry, the latest of the new tokens that lands there, if any.
             at = torch.arange(C, device=count.device)
-            last = (count + length_N - 1)[:, None]
+            last = (after - 1)[:, None]
             # Index among the new tokens; negative: an old one stays.
             token = last - (last - at) % C - count[:, None]
-            new = (token >= 0) & (length_N > 0)[:, None]
-            token = token.clamp(0, L - 1)
-            put = lambda old, x: _blend(old, x.movedim(1, -2) if x.dim() == 4 else x, token, new)
+            some = (token >= 0) & (length_N > 0)[:, None]
+            index, pull = token.clamp(0, L - 1), True
         else:
             j = torch.arange(L, device=count.device)
-            to, valid = (count[:, None] + j) % C, j < length_N[:, None]
-            put = lambda old, x: _scatter(
-                old, x.movedim(1, -2) if x.dim() == 4 else x, to, valid, in_place
-            )
-        return KV(
-            put(base.k, k_NLGK),
-            put(base.v, v_NLGV),
-            merge_fields(put, base.fields, f),
-            count + length_N,
-            self.ring,
-        )
+            index, some, pull = (count[:, None] + j) % C, j < length_N[:, None], False
+            some = some if _any(~some) else None
+        # Never written into: several layers may hold these.
+        fields = merge_fields(lambda old, x: _put(old, x, index, some, pull, False), base, f)
+        filled = _fullest(after, C)
+        known = fields.map(lambda t: t[:, :filled])
+        return Writes(count, fields, after, filled, known, {}, fresh, index, some, pull)
+
+    def store(self, k_NLGK: Tensor, v_NLGV: Tensor, writes: Writes) -> KV:
+        """`append` by its plan."""
+        k, v = self.k, self.v
+        if writes.fresh is not None and _any(writes.fresh & (self.count > 0)):
+            k, v = _empty(k, writes.fresh), _empty(v, writes.fresh)
+        if writes.index is not None:
+            more = writes.index, writes.some, writes.pull, not torch.is_grad_enabled()
+            k = _put(k, k_NLGK.movedim(1, -2), *more)
+            v = _put(v, v_NLGV.movedim(1, -2), *more)
+        return KV(k, v, writes.fields, writes.after, self.ring)
 
     def extend(
         self, k_RLGK: Tensor, v_RLGV: Tensor, f: Fields, docs: PackedRows, draft: bool = False
@@ -107,10 +138,26 @@ class KV(DataclassState):
         """State after a call whose rows are ``docs``."""
         w = docs.slot_writes()
         k, v = w.take(k_RLGK).to(self.k.dtype), w.take(v_RLGV).to(self.v.dtype)
-        fields = f.map(w.take)
         if draft:
+            fields = f.map(w.take)
             return DraftKV(self, k, v, fields, w.length, w.fresh, docs.some_fresh())
-        return self.append(k, v, fields, w.length, w.fresh, docs.some_fresh())
+        return self.store(k, v, self.plan_call(f, k.shape[1], docs, docs.all_fresh()))
+
+    def plan_call(self, f: Fields, L: int, docs: PackedRows, all_fresh: bool) -> Writes:
+        """`plan` of rows; made once for all layers of a pass whose tokens lie alike."""
+        mine = self.fields
+        of = [self.k.shape[2], self.ring, f.position, f.modality, *f.extra, *f.extra.values()]
+        if all_fresh:  # whatever was there is gone: its shape alone stays
+            of += ["fresh", mine.position.shape[-1], *mine.extra]
+        else:
+            of += [self.count, mine.position, mine.document, mine.modality]
+            of += [*mine.extra, *mine.extra.values()]
+
+        def make() -> Writes:
+            w = docs.slot_writes()
+            return self.plan(f.map(w.take), L, w.length, w.fresh, docs.some_fresh())
+
+        return docs.layout.cached(make, "writes", *of)
 
     def _shaped_like(self, f: Fields) -> KV:
         """Grow position axes and extra fields to those of the call: no State knows them before."""
@@ -157,6 +204,17 @@ class VisibleKeys(NamedTuple):
     known: Fields  # (R, S) of the keys
     begin: Tensor  # (R,) how many tokens of its document came before each row
     cached: int  # how many of the S lie in the cache, those of the call with them or not
+    masks: dict[str, MaskSpec]  # what `mask` made
+
+    def mask(self, mask: Mask) -> MaskSpec:
+        """Who sees which of the keys; made once for layers whose keys lie alike."""
+        if (made := self.masks.get(mask.key)) is None:
+            seen = mask.dense(self.fields, self.known)
+            # A step of one sequence sees all there is. Only a CPU is asked.
+            host = seen.device.type == "cpu" and not torch.compiler.is_compiling()
+            made = NO_MASK if host and bool(seen.all()) else MaskSpec(seen)
+            self.masks[mask.key] = made
+        return made
 
     def query_index(self) -> Tensor:
         """`(R, L)` index of each token of the call in its document."""
@@ -171,6 +229,20 @@ class VisibleKeys(NamedTuple):
             return index
         own = self.begin[:, None] + index[:, self.cached :] - self.cached
         return torch.cat((index[:, : self.cached], own), dim=1)
+
+
+class Rows(NamedTuple):
+    """A call in rows of one document, with what the caches of all layers ask of them."""
+
+    docs: PackedRows
+    fields: Fields  # (R, L)
+    own_slots: bool
+    all_fresh: bool
+
+    @staticmethod
+    def of(layout: Layout, slots: int) -> Rows:
+        docs = PackedRows.of(layout, slots)
+        return Rows(docs, docs.fields(layout.fields), docs.own_slots(), docs.all_fresh())
 
 
 class KeyValueCache(StatePart):
@@ -215,20 +287,23 @@ class KeyValueCache(StatePart):
         """
         state = state.commit()
         assert isinstance(state, KV)
-        docs = PackedRows.of(ctx.layout, state.count.shape[0])
+        N = state.count.shape[0]
+        rows = ctx.layout.cached(lambda: Rows.of(ctx.layout, N), "cached rows", N)
+        docs = rows.docs
         k, v = docs.unpack(k_BTGK), docs.unpack(v_BTGV)
-        if copy or ctx.draft or not state.holds_call(docs, k.shape[1]):
+        if copy or ctx.draft or not (rows.own_slots and state.holds_call(k.shape[1])):
             seen = self.look_back(k_BTGK, v_BTGV, ctx, state, fields)
             # After that: it may write into the cache, of which the rows are a copy.
             return seen, state.extend(k, v, seen.fields, docs, ctx.draft)
         # Decoding's common case: stored first, then read where it lies, without a copy.
-        f = docs.fields(ctx.layout.fields if fields is None else fields)
-        begin = docs.read(state.count, 0)
-        after = state.extend(k, v, f, docs)
-        assert isinstance(after, KV)
-        keys, values, known = after.contents()
-        keys, values = keys.to(k_BTGK.dtype), values.to(v_BTGV.dtype)
-        return VisibleKeys(docs, f, keys, values, known, begin, keys.shape[1]), after
+        f = rows.fields if fields is None else docs.fields(fields)
+        writes = state.plan_call(f, k.shape[1], docs, rows.all_fresh)
+        after = state.store(k.to(state.k.dtype), v.to(state.v.dtype), writes)
+        C = writes.filled
+        keys = after.k[:, :, :C].transpose(1, 2).to(k_BTGK.dtype)
+        values = after.v[:, :, :C].transpose(1, 2).to(v_BTGV.dtype)
+        before, masks = writes.before, writes.masks
+        return VisibleKeys(docs, f, keys, values, writes.known, before, C, masks), after
 
     def look_back(
         self, k_BTGK: Tensor, v_BTGV: Tensor, ctx: Ctx, state: KV, fields: Fields | None = None
@@ -246,6 +321,7 @@ class KeyValueCache(StatePart):
             merge_fields(lambda old, new: torch.cat((old, new), dim=1), past_f, f),
             docs.read(state.count, 0),
             past_k.shape[2],
+            {},
         )
 
     def initial_state(self, n: int, max_len: int) -> KV:
@@ -286,17 +362,25 @@ def _expand(index: Tensor, like: Tensor) -> Tensor:
     return index
 
 
-def _blend(old: Tensor, x: Tensor, token: Tensor, new: Tensor) -> Tensor:
-    dim = 2 if old.dim() == 4 else 1
-    return torch.where(_expand(new, old), x.gather(dim, _expand(token, x)).to(old.dtype), old)
+def _empty(t: Tensor, fresh_N: Tensor) -> Tensor:
+    return t.masked_fill(fresh_N.view(-1, *[1] * (t.dim() - 1)), 0)
 
 
-def _scatter(old: Tensor, x: Tensor, to: Tensor, valid: Tensor, in_place: bool) -> Tensor:
-    dim = 2 if old.dim() == 4 else 1
-    index = _expand(to, old)
-    # Invalid tokens write back what is there: their targets are distinct from all valid ones, since
+def _fullest(count_N: Tensor, capacity: int) -> int:
+    """Entries of the fullest slot; an accelerator is not asked: it may be full."""
+    return min(capacity, int(count_N.max())) if count_N.device.type == "cpu" else capacity
+
+
+def _put(
+    old: Tensor, x: Tensor, index: Tensor, some: Tensor | None, pull: bool, in_place: bool
+) -> Tensor:
+    """``old`` with the new tokens ``x`` in it, as `Writes` says."""
+    dim, value, at = 2 if old.dim() == 4 else 1, x.to(old.dtype), _expand(index, old)
+    if pull:
+        assert some is not None
+        return torch.where(_expand(some, old), value.gather(dim, _expand(index, x)), old)
+    # Others write back what is there: their targets are distinct from all valid ones, since
     # L <= C.
-    value = x.to(old.dtype)
-    if _any(~valid):
-        value = torch.where(_expand(valid, old), value, old.gather(dim, index))
-    return old.scatter_(dim, index, value) if in_place else old.scatter(dim, index, value)
+    if some is not None:
+        value = torch.where(_expand(some, old), value, old.gather(dim, at))
+    return old.scatter_(dim, at, value) if in_place else old.scatter(dim, at, value)
