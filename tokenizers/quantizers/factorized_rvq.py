@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mm.batch import Sum
-from mm.config import Config
 from mm.registry import QUANTIZERS
 from mm.tokenizers.quantizers.base import (
     Projection,
@@ -24,7 +23,7 @@ from mm.tokenizers.quantizers.base import (
     straight_through,
     usage,
 )
-from mm.tokenizers.quantizers.vq import EmaCodebook
+from mm.tokenizers.quantizers.vq import EmaCodebook, EmaCodebookConfig
 
 
 class CosineCodebook(EmaCodebook):
@@ -42,13 +41,7 @@ class Book(nn.Module):
         super().__init__()
         c = config
         self.inner, self.out = Projection(c.d, c.d_code), Projection(c.d_code, c.d)
-        self.codes = CosineCodebook(
-            c.codebook_size,
-            c.d_code,
-            decay=c.decay,
-            kmeans_steps=c.kmeans_steps,
-            restart_below=c.restart_below,
-        )
+        self.codes = c.book(c.d_code, CosineCodebook)
 
 
 class FactorizedResidualVectorQuantizer(Quantizer):
@@ -134,19 +127,13 @@ class FactorizedResidualVectorQuantizer(Quantizer):
 
 
 @QUANTIZERS.register("factorized_rvq")
-class FactorizedRvqConfig(Config):
+class FactorizedRvqConfig(EmaCodebookConfig):
     """Residual VQ by angle in projections. DAC: 9 to 32 books of 1024 codes of width 8."""
 
-    kind: Literal["factorized_rvq"] = "factorized_rvq"
+    kind: Literal["factorized_rvq"] = "factorized_rvq"  # type: ignore[assignment]
     n_codebooks: Annotated[int, Field(gt=0)] = 2
-    codebook_size: Annotated[int, Field(gt=1)] = 512
     d: Annotated[int, Field(gt=0, description="width of the latent")] = 32
     d_code: Annotated[int, Field(gt=0, description="width of a code")] = 8
-    decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    kmeans_steps: Annotated[
-        int, Field(ge=0, description="first updates that are Lloyd iterations")
-    ] = 10
-    restart_below: Annotated[float, Field(ge=0, lt=0.5, description="part of the even share")] = 0.1
 
     def build(self) -> FactorizedResidualVectorQuantizer:
         """Allocate the quantizer; `mm.model.layer.init_weights` fills it."""

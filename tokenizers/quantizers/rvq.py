@@ -13,7 +13,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.batch import Sum
-from mm.config import Config
 from mm.registry import QUANTIZERS
 from mm.tokenizers.quantizers.base import (
     Quantized,
@@ -22,7 +21,7 @@ from mm.tokenizers.quantizers.base import (
     straight_through,
     usage,
 )
-from mm.tokenizers.quantizers.vq import EmaCodebook, normalize_latents
+from mm.tokenizers.quantizers.vq import EmaCodebookConfig, normalize_latents
 
 
 class ResidualVectorQuantizer(Quantizer):
@@ -44,16 +43,7 @@ class ResidualVectorQuantizer(Quantizer):
             config.d,
         )
         self.normalize, self.zero_code = config.normalize, config.zero_code
-        self.books = nn.ModuleList(
-            EmaCodebook(
-                config.codebook_size,
-                config.d,
-                decay=config.decay,
-                kmeans_steps=config.kmeans_steps,
-                restart_below=config.restart_below,
-            )
-            for _ in range(config.n_codebooks)
-        )
+        self.books = nn.ModuleList(config.book(config.d) for _ in range(config.n_codebooks))
 
     def init_weights(self) -> None:
         """Runs after the books have filled themselves."""
@@ -132,19 +122,13 @@ class ResidualVectorQuantizer(Quantizer):
 
 
 @QUANTIZERS.register("rvq")
-class RvqConfig(Config):
+class RvqConfig(EmaCodebookConfig):
     """Residual VQ. Bits of one latent: n_codebooks * log2(codebook_size)."""
 
-    kind: Literal["rvq"] = "rvq"
+    kind: Literal["rvq"] = "rvq"  # type: ignore[assignment]
     n_codebooks: Annotated[int, Field(gt=0)] = 2
-    codebook_size: Annotated[int, Field(gt=1)] = 512
     d: Annotated[int, Field(gt=0, description="width of a code")] = 32
     normalize: Literal["layer", "l2", "none"] = "layer"
-    decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    kmeans_steps: Annotated[
-        int, Field(ge=0, description="first updates that are Lloyd iterations")
-    ] = 10
-    restart_below: Annotated[float, Field(ge=0, lt=0.5, description="part of the even share")] = 0.1
     zero_code: Annotated[bool, Field(description="keep a zero vector in each later book")] = True
 
     def build(self) -> ResidualVectorQuantizer:

@@ -13,7 +13,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mm.batch import Sum
-from mm.config import Config
 from mm.registry import QUANTIZERS
 from mm.tokenizers.quantizers.base import Projection, Quantized, Quantizer, full_precision
 from mm.tokenizers.quantizers.rvq import ResidualVectorQuantizer, RvqConfig
@@ -105,22 +104,15 @@ class Projected(nn.Module):
 
 
 @QUANTIZERS.register("split_rvq")
-class SplitRvqConfig(Config):
+class SplitRvqConfig(RvqConfig):
     """Two chains of residual VQ. Mimi: 32 books, 1 of them first, 2048 codes of width 256."""
 
-    kind: Literal["split_rvq"] = "split_rvq"
+    kind: Literal["split_rvq"] = "split_rvq"  # type: ignore[assignment]
     n_codebooks: Annotated[int, Field(gt=1, description="of both chains")] = 4
     n_first: Annotated[int, Field(gt=0, description="of the first chain")] = 1
-    codebook_size: Annotated[int, Field(gt=1)] = 512
     d: Annotated[int, Field(gt=0, description="width of the latent")] = 64
     d_code: Annotated[int, Field(gt=0, description="width of a code")] = 32
     normalize: Literal["layer", "l2", "none"] = "none"
-    decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    kmeans_steps: Annotated[
-        int, Field(ge=0, description="first updates that are Lloyd iterations")
-    ] = 10
-    restart_below: Annotated[float, Field(ge=0, lt=0.5, description="part of the even share")] = 0.1
-    zero_code: Annotated[bool, Field(description="keep a zero vector in each later book")] = True
 
     @model_validator(mode="after")
     def _both_chains(self) -> SplitRvqConfig:
@@ -130,9 +122,9 @@ class SplitRvqConfig(Config):
 
     def chain(self, n: int) -> RvqConfig:
         """Of one chain of ``n`` books."""
-        names = ("codebook_size", "normalize", "decay", "kmeans_steps", "restart_below")
-        same = {name: getattr(self, name) for name in (*names, "zero_code")}
-        return RvqConfig(n_codebooks=n, d=self.d_code, **same)
+        own = {"kind": "rvq", "n_codebooks": n, "d": self.d_code}
+        same = {name: getattr(self, name) for name in RvqConfig.model_fields if name not in own}
+        return RvqConfig(**same, **own)
 
     def build(self) -> SplitResidualVectorQuantizer:
         """Allocate the quantizer; `mm.model.layer.init_weights` fills it."""

@@ -177,6 +177,31 @@ class EmaCodebook(nn.Module):
         self.updates += (n > 0).to(self.updates)
 
 
+class EmaCodebookConfig(Config):
+    """What every quantizer of `EmaCodebook`s sets."""
+
+    kind: str = ""
+    codebook_size: Annotated[int, Field(gt=1)] = 512
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    kmeans_steps: Annotated[
+        int, Field(ge=0, description="first updates that are Lloyd iterations")
+    ] = 10
+    restart_below: Annotated[float, Field(ge=0, lt=0.5, description="part of the even share")] = 0.1
+
+    def book(
+        self, d: int, made: type[EmaCodebook] = EmaCodebook, *, unit: bool = False
+    ) -> EmaCodebook:
+        """One codebook, of codes of width ``d``."""
+        return made(
+            self.codebook_size,
+            d,
+            decay=self.decay,
+            kmeans_steps=self.kmeans_steps,
+            restart_below=self.restart_below,
+            unit=unit,
+        )
+
+
 class VectorQuantizer(Quantizer):
     """One EMA codebook behind a normalisation of the latents.
 
@@ -188,14 +213,7 @@ class VectorQuantizer(Quantizer):
         super().__init__()
         self.n_codebooks, self.codebook_size, self.d = 1, config.codebook_size, config.d
         self.normalize = config.normalize
-        self.book = EmaCodebook(
-            config.codebook_size,
-            config.d,
-            decay=config.decay,
-            kmeans_steps=config.kmeans_steps,
-            restart_below=config.restart_below,
-            unit=config.normalize == "l2",
-        )
+        self.book = config.book(config.d, unit=config.normalize == "l2")
 
     def forward(
         self,
@@ -247,18 +265,12 @@ def normalize_latents(x: Tensor, how: str) -> Tensor:
 
 
 @QUANTIZERS.register("vq")
-class VqConfig(Config):
+class VqConfig(EmaCodebookConfig):
     """EMA codebook with k-means start and restart of dead codes."""
 
-    kind: Literal["vq"] = "vq"
-    codebook_size: Annotated[int, Field(gt=1)] = 512
+    kind: Literal["vq"] = "vq"  # type: ignore[assignment]
     d: Annotated[int, Field(gt=0, description="width of a code")] = 16
     normalize: Literal["layer", "l2", "none"] = "layer"
-    decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    kmeans_steps: Annotated[
-        int, Field(ge=0, description="first updates that are Lloyd iterations")
-    ] = 10
-    restart_below: Annotated[float, Field(ge=0, lt=0.5, description="part of the even share")] = 0.1
 
     def build(self) -> VectorQuantizer:
         """Allocate the quantizer; `mm.model.layer.init_weights` fills it."""
