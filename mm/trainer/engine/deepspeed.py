@@ -31,7 +31,7 @@ from mm.launch import environment
 from mm.run import EngineConfig
 from mm.schedule import Ema
 from mm.trainer.engine.gradient_order import GradientOrder
-from mm.trainer.engine.zero_shards import Shards, Span, joined
+from mm.trainer.engine.zero_shards import Shards, Span, join_slices
 from mm.trainer.optimizers.base import ShardOptimizer
 
 log = logging.getLogger("mm.trainer")
@@ -232,7 +232,7 @@ class Engine:
         for name, p in self.raw.named_parameters():
             full = safe_get_full_fp32_param(p) if p.requires_grad else self.frozen.get(name)
             if full is not None and self.zero_stage == 3 and not p.requires_grad:
-                full = joined(full, p.ds_shape)  # type: ignore[attr-defined]
+                full = join_slices(full, p.ds_shape)  # type: ignore[attr-defined]
             if full is None:
                 with self._gather([p]):
                     full = p.detach()

@@ -161,7 +161,7 @@ class Shards:
             value.view(-1)[part.at : part.at + part.n].copy_(read(part.start, part.n))
 
 
-def joined(mine: Tensor, shape: torch.Size) -> Tensor:
+def join_slices(mine: Tensor, shape: torch.Size) -> Tensor:
     """A parameter whole on all ranks, of the slices of stage 3 that they hold on the host."""
     pieces: list[Tensor] = [mine] * dist.get_world_size()
     if len(pieces) > 1:
