@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 import trainer_toys as toys
+from torch import Tensor
 
 from mm import config as configs
 from mm.launch import environment
 from mm.run import Run
 from mm.trainer.callbacks.base import Callback
+from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.log import metrics
+from mm.trainer.loop import INTERRUPTED, Trainer, train
 
 toys.forget()  # at collection: other files parametrize over the registries
 HERE = Path(__file__).parent
@@ -64,6 +70,34 @@ def rows(run: Run) -> list[dict[str, Any]]:
 
 def losses(run: Run, name: str = "loss/total") -> list[float]:
     return [row[name] for row in rows(run) if name in row]
+
+
+def stop_at(run: Run, step: int) -> None:
+    """Train until a SIGTERM after step ``step`` - 1 stops the run, its checkpoint saved."""
+    ask = lambda trainer: trainer.step == step - 1 and os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        Trainer(run, [Calls("post_step", ask)]).fit()
+    assert stopped.value.code == INTERRUPTED
+
+
+def resume_bitwise(
+    whole: Run, halves: Run, step: int = 3, files: Sequence[str] = ("model",)
+) -> list[dict[str, Tensor]]:
+    """Train a run, and its like that is stopped and resumes: losses and last tensors are equal.
+
+    Returns the tensors of ``files`` of the last checkpoint.
+    """
+    train(whole)
+    stop_at(halves, step)
+    assert train(halves)["resumed_from"] == step
+    assert losses(halves) == losses(whole) and len(losses(whole)) > step
+    a, b = (checkpoint.newest(run.folder / "checkpoints") for run in (whole, halves))
+    assert a is not None and b is not None and a.state["step"] == b.state["step"]
+    found = [(a.tensors(file), b.tensors(file)) for file in files]
+    for one, other in found:
+        assert one and one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    return [dict(one) for one, _ in found]
 
 
 def torchrun(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import pytest
 import torch
 from data_toys import token_shards
 from thinned import only
-from trainer_runs import Calls, losses, torchrun
+from trainer_runs import Calls, losses, resume_bitwise, torchrun
 
 from mm.data.batching.collate import to_batch
 from mm.data.batching.document import document_tokens
@@ -23,9 +21,8 @@ from mm.errors import UserError
 from mm.model.model import Model
 from mm.run import Run
 from mm.specs import Segment
-from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.log import metrics
-from mm.trainer.loop import INTERRUPTED, Trainer, train
+from mm.trainer.loop import Trainer, train
 from mm.trainer.stage import make_module
 
 MIXERS = {"attention": {"heads": 2}, "rg_lru": {"heads": 2}}
@@ -152,27 +149,11 @@ def test_a_carried_state_is_as_the_whole_document(data: Path, tmp_path: Path, pa
     stream.close()
 
 
-def stop_at(run: Run, step: int) -> None:
-    ask = lambda trainer: trainer.step == step - 1 and os.kill(os.getpid(), signal.SIGTERM)
-    with pytest.raises(SystemExit) as stopped:
-        Trainer(run, [Calls("post_step", ask)]).fit()
-    assert stopped.value.code == INTERRUPTED
-
-
 @pytest.mark.parametrize("stage", only([1, 3], 1))
 def test_resume_is_bitwise_with_carried_states(data: Path, tmp_path: Path, stage: int) -> None:
-    whole = make_run(data, tmp_path, "whole", stage=stage)
-    train(whole)
-    halves = make_run(data, tmp_path, "halves", stage=stage)
-    stop_at(halves, 3)
-    assert train(halves)["resumed_from"] == 3
-    assert losses(halves) == losses(whole)
-    a, b = (checkpoint.newest(r.folder / "checkpoints") for r in (whole, halves))
-    assert a is not None and b is not None
-    for file in ("model", "carried_states"):
-        left, right = a.tensors(file), b.tensors(file)
-        assert left and all(torch.equal(left[k], right[k]) for k in left)
-    assert all(len(t) == 4 for t in a.tensors("carried_states").values()), "one entry a row"
+    whole, halves = (make_run(data, tmp_path, name, stage=stage) for name in ("whole", "halves"))
+    _, carried = resume_bitwise(whole, halves, files=("model", "carried_states"))
+    assert all(len(t) == 4 for t in carried.values()), "one entry a row"
 
 
 def test_micro_batches_carry_their_own_rows(data: Path, tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +9,15 @@ import numpy as np
 import pytest
 import torch
 from data_toys import ToyTokenizer, wav
-from safetensors.torch import load_file
-from trainer_runs import losses, rows
+from trainer_runs import resume_bitwise, rows
 
 from mm.batch import Batch
 from mm.data.pack.job import pack
-from mm.data.streams.packed import PackedStream
 from mm.errors import UserError
 from mm.registry import STREAMS
 from mm.run import Run
 from mm.specs import Encoded
-from mm.trainer.loop import INTERRUPTED, train
+from mm.trainer.loop import train
 
 ASK = {"kind": "any_to_any", "tasks": {"text>audio": 1.0, "audio>text": 1.0, "text": 1.0}}
 DELAYS = {"parallel": [0, 1, 2], "depth": [0, 0, 0]}
@@ -131,32 +127,11 @@ def make_run(data: Path, out: Path, name: str, head: str, **change: Any) -> Run:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head,stage", [("parallel", 0), ("depth", 3)])
-def test_resume_is_bitwise(
-    data: Path, tmp_path: Path, head: str, stage: int, monkeypatch: Any
-) -> None:
+def test_resume_is_bitwise(data: Path, tmp_path: Path, head: str, stage: int) -> None:
     engine = {"precision": "fp32", "zero_stage": stage}
-    whole = make_run(data, tmp_path, "whole", head, engine=engine)
-    train(whole)
-    real = PackedStream.next
-
-    def stopping(self: Any) -> list[Batch]:
-        if self._cursor["step"] == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(self)
-
-    halves = make_run(data, tmp_path, "halves", head, engine=engine)
-    with monkeypatch.context() as patch:
-        patch.setattr(PackedStream, "next", stopping)
-        with pytest.raises(SystemExit) as stopped:
-            train(halves)
-    assert stopped.value.code == INTERRUPTED
-    train(halves)
-    assert losses(whole) == losses(halves) and len(losses(whole)) == 6
-    one, other = (
-        load_file(str(r.folder / "checkpoints" / "step_000006" / "model.safetensors"))
-        for r in (whole, halves)
-    )
-    assert all(torch.equal(one[k], other[k]) for k in one)
+    make = lambda name: make_run(data, tmp_path, name, head, engine=engine)
+    whole = make("whole")
+    resume_bitwise(whole, make("halves"))
     held_out = [row for row in rows(whole) if "val/audio/loss" in row]
     assert held_out and held_out[-1]["val/audio/loss_chance"] < np.log(6)
     assert held_out[-1]["val/audio/loss_chance"] > np.log(5)

@@ -5,8 +5,6 @@ And the same with LoRA over patches of pictures, which an encoder of its own rea
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,12 @@ import pytest
 import torch
 import trainer_toys as toys
 from PIL import Image
-from safetensors.torch import load_file
-from trainer_runs import losses, make_run
+from trainer_runs import losses, make_run, resume_bitwise
 from trainer_toys import toys_registered  # noqa: F401
 
 from mm.data.batching.collate import to_batch
 from mm.data.pack.job import pack
 from mm.data.shards.reader import ShardSet
-from mm.data.streams.packed import PackedStream
 from mm.decoders.generate import generate_tokens
 from mm.model.model import Model
 from mm.registry import NETWORKS
@@ -30,7 +26,7 @@ from mm.run import Run
 from mm.specs import Segment
 from mm.tokenizers.image.patches import ImagePatchesConfig
 from mm.tokenizers.text.bytes import BytesConfig
-from mm.trainer.loop import INTERRUPTED, train
+from mm.trainer.loop import train
 
 MODEL = {
     "kind": "lm",
@@ -152,29 +148,10 @@ def patches_run(tokens: Path, out: Path, name: str) -> Run:
 
 @pytest.mark.slow
 def test_with_lora_over_patches_it_trains_resumes_and_samples(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pictures: Path, tmp_path: Path
 ) -> None:
     whole, halves = (patches_run(pictures, tmp_path, name) for name in ("whole", "halves"))
-    train(whole)
-    real = PackedStream.next
-
-    def stopping(self: Any) -> Any:
-        if self._cursor["step"] == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PackedStream, "next", stopping)
-        with pytest.raises(SystemExit) as stopped:
-            train(halves)
-    assert stopped.value.code == INTERRUPTED
-    train(halves)
-    assert losses(whole) == losses(halves) and len(losses(whole)) == 6
-    a, b = (
-        load_file(str(r.folder / "checkpoints" / "step_000006" / "model.safetensors"))
-        for r in (whole, halves)
-    )
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    (a,) = resume_bitwise(whole, halves)
     # Every adapter of the decoder, of the encoder and of the pictures' own encoder has learnt.
     ups = [name for name in a if name.endswith("lora_b")]
     parts = ("backbone.encoder", "backbone.decoder", "adapters.image")
