@@ -4,13 +4,13 @@
 
 DAC as published for 44.1 kHz (arXiv:2306.06546): 76.7 M parameters, hop 512, nine books. One
 signal is encoded and decoded by each, in turn; processor time of one thread, theirs over ours, so
-that 2 means that we take half as long. Memory: the most that this process held while ours ran,
-above what it held before, as Linux counts it (`VmHWM`).
+that 2 means that we take half as long. Memory: the peak of live tensor bytes (mm/plan/tally.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import tempfile
 import time
@@ -27,6 +27,7 @@ from measure import Ratio  # noqa: E402
 
 from mm.interchange.read import read_settings  # noqa: E402
 from mm.interchange.read_codec import import_codec  # noqa: E402
+from mm.plan.tally import Measure  # noqa: E402
 from mm.specs import Waveform  # noqa: E402
 from mm.tokenizers.load import load_tokenizer  # noqa: E402
 
@@ -42,10 +43,12 @@ FULL = {
 }
 
 
-def held(key: str) -> int:
-    """MiB of this process, `VmRSS` or `VmHWM`."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
-    return int(line.split()[1]) >> 10
+def peak(work: Callable[[], object]) -> int:
+    """MiB of tensors at the peak of a call, those that it was given with them."""
+    gc.collect()
+    with Measure() as measure:
+        work()
+    return measure.live.peak >> 20
 
 
 def spent(work: Callable[[], object]) -> float:
@@ -78,10 +81,9 @@ def main() -> None:
     wave = torch.nn.functional.pad(wave, (0, -len(x) % peer.config.hop_length))
     codes = ours.encode(sound)
     theirs = torch.from_numpy(ours.frames(codes[0].ids).T.copy()).long()[None]
-    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
-    before = held("VmRSS")
-    ours.decode(ours.encode(sound))
-    print(f"memory: {held('VmHWM') - before} MiB above the weights", flush=True)
+    with torch.no_grad():
+        peaks = [peak(lambda: ours.decode(ours.encode(sound))), peak(lambda: peer(wave))]
+    print("peak of live tensors: {} MiB, theirs {}".format(*peaks), flush=True)
     pairs = {
         "encode": (lambda: ours.encode(sound), lambda: peer.encode(wave)),
         "decode": (lambda: ours.decode(codes), lambda: peer.decode(audio_codes=theirs)),

@@ -97,7 +97,7 @@ def pair(family: str, folder: Path, device: str) -> tuple[Any, Model]:
     name, settings = FAMILIES[family]
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**settings)
-    getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(folder / "theirs")
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "theirs")
     (folder / "theirs" / "tokenizer.json").write_bytes(HfConfig.smallest_tokenizer().source)
     report = import_model(folder / "theirs", folder / "ours")
     assert report is not None

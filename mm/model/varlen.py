@@ -200,7 +200,8 @@ class PackedRows(NamedTuple):
 
     def slot_writes(self) -> SlotWrites:
         """Which row each slot takes over."""
-        return self.layout.cached(self._slot_writes, "slot writes", self.slots, self.slot)
+        of = self.slots, self.slot, self.length, self.fresh
+        return self.layout.cached(self._slot_writes, "slot writes", *of)
 
     def _slot_writes(self) -> SlotWrites:
         n_slots = self.slots

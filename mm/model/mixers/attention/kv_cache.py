@@ -35,6 +35,7 @@ class Writes(NamedTuple):
     index: Tensor | None = None
     some: Tensor | None = None  # those of ``index`` that do; None: all
     pull: bool = False
+    at: int | None = None  # the first of the entries that follow each other, alike in all slots
 
 
 @dataclass(frozen=True)
@@ -117,16 +118,23 @@ class KV(DataclassState):
             some = some if _any(~some) else None
         # Never written into: several layers may hold these.
         fields = merge_fields(lambda old, x: _put(old, x, index, some, pull, False), base, f)
-        filled = _fullest(after, C)
+        filled, at = _fullest(after, C), None
+        if count.device.type == "cpu" and len(count) and not pull and some is None:
+            first = int(count.min()) % C
+            at = first if bool((count == count[0]).all()) and first + L <= C else None
         known = fields.map(lambda t: t[:, :filled])
-        return Writes(count, fields, after, filled, known, {}, fresh, index, some, pull)
+        return Writes(count, fields, after, filled, known, {}, fresh, index, some, pull, at)
 
     def store(self, k_NLGK: Tensor, v_NLGV: Tensor, writes: Writes) -> KV:
         """`append` by its plan."""
         k, v = self.k, self.v
         if writes.fresh is not None and _any(writes.fresh & (self.count > 0)):
             k, v = _empty(k, writes.fresh), _empty(v, writes.fresh)
-        if writes.index is not None:
+        if writes.at is not None and not torch.is_grad_enabled():
+            L = k_NLGK.shape[1]
+            k.narrow(2, writes.at, L).copy_(k_NLGK.movedim(1, -2))
+            v.narrow(2, writes.at, L).copy_(v_NLGV.movedim(1, -2))
+        elif writes.index is not None:
             more = writes.index, writes.some, writes.pull, not torch.is_grad_enabled()
             k = _put(k, k_NLGK.movedim(1, -2), *more)
             v = _put(v, v_NLGV.movedim(1, -2), *more)
@@ -146,7 +154,8 @@ class KV(DataclassState):
     def plan_call(self, f: Fields, L: int, docs: PackedRows, all_fresh: bool) -> Writes:
         """`plan` of rows; made once for all layers of a pass whose tokens lie alike."""
         mine = self.fields
-        of = [self.k.shape[2], self.ring, f.position, f.modality, *f.extra, *f.extra.values()]
+        of = [self.k.shape[2], self.ring, docs.length, f.position, f.document, f.modality]
+        of += [*f.extra, *f.extra.values()]
         if all_fresh:  # whatever was there is gone: its shape alone stays
             of += ["fresh", mine.position.shape[-1], *mine.extra]
         else:
@@ -368,7 +377,8 @@ def _empty(t: Tensor, fresh_N: Tensor) -> Tensor:
 
 def _fullest(count_N: Tensor, capacity: int) -> int:
     """Entries of the fullest slot; an accelerator is not asked: it may be full."""
-    return min(capacity, int(count_N.max())) if count_N.device.type == "cpu" else capacity
+    asked = count_N.device.type == "cpu" and len(count_N)
+    return min(capacity, int(count_N.max())) if asked else capacity
 
 
 def _put(
