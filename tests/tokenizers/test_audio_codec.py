@@ -1,7 +1,4 @@
-"""The audio codec: causality, streaming, padding, losses, objective, tokenizer.
-
-The objective with and without its critic.
-"""
+"""The audio codec: causality, streaming, padding, losses, objective and critic, tokenizer."""
 
 from __future__ import annotations
 
