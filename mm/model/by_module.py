@@ -8,7 +8,8 @@ tokenizer does, is one unit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -88,7 +89,8 @@ def fill_by_module(
                 if p.is_meta:
                     _allocate(p, device)
                     found[names[id(p)]] = p
-        with torch.device(device):
+        hidden = _buffers_hidden(network, but=[module for _, module in unit.parts])
+        with torch.device(device), hidden:
             for name, module in (*unit.parts, *unit.above):
                 fill(module, name, seed)
         for name, p in found.items():
@@ -99,6 +101,23 @@ def fill_by_module(
                 )
         if found:
             yield unit.name, found
+
+
+@contextmanager
+def _buffers_hidden(network: nn.Module, but: Collection[nn.Module]) -> Iterator[None]:
+    """Keep what scales a unit from scaling buffers of the others again (those of NF4 are weights).
+
+    They are on the meta device meanwhile; those of ``but`` stay.
+    """
+    mine = set(but)
+    kept = [(m, dict(m._buffers)) for m in network.modules() if m not in mine and m._buffers]
+    for module, buffers in kept:
+        module._buffers.update({k: None if b is None else b.to("meta") for k, b in buffers.items()})
+    try:
+        yield
+    finally:
+        for module, buffers in kept:
+            module._buffers.update(buffers)
 
 
 def _allocate(p: nn.Parameter, device: torch.device) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mm.model.by_module import build_empty, fill_by_module
 from mm.model.layer import init_weights
-from mm.registry import ADAPTERS, BACKBONES, EMBEDDERS, HEADS, NETWORKS
+from mm.registry import ADAPTERS, BACKBONES, EMBEDDERS, HEADS, LINEARS, NETWORKS
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -94,16 +94,19 @@ def test_law_a_network_filled_by_module_is_the_whole_one(kind: str) -> None:
 
 
 def test_law_plugs_filled_by_module_are_those_of_a_whole_network() -> None:
-    """Every backbone, embedder, head and adapter; tied, scaled by width, with a learnt start."""
+    """Every backbone, embedder, linear, head and adapter; tied, scaled by width."""
     lm = NETWORKS.get("lm")
 
     def of(**keys: Any) -> Callable[[], nn.Module]:
         return lambda: lm.smallest().model_copy(update=keys).build(VOCABULARY)
 
     small = lambda registry, kind: registry.get(kind).smallest()
-    for registry, field in ((BACKBONES, "backbone"), (EMBEDDERS, "embedder")):
+    kinds = ((BACKBONES, "backbone"), (EMBEDDERS, "embedder"), (LINEARS, "linear"))
+    for registry, field in kinds:
         for kind in registry:
             assert_same_by_module(of(**{field: small(registry, kind)}))
+    on_nf4 = LINEARS.parse({"kind": "lora", "base_layer": "nf4", "dora": True})
+    assert_same_by_module(of(linear=on_nf4))  # its matrices are buffers
     for kind in HEADS:
         assert_same_by_module(of(heads={"tokens": small(HEADS, kind)}, mup_base=4))
     tied = HEADS.get("softmax").smallest().model_copy(update={"tied": True})

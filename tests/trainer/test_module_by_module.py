@@ -30,9 +30,11 @@ def test_law_a_build_holds_its_shard_and_the_largest_module(tmp_path: Path) -> N
     (tmp_path / "network.yaml").write_text(NETWORK)
     words = ["-m", "torch.distributed.run", "--nproc_per_node=4", "--master_addr=127.0.0.1"]
     words += [f"--master_port={environment.free_port()}", str(CHILD)]
+    own = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")  # of a training in this process
+    clean = {key: value for key, value in os.environ.items() if key not in own}
     done = subprocess.run(
         [sys.executable, *words, str(tmp_path / "network.yaml"), str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=clean | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=280,
