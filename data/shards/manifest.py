@@ -90,6 +90,22 @@ class VocabularyEntry(Entry):
     size: Count
 
 
+class ChatSettings(TypedDict):
+    """How conversations were packed."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    loss: str
+
+
+class PackSettings(TypedDict, total=False):
+    """What the data were packed with, as far as training asks."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    chat: ChatSettings
+
+
 class Manifest(Entry):
     """manifest.json."""
 
@@ -102,6 +118,7 @@ class Manifest(Entry):
     quarantined: Count
     splits: Annotated[dict[PlainName, SplitEntry], Field(min_length=1)]
     vocabulary: VocabularyEntry | None = None
+    settings: PackSettings = Field(default_factory=PackSettings)
 
     @model_validator(mode="after")
     def _agrees(self) -> Manifest:

@@ -79,6 +79,8 @@ MANIFESTS: dict[str, Callable[[JSON], Any]] = {
     "a split that climbs": lambda m: m["splits"].update({"..": SPLIT(m)}),
     "no vocabulary": lambda m: m.pop("vocabulary") and None,
     "version 99": lambda m: m.update(version=99),
+    "settings a number": lambda m: m.update(settings=-1),
+    "no conversation's settings": lambda m: m.update(settings={"chat": None}),
     "a list": lambda m: [m],
     "null": lambda m: [],
 }
