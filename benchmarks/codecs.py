@@ -25,6 +25,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from measure import Ratio  # noqa: E402
 
+from mm.interchange.codecs.dac import USUAL  # noqa: E402
 from mm.interchange.read import read_settings  # noqa: E402
 from mm.interchange.read_codec import import_codec  # noqa: E402
 from mm.plan.tally import Measure  # noqa: E402
@@ -32,15 +33,7 @@ from mm.specs import Waveform  # noqa: E402
 from mm.tokenizers.load import load_tokenizer  # noqa: E402
 
 RATE = 44100
-FULL = {
-    "sampling_rate": RATE,
-    "encoder_hidden_size": 64,
-    "downsampling_ratios": [2, 4, 8, 8],
-    "decoder_hidden_size": 1536,
-    "n_codebooks": 9,
-    "codebook_size": 1024,
-    "codebook_dim": 8,
-}
+FULL = USUAL | {"sampling_rate": RATE}  # the sizes of the paper are those of its config
 
 
 def peak(work: Callable[[], object]) -> int:

@@ -99,8 +99,9 @@ def fit_weights(
 
     def read(target: str) -> Any:
         name = sources[target]
-        partial = name in told.partial and rows is not None
-        return Rows(weights[name], rows) if partial else weights[name]
+        if rows is not None and name in told.partial:
+            return Rows(weights[name], rows)
+        return weights[name]
 
     told.new = [name for name in own if first.get(name, name) not in out]
     missing = [n for n in told.new if n not in weights and first.get(n, n) == n]
