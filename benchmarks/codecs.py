@@ -33,7 +33,7 @@ from mm.specs import Waveform  # noqa: E402
 from mm.tokenizers.load import load_tokenizer  # noqa: E402
 
 RATE = 44100
-FULL = USUAL | {"sampling_rate": RATE}  # the sizes of the paper are those of its config
+FULL: dict[str, Any] = USUAL | {"sampling_rate": RATE}  # the sizes of the paper are those of its config
 
 
 def peak(work: Callable[[], object]) -> int:
