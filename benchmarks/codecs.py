@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 os.environ["USE_HUB_KERNELS"] = "NO"  # before transformers is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -33,7 +32,9 @@ from mm.specs import Waveform  # noqa: E402
 from mm.tokenizers.load import load_tokenizer  # noqa: E402
 
 RATE = 44100
-FULL: dict[str, Any] = USUAL | {"sampling_rate": RATE}  # the sizes of the paper are those of its config
+FULL: dict[str, Any] = USUAL | {
+    "sampling_rate": RATE
+}  # the sizes of the paper are those of its config
 
 
 def peak(work: Callable[[], object]) -> int:
