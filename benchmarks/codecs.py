@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["USE_HUB_KERNELS"] = "NO"  # before transformers is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,7 +33,7 @@ from mm.specs import Waveform  # noqa: E402
 from mm.tokenizers.load import load_tokenizer  # noqa: E402
 
 RATE = 44100
-FULL: dict[str, Any] = USUAL | {
+FULL: dict[str, Any] = USUAL | {"sampling_rate": RATE}  # sizes of the paper
     "sampling_rate": RATE
 }  # the sizes of the paper are those of its config
 
