@@ -34,8 +34,6 @@ from mm.tokenizers.load import load_tokenizer  # noqa: E402
 
 RATE = 44100
 FULL: dict[str, Any] = USUAL | {"sampling_rate": RATE}  # sizes of the paper
-    "sampling_rate": RATE
-}  # the sizes of the paper are those of its config
 
 
 def peak(work: Callable[[], object]) -> int:
