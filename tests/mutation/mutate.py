@@ -41,13 +41,10 @@ def mutants_of(source: str) -> list[Mutant]:
     raw = source.encode()
     at = lambda line, column: starts[line - 1] + column
     found: list[Mutant] = []
-    seen: dict[str, int] = {}
-    for (function, body), span, operator, node, changed in _changes(tree):
+    for key, body, span, operator, node, changed in _named(tree):
         begin = at(node.lineno, node.col_offset)  # type: ignore[attr-defined]
         end = at(node.end_lineno, node.end_col_offset)  # type: ignore[attr-defined]
         before, after = raw[begin:end].decode(), ast.unparse(changed)
-        name = f"{function}: {' -> '.join(_shortened(ast.unparse(node), after))}"
-        seen[name] = seen.get(name, -1) + 1
         kept = "\n" * before.count("\n")  # the lines below keep their numbers
         if isinstance(node, ast.stmt):
             after += kept
@@ -58,8 +55,24 @@ def mutants_of(source: str) -> list[Mutant]:
             ast.parse(text)
         except SyntaxError:  # a target in brackets, and the like
             continue
-        found.append(Mutant(*span, f"{name} #{seen[name]}", digest(body), operator, text))
+        found.append(Mutant(*span, key, digest(body), operator, text))
     return found
+
+
+def keys_of(source: str) -> set[str]:
+    """The keys of all mutants of a file, without the texts, which cost most."""
+    return {key for key, *_ in _named(ast.parse(source))}
+
+
+def _named(
+    tree: ast.Module,
+) -> Iterator[tuple[str, str, tuple[int, int], str, ast.AST, ast.AST]]:
+    """(key, text of the function, lines of the statement, operator, node, what stands there)."""
+    seen: dict[str, int] = {}
+    for (function, body), span, operator, node, changed in _changes(tree):
+        name = f"{function}: {' -> '.join(_shortened(ast.unparse(node), ast.unparse(changed)))}"
+        seen[name] = seen.get(name, -1) + 1
+        yield f"{name} #{seen[name]}", body, span, operator, node, changed
 
 
 def digest(*texts: str | bytes) -> str:
