@@ -51,6 +51,12 @@ class Video(NamedTuple):
     rate: float
 
 
+class FloatArray(NamedTuple):
+    """Numbers on a grid of one axis or more, such as depths: ``values`` float32 of any rank."""
+
+    values: Any
+
+
 MODALITY = r"[a-z][a-z0-9_]{0,31}"  # a regular expression: it becomes names of files
 
 
