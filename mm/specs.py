@@ -16,7 +16,7 @@ NONE: Mapping[str, Any] = {}
 
 
 class Sample(NamedTuple):
-    """One raw item: modality -> raw value (str, bytes, uint8 (H, W, C) image, or a `Waveform`)."""
+    """One raw item: modality -> raw value (str, bytes, uint8 (H, W, C), `Waveform`, ..)."""
 
     key: str
     source: str
