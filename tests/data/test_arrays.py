@@ -258,7 +258,7 @@ def test_convolutions_read_an_array_of_any_channels() -> None:
     values = tokenizer.encode([x])[0].values
     config = PatchesAdapterConfig(patch=2, width=4, channels=2)
     assert config.d_in == tokenizer.spec.n_features == 8
-    adapter = config.build(5)
+    adapter: Any = config.build(5)
     adapter.init_weights()
     flat = torch.from_numpy(values.reshape(1, 6, 8))
     given = replace(Values.items(flat), grid=((2, 3),))
