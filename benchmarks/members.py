@@ -3,7 +3,7 @@
     python benchmarks/members.py DIR [--only photos] [--seeds 3]
 
 DIR holds cifar10-images.tar, spoken-digits.tar, tinyshakespeare.txt (or what has their shape) and
-what benchmarks/series_windows.py and moving_photographs.py wrote. Writes
+what benchmarks/series_windows.py, moving_photographs.py and digit_scans.py wrote. Writes
 runs/members; a part that is done is not done again. What it reached stands in docs/results.md.
 """
 
@@ -109,6 +109,17 @@ PARTS = {
         "video_to_text_accuracy",
         0.9,
         8,
+    ),
+    "array": Part(
+        "digit-scans",
+        ("--caption-from", "parent"),
+        {
+            "array": "configs/tokenizer/array.yaml",
+            "text": "configs/tokenizer/text.yaml tokenizer.vocab_size=300",
+        },
+        "array_to_text_accuracy",
+        0.96,
+        4,
     ),
     "series": Part(
         "taylor-windows.tar",

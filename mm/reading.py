@@ -1,11 +1,11 @@
-"""JSON and YAML that somebody else may have written or damaged: limits, and one kind of error."""
+"""What somebody else may have written or damaged, JSON, YAML, .npy: limits, one kind of error."""
 
 from __future__ import annotations
 
 import json
 import re
 from itertools import chain, islice
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -66,6 +66,28 @@ def parse_yaml(text: str | bytes) -> Any:
     _require_flat(value, MAX_YAML_VALUES)
     _require_characters(text, value)
     return value
+
+
+def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, Any]:
+    """Shape, whether the first axis runs fastest, and dtype of an .npy; ``file`` stands behind it.
+
+    Nothing is allocated, and a pickle is never opened. Raises ValueError on anything else than
+    versions 1.0 and 2.0, on Python objects, and on an axis below 0.
+    """
+    from numpy.lib import format as npy
+
+    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    try:
+        version = npy.read_magic(file)
+        if version not in readers:
+            raise ValueError(f"npy version {version}")
+        shape, fortran, dtype = readers[version](file)
+    except Exception as error:  # numpy evaluates the header as a literal: it may fail in many ways
+        said = " ".join(str(error).split())[:160]
+        raise ValueError(f"{type(error).__name__}: {said}") from error
+    if dtype.hasobject or any(n < 0 for n in shape):
+        raise ValueError(f"it says {dtype} {shape}: no numbers that can be read without a pickle")
+    return shape, fortran, dtype
 
 
 def _require_characters(text: str | bytes, value: Any) -> None:

@@ -182,6 +182,7 @@ TOKENIZERS = Registry(
         "whisper_mel": "mm.tokenizers.audio.whisper_mel",
         "series_patches": "mm.tokenizers.series.patches",
         "video_tubes": "mm.tokenizers.video.tubes",
+        "array_patches": "mm.tokenizers.array.patches",
     },
 )
 QUANTIZERS = Registry(
@@ -203,6 +204,7 @@ MODALITIES = Registry(
         "audio": "mm.data.modalities.audio",
         "video": "mm.data.modalities.video",
         "time_series": "mm.data.modalities.time_series",
+        "array": "mm.data.modalities.array",
     },
 )
 LAUNCHERS = Registry(

@@ -16,7 +16,7 @@ NONE: Mapping[str, Any] = {}
 
 
 class Sample(NamedTuple):
-    """One raw item: modality -> raw value (str, bytes, uint8 (H, W, C) image, or a `Waveform`)."""
+    """One raw item: modality -> raw value (str, bytes, uint8 (H, W, C), `Waveform`, ..)."""
 
     key: str
     source: str
@@ -49,6 +49,12 @@ class Video(NamedTuple):
 
     frames: Any
     rate: float
+
+
+class FloatArray(NamedTuple):
+    """Numbers on a grid of one axis or more, such as depths: ``values`` float32 of any rank."""
+
+    values: Any
 
 
 MODALITY = r"[a-z][a-z0-9_]{0,31}"  # a regular expression: it becomes names of files

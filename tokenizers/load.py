@@ -30,6 +30,19 @@ CARD, WEIGHTS = "tokenizer.yaml", "model.safetensors"
 DATA_FILES = ("config.json", "tokenizer.json")
 
 
+class ConfigTokenizer(ModalityTokenizer):
+    """Base of tokenizers whose folder holds nothing but their ``config``."""
+
+    config: Any
+
+    def save(self, folder: str | Path) -> None:
+        write_folder(folder, self.config)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ModalityTokenizer:
+        return load_tokenizer(folder)
+
+
 def load_tokenizer(path: str | Path) -> ModalityTokenizer:
     """Load a tokenizer folder, or the one in ``model/`` of a run folder.
 

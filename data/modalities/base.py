@@ -22,11 +22,20 @@ from mm.errors import UserError, did_you_mean
 from mm.plug_point import load_plugins
 from mm.registry import MODALITIES
 
+Look = Literal["text", "image", "audio"]
 TEXT = "text"  # what a prompt, a caption and a text file are
 
 
 class BadSample(ValueError):
     """This sample cannot be used; the message is the reason."""
+
+
+class Shown(NamedTuple):
+    """A file as pages and trackers show it: words, or the bytes of a picture or a sound."""
+
+    kind: Look
+    content: Any  # str, or bytes
+    ending: str = ""  # of the bytes
 
 
 class Features(ABC):
@@ -58,7 +67,7 @@ class Modality(Config):
     unit: ClassVar[str] = "bytes"  # of `length`
     # Token modalities made from its values (its own first) -> colour 0..7 in every chart:
     tokens: ClassVar[Mapping[str, int]] = {}
-    shown_as: ClassVar[Literal["text", "image", "audio"]] = "text"  # by trackers and reports
+    shown_as: ClassVar[Look] = "text"  # by trackers and reports
     any_ending: ClassVar[bool] = False  # its files may end as they like, but as no other's
     is_text: ClassVar[bool] = False  # values stand in tables and prompts themselves
     has_items: ClassVar[bool] = False  # data kind `items` can batch it: `item` and `stack`
@@ -170,6 +179,11 @@ class Modality(Config):
         except BadSample as error:
             return f"{len(value)} bytes that cannot be read: {error}"
 
+    def show(self, data: bytes) -> Shown:
+        """A file as `shown_as` says. Raises BadSample."""
+        text = self.shown_as == "text"
+        return Shown(self.shown_as, data.decode("utf-8", "replace") if text else data)
+
     def line(self, value: Any) -> str:
         """`describe` of a raw value or of a file's bytes."""
         shown = self.view(value)
@@ -274,6 +288,17 @@ def modality_of_value(value: Any) -> Modality:
             return m
     *names, last = (m.value_name for m in modalities())
     raise UserError(f"a {type(value).__name__} is neither {', '.join(names)} nor {last}")
+
+
+def show_file(path: Path) -> Shown:
+    """`Modality.show` by the ending of a file; one that is damaged, or of no modality, as words."""
+    data, ending = path.read_bytes(), path.suffix[1:].lower()
+    kind = table().extensions.get(ending, TEXT)
+    try:
+        shown = get_modality(kind).show(data)
+    except BadSample as error:
+        return Shown("text", f"{path.name}: {error}")
+    return shown if shown.ending else shown._replace(ending=ending)
 
 
 def sort_key(token_modality: str) -> tuple[int, str]:

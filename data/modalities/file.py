@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from mm.data.modalities.base import BadSample, Modality
+from mm.data.modalities.base import BadSample, Modality, Shown
 from mm.specs import FileBytes
 
 PREVIEW = 16  # bytes
@@ -49,5 +49,5 @@ class FileModality(Modality):
     def n_bytes(self, value: bytes, tokenizer: Any = None) -> int:
         return len(value)
 
-    def media(self, value: bytes) -> dict[str, Any]:
-        return {"kind": "text", "value": self.describe(value)}
+    def show(self, data: bytes) -> Shown:
+        return Shown("text", self.describe(data))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from mm.data.modalities.base import BadSample, Modality, one_line
+from mm.data.modalities.base import BadSample, Modality, Shown, one_line
 from mm.errors import UserError
 from mm.registry import MODALITIES
 from mm.specs import Video
@@ -157,6 +157,9 @@ class VideoModality(Modality):
     def describe(self, value: Video) -> str:
         n, height, width = value.frames.shape[:3]
         return f"{n} frames of {width}x{height} pixels, {value.rate:g} a second"
+
+    def show(self, data: bytes) -> Shown:
+        return Shown("text", self.describe(self.decode(data)))
 
     def n_bytes(self, value: Video, tokenizer: Any = None) -> int:
         return int(value.frames.size)

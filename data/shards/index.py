@@ -21,6 +21,7 @@ from mm.data.modalities.base import BadSample, get_modality, table
 from mm.data.shards.members import split_ordinal
 from mm.data.shards.token_codec import tokens_header
 from mm.errors import UserError
+from mm.reading import npy_header
 from mm.specs import MODALITY
 
 SEQUENTIAL = 1 << 28  # bytes of an index that may as well be read ahead
@@ -166,13 +167,11 @@ def map_npz(path: Path) -> dict[str, np.ndarray]:
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{path}: {entry.filename} is compressed")
             with archive.open(entry) as file:
-                version = np.lib.format.read_magic(file)
-                if version != (1, 0):
-                    raise ValueError(f"{path}: npy version {version}")
-                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                try:
+                    shape, _, dtype = npy_header(file)
+                except ValueError as error:
+                    raise ValueError(f"{path}: {entry.filename}: {error}") from error
                 skip = file.tell()
-            if dtype.hasobject or any(n < 0 for n in shape):
-                raise ValueError(f"{path}: {entry.filename} holds objects")
             # Local header: 30 bytes, then name and extra field, whose lengths stand at 26 and 28.
             head = bytes(whole[entry.header_offset : entry.header_offset + 30])
             names = int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
@@ -248,6 +247,15 @@ def modality_of_kind(kind: str) -> str | None:
     raise ValueError(kind)
 
 
+def is_tokens(kind: str) -> bool:
+    """True of a token member: "image.npy", "003.image.npy"; "npy" is a raw array.
+
+    >>> is_tokens("image.npy"), is_tokens("npy"), is_tokens("003.npy")
+    (True, False, False)
+    """
+    return split_ordinal(kind)[1].endswith(".npy")
+
+
 @lru_cache(maxsize=4096)
 def n_codes(head: bytes, size: int) -> int:
     """Codes of a token member, or its vectors of values. Raises BadSample."""
@@ -305,10 +313,10 @@ def build(paths: Sequence[Path], known: Mapping[str, Mapping[str, int]] | None =
                     continue
                 values = lengths.setdefault(own, {})
                 length = (known or {}).get(key, {}).get(own)
-                if length is None or what.endswith(".npy"):
+                if length is None or is_tokens(what):
                     file.seek(m.offset)
                     try:
-                        if what.endswith(".npy"):
+                        if is_tokens(what):
                             length = n_codes(file.read(128), m.size)
                         else:
                             length = get_modality(own).length(file.read(m.size))

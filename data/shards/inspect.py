@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mm.data.modalities.base import get_modality, modality_of_value, raw_modality
+from mm.data.modalities.base import get_modality, modality_of_value, raw_modality, show_file
 from mm.data.shards.manifest import read_manifest
 from mm.data.shards.members import member_modality, members_of
 from mm.data.shards.reader import VOCABULARY, ShardSet
@@ -39,7 +39,7 @@ def inspect(
     Returns:
         JSON-able: kind, source, license, quarantined, splits (samples, shards, bytes, and of each
         modality count, total, min, mean, max and unit), vocabulary (ranges, fingerprints), examples
-        (modality -> key, description, file).
+        (modality -> key, description, file, a picture of numbers).
     Raises:
         UserError: no packed data, no such split, or tokenizers of another vocabulary.
     """
@@ -135,7 +135,13 @@ def _example(
         own = raw_modality(modality)
     example["what"] = own.line(value)
     if file is not None:
-        example["file"] = str(own.write(value, file))
+        written = own.write(value, file)
+        example["file"] = str(written)
+        shown = show_file(written)
+        if shown.kind == "image" and own.shown_as != "image":
+            picture = written.with_suffix(f".{shown.ending}")
+            picture.write_bytes(shown.content)
+            example["picture"] = str(picture)
     return example
 
 

@@ -70,7 +70,7 @@ class ShardSet:
         self._members = {  # kind -> member
             kind: split_ordinal(kind)[0] + str(index.modality_of_kind(kind))
             for kind in self._kinds
-            if index.modality_of_kind(kind) is not None and kind.endswith(".npy") == self.tokenized
+            if index.modality_of_kind(kind) is not None and index.is_tokens(kind) == self.tokenized
         }
         # True where a sample may have several segments of one modality
         self.interleaved = any(split_ordinal(member)[0] for member in self._members.values())

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mm.data.modalities.base import BadSample, one_line
+from mm.data.modalities.base import BadSample
+from mm.reading import npy_header
 from mm.specs import Encoded
 
 CODES = np.dtype("<i4")
@@ -68,18 +69,13 @@ def tokens_header(head: bytes, size: int) -> Header:
     """
     stream = io.BytesIO(head)
     try:
-        version = np.lib.format.read_magic(stream)
-        if version != (1, 0):
-            raise ValueError(f"npy version {version}")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    except Exception as error:
-        raise BadSample(f"tokens: not an .npy file ({one_line(error)})") from error
+        shape, fortran, dtype = npy_header(stream)
+    except ValueError as error:
+        raise BadSample(f"tokens: not an .npy file ({error})") from error
     header = Header(stream.tell(), dtype, shape)
     codes = dtype == CODES and len(shape) == 1
     values = dtype in VALUES and 2 <= len(shape) <= MOST_AXES and shape[-1] > 0
-    whole = all(n >= 0 for n in shape) and (
-        header.offset + dtype.itemsize * math.prod(shape) == size
-    )
+    whole = header.offset + dtype.itemsize * math.prod(shape) == size
     if not (codes or values) or fortran or not whole:
         raise BadSample(
             f"tokens: expected int32 of one axis or values of {MOST_AXES} at most, found {dtype} "

@@ -154,7 +154,8 @@ def inspect(
     columns = ("split", "modality", "samples", "total", "min", "mean", "max", "unit")
     table(f"{shards}: {found['kind']} shards, samples: {samples}", columns, rows, left=2)
     for modality, example in found["examples"].items():
-        where = f" -> {example['file']}" if "file" in example else ""
+        files = [example[name] for name in ("file", "picture") if name in example]
+        where = f" -> {', '.join(files)}" if files else ""
         console().print(f"{modality} {example['key']}: {example['what']}{where}", markup=False)
         if "segments" in example:
             console().print(f"  segments: {example['segments']}", markup=False)

@@ -10,25 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from mm.report.folder import shown_as
+from mm.data.modalities.base import Shown, show_file
+from mm.data.modalities.heat_map import magma
 
 MAX_PIXELS = 1600  # of the longer side: a report stays mailable
 MAX_SOUND_BYTES = 3_000_000
 FFT = 512
-# Anchors of the "magma" colour map (perceptually even, dark to light).
-MAGMA = np.array(
-    [
-        [0, 0, 4],
-        [28, 16, 68],
-        [79, 18, 123],
-        [129, 37, 129],
-        [181, 54, 122],
-        [229, 80, 100],
-        [251, 135, 97],
-        [254, 194, 135],
-        [252, 253, 191],
-    ]
-)
 
 
 def figure(file: Path, caption: str = "", *, small: bool = False, strip: bool = False) -> str:
@@ -53,40 +40,38 @@ def figure(file: Path, caption: str = "", *, small: bool = False, strip: bool = 
 
 
 def _body(file: Path, small: bool) -> str:
-    suffix = file.suffix.lower()
-    shown = shown_as().get(suffix, "text")
-    if shown == "image":
-        uri, width, height = picture(file)
+    shown = show_file(file)
+    if shown.kind == "image":
+        uri, width, height = picture(shown)
         # Small pictures are shown enlarged with visible pixels, at a whole factor.
         factor = max(1, min(8, (96 if small else 160) // max(width, height)))
         style = f'width="{width * factor}" height="{height * factor}"' if factor > 1 else ""
         kind = "pixels" if factor > 1 else ""
         return f'<img class="{kind}" src="{uri}" alt="{escape(file.stem, quote=True)}" {style}>'
-    if shown == "audio":
+    if shown.kind == "audio":
         samples, rate = load_audio(file)
-        size = file.stat().st_size
         seconds = len(samples) / rate
         spectrum = (
             f'<img class="spectrogram" src="{spectrogram(samples)}" alt="spectrogram of '
             f'{escape(file.stem, quote=True)}">'
         )
-        if size > MAX_SOUND_BYTES:
+        if len(shown.content) > MAX_SOUND_BYTES:
             return f"{spectrum}<p>{escape(file.name)}: {seconds:.1f} s, too long to embed</p>"
-        uri = _uri(file.read_bytes(), f"audio/{suffix[1:]}")
+        uri = _uri(shown.content, f"audio/{shown.ending}")
         return f'{spectrum}<audio controls preload="metadata" src="{uri}"></audio>'
-    text = file.read_text(encoding="utf-8", errors="replace")
+    text = shown.content
     return f"<blockquote>{escape(text[:600])}{'…' if len(text) > 600 else ''}</blockquote>"
 
 
-def picture(file: Path) -> tuple[str, int, int]:
+def picture(shown: Shown) -> tuple[str, int, int]:
     """Return ``(data URI, width, height)`` in pixels; a large picture is scaled down."""
     from PIL import Image
 
-    with Image.open(file) as image:
+    with Image.open(io.BytesIO(shown.content)) as image:
         image.load()
         width, height = image.size
-        if max(width, height) <= MAX_PIXELS and file.suffix.lower() == ".png":
-            return _uri(file.read_bytes(), "image/png"), width, height
+        if max(width, height) <= MAX_PIXELS and shown.ending == "png":
+            return _uri(shown.content, "image/png"), width, height
         copy = image.convert("RGB")
         copy.thumbnail((MAX_PIXELS, MAX_PIXELS))
         return _uri(_png(copy), "image/png"), *copy.size
@@ -115,11 +100,7 @@ def spectrogram(samples: np.ndarray, *, columns: int = 320) -> str:
     frames = samples[starts[:, None] + np.arange(FFT)] * np.hanning(FFT)
     power = 20 * np.log10(np.abs(np.fft.rfft(frames, axis=1)) + 1e-6)
     level = np.clip((power - power.max() + 70) / 70, 0, 1)[:, ::-1].T  # 70 dB of range
-    place = level * (len(MAGMA) - 1)
-    below = np.minimum(place.astype(int), len(MAGMA) - 2)
-    share = (place - below)[..., None]
-    colours = MAGMA[below] * (1 - share) + MAGMA[below + 1] * share
-    return _uri(_png(Image.fromarray(colours.astype(np.uint8)).resize((columns, 96))), "image/png")
+    return _uri(_png(Image.fromarray(magma(level)).resize((columns, 96))), "image/png")
 
 
 def _png(image: Any) -> bytes:

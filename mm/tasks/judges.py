@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,17 +50,19 @@ def linear_probe(
     train_labels: Sequence[str],
     test: Sequence[Any],
     test_labels: Sequence[str],
+    modality: str = "image",
 ) -> float:
-    """Accuracy on ``test`` of logistic regression on raw colour pixels (16 x 16) of ``train``.
+    """Accuracy on ``test`` of logistic regression on what `Modality.features` sees of ``train``.
 
-    The bar that needs no model.
+    Of pictures: raw colour pixels (16 x 16). The bar that needs no model.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=200))
-    probe.fit(image_features(train, color=True), np.asarray(train_labels))
-    return float(
-        np.mean(probe.predict(image_features(test, color=True)) == np.asarray(test_labels))
-    )
+    seen: Any = partial(image_features, color=True)
+    if modality != "image":
+        seen = get_modality(modality).features().fit(train)
+    probe.fit(seen(train), np.asarray(train_labels))
+    return float(np.mean(probe.predict(seen(test)) == np.asarray(test_labels)))

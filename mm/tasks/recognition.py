@@ -54,7 +54,7 @@ class Recognition(ClassTask):
         ),
     ] = 1
     linear_probe: Annotated[
-        bool, Field(description="also print logistic regression on raw pixels")
+        bool, Field(description="also print logistic regression on raw pixels or numbers")
     ] = False
     probe_limit: Annotated[
         int | None, Field(ge=1, description="items that the linear probe learns from")
@@ -102,16 +102,20 @@ class Recognition(ClassTask):
             train = read_items(
                 self.data,
                 self.train_split,
-                ("image",),
+                (self._probed,),
                 classes=self.classes,
                 label=self.label,
                 limit=self.probe_limit,
             )
             figures[f"{self.about}_linear_probe_accuracy"] = linear_probe(
-                [item.sample.values["image"] for item in train],
+                [item.sample.values[self._probed] for item in train],
                 [item.label for item in train],
-                [get_modality("image").view(item.sample.values["image"]) for item in items],
+                [
+                    get_modality(self._probed).view(item.sample.values[self._probed])
+                    for item in items
+                ],
                 truth,
+                self._probed,
             )
         return figures
 
@@ -124,7 +128,13 @@ class Recognition(ClassTask):
         if len(self.settings) > 1:
             ask(self.val_split, self.sources, False)
         if self.linear_probe:
-            ask(self.train_split, ("image",), False)
+            ask(self.train_split, (self._probed,), False)
+
+    @property
+    def _probed(self) -> str:
+        """Raw modality that the linear probe reads: pictures, else what is given first."""
+        kinds = [raw_modality(source).kind for source in self.sources]
+        return "image" if "image" in kinds else kinds[0]
 
     def _answers(
         self,

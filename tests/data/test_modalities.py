@@ -37,7 +37,7 @@ from mm.decoders.raws import read_raw
 from mm.errors import UserError
 from mm.registry import MODALITIES
 from mm.report import build_report
-from mm.specs import Encoded, Video
+from mm.specs import Encoded, FloatArray, Video
 from mm.tasks.judges import Judge
 from mm.tokenizers.evaluate import evaluate
 from mm.tokenizers.text.bytes import BytesConfig
@@ -255,7 +255,9 @@ def test_what_is_unknown_is_refused_by_name() -> None:
         get_modality("imagge")
     with pytest.raises(UserError, match=r"a dict is neither text, .* nor a series of floats"):
         modality_of_value({})
-    with pytest.raises(UserError, match="no judge for 'text'; there are: audio, image, series"):
+    with pytest.raises(
+        UserError, match="no judge for 'text'; there are: array, audio, image, series"
+    ):
         Judge("text")
 
 
@@ -263,6 +265,7 @@ def test_what_is_unknown_is_refused_by_name() -> None:
 
 FILES = {"text": b"a text", "image": png(), "audio": wav(), "series": b"1\n2\n3\n4\n5\n"}
 FILES["time_series"] = b"1 2\n3,4.5\n"
+FILES["array"] = get_modality("array").file_of(FloatArray(np.eye(3, 4, dtype=np.float32)))
 FILES["video"] = VideoModality().file_of(Video(np.zeros((4, 8, 8, 3), np.uint8), 8.0))
 
 

@@ -138,7 +138,7 @@ def test_manifests(tmp_path: Path, kind: str) -> None:
         quiet(path, tmp_path / "out2", columns={"image": "picture"})
     with pytest.raises(
         UserError,
-        match="no column called text, .* video or time_series; columns: key, img_path",
+        match="no column called text, .* time_series or array; columns: key, img_path",
     ):
         quiet(path, tmp_path / "out2")
     with pytest.raises(UserError, match="unknown modality; did you mean 'image'"):
@@ -244,7 +244,7 @@ def test_val_share_is_a_fixed_part_of_train(tmp_path: Path) -> None:
 
 def test_nothing_to_pack(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no text, .* video or time_series file .it is empty."):
+    with pytest.raises(UserError, match="no text, .* time_series or array file .it is empty."):
         quiet(tmp_path / "empty", tmp_path / "out")
     (tmp_path / "empty/notes.doc").write_text("x")
     with pytest.raises(UserError, match=r"it has: 1 x \.doc"):

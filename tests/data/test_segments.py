@@ -153,7 +153,7 @@ def test_a_bad_segment_is_named(tmp_path: Path) -> None:
     assert said["bad0"] == "segment 1: 'gone.png': no such file"
     assert said["bad1"].startswith("segment 2: image: unreadable header")
     assert said["bad2"].startswith(
-        "segment 0: expected one of audio, image, text, time_series, video"
+        "segment 0: expected one of array, audio, image, text, time_series, video"
     )
     assert "found picture" in said["bad3"] and said["bad4"].startswith("segment 1: expected one")
     assert "leads out of" in said["bad5"] and "found []" in said["bad6"]

@@ -126,8 +126,9 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_the_table_of_modalities_is_true() -> None:
-    rows = re.findall(r"^\| (text|bytes|image|audio|video|time_series) \|(.*)$", README, re.M)
-    assert [row[0] for row in rows] == ["text", "bytes", "image", "audio", "video", "time_series"]
+    rows = re.findall(r"^\| (text|bytes|image|audio|video|time_series|array) \|(.*)$", README, re.M)
+    kinds = ["text", "bytes", "image", "audio", "video", "time_series", "array"]
+    assert [row[0] for row in rows] == kinds
     for modality, row in rows:
         for extension in re.findall(r"\.(\w+)", row.split("|")[0]):
             assert table().extensions[extension] == modality

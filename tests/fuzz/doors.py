@@ -29,7 +29,7 @@ from damage import (
 
 from mm.config import read
 from mm.data.chat.conversation import Media, read_row
-from mm.data.modalities.base import BadSample, get_modality
+from mm.data.modalities.base import BadSample, get_modality, table
 from mm.data.pack.job import pack
 from mm.data.shards.manifest import read_manifest
 from mm.data.shards.reader import ShardSet
@@ -273,6 +273,7 @@ def media_seed(folder: Path) -> None:
 
     (folder / "a.png").write_bytes(png(3, 16))
     (folder / "a.wav").write_bytes(wav(3, 800))
+    np.save(folder / "a.npy", np.linspace(0, 1, 12).reshape(3, 4))
     picture = Image.open(io.BytesIO(png(5, 24)))
     for ending in ("jpg", "webp", "bmp", "gif"):
         picture.save(folder / f"a.{ending}")
@@ -293,8 +294,7 @@ def media_damage(folder: Path, edits: Any) -> None:
 
 def media_enter(folder: Path) -> None:
     for path in folder.iterdir():
-        sound = path.suffix in (".wav", ".flac", ".ogg", ".aiff")
-        modality = get_modality("audio" if sound else "image")
+        modality = get_modality(table().extensions[path.suffix[1:]])
         data = path.read_bytes()
         modality.check(data)
         modality.describe(modality.decode(data))
@@ -343,8 +343,8 @@ def chat_enter(folder: Path) -> None:
     """All but the template's process: it may start no program while it is watched."""
     source = ChatConfig(path=folder / "rows.jsonl", table="jsonl").build()
     source.fingerprint()
-    for table, _ in source.parts:
-        for _, row in table.rows():
+    for rows, _ in source.parts:
+        for _, row in rows.rows():
             with suppress(BadSample):
                 if isinstance(row, dict):
                     for part in (

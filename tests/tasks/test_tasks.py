@@ -13,7 +13,7 @@ from mm.data.modalities.audio import audio_features
 from mm.data.modalities.base import modality_of_value
 from mm.data.modalities.image import image_features
 from mm.errors import UserError
-from mm.specs import Segment, TokenSpec, Waveform
+from mm.specs import FloatArray, Segment, TokenSpec, Waveform
 from mm.tasks.base import Settings, chance, choose, confusion, first_class, label_of, spread
 from mm.tasks.bits_per_byte import uniform_nats, windows
 from mm.tasks.judges import Judge, linear_probe
@@ -170,3 +170,16 @@ def test_judge_refuses_one_class_and_text():
         Judge("image").fit([np.zeros((8, 8, 3), np.uint8)] * 2, ["a", "a"])
     with pytest.raises(UserError, match="no judge for 'text'"):
         Judge("text")
+
+
+def test_a_judge_and_a_probe_see_the_elements() -> None:
+    rng = np.random.default_rng(3)
+    labels = ["low", "high"] * 40
+    arrays = [FloatArray((rng.normal(0, 1, (2, 3)) + (i % 2) * 4).astype("f4")) for i in range(80)]
+    assert linear_probe(arrays[:60], labels[:60], arrays[60:], labels[60:], "array") > 0.9
+    shuffled = [labels[i] for i in rng.permutation(60)]
+    assert linear_probe(arrays[:60], shuffled, arrays[60:], labels[60:], "array") < 0.9
+    judge = Judge("array").fit(arrays[:60], labels[:60])
+    assert judge.accuracy(arrays[60:], labels[60:]) > 0.9
+    with pytest.raises(UserError, match=r"needs one shape: \(2, 3\) and \(3, 2\)"):
+        judge.predict([FloatArray(np.zeros((3, 2), np.float32))])

@@ -16,7 +16,7 @@ import yaml
 from mm.errors import UserError
 from mm.hashes import FILE as HASHES
 from mm.registry import TOKENIZERS
-from mm.specs import Encoded, ModalityTokenizer, Video, Waveform
+from mm.specs import Encoded, FloatArray, ModalityTokenizer, Video, Waveform
 from mm.tokenizers.load import fingerprint, load_tokenizer
 from mm.vocabulary import RESERVED, extend_vocabulary
 
@@ -24,6 +24,7 @@ KINDS = list(TOKENIZERS)
 EXACT = {"bpe", "hf", "bytes"}  # the others lose information, but not shape
 # They give values in place of ids.
 CONTINUOUS = {
+    "array_patches",
     "image_patches",
     "image_processed",
     "mel_frames",
@@ -53,6 +54,8 @@ def same(a: Any, b: Any) -> bool:
         return a.sample_rate == b.sample_rate and np.array_equal(a.samples, b.samples)
     if isinstance(a, Video):
         return a.rate == b.rate and np.array_equal(a.frames, b.frames)
+    if isinstance(a, FloatArray):
+        return same(a.values, b.values)
     if isinstance(a, np.ndarray):
         return a.dtype == b.dtype and np.array_equal(a, b)
     return a == b
@@ -137,6 +140,9 @@ def test_round_trip(kind: str, tokenizer: ModalityTokenizer, examples: list[Any]
         elif kind == "series_patches":
             assert out.dtype == np.float32 and out.shape == raw.shape
             np.testing.assert_allclose(out, raw, rtol=1e-5, atol=1e-5)
+        elif isinstance(raw, FloatArray):
+            assert out.values.dtype == np.float32 and out.values.shape == raw.values.shape
+            np.testing.assert_allclose(out.values, raw.values, rtol=1e-5, atol=1e-4)
         elif isinstance(raw, Video):
             assert out.frames.dtype == np.uint8 and out.frames.shape[3] == 3
             moment = tokenizer.spec.n_features / (3 * 4 * 4)  # frames of a tube

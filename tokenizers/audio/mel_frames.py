@@ -16,14 +16,14 @@ from pydantic import Field, model_validator
 from mm.config import Config
 from mm.errors import UserError
 from mm.registry import TOKENIZERS
-from mm.specs import Encoded, ModalityTokenizer, TokenSpec, Waveform
+from mm.specs import Encoded, TokenSpec, Waveform
 from mm.tokenizers.audio.mel import log_mel, mel_filterbank, resample, wave_of
-from mm.tokenizers.load import fingerprint_of, load_tokenizer, write_folder
+from mm.tokenizers.load import ConfigTokenizer, fingerprint_of
 
 FLOOR = 1e-5  # magnitude; its logarithm is the quietest value
 
 
-class MelFrames(ModalityTokenizer):
+class MelFrames(ConfigTokenizer):
     """Recordings to float16 values (L, stack * M): log-mel magnitudes, scaled to about [-1, 1].
 
     `decode` gives the samples back with phases guessed by Griffin & Lim 1984, to hear what a model
@@ -84,13 +84,6 @@ class MelFrames(ModalityTokenizer):
             return Waveform(np.zeros(0, np.float32), c.sample_rate)
         wave = wave_of(spectrum, c.n_fft, c.hop)
         return Waveform(wave.clamp(-1, 1).numpy(), c.sample_rate)
-
-    def save(self, folder: str | Path) -> None:
-        write_folder(folder, self.config)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> ModalityTokenizer:
-        return load_tokenizer(folder)
 
 
 def _scaled(mel: torch.Tensor) -> torch.Tensor:

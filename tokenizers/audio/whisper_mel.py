@@ -19,16 +19,16 @@ from torch import Tensor
 from mm.config import Config
 from mm.errors import UserError
 from mm.registry import TOKENIZERS
-from mm.specs import Encoded, ModalityTokenizer, TokenSpec, Waveform
+from mm.specs import Encoded, TokenSpec, Waveform
 from mm.tokenizers.audio.mel import resample, wave_of
-from mm.tokenizers.load import fingerprint_of, load_tokenizer, write_folder
+from mm.tokenizers.load import ConfigTokenizer, fingerprint_of
 
 TOP_HZ = 8000.0
 FLOOR, RANGE = 1e-10, 8.0  # of power; decades below the loudest that are told apart
 LINEAR_HZ, BREAK_MEL, STEP = 200 / 3, 15.0, math.log(6.4) / 27
 
 
-class WhisperMel(ModalityTokenizer):
+class WhisperMel(ConfigTokenizer):
     """Recordings to float32 values (L, stack * M): `log10` of mel power, as Whisper scales it.
 
     Each is filled up with silence to ``seconds``, which the encoder reads, too. Source: Radford et
@@ -99,13 +99,6 @@ class WhisperMel(ModalityTokenizer):
         spectrum = (10 ** (4 * log - 4).clamp_max(4) @ torch.linalg.pinv(bank)).clamp_min(0).sqrt()
         wave = wave_of(spectrum, c.n_fft, c.hop)
         return Waveform(wave[:n].clamp(-1, 1).numpy(), c.sample_rate)
-
-    def save(self, folder: str | Path) -> None:
-        write_folder(folder, self.config)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> ModalityTokenizer:
-        return load_tokenizer(folder)
 
 
 @functools.lru_cache(maxsize=8)

@@ -16,12 +16,13 @@ from pydantic import Field
 
 from mm.config import Config
 from mm.registry import TOKENIZERS
-from mm.specs import Encoded, ModalityTokenizer, TokenSpec
+from mm.specs import Encoded, TokenSpec
 from mm.tokenizers.image.tokenizer import as_pixels
-from mm.tokenizers.load import fingerprint_of, load_tokenizer, write_folder
+from mm.tokenizers.load import ConfigTokenizer, fingerprint_of
+from mm.tokenizers.patches import from_patches, to_patches
 
 
-class ImagePatches(ModalityTokenizer):
+class ImagePatches(ConfigTokenizer):
     """uint8 images of any shape to uint8 values (R, C, patch * patch * 3), and back.
 
     Source: Dosovitskiy et al. 2020 (arXiv:2010.11929), section 3.1; shapes as they are: Dehghani et
@@ -49,10 +50,8 @@ class ImagePatches(ModalityTokenizer):
         return [Encoded(values=self._patches(as_pixels(raw))) for raw in raws]
 
     def _patches(self, image: torch.Tensor) -> np.ndarray:
-        pixels, p = self._pixels(image), self.config.patch
-        rows, columns = pixels.shape[1] // p, pixels.shape[2] // p
-        parts = pixels.reshape(3, rows, p, columns, p).permute(1, 3, 2, 4, 0)
-        return parts.reshape(rows, columns, -1).contiguous().numpy()
+        pixels = self._pixels(image).permute(1, 2, 0).numpy()
+        return to_patches(pixels, (self.config.patch,) * 2)
 
     def _pixels(self, image: torch.Tensor) -> torch.Tensor:
         """`(3, H, W)` in [0, 1] to uint8 of whole patches."""
@@ -85,16 +84,7 @@ class ImagePatches(ModalityTokenizer):
         values = np.asarray(values, np.uint8)
         if values.ndim == 2:
             values = values[:, None]
-        rows, columns = values.shape[:2]
-        parts = values.reshape(rows, columns, p, p, 3).transpose(0, 2, 1, 3, 4)
-        return np.ascontiguousarray(parts.reshape(rows * p, columns * p, 3))
-
-    def save(self, folder: str | Path) -> None:
-        write_folder(folder, self.config)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> ModalityTokenizer:
-        return load_tokenizer(folder)
+        return from_patches(values, (p, p), (3,))
 
 
 @TOKENIZERS.register("image_patches")

@@ -15,13 +15,12 @@ from pydantic import Field
 from mm.config import Config
 from mm.errors import UserError
 from mm.registry import TOKENIZERS
-from mm.specs import Encoded, ModalityTokenizer, TokenSpec
-from mm.tokenizers.load import fingerprint_of, load_tokenizer, write_folder
+from mm.specs import Encoded, TokenSpec
+from mm.tokenizers.load import ConfigTokenizer, fingerprint_of
+from mm.tokenizers.patches import scale_of
 
-FLAT = 1e-4  # spread of the first points, relative to their size, below which they count as equal
 
-
-class SeriesPatches(ModalityTokenizer):
+class SeriesPatches(ConfigTokenizer):
     """float32 series (L, C) to float32 values (R, P * C), and back.
 
     Every series is normalised by mean and spread of its own first ``norm_points``: what a forecast
@@ -62,9 +61,7 @@ class SeriesPatches(ModalityTokenizer):
             )
         first = x[: c.norm_points]
         loc = first.mean(0) if len(first) else np.zeros(c.channels)
-        scale = first.std(0) if len(first) else np.ones(c.channels)
-        flat = scale <= FLAT * np.maximum(np.abs(loc), 1e-30)
-        scale = np.where(flat, np.maximum(np.abs(loc), 1.0), scale)
+        scale = scale_of(loc, first.std(0)) if len(first) else np.ones(c.channels)
         front = -len(x) % c.patch
         padded = np.concatenate((np.repeat(x[:1], front, 0), x))
         values = ((padded - loc) / scale).reshape(-1, self.spec.n_features)
@@ -82,13 +79,6 @@ class SeriesPatches(ModalityTokenizer):
         x = x * np.array(code.side.get("scale", 1.0)) + np.array(code.side.get("loc", 0.0))
         points = code.side.get("points")
         return x[len(x) - points if points else 0 :].astype(np.float32)
-
-    def save(self, folder: str | Path) -> None:
-        write_folder(folder, self.config)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> ModalityTokenizer:
-        return load_tokenizer(folder)
 
 
 @TOKENIZERS.register("series_patches")

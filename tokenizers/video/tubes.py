@@ -17,11 +17,12 @@ from pydantic import Field
 from mm.config import Config
 from mm.errors import UserError
 from mm.registry import TOKENIZERS
-from mm.specs import Encoded, ModalityTokenizer, TokenSpec, Video
-from mm.tokenizers.load import fingerprint_of, load_tokenizer, write_folder
+from mm.specs import Encoded, TokenSpec, Video
+from mm.tokenizers.load import ConfigTokenizer, fingerprint_of
+from mm.tokenizers.patches import from_patches, to_patches
 
 
-class VideoTubes(ModalityTokenizer):
+class VideoTubes(ConfigTokenizer):
     """Videos to uint8 values (T, R, C, frames * patch * patch * 3), and back.
 
     Frames are taken at ``fps`` of them a second, so that the first axis of a tube's position is its
@@ -69,8 +70,7 @@ class VideoTubes(ModalityTokenizer):
                 x.float(), (rows * p, columns * p), mode="bilinear", antialias=True
             )
             x = x.round().clamp(0, 255).to(torch.uint8)
-        x = x.reshape(tubes, n, 3, rows, p, columns, p).permute(0, 3, 5, 1, 4, 6, 2)
-        return x.reshape(tubes, rows, columns, -1).contiguous().numpy()
+        return to_patches(x.permute(0, 2, 3, 1).numpy(), (n, p, p))
 
     def _shape(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of a frame."""
@@ -89,17 +89,9 @@ class VideoTubes(ModalityTokenizer):
         if values is None or np.size(values) == 0:
             return Video(np.full((1, p, p, 3), 127, np.uint8), self.config.fps)
         values = np.asarray(values, np.uint8)
-        tubes, rows, columns = values.shape[:3] if values.ndim == 4 else (len(values), 1, 1)
-        x = values.reshape(tubes, rows, columns, n, p, p, 3).transpose(0, 3, 1, 4, 2, 5, 6)
-        frames = x.reshape(tubes * n, rows * p, columns * p, 3)
-        return Video(np.ascontiguousarray(frames), self.config.fps)
-
-    def save(self, folder: str | Path) -> None:
-        write_folder(folder, self.config)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> ModalityTokenizer:
-        return load_tokenizer(folder)
+        if values.ndim == 2:
+            values = values[:, None, None]
+        return Video(from_patches(values, (n, p, p), (3,)), self.config.fps)
 
 
 @TOKENIZERS.register("video_tubes")

@@ -1,6 +1,7 @@
 """Patches of pixels through convolutions over the whole picture, one vector a patch.
 
-G items, L patches, R rows and C columns of patches, p pixels of a patch's side, W width, D model.
+G items, L patches, R rows and C columns of patches, p pixels of a patch's side, N channels of a
+pixel, W width, D model.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import Adapter, AdapterOutput
 from mm.registry import ADAPTERS
-
-COLOURS = 3
 
 
 class Stage(nn.Module):
@@ -58,11 +57,11 @@ class PatchesAdapter(Adapter):
 
     keeps_length = True
 
-    def __init__(self, patch: int, width: int, blocks: int, d_model: int):
+    def __init__(self, patch: int, width: int, blocks: int, d_model: int, channels: int = 3):
         super().__init__()
-        self.patch = patch
+        self.patch, self.channels = patch, channels
         depth = int(math.log2(patch))
-        widths = [COLOURS, *(width * 2**i for i in range(depth))]
+        widths = [channels, *(width * 2**i for i in range(depth))]
         pairs = enumerate(zip(widths, widths[1:], strict=False))
         # At half the picture's size a block costs four times what it does in the next stage.
         self.stages = nn.ModuleList(Stage(a, b, blocks if i else 0) for i, (a, b) in pairs)
@@ -80,14 +79,14 @@ class PatchesAdapter(Adapter):
                 nn.init.zeros_(module.bias)
 
     def zero_item(self, device: torch.device) -> Tensor:
-        """`(1, 1, p * p * 3)`: the item that a batch without pictures runs through the module."""
-        size = COLOURS * self.patch**2
+        """`(1, 1, p * p * N)`: the item that a batch without pictures runs through the module."""
+        size = self.channels * self.patch**2
         return torch.zeros(1, 1, size, device=device, dtype=self.out.weight.dtype)
 
     def forward(self, values: Values, ctx: Ctx) -> AdapterOutput:
         rows, columns = values.grids()
         G, L = values.data.shape[:2]
-        R, C, p = int(rows.max()), int(columns.max()), self.patch
+        R, C, p, N = int(rows.max()), int(columns.max()), self.patch, self.channels
         # Patch l of an item stands in row l // columns; what lies past its end on a spare cell.
         device = values.data.device
         at = torch.arange(L)
@@ -96,12 +95,12 @@ class PatchesAdapter(Adapter):
         data = values.floats(self.out.weight.dtype)
         canvas = data.new_zeros(G, R * C + 1, data.shape[-1])
         canvas = canvas.scatter(1, cell[..., None].expand_as(data), data)[:, :-1]
-        pixels = canvas.view(G, R, C, p, p, COLOURS).permute(0, 5, 1, 3, 2, 4)
+        pixels = canvas.view(G, R, C, p, p, N).permute(0, 5, 1, 3, 2, 4)
         there = torch.arange(R)[:, None] < rows[:, None, None]
         there = (there & (torch.arange(C) < columns[:, None, None])).to(device)
         inside = there[:, None].to(data.dtype)
         inside = inside.repeat_interleave(p, 2).repeat_interleave(p, 3)
-        x = pixels.reshape(G, COLOURS, R * p, C * p)
+        x = pixels.reshape(G, N, R * p, C * p)
         for stage in self.stages:
             x = stage(x, inside)
             inside = inside[..., ::2, ::2]
@@ -113,7 +112,7 @@ class PatchesAdapter(Adapter):
 
 @ADAPTERS.register("patches")
 class PatchesAdapterConfig(Config):
-    """Convolutions over pictures whose patches a tokenizer `image_patches` cut."""
+    """Convolutions over what `image_patches` cut, or `array_patches` along two axes."""
 
     kind: Literal["patches"] = "patches"
     patch: Annotated[int, Field(ge=2, le=64, description="pixels of a side: a power of two")] = 4
@@ -129,6 +128,10 @@ class PatchesAdapterConfig(Config):
         ),
     ] = 1
 
+    channels: Annotated[
+        int, Field(gt=0, le=65536, description="numbers of a pixel: 3 colours, or of an array")
+    ] = 3
+
     @model_validator(mode="after")
     def _power_of_two(self) -> PatchesAdapterConfig:
         if self.patch & (self.patch - 1):
@@ -139,9 +142,9 @@ class PatchesAdapterConfig(Config):
 
     @property
     def d_in(self) -> int:
-        return COLOURS * self.patch**2
+        return self.channels * self.patch**2
 
     def build(self, d_model: int) -> PatchesAdapter:
-        return PatchesAdapter(self.patch, self.width, self.blocks, d_model)
+        return PatchesAdapter(self.patch, self.width, self.blocks, d_model, self.channels)
 
     small = {"patch": 2, "width": 4}

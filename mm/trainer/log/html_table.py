@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from mm.data.modalities.base import table
+from mm.data.modalities.base import show_file
 
 MAX_BYTES = 2_000_000  # of a file; a larger one is named
 MAX_LETTERS = 2000
@@ -42,12 +42,12 @@ def _cell(value: Any) -> str:
         return ""
     if not isinstance(value, Path):
         return escape(str(value)[:MAX_LETTERS])
-    modality = table().modalities.get(table().extensions.get(value.suffix[1:].lower(), ""))
-    shown = modality.shown_as if modality is not None else "text"
-    if shown == "text":
-        return escape(value.read_text(encoding="utf-8", errors="replace")[:MAX_LETTERS])
-    if value.stat().st_size > MAX_BYTES:
+    shown = show_file(value)
+    if shown.kind == "text":
+        return escape(shown.content[:MAX_LETTERS])
+    if len(shown.content) > MAX_BYTES:
         return escape(f"{value.name}: too long to show")
-    kind = mimetypes.guess_type(value.name)[0] or f"{shown}/{value.suffix[1:]}"
-    uri = f"data:{kind};base64,{base64.b64encode(value.read_bytes()).decode()}"
-    return f'<img src="{uri}">' if shown == "image" else f'<audio controls src="{uri}"></audio>'
+    kind = mimetypes.guess_type(f"x.{shown.ending}")[0] or f"{shown.kind}/{shown.ending}"
+    uri = f"data:{kind};base64,{base64.b64encode(shown.content).decode()}"
+    is_image = shown.kind == "image"
+    return f'<img src="{uri}">' if is_image else f'<audio controls src="{uri}"></audio>'

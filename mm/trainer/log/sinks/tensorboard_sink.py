@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mm.data.modalities.base import table
+from mm.data.modalities.base import show_file
 from mm.registry import SINKS
 from mm.trainer.log.sinks.base import Level, Place, Sink, SinkConfig, numbers
 
@@ -60,20 +61,18 @@ class TensorboardSink(Sink):
             if isinstance(value, str):
                 self._writer.add_text(tag, value, step)
             return
-        modality = table().modalities.get(table().extensions.get(value.suffix[1:].lower(), ""))
-        shown = modality.shown_as if modality is not None else "text"
-        if shown == "image":
+        shown = show_file(value)
+        if shown.kind == "image":
             from numpy import asarray
             from PIL import Image
 
-            with Image.open(value) as image:
+            with Image.open(io.BytesIO(shown.content)) as image:
                 pixels = asarray(image.convert("RGB"))
             self._writer.add_image(tag, pixels, step, dataformats="HWC")
-        elif shown == "audio":
+        elif shown.kind == "audio":
             import soundfile
 
             wave, rate = soundfile.read(value, dtype="float32", always_2d=True)
             self._writer.add_audio(tag, wave.mean(1)[None], step, sample_rate=rate)
         else:
-            text = value.read_text(encoding="utf-8", errors="replace")
-            self._writer.add_text(tag, text[:2000], step)
+            self._writer.add_text(tag, shown.content[:2000], step)

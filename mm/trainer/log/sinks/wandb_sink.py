@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import threading
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mm.data.modalities.base import table
+from mm.data.modalities.base import show_file
 from mm.registry import SINKS
 from mm.run import Tracking
 from mm.trainer.log.html_table import MAX_BYTES, MAX_LETTERS, html_table
@@ -201,17 +202,19 @@ def _place(tracking: Tracking) -> dict[str, Any]:
 def _cell(value: Any) -> tuple[Any, str]:
     """A value of a table, a file as what it shows; and a note where it cannot be shown."""
     import wandb
+    from PIL import Image
 
     if not isinstance(value, Path):
         return value if value is None or isinstance(value, (int, float)) else str(value), ""
-    modality = table().modalities.get(table().extensions.get(value.suffix[1:].lower(), ""))
-    shown = modality.shown_as if modality is not None else "text"
     try:
-        if shown == "text":
-            return value.read_text(encoding="utf-8", errors="replace")[:MAX_LETTERS], ""
-        if value.stat().st_size > MAX_BYTES:
+        shown = show_file(value)
+        if shown.kind == "text":
+            return shown.content[:MAX_LETTERS], ""
+        if len(shown.content) > MAX_BYTES:
             return None, f"{value.name}: too long to show"
-        return (wandb.Image(str(value)) if shown == "image" else wandb.Audio(str(value))), ""
+        if shown.kind == "audio":
+            return wandb.Audio(str(value)), ""
+        return wandb.Image(Image.open(io.BytesIO(shown.content))), ""
     except (OSError, ValueError) as error:  # one damaged file is no end of the tracking
         return None, f"{value.name}: cannot be shown: {error}"
 
