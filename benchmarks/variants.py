@@ -28,7 +28,7 @@ NAMED = {  # without a file of their own
     "block/layer_drop": {"kind": "layer_drop"},
     "backbone/looped": {"kind": "looped", "pattern": "attention", "depth": 1, "loops": 3},
 }
-FILES = ("ffn/geglu", "ffn/relu_squared", "ffn/sub_norm", "ffn/moe", "ffn/switch",
+FILES = ("ffn/geglu", "ffn/relu_squared", "ffn/sub_norm", "ffn/moe", "ffn/switch", "ffn/nested",
          "block/sandwich", "block/parallel", "block/hyper", "linear/bitnet")  # fmt: skip
 NAMES = ("swiglu, prenorm, dense", *FILES, *NAMED)
 
