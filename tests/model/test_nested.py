@@ -44,33 +44,38 @@ def step_of(layer: Any, width: int) -> float:
     return next(s for s in range(99) if layer.units(context(s)) == width)
 
 
-def plain(x: Tensor, n: int, matrices: list[Tensor], gated: bool) -> Tensor:
+def plain(x: Tensor, n: int, matrices: list[Tensor], biases: list[Tensor], gated: bool) -> Tensor:
     """The feed-forward of the first ``n`` hidden units."""
     first, out = matrices
-    if gated:
-        return (F.gelu(x @ first[:n].T) * (x @ first[HIDDEN : HIDDEN + n].T)) @ out[:, :n].T
-    return F.gelu(x @ first[:n].T) @ out[:, :n].T
+    at = [*range(n), *range(HIDDEN, HIDDEN + n)] if gated else [*range(n)]
+    made = x @ first[at].T + (biases[0][at] if biases else 0)
+    hidden = F.gelu(made[..., :n]) * made[..., n:] if gated else F.gelu(made)
+    return hidden @ out[:, :n].T + (biases[1] if biases else 0)
 
 
-@pytest.mark.parametrize("linear", ["dense", {"kind": "lora", "rank": 2}], ids=str)
+@pytest.mark.parametrize("linear", [{"kind": "dense", "bias": True}, "lora"], ids=str)
 @pytest.mark.parametrize("gated", [False, True])
 def test_each_width_is_its_slice_with_all_gradients(gated: bool, linear: Any) -> None:
     """What is behind the width has a gradient of zeros, not none."""
     layer = build(linear, gated=gated)
     first, out = layer.gate_up if gated else layer.up, layer.out
-    matrices = [first.weight, out.weight] if linear == "dense" else []
-    if linear != "dense":
+    leaves, biases = [], []
+    if linear == "lora":
         for part in (first, out):
             assert isinstance(part, Lora)
             torch.nn.init.normal_(part.lora_b)
-            matrices.append(part.dense_weight() + 0 * part.lora_a.sum())
+        matrices = [first.dense_weight(), out.dense_weight()]
+    else:
+        matrices, biases = [first.weight, out.weight], [first.bias, out.bias]
+        for bias in biases:
+            torch.nn.init.normal_(bias)
+        leaves = [*layer.parameters()]
     x = torch.randn(2, 5, D, dtype=torch.float64, requires_grad=True)
     for n in WIDTHS:
         y = layer(x, context(step_of(layer, n))).y
-        wanted = plain(x, n, matrices, gated)
+        wanted = plain(x, n, matrices, biases, gated)
         torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
-        leaves = [x] if linear != "dense" else [x, *layer.parameters()]
-        got, expected = (torch.autograd.grad(t.square().sum(), leaves) for t in (y, wanted))
+        got, expected = (torch.autograd.grad(t.square().sum(), [x, *leaves]) for t in (y, wanted))
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
