@@ -120,6 +120,7 @@ FFNS = Registry(
         "mlp": "mm.model.ffn.mlp",
         "sub_norm": "mm.model.ffn.sub_norm",
         "moe": "mm.model.ffn.moe",
+        "nested": "mm.model.ffn.nested",
         "swiglu": "mm.model.ffn.swiglu",
         "rwkv_ffn": "mm.model.ffn.rwkv_ffn",
     },
@@ -136,6 +137,7 @@ LINEARS = Registry(
     "linear",
     {
         "dense": "mm.model.linears.dense",
+        "by_modality": "mm.model.linears.by_modality",
         "lora": "mm.model.linears.lora",
         "nf4": "mm.model.linears.nf4",
         "ternary": "mm.model.linears.ternary",
@@ -260,7 +262,7 @@ SURGERIES = Registry(
     _modules(
         "mm.surgery",
         "deepen extend_vocabulary graft_adapter keep_layers linearize merge_lora pool_heads "
-        "prune_heads widen",
+        "prune_heads slice_nested widen",
     ),
 )
 OBJECTIVES = Registry(

@@ -50,9 +50,11 @@ def _ranges(ends: Tensor, rows: int) -> list[tuple[int, int, int]]:
 
 @torch.library.custom_op("mm::grouped_linear_segments", mutates_args=())
 def _segments(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    y = x.new_zeros(x.shape[0], weight.shape[1])
+    y, end = x.new_empty(x.shape[0], weight.shape[1]), 0
     for e, a, b in _ranges(ends, x.shape[0]):
         torch.mm(x[a:b], weight[e].T, out=y[a:b])
+        end = b
+    y[end:] = 0
     return y
 
 
@@ -65,10 +67,12 @@ def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def _segments_backward(
     x: Tensor, weight: Tensor, ends: Tensor, dy: Tensor
 ) -> tuple[Tensor, Tensor]:
-    dx, dweight = x.new_zeros(x.shape), weight.new_zeros(weight.shape)
+    dx, dweight, end = x.new_empty(x.shape), weight.new_zeros(weight.shape), 0
     for e, a, b in _ranges(ends, x.shape[0]):
         torch.mm(dy[a:b], weight[e], out=dx[a:b])
         torch.mm(dy[a:b].T, x[a:b], out=dweight[e])
+        end = b
+    dx[end:] = 0
     return dx, dweight
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from mm.layout import Layout, Moves
+from mm.layout import Fields, Layout, Moves
 from mm.mask import Mask
 from mm.shard import Shard
 
@@ -82,6 +82,10 @@ class Ctx:
         if torch.compiler.is_compiling():
             return self.layout.memo.get(f"{name}|{self.mask.key}")
         return self.cached(name, make)
+
+    def at_places(self, fields: Fields) -> Ctx:
+        """This context for a matrix over other places, which have these fields; for it alone."""
+        return replace(self, layout=replace(self.layout, fields=fields))
 
     def hand_on(self, inner: Ctx | None) -> Ctx | None:
         """The successor of this context after a part ran in ``inner``'s.

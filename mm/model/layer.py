@@ -257,6 +257,9 @@ class Linear(nn.Module):
         """Whether its output is added to the residual stream (the `depth scaling` law)."""
         return self.name == "out"
 
+    def read_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Learn its modalities; `Model` calls it. Raises UserError where others are named."""
+
     def rescale(self, factor: float) -> None:
         """Multiply the map by ``factor``."""
         raise NotImplementedError

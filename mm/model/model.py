@@ -35,6 +35,7 @@ from mm.model.layer import (
     Embedder,
     Head,
     HeadOut,
+    Linear,
     ModelOut,
     name_layers,
 )
@@ -84,6 +85,9 @@ class Model(nn.Module):
             self.mask = config.make_mask(vocabulary)
         except ValueError as error:  # a modality that the vocabulary lacks
             raise UserError(f"model.{error}") from None
+        for part in self.modules():
+            if isinstance(part, Linear):
+                part.read_vocabulary(vocabulary)
         backbone.check_mask(self.mask)
         check_memories(backbone, config.parts)
         self.fields_read = fields_read(backbone)

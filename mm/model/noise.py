@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import zlib
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from mm.kernels import dropout as kernel
 from mm.model.context import Ctx
 from mm.model.layer import Layer, Linear
+
+STEP_SEED = "step_seed"  # key of `Ctx.scheduled`: a number of the step, equal on all ranks
 
 
 def _hash(name: str) -> int:
@@ -30,6 +33,15 @@ def generator(
         seed += ctx.visit * 0xD1B54A32D192ED03 + _hash(layer.path) * 0x8CB92BA72F3D8DD7
     seed += _hash(name)
     return torch.Generator(device).manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
+
+
+def drawn_of_step(ctx: Ctx, name: str) -> float | None:
+    """In [0, 1): the same in all layers, micro-batches and passes of a step, on all ranks.
+
+    None: nobody seeded the step, as a trainer does (`STEP_SEED` of `Ctx.scheduled`).
+    """
+    seed = ctx.scheduled.get(STEP_SEED)
+    return None if seed is None else random.Random(f"{name} {int(seed)}").random()
 
 
 def dropout(x: Tensor, p: float, ctx: Ctx, layer: Layer | Linear, name: str) -> Tensor:

@@ -122,7 +122,10 @@ def for_linears(module: nn.Module, weights: Mapping[str, Tensor]) -> Lazy:
     made: dict[str, Tensor] = {}
     for path, part in module.named_modules():
         names = [n for n in ("weight", "bias") if f"{path}.{n}" in shapes]
-        if isinstance(part, Linear) and "weight" in names and f"{path}.weight" not in own:
+        if not isinstance(part, Linear) or "weight" not in names:
+            continue
+        at = own.get(f"{path}.weight")
+        if at is None or at.dim() != len(shapes[f"{path}.weight"]):  # a stack has an axis more
             dense = {n: weights[f"{path}.{n}"] for n in names}
             for n in names:
                 del shapes[f"{path}.{n}"]

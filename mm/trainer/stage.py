@@ -18,6 +18,7 @@ from mm.errors import UserError
 from mm.launch import environment
 from mm.model.by_module import build_empty
 from mm.model.layer import Block, init_weights
+from mm.model.noise import STEP_SEED
 from mm.model.size import require_room
 from mm.model.slices import Lazy
 from mm.objectives.objective import Network, Objective
@@ -69,7 +70,8 @@ class StageState:
         """Seed everything random of ``step``; returns the objective's scheduled values."""
         rng = np.random.default_rng((self.env.seed, step))
         scheduled = self.objective.scheduled(step, rng)
-        self.env.begin(step, scheduled)
+        # After the objective's draws, which stay what they were.
+        self.env.begin(step, {**scheduled, STEP_SEED: float(rng.integers(2**31))})
         return scheduled
 
     @contextlib.contextmanager

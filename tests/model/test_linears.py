@@ -12,6 +12,8 @@ from generation_toys import VOCABULARY, V
 from mm.batch import Batch
 from mm.errors import UserError
 from mm.layout import Doc, Layout
+from mm.mask import Causal
+from mm.model.context import Ctx
 from mm.model.layer import Linear, init_weights
 from mm.model.linears.lora import (
     Lora,
@@ -31,6 +33,7 @@ FORMS: dict[str, Any] = {kind: LINEARS.get(kind).smallest().to_dict() for kind i
     "dora": {"kind": "lora", "rank": 2, "dora": True, "dropout": 0.2},
     "qlora": {"kind": "lora", "base_layer": {"kind": "nf4", "double": True}, "rs": True},
     "targeted": {"kind": "lora", "targets": ["qkv", "gate*"]},
+    "upon": {"kind": "lora", "base_layer": "by_modality"},
 }
 INSIDE = ("attention swiglu", "mamba mlp", "delta_rule swiglu", "rg_lru moe")
 
@@ -90,8 +93,9 @@ def test_a_linear_trains_saves_and_is_packed_as_alone(
 def test_its_declarations_hold(form: str) -> None:
     """Wide matrices and adapters are its own parameters; dense tensors become its own, all."""
     config = LINEARS.parse(FORMS[form])
-    part = config.build(24, 16, "qkv")
+    part = config.build(24, 16, "qkv").eval()
     init_weights(part)
+    ctx = Ctx(Layout.plain(1, 5), Causal())
     own = dict(part.named_parameters(recurse=False))
     assert {*part.wide_parameters, *part.adapter_parameters} <= own.keys()
     assert all(p.dim() < 2 or n in (*part.wide_parameters, "lora_b") for n, p in own.items())
@@ -100,15 +104,15 @@ def test_its_declarations_hold(form: str) -> None:
     rest = part.state_dict().keys() - taken.keys()
     assert rest <= {*part.adapter_parameters}, "what no dense matrix gives is an adapter"
     part.load_state_dict(taken, strict=False)
-    x = torch.randn(5, 24)
-    if part.exact:
-        two = part(2 * x) - part(x)
-        torch.testing.assert_close(two, part(x), rtol=1e-4, atol=1e-5)
-        error = (part(x) - x @ weight.T).norm() / (x @ weight.T).norm()
+    x = torch.randn(1, 5, 24)
+    y = part(x, ctx)
+    if part.exact or "by_modality" in str(FORMS[form]):  # of tokens of one group
+        two = part(2 * x, ctx) - y
+        torch.testing.assert_close(two, y, rtol=1e-4, atol=1e-5)
+        error = (y - x @ weight.T).norm() / (x @ weight.T).norm()
         assert error < (0.15 if "nf4" in str(FORMS[form]) else 1e-6)
-    y = part(x)
     part.rescale(0.5)
-    torch.testing.assert_close(part(x), y / 2, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(part(x, ctx), y / 2, rtol=2e-2, atol=2e-2)
     assert config.build(24, 16, "out").ends_branch
     ends = [m for m in config.build(24, 16, "out").modules() if isinstance(m, Linear)]
     assert sum(m.ends_branch for m in ends) == 1, "depth would scale it twice"

@@ -34,6 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "linear": {"kind": "lora", "base_layer": "nf4", "dora": True, "targets": ["qkv", "out"]}
     },
     "ternary": {"linear": "ternary"},
+    "nested": {"backbone": {"ffn": {"kind": "nested", "hidden": 64, "gated": True}}},
     "tied": {"heads": {"tokens": {"kind": "softmax", "tied": True}}},
 }
 LAYERS = {f"backbone.layers.{i}.mixer": (1, 2) for i in range(2)}
@@ -47,6 +48,7 @@ RECIPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # settings, mode
     "merge_lora": ({}, ("lora", "qdora")),
     "pool_heads": ({"kv_heads": 1}, ("attention", "heads", "parallel")),
     "prune_heads": ({"heads": LAYERS}, ("heads",)),
+    "slice_nested": ({"hidden": [16, 40]}, ("nested",)),
     "widen": ({"hidden": 160, "heads": 8}, ("attention", "heads", "hybrid", "parallel", "tied")),
 }
 CASES = [(kind, m) for kind, (_, models) in RECIPES.items() for m in models]
@@ -152,6 +154,9 @@ def test_a_linear_attention_takes_the_attentions_projections() -> None:
         ("linearize", {}, "mamba_moe", "no `attention` layer"),
         ("pool_heads", {"kv_heads": 3}, "heads", "do not make 3 groups"),
         ("merge_lora", {}, "heads", "neither adapters nor nf4"),
+        ("slice_nested", {}, "heads", "no `nested` feed-forward"),
+        ("slice_nested", {"hidden": [8, 8, 8]}, "nested", "3 widths for 2 nested layers"),
+        ("slice_nested", {"hidden": 65}, "nested", r"layers\.0\.ffn has 64 hidden units, not 65"),
         ("widen", {"hidden": 8}, "heads", "cannot shrink"),
         ("widen", {"hidden": 99}, "mamba_moe", "hidden is of mlp and swiglu"),
         ("widen", {"heads": 5}, "attention", "no multiple of 2"),

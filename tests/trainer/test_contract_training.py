@@ -47,6 +47,19 @@ def encoder_decoder_run(out: Path, name: str, stage: int, recompute: str) -> Run
     return run.model_copy(update={"model": model})
 
 
+def apart_run(out: Path, name: str, stage: int) -> Run:
+    """A run whose rank 1 alone has images; each step draws the width of all feed-forwards."""
+    ffn = {"kind": "nested", "hidden": 16, "granularities": 3}
+    values = make_run(out, name, stage=stage, data={"by_rank": True}).to_dict()
+    values["model"] = {
+        "kind": "lm",
+        "d_model": 16,
+        "backbone": {"kind": "stack", "mixers": {"attention": {"heads": 2}}, "ffn": ffn},
+        "linear": {"kind": "by_modality", "groups": [["text"], ["image"]], "targets": ["qkv"]},
+    }
+    return Run.model_validate(values)
+
+
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """All runs that need two processes, in ONE torchrun.
@@ -69,6 +82,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
         f"halves{s}": encoder_decoder_run(out, f"halves{s}", s, again)
         for s, again in ((1, "full"), (3, "selective"))
     }
+    runs["apart3"] = apart_run(out, "apart3", stage=3)
     runs["sums"] = adafactor_run(out, "sums", stage=2)
     still = {"optimizer": {"kind": "adamw", "lr": 1e-12, "weight_decay": 0.0}}
     keys = still | HELD_OUT | {"eval_every": 1, "early_stop": 2}
@@ -118,6 +132,14 @@ def test_an_encoder_runs_on_a_rank_without_conditions(
     train(alone)
     for s in (1, 3):
         assert losses(two_ranks[f"halves{s}"]) == pytest.approx(losses(alone), rel=2e-6), s
+
+
+def test_weights_by_modality_and_drawn_widths_are_those_of_one_rank(
+    two_ranks: dict[str, Run], tmp_path: Path
+) -> None:
+    alone = apart_run(tmp_path, "alone", 0)
+    train(alone)
+    assert losses(two_ranks["apart3"]) == pytest.approx(losses(alone), rel=2e-6)
 
 
 def test_two_ranks_end_a_stage_early_together(two_ranks: dict[str, Run]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from generation_toys import VOCABULARY
@@ -12,11 +14,14 @@ from trainer_runs import Calls, make_run, rows
 from trainer_toys import toys_registered  # noqa: F401
 
 from mm.errors import UserError
+from mm.model.noise import STEP_SEED
 from mm.registry import NETWORKS
 from mm.run import Run
 from mm.schedule import Schedule
+from mm.trainer.env import TrainerEnv
 from mm.trainer.loop import Trainer, train
 from mm.trainer.optimizers.adamw import AdamWConfig
+from mm.trainer.stage import StageState
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -68,6 +73,22 @@ def test_every_step_draws_its_scheduled_values_anew(tmp_path: Path) -> None:
     once, twice = seen[:6], seen[6:]
     assert once == twice and once[0] == -1.0  # the first step is over when the hook replaces it
     assert len(set(once[1:])) == 5
+
+
+def test_all_ranks_know_the_same_number_of_a_step() -> None:
+    """Of it `nested` draws its width; the objective's own draws stay what they were."""
+    seen: dict[int, list[float]] = {0: [], 1: []}
+    objective = SimpleNamespace(scheduled=lambda step, rng: {"books": float(rng.random())})
+    for rank, numbers in seen.items():
+        env = TrainerEnv(5, torch.device("cpu"), "fp32")
+        env._rank = rank
+        for step in range(4):
+            stage: Any = SimpleNamespace(env=env, objective=objective)
+            assert StageState.begin_step(stage, step).keys() == {"books"}
+            alone = np.random.default_rng((5, step)).random()
+            assert env.scheduled["books"] == float(alone)
+            numbers.append(env.scheduled[STEP_SEED])
+    assert seen[0] == seen[1] and len({*seen[0]}) == 4
 
 
 def test_rates_by_pattern_reach_the_groups() -> None:

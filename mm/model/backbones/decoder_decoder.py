@@ -114,7 +114,7 @@ class CrossAttention(AttentionBase):
         k, v, seen = memory.k, memory.v, memory.seen
         if self.kv is not None:
             f = ctx.layout.fields if seen is None else seen.known
-            kv = self.kv(k[:, :, 0], ctx if seen is None else None)
+            kv = self.kv(k[:, :, 0], ctx if seen is None else ctx.at_places(f))
             k, v = kv.unflatten(-1, (2 * self.kv_heads, -1)).chunk(2, dim=2)
             k = self.position.rotate(k, k, f, f)[1]
         if seen is None:

@@ -91,12 +91,15 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         _, back = ctx.saved_tensors
-        return _rows(dy, back).unflatten(0, (-1, ctx.rows)).sum(0), None, None
+        each = _rows(dy, back)
+        if back.shape[0] != ctx.rows:  # several choices of a token
+            each = each.unflatten(0, (-1, ctx.rows)).sum(0)
+        return each, None, None
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     taken = x.index_select(0, index.clamp_min(0) % x.shape[0])
-    return taken.masked_fill((index < 0)[:, None], 0)
+    return taken.masked_fill_((index < 0)[:, None], 0)
 
 
 def to_experts(x_RD: Tensor, plan: Plan) -> Tensor:

@@ -30,13 +30,20 @@ class BothWays(Mixer):
     max_len: int | None = None
 
     def mix(self, x_RLD: Tensor, length_R: Tensor, ctx: Ctx) -> Tensor:
-        """`(R, L, D)` of rows that hold one document each in their first ``length`` positions."""
+        """`(R, L, D)` of rows that hold one document each in their first ``length`` positions.
+
+        ``ctx`` is that of the call; for matrices over the rows: `of_rows`.
+        """
         raise NotImplementedError
 
     def limit_length(self, max_len: int) -> None:
         """Declare that longer documents are refused."""
         self.max_len = max_len
         self.caps = replace(type(self).caps, length_general=False)
+
+    def of_rows(self, ctx: Ctx) -> Ctx:
+        """The context for a matrix over the rows of `mix`."""
+        return ctx.at_places(PackedRows.of(ctx.layout, 0).fields(ctx.layout.fields))
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         self.check_mask(ctx.mask)

@@ -40,7 +40,7 @@ class GridMixer(BothWays):
     """Mixes each grid of `Layout.grids` by itself; the rest of each document is one line."""
 
     def mix_grid(self, cells_GND: Tensor, Y: int, X: int, ctx: Ctx) -> Tensor:
-        """`(G, N, D)` cells of grids to as many outputs."""
+        """`(G, N, D)` cells of grids to as many outputs; ``ctx`` for matrices over them."""
         raise NotImplementedError
 
     def mix_line(self, x_RLD: Tensor, length_R: Tensor, passed_RL: Tensor, ctx: Ctx) -> Tensor:
@@ -49,12 +49,13 @@ class GridMixer(BothWays):
 
     def mix(self, x_RLD: Tensor, length_R: Tensor, ctx: Ctx) -> Tensor:
         passed = PackedRows.of(ctx.layout, 0).unpack(in_grids(ctx.layout, x_RLD.device))
-        return self.mix_line(x_RLD, length_R, passed, ctx)
+        return self.mix_line(x_RLD, length_R, passed, self.of_rows(ctx))
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         out = super().forward(x_BTD, ctx, state)
         flat, y = x_BTD.flatten(0, 1), out.y.flatten(0, 1)
         for Y, X, index in grid_indices(ctx.layout):
-            mixed = self.mix_grid(flat[index], Y, X, ctx).flatten(0, 1)
+            there = ctx.at_places(ctx.layout.fields.map(lambda t, i=index: t.flatten(0, 1)[i]))
+            mixed = self.mix_grid(flat[index], Y, X, there).flatten(0, 1)
             y = y.index_copy(0, index.flatten(), mixed.to(y.dtype))
         return Out(y.view_as(out.y))

@@ -40,8 +40,8 @@ class Linformer(BothWays):
         nn.init.normal_(self.mixtures, std=self.mixtures.shape[1] ** -0.5)
 
     def mix(self, x_RLD: Tensor, length_R: Tensor, ctx: Ctx) -> Tensor:
-        (R, L, D), H = x_RLD.shape, self.heads
-        q, k, v = self.qkv(x_RLD, ctx).view(R, L, 3, H, D // H).unbind(2)
+        (R, L, D), H, there = x_RLD.shape, self.heads, self.of_rows(ctx)
+        q, k, v = self.qkv(x_RLD, there).view(R, L, 3, H, D // H).unbind(2)
         wide = torch.promote_types(v.dtype, torch.float32)
         valid = (torch.arange(L, device=length_R.device) < length_R[:, None])[..., None, None]
         maps = self.mixtures[..., :L].to(wide)
@@ -56,7 +56,7 @@ class Linformer(BothWays):
             )
             logits = torch.einsum("rlhk,rmhk->rhlm", q.to(wide) * (D // H) ** -0.5, k)
             y = torch.einsum("rhlm,rmhk->rlhk", logits.softmax(-1), v)
-        return self.out(y.reshape(R, L, D).to(x_RLD.dtype), ctx)
+        return self.out(y.reshape(R, L, D).to(x_RLD.dtype), there)
 
 
 @MIXERS.register("linformer")

@@ -59,9 +59,9 @@ class Nystromformer(BothWays):
             nn.init.normal_(self.filter, std=self.filter.shape[1] ** -0.5)
 
     def mix(self, x_RLD: Tensor, length_R: Tensor, ctx: Ctx) -> Tensor:
-        (R, L, D), H = x_RLD.shape, self.heads
+        (R, L, D), H, there = x_RLD.shape, self.heads, self.of_rows(ctx)
         valid = valid_of(length_R, L)
-        q, k, v = self.qkv(x_RLD, ctx).view(R, L, 3, H, D // H).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x_RLD, there).view(R, L, 3, H, D // H).permute(2, 0, 3, 1, 4)
         wide = torch.promote_types(v.dtype, torch.float32)
         with torch.autocast(v.device.type, enabled=False):
             # A linear map without bias keeps zeros, but another plug may not.
@@ -69,7 +69,7 @@ class Nystromformer(BothWays):
             y = self._attended(q * (D // H) ** -0.5, k, v, valid)
             if self.filter is not None:
                 y = y + self._filtered(v)
-        return self.out(y.transpose(1, 2).reshape(R, L, D).to(x_RLD.dtype), ctx)
+        return self.out(y.transpose(1, 2).reshape(R, L, D).to(x_RLD.dtype), there)
 
     def _attended(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
         n = valid.sum(1)[:, None]
