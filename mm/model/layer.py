@@ -251,12 +251,14 @@ class Embedder(Transducer):
 
     replays = True
     n_ids: int
-    weight: Tensor  # (N, R) a row an id; of one without, `shared` and `rows_of` say otherwise
+    weight: (
+        Tensor  # (N, R) a row an id; of one without, `head_parameters` and `rows_of` say otherwise
+    )
     looked_up: tuple[str, ...] = ("weight",)  # own parameters whose rows are taken, not multiplied
     # Own ones as wide as the model, multiplied by the root of its width: that sets their rate (muP)
     wide_parameters: tuple[str, ...] = ("weight",)
 
-    def shared(self) -> tuple[Tensor, Tensor | None]:
+    def head_parameters(self) -> tuple[Tensor, Tensor | None]:
         """What a tied head owns, too: rows `(N, R)`, and `(R, D)` if that is what makes D of R.
 
         Raises:
@@ -327,7 +329,7 @@ class Head(Stateful):
 
         This module's own forward uses them, so ZeRO-3 gathers them here too.
         """
-        self.weight, self.projection = embedder.shared()
+        self.weight, self.projection = embedder.head_parameters()
 
     def narrow(self, h: Tensor) -> Tensor:
         """`(..., D)` as the rows of `weight` read it, `(..., R)`."""

@@ -74,7 +74,7 @@ class ByModality(IdEmbedder):
         own = lambda width: "weight" if width is None else "projection"
         self.wide_parameters = tuple(f"tables.{i}.{own(width)}" for i, (_, width) in pairs)
 
-    def shared(self) -> tuple[Tensor, Tensor | None]:
+    def head_parameters(self) -> tuple[Tensor, Tensor | None]:
         raise UserError(
             "model.heads: the embedder by_modality has no one table for a head to share; "
             "set heads.*.tied=false, or take model.embedder=factorized"

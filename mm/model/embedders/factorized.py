@@ -38,7 +38,7 @@ class Factorized(IdEmbedder):
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
         nn.init.normal_(self.projection, std=self.projection.shape[1] ** -0.5)
 
-    def shared(self) -> tuple[Tensor, Tensor | None]:
+    def head_parameters(self) -> tuple[Tensor, Tensor | None]:
         return self.weight, self.projection
 
     def vectors(
