@@ -111,7 +111,7 @@ def test_hashes_of_large_ids_and_tables_do_not_overflow() -> None:
 def test_hashed_ngrams_in_chunks_steps_and_drafts_are_those_of_training() -> None:
     embedder = hashed()
     wanted = by_document(run(embedder, PACKED))
-    for longest in (1, 2, 4):
+    for longest in (1, 4):
         state, done = embedder.initial_state(4, 9), [0] * 4
         assert state.n_bytes() == embedder.state_bytes(4, 9)
         for draft in (False, True) * 9:
@@ -291,3 +291,16 @@ def test_codes_seed_rows_and_a_longer_vocabulary_keeps_them(kind: str) -> None:
     torch.testing.assert_close(
         fresh.embedder(PACKED.ids, same).y, model.embedder(PACKED.ids, same).y
     )
+
+
+@pytest.mark.parametrize("kind", [*EMBEDDERS])
+def test_the_width_sets_the_rate_of_what_grows_with_it(kind: str) -> None:
+    """muP finds by name what a model of twice the width has wider."""
+    settings = {"embedder": EMBEDDERS.get(kind).smallest().to_dict(), "mup_base": 4}
+    small, large = (make(**settings, d_model=d).embedder for d in (16, 32))
+    grown = dict(large.named_parameters())
+    grows = {n for n, p in small.named_parameters() if p.shape != grown[n].shape}
+    rates = make(**settings).rates()
+    assert grows and grows == {*small.wide_parameters}
+    for name, _ in small.named_parameters():
+        assert rates[f"embedder.{name}"] == (0.5 if name in grows else 1.0), name
