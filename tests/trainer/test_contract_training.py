@@ -125,6 +125,7 @@ def test_an_encoder_runs_on_a_rank_without_conditions(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_embedders_on_a_rank_that_lacks_a_modality(tmp_path: Path) -> None:
     """ZeRO-3 gathers the same tables everywhere; tied heads, too, where they can be."""
     backbone, runs, alone = BACKBONES.get("stack").smallest(), dict[str, Run](), dict[str, Run]()
@@ -134,7 +135,7 @@ def test_embedders_on_a_rank_that_lacks_a_modality(tmp_path: Path) -> None:
         runs[kind] = by_rank_run(tmp_path, kind, 3, backbone=backbone, **model)
         alone[kind] = by_rank_run(tmp_path, f"{kind}-alone", 0, backbone=backbone, **model)
         train(alone[kind])
-    torchrun(2, list(runs.values()))
+    torchrun(2, list(runs.values()), timeout_s=400)
     for kind, run in runs.items():
         assert losses(run) == pytest.approx(losses(alone[kind]), rel=2e-6), kind
 
