@@ -61,9 +61,10 @@ def call(pieces: list[list[tuple[int, int, int]]], pad: int = 0) -> Batch:
 PACKED = call([[(0, 0, 9), (1, 0, 9)], [(2, 0, 2), (3, 0, 5)]], pad=2)
 
 
-def built(kind: str, **settings: Any) -> Any:
+def built(kind: str, more: int = 0, **settings: Any) -> Any:
+    """Of the vocabulary's ids, and ``more`` behind them."""
     torch.manual_seed(0)
-    embedder = EMBEDDERS.get(kind)(**settings).build(N, D, VOCABULARY)
+    embedder = EMBEDDERS.get(kind)(**settings).build(N + more, D, VOCABULARY)
     init_weights(embedder)
     return embedder.double()
 
@@ -223,13 +224,13 @@ def test_a_tied_head_reads_the_factors(kind: str, tmp_path: Path) -> None:
 
 
 def test_by_modality_is_a_loop_over_ids() -> None:
-    embedder = built("by_modality", width=5, widths={"image": 3})
+    embedder = built("by_modality", more=2, width=5, widths={"image": 3})
     with torch.no_grad():
         for i, table in enumerate(embedder.tables):
             table.gain.fill_(1.0 + i)
     tables = [(t.weight, t.projection, t.gain.item()) for t in embedder.tables]
-    assert [tuple(w.shape) for w, _, _ in tables] == [(16, D), (13, 5), (9, 3), (12, 5)]
-    every = torch.arange(N)[None, :, None].expand(1, N, 2).clone()
+    assert [tuple(w.shape) for w, _, _ in tables] == [(18, D), (13, 5), (9, 3), (12, 5)]
+    every = torch.arange(N + 2)[None, :, None].repeat(1, 1, 2)
     every[0, :, 1] = every[0, :, 1].flip(0)
     every[0, 0, 1] = -1
     got = run(embedder, Batch.of_ids(every))[0]
@@ -239,7 +240,7 @@ def test_by_modality_is_a_loop_over_ids() -> None:
         for i in (i for i in pair if i >= 0):
             m = int(VOCABULARY.modality_of(np.array([i]))[0])
             weight, projection, gain = tables[m]
-            row = weight[i - starts[m]]
+            row = weight[i - starts[m] if i < N else i - N + 16]
             wanted = wanted + gain * math.sqrt(D) * (
                 row if projection is None else row @ projection
             )
