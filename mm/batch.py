@@ -33,6 +33,12 @@ class Sum(NamedTuple):
         return self.total / self.count.clamp_min(1e-12)
 
 
+def add_sums(into: dict[str, Sum], more: Mapping[str, Sum]) -> None:
+    """Add each of ``more`` to the one of its name."""
+    for name, value in more.items():
+        into[name] = into[name] + value if name in into else value
+
+
 @dataclass(frozen=True, slots=True)
 class Values:
     """Continuous data of G items and their RESERVED places.

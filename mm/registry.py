@@ -143,7 +143,9 @@ LINEARS = Registry(
         "ternary": "mm.model.linears.ternary",
     },
 )
-EMBEDDERS = Registry("embedder", {"sum": "mm.model.embedders.sum"})
+EMBEDDERS = Registry(
+    "embedder", _modules("mm.model.embedders", "sum factorized hashed_ngrams by_modality")
+)
 ADAPTERS = Registry(
     "adapter",
     {

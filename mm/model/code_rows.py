@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mm.specs import TokenSpec
-from mm.vocabulary import Vocabulary
+from mm.vocabulary import Range, Vocabulary
 
 
 def rows_of_codes(vectors: np.ndarray, spec: TokenSpec, index: int, d_model: int) -> np.ndarray:
@@ -31,12 +31,13 @@ def rows_of_codes(vectors: np.ndarray, spec: TokenSpec, index: int, d_model: int
 
 @torch.no_grad()
 def seed_rows(
-    weight: Tensor, vocabulary: Vocabulary, code_vectors: Mapping[str, np.ndarray]
+    rows_of: Callable[[Range], Tensor],
+    vocabulary: Vocabulary,
+    code_vectors: Mapping[str, np.ndarray],
 ) -> None:
     """Set rows `(n_ids, D)` of codes to 97 % of their projected vectors and 3 % of their own."""
     for modality, vectors in code_vectors.items():
         span, spec = vocabulary.range(modality), vocabulary.spec(modality)
-        rows = rows_of_codes(vectors, spec, span.index, weight.shape[1])
-        own = weight[span.first : span.stop]
-        new = torch.from_numpy(rows).to(weight)
-        weight[span.first : span.stop] = 0.97**0.5 * new + 0.03**0.5 * own
+        own = rows_of(span)
+        new = torch.from_numpy(rows_of_codes(vectors, spec, span.index, own.shape[1])).to(own)
+        own.copy_(0.97**0.5 * new + 0.03**0.5 * own)

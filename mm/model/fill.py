@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mm.batch import Batch, Sum, Values
+from mm.batch import Batch, Sum, Values, add_sums
 from mm.errors import UserError
 from mm.mask import Full
 from mm.model.context import Ctx, Memory
@@ -48,11 +48,10 @@ def fill(
             one = torch.zeros(1, dtype=torch.int32, device=x.device)
             values = Values(adapter.zero_item(x.device), one + 1, one, one, is_full=True)
         filled = adapter(values, alone)
-        for k, value in filled.aux.items():
-            # Layers inside an adapter report by their whole name; second sequences report, too.
-            key = k if k.startswith(f"adapters.{name}.") else f"adapters.{name}.{k}"
-            aux[key] = aux[key] + value if key in aux else value
-        embedded = filled.x if filled.x is not None else embedder(filled.ids, ctx)
+        # Layers inside an adapter report by their whole name; second sequences report, too.
+        whole = f"adapters.{name}."
+        add_sums(aux, {whole + k.removeprefix(whole): v for k, v in filled.aux.items()})
+        embedded = filled.x if filled.x is not None else embedder(filled.ids, ctx).y
         at = torch.arange(embedded.shape[1], device=x.device)
         first = values.place.long()
         used = at < torch.minimum(filled.length, values.room)[:, None]
@@ -81,7 +80,8 @@ def embed_part(
 ) -> Memory:
     """A second sequence, embedded as the main one is."""
     own = replace(ctx, layout=part.layout, ids=part.ids)
-    x = embedder(part.ids, own)
+    x, _, _, reported = embedder(part.ids, own)
+    add_sums(aux, reported)
     if len(adapters):
         x, own = fill(x, part, own, adapters, embedder, aux)
     return Memory(own.layout, Full(), x)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mm.batch import Sum, Values
 from mm.errors import UserError
@@ -16,11 +15,11 @@ from mm.mask import Mask
 from mm.model.context import Ctx
 from mm.model.draft import draft_call
 from mm.model.initial_weights import fill_all
+from mm.model.stateful import Stateful, nearest
 from mm.state import State, join_parts, parts_of
-from mm.vocabulary import Vocabulary
+from mm.vocabulary import Range, Vocabulary
 
 NONE: Mapping[str, Any] = {}
-M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,68 +47,33 @@ class Out(NamedTuple):
     aux: Mapping[str, Sum] = NONE  # balance, commitment, statistics. Returned, never stored on self
 
 
-class Stateful(nn.Module):
-    """What may own a State: a layer, or a part of one such as a short convolution."""
-
-    def stateful_parts(self) -> list[Stateful]:
-        """The nearest ones below, in the order in which they were assigned."""
-        return list(_nearest(self, Stateful))
-
-    def initial_state(self, n: int, max_len: int) -> State | None:
-        """State of ``n`` fresh slots that will hold at most ``max_len`` tokens; None without one.
-
-        That of its parts (`join_parts`), unless it says otherwise.
-        """
-        return join_parts(*(part.initial_state(n, max_len) for part in self.stateful_parts()))
-
-    def state_bytes(self, n: int, max_len: int) -> int:
-        """Bytes of `initial_state(n, max_len)`, for which no memory is taken."""
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            state = self.initial_state(n, max_len)
-        return state.n_bytes() if state is not None else 0
-
-
-class StatePart(Stateful):
-    """A part of a layer that owns a State and perhaps no parameter."""
-
-    like: Tensor  # (0,) of the dtype and on the device of the parameters around
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("like", torch.empty(0), persistent=False)
-
-    @property
-    def wide(self) -> torch.dtype:
-        """What recurrences are kept and moved in: float32 or wider."""
-        return torch.promote_types(self.like.dtype, torch.float32)
-
-    def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A leaf of zeros, float32 or wider unless ``dtype`` says otherwise."""
-        return self.like.new_zeros(*shape, dtype=dtype or self.wide)
-
-
-class Layer(Stateful):
-    """Mixer, FeedForward, Block, wrapper and Backbone are all this.
+class Transducer(Stateful):
+    """What takes something of each token to an `Out`, with a State or without: layers, embedders.
 
     The SAME call trains, prefills, continues and steps.
     """
+
+    # A draft call keeps what it read, and `State.accept` runs a prefix of it again. False: the
+    # State that it returns can be cut (caches), or its parts see to it (blocks and backbones).
+    replays: bool = False
+
+    def __call__(self, x_BT: Tensor, ctx: Ctx, state: State | None = None, *more: Any) -> Out:
+        if state is None or not self.replays:
+            return super().__call__(x_BT, ctx, state, *more)
+        if not ctx.draft:
+            return super().__call__(x_BT, ctx, state.commit())
+        return draft_call(super().__call__, x_BT, ctx, state.commit())
+
+
+class Layer(Transducer):
+    """Mixer, FeedForward, Block, wrapper and Backbone are all this."""
 
     caps: Caps = Caps()
     path: str = ""  # its qualified name in the network (`name_layers`); keys of noise and reports
     kind: str = ""  # of its config, for messages
     provider_row: int = 0  # which of the readers of its Provider this layer is; the backbone says
-    # A draft call keeps what it read, and `State.accept` runs a prefix of it again. False: the
-    # State that it returns can be cut (caches), or its parts see to it (blocks and backbones).
-    replays: bool = False
     # Writes into results of its matrix products (torch's fused cells): none may be kept for later.
     overwrites: bool = False
-
-    def __call__(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None, *more: Any) -> Out:
-        if state is None or not self.replays:
-            return super().__call__(x_BTD, ctx, state, *more)
-        if not ctx.draft:
-            return super().__call__(x_BTD, ctx, state.commit())
-        return draft_call(super().__call__, x_BTD, ctx, state.commit())
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         raise NotImplementedError
@@ -285,12 +249,31 @@ class AdapterOutput(NamedTuple):
     aux: Mapping[str, Sum] = NONE
 
 
-class Embedder(nn.Module):
-    """Plug point: ids to vectors; ONE table for all ranges."""
+class Embedder(Transducer):
+    """Plug point: ids `(B, T, S)` to vectors `(B, T, D)`; its State is that of its parts."""
 
-    weight: Tensor  # (n_ids, D)
+    replays = True
+    n_ids: int
+    weight: (
+        Tensor  # (N, R) a row an id; of one without, `head_parameters` and `rows_of` say otherwise
+    )
+    looked_up: tuple[str, ...] = ("weight",)  # own parameters whose rows are taken, not multiplied
+    # Own ones as wide as the model, multiplied by the root of its width: that sets their rate (muP)
+    wide_parameters: tuple[str, ...] = ("weight",)
 
-    def forward(self, ids_BTS: Tensor, ctx: Ctx) -> Tensor:
+    def head_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """What a tied head owns, too: rows `(N, R)`, and `(R, D)` if that is what makes D of R.
+
+        Raises:
+            UserError: no head can; names the embedder, and what to set.
+        """
+        return self.weight, None
+
+    def rows_of(self, codes: Range) -> Tensor:
+        """The rows of a modality's codes, to be written to."""
+        return self.weight[codes.first : codes.stop]
+
+    def forward(self, ids_BTS: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         raise NotImplementedError
 
 
@@ -338,10 +321,24 @@ class Head(Stateful):
     looked_up: tuple[str, ...] = ()  # own parameters whose rows are taken, not multiplied (muP)
     scale_free: bool = False  # what it says does not depend on the length of `weight` (muP)
     weight: Tensor  # the matrix to the ids
+    projection: Tensor | None  # (R, D), of an embedder whose rows are narrower than D
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("projection", None)
 
     def tie(self, embedder: Embedder) -> None:
-        """Take the embedder's table as `weight`."""
-        raise NotImplementedError
+        """Own the embedder's very Parameters.
+
+        This module's own forward uses them, so ZeRO-3 gathers them here too.
+        """
+        self.weight, self.projection = embedder.head_parameters()
+
+    def narrow(self, h: Tensor) -> Tensor:
+        """`(..., D)` as the rows of `weight` read it, `(..., R)`."""
+        if self.projection is None:
+            return h
+        return nn.functional.linear(h, self.projection.to(h.dtype))
 
     def forward(
         self,
@@ -374,15 +371,7 @@ def init_weights(module: nn.Module, seed: int | None = None) -> None:
 
 def layers_in(module: nn.Module) -> Iterator[Layer]:
     """The nearest Layers below a module."""
-    return _nearest(module, Layer)
-
-
-def _nearest(module: nn.Module, kind: type[M]) -> Iterator[M]:
-    for child in module.children():
-        if isinstance(child, kind):
-            yield child
-        else:
-            yield from _nearest(child, kind)
+    return nearest(module, Layer)
 
 
 def name_layers(root: nn.Module) -> None:

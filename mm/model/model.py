@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mm.batch import Batch, Sum
+from mm.batch import Batch, Sum, add_sums
 from mm.config import Config, validate
 from mm.errors import UserError
 from mm.mask import Mask
@@ -42,6 +42,7 @@ from mm.model.layer import (
 from mm.model.memories import check_memories, fields_read
 from mm.model.padding import move_padding_last, moved_places, restore_order
 from mm.model.start_state import StartConfig, StartState
+from mm.model.stateful import Stateful
 from mm.registry import (
     BACKBONES,
     NETWORKS,
@@ -172,21 +173,22 @@ class Model(nn.Module):
         more = self.adapters, self.embedder, aux
         parts = {name: embed_part(part, ctx, *more) for name, part in batch.parts.items()}
         ctx = replace(ctx, memories={**parts, **memories})
-        x = self.embedder(batch.ids, ctx)
+        serving, stateful = state is not None, self._stateful_parts()
+        state, *others = parts_of(state, 1 + len(stateful))
+        carried = dict(zip(stateful, others, strict=True))
+        x, after, _, reported = self.embedder(batch.ids, ctx, carried.get("embedder"))
+        carried |= {"embedder": after} if "embedder" in carried else {}
+        add_sums(aux, reported)
         inner, back = ctx, None
-        stateful = self._stateful_heads()
-        state, *of_heads = parts_of(state, 1 + len(stateful))
-        carried = dict(zip(stateful, of_heads, strict=True))
         # Each rank runs each adapter, whatever its rows hold; a step of decoding holds no values.
-        if len(self.adapters) and (batch.values or state is None):
+        if len(self.adapters) and (batch.values or not serving):
             x, inner = fill(x, batch, ctx, *more)
             if inner is not ctx:
                 ctx = inner
                 x, inner, back = move_padding_last(x, ctx)
         run = self.backbone if self.start is None else partial(self.start.run, self.backbone)
         out = run(x, inner, state, path)
-        for key, value in out.aux.items():
-            aux[key] = aux[key] + value if key in aux else value
+        add_sums(aux, out.aux)
         shared = out.ctx.published if out.ctx is not None else {}
         intermediates = {
             k.removeprefix(INTERMEDIATE): v for k, v in shared.items() if k.startswith(INTERMEDIATE)
@@ -216,14 +218,14 @@ class Model(nn.Module):
                     target = target.clamp_min(0)  # -1 = none: its weight is 0
             if back is not None:
                 places = moved_places(places, back)
-            found[name] = head(
-                seen[str(head.reads)], inner, places, target if loss else None, carried.get(name)
-            )
-            whole = f"heads.{name}."  # layers inside a head report by their whole name
-            aux |= {whole + k.removeprefix(whole): v for k, v in found[name].aux.items()}
-        if out.state is not None and stateful:
-            left = {n: found[n].state if n in found else s for n, s in carried.items()}
-            out = out._replace(state=join_parts(out.state, *left.values()))
+            whole, given = f"heads.{name}", target if loss else None
+            found[name] = head(seen[str(head.reads)], inner, places, given, carried.get(whole))
+            # Layers inside a head report by their whole name.
+            aux |= {f"{whole}.{k.removeprefix(f'{whole}.')}": v for k, v in found[name].aux.items()}
+            if whole in carried:
+                carried[whole] = found[name].state
+        if serving and stateful:
+            out = out._replace(state=join_parts(out.state, *carried.values()))
         return ModelOut(
             hidden,
             found,
@@ -235,22 +237,23 @@ class Model(nn.Module):
     def initial_state(self, n: int, max_len: int, path: Sequence[int] | None = None) -> StateTuple:
         """State of ``n`` fresh slots for documents of at most ``max_len`` tokens.
 
-        That of the backbone, and of the heads that have one.
+        That of the backbone, and of the embedder and the heads that have one.
         """
         more: dict[str, Any] = {} if path is None else {"path": path}
         max_len += self.start.length if self.start is not None else 0
-        own = [h.initial_state(n, max_len) for h in self._stateful_heads().values()]
+        own = [p.initial_state(n, max_len) for p in self._stateful_parts().values()]
         return join_parts(self.backbone.initial_state(n, max_len, **more), *own)  # type: ignore
 
     def state_bytes(self, n: int, max_len: int) -> int:
         """Declared bytes of `initial_state`."""
         max_len += self.start.length if self.start is not None else 0
-        heads = sum(h.state_bytes(n, max_len) for h in self._stateful_heads().values())
-        return self.backbone.state_bytes(n, max_len) + heads
+        own = sum(p.state_bytes(n, max_len) for p in self._stateful_parts().values())
+        return self.backbone.state_bytes(n, max_len) + own
 
-    def _stateful_heads(self) -> dict[str, Head]:
-        named = ((n, h) for n, h in self.heads.items() if isinstance(h, Head))
-        return {name: head for name, head in named if head.stateful_parts()}
+    def _stateful_parts(self) -> dict[str, Stateful]:
+        """The embedder and the heads that have a State, by qualified name."""
+        named = {"embedder": self.embedder} | {f"heads.{n}": h for n, h in self.heads.items()}
+        return {n: p for n, p in named.items() if isinstance(p, Stateful) and p.stateful_parts()}
 
     def after_step(self, stats: Mapping[str, Sum]) -> None:
         """Hand globally summed statistics to the modules that reported them."""
@@ -372,7 +375,7 @@ class LmConfig(Config):
         return Model(
             self,
             vocabulary or Vocabulary(),
-            self.embedder.build(n_ids, self.d_model),
+            self.embedder.build(n_ids, self.d_model, vocabulary or Vocabulary()),
             {name: adapter.build(self.d_model) for name, adapter in self.adapters.items()},
             backbone,
             {name: head.build(self.d_model, n_ids) for name, head in self.heads.items()},
@@ -395,6 +398,6 @@ class LmConfig(Config):
         if not self.code_init:
             return
         assert isinstance(module, Model)
-        seed_rows(module.embedder.weight, module.vocabulary, code_vectors)
+        seed_rows(module.embedder.rows_of, module.vocabulary, code_vectors)
 
     small = {"d_model": 16, "backbone": BACKBONES.get("stack").smallest()}

@@ -22,9 +22,9 @@ def rates(model: Any, base: int, d_model: int) -> dict[str, float]:
     """Multiple of the learning rate that each parameter takes, by name.
 
     Matrices of the backbone read something as wide as the model: base / width; so do those of heads
-    and adapters that grow with the model where they read. The embedding table is multiplied by
-    sqrt(width) in its forward: sqrt(base / width). Gains, biases, tables and what reads a width of
-    its own: 1.
+    and adapters that grow with the model where they read. What an embedder has of the model's width
+    is multiplied by sqrt(width) in its forward: sqrt(base / width). Gains, biases, tables and what
+    reads a width of its own: 1.
     """
     ratio = base / d_model
     out = {name: 1.0 for name, _ in model.named_parameters()}
@@ -33,7 +33,7 @@ def rates(model: Any, base: int, d_model: int) -> dict[str, float]:
             own = {name for name, _ in module.named_parameters(recurse=False)}
             out |= {f"{path}.{n}": ratio for n in own.intersection(module.wide_parameters)}
     out |= {name: ratio for name in _reading_the_width(model) if name in out}
-    out["embedder.weight"] = ratio**0.5
+    out |= {f"embedder.{name}": ratio**0.5 for name in model.embedder.wide_parameters}
     return out
 
 
@@ -53,7 +53,7 @@ def _reading_the_width(model: Any) -> set[str]:
     own, which may be the same number. Dimension 1 is what a matrix reads, but of tables that are
     looked up.
     """
-    config, n_ids = model.config, model.embedder.weight.shape[0]
+    config, n_ids = model.config, model.embedder.n_ids
     own = {f"heads.{n}": lambda d, c=c: c.build(d, n_ids) for n, c in config.heads.items()}
     own |= {f"adapters.{n}": lambda d, c=c: c.build(d) for n, c in config.adapters.items()}
     return {f"{path}.{p}" for path, build in own.items() for p in _growing(build, config.d_model)}

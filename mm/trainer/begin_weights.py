@@ -16,7 +16,7 @@ from mm.trainer.engine.deepspeed import Read
 from mm.trainer.fit_weights import Rows
 
 Weights = Mapping[str, Tensor]
-SEEDED = "embedder.weight"  # what `prepare` of a model's config changes
+SEEDED = "embedder."  # what `prepare` of a model's config changes begins so
 
 
 def load_weights(
@@ -86,7 +86,7 @@ def fill_cut(
     buffers = {name for name, _ in module.named_buffers()}
     left = {name for name in weights if name not in buffers} if read is None else set()
     for _, found in fill_by_module(module, device, seed):
-        if prepare is not None and SEEDED in found:
+        if prepare is not None and any(name.startswith(SEEDED) for name in found):
             prepare()
         for name in left & found.keys():
             _put(found[name], weights[name])

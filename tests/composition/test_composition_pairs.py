@@ -174,12 +174,17 @@ def placed(registry: Registry) -> list[tuple[str, str]]:
     ]
 
 
-PLACED = [
-    pytest.param(registry, *place, position, id=f"{'-'.join(place)}-{position['kind']}")
-    for registry in (MIXERS, EMBEDDERS, BACKBONES)
-    for place in placed(registry)
-    for position in (smallest(POSITIONS, kind) for kind in POSITIONS)
-]
+def where_placed(*registries: Registry) -> list[Any]:
+    return [
+        pytest.param(registry, *place, position, id=f"{'-'.join(place)}-{position['kind']}")
+        for registry in registries
+        for place in placed(registry)
+        for position in (smallest(POSITIONS, kind) for kind in POSITIONS)
+    ]
+
+
+# Embedders share what adds positions.
+PLACED = [*where_placed(MIXERS, BACKBONES), *every(4, where_placed(EMBEDDERS))]
 
 
 def with_position(registry: Registry, kind: str, name: str, position: dict[str, Any]) -> Case:
@@ -277,9 +282,16 @@ def test_adapter_and_mixer_that_reads_ids(adapter: str, readers: dict[str, dict[
             holds(fixed(model, "causal", ITEMS), chunks=True)
 
 
-@pytest.mark.parametrize("mask", ["causal", "prefix", "full", "window"])
-@pytest.mark.parametrize("adapter", [*ADAPTERS])
-@pytest.mark.parametrize("embedder", [*EMBEDDERS])
+# By default each adapter under each mask once, with one embedder after another.
+THREE = [
+    pytest.param(a, m, e)
+    for i, a in enumerate(ADAPTERS)
+    for j, m in enumerate(["causal", "prefix", "full", "window"])
+    for e in [*EMBEDDERS][(i + j) % len(EMBEDDERS) :] + [*EMBEDDERS][: (i + j) % len(EMBEDDERS)]
+]
+
+
+@pytest.mark.parametrize("adapter,mask,embedder", every(len(EMBEDDERS), THREE))
 def test_adapter_and_mask_and_embedder(adapter: str, mask: str, embedder: str) -> None:
     """Also without the field that the mask names: nobody has a prefix then."""
     model = {

@@ -144,6 +144,10 @@ FAULTS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"heads": {"tokens": {"kind": "softmax", "tied": True}}},
         ["model.embedder.scale is 6.3"],
     ),
+    "embedder": (
+        {"embedder": {"kind": "factorized", "rank": 8, "scale": 1.0}},
+        ["model.embedder.kind is 'factorized', there 'sum'", "rank is 8"],
+    ),
     "heads": (
         {"heads": {"tokens": "softmax", "more": "softmax"}},
         ["model.heads.more ('softmax')"],

@@ -142,7 +142,7 @@ def test_noise_of_embeddings_is_that_of_the_paper_and_of_training_alone() -> Non
     net = NETWORKS.parse(config).build(VOCABULARY)
     init_weights(net)
     seen: list[torch.Tensor] = []
-    net.embedder.register_forward_hook(lambda m, args, y: seen.append(y.detach()))
+    net.embedder.register_forward_hook(lambda m, args, out: seen.append(out.y.detach()))
     ids, layout = ids_of(9, 4), Layout.from_rows([[Doc(9), Doc(4)]], 15)
     batch = Batch.of_ids(torch.nn.functional.pad(ids, (0, 2)), layout)
     for training, seed in ((False, 0), (True, 1), (True, 1), (True, 2)):

@@ -17,7 +17,7 @@ from trainer_toys import toys_registered  # noqa: F401
 from mm.batch import Batch, Values
 from mm.data.batching.collate import to_batch
 from mm.model.layer import ModelOut
-from mm.registry import BACKBONES, NETWORKS, OBJECTIVES, OPTIMIZERS
+from mm.registry import BACKBONES, EMBEDDERS, NETWORKS, OBJECTIVES, OPTIMIZERS
 from mm.run import Run
 from mm.specs import Segment
 from mm.trainer.checkpoint import format as checkpoint
@@ -37,14 +37,18 @@ def adafactor_run(out: Path, name: str, stage: int) -> Run:
     return run.model_copy(update={"stages": stages})
 
 
+def by_rank_run(out: Path, name: str, stage: int, **model: Any) -> Run:
+    """A run of a language model whose rank 1 alone has conditions and lacks text."""
+    run = make_run(out, name, stage=stage, data={"by_rank": True})
+    config = NETWORKS.get("lm")(d_model=16, **model)  # type: ignore[call-arg]
+    return run.model_copy(update={"model": config})
+
+
 def encoder_decoder_run(out: Path, name: str, stage: int, recompute: str) -> Run:
     """A run whose rank 1 alone has conditions to encode."""
     backbone = BACKBONES.get("encoder_decoder").smallest()
-    model = NETWORKS.get("lm")(
-        d_model=16, backbone=backbone.model_copy(update={"recompute": recompute})
-    )  # type: ignore[call-arg]
-    run = make_run(out, name, stage=stage, data={"by_rank": True})
-    return run.model_copy(update={"model": model})
+    backbone = backbone.model_copy(update={"recompute": recompute})
+    return by_rank_run(out, name, stage, backbone=backbone)
 
 
 def apart_run(out: Path, name: str, stage: int) -> Run:
@@ -140,6 +144,22 @@ def test_weights_by_modality_and_drawn_widths_are_those_of_one_rank(
     alone = apart_run(tmp_path, "alone", 0)
     train(alone)
     assert losses(two_ranks["apart3"]) == pytest.approx(losses(alone), rel=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_embedders_on_a_rank_that_lacks_a_modality(tmp_path: Path) -> None:
+    """ZeRO-3 gathers the same tables everywhere; tied heads, too, where they can be."""
+    backbone, runs, alone = BACKBONES.get("stack").smallest(), dict[str, Run](), dict[str, Run]()
+    for kind in EMBEDDERS:
+        head = {"kind": "softmax", "tied": kind != "by_modality"}
+        model = {"embedder": EMBEDDERS.get(kind).smallest(), "heads": {"tokens": head}}
+        runs[kind] = by_rank_run(tmp_path, kind, 3, backbone=backbone, **model)
+        alone[kind] = by_rank_run(tmp_path, f"{kind}-alone", 0, backbone=backbone, **model)
+        train(alone[kind])
+    torchrun(2, list(runs.values()), timeout_s=400)
+    for kind, run in runs.items():
+        assert losses(run) == pytest.approx(losses(alone[kind]), rel=2e-6), kind
 
 
 def test_two_ranks_end_a_stage_early_together(two_ranks: dict[str, Run]) -> None:

@@ -19,12 +19,13 @@ from mm.layout import Layout
 from mm.mask import Full, Mask, Prefix
 from mm.model.backbones.stack import INTERMEDIATE, Stack, StackConfig
 from mm.model.context import Ctx, Memory
-from mm.model.layer import Backbone, Caps, Layer, LinearFactory, Out, Stateful, zero_gradient_touch
+from mm.model.layer import Backbone, Caps, Layer, LinearFactory, Out, zero_gradient_touch
 from mm.model.linears.dense import dense
 from mm.model.memories import MEMORIES, memories_read
 from mm.model.mixers.wrappers.reverse import both_ways
 from mm.model.recompute import Recompute
 from mm.model.split import Part, split_off
+from mm.model.stateful import Stateful
 from mm.model.varlen import PackedRows
 from mm.registry import BACKBONES, BlockField
 from mm.state import DataclassState, State

@@ -16,8 +16,9 @@ from mm.layout import Fields, Layout
 from mm.mask import Causal
 from mm.model.context import Ctx
 from mm.model.heads.parallel import Parallel, ParallelConfig
-from mm.model.layer import Backbone, Stateful
+from mm.model.layer import Backbone
 from mm.model.memories import refuse_memories
+from mm.model.stateful import Stateful
 from mm.registry import HEADS, BackboneField, LinearField
 from mm.state import DataclassState, State
 

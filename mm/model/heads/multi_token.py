@@ -71,7 +71,7 @@ class MultiToken(Softmax):
         if target is None:
             if DRAFTS not in ctx.return_intermediates:
                 return out
-            states = self.states(flat.index_select(0, first))
+            states = self.narrow(self.states(flat.index_select(0, first)))
             drafts = nn.functional.linear(states, self.weight.to(states.dtype)).transpose(0, 1)
             assert out.dist is not None and out.dist.logits is not None
             return HeadOut(None, Drafts(out.dist.logits, drafts))
@@ -79,7 +79,7 @@ class MultiToken(Softmax):
         ids = (target[:, self.stream] if target.dim() == 2 else target).long()
         which = torch.full((len(flat) + self.ahead,), -1, device=first.device)
         which[first] = torch.arange(len(first), device=first.device)
-        states = self.states(flat.index_select(0, first))
+        states = self.narrow(self.states(flat.index_select(0, first)))
         total, count = flat.new_zeros((), dtype=torch.float32), torch.zeros((), device=flat.device)
         for k in range(1, self.ahead + 1):
             # The place k later, where it is one of the places and of the same document.

@@ -5,7 +5,7 @@ P places, D model, N ids, S streams: the first is that of the head `tokens`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -15,7 +15,7 @@ from mm.config import Config
 from mm.kernels.cross_entropy import linear_cross_entropy
 from mm.model.context import Ctx
 from mm.model.heads.softmax import Categorical
-from mm.model.layer import Embedder, Head, HeadOut, zero_gradient_touch
+from mm.model.layer import Head, HeadOut, zero_gradient_touch
 from mm.registry import HEADS
 from mm.specs import Delays
 from mm.state import State
@@ -37,10 +37,6 @@ class Parallel(Head):
         self.reads, self.tied, self.delays = config.reads, config.tied, config.delays
         self.weight = nn.Parameter(torch.empty(n_ids, d_model))
 
-    def tie(self, embedder: Embedder) -> None:
-        """Own the embedder's very Parameter, as the head `softmax` does."""
-        self.weight = cast(nn.Parameter, embedder.weight)
-
     def init_weights(self) -> None:
         if not self.tied:
             nn.init.normal_(self.weight, std=0.25 * self.weight.shape[1] ** -0.5)
@@ -61,10 +57,10 @@ class Parallel(Head):
     ) -> tuple[Tensor, State | None, dict[str, Any]]:
         """Hidden states of streams 1 to S `(P, S, D)`, told the ids of streams 0 to S - 1.
 
-        With a ``state`` of those that it was not told yet alone. Then the State after them, and
-        what is reported.
+        They are as the rows of `weight` read them. With a ``state`` of those that it was not told
+        yet alone. Then the State after them, and what is reported.
         """
-        return h_PD[:, None].expand(-1, known_PS.shape[1], -1), state, {}
+        return self.narrow(h_PD)[:, None].expand(-1, known_PS.shape[1], -1), state, {}
 
     def forward(
         self,
@@ -96,8 +92,8 @@ class Parallel(Head):
         nll = h.new_zeros(len(h), dtype=wide)
         if ids.shape[1] == 1:
             return HeadOut(nll + zero_gradient_touch(self.parameters(), nll), None)
-        # Its own parameter alone: those of layers below are used where ZeRO-3 gathers them.
-        nll = nll + zero_gradient_touch([cast(nn.Parameter, self.weight)], nll)
+        # Its own parameters alone: those of layers below are used where ZeRO-3 gathers them.
+        nll = nll + zero_gradient_touch(self.parameters(recurse=False), nll)
         # A micro-batch without any code runs one place of zeros, so that all ranks run alike.
         some = len(h) > 0
         given = h if some else h.new_zeros(1, h.shape[1])

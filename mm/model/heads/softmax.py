@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mm.config import Config
 from mm.kernels.cross_entropy import linear_cross_entropy
 from mm.model.context import Ctx
-from mm.model.layer import Embedder, Head, HeadOut
+from mm.model.layer import Head, HeadOut
 from mm.registry import HEADS
 from mm.state import State
 
@@ -49,13 +49,6 @@ class Softmax(Head):
         self.reads, self.stream, self.tied = config.reads, config.stream, config.tied
         self.weight = nn.Parameter(torch.empty(n_ids, d_model))
 
-    def tie(self, embedder: Embedder) -> None:
-        """Own the embedder's very Parameter.
-
-        This module's own forward uses it, so ZeRO-3 gathers it here too.
-        """
-        self.weight = cast(nn.Parameter, embedder.weight)
-
     def init_weights(self) -> None:
         if not self.tied:
             nn.init.normal_(self.weight, std=0.25 * self.weight.shape[1] ** -0.5)
@@ -69,7 +62,7 @@ class Softmax(Head):
         state: State | None = None,
     ) -> HeadOut:
         """``target`` `(P,)` or `(P, S)` int ids, or None for the distribution."""
-        h = h_BTD.flatten(0, 1).index_select(0, places_P.long())
+        h = self.narrow(h_BTD.flatten(0, 1).index_select(0, places_P.long()))
         if target is None:
             logits = nn.functional.linear(h, self.weight.to(h.dtype))
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -115,7 +115,8 @@ def memory(device: torch.device) -> dict[str, float]:
 
 def multiplied_weights(module: torch.nn.Module) -> int:
     """Weights that a token is multiplied with: all but tables that are only looked up."""
-    tables = {id(m.weight) for m in module.modules() if isinstance(m, Embedder)}
+    embedders = [m for m in module.modules() if isinstance(m, Embedder)]
+    tables = {id(m.get_parameter(name)) for m in embedders for name in m.looked_up}
     tables -= {id(m.weight) for m in module.modules() if isinstance(m, Head)}
     return sum(
         int(getattr(p, "ds_numel", p.numel())) for p in module.parameters() if id(p) not in tables

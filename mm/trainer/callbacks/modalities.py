@@ -136,8 +136,8 @@ def tables_of(module: nn.Module, n_ids: int) -> dict[str, str]:
     out: dict[str, str] = {}
     for kind, suffix in ((Embedder, "embedding"), (Head, "head")):
         for part in (m for m in module.modules() if isinstance(m, kind)):
-            weight: Any = part.weight
-            shape = getattr(weight, "ds_shape", weight.shape)
+            weight: Any = getattr(part, "weight", None)
+            shape = getattr(weight, "ds_shape", getattr(weight, "shape", (0,)))
             if id(weight) in names and shape[0] >= n_ids:
                 out.setdefault(names[id(weight)], suffix)
     return out

@@ -16,7 +16,7 @@ from mm.kernels.attention.spec import NO_MASK, MaskSpec
 from mm.layout import Fields, Layout
 from mm.mask import Mask
 from mm.model.context import Ctx
-from mm.model.layer import StatePart
+from mm.model.stateful import StatePart
 from mm.model.varlen import PackedRows, merge_fields, refuse_overflow
 from mm.state import DataclassState, State
 

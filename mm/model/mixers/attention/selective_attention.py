@@ -15,8 +15,9 @@ from torch import Tensor
 from mm.kernels.attention import attention
 from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.model.context import Ctx
-from mm.model.layer import Caps, LinearFactory, StatePart
+from mm.model.layer import Caps, LinearFactory
 from mm.model.mixers.attention.base import AttentionRows, GroupedAttention, HeadsConfig
+from mm.model.stateful import StatePart
 from mm.registry import MIXERS
 from mm.state import DataclassState, State
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from mm.batch import Sum
 from mm.model.context import Ctx
-from mm.model.layer import LinearFactory, Mixer, Out, StatePart
+from mm.model.layer import LinearFactory, Mixer, Out
 from mm.model.layer_config import LayerConfig
 from mm.model.norm import RMSNorm
+from mm.model.stateful import StatePart
 from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS
 from mm.state import DataclassState, State

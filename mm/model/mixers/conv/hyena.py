@@ -16,9 +16,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.model.context import Ctx
-from mm.model.layer import LinearFactory, Mixer, Out, StatePart
+from mm.model.layer import LinearFactory, Mixer, Out
 from mm.model.layer_config import LayerConfig
 from mm.model.mixers.conv.state import ShortConv
+from mm.model.stateful import StatePart
 from mm.model.varlen import PackedRows, per_document, refuse_overflow
 from mm.registry import MIXERS
 from mm.state import DataclassState, State, join_parts, parts_of

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from mm.kernels.causal_conv import causal_conv
 from mm.model.context import Ctx
-from mm.model.layer import StatePart
 from mm.model.sequence import halo
+from mm.model.stateful import StatePart
 from mm.model.varlen import PackedRows
 from mm.state import DataclassState, State
 

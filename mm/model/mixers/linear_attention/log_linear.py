@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm.model.context import Ctx
-from mm.model.layer import Caps, LinearFactory, Mixer, Out, Stateful, StatePart
+from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.layer_config import LayerConfig
 from mm.model.mixers.linear_attention.delta_rule import DeltaRuleConfig
 from mm.model.mixers.linear_attention.linear_attention import (
@@ -23,6 +23,7 @@ from mm.model.mixers.linear_attention.linear_attention import (
     require_head_decay,
 )
 from mm.model.sequence import carry_over
+from mm.model.stateful import Stateful, StatePart
 from mm.model.varlen import PackedRows, per_document, pieces
 from mm.registry import MIXERS, MixerField
 from mm.state import DataclassState, State, join_parts, parts_of

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mm.kernels.linear_attention import linear_attention
 from mm.model.context import Ctx
-from mm.model.layer import LinearFactory, Stateful
+from mm.model.layer import LinearFactory
 from mm.model.layer_config import LayerConfig
 from mm.model.mixers.linear_attention.linear_attention import (
     EPS,
@@ -25,6 +25,7 @@ from mm.model.mixers.linear_attention.linear_attention import (
 from mm.model.mixers.linear_attention.memory import MatrixMemory
 from mm.model.mixers.ssm.scan import Hidden, RecurrentState
 from mm.model.sequence import Link
+from mm.model.stateful import Stateful
 from mm.model.varlen import PackedRows
 from mm.registry import MIXERS
 from mm.state import State, join_parts, parts_of

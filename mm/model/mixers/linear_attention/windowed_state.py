@@ -16,12 +16,13 @@ from torch import Tensor
 
 from mm.kernels.linear_attention import linear_attention
 from mm.model.context import Ctx
-from mm.model.layer import LinearFactory, Mixer, Out, Stateful, StatePart
+from mm.model.layer import LinearFactory, Mixer, Out
 from mm.model.layer_config import LayerConfig
 from mm.model.mixers.linear_attention.linear_attention import (
     SMALL_SCALAR,
     require_head_decay,
 )
+from mm.model.stateful import Stateful, StatePart
 from mm.model.varlen import PackedRows, per_document
 from mm.registry import MIXERS, MixerField
 from mm.state import DataclassState, State, join_parts, parts_of

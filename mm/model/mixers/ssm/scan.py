@@ -15,8 +15,8 @@ from torch import Tensor
 from mm.kernels.complex_scan import complex_scan, multiply
 from mm.layout import Layout
 from mm.model.context import Ctx
-from mm.model.layer import StatePart
 from mm.model.sequence import Link, carry_over, decay
+from mm.model.stateful import StatePart
 from mm.model.varlen import PackedRows
 from mm.state import DataclassState, State
 

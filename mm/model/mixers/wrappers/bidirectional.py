@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mm.mask import Causal, Mask
 from mm.model.context import Ctx
-from mm.model.layer import Caps, LinearFactory, Mixer, Out, Stateful, zero_gradient_touch
+from mm.model.layer import Caps, LinearFactory, Mixer, Out, zero_gradient_touch
 from mm.model.layer_config import LayerConfig
 from mm.model.memories import memories_read
 from mm.model.mixers.wrappers.reverse import (
@@ -23,6 +23,7 @@ from mm.model.mixers.wrappers.reverse import (
     reorder,
     reverse,
 )
+from mm.model.stateful import Stateful
 from mm.registry import MIXERS, MixerField
 from mm.state import State
 
