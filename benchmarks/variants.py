@@ -1,10 +1,12 @@
-"""Members that change one part of a stack, side by side at equal steps: held-out bits per byte.
+"""Members that change one part of a stack, side by side at equal steps: held-out figures.
 
     python benchmarks/variants.py DIR [--only NAME] [--seeds 1] [--steps 150]
 
 DIR holds tinyshakespeare.txt. Every YAML of configs/block, ffn, linear and embedder, and what
-`NAMED` says, on configs/members/variants.yaml, all in this process. Writes runs/members; a run that
-is done is not done again. What it reached stands in docs/results.md.
+`NAMED` says, on configs/members/variants.yaml: bits per byte of held-out text. Those that tell
+modalities apart on configs/quickstart/backbone.yaml, with the data of runs/quickstart (`mm
+quickstart`): nats a target, which weighs captions as training does. All in this process. Writes
+runs/members; a run that is done is not done again. What it reached stands in docs/results.md.
 """
 
 from __future__ import annotations
@@ -46,13 +48,15 @@ NAMED: dict[str, dict[str, Any]] = {  # key of the run -> value; without a file 
 }
 # They train few of the weights that they are given, so from nothing they say nothing.
 ADAPTING = ("linear/lora", "linear/dora", "linear/qlora")
+PLAIN_OF_ALL = "plain, all modalities"
+OF_ALL = (PLAIN_OF_ALL, "embedder/by_modality", "linear/by_modality")
 FILES = [
     name
     for folder in KEYS
     for file in sorted((ROOT / "configs" / folder).glob("*.yaml"))
-    if (name := f"{folder}/{file.stem}") not in ADAPTING
+    if (name := f"{folder}/{file.stem}") not in (*ADAPTING, *OF_ALL)
 ]
-NAMES = (PLAIN, *FILES, *NAMED)
+NAMES = (PLAIN, *FILES, *NAMED, *OF_ALL)
 
 
 def config_of(name: str, seed: int, steps: int) -> Run:
@@ -61,10 +65,23 @@ def config_of(name: str, seed: int, steps: int) -> Run:
     changed: dict[str, Any] = dict(NAMED.get(name, {}))
     if kind and not changed:
         changed = {KEYS[folder]: read(ROOT / "configs" / f"{name}.yaml")}
-    changed |= {"name": f"variants_{kind or name}_{steps}_{seed}", "seed": seed}
+    called = f"variants_{name.replace('/', '_').replace(', ', '_').replace(' ', '_')}"
+    changed |= {"name": f"{called}_{steps}_{seed}", "seed": seed}
     changed |= {"stages.0.budget.steps": steps, "stages.0.eval_every": steps}
+    file = "members/variants.yaml"
+    if name in OF_ALL:
+        file = "quickstart/backbone.yaml"
+        changed |= {"out": str(OUT), "callbacks": [], "checkpoints.every": 0}
     words = [f"{key}={json.dumps(value)}" for key, value in changed.items()]
-    return Run.load(ROOT / "configs" / "members" / "variants.yaml", words)
+    return Run.load(ROOT / "configs" / file, words)
+
+
+def figure_of(run: Run) -> tuple[float, str]:
+    """What a run that has ended reached on held-out data, and its unit."""
+    rows = metrics.read(run.folder / "metrics.jsonl")
+    last = {key: value for row in rows for key, value in row.items()}
+    bits = [v for k, v in last.items() if k.endswith("/text_bits_per_byte")]
+    return (bits[0], "bits per byte") if bits else (last["val/loss"], "nats a target")
 
 
 def main() -> None:
@@ -77,15 +94,15 @@ def main() -> None:
     args = parser.parse_args()
     prepare(args.source / "tinyshakespeare.txt")
     for name in args.only or NAMES:
-        found = []
+        found, unit = [], ""
         for seed in range(args.seeds):
             run = config_of(name, seed, args.steps)
             if not (OUT / run.name / "model").exists():
                 train(run)
-            (*_, last) = metrics.read(run.folder / "metrics.jsonl")
-            found += [v for k, v in last.items() if k.endswith("/text_bits_per_byte")]
+            value, unit = figure_of(run)
+            found.append(value)
         each = ", ".join(f"{x:.3f}" for x in found)
-        print(f"{name}: {statistics.mean(found):.3f} ({each}) bits per byte", flush=True)
+        print(f"{name}: {statistics.mean(found):.3f} ({each}) {unit}", flush=True)
 
 
 if __name__ == "__main__":
