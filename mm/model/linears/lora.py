@@ -125,7 +125,7 @@ class Lora(Linear):
             UserError: the base is no plain matrix.
         """
         if not self.base.exact:
-            raise UserError(f"{self.path}: adapters of a base that rounds are no part of a matrix")
+            raise UserError(f"{self.path}: its base is no one matrix: adapters cannot be merged")
         whole = self.base_matrix() + self.update()
         if self.magnitude is not None:
             whole = whole * (self.magnitude / _norm(whole))[:, None]
