@@ -282,16 +282,17 @@ def test_adapter_and_mixer_that_reads_ids(adapter: str, readers: dict[str, dict[
             holds(fixed(model, "causal", ITEMS), chunks=True)
 
 
+MASKS = ("causal", "prefix", "full", "window")
 # By default each adapter under each mask once, with one embedder after another.
 THREE = [
-    pytest.param(a, m, e)
-    for i, a in enumerate(ADAPTERS)
-    for j, m in enumerate(["causal", "prefix", "full", "window"])
-    for e in [*EMBEDDERS][(i + j) % len(EMBEDDERS) :] + [*EMBEDDERS][: (i + j) % len(EMBEDDERS)]
+    pytest.param(adapter, mask, [*EMBEDDERS][(i + j + k) % len([*EMBEDDERS])])
+    for i, adapter in enumerate(ADAPTERS)
+    for j, mask in enumerate(MASKS)
+    for k, _ in enumerate(EMBEDDERS)
 ]
 
 
-@pytest.mark.parametrize("adapter,mask,embedder", every(len(EMBEDDERS), THREE))
+@pytest.mark.parametrize("adapter,mask,embedder", every(len([*EMBEDDERS]), THREE))
 def test_adapter_and_mask_and_embedder(adapter: str, mask: str, embedder: str) -> None:
     """Also without the field that the mask names: nobody has a prefix then."""
     model = {

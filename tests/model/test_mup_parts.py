@@ -1,4 +1,4 @@
-"""muP of heads and adapters: no matrix of any moves what is said farther in a wider model."""
+"""muP of heads, adapters, embedders: no matrix moves what is said farther in a wider model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mm.mask import Causal
 from mm.model.context import Ctx
 from mm.model.heads.multi_token import DRAFTS
 from mm.model.layer import init_weights
-from mm.registry import ADAPTERS, HEADS, NETWORKS
+from mm.registry import ADAPTERS, EMBEDDERS, HEADS, NETWORKS
 from mm.specs import TokenSpec
 from mm.vocabulary import extend_vocabulary
 
@@ -28,7 +28,8 @@ LEAST, MOST = -0.75, 0.45
 
 def build(plug: str, kind: str, width: int) -> tuple[Any, Any, str]:
     """A model of ``width`` with the member, the member, and its path."""
-    config = {"HEADS": HEADS, "ADAPTERS": ADAPTERS}[plug].get(kind).smallest()
+    registry = {"HEADS": HEADS, "ADAPTERS": ADAPTERS, "EMBEDDERS": EMBEDDERS}[plug]
+    config = registry.get(kind).smallest()
     member: dict[str, Any] = {"kind": kind, **config.to_dict()}
     specs = [TokenSpec("text", 20), TokenSpec("audio", 8, 3)]
     if "delays" in member:
@@ -41,15 +42,17 @@ def build(plug: str, kind: str, width: int) -> tuple[Any, Any, str]:
         given["adapters"] = {"picture": member}
         n: Any = getattr(config, "d_in", 0)
         specs.append(TokenSpec("picture", 0, continuous=True, n_features=n))
+    if plug == "EMBEDDERS":
+        given["embedder"] = member
     model = NETWORKS.parse(given).build(extend_vocabulary(specs))
     init_weights(model)
     model.double().eval()
-    part = model.heads["member"] if plug == "HEADS" else model.adapters["picture"]
-    return model, part, "heads.member" if plug == "HEADS" else "adapters.picture"
+    paths = {"HEADS": "heads.member", "ADAPTERS": "adapters.picture", "EMBEDDERS": "embedder"}
+    return model, model.get_submodule(paths[plug]), paths[plug]
 
 
 def said(plug: str, part: Any, width: int, seed: int) -> Tensor:
-    """Numbers that the member makes of hidden states or values of size 1."""
+    """Numbers that the member makes of hidden states or values of size 1, or of all ids."""
     draw = torch.Generator().manual_seed(seed)
     ctx = Ctx(Layout.from_rows([[Doc(PLACES)]]), Causal(), return_intermediates=frozenset({DRAFTS}))
     if plug == "ADAPTERS":
@@ -57,6 +60,9 @@ def said(plug: str, part: Any, width: int, seed: int) -> Tensor:
         data = torch.randn(4, *zero.shape[1:], generator=draw, dtype=torch.float64)
         each = torch.full((4,), zero.shape[1], dtype=torch.int32)
         return part(Values(data, each, torch.arange(4) * 8, each), ctx).x.flatten()
+    if plug == "EMBEDDERS":
+        ids = torch.arange(part.n_ids)[None, :, None]
+        return part(ids, Ctx(Layout.plain(1, part.n_ids), Causal())).y.flatten()
     hidden = torch.randn(1, PLACES, width, generator=draw, dtype=torch.float64)
     more: dict[str, Any] = {}
     if hasattr(part, "delays"):
@@ -91,7 +97,12 @@ def move(plug: str, kind: str, width: int, seed: int) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    "plug,kind", [("HEADS", kind) for kind in HEADS] + [("ADAPTERS", kind) for kind in ADAPTERS]
+    "plug,kind",
+    [
+        *(("HEADS", kind) for kind in HEADS),
+        *(("ADAPTERS", kind) for kind in ADAPTERS),
+        *(("EMBEDDERS", kind) for kind in EMBEDDERS),
+    ],
 )
 def test_no_matrix_moves_what_is_said_farther_in_a_wider_model(plug: str, kind: str) -> None:
     small, large = ([move(plug, kind, width, seed) for seed in range(SEEDS)] for width in WIDTHS)
