@@ -1,15 +1,16 @@
-"""Members that change one part of a stack, side by side at equal steps: held-out nats a token.
+"""Members that change one part of a stack, side by side at equal steps: held-out bits per byte.
 
     python benchmarks/variants.py DIR [--only NAME] [--seeds 1] [--steps 150]
 
-DIR holds tinyshakespeare.txt. Feed-forwards, blocks, linears and a backbone on
-configs/members/variants.yaml, all in this process. Writes runs/members; a run that is done is not
-done again. What it reached stands in docs/results.md.
+DIR holds tinyshakespeare.txt. Every YAML of configs/block, ffn, linear and embedder, and what
+`NAMED` says, on configs/members/variants.yaml, all in this process. Writes runs/members; a run that
+is done is not done again. What it reached stands in docs/results.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -22,31 +23,49 @@ from mm.run import Run
 from mm.trainer.log import metrics
 from mm.trainer.loop import train
 
-AT = {"ffn": ("backbone", "ffn"), "block": ("backbone", "block"), "linear": ("linear",)}
-NAMED = {  # without a file of their own
-    "ffn/rwkv_ffn": {"kind": "rwkv_ffn"},
-    "block/layer_drop": {"kind": "layer_drop"},
-    "backbone/looped": {"kind": "looped", "pattern": "attention", "depth": 1, "loops": 3},
+PLAIN = "plain"  # swiglu under prenorm, dense matrices, one table, softmax
+KEYS = {
+    "block": "model.backbone.block",
+    "embedder": "model.embedder",
+    "ffn": "model.backbone.ffn",
+    "linear": "model.linear",
 }
-FILES = ("ffn/geglu", "ffn/relu_squared", "ffn/sub_norm", "ffn/moe", "ffn/switch", "ffn/nested",
-         "block/sandwich", "block/parallel", "block/hyper", "linear/bitnet")  # fmt: skip
-NAMES = ("swiglu, prenorm, dense", *FILES, *NAMED)
+NAMED: dict[str, dict[str, Any]] = {  # key of the run -> value; without a file of their own
+    "block/layer_drop": {KEYS["block"]: {"kind": "layer_drop"}},
+    "ffn/rwkv_ffn": {KEYS["ffn"]: {"kind": "rwkv_ffn"}},
+    "backbone/looped": {
+        "model.backbone": {"kind": "looped", "pattern": "attention", "depth": 1, "loops": 3}
+    },
+    "head/multi_token": {
+        "model.heads": {"tokens": {"kind": "multi_token", "ahead": 3}},
+        "stages.0.objective.aux_weights": {"multi_token": 1.0},
+    },
+    "transform/fill_in_the_middle": {
+        "stages.0.objective.transform": {"kind": "fill_in_the_middle", "rate": 0.5}
+    },
+}
+# They train few of the weights that they are given, so from nothing they say nothing.
+ADAPTING = ("linear/lora", "linear/dora", "linear/qlora")
+OF_MODALITIES = ("linear/by_modality",)  # text alone is one
+FILES = [
+    name
+    for folder in KEYS
+    for file in sorted((ROOT / "configs" / folder).glob("*.yaml"))
+    if (name := f"{folder}/{file.stem}") not in (*ADAPTING, *OF_MODALITIES)
+]
+NAMES = (PLAIN, *FILES, *NAMED)
 
 
 def config_of(name: str, seed: int, steps: int) -> Run:
     """The run of one variant."""
-    values: dict[str, Any] = Run.load(ROOT / "configs" / "members" / "variants.yaml").to_dict()
-    plug, _, kind = name.partition("/")
-    values |= {"name": f"variants_{kind or 'plain'}_{steps}_{seed}", "seed": seed}
-    values["stages"][0] |= {"budget": {"steps": steps}, "eval_every": steps}
-    if kind:
-        own = NAMED.get(name) or read(ROOT / "configs" / f"{name}.yaml")
-        node = values["model"]
-        *above, last = AT.get(plug, ("backbone",))
-        for key in above:
-            node = node[key]
-        node[last] = own
-    return Run.model_validate(values)
+    folder, _, kind = name.partition("/")
+    changed: dict[str, Any] = dict(NAMED.get(name, {}))
+    if kind and not changed:
+        changed = {KEYS[folder]: read(ROOT / "configs" / f"{name}.yaml")}
+    changed |= {"name": f"variants_{kind or name}_{steps}_{seed}", "seed": seed}
+    changed |= {"stages.0.budget.steps": steps, "stages.0.eval_every": steps}
+    words = [f"{key}={json.dumps(value)}" for key, value in changed.items()]
+    return Run.load(ROOT / "configs" / "members" / "variants.yaml", words)
 
 
 def main() -> None:
@@ -64,10 +83,10 @@ def main() -> None:
             run = config_of(name, seed, args.steps)
             if not (OUT / run.name / "model").exists():
                 train(run)
-            rows = metrics.read(run.folder / "metrics.jsonl")
-            found.append([row["val/loss"] for row in rows if "val/loss" in row][-1])
+            (*_, last) = metrics.read(run.folder / "metrics.jsonl")
+            found += [v for k, v in last.items() if k.endswith("/text_bits_per_byte")]
         each = ", ".join(f"{x:.3f}" for x in found)
-        print(f"{name}: {statistics.mean(found):.3f} ({each}) nats a token", flush=True)
+        print(f"{name}: {statistics.mean(found):.3f} ({each}) bits per byte", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ STOI_SECONDS = 3.0  # STOI needs 0.4 s of speech; shorter clips are joined
 STOI_STRETCHES = 10  # that many are heard, evenly spread: 0.1 s of CPU each
 N_SHOWN, N_SPECTRA = 16, 10
 USAGE_ALERT = 0.5
+# Below it a picture of 32 pixels a side shows its colours and hardly what it is of; above it a
+# codec is nearer to one that always plays the average spectrum than to the recording.
+PSNR_ALERT_DB, MEL_ALERT = 18.0, 0.7
 
 
 def evaluate(
@@ -95,10 +98,25 @@ def evaluate(
         _text,
         _files,
     ):  # few texts use all merges; an unused code of a codebook is capacity lost
-        figures["alerts"] = usage_alerts(counts)
+        figures["alerts"] = [*usage_alerts(counts), *loss_alerts(figures)]
     for alert in figures["alerts"]:
         log.warning("%s tokenizer: %s", spec.modality, alert)
     return figures
+
+
+def loss_alerts(figures: Mapping[str, Any]) -> list[str]:
+    """Sentences on what decoded values lost, of figures as `evaluate` returns them."""
+    mend = "a model learns no more than the codes show: train a tokenizer on such data"
+    psnr, mel = figures.get("psnr_db"), figures.get("mel_distance_ratio")
+    found = []
+    if psnr is not None and psnr < PSNR_ALERT_DB:
+        found.append(f"pictures come back at {psnr:.1f} dB (under {PSNR_ALERT_DB:g}); {mend}")
+    if mel is not None and mel > MEL_ALERT:
+        found.append(
+            f"recordings come back at {mel:.2f} of the distance of an average spectrum (over "
+            f"{MEL_ALERT:g}); {mend}"
+        )
+    return found
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:

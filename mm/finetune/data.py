@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mm.data.modalities.base import get_modality
 from mm.data.shards.manifest import MANIFEST, read_manifest, split_samples
 from mm.data.shards.reader import ShardSet
 from mm.data.sources.chat import ChatSource
@@ -20,6 +21,7 @@ from mm.own_data.plan import Chosen, Step
 from mm.trainer.warm_start import TOKENIZERS, WORDS
 
 SHARE = 0.1  # of conversations that are held out
+MEASURED = 64  # samples that the base's tokenizers are tried on
 
 
 class Data(NamedTuple):
@@ -84,8 +86,25 @@ def read_data(src: Path, base: Base, out: Path) -> Data:
         why += f"; {copies.why}"
     steps.append(Step(tuple(words), why))
     split = "test" if "test" in splits else "val"
+    steps += [_kept(modality, raw, split, base, out) for modality in _lossy(found, base)]
     times = copies.value if copies else 1
     return Data(raw, out / "tokens", tuple(steps), tuple(notes), found, split, times)
+
+
+def _lossy(found: Found, base: Base) -> list[str]:
+    """Modalities of the data that the base reads by codes which lose some of them."""
+    kinds = [kind for kind in found.modalities if not get_modality(kind).is_text]
+    modalities = [m for kind in kinds for m in base.kinds[kind]]
+    return [m for m in modalities if not base.vocabulary.spec(m).continuous]
+
+
+def _kept(modality: str, raw: Path, split: str, base: Base, out: Path) -> Step:
+    """The command that measures what the base's codes keep of the data, for the report."""
+    to = out / TOKENIZERS / modality
+    words = ("tokenizer", "eval", str(base.model / TOKENIZERS / modality), "--data", str(raw))
+    words += ("--split", split, "--limit", str(MEASURED))
+    words += ("--out", str(to / "eval"), "--json", str(to / "eval.json"))
+    return Step(words, f"what the base's codes keep of the data's {modality}")
 
 
 def _conversations(src: Path, base: Base, out: Path) -> Data:

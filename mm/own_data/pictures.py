@@ -18,7 +18,7 @@ SAMPLES = 8000  # to train on that are enough without varied copies
 NAMING = 0.85  # share of the samples whose class is learnt; the others are drawn from it
 ROW = 256  # ids
 LR, EMA = 1.0e-3, 0.998
-PASSES = 7  # over all copies
+PASSES = 10  # over all copies
 VIEWS, VIEWED = 8, 1000  # of a picture that is measured, and the most of those
 GRID = {"kind": "sum", "position": {"kind": "grid", "max_cells": CELLS**2}}
 
@@ -81,7 +81,10 @@ def augment(found: Found, plans: Sequence[TokenizerPlan]) -> list[Any]:
         "mirror": 0.5 if coloured else 0.0,
         "shift": side // 8 if coloured else max(1, side // 24),
     }
-    why = "each time otherwise: mirrored and moved" if coloured else "each time moved a little"
+    if not coloured:
+        return [Chosen(change, "each time moved a little")]
+    change |= {"zoom": 0.3, "colour": 0.3, "erase": 0.4}
+    why = "each time otherwise: mirrored, a part, moved, in other light, a square hidden"
     return [Chosen(change, why)]
 
 

@@ -9,10 +9,15 @@ from typing import Any
 import pytest
 import yaml
 from finetune_toys import call, text_base
+from PIL import Image
 
+from mm.finetune.base import Base
 from mm.finetune.choose import keep_reasons
+from mm.finetune.data import read_data
 from mm.own_data.plan import Chosen, plain
 from mm.report.build import build_report
+from mm.specs import TokenSpec
+from mm.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = "stages.0.budget.steps=12"
@@ -118,6 +123,28 @@ def test_reasons_stay_where_nothing_changed() -> None:
     new = keep_reasons(old, {"a": 5, "b": {"c": {"d": 4}, "e": 3}, "f": 6})
     assert new["a"] == Chosen(5, "as you said") and new["f"] == Chosen(6, "as you said")
     assert new["b"]["e"] == 3 and plain(new["b"]["c"]) == {"d": 4}
+
+
+def test_what_the_bases_codes_keep_of_pictures_is_measured_after_packing(tmp_path: Path) -> None:
+    for i in range(24):
+        of = tmp_path / "mine" / ("cat", "dog")[i % 2]
+        of.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (10 * i, 0, 0)).save(of / f"{i}.png")
+    specs = (
+        TokenSpec("text", 300, fingerprint="t"),
+        TokenSpec("image", 64, fingerprint="i"),
+        TokenSpec("pixels", 0, continuous=True, n_features=12, fingerprint="p"),
+    )
+    folders = {spec.modality: tmp_path for spec in specs}
+    base = Base(tmp_path, tmp_path / "model", {}, Vocabulary(specs), folders, 1, None)
+    steps = read_data(tmp_path / "mine", base, tmp_path / "run").steps
+    kinds = [step.words[:2] for step in steps]
+    assert kinds == [("data", "pack"), ("data", "pack"), ("tokenizer", "eval")]
+    words = list(steps[-1].words)
+    assert words[2] == str(tmp_path / "model" / "tokenizers" / "image")
+    assert words[words.index("--out") + 1] == str(
+        tmp_path / "run" / "tokenizers" / "image" / "eval"
+    )
 
 
 def test_token_loss_is_the_perplexity_of_the_shards(base: Path) -> None:

@@ -18,6 +18,7 @@ from mm.tokenizers.evaluate import (
     MEL_FLOOR,
     evaluate,
     histogram,
+    loss_alerts,
     mel_distances_db,
     spread,
     usage_alerts,
@@ -201,6 +202,14 @@ def test_alert_under_half_of_what_was_possible():
     assert len(alerts) == 1 and alerts[0].startswith("codebook 0 uses 31%")
     collapsed = evaluate(Gray(), [np.full((16, 16, 3), 40, np.uint8)] * 30)
     assert len(collapsed["alerts"]) == 1
+
+
+def test_alert_where_little_comes_back():
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    (told,) = [a for a in evaluate(Gray(), [noise] * 4)["alerts"] if "dB" in a]
+    assert told.startswith("pictures come back at") and "train a tokenizer" in told
+    assert len(loss_alerts({"mel_distance_ratio": 0.71})) == 1
+    assert loss_alerts({"mel_distance_ratio": 0.69, "psnr_db": 18.1}) == []
 
 
 def test_histogram_takes_flattened_books_apart():
