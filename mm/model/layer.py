@@ -254,9 +254,7 @@ class Embedder(Transducer):
 
     replays = True
     n_ids: int
-    weight: (
-        Tensor  # (N, R) a row an id; of one without, `head_parameters` and `rows_of` say otherwise
-    )
+    weight: Tensor  # (N, R) a row an id; without: `head_parameters` and `rows_of` say otherwise
     looked_up: tuple[str, ...] = ("weight",)  # own parameters whose rows are taken, not multiplied
     # Own ones as wide as the model, multiplied by the root of its width: that sets their rate (muP)
     wide_parameters: tuple[str, ...] = ("weight",)

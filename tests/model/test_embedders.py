@@ -226,9 +226,10 @@ def test_a_tied_head_reads_the_factors(kind: str, tmp_path: Path) -> None:
 def test_by_modality_is_a_loop_over_ids() -> None:
     embedder = built("by_modality", more=2, width=5, widths={"image": 3})
     with torch.no_grad():
-        for i, table in enumerate(embedder.tables):
+        own = [embedder.control, *embedder.tables.values()]
+        for i, table in enumerate(own):
             table.gain.fill_(1.0 + i)
-    tables = [(t.weight, t.projection, t.gain.item()) for t in embedder.tables]
+    tables = [(t.weight, t.projection, t.gain.item()) for t in own]
     assert [tuple(w.shape) for w, _, _ in tables] == [(18, D), (13, 5), (9, 3), (12, 5)]
     every = torch.arange(N + 2)[None, :, None].repeat(1, 1, 2)
     every[0, :, 1] = every[0, :, 1].flip(0)
@@ -254,7 +255,8 @@ def test_every_table_of_a_modality_has_a_gradient_in_every_step() -> None:
     run(embedder, Batch.of_ids(ids)).sum().backward()
     grads = {name: p.grad for name, p in embedder.named_parameters()}
     assert all(g is not None for g in grads.values()), grads.keys()
-    assert grads["tables.1.weight"].any() and not grads["tables.2.weight"].any()
+    assert grads["tables.text_ids.weight"].any()
+    assert not grads["tables.image_ids.weight"].any()
 
 
 def test_what_does_not_fit_is_refused_by_name() -> None:
@@ -282,13 +284,15 @@ def test_codes_seed_rows_and_a_longer_vocabulary_keeps_them(kind: str) -> None:
     looked_up = sum(model.embedder.get_parameter(n).numel() for n in model.embedder.looked_up)
     assert multiplied_weights(model) == whole - looked_up
 
-    longer = VOCABULARY.add(VOCABULARY.ranges[0]._replace(modality="more"))
+    longer = VOCABULARY.add(VOCABULARY.ranges[0]._replace(modality="values"))
     old = Operated(model.config, dict(model.state_dict()), VOCABULARY)
     grown = ExtendVocabulary().apply(old, longer)
     fresh = model.config.build(longer)
     left = fresh.load_state_dict(grown.tensors, strict=False)
     assert not left.unexpected_keys
-    assert all(n.startswith("embedder.tables.4.") for n in left.missing_keys), left.missing_keys
+    assert all(n.startswith("embedder.tables.values_ids.") for n in left.missing_keys), (
+        left.missing_keys
+    )
     same = Ctx(PACKED.layout, Causal())
     torch.testing.assert_close(
         fresh.embedder(PACKED.ids, same).y, model.embedder(PACKED.ids, same).y

@@ -42,12 +42,17 @@ class OwnTable(nn.Module):
         return x * self.gain.to(x.dtype)
 
 
+def key_of(modality: str) -> str:
+    """The name of a modality's table: that of no method of the dictionary, as `values` would be."""
+    return f"{modality}_ids"
+
+
 class ByModality(IdEmbedder):
     """``scale * sum_s gain_m table_m[ids[..., s]] P_m``, m the modality of the id.
 
-    `tables[0]` is that of ids of no modality, as wide as the model; ``tables[i]`` that of number i
-    of `Fields.modality`, its begin and end among them. All run on every token, so that ranks and
-    batches that lack a modality call the same modules (ZeRO-3).
+    `control` is the table of ids of no modality, as wide as the model; one of `tables` has the ids
+    of a modality, its begin and end among them. All run on every token, so that ranks and batches
+    that lack a modality call the same modules (ZeRO-3).
 
     Source: Baevski & Auli 2018, adaptive input (arXiv:1809.10853), section 3: clusters of ids, each
     of a width and a projection of its own; there they are of frequency, without a learned scale.
@@ -64,15 +69,19 @@ class ByModality(IdEmbedder):
                 raise UserError(
                     f"model.embedder.widths: the vocabulary has no modality '{name}'{known}"
                 )
-        self.spans = [vocabulary.range(name) for name in vocabulary.modalities]
+        self.spans = {key_of(name): vocabulary.range(name) for name in vocabulary.modalities}
         self.used = vocabulary.size  # what comes behind it is of no modality
-        counts = [n_ids - self.used + RESERVED, *(r.stop - r.begin for r in self.spans)]
-        widths = [None, *(config.widths.get(m, config.width) for m in vocabulary.modalities)]
-        pairs = [*enumerate(zip(counts, widths, strict=True))]
-        self.tables = nn.ModuleList(OwnTable(n, width, d_model) for _, (n, width) in pairs)
-        self.looked_up = tuple(f"tables.{i}.weight" for i, _ in pairs)
-        own = lambda width: "weight" if width is None else "projection"
-        self.wide_parameters = tuple(f"tables.{i}.{own(width)}" for i, (_, width) in pairs)
+        self.control = OwnTable(n_ids - self.used + RESERVED, None, d_model)
+        self.tables = nn.ModuleDict()
+        for name, (key, span) in zip(vocabulary.modalities, self.spans.items(), strict=True):
+            width = config.widths.get(name, config.width)
+            self.tables[key] = OwnTable(span.stop - span.begin, width, d_model)
+        own = {"control": self.control} | {f"tables.{k}": t for k, t in self.tables.items()}
+        self.looked_up = tuple(f"{name}.weight" for name in own)
+        self.wide_parameters = tuple(
+            f"{name}.{'weight' if table.projection is None else 'projection'}"
+            for name, table in own.items()
+        )
 
     def head_parameters(self) -> tuple[Tensor, Tensor | None]:
         raise UserError(
@@ -81,17 +90,18 @@ class ByModality(IdEmbedder):
         )
 
     def rows_of(self, codes: Range) -> Tensor:
-        return self.tables[codes.index].get_parameter("weight")[codes.first - codes.begin :]
+        (key,) = (key for key, span in self.spans.items() if span == codes)
+        return self.tables[key].get_parameter("weight")[codes.first - codes.begin :]
 
     def vectors(
         self, ids_BTS: Tensor, ctx: Ctx, state: State | None
     ) -> tuple[Tensor, State | None]:
         behind = torch.where(ids_BTS >= self.used, ids_BTS - self.used + RESERVED, -1)
-        local = [torch.where(ids_BTS < RESERVED, ids_BTS, behind)]
-        for r in self.spans:
-            local.append(torch.where(ids_BTS < r.stop, ids_BTS - r.begin, -1))
-        each = zip(self.tables, local, strict=True)
-        return torch.stack([table(ids, self.scale) for table, ids in each]).sum(0), None
+        x = self.control(torch.where(ids_BTS < RESERVED, ids_BTS, behind), self.scale)
+        for key, span in self.spans.items():
+            local = torch.where(ids_BTS < span.stop, ids_BTS - span.begin, -1)
+            x = x + self.tables[key](local, self.scale)
+        return x, None
 
 
 @EMBEDDERS.register("by_modality")
