@@ -5,23 +5,19 @@ from __future__ import annotations
 import io
 import pickle
 import struct
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from mm.batch import Values
 from mm.data.modalities.array import ArrayModality
 from mm.data.modalities.base import BadSample, get_modality, show_file
 from mm.data.pack.job import pack
 from mm.data.shards.inspect import inspect
 from mm.data.shards.reader import ShardSet
 from mm.errors import UserError
-from mm.model.adapters.patches import PatchesAdapterConfig
 from mm.report.media import figure
 from mm.specs import Encoded, FloatArray
 from mm.tokenizers.array.patches import ArrayPatchesConfig
@@ -249,22 +245,6 @@ def test_several_arrays_of_one_sample(tmp_path: Path) -> None:
     assert [v.values[0, 0] for k, v in shards[0].values.items() if "array" in k] == [97, 98]
     (tmp_path / "raw/train/index.npz").unlink()  # made again from the headers
     assert ShardSet.open(tmp_path / "raw").lengths("array").tolist() == [12]
-
-
-def test_convolutions_read_an_array_of_any_channels() -> None:
-    """The adapter `patches` over patches of two channels: its own convolution over the array."""
-    x = np.random.default_rng(4).normal(0, 1, (4, 6, 2)).astype(np.float32)
-    tokenizer = ArrayPatchesConfig(patch=(2, 2), channels=2, normalise="none").build()
-    values = tokenizer.encode([x])[0].values
-    config = PatchesAdapterConfig(patch=2, width=4, channels=2)
-    assert config.d_in == tokenizer.spec.n_features == 8
-    adapter: Any = config.build(5)
-    adapter.init_weights()
-    flat = torch.from_numpy(values.reshape(1, 6, 8))
-    given = replace(Values.items(flat), grid=((2, 3),))
-    found = adapter(given, None).x
-    by_hand = adapter.stages[0].down(torch.from_numpy(x).permute(2, 0, 1)[None])
-    torch.testing.assert_close(found, adapter.out(by_hand.flatten(2).transpose(1, 2)))
 
 
 def test_pages_show_a_heat_map_or_a_line(tmp_path: Path) -> None:

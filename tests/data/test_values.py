@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from mm.data.shards.verify import verify
 from mm.data.transforms.chunk import ChunkConfig
 from mm.decoders.generate import Generator, generate_tokens
 from mm.errors import UserError
+from mm.model.adapters.patches import PatchesAdapterConfig
 from mm.model.layer import init_weights
 from mm.registry import ADAPTERS, NETWORKS, STREAMS
 from mm.specs import Segment, TokenSpec, Waveform
+from mm.tokenizers.array.patches import ArrayPatchesConfig
 from mm.tokenizers.audio.mel_frames import MelFramesConfig
 from mm.tokenizers.image.patches import ImagePatchesConfig
 from mm.tokenizers.text.bytes import BytesConfig
@@ -300,3 +303,19 @@ def test_an_old_vocabulary_reads_as_it_did() -> None:
     assert Vocabulary.from_json(values.to_json()) == values
     with pytest.raises(UserError, match="either ids"):
         Vocabulary.from_json(values.to_json().replace('"vocab_size": 0', '"vocab_size": 5'))
+
+
+def test_convolutions_read_an_array_of_any_channels() -> None:
+    """The adapter `patches` over patches of two channels: its own convolution over the array."""
+    x = np.random.default_rng(4).normal(0, 1, (4, 6, 2)).astype(np.float32)
+    tokenizer = ArrayPatchesConfig(patch=(2, 2), channels=2, normalise="none").build()
+    values = tokenizer.encode([x])[0].values
+    config = PatchesAdapterConfig(patch=2, width=4, channels=2)
+    assert config.d_in == tokenizer.spec.n_features == 8
+    adapter: Any = config.build(5)
+    adapter.init_weights()
+    flat = torch.from_numpy(values.reshape(1, 6, 8))
+    given = replace(Values.items(flat), grid=((2, 3),))
+    found = adapter(given, None).x
+    by_hand = adapter.stages[0].down(torch.from_numpy(x).permute(2, 0, 1)[None])
+    torch.testing.assert_close(found, adapter.out(by_hand.flatten(2).transpose(1, 2)))
