@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import create_model
@@ -111,5 +112,7 @@ def resolve(path: str, assignments: Sequence[str] = (), *, trust_code: bool = Tr
             raise UserError(
                 f"{path}: kind '{values['kind']}' is of no plug point; see: mm config schema"
             )
+        # Two plug points may have a member of one name: the file lies in the folder of its own.
+        fitting.sort(key=lambda r: r.name != Path(path).resolve().parent.name)
         return config.validate(fitting[0].get(values["kind"]), values, path)
     return Run.load(path, assignments, trust_code=trust_code)

@@ -57,10 +57,7 @@ from mm.vocabulary import RESERVED, Vocabulary
 
 
 class Model(nn.Module):
-    """Embedder and adapters, backbone, heads.
-
-    Every parameter is used inside its own module's forward (ZeRO-3).
-    """
+    """Embedder and adapters, backbone, heads; each uses its parameters in its forward (ZeRO-3)."""
 
     def __init__(
         self,
@@ -111,8 +108,7 @@ class Model(nn.Module):
                 head.tie(self.embedder)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        # to_empty and moves off the meta device make a new Parameter for every module that holds
-        # one.
+        # to_empty and moves off the meta device make a new Parameter for every holder of one.
         super()._apply(fn, recurse)
         self._tie()
         return self
@@ -371,11 +367,12 @@ class LmConfig(Config):
         Without a vocabulary: 256 byte ids.
         """
         n_ids = vocabulary.size if vocabulary is not None else RESERVED + 256
+        known = vocabulary or Vocabulary()
         backbone = self.backbone.build(self.d_model, self.linear.build)
         return Model(
             self,
-            vocabulary or Vocabulary(),
-            self.embedder.build(n_ids, self.d_model, vocabulary or Vocabulary()),
+            known,
+            self.embedder.build(n_ids, self.d_model, known),
             {name: adapter.build(self.d_model) for name, adapter in self.adapters.items()},
             backbone,
             {name: head.build(self.d_model, n_ids) for name, head in self.heads.items()},
@@ -385,10 +382,9 @@ class LmConfig(Config):
     def prepare(self, module: nn.Module, code_vectors: Mapping[str, np.ndarray]) -> None:
         """Seed embedding rows so that alike codes begin alike.
 
-        Called once on a fresh start, all ranks alike.
-
-        Rows are a fixed random projection of the standardised code vectors, plus 3 % of variance
-        of their own, so that equal vectors (dead codes, other books) can still be told apart.
+        Called once on a fresh start, all ranks alike. Rows are a fixed random projection of the
+        standardised code vectors, plus 3 % of variance of their own, so that equal vectors (dead
+        codes, other books) can still be told apart.
 
         Args:
             module: the built and initialised `Model`.

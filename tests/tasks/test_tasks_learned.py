@@ -233,7 +233,9 @@ def test_bits_per_byte_of_what_was_learned(generator, data):
 
 
 def test_missing_modality_and_missing_classes_are_named(generator, data):
-    with pytest.raises(UserError, match="unknown modality 'smell'; known: audio, image, text"):
+    with pytest.raises(
+        UserError, match="unknown modality 'smell'; known: array, audio, image, text"
+    ):
         parse(kind="bits_per_byte", data=data, modalities=("smell",)).evaluate(generator)
     with pytest.raises(UserError, match="a column 'genre'"):
         parse(kind="recognition", data=data, label="genre").evaluate(generator)
