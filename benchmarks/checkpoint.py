@@ -32,7 +32,7 @@ from zero_stages import prepare
 
 HERE = Path(__file__).resolve()
 EVERY, MB = 3, 2**20
-SIZE = ["model.d_model=768", "model.backbone.depth=12", "model.backbone.pattern=attention"]
+SIZE = ["model.d_model=768", "model.backbone.depth=14", "model.backbone.pattern=attention"]
 TINY = ["model.d_model=128", "model.backbone.depth=8", "model.backbone.pattern=attention"]
 ROWS = ["stages.0.data.seq_len=32", "stages.0.data.batch_size=4", "stages.0.eval_every=0"]
 
