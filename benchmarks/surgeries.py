@@ -31,7 +31,9 @@ from mm.trainer.loop import train
 from mm.trainer.warm_start import config_at_start
 
 PARENT_STEPS, EVERY = 300, 25
+NONE = "none"  # the same model trained on
 SURGERIES: dict[str, dict[str, Any]] = {
+    NONE: {},
     "deepen": {"times": 2},
     "widen": {"hidden": 512},
     "keep_layers": {"layers": [0, 2]},
@@ -70,7 +72,8 @@ def pair(kind: str, seed: int, steps: int) -> tuple[list[float], list[float]]:
     settings = dict(SURGERIES[kind])
     if kind == "prune_heads":
         settings["heads"] = recent_heads(folder)
-    begun = {"path": str(folder), "surgery": [{"kind": kind, **settings}]}
+    surgery = [] if kind == NONE else [{"kind": kind, **settings}]
+    begun = {"path": str(folder), "surgery": surgery}
     model = config_at_start("init_from", InitFrom.model_validate(begun)).to_dict()
     found = []
     for name, init_from in (("operated", begun), ("nothing", None)):

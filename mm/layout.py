@@ -5,8 +5,10 @@ B rows, T tokens, A axes, M documents.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -54,7 +56,7 @@ class Grid(NamedTuple):
     @property
     def codes(self) -> int:
         """How many there are, or will be."""
-        return int(np.prod(self.shape)) * self.books
+        return math.prod(self.shape) * self.books
 
 
 class Doc(NamedTuple):
@@ -76,10 +78,19 @@ def places_of(doc: Doc, axes: int) -> np.ndarray:
     position = np.repeat(time[:, None], axes, 1)
     for grid in doc.grids:
         n = grid.codes if grid.length is None else min(grid.length, grid.codes)
-        cells = np.unravel_index(np.arange(n) // grid.books, grid.shape)
-        for axis, cell in enumerate(cells[: axes - 1], 1):
-            position[grid.start : grid.start + n, axis] = doc.start + grid.start + cell
+        cells = cells_of(grid.shape, grid.books)[:n, : axes - 1]
+        position[grid.start : grid.start + n, 1 : 1 + cells.shape[1]] = cells + (
+            doc.start + grid.start
+        )
     return position
+
+
+@lru_cache(maxsize=256)
+def cells_of(shape: tuple[int, ...], books: int) -> np.ndarray:
+    """The cell of each code of a grid, `(codes, axes)` int32; pictures are of few shapes."""
+    cells = np.indices(shape, np.int32).reshape(len(shape), -1).T.repeat(books, 0)
+    cells.setflags(write=False)
+    return cells
 
 
 class Arrays(NamedTuple):

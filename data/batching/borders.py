@@ -81,7 +81,13 @@ def lengths_within(segments: Sequence[Segment], around: Sequence[Border]) -> lis
 
 def document_length(segments: Sequence[Segment]) -> int:
     """Tokens of a document's main sequence, see `segment_lengths`."""
-    return sum(segment_lengths([s for s in segments if not s.part]))
+    total = 0
+    for s in segments:
+        if s.part or s.inline:  # borders are then not each segment's own
+            return sum(segment_lengths([s for s in segments if not s.part]))
+        if s.role != "label":
+            total += 1 if s.ids is None else len(s.ids) + 2
+    return total
 
 
 def part_lengths(segments: Sequence[Segment]) -> dict[str, int]:

@@ -11,7 +11,7 @@ import torch
 
 from mm.batch import Batch, Values
 from mm.data.batching.codebooks import CODES
-from mm.data.batching.document import DEFAULT, DocumentTokens, Features, document_tokens
+from mm.data.batching.document import DEFAULT, DocumentTokens, Features, document_tokens, highest
 from mm.errors import UserError
 from mm.layout import Doc, Grid, Layout, places_of
 from mm.specs import Segment, TokenSpec
@@ -62,12 +62,14 @@ def grids_of(ids: np.ndarray, vocabulary: Vocabulary, streams: bool = False) -> 
     found = []
     for r, spec in grid_modalities(vocabulary):
         assert spec.grid is not None
-        for begin in np.flatnonzero(ids == r.begin):
+        for begin in (ids == r.begin).nonzero()[0]:
             grid = Grid(int(begin) + 1, spec.grid, spec.n_codebooks)
             codes = ids[grid.start : grid.start + grid.codes]
-            outside = (codes < r.first) | (codes >= r.stop)
-            other = np.flatnonzero(outside & (codes != MASK))
-            n = int(other[0]) if len(other) else len(codes)
+            n = len(codes)
+            if n and highest(codes - r.first) >= r.stop - r.first:  # most grids are whole
+                outside = (codes < r.first) | (codes >= r.stop)
+                other = np.flatnonzero(outside & (codes != MASK))
+                n = int(other[0]) if len(other) else n
             if streams and (codes[:n] < r.first + spec.vocab_size).all():
                 grid = grid._replace(books=1)
             found.append(grid._replace(length=n))

@@ -105,7 +105,17 @@ class DocumentTokens(NamedTuple):
     @property
     def target_modality(self) -> np.ndarray:
         """Range index of each target, (L,) int32; 0 = none. Of a whole document."""
-        return np.append(self.modality[1:], np.int32(0))[: len(self.modality)].astype(np.int32)
+        out = np.zeros(len(self.modality), np.int32)
+        out[:-1] = self.modality[1:]
+        return out
+
+
+def highest(codes: np.ndarray) -> int:
+    """The largest code; a negative one counts as larger than all others."""
+    if codes.dtype.kind != "i" or not codes.flags.c_contiguous:
+        low, high = int(codes.min()), int(codes.max())
+        return high if low >= 0 else 2**63
+    return int(codes.view(f"u{codes.itemsize}").max())
 
 
 @lru_cache(maxsize=32)
@@ -168,7 +178,7 @@ def _sequence(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTo
             labels[s.modality] = _label(s, vocabulary, labels)
             continue
         first = at + bool(border.begin)
-        if s.fields.keys() - {"masked"}:
+        if s.fields and s.fields.keys() - {"masked"}:
             _mark(fields, s, slice(at, at + length), first, n)
         if s.ids is None:
             if s.role != "condition":
@@ -198,7 +208,7 @@ def _sequence(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTo
         elif spec is not None and spec.continuous:
             raise ValueError(f"segment '{s.modality}': ids in place of values")
         elif len(codes):
-            if codes.min() < 0 or codes.max() >= r.stop - r.first:
+            if highest(codes) >= r.stop - r.first:
                 raise ValueError(
                     f"segment '{s.modality}': code {int(codes.min())}..{int(codes.max())} outside "
                     f"0..{r.stop - r.first - 1}"

@@ -21,11 +21,14 @@ LOSS = "loss"  # of the side information of a member: [[first, stop], ...]; code
 
 def sample_segments(shards: ShardSet, i: int, vocabulary: Vocabulary) -> list[Segment]:
     """Sample ``i`` of token shards, with what they say is learnt of it."""
-    side = shards.side(i) if shards.says_loss else {}
-    return [
-        learn(of_array(vocabulary.spec(member_modality(m)), found), side.get(m, {}))
+    segments = {
+        m: of_array(vocabulary.spec(member_modality(m)), found)
         for m, found in shards.tokens(i).items()
-    ]
+    }
+    if not shards.says_loss:
+        return [*segments.values()]
+    side = shards.side(i)
+    return [learn(segment, side.get(m, {})) for m, segment in segments.items()]
 
 
 def learn(segment: Segment, side: Mapping[str, Any]) -> Segment:

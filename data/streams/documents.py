@@ -291,8 +291,9 @@ class DocumentStream(Stream, Generic[C]):
     @staticmethod
     def count(segments: Sequence[Segment], counts: dict[str, int], *more: str) -> None:
         """Add the tokens of a document to ``tokens/<modality>``, and to counts ``more``."""
-        names = dict.fromkeys(s.part for s in segments)
-        for own in ([s for s in segments if s.part == part] for part in names):
+        parts = dict.fromkeys([s.part for s in segments])
+        for part in parts:
+            own = segments if len(parts) == 1 else [s for s in segments if s.part == part]
             for s, length in zip(own, segment_lengths(own), strict=True):
                 if s.ids is not None and s.role != "label":
                     for name in (f"tokens/{s.modality}", *more):

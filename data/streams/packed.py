@@ -261,10 +261,11 @@ class PackedStream(DocumentStream[PackedConfig]):
             epochs, samples = order(np.arange(begin[s], end[s]))
             for epoch, i in zip(epochs.tolist(), samples.tolist(), strict=True):
                 made = self._made(s, epoch, i, self._by_length[s]) or []
-                why = self.fate(made, made)
+                n = document_length(made)
+                why = self._fate(made, n)
                 filtered, too_long = filtered + (why == "filtered"), too_long + (why == "too_long")
                 if not why:
-                    lengths = self._lengths(made)
+                    lengths = self._lengths(n)
                     more = self._part_lengths(made)
                     documents += [Document(s, epoch, i, p, n, more) for p, n in enumerate(lengths)]
         key = key_of(self.seed, "block", number)
@@ -281,13 +282,15 @@ class PackedStream(DocumentStream[PackedConfig]):
     def _read(self, d: Document, counts: dict[str, int]) -> list[Segment]:
         """The segments of a planned document, which are counted."""
         made = self._made(d.source, d.epoch, d.sample) or []
-        if document_length(made) > self.config.seq_len:
+        n = document_length(made)
+        if n > self.config.seq_len:
             made = piece(made[0], d.part, self.config.seq_len - 2)
-        if document_length(made) != d.length:
+            n = document_length(made)
+        if n != d.length:
             shards = self.sources[d.source]
             raise UserError(
                 f"{shards.root}/{shards.split}: sample '{shards.key(d.sample)}' has "
-                f"{document_length(made)} tokens and was planned with {d.length}: a transform that "
+                f"{n} tokens and was planned with {d.length}: a transform that "
                 "is not a function of its segments and generator, or a damaged index; run: "
                 f"mm data verify {shards.root}"
             )
@@ -323,11 +326,15 @@ class PackedStream(DocumentStream[PackedConfig]):
         return max(16, len(means), round(BLOCK_ROWS * a_row))
 
     def fate(self, raw: list[Segment], made: list[Segment] | None) -> str:
-        if not made or not document_length(made):
+        return self._fate(made or [], document_length(made or []))
+
+    def _fate(self, made: list[Segment], n: int) -> str:
+        """`fate` of a document of ``n`` tokens."""
+        if not n:
             return "filtered"
         if max(self._part_lengths(made), default=0) > self.part_len:
             return "too_long"
-        fits = document_length(made) <= self.config.seq_len
+        fits = n <= self.config.seq_len
         return "" if fits or (self.config.cut and len(made) == 1) else "too_long"
 
     @property
@@ -342,9 +349,9 @@ class PackedStream(DocumentStream[PackedConfig]):
         lengths = part_lengths(made)
         return tuple(lengths.get(name, 0) for name in self.declared.parts)
 
-    def _lengths(self, made: list[Segment]) -> list[int]:
-        """Tokens of the documents that a sample becomes: one, or pieces of a single segment."""
-        n, size = document_length(made), self.config.seq_len - 2
+    def _lengths(self, n: int) -> list[int]:
+        """Tokens of the documents that a sample of ``n`` becomes: one, or pieces of a segment."""
+        size = self.config.seq_len - 2
         if n <= self.config.seq_len:
             return [n]
         return [min(size, n - 2 - start) + 2 for start in range(0, n - 2, size)]
@@ -361,7 +368,9 @@ class PackedStream(DocumentStream[PackedConfig]):
                 p = np.append(found.weight, left_out)
                 chosen = rng.choice(len(p), round(n * size / self.block_samples), p=p / p.sum())
                 kept = [found.segments[k] for k in chosen if k < len(found.segments)]
-                lengths += [n for segments in kept for n in self._lengths(segments)]
+                lengths += [
+                    n for segments in kept for n in self._lengths(document_length(segments))
+                ]
             longest = np.sort(np.array(lengths, np.int64))[::-1]
             rows += len(first_fit(longest, config.seq_len, config.max_documents))
         per_block = rows / blocks * self.block_samples / size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator
@@ -101,7 +102,7 @@ class AnyToAny(Transform):
         if not tasks:
             return None
         draw, drop = rng.random(2)
-        at = next((i for i, border in enumerate(borders) if draw < border), len(tasks) - 1)
+        at = min(bisect_right(borders, draw), len(tasks) - 1)
         conditions, targets = tasks[at]
         if (
             drop < self.condition_dropout
