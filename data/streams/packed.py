@@ -261,11 +261,10 @@ class PackedStream(DocumentStream[PackedConfig]):
             epochs, samples = order(np.arange(begin[s], end[s]))
             for epoch, i in zip(epochs.tolist(), samples.tolist(), strict=True):
                 made = self._made(s, epoch, i, self._by_length[s]) or []
-                n = document_length(made)
-                why = self._fate(made, n)
+                why = self.fate(made, made)
                 filtered, too_long = filtered + (why == "filtered"), too_long + (why == "too_long")
                 if not why:
-                    lengths = self._lengths(n)
+                    lengths = self._lengths(document_length(made))
                     more = self._part_lengths(made)
                     documents += [Document(s, epoch, i, p, n, more) for p, n in enumerate(lengths)]
         key = key_of(self.seed, "block", number)
@@ -289,10 +288,9 @@ class PackedStream(DocumentStream[PackedConfig]):
         if n != d.length:
             shards = self.sources[d.source]
             raise UserError(
-                f"{shards.root}/{shards.split}: sample '{shards.key(d.sample)}' has "
-                f"{n} tokens and was planned with {d.length}: a transform that "
-                "is not a function of its segments and generator, or a damaged index; run: "
-                f"mm data verify {shards.root}"
+                f"{shards.root}/{shards.split}: sample '{shards.key(d.sample)}' has {n} tokens and "
+                f"was planned with {d.length}: a transform that is not a function of its segments "
+                f"and generator, or a damaged index; run: mm data verify {shards.root}"
             )
         counts[f"samples/{d.source}"] += 1
         self.count(made, counts, f"source/{d.source}")
@@ -326,11 +324,8 @@ class PackedStream(DocumentStream[PackedConfig]):
         return max(16, len(means), round(BLOCK_ROWS * a_row))
 
     def fate(self, raw: list[Segment], made: list[Segment] | None) -> str:
-        return self._fate(made or [], document_length(made or []))
-
-    def _fate(self, made: list[Segment], n: int) -> str:
-        """`fate` of a document of ``n`` tokens."""
-        if not n:
+        n = document_length(made or ())
+        if not made or not n:
             return "filtered"
         if max(self._part_lengths(made), default=0) > self.part_len:
             return "too_long"
