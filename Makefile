@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 PYTEST_FLAGS ?=
 # Their slow tests start several processes each: they run one after the other.
-STARTS_PROCESSES := tests/trainer tests/docs tests/data tests/own_data tests/launch
+STARTS_PROCESSES := tests/test_quickstart.py tests/trainer tests/docs tests/data tests/own_data tests/launch
 
 .PHONY: help quickstart test test-slow mutants fuzz gpu lint docs clean
 .DELETE_ON_ERROR:

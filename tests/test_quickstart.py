@@ -1,8 +1,11 @@
-"""The quickstart's raw files: which scans are held out never changes."""
+"""The quickstart: its raw files never change, and what it trains meets the bars that it prints."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+import os
 import re
 import subprocess
 import sys
@@ -51,3 +54,30 @@ def test_speech_is_the_same_in_every_process() -> None:
         said.append(subprocess.check_output([sys.executable, "-c", code], text=True))
         time.sleep(1.1)  # the library's own seed is the time in seconds
     assert said[0] == said[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_it_meets_its_bars(tmp_path: Path) -> None:
+    """The README's first command at full size; a figure may miss its bar by what chance can do.
+
+    That is two standard errors of a share of its held-out samples.
+    """
+    command = [sys.executable, "-m", "mm", "quickstart", "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "WANDB_MODE": "offline"}
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    held = [figure for figure in results["figures"] if figure.get("bar") is not None]
+    assert len(held) >= 11, [figure["name"] for figure in held]
+    missed = []
+    for figure in held:
+        bar, above = figure["bar"], figure["value"] - figure["bar"]
+        chance = 0.0
+        if "accuracy" in figure["name"]:
+            chance = 2 * math.sqrt(bar * (1 - bar) / figure["n"])
+        if (-above if figure.get("lower_is_better") else above) < -chance:
+            missed.append((figure["name"], figure["value"], bar))
+    assert not missed, missed
+    assert (tmp_path / "run" / "report" / "index.html").is_file()
