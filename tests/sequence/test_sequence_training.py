@@ -69,6 +69,7 @@ def test_two_slices_have_the_losses_of_one_process(in_two: dict[str, Run], tmp_p
     assert losses(run, shares) == losses(alone, shares)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_whole_rows_in_one_process(
     in_two: dict[str, Run], tmp_path: Path
 ) -> None:
