@@ -9,7 +9,7 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -192,11 +192,11 @@ class ShardSet:
         """Metadata of sample i: labels and whatever else the source had."""
         return self._json(self._number(i), "json")
 
-    def tokens(self, i: int) -> dict[str, np.ndarray]:
+    def tokens(self, i: int, of: Collection[str] | None = None) -> dict[str, np.ndarray]:
         """Codes of sample i by member: (L,) int32 views, ids from 0.
 
         In vocabulary order; of an interleaved sample segment by segment. Of a continuous modality
-        its values: (L, C), or a grid of more axes.
+        its values: (L, C), or a grid of more axes. ``of``: modalities to read; None: all.
         """
         out: dict[str, np.ndarray] = {}
         if self.interleaved:
@@ -214,7 +214,7 @@ class ShardSet:
         found = self._entries(i)
         for spec in self.specs:
             e = found.get(f"{spec.modality}.npy")
-            if e is not None:
+            if e is not None and (of is None or spec.modality in of):
                 n = int(self.lengths(spec.modality)[i])
                 out[spec.modality] = (
                     self._values(i, e, spec, n) if spec.continuous else self._codes(i, e, n)

@@ -14,8 +14,14 @@ from typing import NamedTuple
 import numpy as np
 
 from mm.data.streams.shuffle import key_of, permute
+from mm.specs import Segment
 
 WORTH = 0.02  # share of the rows that longest first must save
+
+
+# What the transforms made of a sample's whole segments: each with codes that are all 0, and whose
+# they are (a modality; "": it has none). It is filled with codes where the document is read.
+Sketch = tuple[tuple[str, Segment], ...]
 
 
 class Document(NamedTuple):
@@ -27,6 +33,7 @@ class Document(NamedTuple):
     part: int
     length: int  # tokens
     others: tuple[int, ...] = ()  # tokens of its second sequences
+    sketch: Sketch | None = None
 
 
 class Block(NamedTuple):
@@ -44,6 +51,21 @@ def block_of(seed: int, row: int, turn: int, rows: int) -> int:
     always gets the block in which a rare source comes.
     """
     return turn * rows + (row + key_of(seed, "turn", turn)) % rows
+
+
+def sketch_of(outline: Sequence[Segment], made: Sequence[Segment]) -> Sketch | None:
+    """What transforms that look at lengths alone made of ``outline``, to be filled with codes.
+
+    None where a segment's codes, targets or values are the transforms' own.
+    """
+    whose = {id(s.ids): s.modality for s in outline}
+    out = []
+    for s in made:
+        m = "" if s.ids is None else whose.get(id(s.ids))
+        if m is None or s.targets is not None or s.values is not None:
+            return None
+        out.append((m, s))
+    return tuple(out)
 
 
 def lay_rows(

@@ -19,6 +19,7 @@ from mm.data.shards.manifest import split_samples
 from mm.data.shards.reader import ShardSet
 from mm.data.shards.remote import Location
 from mm.data.streams.base import Stream, rank_rows
+from mm.data.streams.blocks import Sketch, sketch_of
 from mm.data.streams.shuffle import Reseeded, key_of
 from mm.data.streams.survey import Drawn, survey_documents
 from mm.data.transforms.any_to_any import AnyToAny
@@ -287,6 +288,28 @@ class DocumentStream(Stream, Generic[C]):
             if n >= 0:
                 out.append(Segment(spec.modality, ZEROS[:n], inline=spec.inline))
         return out
+
+    def plan_sample(self, source: int, epoch: int, i: int) -> tuple[list[Segment], Sketch | None]:
+        """Sample ``i`` after the transforms, [] where they filter it out, and its sketch if any.
+
+        By its lengths alone where these tell the transforms all; else it is read.
+        """
+        shards, chain = self.sources[source], self.transforms[source]
+        by_length = not shards.interleaved and all(part.by_length for part in chain.parts)
+        raw = self.outline(source, i) if by_length else self.segments(source, i)
+        made = self.apply_transforms(source, raw, source, epoch, i) or []
+        plain = not shards.says_loss and not any(spec.continuous for spec in shards.specs)
+        return made, sketch_of(raw, made) if by_length and plain else None
+
+    def read_sample(
+        self, source: int, epoch: int, i: int, sketch: Sketch | None = None
+    ) -> list[Segment]:
+        """Sample ``i`` after the transforms, [] where they filter it out; quicker by its sketch."""
+        if sketch is None:
+            raw = self.segments(source, i)
+            return self.apply_transforms(source, raw, source, epoch, i) or []
+        codes = self.sources[source].tokens(i, {m for m, _ in sketch})
+        return [s._replace(ids=codes[m]) if m else s for m, s in sketch]
 
     @staticmethod
     def count(segments: Sequence[Segment], counts: dict[str, int], *more: str) -> None:

@@ -124,9 +124,8 @@ class PackedStream(DocumentStream[PackedConfig]):
     """See `PackedConfig`.
 
     ``stats`` of the last step: epoch, padding_share, documents, tokens by modality, filtered,
-    too_long;
-    and those of the run so far that `mm.data.streams.stats.summarize` names (a sample is a document
-    here).
+    too_long; and those of the run so far that `mm.data.streams.stats.summarize` names (a sample is
+    a document here).
     """
 
     def prepare(self) -> dict[str, Any]:
@@ -136,11 +135,6 @@ class PackedStream(DocumentStream[PackedConfig]):
             + tuple(f"tokens/{m}" for m in self.vocabulary.modalities)
             + tuple(f"{group}/{s}" for group in ("source", "samples") for s in sources)
         )
-        # Planning goes by lengths alone where these tell all; else a block's own samples are read.
-        self._by_length = [
-            not shards.interleaved and all(part.by_length for part in chain.parts)
-            for shards, chain in zip(self.sources, self.transforms, strict=True)
-        ]
         means = [self._mean_tokens(s) for s in sources]
         self.block_samples = config.block_samples or self._filling(means)
         self.mix = mixing.plan(
@@ -260,27 +254,25 @@ class PackedStream(DocumentStream[PackedConfig]):
         for s, order in enumerate(self._orders):
             epochs, samples = order(np.arange(begin[s], end[s]))
             for epoch, i in zip(epochs.tolist(), samples.tolist(), strict=True):
-                made = self._made(s, epoch, i, self._by_length[s]) or []
+                made, sketch = self.plan_sample(s, epoch, i)
                 why = self.fate(made, made)
                 filtered, too_long = filtered + (why == "filtered"), too_long + (why == "too_long")
                 if not why:
                     lengths = self._lengths(document_length(made))
                     more = self._part_lengths(made)
-                    documents += [Document(s, epoch, i, p, n, more) for p, n in enumerate(lengths)]
+                    document = Document(s, epoch, i, 0, 0, more, sketch)
+                    documents += [
+                        document._replace(part=p, length=n) for p, n in enumerate(lengths)
+                    ]
         key = key_of(self.seed, "block", number)
         rows = lay_rows(
             documents, self.config.seq_len, self.config.max_documents, key, self.part_len
         )
         return Block(rows, filtered, too_long)
 
-    def _made(self, source: int, epoch: int, i: int, outline: bool = False) -> list[Segment] | None:
-        """Sample ``i`` after the transforms; None where they filter it out."""
-        raw = self.outline(source, i) if outline else self.segments(source, i)
-        return self.apply_transforms(source, raw, source, epoch, i)
-
     def _read(self, d: Document, counts: dict[str, int]) -> list[Segment]:
         """The segments of a planned document, which are counted."""
-        made = self._made(d.source, d.epoch, d.sample) or []
+        made = self.read_sample(d.source, d.epoch, d.sample, d.sketch)
         n = document_length(made)
         if n > self.config.seq_len:
             made = piece(made[0], d.part, self.config.seq_len - 2)
@@ -307,7 +299,7 @@ class PackedStream(DocumentStream[PackedConfig]):
         total: dict[str, float] = {}
         picked = permute(np.arange(min(n, PROBE)), n, key_of("probe", source))
         for i in picked.tolist():
-            segments = self._made(source, 0, i, self._by_length[source]) or []
+            segments, _ = self.plan_sample(source, 0, i)
             if self.fate(segments, segments):
                 continue
             for s in segments:

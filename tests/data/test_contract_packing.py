@@ -151,7 +151,7 @@ def test_every_sample_and_epoch_draws_anew(data: Path) -> None:
     drawn: list[dict[int, str]] = []
     for number in range(2):  # a block is an epoch here
         documents = [d for row in stream.plan_block(number).rows for d in row]
-        made = [stream._made(d.source, d.epoch, d.sample) for d in documents]
+        made = [stream.read_sample(d.source, d.epoch, d.sample) for d in documents]
         drawn.append({d.sample: m[0].modality for d, m in zip(documents, made, strict=True)})
     assert len(drawn[0]) == 27 and 5 < sum(m == "image" for m in drawn[0].values()) < 22
     changed = sum(drawn[0][k] != drawn[1][k] for k in drawn[0])

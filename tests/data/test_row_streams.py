@@ -19,6 +19,7 @@ from mm.data.streams.order import SourceOrder
 from mm.data.streams.packed import PackedConfig, PackedStream
 from mm.data.streams.shuffle import permute
 from mm.errors import UserError
+from mm.specs import Segment
 
 # ---- order -----------------------------------------------------------------------------------
 
@@ -151,6 +152,23 @@ def test_planning_reads_no_sample(data: Path, reads: Counter[str]) -> None:
     assert reads["tokens"] > 0
 
 
+def test_what_was_planned_is_read_as_the_transforms_give_it(data: Path) -> None:
+    """The transforms are not applied again, and no member is read that none of them took."""
+    stream: PackedStream = CASES["packed-transform"](data).build(seed=0)
+    documents = [d for row in stream.plan_block(0).rows for d in row]
+    assert documents and all(d.sketch is not None for d in documents)
+    for d in documents:
+        place = (d.source, d.epoch, d.sample)
+        plain, filled = stream.read_sample(*place, None), stream.read_sample(*place, d.sketch)
+        np.testing.assert_equal([s._asdict() for s in filled], [s._asdict() for s in plain])
+    read: list[Any] = []
+    shards = stream.sources[0]
+    shards.tokens = lambda i, of=None: read.append(of) or type(shards).tokens(shards, i, of)  # type: ignore[method-assign]
+    stream.next()
+    stream.close()
+    assert None not in read and {1, 2} <= {len(of - {""}) for of in read}
+
+
 # ---- what is refused -------------------------------------------------------------------------
 
 
@@ -169,8 +187,12 @@ def test_a_transform_that_is_no_function_is_refused_by_sample(tmp_path: Path) ->
     sources: Any = [{"path": tmp_path / "tokens"}]
     stream = PackedConfig(sources=sources, seq_len=64, prefetch=0).build()
     made = stream.apply_transforms
-    stream.apply_transforms = lambda *a: (made(*a) or [])[:1]  # type: ignore[method-assign]
-    stream._by_length = [True]
+
+    def first_alone(*a: Any) -> list[Segment]:
+        """With ids of its own, so that it is applied again where the document is read."""
+        return [s._replace(ids=s.ids.copy()) for s in (made(*a) or [])[:1]]
+
+    stream.apply_transforms = first_alone  # type: ignore[method-assign]
     stream.next()
     stream.apply_transforms = made  # type: ignore[method-assign]
     with pytest.raises(UserError, match=r"tokens/train: sample 's\d+' has \d+ tokens and was plan"):

@@ -297,7 +297,7 @@ def test_trains_with_document_masks(data: Path, monkeypatch: pytest.MonkeyPatch)
     vocabulary = model.vocabulary
     shards = ShardSet.open(data / "tokens")
     stream = PackedConfig(sources=({"path": data / "tokens"},), seq_len=96).build()
-    documents = [stream._made(0, 0, i) for i in (0, 1, 2)]
+    documents = [stream.read_sample(0, 0, i) for i in (0, 1, 2)]
     stream.close()
     assert shards.vocabulary == vocabulary
     with torch.no_grad():
@@ -309,7 +309,7 @@ def test_trains_with_document_masks(data: Path, monkeypatch: pytest.MonkeyPatch)
 def test_any_to_any_leaves_interleaved_samples_alone(data: Path) -> None:
     source = {"path": data / "tokens", "transform": [{"kind": "any_to_any", "tasks": {"text": 1}}]}
     stream = PackedConfig(sources=(source,), seq_len=96, block_samples=N, prefetch=0).build()
-    kept = [stream._made(0, 0, i) for i in range(N)]
+    kept = [stream.read_sample(0, 0, i) for i in range(N)]
     assert [len(s or ()) for s in kept] == [len(ORDERS[i % 4]) for i in range(N)]
 
 

@@ -12,6 +12,7 @@ from stream_cases import CASES, TASKS
 
 from mm.data.shards.index import spread
 from mm.data.streams import survey
+from mm.data.streams.blocks import sketch_of
 from mm.data.streams.packed import PackedConfig, PackedStream
 from mm.data.streams.stateful import StatefulConfig
 from mm.registry import TRANSFORMS
@@ -51,6 +52,11 @@ def test_law_a_transform_by_length_does_not_read_ids(kind: str) -> None:
             for d in made
         ]
         assert told[0] == told[1]
+        sketch = sketch_of(blank, made[1] or [])
+        if sketch is not None:  # what was planned by lengths, with the ids, is what the ids give
+            ids = {s.modality: s.ids for s in real}
+            filled = [s._replace(ids=ids[m]) if m else s for m, s in sketch]
+            np.testing.assert_equal(*([s._asdict() for s in d or []] for d in (filled, made[0])))
 
 
 @pytest.mark.parametrize("name", list(CASES))

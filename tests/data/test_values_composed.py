@@ -202,7 +202,7 @@ def test_packed_equals_alone(root: Path, recipe: str, mask: str) -> None:
     torch.manual_seed(0)
     init_weights(module)
     block = made._block(0, 0)
-    documents = [made._made(d.source, d.epoch, d.sample) for d in block.rows[0]]
+    documents = [made.read_sample(d.source, d.epoch, d.sample) for d in block.rows[0]]
     declared = made.declared
     together = to_batch([documents], made.vocabulary, declared=declared)
     memory: dict[str, Any] = {}
@@ -271,7 +271,7 @@ def test_two_sequences_share_rows(root: Path) -> None:
     for _ in range(6):
         (b,) = made.next()
         assert b.layout.shape[1] == 96 and b.parts["source"].layout.shape[1] == 40
-    lengths = [part_lengths(made._made(0, 0, i, True) or []) for i in range(len(made.sources[0]))]
+    lengths = [part_lengths(made.plan_sample(0, 0, i)[0]) for i in range(len(made.sources[0]))]
     assert max(each.get("source", 0) for each in lengths) > 12
     config = made.config.model_copy(update={"part_len": 12})
     short = config.build()
