@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +28,14 @@ def test_help_takes_under_a_second_and_no_torch() -> None:
         "'wandb', 'numpy', 'pydantic'} & set(sys.modules)))"
     )
     best = 9.0
-    for _ in range(3):  # the machine may be busy: the best of three
-        start = time.perf_counter()
+    for _ in range(3):  # the machine may be busy: processor time, and the best of three
+        start = os.times()
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
         )
-        best = min(best, time.perf_counter() - start)
+        end = os.times()
+        spent = end.children_user - start.children_user + end.children_system
+        best = min(best, spent - start.children_system)
         assert done.returncode == 0, done.stderr
         assert done.stdout.rstrip().endswith("0 []"), done.stdout[-200:]
     for command in cli.COMMANDS:
