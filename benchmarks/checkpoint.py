@@ -6,7 +6,8 @@
 A decoder of about 100 M parameters in fp32 (``--small``: 2 M) takes steps of AdamW on this
 repository's own files and saves after some; then it goes on from the last checkpoint, with saves in
 the background. Measured is the save itself (of the last step, and by the process that needs most),
-without the forward pass whose losses are kept beside a checkpoint. ``more`` is what the resident
+without the forward pass whose losses are kept beside a checkpoint; in the background with what the
+next update waits for the copies. ``more`` is what the resident
 memory of a process grew by while it saved. Of a build and of a resume it is the peak of live
 tensors until the network is filled, and until the engine has its states; read is what a process
 read of the checkpoint. Then what a 70 B model costs 512 processes, on paper, by the code that
@@ -119,6 +120,13 @@ def child(config: str, changes: list[str]) -> None:
         more = memory("VmHWM") - before
         rows.append({"own": own, "more": more, "sent": found.n_bytes, "seconds": seconds})
 
+    def waited(self: Writer) -> None:
+        begun = time.perf_counter()
+        settle(self)
+        if rows:
+            rows[-1]["seconds"] += time.perf_counter() - begun
+
+    settle, Writer.settle = Writer.settle, waited  # type: ignore[method-assign]
     Writer.__call__ = measured  # type: ignore[method-assign]
     run = Run.load(config, changes)
     Trainer(run).fit()

@@ -86,6 +86,7 @@ class TrainerEnv:
         self.scheduled: Mapping[str, float] = {}
         self.seed = seed
         self.precision = precision
+        self.before_update: Callable[[], None] = lambda: None  # what an update waits for
         self._micros: dict[int, int] = {}
         self._engines: Mapping[str, Engine] = {}
         self._frozen: Mapping[str, nn.Module] = {}
@@ -94,10 +95,13 @@ class TrainerEnv:
         self._rank = rank if sequence is None else rank // sequence.size
 
     @staticmethod
-    def of(run: Run, device: torch.device) -> TrainerEnv:
+    def of(run: Run, device: torch.device, before_update: Callable[[], None]) -> TrainerEnv:
         """That of a run. Call on all ranks."""
         precision = resolve_precision(run.engine.precision, device)
-        return TrainerEnv(run.seed, device, precision, SequenceGroup.join(run.engine.sequence))
+        group = SequenceGroup.join(run.engine.sequence)
+        env = TrainerEnv(run.seed, device, precision, group)
+        env.before_update = before_update
+        return env
 
     def lend(self, engines: Mapping[str, Engine], frozen: Mapping[str, nn.Module]) -> None:
         """Set the networks of this stage."""

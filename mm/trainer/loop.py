@@ -258,7 +258,7 @@ class Trainer:
         So a refusal leaves every file of the run as it was. ``stack`` ends what is begun here.
         """
         self.phase("start", self.step)
-        self.env = TrainerEnv.of(self.run, self.device)
+        self.env = TrainerEnv.of(self.run, self.device, self._writer.settle)
         index = start.first_stage(self.held_out.ends(), self.step)
         self._on_main(lambda: start.check(self, index))
         begin, self._init_from = warm_start.begin(self.run, self.vocabulary, saved)

@@ -108,6 +108,7 @@ def _update(
         if host.pop(key) == 0:  # a loss without targets is absent: 0 would read as perfect
             del host[f"loss/{key.removeprefix(COUNT)}"]
     lr = engine.set_lr(stage.lr_factor(step))
+    stage.env.before_update()
     applied, norm_before = engine.step(host.pop("norm", None))
     after = getattr(engine.raw, "after_step", None)
     if applied and metrics.aux and after is not None:

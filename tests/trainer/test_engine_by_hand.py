@@ -104,14 +104,17 @@ def test_saved_states_are_not_those_that_train() -> None:
     tensors, scalars = held.states(engine)
     files = held.spread({"optimizer": tensors, **collect(stage)[0]}, 0, 1)
     copies = held.Copies()
-    first = copies.of(files)
+    first, finish = copies.of(files)
+    finish()
     values = lambda file, made: {k: h.mine.tolist() for k, h in made[file].items()}
     for t in (moment, whole, frozen.weight.detach()):
         t.zero_()
     assert scalars == {"step": 4.0}
     assert values("optimizer", first) == {"exp_avg/x": [1.0] * 3, "row/x": [1.0] * 2}
     assert any(any(row) for row in values("ema", first)["weight"])
-    second = copies.of(files)
+    second, finish = copies.of(files)
+    assert values("optimizer", second) == values("optimizer", first), "an update waits for it"
+    finish()
     assert values("optimizer", second) == {"exp_avg/x": [0.0] * 3, "row/x": [0.0] * 2}
     where = lambda made: [h.mine.data_ptr() for table in made.values() for h in table.values()]
     assert where(first) == where(second)
@@ -313,11 +316,13 @@ def test_a_network_is_told_its_sums_after_a_step_that_was_applied(applied: bool)
     engine = SimpleNamespace(
         reduce=lambda: None,
         set_lr=lambda factor: 0.1 * factor,
-        step=lambda norm: (applied, 2.0),
+        step=lambda norm: order.append("update") or (applied, 2.0),
         raw=SimpleNamespace(after_step=told.append),
     )
+    order: list[str] = []
     stage: Any = SimpleNamespace(
         engines={"model": engine},
+        env=SimpleNamespace(before_update=lambda: order.append("copied")),
         clock=SimpleNamespace(mark=lambda part: None),
         lr_factor=lambda step: 0.5,
         averages=SimpleNamespace(follow=follow.append),
@@ -326,7 +331,7 @@ def test_a_network_is_told_its_sums_after_a_step_that_was_applied(applied: bool)
     row = _update(stage, 4, "model", metrics, {"loss/total": torch.tensor(1.5)})
     assert row == {"loss/total": 1.5, "optim/lr": 0.05, "optim/grad_norm": 2.0}
     assert [float(aux["load"].total) for aux in told] == ([6.0] if applied else [])
-    assert follow == (["model"] if applied else [])
+    assert follow == (["model"] if applied else []) and order == ["copied", "update"]
     engine.raw = SimpleNamespace()
     _update(stage, 4, "model", metrics, {"loss/total": torch.tensor(1.5)})
 

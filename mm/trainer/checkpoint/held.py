@@ -6,7 +6,7 @@ how ZeRO cuts, so every process knows those of all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,10 +24,12 @@ class Held(NamedTuple):
     Attributes:
         placed: where its elements are.
         mine: those of this process, whole in its shape or flat; None: it has none.
+        steady: nothing but an optimizer's step changes them.
     """
 
     placed: Placed
     mine: Tensor | None
+    steady: bool = False
 
 
 Files = Mapping[str, Mapping[str, Held]]
@@ -65,7 +67,8 @@ def masters(engine: Engine) -> dict[str, Held]:
     out: dict[str, Held] = {}
     for x, spans in shards.spans.items():
         for span in spans:
-            out[span.name] = whole(x) if replicated else cut(shards, x, span)
+            held = whole(x) if replicated else cut(shards, x, span)
+            out[span.name] = held._replace(steady=True)
     for name, p in engine.raw.named_parameters():
         if name not in out:
             out[name] = _frozen(engine, name, p)
@@ -102,7 +105,7 @@ def states(engine: Engine) -> tuple[dict[str, Held], dict[str, float]]:
                     held = whole(value)
                 else:
                     held = cut(shards, value, span)
-                tensors[f"{key}/{span.name}"] = held
+                tensors[f"{key}/{span.name}"] = held._replace(steady=True)
     if engine.ema is not None:
         scalars["ema_updates"] = engine.updates
     return tensors, scalars
@@ -125,7 +128,8 @@ def spread(files: Mapping[str, Mapping[str, Held]], rank: int, world: int) -> Fi
         if not _is_any(held):
             return held
         to, was = owner[file, name], held.placed
-        return Held(Placed(was.shape, was.dtype, to), held.mine if to == rank else None)
+        place = Placed(was.shape, was.dtype, to)
+        return held._replace(placed=place, mine=held.mine if to == rank else None)
 
     return {f: {n: given(f, n, h) for n, h in table.items()} for f, table in files.items()}
 
@@ -148,19 +152,44 @@ class Copies:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, str], Tensor] = {}
 
-    def of(self, files: Files) -> dict[str, dict[str, Held]]:
-        """``files`` with copies on the host in place of what trains."""
+    def of(self, files: Files) -> tuple[dict[str, dict[str, Held]], Callable[[], None]]:
+        """``files`` with copies on the host in place of what trains.
+
+        Returns:
+            The copies, and what fills those of `Held.steady`: any thread may call it while the next
+            step runs forward and backward; the optimizer's step waits for it. It raises
+            RuntimeError where something else changed them.
+        """
         old, self._buffers = self._buffers, {}
         out = {file: dict(table) for file, table in files.items()}
-        on_device = False
+        now: list[tuple[Tensor, Tensor]] = []
+        later: list[tuple[Tensor, Tensor]] = []
         for file, name, tensor in mine(files):
             buffer = old.get((file, name))
             if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
                 buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            buffer.copy_(tensor, non_blocking=tensor.is_cuda)
-            on_device |= tensor.is_cuda
+            held = files[file][name]
+            (later if held.steady else now).append((buffer, tensor))
             self._buffers[file, name] = buffer
-            out[file][name] = Held(files[file][name].placed, buffer)
-        if on_device:
-            torch.cuda.synchronize()
-        return out
+            out[file][name] = held._replace(mine=buffer)
+        fill(now)
+        versions = [tensor._version for _, tensor in later]
+        stream = torch.cuda.Stream() if any(t.is_cuda for _, t in later) else None
+        if stream is not None:  # what it copies is made on the stream that trains
+            stream.wait_stream(torch.cuda.current_stream())
+
+        def finish() -> None:
+            with torch.cuda.stream(stream):
+                fill(later)
+            if versions != [tensor._version for _, tensor in later]:
+                raise RuntimeError("weights or optimizer states were changed outside a step")
+
+        return out, finish
+
+
+def fill(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy each (buffer on the host, tensor), and wait for it."""
+    for buffer, tensor in pairs:
+        buffer.copy_(tensor, non_blocking=tensor.is_cuda)
+    if any(tensor.is_cuda for _, tensor in pairs):
+        torch.cuda.current_stream().synchronize()

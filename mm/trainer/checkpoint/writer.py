@@ -23,15 +23,18 @@ def meet() -> None:
 class Writer:
     """One save at a time.
 
-    In the background the caller stalls for the save before, if that is still being written, and
-    for nothing else. A save is crash-safe wherever it runs: until its rename it is not there.
+    In the background the caller stalls for the save before, if that is still being written. Weights
+    and optimizer states are copied while the next step runs forward and backward; that step's
+    update waits for them (`settle`), as CheckFreq's does (Mohan et al., FAST 2021). A save is
+    crash-safe wherever it runs: until its rename it is not there.
     """
 
     def __init__(self, background: bool):
         self.background = background
         self._copies = Copies()
         self._thread: threading.Thread | None = None
-        self._wrote = threading.Event()
+        self._wrote, self._copied = threading.Event(), threading.Event()
+        self._copied.set()
         self._error: BaseException | None = None
 
     def __call__(self, root: Path, moment: Moment, **keep: Any) -> None:
@@ -44,11 +47,17 @@ class Writer:
         if not self.background:
             save(root, moment, **keep, meeting=meeting, wrote=meet)
             return
-        copied = replace(moment, files=self._copies.of(moment.files))
+        files, finish = self._copies.of(moment.files)
+        copied = replace(moment, files=files)
         self._wrote.clear()
+        self._copied.clear()
 
         def work() -> None:
             try:
+                try:
+                    finish()
+                finally:
+                    self._copied.set()
                 save(root, copied, **keep, meeting=meeting, wrote=self._wrote.set)
             except BaseException as error:  # noqa: BLE001  raised in `wait`
                 self._error = error
@@ -58,6 +67,10 @@ class Writer:
         # not a daemon: the interpreter waits for it before it ends
         self._thread = threading.Thread(target=work, name="mm-checkpoint")
         self._thread.start()
+
+    def settle(self) -> None:
+        """Wait until nothing of the save under way is read any more from what a step updates."""
+        self._copied.wait()
 
     def wait(self) -> None:
         """Wait for the save under way. Call on all ranks. Raises what it raised."""
