@@ -106,13 +106,20 @@ def test_mean_tokens_are_those_of_the_first_pass(data: Path) -> None:
 
 
 def test_mean_tokens_are_asked_of_pass_0_and_of_what_fits() -> None:
-    """Each pass makes documents 90 codes longer; sample 2 is filtered, and counts as one."""
+    """Each pass makes documents 90 codes longer; sample 2 is filtered, and counts as one.
+
+    What stands in a second sequence, or labels the document, is none of its row.
+    """
 
     class Three:
         def __len__(self) -> int:
             return 3
 
-    made = lambda s, epoch, i: ([Segment("text", np.zeros(5 + 90 * epoch))], i)
+    beside = [
+        Segment("text", np.zeros(7), part="source"),
+        Segment("text", np.zeros(9), role="label"),
+    ]
+    made = lambda s, epoch, i: ([Segment("text", np.zeros(5 + 90 * epoch)), *beside], i)
     stream = SimpleNamespace(
         sources=[Three()],
         transforms=[SimpleNamespace(parts=(1,))],
@@ -124,7 +131,10 @@ def test_mean_tokens_are_asked_of_pass_0_and_of_what_fits() -> None:
 
 
 def test_documents_that_a_row_begins_are_counted_once(data: Path) -> None:
-    """Of rows that continue: those it is done with and the one it is in, less those left out."""
+    """Of rows that continue: those it is done with and the one it is in, less those left out.
+
+    What is left out leaves no place of a row empty: the next document begins there.
+    """
     config = StatefulConfig(
         source={"path": data / "tokens"}, seq_len=11, batch_size=3, max_documents=3, max_length=30
     )
@@ -134,6 +144,7 @@ def test_documents_that_a_row_begins_are_counted_once(data: Path) -> None:
         step = stream.advance(cursor)
         cursor = step.cursor
         sums = {k: n + step.counts[k] for k, n in sums.items()}
+        assert step.counts["used"] == step.counts["places"] == 3 * 11
     met = sum(cursor[f"number/{r}"] + (cursor[f"index/{r}"] > 0) for r in range(3))
     assert sums["too_long"] > 0 and sums["documents"] == met - sums["too_long"] - sums["filtered"]
 
