@@ -241,6 +241,7 @@ def test_a_report_adds_up_the_splits_of_a_manifest() -> None:
     splits = {"train": split, "val": split}
     manifest = {"kind": "raw", "splits": splits, "quarantined": 1, "ignored": {}}
     found = PackReport.of(Path("out"), manifest, 1.5)
+    assert (found.out, found.kind, found.already) == (Path("out"), "raw", False)
     assert (found.samples, found.bytes) == ({"train": 2, "val": 2}, 20)
     assert (found.modalities, found.lengths) == ({"text": 4}, {"text": 14})
     assert (found.quarantined, found.duplicates, found.seconds) == (1, 0, 1.5)
