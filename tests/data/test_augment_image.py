@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,17 +30,32 @@ def changed(seed: int = 0, **settings: Any) -> np.ndarray:
     return out.values.reshape(3, 2, 8, 8, 3).transpose(0, 2, 1, 3, 4).reshape(24, 16, 3)
 
 
-@pytest.mark.parametrize(
-    ("side", "corner"), [(1.0, (0.3, 0.9)), (0.6, (0.0, 1.0)), (0.8, (0.5, 0.25))]
-)
-def test_a_part_is_what_torch_samples(side: float, corner: tuple[float, float]) -> None:
+def torch_part(side: float, corner: Sequence[float]) -> np.ndarray:
+    """The part of `PICTURE` that torch samples."""
     x = torch.from_numpy(PICTURE.astype(np.float64)).permute(2, 0, 1)[None]
     down, right = (2 * (c * (1 - side) + side / 2) - 1 for c in corner)
     theta = torch.tensor([[[side, 0, right], [0, side, down]]], dtype=torch.float64)
     grid = torch.nn.functional.affine_grid(theta, list(x.shape), align_corners=False)
-    want = torch.nn.functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    found = torch.nn.functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    return found[0].permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize(
+    ("side", "corner"), [(1.0, (0.3, 0.9)), (0.6, (0.0, 1.0)), (0.8, (0.5, 0.25))]
+)
+def test_a_part_is_what_torch_samples(side: float, corner: tuple[float, float]) -> None:
     got = part_of(PICTURE, side, np.array(corner))
-    np.testing.assert_allclose(got, want[0].permute(1, 2, 0).numpy(), atol=1e-9)
+    np.testing.assert_allclose(got, torch_part(side, corner), atol=1e-9)
+
+
+def test_a_zoom_shows_a_part_smaller_by_up_to_its_share() -> None:
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        rng.random()  # whether it is mirrored, and where it moves
+        rng.integers(0, 1, 2)
+        share, *corner = rng.random(3)
+        want = torch_part(1 - 0.5 * share, corner).round()
+        np.testing.assert_array_equal(changed(seed, mirror=0, shift=0, zoom=0.5), want)
 
 
 def test_light_is_torchvisions_brightness_and_one_changes_nothing() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mm.data.batching.borders import document_length
+from mm.data.batching.codebooks import check_places
 from mm.data.batching.collate import Piece, axes_of, grids_of, pieces_to_batch, to_batch
 from mm.data.batching.document import document_tokens
 from mm.layout import Grid
@@ -108,6 +109,21 @@ def test_grids_whole_broken_off_and_hidden() -> None:
     assert axes_of(line) == 1
     start = line.range("image")
     assert grids_of(np.array([start.begin, start.first]), line) == []
+
+
+def test_places_of_several_codebooks_that_are_no_layout_are_refused() -> None:
+    """Two codebooks of ten codes: 0 to 9 stand in the first stream, 10 to 19 in the second."""
+    spec = TokenSpec("audio", 10, 2)
+    of = lambda *places: check_places(np.array(places), spec)
+    assert of((1, -1), (2, 11), (-1, 12)) == 2
+    for places, why in (
+        (((1, -1), (-1, 11), (2, 12)), "the first codebook has a gap"),
+        (((1, 11, 12),), "3 codes a place of 2 codebooks"),
+        (((1, 11), (2, 3)), "code 3 is not of codebook 1"),
+        (((12, 11),), "code 12 is not of codebook 0"),
+    ):
+        with pytest.raises(ValueError, match=f"segment 'audio': {why}"):
+            of(*places)
 
 
 def test_rows_of_documents_by_hand() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from mm.data.batching.collate import document_tokens
 from mm.data.transforms.fill_in_the_middle import FillInTheMiddleConfig
-from mm.data.transforms.span_denoising import Denoiser, SpanDenoisingConfig
+from mm.data.transforms.span_denoising import Denoiser, SpanDenoisingConfig, cut
 from mm.specs import Segment, TokenSpec
 from mm.vocabulary import Vocabulary
 
@@ -38,6 +38,11 @@ def test_holes_and_what_is_around_them_are_the_whole(rate: float, mean: float, n
             assert lost / len(asked) == pytest.approx(mean, rel=0.12)
         if mean == 0:
             assert len(made) == 2
+
+
+def test_there_are_no_more_holes_than_codes_are_kept() -> None:
+    """Nine of ten codes go, one in each hole if it could: the one that stays stands before one."""
+    assert cut(10, Denoiser(rate=0.9, mean=1), np.random.default_rng(0)) == ([(0, 1)], [(1, 10)])
 
 
 def test_the_lengths_of_holes_differ_and_a_denoiser_is_drawn_by_weight() -> None:
@@ -85,6 +90,18 @@ def test_the_middle_comes_last_and_cut_ends_are_no_targets(suffix_first: float) 
         predicted = d.targets[d.weights > 0]
         assert (predicted == TEXT.end).sum() == 2, "of the end of the text, and of its middle"
         assert sorted((predicted[predicted != TEXT.end] - TEXT.first).tolist()) == list(range(30))
+
+
+def test_moved_pieces_keep_their_own_targets() -> None:
+    """Code n predicts 100 + n, wherever its piece goes; only cut pieces have the mark of a cut."""
+    given = text(12)._replace(targets=np.arange(100, 112))
+    for seed in range(20):
+        made = FillInTheMiddleConfig(rate=1.0, suffix_first=0.0).build()(
+            [given], np.random.default_rng(seed)
+        )
+        assert made is not None
+        for s, mark in zip(made, ([-1], [], []), strict=True):
+            assert s.targets.tolist() == [*(100 + s.ids), *mark]
 
 
 def test_a_share_of_samples_is_moved() -> None:

@@ -32,6 +32,7 @@ from mm.data.shards.reader import QUARANTINE, ShardSet
 from mm.data.shards.verify import verify
 from mm.data.streams.packed import PackedConfig
 from mm.data.streams.raw_items import ItemsConfig
+from mm.data.streams.shuffle import key_of
 from mm.decoders.media import save_media
 from mm.decoders.raws import read_raw
 from mm.errors import UserError
@@ -208,9 +209,13 @@ def test_interleaved_tokens_and_streams(tmp_path: Path) -> None:
 def test_items(tmp_path: Path) -> None:
     pack(source(tmp_path / "src"), tmp_path / "raw", progress=False)
     config = ItemsConfig(path=tmp_path / "raw", modality="series", batch_size=3, prefetch=0)
-    (batch,) = config.build().next()
+    stream = config.build()
+    (batch,) = stream.next()
     assert batch.values["series"].data.shape == (3, 4)
+    aside = {"path", "micro_batch_size", "prefetch", "cache_mb", "options"}
+    before = key_of(config.model_dump_json(exclude=aside)) % 2**32  # of a plan without any
     shorter = config.model_copy(update={"options": {"window": 2}}).build()
+    assert stream.plan["settings"] == before != shorter.plan["settings"]
     assert shorter.next()[0].values["series"].data.shape == (3, 2)
     with pytest.raises(ValueError, match="no items of 'text'; there are: image, audio, series"):
         ItemsConfig(path=tmp_path, modality="text")

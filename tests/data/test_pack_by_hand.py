@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from mm.data.pack.job import pack
 from mm.data.pack.writer import SplitWriter
+from mm.errors import UserError
 
 
 def sample(n: int) -> tuple[str, dict[str, bytes], dict[str, int]]:
@@ -34,3 +37,11 @@ def test_a_split_goes_on_where_it_was_cut_off(tmp_path: Path, shard_mb: float, c
     assert files[0] == files[1] and len(files[0]) > (3 if shard_mb < 1 else 1)
     for name in files[0]:
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_few_samples_over_the_budget_stop_a_pack_at_its_end(tmp_path: Path) -> None:
+    rows = [{"text": "a"}, {"text": ""}, {"text": ""}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"2 of 3 samples are unreadable, more than --max-bad 0\.5"):
+        pack(tmp_path / "rows.jsonl", tmp_path / "out", max_bad=0.5, progress=False)
+    assert not (tmp_path / "out").exists()

@@ -23,12 +23,12 @@ from mm.data.pack.worker import PreparedRecord
 from mm.data.shards.index import spread
 from mm.data.sources.base import Record
 from mm.data.streams import survey
-from mm.data.streams.blocks import block_of
-from mm.data.streams.packed import PackedConfig
+from mm.data.streams.blocks import Document, block_of, first_fit, lay_rows
+from mm.data.streams.packed import PackedConfig, PackedStream
 from mm.data.streams.raw_items import ItemsStream
 from mm.data.streams.shuffle import splitmix64
 from mm.data.streams.stateful import StatefulConfig
-from mm.specs import TokenSpec
+from mm.specs import Segment, TokenSpec
 
 GOLDEN = 0x9E3779B97F4A7C15
 
@@ -50,6 +50,23 @@ def test_streams_take_the_blocks_of_a_round_from_a_drawn_place_on() -> None:
         drawn = int.from_bytes(told, "little")
         want = [turn * rows + (r + drawn) % rows for r in range(rows)]
         assert [block_of(3, r, turn, rows) for r in range(rows)] == want
+
+
+def test_the_first_row_with_room_takes_a_document() -> None:
+    lengths = np.array([5, 6, 3, 2, 1])
+    assert first_fit(lengths, 8, 9) == [[0, 2], [1, 3], [4]]
+    assert first_fit(lengths, 8, 2) == [[0, 2], [1, 3], [4]]
+    assert first_fit(np.array([1, 1, 1, 1, 1]), 8, 2) == [[0, 1], [2, 3], [4]]
+    assert first_fit(lengths, 8, 9, names=np.array([7, 5, 3, 1, 0])) == [[7, 3], [5, 1], [0]]
+
+
+def test_second_sequences_must_fit_their_own_row_too() -> None:
+    """The first row has room for all three documents, but not for two sources of 5 in 8."""
+    others = np.array([[5], [5], [3]])
+    assert first_fit(np.array([2, 2, 2]), 8, 9, others=others, part_len=8) == [[0, 2], [1]]
+    documents = [Document(0, 0, i, 0, 2, (5,)) for i in range(4)]
+    rows = lay_rows(documents, 8, 9, key=3, part_len=8)
+    assert [len(row) for row in rows] == [1] * 4
 
 
 def test_what_is_too_long_for_a_row_is_counted(data: Path) -> None:
@@ -88,8 +105,36 @@ def test_mean_tokens_are_those_of_the_first_pass(data: Path) -> None:
     assert found == pytest.approx({m: n / N for m, n in total.items()})
 
 
+def test_mean_tokens_are_asked_of_pass_0_and_of_what_fits() -> None:
+    """Each pass makes documents 90 codes longer; sample 2 is filtered, and counts as one.
+
+    What stands in a second sequence, or labels the document, is none of its row.
+    """
+
+    class Three:
+        def __len__(self) -> int:
+            return 3
+
+    beside = [
+        Segment("text", np.zeros(7), part="source"),
+        Segment("text", np.zeros(9), role="label"),
+    ]
+    made = lambda s, epoch, i: ([Segment("text", np.zeros(5 + 90 * epoch)), *beside], i)
+    stream = SimpleNamespace(
+        sources=[Three()],
+        transforms=[SimpleNamespace(parts=(1,))],
+        plan_sample=lambda s, epoch, i: made(s, epoch, i) if i < 2 else ([], None),
+        fate=lambda raw, made: "" if made else "filtered",
+    )
+    found = PackedStream._mean_tokens(stream, 0)  # type: ignore[arg-type]
+    assert found == {"text": pytest.approx(2 * (5 + 2) / 3)}
+
+
 def test_documents_that_a_row_begins_are_counted_once(data: Path) -> None:
-    """Of rows that continue: those it is done with and the one it is in, less those left out."""
+    """Of rows that continue: those it is done with and the one it is in, less those left out.
+
+    What is left out leaves no place of a row empty: the next document begins there.
+    """
     config = StatefulConfig(
         source={"path": data / "tokens"}, seq_len=11, batch_size=3, max_documents=3, max_length=30
     )
@@ -99,6 +144,7 @@ def test_documents_that_a_row_begins_are_counted_once(data: Path) -> None:
         step = stream.advance(cursor)
         cursor = step.cursor
         sums = {k: n + step.counts[k] for k, n in sums.items()}
+        assert step.counts["used"] == step.counts["places"] == 3 * 11
     met = sum(cursor[f"number/{r}"] + (cursor[f"index/{r}"] > 0) for r in range(3))
     assert sums["too_long"] > 0 and sums["documents"] == met - sums["too_long"] - sums["filtered"]
 
@@ -176,12 +222,26 @@ def test_the_journal_counts_all_records_that_were_looked_at(tmp_path: Path) -> N
     assert (again.records, again.good, again.bad) == (4, 3, 1)
 
 
+@pytest.mark.parametrize("itself", [True, False])
+def test_a_source_that_splits_itself_keeps_its_training_samples(
+    tmp_path: Path, itself: bool
+) -> None:
+    """The share of train that becomes val was taken already, from the end of the text."""
+    config = PackConfig(src=tmp_path / "src", out=tmp_path / "out", val_share=1.0)
+    output = PackOutput(tmp_path, config, itself, "identity")
+    own = Record("sample", "line 1", {}, split="train")
+    output.add([PreparedRecord(own, {"text": b"abc"}, {"text": "txt"}, {"text": 3}, "")], None)
+    assert list(output.writers) == (["train"] if itself else ["val"])
+    output.abort(tmp_path / "out")
+
+
 def test_a_report_adds_up_the_splits_of_a_manifest() -> None:
     """Of one that says nothing about duplicates, as older ones do."""
     split = {"samples": 2, "bytes": 10, "lengths": {"text": {"count": 2, "total": 7}}}
     splits = {"train": split, "val": split}
     manifest = {"kind": "raw", "splits": splits, "quarantined": 1, "ignored": {}}
     found = PackReport.of(Path("out"), manifest, 1.5)
+    assert (found.out, found.kind, found.already) == (Path("out"), "raw", False)
     assert (found.samples, found.bytes) == ({"train": 2, "val": 2}, 20)
     assert (found.modalities, found.lengths) == ({"text": 4}, {"text": 14})
     assert (found.quarantined, found.duplicates, found.seconds) == (1, 0, 1.5)

@@ -7,9 +7,12 @@ import pytest
 
 from mm.data.streams.shuffle import generator
 from mm.data.transforms.any_to_any import AnyToAnyConfig, parse_task
-from mm.data.transforms.chunk import ChunkConfig
+from mm.data.transforms.chunk import ChunkConfig, window
 from mm.data.transforms.compose import chain
+from mm.data.transforms.delay import DelayConfig
+from mm.data.transforms.mark import MarkConfig
 from mm.data.transforms.preference import PreferenceConfig
+from mm.errors import UserError
 from mm.specs import Segment
 
 
@@ -135,6 +138,42 @@ def test_the_last_two_items_of_a_sample_are_a_preference() -> None:
         ("image", [3], "condition", "worse"),
     ]
     assert transform([Segment("text", [1]), Segment("image", [2])], rng) is None
+    assert transform([Segment(m, [1]) for m in ("text", "image", "text")], rng) is None
     assert transform([Segment("image", [2])], rng) is None
+    turns = transform([Segment("text", [n], role="condition") for n in range(3)], rng)
+    assert turns is not None
+    assert [s.role for s in turns] == ["condition", "target", "condition", "condition"]
     pair = transform([Segment("image", [2]), Segment("image", [3])], rng)
     assert pair is not None and [s.part for s in pair] == ["", "worse"]
+
+
+def test_segments_are_numbered_in_their_order_but_for_labels() -> None:
+    given = [*segments("text", "image", "text", "image"), Segment("text", np.arange(2))]
+    given[2] = given[2]._replace(role="label", fields={"own": 7})
+    of = lambda **settings: [
+        dict(s.fields) for s in MarkConfig(**settings).build()(given, None) or []
+    ]
+    label = {"own": 7}
+    assert of() == [{"segment": 1}, {"segment": 2}, label, {"segment": 3}, {"segment": 4}]
+    assert of(field="n", modalities=("text",)) == [{"n": 1}, {}, label, {}, {"n": 2}]
+
+
+def test_a_number_of_the_whole_segment_may_be_laid_out_one_a_code_may_not() -> None:
+    """Two codebooks of three frames: the second one place later."""
+    delay = DelayConfig(delays={"audio": (0, 1)}).build()
+    given = Segment("audio", np.arange(6), fields={"segment": 2})
+    (made,) = delay([given])
+    assert made.ids.tolist() == [[0, -1], [2, 1], [4, 3], [-1, 5]] and made.fields == {"segment": 2}
+    for more in ({"fields": {"masked": np.zeros(6, bool)}}, {"position": np.arange(6)}):
+        with pytest.raises(UserError, match="'audio' was masked or placed code by code"):
+            delay([given._replace(**more)])
+    (cut,) = delay([given._replace(targets=np.array([*range(6), -1]))])
+    assert cut.targets.tolist() == [*made.ids.tolist(), [-1, -1]]
+
+
+def test_a_window_of_places_of_several_codebooks_predicts_by_the_first() -> None:
+    """One target a place; the others predict themselves."""
+    given = Segment("audio", np.array([[0, -1], [2, 11], [4, 13], [-1, 15]]))
+    made = window(given, 1, 3)
+    assert made.ids.tolist() == [[2, 11], [4, 13]] and made.targets.tolist() == [2, 4, -1]
+    assert window(given, 2, 4).targets is None

@@ -102,13 +102,15 @@ def test_whole_grids_are_listed_by_shape_and_book() -> None:
 
 def test_a_moved_layout_by_hand() -> None:
     """Two documents, each turned round; the second is then taken out."""
-    doc = Doc(4, slot=0, grids=[Grid(0, (2, 2))], modality=[1, 2, 3, 4])
+    stream = {"stream": [5, 6, 7, 8]}
+    doc = Doc(4, slot=0, grids=[Grid(0, (2, 2))], modality=[1, 2, 3, 4], extra=stream)
     layout = Layout.from_rows([[doc, Doc(2, slot=1)]], 7, axes=2)
     index = torch.tensor([3, 2, 1, 0, 5, 4, 6])
     moved = layout.derive(index)
     assert values(moved.fields.position[0, :, 0]) == [3, 2, 1, 0, 1, 0, 0]
     assert values(moved.fields.position[0, :, 1]) == [1, 1, 0, 0, 1, 0, 0]
     assert values(moved.fields.modality[0]) == [4, 3, 2, 1, 0, 0, 0]
+    assert values(moved.fields.extra["stream"][0]) == [8, 7, 6, 5, 0, 0, 0]
     assert values(moved.grids[2, 2]) == [[3, 2, 1, 0]]
     stays = layout.derive(index, time="stays", slots=False)
     assert values(stays.fields.position[0, :, 0]) == [0, 1, 2, 3, 0, 1, 0]

@@ -126,3 +126,19 @@ def test_learned_places_of_no_token_are_none(kind: str) -> None:
     made.init_weights()
     f = Layout.plain(1, 2).fields.map(lambda x: x[:, :0])
     assert made.embed(torch.zeros(1, 0, 4), f).shape == (1, 0, 4)
+
+
+def test_a_position_that_is_added_is_told_the_width_of_the_model() -> None:
+    """One of one's own may look at ``d_model`` alone."""
+    from mm.config import Config
+    from mm.model.positions.learned import Learned
+    from mm.model.positions.randomised import build_added
+
+    class Wide(Config):
+        kind: str = "wide"
+
+        def build(self, head_dim: int, heads: int = 1, d_model: int = 0) -> Learned:
+            return Learned(d_model, 4)
+
+    made = build_added(Wide(), 6)
+    assert isinstance(made, Learned) and made.table.shape == (4, 6)

@@ -122,6 +122,24 @@ def test_documents_of_a_slice_and_what_crosses_its_ends() -> None:
     assert one.before(one.whole.fields.document, 2).tolist() == [[0, 0]] * 3
 
 
+def test_a_slice_that_a_document_of_one_token_before_it_fills() -> None:
+    """Rows in halves: a document that begins on the last place before; two; one and padding."""
+    whole = Layout.from_rows([[Doc(3), Doc(5)], [Doc(4), Doc(2)], [Doc(6)]], 8)
+    first, second = (Shard.of(whole, rank, 2)[0] for rank in (0, 1))
+    passes = [[False] * 3, [True, False, False]]
+    assert first.passes.tolist() == second.passes.tolist() == passes
+    assert second.earlier.tolist() == [1, 0, 4] and first.earlier.tolist() == [0, 0, 0]
+    assert first.head is None and second.head is not None
+    assert second.head.fields.document.tolist() == [[1] * 4, [0] * 4, [3, 3, 0, 0]]
+    assert second.head.fresh.tolist() == [False, True, False]
+    assert second.tail.fields.document.tolist() == [[1] * 4, [0] * 4, [0] * 4]
+    assert second.tail.fresh.tolist() == [False, True, True]
+    assert first.tail.fields.document.tolist() == [[0, 0, 0, 1], [2] * 4, [3] * 4]
+    assert first.tail.cu_seqlens.tolist() == [3, 4, 8, 12] and first.tail.max_seqlen == 4
+    assert (first.begins, first.through, first.alone) == (True, False, False)
+    assert (second.begins, second.through, second.alone) == (True, True, False)
+
+
 def test_documents_of_a_slice_are_laid_out_as_any() -> None:
     """Numbers, first places and the longest one are those that `Layout.from_rows` gives."""
     _, own = Shard.of(batch().layout, 1, 3)
