@@ -8,9 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from mm.tasks import harness
+from mm.batch import Batch
+from mm.specs import TokenSpec
+from mm.tasks import harness, retrieval, transcription
 from mm.tasks.recognition import Recognition
+from mm.vocabulary import extend_vocabulary
 
 
 class Says:
@@ -81,3 +85,94 @@ def test_the_linear_probe_reads_pictures_or_what_is_given_first(
     sources: tuple[str, ...], read: str
 ) -> None:
     assert Recognition(data=Path("data"), sources=sources)._probed == read
+
+
+def test_edits_are_counted_a_word_over_all_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Items 0 and 4 lack one of the two; two of the others are read at a time."""
+    said = {1: "a b c", 2: "d e", 3: "f"}
+    told = {1: ["a", "x", "c"], 2: ["d", "e", "g"], 3: ["f"]}
+    lengths = {"audio": [-1, 9, 9, 9, 9], "text": [1, 5, 3, 1, -1]}
+    shards = SimpleNamespace(
+        having=lambda raw: [i for i, n in enumerate(lengths[raw]) if n >= 0],
+        lengths=lengths.get,
+        value=lambda i, raw: said[i] if raw == "text" else i,
+    )
+    reads: list[list[int]] = []
+
+    def read(task: Any, generator: Any, codes: list[int]) -> list[list[str]]:
+        reads.append(codes)
+        return [told[i] for i in codes]
+
+    monkeypatch.setattr(transcription, "open_split", lambda *given: shards)
+    monkeypatch.setattr(transcription.Transcription, "_read", read)
+    generator: Any = SimpleNamespace(
+        model=SimpleNamespace(heads={"text": None}),
+        tokenizers={},
+        encode=lambda modality, raws: raws,
+    )
+    figures = transcription.Transcription(data=Path("data"), rows=2).evaluate(generator)
+    assert reads == [[1, 2], [3]]
+    assert figures == {
+        "audio_to_text_word_error_rate": pytest.approx(2 / 6),
+        "audio_to_text_exact": pytest.approx(1 / 3),
+        "audio_to_text_words": 6,
+    }
+
+
+@pytest.mark.parametrize(
+    ("said", "told", "edits"),
+    [("a b c", "a b c", 0), ("a b c", "", 3), ("", "a", 1), ("a b c d", "b c x d", 2)],
+)
+def test_edits_by_hand(said: str, told: str, edits: int) -> None:
+    assert transcription.edit_distance(said.split(), told.split()) == edits
+
+
+WORDS = extend_vocabulary([TokenSpec("text", 3), TokenSpec("image", 4)])
+
+
+class Embeds(torch.nn.Module):
+    """Says of the end of a span which code stands before it; all that it reads is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.heads = {"embedding": None}
+        self.rows: list[int] = []
+
+    def forward(self, b: Batch, heads: Any, loss: bool) -> Any:
+        assert heads == ("embedding",) and not loss
+        assert not b.weight.any() and b.layout.fields.extra["prefix"].bool().any()
+        self.rows.append(len(b.ids))
+        ids, at = b.ids.flatten(), b.places["embedding"].long()
+        ends = {WORDS.range(m).end: WORDS.range(m).first for m in ("text", "image")}
+        codes = [int(ids[i - 1]) - ends[int(ids[i])] for i in at]
+        mean = torch.eye(4)[codes]
+        return SimpleNamespace(
+            heads={"embedding": SimpleNamespace(dist=SimpleNamespace(mean=mean))}
+        )
+
+
+def test_an_item_finds_the_name_of_the_likest_vector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second item is taken for a one."""
+    images = [([3, 0], "zero"), ([1], "two"), ([1, 0, 2], "two")]
+    items = [
+        SimpleNamespace(sample=SimpleNamespace(values={"image": np.array(codes)}), label=label)
+        for codes, label in images
+    ]
+    names = ("zero", "one", "two")
+    as_codes = lambda raw: np.array([names.index(raw)]) if isinstance(raw, str) else raw
+    model = Embeds()
+    generator: Any = SimpleNamespace(
+        model=model,
+        vocabulary=WORDS,
+        tokenizers={},
+        encode=lambda modality, raws: [as_codes(raw) for raw in raws],
+    )
+    monkeypatch.setattr(retrieval, "read_items", lambda *given, **settings: items)
+    task = retrieval.Retrieval(data=Path("data"), classes=names, rows=2)
+    assert task.evaluate(generator) == {
+        "image_to_text_recall_at_1": pytest.approx(2 / 3),
+        "image_to_text_chance": pytest.approx(2 / 3),
+        "image_to_text_n": 3,
+    }
+    assert model.rows == [2, 1, 2, 1]
