@@ -12,7 +12,7 @@ import torch
 
 from mm.batch import Batch
 from mm.specs import TokenSpec
-from mm.tasks import harness, retrieval, transcription
+from mm.tasks import forecast, harness, retrieval, transcription
 from mm.tasks.recognition import Recognition
 from mm.vocabulary import extend_vocabulary
 
@@ -176,3 +176,27 @@ def test_an_item_finds_the_name_of_the_likest_vector(monkeypatch: pytest.MonkeyP
         "image_to_text_n": 3,
     }
     assert model.rows == [2, 1, 2, 1]
+
+
+def test_a_forecast_is_the_mean_or_the_median_of_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[float, int]] = []
+
+    def draw(*what: Any, **settings: Any) -> list[np.ndarray]:
+        asked.append((settings["temperature"], settings["seed"]))
+        each = {5: [1.0, 9.0], 6: [4.0, 2.0], 7: [2.0, 3.0]}[settings["seed"]]
+        return [np.array(each) + x[-1] for x in what[3]]
+
+    monkeypatch.setattr(forecast, "continue_series", draw)
+    generator: Any = SimpleNamespace(model=None, vocabulary=None, tokenizer=lambda modality: None)
+    given = [np.array([0.0, 10.0]), np.array([0.0])]
+    task = forecast.Forecast(data=Path("data"), horizon=2)
+    assert [x.tolist() for x in task._told(generator, given, 5)] == [[11, 19], [1, 9]]
+    assert asked == [(0.0, 5)], "nothing is drawn"
+    drawn = task.model_copy(update={"samples": 3})
+    assert [x.tolist() for x in drawn._told(generator, given, 5)] == [[12, 13], [2, 3]]
+    assert asked[1:] == [(1.0, 5), (1.0, 6), (1.0, 7)]
+
+
+def test_a_naive_forecast_repeats_the_season_before_what_is_told() -> None:
+    task = forecast.Forecast(data=Path("data"), horizon=5, period=2)
+    assert task._naive(np.arange(9.0)).tolist() == [2, 3, 2, 3, 2]
