@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from mm.batch import Batch
+from mm.errors import UserError
+from mm.registry import TASKS
 from mm.specs import TokenSpec
-from mm.tasks import forecast, harness, retrieval, transcription
+from mm.tasks import forecast, harness, retrieval, token_loss, transcription
 from mm.tasks.recognition import Recognition
 from mm.vocabulary import extend_vocabulary
 
@@ -88,10 +90,10 @@ def test_the_linear_probe_reads_pictures_or_what_is_given_first(
 
 
 def test_edits_are_counted_a_word_over_all_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Items 0 and 4 lack one of the two; two of the others are read at a time."""
-    said = {1: "a b c", 2: "d e", 3: "f"}
-    told = {1: ["a", "x", "c"], 2: ["d", "e", "g"], 3: ["f"]}
-    lengths = {"audio": [-1, 9, 9, 9, 9], "text": [1, 5, 3, 1, -1]}
+    """Items 0 and 4 lack one of the two, 3 is silence; they are read two at a time."""
+    said = {1: "a b c", 2: "d e", 3: ""}
+    told = {1: ["a", "x", "c"], 2: ["d", "e", "g"], 3: []}
+    lengths = {"audio": [-1, 9, 9, 0, 9], "text": [1, 5, 3, 0, -1]}
     shards = SimpleNamespace(
         having=lambda raw: [i for i, n in enumerate(lengths[raw]) if n >= 0],
         lengths=lengths.get,
@@ -113,9 +115,9 @@ def test_edits_are_counted_a_word_over_all_items(monkeypatch: pytest.MonkeyPatch
     figures = transcription.Transcription(data=Path("data"), rows=2).evaluate(generator)
     assert reads == [[1, 2], [3]]
     assert figures == {
-        "audio_to_text_word_error_rate": pytest.approx(2 / 6),
+        "audio_to_text_word_error_rate": pytest.approx(2 / 5),
         "audio_to_text_exact": pytest.approx(1 / 3),
-        "audio_to_text_words": 6,
+        "audio_to_text_words": 5,
     }
 
 
@@ -165,17 +167,22 @@ def test_an_item_finds_the_name_of_the_likest_vector(monkeypatch: pytest.MonkeyP
     generator: Any = SimpleNamespace(
         model=model,
         vocabulary=WORDS,
-        tokenizers={},
+        tokenizers={"image": None},
         encode=lambda modality, raws: [as_codes(raw) for raw in raws],
     )
-    monkeypatch.setattr(retrieval, "read_items", lambda *given, **settings: items)
-    task = retrieval.Retrieval(data=Path("data"), classes=names, rows=2)
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        retrieval, "read_items", lambda *given, **settings: asked.extend((given, settings)) or items
+    )
+    task = retrieval.Retrieval(data=Path("data"), classes=names, rows=2, label="kind", limit=9)
     assert task.evaluate(generator) == {
         "image_to_text_recall_at_1": pytest.approx(2 / 3),
         "image_to_text_chance": pytest.approx(2 / 3),
         "image_to_text_n": 3,
     }
     assert model.rows == [2, 1, 2, 1]
+    want = {"classes": names, "label": "kind", "limit": 9, "tokenizers": generator.tokenizers}
+    assert asked == [(Path("data"), "test", ("image",)), want]
 
 
 def test_a_forecast_is_the_mean_or_the_median_of_draws(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,3 +207,44 @@ def test_a_forecast_is_the_mean_or_the_median_of_draws(monkeypatch: pytest.Monke
 def test_a_naive_forecast_repeats_the_season_before_what_is_told() -> None:
     task = forecast.Forecast(data=Path("data"), horizon=5, period=2)
     assert task._naive(np.arange(9.0)).tolist() == [2, 3, 2, 3, 2]
+
+
+def test_perplexity_is_over_all_places_beside_ids_that_are_as_likely(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of 7 samples the first, middle and last; the middle one has no text."""
+    of = {
+        0: {"text": (2.0, 3), "values": (1.0, 1)},
+        3: {"values": (5.0, 2)},
+        6: {"text": (4.0, 1), "values": (0.0, 1)},
+    }
+    words = extend_vocabulary(
+        [TokenSpec("text", 30), TokenSpec("values", 0, continuous=True, n_features=2)]
+    )
+    monkeypatch.setattr(token_loss, "open_split", lambda *given: range(7))
+    monkeypatch.setattr(token_loss, "sample_segments", lambda shards, i, vocabulary: i)
+    generator: Any = SimpleNamespace(vocabulary=words, nll=lambda some: [of[i] for i in some])
+    assert token_loss.TokenLoss(data=Path("data"), limit=3).evaluate(generator) == {
+        "text_perplexity": pytest.approx(np.exp(6 / 4)),
+        "text_perplexity_n": 4,
+        "text_perplexity_chance": 31.0,  # or the end
+        "values_perplexity": pytest.approx(np.exp(6 / 4)),
+        "values_perplexity_n": 4,
+    }
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"kind": "block_decoding", "modality": "audio"},
+        {"kind": "forecast", "modality": "audio"},
+        {"kind": "text_error", "sources": ["audio"]},
+        {"kind": "text_error", "sources": ["image"], "to": "audio"},
+        {"kind": "transcription"},
+        {"kind": "transcription", "source": "image", "to": "audio"},
+    ],
+)
+def test_a_modality_that_the_run_lacks_is_named_first(asked: dict[str, Any]) -> None:
+    task = TASKS.parse({"data": "no/such/data"} | asked).build()
+    with pytest.raises(UserError, match="the vocabulary has no modality 'audio'"):
+        task.check(WORDS, {"image": None})

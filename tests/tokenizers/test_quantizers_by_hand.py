@@ -67,6 +67,19 @@ def test_books_of_the_second_chain_are_dropped_from_its_end() -> None:
     assert [(out.ids >= 0).sum(1).tolist() for out in heard] == [[1] * 3, [2] * 3, [3] * 3]
 
 
+def test_a_chain_codes_in_a_width_of_its_own() -> None:
+    """It reads the last two of three numbers, and writes what it made of them to the first two."""
+    module = SplitRvqConfig(n_codebooks=2, codebook_size=2, d=3, d_code=2).build()
+    init_weights(module)
+    for part, times in ((module.first, 1), (module.rest, 100)):
+        part.inner.weight.data.copy_(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
+        part.out.weight.data.copy_(times * torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+        part.chain.books[0].codes.copy_(torch.eye(2))  # type: ignore[operator, union-attr]
+    out = module.eval()(torch.tensor([[5.0, 3.0, 1.0], [-9.0, 0.0, 2.0]]))
+    assert out.ids.tolist() == [[0, 0], [1, 1]]
+    assert out.z.tolist() == [[101, 0, 0], [0, 101, 0]]
+
+
 def by_angle() -> FactorizedResidualVectorQuantizer:
     """Two books of two codes of several lengths, in the width of the latent."""
     module = FactorizedRvqConfig(codebook_size=2, d=2, d_code=2).build()
