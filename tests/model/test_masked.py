@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,12 @@ def test_some_show_another_code_and_some_stay() -> None:
     assert float((shown == true).float().mean()) == pytest.approx(0.2 + 0.1 / 11, abs=0.02)
     other = shown[(shown != MASK) & (shown != true)]
     assert {*other.tolist()} == {*range(TEXT.first, TEXT.stop)}
+
+
+def test_further_streams_of_ids_stay_as_they_are() -> None:
+    two = replace(LONG, ids=torch.cat((LONG.ids, LONG.ids + 1), -1))
+    after = masked(rate=0.5).corrupt(two, None, STEP)
+    assert torch.equal(after.ids[..., 1:], LONG.ids + 1)
 
 
 def test_documents_draw_their_own_share() -> None:

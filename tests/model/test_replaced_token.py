@@ -73,6 +73,8 @@ def test_the_losses_are_the_papers() -> None:
     assert term.network == "generator" and term.step and judged.network == "model" and judged.step
     # The draw stands where the mask was, all else is as it was.
     assert torch.equal(shown.ids[..., 0], torch.where(masked, always, plain.ids[..., 0]))
+    every = torch.arange(plain.ids.numel(), dtype=torch.int32)
+    torch.testing.assert_close(shown.places["replaced"], every, rtol=0, atol=0)
     other = (masked & (plain.ids[..., 0] != always)).flatten()
     assert 0 < int(masked.sum()) - int(other.sum()), "a draw of the true id counts as real"
     d = 1 - score(shown).sigmoid()  # probability of a real token

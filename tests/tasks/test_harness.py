@@ -58,6 +58,7 @@ def test_a_continuation_is_the_sum_of_its_tokens(generator: Generator) -> None:
         assert nats == pytest.approx(by_hand, abs=1e-5) and nats < 0
         best = all(int(each[i].argmax()) == whole[i] + first for i in range(n, len(whole)))
         assert greedy == best
+    assert lm.loglikelihood([Request(("the digit ", ""))]) == [(0.0, True)], "nothing is said"
 
 
 def test_what_greedy_writes_is_greedy_and_stops_where_it_is_told(generator: Generator) -> None:

@@ -264,6 +264,8 @@ def test_tasks_ask_for_all_that_they_read(data: Path) -> None:
     assert "no split 'dev'" in refused(kind="recognition", linear_probe=True, train_split="dev")
     assert "no split 'dev'" in refused(kind="judged_generation", train_split="dev")
     assert "not in classes: rows; add it" in refused(kind="recognition", classes=("rows",))
+    for asked in ({"source": "audio"}, {"to": "audio"}):
+        assert "vocabulary has no modality 'audio'" in refused(kind="retrieval", **asked)
     bits = TASKS.parse({"kind": "bits_per_byte", "data": data, "given": {"text": "image"}}).build()
     with pytest.raises(UserError, match=r"set tokenizers\.image"):
         bits.check(vocabulary, {"text": tokenizers["text"]})

@@ -26,6 +26,7 @@ class Told:
 
     def generate(self, prompts: list[Any], to: str, **settings: Any) -> list[Any]:
         assert to == "text" and settings["temperature"] == 0 and len(prompts) == 3
+        assert settings["seed"] == 3 and settings["max_tokens"] == 9
         return [TOLD["a"], TOLD["b"].encode(), TOLD["c"]]
 
 
@@ -40,8 +41,10 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_errors_are_edits_of_words_and_of_characters(data: Path) -> None:
-    task: Any = TASKS.parse({"kind": "text_error", "data": str(data), "sources": ["image"]})
-    found = task.evaluate(Told())
+    task: Any = TASKS.parse(
+        {"kind": "text_error", "data": str(data), "sources": ["image"], "max_tokens": 9}
+    )
+    found = task.evaluate(Told(), seed=3)
     assert found["image_to_text_word_error_rate"] == pytest.approx(2 / 6)  # too, seven
     assert found["image_to_text_character_error_rate"] == pytest.approx((1 + 6) / (13 + 4 + 8))
     assert found["image_to_text_exact_share"] == pytest.approx(1 / 3)
