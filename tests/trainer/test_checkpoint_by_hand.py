@@ -1,0 +1,114 @@
+"""Checkpoints without a training: who waits for whom, who reads what, what is kept."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
+
+from mm.trainer.checkpoint import meeting
+from mm.trainer.checkpoint.check import MARK
+from mm.trainer.checkpoint.folder import retain
+from mm.trainer.checkpoint.meeting import Gone, Meeting
+from mm.trainer.checkpoint.save import Moment, _Try
+
+
+def waiting(
+    monkeypatch: pytest.MonkeyPatch, main_lives: bool, looks: list[float], then: Callable[[], None]
+) -> Meeting:
+    """Process 0 of two that looks at these seconds, before the last one of which `then` is done."""
+    ahead = iter(looks)
+    clock = SimpleNamespace(now=next(ahead))
+
+    def sleep(seconds: float) -> None:
+        clock.now = next(ahead)
+        if clock.now == looks[-1]:
+            then()
+
+    fake = SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep)
+    monkeypatch.setattr(meeting, "time", fake)
+    main = SimpleNamespace(is_alive=lambda: main_lives)
+    monkeypatch.setattr(meeting, "threading", SimpleNamespace(main_thread=lambda: main))
+    made = Meeting.__new__(Meeting)
+    made.rank, made.world, made.name, made._own, made._seen = 0, 2, "x", {}, {}
+    made._store = HashStore()
+    return made
+
+
+@pytest.mark.parametrize(("main_lives", "longest"), [(True, 1800.0), (False, 20.0)])
+def test_others_are_waited_for_as_long_as_it_says(
+    monkeypatch: pytest.MonkeyPatch, main_lives: bool, longest: float
+) -> None:
+    """Half an hour; 20 s where the process is about to end."""
+    late = lambda: other.tell("word", "done")
+    for last, fits in ((1 + longest, True), (1.5 + longest, False)):
+        here = waiting(monkeypatch, main_lives, [1.0, 1.5, last, last + 0.5], late)
+        other = Meeting.__new__(Meeting)
+        other.rank, other.name, other._own, other._store = 1, "x", {}, here._store
+        if fits:
+            assert here.hear("word", [1]) == ["done"]
+        else:
+            with pytest.raises(Gone, match="process 1 did not finish its part"):
+                here.hear("word", [1])
+
+
+def test_a_checkpoint_that_cannot_be_removed_ends_no_run(tmp_path: Path) -> None:
+    """Here one that was put on another disk: a link to a folder is no folder to remove."""
+    other = tmp_path / "disk"
+    other.mkdir()
+    (other / MARK).write_text("{}")
+    root = tmp_path / "checkpoints"
+    root.mkdir()
+    (root / "step_000004").symlink_to(other)
+    for step in (1, 2, 3, 5, 6):
+        folder = root / f"step_{step:06d}"
+        folder.mkdir()
+        (folder / MARK).write_text("{}")
+    retain(root, keep_last=1, keep_every=3, best=1)
+    left = {int(folder.name[-1]) for folder in root.iterdir()}
+    assert left == {6, 4, 3, 1}  # the last, the link, of every third, the best
+    assert (other / MARK).is_file()
+
+
+class Words:
+    """A meeting of three in which this one is the second, and all have said what they wrote."""
+
+    rank, world, name = 1, 3, "x"
+
+    def __init__(self, wrote: dict[int, Any]) -> None:
+        self.wrote = wrote
+        self.told: dict[str, Any] = {}
+
+    def tell(self, about: str, value: Any) -> None:
+        self.told[about] = value
+
+    def hear(self, about: str, ranks: Iterable[int]) -> list[Any]:
+        return [self.wrote[rank] for rank in ranks] if about == "wrote0" else [{}]
+
+    def forget(self, words: Iterable[str]) -> None: ...
+
+    def leave(self, last: str) -> None: ...
+
+
+def test_each_process_reads_back_what_the_next_one_wrote(tmp_path: Path) -> None:
+    """So no process vouches for its own disk."""
+    part = tmp_path / ".part_step_000004_x_0"
+    part.mkdir()
+    wrote: dict[int, Any] = {}
+    for rank in range(3):
+        (part / f"of_{rank}").write_bytes(b"abc")
+        wrote[rank] = {"files": {f"of_{rank}": [hashlib.sha256(b"abc").hexdigest(), 3]}}
+    moment = Moment.of({"step": 4}, {"model": {"w": torch.ones(2)}})
+    for damaged in range(3):
+        (part / f"of_{damaged}").write_bytes(b"abd")
+        words: Any = Words(wrote)
+        one = _Try(tmp_path, moment, words, 0, lambda path: None)
+        assert one(lambda: None) is None
+        assert ("why" in words.told["read0"]) == (damaged == 2)
+        (part / f"of_{damaged}").write_bytes(b"abc")
