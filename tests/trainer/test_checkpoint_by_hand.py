@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
-from mm.trainer.checkpoint import meeting
+from mm.errors import UserError
+from mm.trainer.checkpoint import meeting, writer
 from mm.trainer.checkpoint.check import MARK
 from mm.trainer.checkpoint.folder import retain
+from mm.trainer.checkpoint.format import Saved
 from mm.trainer.checkpoint.meeting import Gone, Meeting
 from mm.trainer.checkpoint.save import Moment, _Try
+from mm.trainer.checkpoint.writer import Writer
 
 
 def waiting(
@@ -112,3 +117,66 @@ def test_each_process_reads_back_what_the_next_one_wrote(tmp_path: Path) -> None
         assert one(lambda: None) is None
         assert ("why" in words.told["read0"]) == (damaged == 2)
         (part / f"of_{damaged}").write_bytes(b"abc")
+
+
+def test_a_change_of_a_stage_is_a_warning_and_another_model_no_way_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """All else, and how activations are kept, may change: told, but not as a warning."""
+    config: dict[str, Any] = {
+        "name": "run",
+        "seed": 0,
+        "model": {"d": 8, "recompute": "none"},
+        "stages": [{"lr": 0.5}],
+        "stages_kept": 1,
+    }
+    state = {"step": 4, "stage": 0, "world": 1, "vocabulary": "abc", "config": config}
+    state |= {"data": {}, "optimizers": {}, "bytes_per_token": {}}
+    saved: Any = SimpleNamespace(state=state, origin="x", folder=Path("x"))
+    new = config | {"name": "other", "stages": [{"lr": 0.25}], "stages_kept": 2}
+    new["model"] = {"d": 8, "recompute": "all"}
+    with caplog.at_level(logging.INFO, "mm.trainer"):
+        Saved.require(saved, new, "abc")
+    since = "config changed since step 4: "
+    assert {r.getMessage().removeprefix(since): r.levelname for r in caplog.records} == {
+        "stages.0.lr: 0.5 -> 0.25": "WARNING",
+        "model.recompute: none -> all": "INFO",
+        "name: run -> other": "INFO",
+        "stages_kept: 1 -> 2": "INFO",
+    }
+    for change in ({"seed": 1}, {"model": {"d": 9, "recompute": "none"}}):
+        with pytest.raises(UserError, match=r"(seed|model\.d)' was . and is . now; it cannot"):
+            Saved.require(saved, config | change, "abc")
+    with pytest.raises(UserError, match="was trained with vocabulary abc, this run has abd"):
+        Saved.require(saved, config, "abd")
+
+
+def test_what_a_checkpoint_has_not_is_called_by_its_name() -> None:
+    """A run that goes on with another optimizer is told which state is not there."""
+
+    class Slices:
+        files: ClassVar = {"model.optimizer": {"exp_avg/w": ()}}
+
+        def read(self, file: str, name: str, start: int, n: int) -> Tensor:
+            assert name in self.files[file]
+            return torch.arange(start, start + n)
+
+    saved: Any = SimpleNamespace(slices=Slices())
+    assert Saved.read(saved, "model.optimizer", "exp_avg/w", 2, 3).tolist() == [2, 3, 4]
+    for file in ("model.optimizer", "critic.optimizer"):
+        with pytest.raises(KeyError, match="'momentum/w'"):
+            Saved.read(saved, file, "momentum/w", 0, 1)
+
+
+def test_all_have_written_before_one_waits_for_the_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the thread of one would wait half an hour for a process that is gone."""
+    order: list[str] = []
+    monkeypatch.setattr(writer, "meet", lambda: order.append("meet"))
+    saves = Writer(background=True)
+    saves.wait()
+    assert order == [], "nothing is under way"
+    saves._wrote.set()
+    saves._thread = SimpleNamespace(join=lambda: order.append("end"))  # type: ignore[assignment]
+    saves.wait()
+    saves.wait()
+    assert order == ["meet", "end"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,28 +48,74 @@ def test_an_average_follows_every_update_that_was_applied() -> None:
     assert made._averages[x].tolist() == [0.0] * 2 and made.updates == 0
 
 
-def test_what_does_not_train_is_kept_in_fp32_when_it_is_cut(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The second of two processes holds the last two of five numbers, unrounded."""
-    cut: list[int] = []
-    init = lambda module, **more: cut.extend(p.numel() for p in module.parameters())
+@pytest.fixture
+def second_of_two(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """This process is the second of two; what DeepSpeed is asked to cut, by the call it is in."""
+    cut: list[str] = []
+
+    def convert(parameters: Iterable[nn.Parameter]) -> None:
+        cut.extend(f"more {p.numel()}" for p in parameters)
+
+    def init(module: nn.ParameterList, config_dict_or_path: Any, dtype: torch.dtype) -> None:
+        assert config_dict_or_path["zero_optimization"]["stage"] == 3
+        cut.extend(f"first {p.numel()} {dtype}" for p in module)
+        module[0].convert_to_zero_parameters = convert  # type: ignore[attr-defined]
+
     found = SimpleNamespace(zero=SimpleNamespace(Init=init))
     monkeypatch.setattr(cutter, "communicating", lambda: contextlib.nullcontext(found))
     monkeypatch.setattr(cutter.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(cutter.dist, "get_rank", lambda: 1)
-    values = torch.tensor([1.0, 1.1, 1.2, 1.3, 1.4])
-    for precision, kept in (
-        ("bf16", {"still": [values[3].item(), values[4].item()]}),
-        ("fp32", {}),
-    ):
-        parameters: Mapping[str, nn.Parameter] = {
-            "trained": nn.Parameter(torch.zeros(3)),
-            "still": nn.Parameter(values.clone(), requires_grad=False),
-        }
-        made = cutter.Cutter(EngineConfig(zero_stage=3), precision, 8)
-        made(parameters)
-        assert {name: part.tolist() for name, part in made.frozen.items()} == kept
-        dtypes = {p.dtype for p in parameters.values()}
-        assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float32}
-    assert cut == [3, 5] * 2
+    return cut
+
+
+VALUES = (1.0, 1.1, 1.2, 1.3, 1.4)
+
+
+def parts() -> dict[str, nn.Parameter]:
+    still = nn.Parameter(torch.tensor(VALUES), requires_grad=False)
+    return {"trained": nn.Parameter(torch.zeros(3)), "still": still}
+
+
+def test_what_does_not_train_is_kept_in_fp32_when_it_is_cut(second_of_two: list[str]) -> None:
+    """Of five numbers the second process holds the last two, unrounded; DeepSpeed rounds all."""
+    made = cutter.Cutter(EngineConfig(zero_stage=3), "bf16", 8)
+    cut = parts()
+    made(cut)
+    assert {name: part.tolist() for name, part in made.frozen.items()} == {
+        "still": torch.tensor(VALUES)[3:].tolist()
+    }
+    assert not any(part.requires_grad for part in made.frozen.values())
+    assert {p.dtype for p in cut.values()} == {torch.bfloat16}
+    made({"last": nn.Parameter(torch.zeros(4))})
+    bf16 = torch.bfloat16
+    assert second_of_two == [f"first 3 {bf16}", f"first 5 {bf16}", "more 4"]
+
+
+def test_in_fp32_nothing_is_kept_twice(second_of_two: list[str]) -> None:
+    made = cutter.Cutter(EngineConfig(zero_stage=3), "fp32", 8)
+    cut = parts()
+    made(cut)
+    assert made.frozen == {} and {p.dtype for p in cut.values()} == {torch.float32}
+
+
+def test_of_parameters_that_are_cut_only_the_own_slices_are_read(second_of_two: list[str]) -> None:
+    """The second process has 3 of 5 numbers' last two; of a single number it has none."""
+    read = []
+
+    def values(name: str, start: int, n: int) -> torch.Tensor:
+        read.append((name, start, n))
+        return torch.arange(start, start + n) + 0.1
+
+    module = nn.Module()
+    for name, n in (("five", 5), ("one", 1)):
+        p = nn.Parameter(torch.zeros(0, dtype=torch.bfloat16), requires_grad=False)
+        p.ds_numel, p.ds_tensor = n, torch.zeros(-(-n // 2))  # type: ignore[attr-defined]
+        module.register_parameter(name, p)
+    made = cutter.Cutter(EngineConfig(zero_stage=3), "bf16", 6)
+    made.frozen["five"] = torch.zeros(2)
+    made.load(module, values)
+    want = torch.tensor([3.1, 4.1])
+    assert read == [("five", 3, 2)]
+    assert torch.equal(module.five.ds_tensor, torch.cat([want, torch.zeros(1)]))  # type: ignore[attr-defined]
+    assert torch.equal(made.frozen["five"], want)
+    assert not module.one.ds_tensor.any()  # type: ignore[attr-defined]
