@@ -11,12 +11,14 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from test_run_folder_by_hand import checkpoint
 from torch import Tensor
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from mm.errors import UserError
-from mm.trainer.checkpoint import meeting, writer
-from mm.trainer.checkpoint.check import MARK
+from mm.run import EngineConfig
+from mm.trainer.checkpoint import meeting, resume_check, writer
+from mm.trainer.checkpoint.check import MARK, fault_of
 from mm.trainer.checkpoint.folder import retain
 from mm.trainer.checkpoint.format import Saved
 from mm.trainer.checkpoint.meeting import Gone, Meeting
@@ -61,6 +63,17 @@ def test_others_are_waited_for_as_long_as_it_says(
         else:
             with pytest.raises(Gone, match="process 1 did not finish its part"):
                 here.hear("word", [1])
+
+
+def test_whether_others_live_is_asked_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store is one process's: thousands that ask at every look would keep it busy."""
+    looks = [1.0, 1.5, 2.0, 2.25, 3.0, 3.5, 4.0]
+    here = waiting(monkeypatch, True, looks, lambda: here.tell("word", "done"))
+    asked: list[tuple[float, list[int]]] = []
+    now = meeting.time.monotonic
+    monkeypatch.setattr(here, "_look_at", lambda ranks: asked.append((now(), list(ranks))))
+    assert here.hear("word", [0]) == ["done"]
+    assert asked == [(2.25, [0]), (3.5, [0])]
 
 
 def test_a_checkpoint_that_cannot_be_removed_ends_no_run(tmp_path: Path) -> None:
@@ -180,3 +193,52 @@ def test_all_have_written_before_one_waits_for_the_mark(monkeypatch: pytest.Monk
     saves.wait()
     saves.wait()
     assert order == ["meet", "end"]
+
+
+def test_each_process_looks_into_files_of_its_own(tmp_path: Path) -> None:
+    """By the order of their names, which is the same everywhere, so that none is left out."""
+    names = "abcdefgh"
+    folder = checkpoint(tmp_path, **{name: name.encode() for name in names})
+    for i, name in enumerate(names):
+        (folder / name).write_bytes(b"other")
+        found = [fault_of(folder, (rank, 4)) for rank in range(4)]
+        at = [rank for rank, fault in enumerate(found) if f"{name} does not match" in str(fault)]
+        assert at == [i % 4]
+        (folder / name).write_bytes(name.encode())
+
+
+def test_the_hash_of_weights_is_that_of_their_files(tmp_path: Path) -> None:
+    """Of one that the mark vouches for; of several the hash of theirs, by process."""
+    (tmp_path / MARK).write_text('{"a": "0123", "b": "4567"}')
+    paths = {"one": ["a"], "two": ["a", "b"], "swapped": ["b", "a"]}
+    saved: Any = SimpleNamespace(folder=tmp_path, slices=SimpleNamespace(paths=paths.__getitem__))
+    assert Saved.sha256(saved, "one") == "0123"
+    assert Saved.sha256(saved, "two") == hashlib.sha256(b"01234567").hexdigest()
+    assert Saved.sha256(saved, "swapped") == hashlib.sha256(b"45670123").hexdigest()
+
+
+def test_losses_of_the_kept_batch_are_compared_after_tensors_were_cut_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A save from before there were sequence groups had one process a sequence."""
+    kept = {"batch": {"value": 1}, "losses": {"x": 2.0}, "precision": "fp32"}
+    state = {"probe": kept, "step": 4, "world": 2, "config": {"engine": {"zero_stage": 1}}}
+    snapshot: Any = SimpleNamespace(state=state, origin="x", tensors=lambda file: {})
+    stage: Any = SimpleNamespace(env=SimpleNamespace(precision="fp32", device=None))
+    monkeypatch.setattr(resume_check, "on_main", lambda work, device, origin: work())
+    asked: list[int] = []
+    found = {"x": 2.0}
+    monkeypatch.setattr(resume_check, "losses", lambda *a: asked.append(a[1]) or found)
+    check = lambda world, **engine: resume_check.check(
+        stage, snapshot, world, EngineConfig(**{"zero_stage": 1, **engine})
+    )
+    check(2)
+    assert asked == []
+    for world, engine in ((4, {}), (2, {"zero_stage": 2}), (2, {"sequence": 2})):
+        check(world, **engine)
+    assert asked == [4] * 3
+    found["x"] = 2.0 + 1.5 * 2e-4
+    with pytest.raises(UserError, match="was 2 and is 2.0003 after the change from 2 proc"):
+        check(4)
+    found["x"] = 2.0 + 0.5 * 2e-4  # within 1e-4 of 2
+    check(4)
