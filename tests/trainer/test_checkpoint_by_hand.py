@@ -12,14 +12,15 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from test_run_folder_by_hand import checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from mm.errors import UserError
 from mm.run import EngineConfig
-from mm.trainer.checkpoint import meeting, resume_check, writer
+from mm.trainer.checkpoint import folder, meeting, resume_check, writer
 from mm.trainer.checkpoint.check import MARK, fault_of
-from mm.trainer.checkpoint.folder import retain
+from mm.trainer.checkpoint.collect import collect
+from mm.trainer.checkpoint.folder import require_space, retain
 from mm.trainer.checkpoint.format import Saved
 from mm.trainer.checkpoint.meeting import Gone, Meeting
 from mm.trainer.checkpoint.save import Moment, _Try
@@ -85,11 +86,10 @@ def test_a_checkpoint_that_cannot_be_removed_ends_no_run(tmp_path: Path) -> None
     root.mkdir()
     (root / "step_000004").symlink_to(other)
     for step in (1, 2, 3, 5, 6):
-        folder = root / f"step_{step:06d}"
-        folder.mkdir()
-        (folder / MARK).write_text("{}")
+        (root / f"step_{step:06d}").mkdir()
+        (root / f"step_{step:06d}" / MARK).write_text("{}")
     retain(root, keep_last=1, keep_every=3, best=1)
-    left = {int(folder.name[-1]) for folder in root.iterdir()}
+    left = {int(path.name[-1]) for path in root.iterdir()}
     assert left == {6, 4, 3, 1}  # the last, the link, of every third, the best
     assert (other / MARK).is_file()
 
@@ -198,13 +198,13 @@ def test_all_have_written_before_one_waits_for_the_mark(monkeypatch: pytest.Monk
 def test_each_process_looks_into_files_of_its_own(tmp_path: Path) -> None:
     """By the order of their names, which is the same everywhere, so that none is left out."""
     names = "abcdefgh"
-    folder = checkpoint(tmp_path, **{name: name.encode() for name in names})
+    made = checkpoint(tmp_path, **{name: name.encode() for name in names})
     for i, name in enumerate(names):
-        (folder / name).write_bytes(b"other")
-        found = [fault_of(folder, (rank, 4)) for rank in range(4)]
+        (made / name).write_bytes(b"other")
+        found = [fault_of(made, (rank, 4)) for rank in range(4)]
         at = [rank for rank, fault in enumerate(found) if f"{name} does not match" in str(fault)]
         assert at == [i % 4]
-        (folder / name).write_bytes(name.encode())
+        (made / name).write_bytes(name.encode())
 
 
 def test_the_hash_of_weights_is_that_of_their_files(tmp_path: Path) -> None:
@@ -242,3 +242,27 @@ def test_losses_of_the_kept_batch_are_compared_after_tensors_were_cut_anew(
         check(4)
     found["x"] = 2.0 + 0.5 * 2e-4  # within 1e-4 of 2
     check(4)
+
+
+def test_a_disk_must_have_room_for_a_save_and_a_twentieth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = SimpleNamespace(free=105 * 2**20)
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: free)
+    require_space(tmp_path, 100 * 2**20)
+    free.free -= 1
+    with pytest.raises(UserError, match="needs 100 MiB, the disk has 105 MiB free"):
+        require_space(tmp_path, 100 * 2**20)
+
+
+def test_a_checkpoint_holds_carried_states_and_no_network_that_a_folder_gives() -> None:
+    rows = {"x": object()}
+    stage: Any = SimpleNamespace(
+        engines={},
+        frozen={"given": nn.Linear(1, 1), "copy": nn.Linear(1, 1, bias=False)},
+        from_folders=("given",),
+        nets=SimpleNamespace(carried=SimpleNamespace(own_rows=lambda: rows)),
+    )
+    files, scalars = collect(stage)
+    assert files.keys() == {"copy", "carried_states"} and files["carried_states"] is rows
+    assert files["copy"].keys() == {"weight"} and scalars == {}
