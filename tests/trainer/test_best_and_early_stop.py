@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from trainer_toys import toys_registered  # noqa: F401
 
 from mm.decoders.generate import Generator
 from mm.errors import UserError
-from mm.run import Run
+from mm.run import BestBy, Run
+from mm.trainer.callbacks import best_by
 from mm.trainer.held_out import HeldOut
 from mm.trainer.loop import train
 
@@ -158,6 +160,30 @@ def test_the_next_stage_begins_where_one_ended_early(
     measured = [r["step"] for r in rows(run) if any(k.startswith("eval/") for k in r)]
     assert measured == [2, 4, 6]
     assert train(run)["new_steps"] == 0
+
+
+def test_a_figure_is_judged_when_its_task_is_due_in_the_stage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stage of 8 steps begins after 3: the task of every second step is due at 5, 7 and 9.
+
+    At 11, its last step, it is measured after training.
+    """
+    monkeypatch.setattr(best_by.dist, "get_world_size", lambda: 1)
+    judged: list[tuple[int, float, float]] = []
+    judge: Any = SimpleNamespace(judge=lambda *given: judged.append(given))
+    by = BestBy(task="a", figure="accuracy")
+    config = SimpleNamespace(
+        best_by=by,
+        tasks=[SimpleNamespace(full_name="a", every=2)],
+        budget=SimpleNamespace(steps=8),
+    )
+    stage = SimpleNamespace(config=config, begin=3)
+    trainer: Any = SimpleNamespace(stage=stage, stage_end=11, device=torch.device("cpu"))
+    callback = best_by.BestByFigure(None, judge)  # type: ignore[arg-type]
+    for step in range(4, 12):
+        callback.post_step(trainer, step, {"eval/a/accuracy": step / 16})
+    assert judged == [(5, -5 / 16, 0.25), (7, -7 / 16, 0.5), (9, -9 / 16, 0.75)]
 
 
 def test_alarms_below_chance_and_when_it_rises(

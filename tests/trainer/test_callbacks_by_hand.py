@@ -368,3 +368,14 @@ def test_epochs_go_on_over_stages_that_read_the_same_sources() -> None:
             again.load_state_dict(json.loads(json.dumps(seen.state_dict())))
             seen = again
     assert found == [0.5, 1.5, 2.0, 3.0, 0.5, 1.5]
+
+
+def test_tokens_and_items_are_counted_over_the_whole_run() -> None:
+    seen, metrics = Seen(), {}
+    at: Any = SimpleNamespace(stream=None)
+    seen.count({"tokens/step": 5.0})
+    seen.post_step(at, 1, metrics)
+    assert metrics == {"tokens/seen": 5}
+    seen.count({"tokens/step": 6.0, "items/step": 2.0})
+    seen.post_step(at, 2, metrics)
+    assert metrics == {"tokens/seen": 11, "items/seen": 2}

@@ -72,7 +72,7 @@ def test_wandb_gets_every_step_that_the_server_has_not(
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=dict))
     monkeypatch.delenv("WANDB_DATA_DIR", raising=False)
     place = Place(make_run(tmp_path), tmp_path, "an id", {"a": 1}, goes_on=resumed)
-    sink = WandbSink(WandbConfig(), place, "offline")
+    sink = WandbSink(WandbConfig(statistics_s=30.0), place, "offline")
     for step in (0, 1, 8):
         sink.log({"loss": 1.0}, step)
     assert [kw["step"] for name, _, kw in run.calls if name == "log"] == sent
@@ -84,6 +84,12 @@ def test_wandb_gets_every_step_that_the_server_has_not(
         "config": {"a": 1},
         "name": "run",
         "dir": str(tmp_path),
+    }
+    assert asked["settings"] == {
+        "init_timeout": 15.0,  # a server that does not answer keeps no figure longer
+        **dict.fromkeys(("silent", "quiet", "disable_git", "disable_code"), True),
+        "console": "off",
+        "x_stats_sampling_interval": 30.0,
     }
     steps = [(args, kw) for name, args, kw in run.calls if name == "define_metric"]
     assert steps[:2] == [(("step",), {}), (("*",), {"step_metric": "step"})]

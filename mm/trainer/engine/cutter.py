@@ -47,7 +47,7 @@ class Cutter:
 
     def _slice(self, p: Tensor) -> Tensor:
         part = _part(p.numel())
-        return p.detach().reshape(-1)[part.start : part.start + part.n]
+        return p.reshape(-1)[part.start : part.start + part.n]
 
     @torch.no_grad()
     def load(self, module: nn.Module, read: Read) -> None:

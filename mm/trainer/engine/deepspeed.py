@@ -100,7 +100,7 @@ def communicating() -> Iterator[Any]:
         warnings.simplefilter("ignore")
         if not deepspeed.comm.is_initialized():
             backend = dist.get_backend()
-            deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+            deepspeed.init_distributed(backend, auto_mpi_discovery=False)
         yield deepspeed
 
 
