@@ -18,10 +18,14 @@ from mm.model.folder import write_config
 from mm.model.model import LmConfig
 from mm.objectives.objective import Network
 from mm.registry import SURGERIES
+from mm.run import Run
 from mm.specs import TokenSpec
+from mm.trainer import begun
 from mm.trainer.begin_weights import fill_cut
 from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.stage import make_module, weights_of
+from mm.trainer.stage_model import run_of
+from mm.trainer.trainable import n_trained
 from mm.trainer.warm_start import WarmStart, saved_model
 from mm.vocabulary import Vocabulary, extend_vocabulary
 
@@ -98,3 +102,31 @@ def test_what_holds_no_saved_model_says_why(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match=r"its training has not ended: mm train it to its end$"):
         saved_model("init_from", tmp_path)
+
+
+def test_what_networks_began_with_is_a_line_each_of_standard_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Standard output is the command's own; a name in brackets is a name."""
+    folder = f"/runs/[bold]/{'deep/' * 20}model"
+    told = {"taken": ["a", "b"], "new": ["c[red]"], "left": [], "partial": {}}
+    begun.show({"model": {"folder": folder, "step": 7, **told}})
+    out, err = capsys.readouterr()
+    line = f"init_from: 2 tensors from {folder}, step 7; 1 new: 'c[red]'\n"
+    assert (out, err) == ("", line)
+
+
+def test_elements_that_train_are_counted() -> None:
+    module = nn.Linear(3, 2)
+    module.bias.requires_grad_(False)
+    assert n_trained(module) == 6
+
+
+def test_a_stage_has_its_own_mask_or_the_model_s() -> None:
+    model = LmConfig(**LmConfig.small, mask="full")
+    stages: Any = [SimpleNamespace(mask=None), SimpleNamespace(mask="causal")]
+    run = Run.model_construct(name="x", model=model, stages=stages)
+    assert run_of(run, 0).model == model
+    other = run_of(run, 1)
+    assert (other.name, other.model) == ("x", LmConfig(**LmConfig.small, mask="causal"))
+    assert run.model == model

@@ -14,12 +14,14 @@ import torch
 from trainer_runs import make_run
 from trainer_toys import toys_registered  # noqa: F401
 
-from mm.trainer import loop
+from mm.batch import Batch
+from mm.trainer import loop, ranks, state
 from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.health.heartbeat import Heartbeat
 from mm.trainer.health.signals import Stop
 from mm.trainer.log.tracker import Tracker
 from mm.trainer.loop import Trainer
+from mm.trainer.state import TrainState
 
 CPU = torch.device("cpu")
 
@@ -117,3 +119,30 @@ def test_tasks_of_a_stage_run_once_where_it_ended(
     assert "; ".join(trainer.done) == f"{done}close 2"
     assert last.state["step"] == 6 and last.tensors("model")["w"].tolist() == [6.0]
     assert set(last.files) == {"model"}
+
+
+@pytest.mark.parametrize("share, rows", [(None, [0, 1, 2, 3]), (2, [0, 2])])
+def test_a_save_has_the_rows_of_all_ranks_that_read_their_own(
+    monkeypatch: pytest.MonkeyPatch, share: int | None, rows: list[int]
+) -> None:
+    """Those of ranks that share rows once; what is saved is of this moment."""
+    monkeypatch.setattr(ranks, "merge_states", lambda states: [s["rows"] for s in states])
+    monkeypatch.setattr(state, "collect", lambda stage: ({}, {}))
+    monkeypatch.setattr(state.resume_check, "keep", lambda stage, step, batch: ({}, {}))
+    figures: Any = SimpleNamespace(skipped=0, totals={"text": [1]}, state_dict=dict)
+    data = {"rows": [5]}
+    sequence = SimpleNamespace(size=share) if share is not None else None
+    stage: Any = SimpleNamespace(
+        index=1,
+        stream=SimpleNamespace(state_dict=lambda: data),
+        env=SimpleNamespace(seed=3, sequence=sequence),
+        from_folders={},
+    )
+    made = TrainState(figures, figures, figures, step=4, stage=stage)
+    moment = made.save({"world": 4}, Batch.of_ids(torch.zeros(1, 1, dtype=torch.int64)))
+    data["rows"].append(6)
+    figures.totals["text"].append(2)
+    kept = ("step", "stage", "world", "data", "bytes_per_token")
+    want = [4, 1, 4, {"rows": [5]}, {"text": [1]}]
+    assert [moment.state[key] for key in kept] == want
+    assert moment.merge([{"rows": n} for n in range(1, 5)]) == [1 + n for n in rows]
