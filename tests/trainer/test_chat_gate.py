@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -12,13 +13,14 @@ from chat_toys import CHATML, bpe, hf, jsonl, talk
 from start_toys import files, values
 
 from mm.config import Config
-from mm.data.chat.template import FILE, ChatTemplate
+from mm.data.chat.template import FILE, JINJA, ChatTemplate
 from mm.data.pack.job import pack
 from mm.decoders.chat import Chat
 from mm.errors import UserError
 from mm.registry import TRANSFORMS
 from mm.run import Run
 from mm.specs import Segment, Transform
+from mm.trainer.chat import check_templates
 from mm.trainer.loop import train
 
 SAVED = {"own": bpe, "chatml": lambda: hf("chatml")}
@@ -170,3 +172,19 @@ def test_a_run_without_the_texts_tokenizer_is_refused(root: Path, tmp_path: Path
     run = a_run(root, tmp_path).model_copy(update={"tokenizers": {}})
     with pytest.raises(UserError, match="set tokenizers.text=DIR"):
         train(run)
+
+
+def test_a_tokenizer_that_brings_no_other_template_leaves_that_of_the_data(tmp_path: Path) -> None:
+    """It has none, or the one that they were packed with, whose settings are then the data's."""
+    ChatTemplate(source=CHATML, arguments={"enable_thinking": False}).save(tmp_path)
+    shards = SimpleNamespace(says_loss=True, small_file=lambda name: tmp_path / name)
+    data = SimpleNamespace(token_sources=[SimpleNamespace(path="x", build=lambda: shards)])
+    run = SimpleNamespace(stages=[SimpleNamespace(data=data)], tokenizers={"text": Path("t")})
+    text = hf()
+    trainer: Any = SimpleNamespace(run=run, tokenizers={"text": text})
+    for beside in ({}, {JINJA: CHATML.encode()}):
+        text.beside = beside
+        check_templates(trainer, 0)
+    text.beside = {JINJA: CHATML.replace("content", "contents").encode()}
+    with pytest.raises(UserError):
+        check_templates(trainer, 0)
