@@ -188,8 +188,15 @@ class Copies:
 
 
 def fill(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy each (buffer on the host, tensor), and wait for it."""
-    for buffer, tensor in pairs:
-        buffer.copy_(tensor, non_blocking=tensor.is_cuda)
-    if any(tensor.is_cuda for _, tensor in pairs):
-        torch.cuda.current_stream().synchronize()
+    """Copy each (buffer on the host, tensor), and wait for it.
+
+    In one call: a thread that asks for the interpreter's lock once a tensor waits for it as often.
+    """
+    for on_device in (False, True):
+        some = [pair for pair in pairs if pair[1].is_cuda is on_device]
+        if some:
+            buffers, tensors = ([*each] for each in zip(*some, strict=True))
+            copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+            copy(buffers, tensors, non_blocking=on_device)
+            if on_device:
+                torch.cuda.current_stream().synchronize()
