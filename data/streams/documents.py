@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -294,12 +295,21 @@ class DocumentStream(Stream, Generic[C]):
 
         By its lengths alone where these tell the transforms all; else it is read.
         """
-        shards, chain = self.sources[source], self.transforms[source]
-        by_length = not shards.interleaved and all(part.by_length for part in chain.parts)
+        by_length, plain = self._told[source]
         raw = self.outline(source, i) if by_length else self.segments(source, i)
         made = self.apply_transforms(source, raw, source, epoch, i) or []
-        plain = not shards.says_loss and not any(spec.continuous for spec in shards.specs)
-        return made, sketch_of(raw, made) if by_length and plain else None
+        return made, sketch_of(raw, made) if plain else None
+
+    @cached_property
+    def _told(self) -> list[tuple[bool, bool]]:
+        """Of each source: lengths tell its transforms all; and its codes alone are then missing."""
+        out = []
+        for shards, transform in zip(self.sources, self.transforms, strict=True):
+            parts = transform.parts
+            by_length = not shards.interleaved and all(part.by_length for part in parts)
+            values = any(spec.continuous for spec in shards.specs)
+            out.append((by_length, by_length and not shards.says_loss and not values))
+        return out
 
     def read_sample(
         self, source: int, epoch: int, i: int, sketch: Sketch | None = None
