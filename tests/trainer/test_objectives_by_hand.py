@@ -67,7 +67,9 @@ def test_losses_of_a_step_are_those_of_all_ranks(monkeypatch: pytest.MonkeyPatch
     )
     own: Any = SimpleNamespace(
         objective=objective,
-        env=SimpleNamespace(take=lambda b: b, rng=None, know=lambda micros: None),
+        env=SimpleNamespace(
+            take=lambda b: b, rng=None, know=lambda micros: None, before_update=lambda: None
+        ),
         clock=SimpleNamespace(start=lambda: None, mark=lambda part: None),
         begin_step=lambda step: {},
         nets=SimpleNamespace(take=lambda name: metrics.MetricSum(), carried=None),
