@@ -42,8 +42,7 @@ class ShardSet:
 
     def __init__(self, root: Path, split: str, manifest: dict[str, Any], cache_mb: float, url: str):
         self.root, self.split, self.manifest, self.url = root, split, manifest, url
-        entry = manifest["splits"][split]
-        self._entry = entry
+        self._entry = entry = manifest["splits"][split]
         if not url and len(entry["shards"]) <= CHECKED:
             for shard in range(len(entry["shards"])):
                 self._local(shard)
@@ -152,6 +151,8 @@ class ShardSet:
         return self._decoded(i, member, self.members(i)[member])
 
     def _decoded(self, i: int, member: str, e: int) -> Any:
+        if self.tokenized:
+            raise UserError(f"{self.root}: token shards hold codes, see ShardSet.tokens, no files")
         try:
             modality, data = member_modality(member), bytes(self._bytes(e))
             return get_modality(modality).read(data, self.tokenizers.get(modality))

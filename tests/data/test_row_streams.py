@@ -172,6 +172,15 @@ def test_what_was_planned_is_read_as_the_transforms_give_it(data: Path) -> None:
 # ---- what is refused -------------------------------------------------------------------------
 
 
+def test_codes_are_not_decoded_as_files(data: Path) -> None:
+    shards = ShardSet.open(data / "tokens", "train")
+    for read in (lambda: shards[0], lambda: shards.value(0, "text")):
+        with pytest.raises(
+            UserError, match=r"tokens: token shards hold codes, see ShardSet\.tokens"
+        ):
+            read()
+
+
 def test_a_checkpoint_of_the_older_order_is_refused_by_name(data: Path) -> None:
     stream = CASES["packed"](data).build(seed=0)
     state = stream.state_dict()
