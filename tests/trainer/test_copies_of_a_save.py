@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 from trainer_runs import make_run
 from trainer_toys import toys_registered  # noqa: F401
 
+from mm.errors import UserError
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint import held
-from mm.trainer.checkpoint.save import Moment
+from mm.trainer.checkpoint.meeting import Meeting
+from mm.trainer.checkpoint.save import Moment, save
 from mm.trainer.checkpoint.writer import Writer
 from mm.trainer.loop import train
 
@@ -87,6 +90,39 @@ def test_a_weight_that_is_changed_outside_a_step_is_no_checkpoint(
     with pytest.raises(RuntimeError, match="changed outside a step"):
         writer.wait()
     writer.settle()  # the next update does not hang
+    assert checkpoint.newest(tmp_path) is None
+
+
+def test_a_copy_that_fails_in_one_process_ends_the_save_of_all(tmp_path: Path) -> None:
+    """At once: the others hear of it, as of a disk that is full."""
+    store, raised = HashStore(), {}
+
+    def fails() -> None:
+        raise RuntimeError("changed outside a step")
+
+    def work(rank: int) -> None:
+        table = {"w": held.whole(torch.ones(2), 0, rank)}
+        state = {"step": 1, "stage": 0, "data": {}}
+        fill = fails if rank else lambda: None
+        try:
+            save(
+                tmp_path,
+                Moment(state, {"model": table}, fill=fill),
+                9,
+                meeting=Meeting(rank, 2, store, "1"),
+            )
+        except Exception as error:  # noqa: BLE001
+            raised[rank] = error
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    begun = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - begun < 10
+    assert isinstance(raised[1], RuntimeError) and isinstance(raised[0], UserError)
+    assert "process 1: RuntimeError: changed outside a step" in str(raised[0])
     assert checkpoint.newest(tmp_path) is None
 
 

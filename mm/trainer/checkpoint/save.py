@@ -42,11 +42,13 @@ class Moment:
         state: JSON-able values, with "step" and "stage"; "data" is this process's own.
         files: its tensors by file, and where those of all are.
         merge: what makes one "data" of those of all processes.
+        fill: called before the files are read; what it raises is a fault of the save, on all ranks.
     """
 
     state: Mapping[str, Any]
     files: Files
     merge: Callable[[list[Any]], Any] = field(default=lambda states: states[0])
+    fill: Callable[[], None] = field(default=lambda: None)
 
     @classmethod
     def of(cls, state: Mapping[str, Any], files: Mapping[str, Mapping[str, Tensor]]) -> Moment:
@@ -192,6 +194,7 @@ class _Try:
 
     def _write(self) -> dict[str, Any]:
         """Write the own files; their hashes and sizes."""
+        self.moment.fill()
         self.root.mkdir(parents=True, exist_ok=True)
         if self.meeting.rank == 0:
             require_space(self.root, self.moment.n_bytes)

@@ -48,20 +48,25 @@ class Writer:
             save(root, moment, **keep, meeting=meeting, wrote=meet)
             return
         files, finish = self._copies.of(moment.files)
-        copied = replace(moment, files=files)
         self._wrote.clear()
         self._copied.clear()
 
+        def fill() -> None:
+            try:
+                if not self._copied.is_set():  # a second try of the save has the same copies
+                    finish()
+            finally:
+                self._copied.set()
+
+        copied = replace(moment, files=files, fill=fill)
+
         def work() -> None:
             try:
-                try:
-                    finish()
-                finally:
-                    self._copied.set()
                 save(root, copied, **keep, meeting=meeting, wrote=self._wrote.set)
             except BaseException as error:  # noqa: BLE001  raised in `wait`
                 self._error = error
             finally:
+                self._copied.set()
                 self._wrote.set()
 
         # not a daemon: the interpreter waits for it before it ends
