@@ -60,6 +60,7 @@ def test_cells_predicted_to_take_too_long_are_skipped() -> None:
     assert second.tokens_per_second is None and "predicted" in second.note
 
 
+@pytest.mark.slow
 def test_a_mixer_of_bounded_length_is_measured_up_to_it() -> None:
     rows = bench.Bench([1024, 4096], 16).run("aft_local")
     assert rows[0].tokens_per_second and rows[0].decode_us and not rows[0].note

@@ -64,6 +64,7 @@ def test_the_layer_of_an_example_is_short(file: Path) -> None:
     assert sum(bool(line.strip()) for line in lines) - documented <= 30
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_examples_resolve() -> None:
     """`mm config show` with the config and overrides of every docstring, in one process."""
     asked, kinds = [], []

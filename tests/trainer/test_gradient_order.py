@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -40,6 +41,7 @@ def rank(number: int, store: str, out: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_another_order_is_refused_in_all_processes_by_the_first_name(tmp_path: Path) -> None:
     spawn(rank, args=(str(tmp_path / "store"), str(tmp_path / "said")), nprocs=2)
     first, second = ((tmp_path / f"said.{r}").read_text().split("\n") for r in (0, 1))
