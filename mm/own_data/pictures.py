@@ -18,7 +18,7 @@ SAMPLES = 8000  # to train on that are enough without varied copies
 NAMING = 0.85  # share of the samples whose class is learnt; the others are drawn from it
 ROW = 256  # ids
 LR, EMA = 1.0e-3, 0.998
-PASSES = 16  # over all copies
+PASSES = 14  # over all copies
 VIEWS, VIEWED = 8, 1000  # of a picture that is measured, and the most of those
 GRID = {"kind": "sum", "position": {"kind": "grid", "max_cells": CELLS**2}}
 
