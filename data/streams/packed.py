@@ -260,9 +260,8 @@ class PackedStream(DocumentStream[PackedConfig]):
                 if not why:
                     lengths = self._lengths(document_length(made))
                     more = self._part_lengths(made)
-                    document = Document(s, epoch, i, 0, 0, more, sketch)
                     documents += [
-                        document._replace(part=p, length=n) for p, n in enumerate(lengths)
+                        Document(s, epoch, i, p, n, more, sketch) for p, n in enumerate(lengths)
                     ]
         key = key_of(self.seed, "block", number)
         rows = lay_rows(
