@@ -6,11 +6,14 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
+# A folder of wheels (make gpu-wheels) stands for every index.
+WHEELS ?= build/wheels
+OFFLINE := $(if $(wildcard $(WHEELS)/torch-*.whl),--no-index --find-links "$(abspath $(WHEELS))")
 PYTEST_FLAGS ?=
 # Their slow tests start several processes each: they run one after the other.
 STARTS_PROCESSES := tests/test_quickstart.py tests/trainer tests/docs tests/data tests/own_data tests/launch
 
-.PHONY: help quickstart test test-slow mutants fuzz gpu lint docs clean
+.PHONY: help quickstart test test-slow mutants fuzz gpu gpu-wheels lint docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +23,7 @@ help:
 	@echo "make mutants      one-line bugs that no test would notice; hours, goes on where it was"
 	@echo "make fuzz         100,000 damaged files through every reader; goes on where it was"
 	@echo "make gpu          what only a GPU can say, in nine minutes; goes on where it was; without one: what it would run"
+	@echo "make gpu-wheels   wheels of all that make gpu needs, in build/wheels, for a machine without a network"
 	@echo "make lint         ruff (rules and format) and pyright"
 	@echo "make docs         the site, in build/site/index.html"
 
@@ -42,6 +46,9 @@ fuzz: $(VENV)/.installed-dev
 gpu: $(VENV)/.installed
 	$(BIN)/python benchmarks/gpu.py $(GPU_FLAGS)
 
+gpu-wheels: | $(BIN)/python
+	$(BIN)/python benchmarks/gpu_wheels.py --get "$(WHEELS)"
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,7 +65,9 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no venv module: apt-get install -y python3-venv"; exit 1; }
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
-ifdef TORCH_INDEX
+ifneq ($(OFFLINE),)
+	@echo "Installing into $(VENV) from the wheels in $(WHEELS), without a network."
+else ifdef TORCH_INDEX
 	@echo "Installing into $(VENV): torch from $(TORCH_INDEX), then the rest from the default index (about 1 GB with a CPU build)."
 	$(PIP) --index-url "$(TORCH_INDEX)" $$($(BIN)/python -c "import tomllib; \
 	  print(*(d.replace(' ', '') for d in tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'] \
@@ -68,7 +77,7 @@ else
 	@echo "Smaller, about 1 GB: make $(or $(MAKECMDGOALS),quickstart) TORCH_INDEX=<address of PyTorch's CPU index>"
 endif
 	@if [ "$(MAKECMDGOALS)" = quickstart ]; then echo "Then the quickstart runs for 4 to 6 minutes on 2 CPU cores."; fi
-	$(PIP) -e .
+	$(PIP) $(OFFLINE) -e .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -4,14 +4,15 @@
     python benchmarks/checkpoint.py --processes 2 --small --out runs/checkpoint
 
 A decoder of about 100 M parameters in fp32 (``--small``: 2 M) takes steps of AdamW on this
-repository's own files and saves after some; then it goes on from the last checkpoint, with saves in
-the background. Measured is the save itself (of the last step, and by the process that needs most),
-without the forward pass whose losses are kept beside a checkpoint; in the background with what the
-next update waits for the copies. ``more`` is what the resident
-memory of a process grew by while it saved. Of a build and of a resume it is the peak of live
-tensors until the network is filled, and until the engine has its states; read is what a process
-read of the checkpoint. Then what a 70 B model costs 512 processes, on paper, by the code that
-places the tensors.
+repository's own files and saves after some; then it goes on from the last checkpoint, with nine
+saves in the background. Measured is the save itself (of the last step, and by the process that
+needs most; seconds are medians of all but the first), without the forward pass whose losses are
+kept beside a checkpoint; in the background with what the next update waits for the copies.
+``more`` is what the resident memory of a process grew by while it saved. Of a build and of a resume
+it is the peak of live tensors until the network is filled, and until the engine has its states;
+read is what a process read of the checkpoint. Then what a 70 B model costs 512 processes, on paper,
+by the code that places the tensors. A line of bars closes each stage, and the exit code is 1 where
+one is missed. That of the stall is judged at full size alone: a save of some MiB takes no time.
 """
 
 from __future__ import annotations
@@ -172,6 +173,34 @@ def starts(found: Ranks) -> str:
     )
 
 
+def judged(bars: dict[str, tuple[float, float]]) -> bool:
+    """Print (figure, bar) by name, with a verdict; True where every figure is within its bar."""
+    missed = [name for name, (figure, bar) in bars.items() if figure > bar]
+    told = [f"{name} {figure:.4g} of {bar:.4g}" for name, (figure, bar) in bars.items()]
+    print(f"  bars: {', '.join(told)}: {'MISSED: ' + ', '.join(missed) if missed else 'met'}")
+    return not missed
+
+
+def bars_of(
+    wait: dict[str, Any], back: dict[str, Any], first: Ranks, stage: int, small: bool
+) -> dict[str, tuple[float, float]]:
+    """Figures and bars of a stage: MiB beside the slices, bytes sent, a stall's share, a build."""
+    n = len(first)
+    more = max((row["more"] - row["own"]) / MB for row in (wait, back))
+    out: dict[str, tuple[float, float]] = {}
+    out |= {
+        "MiB beside the slices": (more, 256),
+        "bytes sent": (max(wait["sent"], back["sent"]), 0),
+    }
+    if not small:
+        out["stall, % of a save"] = (100 * back["stall"] / wait["stall"], 5)
+    if stage == 3:
+        most = {key: max(start[key] for start, _ in first) / MB for key in first[0][0]}
+        bar = most["weights"] / n + most["largest"] + 64
+        out["MiB of the build until filled"] = (most["filled"], bar)
+    return out
+
+
 def on_paper() -> None:
     """Llama-2's 70 B shapes and AdamW's two states on 512 processes, a node of 8."""
     from mm.trainer.checkpoint.cost import cost, files_of
@@ -189,8 +218,8 @@ def on_paper() -> None:
         )
 
 
-def main() -> None:
-    """Print a line a stage."""
+def main() -> int:
+    """Print figures and bars of each stage; 1 where a bar is missed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
@@ -199,17 +228,19 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args, changes = parser.parse_known_args()
     if args.child:
-        return child(args.child, changes)
+        child(args.child, changes)
+        return 0
     out, n = args.out.resolve(), args.processes
     config, size, every = prepare(out), SIZE, EVERY
     if args.small:
         size, every = TINY, 1
     on_paper()
+    missed = 0
     for stage in args.stages:
         name = f"stage{stage}"
         shutil.rmtree(out / name, ignore_errors=True)
         changes = [f"engine.zero_stage={stage}", *size, f"checkpoints.every={every}"]
-        ends = [f"stages.0.budget.steps={k * every}" for k in (3, 6)]
+        ends = [f"stages.0.budget.steps={k * every}" for k in (3, 12)]
         modes = [f"checkpoints.background={word}" for word in ("false", "true")]
         first, again = (
             trained(config, out, n, name, [*changes, end, mode])
@@ -224,8 +255,10 @@ def main() -> None:
             f"  build: {starts(first)}\n  resume: {starts(again)}",
             flush=True,
         )
+        missed += not judged(bars_of(wait, back, first, stage, args.small))
+    return int(missed > 0)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    sys.exit(main())

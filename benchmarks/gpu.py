@@ -11,9 +11,11 @@ docs/gpu-results.md.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -23,15 +25,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST = 10  # seconds: no part is begun with less
+GRACE = 5  # seconds that a part has to end when it is told to
 RESULTS = ROOT / "docs" / "gpu-results.md"
 SCRIPT = Path(__file__).with_name("gpu_parts.py")
 # In order of worth, with the seconds that each may take: nine minutes in all.
 PARTS = {
-    "ops": ("every mixer and its ops against the reference, bf16 and fp32, all gradients", 120),
-    "quickstart": ("mm quickstart on CUDA, with its bars", 150),
-    "attention": ("attention against SDPA, FlexAttention and cuDNN", 60),
-    "training": ("300 M and 1 B training steps: MFU, the ten dearest kernels", 120),
-    "resume": ("checkpoint, kill, resume, bitwise", 50),
+    "ops": ("every op and mixer against the reference, bf16 and fp32, all gradients", 120),
+    "quickstart": ("mm quickstart on CUDA, with its bars", 140),
+    "attention": ("attention, recurrences against SDPA, Flex, cuDNN, varlen, fla and mamba", 60),
+    "training": ("300 M and 1 B training steps: MFU, traces, the ten dearest kernels", 110),
+    "resume": ("checkpoint, kill, resume, bitwise, on the GPU", 70),
     "decode": ("decode tokens per second", 40),
 }
 
@@ -49,9 +52,12 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error(f"no part {', '.join(unknown)}; parts: {', '.join(PARTS)}")
     import torch
 
+    from mm.processes import unwind_on_sigterm
+
     if not torch.cuda.is_available():
         return dry_run(parts)
-    return run(parts, asked.seconds, asked.fresh, asked.out)
+    with unwind_on_sigterm():
+        return run(parts, asked.seconds, asked.fresh, asked.out)
 
 
 def dry_run(parts: Sequence[str]) -> int:
@@ -100,15 +106,19 @@ def in_own_process(part: str, file: Path, seconds: float) -> dict[str, Any]:
     rows.unlink(missing_ok=True)
     command = [sys.executable, str(SCRIPT), part, str(rows)]
     where = {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    state, said = "done", ""
-    try:
-        ended = subprocess.run(
-            command, timeout=seconds, env=os.environ | where, capture_output=True, text=True
+    log = file.with_suffix(".log")
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, env=os.environ | where, stdout=out, stderr=out, start_new_session=True
         )
-        said = ended.stderr[-2000:]
-        state = "done" if ended.returncode == 0 else f"failed with code {ended.returncode}"
-    except subprocess.TimeoutExpired:
-        state = "cut off"
+        try:
+            code = process.wait(seconds)
+            state = "done" if code == 0 else f"failed with code {code}"
+        except subprocess.TimeoutExpired:
+            state = "cut off"
+        finally:
+            end_group(process)
+    said = log.read_text(errors="replace")[-2000:]
     lines = rows.read_text().splitlines() if rows.is_file() else []
     found = [json.loads(line) for line in lines if line.endswith("}")]
     failed = state.startswith("failed")
@@ -118,6 +128,19 @@ def in_own_process(part: str, file: Path, seconds: float) -> dict[str, Any]:
         "rows": found,
         "device": device(),
     } | ({"said": said} if failed else {})
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a part and all that it started, which would hold the GPU while the next one is timed."""
+    for number in (signal.SIGTERM, signal.SIGKILL):  # torchrun ends its own after the first
+        end = time.monotonic() + GRACE
+        with contextlib.suppress(ProcessLookupError):  # nobody is left
+            os.killpg(process.pid, number)
+            while time.monotonic() < end:
+                process.poll()
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
+    process.wait()
 
 
 def is_done(file: Path, commit: str) -> bool:

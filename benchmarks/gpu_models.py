@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from mm.trainer.stage import compile_blocks
+
+ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
-SIZES = {"300M": (1024, 24), "1B": (2048, 20)}  # d_model, depth
+SIZES = {"300M": (1024, 24), "1B": (2048, 20), "7B": (4096, 39)}  # d_model, depth
+TRAINED = ("300M", "1B")  # on one card
 PATTERNS = {"dense": "attention", "hybrid": "3*gated_deltanet attention"}
 IDS, TOKENS = 32_000, 8192
 DOCUMENTS = {"plain": TOKENS, "packed": TOKENS // 12}  # tokens of a document
@@ -36,10 +41,17 @@ def run_of(size: str, shape: str) -> Any:
     )
 
 
-def cases() -> list[tuple[str, str, str]]:
-    """Size, pattern and documents, by worth."""
-    every = [(s, p, d) for s in SIZES for p in PATTERNS for d in DOCUMENTS]
-    return sorted(every, key=lambda case: (case[1] != "dense", case[2] != "plain", case[0] != "1B"))
+def cases() -> list[tuple[str, str, str, str]]:
+    """Size, pattern, documents and how blocks run, by worth."""
+    every = [(s, p, d, "eager") for s in TRAINED for p in PATTERNS for d in DOCUMENTS]
+    every += [("1B", "dense", "plain", "compiled")]  # Inductor takes a minute
+    worth = lambda case: (
+        case[3] != "eager",
+        case[1] != "dense",
+        case[2] != "plain",
+        case[0] != "1B",
+    )
+    return sorted(every, key=worth)
 
 
 def predicted(size: str, shape: str, documents: str, card: str) -> dict[str, Any]:
@@ -55,10 +67,10 @@ def predicted(size: str, shape: str, documents: str, card: str) -> dict[str, Any
 
 def card_here() -> str:
     """The data sheet of the GPU that is here; an H100's where it has none."""
-    from mm.plan.gpus import GPUS
+    from mm.trainer.data_sheets import like
 
-    name = torch.cuda.get_device_name(0).lower().replace(" ", "")
-    return next((known for known in GPUS if known in name), "h100")
+    card = like(torch.cuda.get_device_name(0))
+    return "h100" if card is None else card.name
 
 
 def stage_of(size: str, shape: str, documents: str) -> tuple[Any, Any]:
@@ -72,30 +84,45 @@ def stage_of(size: str, shape: str, documents: str) -> tuple[Any, Any]:
     return module, subject.batches(1)[0]
 
 
-def train_rows() -> Iterator[Row]:
-    """Steps of a fused AdamW under bf16 autocast; predicted and measured, then dearest kernels."""
+def train_rows(out: Path) -> Iterator[Row]:
+    """Steps of a fused AdamW under bf16 autocast; predicted and measured, then dearest kernels.
+
+    ``out``: the folder of the traces of one step each.
+    """
+    from gpu_predictions import stored
+
     card = card_here()
-    for size, shape, documents in cases():
-        row: Row = {"model": size, "pattern": shape, "documents": documents}
+    for size, shape, documents, blocks in cases():
+        row: Row = {"model": size, "pattern": shape, "documents": documents, "blocks": blocks}
         try:
             plan = predicted(size, shape, documents, card)
             module, batch = stage_of(size, shape, documents)
+            if blocks == "compiled":
+                compile_blocks(module)
             optimizer = run_of(size, shape).stages[0].optimizer.build(module.train())
             step = lambda m=module, b=batch, o=optimizer: _step(m, b, o)
             seconds = _seconds(step)
             flops = plan["flops_a_token"]["total"] * plan["batch"]["tokens"]
+            told = stored(f"{size}-{shape}", card, blocks) if documents == "plain" else {}
             row |= {
                 "parameters": plan["parameters"]["total"],
-                "predicted s": plan["step"]["seconds"],
+                "predicted s": told.get("step ms", 1e3 * plan["step"]["seconds"]) / 1e3,
                 "measured s": seconds,
-                "predicted MFU": plan["step"]["mfu"],
+                "predicted MFU": told.get("MFU", plan["step"]["mfu"]),
                 "measured MFU": flops / seconds / plan["gpu"]["bf16"],
                 "tokens/s": plan["batch"]["tokens"] / seconds,
                 "GiB": torch.cuda.max_memory_allocated() / 2**30,
             }
             yield row
-            yield from ({**dict.fromkeys(("model", "pattern", "documents"), ""), **k,
-                         "model": size, "pattern": shape} for k in dearest(step))  # fmt: skip
+            trace = out / f"{size}-{shape}-{documents}-{blocks}.trace.json.gz"
+            events = kernels_of(step, trace)
+            launched = {"launches": sum(e.count for e in events), "trace": name_of(trace)}
+            yield dict.fromkeys(row, "") | {
+                "model": size, "pattern": shape, "documents": documents, "blocks": blocks,
+                "predicted launches": told.get("launches", ""), **launched,
+            }  # fmt: skip
+            yield from (dict.fromkeys(row, "") | {"model": size, "pattern": shape, **k}
+                        for k in dearest(events))  # fmt: skip
         except Exception as error:
             yield row | {"state": f"{type(error).__name__}: {error}".splitlines()[0][:160]}
         module = batch = optimizer = step = None
@@ -122,14 +149,32 @@ def _seconds(step: Any) -> float:
     return (time.perf_counter() - begun) / STEPS
 
 
-def dearest(step: Any, n: int = 10) -> Iterator[Row]:
-    """The kernels that take most of a step."""
-    from torch.profiler import ProfilerActivity, profile
+def kernels_of(step: Any, trace: Path) -> list[Any]:
+    """What a step launched, by kernel (without a GPU: its operators); its Chrome trace is written.
 
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+    The trace is for chrome://tracing or Perfetto.
+    """
+    from torch.autograd import DeviceType
+
+    from mm.trainer.callbacks.profile import begin, finish
+
+    on_gpu = torch.cuda.is_available()
+    found = begin(on_gpu)
+    try:
         step()
-        torch.cuda.synchronize()
-    events = [e for e in found.key_averages() if e.self_device_time_total]
+    finally:
+        finish(found, trace, on_gpu)
+    device = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    return [e for e in found.key_averages() if e.device_type == device]
+
+
+def name_of(file: Path) -> str:
+    """Its path from this checkout, where it is inside."""
+    return str(file.relative_to(ROOT) if file.is_relative_to(ROOT) else file)
+
+
+def dearest(events: list[Any], n: int = 10) -> Iterator[Row]:
+    """The kernels that take most of a step."""
     whole = sum(e.self_device_time_total for e in events)
     for e in sorted(events, key=lambda e: -e.self_device_time_total)[:n]:
         share = e.self_device_time_total / whole
@@ -138,15 +183,15 @@ def dearest(step: Any, n: int = 10) -> Iterator[Row]:
 
 def predicted_lines() -> Iterator[str]:
     """What would run, with predictions for an H100; and a step of the smallest on fake tensors."""
-    for size, shape, documents in cases():
-        if documents == "plain":
+    for size, shape, documents, blocks in cases():
+        if documents == "plain" and blocks == "eager":
             plan = predicted(size, shape, documents, "h100")
             step, count = plan["step"], plan["parameters"]["total"]
             yield (
                 f"{size} {shape}: {count / 1e6:.0f} M parameters, predicted on an H100 (mm plan): "
                 f"{step['seconds']:.3f} s a step, MFU {step['mfu']:.0%}"
             )
-    yield f"{len(cases())} runs of {WARM + STEPS} steps, {len(cases())} traces"
+    yield f"{len(cases())} runs of {WARM + STEPS} steps, {len(cases())} Chrome traces"
 
 
 SLOTS, NEW = (1, 16, 128), 64

@@ -8,9 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ BOUNDS = {"fp32": 1e-3, "bf16": 5e-2}  # relative root mean square error of outp
 TOKENS = 8192
 
 
-# ---- every mixer ----
+# ---- every op and mixer ----
 
 
 def words() -> list[str]:
@@ -45,7 +43,17 @@ def layer_of(word: str, d_model: int) -> Any:
     return config.build(d_model)
 
 
-def ops() -> Iterator[Row]:
+def ops(out: Path) -> Iterator[Row]:
+    """Every implementation of every op against its reference in float64, then every mixer."""
+    from gpu_page import K, T, import_kernels
+    from op_calls import Sizes, op_rows
+
+    import_kernels()
+    yield from op_rows("cuda", Sizes(), T, K)
+    yield from mixers()
+
+
+def mixers() -> Iterator[Row]:
     """Each mixer on the GPU against itself in float64 on the CPU, where every op is the reference.
 
     The self-check of ops is on: what it refuses is in the row.
@@ -89,17 +97,18 @@ def differences(layer: Any, exact: Any, precision: str) -> dict[str, float]:
     from mm.mask import Causal, Full
     from mm.model.context import Ctx
 
-    layout = Layout.from_rows([[Doc(100), Doc(93)], [Doc(256)]], 256, max_documents=4)
+    T = 320  # rows so long that attention is left to its kernels
+    layout = Layout.from_rows([[Doc(130), Doc(123)], [Doc(T)]], T, max_documents=4)
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 256, 256, generator=generator, dtype=torch.float64)
-    dy = torch.randn(2, 256, 256, generator=generator, dtype=torch.float64)
+    x = torch.randn(2, T, 256, generator=generator, dtype=torch.float64)
+    dy = torch.randn(2, T, 256, generator=generator, dtype=torch.float64)
     mask = Causal() if layer.caps.causal else Full()
 
     def results(module: Any, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[Any]]:
         module.zero_grad()
         given = x.to(device, dtype).requires_grad_()
         there = layout.to(device)
-        ids = torch.zeros(2, 256, 1, dtype=torch.int32, device=device)
+        ids = torch.zeros(2, T, 1, dtype=torch.int32, device=device)
         low = precision == "bf16" and device == "cuda"
         with torch.autocast(device, torch.bfloat16, enabled=low):
             y = module(given, Ctx(there, mask, ids)).y
@@ -127,6 +136,22 @@ def error_of(found: Tensor | None, right: Tensor, floor: float = 0.0) -> float:
 
 
 def dry_ops() -> Iterator[str]:
+    from gpu_page import K, T, import_kernels
+    from op_calls import PRECISIONS, able, op_calls
+
+    from mm.kernels.op import Op
+    from mm.plan.fake_card import fake_card
+    from mm.plan.fake_cuda import CUDA, fake_cuda
+
+    import_kernels()
+    ways = 0
+    with fake_cuda(), fake_card():
+        for op_name, call in op_calls(CUDA).values():
+            for dtype in PRECISIONS.values():
+                given, op = call(T, dtype, K), Op.every[op_name]
+                ways += len(able(op, given, op.pick(*given)))
+    names = {op_name for op_name, _ in op_calls(CUDA).values()}
+    yield f"{len(names)} ops in {len(op_calls(CUDA))} calls; {ways} comparisons"
     failed = []
     for word in words():
         try:
@@ -185,7 +210,7 @@ def attention_ways() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     return found
 
 
-def attention() -> Iterator[Row]:
+def attention(out: Path) -> Iterator[Row]:
     """Forward and backward at 8,192 tokens, 16 heads of 64, 128 and 256 on 4 key heads, bf16."""
     for width in (128, 64, 256):
         shapes = [(1, TOKENS, heads, width) for heads in (16, 4, 4)]
@@ -206,6 +231,9 @@ def attention() -> Iterator[Row]:
             except Exception as error:
                 row["state"] = f"{type(error).__name__}: {error}".splitlines()[0][:100]
             yield row
+    from gpu_ops import rows
+
+    yield from rows(seconds_of)
 
 
 def both_ways(run: Callable[..., Tensor], *given: Tensor) -> None:
@@ -234,15 +262,18 @@ def dry_attention() -> Iterator[str]:
     with fake_cuda():
         q, k = (torch.empty(1, 512, heads, 128, device=CUDA) for heads in (16, 4))
         assert ways["mm, as picked"](q, k, k).shape == q.shape
+    from gpu_ops import lines
+
+    yield from lines()
 
 
 # ---- training steps and decoding: gpu_models.py ----
 
 
-def training() -> Iterator[Row]:
+def training(out: Path) -> Iterator[Row]:
     from gpu_models import train_rows
 
-    return train_rows()
+    return train_rows(out)
 
 
 def dry_training() -> Iterator[str]:
@@ -251,7 +282,7 @@ def dry_training() -> Iterator[str]:
     return predicted_lines()
 
 
-def decode() -> Iterator[Row]:
+def decode(out: Path) -> Iterator[Row]:
     from gpu_models import decode_rows
 
     return decode_rows()
@@ -263,26 +294,13 @@ def dry_decode() -> Iterator[str]:
     return decode_lines()
 
 
-# ---- commands of mm ----
+# ---- whole runs: gpu_runs.py ----
 
 
-def command(*given: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mm", *given], cwd=ROOT, capture_output=True, text=True
-    )
+def quickstart(out: Path) -> Iterator[Row]:
+    from gpu_runs import quickstart as rows
 
-
-def quickstart() -> Iterator[Row]:
-    """The whole quickstart; each task beside its bar."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "found.json"
-        ended = command("quickstart", "--out", f"{folder}/run", "--json", str(file))
-        if ended.returncode or not file.is_file():
-            yield {"figure": "quickstart", "state": (ended.stderr or ended.stdout)[-300:]}
-            return
-        for name, value in json.loads(file.read_text()).items():
-            if isinstance(value, (int, float)):
-                yield {"figure": name, "value": float(value)}
+    return rows()
 
 
 def dry_quickstart() -> Iterator[str]:
@@ -293,35 +311,19 @@ def dry_quickstart() -> Iterator[str]:
     yield f"mm quickstart --out DIR --json FILE: {len(bars)} bars, {bars}"
 
 
-def resume() -> Iterator[Row]:
-    """Kills and a signal: the run afterwards is the unbroken one, bit by bit."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "found.json"
-        only = [word for name in chosen_faults() for word in ("--only", name)]
-        ended = command("faults", "--quick", *only, "--json", str(file))
-        rows = json.loads(file.read_text()) if file.is_file() else []
-        yield from ({k: r[k] for k in ("fault", "tries", "survived", "lost")} for r in rows)
-        if not rows:
-            yield {"fault": "mm faults", "lost": (ended.stderr or ended.stdout)[-300:]}
+def resume(out: Path) -> Iterator[Row]:
+    from gpu_runs import resume as rows
 
-
-def chosen_faults() -> list[str]:
-    """The faults of a kill, by name."""
-    from mm.faults.cases import CASES
-
-    return [
-        case.name for case in CASES if case.name.startswith(("kill -9 at", "kill -9 in a step"))
-    ]
+    return rows()
 
 
 def dry_resume() -> Iterator[str]:
-    names = chosen_faults()
-    if not names:
-        raise ValueError("mm faults has no kill")
-    yield f"mm faults --quick: {', '.join(names)}"
+    from gpu_runs import resume_lines
+
+    return resume_lines()
 
 
-RUN: dict[str, Callable[[], Iterator[Row]]] = {
+RUN: dict[str, Callable[[Path], Iterator[Row]]] = {  # of the folder that files go to
     "ops": ops,
     "quickstart": quickstart,
     "attention": attention,
@@ -340,9 +342,9 @@ DRY: dict[str, Callable[[], Iterator[str]]] = {
 
 
 def main(part: str, file: str) -> None:
-    """Run a part; every row is on disk before the next one is begun."""
+    """Run a part; every row is on disk before the next one is begun, its files lie beside it."""
     with open(file, "a", encoding="utf-8") as out:
-        for row in RUN[part]():
+        for row in RUN[part](Path(file).resolve().parent):
             out.write(json.dumps(row) + "\n")
             out.flush()
 

@@ -18,6 +18,7 @@ transforms (`mm quickstart` makes them):
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import struct
@@ -70,6 +71,8 @@ def time_of_tokens(runs: Path, worlds: Sequence[int], steps: int) -> dict[str, A
     """Processor time of a step of the own rows, by W; the mean, as planning comes in blocks."""
     streams = {world: quickstart(runs, world) for world in worlds}
     seconds = dict.fromkeys(worlds, 0.0)
+    gc.collect()  # as where a stage trains (`StageState.settle`)
+    gc.freeze()
     for turn in range(steps // 10 + 1):
         for world, stream in streams.items():  # in turn
             begun = time.thread_time()

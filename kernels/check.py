@@ -63,10 +63,10 @@ def problem(
         torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
     ):
         try:
-            names, got = _results(f, part)
+            names, got = results(f, part)
         except Exception as error:  # a kernel that does not compile or launch is as wrong as any
             return f"{type(error).__name__}: {error}".splitlines()[0]
-        expected = _results(reference, part)[1]
+        expected = results(reference, part)[1]
     values = _flatten(part.arguments).values()
     floats = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
     narrowest = min((v.dtype for v in floats), key=lambda d: d.itemsize, default=torch.float32)
@@ -74,9 +74,9 @@ def problem(
     allowed = 3e-2 if autocast else TOLERANCE.get(narrowest, 3e-2)
     # What is zero in exact arithmetic (the gradient of the query of a single key) holds rounding
     # alone: it is measured against a thousandth of the call's largest result.
-    floor = 1e-3 * max(map(_size, expected), default=0.0)
+    floor = 1e-3 * max(map(size, expected), default=0.0)
     for name, value, right in zip(names, got, expected, strict=True):
-        error = _distance(value, right, floor)
+        error = distance(value, right, floor)
         if not error <= allowed:
             return f"{name} differs from the reference's by {error:.2g} (allowed {allowed:.0e})"
     return None
@@ -128,8 +128,11 @@ def _part(reference: Callable, args: tuple[Any, ...], kw: dict[str, Any]) -> ins
     return call
 
 
-def _results(f: Callable, part: inspect.BoundArguments) -> tuple[list[str], list[Tensor]]:
-    """Names and values of the outputs and, where the call has them, of all gradients."""
+def results(f: Callable, part: inspect.BoundArguments) -> tuple[list[str], list[Tensor]]:
+    """Names and values of the outputs and, where the call has them, of all gradients.
+
+    The gradients are those of a weighting of all outputs that is the same for every dtype.
+    """
     track = torch.is_grad_enabled()
     arguments, leaves = _flatten(part.arguments), dict[str, Tensor]()
     for name, value in arguments.items():
@@ -141,9 +144,10 @@ def _results(f: Callable, part: inspect.BoundArguments) -> tuple[list[str], list
     out = f(*call.args, **call.kwargs)
     outs = list(out) if isinstance(out, tuple) else [out]
     names = [f"output {i}" for i in range(len(outs))]
-    # A fixed weighting: the check draws nothing from anyone's random numbers.
+    # A fixed weighting: the check draws nothing from anyone's random numbers. Every dtype holds it
+    # exactly, so that a reference in float64 is asked for the same gradients.
     loss = [
-        (o * torch.arange(o.numel(), device=o.device).cos().view(o.shape).to(o.dtype)).sum()
+        (o * torch.arange(o.numel(), device=o.device).cos().bfloat16().view(o.shape).to(o)).sum()
         for o in outs
         if o.requires_grad
     ]
@@ -156,14 +160,14 @@ def _results(f: Callable, part: inspect.BoundArguments) -> tuple[list[str], list
     return [*names, *(f"gradient of {name}" for name in leaves)], values
 
 
-def _size(x: Tensor) -> float:
+def size(x: Tensor) -> float:
     """Root mean square of what is finite."""
     if not x.numel():
         return 0.0
     return float(torch.where(x.isfinite(), x.double(), 0).square().mean().sqrt())
 
 
-def _distance(value: Tensor, expected: Tensor, floor: float) -> float:
+def distance(value: Tensor, expected: Tensor, floor: float) -> float:
     """Return the relative root mean square of the difference where the reference is finite.
 
     It is divided by that of the reference, which counts as ``floor`` at least.
@@ -174,4 +178,4 @@ def _distance(value: Tensor, expected: Tensor, floor: float) -> float:
         return 0.0
     finite = expected.isfinite()
     a, b = (torch.where(finite, x.double(), 0) for x in (value, expected))
-    return float((a - b).square().mean().sqrt()) / (max(_size(b), floor) + 1e-12)
+    return float((a - b).square().mean().sqrt()) / (max(size(b), floor) + 1e-12)

@@ -32,6 +32,7 @@ def register_kernel(
     gradients: str,
     kept: str = "",
     only: Mapping[str, str] | None = None,
+    shared: Mapping[str, str] | None = None,
     dense: bool = True,
     like: str | None = None,
     wide: str = "",
@@ -53,7 +54,8 @@ def register_kernel(
     ``a``). Lists of names are words in one string.
 
     Args:
-        outputs, empties, saved, gradients, kept, only, dense: as `differentiable` takes them.
+        outputs, empties, saved, gradients, kept, only, shared, dense: as `differentiable` takes
+            them.
         like: the input whose dtype decides; default the first.
         wide: inputs that become float32 or wider, as ``like`` does.
         own: inputs that Triton reads in their own dtype and all others in float32 or wider.
@@ -88,7 +90,8 @@ def register_kernel(
     def register(way: str, pair: Pair, has: Callable[..., str | None]) -> None:
         run = differentiable(
             f"{op.name}_{way}", kinds, outputs, empties, *pair,
-            saved=saved, gradients=gradients, kept=kept, only=only, dense=dense, fill=True,
+            saved=saved, gradients=gradients, kept=kept, only=only, shared=shared, dense=dense,
+            fill=True,
         )  # fmt: skip
         tensors = [n for n in names if kinds[n].startswith("Tensor")]
         widened = [*wide.split(), *(own.split() if way != "triton" else ())]
@@ -162,6 +165,7 @@ def differentiable(
     gradients: str,
     kept: str = "",
     only: Mapping[str, str] | None = None,
+    shared: Mapping[str, str] | None = None,
     dense: bool = True,
     ask: bool = False,
     fill: bool = False,
@@ -185,6 +189,8 @@ def differentiable(
             ``b:h`` is shaped as the saved ``h``, ``x:dy`` as the gradient of ``y``.
         kept: names of further outputs, for the backward alone.
         only: saved names, each with the input of type bool without which it is not saved.
+        shared: inputs, each with one that has the same gradient: where the backward returns one
+            of size 0 for them, they get that.
         dense: gradients of ``outputs`` that nothing gives are zeros, else None.
         fill: ``forward`` and ``backward`` also take the empty tensors that they write into.
     """
@@ -203,6 +209,7 @@ def differentiable(
     tensors, others = ([every.index(save[i]) for i in some] for some in (tensors, others))
     unless = {every.index(n): every.index(flag) for n, flag in only.items()}
     positions = [every.index(n) for n in wrt]
+    alike = [(every.index(n), every.index(other)) for n, other in (shared or {}).items()]
 
     def empty_gradients(*given: Any) -> Any:
         found = []
@@ -241,7 +248,8 @@ def differentiable(
         ctx.save_for_backward(*[values[i] for i in tensors])
         ctx.settings = [values[i] for i in others]
         ctx.given = [inputs[i] is not None for i in positions]
-        if not dense:
+        # The only gradient is always there; zeros for what is kept would be a launch each.
+        if not dense or len(made) == 1:
             ctx.set_materialize_grads(False)
 
     def grads(ctx: Any, *above: Tensor | None, by: Callable = traceable_backward) -> Any:
@@ -255,6 +263,9 @@ def differentiable(
         back: list[Tensor | None] = [None] * len(inputs)
         for i, x, on in zip(positions, found, wanted, strict=True):
             back[i] = x if on else None
+        for i, other in alike:
+            if (g := back[i]) is not None and not g.numel():
+                back[i] = back[other]
         return tuple(back)
 
     op.register_autograd(grads, setup_context=setup)

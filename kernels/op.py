@@ -129,7 +129,7 @@ class Op:
         if same is not None and (known := self._checked.get(same)) is not None:
             return self.implementations[known][0](*args)
         name = self.pick(*args, **kw)
-        if name not in self._logged and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and name not in self._logged:
             self._logged.add(name)
             others = {n: w(*args, **kw) for n, (_, w) in self.implementations.items() if n != name}
             reasons = ", ".join(f"{n}: {r}" for n, r in others.items() if r)

@@ -25,7 +25,7 @@ def command(job: Job, launcher: Launcher, plan: Plan, stage: int) -> list[str]:
     """The `mm plan` of one stage of the run."""
     nodes, processes = shape(launcher, plan)
     options = ["--gpu", str(launcher.gpu), "--nodes", str(nodes), "--gpus-per-node", str(processes)]
-    options += ["--stage", str(stage), "--no-longest", "--json", "-"]
+    options += ["--stage", str(stage), "--no-longest", "--launches", "no", "--json", "-"]
     return [sys.executable, "-m", "mm", "plan", job.config, *job.overrides, *options]
 
 

@@ -5,7 +5,7 @@ And Sum, the only form in which a loss or statistic travels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -70,10 +70,9 @@ class Values:
             return self.data.to(dtype) * (2 / 255) - 1
         return self.data.to(dtype)
 
-    def to(self, device: Any) -> Values:
-        data, length, place, room = (
-            t.to(device, non_blocking=True) for t in (self.data, self.length, self.place, self.room)
-        )
+    def map_tensors(self, move: Callable[[Tensor], Tensor]) -> Values:
+        """Every tensor, by a function of each."""
+        data, length, place, room = map(move, (self.data, self.length, self.place, self.room))
         return Values(data, length, place, room, self.grid, self.is_full)
 
     @staticmethod
@@ -111,22 +110,27 @@ class Batch:
         default_factory=dict
     )  # head -> (P, ...) what it predicts at its `places`, where that is no id of `targets`
     shard: Shard | None = None  # the batch is a slice of the tokens of its rows
+    # On the host: its copy that is on the way to a device. A successor (`replace`) has none
+    sent: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def to(self, device: Any) -> Batch:
         """Copy every tensor to a device."""
-        move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
+        return self.map_tensors(lambda t: t.to(device, non_blocking=True))
+
+    def map_tensors(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        """`to` by a function of each tensor."""
         return replace(
             self,
-            layout=self.layout.to(device),
+            layout=self.layout.map_tensors(move),
             ids=move(self.ids),
             targets=move(self.targets),
             weight=move(self.weight),
             places={k: move(v) for k, v in self.places.items()},
-            values={k: v.to(device) for k, v in self.values.items()},
+            values={k: v.map_tensors(move) for k, v in self.values.items()},
             labels={k: move(v) for k, v in self.labels.items()},
-            parts={k: v.to(device) for k, v in self.parts.items()},
+            parts={k: v.map_tensors(move) for k, v in self.parts.items()},
             head_targets={k: move(v) for k, v in self.head_targets.items()},
-            shard=self.shard.to(device) if self.shard is not None else None,
+            shard=self.shard.map_tensors(move) if self.shard is not None else None,
         )
 
     @staticmethod

@@ -19,6 +19,10 @@ class UserError(Exception):
         super().__init__("\n".join(map(_short, text.split("\n"))))
 
 
+class Damaged(UserError):
+    """A file is missing or damaged, perhaps on the machine of this process alone."""
+
+
 def _short(line: str) -> str:
     if len(line) <= LINE:
         return line

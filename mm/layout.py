@@ -72,16 +72,24 @@ class Doc(NamedTuple):
     grids: Sequence[Grid] = ()
 
 
+CACHED = 1024  # tokens up to which a document's default positions are kept: alike ones recur
+
+
 def places_of(doc: Doc, axes: int) -> np.ndarray:
-    """`(length, axes)` int32 default positions of a document (see `Fields.position`)."""
-    time = doc.start + np.arange(doc.length, dtype=np.int32)
+    """`(length, axes)` int32 default positions of a document (see `Fields.position`); read only."""
+    make = _places if doc.length <= CACHED else _places.__wrapped__
+    return make(doc.length, doc.start, tuple(doc.grids), axes)
+
+
+@lru_cache(maxsize=1024)
+def _places(length: int, start: int, grids: tuple[Grid, ...], axes: int) -> np.ndarray:
+    time = start + np.arange(length, dtype=np.int32)
     position = np.repeat(time[:, None], axes, 1)
-    for grid in doc.grids:
+    for grid in grids:
         n = grid.codes if grid.length is None else min(grid.length, grid.codes)
         cells = cells_of(grid.shape, grid.books)[:n, : axes - 1]
-        position[grid.start : grid.start + n, 1 : 1 + cells.shape[1]] = cells + (
-            doc.start + grid.start
-        )
+        position[grid.start : grid.start + n, 1 : 1 + cells.shape[1]] = cells + (start + grid.start)
+    position.setflags(write=False)
     return position
 
 
@@ -136,7 +144,10 @@ class Layout:
 
     def to(self, device: Any) -> Layout:
         """Copy to a device; the copy remembers where it came from (`on_host`)."""
-        move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
+        return self.map_tensors(lambda t: t.to(device, non_blocking=True))
+
+    def map_tensors(self, move: Callable[[Tensor], Tensor]) -> Layout:
+        """`to` by a function of each tensor."""
         made = replace(
             self,
             fields=self.fields.map(move),
@@ -293,17 +304,17 @@ class Layout:
         number = 0
         for b, row in enumerate(rows):
             at = 0
+            # Of this row: to find an array's row anew for each document takes as long as to write.
+            position_T, document_T, modality_T = position[b], document[b], modality[b]
+            extra_T = {name: values[b] for name, values in extra.items()}
             for d in row:
                 here = slice(at, at + d.length)
-                if d.position is not None:
-                    position[b, here] = d.position
-                else:
-                    position[b, here] = places_of(d, A)
-                document[b, here] = number + 1
+                position_T[here] = places_of(d, A) if d.position is None else d.position
+                document_T[here] = number + 1
                 if d.modality is not None:
-                    modality[b, here] = d.modality
+                    modality_T[here] = d.modality
                 for name, values in d.extra.items():
-                    extra[name][b, here] = values
+                    extra_T[name][here] = values
                 starts[number], slot[number], fresh[number] = b * T + at, d.slot, d.fresh
                 for grid in d.grids:
                     if grid.length is None or grid.length >= grid.codes:

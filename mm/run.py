@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mm.config import Config
+from mm.engine_config import EngineConfig
 from mm.init_from import InitFromField, with_saved_model
 from mm.names import PlainName
 from mm.registry import (
@@ -144,51 +145,6 @@ class Stage(Config):
         A forward takes about a third of a step's time: a tenth of the steps between is 3 % of it.
         """
         return self.eval_batches or min(32, max(1, self.held_out_every // CHEAP))
-
-
-class EngineConfig(Config):
-    """DeepSpeed settings; its JSON is derived from these (mm/trainer/engine/deepspeed.py)."""
-
-    zero_stage: Annotated[
-        Literal[0, 1, 2, 3],
-        Field(
-            description="what DeepSpeed splits over processes: 1 optimizer state, 2 gradients too, "
-            "3 weights too"
-        ),
-    ] = 1
-    precision: Annotated[
-        Literal["auto", "fp32", "autocast_bf16", "bf16"],
-        Field(description="bf16: the weights, too; ZeRO stage 0 is stage 1 then"),
-    ] = "auto"
-    grad_clip: Annotated[float, Field(ge=0, description="global gradient norm; 0 = off")] = 1.0
-    max_skips: Annotated[
-        int, Field(ge=0, description="non-finite steps tolerated in `guard.window`")
-    ] = 3
-    threads: Annotated[
-        Annotated[int, Field(ge=1, le=1024)] | None,
-        Field(description="CPU threads a process; default: cores / processes on this machine"),
-    ] = None
-    sequence: Annotated[
-        int,
-        Field(
-            ge=1,
-            le=1024,
-            description="processes that share the tokens of each row: for rows that do not fit "
-            "one; attention takes a share of the heads, recurrences pass their states",
-        ),
-    ] = 1
-    compile: Annotated[
-        bool, Field(description="torch.compile of every block; a minute or more at the start")
-    ] = False
-
-    @property
-    def effective_zero_stage(self) -> int:
-        """The ZeRO stage that runs.
-
-        Weights in bf16 have masters in fp32, which DeepSpeed splits over ranks at stage 0 as well,
-        by other code than stage 1's: there is one way here.
-        """
-        return self.zero_stage or int(self.precision == "bf16")
 
 
 class Checkpoints(Config):

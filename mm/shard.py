@@ -44,15 +44,16 @@ class Shard:
         """t, tokens of a slice."""
         return self.whole.shape[1] // self.size
 
-    def to(self, device: Any) -> Shard:
+    def map_tensors(self, move: Callable[[Tensor], Tensor]) -> Shard:
+        """Every tensor, by a function of each."""
         return replace(
             self,
-            whole=self.whole.to(device),
-            passes=self.passes.to(device, non_blocking=True),
-            head=self.head.to(device) if self.head is not None else None,
-            tail=self.tail.to(device),
-            earlier=self.earlier.to(device, non_blocking=True),
-            ids=self.ids.to(device, non_blocking=True) if self.ids is not None else None,
+            whole=self.whole.map_tensors(move),
+            passes=move(self.passes),
+            head=self.head.map_tensors(move) if self.head is not None else None,
+            tail=self.tail.map_tensors(move),
+            earlier=move(self.earlier),
+            ids=move(self.ids) if self.ids is not None else None,
         )
 
     def slice(self, x_BT: Tensor) -> Tensor:

@@ -87,12 +87,17 @@ def others(op: Op) -> list[str]:
 dtypes = pytest.mark.parametrize("dtype", TOL, ids=["fp64", "fp32"])
 
 
+def packed() -> tuple[MaskSpec]:
+    """All that hides keys: rows of many documents with a window and prefixes."""
+    number = torch.ones(1, 64, dtype=torch.int32)
+    return (MaskSpec(None, True, 32, number, number, number, number),)
+
+
 def everything() -> tuple[MaskSpec, ScoreSpec]:
     """All settings that the kernel has: what takes the most registers."""
     fade = torch.empty(1, 64, 8, requires_grad=True)
-    document = torch.ones(1, 64, dtype=torch.int32)
     sink = torch.empty(8, requires_grad=True)
     return (
-        MaskSpec(causal=True, window=32, document_RT=document, document_RS=document),
+        *packed(),
         ScoreSpec(fade_RTH=fade, fade_RSH=fade, softcap=30.0, sink_H=sink),
     )

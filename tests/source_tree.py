@@ -29,6 +29,7 @@ TIERS = {
     "reading": 0,
     "schedule": 0,
     "run": 0,
+    "engine_config": 0,
     "init_from": 0,
     "kernels": 1,
     "batch": 1,

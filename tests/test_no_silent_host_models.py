@@ -21,11 +21,11 @@ from mm.batch import Batch, Values
 from mm.decoders.generate import stream_tokens
 from mm.errors import UserError
 from mm.layout import Doc, Layout
-from mm.model.backbones.pattern import parse
 from mm.model.backbones.stack import presets
 from mm.plan.fake_cuda import CUDA, Reads, fake_cuda
 from mm.plan.fake_step import build_stage, train_step
 from mm.plan.inputs import documents
+from mm.plan.launches import one_of_each
 from mm.registry import BACKBONES
 from mm.run import Run
 from mm.specs import Segment, TokenSpec
@@ -53,17 +53,6 @@ def backbones() -> list[str]:
     return sorted(p.stem for p in (ROOT / "configs" / "backbone").glob("*.yaml"))
 
 
-def shallow(backbone: Any) -> Any:
-    """A backbone with one layer of each mixer that it names."""
-    if backbone is None or not hasattr(backbone, "pattern"):
-        parts = backbone or {}
-        change = {name: shallow(part) for name, part in parts if hasattr(part, "pattern")}
-        change |= {"upper": 1} if hasattr(backbone, "upper") else {}
-        return backbone and backbone.model_copy(update=change)
-    words = " ".join(dict.fromkeys(parse(backbone.pattern)))
-    return backbone.model_copy(update={"pattern": words, "depth": None})
-
-
 def with_backbone(run: Run, backbone: Any) -> Run:
     if backbone is None:
         return run
@@ -72,7 +61,7 @@ def with_backbone(run: Run, backbone: Any) -> Run:
 
 
 def smallest(run: Run) -> Run:
-    return with_backbone(run, shallow(getattr(run.model, "backbone", None)))
+    return with_backbone(run, one_of_each(getattr(run.model, "backbone", None)))
 
 
 def words_of(run: Run) -> Vocabulary | None:
@@ -172,7 +161,7 @@ QUICKSTART = Path("configs/quickstart/backbone.yaml")
 @pytest.mark.parametrize("name", every(3, backbones()))
 def test_no_backbone_asks_the_device(name: str) -> None:
     backbone = BACKBONES.parse(yaml_config.read(ROOT / "configs" / "backbone" / f"{name}.yaml"))
-    hold_the_law(with_backbone(Run.load(ROOT / QUICKSTART), shallow(backbone)))
+    hold_the_law(with_backbone(Run.load(ROOT / QUICKSTART), one_of_each(backbone)))
 
 
 def test_a_mask_of_fields_asks_no_device() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from mm.trainer.callbacks.base import Callback
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.log import metrics
 from mm.trainer.loop import INTERRUPTED, Trainer, train
+from mm.verify import verify as judge
 
 toys.forget()  # at collection: other files parametrize over the registries
 HERE = Path(__file__).parent
@@ -138,3 +140,26 @@ def torchrun(
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
+
+
+def verify_child(role: str, roots: list[Path], processes: int) -> None:
+    """Train ``<role>.yaml`` of every folder as `mm verify` does, in ONE launch."""
+    launch = ["torch.distributed.run", f"--nproc_per_node={processes}", "--master_addr=127.0.0.1"]
+    launch += [f"--master_port={environment.free_port()}", "-m"]
+    words = [sys.executable, "-m", *(launch if processes > 1 else [])]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
+    command = [*words, "mm.verify.child", role, *map(str, roots)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def differences(root: Path, updates: bool = True) -> list[judge.Check]:
+    """What differs between the setting and the reference of a folder, see `verify_child`."""
+    setting, reference = (
+        json.loads((root / f"{role}.json").read_text())["steps"]
+        for role in ("setting", "reference")
+    )
+    pairs = [(step, setting[step], reference[step]) for step in setting]
+    checks = [judge._data(pairs), judge._losses(pairs), judge._worst("gradients", pairs)]
+    checks += [judge._worst("updates", pairs)] if updates else []
+    return [check for check in checks if not check.agrees]

@@ -11,6 +11,8 @@
     for launch in launches:
         built(launch).check(dot=False)        # no spills, shared memory, matrix instructions
 
+A launch is recorded with the tiles of a card, ``recorded(80)``, and built for it.
+
 Both work in any process and in any order (never one inside the other): kernels stay ordinary
 ``triton.jit`` functions, whose launch is replaced inside the block. ``TRITON_INTERPRET`` must not
 be set. What `interpreted` mends in Triton 3.8, each of it silently wrong or useless as
@@ -25,6 +27,7 @@ module.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import re
 import subprocess
@@ -50,9 +53,10 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from mm.kernels import device
 
 Handle = interpreter.TensorHandle
-# Bytes of shared memory a block may use, by compute capability: A100, H100 and B200.
+# Kilobytes of shared memory a block may use, by compute capability.
 # Source: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability".
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+assert {*map(device.card_like, SHARED_LIMIT)} == {*device.CARDS}
 
 
 def _widened(bits: np.ndarray) -> np.ndarray:
@@ -237,6 +241,7 @@ def interpreted() -> Iterator[None]:
         (JITFunction, "__call__", lambda self, *a, **k: _python(self.fn)(*a, **k)),
         (Autotuner, "run", _first),
         (device, "KIND", "cpu"),
+        (device, "CARD", 90),
     ]
     with contextlib.ExitStack() as stack:
         for owner, name, value in swaps:
@@ -260,18 +265,23 @@ class Launch:
     args: tuple[Any, ...]
     options: dict[str, Any]
     grid: tuple[int, ...] = ()
+    card: int = 90
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Collect launches in place of running them; of an autotuned kernel, one a configuration."""
+def recorded(card: int = 90) -> Iterator[list[Launch]]:
+    """Collect launches on a card, by its compute capability, in place of running them.
+
+    Of an autotuned kernel: one a configuration.
+    """
     launches: list[Launch] = []
 
     def record(
         self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **options: Any
     ) -> None:
         bound = {**dict(zip(self.arg_names, args, strict=False)), **options}
-        launches.append(Launch(self, args, options, grid(bound) if callable(grid) else tuple(grid)))
+        size: Any = grid(bound) if callable(grid) else tuple(grid)
+        launches.append(Launch(self, args, options, size, card))
 
     def every(self: Autotuner, *args: Any, **options: Any) -> None:
         self.nargs = dict(zip(self.arg_names, args, strict=False))
@@ -282,6 +292,7 @@ def recorded() -> Iterator[list[Launch]]:
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(Autotuner, "run", every),
         mock.patch.object(device, "KIND", "cpu"),
+        mock.patch.object(device, "CARD", device.card_like(card)),
     ):
         yield launches
 
@@ -292,28 +303,47 @@ class Built:
 
     name: str
     registers: int  # a thread
-    spills: int  # bytes of local memory a thread, stores and loads in it included
+    spills: int  # bytes of local memory a thread
     shared: int  # bytes a block
     wgmma: int  # warp-group matrix instructions
     mma: int  # warp matrix instructions, and those of tensor memory (sm_100)
+    dots: int  # `tl.dot` in it
+    tall: int  # those of them that have 64 rows and more of 16 bits: what `wgmma` multiplies
     grid: tuple[int, ...] = ()
     card: int = 90
 
     def check(self, dot: bool = False) -> Built:
-        """Assert no spills, shared memory that fits, matrix instructions where ``dot`` says so."""
+        """Assert no spills, shared memory that fits, matrix instructions where there are products.
+
+        There must be some with ``dot``.
+        """
         assert self.spills == 0, f"{self.name} spills: {self}"
-        fits = self.shared <= SHARED_LIMIT[self.card]
+        fits = self.shared <= 1024 * SHARED_LIMIT[self.card]
         assert fits, f"{self.name} needs too much shared memory: {self}"
-        if dot:
+        if dot or self.dots:
             assert self.wgmma + self.mma > 0, f"{self.name} has no matrix instruction: {self}"
-        # HMMA/HGMMA/IMMA alone are tensor cores; a large grid dimension fails at launch only.
+        if self.card == 90 and self.tall:
+            assert self.wgmma > 0, f"{self.name} has no instruction of a warp group: {self}"
+        # A large grid dimension fails at launch only.
         assert all(size <= 65535 for size in self.grid[1:]), f"{self.name}: grid {self.grid}"
         return self
 
 
-def built(launch: Launch, card: int = 90) -> Built:
-    """Compile a recorded launch for a card, as a launch there would, and read its binary."""
-    target = GPUTarget("cuda", card, 32)
+BINARIES: dict[tuple[str, str], Built] = {}  # made in this process, by source and options
+
+
+def built(launch: Launch) -> Built:
+    """Compile a recorded launch for its card, as a launch there would, and read its binary."""
+    source, target, options = _source(launch)
+    key = source.hash(), f"{target} {sorted(options.items())}"
+    if key not in BINARIES:
+        BINARIES[key] = _built(launch.kernel.__name__, source, target, options)
+    return dataclasses.replace(BINARIES[key], grid=launch.grid)
+
+
+def _source(launch: Launch) -> tuple[ASTSource, GPUTarget, dict[str, Any]]:
+    """What a launch's binary is made of."""
+    target = GPUTarget("cuda", launch.card, 32)
     kernel, backend = launch.kernel, make_backend(target)
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     keywords = {"debug": False, "instrumentation_mode": "", **launch.options}
@@ -321,31 +351,37 @@ def built(launch: Launch, card: int = 90) -> Built:
     options, signature, constants, attrs = kernel._pack_args(
         backend, keywords, bound, specialization, rest
     )
-    made = triton.compile(ASTSource(kernel, signature, constants, attrs), target, options.__dict__)
-    sass, usage = _disassembled(made.asm["cubin"])
+    return ASTSource(kernel, signature, constants, attrs), target, dict(options.__dict__)
+
+
+def _built(name: str, source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> Built:
+    made = triton.compile(source, target, options)
+    usage = _usage(made.asm["cubin"])
     figure = lambda key: int((re.search(rf"{key}:(\d+)", usage) or [0, 0])[1])
-    spilled = len(re.findall(r"\b(?:STL|LDL)\b", sass))
+    count = lambda pattern: len(re.findall(pattern, made.asm["ptx"]))
+    dots = re.findall(r"tt\.dot .*: tensor<(?:\d+x)?(\d+)x\d+x(\w+)", made.asm["ttir"])
     return Built(
-        name=kernel.__name__,
+        name=name,
         registers=figure("REG"),
-        spills=max(figure("STACK"), figure("LOCAL"), spilled),
+        spills=max(figure("STACK"), figure("LOCAL")),
         shared=int(made.metadata.shared),
-        wgmma=len(re.findall(r"\b[A-Z]*GMMA\b", sass)),
-        mma=len(re.findall(r"\b(?:[HIDQ]MMA|UTC[A-Z]*MMA)\b", sass)),
-        grid=launch.grid,
-        card=card,
+        wgmma=count(r"\bwgmma\.mma_async\b"),
+        mma=count(r"\bmma\.sync\b|\btcgen05\.mma\b"),
+        dots=len(dots),
+        tall=len([rows for rows, kind in dots if int(rows) >= 64 and kind in ("bf16", "f16")]),
+        card=int(target.arch),
     )
 
 
-def _disassembled(cubin: bytes) -> tuple[str, str]:
-    """Machine code and resource usage, by the tools of Triton's wheel."""
+def _usage(cubin: bytes) -> str:
+    """Registers, stack and local memory of a binary, by a tool of Triton's wheel.
+
+    Machine code is not read: its disassembly takes as long as the build, holds the matrix
+    instructions that PTX has, and loads of local memory only where there is a stack.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        tool = [knobs.nvidia.cuobjdump.path]
-        run = lambda flag: (
-            subprocess.run(
-                [*tool, flag, str(path)], capture_output=True, text=True, check=True, timeout=120
-            ).stdout
-        )
-        return run("-sass"), run("-res-usage")
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
+        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        return run.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -63,16 +64,16 @@ def grids_of(ids: np.ndarray, vocabulary: Vocabulary, streams: bool = False) -> 
     for r, spec in grid_modalities(vocabulary):
         assert spec.grid is not None
         for begin in (ids == r.begin).nonzero()[0]:
-            grid = Grid(int(begin) + 1, spec.grid, spec.n_codebooks)
-            codes = ids[grid.start : grid.start + grid.codes]
+            start, books = int(begin) + 1, spec.n_codebooks
+            codes = ids[start : start + math.prod(spec.grid) * books]
             n = len(codes)
             if n and highest(codes - r.first) >= r.stop - r.first:  # most grids are whole
                 outside = (codes < r.first) | (codes >= r.stop)
                 other = np.flatnonzero(outside & (codes != MASK))
                 n = int(other[0]) if len(other) else n
             if streams and (codes[:n] < r.first + spec.vocab_size).all():
-                grid = grid._replace(books=1)
-            found.append(grid._replace(length=n))
+                books = 1
+            found.append(Grid(start, spec.grid, books, n))
     return found
 
 
@@ -157,13 +158,14 @@ def pieces_to_batch(
     labels: dict[str, list[tuple[int, np.ndarray]]] = {m: [] for m in known.labels}
     for b, row in enumerate(rows):
         at = 0
+        ids_T, targets_T, weight_T, goal_T = ids[b, :, 0], targets[b, :, 0], weight[b], goal[b]
         for d, of_target, *_ in row:
             here = slice(at, at + len(d.ids))
-            ids[b, here, 0], targets[b, here, 0] = d.ids, d.targets
+            ids_T[here], targets_T[here] = d.ids, d.targets
             if d.codes is not None and d.code_targets is not None:
                 ids[b, here, 1 : 1 + d.codes.shape[1]] = d.codes
                 targets[b, here, 1 : 1 + d.codes.shape[1]] = d.code_targets
-            weight[b, here], goal[b, here] = d.weights, of_target
+            weight_T[here], goal_T[here] = d.weights, of_target
             for f in d.features:
                 features.setdefault(f.modality, []).append((b * T + at + f.start, f))
             for f in d.goals:
@@ -289,7 +291,7 @@ def _doc(p: Piece, vocabulary: Vocabulary, axes: int, fields: Iterable[str]) -> 
             f"data.transform: one gives positions of {d.position.shape[1]} axes; the grids of the "
             f"vocabulary have {axes - 1}"
         )
-    position = places_of(doc, axes)
+    position = places_of(doc, axes).copy()
     own = position[:, 1 : 1 + d.position.shape[1]]
     np.copyto(own, d.position, where=d.position != DEFAULT)
     return doc._replace(position=position)

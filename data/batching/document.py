@@ -110,12 +110,15 @@ class DocumentTokens(NamedTuple):
         return out
 
 
+UNSIGNED = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
+
+
 def highest(codes: np.ndarray) -> int:
     """The largest code; a negative one counts as larger than all others."""
     if codes.dtype.kind != "i" or not codes.flags.c_contiguous:
         low, high = int(codes.min()), int(codes.max())
         return high if low >= 0 else 2**63
-    return int(codes.view(f"u{codes.itemsize}").max())
+    return int(np.maximum.reduce(codes.view(UNSIGNED[codes.itemsize])))
 
 
 @lru_cache(maxsize=32)
@@ -162,8 +165,9 @@ def _sequence(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTo
     around = borders(segments)
     lengths = lengths_within(segments, around)
     n = sum(lengths)
-    stream, goal = np.empty(n, np.int32), np.empty(n, np.int32)
-    weight, modality = np.zeros(n, np.float32), np.zeros(n, np.int32)
+    # What is predicted of a place, and how much it counts, is told the place before: one more.
+    stream, goal = np.empty(n, np.int32), np.empty(n + 1, np.int32)
+    weight, modality = np.zeros(n + 1, np.float32), np.zeros(n, np.int32)
     prefix, hidden = np.zeros(n, np.int32), []
     features: list[Features] = []
     goals: list[Features] = []
@@ -213,8 +217,7 @@ def _sequence(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTo
                     f"segment '{s.modality}': code {int(codes.min())}..{int(codes.max())} outside "
                     f"0..{r.stop - r.first - 1}"
                 )
-            stream[first:over] = codes
-            stream[first:over] += r.first
+            np.add(codes, r.first, out=stream[first:over], casting="unsafe")
         modality[at:stop] = r.index
         if border.begin:
             host = r if border.begin == s.modality else vocabulary.range(border.begin)
@@ -255,10 +258,8 @@ def _sequence(segments: Sequence[Segment], vocabulary: Vocabulary) -> DocumentTo
             ):  # cut short: `end` stands here, but not because the item ends
                 weight[last:stop] = 0.0
         at = stop
-    targets, weights = np.empty(n, np.int32), np.empty(n, np.float32)
-    if n:
-        targets[:-1], targets[-1] = goal[1:], -1
-        weights[:-1], weights[-1] = weight[1:], 0.0
+    goal[n] = -1
+    targets, weights = goal[1:], weight[1:]
     for index, share in hidden:
         targets[index], weights[index], stream[index] = stream[index], share, MASK
     return DocumentTokens(

@@ -295,20 +295,35 @@ FRAME, HOP, BANDS, SEGMENTS = 400, 160, 40, 6
 
 
 class AudioFeatures(Features):
-    """Log-mel statistics, see `audio_features`."""
+    """Log-mel statistics, see `audio_features`, of the bands that all values of `fit` can have.
+
+    Above half their rate recordings hold nothing; a codec's higher rate would put its noise there.
+    """
+
+    def __init__(self) -> None:
+        self.rate_hz = RATE
+
+    def fit(self, raws: Sequence[Waveform]) -> Features:
+        self.rate_hz = min([RATE, *(int(clip.sample_rate) for clip in raws)])
+        return self
 
     def __call__(self, raws: Sequence[Waveform]) -> np.ndarray:
-        return audio_features(raws)
+        return audio_features(raws, self.rate_hz)
 
 
-def audio_features(clips: Sequence[Waveform]) -> np.ndarray:
+def audio_features(clips: Sequence[Waveform], rate_hz: int = RATE) -> np.ndarray:
     """Log-mel statistics (N, BANDS * (SEGMENTS + 2)) float32 of clips.
 
     Mean and deviation over time, and means of equal parts. Silence at both ends is cut (30 dB under
     the loudest frame) and each clip's level is removed, so that neither padding nor loudness tells
     the class.
+
+    Args:
+        rate_hz: bands that reach above half of it are left out, but for the lowest one.
     """
     mel = _mel_matrix()
+    highest = [np.flatnonzero(band)[-1] * RATE / 512 for band in mel]
+    mel = mel[: max(1, sum(f <= rate_hz / 2 for f in highest))]
     window = np.hanning(FRAME).astype(np.float32)
     rows = []
     for clip in clips:

@@ -39,7 +39,7 @@ def preview(job: PackJob, n: int = SHOWN) -> list[tuple[str, list[tuple[str, boo
                 ),
                 code.side,
             )
-            for member, code in encoded.items()
+            for member, code in sorted(encoded.items())  # by place: texts came before media
         ]
         shown.append((key, learnt_runs(segments, job.vocabulary, job.encoder.tokenizers)))
     return shown

@@ -23,7 +23,7 @@ from mm.data.shards.maps import ShardBytes
 from mm.data.shards.members import member_modality, members_of, segment_words, split_ordinal
 from mm.data.shards.remote import cache_folder, fetch, is_url, join, read_small
 from mm.data.shards.token_codec import decode_values
-from mm.errors import UserError, did_you_mean
+from mm.errors import Damaged, UserError, did_you_mean
 from mm.reading import parse_json
 from mm.specs import Encoded, Sample, TokenSpec
 from mm.vocabulary import Vocabulary
@@ -65,6 +65,7 @@ class ShardSet:
                     f"{root / VOCABULARY}: is not the vocabulary these shards were made with; "
                     "restore it or pack again"
                 )
+        self._codes_of = [(spec, f"{spec.modality}.npy") for spec in self.specs]  # their entries
         self._kinds = [str(kind) for kind in self.index.kinds]
         self._members = {  # kind -> member
             kind: split_ordinal(kind)[0] + str(index.modality_of_kind(kind))
@@ -213,10 +214,10 @@ class ShardSet:
                 )
             return out
         found = self._entries(i)
-        for spec in self.specs:
-            e = found.get(f"{spec.modality}.npy")
+        for spec, name in self._codes_of:
+            e = found.get(name)
             if e is not None and (of is None or spec.modality in of):
-                n = int(self.lengths(spec.modality)[i])
+                n = self.lengths(spec.modality).item(i)
                 out[spec.modality] = (
                     self._values(i, e, spec, n) if spec.continuous else self._codes(i, e, n)
                 )
@@ -234,7 +235,7 @@ class ShardSet:
         try:
             values = decode_values(self._bytes(e), spec.n_features)
         except BadSample as error:
-            raise UserError(
+            raise Damaged(
                 f"{self._where(i)}: {spec.modality}: {error}; run: mm data verify {self.root}"
             ) from error
         if math.prod(values.shape[:-1]) != n:
@@ -314,9 +315,9 @@ class ShardSet:
         log.warning("%s is missing or damaged: reading all shards of '%s' again", path, self.split)
         return index.build([self._local(shard) for shard in range(shards)]), True
 
-    def _damaged(self, what: str) -> UserError:
+    def _damaged(self, what: str) -> Damaged:
         where = self.root / self.split / self._entry["index"]["name"]
-        return UserError(
+        return Damaged(
             f"{where}: damaged ({what}); delete it, so that it is made anew from the shards, and "
             f"run: mm data verify {self.root}"
         )
@@ -344,8 +345,7 @@ class ShardSet:
     @property
     def paths(self) -> list[Path]:
         """Files of the shards, where they are local."""
-        folder = self.root / self.split
-        return [folder / shard["name"] for shard in self._entry["shards"]]
+        return [self.root / self.split / shard["name"] for shard in self._entry["shards"]]
 
     def _path(self, shard: int) -> Path:
         """Local path of a shard; fetched where the set is behind a URL."""
@@ -363,7 +363,7 @@ class ShardSet:
         if have == entry["bytes"]:
             return path
         what = f"has {have} bytes, the manifest says {entry['bytes']}"
-        raise UserError(
+        raise Damaged(
             f"{path}: {'is missing' if have is None else what}; restore it or pack again with: "
             f"mm data pack SRC --out {self.root} --overwrite"
         )
@@ -390,7 +390,7 @@ class ShardSet:
         try:
             return parse_json(bytes(self._bytes(e)))
         except ValueError as error:
-            raise UserError(
+            raise Damaged(
                 f"{self._where(i)}: its metadata is no JSON ({error}); run: "
                 f"mm data verify {self.root}"
             ) from error

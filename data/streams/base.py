@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mm.batch import Batch
@@ -40,12 +40,14 @@ class Stream(ABC):
         counts: of the last step, of the own rows.
         carried_rows: rows of a step whose documents go on in the next step; 0 = none does.
         max_length: longest document of a stream that carries rows, for the States of a model.
+        made: called with each micro-batch that was made ahead, in the thread that made it.
     """
 
     own_rows: list[range]
     counted: tuple[str, ...] = ()
     carried_rows: int = 0
     max_length: int = 0
+    made: Callable[[Batch], None] | None = None
 
     def __init__(self, plan: Mapping[str, Any], prefetch: int = 2):
         self.plan = dict(plan)  # what the order depends on; a resume under another plan is refused
@@ -176,6 +178,9 @@ class Stream(ABC):
         while not stop.is_set():
             try:
                 step: Step | BaseException = self.advance(cursor)
+                if (made := self.made) is not None:
+                    for micro in step.micros:
+                        made(micro)
             except BaseException as error:  # noqa: BLE001  it is raised again in `next`
                 step = error
             while not stop.is_set():

@@ -109,16 +109,14 @@ def first_fit(
         names: (D,) of the documents in the rows; default their numbers.
         others: (D, K) tokens of second sequences, each at most ``part_len``, the room of a row.
     """
+    named = range(len(lengths)) if names is None else names.tolist()
+    if others is None or not others.shape[1]:
+        return _first_fit(lengths.tolist(), seq_len, max_documents, named)
     free = np.zeros(max(1, len(lengths)), np.int64)
-    more = np.zeros((len(lengths), 0), np.int64) if others is None else others
-    spare = np.zeros((max(1, len(lengths)), more.shape[1]), np.int64)
+    spare = np.zeros((max(1, len(lengths)), others.shape[1]), np.int64)
     rows: list[list[int]] = []
-    for i, (n, name) in enumerate(
-        zip(lengths.tolist(), range(len(lengths)) if names is None else names.tolist(), strict=True)
-    ):
-        fits = free[: len(rows)] >= n
-        if more.shape[1]:
-            fits &= (spare[: len(rows)] >= more[i]).all(1)
+    for i, (n, name) in enumerate(zip(lengths.tolist(), named, strict=True)):
+        fits = (free[: len(rows)] >= n) & (spare[: len(rows)] >= others[i]).all(1)
         at = int(np.argmax(fits)) if rows else 0
         if not rows or not fits[at]:
             at = len(rows)
@@ -126,5 +124,41 @@ def first_fit(
             rows.append([])
         rows[at].append(name)
         free[at] = -1 if len(rows[at]) >= max_documents else free[at] - n
-        spare[at] -= more[i]
+        spare[at] -= others[i]
+    return rows
+
+
+def _first_fit(
+    lengths: Sequence[int], seq_len: int, max_documents: int, names: Sequence[int]
+) -> list[list[int]]:
+    """`first_fit` by a tree of the room of rows: each node has the most of its two below.
+
+    The first row with room is found in as many steps as the tree is high; a row that is not open
+    yet has all of it.
+    """
+    leaves = 1
+    while leaves < len(lengths):
+        leaves *= 2
+    room = [seq_len] * (2 * leaves)  # node 1 is the root, leaf r is node leaves + r
+    rows: list[list[int]] = []
+    for n, name in zip(lengths, names, strict=True):
+        node = 1
+        while node < leaves:
+            node *= 2
+            if room[node] < n:
+                node += 1
+        at = node - leaves
+        if at == len(rows):
+            rows.append([name])
+        else:
+            rows[at].append(name)
+        left = -1 if len(rows[at]) >= max_documents else room[node] - n
+        room[node] = left
+        while node > 1:  # up to where the most below is another's
+            node //= 2
+            a, b = room[2 * node], room[2 * node + 1]
+            most = a if a > b else b
+            if room[node] == most:
+                break
+            room[node] = most
     return rows

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm.kernels import compiler, device
-from mm.kernels.attention import flash_cpp, ops
+from mm.kernels.attention import flash_cpp, ops, varlen
 from mm.kernels.attention.spec import NO_MASK, PLAIN_SCORE, MaskSpec, ScoreSpec, find_set
 from mm.kernels.op import Op, without_autocast
 
@@ -127,8 +127,6 @@ def _triton_why_not(
 ) -> str | None:
     if reason := _flash_why_not(q, k, v, mask, score):
         return reason
-    if mask.prefix_RT is not None:
-        return "it has no prefix_RT"
     if max(q.shape[-1], v.shape[-1]) > 128 and torch.float32 in (q.dtype, k.dtype, v.dtype):
         return "float32 heads wider than 128: no tile fits the registers"
     if max(x.shape[1:].numel() for x in (q, k, v)) >= 1 << 31:
@@ -250,5 +248,6 @@ def _register(name: str, why_not: Callable[..., str | None], run: Callable[..., 
 
 _register("blocks", _blocks_why_not, _by_tiles("blocks"))
 _register("triton", _triton_why_not, _by_tiles("flash_triton"))
+_register("varlen", varlen.why_not, varlen.run)
 _register("sdpa", _sdpa_why_not, _sdpa)
 _register("cpp", _cpp_why_not, _by_tiles("flash_cpp"))

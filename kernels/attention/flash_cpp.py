@@ -39,7 +39,8 @@ def _given(
         sizes += x.stride()[:3]
     whole = lambda x: None if x is None else x.to(torch.int32).contiguous()
     real = lambda x: None if x is None else x.to(torch.float32).contiguous()
-    numbers = map(whole, mask[-4:])  # documents and prefixes, of queries and keys each
+    of_queries_and_keys = (mask.document_RT, mask.document_RS, mask.prefix_RT, mask.prefix_RS)
+    numbers = map(whole, of_queries_and_keys)
     fades = map(real, (score.fade_RTH, score.fade_RSH))
     scale, softcap = float(score.factor(K)), float(score.softcap or 0)
     return compiler.SUFFIX[dtype], [

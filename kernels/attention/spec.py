@@ -27,6 +27,9 @@ class MaskSpec(NamedTuple):
     document_RT: Tensor | None = None
     """`(R, T)` int: a query sees keys of its own document; 0 is padding."""
     document_RS: Tensor | None = None
+    starts_M: Tensor | None = None
+    """`(M,)` int32, where known besides ``document_RT``: first of the R * T places of each document
+    and each row, ascending, some perhaps twice; the last is R * T."""
     prefix_RT: Tensor | None = None
     """`(R, T)` int: what shares a number above 0 sees each other, even where ``causal`` forbids."""
     prefix_RS: Tensor | None = None

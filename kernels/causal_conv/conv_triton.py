@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mm.kernels.causal_conv import rows
+from mm.kernels.parts_triton import sum_parts
 
 TOKENS, CHANNELS = 64, 64  # of a tile
 
@@ -112,11 +113,9 @@ def backward(
     """Write the gradients; sums over tiles of time have a fixed order."""
     (B, T, D), (wide, stride) = u.shape, rows(u)
     conv_size, tiles = weight.shape[0], B * triton.cdiv(T, TOKENS)
-    parts = weight.new_zeros(tiles, conv_size + 1, D)
+    parts = weight.new_empty(tiles, conv_size + 1, D)
     if u.numel():
         grid = (tiles * triton.cdiv(D, CHANNELS),)
         tensors = (wide, weight, document, grad, du, parts)
         _backward[grid](*tensors, T, D, stride, conv_size, TOKENS, CHANNELS, num_warps=8)
-    total = parts.sum(0)
-    dweight.copy_(total[:conv_size])
-    dbias.copy_(total[conv_size])
+    sum_parts(parts, dweight, dbias)

@@ -13,8 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mm.kernels.linear_scan.scan_triton import channels
+from mm.kernels.parts_triton import sum_parts
 
 TOKENS, CHANNELS = 64, 16  # of a tile
+REGISTERS = 168  # of a thread; without a limit the assembler spills to fit more programs
 
 
 @triton.jit
@@ -176,6 +178,7 @@ def backward(
     constant = a.dim() == 1
     part = h.new_empty(B, D) if constant else da
     tensors = (a, h, reset, initial, grad, part, db, dinitial)
-    _backward[grid](*tensors, T, D // 2, reverse, constant, TOKENS, CHANNELS, num_warps=8)
+    options = {"num_warps": 8, "maxnreg": REGISTERS}
+    _backward[grid](*tensors, T, D // 2, reverse, constant, TOKENS, CHANNELS, **options)
     if constant:
-        da.copy_(part.sum(0))
+        sum_parts(part, da)

@@ -19,14 +19,30 @@ from mm.kernels.fused import differentiable
 from mm.kernels.op import Op
 
 KEPT_BYTES = 64 << 20  # float32 probabilities that are kept for the backward when they are all
-CHUNK_BYTES = 16 << 20  # float32 logits held at once otherwise
+CHUNK_BYTES = 16 << 20  # float32 logits held at once otherwise: what the caches of a CPU hold
+# On a GPU every chunk is two passes of launches, and its products read and write all of the
+# hidden states' gradient, 12 bytes an element for 2 C operations: 1,024 classes take as long as
+# that, 8,192 an eighth more. Memory bounds them from above, tiles of 128 classes divide them.
+GPU_CHUNK_BYTES = 512 << 20
+GPU_CLASSES = 8192
+GPU_TILE = 128
 
 
-def chunk_classes(tokens: int, classes: int) -> int:
-    """Classes whose logits are held at once; at least 512, below which products lose speed."""
-    if 4 * tokens * classes <= KEPT_BYTES:
+def chunk_classes(tokens: int, classes: int, device: str = "cpu") -> int:
+    """Classes whose logits are held at once, all of them when these are few enough to keep.
+
+    At least 512 on the CPU, below which products lose speed; on a GPU at least 8,192, so that a
+    batch of many tokens may hold more than `GPU_CHUNK_BYTES`, and chunks of nearly one size.
+    """
+    if device != "cuda":
+        if 4 * tokens * classes <= KEPT_BYTES:
+            return classes
+        return min(classes, max(512, CHUNK_BYTES // (4 * tokens)))
+    if 4 * tokens * classes <= GPU_CHUNK_BYTES:
         return classes
-    return min(classes, max(512, CHUNK_BYTES // (4 * tokens)))
+    most = max(GPU_CLASSES, GPU_CHUNK_BYTES // (4 * tokens) // GPU_TILE * GPU_TILE)
+    each = -(-classes // -(-classes // most))
+    return min(classes, -(-each // GPU_TILE) * GPU_TILE)
 
 
 def _compute_dtype(h: Tensor) -> torch.dtype:
@@ -199,7 +215,7 @@ def _empties(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     P, N = h.shape[0], weight.shape[0]
     nll = h.new_empty(P, dtype=torch.promote_types(dtype, torch.float32))
-    keep = keep and max(1, chunk_classes(P, N)) == N
+    keep = keep and max(1, chunk_classes(P, N, h.device.type)) == N
     kind = _logits_dtype(passes, dtype, bias, softcap)
     return nll, torch.empty_like(nll), nll.new_empty((P, N) if keep else (0,), dtype=kind)
 
@@ -213,7 +229,7 @@ def _forward(
         h = h.to(dtype)
         (P, _), N = h.shape, weight.shape[0]
         wide = torch.promote_types(dtype, torch.float32)
-        run, step = Running(target, wide), max(1, chunk_classes(P, N))
+        run, step = Running(target, wide), max(1, chunk_classes(P, N, h.device.type))
         keep = keep and step == N
         made = _logits_dtype(passes, dtype, bias, softcap)
         kept = torch.empty(0, dtype=made, device=h.device)
@@ -234,7 +250,7 @@ def _backward(
     with torch.autocast(h.device.type, enabled=False):
         x = h.to(dtype)
         (P, _), N, wide = h.shape, weight.shape[0], lse.dtype
-        step = max(1, chunk_classes(P, N))
+        step = max(1, chunk_classes(P, N, h.device.type))
         dh = torch.zeros(h.shape, dtype=wide, device=h.device)
         dw = torch.empty_like(weight if ask[1] else h[:0], memory_format=torch.contiguous_format)
         db = torch.empty(0 if bias is None else N, dtype=wide, device=h.device)

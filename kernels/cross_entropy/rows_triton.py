@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mm.kernels.cross_entropy import Rows, Running
 
 BLOCK = 2048
-NARROW = False
+NARROW = True  # arithmetic is in float32 either way
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def _absorb_kernel(
     found = tl.load(own + p)
     for c in range(0, C, B):
         n = c + tl.arange(0, B)
-        x = tl.load(row + n, mask=n < C, other=-float("inf"))
+        x = tl.load(row + n, mask=n < C, other=-float("inf")).to(tl.float32)
         if CAP:
             x = tl.where(n < C, _capped(x, softcap, CAP)[0], -float("inf"))
         if KEEP:
@@ -68,7 +68,8 @@ def _gradient_kernel(
     end, everything, own = tl.load(lse + p), tl.load(all_P + p), tl.load(own_P + p)
     for c in range(0, C, B):
         n = c + tl.arange(0, B)
-        x, slope = _capped(tl.load(row + n, mask=n < C, other=0.0), softcap, CAP)
+        x = tl.load(row + n, mask=n < C, other=0.0).to(tl.float32)
+        x, slope = _capped(x, softcap, CAP)
         g = everything * tl.exp(x - end) - tl.where(n == t, own, 0.0)
         if CAP:
             g = g * slope

@@ -11,6 +11,7 @@ Source: Yang et al. 2024 (arXiv:2406.06484), section 3; with decay: arXiv:2412.0
 
 # Triton's types are those of Python, not of its language.
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
 from __future__ import annotations
 
 from typing import Any
@@ -20,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mm.kernels import device
 from mm.kernels.linear_attention.chunk_triton import (
     outputs,
     queries_keys_backward,
@@ -47,6 +49,26 @@ MERGES = tl.constexpr((CHUNK // 16).bit_length() - 1)
 
 
 @triton.jit
+def _merge(T, L, HALF: tl.constexpr):
+    """Inverses `(C / 2 HALF, 2 HALF, 2 HALF)` of blocks from those of their halves.
+
+    Products of whole chunks would hold operands in more registers than an sm_80 has.
+    """
+    PAIRS: tl.constexpr = C // (2 * HALF)
+    i, j = tl.arange(0, 2)[None, :, None, None, None], tl.arange(0, 2)[None, None, None, :, None]
+    own = tl.arange(0, PAIRS)[:, None, None, None] == tl.arange(0, PAIRS)[None, None, :, None]
+    blocks = tl.sum(tl.where(own, tl.reshape(L, (PAIRS, 2 * HALF, PAIRS, 2 * HALF)), 0.0), 2)
+    blocks = tl.where(i > j, tl.reshape(blocks, (PAIRS, 2, HALF, 2, HALF)), 0.0)
+    L21 = tl.sum(tl.sum(blocks, 3), 1)
+    T = tl.reshape(T, (PAIRS, 2, HALF, 1, HALF))
+    T11 = tl.sum(tl.sum(tl.where(i == 0, T, 0.0), 3), 1)
+    T22 = tl.sum(tl.sum(tl.where(i == 1, T, 0.0), 3), 1)
+    T21 = tl.dot(tl.dot(T22, L21, input_precision="tf32x3"), T11, input_precision="tf32x3")
+    T = tl.where(i == j, T, tl.where(i > j, -T21[:, None, :, None, :], 0.0))
+    return tl.reshape(T, (PAIRS, 2 * HALF, 2 * HALF))
+
+
+@triton.jit
 def _inverse(L):
     """Return ``(I + L)^-1`` of a strictly lower `(C, C)`.
 
@@ -64,15 +86,9 @@ def _inverse(L):
         factors = tl.sum(tl.where(index == row, leaves, 0.0), 1)
         above = tl.sum(factors[:, :, None] * T, 1)
         T -= tl.where(index == row, above[:, None, :], 0.0)
-    T = tl.where(i == j, T[:, :, None, :], 0.0)
-    T = tl.reshape(T, (C, C))
-    r, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    for level in range(MERGES):
-        half = LEAF << level
-        corner = (r // (2 * half) == s // (2 * half)) & (r // half > s // half)
-        L21 = tl.where(corner, L, 0.0)
-        T -= tl.dot(tl.dot(T, L21, input_precision="tf32x3"), T, input_precision="tf32x3")
-    return T
+    for level in tl.static_range(MERGES):
+        T = _merge(T, L, LEAF << level)
+    return tl.reshape(T, (C, C))
 
 
 @triton.jit
@@ -291,10 +307,21 @@ def _settings(q: Tensor, v: Tensor, g: Tensor | None) -> tuple[dict[str, Any], d
         "DECAY": (NONE if g is None else SCALAR).value,
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else None,
     }
-    passes = {**shared, "BK": block(K, WIDEST), "BV": block(V, 32), "num_warps": 4}
-    if K > 128:  # loads ahead would need more shared memory than a card has
+    columns = 16 if K > 128 and device.card() == 86 else 32
+    passes = {**shared, "BK": block(K, WIDEST), "BV": block(V, columns), "num_warps": 4}
+    if K > 128 or device.card() == 86:  # loads ahead need more shared memory than a card has
         passes.update(num_warps=8, num_stages=1)
-    return passes, {**shared, "BK": block(K, 64), "BV": block(V, 64), "num_warps": 4}
+    elif device.card() == 80:  # loads ahead pass through registers
+        passes.update({"num_warps": 8} if K > 64 else {"num_stages": 1})
+    most = 32 if q.dtype == torch.float32 else 64
+    return passes, {**shared, "BK": block(K, most), "BV": block(V, most), "num_warps": 4}
+
+
+def _small(chunks: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the kernels that hold the most tiles: smaller ones where they would spill."""
+    if device.card() >= 90:
+        return chunks
+    return {**chunks, "BK": min(chunks["BK"], 32), "BV": min(chunks["BV"], 32)}
 
 
 def _run_states(
@@ -357,7 +384,7 @@ def backward(
     do = final.new_zeros(B, T, H, V) if do is None else (do.float() * scale).contiguous()
     dfinal = torch.zeros_like(final) if dfinal is None else dfinal
     n, some = states.shape[2], k if g is None else g
-    k_tiles, v_tiles = triton.cdiv(K, chunks["BK"]), triton.cdiv(V, chunks["BV"])
+    v_tiles = triton.cdiv(V, chunks["BV"])
     dwritten, dstates = torch.empty_like(v), torch.empty_like(states)
     values_backward[(v_tiles, n, B * H)](
         q, k, some, q, states, do, dwritten, T, H, KEPT=False, **chunks
@@ -366,19 +393,22 @@ def backward(
         q, k, w, some, do, dfinal, dstates, dwritten, first, T, H, **passes
     )
     dk_read = torch.empty_like(k, dtype=torch.float32)
-    rates = do.new_empty(0 if g is None else (1 + k_tiles, B, T, H))
-    queries_keys_backward[(k_tiles, n, B * H)](
+    small = _small(chunks)
+    shares = triton.cdiv(K, small["BK"])
+    rates = do.new_empty(0 if g is None else (1 + shares, B, T, H))
+    queries_keys_backward[(shares, n, B * H)](
         q, k, written, some, states, dstates, do, dq, dk_read, rates, T, H,
-        **{**chunks, "num_warps": 8},
+        **{**small, "num_warps": 8},
     )  # fmt: skip
     dbegun = torch.empty_like(k)
-    names = ("K", "V", "BK", "BV", "PRECISION")
-    _erasers_backward[(k_tiles, n, B * H)](
-        solved, states, dwritten, dbegun, T, H, **{x: chunks[x] for x in names}
+    names = ("K", "V", "BK", "BV", "PRECISION", "num_warps")
+    erasers = {**small, "num_warps": 8} if device.card() == 86 else chunks  # or they spill
+    _erasers_backward[(triton.cdiv(K, erasers["BK"]), n, B * H)](
+        solved, states, dwritten, dbegun, T, H, **{x: erasers[x] for x in names}
     )
     _solve_backward[(n, B * H)](
         k, v, beta, some, solved, u, w, dwritten, dbegun, dk_read, dk, dv, dbeta,
-        rates if g is None else rates[-1], T, H, **chunks,
+        rates if g is None else rates[-1], T, H, **small,
     )  # fmt: skip
     if g is not None:
         dg.copy_(rates.sum(0))

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mm.kernels.complex_scan.scan_triton import compose, keep, pair
+from mm.kernels.complex_scan.scan_triton import REGISTERS, compose, keep, pair
 from mm.kernels.linear_scan.scan_triton import channels
+from mm.kernels.parts_triton import sum_parts
 
 TOKENS, CHANNELS = 64, 16  # of a tile
 
@@ -105,8 +106,7 @@ def _backward(
     kept_ptr,
     dy_ptr,
     du_ptr,
-    da_ptr,
-    dc_ptr,
+    parts_ptr,
     dh_ptr,
     T,
     D,
@@ -117,7 +117,7 @@ def _backward(
     """Run the recurrence backward over one row and a block of channels.
 
     ``dh`` (B, 2, D, N) begins as the gradient of the last state and ends as the initial one's;
-    the gradients of a and c, zero before, are those of one row.
+    ``parts`` (B, 2, 2, D, N) gets each row's gradients of a and c.
     """
     row, d = channels(D, BD)
     in_d = d < D
@@ -157,17 +157,19 @@ def _backward(
             xr, xi = _decays(ar, ai, live, reset_ptr, row * T + t)
             u = tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32)
             hr, hi = _stepped(xr, xi, pr, pi, u, tl.zeros_like(u))
-            old = pair(dc_ptr, of_n, D * N, in_d)
+            of_a = parts_ptr + row * 4 * D * N
+            of_c, begun = of_a + 2 * D * N, in_d & (i > 0)
+            old = pair(of_c, d * N + n, D * N, begun)
             sum_r, sum_i = old[0] + tl.sum(g * hr, 0), old[1] - tl.sum(g * hi, 0)
-            keep(dc_ptr, of_n, D * N, in_d, sum_r, sum_i)
+            keep(of_c, d * N + n, D * N, in_d, sum_r, sum_i)
             through = mask & ((xr != 0) | (xi != 0))
             pr, pi = tl.where(through, pr, 0.0), tl.where(through, pi, 0.0)
-            old = pair(da_ptr, of_n, D * N, in_d)
+            old = pair(of_a, d * N + n, D * N, begun)
             sum_r, sum_i = (
                 old[0] + tl.sum(er * pr + ei * pi, 0),
                 old[1] + tl.sum(ei * pr - er * pi, 0),
             )
-            keep(da_ptr, of_n, D * N, in_d, sum_r, sum_i)
+            keep(of_a, d * N + n, D * N, in_d, sum_r, sum_i)
             first = (index == 0)[:, None]
             nr = tl.sum(tl.where(first, xr * er + xi * ei, 0.0), 0)
             ni = tl.sum(tl.where(first, xr * ei - xi * er, 0.0), 0)
@@ -194,7 +196,8 @@ def _run(
     state.zero_() if initial is None else state.copy_(initial)
     tensors = (u, a, c, reset, length, y, state, kept)
     grid = (B * triton.cdiv(D, CHANNELS),)
-    _forward[grid](*tensors, T, D, a.shape[2], TOKENS, CHANNELS, num_warps=4)
+    options = {"num_warps": 4, "maxnreg": REGISTERS}
+    _forward[grid](*tensors, T, D, a.shape[2], TOKENS, CHANNELS, **options)
 
 
 def forward(*tensors: Tensor) -> None:
@@ -218,14 +221,11 @@ def backward(
 ) -> None:
     """Write the gradients; those of a and c are summed over rows in a fixed order."""
     B, T, D = u.shape
-    dh = dlast.clone()
+    dh = dlast.clone() if initial is None else dinitial.copy_(dlast)
     kept = a.new_empty(B, triton.cdiv(T, TOKENS), *a.shape)
-    rows_a, rows_c = a.new_zeros(B, *a.shape), a.new_zeros(B, *a.shape)
+    parts = a.new_empty(B if T else 0, 2, *a.shape)
     _run(u, a, c, reset, initial, length, None, a.new_empty(B, *a.shape), kept)
-    tensors = (u, a, c, reset, length, kept, dy, du, rows_a, rows_c, dh)
+    tensors = (u, a, c, reset, length, kept, dy, du, parts, dh)
     grid = (B * triton.cdiv(D, CHANNELS),)
     _backward[grid](*tensors, T, D, a.shape[2], TOKENS, CHANNELS, num_warps=8)
-    da.copy_(rows_a.sum(0))
-    dc.copy_(rows_c.sum(0))
-    if initial is not None:
-        dinitial.copy_(dh)
+    sum_parts(parts, da, dc)

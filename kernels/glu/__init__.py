@@ -35,6 +35,20 @@ def glu(gate: Tensor, up: Tensor, activation: Literal["silu", "gelu_tanh"] = "si
     return (y * up.to(wide)).to(gate.dtype)
 
 
+@Op
+def glu_halves(x: Tensor, activation: Literal["silu", "gelu_tanh"] = "silu") -> Tensor:
+    """`glu` of the halves of one tensor, whose gradient is one tensor, too.
+
+    Args:
+        x: `(..., 2 D)` gates, then what they scale; any float dtype, computed in float32 or wider.
+        activation: as of `glu`.
+    Returns:
+        `(..., D)` in the dtype of ``x``.
+    """
+    gate, up = x.chunk(2, dim=-1)
+    return glu.implementations["reference"][0](gate, up, activation)
+
+
 def _why_not(way: str, gate: Tensor, up: Tensor, *rest: Any, **kw: Any) -> str | None:
     pair = (gate.dtype, up.dtype)
     mixed = gate.dtype != up.dtype and pair != (torch.bfloat16, torch.float32)
@@ -73,4 +87,13 @@ register_kernel(
     arguments=_arguments,
     typed=2,
     triton="glu_triton",
+)
+register_kernel(
+    glu_halves,
+    "y",
+    lambda x, activation: x.new_empty(*x.shape[:-1], x.shape[-1] // 2),
+    saved="x activation",
+    gradients="x",
+    strided="x",
+    triton="halves_triton",
 )

@@ -54,6 +54,7 @@ def _backward(
     n,
     s_g,
     s_u,
+    s_d,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -62,8 +63,8 @@ def _backward(
     u = tl.load(u_ptr + row * s_u + d, mask=mask, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + i, mask=mask, other=0.0).to(tl.float32)
     value, slope = _activation(g, KIND)
-    tl.store(dg_ptr + i, (grad * u * slope).to(dg_ptr.dtype.element_ty), mask=mask)
-    tl.store(du_ptr + i, (grad * value).to(du_ptr.dtype.element_ty), mask=mask)
+    tl.store(dg_ptr + row * s_d + d, (grad * u * slope).to(dg_ptr.dtype.element_ty), mask=mask)
+    tl.store(du_ptr + row * s_d + d, (grad * value).to(du_ptr.dtype.element_ty), mask=mask)
 
 
 def forward(gate: Tensor, up: Tensor, kind: str, y: Tensor) -> None:
@@ -78,5 +79,6 @@ def backward(gate: Tensor, up: Tensor, kind: str, dy: Tensor, dg: Tensor, du: Te
     """Write the gradients."""
     (g, s_g), (u, s_u), n = rows(gate), rows(up), gate.numel()
     if n:
-        sizes = (gate.shape[-1], n, s_g, s_u, KINDS.index(kind))
+        D = gate.shape[-1]
+        sizes = (D, n, s_g, s_u, D, KINDS.index(kind))
         _backward[(triton.cdiv(n, BLOCK),)](g, u, dy, dg, du, *sizes, BLOCK)

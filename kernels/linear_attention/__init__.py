@@ -236,6 +236,36 @@ def _triton_empties(q: Tensor, k: Tensor, v: Tensor, *_: Tensor | None) -> tuple
     return o, o.new_empty(B, H, K, V)
 
 
+def _to_whole_loads(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Inputs of one dtype whose widths are multiples of 8: a GPU loads 16 bytes at a time.
+
+    Odd widths are loaded number by number, which fills the registers; zeros change nothing.
+    """
+    q, k, v = device.promote(q, k, v)
+    more_k, more_v = -q.shape[-1] % 8, -v.shape[-1] % 8
+    if more_k:
+        q, k = F.pad(q, (0, more_k)), F.pad(k, (0, more_k))
+        if log_decay is not None and log_decay.dim() == 4:
+            log_decay = F.pad(log_decay, (0, more_k))
+    if more_v:
+        v = F.pad(v, (0, more_v))
+    if initial is not None and (more_k or more_v):
+        initial = F.pad(initial, (0, more_v, 0, more_k))
+    return q, k, v, log_decay, initial
+
+
+def _own_widths(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Any, initial: Any, o: Tensor, final: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Outputs without the columns that `_to_whole_loads` added."""
+    K, V = q.shape[-1], v.shape[-1]
+    if o.shape[-1] == V and final.shape[-2] == K:
+        return o, final
+    return o[..., :V], final[..., :K, :V]
+
+
 # The chunk form on a GPU; states are computed again in the backward. Products of float32 are
 # tf32x3, those of bfloat16 and float16 have float32 sums.
 register_kernel(
@@ -245,7 +275,8 @@ register_kernel(
     saved="q k v log_decay initial",
     gradients="q k v log_decay initial",
     wide="initial",
-    prepare=lambda q, k, v, *rest: (*device.promote(q, k, v), *rest),
+    prepare=_to_whole_loads,
+    result=_own_widths,
     why_not=lambda way, q, k, v, *_, **__: device.why_empty(q, v),
     triton="chunk_triton",
 )

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mm.kernels import device
 from mm.kernels.tiles_triton import (
     CHANNEL,
     CHUNK,
@@ -313,16 +314,22 @@ _KINDS = {None: NONE, 1: CONSTANT, 3: SCALAR, 4: CHANNEL}
 def _settings(q: Tensor, v: Tensor, g: Tensor | None) -> dict[str, Any]:
     """Compile-time arguments of all kernels."""
     K, V = q.shape[-1], v.shape[-1]
+    most = 32 if q.dtype == torch.float32 else 64  # columns of a tile that registers hold
     return {
         "K": K,
         "V": V,
         "DECAY": _KINDS[None if g is None else g.dim()].value,
-        "BK": block(K, 64),
-        "BV": block(V, 64),
+        "BK": block(K, most),
+        "BV": block(V, most),
         # Three products of the leading and remaining bits: as exact as float32, on matrix units.
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else None,
         "num_warps": 4,
     }
+
+
+def _over_time(with_: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the passes over time: 64 rows of a state, what matrix instructions start at."""
+    return {**with_, "BK": block(with_["K"], 64)}
 
 
 def _run_scores(q: Tensor, k: Tensor, g: Tensor | None, with_: dict[str, Any]) -> Tensor:
@@ -349,11 +356,12 @@ def _run_states(
     (B, T, H, K), V = k.shape, v.shape[-1]
     states = final.new_empty(B, H, triton.cdiv(T, CHUNK), K, V)
     begun = initial is not None
-    grid = triton.cdiv(K, with_["BK"]), triton.cdiv(V, with_["BV"]), B * H
+    passes = _over_time(with_)
+    grid = triton.cdiv(K, passes["BK"]), triton.cdiv(V, passes["BV"]), B * H
     # What is not there has a pointer all the same, unused.
     _states[grid](
         k, v, k if g is None else g, initial if begun else final, states, final, T, H,
-        BEGUN=begun, **with_,
+        BEGUN=begun, **passes,
     )  # fmt: skip
     return states
 
@@ -390,18 +398,21 @@ def backward(
     with_ = _settings(q, v, g)
     states = _run_states(k, v, g, initial, torch.empty_like(dfinal), with_)
     dstates = torch.empty_like(states)
-    k_tiles, v_tiles = triton.cdiv(K, with_["BK"]), triton.cdiv(V, with_["BV"])
+    passes = _over_time(with_)
     some = q if g is None else g
     first = torch.empty_like(dfinal) if initial is None else dinitial
-    _states_backward[(k_tiles, v_tiles, B * H)](q, some, do, dfinal, dstates, first, T, H, **with_)
-    by_channel = g is None or g.dim() == 4
-    rates = dg if by_channel else do.new_empty(k_tiles, B, T, H)
+    grid = triton.cdiv(K, passes["BK"]), triton.cdiv(V, passes["BV"]), B * H
+    _states_backward[grid](q, some, do, dfinal, dstates, first, T, H, **passes)
     wide = {**with_, "num_warps": 8}  # or its tiles would not fit into the registers
-    if with_["DECAY"] == CHANNEL.value:
+    if q.dtype == torch.float32 or device.card() < 90:
+        wide.update(BK=block(K, 32), BV=block(V, 32))
+    elif with_["DECAY"] == CHANNEL.value:
         wide.update(BK=block(K, 32), BV=block(V, 64 if V > 64 else 32))
     grid = triton.cdiv(K, wide["BK"]), states.shape[2], B * H
+    by_channel = g is None or g.dim() == 4
+    rates = dg if by_channel else do.new_empty(grid[0], B, T, H)
     queries_keys_backward[grid](q, k, v, some, states, dstates, do, dq, dk, rates, T, H, **wide)
-    grid = v_tiles, states.shape[2], B * H
+    grid = triton.cdiv(V, with_["BV"]), states.shape[2], B * H
     values_backward[grid](
         q, k, some, _run_scores(q, k, g, with_), dstates, do, dv, T, H, KEPT=True, **with_
     )  # fmt: skip

@@ -174,7 +174,8 @@ def forward(
     B, T, D = h.shape
     grid = (B * triton.cdiv(D, CHANNELS),)
     tile = (reverse, log, TOKENS, CHANNELS)
-    _forward[grid](a, b, reset, initial, h, T, D, *tile, num_warps=4)
+    warps = 8 if log else 4  # sums of logarithms take the registers of both
+    _forward[grid](a, b, reset, initial, h, T, D, *tile, num_warps=warps)
 
 
 def backward(

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mm.kernels.parts_triton import sum_parts
+
 TOKENS, CHANNELS = 32, 64  # of a tile
 
 
@@ -80,7 +82,7 @@ def _backward(
     BR: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """``parts`` (tile of tokens, 3, H K): sums of dx, dy and drate over a tile."""
+    """``parts`` (tile of tokens, 3 H K): a tile's sums of dx and dy as in ``bias``, then drate."""
     x, y, rate, at_g, r, w, mask, tile = _gates(gates_ptr, bias_ptr, rate_ptr, R, K, BR, BK)
     at = r.to(tl.int64)[:, None] * (H * K) + w[None, :]
     u = tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -98,9 +100,10 @@ def _backward(
     tl.store(dgates_ptr + at_g, dx.to(kind), mask=mask)
     tl.store(dgates_ptr + at_g + K, dy.to(kind), mask=mask)
     part = parts_ptr + tile.to(tl.int64) * 3 * H * K + w
+    of_bias = part + w // K * K  # two gates of a head
     in_k = tl.max(mask.to(tl.int32), 0) > 0
-    tl.store(part, tl.sum(tl.where(mask, dx, 0.0), 0), mask=in_k)
-    tl.store(part + H * K, tl.sum(tl.where(mask, dy, 0.0), 0), mask=in_k)
+    tl.store(of_bias, tl.sum(tl.where(mask, dx, 0.0), 0), mask=in_k)
+    tl.store(of_bias + K, tl.sum(tl.where(mask, dy, 0.0), 0), mask=in_k)
     tl.store(part + 2 * H * K, tl.sum(tl.where(mask, -x * dlog, 0.0), 0), mask=in_k)
 
 
@@ -132,12 +135,9 @@ def backward(
     """Write the gradients; sums over tiles of tokens have a fixed order."""
     H, R, G = gates.shape
     K = G // 2
-    parts = rate.new_zeros(triton.cdiv(R, TOKENS), 3, H, K)
+    parts = rate.new_empty(triton.cdiv(R, TOKENS), 3 * H * K)
     if gates.numel():
         tensors = (gates, bias, rate, u, da, db, dgates, du, parts)
         grid = _grid(R, H, K)
         _backward[grid](*tensors, R, H, K, TOKENS, CHANNELS, num_warps=4)
-    total = parts.sum(0)
-    dbias[:, :K].copy_(total[0])
-    dbias[:, K:].copy_(total[1])
-    drate.copy_(total[2].flatten())
+    sum_parts(parts, dbias, drate)

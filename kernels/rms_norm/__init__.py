@@ -1,4 +1,4 @@
-"""Root-mean-square norm.
+"""Root-mean-square norm, of a tensor or of a sum.
 
 D width of what is normed, R its rows.
 """
@@ -33,7 +33,39 @@ def rms_norm(x: Tensor, weight_D: Tensor | None = None, eps: float = 1e-6) -> Te
     return (y if weight_D is None else y * weight_D.to(wide)).to(x.dtype)
 
 
-@rms_norm.register("torch", lambda x, *_, **__: None if x.is_cuda else "it is fused on CUDA only")
+@Op
+def add_rms_norm(
+    x: Tensor, branch: Tensor, weight_D: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Return ``s = x + branch`` and its norm, ``s / sqrt(mean(s^2) + eps) * weight``.
+
+    That is what a residual stream becomes, and what the next layer reads of it.
+
+    Args:
+        x: `(..., D)` any float dtype.
+        branch: the same, or what is added to it with promotion and broadcasting.
+        weight_D, eps: as of `rms_norm`.
+    Returns:
+        ``s``, in the dtype of a sum, and its norm in the same; both `(..., D)`.
+    Source: Zhang & Sennrich 2019 (arXiv:1910.07467), eq. 4.
+    """
+    total = x + branch
+    return total, rms_norm.implementations["reference"][0](total, weight_D, eps)
+
+
+def _torch_why_not(x: Tensor, *_: Any, **__: Any) -> str | None:
+    return _compiled() if x.is_cuda else "it is fused on CUDA only"
+
+
+def _compiled() -> str | None:
+    """Why no kernel of a GPU is taken: a graph has the reference fused with what is around it.
+
+    The residual sum before it, casts and products after it: seven launches of a layer less.
+    """
+    return "torch.compile fuses the reference" if torch.compiler.is_compiling() else None
+
+
+@rms_norm.register("torch", _torch_why_not)
 def _by_torch(x: Tensor, weight_D: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], None if weight_D is None else weight_D.to(x.dtype), eps)
 
@@ -53,7 +85,9 @@ def row_strides(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int]]:
 
 
 def _why_not(way: str, x: Tensor, *rest: Any, **kw: Any) -> str | None:
-    return "a row does not fit the registers" if way == "triton" and x.shape[-1] > 8192 else None
+    if way != "triton":
+        return None
+    return "a row does not fit the registers" if x.shape[-1] > 8192 else _compiled()
 
 
 def _arguments(x: Tensor, *rest: Any) -> tuple[Any, ...]:
@@ -75,4 +109,50 @@ register_kernel(
     cpp="norm",
     arguments=_arguments,
     triton="norm_triton",
+)
+
+
+@add_rms_norm.register("apart", lambda *_, **__: None)
+def _apart(
+    x: Tensor, branch: Tensor, weight_D: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """The sum, then the norm as it is chosen."""
+    total = x + branch
+    return total, rms_norm(total, weight_D, eps)
+
+
+def _why_apart(way: str, x: Tensor, branch: Tensor, *rest: Any, **kw: Any) -> str | None:
+    if branch.shape != x.shape:
+        return "the shapes differ"
+    if torch.promote_types(x.dtype, branch.dtype) != x.dtype:
+        return f"the sum is wider than {x.dtype}"
+    return _why_not(way, x)
+
+
+def _empty_sum(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
+    """Sum, norm, factors; and of a branch of another dtype its shape, without memory."""
+    alike = branch.dtype == x.dtype
+    narrow = branch.new_empty_strided((0,) if alike else x.shape, (0,) * (1 if alike else x.dim()))
+    return x.new_empty(x.shape), x.new_empty(x.shape), weight.new_empty(x.shape[:-1]), narrow
+
+
+# One gradient for both, which is the sum of those of the sum and of the norm.
+register_kernel(
+    add_rms_norm,
+    "total y",
+    _empty_sum,
+    kept="scale narrow",
+    saved="total weight scale narrow",
+    gradients="x:total branch:narrow weight",
+    shared={"branch": "x"},
+    dense=False,
+    wide="weight",
+    prepare=lambda x, branch, weight, eps: (
+        x,
+        branch,
+        x.new_ones(x.shape[-1]) if weight is None else weight,
+        eps,
+    ),
+    why_not=_why_apart,
+    triton="add_triton",
 )

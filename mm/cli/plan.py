@@ -6,7 +6,7 @@ import json as json_module
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.text import Text
@@ -60,6 +60,12 @@ def plan(
         int, typer.Option(min=1, help="With --document: ids of the vocabulary.")
     ] = 32_000,
     longest: Annotated[bool, typer.Option(help="Also find the longest sequence that fits.")] = True,
+    launches: Annotated[
+        Literal["no", "eager", "compiled"],
+        typer.Option(
+            help="Kernels that a layer launches on a GPU; compiled, too: some seconds each."
+        ),
+    ] = "eager",
     json: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", help="Also write all of it; - prints that alone."),
@@ -79,7 +85,10 @@ def plan(
     assumed = Assumed(document, ids) if document else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of libraries, about tensors without content
-        found = make_plan(run, cluster, index=stage, assumed=assumed, longest=longest)
+        found = make_plan(
+            run, cluster, index=stage, assumed=assumed, longest=longest,
+            launches="no" if gpu == "cpu" else launches,
+        )  # fmt: skip
         if fit:
             found["fit"] = propose(run, cluster, index=stage, assumed=assumed)
     if json == Path("-"):
@@ -136,6 +145,9 @@ def show(found: Mapping[str, Any]) -> None:
     _parts(found)
     _memory(found)
     _time(found)
+    for layer in found.get("launches_a_layer", ()):
+        again = f", {n} compiled" if (n := layer.get("compiled")) is not None else ""
+        say(Text(f"launches a layer, {layer['layer']}: {layer['eager']} eager{again}"))
     _nodes(found)
     if longest := found.get("longest_sequence"):
         say(Text(f"longest document that fits, one row a device: {longest['tokens']:,} tokens"))
@@ -148,6 +160,8 @@ def show(found: Mapping[str, Any]) -> None:
     for name in ("memory", "collectives", "cpu" if gpu["measured"] else "speed"):
         say(Text(f"known error of {name}: {found['errors'][name]}"))
     say(Text(f"rates: {gpu['source']}"))
+    if "offload" in found["step"]["by_part"]:
+        say(Text(f"rates of the host: {found['rates_of_host']}"))
 
 
 def _parts(found: Mapping[str, Any]) -> None:
@@ -168,6 +182,10 @@ def _memory(found: Mapping[str, Any]) -> None:
     rows += [("allocator, CUDA (assumed)", size(held["reserve_bytes"]))]
     rows += [("the device has", size(held["device_bytes"]))]
     rows += [("fits", "yes" if found["fits"] else "NO")]
+    for place in ("host", "disk"):
+        rows += [(f"{place}: {part}", size(n)) for part, n in held[f"{place}_by_part"].items()]
+        if n := held[f"{place}_bytes_a_node"]:
+            rows += [(f"{place} of a node, together", size(n))]
     table(f"Memory a device, most of it in: {held['peak_in']}", ("what", "bytes"), rows)
     if found["recompute"]:
         table(
@@ -192,6 +210,8 @@ def _time(found: Mapping[str, Any]) -> None:
         (part, duration(s), f"{s / step['seconds']:.0%}") for part, s in step["by_part"].items()
     ]
     rows += [("step", duration(step["seconds"]), f"MFU {step['mfu']:.1%}")]
+    if hidden := step["network_hidden_seconds"]:
+        rows += [("network beside all this", duration(hidden), "hidden")]
     rows += [
         (f"{name} a step", size(n), "whole messages") for name, n in found["collectives"].items()
     ]

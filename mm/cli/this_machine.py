@@ -123,8 +123,24 @@ def _torch() -> Iterator[Finding]:
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     yield Finding("torch", f"{torch.__version__} ({build}), {torch.get_num_threads()} threads")
     if torch.cuda.is_available():
-        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-        yield Finding("accelerator", names)
+        from mm.kernels import device
+
+        cards = range(torch.cuda.device_count())
+        abilities = [device.capability(i) or 0 for i in cards]
+        told = [
+            f"{torch.cuda.get_device_name(i)} (compute capability {n // 10}.{n % 10})"
+            for i, n in zip(cards, abilities, strict=True)
+        ]
+        old = any(n < device.OLDEST for n in abilities)
+        yield Finding(
+            "accelerator",
+            ", ".join(told),
+            "warning" if old else "ok",
+            "Triton kernels and bf16 need 8.0 (A100, RTX 30): on an older card PyTorch's own "
+            "operators run, in fp32"
+            if old
+            else "",
+        )
     else:
         driver = shutil.which("nvidia-smi") is not None
         yield Finding(

@@ -59,19 +59,25 @@ class Bench:
     """Makes the data once, starts training processes, compares what they leave.
 
     Processes are forked from one that has imported everything, so that a start costs a second.
+
+    Args:
+        on_gpu: they train on this machine's GPU, where it has one, alone; each is started anew, as
+            a forked process cannot use CUDA. Else the GPU is hidden: CPU and gloo.
     """
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, on_gpu: bool = False):
         self.root = root
         root.mkdir(parents=True, exist_ok=True)
-        # as the engine sets it, before anything imports DeepSpeed
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the faults are those of CPU and gloo
+        if not on_gpu:
+            # as the engine sets it, before anything imports DeepSpeed
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         environment.prepare()
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(
-            ["mm.faults.warm", "mm.faults.inject", "mm.trainer.loop", "mm.data.streams.packed"]
-        )
+        self.context: Any = multiprocessing.get_context("spawn" if on_gpu else "forkserver")
+        if not on_gpu:
+            self.context.set_forkserver_preload(
+                ["mm.faults.warm", "mm.faults.inject", "mm.trainer.loop", "mm.data.streams.packed"]
+            )
         self._wholes: dict[str, Path] = {}
         self._n = 0
         self.tokens = {name: self._shards(name) for name in ("both", "text", "image")}

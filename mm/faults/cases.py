@@ -198,7 +198,7 @@ def _dead_rank(bench: Bench, quick: bool) -> Iterator[str]:
 
 
 def _hung_rank(bench: Bench, quick: bool) -> Iterator[str]:
-    for phase in ("data",) if quick else ("data", "step"):
+    for phase in ("step",) if quick else ("data", "step"):
         config = bench.config(bench.fresh("hung"), guard={"hang_s": 15.0})
         fault = {"phase": phase, "step": 4, "rank": 1}
         ended = bench.train(config, world=2, faults={"sleep": fault}, timeout_s=180)

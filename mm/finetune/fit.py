@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,9 +14,10 @@ from mm.finetune.method import Method
 from mm.init_from import with_saved_model
 from mm.own_data.plan import Chosen, plain
 from mm.plan.fit import propose
-from mm.plan.gpus import GPUS, Gpu, find
+from mm.plan.gpus import find
 from mm.plan.plan import Cluster, make_plan
 from mm.run import Run
+from mm.trainer.data_sheets import GPUS, Gpu, like
 from mm.trainer.warm_start import resolve
 
 LEAST_STEPS = 20
@@ -31,10 +31,8 @@ def this_device() -> Gpu:
     if not torch.cuda.is_available():
         return find("cpu")
     name = torch.cuda.get_device_name()
-    words = re.sub(r"[^a-z0-9]", "", name.lower())
-    like = next((gpu for key, gpu in GPUS.items() if key in words), GPUS["a100"])
     memory = torch.cuda.get_device_properties(0).total_memory
-    return dataclasses.replace(like, name=name, memory=memory)
+    return dataclasses.replace(like(name) or GPUS["a100"], name=name, memory=memory)
 
 
 def fit_device(

@@ -290,7 +290,11 @@ class Adapter(nn.Module):
 
 
 class Distribution(Protocol):
-    """Parameter-free result of a head."""
+    """Parameter-free result of a head.
+
+    One that a loss is made of is a named tuple: ZeRO stage 3 finds its tensors, and gathers the
+    head's weights for their backward.
+    """
 
     @property
     def logits(self) -> Tensor | None:

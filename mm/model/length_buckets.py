@@ -1,4 +1,4 @@
-"""Documents of a packed call grouped by length.
+"""Documents of a packed call grouped by length, or left where they lie.
 
 B rows, T tokens, M documents, R regrouped rows, L their length.
 """
@@ -23,6 +23,16 @@ from mm.model.context import Ctx
 # token costs about 8 us, a call of its own for a document 0.3 ms.
 MIN_TOKENS_IN_PLACE, MAX_RUNS = 128, 64
 SHORTEST = 16  # tokens; documents of as many or fewer are one group
+# Whether packed rows go to kernels as they are, with the borders of their documents. None: on an
+# accelerator, where shapes that change with every batch cost more than what borders hide.
+FLAT: bool | None = None
+
+
+def stays_flat(layout: Layout) -> bool:
+    """Whether layers that know borders take the packed rows of ``layout`` as they are."""
+    if layout.aligned:
+        return False
+    return layout.fields.document.device.type != "cpu" if FLAT is None else FLAT
 
 
 class Regroup(torch.autograd.Function):
@@ -75,6 +85,28 @@ def _mask_spec(
     if mask.hint == "full":
         return MaskSpec() if filled else MaskSpec(document_RT=f.document, document_RS=f.document)
     return MaskSpec(mask.dense(f, f))
+
+
+def _flat_spec(mask: Mask, layout: Layout, ordered: bool, steady: bool) -> MaskSpec | None:
+    """What ``mask`` amounts to in whole rows, their documents in order; None: it has no short form.
+
+    It depends on the kind of mask and no length, so that a compiled graph serves every batch.
+    """
+    f, (B, T) = layout.fields, layout.shape
+    # Rows too: what pads a row, or fills it, must not lengthen the last document of the one before.
+    rows = torch.arange(0, B * T, max(1, T), dtype=torch.int32, device=f.document.device)
+    starts = torch.cat((layout.cu_seqlens, rows)).sort().values
+    apart = MaskSpec(document_RT=f.document, document_RS=f.document, starts_M=starts)
+    if mask.hint == "full":
+        return apart
+    if isinstance(mask, Causal) and ordered:
+        return apart._replace(causal=True)
+    if isinstance(mask, Window) and steady:
+        return apart._replace(causal=True, window=mask.size)
+    if isinstance(mask, Prefix) and ordered:
+        group = f.extra[mask.name]
+        return apart._replace(causal=True, prefix_RT=group, prefix_RS=group)
+    return None
 
 
 def _runs(first: np.ndarray, count: np.ndarray) -> list[tuple[int, int, int]]:
@@ -163,10 +195,11 @@ class LengthBuckets:
         return out.view(B, T, *y[0].shape[2:])
 
     @staticmethod
-    def of(layout: Layout, mask: Mask, in_place: bool = False) -> LengthBuckets:
+    def of(layout: Layout, mask: Mask, in_place: bool = False, flat: bool = False) -> LengthBuckets:
         """Group the documents of ``layout`` by length: powers of two from `SHORTEST` on.
 
         ``in_place``: on a CPU, take long documents where they are (`LengthBuckets.runs`).
+        ``flat``: leave rows as they are where the mask has a short form with borders.
 
         Runs on the host, once per pass, and asks no device (`Layout.on_host`).
         """
@@ -184,6 +217,8 @@ class LengthBuckets:
         )
         if layout.aligned or not real.any() or (real.sum() == B and (first % T == 0).all()):
             spec = _mask_spec(mask, f, causal, ordered, steady, bool((document > 0).all()))
+            return LengthBuckets((Group(B, T, spec),))
+        if flat and (spec := _flat_spec(mask, layout, ordered, steady)) is not None:
             return LengthBuckets((Group(B, T, spec),))
         runs = _runs(first, lengths[real]) if in_place and f.document.device.type == "cpu" else []
         if runs:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm.kernels.rms_norm import rms_norm
+from mm.kernels import device
+from mm.kernels.rms_norm import add_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
     """Norm over the last dimension, of width ``d``."""
+
+    adds = True  # takes a branch, too
 
     def __init__(self, d: int, eps: float = 1e-6):
         super().__init__()
@@ -22,8 +25,15 @@ class RMSNorm(nn.Module):
     def init_weights(self) -> None:
         nn.init.ones_(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def scale(self) -> Tensor:
+        """`(D,)` factors of what is normed."""
+        return self.weight
+
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> Any:
+        """Return ``x`` normed; with a branch, ``x + branch`` and that normed."""
+        if branch is None:
+            return rms_norm(x, self.scale(), self.eps)
+        return add_rms_norm(x, branch, self.scale(), self.eps)
 
 
 class LayerNorm(RMSNorm):
@@ -31,6 +41,8 @@ class LayerNorm(RMSNorm):
 
     Source: Ba et al. 2016 (arXiv:1607.06450), eq. 4.
     """
+
+    adds = False
 
     def __init__(self, d: int, eps: float = 1e-6):
         super().__init__(d, eps)
@@ -55,9 +67,8 @@ class ZeroCentredNorm(RMSNorm):
     def init_weights(self) -> None:
         nn.init.zeros_(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        return rms_norm(x, 1 + self.weight.to(wide), self.eps)
+    def scale(self) -> Tensor:
+        return 1 + self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
 
 
 class HeadNorm(nn.Module):
@@ -93,3 +104,14 @@ NORMS = {"rms": RMSNorm, "layer": LayerNorm, "zero_centred": ZeroCentredNorm}
 def norm(kind: Kind, d: int, eps: float) -> RMSNorm:
     """`(..., D)` to the same."""
     return NORMS[kind](d, eps)
+
+
+def add_norm(norm: RMSNorm | None, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+    """``x + branch`` and what is read of it: normed, or as it is; `(..., D)` both.
+
+    On a GPU one kernel does both; elsewhere the norm alone is one.
+    """
+    if norm is not None and norm.adds and x.device.type == device.KIND:
+        return norm(x, branch)
+    total = x + branch
+    return total, total if norm is None else norm(total)

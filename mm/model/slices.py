@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mm.errors import UserError
+from mm.errors import Damaged, UserError
 from mm.model.tensor_file import DTYPES
 from mm.reading import parse_json
 
@@ -264,7 +264,7 @@ class Slices:
             first = low // row
             return part[first : -(-high // row)].reshape(-1)[low - first * row : high - first * row]
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(
+            raise Damaged(
                 f"{self.folder / path}: missing or damaged ({str(error)[:160]}); copy it again, or "
                 "remove its folder to go on from the checkpoint before it"
             ) from error

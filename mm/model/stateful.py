@@ -17,6 +17,10 @@ M = TypeVar("M", bound=nn.Module)
 class Stateful(nn.Module):
     """What may own a State: a layer, or a part of one such as a short convolution."""
 
+    # Takes documents of a packed call apart, by `per_document` or `document_groups`, even where
+    # rows stay as they are (`mm.model.length_buckets.stays_flat`).
+    documents_apart: bool = False
+
     def stateful_parts(self) -> list[Stateful]:
         """The nearest ones below, in the order in which they were assigned."""
         return list(nearest(self, Stateful))

@@ -25,7 +25,9 @@ from mm.plan.tally import tensors_in
 CUDA = torch.device("cuda", 0)
 ROOT = Path(__file__).parents[2]
 aten = torch.ops.aten
-SCALAR = aten._local_scalar_dense.default
+TRUTH = aten.is_nonzero.default
+# The first is what the others become, but within an operator.
+SCALARS = (aten._local_scalar_dense.default, aten.item.default, TRUTH)
 COPIES = (aten._to_copy.default, aten.copy_.default)
 
 
@@ -75,10 +77,16 @@ class Reads(TorchDispatchMode):
         if not fake and torch.device(kwargs.get("device") or "cpu").type == "cpu":
             with unset_fake_temporarily():  # of the host alone
                 return func(*args, **kwargs)
-        if func is SCALAR and args[0].is_cuda:
+        if func in SCALARS and args[0].is_cuda:
             self.note("a value")
             kind = args[0].dtype
-            return False if kind == torch.bool else 0.0 if kind.is_floating_point else 0
+            return (
+                False
+                if kind == torch.bool or func is TRUTH
+                else 0.0
+                if kind.is_floating_point
+                else 0
+            )
         made = CELLS[func](*args) if func in CELLS else func(*args, **kwargs)
         results = tensors_in(made)
         if not results:
@@ -115,6 +123,7 @@ def fake_cuda() -> Iterator[Reads]:
 
     Networks are built on `CUDA` as the trainer builds them: no default device is set here.
     """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # imports much of torch, as it is
     with contextlib.ExitStack() as stack:
         patch = lambda *a: stack.enter_context(unittest.mock.patch.object(*a))
         stack.enter_context(unittest.mock.patch.dict("os.environ", {"MM_SELF_CHECK": "0"}))
@@ -123,13 +132,14 @@ def fake_cuda() -> Iterator[Reads]:
         patch(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
         # cuDNN's recurrent cells ask the driver; torch's own have a fake form
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        patch(FakeTensorMode, "avoid_device_init", True)  # copies of constants would ask it
         # generators and streams of CUDA ask it, too
         patch(torch, "Generator", lambda device="cpu", make=torch.Generator: make("cpu"))
         patch(torch.autograd, "grad", grad)
         patch(torch._C, "_current_graph_task_id", lambda: 0)
         patch(torch.autograd.function.FunctionCtx, "set_materialize_grads", _remember)
         patch(torch.autograd.Function, "apply", classmethod(_apply_function))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(mode)
         reads = stack.enter_context(Reads())
         patch(FakeTensor, "tolist", lambda x: reads.tolist(x))
         yield reads
@@ -188,6 +198,7 @@ def _walk(
     """Gradients of ``wanted``, or of every leaf, which accumulates it."""
     waits: Counter[Any] = Counter()
     roots = [_node(x) for x in outputs]
+    above: defaultdict[Any, list[Any]] = defaultdict(list)
     found, stack = set[Any](), list(roots)
     while stack:
         node = stack.pop()
@@ -196,6 +207,14 @@ def _walk(
             below = [n for n, _ in node.next_functions if n is not None]
             waits.update(below)
             stack += below
+            for n in below:
+                above[n].append(node)
+    leads, stack = set[Any](), [n for x in wanted for n in above[_node(x)]]
+    while stack:  # what stands on the way to a wanted one; the engine runs no others
+        node = stack.pop()
+        if node not in leads:
+            leads.add(node)
+            stack += above[node]
     sums: defaultdict[Any, dict[int, Tensor]] = defaultdict(dict)
     for x, node, g in zip(outputs, roots, gradients, strict=True):
         _add(sums[node], node, x.output_nr, g)
@@ -208,7 +227,8 @@ def _walk(
         for (end, at), i in ends.items():
             if end is node:
                 result[i] = given.get(at)
-        made = _apply(node, given, accumulate=not wanted) if given else ()
+        runs = given and (not wanted or node in leads)
+        made = _apply(node, given, accumulate=not wanted) if runs else ()
         none = [None] * len(node.next_functions)
         for (below, at), g in zip(node.next_functions, made or none, strict=True):
             if below is None:

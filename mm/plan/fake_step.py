@@ -44,8 +44,12 @@ class FakeEngine(Engine):
         with torch.autocast("cuda", torch.bfloat16):
             return self.raw(*args, **kw)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, last: bool = False) -> None:
         backward(loss)
+
+    def reduce(self) -> Tensor | None:
+        grads = [p.grad for p in self.raw.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(grads).float()
 
 
 class _Plain:
@@ -53,9 +57,6 @@ class _Plain:
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.basic_optimizer = optimizer
-
-    def buffered_allreduce_fallback(self) -> None:
-        pass
 
     def step(self) -> None:
         self.basic_optimizer.step()

@@ -8,11 +8,11 @@ from typing import Any
 
 from mm.errors import UserError
 from mm.plan.inputs import Assumed, Subject
+from mm.plan.memory import memory
 from mm.plan.networks import Networks
-from mm.plan.plan import RECOMPUTE, Cluster, Division, open_stage, recompute_of
+from mm.plan.plan import RECOMPUTE, Cluster, Division, open_stage, recompute_of, zero_of
 from mm.plan.speed import step_time
 from mm.plan.trace import Trace
-from mm.plan.zero import memory
 from mm.run import Run
 
 GAIN = 1.02  # speed that a harder setting must add
@@ -38,7 +38,7 @@ def propose(
         for stage in _stages(run, index):
             if stage in (0, 3) or not tried or tried[-1]["recompute"] != mode:
                 traced = [changed.trace(changed.batches(n)[0], stage) for n in (1, 2)]
-            best = _best(run, subject, cluster, index, traced, stage)
+            best = _best(subject, cluster, traced, stage)
             tried.append({"recompute": mode, "zero_stage": stage, **best})
     fitting = [t for t in tried if t["fits"]]
     if not fitting:
@@ -57,11 +57,15 @@ def propose(
 
 
 def _stages(run: Run, index: int) -> list[int]:
-    """ZeRO stages that the run's precision, optimizer and compilation allow."""
+    """ZeRO stages that the run's engine and optimizer allow."""
     stage = run.stages[index]
     out = []
     for n in (1, 2, 3, 0):
         if n == 3 and run.engine.compile or n == 0 and run.engine.precision == "bf16":
+            continue
+        try:
+            type(run.engine).model_validate(run.engine.model_dump() | {"zero_stage": n})
+        except ValueError:  # offload and hierarchical partitioning need higher ones
             continue
         if stage.optimizer.refusal(n, stage.schedule.shape) is None:
             out.append(n)
@@ -69,12 +73,11 @@ def _stages(run: Run, index: int) -> list[int]:
 
 
 def _best(
-    run: Run, subject: Subject, cluster: Cluster, index: int,
-    traced: list[tuple[Trace, Networks]], stage: int,
-) -> dict[str, Any]:  # fmt: skip
+    subject: Subject, cluster: Cluster, traced: list[tuple[Trace, Networks]], stage: int
+) -> dict[str, Any]:
     """The fastest number of rows that fits; one row where none does."""
     (one, net), (two, _) = traced
-    ema = run.stages[index].ema is not None
+    zero = zero_of(subject, cluster, stage)
     batch = getattr(subject.data, "batch_size", 1)
     most = max(
         1, batch * subject.sequence // cluster.world
@@ -84,16 +87,14 @@ def _best(
     while rows <= most:
         cut = Division.of(subject.data, cluster.world // subject.sequence, rows)
         trace = of_rows(one, two, cut.rows)
-        held = memory(net, trace, stage, cluster.world, cut.micros, ema)
-        time = step_time(
-            trace, net, cluster.gpu, stage, cluster.world, cluster.per_node, cut.micros
-        )
+        held = memory(net, trace, zero, cut.micros)
+        time = step_time(trace, net, cluster.gpu, zero, cluster.per_node, cut.micros)
         found = {
             "rows": cut.rows,
             "micro_batches": cut.micros,
             "rows_a_step": cut.batch,
             "memory_bytes": held.total,
-            "fits": cluster.fits(held.total),
+            "fits": cluster.fits(held.total, held.host_total),
             "tokens_per_second": time.tokens * cluster.world / time.seconds,
             "mfu": time.mfu,
             "binds": time.binds,

@@ -9,7 +9,7 @@ R rows, T tokens, S keys, H heads, K key width, V value width, D channels, N sta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -80,10 +80,20 @@ FORWARD: dict[str, Formula] = {
     "causal_conv": lambda u, weight, *_: 2.0 * u.numel() * weight.shape[0],
     "rg_lru_gates": _each(6),
     "glu": _each(4),
+    "glu_halves": _each(2),
     "rms_norm": _each(4),
+    "add_rms_norm": _each(5),
+    "norm_rotary": _each(7),
+    "rotary": lambda *given: 3.0 * max(x.numel() for x in given),  # gradients come last
     "dropout": _each(2),
 }
-_TIMES = {"attention": TILES, "rms_norm": 3.0}
+_TIMES = {
+    "attention": TILES,
+    "rms_norm": 3.0,
+    "add_rms_norm": 2.6,
+    "norm_rotary": 2.5,
+    "rotary": 1.0,
+}
 
 
 def formula_of(name: str) -> Formula | None:
@@ -108,23 +118,59 @@ def flops_of(func: Any, args: Any, kwargs: Any, made: Any) -> float | None:
     if namespace == "mm":
         found = formula_of(rest.partition(".")[0])
         return None if found is None else float(found(*args))
+    if func.name() in _NAMED:
+        return float(_NAMED[func.name()](*args, **kwargs))
     packet = func._overloadpacket
-    if packet in flop_registry:
-        return float(flop_registry[packet](*args, **kwargs, out_val=made))
-    return _FUSED[packet](*args) if packet in _FUSED else 0.0
+    if packet in _FUSED:
+        return float(_FUSED[packet](*args))
+    return (
+        float(flop_registry[packet](*args, **kwargs, out_val=made))
+        if packet in flop_registry
+        else 0.0
+    )
 
 
-def _sdpa_cpu(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False) -> float:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False) -> float:
     (B, H, T, K), S, V = q.shape, k.shape[2], v.shape[-1]
     return 2.0 * B * H * (K + V) * pairs(T, S, causal, None)
 
 
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, at: Any, at_k: Any, longest: int, longest_k: int,
+    causal: bool = False, scale: float | None = None, window_size: Sequence[int] | None = None,
+    *_: Any, **__: Any,
+) -> float:  # fmt: skip
+    """As `_attention`, of whole rows: where their documents begin is a value, not a shape."""
+    (P, H, K), V = q.shape, v.shape[-1]
+    left, right = window_size or (-1, -1)
+    seen = pairs(longest, longest, causal or right == 0, left + 1 if left >= 0 else None)
+    return 2.0 * P / max(1, longest) * H * (K + V) * seen
+
+
+def _varlen_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Any, lse: Any, *rest: Any,
+    window_size: Sequence[int] | None = None, **__: Any,
+) -> float:  # fmt: skip
+    *places, causal, _ = rest[:6]
+    window = rest[7] if len(rest) > 7 else window_size
+    return TILES * _varlen(q, k, v, *places, causal, None, window)
+
+
+# Of torch, but registered by the module that has them.
+_NAMED: dict[str, Formula] = {
+    "torch_attn::_varlen_attn": _varlen,
+    "torch_attn::_varlen_attn_backward": _varlen_backward,
+}
 aten = torch.ops.aten
-# torch has no formulas of attention on a CPU, and none of products by group
+# torch has no formulas of attention on a CPU, none of products by group, and does not see a mask
 _FUSED: dict[Any, Formula] = {
     aten._grouped_mm: lambda a, b, *_: 2.0 * a.numel() * b.shape[-1],  # gradients are such, too
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda *a: _sdpa_cpu(*a[:5]),
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda *a: _sdpa(*a[:5]),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda g, q, k, v, out, lse, dropout, causal, *_: TILES * _sdpa_cpu(q, k, v, 0.0, causal)
+        lambda g, q, k, v, out, lse, dropout, causal, *_: TILES * _sdpa(q, k, v, 0.0, causal)
+    ),
+    aten._scaled_dot_product_flash_attention: lambda *a: _sdpa(*a[:5]),
+    aten._scaled_dot_product_flash_attention_backward: (
+        lambda g, q, k, v, *a: TILES * _sdpa(q, k, v, 0.0, a[7])
     ),
 }

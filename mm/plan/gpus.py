@@ -1,4 +1,4 @@
-"""Rates of accelerators from their makers' data sheets, dense (not sparse), and of this CPU."""
+"""Devices by the name that a command line gives, and the rates of this machine's CPU."""
 
 from __future__ import annotations
 
@@ -6,60 +6,39 @@ import time
 from dataclasses import dataclass
 
 from mm.errors import UserError, did_you_mean
+from mm.trainer.data_sheets import GB, GPUS, Gpu
 
-GIB = 1024**3
-GB = 10**9
-TERA = 10**12
+PCIE = {  # bytes a second and direction: 16 lanes of the generation of the data sheet
+    "h100": 64 * GB, "h200": 64 * GB, "b200": 64 * GB, "h100pcie": 64 * GB, "h100nvl": 64 * GB,
+    "rtx5090": 64 * GB, "gh200": 450 * GB,  # NVLink-C2C
+}  # fmt: skip
+PCIE_4 = 32 * GB
+HOST_MEMORY = 75 * GB  # assumed: 16 channels of DDR5-4800 are 614 GB/s, for 8 devices
+DISK = 3 * GB  # assumed: a device's share of local NVMe disks
+REACHED = 0.75  # assumed: of both by copies and updates
+ASSUMED = "host memory 75 GB/s and NVMe 3 GB/s a device, 75 % of these and of PCIe: assumed"
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """What one device can do at most.
+class Host:
+    """Rates at which one device and its process use their machine, bytes a second.
 
     Attributes:
-        memory: bytes.
-        bf16, tf32, fp32: operations a second; tf32 of tensor cores, fp32 without.
-        bandwidth: of memory, bytes a second.
-        inside: to the other devices of its node, bytes a second and direction.
-        outside: of its network card, as is usual; bytes a second and direction.
-        source: where the figures stand.
+        link: between device and host memory, a direction.
+        memory: of the host's updates.
+        disk: of swap files.
     """
 
-    name: str
-    memory: int
-    bf16: float
-    tf32: float
-    fp32: float
-    bandwidth: float
-    inside: float
-    outside: float
-    source: str
-    launch_s: float = 6e-6  # of one operator, from Python
-    measured: bool = False
+    link: float
+    memory: float
+    disk: float
 
 
-def _gpu(
-    name: str, memory_gb: float, bf16: float, tf32: float, fp32: float, bandwidth_gb: float,
-    inside_gb: float, outside_gb: float, source: str,
-) -> Gpu:  # fmt: skip
-    return Gpu(
-        name, int(memory_gb * GB), bf16 * TERA, tf32 * TERA, fp32 * TERA, bandwidth_gb * GB,
-        inside_gb * GB, outside_gb * GB, source,
-    )  # fmt: skip
-
-
-# memory GB, bf16, tf32, fp32 TFLOPS, memory GB/s, node GB/s, network GB/s
-GPUS = {
-    g.name: g
-    for g in (
-        _gpu("a100", 80, 312, 156, 19.5, 2039, 300, 25, "NVIDIA A100 80GB SXM data sheet, 2021"),
-        _gpu("h100", 80, 989.4, 494.7, 67, 3350, 450, 50, "NVIDIA H100 SXM data sheet, 2023"),
-        _gpu("h200", 141, 989.4, 494.7, 67, 4800, 450, 50, "NVIDIA H200 SXM data sheet, 2024"),
-        _gpu("b200", 180, 2250, 1125, 75, 7700, 900, 50, "NVIDIA HGX B200 data sheet, 2025, / 8"),
-        _gpu("l40s", 48, 362, 183, 91.6, 864, 32, 25, "NVIDIA L40S data sheet, 2023"),
-        _gpu("rtx4090", 24, 165.2, 82.6, 82.6, 1008, 32, 3, "NVIDIA Ada architecture paper, 2022"),
-    )
-}
+def host_of(gpu: Gpu) -> Host:
+    """The machine around a device."""
+    if gpu.measured:  # the device is the host
+        return Host(gpu.bandwidth, gpu.bandwidth, DISK * REACHED)
+    return Host(PCIE.get(gpu.name, PCIE_4) * REACHED, HOST_MEMORY * REACHED, DISK * REACHED)
 
 
 def find(name: str) -> Gpu:

@@ -20,7 +20,9 @@ class Networks:
     Attributes:
         elements: of trained parameters, and of those that ZeRO stage 3 does not cut.
         weight_bytes: an element.
-        frozen_bytes: of networks that do not train, and of buffers.
+        buffer_bytes: whole in every process.
+        still_bytes: of parameters that do not train in networks that do.
+        other_bytes: of networks that do not train, and of the largest parameter of these.
         state_bytes: of the optimizer, an element.
     """
 
@@ -29,7 +31,9 @@ class Networks:
     tensors: int
     largest: int
     weight_bytes: int
-    frozen_bytes: int
+    buffer_bytes: int
+    still_bytes: int
+    other_bytes: tuple[int, int]
     state_bytes: float
     by_part: dict[str, int]
 
@@ -39,9 +43,9 @@ class Networks:
     ) -> Networks:
         sizes = [p.numel() for m in trained.values() for p in m.parameters() if p.requires_grad]
         size_of = lambda x: x.numel() * x.element_size()
-        others = [*(p for m in frozen.values() for p in m.parameters())]
-        others += [b for m in (*trained.values(), *frozen.values()) for b in m.buffers()]
-        others += [p for m in trained.values() for p in m.parameters() if not p.requires_grad]
+        others = [size_of(p) for m in frozen.values() for p in m.parameters()]
+        buffers = [b for m in (*trained.values(), *frozen.values()) for b in m.buffers()]
+        still = [p for m in trained.values() for p in m.parameters() if not p.requires_grad]
         first = next(p for m in trained.values() for p in m.parameters() if p.requires_grad)
         return cls(
             sum(sizes),
@@ -49,7 +53,9 @@ class Networks:
             len(sizes),
             max(sizes),
             first.element_size(),
-            sum(map(size_of, others)),
+            sum(map(size_of, buffers)),
+            sum(map(size_of, still)),
+            (sum(others), max(others, default=0)),
             state_bytes(optimizer),
             dict(parameters_by_part(trained)),
         )

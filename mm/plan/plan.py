@@ -8,19 +8,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from mm.errors import UserError
-from mm.plan.gpus import GIB, Gpu
+from mm.plan.gpus import ASSUMED
 from mm.plan.inputs import CPU, Assumed, Subject, documents, open_subject
+from mm.plan.memory import Memory, memory
 from mm.plan.networks import Networks
 from mm.plan.speed import step_time
 from mm.plan.trace import Trace
-from mm.plan.zero import Memory, bytes_passed, collectives, memory
+from mm.plan.zero import Zero, bytes_passed, collectives
 from mm.run import Run
+from mm.trainer.data_sheets import GIB, Gpu
 from mm.trainer.engine.deepspeed import resolve_precision
+from mm.trainer.engine.settings import Where, refuse
 
 CONTEXT = int(1.5 * GIB)  # of CUDA and NCCL, a device
 SPARE = 0.06  # that the allocator loses between its blocks
@@ -30,7 +33,8 @@ RECOMPUTE = ("none", "selective", "full")
 
 # What the predictions were off by; benchmarks/plan.py, docs/lab-notes.md
 ERRORS = {
-    "memory": "live tensor bytes: within 1 % of steps measured on CPUs (2 processes, stages 0-3); "
+    "memory": "live tensor bytes: within 1 % of steps measured on CPUs (2 processes, stages 0-3, "
+    "offload, overlap), within 10 % with buckets smaller than the model; "
     "the allocator's and CUDA's own share is an assumption",
     "collectives": "bytes: within 0.1 % of what was counted; the step's own sums are left out",
     "speed": "rates of data sheets, never compared with a GPU: take it as a factor of 2",
@@ -50,10 +54,18 @@ class Cluster:
     def world(self) -> int:
         return self.nodes * self.per_node
 
-    def fits(self, total: int) -> bool:
-        """Whether tensors of so many bytes fit one device."""
+    @property
+    def where(self) -> Where:
+        """What a network trains on."""
+        return Where("cpu" if self.gpu.name == "cpu" else "cuda", self.world)
+
+    def fits(self, total: int, host: int = 0) -> bool:
+        """Whether tensors of so many bytes fit one device.
+
+        ``host``: bytes on the host, which count where it is the device.
+        """
         if self.gpu.name == "cpu":
-            return total * self.per_node <= self.gpu.memory
+            return (total + host) * self.per_node <= self.gpu.memory
         return total * (1 + SPARE) + CONTEXT <= self.gpu.memory
 
 
@@ -92,6 +104,7 @@ def make_plan(
     assumed: Assumed | None = None,
     longest: bool = True,
     variants: bool = True,
+    launches: Literal["no", "eager", "compiled"] = "no",
 ) -> dict[str, Any]:
     """Predict a stage of a run on a cluster.
 
@@ -100,18 +113,18 @@ def make_plan(
         assumed: what stands for data that are not there.
         longest: also look for the longest sequence that fits.
         variants: also trace the other recomputations.
+        launches: also count the kernels that one layer of each kind launches.
     Raises:
         UserError: data or stage are not there, or the config cannot be built.
     """
     subject = open_stage(run, cluster, index, assumed)
-    stage = run.engine.effective_zero_stage
-    ema = run.stages[index].ema is not None
+    stage, zero = run.engine.effective_zero_stage, zero_of(subject, cluster)
     division = Division.of(subject.data, cluster.world // subject.sequence)
     batch = subject.batches(division.rows)[0]
     trace, net = subject.trace(batch, stage)
     B, T = batch.layout.shape
     lengths = document_lengths(batch)
-    held = memory(net, trace, stage, cluster.world, division.micros, ema)
+    held = memory(net, trace, zero, division.micros)
     out: dict[str, Any] = {
         "predicted": True,
         "config": run.name,
@@ -137,21 +150,22 @@ def make_plan(
         },
         "flops_a_token": flops_a_token(trace),
         "memory": describe(held, cluster),
-        "fits": cluster.fits(held.total),
-        "recompute": _recompute(subject, batch, stage, cluster, division, ema, trace, held)
-        if variants
-        else [],
-        "collectives": collectives(net, stage, cluster.world, division.micros)
+        "fits": cluster.fits(held.total, held.host_total),
+        "recompute": _recompute(subject, batch, cluster, division, trace, held) if variants else [],
+        "collectives": collectives(net, zero, division.micros)
         | bytes_passed(trace, division.micros),
-        "step": describe_step(trace, net, cluster, stage, division),
-        "by_nodes": by_nodes(subject, trace, net, cluster, stage, division, ema),
+        "step": describe_step(trace, net, cluster, zero, division),
+        "by_nodes": by_nodes(subject, trace, net, cluster, division),
+        "rates_of_host": ASSUMED,
         "without_formula": sorted(trace.unknown),
         "errors": ERRORS,
     }
     if bytes_of_state := subject.state_bytes(T):
         out["state_bytes_a_sequence"] = bytes_of_state
+    if launches != "no":
+        out["launches_a_layer"] = launches_a_layer(subject, batch, launches == "compiled")
     if longest:
-        out["longest_sequence"] = longest_sequence(subject, cluster, stage, ema)
+        out["longest_sequence"] = longest_sequence(subject, cluster)
     return out
 
 
@@ -160,14 +174,24 @@ def open_stage(run: Run, cluster: Cluster, index: int, assumed: Assumed | None) 
     if not 0 <= index < len(run.stages):
         raise UserError(f"--stage {index}: the config has stages 0 to {len(run.stages) - 1}")
     asked = run.engine.precision
-    on_cpu = cluster.gpu.name == "cpu"
+    on_cpu = cluster.where.device == "cpu"
     precision = resolve_precision(asked, CPU) if on_cpu or asked != "auto" else "autocast_bf16"
     if cluster.world % (size := run.engine.sequence):
         raise UserError(
             f"engine.sequence {size} does not divide {cluster.world} devices: plan for a multiple "
             f"of it, such as --gpus-per-node {size}"
         )
+    refuse(run.engine, precision, cluster.where)
     return open_subject(run, index, precision, assumed)
+
+
+def zero_of(subject: Subject, cluster: Cluster, stage: int | None = None) -> Zero:
+    """How the engine lays the stage's networks on a cluster, perhaps at another ZeRO stage."""
+    run = subject.run
+    ema = run.stages[subject.index].ema is not None
+    precision = subject.precision
+    zero = Zero.of(run.engine, precision, cluster.where, ema, run.checkpoints.background)
+    return zero if stage is None else dataclasses.replace(zero, stage=stage)
 
 
 def document_lengths(batch: Any) -> list[int]:
@@ -196,22 +220,26 @@ def describe(held: Memory, cluster: Cluster) -> dict[str, Any]:
         "total_bytes": held.total,
         "reserve_bytes": reserve,
         "device_bytes": cluster.gpu.memory,
+        "host_bytes": held.host_total,
+        "host_bytes_a_node": held.host_total * cluster.per_node,
+        "disk_bytes_a_node": held.disk_total * cluster.per_node,
         "peak_in": held.phase,
         "by_part": held.parts,
         "by_phase": held.phases,
+        "host_by_part": held.host,
+        "disk_by_part": held.disk,
     }
 
 
 def describe_step(
-    trace: Trace, net: Networks, cluster: Cluster, stage: int, division: Division
+    trace: Trace, net: Networks, cluster: Cluster, zero: Zero, division: Division
 ) -> dict[str, Any]:
     """Time of a step for the JSON."""
-    found = step_time(
-        trace, net, cluster.gpu, stage, cluster.world, cluster.per_node, division.micros
-    )
+    found = step_time(trace, net, cluster.gpu, zero, cluster.per_node, division.micros)
     return {
         "seconds": found.seconds,
         "by_part": found.parts,
+        "network_hidden_seconds": found.hidden,
         "binds": found.binds,
         "mfu": found.mfu,
         "tokens_per_second": found.tokens * cluster.world / found.seconds,
@@ -220,43 +248,45 @@ def describe_step(
 
 
 def by_nodes(
-    subject: Subject, trace: Trace, net: Networks, cluster: Cluster, stage: int,
-    division: Division, ema: bool,
-) -> list[dict[str, Any]]:  # fmt: skip
+    subject: Subject, trace: Trace, net: Networks, cluster: Cluster, division: Division
+) -> list[dict[str, Any]]:
     """The same run on 1 to thousands of devices: as many rows a step where they can be cut."""
     rows = []
+    near = subject.run.engine.communication.hpz_partition_size
     counts = NODES if cluster.gpu.name != "cpu" else NODES[:4]
     for nodes in sorted({*counts, cluster.nodes}):
         here = dataclasses.replace(cluster, nodes=nodes)
-        if here.world % subject.sequence:
+        if here.world % subject.sequence or here.world % near:
             continue
         groups = here.world // subject.sequence
         cut = Division.of(subject.data, groups, division.rows)
-        held = memory(net, trace, stage, here.world, cut.micros, ema)
+        zero = zero_of(subject, here)
+        held = memory(net, trace, zero, cut.micros)
         rows.append(
             {
                 "nodes": nodes,
                 "gpus": here.world,
                 "rows_a_step": groups * division.rows * cut.micros,
                 "memory_bytes": held.total,
-                "fits": here.fits(held.total),
-                **describe_step(trace, net, here, stage, cut),
+                "host_bytes_a_node": held.host_total * here.per_node,
+                "fits": here.fits(held.total, held.host_total),
+                **describe_step(trace, net, here, zero, cut),
             }
         )
     return rows
 
 
 def _recompute(
-    subject: Subject, batch: Any, stage: int, cluster: Cluster, division: Division, ema: bool,
-    trace: Trace, held: Memory,
-) -> list[dict[str, Any]]:  # fmt: skip
+    subject: Subject, batch: Any, cluster: Cluster, division: Division, trace: Trace, held: Memory
+) -> list[dict[str, Any]]:
     """Memory and operations under each recomputation of the backbone."""
     own = recompute_of(subject)
     rows = []
     for mode in RECOMPUTE if own is not None else ():
         if mode != own:
-            trace, net = subject.with_recompute(mode).trace(batch, stage)
-            held = memory(net, trace, stage, cluster.world, division.micros, ema)
+            zero = zero_of(subject, cluster)
+            trace, net = subject.with_recompute(mode).trace(batch, zero.stage)
+            held = memory(net, trace, zero, division.micros)
         work = trace.flops("recompute")
         rows.append(
             {
@@ -264,7 +294,7 @@ def _recompute(
                 "chosen": mode == own,
                 "activation_bytes": trace.forward_peak,
                 "memory_bytes": held.total,
-                "fits": cluster.fits(held.total),
+                "fits": cluster.fits(held.total, held.host_total),
                 "flops_made_again": sum(work.values()) / max(1, trace.tokens),
             }
         )
@@ -276,9 +306,23 @@ def recompute_of(subject: Subject) -> str | None:
     return getattr(getattr(subject.run.model, "backbone", None), "recompute", None)
 
 
-def longest_sequence(
-    subject: Subject, cluster: Cluster, stage: int, ema: bool
-) -> dict[str, Any] | None:
+def launches_a_layer(subject: Subject, batch: Any, compiled: bool) -> list[dict[str, Any]]:
+    """Kernels of a training step by kind of layer, for the JSON."""
+    from mm.plan.launches import one_of_each, step_launches
+
+    run = subject.run
+    if getattr(run.model, "backbone", None) is not None:
+        model = run.model.model_copy(update={"backbone": one_of_each(run.model.backbone)})
+        run = run.model_copy(update={"model": model})
+    found, _ = step_launches(run, subject.index, subject.vocabulary, batch, compiled)
+    return [
+        {"layer": x.name, "forward": x.forward, "backward": x.backward, "eager": x.eager}
+        | ({"compiled": x.compiled, "graphs": x.graphs} if compiled else {})
+        for x in found
+    ]
+
+
+def longest_sequence(subject: Subject, cluster: Cluster) -> dict[str, Any] | None:
     """Tokens of the longest single document that fits, one row a device.
 
     Three lengths are traced; memory between and beyond them is a polynomial of degree 2. None where
@@ -287,17 +331,21 @@ def longest_sequence(
     if subject.vocabulary is None:
         return None
     points: list[tuple[int, int]] = []
+    zero, host = zero_of(subject, cluster), 0
     for n in LENGTHS:
         try:
-            trace, net = subject.trace(documents(1, n, n, subject.vocabulary), stage)
+            trace, net = subject.trace(documents(1, n, n, subject.vocabulary), zero.stage)
         except (UserError, ValueError, RuntimeError):
             return None
-        points.append((n, memory(net, trace, stage, cluster.world, 1, ema).total))
+        held = memory(net, trace, zero, 1)
+        points.append((n, held.total))
+        host = held.host_total
     curve = parabola(points)
     low, high = 0, 1 << 26
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if cluster.fits(int(curve(middle))) else (low, middle - 1)
+        found = cluster.fits(int(curve(middle)), host)
+        low, high = (middle, high) if found else (low, middle - 1)
     return {"tokens": low, "traced": dict(points), "beyond": low > 4 * LENGTHS[-1]}
 
 

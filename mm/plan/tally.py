@@ -38,6 +38,16 @@ def tensors_in(*values: Any) -> list[Tensor]:
     return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
 
 
+def objects() -> list[Any]:
+    """Every object of the garbage collector, also those that `gc.freeze` took out of its sight."""
+    frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    found = gc.get_objects()
+    if frozen:
+        gc.freeze()
+    return found
+
+
 class LiveBytes:
     """Bytes of all storages that were seen and still live, with their peak.
 
@@ -83,7 +93,7 @@ class LiveBytes:
 
     def add_all(self, label: str = "before") -> None:
         """Count every tensor that Python knows, such as weights and states of an optimizer."""
-        for found in gc.get_objects():
+        for found in objects():
             if issubclass(type(found), Tensor):
                 self.add(found, label)
 

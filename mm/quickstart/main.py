@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mm.launch.environment import cores
 from mm.quickstart.steps import Steps
 
 DEFAULT_OUT = Path("runs/quickstart")
@@ -86,8 +85,8 @@ def quickstart(
         "--out", tokens / "text", "--workers", "1",
     )  # fmt: skip
     changes = _backbone_changes(configs.read(config), out, seed, scale)
-    steps.launch(min(2, cores()), "train", config, *changes)
-    steps.launch(min(2, cores()), "eval", out, "--json", out / "results.json")
+    steps.launch(2, "train", config, *changes)
+    steps.launch(2, "eval", out, "--json", out / "results.json")
     results = json.loads((out / "results.json").read_text())
     results["figures"] += _tokenizer_figures(tokenizers)
     results["seconds"]["total"] = round(time.monotonic() - start, 1)

@@ -73,12 +73,17 @@ class Steps:
             f"stopped at: {command} (exit code {code}); mend it and run mm {self.again} again"
         )
 
-    def launch(self, processes: int, *words: str | Path) -> None:
-        """Run ``mm WORDS`` in several gloo processes, or here when there is one core.
+    def launch(self, most: int, *words: str | Path) -> None:
+        """Run ``mm WORDS`` in ``most`` processes, or as many as there are GPUs, else cores.
+
+        One runs here.
 
         Raises:
             UserError: a process failed; what it said stands above.
         """
+        from mm.trainer.engine.process_group import processes_here
+
+        processes = processes_here(most, cores())
         if processes == 1:
             return self.run(*words)
         from torch.distributed import run as torchrun  # here: another start of torch takes seconds

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from mm.report.figures import LOWER_IS_BETTER
 from mm.report.folder import Folder, number
 from mm.report.read import RunData
 from mm.report.words import amount, facts, grid, pretty
 
 OF = {"own": "New data, held out", "base": "Data of the base"}
-BETTER_LOWER = ("bits_per", "error_rate")
 
 
 def comparison(run: RunData) -> str:
@@ -36,7 +36,7 @@ def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
     base, tuned = number(row.get("base")), number(row.get("tuned"))
     change = None
     if base is not None and tuned is not None and base != tuned:
-        lower = any(word in str(row.get("name")) for word in BETTER_LOWER)
+        lower = LOWER_IS_BETTER.search(str(row.get("name"))) is not None
         change = "better" if (tuned < base) == lower else "worse"
     return {
         "base": amount(base, unit),

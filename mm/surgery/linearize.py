@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 
 from mm.errors import UserError
 from mm.model.mixers.attention.attention import Attention
 from mm.registry import SURGERIES
-from mm.surgery.base import Operated, Surgery, network_of, own_tensors, stack_of, with_stack
+from mm.surgery.base import (
+    LAYERS,
+    Operated,
+    Surgery,
+    network_of,
+    own_tensors,
+    stack_of,
+    with_stack,
+)
 from mm.vocabulary import Vocabulary
 
 FEATURES = Literal["elu1", "relu", "taylor", "softmax"]
@@ -17,27 +26,44 @@ FEATURES = Literal["elu1", "relu", "taylor", "softmax"]
 
 @SURGERIES.register("linearize")
 class Linearize(Surgery):
-    """Every `attention` layer becomes a `linear_attention` with its queries, keys, values and out.
+    """An `attention` layer becomes a `linear_attention` with its queries, keys, values and out.
 
-    Key heads are repeated for the heads that share them; norms, gates and positions of the
-    attention are left behind. It computes something else, and is trained on: with `distil` and the
-    old model as teacher.
+    All of them do, or those of ``layers``, which makes a hybrid whose pattern says
+    ``linear_attention`` where it said ``attention``. Key heads are repeated for the heads that
+    share them; norms, gates and positions of the attention are left behind. It computes something
+    else, and is trained on: with `distil` and the old model as teacher.
 
-    Source: Kasai et al. 2021, T2R (arXiv:2103.13076), section 2.
+    Source: Kasai et al. 2021, T2R (arXiv:2103.13076), section 2; some layers alone: Wang et al.
+    2024, The Mamba in the Llama (arXiv:2408.15237), section 2.
     """
 
     kind: Literal["linearize"] = "linearize"
     feature: FEATURES = "elu1"
+    layers: Annotated[
+        tuple[int, ...] | None,
+        Field(min_length=1, description="numbers from 0; default: all layers of attention"),
+    ] = None
 
     def apply(self, before: Operated, wanted: Vocabulary | None) -> Operated:
         stack = stack_of(before.config, self.kind)
-        mixers: dict[str, Any] = {word: m.to_dict() for word, m in stack.mixers.items()}
-        found = [w for w in dict.fromkeys(stack.words()) if stack.mixer(w).kind == "attention"]
+        words = stack.words()
+        by_word = {key: stack.to_dict()[key] for key in ("mixers", "blocks", "ffns")}
+        found = [i for i, word in enumerate(words) if stack.mixer(word).kind == "attention"]
         if not found:
             raise UserError("surgery 'linearize': this model has no `attention` layer")
-        for word in found:
+        chosen = found if self.layers is None else sorted({*self.layers})
+        if {*chosen} - {*found}:
+            raise UserError(
+                f"surgery 'linearize': of the layers {chosen} only {found} are `attention`"
+            )
+        new = {}  # the word of a layer that it becomes
+        for word in dict.fromkeys(words[i] for i in chosen):
+            stays = any(w == word for i, w in enumerate(words) if i not in chosen)
+            new[word] = _free(f"linear_{word}", {*words, *stack.mixers}) if stays else word
             H, _, K = stack.mixer(word).sizes(before.config.d_model)
-            mixers[word] = {
+            for own in by_word.values():
+                own.update({new[word]: own[word]} if word in own else {})
+            by_word["mixers"][new[word]] = {
                 "kind": "linear_attention",
                 "heads": H,
                 "key_dim": K,
@@ -45,11 +71,13 @@ class Linearize(Surgery):
                 "feature": self.feature,
                 "scale": True,
             }
-        config = with_stack(before.config, mixers=mixers)
+        pattern = [new[word] if i in chosen else word for i, word in enumerate(words)]
+        changed = {} if pattern == words else {"pattern": " ".join(pattern), "depth": None}
+        config = with_stack(before.config, **by_word, **changed)
         old = network_of(before)
         tensors = dict(before.tensors)
         for path, part in old.named_modules():
-            if not isinstance(part, Attention):
+            if not isinstance(part, Attention) or _layer(path) not in chosen:
                 continue
             H, G, K = part.heads, part.kv_heads, part.head_dim
             name = f"{path}.qkv.weight"
@@ -62,3 +90,14 @@ class Linearize(Surgery):
             tensors[name] = torch.cat(heads).flatten(0, 1)
         module = network_of(Operated(config, tensors, before.vocabulary))
         return Operated(config, own_tensors(module), before.vocabulary)
+
+
+def _free(word: str, taken: set[str]) -> str:
+    """``word``, or a longer one that no layer is called by."""
+    return _free(f"{word}_", taken) if word in taken else word
+
+
+def _layer(path: str) -> int:
+    """The number of the layer in which a module stands; -1 of none."""
+    number = path.removeprefix(LAYERS).partition(".")[0]
+    return int(number) if path.startswith(LAYERS) else -1

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mm.objectives.objective import Network
 from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.engine.deepspeed import Engine
+from mm.trainer.engine.on_disk import slice_in_memory
 
 
 class Averages:
-    """The networks of mode "ema": whole on every rank, without gradients.
+    """The networks of mode "ema", without gradients: cut as what they follow, or whole.
 
     After each applied step of what they follow ``average = decay average + (1 - decay) weights``;
     buffers are copied.
@@ -48,12 +49,18 @@ class Averages:
 
     @torch.no_grad()
     def _move(self, name: str, source: str, decay: float) -> None:
-        mine = self._frozen[name]
-        learned = {n for n, _ in mine.named_parameters()}
-        with self._engines[source].unsharded() as module:
-            theirs = module.state_dict()
-            for key, value in mine.state_dict().items():
-                if key in learned:
-                    value.lerp_(theirs[key].to(value), 1 - decay)
-                else:
-                    value.copy_(theirs[key])
+        mine, theirs = self._frozen[name], self._engines[source].raw
+        follows = dict(theirs.named_parameters())
+        for key, p in mine.named_parameters():
+            with slice_in_memory(follows[key]):
+                value, other = _held(p), _held(follows[key])
+                value.lerp_(other.to(value), 1 - decay)
+        buffers = theirs.state_dict(keep_vars=True)
+        for key, value in mine.state_dict(keep_vars=True).items():
+            if not isinstance(value, nn.Parameter):
+                value.copy_(buffers[key])
+
+
+def _held(p: nn.Parameter) -> Tensor:
+    """What this process has of a parameter: its slice at ZeRO stage 3, else all."""
+    return p.ds_tensor if hasattr(p, "ds_tensor") else p  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from mm.trainer.engine.deepspeed import Engine, resolve_precision
 from mm.trainer.log.metrics import MetricSum
 from mm.trainer.sequence import SequenceGroup
 from mm.trainer.stateful import CarriedStates
+from mm.trainer.transfer import Sender
 
 
 class Nets(Mapping[str, Callable[..., ModelOut]]):
@@ -125,7 +126,14 @@ class TrainerEnv:
 
     def take(self, batch: Batch) -> Batch:
         """What this rank has of a micro-batch on the host, on its device."""
-        return (self.sequence.split(batch) if self.sequence else batch).to(self.device)
+        return batch.sent.pop().arrive() if batch.sent else self._own(batch).to(self.device)
+
+    def send_ahead(self, sender: Sender, batch: Batch) -> None:
+        """Begin to copy what `take` will be asked for; from the thread that makes batches."""
+        batch.sent.append(sender.send(self._own(batch)))
+
+    def _own(self, batch: Batch) -> Batch:
+        return self.sequence.split(batch) if self.sequence else batch
 
     def know(self, micros: Sequence[Batch]) -> None:
         """Number the micro-batches of the step, so that two passes over one draw the same noise."""

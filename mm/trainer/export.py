@@ -19,6 +19,7 @@ from mm.model.slices import Lazy
 from mm.run import Run
 from mm.tokenizers.load import tokenizer_folder
 from mm.trainer.begin_weights import load_weights, require_fit
+from mm.trainer.callbacks.base import Training
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.held_out import Best, chosen_figure
@@ -28,6 +29,12 @@ from mm.trainer.warm_start import ADAPTERS
 from mm.vocabulary import Vocabulary
 
 log = logging.getLogger("mm.trainer")
+
+
+def export_chosen(trainer: Training, last: Snapshot) -> None:
+    """`export` with the weights that `Run.export` asks for. Main rank."""
+    weights = chosen_weights(trainer.run, last, trainer.held_out.best)
+    export(trainer.run, trainer.vocabulary, weights, trainer.step)
 
 
 def export(

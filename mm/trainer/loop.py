@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from mm.batch import Batch
 from mm.config import places_from
 from mm.launch import environment
 from mm.run import Run
-from mm.trainer import chat, final_eval, folder, start, survey, warm_start
+from mm.trainer import chat, final_eval, folder, ranks, same_data, start, survey, warm_start
 from mm.trainer.callbacks.base import Callback
 from mm.trainer.callbacks.best_by import BestByFigure
 from mm.trainer.callbacks.chosen import of_run
@@ -30,7 +29,7 @@ from mm.trainer.checkpoint.format import Saved, Snapshot
 from mm.trainer.checkpoint.writer import Writer
 from mm.trainer.engine.process_group import join
 from mm.trainer.env import TrainerEnv
-from mm.trainer.export import chosen_weights, export
+from mm.trainer.export import export_chosen
 from mm.trainer.health import heartbeat
 from mm.trainer.health.anomaly import Guard, RollBack, out_of_memory
 from mm.trainer.health.signals import INTERRUPTED, Stop
@@ -38,7 +37,6 @@ from mm.trainer.held_out import HeldOut
 from mm.trainer.log.metrics import BytesPerToken, CodebookUsage, MetricsFile, of_step
 from mm.trainer.log.summary import Summary
 from mm.trainer.log.tracker import Tracker
-from mm.trainer.ranks import leave_before_step, newest_checkpoint, on_any, on_main
 from mm.trainer.stage import StageState, end_of_stage, enter_stage
 from mm.trainer.state import TrainState
 from mm.trainer.step import optimizer_step
@@ -95,6 +93,7 @@ class Trainer:
             # DeepSpeed puts its own linear() there at stage 3 and leaves it to whatever runs next.
             stack.callback(setattr, torch.nn.functional, "linear", torch.nn.functional.linear)
             self.device = join(self.run.engine.threads)
+            stack.enter_context(ranks.hear_others())
             with self._starting():
                 saved = self._resume()
                 first = self.step
@@ -109,16 +108,13 @@ class Trainer:
             last = self._train_stages(saved)
             self.guard.require_applied(self.step, self.stage.index)
             self.phase("export", self.step)
-            if self.is_main:
-                weights = chosen_weights(self.run, last, self.held_out.best)
-                export(self.run, self.vocabulary, weights, self.step)
-            dist.barrier()
+            self._on_main(lambda: export_chosen(self, last))
             self._evaluate(len(self.run.stages) - 1)
-            if on_any(self._stop.asked, self.device):
+            if ranks.on_any(self._stop.asked, self.device):
                 raise SystemExit(INTERRUPTED)
             new = {"step": self.step, "new_steps": self.step - first}
-            seconds = time.monotonic() - begun
-            return {**self.metrics, **self._evaluated, **done, **new, "seconds": seconds} | {
+            return {**self.metrics, **self._evaluated, **done, **new} | {
+                "seconds": time.monotonic() - begun,
                 "folder": str(self.folder),
                 "best": self.held_out.result(),
                 "summary": self.summary.result(self),
@@ -138,7 +134,7 @@ class Trainer:
                 try:
                     snapshot = self._train() or snapshot
                 finally:
-                    self.stream.close()
+                    self.stage.close()
                 assert snapshot is not None  # a stage has a step, and its last one is saved
                 snapshot = end_of_stage(config, snapshot, self.stage.nets)
             ended = self.step == self.held_out.ends()[index]
@@ -153,6 +149,7 @@ class Trainer:
         Returns what was saved at its end; None when all steps were done before.
         """
         every, saved = self.run.checkpoints.every, False
+        self.stage.settle()
         while self.step < self.stage_end:
             begun = time.monotonic()
             self.phase("data", self.step + 1)
@@ -228,12 +225,12 @@ class Trainer:
     def _roll_back(self, why: RollBack) -> None:
         """Take weights and optimizer from the newest checkpoint; the data go on where they are."""
         self._writer.wait()
-        saved = newest_checkpoint(self.folder / "checkpoints", self.device)
+        saved = ranks.newest_checkpoint(self.folder / "checkpoints", self.device)
         to = saved.state["step"] if saved is not None else -1
         index, begin = self.stage.index, self.stage.begin
         self.state.guard.roll_back(why, self.step - 1, to if to >= begin else None)
         data, carried = self.stream.state_dict(), self.stage.nets.carried
-        self.stream.close()
+        self.stage.close()
         self.state.step = to
         assert saved is not None  # the guard raised where there is none
         self.held_out.load_state_dict(saved.state.get("held_out", {}))
@@ -246,7 +243,7 @@ class Trainer:
 
         Raises UserError when the run cannot go on from it.
         """
-        saved = newest_checkpoint(self.folder / "checkpoints", self.device)
+        saved = ranks.newest_checkpoint(self.folder / "checkpoints", self.device)
         if saved is not None:
             saved.require(self.run.to_dict(), self._fingerprint)
             self.state.load(saved)
@@ -260,6 +257,7 @@ class Trainer:
         self.phase("start", self.step)
         self.env = TrainerEnv.of(self.run, self.device, self._writer.settle)
         index = start.first_stage(self.held_out.ends(), self.step)
+        same_data.require_same(same_data.found_here(self.run, self.vocabulary, index), self.device)
         self._on_main(lambda: start.check(self, index))
         begin, self._init_from = warm_start.begin(self.run, self.vocabulary, saved)
         self._build(index, begin)
@@ -277,13 +275,15 @@ class Trainer:
     def _write_start(self, saved: Saved | None, stack: contextlib.ExitStack) -> None:
         """Write the run's description and begin heartbeat, log and tracker; ``stack`` ends them."""
         rank, hang_s = environment.ranks().rank, self.run.guard.hang_s
-        if self.is_main:
-            clean(self.folder / "checkpoints")
-            heartbeat.clear(self.folder / "health")
-        dist.barrier()  # no rank's file is cleared
+        with ranks.main_alone() as mine:  # and no rank's file is cleared
+            if mine:
+                clean(self.folder / "checkpoints")
+                heartbeat.clear(self.folder / "health")
         heart = stack.enter_context(heartbeat.Heartbeat(self.folder / "health", rank, hang_s))
         self.callbacks.insert(0, heart)
-        if self.is_main:
+        with ranks.main_alone() as mine:
+            if not mine:
+                return
             described = start.describe(self, self._init_from)
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             folder.write(self.folder, self.run, described)
@@ -306,10 +306,10 @@ class Trainer:
         self.phase("stage", self.step)
         self.state.stage = None  # its memory is free before the next one is built
         begin = self.held_out.ends()[index - 1] if index else 0
-        stage = enter_stage(
+        self.state.stage = stage = enter_stage(
             self.run, index, begin, self.env, snapshot, self.vocabulary, self._code_vectors
         )
-        self.state.stage = stage
+        same_data.require_same(same_data.of_plan(stage.stream), self.device)
         if snapshot is not None and snapshot.state["stage"] == index:
             resume_check.check(stage, snapshot, self.world, self.run.engine)
 
@@ -332,7 +332,7 @@ class Trainer:
         self._evaluated |= found
 
     def _starting(self) -> contextlib.AbstractContextManager[None]:
-        return leave_before_step(self._stop, lambda: self.step + 1, self.device)
+        return ranks.leave_before_step(self._stop, lambda: self.step + 1, self.device)
 
     def phase(self, name: str, step: int, keys: Sequence[str] = ()) -> None:
         for callback in self.callbacks:
@@ -343,7 +343,7 @@ class Trainer:
             callback.on_file(path)
 
     def _on_main(self, work: Any) -> None:
-        on_main(work, self.device, self.folder)
+        ranks.on_main(work, self.device)
 
     @property
     def step(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,13 +28,14 @@ from mm.trainer.begin_weights import fill_cut, fill_whole, require_fit
 from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.ema import Averages
 from mm.trainer.engine.cutter import Cutter
-from mm.trainer.engine.deepspeed import Engine
+from mm.trainer.engine.deepspeed import Engine, gather_in_passes
 from mm.trainer.env import Nets, TrainerEnv
 from mm.trainer.log.clock import StepClock
 from mm.trainer.sequence import data_ranks, require_shares
 from mm.trainer.stage_model import run_of
 from mm.trainer.stateful import CarriedStates
 from mm.trainer.trainable import n_trained, set_trainable
+from mm.trainer.transfer import Sender
 from mm.trainer.warm_start import WarmStart, config_at_start
 from mm.vocabulary import Vocabulary
 
@@ -65,6 +67,21 @@ class StageState:
         known = ("folder", "step", "sha256")
         begun = {name: told for name, told in self.begun.items() if name in self.frozen}
         return {name: {k: told[k] for k in known} for name, told in begun.items()}
+
+    def settle(self) -> None:
+        """Take what a stage is made of out of the garbage collector's sight.
+
+        It looks at every object of the process again and again: half a million of the imports and
+        the networks, a tenth of a second each time, on each rank in another step.
+        """
+        if self.index:  # cycles may hold the stage before
+            gc.collect()
+        gc.freeze()
+
+    def close(self) -> None:
+        """Stop the data; what is left of the stage in cycles is garbage again."""
+        self.stream.close()
+        gc.unfreeze()
 
     def begin_step(self, step: int) -> dict[str, float]:
         """Seed everything random of ``step``; returns the objective's scheduled values."""
@@ -117,7 +134,7 @@ def enter_stage(
     trained: dict[str, int] = {}
     wanted = all_networks(run, objective, f"stages.{index}.objective")
     for name, network in wanted.items():
-        cut = network.mode == "train" and run.engine.effective_zero_stage == 3
+        cut = run.engine.effective_zero_stage == 3
         copies = 2 if network.mode == "train" else 1  # its gradients, too
         make = lambda config=network.config: build(config, vocabulary=vocabulary)
         share = copies / environment.ranks().world if cut else copies
@@ -143,8 +160,13 @@ def enter_stage(
             fill_whole(module, fitted, prepare)
         if isinstance(source, WarmStart):
             begun[name] = source.told
+        read = partial(inside.read, name) if inside is not None and inside.has(name) else None
         if network.mode != "train":
             frozen[name] = module.eval().requires_grad_(False)
+            if cut:  # in fp32 at every precision, as where it is whole
+                cutter = Cutter(run.engine, "fp32", sum(p.numel() for p in module.parameters()))
+                fill_cut(module, env.device, run.seed, cutter, fitted, prepare, read)
+                gather_in_passes(module, moves=network.mode == "ema")
             continue
         if run.engine.compile:
             compile_blocks(module)
@@ -155,7 +177,6 @@ def enter_stage(
         slices = None
         if cut:
             cutter = Cutter(run.engine, env.precision, parameters[name])
-            read = partial(inside.read, name) if inside is not None and have else None
             fill_cut(module, env.device, run.seed, cutter, fitted, prepare, read)
             slices = cutter.frozen
         engine = Engine(module.train(), optimizer, run.engine, env.precision, config.ema, slices)
@@ -169,6 +190,8 @@ def enter_stage(
     env.lend(engines, frozen)
     nets = Nets(engines, frozen, env)
     stream = make_stream(run, index, objective, vocabulary)
+    if env.device.type == "cuda":
+        stream.made = partial(env.send_ahead, Sender(env.device))
     nets.carried = CarriedStates.of(stream, engines["model"], env.autocast())
     if inside is not None:
         stream.load_state_dict(inside.state["data"])
@@ -299,7 +322,8 @@ def compile_blocks(module: nn.Module) -> None:
 
     Names and parameters stay. A network without blocks is compiled as one.
 
-    Blocks of one config share their code. A block whose documents have a new shape is compiled
+    Blocks of one config share their code. On an accelerator packed rows keep one shape; elsewhere,
+    and in a layer that takes documents apart, a block whose documents have a new shape is compiled
     once more, then for all shapes.
     """
     import torch._dynamo.config as dynamo

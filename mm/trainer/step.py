@@ -69,7 +69,7 @@ def optimizer_step(
         metrics.reduce()
         clock.mark("communication")
         total = torch.stack([factors[k] * s for k, s in metrics.losses.items()]).sum()
-        engine.backward(loss * torch.where(torch.isfinite(total), 1.0, float("nan")))
+        engine.backward(loss * torch.where(torch.isfinite(total), 1.0, float("nan")), last=True)
         clock.mark("backward")
         device = _device_metrics(term, metrics, total, n) | usage.update(metrics.aux) | facts
         row |= _update(stage, step, term.network, metrics, device)

@@ -29,6 +29,8 @@ def main(role: str, root: Path) -> int:
 
         Op.everywhere = "reference"
         precision = parse_json((root / "setting.json").read_text())["precision"]
+        asked = Run.load(root / "setting.yaml").engine.communication.dtype
+        precision = "bf16" if asked == "bf16" else precision  # gradients are rounded on their way
         made = record.Reference(root, role, job["steps"], precision)
     else:
         kind = record.Setting if role == "setting" else record.Resumed

@@ -65,6 +65,14 @@ def verify(
     steps = min(steps, run.stages[0].budget.steps)
     if steps < 2:
         raise UserError(f"--steps {steps}: a save and a resume need two; stages.0.budget.steps too")
+    from mm.trainer.engine.process_group import processes_here  # torch: only where it runs
+
+    possible = processes_here(processes, processes)
+    if possible < processes:
+        raise UserError(
+            f"--processes {processes}: one needs a GPU, and this machine has {possible}: "
+            f"--processes {possible}, or CUDA_VISIBLE_DEVICES= for the CPU"
+        )
     with unwind_on_sigterm(), _own_folder() as root:
         (root / "tensors").mkdir()
         half = steps // 2
@@ -187,9 +195,8 @@ def _ended(child: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
 def _why(root: Path, role: str, processes: int, code: int) -> str:
     """One line on a run that failed: what the user can mend, else the last that it said."""
     said = [f.read_text() for f in sorted(root.glob(f"{role}.error_*"))]
-    own = [text for text in said if "the main process stopped" not in text]
-    if own or said:
-        return (own or said)[0].replace("mm train CONFIG", "mm verify CONFIG")
+    if said:
+        return said[0].replace("mm train CONFIG", "mm verify CONFIG")
     lines = (root / f"{role}.log").read_text(errors="replace").splitlines()
     errors = [line for line in lines if "Error: " in line and "ChildFailed" not in line]
     last = (errors or [line for line in lines if line.strip()] or ["it said nothing"])[-1].strip()
@@ -210,7 +217,7 @@ def _judge(
         _losses(pairs),
         _worst("gradients", pairs),
         _worst("updates", pairs),
-        _resume(resumed, setting, steps),
+        _resume(resumed, setting, steps // 2, steps),
     ]
     return {
         "agrees": all(check.agrees for check in checks),
@@ -278,8 +285,12 @@ def _said(worst: float, name: str, first: str) -> str:
     return f"first: {first}; {out}" if first else out
 
 
-def _resume(resumed: Mapping[str, Any], setting: Mapping[str, Any], steps: int) -> Check:
+def _resume(
+    resumed: Mapping[str, Any], setting: Mapping[str, Any], saved: int, steps: int
+) -> Check:
     label, allowed, begun = "save and resume", "the same bits", resumed["from_step"]
+    if begun != saved:  # a save that is not taken begins anew, which repeats the same bits
+        return Check(label, f"began at step {begun}, not from the save of {saved}", allowed, False)
     other = resumed["first"]
     for step in range(begun + 1, steps + 1):
         mine, was = resumed["steps"][str(step)], setting["steps"][str(step)]

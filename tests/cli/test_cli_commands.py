@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -218,6 +219,24 @@ def test_doctor_finds_what_is_here_and_what_is_missing(
     )
     assert rows["wandb"]["light"] == "broken" and rows["wandb"]["found"].startswith("0.1")
     assert rows["C++ compiler"]["light"] == rows["threads"]["light"] == "warning"
+
+
+def test_doctor_says_what_an_old_card_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from mm.cli import this_machine
+
+    cards = [SimpleNamespace(major=7, minor=5), SimpleNamespace(major=8, minor=9)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: ("Tesla T4", "NVIDIA L4")[i])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: cards[i])
+    (found,) = [row for row in this_machine._torch() if row.check == "accelerator"]
+    assert found.light == "warning" and "8.0" in found.mend
+    assert found.found == ("Tesla T4 (compute capability 7.5), NVIDIA L4 (compute capability 8.9)")
+    del cards[0]
+    (found,) = [row for row in this_machine._torch() if row.check == "accelerator"]
+    assert found.light == "ok" and not found.mend
 
 
 def test_report_command(packed: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

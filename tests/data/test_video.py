@@ -9,10 +9,15 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from chat_toys import bpe, jsonl, learnt
 
+from mm.data.chat.loss import sample_segments
+from mm.data.chat.show import inspect_loss
 from mm.data.modalities.base import BadSample, get_modality
 from mm.data.modalities.video import VideoModality
-from mm.data.pack.job import pack
+from mm.data.pack.config import PackConfig
+from mm.data.pack.job import PackJob, pack
+from mm.data.pack.preview import preview
 from mm.data.shards.reader import ShardSet
 from mm.errors import UserError
 from mm.specs import Video
@@ -182,3 +187,30 @@ def test_packed_with_captions_and_stands_on_four_axes(tmp_path: Path) -> None:
     assert spec.continuous and spec.grid is not None and len(spec.grid) == 3
     shapes = {shards.tokens(i)["video"].shape[:3] for i in range(6)}
     assert shapes == {(2, 2, 3), (3, 2, 3)}
+
+
+def test_a_conversation_shows_a_video_and_is_answered(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(file())
+    part = {"type": "video_url", "video_url": {"url": "a.mp4"}}
+    asked = [{"type": "text", "text": "see"}, part, {"type": "text", "text": "which way?"}]
+    gone = [{"type": "video", "path": "gone.mp4"}, {"type": "text", "text": "which way?"}]
+    rows = [
+        [{"role": "user", "content": what}, {"role": "assistant", "content": "right."}]
+        for what in (asked, gone, "and?")
+    ]
+    src = jsonl(tmp_path / "talks.jsonl", [{"messages": row} for row in rows])
+    tools = {"text": bpe(), "video": VideoTubesConfig(fps=5.0, patch=16, size=48).build()}
+    config = PackConfig(src=src, out=tmp_path / "out", tokenizers=tools, max_bad=0.5)
+    shown = preview(PackJob(config))
+    report = PackJob(config).run(progress=False)
+    found = inspect_loss(tmp_path / "out", tools)
+    assert shown == [(each["key"], each["runs"]) for each in found], "media where they will stand"
+    assert found[0]["runs"][1][0].startswith("[video: ")
+    (said,) = report.examples.values()
+    assert said.endswith("'gone.mp4': no such file (talks.jsonl:2)")
+    shards = ShardSet.open(tmp_path / "out")
+    assert shards.vocabulary is not None
+    segments = sample_segments(shards, 0, shards.vocabulary)
+    assert [s.modality for s in segments] == ["text", "video", "text"]
+    assert segments[1].role == "condition" and len(segments[1].ids)
+    assert learnt(tmp_path / "out", tools["text"]) == ["right.■"]

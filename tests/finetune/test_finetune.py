@@ -11,11 +11,17 @@ import yaml
 from finetune_toys import call, text_base
 from PIL import Image
 
-from mm.finetune.base import Base
+from mm.errors import UserError
+from mm.finetune import fit
+from mm.finetune.base import Base, open_base
 from mm.finetune.choose import keep_reasons
 from mm.finetune.data import read_data
+from mm.finetune.method import candidates
 from mm.own_data.plan import Chosen, plain
+from mm.plan.gpus import find
 from mm.report.build import build_report
+from mm.report.comparison import comparison
+from mm.report.read import read_run
 from mm.specs import TokenSpec
 from mm.vocabulary import Vocabulary
 
@@ -68,6 +74,15 @@ def test_the_report_shows_before_and_after(tuned: Path) -> None:
     text = build_report(tuned).read_text()
     assert '<section id="comparison">' in text and "Data of the base" in text
     assert "step 0" in text  # what the base made of the prompts, beside
+
+
+def test_a_figure_that_should_fall_is_better_where_it_fell(tmp_path: Path) -> None:
+    same = {"of": "own", "base": 2.0, "tuned": 1.0}
+    names = ("text_perplexity", "bytes_bits_per_byte", "audio_to_text_word_error_rate", "accuracy")
+    rows = [{"name": name, **same} for name in names]
+    (tmp_path / "comparison.json").write_text(json.dumps({"rows": rows, "cost": {}}))
+    shown = comparison(read_run(tmp_path))
+    assert shown.count(">better<") == 3 and shown.count(">worse<") == 1
 
 
 def test_the_same_command_again_does_nothing_new(
@@ -149,7 +164,6 @@ def test_what_the_bases_codes_keep_of_pictures_is_measured_after_packing(tmp_pat
 
 def test_token_loss_is_the_perplexity_of_the_shards(base: Path) -> None:
     from mm.decoders.generate import Generator
-    from mm.errors import UserError
     from mm.registry import TASKS
 
     task: Any = TASKS.parse({"kind": "token_loss", "data": str(base.parent / "tokens")})
@@ -160,3 +174,27 @@ def test_token_loss_is_the_perplexity_of_the_shards(base: Path) -> None:
     raw: Any = TASKS.parse({"kind": "token_loss", "data": str(base.parent / "data")})
     with pytest.raises(UserError, match="reads token shards"):
         raw.check(generator.vocabulary, generator.tokenizers)
+
+
+@pytest.mark.slow
+def test_minutes_and_what_fits_decide_steps_and_method(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods = candidates(open_base(base), 100, "auto")
+    assert [how.name for how in methods] == ["lora", "qlora"]
+    monkeypatch.setattr(fit, "this_device", lambda: find("cpu"))
+    made = yaml.safe_load((base / "config.yaml").read_text())
+    stage = made["stages"][0] | {"budget": {"steps": 900}, "tasks": []}
+
+    def config_of(how: Any) -> Any:
+        model = made["model"] | {"linear": plain(how.model["linear"])}
+        return made | {"model": model, "stages": [stage]}, 100
+
+    for minutes, changes, steps in (
+        (1e6, [], 900),
+        (0.001, [], fit.LEAST_STEPS),
+        (0.001, ["stages.0.budget.steps=900"], 900),
+    ):
+        config, notes = fit.fit_device(methods, config_of, minutes, changes)
+        assert notes[0].why.startswith("lora:")
+        assert plain(config["stages"][0]["budget"]["steps"]) == steps

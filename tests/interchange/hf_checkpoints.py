@@ -128,6 +128,18 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
     "olmo2": ("olmo2", "Olmo2", {}),
+    "olmo3, windows and rotations by layer": (
+        "olmo3",
+        "Olmo3",
+        {
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
     "gemma2": (
         "gemma2",
         "Gemma2",

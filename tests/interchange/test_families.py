@@ -58,6 +58,21 @@ def test_in_and_out(case: str, tmp_path: Path) -> None:
     assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
 
 
+def test_an_older_olmo3_scales_rotations_of_layers_that_see_all(tmp_path: Path) -> None:
+    given = checkpoint(tmp_path / "given", "olmo3, windows and rotations by layer")
+    file = given / "config.json"
+    config = json.loads(file.read_text())
+    full = config.pop("rope_parameters")["full_attention"]
+    config["rope_theta"] = 500000.0
+    config["rope_scaling"] = {k: v for k, v in full.items() if k != "rope_theta"}
+    file.write_text(json.dumps(config))
+    report = import_model(given, tmp_path / "ours")
+    assert report is not None and report.difference <= TOLERANCE
+    mixers = json.loads((tmp_path / "ours" / "config.json").read_text())["backbone"]["mixers"]
+    scaled = {word: mixer["position"]["scaling"] is not None for word, mixer in mixers.items()}
+    assert scaled["attention"] and not scaled["sliding"]
+
+
 def test_half_precision_stays_as_it_is(tmp_path: Path) -> None:
     given = checkpoint(tmp_path / "given")
     for file in given.glob("*.safetensors"):

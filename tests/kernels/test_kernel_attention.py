@@ -43,6 +43,7 @@ def masks(R: int, T: int, S: int) -> dict[str, MaskSpec]:
         "documents": documents,
         "documents and window": documents._replace(causal=True, window=7),
         "prefix": prefixes,
+        "prefix and documents": MaskSpec(None, True, 9, *documents[3:5], *prefixes[5:]),
     }
 
 
@@ -276,7 +277,8 @@ def test_what_runs_where() -> None:
 
 # ---- Triton ----
 
-TRITON = ["causal", "window", "documents", "documents and window", "none"]
+TRITON = ["causal", "window", "documents", "documents and window", "prefix"]
+TRITON += ["none", "prefix and documents"]
 
 
 @pytest.mark.parametrize(
@@ -287,7 +289,7 @@ TRITON = ["causal", "window", "documents", "documents and window", "none"]
 @pytest.mark.parametrize("sizes", [(2, 3, 3, 4, 2), (2, 35, 35, 4, 2), (1, 9, 40, 2, 1)], ids=str)
 @pytest.mark.parametrize(
     "mask,kind",
-    every(2, map(pytest.param, TRITON, ["plain", "sinks and soft-cap", "fade"] * 2)),
+    every(2, map(pytest.param, TRITON, ["plain", "sinks and soft-cap", "fade"] * 3)),
 )
 def test_triton(
     mask: str,
@@ -302,6 +304,7 @@ def test_triton(
     from mm.kernels.attention import flash_triton
 
     monkeypatch.setattr(flash_triton, "tile", lambda *a: (16, 16, 4, 1))
+    monkeypatch.setattr(flash_triton, "STEP", 16)
     R, T, S, H, G = sizes
     widths = ((T, H, 12), (S, G, 12), (S, G, 20))
     qkv = [randn(R, n, h, w, seed=i).to(dtype) for i, (n, h, w) in enumerate(widths)]
@@ -312,6 +315,43 @@ def test_triton(
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):
         error = (a - b).square().mean().sqrt() / (b.square().mean().sqrt() + 1e-2)
         assert error < {torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype], (i, error)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+def test_triton_visits_tiles_of_its_own_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hidden tile that is visited makes NaN of what it hides; the work is the sum of squares."""
+    pytest.importorskip("triton")
+    from triton_oracle import interpreted
+
+    from mm.kernels.attention import flash_triton
+
+    monkeypatch.setattr(flash_triton, "tile", lambda *a: (16, 16, 4, 1))
+    monkeypatch.setattr(flash_triton, "STEP", 16)
+    number = torch.tensor([3] * 32 + [1] * 32 + [7] * 48 + [0] * 16)[None]  # in no order
+    own = (number[0] == 3) | (number[0] == 7)
+    mask = MaskSpec(causal=True, document_RT=number, document_RS=number)
+    q, k, v = (randn(1, 128, 2, 8, seed=i).detach().float() for i in range(3))
+
+    def run(*qkv: Tensor) -> list[Tensor]:
+        args = [x.clone().requires_grad_() for x in qkv]
+        with interpreted(), attention.using("triton"):
+            y = attention(*args, mask)
+            weight = torch.where(own[:, None, None], y.detach(), 0.0)
+            return [x[:, own] for x in (y, *torch.autograd.grad(y, args, weight))]
+
+    other = ~own[:, None, None]
+    for a, b in zip(
+        run(*(x.masked_fill(other, math.nan) for x in (q, k, v))), run(q, k, v), strict=True
+    ):
+        assert a.isfinite().all() and torch.equal(a, b)
+    call = flash_triton._Call(q, k, v, mask, ScoreSpec())
+    for by_keys in (False, True):
+        with interpreted():
+            ranges = call.find_ranges(by_keys, 16, 8)
+        assert ranges is not None
+        low, high = ranges[0].unbind(-1)
+        visited = ((high - low // 16 * 16).clamp_min(0) / 16).ceil().sum()
+        assert visited == 3 + 3 + 6  # halves of the squares of 2, 2 and 3 tiles; causal: of 8, 36
 
 
 def test_triton_refuses_what_no_tile_fits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mm.kernels import compiler
+from mm.kernels import compiler, device
 from mm.kernels.attention import attention
 from mm.kernels.causal_conv import causal_conv
 from mm.kernels.cross_entropy import linear_cross_entropy
@@ -116,3 +117,20 @@ def test_every_op_documents_its_shapes() -> None:
             and "Returns:" in (op.__doc__ or "")
             and "`(" in (op.__doc__ or "")
         )
+
+
+@pytest.mark.parametrize(
+    ("capability", "tiles"),
+    [(70, 80), (80, 80), (87, 80), (86, 86), (89, 86), (120, 86), (90, 90), (100, 100), (103, 100)],
+)
+def test_every_card_has_tiles(capability: int, tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tiles in device.CARDS and device.card_like(capability) == tiles
+    card = SimpleNamespace(major=capability // 10, minor=capability % 10)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    assert device.card() == tiles
+    refused = device.why_not()
+    if capability < 80:
+        assert refused == "needs compute capability 8.0 or newer: this card has 7.0"
+    else:
+        assert refused is None or refused == "triton is not installed"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from kernel_checks import randn
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 import mm.kernels.cross_entropy as cross_entropy
@@ -56,7 +57,7 @@ def test_settings(
     more: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cross_entropy, "chunk_classes", lambda places, n: min(n, classes))
+    monkeypatch.setattr(cross_entropy, "chunk_classes", lambda places, n, _: min(n, classes))
     expected = results("reference", sizes, torch.float64, more, **settings)
     for name in ("chunked", "cpp") if compiler.load(rows_cpp.SOURCE)[0] else ("chunked",):
         for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 3e-5)):
@@ -71,7 +72,7 @@ def test_cpp_in_bf16(classes: int, more: bool, monkeypatch: pytest.MonkeyPatch) 
     """Logits are read and gradients written in the dtype of the products; threads change no bit."""
     if reason := compiler.why_not(rows_cpp.SOURCE):
         pytest.skip(reason)
-    monkeypatch.setattr(cross_entropy, "chunk_classes", lambda places, n: min(n, classes))
+    monkeypatch.setattr(cross_entropy, "chunk_classes", lambda places, n, _: min(n, classes))
     monkeypatch.setattr(rows_cpp, "SERIAL", 0)
     sizes, dtype = (65, 16, 133), torch.bfloat16
     expected = results("reference", sizes, dtype, more, z_loss=0.1)
@@ -137,6 +138,31 @@ def test_memory_beyond_the_gradients_is_a_fraction_of_all_logits(
     assert used["chunked"] <= 0.15 * used["reference"], used
 
 
+def test_chunks_of_a_gpu_are_few_and_bounded() -> None:
+    of = cross_entropy.chunk_classes
+    for tokens in (1, 1000, 8192, 16384, 1 << 17):
+        for classes in (2, 50257, 128256, 256000):
+            step = of(tokens, classes, "cuda")
+            assert step == classes or (step >= 8192 * 3 // 4 and step % 128 == 0)
+            assert 4 * tokens * step <= max(512 << 20, 4 * tokens * 8192)
+            chunks = -(-classes // step)
+            assert chunks == 1 or chunks * step - classes < 128 * chunks  # of one size, nearly
+    assert [-(-128256 // of(8192, 128256, d)) for d in ("cpu", "cuda")] == [251, 8]
+    # the same as ever on the CPU, whose caches are smaller
+    assert [of(P, 49408) for P in (256, 340, 1024, 8192)] == [49408, 12336, 4096, 512]
+
+
+@pytest.mark.parametrize("kind, kept", [("cpu", 0), ("cuda", 8192 * 8192)])
+def test_the_device_decides_what_is_kept(kind: str, kept: int) -> None:
+    with FakeTensorMode():
+        h, w = (torch.empty(8192, 64, device=kind, dtype=torch.bfloat16) for _ in range(2))
+        target = torch.empty(8192, device=kind, dtype=torch.int64)
+        op = torch.ops.mm.linear_cross_entropy_triton
+        *_, logits = op(h, w, target, None, torch.bfloat16, 0.0, True)
+    assert logits.numel() == kept
+    assert logits.dtype == torch.bfloat16
+
+
 def test_the_head_pays_z_loss_in_training_only_and_caps_what_it_says() -> None:
     torch.manual_seed(0)
     plain = HEADS.get("softmax")().build(4, 7).double()
@@ -170,7 +196,7 @@ def test_triton(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> No
     from mm.kernels.cross_entropy import rows_triton
 
     monkeypatch.setattr(rows_triton, "BLOCK", 16)
-    monkeypatch.setattr(cross_entropy, "chunk_classes", lambda places, n: 32)
+    monkeypatch.setattr(cross_entropy, "chunk_classes", lambda places, n, _: 32)
     sizes = (6, 5, 77)
     with interpreted():
         expected = results("reference", sizes, torch.float64, True, **settings)

@@ -18,22 +18,26 @@ pytest.importorskip("triton")
 from triton_oracle import built, interpreted, recorded  # noqa: E402
 
 import mm.kernels.selective_scan as selective  # noqa: E402
+from mm.kernels import parts_triton as parts_gpu  # noqa: E402
 from mm.kernels.causal_conv import causal_conv  # noqa: E402
 from mm.kernels.causal_conv import conv_triton as conv_gpu  # noqa: E402
 from mm.kernels.complex_scan import complex_scan  # noqa: E402
 from mm.kernels.complex_scan import scan_triton as complex_gpu  # noqa: E402
 from mm.kernels.diagonal_ssm import diagonal_ssm  # noqa: E402
 from mm.kernels.diagonal_ssm import ssm_triton as ssm_gpu  # noqa: E402
-from mm.kernels.glu import glu  # noqa: E402
+from mm.kernels.glu import glu, glu_halves  # noqa: E402
 from mm.kernels.glu import glu_triton as glu_gpu  # noqa: E402
 from mm.kernels.linear_scan import linear_scan  # noqa: E402
 from mm.kernels.linear_scan import scan_triton as linear_gpu  # noqa: E402
 from mm.kernels.op import Op  # noqa: E402
 from mm.kernels.rg_lru import gates_triton as gates_gpu  # noqa: E402
 from mm.kernels.rg_lru import rg_lru_gates  # noqa: E402
+from mm.kernels.rms_norm import add_rms_norm, rms_norm  # noqa: E402
 from mm.kernels.rms_norm import norm_triton as norm_gpu  # noqa: E402
-from mm.kernels.rms_norm import rms_norm  # noqa: E402
+from mm.kernels.rotary import norm_rotary, rotary  # noqa: E402
+from mm.kernels.rotary import rotary_triton as rotary_gpu  # noqa: E402
 from mm.kernels.selective_scan import scan_triton as selective_gpu  # noqa: E402
+from mm.kernels.selective_scan import segments_triton as segments_gpu  # noqa: E402
 from mm.kernels.selective_scan import selective_scan  # noqa: E402
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -84,6 +88,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "TOKENS", 16)
     for module in (linear_gpu, complex_gpu, ssm_gpu, conv_gpu, selective_gpu, gates_gpu):
         monkeypatch.setattr(module, "CHANNELS", 16)
+    monkeypatch.setattr(parts_gpu, "PARTS", 2)
     monkeypatch.setattr(selective, "EVERY", 16)
     monkeypatch.setattr(gates_gpu, "TOKENS", 16)
     monkeypatch.setattr(glu_gpu, "BLOCK", 64)
@@ -156,6 +161,34 @@ def test_selective_scan(T: int, dtype: torch.dtype, small: None) -> None:
     compare(selective_scan, (u, dt, a, b, c, skip, resets(2, T), torch.randn(2, 3, 20)), dtype)
 
 
+def test_selective_scan_in_segments(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal to the reference where time is cut, the last segment and stretch shorter or not."""
+    T = 53
+    u, dt, b, c = torch.randn(2, T, 18), torch.rand(2, T, 18), *torch.randn(2, 2, T, 2)
+    a, skip, initial = -torch.rand(2, 18) * 4 - 0.1, torch.randn(18), torch.randn(2, 2, 18)
+    reset = resets(2, T)
+    reset[0, 32] = True  # a document begins with a segment
+    dt[1, ::9] = 1e4  # decays of exactly 0
+    for shortest, count, given in ((1, 4, (reset, initial)), (3, 2, (None, initial))):
+        monkeypatch.setattr(segments_gpu, "SHORTEST", shortest)
+        assert segments_gpu.plan(4, T, 16, selective_gpu.BACKWARD_PROGRAMS)[0] == count
+        compare(selective_scan, (u, dt / 9, a, b, c, skip, *given), torch.float32)
+
+
+def test_a_segment_forgets_what_is_infinite(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments_gpu, "SHORTEST", 1)
+    u, dt, reset = torch.ones(1, 64, 16), torch.ones(1, 64, 16), torch.zeros(1, 64).bool()
+    a, b, skip = -torch.ones(2, 16), torch.ones(1, 64, 2), torch.ones(16)
+    u[0, 3], reset[0, 9], found = torch.inf, True, []
+    for programs in (1, 4):
+        monkeypatch.setattr(selective_gpu, "FORWARD_PROGRAMS", programs)
+        with interpreted(), selective_scan.using("triton"):
+            y, last = selective_scan(u, dt, a, b, b, skip, reset)
+        assert y[0, 3:9].isinf().all() and y[0, 9:].isfinite().all() and last.isfinite().all()
+        found.append(y[0, 9:])
+    torch.testing.assert_close(*found)
+
+
 @lengths
 def test_causal_conv(T: int, dtype: torch.dtype, small: None) -> None:
     torch.manual_seed(T)
@@ -170,6 +203,8 @@ def test_causal_conv(T: int, dtype: torch.dtype, small: None) -> None:
 def test_glu(activation: str, dtype: torch.dtype, small: None) -> None:
     x = 3 * torch.randn(3, 5, 14)
     compare(glu, (x[..., :7], x[..., 7:], activation), dtype)
+    compare(glu_halves, (x, activation), dtype)
+    compare(glu_halves, (x[:, 1:, :6], activation), dtype)
 
 
 @dtypes
@@ -178,6 +213,71 @@ def test_rms_norm(D: int, dtype: torch.dtype, small: None) -> None:
     x = torch.randn(2, 5, 4, D)
     compare(rms_norm, (x, torch.randn(D)), dtype)
     compare(rms_norm, (x[:, :, 1:3],), dtype, eps=1e-2)
+
+
+@dtypes
+@pytest.mark.parametrize("D", [3, 100])
+def test_add_rms_norm(D: int, dtype: torch.dtype, small: None) -> None:
+    x, branch = torch.randn(2, 2, 9, D)
+    compare(add_rms_norm, (x, branch, torch.randn(D)), dtype)
+    compare(add_rms_norm, (x.transpose(0, 1), branch.transpose(0, 1)), dtype, eps=1e-2)
+
+
+@pytest.mark.parametrize("used", ["sum", "norm", "both"])
+@pytest.mark.parametrize(
+    "kinds",
+    [(torch.float32,) * 2, (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2],
+    ids=["fp32", "bf16 branch", "bf16"],
+)
+def test_a_sum_and_its_norm_are_those_of_two_ops(
+    kinds: tuple[torch.dtype, torch.dtype], used: str, small: None
+) -> None:
+    """Same dtypes, the sum bit for bit, no result less exact; one gradient if one dtype."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(5, 100).to(kind).requires_grad_() for kind in kinds]
+    leaves.append(torch.randn(100, requires_grad=True))
+    weights, found = torch.randn(2, 5, 100), []
+    for way in ("apart", "triton", "reference"):
+        given = [x.double() if way == "reference" else x for x in leaves]
+        with interpreted(), add_rms_norm.using(way):
+            outs = add_rms_norm(*given)
+        pairs = zip(outs, weights, ("sum", "norm"), strict=True)
+        losses = [(o * w).double().sum() for o, w, name in pairs if used in (name, "both")]
+        with interpreted():
+            grads = torch.autograd.grad(losses, given, materialize_grads=True)
+        found.append((*outs, *grads))
+    assert torch.equal(found[0][0], found[1][0])
+    for apart, got, exact in zip(*found, strict=True):
+        assert got.dtype == apart.dtype
+        with torch.no_grad():
+            errors = [float((x.double() - exact).norm()) for x in (got, apart)]
+            assert errors[0] <= 1.01 * errors[1] + 1e-6 * float(exact.norm())
+    assert (found[1][2] is found[1][3]) == (kinds[0] == kinds[1])
+
+
+@dtypes
+@pytest.mark.parametrize("P", [3, 4, 7])
+def test_rotary(P: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whole and of part of each head, also of heads of a wider tensor; normed before or not."""
+    monkeypatch.setattr(rotary_gpu, "ELEMENTS", 32)
+    x, angle = torch.randn(2, 5, 4, 14, requires_grad=True), 9 * torch.randn(2, 5, 1, P)
+    table = torch.stack((angle.cos(), angle.sin()))
+    scale = torch.randn(14, requires_grad=True)
+    for normed in (False, True):
+        op, leaves = (norm_rotary, (x, scale)) if normed else (rotary, (x,))
+        for given in (x, x[:, :, 1:3], x.transpose(1, 2).contiguous().transpose(1, 2)):
+            results = []
+            for name, kind in (("reference", torch.float64), ("triton", dtype)):
+                rest = (scale.to(kind), table, 1e-2) if normed else (table,)
+                with interpreted(), op.using(name):
+                    y = op(given.to(dtype).to(kind), *rest)
+                    weights = torch.arange(y.numel()).sin().view(y.shape)
+                    total = (y.double() * weights).sum()
+                    results.append((y, *torch.autograd.grad(total, leaves)))
+            assert results[1][0].dtype == dtype
+            for wide, narrow in zip(*results, strict=True):
+                error = (narrow.double() - wide).norm() / wide.norm()
+                assert error < (1e-6 if dtype == torch.float32 else 5e-3)
 
 
 @dtypes
@@ -219,8 +319,20 @@ def _calls(dtype: torch.dtype) -> dict[str, tuple[Callable, tuple[Any, ...]]]:
         "causal_conv": (causal_conv, (x, full(4, 1024), full(1024), document)),
         "silu": (glu, (x, x)),
         "gelu": (glu, (x, x, "gelu_tanh")),
+        "silu_halves": (glu_halves, (x,)),
         "rms_norm": (rms_norm, (x, full(1024))),
         "rms_norm_heads": (rms_norm, (wide(2, 2048, 8, 128), full(128))),
+        "rotary": (rotary, (wide(2, 2048, 8, 128), torch.empty(2, 2, 2048, 1, 64))),
+        "rotary_part": (rotary, (wide(2, 2048, 8, 96), torch.empty(2, 2, 2048, 1, 20))),
+        "norm_rotary": (
+            norm_rotary,
+            (wide(2, 2048, 8, 128), full(128), torch.empty(2, 2, 2048, 1, 64)),
+        ),
+        "norm_rotary_part": (
+            norm_rotary,
+            (wide(2, 2048, 8, 256), full(256), torch.empty(2, 2, 2048, 1, 32)),
+        ),
+        "add_rms_norm": (add_rms_norm, (x, x, full(1024))),
         "rms_norm_wide": (rms_norm, (wide(2, 64, 8192), full(8192))),
         "rg_lru_gates": (
             rg_lru_gates,
@@ -233,7 +345,13 @@ def build(name: str, dtype: torch.dtype) -> None:
     op, arguments = _calls(dtype)[name]
     with getattr(op, "func", op).using("triton"):
         found = launches(lambda: op(*arguments))
-    assert found == ["_forward"] * (len(found) - 1) + ["_backward"]
+    if op is rotary:  # its gradient is the rotation back
+        assert found == ["_rotate"] * 2
+    else:
+        sums = found.count("_sum_parts")
+        kernels = [x for x in found if x not in ("_ends", "_sum_parts")]
+        assert kernels == ["_forward"] * (len(kernels) - 1) + ["_backward"]
+        assert found[len(found) - sums :] == ["_sum_parts"] * sums
 
 
 def test_a_kernel_is_built_for_hopper() -> None:

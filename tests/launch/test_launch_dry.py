@@ -122,7 +122,7 @@ def test_a_prediction_is_of_the_machines_of_the_plan(
     assert predict.shape(launcher, plan) == asked
     words = predict.command(JOB, launcher, plan, 1)
     assert words[3:6] == ["plan", "run.yaml", "seed=1"] and words[6:8] == ["--gpu", "h100"]
-    assert words[-5:] == ["--stage", "1", "--no-longest", "--json", "-"]
+    assert words[-7:] == ["--stage", "1", "--no-longest", "--launches", "no", "--json", "-"]
 
 
 def test_machines_that_are_not_alike_are_counted_by_process() -> None:

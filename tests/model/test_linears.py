@@ -224,3 +224,23 @@ def test_nf4_by_hand(double: bool) -> None:
     bits = 8 * sum(b.numel() for b in odd.buffers()) / weight.numel()
     assert bits < (4.14 if double else 4.51)
     assert torch.equal(odd.bfloat16().matrix(), odd.float().matrix()), "scales are bytes"
+
+
+def test_a_step_keeps_the_four_bits_of_nf4_and_no_matrix() -> None:
+    part = Nf4Config(double=True).build(256, 128)
+    init_weights(part)
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def note(t: torch.Tensor) -> torch.Tensor:
+        kept[t.data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        y = part(x)
+    assert sum(kept.values()) < 0.52 * 256 * 128  # bytes
+    wanted = torch.nn.functional.linear(x, part.matrix())
+    assert torch.equal(y, wanted)
+    out = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    (one,), (two,) = (torch.autograd.grad(z, x, out) for z in (y, wanted))
+    torch.testing.assert_close(one, two)

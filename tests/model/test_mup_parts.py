@@ -69,7 +69,8 @@ def said(plug: str, part: Any, width: int, seed: int) -> Tensor:
         first = part.vocabulary.range("audio").first
         more["known"] = first + torch.tensor([[1, 9]] * PLACES)
     dist = part(hidden, ctx, torch.arange(PLACES), **more).dist
-    found = [x for x in vars(dist).values() if isinstance(x, Tensor) and x.is_floating_point()]
+    held = dist if isinstance(dist, tuple) else vars(dist).values()
+    found = [x for x in held if isinstance(x, Tensor) and x.is_floating_point()]
     every = torch.cat([x.flatten() for x in found])
     return every[every.isfinite()]
 

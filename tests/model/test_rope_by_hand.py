@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections import Counter
 
 import pytest
 import torch
 
+from mm.kernels.attention import attention as attention_op
+from mm.kernels.op import Op
 from mm.layout import Layout
-from mm.registry import POSITIONS
+from mm.mask import Causal
+from mm.model.context import Ctx
+from mm.model.positions.rope import Rope
+from mm.plan.fake_cuda import CUDA, fake_cuda, grad
+from mm.registry import MIXERS, POSITIONS
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5, 0.25])
@@ -75,3 +83,46 @@ def test_rules_that_depend_on_the_length_hold_within_the_first_one() -> None:
             bounded.prepare(Layout.plain(1, 7).fields)
     with pytest.raises(ValueError, match="need 4 factors each"):
         kind(theta=theta, scaling={**scaling, "short": [1.0]}).build(dim)
+
+
+@pytest.mark.parametrize("qk_norm", [True, "zero_centred", "heads"])
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_a_layer_with_the_kernels_of_a_gpu_is_that_of_the_cpu(
+    qk_norm: bool | str, fraction: float
+) -> None:
+    """Queries and keys normed and rotated at once: outputs and all gradients."""
+    pytest.importorskip("triton")
+    from triton_oracle import interpreted
+
+    torch.manual_seed(0)
+    position = {"kind": "rope", "fraction": fraction}
+    layer = MIXERS.get("attention")(heads=2, kv_heads=1, qk_norm=qk_norm, position=position)
+    layer = layer.build(16)
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    found, used = [], Counter[str]()
+    for where in (contextlib.nullcontext(), interpreted()):
+        used.clear()
+        Op.observer = lambda op, *_: used.update([op.name])
+        try:
+            with where, attention_op.using("reference"):
+                y = layer(x, Ctx(Layout.plain(2, 5), Causal())).y
+                found.append((y, *torch.autograd.grad(y.sin().sum(), [x, *layer.parameters()])))
+        finally:
+            Op.observer = None
+    assert used["norm_rotary" if qk_norm != "heads" else "rotary"] == 2
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_rotation_is_one_launch_on_a_gpu_and_one_back() -> None:
+    with fake_cuda() as reads:
+        qkv = torch.empty(2, 8, 12, 16, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+        table = torch.empty(2, 2, 8, 1, 6, device=CUDA)
+        reads.kernels.clear()
+        y = Rope(16, 1e4, rotated=12).apply(qkv[:, :, 4:8], table)
+        assert reads.kernels == {"mm::rotary_triton": 1}
+        grad(y, qkv)
+    assert reads.kernels["mm::rotary_triton_backward"] == 1
+    assert not {"aten::cat", "aten::mul.Tensor"} & reads.kernels.keys()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mm.cli.main import run as mm
+from mm.trainer.data_sheets import like
 
 CONFIG = "configs/quickstart/hybrid.yaml"
 SMALL = ["model.backbone.depth=3", "callbacks=[]", "stages.0.data.batch_size=16"]
@@ -15,8 +16,28 @@ ASSUMED = ["--document", "60", "--ids", "500"]
 
 
 def _json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, object]:
-    assert mm(["plan", CONFIG, *SMALL, *ASSUMED, "--json", "-", *words]) == 0
+    given = ["--launches", "no", "--json", "-", *words]
+    assert mm(["plan", CONFIG, *SMALL, *ASSUMED, *given]) == 0
     return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100pcie"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L40", "l40"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("Tesla V100-SXM2-16GB", None),
+    ],
+)
+def test_a_driver_s_name_is_one_of_the_data_sheets(name: str, known: str | None) -> None:
+    found = like(name)
+    assert (found and found.name) == known
 
 
 def test_the_json_is_flat_and_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,6 +69,7 @@ def test_a_proposal_is_words_that_the_config_takes(
     assert mm(words) == 0
     text = capsys.readouterr().out
     assert "predicted, not measured" in text and "known error of memory" in text
+    assert "launches a layer, rg_lru + swiglu: " in text
     assert all(len(line) <= 80 for line in text.splitlines() if line[:1] in "┏┃┡│└")
     overrides = json.loads(file.read_text())["fit.overrides"]
     assert any(word.startswith("engine.zero_stage=") for word in overrides)

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mm.kernels
+from mm.kernels.attention import attention
 from mm.kernels.attention.spec import MaskSpec
+from mm.layout import Doc, Layout
+from mm.mask import Causal, Window
+from mm.model.length_buckets import LengthBuckets
 from mm.plan import flops
+from mm.plan.fake_cuda import CUDA, fake_cuda
 from mm.plan.inputs import documents
 from mm.plan.trace import fake_mode, trace_step
 from mm.registry import BACKBONES, NETWORKS
@@ -112,3 +119,39 @@ def test_any_mixer_is_traced(name: str) -> None:
     mixers = set(forward) - {"blocks", "head", "embedder", "swiglu", "other"}
     assert mixers and all(forward[m] > 0 and backward[m] > 0 for m in mixers)
     assert all(trace.saved[m] > 0 for m in mixers)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_packed_rows_count_alike_whichever_kernel_takes_them(window: int | None) -> None:
+    """Forward and backward; where documents begin is a value, which a plan does not know."""
+    counted = {}
+    for name, kind in (("varlen", torch.bfloat16), ("triton", torch.float32)):
+        with fake_cuda():
+            layout = Layout.from_rows([[Doc(300), Doc(212)], [Doc(512)]], 512).to(CUDA)
+            mask = Causal() if window is None else Window(window)
+            (group,) = LengthBuckets.of(layout, mask, flat=True).groups
+            q, k, v = (torch.empty(2, 512, n, 64, dtype=kind, device=CUDA) for n in (4, 2, 2))
+            given = [x.requires_grad_() for x in (q, k, v)]
+            assert attention.pick(*given, group.mask) == name
+            total: list[float] = []
+            with _Counted(total):
+                y = attention(*given, group.mask)
+                torch.autograd.grad(y.float().sum(), given)
+            counted[name] = sum(total)
+    assert counted["varlen"] == pytest.approx(counted["triton"], rel=1e-6)
+    seen = flops.pairs(512, 512, True, window)
+    assert counted["varlen"] == pytest.approx((1 + flops.TILES) * 4 * 2 * 4 * 64 * seen, rel=1e-6)
+
+
+class _Counted(TorchDispatchMode):
+    """Operations of attention alone."""
+
+    def __init__(self, into: list[float]) -> None:
+        super().__init__()
+        self.into = into
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if "attn" in func.name() or "attention" in func.name():
+            self.into.append(flops.flops_of(func, args, kwargs or {}, made) or 0.0)
+        return made

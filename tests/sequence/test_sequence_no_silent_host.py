@@ -46,7 +46,7 @@ def test_no_layer_asks_the_device(name: str, monkeypatch: pytest.MonkeyPatch) ->
             layer = VARIANTS[name]()
         x = torch.empty(*own.shape, D, device=CUDA, requires_grad=True)
         ids = torch.zeros(*own.shape, 1, dtype=torch.int32, device=CUDA)
-        ctx = Ctx(own.to(CUDA), mask_of(layer), ids, shard=shard.to(CUDA))
+        ctx = Ctx(own.to(CUDA), mask_of(layer), ids, shard=shard.map_tensors(lambda t: t.to(CUDA)))
         with torch.autocast("cuda", torch.bfloat16):
             y = layer(x, ctx).y
         backward(y.float().sum())

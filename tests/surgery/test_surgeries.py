@@ -25,6 +25,14 @@ ALONE = {"kind": "attention", "heads": 4, "head_dim": 4}
 MODELS: dict[str, dict[str, Any]] = {
     "attention": {"backbone": {"mixers": {"own": FULL}, "pattern": "own", "depth": 2}},
     "heads": {"backbone": {"mixers": {"own": ALONE}, "pattern": "own", "depth": 2}},
+    "three": {
+        "backbone": {
+            "mixers": {"own": ALONE},
+            "pattern": "own",
+            "depth": 3,
+            "ffns": {"own": {"kind": "mlp"}},
+        }
+    },
     "hybrid": {"backbone": {"pattern": "rg_lru local_attention", "depth": 4}},
     "mamba_moe": {"backbone": {"pattern": "mamba delta_rule", "ffn": "moe"}},
     "parallel": {"backbone": {"block": "parallel", "ffn": "mlp"}},
@@ -146,12 +154,28 @@ def test_a_linear_attention_takes_the_attentions_projections() -> None:
     assert torch.equal(v[1::2], old[6:])
 
 
+def test_some_layers_alone_are_linearized() -> None:
+    before = model("three")
+    after = SURGERIES.parse({"kind": "linearize", "layers": [0, 2]}).apply(before, VOCABULARY)
+    stack = after.config.backbone
+    assert stack.words() == ["linear_own", "own", "linear_own"]
+    assert stack.mixer("linear_own").kind == "linear_attention"
+    assert stack.ffns["linear_own"] == stack.ffns["own"] and stack.ffns["own"].kind == "mlp"
+    layer = lambda it, i: {
+        n: t for n, t in it.tensors.items() if n.startswith(f"backbone.layers.{i}.mixer.")
+    }
+    assert [layer(before, i).keys() == layer(after, i).keys() for i in range(3)] == [0, 1, 0]
+    assert all(torch.equal(t, layer(after, 1)[n]) for n, t in layer(before, 1).items())
+    assert torch.isfinite(outputs(after)).all()
+
+
 @pytest.mark.parametrize(
     "kind, settings, name, why",
     [
         ("keep_layers", {"layers": [2]}, "attention", "layers 0 to 1"),
         ("keep_layers", {"layers": [1, 0]}, "attention", "no rising numbers"),
         ("linearize", {}, "mamba_moe", "no `attention` layer"),
+        ("linearize", {"layers": [0, 5]}, "heads", r"\[0, 5\] only \[0, 1\] are `attention`"),
         ("pool_heads", {"kv_heads": 3}, "heads", "do not make 3 groups"),
         ("merge_lora", {}, "heads", "neither adapters nor nf4"),
         ("slice_nested", {}, "heads", "no `nested` feed-forward"),

@@ -225,7 +225,7 @@ def test_losses_of_the_kept_batch_are_compared_after_tensors_were_cut_anew(
     state = {"probe": kept, "step": 4, "world": 2, "config": {"engine": {"zero_stage": 1}}}
     snapshot: Any = SimpleNamespace(state=state, origin="x", tensors=lambda file: {})
     stage: Any = SimpleNamespace(env=SimpleNamespace(precision="fp32", device=None))
-    monkeypatch.setattr(resume_check, "on_main", lambda work, device, origin: work())
+    monkeypatch.setattr(resume_check, "on_main", lambda work, device: work())
     asked: list[int] = []
     found = {"x": 2.0}
     monkeypatch.setattr(resume_check, "losses", lambda *a: asked.append(a[1]) or found)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from start_toys import packed, values
 from torch.distributions import Categorical, kl_divergence
-from trainer_runs import rows
+from trainer_runs import losses, rows, torchrun
 
 from mm.errors import UserError
 from mm.objectives.distil import divergence
@@ -106,3 +106,15 @@ def test_a_teacher_of_another_vocabulary_is_refused(root: Path, tmp_path: Path) 
     made |= {"vocabulary": str(tmp_path / "tokens" / "vocabulary.json"), "tokenizers": {}}
     with pytest.raises(UserError, match=r"stages\.0\.objective\.teacher: .* is not that of"):
         train(Run.model_validate(made))
+
+
+@pytest.mark.slow
+def test_stage_3_of_two_processes_gives_the_losses_of_stage_1(root: Path, tmp_path: Path) -> None:
+    """Losses made of a head's distribution: its weights are there for the backward."""
+    runs = []
+    for stage in (1, 3):
+        made = distilled(root, tmp_path, f"stage-{stage}", steps=4, hidden={"hidden": "hidden"})
+        engine = {"zero_stage": stage, "precision": "fp32"}
+        runs.append(Run.model_validate(made.to_dict() | {"engine": engine}))
+    torchrun(2, runs)
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-5)

@@ -56,7 +56,12 @@ def second_of_two(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def convert(parameters: Iterable[nn.Parameter]) -> None:
         cut.extend(f"more {p.numel()}" for p in parameters)
 
-    def init(module: nn.ParameterList, config_dict_or_path: Any, dtype: torch.dtype) -> None:
+    def init(
+        module: nn.ParameterList,
+        config_dict_or_path: Any,
+        dtype: torch.dtype,
+        zero_param_parallel_group: Any,
+    ) -> None:
         assert config_dict_or_path["zero_optimization"]["stage"] == 3
         cut.extend(f"first {p.numel()} {dtype}" for p in module)
         module[0].convert_to_zero_parameters = convert  # type: ignore[attr-defined]

@@ -252,7 +252,9 @@ def test_the_heartbeat_says_phase_step_and_keys(tmp_path: Path) -> None:
     assert last["phase"] == "end"
 
 
-def test_the_verdict_names_the_rank_that_holds_the_job_up(tmp_path: Path) -> None:
+def test_the_verdict_names_the_rank_that_holds_the_job_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hearts = [heartbeat.Heartbeat(tmp_path, rank, 0) for rank in range(3)]
     hearts[0].phase("step", 5, ["a"])
     hearts[1].phase("data", 5, ["b", "c"])
@@ -260,6 +262,11 @@ def test_the_verdict_names_the_rank_that_holds_the_job_up(tmp_path: Path) -> Non
     told = heartbeat.verdict(tmp_path)
     assert told.startswith("rank 1 (") and "phase 'data' of step 5, samples b, c" in told
     assert "others: 0 in 'step', 2 in 'step'" in told
+    hearts[1].phase("step", 5)  # all may wait for one: the last to begin a collective does not
+    for heart, begun in zip(hearts, (7, 7, 6), strict=True):
+        monkeypatch.setattr(heartbeat, "begun_collectives", lambda n=begun: n)
+        heart._count()
+    assert heartbeat.verdict(tmp_path).startswith("rank 2 (")
     beat = json.loads((tmp_path / "rank_0002.json").read_text())
     (tmp_path / "rank_0002.json").write_text(json.dumps(beat | {"pid": 2**22 + 1}))
     assert "rank 2 (process 4194305" in (told := heartbeat.verdict(tmp_path)) and "is dead" in told

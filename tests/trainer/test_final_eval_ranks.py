@@ -9,12 +9,9 @@ import sys
 
 import pytest
 import start_toys
-from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
-from mm.errors import UserError
-from mm.launch.environment import Ranks, free_port
+from mm.launch.environment import free_port
 from mm.run import Run
-from mm.trainer.engine.process_group import local_device, require_own_devices, tell_all
 from mm.trainer.loop import train
 
 PROGRAM = """
@@ -104,26 +101,3 @@ def test_a_task_that_fails_on_one_rank_ends_all(trained: Run) -> None:
     main, other = by_two(trained, "broken", BREAK="both")
     assert "this task is broken" in main["found"]
     assert isinstance(other["found"], str)
-
-
-# ---- one device a local rank ----
-
-
-def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert local_device(Ranks(5, 8, 1, 4), 4) == 1
-    with pytest.raises(UserError, match="sees 2 GPUs.*--nproc-per-node 2"):
-        local_device(Ranks(2, 4, 2, 4), 2)
-    with pytest.raises(UserError, match="sees 1 GPUs"):
-        local_device(Ranks(1, 2, 1, 2), 1)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")  # the launcher shows each process its own
-    assert local_device(Ranks(3, 4, 3, 4), 1) == 0
-
-
-def test_two_ranks_on_one_gpu_are_refused() -> None:
-    require_own_devices(["a 1", "a 2", "b 1"])
-    with pytest.raises(UserError, match="ranks 0 and 2 share the GPU a 1"):
-        require_own_devices(["a 1", "a 2", "a 1"])
-    store = HashStore()
-    store.set("mm/device/1", "b 1")
-    assert tell_all(store, 0, 2, "a 1") == ["a 1", "b 1"]

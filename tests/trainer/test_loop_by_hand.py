@@ -40,7 +40,6 @@ def test_a_run_is_described_before_its_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And its callbacks are in order: figures before the lines that have them."""
-    monkeypatch.setattr(loop.dist, "barrier", lambda: None)
     monkeypatch.setattr(loop.folder, "_commit", lambda: None)
     trainer = Trainer(make_run(tmp_path))
     trainer.device, trainer.env = CPU, SimpleNamespace(precision="fp32")  # type: ignore[assignment]
@@ -72,8 +71,8 @@ class Stages(Trainer):
         self._build(loop.start.first_stage([2, 4, 6], step), None)
 
     def _build(self, index: int, snapshot: Snapshot | None) -> None:
-        stream = SimpleNamespace(close=lambda: self.done.append(f"close {index}"))
-        self.state.stage = SimpleNamespace(index=index, stream=stream, nets=["model"])
+        close = lambda: self.done.append(f"close {index}")
+        self.state.stage = SimpleNamespace(index=index, close=close, nets=["model"])
 
     def _enter(self, index: int, snapshot: Snapshot | None) -> None:
         assert snapshot is not None

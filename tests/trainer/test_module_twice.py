@@ -6,63 +6,45 @@ DeepSpeed #8224: wrong ones at stage 2 in bf16 with several processes, without a
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from trainer_runs import HERE, make_run
+from trainer_runs import differences, make_run, verify_child
 from trainer_toys import toys_registered  # noqa: F401
 
-from mm.launch import environment
 from mm.verify import verify as judge
 
-SETTINGS = [(s, p) for s in range(4) for p in ("fp32", "autocast_bf16", "bf16")]
-
-
-def start(role: str, roots: list[Path], processes: int) -> None:
-    torchrun = ["torch.distributed.run", f"--nproc_per_node={processes}", "--master_addr=127.0.0.1"]
-    torchrun += [f"--master_port={environment.free_port()}", "-m"]
-    words = [sys.executable, "-m", *(torchrun if processes > 1 else [])]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
-    done = subprocess.run(
-        [*words, "mm.verify.child", role, *map(str, roots)], env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+OVERLAP = {"communication": {"overlap_comm": True, "bucket_size": 300}}
+SETTINGS = [
+    (stage, precision, name, engine)
+    for stage in range(4)
+    for precision in ("fp32", "autocast_bf16", "bf16")
+    for name, engine in (("plain", {}), ("overlap", OVERLAP))
+]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_gradients_of_a_module_that_runs_three_times(tmp_path: Path) -> None:
-    """Two micro-batches in each of two processes, two steps."""
+    """Two micro-batches in each of two processes, two steps; messages of some parameters, too."""
     roots = []
-    for stage, precision in SETTINGS:
-        root = tmp_path / f"{stage}-{precision}"
+    for stage, precision, name, engine in SETTINGS:
+        root = tmp_path / f"{stage}-{precision}-{name}"
         (root / "tensors").mkdir(parents=True)
-        change = {"engine": {"precision": precision}, "data": {"micro": 2}}
+        change = {"engine": {"precision": precision, **engine}, "data": {"micro": 2}}
         run = make_run(root, "setting", steps=2, stage=stage, **change)
         values: dict[str, Any] = run.model_dump(mode="json") | {
             "imports": ["trainer_toys", "verify_faults"]
         }
         values["model"]["kind"] = "twice_lm"
         (root / "setting.yaml").write_text(json.dumps(values))
-        plain = run.model_dump(mode="json")["engine"] | {"zero_stage": 0, "precision": "fp32"}
+        plain = judge.as_reference(run).model_dump(mode="json")["engine"]
         (root / "reference.yaml").write_text(
             json.dumps(values | {"engine": plain, "name": "reference"})
         )
         (root / "job.json").write_text(json.dumps({"steps": 2, "config": root.name}))
         roots.append(root)
-    start("setting", roots, 2)
-    start("reference", roots, 1)
-    wrong = {}
-    for root in roots:
-        told = [
-            json.loads((root / f"{r}.json").read_text())["steps"] for r in ("setting", "reference")
-        ]
-        pairs = [(n, told[0][n], told[1][n]) for n in told[0]]
-        for check in (judge._data(pairs), judge._losses(pairs), judge._worst("gradients", pairs)):
-            if not check.agrees:
-                wrong.setdefault(root.name, []).append(check)
-    assert not wrong
+    verify_child("setting", roots, 2)
+    verify_child("reference", roots, 1)
+    assert not {root.name: found for root in roots if (found := differences(root, updates=False))}

@@ -59,7 +59,7 @@ def test_losses_of_a_step_are_those_of_all_ranks(monkeypatch: pytest.MonkeyPatch
     )
     backward: list[float] = []
     engine = SimpleNamespace(
-        backward=lambda loss: backward.append(float(loss.detach())),
+        backward=lambda loss, last: backward.append(float(loss.detach())),
         reduce=lambda: None,
         set_lr=lambda factor: factor,
         step=lambda norm: (True, 1.0),

@@ -30,7 +30,7 @@ from mm.model.layer import (
     name_layers,
     zero_gradient_touch,
 )
-from mm.model.length_buckets import document_groups
+from mm.model.length_buckets import document_groups, stays_flat
 from mm.model.linears.dense import dense
 from mm.model.norm import Kind, norm
 from mm.registry import BACKBONES, MIXERS, BlockField, FfnField, MixerField
@@ -86,6 +86,10 @@ class Stack(Backbone):
                 self.providers[name] = make(len(readers[name]))
         name_layers(self)
 
+    @functools.cached_property
+    def _takes_apart(self) -> bool:
+        return any(getattr(m, "documents_apart", False) for m in self.layers.modules())
+
     def _layer(self, i: int) -> Block:
         return cast(Block, self.layers[i])
 
@@ -122,7 +126,8 @@ class Stack(Backbone):
         made = {name: provider(ctx) for name, provider in self.providers.items()}
         ctx = replace(ctx, provided={**outer, **made})
         if any(layer._compiled_call_impl is not None for layer in self.layers):
-            document_groups(ctx)
+            if self._takes_apart or not stays_flat(ctx.layout):
+                document_groups(ctx)
             self.prefetch(ctx, state is not None)
         x, aux, intermediates = x_BTD, {}, {}
         if (

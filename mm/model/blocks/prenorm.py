@@ -14,7 +14,7 @@ from mm.config import Config
 from mm.model.context import Ctx
 from mm.model.layer import Block, Caps, FeedForward, Mixer, Out
 from mm.model.noise import dropout
-from mm.model.norm import Kind, norm
+from mm.model.norm import Kind, add_norm, norm
 from mm.registry import BLOCKS
 from mm.state import State, join_parts, parts_of
 
@@ -48,11 +48,11 @@ class PreNorm(Block):
         read = x_BTD if self.mixer_norm is None else self.mixer_norm(x_BTD)
         mixed = self.mixer(read, ctx, mixer_state)
         y = mixed.y if self.mixer_post_norm is None else self.mixer_post_norm(mixed.y)
-        x = (read if self.normed_residual else x_BTD) + self.scale_branch(y, ctx, "mixer")
+        x = read if self.normed_residual else x_BTD
+        x, read = add_norm(self.ffn_norm, x, self.scale_branch(y, ctx, "mixer"))
         ctx_after = mixed.ctx or ctx
         aux = dict(mixed.aux)
         if self.ffn is not None:
-            read = x if self.ffn_norm is None else self.ffn_norm(x)
             fed = self.ffn(read, ctx_after, ffn_state)
             y = fed.y if self.ffn_post_norm is None else self.ffn_post_norm(fed.y)
             x = (read if self.normed_residual else x) + self.scale_branch(y, ctx, "ffn")

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from mm.kernels.glu import glu
+from mm.kernels import device
+from mm.kernels.glu import glu, glu_halves
 from mm.model.context import Ctx
 from mm.model.layer import Caps, FeedForward, LinearFactory, Out
 from mm.model.layer_config import LayerConfig
@@ -35,6 +36,14 @@ def gated_product(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     if activation == "silu" or activation == "gelu_tanh":
         return glu(gate, up, activation)  # type: ignore[return-value]  the decorator has no types
     return ACTIVATIONS[activation](gate) * up
+
+
+def gated_halves(x: Tensor, activation: Activation) -> Tensor:
+    """`gated_product` of the halves of `(..., 2 F)`; a GPU writes their gradient as one tensor."""
+    if x.device.type == device.KIND and (activation == "silu" or activation == "gelu_tanh"):
+        return glu_halves(x, activation)  # type: ignore[return-value]
+    gate, up = x.chunk(2, dim=-1)
+    return gated_product(gate, up, activation)
 
 
 class MLP(FeedForward):
@@ -63,8 +72,7 @@ class MLP(FeedForward):
     def hidden_units(self, x_BTD: Tensor, ctx: Ctx) -> Tensor:
         """`(B, T, F)` that the last matrix reads."""
         if self.gated:
-            gate, up = self.gate_up(x_BTD, ctx).chunk(2, dim=-1)
-            return gated_product(gate, up, self.activation)
+            return gated_halves(self.gate_up(x_BTD, ctx), self.activation)
         return ACTIVATIONS[self.activation](self.up(x_BTD, ctx))
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:

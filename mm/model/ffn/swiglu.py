@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from mm.kernels.glu import glu
 from mm.model.context import Ctx
+from mm.model.ffn.mlp import Activation, gated_halves
 from mm.model.layer import Caps, FeedForward, LinearFactory, Out
 from mm.model.layer_config import LayerConfig
 from mm.registry import FFNS
@@ -28,14 +28,14 @@ class SwiGLU(FeedForward):
 
     def __init__(self, d_model: int, config: SwiGLUConfig, linear: LinearFactory):
         super().__init__()
-        self.activation = config.activation
+        self.activation: Activation = config.activation
         d_hidden = config.width(d_model)
         self.gate_up = linear(d_model, 2 * d_hidden, "gate_up")
         self.out = linear(d_hidden, d_model, "out")
 
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
-        gate, up = self.gate_up(x_BTD, ctx).chunk(2, dim=-1)
-        return Out(self.out(glu(gate, up, self.activation), ctx))
+        hidden = gated_halves(self.gate_up(x_BTD, ctx), self.activation)
+        return Out(self.out(hidden, ctx))
 
 
 @FFNS.register("swiglu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,10 @@ from mm.registry import HEADS
 from mm.state import State
 
 
-class Bernoulli:
+class Bernoulli(NamedTuple):
     """Parameter-free distribution over 0 and 1. ``logit`` `(P,)` float32, of 1."""
 
-    def __init__(self, logit: Tensor):
-        self.logit = logit
+    logit: Tensor
 
     @property
     def logits(self) -> Tensor:

@@ -5,7 +5,7 @@ P documents, F frames of the longest, L ids of the longest label, D model, N ids
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -23,7 +23,7 @@ BLANK = PAD  # no label holds it
 NEVER = -1e30  # log-probability of what cannot be: an infinite one has no gradient
 
 
-class Alignments:
+class Alignments(NamedTuple):
     """Parameter-free distribution over id sequences, ``-1`` past the end of each.
 
     Args:
@@ -31,10 +31,12 @@ class Alignments:
         length: `(P,)` frames of each document.
     """
 
-    logits: Tensor | None = None  # of whole sequences there are too many
+    log_probs: Tensor
+    length: Tensor
 
-    def __init__(self, log_probs: Tensor, length: Tensor):
-        self.log_probs, self.length = log_probs, length
+    @property
+    def logits(self) -> None:
+        """Of whole sequences there are too many."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         """`(P,)` log-probability of ids `(P, L)`, over all alignments; -inf: of too few frames."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -30,16 +30,17 @@ def pool(h_BTD: Tensor, ctx: Ctx, places_P: Tensor, how: Pool) -> Tensor:
     return (total / count.clamp_min(1)[:, None])[document[places]]
 
 
-class Vectors:
+class Vectors(NamedTuple):
     """What the head says: `(P, E)` vectors whose products are the logits of pairs.
 
     Their length is the root of the scale, so that it is learned with them.
     """
 
-    logits: Tensor | None = None
+    mean: Tensor  # (P, E)
 
-    def __init__(self, mean: Tensor):
-        self.mean = mean  # (P, E)
+    @property
+    def logits(self) -> None:
+        """There are none of a vector alone."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Logits of pairs with other vectors `(P, E)`, which are no probabilities of one."""

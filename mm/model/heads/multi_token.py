@@ -5,7 +5,7 @@ P places, D model, N ids, K heads besides the first.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -22,12 +22,14 @@ from mm.state import State
 DRAFTS = "drafts"  # the intermediate that asks for them
 
 
-class Drafts(Categorical):
-    """The next token, and ``drafts`` `(P, K, N)`: logits of the ones after it."""
+class Drafts(NamedTuple):
+    """The distribution, and logits `(P, K, N)` of the tokens after it."""
 
-    def __init__(self, logits: Tensor, drafts: Tensor):
-        super().__init__(logits)
-        self.drafts = drafts
+    logits: Tensor
+    drafts: Tensor
+
+    log_prob = Categorical.log_prob
+    sample = Categorical.sample
 
 
 class MultiToken(Softmax):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -16,11 +16,14 @@ from mm.registry import HEADS
 from mm.state import State
 
 
-class Categorical:
-    """Parameter-free distribution over ids. ``logits`` `(P, N)` float32."""
+class Categorical(NamedTuple):
+    """Parameter-free distribution over ids. ``logits`` `(P, N)` float32.
 
-    def __init__(self, logits: Tensor):
-        self.logits = logits
+    A tuple, as all that layers return: ZeRO stage 3 finds the tensors in it, and gathers the
+    weights for their backward.
+    """
+
+    logits: Tensor
 
     def log_prob(self, value: Tensor) -> Tensor:
         """`(P,)` log-probability of ids `(P,)`."""

@@ -6,7 +6,7 @@ N elements of a matrix, K blocks of 64, L blocks of 256 blocks.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -81,19 +81,55 @@ class Nf4(Linear):
 
     def matrix(self) -> Tensor:
         """`(d_out, d_in)` float32."""
-        if self.outer is None:
-            largest = self.scales.view(torch.float32)
-        else:
-            *outer, mean = self.outer.view(torch.float32).split([len(self.outer) // 4 - 1, 1])
-            eight = self.scales.view(torch.float8_e4m3fn).float()
-            largest = eight * outer[0].repeat_interleave(OUTER)[: len(eight)] + mean
-        levels = torch.tensor(LEVELS, device=self.codes.device)
-        pairs = torch.stack((self.codes >> 4, self.codes & 15), 1).flatten().long()
-        flat = (levels[pairs].view(-1, BLOCK) * largest[:, None]).flatten()
-        return flat[: self.shape[0] * self.shape[1]].view(self.shape)
+        return dequantize(self.codes, self.scales, self.outer, self.shape)
 
     def forward(self, x: Tensor, ctx: Ctx | None = None) -> Tensor:
-        return F.linear(x, self.matrix().to(x.dtype))
+        y: Any = _Product.apply(x, self.codes, self.scales, self.outer, self.shape)
+        return y
+
+
+class _Product(torch.autograd.Function):
+    """``x W^T``, whose backward makes the matrix anew: kept till then it would cost 32 bits."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, codes: Tensor, scales: Tensor, outer: Tensor | None, shape: tuple[int, int]
+    ) -> Tensor:
+        return F.linear(x, dequantize(codes, scales, outer, shape).to(x.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, codes, scales, outer, ctx.shape = inputs
+        ctx.save_for_backward(codes, scales, outer)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,), (codes, scales, outer) = grads, ctx.saved_tensors
+        weight = dequantize(codes, scales, outer, ctx.shape)
+        return grad @ weight.to(grad.dtype), None, None, None, None
+
+
+def dequantize(
+    codes: Tensor, scales: Tensor, outer: Tensor | None, shape: tuple[int, int]
+) -> Tensor:
+    """`(d_out, d_in)` float32.
+
+    Args:
+        codes: `(K * 32,)` uint8, two of them each.
+        scales: bytes of K float32; with ``outer`` those of K e4m3.
+        outer: bytes of L scales of these, and of their mean, float32.
+        shape: of the matrix.
+    """
+    if outer is None:
+        largest = scales.view(torch.float32)
+    else:
+        *factors, mean = outer.view(torch.float32).split([len(outer) // 4 - 1, 1])
+        eight = scales.view(torch.float8_e4m3fn).float()
+        largest = eight * factors[0].repeat_interleave(OUTER)[: len(eight)] + mean
+    # A byte's two levels by one look-up: with an index a code it takes three times the memory
+    both = torch.tensor([(a, b) for a in LEVELS for b in LEVELS], device=codes.device)
+    flat = F.embedding(codes.int(), both).view(-1, BLOCK).mul_(largest[:, None]).flatten()
+    return flat[: shape[0] * shape[1]].view(shape)
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:

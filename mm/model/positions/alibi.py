@@ -34,6 +34,8 @@ class Alibi(Position):
     for masks that are not causal.
     """
 
+    fades = True
+
     def score(self, q: Tensor, fq: Fields, fk: Fields) -> Tensor:
         """`(R, H, T, S)` float32 or wider."""
         wide = torch.promote_types(q.dtype, torch.float32)

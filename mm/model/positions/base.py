@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm.kernels.attention.spec import ScoreSpec
 from mm.layout import Fields
@@ -21,6 +21,8 @@ class Position:
     # Non-empty: `rotate` is `apply` of what `prepare` makes, a table that is worth sharing over the
     # layers of a pass under this name.
     key: str = ""
+    # `scores` are vectors, a ``fade`` of each side: whole rows of documents cost no matrix.
+    fades: bool = False
 
     def prepare_call(self, ctx: Ctx, fields: Fields | None = None) -> Any:
         """`prepare` of the call's fields, or of ``fields`` with drawn positions; once a pass."""
@@ -42,6 +44,15 @@ class Position:
         table = self.prepare_call(ctx, fields)
         return self.apply(q, table), self.apply(k, table)
 
+    def rotate_normed(
+        self, ctx: Ctx, q: Tensor, k: Tensor, norms: tuple[nn.Module, nn.Module], fields: Fields
+    ) -> tuple[Tensor, Tensor]:
+        """`rotate_call` of queries and keys that their norms have normed."""
+        if not self.key:
+            return self.rotate_call(ctx, norms[0](q), norms[1](k), fields)
+        table = self.prepare_call(ctx, fields)
+        return self.apply_normed(q, norms[0], table), self.apply_normed(k, norms[1], table)
+
     def prepare(self, f: Fields) -> Any:
         """What `apply` needs to know of the places."""
         return None
@@ -49,6 +60,10 @@ class Position:
     def apply(self, x: Tensor, prepared: Any) -> Tensor:
         """`(B, T, H, K)` queries or keys to rotated ones: `rotate` with a prepared table."""
         return x
+
+    def apply_normed(self, x: Tensor, norm: nn.Module, prepared: Any) -> Tensor:
+        """`apply` of what ``norm`` has normed."""
+        return self.apply(norm(x), prepared)
 
     def ids(self, f: Fields, ctx: Ctx) -> Tensor:
         return f.position

@@ -7,19 +7,33 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm.config import Config
+from mm.kernels import device
+from mm.kernels.rotary import norm_rotary, rotary
 from mm.layout import Fields
+from mm.model.norm import RMSNorm, ZeroCentredNorm
 from mm.model.positions.base import Position
 from mm.registry import POSITIONS
 
+_PLAIN = rotary.implementations["reference"][0]
+
 
 def turn(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + K/2) of `(B, T, H, K)` by the angles of `(2, B, T, 1, K/2)`."""
-    cos, sin = cos_sin.to(torch.promote_types(x.dtype, torch.float32)).unbind()
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """`rotary` of `(B, T, H, K)` by the angles of `(2, B, T, 1, P)`.
+
+    On the CPU the formula itself: choosing it would cost a step of decoding half as much again.
+    """
+    return rotary(x, cos_sin) if x.device.type == device.KIND else _PLAIN(x, cos_sin)
+
+
+def turn_normed(x: Tensor, norm: nn.Module, cos_sin: Tensor) -> Tensor:
+    """`turn` of normed heads, in one pass where they share their scales."""
+    if x.device.type == device.KIND and type(norm) in (RMSNorm, ZeroCentredNorm):
+        assert isinstance(norm, RMSNorm)
+        return norm_rotary(x, norm.scale(), cos_sin, norm.eps)
+    return turn(norm(x), cos_sin)
 
 
 class Rope(Position):
@@ -39,7 +53,7 @@ class Rope(Position):
         rule = f".{scaling.model_dump_json()}" if scaling is not None else ""
         self.rotated = head_dim if rotated is None else rotated
         self.key = f"rope.{theta}.{self.rotated}{rule}"
-        self.head_dim, self.theta, self.scaling = head_dim, theta, scaling
+        self.theta, self.scaling = theta, scaling
 
     def prepare(self, f: Fields) -> Tensor:
         """`(2, B, T, 1, K/2)` float32 cosines and sines of every place (float64 angles.
@@ -59,9 +73,10 @@ class Rope(Position):
         return (length * torch.stack((angle.cos(), angle.sin()))).to(torch.float32)
 
     def apply(self, x: Tensor, prepared: Tensor) -> Tensor:
-        if self.rotated == self.head_dim:
-            return turn(x, prepared)
-        return torch.cat((turn(x[..., : self.rotated], prepared), x[..., self.rotated :]), dim=-1)
+        return turn(x, prepared)
+
+    def apply_normed(self, x: Tensor, norm: nn.Module, prepared: Tensor) -> Tensor:
+        return turn_normed(x, norm, prepared)
 
 
 # Rules that rotate the same token otherwise in a longer pass, which no cache of keys can follow:

@@ -6,12 +6,12 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm.config import Config
 from mm.layout import Fields
 from mm.model.positions.base import Position
-from mm.model.positions.rope import turn
+from mm.model.positions.rope import turn, turn_normed
 from mm.registry import POSITIONS
 
 
@@ -52,6 +52,9 @@ class RopeAxes(Position):
 
     def apply(self, x: Tensor, prepared: Tensor) -> Tensor:
         return turn(x, prepared)
+
+    def apply_normed(self, x: Tensor, norm: nn.Module, prepared: Tensor) -> Tensor:
+        return turn_normed(x, norm, prepared)
 
 
 @POSITIONS.register("rope_axes")

@@ -15,19 +15,8 @@ from mm.config import Config
 from mm.model.layer import Embedder, Head
 from mm.registry import CALLBACKS
 from mm.trainer.callbacks.base import Callback, Training
+from mm.trainer.data_sheets import like
 
-# FLOP/s of dense matrix products, without sparsity, from the makers' data sheets: the first name
-# that the device's name holds; bf16, then fp32 (without TF32, which torch leaves off).
-PEAKS = (
-    ("B200", 2250e12, 75e12),
-    ("H200", 989e12, 67e12),
-    ("H100 PCIe", 756e12, 51e12),
-    ("H100", 989e12, 67e12),
-    ("A100", 312e12, 19.5e12),
-    ("L40S", 362e12, 91.6e12),
-    ("L4", 121e12, 30.3e12),
-    ("RTX 4090", 165e12, 82.6e12),
-)
 MIB = 2**20
 
 
@@ -127,8 +116,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
     """FLOP/s that the device can do in this precision; 0 where it is not known."""
     if device.type != "cuda":
         return 0.0
-    name = torch.cuda.get_device_name(device)
-    for known, half, single in PEAKS:
-        if known in name:
-            return single if precision == "fp32" else half
-    return 0.0
+    card = like(torch.cuda.get_device_name(device))
+    if card is None:
+        return 0.0
+    return card.fp32 if precision == "fp32" else card.bf16  # torch leaves TF32 off

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,12 +56,7 @@ class Profile(Callback):
 
     def on_phase(self, trainer: Training, name: str, step: int, keys: Sequence[str] = ()) -> None:
         if step == self.first and name == "data" and self._profiler is None and trainer.is_main:
-            from torch.profiler import ProfilerActivity, profile
-
-            on_gpu = trainer.device.type == "cuda"
-            kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-            self._profiler = profile(activities=kinds)
-            self._profiler.__enter__()
+            self._profiler = begin(trainer.device.type == "cuda")
 
     def post_step(self, trainer: Training, step: int, metrics: dict[str, Any]) -> None:
         if step == self.last:
@@ -73,18 +69,32 @@ class Profile(Callback):
         profiler, self._profiler = self._profiler, None
         if profiler is None:
             return
-        if trainer.device.type == "cuda":
-            torch.cuda.synchronize()
-        profiler.__exit__(None, None, None)
         folder = trainer.folder / FOLDER
         folder.mkdir(exist_ok=True)
         trace = folder / f"steps_{self.first}_{self.last}.trace.json"
-        profiler.export_chrome_trace(str(trace))
-        rows = dearest(profiler.key_averages(), trainer.device.type == "cuda")
+        rows = finish(profiler, trace, trainer.device.type == "cuda")
         trace.with_name(f"steps_{self.first}_{self.last}.ops.json").write_text(
             json.dumps(rows, indent=1)
         )
         self._show(rows, str(trace))
+
+
+def begin(on_gpu: bool) -> Any:
+    """A profiler that records from here on: the CPU, and the GPU's kernels where there is one."""
+    from torch.profiler import ProfilerActivity, profile
+
+    profiler = profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu)
+    profiler.__enter__()
+    return profiler
+
+
+def finish(profiler: Any, trace: Path, on_gpu: bool) -> list[dict[str, Any]]:
+    """End the recording and write it as a Chrome trace, packed where it is named .gz; `dearest`."""
+    if on_gpu:
+        torch.cuda.synchronize()
+    profiler.__exit__(None, None, None)
+    profiler.export_chrome_trace(str(trace))
+    return dearest(profiler.key_averages(), on_gpu)
 
 
 def dearest(averages: Any, on_gpu: bool) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from mm.decoders.base import is_fixed
 from mm.errors import UserError
 from mm.registry import CALLBACKS
 from mm.trainer.callbacks.base import Callback, Training
+from mm.trainer.ranks import main_alone
 
 log = logging.getLogger("mm.trainer")
 
@@ -130,8 +131,8 @@ class Samples(Callback):
 
     def _sample(self, trainer: Training, step: int) -> None:
         self._done = step
-        with trainer.unsharded() as module:
-            if not trainer.is_main:
+        with trainer.unsharded() as module, main_alone() as mine:
+            if not mine:
                 return
             if self.config.prompts:
                 made = self._generate(trainer, module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mm.trainer import stateful
-from mm.trainer.checkpoint.held import Held, masters, states, whole
+from mm.trainer.checkpoint.held import Held, masters, states, still
 from mm.trainer.stage import StageState
 
 
@@ -21,7 +21,7 @@ def collect(stage: StageState) -> tuple[dict[str, dict[str, Held]], dict[str, di
     for name, module in stage.frozen.items():
         if name in stage.from_folders:
             continue
-        files[name] = {k: whole(v) for k, v in module.state_dict().items()}
+        files[name] = still(module)
     if stage.nets.carried is not None:
         files[stateful.FILE] = stage.nets.carried.own_rows()
     return files, scalars

@@ -34,7 +34,7 @@ from mm.trainer.checkpoint.check import MARK, STATE
 
 log = logging.getLogger("mm.trainer")
 
-Agree = Callable[[bool], bool]
+Agree = Callable[[str | None], str | None]
 
 
 class Snapshot:
@@ -141,21 +141,20 @@ def newest(root: Path) -> Saved | None:
 
 
 def load(
-    root: Path, step: int, share: tuple[int, int] = (0, 1), agree: Agree = lambda damaged: damaged
+    root: Path, step: int, share: tuple[int, int] = (0, 1), agree: Agree = lambda fault: fault
 ) -> Saved | None:
     """The checkpoint of one step; None, and a warning, where it is not there or is damaged.
 
     Args:
         share: of ``(rank, world)``: this process looks into every ``world``-th file of tensors.
-        agree: whether any process found it damaged.
+        agree: the fault that any process found, from that of this one; the same on all.
     Raises:
         UserError: an older version of this program made it.
     """
     folder = root / f"step_{step:06d}"
-    fault = check.fault_of(folder, share)
-    if agree(fault is not None):
-        why = fault or "another process found it damaged"
-        log.warning("checkpoint %s is not used: %s", folder.name, why)
+    fault = agree(check.fault_of(folder, share))
+    if fault is not None:
+        log.warning("checkpoint %s is not used: %s", folder.name, fault)
         return None
     return at(root, step)
 

@@ -6,15 +6,17 @@ how ZeRO cuts, so every process knows those of all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from mm.model.slices import Placed
 from mm.model.tensor_file import DTYPES
 from mm.trainer.engine.deepspeed import Engine
+from mm.trainer.engine.on_disk import slice_in_memory
 from mm.trainer.engine.zero_shards import Shards, Span
 
 
@@ -33,6 +35,7 @@ class Held(NamedTuple):
 
 
 Files = Mapping[str, Mapping[str, Held]]
+NONE: Mapping[str, Tensor] = {}
 ANY = -1  # rank of what all processes have alike: `spread` says who writes it
 
 
@@ -66,25 +69,38 @@ def masters(engine: Engine) -> dict[str, Held]:
     replicated = engine.zero_stage == 0
     out: dict[str, Held] = {}
     for x, spans in shards.spans.items():
+        with engine.in_memory(x) as borrowed:
+            mine = x.detach().clone() if borrowed else x
         for span in spans:
-            held = whole(x) if replicated else cut(shards, x, span)
+            held = whole(mine) if replicated else cut(shards, mine, span)
             out[span.name] = held._replace(steady=True)
-    for name, p in engine.raw.named_parameters():
-        if name not in out:
-            out[name] = _frozen(engine, name, p)
-    kept = engine.raw.state_dict(keep_vars=True).keys()  # without the non-persistent buffers
-    return out | {n: whole(b) for n, b in engine.raw.named_buffers() if n in kept}
+    return out | still(engine.raw, engine.frozen, out)
 
 
-def _frozen(engine: Engine, name: str, p: Tensor) -> Held:
-    """A parameter that does not train."""
-    kept = engine.frozen.get(name)  # in bf16 its fp32 is kept beside it
+def still(
+    module: nn.Module, kept: Mapping[str, Tensor] = NONE, others: Collection[str] = ()
+) -> dict[str, Held]:
+    """Parameters that do not train and persistent buffers of a network, whole or cut.
+
+    Args:
+        kept: fp32 of those that are bf16 in the network.
+        others: names of parameters that are left out.
+    """
+    names = {name: p for name, p in module.named_parameters() if name not in others}
+    out = {name: _still(p, kept.get(name)) for name, p in names.items()}
+    lasting = module.state_dict(keep_vars=True).keys()  # without the non-persistent buffers
+    return out | {n: whole(b) for n, b in module.named_buffers() if n in lasting}
+
+
+def _still(p: nn.Parameter, kept: Tensor | None) -> Held:
     if not hasattr(p, "ds_tensor"):
         return whole(p if kept is None else kept)
-    part: Tensor = p.ds_tensor if kept is None else kept  # type: ignore[attr-defined]
-    size, shape = p.ds_tensor.numel(), tuple(p.ds_shape)  # type: ignore[attr-defined]
+    with slice_in_memory(p) as borrowed:
+        part: Tensor = p.ds_tensor if kept is None else kept  # type: ignore[attr-defined]
+        part = part.clone() if borrowed and kept is None else part
+    size, shape = p.partition_numel(), tuple(p.ds_shape)  # type: ignore[attr-defined]
     place = Placed(shape, DTYPES[part.dtype], None, 0, size, True)
-    return Held(place, _view(part.detach().reshape(-1)[: place.on(engine.shards.rank).n], place))
+    return Held(place, _view(part.detach().reshape(-1)[: place.on(dist.get_rank()).n], place))
 
 
 def states(engine: Engine) -> tuple[dict[str, Held], dict[str, float]]:
@@ -94,14 +110,18 @@ def states(engine: Engine) -> tuple[dict[str, Held], dict[str, float]]:
     tensors: dict[str, Held] = {}
     scalars: dict[str, float] = {}
     for x, spans in shards.spans.items():
-        for key, value in engine.states(x).items():
+        with engine.in_memory(x) as borrowed:
+            found, shape = engine.states(x), x.shape
+            if borrowed:
+                found = {k: v.clone() if isinstance(v, Tensor) else v for k, v in found.items()}
+        for key, value in found.items():
             if not isinstance(value, Tensor) or value.dim() == 0:
                 scalars[key] = float(value)
                 continue
             for i, span in enumerate(spans):
                 if key in listed:
                     held = whole(value[i])
-                elif engine.zero_stage == 0 or value.shape != x.shape:
+                elif engine.zero_stage == 0 or value.shape != shape:
                     held = whole(value)
                 else:
                     held = cut(shards, value, span)

@@ -82,7 +82,7 @@ def check(stage: StageState, snapshot: Snapshot, world: int, engine: EngineConfi
                 f"before, or remove this folder to start from the checkpoint before it"
             )
 
-    on_main(compare, stage.env.device, snapshot.origin)
+    on_main(compare, stage.env.device)
 
 
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mm.engine_config import EngineConfig
 from mm.model.slices import Slice, slice_of
-from mm.run import EngineConfig
-from mm.trainer.engine.deepspeed import Read, communicating, deepspeed_json
+from mm.trainer.engine.deepspeed import Read, communicating, near_group, settings_here
+from mm.trainer.engine.on_disk import slice_in_memory
 
 
 class Cutter:
@@ -25,7 +26,7 @@ class Cutter:
     _first: Any = None  # of those that are cut
 
     def __init__(self, config: EngineConfig, precision: str, n_params: int):
-        self._json = deepspeed_json(config, precision, n_params)
+        self._json = settings_here(config, precision, n_params)
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.frozen: dict[str, Tensor] = {}
 
@@ -41,6 +42,7 @@ class Cutter:
             if self._first is None:
                 self._first = params[0]
                 config = {"config_dict_or_path": self._json, "dtype": self._dtype}
+                config["zero_param_parallel_group"] = near_group()
                 deepspeed.zero.Init(module=nn.ParameterList(params), **config)
             else:
                 self._first.convert_to_zero_parameters(params)
@@ -62,7 +64,8 @@ class Cutter:
             if not part.n:
                 continue
             values = read(name, part.start, part.n)
-            p.ds_tensor[: part.n].copy_(values)  # type: ignore[attr-defined]
+            with slice_in_memory(p, changed=True):
+                p.ds_tensor[: part.n].copy_(values)  # type: ignore[attr-defined]
             if name in self.frozen:
                 self.frozen[name] = values.to(self.frozen[name].dtype)
 

@@ -19,62 +19,78 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mm.engine_config import EngineConfig
 from mm.errors import UserError
 from mm.launch import environment
-from mm.run import EngineConfig
 from mm.schedule import Ema
 from mm.trainer.engine.gradient_order import GradientOrder
-from mm.trainer.engine.zero_shards import Shards, Span, join_slices
+from mm.trainer.engine.on_disk import states_in_memory
+from mm.trainer.engine.optimizer_state import load_states, make_states
+from mm.trainer.engine.reducer import Reducer
+from mm.trainer.engine.settings import (
+    Where,
+    boundary_is_told,
+    bucket_size,
+    deepspeed_json,
+    overlaps,
+)
+from mm.trainer.engine.zero_shards import Shards, join_slices
 from mm.trainer.optimizers.base import ShardOptimizer
 
 log = logging.getLogger("mm.trainer")
 
 Read = Callable[[str, int, int], Tensor]
+WIRE = {"fp32": "float32", "bf16": "bfloat16"}  # torch's name of a dtype of gradients
 
 
 def resolve_precision(asked: str, device: torch.device) -> str:
     """Replace "auto" by autocast_bf16 where the hardware multiplies bf16 matrices, else by fp32."""
     if asked != "auto":
         return asked
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else environment.cpu_has_bf16()
+    if device.type == "cuda":  # cards before compute capability 8.0 only emulate it
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = environment.cpu_has_bf16()
     return "autocast_bf16" if fast else "fp32"
 
 
-def deepspeed_json(config: EngineConfig, precision: str, n_params: int) -> dict[str, Any]:
-    """Derive DeepSpeed's JSON from the typed config, for a network of ``n_params`` parameters."""
-    zero_stage = config.effective_zero_stage
-    # DeepSpeed allocates a whole bucket each step: its default of 2 GB costs fresh pages every time
-    bucket = min(n_params + n_params % 2, 200_000_000)  # DeepSpeed wants it even
-    out: dict[str, Any] = {
-        # bookkeeping only: micro-batches and boundaries are ours
-        "train_micro_batch_size_per_gpu": 1,
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": config.grad_clip if zero_stage else 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": zero_stage,
-            "overlap_comm": False,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-        },
-        "steps_per_print": 10**12,
-    }
-    if precision == "autocast_bf16":
-        out["torch_autocast"] = {
-            "enabled": True,
-            "dtype": "bfloat16",
-            "lower_precision_safe_modules": ["torch.nn.Identity"],
-        }
-    elif precision == "bf16":
-        out["bf16"] = {"enabled": True}
-    return out
+def here() -> Where:
+    """What this process trains on."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Where(device, dist.get_world_size() if dist.is_initialized() else 1)
+
+
+def settings_here(config: EngineConfig, precision: str, n_params: int) -> dict[str, Any]:
+    """DeepSpeed's JSON for a network that trains here. Raises UserError for what cannot."""
+    offload = config.offload
+    if "nvme" in offload.places:
+        _deepspeed()
+        from deepspeed.ops import op_builder
+
+        builders: Any = op_builder
+        if not builders.AsyncIOBuilder().is_compatible(False):
+            raise UserError(
+                "engine.offload: nvme needs libaio with its headers: apt-get install libaio-dev; "
+                "or say cpu"
+            )
+        assert offload.folder is not None
+        offload.folder.mkdir(parents=True, exist_ok=True)
+    return deepspeed_json(config, precision, n_params, here())
+
+
+def near_group() -> Any:
+    """The group within which hierarchical partitioning gathers, one for all networks; or None."""
+    from deepspeed.utils import groups
+
+    return groups._get_zero_param_intra_parallel_group()
 
 
 def _deepspeed() -> Any:
@@ -112,6 +128,8 @@ class Engine:
     """
 
     _order: GradientOrder | None = None  # until the first step
+    _reducer: Reducer | None = None  # at ZeRO stage 0
+    _told = False  # DeepSpeed is told which backward is the last of a step
 
     def __init__(
         self,
@@ -131,18 +149,29 @@ class Engine:
             group.setdefault("initial_lr", group["lr"])
         if not any(p.requires_grad for p in module.parameters()):
             raise UserError(f"network {type(module).__name__} has no trainable parameter")
-        n_params = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+        if config.offload.optimizer == "nvme" and (ema or isinstance(optimizer, ShardOptimizer)):
+            what = "stages.N.ema" if ema else f"the optimizer {type(optimizer).__name__}"
+            raise UserError(
+                f"engine.offload.optimizer: nvme: {what} reads what is on the disk then; say cpu, "
+                "or take an optimizer of torch (adamw)" + (" without ema" if ema else "")
+            )
+        n_params = sum(getattr(p, "ds_numel", p.numel()) for _, p in self.trainable())
         # DeepSpeed rounds all weights to bf16 and keeps masters only of those that train.
         self.frozen = frozen or {
             name: p.detach().to("cpu", copy=True)
             for name, p in module.named_parameters()
             if precision == "bf16" and not p.requires_grad
         }
+        wire = getattr(torch, WIRE.get(config.communication.dtype, ""), None)
+        if precision == "autocast_bf16":
+            for _, p in self.trainable():
+                p.comm_dtype = wire or p.dtype  # type: ignore[attr-defined]
+        self._told = boundary_is_told(config, here())
         with communicating() as deepspeed:
             self.ds, self.optimizer, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=optimizer,
-                config=deepspeed_json(config, precision, n_params),
+                config=settings_here(config, precision, n_params),
                 dist_init_required=False,
             )
         # torch 2.14 deprecates two collectives that DeepSpeed calls in every stage 3 step
@@ -150,6 +179,7 @@ class Engine:
             "ignore", category=FutureWarning, module="torch.distributed.c10d_logger"
         )
         self.shards = self._shards()
+        self.shards.wire = self.ds.device
         if isinstance(self.base, ShardOptimizer):
             self.base.shards = self.shards
         self.ema = ema
@@ -157,17 +187,23 @@ class Engine:
         self._averages: dict[Tensor, Tensor] = {}
         self._restart_averages()
         if self.zero_stage == 0:
-            self.ds.enable_backward_allreduce = (
-                False  # `reduce` below does it, so that the norm is known before the step
-            )
+            # `reduce` below does it, so that the norm is known before the step
+            self.ds.enable_backward_allreduce = False
+            params = [p for _, p in self.trainable()]
+            size, overlap = bucket_size(config, n_params), overlaps(config, here())
+            self._reducer = Reducer(params, size, wire, overlap)
         if self.zero_stage > 1 and dist.get_world_size() > 1:
             self._order = GradientOrder(self.trainable())
 
     def __call__(self, *args: Any, **kw: Any) -> Any:
         return self.ds(*args, **kw)
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of ``loss`` (scaled by the caller)."""
+    def backward(self, loss: Tensor, last: bool = False) -> None:
+        """Accumulate gradients of ``loss`` (scaled by the caller); ``last``: of the step."""
+        if last and self._reducer is not None:
+            self._reducer.arm()
+        if self._told:
+            self.ds.set_gradient_accumulation_boundary(last)
         self.ds.backward(loss, scale_wrt_gas=False)
 
     def set_lr(self, multiplier: float) -> float:
@@ -183,9 +219,9 @@ class Engine:
 
     def reduce(self) -> Tensor | None:
         """Average gradients over ranks at ZeRO stage 0: the global norm, () float32; else None."""
-        if self.zero_stage:
+        if self._reducer is None:
             return None
-        self.ds.buffered_allreduce_fallback()
+        self._reducer.finish()
         grads = [p.grad for p in self.raw.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(grads).float()
 
@@ -255,42 +291,17 @@ class Engine:
         Raises:
             UserError: they are another optimizer's.
         """
-        self._materialise()
+        make_states(self.base, self.shards, partial(self.in_memory, changed=True))
         self.updates = int(scalars.get("ema_updates", 0))
         if self.ema is not None and "ema_updates" not in scalars:
             log.info("the checkpoint has no EMA: it starts from its weights")
             self._restart_averages()
-        try:
-            with torch.no_grad():
-                for x, spans in self.shards.spans.items():
-                    for key, value in self.states(x).items():
-                        if key == "ema" and "ema_updates" not in scalars:
-                            continue
-                        if not isinstance(value, Tensor):
-                            kind = type(value)
-                            self.base.state[x][key] = kind(scalars[key])
-                        elif value.dim() == 0:
-                            value.fill_(scalars[key])
-                        else:
-                            self._load_state(read, x, key, value, spans)
-        except KeyError as error:
-            raise UserError(
-                f"the checkpoint has no optimizer state {error}: it was made with another "
-                "optimizer; set stages.N.optimizer back, or use another run name: name=..."
-            ) from error
-
-    def _load_state(
-        self, read: Read, x: Tensor, key: str, value: Tensor, spans: Sequence[Span]
-    ) -> None:
-        listed = key in getattr(self.base, "per_parameter", ())
-        for i, span in enumerate(spans):
-            name = f"{key}/{span.name}"
-            if listed:
-                value[i] = read(name, 0, value[i].numel()).view(value[i].shape)
-            elif value.shape == x.shape:
-                self.shards.put(value, span, lambda start, n, name=name: read(name, start, n))
-            else:
-                value.copy_(read(name, 0, value.numel()).view(value.shape))
+        for x in self.shards.spans:
+            states = self.states(x)
+            if "ema_updates" not in scalars:
+                states.pop("ema", None)
+            with self.in_memory(x, changed=True):
+                load_states(self.base, self.shards, x, states, read, scalars)
 
     def load_masters(self, read: Read) -> None:
         """Set the fp32 masters (they differ from the weights only where these are bf16).
@@ -298,8 +309,8 @@ class Engine:
         ``read``: elements ``start : start + n`` of a parameter; only this rank's are read.
         """
         if self.zero_stage:
-            with torch.no_grad():
-                for x, spans in self.shards.spans.items():
+            for x, spans in self.shards.spans.items():
+                with torch.no_grad(), self.in_memory(x, changed=True):
                     for span in spans:
                         part = lambda start, n, name=span.name: read(name, start, n)
                         self.shards.put(x, span, part)
@@ -327,6 +338,12 @@ class Engine:
         flats, groups = optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups
         return Shards.of_slices(flats, groups, names, optimizer.sub_group_to_group_id)
 
+    def in_memory(
+        self, x: Tensor, changed: bool = False
+    ) -> contextlib.AbstractContextManager[bool]:
+        """One of the optimizer's tensors and its states, wherever they lie: `states_in_memory`."""
+        return states_in_memory(self.optimizer, x, changed)
+
     def states(self, x: Tensor) -> dict[str, Any]:
         """All states of one of the optimizer's tensors, the EMA among them."""
         out = dict(self.base.state[x])
@@ -344,28 +361,30 @@ class Engine:
             for x, average in self._averages.items():
                 average.lerp_(x, 1 - keep)
 
-    def _materialise(self) -> None:
-        """Create the optimizer's states as its first step would."""
-        base, groups = self.base, self.base.param_groups
-        flats = list(self.shards.spans)
-        if isinstance(base, ShardOptimizer):
-            for flat in flats:
-                base.prepare(flat, groups[self.shards.groups[flat]])
-            return
-        # a step of rate 0 on zero gradients
-        hyper = {k: v for k, v in groups[0].items() if k != "params"} | {"lr": 0.0}
-        before = [flat.detach().clone() for flat in flats]
-        base.param_groups = [{**hyper, "params": flats}]
-        try:
-            for flat in flats:
-                flat.grad = torch.zeros_like(flat)
-            base.step()
-        finally:
-            base.param_groups = groups
-        with torch.no_grad():
-            for flat, old in zip(flats, before, strict=True):
-                flat.grad = None
-                flat.copy_(old)  # -0.0 became 0.0
+
+def gather_in_passes(module: nn.Module, moves: bool) -> None:
+    """Gather each layer of a network that does not train for its pass, and let go of it after.
+
+    As `Engine` does at ZeRO stage 3 for one that trains.
+
+    Args:
+        module: whose parameters are all cut (`Cutter`).
+        moves: its slices change between passes; else small parameters stay gathered.
+    """
+    with communicating():
+        from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+        from deepspeed.utils.timer import NoopTimer
+
+        keep: dict[str, Any] = {"param_persistence_threshold": 0} if moves else {}
+        DeepSpeedZeRoOffload(module, NoopTimer(), None, overlap_comm=False, **keep)
+
+    def passing(inside: bool) -> None:
+        """Within a pass a parameter that another module reads (a tied one) is gathered, too."""
+        for each in module.modules():
+            each._parameters._in_forward = inside  # type: ignore[attr-defined]
+
+    module.register_forward_pre_hook(lambda *_: passing(True))
+    module.register_forward_hook(lambda *_: passing(False), always_call=True)
 
 
 def linear_of_stage(zero_stage: int) -> Callable[..., Tensor]:

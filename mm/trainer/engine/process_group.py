@@ -15,10 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mm.decoders.device import why_no_gpu
 from mm.errors import UserError
 from mm.launch import environment
 
 TIMEOUT = datetime.timedelta(minutes=30)  # of a collective
+NO_GPU = "no GPU: "  # of what a rank tells the others
 
 
 def join(threads: int | None = None) -> torch.device:
@@ -33,7 +35,12 @@ def join(threads: int | None = None) -> torch.device:
     """
     me = environment.ranks()
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_device(me, torch.cuda.device_count()))
+        try:
+            device = torch.device("cuda", local_device(me, torch.cuda.device_count()))
+        except UserError as error:
+            if me.world > 1 and not dist.is_initialized():
+                meet(f"{socket.gethostname()} {NO_GPU}{error}")  # raises: nobody waits
+            raise
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
@@ -48,23 +55,46 @@ def join(threads: int | None = None) -> torch.device:
 
 def _init(me: environment.Ranks, device: torch.device) -> None:
     from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
+
+    store = HashStore() if me.world == 1 else meet(describe(device))
+    backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    rank = me.rank if me.world > 1 else 0
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=me.world, timeout=TIMEOUT, device_id=own
+    )
+
+
+def meet(mine: str) -> Any:
+    """The store of all ranks, once each has told its device and all of them fit together.
+
+    Before anything connects: NCCL waits, or fails without naming them, where two ranks share a GPU,
+    and it waits for a rank that found none and took gloo until its time is over.
+
+    Args:
+        mine: this rank's `describe`.
+
+    Raises UserError, on every rank the same.
+    """
+    from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
     from torch.distributed.rendezvous import rendezvous
 
-    if device.type != "cuda":
-        if me.world == 1:
-            dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-        else:
-            dist.init_process_group("gloo", timeout=TIMEOUT)
-        return
-    store, rank, world = HashStore(), 0, 1
-    if me.world > 1:
-        store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
-        # before NCCL connects: it waits, or fails without naming them, where two ranks share a GPU
-        mine = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
-        require_own_devices(tell_all(store, rank, world, mine))
-    dist.init_process_group(
-        "nccl", store=store, rank=rank, world_size=world, timeout=TIMEOUT, device_id=device
-    )
+    store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
+    # torchrun's own store outlives a restart of its processes: those would find the addresses of
+    # the dead. Several machines may count their restarts differently.
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    everyone = tell_all(store, rank, world, mine)
+    require_one_kind(everyone)
+    require_own_devices(everyone)
+    return store
+
+
+def describe(device: torch.device) -> str:
+    """Machine and device of this rank in one line: its GPU's number, or why it has none."""
+    host = socket.gethostname()
+    if device.type == "cuda":
+        return f"{host} {torch.cuda.get_device_properties(device).uuid}"
+    return f"{host} {NO_GPU}{why_no_gpu() or 'PyTorch sees none'}"
 
 
 def local_device(me: environment.Ranks, count: int) -> int:
@@ -84,13 +114,40 @@ def local_device(me: environment.Ranks, count: int) -> int:
     )
 
 
+def processes_here(most: int, without_gpu: int) -> int:
+    """How many of ``most`` processes can have a device on this machine; 1 at least.
+
+    One a GPU where PyTorch sees any (`local_device` refuses more), else ``without_gpu``: the cores.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return max(1, min(most, gpus or without_gpu))
+
+
+def require_one_kind(names: Sequence[str]) -> None:
+    """Check that all ranks have a GPU, or none has. ``names``: as of `describe`, in rank order.
+
+    Raises UserError naming the first rank without one, its machine and the reason.
+    """
+    without = [rank for rank, name in enumerate(names) if NO_GPU in name]
+    if not without or len(without) == len(names):
+        return
+    host, _, why = names[without[0]].partition(f" {NO_GPU}")
+    raise UserError(
+        f"rank {without[0]} on {host} has no GPU ({why}), and {len(names) - len(without)} of "
+        f"{len(names)} ranks have one: mend that machine (mm doctor says more) or leave it out; "
+        "for the CPU alone set CUDA_VISIBLE_DEVICES= for all ranks"
+    )
+
+
 def require_own_devices(names: Sequence[str]) -> None:
-    """Check that no two ranks have one GPU. ``names``: machine and GPU of each rank.
+    """Check that no two ranks have one GPU. ``names``: as of `describe`, in rank order.
 
     Raises UserError naming two ranks.
     """
     first: dict[str, int] = {}
     for rank, name in enumerate(names):
+        if NO_GPU in name:
+            continue
         if name in first:
             raise UserError(
                 f"ranks {first[name]} and {rank} share the GPU {name}: start one process a GPU, or "
@@ -100,9 +157,16 @@ def require_own_devices(names: Sequence[str]) -> None:
 
 
 def tell_all(store: Any, rank: int, world: int, mine: str) -> list[str]:
-    """``mine`` of every rank, in their order, without a collective."""
+    """``mine`` of every rank, in their order, without a collective.
+
+    Rank 0, which may keep the store, leaves last: whoever then ends has let the others read.
+    """
     store.set(f"mm/device/{rank}", mine)
-    return [store.get(f"mm/device/{other}").decode() for other in range(world)]
+    found = [store.get(f"mm/device/{other}").decode() for other in range(world)]
+    store.set(f"mm/device/{rank}/read", "")
+    if rank == 0:
+        store.wait([f"mm/device/{other}/read" for other in range(world)])
+    return found
 
 
 def _leave() -> None:

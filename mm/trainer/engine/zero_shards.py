@@ -43,7 +43,10 @@ class Shards:
     Attributes:
         spans: tensor -> the parameters of its group, held by this rank or not.
         groups: tensor -> index of its parameter group.
+        wire: device of what processes send each other; the tensors may be on the host (offload).
     """
+
+    wire: torch.device | None = None  # that of the tensors
 
     def __init__(
         self, spans: Mapping[Tensor, Sequence[Span]], groups: Mapping[Tensor, int], split: bool
@@ -123,7 +126,9 @@ class Shards:
             for row, value in zip(out, values, strict=True):
                 row[i] = value.reshape(-1)[part.at : part.at + part.n].sum(dtype=torch.float64)
         if self.world > 1:
-            dist.all_reduce(out)
+            sent = out.to(self.wire or x.device)
+            dist.all_reduce(sent)
+            out = sent.to(x.device)
         return out.float()
 
     def gather(self, x: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Slice]]:
@@ -134,8 +139,10 @@ class Shards:
         if self.world == 1:
             parts = value.reshape(1, -1)
         else:
-            parts = value.new_empty(self.world, value.numel())
-            dist.all_gather_into_tensor(parts.view(-1), value.reshape(-1))
+            mine = value.reshape(-1).to(self.wire or value.device)
+            parts = mine.new_empty(self.world, mine.numel())
+            dist.all_gather_into_tensor(parts.view(-1), mine)
+            parts = parts.to(value.device)
         for _, span, part in self.mine(x):
             pieces = [span.on(rank) for rank in range(self.world)]
             rows = [parts[r, s.at : s.at + s.n] for r, s in enumerate(pieces) if s.n]
@@ -148,8 +155,9 @@ class Shards:
             return value.reshape(-1)[part.at : part.at + part.n].view(span.shape)
         out = value.new_zeros(span.numel)
         out[part.start : part.start + part.n] = value[part.at : part.at + part.n]
-        dist.all_reduce(out)
-        return out.view(span.shape)
+        sent = out.to(self.wire or out.device)
+        dist.all_reduce(sent)
+        return sent.to(out.device).view(span.shape)
 
     def put(self, value: Tensor, span: Span, read: Callable[[int, int], Tensor]) -> None:
         """Fill this rank's slice of a parameter in ``value``, which is like its shard.

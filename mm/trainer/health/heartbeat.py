@@ -1,14 +1,17 @@
 """What every rank is doing, on disk: a file per rank, and the verdict when one hangs or dies.
 
-    <run folder>/health/rank_0000.json        rank, pid, host, step, steps, phase, since, keys
+    <run folder>/health/rank_0000.json        rank, pid, host, step, steps, phase, since, keys,
+                                              collectives
     <run folder>/health/rank_0000.stacks.txt  stacks of all threads, when it hung or got a SIGUSR2
 
-A phase change is one `pwrite` (some microseconds). A watching thread of each rank dumps the stacks
-and ends the process when a phase lasts longer than ``guard.hang_s``.
+A phase change is one `pwrite` (some microseconds). A watching thread of each rank writes how many
+collectives it has begun, dumps the stacks and ends the process when a phase lasts longer than
+``guard.hang_s``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import logging
@@ -20,6 +23,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mm.trainer.callbacks.base import Callback, Training
 
@@ -43,6 +48,7 @@ class Heartbeat(Callback):
         self._fd = os.open(_path(folder, rank), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         self._host, self._pid = socket.gethostname(), os.getpid()
         self._beat: dict[str, Any] = {}
+        self._writing = threading.Lock()
         self._first: int | None = None  # step that this process began with
         self._begun = time.monotonic()
         self.phase("start", 0)
@@ -66,7 +72,7 @@ class Heartbeat(Callback):
         self._begun = time.monotonic()
         if name == "step" and self._first is None:
             self._first = step
-        self._beat = {
+        beat = {
             "rank": self.rank,
             "pid": self._pid,
             "host": self._host,
@@ -76,8 +82,19 @@ class Heartbeat(Callback):
             "since": time.time(),
             "keys": [key[:80] for key in keys[:KEYS]],
         }
-        text = json.dumps(self._beat)
-        os.pwrite(self._fd, text.encode()[:SIZE].ljust(SIZE), 0)
+        with self._writing:
+            self._write({**beat, "collectives": self._beat.get("collectives", 0)})
+
+    def _write(self, beat: dict[str, Any]) -> None:
+        self._beat = beat
+        os.pwrite(self._fd, json.dumps(beat).encode()[:SIZE].ljust(SIZE), 0)
+
+    def _count(self) -> None:
+        """Say how many collectives this rank has begun: who waits in one has begun it."""
+        collectives = begun_collectives()
+        with self._writing:
+            if collectives != self._beat["collectives"]:
+                self._write({**self._beat, "collectives": collectives})
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         """End; after a lost connection, name the rank that it was to."""
@@ -96,6 +113,7 @@ class Heartbeat(Callback):
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self.hang_s / 4)):
+            self._count()
             beat, begun = self._beat, self._begun
             lasted = time.monotonic() - begun
             # ranks in a shared phase give the guilty one a head start to speak for itself
@@ -109,6 +127,18 @@ class Heartbeat(Callback):
             log.error("hang: %s (stacks: %s)", verdict(self.folder), self.folder)
             logging.shutdown()
             os._exit(HUNG)
+
+
+def begun_collectives() -> int:
+    """How many collectives this process has begun, in all groups together; 0 where none are."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return 0
+    begun = 0
+    groups: list[Any] = list(torch.distributed.distributed_c10d._world.pg_map)
+    for group in groups:
+        with contextlib.suppress(RuntimeError):  # a backend that does not count, as a rehearsal's
+            begun += group._get_sequence_number_for_group()
+    return begun
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -131,13 +161,15 @@ def clear(folder: Path) -> None:
 def verdict(folder: Path) -> str:
     """Which rank holds the job up, in one line.
 
-    A dead one, else the one furthest behind that does not wait for others.
+    A dead one, else the one furthest behind that does not wait for others: of ranks in the same
+    phase of a step, which may all wait, the one that has begun the fewest collectives.
     """
     beats = read(folder)
     if not beats:
         return "no rank wrote a heartbeat"
     dead = [b for b in beats if _dead(b)]
-    behind = sorted(beats, key=lambda b: (b["step"], b["phase"] in SHARED, b["since"]))
+    place = lambda b: (b["step"], b["phase"] in SHARED, b.get("collectives", 0), b["since"])
+    behind = sorted(beats, key=place)
     guilty = dead[0] if dead else behind[0]
     what = "is dead" if dead else f"has been in it for {time.time() - guilty['since']:.0f} s"
     keys = f", samples {', '.join(guilty['keys'][:4])}" if guilty["keys"] else ""

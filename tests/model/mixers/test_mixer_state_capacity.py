@@ -44,7 +44,7 @@ def test_the_capped_state_is_the_recurrence_in_all_gradients(T: int, cap: float)
     leaves = [r(2, T, 2, 3), r(2, T, 2, 3), r(2, T, 2, 4), -0.2 * r(2, T, 2).abs(), S]
     found = []
     real = torch.ones(2, T, 1)
-    ours = lambda *x: capped_attention(*x[:4], real, x[4], cap=cap)
+    ours = lambda *x: capped_attention(*x[:3], real, *x[3:], cap=cap)
     for run in (ours, lambda *x: plain(*x, cap)):
         inputs = [x.clone().requires_grad_() for x in leaves]
         out = run(*inputs)

@@ -19,8 +19,8 @@ from mm.mask import Mask
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.layer_config import LayerConfig
-from mm.model.length_buckets import LengthBuckets
-from mm.model.mixers.attention.forget_gate import ForgetGate, add_fade
+from mm.model.length_buckets import LengthBuckets, stays_flat
+from mm.model.mixers.attention.forget_gate import ForgetGate, add_fade, sums_since_start
 from mm.model.mixers.attention.kv_cache import KeyValueCache, VisibleKeys
 from mm.model.norm import FullNorm, HeadNorm, RMSNorm, ZeroCentredNorm
 from mm.model.positions.base import Position
@@ -104,7 +104,9 @@ class AttentionRows(NamedTuple):
 
     def fade(self, *gates: Tensor) -> ScoreSpec:
         """`score` with what forget gates, the last of ``more``, do to it."""
-        return add_fade(self.score, *(gates if self.cached else [gates[0].cumsum(1)] * 2))
+        if not self.cached:
+            gates = (sums_since_start(gates[0], self.mask.document_RT),) * 2
+        return add_fade(self.score, *gates)
 
 
 class AttentionBase(Mixer):
@@ -118,7 +120,7 @@ class AttentionBase(Mixer):
     replays = False
     # Rare hooks of positions that it knows: a gain after the softmax, ids drawn for a pass.
     knows: ClassVar[frozenset[Literal["gain", "ids"]]] = frozenset()
-    # A compiled graph, too, puts each document into a row of its own.
+    # Its `attend` takes rows of one document, in a compiled graph, too.
     separate_rows: ClassVar[bool] = False
     heads: int  # as positions count them
     window: int | None
@@ -139,6 +141,12 @@ class AttentionBase(Mixer):
         # Positions that add to or multiply scores need the Fields of both sides.
         self.scored = any(changes(position, hook) for hook in ("score", "gain", "scores"))
         self.caps = replace(type(self).caps, length_general=position.length_general)
+
+    @property
+    def documents_apart(self) -> bool:
+        # A score of every pair of places is a matrix, smaller document by document.
+        pairs = self.scored and (not self.position.fades or self.forget is not None)
+        return self.separate_rows or pairs
 
     # ---- what subclasses say ----
 
@@ -162,11 +170,11 @@ class AttentionBase(Mixer):
         return narrow_mask(ctx.mask, self.window)
 
     def groups(self, ctx: Ctx) -> LengthBuckets | None:
-        """The call's documents by length, with what the mask is within each group."""
-        window = self.window
+        """The call's documents by length, or whole rows, with what the mask is within each."""
+        window, flat = self.window, not self.documents_apart and stays_flat(ctx.layout)
         return ctx.cached_on_host(
-            f"attention.groups.{window}",
-            lambda layout, mask: LengthBuckets.of(layout, narrow_mask(mask, window), in_place=True),
+            f"attention.{'rows' if flat else 'groups'}.{window}",
+            lambda layout, mask: LengthBuckets.of(layout, narrow_mask(mask, window), True, flat),
         )
 
     def scores(self, q: Tensor, fq: Fields, fk: Fields) -> ScoreSpec:
@@ -318,7 +326,9 @@ class GroupedAttention(AttentionBase):
         moved, tail = self.shift_keys(x_BTD, kv, ctx, tail)
         k, v = moved.split_with_sizes((G, G), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            norms = (self.q_norm, self.k_norm)
+            q, k = self.position.rotate_normed(ctx, q, k, norms, f)
+            rotated = True
         elif serving and moved is kv and self.position.key:  # side by side still: one rotation
             table = self.position.prepare_call(ctx, f)
             turned = self.position.apply(qkv.narrow(2, 0, H + G), table)

@@ -52,6 +52,7 @@ class CrossAttention(Mixer):
     Monteiro et al. 2024, XC-Cache (arXiv:2404.15420), section 3.
     """
 
+    documents_apart = True
     replays = False
 
     def __init__(self, d_model: int, config: CrossAttentionConfig, linear: LinearFactory):

@@ -74,6 +74,19 @@ def forget_bias(faded_RTH: Tensor, faded_RSH: Tensor) -> Tensor:
     return -(q[..., :, None] - k[..., None, :]).abs()
 
 
+def sums_since_start(log_RTH: Tensor, document_RT: Tensor | None) -> Tensor:
+    """Sums of the log gates since the start of the document, or of the row where it holds one."""
+    if document_RT is None:
+        return log_RTH.cumsum(1)
+    # float64: those of a whole row, less what they were when the document began.
+    wide = log_RTH.double()
+    total = wide.cumsum(1)
+    begins = F.pad(document_RT[:, 1:] != document_RT[:, :-1], (1, 0), value=True)
+    # They fall, so the least of the values at borders is that of the last border.
+    before = (total - wide).detach().masked_fill(~begins[..., None], torch.inf).cummin(1).values
+    return (total - before).to(log_RTH.dtype)
+
+
 def add_fade(score: ScoreSpec, faded_RTH: Tensor, faded_RSH: Tensor) -> ScoreSpec:
     """Scores that forget gates fade, besides what they were."""
     if score.fade_RTH is None:

@@ -28,6 +28,7 @@ class IndexedAttention(GroupedAttention):
 
     caps = Caps(causal=True, step=True)
     masks = frozenset({"causal"})
+    separate_rows = True
     keeps_queries: ClassVar[bool] = False  # keys are cached with the queries of their tokens
 
     def make_cache(self) -> KeyValueCache:

@@ -71,6 +71,7 @@ class MemoryCompressedAttention(Mixer):
     the paper leaves it open.
     """
 
+    documents_apart = True
     masks = frozenset({"causal"})
 
     def __init__(self, d_model: int, config: MemoryCompressedConfig, linear: LinearFactory):

@@ -89,6 +89,7 @@ class TransformerVQ(Mixer):
     Source: Lingle 2023 (arXiv:2309.16354), section 3.
     """
 
+    documents_apart = True
     masks = frozenset({"causal"})
     codes: Tensor
     size: Tensor

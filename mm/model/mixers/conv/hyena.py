@@ -57,6 +57,8 @@ def long_conv(u_RLW: Tensor, filter_FW: Tensor) -> Tensor:
 class LongConv(StatePart):
     """Convolution over whole documents; keeps every input, as attention keeps keys."""
 
+    documents_apart = True
+
     def __init__(self, width: int):
         super().__init__()
         self.width = width

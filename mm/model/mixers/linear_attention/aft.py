@@ -113,6 +113,8 @@ class AFT(Mixer):
     Source: Zhai et al. 2021 (arXiv:2105.14103), eq. 2 and section 3 (variants), in causal form.
     """
 
+    documents_apart = True
+
     def __init__(self, d_model: int, config: AFTConfig, linear: LinearFactory):
         super().__init__()
         if config.form == "conv" and d_model % config.heads:

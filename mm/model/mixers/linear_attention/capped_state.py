@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mm.kernels.linear_attention import linear_attention
+from mm.kernels.op import exact
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
 from mm.model.layer_config import LayerConfig
@@ -28,6 +29,7 @@ from mm.state import State, join_parts, parts_of
 CHUNK = 64
 
 
+@exact
 def shrinkage(k: Tensor, v: Tensor, g: Tensor, S: Tensor, real: Tensor, cap: float) -> Tensor:
     """`(R, C, H)` factor in (0, 1] by which each token of a chunk shrinks the state after it.
 
@@ -39,6 +41,7 @@ def shrinkage(k: Tensor, v: Tensor, g: Tensor, S: Tensor, real: Tensor, cap: flo
         S: `(R, H, K, V)` state before the chunk.
         real: `(R, C, 1)` bool, tokens that count.
     """
+    k, v = (x.to(S.dtype) for x in (k, v))
     like = torch.einsum("rlhk,rmhk->rlmh", k, k) * torch.einsum("rlhv,rmhv->rlmh", v, v)
     old = torch.einsum("rlhk,rhkv,rlhv->rlh", k, S, v)
     square = S.square().sum((-1, -2))
@@ -57,7 +60,7 @@ def shrinkage(k: Tensor, v: Tensor, g: Tensor, S: Tensor, real: Tensor, cap: flo
 
 
 def capped_attention(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, real: Tensor, S: Tensor | None = None, *, cap: float
+    q: Tensor, k: Tensor, v: Tensor, real: Tensor, g: Tensor, S: Tensor | None = None, *, cap: float
 ) -> tuple[Tensor, Tensor]:
     """Outputs and the last state of ``S_t = s_t (a_t S_{t-1} + k_t v_t^T)`` with ``|S_t| <= cap``.
 
@@ -71,14 +74,15 @@ def capped_attention(
         `(R, L, H, V)` and `(R, H, K, V)`.
     """
     (R, _, H, K), V = k.shape, v.shape[-1]
-    before = k.new_zeros(R, H, K, V) if S is None else S
+    wide = torch.promote_types(k.dtype, torch.float32)
+    before = k.new_zeros(R, H, K, V, dtype=wide) if S is None else S
     done = []
     for qc, kc, vc, gc, counts in pieces(CHUNK, q, k, v, g, real):
         factor = shrinkage(kc, vc, gc, before, counts > 0, cap)
-        decayed, written = gc + factor.log(), vc * factor[..., None]
+        decayed, written = gc + factor.log(), (vc * factor[..., None]).to(vc.dtype)
         o, before = linear_attention(qc, kc, written, decayed, before)
         done.append(o)
-    return torch.cat(done, 1) if done else torch.zeros_like(v), before
+    return torch.cat(done, 1) if done else torch.zeros_like(v, dtype=wide), before
 
 
 class CappedState(Mixer):
@@ -103,9 +107,9 @@ class CappedState(Mixer):
         tail, memory = parts_of(state, 2)
         f, tail = self.inner.features(x_BTD, ctx, tail)
         q, k, v = f["q"], f["k"], f["v"]
-        g = f.get("g", q.new_zeros(())).expand(q.shape[:3])
+        g = f.get("g", self.inner.memory.zeros(1)).expand(q.shape[:3])
         op = partial(capped_attention, cap=self.cap)
-        parts = (q, k, v, g, torch.ones_like(g[..., :1]))
+        parts = (q, k, v, torch.ones_like(g[..., :1]), g)
         o, memory = self.inner.memory(op, parts, ctx, memory)
         return Out(self.inner.finish(o, x_BTD, f, ctx), join_parts(tail, memory))
 

@@ -67,7 +67,8 @@ class EcoFormer(LinearAttention):
         return torch.einsum("btha,har->bthr", kernel, self.mix.to(x)) + self.shift.to(x)
 
     def _map(self, x: Tensor) -> Tensor:
-        codes = signs(self.hash_values(x))
+        # A rounded hash value may have the other sign.
+        codes = signs(self.hash_values(x.to(torch.promote_types(x.dtype, torch.float32))))
         return torch.cat((1 + codes, 1 - codes), -1) / 2
 
 

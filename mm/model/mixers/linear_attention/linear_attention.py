@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.errors import UserError
+from mm.kernels import device
 from mm.kernels.glu import glu
 from mm.kernels.linear_attention import linear_attention
 from mm.model.context import Ctx
@@ -109,26 +110,35 @@ class LinearAttention(LinearMixer):
     def features(
         self, x_BTD: Tensor, ctx: Ctx, state: State | None = None
     ) -> tuple[dict[str, Tensor], State | None]:
-        """Queries, keys and values `(B, T, H, .)` and their log decays, float32 or wider."""
+        """Queries, keys and values `(B, T, H, .)` in `device.product_dtype`, rounded once.
+
+        Log decays and skip are float32 or wider.
+        """
         c, (B, T) = self.config, x_BTD.shape[:2]
         found: dict[str, Tensor] = {}
         u, after = self.conv(self.qkv(x_BTD, ctx), ctx, state)
-        u = u.to(torch.promote_types(u.dtype, torch.float32))
+        u = u.to(device.product_dtype(u))
+        wide = torch.promote_types(u.dtype, torch.float32)
+        # One operator rounds once whatever its operands are; of several, none but the last may.
+        several = lambda x, *steps: x.to(wide) if sum(steps) > 1 else x
+        rotates, maps = c.position.kind != "none", c.feature not in ("identity", "relu")
         q, k, v = u.split(self.sizes, dim=-1)
+        q, k = several(q, rotates, maps, c.scale), several(k, rotates, maps)
+        v = several(v, c.value == "silu", c.decay == "step", c.insert != 1)
         v = v.view(B, T, self.heads, self.value_dim)
         if c.value == "silu":
             v = F.silu(v)
         if c.skip:
-            found["skip"] = v * self.skip.to(v)[:, None]
+            found["skip"] = v * self.skip.to(wide)[:, None]
         if c.decay == "constant":
-            found["g"] = self._rates(v)
+            found["g"] = self._rates(v, wide)
         elif c.decay != "none":
             low = self.decay_in(x_BTD, ctx) if self.decay_in is not None else x_BTD
-            raw = self.decay(low, ctx).to(v) + self.decay_bias.to(v)
+            raw = self.decay(low, ctx).to(wide) + self.decay_bias.to(wide)
             if c.decay == "step":
                 step = F.softplus(raw)
                 v = v * step[..., None]
-                found["g"] = -step * self.log_rate.to(v).exp() / c.temperature
+                found["g"] = -step * self.log_rate.to(wide).exp() / c.temperature
             else:
                 found["g"] = self._bounded(F.logsigmoid(raw), ctx) / c.temperature
         heads = lambda t: t.view(B, T, self.key_heads, self.key_dim)
@@ -137,17 +147,18 @@ class LinearAttention(LinearMixer):
         q = heads(q)
         if c.key == "free":
             q, k = self.position.rotate_call(ctx, q, heads(k))
-            k = self._spread(self._map(k))
+            k = self._spread(self._map(k).to(u.dtype))
         else:
             k = -torch.expm1(found["g"])
-        q = self._spread(self._map(q))
-        v = v * c.insert if c.insert != 1 else v
+        q = self._map(q)
         q = q * self.key_dim**-0.5 if c.scale else q
-        return {"q": q, "k": k, "v": v, **found}, after
+        q = self._spread(q.to(u.dtype))
+        v = v * c.insert if c.insert != 1 else v
+        return {"q": q, "k": k.to(u.dtype), "v": v.to(u.dtype), **found}, after
 
-    def _rates(self, like: Tensor) -> Tensor:
+    def _rates(self, like: Tensor, dtype: torch.dtype) -> Tensor:
         """`(H,)` log decays that no token moves."""
-        h = torch.arange(self.heads, device=like.device, dtype=like.dtype)
+        h = torch.arange(self.heads, device=like.device, dtype=dtype)
         if self.config.rates == "retnet":
             return torch.log1p(-torch.exp2(-5 - h)) * self.config.rate
         return -torch.exp2(-8 * (h + 1) / self.heads) * self.config.rate
@@ -166,8 +177,13 @@ class LinearAttention(LinearMixer):
         )
 
     def _map(self, x: Tensor) -> Tensor:
-        """Feature map of queries and keys: positive ones approximate a softmax."""
+        """Feature map of queries and keys: positive ones approximate a softmax.
+
+        In float32 or wider where it is more than one operator.
+        """
         feature = self.config.feature
+        if feature in ("elu1", "taylor"):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
         if feature == "elu1":
             return F.elu(x) + 1
         if feature == "taylor":  # phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k / sqrt(K)
@@ -195,7 +211,8 @@ class LinearAttention(LinearMixer):
 
     def attention_matrix(self, f: dict[str, Tensor], ctx: Ctx) -> Tensor:
         """`(B, H, T, T)`: what each token reads of each value; quadratic, for looking and tests."""
-        q, k, g = f["q"], f["k"], f.get("g")
+        g = f.get("g")
+        q, k = (f[n].to(torch.promote_types(f[n].dtype, torch.float32)) for n in "qk")
         B, T, H, _ = q.shape
         document = ctx.layout.fields.document
         seen = (document[:, :, None] == document[:, None]) & (document > 0)[:, :, None]

@@ -195,6 +195,8 @@ def chunks(
 class BucketMemory(StatePart):
     """A matrix for each bucket of the past and each head."""
 
+    documents_apart = True
+
     def __init__(self, heads: int, key_dim: int, value_dim: int, levels: int):
         super().__init__()
         self.levels, self.shape = levels, (levels, heads, key_dim, value_dim)

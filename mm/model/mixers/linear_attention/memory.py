@@ -10,28 +10,38 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mm.kernels.op import exact
 from mm.model.context import Ctx
-from mm.model.mixers.ssm.scan import Hidden, RecurrentState
+from mm.model.length_buckets import stays_flat
+from mm.model.mixers.ssm.scan import Hidden, RecurrentState, starts
 from mm.model.sequence import Link, decay
 from mm.model.varlen import PackedRows, per_document
 from mm.state import State
+
+FORGETS = -1000.0  # log decay: its exponential is 0, in float64, too
 
 
 class MatrixMemory(RecurrentState):
     """A matrix `(H, K, V)` that an Op changes token by token: zeros at first, float32 or wider."""
 
+    # late: queries read what was there before their token.
     # What a token does to the matrix besides what it adds: scales its rows, the last of ``parts``
     # the logarithms (or None); or any linear map of them, and the third of ``parts`` are values.
     change: Literal["scale", "map"]
 
     def __init__(
-        self, heads: int, key_dim: int, value_dim: int, change: Literal["scale", "map"] = "scale"
+        self,
+        heads: int,
+        key_dim: int,
+        value_dim: int,
+        change: Literal["scale", "map"] = "scale",
+        late: bool = False,
     ):
         super().__init__(heads, key_dim, value_dim)
-        self.change = change
+        self.change, self.late = change, late
 
     def forward(
         self,
@@ -39,6 +49,7 @@ class MatrixMemory(RecurrentState):
         parts: Sequence[Tensor | None],
         ctx: Ctx,
         state: State | None,
+        rows_whole: bool = True,
     ) -> tuple[Tensor, Hidden | None]:
         """Outputs `(B, T, H, V)` of every document, and the State after the call.
 
@@ -47,9 +58,13 @@ class MatrixMemory(RecurrentState):
                 H, V)` and the last matrix `(R, H, K, V)`; S is left out where documents begin.
                 Zeros in all parts of a token leave the matrix alone.
             parts: `(B, T, ...)` each; `(H,)` holds for all tokens; the last may be None.
+            rows_whole: ``op`` may be given several documents in a row: what it remembers decays by
+                the last of ``parts``, and nothing else goes from token to token.
         """
 
         def fresh() -> Tensor:
+            if rows_whole and stays_flat(ctx.layout):
+                return op(*self._apart(parts, ctx))[0]
             tokens = [t for t in parts if t is not None and t.dim() > 1]
             constants = [t for t in parts if t is not None and t.dim() == 1]
             return per_document(lambda *x: op(*x, *constants)[0], ctx, *tokens)
@@ -67,6 +82,24 @@ class MatrixMemory(RecurrentState):
         if state is None:
             return self.across(fresh, run, ctx, lambda: self._link(op, parts, rows, ctx)), None
         return self.advance(run, ctx, state)
+
+    def _apart(self, parts: Sequence[Tensor | None], ctx: Ctx) -> list[Tensor | None]:
+        """``parts`` of whole rows in which a document knows nothing of the one before it.
+
+        Its first token's decay leaves nothing. So a row goes to the kernel as it is, whatever
+        documents it holds, and shapes stay the same.
+        """
+        q, k, *more, g = parts
+        assert k is not None
+        if g is None:
+            g = k.new_zeros(self.shape[0], dtype=self.dtype)
+        if g.dim() == 1:
+            g = g.expand(*ctx.layout.shape, -1)
+        begins = starts(ctx.layout)
+        if self.late:  # a token's own decay and key come after it: those of a document's last one
+            begins = F.pad(begins[:, 1:], (0, 1))
+            k = k.masked_fill(begins[..., None, None], 0)
+        return [q, k, *more, g.masked_fill(begins[(..., *[None] * (g.dim() - 2))], FORGETS)]
 
     def _link(
         self,
@@ -125,6 +158,8 @@ class ScaledSums(RecurrentState):
         peaks: how many of the numbers that are kept are an m.
         width: W, m and sums together.
     """
+
+    documents_apart = True
 
     def __init__(self, peaks: int, width: int):
         super().__init__(width)

@@ -94,7 +94,7 @@ class StabilisedMemory(Stateful):
         m, fall, after = self.peak(f["input"], f["forget"], ctx, state)
         g = (f["forget"] + fall).to(f["forget"].dtype)
         k = f["k"] * (f["input"] - m).exp().to(f["input"].dtype)[..., None]
-        return {**f, "k": k, "g": g}, m, after
+        return {**f, "k": k.to(f["k"].dtype), "g": g}, m, after
 
 
 class MLSTM(LinearAttention):
@@ -147,7 +147,8 @@ class MLSTM(LinearAttention):
     ) -> tuple[dict[str, Tensor], State | None]:
         """Queries, keys and values, and the gates' logarithms ``input``, ``forget`` `(B, T, H)`."""
         f, after = super().features(x_BTD, ctx, state)
-        raw = self.gates(x_BTD, ctx).to(f["v"]) + self.gate_bias.to(f["v"])
+        wide = torch.promote_types(f["v"].dtype, torch.float32)
+        raw = self.gates(x_BTD, ctx).to(wide) + self.gate_bias.to(wide)
         if self.cap is not None:
             raw = self.cap * (raw / self.cap).tanh()
         i, forget = raw[..., : self.heads], F.logsigmoid(raw[..., self.heads :])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mm.errors import UserError
 from mm.kernels.linear_attention import linear_attention
+from mm.kernels.op import exact
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out, zero_gradient_touch
 from mm.model.layer_config import LayerConfig
@@ -40,6 +41,7 @@ class PrefixLinearAttention(Mixer):
     """
 
     caps = Caps(causal=True, bidirectional=True, step=True)
+    documents_apart = True  # where there is a prefix
 
     def __init__(self, d_model: int, config: PrefixLinearAttentionConfig, linear: LinearFactory):
         super().__init__()
@@ -67,18 +69,19 @@ class PrefixLinearAttention(Mixer):
         q, k, v = f["q"], f["k"], f["v"]
         (B, T), c = q.shape[:2], self.inner
         ke, ve = self.encoder(x_BTD, ctx).to(v).split(self.sizes, -1)
-        ke = c._spread(c._map(ke.view(B, T, c.key_heads, c.key_dim)))
+        ke = c._spread(c._map(ke.view(B, T, c.key_heads, c.key_dim)).to(k))
         ve = ve.view(B, T, c.heads, c.value_dim)
         if c.config.normalise:
             v, ve = append_ones(v), append_ones(ve)
         index = torch.arange(B * T, device=q.device).view(B, T, 1)
         parts = (q, k, v, ke, ve, inside[..., None].to(q), index)
-        o, memory = c.memory(prefix_attention, parts, ctx, memory)
+        o, memory = c.memory(prefix_attention, parts, ctx, memory, rows_whole=False)
         if c.config.normalise:
             o = o[..., :-1] / (o[..., -1:] + EPS)
         return Out(c.finish(o, x_BTD, f, ctx), join_parts(tail, memory))
 
 
+@exact
 def prefix_attention(
     q: Tensor,
     k: Tensor,
@@ -102,12 +105,15 @@ def prefix_attention(
     # Rows are padded with copies of their last token: it counts once.
     moved = F.pad(index[:, 1:] != index[:, :-1], (0, 0, 1, 0), value=True)
     share = (inside * moved)[..., None]
-    first = torch.einsum("rlhk,rlhv->rhkv", ke * share, ve)
+    wide = torch.promote_types(k.dtype, torch.float32)
+    total = lambda k, v: torch.einsum("rlhk,rlhv->rhkv", (k * share).to(wide), v.to(wide))
+    first = total(ke, ve)
     if S is not None:
         first = first + S
     o, last = linear_attention(q, k, v, None, first)
-    prefix = first + torch.einsum("rlhk,rlhv->rhkv", k * share, v)
-    return torch.where(share > 0, torch.einsum("rlhk,rhkv->rlhv", q, prefix), o), last
+    prefix = first + total(k, v)
+    read = torch.einsum("rlhk,rhkv->rlhv", q.to(wide), prefix)
+    return torch.where(share > 0, read, o), last
 
 
 @MIXERS.register("prefix_linear_attention")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from mm.kernels import device
 from mm.kernels.linear_attention import linear_attention
 from mm.model.context import Ctx
 from mm.model.layer import Caps, LinearFactory, Mixer, Out
@@ -57,7 +58,7 @@ class RWKV6(Mixer):
         self.norm_bias = nn.Parameter(torch.empty(D))
         self.out = linear(D, D, "out")
         self.shift, K = TokenTail(D, 1), D // self.heads
-        self.memory = MatrixMemory(self.heads, K, K)
+        self.memory = MatrixMemory(self.heads, K, K, late=True)
 
     def init_weights(self) -> None:
         nn.init.uniform_(self.mix_base, 0, 1)
@@ -80,7 +81,7 @@ class RWKV6(Mixer):
         return Out(self.out(self._finish(o, r, k, v, gate), ctx), join_parts(tail, memory))
 
     def _features(self, x: Tensor, previous: Tensor, ctx: Ctx) -> tuple[Tensor, ...]:
-        """Receptance, key, value and log decay `(B, T, H, K)`, float32 or wider, and the gate."""
+        """Receptance, key, value and log decay `(B, T, H, K)`, and the gate; decays are wide."""
         B, T, D = x.shape
         gap = previous - x
         low = torch.tanh(self.mix_in(x + gap * self.mix_base, ctx)).unflatten(
@@ -95,7 +96,8 @@ class RWKV6(Mixer):
         wide = torch.promote_types(x.dtype, torch.float32)
         raw = torch.tanh(self.decay_in(mixed[DECAY], ctx)) @ self.decay_out
         g = -torch.exp(raw.to(wide) + self.decay.to(wide))
-        heads = lambda t: t.to(wide).view(B, T, self.heads, D // self.heads)
+        heads = lambda t: t.view(B, T, self.heads, D // self.heads)
+        r, k, v = (t.to(device.product_dtype(t)) for t in (r, k, v))
         return heads(r), heads(k), heads(v), heads(g), gate
 
     def _finish(self, o: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:

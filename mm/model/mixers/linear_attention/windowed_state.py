@@ -71,6 +71,8 @@ def windowed_attention(
 class WindowMemory(StatePart):
     """The matrix of each head that the last P tokens have summed up, and those tokens."""
 
+    documents_apart = True
+
     def __init__(self, heads: int, key_dim: int, value_dim: int, window: int):
         super().__init__()
         self.heads, self.key_dim, self.value_dim = heads, key_dim, value_dim
@@ -125,8 +127,9 @@ class WindowedState(Mixer):
     def forward(self, x_BTD: Tensor, ctx: Ctx, state: State | None = None) -> Out:
         tail, memory = parts_of(state, 2)
         f, tail = self.inner.features(x_BTD, ctx, tail)
-        q, k, v = f["q"], f["k"], f["v"]
-        g = f.get("g", q.new_zeros(())).expand(q.shape[:3])
+        # A difference of two sums, each of which may be far larger: rounding them would show.
+        q, k, v = (f[n].to(self.memory.wide) for n in "qkv")
+        g = f.get("g", self.memory.zeros(1)).expand(q.shape[:3])
         o, memory = self.memory(q, k, v, g, ctx, memory)
         return Out(self.inner.finish(o, x_BTD, f, ctx), join_parts(tail, memory))
 

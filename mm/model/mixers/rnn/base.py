@@ -35,6 +35,7 @@ class Recurrence(Mixer):
         wide: whether the state is float32 or wider (`RecurrentState`).
     """
 
+    documents_apart = True
     caps = Caps(causal=True, step=True, shard=None, sequential=True)
     out: nn.Module
 

@@ -19,6 +19,8 @@ from mm.state import State
 class DenseMemory(RecurrentState):
     """N linear states a channel that do not look at the input; keeps `(slots, D, N)`."""
 
+    documents_apart = True
+
     def forward(
         self, u_BTD: Tensor, a: Tensor, b: Tensor, c: Tensor, ctx: Ctx, state: State | None
     ) -> tuple[Tensor, Hidden | None]:

@@ -43,6 +43,7 @@ class Learner(Mixer):
     Subclasses set ``batch`` (C) and ``context`` (P).
     """
 
+    documents_apart = True
     batch: int
     context: int = 0
 
