@@ -36,6 +36,16 @@ def pytest_collection_finish() -> None:
             logger.propagate = True
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Print a failure at once: a run that is cut off has no summary that would name it.
+
+    Under pytest-xdist workers call this, too, but what they print goes nowhere.
+    """
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        last = (report.longreprtext or "").strip().splitlines()[-60:]
+        print(f"\nFAILED AT ONCE: {report.nodeid} ({report.when})\n" + "\n".join(last), flush=True)
+
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
