@@ -17,7 +17,7 @@ PORT = 29500
 
 
 class Job(NamedTuple):
-    """What is to be trained."""
+    """What is to be trained, or tried (``mm verify``)."""
 
     config: str
     overrides: tuple[str, ...]
@@ -25,11 +25,12 @@ class Job(NamedTuple):
     folder: Path  # of the run, absolute
     environ: Mapping[str, str]  # forwarded, secrets among them
     workdir: Path
+    command: str = "train"
 
     @property
-    def train(self) -> tuple[str, ...]:
+    def words(self) -> tuple[str, ...]:
         """Arguments of ``python -m``."""
-        return ("mm", "train", self.config, *self.overrides)
+        return ("mm", self.command, self.config, *self.overrides)
 
     @property
     def home(self) -> Path:

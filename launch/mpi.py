@@ -48,7 +48,7 @@ class Mpi(Launcher):
     def plan(self, job: Job) -> Plan:
         hosts = self._hosts()
         world, options, files = sum(len(h.slots) for h in hosts), ["--tag-output"], {}
-        rank = [self.interpreter, "-m", *job.train]
+        rank = [self.interpreter, "-m", *job.words]
         if self.hostfile is None:
             address = self.address or "127.0.0.1"
             port = self.port or free_port()

@@ -183,7 +183,7 @@ class Ssh(Launcher):
             where += ["--launcher=pdsh", "--force_multi"]
         where += ["--no_local_rank"]  # `mm train` reads the environment
         words = [self.interpreter, "-m", "deepspeed.launcher.runner", *where]
-        words += ["--module", *job.train]
+        words += ["--module", *job.words]
         script = (
             "{\n"
             f"cd {shlex.quote(str(self.workdir or job.workdir))} || exit 3\n"

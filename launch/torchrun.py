@@ -39,7 +39,7 @@ def command(
         "--tee=3",
         "--log_line_prefix_template='[rank ${rank}] '",
         "-m",
-        quote(job.train),
+        quote(job.words),
     ]
     return " \\\n    ".join(words)
 

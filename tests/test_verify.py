@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from trainer_toys import toys_registered  # noqa: F401
 from mm import config as configs
 from mm.cli import main
 from mm.errors import UserError
+from mm.launch.environment import free_port
 from mm.registry import NETWORKS, STREAMS
+from mm.verify import group as group_of
 from mm.verify import verify as judge
+from mm.verify.group import Group
 from mm.verify.record import rows_of
 from mm.verify.tolerance import rounding
 
@@ -104,6 +108,100 @@ def verified(tmp_path: Path, capfd: Any, *words: str, **change: Any) -> tuple[in
     assert not run.folder.exists()
     told = tmp_path / "out.json"
     return code, json.loads(told.read_text()) if told.is_file() else None, capfd.readouterr().err
+
+
+def together(
+    tmp_path: Path, trains: list[Callable[[Callable[[], bool]], str]]
+) -> tuple[list[str], list[int], list[list[str]]]:
+    """Two roles in a group: what rank 0 hears of each, exit codes of the others, ports met at.
+
+    Args:
+        trains: of every rank: what its process does, told when it is over.
+    """
+    from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
+
+    store, world = HashStore(), len(trains)
+    ports: list[list[str]] = [[] for _ in trains]
+
+    def group(rank: int) -> Group:
+        def train(role: str, root: Path, environ: Mapping[str, str], poll: Any) -> str:
+            assert (root / f"{role}.yaml").exists()
+            ports[rank].append(environ["MASTER_PORT"])
+            return trains[rank](poll)
+
+        return Group(store, rank, world, train)
+
+    with ThreadPoolExecutor(world) as pool:
+        others = [pool.submit(group(rank).follow) for rank in range(1, world)]
+        first, heard = group(0), []
+        for role in ("setting", "resumed"):
+            (tmp_path / f"{role}.yaml").touch()
+            heard.append(first.run(role, tmp_path, lambda: False))
+        first.end(2 if any(heard) else 0)
+        return heard, [other.result(20) for other in others], ports
+
+
+def well(poll: Callable[[], bool]) -> str:
+    return ""
+
+
+def until_over(poll: Callable[[], bool]) -> str:
+    end = time.monotonic() + 20
+    while not poll():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return "ended by signal 15"
+
+
+def test_ranks_of_a_launcher_train_the_same_role_at_one_port(tmp_path: Path) -> None:
+    heard, codes, ports = together(tmp_path, [well, well, well])
+    assert heard == ["", ""] and codes == [0, 0]
+    assert ports[0] == ports[1] == ports[2] and len(ports[0]) == 2
+
+
+def test_a_rank_that_fails_ends_the_others_and_is_told(tmp_path: Path) -> None:
+    heard, codes, _ = together(tmp_path, [until_over, until_over, lambda poll: "rank 2: no"])
+    assert heard == ["rank 2: no"] * 2 and codes == [2, 2]
+
+
+def test_a_rank_that_does_not_see_the_folder_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_of, "FOLDER_S", 0.1)
+    monkeypatch.setattr(Group, "_see", lambda self, file: see(self, file / "not" / "there"))
+    heard, codes, ports = together(tmp_path, [until_over, well])
+    assert heard[0].startswith("rank 1 on ") and "must be on a disk that all" in heard[0]
+    assert codes == [2] and not ports[1]
+
+
+see = Group._see
+
+
+def test_another_number_than_the_launchers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert group_of.join(3, judge.train_rank) is None
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="--processes 3: the launcher started 4"):
+        group_of.join(3, judge.train_rank)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["toy_lm", "summed_lm"])
+def test_under_torchrun_its_ranks_are_verified(tmp_path: Path, kind: str) -> None:
+    run = make_run(tmp_path, stage=2).model_copy(update={"imports": IMPORTS})
+    (tmp_path / "run.yaml").write_text(configs.dump(run))
+    path = os.pathsep.join((str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")))
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    words += [f"--master_port={free_port()}", "-m", "mm", "verify", str(tmp_path / "run.yaml")]
+    words += ["--json", str(tmp_path / "out.json"), f"model.kind={kind}"]
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, cwd=HERE.parent)
+    told = json.loads((tmp_path / "out.json").read_text())
+    failed = [c["name"] for c in told["checks"] if not c["agrees"]]
+    right = kind != "summed_lm"
+    assert (done.returncode == 0) == right and told["processes"] == 2, done.stderr
+    assert failed == ([] if right else ["gradient of every parameter"])
+    assert not run.folder.exists() and not [*tmp_path.rglob("mm-verify-*")]
 
 
 def lines_of(folder: Path) -> dict[int, str]:

@@ -59,6 +59,14 @@ Rehearse = Annotated[
         help="Only step it a few times as rank 0 of N, on this machine, over a fake process group.",
     ),
 ]
+Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify",
+        help="Only compare four steps in all processes of the job with one in fp32, as mm verify "
+        "does; the logs are in the folder NAME-verify beside the run's.",
+    ),
+]
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
 
 
@@ -73,6 +81,7 @@ def _launch(
     preflight: bool,
     json: Path | None,
     rehearse: int | None = None,
+    verify: bool = False,
 ) -> None:
     from mm.launch import start
     from mm.launch.batch import batch_arithmetic
@@ -87,6 +96,11 @@ def _launch(
     if not preflight:
         launcher = launcher.model_copy(update={"preflight": False})
     job = start.job(run, path, rest, launcher.forward, Path.cwd())
+    if verify:
+        folder = job.folder.with_name(f"{run.name}-verify")
+        job = job._replace(command="verify", folder=folder)
+        # what it finds is no failure to start again after, and it has no steps to watch
+        launcher = launcher.model_copy(update={"restarts": 0, "hang_s": 0.0})
     if rehearse is not None:
         _rehearse(run, job, launcher, rehearse, dry_run, json)
         return
@@ -180,11 +194,12 @@ def _command(kind: str, about: str) -> None:
         gpus_per_node: Gpus = None,
         dry_run: DryRun = False,
         rehearse: Rehearse = None,
+        verify: Verify = False,
         preflight: Preflight = True,
         json: JsonFile = None,
     ) -> None:
         given = (config, changes, cluster, nodes, gpus_per_node, dry_run, preflight, json)
-        _launch(kind, *given, rehearse)
+        _launch(kind, *given, rehearse, verify)
 
 
 GOES_ON = "Ctrl-C saves a checkpoint and ends; the same command goes on."

@@ -1,4 +1,4 @@
-"""`mm verify`: a few steps of a config on this machine against one process in fp32."""
+"""`mm verify`: a few steps of a config, as it is set, against one process in fp32."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from mm.cli.common import (
     write_json,
 )
 from mm.errors import UserError
+from mm.processes import unwind_on_sigterm
 
 app = typer.Typer()
 
@@ -37,20 +38,40 @@ def verify(
     ],
     changes: Overrides = None,
     processes: Annotated[
-        int, typer.Option("--processes", min=1, max=1024, help="Processes on this machine.")
-    ] = 2,
+        int | None,
+        typer.Option(
+            "--processes",
+            min=1,
+            max=1024,
+            help="Processes on this machine; 2 when nothing is said. Under a launcher (torchrun, "
+            "srun, mm launch KIND CONFIG --verify): those that it started.",
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option("--steps", min=2, max=1000, help="Optimizer steps.")] = 4,
     json: JsonFile = None,
 ) -> None:
     assignments = overrides(changes)
     path = run_config(Path(config)) if Path(config).is_dir() else existing_config(config)
     from mm.run import Run
+    from mm.verify.group import join
+    from mm.verify.verify import train_rank
     from mm.verify.verify import verify as compare
 
     begun = time.monotonic()
     run = Run.load(path, assignments)
-    with Console(stderr=True).status("starting") as status:
-        found = compare(run, processes, steps, status.update, str(path))
+    group = join(processes, train_rank)
+    if group is not None and group.rank > 0:
+        with unwind_on_sigterm():
+            raise typer.Exit(group.follow())
+    processes = group.world if group is not None else processes or 2
+    code = 2
+    try:
+        with Console(stderr=True).status("starting") as status:
+            found = compare(run, processes, steps, status.update, str(path), group)
+        code = 0 if found["agrees"] else 2
+    finally:
+        if group is not None:
+            group.end(code)
     found["seconds"] = round(time.monotonic() - begun, 1)
     title = (
         f"{config}: {processes} process{'es' * (processes > 1)}, ZeRO stage {found['zero_stage']}, "

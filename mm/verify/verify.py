@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from mm.launch import environment
 from mm.processes import unwind_on_sigterm
 from mm.reading import parse_json
 from mm.run import EngineConfig, Run
+from mm.verify.group import ALONE, Group
 from mm.verify.tolerance import UPDATE
 
 FROM_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
@@ -49,12 +51,15 @@ def verify(
     steps: int = 4,
     say: Callable[[str], None] = lambda text: None,
     origin: str = "",
+    group: Group | None = None,
 ) -> dict[str, Any]:
     """Compare the first ``steps`` of a run in ``processes`` processes with the reference.
 
     Nothing is written to the run's folder.
 
     Args:
+        group: ranks of a launcher, which train; this one is rank 0. None: processes of this
+            machine are started.
         say: told what is being done, now and then.
         origin: file of the config, for messages.
     Returns:
@@ -65,24 +70,18 @@ def verify(
     steps = min(steps, run.stages[0].budget.steps)
     if steps < 2:
         raise UserError(f"--steps {steps}: a save and a resume need two; stages.0.budget.steps too")
-    from mm.trainer.engine.process_group import processes_here  # torch: only where it runs
-
-    possible = processes_here(processes, processes)
-    if possible < processes:
-        raise UserError(
-            f"--processes {processes}: one needs a GPU, and this machine has {possible}: "
-            f"--processes {possible}, or CUDA_VISIBLE_DEVICES= for the CPU"
-        )
-    with unwind_on_sigterm(), _own_folder() as root:
+    if group is None:
+        _require_devices(processes)
+    with unwind_on_sigterm(), _own_folder(run.out if group else None) as root:
         (root / "tensors").mkdir()
         half = steps // 2
         job = {"steps": steps, "config": origin or run.name}
         (root / "job.json").write_text(json.dumps(job))
         setting = _short(run, root, half, noise=processes == 1)
-        _start(setting, root, "setting", processes, say)
+        _start(setting, root, "setting", processes, say, group)
         saved = root / "setting" / "checkpoints"
         _copy(saved / f"step_{half:06d}", root / "resumed" / "checkpoints")
-        _start(setting, root, "resumed", processes, say)
+        _start(setting, root, "resumed", processes, say, group)
         _start(as_reference(setting), root, "reference", 1, say)
         told = {
             role: parse_json((root / f"{role}.json").read_text())
@@ -96,14 +95,36 @@ def verify(
     return _judge(run, processes, steps, told)
 
 
+def _require_devices(processes: int) -> None:
+    from mm.trainer.engine.process_group import processes_here  # torch: only where it runs
+
+    possible = processes_here(processes, processes)
+    if possible < processes:
+        raise UserError(
+            f"--processes {processes}: one needs a GPU, and this machine has {possible}: "
+            f"--processes {possible}, or CUDA_VISIBLE_DEVICES= for the CPU; on several machines "
+            "start it by a launcher: srun mm verify CONFIG, mm launch KIND CONFIG --verify"
+        )
+
+
 @contextlib.contextmanager
-def _own_folder() -> Iterator[Path]:
-    """A temporary folder that is removed, whatever happens inside."""
-    root = Path(tempfile.mkdtemp(prefix="mm-verify-"))
+def _own_folder(shared: Path | None) -> Iterator[Path]:
+    """A temporary folder that is removed, whatever happens inside.
+
+    Args:
+        shared: on a disk of all machines, in which it is made; made itself where it is missing.
+    """
+    new = shared is not None and not shared.exists()
+    if shared is not None:
+        shared.mkdir(parents=True, exist_ok=True)
+    root = Path(tempfile.mkdtemp(prefix="mm-verify-", dir=shared)).absolute()
     try:
         yield root
     finally:
         shutil.rmtree(root, ignore_errors=True)
+        if new and shared is not None:
+            with contextlib.suppress(OSError):  # others use it by now
+                shared.rmdir()
 
 
 def as_reference(run: Run) -> Run:
@@ -146,36 +167,77 @@ def _copy(checkpoint: Path, to: Path) -> None:
     shutil.copytree(checkpoint, to / checkpoint.name)
 
 
-def _start(run: Run, root: Path, role: str, processes: int, say: Callable[[str], None]) -> None:
+def _start(
+    run: Run,
+    root: Path,
+    role: str,
+    processes: int,
+    say: Callable[[str], None],
+    group: Group | None = None,
+) -> None:
     """Run one role to its end. Raises UserError with what its processes said."""
     run = run.model_copy(update={"name": role})
     (root / f"{role}.yaml").write_text(dump(run))
     (root / "progress").unlink(missing_ok=True)
-    words = [sys.executable, "-m"]
-    if processes > 1:
-        words += ["torch.distributed.run", f"--nproc_per_node={processes}"]
-        words += ["--master_addr=127.0.0.1", f"--master_port={environment.free_port()}", "-m"]
-    words += ["mm.verify.child", role, str(root)]
+    what = {"setting": "as set", "resumed": "resumed", "reference": "reference"}[role]
+
+    def poll() -> bool:
+        with contextlib.suppress(OSError):
+            say(f"{what}, {processes} x {(root / 'progress').read_text()}")
+        return False
+
+    several = group is not None and processes > 1
+    why = group.run(role, root, poll) if several else _train_here(role, root, processes, poll)
+    if why:
+        raise UserError(why)
+
+
+def _train_here(role: str, root: Path, processes: int, poll: Callable[[], bool]) -> str:
+    """Train in processes of this machine. Returns why it failed, or ''."""
     environ = {k: v for k, v in os.environ.items() if k not in FROM_LAUNCHER}
-    environ["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)  # plug-ins of the caller
+    words = ["-m", "mm.verify.child", role, str(root)]
     if processes > 1:
         environ.setdefault("OMP_NUM_THREADS", str(max(1, environment.cores() // processes)))
-    log = root / f"{role}.log"
+        start = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+        start += ["--master_addr=127.0.0.1", f"--master_port={environment.free_port()}"]
+        words = start + words
+    else:
+        environ |= ALONE  # a scheduler's variables would be taken for ranks
+    return _train(words, role, root, environ, poll)
+
+
+def train_rank(role: str, root: Path, environ: Mapping[str, str], poll: Callable[[], bool]) -> str:
+    """Train as one rank of a launcher's job. Returns why it failed, or ''."""
+    return _train(["-m", "mm.verify.child", role, str(root)], role, root, environ, poll)
+
+
+def _train(
+    words: Sequence[str],
+    role: str,
+    root: Path,
+    environ: Mapping[str, str],
+    poll: Callable[[], bool],
+) -> str:
+    """Run this interpreter with ``words`` to its end, or until ``poll`` says so."""
+    rank = environment.ranks().rank
+    environ = dict(environ)
+    environ["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)  # plug-ins of the caller
+    log = root / f"{role}.{rank}.log"
     with (
         log.open("wb") as out,
         _ended(
             subprocess.Popen(
-                words, env=environ, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+                [sys.executable, *words],
+                env=environ,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         ) as child,
     ):
-        what = {"setting": "as set", "resumed": "resumed", "reference": "reference"}[role]
-        while child.poll() is None:
+        while child.poll() is None and not poll():
             time.sleep(POLL_S)
-            with contextlib.suppress(OSError):
-                say(f"{what}, {processes} x {(root / 'progress').read_text()}")
-    if child.returncode:
-        raise UserError(_why(root, role, processes, child.returncode))
+    return _why(root, role, log, child.returncode) if child.returncode else ""
 
 
 @contextlib.contextmanager
@@ -192,17 +254,19 @@ def _ended(child: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
                     child.wait(GRACE_S)
 
 
-def _why(root: Path, role: str, processes: int, code: int) -> str:
+def _why(root: Path, role: str, log: Path, code: int) -> str:
     """One line on a run that failed: what the user can mend, else the last that it said."""
     said = [f.read_text() for f in sorted(root.glob(f"{role}.error_*"))]
     if said:
         return said[0].replace("mm train CONFIG", "mm verify CONFIG")
-    lines = (root / f"{role}.log").read_text(errors="replace").splitlines()
+    lines = log.read_text(errors="replace").splitlines()
     errors = [line for line in lines if "Error: " in line and "ChildFailed" not in line]
     last = (errors or [line for line in lines if line.strip()] or ["it said nothing"])[-1].strip()
+    world = environment.ranks().world
+    where = f"rank {environment.ranks().rank} on {socket.gethostname()}: " if world > 1 else ""
     return (
-        f"the run '{role}' in {processes} process(es) ended with code {code}: {last}; the whole of "
-        f"it: torchrun --nproc_per_node {processes} -m mm train CONFIG"
+        f"{where}the run '{role}' ended with code {code}: {last}; the whole of it: start mm train "
+        "CONFIG in as many processes"
     )
 
 

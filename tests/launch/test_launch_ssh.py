@@ -36,6 +36,15 @@ def test_two_hosts_train_as_one_world(hosts: Hosts, tmp_path: Path) -> None:
             assert "k" * 40 not in file.read_text(errors="replace"), f"{file} holds a secret"
 
 
+def test_two_hosts_are_verified_as_one_world(hosts: Hosts, tmp_path: Path) -> None:
+    config = toy_run(tmp_path, stage=3)
+    code, said = mm(*words(hosts, config, "--verify", "--no-preflight"), cwd=tmp_path)
+    assert code == 0, said
+    assert "2 processes, ZeRO stage 3" in said and "DIFFERS" not in said and "agrees" in said
+    assert (tmp_path / "run-verify" / "launch").is_dir()
+    assert not (tmp_path / "run").exists() and not [*tmp_path.rglob("mm-verify-*")]
+
+
 def test_deepspeeds_launcher_over_pdsh(hosts: Hosts, tmp_path: Path) -> None:
     need("pdsh")
     config = toy_run(tmp_path)

@@ -75,6 +75,15 @@ def meet(mine: str) -> Any:
 
     Raises UserError, on every rank the same.
     """
+    store, rank, world = find_store()
+    everyone = tell_all(store, rank, world, mine)
+    require_one_kind(everyone)
+    require_own_devices(everyone)
+    return store
+
+
+def find_store() -> tuple[Any, int, int]:
+    """The store of the launcher, this rank and the world: no group is entered, nothing connects."""
     from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
     from torch.distributed.rendezvous import rendezvous
 
@@ -83,10 +92,7 @@ def meet(mine: str) -> Any:
     # the dead. Several machines may count their restarts differently.
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         store = PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
-    everyone = tell_all(store, rank, world, mine)
-    require_one_kind(everyone)
-    require_own_devices(everyone)
-    return store
+    return store, rank, world
 
 
 def describe(device: torch.device) -> str:
