@@ -51,6 +51,7 @@ from mm.vocabulary import Vocabulary
 
 RANK = 8
 THEIRS = ["q_proj", "k_proj", "v_proj"]
+AUTOCAST = False  # --autocast: products of both stacks in bfloat16
 
 
 def checkpoint(folder: Path, layers: int, vocab: int) -> Path:
@@ -98,7 +99,8 @@ def own(folder: Path, lora: bool) -> Model:
 
 def step_of(model: nn.Module, loss_of: Callable[[], Tensor], optimizer: Any) -> Callable[[], float]:
     def step() -> float:
-        loss = loss_of()
+        with torch.autocast("cpu", torch.bfloat16, enabled=AUTOCAST):
+            loss = loss_of()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -225,11 +227,18 @@ def main() -> None:
     parser.add_argument("--chat", type=Path, help="conversations, one a line")
     parser.add_argument("--samples", type=int, default=8, help="conversations of a step")
     parser.add_argument("--alike", action="store_true", help="those of a step are of like length")
+    parser.add_argument(
+        "--autocast",
+        action="store_true",
+        help="both in bf16 under autocast, which a run takes where the CPU multiplies bf16",
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--no-time", action="store_true", help="memory alone")
     parser.add_argument("--no-memory", action="store_true", help="time alone")
     parser.add_argument("--check", action="store_true", help="also compare logits of both")
     args = parser.parse_args()
+    global AUTOCAST
+    AUTOCAST = args.autocast
     torch.set_num_threads(1)
     os.environ["MM_SELF_CHECK"] = "0"
     found: dict[str, Any] = {}
