@@ -71,7 +71,7 @@ def test_delta_rule(K: int, card: int) -> None:
 def test_add_rms_norm(D: int, card: int) -> None:
     """Of a stream and branches in either dtype, with all gradients and without the sum's."""
     wide, narrow = (
-        torch.empty(1, 8192, D, dtype=kind, requires_grad=True)
+        torch.empty(1, 256, D, dtype=kind, requires_grad=True)  # rows are in no binary
         for kind in (torch.float32, torch.bfloat16)
     )
     with recorded(card) as launches, add_rms_norm.using("triton"):
