@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -15,11 +16,15 @@ from typing import Any
 from unittest import mock
 
 import laws
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mm.errors import UserError
 from mm.layout import Doc, Layout
+from mm.mask import Full, Mask, Prefix, Window
+from mm.mask_expression import parse_mask
 from mm.model import sequence
 from mm.model.context import Ctx
 from mm.model.layer import Layer
@@ -27,9 +32,17 @@ from mm.registry import MIXERS
 from mm.shard import Shard
 
 T = 32
+# Over several slices, from one slice into the next, and of named fields.
+MASKS: dict[str, Mask] = {
+    "prefix": Prefix(),
+    "window": Window(11),
+    "full": Full(),
+    "expression": parse_mask("causal & ~(item != 0 & q.prefix) | same_prefix"),
+}
 # Documents that end inside slices, at their ends, that fill several, and rows that end in padding.
 ROWS = ([11, 9, 12], [29], [32], [8, 8, 5, 11], [3, 2, 6])
 COLLECTIVES = ("all_to_all_single",)
+DRAWS = 8
 
 
 def _attention(kind: str = "attention", **settings: Any) -> Callable[[], Layer]:
@@ -62,8 +75,14 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> Layer:
 
 
 def layout(times: int = 1) -> Layout:
-    """The rows, each document ``times`` as long."""
-    return Layout.from_rows([[Doc(n * times) for n in row] for row in ROWS], T * times)
+    """The rows, each document ``times`` as long: a prefix, an item amid it, and what follows."""
+
+    def doc(n: int) -> Doc:
+        place = np.arange(n)
+        marks = {"prefix": place < 2 * n // 3, "item": (n // 3 <= place) & (place < n // 2)}
+        return Doc(n, extra={k: v.astype(np.int32) for k, v in marks.items()})
+
+    return Layout.from_rows([[doc(n * times) for n in row] for row in ROWS], T * times)
 
 
 @contextmanager
@@ -124,7 +143,14 @@ def alone(layer: Layer, x: torch.Tensor, w: torch.Tensor, ctx: Ctx) -> dict[str,
 
 
 def compare(
-    layer: Layer, times: int, dtype: torch.dtype, rank: int, size: int, group: Any, fault: bool
+    layer: Layer,
+    times: int,
+    dtype: torch.dtype,
+    rank: int,
+    size: int,
+    group: Any,
+    fault: bool,
+    mask: str | None = None,
 ) -> dict[str, Any]:
     """Greatest difference of outputs and gradients, relative to the greatest of the whole.
 
@@ -139,14 +165,15 @@ def compare(
         return torch.where(real, x, 0.0).to(dtype)
 
     x, w = drawn(), drawn()
-    ids, mask = (x[..., :1] > 0).int(), laws.mask_of(layer)
+    ids = (x[..., :1] > 0).int()
+    sees = laws.mask_of(layer) if mask is None else MASKS[mask]
     given = x.clone().requires_grad_()
-    expected = alone(layer, given, w, Ctx(whole, mask, ids, seed=5))
+    expected = alone(layer, given, w, Ctx(whole, sees, ids, seed=5))
     layer.zero_grad()
     shard, own = Shard.of(whole, rank, size, group)
     part = shard.slice(x).clone().requires_grad_()
     with counted() as sent, restarted() if fault else nullcontext():
-        out = layer(part, Ctx(own, mask, shard.slice(ids), seed=5, shard=shard)).y
+        out = layer(part, Ctx(own, sees, shard.slice(ids), seed=5, shard=shard)).y
         (out * shard.slice(w)).sum().backward()
     assert part.grad is not None
     found = {"y": out.detach(), "x": part.grad}
@@ -167,13 +194,48 @@ def compare(
         worst[name] = float(apart) / scale[name]
     if dtype == torch.float32 and max(worst.values()) > 1e-5:
         exact = alone(
-            layer.double(), x.double().requires_grad_(), w.double(), Ctx(whole, mask, ids, seed=5)
+            layer.double(), x.double().requires_grad_(), w.double(), Ctx(whole, sees, ids, seed=5)
         )
         for name, value in expected.items():
             rounding = float((value - exact[name]).abs().max()) / scale[name]
             worst[name] -= min(2 * rounding, worst[name])
     name = max(worst, key=lambda k: worst[k])
     return {"where": name, "off": worst[name], "bytes": sum(sent), "calls": len(sent)}
+
+
+def rounding(layer: Layer, rank: int, size: int, group: Any) -> dict[str, float]:
+    """In bf16: how far one process and several are from fp64, the parameter that is farthest.
+
+    Norm of the difference over that of the exact gradient, the mean of several draws in logarithms:
+    where a layer divides by something small once in a while, single draws say little.
+    """
+    whole, ids_of = layout(), lambda x: (x[..., :1] > 0).int()
+    real = (whole.fields.document > 0)[..., None]
+    shard, own = Shard.of(whole, rank, size, group)
+    exact_layer, mask = copy.deepcopy(layer).double(), laws.mask_of(layer)
+    sums: dict[str, Tensor] = {}
+    for seed in range(DRAWS):
+        g = torch.Generator().manual_seed(seed)
+        x, w = (
+            torch.where(real, torch.randn(*whole.shape, laws.D, generator=g), 0.0).bfloat16()
+            for _ in "xw"
+        )
+        ctx = Ctx(whole, mask, ids_of(x), seed=5)
+        exact = alone(exact_layer, x.double().requires_grad_(), w.double(), ctx)
+        one = alone(layer, x.clone().requires_grad_(), w, ctx)
+        layer.zero_grad()
+        part = shard.slice(x).clone().requires_grad_()
+        out = layer(part, Ctx(own, mask, shard.slice(ids_of(x)), seed=5, shard=shard)).y
+        (out * shard.slice(w)).sum().backward()
+        for name, p in layer.named_parameters():
+            mine = torch.zeros(p.shape) if p.grad is None else p.grad.float()
+            dist.all_reduce(mine, group=group)
+            norm = exact[name].norm().clamp_min(1e-12)
+            far = torch.stack([(t.double() - exact[name]).norm() / norm for t in (one[name], mine)])
+            sums[name] = sums.get(name, torch.zeros(2)) + far.clamp_min(1e-6).log().float()
+    means = {name: (total / DRAWS).exp() for name, total in sums.items()}
+    worst = max(means, key=lambda name: float(means[name][1] / means[name][0]))
+    return {"where": worst, "one": float(means[worst][0]), "several": float(means[worst][1])}
 
 
 def adjoint(rank: int, size: int, group: Any) -> dict[str, float]:
@@ -228,7 +290,13 @@ def do(job: dict[str, Any], rank: int, group: Any) -> Any:
     layer = build(job["name"], dtype)
     if (why := sequence.why_not(layer, size)) is not None:
         return {"refused": why}
-    return compare(layer, times, dtype, rank, size, group, job.get("fault", False))
+    if job["do"] == "rounding":
+        return rounding(layer, rank, size, group)
+    fault, mask = job.get("fault", False), job.get("mask")
+    try:
+        return compare(layer, times, dtype, rank, size, group, fault, mask)
+    except UserError as error:  # all processes alike: it does not run under the mask
+        return {"refused": str(error)}
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import laws
 import pytest
 import torch
-from sequence_ranks import VARIANTS, build, layout
+from sequence_ranks import MASKS, VARIANTS, build, layout
 
 from mm.model.context import Ctx
 from mm.model.sequence import Unconnected
@@ -62,6 +62,7 @@ QUICK = [
     "stack, recomputed hybrid",
 ]
 
+MASKED = [n for n in QUICK if declared(n) == "ulysses" and (n[0] == "4" or n == "mixer:attention")]
 IN_ORDER = [name for name in VARIANTS if name.startswith(("mixer:", "ffn:"))]
 
 
@@ -85,6 +86,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Any]
     jobs = [job(name, 4 if name in four else 2) for name in QUICK]
     jobs += [job(name, 4, "float32") for name in QUICK[::3]]
     jobs += [job(n, 4, times=4) for n in QUICK if n in PASSING and n.startswith(("mixer", "ffn"))]
+    jobs += [job(n, 4 if n in four else 2, mask=m) for n in MASKED for m in MASKS]
     jobs += [job(name, 2, fault=True) for name in QUICK if name in PASSING]
     jobs += [{"do": "collectives", "size": size} for size in (2, 4)]
     jobs += [{"do": "order", "size": 4, "name": name} for name in IN_ORDER]
@@ -92,8 +94,8 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Any]
 
 
 def chosen(quick: list[tuple[dict[str, Any], Any]], **wanted: Any) -> list[tuple[Any, Any]]:
-    keys = ("do", "times", "fault", "size", "dtype")
-    plain = {"do": "compare", "times": None, "fault": None} | wanted
+    keys = ("do", "times", "fault", "mask", "size", "dtype")
+    plain = {"do": "compare", "times": None, "fault": None, "mask": None} | wanted
     return [(j, out) for j, out in quick if all(j.get(k) == plain[k] for k in keys if k in plain)]
 
 
@@ -104,6 +106,13 @@ def test_a_layer_in_slices_gives_what_it_gives_whole(quick: Any) -> None:
     ran = {j["name"] for j, out in chosen(quick, size=4) if "refused" not in out}
     assert set(PASSING) & set(QUICK) <= ran
     assert {name for name in QUICK if name.startswith("4 heads")} <= ran
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_mask_is_that_of_the_whole_row(mask: str, quick: Any) -> None:
+    pairs = chosen(quick, mask=mask)
+    equal([j for j, _ in pairs], [out for _, out in pairs])
+    assert "4 heads, 2 of keys" in {j["name"] for j, out in pairs if "refused" not in out}
 
 
 def test_what_processes_pass_each_other_does_not_grow_with_the_row(quick: Any) -> None:
@@ -171,3 +180,13 @@ def test_the_page_names_every_layer_by_the_way_it_shares() -> None:
 def test_every_way_to_share_is_known() -> None:
     ways = {declared(name) for name in VARIANTS}
     assert ways == {None, "local", "ulysses", "carry", "halo"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_in_bf16_slices_are_no_further_from_fp64_than_one_process(tmp_path: Path) -> None:
+    """Of what is passed on; compared with fp64, since either is as far from it as the other."""
+    names = [name for name in QUICK if name in PASSING]
+    jobs = [{"do": "rounding", "name": n, "size": 2, "dtype": "bfloat16"} for n in names]
+    for j, out in zip(jobs, run(tmp_path, 2, jobs), strict=True):
+        assert out["several"] < 1.5 * out["one"] + 2e-3, (j["name"], out)
