@@ -73,6 +73,21 @@ def test_two_nodes_train_as_one_world(slurm: Slurm, unbroken: Path) -> None:
             assert "k" * 40 not in file.read_text(errors="replace"), f"{file} holds a secret"
 
 
+def test_two_nodes_are_verified_as_one_world(slurm: Slurm, tmp_path: Path) -> None:
+    config = toy_run(tmp_path, stage=2)
+    own = ("cluster.request_gpus=false", "cluster.limit_min=30", "cluster.partition=main")
+    given = ("launch", "slurm", str(config), "--nodes", "2", "--verify", "--no-preflight", *own)
+    code, said = slurm.mm(*given, cwd=tmp_path)
+    assert code == 0, said
+    home = tmp_path / "run-verify" / "launch"
+    attempts = home / "attempts.log"
+    wait_for(lambda: attempts.exists() and "ended: " in attempts.read_text(), 300, "its end")
+    said = "".join(f.read_text() for f in home.glob("slurm-*.out"))
+    assert "2 processes, ZeRO stage 2" in said and "save and resume" in said, said
+    assert "ended: all steps are done" in attempts.read_text() and "DIFFERS" not in said
+    assert not (tmp_path / "run").exists() and not [*tmp_path.rglob("mm-verify-*")]
+
+
 def test_nodes_that_do_not_fit_are_refused_before_a_step(slurm: Slurm, tmp_path: Path) -> None:
     job = submit(slurm, tmp_path, "cluster.env.GLOO_SOCKET_IFNAME=ib9")
     wait_until(tmp_path, "ended: ")
