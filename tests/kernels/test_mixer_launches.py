@@ -21,6 +21,7 @@ from mm.model.backbones.stack import presets
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # tens of kernels for up to five cards, on a cold cache
 @pytest.mark.parametrize("d_model", [1024, 2048, 4096])
 @pytest.mark.parametrize("name", backbones())
 def test_launches_of_a_backbone_fit(name: str, d_model: int) -> None:
