@@ -103,7 +103,7 @@ class Subject:
                 to_dtype(module, torch.bfloat16)
             if network.mode == "train":
                 stage, key = self.run.stages[self.index], f"stages.{self.index}"
-                set_trainable(module, stage, key, name)
+                set_trainable(module, stage, key, name, self.vocabulary)
                 trained[name] = module.train()
             else:
                 frozen[name] = module.eval().requires_grad_(False)
