@@ -20,6 +20,7 @@ from mm.finetune.data import read_data
 from mm.finetune.method import candidates
 from mm.own_data.plan import Chosen, plain
 from mm.plan.gpus import find
+from mm.plan.plan import Cluster, make_plan
 from mm.report.build import build_report
 from mm.report.comparison import comparison
 from mm.report.read import read_run
@@ -209,6 +210,7 @@ def test_four_bits_are_taken_where_adapters_alone_do_not_fit(
     methods = candidates(open_base(base), 100, "auto")
     made = yaml.safe_load((base / "config.yaml").read_text())
     stage = made["stages"][0] | {"budget": {"steps": 20}, "tasks": []}
+    stage["data"]["batch_size"] = 1
     measured = find("cpu")
 
     def config_of(how: Any) -> Any:
@@ -224,6 +226,8 @@ def test_four_bits_are_taken_where_adapters_alone_do_not_fit(
 
     why, below = chosen(64e9)
     assert why.startswith("lora: 100 ids for") and below is None
-    why, below = chosen(15.5e6)
+    large = Cluster(dataclasses.replace(measured, memory=64 * 10**9), 1, 1)
+    four_bits = make_plan(fit.run_of(config_of(methods[1])[0]), large, longest=False)
+    why, below = chosen(1.1 * four_bits["memory"]["total_bytes"])
     assert why == "qlora: the method before it does not fit this device"
     assert below == {"kind": "nf4", "double": True}
