@@ -106,7 +106,7 @@ class Op:
         return bind
 
     @property
-    def forced(self) -> str | None:
+    def by_name(self) -> str | None:
         """Name of the implementation that every call takes; None: each call its own."""
         return Op.everywhere or self._forced
 
@@ -115,7 +115,7 @@ class Op:
 
         Raises KernelUnavailable when the forced one cannot.
         """
-        forced = self.forced
+        forced = self.by_name
         if forced is not None:
             if forced not in self.implementations:
                 have = ", ".join(self.implementations)

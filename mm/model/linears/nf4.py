@@ -146,7 +146,7 @@ def _why_not_bitsandbytes(
         return f"no device of kind {x.device.type}"
     if shape[1] % BLOCK:  # 0.50.2 takes scales of other blocks there
         return f"wrong on a CPU where rows of {shape[1]} are no whole blocks of {BLOCK}"
-    if nf4_linear.forced != "bitsandbytes":
+    if nf4_linear.by_name != "bitsandbytes":
         return "on a CPU taken by name alone: MM_NF4_LINEAR=bitsandbytes"
     return None
 
@@ -156,8 +156,8 @@ def _bitsandbytes(
     x: Tensor, codes: Tensor, scales: Tensor, outer: Tensor | None, shape: tuple[int, int]
 ) -> Tensor:
     """Its products upon the same tensors: e4m3 is one of the 256-entry codes that it takes."""
-    import bitsandbytes
-    from bitsandbytes.functional import QuantState
+    import bitsandbytes  # pyright: ignore[reportMissingImports]
+    from bitsandbytes.functional import QuantState  # pyright: ignore[reportMissingImports]
 
     device = x.device.type
     if torch.is_autocast_enabled(device):
@@ -186,17 +186,17 @@ def _load_bitsandbytes() -> None:
     Raises:
         KernelUnavailable: it was asked for by name and is not installed.
     """
-    by_name = nf4_linear.forced == "bitsandbytes"
-    if by_name and MISSING:
+    asked = nf4_linear.by_name == "bitsandbytes"
+    if asked and MISSING:
         raise KernelUnavailable(f"MM_NF4_LINEAR=bitsandbytes: {MISSING}")
-    if MISSING or "bitsandbytes" in sys.modules or not (by_name or torch.cuda.is_available()):
+    if MISSING or "bitsandbytes" in sys.modules or not (asked or torch.cuda.is_available()):
         return
     log = logging.getLogger("bitsandbytes.backends.cpu.ops")
     before, hub = log.level, sys.modules.get("kernels")
     log.setLevel(logging.ERROR)  # it warns that it could not
     sys.modules["kernels"] = None  # type: ignore[assignment]
     try:
-        import bitsandbytes  # noqa: F401
+        import bitsandbytes  # noqa: F401 # pyright: ignore[reportMissingImports]
     finally:
         log.setLevel(before)
         del sys.modules["kernels"]
