@@ -84,6 +84,21 @@ def test_outputs_and_gradients_are_the_references(
 
 
 @installed
+@doubles
+def test_what_is_exported_is_the_same_matrix(double: bool) -> None:
+    """`merge_lora`, which `mm export` goes through, and DoRA's lengths of rows."""
+    part = LoraConfig(base_layer=Nf4Config(double=double), dora=True).build(192, 80)
+    init_weights(part)
+    assert isinstance(part, Lora)
+    torch.nn.init.normal_(part.lora_b)
+    whole = part.dense_weight()
+    with nf4_linear.using("bitsandbytes"):
+        torch.testing.assert_close(part.dense_weight(), whole, rtol=1e-6, atol=1e-6)
+        x = torch.randn(5, 192)
+        torch.testing.assert_close(part(x), x @ whole.T, rtol=1e-5, atol=1e-5)
+
+
+@installed
 def test_a_step_keeps_four_bits_and_no_matrix() -> None:
     _, part = matrix(128, 256, True)
     x = torch.randn(3, 256, requires_grad=True)
