@@ -36,6 +36,7 @@ def matrix(d_out: int, d_in: int, double: bool) -> tuple[Tensor, Nf4]:
 
 
 @installed
+@pytest.mark.slow  # importing it takes seconds
 @doubles
 @pytest.mark.parametrize("shape", [(96, 256), (33, 192), (1, 64)])
 def test_codes_and_scales_are_theirs(double: bool, shape: tuple[int, int]) -> None:
@@ -56,6 +57,7 @@ def test_codes_and_scales_are_theirs(double: bool, shape: tuple[int, int]) -> No
 
 
 @installed
+@pytest.mark.slow  # importing it takes seconds
 @doubles
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
@@ -84,6 +86,7 @@ def test_outputs_and_gradients_are_the_references(
 
 
 @installed
+@pytest.mark.slow  # importing it takes seconds
 @doubles
 def test_what_is_exported_is_the_same_matrix(double: bool) -> None:
     """`merge_lora`, which `mm export` goes through, and DoRA's lengths of rows."""
@@ -99,6 +102,7 @@ def test_what_is_exported_is_the_same_matrix(double: bool) -> None:
 
 
 @installed
+@pytest.mark.slow  # importing it takes seconds
 def test_a_step_keeps_four_bits_and_no_matrix() -> None:
     _, part = matrix(128, 256, True)
     x = torch.randn(3, 256, requires_grad=True)

@@ -102,7 +102,8 @@ def test_bf16_keeps_the_bits_of_its_masters(tmp_path: Path, zero: int) -> None:
     assert_new_alone(start, end)
 
 
-@pytest.mark.parametrize("zero", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 3])
 def test_a_resume_inside_the_stage_and_the_next_one_is_bitwise(tmp_path: Path, zero: int) -> None:
     """In the second stage all rows train again."""
     first = {"train": ["embed.*"], "train_rows": ["image"]}
@@ -135,7 +136,7 @@ def test_two_processes_hold_the_old_rows_at_every_stage(tmp_path: Path) -> None:
         torch.testing.assert_close(end[TABLE], alone[TABLE], rtol=1e-4, atol=1e-6)
 
 
-def test_tables_of_a_language_model() -> None:
+def test_tables_of_a_language_model(tmp_path: Path) -> None:
     """Embedder and head that share nothing; a module with tables by modality names them itself."""
     ids = rows()
 
@@ -144,7 +145,7 @@ def test_tables_of_a_language_model() -> None:
         config = {"kind": "lm", "d_model": 16, "backbone": backbone, **model}
         net = NETWORKS.parse(config).build(toys.vocabulary())
         init_weights(net)
-        stage = new_rows(Path("x"), "x", "adamw", 1).stages[0]
+        stage = new_rows(tmp_path, "x", "adamw", 1).stages[0]
         stage = stage.model_copy(
             update={"train": ("embedder.*", "heads.*"), "train_rows": modalities}
         )
