@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from mm.errors import UserError
 from mm.kernels import check
 
 log = logging.getLogger("mm.kernels")
@@ -62,7 +63,7 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
     return NOTHING
 
 
-class KernelUnavailable(RuntimeError):
+class KernelUnavailable(UserError, RuntimeError):
     """An implementation was forced that cannot run this call."""
 
 
@@ -104,12 +105,17 @@ class Op:
 
         return bind
 
+    @property
+    def by_name(self) -> str | None:
+        """Name of the implementation that every call takes; None: each call its own."""
+        return Op.everywhere or self._forced
+
     def pick(self, *args: Any, **kw: Any) -> str:
         """Name of the implementation that runs this call.
 
         Raises KernelUnavailable when the forced one cannot.
         """
-        forced = Op.everywhere or self._forced
+        forced = self.by_name
         if forced is not None:
             if forced not in self.implementations:
                 have = ", ".join(self.implementations)

@@ -317,8 +317,8 @@ FAMILIES = Registry(
     "family",
     _modules(
         "mm.interchange.families",
-        "llama llava mistral qwen2 qwen3 qwen3_moe mixtral phi3 olmo2 olmo3 gemma2 gemma3_text "
-        "gpt2 mamba mamba2 recurrent_gemma qwen3_next",
+        "llama llava mistral qwen2 qwen3 qwen3_moe mixtral phi3 olmo olmo2 olmo3 gemma2 "
+        "gemma3_text gpt2 mamba mamba2 recurrent_gemma qwen3_next",
     ),
 )
 ENCODERS = Registry(

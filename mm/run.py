@@ -69,6 +69,13 @@ class Stage(Config):
         tuple[str, ...],
         Field(description="parameters that do not train, taken from those of `train`"),
     ] = ()
+    train_rows: Annotated[
+        tuple[str, ...],
+        Field(
+            description="modalities: of tables with a row an id the rows of their ids alone train, "
+            "without weight decay; default: all rows"
+        ),
+    ] = ()
     mask: Annotated[
         str | None,
         Field(description="who sees whom in this stage and what it leaves; default: model.mask"),

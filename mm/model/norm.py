@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm with what they learn. D width of what is normed."""
+"""RMSNorm and LayerNorm, most with what they learn. D width of what is normed."""
 
 from __future__ import annotations
 
@@ -58,6 +58,23 @@ class LayerNorm(RMSNorm):
         return F.layer_norm(x.to(wide), weight.shape, weight, bias, self.eps).to(x.dtype)
 
 
+class NonParametricNorm(nn.Module):
+    """Norm of mean 0 and variance 1 over the last dimension, which learns nothing.
+
+    Source: OLMo (arXiv:2402.00838), section 2.1.
+    """
+
+    adds = False
+
+    def __init__(self, d: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.layer_norm(x.to(wide), x.shape[-1:], eps=self.eps).to(x.dtype)
+
+
 class ZeroCentredNorm(RMSNorm):
     """RMSNorm whose scale is ``1 + weight``.
 
@@ -97,16 +114,22 @@ class FullNorm(RMSNorm):
         return rms_norm(x.flatten(-2), self.weight, self.eps).view(x.shape)
 
 
-Kind = Literal["rms", "layer", "zero_centred"]
-NORMS = {"rms": RMSNorm, "layer": LayerNorm, "zero_centred": ZeroCentredNorm}
+Kind = Literal["rms", "layer", "zero_centred", "nonparametric"]
+Norm = RMSNorm | NonParametricNorm
+NORMS: dict[Kind, type[Norm]] = {
+    "rms": RMSNorm,
+    "layer": LayerNorm,
+    "zero_centred": ZeroCentredNorm,
+    "nonparametric": NonParametricNorm,
+}
 
 
-def norm(kind: Kind, d: int, eps: float) -> RMSNorm:
+def norm(kind: Kind, d: int, eps: float) -> Norm:
     """`(..., D)` to the same."""
     return NORMS[kind](d, eps)
 
 
-def add_norm(norm: RMSNorm | None, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+def add_norm(norm: Norm | None, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
     """``x + branch`` and what is read of it: normed, or as it is; `(..., D)` both.
 
     On a GPU one kernel does both; elsewhere the norm alone is one.

@@ -22,7 +22,7 @@ from mm.trainer.log.clock import StepClock
 from mm.trainer.log.metrics import CodebookUsage
 from mm.trainer.stage import StageState, all_networks, build, make_module
 from mm.trainer.step import optimizer_step
-from mm.trainer.trainable import set_trainable
+from mm.trainer.trainable import hold_other_rows, set_trainable
 from mm.vocabulary import Vocabulary
 
 
@@ -80,7 +80,8 @@ def build_stage(run: Run, index: int, vocabulary: Vocabulary | None) -> StageSta
     for name, network in wanted.items():
         module = make_module(network.config, vocabulary, run.seed, CUDA)
         if network.mode == "train":
-            set_trainable(module, config, f"stages.{index}", name)
+            set_trainable(module, config, f"stages.{index}", name, vocabulary)
+            hold_other_rows(module)
             optimizer = config.optimizer.build(module)
             engines[name] = FakeEngine(module.train(), optimizer, run, config.ema)
         else:

@@ -103,7 +103,7 @@ class Subject:
                 to_dtype(module, torch.bfloat16)
             if network.mode == "train":
                 stage, key = self.run.stages[self.index], f"stages.{self.index}"
-                set_trainable(module, stage, key, name)
+                set_trainable(module, stage, key, name, self.vocabulary)
                 trained[name] = module.train()
             else:
                 frozen[name] = module.eval().requires_grad_(False)
@@ -182,10 +182,11 @@ def _assumed_vocabulary(run: Run, index: int, ids: int) -> Vocabulary | None:
     """Ids of the modalities that the config names, one modality where it names none."""
     if run.vocabulary is None and not getattr(run.stages[index].data, "token_sources", None):
         return None
-    transform = getattr(run.stages[index].objective, "transform", None)
+    stage = run.stages[index]
+    transform = getattr(stage.objective, "transform", None)
     tasks = getattr(transform, "tasks", None) or {}
     named = {m for task in tasks for m in task.replace(">", "+").split("+")}
-    named |= {*run.tokenizers, *getattr(run.stages[index].objective, "weights", {})}
+    named |= {*run.tokenizers, *stage.train_rows, *getattr(stage.objective, "weights", {})}
     modalities = sorted(named) or ["text"]
     each = max(1, ids // len(modalities))
     return extend_vocabulary([TokenSpec(m, each, fingerprint=f"assumed {m}") for m in modalities])

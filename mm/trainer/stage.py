@@ -34,7 +34,7 @@ from mm.trainer.log.clock import StepClock
 from mm.trainer.sequence import data_ranks, require_shares
 from mm.trainer.stage_model import run_of
 from mm.trainer.stateful import CarriedStates
-from mm.trainer.trainable import n_trained, set_trainable
+from mm.trainer.trainable import hold_other_rows, n_trained, set_trainable
 from mm.trainer.transfer import Sender
 from mm.trainer.warm_start import WarmStart, config_at_start
 from mm.vocabulary import Vocabulary
@@ -170,7 +170,7 @@ def enter_stage(
             continue
         if run.engine.compile:
             compile_blocks(module)
-        set_trainable(module, config, f"stages.{index}", name, fresh=not have)
+        set_trainable(module, config, f"stages.{index}", name, vocabulary, fresh=not have)
         parameters[name] = sum(p.numel() for p in module.parameters())
         trained[name] = n_trained(module)
         optimizer = config.optimizer.build(module)
@@ -180,6 +180,7 @@ def enter_stage(
             fill_cut(module, env.device, run.seed, cutter, fitted, prepare, read)
             slices = cutter.frozen
         engine = Engine(module.train(), optimizer, run.engine, env.precision, config.ema, slices)
+        hold_other_rows(module)
         if inside is not None:
             engine.load_masters(partial(inside.read, name))
             scalars = inside.state["optimizers"].get(name, {})

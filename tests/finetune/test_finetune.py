@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mm.finetune.data import read_data
 from mm.finetune.method import candidates
 from mm.own_data.plan import Chosen, plain
 from mm.plan.gpus import find
+from mm.plan.plan import Cluster, make_plan
 from mm.report.build import build_report
 from mm.report.comparison import comparison
 from mm.report.read import read_run
@@ -198,3 +200,34 @@ def test_minutes_and_what_fits_decide_steps_and_method(
         config, notes = fit.fit_device(methods, config_of, minutes, changes)
         assert notes[0].why.startswith("lora:")
         assert plain(config["stages"][0]["budget"]["steps"]) == steps
+
+
+@pytest.mark.slow
+def test_four_bits_are_taken_where_adapters_alone_do_not_fit(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that weights of 32 bits fill, for a base of 512 channels."""
+    methods = candidates(open_base(base), 100, "auto")
+    made = yaml.safe_load((base / "config.yaml").read_text())
+    stage = made["stages"][0] | {"budget": {"steps": 20}, "tasks": []}
+    stage["data"]["batch_size"] = 1
+    measured = find("cpu")
+
+    def config_of(how: Any) -> Any:
+        wide = {"d_model": 512, "backbone": {"kind": "stack", "pattern": "2*attention"}}
+        model = made["model"] | wide | {"linear": plain(how.model["linear"])}
+        return made | {"model": model, "stages": [stage]}, 100
+
+    def chosen(memory: float) -> tuple[str, Any]:
+        small = dataclasses.replace(measured, memory=int(memory))
+        monkeypatch.setattr(fit, "this_device", lambda: small)
+        config, notes = fit.fit_device(methods, config_of, 10.0, [])
+        return notes[0].why, plain(config["model"])["linear"].get("base_layer")
+
+    why, below = chosen(64e9)
+    assert why.startswith("lora: 100 ids for") and below is None
+    large = Cluster(dataclasses.replace(measured, memory=64 * 10**9), 1, 1)
+    four_bits = make_plan(fit.run_of(config_of(methods[1])[0]), large, longest=False)
+    why, below = chosen(1.1 * four_bits["memory"]["total_bytes"])
+    assert why == "qlora: the method before it does not fit this device"
+    assert below == {"kind": "nf4", "double": True}

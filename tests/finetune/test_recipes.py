@@ -20,6 +20,7 @@ from start_toys import image_tokenizer
 from thinned import every
 
 from mm.data.pack.job import pack
+from mm.model.folder import load_tensors
 from mm.model.layer import init_weights
 from mm.plan.inputs import Assumed
 from mm.plan.plan import Cluster, make_plan
@@ -175,6 +176,7 @@ def test_a_recipe_trains(name: str, inside: Path) -> None:
     given = [*changes(n), *teacher]
     if name == "new-modality":
         given.remove("stages.1.tasks=[]")
+        given += [f"checkpoints.every={STEPS}", "checkpoints.keep_last=9"]
     run = Run.load(file, given)
     train(run)
     rows = metrics.read(run.folder / "metrics.jsonl")
@@ -183,7 +185,13 @@ def test_a_recipe_trains(name: str, inside: Path) -> None:
     assert len(losses) == n * STEPS
     costs = {k.removeprefix("loss/") for found in losses for k in found} - {"total"}
     assert costs == LOSSES[name]
-    if name == "new-modality":  # what was forgotten
+    if name == "new-modality":  # new rows alone moved at first; and what was forgotten
+        old = load_tensors(Path("runs/old/model/model.safetensors"))
+        warm = load_tensors(run.folder / f"checkpoints/step_{STEPS:06d}/model.safetensors")
+        off = [k for k, t in old.items() if not torch.equal(warm[k][: len(t)], t)]
+        assert off == []
+        tables = {k: len(t) for k, t in old.items() if len(warm[k]) > len(t)}
+        assert tables and all((warm[k][n:] != old[k].mean(0)).any() for k, n in tables.items())
         figures = []
         for other in ([], ["--model", "runs/old"]):
             assert not call("eval", run.folder, *other, "--json", "figures.json")

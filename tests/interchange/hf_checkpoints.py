@@ -127,6 +127,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "rms_norm_eps": 1e-5,
         },
     ),
+    "olmo": ("olmo", "Olmo", {}),
+    "olmo, clipped, tied": ("olmo", "Olmo", {"clip_qkv": 0.02, "tie_word_embeddings": True}),
     "olmo2": ("olmo2", "Olmo2", {}),
     "olmo3, windows and rotations by layer": (
         "olmo3",

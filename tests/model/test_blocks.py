@@ -57,6 +57,28 @@ def test_sandwich_norms_before_and_after_both_branches() -> None:
     torch.testing.assert_close(apply(block, x), y)
 
 
+def test_norms_that_learn_nothing_and_bounded_projections() -> None:
+    """OLMo's block: by hand, with queries, keys and values that the bound cuts."""
+    mixer = cast(Any, MIXERS.parse({"kind": "attention", "heads": 2, "clip": 0.3})).build(D)
+    fed = cast(Any, FFNS.parse({"kind": "mlp", "hidden": 12})).build(D)
+    block = cast(Any, BLOCKS.parse({"kind": "prenorm", "norm": "nonparametric"})).build(
+        D, mixer, fed
+    )
+    init_weights(block)
+    block, x = block.double(), 5 + 3 * inputs()
+    assert not [name for name, _ in block.named_parameters() if "_norm" in name.split(".")[0]]
+    plain = lambda x: torch.nn.functional.layer_norm(x, (D,), eps=block.mixer_norm.eps)
+    y = x + apply(mixer, plain(x))
+    torch.testing.assert_close(apply(block, x), y + apply(fed, plain(y)))
+    table = mixer.qkv(plain(x))
+    assert (table.abs() > 0.3).any()
+    free = cast(Any, MIXERS.parse({"kind": "attention", "heads": 2})).build(D).double()
+    free.load_state_dict(mixer.state_dict())
+    assert not torch.allclose(apply(free, plain(x)), apply(mixer, plain(x)))
+    free.qkv.forward = lambda x, ctx=None: mixer.qkv(x).clamp(-0.3, 0.3)
+    torch.testing.assert_close(apply(free, plain(x)), apply(mixer, plain(x)))
+
+
 @pytest.mark.parametrize("inner", ["prenorm", "parallel"])
 def test_layer_drop_is_off_outside_training_and_drops_whole_documents_in_it(inner: str) -> None:
     block, x = cast(Any, build({"kind": "layer_drop", "rate": 0.4, "block": inner})), inputs()

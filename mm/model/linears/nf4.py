@@ -5,7 +5,10 @@ N elements of a matrix, K blocks of 64, L blocks of 256 blocks.
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -14,11 +17,18 @@ from pydantic import Field
 from torch import Tensor
 
 from mm.config import Config
+from mm.kernels.device import DTYPES
+from mm.kernels.op import KernelUnavailable, Op, without_autocast
 from mm.model.context import Ctx
 from mm.model.layer import Linear
 from mm.registry import LINEARS
 
 BLOCK, OUTER = 64, 256
+MISSING = (
+    None
+    if find_spec("bitsandbytes")
+    else "it is not installed: pip install 'mm-stack[bitsandbytes]'"
+)
 # Quantiles of the normal distribution, scaled to [-1, 1], with 0 among them: QLoRA, appendix E.
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -42,6 +52,7 @@ class Nf4(Linear):
 
     def __init__(self, d_in: int, d_out: int, name: str = "", double: bool = False):
         super().__init__()
+        _load_bitsandbytes()
         self.name, self.doubly, self.shape = name, double, (d_out, d_in)
         n = d_in * d_out
         K = -(-n // BLOCK)
@@ -84,8 +95,7 @@ class Nf4(Linear):
         return dequantize(self.codes, self.scales, self.outer, self.shape)
 
     def forward(self, x: Tensor, ctx: Ctx | None = None) -> Tensor:
-        y: Any = _Product.apply(x, self.codes, self.scales, self.outer, self.shape)
-        return y
+        return nf4_linear(x, self.codes, self.scales, self.outer, self.shape)
 
 
 class _Product(torch.autograd.Function):
@@ -107,6 +117,91 @@ class _Product(torch.autograd.Function):
         (grad,), (codes, scales, outer) = grads, ctx.saved_tensors
         weight = dequantize(codes, scales, outer, ctx.shape)
         return grad @ weight.to(grad.dtype), None, None, None, None
+
+
+@Op
+def nf4_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, outer: Tensor | None, shape: tuple[int, int]
+) -> Tensor:
+    """Return ``x W^T`` of a matrix in four bits, which gets no gradient.
+
+    Args:
+        x: `(..., d_in)` any float dtype, to which the matrix is rounded.
+        codes: as of `dequantize`, and so are ``scales``, ``outer`` and ``shape``, (d_out, d_in).
+    Returns:
+        `(..., d_out)` in the dtype of ``x``; that of autocast inside it.
+    """
+    y: Any = _Product.apply(x, codes, scales, outer, shape)
+    return y
+
+
+def _why_not_bitsandbytes(
+    x: Tensor, codes: Tensor, scales: Tensor, outer: Tensor | None, shape: tuple[int, int]
+) -> str | None:
+    if MISSING or x.dtype not in DTYPES:
+        return MISSING or f"no {x.dtype}"
+    if x.device.type == "cuda":
+        return None
+    if x.device.type != "cpu":
+        return f"no device of kind {x.device.type}"
+    if shape[1] % BLOCK:  # 0.50.2 takes scales of other blocks there
+        return f"wrong on a CPU where rows of {shape[1]} are no whole blocks of {BLOCK}"
+    if nf4_linear.by_name != "bitsandbytes":
+        return "on a CPU taken by name alone: MM_NF4_LINEAR=bitsandbytes"
+    return None
+
+
+@nf4_linear.register("bitsandbytes", _why_not_bitsandbytes)
+def _bitsandbytes(
+    x: Tensor, codes: Tensor, scales: Tensor, outer: Tensor | None, shape: tuple[int, int]
+) -> Tensor:
+    """Its products upon the same tensors: e4m3 is one of the 256-entry codes that it takes."""
+    import bitsandbytes  # pyright: ignore[reportMissingImports]
+    from bitsandbytes.functional import QuantState  # pyright: ignore[reportMissingImports]
+
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    nested: dict[str, Any] = {}
+    if outer is None:
+        largest = scales.view(torch.float32)
+    else:
+        largest, floats = scales, outer.view(torch.float32)
+        e4m3 = torch.arange(256, dtype=torch.uint8, device=x.device).view(torch.float8_e4m3fn)
+        inner = QuantState(floats[:-1], code=e4m3.float(), blocksize=OUTER, dtype=torch.float32)
+        nested = {"offset": floats[-1], "state2": inner}
+    state = QuantState(
+        largest, torch.Size(shape), blocksize=BLOCK, quant_type="nf4", dtype=x.dtype, **nested
+    )
+    packed = codes[: -(-shape[0] * shape[1] // 2)].view(-1, 1)
+    with without_autocast(device):
+        return bitsandbytes.matmul_4bit(x, packed, state)
+
+
+def _load_bitsandbytes() -> None:
+    """Import it where it will run: before the first step, and without what it would fetch.
+
+    Its CPU backend takes code from a hub where the package `kernels` is installed.
+
+    Raises:
+        KernelUnavailable: it was asked for by name and is not installed.
+    """
+    asked = nf4_linear.by_name == "bitsandbytes"
+    if asked and MISSING:
+        raise KernelUnavailable(f"MM_NF4_LINEAR=bitsandbytes: {MISSING}")
+    if MISSING or "bitsandbytes" in sys.modules or not (asked or torch.cuda.is_available()):
+        return
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    before, hub = log.level, sys.modules.get("kernels")
+    log.setLevel(logging.ERROR)  # it warns that it could not
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        import bitsandbytes  # noqa: F401 # pyright: ignore[reportMissingImports]
+    finally:
+        log.setLevel(before)
+        del sys.modules["kernels"]
+        if hub is not None:
+            sys.modules["kernels"] = hub
 
 
 def dequantize(

@@ -17,6 +17,8 @@ from mm.trainer.engine.zero_shards import Shards
 
 Beta = Annotated[float, Field(ge=0, lt=1, description="share of the old average kept")]
 Needs = Literal["elements", "gather", "tensors"]
+# Attribute of a parameter of which some rows train alone: they, as slices.
+TRAINED_ROWS = "trained_rows"
 
 
 class OptimizerConfig(Config):
@@ -77,7 +79,8 @@ class OptimizerConfig(Config):
         """Trainable parameters by (``rule``, weight decay, rate), decayed ones first.
 
         A module with `rates` (muP) says which multiple of the rate each parameter takes; `rates` of
-        the settings come upon that, and upon the decay, which is times the rate.
+        the settings come upon that, and upon the decay, which is times the rate. What trains in
+        some of its rows alone does not decay: the others would.
 
         Raises UserError where a glob of `rates` fits no parameter that trains.
 
@@ -95,6 +98,7 @@ class OptimizerConfig(Config):
                 raise UserError(f"optimizer.rates: no parameter that trains is called '{glob}'")
         for name, p in trained:
             decays = self.decay == "all" or (p.dim() > 1 and "embed" not in name.lower())
+            decays = decays and not hasattr(p, TRAINED_ROWS)
             rate = rates.get(name, 1.0)
             # decay is times the rate: divided here, so that muP leaves it as it is
             decay = self.weight_decay / rate if decays else 0.0

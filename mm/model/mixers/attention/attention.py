@@ -30,7 +30,8 @@ class Attention(GroupedAttention):
 
     Source: Vaswani et al. 2017 (arXiv:1706.03762); grouped heads: Ainslie et al. 2023
     (arXiv:2305.13245);
-    QK-norm: Henry et al. 2020 (arXiv:2010.04245) with RMS norm; window: Beltagy et al. 2020
+    QK-norm: Henry et al. 2020 (arXiv:2010.04245) with RMS norm; clip: OLMo (arXiv:2402.00838), as
+    in its code; window: Beltagy et al. 2020
     (arXiv:2004.05150). Soft-cap: Gemma 2 (arXiv:2408.00118), section 2. Sinks: gpt-oss
     (arXiv:2508.10925), section 2. Scale by log n: Chiang & Cholak 2022 (arXiv:2202.12172), section
     5.3. Forget gate: `mm.model.mixers.attention.forget_gate`. Output gate: Qiu et al. 2025
@@ -117,6 +118,7 @@ class AttentionConfig(HeadsConfig):
         "zero_centred: scales 1 + weight",
     )
     norm_eps: Annotated[float, Field(gt=0, le=1, description="of qk_norm")] = 1e-6
+    clip: Annotated[float, Field(gt=0, description="bound of what qkv gives")] | None = None
     query_scale: float | None = Field(
         default=None, gt=0, description="factor of the logits; default 1 / sqrt(head_dim)"
     )

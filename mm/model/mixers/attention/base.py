@@ -289,7 +289,7 @@ class AttentionBase(Mixer):
 class GroupedAttention(AttentionBase):
     """Base: one projection to queries, keys and values, and groups of heads that share a key.
 
-    Its config may have a ``window`` and a ``qk_norm``.
+    Its config may have a ``window``, a ``qk_norm`` and a ``clip``.
     """
 
     def __init__(self, d_model: int, config: HeadsConfig, linear: LinearFactory):
@@ -299,6 +299,7 @@ class GroupedAttention(AttentionBase):
         self.cache = self.make_cache()
         self.qkv = linear(d_model, (H + 2 * G) * K, "qkv")
         self.out = linear(H * K, d_model, "out")
+        self.clip: float | None = getattr(config, "clip", None)
         qk_norm = getattr(config, "qk_norm", False)
         eps = getattr(config, "norm_eps", 1e-6)
         self.q_norm = qk_norm_of(qk_norm, H, K, eps) if qk_norm else None
@@ -322,6 +323,8 @@ class GroupedAttention(AttentionBase):
         f = self.position_fields(ctx, serving)
         x_BTD = self.position.embed(x_BTD, f)
         qkv = self.qkv(x_BTD, ctx).view(*x_BTD.shape[:2], H + 2 * G, K)
+        if self.clip is not None:
+            qkv = qkv.clamp(-self.clip, self.clip)
         q, kv = qkv.split_with_sizes((H, 2 * G), dim=2)
         moved, tail = self.shift_keys(x_BTD, kv, ctx, tail)
         k, v = moved.split_with_sizes((G, G), dim=2)
