@@ -141,10 +141,17 @@ class Lazy(Mapping[str, Tensor]):
     Args:
         shapes: of each by name.
         read: a tensor by its name.
+        like: shapes, dtypes and ties (one object under several names) on the meta device, where
+            they are known.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]):
-        self.shapes, self._read = shapes, read
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        read: Callable[[str], Tensor],
+        like: Mapping[str, Tensor] | None = None,
+    ):
+        self.shapes, self._read, self.like = shapes, read, like
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.shapes:
@@ -248,7 +255,11 @@ class Slices:
         """Whole tensors of ``file`` by name; none when there is no such file."""
         table = self.files.get(file, {})
         shapes = {name: placed.shape for name, placed in table.items()}
-        return Lazy(shapes, lambda name: self.read(file, name).view(shapes[name]))
+        like = {
+            name: torch.empty(placed.shape, dtype=KINDS[placed.dtype], device="meta")
+            for name, placed in table.items()
+        }
+        return Lazy(shapes, lambda name: self.read(file, name).view(shapes[name]), like)
 
     def _read(self, path: str, name: str, low: int, high: int, dtype: str) -> Tensor:
         """Elements of a flattened tensor of one file."""

@@ -41,7 +41,7 @@ class GraftAdapter(Surgery):
             torch.manual_seed(0)
             module = config.build(before.config.d_model)
             init_weights(module)
-        own = load_tensors(self.path / "model.safetensors")
+        own = load_tensors(self.path)
         _, unexpected = module.load_state_dict(own, strict=False)
         if unexpected:
             raise UserError(f"{self.path}: holds {unexpected[0]}, which '{kind}' has not")
