@@ -114,7 +114,7 @@ def export_model(
 
 def merge(folder: Path, lm: LmConfig, vocabulary: Vocabulary, out: Path) -> None:
     """Write a saved model whose adapters are part of their matrices."""
-    before = Operated(lm, files.load_tensors(folder), vocabulary)
+    before = Operated(lm, files.open_tensors(folder), vocabulary)
     surgery: Any = SURGERIES.parse("merge_lora")
     after = surgery.apply(before, None)
     tokenizers = {path.name: path for path in (folder / "tokenizers").iterdir()}

@@ -161,7 +161,8 @@ class Lazy(Mapping[str, Tensor]):
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Lazy:
         """These, with ``tensors`` beside them or in the place of those of their names."""
         shapes = {**self.shapes, **{name: tuple(t.shape) for name, t in tensors.items()}}
-        return Lazy(shapes, lambda n: tensors[n] if n in tensors else self._read(n))
+        like = self.like and {**self.like, **{n: t.detach().to("meta") for n, t in tensors.items()}}
+        return Lazy(shapes, lambda n: tensors[n] if n in tensors else self._read(n), like)
 
     def __contains__(self, name: object) -> bool:  # the inherited one would read it
         return name in self.shapes

@@ -96,7 +96,7 @@ def config_at_start(key: str, asked: InitFrom) -> Config:
         return config
     folder = saved_model(key, asked.path)
     old = Vocabulary.load(folder / WORDS) if (folder / WORDS).is_file() else None
-    it = Operated(config, load_tensors(folder), old)
+    it = Operated(config, open_tensors(folder), old)
     return operate(key, asked, it, old).config
 
 
@@ -152,7 +152,7 @@ class WarmStart(Snapshot):
         self.operated: Config | None = None
         if asked.surgery:
             begun = self.adapted or saved_config(key, asked)
-            it = Operated(begun, dict(tensors), old)
+            it = Operated(begun, tensors, old)
             self.operated, operated, old = operate(key, asked, it, vocabulary)
             super().__init__({"stage": -1}, {name: operated})
         else:
