@@ -68,6 +68,10 @@ def _host(segments: Sequence[Segment], span: Sequence[int]) -> str:
 
 def segment_lengths(segments: Sequence[Segment]) -> list[int]:
     """Tokens of each segment of one sequence with its borders, 1 of a null condition."""
+    if not any([s.inline for s in segments]):  # borders are then each segment's own
+        return [
+            0 if s.role == "label" else 1 if s.ids is None else len(s.ids) + 2 for s in segments
+        ]
     return lengths_within(segments, borders(segments))
 
 

@@ -13,6 +13,7 @@ import torch
 from mm.batch import Batch, Values
 from mm.data.batching.codebooks import CODES
 from mm.data.batching.document import DEFAULT, DocumentTokens, Features, document_tokens, highest
+from mm.data.batching.plain_batch import plain_batch
 from mm.errors import UserError
 from mm.layout import Doc, Grid, Layout, places_of
 from mm.specs import Segment, TokenSpec
@@ -111,6 +112,19 @@ def to_batch(
         ValueError: a row does not fit ``seq_len``, or more documents than ``max_documents``.
         UserError: segments that cannot be written, with ``keys``: names the sample.
     """
+    if declared is None or not any(declared):
+        found = plain_batch(
+            rows,
+            vocabulary,
+            seq_len,
+            max_documents,
+            keys,
+            TOKENS,
+            grid_modalities(vocabulary),
+            axes_of(vocabulary),
+        )
+        if found is not None:
+            return found
     named = iter(keys)
     pieces = [[_piece(segments, vocabulary, next(named, None)) for segments in row] for row in rows]
     return pieces_to_batch(

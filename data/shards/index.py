@@ -59,8 +59,8 @@ class Index(NamedTuple):
 
     def key(self, i: int) -> str:
         """Key of sample ``i``; a byte that is no UTF-8 becomes a replacement character."""
-        raw = bytes(self.key_bytes[self.key_start[i] : self.key_start[i + 1]])
-        return raw.decode(errors="replace")
+        at = self.key_start.item
+        return self.key_bytes[at(i) : at(i + 1)].tobytes().decode(errors="replace")
 
     def members_of(self, kinds: np.ndarray, samples: np.ndarray | None = None) -> np.ndarray:
         """Members of some ``kinds`` (K,) bool in every sample, (N,) int64.

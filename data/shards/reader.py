@@ -324,13 +324,13 @@ class ShardSet:
 
     def _entries(self, i: int) -> dict[str, int]:
         """Kind -> number of the tar entry of sample i."""
-        first, stop = int(self.index.start[i]), int(self.index.start[i + 1])
+        first, stop = self.index.start.item(i), self.index.start.item(i + 1)
         kinds = self.index.kind[first:stop].tolist()
         if not 0 <= first <= stop <= len(self.index.kind) or len(kinds) != stop - first:
             raise self._damaged(f"sample {i} has entries {first} to {stop}")
         if kinds and not 0 <= min(kinds) <= max(kinds) < len(self._kinds):
             raise self._damaged(f"sample {i} has a member of kind {max(kinds)}")
-        return {self._kinds[k]: first + n for n, k in enumerate(kinds)}
+        return {self._kinds[k]: e for e, k in enumerate(kinds, first)}
 
     def small_file(self, *parts: str) -> Path:
         """Path of a file that is no shard; fetched where the set is behind a URL."""
@@ -369,16 +369,16 @@ class ShardSet:
         )
 
     def _number(self, i: int) -> int:
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"sample {i} of {len(self)}")
-        return int(i) % len(self)
+        if not -(n := len(self.index.start) - 1) <= i < n:
+            raise IndexError(f"sample {i} of {n}")
+        return int(i) % n
 
     def _bytes(self, e: int) -> np.ndarray:
-        s = int(self.index.shard[e])
+        index, s = self.index, self.index.shard.item(e)
         if not 0 <= s < len(self._entry["shards"]):
             raise self._damaged(f"entry {e} is in shard {s} of {len(self._entry['shards'])}")
         buffer = self._contents(s)
-        at, size = int(self.index.offset[e]), int(self.index.size[e])
+        at, size = index.offset.item(e), index.size.item(e)
         if at < 0 or size < 0 or at + size > len(buffer):
             raise self._damaged(f"entry {e} is at {at} to {at + size} of {len(buffer)} bytes")
         return buffer[at : at + size]

@@ -13,6 +13,7 @@ from mm.data.chat.template import ChatTemplate
 from mm.errors import UserError
 from mm.hashes import digest
 from mm.model.slices import INDEX, Slices
+from mm.model.weight_files import has_weights
 from mm.reading import parse_json
 from mm.registry import NetworkField
 from mm.specs import ModalityTokenizer
@@ -39,7 +40,7 @@ def load(folder: str | Path, trust_code: bool = False) -> Loaded:
     """
     folder = Path(folder)
     for where in (folder, folder / "model"):
-        if (where / "config.json").is_file() and (where / "model.safetensors").is_file():
+        if (where / "config.json").is_file() and has_weights(where):
             return _saved(where)
     if not folder.exists():
         raise UserError(f"no such folder: {folder}")

@@ -23,9 +23,9 @@ from mm.interchange.peft import (
     from_peft,
     to_peft,
 )
-from mm.interchange.weights import few_names
 from mm.model import folder as files
 from mm.model.model import LmConfig
+from mm.model.weight_files import few_names, has_weights
 from mm.reading import parse_json
 from mm.vocabulary import Vocabulary
 
@@ -72,8 +72,8 @@ def require_same_base(run: Path, tensors: Mapping[str, Tensor]) -> None:
     if not told.is_file():
         return
     begun = parse_json(told.read_bytes()).get("model", {})
-    before = Path(begun.get("folder", "")) / "model.safetensors"
-    if not before.is_file():
+    before = Path(begun.get("folder", ""))
+    if not has_weights(before):
         return
     old, new = base_marks(files.load_tensors(before)), base_marks(tensors)
     if moved := sorted(name for name in old.keys() & new.keys() if old[name] != new[name]):
@@ -145,7 +145,7 @@ def read_model(folder: Path) -> tuple[LmConfig, dict[str, Tensor], Vocabulary]:
     if values.get("kind") != "lm":
         raise UserError(f"{folder}: a saved '{values.get('kind')}', not a language model")
     lm = validate(LmConfig, values, str(folder / "config.json"))
-    tensors = files.load_tensors(folder / "model.safetensors")
+    tensors = files.load_tensors(folder)
     return lm, tensors, Vocabulary.load(folder / "vocabulary.json")
 
 

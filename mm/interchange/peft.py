@@ -18,10 +18,10 @@ from mm.errors import UserError
 from mm.interchange.explicit import make_explicit
 from mm.interchange.family import Family
 from mm.interchange.parts import Part, Rows, Transposed
-from mm.interchange.weights import few_names
 from mm.interchange.write import fitting
 from mm.model.linears.lora import Lora
 from mm.model.model import LmConfig
+from mm.model.weight_files import few_names
 from mm.registry import LINEARS
 from mm.vocabulary import Vocabulary
 

@@ -21,10 +21,11 @@ from mm.errors import UserError
 from mm.interchange.check import Report, compare
 from mm.interchange.family import Family, Settings
 from mm.interchange.parts import Entry
-from mm.interchange.weights import Checkpoint, few_names, open_checkpoint
+from mm.interchange.weights import Checkpoint, open_checkpoint
 from mm.model import folder as files
 from mm.model.model import LmConfig
-from mm.model.tensor_file import Planned, write_file
+from mm.model.tensor_file import Planned
+from mm.model.weight_files import few_names, write_weights
 from mm.reading import parse_json
 from mm.registry import CODECS, ENCODERS, FAMILIES
 from mm.tokenizers.text.hf import BESIDE, FILE, ORIGIN, HfConfig, HfTokenizer
@@ -64,9 +65,7 @@ def import_model(folder: str | Path, out: str | Path, *, check: bool = True) -> 
         for modality, each in {TEXT: tokenizer, **readers}.items():
             each.save(part / "tokenizers" / modality)
         tied: Any = lm.heads["tokens"]
-        aliases = {HEAD: TABLE} if tied.tied else {}
-        metadata = {files.ALIASES: json.dumps(aliases), "format": "pt"}
-        write_file(part / "model.safetensors", plan, metadata)
+        write_weights(part, plan, aliases={HEAD: TABLE} if tied.tied else {})
         if not check:
             return None
         return compare(part, folder, auto=family.auto, media=family.media(folder, c, readers))

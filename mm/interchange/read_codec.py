@@ -15,8 +15,9 @@ from mm.errors import UserError
 from mm.interchange.check import load_peer
 from mm.interchange.codecs.family import CodecReport, TokenizerFamily
 from mm.interchange.family import SILENT, Settings
-from mm.interchange.weights import Checkpoint, few_names, open_checkpoint
+from mm.interchange.weights import Checkpoint, open_checkpoint
 from mm.model import folder as files
+from mm.model.weight_files import few_names
 from mm.reading import parse_json
 from mm.registry import CODECS, NETWORKS
 from mm.tokenizers.load import load_tokenizer

@@ -15,10 +15,11 @@ from mm.errors import UserError
 from mm.interchange.check import TOLERANCE, load_peer
 from mm.interchange.encoders.family import EncoderFamily
 from mm.interchange.family import Settings
-from mm.interchange.weights import few_names, open_checkpoint
+from mm.interchange.weights import open_checkpoint
 from mm.model import folder as files
 from mm.model.adapters.encoder import EncoderAdapterConfig
-from mm.model.tensor_file import Planned, write_file
+from mm.model.tensor_file import Planned
+from mm.model.weight_files import few_names, write_weights
 from mm.registry import ENCODERS
 
 
@@ -69,7 +70,7 @@ def import_encoder(folder: Path, out: Path, c: Settings, *, check: bool = True) 
         if left:
             raise AssertionError(f"the family's table lacks {few_names(sorted(left))}")
         (part / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
-        write_file(part / "model.safetensors", plan, {"format": "pt"})
+        write_weights(part, plan)
         tokenizer.save(part / "tokenizers" / family.modality)
         return compare_states(family, c, config, part, folder) if check else None
 
@@ -82,7 +83,7 @@ def compare_states(
     peer = load_peer(theirs, "AutoModel")
     values, given = family.probe(c, theirs)
     wanted = family.run(peer, given)
-    found = hidden_states(config, files.load_tensors(ours / "model.safetensors"), values)
+    found = hidden_states(config, files.load_tensors(ours), values)
     difference = float((wanted - found).abs().max())
     report = HiddenReport(difference, wanted.numel(), float(wanted.std()))
     if not difference <= TOLERANCE:

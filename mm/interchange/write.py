@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from mm.config import validate
@@ -26,10 +25,11 @@ from mm.interchange.explicit import make_explicit
 from mm.interchange.family import Family, Settings
 from mm.interchange.ids import Ids, ids_of
 from mm.interchange.read import HEAD, PLACES, TABLE, shapes_of
-from mm.interchange.weights import Checkpoint, few_names, write_shards
+from mm.interchange.weights import Checkpoint
 from mm.model import folder as files
 from mm.model.model import LmConfig
 from mm.model.tensor_file import Planned
+from mm.model.weight_files import few_names, open_weights, write_weights
 from mm.reading import parse_json
 from mm.registry import FAMILIES, SURGERIES
 from mm.surgery.base import Operated
@@ -38,20 +38,19 @@ from mm.tokenizers.text.hf import FILE, ORIGIN, HfTokenizer
 from mm.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
-MOST = 5 * 10**9  # bytes of a file of weights
 # Settings of training alone, which a checkpoint does not hold.
 TRAINING = {"code_init", "noise", "recompute", "dropout", "z_loss", "bias_rate", "capacity"}
 
 
 def export_model(
-    folder: str | Path, out: str | Path, *, check: bool = True, most: int = MOST
+    folder: str | Path, out: str | Path, *, check: bool = True, most: int | None = None
 ) -> Report | None:
     """Write a saved model so that `transformers` and what builds on it load it.
 
     Args:
         folder: of a run, or of a saved model.
         check: compare logits and a greedy continuation with `transformers` before it is written.
-        most: bytes of one file.
+        most: bytes of one file; default `mm.model.weight_files.MOST`.
     Raises:
         UserError: the model has no equal, by key; nothing is written then.
     """
@@ -87,34 +86,35 @@ def export_model(
         "model_type": family.kind,  # type: ignore[attr-defined]
     }
     config = family.finish(config, outer, text, readers)
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        aliases = parse_json((file.metadata() or {}).get(files.ALIASES, "{}"))
-        names = [*file.keys(), *aliases]
-        given = Checkpoint(dict.fromkeys(names, file), folder)
-        read = lambda name: given[aliases.get(name, name)]
-        kind = given.dtype(TABLE)
-        config["dtype"] = str(kind).removeprefix("torch.")
-        plan = plan_of(family, lm, vocabulary, ids, read, factor)
-        plan = [p._replace(dtype=kind) for p in plan]
-        with files.whole(out) as part:
-            write_shards(part, plan, most)
-            (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            (part / FILE).write_bytes(tokenizer.source)
-            for name, content in tokenizer.beside.items():
-                if name != ORIGIN:
-                    (part / name).write_bytes(content)
-            write_template(part, ChatTemplate.load(folder), tokenizer)
-            for name, values in family.beside(lm, readers, tokenizer.beside).items():
-                (part / name).write_text(json.dumps(values, indent=2) + "\n")
-            if not check:
-                return None
-            media = family.media(part, Settings(config, str(part)), readers)
-            return compare(folder, part, ids.fold_model, auto=family.auto, media=media)
+    stored, aliases = open_weights(folder)
+    given = Checkpoint(stored, folder)
+
+    def read(name: str) -> Tensor:
+        return given[aliases.get(name, name)]
+
+    kind = given.dtype(TABLE)
+    config["dtype"] = str(kind).removeprefix("torch.")
+    plan = plan_of(family, lm, vocabulary, ids, read, factor)
+    plan = [p._replace(dtype=kind) for p in plan]
+    with files.whole(out) as part:
+        write_weights(part, plan, most)
+        (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (part / FILE).write_bytes(tokenizer.source)
+        for name, content in tokenizer.beside.items():
+            if name != ORIGIN:
+                (part / name).write_bytes(content)
+        write_template(part, ChatTemplate.load(folder), tokenizer)
+        for name, values in family.beside(lm, readers, tokenizer.beside).items():
+            (part / name).write_text(json.dumps(values, indent=2) + "\n")
+        if not check:
+            return None
+        media = family.media(part, Settings(config, str(part)), readers)
+        return compare(folder, part, ids.fold_model, auto=family.auto, media=media)
 
 
 def merge(folder: Path, lm: LmConfig, vocabulary: Vocabulary, out: Path) -> None:
     """Write a saved model whose adapters are part of their matrices."""
-    before = Operated(lm, files.load_tensors(folder / "model.safetensors"), vocabulary)
+    before = Operated(lm, files.open_tensors(folder), vocabulary)
     surgery: Any = SURGERIES.parse("merge_lora")
     after = surgery.apply(before, None)
     tokenizers = {path.name: path for path in (folder / "tokenizers").iterdir()}

@@ -8,7 +8,7 @@ tokenizer does, is one unit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -72,17 +72,22 @@ def _units(module: nn.Module, name: str, above: list[tuple[str, nn.Module]]) -> 
 
 
 def fill_by_module(
-    network: nn.Module, device: torch.device, seed: int
+    network: nn.Module, device: torch.device, seed: int, only: Collection[str] | None = None
 ) -> Iterator[tuple[str, dict[str, nn.Parameter]]]:
     """Fill a network of `build_empty`, with the weights of `init_weights`.
 
     Yields the name of each unit and its parameters, whole on ``device``, those that no unit before
     had. They may be cut then: they are not asked for again. A parameter stays the same object.
 
-    Raises UserError where ``init_weights`` leaves one unfilled.
+    Args:
+        only: tensors of which a unit must have one; of the others none is filled.
+    Raises:
+        UserError: ``init_weights`` leaves a parameter unfilled.
     """
     names = {id(p): name for name, p in network.named_parameters()}
     for unit in units(network):
+        if only is not None and not any(name in only for name in _names_of(unit, names)):
+            continue
         found: dict[str, nn.Parameter] = {}
         for _, module in unit.parts:
             for p in module.parameters(recurse=False):
@@ -101,6 +106,13 @@ def fill_by_module(
                 )
         if found:
             yield unit.name, found
+
+
+def _names_of(unit: Unit, names: Mapping[int, str]) -> Iterator[str]:
+    """Names of the tensors of a unit, a parameter by that of ``names``."""
+    for path, module in unit.parts:
+        yield from (names[id(p)] for p in module.parameters(recurse=False))
+        yield from (f"{path}.{key}" if path else key for key in module._buffers)
 
 
 @contextmanager

@@ -12,21 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mm.disk import tell_if_full
 from mm.errors import UserError
 from mm.hashes import check_hashes, write_hashes
 from mm.model.size import require_room
-from mm.model.slices import Lazy
+from mm.model.slices import KINDS, Lazy
 from mm.model.tensor_file import Planned, write_file
+from mm.model.weight_files import ALIASES, aliases_of, open_file, open_weights, write_weights
 from mm.reading import parse_json
 from mm.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
-
-ALIASES = "aliases"  # metadata key: JSON of {name: name of the tensor that it is}
 
 
 @contextmanager
@@ -57,7 +55,7 @@ def whole(folder: str | Path) -> Iterator[Path]:
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write safetensors, one tensor in memory at a time.
+    """Write one file of safetensors, one tensor in memory at a time.
 
     A tensor under several names is stored once, the other names become aliases.
 
@@ -65,10 +63,20 @@ def save_tensors(
         tensors: to write; each is asked for once, when its turn has come.
         like: shapes, dtypes and ties of those, perhaps on the meta device; default: they say them.
     """
+    plan, aliases = plan_of(tensors, like)
+    write_file(path, plan, {ALIASES: json.dumps(aliases), "format": "pt"})
+
+
+def plan_of(
+    tensors: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None
+) -> tuple[list[Planned], dict[str, str]]:
+    """What `save_tensors` writes, and the aliases; of `Lazy` ones nothing is read for it."""
+    if like is None:
+        like = tensors.like if isinstance(tensors, Lazy) and tensors.like else tensors
     first: dict[Any, str] = {}
     aliases: dict[str, str] = {}
     plan: list[Planned] = []
-    for name, t in (tensors if like is None else like).items():
+    for name, t in like.items():
         key: Any = (t.data_ptr(), t.shape, t.stride(), t.dtype) if t.numel() else (name,)
         if (where := first.setdefault(id(t) if t.is_meta else key, name)) != name:
             aliases[name] = where
@@ -76,7 +84,7 @@ def save_tensors(
             make = lambda name=name: tensors[name].detach()
             plan.append(Planned(name, tuple(t.shape), t.dtype, make))
     plan.sort(key=lambda t: (-t.dtype.itemsize, t.name))  # no value at an odd place
-    write_file(path, plan, {ALIASES: json.dumps(aliases), "format": "pt"})
+    return plan, aliases
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -123,24 +131,34 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def open_tensors(path: str | Path) -> Lazy:
-    """What `save_tensors` wrote, aliases included; each tensor is read when it is asked for.
+    """What `save_tensors` or `save_model` wrote; each tensor is read when it is asked for.
 
-    Raises UserError on a missing or damaged file.
+    Args:
+        path: a file, or the folder of a model.
+    Raises:
+        UserError: a file is missing or damaged, or an index lies.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    files: dict[str, Any]
+    if path.is_dir():
+        files, aliases = open_weights(path)
+    elif path.is_file():
+        file = open_file(path)
+        files, aliases = dict.fromkeys(file.keys(), file), aliases_of(file, path)
+    else:
         raise UserError(f"no weights at {path}")
-    try:
-        file = safe_open(path, framework="pt")
-        shapes = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
-        aliases = parse_json((file.metadata() or {}).get(ALIASES, "{}"))
-        if not isinstance(aliases, dict) or not all(
-            isinstance(name, str) and name in shapes for name in aliases.values()
-        ):
-            raise ValueError("its aliases name no tensors of it")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error}); copy or save it again") from error
-    named = shapes | {alias: shapes[name] for alias, name in aliases.items()}
-    return Lazy(named, lambda name: file.get_tensor(aliases.get(name, name)))
+    parts = {name: file.get_slice(name) for name, file in files.items()}
+    like = {
+        name: torch.empty(part.get_shape(), dtype=KINDS[part.get_dtype()], device="meta")
+        for name, part in parts.items()
+    }
+    like |= {alias: like[name] for alias, name in aliases.items()}
+
+    def read(name: str) -> Tensor:
+        stored = aliases.get(name, name)
+        return files[stored].get_tensor(stored)
+
+    return Lazy({name: tuple(t.shape) for name, t in like.items()}, read, like)
 
 
 def load_into(
@@ -150,8 +168,8 @@ def load_into(
 
     Args:
         build: makes the module.
-        path: the file of tensors; with ``tensors``, where they are, for messages.
-        tensors: default those of the file.
+        path: the folder of a model; with ``tensors``, where they are, for messages.
+        tensors: default those of the folder.
     Raises:
         UserError: naming what does not fit.
     """
@@ -193,14 +211,18 @@ def save_model(
     vocabulary: Vocabulary,
     tokenizers: Mapping[str, str | Path],
     like: Mapping[str, Tensor] | None = None,
+    most: int | None = None,
 ) -> None:
     """Write config, weights, vocabulary and copies of tokenizers (modality -> folder) as one.
 
-    ``tensors`` and ``like``: of `save_tensors`.
+    Args:
+        tensors, like: of `save_tensors`.
+        most: bytes of a file of weights; default `mm.model.weight_files.MOST`.
     """
     with whole(folder) as temporary:
         write_config(temporary, config)
-        save_tensors(temporary / "model.safetensors", tensors, like)
+        plan, aliases = plan_of(tensors, like)
+        write_weights(temporary, plan, most, aliases)
         vocabulary.save(temporary / "vocabulary.json")
         for modality, source in tokenizers.items():
             shutil.copytree(source, temporary / "tokenizers" / modality)

@@ -288,7 +288,7 @@ class Model(nn.Module):
             raise UserError(f"{folder}: a saved '{values.get('kind')}', not a language model")
         config = validate(LmConfig, values, str(folder / "config.json"))
         vocabulary = Vocabulary.load(folder / "vocabulary.json")
-        model = files.load_into(lambda: config.build(vocabulary), folder / "model.safetensors")
+        model = files.load_into(lambda: config.build(vocabulary), folder)
         assert isinstance(model, Model)
         return model.eval()
 

@@ -141,10 +141,17 @@ class Lazy(Mapping[str, Tensor]):
     Args:
         shapes: of each by name.
         read: a tensor by its name.
+        like: shapes, dtypes and ties (one object under several names) on the meta device, where
+            they are known.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]):
-        self.shapes, self._read = shapes, read
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        read: Callable[[str], Tensor],
+        like: Mapping[str, Tensor] | None = None,
+    ):
+        self.shapes, self._read, self.like = shapes, read, like
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.shapes:
@@ -154,7 +161,8 @@ class Lazy(Mapping[str, Tensor]):
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Lazy:
         """These, with ``tensors`` beside them or in the place of those of their names."""
         shapes = {**self.shapes, **{name: tuple(t.shape) for name, t in tensors.items()}}
-        return Lazy(shapes, lambda n: tensors[n] if n in tensors else self._read(n))
+        like = self.like and {**self.like, **{n: t.detach().to("meta") for n, t in tensors.items()}}
+        return Lazy(shapes, lambda n: tensors[n] if n in tensors else self._read(n), like)
 
     def __contains__(self, name: object) -> bool:  # the inherited one would read it
         return name in self.shapes
@@ -248,7 +256,11 @@ class Slices:
         """Whole tensors of ``file`` by name; none when there is no such file."""
         table = self.files.get(file, {})
         shapes = {name: placed.shape for name, placed in table.items()}
-        return Lazy(shapes, lambda name: self.read(file, name).view(shapes[name]))
+        like = {
+            name: torch.empty(placed.shape, dtype=KINDS[placed.dtype], device="meta")
+            for name, placed in table.items()
+        }
+        return Lazy(shapes, lambda name: self.read(file, name).view(shapes[name]), like)
 
     def _read(self, path: str, name: str, low: int, high: int, dtype: str) -> Tensor:
         """Elements of a flattened tensor of one file."""

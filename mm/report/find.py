@@ -13,6 +13,7 @@ from mm.reading import parse_json, parse_yaml
 from mm.report.folder import Folder, Sampled
 
 MAX_HEADER_BYTES = 50_000_000
+INDEX = ".index.json"  # what the name of the index of several files ends in
 STEP = re.compile(r"step_(\d{1,15})", re.ASCII)
 
 
@@ -103,13 +104,27 @@ def _fingerprint(folder: Path) -> str | None:
 
 
 def n_parameters(weights: Path | None) -> int | None:
-    """Numbers in a safetensors file, from its header alone; None where it has none."""
+    """Numbers in a folder's weights, from the headers of the files alone; None where it has none.
+
+    Args:
+        weights: the one file, or the index of several, which is looked for beside a file that is
+            not there.
+    """
     if weights is None:
         return None
+    index = weights if weights.suffix == ".json" else weights.with_name(f"{weights.name}{INDEX}")
+    files = [weights]
     try:
-        with weights.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = parse_json(file.read(size)) if size < MAX_HEADER_BYTES else {}
-        return sum(math.prod(v["shape"]) for k, v in header.items() if k != "__metadata__") or None
+        if index == weights or not weights.is_file():
+            named = parse_json(index.read_bytes())["weight_map"].values()
+            files = [weights.with_name(name) for name in dict.fromkeys(named)]
+        return sum(map(_numbers, files)) or None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _numbers(weights: Path) -> int:
+    with weights.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = parse_json(file.read(size)) if size < MAX_HEADER_BYTES else {}
+    return sum(math.prod(v["shape"]) for k, v in header.items() if k != "__metadata__")

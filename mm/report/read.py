@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mm.reading import parse_yaml
-from mm.report.find import n_parameters, samples, tokenizer_runs
+from mm.report.find import INDEX, n_parameters, samples, tokenizer_runs
 from mm.report.folder import Folder, Sampled, Series, number
+
+WEIGHTS = "model/model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ def read_run(folder: Path, *, nested: bool = True) -> RunData:
         times=_mapping(inside.json("times.json")),
         events=inside.lines("events.jsonl"),
         vocabulary=vocabulary,
-        parameters=n_parameters(inside.file("model/model.safetensors")),
+        parameters=n_parameters(inside.file(WEIGHTS) or inside.file(f"{WEIGHTS}{INDEX}")),
         samples=samples(inside),
         reconstructions=inside.media("eval"),
         tokenizers=tokenizers,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
+from torch import Tensor, nn
 
 from mm.errors import UserError
 from mm.model.layer import Linear
@@ -13,10 +14,12 @@ from mm.registry import SURGERIES
 from mm.surgery.base import (
     LAYERS,
     Operated,
+    Source,
     Surgery,
+    assemble,
+    empty_network,
+    filled_module,
     move_layers,
-    network_of,
-    own_tensors,
     stack_of,
     with_stack,
 )
@@ -47,10 +50,28 @@ class Deepen(Surgery):
         pattern = " ".join(word for word in words for _ in range(n))
         to = {i: list(range(n * i, n * i + n)) for i in range(len(words))}
         config = with_stack(before.config, pattern=pattern, depth=None)
-        module = network_of(Operated(config, move_layers(before.tensors, to), before.vocabulary))
-        copies = tuple(f"{LAYERS}{j}." for own in to.values() for j in own[1:])
-        with torch.no_grad():
-            for path, part in module.named_modules():
-                if isinstance(part, Linear) and part.ends_branch and path.startswith(copies):
-                    part.rescale(0.0)
-        return Operated(config, own_tensors(module), before.vocabulary)
+        table: dict[str, Source] = {**move_layers(before.tensors, to)}
+        first = {j: own[0] for own in to.values() for j in own[1:]}  # what a copy is one of
+        source = {j: f"{LAYERS}{i}." for i, own in to.items() for j in own}
+        old = empty_network(before.config, before.vocabulary)
+        for j in first:
+            layer = source[j].removesuffix(".")
+            for path, part in old.get_submodule(layer).named_modules(prefix=layer):
+                if isinstance(part, Linear) and part.ends_branch:
+                    new = path.replace(source[j], f"{LAYERS}{j}.", 1)
+                    for name in part.state_dict():
+                        table[f"{new}.{name}"] = _zeros(old, path, before.tensors, name)
+        return assemble(before, config, table)
+
+
+def _zeros(
+    network: nn.Module, path: str, tensors: Mapping[str, Tensor], name: str
+) -> Callable[[], Tensor]:
+    """What makes a tensor of a linear that gives zeros."""
+
+    def make() -> Tensor:
+        part = filled_module(network, path, tensors)
+        part.rescale(0.0)
+        return part.state_dict()[name]
+
+    return make

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from mm.errors import UserError
 from mm.registry import SURGERIES
-from mm.surgery.base import Operated, Surgery
+from mm.surgery.base import Operated, Surgery, on_meta, replace_tensors, select_tensors
 from mm.vocabulary import Vocabulary
 
 
@@ -34,11 +35,14 @@ class ExtendVocabulary(Surgery):
             )
         with torch.device("meta"):
             shapes = {k: t.shape for k, t in before.config.build(wanted).state_dict().items()}
-        tensors = dict(before.tensors)
-        for name, tensor in tensors.items():
-            if tensor.dim() and (len(tensor), shapes[name][:1]) == (old.size, (wanted.size,)):
-                tensors[name] = _extend(tensor, wanted.size)
-        return Operated(before.config, tensors, wanted)
+        given = select_tensors(before.tensors, {name: name for name in before.tensors})
+        longer: dict[int, Tensor] = {}  # ties stay
+        made: dict[str, tuple[Tensor, Callable[[], Tensor]]] = {}
+        for name, t in on_meta(given).items():
+            if t.dim() and (len(t), shapes[name][:1]) == (old.size, (wanted.size,)):
+                meta = longer.setdefault(id(t), t.new_empty(wanted.size, *t.shape[1:]))
+                made[name] = meta, lambda name=name: _extend(given[name], wanted.size)
+        return Operated(before.config, replace_tensors(given, made), wanted)
 
 
 def _extend(table: Tensor, n: int) -> Tensor:

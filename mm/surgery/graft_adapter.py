@@ -13,7 +13,7 @@ from mm.errors import UserError
 from mm.model.folder import load_tensors, read_config
 from mm.model.layer import init_weights
 from mm.registry import ADAPTERS, SURGERIES
-from mm.surgery.base import Operated, Surgery
+from mm.surgery.base import Operated, Surgery, replace_tensors, select_tensors
 from mm.vocabulary import Vocabulary
 
 
@@ -41,13 +41,15 @@ class GraftAdapter(Surgery):
             torch.manual_seed(0)
             module = config.build(before.config.d_model)
             init_weights(module)
-        own = load_tensors(self.path / "model.safetensors")
+        own = load_tensors(self.path)
         _, unexpected = module.load_state_dict(own, strict=False)
         if unexpected:
             raise UserError(f"{self.path}: holds {unexpected[0]}, which '{kind}' has not")
         place = f"adapters.{self.modality}."
-        kept = {n: t for n, t in before.tensors.items() if not n.startswith(place)}
-        tensors = {f"{place}{n}": t.clone() for n, t in module.state_dict().items()}
+        kept = {name: name for name in before.tensors if not name.startswith(place)}
+        tensors = {f"{place}{n}": t for n, t in module.state_dict().items()}
+        made = {name: (t.to("meta"), lambda t=t: t) for name, t in tensors.items()}
         adapters = {**before.config.adapters, self.modality: config}
         after = before.config.model_copy(update={"adapters": adapters})
-        return Operated(after, {**kept, **tensors}, before.vocabulary)
+        whole = replace_tensors(select_tensors(before.tensors, kept), made)
+        return Operated(after, whole, before.vocabulary)

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from mm.errors import UserError
 from mm.registry import SURGERIES
-from mm.surgery.base import Operated, Surgery, move_layers, stack_of, with_stack
+from mm.surgery.base import Operated, Surgery, move_layers, select_tensors, stack_of, with_stack
 from mm.vocabulary import Vocabulary
 
 
@@ -34,4 +34,5 @@ class KeepLayers(Surgery):
             before.config, pattern=" ".join(words[i] for i in self.layers), depth=None
         )
         to = {i: [j] for j, i in enumerate(self.layers)}
-        return Operated(config, move_layers(before.tensors, to), before.vocabulary)
+        kept = select_tensors(before.tensors, move_layers(before.tensors, to))
+        return Operated(config, kept, before.vocabulary)

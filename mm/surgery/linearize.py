@@ -6,16 +6,19 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from mm.errors import UserError
 from mm.model.mixers.attention.attention import Attention
+from mm.model.slices import shapes_of
 from mm.registry import SURGERIES
 from mm.surgery.base import (
     LAYERS,
     Operated,
+    Source,
     Surgery,
-    network_of,
-    own_tensors,
+    assemble,
+    empty_network,
     stack_of,
     with_stack,
 )
@@ -74,22 +77,26 @@ class Linearize(Surgery):
         pattern = [new[word] if i in chosen else word for i, word in enumerate(words)]
         changed = {} if pattern == words else {"pattern": " ".join(pattern), "depth": None}
         config = with_stack(before.config, **by_word, **changed)
-        old = network_of(before)
-        tensors = dict(before.tensors)
+        old, shapes = empty_network(before.config, before.vocabulary), shapes_of(before.tensors)
+        table: dict[str, Source] = {name: name for name in before.tensors}
         for path, part in old.named_modules():
             if not isinstance(part, Attention) or _layer(path) not in chosen:
                 continue
             H, G, K = part.heads, part.kv_heads, part.head_dim
             name = f"{path}.qkv.weight"
-            if name not in tensors or len(tensors[name]) != (H + 2 * G) * K:
+            if name not in table or shapes[name][0] != (H + 2 * G) * K:
                 raise UserError(f"surgery 'linearize': {path}: only a dense qkv can be taken")
-            kept = {n: tensors[n] for n in (name, f"{path}.out.weight")}
-            tensors = {k: t for k, t in tensors.items() if not k.startswith(f"{path}.")} | kept
-            qkv = tensors[name].unflatten(0, (H + 2 * G, K)).split((H, G, G))
-            heads = [qkv[0], *(t.repeat_interleave(H // G, 0) for t in qkv[1:])]
-            tensors[name] = torch.cat(heads).flatten(0, 1)
-        module = network_of(Operated(config, tensors, before.vocabulary))
-        return Operated(config, own_tensors(module), before.vocabulary)
+            table = {k: v for k, v in table.items() if not k.startswith(f"{path}.")}
+            table[f"{path}.out.weight"] = f"{path}.out.weight"
+            table[name] = lambda n=name, H=H, G=G, K=K: _each_its_own(before.tensors[n], H, G, K)
+        return assemble(before, config, table)
+
+
+def _each_its_own(qkv: Tensor, H: int, G: int, K: int) -> Tensor:
+    """`((H + 2 G) K, D)` to `(3 H K, D)`: keys and values once a head that shares them."""
+    parts = qkv.unflatten(0, (H + 2 * G, K)).split((H, G, G))
+    heads = [parts[0], *(t.repeat_interleave(H // G, 0) for t in parts[1:])]
+    return torch.cat(heads).flatten(0, 1)
 
 
 def _free(word: str, taken: set[str]) -> str:

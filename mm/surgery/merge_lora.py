@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Literal
+
+from torch import Tensor
 
 from mm.errors import UserError
 from mm.model.linears.lora import Lora
 from mm.model.linears.nf4 import Nf4
 from mm.registry import LINEARS, SURGERIES
-from mm.surgery.base import Operated, Surgery, network_of
+from mm.surgery.base import Operated, Source, Surgery, assemble, empty_network, filled_module
 from mm.vocabulary import Vocabulary
 
 
@@ -21,23 +24,27 @@ class MergeLora(Surgery):
     keeps_function: ClassVar[bool] = True
 
     def apply(self, before: Operated, wanted: Vocabulary | None) -> Operated:
-        module = network_of(before)
+        module = empty_network(before.config, before.vocabulary)
         found = {path: m for path, m in module.named_modules() if isinstance(m, Lora)}
         inside = tuple(f"{path}." for path in found)
-        dense = {path: m.dense_weight() for path, m in found.items()}
+        given = before.tensors
+        dense: dict[str, Callable[[], Tensor]] = {}
         for path, m in module.named_modules():
-            if isinstance(m, Nf4) and not path.startswith(inside):
-                dense[path] = m.matrix()
+            if path in found:
+                m.require_one_matrix()
+                dense[path] = lambda p=path: filled_module(module, p, given).dense_weight()
+            elif isinstance(m, Nf4) and not path.startswith(inside):
+                dense[path] = lambda p=path: filled_module(module, p, given).matrix()
         if not dense:
             raise UserError("surgery 'merge_lora': this model has neither adapters nor nf4")
         inside = tuple(f"{path}." for path in dense)
-        tensors = {k: t for k, t in before.tensors.items() if not k.startswith(inside)}
-        tensors |= {f"{path}.weight": weight for path, weight in dense.items()}
+        table: dict[str, Source] = {k: k for k in given if not k.startswith(inside)}
+        table |= {f"{path}.weight": make for path, make in dense.items()}
         for path, m in found.items():
-            if (bias := getattr(m.base, "bias", None)) is not None:
-                tensors[f"{path}.bias"] = bias.detach()
+            if getattr(m.base, "bias", None) is not None:
+                table[f"{path}.bias"] = f"{path}.base.bias"
         below = getattr(before.config.linear, "base_layer", None)
         keeps = below is not None and below.kind == "dense"  # its biases
         linear = below if keeps else LINEARS.parse("dense")
         config = before.config.model_copy(update={"linear": linear})
-        return Operated(config, tensors, before.vocabulary)
+        return assemble(before, config, table)

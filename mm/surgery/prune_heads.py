@@ -9,8 +9,16 @@ from pydantic import Field
 from mm.errors import UserError, did_you_mean
 from mm.model.mixers.attention.attention import Attention
 from mm.registry import MIXERS, SURGERIES, MixerField
-from mm.surgery.base import LAYERS, Operated, Surgery, network_of, own_tensors, stack_of, with_stack
-from mm.surgery.rank_heads import without_heads
+from mm.surgery.base import (
+    LAYERS,
+    Operated,
+    Surgery,
+    assemble,
+    empty_network,
+    stack_of,
+    with_stack,
+)
+from mm.surgery.rank_heads import table_without_heads
 from mm.vocabulary import Vocabulary
 
 
@@ -31,7 +39,8 @@ class PruneHeads(Surgery):
     beside: MixerField = Field(default="rg_lru", validate_default=True)
 
     def apply(self, before: Operated, wanted: Vocabulary | None) -> Operated:
-        stack, module = stack_of(before.config, self.kind), network_of(before)
+        stack = stack_of(before.config, self.kind)
+        module = empty_network(before.config, before.vocabulary)
         layers = {path for path, m in module.named_modules() if isinstance(m, Attention)}
         mixers: dict[str, Any] = {word: m.to_dict() for word, m in stack.mixers.items()}
         words = stack.words()
@@ -52,6 +61,5 @@ class PruneHeads(Surgery):
             parts = [kept, self.beside.to_dict()]
             mixers[words[at]] = MIXERS.parse({"kind": "mixed_heads", "parts": parts}).to_dict()
         config = with_stack(before.config, pattern=" ".join(words), depth=None, mixers=mixers)
-        tensors = without_heads(module, {path: [*gone] for path, gone in self.heads.items()})
-        whole = network_of(Operated(config, tensors, before.vocabulary))
-        return Operated(config, own_tensors(whole), before.vocabulary)
+        given_up = {path: [*gone] for path, gone in self.heads.items()}
+        return assemble(before, config, table_without_heads(module, before.tensors, given_up))

@@ -5,7 +5,7 @@ B rows, T tokens, D model, H heads, G key heads, K head width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from mm.batch import Batch
 from mm.errors import UserError
 from mm.model.context import Ctx
 from mm.model.mixers.attention.attention import Attention
+from mm.model.slices import shapes_of
 
 
 def nearby_share(weights_BTHS: Tensor, ctx: Ctx, near: int, first: int) -> tuple[Tensor, int]:
@@ -105,32 +106,52 @@ def without_heads(model: nn.Module, given_up: Mapping[str, list[int]]) -> dict[s
         UserError: heads that share keys, or a layer whose projections are not dense matrices.
     Source: Yan et al. 2024, RecurFormer (arXiv:2410.12850): heads that stay are reused.
     """
-    weights = {name: t.detach().clone() for name, t in model.state_dict().items()}
-    modules = dict(model.named_modules())
+    weights = {name: t.detach() for name, t in model.state_dict().items()}
+    table = table_without_heads(model, weights, given_up)
+    return {n: weights[s].clone() if isinstance(s, str) else s() for n, s in table.items()}
+
+
+def table_without_heads(
+    model: nn.Module, weights: Mapping[str, Tensor], given_up: Mapping[str, list[int]]
+) -> dict[str, str | Callable[[], Tensor]]:
+    """Of each tensor of `without_heads` the name that it had, or what makes it.
+
+    ``model`` may be on the meta device, and ``weights`` are read when they are asked for.
+    """
+    table: dict[str, str | Callable[[], Tensor]] = {name: name for name in weights}
+    modules, shapes = dict(model.named_modules()), shapes_of(weights)
     for name, gone in given_up.items():
         layer, where = modules[name], f"{name}.".lstrip(".")
         assert isinstance(layer, Attention)
-        H, K = layer.heads, layer.head_dim
+        H = layer.heads
         if layer.kv_heads != H:
             raise UserError(f"{name or 'attention'}: {H} heads share {layer.kv_heads} keys")
-        stay = torch.tensor([h for h in range(H) if h not in set(gone)])
-        own = {k.removeprefix(where): weights.pop(k) for k in list(weights) if k.startswith(where)}
-        sizes = {"qkv.weight": (0, 3 * H), "out.weight": (1, H), "gate.weight": (0, H)}
-        by_head = {
-            "sink": H,
-            "forget.gate.weight": H,
-            "forget.bias": H,
-            "shift.gates.weight": 2 * H,
-        }
-        if not {"qkv.weight", "out.weight"} <= own.keys():
+        own = [k.removeprefix(where) for k in table if k.startswith(where)]
+        if not {"qkv.weight", "out.weight"} <= {*own}:
             raise UserError(f"{name or 'attention'}: only dense projections can lose heads")
-        for part, t in own.items():
-            if part in sizes:
-                dim, n = sizes[part]
-                pieces = t.unflatten(dim, (n // H, H, K))
-                t = pieces.index_select(dim + 1, stay).flatten(dim, dim + 2)
-            elif part in by_head or (part.endswith("norm.weight") and t.dim() == 2):
-                pieces = t.unflatten(0, (by_head.get(part, H) // H, H))
-                t = pieces.index_select(1, stay).flatten(0, 1)
-            weights[f"{where}parts.0.{part}"] = t
-    return weights
+        stay = torch.tensor([h for h in range(H) if h not in set(gone)])
+        for part in own:
+            table[f"{where}parts.0.{part}"] = was = f"{where}{part}"
+            del table[was]
+            if (cut := _heads_in(part, len(shapes[was]), H, layer.head_dim)) is not None:
+                table[f"{where}parts.0.{part}"] = lambda was=was, cut=cut, stay=stay: _select_heads(
+                    weights[was], *cut, stay
+                )
+    return table
+
+
+def _heads_in(part: str, dims: int, H: int, K: int) -> tuple[int, tuple[int, ...]] | None:
+    """The axis of a tensor of `attention` that has heads, and how it parts; None: none has."""
+    sizes = {"qkv.weight": (0, 3), "out.weight": (1, 1), "gate.weight": (0, 1)}
+    by_head = {"sink": 1, "forget.gate.weight": 1, "forget.bias": 1, "shift.gates.weight": 2}
+    if part in sizes:
+        dim, n = sizes[part]
+        return dim, (n, H, K)
+    if part in by_head or (part.endswith("norm.weight") and dims == 2):
+        return 0, (by_head.get(part, 1), H)
+    return None
+
+
+def _select_heads(t: Tensor, dim: int, parts: tuple[int, ...], stay: Tensor) -> Tensor:
+    pieces = t.unflatten(dim, parts).index_select(dim + 1, stay)
+    return pieces.flatten(dim, dim + len(parts) - 1)

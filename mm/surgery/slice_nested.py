@@ -9,7 +9,17 @@ from pydantic import Field
 from mm.errors import UserError
 from mm.model.ffn.nested import Nested, NestedConfig, NestedMatrix
 from mm.registry import SURGERIES
-from mm.surgery.base import LAYERS, Operated, Surgery, network_of, stack_of, with_stack
+from mm.surgery.base import (
+    LAYERS,
+    Operated,
+    Source,
+    Surgery,
+    assemble,
+    empty_network,
+    filled_module,
+    stack_of,
+    with_stack,
+)
 from mm.vocabulary import Vocabulary
 
 Width = Annotated[int, Field(gt=0)]
@@ -31,9 +41,11 @@ class SliceNested(Surgery):
     ] = None
 
     def apply(self, before: Operated, wanted: Vocabulary | None) -> Operated:
-        stack, module = stack_of(before.config, self.kind), network_of(before)
+        stack = stack_of(before.config, self.kind)
+        module = empty_network(before.config, before.vocabulary)
         layers = {path: m for path, m in module.named_modules() if isinstance(m, Nested)}
-        tensors, cut = dict(before.tensors), {}  # layer -> its feed-forward
+        table: dict[str, Source] = {name: name for name in before.tensors}
+        cut = {}  # layer -> its feed-forward
         words = stack.words()
         for (path, layer), n in zip(layers.items(), self._widths(layers), strict=True):
             at = int(path.removeprefix(LAYERS).split(".")[0])
@@ -41,11 +53,15 @@ class SliceNested(Surgery):
             for name, matrix in layer.named_children():
                 assert isinstance(matrix, NestedMatrix)  # `_widths` saw to it
                 reads, units = (n, None) if name == "out" else (matrix.weight.shape[1], n)
-                for kind, t in zip(("weight", "bias"), matrix.part(reads, units), strict=True):
-                    if t is not None:
-                        tensors[f"{path}.{name}.{kind}"] = t.detach().clone()
+                place = f"{path}.{name}"
+                for i, kind in enumerate(("weight", "bias")):
+                    if matrix.part(reads, units)[i] is not None:
+                        part = module, place, before.tensors
+                        table[f"{place}.{kind}"] = lambda part=part, r=reads, u=units, i=i: (
+                            filled_module(*part).part(r, u)[i]
+                        )
         config = with_stack(before.config, **_by_word(stack, cut))
-        return Operated(config, tensors, before.vocabulary)
+        return assemble(before, config, table)
 
     def _widths(self, layers: dict[str, Nested]) -> list[int]:
         """Units of each layer. Raises UserError where they cannot be cut so."""

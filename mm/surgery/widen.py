@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from mm.errors import UserError
 from mm.model.mixers.attention.attention import Attention
 from mm.registry import SURGERIES
-from mm.surgery.base import Operated, Surgery, network_of, own_tensors, stack_of, with_stack
+from mm.surgery.base import (
+    FreshWeights,
+    Operated,
+    Source,
+    Surgery,
+    assemble,
+    empty_network,
+    stack_of,
+    with_stack,
+)
 from mm.vocabulary import Vocabulary
 
 FEED_FORWARDS = ("mlp", "swiglu")
+SEED = 1  # of what is new
 
 
 @SURGERIES.register("widen")
@@ -51,21 +62,23 @@ class Widen(Surgery):
                 word: m.to_dict() | self._heads(*m.sizes(width)) for word, m in grown.items()
             }
         config = with_stack(before.config, **changes)
-        old = network_of(before)
-        new = network_of(Operated(config, {}, before.vocabulary), seed=1)
-        taken, own = old.state_dict(), own_tensors(new)
-        out = {name: t.clone() for name, t in taken.items() if own[name].shape == t.shape}
+        old, new = (empty_network(c, before.vocabulary) for c in (before.config, config))
+        taken, own = old.state_dict(), new.state_dict()
+        fresh, given = FreshWeights(config, before.vocabulary, SEED), before.tensors
+        table: dict[str, Source] = {n: n for n, t in taken.items() if own[n].shape == t.shape}
         for path, part in old.named_modules():
             its = new.get_submodule(path)
-            for name in ("gate_up", "up", "qkv", "out", "gate"):
-                if isinstance(getattr(part, name, None), nn.Module):
-                    _grow(out, taken, own, f"{path}.{name}.weight", name, part, its)
-            for name, tensor in part.state_dict(prefix=f"{path}.").items():
-                if isinstance(part, Attention) and name not in out and name in own:
-                    grown_tensor = own[name]  # one a head
-                    grown_tensor[: len(tensor)] = tensor
-                    out[name] = grown_tensor
-        return Operated(config, {**own, **out}, before.vocabulary)
+            for word in ("gate_up", "up", "qkv", "out", "gate"):
+                name = f"{path}.{word}.weight"
+                if name in taken and name not in table and _holds(part, word):
+                    _require_growth(name, taken[name].shape, own[name].shape)
+                    table[name] = lambda n=name, word=word, part=part, its=its: _grow(
+                        given[n], fresh[n].clone(), word, part, its
+                    )
+            for name in part.state_dict(prefix=f"{path}."):
+                if isinstance(part, Attention) and name not in table and name in own:
+                    table[name] = lambda n=name: _one_a_head(given[n], fresh[n].clone())
+        return assemble(before, config, table, seed=SEED)
 
     def _heads(self, H: int, G: int, K: int) -> dict[str, int]:
         assert self.heads is not None
@@ -76,21 +89,22 @@ class Widen(Surgery):
         return {"heads": self.heads, "kv_heads": self.heads * G // H, "head_dim": K}
 
 
-def _grow(
-    out: dict[str, Tensor],
-    old: dict[str, Tensor],
-    new: dict[str, Tensor],
-    name: str,
-    word: str,
-    part: nn.Module,
-    its: nn.Module,
-) -> None:
-    """Put a matrix into the wider one: blocks of rows at their beginnings, or zero columns."""
-    if name not in old or name in out:
-        return
-    was, grown = old[name], new[name].clone()
-    if grown.dim() != 2 or min(b - a for a, b in zip(was.shape, grown.shape, strict=True)) < 0:
-        raise UserError(f"surgery 'widen': {name} is {tuple(was.shape)}, and cannot shrink")
+def _holds(part: nn.Module, word: str) -> bool:
+    return isinstance(getattr(part, word, None), nn.Module)
+
+
+def _require_growth(name: str, was: torch.Size, grown: torch.Size) -> None:
+    if len(grown) != 2 or min(b - a for a, b in zip(was, grown, strict=True)) < 0:
+        raise UserError(f"surgery 'widen': {name} is {tuple(was)}, and cannot shrink")
+
+
+def _one_a_head(was: Tensor, grown: Tensor) -> Tensor:
+    grown[: len(was)] = was
+    return grown
+
+
+def _grow(was: Tensor, grown: Tensor, word: str, part: Any, its: Any) -> Tensor:
+    """A matrix in the wider one: blocks of rows at their beginnings, or zero columns."""
     if word == "out":
         grown.zero_()
         grown[:, : was.shape[1]] = was
@@ -105,4 +119,4 @@ def _grow(
         a, b = len(was) // n, len(grown) // n
         for i in range(n):
             grown[i * b : i * b + a] = was[i * a : i * a + a]
-    out[name] = grown
+    return grown

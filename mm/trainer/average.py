@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from mm.errors import UserError
@@ -13,8 +12,6 @@ from mm.model import folder as files
 from mm.model.slices import Lazy, Slices
 from mm.trainer.checkpoint.check import MARK
 from mm.vocabulary import Vocabulary
-
-WEIGHTS = "model.safetensors"
 
 
 def average_weights(n: int, decay: float | None) -> list[float]:
@@ -27,10 +24,8 @@ def average_weights(n: int, decay: float | None) -> list[float]:
     return [(1 - decay if i else 1.0) * decay ** (n - 1 - i) for i in range(n)]
 
 
-def average_models(
-    sources: Sequence[Path], out: Path, shares: Sequence[float]
-) -> dict[str, Tensor]:
-    """Write the weighted mean of models as a saved model, and return it.
+def average_models(sources: Sequence[Path], out: Path, shares: Sequence[float]) -> None:
+    """Write the weighted mean of models as a saved model; one tensor of it is in memory at a time.
 
     Sums are taken in float64; each tensor keeps its precision. What is no float is the last one's.
 
@@ -44,36 +39,37 @@ def average_models(
     places = [place_of(source) for source in sources]
     first, model = places[0]
     values, words = files.read_config(model), Vocabulary.load(model / "vocabulary.json")
-    total: dict[str, Tensor] = {}
-    kinds: dict[str, torch.dtype] = {}
-    for number, ((file, folder), share) in enumerate(zip(places, shares, strict=True)):
+    given: list[Lazy] = []
+    for number, (place, folder) in enumerate(places):
         if number and folder != model:
             if files.read_config(folder) != values:
                 raise UserError(f"{folder}: its config is another than that of {model}")
             if Vocabulary.load(folder / "vocabulary.json") != words:
                 raise UserError(f"{folder}: its vocabulary is another than that of {model}")
-        tensors = open_source(file)
+        tensors = open_source(place)
         if number:
-            _require_alike(file, tensors, first, total)
-        for name in tensors:
-            tensor = tensors[name]
-            kinds.setdefault(name, tensor.dtype)
-            if not tensor.is_floating_point():
-                total[name] = tensor
-            elif number:
-                total[name].add_(tensor, alpha=share)
-            else:
-                total[name] = tensor.double() * share
-    done = {name: tensor.to(kinds[name]) for name, tensor in total.items()}
+            _require_alike(place, tensors, first, given[0])
+        given.append(tensors)
+
+    def mean(name: str) -> Tensor:
+        begun = given[0][name]
+        if not begun.is_floating_point():
+            return given[-1][name]
+        total = begun.double() * shares[0]
+        for tensors, share in zip(given[1:], shares[1:], strict=True):
+            total.add_(tensors[name], alpha=share)
+        return total.to(begun.dtype)
+
     tokenizers = {path.name: path for path in (model / "tokenizers").glob("*") if path.is_dir()}
-    files.save_model(out, values, _tied(done, dict(open_source(first))), words, tokenizers)
-    return done
+    saved = files.open_tensors(model)  # a checkpoint says no ties, the saved model of its run does
+    _require_alike(first, given[0], model, saved)
+    files.save_model(out, values, Lazy(saved.shapes, mean), words, tokenizers, saved.like)
 
 
 def place_of(source: Path) -> tuple[Path, Path]:
-    """The weights of a source, and the saved model that has its config. Raises UserError.
+    """The folder of weights of a source, and the saved model that has its config.
 
-    Of a checkpoint its folder, of a saved model its file (`open_source`).
+    Raises UserError.
     """
     if (source / MARK).is_file():  # a checkpoint
         model = source.parent.parent / "model"
@@ -83,22 +79,23 @@ def place_of(source: Path) -> tuple[Path, Path]:
     model = files.model_folder(source)
     if not (model / "config.json").is_file():
         raise UserError(f"{source}: no run, no saved model and no checkpoint")
-    return model / WEIGHTS, model
+    return model, model
 
 
 def open_source(place: Path) -> Lazy:
-    """Weights of a checkpoint's folder, or of a file. Raises UserError."""
-    return Slices(place).tensors("model") if place.is_dir() else files.open_tensors(place)
+    """Weights of a checkpoint's folder, or of a saved model's. Raises UserError."""
+    is_checkpoint = (place / MARK).is_file()
+    return Slices(place).tensors("model") if is_checkpoint else files.open_tensors(place)
 
 
-def _require_alike(file: Path, tensors: Lazy, first: Path, there: dict[str, Tensor]) -> None:
-    there_too = {name: tuple(t.shape) for name, t in there.items()}
-    odd = sorted(n for n in {*tensors, *there} if tensors.shapes.get(n) != there_too.get(n))
+def _require_alike(file: Path, tensors: Lazy, first: Path, there: Lazy) -> None:
+    here, there_too = _stored(tensors), _stored(there)
+    odd = sorted(n for n in {*here, *there_too} if here.get(n) != there_too.get(n))
     if odd:
         raise UserError(f"{file}: '{odd[0]}' is another tensor than in {first}")
 
 
-def _tied(tensors: dict[str, Tensor], before: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names of one tensor are names of one again."""
-    seen: dict[int, str] = {}
-    return {n: tensors[seen.setdefault(t.data_ptr(), n)] for n, t in before.items()}
+def _stored(tensors: Lazy) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors, one that has several names under its first alone."""
+    first = {id(t): name for name, t in reversed([*(tensors.like or {}).items()])}
+    return {name: tensors.shapes[name] for name in first.values()}

@@ -16,6 +16,8 @@ from mm.init_from import InitFrom
 from mm.model.folder import load_tensors, open_tensors, read_config
 from mm.model.model import LmConfig
 from mm.model.slices import Lazy, shapes_of
+from mm.model.weight_files import ONE as WEIGHTS
+from mm.model.weight_files import digest_weights, has_weights
 from mm.registry import NETWORKS
 from mm.run import Run
 from mm.surgery.base import Operated
@@ -24,7 +26,7 @@ from mm.trainer.checkpoint.format import Snapshot
 from mm.trainer.fit_weights import fit_weights, for_linears, refusal, rows_of
 from mm.vocabulary import Vocabulary
 
-WEIGHTS, WORDS, TOKENIZERS = "model.safetensors", "vocabulary.json", "tokenizers"
+WORDS, TOKENIZERS = "vocabulary.json", "tokenizers"
 ADAPTERS = "adapters.safetensors"
 PEFT_CONFIG, PEFT_ADAPTERS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -65,7 +67,7 @@ def resolve(run: Run) -> Run:
 def saved_model(key: str, path: Path) -> Path:
     """The saved model at ``path``, or that of the run there. Raises UserError naming ``key``."""
     for folder in (path / "model", path):
-        if (folder / WEIGHTS).is_file():
+        if has_weights(folder):
             return folder
     trained = (path / "checkpoints").is_dir()
     why = "its training has not ended: mm train it to its end" if trained else "name a run folder"
@@ -94,7 +96,7 @@ def config_at_start(key: str, asked: InitFrom) -> Config:
         return config
     folder = saved_model(key, asked.path)
     old = Vocabulary.load(folder / WORDS) if (folder / WORDS).is_file() else None
-    it = Operated(config, load_tensors(folder / WEIGHTS), old)
+    it = Operated(config, open_tensors(folder), old)
     return operate(key, asked, it, old).config
 
 
@@ -132,8 +134,8 @@ class WarmStart(Snapshot):
         self.told: dict[str, Any] = {}
         if asked.network == "model":
             folder = saved_model(key, asked.path)
-            file, step = folder / WEIGHTS, _step(folder.parent)
-            tensors, sha256 = open_tensors(file), digest(file)
+            step = _step(folder.parent)
+            tensors, sha256 = open_tensors(folder), digest_weights(folder)
         else:
             saved = checkpoint.newest(asked.path / "checkpoints")
             if saved is None or not saved.has(asked.network):
@@ -150,7 +152,7 @@ class WarmStart(Snapshot):
         self.operated: Config | None = None
         if asked.surgery:
             begun = self.adapted or saved_config(key, asked)
-            it = Operated(begun, dict(tensors), old)
+            it = Operated(begun, tensors, old)
             self.operated, operated, old = operate(key, asked, it, vocabulary)
             super().__init__({"stage": -1}, {name: operated})
         else:

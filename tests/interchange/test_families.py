@@ -16,6 +16,7 @@ from mm.errors import UserError
 from mm.interchange.check import STEPS, TOLERANCE
 from mm.interchange.read import import_model
 from mm.interchange.write import export_model
+from mm.model import weight_files
 from mm.model.folder import load_tensors, save_tensors
 from mm.model.model import Model
 from mm.registry import FAMILIES
@@ -54,7 +55,7 @@ def test_in_and_out(case: str, tmp_path: Path) -> None:
     assert config.get("max_position_embeddings") == first.get("max_position_embeddings")
     third = tmp_path / "third"
     import_model(back, third, check=False)
-    one, two = load_tensors(ours / "model.safetensors"), load_tensors(third / "model.safetensors")
+    one, two = load_tensors(ours), load_tensors(third)
     assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
 
 
@@ -73,12 +74,16 @@ def test_an_older_olmo3_scales_rotations_of_layers_that_see_all(tmp_path: Path) 
     assert scaled["attention"] and not scaled["sliding"]
 
 
-def test_half_precision_stays_as_it_is(tmp_path: Path) -> None:
+def test_half_precision_stays_as_it_is_in_one_file_and_in_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_files, "MOST", 20_000)
     given = checkpoint(tmp_path / "given")
     for file in given.glob("*.safetensors"):
         save_tensors(file, {n: t.bfloat16() for n, t in load_file(file).items()})
     import_model(given, tmp_path / "ours")
     export_model(tmp_path / "ours", tmp_path / "back")
+    assert all((tmp_path / name / weight_files.INDEX).is_file() for name in ("ours", "back"))
     before, after = tensors_of(given), tensors_of(tmp_path / "back")
     assert all(torch.equal(before[n], after[n]) for n in before)
     assert {t.dtype for t in after.values()} == {torch.bfloat16}

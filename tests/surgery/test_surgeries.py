@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from mm.errors import UserError
 from mm.layout import Doc, Layout
 from mm.model import folder
 from mm.model.layer import init_weights
+from mm.model.slices import Lazy
 from mm.registry import ADAPTERS, NETWORKS, SURGERIES
 from mm.specs import TokenSpec
-from mm.surgery.base import Operated, network_of, own_tensors
+from mm.surgery.base import Operated, network_of, on_meta, own_tensors
 from mm.vocabulary import Vocabulary
 
 LONGER = VOCABULARY.add(TokenSpec("more", 9, fingerprint="more"))
@@ -76,6 +78,19 @@ def model(name: str) -> Operated:
     return Operated(config, own_tensors(made), VOCABULARY)
 
 
+def on_disk(it: Operated) -> tuple[Operated, list[weakref.ref[torch.Tensor]]]:
+    """The model with tensors that are made when they are asked for, and all that were."""
+    reads: list[weakref.ref[torch.Tensor]] = []
+
+    def read(name: str) -> torch.Tensor:
+        tensor = it.tensors[name].clone()
+        reads.append(weakref.ref(tensor))
+        return tensor
+
+    lazy = Lazy({n: tuple(t.shape) for n, t in it.tensors.items()}, read, on_meta(it.tensors))
+    return it._replace(tensors=lazy), reads
+
+
 def outputs(it: Operated) -> torch.Tensor:
     layout = Layout.from_rows([[Doc(9), Doc(4)], [Doc(13)]])
     ids = torch.randint(V, layout.shape, generator=torch.Generator().manual_seed(0))
@@ -98,10 +113,15 @@ def test_a_surgery_is_whole_and_pure_and_keeps_what_it_promises(
         config = ADAPTERS.get("encoder").smallest()
         weights = own_tensors(config.build(32))
         folder.save_model("encoder", config.to_dict(), weights, VOCABULARY, {})
-    before = model(name)
-    copies = {k: t.clone() for k, t in before.tensors.items()}
-    surgery = SURGERIES.parse({"kind": kind, **RECIPES[kind][0]})
+    before, reads = on_disk(model(name))
+    copies = dict(before.tensors)
+    reads.clear()
+    surgery: Any = SURGERIES.parse({"kind": kind, **RECIPES[kind][0]})
     after = surgery.apply(before, LONGER if kind == "extend_vocabulary" else VOCABULARY)
+    assert not reads, "nothing is read before it is asked for"
+    for k in after.tensors:
+        assert after.tensors[k] is not None
+        assert all(read() is None for read in reads), f"something is kept beside {k}"
     assert all(torch.equal(copies[k], t) for k, t in before.tensors.items())
     built = after.config.build(after.vocabulary)
     wanted = {k: t.shape for k, t in built.state_dict().items()}

@@ -14,6 +14,7 @@ from mm.model.layer import init_weights
 from mm.model.model import Model
 from mm.registry import NETWORKS
 from mm.trainer.average import average_weights
+from mm.trainer.checkpoint.save import Moment, save
 
 
 def saved(folder: Path, seed: int, **more: object) -> dict[str, torch.Tensor]:
@@ -69,3 +70,19 @@ def test_one_source_is_itself_and_others_are_refused(
     assert cli.run(["average", str(tmp_path / "empty"), "--out", str(tmp_path / "no")]) == 2
     assert "no run, no saved model" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+def test_the_checkpoints_of_a_run_whose_head_is_its_table(tmp_path: Path) -> None:
+    """A checkpoint has each parameter once; their average is a model that loads."""
+    full = saved(tmp_path / "run" / "model", 0)
+    for step in (1, 2):
+        once = {n: t + step for n, t in full.items() if n != "heads.tokens.weight"}
+        moment = Moment.of({"step": step, "stage": 0}, {"model": once})
+        save(tmp_path / "run/checkpoints", moment, 9)
+    both = [str(tmp_path / f"run/checkpoints/step_{step:06}") for step in (1, 2)]
+    mixed = [both[0], str(tmp_path / "run")]
+    for out, sources, more in (("both", both, 1.5), ("mixed", mixed, 0.5)):
+        assert cli.run(["average", *sources, "--out", str(tmp_path / out)]) == 0
+        loaded = Model.from_pretrained(tmp_path / out)
+        assert loaded.heads["tokens"].weight is loaded.embedder.weight
+        torch.testing.assert_close(loaded.embedder.weight.data, full["embedder.weight"] + more)

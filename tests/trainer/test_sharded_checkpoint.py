@@ -19,7 +19,7 @@ from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUs
 
 from mm.errors import UserError
 from mm.model.slices import Placed, Slices, file_name
-from mm.trainer.checkpoint import check, meeting, save
+from mm.trainer.checkpoint import check, held, meeting, save
 from mm.trainer.checkpoint import format as checkpoint
 from mm.trainer.checkpoint.held import ANY, Held, spread
 from mm.trainer.checkpoint.meeting import Meeting
@@ -224,6 +224,29 @@ def test_an_older_layout_is_refused_in_one_line(tmp_path: Path) -> None:
     (folder / check.MARK).write_text(json.dumps(hashes))
     with pytest.raises(UserError, match=r"older version of this program \(schema 1\)"):
         checkpoint.newest(tmp_path)
+
+
+def test_large_tensors_that_all_have_alike_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process has an even share, whatever the largest tensor is; all of them have all."""
+    monkeypatch.setattr(held, "UNCUT", 8)
+    sizes = {"table": 1000, "b": 300, "c": 11, "scale": 1, "d": 2}
+    full = {n: torch.arange(float(k)) for n, k in sizes.items()}
+    table = {n: Held(Placed((k,), "F32", ANY), full[n]) for n, k in sizes.items()}
+    parts: dict[str, list[Tensor]] = {n: [] for n in sizes}
+    loads = []
+    for rank in range(4):
+        given = spread({"model": table}, rank, 4)["model"]
+        mine = {n: h.mine for n, h in given.items() if h.mine is not None}
+        assert {n for n, h in given.items() if h.placed.on(rank).n} == {*mine}
+        loads.append(sum(t.numel() for t in mine.values()))
+        for name, tensor in mine.items():
+            assert tensor.data_ptr() >= full[name].data_ptr(), "a view, no copy"
+            assert torch.equal(tensor, full[name][tensor[0].int() :][: len(tensor)])
+            parts[name].append(tensor)
+    assert max(loads) <= 1.125 * sum(sizes.values()) / 4
+    assert all(torch.equal(torch.cat(parts[n]), t) for n, t in full.items())
+    alone = spread({"model": table}, 0, 1)["model"]
+    assert all(h.placed.rank == 0 for h in alone.values()), "one process writes whole tensors"
 
 
 def test_what_all_have_alike_is_spread_by_size() -> None:

@@ -124,12 +124,16 @@ class Lora(Linear):
         Raises:
             UserError: the base is no plain matrix.
         """
-        if not self.base.exact:
-            raise UserError(f"{self.path}: its base is no one matrix: adapters cannot be merged")
+        self.require_one_matrix()
         whole = self.base_matrix() + self.update()
         if self.magnitude is not None:
             whole = whole * (self.magnitude / _norm(whole))[:, None]
         return whole
+
+    def require_one_matrix(self) -> None:
+        """Raise UserError where the base is no plain matrix."""
+        if not self.base.exact:
+            raise UserError(f"{self.path}: its base is no one matrix: adapters cannot be merged")
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -36,6 +36,8 @@ class Held(NamedTuple):
 
 Files = Mapping[str, Mapping[str, Held]]
 NONE: Mapping[str, Tensor] = {}
+UNCUT = 2**20  # bytes of a tensor that one process writes: a slice is an entry of many files
+UNEVEN = 1 / 8  # of an even share: a tensor that is more is cut
 ANY = -1  # rank of what all processes have alike: `spread` says who writes it
 
 
@@ -134,24 +136,55 @@ def states(engine: Engine) -> tuple[dict[str, Held], dict[str, float]]:
 def spread(files: Mapping[str, Mapping[str, Held]], rank: int, world: int) -> Files:
     """Give what all processes have alike to one of them each, the largest first, evenly.
 
-    The same on every process, which keeps only what it writes.
+    Large tensors are cut first, one after the other, as stages 1 and 2 cut theirs. The same on
+    every process, which keeps only what it writes.
     """
-    alike = [(f, n) for f, table in files.items() for n, h in table.items() if _is_any(h)]
-    size = lambda key: files[key[0]][key[1]].placed.n_bytes
+    alike = {(f, n): h for f, table in files.items() for n, h in table.items() if _is_any(h)}
+    size = lambda key: alike[key].placed.n_bytes
+    large = _cut_large(alike, world)
     loads = [0] * world
+    for place in large.values():
+        for to in place.holders(0, place.numel):
+            loads[to] += place.on(to).n * place.n_bytes // place.numel
     owner: dict[tuple[str, str], int] = {}
-    for key in sorted(alike, key=lambda key: (-size(key), key)):
+    for key in sorted(alike.keys() - large.keys(), key=lambda key: (-size(key), key)):
         owner[key] = loads.index(min(loads))
         loads[owner[key]] += size(key)
 
     def given(file: str, name: str, held: Held) -> Held:
         if not _is_any(held):
             return held
+        if (place := large.get((file, name))) is not None:
+            part = place.on(rank)
+            flat = None if held.mine is None else held.mine.reshape(-1)
+            mine = None if flat is None else flat[part.start : part.start + part.n]
+            return held._replace(placed=place, mine=None if mine is None else _view(mine, place))
         to, was = owner[file, name], held.placed
         place = Placed(was.shape, was.dtype, to)
         return held._replace(placed=place, mine=held.mine if to == rank else None)
 
     return {f: {n: given(f, n, h) for n, h in table.items()} for f, table in files.items()}
+
+
+def _cut_large(alike: Mapping[tuple[str, str], Held], world: int) -> dict[tuple[str, str], Placed]:
+    """Where the slices of tensors are that would make the shares of processes uneven."""
+    share = sum(held.placed.n_bytes for held in alike.values()) / world
+    most = max(UNCUT, UNEVEN * share) if world > 1 else float("inf")
+    large = [
+        key
+        for key, held in sorted(alike.items())
+        if held.placed.n_bytes > most and (held.mine is None or held.mine.is_contiguous())
+    ]
+    out: dict[tuple[str, str], Placed] = {}
+    for dtype in {alike[key].placed.dtype: None for key in large}:
+        keys = [key for key in large if alike[key].placed.dtype == dtype]
+        length = -(-sum(alike[key].placed.numel for key in keys) // world)
+        first = 0
+        for key in keys:
+            was = alike[key].placed
+            out[key] = Placed(was.shape, dtype, None, first, length)
+            first += was.numel
+    return out
 
 
 def _is_any(held: Held) -> bool:
