@@ -75,6 +75,30 @@ def test_the_law_sees_a_read(read: Any) -> None:
     assert reads.places[0].startswith("tests/test_no_silent_host.py:")
 
 
+def test_the_law_sees_a_read_in_an_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward of attention in tiles that asks which of them are hidden."""
+    from mm.kernels.attention import attention, blocks
+    from mm.kernels.attention.spec import MaskSpec
+
+    def places() -> list[str]:
+        with fake_cuda() as reads:
+            row = torch.zeros(1, 9, dtype=torch.int32, device=CUDA)
+            q = torch.empty(1, 9, 2, 8, device=CUDA, requires_grad=True)
+            with attention.using("blocks"):
+                y = attention(q, q, q, MaskSpec(document_RT=row, document_RS=row))
+            forward = len(reads.places)
+            backward(y.sum())
+            assert forward == len(reads.places) / 2
+        return reads.places
+
+    assert places() == []
+    monkeypatch.setattr(blocks, "ASKED", ("cpu", "cuda"))
+    assert {p.partition(" ")[2] for p in places()} == {
+        "a value: if self.asks and both.all():",
+        "a value: if not self.asks or both.any():",
+    }
+
+
 def test_the_law_sees_tensors_of_two_devices_and_sizes_by_value() -> None:
     with fake_cuda():
         x = torch.zeros(3, device=CUDA)

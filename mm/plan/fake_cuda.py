@@ -87,7 +87,7 @@ class Reads(TorchDispatchMode):
                 if kind.is_floating_point
                 else 0
             )
-        made = CELLS[func](*args) if func in CELLS else func(*args, **kwargs)
+        made = self._run(func, args, kwargs)
         results = tensors_in(made)
         if not results:
             return made
@@ -96,6 +96,16 @@ class Reads(TorchDispatchMode):
                 self.note("a copy")
         elif results[0].is_cuda and not func.is_view and func is not aten.detach.default:
             self.kernels[func.name()] += 1
+        return made
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result; an operator of this project does what it does on a GPU."""
+        if func.namespace != "mm":
+            return CELLS[func](*args) if func in CELLS else func(*args, **kwargs)
+        outer = self.kernels.copy()
+        with without_launches(), self:
+            made = body_of(func)(*args, **kwargs)
+        self.kernels = outer  # an operator is one here
         return made
 
     def note(self, what: str) -> None:
@@ -115,6 +125,24 @@ class Reads(TorchDispatchMode):
             return torch.zeros(x.shape, dtype=x.dtype, device="cpu").tolist()
         finally:
             self._within = False
+
+
+def body_of(func: Any) -> Callable[..., Any]:
+    """What an operator ``mm::..`` runs, not the rule of its shapes; without gradients."""
+    from torch._library.custom_ops import OPDEFS
+
+    return torch.no_grad()(OPDEFS[func.name().partition(".")[0]]._init_fn)
+
+
+@contextlib.contextmanager
+def without_launches(note: Callable[[Any], Any] = lambda given: None) -> Iterator[None]:
+    """In the block a kernel of Triton is not launched: ``note`` is told what it was given."""
+    from torch._inductor.runtime import triton_compat
+
+    kernel_class: Any = vars(triton_compat)["JITFunction"]
+    launch = lambda kernel, *given, **_: note(given)
+    with unittest.mock.patch.object(kernel_class, "run", launch):
+        yield
 
 
 @contextlib.contextmanager
