@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
 
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", 9.0; H100 SXM
@@ -50,6 +51,11 @@ def fake_card() -> Iterator[None]:
         yield
 
 
+@torch.compiler.assume_constant_result
+def _asks_cudnn() -> bool:
+    return torch._C._get_sdp_priority_order()[0] == SDPBackend.CUDNN_ATTENTION.value
+
+
 def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
@@ -58,10 +64,14 @@ def _sdpa(
 
     Source: torch, aten/src/ATen/native/transformers/attention.cpp and cuda/sdp_utils.cpp: flash
     for half precision without a mask and heads up to 256, padded to a multiple of 8; else the
-    memory-efficient one.
+    memory-efficient one; cuDNN where it was asked for, else never.
     """
     width = q.shape[-1]
     same = v.shape[-1] == width
+    if _asks_cudnn():
+        return torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale
+        )[0]
     if attn_mask is None and same and width <= 256 and q.dtype in (torch.bfloat16, torch.float16):
         if width % 8:
             scale = width**-0.5 if scale is None else scale

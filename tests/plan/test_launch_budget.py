@@ -65,6 +65,7 @@ def test_the_table_of_backbones(
     assert script.main(["--tokens", "2048", "--only", ",".join(KNOWN), "--json", str(file)]) == 0
     rows = json.loads(file.read_text())
     assert {r["backbone"] for r in rows} == set(KNOWN)
+    assert {r["graphs"] for r in rows} == {1}
     columns = ("eager", "packed eager", "compiled", "packed compiled")
     for name, layers in KNOWN.items():
         found = {r["layer"]: tuple(r[c] for c in columns) for r in rows if r["backbone"] == name}
