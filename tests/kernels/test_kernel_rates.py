@@ -52,7 +52,8 @@ def test_the_fastest_that_takes_a_call_runs(card: int, monkeypatch: pytest.Monke
         for width in (64, 128, 256, 320):
             for dtype in (torch.bfloat16, torch.float32):
                 for name, (mask, score) in specs().items():
-                    given = (*qkv(width, dtype), mask, score)
+                    q, k, v = qkv(width, dtype)
+                    given = (q, k, v, mask, score)
                     able = {
                         way
                         for way, (_, why_not) in attention.implementations.items()
@@ -61,7 +62,7 @@ def test_the_fastest_that_takes_a_call_runs(card: int, monkeypatch: pytest.Monke
                     known = {
                         way: found.tflops
                         for way in able
-                        if (found := rates.rate(way, given[0], given[2], mask, score))
+                        if (found := rates.rate(way, q, v, mask, score))
                     }
                     at = (card, width, dtype, name, able)
                     assert able == known.keys() | (able & set(rates.SLOWEST)), at
