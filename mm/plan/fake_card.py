@@ -109,10 +109,26 @@ class Code(NamedTuple):
     Attributes:
         source: Python that launches the kernels.
         traffic: bytes that the kernels which it wrote read and write.
+        refusal: why Inductor would not capture it as a CUDA graph, or None.
     """
 
     source: str
     traffic: int
+    refusal: str | None
+
+
+def _refusal(graph: Any) -> str | None:
+    """What Inductor asks of a graph before it captures it, in its own words."""
+    from torch._inductor.cudagraph_utils import check_lowering_disable_cudagraph
+    from torch._inductor.utils import get_first_incompatible_cudagraph_node
+
+    if why := graph.disable_cudagraphs_reason:
+        return str(why)
+    if why := check_lowering_disable_cudagraph(graph.device_node_mapping):
+        return str(why)
+    if node := get_first_incompatible_cudagraph_node(graph.module):
+        return f"operator {node.target}"
+    return f"it changes {', '.join(graph.mutated_inputs)}" if graph.mutated_inputs else None
 
 
 @contextlib.contextmanager
@@ -131,7 +147,7 @@ def _compiler(codes: list[Code]) -> Iterator[None]:
         others = (ExternKernelSchedulerNode, NopKernelSchedulerNode)
         written = [n for n in graph.scheduler.nodes if not isinstance(n, others)]
         traffic = sum(int(n.get_read_write_buffers_sizes()) for n in written)
-        codes.append(Code(code.value, traffic))
+        codes.append(Code(code.value, traffic, _refusal(graph)))
         return SimpleNamespace(call=None, __file__="kept", key="kept")
 
     def fold(folder: ConstantFolder, run: Any = ConstantFolder.run) -> Any:

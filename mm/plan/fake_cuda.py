@@ -56,19 +56,29 @@ def _is_own(file: str) -> bool:
     return not path.relative_to(ROOT).parts[0].startswith(".")
 
 
+def _place(what: str) -> str:
+    """The line of this project that runs, and what happens there."""
+    own = [f for f in traceback.extract_stack() if _is_own(f.filename)]
+    path = Path(own[-1].filename).relative_to(ROOT)
+    return f"{path}:{own[-1].lineno} {what}: {own[-1].line}"
+
+
 class Reads(TorchDispatchMode):
     """Notes what the host reads of a device: values, which are 0, and copies.
 
     Attributes:
         places: file, line and operator of each read, in order.
         kernels: calls by operator of what is no view; an operator may launch several.
+        sends: as ``places``, copies from the host within operators of this project: a CUDA graph
+            holds none.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.places: list[str] = []
         self.kernels: Counter[str] = Counter()
-        self._within = False
+        self.sends: list[str] = []
+        self._within = self._in_body = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -94,6 +104,8 @@ class Reads(TorchDispatchMode):
         if func in COPIES and not results[0].is_cuda:
             if any(x.is_cuda for x in fake):
                 self.note("a copy")
+        elif func in COPIES and self._in_body and any(not x.is_cuda for x in given):
+            self.sends.append(_place("a copy from the host"))
         elif results[0].is_cuda and not func.is_view and func is not aten.detach.default:
             self.kernels[func.name()] += 1
         return made
@@ -102,19 +114,19 @@ class Reads(TorchDispatchMode):
         """The result; an operator of this project does what it does on a GPU."""
         if func.namespace != "mm":
             return CELLS[func](*args) if func in CELLS else func(*args, **kwargs)
-        outer = self.kernels.copy()
-        with without_launches(), self:
-            made = body_of(func)(*args, **kwargs)
-        self.kernels = outer  # an operator is one here
-        return made
+        outer, before = self.kernels.copy(), self._in_body
+        self._in_body = True
+        try:
+            with without_launches(), self:
+                return body_of(func)(*args, **kwargs)
+        finally:
+            self.kernels, self._in_body = outer, before  # an operator is one here
 
     def note(self, what: str) -> None:
         """Note a read, once for all values of a `tolist`."""
         if self._within:
             return
-        own = [f for f in traceback.extract_stack() if _is_own(f.filename)]
-        path = Path(own[-1].filename).relative_to(ROOT)
-        self.places.append(f"{path}:{own[-1].lineno} {what}: {own[-1].line}")
+        self.places.append(_place(what))
 
     def tolist(self, x: Tensor) -> Any:
         """`Tensor.tolist`: one copy of all values."""

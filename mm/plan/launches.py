@@ -189,6 +189,7 @@ class LayerLaunches:
         generated: of ``compiled``, kernels that Inductor writes; the rest are products and
             operators that it calls.
         traffic: bytes that these kernels read and write.
+        refusals: of Inductor to capture these graphs as CUDA graphs.
         work: in eager mode.
     """
 
@@ -203,6 +204,7 @@ class LayerLaunches:
     generated: int = 0
     graphs: int = 0
     traffic: int = 0
+    refusals: tuple[str, ...] = ()
 
     @property
     def eager(self) -> int:
@@ -333,6 +335,7 @@ def layer_launches(
     return dataclasses.replace(
         found, compiled=total.total(), generated=written, graphs=len(graphs),
         traffic=sum(code.traffic for code in codes),
+        refusals=tuple(dict.fromkeys(code.refusal for code in codes if code.refusal)),
     )  # fmt: skip
 
 

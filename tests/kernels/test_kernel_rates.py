@@ -14,6 +14,7 @@ from mm.kernels.attention import attention, cudnn, rates
 from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 from mm.plan.fake_card import fake_card
 from mm.plan.fake_cuda import CUDA, backward, fake_cuda
+from mm.plan.launches import Launches
 
 T = 1024
 H, G = 16, 8
@@ -125,6 +126,19 @@ def test_cudnn_is_asked_for_what_it_does_right(monkeypatch: pytest.MonkeyPatch) 
         assert "wrong on this card" in why_not(*qkv(128, half, heads=4), causal)
         assert "up to 128" in why_not(*qkv(256, half), causal)
         assert attention.pick(*qkv(128, half, heads=4), causal) == "sdpa"
+
+
+@pytest.mark.parametrize("mask", [MaskSpec(causal=True), MaskSpec()], ids=["causal", "full"])
+def test_cudnn_counts_the_operations_that_sdpa_does(mask: MaskSpec) -> None:
+    counted: dict[str, float] = {}
+    for way in ("cudnn", "sdpa"):
+        with fake_cuda(), fake_card(), Launches() as launches:
+            with attention.using(way):
+                y = attention(*qkv(128, torch.bfloat16), mask)
+            backward(y, torch.empty_like(y))
+        counted[way] = launches.flops
+    pairs = T * (T + 1) / 2 if mask.causal else T * T
+    assert counted["cudnn"] == counted["sdpa"] >= 3.5 * 4 * H * 128 * pairs * 0.99
 
 
 def test_sdpa_never_takes_cudnn_by_itself() -> None:

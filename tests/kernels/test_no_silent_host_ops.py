@@ -55,7 +55,7 @@ def test_no_implementation_asks_the_device(
                 leaves = [x for x in given if isinstance(x, Tensor) and x.requires_grad]
                 if y.requires_grad:
                     grad(outs, leaves, [torch.empty_like(o) for o in outs])
-            assert reads.places == [], (name, way)
+            assert reads.places == reads.sends == [], (name, way)
             ran.add(f"{op_name} {way}")
     assert {r.split()[0] for r in ran} == {op for op, _ in calls.values()}
     assert {"attention blocks", "attention varlen", "linear_attention chunked"} <= ran
