@@ -152,8 +152,9 @@ def captured(module: Any, batch: Any) -> str:
 
 def _gradients(module: Any, batch: Any) -> torch.Tensor:
     """All gradients after one more micro-batch."""
-    with torch.autocast("cuda", torch.bfloat16):
-        loss = module(batch.to("cuda"), seed=1).heads["tokens"].nll.mean()
+    device = next(module.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16):
+        loss = module(batch.to(device), seed=1).heads["tokens"].nll.mean()
     loss.backward()
     grads = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
     return torch.cat([g.float() for g in grads])
@@ -221,6 +222,9 @@ def predicted_lines() -> Iterator[str]:
                 f"{size} {shape}: {count / 1e6:.0f} M parameters, predicted on an H100 (mm plan): "
                 f"{step['seconds']:.3f} s a step, MFU {step['mfu']:.0%}"
             )
+    for size, shape, documents, blocks in cases():
+        if blocks == "CUDA graphs":
+            yield f"{size} {shape}, {documents}: blocks as CUDA graphs, gradients beside eager mode"
     yield f"{len(cases())} runs of {WARM + STEPS} steps, {len(cases())} Chrome traces"
 
 
