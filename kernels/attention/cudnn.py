@@ -59,10 +59,14 @@ def why_not(
 
 def run(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, score: ScoreSpec, stats: Any) -> Tensor:
     """`(R, T, H, V)`: see `mm.kernels.attention.attention`."""
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
     with without_autocast(q.device.type), sdpa_kernel(FIRST, set_priority=True):
-        return F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q, k, v)),
+        y = F.scaled_dot_product_attention(
+            heads_first[0],
+            heads_first[1],
+            heads_first[2],
             is_causal=mask.causal,
             scale=score.scale,
             enable_gqa=k.shape[2] != q.shape[2],
-        ).transpose(1, 2)
+        )
+    return y.transpose(1, 2)
