@@ -29,6 +29,7 @@ TRUTH = aten.is_nonzero.default
 # The first is what the others become, but within an operator.
 SCALARS = (aten._local_scalar_dense.default, aten.item.default, TRUTH)
 COPIES = (aten._to_copy.default, aten.copy_.default)
+MOVES = tuple(getattr(aten.to, name) for name in aten.to.overloads() if not name.startswith("prim"))
 
 
 def _gru_cell(gates: Tensor, hidden: Tensor, h: Tensor, *bias: Any) -> tuple[Tensor, Tensor]:
@@ -97,6 +98,9 @@ class Reads(TorchDispatchMode):
                 if kind.is_floating_point
                 else 0
             )
+        if self._in_body and func in MOVES:  # below autograd nothing has taken it apart
+            with self:
+                return func.decompose(*args, **kwargs)
         made = self._run(func, args, kwargs)
         results = tensors_in(made)
         if not results:
