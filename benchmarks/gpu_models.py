@@ -44,7 +44,8 @@ def run_of(size: str, shape: str) -> Any:
 def cases() -> list[tuple[str, str, str, str]]:
     """Size, pattern, documents and how blocks run, by worth."""
     every = [(s, p, d, "eager") for s in TRAINED for p in PATTERNS for d in DOCUMENTS]
-    every += [("1B", "dense", "plain", "compiled")]  # Inductor takes a minute
+    # Inductor takes a minute
+    every += [("1B", "dense", "plain", "compiled"), ("1B", "dense", "packed", "CUDA graphs")]
     worth = lambda case: (
         case[3] != "eager",
         case[1] != "dense",
@@ -97,8 +98,8 @@ def train_rows(out: Path) -> Iterator[Row]:
         try:
             plan = predicted(size, shape, documents, card)
             module, batch = stage_of(size, shape, documents)
-            if blocks == "compiled":
-                compile_blocks(module)
+            if blocks != "eager":
+                compile_blocks(module, blocks == "CUDA graphs")
             optimizer = run_of(size, shape).stages[0].optimizer.build(module.train())
             step = lambda m=module, b=batch, o=optimizer: _step(m, b, o)
             seconds = _seconds(step)
@@ -113,6 +114,8 @@ def train_rows(out: Path) -> Iterator[Row]:
                 "tokens/s": plan["batch"]["tokens"] / seconds,
                 "GiB": torch.cuda.max_memory_allocated() / 2**30,
             }
+            if blocks == "CUDA graphs":
+                row["captured"] = captured(module, batch)
             yield row
             trace = out / f"{size}-{shape}-{documents}-{blocks}.trace.json.gz"
             events = kernels_of(step, trace)
@@ -130,7 +133,35 @@ def train_rows(out: Path) -> Iterator[Row]:
         torch.cuda.reset_peak_memory_stats()
 
 
+def captured(module: Any, batch: Any) -> str:
+    """What replayed graphs give beside eager mode, and how many blocks Inductor left out."""
+    from torch._dynamo.utils import counters
+
+    found = []
+    for stance in ("default", "force_eager"):
+        module.zero_grad()
+        torch.compiler.cudagraph_mark_step_begin()
+        with torch.compiler.set_stance(stance):
+            _gradients(module, batch)
+            found.append(_gradients(module, batch))  # sums into those of the first micro-batch
+    left = counters["inductor"]["cudagraph_skips"]
+    error = float((found[0] - found[1]).norm() / found[1].norm())
+    said = "ok" if error < 3e-2 and not left else "WRONG"
+    return f"{said}: gradients differ by {error:.1e}, {left} graphs left out"
+
+
+def _gradients(module: Any, batch: Any) -> torch.Tensor:
+    """All gradients after one more micro-batch."""
+    device = next(module.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16):
+        loss = module(batch.to(device), seed=1).heads["tokens"].nll.mean()
+    loss.backward()
+    grads = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
+    return torch.cat([g.float() for g in grads])
+
+
 def _step(module: Any, batch: Any, optimizer: Any) -> None:
+    torch.compiler.cudagraph_mark_step_begin()
     with torch.autocast("cuda", torch.bfloat16):
         nll = module(batch.to("cuda"), seed=1).heads["tokens"].nll
     nll.mean().backward()
@@ -191,6 +222,9 @@ def predicted_lines() -> Iterator[str]:
                 f"{size} {shape}: {count / 1e6:.0f} M parameters, predicted on an H100 (mm plan): "
                 f"{step['seconds']:.3f} s a step, MFU {step['mfu']:.0%}"
             )
+    for size, shape, documents, blocks in cases():
+        if blocks == "CUDA graphs":
+            yield f"{size} {shape}, {documents}: blocks as CUDA graphs, gradients beside eager mode"
     yield f"{len(cases())} runs of {WARM + STEPS} steps, {len(cases())} Chrome traces"
 
 

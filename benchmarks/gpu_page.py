@@ -91,7 +91,7 @@ def choice(op: Any, call: Call) -> tuple[str, str, str, str | None]:
     given = call(T, torch.bfloat16, K)
     taken = op.pick(*given)
     why_not = lambda way, *given: op.implementations[way][1](*given)
-    able = [way for way in reversed(op.implementations) if why_not(way, *given) is None]
+    able = [way for way in op.candidates(*given) if why_not(way, *given) is None]
     other = next((way for way in able[able.index(taken) + 1 :]), None)
     dtypes = [str(d).removeprefix("torch.") for d in DTYPES if op.pick(*call(T, d, K)) == taken]
     asked = ((torch.float64, K), (torch.bfloat16, 512), (torch.float32, K))

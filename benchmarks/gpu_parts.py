@@ -218,7 +218,7 @@ def attention(out: Path) -> Iterator[Row]:
         q, k, v = map(made, shapes)
         operations = 2 * 2 * TOKENS**2 * 16 * width / 2
         for name, run in attention_ways().items():
-            row: Row = {"head": width, "by": name}
+            row: Row = {"head": width, "by": name, "table TFLOP/s": said_of(name, q, k, v)}
             try:
                 forward = seconds_of(functools.partial(run, q, k, v))
                 both = seconds_of(functools.partial(both_ways, run, q, k, v))
@@ -234,6 +234,25 @@ def attention(out: Path) -> Iterator[Row]:
     from gpu_ops import rows
 
     yield from rows(seconds_of)
+
+
+IMPLEMENTATIONS = {"SDPA flash": "sdpa", "SDPA cuDNN": "cudnn", "mm Triton": "triton"}
+
+
+def said_of(name: str, q: Tensor, k: Tensor, v: Tensor) -> str:
+    """What the table of `mm.kernels.attention.rates` says, both ways, and how it knows."""
+    from mm.kernels.attention import attention, rates
+    from mm.kernels.attention.spec import PLAIN_SCORE, MaskSpec
+
+    causal = MaskSpec(causal=True)
+    way = IMPLEMENTATIONS.get(name)
+    if name == "mm, as picked":
+        way = attention.pick(q, k, v, causal)
+    found = rates.rate(way, q, v, causal, PLAIN_SCORE) if way else None
+    if found is None:
+        return ""
+    chosen = f"{way}, " if name == "mm, as picked" else ""
+    return f"{found.tflops:g} ({chosen}{found.source.partition(':')[0]})"
 
 
 def both_ways(run: Callable[..., Tensor], *given: Tensor) -> None:
@@ -255,13 +274,17 @@ def seconds_of(run: Callable[[], Any], times: int = 5) -> float:
 
 
 def dry_attention() -> Iterator[str]:
+    from mm.plan.fake_card import fake_card
     from mm.plan.fake_cuda import CUDA, fake_cuda
 
     ways = attention_ways()
     yield f"{', '.join(ways)} at heads of 64, 128 and 256"
-    with fake_cuda():
-        q, k = (torch.empty(1, 512, heads, 128, device=CUDA) for heads in (16, 4))
+    with fake_cuda(), fake_card():
+        half: Any = {"dtype": torch.bfloat16, "device": CUDA}
+        q, k = (torch.empty(1, 512, heads, 128, **half) for heads in (16, 4))
         assert ways["mm, as picked"](q, k, k).shape == q.shape
+        said = {name: said_of(name, q, k, k) for name in ways}
+    yield "; ".join(f"{name}: {figure} TFLOP/s" for name, figure in said.items() if figure)
     from gpu_ops import lines
 
     yield from lines()

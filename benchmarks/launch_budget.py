@@ -86,7 +86,8 @@ def budget(names: Sequence[str], d_model: int, tokens: int) -> Iterator[dict[str
                 "compiled": plain.compiled,
                 "packed eager": packed.eager,
                 "packed compiled": packed.compiled,
-                "graphs": packed.graphs,
+                "graphs": max(plain.graphs, packed.graphs),
+                "refusals": [*plain.refusals, *packed.refusals],
                 "most frequent": plain.kernels.most_common(6),
             }
 
@@ -110,6 +111,8 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"{row['backbone']:22}{row['layer']:34}" + "".join(f"{c:>17}" for c in cells))
         often = ", ".join(f"{op.partition('::')[2]} {n}" for op, n in row["most frequent"])
         print(f"{'':22}{often}", flush=True)
+        for why in row["refusals"]:
+            print(f"{'':22}no CUDA graph: {why}")
     within = sum(1 for r in rows if r["compiled"] is not None and r["compiled"] <= GOAL)
     print(f"{within} of {len(rows)} kinds of layers launch at most {GOAL} kernels compiled")
     if asked.json:

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -73,7 +73,7 @@ class Op:
     `@Op` decorates the reference (fp32 or wider inside). `@op.register(name, why_not)` adds an
     exact implementation;
     ``why_not(*args, **kw)`` returns the reason why it cannot run this call, or None. Later
-    registrations are preferred.
+    registrations are preferred, or those that ``op.order`` puts first.
     The choice is logged once. `op.using(name)` or the environment variable ``MM_<OP>=name`` forces
     one. One that is not forced is compared with the reference when it first meets a kind of call
     (`mm.kernels.check`); where it is wrong, the next one runs, and a warning says so.
@@ -91,6 +91,10 @@ class Op:
         self.implementations: dict[str, tuple[Callable, Callable[..., str | None]]] = {
             "reference": (reference, lambda *a, **k: None)
         }
+        # Of a call: names, the fastest first, all that may take it; None: the last registered.
+        self.order: Callable[..., Sequence[str] | None] = lambda *args, **kw: None
+        # Of an implementation and a call: what spoke for it; "": its place among the registered.
+        self.why: Callable[..., str] = lambda name, *args, **kw: ""
         self._forced: str | None = os.environ.get(f"MM_{self.name.upper()}")
         self._logged: set[str] = set()
         self._checked: dict[tuple[Any, ...], str] = {}
@@ -110,6 +114,10 @@ class Op:
         """Name of the implementation that every call takes; None: each call its own."""
         return Op.everywhere or self._forced
 
+    def candidates(self, *args: Any, **kw: Any) -> Sequence[str]:
+        """Names of implementations, the best for this call first."""
+        return self.order(*args, **kw) or list(reversed(self.implementations))
+
     def pick(self, *args: Any, **kw: Any) -> str:
         """Name of the implementation that runs this call.
 
@@ -124,7 +132,7 @@ class Op:
             if reason:
                 raise KernelUnavailable(f"{self.name}: {forced}: {reason}")
             return forced
-        for name in reversed(self.implementations):
+        for name in self.candidates(*args, **kw):
             if self.implementations[name][1](*args, **kw) is None:
                 return name
         raise AssertionError("the reference runs everything")
@@ -139,7 +147,8 @@ class Op:
             self._logged.add(name)
             others = {n: w(*args, **kw) for n, (_, w) in self.implementations.items() if n != name}
             reasons = ", ".join(f"{n}: {r}" for n, r in others.items() if r)
-            log.info("%s: using %s%s", self.name, name, f" ({reasons})" if reasons else "")
+            chosen = ", ".join(filter(None, (name, self.why(name, *args, **kw))))
+            log.info("%s: using %s%s", self.name, chosen, f" ({reasons})" if reasons else "")
         if self._forced is None and name != "reference" and check.is_checkable(args):
             name = self._trusted(name, args, kw)
             if same is not None and len(self._checked) < REMEMBERED:
@@ -153,7 +162,7 @@ class Op:
         """``name``, or the first one after it that equals the reference on calls of this kind."""
         kind = (name, *check.kind(args, kw))
         if kind not in self._checked:
-            order = list(reversed(self.implementations))
+            order = list(self.candidates(*args, **kw))
             for candidate in order[order.index(name) :]:
                 f, why_not = self.implementations[candidate]
                 if candidate == "reference" or why_not(*args, **kw):

@@ -117,6 +117,13 @@ class EngineConfig(Config):
     compile: Annotated[
         bool, Field(description="torch.compile of every block; a minute or more at the start")
     ] = False
+    cuda_graphs: Annotated[
+        bool,
+        Field(
+            description="with `compile`, on a GPU: the kernels of a block are launched as one CUDA "
+            "graph (Inductor's `reduce-overhead`); no GPU has run it yet"
+        ),
+    ] = False
     communication: Annotated[
         Communication, Field(description="messages between processes: overlap, sizes, dtype")
     ] = Communication()
@@ -146,4 +153,17 @@ class EngineConfig(Config):
         for key, asked, least in from_stage:
             if asked and stage < least:
                 raise ValueError(f"{key}: needs zero_stage: {least}, and it is {stage}")
+        return self
+
+    @model_validator(mode="after")
+    def _graphs_can(self) -> EngineConfig:
+        if not self.cuda_graphs:
+            return self
+        if not self.compile:
+            raise ValueError("cuda_graphs: Inductor captures compiled blocks; set compile: true")
+        if self.offload.optimizer != "device":
+            raise ValueError(
+                "cuda_graphs: offload.optimizer copies gradients to the host on a stream of its "
+                "own, while the next graph writes into their memory; set one of the two off"
+            )
         return self

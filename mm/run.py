@@ -305,6 +305,11 @@ class Run(Config):
             if why:
                 raise ValueError(f"stages.{i}: {why}")
             goes_on = getattr(stage.data, "continues_documents", False)
+            if goes_on and self.engine.cuda_graphs:
+                raise ValueError(
+                    f"stages.{i}.data: '{stage.data.kind}' keeps states from step to step, whose "
+                    "memory a CUDA graph writes into again; set engine.cuda_graphs to false"
+                )
             whole = getattr(self.model, "needs_whole_documents", None)
             if goes_on and whole and (why := whole(stage.mask)):
                 raise ValueError(

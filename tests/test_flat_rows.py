@@ -107,6 +107,10 @@ def _rows(rng: np.random.Generator, T: int) -> Layout:
     return Layout.from_rows(rows, T)
 
 
+def _form(x: Tensor | int) -> object:
+    return (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x
+
+
 GRAPHS = ["attention", "local_attention gated_deltanet", "mamba2", "rwkv6", "rg_lru"]
 
 
@@ -116,11 +120,25 @@ def test_two_hundred_packed_steps_need_two_graphs_a_kind_of_block(
     pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(length_buckets, "FLAT", True)
-    graphs = []
+    graphs: list[torch.fx.GraphModule] = []
+    given: list[set[object]] = []  # of each graph what it met
+    moved: list[int] = []
+    where: dict[int, int] = {}
 
     def count(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
         graphs.append(graph)
-        return graph.forward
+        given.append(met := set())
+
+        def run(*args: Tensor) -> object:
+            met.add(tuple(_form(x) for x in args))
+            for x in args:
+                if isinstance(x, nn.Parameter) and where.setdefault(id(x), x.data_ptr()) != (
+                    x.data_ptr()
+                ):
+                    moved.append(len(given))
+            return graph.forward(*args)
+
+        return run
 
     compiled = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled(self, backend=count))
@@ -133,4 +151,6 @@ def test_two_hundred_packed_steps_need_two_graphs_a_kind_of_block(
         x = torch.randn(2, 24, D, requires_grad=True)
         net(x, context(net, x, _rows(rng, 24))).y.sum().backward()
     assert 1 <= len(graphs) <= 2 * len(pattern.split())
+    # What a CUDA graph needs: the same shapes, strides and dtypes, and weights where they were.
+    assert [len(met) for met in given] == [1] * len(graphs) and where and not moved
     torch._dynamo.reset()

@@ -12,6 +12,7 @@ import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -217,6 +218,36 @@ def test_a_step_leaves_its_trace(gpu: ModuleType, tmp_path: Path) -> None:
         names = [event.get("name") for event in json.load(file)["traceEvents"]]
     assert "aten::mm" in names and "aten::mm" in [e.key for e in found]
     assert name_of(ROOT / "build" / "gpu" / "a.gz") == "build/gpu/a.gz"
+
+
+@pytest.mark.slow
+def test_graphs_are_compared_with_eager_mode(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, compiled without Inductor; then with a compiled layer that is wrong."""
+    import gpu_models  # pyright: ignore[reportMissingImports]
+
+    from mm.plan.inputs import Assumed, open_subject
+    from mm.trainer.stage import compile_blocks, make_module
+
+    monkeypatch.setitem(gpu_models.SIZES, "tiny", (128, 1))
+    monkeypatch.setattr(gpu_models, "TOKENS", 64)
+    compiled, wrong = torch.nn.Module.compile, []
+    run = gpu_models.run_of("tiny", "dense")
+    subject = open_subject(run, 0, "autocast_bf16", Assumed(64, 300))
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        bent = lambda *given: tuple(x.cos() for x in graph.forward(*given))
+        return bent if wrong else graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda s, **_: compiled(s, backend=backend))
+    for said in ("ok: ", "WRONG: "):
+        torch._dynamo.reset()
+        module = make_module(run.model, subject.vocabulary, 0, torch.device("cpu"))
+        compile_blocks(module, cuda_graphs=True)
+        assert gpu_models.captured(module, subject.batches(1)[0]).startswith(said)
+        wrong.append(True)
+    torch._dynamo.reset()
 
 
 def test_differences_see_a_wrong_gradient(gpu: ModuleType) -> None:

@@ -22,6 +22,7 @@ from mm.model.layer import Layer
 from mm.plan.fake_cuda import CUDA, backward, fake_cuda, grad
 
 B, T, N = 2, 24, 2
+ONE = torch.ones(3)
 PACKED = Layout.from_rows([[Doc(5), Doc(14)], [Doc(4), Doc(3), Doc(16)]], T, max_documents=8)
 PREFILL = Layout.from_rows([[Doc(5, slot=1), Doc(3, slot=0)]], 9)
 STEP = Layout.from_rows([[Doc(1, slot=i, fresh=False, start=8)] for i in range(N)], 1)
@@ -73,6 +74,59 @@ def test_the_law_sees_a_read(read: Any) -> None:
         read(torch.zeros(3, device=CUDA))
     assert len(reads.places) == 1
     assert reads.places[0].startswith("tests/test_no_silent_host.py:")
+
+
+def test_the_law_sees_a_read_in_an_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward of attention in tiles that asks which of them are hidden."""
+    from mm.kernels.attention import attention, blocks
+    from mm.kernels.attention.spec import MaskSpec
+
+    def places() -> list[str]:
+        with fake_cuda() as reads:
+            row = torch.zeros(1, 9, dtype=torch.int32, device=CUDA)
+            q = torch.empty(1, 9, 2, 8, device=CUDA, requires_grad=True)
+            with attention.using("blocks"):
+                y = attention(q, q, q, MaskSpec(document_RT=row, document_RS=row))
+            forward = len(reads.places)
+            backward(y.sum())
+            assert forward == len(reads.places) / 2
+        return reads.places
+
+    assert places() == []
+    monkeypatch.setattr(blocks, "ASKED", ("cpu", "cuda"))
+    assert {p.partition(" ")[2] for p in places()} == {
+        "a value: if self.asks and both.all():",
+        "a value: if not self.asks or both.any():",
+    }
+
+
+@pytest.mark.parametrize("send", [lambda: torch.tensor(3.0, device=CUDA), lambda: ONE.to(CUDA)])
+def test_the_law_sees_what_an_operator_sends(send: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy from the host inside an operator, which no CUDA graph holds; outside it is none."""
+    from mm.kernels.attention import attention, blocks
+
+    real = blocks.forward
+    monkeypatch.setattr(blocks, "forward", lambda *given: (send(), real(*given))[1])
+    with fake_cuda() as reads:
+        send()
+        assert reads.sends == []
+        q = torch.empty(1, 9, 2, 8, device=CUDA)
+        with attention.using("blocks"):
+            attention(q, q, q)
+    assert len(reads.sends) == 1 and "a copy from the host" in reads.sends[0]
+
+
+@pytest.mark.parametrize("read", [lambda x: x.cpu(), lambda x: x.tolist(), lambda x: bool(x.any())])
+def test_the_law_sees_every_read_in_an_operator(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mm.kernels.attention import attention, blocks
+
+    real = blocks.forward
+    monkeypatch.setattr(blocks, "forward", lambda *given: (read(given[0]), real(*given))[1])
+    with fake_cuda() as reads:
+        q = torch.empty(1, 9, 2, 8, device=CUDA)
+        with attention.using("blocks"):
+            attention(q, q, q)
+    assert len(reads.places) == 1
 
 
 def test_the_law_sees_tensors_of_two_devices_and_sizes_by_value() -> None:

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
 from mm.kernels import compiler, device
-from mm.kernels.attention import flash_cpp, ops, varlen
+from mm.kernels.attention import cudnn, flash_cpp, ops, rates, varlen
 from mm.kernels.attention.spec import NO_MASK, PLAIN_SCORE, MaskSpec, ScoreSpec, find_set
-from mm.kernels.op import Op, without_autocast
+from mm.kernels.op import NOTHING, Op, without_autocast
 
 
 @Op
@@ -134,9 +136,6 @@ def _triton_why_not(
     return device.why_not(q, k, v)
 
 
-SMALL = 1 << 16  # pairs of a mask up to which a dense one costs nothing that can be seen
-
-
 def _sdpa_why_not(
     q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, score: ScoreSpec, stats: Sequence[str]
 ) -> str | None:
@@ -155,7 +154,7 @@ def _sdpa_why_not(
         return "its causal mask is aligned to the first key, not the last"
     if T == 0 or q.shape[0] == 0:
         return "no queries"
-    if not plain and T * S > SMALL:
+    if not plain and T * S > rates.SMALL:
         other = _blocks_why_not if q.device.type == "cpu" else _triton_why_not
         if other(q, k, v, mask, score, stats) is None:
             return "it would make a mask of all scores"
@@ -175,7 +174,7 @@ def _sdpa(
     if score.sink_H is not None:
         y = _with_sink(q, k, v, seen, score.sink_H, score.factor(q.shape[-1]))
         return y.to(dtype)
-    with without_autocast(q.device.type):
+    with without_autocast(q.device.type), _backends(q):
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -188,6 +187,11 @@ def _sdpa(
     if seen is not None:  # a query without keys: backends differ (NaN or zeros)
         y = y.masked_fill(~seen.any(-1)[:, :, None, None], 0)
     return y.to(dtype)
+
+
+def _backends(q: Tensor) -> AbstractContextManager[Any]:
+    """On a GPU all but cuDNN, which `cudnn` is asked for."""
+    return sdpa_kernel(cudnn.OTHERS) if q.device.type == "cuda" else NOTHING
 
 
 def _with_sink(
@@ -235,19 +239,22 @@ def _cpp_why_not(
     return compiler.why_not(flash_cpp.SOURCE, q, k, v)
 
 
+def _complete(f: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of all arguments by position as one that takes them as `attention` does."""
+    return lambda q, k, v, mask=NO_MASK, score=PLAIN_SCORE, return_stats=(): f(
+        q, k, v, mask, score, return_stats
+    )
+
+
 def _register(name: str, why_not: Callable[..., str | None], run: Callable[..., Any]) -> None:
-    """Register an implementation whose functions take all arguments by position."""
-
-    def complete(f: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda q, k, v, mask=NO_MASK, score=PLAIN_SCORE, return_stats=(): f(
-            q, k, v, mask, score, return_stats
-        )
-
-    attention.register(name, complete(why_not))(complete(run))
+    attention.register(name, _complete(why_not))(_complete(run))
 
 
 _register("blocks", _blocks_why_not, _by_tiles("blocks"))
 _register("triton", _triton_why_not, _by_tiles("flash_triton"))
 _register("varlen", varlen.why_not, varlen.run)
 _register("sdpa", _sdpa_why_not, _sdpa)
+_register("cudnn", cudnn.why_not, cudnn.run)
 _register("cpp", _cpp_why_not, _by_tiles("flash_cpp"))
+attention.order = _complete(lambda *given: rates.order(*given[:5]))
+attention.why = lambda way, *given, **kw: _complete(lambda *g: rates.why(way, *g[:5]))(*given, **kw)

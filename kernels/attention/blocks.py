@@ -19,6 +19,9 @@ from mm.kernels.attention.spec import MaskSpec, ScoreSpec
 
 QUERIES, KEYS = 128, 1024
 IN_HAND = 1 << 18  # scores held at once: what a core's cache holds
+# Devices whose values say which tiles need no scores or no mask. Others would have to wait for
+# every answer; there the masks themselves hide all of such a tile.
+ASKED = ("cpu",)
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class _Tiles:
         self.R, self.T, self.H, self.K = q.shape
         self.S, self.G, self.V = k.shape[1], k.shape[2], v.shape[-1]
         self.M = self.H // self.G
+        self.asks = q.device.type in ASKED
         self.scale = score.factor(self.K)
         self.q = self.by_head(q) * self.scale  # (N, M, T, K)
         self.k = self.by_head(k)[:, 0]  # (N, S, K)
@@ -124,9 +128,9 @@ class _Tiles:
             both = dense[0]
             for more in dense[1:]:
                 both = both | more
-            if both.all():
+            if self.asks and both.all():
                 return None
-            if both.any():
+            if not self.asks or both.any():
                 hidden.append((slice(0, s.stop - s.start), both))
         return hidden
 
@@ -180,18 +184,20 @@ class _Tiles:
     def _of_relative(self, tile: _Tile) -> Tensor:
         assert self.relative is not None
         table, d = self.relative.view(self.G, self.M, -1)[tile.g], self._distance(tile)
-        low, high = (int(x) for x in torch.aminmax(d))
-        if low == high:
-            return table[..., low][None, :, :, None, None]
+        if self.asks:
+            low, high = (int(x) for x in torch.aminmax(d))
+            if low == high:
+                return table[..., low][None, :, :, None, None]
         return table[..., d].movedim(2, 0)
 
     def add_relative(self, to: Tensor, ds: Tensor, tile: _Tile) -> None:
         """Sum the gradient of a tile's scores by distance into ``to`` `(H, distances)`."""
         to, d = to.view(self.G, self.M, -1)[tile.g], self._distance(tile)
-        low, high = (int(x) for x in torch.aminmax(d))
-        if low == high:
-            to[..., low] += ds.sum((0, 3, 4))
-            return
+        if self.asks:
+            low, high = (int(x) for x in torch.aminmax(d))
+            if low == high:
+                to[..., low] += ds.sum((0, 3, 4))
+                return
         flat = ds.movedim(0, 2).flatten(2)
         to.scatter_add_(2, d.flatten().expand_as(flat), flat)
 

@@ -21,6 +21,7 @@ from mm.kernels.op import Op, exact
 
 CHUNK = 64
 IN_HAND = 1 << 18  # elements of a working tensor: what a core's cache holds
+ASKED = ("cpu",)  # devices whose decays say how they are scored: others would wait for the answer
 
 
 @Op
@@ -95,6 +96,8 @@ def _shares(g: Tensor | None) -> list[tuple[Tensor | None, int]]:
     """
     if g is None or g.dim() < 4 or not g.numel():
         return [(None, CHUNK)]
+    if g.device.type not in ASKED:
+        return [(None, 1)]  # right for any decay
     sums = F.pad(g, (0, 0, 0, 0, 0, -g.shape[1] % CHUNK))
     base = torch.ones(g.shape[0], dtype=torch.long, device=g.device)
     fits, size = base.bool(), 1

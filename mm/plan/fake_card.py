@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
 
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", 9.0; H100 SXM
@@ -50,6 +51,11 @@ def fake_card() -> Iterator[None]:
         yield
 
 
+@torch.compiler.assume_constant_result
+def _asks_cudnn() -> bool:
+    return torch._C._get_sdp_priority_order()[0] == SDPBackend.CUDNN_ATTENTION.value
+
+
 def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
@@ -58,10 +64,14 @@ def _sdpa(
 
     Source: torch, aten/src/ATen/native/transformers/attention.cpp and cuda/sdp_utils.cpp: flash
     for half precision without a mask and heads up to 256, padded to a multiple of 8; else the
-    memory-efficient one.
+    memory-efficient one; cuDNN where it was asked for, else never.
     """
     width = q.shape[-1]
     same = v.shape[-1] == width
+    if _asks_cudnn():
+        return torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale
+        )[0]
     if attn_mask is None and same and width <= 256 and q.dtype in (torch.bfloat16, torch.float16):
         if width % 8:
             scale = width**-0.5 if scale is None else scale
@@ -99,10 +109,26 @@ class Code(NamedTuple):
     Attributes:
         source: Python that launches the kernels.
         traffic: bytes that the kernels which it wrote read and write.
+        refusal: why Inductor would not capture it as a CUDA graph, or None.
     """
 
     source: str
     traffic: int
+    refusal: str | None
+
+
+def _refusal(graph: Any) -> str | None:
+    """What Inductor asks of a graph before it captures it, in its own words."""
+    from torch._inductor.cudagraph_utils import check_lowering_disable_cudagraph
+    from torch._inductor.utils import get_first_incompatible_cudagraph_node
+
+    if why := graph.disable_cudagraphs_reason:
+        return str(why)
+    if why := check_lowering_disable_cudagraph(graph.device_node_mapping):
+        return str(why)
+    if node := get_first_incompatible_cudagraph_node(graph.module):
+        return f"operator {node.target}"
+    return f"it changes {', '.join(graph.mutated_inputs)}" if graph.mutated_inputs else None
 
 
 @contextlib.contextmanager
@@ -121,8 +147,8 @@ def _compiler(codes: list[Code]) -> Iterator[None]:
         others = (ExternKernelSchedulerNode, NopKernelSchedulerNode)
         written = [n for n in graph.scheduler.nodes if not isinstance(n, others)]
         traffic = sum(int(n.get_read_write_buffers_sizes()) for n in written)
-        codes.append(Code(code.value, traffic))
-        return SimpleNamespace(call=None, __file__="kept", key="kept")
+        codes.append(Code(code.value, traffic, _refusal(graph)))
+        return SimpleNamespace(call=lambda args: None, __file__="kept", key="kept")
 
     def fold(folder: ConstantFolder, run: Any = ConstantFolder.run) -> Any:
         with _OnHost():

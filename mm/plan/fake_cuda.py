@@ -29,6 +29,7 @@ TRUTH = aten.is_nonzero.default
 # The first is what the others become, but within an operator.
 SCALARS = (aten._local_scalar_dense.default, aten.item.default, TRUTH)
 COPIES = (aten._to_copy.default, aten.copy_.default)
+MOVES = tuple(getattr(aten.to, name) for name in aten.to.overloads() if not name.startswith("prim"))
 
 
 def _gru_cell(gates: Tensor, hidden: Tensor, h: Tensor, *bias: Any) -> tuple[Tensor, Tensor]:
@@ -56,19 +57,29 @@ def _is_own(file: str) -> bool:
     return not path.relative_to(ROOT).parts[0].startswith(".")
 
 
+def _place(what: str) -> str:
+    """The line of this project that runs, and what happens there."""
+    own = [f for f in traceback.extract_stack() if _is_own(f.filename)]
+    path = Path(own[-1].filename).relative_to(ROOT)
+    return f"{path}:{own[-1].lineno} {what}: {own[-1].line}"
+
+
 class Reads(TorchDispatchMode):
     """Notes what the host reads of a device: values, which are 0, and copies.
 
     Attributes:
         places: file, line and operator of each read, in order.
         kernels: calls by operator of what is no view; an operator may launch several.
+        sends: as ``places``, copies from the host within operators of this project: a CUDA graph
+            holds none.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.places: list[str] = []
         self.kernels: Counter[str] = Counter()
-        self._within = False
+        self.sends: list[str] = []
+        self._within = self._in_body = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -87,24 +98,39 @@ class Reads(TorchDispatchMode):
                 if kind.is_floating_point
                 else 0
             )
-        made = CELLS[func](*args) if func in CELLS else func(*args, **kwargs)
+        if self._in_body and func in MOVES:  # below autograd nothing has taken it apart
+            with self:
+                return func.decompose(*args, **kwargs)
+        made = self._run(func, args, kwargs)
         results = tensors_in(made)
         if not results:
             return made
         if func in COPIES and not results[0].is_cuda:
             if any(x.is_cuda for x in fake):
                 self.note("a copy")
+        elif func in COPIES and self._in_body and any(not x.is_cuda for x in given):
+            self.sends.append(_place("a copy from the host"))
         elif results[0].is_cuda and not func.is_view and func is not aten.detach.default:
             self.kernels[func.name()] += 1
         return made
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result; an operator of this project does what it does on a GPU."""
+        if func.namespace != "mm":
+            return CELLS[func](*args) if func in CELLS else func(*args, **kwargs)
+        outer, before = self.kernels.copy(), self._in_body
+        self._in_body = True
+        try:
+            with without_launches(), self:
+                return body_of(func)(*args, **kwargs)
+        finally:
+            self.kernels, self._in_body = outer, before  # an operator is one here
 
     def note(self, what: str) -> None:
         """Note a read, once for all values of a `tolist`."""
         if self._within:
             return
-        own = [f for f in traceback.extract_stack() if _is_own(f.filename)]
-        path = Path(own[-1].filename).relative_to(ROOT)
-        self.places.append(f"{path}:{own[-1].lineno} {what}: {own[-1].line}")
+        self.places.append(_place(what))
 
     def tolist(self, x: Tensor) -> Any:
         """`Tensor.tolist`: one copy of all values."""
@@ -115,6 +141,24 @@ class Reads(TorchDispatchMode):
             return torch.zeros(x.shape, dtype=x.dtype, device="cpu").tolist()
         finally:
             self._within = False
+
+
+def body_of(func: Any) -> Callable[..., Any]:
+    """What an operator ``mm::..`` runs, not the rule of its shapes; without gradients."""
+    from torch._library.custom_ops import OPDEFS
+
+    return torch.no_grad()(OPDEFS[func.name().partition(".")[0]]._init_fn)
+
+
+@contextlib.contextmanager
+def without_launches(note: Callable[[Any], Any] = lambda given: None) -> Iterator[None]:
+    """In the block a kernel of Triton is not launched: ``note`` is told what it was given."""
+    from torch._inductor.runtime import triton_compat
+
+    kernel_class: Any = vars(triton_compat)["JITFunction"]
+    launch = lambda kernel, *given, **_: note(given)
+    with unittest.mock.patch.object(kernel_class, "run", launch):
+        yield
 
 
 @contextlib.contextmanager

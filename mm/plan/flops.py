@@ -173,4 +173,10 @@ _FUSED: dict[Any, Formula] = {
     aten._scaled_dot_product_flash_attention_backward: (
         lambda g, q, k, v, *a: TILES * _sdpa(q, k, v, 0.0, a[7])
     ),
+    aten._scaled_dot_product_cudnn_attention: (
+        lambda q, k, v, bias, lse, dropout=0.0, causal=False, *_: _sdpa(q, k, v, dropout, causal)
+    ),
+    aten._scaled_dot_product_cudnn_attention_backward: (
+        lambda g, q, k, v, *a: TILES * _sdpa(q, k, v, 0.0, a[10])
+    ),
 }

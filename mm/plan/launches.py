@@ -8,11 +8,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import unittest.mock
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from mm.batch import Batch
 from mm.model.backbones.pattern import parse
 from mm.model.layer import Block
 from mm.plan.fake_card import compiled_code, fake_card
-from mm.plan.fake_cuda import backward, fake_cuda
+from mm.plan.fake_cuda import backward, body_of, fake_cuda, without_launches
 from mm.plan.fake_step import build_stage, train_step
 from mm.plan.flops import flops_of
 from mm.plan.tally import tensors_in
@@ -111,16 +110,20 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        made = func(*args, **kwargs)
         name = func.name().partition(".")[0]
-        given, results = tensors_in(args, kwargs), tensors_in(made)
+        given, inside = tensors_in(args, kwargs), None
+        if name.startswith("mm::") and any(x.is_cuda for x in given):
+            made, inside = _within(func, args, kwargs)
+        else:
+            made = func(*args, **kwargs)
+        results = tensors_in(made)
         changes = func._schema.is_mutable
         if func.is_view or name in NONE or not (results or changes):
             return made
         if any(x.is_cuda for x in (*given, *results)):
             flops = flops_of(func, args, kwargs, made) or 0.0
-            if name.startswith("mm::"):
-                count, work = _within(name, args, kwargs, flops)
+            if inside is not None:
+                count, work = inside.share(name, flops)
             else:
                 several = SEVERAL.get(name, 1)
                 count = several if isinstance(several, int) else several(*args)
@@ -145,36 +148,32 @@ def _work(name: str, flops: float, given: list[Tensor], made: list[Tensor], also
     return Work("", "", name, flops, sum(x.numel() * x.element_size() for x in moved), dtype)
 
 
-def _within(name: str, args: Any, kwargs: Any, flops: float) -> tuple[int, list[Work]]:
-    """Kernels of one call of an operator ``mm::name``: Triton's, and those of torch around them.
+class _Inside(NamedTuple):
+    """What one call of an operator ``mm::name`` launches: by Triton, and by torch around that."""
 
-    Products of torch inside it count as they are; else all of ``flops`` are Triton's.
-    """
-    from torch._inductor.runtime import triton_compat
-    from torch._library.custom_ops import OPDEFS
+    triton: list[Work]
+    torch: Launches
 
-    kernel_class: Any = vars(triton_compat)["JITFunction"]
-    passes: list[Work] = []
-    inside = Launches()
+    def share(self, name: str, flops: float) -> tuple[int, list[Work]]:
+        """Kernels, and their work: products of torch count as they are; else all is Triton's."""
+        passes = [w._replace(name=name) for w in self.triton]
+        work = [w._replace(name=name) for w in self.torch.work]
+        count = len(passes) + self.torch.total
+        if any(w.flops for w in work):
+            return count, work + passes
+        dtype = min(
+            (w.dtype for w in (*passes, *work)), key=lambda d: d.itemsize, default=torch.float32
+        )
+        moved = sum(w.bytes for w in (*passes, *work))
+        return count, [Work("", "", name, flops, moved, dtype)]
 
-    def launch(kernel: Any, *given: Any, **_: Any) -> None:
-        passes.append(_work(name, 0.0, tensors_in(given), []))
 
-    with (
-        unittest.mock.patch.object(kernel_class, "run", launch),
-        inside,
-        torch.no_grad(),
-    ):
-        OPDEFS[name]._init_fn(*args, **kwargs)
-    work = [w._replace(name=name) for w in inside.work]
-    count = len(passes) + inside.total
-    if any(w.flops for w in work):
-        return count, work + passes
-    dtype = min(
-        (w.dtype for w in (*passes, *work)), key=lambda d: d.itemsize, default=torch.float32
-    )
-    moved = sum(w.bytes for w in (*passes, *work))
-    return count, [Work("", "", name, flops, moved, dtype)]
+def _within(func: Any, args: Any, kwargs: Any) -> tuple[Any, _Inside]:
+    """The result of a call of an operator of this project, and what it launches."""
+    found = _Inside([], Launches())
+    note = lambda given: found.triton.append(_work("", 0.0, tensors_in(given), []))
+    with without_launches(note), found.torch:
+        return body_of(func)(*args, **kwargs), found
 
 
 @dataclass(frozen=True)
@@ -190,6 +189,7 @@ class LayerLaunches:
         generated: of ``compiled``, kernels that Inductor writes; the rest are products and
             operators that it calls.
         traffic: bytes that these kernels read and write.
+        refusals: of Inductor to capture these graphs as CUDA graphs.
         work: in eager mode.
     """
 
@@ -204,6 +204,7 @@ class LayerLaunches:
     generated: int = 0
     graphs: int = 0
     traffic: int = 0
+    refusals: tuple[str, ...] = ()
 
     @property
     def eager(self) -> int:
@@ -334,6 +335,7 @@ def layer_launches(
     return dataclasses.replace(
         found, compiled=total.total(), generated=written, graphs=len(graphs),
         traffic=sum(code.traffic for code in codes),
+        refusals=tuple(dict.fromkeys(code.refusal for code in codes if code.refusal)),
     )  # fmt: skip
 
 

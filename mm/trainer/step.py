@@ -42,6 +42,9 @@ def optimizer_step(
     objective, env, world = stage.objective, stage.env, dist.get_world_size()
     clock = stage.clock
     clock.start()
+    if stage.compiled and env.device.type == "cuda":
+        # CUDA graphs keep what they gave until the next such mark: gradients of all micro-batches.
+        torch.compiler.cudagraph_mark_step_begin()
     scheduled = stage.begin_step(step)
     micros = [objective.corrupt(env.take(b), env.rng, scheduled) for b in batches]
     env.know(micros)

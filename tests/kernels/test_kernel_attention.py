@@ -114,6 +114,24 @@ def test_tiles_equal_the_reference(
                 torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=kind)
 
 
+@pytest.mark.parametrize("mask", ["documents", "prefix and documents", "allowed"])
+def test_tiles_without_a_question_are_the_same(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device is not asked which tiles are hidden: all bits but of sums over distances."""
+    R, T, S, H, G = 2, 40, 60, 4, 2
+    monkeypatch.setattr(blocks, "QUERIES", 16)
+    monkeypatch.setattr(blocks, "KEYS", 24)
+    qkv = [randn(R, n, h, 6, seed=i) for i, (n, h) in enumerate(((T, H), (S, G), (S, G)))]
+    hides, score = masks(R, T, S)[mask], scores(R, T, S, H)["all"]
+    asked = results("blocks", qkv, hides, score, torch.float32)
+    monkeypatch.setattr(blocks, "ASKED", ())
+    monkeypatch.setattr(torch, "aminmax", None)
+    *others, table, sink, bias = results("blocks", qkv, hides, score, torch.float32)
+    *right, right_table, right_sink, right_bias = asked
+    for a, b in zip((*others, sink, bias), (*right, right_sink, right_bias), strict=True):
+        assert torch.equal(a, b)
+    torch.testing.assert_close(table, right_table, rtol=1e-5, atol=1e-5)
+
+
 TALL = [(2, 130, 130, 4, 2), (1, 64, 200, 2, 2), (1, 70, 33, 2, 1)]
 
 

@@ -92,6 +92,16 @@ def test_no_decay_is_too_strong_or_too_weak(decay: str, strength: float) -> None
     torch.testing.assert_close(final.double(), last, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("strength", [0.1, 30.0])
+def test_a_decay_by_channel_without_a_question(
+    strength: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device is not asked how strong its decays are: pairs are scored as for the strongest."""
+    monkeypatch.setattr("mm.kernels.linear_attention.ASKED", ())
+    arguments = inputs("channel", torch.float64, 2, 130, 2, 4, 3, strength)
+    check(linear_attention, "chunked", arguments, torch.float64)
+
+
 def test_a_row_of_strong_decay_moves_no_bit_of_another() -> None:
     """How many places are scored at once depends on a row's own decay, gradients included."""
     weak = inputs("channel", torch.float64, 3, 130, 2, 4, 3, 0.1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import cast
@@ -15,10 +15,12 @@ from typing import cast
 import pytest
 import torch
 from laws import ROOT
+from torch import Tensor, nn
 from torch.utils._triton import has_triton
 
 pytest.importorskip("triton")
 
+from mm.plan.fake_card import compiled_code, fake_card
 from mm.plan.fake_cuda import CUDA, fake_cuda
 from mm.plan.gpu_step import predict
 from mm.plan.launches import Launches, LayerLaunches, launches_of
@@ -65,12 +67,43 @@ def test_the_table_of_backbones(
     assert script.main(["--tokens", "2048", "--only", ",".join(KNOWN), "--json", str(file)]) == 0
     rows = json.loads(file.read_text())
     assert {r["backbone"] for r in rows} == set(KNOWN)
+    assert {r["graphs"] for r in rows} == {1}
+    assert [r["refusals"] for r in rows] == [[]] * len(rows)  # each may be a CUDA graph
     columns = ("eager", "packed eager", "compiled", "packed compiled")
     for name, layers in KNOWN.items():
         found = {r["layer"]: tuple(r[c] for c in columns) for r in rows if r["backbone"] == name}
         assert found == layers
     assert has_triton() == before
     assert "compiled" in capsys.readouterr().out
+
+
+class Scaled(nn.Module):
+    """Something that a CUDA graph may hold, or may not."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.weight, self.change = nn.Parameter(torch.empty(8, device=CUDA)), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(x) * self.weight
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x: x.exp(), None),
+        (lambda x: x.cpu().exp().cuda(), "cpu device"),
+        (lambda x: x.add_(1), "it changes"),
+    ],
+    ids=["fine", "the host", "an input changed"],
+)
+def test_what_no_cuda_graph_holds(change: Callable[[Tensor], Tensor], said: str | None) -> None:
+    with fake_cuda(), fake_card():
+        module = Scaled(change)
+        graphs = compiled_code(module, lambda call: call(torch.empty(4, 8, device=CUDA)))
+    refusals = {code.refusal for graph in graphs for code in graph} - {None}
+    assert bool(refusals) == bool(said) and all(str(said) in str(r) for r in refusals)
 
 
 def test_an_operator_counts_what_it_launches() -> None:

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 from start_toys import make_run, packed
+from torch import nn
 from trainer_runs import losses, resume_bitwise
 
+from mm.model.backbones.stack import StackConfig
 from mm.run import Run
 from mm.trainer.loop import train
+from mm.trainer.stage import compile_blocks
 
 
 @pytest.fixture(scope="module")
@@ -41,3 +44,32 @@ def test_losses_are_those_of_eager_mode_and_a_resume_has_the_same_bits(
 def test_stage_3_is_refused_with_the_reason(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"engine\.compile.*(stage 3|zero_stage)"):
         train(compiled(root, tmp_path, "three", 3))
+
+
+STATEFUL = {"kind": "stateful", "source": {"path": "tokens"}, "seq_len": 16, "batch_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("engine", "stage", "said"),
+    [
+        ({"compile": False}, {}, "set compile: true"),
+        ({"zero_stage": 3}, {}, "ZeRO stage 3"),
+        ({"offload": {"optimizer": "cpu"}}, {}, "offload.optimizer copies gradients"),
+        ({}, {"data": STATEFUL}, "keeps states from step to step"),
+    ],
+)
+def test_cuda_graphs_are_refused_where_they_cannot_be(
+    tmp_path: Path, engine: dict[str, Any], stage: dict[str, Any], said: str
+) -> None:
+    settings = {"compile": True, "cuda_graphs": True, **engine}
+    with pytest.raises(ValueError, match=said):
+        make_run(tmp_path, tmp_path, engine=settings, stage=stage)
+
+
+def test_cuda_graphs_are_asked_of_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **kw: asked.append(kw))
+    net = StackConfig(pattern="attention", depth=2).build(16)
+    compile_blocks(net, cuda_graphs=True)
+    compile_blocks(net)
+    assert asked == [{"mode": "reduce-overhead"}] * 2 + [{}] * 2
