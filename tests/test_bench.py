@@ -17,6 +17,7 @@ from mm.kernels.linear_scan import linear_scan
 KEYS = "mixer linear length tokens_per_second peak_mib growth_exponent decode_us state_bytes note"
 
 
+@pytest.mark.slow
 def test_the_command_writes_rows_and_a_picture_again_and_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,7 +62,7 @@ QUICK = [
     "stack, recomputed hybrid",
 ]
 
-MASKED = [n for n in QUICK if declared(n) == "ulysses" and (n[0] == "4" or n == "mixer:attention")]
+MASKED = ("4 heads, 2 of keys", "4 heads, differential_attention", "mixer:attention")
 IN_ORDER = [name for name in VARIANTS if name.startswith(("mixer:", "ffn:"))]
 
 
@@ -157,6 +157,7 @@ def test_gradients_are_ready_in_one_order_in_all_processes(quick: Any) -> None:
 @pytest.mark.timeout(900)
 def test_every_variant_in_slices(tmp_path: Path) -> None:
     jobs = [job(n, size, dtype) for n in SHARED for size in (2, 4) for dtype in TOLERANCE]
+    jobs += [job(n, 2, mask=m) for n in SHARED if declared(n) == "ulysses" for m in MASKS]
     equal(jobs, run(tmp_path, 4, jobs))
 
 

@@ -341,6 +341,7 @@ def test_shipped_configs_build_and_fill(path):
     assert run.stages[0].objective.build().weights["mel"] == 1.0
 
 
+@pytest.mark.slow
 def test_the_trainer_trains_codec_and_critic_into_a_tokenizer_folder(tmp_path):
     import soundfile
 

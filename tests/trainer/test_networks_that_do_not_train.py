@@ -28,7 +28,10 @@ def run(tmp_path: Path, name: str, stage: int, kind: str, precision: str = "fp32
     return make_run(tmp_path, name, stage=stage, objective=objective, engine=engine, data=data)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# One by default: the other two differ by what makes them, not by how they are cut.
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.slow] * (k != "ema")) for k in KINDS]
+)
 def test_a_resume_gives_the_same_bits_at_stage_3(tmp_path: Path, kind: str) -> None:
     whole, halves = (run(tmp_path, name, 3, kind) for name in ("whole", "halves"))
     resume_bitwise(whole, halves, files=("model", "teacher"))

@@ -76,6 +76,7 @@ def test_losses_of_a_step_are_those_of_all_ranks(monkeypatch: pytest.MonkeyPatch
         engines={"model": engine},
         lr_factor=lambda step: 1.0,
         averages=SimpleNamespace(follow=lambda name: None),
+        compiled=False,
     )
     usage: Any = SimpleNamespace(update=lambda aux: {})
     row = step.optimizer_step(own, 0, [], usage, None, False)  # type: ignore[arg-type]
