@@ -70,6 +70,7 @@ def test_a_mixer_of_bounded_length_is_measured_up_to_it() -> None:
     assert rows[0].tokens_per_second and "decoding fails" in rows[0].note
 
 
+@pytest.mark.slow
 def test_what_attends_to_a_memory_has_one_as_long_as_its_document() -> None:
     small, large = bench.Bench([16, 1024], 16).run("cross_attention")
     for row in (small, large):

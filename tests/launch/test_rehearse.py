@@ -47,6 +47,7 @@ def test_a_rehearsal_tells_and_leaves_nothing(tmp_path: Path) -> None:
     assert "loss/" not in said
 
 
+@pytest.mark.slow
 def test_a_config_that_the_run_refuses_is_refused_in_a_line(tmp_path: Path) -> None:
     file = toy_run(tmp_path)
     words = ("launch", "local", str(file), "--rehearse", "2", "vocabulary=no.json")
