@@ -229,8 +229,8 @@ def _first(self: Autotuner, *args: Any, **options: Any) -> Any:
 
 
 @contextlib.contextmanager
-def interpreted() -> Iterator[None]:
-    """Run Triton kernels on CPU tensors inside the block, as the module's docstring says."""
+def interpreted(card: int = 90) -> Iterator[None]:
+    """Run Triton kernels on CPU tensors inside the block, with a card's tiles, as said above."""
     assert not knobs.runtime.interpret, "unset TRITON_INTERPRET: kernels must be ordinary here"
     swaps: list[tuple[Any, str, Any]] = [
         (interpreter, "interpreter_builder", BUILDER),
@@ -241,7 +241,7 @@ def interpreted() -> Iterator[None]:
         (JITFunction, "__call__", lambda self, *a, **k: _python(self.fn)(*a, **k)),
         (Autotuner, "run", _first),
         (device, "KIND", "cpu"),
-        (device, "CARD", 90),
+        (device, "CARD", device.card_like(card)),
     ]
     with contextlib.ExitStack() as stack:
         for owner, name, value in swaps:

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mm.kernels import device
-from mm.kernels.linear_attention.chunk_triton import (
+from mm.kernels.linear_attention.chunk_kernels_triton import (
     outputs,
     queries_keys_backward,
     values_backward,
@@ -397,7 +397,7 @@ def backward(
     shares = triton.cdiv(K, small["BK"])
     rates = do.new_empty(0 if g is None else (1 + shares, B, T, H))
     queries_keys_backward[(shares, n, B * H)](
-        q, k, written, some, states, dstates, do, dq, dk_read, rates, T, H,
+        q, k, written, some, q, states, dstates, do, dq, dk_read, rates, T, H,
         **{**small, "num_warps": 8},
     )  # fmt: skip
     dbegun = torch.empty_like(k)

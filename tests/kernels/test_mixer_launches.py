@@ -34,9 +34,12 @@ def test_launches_of_a_backbone_fit(name: str, d_model: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("word", presets())
-def test_launches_of_a_preset_fit(word: str) -> None:
-    """Of every named mixer, on the card that most have."""
+@pytest.mark.parametrize(
+    "d_model,card", [(2048, 90), (2048, 80), (2048, 100), (1024, 90), (4096, 90)]
+)  # the outer loop: the card that most have comes first
+def test_launches_of_a_preset_fit(d_model: int, card: int, word: str) -> None:
+    """Of every named mixer."""
     backbone = {"kind": "stack", "pattern": word, "ffn": {"kind": "swiglu", "hidden": 32}}
     settings = {"mask": "full"} if "plstm" in word else {}
-    for launch in launches_of(calls_of(backbone, 2048, **settings), 90):
+    for launch in launches_of(calls_of(backbone, d_model, **settings), card):
         built(launch).check()

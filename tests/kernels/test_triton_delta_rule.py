@@ -55,9 +55,9 @@ def run(name: str, given: list[Tensor | None]) -> list[Tensor | None]:
     return [*(x.detach() for x in out), *(None if x is None else x.grad for x in given)]
 
 
-def agree(given: list[Tensor | None], bound: float) -> None:
+def agree(given: list[Tensor | None], bound: float, card: int = 90) -> None:
     """Each result within ``bound`` of the float64 recurrence, in root mean squares."""
-    with interpreted():
+    with interpreted(card):
         ours = run("triton", given)
     exact = run("reference", [None if x is None else x.double() for x in given])
     for name, x, y in zip(NAMES, ours, exact, strict=True):
@@ -82,6 +82,14 @@ def test_weak_and_strong_gates(strength: float) -> None:
         given[4][:, 30] = -300.0
         given[4][:, 50:53] = -20.0
     agree(given, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strength", [None, 1.0], ids=["plain", "gated"])
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("card", [80, 86, 100])
+def test_tiles_of_other_cards(card: int, dtype: torch.dtype, strength: float | None) -> None:
+    agree(arguments(dtype, 1, 130, 1, 130, 130, strength), BOUND[dtype], card)
 
 
 def test_negative_eigenvalues_of_keys_alike() -> None:

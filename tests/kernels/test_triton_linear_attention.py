@@ -48,9 +48,9 @@ def run(name: str, given: list[Tensor | None]) -> list[Tensor | None]:
     return [*(x.detach() for x in out), *(None if x is None else x.grad for x in given)]
 
 
-def agree(given: list[Tensor | None], bound: float) -> None:
+def agree(given: list[Tensor | None], bound: float, card: int = 90) -> None:
     """Each result within ``bound`` of the float64 recurrence, in root mean squares."""
-    with interpreted():
+    with interpreted(card):
         ours = run("triton", given)
     exact = run("reference", [None if x is None else x.double() for x in given])
     for name, x, y in zip(NAMES, ours, exact, strict=True):
@@ -108,6 +108,14 @@ def test_wide_heads_take_several_tiles(
     decay: str, dtype: torch.dtype, T: int, K: int, V: int
 ) -> None:
     agree(arguments(decay, dtype, 1, T, 1, K, V), BOUND[dtype])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("card", [80, 86, 100])
+def test_tiles_of_other_cards(card: int, dtype: torch.dtype, decay: str) -> None:
+    agree(arguments(decay, dtype, 1, 130, 2, 130, 130), BOUND[dtype], card)
 
 
 @pytest.mark.parametrize("decay", DECAYS[1:])
