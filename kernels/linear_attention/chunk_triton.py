@@ -1,5 +1,7 @@
 """Chunkwise linear attention on the GPU: what is launched, with which tiles on which card."""
 
+# Triton's types are those of Python, not of its language.
+# pyright: reportArgumentType=false, reportCallIssue=false
 from __future__ import annotations
 
 from typing import Any
