@@ -41,13 +41,23 @@ def run_of(size: str, shape: str) -> Any:
     )
 
 
+# How blocks run that are compiled: options of Inductor.
+COMPILED: dict[str, dict[str, bool]] = {
+    "compiled": {},
+    "CUDA graphs": {"triton.cudagraphs": True},
+    "combo kernels": {"combo_kernels": True},
+}
+
+
 def cases() -> list[tuple[str, str, str, str]]:
     """Size, pattern, documents and how blocks run, by worth."""
     every = [(s, p, d, "eager") for s in TRAINED for p in PATTERNS for d in DOCUMENTS]
     # Inductor takes a minute
     every += [("1B", "dense", "plain", "compiled"), ("1B", "dense", "packed", "CUDA graphs")]
+    every += [("1B", "dense", "plain", "combo kernels")]
     worth = lambda case: (
         case[3] != "eager",
+        case[3] == "combo kernels",
         case[1] != "dense",
         case[2] != "plain",
         case[0] != "1B",
@@ -99,7 +109,7 @@ def train_rows(out: Path) -> Iterator[Row]:
             plan = predicted(size, shape, documents, card)
             module, batch = stage_of(size, shape, documents)
             if blocks != "eager":
-                compile_blocks(module, blocks == "CUDA graphs")
+                compile_blocks(module, COMPILED[blocks])
             optimizer = run_of(size, shape).stages[0].optimizer.build(module.train())
             step = lambda m=module, b=batch, o=optimizer: _step(m, b, o)
             seconds = _seconds(step)
@@ -114,8 +124,8 @@ def train_rows(out: Path) -> Iterator[Row]:
                 "tokens/s": plan["batch"]["tokens"] / seconds,
                 "GiB": torch.cuda.max_memory_allocated() / 2**30,
             }
-            if blocks == "CUDA graphs":
-                row["captured"] = captured(module, batch)
+            if COMPILED.get(blocks):
+                row["gradients"] = beside_eager(module, batch)
             yield row
             trace = out / f"{size}-{shape}-{documents}-{blocks}.trace.json.gz"
             events = kernels_of(step, trace)
@@ -133,8 +143,8 @@ def train_rows(out: Path) -> Iterator[Row]:
         torch.cuda.reset_peak_memory_stats()
 
 
-def captured(module: Any, batch: Any) -> str:
-    """What replayed graphs give beside eager mode, and how many blocks Inductor left out."""
+def beside_eager(module: Any, batch: Any) -> str:
+    """Gradients of compiled blocks beside eager mode, and how many Inductor would not capture."""
     from torch._dynamo.utils import counters
 
     found = []
@@ -223,8 +233,8 @@ def predicted_lines() -> Iterator[str]:
                 f"{step['seconds']:.3f} s a step, MFU {step['mfu']:.0%}"
             )
     for size, shape, documents, blocks in cases():
-        if blocks == "CUDA graphs":
-            yield f"{size} {shape}, {documents}: blocks as CUDA graphs, gradients beside eager mode"
+        if COMPILED.get(blocks):
+            yield f"{size} {shape}, {documents}: compiled, {blocks}; gradients beside eager mode"
     yield f"{len(cases())} runs of {WARM + STEPS} steps, {len(cases())} Chrome traces"
 
 

@@ -124,6 +124,14 @@ class EngineConfig(Config):
             "graph (Inductor's `reduce-overhead`); no GPU has run it yet"
         ),
     ] = False
+    combo_kernels: Annotated[
+        bool,
+        Field(
+            description="with `compile`, on a GPU: generated kernels that do not wait for one "
+            "another are launched as one (Inductor's `combo_kernels`, experimental there); no GPU "
+            "has run it yet"
+        ),
+    ] = False
     communication: Annotated[
         Communication, Field(description="messages between processes: overlap, sizes, dtype")
     ] = Communication()
@@ -155,13 +163,17 @@ class EngineConfig(Config):
                 raise ValueError(f"{key}: needs zero_stage: {least}, and it is {stage}")
         return self
 
+    def compile_options(self, device: str) -> dict[str, bool]:
+        """Options of `torch.compile` on a type of device."""
+        asked = {"triton.cudagraphs": self.cuda_graphs, "combo_kernels": self.combo_kernels}
+        return {name: True for name, on in asked.items() if on and device == "cuda"}
+
     @model_validator(mode="after")
-    def _graphs_can(self) -> EngineConfig:
-        if not self.cuda_graphs:
-            return self
-        if not self.compile:
-            raise ValueError("cuda_graphs: Inductor captures compiled blocks; set compile: true")
-        if self.offload.optimizer != "device":
+    def _compiler_can(self) -> EngineConfig:
+        for key, on in (("cuda_graphs", self.cuda_graphs), ("combo_kernels", self.combo_kernels)):
+            if on and not self.compile:
+                raise ValueError(f"{key}: a setting of compiled blocks; set compile: true")
+        if self.cuda_graphs and self.offload.optimizer != "device":
             raise ValueError(
                 "cuda_graphs: offload.optimizer copies gradients to the host on a stream of its "
                 "own, while the next graph writes into their memory; set one of the two off"

@@ -244,8 +244,8 @@ def test_graphs_are_compared_with_eager_mode(
     for said in ("ok: ", "WRONG: "):
         torch._dynamo.reset()
         module = make_module(run.model, subject.vocabulary, 0, torch.device("cpu"))
-        compile_blocks(module, cuda_graphs=True)
-        assert gpu_models.captured(module, subject.batches(1)[0]).startswith(said)
+        compile_blocks(module, {"triton.cudagraphs": True})
+        assert gpu_models.beside_eager(module, subject.batches(1)[0]).startswith(said)
         wrong.append(True)
     torch._dynamo.reset()
 

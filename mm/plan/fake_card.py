@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import unittest.mock
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -132,7 +132,7 @@ def _refusal(graph: Any) -> str | None:
 
 
 @contextlib.contextmanager
-def _compiler(codes: list[Code]) -> Iterator[None]:
+def _compiler(codes: list[Code], options: Mapping[str, bool]) -> Iterator[None]:
     """Inductor for the card; its code is put into ``codes`` in the place of being loaded."""
     from torch._dynamo.device_interface import CudaInterface
     from torch._functorch import config as functorch
@@ -174,7 +174,9 @@ def _compiler(codes: list[Code]) -> Iterator[None]:
         patch(ConstantFolder, "run", fold)
         patch(GraphLowering, "compile_to_module", keep)
         stack.enter_context(
-            inductor.patch({"compile_threads": 1, "fx_graph_cache": False, "shape_padding": False})
+            inductor.patch(
+                {"compile_threads": 1, "fx_graph_cache": False, "shape_padding": False, **options}
+            )
         )
         stack.enter_context(
             functorch.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True)
@@ -182,13 +184,18 @@ def _compiler(codes: list[Code]) -> Iterator[None]:
         yield
 
 
-def compiled_code(module: nn.Module, run: Callable[[Callable[..., Any]], Any]) -> list[list[Code]]:
+def compiled_code(
+    module: nn.Module,
+    run: Callable[[Callable[..., Any]], Any],
+    options: Mapping[str, bool] | None = None,
+) -> list[list[Code]]:
     """What `torch.compile` with Inductor makes of a module on the card: each graph's wrapper.
 
     Call in `fake_cuda` and `fake_card`.
 
     Args:
         run: calls the module that it is given as it is called in training.
+        options: of Inductor, beside its own.
 
     Returns:
         Of each graph its code, forward and backward.
@@ -200,13 +207,13 @@ def compiled_code(module: nn.Module, run: Callable[[Callable[..., Any]], Any]) -
 
     def backend(graph: Any, inputs: Any) -> Any:
         graphs.append([])
-        with _compiler(graphs[-1]):
+        with _compiler(graphs[-1], options or {}):
             compile_fx(graph, inputs)
         return graph.forward  # what follows runs on, as it is
 
     torch._dynamo.reset()
     try:
-        with _pop_mode_temporarily(), _compiler([]):
+        with _pop_mode_temporarily(), _compiler([], options or {}):
             run(torch.compile(module, backend=backend, dynamic=False))
     finally:
         torch._dynamo.reset()

@@ -266,9 +266,10 @@ def step_launches(
     Args:
         run: a stage of it takes a step with one micro-batch under bf16 autocast.
         micro: on the host.
-        compiled: also let Inductor write the code of every kind of block.
+        compiled: also let Inductor write the code of every kind of block, as the engine asks.
     """
     step = Launches()
+    options = {"combo_kernels": run.engine.combo_kernels} if compiled else None
     with fake_cuda() as reads, fake_card():
         stage = build_stage(run, index, vocabulary)
         kinds: dict[Any, list[Block]] = {}
@@ -290,7 +291,7 @@ def step_launches(
             with step:
                 train_step(reads, stage, 1, [micro], vocabulary)
         layers = [
-            layer_launches(blocks[0], *calls[blocks[0]], len(blocks), compiled)
+            layer_launches(blocks[0], *calls[blocks[0]], len(blocks), options)
             for blocks in kinds.values()
             if blocks[0] in calls
         ]
@@ -298,9 +299,14 @@ def step_launches(
 
 
 def layer_launches(
-    block: Block, args: tuple[Any, ...], kwargs: Mapping[str, Any], layers: int, compiled: bool
-) -> LayerLaunches:
-    """Kernels of one block, called once more as it was called. Call in `fake_cuda`."""
+    block: Block, args: tuple[Any, ...], kwargs: Mapping[str, Any], layers: int,
+    options: Mapping[str, bool] | None,
+) -> LayerLaunches:  # fmt: skip
+    """Kernels of one block, called once more as it was called. Call in `fake_cuda`.
+
+    Args:
+        options: of Inductor; None: not compiled.
+    """
     fresh = lambda x: x.detach().requires_grad_() if isinstance(x, Tensor) else x
     read, *others = args
 
@@ -323,11 +329,9 @@ def layer_launches(
         name_of(block), layers, ahead.total, back.total, _multi_tensor(trained) if trained else 0,
         ahead.kernels + back.kernels, ahead.work + back.work,
     )  # fmt: skip
-    if not compiled:
+    if options is None or found.eager > MOST:
         return found
-    if found.eager > MOST:
-        return found
-    graphs = compiled_code(block, run)
+    graphs = compiled_code(block, run, options)
     each = ahead.each | back.each
     codes = [code for graph in graphs for code in graph]
     total = sum((launches_of(code.source, each) for code in codes), Counter[str]())

@@ -169,7 +169,7 @@ def enter_stage(
                 gather_in_passes(module, moves=network.mode == "ema")
             continue
         if run.engine.compile:
-            compile_blocks(module, run.engine.cuda_graphs)
+            compile_blocks(module, run.engine.compile_options(env.device.type))
         set_trainable(module, config, f"stages.{index}", name, vocabulary, fresh=not have)
         parameters[name] = sum(p.numel() for p in module.parameters())
         trained[name] = n_trained(module)
@@ -318,7 +318,7 @@ def make_module(config: Config, vocabulary: Any, seed: int, device: torch.device
     return module
 
 
-def compile_blocks(module: nn.Module, cuda_graphs: bool = False) -> None:
+def compile_blocks(module: nn.Module, options: Mapping[str, bool] | None = None) -> None:
     """Let torch.compile make code of every block of a network, in place.
 
     Names and parameters stay. A network without blocks is compiled as one.
@@ -328,9 +328,10 @@ def compile_blocks(module: nn.Module, cuda_graphs: bool = False) -> None:
     once more, then for all shapes.
 
     Args:
-        cuda_graphs: on a GPU a block's kernels are captured and launched as one; whoever trains
-            calls `torch.compiler.cudagraph_mark_step_begin` before every optimizer step: until the
-            next call gradients of several micro-batches keep their memory.
+        options: of Inductor. With "triton.cudagraphs" a block's kernels are captured and launched
+            as one; whoever trains calls `torch.compiler.cudagraph_mark_step_begin` before every
+            optimizer step: until the next call gradients of several micro-batches keep their
+            memory.
     """
     import torch._dynamo.config as dynamo
 
@@ -338,7 +339,7 @@ def compile_blocks(module: nn.Module, cuda_graphs: bool = False) -> None:
     # each kind of block twice or more, all under the one `forward` of their class
     dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(parts))
     for part in parts:
-        part.compile(**({"mode": "reduce-overhead"} if cuda_graphs else {}))
+        part.compile(options=dict(options) if options else None)
 
 
 def stage_result(stage: Stage, snapshot: Snapshot, network: str) -> Lazy:

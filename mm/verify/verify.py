@@ -186,8 +186,10 @@ def _start(
             say(f"{what}, {processes} x {(root / 'progress').read_text()}")
         return False
 
-    several = group is not None and processes > 1
-    why = group.run(role, root, poll) if several else _train_here(role, root, processes, poll)
+    if group is not None and processes > 1:
+        why = group.run(role, root, poll)
+    else:
+        why = _train_here(role, root, processes, poll)
     if why:
         raise UserError(why)
 

@@ -41,6 +41,14 @@ KNOWN = {
     },
 }
 
+# layer -> compiled with `engine.combo_kernels`, and with 12 documents
+COMBINED = {
+    "delta_rule + swiglu": (66, 67),
+    "attention + swiglu": (37, 38),
+    "mamba + swiglu": (53, 53),
+    "attention (window 2048) + swiglu": (37, 38),
+}
+
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
@@ -75,6 +83,16 @@ def test_the_table_of_backbones(
         assert found == layers
     assert has_triton() == before
     assert "compiled" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_combo_kernels_launch_fewer(script: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    words = ["--tokens", "2048", "--only", ",".join(KNOWN), "--combo-kernels", "--json", str(file)]
+    assert script.main(words) == 0
+    rows = json.loads(file.read_text())
+    found = {r["layer"]: (r["compiled"], r["packed compiled"]) for r in rows}
+    assert found == COMBINED
 
 
 class Scaled(nn.Module):

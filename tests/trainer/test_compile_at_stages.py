@@ -10,6 +10,7 @@ from start_toys import make_run, packed
 from torch import nn
 from trainer_runs import losses, resume_bitwise
 
+from mm.engine_config import EngineConfig
 from mm.model.backbones.stack import StackConfig
 from mm.run import Run
 from mm.trainer.loop import train
@@ -52,7 +53,7 @@ STATEFUL = {"kind": "stateful", "source": {"path": "tokens"}, "seq_len": 16, "ba
 @pytest.mark.parametrize(
     ("engine", "stage", "said"),
     [
-        ({"compile": False}, {}, "set compile: true"),
+        ({"compile": False}, {}, "cuda_graphs: a setting of compiled blocks; set compile: true"),
         ({"zero_stage": 3}, {}, "ZeRO stage 3"),
         ({"offload": {"optimizer": "cpu"}}, {}, "offload.optimizer copies gradients"),
         ({}, {"data": STATEFUL}, "keeps states from step to step"),
@@ -66,10 +67,14 @@ def test_cuda_graphs_are_refused_where_they_cannot_be(
         make_run(tmp_path, tmp_path, engine=settings, stage=stage)
 
 
-def test_cuda_graphs_are_asked_of_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_reach_the_compiler_of_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **kw: asked.append(kw))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **kw: asked.append(kw["options"]))
     net = StackConfig(pattern="attention", depth=2).build(16)
-    compile_blocks(net, cuda_graphs=True)
-    compile_blocks(net)
-    assert asked == [{"mode": "reduce-overhead"}] * 2 + [{}] * 2
+    engine = EngineConfig(compile=True, cuda_graphs=True, combo_kernels=True)
+    both = {"triton.cudagraphs": True, "combo_kernels": True}
+    compile_blocks(net, engine.compile_options("cuda"))
+    compile_blocks(net, engine.compile_options("cpu"))
+    assert asked == [both] * 2 + [None] * 2
+    with pytest.raises(ValueError, match="combo_kernels: a setting of compiled blocks"):
+        EngineConfig(combo_kernels=True)

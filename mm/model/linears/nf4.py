@@ -175,7 +175,7 @@ def _bitsandbytes(
     )
     packed = codes[: -(-shape[0] * shape[1] // 2)].view(-1, 1)
     with without_autocast(device):
-        return bitsandbytes.matmul_4bit(x, packed, state)
+        return bitsandbytes.matmul_4bit(x, packed, state)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _load_bitsandbytes() -> None:
