@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mm.engine_config import EngineConfig
 from mm.trainer.stage import compile_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,10 +42,10 @@ def run_of(size: str, shape: str) -> Any:
     )
 
 
-# How blocks run that are compiled: options of Inductor.
+# How blocks run that are compiled: settings of the engine.
 COMPILED: dict[str, dict[str, bool]] = {
     "compiled": {},
-    "CUDA graphs": {"triton.cudagraphs": True},
+    "CUDA graphs": {"cuda_graphs": True},
     "combo kernels": {"combo_kernels": True},
 }
 
@@ -109,7 +110,8 @@ def train_rows(out: Path) -> Iterator[Row]:
             plan = predicted(size, shape, documents, card)
             module, batch = stage_of(size, shape, documents)
             if blocks != "eager":
-                compile_blocks(module, COMPILED[blocks])
+                engine = EngineConfig(compile=True, **COMPILED[blocks])
+                compile_blocks(module, engine.compile_options("cuda"))
             optimizer = run_of(size, shape).stages[0].optimizer.build(module.train())
             step = lambda m=module, b=batch, o=optimizer: _step(m, b, o)
             seconds = _seconds(step)

@@ -127,9 +127,9 @@ class EngineConfig(Config):
     combo_kernels: Annotated[
         bool,
         Field(
-            description="with `compile`, on a GPU: generated kernels that do not wait for one "
-            "another are launched as one (Inductor's `combo_kernels`, experimental there); no GPU "
-            "has run it yet"
+            description="with `compile`, on a GPU: generated elementwise kernels that do not wait "
+            "for one another are launched as one (Inductor's `combo_kernels`, experimental there); "
+            "no GPU has run it yet"
         ),
     ] = False
     communication: Annotated[
@@ -164,8 +164,13 @@ class EngineConfig(Config):
         return self
 
     def compile_options(self, device: str) -> dict[str, bool]:
-        """Options of `torch.compile` on a type of device."""
-        asked = {"triton.cudagraphs": self.cuda_graphs, "combo_kernels": self.combo_kernels}
+        """Options of Inductor on a type of device."""
+        asked = {
+            "triton.cudagraphs": self.cuda_graphs,
+            "combo_kernels": self.combo_kernels,
+            # Of reductions it writes code that is no Python (torch 2.14, log-linear attention).
+            "combo_kernels_pointwise_only": self.combo_kernels,
+        }
         return {name: True for name, on in asked.items() if on and device == "cuda"}
 
     @model_validator(mode="after")

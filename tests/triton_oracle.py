@@ -27,6 +27,7 @@ module.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import re
@@ -154,8 +155,17 @@ class _Builder(interpreter.InterpreterBuilder):
         return Handle(_narrowed(total) if _is_bf16(d) else total, d.dtype.scalar)
 
     def create_atomic_rmw(self, rmwOp, ptr, val, mask, sem, scope):
-        assert not _is_bf16(val), "a bf16 atomic cannot be interpreted"
-        return super().create_atomic_rmw(rmwOp, ptr, val, mask, sem, scope)
+        if not _is_bf16(val):
+            return super().create_atomic_rmw(rmwOp, ptr, val, mask, sem, scope)
+        assert rmwOp == interpreter._ir.ATOMIC_OP.FADD, f"{rmwOp} of bf16"
+        before = np.zeros_like(val.data)
+        for i in np.ndindex(val.data.shape):  # each sum is rounded, in this order
+            if mask.data[i]:
+                at = ctypes.c_uint16.from_address(int(ptr.data[i]))
+                before[i] = at.value
+                pair = _widened(np.array([at.value, val.data[i]], dtype=np.uint16))
+                at.value = _narrowed(pair.sum()).item()
+        return Handle(before, tl.bfloat16)
 
 
 BUILDER = _Builder()

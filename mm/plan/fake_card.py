@@ -132,8 +132,10 @@ def _refusal(graph: Any) -> str | None:
 
 
 @contextlib.contextmanager
-def _compiler(codes: list[Code], options: Mapping[str, bool]) -> Iterator[None]:
-    """Inductor for the card; its code is put into ``codes`` in the place of being loaded."""
+def _compiler(
+    codes: list[Code], options: Mapping[str, bool], load: Callable[[str], Callable[..., Any]]
+) -> Iterator[None]:
+    """Inductor for the card; its code is put into ``codes`` and loaded by ``load``."""
     from torch._dynamo.device_interface import CudaInterface
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
@@ -148,7 +150,7 @@ def _compiler(codes: list[Code], options: Mapping[str, bool]) -> Iterator[None]:
         written = [n for n in graph.scheduler.nodes if not isinstance(n, others)]
         traffic = sum(int(n.get_read_write_buffers_sizes()) for n in written)
         codes.append(Code(code.value, traffic, _refusal(graph)))
-        return SimpleNamespace(call=lambda args: None, __file__="kept", key="kept")
+        return SimpleNamespace(call=load(code.value), __file__="kept", key="kept")
 
     def fold(folder: ConstantFolder, run: Any = ConstantFolder.run) -> Any:
         with _OnHost():
@@ -184,36 +186,52 @@ def _compiler(codes: list[Code], options: Mapping[str, bool]) -> Iterator[None]:
         yield
 
 
-def compiled_code(
+class Graph(NamedTuple):
+    """A graph of a compiled module.
+
+    Attributes:
+        codes: forward and backward.
+        inputs: where each input comes from, an expression of the local names `L` of the call.
+        call: runs what ``load`` made of the codes, under autograd.
+    """
+
+    codes: list[Code]
+    inputs: list[str]
+    call: Callable[..., Any]
+
+
+def compiled_graphs(
     module: nn.Module,
     run: Callable[[Callable[..., Any]], Any],
     options: Mapping[str, bool] | None = None,
-) -> list[list[Code]]:
-    """What `torch.compile` with Inductor makes of a module on the card: each graph's wrapper.
+    load: Callable[[str], Callable[..., Any]] = lambda source: lambda args: None,
+) -> list[Graph]:
+    """What `torch.compile` with Inductor makes of a module on the card.
 
     Call in `fake_cuda` and `fake_card`.
 
     Args:
         run: calls the module that it is given as it is called in training.
         options: of Inductor, beside its own.
-
-    Returns:
-        Of each graph its code, forward and backward.
+        load: makes a code's source callable with a list of its inputs.
     """
     with unittest.mock.patch.object(torch, "Generator", torch._C.Generator):
         from torch._inductor.compile_fx import compile_fx
 
-    graphs: list[list[Code]] = []
+    graphs: list[Graph] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append([])
-        with _compiler(graphs[-1], options or {}):
-            compile_fx(graph, inputs)
+        codes: list[Code] = []
+        given = [n for n in graph.graph.nodes if n.op == "placeholder"]
+        origins = [n.meta["grapharg"].source.name for n in given]
+        with _compiler(codes, options or {}, load):
+            call: Any = compile_fx(graph, inputs)
+        graphs.append(Graph(codes, origins, call))
         return graph.forward  # what follows runs on, as it is
 
     torch._dynamo.reset()
     try:
-        with _pop_mode_temporarily(), _compiler([], options or {}):
+        with _pop_mode_temporarily(), _compiler([], options or {}, load):
             run(torch.compile(module, backend=backend, dynamic=False))
     finally:
         torch._dynamo.reset()

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mm.batch import Batch
 from mm.model.backbones.pattern import parse
 from mm.model.layer import Block
-from mm.plan.fake_card import compiled_code, fake_card
+from mm.plan.fake_card import compiled_graphs, fake_card
 from mm.plan.fake_cuda import backward, body_of, fake_cuda, without_launches
 from mm.plan.fake_step import build_stage, train_step
 from mm.plan.flops import flops_of
@@ -269,7 +269,7 @@ def step_launches(
         compiled: also let Inductor write the code of every kind of block, as the engine asks.
     """
     step = Launches()
-    options = {"combo_kernels": run.engine.combo_kernels} if compiled else None
+    options = run.engine.model_copy(update={"cuda_graphs": False}).compile_options("cuda")
     with fake_cuda() as reads, fake_card():
         stage = build_stage(run, index, vocabulary)
         kinds: dict[Any, list[Block]] = {}
@@ -291,7 +291,7 @@ def step_launches(
             with step:
                 train_step(reads, stage, 1, [micro], vocabulary)
         layers = [
-            layer_launches(blocks[0], *calls[blocks[0]], len(blocks), options)
+            layer_launches(blocks[0], *calls[blocks[0]], len(blocks), options if compiled else None)
             for blocks in kinds.values()
             if blocks[0] in calls
         ]
@@ -331,9 +331,9 @@ def layer_launches(
     )  # fmt: skip
     if options is None or found.eager > MOST:
         return found
-    graphs = compiled_code(block, run, options)
+    graphs = compiled_graphs(block, run, options)
     each = ahead.each | back.each
-    codes = [code for graph in graphs for code in graph]
+    codes = [code for graph in graphs for code in graph.codes]
     total = sum((launches_of(code.source, each) for code in codes), Counter[str]())
     written = sum(n for name, n in total.items() if name.startswith("triton_"))
     return dataclasses.replace(

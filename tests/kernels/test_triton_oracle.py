@@ -123,6 +123,22 @@ def test_scan_and_reduction_are_the_recurrence():
     torch.testing.assert_close(last, expected[-1])
 
 
+@triton.jit
+def _count(x, places, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.atomic_add(out + tl.load(places + i), tl.load(x + i), mask=i != 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_atomics_add_what_meets_at_one_place(dtype):
+    places = torch.tensor([0, 2, 2, 1, 2, 1, 0, 2])
+    x, out = torch.randn(8).to(dtype), torch.zeros(3, dtype=dtype)
+    expected = torch.zeros(3).index_add(0, places[1:], x[1:].float())
+    with interpreted():
+        _count[(1,)](x, places, out, 8)
+    torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=1e-6)
+
+
 def test_autotuned_kernel_runs_a_loop_of_unknown_length():
     x, out = torch.randn(100), torch.zeros(1)
     with interpreted():

@@ -20,7 +20,7 @@ from torch.utils._triton import has_triton
 
 pytest.importorskip("triton")
 
-from mm.plan.fake_card import compiled_code, fake_card
+from mm.plan.fake_card import compiled_graphs, fake_card
 from mm.plan.fake_cuda import CUDA, fake_cuda
 from mm.plan.gpu_step import predict
 from mm.plan.launches import Launches, LayerLaunches, launches_of
@@ -43,10 +43,10 @@ KNOWN = {
 
 # layer -> compiled with `engine.combo_kernels`, and with 12 documents
 COMBINED = {
-    "delta_rule + swiglu": (66, 67),
-    "attention + swiglu": (37, 38),
-    "mamba + swiglu": (53, 53),
-    "attention (window 2048) + swiglu": (37, 38),
+    "delta_rule + swiglu": (73, 74),
+    "attention + swiglu": (39, 40),
+    "mamba + swiglu": (55, 55),
+    "attention (window 2048) + swiglu": (39, 40),
 }
 
 
@@ -119,8 +119,8 @@ class Scaled(nn.Module):
 def test_what_no_cuda_graph_holds(change: Callable[[Tensor], Tensor], said: str | None) -> None:
     with fake_cuda(), fake_card():
         module = Scaled(change)
-        graphs = compiled_code(module, lambda call: call(torch.empty(4, 8, device=CUDA)))
-    refusals = {code.refusal for graph in graphs for code in graph} - {None}
+        graphs = compiled_graphs(module, lambda call: call(torch.empty(4, 8, device=CUDA)))
+    refusals = {code.refusal for graph in graphs for code in graph.codes} - {None}
     assert bool(refusals) == bool(said) and all(str(said) in str(r) for r in refusals)
 
 

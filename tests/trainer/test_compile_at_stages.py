@@ -72,7 +72,11 @@ def test_settings_reach_the_compiler_of_every_block(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(nn.Module, "compile", lambda self, **kw: asked.append(kw["options"]))
     net = StackConfig(pattern="attention", depth=2).build(16)
     engine = EngineConfig(compile=True, cuda_graphs=True, combo_kernels=True)
-    both = {"triton.cudagraphs": True, "combo_kernels": True}
+    both = {
+        "triton.cudagraphs": True,
+        "combo_kernels": True,
+        "combo_kernels_pointwise_only": True,
+    }
     compile_blocks(net, engine.compile_options("cuda"))
     compile_blocks(net, engine.compile_options("cpu"))
     assert asked == [both] * 2 + [None] * 2
