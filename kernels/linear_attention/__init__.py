@@ -277,6 +277,7 @@ register_kernel(
     _triton_empties,
     saved="q k v log_decay initial",
     gradients="q k v log_decay initial",
+    dense=False,
     wide="initial",
     prepare=_to_whole_loads,
     result=_own_widths,

@@ -154,23 +154,28 @@ def outputs(
 @triton.jit
 def states_backward(
     q, g, do, dfinal, dstates, dinitial, T, H,
-    K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, ENDED: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient `(K, V)` of the state after every chunk, and of the initial one."""
+    """Gradient `(K, V)` of the state after every chunk, and of the initial one.
+
+    ``dfinal`` is that of the last one, where there is one (ENDED).
+    """
     kc = tl.program_id(0) * BK + tl.arange(0, BK)
     vc = tl.program_id(1) * BV + tl.arange(0, BV)
     _, bh, head = place(T, H, 2)
     n = tl.cdiv(T, C)
     q, do, g = q + head * K, do + head * V, _of_head(g, head, bh % H, K, DECAY)
     dstates += (bh + 1) * n * K * V
-    dS = tl.zeros((BK, BV), tl.float32) + load_tile(dfinal + bh * K * V, kc, vc, K, V, V)
+    dS = tl.zeros((BK, BV), tl.float32)
+    if ENDED:
+        dS += load_tile(dfinal + bh * K * V, kc, vc, K, V, V)
     for c in range(n):
         dstates -= K * V
         store_tile(dstates, dS, kc, vc, K, V, V)
         t = (n - 1 - c) * C + tl.arange(0, C)
         qt = load_tile(q, t, kc, T, K, H * K)
-        dy = load_tile(do, t, vc, T, V, H * V)
+        dy = load_tile(do, t, vc, T, V, H * V).to(tl.float32)
         if DECAY == CHANNEL:
             into = sum_where(not_after(), own_decays(g, t, kc, T, K, H * K))
             dS *= tl.exp(tl.min(into, 0))[:, None]

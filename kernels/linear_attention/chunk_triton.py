@@ -20,6 +20,7 @@ from mm.kernels.linear_attention.chunk_kernels_triton import (
     states_forward,
     values_backward,
 )
+from mm.kernels.parts_triton import sum_parts
 from mm.kernels.tiles_triton import CHANNEL, CHUNK, CONSTANT, NONE, SCALAR, block
 
 _KINDS = {None: NONE, 1: CONSTANT, 3: SCALAR, 4: CHANNEL}
@@ -135,19 +136,23 @@ def forward(
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None,
-    do: Tensor, dfinal: Tensor,
+    do: Tensor | None, dfinal: Tensor | None,
     dq: Tensor, dk: Tensor, dv: Tensor, dg: Tensor, dinitial: Tensor,
 ) -> None:  # fmt: skip
     """Write the gradients of q, k, v, g (if there is decay) and of the initial state."""
     (B, T, H, K), V = q.shape, v.shape[-1]
     with_ = _settings(q, v, g)
-    states = _run_states(k, v, g, initial, torch.empty_like(dfinal), with_)
+    final = q.new_empty(B, H, K, V, dtype=torch.float32)
+    do = final.new_zeros(B, T, H, V) if do is None else do
+    states = _run_states(k, v, g, initial, final, with_)
     dstates = torch.empty_like(states)
     passes = _over_time(with_)
     some = q if g is None else g
-    first = torch.empty_like(dfinal) if initial is None else dinitial
+    first, ended = final if initial is None else dinitial, dfinal is not None
     grid = triton.cdiv(K, passes["BK"]), triton.cdiv(V, passes["BV"]), B * H
-    states_backward[grid](q, some, do, dfinal, dstates, first, T, H, **passes)
+    states_backward[grid](
+        q, some, do, dfinal if ended else final, dstates, first, T, H, ENDED=ended, **passes
+    )
     small = _small(with_)
     grid = triton.cdiv(K, small["BK"]), states.shape[2], B * H
     by_channel = g is None or g.dim() == 4
@@ -161,4 +166,7 @@ def backward(
         q, k, some, _run_scores(q, k, g, with_), dstates, do, dv, T, H, KEPT=True, **with_
     )  # fmt: skip
     if not by_channel:
-        dg.copy_(rates.sum((0, 1, 2) if dg.dim() == 1 else 0))
+        if dg.dim() == 1:  # many tokens, few heads: more than one program a column
+            dg.copy_(rates.sum((0, 1, 2)))
+        else:
+            sum_parts(rates, dg)
