@@ -162,13 +162,12 @@ def states_forward(
 @triton.jit
 def states_backward(
     q, k, w, g, do, dfinal, dstates, dwritten, dinitial, T, H,
-    K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, ENDED: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient `(K, BV)` of the state after every chunk and of the initial one.
 
-    ``dfinal`` is that of the last one, where there is one (ENDED). Completes ``dwritten``, which
-    comes with what outputs ask.
+    Completes ``dwritten``, which comes with what outputs ask.
     """
     kc = tl.arange(0, BK)
     vc = tl.program_id(0) * BV + tl.arange(0, BV)
@@ -177,9 +176,7 @@ def states_backward(
     q, k, w, g = q + head * K, k + head * K, w + head * K, g + head
     do, dwritten = do + head * V, dwritten + head * V
     dstates += (bh + 1) * n * K * V
-    dS = tl.zeros((BK, BV), tl.float32)
-    if ENDED:
-        dS += load_tile(dfinal + bh * K * V, kc, vc, K, V, V)
+    dS = tl.zeros((BK, BV), tl.float32) + load_tile(dfinal + bh * K * V, kc, vc, K, V, V)
     for c in range(n):
         dstates -= K * V
         store_tile(dstates, dS, kc, vc, K, V, V)

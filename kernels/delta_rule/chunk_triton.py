@@ -109,13 +109,14 @@ def backward(
     settings = _settings(q, v, g)
     passes, chunks = settings
     final = q.new_empty(B, H, K, V, dtype=torch.float32)
-    first, ended = final if initial is None else dinitial, dfinal is not None
+    first = torch.empty_like(final) if initial is None else dinitial
     u, w, written, states = _run_states(k, v, beta, g, initial, solved, final, settings)
     if do is None:
         do = final.new_zeros(B, T, H, V)
     elif scale != 1:
         do = do.float() * scale
     do = do.contiguous()
+    dfinal = torch.zeros_like(final) if dfinal is None else dfinal
     n, some = states.shape[2], k if g is None else g
     v_tiles = triton.cdiv(V, chunks["BV"])
     dwritten, dstates = torch.empty_like(v), torch.empty_like(states)
@@ -123,24 +124,12 @@ def backward(
         q, k, some, q, states, do, dwritten, T, H, KEPT=False, **chunks
     )  # fmt: skip
     states_backward[(triton.cdiv(V, passes["BV"]), B * H)](
-        q,
-        k,
-        w,
-        some,
-        do,
-        dfinal if ended else final,
-        dstates,
-        dwritten,
-        first,
-        T,
-        H,
-        ENDED=ended,
-        **passes,
+        q, k, w, some, do, dfinal, dstates, dwritten, first, T, H, **passes
     )
     dk_read = torch.empty_like(k, dtype=torch.float32)
     small = _small(chunks)
     shares = triton.cdiv(K, small["BK"])
-    rates = do.new_empty(0 if g is None else (1 + shares, B, T, H))
+    rates = final.new_empty(0 if g is None else (1 + shares, B, T, H))
     queries_keys_backward[(shares, n, B * H)](
         q, k, written, some, q, states, dstates, do, dq, dk_read, rates, T, H,
         **{**small, "num_warps": 8},

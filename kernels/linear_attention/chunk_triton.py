@@ -156,7 +156,7 @@ def backward(
     small = _small(with_)
     grid = triton.cdiv(K, small["BK"]), states.shape[2], B * H
     by_channel = g is None or g.dim() == 4
-    rates = dg if by_channel else do.new_empty(grid[0], B, T, H)
+    rates = dg if by_channel else final.new_empty(grid[0], B, T, H)
     dscores = _run_scores_backward(v, do, with_)
     queries_keys_backward[grid](
         q, k, v, some, dscores, states, dstates, do, dq, dk, rates, T, H, **small

@@ -32,7 +32,7 @@ from mm.trainer.data_sheets import GPUS
 KNOWN = {
     "attention": {"attention + swiglu": (47, 53, 42, 45)},
     "hybrid": {
-        "delta_rule + swiglu": (117, 124, 78, 79),
+        "delta_rule + swiglu": (118, 125, 79, 80),
         "attention + swiglu": (47, 53, 42, 45),
     },
     "samba": {
@@ -43,7 +43,7 @@ KNOWN = {
 
 # layer -> compiled with `engine.combo_kernels`, and with 12 documents
 COMBINED = {
-    "delta_rule + swiglu": (70, 71),
+    "delta_rule + swiglu": (71, 72),
     "attention + swiglu": (39, 40),
     "mamba + swiglu": (55, 55),
     "attention (window 2048) + swiglu": (39, 40),
