@@ -141,7 +141,7 @@ def test_two_hundred_packed_steps_need_two_graphs_a_kind_of_block(
         return run
 
     compiled = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled(self, backend=count))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled(self, backend=count))
     torch._dynamo.reset()
     net = StackConfig(pattern=pattern, depth=2 * len(pattern.split())).build(D)
     init_weights(net)
