@@ -32,6 +32,7 @@ from mm.run import Run
 TOKENS, DOCUMENT, WIDTH, IDS = 96, 64, 64, 128
 # Hundreds of kernels a block, minutes interpreted; two of them were right (lab notes).
 LONG = {"plstm_diffusion", "cross_scan_mamba", "lssl"}
+WALKS = {"low_rank_gru", "ttt_mlp", "capped_mamba2"}  # over the tokens: not compiled
 BACKBONES_OF = {f.stem: f for f in sorted((ROOT / "configs" / "backbone").glob("*.yaml"))}
 
 
@@ -72,6 +73,7 @@ def agree(backbone: Any, combo_kernels: bool = True, **model: Any) -> None:
     engine = EngineConfig(compile=True, combo_kernels=combo_kernels)
     options = engine.compile_options("cuda")
     graphs = compiled(run, subject.vocabulary, micro, options)
+    assert any(graphs)
     for call, graph in zip(calls, graphs, strict=True):
         if graph is None:  # it walks over the tokens, and is not compiled
             continue
@@ -115,7 +117,7 @@ def test_every_backbone(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("word", [w for w in presets() if w not in LONG])
+@pytest.mark.parametrize("word", [w for w in presets() if w not in LONG | WALKS])
 def test_every_preset(word: str) -> None:
     backbone = {"kind": "stack", "pattern": word, "ffn": {"kind": "swiglu", "hidden": 32}}
     agree(backbone, **({"mask": "full"} if "plstm" in word else {}))
