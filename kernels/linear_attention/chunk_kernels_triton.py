@@ -5,7 +5,8 @@ tile.
 
 Five kernels: the states before the chunks (in order) and the outputs (all chunks at once); their
 gradients' states (in reverse order), and the gradients of queries, keys and decays, and of values
-(all chunks at once). Scores are computed again wherever they are used, states in the backward.
+(all chunks at once). Scores are computed again wherever they are used, states in the backward. A
+decay by channel has two more, for scores and their gradients, which other kernels then read.
 
 Source of the chunk form: Yang et al. 2023 (arXiv:2312.06635), section 4; Dao and Gu 2024
 (arXiv:2405.21060), section 6.

@@ -38,9 +38,10 @@ def _settings(q: Tensor, v: Tensor, g: Tensor | None) -> dict[str, Any]:
         # Where warps multiply alone, each holds all rates of a tile.
         "BK": block(K, 32 if decay == CHANNEL.value and device.card() < 90 else most),
         "BV": block(V, most),
+        # Elsewhere four; on a B200 ptxas would stop at 96 registers and spill.
+        "num_warps": 8 if device.card() == 100 and (decay == CHANNEL.value or K <= 64) else 4,
         # Three products of the leading and remaining bits: as exact as float32, on matrix units.
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else None,
-        "num_warps": 8 if device.card() == 100 and (decay == CHANNEL.value or K <= 64) else 4,
     }
 
 

@@ -20,31 +20,16 @@ from inductor_oracle import Call, compiled, first_calls
 from triton_oracle import interpreted
 
 from mm import config as yaml_config
-from mm.engine_config import EngineConfig
 from mm.kernels.attention import attention
 from mm.model import length_buckets
 from mm.model.backbones.stack import presets
 from mm.plan.inputs import Assumed, open_subject
-from mm.plan.launches import one_of_each
-from mm.registry import BACKBONES
-from mm.run import Run
 
 TOKENS, DOCUMENT, WIDTH, IDS = 96, 64, 64, 128
 # Hundreds of kernels a block, minutes interpreted; two of them were right (lab notes).
 LONG = {"plstm_diffusion", "cross_scan_mamba", "lssl"}
 WALKS = {"low_rank_gru", "ttt_mlp", "capped_mamba2"}  # over the tokens: not compiled
 BACKBONES_OF = {f.stem: f for f in sorted((ROOT / "configs" / "backbone").glob("*.yaml"))}
-
-
-def run_of(backbone: Any, **model: Any) -> Run:
-    data = {"kind": "packed", "sources": [{"path": "absent"}], "seq_len": TOKENS, "batch_size": 1}
-    stage = {"data": data, "objective": "next_token", "optimizer": "adamw"}
-    values = {"kind": "lm", "d_model": WIDTH, "backbone": backbone, **model}
-    run = Run.model_validate(
-        {"name": "compiled", "vocabulary": "absent", "model": values, "stages": [stage]}
-    )
-    shallow = one_of_each(BACKBONES.parse(backbone))
-    return run.model_copy(update={"model": run.model.model_copy(update={"backbone": shallow})})
 
 
 def gradients(call: Call, run: Any, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -60,19 +45,19 @@ def gradients(call: Call, run: Any, weight: torch.Tensor) -> Iterator[tuple[str,
             yield name, given.grad.clone()
 
 
-def agree(backbone: Any, combo_kernels: bool = True, **model: Any) -> None:
+def agree(backbone: Any, combo_kernels: bool = True) -> None:
     """Each block's results within what bf16 rounds, beside eager mode in float32."""
+    from launch_budget import run_of  # pyright: ignore[reportMissingImports]
+
     torch.manual_seed(0)
-    run = run_of(backbone, **model)
+    run = run_of(backbone, WIDTH, TOKENS, combo_kernels)
     subject = open_subject(run, 0, "autocast_bf16", Assumed(DOCUMENT, IDS))
     micro = subject.batches(1)[0]
     vary = lambda batch: dataclasses.replace(batch, ids=torch.randint_like(batch.ids, 18, IDS))
     micro = vary(micro)
     micro = dataclasses.replace(micro, parts={name: vary(x) for name, x in micro.parts.items()})
     calls = first_calls(run, subject.vocabulary, micro, torch.device("cpu"))
-    engine = EngineConfig(compile=True, combo_kernels=combo_kernels)
-    options = engine.compile_options("cuda")
-    graphs = compiled(run, subject.vocabulary, micro, options)
+    graphs = compiled(run, subject.vocabulary, micro, run.engine.compile_options("cuda"))
     assert any(graphs)
     for call, graph in zip(calls, graphs, strict=True):
         if graph is None:  # it walks over the tokens, and is not compiled
@@ -99,6 +84,7 @@ def agree(backbone: Any, combo_kernels: bool = True, **model: Any) -> None:
 @pytest.fixture(autouse=True)
 def _as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flat rows, and attention of this project: that of the card's libraries is not on a CPU."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setattr(length_buckets, "FLAT", True)
     monkeypatch.setattr(attention, "order", lambda *_, **__: ["triton", "blocks", "reference"])
 
@@ -120,4 +106,4 @@ def test_every_backbone(name: str) -> None:
 @pytest.mark.parametrize("word", [w for w in presets() if w not in LONG | WALKS])
 def test_every_preset(word: str) -> None:
     backbone = {"kind": "stack", "pattern": word, "ffn": {"kind": "swiglu", "hidden": 32}}
-    agree(backbone, **({"mask": "full"} if "plstm" in word else {}))
+    agree(backbone)
